@@ -43,7 +43,9 @@ napoleon_use_rtype = False
 napoleon_custom_sections = ["Shapes"]
 
 nitpicky = True  # a reference that leads nowhere is a warning, but for those to other projects
-nitpick_ignore_regex = [("py:.*", r"(abc|torch|torch_geometric|torchmetrics|torchvision|huggingface_hub)\..*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(abc|torch|torch_geometric|torchmetrics|torchvision|huggingface_hub)\..*")
+]
 
 sphinx_gallery_conf = {
     "examples_dirs": str(ROOT / "examples"),
@@ -57,7 +59,9 @@ sphinx_gallery_conf = {
 
 def public_bases(_: Any, __: str, ___: type, ____: dict[str, Any], bases: list[type]) -> None:
     """Show a private base class as its own public one."""
-    bases[:] = [base.__base__ if base.__name__.startswith("_") and base.__base__ else base for base in bases]
+    bases[:] = [
+        base.__base__ if base.__name__.startswith("_") and base.__base__ else base for base in bases
+    ]
 
 
 def setup(app: Any) -> None:

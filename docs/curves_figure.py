@@ -30,8 +30,14 @@ NAMES = {
 MARKERS = {"dense": "D", "shared": "s", "copies": "o", "differences": "^"}
 THEMES = {
     # the text's color, and one color a model
-    "light": ("#24292f", {"dense": "#6e7781", "shared": "#bc4c00", "copies": "#0969da", "differences": "#1a7f37"}),
-    "dark": ("#e6edf3", {"dense": "#8b949e", "shared": "#f0883e", "copies": "#58a6ff", "differences": "#3fb950"}),
+    "light": (
+        "#24292f",
+        {"dense": "#6e7781", "shared": "#bc4c00", "copies": "#0969da", "differences": "#1a7f37"},
+    ),
+    "dark": (
+        "#e6edf3",
+        {"dense": "#8b949e", "shared": "#f0883e", "copies": "#58a6ff", "differences": "#3fb950"},
+    ),
 }
 
 Lines: TypeAlias = dict[str, dict[str, list[Point]]]

@@ -13,7 +13,9 @@ RED, BLUE, GREEN, ORANGE = COLORS = ("#d1495b", "#3b7dd8", "#2a9d6f", "#e08a1e")
 INK = "currentColor"
 
 
-def box(x: float, y: float, w: float, h: float, fill: str = "none", stroke: str = INK, **style: object) -> str:
+def box(
+    x: float, y: float, w: float, h: float, fill: str = "none", stroke: str = INK, **style: object
+) -> str:
     more = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
     return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="3" fill="{fill}" stroke="{stroke}"{more}/>'
 
@@ -22,12 +24,22 @@ def dot(x: float, y: float, fill: str = "none", r: float = 9) -> str:
     return f'<circle cx="{x}" cy="{y}" r="{r}" fill="{fill}" stroke="{INK if fill == "none" else fill}"/>'
 
 
-def line(x1: float, y1: float, x2: float, y2: float, color: str = INK, width: float = 1.2, arrow: bool = False) -> str:
+def line(
+    x1: float,
+    y1: float,
+    x2: float,
+    y2: float,
+    color: str = INK,
+    width: float = 1.2,
+    arrow: bool = False,
+) -> str:
     head = f' marker-end="url(#arrow-{color.strip("#")})"' if arrow else ""
     return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{color}" stroke-width="{width}"{head}/>'
 
 
-def text(x: float, y: float, words: str, anchor: str = "middle", color: str = INK, size: int = 13) -> str:
+def text(
+    x: float, y: float, words: str, anchor: str = "middle", color: str = INK, size: int = 13
+) -> str:
     style = f'text-anchor="{anchor}" fill="{color}" stroke="none" font-size="{size}"'
     return f'<text x="{x}" y="{y}" {style}>{escape(words)}</text>'
 
@@ -66,7 +78,9 @@ def routing() -> list[str]:
         y = 30 + 21 * number
         drawn.append(box(50, y, 16, 16, COLORS[expert], COLORS[expert]))
         drawn.append(text(40, y + 12, str(number), "end", size=11))
-        drawn.append(line(68, y + 8, 232, 52 + 38 * expert, COLORS[expert], 1 + number % 3, arrow=True))
+        drawn.append(
+            line(68, y + 8, 232, 52 + 38 * expert, COLORS[expert], 1 + number % 3, arrow=True)
+        )
     for expert, color in enumerate(COLORS):
         drawn += [
             box(240, 38 + 38 * expert, 44, 28, "none", color),
@@ -82,22 +96,41 @@ def routing() -> list[str]:
         drawn.append(line(399 + 26 * end, 34, 399 + 26 * end, 78, COLORS[expert], 2))
         drawn.append(text(399 + 26 * end, 95, str(value), color=COLORS[expert]))
     drawn.append(text(390, 95, "offsets", "end"))
-    drawn += [text(390, 127, "weight", "end"), text(400, 127, "one number a pair, differentiable", "start")]
-    drawn += [text(390, 152, "scores", "end"), text(400, 152, "(T, E), what the router thinks of all", "start")]
+    drawn += [
+        text(390, 127, "weight", "end"),
+        text(400, 127, "one number a pair, differentiable", "start"),
+    ]
+    drawn += [
+        text(390, 152, "scores", "end"),
+        text(400, 152, "(T, E), what the router thinks of all", "start"),
+    ]
     return drawn
 
 
 def group() -> list[str]:
     """Two groups: tokens compete with those of their own group only."""
     drawn = []
-    for number, (left, scores) in enumerate(((20, (0.9, 0.3, 0.8, 0.5)), (330, (0.4, 0.2, 0.35, 0.1, 0.3)))):
+    for number, (left, scores) in enumerate(
+        ((20, (0.9, 0.3, 0.8, 0.5)), (330, (0.4, 0.2, 0.35, 0.1, 0.3)))
+    ):
         best = sorted(scores, reverse=True)[:2]
         drawn.append(box(left, 20, 290, 118, stroke_dasharray="5 4"))
         for place, score in enumerate(scores):
             x, high = left + 22 + 52 * place, 78 * score
-            drawn.append(box(x, 110 - high, 26, high, RED if score in best else "none", RED if score in best else INK))
+            drawn.append(
+                box(
+                    x,
+                    110 - high,
+                    26,
+                    high,
+                    RED if score in best else "none",
+                    RED if score in best else INK,
+                )
+            )
             drawn.append(text(x + 13, 130, f"{score}", size=11))
-        drawn.append(text(left + 145, 158, ("one image, or one graph of a batch", "another one")[number]))
+        drawn.append(
+            text(left + 145, 158, ("one image, or one graph of a batch", "another one")[number])
+        )
     return drawn
 
 
@@ -107,7 +140,10 @@ def capacity() -> list[str]:
     for row, (number, score) in enumerate(((4, 0.9), (0, 0.8), (6, 0.7), (2, 0.5), (1, 0.4))):
         y, color = 30 + 26 * row, RED if row < 3 else INK
         drawn.append(box(60, y, 20, 20, RED if row < 3 else "none", color))
-        drawn += [text(50, y + 15, str(number), "end"), text(92, y + 15, f"p = {score}", "start", size=12)]
+        drawn += [
+            text(50, y + 15, str(number), "end"),
+            text(92, y + 15, f"p = {score}", "start", size=12),
+        ]
         if row < 3:
             drawn += [
                 line(150, y + 10, 292, 48 + 34 * row, RED, arrow=True),
@@ -122,13 +158,28 @@ def capacity() -> list[str]:
 
 def dense_start() -> list[str]:
     """y = shared(x) + g * routed(x), where g starts at 0."""
-    drawn = [text(40, 92, "x"), line(52, 88, 118, 48, arrow=True), line(52, 88, 118, 132, arrow=True)]
-    drawn += [box(125, 28, 190, 40, "none", BLUE), text(220, 53, "shared expert: the dense layer", color=BLUE, size=12)]
-    drawn += [box(125, 112, 190, 40, "none", RED), text(220, 137, "router and E experts", color=RED)]
+    drawn = [
+        text(40, 92, "x"),
+        line(52, 88, 118, 48, arrow=True),
+        line(52, 88, 118, 132, arrow=True),
+    ]
+    drawn += [
+        box(125, 28, 190, 40, "none", BLUE),
+        text(220, 53, "shared expert: the dense layer", color=BLUE, size=12),
+    ]
+    drawn += [
+        box(125, 112, 190, 40, "none", RED),
+        text(220, 137, "router and E experts", color=RED),
+    ]
     drawn += [line(317, 132, 382, 132, RED, arrow=True), dot(405, 132, r=16), text(405, 137, "× g")]
     drawn += [text(405, 170, "of a conv: learned, 0 at the start", size=12)]
     drawn += [line(317, 48, 500, 82, BLUE, arrow=True), line(422, 128, 500, 98, RED, arrow=True)]
-    drawn += [dot(520, 90, r=14), text(520, 95, "+"), line(536, 90, 580, 90, arrow=True), text(600, 95, "y")]
+    drawn += [
+        dot(520, 90, r=14),
+        text(520, 95, "+"),
+        line(536, 90, 580, 90, arrow=True),
+        text(600, 95, "y"),
+    ]
     return drawn
 
 
@@ -151,7 +202,13 @@ def svg(draw: Callable[[], list[str]], height: int) -> str:
     box = f'viewBox="0 0 640 {height}" class="concept" role="img" font-family="sans-serif"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
     return "\n".join(
-        [head, f"<title>{escape((draw.__doc__ or '').strip())}</title><defs>{heads}</defs>", *draw(), "</svg>", ""]
+        [
+            head,
+            f"<title>{escape((draw.__doc__ or '').strip())}</title><defs>{heads}</defs>",
+            *draw(),
+            "</svg>",
+            "",
+        ]
     )
 
 

@@ -34,7 +34,11 @@ def photo() -> Tensor:
     rows, columns = (size // PATCH for size in image.shape[:2])
     image = image[: rows * PATCH, : columns * PATCH]
     patches = (
-        image.unflatten(0, (rows, PATCH)).unflatten(2, (columns, PATCH)).permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+        image.unflatten(0, (rows, PATCH))
+        .unflatten(2, (columns, PATCH))
+        .permute(0, 2, 1, 3, 4)
+        .flatten(2)
+        .flatten(0, 1)
     )
     tokens = (patches - patches.mean(0)) / patches.std(0)
     torch.manual_seed(0)
@@ -67,7 +71,9 @@ def graph() -> tuple[Tensor, Tensor, Tensor]:
     logits, (routing,) = model.eval()(x, edge_index, return_routing=True)
     expert = routing.to_dense().argmax(1)
     accuracy = (logits.argmax(1) == y)[~train].float().mean()
-    print(f"digits: test accuracy {accuracy:.3f}, AMI of expert and digit {adjusted_mutual_info_score(y, expert):.2f}")
+    print(
+        f"digits: test accuracy {accuracy:.3f}, AMI of expert and digit {adjusted_mutual_info_score(y, expert):.2f}"
+    )
     drawing = nx.Graph(edge_index.T.tolist())
     places = nx.spring_layout(drawing, seed=1, iterations=150)
     return torch.tensor([list(places[node]) for node in range(len(x))]), expert, edge_index
@@ -81,10 +87,15 @@ def main() -> None:
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     figure.subplots_adjust(left=0.005, right=0.995, top=0.92, bottom=0.01, wspace=0.03)
     left.imshow(tinted.numpy())
-    right.add_collection(LineCollection(places[edge_index.T].tolist(), colors="0.85", linewidths=0.3))
+    right.add_collection(
+        LineCollection(places[edge_index.T].tolist(), colors="0.85", linewidths=0.3)
+    )
     right.scatter(*places.T, s=7, c=COLORS[expert].numpy(), zorder=2, linewidths=0)
     right.set_aspect("equal", "datalim")
-    for axis, title in ((left, "patches of a photo, by expert"), (right, "a graph of handwritten digits, by expert")):
+    for axis, title in (
+        (left, "patches of a photo, by expert"),
+        (right, "a graph of handwritten digits, by expert"),
+    ):
         axis.set_title(title, fontsize=11)
         axis.set_axis_off()
     path = Path(__file__).parent / "figures" / "hero.png"

@@ -18,10 +18,14 @@ HERE = Path(__file__).parent
 def draw_map(found: dict[str, Any], path: Path) -> None:
     """Experts and oracle above equal FLOPs, over the number of regimes: a panel a width and way that regimes show."""
     known = gains(found)
-    figure, axes = plt.subplots(len(WIDTHS), len(WAYS), figsize=(10, 5.6), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(WIDTHS), len(WAYS), figsize=(10, 5.6), sharex=True, sharey=True, squeeze=False
+    )
     for (row, width), (column, shown) in product(enumerate(WIDTHS), enumerate(WAYS)):
         panel = axes[row][column]
-        for (number, labels), (model, style) in product(enumerate(LABELS), {"experts": "o-", "oracle": "x:"}.items()):
+        for (number, labels), (model, style) in product(
+            enumerate(LABELS), {"experts": "o-", "oracle": "x:"}.items()
+        ):
             keys = [(count, labels, width, shown, model) for count in REGIMES]
             line = [(key[0], statistics.fmean(known[key])) for key in keys if key in known]
             if line:

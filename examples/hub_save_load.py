@@ -41,7 +41,9 @@ if args.fast:
 torch.manual_seed(0)
 digits = load_digits()
 images, labels = torch.tensor(digits.images).float()[:, None] / 8 - 1, torch.tensor(digits.target)
-model = gmoe.ViTMoE(8, router="expert_choice", num_experts=4, router_kwargs={"inference": "threshold"})
+model = gmoe.ViTMoE(
+    8, router="expert_choice", num_experts=4, router_kwargs={"inference": "threshold"}
+)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 for _ in range(args.epochs):
     for batch in torch.randperm(1400).split(64):
@@ -64,7 +66,9 @@ print({name: config["arguments"][name] for name in ("router", "num_experts", "ro
 with torch.no_grad():
     before, after = model.eval()(images[1400:]), loaded(images[1400:])
 assert torch.equal(before, after)
-print(f"test accuracy {100 * (after.argmax(dim=-1) == labels[1400:]).float().mean():.1f} %, as before it was saved")
+print(
+    f"test accuracy {100 * (after.argmax(dim=-1) == labels[1400:]).float().mean():.1f} %, as before it was saved"
+)
 
 # %%
 # The same on the Hub: anybody then calls ``gmoe.ViTMoE.from_pretrained("OWNER/NAME")``.

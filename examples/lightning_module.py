@@ -41,7 +41,9 @@ if args.fast:
 class LitViTMoE(L.LightningModule):
     """A ViT-MoE, its accuracy, and what its routers do."""
 
-    def __init__(self, router: str = "token_choice", num_experts: int = 8, lr: float = 2e-3) -> None:
+    def __init__(
+        self, router: str = "token_choice", num_experts: int = 8, lr: float = 2e-3
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = gmoe.ViTMoE(8, router=router, num_experts=num_experts)

@@ -38,7 +38,9 @@ from torch_geometric.utils import to_undirected
 from gmoe import MoEConv
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--data-root", default="data", help="where TUDataset's folders are, or are downloaded to")
+parser.add_argument(
+    "--data-root", default="data", help="where TUDataset's folders are, or are downloaded to"
+)
 parser.add_argument("--seeds", type=int, default=3)
 parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--fast", action="store_true", help="seconds, and no download")
@@ -48,7 +50,9 @@ args = parser.parse_args()
 def made(index: int) -> Data:
     """A chain of atoms of two types; the odd ones close a ring of five."""
     atoms, ring = 8 + index % 7, torch.tensor([[0], [4]])[:, : index % 2]
-    bonds = to_undirected(torch.cat([torch.stack([torch.arange(atoms - 1), torch.arange(1, atoms)]), ring], dim=1))
+    bonds = to_undirected(
+        torch.cat([torch.stack([torch.arange(atoms - 1), torch.arange(1, atoms)]), ring], dim=1)
+    )
     types = torch.randint(2, (atoms,)), torch.randint(2, (bonds.size(1),))
     x, edge_attr = (F.one_hot(one, 2).float() for one in types)
     return Data(x=x, edge_index=bonds, edge_attr=edge_attr, y=torch.tensor([index % 2]))
@@ -66,7 +70,9 @@ else:
 class GINE(nn.Module):
     def __init__(self, experts: bool, width: int = 32) -> None:
         super().__init__()
-        self.atoms, self.bonds = (nn.Linear(one.size(1), width) for one in (molecules[0].x, molecules[0].edge_attr))
+        self.atoms, self.bonds = (
+            nn.Linear(one.size(1), width) for one in (molecules[0].x, molecules[0].edge_attr)
+        )
         self.convs = nn.ModuleList(
             MoEConv("gine", width, width, num_experts=4, router="expert_choice")
             if experts
@@ -78,7 +84,9 @@ class GINE(nn.Module):
     def forward(self, molecules: Data) -> torch.Tensor:
         x, edge_attr = self.atoms(molecules.x), self.bonds(molecules.edge_attr)
         for conv in self.convs:
-            groups = {"batch": molecules.batch} if isinstance(conv, MoEConv) else {}  # what competes: one molecule
+            groups = (
+                {"batch": molecules.batch} if isinstance(conv, MoEConv) else {}
+            )  # what competes: one molecule
             x = x + F.relu(conv(x, molecules.edge_index, edge_attr=edge_attr, **groups))
         return self.out(global_add_pool(x, molecules.batch) / 10)
 
@@ -96,7 +104,11 @@ def train(model: nn.Module, seed: int) -> float:
     def accuracy(part: str) -> float:
         model.eval()
         batches = DataLoader([molecules[i] for i in cuts[part]], 128)
-        return 100 * sum(int((model(one).argmax(dim=1) == one.y).sum()) for one in batches) / len(cuts[part])
+        return (
+            100
+            * sum(int((model(one).argmax(dim=1) == one.y).sum()) for one in batches)
+            / len(cuts[part])
+        )
 
     best_val, best = -1.0, {}
     for _ in range(args.epochs):
@@ -106,7 +118,10 @@ def train(model: nn.Module, seed: int) -> float:
             F.cross_entropy(model(batch), batch.y).backward()
             optimizer.step()
         if (val := accuracy("val")) > best_val:
-            best_val, best = val, {name: value.clone() for name, value in model.state_dict().items()}
+            best_val, best = (
+                val,
+                {name: value.clone() for name, value in model.state_dict().items()},
+            )
     model.load_state_dict(best)
     return accuracy("test")
 
@@ -116,5 +131,10 @@ for name, experts in (("GINEConv", False), ("MoEConv", True)):
     for seed in range(args.seeds):
         torch.manual_seed(seed)
         found.append(train(GINE(experts), seed))
-    std, seconds = statistics.stdev(found) if len(found) > 1 else 0.0, (time.perf_counter() - start) / len(found)
-    print(f"{name:8} test accuracy {statistics.fmean(found):.1f} ± {std:.1f} %, {seconds:.0f} s a seed")
+    std, seconds = (
+        statistics.stdev(found) if len(found) > 1 else 0.0,
+        (time.perf_counter() - start) / len(found),
+    )
+    print(
+        f"{name:8} test accuracy {statistics.fmean(found):.1f} ± {std:.1f} %, {seconds:.0f} s a seed"
+    )

@@ -33,7 +33,9 @@ from torch_geometric.utils import to_undirected
 import gmoe
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--data-root", help="where OGB's data are, or are downloaded to (default: a planted graph)")
+parser.add_argument(
+    "--data-root", help="where OGB's data are, or are downloaded to (default: a planted graph)"
+)
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--fast", action="store_true", help="seconds, and no download")
 args = parser.parse_args()
@@ -86,9 +88,13 @@ print(f"{data.num_nodes:,} nodes, {data.num_edges:,} edges, {len(data.train):,} 
 # %%
 # The model and the loader: the first ``batch_size`` nodes of a batch are its seeds, and only they count.
 torch.manual_seed(0)
-model = gmoe.GNNMoE(128, 64, 40, num_layers=3, conv="sage", router="token_choice", num_experts=8, k=1, dropout=0.3)
+model = gmoe.GNNMoE(
+    128, 64, 40, num_layers=3, conv="sage", router="token_choice", num_experts=8, k=1, dropout=0.3
+)
 optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
-loader = gmoe.neighbor_loader(data, [15, 10, 5], input_nodes=data.train, batch_size=512, shuffle=True)
+loader = gmoe.neighbor_loader(
+    data, [15, 10, 5], input_nodes=data.train, batch_size=512, shuffle=True
+)
 
 # %%
 # Training. Validation selects the epoch; ``inference`` computes all nodes in chunks.

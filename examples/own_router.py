@@ -84,9 +84,13 @@ class SigmoidRouter(gmoe.Router):
 # The data: 1,797 digits, each with its eight nearest neighbors; 10 labels a class train.
 digits = load_digits()
 neighbors, _ = from_scipy_sparse_matrix(kneighbors_graph(digits.data, n_neighbors=8))
-data = Data(x=torch.tensor(digits.data).float() / 16, y=torch.tensor(digits.target), edge_index=neighbors)
+data = Data(
+    x=torch.tensor(digits.data).float() / 16, y=torch.tensor(digits.target), edge_index=neighbors
+)
 torch.manual_seed(0)
-data = T.Compose([T.ToUndirected(), T.RandomNodeSplit("test_rest", num_train_per_class=10, num_val=300)])(data)
+data = T.Compose(
+    [T.ToUndirected(), T.RandomNodeSplit("test_rest", num_train_per_class=10, num_val=300)]
+)(data)
 graph = gmoe.Graph(data.edge_index, data.num_nodes)  # sorted once, not in every forward
 
 
@@ -109,7 +113,11 @@ def train(router: RouterLike) -> tuple[float, gmoe.Routing]:
     return 100 * test, routings[0]
 
 
-routers: dict[str, RouterLike] = {"token_choice": "token_choice", "SigmoidRouter": SigmoidRouter, "random": "random"}
+routers: dict[str, RouterLike] = {
+    "token_choice": "token_choice",
+    "SigmoidRouter": SigmoidRouter,
+    "random": "random",
+}
 for name, router in routers.items():
     found = []
     for seed in range(args.seeds):
@@ -117,4 +125,6 @@ for name, router in routers.items():
         accuracy, routing = train(router)
         found.append(accuracy)
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    print(f"{name:13} test accuracy {statistics.fmean(found):.1f}{spread} %, load {routing.load.tolist()}")
+    print(
+        f"{name:13} test accuracy {statistics.fmean(found):.1f}{spread} %, load {routing.load.tolist()}"
+    )

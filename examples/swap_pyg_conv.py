@@ -77,7 +77,9 @@ class GAT(nn.Module):
 
 layers = {
     "GATConv": lambda: GATConv(data.num_features, 8, heads=8, dropout=0.6),
-    "MoEConv(GATConv)": lambda: MoEConv(GATConv, data.num_features, 8, heads=8, dropout=0.6, num_experts=8, k=1),
+    "MoEConv(GATConv)": lambda: MoEConv(
+        GATConv, data.num_features, 8, heads=8, dropout=0.6, num_experts=8, k=1
+    ),
 }
 
 
@@ -106,4 +108,6 @@ for name, layer in layers.items():
         found.append(train(GAT(layer())))
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
     seconds = (time.perf_counter() - start) / len(found)
-    print(f"{name:17} test accuracy {statistics.fmean(found):.1f}{spread} %, {seconds:.0f} s a seed")
+    print(
+        f"{name:17} test accuracy {statistics.fmean(found):.1f}{spread} %, {seconds:.0f} s a seed"
+    )

@@ -38,7 +38,9 @@ import gmoe
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--pretrained", action="store_true", help="download timm's weights")
-parser.add_argument("--epochs", type=int, default=10, help="of the dense model, and of fine-tuning each")
+parser.add_argument(
+    "--epochs", type=int, default=10, help="of the dense model, and of fine-tuning each"
+)
 parser.add_argument("--fast", action="store_true", help="seconds, and no download")
 args = parser.parse_args()
 if args.fast:
@@ -46,7 +48,9 @@ if args.fast:
 
 torch.manual_seed(0)
 digits = load_digits()
-images = F.interpolate(torch.tensor(digits.images).float()[:, None] / 8 - 1, size=32, mode="bilinear")
+images = F.interpolate(
+    torch.tensor(digits.images).float()[:, None] / 8 - 1, size=32, mode="bilinear"
+)
 order = torch.randperm(len(images))
 images, labels = images[order], torch.tensor(digits.target)[order]
 
@@ -76,7 +80,10 @@ def train(model: nn.Module, epochs: int, lr: float) -> float:
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
     with torch.no_grad():
-        return 100 * (model.eval()(images[1000:]).argmax(dim=-1) == labels[1000:]).float().mean().item()
+        return (
+            100
+            * (model.eval()(images[1000:]).argmax(dim=-1) == labels[1000:]).float().mean().item()
+        )
 
 
 print(f"dense, {args.epochs} epochs: test accuracy {train(vit, args.epochs, 5e-4):.1f} %")
@@ -85,7 +92,10 @@ print(f"dense, {args.epochs} epochs: test accuracy {train(vit, args.epochs, 5e-4
 # The upcycled model gives what the dense one gives.
 moe = gmoe.moefy(copy.deepcopy(vit), every=2, num_experts=8, k=1, router="token_choice")
 with torch.no_grad():
-    print("largest difference of the first forward:", (moe.eval()(images[:100]) - vit(images[:100])).abs().max().item())
+    print(
+        "largest difference of the first forward:",
+        (moe.eval()(images[:100]) - vit(images[:100])).abs().max().item(),
+    )
 
 # %%
 # Fine-tune both, with the same batches.

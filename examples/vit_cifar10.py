@@ -52,7 +52,11 @@ else:
     )
 side = train_set[0].size(-1)
 scale = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])])
-augment = scale if args.fast else v2.Compose([v2.RandomCrop(side, padding=4), v2.RandomHorizontalFlip(), scale])
+augment = (
+    scale
+    if args.fast
+    else v2.Compose([v2.RandomCrop(side, padding=4), v2.RandomHorizontalFlip(), scale])
+)
 order = torch.randperm(len(train_set[0]), generator=torch.Generator().manual_seed(0))
 val, train = order[: len(order) // 10], order[len(order) // 10 :]
 
@@ -62,7 +66,9 @@ val, train = order[: len(order) // 10], order[len(order) // 10 :]
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
-    found = torch.cat([model(scale(part).to(device)).argmax(dim=-1).cpu() for part in images.split(500)])
+    found = torch.cat(
+        [model(scale(part).to(device)).argmax(dim=-1).cpu() for part in images.split(500)]
+    )
     return 100 * (found == labels).float().mean().item()
 
 
@@ -70,7 +76,9 @@ def fit(model: nn.Module) -> nn.Module:
     images, labels = train_set
     batches = -(-len(train) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=args.epochs * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-3, total_steps=args.epochs * batches
+    )
     for epoch in range(args.epochs):
         start = time.perf_counter()
         model.train()

@@ -64,7 +64,9 @@ def judge(differences: Sequence[float]) -> Difference:
     n, mean = len(differences), statistics.fmean(differences)
     if n < LEAST or (n < MOST and min(differences) == max(differences)):  # no spread to judge by
         return Difference(mean=mean, interval=None, n=n, verdict="inconclusive")
-    half = float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
+    half = (
+        float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
+    )
     low, high = mean - half, mean + half
     verdict: Verdict = "inconclusive"
     if high < WORTH:
@@ -82,11 +84,19 @@ def arms_of(base: RunConfig) -> dict[str, RunConfig]:
     arms = {"dense": dense, "dense-4x": replace(dense, hidden=4 * base.hidden)}
     settings: dict[str, RunConfig]
     if isinstance(base, GraphConfig):
-        once = replace(base, router="token_choice", shared_router=True, router_input=("node", "neighbors"))
+        once = replace(
+            base, router="token_choice", shared_router=True, router_input=("node", "neighbors")
+        )
         centers: dict[str, Any] = {"kmeans_init": True, "options": RouterOptions(num_centroids=1)}
-        settings = {"route-once": once, "k-means": replace(once, router="multi_centroid", **centers)}
+        settings = {
+            "route-once": once,
+            "k-means": replace(once, router="multi_centroid", **centers),
+        }
     else:
-        settings = {name: replace(base, router=name.replace("-", "_")) for name in ("expert-choice", "token-choice")}
+        settings = {
+            name: replace(base, router=name.replace("-", "_"))
+            for name in ("expert-choice", "token-choice")
+        }
     first = next(iter(settings.values()))
     matched: Any = {"router": "dense", "equal": "flops", "equal_to": first.router}
     return arms | {"dense-flops": replace(first, **matched)} | settings
@@ -96,7 +106,9 @@ class Comparison:
     """Arms in turns, a seed (and so a split) after the other, as long as the budget lasts."""
 
     def __init__(self, base: RunConfig, out: Path, seconds: float) -> None:
-        self.arms = {name: replace(arm, out=out / name, resume=True) for name, arm in arms_of(base).items()}
+        self.arms = {
+            name: replace(arm, out=out / name, resume=True) for name, arm in arms_of(base).items()
+        }
         self.ends = time.monotonic() + seconds
         self.summaries: dict[str, Any] = {}
         self.longest = 0.0  # of a turn so far: another one has to fit into the budget
@@ -149,7 +161,9 @@ class Comparison:
         self.longest = max(self.longest, time.monotonic() - begun)
         return True
 
-    def told(self, names: Sequence[str], better: Callable[[], str], other: str) -> Difference | None:
+    def told(
+        self, names: Sequence[str], better: Callable[[], str], other: str
+    ) -> Difference | None:
         """The difference of two arms, after as many turns as it takes to tell; none where there was no time for one."""
         found = None
         for n in range(1, MOST + 1):
@@ -163,7 +177,9 @@ class Comparison:
 
     def difference(self, one: str, other: str, most: int = MOST) -> Difference:
         """Of two arms, over the seeds that both have."""
-        pairs = zip(*(self.summaries[arm]["test"]["values"][:most] for arm in (one, other)), strict=False)
+        pairs = zip(
+            *(self.summaries[arm]["test"]["values"][:most] for arm in (one, other)), strict=False
+        )
         return judge([100 * (a - b) for a, b in pairs])
 
     def step_ratio(self, arm: str) -> float:
@@ -211,7 +227,12 @@ def advise(
     check_choice("preset", preset, legal)
     check(budget > 0, "budget", budget, "minutes above 0")
     base = replace(presets[preset], data_root=data_root, progress=sys.stderr.isatty())
-    check(metric is None or preset == "graph", "metric", f"{metric!r} for {preset}", "none; `graph` leaves it open")
+    check(
+        metric is None or preset == "graph",
+        "metric",
+        f"{metric!r} for {preset}",
+        "none; `graph` leaves it open",
+    )
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     base = fit_to_disk(base)
@@ -242,7 +263,11 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     assert room is not None
     lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
     found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
-    gain = comparison.told((matched, first, second), comparison.better, matched) if room.verdict == "yes" else None
+    gain = (
+        comparison.told((matched, first, second), comparison.better, matched)
+        if room.verdict == "yes"
+        else None
+    )
     if gain is None:
         why = "they need headroom" if room.verdict == "no" or room.n == MOST else "no time was left"
         what = ADVICE["no" if room.verdict == "no" else "inconclusive"]

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
 import gmoe
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, NodeConfig, RouterOptions, RunConfig, load_object
+from experiments.config import (
+    GraphConfig,
+    HeteroConfig,
+    ImageConfig,
+    NodeConfig,
+    RouterOptions,
+    RunConfig,
+    load_object,
+)
 from experiments.data import Task
 from experiments.sharing import share_among_copies
 from gmoe._checks import check
@@ -55,12 +63,18 @@ def make_fabric(config: RunConfig) -> Fabric:
             precision=config.precision,
         )
     except (RuntimeError, ValueError, ImportError) as error:
-        raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
+        raise ValueError(
+            f"device: got {config.device!r}, expected one that is there ({error})"
+        ) from error
     joins = there > 1 and not dist.is_initialized()
     if joins:
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would say that it is there
+        logging.getLogger("lightning_fabric").setLevel(
+            logging.WARNING
+        )  # every process would say that it is there
     fabric.launch()
-    if joins:  # and leaves: gloo's threads end a process by SIGABRT where they are still there as it exits
+    if (
+        joins
+    ):  # and leaves: gloo's threads end a process by SIGABRT where they are still there as it exits
         atexit.register(dist.destroy_process_group)
     return fabric
 
@@ -105,7 +119,9 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     if config.equal is not None:
         cost, dense = cost_by(config, task), replace(config, equal=None, options=RouterOptions())
         target = cost(build_twin(config, task))
-        width = gmoe.match_width(lambda width: cost(_build(replace(dense, hidden=width), task)), target, tolerance=0.5)
+        width = gmoe.match_width(
+            lambda width: cost(_build(replace(dense, hidden=width), task)), target, tolerance=0.5
+        )
         config = replace(dense, hidden=width)
     model: Any = _build(config, task)
     if config.sharing is not None and config.router != "dense":
@@ -124,7 +140,12 @@ def _own_model(name: str, task: Task) -> nn.Module:
     if isinstance(task.graph, HeteroData):
         sizes.append(task.graph.metadata())
     model = load_object("model", name)(*sizes)
-    check(isinstance(model, nn.Module), "model", f"{name}, which returns a {type(model).__name__}", "an nn.Module")
+    check(
+        isinstance(model, nn.Module),
+        "model",
+        f"{name}, which returns a {type(model).__name__}",
+        "an nn.Module",
+    )
     return model
 
 
@@ -174,7 +195,11 @@ def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
 
 def cost_by(config: RunConfig, task: Task) -> Callable[[nn.Module], int]:
     """What ``equal`` counts of a model: parameters, or active FLOPs."""
-    return num_parameters if config.equal == "parameters" else partial(flops, inputs=example(config, task))
+    return (
+        num_parameters
+        if config.equal == "parameters"
+        else partial(flops, inputs=example(config, task))
+    )
 
 
 def build_twin(config: RunConfig, task: Task) -> nn.Module:
@@ -221,7 +246,11 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
                 module.check_finite = config.check_finite
         return model
     assert isinstance(config, NodeConfig)
-    common |= {"norm": config.norm, "residual": config.residual, "check_finite": config.check_finite}
+    common |= {
+        "norm": config.norm,
+        "residual": config.residual,
+        "check_finite": config.check_finite,
+    }
     if isinstance(config, HeteroConfig):
         assert isinstance(task.graph, HeteroData)
         return gmoe.HeteroGNNMoE(
@@ -237,7 +266,9 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         )
     assert isinstance(config, GraphConfig)
     if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
-        common["cached"] = True  # there is one graph only: for the dense model, whose convs are PyG's
+        common["cached"] = (
+            True  # there is one graph only: for the dense model, whose convs are PyG's
+        )
     return gmoe.GNNMoE(
         task.in_channels,
         config.hidden,
@@ -257,10 +288,18 @@ class SoftMLP(nn.Module):
 
     def __init__(self, mlp: nn.Module, size: ViTSize, config: ImageConfig) -> None:
         super().__init__()
-        tokens, width, experts = (size.image_size // size.patch_size) ** 2 + 1, size.hidden_dim, config.experts
+        tokens, width, experts = (
+            (size.image_size // size.patch_size) ** 2 + 1,
+            size.hidden_dim,
+            config.experts,
+        )
         self.mlp = mlp
-        self.experts = gmoe.MLPExperts(width, size.mlp_dim, width, experts, dropout=config.dropout, zero_init=True)
-        self.soft = gmoe.SoftMoE(gmoe.SoftSlots(width, experts, slots=-(-tokens // experts)), self.experts)
+        self.experts = gmoe.MLPExperts(
+            width, size.mlp_dim, width, experts, dropout=config.dropout, zero_init=True
+        )
+        self.soft = gmoe.SoftMoE(
+            gmoe.SoftSlots(width, experts, slots=-(-tokens // experts)), self.experts
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mlp(x) + self.soft(x)
@@ -286,11 +325,15 @@ def kinds_of_experts(config: GraphConfig) -> str | list[str]:
     if len(config.conv) == 1 or config.router == "dense":
         return config.conv[0]
     times, rest = divmod(config.experts, len(config.conv))
-    check(not rest, "experts", config.experts, f"a multiple of the {len(config.conv)} kinds of conv")
+    check(
+        not rest, "experts", config.experts, f"a multiple of the {len(config.conv)} kinds of conv"
+    )
     return list(config.conv) * times
 
 
-def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., gmoe.Router] | None, dict[str, Any]]:
+def _router(
+    config: RunConfig, task: Task
+) -> tuple[str | Callable[..., gmoe.Router] | None, dict[str, Any]]:
     """The router by name or factory, and its options."""
     given = config.options.given()
     if config.router in ("dense", "soft_slots"):
@@ -305,15 +348,27 @@ def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., gmoe.Rou
         check(fits, "router", repr(config.router), "a subclass of gmoe.Router")
     elif config.router == "oracle":
         if task.planted is None:
-            raise ValueError(f"router: got 'oracle' for {task.name}, expected another, since no routing is planted")
+            raise ValueError(
+                f"router: got 'oracle' for {task.name}, expected another, since no routing is planted"
+            )
         planted = int(task.planted.max()) + 1
         check(config.experts == planted, "experts", config.experts, f"the {planted} planted ones")
         router = partial(gmoe.OracleRouter, assignment=task.planted)
     legal = inspect.signature(gmoe.ROUTERS.get(router, router)).parameters
     for name, value in given.items():
-        check(name in legal, name, repr(value), f"none, since the router {config.router!r} has no such option")
+        check(
+            name in legal,
+            name,
+            repr(value),
+            f"none, since the router {config.router!r} has no such option",
+        )
     if router == "token_choice" and given.get("balance") not in ("switch", "importance_load"):
-        check("balance_coef" not in given, "balance_coef", "a number", "none: only switch and importance_load have one")
+        check(
+            "balance_coef" not in given,
+            "balance_coef",
+            "a number",
+            "none: only switch and importance_load have one",
+        )
     if given.get("balance") == "none":
         given["balance"] = None
     return router, given
@@ -326,7 +381,13 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
     routers = [module for module in copied.modules() if isinstance(module, gmoe.MultiCentroid)]
     check(routers, "kmeans_init", True, "False, since the model has no multi-centroid router")
     for router in routers:
-        router.register_forward_pre_hook(lambda router, args: router.init_from_data(args[0], seed=seed))
+        router.register_forward_pre_hook(
+            lambda router, args: router.init_from_data(args[0], seed=seed)
+        )
     copied(*inputs)
-    begun = {name: value for name, value in copied.state_dict().items() if name.endswith(("centroid", "center_D"))}
+    begun = {
+        name: value
+        for name, value in copied.state_dict().items()
+        if name.endswith(("centroid", "center_D"))
+    }
     model.load_state_dict({**model.state_dict(), **begun})

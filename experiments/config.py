@@ -194,29 +194,58 @@ class RunConfig:
                 legal = f"{names}package.module:name or FILE.py:name{nearest(value, known)}"
                 raise ValueError(f"{name}: got {value!r}, expected {legal}")
         for name, value in (asdict(self) | self.options.given()).items():
-            check(not isinstance(value, float) or math.isfinite(value), name, value, "a finite number")
+            check(
+                not isinstance(value, float) or math.isfinite(value), name, value, "a finite number"
+            )
             if name in LEAST and value is not None:
                 check(value >= LEAST[name], name, value, f"at least {LEAST[name]}")
             check(name not in SHARES or value < 1, name, value, "less than 1")
         for name in self.logger:
-            check(importlib.util.find_spec(name), "logger", repr(name), f"its package installed: pip install {name}")
+            check(
+                importlib.util.find_spec(name),
+                "logger",
+                repr(name),
+                f"its package installed: pip install {name}",
+            )
         copies = self.start == "copies"
-        check(self.sharing is None or copies, "sharing", repr(self.sharing), "none without start='copies'")
+        check(
+            self.sharing is None or copies,
+            "sharing",
+            repr(self.sharing),
+            "none without start='copies'",
+        )
         noisy = self.router == "token_choice" and self.options.noise is None
-        check(noisy or not self.anneal_noise, "anneal_noise", True, "False without token choice and its default noise")
+        check(
+            noisy or not self.anneal_noise,
+            "anneal_noise",
+            True,
+            "False without token choice and its default noise",
+        )
         if self.router in ("uniform", "oracle"):
             legal = "1: uniform takes all experts, and oracle the planted one"
             check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)
-        if not 0 < len(set(self.seeds)) == len(self.seeds) or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
-            raise ValueError(f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once")
+        if (
+            not 0 < len(set(self.seeds)) == len(self.seeds)
+            or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32
+        ):
+            raise ValueError(
+                f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once"
+            )
         if self.world > 1 and getattr(self, "sampling", None) == "full":
             raise ValueError(
                 f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with full batches, expected one: "
                 "a whole graph is one batch, which cannot be split; sample it, or train seeds side by side by --jobs N"
             )
         if self.world > 1:
-            check(self.jobs == 1, "jobs", f"{self.jobs} with {self.world} processes a seed (devices x nodes)", 1)
-        legal = f"a multiple of devices x nodes = {self.world}: it is that of all processes together"
+            check(
+                self.jobs == 1,
+                "jobs",
+                f"{self.jobs} with {self.world} processes a seed (devices x nodes)",
+                1,
+            )
+        legal = (
+            f"a multiple of devices x nodes = {self.world}: it is that of all processes together"
+        )
         check(self.batch_size % self.world == 0, "batch_size", self.batch_size, legal)
 
     @property
@@ -228,14 +257,21 @@ class RunConfig:
     def launcher(self) -> str:
         """The command that starts as many processes."""
         machines = "" if self.nodes == 1 else f"--nnodes {self.nodes} "
-        return "python" if self.world == 1 else f"torchrun {machines}--nproc-per-node {self.devices}"
+        return (
+            "python" if self.world == 1 else f"torchrun {machines}--nproc-per-node {self.devices}"
+        )
 
     def folder(self) -> Path:
         """The run folder, without a number."""
         if self.out is not None:
             return self.out
-        what = [self.dataset if self.data is None else self.data, self.router if self.model is None else self.model]
-        return Path("runs") / "-".join(Path(name).name.replace(".py:", ".").replace(":", ".") for name in what)
+        what = [
+            self.dataset if self.data is None else self.data,
+            self.router if self.model is None else self.model,
+        ]
+        return Path("runs") / "-".join(
+            Path(name).name.replace(".py:", ".").replace(":", ".") for name in what
+        )
 
     def layer_options(self) -> dict[str, Any]:
         """Options of the MoE layers; one that is ``None`` is left to the layer's own default."""
@@ -271,9 +307,15 @@ class NodeConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.fanout or min(self.fanout) < -1 or (self.sampling != "neighbor" and self.fanout != FANOUT):
+        if (
+            not self.fanout
+            or min(self.fanout) < -1
+            or (self.sampling != "neighbor" and self.fanout != FANOUT)
+        ):
             expected = "numbers from -1 (all), with sampling='neighbor'"
-            raise ValueError(f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected {expected}")
+            raise ValueError(
+                f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected {expected}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,9 +345,15 @@ class GraphConfig(NodeConfig):
         super().__post_init__()
         check(self.conv, "conv", "none", "at least one")
         if self.metric is not None and self.dataset != "graph":
-            raise ValueError(f"metric: got {self.metric!r} for {self.dataset}, expected none; `graph` leaves it open")
-        if self.features is not None and (self.dataset in ("graph", PAPERS) or self.data is not None):
-            raise ValueError(f"features: got {self.features!r}, expected none for {self.dataset}, which has its own")
+            raise ValueError(
+                f"metric: got {self.metric!r} for {self.dataset}, expected none; `graph` leaves it open"
+            )
+        if self.features is not None and (
+            self.dataset in ("graph", PAPERS) or self.data is not None
+        ):
+            raise ValueError(
+                f"features: got {self.features!r}, expected none for {self.dataset}, which has its own"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,10 +387,17 @@ class ImageConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.router != "dense" and self.mlp_scale != 1:
-            raise ValueError(f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected router='dense'")
+            raise ValueError(
+                f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected router='dense'"
+            )
         soft = self.router != "soft_slots" or (self.k == 1 and self.start in (None, "shared"))
         check(soft, "router", "'soft_slots' with another k or start", "the defaults of these")
-        check(self.options.scope != "neighbors", "scope", "'neighbors'", "'group': images have no edges")
+        check(
+            self.options.scope != "neighbors",
+            "scope",
+            "'neighbors'",
+            "'group': images have no edges",
+        )
 
 
 HETERO = ("ogbn-mag", "hetero")
@@ -420,7 +475,12 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
 
     ``data_root`` is where the data are here, if it does not say: your own graph, or the folder that holds it.
     """
-    check(isinstance(science.get("dataset"), str), "dataset", repr(science.get("dataset")), "the name of one")
+    check(
+        isinstance(science.get("dataset"), str),
+        "dataset",
+        repr(science.get("dataset")),
+        "the name of one",
+    )
     science = _with_start(science)
     kind = config_class(science["dataset"])
     retired = RETIRED.keys() - {option.name for option in fields(kind)}
@@ -440,7 +500,12 @@ def _with_start(science: Mapping[str, Any]) -> dict[str, Any]:
     if shared is None and dense_start is None:
         return known
     gone = shared is not False and dense_start is False and known.get("router") != "dense"
-    check(not gone, "dense_start", "False beside a shared expert", "another: there are no such layers any more")
+    check(
+        not gone,
+        "dense_start",
+        "False beside a shared expert",
+        "another: there are no such layers any more",
+    )
     return known | {"start": "plain" if shared is False else "shared"}
 
 
@@ -451,7 +516,9 @@ def read_options(path: Path, data_root: Path, base: RunConfig | None = None) -> 
         given = read_json(path, dict[str, Any])
         if base is not None:
             if given.get("dataset", base.dataset) != base.dataset:
-                raise ValueError(f"dataset: got {given['dataset']!r}, expected {base.dataset}, that of the preset")
+                raise ValueError(
+                    f"dataset: got {given['dataset']!r}, expected {base.dataset}, that of the preset"
+                )
             given = base.science() | given
         return restore(given, data_root)
     except ValueError as error:
@@ -548,7 +615,9 @@ def program(name: str, function: Callable[..., Any], about: str | None) -> Calla
 
     def main(args: Sequence[str] | None = None) -> Any:
         try:
-            return tyro.cli(function, args=args, prog=f"python -m experiments.{name}", description=about)
+            return tyro.cli(
+                function, args=args, prog=f"python -m experiments.{name}", description=about
+            )
         except ModuleNotFoundError as error:
             fail(error, where="; all that experiments need: pip install -e '.[convert]'")
         except (ValueError, OSError, ImportError) as error:

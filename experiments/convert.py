@@ -35,7 +35,10 @@ Array: TypeAlias = NDArray[Any]
 
 PARTS = ("train", "val", "test")
 CLASSES = 172  # of ogbn-papers100M
-RELEASE = {"data.npz": {"edges": "edge_index", "x": "node_feat"}, "node-label.npz": {"y": "node_label"}}
+RELEASE = {
+    "data.npz": {"edges": "edge_index", "x": "node_feat"},
+    "node-label.npz": {"y": "node_label"},
+}
 """The arrays of its archives, by what they are here."""
 SCRATCH = "scratch"
 """A folder in DIR.new for what is unpacked and sorted; it says whose DIR.new is."""
@@ -48,12 +51,21 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
     folder = root.expanduser() / "ogbn_papers100M"
     folder = folder if folder.exists() else folder.with_name("papers100M-bin")
     planted = folder / "PLANTED.txt"
-    files = {part: folder / "split" / "time" / f"{'valid' if part == 'val' else part}.csv.gz" for part in PARTS}
+    files = {
+        part: folder / "split" / "time" / f"{'valid' if part == 'val' else part}.csv.gz"
+        for part in PARTS
+    }
     for archive, arrays in RELEASE.items():
         path = folder / "raw" / archive
-        check(path.is_file(), "from", f"no {path}", "OGB's papers100M-bin.zip (56 GB) unzipped there")
+        check(
+            path.is_file(), "from", f"no {path}", "OGB's papers100M-bin.zip (56 GB) unzipped there"
+        )
         with naming(path), zipfile.ZipFile(path) as file:
-            check_space(scratch, sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values()), str(path))
+            check_space(
+                scratch,
+                sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values()),
+                str(path),
+            )
             for name, array in arrays.items():
                 with writing(scratch / f"{array}.npy"):
                     files[name] = Path(file.extract(f"{array}.npy", scratch))
@@ -63,7 +75,12 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
 def check_space(folder: Path, needed: int, what: str = "to") -> None:
     """Refuse a disk that is too full."""
     free = shutil.disk_usage(folder).free
-    check(needed <= free, what, f"{needed / 1e9:.2f} GB to write", f"at most the {free / 1e9:.2f} GB free at {folder}")
+    check(
+        needed <= free,
+        what,
+        f"{needed / 1e9:.2f} GB to write",
+        f"at most the {free / 1e9:.2f} GB free at {folder}",
+    )
 
 
 @contextmanager
@@ -80,7 +97,12 @@ def building(to: Path, option: str = "to") -> Iterator[Path]:
         except BlockingIOError as error:
             raise ValueError(f"{option}: another process is writing {folder}") from error
         fits = not any(folder.iterdir()) or (folder / SCRATCH).exists()
-        check(fits, option, f"files of another program in {folder}", "none, or those of a run that was cut off")
+        check(
+            fits,
+            option,
+            f"files of another program in {folder}",
+            "none, or those of a run that was cut off",
+        )
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -127,7 +149,9 @@ def convert(
     files, source = {name: path for name, path in given.items() if path is not None}, graph
     with building(to) as folder:
         if graph == PAPERS:
-            check(not files, ", ".join(files), f"arrays for {PAPERS}", "none; the release has its own")
+            check(
+                not files, ", ".join(files), f"arrays for {PAPERS}", "none; the release has its own"
+            )
             source, files = papers(root, folder / SCRATCH)
         edges = read_edges(files.get("edges", Path(graph)))
         check("x" in files, "x", None, "a .npy file with a row of features for each node")
@@ -166,8 +190,15 @@ def read_edges(path: Path) -> Array | Path:
     if path.suffix != ".npy":
         return path
     edges = read_npy(path, memory_map=True)
-    fits = edges.ndim == 2 and 2 in edges.shape and edges.dtype.kind in "iu" and edges.dtype.isnative
-    check(fits, "edges", f"shape {edges.shape} of {edges.dtype.str}", "(2, M) or (M, 2) native integers")
+    fits = (
+        edges.ndim == 2 and 2 in edges.shape and edges.dtype.kind in "iu" and edges.dtype.isnative
+    )
+    check(
+        fits,
+        "edges",
+        f"shape {edges.shape} of {edges.dtype.str}",
+        "(2, M) or (M, 2) native integers",
+    )
     return edges if len(edges) == 2 else edges.T
 
 
@@ -182,12 +213,19 @@ def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, A
         low, high = (ids.min(), ids.max()) if len(ids) else (0, 0)
         check(0 <= low <= high < nodes, part, f"nodes {low} to {high}", f"0 to {nodes - 1}")
         np.add.at(seen, ids, 1)
-        check(seen.max() < 2, part, f"node {seen.argmax()} twice, or in an earlier part too", "it once")
+        check(
+            seen.max() < 2,
+            part,
+            f"node {seen.argmax()} twice, or in an earlier part too",
+            "it once",
+        )
         write_npy(folder / f"{part}.npy", ids)
     return split
 
 
-def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: bool, memory: float) -> Iterator[Array]:
+def sorted_keys(
+    edges: Array | Path, scratch: Path, nodes: int, *, directed: bool, memory: float
+) -> Iterator[Array]:
     """Each edge as one number, destination * N + source, in ascending order; sorted by DuckDB."""
     import duckdb
 
@@ -205,7 +243,9 @@ def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: boo
                 _open_table(connection, edges)
             else:
                 connection.register("given", {"s": edges[0], "d": edges[1]})
-                connection.execute("CREATE TEMP VIEW edges AS SELECT s::BIGINT AS s, d::BIGINT AS d FROM given")
+                connection.execute(
+                    "CREATE TEMP VIEW edges AS SELECT s::BIGINT AS s, d::BIGINT AS d FROM given"
+                )
             connection.execute(query)
             while len(table := connection.fetch_df_chunk(512)):  # of 2,048 rows each
                 yield table["key"].to_numpy()
@@ -221,14 +261,21 @@ def _open_table(connection: Any, path: Path) -> None:
     quoted = str(path).replace("'", "''")
     table = f"read_parquet('{quoted}')"
     if path.suffix == ".csv":
-        options = "auto_detect=false, delim=',', quote='\"', columns={'s': 'VARCHAR', 'd': 'VARCHAR'}"
+        options = (
+            "auto_detect=false, delim=',', quote='\"', columns={'s': 'VARCHAR', 'd': 'VARCHAR'}"
+        )
         names = "TRY_CAST(s AS DOUBLE) IS NULL AND TRY_CAST(d AS DOUBLE) IS NULL"
         first = f"SELECT {names} FROM read_csv('{quoted}', {options}, header=false) LIMIT 1"
         header = connection.execute(first).fetchone()
         check(header, "edges", f"no rows in {path}", "one at least")
         table = f"read_csv('{quoted}', {options}, header={header[0]})"
     columns = connection.sql(f"SELECT * FROM {table}").columns
-    check(len(columns) == 2, "edges", f"columns {', '.join(columns)} in {path}", "two, source and destination")
+    check(
+        len(columns) == 2,
+        "edges",
+        f"columns {', '.join(columns)} in {path}",
+        "two, source and destination",
+    )
     whole = "CASE WHEN trim({0}::VARCHAR) SIMILAR TO '[0-9]+' THEN {0}::BIGINT ELSE error(concat('got node ', {0})) END"
     ends = f"{whole.format('s')} AS s, {whole.format('d')} AS d"
     connection.execute(f"CREATE VIEW edges AS SELECT {ends} FROM {table} AS given (s, d)")
@@ -236,7 +283,11 @@ def _open_table(connection: Any, path: Path) -> None:
 
 def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bool) -> int:
     """Write ``source.npy`` and ``start.npy``, and return the number of edges."""
-    start, last, dtype = np.zeros(nodes + 1, np.int64), -1, np.dtype(np.int32 if nodes < 2**31 else np.int64)
+    start, last, dtype = (
+        np.zeros(nodes + 1, np.int64),
+        -1,
+        np.dtype(np.int32 if nodes < 2**31 else np.int64),
+    )
     path, bar = folder / "source.npy", tqdm(desc="edges", unit_scale=True, disable=None)
     with writing(path), path.open("wb") as file, bar:
         write_header(file, dtype, (0,))
@@ -264,7 +315,12 @@ def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
                 cast = x[begin : begin + size].astype(dtype)
             good = np.isfinite(cast).all(axis=1)
             row, most = begin + int(good.argmin()), np.finfo(dtype).max
-            check(good.all(), "x", f"{np.abs(x[row]).max():g} in row {row}", f"finite numbers up to {most:g}")
+            check(
+                good.all(),
+                "x",
+                f"{np.abs(x[row]).max():g} in row {row}",
+                f"finite numbers up to {most:g}",
+            )
             cast.tofile(file)
 
 
@@ -283,7 +339,12 @@ def write_header(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Non
 def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, nodes: int) -> int:
     """Write ``y.npy``, with -1 for NaN, and return the number of classes."""
     y, below = read_npy(files["y"]), CLASSES if "edges" in files else 2**31
-    check(y.shape in ((nodes,), (nodes, 1)), "y", f"shape {y.shape}", f"({nodes},), a label for each row of x")
+    check(
+        y.shape in ((nodes,), (nodes, 1)),
+        "y",
+        f"shape {y.shape}",
+        f"({nodes},), a label for each row of x",
+    )
     y = np.where(np.isnan(y), -1, y).reshape(-1)
     low, high = y.min(), y.max()
     fits = low >= -1 and high < below and (y % 1 == 0).all()
@@ -297,7 +358,12 @@ def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, 
 def described(path: Path) -> dict[str, Any]:
     """What ``graph.json`` says of an array."""
     array, digest = np.load(path, mmap_mode="r"), hashlib.sha256(np.memmap(path, mode="r").data)
-    return {"file": path.name, "dtype": str(array.dtype), "shape": [*array.shape], "sha256": digest.hexdigest()}
+    return {
+        "file": path.name,
+        "dtype": str(array.dtype),
+        "shape": [*array.shape],
+        "sha256": digest.hexdigest(),
+    }
 
 
 main = program("convert", convert, __doc__)

@@ -90,7 +90,9 @@ def curves(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list
             scores = tuple(100 * value for value in summary["test"]["values"])
             lines.setdefault(model, []).append(Point(int(width), summary["flops"], scores))
         found[column] = {
-            model: sorted(lines[model], key=lambda point: point.flops) for model in WIDTHS if model in lines
+            model: sorted(lines[model], key=lambda point: point.flops)
+            for model in WIDTHS
+            if model in lines
         }
     return found
 

@@ -39,17 +39,27 @@ def ensemble(
     from experiments.predictions import mean_of, score  # and so torch, which --help does without
     from experiments.run_folder import read_run
 
-    warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
+    warnings.filterwarnings(
+        "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+    )
     data_root = data_root or read_run(runs[0], None, trust).config.data_root  # all on the same data
     found = [read_run(folder, data_root, trust) for folder in runs]
     sets = sorted({run.config.dataset for run in found})
-    one = len(sets) == 1 and sets[0].startswith("ogbn-")  # of others, each seed may test where another one trains
+    one = len(sets) == 1 and sets[0].startswith(
+        "ogbn-"
+    )  # of others, each seed may test where another one trains
     check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
     for run in found:
         print(f"{run.folder}: {submission(run.summary)}")
-    files = [run.folder / f"seed-{seed}" / "predictions.safetensors" for run in found for seed in run.config.seeds]
+    files = [
+        run.folder / f"seed-{seed}" / "predictions.safetensors"
+        for run in found
+        for seed in run.config.seeds
+    ]
     if missing := [str(file) for file in files if not file.exists()]:
-        raise ValueError(f"{missing[0]}: is missing; runs on OGB's sets of one node type, in memory, can write it")
+        raise ValueError(
+            f"{missing[0]}: is missing; runs on OGB's sets of one node type, in memory, can write it"
+        )
     for run in reversed(found):  # an error where it was trained on others
         task = run.load_task()
     probability = mean_of(files)

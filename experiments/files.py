@@ -38,12 +38,18 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
     Raises:
         ValueError: names the key, what it got and what is legal.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError  # not before it is needed: half a second
+    from pydantic import (
+        ConfigDict,
+        TypeAdapter,
+        ValidationError,
+    )  # not before it is needed: half a second
 
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     adapter = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]  # bare dataclasses refuse a config
     try:
-        return adapter.validate_json(b"[%b]" % (text.encode() if isinstance(text, str) else text))[0]
+        return adapter.validate_json(b"[%b]" % (text.encode() if isinstance(text, str) else text))[
+            0
+        ]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if "error" in first.get("ctx", {}):  # a check of the dataclass itself
@@ -72,16 +78,25 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDAr
             name = member.filename.removesuffix(".npy")
             if names is not None and name not in names:
                 continue
-            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{name} is encrypted or compressed in another way than numpy does")
+            if member.flag_bits & 1 or member.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):
+                raise ValueError(
+                    f"{name} is encrypted or compressed in another way than numpy does"
+                )
             with archive.open(member) as file:
                 content = bytearray(file.read(HEADER))
                 shape, order, dtype, start = _header(bytes(content))
                 size = math.prod(shape) * dtype.itemsize
-                while len(content) <= start + size and (chunk := file.read(1 << 20)):  # to the end: checks the CRC
+                while len(content) <= start + size and (
+                    chunk := file.read(1 << 20)
+                ):  # to the end: checks the CRC
                     content += chunk
             _check_size(size, len(content) - start)
-            arrays[name] = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape, order=order)
+            arrays[name] = np.frombuffer(content, dtype, math.prod(shape), start).reshape(
+                shape, order=order
+            )
     return arrays
 
 
@@ -119,7 +134,9 @@ def read_pickle(path: Path) -> Any:
     with naming(path):
         content = path.read_bytes()
         for operation, argument, _ in pickletools.genops(content):
-            if operation.name.endswith("PUT") and (argument or 0) > len(content):  # as many places are allocated
+            if operation.name.endswith("PUT") and (argument or 0) > len(
+                content
+            ):  # as many places are allocated
                 raise ValueError("claims more objects than it has bytes")
         return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
 
@@ -127,7 +144,10 @@ def read_pickle(path: Path) -> Any:
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = ("_reconstruct", "ndarray", "dtype", "csr_matrix", "defaultdict", "list", "encode")
-        if module.partition(".")[0] in ("numpy", "scipy", "collections", "__builtin__", "_codecs") and name in known:
+        if (
+            module.partition(".")[0] in ("numpy", "scipy", "collections", "__builtin__", "_codecs")
+            and name in known
+        ):
             return super().find_class(module, name)
         raise ValueError(f"holds {module}.{name}, expected arrays")
 
@@ -173,7 +193,9 @@ def writing(path: Path) -> Iterator[None]:
 def _header(start: bytes) -> tuple[tuple[int, ...], Any, np.dtype[Any], int]:
     """Shape, order, dtype and length of the header of an array of numbers."""
     file = io.BytesIO(start)
-    reader = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    reader = (
+        npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    )
     shape, fortran, dtype = reader(file)
     if dtype.kind not in "biuf" or not shape or min(shape) < 0:
         raise ValueError(f"got {dtype} of shape {shape}, expected rows of numbers")

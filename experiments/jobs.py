@@ -57,7 +57,9 @@ def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None
             summary, results = so_far(config)
             missing = [seed for seed in config.seeds if summary is None and seed not in results]
             data = (config.dataset, config.data, config.data_root)
-            if missing and data not in loaded:  # or the processes would download and prepare the same at once
+            if (
+                missing and data not in loaded
+            ):  # or the processes would download and prepare the same at once
                 load_tasks(config)
                 loaded.add(data)
         except (ValueError, OSError) as error:
@@ -88,9 +90,15 @@ def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None
                 del running[end]
                 if status := job.process.exitcode:
                     last = job.said.decode(errors="replace").strip().rpartition("\n")[2]
-                    failed[job.place].append(f"seed {job.seed} ended with status {status}: {last or 'without a word'}")
+                    failed[job.place].append(
+                        f"seed {job.seed} ended with status {status}: {last or 'without a word'}"
+                    )
                 if configs[job.place].progress:
-                    print(f"{number - len(todo) - len(running)} of {number} seeds ended", file=sys.stderr, flush=True)
+                    print(
+                        f"{number - len(todo) - len(running)} of {number} seeds ended",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 left[job.place] -= 1
                 if not left[job.place]:
                     yield job.place, "; ".join(failed[job.place])
@@ -104,7 +112,9 @@ def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None
 def _train_seed(config: RunConfig, seed: int, threads: int, pipe: Connection) -> None:
     """The process of a seed; what it says goes to the first process."""
     os.setsid()  # Ctrl-C is for the first process, which ends the others by SIGTERM
-    sys.stdout = sys.stderr = os.fdopen(pipe.fileno(), "w", buffering=1, closefd=False)  # whole lines
+    sys.stdout = sys.stderr = os.fdopen(
+        pipe.fileno(), "w", buffering=1, closefd=False
+    )  # whole lines
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()  # type: ignore[union-attr]  # there is one

@@ -25,12 +25,29 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 import gmoe
-from experiments.build import build_model, costs_of, from_first, init_centroids, make_fabric, of_all, share
+from experiments.build import (
+    build_model,
+    costs_of,
+    from_first,
+    init_centroids,
+    make_fabric,
+    of_all,
+    share,
+)
 from experiments.config import GraphConfig, NodeConfig, RunConfig
 from experiments.data import Batch, Split, Task, load_tasks
 from experiments.predictions import has_predictions, keep_predictions
 from experiments.routing_stats import routing_rows, routing_summary
-from experiments.run_folder import Checkpoint, Logs, Result, Summary, begin, so_far, summarize, write_json
+from experiments.run_folder import (
+    Checkpoint,
+    Logs,
+    Result,
+    Summary,
+    begin,
+    so_far,
+    summarize,
+    write_json,
+)
 from experiments.sharing import TIED, tie_copies
 from gmoe import Router, Routing, RoutingStats
 from gmoe.distributed import world_sum
@@ -59,25 +76,37 @@ def run(config: RunConfig, progress: Progress | None = None) -> Summary:
         progress.skip(config.epochs)
         progress.finish(config.epochs)
     if summary is None:
-        results |= train_seeds(fabric, config, [seed for seed in config.seeds if seed not in results], progress)
-        summary = from_first(fabric, lambda: summarize(config, [results[seed] for seed in config.seeds]))
+        results |= train_seeds(
+            fabric, config, [seed for seed in config.seeds if seed not in results], progress
+        )
+        summary = from_first(
+            fabric, lambda: summarize(config, [results[seed] for seed in config.seeds])
+        )
         write_json(config.folder() / "summary.json", summary)
     return summary
 
 
-def train_seeds(fabric: Fabric, config: RunConfig, seeds: list[int], progress: Progress) -> dict[int, Result]:
+def train_seeds(
+    fabric: Fabric, config: RunConfig, seeds: list[int], progress: Progress
+) -> dict[int, Result]:
     """The results of seeds, which are written too."""
     if not seeds:  # and no data are needed
         return {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # a class token's, of one image
+        warnings.filterwarnings(
+            "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+        )
+        warnings.filterwarnings(
+            "ignore", "Grad strides do not match bucket view"
+        )  # a class token's, of one image
         with fabric.rank_zero_first(local=True):  # who downloads what is missing
             task_of = load_tasks(config)
         return {seed: train_seed(fabric, config, task_of(seed), seed, progress) for seed in seeds}
 
 
-def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progress: Progress) -> Result:
+def train_seed(
+    fabric: Fabric, config: RunConfig, task: Task, seed: int, progress: Progress
+) -> Result:
     """Train with one seed and evaluate: validation selects the epoch, the test set is read once, at the end.
 
     An unfinished checkpoint is resumed. Of several processes the first one's figures of the routing are right.
@@ -89,8 +118,12 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     fabric.seed_everything(seed, verbose=False)
     model = build_model(config, task)
     if config.kmeans_init:
-        init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
-    costs = costs_of(model, config, task)  # runs it once, and so refuses what cannot run before anything is written
+        init_centroids(
+            model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed
+        )
+    costs = costs_of(
+        model, config, task
+    )  # runs it once, and so refuses what cannot run before anything is written
     keeps = has_predictions(config, model, task)
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
@@ -101,7 +134,9 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
             test, routings = training.evaluate("test")
             val = reached.best_val
             if keeps:
-                val, test = from_first(fabric, lambda: keep_predictions(training, folder, (val, test)))
+                val, test = from_first(
+                    fabric, lambda: keep_predictions(training, folder, (val, test))
+                )
         result: Result = {
             "seed": seed,
             "epochs": config.epochs,
@@ -110,7 +145,9 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
             "test": test,
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
-            "peak_memory": torch.cuda.max_memory_allocated(fabric.device) // 2**20 if is_on_gpu else None,
+            "peak_memory": torch.cuda.max_memory_allocated(fabric.device) // 2**20
+            if is_on_gpu
+            else None,
             **costs,
             "routing": routing_summary(routings, task),
             "curve": reached.curve,
@@ -127,7 +164,9 @@ def locked(fabric: Fabric, folder: Path) -> AbstractContextManager[Any]:
     try:
         return FileLock(folder / "lock", timeout=0).acquire()
     except Timeout as error:
-        raise ValueError(f"out: {folder} is being trained by another process; wait, or choose another") from error
+        raise ValueError(
+            f"out: {folder} is being trained by another process; wait, or choose another"
+        ) from error
 
 
 def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reached:
@@ -144,31 +183,47 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
     with checkpoint:
         while reached.epochs < config.epochs:
             epoch = reached.epochs
-            for batch, rows in batches_left(training, checkpoint, shuffle_seed=seed * 100_003 + epoch):
+            for batch, rows in batches_left(
+                training, checkpoint, shuffle_seed=seed * 100_003 + epoch
+            ):
                 training.step(batch, rows)
                 if steps > 1:
                     figures = f"step {training.epoch.batches} of {steps}"
-                    progress.show(name, epoch + training.epoch.batches / steps, config.epochs, figures)
+                    progress.show(
+                        name, epoch + training.epoch.batches / steps, config.epochs, figures
+                    )
             row, layers = training.end_epoch(seed)
             logs.write(row, layers)
-            progress.show(name, reached.epochs, config.epochs, f"loss {row['loss']:.3f}, best {reached.best_val:.4f}")
+            progress.show(
+                name,
+                reached.epochs,
+                config.epochs,
+                f"loss {row['loss']:.3f}, best {reached.best_val:.4f}",
+            )
             checkpoint.save() if reached.epochs == config.epochs else checkpoint.tick()
     logs.close()
     progress.finish(config.epochs)
     if len(reached.curve["val"]) > 1 and len(set(reached.curve["val"])) == 1:
-        print(f"{training.task.name}: validation never changed, so that the first epoch is selected", flush=True)
+        print(
+            f"{training.task.name}: validation never changed, so that the first epoch is selected",
+            flush=True,
+        )
     training.model.load_state_dict(training.best)
     return reached
 
 
-def batches_left(training: Training, checkpoint: Checkpoint, shuffle_seed: int) -> Iterator[tuple[Batch, int]]:
+def batches_left(
+    training: Training, checkpoint: Checkpoint, shuffle_seed: int
+) -> Iterator[tuple[Batch, int]]:
     """What an epoch has left to train on: this process's part of each batch, and how many rows all parts have.
 
     Before each batch, and after the last, all processes agree on saving and stopping.
     """
     training.model.train()
     batches = iter(training.batches("train", shuffle_seed))
-    if training.epoch.batches:  # cut off inside this epoch: its batches are drawn again, and not trained on again
+    if (
+        training.epoch.batches
+    ):  # cut off inside this epoch: its batches are drawn again, and not trained on again
         kept = training.rng
         for _ in itertools.islice(batches, training.epoch.batches):
             pass
@@ -203,7 +258,8 @@ class Progress(tqdm):
             delay=1e-9,
             miniters=0,
             mininterval=0.1 if self.in_terminal else SECONDS,
-            bar_format="{percentage:3.0f}%|{bar}| " * self.in_terminal + "{desc}; about {remaining} left",
+            bar_format="{percentage:3.0f}%|{bar}| " * self.in_terminal
+            + "{desc}; about {remaining} left",
         )
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
@@ -220,7 +276,9 @@ class Progress(tqdm):
     def show(self, name: str, epoch: float, epochs: int, figures: str) -> None:
         """Where a seed is; whole epochs, or parts of one."""
         self.n = min(self.done + epoch, self.epochs)
-        self.set_description_str(f"{name}: epoch {epoch:.3g} of {epochs}, {figures}", refresh=epoch >= epochs)
+        self.set_description_str(
+            f"{name}: epoch {epoch:.3g} of {epochs}, {figures}", refresh=epoch >= epochs
+        )
         self.update(0)
 
     def finish(self, epochs: int) -> None:
@@ -236,14 +294,18 @@ class Epoch:
     def __init__(self, lr: float) -> None:
         self.lr = lr  # at its start
         self.batches = self.count = 0
-        self.sums: dict[str, Tensor] = {}  # tensors: a number would have to be waited for at every step
+        self.sums: dict[
+            str, Tensor
+        ] = {}  # tensors: a number would have to be waited for at every step
         self.stats: RoutingStats | None = None
 
     def add(self, values: dict[str, Tensor], routings: list[Routing], rows: int) -> None:
         """One step's losses, and what it routed."""
         if routings:
             if self.stats is None:
-                self.stats = RoutingStats([routing.num_experts for routing in routings]).to(values["loss"].device)
+                self.stats = RoutingStats([routing.num_experts for routing in routings]).to(
+                    values["loss"].device
+                )
             self.stats.update(routings)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach() * rows
@@ -258,18 +320,28 @@ class Epoch:
 
     def state(self) -> dict[str, Any]:
         """As tensors and numbers."""
-        stats = None if self.stats is None else (list(self.stats.num_experts), dict(self.stats.metric_state))
+        stats = (
+            None
+            if self.stats is None
+            else (list(self.stats.num_experts), dict(self.stats.metric_state))
+        )
         return vars(self) | {"stats": stats}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from :meth:`state`."""
-        vars(self).update(state, sums={name: value.to(device) for name, value in state["sums"].items()}, stats=None)
+        vars(self).update(
+            state,
+            sums={name: value.to(device) for name, value in state["sums"].items()},
+            stats=None,
+        )
         if state["stats"] is not None:
             experts, values = state["stats"]
             self.stats = RoutingStats(experts).to(device)
             for name, value in values.items():
                 setattr(self.stats, name, value.to(device))
-            self.stats._update_count = self.batches  # torchmetrics would warn of a metric without updates
+            self.stats._update_count = (
+                self.batches
+            )  # torchmetrics would warn of a metric without updates
 
 
 @dataclass
@@ -280,7 +352,9 @@ class Reached:
     best_epoch: int = -1
     best_val: float = -math.inf
     seconds: float = 0.0
-    curve: dict[str, list[float]] = field(default_factory=lambda: {"epoch": [], "loss": [], "val": []})
+    curve: dict[str, list[float]] = field(
+        default_factory=lambda: {"epoch": [], "loss": [], "val": []}
+    )
 
 
 @dataclass
@@ -300,11 +374,16 @@ class Training:
 
     def __post_init__(self) -> None:
         self.reached, self.epoch, self.best = Reached(), Epoch(self.lr), self.weights()
-        self.rng, self.clock = get_rng(), time.perf_counter()  # when ``reached.seconds`` was counted last
+        self.rng, self.clock = (
+            get_rng(),
+            time.perf_counter(),
+        )  # when ``reached.seconds`` was counted last
 
     def batches(self, split: Split, seed: int | None) -> Iterable[Batch]:
         """This process's slices of the batches of an epoch."""
-        return self.task.loader(split, self.config.batch_size, seed, (self.fabric.global_rank, self.fabric.world_size))
+        return self.task.loader(
+            split, self.config.batch_size, seed, (self.fabric.global_rank, self.fabric.world_size)
+        )
 
     def forward(self, inputs: tuple[Any, ...]) -> Tensor:
         """Logits; ``routings`` are those of this call. At evaluation processes do not wait for each other."""
@@ -313,7 +392,9 @@ class Training:
             return self.model(*inputs)
         precision = self.fabric.strategy.precision
         with precision.forward_context():
-            logits: Tensor = precision.convert_output(self.model.module(*precision.convert_input(inputs)))
+            logits: Tensor = precision.convert_output(
+                self.model.module(*precision.convert_input(inputs))
+            )
         return logits
 
     @property
@@ -332,11 +413,15 @@ class Training:
         logits = batch.counted(self.forward(batch.inputs))
         loss = self.task.loss(logits, batch.target) if rows else logits.sum()
         aux = gmoe.aux_loss(self.routings).to(loss.device)
-        self.fabric.backward(share_of_mean * loss + aux)  # DDP takes the mean of the processes' gradients
+        self.fabric.backward(
+            share_of_mean * loss + aux
+        )  # DDP takes the mean of the processes' gradients
         if self.progress < TIED.get(self.config.sharing or "", 0.0):
             tie_copies(self.model)
         if norm := self.config.clip_norm:
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False)
+            self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False
+            )
         self.optimizer.step()
         self.scheduler.step()
         losses = {
@@ -362,13 +447,22 @@ class Training:
     def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Evaluate where it is due, and count the epoch as done; the rows of metrics.csv and routing.csv."""
         config, reached, epoch = self.config, self.reached, self.reached.epochs
-        row: dict[str, Any] = {"epoch": epoch, "lr": self.epoch.lr, **self.epoch.means(), "val": None}
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": self.epoch.lr,
+            **self.epoch.means(),
+            "val": None,
+        }
         _check_finite("loss", row["loss"], seed, epoch, config)
         reached.epochs += 1
         if reached.epochs == config.epochs or reached.epochs % config.eval_every == 0:
             row["val"] = self.evaluate("val")[0]
             _check_finite(self.task.metric_name, row["val"], seed, epoch, config)
-            for figure, value in (("epoch", reached.epochs), ("loss", row["loss"]), ("val", row["val"])):
+            for figure, value in (
+                ("epoch", reached.epochs),
+                ("loss", row["loss"]),
+                ("val", row["val"]),
+            ):
                 reached.curve[figure].append(round(value, 5))
             if row["val"] > reached.best_val:
                 reached.best_val, reached.best_epoch, self.best = row["val"], epoch, self.weights()
@@ -385,7 +479,9 @@ class Training:
         batches of validation are shared out, and have none.
         """
         task, config = self.task, self.config
-        alone = split == "test" or (isinstance(config, NodeConfig) and config.evaluation != "sampled")
+        alone = split == "test" or (
+            isinstance(config, NodeConfig) and config.evaluation != "sampled"
+        )
         share(self.model.module.buffers())  # batch norms have counted what each process saw
         value, routings = 0.0, list[list[Routing]]()
         if self.fabric.is_global_zero or not alone:
@@ -396,7 +492,11 @@ class Training:
             if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
                 routings.append(self._by_layer(split, metric))
             else:
-                for batch in task.loader(split, config.batch_size, None) if alone else self.batches(split, None):
+                for batch in (
+                    task.loader(split, config.batch_size, None)
+                    if alone
+                    else self.batches(split, None)
+                ):
                     batch = self.fabric.to_device(batch)
                     logits = batch.counted(self.forward(batch.inputs))
                     if len(logits):
@@ -421,7 +521,9 @@ class Training:
         graph: Any = self.task.graph
         device, size = self.fabric.device, self.config.batch_size
         if self.config.precision == "64-true":
-            graph = copy.copy(graph).apply(lambda value: value.double() if value.is_floating_point() else value)
+            graph = copy.copy(graph).apply(
+                lambda value: value.double() if value.is_floating_point() else value
+            )
         with self.fabric.autocast():
             found: tuple[Tensor, list[Routing]] = self.model.module.inference(
                 graph, device, batch_size=size, return_routing=True
@@ -465,7 +567,9 @@ class Training:
 def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> Iterator[Training]:
     """Model, optimizer and schedule, ready to train; the routings are recorded as long as it lasts."""
     has_experts = any(isinstance(module, Router) for module in model.modules())
-    recording: AbstractContextManager[list[Routing]] = gmoe.record_routing(model) if has_experts else nullcontext([])
+    recording: AbstractContextManager[list[Routing]] = (
+        gmoe.record_routing(model) if has_experts else nullcontext([])
+    )
     with recording as routings, attention_kernel(fabric.device, config):
         ready, optimizer = fabric.setup(model, make_optimizer(config, model))
         steps = config.epochs * task.steps(config.batch_size)
@@ -489,11 +593,18 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        leaf = name.rsplit(".", 1)[-1]  # a gain is decayed, toward the dense model: it scales weights that are
+        leaf = name.rsplit(".", 1)[
+            -1
+        ]  # a gain is decayed, toward the dense model: it scales weights that are
         spare = (parameter.dim() < 2 and leaf != "gain") or leaf in spared
         (plain if spare else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, lr=config.lr)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        groups, lr=config.lr
+    )
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:

@@ -47,14 +47,20 @@ def patches(
     found = read_run(run, data_root, trust)
     task = found.load_task()
     if task.kind != "image" or not found.history:
-        raise ValueError(f"run: got {run}, a dense model or one of graphs, expected an image model with experts")
+        raise ValueError(
+            f"run: got {run}, a dense model or one of graphs, expected an image model with experts"
+        )
     model = found.load_model(task)
     mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
     seen = [decode(str(path), task.in_channels).float() / 255 for path in images]
-    batch = torch.stack([((one.mean(0, keepdim=True) if len(mean) == 1 else one) - mean) / std for one in seen])
+    batch = torch.stack(
+        [((one.mean(0, keepdim=True) if len(mean) == 1 else one) - mean) / std for one in seen]
+    )
     with torch.no_grad():
         guesses = model(batch).argmax(dim=1).tolist()
-    titles = [f"{path.name}\n{task.classes[guess]}?" for path, guess in zip(images, guesses, strict=True)]
+    titles = [
+        f"{path.name}\n{task.classes[guess]}?" for path, guess in zip(images, guesses, strict=True)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     for page, begin in enumerate(range(0, len(images), ROWS), start=1):
         rows = slice(begin, begin + ROWS)

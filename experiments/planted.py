@@ -60,7 +60,9 @@ def write_planted(
     text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}"
     with building(folder, "root") as made:  # half a graph never stands at its place
         _write(made / "PLANTED.txt", text)
-        for file, content in _drawn(np.random.default_rng(seed), name, nodes, edges, classes).items():
+        for file, content in _drawn(
+            np.random.default_rng(seed), name, nodes, edges, classes
+        ).items():
             _write(made / file, content)
     print(folder)
     return folder
@@ -72,29 +74,50 @@ def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[st
 
     features, shares = SIZES[name][3:]
     part = np.searchsorted(np.cumsum(shares), (rng.permutation(nodes) + 0.5) / nodes)
-    split = {of: np.flatnonzero(part == number) for number, of in enumerate(("train", "val", "test"))}
+    split = {
+        of: np.flatnonzero(part == number) for number, of in enumerate(("train", "val", "test"))
+    }
     popularity = np.arange(1, classes + 1) ** -0.5
     rest = rng.choice(classes, size=nodes - classes, p=popularity / popularity.sum())
-    community, regime = rng.permutation([*range(classes), *rest]), rng.choice(4, size=nodes, p=REGIMES)
+    community, regime = (
+        rng.permutation([*range(classes), *rest]),
+        rng.choice(4, size=nodes, p=REGIMES),
+    )
     x = rng.standard_normal((nodes, features), dtype=np.float32)
-    center = rng.standard_normal((classes, features), dtype=np.float32) * np.float32(3 / features**0.5)
+    center = rng.standard_normal((classes, features), dtype=np.float32) * np.float32(
+        3 / features**0.5
+    )
     for begin in range(0, nodes, PIECE):
         x[begin : begin + PIECE] += center[community[begin : begin + PIECE]]
     x[np.arange(nodes), regime] += 3
-    y = np.where(rng.random(nodes) < NOISE, rng.integers(classes, size=nodes), (community + regime) % classes)
+    y = np.where(
+        rng.random(nodes) < NOISE, rng.integers(classes, size=nodes), (community + regime) % classes
+    )
     if name == PAPERS:
         label = {"node_label": np.where(part < 3, y, np.nan).astype(np.float32)[:, None]}
         graph = {"edge_index": links(rng, community, community, edges), "node_feat": x}
-        tables = {f"split/time/{'valid' if of == 'val' else of}.csv.gz": ids for of, ids in split.items()}
+        tables = {
+            f"split/time/{'valid' if of == 'val' else of}.csv.gz": ids for of, ids in split.items()
+        }
         return {"raw/data.npz": graph, "raw/node-label.npz": label, **tables}
     held: dict[Any, Any] = {"x": x, "y": y, "nodes": nodes, "release": "planted", **split}
     files = _mag(rng, held, community, edges) if name == "ogbn-mag" else {}
     if name != "ogbn-mag":
-        held["", "edge"] = _simple(links(rng, community, community, edges), undirected=name != "ogbn-arxiv")
-    if name == "ogbn-proteins":  # the features are of edges; 112 labels, other functions in each regime
-        score = np.tanh(x) @ rng.standard_normal((features, 112)) * rng.choice([-1, 1], (4, 112))[regime]
+        held["", "edge"] = _simple(
+            links(rng, community, community, edges), undirected=name != "ogbn-arxiv"
+        )
+    if (
+        name == "ogbn-proteins"
+    ):  # the features are of edges; 112 labels, other functions in each regime
+        score = (
+            np.tanh(x)
+            @ rng.standard_normal((features, 112))
+            * rng.choice([-1, 1], (4, 112))[regime]
+        )
         score += rng.standard_normal(score.shape)
-        held["y"] = np.array([column > np.quantile(column, rng.uniform(0.6, 0.95)) for column in score.T], int).T
+        held["y"] = np.array(
+            [column > np.quantile(column, rng.uniform(0.6, 0.95)) for column in score.T], int
+        ).T
         held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))
     held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
     return files | {file: held[of] for of, file in files_of(name).items()}
@@ -105,11 +128,19 @@ def _mag(rng: Any, held: dict[Any, Any], venue: Array, citations: int) -> dict[s
     from experiments.data.ogb import RELATIONS
 
     papers, kinds = len(venue), int(venue.max()) + 1
-    count = {"author": papers * 3 // 2, "field_of_study": papers // 12, "institution": papers // 84 + 2}
-    of = {kind: rng.permutation(number) % kinds for kind, number in count.items()} | {"paper": venue}
+    count = {
+        "author": papers * 3 // 2,
+        "field_of_study": papers // 12,
+        "institution": papers // 84 + 2,
+    }
+    of = {kind: rng.permutation(number) % kinds for kind, number in count.items()} | {
+        "paper": venue
+    }
     for relation, share in zip(RELATIONS, (0.19, 1.32, 1.0, 1.39), strict=True):
         pairs = links(rng, of[relation[0]], of[relation[2]], max(1, round(share * citations)))
-        held[relation, "edge"] = _simple(pairs) if relation[1] == "cites" else np.unique(pairs, axis=1).T
+        held[relation, "edge"] = (
+            _simple(pairs) if relation[1] == "cites" else np.unique(pairs, axis=1).T
+        )
     header = [*count, "paper"]
     held["nodes"] = [header, [*count.values(), papers]]
     names = ("raw/nodetype-has-feat", "raw/nodetype-has-label", "split/time/nodetype-has-split")
@@ -126,7 +157,9 @@ def links(rng: Any, source: Array, destination: Array, edges: int) -> Array:
         ends[0] = rng.integers(len(source), size=count)
         anyone = destination[rng.integers(len(destination), size=count)]
         community = np.where(rng.random(count) < HOMOPHILY, source[ends[0]] % len(size), anyone)
-        ends[1] = order[first[community] + (rng.random(count) ** 3 * size[community]).astype(np.int64)]
+        ends[1] = order[
+            first[community] + (rng.random(count) ** 3 * size[community]).astype(np.int64)
+        ]
     return found
 
 

@@ -31,16 +31,22 @@ def has_predictions(config: Any, model: Any, task: Task) -> bool:
     """
     if not isinstance(config, GraphConfig):
         return False
-    possible = (config.correct_and_smooth or config.dataset.startswith("ogbn-")) and isinstance(task.graph, Data)
+    possible = (config.correct_and_smooth or config.dataset.startswith("ogbn-")) and isinstance(
+        task.graph, Data
+    )
     possible = possible and (config.evaluation == "full" or not fails_by_layer(model, task.graph))
-    if config.correct_and_smooth and not (possible and task.graph is not None and task.graph.y.dim() == 1):
+    if config.correct_and_smooth and not (
+        possible and task.graph is not None and task.graph.y.dim() == 1
+    ):
         legal = "False: it takes one class a node, a graph in memory, and layer-wise inference or evaluation='full'"
         raise ValueError(f"correct_and_smooth: got True for {task.name}, expected {legal}")
     return possible
 
 
 @torch.no_grad()
-def keep_predictions(training: Training, folder: Path, scores: tuple[float, float]) -> tuple[float, float]:
+def keep_predictions(
+    training: Training, folder: Path, scores: tuple[float, float]
+) -> tuple[float, float]:
     """Write ``predictions.safetensors`` in the folder of a seed: (N, classes) probabilities of all nodes.
 
     Returns what validation and test score: ``scores``, or what they do after correction and smoothing.
@@ -73,10 +79,16 @@ def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
     edges, train = task.graph.edge_index.to(y.device), task.split["train"].to(y.device)
     mask = torch.zeros(len(y), dtype=torch.bool, device=y.device).index_fill(0, train, value=True)
     post = CorrectAndSmooth(
-        num_correction_layers=50, correction_alpha=1.0, num_smoothing_layers=50, smoothing_alpha=0.8, autoscale=True
+        num_correction_layers=50,
+        correction_alpha=1.0,
+        num_smoothing_layers=50,
+        smoothing_alpha=0.8,
+        autoscale=True,
     )
     right = post.correct(probability, y[mask], mask, edges)
-    right = right.where(right.isfinite(), probability)  # PyG divides 0 by 0 where no training node has an error
+    right = right.where(
+        right.isfinite(), probability
+    )  # PyG divides 0 by 0 where no training node has an error
     found: Tensor = post.smooth(right, y[mask], mask, edges)
     return found
 

@@ -34,15 +34,23 @@ def places() -> Iterator[tuple[dict[str, Any], RunConfig]]:
     for values in product(REGIMES, LABELS, WIDTHS, WAYS, MODELS):
         place: dict[str, Any] = dict(zip(AXES, values, strict=True))
         name = "regimes-{regimes}-{labels}-{shown}".format(**place)
-        changes = MODELS[place["model"]] | ({"experts": place["regimes"]} if place["model"] == "oracle" else {})
+        changes = MODELS[place["model"]] | (
+            {"experts": place["regimes"]} if place["model"] == "oracle" else {}
+        )
         yield place, replace(BASE, dataset=name, hidden=place["width"], **changes)
 
 
 def read_map(path: Path) -> Any:
     """What is finished; a ``ValueError`` where it is of another recipe."""
-    found: Any = read_json(path, dict[str, Any]) if path.exists() else {"config": BASE.science(), "places": []}
+    found: Any = (
+        read_json(path, dict[str, Any])
+        if path.exists()
+        else {"config": BASE.science(), "places": []}
+    )
     if differences_of(BASE, found["config"]):
-        raise ValueError(f"results: {path} is of another recipe; choose another folder by --results")
+        raise ValueError(
+            f"results: {path} is of another recipe; choose another folder by --results"
+        )
     return found
 
 

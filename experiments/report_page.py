@@ -67,7 +67,10 @@ class Page(list[str]):
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """Add a table, header first, which scrolls by itself where it is too wide."""
         tags = ["th", *["td"] * (len(rows) - 1)]
-        cells = ("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) for tag, row in zip(tags, rows, strict=True))
+        cells = (
+            "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+            for tag, row in zip(tags, rows, strict=True)
+        )
         self.append(f'<div class="scroll"><table><tr>{"</tr><tr>".join(cells)}</tr></table></div>')
 
     def figures(self, figures: Sequence[Figure], caption: str) -> None:
@@ -76,8 +79,13 @@ class Page(list[str]):
         for figure in figures:
             content = io.BytesIO()
             figure.savefig(content, format="png", dpi=150)
-            data, width = base64.b64encode(content.getvalue()).decode(), round(96 * figure.get_figwidth())
-            images.append(f'<img width="{width}" alt="{escape(caption)}" src="data:image/png;base64,{data}">')
+            data, width = (
+                base64.b64encode(content.getvalue()).decode(),
+                round(96 * figure.get_figwidth()),
+            )
+            images.append(
+                f'<img width="{width}" alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+            )
         row = f'<div class="row">{"".join(images)}</div>'
         self.append(f"<figure>{row}<figcaption>{escape(caption)}</figcaption></figure>")
 
@@ -106,7 +114,9 @@ def write_report(
     If all were, it is a ``ValueError``. ``data_root`` and ``trust`` are those of
     :func:`experiments.run_folder.read_run`.
     """
-    warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
+    warnings.filterwarnings(
+        "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+    )
     runs, failed = list[RunFolder](), list[str]()
     for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
@@ -116,7 +126,9 @@ def write_report(
     if not runs:
         raise ValueError("; ".join(failed) or "runs: got none, expected at least one folder")
     names = [run.name for run in runs]
-    runs = [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
+    runs = [
+        replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs
+    ]
     page, routing = Page(), Page()
     for line in first:
         page.text(line, "lead")
@@ -139,7 +151,9 @@ def write_report(
 
 def data_of(run: RunFolder) -> str:
     """What its data are called; files of one's own go by their content too."""
-    return " ".join(filter(None, (run.science.get("file", run.config.dataset), run.science.get("digest"))))
+    return " ".join(
+        filter(None, (run.science.get("file", run.config.dataset), run.science.get("digest")))
+    )
 
 
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:
@@ -163,7 +177,10 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     ]
     page.heading("Results")
     page.table([[name, *(column[name] for column in columns)] for name in columns[0]])
-    page.text("Validation selects the epoch; the test set is read once. Mean ± sample standard deviation.", "note")
+    page.text(
+        "Validation selects the epoch; the test set is read once. Mean ± sample standard deviation.",
+        "note",
+    )
 
 
 def _routing(page: Page, run: RunFolder) -> str:
@@ -177,14 +194,18 @@ def _routing(page: Page, run: RunFolder) -> str:
             maps.append(drawn)
             for layer, (weight, known) in zip(layers, shown, strict=True):
                 expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
-                found = alignment(expert, {name.removeprefix("ami_"): value for name, value in known.items()})
+                found = alignment(
+                    expert, {name.removeprefix("ami_"): value for name, value in known.items()}
+                )
                 layer |= {f"ami_{name}": [value] for name, value in found.items()}
         else:
             shown = _nodes(run, task)
     except (FileNotFoundError, ValueError) as error:
         missing = f"Not drawn: {error}"
     page.heading(f"{run.name}: routing")
-    page.figures([expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}.")
+    page.figures(
+        [expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}."
+    )
     header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
     rows = {name: [f"{fmean(layer[name]):.3f}" for layer in layers] for name in layers[0]}
     page.table([header, *([name.replace("_", " "), *row] for name, row in rows.items())])
@@ -208,7 +229,9 @@ def _routing(page: Page, run: RunFolder) -> str:
     for number, (weight, known) in enumerate(shown, start=1):
         page.figures(
             [
-                share_map(weight, value, PROPERTIES[name][0], task.classes if name == "ami_label" else ())
+                share_map(
+                    weight, value, PROPERTIES[name][0], task.classes if name == "ami_label" else ()
+                )
                 for name, value in known.items()
             ],
             f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each class, place (row by "
@@ -227,11 +250,17 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
         weights.append(patch_weights(model, *batch.inputs))
         if sum(len(one.target) for one in batches) >= most:
             break
-    images, labels = (torch.cat(parts) for parts in zip(*((*one.inputs, one.target) for one in batches), strict=True))
+    images, labels = (
+        torch.cat(parts)
+        for parts in zip(*((*one.inputs, one.target) for one in batches), strict=True)
+    )
     shown = list[Tokens]()
     for weight_BhwE in map(torch.cat, zip(*weights, strict=True)):
         number = weight_BhwE[0, ..., 0].numel()
-        known = {"ami_label": labels.repeat_interleave(number), "ami_place": torch.arange(number).repeat(len(labels))}
+        known = {
+            "ami_label": labels.repeat_interleave(number),
+            "ami_place": torch.arange(number).repeat(len(labels)),
+        }
         shown.append((weight_BhwE.flatten(0, 2), known))
     chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()[:6]]
     titles = [task.classes[int(labels[image])] for image in chosen]
@@ -262,8 +291,12 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
             curve: Any = run.summary.get("curve", {"epoch": []})  # of older runs there is none
             if len(curve["epoch"]) > 1:
                 epoch, values = curve["epoch"], factor * np.array(curve[name])
-                (line,) = axis.plot(epoch, values.mean(axis=0), label=f"{run.name} (n = {len(values)})")
-                axis.fill_between(epoch, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
+                (line,) = axis.plot(
+                    epoch, values.mean(axis=0), label=f"{run.name} (n = {len(values)})"
+                )
+                axis.fill_between(
+                    epoch, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2
+                )
         axis.set(xlabel="epoch", ylabel=label)
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -294,5 +327,10 @@ def share_map(weight_TE: Tensor, value_T: Tensor, title: str, names: Sequence[st
     axis.set(xlabel=title, ylabel="expert")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names) == share.size(1):
-        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize="small")
+        axis.set_xticks(
+            range(len(names)),
+            names,
+            rotation=90 if max(map(len, names)) > 2 else 0,
+            fontsize="small",
+        )
     return figure

@@ -34,7 +34,10 @@ from experiments.studies import SMALL_VIT
 THREE = (0, 1, 2)
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {"router": "dense"}),
-    "dense-flops": ("dense, equal active FLOPs", {"router": "dense", "equal": "flops", "equal_to": "token_choice"}),
+    "dense-flops": (
+        "dense, equal active FLOPs",
+        {"router": "dense", "equal": "flops", "equal_to": "token_choice"},
+    ),
     "dense-parameters": (
         "dense, equal parameters",
         {"router": "dense", "equal": "parameters", "equal_to": "token_choice"},
@@ -54,11 +57,19 @@ COLUMNS: dict[str, RunConfig] = {
     "digits": replace(DIGITS, seeds=TEN),
     "cifar10": replace(SMALL_VIT, data_root=Path(), seeds=THREE),
     "imagenette": replace(
-        SMALL_VIT, dataset="imagenette", data_root=Path(), image_size=64, patch=8, epochs=15, seeds=THREE
+        SMALL_VIT,
+        dataset="imagenette",
+        data_root=Path(),
+        image_size=64,
+        patch=8,
+        epochs=15,
+        seeds=THREE,
     ),
     "digits-graph": replace(DIGITS_GRAPH, seeds=TEN),
     "mosaic": replace(MOSAIC, seeds=TEN),
-    "minesweeper": replace(MINESWEEPER, hidden=16, epochs=200, data_root=Path("heterophilous"), seeds=TEN),
+    "minesweeper": replace(
+        MINESWEEPER, hidden=16, epochs=200, data_root=Path("heterophilous"), seeds=TEN
+    ),
     "facebook": replace(GRAPH, hidden=16, eval_every=5, data_root=Path("facebook.npz"), seeds=TEN),
     "arxiv": replace(
         ARXIV,
@@ -84,7 +95,9 @@ def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, 
     """The cells of some columns and rows, all where none are named: ``COLUMN/ROW`` and configuration."""
     for kind, names, known in (("columns", columns, COLUMNS), ("rows", rows, ROWS)):
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"{kind}: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+            raise ValueError(
+                f"{kind}: got {', '.join(unknown)}, expected some of {', '.join(known)}"
+            )
     found = {}
     for column, row in product(columns or COLUMNS, rows or ROWS):
         base = COLUMNS[column]
@@ -112,7 +125,9 @@ def routed_part(config: RunConfig, task: Task, seed: int) -> tuple[float, list[f
     """What the routed experts of a trained seed do on the test set: the metric with these switched off, and by layer
     the norm of what they add over that of the layer's output."""
     model = build_model(config, task)
-    model.load_state_dict(load_file(config.folder() / f"seed-{seed}" / "checkpoint" / "best.safetensors"))
+    model.load_state_dict(
+        load_file(config.folder() / f"seed-{seed}" / "checkpoint" / "best.safetensors")
+    )
     sums = defaultdict[nn.Module, list[float]](lambda: [0.0, 0.0])
 
     def count(layer: nn.Module, *values: Tensor) -> None:

@@ -53,7 +53,9 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
     if not routings or not routings[0]:
         return []
     experts = [routing.num_experts for routing in routings[0]]
-    stats = RoutingStats(experts, sync_on_compute=False).to(routings[0][0].token.device)  # one process has them all
+    stats = RoutingStats(experts, sync_on_compute=False).to(
+        routings[0][0].token.device
+    )  # one process has them all
     for batch in routings:
         stats.update(batch)
     layers, graph = _rounded(stats), task.graph
@@ -65,7 +67,9 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
         expert = routing.top_expert.cpu()
         if task.planted is not None:
             layer["nmi"] = float(normalized_mutual_info_score(expert, task.planted))
-        layer |= {f"ami_{name}": round(value, 4) for name, value in alignment(expert, properties).items()}
+        layer |= {
+            f"ami_{name}": round(value, 4) for name, value in alignment(expert, properties).items()
+        }
     return layers
 
 
@@ -86,7 +90,9 @@ def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
     """By layer and name: a number, or a list of one an expert."""
     return [
         {
-            name: [round(one, 4) for one in value.view(-1).tolist()] if name in PER_EXPERT else round(value.item(), 4)
+            name: [round(one, 4) for one in value.view(-1).tolist()]
+            if name in PER_EXPERT
+            else round(value.item(), 4)
             for name, value in layer.items()
         }
         for layer in stats.compute()
@@ -118,7 +124,9 @@ def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
     if len(distinct) <= bins:
         return which
     middle = counts.cumsum(0) - (counts + 1) / 2  # the mean rank of each distinct value
-    return (middle / len(values) * bins).long().unique(return_inverse=True)[1][which]  # no bin is empty
+    return (
+        (middle / len(values) * bins).long().unique(return_inverse=True)[1][which]
+    )  # no bin is empty
 
 
 def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:
@@ -126,9 +134,13 @@ def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) 
 
     ``"shuffled"`` is a baseline: the largest, in size, of the assignment shuffled with ``seed``.
     """
-    shuffled = assignment[torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))]
+    shuffled = assignment[
+        torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))
+    ]
     found = {name: ami(assignment, value) for name, value in properties.items()}
-    return found | {"shuffled": max((ami(shuffled, value) for value in properties.values()), key=abs)}
+    return found | {
+        "shuffled": max((ami(shuffled, value) for value in properties.values()), key=abs)
+    }
 
 
 def ami(assignment: Tensor, value: Tensor) -> float:
@@ -185,7 +197,9 @@ def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> s
 
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
     """By layer of experts what starts at zero in it: of a conv the gain, of MLPs their last layers."""
-    found: dict[Any, Any] = {layer: [layer.gain] for layer in model.modules() if isinstance(layer, MoEConv)}
+    found: dict[Any, Any] = {
+        layer: [layer.gain] for layer in model.modules() if isinstance(layer, MoEConv)
+    }
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, MoE | SoftMLP)]
     return found | {layer: list(layer.experts.down.parameters()) for layer in layers}
 

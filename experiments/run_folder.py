@@ -85,7 +85,12 @@ def place(config: RunConfig) -> Path:
     """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number."""
     base = config.folder()
     if config.out is not None:
-        check(config.resume or not _is_taken(base), "out", f"{base}, which holds files", "another, or --resume")
+        check(
+            config.resume or not _is_taken(base),
+            "out",
+            f"{base}, which holds files",
+            "another, or --resume",
+        )
         return base
     folders = [base]
     while _is_taken(folders[-1]):
@@ -114,10 +119,14 @@ def described(config: RunConfig) -> dict[str, Any]:
         digest.update(Path(features).read_bytes())
     if config.dataset == "graph":
         found["file"] = root.name
-        for file in sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]:
+        for file in (
+            sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
+        ):
             digest.update(file.read_bytes() if file.exists() else b"")
     elif config.dataset in IMAGE_FOLDERS:
-        base = next((root / part for part in IMAGE_FOLDERS[config.dataset] if (root / part).is_dir()), root)
+        base = next(
+            (root / part for part in IMAGE_FOLDERS[config.dataset] if (root / part).is_dir()), root
+        )
         files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
         for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
             if (base / file).is_file():
@@ -132,7 +141,9 @@ def described(config: RunConfig) -> dict[str, Any]:
 def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Where a run that is :func:`described` by ``there`` is another one: its value and this one's."""
     other, here = vars(restore(there, config.data_root)), described(config)
-    pairs = {name: (other.get(name), value) for name, value in vars(config).items() if name not in WHERE}
+    pairs = {
+        name: (other.get(name), value) for name, value in vars(config).items() if name not in WHERE
+    }
     pairs |= {name: (there.get(name), here.get(name)) for name in RECORDS}
     return {name: (theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours}
 
@@ -148,11 +159,15 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
     if is_more:
         del differences["seeds"]
     for name, (other, here) in sorted(differences.items()):
-        raise ValueError(f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; choose another folder")
+        raise ValueError(
+            f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; choose another folder"
+        )
     if not is_more and summary.exists():
         return read_json(summary, Summary), {}
     results = {seed: folder / f"seed-{seed}" / "result.json" for seed in config.seeds}
-    return None, {seed: read_json(result, Result) for seed, result in results.items() if result.exists()}
+    return None, {
+        seed: read_json(result, Result) for seed, result in results.items() if result.exists()
+    }
 
 
 @rank_zero_only
@@ -160,7 +175,9 @@ def begin(config: RunConfig) -> None:
     """Write what a run is, before what it gives."""
     folder = config.folder()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").unlink(missing_ok=True)  # before the configuration says that there is more to it
+    (folder / "summary.json").unlink(
+        missing_ok=True
+    )  # before the configuration says that there is more to it
     write_json(folder / "config.json", described(config))
     write_json(folder / "where.json", {"data_root": str(config.data_root.absolute())})
 
@@ -211,12 +228,25 @@ def environment() -> dict[str, Any]:
     """Commit, hardware and versions."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         found = ""
     info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    packages = ("torch", "torch-geometric", "torchvision", "lightning-fabric", "scikit-learn", "numpy")
+    models = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    packages = (
+        "torch",
+        "torch-geometric",
+        "torchvision",
+        "lightning-fabric",
+        "scikit-learn",
+        "numpy",
+    )
     return {
         "commit": found.strip().removesuffix("-dirty") or None,
         "dirty": found.strip().endswith("-dirty"),
@@ -248,7 +278,9 @@ class Log:
             path.unlink(missing_ok=True)
         if not path.exists():
             return
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")  # the last may be half a row
+        rows = pd.read_csv(
+            path, dtype=str, keep_default_na=False, on_bad_lines="skip"
+        )  # the last may be half a row
         fresh = path.with_suffix(".new")
         epoch = pd.to_numeric(rows["epoch"], errors="coerce")
         kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1
@@ -272,18 +304,25 @@ class Logs:
 
     @rank_zero_only
     def __init__(self, folder: Path, config: RunConfig, keep: int) -> None:
-        self.metrics, self.routing = Log(folder / "metrics.csv", keep), Log(folder / "routing.csv", keep)
+        self.metrics, self.routing = (
+            Log(folder / "metrics.csv", keep),
+            Log(folder / "routing.csv", keep),
+        )
         self.tensorboard = self.wandb = None
         name, options = f"{folder.parent.name}-{folder.name}", config.science()
         if "tensorboard" in config.logger:
             purge = keep or None
-            self.tensorboard = TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=purge)
+            self.tensorboard = TensorBoardLogger(
+                folder, "", "tensorboard", default_hp_metric=False, purge_step=purge
+            )
             self.tensorboard.log_hyperparams(options)
         if "wandb" in config.logger:
             import wandb
 
             own = f"{name}-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:8]}"  # not another folder's
-            self.wandb = wandb.init(project="gmoe", name=name, id=own, resume="allow", dir=str(folder), config=options)
+            self.wandb = wandb.init(
+                project="gmoe", name=name, id=own, resume="allow", dir=str(folder), config=options
+            )
 
     @rank_zero_only
     def write(self, row: dict[str, Any], layers: list[dict[str, Any]]) -> None:
@@ -292,8 +331,14 @@ class Logs:
         self.metrics.write([row])
         self.routing.write([{"epoch": epoch} | layer for layer in layers])
         for layer in layers:
-            row = row | {f"layer_{layer['layer']}/{name}": value for name, value in layer.items() if name != "layer"}
-        figures = {name: value for name, value in row.items() if value is not None and name != "epoch"}
+            row = row | {
+                f"layer_{layer['layer']}/{name}": value
+                for name, value in layer.items()
+                if name != "layer"
+            }
+        figures = {
+            name: value for name, value in row.items() if value is not None and name != "epoch"
+        }
         if self.tensorboard is not None:
             self.tensorboard.log_metrics(figures, epoch)
             self.tensorboard.save()
@@ -351,7 +396,9 @@ class Checkpoint:
         Returns the sum over processes of ``rows``, of the next batch: another collective would be one more to wait for.
         """
         is_due = time.monotonic() - self._last > SECONDS
-        signals, due, total = world_sum(torch.tensor([self.signal is not None, is_due, rows])).tolist()
+        signals, due, total = world_sum(
+            torch.tensor([self.signal is not None, is_due, rows])
+        ).tolist()
         if signals or due:
             self.save()
         if signals:
@@ -360,7 +407,10 @@ class Checkpoint:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():  # which alone gets signals
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = number
@@ -380,7 +430,9 @@ class RunFolder:
     config: RunConfig  # with the data root that the data have here
     science: dict[str, Any]  # config.json
     summary: Summary
-    history: list[list[dict[str, Tensor]]]  # of the first seed, by epoch and MoE layer: the load of each expert
+    history: list[
+        list[dict[str, Tensor]]
+    ]  # of the first seed, by epoch and MoE layer: the load of each expert
 
     def load_task(self) -> Task:
         """The data, as the first seed saw them; an error where others or none are there."""
@@ -407,23 +459,41 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
     check_finished(folder)
     path, where = folder / "config.json", folder / "where.json"
     try:
-        summary, science = read_json(folder / "summary.json", Summary), read_json(path, dict[str, Any])
+        summary, science = (
+            read_json(folder / "summary.json", Summary),
+            read_json(path, dict[str, Any]),
+        )
         if data_root is None:
-            data_root = Path(read_json(where, dict[str, str]).get("data_root", "data")) if where.exists() else Path()
+            data_root = (
+                Path(read_json(where, dict[str, str]).get("data_root", "data"))
+                if where.exists()
+                else Path()
+            )
             data_root = data_root if data_root.exists() else Path("data")
         config, layers = read_options(path, data_root), len(summary["routing"])
         if not trust:
             check_trusted(config, folder)
-        history = _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers) if layers else []
+        history = (
+            _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers)
+            if layers
+            else []
+        )
     except FileNotFoundError as error:
         legal = "the folder of a finished run"
         raise ValueError(f"{error.filename}: is missing, expected {legal}") from error
     name = folder.resolve().name
-    return RunFolder(folder=folder, name=name, config=config, science=science, summary=summary, history=history)
+    return RunFolder(
+        folder=folder, name=name, config=config, science=science, summary=summary, history=history
+    )
 
 
 def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
     table = read_csv(path, dtype=float, index_col=False).filter(like="load_")
-    check(len(table) == epochs * layers, str(path), f"{len(table)} rows", f"{epochs} an MoE layer, one an epoch")
+    check(
+        len(table) == epochs * layers,
+        str(path),
+        f"{len(table)} rows",
+        f"{epochs} an MoE layer, one an epoch",
+    )
     loads = [{"load": torch.tensor(row.dropna().to_numpy())} for _, row in table.iterrows()]
     return [loads[row : row + layers] for row in range(0, len(loads), layers)]

@@ -128,7 +128,9 @@ class FromBaseOfLowRank(FromBase):
             # As in LoRA: one factor starts at zero, so that the difference does.
             num_experts, num_inputs, num_outputs = difference.shape
             scale = num_inputs**-0.5
-            self.left = nn.Parameter(scale * base.new_empty(num_experts, num_inputs, RANK).normal_())
+            self.left = nn.Parameter(
+                scale * base.new_empty(num_experts, num_inputs, RANK).normal_()
+            )
             self.right = nn.Parameter(base.new_zeros(num_experts, RANK, num_outputs))
 
     def forward(self, difference: Tensor) -> Tensor:
@@ -147,7 +149,9 @@ FORMS: dict[str, type[FromBase]] = {
 class GumbelChoice(gmoe.TokenChoice):
     """Token choice that draws experts by their probabilities in training, by Gumbel's trick."""
 
-    def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None
+    ) -> None:
         super().__init__(dim, num_experts, k, weight=weight, noise=False)
 
     def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,9 @@ def controls(base: RunConfig) -> dict[str, RunConfig]:
     return {
         "dense": dense,
         "dense-lr2": replace(dense, lr=2 * base.lr),
-        "dense-difference": replace(base, start="copies", sharing="difference", experts=1, options=BALANCED),
+        "dense-difference": replace(
+            base, start="copies", sharing="difference", experts=1, options=BALANCED
+        ),
         "dense-flops": replace(dense, equal="flops", equal_to="token_choice"),
         "default": replace(base, router="token_choice"),
     }
@@ -188,7 +190,9 @@ def arms_of(column: str) -> list[Arm]:
 def cells(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
     """The runs of some columns, all where none are named: ``COLUMN/ARM`` and configuration."""
     if unknown := [name for name in columns if name not in COLUMNS]:
-        raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {', '.join(COLUMNS)}")
+        raise ValueError(
+            f"columns: got {', '.join(unknown)}, expected some of {', '.join(COLUMNS)}"
+        )
     found = dict[str, RunConfig]()
     for column in columns or COLUMNS:
         base = replace(COLUMNS[column], seeds=SEEDS, data_root=root / COLUMNS[column].data_root)
@@ -250,12 +254,16 @@ def best_two(screened: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
     missing = [column for column in WEIGHED if not variants <= set(screened.get(column, {}))]
     if missing:
         names = ", ".join(missing)
-        raise ValueError(f"columns: got not all variants of {names}, expected all before any is confirmed")
+        raise ValueError(
+            f"columns: got not all variants of {names}, expected all before any is confirmed"
+        )
     by_name = {arm.name: arm for arm in (*ARMS, *SECOND)}
     return [by_name[name] for name, _ in ranking(screened)[:2]]
 
 
-def confirmed(columns: Sequence[str], root: Path, screened: Mapping[str, Mapping[str, Any]]) -> dict[str, RunConfig]:
+def confirmed(
+    columns: Sequence[str], root: Path, screened: Mapping[str, Mapping[str, Any]]
+) -> dict[str, RunConfig]:
     """The runs of the second stage, on seeds that were not looked at: ``COLUMN/ARM`` and configuration.
 
     Raises:
@@ -294,7 +302,11 @@ def confirmed_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         if not {"dense", "dense-flops", "default"} <= set(known):
             continue
         for name in [name for name in known if name not in ("dense", "dense-flops")]:
-            line = {"column": column, "arm": name, "test": f"{100 * known[name]['test']['mean']:.2f}"}
+            line = {
+                "column": column,
+                "arm": name,
+                "test": f"{100 * known[name]['test']['mean']:.2f}",
+            }
             for other in ("dense", "dense-flops"):
                 values = differences(known, name, other, "test")
                 low, high = interval(values)
@@ -311,7 +323,10 @@ def lines(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     names += [*controls(DIGITS_GRAPH), *(arm.name for arm in RANDOM)]
     found = []
     for name in names:
-        line = {"validation − dense (points)": name, "mean": f"{ranked[name]:+.2f}" if name in ranked else "–"}
+        line = {
+            "validation − dense (points)": name,
+            "mean": f"{ranked[name]:+.2f}" if name in ranked else "–",
+        }
         for column in columns:
             known = results[column]
             line[column] = "–" if name not in known else f"{gain(known, name):+.2f}"

@@ -33,7 +33,9 @@ class Study:
     variants: tuple[Variant, ...]
     reference: str = "dense"  # the variant that costs and headroom are relative to
     wide: str = "dense-4x"  # the dense variant four times as wide
-    chosen_on: tuple[int, ...] = ()  # seeds (splits) that an earlier study chose the variants on, by validation
+    chosen_on: tuple[
+        int, ...
+    ] = ()  # seeds (splits) that an earlier study chose the variants on, by validation
 
 
 RECORDED = {
@@ -109,12 +111,30 @@ def grid(
             label = f"`{router}`, E={e}" + ("" if fixed else f", K={k}")
             config = replace(base, router=router, experts=e, k=base.k if fixed else k)
             variants[name] = Variant(name=name, label=label, config=config)
-    return Study(about=f"A grid over {preset}; nothing was tuned for a variant.", variants=tuple(variants.values()))
+    return Study(
+        about=f"A grid over {preset}; nothing was tuned for a variant.",
+        variants=tuple(variants.values()),
+    )
 
 
 SMALL_VIT = replace(
-    CIFAR10, dim=96, vit_heads=3, hidden=192, label_smoothing=0.0, epochs=5, precision="bf16-mixed", seeds=(0, 1, 2)
+    CIFAR10,
+    dim=96,
+    vit_heads=3,
+    hidden=192,
+    label_smoothing=0.0,
+    epochs=5,
+    precision="bf16-mixed",
+    seeds=(0, 1, 2),
 )
 """Of the CIFAR-10 studies and the swap table."""
-SHARED = replace(MINESWEEPER, hidden=16, experts=4, epochs=200, seeds=(0, 1, 2), start="shared", shared_router=True)
+SHARED = replace(
+    MINESWEEPER,
+    hidden=16,
+    experts=4,
+    epochs=200,
+    seeds=(0, 1, 2),
+    start="shared",
+    shared_router=True,
+)
 """Of the minesweeper studies and the swap table."""

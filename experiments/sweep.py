@@ -102,13 +102,27 @@ class StartsConfig(CurvesConfig):
     """The second stage: the best two arms and the default on ten seeds that were not looked at."""
 
 
-STUDIES: dict[str, tuple[str, SweepConfig]] = {name: (line, SweepConfig()) for name, line in RECORDED.items()}
+STUDIES: dict[str, tuple[str, SweepConfig]] = {
+    name: (line, SweepConfig()) for name, line in RECORDED.items()
+}
 STUDIES["grid"] = ("A preset over routers, numbers of experts and experts per token.", GridConfig())
-STUDIES["map"] = ("When experts pay: regimes, labels, widths, and how a regime shows.", SweepConfig())
-STUDIES["routers"] = ("One table: the same routers on images and on graphs, a cell a file.", RoutersConfig())
+STUDIES["map"] = (
+    "When experts pay: regimes, labels, widths, and how a regime shows.",
+    SweepConfig(),
+)
+STUDIES["routers"] = (
+    "One table: the same routers on images and on graphs, a cell a file.",
+    RoutersConfig(),
+)
 
-STUDIES["starts"] = ("Experts that begin as copies of one layer, at the dense FLOPs.", StartsConfig())
-STUDIES["curves"] = ("Test scores over FLOPs: dense models and two shapes of experts by width.", CurvesConfig())
+STUDIES["starts"] = (
+    "Experts that begin as copies of one layer, at the dense FLOPs.",
+    StartsConfig(),
+)
+STUDIES["curves"] = (
+    "Test scores over FLOPs: dense models and two shapes of experts by width.",
+    CurvesConfig(),
+)
 
 
 def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
@@ -118,7 +132,9 @@ def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
     changes: dict[str, Any] = {"data_root": config.data_root}
     if config.seeds is not None:
         changes["seeds"] = config.seeds
-    return f"grid-{config.preset}", grid(config.preset, config.routers, config.experts, config.ks, **changes)
+    return f"grid-{config.preset}", grid(
+        config.preset, config.routers, config.experts, config.ks, **changes
+    )
 
 
 def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
@@ -132,7 +148,11 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
 
     def collect() -> dict[str, Any]:
         """In the order of the study, and then what the file holds of others."""
-        variants = [finished[variant] for variant in dict.fromkeys([*labels, *finished]) if variant in finished]
+        variants = [
+            finished[variant]
+            for variant in dict.fromkeys([*labels, *finished])
+            if variant in finished
+        ]
         return {"study": name, **vars(study), "variants": variants}
 
     def finish(variant: str, _: RunConfig, summary: Any) -> None:
@@ -140,7 +160,9 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
         write_json(path, collect())
 
     configs = {variant.name: variant.config for variant in study.variants}
-    failed = run_all(name, configs, {name: run["config"] for name, run in finished.items()}, path, config, finish)
+    failed = run_all(
+        name, configs, {name: run["config"] for name, run in finished.items()}, path, config, finish
+    )
     return collect(), failed
 
 
@@ -151,13 +173,22 @@ def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
 
     folder = config.results / "routers"
     known = {
-        f"{column}/{row}": cell["config"] for column, rows in read_cells(folder).items() for row, cell in rows.items()
+        f"{column}/{row}": cell["config"]
+        for column, rows in read_cells(folder).items()
+        for row, cell in rows.items()
     }
 
     def finish(cell: str, own: RunConfig, summary: Any) -> None:
         write_json(folder / f"{cell}.json", {**summary, **measured(own)})
 
-    failed = run_all("routers", cells(config.columns, config.rows, config.data_root), known, folder, config, finish)
+    failed = run_all(
+        "routers",
+        cells(config.columns, config.rows, config.data_root),
+        known,
+        folder,
+        config,
+        finish,
+    )
     return cell_tables(read_cells(folder)), failed
 
 
@@ -182,7 +213,9 @@ def sweep_curves(config: CurvesConfig) -> tuple[str, dict[str, str]]:
     return table(results), failed
 
 
-def run_columns(name: str, todo: Mapping[str, RunConfig], config: SweepConfig) -> tuple[Results, dict[str, str]]:
+def run_columns(
+    name: str, todo: Mapping[str, RunConfig], config: SweepConfig
+) -> tuple[Results, dict[str, str]]:
     """Run what has no file ``COLUMN/RUN.json``: all results, and by run why it could not be run."""
     from experiments.run_folder import write_json
     from experiments.starts import read_results
@@ -211,15 +244,25 @@ def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
     path = config.results / "regime-map.json"
     found = read_map(path)
     done = [{axis: entry[axis] for axis in AXES} for entry in found["places"]]
-    todo = {"-".join(map(str, place.values())): (place, own) for place, own in places() if place not in done}
+    todo = {
+        "-".join(map(str, place.values())): (place, own)
+        for place, own in places()
+        if place not in done
+    }
 
     def finish(name: str, _: RunConfig, summary: Any) -> None:
-        figures = {"test": summary["test"]["values"], "flops": summary["flops"], "hidden": summary["hidden"]}
+        figures = {
+            "test": summary["test"]["values"],
+            "flops": summary["flops"],
+            "hidden": summary["hidden"],
+        }
         nmi = [layer["nmi"]["mean"] for layer in summary["routing"]]
         found["places"].append(todo[name][0] | figures | {"nmi": nmi})
         write_json(path, found | {"environment": environment()})
 
-    failed = run_all("regime-map", {name: own for name, (_, own) in todo.items()}, {}, path, config, finish)
+    failed = run_all(
+        "regime-map", {name: own for name, (_, own) in todo.items()}, {}, path, config, finish
+    )
     return map_table(found), failed
 
 
@@ -242,14 +285,20 @@ def run_all(
     folder = config.runs if config.runs is not None else Path("runs") / name
     todo, failed = [], dict[str, str]()
     for variant, given in variants.items():
-        own = replace(given, out=folder / variant, resume=True, progress=config.progress, jobs=config.jobs)
+        own = replace(
+            given, out=folder / variant, resume=True, progress=config.progress, jobs=config.jobs
+        )
         if variant not in known:
             todo.append((variant, own))
             continue
         for option, (other, value) in differences_of(own, known[variant]).items():
             held = f"{where} holds {variant} with {option}={other!r}"
-            raise ValueError(f"results: {held}, expected {value!r}; choose other folders by --results and --runs")
-    progress = Progress(sum(len(own.seeds) * own.epochs for _, own in todo), config.progress and config.jobs == 1)
+            raise ValueError(
+                f"results: {held}, expected {value!r}; choose other folders by --results and --runs"
+            )
+    progress = Progress(
+        sum(len(own.seeds) * own.epochs for _, own in todo), config.progress and config.jobs == 1
+    )
     with closing(train_apart([own for _, own in todo])) as ready:
         for place, why in ready:
             variant, own = todo[place]

@@ -63,7 +63,9 @@ def render(page: str, results: Path = ROOT / "results") -> str:
             content = read_folder(path) if read_folder else read_json(path, dict[str, Any])
             made = makers.get(match["kind"], benchmark_table)(content, *only)
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})") from error
+            raise ValueError(
+                f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})"
+            ) from error
         return f"{match[1]}{made}\n{match[5]}"
 
     return MARKED.sub(table, page)
@@ -73,7 +75,9 @@ def markdown(lines: Sequence[Line], left: Iterable[str] = ()) -> str:
     """A table of at least one line, aligned to the right but for the first column and those in ``left``."""
     columns = list(lines[0])
     dashes = ["---" if column in (columns[0], *left) else "---:" for column in columns]
-    head, *body = (f"| {' | '.join(cells)} |" for cells in (columns, *(line.values() for line in lines)))
+    head, *body = (
+        f"| {' | '.join(cells)} |" for cells in (columns, *(line.values() for line in lines))
+    )
     return "\n".join([head, f"|{'|'.join(dashes)}|", *body])
 
 
@@ -89,7 +93,9 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
     missing = [name for name in only if name not in variants]
     check(not missing, "only", ", ".join(missing), f"some of {', '.join(variants)}")
     narrow, wide = variants.get(study["reference"]), variants.get(study["wide"])
-    names = {name for variant in study["variants"] for layer in variant["routing"] for name in layer}
+    names = {
+        name for variant in study["variants"] for layer in variant["routing"] for name in layer
+    }
     followed = sorted(name for name in names if name.startswith("ami_"))
     routed = f"AMI of expert and {', '.join(name[4:] for name in followed)}; mean of layers"
     if "nmi" in names:
@@ -98,14 +104,19 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
     for variant in map(variants.__getitem__, only or variants):
         found = [spread(layer["nmi"], ".3f") for layer in variant["routing"] if "nmi" in layer]
         if "nmi" not in names:
-            means = ([layer[name]["mean"] for layer in variant["routing"] if name in layer] for name in followed)
+            means = (
+                [layer[name]["mean"] for layer in variant["routing"] if name in layer]
+                for name in followed
+            )
             found = [f"{statistics.fmean(values):.2f}" for values in means if values]
         lines.append(
             {
                 "variant": variant["label"],
                 f"test {variant['metric']} (%)": percent(variant["test"]),
                 "n": str(variant["test"]["n"]),
-                "active FLOPs": "–" if narrow is None else f"{variant['flops'] / narrow['flops']:.2f}×",
+                "active FLOPs": "–"
+                if narrow is None
+                else f"{variant['flops'] / narrow['flops']:.2f}×",
                 "parameters": f"{variant['parameters']:,}",
                 "headroom recovered": headroom(variant, narrow, wide),
                 routed: ", ".join(found) or "–",
@@ -118,7 +129,9 @@ def preset_table(found: dict[str, Any]) -> str:
     """One line a preset: its dense model, what it trains by default, and how many experts of a layer took a token."""
     runs = {variant["variant"]: variant for variant in found["variants"]}
     lines = []
-    for name, moe in ((name.removesuffix("-moe"), run) for name, run in runs.items() if name.endswith("-moe")):
+    for name, moe in (
+        (name.removesuffix("-moe"), run) for name, run in runs.items() if name.endswith("-moe")
+    ):
         dense, experts = runs[f"{name}-dense"], moe["config"]["experts"]
         alive = [experts - layer["dead"]["mean"] for layer in moe["routing"]]
         lines.append(
@@ -151,8 +164,16 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
         check(fits, "pairs", repr(pair), f"VARIANT/OTHER of {', '.join(variants)}")
         one, other = (variants[name] for name in names)
         seeds = one["config"]["seeds"]
-        check(seeds == other["config"]["seeds"], "pairs", f"{pair!r}, whose variants have other seeds each", "the same")
-        found = [100 * (a - b) for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)]
+        check(
+            seeds == other["config"]["seeds"],
+            "pairs",
+            f"{pair!r}, whose variants have other seeds each",
+            "the same",
+        )
+        found = [
+            100 * (a - b)
+            for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)
+        ]
         line = {
             "variant": one["label"],
             "minus": other["label"],
@@ -160,8 +181,12 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
             "better in": f"{sum(value > 0 for value in found)} of {len(found)}",
         }
         if chosen_on:
-            without = f"without seeds {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
-            rest = [value for value, seed in zip(found, seeds, strict=True) if seed not in chosen_on]
+            without = (
+                f"without seeds {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
+            )
+            rest = [
+                value for value, seed in zip(found, seeds, strict=True) if seed not in chosen_on
+            ]
             line[without] = mean_std(rest, "+.2f")
         lines.append(line)
     return markdown(lines, left=["minus"])
@@ -177,7 +202,9 @@ def read_cells(folder: Path) -> Cells:
 
     files = {column: {row: folder / column / f"{row}.json" for row in ROWS} for column in COLUMNS}
     found = {
-        column: {row: read_json(path, dict[str, Any]) for row, path in rows.items() if path.exists()}
+        column: {
+            row: read_json(path, dict[str, Any]) for row, path in rows.items() if path.exists()
+        }
         for column, rows in files.items()
     }
     return {column: rows for column, rows in found.items() if rows}
@@ -189,12 +216,16 @@ def cell_tables(cells: Cells, columns: Sequence[str] = ()) -> str:
     from experiments.routers import ROWS
 
     if columns:
-        return "\n\n".join(markdown([cell_line(row, cells[column]) for row in cells[column]]) for column in columns)
+        return "\n\n".join(
+            markdown([cell_line(row, cells[column]) for row in cells[column]]) for column in columns
+        )
     lines = []
     for row, (label, _) in ROWS.items():
         line = {"test − equal FLOPs (points)": label}
         for column, rows in cells.items():
-            line[column] = "–" if row not in rows else difference(rows[row], rows.get("dense-flops"))
+            line[column] = (
+                "–" if row not in rows else difference(rows[row], rows.get("dense-flops"))
+            )
             if row == "dense-flops":
                 line[column] = percent(rows[row]["test"]) if row in rows else "–"
         lines.append(line)
@@ -241,11 +272,15 @@ def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
         "row": ROWS[row][0],
         f"test {cell['metric']} (%)": percent(cell["test"]),
         "n": str(cell["test"]["n"]),
-        "− equal FLOPs": "–" if row == "dense-flops" else difference(cell, cells.get("dense-flops")),
+        "− equal FLOPs": "–"
+        if row == "dense-flops"
+        else difference(cell, cells.get("dense-flops")),
         "× FLOPs": f"{cell['flops'] / dense['flops']:.2f}",
         "parameters": f"{cell['parameters']:,}",
         "× step": f"{time['cell'] / time['dense']:.2f}",
-        "× step of dense on CSR": f"{time['cell'] / time['dense-csr']:.2f}" if "dense-csr" in time else "–",
+        "× step of dense on CSR": f"{time['cell'] / time['dense-csr']:.2f}"
+        if "dense-csr" in time
+        else "–",
         "live experts": extremes(alive, ".3g") if alive else "–",
         "share": extremes([share["mean"] for share in routed["share"]], ".2f") if routed else "–",
         "off": percent(routed["off"]) if routed else "–",
@@ -262,7 +297,9 @@ def map_table(found: dict[str, Any]) -> str:
     for shown, width, labels in product(WAYS, WIDTHS, LABELS):
         line = {"regime shows in": shown, "width": str(width), "labels a regime": str(labels)}
         for count in REGIMES:
-            pair = [known.get((count, labels, width, shown, model)) for model in ("experts", "oracle")]
+            pair = [
+                known.get((count, labels, width, shown, model)) for model in ("experts", "oracle")
+            ]
             means = [f"{statistics.fmean(values):+.1f}" if values else "–" for values in pair]
             line["1 regime" if count == 1 else f"{count} regimes"] = f"{means[0]} ({means[1]})"
         lines.append(line)
@@ -286,8 +323,14 @@ def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
 
 def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
     if parts := variant.get("parts"):
-        line = {"preset": name, "batches": str(variant["batches"]), "seconds": f"{sum(parts.values()):.3f}"}
-        return line | {f"{part} (%)": f"{100 * share:.1f}" for part, share in variant["share"].items()}
+        line = {
+            "preset": name,
+            "batches": str(variant["batches"]),
+            "seconds": f"{sum(parts.values()):.3f}",
+        }
+        return line | {
+            f"{part} (%)": f"{100 * share:.1f}" for part, share in variant["share"].items()
+        }
     wall, ratio = {key: 1000 * value for key, value in variant["wall"].items()}, variant["ratio"]
     return {
         "variant": name,
@@ -317,25 +360,49 @@ def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
 def swap_line(row: Mapping[str, Any]) -> Line:
     """Dense and MoE of the seeds that both have, and the other arms, with their number of seeds if it is less; ok is a
     MoE whose mean is no less than a standard deviation below the dense one's."""
-    runs: dict[str, dict[int, Any]] = {arm: {run["seed"]: run for run in of} for arm, of in row["runs"].items()}
+    runs: dict[str, dict[int, Any]] = {
+        arm: {run["seed"]: run for run in of} for arm, of in row["runs"].items()
+    }
     moes = runs.get("moe", {})
     both = sorted(set(runs.get("dense", {})) & set(moes))
     dense, moe = ([100 * runs[arm][seed]["test"] for seed in both] for arm in ("dense", "moe"))
-    line = {"n": str(len(both) or "–"), "dense": mean_std(dense), "moe": mean_std(moe), "moe − dense": "–", "ok": "–"}
+    line = {
+        "n": str(len(both) or "–"),
+        "dense": mean_std(dense),
+        "moe": mean_std(moe),
+        "moe − dense": "–",
+        "ok": "–",
+    }
     if both:
-        difference, std = statistics.fmean(moe) - statistics.fmean(dense), statistics.stdev(dense) if both[1:] else 0.0
+        difference, std = (
+            statistics.fmean(moe) - statistics.fmean(dense),
+            statistics.stdev(dense) if both[1:] else 0.0,
+        )
         line |= {"moe − dense": f"{difference:+.2f}", "ok": "ok" if difference >= -std else "no"}
     line["moe-off"] = mean_std([100 * run["off"] for run in moes.values()])
     for arm in ("dense-flops", "random", "oracle", "k-means", "shared-transform"):
         tests = [100 * run["test"] for run in runs.get(arm, {}).values()]
         line[arm] = mean_std(tests) + (f" ({len(tests)})" if 0 < len(tests) < len(both) else "")
     for name, form in (("share", ".2f"), ("live", ".3g")):
-        means = [statistics.fmean(layer) for layer in zip(*(run[name] for run in moes.values()), strict=True)]
-        line[name] = extremes(means, form) if len(means) > 3 else " ".join(f"{mean:{form}}" for mean in means) or "–"
+        means = [
+            statistics.fmean(layer)
+            for layer in zip(*(run[name] for run in moes.values()), strict=True)
+        ]
+        line[name] = (
+            extremes(means, form)
+            if len(means) > 3
+            else " ".join(f"{mean:{form}}" for mean in means) or "–"
+        )
     line |= dict.fromkeys(("ms dense / moe / flops", "×", "× shared-transform", "+ms a layer"), "–")
     if times := row.get("time"):
-        ms = {arm: 1000 * time["wall"]["median"] for arm, time in times.items() if isinstance(time, dict)}
-        line["ms dense / moe / flops"] = " / ".join(f"{ms[arm]:.1f}" for arm in ("dense", "moe", "dense-flops"))
+        ms = {
+            arm: 1000 * time["wall"]["median"]
+            for arm, time in times.items()
+            if isinstance(time, dict)
+        }
+        line["ms dense / moe / flops"] = " / ".join(
+            f"{ms[arm]:.1f}" for arm in ("dense", "moe", "dense-flops")
+        )
         for column, arm in (("×", "moe"), ("× shared-transform", "shared-transform")):
             line[column] = f"{ms[arm] / ms['dense']:.2f}" if arm in ms else "–"
         line["+ms a layer"] = f"{(ms['moe'] - ms['dense']) / times['layers']:.1f}"
@@ -349,7 +416,9 @@ def extremes(values: Sequence[float], form: str) -> str:
 
 def measured_on(where: dict[str, Any], device: str) -> str:
     """Hardware, versions and commit of :func:`experiments.run_folder.environment` in a line, for a run on a device."""
-    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric"))
+    versions = ", ".join(
+        f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric")
+    )
     place = where["cpu"] if device == "cpu" else where["gpu"]
     commit = "" if where["commit"] is None else f"; commit {where['commit'][:7]}"
     return f"{place}, {where['threads']} thread{'s' * (where['threads'] > 1)}; {versions}{commit}."
@@ -359,19 +428,28 @@ def mean_std(values: Sequence[float], form: str = ".2f") -> str:
     """Mean ± sample standard deviation of values."""
     if not values:
         return "–"
-    return spread({"mean": statistics.fmean(values), "std": statistics.stdev(values) if values[1:] else None}, form)
+    return spread(
+        {"mean": statistics.fmean(values), "std": statistics.stdev(values) if values[1:] else None},
+        form,
+    )
 
 
 def spread(figures: Mapping[str, Any], form: str = ".2f", factor: int = 1) -> str:
     """Mean ± sample standard deviation that are known."""
     mean = f"{factor * figures['mean']:{form}}"
-    return mean if figures["std"] is None else f"{mean} ± {factor * figures['std']:{form.removeprefix('+')}}"
+    return (
+        mean
+        if figures["std"] is None
+        else f"{mean} ± {factor * figures['std']:{form.removeprefix('+')}}"
+    )
 
 
 percent = partial(spread, factor=100)
 
 
-def headroom(variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None) -> str:
+def headroom(
+    variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None
+) -> str:
     """(variant - dense) / (dense four times as wide - dense), where this is known and more than twice the spread."""
     if narrow is None or wide is None or variant is narrow or variant is wide:
         return "–"
@@ -379,7 +457,9 @@ def headroom(variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[
     if low["std"] is None or high["std"] is None:
         return "–"
     room, gain = high["mean"] - low["mean"], variant["test"]["mean"] - low["mean"]
-    return "no headroom" if room <= 2 * max(low["std"], high["std"]) else f"{100 * gain / room:.0f} %"
+    return (
+        "no headroom" if room <= 2 * max(low["std"], high["std"]) else f"{100 * gain / room:.0f} %"
+    )
 
 
 def update(pages: tuple[Path, ...] = (), check: bool = False) -> None:

@@ -97,7 +97,9 @@ def show(config: RunConfig, summary: Summary) -> None:
 
     from experiments.routing_stats import in_words, values_of
 
-    scores = pd.DataFrame({f"{split} {summary['metric']} (%)": summary[split] for split in ("val", "test")}).T
+    scores = pd.DataFrame(
+        {f"{split} {summary['metric']} (%)": summary[split] for split in ("val", "test")}
+    ).T
     scores[["mean", "std"]] = 100 * scores[["mean", "std"]].astype(float)
     print(scores[["mean", "std", "n"]].to_string(float_format="{:.2f}".format, na_rep="–"))
     if line := dense_line(config, summary["metric"]):
@@ -108,8 +110,14 @@ def show(config: RunConfig, summary: Summary) -> None:
             folder = shlex.quote(str(config.folder()))
             print(f"what experts follow: python -m experiments.report {folder}")
         print("\nrouting, by MoE layer")
-        layers = [{name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]]
-        print(pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(float_format="{:.3f}".format))
+        layers = [
+            {name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]
+        ]
+        print(
+            pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(
+                float_format="{:.3f}".format
+            )
+        )
     print(
         f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
         f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed; written to {config.folder()}"
@@ -150,7 +158,11 @@ def main(args: Sequence[str] | None = None) -> None:
     config = None
     try:
         config = parse(args)
-        from experiments.build import from_first, lost_another, make_fabric  # and so torch, which --help does without
+        from experiments.build import (
+            from_first,
+            lost_another,
+            make_fabric,
+        )  # and so torch, which --help does without
         from experiments.loop import run
         from experiments.run_folder import place
 

@@ -1,4 +1,4 @@
-"""Helpers of the autograd functions."""
+"""Helpers of the autograd functions, and most of what gmoe uses of torch's private parts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-untraced = torch._compile._disable_dynamo  # torch.compiler.disable, which imports the compiler
+untraced = torch._compile._disable_dynamo
+"""``torch.compiler.disable``, without importing the compiler."""
 
 UNSUPPORTED = (
-    "torch.jit.trace, torch.export, torch.func transforms (grad, vmap, jvp, …) and batches of gradients "
-    "(vectorize=True) are not supported by gmoe's layers; use torch.compile, or keep the module in Python"
+    "torch.jit.trace, torch.export, torch.func transforms (grad, vmap, jvp, …) and batches of "
+    "gradients (vectorize=True) are not supported by gmoe's layers; use torch.compile, or keep the "
+    "module in Python"
 )
 
 in_transform = torch._C._are_functorch_transforms_active
@@ -20,23 +23,53 @@ in_transform = torch._C._are_functorch_transforms_active
 
 
 def is_watched() -> bool:
-    """True under fake tensors, and where operators are counted, as FLOPs are; never in compiled code."""
+    """True under fake tensors and while operators are counted (FLOPs); never in compiled code."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
+def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a kernel an operator of torch.
+
+    Plain tensors go to the kernel itself: torch's dispatcher takes longer than the products of a
+    small graph.
+
+    Args:
+        fake: called like the kernel, gives empty results of the right shapes.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        name = f"gmoe::{kernel.__name__.lstrip('_')}"
+        operator = torch.library.custom_op(name, kernel, mutates_args=())
+        operator.register_fake(fake)
+
+        def run(x: Tensor, *inputs: Any) -> Any:
+            has_values = type(x) in (Tensor, nn.Parameter) and not x.is_meta
+            is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+            if has_values and not is_traced:
+                return kernel(x, *inputs)
+            return operator(x, *inputs)
+
+        return run
+
+    return register
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``backward`` that has no gradient of its own, and says so: torch's ``once_differentiable`` alone lets
-    ``torch.autograd.grad(..., create_graph=True)`` go on with parts of the second-order gradient missing.
+    """A ``backward`` that cannot be differentiated, and says so.
+
+    torch's ``once_differentiable`` alone is not enough: ``torch.autograd.grad(...,
+    create_graph=True)`` would go on, and silently lose parts of the second-order gradient.
 
     Raises:
-        RuntimeError: in a backward pass with ``create_graph=True``.
+        RuntimeError: in a backward pass with ``create_graph=True``, or of a batch of gradients.
     """
     once = once_differentiable(backward)
 
     def checked(ctx: Any, *grads: Any) -> Any:
         refuse_second_order()
-        # with which torch's kernels may crash
-        if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
+        # Batched gradients can crash torch's kernels.
+        is_batched = torch._C._functorch.is_legacy_batchedtensor
+        if not torch.compiler.is_compiling() and any(map(is_batched, grads)):
             raise RuntimeError(UNSUPPORTED)
         return once(ctx, *grads)
 
@@ -44,19 +77,27 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_second_order(*_: Any) -> None:
-    """In a backward pass, or as the hook of a tensor: refuse ``create_graph=True``."""
+    """Refuse ``create_graph=True``: called in a backward pass, or as the hook of a tensor.
+
+    Raises:
+        RuntimeError: in a backward pass with ``create_graph=True``.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "create_graph: got True, expected False, since gmoe's layers can be differentiated once only"
+            "create_graph: got True, expected False, since gmoe's layers can be differentiated "
+            "once only"
         )
 
 
 def refuse_transforms() -> None:
-    """Say in one sentence what a layer on a graph cannot be put into.
+    """Refuse what a layer on a graph cannot be put into.
 
     Raises:
         RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
     """
-    exported = torch.compiler.is_exporting()  # which fixes shapes that follow the data
-    if exported or (not torch.compiler.is_compiling() and (torch._C._is_tracing() or in_transform())):
+    if torch.compiler.is_exporting():  # it fixes shapes that depend on the data
+        raise RuntimeError(UNSUPPORTED)
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._is_tracing() or in_transform():
         raise RuntimeError(UNSUPPORTED)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 EXTRAS = {
@@ -23,6 +24,9 @@ EXTRAS = {
     "huggingface_hub": "hub",
 }
 """The extra of gmoe that installs a package."""
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""The dtypes of indices."""
 
 SIMILAR = 0.65
 """Least similarity of names, from 0 to 1, at which one is suggested for the other."""
@@ -70,6 +74,28 @@ def check_positive(name: str, value: float) -> None:
     check(0 < value < math.inf, name, value, "a positive number")
 
 
+def described(value: object) -> str:
+    """Describe an argument for an error: the shape and dtype of a tensor, or a type."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)} of {value.dtype}"
+    return type(value).__name__
+
+
+def readable(value: Tensor) -> bool:
+    """True for values that can be read without a host sync: not on a GPU, compiled or fake."""
+    is_on_cpu = type(value) is Tensor and value.device.type == "cpu"
+    return is_on_cpu and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, index: Tensor, end: int) -> None:
+    """Refuse indices outside 0..end-1, if they can be read without a host sync."""
+    if not readable(index):
+        return
+    outside = index[(index.long() < 0) | (index.long() >= end)]
+    if len(outside):
+        raise ValueError(f"{name}: got {outside[:3].tolist()}, expected values in 0..{end - 1}")
+
+
 def check_choice(name: str, value: object, legal: Any, also_called: Mapping[Any, str] = {}) -> None:
     """Refuse a value that is not one of ``legal``.
 
@@ -112,6 +138,22 @@ def _common_start(one: str, other: str) -> int:
     """The number of letters at which two words start alike."""
     different = [place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b]
     return different[0] if different else min(len(one), len(other))
+
+
+_parameters: dict[type, tuple[str, ...]] = {}
+"""What :func:`parameters_of` gave for a class.
+
+To read a signature takes as long as a small matmul. Not by ``functools.cache``, of which
+``torch.compile`` warns.
+"""
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward, in order."""
+    cls = type(module)
+    if cls not in _parameters:
+        _parameters[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
+    return _parameters[cls]
 
 
 def must_be_called(module: nn.Module) -> bool:

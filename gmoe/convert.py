@@ -375,7 +375,7 @@ def _conv_widths(name: str, conv: Any, width: int | None) -> tuple[Any, Any]:
         conv: the conv.
         width: its input width as its model knows it, or ``None``.
     """
-    from gmoe.conv.kinds import Trial
+    from gmoe.conv.build import Trial
 
     in_channels = getattr(conv, "in_channels", None) or width
     if in_channels in (None, -1, (-1, -1)):

@@ -1,32 +1,36 @@
 """Tokens to experts and back: the one place where tokens move, and the one choice of kernel.
 
-Shapes: T tokens, E experts, P pairs sorted by expert, I in, O out features.
+Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs sorted by expert, I in, O
+out features, N blocks of B rows.
 
-A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`combine`; or all three in one,
-:func:`routed_linear`, as experts on graphs do. The kernels are operators of torch (``torch.ops.gmoe``), opaque to
-``torch.compile``.
+A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`combine`; or all
+three in one, :func:`routed_linear`, as experts on graphs do. The kernels are operators of torch
+(``torch.ops.gmoe``), opaque to ``torch.compile``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from gmoe._autograd import first_order, is_watched, refuse_second_order
+from gmoe._autograd import first_order, is_watched, operator, refuse_second_order
 from gmoe._checks import check_choice
 from gmoe.routing import Routing, owner
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 
 FEW = {"inputs": 2**14, "products": 2**19, "rows": 2**19}
-"""Up to T * I inputs, T * I * O multiply-adds of an expert, and T * E * I numbers in the rows of one product,
-:func:`routed_linear` runs all experts on all tokens: the loop takes some 45 us an expert, more than its share of the
-product. Measured with 4 to 64 experts of 1 to 64 outputs on one thread: .10 to .93 of the loop's time inside these
-bounds; outside .5 to 7 times, more often above 1 than below."""
+"""Up to these sizes, :func:`routed_linear` runs all experts on all tokens in one product.
+
+The sizes are T * I inputs, T * I * O multiply-adds of an expert, and T * E * I numbers in the rows
+of the product. The loop takes about 45 us an expert, more than an expert's share of the product.
+Measured with 4 to 64 experts of 1 to 64 outputs on one thread: 0.10 to 0.93 of the loop's time
+inside these bounds; outside 0.5 to 7 times, more often above 1 than below.
+"""
 
 GROUPED = (9, 10)
 """Major compute capabilities for which ``torch.nn.functional.grouped_mm`` has a kernel."""
@@ -36,10 +40,14 @@ BLOCK = 16
 
 
 def is_few(num_tokens: int, weight_EIO: Tensor) -> bool:
-    """True for so few numbers that one product of all experts is faster than a loop over them; see :data:`FEW`."""
-    num_experts, width, out = weight_EIO.shape
-    inputs = num_tokens * width
-    return inputs <= FEW["inputs"] and inputs * out <= FEW["products"] and inputs * num_experts <= FEW["rows"]
+    """True if one product of all experts is faster than a loop over them; see :data:`FEW`."""
+    num_experts, in_features, out_features = weight_EIO.shape
+    inputs = num_tokens * in_features
+    return (
+        inputs <= FEW["inputs"]
+        and inputs * out_features <= FEW["products"]
+        and inputs * num_experts <= FEW["rows"]
+    )
 
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
@@ -50,34 +58,45 @@ def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
 
 
 def combine(y_PO: Tensor, routing: Routing) -> Tensor:
-    r"""Sum the experts' outputs (P, O) over each token's pairs, by weight: (T, O); zero for a token without pairs.
+    r"""Sum the experts' outputs (P, O) over each token's pairs, by weight: (T, O).
 
     .. math:: y_t = \sum_{e} w_{te} f_e(x_t)
+
+    A token without pairs gets zero.
     """
     weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
     if y_PO.is_cuda and not is_watched():
         return _ToTokens.apply(weighted_PO, routing.token, routing.slot, routing.num_tokens)
-    return weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1)).index_add_(0, routing.token, weighted_PO)
+    zero_TO = weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1))
+    return zero_TO.index_add_(0, routing.token, weighted_PO)
 
 
-def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Literal["grouped", "padded", "loop"]:
+def kernel_of(
+    dtype: torch.dtype, capability: tuple[int, int] | None
+) -> Literal["grouped", "padded", "loop"]:
     """The backend of :func:`grouped_linear` that ``"auto"`` stands for.
 
-    ``"loop"`` where there is no CUDA device. On one, the backend that waits for nothing: ``"grouped"`` where torch has
-    a kernel of its own (bfloat16 on capability 9 and 10, as torch 2.10 to 2.13 have it; elsewhere it copies the offsets
-    to the host, waits for them, and loops), else ``"padded"``.
+    ``"loop"`` on a CPU. On CUDA, a backend without host syncs: ``"grouped"`` if torch has a kernel
+    of its own (bfloat16 on capability 9 and 10 in torch 2.10 to 2.13; elsewhere torch copies the
+    offsets to the host, waits for them, and loops), else ``"padded"``.
 
     Args:
         dtype: of rows and weights, after autocast.
-        capability: of the CUDA device, or ``None`` on another one.
+        capability: of the CUDA device; ``None`` on another device.
     """
     if capability is None:
         return "loop"
-    return "grouped" if dtype == torch.bfloat16 and capability[0] in GROUPED else "padded"
+    if dtype == torch.bfloat16 and capability[0] in GROUPED:
+        return "grouped"
+    return "padded"
 
 
 def grouped_linear(
-    x_PI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, offsets_E: Tensor, backend: Backend = "auto"
+    x_PI: Tensor,
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    offsets_E: Tensor,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Apply expert ``e``'s linear layer to the rows ``offsets[e - 1]:offsets[e]``: (P, O).
 
@@ -89,111 +108,124 @@ def grouped_linear(
         backend: all give the same result and gradients, if the weights are finite.
 
             - ``"loop"``: one matmul per expert, written in place. One host sync.
-            - ``"padded"``: one ``bmm`` over blocks of rows, whose last one of each expert is filled up. No host sync,
-              whatever the dtype and device; up to five copies of the weights, and up to a quarter more rows.
-            - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync where torch has a kernel for it (bfloat16
-              on recent CUDA devices), a loop of torch's own elsewhere. float64, which it refuses, runs as ``"loop"``;
-              widths that its alignment rule refuses are padded with zeros.
-            - ``"auto"`` (default): ``"loop"`` on the CPU, on CUDA what waits for nothing; see :func:`kernel_of`.
+            - ``"padded"``: one ``bmm`` over blocks of rows; the last block of each expert is filled
+              up with zeros. No host sync, whatever the dtype and device; up to five copies of the
+              weights, and up to a quarter more rows.
+            - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync if torch has a kernel
+              for it (bfloat16 on recent CUDA devices), else a loop of torch's own. float64, which
+              it refuses, runs as ``"loop"``; widths that its alignment rule refuses are padded with
+              zeros.
+            - ``"auto"`` (default): ``"loop"`` on the CPU; on CUDA, a backend without host syncs,
+              see :func:`kernel_of`.
 
     Follows autocast as ``nn.Linear`` does. Can be differentiated once.
 
     Raises:
         ValueError: an unknown backend.
     """
-    if backend not in get_args(Backend):
+    if backend not in get_args(Backend):  # asked here, too, to save a call for each layer
         check_choice("backend", backend, Backend)
+    # 1. The dtype, which follows autocast as that of nn.Linear does.
     if torch.is_autocast_enabled(x_PI.device.type) and x_PI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_PI.device.type)
-        x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
+        x_PI = x_PI.to(dtype)
+        weight_EIO = weight_EIO.to(dtype)
+
+    # 2. The kernel.
     if backend == "auto" and x_PI.is_cuda and is_watched():
-        backend = "grouped"  # whose FLOPs are those of the rows, not of what fills up their blocks
+        backend = "grouped"  # its FLOPs are those of the rows, without the zeros of padded blocks
     elif backend == "auto":
         capability = torch.cuda.get_device_capability(x_PI.device) if x_PI.is_cuda else None
         backend = kernel_of(x_PI.dtype, capability)
     if backend == "grouped" and x_PI.dtype == torch.float64:
         backend = "loop"
     y_PO = _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO)
+
+    # 3. The bias.
     if bias_EO is None:
         return y_PO
     if backend != "loop" and not is_watched():
         return y_PO.add_(_ExpertBias.apply(bias_EO, offsets_E, len(x_PI), y_PO.dtype))
     rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
-    exact_EO = bias_EO.to(torch.promote_types(bias_EO.dtype, torch.float32))  # its gradient is a sum over many rows
-    return y_PO.add_(exact_EO.repeat_interleave(rows_E, dim=0, output_size=len(x_PI)).to(y_PO.dtype))
+    # In float32 at least: its gradient is a sum over many rows.
+    exact_EO = bias_EO.to(torch.promote_types(bias_EO.dtype, torch.float32))
+    bias_PO = exact_EO.repeat_interleave(rows_E, dim=0, output_size=len(x_PI))
+    return y_PO.add_(bias_PO.to(y_PO.dtype))
 
 
 def routed_linear(
-    parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | None, routing: Routing, backend: Backend = "auto"
+    parts: Sequence[Tensor],
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    routing: Routing,
+    backend: Backend = "auto",
 ) -> Tensor:
-    r"""(T, O) :math:`y_t = \sum_e w_{te} (x_t W_e + b_e)`: gather, grouped product and weighted scatter.
+    r"""(T, O) the mixture of E linear layers: gather, grouped product and weighted scatter.
 
-    On a CPU, with the loop backend, all in one step, one expert after the other, so that neither the rows nor the
-    weighted outputs of all pairs are in memory at once; where ``"auto"`` meets few tokens, all experts run on all of
-    them in one product. Follows autocast.
+    .. math:: y_t = \sum_e w_{te} (x_t W_e + b_e)
+
+    On a CPU, the loop backend takes all three steps for one expert after the other: neither the
+    rows nor the weighted outputs of all pairs are in memory at once. If there are few tokens
+    (:data:`FEW`), ``"auto"`` runs all experts on all of them in one product, which is faster. FLOPs
+    are counted (``gmoe.count_flops``) on the loop, which computes a token's own experts only. The
+    result follows autocast.
 
     Args:
-        parts: the tokens, whose columns are those of one or several tensors (T, .) side by side.
+        parts: the tokens: one or several tensors (T, .) whose columns stand side by side.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
         routing: the pairs and their weights.
         backend: see :func:`grouped_linear`.
     """
-    device, dtype = parts[0].device.type, weight_EIO.dtype
+    device = parts[0].device.type
     if device == "cuda" or backend not in ("auto", "loop"):
         x_TI = parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
-        return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
+        x_PI = dispatch(x_TI, routing)
+        y_PO = grouped_linear(x_PI, weight_EIO, bias_EO, routing.offsets, backend)
+        return combine(y_PO, routing)
+    dtype = weight_EIO.dtype
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    parts, weight_EIO = [part.to(dtype) for part in parts], weight_EIO.to(dtype)
+    parts = [part.to(dtype) for part in parts]
+    weight_EIO = weight_EIO.to(dtype)
     gate_P = routing.weight.to(dtype)
-    # Not where FLOPs are counted: those are of a token's own experts.
     if backend == "auto" and is_few(routing.num_tokens, weight_EIO) and not is_watched():
-        return _in_one_product(parts, weight_EIO, None if bias_EO is None else bias_EO.to(dtype), gate_P, routing)
+        if bias_EO is not None:
+            bias_EO = bias_EO.to(dtype)
+        return _in_one_product(parts, weight_EIO, bias_EO, gate_P, routing)
     return _RoutedLinear.apply(routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, *parts)
 
 
 def _in_one_product(
-    parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | None, gate_P: Tensor, routing: Routing
+    parts: Sequence[Tensor],
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    gate_P: Tensor,
+    routing: Routing,
 ) -> Tensor:
-    """(T, O) all experts on all tokens: rows of E blocks, one an expert, zero where the token is not the expert's."""
+    """(T, O) all experts on all tokens: one product of rows (T, E * I) with all weights.
+
+    A token's row has E blocks: that of an expert holds the token times its gate, or zeros if the
+    token does not go to the expert.
+    """
     if bias_EO is not None:  # as the weight of a column of ones
         parts = [*parts, parts[0].new_ones(len(parts[0]), 1)]
         weight_EIO = torch.cat([weight_EIO, bias_EO[:, None]], dim=1)
     x_TI = torch.cat([*parts], dim=1)
     num_experts, width, _ = weight_EIO.shape
+    # Write the blocks of pairs only. To multiply all blocks by a gate of zero would not do: zero
+    # times a NaN is NaN.
     place_P = routing.token * num_experts + owner(routing.offsets, routing.token)
-    # Only the rows of pairs are written: zero times a NaN would be NaN at experts that the token does not go to.
-    row_PI = gate_P[:, None] * x_TI.index_select(0, routing.token)
-    blocks_TEI = x_TI.new_zeros(len(x_TI) * num_experts, width).index_copy(0, place_P, row_PI)
-    y_TO = blocks_TEI.view(len(x_TI), num_experts * width) @ weight_EIO.flatten(0, 1)
-    if y_TO.requires_grad and not torch.compiler.is_compiling():  # which refuses it too
+    block_PI = gate_P[:, None] * x_TI.index_select(0, routing.token)
+    zero_BI = x_TI.new_zeros(len(x_TI) * num_experts, width)
+    row_TEI = zero_BI.index_copy(0, place_P, block_PI).view(len(x_TI), num_experts * width)
+    y_TO = row_TEI @ weight_EIO.flatten(0, 1)
+    if y_TO.requires_grad and not torch.compiler.is_compiling():  # compiled code refuses it itself
         y_TO.register_hook(refuse_second_order)
     return y_TO
 
 
-def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a kernel an operator of torch; ``fake`` gives empty results of the right shapes.
-
-    Where there are numbers to compute, the kernel is called without torch's dispatcher, which takes longer than the
-    products of a small graph.
-    """
-
-    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        operator = torch.library.custom_op(f"gmoe::{kernel.__name__.lstrip('_')}", kernel, mutates_args=())
-        operator.register_fake(fake)
-
-        def run(x: Tensor, *inputs: Any) -> Any:
-            plain = type(x) in (Tensor, nn.Parameter) and not x.is_meta
-            traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-            return (kernel if plain and not traced else operator)(x, *inputs)
-
-        return run
-
-    return register
-
-
-# rows sorted by expert ------------------------------------------------------------------------------------------------
+# rows sorted by expert ----------------------------------------------------------------------------
 
 
 @operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
@@ -203,8 +235,10 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
         return _padded_mm(x, weight, offsets)
     if backend == "grouped" and len(x):
         return _grouped_mm(x, weight, offsets)
-    y_PO, ends = x.new_empty(len(x), weight.size(2)), offsets[:-1].tolist()  # one host sync
-    for rows, weight_IO, y in zip(x.tensor_split(ends), weight, y_PO.tensor_split(ends), strict=True):
+    y_PO = x.new_empty(len(x), weight.size(2))
+    ends = offsets[:-1].tolist()  # one host sync
+    by_expert = zip(x.tensor_split(ends), weight, y_PO.tensor_split(ends), strict=True)
+    for rows, weight_IO, y in by_expert:
         torch.mm(rows, weight_IO, out=y)
     return y_PO
 
@@ -216,9 +250,11 @@ def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: st
         return _padded_outer(x, grad, offsets)
     if backend == "grouped" and len(x):
         return _grouped_outer(x, grad, offsets)
-    grad_EIO, ends = x.new_empty(len(offsets), x.size(1), grad.size(1)), offsets[:-1].tolist()
-    for rows, grad_rows, grad_IO in zip(x.tensor_split(ends), grad.tensor_split(ends), grad_EIO, strict=True):
-        torch.mm(rows.T, grad_rows, out=grad_IO)  # zero where the expert has no rows
+    grad_EIO = x.new_empty(len(offsets), x.size(1), grad.size(1))
+    ends = offsets[:-1].tolist()  # one host sync
+    by_expert = zip(x.tensor_split(ends), grad.tensor_split(ends), grad_EIO, strict=True)
+    for rows, grad_rows, grad_IO in by_expert:
+        torch.mm(rows.T, grad_rows, out=grad_IO)  # zero if the expert has no rows
     return grad_EIO
 
 
@@ -234,25 +270,30 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, offsets = ctx.saved_tensors
         *_, needs_x, needs_weight = ctx.needs_input_grad
-        grad, way = grad.contiguous(), (offsets, ctx.backend)
-        grad_x = _grouped_linear(grad, weight.transpose(1, 2), *way) if needs_x else None
-        return None, None, grad_x, _grouped_linear_weight(x, grad, *way) if needs_weight else None
+        grad = grad.contiguous()
+        grad_x = None
+        grad_weight = None
+        if needs_x:
+            grad_x = _grouped_linear(grad, weight.transpose(1, 2), offsets, ctx.backend)
+        if needs_weight:
+            grad_weight = _grouped_linear_weight(x, grad, offsets, ctx.backend)
+        return None, None, grad_x, grad_weight
 
 
 class _Blocks(NamedTuple):
-    """Rows sorted by expert, laid out in blocks of one expert each. N blocks of B rows."""
+    """Rows sorted by expert, laid out in N blocks of B rows, each of one expert."""
 
     place_P: Tensor
-    """(P,) int64, where each row lies among the N * B."""
+    """(P,) int64, the place of each row among the N * B."""
     expert_N: Tensor
     """(N,) int64, the expert of each block; the last blocks may hold no rows."""
     size: int
     """B."""
 
     def filled(self, x_PI: Tensor) -> Tensor:
-        """(N, B, I) the rows in their blocks, and zeros."""
-        none = x_PI.new_zeros(len(self.expert_N) * self.size, x_PI.size(1))
-        return none.index_copy_(0, self.place_P, x_PI).unflatten(0, (-1, self.size))
+        """(N, B, I) the rows in their blocks, and zeros elsewhere."""
+        zeros = x_PI.new_zeros(len(self.expert_N) * self.size, x_PI.size(1))
+        return zeros.index_copy_(0, self.place_P, x_PI).unflatten(0, (-1, self.size))
 
     def sum_by_expert(self, value_NO: Tensor, num_experts: int) -> Tensor:
         """(E, O) sums over the blocks of each expert, in a fixed order on any device."""
@@ -262,8 +303,9 @@ class _Blocks(NamedTuple):
 def _blocks_of(offsets_E: Tensor, num_rows: int) -> _Blocks:
     """Lay rows out in blocks, by sizes that the host knows: nothing is read from the device.
 
-    Blocks of a quarter of the mean load: at most 4 E full ones, and E that are filled up, so that the weights are
-    copied five times at most, and a quarter of the rows is added.
+    A block has a quarter of an expert's mean load. There are at most 4 E full blocks, and E that
+    are filled up with zeros: the weights are copied five times at most, and at most a quarter of
+    the rows is added.
     """
     num_experts = len(offsets_E)
     size = max(BLOCK, -(-num_rows // (4 * num_experts)))
@@ -271,18 +313,22 @@ def _blocks_of(offsets_E: Tensor, num_rows: int) -> _Blocks:
     starts_E = F.pad(ends_E, (1, -1))
     block_ends_E = ((ends_E - starts_E + (size - 1)) // size).cumsum(0)
     block_starts_E = F.pad(block_ends_E, (1, -1))
+    # A row moves with its expert: from where the expert's rows start to where its blocks start.
     row_P = torch.arange(num_rows, device=offsets_E.device)
     expert_P = torch.searchsorted(ends_E, row_P, right=True)
     place_P = row_P + (block_starts_E * size - starts_E).index_select(0, expert_P)
+    # The most blocks that there can be; those that are left over count as the last expert's.
     block_N = torch.arange(num_rows // size + num_experts, device=offsets_E.device)
     expert_N = torch.searchsorted(block_ends_E, block_N, right=True).clamp_(max=num_experts - 1)
     return _Blocks(place_P, expert_N, size)
 
 
 def _padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    """(P, O) rows times the weight of their expert, block by block."""
     blocks = _blocks_of(offsets_E, len(x_PI))
-    if weight_EIO.stride(1) == 1:  # transposed: copy along memory
-        weight_NIO = weight_EIO.transpose(1, 2).index_select(0, blocks.expert_N).transpose(1, 2)
+    if weight_EIO.stride(1) == 1:  # transposed: copy in the order of memory
+        weight_NOI = weight_EIO.transpose(1, 2).index_select(0, blocks.expert_N)
+        weight_NIO = weight_NOI.transpose(1, 2)
     else:
         weight_NIO = weight_EIO.index_select(0, blocks.expert_N)
     y_NBO = torch.bmm(blocks.filled(x_PI), weight_NIO)
@@ -290,20 +336,27 @@ def _padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def _padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
+    """(E, I, O) the gradient of the weights, block by block."""
     blocks = _blocks_of(offsets_E, len(x_PI))
     grad_NIO = torch.bmm(blocks.filled(x_PI).transpose(1, 2), blocks.filled(grad_PO))
     return blocks.sum_by_expert(grad_NIO, len(offsets_E))
 
 
 class _ExpertBias(torch.autograd.Function):
-    """(P, O) the bias of each row's expert; its gradient is summed in float32 at least, without atomic adds."""
+    """(P, O) the bias of each row's expert.
+
+    Its gradient is summed in float32 at least, without atomic adds.
+    """
 
     @staticmethod
-    def forward(ctx: Any, bias_EO: Tensor, offsets_E: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, bias_EO: Tensor, offsets_E: Tensor, num_rows: int, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(offsets_E)
         ctx.bias_dtype = bias_EO.dtype
         row_P = torch.arange(num_rows, device=offsets_E.device)
-        return bias_EO.to(dtype).index_select(0, torch.searchsorted(offsets_E.long(), row_P, right=True))
+        expert_P = torch.searchsorted(offsets_E.long(), row_P, right=True)
+        return bias_EO.to(dtype).index_select(0, expert_P)
 
     @staticmethod
     @first_order
@@ -316,24 +369,28 @@ class _ExpertBias(torch.autograd.Function):
 
 
 def _grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    """(P, O) rows times the weight of their expert, by torch's kernel."""
     y_PO = F.grouped_mm(_aligned(x_PI.contiguous()), _aligned(weight_EIO, 2), offs=offsets_E)
     return y_PO[:, : weight_EIO.size(2)].clone()
 
 
 def _grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
-    full_EIO = F.grouped_mm(_aligned(x_PI.contiguous()).T, _aligned(grad_PO), offs=offsets_E)
-    some_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) > 0  # whatever the kernel leaves in an empty one
-    return torch.where(some_E[:, None, None], full_EIO[:, : x_PI.size(1), : grad_PO.size(1)], 0.0)
+    """(E, I, O) the gradient of the weights, by torch's kernel."""
+    padded_EIO = F.grouped_mm(_aligned(x_PI.contiguous()).T, _aligned(grad_PO), offs=offsets_E)
+    grad_EIO = padded_EIO[:, : x_PI.size(1), : grad_PO.size(1)]
+    # The kernel leaves anything in the place of an expert without rows.
+    has_rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) > 0
+    return torch.where(has_rows_E[:, None, None], grad_EIO, 0.0)
 
 
 def _aligned(x: Tensor, dims: int = 1) -> Tensor:
     """Pad the last dimensions with zeros to multiples of 16 bytes."""
     step = 16 // x.element_size()
-    missing = [pad for width in reversed(x.shape[-dims:]) for pad in (0, -width % step)]
-    return F.pad(x, missing) if any(missing) else x
+    pads = [pad for width in reversed(x.shape[-dims:]) for pad in (0, -width % step)]
+    return F.pad(x, pads) if any(pads) else x
 
 
-# tokens and pairs on a GPU, without atomic adds of floats -------------------------------------------------------------
+# tokens and pairs on a GPU, without atomic adds of floats -----------------------------------------
 
 
 class _ToPairs(torch.autograd.Function):
@@ -356,7 +413,9 @@ class _ToTokens(torch.autograd.Function):
     """(T, O) the sum over each token's pairs."""
 
     @staticmethod
-    def forward(ctx: Any, y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_tokens: int
+    ) -> Tensor:
         ctx.save_for_backward(token_P)
         return _sum_by_token(y_PO, token_P, slot_P, num_tokens)
 
@@ -368,27 +427,37 @@ class _ToTokens(torch.autograd.Function):
 
 
 def _sum_by_token(y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_tokens: int) -> Tensor:
-    """(T, O) sums over each token's pairs, in a fixed order: by the inverse permutation where each token has K."""
+    """(T, O) sums over each token's pairs, in a fixed order."""
     if slot_P is None or not num_tokens:
         return _sum_at(token_P, y_PO, num_tokens)
-    place_P = torch.empty_like(slot_P).scatter_(0, slot_P, torch.arange(len(slot_P), device=slot_P.device))
+    # Each token has K pairs: put them side by side, by the inverse of the order by expert.
+    pair_P = torch.arange(len(slot_P), device=slot_P.device)
+    place_P = torch.empty_like(slot_P).scatter_(0, slot_P, pair_P)
     y_TKO = y_PO.index_select(0, place_P).unflatten(0, (num_tokens, len(slot_P) // num_tokens))
     return y_TKO.sum(dim=1)
 
 
 def _sum_at(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """Sums of values with the same index. On CUDA torch sorts the indices for this, where ``index_add`` adds in any
-    order; and checks no range, for which older versions wait."""
-    none = values.new_zeros(size, *values.shape[1:])
-    return torch._index_put_impl_(none, [index], values, accumulate=True, unsafe=True)
+    """Sums of values with the same index, in a fixed order.
+
+    On CUDA, torch sorts the indices for ``index_put``; ``index_add`` adds in any order. ``unsafe``
+    skips the check of their range, for which older versions wait.
+    """
+    zeros = values.new_zeros(size, *values.shape[1:])
+    return torch._index_put_impl_(zeros, [index], values, accumulate=True, unsafe=True)
 
 
-# from tokens to tokens, one expert after the other --------------------------------------------------------------------
+# from tokens to tokens, one expert after the other ------------------------------------------------
 
 
-def _empty_routed(weight: Tensor, _: Any, __: Any, parts: Sequence[Tensor], token: Tensor, *rest: Any) -> Any:
-    rows = token.size(0) if rest[-1] else 0
-    return weight.new_empty(parts[0].size(0), weight.size(2)), weight.new_empty(rows, weight.size(2))
+def _empty_routed(
+    weight: Tensor, _: Any, __: Any, parts: Sequence[Tensor], token: Tensor, *rest: Any
+) -> Any:
+    keeps_rows = rest[-1]
+    num_rows = token.size(0) if keeps_rows else 0
+    out_features = weight.size(2)
+    out = weight.new_empty(parts[0].size(0), out_features)
+    return out, weight.new_empty(num_rows, out_features)
 
 
 @operator(fake=_empty_routed)
@@ -401,15 +470,22 @@ def _routed_linear(
     offsets: Tensor,
     keeps_rows: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(T, O) the sums, and (P, O) the experts' outputs before they are weighted, none if they are not kept."""
+    """(T, O) the sums, and (P, O) the experts' outputs before they are weighted.
+
+    The latter has no rows unless ``keeps_rows``.
+    """
     out_TO = weight.new_zeros(len(parts[0]), weight.size(2))
     y_PO = weight.new_empty(len(token) if keeps_rows else 0, weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
-    outs = y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight)
     by_expert = zip(
-        token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, _by_part(weight, parts), strict=True
+        token.tensor_split(ends),
+        gate[:, None].tensor_split(ends),
+        y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight),
+        _by_part(weight, parts),
+        strict=True,
     )
     for expert, (token, gate, y, weights) in enumerate(by_expert):
+        # x W is the sum over the parts of x, each times its rows of W.
         y = torch.mm(parts[0].index_select(0, token), weights[0], out=y)
         for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
             y.addmm_(x.index_select(0, token), weight_IO)
@@ -423,7 +499,8 @@ def _empty_gradients(
     _: Any, __: Any, weight: Tensor, bias: Any, gate: Tensor, parts: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
     values = (gate, weight, bias, *parts)
-    return [torch.empty_like(value) for value, needed in zip(values, rest[-1], strict=True) if needed]
+    needs = rest[-1]
+    return [torch.empty_like(value) for value, needed in zip(values, needs, strict=True) if needed]
 
 
 @operator(fake=_empty_gradients)
@@ -440,16 +517,26 @@ def _routed_linear_backward(
 ) -> list[Tensor]:
     """The gradients of gate, weight, bias and parts, of those that need one."""
     values: tuple[Any, ...] = (gate, weight, bias, *parts)
-    grads: list[Any] = [torch.zeros_like(t) if needed else None for t, needed in zip(values, needs, strict=True)]
+    grads: list[Any] = [
+        torch.zeros_like(value) if needed else None
+        for value, needed in zip(values, needs, strict=True)
+    ]
     grad_gate, grad_weight, grad_bias, *grad_parts = grads
-    ends, at_gate = offsets[:-1].tolist(), gate if grad_gate is None else grad_gate
-    by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, at_gate)), strict=True)
+    ends = offsets[:-1].tolist()  # one host sync
+    # If the gate needs no gradient, nothing is written to the gate's place in the loop.
+    by_expert = zip(
+        token.tensor_split(ends),
+        gate[:, None].tensor_split(ends),
+        y_PO.tensor_split(ends),
+        (gate if grad_gate is None else grad_gate).tensor_split(ends),
+        strict=True,
+    )
     weights = _by_part(weight, parts)
     grad_weights = weights if grad_weight is None else _by_part(grad_weight, parts)
-    for expert, (token, gate, y, at_gate) in enumerate(by_expert):
+    for expert, (token, gate, y, gate_out) in enumerate(by_expert):
         grad_y = grad.index_select(0, token)
         if grad_gate is not None:
-            torch.linalg.vecdot(grad_y, y, out=at_gate)
+            torch.linalg.vecdot(grad_y, y, out=gate_out)
         grad_y.mul_(gate)
         if grad_bias is not None:
             torch.sum(grad_y, dim=0, out=grad_bias[expert])
@@ -465,8 +552,9 @@ class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
         gate, weight, bias, *parts = values
-        # of the gate, whose gradient is that of the experts' outputs before they are weighted
-        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, ctx.needs_input_grad[2])
+        # The gate's gradient needs the experts' outputs before they are weighted.
+        needs_gate = ctx.needs_input_grad[2]
+        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, needs_gate)
         ctx.save_for_backward(token, offsets, y_PO, *values)
         return out_TO
 
@@ -475,8 +563,10 @@ class _RoutedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         token, offsets, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        found = iter(_routed_linear_backward(grad, y_PO, weight, bias, gate, parts, token, offsets, needs))
-        return None, None, *(next(found) if needed else None for needed in needs)
+        grads = iter(
+            _routed_linear_backward(grad, y_PO, weight, bias, gate, parts, token, offsets, needs)
+        )
+        return None, None, *(next(grads) if needed else None for needed in needs)
 
 
 def _by_part(weight_EIO: Tensor, parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:

@@ -132,7 +132,8 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -
     if blocks is None:
         if every > count:
             raise ValueError(
-                f"every: got {every}, expected at most {count}, the number of blocks or hidden layers (with jk, all)"
+                f"every: got {every}, expected at most {count}, the number of blocks or hidden "
+                "layers (with jk, all)"
             )
         return list(range(every - 1, count, every))
     try:

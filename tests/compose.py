@@ -31,14 +31,16 @@ from torch_geometric.data import Data
 from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 
 from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
+from gmoe._checks import parameters_of
 from gmoe.conv import edges as edges_module
-from gmoe.conv.graph import parameters_of
+from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.kinds import CONVS, LOCAL, OWN, SOURCES_ALONE
-from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
 
-CONVS["sage"](1, 1)  # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
+CONVS["sage"](
+    1, 1
+)  # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
 
 TOLERANCE = 1e-10
 EXPERTS, WIDTH, EDGE_DIM = 3, 4, 3
@@ -46,11 +48,24 @@ FLAGS, SPARSE = (False, True), ("coo", "csr")
 PLAIN = ("plain", "int32", "not contiguous")
 HEADS = {"heads": (1, 2), "concat": FLAGS, "bias": FLAGS}
 GAT = {**HEADS, "add_self_loops": FLAGS, "residual": FLAGS, "negative_slope": (0.7,)}
-PNA = {"aggregators": ["mean", "max", "std"], "scalers": ["identity", "amplification"], "deg": torch.tensor([1, 3, 2])}
+PNA = {
+    "aggregators": ["mean", "max", "std"],
+    "scalers": ["identity", "amplification"],
+    "deg": torch.tensor([1, 3, 2]),
+}
 RETIRED = ("in_proj", "reduce")
 """Options that are drawn and left out, so that each number keeps its other draws."""
 BEFORE = (
-    *("no_grad", "inference_mode", "step", "NaN token", "other graph", "other thread", "deepcopy", "pickle"),
+    *(
+        "no_grad",
+        "inference_mode",
+        "step",
+        "NaN token",
+        "other graph",
+        "other thread",
+        "deepcopy",
+        "pickle",
+    ),
     *("other edge arguments", "x changed in place"),
 )
 """What a module, its graph and its features may have been through before the call that counts."""
@@ -69,9 +84,14 @@ class Spec(NamedTuple):
 
 
 KINDS: dict[str, Spec] = {
-    "gcn": Spec("edge_weight", options={"improved": FLAGS, "add_self_loops": FLAGS, "aggr": ("add", "add", "mean")}),
+    "gcn": Spec(
+        "edge_weight",
+        options={"improved": FLAGS, "add_self_loops": FLAGS, "aggr": ("add", "add", "mean")},
+    ),
     "sage": Spec(
-        "", "any", {"aggr": ("mean", "max", "sum", ["mean", "max"]), "root_weight": FLAGS, "normalize": FLAGS}
+        "",
+        "any",
+        {"aggr": ("mean", "max", "sum", ["mean", "max"]), "root_weight": FLAGS, "normalize": FLAGS},
     ),
     "graph": Spec("edge_weight", "any", {"aggr": ("add", "mean", "max"), "bias": FLAGS}),
     "gin": Spec("", "one", {"train_eps": FLAGS, "eps": (0.5, -0.3), "aggr": ("mean", "max")}),
@@ -79,14 +99,23 @@ KINDS: dict[str, Spec] = {
     "gat": Spec("edge_attr", "any", GAT),
     "gatv2": Spec("edge_attr", "any", {**GAT, "share_weights": FLAGS}),
     "transformer": Spec("edge_attr", "any", {**HEADS, "beta": FLAGS, "root_weight": FLAGS}),
-    **dict.fromkeys(("low_pass", "high_pass", "two_hop"), Spec("edge_weight", options={"add_self_loops": FLAGS})),
-    "filter": Spec("edge_weight", options={"hops": (1, 3), "filter": ("low_pass", "high_pass"), "bias": FLAGS}),
+    **dict.fromkeys(
+        ("low_pass", "high_pass", "two_hop"), Spec("edge_weight", options={"add_self_loops": FLAGS})
+    ),
+    "filter": Spec(
+        "edge_weight", options={"hops": (1, 3), "filter": ("low_pass", "high_pass"), "bias": FLAGS}
+    ),
     "identity": Spec(),
     "mlp": Spec("", "any", {"hidden_channels": (3,)}),
     "le": Spec("edge_weight", "one"),
     "film": Spec(),
     "resgatedgraph": Spec("edge_attr", "any", {"root_weight": FLAGS}),
-    "general": Spec("edge_attr", "one", {"attention": FLAGS, "heads": (2,), "l2_normalize": FLAGS}, "in_edge_channels"),
+    "general": Spec(
+        "edge_attr",
+        "one",
+        {"attention": FLAGS, "heads": (2,), "l2_normalize": FLAGS},
+        "in_edge_channels",
+    ),
     "feast": Spec("", "one", sparse=False),
     "mf": Spec("", "any", sparse=False),
     "clustergcn": Spec(sparse=False),
@@ -114,15 +143,32 @@ class Sigmoids(Router):
         return Routing.from_choices(expert_TK, weight_TK, self.num_experts)
 
 
-BY_EXPERTS = {"capacity_factor": (0.6, 1.3), "normalize": ("experts", "tokens"), "inference": ("threshold",)}
+BY_EXPERTS = {
+    "capacity_factor": (0.6, 1.3),
+    "normalize": ("experts", "tokens"),
+    "inference": ("threshold",),
+}
 ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
     "token_choice": {
-        **{"balance": ("bias", "importance_load", "switch", None), "noise": (True, "spread"), "z_coef": (0.1,)},
+        **{
+            "balance": ("bias", "importance_load", "switch", None),
+            "noise": (True, "spread"),
+            "z_coef": (0.1,),
+        },
         **{"capacity_factor": (0.75, 1.5), "init_scale": (1.0,)},
     },
     "expert_choice": {**BY_EXPERTS, "z_coef": (0.1,)},
-    "attention_vote": {"shared_queries": (True,), "capacity_factor": (0.6,), "scope": ("neighbors",)},
-    "multi_centroid": {"num_centroids": (1, 2), "reduce": ("logsumexp",), "choice": ("experts",), **BY_EXPERTS},
+    "attention_vote": {
+        "shared_queries": (True,),
+        "capacity_factor": (0.6,),
+        "scope": ("neighbors",),
+    },
+    "multi_centroid": {
+        "num_centroids": (1, 2),
+        "reduce": ("logsumexp",),
+        "choice": ("experts",),
+        **BY_EXPERTS,
+    },
     **{"random": {}, "uniform": {}, Sigmoids: {}, None: {}},  # None: weights are given
 }
 
@@ -194,31 +240,56 @@ def draw_graph(random: Random, way: str) -> dict[str, Any]:
     """The edges and their form; two sets of nodes, the second one perhaps without features."""
     two = way == "layer" and flip(random, 0.2)
     form = "plain" if way in ("sampled", "disk") else random.choice(["plain"] * 6 + list(ref.FORMS))
-    simple = form not in PLAIN or way == "sampled"  # of several loops GCN keeps the last one's weight
+    simple = (
+        form not in PLAIN or way == "sampled"
+    )  # of several loops GCN keeps the last one's weight
     sizes = (random.randint(1, 9), random.randint(1, 9)) if two else (random.randint(2, 14),) * 2
-    sizes = (max(sizes), min(sizes)) if form in SPARSE else sizes  # else PyG fails to make loops of a matrix's values
-    graph, edges = "simple" if simple else "random", random.choice((0, 5, 20, 30) if not simple else (5, 20, 30))
+    sizes = (
+        (max(sizes), min(sizes)) if form in SPARSE else sizes
+    )  # else PyG fails to make loops of a matrix's values
+    graph, edges = (
+        "simple" if simple else "random",
+        random.choice((0, 5, 20, 30) if not simple else (5, 20, 30)),
+    )
     if not two and not simple and flip(random, 0.35):
         graph = random.choice(list(ref.GRAPHS))
         sizes, edges = (ref.GRAPHS[graph][0],) * 2, ref.GRAPHS[graph][1].size(1)
     alone = two and flip(random, 0.3)
-    return {"two": two, "alone": alone, "form": form, "graph": graph, "sizes": sizes, "edges": edges}
+    return {
+        "two": two,
+        "alone": alone,
+        "form": form,
+        "graph": graph,
+        "sizes": sizes,
+        "edges": edges,
+    }
 
 
 def draw_kind(random: Random, name: str, found: Mapping[str, Any], alike: bool) -> Kind:
     """One kind; ``alike``: outputs are as wide as asked for."""
     spec, edge_dim = KINDS[name], found["edge_dim"]
-    options = some(random, spec.options) | (PNA if name == "pna" else {"K": 2} if name in ("cheb", "tag", "sg") else {})
+    options = some(random, spec.options) | (
+        PNA if name == "pna" else {"K": 2} if name in ("cheb", "tag", "sg") else {}
+    )
     if name == "gcn" and flip(random, 0.1):
         options |= {"normalize": False, "add_self_loops": False}
     if "concat" in spec.options and alike:
         options["concat"] = False
-    if spec.edges == "edge_attr" and edge_dim is not None and (name != "gine" or edge_dim == EDGE_DIM):
+    if (
+        spec.edges == "edge_attr"
+        and edge_dim is not None
+        and (name != "gine" or edge_dim == EDGE_DIM)
+    ):
         options[spec.dim] = edge_dim
     if spec.options.get("residual") and edge_dim is not None:
         few = found["sizes"][0] < found["sizes"][1]  # then PyG fails to reduce
         options["fill_value"] = random.choice((0.5, 2.0) if few else ("mean", "max", "add", 0.5))
-    if found["form"] in PLAIN and not found["two"] and found["way"] not in ("sampled", "disk") and name not in OWN:
+    if (
+        found["form"] in PLAIN
+        and not found["two"]
+        and found["way"] not in ("sampled", "disk")
+        and name not in OWN
+    ):
         options |= {"flow": "target_to_source"} if flip(random, 0.1) else {}
     return Kind(name, options)
 
@@ -247,8 +318,15 @@ def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     partials = len(names) > 1 or names == ["mlp"] or flip(random)
     alike = len(names) > 1 or (way != "layer" and partials)
     kinds = tuple(draw_kind(random, name, found, alike) for name in names)
-    starts = ("shared", "shared", "plain") if len(names) > 1 else ("shared", "shared", "plain", "copies")
-    return {"edge_dim": edge_dim, "kinds": kinds, "start": random.choice(starts), "partials": partials}
+    starts = (
+        ("shared", "shared", "plain") if len(names) > 1 else ("shared", "shared", "plain", "copies")
+    )
+    return {
+        "edge_dim": edge_dim,
+        "kinds": kinds,
+        "start": random.choice(starts),
+        "partials": partials,
+    }
 
 
 def draw_widths(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,16 +335,31 @@ def draw_widths(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     if any(kind.name in ("simple", "cg", "gine") for kind in kinds):
         return {"widths": (WIDTH,) * 3}
     same = any(KINDS[kind.name].two == "one" or kind.options.get("share_weights") for kind in kinds)
-    return {"widths": (width, 6 if found["two"] and not same else width, random.choice((WIDTH, 2, 6)))}
+    return {
+        "widths": (width, 6 if found["two"] and not same else width, random.choice((WIDTH, 2, 6)))
+    }
 
 
 def draw_edge_args(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """Which edge arguments there are, where they are given, and which need gradients."""
-    sparse, wraps = found["form"] in SPARSE, found["way"] not in ("sampled", "disk") and flip(random, 0.6)
-    taken = set() if sparse or found["way"] == "disk" else {KINDS[kind.name].edges for kind in found["kinds"]}
+    sparse, wraps = (
+        found["form"] in SPARSE,
+        found["way"] not in ("sampled", "disk") and flip(random, 0.6),
+    )
+    taken = (
+        set()
+        if sparse or found["way"] == "disk"
+        else {KINDS[kind.name].edges for kind in found["kinds"]}
+    )
     args = [name for name in ("edge_weight",) if name in taken and flip(random, 0.7)]
     args += ["edge_attr"] if "edge_attr" in taken and found["edge_dim"] is not None else []
-    values = "" if not sparse else "rows" if found["edge_dim"] is not None else random.choice(("ones", "some"))
+    values = (
+        ""
+        if not sparse
+        else "rows"
+        if found["edge_dim"] is not None
+        else random.choice(("ones", "some"))
+    )
     in_graph = ("Graph", *(name for name in ("x", *args) if flip(random, 0.7))) if wraps else ()
     learned = tuple(name for name in ("x", "edge_weight", "edge_attr") if flip(random, 0.7))
     return {"edge_args": tuple(args), "values": values, "in_graph": in_graph, "learned": learned}
@@ -280,14 +373,20 @@ def draw_router(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
         names = ["token_choice", "token_choice", "multi_centroid", "random", "uniform"]
     if found["start"] == "copies":  # where a token's weights sum to 1
         names = ["token_choice", "token_choice", "multi_centroid", "random", "uniform", None]
-    router = random.choice(names if found["way"] == "layer" else [name for name in names if name is not None])
+    router = random.choice(
+        names if found["way"] == "layer" else [name for name in names if name is not None]
+    )
     options = some(random, ROUTERS[router])
     if options.get("balance") == "importance_load":
         options["noise"] = True
     if found["two"] or found["way"] in ("sampled", "disk"):
-        options = {name: value for name, value in options.items() if name not in ("scope", "choice")}
+        options = {
+            name: value for name, value in options.items() if name not in ("scope", "choice")
+        }
     if router not in ("uniform", Sigmoids, None) and flip(random):
-        options["weight"] = random.choice(("score", "straight_through", *(["normalized"] if k > 1 else [])))
+        options["weight"] = random.choice(
+            ("score", "straight_through", *(["normalized"] if k > 1 else []))
+        )
     if found["start"] == "copies":
         drops = ("capacity_factor", "choice", "normalize", "inference")
         options = {name: value for name, value in options.items() if name not in drops}
@@ -300,21 +399,35 @@ def draw_router(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
 def draw_model(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a model beside its experts'."""
     layers, local = random.choice((1, 2, 2, 3, 6)), found["way"] in ("sampled", "disk")
-    jk = random.choice((None, None, "last", *(() if found["way"] == "disk" else ("cat", "max", "lstm"))))
+    jk = random.choice(
+        (None, None, "last", *(() if found["way"] == "disk" else ("cat", "max", "lstm")))
+    )
     norms: list[dict[str, Any]] = [{"norm": "batch_norm"}, {"norm": "by node"}]
     norms[:1] = [{}] if found["sizes"][0] == 1 else norms[:1]  # one row has no variance
     norms += [{}, {}] if local else [{}, {}, {"norm": "graph_norm"}, {"norm": "layer_norm"}]
     choices = {"residual": ("none", "linear"), "in_proj": (True,), "act": ("elu",)}
     deep = {"every": (2,)} if layers > 2 and flip(random) else {}
-    own = {"num_layers": layers, "jk": "last" if layers == 1 else jk, "shared_router": flip(random, 0.4)}
+    own = {
+        "num_layers": layers,
+        "jk": "last" if layers == 1 else jk,
+        "shared_router": flip(random, 0.4),
+    }
     return own | random.choice(norms) | some(random, {**choices, **deep})
 
 
 def draw_past(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """What happened before."""
-    known = [name for name in BEFORE if name != "inference_mode" or not found["form"].startswith("Edge")]  # PyG fails
-    known = [name for name in known if name != "x changed in place" or found["way"] != "disk"]  # to what float32 holds
-    return {"before": () if flip(random, 0.25) else tuple(random.sample(known, random.choice((1, 1, 2))))}
+    known = [
+        name for name in BEFORE if name != "inference_mode" or not found["form"].startswith("Edge")
+    ]  # PyG fails
+    known = [
+        name for name in known if name != "x changed in place" or found["way"] != "disk"
+    ]  # to what float32 holds
+    return {
+        "before": ()
+        if flip(random, 0.25)
+        else tuple(random.sample(known, random.choice((1, 1, 2))))
+    }
 
 
 def draw(number: int) -> Config:
@@ -329,17 +442,34 @@ def draw(number: int) -> Config:
     options = {**draw_router(random, found), "start": found["start"], "backend": backend}
     keeps = {kind.name for kind in found["kinds"]} & {"simple", "cg", "gine"}
     keeps = keeps or found["start"] == "copies"
-    options |= {"shared_transform": not keeps and flip(random, 0.15)} if way == "layer" else draw_model(random, found)
-    found["batch"] = random.choice((1, 3, 7, 100)) * (way in ("sampled", "disk", "inference") or flip(random, 0.3))
+    options |= (
+        {"shared_transform": not keeps and flip(random, 0.15)}
+        if way == "layer"
+        else draw_model(random, found)
+    )
+    found["batch"] = random.choice((1, 3, 7, 100)) * (
+        way in ("sampled", "disk", "inference") or flip(random, 0.3)
+    )
     found["alone"] &= all(CONVS.get(kind.name) in SOURCES_ALONE for kind in found["kinds"])
     training = way in ("layer", "forward") and flip(random, 0.6)
-    positional = way == "layer" and found["edge_args"] == (KINDS[found["kinds"][0].name].edges,) and flip(random, 0.3)
-    found |= {"positional": positional and len(found["kinds"]) == 1, "as_on_gpus": flip(random, 0.25)}
+    positional = (
+        way == "layer"
+        and found["edge_args"] == (KINDS[found["kinds"][0].name].edges,)
+        and flip(random, 0.3)
+    )
+    found |= {
+        "positional": positional and len(found["kinds"]) == 1,
+        "as_on_gpus": flip(random, 0.25),
+    }
     lowers = way == "layer" and found["form"] in PLAIN and flip(random, 0.15)
-    lowers = lowers and all(kind.name != "mf" for kind in found["kinds"])  # which fails under autocast
+    lowers = lowers and all(
+        kind.name != "mf" for kind in found["kinds"]
+    )  # which fails under autocast
     low = random.choice(("float32", "bfloat16")) if lowers else ""
     if all(CONVS.get(kind.name) in LOCAL for kind in found["kinds"]):  # each conv on its own
-        options |= some(random, {"local": (True, False) if way in ("layer", "forward") else (True,)})
+        options |= some(
+            random, {"local": (True, False) if way in ("layer", "forward") else (True,)}
+        )
     return Config(**found, options=options, training=training, low=low)
 
 
@@ -351,7 +481,11 @@ def build(c: Config) -> Any:
     torch.manual_seed(c.number)
     several = len(c.kinds) > 1
     made = [kind.build() if c.partials else kind.name for kind in c.kinds]
-    options = {"conv": made if several else made[0], "num_experts": None if several else EXPERTS, **c.options}
+    options = {
+        "conv": made if several else made[0],
+        "num_experts": None if several else EXPERTS,
+        **c.options,
+    }
     options |= {} if c.partials else c.kinds[0].options
     if c.way == "layer":
         widths: Any = c.widths[:2] if c.two else c.widths[0]
@@ -367,13 +501,23 @@ def build(c: Config) -> Any:
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         leaf = name.rpartition(".")[2]
         if leaf == "gain" or leaf == "steps":
-            nn.init.constant_(value, 1 if leaf == "steps" else Random(c.number).choice((-1.0, 0.5, 2.0)))
-        elif re.match(r"(next_)?(bias_E|mean_D)$|center_D|threshold_E|log_scale_E|running_mean", leaf):
+            nn.init.constant_(
+                value, 1 if leaf == "steps" else Random(c.number).choice((-1.0, 0.5, 2.0))
+            )
+        elif re.match(
+            r"(next_)?(bias_E|mean_D)$|center_D|threshold_E|log_scale_E|running_mean", leaf
+        ):
             nn.init.normal_(value, -1.0 if leaf == "threshold_E" else 0.0, std=0.2)
         elif leaf == "bias" or name.endswith("noise.weight"):
             nn.init.normal_(value, std=0.2)
-        elif c.start == "copies" and re.search(r"(^|\.)experts\.", name) and value.is_floating_point():
-            value.data.add_(0.1 * torch.randn_like(value))  # experts that are equal would hide who took a token
+        elif (
+            c.start == "copies"
+            and re.search(r"(^|\.)experts\.", name)
+            and value.is_floating_point()
+        ):
+            value.data.add_(
+                0.1 * torch.randn_like(value)
+            )  # experts that are equal would hide who took a token
     return module.train(c.training)
 
 
@@ -402,33 +546,59 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         return ref.features(*shape, seed=of).float().to(dtype)
 
     num_experts = EXPERTS if len(c.kinds) == 1 else len(c.kinds)
-    edges = ref.GRAPHS[c.graph][1] if c.graph in ref.GRAPHS else ref.random_graph(*c.sizes, c.edges, seed)
+    edges = (
+        ref.GRAPHS[c.graph][1]
+        if c.graph in ref.GRAPHS
+        else ref.random_graph(*c.sizes, c.edges, seed)
+    )
     if c.graph == "simple":
         edges = edges.unique(dim=1)
-        edges = edges[:, edges[0] != edges[1]] if c.two else edges  # PyG adds to a matrix's loops between two sets
-        edges = edges[:, torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(seed))]
+        edges = (
+            edges[:, edges[0] != edges[1]] if c.two else edges
+        )  # PyG adds to a matrix's loops between two sets
+        edges = edges[
+            :, torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(seed))
+        ]
     number, width = edges.size(1), c.edge_dim or 1
     adj: Any
     if c.form in SPARSE:
         value = leaf(number, *((width,) if c.values == "rows" else ())).abs() + 0.1
         value = torch.ones_like(value) if c.values == "ones" else value
         make: Callable[..., Any] = ref.FORMS[c.form]
-        adj, plain = make(edges, c.sizes, value), ref.csr(edges, c.sizes, value)  # PyG writes to coo
+        adj, plain = (
+            make(edges, c.sizes, value),
+            ref.csr(edges, c.sizes, value),
+        )  # PyG writes to coo
     else:
         adj = edges if c.form == "plain" else ref.FORMS[c.form](edges, c.sizes)
         plain = (adj.as_tensor() if c.form.startswith("Edge") else adj).long()
     every = {"edge_weight": leaf(number).abs() + 0.1, "edge_attr": leaf(number, width)}
     args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
-    x_src, x_dst = (leaf(*shape).requires_grad_("x" in c.learned) for shape in zip(c.sizes, c.widths[:2], strict=True))
-    of_graph: dict[str, Any] = {name: value for name, value in {"x": x_src, **args}.items() if name in c.in_graph}
-    flow = {kind.options.get("flow", "source_to_target") for kind in c.kinds}.pop()  # of several, all are refused
+    x_src, x_dst = (
+        leaf(*shape).requires_grad_("x" in c.learned)
+        for shape in zip(c.sizes, c.widths[:2], strict=True)
+    )
+    of_graph: dict[str, Any] = {
+        name: value for name, value in {"x": x_src, **args}.items() if name in c.in_graph
+    }
+    flow = {
+        kind.options.get("flow", "source_to_target") for kind in c.kinds
+    }.pop()  # of several, all are refused
     adj = Graph(adj, c.sizes, flow=flow, **of_graph) if c.in_graph else adj
-    batch = torch.arange(c.sizes[1]) * 7 % 3 * 2 if c.batch and c.way in ("layer", "forward", "inference") else None
+    batch = (
+        torch.arange(c.sizes[1]) * 7 % 3 * 2
+        if c.batch and c.way in ("layer", "forward", "inference")
+        else None
+    )
     weight_TE = None
     if c.options["router"] is None:  # all tokens have all experts, some have some, or none has any
-        chosen_TE = leaf(c.sizes[1], num_experts, of=4).abs() < Random(seed).choice((0.0, 0.7, 0.7, 9.0))
+        chosen_TE = leaf(c.sizes[1], num_experts, of=4).abs() < Random(seed).choice(
+            (0.0, 0.7, 0.7, 9.0)
+        )
         weight_TE = (leaf(c.sizes[1], num_experts, of=3) * chosen_TE).requires_grad_()
-    return Given((x_src, None if c.alone else x_dst if c.two else x_src), adj, plain, args, batch, weight_TE)
+    return Given(
+        (x_src, None if c.alone else x_dst if c.two else x_src), adj, plain, args, batch, weight_TE
+    )
 
 
 # Running
@@ -437,7 +607,9 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
 def call(module: Any, c: Config, given: Given) -> tuple[Tensor, list[Routing]]:
     """Output and routings, under the seed of the noise."""
     torch.manual_seed(c.number)
-    options: dict[str, Any] = {name: value for name, value in given.args.items() if name not in c.in_graph}
+    options: dict[str, Any] = {
+        name: value for name, value in given.args.items() if name not in c.in_graph
+    }
     if c.alone:
         options["size"] = c.sizes
     if given.weight_TE is not None:
@@ -450,19 +622,25 @@ def call(module: Any, c: Config, given: Given) -> tuple[Tensor, list[Routing]]:
 
 def go_through(module: Any, c: Config, given: Given, before: str) -> Any:
     """What happens to module, graph and features; the module after it."""
-    mode: Any = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(before, nullcontext)
+    mode: Any = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(
+        before, nullcontext
+    )
     counters = {name: value.clone() for name, value in module.named_buffers()}
     if before == "NaN token":
         x = given.x[0].detach().clone()
         x[-1] = torch.nan
-        _, routings = call(module, c, given._replace(x=(x, x if given.x[1] is given.x[0] else given.x[1])))
+        _, routings = call(
+            module, c, given._replace(x=(x, x if given.x[1] is given.x[0] else given.x[1]))
+        )
         _check_rest(module, c, counters, routings[0])
     elif before == "other graph":
         call(module, c, given_of(c, c.number + 1))
     elif before == "other edge arguments" and given.args and c.in_graph:
         args = {name: value.detach() * 1.5 for name, value in given.args.items()}
         sizes = given.adj.num_src, given.adj.num_rows
-        graph = given.adj.fitting(sizes, given.adj.flow, args.get("edge_weight"), args.get("edge_attr"))
+        graph = given.adj.fitting(
+            sizes, given.adj.flow, args.get("edge_weight"), args.get("edge_attr")
+        )
         call(module, c, given._replace(adj=graph, args={}))
     elif before == "other thread":
         with ThreadPoolExecutor(1) as pool:
@@ -476,7 +654,10 @@ def go_through(module: Any, c: Config, given: Given, before: str) -> Any:
         change(given)
     for leaf in (*given.leaves.values(), *module.parameters()):
         leaf.grad = None
-    copied: Any = {"deepcopy": copy.deepcopy, "pickle": lambda part: pickle.loads(pickle.dumps(part))}.get(before)
+    copied: Any = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda part: pickle.loads(pickle.dumps(part)),
+    }.get(before)
     return module if copied is None else copied(module)
 
 
@@ -497,12 +678,18 @@ def _check_rest(module: Any, c: Config, before: Mapping[str, Tensor], routing: R
         kept = before[planned if c.training and planned in before else name]
         if name.startswith("router.") and not torch.equal(value, kept):
             raise AssertionError(f"{name} changed in a step that was not finite")
-    alone = c.options["router"] == "token_choice" and "capacity_factor" not in options and seen == ("node",)
+    alone = (
+        c.options["router"] == "token_choice"
+        and "capacity_factor" not in options
+        and seen == ("node",)
+    )
     if alone and not routing.to_dense()[:-1].isfinite().all():
         raise AssertionError("a token's weights are not finite because of another one")
 
 
-def define(layer: MoEConv, c: Config, x: Any, adj: Any, routing: Routing, args: Any) -> tuple[Tensor, list[Any]]:
+def define(
+    layer: MoEConv, c: Config, x: Any, adj: Any, routing: Routing, args: Any
+) -> tuple[Tensor, list[Any]]:
     """Each expert a PyG conv on the whole graph, masked by the routing; and these convs."""
     convs = [layer.experts.expert(index) for index in range(layer.num_experts)]
     always = [] if layer.shared_expert is None else [layer.shared_expert.expert(0)]
@@ -519,18 +706,24 @@ def define(layer: MoEConv, c: Config, x: Any, adj: Any, routing: Routing, args: 
     return y, [*convs, *always]
 
 
-def by_hand(model: GNNMoE, c: Config, given: Given) -> tuple[Tensor, list[Routing], dict[str, list[Any]]]:
+def by_hand(
+    model: GNNMoE, c: Config, given: Given
+) -> tuple[Tensor, list[Routing], dict[str, list[Any]]]:
     """The definition of a model, layer by layer of its own parts; the routings, and the experts' convs."""
     torch.manual_seed(c.number)
     x, convs = given.x[0], {}
     decision, graph = None, Graph(given.plain, x.size(0), flow=model.flow)
     if model.shared_router is not None:
-        decision = model.shared_router(model.shared_router_input(x, graph), given.batch, graph.edge_index)
+        decision = model.shared_router(
+            model.shared_router_input(x, graph), given.batch, graph.edge_index
+        )
     routings = [] if decision is None else [decision]
     xs = []
     for layer, conv in enumerate(model.convs):
         if isinstance(conv, MoEConv):
-            own: Any = {name: value for name, value in given.args.items() if name in conv.edge_names}
+            own: Any = {
+                name: value for name, value in given.args.items() if name in conv.edge_names
+            }
             how = {"batch": given.batch, "routing": decision, "return_routing": True}
             routing = conv(x, given.plain, **own, **how)[1]
             out, convs[f"convs.{layer}"] = define(conv, c, x, given.plain, routing, given.args)
@@ -541,7 +734,9 @@ def by_hand(model: GNNMoE, c: Config, given: Given) -> tuple[Tensor, list[Routin
         out = out + model.residuals[layer](x) if layer < len(model.residuals) else out
         if layer < model.num_layers - 1 or model.jk_mode is not None:
             norm = model.norms[layer]
-            groups = (given.batch, None) if "batch" in inspect.signature(norm.forward).parameters else ()
+            groups = (
+                (given.batch, None) if "batch" in inspect.signature(norm.forward).parameters else ()
+            )
             out = model.act(norm(out, *groups))
         x = out
         xs.append(x)
@@ -559,14 +754,24 @@ def gradients(module: Any, convs: Mapping[str, list[Any]] | None) -> dict[str, A
         if not isinstance(layer, MoEConv):
             continue
         own = ref.as_convs(layer.experts, layer.num_experts) if convs is None else []
-        own += [] if layer.shared_expert is None or convs is not None else ref.as_convs(layer.shared_expert, 1)
+        own += (
+            []
+            if layer.shared_expert is None or convs is not None
+            else ref.as_convs(layer.shared_expert, 1)
+        )
         for conv in [] if convs is None else convs[place]:
             own.append({name: value.grad for name, value in conv.named_parameters()})
-        found |= {f"{place}.{e}.{name}": value for e, part in enumerate(own) for name, value in part.items()}
+        found |= {
+            f"{place}.{e}.{name}": value
+            for e, part in enumerate(own)
+            for name, value in part.items()
+        }
     return found
 
 
-def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float = TOLERANCE) -> Outcome:
+def compare(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float = TOLERANCE
+) -> Outcome:
     """What an option leaves unused has no gradient in the definition; NaN is as far as can be.
 
     Differences are relative where values exceed 1: in deep models gradients reach 1e6, and the definition itself moves
@@ -578,7 +783,9 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float
         if expected is not None:
             assert ours[name].shape == expected.shape, name
             scale = float(expected.abs().max().clamp(min=1)) if expected.numel() else 1.0
-            difference = float((ours[name] - expected).abs().max()) / scale if expected.numel() else 0.0
+            difference = (
+                float((ours[name] - expected).abs().max()) / scale if expected.numel() else 0.0
+            )
             difference = difference if difference == difference else torch.inf
             kind = "equal" if difference <= tolerance else "failed"
             found = max(found, Outcome(difference, kind, name))
@@ -589,7 +796,9 @@ def compute(c: Config) -> Outcome:
     """Build, run, and compare with the definition."""
     module = build(c)
     twin, given, theirs = copy.deepcopy(module), *(given_of(c, c.number) for _ in range(2))
-    as_on_gpus: Any = mock.patch.multiple(edges_module, SPARSE_DEVICES=(), NUMBERS=20)  # small blocks, no products
+    as_on_gpus: Any = mock.patch.multiple(
+        edges_module, SPARSE_DEVICES=(), NUMBERS=20
+    )  # small blocks, no products
     with as_on_gpus if c.as_on_gpus else nullcontext():
         for before in c.before:
             module = go_through(module, c, given, before)
@@ -609,8 +818,14 @@ def compute(c: Config) -> Outcome:
     found = compare(results[0], results[1])
     if found.kind == "equal" and c.way in OTHER_WAYS:
         with torch.no_grad():
-            found = max(found, compare({c.way: OTHER_WAYS[c.way](c, module, given)}, {c.way: y.detach()}))
-    return max(found, in_low_precision(c, module, routings[0])) if found.kind == "equal" and c.low else found
+            found = max(
+                found, compare({c.way: OTHER_WAYS[c.way](c, module, given)}, {c.way: y.detach()})
+            )
+    return (
+        max(found, in_low_precision(c, module, routings[0]))
+        if found.kind == "equal" and c.low
+        else found
+    )
 
 
 def in_low_precision(c: Config, module: MoEConv, routing: Routing) -> Outcome:
@@ -624,18 +839,34 @@ def in_low_precision(c: Config, module: MoEConv, routing: Routing) -> Outcome:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             y, _ = call(layer, c, given)
         y.sum().backward()
-        found = {"low y": y.detach(), **{f"low {name}": ref.gradient(leaf) for name, leaf in given.leaves.items()}}
-        results.append({name: value for name, value in found.items() if c.low == "float32" or name == "low y"})
+        found = {
+            "low y": y.detach(),
+            **{f"low {name}": ref.gradient(leaf) for name, leaf in given.leaves.items()},
+        }
+        results.append(
+            {name: value for name, value in found.items() if c.low == "float32" or name == "low y"}
+        )
     return compare(results[0], results[1], {"float32": 1e-4, "bfloat16": 0.1}[c.low])
 
 
-def finish(y: Tensor, routings: list[Routing], given: Given, module: Any, convs: Any) -> dict[str, Any]:
+def finish(
+    y: Tensor, routings: list[Routing], given: Given, module: Any, convs: Any
+) -> dict[str, Any]:
     """Outputs, routings and all gradients."""
-    loss = (y * ref.features(*y.shape, seed=5)).sum() + sum(routing.aux_loss for routing in routings)
+    loss = (y * ref.features(*y.shape, seed=5)).sum() + sum(
+        routing.aux_loss for routing in routings
+    )
     if loss.requires_grad:
         loss.backward()
-    found = {"y": y.detach(), **{f"routing {i}": one.to_dense().detach() for i, one in enumerate(routings)}}
-    return found | {name: ref.gradient(leaf) for name, leaf in given.leaves.items()} | gradients(module, convs)
+    found = {
+        "y": y.detach(),
+        **{f"routing {i}": one.to_dense().detach() for i, one in enumerate(routings)},
+    }
+    return (
+        found
+        | {name: ref.gradient(leaf) for name, leaf in given.leaves.items()}
+        | gradients(module, convs)
+    )
 
 
 # Other ways to a model's output
@@ -644,7 +875,12 @@ def finish(y: Tensor, routings: list[Routing], given: Given, module: Any, convs:
 def inference(c: Config, model: GNNMoE, given: Given) -> Tensor:
     """Layer by layer in chunks."""
     args = {name: value for name, value in given.args.items() if name not in c.in_graph}
-    data = Data(x=given.x[0], edge_index=given.adj, **args, **({} if given.batch is None else {"batch": given.batch}))
+    data = Data(
+        x=given.x[0],
+        edge_index=given.adj,
+        **args,
+        **({} if given.batch is None else {"batch": given.batch}),
+    )
     found: Tensor = model.inference(data, batch_size=c.batch)
     return found
 
@@ -653,7 +889,9 @@ def sampled(c: Config, model: GNNMoE, given: Given) -> Tensor:
     """With all neighbors of so many hops that the degrees of all that count are whole."""
     data = Data(x=given.x[0], edge_index=given.adj, **given.args)
     found = []
-    for part in neighbor_loader(data, [-1] * (3 * model.num_layers + 3), batch_size=c.batch, backend="gmoe"):
+    for part in neighbor_loader(
+        data, [-1] * (3 * model.num_layers + 3), batch_size=c.batch, backend="gmoe"
+    ):
         own: Any = {name: part[name] for name in given.args}
         if c.number % 2 and len(own) < 2:
             own["num_sampled_nodes_per_hop"] = part.num_sampled_nodes
@@ -687,7 +925,10 @@ def run(number: int) -> Outcome:
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
-            own &= re.match(r"\w+: ([\w., ]+: got .*(expected|but)|inference: )", message, re.DOTALL) is not None
+            own &= (
+                re.match(r"\w+: ([\w., ]+: got .*(expected|but)|inference: )", message, re.DOTALL)
+                is not None
+            )
             kind = "refused" if own else "failed"
             return Outcome(torch.inf, kind, message)
 
@@ -717,9 +958,14 @@ def main(first: int, last: int | None = None) -> int:
         print(show(first))
         return int(bool(failures))
     for name in sorted({name for name, _ in counts}):
-        print(f"{name:16}", *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed")))
+        print(
+            f"{name:16}",
+            *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed")),
+        )
     seconds = time.perf_counter() - begin
-    print(f"{len(numbers)} numbers, {1000 * seconds / len(numbers):.0f} ms each; failed: {failures or 'none'}")
+    print(
+        f"{len(numbers)} numbers, {1000 * seconds / len(numbers):.0f} ms each; failed: {failures or 'none'}"
+    )
     return int(bool(failures))
 
 

@@ -95,7 +95,11 @@ def edges(groups: Sequence[int], fewer_src: int = 0, fewer_dst: int = 0) -> Tens
     for group in groups:
         src, dst = SIZES[group] - fewer_src, SIZES[group] - fewer_dst
         ends = torch.randint(1 << 20, (2, 3 * dst), generator=torch.Generator().manual_seed(group))
-        found.append(torch.stack([first_src + ends[0] % max(src - 1, 1), first_dst + ends[1] % max(dst - 1, 1)]))
+        found.append(
+            torch.stack(
+                [first_src + ends[0] % max(src - 1, 1), first_dst + ends[1] % max(dst - 1, 1)]
+            )
+        )
         first_src, first_dst = first_src + src, first_dst + dst
     return torch.cat(found, dim=1)
 
@@ -112,7 +116,9 @@ def graphs(groups: Sequence[int]) -> Call:
 
 def weighted_graphs(groups: Sequence[int]) -> Call:
     plain = graphs(groups)
-    weight = torch.cat([torch.zeros(0), *(drawn(group, 3 * SIZES[group]).abs() for group in groups)])
+    weight = torch.cat(
+        [torch.zeros(0), *(drawn(group, 3 * SIZES[group]).abs() for group in groups)]
+    )
     return Call(plain.args, {**plain.kwargs, "edge_weight": weight}, plain.group)
 
 
@@ -154,7 +160,9 @@ class Case:
     inputs: Callable[[Sequence[int]], Call] = tokens
     exempt: Mapping[str, str] = field(default_factory=dict)
 
-    def make(self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    def make(
+        self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> nn.Module:
         """The layer after one forward in training, which running thresholds need, in training mode."""
         torch.manual_seed(seed)
         layer = self.build().to(device, dtype)
@@ -162,7 +170,12 @@ class Case:
             run(layer, self.call(device=device, dtype=dtype))
         return layer
 
-    def call(self, groups: Sequence[int] = GROUPS, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
+    def call(
+        self,
+        groups: Sequence[int] = GROUPS,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Call:
         return self.inputs(groups).to(device, dtype)
 
 
@@ -178,7 +191,11 @@ def with_head(vit: VisionTransformer) -> VisionTransformer:
 
 
 def moefied() -> nn.Module:
-    return opened(moefy(with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)), every=1, num_experts=E))
+    return opened(
+        moefy(
+            with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)), every=1, num_experts=E
+        )
+    )
 
 
 def opened(model: nn.Module) -> Any:
@@ -195,8 +212,12 @@ def soft() -> SoftMoE:
     return SoftMoE(SoftSlots(D, E, slots=2), MLPExperts(D, 12, 6, E))
 
 
-SMALL_VIT = ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
-NO_RESET = {"starts_on_the_meta_device": "torchvision's models are built with values; see reset_parameters"}
+SMALL_VIT = ViTSize(
+    image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24
+)
+NO_RESET = {
+    "starts_on_the_meta_device": "torchvision's models are built with values; see reset_parameters"
+}
 
 ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "token_choice": ("token_choice", {}),
@@ -214,7 +235,10 @@ ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
 """All but the oracle, whose tokens are numbered once and for all."""
 
 CONVS: dict[str, Any] = {
-    **{name: name for name in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "film")},
+    **{
+        name: name
+        for name in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "film")
+    },
     "mixed": ["gcn", "sage", "gat", "film"] * 2,
     "filters": ["identity", "low_pass", "high_pass", "two_hop"] * 2,
     "mlp": "mlp",
@@ -234,9 +258,15 @@ def hetero(**kwargs: Any) -> HeteroMoEConv:
 
 
 CASES = [
-    *(Case(f"MoE {name}", partial(mlps, router, **options)) for name, (router, options) in ROUTERS.items()),
+    *(
+        Case(f"MoE {name}", partial(mlps, router, **options))
+        for name, (router, options) in ROUTERS.items()
+    ),
     Case("MoE linear", lambda: MoE(build_router("token_choice", D, E, K), LinearExperts(D, 6, E))),
-    Case("MoE shared", lambda: MoE(build_router("token_choice", D, E, K), LinearExperts(D, 6, E), nn.Linear(D, 6))),
+    Case(
+        "MoE shared",
+        lambda: MoE(build_router("token_choice", D, E, K), LinearExperts(D, 6, E), nn.Linear(D, 6)),
+    ),
     Case("SoftMoE", soft),
     *(Case(f"MoEConv {name}", partial(conv, kind), graphs) for name, kind in CONVS.items()),
     Case(
@@ -248,12 +278,27 @@ CASES = [
     Case("MoEConv sage expert_choice", partial(conv, "sage", router="expert_choice"), graphs),
     Case("HeteroMoEConv", hetero, hetero_graphs),
     Case("GNNMoE", partial(gnn, dropout=0.5, norm="batch_norm", jk="cat"), graphs),
-    Case("GNNMoE shared router", partial(gnn, shared_router=True, router_input=("node", "neighbors")), graphs),
-    Case("HeteroGNNMoE", lambda: opened(HeteroGNNMoE(D, 6, 5, METADATA, 3, num_experts=E, k=K)), hetero_graphs),
-    Case("HeteroGNNMoE target", lambda: opened(HeteroGNNMoE(D, 6, 5, METADATA, 2, target="paper")), hetero_papers),
+    Case(
+        "GNNMoE shared router",
+        partial(gnn, shared_router=True, router_input=("node", "neighbors")),
+        graphs,
+    ),
+    Case(
+        "HeteroGNNMoE",
+        lambda: opened(HeteroGNNMoE(D, 6, 5, METADATA, 3, num_experts=E, k=K)),
+        hetero_graphs,
+    ),
+    Case(
+        "HeteroGNNMoE target",
+        lambda: opened(HeteroGNNMoE(D, 6, 5, METADATA, 2, target="paper")),
+        hetero_papers,
+    ),
     Case("ViTMoE", lambda: opened(with_head(ViTMoE(SMALL_VIT, num_experts=E))), images, NO_RESET),
     Case(
-        "moefied ViT", moefied, images, {**NO_RESET, "returns_what_is_recorded": "torchvision's forward returns logits"}
+        "moefied ViT",
+        moefied,
+        images,
+        {**NO_RESET, "returns_what_is_recorded": "torchvision's forward returns logits"},
     ),
 ]
 
@@ -270,7 +315,9 @@ def rows(y: Any) -> Tensor:
     return torch.cat(list(y.values())) if isinstance(y, dict) else y
 
 
-def train(layer: nn.Module, call: Call, forward: Callable[..., Any] | None = None) -> dict[str, Tensor | None]:
+def train(
+    layer: nn.Module, call: Call, forward: Callable[..., Any] | None = None
+) -> dict[str, Tensor | None]:
     """Output, and the gradients of inputs and parameters, of one step."""
     leaves: list[Tensor] = []
 
@@ -285,7 +332,11 @@ def train(layer: nn.Module, call: Call, forward: Callable[..., Any] | None = Non
     y = run(layer if forward is None else forward, Call(args, kwargs, call.group))
     y.float().square().sum().backward()
     inputs = {f"input {i}": value.grad for i, value in enumerate(leaves)}
-    return {"output": y.detach(), **inputs, **{name: p.grad for name, p in layer.named_parameters()}}
+    return {
+        "output": y.detach(),
+        **inputs,
+        **{name: p.grad for name, p in layer.named_parameters()},
+    }
 
 
 def assert_alike(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> None:
@@ -354,11 +405,17 @@ def is_copied(case: Case, device: str) -> None:
 
 def is_pickled(case: Case, device: str) -> None:
     layer, call = case.make(device).eval(), case.call(device=device)
-    torch.testing.assert_close(run(pickle.loads(pickle.dumps(layer)), call), run(layer, call), rtol=0, atol=0)
+    torch.testing.assert_close(
+        run(pickle.loads(pickle.dumps(layer)), call), run(layer, call), rtol=0, atol=0
+    )
 
 
 def is_restored_from_its_state_dict(case: Case, device: str) -> None:
-    layer, other, call = case.make(device).eval(), case.make(device, seed=5).eval(), case.call(device=device)
+    layer, other, call = (
+        case.make(device).eval(),
+        case.make(device, seed=5).eval(),
+        case.call(device=device),
+    )
     assert not torch.equal(run(other, call), run(layer, call))
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(run(other, call), run(layer, call), rtol=0, atol=0)
@@ -394,7 +451,9 @@ def gives_starved_experts_zero_gradients(case: Case, device: str) -> None:
     for expert, load in enumerate(routings[0].load.tolist()):
         gradients = list(of_expert(layer.experts, expert, layer.num_experts))
         assert gradients
-        assert any(bool(value.any()) for value in gradients if value is not None) == (load > 0), f"expert {expert}"
+        assert any(bool(value.any()) for value in gradients if value is not None) == (load > 0), (
+            f"expert {expert}"
+        )
 
 
 def computes_in_float64(case: Case, device: str) -> None:
@@ -412,7 +471,10 @@ def is_checkpointed(case: Case, device: str) -> None:
     layer, call = case.make(device), case.call(device=device)
     twin = copy.deepcopy(layer)
     for _ in range(2):
-        found, expected = train(twin, call, partial(checkpoint, twin, use_reentrant=False)), train(layer, call)
+        found, expected = (
+            train(twin, call, partial(checkpoint, twin, use_reentrant=False)),
+            train(layer, call),
+        )
         assert_alike(found, expected)
     for one, other in zip(twin.modules(), layer.modules(), strict=True):
         if isinstance(one, Router):  # batch norm's statistics move with every forward
@@ -425,7 +487,9 @@ def runs_without_gradients(case: Case, device: str) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():  # in which torch's attention has a kernel of its own
             torch.testing.assert_close(run(layer, call), expected)
-    torch.testing.assert_close(run(layer, call), expected, rtol=0, atol=0)  # nothing of that mode was kept
+    torch.testing.assert_close(
+        run(layer, call), expected, rtol=0, atol=0
+    )  # nothing of that mode was kept
 
 
 def starts_on_the_meta_device(case: Case, device: str) -> None:
@@ -462,7 +526,9 @@ def serves_two_threads(case: Case, device: str) -> None:
     expected = [run(layer, call) for call in calls]
     with ThreadPoolExecutor(2) as pool:
         for found, wanted in zip(pool.map(partial(run, layer), calls), expected, strict=True):
-            torch.testing.assert_close(found, wanted)  # but for rounding: a product depends on where its rows lie
+            torch.testing.assert_close(
+                found, wanted
+            )  # but for rounding: a product depends on where its rows lie
 
 
 def returns_what_is_recorded(case: Case, device: str) -> None:
@@ -481,7 +547,11 @@ def is_counted_by_routing_stats(case: Case, device: str) -> None:
         with record_routing(layer) as recorded:
             run(layer, call)
         stats.update(recorded)
-    assert len(stats.compute()) == len(recorded) == sum(isinstance(module, Router) for module in layer.modules())
+    assert (
+        len(stats.compute())
+        == len(recorded)
+        == sum(isinstance(module, Router) for module in layer.modules())
+    )
     for counted, routing in zip(stats.load, recorded, strict=True):
         assert torch.equal(counted, 2 * routing.load)
 
@@ -490,7 +560,11 @@ def runs_what_users_put_in(case: Case, device: str) -> None:
     """The hooks of a graph's experts, of linear layers of experts and routers, and what stands in place of those."""
     layer, call, called = case.make(device).eval(), case.call(device=device), set[str]()
     linear, own = ("gate", "query", "key"), (LinearExperts, ConvExperts)
-    hooked = {name: part for name, part in layer.named_modules() if isinstance(part, own) or name.endswith(linear)}
+    hooked = {
+        name: part
+        for name, part in layer.named_modules()
+        if isinstance(part, own) or name.endswith(linear)
+    }
     for name, module in hooked.items():
         module.register_forward_hook(lambda *_, name=name: called.add(name))
     plain = run(layer, call)
@@ -525,7 +599,11 @@ def leaves_itself_alone(case: Case, device: str) -> None:
     before, values = attributes(layer), copy.deepcopy(layer.state_dict())
     for training in (False, True):
         run(layer, call)
-        changed = [name for name, value in attributes(layer).items() if before.get(name, before) is not value]
+        changed = [
+            name
+            for name, value in attributes(layer).items()
+            if before.get(name, before) is not value
+        ]
         assert changed == [], f"training={training}"
         if not training:
             assert_alike(layer.state_dict(), values)
@@ -559,11 +637,13 @@ CLAUSES: list[Callable[[Case, str], None]] = [
 
 
 TRANSFORMS: dict[str, Callable[[nn.Module, Call], Any]] = {
-    "torch.jit.trace": lambda layer, call: torch.jit.trace(layer, call.args, check_trace=False)(*call.args),
-    "torch.export": lambda layer, call: torch.export.export(layer, call.args).module()(*call.args),
-    "torch.func.grad": lambda layer, call: torch.func.grad(lambda x: rows(layer(x, *call.args[1:])).sum())(
-        call.args[0]
+    "torch.jit.trace": lambda layer, call: torch.jit.trace(layer, call.args, check_trace=False)(
+        *call.args
     ),
+    "torch.export": lambda layer, call: torch.export.export(layer, call.args).module()(*call.args),
+    "torch.func.grad": lambda layer, call: torch.func.grad(
+        lambda x: rows(layer(x, *call.args[1:])).sum()
+    )(call.args[0]),
 }
 """What a layer may be put into, and called."""
 
@@ -581,7 +661,11 @@ def outcome(case: Case, name: str) -> str:
         found = TRANSFORMS[name](layer, call)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return "works" if name == "torch.func.grad" or torch.allclose(found, run(layer, call), atol=1e-5) else "differs"
+    return (
+        "works"
+        if name == "torch.func.grad" or torch.allclose(found, run(layer, call), atol=1e-5)
+        else "differs"
+    )
 
 
 def graph_breaks(cases: Sequence[Case] = CASES) -> dict[str, int]:
@@ -613,4 +697,8 @@ if __name__ == "__main__":
         if title == "graph breaks" or torch.cuda.is_available():
             print(title, *(f"    {name:32} {count}" for name, count in table().items()), sep="\n")
     for case, found in support().items():
-        print(case, *(f"    {name:32} {text.splitlines()[0][:100]}" for name, text in found.items()), sep="\n")
+        print(
+            case,
+            *(f"    {name:32} {text.splitlines()[0][:100]}" for name, text in found.items()),
+            sep="\n",
+        )

@@ -327,7 +327,9 @@ def test_edges_outside_the_nodes_are_refused_in_compiled_code() -> None:
     (x, edge_index), _ = inputs("GCN", 30)
     compiled(x, edge_index)
     edge_index[1, 7] = 30
-    with pytest.raises(ValueError, match=r"edge_index: got nodes \d\.\.30, expected values in 0\.\.29"):
+    with pytest.raises(
+        ValueError, match=r"edge_index: got nodes \d\.\.30, expected values in 0\.\.29"
+    ):
         compiled(x, edge_index)
 
 

@@ -39,7 +39,10 @@ def test_an_unequal_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_raw_error_fails_and_a_refusal_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for error, kind in ((IndexError("3"), "failed"), (ValueError("k: got 9, expected at most 3"), "refused")):
+    for error, kind in (
+        (IndexError("3"), "failed"),
+        (ValueError("k: got 9, expected at most 3"), "refused"),
+    ):
 
         def raises(c: compose.Config, error: Exception = error) -> compose.Outcome:
             raise error

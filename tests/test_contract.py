@@ -17,7 +17,10 @@ from tests.contract import CASES, CLAUSES, GROUPS, Case, assert_alike, host_sync
 UNBROKEN = ("token_choice", "multi_centroid", "random", "uniform", "linear", "shared")
 """``MoE`` with these is one graph for ``torch.compile``."""
 
-cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+cuda = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 
 
@@ -40,7 +43,9 @@ def test_contract(clause: Callable[[Case, str], None], case: Case, device: str) 
 
 
 def test_exemptions_name_clauses() -> None:
-    assert {name for case in CASES for name in case.exempt} <= {clause.__name__ for clause in CLAUSES}
+    assert {name for case in CASES for name in case.exempt} <= {
+        clause.__name__ for clause in CLAUSES
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
@@ -49,7 +54,13 @@ def test_no_parameter_is_a_scalar(case: Case) -> None:
     assert all(parameter.dim() > 0 for parameter in case.make().parameters())
 
 
-REENTRANT = ("token_choice bias", "expert_choice threshold", "MoEConv gcn", "GNNMoE", "GNNMoE shared router")
+REENTRANT = (
+    "token_choice bias",
+    "expert_choice threshold",
+    "MoEConv gcn",
+    "GNNMoE",
+    "GNNMoE shared router",
+)
 
 
 @pytest.mark.parametrize("case", named(*REENTRANT), ids=label)
@@ -69,7 +80,9 @@ def test_counters_advance_once_under_reentrant_checkpointing(case: Case) -> None
             assert_alike(dict(one.named_buffers()), dict(other.named_buffers()))
 
 
-def assert_compiles(case: Case, calls: Sequence[Sequence[int]] = (GROUPS, [0, 2]), **options: Any) -> None:
+def assert_compiles(
+    case: Case, calls: Sequence[Sequence[int]] = (GROUPS, [0, 2]), **options: Any
+) -> None:
     """Outputs and gradients, of two calls of other sizes, equal those without."""
     torch.compiler.reset()
     layer = case.make()
@@ -113,7 +126,9 @@ def test_compiles_in_pieces(case: Case) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "random"])
+@pytest.mark.parametrize(
+    "router", ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "random"]
+)
 def test_a_forward_on_groups_of_one_size_waits_for_nothing(router: str) -> None:
     layer = MoE(build_router(router, 64, 4, 1), MLPExperts(64, 128, 64, num_experts=4)).cuda()
     x, stats = torch.randn(3, 17, 64, device="cuda"), RoutingStats(4).cuda()
@@ -129,4 +144,6 @@ def test_a_forward_on_groups_of_one_size_waits_for_nothing(router: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_token_choice_waits_for_nothing_on_ragged_groups() -> None:
-    assert set(host_syncs(named("token_choice", "multi_centroid", "random", "linear")).values()) == {0}
+    assert set(
+        host_syncs(named("token_choice", "multi_centroid", "random", "linear")).values()
+    ) == {0}

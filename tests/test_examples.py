@@ -40,7 +40,12 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
 def test_example_imports_what_its_install_line_brings(path: Path) -> None:
     tree = ast.parse(path.read_text())
     install = re.search(r"pip install .*", ast.get_docstring(tree) or "")
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"gmoe"}
     assert install

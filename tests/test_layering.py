@@ -20,7 +20,8 @@ PYG = frozenset({"torch_geometric", "numpy", "tqdm"})
 ROOMS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("gmoe.conv", "gmoe.data"), PYG),
     **dict.fromkeys(
-        ("gmoe.models.gnn", "gmoe.models.hetero_gnn", "gmoe.models.inference", "gmoe.models.parts"), PYG
+        ("gmoe.models.gnn", "gmoe.models.hetero_gnn", "gmoe.models.inference", "gmoe.models.parts"),
+        PYG,
     ),
     "gmoe.metrics": frozenset({"torchmetrics"}),
     "gmoe.models.vit": frozenset({"torchvision"}),
@@ -36,7 +37,9 @@ LAZY = {
 }
 """Who may import what of it inside of functions, or for the type checker."""
 
-SOURCES = sorted(path for folder in ("gmoe", "vision", "experiments") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in ("gmoe", "vision", "experiments") for path in (ROOT / folder).rglob("*.py")
+)
 
 
 class Import(NamedTuple):
@@ -58,10 +61,18 @@ def imports(source: str) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            called = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             if called in ("import_module", "__import__", "find_spec"):
                 yield str(node.args[0].value)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "gmoe":
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "gmoe"
+        ):
             yield f"gmoe.{node.attr}"  # import gmoe; gmoe.GNNMoE
 
     def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
@@ -111,7 +122,11 @@ def test_no_upward_import(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "bad"),
     [
-        ("gmoe.moe", "def f():\n    if True:\n        from torch_geometric.nn import GCNConv", True),
+        (
+            "gmoe.moe",
+            "def f():\n    if True:\n        from torch_geometric.nn import GCNConv",
+            True,
+        ),
         ("gmoe.routers.base", "from ..dispatch import dispatch", True),
         ("gmoe.convert", "from gmoe.models.gnn import GNNMoE", True),
         ("gmoe.convert", "def f():\n    from gmoe.models.gnn import GNNMoE", False),
@@ -128,13 +143,24 @@ def test_the_rule_itself(module: str, source: str, bad: bool) -> None:
 
 def run(script: str) -> str:
     """What a new interpreter prints."""
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
 
 
 def test_an_import_loads_torch_alone() -> None:
     loaded = run("import sys, gmoe; print(*{name.split('.')[0] for name in sys.modules})").split()
     assert "torch" in loaded
-    later = {"torch_geometric", "torchvision", "torchmetrics", "matplotlib", "networkx", "scipy", "sklearn", "pandas"}
+    later = {
+        "torch_geometric",
+        "torchvision",
+        "torchmetrics",
+        "matplotlib",
+        "networkx",
+        "scipy",
+        "sklearn",
+        "pandas",
+    }
     assert not later & set(loaded)
 
 
@@ -155,7 +181,15 @@ for call in (*calls, lambda: model.save_pretrained("nowhere"), lambda: model.pus
     except (ImportError, AttributeError) as error:
         print(type(error).__name__, *str(error).split('"')[1:2])
 """
-    extras = ["gmoe[graph]", "gmoe[graph]", "gmoe[graph]", "gmoe[plot]", None, "gmoe[hub]", "gmoe[hub]"]
+    extras = [
+        "gmoe[graph]",
+        "gmoe[graph]",
+        "gmoe[graph]",
+        "gmoe[plot]",
+        None,
+        "gmoe[hub]",
+        "gmoe[hub]",
+    ]
     errors = ["AttributeError" if extra is None else f"ImportError {extra}" for extra in extras]
     assert run(script).splitlines() == errors
 

@@ -69,7 +69,11 @@ def code_lines(path: Path) -> frozenset[int]:
         if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
             numbers |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             numbers -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return frozenset(numbers)
 
@@ -77,7 +81,10 @@ def code_lines(path: Path) -> frozenset[int]:
 def count_tokens(path: Path) -> int:
     """Names, operators and numbers."""
     kinds = (tokenize.NAME, tokenize.OP, tokenize.NUMBER)
-    return sum(token.type in kinds for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline))
+    return sum(
+        token.type in kinds
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    )
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
@@ -119,31 +126,46 @@ def function_lines(code: CodeType) -> int:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_function_is_too_long(folder: str) -> None:
-    long = {name: lines for path in files(folder) for name, lines in functions(path) if lines > FUNCTION_LINES}
+    long = {
+        name: lines
+        for path in files(folder)
+        for name, lines in functions(path)
+        if lines > FUNCTION_LINES
+    }
     assert files(folder)
     assert not long
 
 
 def test_no_file_of_the_library_is_too_long() -> None:
-    long = {str(path.relative_to(ROOT)): raw_lines(path) for path in files("gmoe") if raw_lines(path) > FILE_LINES}
+    long = {
+        str(path.relative_to(ROOT)): raw_lines(path)
+        for path in files("gmoe")
+        if raw_lines(path) > FILE_LINES
+    }
     assert not long
 
 
 def main() -> None:
     """Print the figures."""
-    print(f"{'':14} {'files':>6} {'raw lines':>10} {'code':>7} {'tokens':>8} {'longest file':>13} {'function':>9}")
+    print(
+        f"{'':14} {'files':>6} {'raw lines':>10} {'code':>7} {'tokens':>8} {'longest file':>13} {'function':>9}"
+    )
     for folder in FOLDERS:
         paths = files(folder)
         code = sum(len(code_lines(path)) for path in paths)
         tokens = sum(map(count_tokens, paths))
         raw = [raw_lines(path) for path in paths]
         longest = max(lines for path in paths for _, lines in functions(path))
-        print(f"{folder:14} {len(paths):6} {sum(raw):10,} {code:7,} {tokens:8,} {max(raw):13,} {longest:9}")
+        print(
+            f"{folder:14} {len(paths):6} {sum(raw):10,} {code:7,} {tokens:8,} {max(raw):13,} {longest:9}"
+        )
     print(f"\n{'a call passes':14} {'functions':>10} {'files':>6} {'code':>6}")
     for name, build in CALLS.items():
         passed = passed_functions(build())
         passed_files = {code.co_filename for code in passed}
-        print(f"{name:14} {len(passed):10} {len(passed_files):6} {sum(map(function_lines, passed)):6}")
+        print(
+            f"{name:14} {len(passed):10} {len(passed_files):6} {sum(map(function_lines, passed)):6}"
+        )
 
 
 if __name__ == "__main__":

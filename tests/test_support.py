@@ -122,9 +122,14 @@ def differentiates_twice(case: Case) -> None:
 def differentiates_a_batch(case: Case) -> None:
     """By the parameters, and by a layer's input."""
     layer, call = case.make(), case.call()
-    leaves = [*layer.parameters(), *(x.requires_grad_() for x in call.args[:1] if isinstance(x, torch.Tensor))]
+    leaves = [
+        *layer.parameters(),
+        *(x.requires_grad_() for x in call.args[:1] if isinstance(x, torch.Tensor)),
+    ]
     out = rows(run(layer, call))
-    torch.autograd.grad(out, leaves, out.new_ones(2, *out.shape), is_grads_batched=True, allow_unused=True)
+    torch.autograd.grad(
+        out, leaves, out.new_ones(2, *out.shape), is_grads_batched=True, allow_unused=True
+    )
 
 
 def becomes_hetero(case: Case) -> None:
@@ -140,7 +145,10 @@ def explains(case: Case, algorithm: Callable[[], explain.ExplainerAlgorithm]) ->
     made, before = algorithm(), layer(*args)
     fitted = isinstance(made, explain.PGExplainer)
     config = {"mode": "multiclass_classification", "task_level": "node", "return_type": "raw"}
-    options: dict[str, Any] = {"explanation_type": "phenomenon" if fitted else "model", "edge_mask_type": "object"}
+    options: dict[str, Any] = {
+        "explanation_type": "phenomenon" if fitted else "model",
+        "edge_mask_type": "object",
+    }
     if not isinstance(made, explain.PGExplainer | explain.AttentionExplainer):
         options["node_mask_type"] = "attributes"
     explainer = explain.Explainer(layer, made, model_config=config, **options)
@@ -157,7 +165,11 @@ def explains(case: Case, algorithm: Callable[[], explain.ExplainerAlgorithm]) ->
 
 
 def fills_in_widths(case: Case) -> None:
-    build: Any = partial(gmoe.MoEConv, "gcn", -1, 6) if case.name == "MoEConv gcn" else partial(gmoe.GNNMoE, -1, 6, 5)
+    build: Any = (
+        partial(gmoe.MoEConv, "gcn", -1, 6)
+        if case.name == "MoEConv gcn"
+        else partial(gmoe.GNNMoE, -1, 6, 5)
+    )
     assert run(build(), case.call()).isfinite().all()
 
 
@@ -165,7 +177,9 @@ def keeps(*clauses: Callable[[Case, str], None]) -> Callable[[Case], None]:
     """Clauses that ``test_contract.py`` runs on the case, if it is not exempt."""
 
     def check(case: Case) -> None:
-        if exempt := [case.exempt[clause.__name__] for clause in clauses if clause.__name__ in case.exempt]:
+        if exempt := [
+            case.exempt[clause.__name__] for clause in clauses if clause.__name__ in case.exempt
+        ]:
             raise NotImplementedError(exempt)
 
     return check
@@ -178,7 +192,9 @@ PROBES: dict[str, Callable[[Case], object]] = {
     "deep copies, pickle, state dicts": keeps(*COPIES),
     "the meta device, then `reset_parameters`": keeps(contract.starts_on_the_meta_device),
     "activation checkpointing": keeps(contract.is_checkpointed),
-    "`inference_mode`, several threads": keeps(contract.runs_without_gradients, contract.serves_two_threads),
+    "`inference_mode`, several threads": keeps(
+        contract.runs_without_gradients, contract.serves_two_threads
+    ),
     "DDP": partial(trains_in_parallel, wrap=DistributedDataParallel),
     "FSDP2 (`fully_shard`)": partial(trains_in_parallel, wrap=shards),
     "`torch.compile`": compiles,
@@ -197,7 +213,9 @@ PROBES: dict[str, Callable[[Case], object]] = {
     "PGExplainer": partial(explains, algorithm=partial(explain.PGExplainer, epochs=1)),
     "CaptumExplainer": partial(explains, algorithm=partial(explain.CaptumExplainer, "Saliency")),
     "DummyExplainer": partial(explains, algorithm=explain.DummyExplainer),
-    "GraphMaskExplainer": partial(explains, algorithm=partial(explain.GraphMaskExplainer, 1, epochs=1)),
+    "GraphMaskExplainer": partial(
+        explains, algorithm=partial(explain.GraphMaskExplainer, 1, epochs=1)
+    ),
     "AttentionExplainer": partial(explains, algorithm=explain.AttentionExplainer),
     "lazy widths (`-1`)": fills_in_widths,
 }
@@ -208,8 +226,12 @@ def table() -> dict[tuple[str, str], str]:
     page = (Path(__file__).parent.parent / "docs" / "support.md").read_text()
     lines = re.search(r"<!-- cells -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
     assert lines is not None
-    head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1].splitlines()]
-    return {(row[0], name): cell for row in body for name, cell in zip(head[1:], row[1:], strict=True)}
+    head, _, *body = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[1].splitlines()
+    ]
+    return {
+        (row[0], name): cell for row in body for name, cell in zip(head[1:], row[1:], strict=True)
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,7 +251,9 @@ def verdict(row: str, column: str) -> str:
     except AssertionError:  # it runs, and gives something else
         raise
     except (RuntimeError, ValueError) as error:
-        own = re.search(r"not supported by gmoe|: got .*, expected|HeteroGNNMoE", str(error), re.DOTALL)
+        own = re.search(
+            r"not supported by gmoe|: got .*, expected|HeteroGNNMoE", str(error), re.DOTALL
+        )
         return "refused" if own else "no"
     except Exception:
         return "no"

@@ -84,7 +84,9 @@ class OfAllItems(nn.Module):
 
 
 @pytest.mark.parametrize("of_all_items", [False, True])
-def test_accumulated_batches_train_their_mean_loss(of_all_items: bool, page: Page, tmp_path: Path) -> None:
+def test_accumulated_batches_train_their_mean_loss(
+    of_all_items: bool, page: Page, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = OfAllItems(page["Classifier"]()) if of_all_items else page["Classifier"]()
     before, seen = copy.deepcopy(model), list[dict[str, Tensor]]()

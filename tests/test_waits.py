@@ -69,7 +69,9 @@ def test_a_training_step_waits_as_often_as_the_table_says(layer: str, found: Fou
 
 
 @pytest.mark.parametrize("layer", COUNTS)
-def test_the_branches_of_cuda_compute_what_those_of_the_cpu_do(layer: str, found: Found, expected: Results) -> None:
+def test_the_branches_of_cuda_compute_what_those_of_the_cpu_do(
+    layer: str, found: Found, expected: Results
+) -> None:
     """Outputs and gradients of a training step, in float64."""
     assert len(found.results[layer]) > 2
     torch.testing.assert_close(found.results[layer], expected[layer], atol=1e-10, rtol=1e-10)
@@ -91,8 +93,20 @@ class Waiting(nn.Module):
 
 
 def test_each_way_to_wait_is_seen() -> None:
-    seen = [place.partition(" ")[0] for place in step_waits(Waiting(), torch.randn(4, requires_grad=True))]
-    ways = ["index", "_local_scalar_dense", "nonzero", "cpu", "to", "new_tensor", "tolist", "repeat_interleave"]
+    seen = [
+        place.partition(" ")[0]
+        for place in step_waits(Waiting(), torch.randn(4, requires_grad=True))
+    ]
+    ways = [
+        "index",
+        "_local_scalar_dense",
+        "nonzero",
+        "cpu",
+        "to",
+        "new_tensor",
+        "tolist",
+        "repeat_interleave",
+    ]
     assert seen == ways
 
 
@@ -108,7 +122,9 @@ class Patient(nn.Module):
 
 def test_what_needs_no_values_is_not_counted() -> None:
     waits = step_waits(Patient(), torch.randn(4, requires_grad=True))
-    assert [place.partition(" ")[0] for place in waits] == ["tensor"]  # the numbers of the test itself
+    assert [place.partition(" ")[0] for place in waits] == [
+        "tensor"
+    ]  # the numbers of the test itself
 
 
 def test_a_question_for_a_device_that_nobody_answers_is_refused(

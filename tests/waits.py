@@ -72,8 +72,24 @@ COPIES = ("tensor", "new_tensor", "as_tensor")
 OPERATORS = {
     f"aten.{name}"
     for name in (
-        *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "isin", "bincount"),
-        *("_unique", "_unique2", "unique_dim", "unique_consecutive", "_coalesce", "to_sparse", "to_sparse_csr"),
+        *(
+            "_local_scalar_dense",
+            "is_nonzero",
+            "equal",
+            "nonzero",
+            "masked_select",
+            "isin",
+            "bincount",
+        ),
+        *(
+            "_unique",
+            "_unique2",
+            "unique_dim",
+            "unique_consecutive",
+            "_coalesce",
+            "to_sparse",
+            "to_sparse_csr",
+        ),
         "_grouped_mm",  # without a kernel for the device and dtype it reads the offsets
     )
 }
@@ -92,7 +108,9 @@ def on_cuda_branches() -> Found:
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise RuntimeError(ran.stderr)
-        return Found(json.loads((folder / "waits.json").read_text()), torch.load(folder / "results.pt"))
+        return Found(
+            json.loads((folder / "waits.json").read_text()), torch.load(folder / "results.pt")
+        )
 
 
 def copy_with_cuda_branches(folder: Path) -> None:
@@ -110,7 +128,9 @@ def copy_with_cuda_branches(folder: Path) -> None:
         for question, answer in BRANCHES.items():
             text = re.sub(question, answer, text)
         if left := QUESTIONS.search(text):
-            raise ValueError(f"BRANCHES: got {left.group()!r} in {path.name}, expected a question that is among them")
+            raise ValueError(
+                f"BRANCHES: got {left.group()!r} in {path.name}, expected a question that is among them"
+            )
         path.write_text(text)
 
 
@@ -177,7 +197,10 @@ def step_results(model: nn.Module, *inputs: Any) -> list[Tensor]:
     leaves = [inputs[0], *model.parameters()]
     y = model.train()(*inputs)
     cotangent = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent, allow_unused=True, materialize_grads=True)]
+    return [
+        y.detach(),
+        *torch.autograd.grad(y, leaves, cotangent, allow_unused=True, materialize_grads=True),
+    ]
 
 
 def results() -> Results:
@@ -226,7 +249,14 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
     def mlps() -> MLPExperts:
         return MLPExperts(64, 128, 64, num_experts=8)
 
-    for router in ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform"):
+    for router in (
+        "token_choice",
+        "expert_choice",
+        "attention_vote",
+        "multi_centroid",
+        "random",
+        "uniform",
+    ):
         yield f"MoE, {router}", MoE(build_router(router, 64, 8, 2), mlps()), images
     balances: dict[str, dict[str, Any]] = {
         "importance and load": {"balance": "importance_load"},
@@ -238,7 +268,11 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
     threshold = build_router("expert_choice", 64, 8, 2, {"inference": "threshold"})
     yield "MoE, threshold", MoE(threshold, mlps()), images
     ragged = (x, torch.tensor([0] * 25 + [1] * 35))
-    yield "MoE, token_choice on a batch", MoE(build_router("token_choice", 64, 8, 2), mlps()), ragged
+    yield (
+        "MoE, token_choice on a batch",
+        MoE(build_router("token_choice", 64, 8, 2), mlps()),
+        ragged,
+    )
     yield "SoftMoE", SoftMoE(SoftSlots(64, 8, slots=2), mlps()), images
 
 
@@ -257,4 +291,8 @@ if __name__ == "__main__":
         main()
     else:
         for layer, places in on_cuda_branches().waits.items():
-            print(f"{layer}: {sum(places.values())}", *(f"  {n} x {at}" for at, n in places.items()), sep="\n")
+            print(
+                f"{layer}: {sum(places.values())}",
+                *(f"  {n} x {at}" for at, n in places.items()),
+                sep="\n",
+            )

@@ -57,17 +57,25 @@ class Epoch(Dataset[tuple[Tensor, Tensor] | Exception]):
         rows = self.rows[number]
         try:
             images = self.source.get(rows)
-        except ValueError as error:  # as a value: DataLoader would bury it in the text of a worker's traceback
+        except (
+            ValueError
+        ) as error:  # as a value: DataLoader would bury it in the text of a worker's traceback
             return error
         if self.augment is not None and len(images):
             changed = []
             with torch.random.fork_rng(devices=[]):
                 for image, seed in zip(images, self.seeds[number].tolist(), strict=True):
-                    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
+                    torch.default_generator.manual_seed(
+                        seed
+                    )  # torch.manual_seed would seed GPUs as well
                     changed.append(self.augment(image))
             images = torch.stack(changed)
-        images = v2.functional.to_dtype(images, torch.float32, scale=True)  # floats stay as they are
-        return v2.functional.normalize(images, list(self.mean), list(self.std)), self.source.labels[rows]
+        images = v2.functional.to_dtype(
+            images, torch.float32, scale=True
+        )  # floats stay as they are
+        return v2.functional.normalize(images, list(self.mean), list(self.std)), self.source.labels[
+            rows
+        ]
 
 
 def batches(
@@ -108,13 +116,20 @@ def batches(
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         index = index[torch.randperm(len(index), generator=generator)]
-        unused = -(-len(index) // batch_size)  # committed results were drawn after a seed for each batch
+        unused = -(
+            -len(index) // batch_size
+        )  # committed results were drawn after a seed for each batch
         seeds = torch.randint(2**62, (unused + len(index),), generator=generator)[unused:]
     rank, world = shard
-    rows, image_seeds = ([part.tensor_split(world)[rank] for part in each.split(batch_size)] for each in (index, seeds))
+    rows, image_seeds = (
+        [part.tensor_split(world)[rank] for part in each.split(batch_size)]
+        for each in (index, seeds)
+    )
     epoch = Epoch(source, rows, image_seeds, mean, std, augment if seed is not None else None)
     # a generator of its own: DataLoader would draw from the global one
-    for made in DataLoader(epoch, batch_size=None, num_workers=workers, generator=torch.Generator()):
+    for made in DataLoader(
+        epoch, batch_size=None, num_workers=workers, generator=torch.Generator()
+    ):
         if isinstance(made, Exception):
             raise made
         images, labels = made

@@ -15,7 +15,18 @@ from torchvision.datasets.utils import download_and_extract_archive, extract_arc
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
 CIFAR: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 WNIDS: dict[str, tuple[str, ...]] = dict(sorted(Imagenette._WNID_TO_CLASS.items()))
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,7 +59,9 @@ class ImageData:
 
     name: str  # how the user calls it
     classes: tuple[str, ...]  # their names, by label
-    train: ImageSource  # validation is a part of them, see :func:`split_images`, where there is no val
+    train: (
+        ImageSource  # validation is a part of them, see :func:`split_images`, where there is no val
+    )
     test: ImageSource
     mean: tuple[float, ...]  # of the channels, see :func:`vision.batches.batches`
     std: tuple[float, ...]
@@ -56,7 +69,9 @@ class ImageData:
     val: ImageSource | None = None
 
 
-def load_images(name: str, root: Path, *, image_size: int | None = None, offline: bool = False) -> ImageData:
+def load_images(
+    name: str, root: Path, *, image_size: int | None = None, offline: bool = False
+) -> ImageData:
     """Training and test images, as uint8 in memory where they fit, decoded on demand where they do not.
 
     - ``"cifar10"``: torchvision's ``root/cifar-10-batches-py``, else images re-encoded as JPEG in
@@ -85,7 +100,9 @@ def load_images(name: str, root: Path, *, image_size: int | None = None, offline
         itself = (root / "train" / next(iter(WNIDS))).is_dir()
         folder = root if itself else unpacked(name, root, offline, *PUBLISHED[name])
         parts = [_listing(folder / part, tuple(WNIDS)) for part in ("train", "val")]
-        return _read(name, parts, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values()))
+        return _read(
+            name, parts, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values())
+        )
     if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
         for folder in (root / "cifar10", root):
             if (folder / "train").is_dir():
@@ -122,22 +139,30 @@ Listing = tuple[tuple[str, ...], list[str], Tensor]
 
 def _listing(folder: Path, expected: tuple[str, ...] = ()) -> Listing:
     """The images of a folder by class, none of which is empty, in torchvision's order."""
-    visible = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    visible = (
+        [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    )
     classes = tuple(sorted(name for name in visible if (folder / name).is_dir()))
     if not classes:
         raise FileNotFoundError(f"{folder}: no class folders, expected {folder}/<class>/<image>")
     if expected and set(classes) != set(expected):
-        raise ValueError(f"{folder}: got class folders {', '.join(classes)}, expected {', '.join(expected)}")
+        raise ValueError(
+            f"{folder}: got class folders {', '.join(classes)}, expected {', '.join(expected)}"
+        )
 
     def is_visible_image(path: str) -> bool:
-        return is_image_file(path) and not any(part[0] == "." for part in Path(path).relative_to(folder).parts)
+        return is_image_file(path) and not any(
+            part[0] == "." for part in Path(path).relative_to(folder).parts
+        )
 
     numbers = {name: label for label, name in enumerate(classes)}
     found = make_dataset(str(folder), numbers, is_valid_file=is_visible_image, allow_empty=True)
     labels = torch.tensor([label for _, label in found], dtype=torch.int64)
     empty = [name for name, label in numbers.items() if not (labels == label).any()]
     if empty:
-        raise ValueError(f"{folder}: no image in the class folder {', '.join(empty)}; fill it, or remove it")
+        raise ValueError(
+            f"{folder}: no image in the class folder {', '.join(empty)}; fill it, or remove it"
+        )
     return classes, [path for path, _ in found], labels
 
 
@@ -153,24 +178,38 @@ def _own(root: Path, image_size: int | None) -> ImageData:
     classes, paths, labels = _listing(root)
     parts = split_images(labels, TEST_SHARE, seed=0)
     drawn = [(classes, [paths[row] for row in rows.tolist()], labels[rows]) for rows in parts]
-    return _read("images", drawn, image_size, f"a folder of images, test set: {TEST_SHARE:.0%} of each class")
+    return _read(
+        "images", drawn, image_size, f"a folder of images, test set: {TEST_SHARE:.0%} of each class"
+    )
 
 
-def _read(name: str, parts: list[Listing], image_size: int | None, note: str, names: tuple[str, ...] = ()) -> ImageData:
+def _read(
+    name: str, parts: list[Listing], image_size: int | None, note: str, names: tuple[str, ...] = ()
+) -> ImageData:
     """Of train, test and perhaps val."""
     classes, files = parts[0][0], [path for _, paths, _ in parts for path in paths]
     unknown = {name for known, _, _ in parts for name in known} - set(classes)
     if unknown:
-        raise ValueError(f"{name}: got images of {', '.join(sorted(unknown))}, expected classes of train")
+        raise ValueError(
+            f"{name}: got images of {', '.join(sorted(unknown))}, expected classes of train"
+        )
     size = image_size or common_size(files)
     in_memory, sources = 3 * size * size * len(files) <= MEMORY, list[ImageSource]()
     for known, paths, rows in parts:
-        labels = torch.tensor([classes.index(name) for name in known])[rows]  # each folder has its own
-        images = MemoryImages(decode_all(paths, size), labels, size) if in_memory else FileImages(paths, labels, size)
+        labels = torch.tensor([classes.index(name) for name in known])[
+            rows
+        ]  # each folder has its own
+        images = (
+            MemoryImages(decode_all(paths, size), labels, size)
+            if in_memory
+            else FileImages(paths, labels, size)
+        )
         sources.append(images)
     (train, test, *others), (mean, std) = sources, CONSTANTS.get(name, IMAGENET)
     classes, val = names or classes, others[0] if others else None
-    return ImageData(name=name, classes=classes, train=train, test=test, val=val, mean=mean, std=std, note=note)
+    return ImageData(
+        name=name, classes=classes, train=train, test=test, val=val, mean=mean, std=std, note=note
+    )
 
 
 def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
@@ -178,15 +217,29 @@ def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
     try:
         parts = [CIFAR[name](root, train=train) for train in (True, False)]
     except RuntimeError as error:  # by MD5
-        raise ValueError(f"{folder}: not the published files; delete the folder, and start again") from error
+        raise ValueError(
+            f"{folder}: not the published files; delete the folder, and start again"
+        ) from error
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    train, test = (MemoryImages(x, torch.tensor(y.targets), image_size) for x, y in zip(pixels, parts, strict=True))
+    train, test = (
+        MemoryImages(x, torch.tensor(y.targets), image_size)
+        for x, y in zip(pixels, parts, strict=True)
+    )
     (mean, std), classes = CONSTANTS[name], tuple(parts[0].classes)
-    return ImageData(name=name, classes=classes, train=train, test=test, mean=mean, std=std, note=NOTES[name])
+    return ImageData(
+        name=name, classes=classes, train=train, test=test, mean=mean, std=std, note=NOTES[name]
+    )
 
 
 def unpacked(
-    name: str, root: Path, offline: bool, folder: str, url: str, md5: str | None, megabytes: int, inside: str = ""
+    name: str,
+    root: Path,
+    offline: bool,
+    folder: str,
+    url: str,
+    md5: str | None,
+    megabytes: int,
+    inside: str = "",
 ) -> Path:
     """The folder of a data set; where it is missing, the archive beside it is unpacked, or downloaded first.
 
@@ -196,13 +249,22 @@ def unpacked(
     if (root / folder).is_dir():
         return root / folder
     is_there = archive.exists()
-    advice = f"{name}: found neither {root / folder} nor {archive}; put one of them there (from {url})"
+    advice = (
+        f"{name}: found neither {root / folder} nor {archive}; put one of them there (from {url})"
+    )
     if offline and not is_there:
         raise FileNotFoundError(advice)
-    print(f"{name}: unpacking {archive}" if is_there else f"{name}: downloading {megabytes} MB to {root}", flush=True)
+    print(
+        f"{name}: unpacking {archive}"
+        if is_there
+        else f"{name}: downloading {megabytes} MB to {root}",
+        flush=True,
+    )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root) as scratch:  # so that no half of it is taken for the whole
+        with TemporaryDirectory(
+            dir=root
+        ) as scratch:  # so that no half of it is taken for the whole
             if is_there:
                 extract_archive(archive, scratch)
             else:
@@ -210,6 +272,8 @@ def unpacked(
             Path(scratch, inside or folder).replace(root / folder)
     except Exception as error:
         if is_there:
-            raise ValueError(f"{archive}: cannot be unpacked ({error}); delete it, and start again") from error
+            raise ValueError(
+                f"{archive}: cannot be unpacked ({error}); delete it, and start again"
+            ) from error
         raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
     return root / folder

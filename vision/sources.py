@@ -73,7 +73,9 @@ def decode(path: str, image_size: int) -> Tensor:
     with _opened(path) as file:
         if file.mode[0] in "IF":
             raise ValueError(f"pixels of mode {file.mode}, expected 8 bits a channel")
-        file.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG is decoded at a half, a quarter or an eighth
+        file.draft(
+            None, (2 * image_size, 2 * image_size)
+        )  # a large JPEG is decoded at a half, a quarter or an eighth
         image = file.convert("RGB")
         if image.size != side:
             image = ImageOps.fit(image, side, Image.Resampling.BILINEAR)
@@ -115,4 +117,6 @@ def _opened(path: str) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace it or delete it") from error
+        raise ValueError(
+            f"{path}: cannot be read as an image ({error}); replace it or delete it"
+        ) from error

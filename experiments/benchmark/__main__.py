@@ -17,13 +17,31 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "ffn": ("An MLP layer, forward and backward; ours and others'.", "layers.FFNBenchmark"),
     "router": ("The routers' share of a layer.", "layers.RouterBenchmark"),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", "layers.VoteBenchmark"),
-    "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", "train.TrainBenchmark"),
-    "molecules": ("Four layers on a batch of molecules, forward and backward.", "layers.MoleculesBenchmark"),
+    "train": (
+        "Where an epoch's time goes: data, forward, backward, optimizer, rest.",
+        "train.TrainBenchmark",
+    ),
+    "molecules": (
+        "Four layers on a batch of molecules, forward and backward.",
+        "layers.MoleculesBenchmark",
+    ),
     "stored": ("Neighbor sampling from disk beside memory.", "train.StoredBenchmark"),
-    "swap": ("Dense layers and gmoe's defaults in their place: accuracy, time of a step.", "swap.SwapBenchmark"),
-    "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", "layers.VitBenchmark"),
-    "compile": ("A layer under torch.compile, forward and backward; dense layers too.", "compiled.CompileBenchmark"),
-    "gpu": ("A CUDA device: equal to the CPU, waits, and times beside dense layers.", "gpu.GpuBenchmark"),
+    "swap": (
+        "Dense layers and gmoe's defaults in their place: accuracy, time of a step.",
+        "swap.SwapBenchmark",
+    ),
+    "vit": (
+        "A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.",
+        "layers.VitBenchmark",
+    ),
+    "compile": (
+        "A layer under torch.compile, forward and backward; dense layers too.",
+        "compiled.CompileBenchmark",
+    ),
+    "gpu": (
+        "A CUDA device: equal to the CPU, waits, and times beside dense layers.",
+        "gpu.GpuBenchmark",
+    ),
 }
 """By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
 
@@ -49,7 +67,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)
-    warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
+    warnings.filterwarnings(
+        "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+    )
     try:
         found = config.run()
     except (ValueError, OSError) as error:

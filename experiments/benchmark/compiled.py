@@ -163,7 +163,9 @@ def vit_row(images: int) -> tuple[list[nn.Module], tuple[Tensor]]:
     return layers, (torch.randn(images, 3, 32, 32),)
 
 
-def measure_row(name: str, layers: list[nn.Module], inputs: tuple[Any, ...], repeats: int) -> dict[str, Any]:
+def measure_row(
+    name: str, layers: list[nn.Module], inputs: tuple[Any, ...], repeats: int
+) -> dict[str, Any]:
     """Compile and time the layers of a row; say what came out."""
     torch.compiler.reset()  # rows must not share the limit of recompiles
     steps, compiled = dict[str, Step](), dict[str, Compiled]()
@@ -179,7 +181,8 @@ def measure_row(name: str, layers: list[nn.Module], inputs: tuple[Any, ...], rep
         found[f"{name}: {variant}"] = {**clocks, "ratio": ratio}
         milliseconds = 1000 * clocks["cpu"]["min"]
         tqdm.write(
-            f"{name}: {variant}: {milliseconds:,.2f} ms CPU, {ratio['cpu']:.2f} × compiled dense", file=sys.stderr
+            f"{name}: {variant}: {milliseconds:,.2f} ms CPU, {ratio['cpu']:.2f} × compiled dense",
+            file=sys.stderr,
         )
     for layer_name, made in compiled.items():
         figures = found[f"{name}: {layer_name}, compiled {made.graph}"]

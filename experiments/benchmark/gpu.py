@@ -71,7 +71,11 @@ def conv_row(conv: str | list[str], dense: str) -> Row:
     """A layer of message passing, and PyG's conv."""
     heads: dict[str, Any] = {"heads": HEADS} if dense in ("gat", "gatv2", "transformer") else {}
     sizes = (NODE, NODE // heads.get("heads", 1))
-    return Row("graph", partial(MoEConv, conv, *sizes, **heads), partial(factory_of(dense), *sizes, **heads))
+    return Row(
+        "graph",
+        partial(MoEConv, conv, *sizes, **heads),
+        partial(factory_of(dense), *sizes, **heads),
+    )
 
 
 def mlp_row(router: str, **options: Any) -> Row:
@@ -101,7 +105,15 @@ def vit_row() -> Row:
 
 
 CONVS = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")
-ROUTERS = ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform", "soft_slots")
+ROUTERS = (
+    "token_choice",
+    "expert_choice",
+    "attention_vote",
+    "multi_centroid",
+    "random",
+    "uniform",
+    "soft_slots",
+)
 FILTERS = ["identity", "low_pass", "high_pass", "low_pass"]
 
 ROWS: dict[str, Callable[[], Row]] = {
@@ -142,7 +154,12 @@ class GpuBenchmark(Benchmark):
         for name in self.rows:
             check_choice("rows", name, ROWS)
         there = self.device != "cuda" or torch.cuda.is_available()
-        check(there, "device", "'cuda' without such a device", "a machine that has one, or --device cpu (a dry run)")
+        check(
+            there,
+            "device",
+            "'cuda' without such a device",
+            "a machine that has one, or --device cpu (a dry run)",
+        )
         timed = inputs_of(self.nodes, self.tokens, self.images)
         found: dict[str, Any] = {}
         for name in tqdm(self.rows, desc="rows"):
@@ -174,7 +191,10 @@ def inputs_of(nodes: int, tokens: int, images: int) -> Inputs:
 
 def on(device: torch.device, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Copies on the device; floats in the dtype, and the first with a gradient."""
-    values = [value.to(device, dtype if value.is_floating_point() else None, copy=True) for value in inputs]
+    values = [
+        value.to(device, dtype if value.is_floating_point() else None, copy=True)
+        for value in inputs
+    ]
     values[0].requires_grad_()
     return tuple(values)
 
@@ -206,15 +226,23 @@ def compared(row: Row, device: torch.device) -> dict[str, Any]:
             others = run(model, inputs, device, dtype)
         pairs = zip(outputs, others, strict=True)
         # The output first; the gradients after it are taken together.
-        scales = [float(outputs[0].abs().max()), max(float(grad.abs().max()) for grad in outputs[1:])]
+        scales = [
+            float(outputs[0].abs().max()),
+            max(float(grad.abs().max()) for grad in outputs[1:]),
+        ]
         off = [float((a - b).abs().max()) for a, b in pairs]
         figures = {"output": off[0] / scales[0], "gradients": max(off[1:]) / scales[1]}
         within = all(figure <= tolerance for figure in figures.values())
-        found[str(dtype).removeprefix("torch.")] = figures | {"within": within, "tolerance": tolerance}
+        found[str(dtype).removeprefix("torch.")] = figures | {
+            "within": within,
+            "tolerance": tolerance,
+        }
     return found
 
 
-def run(model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def run(
+    model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
     """The output of a copy of the model on a device, and the gradients of its input and parameters; on the CPU."""
     model, inputs = copy.deepcopy(model).to(device, dtype), on(device, inputs, dtype)
     y = model(*inputs)
@@ -224,7 +252,9 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, dtyp
     return [value.detach().cpu() for value in (y, *gradients) if value is not None]
 
 
-def measured_row(row: Row, timed: Inputs, device: torch.device, repeats: int, bf16: bool) -> dict[str, Any]:
+def measured_row(
+    row: Row, timed: Inputs, device: torch.device, repeats: int, bf16: bool
+) -> dict[str, Any]:
     """Waits of a training step of the layer, and times of it and of the dense layer in turns."""
     inputs = on(device, getattr(timed, row.takes), torch.float32)
     layers = {"dense": row.dense().to(device), "moe": opened(row.moe()).to(device)}
@@ -232,7 +262,10 @@ def measured_row(row: Row, timed: Inputs, device: torch.device, repeats: int, bf
     times = take_turns(steps, repeats, device, warmup=3)
     moe, dense = times["moe"], times["dense"]
     ratio = {clock: moe[clock]["median"] / dense[clock]["median"] for clock in moe}
-    waits = {"waits": waits_of(steps["moe"], device), "places": places_of_waits(steps["moe"], device)}
+    waits = {
+        "waits": waits_of(steps["moe"], device),
+        "places": places_of_waits(steps["moe"], device),
+    }
     return {**moe, "dense": dense, "ratio": ratio, **waits}
 
 
@@ -244,7 +277,9 @@ def waits_of(step: Step, device: torch.device) -> dict[str, int]:
         step()
     events = profiled.events() or []
     # Not what comes after the step, where the profiler itself waits; of its two spans that of the host.
-    spans = [event for event in events if event.name == STEP and event.device_type == DeviceType.CPU]
+    spans = [
+        event for event in events if event.name == STEP and event.device_type == DeviceType.CPU
+    ]
     span = spans[0].time_range
     inside = [event for event in events if span.start <= event.time_range.start < span.end]
     return dict(Counter(event.name for event in inside if event.name in WAITS))
@@ -261,7 +296,9 @@ def places_of_waits(step: Step, device: torch.device) -> list[str]:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    waits = [
+        warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)
+    ]
     return sorted({f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits})
 
 
@@ -269,7 +306,13 @@ def summary(figures: dict[str, Any]) -> str:
     """One line of a row, as it is found."""
     if "error" in figures:
         return str(figures["error"]).partition("\n")[0]
-    parts = [f"{1000 * figures['wall']['median']:.2f} ms", f"{figures['ratio']['wall']:.2f} × dense"]
+    parts = [
+        f"{1000 * figures['wall']['median']:.2f} ms",
+        f"{figures['ratio']['wall']:.2f} × dense",
+    ]
     parts.append(f"{sum(figures['waits'].values())} waits")
-    parts += [f"{dtype} {'equal' if of['within'] else 'NOT EQUAL'}" for dtype, of in figures.get("equal", {}).items()]
+    parts += [
+        f"{dtype} {'equal' if of['within'] else 'NOT EQUAL'}"
+        for dtype, of in figures.get("equal", {}).items()
+    ]
     return ", ".join(parts)

@@ -34,7 +34,9 @@ def power_law_graph(nodes: int, edges: int | None = None) -> tuple[Tensor, Tenso
     """Uniform nodes cite others by weights of a power law (exponent 2.7), in both directions: edge_index, and CSR."""
     edges = edges or nodes * 1_166_243 // 169_343  # as many a node as in ogbn-arxiv
     cited = torch.multinomial(torch.rand(nodes).pow(-1 / 1.7), edges, replacement=True)
-    edge_index = to_undirected(torch.stack([cited, torch.randint(nodes, (edges,))]), num_nodes=nodes)
+    edge_index = to_undirected(
+        torch.stack([cited, torch.randint(nodes, (edges,))]), num_nodes=nodes
+    )
     return edge_index, to_torch_csr_tensor(edge_index.flip([0]), size=(nodes, nodes))
 
 
@@ -44,12 +46,16 @@ class Masked(nn.Module):
     def __init__(self, layer: MoEConv) -> None:
         super().__init__()
         self.router: Any = layer.router
-        self.convs = nn.ModuleList(layer.experts.expert(index) for index in range(layer.num_experts))
+        self.convs = nn.ModuleList(
+            layer.experts.expert(index) for index in range(layer.num_experts)
+        )
 
     def forward(self, x: Tensor, adj: Any) -> Tensor:
         """(N, D) the sum of all experts' outputs, most of them times zero."""
         weights = self.router(x).to_dense().T
-        return torch.stack([w_N[:, None] * conv(x, adj) for w_N, conv in zip(weights, self.convs, strict=True)]).sum(0)
+        return torch.stack(
+            [w_N[:, None] * conv(x, adj) for w_N, conv in zip(weights, self.convs, strict=True)]
+        ).sum(0)
 
 
 class Grouped(nn.Module):
@@ -59,7 +65,9 @@ class Grouped(nn.Module):
         super().__init__()
         self.router: Any = layer.router
         experts: list[Any] = [layer.experts.expert(index) for index in range(layer.num_experts)]
-        self.linear = HeteroLinear(layer.in_channels, layer.out_channels, layer.num_experts, is_sorted=True)
+        self.linear = HeteroLinear(
+            layer.in_channels, layer.out_channels, layer.num_experts, is_sorted=True
+        )
         self.linear.weight = nn.Parameter(torch.stack([expert.lin.weight.T for expert in experts]))
         self.linear.bias = nn.Parameter(torch.stack([expert.bias for expert in experts]))
         self.conv = experts[0]
@@ -89,14 +97,19 @@ class NonzeroLoop(nn.Module):
             token = weight_TE[:, e].nonzero().squeeze(1)
             h = self.experts.activation(F.linear(x_TD[token], up.weight[e].T, up.bias[e]))
             h = F.linear(h, down.weight[e].T, down.bias[e])
-            y_TD = y_TD.to(h.dtype).index_add(0, token, h * weight_TE[token, e].to(h.dtype)[:, None])
+            y_TD = y_TD.to(h.dtype).index_add(
+                0, token, h * weight_TE[token, e].to(h.dtype)[:, None]
+            )
         return y_TD.view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
 def mixtral(layer: MoE, implementation: str) -> nn.Module:
     """transformers' ``MixtralSparseMoeBlock``, ``"eager"`` (a loop) or ``"grouped_mm"``; for gated SiLU experts."""
-    module, experts = import_module("transformers.models.mixtral.modeling_mixtral"), cast(Any, layer.experts)
+    module, experts = (
+        import_module("transformers.models.mixtral.modeling_mixtral"),
+        cast(Any, layer.experts),
+    )
     sizes = {"hidden_size": experts.in_features, "intermediate_size": experts.hidden_features}
     sizes |= {"num_local_experts": experts.num_experts, "num_experts_per_tok": layer.k}
     config = module.MixtralConfig(**sizes, hidden_act="silu")
@@ -105,7 +118,9 @@ def mixtral(layer: MoE, implementation: str) -> nn.Module:
     block.gate.weight.copy_(layer.get_parameter("router.gate.weight"))
     block.experts.gate_up_proj.copy_(experts.up.weight.transpose(1, 2))
     block.experts.down_proj.copy_(experts.down.weight.transpose(1, 2))
-    block.register_forward_pre_hook(lambda _, args: (args[0][None],))  # it takes and gives (B, T, D)
+    block.register_forward_pre_hook(
+        lambda _, args: (args[0][None],)
+    )  # it takes and gives (B, T, D)
     block.register_forward_hook(lambda _, __, y: (y if isinstance(y, Tensor) else y[0])[0])
     return cast(nn.Module, block)
 
@@ -140,7 +155,9 @@ class ConvBenchmark(Benchmark):
     it does not take matrices."""
 
     def groups(self) -> Iterator[Steps]:
-        forms = dict(zip(("edge_index", "csr"), power_law_graph(self.nodes, self.edges), strict=True))
+        forms = dict(
+            zip(("edge_index", "csr"), power_law_graph(self.nodes, self.edges), strict=True)
+        )
         x = torch.randn(self.nodes, NODE, requires_grad=True)
         heads: dict[str, Any] = {"heads": 4} if self.conv in ("gat", "gatv2", "transformer") else {}
         build: Any = partial(MoEConv, self.conv, NODE, NODE // heads.get("heads", 1), **heads)
@@ -169,12 +186,22 @@ class MoleculesBenchmark(Benchmark):
     """Four GINE layers of 64 with gmoe's defaults in their place, on 128 molecules, as in PyG's molecule examples."""
 
     def groups(self) -> Iterator[Steps]:
-        molecules = FakeDataset(num_graphs=128, avg_num_nodes=25, avg_degree=2.2, num_channels=64, edge_dim=64)
+        molecules = FakeDataset(
+            num_graphs=128, avg_num_nodes=25, avg_degree=2.2, num_channels=64, edge_dim=64
+        )
         batch = Batch.from_data_list(list(molecules)).to(self.device)
-        inputs = (torch.randn(batch.num_nodes, 64, requires_grad=True), batch.edge_index, batch.edge_attr)
+        inputs = (
+            torch.randn(batch.num_nodes, 64, requires_grad=True),
+            batch.edge_index,
+            batch.edge_attr,
+        )
 
         def step(conv: Callable[..., nn.Module]) -> Step:
-            parts = [part for _ in range(4) for part in ((conv(64, 64), "x, edge_index, edge_attr -> x"), nn.ReLU())]
+            parts = [
+                part
+                for _ in range(4)
+                for part in ((conv(64, 64), "x, edge_index, edge_attr -> x"), nn.ReLU())
+            ]
             return layer_step(Sequential("x, edge_index, edge_attr", parts), inputs)
 
         yield {"dense": step(factory_of("gine")), "MoEConv": step(partial(MoEConv, "gine"))}
@@ -211,17 +238,26 @@ class FFNBenchmark(Benchmark):
         """Ours and the others', each group with one set of weights, checked equal."""
 
         def layer(hidden: int, **options: Any) -> MoE:
-            router = TokenChoice(TOKEN, e, k, balance=None, weight="normalized" if k > 1 else "straight_through")
-            return MoE(router, MLPExperts(TOKEN, hidden, TOKEN, num_experts=e, **options))  # sums to 1, as others' do
+            router = TokenChoice(
+                TOKEN, e, k, balance=None, weight="normalized" if k > 1 else "straight_through"
+            )
+            return MoE(
+                router, MLPExperts(TOKEN, hidden, TOKEN, num_experts=e, **options)
+            )  # sums to 1, as others' do
 
-        plain, gated = layer(4 * TOKEN), layer(8 * TOKEN // 3, activation="silu", glu=True, bias=False)
+        plain, gated = (
+            layer(4 * TOKEN),
+            layer(8 * TOKEN // 3, activation="silu", glu=True, bias=False),
+        )
         pairs = {
             "gmoe auto": (plain, plain),
             "loop with nonzero": (NonzeroLoop(plain), plain),
             "gmoe gated": (gated, gated),
         }
         if find_spec("transformers"):
-            pairs |= {f"Mixtral {way}": (mixtral(gated, way), gated) for way in ("eager", "grouped_mm")}
+            pairs |= {
+                f"Mixtral {way}": (mixtral(gated, way), gated) for way in ("eager", "grouped_mm")
+            }
         for name, (other, ours) in pairs.items() if self.peers else [("gmoe auto", (plain, plain))]:
             check_equal(name, other(x), ours(x))
             yield name, other
@@ -247,19 +283,32 @@ class VitBenchmark(Benchmark):
 
         def build(backend: Any = "auto", **options: Any) -> Any:
             torch.manual_seed(0)  # all ways to run the experts get the same ones
-            size = ViTSize(image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256)
+            size = ViTSize(
+                image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256
+            )
             model: Any = ViTMoE(size, backend=backend, **options)
-            nn.init.normal_(model.heads[-1].weight)  # which starts at zero, where all would be equal
+            nn.init.normal_(
+                model.heads[-1].weight
+            )  # which starts at zero, where all would be equal
             return model
 
         ways = {"loop with nonzero": build("loop", start="plain")}
         for block in ways["loop with nonzero"].encoder.layers[1::2]:
             block.mlp = NonzeroLoop(block.mlp)
-        ways |= {backend: build(backend, start="plain") for backend in ("loop", "padded", "grouped")}
+        ways |= {
+            backend: build(backend, start="plain") for backend in ("loop", "padded", "grouped")
+        }
         for name, model in ways.items():
             check_equal(name, model(images), ways["loop"](images))
-        ways = {"dense": build(router=None), **ways, "with a shared expert": build()}  # as ViTMoE is by default
-        yield {name: layer_step(model, (images,), partial(loss, model), self.bf16) for name, model in ways.items()}
+        ways = {
+            "dense": build(router=None),
+            **ways,
+            "with a shared expert": build(),
+        }  # as ViTMoE is by default
+        yield {
+            name: layer_step(model, (images,), partial(loss, model), self.bf16)
+            for name, model in ways.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +334,10 @@ class RouterBenchmark(Benchmark):
                 if convs:
                     layer = MoEConv("gcn", width, width, k=k, router=name, start="plain")
                 else:
-                    layer = MoE(build_router(name, width, 8, k), MLPExperts(width, 4 * width, width, num_experts=8))
+                    layer = MoE(
+                        build_router(name, width, 8, k),
+                        MLPExperts(width, 4 * width, width, num_experts=8),
+                    )
                 step, route = layer_step(layer, inputs), route_step(layer.router, x)
                 yield {f"layer, {name} K={k}": step, f"router, {name} K={k}": route}
 
@@ -300,7 +352,10 @@ class VoteBenchmark(Benchmark):
 
     def groups(self) -> Iterator[Steps]:
         edge_index, _ = power_law_graph(self.tokens)
-        x, neighbors = torch.randn(self.tokens, NODE, requires_grad=True), AttentionVote(NODE, 8, scope="neighbors")
+        x, neighbors = (
+            torch.randn(self.tokens, NODE, requires_grad=True),
+            AttentionVote(NODE, 8, scope="neighbors"),
+        )
         steps = {"GATConv": layer_step(GATConv(NODE, NODE), (x, edge_index))}
         if self.group:
             vote = AttentionVote(NODE, 8)

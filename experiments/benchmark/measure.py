@@ -67,8 +67,14 @@ class Benchmark:
         for group in groups:
             base = found[next(iter(group))]
             for name in group:
-                clocks = {clock: found[name][clock]["median"] / base[clock]["median"] for clock in ("wall", "cpu")}
-                costs = {of: found[name][of] / base[of] if base[of] else None for of in ("flops", "memory")}
+                clocks = {
+                    clock: found[name][clock]["median"] / base[clock]["median"]
+                    for clock in ("wall", "cpu")
+                }
+                costs = {
+                    of: found[name][of] / base[of] if base[of] else None
+                    for of in ("flops", "memory")
+                }
                 found[name]["ratio"] = clocks | costs
         return found
 
@@ -78,11 +84,17 @@ class Benchmark:
 
     def content(self, found: dict[str, Any]) -> dict[str, Any]:
         """The content of the file."""
-        settings = {name: value for name, value in asdict(self).items() if name not in ("json", "data_root", "folder")}
+        settings = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("json", "data_root", "folder")
+        }
         return {"config": settings, "variants": found, "environment": environment()}
 
 
-def take_turns(steps: Steps, repeats: int, device: torch.device, warmup: int = 1) -> dict[str, dict[str, Any]]:
+def take_turns(
+    steps: Steps, repeats: int, device: torch.device, warmup: int = 1
+) -> dict[str, dict[str, Any]]:
     """Run every variant ``warmup + repeats`` times, round by round, each round beginning with another variant.
 
     So a slow moment of the machine hits all of them, as it does not with one timer each (``torch.utils.benchmark``).
@@ -100,7 +112,9 @@ def take_turns(steps: Steps, repeats: int, device: torch.device, warmup: int = 1
             if turn >= warmup:
                 times[name]["wall"].append(time.perf_counter() - wall)
                 times[name]["cpu"].append(time.process_time() - cpu)
-    return {name: {clock: spread(values) for clock, values in of.items()} for name, of in times.items()}
+    return {
+        name: {clock: spread(values) for clock, values in of.items()} for name, of in times.items()
+    }
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
@@ -113,13 +127,20 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = profiled.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
     return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, extremes and all values."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "values": values,
+    }
 
 
 def wait_for(device: torch.device) -> None:
@@ -129,7 +150,10 @@ def wait_for(device: torch.device) -> None:
 
 
 def layer_step(
-    layer: nn.Module, inputs: tuple[Any, ...], call: Callable[..., Tensor] | None = None, bf16: bool = False
+    layer: nn.Module,
+    inputs: tuple[Any, ...],
+    call: Callable[..., Tensor] | None = None,
+    bf16: bool = False,
 ) -> Step:
     """Forward (or ``call``) and backward, with bfloat16 autocast if asked for; it leaves no gradients behind."""
 
@@ -147,4 +171,6 @@ def layer_step(
 @torch.no_grad()
 def check_equal(name: str, found: Tensor, expected: Tensor) -> None:
     """Refuse a variant that does not compute what it is compared with, up to rounding."""
-    assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name} and gmoe differ: {text}")
+    assert_close(
+        found, expected, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name} and gmoe differ: {text}"
+    )

@@ -60,8 +60,12 @@ class Problem:
     def __init__(self, config: Config, seed: int) -> None:
         self.config: Any = config
         self.seed, self.task, self.fabric = seed, load(config)(seed), make_fabric(config)
-        firsts = {part: next(iter(self.task.loader(part, config.batch_size, None))) for part in PARTS}
-        self.batch: dict[Split, Any] = self.fabric.to_device(firsts)  # of a whole graph, all there is
+        firsts = {
+            part: next(iter(self.task.loader(part, config.batch_size, None))) for part in PARTS
+        }
+        self.batch: dict[Split, Any] = self.fabric.to_device(
+            firsts
+        )  # of a whole graph, all there is
         self.out_channels, self.cached = self.task.num_classes, True
 
     def build(self, arm: Arm, width: int) -> nn.Module:
@@ -75,7 +79,9 @@ class Problem:
         conv2 = layer(arm, conv, width * first.get("heads", 1), self.out_channels, **second)
         before, between = nn.Dropout(self.config.input_dropout), nn.Dropout(self.config.dropout)
         act = nn.ELU() if conv == "gat" else nn.ReLU()
-        return Sequential("x, edge_index", [(before, "x -> x"), (conv1, edges), act, between, (conv2, edges)])
+        return Sequential(
+            "x, edge_index", [(before, "x -> x"), (conv1, edges), act, between, (conv2, edges)]
+        )
 
     def drawn(self, arm: Arm, width: int) -> nn.Module:
         """The model of the seed: an arm with experts has the dense layers of the dense arm."""
@@ -84,8 +90,14 @@ class Problem:
 
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         """Of a model."""
-        decays = {1: self.config.weight_decay, 4: self.config.weight_decay * (self.config.conv == ("gat",))}
-        groups = [{"params": list(model[at].parameters()), "weight_decay": decay} for at, decay in decays.items()]
+        decays = {
+            1: self.config.weight_decay,
+            4: self.config.weight_decay * (self.config.conv == ("gat",)),
+        }
+        groups = [
+            {"params": list(model[at].parameters()), "weight_decay": decay}
+            for at, decay in decays.items()
+        ]
         return torch.optim.Adam(groups, lr=self.config.lr)  # gcn.py decays the first layer only
 
     def forward(self, model: Any, batch: Any = None) -> Any:
@@ -101,7 +113,9 @@ class Problem:
     def score(self, model: Any, part: Split) -> float:
         """The metric on a split, of a model in evaluation."""
         metric = self.task.metric().to(self.fabric.device)
-        for batch in map(self.fabric.to_device, self.task.loader(part, self.config.batch_size, None)):
+        for batch in map(
+            self.fabric.to_device, self.task.loader(part, self.config.batch_size, None)
+        ):
             metric.update(self.forward(model, batch), batch.target)
         return float(metric.compute())
 
@@ -142,7 +156,9 @@ class Links(Problem):
         super().__init__(config, seed)
         self.out_channels, self.cached = 64, False  # each part has edges of its own
         seed_everything(seed)
-        split = RandomLinkSplit(num_val=0.05, num_test=0.1, is_undirected=True, add_negative_train_samples=False)
+        split = RandomLinkSplit(
+            num_val=0.05, num_test=0.1, is_undirected=True, add_negative_train_samples=False
+        )
         parts = [part.to(self.fabric.device) for part in split(copy.copy(self.task.graph))]
         self.batch = dict(zip(PARTS, parts, strict=True))
 
@@ -154,13 +170,18 @@ class Links(Problem):
         train = self.batch["train"]
         nodes, label, links = self.forward(model, train), train.edge_label, train.edge_label_index
         none = negative_sampling(train.edge_index, train.num_nodes, label.numel(), method="sparse")
-        label, (a, b) = torch.cat([label, label.new_zeros(none.size(1))]), torch.cat([links, none], dim=-1)
+        label, (a, b) = (
+            torch.cat([label, label.new_zeros(none.size(1))]),
+            torch.cat([links, none], dim=-1),
+        )
         return F.binary_cross_entropy_with_logits((nodes[a] * nodes[b]).sum(dim=-1), label)
 
     def score(self, model: Any, part: Split) -> float:
         nodes, batch = self.forward(model, self.batch[part]), self.batch[part]
         a, b = batch.edge_label_index
-        return float(roc_auc_score(batch.edge_label.cpu(), (nodes[a] * nodes[b]).sum(dim=-1).sigmoid().cpu()))
+        return float(
+            roc_auc_score(batch.edge_label.cpu(), (nodes[a] * nodes[b]).sum(dim=-1).sigmoid().cpu())
+        )
 
 
 class Infomax(Problem):
@@ -169,13 +190,19 @@ class Infomax(Problem):
     def __init__(self, config: Config, seed: int) -> None:
         super().__init__(config, seed)
         x, edge_index = self.batch["train"].inputs
-        self.inputs = ((x > 0).float(), edge_index)  # the example does not normalize the features, which are 0 or 1
+        self.inputs = (
+            (x > 0).float(),
+            edge_index,
+        )  # the example does not normalize the features, which are 0 or 1
 
     def build(self, arm: Arm, width: int) -> Any:
         conv = layer(arm, "gcn", self.task.in_channels, width, cached=True)
         encoder = Sequential("x, edge_index", [(conv, "x, edge_index -> x"), nn.PReLU(width)])
         return DeepGraphInfomax(  # summary, corruption
-            width, encoder, lambda z, *_: z.mean(dim=0).sigmoid(), lambda x, edges: (x[torch.randperm(len(x))], edges)
+            width,
+            encoder,
+            lambda z, *_: z.mean(dim=0).sigmoid(),
+            lambda x, edges: (x[torch.randperm(len(x))], edges),
         )
 
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
@@ -191,11 +218,20 @@ class Infomax(Problem):
         if part == "val":
             return math.nan  # the last epoch is tested
         z, fitted, tested = self.forward(model), self.batch["train"], self.batch[part]
-        return float(model.test(z[fitted.rows], fitted.target, z[tested.rows], tested.target, max_iter=150))
+        return float(
+            model.test(z[fitted.rows], fitted.target, z[tested.rows], tested.target, max_iter=150)
+        )
 
 
-ROUTERS: dict[Arm, str] = {"dense-flops": "dense", "moe": "token_choice", "k-means": "multi_centroid"}
-OPTIONS = {"random": RouterOptions(weight="straight_through"), "k-means": RouterOptions(num_centroids=1)}
+ROUTERS: dict[Arm, str] = {
+    "dense-flops": "dense",
+    "moe": "token_choice",
+    "k-means": "multi_centroid",
+}
+OPTIONS = {
+    "random": RouterOptions(weight="straight_through"),
+    "k-means": RouterOptions(num_centroids=1),
+}
 
 
 class Preset(Problem):
@@ -205,7 +241,9 @@ class Preset(Problem):
         router = ROUTERS.get(arm, arm)
         if isinstance(self.config, ImageConfig) and router != "dense":
             return gmoe.moefy(self.build("dense", width), router=router)
-        config = replace(self.config, hidden=width, router=router, options=OPTIONS.get(arm, RouterOptions()))
+        config = replace(
+            self.config, hidden=width, router=router, options=OPTIONS.get(arm, RouterOptions())
+        )
         model = build_model(config, self.task)
         if arm == "k-means":
             init_centroids(model, self.batch["train"].inputs, self.seed)
@@ -217,22 +255,39 @@ class Preset(Problem):
     def train(self, model: nn.Module, folder: Path) -> tuple[float, int]:
         folder.mkdir(parents=True, exist_ok=True)
         with set_up(self.fabric, model, self.config, self.task) as training:
-            reached = fit(training, self.seed, folder, Progress(self.config.epochs))  # resumes what the folder holds
-            evaluated(self.forward, model)  # where all epochs were done already, nothing was recorded yet
+            reached = fit(
+                training, self.seed, folder, Progress(self.config.epochs)
+            )  # resumes what the folder holds
+            evaluated(
+                self.forward, model
+            )  # where all epochs were done already, nothing was recorded yet
         return reached.best_val, reached.best_epoch + 1
 
 
-CITED = replace(CORA, data_root=Path("planetoid"), undirected=False, adjacency="edge_index", input_dropout=0.5)
+CITED = replace(
+    CORA, data_root=Path("planetoid"), undirected=False, adjacency="edge_index", input_dropout=0.5
+)
 GAT = replace(CITED, hidden=8, lr=0.005, input_dropout=0.6, dropout=0.6)
 LINKS = replace(CITED, hidden=128, epochs=100, weight_decay=0.0, input_dropout=0.0, dropout=0.0)
-FACEBOOK = replace(GRAPH, data_root=Path("facebook.npz"), dropout=0.5, seeds=TEN, adjacency="edge_index")
+FACEBOOK = replace(
+    GRAPH, data_root=Path("facebook.npz"), dropout=0.5, seeds=TEN, adjacency="edge_index"
+)
 CONTROLS: tuple[Arm, ...] = ("dense-flops", "random")
 NARROWED: tuple[Arm, ...] = (*CONTROLS, "shared-transform")
-PLAIN: dict[str, Any] = {"seeds": TEN, "adjacency": "edge_index", "shared_router": True, "check_finite": False}
+PLAIN: dict[str, Any] = {
+    "seeds": TEN,
+    "adjacency": "edge_index",
+    "shared_router": True,
+    "check_finite": False,
+}
 PLAIN["router_input"] = ("node", "neighbors")
 ROWS: dict[str, tuple[type[Problem], Config, tuple[Arm, ...]]] = {
     **{
-        f"{name}-{conv}": (Problem, replace(GAT if conv == "gat" else CITED, dataset=name, conv=(conv,)), NARROWED)
+        f"{name}-{conv}": (
+            Problem,
+            replace(GAT if conv == "gat" else CITED, dataset=name, conv=(conv,)),
+            NARROWED,
+        )
         for conv in ("gcn", "gat", "sage", "gin")
         for name in ("cora", "citeseer")
     },
@@ -270,7 +325,9 @@ class SwapBenchmark(Benchmark):
         for name in self.rows:
             check_choice("rows", name, ROWS)
         check_counts(seeds=self.seeds)
-        with FileLock(self.json.with_suffix(".lock"), timeout=0):  # two processes would overwrite each other's runs
+        with FileLock(
+            self.json.with_suffix(".lock"), timeout=0
+        ):  # two processes would overwrite each other's runs
             found = read_json(self.json, dict[str, Any])["variants"] if self.json.exists() else {}
             for name in self.rows:
                 (problem, config, others), row = ROWS[name], found.setdefault(name, {"runs": {}})
@@ -282,7 +339,9 @@ class SwapBenchmark(Benchmark):
                     if seed in [run["seed"] for run in runs]:
                         continue
                     part = self.json.with_suffix("") / f"{name}-{arm}-{seed}"
-                    runs.append(train_arm(problem(config, seed), arm, width_of(arm, name, config), part))
+                    runs.append(
+                        train_arm(problem(config, seed), arm, width_of(arm, name, config), part)
+                    )
                     write_json(self.json, self.content(found))
                     shutil.rmtree(part, ignore_errors=True)
                 if self.repeats and not row.get("time"):
@@ -315,7 +374,10 @@ def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, li
     """What the routed experts do in evaluation: by layer ``share``, the norm of what they add over that of the output;
     by decision of a router ``live``, how many of them take more than 1 % of the tokens."""
     share: list[float] = []
-    evaluated(forward, noting_added(model, lambda _, added, y: share.append(float(added.norm() / y.norm()))))
+    evaluated(
+        forward,
+        noting_added(model, lambda _, added, y: share.append(float(added.norm() / y.norm()))),
+    )
     with gmoe.record_routing(model) as routings:
         evaluated(forward, model)
     live = [float((routing.load > 0.01 * routing.num_tokens).sum()) for routing in routings]
@@ -332,14 +394,26 @@ def width_of(arm: Arm, name: str, config: Config) -> int:
     def cost(arm: Arm, width: int) -> int:
         return gmoe.count_flops(partial(evaluated, problem.forward), problem.drawn(arm, width))
 
-    return gmoe.match_width(partial(cost, "dense"), cost("moe", config.hidden), start=config.hidden, tolerance=0.5)
+    return gmoe.match_width(
+        partial(cost, "dense"), cost("moe", config.hidden), start=config.hidden, tolerance=0.5
+    )
 
 
 def step_times(name: str, config: Config, repeats: int) -> dict[str, Any]:
     """Seconds of a training step in turns, see :func:`take_turns`; ``layers`` is how many layers have experts."""
     kind, _, others = ROWS[name]
     problem = kind(config, 0)
-    arms: list[Arm] = ["dense", "moe", *(arm for arm in others if arm not in ("random", "oracle", "k-means"))]
+    arms: list[Arm] = [
+        "dense",
+        "moe",
+        *(arm for arm in others if arm not in ("random", "oracle", "k-means")),
+    ]
     models = {arm: problem.drawn(arm, width_of(arm, name, config)) for arm in arms}
-    steps = {str(arm): partial(problem.step, model, problem.optimizer(model)) for arm, model in models.items()}
-    return {**take_turns(steps, repeats, problem.fabric.device, warmup=3), "layers": len(switches(models["moe"]))}
+    steps = {
+        str(arm): partial(problem.step, model, problem.optimizer(model))
+        for arm, model in models.items()
+    }
+    return {
+        **take_turns(steps, repeats, problem.fabric.device, warmup=3),
+        "layers": len(switches(models["moe"])),
+    }

@@ -48,7 +48,9 @@ class TrainBenchmark(Benchmark):
     def _preset(self, name: str) -> dict[str, Any]:
         config = PRESETS[name][1]
         root = self.data_root / config.data_root if config.dataset == "graph" else self.data_root
-        config = replace(config, data_root=root, offline=True, device=self.device, epochs=self.repeats + 1)
+        config = replace(
+            config, data_root=root, offline=True, device=self.device, epochs=self.repeats + 1
+        )
         task, fabric, epochs = load_tasks(config)(0), make_fabric(config), []
         fabric.seed_everything(0, verbose=False)
         with set_up(fabric, build_model(config, task), config, task) as training:
@@ -101,7 +103,9 @@ def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
         patch.object(training, "batches", drawn),
         patch.object(fabric, "to_device", marked(fabric.to_device, "data", "data")),
         patch.object(fabric, "backward", marked(fabric.backward, "forward", "backward")),
-        patch.object(training.scheduler, "step", marked(training.scheduler.step, "optimizer", "optimizer")),
+        patch.object(
+            training.scheduler, "step", marked(training.scheduler.step, "optimizer", "optimizer")
+        ),
     ):
         yield seconds
         mark("rest")
@@ -119,9 +123,25 @@ class StoredBenchmark(Benchmark):
     def groups(self) -> Iterator[Steps]:
         check_counts(batches=self.batches)
         disk = StoredGraph(self.folder)
-        memory = Data(x=disk.rows("x", slice(None)), edge_index=torch.stack(disk.in_edges(slice(None))))
-        seeds, places = torch.randint(disk.num_nodes, (self.batches * 1024,)), {"memory": memory, "disk": disk}
+        memory = Data(
+            x=disk.rows("x", slice(None)), edge_index=torch.stack(disk.in_edges(slice(None)))
+        )
+        seeds, places = (
+            torch.randint(disk.num_nodes, (self.batches * 1024,)),
+            {"memory": memory, "disk": disk},
+        )
         for workers in (0, 2):
-            options: dict[str, Any] = {"batch_size": 1024, "is_sorted": True, "num_workers": workers, "backend": "gmoe"}
-            loaders = {place: neighbor_loader(data, [15, 10, 5], seeds, **options) for place, data in places.items()}
-            yield {f"{place}, {workers} workers": partial(deque, loader, maxlen=0) for place, loader in loaders.items()}
+            options: dict[str, Any] = {
+                "batch_size": 1024,
+                "is_sorted": True,
+                "num_workers": workers,
+                "backend": "gmoe",
+            }
+            loaders = {
+                place: neighbor_loader(data, [15, 10, 5], seeds, **options)
+                for place, data in places.items()
+            }
+            yield {
+                f"{place}, {workers} workers": partial(deque, loader, maxlen=0)
+                for place, loader in loaders.items()
+            }

@@ -29,7 +29,9 @@ from gmoe.conv.kinds import factory_of
 from gmoe.data.loader import neighbor_loader
 
 MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
-CSR_CONVS = frozenset({"gcn", "sage", "graph", "gin", "mlp", "filter", "identity", "low_pass", "high_pass", "two_hop"})
+CSR_CONVS = frozenset(
+    {"gcn", "sage", "graph", "gin", "mlp", "filter", "identity", "low_pass", "high_pass", "two_hop"}
+)
 """Convs that PyG runs on a sparse matrix without a message for every edge."""
 NORMALIZED = CSR_CONVS - {"sage", "graph", "gin", "mlp", "identity"}
 """Those of them that add self-loops: in a matrix also where there are some, in ``edge_index`` only where not."""
@@ -40,12 +42,24 @@ def directed(graph: GraphData, config: Any) -> GraphData:
     of its weights."""
     if file := getattr(config, "features", None):
         found = read_npy(Path(file))
-        legal = found.ndim == 2 and len(found) == graph.data.num_nodes and found.shape[1] and found.dtype.kind in "fiub"
+        legal = (
+            found.ndim == 2
+            and len(found) == graph.data.num_nodes
+            and found.shape[1]
+            and found.dtype.kind in "fiub"
+        )
         x = torch.from_numpy(found.astype("float32")) if legal else torch.empty(0)
         got = f"{found.dtype} of shape {found.shape}, or values that are not finite"
-        check(len(x) and x.isfinite().all(), file, got, f"finite numbers ({graph.data.num_nodes}, width)")
+        check(
+            len(x) and x.isfinite().all(),
+            file,
+            got,
+            f"finite numbers ({graph.data.num_nodes}, width)",
+        )
         graph.data.x = x
-    return replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if config.undirected else graph
+    return (
+        replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if config.undirected else graph
+    )
 
 
 def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
@@ -54,9 +68,18 @@ def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
     if graph.metric_name == "roc_auc" and graph.metric is None:
         y = (data[graph.target] if hetero else data).y
         one = [part for part in ("val", "test") if len(y[split[part]].unique()) < 2]
-        check(not one, "metric", f"'roc_auc' with nodes of one class only in {' and '.join(one)}", "both classes there")
+        check(
+            not one,
+            "metric",
+            f"'roc_auc' with nodes of one class only in {' and '.join(one)}",
+            "both classes there",
+        )
     batches = GraphBatches(graph, config, split)
-    widths = {kind: data[kind].x.size(1) if "x" in data[kind] else None for kind in data.node_types} if hetero else {}
+    widths = (
+        {kind: data[kind].x.size(1) if "x" in data[kind] else None for kind in data.node_types}
+        if hetero
+        else {}
+    )
     return Task(
         name=graph.name,
         kind="hetero" if hetero else "graph",
@@ -81,9 +104,14 @@ class GraphBatches:
         self.config, self.split, self.target = config, split, graph.target
         data: Any = graph.data
         if graph.target is None:
-            data = Data(x=data.x, edge_index=data.edge_index, y=data.y, edge_weight=data.edge_weight)
+            data = Data(
+                x=data.x, edge_index=data.edge_index, y=data.y, edge_weight=data.edge_weight
+            )
             if data.edge_weight is not None and not any(weighs_edges(config)):
-                warnings.warn(f"edge_weight: {graph.name} has some, {', '.join(config.conv)} takes none", stacklevel=3)
+                warnings.warn(
+                    f"edge_weight: {graph.name} has some, {', '.join(config.conv)} takes none",
+                    stacklevel=3,
+                )
                 del data.edge_weight
             self.whole = _inputs(data, adjacency(config, data))
         else:
@@ -92,10 +120,16 @@ class GraphBatches:
 
     def steps(self, batch_size: int) -> int:
         """How many training batches an epoch has."""
-        counts = {"full": batch_size, "neighbor": len(self.split["train"]), "random_node": self.data.num_nodes}
+        counts = {
+            "full": batch_size,
+            "neighbor": len(self.split["train"]),
+            "random_node": self.data.num_nodes,
+        }
         return -(-counts[self.config.sampling] // batch_size)
 
-    def __call__(self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterable[Batch]:
+    def __call__(
+        self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
+    ) -> Iterable[Batch]:
         rows = self.split[part]
         if self.config.sampling == "full" or (part != "train" and self.config.evaluation == "full"):
             store = self.data if self.target is None else self.data[self.target]
@@ -105,7 +139,9 @@ class GraphBatches:
             return neighborhoods(self.data, self.config, nodes, batch_size, seed, shard)
         return self.random_parts(rows, batch_size, seed, shard)
 
-    def random_parts(self, rows: Tensor, batch_size: int, seed: int | None, shard: Shard) -> Iterator[Batch]:
+    def random_parts(
+        self, rows: Tensor, batch_size: int, seed: int | None, shard: Shard
+    ) -> Iterator[Batch]:
         """Subgraphs of random nodes, of which ``rows`` count."""
         (rank, world), nodes = shard, self.data.num_nodes
         member = torch.zeros(nodes, dtype=torch.bool)
@@ -119,7 +155,12 @@ class GraphBatches:
 
 
 def neighborhoods(
-    data: Any, config: GraphConfig | HeteroConfig, nodes: Any, batch_size: int, seed: int | None, shard: Shard
+    data: Any,
+    config: GraphConfig | HeteroConfig,
+    nodes: Any,
+    batch_size: int,
+    seed: int | None,
+    shard: Shard,
 ) -> Iterator[Batch]:
     """Sampled neighborhoods of ``nodes``, or ``(type, nodes)``, shuffled with a seed; edges are sorted by destination.
 
@@ -131,8 +172,13 @@ def neighborhoods(
         data,
         list(config.fanout),
         input_nodes=nodes,
-        batch_sampler=[whole.tensor_split(world)[rank].tolist() for whole in _order(len(rows), seed).split(batch_size)],
-        generator=None if seed is None else torch.Generator().manual_seed(seed + (rank << 50)),  # the workers' draws
+        batch_sampler=[
+            whole.tensor_split(world)[rank].tolist()
+            for whole in _order(len(rows), seed).split(batch_size)
+        ],
+        generator=None
+        if seed is None
+        else torch.Generator().manual_seed(seed + (rank << 50)),  # the workers' draws
         num_workers=config.workers,
         is_sorted=True,
     )
@@ -140,16 +186,29 @@ def neighborhoods(
         seeds = batch if target is None else batch[target]
         if target is None:
             inputs = _inputs(batch, batch.edge_index)
-            if config.model is None and config.layers == len(config.fanout):  # layers compute what later ones hear
-                inputs += (None,) * (6 - len(inputs)) + (batch.num_sampled_nodes, batch.num_sampled_edges)
+            if config.model is None and config.layers == len(
+                config.fanout
+            ):  # layers compute what later ones hear
+                inputs += (None,) * (6 - len(inputs)) + (
+                    batch.num_sampled_nodes,
+                    batch.num_sampled_edges,
+                )
         else:
-            inputs = (batch.collect("x"), batch.edge_index_dict, {kind: batch[kind].n_id for kind in batch.node_types})
+            inputs = (
+                batch.collect("x"),
+                batch.edge_index_dict,
+                {kind: batch[kind].n_id for kind in batch.node_types},
+            )
         yield Batch(inputs, seeds.y[: seeds.batch_size], slice(0, seeds.batch_size))
 
 
 def _inputs(part: Any, adj: Tensor) -> tuple[Any, ...]:
     """What the model is called with; a matrix holds the weights itself."""
-    return (part.x, adj) if part.edge_weight is None or adj.is_sparse_csr else (part.x, adj, part.edge_weight)
+    return (
+        (part.x, adj)
+        if part.edge_weight is None or adj.is_sparse_csr
+        else (part.x, adj, part.edge_weight)
+    )
 
 
 def _order(count: int, seed: int | None) -> Tensor:
@@ -157,7 +216,9 @@ def _order(count: int, seed: int | None) -> Tensor:
     if seed is None:
         return torch.arange(count)
     generator = torch.Generator().manual_seed(seed)
-    torch.empty((), dtype=torch.int64).random_(generator=generator)  # as DataLoader draws before it shuffles
+    torch.empty((), dtype=torch.int64).random_(
+        generator=generator
+    )  # as DataLoader draws before it shuffles
     return torch.randperm(count, generator=generator)
 
 
@@ -224,7 +285,12 @@ def make_metric(name: MetricName, num_classes: int) -> Callable[[], Metric]:
     """A factory of the metric; ``"roc_auc"`` takes two classes."""
     if name == "accuracy":
         return partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
-    check(num_classes == 2, "metric", f"'roc_auc' for {num_classes} classes", "'accuracy' (roc_auc takes two)")
+    check(
+        num_classes == 2,
+        "metric",
+        f"'roc_auc' for {num_classes} classes",
+        "'accuracy' (roc_auc takes two)",
+    )
     return TwoClassAUROC
 
 
@@ -239,7 +305,10 @@ def per_class_splits(store: Any, seed: int) -> Splits:
     order = torch.randperm(len(store.y), generator=torch.Generator().manual_seed(seed))
     parts = [order[store.y[order] == label].tensor_split([20, 50]) for label in store.y.unique()]
     check(all(len(test) for *_, test in parts), "split", "a class of 50 nodes or fewer", "more")
-    return {part: torch.cat(nodes).sort().values for part, nodes in zip(MASKS, zip(*parts, strict=True), strict=True)}
+    return {
+        part: torch.cat(nodes).sort().values
+        for part, nodes in zip(MASKS, zip(*parts, strict=True), strict=True)
+    }
 
 
 def stratified_splits(store: Any, seed: int) -> Splits:
@@ -247,7 +316,9 @@ def stratified_splits(store: Any, seed: int) -> Splits:
     labeled = (store.y >= 0).nonzero().view(-1)
     shuffled = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(seed))]
     by_class = shuffled[store.y[shuffled].sort(stable=True).indices]
-    place = (torch.arange(len(labeled)) + seed) % 5  # of any five in a row, three train: small classes need no rule
+    place = (
+        torch.arange(len(labeled)) + seed
+    ) % 5  # of any five in a row, three train: small classes need no rule
     chosen = {"train": place < 3, "val": place == 3, "test": place == 4}
     return {part: by_class[chosen[part]].sort().values for part in MASKS}
 
@@ -270,14 +341,36 @@ def check_graph(where: str, data: Any, target: str | None = None) -> None:
     masks = [store[mask] for mask in MASKS.values() if mask in store]
     for value in (store.y, *masks):
         fits = value.dim() in (1, 2) and len(value) == store.num_nodes
-        check(fits, where, f"y or a mask of shape {tuple(value.shape)}", f"a row for each of {store.num_nodes} nodes")
+        check(
+            fits,
+            where,
+            f"y or a mask of shape {tuple(value.shape)}",
+            f"a row for each of {store.num_nodes} nodes",
+        )
     if not masks:
-        check((store.y >= 0).sum() >= 5, where, "fewer than 5 nodes with a label", "5 or more, or masks")
+        check(
+            (store.y >= 0).sum() >= 5,
+            where,
+            "fewer than 5 nodes with a label",
+            "5 or more, or masks",
+        )
         return
     splits = max(mask[0].numel() for mask in masks)
     fits = all(mask.dim() == 1 or mask.size(1) == splits for mask in masks)
     check(fits, where, "masks of different numbers of splits", "as many in each")
-    table = torch.stack([mask.view(len(mask), -1).expand(-1, splits) for mask in masks])  # (parts, N, S)
-    check(table.any(dim=1).all(), where, "a split without nodes in one part", "some in train, val and test")
+    table = torch.stack(
+        [mask.view(len(mask), -1).expand(-1, splits) for mask in masks]
+    )  # (parts, N, S)
+    check(
+        table.any(dim=1).all(),
+        where,
+        "a split without nodes in one part",
+        "some in train, val and test",
+    )
     check(table.sum(dim=0).max() <= 1, where, "a node in two parts of a split", "each in one")
-    check((store.y[table.any(dim=2).any(dim=0)] >= 0).all(), where, "a negative label in a split", "0 or more")
+    check(
+        (store.y[table.any(dim=2).any(dim=0)] >= 0).all(),
+        where,
+        "a negative label in a split",
+        "0 or more",
+    )

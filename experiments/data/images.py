@@ -18,7 +18,15 @@ from experiments.config import ImageConfig
 from experiments.data import Batch, Shard, Split, Splits, Task
 from experiments.data.made import digits_split
 from gmoe._checks import check
-from vision import ImageData, ImageSource, MemoryImages, batches, load_images, make_augment, split_images
+from vision import (
+    ImageData,
+    ImageSource,
+    MemoryImages,
+    batches,
+    load_images,
+    make_augment,
+    split_images,
+)
 
 VAL_SHARE = 0.1
 """Share of the training images that validate, of each class, where the data have none of their own."""
@@ -26,36 +34,62 @@ VAL_SHARE = 0.1
 
 def image_set(config: ImageConfig) -> Task:
     """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of your own: :func:`vision.load_images`."""
-    data = load_images(config.dataset, config.data_root, image_size=config.image_size, offline=config.offline)
+    data = load_images(
+        config.dataset, config.data_root, image_size=config.image_size, offline=config.offline
+    )
     return image_task(data, config)
 
 
 def digits(config: ImageConfig) -> Task:
     """scikit-learn's digits, see :func:`experiments.data.made.digits_graph`, standardized over the training set."""
     found = load_digits()
-    images, labels = torch.from_numpy(found.images).float()[:, None] / 16.0, torch.from_numpy(found.target).long()
+    images, labels = (
+        torch.from_numpy(found.images).float()[:, None] / 16.0,
+        torch.from_numpy(found.target).long(),
+    )
     split, size = digits_split(found.target), config.image_size or 8
     parts = {part: MemoryImages(images[rows], labels[rows], size) for part, rows in split.items()}
     train = parts["train"].images
-    mean, std, classes = (float(train.mean()),), (float(train.std()),), tuple(map(str, found.target_names))
-    data = ImageData(name="digits", classes=classes, mean=mean, std=std, note="scikit-learn's", **parts)
+    mean, std, classes = (
+        (float(train.mean()),),
+        (float(train.std()),),
+        tuple(map(str, found.target_names)),
+    )
+    data = ImageData(
+        name="digits", classes=classes, mean=mean, std=std, note="scikit-learn's", **parts
+    )
     return image_task(data, config)
 
 
 def image_task(data: ImageData, config: ImageConfig) -> Task:
     """A part of the training images validates where the data have no others; the test images are read once."""
-    sources: dict[Split, ImageSource] = {"train": data.train, "val": data.val or data.train, "test": data.test}
+    sources: dict[Split, ImageSource] = {
+        "train": data.train,
+        "val": data.val or data.train,
+        "test": data.test,
+    }
     split = {part: torch.arange(len(source.labels)) for part, source in sources.items()}
     if data.val is None:
         split["train"], split["val"] = split_images(data.train.labels, VAL_SHARE, seed=0)
-    print(f"{data.name}: {' + '.join(str(len(rows)) for rows in split.values())} images; {data.note}", flush=True)
+    print(
+        f"{data.name}: {' + '.join(str(len(rows)) for rows in split.values())} images; {data.note}",
+        flush=True,
+    )
     for part, rows in split.items():
         seen = set(sources[part].labels[rows].tolist())
         least = 2 if part == "train" else 1
-        check(len(seen) >= least, data.name, f"images of {len(seen)} classes in {part}", f"at least {least}")
+        check(
+            len(seen) >= least,
+            data.name,
+            f"images of {len(seen)} classes in {part}",
+            f"at least {least}",
+        )
         missing = [name for label, name in enumerate(data.classes) if label not in seen]
         if missing:
-            print(f"{data.name}: {part} has no image of {len(missing)} classes: {', '.join(missing[:5])}", flush=True)
+            print(
+                f"{data.name}: {part} has no image of {len(missing)} classes: {', '.join(missing[:5])}",
+                flush=True,
+            )
     return Task(
         name=data.name,
         kind="image",
@@ -93,11 +127,15 @@ def own_images(found: Any, config: ImageConfig) -> Task:
     images (N, C, S, S), C = 1 or 3, and classes (N,). Images are uint8 or PIL's, which are standardized over the
     training images, or floats, which the model sees as they are. All are kept in memory.
     """
-    legal = "(train, test) or (train, val, test), each a Dataset of (image, class), or (images, labels)"
+    legal = (
+        "(train, test) or (train, val, test), each a Dataset of (image, class), or (images, labels)"
+    )
     fits = isinstance(found, tuple | list) and len(found) in (2, 3)
     check(fits, "data", f"a {type(found).__name__} for {config.dataset}", legal)
     names = ("train", "test") if len(found) == 2 else ("train", "val", "test")
-    parts = {part: _images(f"data: {part}", value) for part, value in zip(names, found, strict=True)}
+    parts = {
+        part: _images(f"data: {part}", value) for part, value in zip(names, found, strict=True)
+    }
     images, labels = parts["train"]
     channels, classes = images.size(1), int(labels.max()) + 1
     for part, (others, numbers) in parts.items():
@@ -108,12 +146,17 @@ def own_images(found: Any, config: ImageConfig) -> Task:
     mean, std = (0.0,) * channels, (1.0,) * channels
     if images.dtype == torch.uint8:
         flat = images.transpose(0, 1).reshape(channels, -1).double() / 255
-        mean, std = tuple(flat.mean(dim=1).tolist()), tuple(flat.std(dim=1).clamp(min=1e-6).tolist())
+        mean, std = (
+            tuple(flat.mean(dim=1).tolist()),
+            tuple(flat.std(dim=1).clamp(min=1e-6).tolist()),
+        )
     size = config.image_size or images.size(-1)
     sources: dict[str, Any] = {part: MemoryImages(*pair, size) for part, pair in parts.items()}
     shown = tuple(map(str, getattr(found[0], "classes", range(classes))))[:classes]
     name = config.data or config.dataset
-    data = ImageData(name=name, classes=shown, mean=mean, std=std, note="by your function", **sources)
+    data = ImageData(
+        name=name, classes=shown, mean=mean, std=std, note="by your function", **sources
+    )
     return image_task(data, config)
 
 
@@ -122,8 +165,14 @@ def _images(where: str, found: Any) -> tuple[Tensor, Tensor]:
     try:
         if isinstance(found, Dataset):
             data: Any = found
-            pairs = [(to_image(image), int(label)) for image, label in (data[row] for row in range(len(data)))]
-            images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+            pairs = [
+                (to_image(image), int(label))
+                for image, label in (data[row] for row in range(len(data)))
+            ]
+            images, labels = (
+                torch.stack([image for image, _ in pairs]),
+                torch.tensor([label for _, label in pairs]),
+            )
         else:
             images, labels = map(torch.as_tensor, found)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -132,9 +181,23 @@ def _images(where: str, found: Any) -> tuple[Tensor, Tensor]:
             "expected a Dataset of (image, class) or (images, labels)"
         ) from error
     images = images.float() if images.is_floating_point() else images
-    fits = images.dim() == 4 and len(images) > 0 and images.size(1) in (1, 3) and images.size(2) == images.size(3)
+    fits = (
+        images.dim() == 4
+        and len(images) > 0
+        and images.size(1) in (1, 3)
+        and images.size(2) == images.size(3)
+    )
     fits = fits and images.dtype in (torch.uint8, torch.float32) and bool(images.isfinite().all())
-    check(fits, where, f"images {images.dtype} {tuple(images.shape)}", "uint8 or finite float (N, 1 or 3, S, S)")
-    fits = labels.shape == (len(images),) and not labels.is_floating_point() and labels.dtype != torch.bool
+    check(
+        fits,
+        where,
+        f"images {images.dtype} {tuple(images.shape)}",
+        "uint8 or finite float (N, 1 or 3, S, S)",
+    )
+    fits = (
+        labels.shape == (len(images),)
+        and not labels.is_floating_point()
+        and labels.dtype != torch.bool
+    )
     check(fits, where, f"labels {labels.dtype} {tuple(labels.shape)}", "an integer an image")
     return images, labels.long()

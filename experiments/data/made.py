@@ -22,9 +22,15 @@ NODES, REGIONS, CLASSES, FEATURES = 8_000, 8, 16, 32
 
 def digits_split(labels: np.ndarray) -> Splits:
     """A fixed stratified split, 50 / 25 / 25."""
-    train, rest = train_test_split(np.arange(len(labels)), train_size=0.5, stratify=labels, random_state=0)
+    train, rest = train_test_split(
+        np.arange(len(labels)), train_size=0.5, stratify=labels, random_state=0
+    )
     val, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=0)
-    return {"train": torch.from_numpy(train), "val": torch.from_numpy(val), "test": torch.from_numpy(test)}
+    return {
+        "train": torch.from_numpy(train),
+        "val": torch.from_numpy(val),
+        "test": torch.from_numpy(test),
+    }
 
 
 def digits_graph(config: RunConfig) -> GraphData:
@@ -62,23 +68,35 @@ def regimes(config: RunConfig) -> GraphData:
     1,000 nodes a regime, at least 4,000, and ten edges a node; what is not trained on is half validation, half test.
     """
     match = re.fullmatch(r"regimes-([1-9]\d?)-([1-9]\d{0,2})-(\w+)", config.dataset)
-    legal = f"regimes-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN one of {', '.join(SHOWN)}"
+    legal = (
+        f"regimes-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN one of {', '.join(SHOWN)}"
+    )
     count, labels, shown = match.groups() if match else ("0", "0", "")
     check(shown in SHOWN and int(labels) <= 800, "dataset", repr(config.dataset), legal)
     regions, nodes = int(count), max(4_000, 1_000 * int(count))
-    return _regions(config.dataset, nodes, regions, labels=regions * int(labels), shown=SHOWN[shown])
+    return _regions(
+        config.dataset, nodes, regions, labels=regions * int(labels), shown=SHOWN[shown]
+    )
 
 
 def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.0) -> GraphData:
     classes, edges = CLASSES, 10 * nodes
-    rng = np.random.RandomState(0)  # its streams are frozen, unlike those of numpy's newer generators
+    rng = np.random.RandomState(
+        0
+    )  # its streams are frozen, unlike those of numpy's newer generators
     region = rng.permutation(np.arange(nodes) % regions)
     label = rng.randint(classes, size=nodes)
     class_center = rng.standard_normal((classes, FEATURES))
     region_center = rng.standard_normal((regions, FEATURES))
-    x = class_center[label] + shown * region_center[region] + 3 * rng.standard_normal((nodes, FEATURES))
+    x = (
+        class_center[label]
+        + shown * region_center[region]
+        + 3 * rng.standard_normal((nodes, FEATURES))
+    )
 
-    permutation = np.stack([np.arange(classes), *(rng.permutation(classes) for _ in range(regions - 1))])
+    permutation = np.stack(
+        [np.arange(classes), *(rng.permutation(classes) for _ in range(regions - 1))]
+    )
     destination = rng.randint(nodes, size=edges)
     source_label = permutation[region[destination], label[destination]]
     stray = rng.uniform(size=edges) < 0.15
@@ -87,10 +105,14 @@ def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.
     for r in range(regions):
         for c in range(classes):
             wanted = (region[destination] == r) & (source_label == c)
-            source[wanted] = rng.choice(np.flatnonzero((region == r) & (label == c)), size=int(wanted.sum()))
+            source[wanted] = rng.choice(
+                np.flatnonzero((region == r) & (label == c)), size=int(wanted.sum())
+            )
 
     held = (nodes - labels) // 2
-    train, val, test = torch.from_numpy(rng.permutation(nodes)).split([labels, held, nodes - labels - held])
+    train, val, test = torch.from_numpy(rng.permutation(nodes)).split(
+        [labels, held, nodes - labels - held]
+    )
     return GraphData(
         name=name,
         data=_data(x, np.stack([source, destination]), label),
@@ -120,7 +142,9 @@ def concept(config: RunConfig) -> GraphData:
     regimes, labels = int(match[1]), int(match[1]) * int(match[2])
     nodes, classes = max(4_000, 1_000 * regimes), CONCEPT_CLASSES
 
-    rng = np.random.RandomState(0)  # its streams are frozen, unlike those of numpy's newer generators
+    rng = np.random.RandomState(
+        0
+    )  # its streams are frozen, unlike those of numpy's newer generators
     regime = rng.permutation(np.arange(nodes) % regimes)
     x = rng.standard_normal((nodes, CONCEPT_FEATURES))
     source, destination = rng.randint(nodes, size=(2, 10 * nodes))
@@ -142,7 +166,9 @@ def concept(config: RunConfig) -> GraphData:
         x = np.hstack([x, 3 * centers[regime] + 3 * rng.standard_normal((nodes, SIGN_FEATURES))])
 
     held = (nodes - labels) // 2
-    train, val, test = torch.from_numpy(rng.permutation(nodes)).split([labels, held, nodes - labels - held])
+    train, val, test = torch.from_numpy(rng.permutation(nodes)).split(
+        [labels, held, nodes - labels - held]
+    )
     return GraphData(
         name=config.dataset,
         data=_data(x, np.stack([source, destination]), label),
@@ -153,4 +179,8 @@ def concept(config: RunConfig) -> GraphData:
 
 
 def _data(x: np.ndarray, edges: np.ndarray, y: np.ndarray) -> Data:
-    return Data(x=torch.from_numpy(x).float(), edge_index=torch.from_numpy(edges).long(), y=torch.from_numpy(y).long())
+    return Data(
+        x=torch.from_numpy(x).float(),
+        edge_index=torch.from_numpy(edges).long(),
+        y=torch.from_numpy(y).long(),
+    )

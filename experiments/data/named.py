@@ -43,7 +43,9 @@ class PyGSet:
         )
         if missing and offline:
             raise FileNotFoundError(advice)
-        with TemporaryDirectory() as scratch:  # PyG writes what it made beside the raw files, which may be read-only
+        with (
+            TemporaryDirectory() as scratch
+        ):  # PyG writes what it made beside the raw files, which may be read-only
             raw = Path(scratch, self.folder)
             if missing:
                 print(f"{name}: downloading about {self.megabytes:g} MB to {folder}", flush=True)
@@ -68,7 +70,9 @@ class PyGSet:
         classes, splits = int(data.y.max()) + 1, partial(self.splits, data)
         with naming(folder):  # drawn splits need some nodes of each class
             splits(0)
-        return GraphData(name=name, data=data, splits=splits, num_outputs=classes, metric_name=self.metric)
+        return GraphData(
+            name=name, data=data, splits=splits, num_outputs=classes, metric_name=self.metric
+        )
 
 
 def _planetoid(name: str, megabytes: float) -> PyGSet:
@@ -81,7 +85,9 @@ def _planetoid(name: str, megabytes: float) -> PyGSet:
 
 def _shchur(cls: Any, name: str, file: str, megabytes: float) -> PyGSet:
     """Shchur et al., 2018; shchur/gnn-benchmark, MIT; 20 nodes a class train, 30 validate, at random by seed."""
-    return PyGSet(cls, {"name": name}, f"{name}/raw", (f"{file}.npz",), megabytes, splits=per_class_splits)
+    return PyGSet(
+        cls, {"name": name}, f"{name}/raw", (f"{file}.npz",), megabytes, splits=per_class_splits
+    )
 
 
 def _platonov(name: str, metric: MetricName, megabytes: float) -> PyGSet:
@@ -130,14 +136,30 @@ def load_graph(config: GraphConfig | HeteroConfig) -> GraphData:
         from experiments.data.own_graph import own_graph
 
         return own_graph(root / f"{name.replace('-', '_')}.npz", name=name)
-    check(name.startswith("ogbn-"), "dataset", repr(name), f"one of {', '.join([*PYG, *FILTERED])}, or one of OGB's")
+    check(
+        name.startswith("ogbn-"),
+        "dataset",
+        repr(name),
+        f"one of {', '.join([*PYG, *FILTERED])}, or one of OGB's",
+    )
     from experiments.data.ogb import load_ogb
 
-    return load_ogb(name, root, offline=config.offline, allow_large_downloads=config.allow_large_downloads)
+    return load_ogb(
+        name, root, offline=config.offline, allow_large_downloads=config.allow_large_downloads
+    )
 
 
-ARRAYS = [f"{of}_{part}" for of in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]
-ARRAYS += ["labels", "node_features", "node_labels", "edges", *MASKS.values(), *(f"{mask}s" for mask in MASKS.values())]
+ARRAYS = [
+    f"{of}_{part}" for of in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")
+]
+ARRAYS += [
+    "labels",
+    "node_features",
+    "node_labels",
+    "edges",
+    *MASKS.values(),
+    *(f"{mask}s" for mask in MASKS.values()),
+]
 """What PyG reads of an ``.npz``."""
 
 
@@ -149,7 +171,9 @@ def _check(path: Path) -> None:
         elif path.suffix == ".npz":
             arrays = read_npz(path, ARRAYS)
             for of in ("adj", "attr") if "adj_data" in arrays else ():
-                *parts, shape = (arrays[f"{of}_{part}"] for part in ("data", "indices", "indptr", "shape"))
+                *parts, shape = (
+                    arrays[f"{of}_{part}"] for part in ("data", "indices", "indptr", "shape")
+                )
                 _check_matrix(csr_matrix(tuple(parts), shape.tolist()), becomes_dense=of == "attr")
         elif path.suffix in (".txt", ".index"):
             content = path.read_bytes()

@@ -60,18 +60,28 @@ def files_of(name: str) -> dict[Any, str]:
     found |= {part: f"{split}/{part.replace('val', 'valid')}.csv.gz" for part in get_args(Split)}
     for relation in RELATIONS if mag else ("",):
         folder = f"raw/relations/{'___'.join(relation)}" if relation else "raw"
-        found[relation, "edge"], found[relation, "edges"] = f"{folder}/edge.csv.gz", f"{folder}/num-edge-list.csv.gz"
+        found[relation, "edge"], found[relation, "edges"] = (
+            f"{folder}/edge.csv.gz",
+            f"{folder}/num-edge-list.csv.gz",
+        )
     return found
 
 
-def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False) -> GraphData:
+def load_ogb(
+    name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False
+) -> GraphData:
     """One of OGB's node data sets, with its official split and metric; ``root`` holds ogb's folder, ``ogbn_arxiv``.
 
     Edges are as in the files (of products and proteins in both directions); proteins' ``x`` is the mean of
     ``edge_attr`` over the edges of a node. ogbn-mag is a ``HeteroData`` whose papers alone have ``x`` and ``y``.
     Missing files that may not or cannot be downloaded are a ``FileNotFoundError``, broken ones a ``ValueError``.
     """
-    check(name in MEGABYTES, "name", repr(name), f"one of {', '.join(MEGABYTES)}; ogbn-papers100M stays on disk")
+    check(
+        name in MEGABYTES,
+        "name",
+        repr(name),
+        f"one of {', '.join(MEGABYTES)}; ogbn-papers100M stays on disk",
+    )
     folder = provide(name, root.expanduser(), offline, allow_large_downloads)
     hetero, tasks = name == "ogbn-mag", int(published(name)["num tasks"])
     if (folder / "PLANTED.txt").exists():
@@ -80,7 +90,9 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
     with naming(folder):  # kept tensors are not read as strictly as OGB's files
         data = HeteroData(found["graph"]) if hetero else Data.from_dict(found["graph"])
         data.validate()
-        (data["paper"] if hetero else data).y[torch.cat([*found["split"].values()])]  # refuses nodes that are not there
+        (data["paper"] if hetero else data).y[
+            torch.cat([*found["split"].values()])
+        ]  # refuses nodes that are not there
     return GraphData(
         name=name,
         data=data,
@@ -99,19 +111,42 @@ def provide(name: str, root: Path, offline: bool, allow_large_downloads: bool) -
         from vision.images import unpacked
 
         archive = Path(said["url"]).name
-        fits = offline or allow_large_downloads or megabytes <= 1_000 or (root / archive).exists()  # as ogb
-        check(fits, name, f"no {folder}", f"OGB's {archive} ({megabytes} MB) in {root}, or --allow-large-downloads")
-        shutil.rmtree(folder, ignore_errors=True)  # without a file in it, as ogb leaves it where a download failed
-        unpacked(name, root, offline, folder.name, said["url"], None, megabytes, inside=said["download_name"])
+        fits = (
+            offline or allow_large_downloads or megabytes <= 1_000 or (root / archive).exists()
+        )  # as ogb
+        check(
+            fits,
+            name,
+            f"no {folder}",
+            f"OGB's {archive} ({megabytes} MB) in {root}, or --allow-large-downloads",
+        )
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # without a file in it, as ogb leaves it where a download failed
+        unpacked(
+            name,
+            root,
+            offline,
+            folder.name,
+            said["url"],
+            None,
+            megabytes,
+            inside=said["download_name"],
+        )
     if missing := [file for file in files_of(name).values() if not (folder / file).is_file()]:
-        raise FileNotFoundError(f"{name}: {', '.join(missing)} missing in {folder}; put them there, or move it away")
+        raise FileNotFoundError(
+            f"{name}: {', '.join(missing)} missing in {folder}; put them there, or move it away"
+        )
     return folder
 
 
 def _tensors(name: str, folder: Path) -> dict[str, Any]:
     """``graph`` and ``split``: those of the last run where the files have the same sizes, else read from them."""
     files = {of: folder / file for of, file in files_of(name).items()}
-    path, sizes = folder / "processed" / "tensors.pt", [file.stat().st_size for file in files.values()]
+    path, sizes = (
+        folder / "processed" / "tensors.pt",
+        [file.stat().st_size for file in files.values()],
+    )
     known = read_tensors(path) if path.exists() else None
     if isinstance(known, dict) and known.get("sizes") == sizes:
         return known
@@ -123,7 +158,10 @@ def _tensors(name: str, folder: Path) -> dict[str, Any]:
             torch.save(found, Path(scratch) / path.name)
             (Path(scratch) / path.name).replace(path)
     except (OSError, RuntimeError) as error:  # the latter is torch's, of a full disk
-        print(f"{name}: the next run reads them again, since they cannot be kept ({error})", flush=True)
+        print(
+            f"{name}: the next run reads them again, since they cannot be kept ({error})",
+            flush=True,
+        )
     return found
 
 
@@ -132,12 +170,21 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
     classes, tasks, both_ways = published(name)[["num classes", "num tasks", "add_inverse_edge"]]
     graph: dict[Any, Any] = {}
     if name == "ogbn-mag":
-        graph = {str(kind): {"num_nodes": int(column[0])} for kind, column in sorted(read_csv(files["nodes"]).items())}
+        graph = {
+            str(kind): {"num_nodes": int(column[0])}
+            for kind, column in sorted(read_csv(files["nodes"]).items())
+        }
     nodes = graph["paper"]["num_nodes"] if graph else int(_table(files["nodes"], 1, [sys.maxsize]))
     for relation in RELATIONS if graph else ("",):
-        ends = [graph[kind]["num_nodes"] for kind in (relation[0], relation[2])] if relation else [nodes, nodes]
+        ends = (
+            [graph[kind]["num_nodes"] for kind in (relation[0], relation[2])]
+            if relation
+            else [nodes, nodes]
+        )
         number = int(_table(files[relation, "edges"], 1, [sys.maxsize]))
-        graph[relation] = {"edge_index": _table(files[relation, "edge"], number, ends).t().contiguous()}
+        graph[relation] = {
+            "edge_index": _table(files[relation, "edge"], number, ends).t().contiguous()
+        }
     x = _table(files["x"], number if name == "ogbn-proteins" else nodes)
     y = _table(files["y"], nodes, [int(classes)] * int(tasks))
     y = y.view(-1) if tasks == "1" else y.float()
@@ -146,13 +193,22 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
     else:
         graph = {"y": y, **graph[""], "x": x}
     if both_ways == "True":  # each edge is followed by its reverse, as ogb has it
-        graph["edge_index"] = torch.stack([graph["edge_index"], graph["edge_index"].flip(0)], dim=-1).view(2, -1)
+        graph["edge_index"] = torch.stack(
+            [graph["edge_index"], graph["edge_index"].flip(0)], dim=-1
+        ).view(2, -1)
     if name == "ogbn-proteins":
         graph["edge_attr"] = x.repeat_interleave(2, dim=0)
-        graph["x"] = scatter(graph["edge_attr"], graph["edge_index"][1], dim_size=nodes, reduce="mean")
+        graph["x"] = scatter(
+            graph["edge_attr"], graph["edge_index"][1], dim_size=nodes, reduce="mean"
+        )
     split: Splits = {part: _table(files[part], None, [nodes]).view(-1) for part in get_args(Split)}
     twice = torch.cat([*split.values()]).bincount()
-    check(twice.max() < 2, str(files["train"].parent), f"node {int(twice.argmax())} twice", "each at most once")
+    check(
+        twice.max() < 2,
+        str(files["train"].parent),
+        f"node {int(twice.argmax())} twice",
+        "each at most once",
+    )
     return {"graph": graph, "split": split}
 
 
@@ -161,9 +217,15 @@ def _table(path: Path, rows: int | None, below: Sequence[int] | None = None) -> 
     values = read_csv(path, header=None, dtype=np.float64).to_numpy()
     low, high = values.min(axis=0), values.max(axis=0)  # NaN where there is one
     legal = rows in (None, len(values)) and bool(np.isfinite([low, high]).all())
-    wanted = "finite numbers" if below is None else f"{len(below)} whole numbers from 0 to {max(below) - 1}"
+    wanted = (
+        "finite numbers"
+        if below is None
+        else f"{len(below)} whole numbers from 0 to {max(below) - 1}"
+    )
     if below is not None:
-        legal &= len(low) == len(below) and bool(((low >= 0) & (high < below)).all() and (values % 1 == 0).all())
+        legal &= len(low) == len(below) and bool(
+            ((low >= 0) & (high < below)).all() and (values % 1 == 0).all()
+        )
     got = f"{len(values)} rows of {len(low)} numbers from {low.min():g} to {high.max():g}"
     check(legal, str(path), got, f"{'any' if rows is None else rows} rows of {wanted}")
     return torch.from_numpy(values.astype(np.float32 if below is None else np.int64))
@@ -196,5 +258,7 @@ class OGBMetric(Metric):
 
     def compute(self) -> Tensor:
         """The metric over everything since the last reset."""
-        result = self._evaluator.eval({"y_true": dim_zero_cat(self.target), "y_pred": dim_zero_cat(self.prediction)})
+        result = self._evaluator.eval(
+            {"y_true": dim_zero_cat(self.target), "y_pred": dim_zero_cat(self.prediction)}
+        )
         return torch.tensor(result[self._evaluator.eval_metric], dtype=torch.float64)

@@ -24,7 +24,15 @@ from gmoe._checks import check
 NEEDED = {"x": "node_features", "y": "node_labels", "edge_index": "edges"}
 NAMES = {**NEEDED, **{mask: f"{mask}s" for mask in MASKS.values()}, "edge_weight": "edge_weight"}
 """PyG's names, and those of Platonov et al. (2023), which an npz may have too."""
-DATA: list[Any] = [Data, DataEdgeAttr, DataTensorAttr, BaseStorage, GlobalStorage, NodeStorage, EdgeStorage]
+DATA: list[Any] = [
+    Data,
+    DataEdgeAttr,
+    DataTensorAttr,
+    BaseStorage,
+    GlobalStorage,
+    NodeStorage,
+    EdgeStorage,
+]
 """What a PyG ``Data`` is made of."""
 MOST_CATEGORIES = 100
 """Names that a column of features may have: each becomes a feature."""
@@ -34,7 +42,9 @@ def configured(config: GraphConfig | HeteroConfig) -> GraphData:
     """The graph of a run, at its data root."""
     if isinstance(config, GraphConfig):
         return own_graph(config.data_root, config.metric)
-    raise ValueError("data: got None for hetero, expected package.module:function that returns a PyG HeteroData")
+    raise ValueError(
+        "data: got None for hetero, expected package.module:function that returns a PyG HeteroData"
+    )
 
 
 def own_object(found: Any, config: RunConfig) -> GraphData:
@@ -63,14 +73,23 @@ def own_graph(path: Path, metric: MetricName | None = None, name: str | None = N
     The metric is ``"accuracy"`` or, for two classes, ``"roc_auc"``; the name by default that of the file.
     """
     if not path.exists():
-        raise FileNotFoundError(f"data_root: got {path}, which does not exist; expected FILE.npz, FILE.pt or a folder")
+        raise FileNotFoundError(
+            f"data_root: got {path}, which does not exist; expected FILE.npz, FILE.pt or a folder"
+        )
     readers = {"folder": _read_folder, ".npz": _read_npz, ".pt": _read_pt}
     kind = "folder" if (path / "nodes.csv").is_file() else path.suffix
-    check(kind in readers, "data_root", path, "FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv")
+    check(
+        kind in readers,
+        "data_root",
+        path,
+        "FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv",
+    )
     return graph_of(readers[kind](path), name or path.stem, str(path), metric)
 
 
-def graph_of(data: Data | HeteroData, name: str, where: str, metric: MetricName | None = None) -> GraphData:
+def graph_of(
+    data: Data | HeteroData, name: str, where: str, metric: MetricName | None = None
+) -> GraphData:
     """A PyG graph as a data set: its types those that models take, checked, and split where it has no masks.
 
     It is a ``Data`` with x, edge_index and y, or a ``HeteroData`` of which one node type has y; with train_mask,
@@ -79,21 +98,45 @@ def graph_of(data: Data | HeteroData, name: str, where: str, metric: MetricName 
     target = None
     if isinstance(data, HeteroData):
         labeled = [kind for kind in data.node_types if "y" in data[kind]]
-        check(len(labeled) == 1, where, f"y of {', '.join(labeled) or 'no node type'}", "one of one node type")
+        check(
+            len(labeled) == 1,
+            where,
+            f"y of {', '.join(labeled) or 'no node type'}",
+            "one of one node type",
+        )
         target = labeled[0]
     given: Any = data if target is None else data[target]
     masks = [mask for mask in MASKS.values() if mask in given]
     missing = [key for key in NEEDED if key not in given and target is None]
     missing += [mask for mask in MASKS.values() if masks and mask not in masks]
-    check(not missing, where, f"no {', '.join(missing)}", f"{', '.join(NEEDED)}, and all masks or none")
+    check(
+        not missing,
+        where,
+        f"no {', '.join(missing)}",
+        f"{', '.join(NEEDED)}, and all masks or none",
+    )
     data = _kept(data, where)
     check_graph(where, data, target)
     store = data if target is None else data[target]
     classes = int(store.y.max()) + 1
-    check(2 <= classes <= len(store.y), where, f"{classes - 1} as the largest label", f"1 to {len(store.y) - 1}")
+    check(
+        2 <= classes <= len(store.y),
+        where,
+        f"{classes - 1} as the largest label",
+        f"1 to {len(store.y) - 1}",
+    )
     labels = store.y[store.y >= 0].unique().tolist()
-    check(len(labels) > 1, where, f"no label but {labels} (those below 0 are none)", "two classes or more")
-    how = f"{store.train_mask[0].numel()} split(s) by its masks" if masks else "each seed splits it 60/20/20 by class"
+    check(
+        len(labels) > 1,
+        where,
+        f"no label but {labels} (those below 0 are none)",
+        "two classes or more",
+    )
+    how = (
+        f"{store.train_mask[0].numel()} split(s) by its masks"
+        if masks
+        else "each seed splits it 60/20/20 by class"
+    )
     size = f"{data.num_nodes:,} nodes, {data.num_edges:,} edges, {store.num_features:,} features, {classes} classes"
     print(f"{name}: {size}; {how}", flush=True)
     return GraphData(
@@ -109,7 +152,9 @@ def graph_of(data: Data | HeteroData, name: str, where: str, metric: MetricName 
 def _kept(data: Any, where: str) -> Any:
     """What is used of a graph, as the types that models take."""
     kept = type(data)()
-    for part, store in [(None, data)] if isinstance(data, Data) else [*data.node_items(), *data.edge_items()]:
+    for part, store in (
+        [(None, data)] if isinstance(data, Data) else [*data.node_items(), *data.edge_items()]
+    ):
         into = kept if part is None else kept[part]
         for key in NAMES if part is None else [key for key in NAMES if key != "edge_weight"]:
             if key in store:
@@ -134,7 +179,9 @@ def _converted(where: str, key: str, value: Any) -> Tensor:
     value = value.flatten() if key in ("y", "edge_weight") else value
     if key in ("x", "edge_weight"):
         return value.float().contiguous()
-    fits = not value.is_floating_point() or (value == value.trunc()).all()  # NaN is not equal to itself
+    fits = (
+        not value.is_floating_point() or (value == value.trunc()).all()
+    )  # NaN is not equal to itself
     check(fits, where, "other numbers", "whole numbers")
     fits = key not in MASKS.values() or ((value == 0) | (value == 1)).all()
     check(fits, where, "other values than 0 and 1", "a mask")
@@ -150,7 +197,11 @@ def _read_npz(path: Path) -> Data:
         for key in keys:
             kind = {"b": "bool", "f": "float64" if arrays[key].dtype.itemsize > 4 else "float32"}
             value = torch.from_numpy(arrays[key].astype(kind.get(arrays[key].dtype.kind, "int64")))
-            data[name] = value.T if value.dim() == 2 and (key == "edges" or key.endswith("_masks")) else value
+            data[name] = (
+                value.T
+                if value.dim() == 2 and (key == "edges" or key.endswith("_masks"))
+                else value
+            )
     return data
 
 
@@ -162,7 +213,12 @@ def _read_pt(path: Path) -> Data:
         for name, value in data.to_dict().items():
             if isinstance(value, Tensor) and value.layout == torch.strided:
                 fits = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-                check(fits, str(path), f"{value.numel()} numbers as {name}", "as many as the file holds")
+                check(
+                    fits,
+                    str(path),
+                    f"{value.numel()} numbers as {name}",
+                    "as many as the file holds",
+                )
     return data
 
 
@@ -183,14 +239,21 @@ def _read_folder(folder: Path) -> Data:
             print(f"{folder.stem}: labels are {', '.join(shown)}", flush=True)
         if "split" in nodes:
             splits = nodes["split"].fillna("none").str.lower().replace({"valid": "val"})
-            check(splits.isin([*MASKS, "none"]).all(), "split", set(splits), "train, val, test or nothing")
+            check(
+                splits.isin([*MASKS, "none"]).all(),
+                "split",
+                set(splits),
+                "train, val, test or nothing",
+            )
             for part, mask in MASKS.items():
                 data[mask] = torch.from_numpy((splits == part).to_numpy(copy=True))
     with naming(folder / "edges.csv"):
         ends = np.stack([ids.get_indexer(edges[column]) for column in ("source", "target")])
         if (ends < 0).any():
             end, row = np.argwhere(ends < 0)[0]
-            raise ValueError(f"edge {row} has {edges[('source', 'target')[end]][row]!r}, which is no node")
+            raise ValueError(
+                f"edge {row} has {edges[('source', 'target')[end]][row]!r}, which is no node"
+            )
         data.edge_index = torch.from_numpy(ends.astype(np.int64))
         if "weight" in edges:
             data.edge_weight = _numbers(edges["weight"])
@@ -204,7 +267,12 @@ def _read_table(path: Path, needed: tuple[str, ...], text: tuple[str, ...]) -> p
         encoding="utf-8-sig",
     )  # fmt: skip
     columns = [str(column) for column in table]
-    check({*needed} <= {*columns}, str(path), f"columns {', '.join(columns)}", f"{', '.join(needed)} among them")
+    check(
+        {*needed} <= {*columns},
+        str(path),
+        f"columns {', '.join(columns)}",
+        f"{', '.join(needed)} among them",
+    )
     is_named = not any(column.startswith("Unnamed: ") for column in columns)
     check(is_named, str(path), "a column without a name", "none (pandas: to_csv(index=False))")
     return table

@@ -33,12 +33,24 @@ def stored_task(config: GraphConfig) -> Task:
         )
     for name, legal in {"sampling": "neighbor", "evaluation": "sampled"}.items():
         got = getattr(config, name)
-        check(got == legal, name, f"{got!r} for {folder}", f"{legal!r}, since the graph stays on disk")
+        check(
+            got == legal, name, f"{got!r} for {folder}", f"{legal!r}, since the graph stays on disk"
+        )
     graph = StoredGraph(folder)
     said, got = graph.info, config.undirected
-    check(got is said["undirected"], "undirected", f"{got} for {folder}", f"{said['undirected']}, as it was converted")
+    check(
+        got is said["undirected"],
+        "undirected",
+        f"{got} for {folder}",
+        f"{said['undirected']}, as it was converted",
+    )
     missing = [name for name in ("y", *get_args(Split)) if name not in said["arrays"]]
-    check(not missing, "data_root", f"no {', '.join(missing)} in {folder}", "them; convert again, and give them")
+    check(
+        not missing,
+        "data_root",
+        f"no {', '.join(missing)} in {folder}",
+        "them; convert again, and give them",
+    )
     split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
     stored = [("source", graph.source)] if graph.num_edges <= CHECKED else []
     for name, ids in (*split.items(), *stored):
@@ -50,7 +62,9 @@ def stored_task(config: GraphConfig) -> Task:
     if said["source"].startswith("Not OGB's"):
         print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
 
-    def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
+    def loader(
+        part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
+    ) -> Iterator[Batch]:
         return neighborhoods(graph, config, split[part], batch_size, seed, shard)
 
     metric_name, classes = config.metric or "accuracy", said["num_classes"]
@@ -60,7 +74,9 @@ def stored_task(config: GraphConfig) -> Task:
         in_channels=graph.x_dim,
         num_classes=classes,
         metric_name=metric_name,
-        metric=partial(OGBMetric, PAPERS) if config.dataset == PAPERS else make_metric(metric_name, classes),
+        metric=partial(OGBMetric, PAPERS)
+        if config.dataset == PAPERS
+        else make_metric(metric_name, classes),
         loader=loader,
         steps=lambda size: -(-len(split["train"]) // size),
         loss=task_loss,

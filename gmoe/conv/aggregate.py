@@ -1,6 +1,10 @@
-"""Experts that share one aggregation: GCN, SAGE, GraphConv, GIN, GINE, filters, and MLPs that look at no neighbor.
+"""Experts that share one aggregation: GCN, SAGE, GraphConv, GIN, GINE, filters, and MLPs.
 
-Shapes: T tokens (destinations), D, I, O widths, E experts, P pairs.
+Shapes: N nodes, T tokens (destinations), M edges, D in, O out width, I columns of the rows that
+experts transform, H hidden width, E experts, P pairs.
+
+A conv of these kinds sums over neighbors, then transforms the sum. The sum is the same for all
+experts: a layer computes it once, and experts transform the rows of their tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts, must_be_called
-from gmoe.conv.base import StackedExperts, all_of, stacked
+from gmoe.conv.base import StackedExperts, all_of, is_plain, stacked
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
@@ -30,47 +34,54 @@ from gmoe.routing import Routing
 
 FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
 
+MakeMatrix: TypeAlias = Callable[..., Matrix]
+"""Called as ``make_matrix(graph, dtype=...)``, gives the A of a sum A x over in-edges."""
+
 MLPS = (
     [pyg.MLP, nn.ReLU, nn.ModuleList, Linear, Linear, nn.ModuleList, nn.Identity],
     [nn.Sequential, nn.Linear, nn.ReLU, nn.Linear],
 )
-"""The modules of the networks that GIN's experts stack: PyG's MLP without norm, or layers in a row."""
+"""The modules of the networks that GIN's experts stack: PyG's MLP without norm, or a Sequential."""
 
 
 class AggregateOnce(StackedExperts):
-    """Convs that aggregate without parameters, or linearly, and transform rows: A x W_e = (A x) W_e.
+    """Convs whose aggregation has no parameters, or is linear: A (x W_e) = (A x) W_e.
 
-    Sums and means of the sources' rows are sparse products of the :class:`Graph`. Any other aggregation is PyG's own:
-    the conv itself with its transform taken out, called as ``conv((x, None), edge_index, size=...)`` with the edge
-    arguments it takes. A subclass whose messages are more than rows times a weight sets ``matrix`` to
-    ``None`` in :meth:`strip`: the product would pass over them.
+    Sums and means of the sources' rows are sparse products of the :class:`Graph`. Any other
+    aggregation is PyG's own: the conv itself without its transform, called as ``conv((x, None),
+    edge_index, size=...)`` with the edge arguments it takes. If the messages of a subclass are more
+    than rows times a weight, its :meth:`matrix_maker` returns ``None``: a product would lose the
+    rest.
     """
 
     weighted_by: Literal["weight", "values"] = "values"
     """The factors of messages, see :meth:`Graph.summing`."""
 
-    matrix: Callable[..., Matrix] | None
-    """From a graph and a dtype to the A of A x; ``None`` where the aggregation is no such product."""
-
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return next(conv.aggr_module.parameters(), None) is None  # what is learned differs from expert to expert
+        # What an aggregation learns differs from expert to expert.
+        return next(conv.aggr_module.parameters(), None) is None
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
-        self.prototype = conv = copy.deepcopy(convs[0])
-        conv.flow = "source_to_target"  # as edges run inside a graph
-        linear = conv.aggr in ("add", "sum", "mean")
-        self.matrix = partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean") if linear else None
-        self.strip(conv)
+        self.make_matrix = self.matrix_maker(convs[0])
+        self.prototype = copy.deepcopy(convs[0])
+        self.prototype.flow = "source_to_target"  # as edges run inside a graph
+        self.strip(self.prototype)
+
+    def matrix_maker(self, conv: Any) -> MakeMatrix | None:
+        """How the matrix of a conv's aggregation is made; ``None`` if it is not a product."""
+        if conv.aggr not in ("add", "sum", "mean"):
+            return None
+        return partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean")
 
     @abstractmethod
     def strip(self, conv: Any) -> None:
-        """Take the transform out of a conv, and leave its aggregation."""
+        """Take the transform out of a conv, so that its forward is the aggregation alone."""
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
-        if self.matrix is None:
+        if self.make_matrix is None:
             return self._by_pyg(graph, x_src)
-        return graph.product(self.matrix(graph, dtype=x_src.dtype), x_src)
+        return graph.product(self.make_matrix(graph, dtype=x_src.dtype), x_src)
 
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
@@ -78,24 +89,40 @@ class AggregateOnce(StackedExperts):
         if graph.mask is not None:
             conv = copy.copy(conv)  # another thread may be running it
             set_masks(conv, graph.mask, graph.edge_index, apply_sigmoid=False)
-        adj, size = graph.adj if graph.is_sparse else graph.edge_index, (graph.num_src, graph.num_rows)
-        # sparse products have no kernels for half precision
-        x = x_src.to(torch.promote_types(x_src.dtype, torch.float32)) if graph.is_sparse else x_src
-        with torch.autocast(x_src.device.type, enabled=not graph.is_sparse and torch.is_autocast_enabled()):
+        adj = graph.edge_index
+        x = x_src
+        if graph.is_sparse:
+            adj = graph.adj
+            # Sparse products have no kernels for half precision.
+            x = x_src.to(torch.promote_types(x_src.dtype, torch.float32))
+        autocasts = torch.is_autocast_enabled() and not graph.is_sparse
+        with torch.autocast(x_src.device.type, enabled=autocasts):
+            size = (graph.num_src, graph.num_rows)
             out = conv((x, None), adj, **graph.args_for(conv), size=size)
         return out[: graph.num_dst].to(x_src.dtype)
 
 
 class LinearAggregation(AggregateOnce):
-    """One linear map per expert of the aggregate and, if the conv uses them, the root's features."""
+    """One linear map per expert of the aggregate and, if the conv uses them, the root's features.
+
+    The two maps lie in one weight (E, I, O): the rows of the aggregate come first.
+    """
 
     linears: tuple[str, ...]
-    root: bool = True
-    normalize: bool = False
+    """The conv's linear layers: of the aggregate, and of the root if it has one."""
+
+    def has_root(self, conv: Any) -> bool:
+        """True if the conv transforms the features of the node itself, too."""
+        return True
+
+    def has_output_norm(self, conv: Any) -> bool:
+        """True if the conv normalizes the rows of its output."""
+        return False
 
     def transforms(self, conv: Any) -> list[Any]:
         """The linear layers of a conv: of the aggregate, and of the root."""
-        return [getattr(conv, name) for name in self.linears[: 1 + self.root]]
+        names = self.linears if self.root else self.linears[:1]
+        return [getattr(conv, name) for name in names]
 
     def bias(self, conv: Any) -> Tensor | None:
         """The bias of a conv, or of the linear layer of its aggregate."""
@@ -103,48 +130,75 @@ class LinearAggregation(AggregateOnce):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         super().build(convs, backend)
-        weights = [linear.weight for linear in self.transforms(convs[0])]
+        first = convs[0]
+        self.root = self.has_root(first)
+        self.normalize = self.has_output_norm(first)
+        weights = [linear.weight for linear in self.transforms(first)]
         out_channels, self.aggregate_width = weights[0].shape
-        width, bias = sum(weight.size(1) for weight in weights), self.bias(convs[0]) is not None
-        self.linear = LinearExperts(width, out_channels, len(convs), bias=bias, backend=backend)
+        self.linear = LinearExperts(
+            sum(weight.size(1) for weight in weights),
+            out_channels,
+            len(convs),
+            bias=self.bias(first) is not None,
+            backend=backend,
+        )
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         weights = [linear.weight for linear in self.transforms(conv)]
-        stacked = self.linear.weight.transpose(1, 2).split([weight.size(1) for weight in weights], dim=2)
-        biases = [] if self.linear.bias is None else [(self.linear.bias, self.bias(conv))]
-        return [*zip(stacked, weights, strict=True), *biases]
+        widths = [weight.size(1) for weight in weights]
+        stacked_weights = self.linear.weight.transpose(1, 2).split(widths, dim=2)
+        parts: list[tuple[Any, Any]] = list(zip(stacked_weights, weights, strict=True))
+        if self.linear.bias is not None:
+            parts.append((self.linear.bias, self.bias(conv)))
+        return parts
 
-    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        parts, linear = [h, x_dst][: 1 + self.root], self.linear
+    def forward(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
+    ) -> Tensor:
+        inputs = [h, x_dst] if self.root else [h]
+        linear = self.linear
         if not self.normalize and is_plain(linear):
-            return routed_linear(parts, linear.weight, linear.bias, routing, linear.backend)
-        y_PO = linear(dispatch(torch.cat(parts, dim=-1), routing), routing.offsets)
-        return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
+            return routed_linear(inputs, linear.weight, linear.bias, routing, linear.backend)
+        x_PI = dispatch(torch.cat(inputs, dim=-1), routing)
+        y_PO = linear(x_PI, routing.offsets)
+        if self.normalize:
+            y_PO = F.normalize(y_PO, p=2.0, dim=-1)
+        return combine(y_PO, routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        linear, dtype = self.linear, self.linear.weight.dtype
+        linear = self.linear
         if self.normalize or must_be_called(self) or not is_plain(linear):
             return super().on_all(graph, x_src, x_dst, h)
-        weights = linear.weight[0].T.tensor_split([h.size(1)], dim=1)
-        out = F.linear(h.to(dtype), weights[0], None if linear.bias is None else linear.bias[0])
-        return out.add_(F.linear(x_dst.to(dtype), weights[1])) if self.root else out
+        # The two maps one after the other, without a copy of their inputs side by side.
+        dtype = linear.weight.dtype
+        bias = None if linear.bias is None else linear.bias[0]
+        of_aggregate, of_root = linear.weight[0].T.tensor_split([h.size(1)], dim=1)
+        out = F.linear(h.to(dtype), of_aggregate, bias)
+        if self.root:
+            out.add_(F.linear(x_dst.to(dtype), of_root))
+        return out
 
 
 class GCNExperts(LinearAggregation):
     """GCN: x' = (D^-1/2 (A + I) D^-1/2 x) W_e + b_e."""
 
     linears = ("lin",)
-    root = False
     weighted_by = "weight"
     takes_two_sets = False
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return conv.aggr in ("add", "sum")  # transforms before it aggregates, so that has to be linear
+        return conv.aggr in ("add", "sum")  # it transforms first: the aggregation must be linear
+
+    def has_root(self, conv: Any) -> bool:
+        return False
+
+    def matrix_maker(self, conv: Any) -> MakeMatrix | None:
+        if conv.normalize:
+            return partial(Graph.normalized, improved=conv.improved, loops=conv.add_self_loops)
+        return super().matrix_maker(conv)
 
     def strip(self, conv: Any) -> None:
-        if getattr(conv, "normalize", False):  # not a FilterConv, which holds its own product
-            self.matrix = partial(Graph.normalized, improved=conv.improved, loops=conv.add_self_loops)
         conv.lin = nn.Identity()
         conv.bias = None
 
@@ -158,12 +212,18 @@ class SAGEExperts(LinearAggregation):
     def accepts(conv: Any) -> bool:
         return not conv.project and AggregateOnce.accepts(conv)
 
+    def has_root(self, conv: Any) -> bool:
+        return bool(conv.root_weight)
+
+    def has_output_norm(self, conv: Any) -> bool:
+        return bool(conv.normalize)
+
     def strip(self, conv: Any) -> None:
-        self.root, self.normalize = conv.root_weight, conv.normalize
         conv.lin_l = nn.Identity()
-        conv.root_weight = conv.normalize = False
-        if self.root:
+        if conv.root_weight:
             del conv.lin_r
+        conv.root_weight = False
+        conv.normalize = False
 
 
 class GraphConvExperts(LinearAggregation):
@@ -177,16 +237,89 @@ class GraphConvExperts(LinearAggregation):
         del conv.lin_root
 
 
+class FilterExperts(LinearAggregation):
+    """E FilterConvs, whose filters may differ.
+
+    Every power of the adjacency is applied once, for all experts that use it.
+    """
+
+    linears = ("lin",)
+    takes_two_sets = False
+
+    @staticmethod
+    def accepts(conv: Any) -> bool:
+        return conv.aggr in ("add", "sum")
+
+    def has_root(self, conv: Any) -> bool:
+        return False
+
+    def strip(self, conv: Any) -> None:
+        conv.lin = nn.Identity()
+        conv.bias = None
+
+    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+        super().build(convs, backend)
+        self.filters = [(conv.filter, conv.hops) for conv in convs]
+        self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
+        # The powers side by side; without any, the router sees the mean over in-edges.
+        self.aggregate_width = max(self.hops, 1) * self.linear.in_features
+
+    @property
+    def too_far(self) -> list[MessagePassing]:
+        return [self.prototype] if self.hops > 1 else []
+
+    def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
+        """(T, hops * D) the powers A x, A^2 x, ... side by side."""
+        powers = [x_src]
+        for _ in range(self.hops):
+            powers.append(self.prototype.hop(powers[-1], graph))
+        return torch.cat(powers[1:], dim=-1) if self.hops else None
+
+    def forward(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
+    ) -> Tensor:
+        # 1. All tokens after each filter that occurs.
+        distinct = sorted(set(self.filters))
+        filtered = [self._filtered(name, hops, x_dst, h) for name, hops in distinct]
+        # 2. The rows of each expert's tokens, after its filter.
+        if len(distinct) == 1:
+            rows_PI = dispatch(filtered[0], routing)
+        else:
+            # Filters of a token lie side by side, so that each is a row of its own. Not dispatched
+            # filter by filter: which rows are needed depends on the data.
+            filter_E = routing.token.new_tensor([distinct.index(pair) for pair in self.filters])
+            filter_P = filter_E.index_select(0, routing.expert)
+            row_P = routing.token * len(distinct) + filter_P
+            rows_PI = torch.cat(filtered, dim=1).view(-1, x_dst.size(1)).index_select(0, row_P)
+        # 3. Its linear map.
+        return combine(self.linear(rows_PI, routing.offsets), routing)
+
+    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+        # Not LinearAggregation's: the linear map is of the filtered rows, not of h.
+        return StackedExperts.on_all(self, graph, x_src, x_dst, h)
+
+    def _filtered(self, name: FilterName, hops: int, x_dst: Tensor, h: Any) -> Tensor:
+        """(T, I) the tokens after a filter, given what :meth:`aggregate` gave."""
+        if name == "identity":
+            return x_dst
+        low = h.split(x_dst.size(1), dim=1)[hops - 1]
+        return low if name == "low_pass" else x_dst - low
+
+
 class GINExperts(AggregateOnce):
-    """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)), for networks of two linear layers with a ReLU between."""
+    """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)).
+
+    The networks have two linear layers with a ReLU between them.
+    """
 
     eps_E1: Tensor
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        # those of the conv, its aggregation, and its network
-        types, dropout = [type(part) for part in conv.modules()], getattr(conv.nn, "dropout", [])
-        return AggregateOnce.accepts(conv) and types[2:] in MLPS and not any(dropout)
+        # The first two modules are the conv and its aggregation; then comes its network.
+        network = [type(part) for part in conv.modules()][2:]
+        dropout = getattr(conv.nn, "dropout", [])
+        return AggregateOnce.accepts(conv) and network in MLPS and not any(dropout)
 
     def strip(self, conv: Any) -> None:
         conv.nn = nn.Identity()
@@ -195,14 +328,20 @@ class GINExperts(AggregateOnce):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         super().build(convs, backend)
-        self.up, self.down = (stacked(linear, len(convs), backend) for linear in _linears(convs[0]))
-        kind = nn.Parameter if isinstance(convs[0].eps, nn.Parameter) else nn.Buffer
-        self.eps_E1 = kind(torch.stack([conv.eps.detach().view(1) for conv in convs]))
+        up, down = _linears(convs[0])
+        self.up = stacked(up, len(convs), backend)
+        self.down = stacked(down, len(convs), backend)
+        eps_E1 = torch.stack([conv.eps.detach().view(1) for conv in convs])
+        is_learned = isinstance(convs[0].eps, nn.Parameter)
+        self.eps_E1 = nn.Parameter(eps_E1) if is_learned else nn.Buffer(eps_E1)
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        return [(self.eps_E1, conv.eps), *zip((self.up, self.down), _linears(conv), strict=True)]
+        up, down = _linears(conv)
+        return [(self.eps_E1, conv.eps), (self.up, up), (self.down, down)]
 
-    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+    def forward(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
+    ) -> Tensor:
         scale_P1 = (1 + self.eps_E1).index_select(0, routing.expert)
         rows_PI = dispatch(h, routing).addcmul_(dispatch(x_dst, routing), scale_P1)
         return combine(self._network(rows_PI, routing.offsets), routing)
@@ -213,65 +352,28 @@ class GINExperts(AggregateOnce):
         return self._network(h.addcmul(x_dst, 1 + self.eps_E1), all_of(x_dst))
 
     def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        return self.down(self.up(x_PI, offsets_E).relu(), offsets_E)
+        """(P, O) each expert's network on its rows."""
+        hidden_PH = self.up(x_PI, offsets_E).relu()
+        return self.down(hidden_PH, offsets_E)
 
 
 def _linears(conv: Any) -> list[Any]:
-    """The linear layers of a GIN's network."""
+    """The two linear layers of a GIN's network."""
     return [part for part in conv.nn.modules() if isinstance(part, nn.Linear | Linear)]
 
 
 class GINEExperts(GINExperts):
-    """GINE without a transform of edge features: x' = nn_e((1 + eps_e) x_i + sum_j relu(x_j + e_ji))."""
+    """GINE: x' = nn_e((1 + eps_e) x_i + sum_j relu(x_j + e_ji)).
+
+    Only without a transform of the edge features, which would differ from expert to expert.
+    """
 
     @staticmethod
     def accepts(conv: Any) -> bool:
         return conv.lin is None and GINExperts.accepts(conv)
 
-    def strip(self, conv: Any) -> None:
-        super().strip(conv)
-        self.matrix = None
-
-
-class FilterExperts(GCNExperts):
-    """E FilterConvs, whose filters may differ: every power of the adjacency is applied once, whoever looks at it."""
-
-    def build(self, convs: Sequence[Any], backend: Backend) -> None:
-        super().build(convs, backend)
-        self.filters = [(conv.filter, conv.hops) for conv in convs]
-        self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
-        self.aggregate_width = max(self.hops, 1) * self.linear.in_features
-
-    @property
-    def too_far(self) -> list[MessagePassing]:
-        return [self.prototype] if self.hops > 1 else []
-
-    def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
-        powers = [x_src]
-        for _ in range(self.hops):
-            powers.append(self.prototype.hop(powers[-1], graph))
-        return torch.cat(powers[1:], dim=-1) if self.hops else None
-
-    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        kinds = sorted(set(self.filters))
-        after = [self._after(kind, x_dst, h) for kind in kinds]
-        if len(kinds) == 1:
-            return combine(self.linear(dispatch(after[0], routing), routing.offsets), routing)
-        # A token after one filter is a row of its own: which of them experts take depends on the data.
-        kind_E = routing.token.new_tensor([kinds.index(kind) for kind in self.filters])
-        row_P = routing.token * len(kinds) + kind_E.index_select(0, routing.expert)
-        rows_PI = torch.cat(after, dim=1).view(-1, x_dst.size(1)).index_select(0, row_P)
-        return combine(self.linear(rows_PI, routing.offsets), routing)
-
-    def _after(self, kind: tuple[FilterName, int], x_dst: Tensor, h: Any) -> Tensor:
-        """(T, I) the tokens after a filter, given what :meth:`aggregate` gave."""
-        name, hops = kind
-        if name == "identity":
-            return x_dst
-        low = h.split(x_dst.size(1), dim=1)[hops - 1]
-        return low if name == "low_pass" else x_dst - low
-
-    on_all = StackedExperts.on_all  # not the linear map of h
+    def matrix_maker(self, conv: Any) -> MakeMatrix | None:
+        return None  # messages depend on the edges' features
 
 
 class MLPConvExperts(StackedExperts):
@@ -279,30 +381,30 @@ class MLPConvExperts(StackedExperts):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         self.prototype = MLPConv(1, 1)
-        self.prototype.up = self.prototype.down = nn.Identity()
-        self.up, self.down = (stacked(linear, len(convs), backend) for linear in (convs[0].up, convs[0].down))
+        self.prototype.up = nn.Identity()
+        self.prototype.down = nn.Identity()
+        self.up = stacked(convs[0].up, len(convs), backend)
+        self.down = stacked(convs[0].down, len(convs), backend)
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         return [(self.up, conv.up), (self.down, conv.down)]
 
-    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+    def forward(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
+    ) -> Tensor:
         hidden_PH = self.up(dispatch(x_dst, routing), routing.offsets).relu()
         return combine(self.down(hidden_PH, routing.offsets), routing)
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
-    return type(linear) is LinearExperts and not must_be_called(linear)
 
 
 class FilterConv(MessagePassing):
     r"""Filter and transform: :math:`X' = F(\hat A) X W + b`, with
     :math:`\hat A = D^{-1/2} (A + I) D^{-1/2}`.
 
-    ``"identity"``: :math:`F = I`, no look at the neighbors (the weak expert of Mowst, Zeng et al., 2024);
-    ``"low_pass"``: :math:`F = \hat A^k` with k = ``hops`` (at k = 1 GCN; the hop experts of GMoE, Wang et al., 2023);
-    ``"high_pass"``: :math:`F = I - \hat A^k` (Node-MoE, Han et al., 2024). Experts of a :class:`gmoe.MoEConv` that
-    differ in their filter share the products with :math:`\hat A`.
+    ``"identity"``: :math:`F = I`, which ignores the neighbors (the weak expert of Mowst, Zeng et
+    al., 2024); ``"low_pass"``: :math:`F = \hat A^k` with k = ``hops`` (a GCN at k = 1; the hop
+    experts of GMoE, Wang et al., 2023); ``"high_pass"``: :math:`F = I - \hat A^k` (Node-MoE, Han et
+    al., 2024). Experts of a :class:`gmoe.MoEConv` that differ in their filter share the products
+    with :math:`\hat A`.
 
     Args:
         in_channels: width of the nodes.
@@ -313,7 +415,8 @@ class FilterConv(MessagePassing):
         bias: learn a bias (default ``True``).
 
     Shapes:
-        - ``x``: (N, in_channels); ``edge_index`` as for ``GCNConv``, or a :class:`gmoe.Graph`; ``edge_weight``: (M,).
+        - ``x``: (N, in_channels); ``edge_index`` as for ``GCNConv``, or a :class:`gmoe.Graph`;
+          ``edge_weight``: (M,).
         - returns (N, out_channels).
 
     Raises:
@@ -334,8 +437,11 @@ class FilterConv(MessagePassing):
         if filter == "identity" and hops > 1:
             raise ValueError(f"hops: got {hops} with filter='identity', expected 1")
         super().__init__(aggr="add")
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.filter, self.hops, self.add_self_loops = filter, hops, add_self_loops
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.filter = filter
+        self.hops = hops
+        self.add_self_loops = add_self_loops
         self.lin = Linear(in_channels, out_channels, bias=False, weight_initializer="glorot")
         self.bias = nn.Parameter(self.lin.weight.new_empty(out_channels)) if bias else None
         self.reset_parameters()
@@ -345,11 +451,15 @@ class FilterConv(MessagePassing):
         self.lin.reset_parameters()
         zeros(self.bias)
 
-    def forward(self, x: Tensor, edge_index: Adj | Graph, edge_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, edge_index: Adj | Graph, edge_weight: Tensor | None = None
+    ) -> Tensor:
         if self.filter != "identity":
-            graph, low = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, len(x)), x
+            graph = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, len(x))
             graph = graph.fitting((len(x), len(x)), self.flow, edge_weight)
-            graph = graph.explained(self) if self.explain else graph
+            if self.explain:
+                graph = graph.explained(self)
+            low = x
             for _ in range(self.hops):
                 low = self.hop(low, graph)
             x = low if self.filter == "low_pass" else x[: len(low)] - low
@@ -358,10 +468,12 @@ class FilterConv(MessagePassing):
 
     def hop(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, D) one product with the normalized adjacency."""
-        return graph.product(graph.normalized(improved=False, loops=self.add_self_loops, dtype=x.dtype), x)
+        matrix = graph.normalized(improved=False, loops=self.add_self_loops, dtype=x.dtype)
+        return graph.product(matrix, x)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, {self.filter!r}, hops={self.hops})"
+        widths = f"{self.in_channels}, {self.out_channels}"
+        return f"{type(self).__name__}({widths}, {self.filter!r}, hops={self.hops})"
 
 
 class MLPConv(MessagePassing):
@@ -376,8 +488,9 @@ class MLPConv(MessagePassing):
         bias: learn biases (default ``True``).
 
     Shapes:
-        - ``x``: (N, in_channels), or a tuple of source and destination nodes, of which the second counts.
-        - returns (N, out_channels); ``edge_index`` is not looked at.
+        - ``x``: (N, in_channels), or a tuple of source and destination nodes; only the destinations
+          are read.
+        - returns (N, out_channels); ``edge_index`` is ignored.
     """
 
     def __init__(

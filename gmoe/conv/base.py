@@ -1,4 +1,7 @@
-"""The experts of a MoEConv. Shapes: T tokens (destinations), D, O widths, E experts, P pairs."""
+"""The experts of a MoEConv: what all of them have in common, and how they are stacked or mixed.
+
+Shapes: T tokens (destinations), S sources, D in, O out width, E experts, P pairs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from gmoe._checks import must_be_called
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -19,44 +23,64 @@ from gmoe.routing import Routing
 MakeConv = Callable[[int], MessagePassing]
 """Makes a fresh conv for the expert of that index."""
 
+GAIN_SCALE = 0.1
+"""Factor of the gain of routed experts, which starts at zero beside a shared expert.
+
+However small the gradient is, Adam moves a number by the learning rate in each step: the factor
+keeps the routed experts small where steps and labels are few.
+"""
+
 
 class ConvExperts(nn.Module, ABC):
-    """E convs under one routing: the weighted sum of their outputs, as if each ran on the whole graph.
+    """E convs under one routing: the weighted sum of their outputs on the whole graph.
 
-    Called with a graph of S sources and T destinations. Its destinations are the first of its sources, unless it is
-    bipartite.
+    Called with a graph of S sources and T destinations. Unless it is bipartite, its destinations
+    are the first of its sources. A layer first calls :meth:`aggregate`, then hands on what it gave,
+    ``h``: to the router, and to the experts.
     """
 
     takes_two_sets: bool = True
     """True if sources and destinations may be two sets of nodes."""
+    aggregate_width: int | None = None
+    """Columns of :meth:`aggregate`; ``None`` if they are as many as the sources'."""
     flow: str
     """PyG's ``flow`` of the convs."""
 
     @abstractmethod
-    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing) -> Tensor:
-        """(T, O) the mixture; ``h`` is what :meth:`aggregate` gave."""
+    def forward(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing
+    ) -> Tensor:
+        """(T, O) the mixture.
+
+        Args:
+            graph: from the sources to the destinations.
+            x_src: (S, D) features of the sources.
+            x_dst: (T, D) features of the destinations.
+            h: what :meth:`aggregate` gave for ``x_src``.
+            routing: of the T destinations.
+        """
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
-        """(T, O) a single expert's output at every token."""
+        """(T, O) a single expert's output at every token; for layers of one expert only."""
         return self(graph, x_src, x_dst, h, to_one(x_dst))
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
-        """(T, D) the sum over neighbors that all experts share, if they do."""
+        """(T, D) the sum over neighbors that all experts share; ``None`` if they share none."""
         return None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type of features that the experts take; ``None`` where each conv sees to it."""
+        """The dtype of features that the experts take; ``None`` if each conv checks it."""
         return None
 
     @property
     def too_far(self) -> list[MessagePassing]:
-        """Convs whose output at a node follows from more than in-edges, their ends, and the graph's norms."""
+        """Convs whose output at a node needs more than in-edges, their ends, and norms."""
         return []
 
     @abstractmethod
     def convs(self) -> list[MessagePassing]:
-        """PyG convs whose arguments are those of the experts."""
+        """PyG convs that take the same arguments as the experts."""
 
     @abstractmethod
     def expert(self, index: int) -> MessagePassing:
@@ -68,13 +92,15 @@ class ConvExperts(nn.Module, ABC):
 
     @abstractmethod
     def become(self, conv: MessagePassing) -> None:
-        """Make every expert a copy of this conv, which is of their kind."""
+        """Make every expert a copy of this conv, which must be of their kind."""
 
 
 class StackedExperts(ConvExperts):
     """E convs of one class and the same options, their parameters stacked.
 
-    A subclass says in ``parts`` where the parameters of a conv lie; filling, resetting and ``expert`` follow.
+    A subclass implements three methods: ``build`` makes the stacked parameters, ``parts`` pairs
+    them with those of a conv, and ``forward`` runs them. Filling, resetting and ``expert`` follow
+    from ``parts``.
 
     Args:
         convs: the E convs.
@@ -83,21 +109,24 @@ class StackedExperts(ConvExperts):
     """
 
     prototype: Any
+    """A conv without parameters, whose options are those of all experts."""
 
     def __init__(self, convs: Sequence[MessagePassing], make: MakeConv, backend: Backend) -> None:
         super().__init__()
         self.make = make
         self.num_experts = len(convs)
         self.flow = convs[0].flow
-        self.build(convs, backend)
+        self.build(convs, backend)  # reads num_experts
         self.fill(convs)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Without the prototype: explainers count a hop for each MessagePassing module, and the layer is one already.
+        """All modules but the prototype.
 
-        It has no parameters; what goes by children (``to``, ``train``, ``state_dict``) reaches it.
+        Explainers count a hop for each MessagePassing module, and the layer is one already. The
+        prototype has no parameters; ``to``, ``train`` and ``state_dict``, which go by children,
+        reach it.
         """
         hidden = set(self.prototype.modules())
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
@@ -106,32 +135,40 @@ class StackedExperts(ConvExperts):
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        """True if this conv, with its options, can be run this way."""
+        """True if a conv with these options can be stacked in this class."""
         return True
 
     @abstractmethod
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
-        """Set ``prototype`` and the stacked parameters up."""
+        """Set ``prototype`` and the stacked parameters, of any values.
+
+        Called once, by the constructor, when ``num_experts`` and ``flow`` are set; ``fill`` copies
+        the values.
+        """
 
     @abstractmethod
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        """Pairs of (LinearExperts, linear layer) or (stacked tensor, tensor) of a conv."""
+        """What is stacked, and what it is stacked from in this conv.
+
+        Pairs of (``LinearExperts``, linear layer) or (stacked tensor, tensor).
+        """
 
     def _tensors(self, conv: Any, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each tensor of a conv behind its place among the stacked ones."""
-        for ours, part in self.parts(conv):
-            if isinstance(ours, LinearExperts):
-                yield ours.weight[expert].T, part.weight
-                if ours.bias is not None:
-                    yield ours.bias[expert], part.bias
+        """Pairs of an expert's place among the stacked tensors, and the conv's own tensor."""
+        for stack, part in self.parts(conv):
+            if isinstance(stack, LinearExperts):
+                yield stack.weight[expert].T, part.weight
+                if stack.bias is not None:
+                    yield stack.bias[expert], part.bias
             else:
-                yield ours[expert], part
+                yield stack[expert], part
 
     def convs(self) -> list[MessagePassing]:
         return [self.prototype]
 
     @torch.no_grad()
     def fill(self, convs: Sequence[MessagePassing]) -> None:
+        """Copy the parameters of each expert's conv."""
         for expert, conv in enumerate(convs):
             for place, value in self._tensors(conv, expert):
                 place.copy_(value)
@@ -144,37 +181,48 @@ class StackedExperts(ConvExperts):
         self.fill([conv] * self.num_experts)
 
     def reset_parameters(self) -> None:
-        with torch.random.fork_rng(devices=[]):  # what is drawn while building is thrown away
-            made = [self.make(expert) for expert in range(self.num_experts)]
-        for conv in made:
+        # Draw each expert once, as a conv's own reset does: what a conv draws when it is built is
+        # thrown away.
+        with torch.random.fork_rng(devices=[]):
+            convs = [self.make(expert) for expert in range(self.num_experts)]
+        for conv in convs:
             conv.reset_parameters()
-        self.fill(made)
+        self.fill(convs)
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:
-        first = next(self.parameters())
-        with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
-            conv = self.make(index).to(first)
+        like = next(self.parameters())
+        # Looking at an expert must not change what is drawn next.
+        with torch.random.fork_rng(devices=[]):
+            conv = self.make(index).to(like)
         for place, value in self._tensors(conv, index):
             value.copy_(place)
         return conv.train(self.training)
 
 
 def to_one(x_TD: Tensor) -> Routing:
-    """Every token to a single expert, with weight 1."""
-    token, ones = torch.arange(len(x_TD), device=x_TD.device), x_TD.new_ones(len(x_TD))
-    return Routing(token, all_of(x_TD), ones, ones[:, None], len(x_TD), checked=True)
+    """Route every token to a single expert, with weight 1."""
+    token = torch.arange(len(x_TD), device=x_TD.device)
+    ones = x_TD.new_ones(len(x_TD))
+    return Routing(token, all_of(x_TD), ones, ones[:, None], len(x_TD), validate=False)
 
 
 def all_of(x_TD: Tensor) -> Tensor:
-    """(1,) the offsets of a single expert, which has all tokens."""
+    """(1,) the offsets of a single expert that has all tokens."""
     return x_TD.new_full((1,), len(x_TD), dtype=torch.int32)
 
 
 def stacked(linear: Any, num_experts: int, backend: Backend) -> LinearExperts:
-    """One linear layer like this one for each expert."""
-    out, width = linear.weight.shape
-    return LinearExperts(width, out, num_experts, bias=linear.bias is not None, backend=backend)
+    """Stack a linear layer of this one's shape for each expert."""
+    out_features, in_features = linear.weight.shape
+    return LinearExperts(
+        in_features, out_features, num_experts, bias=linear.bias is not None, backend=backend
+    )
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """True if a kernel may read the layer's weight: nobody replaced it or hooked it."""
+    return type(linear) is LinearExperts and not must_be_called(linear)
 
 
 class MixedExperts(ConvExperts):
@@ -198,7 +246,8 @@ class MixedExperts(ConvExperts):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return next((group.dtype for group in self.groups if group.dtype is not None), None)
+        dtypes = [group.dtype for group in self.groups if group.dtype is not None]
+        return dtypes[0] if dtypes else None
 
     def convs(self) -> list[MessagePassing]:
         return [conv for group in self.groups for conv in group.convs()]
@@ -208,29 +257,43 @@ class MixedExperts(ConvExperts):
             group.reset_parameters()
 
     def become(self, conv: MessagePassing) -> None:
-        raise ValueError("start: got 'copies' for experts of several kinds, expected 'shared' or 'plain'")
+        raise ValueError(
+            "start: got 'copies' for experts of several kinds, expected 'shared' or 'plain'"
+        )
 
     def expert(self, index: int) -> MessagePassing:
-        group, place = next((g, m.index(index)) for g, m in zip(self.groups, self.members, strict=True) if index in m)
-        return group.expert(place)
-
-    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing) -> Tensor:
-        outs = []
         for group, indices in zip(self.groups, self.members, strict=True):
-            outs.append(group(graph, x_src, x_dst, group.aggregate(graph, x_src), routing.select(experts=indices)))
-        return torch.stack(outs).sum(dim=0)  # refuses other widths, which a sum would broadcast
+            if index in indices:
+                return group.expert(indices.index(index))
+        raise ValueError(f"index: got {index}, expected that of an expert")
+
+    def forward(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing
+    ) -> Tensor:
+        outputs = []
+        for group, indices in zip(self.groups, self.members, strict=True):
+            # Each group has an aggregate of its own.
+            h = group.aggregate(graph, x_src)
+            outputs.append(group(graph, x_src, x_dst, h, routing.select(experts=indices)))
+        # Not sum(outputs), which would broadcast different widths: stack refuses them.
+        return torch.stack(outputs).sum(dim=0)
 
 
 def refuse_far(convs: Iterable[MessagePassing]) -> None:
-    """Refuse convs that have no layer-wise inference.
+    """Refuse convs that layer-wise inference cannot run.
+
+    Args:
+        convs: those of a model that look further than one hop.
 
     Raises:
         RuntimeError: there are some.
     """
     names = ", ".join(sorted({type(conv).__name__ for conv in convs}))
     if names:
-        way = "call the model on the whole graph, or say local=True of your conv"
-        raise RuntimeError(f"inference: {names} looks further than one hop, or is not known not to; {way}")
+        raise RuntimeError(
+            f"inference: {names} looks further than one hop, or is not known not to; call the "
+            "model on the whole graph, or say local=True of your conv"
+        )
 
 
 def tokens_of(routing: Routing) -> Iterator[Tensor]:
@@ -239,19 +302,25 @@ def tokens_of(routing: Routing) -> Iterator[Tensor]:
 
 
 def probe_copy(module: nn.Module) -> Any:
-    """A float64 copy on the CPU, in training mode and without dropout, to be tried out; random if it has no values."""
+    """A copy to be tried out: float64, on the CPU, in training mode and without dropout.
+
+    On the meta device a module has no values: its copy gets random ones.
+    """
     probe: Any = copy.deepcopy(module)
     if any(value.is_meta for value in (*probe.parameters(), *probe.buffers())):
-        probe, generator = probe.to_empty(device="cpu"), torch.Generator().manual_seed(0)
+        probe = probe.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
         for parameter in probe.parameters():
             nn.init.normal_(parameter, generator=generator)
         for buffer in probe.buffers():
             buffer.fill_(1)
     probe = probe.cpu().double().train()
     for part in probe.modules():
-        rate = getattr(part, "dropout", None)  # of PyG's layers: a number, or one for each layer
+        rate = getattr(part, "dropout", None)  # PyG's layers: a number, or one for each layer
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        elif isinstance(rate, float | list):
-            part.dropout = 0.0 if isinstance(rate, float) else [0.0] * len(rate)
+        elif isinstance(rate, float):
+            part.dropout = 0.0
+        elif isinstance(rate, list):
+            part.dropout = [0.0] * len(rate)
     return probe

@@ -1,6 +1,7 @@
 """Messages along edges, and the sums over them: the one place where edges are sorted or multiplied.
 
-Shapes: M edges or messages, U senders, R receivers, H heads, C width.
+Shapes: M edges or messages (B of them in a block), U senders, R receivers, H heads, G heads of the
+senders (H, or 1 that all heads share), C width.
 
 The kernels are operators of torch (``torch.ops.gmoe``), opaque to ``torch.compile``.
 """
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, operator
 from gmoe.conv.kept import lazy
-from gmoe.dispatch import operator
 
-with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
+# Once a process, torch warns that sparse CSR matrices are in beta. Make one here, so that users do
+# not get the warning from a layer.
+with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
@@ -28,10 +30,13 @@ SPARSE_DEVICES = ("cpu",)
 """Devices on which torch's sparse products beat gathered blocks of messages."""
 
 NUMBERS = 2**21
-"""Numbers in a block of messages: few enough for a CPU's caches, and for memory without fresh pages."""
+"""Numbers in a block of messages on a CPU: they fit its caches, and need no fresh pages."""
 
 NUMBERS_ON_GPU = 2**26
-"""The same there: enough to fill it."""
+"""The same on a GPU: enough to fill it."""
+
+RADIX_RECEIVERS = 2**16
+"""Up to so many receivers, NumPy's radix sort takes a tenth to a half of torch's time."""
 
 
 @dataclass(eq=False)
@@ -43,7 +48,7 @@ class Edges:
         sender: (M,) in 0..U-1.
         receiver: (M,) in 0..R-1, ascending.
         num_senders: U.
-        order: (M,) which of some given edges each of these is.
+        order: (M,) the position of each message among the edges as they were given.
     """
 
     ptr: Tensor
@@ -58,7 +63,7 @@ class Edges:
         receiver: Tensor,
         num_senders: int,
         num_receivers: int,
-        checked: bool = False,
+        validate: bool = True,
     ) -> Edges:
         """The edges in the order of their receivers.
 
@@ -67,14 +72,15 @@ class Edges:
             receiver: (M,) integers.
             num_senders: U.
             num_receivers: R.
-            checked: both are known to be in range (default ``False``).
+            validate: check that both are in range (default ``True``).
 
         Raises:
             ValueError: nodes out of range (CPU tensors).
         """
-        with torch.inference_mode(False):  # what a graph keeps is for training too
-            found = _sort_edges(receiver, sender, num_receivers, num_senders, checked)
-        ptr, sender, receiver, order = found
+        with torch.inference_mode(False):  # a graph keeps the result, for training too
+            ptr, sender, receiver, order = _sort_edges(
+                receiver, sender, num_receivers, num_senders, validate
+            )
         return Edges(ptr, sender, receiver, num_senders, order)
 
     @property
@@ -84,55 +90,80 @@ class Edges:
 
     @lazy
     def degree(self) -> Tensor:
-        """(R,) messages of each receiver."""
+        """(R,) the number of messages of each receiver."""
         return self.ptr.diff()
 
     @lazy
     def transpose(self) -> Edges:
         """The same messages sent the other way."""
-        sizes = self.num_receivers, self.num_senders
-        return Edges.sorted(self.receiver, self.sender, *sizes, checked=True)
+        return Edges.sorted(
+            self.receiver, self.sender, self.num_receivers, self.num_senders, validate=False
+        )
 
     def to(self, device: torch.device | str) -> Edges:
-        """The same on another device."""
+        """The same edges on another device."""
         return replace(
             self,
-            **{name: getattr(self, name).to(device) for name in ("ptr", "sender", "receiver", "order")},
+            ptr=self.ptr.to(device),
+            sender=self.sender.to(device),
+            receiver=self.receiver.to(device),
+            order=self.order.to(device),
         )
 
     def of(self, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The messages of some receivers, one receiver after the other.
 
         Args:
-            receivers: (r,) integers, each as often as it likes.
+            receivers: (r,) integers; a receiver may occur several times.
 
         Returns:
-            (m,) the messages; (m,) the position of each one's receiver; (r + 1,) where those of each position start.
+            (m,) the messages; (m,) the position of each one's receiver among ``receivers``; and
+            (r + 1,) where the messages of each position start.
         """
         return _find_messages(self.ptr, receivers)
 
     def with_loops(self, number: int) -> tuple[Edges, Tensor]:
-        """The edges with a loop at each of the first nodes, in place of the loops that there are.
+        """The edges with a loop at each of the first nodes, instead of all loops they have.
 
         Args:
-            number: of nodes that get one.
+            number: of nodes that get a loop.
 
         Returns:
-            The edges, in order those that stay and then the loops; and (m,) which of these edges stay.
+            The edges, whose ``order`` counts those that stay, then the loops; and (m,) the edges
+            that stay.
         """
-        with torch.inference_mode(False):  # what a graph keeps is for training too
-            ptr, sender, receiver, order, kept = _add_loops(self.ptr, self.sender, self.receiver, number)
+        with torch.inference_mode(False):  # a graph keeps the result, for training too
+            ptr, sender, receiver, order, kept = _add_loops(
+                self.ptr, self.sender, self.receiver, number
+            )
         return Edges(ptr, sender, receiver, self.num_senders, order), kept
 
 
+def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the nodes of a part of a graph anew.
+
+    Args:
+        first: (n,) distinct nodes, which come first.
+        others: (m,) nodes, in any order and as often as they occur.
+
+    Returns:
+        (S,) the distinct nodes of both, and (m,) the place of each of ``others`` among them.
+    """
+    nodes = torch.cat([first, others[~torch.isin(others, first)].unique()])
+    ascending, order = nodes.sort()
+    return nodes, order[torch.searchsorted(ascending, others)]
+
+
 def weighted_sum(weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
-    r"""(R, H, C) the sum of each receiver's messages, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`.
+    r"""(R, H, C) the sum of each receiver's messages.
+
+    .. math:: y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}
 
     Can be differentiated once.
 
     Args:
         weight_MH: (M, H) the messages' weights.
-        value_UGC: (U, H, C) what the senders have, or (U, 1, C) where all heads share it.
+        value_UGC: (U, H, C) the senders' values, or (U, 1, C) if all heads share them.
         edges: the messages.
     """
     _transpose_where_compiled(edges)
@@ -140,13 +171,15 @@ def weighted_sum(weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
 
 
 def dot(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
-    r"""(M, H) the products of the two ends of each message, :math:`s_{mh} = q_{r(m) h} \cdot k_{u(m) h}`.
+    r"""(M, H) the dot product of the two ends of each message.
+
+    .. math:: s_{mh} = q_{r(m) h} \cdot k_{u(m) h}
 
     Can be differentiated once.
 
     Args:
-        query_RHC: (R, H, C) what the receivers have.
-        key_UGC: (U, H, C) what the senders have, or (U, 1, C) where all heads share it.
+        query_RHC: (R, H, C) the receivers' queries.
+        key_UGC: (U, H, C) the senders' keys, or (U, 1, C) if all heads share them.
         edges: the messages.
     """
     _transpose_where_compiled(edges)
@@ -154,8 +187,16 @@ def dot(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
 
 
 def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of the messages ``start:end``, to be worked on one after the other with a row of that width for each."""
-    step = max((NUMBERS if device.type == "cpu" else NUMBERS_ON_GPU) // max(width, 1), 1)
+    """Cut the messages ``start:end`` into blocks, to be worked on one after the other.
+
+    Args:
+        start: the first message.
+        end: the message after the last.
+        width: numbers that each message takes.
+        device: where they lie.
+    """
+    numbers = NUMBERS if device.type == "cpu" else NUMBERS_ON_GPU
+    step = max(numbers // max(width, 1), 1)
     for first in range(start, end, step):
         yield slice(first, min(first + step, end))
 
@@ -181,9 +222,13 @@ class _WeightedSum(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_RHC: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight_MH, value_UGC = ctx.saved_tensors
-        edges, grad_weight, grad_value = ctx.edges, None, None
+        edges = ctx.edges
+        grad_weight = None
+        grad_value = None
         if ctx.needs_input_grad[0]:
-            grad_weight = _multiply_ends(grad_RHC, value_UGC, edges.ptr, edges.sender, edges.receiver)
+            grad_weight = _multiply_ends(
+                grad_RHC, value_UGC, edges.ptr, edges.sender, edges.receiver
+            )
         if ctx.needs_input_grad[1]:
             grad_value = _sum_sent(weight_MH, grad_RHC, edges).sum_to_size(value_UGC.shape)
         return grad_weight, grad_value, None
@@ -200,52 +245,61 @@ class _Dot(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         query_RHC, key_UGC = ctx.saved_tensors
-        edges, grad_query, grad_key = ctx.edges, None, None
+        edges = ctx.edges
+        grad_query = None
+        grad_key = None
         if ctx.needs_input_grad[0]:
-            grad_query = _sum_messages(grad_MH, key_UGC, edges.ptr, edges.sender, edges.receiver, None)
+            grad_query = _sum_messages(
+                grad_MH, key_UGC, edges.ptr, edges.sender, edges.receiver, None
+            )
         if ctx.needs_input_grad[1]:
             grad_key = _sum_sent(grad_MH, query_RHC, edges).sum_to_size(key_UGC.shape)
         return grad_query, grad_key, None
 
 
 def _sum_sent(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
-    """(U, H, C) the sum of each sender's messages, of what their receivers have."""
+    """(U, H, C) the weighted sum, over each sender's messages, of their receivers' values."""
     back = edges.transpose
     return _sum_messages(weight_MH, value_RHC, back.ptr, back.sender, back.receiver, back.order)
 
 
-# the kernels ----------------------------------------------------------------------------------------------------------
+# the kernels --------------------------------------------------------------------------------------
 
 
 def check_nodes(row: Tensor, size: int) -> None:
     """Refuse edges outside the nodes: sums over them would read and write elsewhere."""
     if row.device.type != "cpu":
-        # A message with values would cost a host sync; this is checked on the device, when its turn comes.
-        inside = ((row >= 0) & (row < size)).all()
-        torch._assert_async(inside, f"edge_index: got nodes outside 0..{size - 1}")
+        # On the device, whenever it gets to it: a message with the values would cost a host sync.
+        is_inside = ((row >= 0) & (row < size)).all()
+        torch._assert_async(is_inside, f"edge_index: got nodes outside 0..{size - 1}")
     elif row.numel():
         low, high = map(int, row.aminmax())
         if low < 0 or high >= size:
-            raise ValueError(f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}")
+            raise ValueError(
+                f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}"
+            )
 
 
-def _empty_edges(receiver: Tensor, sender: Tensor, num_receivers: int, *_: Any) -> tuple[Tensor, ...]:
+def _empty_edges(
+    receiver: Tensor, sender: Tensor, num_receivers: int, *_: Any
+) -> tuple[Tensor, ...]:
     return receiver.new_empty(num_receivers + 1), *(torch.empty_like(sender) for _ in range(3))
 
 
 @operator(fake=_empty_edges)
 def _sort_edges(
-    receiver: Tensor, sender: Tensor, num_receivers: int, num_senders: int, checked: bool
+    receiver: Tensor, sender: Tensor, num_receivers: int, num_senders: int, validate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row pointers, senders, receivers and order of the edges by receiver.
 
     Checks them first, inside the operator, so that compiled code keeps the check.
     """
-    if not checked:
+    if validate:
         check_nodes(sender, num_senders)
         check_nodes(receiver, num_receivers)
-    if receiver.device.type == "cpu" and num_receivers <= 2**16:  # in a tenth to a half of torch's time
-        order = torch.from_numpy(receiver.numpy().astype(np.uint16).argsort(kind="stable"))  # a radix sort
+    if receiver.device.type == "cpu" and num_receivers <= RADIX_RECEIVERS:
+        short = receiver.numpy().astype(np.uint16)  # NumPy sorts 16 bits by radix
+        order = torch.from_numpy(short.argsort(kind="stable"))
     else:
         order = receiver.argsort(stable=True)
     receiver = receiver.index_select(0, order)
@@ -254,8 +308,9 @@ def _sort_edges(
 
 
 def _empty_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    messages = torch.library.get_ctx().new_dynamic_size()
-    return ptr.new_empty(messages), ptr.new_empty(messages), ptr.new_empty(receivers.size(0) + 1)
+    num_messages = torch.library.get_ctx().new_dynamic_size()
+    starts = ptr.new_empty(receivers.size(0) + 1)
+    return ptr.new_empty(num_messages), ptr.new_empty(num_messages), starts
 
 
 @operator(fake=_empty_messages)
@@ -265,37 +320,54 @@ def _find_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tens
     degree = ptr.index_select(0, receivers + 1) - first
     starts = torch.cat([ptr.new_zeros(1), degree.cumsum(0)])
     position = torch.arange(len(receivers), device=ptr.device).repeat_interleave(degree)
+    # A receiver's messages lie in a row here and there: they differ by a shift.
     shift = (first - starts[:-1]).index_select(0, position)
-    return torch.arange(len(position), device=ptr.device) + shift, position, starts
+    message = torch.arange(len(position), device=ptr.device) + shift
+    return message, position, starts
 
 
 def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[Tensor, ...]:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    edges = (sender.new_empty(kept + number) for _ in range(3))
-    return ptr.new_empty(ptr.shape), *edges, sender.new_empty(kept)
+    num_kept = torch.library.get_ctx().new_dynamic_size()
+    edges = (sender.new_empty(num_kept + number) for _ in range(3))
+    return ptr.new_empty(ptr.shape), *edges, sender.new_empty(num_kept)
 
 
 @operator(fake=_empty_loops)
 def _add_loops(
     ptr: Tensor, sender: Tensor, receiver: Tensor, number: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :meth:`Edges.with_loops`. A receiver's loop is its last message: nothing has to be sorted."""
+    """See :meth:`Edges.with_loops`.
+
+    A receiver's loop becomes its last message: nothing has to be sorted.
+    """
+    # 1. Drop the loops that there are.
     kept = (sender != receiver).nonzero().view(-1)
-    node, every = torch.arange(number, device=ptr.device), torch.arange(len(kept), device=ptr.device)
-    old = receiver.index_select(0, kept)
+    kept_receiver = receiver.index_select(0, kept)
+
+    # 2. Each of the first receivers gets one message more.
     loops_before = torch.arange(len(ptr), device=ptr.device).clamp(max=number)
-    ptr = torch._convert_indices_from_coo_to_csr(old, len(ptr) - 1) + loops_before
-    # The place of what stays, behind the loops of the receivers before; and that of the loops.
-    place = torch.cat([every + old.clamp(max=number), ptr[1 : number + 1] - 1])
-    order = torch.empty_like(place).index_copy_(0, place, torch.arange(len(place), device=ptr.device))
+    kept_ptr = torch._convert_indices_from_coo_to_csr(kept_receiver, len(ptr) - 1)
+    ptr = kept_ptr + loops_before
+
+    # 3. The place of each kept message, behind the loops of the receivers before; and of each loop.
+    rank = torch.arange(len(kept), device=ptr.device)
+    kept_place = rank + kept_receiver.clamp(max=number)
+    loop_place = ptr[1 : number + 1] - 1
+    place = torch.cat([kept_place, loop_place])
+    order = torch.empty_like(place)
+    order.index_copy_(0, place, torch.arange(len(place), device=ptr.device))
+
+    # 4. Both ends of the messages, in this order.
+    node = torch.arange(number, device=ptr.device)
     senders = torch.cat([sender.index_select(0, kept), node]).index_select(0, order)
-    receivers = torch.cat([old, node]).index_select(0, order)
+    receivers = torch.cat([kept_receiver, node]).index_select(0, order)
     return ptr, senders, receivers, order, kept
 
 
 def _empty_sums(weight_MH: Tensor, value_UGC: Tensor, ptr: Tensor, *_: Any) -> Tensor:
     dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
-    return value_UGC.new_empty(ptr.size(0) - 1, weight_MH.size(1), value_UGC.size(2), dtype=dtype)
+    shape = (ptr.size(0) - 1, weight_MH.size(1), value_UGC.size(2))
+    return value_UGC.new_empty(shape, dtype=dtype)
 
 
 @operator(fake=_empty_sums)
@@ -307,50 +379,70 @@ def _sum_messages(
     receiver: Tensor,
     order: Tensor | None,
 ) -> Tensor:
-    """(R, H, C) in float32 at least, as sparse products, one a head: no row for each message.
+    """(R, H, C) the sums, in float32 at least; no row for each message is kept.
 
-    Message ``m`` has the weights ``order[m]``, if an order is given.
+    If an order is given, message ``m`` has the weights ``order[m]``.
     """
     dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
     exact = torch.promote_types(dtype, torch.float32)
-    size, outs = (ptr.numel() - 1, value_UGC.size(0)), []
+    num_receivers = ptr.numel() - 1
+    num_senders = value_UGC.size(0)
+    weights = weight_MH.to(exact).T.contiguous()
     values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
-    for weight_M, value_UC in zip(weight_MH.to(exact).T.contiguous(), values, strict=True):
+    sums: list[Tensor] = []
+    for weight_M, value_UC in zip(weights, values, strict=True):
         if order is not None:  # head by head: rows of one number are slow to gather
             weight_M = weight_M.index_select(0, order)
         if value_UC.device.type in SPARSE_DEVICES and weight_M.numel():
-            matrix = torch.sparse_csr_tensor(ptr, sender, weight_M, size, check_invariants=False)
-            outs.append(torch.sparse.mm(matrix, value_UC.contiguous(), "sum"))
-            continue
-        outs.append(value_UC.new_zeros(size[0], value_UC.size(1)))
-        for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):
-            value_BC = value_UC.index_select(0, sender[block]) * weight_M[block, None]
-            outs[-1].index_add_(0, receiver[block], value_BC)
-    # .data is no view, to which nothing could be added in place
-    return (outs[0][:, None].data if len(outs) == 1 else torch.stack(outs, dim=1)).to(dtype)
+            matrix = torch.sparse_csr_tensor(
+                ptr, sender, weight_M, (num_receivers, num_senders), check_invariants=False
+            )
+            sum_RC = torch.sparse.mm(matrix, value_UC.contiguous(), "sum")
+        else:
+            sum_RC = value_UC.new_zeros(num_receivers, value_UC.size(1))
+            for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):
+                value_BC = value_UC.index_select(0, sender[block]) * weight_M[block, None]
+                sum_RC.index_add_(0, receiver[block], value_BC)
+        sums.append(sum_RC)
+    if len(sums) == 1:
+        # .data, since autograd refuses to add to a view in place.
+        return sums[0][:, None].data.to(dtype)
+    return torch.stack(sums, dim=1).to(dtype)
 
 
-def _empty_products(query_RHC: Tensor, key_UGC: Tensor, _: Tensor, sender: Tensor, *__: Any) -> Tensor:
+def _empty_products(
+    query_RHC: Tensor, key_UGC: Tensor, _: Tensor, sender: Tensor, *__: Any
+) -> Tensor:
     dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
     return query_RHC.new_empty(sender.size(0), query_RHC.size(1), dtype=dtype)
 
 
 @operator(fake=_empty_products)
-def _multiply_ends(query_RHC: Tensor, key_UGC: Tensor, ptr: Tensor, sender: Tensor, receiver: Tensor) -> Tensor:
-    """(M, H) the product of the two ends of each message."""
+def _multiply_ends(
+    query_RHC: Tensor, key_UGC: Tensor, ptr: Tensor, sender: Tensor, receiver: Tensor
+) -> Tensor:
+    """(M, H) the dot product of the two ends of each message, computed in float32 at least."""
     dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
     exact = torch.promote_types(dtype, torch.float32)
-    size, messages = (ptr.numel() - 1, key_UGC.size(0)), sender.numel()
-    keys, outs = key_UGC.to(exact).expand(-1, query_RHC.size(1), -1).unbind(1), []
-    for query_RC, key_UC in zip(query_RHC.to(exact).unbind(1), keys, strict=True):
-        outs.append(query_RC.new_zeros(messages))
-        # torch cuts a matrix down to as many entries as it has cells
-        if query_RC.device.type in SPARSE_DEVICES and 0 < messages <= size[0] * size[1]:
-            matrix = torch.sparse_csr_tensor(ptr, sender, outs[-1], size, check_invariants=False)
-            torch.sparse.sampled_addmm(matrix, query_RC.contiguous(), key_UC.contiguous().T, out=matrix)
-            outs[-1] = matrix.values()
-            continue
-        for block in blocks(0, messages, query_RC.size(1), query_RC.device):
-            query_BC = query_RC.index_select(0, receiver[block])
-            torch.sum(query_BC * key_UC.index_select(0, sender[block]), dim=-1, out=outs[-1][block])
-    return torch.stack(outs, dim=1).to(dtype)
+    size = (ptr.numel() - 1, key_UGC.size(0))
+    num_messages = sender.numel()
+    # torch cuts a matrix down to as many entries as it has cells.
+    fits_matrix = 0 < num_messages <= size[0] * size[1]
+    queries = query_RHC.to(exact).unbind(1)
+    keys = key_UGC.to(exact).expand(-1, query_RHC.size(1), -1).unbind(1)
+    products: list[Tensor] = []
+    for query_RC, key_UC in zip(queries, keys, strict=True):
+        product_M = query_RC.new_zeros(num_messages)
+        if query_RC.device.type in SPARSE_DEVICES and fits_matrix:
+            matrix = torch.sparse_csr_tensor(ptr, sender, product_M, size, check_invariants=False)
+            torch.sparse.sampled_addmm(
+                matrix, query_RC.contiguous(), key_UC.contiguous().T, out=matrix
+            )
+            product_M = matrix.values()
+        else:
+            for block in blocks(0, num_messages, query_RC.size(1), query_RC.device):
+                query_BC = query_RC.index_select(0, receiver[block])
+                key_BC = key_UC.index_select(0, sender[block])
+                torch.sum(query_BC * key_BC, dim=-1, out=product_M[block])
+        products.append(product_M)
+    return torch.stack(products, dim=1).to(dtype)

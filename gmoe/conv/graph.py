@@ -1,12 +1,12 @@
 """The graph of message passing: its edges, their norms, and the sums along them.
 
-Shapes: N_src sources, N_dst destinations (the tokens), M edges, S sources of a part.
+Shapes: N_src sources, N_dst destinations (the tokens), N both where they are one set of nodes, M
+edges, D width, F edge features; of a part: n destinations, S sources.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
@@ -20,10 +20,9 @@ from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, is_sparse
 
 from gmoe._autograd import is_watched
-from gmoe._checks import check, check_choice
-from gmoe.conv.edges import Edges, weighted_sum
+from gmoe._checks import INTEGERS, check_choice, described, parameters_of
+from gmoe.conv.edges import Edges, renumber, weighted_sum
 from gmoe.conv.kept import Kept, once, versions_of
-from gmoe.routing import INTEGERS, described
 
 FLOWS = ("source_to_target", "target_to_source")
 
@@ -35,36 +34,38 @@ class Matrix:
     Args:
         edges: which of its entries are not zero.
         weight: (M,) these entries.
-        diagonal: (R,) of loops that are not among the edges; destinations are then the first of the sources.
+        diagonal: (N_dst,) further entries, for loops that are not among the edges; the destinations
+            are then the first of the sources.
+        scale: (N,) the factors of rows and columns that normalized it, if it is normalized.
     """
 
     edges: Edges
     weight: Tensor
     diagonal: Tensor | None = None
     scale: Tensor | None = None
-    """(N,) what rows and columns were multiplied by."""
     product: Kept | None = None
-    """A x of the graph's ``x``, if it was computed."""
+    """A x of the graph's ``x``, if it was computed; see :meth:`Graph.product`."""
 
 
 class Graph:
     """Validate and sort a graph once, for all layers and calls.
 
-    Pass it instead of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
-    normalization and transpose are computed once. Sums and norms follow if ``x``, ``edge_weight`` or ``edge_attr`` are
-    set anew or written to (not by ``.data``); the edges are fixed, so do not write to ``edge_index``. A plain
-    ``edge_index`` is converted at each call of a layer or model.
+    Pass it instead of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order,
+    degrees, normalization and transpose are computed once. If you set ``x``, ``edge_weight`` or
+    ``edge_attr`` anew or write to them (not by ``.data``), sums and norms follow. The edges are
+    fixed: do not write to ``edge_index``. A plain ``edge_index`` is converted at each call of a
+    layer or model.
 
     Args:
-        edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or ``SparseTensor`` of shape
-            (N_dst, N_src).
+        edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or
+            ``SparseTensor`` of shape (N_dst, N_src).
         num_nodes: N, or (N_src, N_dst).
-        x: (N_src, D) features that each call brings again, as the same tensor; their sums and means over in-edges are
-            computed once where they need no gradient (default: none).
-        edge_weight: (M,), where convs take it; also a keyword of each call.
+        x: (N_src, D) features that each call brings again, as the same tensor; their sums and means
+            over in-edges are computed once if they need no gradient (default: none).
+        edge_weight: (M,), for convs that take it; also a keyword of each call.
         edge_attr: (M, F), likewise.
-        flow: PyG's ``flow``, that of the convs: which row of ``edge_index`` holds the destinations (default
-            ``"source_to_target"``).
+        flow: PyG's ``flow``, that of the convs: which row of ``edge_index`` holds the destinations
+            (default ``"source_to_target"``).
 
     Attributes:
         adj: the edges as given; integers are int64.
@@ -72,9 +73,9 @@ class Graph:
         matrix_values: (M,) or (M, F) the values of a sparse matrix in that order.
 
     Raises:
-        ValueError: edges outside the nodes (CPU tensors), an ``EdgeIndex`` or a matrix of other nodes, or an edge
-            argument with another number of rows; numbers of nodes that are none, an unknown flow, or another one than
-            the default for a matrix.
+        ValueError: edges outside the nodes (CPU tensors), an ``EdgeIndex`` or a matrix of other
+            nodes, or an edge argument with another number of rows; numbers of nodes that are not
+            whole numbers, an unknown flow, or another flow than the default for a matrix.
 
     Example:
         >>> graph = gmoe.Graph(data.edge_index, data.num_nodes, x=data.x)
@@ -86,10 +87,13 @@ class Graph:
     """(M,) an explainer's factors on the messages, in the order given."""
     matrix_values: Tensor | None = None
     edges: Edges
+    num_rows: int
+    """Rows of ``adj``: N_dst, but a part may hold more rows than destinations."""
     scale_of: Any = None
-    """In a part, a function of (improved, loops, dtype) that gives the (N,) scale of its nodes in the whole."""
+    """In a part, a function of (improved, loops, dtype) that gives the (N,) scale of its nodes in
+    the whole graph."""
     destinations: Any = None
-    """In a part, the (n,) places of its destinations in the whole."""
+    """In a part, the (n,) places of its destinations in the whole graph."""
 
     def __init__(
         self,
@@ -101,85 +105,140 @@ class Graph:
         edge_attr: Tensor | None = None,
         flow: str = "source_to_target",
     ) -> None:
-        if flow not in FLOWS:
+        if flow not in FLOWS:  # asked here, too, to save a call for each layer
             check_choice("flow", flow, FLOWS)
-        nodes = num_nodes if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
-        if len(nodes) != 2 or not all(isinstance(size, int | Integral | torch.SymInt) for size in nodes):
-            raise ValueError(f"num_nodes: got {num_nodes!r}, expected a whole number, or two of them")
-        self.num_src, self.num_dst = nodes
-        self.num_rows = self.num_dst  # of ``adj``, which in a part may hold more than the destinations
-        self.x, self.flow, self.is_sparse = x, flow, is_sparse(edge_index)
-        self.edge_weight, self.edge_attr = edge_weight, edge_attr
+        sizes = num_nodes if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
+        are_whole = all(isinstance(size, int | Integral | torch.SymInt) for size in sizes)
+        if len(sizes) != 2 or not are_whole:
+            raise ValueError(
+                f"num_nodes: got {num_nodes!r}, expected a whole number, or two of them"
+            )
+        self.num_src, self.num_dst = sizes
+        self.num_rows = self.num_dst
+        self.x = x
+        self.flow = flow
+        self.is_sparse = is_sparse(edge_index)
+        self.edge_weight = edge_weight
+        self.edge_attr = edge_attr
         self._kept: dict[Any, Any] = {}
         if self.is_sparse:
             self._read_sparse(edge_index)
         else:
-            plain = isinstance(edge_index, Tensor) and edge_index.dim() == 2 and edge_index.dtype in INTEGERS
-            if not plain or len(edge_index) != 2:
-                legal = "integers of shape (2, number of edges), a sparse matrix or a Graph"
-                raise ValueError(f"edge_index: got {described(edge_index)}, expected {legal}")
-            if isinstance(edge_index, EdgeIndex):
-                edge_index = self._plain(edge_index)
-            # torch's gather on the CPU misreads expanded int32 indices, so that gradients would be silently wrong
-            self.adj = edge_index.long()
-            self.edge_index = self.adj if flow == "source_to_target" else self.adj.flip(0)
-            self.edges = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
+            self._read_edge_index(edge_index)
         if edge_weight is not None or edge_attr is not None:
             self._check_args()
 
+    def _read_edge_index(self, edge_index: Any) -> None:
+        """Set the edges from two rows of nodes."""
+        is_index = isinstance(edge_index, Tensor) and edge_index.dim() == 2
+        if not is_index or edge_index.dtype not in INTEGERS or len(edge_index) != 2:
+            raise ValueError(
+                f"edge_index: got {described(edge_index)}, expected integers of shape (2, number "
+                "of edges), a sparse matrix or a Graph"
+            )
+        if isinstance(edge_index, EdgeIndex):
+            edge_index = self._plain(edge_index)
+        # torch's gather on the CPU misreads expanded int32 indices: gradients would be wrong.
+        self.adj = edge_index.long()
+        self.edge_index = self.adj if self.flow == "source_to_target" else self.adj.flip(0)
+        self.edges = Edges.sorted(
+            self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst
+        )
+
     def _plain(self, edge_index: EdgeIndex) -> Tensor:
-        """The edges as a tensor, of an ``EdgeIndex`` that knows no other size."""
-        nodes = (self.num_src, self.num_dst)[:: 1 if self.flow == "source_to_target" else -1]
+        """The edges of an ``EdgeIndex`` as a tensor.
+
+        Raises:
+            ValueError: it knows other numbers of nodes.
+        """
+        nodes = (self.num_src, self.num_dst)
+        if self.flow == "target_to_source":
+            nodes = (self.num_dst, self.num_src)
         sizes = edge_index.sparse_size()
-        fits = all(size in (None, number) for size, number in zip(sizes, nodes, strict=True))
-        check(fits, "edge_index", f"an EdgeIndex of sparse_size {sizes}", f"{nodes}, as there are nodes")
+        for size, number in zip(sizes, nodes, strict=True):
+            if size not in (None, number):
+                raise ValueError(
+                    f"edge_index: got an EdgeIndex of sparse_size {sizes}, expected {nodes}, as "
+                    "there are nodes"
+                )
         return edge_index.as_tensor()
 
     def _read_sparse(self, matrix: Any) -> None:
-        """Edges and values of a matrix; CSR is sorted already."""
-        shape, nodes = (matrix.size(0), matrix.size(1)), (self.num_dst, self.num_src)
+        """Set the edges and values from a matrix; its rows are the destinations."""
+        shape = (matrix.size(0), matrix.size(1))
+        nodes = (self.num_dst, self.num_src)
         if shape != nodes or self.flow != "source_to_target":
-            got = f"a sparse matrix of shape {shape} for flow={self.flow!r}"
-            raise ValueError(f"edge_index: got {got}, expected (destinations, sources) = {nodes} and the default flow")
+            raise ValueError(
+                f"edge_index: got a sparse matrix of shape {shape} for flow={self.flow!r}, "
+                f"expected (destinations, sources) = {nodes} and the default flow"
+            )
         if isinstance(matrix, SparseTensor):
             ptr, src, value = matrix.csr()
         else:
-            if matrix.layout != torch.sparse_csr:  # PyG would mark COO in place
+            if matrix.layout != torch.sparse_csr:
+                # A copy: PyG would mark a COO matrix as coalesced in place.
                 matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
-            ptr, src, value = matrix.crow_indices().long(), matrix.col_indices().long(), matrix.values()
-        self.adj, self.matrix_values = matrix, value
+            ptr = matrix.crow_indices().long()
+            src = matrix.col_indices().long()
+            value = matrix.values()
+        self.adj = matrix
+        self.matrix_values = value
         dst = torch._convert_indices_from_csr_to_coo(ptr, src)[0]
-        self.edge_index, every = torch.stack([src, dst]), torch.arange(src.numel(), device=src.device)
-        self.edges = Edges(ptr, src, dst, self.num_src, every)
+        self.edge_index = torch.stack([src, dst])
+        # CSR is sorted by row already.
+        order = torch.arange(src.numel(), device=src.device)
+        self.edges = Edges(ptr, src, dst, self.num_src, order)
 
     def _check_args(self) -> None:
-        weight, attr, rows = self.edge_weight, self.edge_attr, (self.num_edges,)
+        """Refuse edge weights or features that do not fit the edges."""
+        weight = self.edge_weight
+        attr = self.edge_attr
+        rows = (self.num_edges,)
         if weight is not None and not (isinstance(weight, Tensor) and weight.shape == rows):
-            raise ValueError(f"edge_weight: got {described(weight)}, expected a tensor of shape {rows}")
-        if weight is not None and self.is_sparse:  # PyG would pass over the tensor
-            raise ValueError("edge_weight: got a tensor, expected None, since a sparse matrix's values are the weights")
+            raise ValueError(
+                f"edge_weight: got {described(weight)}, expected a tensor of shape {rows}"
+            )
+        if weight is not None and self.is_sparse:
+            # PyG would ignore the tensor.
+            raise ValueError(
+                "edge_weight: got a tensor, expected None, since a sparse matrix's values are the "
+                "weights"
+            )
         if attr is not None and not (isinstance(attr, Tensor) and attr.shape[:1] == rows):
-            raise ValueError(f"edge_attr: got {described(attr)}, expected a row for each of {rows[0]} edges")
+            raise ValueError(
+                f"edge_attr: got {described(attr)}, expected a row for each of {rows[0]} edges"
+            )
 
     def fitting(
-        self, num_nodes: tuple[int, int], flow: str, edge_weight: Tensor | None = None, edge_attr: Tensor | None = None
+        self,
+        num_nodes: tuple[int, int],
+        flow: str,
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
     ) -> Graph:
-        """The graph, if it has so many sources and destinations, and that flow; with these edge arguments, in the
-        order of the edges as given, where they are not ``None``.
+        """The graph with a call's edge arguments, in the order of the edges as given.
+
+        An argument that is ``None`` leaves the graph's own.
+
+        Raises:
+            ValueError: a graph of another flow, or of other numbers of sources and destinations.
         """
         if (self.num_src, self.num_rows, self.flow) != (*num_nodes, flow):
-            legal = f"{num_nodes[0]} sources, {num_nodes[1]} destinations and flow {flow!r}"
-            raise ValueError(f"edge_index: got {self} of flow {self.flow!r}, expected {legal}")
+            raise ValueError(
+                f"edge_index: got {self} of flow {self.flow!r}, expected {num_nodes[0]} sources, "
+                f"{num_nodes[1]} destinations and flow {flow!r}"
+            )
         if edge_weight is None and edge_attr is None:
             return self
-        other = self._copy()
-        other.edge_weight = self.edge_weight if edge_weight is None else edge_weight
-        other.edge_attr = self.edge_attr if edge_attr is None else edge_attr
+        other = self._copy(
+            edge_weight=self.edge_weight if edge_weight is None else edge_weight,
+            edge_attr=self.edge_attr if edge_attr is None else edge_attr,
+        )
         other._check_args()
         return other
 
     def _copy(self, **changes: Any) -> Graph:
-        """The same graph with other attributes, and nothing that was computed."""
+        """The same graph with other attributes, without anything that was computed."""
         other = copy.copy(self)
         vars(other).update(changes, _kept={})
         return other
@@ -188,21 +247,26 @@ class Graph:
         """The same graph with the factors that an explainer of this conv puts on its messages.
 
         Raises:
-            ValueError: an explainer that looks at single messages, of which convs that aggregate in one product have
-                none.
+            ValueError: an explainer that looks at single messages: convs that aggregate in one
+                product do not have them.
         """
         mask = conv._edge_mask
         if not isinstance(mask, Tensor) or mask.shape != (self.num_edges,):
             got = getattr(mask, "shape", "an explainer without a mask")
-            legal = f"one of the {self.num_edges} edges: GNNExplainer, PGExplainer and CaptumExplainer work"
-            raise ValueError(f"explain: got {got}, expected {legal}")
+            raise ValueError(
+                f"explain: got {got}, expected one of the {self.num_edges} edges: GNNExplainer, "
+                "PGExplainer and CaptumExplainer work"
+            )
         return self._copy(mask=mask.sigmoid() if conv._apply_sigmoid else mask)
 
     def to(self, device: torch.device | str) -> Graph:
         """Move the graph to a device; returns itself if it is there already."""
         if self.adj.device == torch.device(device):
             return self
-        return self._copy(**{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
+        moved = {
+            name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")
+        }
+        return self._copy(**moved)
 
     @property
     def num_edges(self) -> int:
@@ -211,99 +275,149 @@ class Graph:
 
     @property
     def attr(self) -> Tensor | None:
-        """(M, F) the features of each of ``edges``: ``edge_attr``, or a sparse matrix's values if they are rows."""
-        of_matrix = self.matrix_values if self.matrix_values is not None and self.matrix_values.dim() > 1 else None
-        given = of_matrix if self.edge_attr is None else self.edge_attr
-        return None if given is None else (given if given.dim() > 1 else given[:, None])[self.edges.order]
+        """(M, F) the features of each of ``edges``.
+
+        They are ``edge_attr`` or, if a sparse matrix's values are rows, these values.
+        """
+        attr = self.edge_attr
+        if attr is None and self.matrix_values is not None and self.matrix_values.dim() > 1:
+            attr = self.matrix_values
+        if attr is None:
+            return None
+        rows = attr if attr.dim() > 1 else attr[:, None]
+        return rows[self.edges.order]
 
     def mean(self, x_src: Tensor, by: Literal["values"] | None = None) -> Tensor:
-        """(N_dst, D) the mean over in-edges of (N_src, D) features, see :meth:`summing`; zero without any."""
+        """(N_dst, D) the mean over in-edges of (N_src, D) features; zero without in-edges.
+
+        Args:
+            x_src: the features.
+            by: see :meth:`summing`.
+        """
         return self.product(self.summing(by=by, mean=True, dtype=x_src.dtype), x_src)
 
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
-        """(N_dst, D) A x, in the type of ``x_src``; computed once of the ``x`` that the graph was given."""
-        weight = matrix.weight if self.mask is None else matrix.weight * self.mask.index_select(0, matrix.edges.order)
-        constant = x_src is self.x and not (x_src.requires_grad or weight.requires_grad)
-        # Not in compiled code, nor of tensors of inference mode, which both know no versions.
-        constant = constant and not (torch.compiler.is_compiling() or is_watched() or x_src.is_inference())
-        if not constant and x_src is self.x:
-            matrix.product = None  # optimizers may write to what they train without a trace in its version
-        kept = matrix.product if constant else None
-        if kept is not None and kept.is_fresh((x_src, kept.result)):
-            return kept.result
-        with torch.inference_mode(False) if constant else nullcontext():  # for training too
+        """(N_dst, D) A x, in the type of ``x_src``.
+
+        The product with the graph's own ``x`` is computed once, as long as neither changes.
+        """
+        weight = matrix.weight
+        if self.mask is not None:
+            weight = weight * self.mask.index_select(0, matrix.edges.order)
+        can_keep = (
+            x_src is self.x
+            and not (x_src.requires_grad or weight.requires_grad)
+            # Compiled code and tensors of inference mode have no versions, by which a change shows.
+            and not (torch.compiler.is_compiling() or x_src.is_inference())
+            # Fake tensors have no values, and counters want to see the product.
+            and not is_watched()
+        )
+        if can_keep:
+            kept = matrix.product
+            if kept is not None and kept.is_fresh((x_src, kept.result)):
+                return kept.result
+        elif x_src is self.x:
+            # Optimizers may write to what they train without a trace in its version.
+            matrix.product = None
+        # What is kept is for training too, whatever the mode of the first call.
+        with torch.inference_mode(False) if can_keep else nullcontext():
             y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges)
             if matrix.diagonal is not None:
                 y.addcmul_(matrix.diagonal[:, None, None], x_src[: self.num_dst, None])
             y = y.squeeze(1).to(x_src.dtype)
-        if constant:
+        if can_keep:
+            # The result is a source, too: a caller may have written to it.
             matrix.product = Kept((x_src, y), versions_of((x_src, y)), y)
         return y
 
     @once
-    def summing(self, *, by: Literal["weight", "values"] | None, mean: bool, dtype: torch.dtype) -> Matrix:
+    def summing(
+        self, *, by: Literal["weight", "values"] | None, mean: bool, dtype: torch.dtype
+    ) -> Matrix:
         """The matrix of a sum over in-edges, or of a mean.
 
         Args:
-            by: what messages are multiplied by: the weights; or only the values of a ``torch.sparse`` matrix, as PyG's
-                convs without edge weights do.
+            by: the factors of messages: ``"weight"``, the weights; or ``"values"``, as in PyG's
+                convs without edge weights: the values of a ``torch.sparse`` matrix, else ones.
             mean: divide by the number of in-edges.
-            dtype: of the entries, at least; and these have float32 at least.
+            dtype: least dtype of the entries; they have at least float32.
         """
-        edges, given = self.edges, self.edge_weight if by == "weight" else None
-        if given is None and by is not None and (by == "weight" or not isinstance(self.adj, SparseTensor)):
-            given = self.matrix_values
+        edges = self.edges
+        factor = self.edge_weight if by == "weight" else None
+        # Without edge weights, PyG reads the values of torch.sparse, but not of SparseTensor.
+        reads_values = by == "weight"
+        reads_values = reads_values or (by == "values" and not isinstance(self.adj, SparseTensor))
+        if factor is None and reads_values:
+            factor = self.matrix_values
         weight = torch.ones_like(edges.sender, dtype=torch.promote_types(dtype, torch.float32))
-        if given is not None and given.dim() == 1:
-            weight = weight * given.index_select(0, edges.order)
+        if factor is not None and factor.dim() == 1:
+            weight = weight * factor.index_select(0, edges.order)
         if mean:
             weight = weight / edges.degree.index_select(0, edges.receiver)
         return Matrix(edges, weight)
 
     @once
     def normalized(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Matrix:
-        r"""The matrix :math:`D^{-1/2} (A + I) D^{-1/2}`, as PyG's ``GCNConv`` has it, the loops as its diagonal.
+        r"""The matrix :math:`D^{-1/2} (A + I) D^{-1/2}` of PyG's ``GCNConv``.
+
+        The loops of the graph are not among its edges, but in its diagonal.
 
         Args:
             improved: see ``GCNConv``.
-            loops: the ``+ I``.
+            loops: add the I.
             dtype: see :meth:`summing`.
         """
-        edges, given = self.edges, self.matrix_values if self.edge_weight is None else self.edge_weight
+        edges = self.edges
+        given = self.matrix_values if self.edge_weight is None else self.edge_weight
+        # 1. A: the weights of the edges.
         weight = torch.ones_like(edges.sender, dtype=torch.promote_types(dtype, torch.float32))
-        weight = weight if given is None else weight * given.index_select(0, edges.order)
+        if given is not None:
+            weight = weight * given.index_select(0, edges.order)
+
+        # 2. I: the weights of the loops. As in PyG, a torch.sparse matrix keeps its own loops and
+        # gets another one at each node; elsewhere one loop replaces those of a node.
         fill = 2.0 if improved and (given is not None or self.is_sparse) else 1.0
-        added = weight.new_full((self.num_dst,), fill if loops else 0.0)
-        if loops and not (self.is_sparse and isinstance(self.adj, Tensor)):  # one, in place of those there are
+        diagonal = weight.new_full((self.num_dst,), fill if loops else 0.0)
+        if loops and not (self.is_sparse and isinstance(self.adj, Tensor)):
             is_loop = edges.sender == edges.receiver
-            if given is not None and not self.is_sparse:  # which keeps their weight, of several the last one's
-                # Other edges write to a row that is cut off: how many loops there are depends on the data.
+            if given is not None and not self.is_sparse:
+                # A loop that is replaced keeps its weight, the last one's of several. How many
+                # loops there are depends on the data: all other edges write to a row that is cut
+                # off.
                 row = torch.where(is_loop, edges.receiver, self.num_dst)
-                added = torch.cat([added, added[:1]]).scatter(0, row, weight)[:-1]
+                padded = torch.cat([diagonal, diagonal[:1]])
+                diagonal = padded.scatter(0, row, weight)[:-1]
             weight = torch.where(is_loop, 0.0, weight)
+
+        # 3. D^-1/2, of the whole graph where this one is a part.
         if self.scale_of is None:
-            scale = added.index_add(0, edges.receiver, weight).pow(-0.5).nan_to_num(nan=torch.nan, posinf=0.0)
+            degree = diagonal.index_add(0, edges.receiver, weight)
+            scale = degree.pow(-0.5).nan_to_num(nan=torch.nan, posinf=0.0)
         else:
             scale = self.scale_of(improved=improved, loops=loops, dtype=dtype).to(weight.device)
-        weight = scale.index_select(0, edges.receiver) * weight * scale.index_select(0, edges.sender)
-        return Matrix(edges, weight, scale[: self.num_dst].square() * added if loops else None, scale)
+        weight = scale.index_select(0, edges.receiver) * weight
+        weight = weight * scale.index_select(0, edges.sender)
+        scaled = scale[: self.num_dst].square() * diagonal if loops else None
+        return Matrix(edges, weight, scaled, scale)
 
     @once
     def with_loops(self, *, fill_value: float | Tensor | str) -> Graph:
-        """The graph with one loop at each node that is source and destination, in place of those it had.
+        """The graph with one loop at each node that is source and destination.
+
+        It replaces the loops that the node had.
 
         Args:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
-        loops = min(self.num_src, self.num_dst)
-        edges, kept_M = self.edges.with_loops(loops)
+        num_loops = min(self.num_src, self.num_dst)
+        edges, kept_M = self.edges.with_loops(num_loops)
         ends = torch.stack([self.edges.sender, self.edges.receiver]).index_select(1, kept_M)
         attr = None if self.attr is None else self.attr.index_select(0, kept_M)
-        ends, attr = add_self_loops(ends, attr, fill_value, loops)
+        ends, attr = add_self_loops(ends, attr, fill_value, num_loops)
         mask = None
-        if self.mask is not None:  # added loops have none, see MessagePassing.explain_message
+        if self.mask is not None:  # no explainer masks added loops: see MessagePassing
             mask = self.mask[self.edges.order].index_select(0, kept_M)
-            mask = torch.cat([mask, mask.new_ones(loops)])
+            mask = torch.cat([mask, mask.new_ones(num_loops)])
         return self._copy(
             edges=edges,
             edge_index=ends,
@@ -328,72 +442,96 @@ class Graph:
     def part(self, token: Tensor) -> tuple[Tensor, Graph]:
         """The in-edges of some destinations, as a graph of its own.
 
+        Its norms are those of the whole graph. For PyG's convs, its ``adj`` has the form of this
+        graph's, and is square if that one is. If no edge ends in ``token``, ``adj`` holds the edges
+        of one more destination, since some convs fail on graphs without edges.
+
         Args:
             token: (n,) distinct destinations.
 
         Returns:
-            (S,) the nodes that are its sources, and the graph to n destinations: the first of these nodes, where they
-            are among the sources. Norms are those of the whole graph. For PyG's convs, ``adj`` is in the form of this
-            graph's, square where that one is. Where no edge ends in ``token``, it holds those of one more destination,
-            since some convs fail on graphs without edges.
+            (S,) the nodes that are its sources, and the graph. Its n destinations are the first of
+            these nodes, if they are among the sources.
         """
         number = len(token)
+        # 1. The edges that end in a token, with a position of the token each.
         edge, position, _ = self.edges.of(token)
-        messages = edge.numel()
-        if messages == 0 and self.num_edges:
+        num_messages = edge.numel()
+        if num_messages == 0 and self.num_edges:
             token = torch.cat([token, self.edges.receiver[:1]])
             edge, position, _ = self.edges.of(token)
-        nodes, source = numbered(token[token < self.num_src], self.edges.sender.index_select(0, edge))
-        if self.is_sparse:  # columns ascend, or torch mixes up the gradients of the matrix's values
+
+        # 2. The nodes, renumbered: the tokens first, then all others that send to them.
+        sender = self.edges.sender.index_select(0, edge)
+        nodes, source = renumber(token[token < self.num_src], sender)
+        if self.is_sparse:
+            # Columns must ascend, or torch mixes up the gradients of the matrix's values.
             order = (position * len(nodes) + source).argsort()
-            edge, source = edge[order], source[order]
+            edge = edge[order]
+            source = source[order]
+
+        # 3. The part: edge arguments and edges, in this order.
         given = self.edges.order.index_select(0, edge)
-        held = {
+        edge_args = {
             name: rows.index_select(0, given)
             for name in ("matrix_values", "edge_weight", "edge_attr")
             if (rows := getattr(self, name)) is not None
         }
-        part = self._copy(**held, num_src=len(nodes), num_dst=number, destinations=token, x=None, mask=None)
-        part.num_rows = len(nodes) if self.num_src == self.num_rows else len(token)
-        part.edge_index = torch.stack([source, position])
-        part.adj = part.edge_index if self.flow == "source_to_target" else part.edge_index.flip(0)
-        ptr, size = torch._convert_indices_from_coo_to_csr(position, part.num_rows), (part.num_rows, len(nodes))
-        if isinstance(self.adj, SparseTensor):
-            part.adj = SparseTensor(row=position, col=source, value=part.matrix_values, sparse_sizes=size)
-        elif self.is_sparse:
-            value: Any = part.matrix_values
-            part.adj = torch.sparse_csr_tensor(ptr, source, value, size=size, check_invariants=False)
-        every = torch.arange(messages, device=edge.device)  # they come in that order
-        part.edges = Edges(ptr[: number + 1], source[:messages], position[:messages], len(nodes), every)
-        part.scale_of = lambda **how: self.normalized(**how).scale.index_select(0, nodes)
+        is_square = self.num_src == self.num_rows
+        num_rows = len(nodes) if is_square else len(token)
+        ptr = torch._convert_indices_from_coo_to_csr(position, num_rows)
+        edges = Edges(
+            ptr[: number + 1],
+            source[:num_messages],
+            position[:num_messages],
+            len(nodes),
+            torch.arange(num_messages, device=edge.device),
+        )
+        part = self._copy(
+            **edge_args,
+            num_src=len(nodes),
+            num_dst=number,
+            num_rows=num_rows,
+            destinations=token,
+            edges=edges,
+            edge_index=torch.stack([source, position]),
+            scale_of=lambda **how: self.normalized(**how).scale.index_select(0, nodes),
+            x=None,
+            mask=None,
+        )
+        part.adj = self._adj_of_part(part, ptr)
         return nodes, part
 
-    def first(self, nodes: int, edges: int) -> Graph:
-        """The first nodes and the first edges as given, to which PyG trims sampled batches layer by layer."""
+    def _adj_of_part(self, part: Graph, ptr: Tensor) -> Any:
+        """The edges of a part for PyG's convs, in the form of this graph's ``adj``."""
+        source, position = part.edge_index
+        value: Any = part.matrix_values
+        size = (part.num_rows, part.num_src)
+        if isinstance(self.adj, SparseTensor):
+            return SparseTensor(row=position, col=source, value=value, sparse_sizes=size)
         if self.is_sparse:
-            raise ValueError("edge_index: got a sparse matrix, expected (2, number of edges) where layers are trimmed")
-        weight, attr = (None if value is None else value[:edges] for value in (self.edge_weight, self.edge_attr))
-        return Graph(self.adj[:, :edges], nodes, edge_weight=weight, edge_attr=attr, flow=self.flow)
+            return torch.sparse_csr_tensor(ptr, source, value, size=size, check_invariants=False)
+        if self.flow == "source_to_target":
+            return part.edge_index
+        return part.edge_index.flip(0)
+
+    def first(self, nodes: int, edges: int) -> Graph:
+        """The first nodes and the first edges as given.
+
+        PyG trims sampled batches to these, layer by layer.
+        """
+        if self.is_sparse:
+            raise ValueError(
+                "edge_index: got a sparse matrix, expected (2, number of edges) where layers are "
+                "trimmed"
+            )
+        return Graph(
+            self.adj[:, :edges],
+            nodes,
+            edge_weight=None if self.edge_weight is None else self.edge_weight[:edges],
+            edge_attr=None if self.edge_attr is None else self.edge_attr[:edges],
+            flow=self.flow,
+        )
 
     def __repr__(self) -> str:
         return f"Graph({self.num_src} sources, {self.num_dst} destinations, {self.num_edges} edges)"
-
-
-def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """(S,) distinct nodes, those of ``first`` in front, and the places of ``others`` among them."""
-    nodes = torch.cat([first, others[~torch.isin(others, first)].unique()])
-    known, order = nodes.sort()
-    return nodes, order[torch.searchsorted(known, others)]
-
-
-_parameters: dict[type, tuple[str, ...]] = {}
-"""What :func:`parameters_of` gave, which takes as long as a small graph's products. ``torch.compile`` warns of
-``functools.cache``."""
-
-
-def parameters_of(conv: torch.nn.Module) -> tuple[str, ...]:
-    """The arguments of the conv's forward, in order."""
-    cls = type(conv)
-    if cls not in _parameters:
-        _parameters[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
-    return _parameters[cls]

@@ -18,6 +18,7 @@ from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_counts
+from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
@@ -30,7 +31,7 @@ from gmoe.moe import (
     refuse_unknown,
 )
 from gmoe.routers import RouterLike
-from gmoe.routing import GAIN_SCALE, Routing
+from gmoe.routing import Routing
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
 RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
@@ -252,9 +253,7 @@ class HeteroMoEConv(MoELayer):
             # 3. A router for each node type.
             for name in self.experts.relations_into:
                 dim = self.experts.in_channels[name]
-                built = build_layer_router(
-                    self.start, router, dim, num_experts, k, router_kwargs
-                )
+                built = build_layer_router(self.start, router, dim, num_experts, k, router_kwargs)
                 if built is router and self.routers:
                     raise ValueError(
                         "router: got an instance for several types, expected a factory"

@@ -1,4 +1,4 @@
-"""Results that a graph keeps from call to call, as long as what they were computed from stays as it was."""
+"""Results that a graph keeps from call to call, until their sources change."""
 
 from __future__ import annotations
 
@@ -13,27 +13,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Kept:
-    """A result that a graph keeps, and the tensors that it was computed from, with their versions."""
+    """A result that a graph keeps.
+
+    Args:
+        sources: the tensors from which it was computed.
+        versions: of these tensors at that time, see :func:`versions_of`.
+        result: what was computed.
+    """
 
     sources: tuple[Tensor | None, ...]
     versions: tuple[int | None, ...]
     result: Any
 
     def is_fresh(self, sources: tuple[Tensor | None, ...]) -> bool:
-        """True if the result was computed from these tensors, and none was written to since."""
-        same = all(old is new for old, new in zip(self.sources, sources, strict=True))
-        return same and self.versions == versions_of(sources)
+        """True if the result was computed from these tensors, and nobody wrote to them since."""
+        are_same = all(old is new for old, new in zip(self.sources, sources, strict=True))
+        return are_same and self.versions == versions_of(sources)
 
 
 def versions_of(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
-    """How often each tensor was written to."""
+    """How often each tensor was written to, by torch's own count; ``None`` for ``None``."""
     return tuple(None if value is None else value._version for value in tensors)
 
 
 class lazy:  # noqa: N801
-    """A property that its object keeps once it was computed.
+    """A property that is computed once, and then kept by its object.
 
-    ``functools.cached_property`` has a lock in Python 3.11, at which ``torch.compile`` stops.
+    Not ``functools.cached_property``: in Python 3.11 it takes a lock, which ``torch.compile``
+    cannot trace.
     """
 
     def __init__(self, method: Callable[[Any], Any]) -> None:
@@ -42,29 +49,36 @@ class lazy:  # noqa: N801
 
     def __get__(self, instance: Any, _: type | None = None) -> Any:
         result = self.method(instance)
-        setattr(instance, self.method.__name__, result)  # which Python finds before it asks here again
+        # From now on, Python finds the attribute of the instance, and does not ask here again.
+        setattr(instance, self.method.__name__, result)
         return result
 
 
 def once(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of :class:`gmoe.Graph` whose results the graph keeps, but where a gradient is part of them."""
+    """Make a method of :class:`gmoe.Graph` compute its result once for the same options.
+
+    The graph keeps the result until its edge arguments change, unless a gradient flows through it.
+    """
 
     @wraps(method)
-    def kept(self: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():  # which knows no versions: compiled code computes it anew
+    def compute_once(self: Any, **options: Any) -> Any:
+        # Compiled code has no versions, and computes the result at each call.
+        if torch.compiler.is_compiling():
             return method(self, **options)
         sources = (self.edge_weight, self.edge_attr, self.matrix_values)
-        given = [value for value in (*sources, *options.values()) if isinstance(value, Tensor)]
+        tensors = [value for value in (*sources, *options.values()) if isinstance(value, Tensor)]
         key = method.__name__, *options.items()
-        if any(value.requires_grad or value.is_inference() for value in given):
-            # Optimizers may write to what they train without a trace in its version.
+        if any(value.requires_grad or value.is_inference() for value in tensors):
+            # An optimizer may write to what it trains without changing the version, and tensors of
+            # inference mode have no version.
             self._kept.pop(key, None)
             return method(self, **options)
-        known = self._kept.get(key)
-        if known is None or not known.is_fresh(sources):
-            self._check_args()  # a user may have set them anew
-            with torch.inference_mode(False):  # for training too
-                known = self._kept[key] = Kept(sources, versions_of(sources), method(self, **options))
-        return known.result
+        kept = self._kept.get(key)
+        if kept is None or not kept.is_fresh(sources):
+            self._check_args()  # a user may have set other ones
+            with torch.inference_mode(False):  # the result is for training too
+                kept = Kept(sources, versions_of(sources), method(self, **options))
+            self._kept[key] = kept
+        return kept.result
 
-    return kept
+    return compute_once

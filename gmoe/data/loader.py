@@ -13,10 +13,9 @@ from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.sampler.base import SubgraphType
 from torch_geometric.typing import NodeType
 
-from gmoe._checks import check_choice
+from gmoe._checks import check_choice, described
 from gmoe.data.sampler import Fanouts, NeighborSampler, count_nodes
 from gmoe.data.stored import StoredGraph, node_index
-from gmoe.routing import described
 
 SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
 InputNodes: TypeAlias = (

@@ -22,8 +22,7 @@ from torch.utils.data import get_worker_info
 from torch_geometric.data import EdgeAttr, FeatureStore, GraphStore, TensorAttr
 from torch_geometric.data.graph_store import EdgeLayout
 
-from gmoe._checks import check_choice
-from gmoe.routing import INTEGERS, check_range, described
+from gmoe._checks import INTEGERS, check_choice, check_range, described
 
 SPLITS = ("train", "val", "test")
 FEATURES = ("float16", "float32")

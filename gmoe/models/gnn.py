@@ -17,11 +17,13 @@ from torch_geometric.nn import GCNConv, JumpingKnowledge
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts
+from gmoe._checks import check_choice, check_counts, parameters_of
 from gmoe.conv.aggregate import FilterConv
-from gmoe.conv.graph import Graph, parameters_of
-from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, Trial, factory_of, kinds_of
-from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
+from gmoe.conv.build import Trial
+from gmoe.conv.graph import Graph
+from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, factory_of, kinds_of
+from gmoe.conv.moe_conv import MoEConv
+from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
 from gmoe.conv.separate import run
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
@@ -196,7 +198,7 @@ class GNNMoE(HubMixin, nn.Module):
             x: (N, D) raw features.
             graph: the graph; of a part of a graph, the result has its destinations only.
         """
-        return router_view(self.router_input, x, x[: graph.num_dst], None, graph)
+        return router_features(self.router_input, x, x[: graph.num_dst], None, graph)
 
     def _takes(self, name: str) -> bool:
         """True if at least one conv takes this edge argument."""

@@ -16,9 +16,8 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_counts
+from gmoe._checks import check_counts, parameters_of
 from gmoe.conv import hetero
-from gmoe.conv.graph import parameters_of
 from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
 from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
 from gmoe.moe import choose_blocks

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from gmoe._checks import check_counts
 from gmoe.conv.base import refuse_far
-from gmoe.conv.graph import Graph, numbered
-from gmoe.conv.kinds import looks_one_hop
+from gmoe.conv.build import looks_one_hop
+from gmoe.conv.edges import renumber
+from gmoe.conv.graph import Graph
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.data.stored import StoredGraph, create_npy
 from gmoe.routers import Router
@@ -204,7 +205,7 @@ class InMemory(_LayerByLayer):
         seen = []
         for _, nodes, graph in self.parts("Routing"):
             if shared is None:
-                seen.append(conv.view(self.rows(x, nodes), graph))
+                seen.append(conv.router_features(self.rows(x, nodes), graph))
             else:
                 raw = self.rows(self.features, nodes)
                 seen.append(self.model.shared_router_input(raw, graph))
@@ -274,7 +275,7 @@ class OnDisk(_LayerByLayer):
         start = self.graph.start
         first = int(destinations[0])
         source, destination = self.graph.in_edges(slice(first, first + len(destinations)))
-        nodes, source = numbered(destinations, source)
+        nodes, source = renumber(destinations, source)
         edge_index = torch.stack([source, destination - first])
         part = Graph(edge_index, (len(nodes), len(destinations)))
         part.num_rows = len(nodes)

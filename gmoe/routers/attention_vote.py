@@ -13,9 +13,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, operator
 from gmoe._checks import check_choice, check_counts, check_positive
-from gmoe.dispatch import operator
 from gmoe.routers.base import (
     Router,
     Weighting,
@@ -134,7 +133,7 @@ class AttentionVote(Router):
             votes_TE, log_gate_TE, share, along_tokens=True
         )
         weight_P = pair_weights(self.weight, log_gate_P, token_P, num_tokens)
-        return Routing(token_P, offsets_E, weight_P, votes_TE, num_tokens, checked=True)
+        return Routing(token_P, offsets_E, weight_P, votes_TE, num_tokens, validate=False)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shared_queries={self.shared_queries}, scope={self.scope!r}"

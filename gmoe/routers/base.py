@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gmoe._autograd import in_transform
-from gmoe._checks import check, check_choice, check_counts, must_be_called
+from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
-from gmoe.routing import INTEGERS, Routing, described
+from gmoe.routing import Routing
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
 
@@ -150,7 +150,7 @@ class Router(nn.Module, ABC):
             )
         # Losses that were computed without gradients train nothing: aux_loss warns about them.
         if routing.losses and self.training and not torch.is_grad_enabled():
-            routing = replace(routing, detached=True, checked=True)
+            routing = replace(routing, detached=True, validate=False)
         return routing
 
     def _check_input(self, x: Tensor, batch: Tensor | None) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gmoe._checks import INTEGERS, check_range, described
 from gmoe.routers.base import Router, Weighting
-from gmoe.routing import INTEGERS, Routing, check_range, described
+from gmoe.routing import Routing
 
 
 class RandomRouter(Router):
@@ -58,7 +59,7 @@ class RandomRouter(Router):
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(
-            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), checked=True
+            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), validate=False
         )
 
 
@@ -86,7 +87,7 @@ class UniformRouter(Router):
         scores_TE = x_TD.new_full((len(x_TD), self.num_experts), 1.0 / self.num_experts)
         experts_TE = torch.arange(self.num_experts, device=x_TD.device).expand(len(x_TD), -1)
         return Routing.from_choices(
-            experts_TE, scores_TE, self.num_experts, scores_TE, checked=True
+            experts_TE, scores_TE, self.num_experts, scores_TE, validate=False
         )
 
 

@@ -181,7 +181,7 @@ class ExpertSelection(nn.Module):
 
         weight_P = pair_weights(router.weight, log_gate_P, token_P, num_tokens)
         return Routing(
-            token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, checked=True
+            token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, validate=False
         )
 
     def _update(

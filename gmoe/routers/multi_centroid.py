@@ -172,7 +172,7 @@ class MultiCentroid(Router):
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(
-            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True
+            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, validate=False
         )
 
     def extra_repr(self) -> str:

@@ -127,7 +127,7 @@ class SoftSlots(Router):
             weight=weight_TE.T.reshape(-1),
             scores=weight_TE,
             num_tokens=num_tokens,
-            checked=True,
+            validate=False,
             dispatch_TES=dispatch_TES,
             combine_TES=combine_TES,
             groups=groups,

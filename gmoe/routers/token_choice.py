@@ -150,7 +150,7 @@ class TokenChoice(BalancedRouter):
             groups = Groups.of(group, len(x_TD))
             return self._within_capacity(expert_TK, log_probs_TE, groups, losses)
         return Routing.from_choices(
-            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True
+            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, validate=False
         )
 
     def _noise_std(self, x_TD: Tensor, clean_TE: Tensor) -> Tensor | None:
@@ -179,7 +179,7 @@ class TokenChoice(BalancedRouter):
         kept_T = token_P.new_zeros(num_tokens).index_add(0, token_P, torch.ones_like(token_P))
         dropped_T = self.k - kept_T
         return Routing(
-            token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True
+            token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, validate=False
         )
 
     def _losses(

@@ -31,10 +31,15 @@ def quick(out: Path, *args: str, preset: str = "digits-graph", seeds: str = "0")
 def rows(folder: Path, name: str = "metrics.csv", seed: int = 0) -> list[dict[str, str]]:
     """Of a log, without the clock."""
     with (folder / f"seed-{seed}" / name).open() as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if key != "seconds"}
+            for row in csv.DictReader(file)
+        ]
 
 
-def run_until(steps: int, args: Sequence[str], rank: str = "0", number: int = signal.SIGTERM, times: int = 1) -> None:
+def run_until(
+    steps: int, args: Sequence[str], rank: str = "0", number: int = signal.SIGTERM, times: int = 1
+) -> None:
     """The command, of which a process gets a signal in a step; after one SIGTERM the step is finished and saved."""
     step, done = Training.step, list[int]()
 

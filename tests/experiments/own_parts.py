@@ -21,7 +21,9 @@ class FirstBits(gmoe.Router):
 
     def route(self, x_TD: Tensor, group: object, edge_index: object) -> gmoe.Routing:
         expert_TK = (torch.arange(len(x_TD)) % 2)[:, None]
-        return gmoe.Routing.from_choices(expert_TK, self.scale.expand(len(x_TD), 1), self.num_experts)
+        return gmoe.Routing.from_choices(
+            expert_TK, self.scale.expand(len(x_TD), 1), self.num_experts
+        )
 
 
 def sage(in_channels: int, num_classes: int) -> nn.Module:

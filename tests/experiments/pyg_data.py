@@ -62,7 +62,11 @@ def masks(dtype: type = bool) -> dict[str, Array]:
     """Half the nodes train, a quarter each validate and test."""
     rng = np.random.default_rng(1)
     part = np.stack([rng.permutation(np.arange(NODES) % 4) for _ in range(SPLITS)])
-    return {"train": (part < 2).astype(dtype), "val": (part == 2).astype(dtype), "test": (part == 3).astype(dtype)}
+    return {
+        "train": (part < 2).astype(dtype),
+        "val": (part == 2).astype(dtype),
+        "test": (part == 3).astype(dtype),
+    }
 
 
 def planetoid(folder: Path, given: PyGSet) -> Raw:
@@ -85,7 +89,11 @@ def planetoid(folder: Path, given: PyGSet) -> Raw:
     }  # fmt: skip
     for file in given.files:
         part = file.rpartition(".")[2]
-        content = "".join(f"{node}\n" for node in test).encode() if part == "index" else pickle.dumps(parts[part], 2)
+        content = (
+            "".join(f"{node}\n" for node in test).encode()
+            if part == "index"
+            else pickle.dumps(parts[part], 2)
+        )
         (folder / file).write_bytes(content)
     mask = np.zeros((3, nodes), dtype=bool)
     mask[0, :train] = mask[1, train : train + 500] = mask[2, test] = True
@@ -96,10 +104,20 @@ def planetoid(folder: Path, given: PyGSet) -> Raw:
 def shchur(folder: Path, file: str) -> Raw:
     """Two sparse matrices and labels; names, which are objects, are not read."""
     x, y, edges = graph()
-    matrices = {"adj": csr_matrix((np.ones(len(edges)), edges.T), shape=(NODES, NODES)), "attr": csr_matrix(3 * x)}
+    matrices = {
+        "adj": csr_matrix((np.ones(len(edges)), edges.T), shape=(NODES, NODES)),
+        "attr": csr_matrix(3 * x),
+    }
     parts = ("data", "indices", "indptr", "shape")
-    arrays = {f"{name}_{part}": getattr(value, part) for name, value in matrices.items() for part in parts}
-    np.savez(folder / file, **arrays, labels=y, node_names=np.array([f"node {i}" for i in range(NODES)], dtype=object))
+    arrays = {
+        f"{name}_{part}": getattr(value, part) for name, value in matrices.items() for part in parts
+    }
+    np.savez(
+        folder / file,
+        **arrays,
+        labels=y,
+        node_names=np.array([f"node {i}" for i in range(NODES)], dtype=object),
+    )
     return Raw(folder, x, y, edges)
 
 
@@ -131,7 +149,10 @@ def actor(folder: Path, given: PyGSet) -> Raw:
     x, y, edges = graph()
     parts = masks(np.int64)
     rows = [",".join(map(str, np.flatnonzero(row))) for row in x]
-    nodes = ["node_id\tfeature\tlabel", *(f"{node}\t{rows[node]}\t{y[node]}" for node in range(NODES))]
+    nodes = [
+        "node_id\tfeature\tlabel",
+        *(f"{node}\t{rows[node]}\t{y[node]}" for node in range(NODES)),
+    ]
     links = ["node_id\tnode_id", *(f"{source}\t{target}" for source, target in edges.tolist())]
     for file, lines in zip(given.files, (nodes, links), strict=False):
         (folder / file).write_text("\n".join(lines) + "\n")

@@ -45,7 +45,10 @@ def test_the_interval_is_students() -> None:
 @pytest.fixture
 def presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small presets, and at most three splits."""
-    small = {"digits-graph": replace(DIGITS_GRAPH, hidden=2, epochs=15), "digits": replace(DIGITS, hidden=8, epochs=1)}
+    small = {
+        "digits-graph": replace(DIGITS_GRAPH, hidden=2, epochs=15),
+        "digits": replace(DIGITS, hidden=8, epochs=1),
+    }
     for name, config in small.items():
         monkeypatch.setitem(PRESETS, name, ("", config))
     monkeypatch.setattr(advise, "MOST", 2)
@@ -81,7 +84,9 @@ def test_three_lines(
     if headroom == "yes":
         assert len(tried) == 5
         assert found["step"] > 0
-        assert third.startswith(f"use them: python -m experiments.train {name} --data-root 'my data'")
+        assert third.startswith(
+            f"use them: python -m experiments.train {name} --data-root 'my data'"
+        )
         assert found["setting"] in advise.arms_of(PRESETS[name][1])
     else:
         assert tried == ["dense", "dense-4x"]
@@ -121,7 +126,9 @@ def test_the_length_is_that_of_all_epochs(presets: None, tmp_path: Path) -> None
     assert seconds(10_000) > 50 * seconds(10)
 
 
-def test_the_budget_ends_it(presets: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_budget_ends_it(
+    presets: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One turn is made, and the next that would not fit is not."""
     main(["digits-graph", "--out", str(tmp_path), "--budget", "0.001", "--width", "2"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("inconclusive: run more splits")

@@ -50,7 +50,11 @@ def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         turns.append(name)
         now[0] += seconds
 
-    steps = {"a": lambda: variant("a", 1.0), "b": lambda: variant("b", 3.0), "c": lambda: variant("c", 5.0)}
+    steps = {
+        "a": lambda: variant("a", 1.0),
+        "b": lambda: variant("b", 3.0),
+        "c": lambda: variant("c", 5.0),
+    }
     found = measure.take_turns(steps, repeats=2, device=CPU)
     assert turns == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
     assert found["b"]["wall"] == {"median": 3.0, "min": 3.0, "max": 3.0, "values": [3.0, 3.0]}
@@ -72,16 +76,30 @@ def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("command", "reference", "others"),
     [
-        (f"{CONV} --experts 2 4 --adjacency csr", "dense, csr", ["masked E=4 K=2, csr", "HeteroLinear E=4 K=1, csr"]),
+        (
+            f"{CONV} --experts 2 4 --adjacency csr",
+            "dense, csr",
+            ["masked E=4 K=2, csr", "HeteroLinear E=4 K=1, csr"],
+        ),
         (f"{CONV} --conv gat --ks 1", "dense, edge_index", ["masked E=8 K=1, edge_index"]),
-        (f"{FFN} --experts 2 4", "dense K=2, fp32", ["gmoe auto E=4 K=2, bf16", "gmoe gated E=2 K=2, fp32"]),
+        (
+            f"{FFN} --experts 2 4",
+            "dense K=2, fp32",
+            ["gmoe auto E=4 K=2, bf16", "gmoe gated E=2 K=2, fp32"],
+        ),
         (f"{ROUTER} --layer conv", "layer, random K=1", ["router, random K=1"]),
         (VOTE, "GATConv", ["AttentionVote, neighbors", "naive votes", "AttentionVote, group"]),
-        (f"{VIT} --bf16", "dense", ["loop with nonzero", "loop", "padded", "grouped", "with a shared expert"]),
+        (
+            f"{VIT} --bf16",
+            "dense",
+            ["loop with nonzero", "loop", "padded", "grouped", "with a shared expert"],
+        ),
         ("molecules", "dense", ["MoEConv"]),
     ],
 )
-def test_variants_and_their_ratios(command: str, reference: str, others: list[str], tmp_path: Path) -> None:
+def test_variants_and_their_ratios(
+    command: str, reference: str, others: list[str], tmp_path: Path
+) -> None:
     found = found_by(command, tmp_path)
     base = found[reference]
     for name in others:
@@ -92,9 +110,12 @@ def test_variants_and_their_ratios(command: str, reference: str, others: list[st
 
 
 @pytest.mark.parametrize(
-    ("name", "command"), [("Masked", CONV), ("NonzeroLoop", FFN), ("NonzeroLoop", VIT), ("naive_votes", VOTE)]
+    ("name", "command"),
+    [("Masked", CONV), ("NonzeroLoop", FFN), ("NonzeroLoop", VIT), ("naive_votes", VOTE)],
 )
-def test_what_computes_something_else_is_found(name: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_computes_something_else_is_found(
+    name: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner, part = (layers, name) if name.islower() else (getattr(layers, name), "forward")
     right = getattr(owner, part)
     monkeypatch.setattr(owner, part, lambda *args: -right(*args))
@@ -121,7 +142,9 @@ def test_a_compiled_conv_is_timed_too(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_stored_benchmark(tmp_path: Path) -> None:
     store(tmp_path, Data(x=torch.randn(30, 4), edge_index=torch.randint(30, (2, 90))))
     found = found_by(f"stored --folder {tmp_path} --batches 1", tmp_path)
-    assert list(found) == [f"{place}, {workers} workers" for workers in (0, 2) for place in ("memory", "disk")]
+    assert list(found) == [
+        f"{place}, {workers} workers" for workers in (0, 2) for place in ("memory", "disk")
+    ]
 
 
 def test_parts_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +231,9 @@ def test_rows_of_convs_have_the_dense_conv_and_both_starts(kind: Any) -> None:
 
 
 def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
-    ((name, models, (images,)),) = compiled.rows_of(compiled.CompileBenchmark(kinds=("vit",), images=2))
+    ((name, models, (images,)),) = compiled.rows_of(
+        compiled.CompileBenchmark(kinds=("vit",), images=2)
+    )
     assert name == "vit, 2 images"
     counts = [sum(isinstance(part, MoE) for part in model.modules()) for model in models]
     assert counts == [0, 3, 3]
@@ -222,11 +247,16 @@ DRY = "gpu --device cpu --nodes 40 --tokens 32 --images 2"
 
 def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
     found = found_by(DRY, tmp_path)
-    assert list(found) == [f"{row}, {precision}" for row in gpu.ROWS for precision in ("fp32", "bf16")]
+    assert list(found) == [
+        f"{row}, {precision}" for row in gpu.ROWS for precision in ("fp32", "bf16")
+    ]
     for name, figures in found.items():
         assert "error" not in figures, (name, figures)
         assert figures["waits"] == {}  # of which a CPU has none
-        assert figures["ratio"]["wall"] == figures["wall"]["median"] / figures["dense"]["wall"]["median"]
+        assert (
+            figures["ratio"]["wall"]
+            == figures["wall"]["median"] / figures["dense"]["wall"]["median"]
+        )
         if name.endswith("fp32"):
             assert all(of["within"] for of in figures["equal"].values()), (name, figures["equal"])
 
@@ -242,13 +272,17 @@ def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatc
     errors = itertools.cycle([0, 1])  # the CPU's come first
     monkeypatch.setattr(gpu, "run", wrong)
     equal = gpu.compared(gpu.ROWS["gcn"](), CPU)
-    assert equal["float64"] == pytest.approx({"output": 0, "gradients": 1e-3, "within": False, "tolerance": 1e-9})
+    assert equal["float64"] == pytest.approx(
+        {"output": 0, "gradients": 1e-3, "within": False, "tolerance": 1e-9}
+    )
     assert not equal["float32"]["within"]
     lines = benchmark_lines({"gcn, fp32": {"equal": equal, "error": "none"}})
     assert lines[0]["float64"] == "NOT EQUAL"
 
 
-def test_a_row_that_fails_costs_no_other_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_fails_costs_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any) -> Any:
         raise RuntimeError("out of memory\nsomewhere")
 
@@ -256,7 +290,11 @@ def test_a_row_that_fails_costs_no_other_row(tmp_path: Path, monkeypatch: pytest
     found = found_by(f"{DRY} --rows gcn sage", tmp_path)
     assert found["gcn, bf16"] == {"error": "RuntimeError: out of memory\nsomewhere"}
     assert "wall" in found["sage, bf16"]
-    assert [line["error"] for line in benchmark_lines(found)][1:] == ["RuntimeError: out of memory", "–", "–"]
+    assert [line["error"] for line in benchmark_lines(found)][1:] == [
+        "RuntimeError: out of memory",
+        "–",
+        "–",
+    ]
 
 
 def test_waits_are_counted_by_name_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,4 +330,7 @@ def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) ->
         pytest.skip("there is one")
     with pytest.raises(SystemExit):
         main(["gpu", "--rows", "gcn"])
-    assert "device: got 'cuda' without such a device, expected a machine that has one" in capsys.readouterr().err
+    assert (
+        "device: got 'cuda' without such a device, expected a machine that has one"
+        in capsys.readouterr().err
+    )

@@ -49,8 +49,13 @@ def rows(folder: Path) -> list[list[int]]:
     """The sources of each node in a folder, all of which is checked."""
     graph = StoredGraph(folder)
     graph.verify()
-    assert {path.name for path in folder.iterdir()} == {"graph.json", *(f"{name}.npy" for name in graph.info["arrays"])}
-    return [graph.source[begin:end].tolist() for begin, end in itertools.pairwise(graph.start.tolist())]
+    assert {path.name for path in folder.iterdir()} == {
+        "graph.json",
+        *(f"{name}.npy" for name in graph.info["arrays"]),
+    }
+    return [
+        graph.source[begin:end].tolist() for begin, end in itertools.pairwise(graph.start.tolist())
+    ]
 
 
 def run(folder: Path, edges: Any, name: str = "e.npy", nodes: int = NODES, **options: Any) -> Path:
@@ -75,8 +80,13 @@ def is_refused(message: str, folder: Path, edges: Any, name: str = "e.npy", **op
     assert not list(folder.glob("out*"))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(edges=arrays(np.int64, st.tuples(st.just(2), st.integers(0, 40)), elements=st.integers(0, 7)), directed=...)
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    edges=arrays(np.int64, st.tuples(st.just(2), st.integers(0, 40)), elements=st.integers(0, 7)),
+    directed=...,
+)
 def test_the_folder_is_the_graph(edges: NDArray[Any], directed: bool, tmp_path: Path) -> None:
     out = run(tmp_path, edges, nodes=8, directed=directed)
     assert rows(out) == in_edges(edges, not directed, nodes=8)
@@ -94,7 +104,9 @@ def test_an_edge_at_the_end_of_a_piece_and_in_the_next_is_kept_once(tmp_path: Pa
 def test_undirected_is_what_pyg_makes_of_it_where_edges_spill(tmp_path: Path) -> None:
     edges, nodes = np.random.default_rng(0).integers(30_000, size=(2, 2_000_000)), 30_000
     graph = StoredGraph(run(tmp_path, edges, nodes=nodes, memory=0.1))
-    theirs = to_undirected(torch.from_numpy(edges), num_nodes=nodes)  # ascends by source, then destination
+    theirs = to_undirected(
+        torch.from_numpy(edges), num_nodes=nodes
+    )  # ascends by source, then destination
     assert torch.equal(torch.stack(graph.in_edges(slice(None))).flip(0), theirs)  # symmetric
 
 
@@ -104,7 +116,10 @@ FORMS: dict[str, tuple[str, Any]] = {
     "uint8 by columns": ("e.npy", np.asfortranarray(EDGES.astype(np.uint8))),
     "int32": ("e.npy", EDGES.astype(np.int32)),
     "csv, CR LF": ("e.csv", LINES.replace("\n", "\r\n")),
-    "csv with header, blanks and quotes": ("e.csv", 'from,"to"\n' + LINES.replace(",", ', "').replace("\n", '"\n')),
+    "csv with header, blanks and quotes": (
+        "e.csv",
+        'from,"to"\n' + LINES.replace(",", ', "').replace("\n", '"\n'),
+    ),
     "parquet": ("e.parquet", None),
 }
 
@@ -113,10 +128,15 @@ FORMS: dict[str, tuple[str, Any]] = {
 def test_all_forms_of_edges_agree(form: str, tmp_path: Path) -> None:
     name, edges = FORMS[form]
     if edges is None:
-        connection = duckdb.connect().register("ends", {"s": EDGES[0], "d": EDGES[1].astype(np.int32)})
+        connection = duckdb.connect().register(
+            "ends", {"s": EDGES[0], "d": EDGES[1].astype(np.int32)}
+        )
         connection.execute(f"COPY (SELECT s, d FROM ends) TO '{tmp_path / name}'")
     x = np.random.default_rng(1).standard_normal((NODES, 3)).astype(np.float32)
-    given: dict[str, Any] = {"x": x, "y": np.where(np.arange(NODES) % 5, np.arange(NODES) % 5 - 1, np.nan)}
+    given: dict[str, Any] = {
+        "x": x,
+        "y": np.where(np.arange(NODES) % 5, np.arange(NODES) % 5 - 1, np.nan),
+    }
     given |= {"train": np.array([1, 3, 2]), "test": np.array([[4]])}
     out = run(tmp_path, edges, name, half=True, directed=True, **given)
     assert rows(out) == in_edges(EDGES, undirected=False)
@@ -139,12 +159,20 @@ def test_all_forms_of_edges_agree(form: str, tmp_path: Path) -> None:
         ("e.csv", "2.5,3.5\n1,2\n", "got node 2.5"),  # a header
         ("e.csv", "1,2\n-1,2\n", "got node -1"),  # taken
         ("e.csv", "1,2\n3,\n", "got node"),
-        ("e.csv", f"1,2\n{NODES},3\n", rf"got edge \({NODES}, 3\), expected nodes 0 to {NODES - 1}"),
+        (
+            "e.csv",
+            f"1,2\n{NODES},3\n",
+            rf"got edge \({NODES}, 3\), expected nodes 0 to {NODES - 1}",
+        ),
         ("e.csv", f"1,2\n{10**30},3\n", "cast|convert"),
         ("e.csv", "", "edges: got no rows"),
         ("e.npy", "1,2\n", "e.npy: cannot be read"),
         ("e.txt", "1,2\n", "graph: got .*e.txt, expected"),
-        ("e.npy", np.array([[0, 1], [1, NODES], [2, 3]]), rf"got edge \(1, {NODES}\), expected nodes 0 to"),
+        (
+            "e.npy",
+            np.array([[0, 1], [1, NODES], [2, 3]]),
+            rf"got edge \(1, {NODES}\), expected nodes 0 to",
+        ),
         ("e.npy", np.zeros((3, 3), int), r"edges: got shape \(3, 3\)"),
         ("e.npy", np.zeros((2, 3)), "edges: got shape .* of <f8"),
         ("e.npy", np.zeros((2, 3), ">i8"), "expected .* native integers"),
@@ -156,7 +184,11 @@ def test_broken_edges_are_named(name: str, content: Any, message: str, tmp_path:
 
 def test_parquet_of_other_columns_and_one_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "e.parquet"
-    for columns, message in (("1, 2, 3", "got columns"), ("1.5, 2", "got node 1.5"), ("1, NULL", "got node")):
+    for columns, message in (
+        ("1, 2, 3", "got columns"),
+        ("1.5, 2", "got node 1.5"),
+        ("1, NULL", "got node"),
+    ):
         duckdb.execute(f"COPY (SELECT {columns}) TO '{path}'")
         is_refused(message, tmp_path, None, path.name)
     path.write_bytes(path.read_bytes()[:-99])
@@ -170,9 +202,15 @@ def test_parquet_of_other_columns_and_one_cut_off(tmp_path: Path) -> None:
         ({"x": np.where(np.arange(NODES) == 9, np.nan, 0.0)[:, None]}, "nan in row 9"),
         ({"y": np.zeros(NODES - 1)}, r"y: got shape \(149,\)"),
         ({"y": np.full(NODES, 0.5)}, "y: got 0.5 to 0.5, expected whole numbers"),
-        ({"y": np.arange(NODES) - 1, "val": np.array([3, 0])}, "y: got a node of val without a label"),
+        (
+            {"y": np.arange(NODES) - 1, "val": np.array([3, 0])},
+            "y: got a node of val without a label",
+        ),
         ({"val": np.array([NODES])}, "val: got nodes 150 to 150, expected 0 to 149"),
-        ({"train": np.array([2]), "val": np.array([1, 2])}, "val: got node 2 twice, or in an earlier part"),
+        (
+            {"train": np.array([2]), "val": np.array([1, 2])},
+            "val: got node 2 twice, or in an earlier part",
+        ),
         ({"val": np.array([0.5])}, "expected a column of node numbers"),
     ],
 )
@@ -180,7 +218,9 @@ def test_wrong_arrays_are_refused(given: dict[str, Any], message: str, tmp_path:
     is_refused(message, tmp_path, EDGES, half=True, **given)
 
 
-def test_a_full_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
     monkeypatch.setattr("experiments.convert.sorted_keys", lambda *_, **__: pytest.fail("written"))
     is_refused("to: got 0.00 GB to write, expected at most", tmp_path, EDGES)
@@ -194,7 +234,9 @@ def test_folders_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert error in refused(args, capsys, main)
         assert (tmp_path / folder / "thesis.tex").exists()
     with building(tmp_path / "two"):
-        assert "another process is writing" in refused([*args, "--to", str(tmp_path / "two")], capsys, main)
+        assert "another process is writing" in refused(
+            [*args, "--to", str(tmp_path / "two")], capsys, main
+        )
 
 
 KILLED = """
@@ -214,7 +256,9 @@ def test_a_killed_conversion_leaves_nothing_that_opens(stage: str, tmp_path: Pat
     np.save(tmp_path / "e.npy", EDGES)
     np.save(tmp_path / "x.npy", np.ones((NODES, 2)))
     args = [str(tmp_path / "e.npy"), "--to", str(tmp_path / "out"), "--x", str(tmp_path / "x.npy")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, stage, *args], timeout=60, capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, stage, *args], timeout=60, capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.glob("out*")] == ["out.new"]
     assert rows(run(tmp_path, EDGES)) == in_edges(EDGES, undirected=True)
@@ -225,7 +269,10 @@ def test_a_killed_conversion_leaves_nothing_that_opens(stage: str, tmp_path: Pat
 def test_papers_is_what_the_release_says(compressed: bool, tmp_path: Path) -> None:
     """From numpy.savez and savez_compressed alike, under either name of the folder."""
     folder = write_planted(PAPERS, tmp_path, LABELED, 700, classes=7)
-    data, label = dict(np.load(folder / "raw" / "data.npz")), np.load(folder / "raw" / "node-label.npz")["node_label"]
+    data, label = (
+        dict(np.load(folder / "raw" / "data.npz")),
+        np.load(folder / "raw" / "node-label.npz")["node_label"],
+    )
     if compressed:
         np.savez_compressed(folder / "raw" / "data.npz", **data)
         folder = folder.rename(tmp_path / "papers100M-bin")
@@ -233,7 +280,9 @@ def test_papers_is_what_the_release_says(compressed: bool, tmp_path: Path) -> No
     graph = StoredGraph(tmp_path / "out")
     assert rows(tmp_path / "out") == in_edges(data["edge_index"], undirected=True, nodes=LABELED)
     assert np.array_equal(graph.rows("x", slice(None)), data["node_feat"])
-    assert np.array_equal(graph.rows("y", slice(None)), np.where(np.isnan(label), -1, label).ravel())
+    assert np.array_equal(
+        graph.rows("y", slice(None)), np.where(np.isnan(label), -1, label).ravel()
+    )
     for part in ("train", "val", "test"):
         path = folder / "split" / "time" / f"{'valid' if part == 'val' else part}.csv.gz"
         assert getattr(graph, part).tolist() == np.loadtxt(path, dtype=int).tolist()

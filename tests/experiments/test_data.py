@@ -40,7 +40,9 @@ def test_mosaic_is_as_described() -> None:
     assert [len(rows) for rows in task.split.values()] == [4_000, 2_000, 2_000]
     assert torch.equal(torch.cat(list(task.split.values())).sort().values, torch.arange(8_000))
     same = y[source] == y[destination]
-    assert same[region[destination] == 0].float().mean() == pytest.approx(0.85 + 0.15 / CLASSES, abs=0.02)
+    assert same[region[destination] == 0].float().mean() == pytest.approx(
+        0.85 + 0.15 / CLASSES, abs=0.02
+    )
     assert same[region[destination] > 0].float().mean() < 0.2  # other permutations
     assert float(task.graph.x.double().sum()) == pytest.approx(MOSAIC_SUM, rel=1e-6)
     assert int((source * (torch.arange(80_000) % 97)).sum()) == MOSAIC_EDGES
@@ -60,19 +62,26 @@ def test_digits_graph() -> None:
         torch.testing.assert_close(share, y.bincount() / len(y), atol=0.005, rtol=0)
 
 
-def test_digits_graph_is_the_same_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_graph_is_the_same_with_any_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     code = "from experiments.data.made import digits_graph as d; print(hash(str(d(None).data.edge_index.tolist())))"
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     found = []
     for threads in "14":
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        found.append(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+        found.append(
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+        )
     assert found[0] == found[1]
 
 
 def test_digits_images() -> None:
     task = load_tasks(PRESETS["digits"][1])(0)
-    sizes = {split: sum(len(batch.target) for batch in task.loader(split, 64, None)) for split in get_args(Split)}
+    sizes = {
+        split: sum(len(batch.target) for batch in task.loader(split, 64, None))
+        for split in get_args(Split)
+    }
     assert sizes == {"train": 898, "val": 449, "test": 450}
     assert task.steps(64) == 15
     images = torch.cat([batch.inputs[0] for batch in task.loader("train", 64, None)])
@@ -81,7 +90,20 @@ def test_digits_images() -> None:
     assert float(images.std()) == pytest.approx(1, abs=1e-4)
 
 
-SHAPE = ["--layers", "2", "--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--experts", "2"]
+SHAPE = [
+    "--layers",
+    "2",
+    "--patch",
+    "4",
+    "--dim",
+    "8",
+    "--vit-heads",
+    "2",
+    "--hidden",
+    "8",
+    "--experts",
+    "2",
+]
 
 
 def folder_task(root: Path, **changes: Any) -> Any:
@@ -90,24 +112,34 @@ def folder_task(root: Path, **changes: Any) -> Any:
 
 def rows(task: Any, part: Any, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     found = list(task.loader(part, 5, seed))
-    return torch.cat([batch.inputs[0] for batch in found]), torch.cat([batch.target for batch in found])
+    return torch.cat([batch.inputs[0] for batch in found]), torch.cat(
+        [batch.target for batch in found]
+    )
 
 
 def test_parts_do_not_overlap_and_only_training_is_augmented(tmp_path: Path) -> None:
     root = write_images(tmp_path)
     plain, changed = folder_task(root), folder_task(root, augment="standard", label_smoothing=0.3)
-    seen = [{image.numpy().tobytes() for image in rows(plain, part)[0]} for part in ("train", "val", "test")]
+    seen = [
+        {image.numpy().tobytes() for image in rows(plain, part)[0]}
+        for part in ("train", "val", "test")
+    ]
     assert [len(part) for part in seen] == [21, 3, 9]
     assert len(set.union(*seen)) == 33
     for part in ("val", "test"):
-        assert all(torch.equal(one, two) for one, two in zip(rows(plain, part), rows(changed, part), strict=True))
+        assert all(
+            torch.equal(one, two)
+            for one, two in zip(rows(plain, part), rows(changed, part), strict=True)
+        )
     images = rows(changed, "train", 1)[0]
     for other in (rows(plain, "train", 1)[0], rows(changed, "train", 2)[0]):
         assert not torch.equal(images, other)
     assert changed.steps(5) == len(list(changed.loader("train", 5, 0))) == 5
     logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
     share = nn.functional.one_hot(target, 3) * 0.7 + 0.1
-    torch.testing.assert_close(changed.loss(logits, target), -(share * logits.log_softmax(-1)).sum(dim=1).mean())
+    torch.testing.assert_close(
+        changed.loss(logits, target), -(share * logits.log_softmax(-1)).sum(dim=1).mean()
+    )
 
 
 def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,15 +147,34 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     seen: list[torch.Tensor] = []
     monkeypatch.setattr("experiments.loop.init_centroids", lambda *call: seen.extend(call[1]))
     root = write_images(tmp_path / "data", train=30)
-    args = ("--router", "multi_centroid", "--kmeans-init", "--batch-size", "24", "--data-root", str(root))
+    args = (
+        "--router",
+        "multi_centroid",
+        "--kmeans-init",
+        "--batch-size",
+        "24",
+        "--data-root",
+        str(root),
+    )
     quick(tmp_path / "run", *SHAPE, *args, preset="images")
-    assert len(seen[0].mean(dim=(2, 3)).argmax(dim=1).unique()) == 3  # a class is bright in one channel
+    assert (
+        len(seen[0].mean(dim=(2, 3)).argmax(dim=1).unique()) == 3
+    )  # a class is bright in one channel
 
 
 def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"layers": 3, "patch": 4, "dim": 8, "vit_heads": 2, "hidden": 8, "experts": 2}
+    sizes: dict[str, Any] = {
+        "layers": 3,
+        "patch": 4,
+        "dim": 8,
+        "vit_heads": 2,
+        "hidden": 8,
+        "experts": 2,
+    }
     root = write_images(tmp_path / "data")
-    config = ImageConfig(dataset="images", data_root=root, router="dense", every=2, mlp_scale=0.25, **sizes)
+    config = ImageConfig(
+        dataset="images", data_root=root, router="dense", every=2, mlp_scale=0.25, **sizes
+    )
     task = load_tasks(config)(0)
     blocks: Any = build_model(config, task)
     x = torch.randn(2, 3, 8)

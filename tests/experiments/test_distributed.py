@@ -28,9 +28,32 @@ from tests.experiments.test_resume import assert_same
 from tests.vision.made_images import write_images
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--experts", "4"]
+TINY = [
+    "--patch",
+    "4",
+    "--dim",
+    "8",
+    "--vit-heads",
+    "2",
+    "--hidden",
+    "8",
+    "--layers",
+    "2",
+    "--experts",
+    "4",
+]
 EXACT = ["--epochs", "2", "--seeds", "0", "--no-progress", "--precision", "64-true", "--lr", "1e-3"]
-SAMPLED = ["digits-graph", "--sampling", "neighbor", "--conv", "sage", "--hidden", "8", "--router", "token_choice"]
+SAMPLED = [
+    "digits-graph",
+    "--sampling",
+    "neighbor",
+    "--conv",
+    "sage",
+    "--hidden",
+    "8",
+    "--router",
+    "token_choice",
+]
 SAME: dict[str, list[str]] = {
     "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "standard",
                "--router", "expert_choice", "--clip-norm", "0.1"],
@@ -93,7 +116,9 @@ def test_two_processes_train_what_one_does(name: str, folder: Path) -> None:
     for figure in ("val", "test", "steps", "flops", "parameters"):
         assert summaries[0][figure] == summaries[1][figure], figure
     for mine, other in zip(rows(one), rows(two), strict=True):
-        assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)  # of logits in float32
+        assert float(mine["loss"]) == pytest.approx(
+            float(other["loss"]), rel=1e-6
+        )  # of logits in float32
     weights = [load_file(run / "seed-0" / "checkpoint" / "best.safetensors") for run in (one, two)]
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=1e-9, atol=1e-12)
@@ -117,26 +142,43 @@ def test_slices_of_a_graph_are_those_of_one_process(sampling: str) -> None:
     for part, seed in (("train", 3), ("val", None)):
         slices = [list(task.loader(part, 7, seed, (rank, 8))) for rank in range(8)]
         for number, whole in enumerate(task.loader(part, 7, seed)):
-            assert torch.cat([one[number].target for one in slices]).tolist() == whole.target.tolist()
+            assert (
+                torch.cat([one[number].target for one in slices]).tolist() == whole.target.tolist()
+            )
         assert {len(one) for one in slices} == {number + 1}
 
 
 def test_processes_that_were_not_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "devices: got 1 x 1 nodes in 2 processes, expected python -m experiments" in refused(["digits"], capsys)
+    assert "devices: got 1 x 1 nodes in 2 processes, expected python -m experiments" in refused(
+        ["digits"], capsys
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(rank: int, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(
+    rank: int, tmp_path: Path
+) -> None:
     process, began = start("-m", __name__, str(tmp_path), str(rank)), time.monotonic()
     _, error = process.communicate(timeout=120)
     assert time.monotonic() - began < 100  # not for the two hours that one may wait
     assert process.returncode != 0
     assert b"Signal 9 (SIGKILL)" in error
     if rank == 1:
-        assert b"since another process has ended; continue with: torchrun --nproc-per-node 2" in error
-    again = start("-m", "experiments.train", *DRAWS, "--devices", "2", "--resume", "--out", str(tmp_path / "run"))
+        assert (
+            b"since another process has ended; continue with: torchrun --nproc-per-node 2" in error
+        )
+    again = start(
+        "-m",
+        "experiments.train",
+        *DRAWS,
+        "--devices",
+        "2",
+        "--resume",
+        "--out",
+        str(tmp_path / "run"),
+    )
     _, error = again.communicate(timeout=300)
     assert again.returncode == 0, error.decode()
     assert len(rows(tmp_path / "run")) == 3
@@ -145,6 +187,11 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(rank: int, 
 if __name__ == "__main__":
     root, *killed = sys.argv[1:]
     if killed:
-        run_until(4, [*DRAWS, "--devices", "2", "--out", f"{root}/run"], rank=killed[0], number=signal.SIGKILL)
+        run_until(
+            4,
+            [*DRAWS, "--devices", "2", "--out", f"{root}/run"],
+            rank=killed[0],
+            number=signal.SIGKILL,
+        )
     atexit.register(say_whether_left, Path(root))  # the first of them, and so the last to be called
     all_runs(Path(root))

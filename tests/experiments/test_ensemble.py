@@ -45,7 +45,9 @@ def predicted(run: Path, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-proteins"])
-def test_an_ensemble_is_what_ogb_says_of_the_mean(name: str, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_ensemble_is_what_ogb_says_of_the_mean(
+    name: str, data: Path, tmp_path: Path, capsys: Any
+) -> None:
     """Of two runs with two seeds each; and of one seed alone, what its run says."""
     one = run(data, tmp_path / "one", name=name)
     run(data, tmp_path / "other", "--router", "dense", name=name)
@@ -65,12 +67,17 @@ def test_an_ensemble_is_what_ogb_says_of_the_mean(name: str, data: Path, tmp_pat
     assert first.startswith(f"{tmp_path / 'one'}: test {100 * one['test']['mean']:.2f} ± ")
     assert f"{one['parameters']:,} parameters" in first
     assert "other: test" in second
-    assert last.startswith(f"ensemble of 4: test {100 * says(sum(parts[1:], parts[0]) / 4):.2f}, validation ")
+    assert last.startswith(
+        f"ensemble of 4: test {100 * says(sum(parts[1:], parts[0]) / 4):.2f}, validation "
+    )
 
 
 def test_correct_and_smooth_is_the_papers(data: Path, tmp_path: Path) -> None:
     """By label propagation: errors of the training nodes scaled to their mean size, then their labels."""
-    plain, smoothed = run(data, tmp_path / "plain"), run(data, tmp_path / "smooth", "--correct-and-smooth")
+    plain, smoothed = (
+        run(data, tmp_path / "plain"),
+        run(data, tmp_path / "smooth", "--correct-and-smooth"),
+    )
     assert plain["flops"] == smoothed["flops"]
     before, after = predicted(tmp_path / "plain", 1), predicted(tmp_path / "smooth", 1)
     graph = load_ogb("ogbn-arxiv", data)
@@ -80,16 +87,23 @@ def test_correct_and_smooth_is_the_papers(data: Path, tmp_path: Path) -> None:
     spread = LabelPropagation(50, 1.0)(error, edges, post_step=lambda value: value.clamp(-1, 1))
     scale = error[rows].abs().sum() / len(rows) / spread.abs().sum(dim=1, keepdim=True)
     scale[scale.isinf() | (scale > 1000)] = 1
-    expected = LabelPropagation(50, 0.8)((before + scale * spread).index_copy(0, rows, labels[rows]), edges)
+    expected = LabelPropagation(50, 0.8)(
+        (before + scale * spread).index_copy(0, rows, labels[rows]), edges
+    )
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-4)
     test = graph.splits(0)["test"]
     accuracy = (after[test].argmax(dim=1) == graph.data.y[test]).double().mean().item()
     assert accuracy == pytest.approx(smoothed["test"]["values"][1])
 
 
-def test_features_of_ones_own(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_of_ones_own(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """They replace the set's, belong to the run, and are refused where they do not fit."""
-    plain, own = run(data, tmp_path / "plain"), run(data, tmp_path / "own", "--features", str(data / "x.npy"))
+    plain, own = (
+        run(data, tmp_path / "plain"),
+        run(data, tmp_path / "own", "--features", str(data / "x.npy")),
+    )
     assert own["parameters"] < plain["parameters"]
     assert own["test"] != plain["test"]
     copied = tmp_path / "x.npy"
@@ -114,12 +128,23 @@ def test_features_of_ones_own(data: Path, tmp_path: Path, capsys: pytest.Capture
         (["ogbn-arxiv", *SAMPLED, "--model", f"{OWN}:sage"], "evaluation='full'"),
     ],
 )
-def test_what_cannot_be_smoothed(args: list[str], message: str, data: Path, tmp_path: Path, capsys: Any) -> None:
-    command = [*args, "--correct-and-smooth", "--data-root", str(data), "--out", str(tmp_path / "out")]
+def test_what_cannot_be_smoothed(
+    args: list[str], message: str, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    command = [
+        *args,
+        "--correct-and-smooth",
+        "--data-root",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert message in refused(command, capsys)
 
 
-def test_models_without_layer_wise_inference_keep_them_of_whole_graphs(data: Path, tmp_path: Path) -> None:
+def test_models_without_layer_wise_inference_keep_them_of_whole_graphs(
+    data: Path, tmp_path: Path
+) -> None:
     own, far = ("--model", f"{OWN}:sage"), ("--conv", "tag", "--router", "dense")
     for name, args in {"full": own, "sampled": (*own, *SAMPLED), "far": (*far, *SAMPLED)}.items():
         run(data, tmp_path / name, *args)
@@ -152,15 +177,21 @@ def test_an_ensemble_takes_runs_with_predictions(data: Path, tmp_path: Path, cap
     (ogbs / "ogbn_arxiv" / "PLANTED.txt").unlink()  # as if it were OGB's
     run(ogbs, tmp_path / "other")
     both = [str(tmp_path / "run"), str(tmp_path / "other")]
-    assert "has not the data that" in refused([*both, "--data-root", str(ogbs)], capsys, ensemble.main)
-    assert "digest=" in refused(["ogbn-arxiv", "--data-root", str(ogbs), "--resume", "--out", both[0]], capsys)
+    assert "has not the data that" in refused(
+        [*both, "--data-root", str(ogbs)], capsys, ensemble.main
+    )
+    assert "digest=" in refused(
+        ["ogbn-arxiv", "--data-root", str(ogbs), "--resume", "--out", both[0]], capsys
+    )
     file.unlink()  # which a submission does without
     with pytest.raises(SystemExit):
         ensemble.main(both[:1])
     assert ": test " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag", PAPERS])
+@pytest.mark.parametrize(
+    "name", ["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag", PAPERS]
+)
 def test_metrics_are_ogbs_to_the_last_digit(name: str) -> None:
     """In batches, of 1,000 random nodes."""
     generator = torch.Generator().manual_seed(0)
@@ -171,4 +202,7 @@ def test_metrics_are_ogbs_to_the_last_digit(name: str) -> None:
     for rows in torch.arange(1000).split(300):
         metric.update(logits[rows], y[rows].float() if tasks > 1 else y[rows].view(-1))
     predicted = logits if tasks > 1 else logits.argmax(dim=1, keepdim=True)
-    assert metric.compute().item() == evaluator.eval({"y_true": y, "y_pred": predicted})[evaluator.eval_metric]
+    assert (
+        metric.compute().item()
+        == evaluator.eval({"y_true": y, "y_pred": predicted})[evaluator.eval_metric]
+    )

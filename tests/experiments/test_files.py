@@ -67,20 +67,26 @@ RAW = ("citeseer", "amazon-photo", "wikics", "roman-empire", "actor")
 FOLDERS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     "files": (write_all, read_all),
     **{name: (partial(write_raw, name), partial(load, name)) for name in RAW},
-    **{form: (write, lambda root: own_graph(next(root.iterdir()))) for form, write in FORMS.items()},
+    **{
+        form: (write, lambda root: own_graph(next(root.iterdir()))) for form, write in FORMS.items()
+    },
     "images": (partial(write_images, train=2, test=1), partial(load_images, "images")),
 }
 """Of each layout, what writes it in a folder and what reads it."""
 
 
 @pytest.mark.parametrize("layout", FOLDERS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_a_broken_file_is_one_error(layout: str, data: st.DataObject, tmp_path: Path) -> None:
     write, read = FOLDERS[layout]
     if not any(tmp_path.iterdir()):
         write(tmp_path)
-    path = data.draw(st.sampled_from(sorted(path for path in tmp_path.rglob("*") if path.is_file())))
+    path = data.draw(
+        st.sampled_from(sorted(path for path in tmp_path.rglob("*") if path.is_file()))
+    )
     whole = path.read_bytes()
     content = bytearray(whole)
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
@@ -148,24 +154,33 @@ def test_missing_files_are_not_found(name: str, tmp_path: Path) -> None:
 def claim(shape: tuple[int, ...], dtype: str = "<f8") -> bytes:
     """An array of which the header claims more than there is."""
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype})
+    np.lib.format.write_array_header_1_0(
+        file, {"shape": shape, "fortran_order": False, "descr": dtype}
+    )
     return file.getvalue() + bytes(16)
 
 
-@pytest.mark.parametrize("content", [claim((2_000_000_000_000,)), claim(()), claim((2,), "|O"), claim((4,), "|V0")])
+@pytest.mark.parametrize(
+    "content", [claim((2_000_000_000_000,)), claim(()), claim((2,), "|O"), claim((4,), "|V0")]
+)
 def test_what_is_merely_claimed_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(content)
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", content)
     for name in ("a.npy", "a.npz"):
-        with pytest.raises(ValueError, match=r"claims 16000000000000 bytes|expected rows of numbers"):
+        with pytest.raises(
+            ValueError, match=r"claims 16000000000000 bytes|expected rows of numbers"
+        ):
             READERS[name](tmp_path / name)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        *(("a.json", f'{{"epochs": {value}}}', "epochs: got ") for value in ('"3"', "3.0", "true", "NaN")),
+        *(
+            ("a.json", f'{{"epochs": {value}}}', "epochs: got ")
+            for value in ('"3"', "3.0", "true", "NaN")
+        ),
         ("a.json", '{"epochs": 3, "k": 1}', "k: got 1"),
         ("a.csv", "a,b\n", "has no rows"),
         ("a.csv", "a,b\n1,2,3\n", "or more fields in a row than in the header"),

@@ -51,12 +51,19 @@ def counted(task: Task, part: Split, batch_size: int = 7, seed: int | None = Non
 @pytest.mark.parametrize("sampling", ["full", "neighbor", "random_node"])
 @pytest.mark.parametrize("evaluation", ["full", "sampled"])
 @pytest.mark.parametrize("binary", [False, True])
-def test_each_seed_counts_once_and_no_other_node(sampling: Any, evaluation: Any, binary: bool) -> None:
-    task = make_task(make_config(sampling=sampling, evaluation=evaluation), make_graph(binary=binary))
+def test_each_seed_counts_once_and_no_other_node(
+    sampling: Any, evaluation: Any, binary: bool
+) -> None:
+    task = make_task(
+        make_config(sampling=sampling, evaluation=evaluation), make_graph(binary=binary)
+    )
     for part in PARTS:
         for batch_size in (1, 7, 1000):
             for seed in (None, 4):
-                assert sorted(counted(task, part, batch_size, seed)) == make_split()[part].sort().values.tolist()
+                assert (
+                    sorted(counted(task, part, batch_size, seed))
+                    == make_split()[part].sort().values.tolist()
+                )
 
 
 @pytest.mark.parametrize("sampling", ["neighbor", "random_node"])
@@ -65,7 +72,9 @@ def test_shuffling_follows_the_seed(sampling: Any) -> None:
 
     def epoch(seed: int | None) -> list[list[list[float]]]:
         torch.manual_seed(0)
-        return [part.tolist() for batch in task.loader("train", 7, seed) for part in batch.inputs[:2]]
+        return [
+            part.tolist() for batch in task.loader("train", 7, seed) for part in batch.inputs[:2]
+        ]
 
     assert epoch(1) == epoch(1) != epoch(2)
     assert counted(task, "train", seed=1) != counted(task, "train", seed=2)
@@ -74,31 +83,55 @@ def test_shuffling_follows_the_seed(sampling: Any) -> None:
 
 @pytest.mark.parametrize(
     ("conv", "changes"),
-    [("sage", {}), ("sage", {"jk": "cat", "undirected": True}), ("graph", {}), ("gat", {"undirected": True})],
+    [
+        ("sage", {}),
+        ("sage", {"jk": "cat", "undirected": True}),
+        ("graph", {}),
+        ("gat", {"undirected": True}),
+    ],
 )
-def test_all_neighbors_give_the_logits_of_the_whole_graph(conv: str, changes: dict[str, Any]) -> None:
+def test_all_neighbors_give_the_logits_of_the_whole_graph(
+    conv: str, changes: dict[str, Any]
+) -> None:
     """Of convs that look at no degrees; edge weights (of graph) come along."""
     graph = make_graph(weights=conv == "graph")
     config = make_config(
-        router="dense", conv=(conv,), sampling="neighbor", evaluation="sampled", fanout=(-1, -1), **changes
+        router="dense",
+        conv=(conv,),
+        sampling="neighbor",
+        evaluation="sampled",
+        fanout=(-1, -1),
+        **changes,
     )
     task = make_task(config, graph)
-    full, model = logits_of(config, make_task(replace(config, evaluation="full"), graph)), model_of(config, task)
+    full, model = (
+        logits_of(config, make_task(replace(config, evaluation="full"), graph)),
+        model_of(config, task),
+    )
     for part in PARTS:
         sizes = []
         for batch in task.loader(part, 7, 1):
             ids = batch.counted(batch.inputs[0])[:, 0].long()
             with torch.no_grad():
-                torch.testing.assert_close(batch.counted(model(*map(double, batch.inputs))), full[ids])
+                torch.testing.assert_close(
+                    batch.counted(model(*map(double, batch.inputs))), full[ids]
+                )
             assert len(batch.inputs) == 8  # the layers are trimmed
             sizes.append(len(batch.inputs[0]))
         assert min(sizes) < NODES
-    deeper = make_task(replace(config, fanout=(2, 2, 2)), graph)  # than there are layers: not trimmed
-    assert {len(batch.inputs) for batch in deeper.loader("train", 7, 1)} == {3 if conv == "graph" else 2}
+    deeper = make_task(
+        replace(config, fanout=(2, 2, 2)), graph
+    )  # than there are layers: not trimmed
+    assert {len(batch.inputs) for batch in deeper.loader("train", 7, 1)} == {
+        3 if conv == "graph" else 2
+    }
 
 
 def test_random_parts_are_induced() -> None:
-    task = make_task(make_config(conv=("gat", "graph"), sampling="random_node"), make_graph(weights=True, simple=True))
+    task = make_task(
+        make_config(conv=("gat", "graph"), sampling="random_node"),
+        make_graph(weights=True, simple=True),
+    )
     assert task.graph is not None
     weight = {tuple(pair): 1 + sum(pair) / NODES for pair in task.graph.edge_index.T.tolist()}
     seen = 0
@@ -118,18 +151,29 @@ def test_random_parts_are_induced() -> None:
     [
         (("gcn",), {"start": "shared", "undirected": True}),
         (("gatv2",), {}),
-        (("graph", "sage"), {"shared_router": True, "router_input": ("node", "neighbors", "degree")}),
+        (
+            ("graph", "sage"),
+            {"shared_router": True, "router_input": ("node", "neighbors", "degree")},
+        ),
         (("low_pass", "high_pass", "identity", "mlp"), {"experts": 4, "jk": "last"}),
     ],
 )
 @pytest.mark.parametrize("router", ["expert_choice", "dense"])
-def test_layerwise_evaluation_equals_full(conv: tuple[str, ...], changes: dict[str, Any], router: Any) -> None:
+def test_layerwise_evaluation_equals_full(
+    conv: tuple[str, ...], changes: dict[str, Any], router: Any
+) -> None:
     graph = make_graph(weights=conv != ("gatv2",))
     graph.data.x[:, 0] /= NODES
     config = make_config(conv=conv, router=router, **changes)
-    full, layerwise = (make_task(replace(config, evaluation=how), graph) for how in ("full", "layerwise"))
-    with set_up(Fabric(accelerator="cpu", devices=1), model_of(config, full).float(), config, full) as training:
-        by_pieces = replace(training, config=replace(config, evaluation="layerwise"), task=layerwise)
+    full, layerwise = (
+        make_task(replace(config, evaluation=how), graph) for how in ("full", "layerwise")
+    )
+    with set_up(
+        Fabric(accelerator="cpu", devices=1), model_of(config, full).float(), config, full
+    ) as training:
+        by_pieces = replace(
+            training, config=replace(config, evaluation="layerwise"), task=layerwise
+        )
         for part in PARTS[1:]:
             two, pieces = by_pieces.evaluate(part)
             one, routings = training.evaluate(part)
@@ -160,10 +204,16 @@ def test_a_matrix_gives_the_logits_of_edge_index(
     conv: tuple[str, ...], changes: dict[str, Any], router: str, undirected: bool, weights: bool
 ) -> None:
     config = make_config(
-        conv=conv, router=router, router_input=("node", "neighbors", "degree"), undirected=undirected, **changes
+        conv=conv,
+        router=router,
+        router_input=("node", "neighbors", "degree"),
+        undirected=undirected,
+        **changes,
     )
     graph = make_graph(weights, simple=True)
-    matrix, plain = (make_task(replace(config, adjacency=form), graph) for form in ("auto", "edge_index"))
+    matrix, plain = (
+        make_task(replace(config, adjacency=form), graph) for form in ("auto", "edge_index")
+    )
     assert adjacency_of(matrix).is_sparse_csr
     assert not adjacency_of(plain).is_sparse_csr
     torch.testing.assert_close(logits_of(config, matrix), logits_of(config, plain))
@@ -172,7 +222,10 @@ def test_a_matrix_gives_the_logits_of_edge_index(
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"conv": ("gcn",)}, "self-loops"),  # PyG adds one to each node of a matrix, of edges only where there is none
+        (
+            {"conv": ("gcn",)},
+            "self-loops",
+        ),  # PyG adds one to each node of a matrix, of edges only where there is none
         ({"conv": ("sage", "low_pass")}, "self-loops"),
         ({}, "parallel"),
         ({"precision": "bf16-mixed"}, "simple"),
@@ -186,16 +239,26 @@ def test_where_there_is_no_matrix(changes: dict[str, Any], kind: str) -> None:
     graph = make_graph(weights=kind == "weights", simple=kind != "parallel")
     if kind == "self-loops":
         graph.data.edge_index = add_self_loops(graph.data.edge_index)[0]
-    assert torch.equal(adjacency_of(make_task(make_config(**changes), graph)), graph.data.edge_index)
+    assert torch.equal(
+        adjacency_of(make_task(make_config(**changes), graph)), graph.data.edge_index
+    )
 
 
 @pytest.mark.parametrize("adjacency", ["auto", "edge_index"])
 @pytest.mark.parametrize("router", ["dense", "expert_choice"])
 @pytest.mark.parametrize(
     ("conv", "takes"),
-    [(("gcn",), True), (("graph",), True), (("sage",), False), (("gat",), False), (("gcn", "sage"), True)],
+    [
+        (("gcn",), True),
+        (("graph",), True),
+        (("sage",), False),
+        (("gat",), False),
+        (("gcn", "sage"), True),
+    ],
 )
-def test_weights_reach_the_convs_that_take_them(conv: Any, takes: bool, router: Any, adjacency: Any) -> None:
+def test_weights_reach_the_convs_that_take_them(
+    conv: Any, takes: bool, router: Any, adjacency: Any
+) -> None:
     config = make_config(conv=conv, router=router, adjacency=adjacency)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -220,7 +283,11 @@ def test_directions() -> None:
     torch.testing.assert_close(data.edge_weight, 1 + data.edge_index.sum(dim=0) / NODES)
 
 
-scores = st.tuples(st.integers(0, 1), st.floats(-1e3, 1e3, width=32), st.sampled_from([-60.0, 0.0, 0.25, 50.0, 2e4]))
+scores = st.tuples(
+    st.integers(0, 1),
+    st.floats(-1e3, 1e3, width=32),
+    st.sampled_from([-60.0, 0.0, 0.25, 50.0, 2e4]),
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -257,8 +324,12 @@ def mag_task(mag: GraphData, **changes: Any) -> Task:
 
 
 @pytest.mark.parametrize("router", ["dense", "token_choice"])
-@pytest.mark.parametrize("how", [{}, {"sampling": "neighbor", "evaluation": "sampled", "fanout": (-1, -1)}])
-def test_each_paper_counts_once_with_the_logits_of_the_whole_graph(mag: GraphData, router: Any, how: Any) -> None:
+@pytest.mark.parametrize(
+    "how", [{}, {"sampling": "neighbor", "evaluation": "sampled", "fanout": (-1, -1)}]
+)
+def test_each_paper_counts_once_with_the_logits_of_the_whole_graph(
+    mag: GraphData, router: Any, how: Any
+) -> None:
     """Of the experts alone that a paper chooses, whoever else is in the batch."""
     task = mag_task(mag, router=router, **how)
     model = build_model(mag_config(router=router), task).eval()
@@ -270,7 +341,9 @@ def test_each_paper_counts_once_with_the_logits_of_the_whole_graph(mag: GraphDat
             for batch in task.loader(part, batch_size, seed):
                 nodes = batch.counted(batch.inputs[0]["paper"])[:, 0].long()
                 assert torch.equal(batch.target, mag.data["paper"].y[nodes])
-                torch.testing.assert_close(batch.counted(model(*batch.inputs)), full[nodes], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    batch.counted(model(*batch.inputs)), full[nodes], rtol=1e-4, atol=1e-4
+                )
                 ids += nodes.tolist()
             assert sorted(ids) == mag.splits(0)[part].sort().values.tolist()
 
@@ -280,7 +353,9 @@ def test_a_batch_without_some_kinds_of_nodes(mag: GraphData) -> None:
     task = mag_task(mag, sampling="neighbor", fanout=(0, 0))
     model = build_model(mag_config(), task)
     for batch in task.loader("train", 16, 0):
-        assert {kind: len(ids) for kind, ids in batch.inputs[2].items() if len(ids)} == {"paper": len(batch.target)}
+        assert {kind: len(ids) for kind, ids in batch.inputs[2].items() if len(ids)} == {
+            "paper": len(batch.target)
+        }
         task.loss(batch.counted(model(*batch.inputs)), batch.target).backward()
 
 

@@ -15,7 +15,17 @@ import pytest
 from experiments import jobs, train
 from tests.experiments.test_resume import assert_same
 
-ARGS = ["digits-graph", "--router", "token_choice", "--dropout", "0.2", "--noise", "True", "--epochs", "40"]
+ARGS = [
+    "digits-graph",
+    "--router",
+    "token_choice",
+    "--dropout",
+    "0.2",
+    "--noise",
+    "True",
+    "--epochs",
+    "40",
+]
 ARGS += ["--seeds", "0", "1", "--jobs", "2"]
 
 
@@ -48,31 +58,51 @@ def stopped(out: Path, act: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) 
 def test_a_seed_that_is_killed_leaves_the_other_alone(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert stopped(tmp_path, lambda: {one.name: one for one in active_children()}["seed 1"].kill(), monkeypatch) == 1
+    assert (
+        stopped(
+            tmp_path,
+            lambda: {one.name: one for one in active_children()}["seed 1"].kill(),
+            monkeypatch,
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert "2 of 2 seeds ended" in error
     assert "seed 1 ended with status -9: " in error
     assert "continue with: python -m experiments.train digits-graph" in error
-    assert [(tmp_path / f"seed-{seed}" / "result.json").exists() for seed in (0, 1)] == [True, False]
+    assert [(tmp_path / f"seed-{seed}" / "result.json").exists() for seed in (0, 1)] == [
+        True,
+        False,
+    ]
     train.main([*ARGS, "--no-progress", "--resume", "--out", str(tmp_path)])
     assert_same(whole, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_processes_which_save(
-    number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def act() -> None:
-        assert all(os.getpgid(one.pid or 0) == one.pid for one in active_children())  # Ctrl-C reaches only this one
+        assert all(
+            os.getpgid(one.pid or 0) == one.pid for one in active_children()
+        )  # Ctrl-C reaches only this one
         signal.raise_signal(number)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # shells let background jobs ignore it
     try:
         assert stopped(tmp_path, act, monkeypatch) == 128 + number
     finally:
         signal.signal(signal.SIGINT, before)
     assert "stopped; continue with: python -m experiments.train" in capsys.readouterr().err
-    assert all((tmp_path / f"seed-{seed}" / "checkpoint" / "state.ckpt").exists() for seed in (0, 1))
+    assert all(
+        (tmp_path / f"seed-{seed}" / "checkpoint" / "state.ckpt").exists() for seed in (0, 1)
+    )
     assert not list(tmp_path.glob("seed-*/result.json"))
     train.main([*ARGS, "--no-progress", "--resume", "--out", str(tmp_path)])
     assert_same(whole, tmp_path)

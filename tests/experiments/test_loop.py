@@ -56,21 +56,34 @@ def test_steps_follow_the_schedule_and_clip_gradients() -> None:
 @pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", False)])
 def test_bf16_on_the_cpu_does_without_the_fused_attention(precision: Any, fused: bool) -> None:
     config, model, task = model_and_task(precision=precision)
-    with set_up(Fabric(accelerator="cpu", devices=1, precision=precision), model, config, task) as training:
+    with set_up(
+        Fabric(accelerator="cpu", devices=1, precision=precision), model, config, task
+    ) as training:
         training.step(next(iter(training.batches("train", 0))), 300)
         assert torch.backends.cuda.flash_sdp_enabled() is fused
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
-    args = ("--router", "token_choice", "--balance", "importance_load", "--balance-coef", "0.1", "--epochs", "2")
+    args = (
+        "--router",
+        "token_choice",
+        "--balance",
+        "importance_load",
+        "--balance-coef",
+        "0.1",
+        "--epochs",
+        "2",
+    )
     summary = quick(tmp_path, *args, preset="digits")
     logged = rows(tmp_path)
     names = {f"{name}_{layer}" for name in ("importance", "load") for layer in (0, 1)}
     assert set(logged[0]) == {"epoch", "lr", "loss", "aux", "val"} | names
     assert summary["curve"]["epoch"] == [1, 2]
     for figure in ("loss", "val"):
-        assert summary["curve"][figure][0] == pytest.approx([float(row[figure]) for row in logged], abs=1e-5)
+        assert summary["curve"][figure][0] == pytest.approx(
+            [float(row[figure]) for row in logged], abs=1e-5
+        )
 
 
 def test_configurations_of_older_versions() -> None:
@@ -84,12 +97,19 @@ def test_configurations_of_older_versions() -> None:
 
 
 def test_every_committed_run_is_still_read() -> None:
-    found = [json.loads(path.read_text()) for path in (Path(__file__).parents[2] / "results").glob("*.json")]
-    variants = [variant for study in found for variant in study.get("variants", []) if "config" in variant]
+    found = [
+        json.loads(path.read_text())
+        for path in (Path(__file__).parents[2] / "results").glob("*.json")
+    ]
+    variants = [
+        variant for study in found for variant in study.get("variants", []) if "config" in variant
+    ]
     gone = 0
     for variant in variants:
         config = variant["config"]
-        beside = config.get("shared_expert", False) is not False and config.get("dense_start") is False
+        beside = (
+            config.get("shared_expert", False) is not False and config.get("dense_start") is False
+        )
         if beside and config["router"] != "dense":
             gone += 1
             with pytest.raises(ValueError, match=r"^dense_start: got False beside a shared expert"):
@@ -110,4 +130,6 @@ def test_progress_in_a_file_is_lines(capsys: pytest.CaptureFixture[str]) -> None
     progress.show("a seed 1", 3, 3, "loss 2")
     progress.finish(3)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(";")[0] for line in lines] == [f"a seed {n}: epoch 3 of 3, loss {n + 1}" for n in (0, 1)]
+    assert [line.partition(";")[0] for line in lines] == [
+        f"a seed {n}: epoch 3 of 3, loss {n + 1}" for n in (0, 1)
+    ]

@@ -47,7 +47,9 @@ def test_sets_from_their_raw_layout(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(data.x, torch.from_numpy(raw.x.astype(np.float32)))
     assert torch.equal(data.y, torch.from_numpy(raw.y))
     edges = {tuple(pair) for pair in raw.edges.tolist()}
-    assert pairs(data.edge_index) == (edges if name in ONE_WAY else edges | {(b, a) for a, b in edges})
+    assert pairs(data.edge_index) == (
+        edges if name in ONE_WAY else edges | {(b, a) for a, b in edges}
+    )
     assert graph.num_outputs == int(raw.y.max()) + 1
     assert graph.metric_name == ("roc_auc" if name in BY_ROC_AUC else "accuracy")
     for seed in (0, 3, 23):
@@ -55,7 +57,9 @@ def test_sets_from_their_raw_layout(name: str, tmp_path: Path) -> None:
         assert not any(parts[a] & parts[b] for a, b in itertools.combinations(parts, 2))
         if raw.masks is not None:
             for part, mask in raw.masks.items():
-                assert parts[part] == set(np.flatnonzero(mask if mask.ndim == 1 else mask[seed % len(mask)]).tolist())
+                assert parts[part] == set(
+                    np.flatnonzero(mask if mask.ndim == 1 else mask[seed % len(mask)]).tolist()
+                )
         else:
             labels = {part: raw.y[list(nodes)] for part, nodes in parts.items()}
             assert np.bincount(labels["train"]).tolist() == [20] * CLASSES
@@ -63,7 +67,9 @@ def test_sets_from_their_raw_layout(name: str, tmp_path: Path) -> None:
             assert sum(map(len, parts.values())) == NODES
 
 
-@pytest.mark.parametrize("y", [[0] * 50 + [1] * 20 + [2] * 5 + [-1] * 9, [0, 1, 2, 3, 4], [0] * 7 + [1, 2, 3, 4]])
+@pytest.mark.parametrize(
+    "y", [[0] * 50 + [1] * 20 + [2] * 5 + [-1] * 9, [0, 1, 2, 3, 4], [0] * 7 + [1, 2, 3, 4]]
+)
 def test_stratified_splits(y: list[int]) -> None:
     """Each class to a node, however small; nodes without a label are in none."""
     labels = torch.tensor(y)
@@ -73,7 +79,13 @@ def test_stratified_splits(y: list[int]) -> None:
         for part, share in zip(MASKS, (0.6, 0.2, 0.2), strict=True):
             assert len(split[part]) >= 1
             for label in labels[labels >= 0].unique():
-                assert abs(int((labels[split[part]] == label).sum()) - share * int((labels == label).sum())) < 1.3
+                assert (
+                    abs(
+                        int((labels[split[part]] == label).sum())
+                        - share * int((labels == label).sum())
+                    )
+                    < 1.3
+                )
 
 
 def test_drawn_splits_follow_the_seed() -> None:

@@ -53,9 +53,13 @@ def test_plain_sets_are_what_ogb_reads(name: str, root: Path) -> None:
     for part, index in graph.splits(3).items():
         assert index.tolist() == numbers(file(name, root, part)).ravel().tolist()
     assert graph.num_outputs == {"ogbn-arxiv": 40, "ogbn-products": 47, "ogbn-proteins": 112}[name]
-    (theirs,) = read_graph_pyg.read_graph_pyg(raw, add_inverse_edge=name != "ogbn-arxiv", additional_node_files=[])
+    (theirs,) = read_graph_pyg.read_graph_pyg(
+        raw, add_inverse_edge=name != "ogbn-arxiv", additional_node_files=[]
+    )
     assert torch.equal(data.edge_index, theirs.edge_index)
-    assert torch.equal(data.y, torch.from_numpy(numbers(file(name, root, "y"))).to(data.y).view_as(data.y))
+    assert torch.equal(
+        data.y, torch.from_numpy(numbers(file(name, root, "y"))).to(data.y).view_as(data.y)
+    )
     if name != "ogbn-proteins":
         assert torch.equal(data.x, theirs.x)
         return
@@ -67,7 +71,9 @@ def test_plain_sets_are_what_ogb_reads(name: str, root: Path) -> None:
 
 def test_mag_is_what_ogb_reads(root: Path) -> None:
     graph, raw = load_ogb("ogbn-mag", root), str(root / "ogbn_mag" / "raw")
-    (theirs,) = read_graph_pyg.read_heterograph_pyg(raw, additional_node_files=[], additional_edge_files=[])
+    (theirs,) = read_graph_pyg.read_heterograph_pyg(
+        raw, additional_node_files=[], additional_edge_files=[]
+    )
     assert graph.target == "paper"
     assert graph.data.node_types == sorted(theirs.num_nodes_dict)  # models are drawn in this order
     assert graph.data.edge_types == list(theirs.edge_index_dict)
@@ -79,8 +85,13 @@ def test_mag_is_what_ogb_reads(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-mag"])
-def test_the_second_load_reads_tensors_and_runs_nothing(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, processed = tensors(name, root), root / name.replace("-", "_") / "processed" / "tensors.pt"
+def test_the_second_load_reads_tensors_and_runs_nothing(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, processed = (
+        tensors(name, root),
+        root / name.replace("-", "_") / "processed" / "tensors.pt",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(ogb, "read_csv", lambda *_, **__: pytest.fail("read again"))
         assert_same(tensors(name, root), first)
@@ -151,12 +162,17 @@ def test_an_overlapping_split_is_refused(root: Path) -> None:
 
 
 def test_a_zip_is_fetched_or_brought(
-    templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    templates: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("arxiv", "products"):
         shutil.copytree(templates / f"ogbn_{name}", tmp_path / "server" / name)
         shutil.make_archive(str(tmp_path / "server" / name), "zip", tmp_path / "server", name)
-    monkeypatch.setattr(utils, "download_url", lambda _, to, name, __: shutil.copy(tmp_path / "server" / name, to))
+    monkeypatch.setattr(
+        utils, "download_url", lambda _, to, name, __: shutil.copy(tmp_path / "server" / name, to)
+    )
     root = tmp_path / "new" / "data"
     (root / "ogbn_arxiv" / "raw").mkdir(parents=True)  # what a download of ogb that failed leaves
     load_ogb("ogbn-arxiv", root)

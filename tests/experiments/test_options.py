@@ -73,18 +73,30 @@ MAINS: dict[str, Any] = {
         ("train digits-graph --lr -1", "lr: got -1.0, expected at least 0"),
         ("train digits-graph --dropout 1", "dropout: got 1.0, expected less than 1"),
         ("train digits-graph --epochs 0", "epochs: got 0, expected at least 1"),
-        ("train digits-graph --seeds 0 0", "seeds: got (0, 0), expected one number or more from 0 to 2**32 - 1, each"),
+        (
+            "train digits-graph --seeds 0 0",
+            "seeds: got (0, 0), expected one number or more from 0 to 2**32 - 1, each",
+        ),
         ("train digits-graph --seeds -1", "seeds: got (-1,), expected one number or more"),
         ("train digits-graph --conv cheb", "conv: got ChebConv, which cannot be built as conv("),
         ("train digits-graph --fanout 3 3", "fanout: got (3, 3) with sampling='full'"),
-        ("train digits-graph --device nowhere", "device: got 'nowhere', expected one that is there"),
+        (
+            "train digits-graph --device nowhere",
+            "device: got 'nowhere', expected one that is there",
+        ),
         ("train digits-graph --router oracle", "router: got 'oracle' for digits-graph"),
         ("train mosaic --router oracle --experts 4", "experts: got 4, expected the 8 planted ones"),
-        ("train digits-graph --router random --balance switch", "balance: got 'switch', expected none"),
+        (
+            "train digits-graph --router random --balance switch",
+            "balance: got 'switch', expected none",
+        ),
         ("train digits-graph --router dense --weight score", "options: got"),
         ("train digits-graph --k 9", "k: got 9, expected at most num_experts=8"),
         ("train digits-graph --equal flops", "equal: got flops, expected none, or router='dense'"),
-        ("train digits-graph --equal flops --router dense --model OWN:sage", "equal: got flops, expected none, or"),
+        (
+            "train digits-graph --equal flops --router dense --model OWN:sage",
+            "equal: got flops, expected none, or",
+        ),
         ("train mosaic --router uniform --k 3", "k: got 3 with router='uniform', expected 1"),
         ("train mosaic --router oracle --k 3", "k: got 3 with router='oracle', expected 1"),
         ("train mosaic --router uniform --equal-to token_choice", "equal_to: got 'token_choice'"),
@@ -96,33 +108,72 @@ MAINS: dict[str, Any] = {
         ("train digits-graph --trust", "trust: got True, expected it with --config FILE only"),
         ("train digits-graph --kmeans-init", "kmeans_init: got True"),
         ("train digits --patch 3", "image_size: got 8, expected a multiple of patch_size=3"),
-        ("train digits --image-size 24", "image_size: got 24, expected patch, dim and vit_heads with it"),
+        (
+            "train digits --image-size 24",
+            "image_size: got 24, expected patch, dim and vit_heads with it",
+        ),
         ("train cora --dataset digits", "--dataset"),
-        ("train digits-graph --balance-coef 1", "balance_coef: got a number, expected none: only switch"),
+        (
+            "train digits-graph --balance-coef 1",
+            "balance_coef: got a number, expected none: only switch",
+        ),
         ("train digits --router soft_slots --k 2", "router: got 'soft_slots' with another k"),
-        ("train digits --router attention_vote --scope neighbors", "scope: got 'neighbors', expected 'group'"),
+        (
+            "train digits --router attention_vote --scope neighbors",
+            "scope: got 'neighbors', expected 'group'",
+        ),
         ("train digits-graph --workers -1", "workers: got -1, expected at least 0"),
-        ("train digits --router soft_slots --start plain", "router: got 'soft_slots' with another k or start"),
-        ("train digits --sharing pooled", "sharing: got 'pooled', expected none without start='copies'"),
-        ("train digits --mlp-scale 0.5", "mlp_scale: got 0.5 with router='expert_choice', expected router='dense'"),
+        (
+            "train digits --router soft_slots --start plain",
+            "router: got 'soft_slots' with another k or start",
+        ),
+        (
+            "train digits --sharing pooled",
+            "sharing: got 'pooled', expected none without start='copies'",
+        ),
+        (
+            "train digits --mlp-scale 0.5",
+            "mlp_scale: got 0.5 with router='expert_choice', expected router='dense'",
+        ),
         ("train graph --data-root none.npz", "none.npz, which does not exist"),
         ("train hetero", "data: got None for hetero"),
-        ("train ogbn-papers100M --data-root none", "--from none --to none/ogbn_papers100M_stored --half"),
+        (
+            "train ogbn-papers100M --data-root none",
+            "--from none --to none/ogbn_papers100M_stored --half",
+        ),
         ("train graph --features x.npy", "features: got 'x.npy', expected none for graph"),
-        ("train ogbn-papers100M --features x.npy", "features: got 'x.npy', expected none for ogbn-papers100M"),
+        (
+            "train ogbn-papers100M --features x.npy",
+            "features: got 'x.npy', expected none for ogbn-papers100M",
+        ),
         # your own
-        ("train digits-graph --router nobodys:Router", "router: got 'nobodys:Router', which cannot be imported"),
+        (
+            "train digits-graph --router nobodys:Router",
+            "router: got 'nobodys:Router', which cannot be imported",
+        ),
         ("train digits-graph --router OWN:Nothing", "own_parts:Nothing', which cannot be imported"),
         ("train digits-graph --router OWN:sage", "expected a subclass of gmoe.Router"),
-        ("train digits-graph --router token-choice", "router: got 'token-choice', expected dense, token_choice"),
+        (
+            "train digits-graph --router token-choice",
+            "router: got 'token-choice', expected dense, token_choice",
+        ),
         ("train digits-graph --router expert-choice", "did you mean 'expert_choice'?"),
-        ("train digits-graph --router OWN:FirstBits --balance bias", "balance: got 'bias', expected none"),
+        (
+            "train digits-graph --router OWN:FirstBits --balance bias",
+            "balance: got 'bias', expected none",
+        ),
         ("train digits-graph --model OWN:nothing", "returns a int, expected an nn.Module"),
         ("train digits-graph --model sage", "model: got 'sage', expected package.module:name"),
-        ("train digits-graph --logger wandb", "logger: got 'wandb', expected its package installed: pip install wandb"),
+        (
+            "train digits-graph --logger wandb",
+            "logger: got 'wandb', expected its package installed: pip install wandb",
+        ),
         # several processes
         ("train digits --devices 2", "expected torchrun --nproc-per-node 2 -m experiments.train"),
-        ("train digits --devices 2 --nodes 4", "expected torchrun --nnodes 4 --nproc-per-node 2 -m"),
+        (
+            "train digits --devices 2 --nodes 4",
+            "expected torchrun --nnodes 4 --nproc-per-node 2 -m",
+        ),
         ("train digits --devices 2 --batch-size 33", "batch_size: got 33"),
         ("train digits --devices 2 --jobs 2", "jobs: got 2 with 2 processes a seed"),
         ("train digits --devices 0", "devices: got 0, expected at least 1"),
@@ -132,7 +183,11 @@ MAINS: dict[str, Any] = {
 )
 @pytest.mark.filterwarnings("ignore:ChebConv")
 def test_what_is_refused_is_named_in_one_line(
-    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("experiments.config.importlib.util.find_spec", lambda _: None)
     monkeypatch.chdir(tmp_path)
@@ -152,7 +207,10 @@ def test_what_is_refused_is_named_in_one_line(
         ("sweep mosaic --job 3", "sweep mosaic"),
         ("sweep grid --jobs x", "sweep grid"),
         ("benchmark conv --repeat 3", "benchmark conv"),
-        *((f"{name} --nothing x", name) for name in sorted(set(MAINS) - {"train", "sweep", "benchmark"})),
+        *(
+            (f"{name} --nothing x", name)
+            for name in sorted(set(MAINS) - {"train", "sweep", "benchmark"})
+        ),
     ],
 )
 def test_an_error_leads_to_the_help_that_has_the_options(
@@ -196,15 +254,23 @@ raise AssertionError("it went on")
     [
         ({"epochs": "32"}, "epochs: got '32', input should be a valid integer"),
         ({"seeds": [0.5]}, "seeds.0: got 0.5, input should be a valid integer"),
-        ({"options": {"balance": 3}}, "options.balance: got 3, input should be 'none', 'importance_load', 'switch'"),
-        ({"options": {"balanc": "bias"}}, "options.balanc: got 'bias', unexpected keyword argument"),
+        (
+            {"options": {"balance": 3}},
+            "options.balance: got 3, input should be 'none', 'importance_load', 'switch'",
+        ),
+        (
+            {"options": {"balanc": "bias"}},
+            "options.balanc: got 'bias', unexpected keyword argument",
+        ),
         ({"file": 7, "k": 0}, "k: got 0, expected at least 1"),
         ({"conv": ["gat"]}, "conv: got ['gat'], expected ['gcn']: there is no such option now"),
         ({"epoch": 3}, "epoch: got 3, unexpected keyword argument"),
         ({"dataset": "cora"}, "dataset: got 'cora', expected digits, that of the preset"),
     ],
 )
-def test_a_file_that_is_no_configuration(given: Any, message: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_file_that_is_no_configuration(
+    given: Any, message: str, tmp_path: Path, capsys: Any
+) -> None:
     file = tmp_path / "own.json"
     file.write_text(json.dumps(given))
     error = refused(["digits", "--config", str(file)], capsys)

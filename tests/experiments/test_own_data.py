@@ -30,7 +30,12 @@ from tests.experiments.user_data import (
     write_pt,
 )
 
-MASKS = [(form, splits) for form in FORMS for splits in (None, SPLITS) if splits is None or "csv" not in form]
+MASKS = [
+    (form, splits)
+    for form in FORMS
+    for splits in (None, SPLITS)
+    if splits is None or "csv" not in form
+]
 
 
 @pytest.mark.parametrize(("form", "splits"), MASKS)
@@ -41,7 +46,9 @@ def test_masks(form: str, splits: int | None, tmp_path: Path) -> None:
     for seed in (0, 3, SPLITS + 1):
         for part, nodes in graph.splits(seed).items():
             mask = given[f"{part}_masks"]
-            assert nodes.tolist() == np.flatnonzero(mask[seed % splits] if splits else mask).tolist()
+            assert (
+                nodes.tolist() == np.flatnonzero(mask[seed % splits] if splits else mask).tolist()
+            )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -76,7 +83,13 @@ def test_a_wrong_graph(key: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [[[1.0]] * NODES, torch.eye(NODES).to_sparse(), torch.ones(1).expand(NODES, 10**12), torch.ones(NODES) * 1j]
+    "x",
+    [
+        [[1.0]] * NODES,
+        torch.eye(NODES).to_sparse(),
+        torch.ones(1).expand(NODES, 10**12),
+        torch.ones(NODES) * 1j,
+    ],
 )
 def test_a_wrong_pt(x: Any, tmp_path: Path) -> None:
     path = write_pt(tmp_path, x=x)
@@ -102,16 +115,26 @@ def test_numbers_of_all_kinds(tmp_path: Path) -> None:
 
 def test_edge_weights(tmp_path: Path) -> None:
     weight = torch.rand(len(arrays()["edges"])).double()
-    more: dict[str, Any] = {"edge_weight": weight, "name": "mine", "adj_t": torch.eye(3).to_sparse_csr()}
+    more: dict[str, Any] = {
+        "edge_weight": weight,
+        "name": "mine",
+        "adj_t": torch.eye(3).to_sparse_csr(),
+    }
     npz = by_pyg(arrays()) | {"edge_weight": weight.numpy()}
-    for path in (write_pt(tmp_path, **more), write_npz(tmp_path, npz), write_csv(tmp_path, weight=weight.tolist())):
+    for path in (
+        write_pt(tmp_path, **more),
+        write_npz(tmp_path, npz),
+        write_csv(tmp_path, weight=weight.tolist()),
+    ):
         torch.testing.assert_close(own_graph(path).data.edge_weight, weight.float())
 
 
 def test_a_malicious_file_is_not_run(tmp_path: Path) -> None:
     path = write_pt(tmp_path, x=Evil(tmp_path / "evil"))
     known = set(torch.serialization.get_safe_globals())
-    with pytest.raises(ValueError, match=f"^{path}: cannot be read .holds other objects than tensors"):
+    with pytest.raises(
+        ValueError, match=f"^{path}: cannot be read .holds other objects than tensors"
+    ):
         own_graph(path)
     assert not (tmp_path / "evil").exists()
     assert set(torch.serialization.get_safe_globals()) == known
@@ -120,7 +143,9 @@ def test_a_malicious_file_is_not_run(tmp_path: Path) -> None:
 def test_paths(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     for path in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(ValueError, match=rf"data_root: got {path}, expected FILE.npz, FILE.pt, or a folder"):
+        with pytest.raises(
+            ValueError, match=rf"data_root: got {path}, expected FILE.npz, FILE.pt, or a folder"
+        ):
             own_graph(path)
     torch.save(HeteroData(), tmp_path / "mine.pt")
     with pytest.raises(ValueError, match=r"mine.pt: (cannot be read|got a HeteroData)"):
@@ -134,7 +159,9 @@ def test_names_in_csv_are_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[
     kind = ["xyz"[node % 3] for node in range(NODES)]
     graph = own_graph(write_csv(tmp_path, given, label=names, kind=kind))
     assert "mine: labels are 10-K form, NA, theory" in capsys.readouterr().out
-    assert graph.data.y.tolist() == [["10-K form", "NA", "theory", ""].index(name) if name else -1 for name in names]
+    assert graph.data.y.tolist() == [
+        ["10-K form", "NA", "theory", ""].index(name) if name else -1 for name in names
+    ]
     torch.testing.assert_close(graph.data.x[:, :3], torch.from_numpy(given["node_features"]))
     assert graph.data.x[:, 3:].argmax(dim=1).tolist() == ["xyz".index(name) for name in kind]
 
@@ -143,7 +170,13 @@ def test_names_in_csv_are_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[
     "names",
     [
         [f"{i:03}" for i in range(NODES)],  # 007 is not 7
-        ["NA", "nan", "None", "null", *map(str, range(NODES - 4))],  # text and numbers, and what pandas takes for none
+        [
+            "NA",
+            "nan",
+            "None",
+            "null",
+            *map(str, range(NODES - 4)),
+        ],  # text and numbers, and what pandas takes for none
         [f"{10**17 + i}" for i in range(NODES)],  # no float holds them
     ],
 )
@@ -155,7 +188,13 @@ def test_a_wrong_csv(tmp_path: Path) -> None:
     folder = write_csv(tmp_path, ids=[f"n{i}" for i in range(NODES)])
     wrong = {
         "edges.csv": [("target", "to"), ("\nn", "\nx"), ("\nn", "\nn1,n")],  # no node; three fields
-        "nodes.csv": [("f1", ""), ("n2,", "n1,"), ("n2,", ","), ("\nn2,", "\nn2,red"), (",train", ",trian")],
+        "nodes.csv": [
+            ("f1", ""),
+            ("n2,", "n1,"),
+            ("n2,", ","),
+            ("\nn2,", "\nn2,red"),
+            (",train", ",trian"),
+        ],
     }
     for file, changes in wrong.items():
         whole = (folder / file).read_text()
@@ -171,11 +210,17 @@ def test_the_metric_is_that_of_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metric: got 'roc_auc' for 3 classes"):
         load_tasks(GraphConfig(dataset="graph", data_root=path, metric="roc_auc"))(0)
     given = arrays(classes=2)
-    path = write_npz(tmp_path, given, node_labels=np.where(given["test_masks"], 0, given["node_labels"]))
-    with pytest.raises(ValueError, match="metric: got 'roc_auc' with nodes of one class only in test"):
+    path = write_npz(
+        tmp_path, given, node_labels=np.where(given["test_masks"], 0, given["node_labels"])
+    )
+    with pytest.raises(
+        ValueError, match="metric: got 'roc_auc' with nodes of one class only in test"
+    ):
         load_tasks(GraphConfig(dataset="graph", data_root=path, metric="roc_auc"))(0)
     path = write_npz(tmp_path, given)
-    summary = quick(tmp_path / "run", "--data-root", str(path), "--metric", "roc_auc", preset="graph")
+    summary = quick(
+        tmp_path / "run", "--data-root", str(path), "--metric", "roc_auc", preset="graph"
+    )
     assert summary["metric"] == "roc_auc"
 
 
@@ -201,9 +246,13 @@ def make_hetero(**more: Any) -> HeteroData:
     return data
 
 
-def make_images(count: int = 24, channels: int = 3, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def make_images(
+    count: int = 24, channels: int = 3, size: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
-    images = torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        256, (count, channels, size, size), dtype=torch.uint8, generator=generator
+    )
     return images, torch.arange(count) % 3
 
 
@@ -216,7 +265,11 @@ def make_parts() -> Any:
     [
         ("graph", "make_graph", []),
         ("hetero", "make_hetero", []),
-        ("images", "make_parts", ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--batch-size", "8"]),
+        (
+            "images",
+            "make_parts",
+            ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--batch-size", "8"],
+        ),
     ],
 )
 def test_command_line(preset: str, function: str, args: list[str], tmp_path: Path) -> None:
@@ -240,9 +293,14 @@ def test_a_heterogeneous_graph() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_standardized_over_training(channels: int) -> None:
     task = own_images((make_images(40, channels), make_images(9, channels)), IMAGES)
-    sizes = {part: sum(len(batch.target) for batch in task.loader(part, 8, None)) for part in ("train", "val", "test")}
+    sizes = {
+        part: sum(len(batch.target) for batch in task.loader(part, 8, None))
+        for part in ("train", "val", "test")
+    }
     assert sizes == {"train": 37, "val": 3, "test": 9}
-    seen = torch.cat([batch.inputs[0] for part in ("train", "val") for batch in task.loader(part, 8, None)])
+    seen = torch.cat(
+        [batch.inputs[0] for part in ("train", "val") for batch in task.loader(part, 8, None)]
+    )
     assert seen.shape == (40, channels, 8, 8)
     torch.testing.assert_close(seen.mean(dim=(0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
     torch.testing.assert_close(seen.std(dim=(0, 2, 3)), torch.ones(channels), atol=1e-2, rtol=0)
@@ -250,7 +308,10 @@ def test_images_are_standardized_over_training(channels: int) -> None:
 
 def test_floats_are_seen_as_they_are_and_val_is_taken() -> None:
     images, labels = torch.randn(12, 1, 8, 8, dtype=torch.float64), torch.arange(12) % 3
-    parts = [(images[rows].numpy(), labels[rows].numpy()) for rows in (slice(6), slice(6, 9), slice(9, 12))]
+    parts = [
+        (images[rows].numpy(), labels[rows].numpy())
+        for rows in (slice(6), slice(6, 9), slice(9, 12))
+    ]
     (batch,) = own_images(parts, IMAGES).loader("val", 8, None)
     torch.testing.assert_close(batch.inputs[0], images[6:9].float())
 
@@ -275,9 +336,21 @@ def test_datasets_of_pil_images() -> None:
         (make_images(), IMAGES, "data: train is a Tensor that cannot be taken"),
         ((FakeData(0), FakeData(0)), IMAGES, "data: train is a FakeData that cannot be taken"),
         ((make_images(), make_images(9, size=6)), IMAGES, "data: test: got images of another size"),
-        ((make_images(6, 2), make_images(6, 2)), IMAGES, r"data: train: got images .*\(6, 2, 8, 8\)"),
-        ((make_images(), (make_images(9)[0], torch.full((9,), 3))), IMAGES, "data: test: got labels that train"),
-        (((make_images()[0], np.ones(24)), make_images()), IMAGES, "data: train: got labels torch.float64"),
+        (
+            (make_images(6, 2), make_images(6, 2)),
+            IMAGES,
+            r"data: train: got images .*\(6, 2, 8, 8\)",
+        ),
+        (
+            (make_images(), (make_images(9)[0], torch.full((9,), 3))),
+            IMAGES,
+            "data: test: got labels that train",
+        ),
+        (
+            ((make_images()[0], np.ones(24)), make_images()),
+            IMAGES,
+            "data: train: got labels torch.float64",
+        ),
     ],
 )
 def test_anything_else_is_refused_by_name(found: Any, config: Any, message: str) -> None:

@@ -28,14 +28,18 @@ def test_experts_by_regime_learn_more_of_neighbors(tmp_path: Path, name: str) ->
     assert name == "ogbn-arxiv" or is_undirected(edges)
     both = torch.cat([edges, edges.flip(0)], dim=1)
     near = scatter(x[both[0]], both[1], dim_size=NODES, reduce="mean")
-    by_regime = (torch.nn.functional.one_hot(x[:, :4].argmax(dim=1), 4).float()[:, :, None] * near[:, None]).flatten(1)
+    by_regime = (
+        torch.nn.functional.one_hot(x[:, :4].argmax(dim=1), 4).float()[:, :, None] * near[:, None]
+    ).flatten(1)
     split = graph.splits(0)
 
     def score(seen: Any) -> float:
         model = LogisticRegression(C=0.3, max_iter=300).fit(seen[split["train"]], y[split["train"]])
         return float(model.score(seen[split["test"]], y[split["test"]]))
 
-    assert 1 / CLASSES < score(x) < score(torch.cat([x, near], dim=1)) + 0.05 < score(by_regime) - 0.1
+    assert (
+        1 / CLASSES < score(x) < score(torch.cat([x, near], dim=1)) + 0.05 < score(by_regime) - 0.1
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -44,7 +48,11 @@ def test_the_seed_is_the_graph(tmp_path: Path, name: str) -> None:
         made = write_planted(name, tmp_path / folder, 1000, 300, 5, seed=seed)
         assert "Not OGB's" in (made / "PLANTED.txt").read_text()
         opened: dict[str, Any] = {".gz": gzip.open, ".npz": open}
-        return {path.name: opened[path.suffix](path, "rb").read() for path in made.rglob("*") if path.suffix in opened}
+        return {
+            path.name: opened[path.suffix](path, "rb").read()
+            for path in made.rglob("*")
+            if path.suffix in opened
+        }
 
     first, again, other = files("first", 1), files("again", 1), files("other", 2)
     edges = "data.npz" if name == PAPERS else "edge.csv.gz"
@@ -52,7 +60,9 @@ def test_the_seed_is_the_graph(tmp_path: Path, name: str) -> None:
     assert first[edges] != other[edges]
 
 
-def test_what_is_there_stays_and_arguments_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there_stays_and_arguments_are_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["ogbn-arxiv", "--root", str(tmp_path), "--edges", "200"]
     assert "nodes: got 30, expected at least 100" in refused([*args, "--nodes", "30"], capsys, main)
     assert "name: got 'ogbn-pubmed'" in refused(["ogbn-pubmed", *args[1:]], capsys, main)

@@ -15,17 +15,28 @@ from experiments.presets import MOSAIC
 from experiments.sweep import main
 
 
-def test_the_map_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_map_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It holds a place once, is written after each."""
-    monkeypatch.setattr(regime_map, "BASE", replace(regime_map.BASE, epochs=1, eval_every=1, seeds=(0,)))
-    for name, values in {"REGIMES": (1, 2), "LABELS": (8,), "WIDTHS": (4,), "WAYS": ("features",)}.items():
+    monkeypatch.setattr(
+        regime_map, "BASE", replace(regime_map.BASE, epochs=1, eval_every=1, seeds=(0,))
+    )
+    for name, values in {
+        "REGIMES": (1, 2),
+        "LABELS": (8,),
+        "WIDTHS": (4,),
+        "WAYS": ("features",),
+    }.items():
         monkeypatch.setattr(regime_map, name, values)
     args = ["map", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"]
     main(args)
     path = tmp_path / "regime-map.json"
     found = json.loads(path.read_text())
     assert len(found["places"]) == 8
-    assert {len(entry["nmi"]) for entry in found["places"] if entry["model"] in ("experts", "oracle")} == {2}
+    assert {
+        len(entry["nmi"]) for entry in found["places"] if entry["model"] in ("experts", "oracle")
+    } == {2}
     del found["config"]["features"]  # of before this option
     path.write_text(json.dumps(found | {"places": found["places"][1:]}))
     main(args)
@@ -34,7 +45,9 @@ def test_the_map_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "| features | 4 | 8 |" in capsys.readouterr().out.replace("|  ", "| ")
 
 
-@pytest.mark.parametrize("name", ["regimes-0-8-features", "regimes-2-801-features", "regimes-2-8-colors", "regimes-2"])
+@pytest.mark.parametrize(
+    "name", ["regimes-0-8-features", "regimes-2-801-features", "regimes-2-8-colors", "regimes-2"]
+)
 def test_unknown_regimes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="dataset: got 'regimes-"):
         load_tasks(replace(MOSAIC, dataset=name))

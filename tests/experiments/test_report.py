@@ -32,7 +32,9 @@ from tests.experiments.pyg_data import platonov
 from tests.vision.made_images import cut, write_photo
 
 GRAPH = replace(DIGITS_GRAPH, epochs=2, hidden=8, experts=3, progress=False, seeds=(0, 1))
-IMAGES = replace(DIGITS, epochs=1, layers=2, hidden=8, experts=3, batch_size=300, progress=False, seeds=(0,))
+IMAGES = replace(
+    DIGITS, epochs=1, layers=2, hidden=8, experts=3, batch_size=300, progress=False, seeds=(0,)
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(replace(GRAPH, router="expert_choice", out=root / "graph"))
     old: Any = run(replace(GRAPH, router="dense", out=root / "graph-dense"))
     newer = ("peak_memory", "matched", "steps", "curve")
-    write_json(root / "graph-dense" / "summary.json", {key: old[key] for key in old if key not in newer})
+    write_json(
+        root / "graph-dense" / "summary.json", {key: old[key] for key in old if key not in newer}
+    )
     run(replace(IMAGES, router="token_choice", out=root / "images"))
     return root
 
@@ -51,7 +55,9 @@ def words_of(path: Path) -> str:
     return unescape(re.sub("<[^>]*>", "\n", path.read_text(encoding="utf-8")))
 
 
-def test_report_of_graphs_and_images(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_graphs_and_images(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "report"
     main([str(runs / name) for name in ("graph", "graph-dense", "images")] + ["--out", str(out)])
     page, words = (out / "index.html").read_text(), words_of(out / "index.html")
@@ -62,29 +68,52 @@ def test_report_of_graphs_and_images(runs: Path, tmp_path: Path, capsys: pytest.
     summary = json.loads((runs / "graph" / "summary.json").read_text())
     assert f"{100 * summary['test']['mean']:.2f} ± {100 * summary['test']['std']:.2f}" in words
     lead = next(line for line in words.splitlines() if line.startswith("graph: "))
-    assert f"{max(value['mean'] for name, value in summary['routing'][0].items() if name[:4] == 'ami_'):.2f}" in lead
+    assert (
+        f"{max(value['mean'] for name, value in summary['routing'][0].items() if name[:4] == 'ami_'):.2f}"
+        in lead
+    )
     assert "ami place" in words
     assert "digits-graph: learning curves" in words
     assert "digits: learning curves" not in words  # of one epoch
     assert "Not drawn" not in words
 
 
-def test_a_broken_run_is_named_and_the_others_are_reported(runs: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_broken_run_is_named_and_the_others_are_reported(
+    runs: Path, tmp_path: Path, capsys: Any
+) -> None:
     weights = "seed-0/checkpoint/best.safetensors"  # a report shows what it can without them
     ways: tuple[Callable[[Path], object], ...] = (cut, Path.unlink)
-    for part, break_it in product(("summary.json", "config.json", "seed-0/routing.csv", weights), ways):
+    for part, break_it in product(
+        ("summary.json", "config.json", "seed-0/routing.csv", weights), ways
+    ):
         path = shutil.copytree(runs / "graph", tmp_path / "bad", dirs_exist_ok=True) / part
         break_it(path)
         with nullcontext() if part == weights else pytest.raises(SystemExit, match="1"):
-            main([str(tmp_path / "bad"), str(runs / "graph-dense"), "--out", str(tmp_path / "report")])
+            main(
+                [
+                    str(tmp_path / "bad"),
+                    str(runs / "graph-dense"),
+                    "--out",
+                    str(tmp_path / "report"),
+                ]
+            )
         words = words_of(tmp_path / "report" / "index.html")
         assert str(path) in words
-        assert ("Not drawn: " in words) is (part == weights) is (str(path) not in capsys.readouterr().err)
+        assert (
+            ("Not drawn: " in words)
+            is (part == weights)
+            is (str(path) not in capsys.readouterr().err)
+        )
         assert "graph-dense" in words
 
 
-def test_patches_of_ones_own_images(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    photos = [write_photo(tmp_path / "one.jpg", (30, 20)), write_photo(tmp_path / "two.png", (9, 40), seed=1)]
+def test_patches_of_ones_own_images(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = [
+        write_photo(tmp_path / "one.jpg", (30, 20)),
+        write_photo(tmp_path / "two.png", (9, 40), seed=1),
+    ]
     half, out = cut(write_photo(tmp_path / "half.jpg", (60, 50))), tmp_path / "out"
     for name, image, message in (
         ("graph", photos[0], "expected an image model with experts"),
@@ -92,7 +121,9 @@ def test_patches_of_ones_own_images(runs: Path, tmp_path: Path, capsys: pytest.C
         ("images", half, "half.jpg"),
         ("images", tmp_path / "none.jpg", "none.jpg"),
     ):
-        assert message in refused([str(runs / name), "--images", str(image), "--out", str(out)], capsys, patches.main)
+        assert message in refused(
+            [str(runs / name), "--images", str(image), "--out", str(out)], capsys, patches.main
+        )
     assert not out.exists()
     patches.main([str(runs / "images"), "--images", *map(str, photos), "--out", str(out)])
     assert capsys.readouterr().out.endswith(f"{out / 'maps.png'}\n")
@@ -102,9 +133,19 @@ def test_patches_of_ones_own_images(runs: Path, tmp_path: Path, capsys: pytest.C
 def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own").mkdir()
     path = platonov(tmp_path / "own", "graph.npz").folder / "graph.npz"
-    small = replace(PRESETS["graph"][1], data_root=path, epochs=1, hidden=4, experts=2, seeds=(0,), progress=False)
+    small = replace(
+        PRESETS["graph"][1],
+        data_root=path,
+        epochs=1,
+        hidden=4,
+        experts=2,
+        seeds=(0,),
+        progress=False,
+    )
     monkeypatch.chdir(tmp_path)
-    run(replace(small, data_root=Path("own/graph.npz"), router="token_choice", out=tmp_path / "run"))
+    run(
+        replace(small, data_root=Path("own/graph.npz"), router="token_choice", out=tmp_path / "run")
+    )
     for root in (path, path.parent):
         task = read_run(tmp_path / "run", root).load_task()
         assert task.graph is not None
@@ -212,5 +253,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
 
 
 def test_shares_by_hand() -> None:
-    found = shares(torch.tensor([[0.2, 0.0], [0.1, 0.3], [0.3, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, 0, -1]))
+    found = shares(
+        torch.tensor([[0.2, 0.0], [0.1, 0.3], [0.3, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, 0, -1])
+    )
     np.testing.assert_allclose(found, np.array([[0.5, 0.5], [0, 1], [1 / 3, 2 / 3]]), atol=1e-6)

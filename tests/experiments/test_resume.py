@@ -26,10 +26,33 @@ from tests.experiments.command import QUICK, full_disk, quick, refused, rows, ru
 from tests.experiments.ogb_data import plant_papers
 from tests.vision.made_images import write_images
 
-TINY = ("--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8")
+TINY = (
+    "--patch",
+    "4",
+    "--dim",
+    "8",
+    "--vit-heads",
+    "2",
+    "--hidden",
+    "8",
+    "--layers",
+    "2",
+    "--batch-size",
+    "8",
+)
 AUGMENTED = ("--augment", "standard", "--dropout", "0.1", "--noise", "True")
 SMALL = ("--layers", "2", "--hidden", "16", "--batch-size", "200")
-SAMPLED = ("--sampling", "neighbor", "--fanout", "4", "3", "--evaluation", "sampled", "--eval-every", "2")
+SAMPLED = (
+    "--sampling",
+    "neighbor",
+    "--fanout",
+    "4",
+    "3",
+    "--evaluation",
+    "sampled",
+    "--eval-every",
+    "2",
+)
 RUNS: dict[str, tuple[str, ...]] = {
     "graph": ("digits-graph", "--router", "token_choice", "--dropout", "0.2", "--noise", "True"),
     "choice": ("digits-graph", "--router", "expert_choice", "--schedule", "cosine", "--conv", "gcn", "mlp",
@@ -53,7 +76,10 @@ def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
     for name in ("val", "test", "best_epoch", "curve", "routing", "config"):
         assert summaries[0][name] == summaries[1][name], name
     for seed in (path.name for path in whole.glob("seed-*")):
-        weights = [load_file(folder / seed / "checkpoint" / "best.safetensors") for folder in (whole, resumed)]
+        weights = [
+            load_file(folder / seed / "checkpoint" / "best.safetensors")
+            for folder in (whole, resumed)
+        ]
         torch.testing.assert_close(*weights, rtol=0 if exact else 1.3e-6, atol=0 if exact else 1e-5)
         for name in ("metrics.csv", "routing.csv") if exact else ():
             number = int(seed.removeprefix("seed-"))
@@ -61,12 +87,17 @@ def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_stopped_three_times_equals_one_in_one_go(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_stopped_three_times_equals_one_in_one_go(
+    name: str, tmp_path: Path, capsys: Any
+) -> None:
     preset, *args = RUNS[name]
     if preset == "images":
         args += ["--data-root", str(write_images(tmp_path / "data"))]
     if preset == PAPERS:
-        args += ["--data-root", str(plant_papers(tmp_path / "data", nodes=3_000, edges=20_000).parent)]
+        args += [
+            "--data-root",
+            str(plant_papers(tmp_path / "data", nodes=3_000, edges=20_000).parent),
+        ]
     whole, cut = quick(tmp_path / "whole", *args, preset=preset), tmp_path / "cut off"
     assert whole["steps"] == 1 or whole["steps"] > 2
     command = [preset, *QUICK, *args, "--seeds", "0", "--out", str(cut)]
@@ -74,22 +105,29 @@ def test_a_run_stopped_three_times_equals_one_in_one_go(name: str, tmp_path: Pat
     for steps in (1, whole["steps"]):  # inside an epoch, and over its end
         run_until(steps, [*command, "--resume"])
     log = cut / "seed-0" / "metrics.csv"
-    log.write_text(log.read_text() + "2,9,9\n0")  # behind the checkpoint, and half a row of a process that was killed
+    log.write_text(
+        log.read_text() + "2,9,9\n0"
+    )  # behind the checkpoint, and half a row of a process that was killed
     *_, line = capsys.readouterr().err.splitlines()
     main(shlex.split(line.partition("continue with: python -m experiments.train ")[2]))
     assert_same(tmp_path / "whole", cut)
 
 
 @pytest.mark.parametrize(
-    ("number", "workers"), [(signal.SIGKILL, 0), pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow)]
+    ("number", "workers"),
+    [(signal.SIGKILL, 0), pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow)],
 )
-def test_a_process_that_is_killed_or_stopped_from_the_keyboard(number: int, workers: int, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_or_stopped_from_the_keyboard(
+    number: int, workers: int, tmp_path: Path
+) -> None:
     """SIGKILL loses a minute at most; Ctrl-C in a terminal reaches the processes that load images too."""
     args = ["images", *QUICK, "--seeds", "0", *TINY, "--workers", str(workers)]
     args += ["--data-root", str(write_images(tmp_path / "data"))]
     code = "from experiments import run_folder, train; run_folder.SECONDS = 0; train.main()"
     command = [sys.executable, "-c", code, *args, "--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], start_new_session=True, stderr=subprocess.PIPE
+    )
     state = tmp_path / "cut" / "seed-0" / "checkpoint" / "state.ckpt"
     give_up = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < give_up:
@@ -110,7 +148,9 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     assert not (tmp_path / "seed-0" / "checkpoint").exists()
 
 
-def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_same_command_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     args = ["digits-graph", *QUICK, "--seeds", "0", "--epochs", "1"]
     for _ in range(3):
@@ -122,8 +162,12 @@ def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "out: got runs/digits-graph-token_choice, which holds files" in taken
 
 
-def test_a_seed_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse(["digits-graph", *QUICK, "--seeds", "0", "--resume", "--out", str(tmp_path / "run")])
+def test_a_seed_is_trained_by_one_process_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse(
+        ["digits-graph", *QUICK, "--seeds", "0", "--resume", "--out", str(tmp_path / "run")]
+    )
     step, tried = Training.step, list[int]()
 
     def twice(*arguments: Any) -> None:
@@ -139,7 +183,9 @@ def test_a_seed_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch:
     run(replace(config, seeds=(0, 1)))  # the lock is let go
 
 
-def test_resume_adds_seeds_and_repeats_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_resume_adds_seeds_and_repeats_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     folder, trained = tmp_path / "run", list[int]()
     first = quick(folder, "--resume", seeds="1")  # nothing there: starts afresh
 
@@ -160,7 +206,18 @@ def test_resume_adds_seeds_and_repeats_none(tmp_path: Path, monkeypatch: pytest.
     assert whole["test"]["values"][1:2] == first["test"]["values"]
     assert whole["test"]["values"] == quick(tmp_path / "afresh", seeds="0 1 2")["test"]["values"]
     for args, message in ((["--seeds", "0", "1"], "seeds=(0, 1, 2)"), (["--lr", "0.5"], "lr=0.01")):
-        command = ["digits-graph", *QUICK, "--out", str(folder), "--resume", "--seeds", "0", "1", "2", *args]
+        command = [
+            "digits-graph",
+            *QUICK,
+            "--out",
+            str(folder),
+            "--resume",
+            "--seeds",
+            "0",
+            "1",
+            "2",
+            *args,
+        ]
         assert message in refused(command, capsys)
 
 
@@ -171,9 +228,17 @@ def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert parse(["--config", own, "--k", "2"]).k == 2
     assert parse(["--config", own]).data_root == Path("data")
     partial = tmp_path / "partial.json"
-    partial.write_text('{"lr": 1, "seeds": [4, 5], "options": {"balance": "switch", "noise": null}, "out": "a"}')
+    partial.write_text(
+        '{"lr": 1, "seeds": [4, 5], "options": {"balance": "switch", "noise": null}, "out": "a"}'
+    )
     config = parse(["digits", f"--config={partial}", "--epochs", "7"])
-    assert (config.lr, config.seeds, config.epochs, config.hidden, config.out) == (1.0, (4, 5), 7, 96, Path("a"))
+    assert (config.lr, config.seeds, config.epochs, config.hidden, config.out) == (
+        1.0,
+        (4, 5),
+        7,
+        96,
+        Path("a"),
+    )
     assert config.options.given() == {"balance": "switch"}
 
 

@@ -64,9 +64,13 @@ def line_of(cells: Cells, label: str) -> dict[str, str]:
     return dict(zip(head.split(" | "), line.split(" | "), strict=True))
 
 
-def test_another_recipe_is_refused(sweep: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_another_recipe_is_refused(
+    sweep: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     sweep("--columns", "digits-graph", rows=("dense",))
-    monkeypatch.setattr(routers, "COLUMNS", {"digits-graph": replace(SMALL["digits-graph"], hidden=9)})
+    monkeypatch.setattr(
+        routers, "COLUMNS", {"digits-graph": replace(SMALL["digits-graph"], hidden=9)}
+    )
     with pytest.raises(SystemExit):
         sweep("--columns", "digits-graph", rows=("dense",))
     assert "hidden=8" in capsys.readouterr().err

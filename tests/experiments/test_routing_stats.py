@@ -17,7 +17,9 @@ def test_properties_of_a_small_graph() -> None:
     assert set(found) == {"label", "degree", "homophily"}
     assert found["degree"].tolist() == [2, 2, 1, 0]
     assert found["homophily"].tolist() == [2, 2, 1, 0]  # shares .5, .5, 0, and none
-    several = node_properties(Data(edge_index=edges, y=torch.zeros(4, 3), num_nodes=4))  # labels a node
+    several = node_properties(
+        Data(edge_index=edges, y=torch.zeros(4, 3), num_nodes=4)
+    )  # labels a node
     assert set(several) == {"degree"}
 
 
@@ -33,7 +35,9 @@ def test_bins_keep_order_and_equal_values_together(values: list[int], bins: int)
 def test_distinct_values_fill_the_bins_evenly_and_few_are_told_apart_however_rare() -> None:
     counts = quantile_bins(torch.randperm(800).float(), 8).bincount()
     assert [len(counts), int(counts.min()) >= 99, int(counts.max()) <= 101] == [8, True, True]
-    degrees = torch.tensor([8.0] * 970 + [3.0] * 4 + [5.0] * 26)  # a grid: corners, edges, and the rest
+    degrees = torch.tensor(
+        [8.0] * 970 + [3.0] * 4 + [5.0] * 26
+    )  # a grid: corners, edges, and the rest
     assert quantile_bins(degrees).unique().tolist() == [0, 1, 2]
     many = torch.cat([torch.full((900,), 50.0), torch.arange(100).float()])
     assert (quantile_bins(many)[:900] > quantile_bins(many)[900]).all()
@@ -52,7 +56,9 @@ def test_alignment_is_one_with_itself_and_none_by_chance() -> None:
 
 def test_unlabeled_nodes_are_left_out() -> None:
     y = torch.tensor([0, 1, -1, 0])
-    properties = node_properties(Data(edge_index=torch.tensor([[0, 2, 3], [1, 0, 0]]), y=y, num_nodes=4))
+    properties = node_properties(
+        Data(edge_index=torch.tensor([[0, 2, 3], [1, 0, 0]]), y=y, num_nodes=4)
+    )
     assert properties["label"].tolist() == [0, 1, -1, 0]
     assert properties["homophily"][2] == -1
     assert alignment(torch.tensor([0, 1, 0, 0]), properties)["label"] == pytest.approx(1)

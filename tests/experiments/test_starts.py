@@ -38,7 +38,9 @@ STRAIGHT = {"weight": "straight_through", "noise": False, "balance": None}
 def trained(sharing: Any, steps: int = 3) -> Any:
     """A layer of copies after a few steps of plain gradient descent."""
     torch.manual_seed(0)
-    layer = gmoe.MoEConv("sage", 4, 4, num_experts=3, start="copies", router_kwargs=STRAIGHT).double()
+    layer = gmoe.MoEConv(
+        "sage", 4, 4, num_experts=3, start="copies", router_kwargs=STRAIGHT
+    ).double()
     if sharing is not None:
         share_among_copies(layer, sharing)
     x, edge_index = torch.randn(20, 4, dtype=torch.float64), torch.randint(20, (2, 60))
@@ -54,14 +56,19 @@ def test_pooled_gradients_are_a_base_and_differences_under_gradient_descent() ->
     pooled, difference, alone = trained("pooled"), trained("difference"), trained(None)
     weight = pooled.experts.linear.weight
     torch.testing.assert_close(weight, difference.experts.linear.weight, rtol=0, atol=1e-12)
-    torch.testing.assert_close(pooled.router.gate.weight, difference.router.gate.weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        pooled.router.gate.weight, difference.router.gate.weight, rtol=0, atol=1e-12
+    )
     assert not torch.allclose(weight, alone.experts.linear.weight)
     assert not torch.allclose(weight[0], weight[1])
 
 
 def test_ten_times_the_pooled_gradient_moves_copies_together() -> None:
     apart = [
-        (trained(sharing).experts.linear.weight.std(dim=0) / trained(sharing).experts.linear.weight.std()).mean()
+        (
+            trained(sharing).experts.linear.weight.std(dim=0)
+            / trained(sharing).experts.linear.weight.std()
+        ).mean()
         for sharing in (None, "pooled", "pooled-10")
     ]
     assert apart[0] > apart[1] > apart[2] > 0
@@ -119,7 +126,9 @@ def test_a_model_whose_copies_share_starts_as_the_dense_one() -> None:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)
 
 
-def test_the_noise_falls_to_zero_over_the_first_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_noise_falls_to_zero_over_the_first_half(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     scales: list[float] = []
     route = gmoe.TokenChoice.route
 
@@ -129,7 +138,9 @@ def test_the_noise_falls_to_zero_over_the_first_half(monkeypatch: pytest.MonkeyP
         return route(router, *args)
 
     monkeypatch.setattr(gmoe.TokenChoice, "route", noted)
-    config = replace(DIGITS_GRAPH, epochs=8, seeds=(0,), anneal_noise=True, out=tmp_path / "run", progress=False)
+    config = replace(
+        DIGITS_GRAPH, epochs=8, seeds=(0,), anneal_noise=True, out=tmp_path / "run", progress=False
+    )
     run(config)
     assert scales[-8:] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
 
@@ -168,7 +179,10 @@ def screened_columns() -> dict[str, dict[str, Any]]:
 def test_arms_are_ranked_by_their_mean_gain_in_validation_over_the_weighed_columns() -> None:
     results = screened_columns()
     results["mosaic"]["copies-layer-node-quiet"] = validated(0.9)
-    results["digits"] = {"dense": validated(0.4), "copies-layer-node-quiet": validated(0.0)}  # is not weighed
+    results["digits"] = {
+        "dense": validated(0.4),
+        "copies-layer-node-quiet": validated(0.0),
+    }  # is not weighed
     del results["cora"]["pooled-layer-node-quiet"]  # so that this arm is not ranked
     ranked = ranking(results)
     assert [name for name, _ in ranked[:2]] == [
@@ -213,10 +227,17 @@ def test_an_arm_passes_unless_it_is_surely_worse() -> None:
         "dense-flops": run(dense),
         "default": run([value - 0.002 for value in dense]),  # .2 points below, always
         "worse": run([value - 0.01 for value in dense]),
-        "unsure": run([value + change for value, change in zip(dense, (0.02, -0.05, 0.01, -0.04), strict=True)]),
+        "unsure": run(
+            [
+                value + change
+                for value, change in zip(dense, (0.02, -0.05, 0.01, -0.04), strict=True)
+            ]
+        ),
     }
     assert [passes(known, name) for name in ("default", "worse", "unsure")] == [True, False, True]
-    low, high = interval([1.0, 2.0, 3.0])  # mean 2, standard error 1 / sqrt(3), t of two degrees 4.3027
+    low, high = interval(
+        [1.0, 2.0, 3.0]
+    )  # mean 2, standard error 1 / sqrt(3), t of two degrees 4.3027
     assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
     lines = confirmed_table({"cora": known}).splitlines()
     assert lines[3].startswith("| cora | worse | 80.50 | -1.00 (-1.00 to -1.00) |")
@@ -238,7 +259,9 @@ def test_edges_of_a_concept_graph_say_nothing_and_the_rule_of_the_regime_does() 
     assert torch.equal(plain.x, data.x[:, :16])
 
 
-@pytest.mark.parametrize("name", ["concept-0-8-features", "concept-2-801-features", "concept-2-8-colors", "concept-2"])
+@pytest.mark.parametrize(
+    "name", ["concept-0-8-features", "concept-2-801-features", "concept-2-8-colors", "concept-2"]
+)
 def test_an_unknown_concept_graph_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"^dataset: got 'concept-"):
         load_tasks(replace(MOSAIC, dataset=name))(0)

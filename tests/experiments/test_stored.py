@@ -39,7 +39,9 @@ def test_an_epoch_has_every_training_node_once(root: Path, workers: int, capsys:
     y = np.load(root / STORED / "y.npy")
     seen = torch.cat([batch.target for batch in task.loader("train", 300, 1)])
     assert sorted(seen.tolist()) == sorted(y[task.split["train"].numpy()].tolist())
-    one, other = ([batch.target.tolist() for batch in task.loader("train", 300, seed)] for seed in (1, 2))
+    one, other = (
+        [batch.target.tolist() for batch in task.loader("train", 300, seed)] for seed in (1, 2)
+    )
     assert one != other
 
 
@@ -54,8 +56,13 @@ def own(tmp_path: Path) -> Path:
     """A folder converted from arrays: a class a third, which features tell."""
     rng, nodes = np.random.default_rng(0), 300
     y = np.arange(nodes) % 3
-    edges, x = rng.integers(nodes, size=(2, 900)), rng.standard_normal((nodes, 3)) + 4 * np.eye(3)[y]
-    parts: Any = dict(zip(("train", "val", "test"), np.split(rng.permutation(nodes), [180, 240]), strict=True))
+    edges, x = (
+        rng.integers(nodes, size=(2, 900)),
+        rng.standard_normal((nodes, 3)) + 4 * np.eye(3)[y],
+    )
+    parts: Any = dict(
+        zip(("train", "val", "test"), np.split(rng.permutation(nodes), [180, 240]), strict=True)
+    )
     return run(tmp_path, edges, x=x, y=y, **parts, directed=True)
 
 
@@ -77,13 +84,20 @@ def test_another_sampling_or_evaluation_is_refused_by_name(own: Path, capsys: An
 
 
 def test_what_a_folder_lacks_or_has_wrong_is_named(own: Path) -> None:
-    how: Any = {"data_root": own, "sampling": "neighbor", "evaluation": "sampled", "undirected": False}
+    how: Any = {
+        "data_root": own,
+        "sampling": "neighbor",
+        "evaluation": "sampled",
+        "undirected": False,
+    }
     config = replace(PRESETS["graph"][1], **how)
     for name, bad in (("source", 300), ("source", -1), ("train", 300), ("test", -7)):
         ids = np.load(own / f"{name}.npy", mmap_mode="r+")
         ids[1], before = bad, int(ids[1])
         ids.flush()
-        with pytest.raises(ValueError, match=rf"{name}.npy: got nodes .*{bad}.*, expected 0 to 299"):
+        with pytest.raises(
+            ValueError, match=rf"{name}.npy: got nodes .*{bad}.*, expected 0 to 299"
+        ):
             load_tasks(config)
         ids[1] = before
         ids.flush()

@@ -36,21 +36,31 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def problem_of(name: str, root: Path, epochs: int = 2) -> Problem:
     problem, config, _ = ROWS[name]
-    return problem(replace(config, data_root=root / config.data_root, epochs=epochs, offline=True), 0)
+    return problem(
+        replace(config, data_root=root / config.data_root, epochs=epochs, offline=True), 0
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "cifar10-vit"])
 def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
     problem = problem_of(name, root)
-    arms: tuple[Arm, ...] = ("dense", "moe", *(arm for arm in ROWS[name][2] if arm != "dense-flops"))
+    arms: tuple[Arm, ...] = (
+        "dense",
+        "moe",
+        *(arm for arm in ROWS[name][2] if arm != "dense-flops"),
+    )
     models = (problem.drawn(arm, problem.config.hidden) for arm in arms)
     first, *others = (swap.evaluated(problem.forward, model) for model in models)
     for other in others:
         torch.testing.assert_close(other, first)
 
 
-def test_a_vit_starts_alike_too_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = replace(SMALL_VIT, layers=2, dim=6, hidden=8, image_size=8, patch=4, precision="32-true", epochs=1)
+def test_a_vit_starts_alike_too_and_resumes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = replace(
+        SMALL_VIT, layers=2, dim=6, hidden=8, image_size=8, patch=4, precision="32-true", epochs=1
+    )
     task = digits(ImageConfig(dataset="digits"))
     monkeypatch.setattr(swap, "load", lambda _: lambda _: task)
     problem = Preset(config, 0)
@@ -86,8 +96,14 @@ def test_the_share_is_that_of_what_started_at_zero() -> None:
     torch.testing.assert_close(layer(x, edges), y)
 
 
-def test_the_selected_epoch_is_tested(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vals, weights, problem = iter([0.3, 0.6, 0.6, 0.1]), list[torch.Tensor](), problem_of("cora-gcn", root, epochs=4)
+def test_the_selected_epoch_is_tested(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vals, weights, problem = (
+        iter([0.3, 0.6, 0.6, 0.1]),
+        list[torch.Tensor](),
+        problem_of("cora-gcn", root, epochs=4),
+    )
 
     def score(model: Any, part: str) -> float:
         weights.append(model[1].lin.weight.detach().clone())
@@ -99,7 +115,9 @@ def test_the_selected_epoch_is_tested(root: Path, tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(model[1].lin.weight.detach(), weights[1])
 
 
-def test_finished_runs_are_kept_and_others_added(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_runs_are_kept_and_others_added(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, trained = tmp_path / "swap.json", list[tuple[str, int]]()
     train_arm, (problem, config, arms) = swap.train_arm, ROWS["cora-gcn"]
     monkeypatch.setitem(ROWS, "cora-gcn", (problem, replace(config, epochs=2), arms))
@@ -113,7 +131,12 @@ def test_finished_runs_are_kept_and_others_added(root: Path, tmp_path: Path, mon
 
     def run(*options: str) -> dict[str, Any]:
         trained.clear()
-        main([*f"swap --rows cora-gcn --repeats 1 --offline --data-root {root} --json {path}".split(), *options])
+        main(
+            [
+                *f"swap --rows cora-gcn --repeats 1 --offline --data-root {root} --json {path}".split(),
+                *options,
+            ]
+        )
         return dict(json.loads(path.read_text())["variants"]["cora-gcn"])
 
     monkeypatch.setattr(swap, "train_arm", counted)
@@ -137,6 +160,9 @@ def test_finished_runs_are_kept_and_others_added(root: Path, tmp_path: Path, mon
 
 def test_the_matched_model_has_the_flops(root: Path) -> None:
     problem = problem_of("mosaic", root)
-    models = problem.drawn("dense", swap.width_of("dense-flops", "mosaic", problem.config)), problem.drawn("moe", 16)
+    models = (
+        problem.drawn("dense", swap.width_of("dense-flops", "mosaic", problem.config)),
+        problem.drawn("moe", 16),
+    )
     dense, moe = (gmoe.count_flops(swap.evaluated, problem.forward, model) for model in models)
     assert dense == pytest.approx(moe, rel=0.1)

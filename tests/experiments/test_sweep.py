@@ -31,8 +31,12 @@ def run_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     """Runs a study of some variants; its results."""
     monkeypatch.setitem(command.STUDIES, "tiny", ("", SweepConfig()))
 
-    def run(*variants: Variant, to: Path = tmp_path, runs: str = "runs", args: tuple[str, ...] = ()) -> Any:
-        monkeypatch.setattr(command, "recorded", lambda *_: Study(about="a test", variants=variants))
+    def run(
+        *variants: Variant, to: Path = tmp_path, runs: str = "runs", args: tuple[str, ...] = ()
+    ) -> Any:
+        monkeypatch.setattr(
+            command, "recorded", lambda *_: Study(about="a test", variants=variants)
+        )
         main(["tiny", "--runs", str(to / runs), "--results", str(to), *args])
         return json.loads((to / "tiny.json").read_text())
 
@@ -40,7 +44,10 @@ def run_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def test_finished_variants_are_skipped(
-    run_study: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_study: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_study(WIDE, DENSE)
     ran = list[str]()
@@ -58,11 +65,15 @@ def test_finished_variants_are_skipped(
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(SystemExit):
         run_study(replace(DENSE, config=replace(DENSE.config, lr=0.5)), runs="elsewhere")
-    assert "tiny.json holds dense with lr=0.01, expected 0.5" in " ".join(capsys.readouterr().err.split())
+    assert "tiny.json holds dense with lr=0.01, expected 0.5" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert ran == ["moe 3", "moe 1"]
 
 
-def test_processes_give_what_one_gives(run_study: Callable[..., Any], tmp_path: Path, capsys: Any) -> None:
+def test_processes_give_what_one_gives(
+    run_study: Callable[..., Any], tmp_path: Path, capsys: Any
+) -> None:
     """A variant that cannot be run is named; of the others all that is written is the same, but for the clock."""
     found = list[dict[str, Any]]()
     for jobs in ("1", "2"):
@@ -72,10 +83,20 @@ def test_processes_give_what_one_gives(run_study: Callable[..., Any], tmp_path: 
         assert stopped.value.code == 1
         shown = capsys.readouterr()
         assert "| MoE |" in shown.out
-        why = "kmeans_init" if jobs == "1" else "seed 0 ended with status 2: error: kmeans_init: got True"
+        why = (
+            "kmeans_init"
+            if jobs == "1"
+            else "seed 0 ended with status 2: error: kmeans_init: got True"
+        )
         assert f"dense-4x: {why}" in shown.err
         assert (jobs == "2") is ("4 of 4 seeds ended" in shown.err)
-        found.append({str(path.relative_to(root)): content_of(path) for path in root.rglob("*") if path.is_file()})
+        found.append(
+            {
+                str(path.relative_to(root)): content_of(path)
+                for path in root.rglob("*")
+                if path.is_file()
+            }
+        )
     assert found[0] == found[1]
     assert len(found[0]) > 12
 
@@ -83,14 +104,21 @@ def test_processes_give_what_one_gives(run_study: Callable[..., Any], tmp_path: 
 def content_of(path: Path) -> Any:
     """Of a file of a run, without the clock and the memory."""
     if path.suffix == ".json":
-        return json.loads(path.read_text(), object_hook=lambda one: one | {"seconds": 0, "peak_memory": 0})
+        return json.loads(
+            path.read_text(), object_hook=lambda one: one | {"seconds": 0, "peak_memory": 0}
+        )
     if path.suffix == ".csv":
         return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
     return path.read_bytes() if path.suffix == ".safetensors" else None
 
 
 def test_a_grid_of_routers_experts_and_k() -> None:
-    config = GridConfig(preset="digits", routers=("random", "uniform", "random"), experts=(1, 4), data_root=Path("a"))
+    config = GridConfig(
+        preset="digits",
+        routers=("random", "uniform", "random"),
+        experts=(1, 4),
+        data_root=Path("a"),
+    )
     name, study = make_study("grid", replace(config, seeds=(5,)))
     variants = {variant.name: variant for variant in study.variants}
     assert (name, variants["random-e4-k2"].label) == ("grid-digits", "`random`, E=4, K=2")
@@ -102,16 +130,22 @@ def test_a_grid_of_routers_experts_and_k() -> None:
 
 
 STUDIED: dict[str, RunConfig] = {
-    f"{name}/{variant.name}": variant.config for name in RECORDED for variant in recorded(name, Path()).variants
+    f"{name}/{variant.name}": variant.config
+    for name in RECORDED
+    for variant in recorded(name, Path()).variants
 }
 
 
 @pytest.mark.parametrize("name", STUDIED)
 def test_studies_leave_nothing_to_the_library(name: str) -> None:
     config = STUDIED[name]
-    router = config.router if config.equal is None else config.equal_to  # of a matched model, what it is matched to
+    router = (
+        config.router if config.equal is None else config.equal_to
+    )  # of a matched model, what it is matched to
     made = gmoe.OracleRouter if router == "oracle" else gmoe.ROUTERS.get(router)
-    takes = set() if made is None else {"weight", "balance"} & inspect.signature(made).parameters.keys()
+    takes = (
+        set() if made is None else {"weight", "balance"} & inspect.signature(made).parameters.keys()
+    )
     assert takes <= config.options.given().keys()
     layers = {"start"} | ({"router_input"} if isinstance(config, GraphConfig) else set())
     assert config.layer_options().keys() == layers

@@ -59,16 +59,32 @@ def test_what_a_page_asks_in_vain(mark: str, message: str, tmp_path: Path) -> No
 
 
 def test_headroom() -> None:
-    for dense, wide, recovered in ((0.9, 0.9, "no headroom"), (0.9, 0.95, "no headroom"), (0.5, 0.9, "110 %")):
+    for dense, wide, recovered in (
+        (0.9, 0.9, "no headroom"),
+        (0.9, 0.95, "no headroom"),
+        (0.5, 0.9, "110 %"),
+    ):
         ends = variant("dense", [dense] * 2), variant("dense-4x", [min(0.9, wide), wide])
         found = study_table(study(*ends, variant("moe", [0.94])))
-        assert [line.split(" | ")[5] for line in found.splitlines()[2:]] == ["– |", "– |", f"{recovered} |"]
+        assert [line.split(" | ")[5] for line in found.splitlines()[2:]] == [
+            "– |",
+            "– |",
+            f"{recovered} |",
+        ]
 
 
 def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
-    pairs = study(variant("one", [0.5, 0.6, 0.7]), variant("two", [0.49, 0.62, 0.67]), variant("other", [0.5]))
-    assert pair_table(pairs, ["one/two"]).splitlines()[2:] == ["| one | two | +0.67 ± 2.52 | 2 of 3 |"]
-    for pair, message in (("one", "expected VARIANT/OTHER of one"), ("one/x", "VARIANT"), ("one/other", "other seeds")):
+    pairs = study(
+        variant("one", [0.5, 0.6, 0.7]), variant("two", [0.49, 0.62, 0.67]), variant("other", [0.5])
+    )
+    assert pair_table(pairs, ["one/two"]).splitlines()[2:] == [
+        "| one | two | +0.67 ± 2.52 | 2 of 3 |"
+    ]
+    for pair, message in (
+        ("one", "expected VARIANT/OTHER of one"),
+        ("one/x", "VARIANT"),
+        ("one/other", "other seeds"),
+    ):
         with pytest.raises(ValueError, match=f"pairs: got '{pair}', .*{message}"):
             pair_table(pairs, [pair])
     (tmp_path / "s.json").write_text(json.dumps(pairs | {"chosen_on": [1]}))
@@ -95,11 +111,19 @@ def test_ok_is_within_a_standard_deviation() -> None:  # of 81 ± 1.41: from 79.
     rest = {"off": 0.5, "share": [], "live": []}
     for moe, n, ok in ((0.8, 2, "ok"), (0.795, 2, "no"), (0.8, 1, "ok"), (0.799, 1, "no")):
         dense = [{"seed": seed, "test": test} for seed, test in enumerate([0.8, 0.82][:n])]
-        assert swap_line({"runs": {"dense": dense, "moe": [run | rest | {"test": moe} for run in dense]}})["ok"] == ok
+        assert (
+            swap_line(
+                {"runs": {"dense": dense, "moe": [run | rest | {"test": moe} for run in dense]}}
+            )["ok"]
+            == ok
+        )
 
 
 def test_a_swap_compares_the_seeds_that_both_have() -> None:
     dense = [{"seed": seed, "test": test} for seed, test in enumerate([0.8, 0.82, 0.1])]
-    moe = [{"seed": seed, "test": 0.83, "off": 0.7, "share": [0.1, 0.3], "live": [8.0, 4.0]} for seed in (0, 1)]
+    moe = [
+        {"seed": seed, "test": 0.83, "off": 0.7, "share": [0.1, 0.3], "live": [8.0, 4.0]}
+        for seed in (0, 1)
+    ]
     line = swap_line({"runs": {"dense": dense, "moe": moe, "random": dense[:1]}})
     assert (line["n"], line["dense"], line["random"]) == ("2", "81.00 ± 1.41", "80.00 (1)")

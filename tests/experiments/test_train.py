@@ -41,9 +41,15 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (0, 1):
         assert [row["epoch"] for row in rows(tmp_path / "run", seed=seed)] == ["0", "1", "2"]
         routing = rows(tmp_path / "run", "routing.csv", seed)
-        assert [(row["epoch"], row["layer"]) for row in routing] == [("0", "0"), ("1", "0"), ("2", "0")]
+        assert [(row["epoch"], row["layer"]) for row in routing] == [
+            ("0", "0"),
+            ("1", "0"),
+            ("2", "0"),
+        ]
         for row in routing:
-            assert sum(float(row[f"load_{expert}"]) for expert in range(8)) == pytest.approx(1.0, abs=1e-3)
+            assert sum(float(row[f"load_{expert}"]) for expert in range(8)) == pytest.approx(
+                1.0, abs=1e-3
+            )
         assert load_file(tmp_path / "run" / f"seed-{seed}" / "checkpoint" / "best.safetensors")
     assert "test accuracy (%)" in capsys.readouterr().out
 
@@ -131,7 +137,14 @@ def test_the_test_set_is_read_once_at_the_best_validation_epoch(
 
 
 def test_kmeans_finds_the_regions_before_any_training(tmp_path: Path) -> None:
-    args = ("--router", "multi_centroid", "--shared-router", "--kmeans-init", "--num-centroids", "1")
+    args = (
+        "--router",
+        "multi_centroid",
+        "--shared-router",
+        "--kmeans-init",
+        "--num-centroids",
+        "1",
+    )
     assert quick(tmp_path, *args, preset="mosaic")["routing"][0]["nmi"]["mean"] > 0.9
 
 
@@ -140,7 +153,9 @@ def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("ogb"))
 
 
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero"}))
+@pytest.mark.parametrize(
+    "preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero"})
+)
 def test_every_preset_runs_on_tiny_files(
     preset: str, tmp_path: Path, ogb_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,10 +168,22 @@ def test_every_preset_runs_on_tiny_files(
     elif preset == "images":
         write_images(root, size=32)
     elif preset in ("cifar10", "cifar100"):
-        write_cifar(root, *{"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}[preset], monkeypatch)
+        write_cifar(
+            root, *{"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}[preset], monkeypatch
+        )
     elif root != ogb_root:
         write_raw(preset, root)
-    args = ("--data-root", str(root), "--epochs", "1", "--hidden", "8", "--experts", "2", "--offline")
+    args = (
+        "--data-root",
+        str(root),
+        "--epochs",
+        "1",
+        "--hidden",
+        "8",
+        "--experts",
+        "2",
+        "--offline",
+    )
     summary = quick(tmp_path / "run", *args, preset=preset)
     assert summary["config"]["dataset"] == PRESETS[preset][1].dataset
     assert summary["routing"]
@@ -189,11 +216,14 @@ def test_a_router_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     main(["digits-graph", "--router", "elsewhere/json.py:FirstBits", *QUICK, "--seeds", "0"])
     assert (tmp_path / "runs" / "digits-graph-json.FirstBits" / "summary.json").exists()
-    assert load_object("model", f"{folder}/json.py:sage") is load_object("model", "elsewhere/json.py:sage")
+    assert load_object("model", f"{folder}/json.py:sage") is load_object(
+        "model", "elsewhere/json.py:sage"
+    )
 
 
 @pytest.mark.parametrize(
-    ("preset", "name", "layers"), [("digits-graph", "sage", 0), ("digits-graph", "moe", 1), ("digits", "flat", 0)]
+    ("preset", "name", "layers"),
+    [("digits-graph", "sage", 0), ("digits-graph", "moe", 1), ("digits", "flat", 0)],
 )
 def test_a_model_of_ones_own(preset: str, name: str, layers: int, tmp_path: Path) -> None:
     more = ("--sampling", "neighbor", "--fanout", "2", "2") if name == "moe" else ()
@@ -203,7 +233,11 @@ def test_a_model_of_ones_own(preset: str, name: str, layers: int, tmp_path: Path
 
 
 def test_tensorboard_gets_figures_and_routing(tmp_path: Path) -> None:
-    quick(tmp_path / "run", "--logger", "tensorboard", "--router", "expert_choice", "--hidden", "16")
+    quick(
+        tmp_path / "run", "--logger", "tensorboard", "--router", "expert_choice", "--hidden", "16"
+    )
     events = EventAccumulator(str(tmp_path / "run" / "seed-0" / "tensorboard")).Reload()
-    assert {"loss", "val", "lr", "layer_0/load_0", "layer_0/entropy"} <= set(events.Tags()["scalars"])
+    assert {"loss", "val", "lr", "layer_0/load_0", "layer_0/entropy"} <= set(
+        events.Tags()["scalars"]
+    )
     assert [event.step for event in events.Scalars("val")] == [0, 1, 2]

@@ -25,7 +25,9 @@ Write = Callable[..., Path]
 def arrays(splits: int | None = None, classes: int = CLASSES, seed: int = 0) -> Arrays:
     """A random graph under the keys of an npz; the last eight nodes are in no split."""
     rng = np.random.default_rng(seed)
-    part = np.stack([np.append(rng.permutation(np.arange(NODES - 8) % 4), [4] * 8) for _ in range(splits or 1)])
+    part = np.stack(
+        [np.append(rng.permutation(np.arange(NODES - 8) % 4), [4] * 8) for _ in range(splits or 1)]
+    )
     masks = {"train": part < 2, "val": part == 2, "test": part == 3}
     edges = np.unique(rng.integers(NODES, size=(90, 2)), axis=0)
     return {
@@ -42,7 +44,12 @@ GIVEN = arrays()
 def by_pyg(given: Arrays) -> Arrays:
     """The same under PyG's names, in PyG's shapes."""
     masks = {f"{part}_mask": given[f"{part}_masks"].T for part in PARTS if f"{part}_masks" in given}
-    return {"x": given["node_features"], "y": given["node_labels"], "edge_index": given["edges"].T, **masks}
+    return {
+        "x": given["node_features"],
+        "y": given["node_labels"],
+        "edge_index": given["edges"].T,
+        **masks,
+    }
 
 
 def write_npz(folder: Path, given: Arrays = GIVEN, **changes: Any) -> Path:
@@ -67,17 +74,26 @@ def write_pt(folder: Path, given: Arrays = GIVEN, **more: Any) -> Path:
     return path
 
 
-def write_csv(folder: Path, given: Arrays = GIVEN, ids: list[str] | None = None, **columns: list[Any]) -> Path:
+def write_csv(
+    folder: Path, given: Arrays = GIVEN, ids: list[str] | None = None, **columns: list[Any]
+) -> Path:
     """``columns`` take the place of others, or come beside them; ``weight`` is the edges'."""
     path = folder / "mine"
     path.mkdir()
     names = ids or [str(node) for node in range(NODES)]
     ends = [[names[node] for node in column] for column in given["edges"].T]
-    edges = {"source": ends[0], "target": ends[1]} | ({"weight": columns.pop("weight")} if "weight" in columns else {})
+    edges = {"source": ends[0], "target": ends[1]} | (
+        {"weight": columns.pop("weight")} if "weight" in columns else {}
+    )
     nodes: dict[str, Any] = {"id": ids} if ids else {}
-    nodes |= {"label": given["node_labels"]} | {f"f{i}": column for i, column in enumerate(given["node_features"].T)}
+    nodes |= {"label": given["node_labels"]} | {
+        f"f{i}": column for i, column in enumerate(given["node_features"].T)
+    }
     if "train_masks" in given:
-        nodes["split"] = [next((part for part in PARTS if given[f"{part}_masks"][node]), "") for node in range(NODES)]
+        nodes["split"] = [
+            next((part for part in PARTS if given[f"{part}_masks"][node]), "")
+            for node in range(NODES)
+        ]
     pd.DataFrame(nodes | columns).to_csv(path / "nodes.csv", index=False)
     pd.DataFrame(edges).to_csv(path / "edges.csv", index=False)
     return path

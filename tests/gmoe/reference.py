@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe import Experts, LinearExperts, MLPExperts, MoE, OracleRouter, RandomRouter, Router, UniformRouter
+from gmoe import (
+    Experts,
+    LinearExperts,
+    MLPExperts,
+    MoE,
+    OracleRouter,
+    RandomRouter,
+    Router,
+    UniformRouter,
+)
 from gmoe.routers import AttentionVote, ExpertChoice, MultiCentroid, TokenChoice
 from gmoe.routers.expert_choice import ExpertSelection
 
@@ -49,7 +58,11 @@ class Case:
     @property
     def differs_at_evaluation(self) -> bool:
         options = self.options
-        return self.noisy or options.get("inference") == "threshold" or self.name == "token_choice-capacity"
+        return (
+            self.noisy
+            or options.get("inference") == "threshold"
+            or self.name == "token_choice-capacity"
+        )
 
     def weights(self, k: int) -> list[str]:
         """The weightings that this router allows."""
@@ -57,7 +70,9 @@ class Case:
             return ["default"]
         return ["score", "straight_through", *(["normalized"] if k > 1 else [])]
 
-    def build(self, dim: int, num_experts: int, k: int, weight: str = "default", num_tokens: int = 0) -> Router:
+    def build(
+        self, dim: int, num_experts: int, k: int, weight: str = "default", num_tokens: int = 0
+    ) -> Router:
         """A float64 router whose options all matter: no parameter is left at zero."""
         options: dict[str, Any] = dict(self.options)
         if weight != "default":
@@ -69,11 +84,20 @@ class Case:
         router = self.router(dim, num_experts, **options).to(DTYPE)
         for name, value in [*router.named_parameters(), *router.named_buffers()]:
             bias = ("bias_E", "mean_D", "next_bias_E", "next_mean_D")
-            if name in ("noise.weight", *bias, "center_D", "selection.threshold_E", "selection.log_scale_E"):
+            if name in (
+                "noise.weight",
+                *bias,
+                "center_D",
+                "selection.threshold_E",
+                "selection.log_scale_E",
+            ):
                 nn.init.normal_(value, std=0.2)
             if name == "selection.steps":
                 value.fill_(1)
-        if options.get("inference") == "threshold" and options.get("normalize", "experts") == "experts":
+        if (
+            options.get("inference") == "threshold"
+            and options.get("normalize", "experts") == "experts"
+        ):
             router.get_buffer("selection.threshold_E").sub_(math.log(num_experts))
         return router
 
@@ -81,24 +105,48 @@ class Case:
 CASES = [
     Case("token_choice", TokenChoice, {"balance": None}),
     Case("token_choice-noise", TokenChoice, {"balance": None, "noise": True}),
-    Case("token_choice-importance_load", TokenChoice, {"balance": "importance_load", "balance_coef": 0.5}),
-    Case("token_choice-switch-z", TokenChoice, {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}),
+    Case(
+        "token_choice-importance_load",
+        TokenChoice,
+        {"balance": "importance_load", "balance_coef": 0.5},
+    ),
+    Case(
+        "token_choice-switch-z",
+        TokenChoice,
+        {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1},
+    ),
     Case("token_choice-bias", TokenChoice, {"bias_rate": 0.1}),
     Case("token_choice-capacity", TokenChoice, {"balance": None, "capacity_factor": 0.75}),
     Case("expert_choice", ExpertChoice, {"z_coef": 0.1}),
     Case("expert_choice-tokens", ExpertChoice, {"normalize": "tokens", "capacity_factor": 1.3}),
     Case("expert_choice-threshold", ExpertChoice, {"inference": "threshold"}),
-    Case("expert_choice-tokens-threshold", ExpertChoice, {"normalize": "tokens", "inference": "threshold"}),
+    Case(
+        "expert_choice-tokens-threshold",
+        ExpertChoice,
+        {"normalize": "tokens", "inference": "threshold"},
+    ),
     Case("attention_vote", AttentionVote, {"head_dim": 4}),
-    Case("attention_vote-shared", AttentionVote, {"head_dim": 4, "shared_queries": True, "capacity_factor": 0.6}),
+    Case(
+        "attention_vote-shared",
+        AttentionVote,
+        {"head_dim": 4, "shared_queries": True, "capacity_factor": 0.6},
+    ),
     Case("attention_vote-neighbors", AttentionVote, {"head_dim": 4, "scope": "neighbors"}),
     Case(
-        "attention_vote-shared-neighbors", AttentionVote, {"head_dim": 4, "scope": "neighbors", "shared_queries": True}
+        "attention_vote-shared-neighbors",
+        AttentionVote,
+        {"head_dim": 4, "scope": "neighbors", "shared_queries": True},
     ),
     Case("multi_centroid", MultiCentroid, {"num_centroids": 3}),
     Case("multi_centroid-experts", MultiCentroid, {"choice": "experts", "num_centroids": 2}),
-    Case("multi_centroid-tokens", MultiCentroid, {"choice": "experts", "normalize": "tokens", "num_centroids": 1}),
-    Case("multi_centroid-threshold", MultiCentroid, {"choice": "experts", "inference": "threshold"}),
+    Case(
+        "multi_centroid-tokens",
+        MultiCentroid,
+        {"choice": "experts", "normalize": "tokens", "num_centroids": 1},
+    ),
+    Case(
+        "multi_centroid-threshold", MultiCentroid, {"choice": "experts", "inference": "threshold"}
+    ),
     Case("random", RandomRouter),
     Case("uniform", UniformRouter),
     Case("oracle", OracleRouter),
@@ -150,7 +198,9 @@ def choose_by_token(score_TE: Sequence[Sequence[float]], k: int) -> list[list[in
     return [best_first(range(len(row)), lambda e, row=row: row[e])[:k] for row in score_TE]  # type: ignore[misc]
 
 
-def choose_by_expert(score_TE: Sequence[Sequence[float]], groups: list[list[int]], k: int, factor: float) -> list[Pair]:
+def choose_by_expert(
+    score_TE: Sequence[Sequence[float]], groups: list[list[int]], k: int, factor: float
+) -> list[Pair]:
     num_experts = len(score_TE[0]) if score_TE else 0
     pairs = []
     for tokens in groups:
@@ -160,7 +210,9 @@ def choose_by_expert(score_TE: Sequence[Sequence[float]], groups: list[list[int]
     return pairs
 
 
-def drop(chosen: list[list[int]], prob_TE: list[list[Tensor]], groups: list[list[int]], factor: float) -> list[Pair]:
+def drop(
+    chosen: list[list[int]], prob_TE: list[list[Tensor]], groups: list[list[int]], factor: float
+) -> list[Pair]:
     """V-MoE's priority: all first choices before second ones, and the tokens surest of their first choice first."""
     num_experts = len(prob_TE[0])
     pairs = []
@@ -202,7 +254,11 @@ def naive_group_votes(q: list[Tensor], k: list[Tensor], groups: list[list[int]])
     votes = [torch.zeros((), dtype=DTYPE) for _ in k]
     for tokens in groups:
         for i in tokens:
-            for j, vote in zip(tokens, softmax([q[i] @ k[j] / math.sqrt(k[j].numel()) for j in tokens]), strict=True):
+            for j, vote in zip(
+                tokens,
+                softmax([q[i] @ k[j] / math.sqrt(k[j].numel()) for j in tokens]),
+                strict=True,
+            ):
                 votes[j] = votes[j] + vote
     return votes
 
@@ -212,17 +268,23 @@ def naive_neighbor_votes(q: list[Tensor], k: list[Tensor], edges: list[Pair]) ->
     votes = [torch.zeros((), dtype=DTYPE) for _ in k]
     for i in range(len(k)):
         targets = [dst for src, dst in edges if src == i and dst != i] + [i]
-        for j, vote in zip(targets, softmax([q[i] @ k[j] / math.sqrt(k[j].numel()) for j in targets]), strict=True):
+        for j, vote in zip(
+            targets, softmax([q[i] @ k[j] / math.sqrt(k[j].numel()) for j in targets]), strict=True
+        ):
             votes[j] = votes[j] + vote
     return votes
 
 
 def naive_cv_squared(values: list[Tensor]) -> Tensor:
     mean = sum(values[1:], values[0]) / len(values)
-    return sum(((v - mean) ** 2 for v in values), torch.zeros((), dtype=DTYPE)) / len(values) / mean**2
+    return (
+        sum(((v - mean) ** 2 for v in values), torch.zeros((), dtype=DTYPE)) / len(values) / mean**2
+    )
 
 
-def naive_load_loss(clean: list[list[Tensor]], noisy: list[list[Tensor]], std: list[list[Tensor]], k: int) -> Tensor:
+def naive_load_loss(
+    clean: list[list[Tensor]], noisy: list[list[Tensor]], std: list[list[Tensor]], k: int
+) -> Tensor:
     """CV^2 of sum_t Phi((clean - K-th best noisy logit of the others) / std)."""
     num_experts = len(clean[0])
     if k == num_experts:
@@ -246,20 +308,27 @@ def naive_separation(centroid_EMD: Tensor) -> Tensor:
             if a != b:
                 cosine = F.cosine_similarity(centroid_EMD[a], centroid_EMD[b], dim=0)
                 (within if a[0] == b[0] else across).append(cosine.clamp(min=0) ** 2)
-    return torch.stack(within).sum() / max(len(within) - 1, 1) + torch.stack(across).sum() / max(len(across) - 1, 1)
+    return torch.stack(within).sum() / max(len(within) - 1, 1) + torch.stack(across).sum() / max(
+        len(across) - 1, 1
+    )
 
 
 Grid: TypeAlias = list[list[Tensor]]
 """A scalar a token and expert."""
 
 
-def naive_votes(router: AttentionVote, x_TD: Tensor, groups: list[list[int]], edge_index: Tensor | None) -> Grid:
+def naive_votes(
+    router: AttentionVote, x_TD: Tensor, groups: list[list[int]], edge_index: Tensor | None
+) -> Grid:
     edges = [] if edge_index is None else [(int(s), int(d)) for s, d in edge_index.T]
     votes_ET = []
     for e in range(router.num_experts):
         rows = slice(e * router.head_dim, (e + 1) * router.head_dim)
         key = [router.key.weight[rows] @ x for x in x_TD]
-        query = [(router.query.weight if router.shared_queries else router.query.weight[rows]) @ x for x in x_TD]
+        query = [
+            (router.query.weight if router.shared_queries else router.query.weight[rows]) @ x
+            for x in x_TD
+        ]
         if router.scope == "group":
             votes_ET.append(naive_group_votes(query, key, groups))
         else:
@@ -272,13 +341,20 @@ def naive_logits(router: Router, x_TD: Tensor) -> Grid:
         return [[x @ column for column in router.projection_DE.T] for x in x_TD]
     if isinstance(router, TokenChoice | ExpertChoice):
         biased = isinstance(router, TokenChoice) and router.balance == "bias"
-        mean_D = (router.next_mean_D if router.training else router.mean_D) if biased else torch.zeros(())
+        mean_D = (
+            (router.next_mean_D if router.training else router.mean_D)
+            if biased
+            else torch.zeros(())
+        )
         return [[(x - mean_D) @ row for row in router.gate.weight] for x in x_TD]
     assert isinstance(router, MultiCentroid)
     grid = []
     for x in x_TD:
         cosines_EM = [
-            [F.cosine_similarity(x - router.center_D, c, dim=0) / router.log_temperature[0].exp() for c in mine]
+            [
+                F.cosine_similarity(x - router.center_D, c, dim=0) / router.log_temperature[0].exp()
+                for c in mine
+            ]
             for mine in router.centroid
         ]
         grid.append([max(mine, key=lambda v: v.item()) for mine in cosines_EM])
@@ -293,9 +369,16 @@ def naive_selection(
     along_tokens = selection.normalize == "tokens"
     if selection.inference == "threshold" and not router.training:
         ranked = logits if along_tokens else [[p.log() for p in row] for row in probs]
-        pairs = [(t, e) for t in tokens for e in experts if ranked[t][e].item() >= selection.threshold_E[e].item()]
+        pairs = [
+            (t, e)
+            for t in tokens
+            for e in experts
+            if ranked[t][e].item() >= selection.threshold_E[e].item()
+        ]
         if not along_tokens:
-            return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, groups, False)
+            return pair_weights(
+                router.weight, {(t, e): probs[t][e] for t, e in pairs}, groups, False
+            )
         gate = {(t, e): (logits[t][e] - selection.log_scale_E[e]).exp() for t, e in pairs}
         weights = pair_weights(router.weight, gate, groups, False)
         return {p: w.clamp(max=10.0) if router.weight == "score" else w for p, w in weights.items()}
@@ -306,7 +389,9 @@ def naive_selection(
                 for t, g in zip(group, softmax([logits[t][e] for t in group]), strict=True):
                     gates[t][e] = g
     pairs = choose_by_expert(values(gates), groups, router.k, selection.capacity_factor)
-    return pair_weights(router.weight, {(t, e): gates[t][e] for t, e in pairs}, groups, along_tokens)
+    return pair_weights(
+        router.weight, {(t, e): gates[t][e] for t, e in pairs}, groups, along_tokens
+    )
 
 
 def values(grid: Grid) -> list[list[float]]:
@@ -326,7 +411,9 @@ def naive_switch_loss(probs: Grid, pairs: list[Pair]) -> Tensor:
 
 
 def naive_importance_loss(probs: Grid) -> Tensor:
-    return naive_cv_squared([torch.stack([row[e] for row in probs]).sum() for e in range(len(probs[0]))])
+    return naive_cv_squared(
+        [torch.stack([row[e] for row in probs]).sum() for e in range(len(probs[0]))]
+    )
 
 
 def naive_route(
@@ -344,18 +431,29 @@ def naive_route(
     if isinstance(router, AttentionVote):
         votes = naive_votes(router, x_TD, groups, edge_index)
         pairs = choose_by_expert(values(votes), groups, router.k, router.capacity_factor)
-        return pair_weights(router.weight, {(t, e): votes[t][e] for t, e in pairs}, groups, True), aux
+        return pair_weights(
+            router.weight, {(t, e): votes[t][e] for t, e in pairs}, groups, True
+        ), aux
 
     clean = logits = naive_logits(router, x_TD)
     std = [[one for _ in experts] for _ in tokens]
     if isinstance(router, TokenChoice) and router.noise is not None:
         std = [[F.softplus(x @ row) + 0.01 for row in router.noise.weight] for x in x_TD]
     if isinstance(router, TokenChoice) and router.by_spread:
-        centered = [[row[e] - sum(other[e] for other in clean) / len(clean) for e in experts] for row in clean]
+        centered = [
+            [row[e] - sum(other[e] for other in clean) / len(clean) for e in experts]
+            for row in clean
+        ]
         squares = torch.stack([value.detach() ** 2 for row in centered for value in row])
         std = [[squares.mean().sqrt() for _ in experts] for _ in tokens]
-    if isinstance(router, TokenChoice) and (router.by_spread or router.noise is not None) and router.training:
-        draw = torch.randn(len(x_TD), len(experts), dtype=DTYPE, generator=torch.Generator().manual_seed(0))
+    if (
+        isinstance(router, TokenChoice)
+        and (router.by_spread or router.noise is not None)
+        and router.training
+    ):
+        draw = torch.randn(
+            len(x_TD), len(experts), dtype=DTYPE, generator=torch.Generator().manual_seed(0)
+        )
         logits = [[clean[t][e] + draw[t, e] * std[t][e] for e in experts] for t in tokens]
     probs = [softmax(row) for row in logits]
     if getattr(router, "z_coef", 0):
@@ -369,7 +467,9 @@ def naive_route(
     bias = [0.0] * len(experts)
     if isinstance(router, TokenChoice) and balance == "bias":
         bias = (router.next_bias_E if router.training else router.bias_E).tolist()
-    chosen = choose_by_token([[v + b for v, b in zip(row, bias, strict=True)] for row in values(logits)], router.k)
+    chosen = choose_by_token(
+        [[v + b for v, b in zip(row, bias, strict=True)] for row in values(logits)], router.k
+    )
     pairs = [(t, e) for t in tokens for e in chosen[t]]
     if isinstance(router, TokenChoice):
         if balance == "switch":
@@ -397,7 +497,9 @@ def naive_expert(experts: Experts, expert: int, x_I: Tensor) -> Tensor:
     return naive_linear(experts.down, expert, h_H * gated[0] if experts.glu else h_H)
 
 
-def naive_moe(layer: MoE, x: Tensor, batch: Tensor | None, edge_index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def naive_moe(
+    layer: MoE, x: Tensor, batch: Tensor | None, edge_index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """y_t = sum_e w_te f_e(x_t), a token and an expert at a time; and (T, E) the weights, and the auxiliary loss."""
     x_TD = x.reshape(-1, x.size(-1))
     weights, aux = naive_route(layer.router, x_TD, group_lists(x, batch), edge_index)
@@ -418,7 +520,9 @@ def gradients(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]
 
 
-def assert_same_as_naive(layer: MoE, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None) -> None:
+def assert_same_as_naive(
+    layer: MoE, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None
+) -> None:
     """Output, weights, auxiliary loss and every gradient of ``layer`` equal those of the reference."""
     x = x.clone().requires_grad_()
     expected, dense_TE, aux = naive_moe(layer, x, batch, edge_index)

@@ -38,13 +38,22 @@ def plain(model: Any, **options: Any) -> Any:
 def torchvision_vit(layers: int = 3) -> VisionTransformer:
     torch.manual_seed(0)
     vit = VisionTransformer(8, 4, layers, 2, 16, 24, num_classes=5)
-    nn.init.normal_(vit.heads.head.weight)  # torchvision's starts at zero, under which all models are equal
+    nn.init.normal_(
+        vit.heads.head.weight
+    )  # torchvision's starts at zero, under which all models are equal
     return vit.double().eval()
 
 
 def timm_vit(layers: int = 3, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    sizes: Any = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": layers, "num_heads": 2, "num_classes": 5}
+    sizes: Any = {
+        "img_size": 8,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depth": layers,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     vit: Any = timm.models.VisionTransformer(**sizes, **kwargs)
     nn.init.normal_(vit.head.weight)
     return vit.double().eval()
@@ -56,7 +65,9 @@ def mlps(vit: Any) -> list[Any]:
 
 
 def images(count: int = 3) -> Tensor:
-    return torch.randn(count, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        count, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def assert_same(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
@@ -141,7 +152,12 @@ class RowsOnly(nn.Module):
 class NormBeforeActivation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.norm, self.act, self.down = nn.Linear(8, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)
+        self.up, self.norm, self.act, self.down = (
+            nn.Linear(8, 12),
+            nn.LayerNorm(12),
+            nn.GELU(),
+            nn.Linear(12, 8),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.act(self.norm(self.up(x))))
@@ -153,7 +169,9 @@ class Llama(nn.Module):
 
     def __init__(self, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
-        self.w1, self.w2, self.w3 = (nn.Linear(i, o, bias=False) for i, o in ((8, 12), (12, 8), (8, 12)))
+        self.w1, self.w2, self.w3 = (
+            nn.Linear(i, o, bias=False) for i, o in ((8, 12), (12, 8), (8, 12))
+        )
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,15 +225,21 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "Mlp with a norm": partial(Mlp, 8, 12, norm_layer=nn.LayerNorm, bias=(False, True)),
     "Llama": Llama,
     "Llama, tanh-GELU": partial(Llama, partial(F.gelu, approximate="tanh")),
-    "an activation in place": lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True), nn.Linear(12, 8)),
+    "an activation in place": lambda: nn.Sequential(
+        nn.Linear(8, 12), nn.ReLU(inplace=True), nn.Linear(12, 8)
+    ),
     "nn.GLU": lambda: nn.Sequential(nn.Linear(8, 24), nn.GLU(), nn.Linear(12, 8)),
     "parts registered in another order (Hugging Face)": ActivationFirst,
     "a last layer as wide as the first, registered before it": partial(ActivationFirst, 12, 12),
     "a gate called last": GateCalledLast,
     "parts called by keyword, an activation called by itself": CalledByKeyword,
     "GEGLU (Diffusers)": GEGLU,
-    "two dropouts behind each other": lambda: nn.Sequential(*plain_mlp(), nn.Dropout(0.0), nn.Dropout(0.0)),
-    "layers inside a container": lambda: nn.Sequential(nn.Sequential(*plain_mlp()[:2]), *plain_mlp()[2:]),
+    "two dropouts behind each other": lambda: nn.Sequential(
+        *plain_mlp(), nn.Dropout(0.0), nn.Dropout(0.0)
+    ),
+    "layers inside a container": lambda: nn.Sequential(
+        nn.Sequential(*plain_mlp()[:2]), *plain_mlp()[2:]
+    ),
     "a norm first (MaxViT)": lambda: nn.Sequential(nn.LayerNorm(8), *plain_mlp()),
 }
 
@@ -267,7 +291,9 @@ def test_a_hidden_activation_that_no_function_gives_is_refused() -> None:
             out: Tensor = self.fc2(self.fc1(x).sin())
             return out
 
-    with pytest.raises(ValueError, match=r"^model: got 0\.mlp, a Sine .* whose activation is not a known one"):
+    with pytest.raises(
+        ValueError, match=r"^model: got 0\.mlp, a Sine .* whose activation is not a known one"
+    ):
         moefy(stack(Sine()), every=1)
 
 
@@ -287,7 +313,9 @@ def test_blocks_of_a_swin_are_numbered_through_its_stages() -> None:
     model = moefy(copy.deepcopy(dense), blocks=[0, -1], router="expert_choice", num_experts=4)
     with record_routing(model) as routings:
         assert_same(model(x), dense(x))
-    assert [module.experts.in_features for module in model.modules() if isinstance(module, MoE)] == [8, 16]
+    assert [
+        module.experts.in_features for module in model.modules() if isinstance(module, MoE)
+    ] == [8, 16]
     for routing in routings:  # each expert takes a quarter of each image's tokens
         tokens = routing.num_tokens // 3
         taken = (routing.to_dense() != 0).view(3, tokens, 4).sum(dim=1)
@@ -297,7 +325,9 @@ def test_blocks_of_a_swin_are_numbered_through_its_stages() -> None:
 @pytest.mark.parametrize("shape", [(2, 6), (1, 12)], ids=str)
 def test_all_tokens_of_a_grid_compete(shape: tuple[int, ...]) -> None:
     """As in one row, whatever the height and the width: a row of a grid of one row or column would be no choice."""
-    layer: Any = plain(stack(plain_mlp()).double(), every=1, num_experts=4, router="expert_choice")[0].mlp
+    layer: Any = plain(stack(plain_mlp()).double(), every=1, num_experts=4, router="expert_choice")[
+        0
+    ].mlp
     x = torch.randn(3, 12, 8, dtype=torch.float64)
     assert_same(layer(x.view(3, *shape, 8)).view(3, 12, 8), layer(x), 0)
 
@@ -308,7 +338,12 @@ def test_all_tokens_of_a_grid_compete(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "replaced"),
     [
-        *(({}, [1, 3]), ({"every": 3}, [2]), ({"blocks": [-4, -1]}, [0, 3]), ({"blocks": np.array([3, 0])}, [0, 3])),
+        *(
+            ({}, [1, 3]),
+            ({"every": 3}, [2]),
+            ({"blocks": [-4, -1]}, [0, 3]),
+            ({"blocks": np.array([3, 0])}, [0, 3]),
+        ),
         *(({"targets": ["2.mlp", "0.*"]}, [0, 2]), ({"targets": "*.mlp", "blocks": [-1]}, [3])),
         ({"targets": "*.mlp*", "every": 2}, [1, 3]),
     ],
@@ -332,7 +367,10 @@ def test_an_mlp_that_is_used_twice_stays_one() -> None:
 
 def gnn() -> nn.Module:
     mlp = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
-    convs = [(conv, "x, edge_index -> x") for conv in (GCNConv(-1, 6), GATConv((-1, -1), 4, heads=2), GINConv(mlp))]
+    convs = [
+        (conv, "x, edge_index -> x")
+        for conv in (GCNConv(-1, 6), GATConv((-1, -1), 4, heads=2), GINConv(mlp))
+    ]
     net = GraphSequential("x, edge_index", [*convs, plain_mlp()])
     net(torch.ones(2, 8), torch.tensor([[0], [1]]))  # fills in what is open
     return net
@@ -359,13 +397,23 @@ def test_convs_by_name(start: str) -> None:
 
 @pytest.mark.parametrize(
     ("build", "options"),
-    [(timm_vit, {"every": 1}), (timm_vit, {"every": 1, "start": "copies", "k": 2}), (gnn, {"targets": [CONVS, HEAD]})],
+    [
+        (timm_vit, {"every": 1}),
+        (timm_vit, {"every": 1, "start": "copies", "k": 2}),
+        (gnn, {"targets": [CONVS, HEAD]}),
+    ],
 )
-def test_a_frozen_model_stays_frozen_but_for_what_is_new(build: Any, options: dict[str, Any]) -> None:
+def test_a_frozen_model_stays_frozen_but_for_what_is_new(
+    build: Any, options: dict[str, Any]
+) -> None:
     model = moefy(build().requires_grad_(False), num_experts=2, **options)
-    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoE | MoEConv))
+    layers = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, MoE | MoEConv)
+    )
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (name.startswith(layers) and ".shared_expert." not in name), name
+        assert parameter.requires_grad == (
+            name.startswith(layers) and ".shared_expert." not in name
+        ), name
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
@@ -400,7 +448,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_shared_expert_keeps_parametrizations_and_hooks_that_a_plain_mixture_would_lose(change: str) -> None:
+def test_the_shared_expert_keeps_parametrizations_and_hooks_that_a_plain_mixture_would_lose(
+    change: str,
+) -> None:
     mlp = plain_mlp().double()
     CHANGES[change](mlp[2])
     x = torch.randn(2, 5, 8, dtype=torch.float64)
@@ -412,7 +462,10 @@ def test_the_shared_expert_keeps_parametrizations_and_hooks_that_a_plain_mixture
 
 def test_dropout_stays_where_it_is() -> None:
     drop, (up, activation, down) = nn.Dropout(0.5), plain_mlp()
-    for parts, rates in (((up, activation, drop, down, drop), (0.5, 0.5)), ((up, activation, down, drop), (0.0, 0.5))):
+    for parts, rates in (
+        ((up, activation, drop, down, drop), (0.5, 0.5)),
+        ((up, activation, down, drop), (0.0, 0.5)),
+    ):
         experts = moefy(stack(nn.Sequential(*parts)), every=1)[0].mlp.experts  # type: ignore[index]
         assert (experts.hidden_dropout.p, experts.output_dropout.p) == rates
 
@@ -459,13 +512,29 @@ PLAIN: dict[str, Any] = {"every": 1, "start": "copies", "k": 2}
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(plain_mlp()), {}, "model"),
     (lambda: stack(nn.Sequential(*plain_mlp(), nn.ReLU())), {"every": 1}, "model"),
-    (lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8))), {"every": 1}, "model"),
+    (
+        lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8))),
+        {"every": 1},
+        "model",
+    ),
     (lambda: stack(nn.Sequential(nn.Dropout(0.5), *plain_mlp())), {"every": 1}, "model"),
-    (lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8))), {"every": 1}, "model"),
+    (
+        lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8))),
+        {"every": 1},
+        "model",
+    ),
     (lambda: stack(GlobalResponseNormMlp(8, 12)), {"every": 1}, "model"),
-    (lambda: stack(Llama(lambda x: F.silu(x).flip(0))), {"every": 1, "start": "copies", "k": 2}, "model"),  # misread
+    (
+        lambda: stack(Llama(lambda x: F.silu(x).flip(0))),
+        {"every": 1, "start": "copies", "k": 2},
+        "model",
+    ),  # misread
     (lambda: stack(NormBeforeActivation()), {"every": 1}, "model"),
-    (lambda: stack(nn.Sequential(OwnLinear(8, 12), nn.ReLU(), nn.Linear(12, 8))), PLAIN, "model: got 0.mlp.0 with a"),
+    (
+        lambda: stack(nn.Sequential(OwnLinear(8, 12), nn.ReLU(), nn.Linear(12, 8))),
+        PLAIN,
+        "model: got 0.mlp.0 with a",
+    ),
     (lambda: stack(patched(plain_mlp())), PLAIN, "model: got 0.mlp.0 with a forward of its own"),
     (lambda: stack(TwoArguments()), {"every": 1}, "model: got 0.mlp.* fails on tokens alone"),
     (lambda: stack(Dropping()), {"every": 1, "start": "copies", "k": 2}, "model"),
@@ -484,7 +553,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("build", "options", "message"), REFUSED)
-def test_refuses_and_leaves_the_model_alone(build: Any, options: dict[str, Any], message: str) -> None:
+def test_refuses_and_leaves_the_model_alone(
+    build: Any, options: dict[str, Any], message: str
+) -> None:
     model = build()
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match=f"^{message}"):

@@ -27,23 +27,37 @@ def ends(loads: Sequence[int]) -> Tensor:
 
 def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     cotangent = features(*y.shape, seed=9).to(y.dtype)
-    found = torch.autograd.grad(y, leaves, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        y, leaves, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return list(found)
 
 
 @pytest.mark.parametrize(
     ("loads", "width", "out"),
-    [([3, 0, 2, 4], 7, 5), ([0, 0, 5, 0], 8, 8), ([0, 0, 0, 0], 7, 5), ([4, 0, 2], 1433, 7), ([1, 3], 1, 1433)],
+    [
+        ([3, 0, 2, 4], 7, 5),
+        ([0, 0, 5, 0], 8, 8),
+        ([0, 0, 0, 0], 7, 5),
+        ([4, 0, 2], 1433, 7),
+        ([1, 3], 1, 1433),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @each_backend
-def test_a_row_meets_its_expert(backend: Backend, dtype: torch.dtype, loads: list[int], width: int, out: int) -> None:
+def test_a_row_meets_its_expert(
+    backend: Backend, dtype: torch.dtype, loads: list[int], width: int, out: int
+) -> None:
     """The reference is float64 on the same rounded numbers.
 
     ``grouped_mm`` refuses rows that are no multiple of 16 bytes, and the strides of 0 of a sum's gradient.
     """
-    x, weight, bias = features(sum(loads), width), features(len(loads), width, out, seed=1), features(len(loads), out)
+    x, weight, bias = (
+        features(sum(loads), width),
+        features(len(loads), width, out, seed=1),
+        features(len(loads), out),
+    )
     leaves = [value.to(dtype).requires_grad_() for value in (x, weight / width**0.5, bias)]
     y = grouped_linear(leaves[0], leaves[1], leaves[2], ends(loads), backend)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -53,7 +67,9 @@ def test_a_row_meets_its_expert(backend: Backend, dtype: torch.dtype, loads: lis
     ours = [y, *gradients(y, leaves), *torch.autograd.grad(y.sum(), leaves)]
     theirs = [expected, *gradients(expected, exact), *torch.autograd.grad(expected.sum(), exact)]
     assert {value.dtype for value in ours} == {dtype}
-    torch.testing.assert_close([value.double() for value in ours], theirs, atol=tolerance, rtol=tolerance / 10)
+    torch.testing.assert_close(
+        [value.double() for value in ours], theirs, atol=tolerance, rtol=tolerance / 10
+    )
 
 
 @each_backend
@@ -100,7 +116,10 @@ def test_routed_linear_is_the_mixture(
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < share
     gate = (features(tokens, experts, seed=seed + 9) * chosen).requires_grad_(frozen < 5)
     shapes = [(experts, sum(widths), 3), (experts, 3), *((tokens, width) for width in widths)]
-    values = [features(*shape, seed=seed + i).requires_grad_(i != frozen) for i, shape in enumerate(shapes)]
+    values = [
+        features(*shape, seed=seed + i).requires_grad_(i != frozen)
+        for i, shape in enumerate(shapes)
+    ]
     before = [value.detach().clone() for value in values]
     weight, bias_EO, *parts = values
     ours = routed_linear(parts, weight, bias_EO if bias else None, routing_of(gate), backend)
@@ -109,12 +128,18 @@ def test_routed_linear_is_the_mixture(
     # where a weight is no pair's, the formula's gradient is not zero
     leaves = [value for value in [*values, *([gate] if share == 1 else [])] if value.requires_grad]
     torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
-    torch.testing.assert_close(gradients(ours, leaves), gradients(theirs, leaves), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        gradients(ours, leaves), gradients(theirs, leaves), atol=1e-10, rtol=0
+    )
     torch.testing.assert_close(values, before, atol=0, rtol=0)
 
 
 def test_routed_linear_is_of_the_type_of_its_weights() -> None:
-    x, weight, routing = features(5, 5).bfloat16(), features(2, 5, 3).float(), routing_of(torch.ones(5, 2))
+    x, weight, routing = (
+        features(5, 5).bfloat16(),
+        features(2, 5, 3).float(),
+        routing_of(torch.ones(5, 2)),
+    )
     assert routed_linear([x], weight, None, routing).dtype == torch.float32
 
 
@@ -123,7 +148,12 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
     """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
     offsets, weight = ends([1, 0, 9, 2]), features(4, 3, 5)
     rows, y = features(12, 3), features(12, 5)
-    parts, token, gate, bias = [features(20, 1), features(20, 2)], torch.arange(12), features(12), features(4, 5)
+    parts, token, gate, bias = (
+        [features(20, 1), features(20, 2)],
+        torch.arange(12),
+        features(12),
+        features(4, 5),
+    )
     values = (weight, bias, gate, parts, token, offsets)
     for name, inputs in {
         "grouped_linear": (rows, weight, offsets, backend),
@@ -137,7 +167,11 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_biases_are_summed_in_float32(dtype: torch.dtype) -> None:
     """A sum of ones in bfloat16 stops at 256."""
-    weight, bias, rows = torch.zeros(2, 4, 4, dtype=dtype), torch.zeros(2, 4, dtype=dtype, requires_grad=True), 1000
+    weight, bias, rows = (
+        torch.zeros(2, 4, 4, dtype=dtype),
+        torch.zeros(2, 4, dtype=dtype, requires_grad=True),
+        1000,
+    )
     with torch.autocast("cpu", torch.bfloat16):
         x, offsets = torch.ones(rows, 4, dtype=dtype), torch.tensor([rows, rows], dtype=torch.int32)
         grouped_linear(x, weight, bias, offsets).sum().backward()
@@ -197,7 +231,9 @@ def test_blocks_hold_each_row_once_and_rows_of_one_expert(loads: list[int]) -> N
     assert torch.equal(blocks.expert_N[blocks.place_P // blocks.size], expert_P)
     assert torch.equal(blocks.expert_N, blocks.expert_N.sort().values)
     assert len(blocks.expert_N) <= 5 * num_experts  # copies of an expert's weights
-    assert len(blocks.expert_N) * blocks.size <= num_rows + num_experts * max(16, num_rows / (4 * num_experts) + 1)
+    assert len(blocks.expert_N) * blocks.size <= num_rows + num_experts * max(
+        16, num_rows / (4 * num_experts) + 1
+    )
 
 
 def test_what_fills_a_block_up_meets_no_other_expert() -> None:
@@ -217,20 +253,28 @@ def routings() -> list[Routing]:
     generator = torch.Generator().manual_seed(0)
     chosen = [torch.rand(9, 4, generator=generator).topk(k).indices for k in (1, 3, 0)]
     weights = [torch.rand(9, k, generator=generator, dtype=torch.float64) for k in (1, 3, 0)]
-    by_token = [Routing.from_choices(*pair, num_experts=4) for pair in zip(chosen, weights, strict=True)]
+    by_token = [
+        Routing.from_choices(*pair, num_experts=4) for pair in zip(chosen, weights, strict=True)
+    ]
     none = Routing.from_choices(chosen[0][:0], weights[0][:0], num_experts=4)
     return [*by_token, none, routing_of(features(9, 4) * (features(9, 4, seed=1) > 0))]
 
 
-@pytest.mark.parametrize("routing", routings(), ids=["K=1", "K=3", "K=0", "no tokens", "any number"])
+@pytest.mark.parametrize(
+    "routing", routings(), ids=["K=1", "K=3", "K=0", "no tokens", "any number"]
+)
 def test_tokens_and_pairs_on_cuda_as_on_the_cpu(routing: Routing) -> None:
     x_TI = features(routing.num_tokens, 5).requires_grad_()
     y_PO = features(len(routing.token), 5, seed=2).requires_grad_()
     gathered, expected = _ToPairs.apply(x_TI, routing.token, routing.slot), x_TI[routing.token]
-    torch.testing.assert_close([gathered, *gradients(gathered, [x_TI])], [expected, *gradients(expected, [x_TI])])
+    torch.testing.assert_close(
+        [gathered, *gradients(gathered, [x_TI])], [expected, *gradients(expected, [x_TI])]
+    )
     summed = _ToTokens.apply(y_PO, routing.token, routing.slot, routing.num_tokens)
     expected = torch.zeros(x_TI.shape, dtype=torch.float64).index_add(0, routing.token, y_PO)
-    torch.testing.assert_close([summed, *gradients(summed, [y_PO])], [expected, *gradients(expected, [y_PO])])
+    torch.testing.assert_close(
+        [summed, *gradients(summed, [y_PO])], [expected, *gradients(expected, [y_PO])]
+    )
 
 
 class Noted(TorchDispatchMode):
@@ -248,14 +292,22 @@ class Noted(TorchDispatchMode):
 def test_no_sum_on_cuda_is_by_atomic_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     """``index_add`` on CUDA adds in any order: each run would give other last digits."""
     monkeypatch.setattr(import_module("gmoe.dispatch"), "is_watched", lambda: False)
-    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((9, 5), (4, 5, 5), (4, 5)))
+    x, weight, bias = (
+        torch.randn(*shape, requires_grad=True) for shape in ((9, 5), (4, 5, 5), (4, 5))
+    )
     for routing in routings():
         with Noted() as noted:
             rows = _ToPairs.apply(x[: routing.num_tokens], routing.token, routing.slot)
             y = grouped_linear(rows, weight, bias, routing.offsets, "padded")
             _ToTokens.apply(y, routing.token, routing.slot, routing.num_tokens).sum().backward()
         assert "bmm" in noted.names
-        assert not noted.names & {"index_add", "index_add_", "scatter_add", "scatter_add_", "_local_scalar_dense"}
+        assert not noted.names & {
+            "index_add",
+            "index_add_",
+            "scatter_add",
+            "scatter_add_",
+            "_local_scalar_dense",
+        }
 
 
 @pytest.mark.parametrize("routing", routings()[1::3], ids=["K=3", "any number"])

@@ -30,13 +30,17 @@ NO_NOISE = patch("torch.randn_like", torch.zeros_like)
 ROUTERS: dict[str, Callable[[], Router]] = {
     "bias": lambda: TokenChoice(D, E, noise=False),
     "bias-k2-z": lambda: TokenChoice(D, E, k=2, noise=False, z_coef=0.1),
-    "importance_load": lambda: TokenChoice(D, E, balance="importance_load", balance_coef=0.5, z_coef=0.1),
+    "importance_load": lambda: TokenChoice(
+        D, E, balance="importance_load", balance_coef=0.5, z_coef=0.1
+    ),
     "switch": lambda: TokenChoice(D, E, k=2, balance="switch", balance_coef=0.5),
     "expert_choice": lambda: ExpertChoice(D, E, z_coef=0.1),
     "threshold": lambda: ExpertChoice(D, E, normalize="tokens", inference="threshold", z_coef=0.1),
     "attention_vote": lambda: AttentionVote(D, E),
     "multi_centroid": lambda: MultiCentroid(D, E),
-    "multi_centroid-threshold": lambda: MultiCentroid(D, E, choice="experts", inference="threshold"),
+    "multi_centroid-threshold": lambda: MultiCentroid(
+        D, E, choice="experts", inference="threshold"
+    ),
 }
 
 
@@ -58,7 +62,18 @@ class Checkpointed(nn.Module):
 
 def gnn(**kwargs: Any) -> nn.Module:
     quiet = {"noise": False, "z_coef": 0.1}
-    return GNNMoE(D, 8, 3, 3, conv="sage", num_experts=E, router_kwargs=quiet, norm=None, dropout=0.0, **kwargs)
+    return GNNMoE(
+        D,
+        8,
+        3,
+        3,
+        conv="sage",
+        num_experts=E,
+        router_kwargs=quiet,
+        norm=None,
+        dropout=0.0,
+        **kwargs,
+    )
 
 
 def images(seed: int) -> list[Tensor]:
@@ -90,12 +105,19 @@ def run_graphs(model: Any, part: list[Data]) -> tuple[Tensor, Any]:
     return y, routings
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Any]], Callable[..., tuple[Tensor, Any]]]] = {
+CASES: dict[
+    str,
+    tuple[Callable[[], nn.Module], Callable[[int], list[Any]], Callable[..., tuple[Tensor, Any]]],
+] = {
     **{name: (lambda name=name: layer(name), images, run_tokens) for name in ROUTERS},  # type: ignore[misc]
     "checkpointed": (Checkpointed, images, run_tokens),
     "gnn": (gnn, graphs, run_graphs),
     "gnn-shared-router": (lambda: gnn(shared_router=True), graphs, run_graphs),
-    "gnn-votes": (lambda: GNNMoE(D, 8, 3, 2, conv="gcn", num_experts=E, router="attention_vote"), graphs, run_graphs),
+    "gnn-votes": (
+        lambda: GNNMoE(D, 8, 3, 2, conv="gcn", num_experts=E, router="attention_vote"),
+        graphs,
+        run_graphs,
+    ),
 }
 
 
@@ -108,7 +130,9 @@ def split(items: list[Any], rank: int, size: int, step: int) -> list[Any]:
     return rest[rank - 1 :: size - 1]
 
 
-def trained(case: str, rank: int, size: int, *, empty: bool = False, sharded: bool = False) -> dict[str, Any]:
+def trained(
+    case: str, rank: int, size: int, *, empty: bool = False, sharded: bool = False
+) -> dict[str, Any]:
     """The gradients of the first step, and the state after twenty of SGD.
 
     ``empty``: the first process has all items. ``sharded``: by FSDP2 instead of DDP.
@@ -118,7 +142,9 @@ def trained(case: str, rank: int, size: int, *, empty: bool = False, sharded: bo
     model: Any = build().double()
     for gain in (p for name, p in model.named_parameters() if name.endswith("gain")):
         nn.init.constant_(gain, 0.5)  # so that all gradients are there from the first step on
-    wrapped = fully_shard(model) if sharded else DistributedDataParallel(model) if size > 1 else model
+    wrapped = (
+        fully_shard(model) if sharded else DistributedDataParallel(model) if size > 1 else model
+    )
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
     first: dict[str, Tensor] = {}
     calls = 0
@@ -136,14 +162,22 @@ def trained(case: str, rank: int, size: int, *, empty: bool = False, sharded: bo
         optimizer.zero_grad()
         with patch("torch.distributed.all_reduce", counted):
             y, routings = run(wrapped, mine)
-        loss = y.square().sum() * (size / world_sum(torch.tensor(float(len(y)), dtype=torch.float64)))
+        loss = y.square().sum() * (
+            size / world_sum(torch.tensor(float(len(y)), dtype=torch.float64))
+        )
         routings = routings if isinstance(routings, list) else [routings]
         (loss + (aux_loss(routings) if routings else 0)).backward()
         if step == 0:
-            first = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+            first = {
+                name: whole(p.grad).clone()
+                for name, p in model.named_parameters()
+                if p.grad is not None
+            }
         optimizer.step()
     each = routers + sum(getattr(module, "z_coef", 0) > 0 for module in model.modules())
-    assert size == 1 or calls <= STEPS * each, f"{calls} collectives of {routers} routers in {STEPS} steps"
+    assert size == 1 or calls <= STEPS * each, (
+        f"{calls} collectives of {routers} routers in {STEPS} steps"
+    )
     before = calls
     state = {name: whole(value).clone() for name, value in model.state_dict().items()}
     with patch("torch.distributed.all_reduce", counted), torch.no_grad():
@@ -176,7 +210,10 @@ def alone(rank: int) -> dict[str, Any]:
     router, x = TokenChoice(D, E, noise=False), torch.full((rank + 1, D), float(rank + 1))
     router.process_group = groups[rank]
     router(x)
-    return {"first": {}, "state": {"mean": router.next_mean_D - (rank + 1), "size": torch.tensor(world_size())}}
+    return {
+        "first": {},
+        "state": {"mean": router.next_mean_D - (rank + 1), "size": torch.tensor(world_size())},
+    }
 
 
 def counted(rank: int, size: int) -> dict[str, Any]:
@@ -186,7 +223,9 @@ def counted(rank: int, size: int) -> dict[str, Any]:
     stats.update(router(torch.randn(11, D, dtype=torch.float64).tensor_split(size)[rank]))
     return {
         "first": {},
-        "state": {name: value.double().round(decimals=5) for name, value in stats.compute()[0].items()},
+        "state": {
+            name: value.double().round(decimals=5) for name, value in stats.compute()[0].items()
+        },
     }
 
 
@@ -206,7 +245,9 @@ def compare(size: int, folder: Path) -> None:
                 assert found[name][what].keys() == wanted[what].keys()
                 for key, value in wanted[what].items():
                     off = float((found[name][what][key] - value).abs().max())
-                    assert off <= 1e-10, f"{name}, rank {rank} of {size}, {what} {key} differs by {off}"
+                    assert off <= 1e-10, (
+                        f"{name}, rank {rank} of {size}, {what} {key} differs by {off}"
+                    )
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from tests.gmoe.reference import naive_expert
 
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
 OWNER = [0, 0, 2, 2, 2]
-GATE = torch.tensor([[0.5, 0.0, 2.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+GATE = torch.tensor(
+    [[0.5, 0.0, 2.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64
+)
 """(T, E) weights; a token without an expert, and one with all."""
 
 EXPERTS: dict[str, Callable[..., Experts]] = {
@@ -35,7 +37,9 @@ def with_gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("build", EXPERTS.values(), ids=EXPERTS)
 @pytest.mark.parametrize("backend", get_args(Backend))
-def test_rows_and_tokens_meet_their_experts(build: Callable[..., Experts], backend: Backend) -> None:
+def test_rows_and_tokens_meet_their_experts(
+    build: Callable[..., Experts], backend: Backend
+) -> None:
     experts, x = build(backend=backend).double(), features(5, 4).requires_grad_()
     expected = torch.stack([naive_expert(experts, e, row) for e, row in zip(OWNER, x, strict=True)])
     leaves = [x, *experts.parameters()]
@@ -44,7 +48,9 @@ def test_rows_and_tokens_meet_their_experts(build: Callable[..., Experts], backe
     routing = routing_of(GATE.clone().requires_grad_())
     leaves, y = [x, routing.weight, *experts.parameters()], experts(x[:4], routing)
     expected = combine(experts(dispatch(x[:4], routing), routing.offsets), routing)
-    torch.testing.assert_close(with_gradients(y, leaves), with_gradients(expected, leaves), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        with_gradients(y, leaves), with_gradients(expected, leaves), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("glu", [False, True])
@@ -59,20 +65,28 @@ def test_activations_that_work_in_place(kind: Callable[..., nn.Module], glu: boo
     torch.testing.assert_close(found[1:], found[:1] * 2)
 
 
-NAMED: dict[str, Any] = {name: getattr(F, name) for name in ("elu", "gelu", "leaky_relu", "relu", "silu", "tanh")}
+NAMED: dict[str, Any] = {
+    name: getattr(F, name) for name in ("elu", "gelu", "leaky_relu", "relu", "silu", "tanh")
+}
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_activations_by_name(name: str) -> None:
     experts, x, offsets = MLPExperts(4, 6, 3, 3, activation=name), torch.randn(5, 4), OFFSETS
-    torch.testing.assert_close(experts(x, offsets), experts.down(NAMED[name](experts.up(x, offsets)), offsets))
+    torch.testing.assert_close(
+        experts(x, offsets), experts.down(NAMED[name](experts.up(x, offsets)), offsets)
+    )
 
 
 def test_parts_run_that_a_user_replaced() -> None:
     """Of layers and hooks see ``runs_what_users_put_in`` in ``tests/contract.py``."""
     x = torch.randn(5, 4)
     experts: Any = MLPExperts(4, 6, 3, 3).eval()
-    experts.input_norm, experts.hidden_norm, experts.hidden_dropout = nn.Tanh(), nn.Softplus(), nn.Sigmoid()
+    experts.input_norm, experts.hidden_norm, experts.hidden_dropout = (
+        nn.Tanh(),
+        nn.Softplus(),
+        nn.Sigmoid(),
+    )
     hidden = F.softplus(F.gelu(experts.up(x.tanh(), OFFSETS)).sigmoid())
     torch.testing.assert_close(experts(x, OFFSETS), experts.down(hidden, OFFSETS))
 
@@ -80,7 +94,11 @@ def test_parts_run_that_a_user_replaced() -> None:
 @pytest.mark.parametrize("part", ["hidden_dropout", "output_dropout"])
 def test_a_dropout_in_training_mode_drops_at_evaluation(part: str) -> None:
     """Monte Carlo dropout."""
-    experts, x, routing = MLPExperts(4, 64, 32, 3, dropout=0.5).eval(), torch.randn(4, 4), routing_of(GATE.float())
+    experts, x, routing = (
+        MLPExperts(4, 64, 32, 3, dropout=0.5).eval(),
+        torch.randn(4, 4),
+        routing_of(GATE.float()),
+    )
     assert torch.equal(experts(x, routing), experts(x, routing))
     experts.get_submodule(part).train()
     assert not torch.equal(experts(x, routing), experts(x, routing))

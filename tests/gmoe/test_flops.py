@@ -30,7 +30,9 @@ T, D, O, E = 10, 8, 4, 4  # noqa: E741
 LINEAR = D * O + O
 
 
-def moe(router: str = "token_choice", k: int = 1, experts: nn.Module | None = None, **kwargs: Any) -> MoE:
+def moe(
+    router: str = "token_choice", k: int = 1, experts: nn.Module | None = None, **kwargs: Any
+) -> MoE:
     kwargs = {"balance": None, **kwargs} if router == "token_choice" else kwargs
     return MoE(build_router(router, D, E, k, kwargs), experts or LinearExperts(D, O, E))  # type: ignore[arg-type]
 
@@ -40,15 +42,27 @@ def moe(router: str = "token_choice", k: int = 1, experts: nn.Module | None = No
     [
         ("token_choice", 3, {}, 3),
         ("token_choice", 2, {"balance": "importance_load"}, 2),
-        *(("expert_choice", 2, {"capacity_factor": factor}, taken) for factor, taken in ((0.5, 1), (5.0, E))),
-        *(("attention_vote", 1, {}, 1), ("multi_centroid", 1, {}, 1), ("random", 2, {}, 2), ("uniform", 1, {}, E)),
+        *(
+            ("expert_choice", 2, {"capacity_factor": factor}, taken)
+            for factor, taken in ((0.5, 1), (5.0, E))
+        ),
+        *(
+            ("attention_vote", 1, {}, 1),
+            ("multi_centroid", 1, {}, 1),
+            ("random", 2, {}, 2),
+            ("uniform", 1, {}, E),
+        ),
     ],
 )
-def test_active_parameters_are_those_of_a_token(router: str, k: int, kwargs: dict[str, Any], per_token: int) -> None:
+def test_active_parameters_are_those_of_a_token(
+    router: str, k: int, kwargs: dict[str, Any], per_token: int
+) -> None:
     options: dict[str, Any] = {"num_experts": E, "router": router, "k": k, "router_kwargs": kwargs}
     layers: list[Any] = [MoEConv(conv, D, O, **options) for conv in ("gcn", "sage", "gat", "gin")]
     for layer in (moe(router, k, **kwargs), *layers):
-        every, routed = (sum(p.numel() for p in part.parameters()) for part in (layer, layer.experts))
+        every, routed = (
+            sum(p.numel() for p in part.parameters()) for part in (layer, layer.experts)
+        )
         assert active_parameters(layer) == every - routed * (E - per_token) / E
 
 
@@ -89,7 +103,10 @@ def stepped(call: Any) -> Any:
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_flops_of_the_backward_pass(backend: Any) -> None:
     x = torch.randn(T, D, requires_grad=True)
-    products, sums = 2 * T * (D * 16 + 16 * O), T * O + T * D  # the gradient of the gather is an index_add
+    products, sums = (
+        2 * T * (D * 16 + 16 * O),
+        T * O + T * D,
+    )  # the gradient of the gather is an index_add
     experts = MLPExperts(D, 16, O, E, backend=backend)
     biases = T * (16 + O)  # their gradient is an index_add
     assert count_flops(stepped(planted(experts)), x) == 3 * products + sums + biases
@@ -99,11 +116,18 @@ def test_flops_of_the_backward_pass(backend: Any) -> None:
 def sparse_graph() -> tuple[Tensor, Tensor, int]:
     """Edges, the same as a sparse matrix, and their number."""
     edge_index = random_graph(T, T, 30).unique(dim=1)
-    adj = torch.sparse_coo_tensor(edge_index.flip(0), torch.ones(edge_index.size(1)), (T, T), check_invariants=True)
+    adj = torch.sparse_coo_tensor(
+        edge_index.flip(0), torch.ones(edge_index.size(1)), (T, T), check_invariants=True
+    )
     return edge_index, adj.to_sparse_csr(), edge_index.size(1)
 
 
-PRODUCTS = [torch.sparse.mm, lambda adj, x: adj @ x, partial(spmm, reduce="sum"), partial(spmm, reduce="mean")]
+PRODUCTS = [
+    torch.sparse.mm,
+    lambda adj, x: adj @ x,
+    partial(spmm, reduce="sum"),
+    partial(spmm, reduce="mean"),
+]
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -147,8 +171,15 @@ def test_match_width() -> None:
 
 @pytest.mark.parametrize(
     ("target", "kwargs", "argument"),
-    [(50, {}, "target.* 7,"), (50, {"stop": 3}, "target.* 3,"), (0, {}, "target"), (10, {"start": 0}, "start")],
+    [
+        (50, {}, "target.* 7,"),
+        (50, {"stop": 3}, "target.* 3,"),
+        (0, {}, "target"),
+        (10, {"start": 0}, "start"),
+    ],
 )
-def test_match_width_refuses_and_names_the_nearest(target: float, kwargs: dict[str, Any], argument: str) -> None:
+def test_match_width_refuses_and_names_the_nearest(
+    target: float, kwargs: dict[str, Any], argument: str
+) -> None:
     with pytest.raises(ValueError, match=f"^{argument}"):
         match_width(lambda width: width**2, target, tolerance=0.01, **kwargs)

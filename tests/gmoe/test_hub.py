@@ -41,14 +41,25 @@ class Narrow(gmoe.GNNMoE):
 
 
 GNN = partial(gmoe.GNNMoE, 16, 8, 3)
-SIZE = gmoe.ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
+SIZE = gmoe.ViTSize(
+    image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24
+)
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kinds": (GNN, {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2}),
-    "router class": (GNN, {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}}),
-    "conv options": (GNN, {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None}),
+    "router class": (
+        GNN,
+        {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}},
+    ),
+    "conv options": (
+        GNN,
+        {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None},
+    ),
     "shared router": (GNN, {"start": "plain", "shared_router": True, "router_input": ("degree",)}),
     "copies": (GNN, {"conv": "sage", "start": "copies", "k": 2}),
-    "size": (gmoe.ViTMoE, {"size": SIZE, "router": "token_choice", "k": 2, "router_kwargs": {"z_coef": 0.1}}),
+    "size": (
+        gmoe.ViTMoE,
+        {"size": SIZE, "router": "token_choice", "k": 2, "router_kwargs": {"z_coef": 0.1}},
+    ),
     "dense ViT": (partial(gmoe.ViTMoE, 8), {"router": None, "dropout": 0.1}),
 }
 
@@ -116,7 +127,9 @@ def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("shared_expert", "start"), [(True, "shared"), (False, "plain")])
-def test_a_model_saved_in_former_words_loads_as_it_was(shared_expert: bool, start: Any, tmp_path: Path) -> None:
+def test_a_model_saved_in_former_words_loads_as_it_was(
+    shared_expert: bool, start: Any, tmp_path: Path
+) -> None:
     model = gmoe.GNNMoE(16, 8, 3, start=start).double().eval()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -126,7 +139,9 @@ def test_a_model_saved_in_former_words_loads_as_it_was(shared_expert: bool, star
     check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path), X, EDGES)
     config["arguments"] |= {"shared_expert": True, "dense_start": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config\.json: .*shared_expert: got True with dense_start=False"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: .*shared_expert: got True with dense_start=False"
+    ):
         gmoe.GNNMoE.from_pretrained(tmp_path)
 
 
@@ -136,11 +151,21 @@ def check_refused(folder: Path, model: Any, name: str) -> None:
         model.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("argument", ["conv", "router", "start", "act", "norm", "jk", "router_kwargs", "more"])
+@pytest.mark.parametrize(
+    "argument", ["conv", "router", "start", "act", "norm", "jk", "router_kwargs", "more"]
+)
 def test_no_code_of_a_file_runs(argument: str, tmp_path: Path) -> None:
     GNN().save_pretrained(tmp_path)
-    config, code = json.loads((tmp_path / "config.json").read_text()), f"open({str(tmp_path / 'ran')!r}, 'w')"
-    for value in (code, [code, f"x: {code}"], {"p": code}, {"$partial": [{"$import": "builtins:open"}, ["ran", "w"]]}):
+    config, code = (
+        json.loads((tmp_path / "config.json").read_text()),
+        f"open({str(tmp_path / 'ran')!r}, 'w')",
+    )
+    for value in (
+        code,
+        [code, f"x: {code}"],
+        {"p": code},
+        {"$partial": [{"$import": "builtins:open"}, ["ran", "w"]]},
+    ):
         config["arguments"][argument] = value
         (tmp_path / "config.json").write_text(json.dumps(config))
         check_refused(tmp_path, gmoe.GNNMoE, "config.json")
@@ -157,13 +182,21 @@ DAMAGE: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("model.safetensors", lambda raw: raw[: len(raw) // 2]),
     ("model.safetensors", pickle.dumps),
     ("model.safetensors", lambda raw: save(load(raw) | {"x": torch.zeros(1)})),
-    ("model.safetensors", lambda raw: save({name: value[None].clone() for name, value in load(raw).items()})),
-    ("model.safetensors", lambda raw: save({name: value.long() for name, value in load(raw).items()})),
+    (
+        "model.safetensors",
+        lambda raw: save({name: value[None].clone() for name, value in load(raw).items()}),
+    ),
+    (
+        "model.safetensors",
+        lambda raw: save({name: value.long() for name, value in load(raw).items()}),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=range(len(DAMAGE)))
-def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(
+    name: str, damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
     path = gmoe.GNNMoE(4, 4, 2, num_experts=2).save_pretrained(tmp_path) / name
     path.write_bytes(damage(path.read_bytes()))
     check_refused(tmp_path, gmoe.GNNMoE, name)
@@ -191,7 +224,11 @@ def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     gmoe.ViTMoE(8).save_pretrained(tmp_path)
 
     def download(name: str, revision: str | None, allow_patterns: list[str], **_: Any) -> str:
-        assert (name, revision, allow_patterns) == ("me/digits", "v1", ["config.json", "model.safetensors"])
+        assert (name, revision, allow_patterns) == (
+            "me/digits",
+            "v1",
+            ["config.json", "model.safetensors"],
+        )
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

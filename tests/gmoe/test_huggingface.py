@@ -27,7 +27,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "ViT": lambda: hf.ViTForImageClassification(hf.ViTConfig(**WITH_HIDDEN)),
     "DeiT": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**WITH_HIDDEN)),
     "DINOv2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES, mlp_ratio=2)),
-    "DINOv2, gated": lambda: hf.Dinov2Model(hf.Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True)),
+    "DINOv2, gated": lambda: hf.Dinov2Model(
+        hf.Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True)
+    ),
     "CLIP": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**WITH_HIDDEN)),
     "SigLIP": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**WITH_HIDDEN)),
     "BEiT": lambda: hf.BeitForImageClassification(hf.BeitConfig(**WITH_HIDDEN)),
@@ -55,7 +57,9 @@ def test_a_moefied_model_starts_as_the_dense_one_trains_and_loads(
     dense = build(name)
     model = moefy(copy.deepcopy(dense), num_experts=4, targets=targets)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    mlps = [name for name, _ in dense.named_modules() if name.endswith(".mlp")]  # SigLIP's head has one too
+    mlps = [
+        name for name, _ in dense.named_modules() if name.endswith(".mlp")
+    ]  # SigLIP's head has one too
     assert len(layers) == (2 if targets is None else len(mlps))
     assert torch.equal(run(model), run(dense))
 
@@ -68,7 +72,9 @@ def test_a_moefied_model_starts_as_the_dense_one_trains_and_loads(
         optimizer.step()
     assert len(routings) == len(layers)
     # The hidden states do not depend on SigLIP's pooling head.
-    in_blocks: list[Any] = [m for name, m in model.named_modules() if isinstance(m, MoE) and "head" not in name]
+    in_blocks: list[Any] = [
+        m for name, m in model.named_modules() if isinstance(m, MoE) and "head" not in name
+    ]
     assert all(layer.experts.down.weight.any() for layer in in_blocks)
 
     torch.save(model.state_dict(), tmp_path / "model.pt")

@@ -20,7 +20,9 @@ def scalar(value: float) -> Tensor:
 
 def test_cv_squared() -> None:
     # mean 2, population variance ((1-2)^2 + 0 + (3-2)^2) / 3 = 2/3, CV^2 = (2/3) / 4 = 1/6
-    torch.testing.assert_close(cv_squared(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)), scalar(1 / 6))
+    torch.testing.assert_close(
+        cv_squared(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)), scalar(1 / 6)
+    )
     assert cv_squared(torch.full((4,), 7.0)) == 0
     # one of E has everything: mean 1/E, variance (1/E)(1 - 1/E), CV^2 = E - 1
     torch.testing.assert_close(cv_squared(torch.tensor([0.0, 5, 0, 0])), torch.tensor(3.0))
@@ -83,16 +85,25 @@ def test_separation_loss() -> None:
     # within: cos(a0, a1) = .6 -> .36; cos(b0, b1) = 0; mean over the two pairs .18
     # across: (a0, b0) 0; (a0, b1) -1 -> 0; (a1, b0) .8 -> .64; (a1, b1) -.6 -> 0; mean over the four pairs .16
     torch.testing.assert_close(separation_loss(centroid), scalar(0.34))
-    torch.testing.assert_close(separation_loss(torch.ones(3, 2, 4)), torch.tensor(2.0))  # all the same: 1 + 1
+    torch.testing.assert_close(
+        separation_loss(torch.ones(3, 2, 4)), torch.tensor(2.0)
+    )  # all the same: 1 + 1
     torch.testing.assert_close(separation_loss(torch.eye(4).view(2, 2, 4)), torch.tensor(0.0))
-    torch.testing.assert_close(separation_loss(torch.ones(3, 1, 4)), torch.tensor(1.0))  # no pair within
-    torch.testing.assert_close(separation_loss(torch.ones(1, 3, 4)), torch.tensor(1.0))  # no pair across
+    torch.testing.assert_close(
+        separation_loss(torch.ones(3, 1, 4)), torch.tensor(1.0)
+    )  # no pair within
+    torch.testing.assert_close(
+        separation_loss(torch.ones(1, 3, 4)), torch.tensor(1.0)
+    )  # no pair across
     assert separation_loss(torch.ones(1, 1, 4)) == 0
 
 
 def test_losses_of_no_tokens_are_zero() -> None:
     none = torch.zeros(0, 3, requires_grad=True)
-    of_load = load_loss(none, none, none + 1, 1), switch_loss(none, torch.zeros(3, dtype=torch.long))
+    of_load = (
+        load_loss(none, none, none + 1, 1),
+        switch_loss(none, torch.zeros(3, dtype=torch.long)),
+    )
     losses = torch.stack([importance_loss(none), *of_load, z_loss(none)])
     losses.sum().backward()
     assert losses.tolist() == [0, 0, 0, 0]
@@ -102,7 +113,10 @@ def test_losses_of_no_tokens_are_zero() -> None:
 def test_gradients_by_finite_differences() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    noise, std = torch.randn(4, 3, dtype=torch.float64), (torch.rand(4, 3, dtype=torch.float64) + 0.5).requires_grad_()
+    noise, std = (
+        torch.randn(4, 3, dtype=torch.float64),
+        (torch.rand(4, 3, dtype=torch.float64) + 0.5).requires_grad_(),
+    )
     centroid = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     load = torch.tensor([1, 3, 0])
     assert torch.autograd.gradcheck(lambda x: importance_loss(x.softmax(-1)), logits)

@@ -17,8 +17,12 @@ from gmoe import ROUTERS, Routing, RoutingStats, build_router
 
 def counted_slowly(routings: list[Routing]) -> dict[str, Any]:
     """Of the routings of one layer, pair by pair and token by token."""
-    pairs = [pair for r in routings for pair in zip(r.expert.tolist(), r.weight.tolist(), strict=True)]
-    weights = [[weight for e, weight in pairs if e == expert] for expert in range(routings[0].num_experts)]
+    pairs = [
+        pair for r in routings for pair in zip(r.expert.tolist(), r.weight.tolist(), strict=True)
+    ]
+    weights = [
+        [weight for e, weight in pairs if e == expert] for expert in range(routings[0].num_experts)
+    ]
     tokens, dropped = sum(r.num_tokens for r in routings), sum(int(r.dropped) for r in routings)
     covered, entropy = sum(len(set(r.token.tolist())) for r in routings), 0.0
     for row in [row for r in routings for row in r.scores.tolist()]:
@@ -49,11 +53,16 @@ def check(found: dict[str, Tensor], expected: dict[str, Any]) -> None:
     experts=st.integers(1, 3),
     capacity=st.booleans(),
 )
-def test_counts_as_a_slow_loop_does(name: str, sizes: list[int], experts: int, capacity: bool) -> None:
+def test_counts_as_a_slow_loop_does(
+    name: str, sizes: list[int], experts: int, capacity: bool
+) -> None:
     """Two layers, of other numbers of experts."""
     options = {"capacity_factor": 0.5} if capacity and name == "token_choice" else {}
     routers = [build_router(name, 4, number, 1, options) for number in (experts, 2)]
-    stats, steps = RoutingStats([experts, 2]), [[router(torch.randn(size, 4)) for router in routers] for size in sizes]
+    stats, steps = (
+        RoutingStats([experts, 2]),
+        [[router(torch.randn(size, 4)) for router in routers] for size in sizes],
+    )
     for routings in steps:
         stats.update(routings)
     for kept in (stats, pickle.loads(pickle.dumps(stats))):

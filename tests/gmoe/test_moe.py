@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from gmoe import ExpertChoice, LinearExperts, MLPExperts, MoE, SoftMoE, SoftSlots, TokenChoice, build_router
+from gmoe import (
+    ExpertChoice,
+    LinearExperts,
+    MLPExperts,
+    MoE,
+    SoftMoE,
+    SoftSlots,
+    TokenChoice,
+    build_router,
+)
 
 D, E = 5, 3
 
@@ -28,7 +37,10 @@ def test_a_shared_expert_is_added() -> None:
         (lambda: MoE(TokenChoice(D, E), LinearExperts(D, 4, 4)), "experts"),
         (lambda: MoE(TokenChoice(D, E), LinearExperts(6, 4, E)), "experts"),
         (lambda: MoE(SoftSlots(D, E), LinearExperts(D, 4, E)), "router"),
-        (lambda: MoE("random", LinearExperts(D, 4, E)), "router: got 'random', expected an instance"),  # type: ignore
+        (
+            lambda: MoE("random", LinearExperts(D, 4, E)),  # type: ignore[arg-type]
+            "router: got 'random', expected an instance",
+        ),
         (lambda: SoftMoE(SoftSlots(D, E), LinearExperts(D, 4, 4)), "experts"),
         (lambda: SoftMoE(TokenChoice(D, E), LinearExperts(D, 4, E)), "router"),  # type: ignore[arg-type]
     ],
@@ -38,11 +50,15 @@ def test_router_and_experts_must_fit(build: Callable[[], nn.Module], argument: s
         build()
 
 
-@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "random"])
+@pytest.mark.parametrize(
+    "router", ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "random"]
+)
 def test_a_dense_start_is_the_shared_expert_and_learns_from_the_second_step(router: str) -> None:
     torch.manual_seed(0)
     shared = nn.Linear(8, 6).double()
-    layer = MoE(build_router(router, 8, 4, 1), MLPExperts(8, 7, 6, 4, zero_init=True), shared).double()
+    layer = MoE(
+        build_router(router, 8, 4, 1), MLPExperts(8, 7, 6, 4, zero_init=True), shared
+    ).double()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     x = torch.randn(3, 20, 8, dtype=torch.float64)
     torch.testing.assert_close(layer(x), shared(x), rtol=0, atol=1e-10)

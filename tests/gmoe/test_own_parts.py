@@ -20,7 +20,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "your-own-router.md"
 def page() -> Iterator[dict[str, Any]]:
     """What the page's blocks define, run one after the other."""
     names: dict[str, Any] = {"__name__": "page"}
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     assert blocks
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)

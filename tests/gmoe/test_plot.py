@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 import gmoe
-from gmoe import OracleRouter, Routing, RoutingStats, ViTMoE, ViTSize, build_router, moefy, record_routing
+from gmoe import (
+    OracleRouter,
+    Routing,
+    RoutingStats,
+    ViTMoE,
+    ViTSize,
+    build_router,
+    moefy,
+    record_routing,
+)
 from gmoe.plot import expert_load, expert_maps, palette, patch_weights
 
 SIZE = ViTSize(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
@@ -26,20 +35,30 @@ IMAGE = torch.zeros(3, 12, 12)
 
 
 def of_assignment(assignment: Tensor, experts: int) -> Routing:
-    found: Routing = OracleRouter(4, experts, assignment=assignment)(torch.randn(len(assignment), 4))
+    found: Routing = OracleRouter(4, experts, assignment=assignment)(
+        torch.randn(len(assignment), 4)
+    )
     return found
 
 
 def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = {"gmoe": gmoe, "torch": torch, "timm": timm, "model": ViTMoE(SIZE), "images": torch.rand(2, 3, 12, 12)}
+    names = {
+        "gmoe": gmoe,
+        "torch": torch,
+        "timm": timm,
+        "model": ViTMoE(SIZE),
+        "images": torch.rand(2, 3, 12, 12),
+    }
     found = doctest.testmod(gmoe.plot, extraglobs=names)
     assert found.attempted >= 8
     assert found.failed == 0
     assert {path.name for path in tmp_path.iterdir()} == {"maps.png", "load.png"}
 
 
-timm_vit: Any = partial(VisionTransformer, (8, 16), 4, embed_dim=8, depth=2, num_heads=2, num_classes=3)
+timm_vit: Any = partial(
+    VisionTransformer, (8, 16), 4, embed_dim=8, depth=2, num_heads=2, num_classes=3
+)
 swin: Any = partial(SwinTransformer, [4, 4], 8, [2, 2], [2, 2], [2, 2], num_classes=5)
 
 
@@ -75,7 +94,9 @@ def test_compiled_models_of_any_dtype_are_drawn() -> None:
     model.compile(backend="eager")
     with torch.no_grad():
         model(torch.zeros(1, 3, 12, 12).double())
-    assert [weight.shape for weight in patch_weights(model, torch.zeros(3, 12, 12))] == [(1, 3, 3, 8)]
+    assert [weight.shape for weight in patch_weights(model, torch.zeros(3, 12, 12))] == [
+        (1, 3, 3, 8)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +136,9 @@ def pixels(figure: Figure, panel: int) -> np.ndarray:
 
 
 def test_tints_by_hand() -> None:
-    figure = expert_maps(Fixed(), torch.full((1, 4, 4), 0.5) * 4 - 1, mean=(0.25,), std=(0.25,), titles=["gray"])
+    figure = expert_maps(
+        Fixed(), torch.full((1, 4, 4), 0.5) * 4 - 1, mean=(0.25,), std=(0.25,), titles=["gray"]
+    )
     assert np.allclose(pixels(figure, 0), 0.5)
     first, second = (np.array(color) for color in palette(2))
     for place, color in (
@@ -131,7 +154,10 @@ def test_tints_by_hand() -> None:
 
 def test_loads_of_routings_and_of_stats_are_the_same() -> None:
     """Three steps in which 1/5, 2/5 and 3/5 of the tokens go to the first expert."""
-    steps = [[of_assignment(torch.tensor([0] * n + [1] * (5 - n)), 2) for _ in range(2)] for n in (1, 2, 3)]
+    steps = [
+        [of_assignment(torch.tensor([0] * n + [1] * (5 - n)), 2) for _ in range(2)]
+        for n in (1, 2, 3)
+    ]
     counted = []
     for layers in steps:
         stats = RoutingStats([2, 2])
@@ -140,7 +166,10 @@ def test_loads_of_routings_and_of_stats_are_the_same() -> None:
     for history in (steps, counted):
         for axis in expert_load(history).axes[:2]:
             first, second = axis.collections
-            points = {tuple(point) for point in np.round(np.asarray(first.get_paths()[0].vertices), 4).tolist()}
+            points = {
+                tuple(point)
+                for point in np.round(np.asarray(first.get_paths()[0].vertices), 4).tolist()
+            }
             assert {(1.0, 0.2), (2.0, 0.4), (3.0, 0.6)} <= points
             assert tuple(np.asarray(second.get_facecolor())[0]) == to_rgba(palette(2)[1])
 

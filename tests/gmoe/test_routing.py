@@ -56,7 +56,9 @@ def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None
     offsets = chosen_TE.sum(dim=0).cumsum(0).to(torch.int32)
     scores = torch.rand(len(mask), 3)
     dropped = torch.arange(len(mask))
-    whole = Routing(token, offsets, torch.rand(len(token)), scores, len(mask), example().losses, dropped)
+    whole = Routing(
+        token, offsets, torch.rand(len(token)), scores, len(mask), example().losses, dropped
+    )
     whole = dataclasses.replace(whole, detached=True)  # its losses train nothing
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(mask))] * 2)))
     experts = data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))]
@@ -65,7 +67,11 @@ def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None
         dataclasses.replace(part)  # which checks the pairs
         assert torch.equal(part.to_dense(), whole.to_dense()[rows][:, columns])
         assert torch.equal(part.scores, scores[rows][:, columns])
-        assert (part.dropped, part.num_tokens, part.losses) == (dropped[rows].sum(), end - start, whole.losses)
+        assert (part.dropped, part.num_tokens, part.losses) == (
+            dropped[rows].sum(),
+            end - start,
+            whole.losses,
+        )
         assert part.detached
     assert whole.select(slice(len(mask))) is whole
     assert torch.equal(whole.select(experts=experts).to_dense(), whole.to_dense()[:, experts])
@@ -73,8 +79,12 @@ def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None
 
 def test_aux_loss_is_the_weighted_sum() -> None:
     value = torch.tensor(3.0, requires_grad=True)
-    routing = dataclasses.replace(example(), losses={"a": AuxLoss(value, 0.5), "b": AuxLoss(2 * value, 0.25)})
-    found = [aux_loss(routings).item() for routings in (routing, [routing, routing], iter([routing]), [])]
+    routing = dataclasses.replace(
+        example(), losses={"a": AuxLoss(value, 0.5), "b": AuxLoss(2 * value, 0.25)}
+    )
+    found = [
+        aux_loss(routings).item() for routings in (routing, [routing, routing], iter([routing]), [])
+    ]
     assert found == [3.0, 6.0, 3.0, 0.0]  # 0.5 * 3 + 0.25 * 6 a layer
     (grad,) = torch.autograd.grad(aux_loss([routing, routing]), value)
     assert grad.item() == 2.0  # twice (0.5 + 2 * 0.25)
@@ -84,13 +94,19 @@ def test_no_tokens() -> None:
     empty = torch.zeros(0)
     routing = Routing(empty.long(), int32(0, 0), empty, torch.zeros(0, 2), 0)
     assert (routing.load.tolist(), routing.expert.tolist()) == ([0, 0], [])
-    assert [value.item() for value in (routing.coverage, routing.entropy, routing.aux_loss)] == [1, 0, 0]
+    assert [value.item() for value in (routing.coverage, routing.entropy, routing.aux_loss)] == [
+        1,
+        0,
+        0,
+    ]
     assert "0 tokens" in routing.summary()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), num_tokens=st.integers(0, 7), k=st.integers(1, 4))
-def test_from_choices_puts_each_weight_at_its_pair(data: st.DataObject, num_tokens: int, k: int) -> None:
+def test_from_choices_puts_each_weight_at_its_pair(
+    data: st.DataObject, num_tokens: int, k: int
+) -> None:
     rows = [data.draw(st.permutations(range(4)))[:k] for _ in range(num_tokens)]
     expert = torch.tensor(rows, dtype=torch.int32).view(num_tokens, k)
     weight = torch.rand(num_tokens, k, requires_grad=True)
@@ -109,7 +125,7 @@ def test_from_choices_puts_each_weight_at_its_pair(data: st.DataObject, num_toke
     [
         ([[0, 3]], [[0.5, 0.5]], "expert_TK"),
         ([[-1, 2]], [[0.5, 0.5]], "expert_TK"),
-        ([[1, 1]], [[0.5, 0.5]], "token"),
+        ([[1, 1]], [[0.5, 0.5]], "expert_TK"),
         ([[0, 1]], [[0.5]], "weight_TK"),
         ([0, 1], [0.5, 0.5], "expert_TK"),
         ([[0.0, 1.0]], [[0.5, 0.5]], "expert_TK"),
@@ -125,7 +141,10 @@ def test_from_choices_refuses(expert: list[Any], weight: list[Any], name: str) -
 
 
 def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> None:
-    expert, weight = torch.tensor([[0, 1], [1, 2], [0, 2]]), torch.tensor([[-1.0, -2.0], [-3.0, 0.0], [0.5, 0.7]])
+    expert, weight = (
+        torch.tensor([[0, 1], [1, 2], [0, 2]]),
+        torch.tensor([[-1.0, -2.0], [-3.0, 0.0], [0.5, 0.7]]),
+    )
     assert Routing.from_choices(expert, weight, 4).top_expert.tolist() == [0, 2, 2]
     assert Routing.from_choices(expert[:, :0], weight[:, :0], 4).top_expert.tolist() == [4, 4, 4]
 
@@ -133,9 +152,14 @@ def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> Non
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"offsets": int32(*ends)} for ends in ((1, 0, 3), (1, 1, 3), (-1, 1, 4), ())),  # the first are loads
+        *(
+            {"offsets": int32(*ends)} for ends in ((1, 0, 3), (1, 1, 3), (-1, 1, 4), ())
+        ),  # the first are loads
         {"offsets": torch.tensor([1, 1, 4])},
-        *({"token": torch.tensor(token)} for token in ([1, 0, 3, 1], [1, 0, 1, 1], [1, 0, 1, 4], [1, -1, 1, 3])),
+        *(
+            {"token": torch.tensor(token)}
+            for token in ([1, 0, 3, 1], [1, 0, 1, 1], [1, 0, 1, 4], [1, -1, 1, 3])
+        ),
         {"token": torch.tensor([1, 0, 1, 3]).int()},
         {"weight": torch.ones(3)},
         {"scores": torch.ones(4, 2)},
@@ -154,13 +178,20 @@ def test_what_is_no_routing_is_refused(changes: dict[str, Any]) -> None:
 def test_values_of_fake_and_meta_tensors_are_not_read() -> None:
     with FakeTensorMode():
         fake = Routing.from_choices(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), 3)
-    meta = Routing.from_choices(torch.zeros(4, 1, dtype=torch.long, device="meta"), torch.ones(4, 1, device="meta"), 3)
+    meta = Routing.from_choices(
+        torch.zeros(4, 1, dtype=torch.long, device="meta"), torch.ones(4, 1, device="meta"), 3
+    )
     assert repr(fake) == repr(meta) == "Routing(4 tokens, 3 experts)"
 
 
 def test_summary_names_loads_and_losses() -> None:
     text = dataclasses.replace(example(), dropped_T=torch.tensor([0, 0, 2, 0])).summary()
-    for line in ("expert 2: 3 tokens (75.0%", "coverage: 75.0%", "dropped pairs: 2", "loss b: 2 (coefficient 0.25)"):
+    for line in (
+        "expert 2: 3 tokens (75.0%",
+        "coverage: 75.0%",
+        "dropped pairs: 2",
+        "loss b: 2 (coefficient 0.25)",
+    ):
         assert line in text
 
 
@@ -215,7 +246,10 @@ def test_routings_are_recorded_in_order_while_the_block_lasts() -> None:
 
 def test_a_block_that_recorded_nothing_is_refused() -> None:
     for model in (Model(), nn.Linear(4, 4)):
-        with pytest.raises(RuntimeError, match="record_routing: nothing was recorded"), record_routing(model):
+        with (
+            pytest.raises(RuntimeError, match="record_routing: nothing was recorded"),
+            record_routing(model),
+        ):
             pass
 
 
@@ -223,7 +257,9 @@ def test_each_thread_records_its_own() -> None:
     model, together = Model(), threading.Barrier(3)
 
     def call(num_tokens: int, record: bool) -> list[int]:
-        recording: AbstractContextManager[list[Routing]] = record_routing(model) if record else nullcontext([])
+        recording: AbstractContextManager[list[Routing]] = (
+            record_routing(model) if record else nullcontext([])
+        )
         with recording as routings:
             together.wait(10)
             model(torch.randn(num_tokens, 4))
@@ -239,7 +275,11 @@ def test_a_recomputation_is_not_recorded_and_a_reentrant_one_warns(use_reentrant
     model, x = Model(use_reentrant), torch.randn(6, 4, requires_grad=True)
     with record_routing(model) as routings:
         loss = model(x).sum()
-        warns = pytest.warns(UserWarning, match="reentrant checkpointing") if use_reentrant else nullcontext()
+        warns = (
+            pytest.warns(UserWarning, match="reentrant checkpointing")
+            if use_reentrant
+            else nullcontext()
+        )
         with warns:
             loss = loss + aux_loss(routings)
         loss.backward()
@@ -255,5 +295,8 @@ def test_a_compiled_model_is_recorded_unless_it_was_traced_before() -> None:
     torch.compiler.reset()
     compiled = torch.compile(nn.Sequential(TokenChoice(4, 3)), backend="eager")
     compiled(torch.randn(6, 4))
-    with pytest.raises(RuntimeError, match="compiled and called before the block"), record_routing(compiled):
+    with (
+        pytest.raises(RuntimeError, match="compiled and called before the block"),
+        record_routing(compiled),
+    ):
         compiled(torch.randn(6, 4))

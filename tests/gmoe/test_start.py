@@ -31,11 +31,15 @@ from tests.gmoe.models.test_gnn import assert_same
 
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH = 4
-SMALL_VIT = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24)
+SMALL_VIT = ViTSize(
+    image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24
+)
 
 
 def gin(width: int, out: int) -> GINConv:
-    return GINConv(nn.Sequential(nn.Linear(width, out), nn.ReLU(), nn.Linear(out, out)), train_eps=True)
+    return GINConv(
+        nn.Sequential(nn.Linear(width, out), nn.ReLU(), nn.Linear(out, out)), train_eps=True
+    )
 
 
 def averaged(conv: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,8 +48,15 @@ def averaged(conv: Callable[..., Any]) -> Callable[..., Any]:
 
 CONVS: list[Any] = [GCNConv, gin, pyg.GraphConv, MLPConv, partial(pyg.TAGConv, K=2)]
 CONVS += map(averaged, (GATConv, pyg.GATv2Conv, pyg.TransformerConv))
-CONVS += [partial(SAGEConv, project=True), partial(SAGEConv, aggr=["mean", "max"]), [SAGEConv, GCNConv, MLPConv]]
-CONVS += [[GCNConv, averaged(GATConv), pyg.FiLMConv], [FilterConv, partial(FilterConv, filter="high_pass")]]
+CONVS += [
+    partial(SAGEConv, project=True),
+    partial(SAGEConv, aggr=["mean", "max"]),
+    [SAGEConv, GCNConv, MLPConv],
+]
+CONVS += [
+    [GCNConv, averaged(GATConv), pyg.FiLMConv],
+    [FilterConv, partial(FilterConv, filter="high_pass")],
+]
 
 
 def drawn(make: Any, seed: int = 3) -> tuple[Any, Tensor]:
@@ -122,8 +133,14 @@ def test_copies_give_what_their_conv_gives(conv: Any, router: str) -> None:
 
 @pytest.mark.parametrize("router", NOT_ONE)
 def test_copies_under_a_router_that_would_scale_them_are_refused(router: str) -> None:
-    for build in (partial(MoEConv, GCNConv, WIDTH, WIDTH), partial(GNNMoE, WIDTH, WIDTH, WIDTH, shared_router=True)):
-        with pytest.raises(ValueError, match=r"^start: got 'copies' with \w+\(k=\d, weight='\w+'\), expected a router"):
+    for build in (
+        partial(MoEConv, GCNConv, WIDTH, WIDTH),
+        partial(GNNMoE, WIDTH, WIDTH, WIDTH, shared_router=True),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"^start: got 'copies' with \w+\(k=\d, weight='\w+'\), expected a router",
+        ):
             build(num_experts=3, start="copies", **NOT_ONE[router])
 
 
@@ -138,7 +155,11 @@ def test_token_choice_by_name_does_not_balance_copies() -> None:
     pair_of_experts = router(start="copies", k=2)
     assert (pair_of_experts.balance, pair_of_experts.weight) == (None, "normalized")
     balanced = router(start="copies", router_kwargs={"balance": "bias"})
-    assert (balanced.balance, balanced.by_spread, balanced.weight) == ("bias", True, "straight_through")
+    assert (balanced.balance, balanced.by_spread, balanced.weight) == (
+        "bias",
+        True,
+        "straight_through",
+    )
     quiet = router(start="copies", router_kwargs={"noise": False, "balance": None})
     assert (quiet.balance, quiet.by_spread, quiet.noise) == (None, False, None)
     shared = router()
@@ -183,13 +204,17 @@ METADATA = (["a"], [("a", "to", "a")])
     ids=["MoEConv", "GNNMoE", "HeteroMoEConv", "HeteroGNNMoE", "ViTMoE", "moefy"],
 )
 def test_arguments_that_start_replaced_name_it(build: Callable[..., Any], name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}: got a removed argument, expected start='shared'"):
+    with pytest.raises(
+        ValueError, match=rf"^{name}: got a removed argument, expected start='shared'"
+    ):
         build(**{name: False})
 
 
 def test_an_unknown_argument_is_a_type_error_as_ever() -> None:
     for build in (partial(ViTMoE, SMALL_VIT), partial(HeteroMoEConv, WIDTH, WIDTH, METADATA)):
-        with pytest.raises(TypeError, match=r"\(\) got an unexpected keyword argument 'num_expert'"):
+        with pytest.raises(
+            TypeError, match=r"\(\) got an unexpected keyword argument 'num_expert'"
+        ):
             build(num_expert=3)
 
 
@@ -209,7 +234,9 @@ def test_copies_have_the_parameters_of_their_experts_and_of_the_router_alone() -
     assert counted == 3 * sum(parameter.numel() for parameter in conv.parameters()) + 3 * WIDTH
 
 
-@pytest.mark.parametrize("options", [{}, {"shared_transform": True}, {"router": "attention_vote"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"shared_transform": True}, {"router": "attention_vote"}], ids=str
+)
 def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any]) -> None:
     """The first one's gradient opens the gain."""
     (layer, _), (plain, _) = pair(GCNConv, **options)
@@ -221,15 +248,27 @@ def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any
         layer(x, EDGES).sin().sum().backward()
         for name, parameter in layer.named_parameters():
             assert parameter.grad is not None, name
-            assert bool(parameter.grad.any()) == (step > 0 or name.startswith(("gain", "shared_expert"))), name
+            assert bool(parameter.grad.any()) == (
+                step > 0 or name.startswith(("gain", "shared_expert"))
+            ), name
         optimizer.step()
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"shared_router": True, "router_input": ("node", "neighbors"), "jk": "cat", "norm": "batch_norm"},
-        {"conv": ["sage", "gcn", "gat"], "router": "expert_choice", "residual": "linear", "every": 2},
+        {
+            "shared_router": True,
+            "router_input": ("node", "neighbors"),
+            "jk": "cat",
+            "norm": "batch_norm",
+        },
+        {
+            "conv": ["sage", "gcn", "gat"],
+            "router": "expert_choice",
+            "residual": "linear",
+            "every": 2,
+        },
         {"start": "copies"},
         {"start": "copies", "shared_router": True, "conv": "gat"},
         {"start": "copies", "k": 2, "conv": "sage", "norm": "batch_norm"},
@@ -278,7 +317,10 @@ def test_a_new_relational_layer_of_copies_gives_what_the_dense_one_gives() -> No
 def test_an_expert_is_what_is_added_for_it() -> None:
     layer: Any = MoEConv("sage", WIDTH, WIDTH, num_experts=3, router=None).double()
     nn.init.constant_(layer.gain, 2.0)
-    x, weight_TE = features(NODES, WIDTH), torch.eye(3, dtype=torch.float64)[torch.arange(NODES) % 3]
+    x, weight_TE = (
+        features(NODES, WIDTH),
+        torch.eye(3, dtype=torch.float64)[torch.arange(NODES) % 3],
+    )
     added = layer(x, EDGES, routing=routing_of(weight_TE)) - layer.shared_expert.expert(0)(x, EDGES)
     found = torch.stack([layer.expert(e)(x, EDGES) for e in range(3)])
     assert_same(added, found[torch.arange(NODES) % 3, torch.arange(NODES)])
@@ -286,7 +328,12 @@ def test_an_expert_is_what_is_added_for_it() -> None:
 
 def test_experts_follow_the_seed_and_differ() -> None:
     """What leaves torch's generator alone is drawn from it all the same."""
-    layers = [drawn(lambda: nn.ModuleList([MoEConv("gcn", 4, 4), MoEConv("gcn", 4, 4)]), seed)[0] for seed in (3, 3, 4)]
-    first, again, other = ([layer.experts.expert(e).lin.weight for layer in pair for e in (0, 1)] for pair in layers)
+    layers = [
+        drawn(lambda: nn.ModuleList([MoEConv("gcn", 4, 4), MoEConv("gcn", 4, 4)]), seed)[0]
+        for seed in (3, 3, 4)
+    ]
+    first, again, other = (
+        [layer.experts.expert(e).lin.weight for layer in pair for e in (0, 1)] for pair in layers
+    )
     assert all(map(torch.equal, first, again))
     assert len({weight[0, 0].item() for weight in (*first, *other)}) == 8

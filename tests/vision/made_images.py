@@ -29,7 +29,9 @@ def write_photo(path: Path, size: tuple[int, int], seed: int = 0, **kwargs: Any)
     return path
 
 
-def write_folder(root: Path, counts: Mapping[str, int], size: tuple[int, int] = (8, 8), suffix: str = ".png") -> Path:
+def write_folder(
+    root: Path, counts: Mapping[str, int], size: tuple[int, int] = (8, 8), suffix: str = ".png"
+) -> Path:
     """``root/<class>/<number>``, of the colors of the classes in the order given."""
     for label, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,9 @@ def write_folder(root: Path, counts: Mapping[str, int], size: tuple[int, int] = 
     return root
 
 
-def write_images(root: Path, train: int = 8, test: int = 3, size: int = 8, classes: str = "abc") -> Path:
+def write_images(
+    root: Path, train: int = 8, test: int = 3, size: int = 8, classes: str = "abc"
+) -> Path:
     """Classes that differ in color, each image random."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("test", test)):
@@ -111,7 +115,10 @@ def cut(path: Path) -> Path:
 def shades(source: ImageSource) -> list[list[int]]:
     """(label, red) of each image."""
     images = source.get(torch.arange(len(source.labels)))
-    return [[int(label), int(image[0, 0, 0])] for label, image in zip(source.labels, images, strict=True)]
+    return [
+        [int(label), int(image[0, 0, 0])]
+        for label, image in zip(source.labels, images, strict=True)
+    ]
 
 
 def expected(*counts: int) -> list[list[int]]:

@@ -22,13 +22,23 @@ RANDOM: dict[str, Any] = {"augment": make_augment("standard", 16), "seed": 3}
 @pytest.fixture(scope="module", params=["memory", "files"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
     root = tmp_path_factory.mktemp("photos")
-    paths = [str(write_photo(root / f"{number}.png", (16, 16), seed=number)) for number in range(11)]
+    paths = [
+        str(write_photo(root / f"{number}.png", (16, 16), seed=number)) for number in range(11)
+    ]
     files = FileImages(paths, torch.arange(11), 16)
-    return files if request.param == "files" else MemoryImages(files.get(torch.arange(11)), files.labels, 16)
+    return (
+        files
+        if request.param == "files"
+        else MemoryImages(files.get(torch.arange(11)), files.labels, 16)
+    )
 
 
-def epoch(source: ImageSource, index: Tensor | None = None, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
-    return list(batches(source, torch.arange(11) if index is None else index, 4, **CONSTANTS, **kwargs))
+def epoch(
+    source: ImageSource, index: Tensor | None = None, **kwargs: Any
+) -> list[tuple[Tensor, Tensor]]:
+    return list(
+        batches(source, torch.arange(11) if index is None else index, 4, **CONSTANTS, **kwargs)
+    )
 
 
 def assert_whole(found: list[tuple[Tensor, Tensor]], source: ImageSource) -> None:
@@ -40,7 +50,9 @@ def assert_whole(found: list[tuple[Tensor, Tensor]], source: ImageSource) -> Non
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_without_a_seed_in_order_and_unchanged(source: ImageSource, workers: int) -> None:
-    found = epoch(source, torch.tensor([10, 2, 3, 3, 0]), **RANDOM | {"seed": None}, workers=workers)
+    found = epoch(
+        source, torch.tensor([10, 2, 3, 3, 0]), **RANDOM | {"seed": None}, workers=workers
+    )
     assert [labels.tolist() for _, labels in found] == [[10, 2, 3, 3], [0]]
     assert_whole(found, source)
 
@@ -81,7 +93,9 @@ def test_global_generators_stay_as_they_were(source: ImageSource, workers: int) 
 
     before = states()
     for seed in (None, 5):
-        for _ in batches(source, torch.arange(11), 4, **CONSTANTS, **RANDOM | {"seed": seed}, workers=workers):
+        for _ in batches(
+            source, torch.arange(11), 4, **CONSTANTS, **RANDOM | {"seed": seed}, workers=workers
+        ):
             assert states() == before  # what runs between two batches too
     assert states() == before
 

@@ -15,7 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette, utils
 
-from tests.vision.made_images import SHADE, cut, expected, pack, shades, write_cifar, write_folder, write_imagenette
+from tests.vision.made_images import (
+    SHADE,
+    cut,
+    expected,
+    pack,
+    shades,
+    write_cifar,
+    write_folder,
+    write_imagenette,
+)
 from vision import FileImages, MemoryImages, images, load_images, split_images
 from vision.images import CIFAR10_CLASSES, PUBLISHED
 
@@ -53,7 +62,12 @@ def test_a_folder(in_memory: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
     assert shades(data.train) == expected(3, 2, 4)
     assert shades(data.test) == expected(1, 1, 1)
     assert (data.val and shades(data.val)) == ([[1, 0]] * 2 if in_memory else None)
-    assert load_images("images", folder, image_size=4).train.get(torch.arange(2)).shape == (2, 3, 4, 4)
+    assert load_images("images", folder, image_size=4).train.get(torch.arange(2)).shape == (
+        2,
+        3,
+        4,
+        4,
+    )
 
 
 def test_a_class_without_test_images_keeps_the_labels_of_train(folder: Path) -> None:
@@ -74,10 +88,15 @@ def test_a_flat_folder_is_split_by_class(tmp_path: Path) -> None:
         (lambda root: shutil.rmtree(root), "no class folders"),
         (lambda root: (root / "train" / "bat").mkdir(), "no image in the class folder bat"),
         (lambda root: write_folder(root / "test", {"yak": 1}), "got images of yak"),
-        (lambda root: write_folder(root / "train", {"cat": 1}, (8, 9)), r"image_size: got None.* 8 x 9"),
+        (
+            lambda root: write_folder(root / "train", {"cat": 1}, (8, 9)),
+            r"image_size: got None.* 8 x 9",
+        ),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_named(change: Callable[[Path], Any], message: str, folder: Path) -> None:
+def test_what_is_wrong_with_a_folder_is_named(
+    change: Callable[[Path], Any], message: str, folder: Path
+) -> None:
     change(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_images("images", folder)
@@ -90,7 +109,10 @@ def test_cifar10_as_jpeg(below: str, tmp_path: Path) -> None:
     data = load_images("cifar10", tmp_path, offline=True)
     assert data.classes == CIFAR10_CLASSES
     assert all(abs(shade - label * SHADE) <= 3 for label, shade in shades(data.train))
-    assert "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals" in data.note
+    assert (
+        "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
+        in data.note
+    )
     (tmp_path / below / "test" / "ship").rename(tmp_path / below / "test" / "sheep")
     with pytest.raises(ValueError, match=r"test: got class folders .*sheep.*, expected airplane"):
         load_images("cifar10", tmp_path, offline=True)
@@ -107,7 +129,9 @@ def test_imagenette(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("cls", "num_classes"), [(CIFAR10, 10), (CIFAR100, 100), (Imagenette, 10)])
-def test_published_sets(cls: Any, num_classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_sets(
+    cls: Any, num_classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Read; the download refused, cut off, whole; unpacked from an archive that is there; what is broken."""
     name = cls.__name__.lower()
     folder, url, _, megabytes = PUBLISHED[name]
@@ -132,7 +156,9 @@ def test_published_sets(cls: Any, num_classes: int, tmp_path: Path, monkeypatch:
             raise OSError("no route to host")
 
     monkeypatch.setattr(utils, "download_url", download)
-    with pytest.raises(FileNotFoundError, match=rf"{name}: found neither {root}/{folder} nor {root}/{file}"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{name}: found neither {root}/{folder} nor {root}/{file}"
+    ):
         load_images(name, root, offline=True)
     assert not root.exists()  # a mistyped root is not made
     with pytest.raises(FileNotFoundError, match="no route to host"):
@@ -153,9 +179,17 @@ def test_published_sets(cls: Any, num_classes: int, tmp_path: Path, monkeypatch:
         load_images(name, root)
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.floats(0.001, 0.999), st.integers(0, 2**31))
-def test_split_is_stratified_disjoint_and_complete(counts: list[int], share: float, seed: int) -> None:
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * 3  # classes need not be 0..C-1
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    st.floats(0.001, 0.999),
+    st.integers(0, 2**31),
+)
+def test_split_is_stratified_disjoint_and_complete(
+    counts: list[int], share: float, seed: int
+) -> None:
+    labels = (
+        torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * 3
+    )  # classes need not be 0..C-1
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     train, val = split_images(labels, share, seed)
     assert torch.cat([train, val]).sort()[0].tolist() == list(range(len(labels)))

@@ -27,17 +27,23 @@ RGB = (204, 102, 51)  # of the web palette
         ("CMYK", ".tif", RGB),
     ],
 )
-def test_every_mode_becomes_rgb(mode: str, suffix: str, expected: tuple[int, int, int], tmp_path: Path) -> None:
+def test_every_mode_becomes_rgb(
+    mode: str, suffix: str, expected: tuple[int, int, int], tmp_path: Path
+) -> None:
     image = Image.new("RGB", (8, 8), RGB)
     image = Image.new("1", (8, 8)) if mode == "1" else image.convert(mode)
     image.save(tmp_path / f"a{suffix}")
-    assert (decode(str(tmp_path / f"a{suffix}"), 8).int() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= 2
+    assert (
+        decode(str(tmp_path / f"a{suffix}"), 8).int() - torch.tensor(expected).view(3, 1, 1)
+    ).abs().max() <= 2
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 def test_more_than_8_bits_are_refused(dtype: type, tmp_path: Path) -> None:
     Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif: cannot be read as an image .pixels of mode .*, expected 8 bits"):
+    with pytest.raises(
+        ValueError, match=r"a\.tif: cannot be read as an image .pixels of mode .*, expected 8 bits"
+    ):
         decode(str(tmp_path / "a.tif"), 8)
 
 
@@ -51,7 +57,9 @@ def test_resize_is_torchvisions(size: tuple[int, int], suffix: str, tmp_path: Pa
 
 
 def test_memory_and_files_give_the_same(tmp_path: Path) -> None:
-    paths = [str(write_photo(tmp_path / f"{number}.png", (8, 8), seed=number)) for number in range(5)]
+    paths = [
+        str(write_photo(tmp_path / f"{number}.png", (8, 8), seed=number)) for number in range(5)
+    ]
     labels = torch.tensor([0, 1, 0, 1, 2])
     images = torch.stack([v2.functional.pil_to_tensor(Image.open(path)) for path in paths])
     memory, files = MemoryImages(images.clone(), labels, 8), FileImages(paths, labels, 8)

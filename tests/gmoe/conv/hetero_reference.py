@@ -11,8 +11,8 @@ from torch import Tensor
 from torch_geometric.nn import HeteroConv, SAGEConv
 
 from gmoe import Routing, aux_loss
+from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
-from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv.masked import features, gradient, random_graph
 
 EdgeType = tuple[str, str, str]
@@ -34,7 +34,9 @@ WIDTHS = {"paper": 4, "author": 3, "field": 5, "venue": 2}
 OUT = 3
 
 
-def nodes(widths: Mapping[str, int] | int = WIDTHS, counts: Mapping[str, int] = COUNTS, seed: int = 0) -> Nodes:
+def nodes(
+    widths: Mapping[str, int] | int = WIDTHS, counts: Mapping[str, int] = COUNTS, seed: int = 0
+) -> Nodes:
     width_of = dict.fromkeys(counts, widths) if isinstance(widths, int) else widths
     return {t: features(counts[t], width_of[t], seed=seed + i) for i, t in enumerate(counts)}
 
@@ -42,7 +44,8 @@ def nodes(widths: Mapping[str, int] | int = WIDTHS, counts: Mapping[str, int] = 
 def edges(counts: Mapping[str, int] = COUNTS, seed: int = 0) -> Edges:
     """Of each relation; the last node of either type stays isolated in it."""
     return {
-        r: random_graph(counts[r[0]], counts[r[-1]], 3 * counts[r[0]], seed=seed + i) for i, r in enumerate(METADATA[1])
+        r: random_graph(counts[r[0]], counts[r[-1]], 3 * counts[r[0]], seed=seed + i)
+        for i, r in enumerate(METADATA[1])
     }
 
 
@@ -59,18 +62,26 @@ def by_pyg(dense: RelationalConv, x_dict: Nodes, edge_index_dict: Edges) -> Node
 
 
 def masked(
-    experts: list[RelationalConv], x_dict: Nodes, edge_index_dict: Edges, routings: Mapping[str, Routing]
+    experts: list[RelationalConv],
+    x_dict: Nodes,
+    edge_index_dict: Edges,
+    routings: Mapping[str, Routing],
 ) -> Nodes:
     """sum_e w_e * expert_e(x, A) of each node type."""
     outs = [expert(x_dict, edge_index_dict) for expert in experts]
     return {
-        t: torch.stack([routings[t].to_dense()[:, e, None] * out[t] for e, out in enumerate(outs)]).sum(dim=0)
+        t: torch.stack(
+            [routings[t].to_dense()[:, e, None] * out[t] for e, out in enumerate(outs)]
+        ).sum(dim=0)
         for t in outs[0]
     }
 
 
 def backward(y_dict: Nodes, extra: Tensor | None = None) -> None:
-    total = sum(((y * features(*y.shape, seed=50 + i)).sum() for i, y in enumerate(y_dict.values())), torch.zeros(()))
+    total = sum(
+        ((y * features(*y.shape, seed=50 + i)).sum() for i, y in enumerate(y_dict.values())),
+        torch.zeros(()),
+    )
     (total if extra is None else total + extra).backward()
 
 
@@ -95,10 +106,18 @@ def assert_equals_masked(conv: HeteroMoEConv, x_dict: Nodes, edge_index_dict: Ed
         backward(y_dict, aux_loss(routings.values()))
         found = {f"y.{t}": y.detach() for t, y in y_dict.items()}
         found |= {f"x.{t}": gradient(x) for t, x in xs.items()}
-        found |= {name: gradient(p) for name, p in conv.named_parameters() if not name.startswith("experts.")}
+        found |= {
+            name: gradient(p)
+            for name, p in conv.named_parameters()
+            if not name.startswith("experts.")
+        }
         if not reference:
-            assert all(p.grad is not None for p in conv.experts.parameters())  # zeros where nothing came
-            return found | {f"experts.{name}": gradient(p) for name, p in conv.experts.named_parameters()}
+            assert all(
+                p.grad is not None for p in conv.experts.parameters()
+            )  # zeros where nothing came
+            return found | {
+                f"experts.{name}": gradient(p) for name, p in conv.experts.named_parameters()
+            }
         for name, _ in experts[0].named_parameters():
             g = torch.stack([gradient(expert.get_parameter(name)) for expert in experts])
             found[f"experts.{name}"] = g.mT if "weight" in name else g

@@ -13,8 +13,8 @@ from torch_geometric import EdgeIndex
 from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 
 from gmoe import MoEConv, Routing
-from gmoe.conv.graph import parameters_of
-from gmoe.routing import GAIN_SCALE
+from gmoe._checks import parameters_of
+from gmoe.conv.base import GAIN_SCALE
 
 Features = Tensor | tuple[Tensor, Tensor]
 Size = tuple[int, int]
@@ -27,7 +27,21 @@ def _edges(*pairs: tuple[int, int]) -> Tensor:
 GRAPHS: dict[str, tuple[int, Tensor]] = {
     "mixed": (  # self-loops at 0 and 1 (twice), a parallel edge 2 -> 3, node 4 without out-edges, 6 and 7 isolated
         8,
-        _edges((0, 0), (1, 1), (1, 1), (2, 3), (2, 3), (3, 2), (0, 1), (1, 2), (5, 0), (0, 5), (3, 4), (2, 4), (5, 3)),
+        _edges(
+            (0, 0),
+            (1, 1),
+            (1, 1),
+            (2, 3),
+            (2, 3),
+            (3, 2),
+            (0, 1),
+            (1, 2),
+            (5, 0),
+            (0, 5),
+            (3, 4),
+            (2, 4),
+            (5, 3),
+        ),
     ),
     "no edges": (4, _edges()),
     "one node": (1, _edges()),
@@ -40,7 +54,9 @@ GRAPHS: dict[str, tuple[int, Tensor]] = {
 def random_graph(num_src: int, num_dst: int, num_edges: int, seed: int = 0) -> Tensor:
     """Edges among all but the last source and destination, which stay isolated; with self-loops and parallel edges."""
     generator = torch.Generator().manual_seed(seed)
-    ends = [torch.randint(max(n - 1, 1), (num_edges,), generator=generator) for n in (num_src, num_dst)]
+    ends = [
+        torch.randint(max(n - 1, 1), (num_edges,), generator=generator) for n in (num_src, num_dst)
+    ]
     return torch.stack(ends)
 
 
@@ -54,7 +70,9 @@ def simple_graph(num_src: int, num_dst: int, loops: bool = True) -> Tensor:
 def coo(edge_index: Tensor, size: Size, value: Tensor | None = None) -> Tensor:
     value = torch.ones(edge_index.size(1), dtype=torch.float64) if value is None else value
     shape = (*size[::-1], *value.shape[1:])
-    return torch.sparse_coo_tensor(edge_index.flip(0), value, shape, check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(
+        edge_index.flip(0), value, shape, check_invariants=True
+    ).coalesce()
 
 
 def csr(edge_index: Tensor, size: Size, value: Tensor | None = None) -> Tensor:
@@ -118,12 +136,16 @@ def routing_of(weight_TE: Tensor) -> Routing:
 
 def mean_of_in_edges(x: Tensor, edge_index: Tensor) -> Tensor:
     adjacency = torch.zeros(len(x), len(x), dtype=x.dtype).index_put(
-        (edge_index[1], edge_index[0]), torch.ones(edge_index.size(1), dtype=x.dtype), accumulate=True
+        (edge_index[1], edge_index[0]),
+        torch.ones(edge_index.size(1), dtype=x.dtype),
+        accumulate=True,
     )
     return adjacency @ x / adjacency.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def masked(convs: list[Any], x: Features, adj: Any, routing: Routing, **edge_args: Tensor) -> Tensor:
+def masked(
+    convs: list[Any], x: Features, adj: Any, routing: Routing, **edge_args: Tensor
+) -> Tensor:
     """sum_e w_e * conv_e(x, A), each conv with the edge arguments that it takes."""
     weight_TE = routing.to_dense()
     outs = []
@@ -186,7 +208,9 @@ def assert_equals_masked(
             y = masked(convs, inputs, adj_reference, routing, **args)
             y = y if conv.gain is None else GAIN_SCALE * conv.gain * y
             if always:
-                y = y + masked(always, inputs, adj_reference, routing_of(torch.ones_like(y[:, :1])), **args)
+                y = y + masked(
+                    always, inputs, adj_reference, routing_of(torch.ones_like(y[:, :1])), **args
+                )
         y.backward(features(*y.shape, seed=5))
         for part in (conv, *convs, *always):
             clear_masks(part)
@@ -204,7 +228,10 @@ def assert_equals_masked(
             theirs = [dict(plain.named_parameters()) for plain in (*convs, *always)]
             # what an option leaves unused has no gradient at all
             return found, {
-                f"{e}.{n}": p.grad for e, own in enumerate(theirs) for n, p in own.items() if p.grad is not None
+                f"{e}.{n}": p.grad
+                for e, own in enumerate(theirs)
+                for n, p in own.items()
+                if p.grad is not None
             }
         ours = as_convs(conv.experts, conv.num_experts)
         if always:
@@ -217,5 +244,9 @@ def assert_equals_masked(
     ours |= {name: own[name] for name in plain}
     theirs |= plain
     assert all(value.shape == theirs[name].shape for name, value in ours.items())
-    far = {name: float((value - theirs[name]).abs().max()) for name, value in ours.items() if value.numel()}
+    far = {
+        name: float((value - theirs[name]).abs().max())
+        for name, value in ours.items()
+        if value.numel()
+    }
     assert all(difference <= 1e-10 for difference in far.values()), f"largest differences: {far}"

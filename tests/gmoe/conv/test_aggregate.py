@@ -36,7 +36,11 @@ def test_filters_are_what_they_say(hops: int, weighted: bool) -> None:
 
 def test_one_low_pass_hop_is_gcn() -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
-    conv, gcn, x = FilterConv(WIDTH, 3).double(), GCNConv(WIDTH, 3).double(), features(num_nodes, WIDTH)
+    conv, gcn, x = (
+        FilterConv(WIDTH, 3).double(),
+        GCNConv(WIDTH, 3).double(),
+        features(num_nodes, WIDTH),
+    )
     gcn.load_state_dict(conv.state_dict())
     torch.testing.assert_close(conv(x, edge_index), gcn(x, edge_index))
 
@@ -46,7 +50,9 @@ def test_mlp_conv_is_an_mlp_of_the_destinations() -> None:
     torch.testing.assert_close(plain((features(6, 3), x)), plain.down(plain.up(x).clamp(min=0)))
 
 
-@pytest.mark.parametrize(("bad", "name"), [({"filter": "band"}, "filter"), ({"filter": "identity", "hops": 2}, "hops")])
+@pytest.mark.parametrize(
+    ("bad", "name"), [({"filter": "band"}, "filter"), ({"filter": "identity", "hops": 2}, "hops")]
+)
 def test_bad_arguments(bad: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got"):
         FilterConv(WIDTH, 3, **bad)

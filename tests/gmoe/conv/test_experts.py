@@ -36,7 +36,11 @@ NODES, EDGES = GRAPHS["mixed"]
 Case = tuple[Any, dict[str, Any]]
 
 AGGREGATE_ONCE: list[Case] = [
-    *(("gcn", {"improved": True, "cached": True, "bias": False}), ("graph", {"aggr": "mean"}), ("sage", {})),
+    *(
+        ("gcn", {"improved": True, "cached": True, "bias": False}),
+        ("graph", {"aggr": "mean"}),
+        ("sage", {}),
+    ),
     ("sage", {"aggr": ["mean", "max"], "root_weight": False, "normalize": True}),
     *(("gin", {"train_eps": True, "eps": 0.5}), ("gine", {})),
 ]
@@ -49,8 +53,15 @@ ATTENTION: list[Case] = [
 ]
 LOCAL: list[Case] = [
     ("sage", {"project": True}),
-    ("gat", {"local": True, "heads": 2, "edge_dim": EDGE_DIM, "fill_value": "max"}),  # which can be stacked
-    *(("le", {}), ("gatv2", {"aggr": "max"}), ("general", {"skip_linear": True, "directed_msg": False})),
+    (
+        "gat",
+        {"local": True, "heads": 2, "edge_dim": EDGE_DIM, "fill_value": "max"},
+    ),  # which can be stacked
+    *(
+        ("le", {}),
+        ("gatv2", {"aggr": "max"}),
+        ("general", {"skip_linear": True, "directed_msg": False}),
+    ),
     ("gine", {"edge_dim": EDGE_DIM, "train_eps": True}),
 ]
 FULL: list[Case] = [
@@ -65,7 +76,13 @@ LISTS: list[Case] = [
 ALL = [*AGGREGATE_ONCE, *ATTENTION, *LOCAL, *FULL, *LISTS]
 
 SOME: list[Case] = [
-    *(("gcn", {}), ("gin", {}), ("gat", {"heads": 2}), ("sage", {"project": True}), ("tag", {"K": 2})),
+    *(
+        ("gcn", {}),
+        ("gin", {}),
+        ("gat", {"heads": 2}),
+        ("sage", {"project": True}),
+        ("tag", {"K": 2}),
+    ),
     *((["low_pass", "high_pass", "two_hop"], {}), (["gcn", "gat", "le"], {})),
 ]
 """One of each way to run experts."""
@@ -82,10 +99,19 @@ def ids(value: Any) -> str:
 
 
 def build(
-    conv: Any, kwargs: dict[str, Any], in_channels: Any = WIDTH, out_channels: int = WIDTH, **moe: Any
+    conv: Any,
+    kwargs: dict[str, Any],
+    in_channels: Any = WIDTH,
+    out_channels: int = WIDTH,
+    **moe: Any,
 ) -> MoEConv:
     torch.manual_seed(0)
-    options = {"num_experts": None if isinstance(conv, list) else 3, "router": None, "start": "plain", **moe}
+    options = {
+        "num_experts": None if isinstance(conv, list) else 3,
+        "router": None,
+        "start": "plain",
+        **moe,
+    }
     layer = MoEConv(conv, in_channels, out_channels, **options, **kwargs).double()
     if layer.gain is not None:  # so that the routed experts count
         torch.nn.init.constant_(layer.gain, 2.0)
@@ -100,30 +126,51 @@ def edge_args(conv: MoEConv, num_edges: int) -> dict[str, Tensor]:
     if any(getattr(one, "edge_dim", None) == EDGE_DIM for one in plain):
         found["edge_attr"] = features(num_edges, EDGE_DIM, seed=8)
     elif any(isinstance(one, GINEConv) for one in plain):
-        found["edge_attr"] = features(num_edges, EDGE_DIM if plain[0].lin is not None else WIDTH, seed=8)
+        found["edge_attr"] = features(
+            num_edges, EDGE_DIM if plain[0].lin is not None else WIDTH, seed=8
+        )
     return found
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("conv", "kwargs"), [*ALL, *TURNED], ids=ids)
-def test_equals_masked_under_an_explainers_mask(conv: Any, kwargs: dict[str, Any], device: str) -> None:
+def test_equals_masked_under_an_explainers_mask(
+    conv: Any, kwargs: dict[str, Any], device: str
+) -> None:
     """Its gradient is compared too; and then without it again."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     layer = build(conv, kwargs)
     args = {name: value.to(device) for name, value in edge_args(layer, EDGES.size(1)).items()}
-    x, edges, weight_TE, mask = features(NODES, WIDTH), EDGES, weights(NODES), features(EDGES.size(1), seed=9)
-    layer, (x, edges, weight_TE, mask) = layer.to(device), (value.to(device) for value in (x, edges, weight_TE, mask))
+    x, edges, weight_TE, mask = (
+        features(NODES, WIDTH),
+        EDGES,
+        weights(NODES),
+        features(EDGES.size(1), seed=9),
+    )
+    layer, (x, edges, weight_TE, mask) = (
+        layer.to(device),
+        (value.to(device) for value in (x, edges, weight_TE, mask)),
+    )
     for shown in [None] if (conv, kwargs) == FULL[-1] else [mask, None]:
         assert_equals_masked(layer, x, edges, weight_TE=weight_TE, mask=shown, **args)
 
 
 def test_no_kind_is_run_in_a_slower_way_than_it_could_be() -> None:
-    ways: Any = {AggregateOnce: AGGREGATE_ONCE, AttentionExperts: ATTENTION, SeparateExperts: [*LOCAL, *FULL]}
-    ways |= {MLPConvExperts: [("mlp", {})], FilterExperts: [(["low_pass", "high_pass", "identity"], {})]}
+    ways: Any = {
+        AggregateOnce: AGGREGATE_ONCE,
+        AttentionExperts: ATTENTION,
+        SeparateExperts: [*LOCAL, *FULL],
+    }
+    ways |= {
+        MLPConvExperts: [("mlp", {})],
+        FilterExperts: [(["low_pass", "high_pass", "identity"], {})],
+    }
     for way, cases in ways.items():
         assert all(isinstance(build(*case).experts, way) for case in cases)
-    assert [build(*case).experts.is_local for case in (*LOCAL, *FULL)] == [[True] * 3] * len(LOCAL) + [[False] * 3] * 3
+    assert [build(*case).experts.is_local for case in (*LOCAL, *FULL)] == [[True] * 3] * len(
+        LOCAL
+    ) + [[False] * 3] * 3
 
 
 @pytest.mark.parametrize("conv", ["gcn", ["sage", "gin"]], ids=str)
@@ -140,10 +187,18 @@ def test_a_coo_matrix_is_left_as_it_was(conv: Any) -> None:
 
 @pytest.mark.parametrize("conv", ["gcn", "graph", "gat", "le"])
 def test_values_of_a_matrix_get_their_gradient(conv: str) -> None:
-    edges, x, width = simple_graph(9, 9, loops=False), features(9, WIDTH), [EDGE_DIM] if conv == "gat" else []
+    edges, x, width = (
+        simple_graph(9, 9, loops=False),
+        features(9, WIDTH),
+        [EDGE_DIM] if conv == "gat" else [],
+    )
     layer = build(conv, {"edge_dim": EDGE_DIM} if conv == "gat" else {}, router="random")
-    of_matrix, of_edges = (features(edges.size(1), *width, seed=2).abs().requires_grad_() for _ in range(2))
-    layer(x, torch.sparse_coo_tensor(edges.flip(0), of_matrix, (9, 9, *width))).sin().sum().backward()
+    of_matrix, of_edges = (
+        features(edges.size(1), *width, seed=2).abs().requires_grad_() for _ in range(2)
+    )
+    layer(
+        x, torch.sparse_coo_tensor(edges.flip(0), of_matrix, (9, 9, *width))
+    ).sin().sum().backward()
     layer(x, edges, **{"edge_attr" if width else "edge_weight": of_edges}).sin().sum().backward()
     torch.testing.assert_close(of_matrix.grad, of_edges.grad, rtol=0, atol=1e-12)
 
@@ -166,19 +221,39 @@ def test_attention_drops_as_the_separate_convs_do(conv: str) -> None:
     ours = layer(x, edges, routing=routing_of(weight_TE)).view(copies, NODES, WIDTH)
     theirs: Any = sum(weight_TE[:, e, None] * expert(x, edges) for e, expert in enumerate(experts))
     assert ((ours.mean(dim=0) - expected).abs() <= 5 * ours.std(dim=0) / copies**0.5 + 1e-12).all()
-    torch.testing.assert_close(ours.std(dim=0), theirs.view_as(ours).std(dim=0), rtol=0.3, atol=1e-12)
+    torch.testing.assert_close(
+        ours.std(dim=0), theirs.view_as(ours).std(dim=0), rtol=0.3, atol=1e-12
+    )
 
 
 def test_edge_features_that_do_not_fit() -> None:
-    x, attr, routing = features(NODES, WIDTH), features(EDGES.size(1), EDGE_DIM), routing_of(weights(NODES))
+    x, attr, routing = (
+        features(NODES, WIDTH),
+        features(EDGES.size(1), EDGE_DIM),
+        routing_of(weights(NODES)),
+    )
     for conv, kwargs, given, message in (
         ("gatv2", {}, attr, "edge_attr: got a tensor, .*GATv2Conv was built with edge_dim=None"),
-        ("transformer", {}, attr, "edge_attr: got a tensor, .*TransformerConv was built with edge_dim=None"),
-        ("transformer", {"edge_dim": 3}, None, r"edge_attr: got None, expected a tensor of shape \(edges, 3\)"),
+        (
+            "transformer",
+            {},
+            attr,
+            "edge_attr: got a tensor, .*TransformerConv was built with edge_dim=None",
+        ),
+        (
+            "transformer",
+            {"edge_dim": 3},
+            None,
+            r"edge_attr: got None, expected a tensor of shape \(edges, 3\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             build(conv, kwargs)(x, EDGES, edge_attr=given, routing=routing)
-    for conv, kwargs in (("gat", {}), ("gat", {"edge_dim": 3}), ("gatv2", {"edge_dim": 3})):  # as PyG has it
+    for conv, kwargs in (
+        ("gat", {}),
+        ("gat", {"edge_dim": 3}),
+        ("gatv2", {"edge_dim": 3}),
+    ):  # as PyG has it
         assert_equals_masked(build(conv, kwargs), x, EDGES, weight_TE=weights(NODES))
     for edge_dim, given in ((None, attr), (1, attr[:, 0])):  # one feature an edge, as a vector
         layer = build("gat", {"edge_dim": edge_dim})
@@ -189,7 +264,9 @@ def test_kinds_are_grouped_wherever_they_stand_in_the_list() -> None:
     """But not those of one repr: ``repr(SoftmaxAggregation(t))`` does not show t."""
     soft, softer = (partial(SAGEConv, aggr=SoftmaxAggregation(t=t)) for t in (0.1, 10.0))
     assert repr(soft.keywords) == repr(softer.keywords)
-    layer = build(["gcn", "mlp", "GCNConv", soft, "low_pass", softer, soft], {}, router="token_choice", k=3)
+    layer = build(
+        ["gcn", "mlp", "GCNConv", soft, "low_pass", softer, soft], {}, router="token_choice", k=3
+    )
     found: list[Any] = [layer.expert(e) for e in range(7)]
     names = [type(expert).__name__.removesuffix("Conv") for expert in found]
     assert names == ["GCN", "MLP", "GCN", "SAGE", "Filter", "SAGE", "SAGE"]

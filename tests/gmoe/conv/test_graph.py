@@ -45,7 +45,11 @@ def test_operators_keep_torchs_rules() -> None:
     """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
     sender, receiver = random_graph(7, 9, 30)
     edges = Edges.sorted(sender, receiver, 7, 9)
-    ends, weight, value = (edges.ptr, edges.sender, edges.receiver), features(30, 2), features(7, 2, 3)
+    ends, weight, value = (
+        (edges.ptr, edges.sender, edges.receiver),
+        features(30, 2),
+        features(7, 2, 3),
+    )
     for name, inputs in {
         "sort_edges": (receiver, sender, 9, 7, False),
         "find_messages": (edges.ptr, torch.tensor([3, 0, 8, 3])),
@@ -61,7 +65,10 @@ def test_loops_are_the_last_messages_of_their_receivers() -> None:
     sender, receiver = torch.tensor([[4, 0, 1, 1, 2, 4, 0], [0, 0, 1, 2, 2, 2, 3]])
     found, kept = Edges.sorted(sender, receiver, 5, 4).with_loops(3)
     stays = sender != receiver
-    ends = torch.cat([sender[stays], torch.arange(3)]), torch.cat([receiver[stays], torch.arange(3)])
+    ends = (
+        torch.cat([sender[stays], torch.arange(3)]),
+        torch.cat([receiver[stays], torch.arange(3)]),
+    )
     expected = Edges.sorted(*ends, 5, 4)
     assert kept.tolist() == stays.nonzero().view(-1).tolist()
     for name in ("ptr", "sender", "receiver", "order"):
@@ -75,15 +82,26 @@ def test_low_precision_is_summed_in_float32() -> None:
     y = weighted_sum(ones, ones[:1, None], edges)
     assert (y.dtype, float(y)) == (torch.bfloat16, 1000.0)
     for dtype in (torch.bool, torch.uint8, torch.bfloat16):
-        star = Graph(torch.stack([torch.arange(1000), to_one]), 1000, edge_weight=ones[:, 0].to(dtype))
-        assert float(star.normalized(improved=False, loops=False, dtype=dtype).scale[0]) == pytest.approx(1000**-0.5)
+        star = Graph(
+            torch.stack([torch.arange(1000), to_one]), 1000, edge_weight=ones[:, 0].to(dtype)
+        )
+        assert float(
+            star.normalized(improved=False, loops=False, dtype=dtype).scale[0]
+        ) == pytest.approx(1000**-0.5)
 
 
 def test_to_another_device_and_repr() -> None:
-    graph = Graph(random_graph(6, 4, 15), (6, 4), edge_weight=features(15), edge_attr=features(15, 2))
+    graph = Graph(
+        random_graph(6, 4, 15), (6, 4), edge_weight=features(15), edge_attr=features(15, 2)
+    )
     moved: Any = graph.to("meta")
     assert repr(moved) == repr(graph) == "Graph(6 sources, 4 destinations, 15 edges)"
-    assert moved.edge_weight.device.type == moved.adj.device.type == moved.edges.order.device.type == "meta"
+    assert (
+        moved.edge_weight.device.type
+        == moved.adj.device.type
+        == moved.edges.order.device.type
+        == "meta"
+    )
 
 
 def watched(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
@@ -99,9 +117,13 @@ def watched(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("shared_router", [False, True])
-def test_a_forward_sorts_edges_once_a_graph_never_again(shared_router: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_sorts_edges_once_a_graph_never_again(
+    shared_router: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, graph = features(9, 4), Graph(EDGES, 9)
-    gnn = GNNMoE(4, 6, 3, 6, shared_router=shared_router, router_input=("node", "neighbors")).double()
+    gnn = GNNMoE(
+        4, 6, 3, 6, shared_router=shared_router, router_input=("node", "neighbors")
+    ).double()
     calls = watched(monkeypatch, Edges, "sorted")
     gnn(x, EDGES)
     assert len(calls) == 1
@@ -111,11 +133,16 @@ def test_a_forward_sorts_edges_once_a_graph_never_again(shared_router: bool, mon
 
 
 @pytest.mark.parametrize("kind", ["gcn", "sage", "graph", "gin", "filter"])
-def test_sums_of_the_features_of_the_graph_are_computed_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_the_features_of_the_graph_are_computed_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For the router and the first layer, whose output is the same without it."""
     x = features(9, 9)
     options: dict[str, Any] = {"shared_router": True, "router_input": ("node", "neighbors")}
-    model, graph = GNNMoE(9, 4, 3, conv=kind, router="uniform", **options).double(), Graph(EDGES, 9, x=x)
+    model, graph = (
+        GNNMoE(9, 4, 3, conv=kind, router="uniform", **options).double(),
+        Graph(EDGES, 9, x=x),
+    )
     with torch.inference_mode():
         torch.testing.assert_close(model(x, graph), model(x, EDGES))
     calls = watched(monkeypatch, _WeightedSum, "forward")
@@ -133,7 +160,9 @@ def test_flops_are_those_of_a_first_call() -> None:
     assert count_flops(model, x, graph) == first
 
 
-@pytest.mark.parametrize("change", [lambda x, _: x.add_(1), lambda _, y: y.add_(1)], ids=["features", "sums"])
+@pytest.mark.parametrize(
+    "change", [lambda x, _: x.add_(1), lambda _, y: y.add_(1)], ids=["features", "sums"]
+)
 def test_sums_are_kept_until_something_changes_in_place(change: Callable[..., Any]) -> None:
     x = features(9, 2)
     graph = Graph(EDGES, 9, x=x)
@@ -149,7 +178,9 @@ def test_features_made_in_inference_mode_are_summed_anew() -> None:
     torch.testing.assert_close(Graph(EDGES, 9, x=x).mean(x), mean_of_in_edges(x, EDGES))
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph))])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph))]
+)
 def test_a_graph_that_keeps_sums_can_be_copied(copied: Callable[[Graph], Graph]) -> None:
     x = features(9, 2)
     graph = Graph(EDGES, 9, x=x)
@@ -166,9 +197,17 @@ def test_threads_may_share_a_graph() -> None:
             torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(("conv", "name", "width"), [("gcn", "edge_weight", ()), ("gat", "edge_attr", (2,))])
-def test_edge_arguments_may_be_others_or_learned_later(conv: str, name: str, width: tuple[int, ...]) -> None:
-    x, frozen, options = features(9, 4), features(30, *width, seed=1).abs(), {"edge_dim": 2} if width else {}
+@pytest.mark.parametrize(
+    ("conv", "name", "width"), [("gcn", "edge_weight", ()), ("gat", "edge_attr", (2,))]
+)
+def test_edge_arguments_may_be_others_or_learned_later(
+    conv: str, name: str, width: tuple[int, ...]
+) -> None:
+    x, frozen, options = (
+        features(9, 4),
+        features(30, *width, seed=1).abs(),
+        {"edge_dim": 2} if width else {},
+    )
     layer: Any = MoEConv(conv, 4, 4, num_experts=2, **options).double().eval()  # type: ignore[arg-type]
     fresh, graph = frozen.clone().requires_grad_(), Graph(EDGES, 9, **{name: frozen})  # type: ignore[arg-type]
     layer(x, graph)
@@ -193,7 +232,12 @@ PLAIN = torch.tensor([[0, 1], [1, 0]])
 @pytest.mark.parametrize(
     ("edges", "sizes", "kwargs", "message"),
     [
-        (torch.tensor([[0, 1], [1, 12]]), 9, {}, r"edge_index: got nodes 1\.\.12, expected values in 0\.\.8"),
+        (
+            torch.tensor([[0, 1], [1, 12]]),
+            9,
+            {},
+            r"edge_index: got nodes 1\.\.12, expected values in 0\.\.8",
+        ),
         (torch.tensor([[0, -1], [1, 0]]), 9, {}, "edge_index: got nodes -1"),
         (torch.tensor([[8], [3]]), (9, 3), {}, "edge_index: got nodes 3"),
         (torch.tensor([[8], [2]]), (9, 3), {"flow": "target_to_source"}, "edge_index: got nodes 8"),
@@ -201,9 +245,22 @@ PLAIN = torch.tensor([[0, 1], [1, 0]])
         (PLAIN.float(), 9, {}, r"edge_index: got .* of torch.float32"),
         ([[0], [1]], 3, {}, "edge_index: got list"),
         (csr(PLAIN, (9, 9)), (9, 8), {}, "edge_index: got a sparse matrix of shape"),
-        (csr(PLAIN, (9, 9)), 9, {"flow": "target_to_source"}, "edge_index: got a sparse matrix .*target_to_source"),
-        (csr(PLAIN, (9, 9)), 9, {"edge_weight": torch.ones(2)}, r"edge_weight: got a tensor, .* a sparse matrix"),
-        *((PLAIN, 9, {"edge_weight": wrong}, "edge_weight: got") for wrong in (torch.ones(3), torch.ones(2, 2), [1.0])),
+        (
+            csr(PLAIN, (9, 9)),
+            9,
+            {"flow": "target_to_source"},
+            "edge_index: got a sparse matrix .*target_to_source",
+        ),
+        (
+            csr(PLAIN, (9, 9)),
+            9,
+            {"edge_weight": torch.ones(2)},
+            r"edge_weight: got a tensor, .* a sparse matrix",
+        ),
+        *(
+            (PLAIN, 9, {"edge_weight": wrong}, "edge_weight: got")
+            for wrong in (torch.ones(3), torch.ones(2, 2), [1.0])
+        ),
         (PLAIN, 9, {"edge_attr": torch.ones(1, 2)}, "edge_attr: got shape"),
         (PLAIN, 9, {"flow": "x"}, "flow: got 'x'"),
         *((PLAIN, nodes, {}, "num_nodes: got") for nodes in (None, 9.0, (9,))),
@@ -216,11 +273,25 @@ def test_refusals(edges: Any, sizes: Any, kwargs: dict[str, Any], message: str) 
 
 def test_a_graph_that_does_not_fit_the_layer_is_refused() -> None:
     flow: Any = "target_to_source"
-    layer, turned, x = MoEConv("gcn", 4, 4).double(), MoEConv("gcn", 4, 4, flow=flow).double(), features(8, 4)
+    layer, turned, x = (
+        MoEConv("gcn", 4, 4).double(),
+        MoEConv("gcn", 4, 4, flow=flow).double(),
+        features(8, 4),
+    )
     given: list[tuple[MoEConv, Graph, Tensor | None, str]] = [
-        (layer, Graph(PLAIN, 9), None, r"edge_index: got Graph.* expected 8 sources, 8 destinations"),
+        (
+            layer,
+            Graph(PLAIN, 9),
+            None,
+            r"edge_index: got Graph.* expected 8 sources, 8 destinations",
+        ),
         (layer, Graph(PLAIN, 8), features(3), "edge_weight: got shape"),
-        (layer, Graph(PLAIN, 8, flow=flow), None, r"edge_index: got Graph.* of flow 'target_to_source'"),
+        (
+            layer,
+            Graph(PLAIN, 8, flow=flow),
+            None,
+            r"edge_index: got Graph.* of flow 'target_to_source'",
+        ),
         (turned, Graph(PLAIN, 8), None, r"edge_index: got Graph.* of flow 'source_to_target'"),
     ]
     for one, graph, weight, message in given:
@@ -237,7 +308,9 @@ def test_sums_follow_what_is_set_anew(name: str) -> None:
     graph = Graph(edge_index, 6, **old)
     layer(old["x"], graph)
     setattr(graph, name, new[name])
-    torch.testing.assert_close(layer(new["x"], graph), layer(new["x"], edge_index, new["edge_weight"]))
+    torch.testing.assert_close(
+        layer(new["x"], graph), layer(new["x"], edge_index, new["edge_weight"])
+    )
 
 
 def test_sums_follow_a_weight_that_was_learned_and_frozen_again() -> None:
@@ -265,7 +338,9 @@ def test_sums_follow_what_an_optimizer_wrote(name: str, fused: bool) -> None:
     layer(given["x"], graph).square().sum().backward()
     optimizer.step()
     given[name].requires_grad_(False)
-    torch.testing.assert_close(layer(given["x"], graph), layer(given["x"], edge_index, given["edge_weight"]))
+    torch.testing.assert_close(
+        layer(given["x"], graph), layer(given["x"], edge_index, given["edge_weight"])
+    )
 
 
 def test_sums_follow_a_weight_of_inference_mode() -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 
-from gmoe import ROUTERS, Graph, HeteroMoEConv, RelationalConv, TokenChoice, active_parameters, count_flops
+from gmoe import (
+    ROUTERS,
+    Graph,
+    HeteroMoEConv,
+    RelationalConv,
+    TokenChoice,
+    active_parameters,
+    count_flops,
+)
 from tests.gmoe.conv.hetero_reference import (
     COUNTS,
     METADATA,
@@ -41,10 +49,14 @@ def dense(widths: Any = WIDTHS, metadata: Any = METADATA, **kwargs: Any) -> Rela
 
 def layer(widths: Any = WIDTH, **kwargs: Any) -> HeteroMoEConv:
     torch.manual_seed(0)
-    if kwargs.get("router", "token_choice") == "token_choice":  # noise would differ from call to call
+    if (
+        kwargs.get("router", "token_choice") == "token_choice"
+    ):  # noise would differ from call to call
         kwargs.setdefault("router_kwargs", {"balance": None})
     kwargs.setdefault("start", "plain")
-    return HeteroMoEConv(widths, **{"out_channels": OUT, "metadata": METADATA, "num_experts": EXPERTS, **kwargs})
+    return HeteroMoEConv(
+        widths, **{"out_channels": OUT, "metadata": METADATA, "num_experts": EXPERTS, **kwargs}
+    )
 
 
 def following(weights: Nodes) -> HeteroMoEConv:
@@ -88,7 +100,9 @@ def test_absent_relations_and_isolated_nodes_add_zero() -> None:
     backward(alone)
     assert all(p.grad is not None for p in conv.parameters())
     together = conv(xs, edges())
-    assert all(torch.allclose(together[t][-1], alone[t][-1]) for t in alone)  # the last ones are isolated
+    assert all(
+        torch.allclose(together[t][-1], alone[t][-1]) for t in alone
+    )  # the last ones are isolated
     assert not torch.allclose(together["paper"], alone["paper"])
 
 
@@ -134,7 +148,11 @@ def test_a_new_layer_is_the_dense_one() -> None:
 def test_equals_masked_layers_without_some_nodes(empty: list[str]) -> None:
     """Relations of types without nodes have no edges, or are absent."""
     xs = {t: x[: 0 if t in empty else None] for t, x in nodes().items()}
-    found = {r: e[:, : 0 if {r[0], r[-1]} & set(empty) else None] for r, e in edges().items() if r != WRITES}
+    found = {
+        r: e[:, : 0 if {r[0], r[-1]} & set(empty) else None]
+        for r, e in edges().items()
+        if r != WRITES
+    }
     assert_equals_masked(layer(WIDTHS, k=2).double(), xs, found)
 
 
@@ -155,15 +173,24 @@ def test_expert_is_a_detached_copy() -> None:
 def test_flops_follow_k() -> None:
     """The same for any E, and K times the products; the means are taken once."""
     conv = layer(k=2, num_experts=8)
-    one, gates = (sum(p.numel() for p in module.parameters()) for module in (conv.expert(0), conv.routers))
+    one, gates = (
+        sum(p.numel() for p in module.parameters()) for module in (conv.expert(0), conv.routers)
+    )
     assert active_parameters(conv) == 2 * one + gates
 
     def flops(num_experts: int, k: int) -> int:
-        weight = {t: (torch.arange(num_experts).expand(n, -1) < k).double() for t, n in COUNTS.items()}
+        weight = {
+            t: (torch.arange(num_experts).expand(n, -1) < k).double() for t, n in COUNTS.items()
+        }
         return count_flops(following(weight), nodes(WIDTH), edges())
 
     assert flops(2, 1) == flops(16, 1)
-    products = 2 * OUT * WIDTH * (COUNTS["paper"] * 4 + COUNTS["author"] * 2 + COUNTS["field"] * 2 + COUNTS["venue"])
+    products = (
+        2
+        * OUT
+        * WIDTH
+        * (COUNTS["paper"] * 4 + COUNTS["author"] * 2 + COUNTS["field"] * 2 + COUNTS["venue"])
+    )
     assert flops(16, 2) - flops(16, 1) == products + OUT * sum(COUNTS.values())
 
 

@@ -24,8 +24,17 @@ SHARED: Any = pyg.GINConv(nn.Linear(4, 4))
 @pytest.mark.parametrize(
     ("text", "cls"),
     [
-        *(("GCNConv", pyg.GCNConv), ("gat_v2", pyg.GATv2Conv), ("SAGE", pyg.SAGEConv), ("lowpass_", FilterConv)),
-        *(("res_gated_graph_conv", pyg.ResGatedGraphConv), ("cg", pyg.CGConv), ("simple", pyg.SimpleConv)),
+        *(
+            ("GCNConv", pyg.GCNConv),
+            ("gat_v2", pyg.GATv2Conv),
+            ("SAGE", pyg.SAGEConv),
+            ("lowpass_", FilterConv),
+        ),
+        *(
+            ("res_gated_graph_conv", pyg.ResGatedGraphConv),
+            ("cg", pyg.CGConv),
+            ("simple", pyg.SimpleConv),
+        ),
     ],
 )
 def test_names(text: str, cls: type) -> None:
@@ -35,19 +44,27 @@ def test_names(text: str, cls: type) -> None:
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    builds: list[Any] = [partial(MoEConv, "gatt"), partial(MoEConv, ["gcn", "gatt"]), partial(GNNMoE, 4, conv="gatt")]
+    builds: list[Any] = [
+        partial(MoEConv, "gatt"),
+        partial(MoEConv, ["gcn", "gatt"]),
+        partial(GNNMoE, 4, conv="gatt"),
+    ]
     for build in builds:
         with pytest.raises(ValueError, match=r"conv: got 'gatt', .*did you mean 'gat'"):
             build(4, 4)
 
 
 @pytest.mark.parametrize("text", ["gcm", "gnc"])
-def test_of_equally_near_names_the_one_with_swapped_letters_or_the_same_start_is_suggested(text: str) -> None:
+def test_of_equally_near_names_the_one_with_swapped_letters_or_the_same_start_is_suggested(
+    text: str,
+) -> None:
     with pytest.raises(ValueError, match="did you mean 'gcn'"):
         MoEConv(text, 4, 4)
 
 
-@pytest.mark.parametrize(("text", "name"), [("expert-choice", "expert_choice"), ("top_k", "token_choice")])
+@pytest.mark.parametrize(
+    ("text", "name"), [("expert-choice", "expert_choice"), ("top_k", "token_choice")]
+)
 def test_an_unknown_router_suggests_the_nearest(text: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"^router: got '{text}', .*did you mean '{name}'"):
         MoEConv("gcn", 4, 4, router=text)
@@ -75,16 +92,35 @@ TURNED = partial(pyg.SAGEConv, flow="target_to_source")
     [
         *((conv, {}, r"conv: got \w+, which is built with") for conv in NOT_WIDTHS),
         *((conv, {}, r"conv: got \w+, whose forward takes") for conv in OTHER_FORWARD),
-        ([lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)], {}, r"conv: got .* widths \[1, 8\]"),
+        (
+            [lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)],
+            {},
+            r"conv: got .* widths \[1, 8\]",
+        ),
         (["gcn", partial(pyg.GATConv, heads=2)], {}, r"conv: got .* widths \[8, 16\]"),
         (["sage", TURNED], {}, "conv: got experts of flows"),
         (lambda _, o: pyg.SAGEConv((-1, -1), o), {}, "conv: got SAGEConv of open widths"),
-        (lambda i, _: pyg.GINConv(nn.Linear(i, 3)), {}, "out_channels: got 8, but <lambda> gives 3"),
+        (
+            lambda i, _: pyg.GINConv(nn.Linear(i, 3)),
+            {},
+            "out_channels: got 8, but <lambda> gives 3",
+        ),
         (lambda *_: pyg.APPNP(2, 0.1), {}, "out_channels: got 8, but <lambda> gives 4"),
-        *(("gcn", {name: True}, f"^{name}: got a removed argument") for name in ("shared_expert", "dense_start")),
-        ("gcn", {"start": "dense"}, "^start: got 'dense', expected one of 'copies', 'shared', 'plain'"),
+        *(
+            ("gcn", {name: True}, f"^{name}: got a removed argument")
+            for name in ("shared_expert", "dense_start")
+        ),
+        (
+            "gcn",
+            {"start": "dense"},
+            "^start: got 'dense', expected one of 'copies', 'shared', 'plain'",
+        ),
         (["gcn", "sage"], {"start": "copies"}, "^start: got 'copies' for several kinds"),
-        ("gcn", {"start": "copies", "shared_transform": True}, "^start: got 'copies' for several kinds or a shared"),
+        (
+            "gcn",
+            {"start": "copies", "shared_transform": True},
+            "^start: got 'copies' for several kinds or a shared",
+        ),
         ("simple", {}, "out_channels: got 8 for SimpleConv"),
         ("cg", {}, "out_channels: got 8 for CGConv"),
         *((wrong, {}, "conv: got ") for wrong in (None, [], [None, "gcn"])),
@@ -173,18 +209,24 @@ ADDED: list[Any] = [spectral, hooked, frozen, Own, lora_gcn, lora_sage, lora_gat
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("kind", [kind for kind in ADDED if kind is not frozen], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ADDED if kind is not frozen], ids=lambda kind: kind.__name__
+)
 def test_what_somebody_put_into_a_conv_survives_a_swap(kind: Any) -> None:
     """The first forward of a layer built by a factory, and of one that moefy puts in place of a conv."""
     torch.manual_seed(0)
     conv = kind(4, 4).eval()  # spectral norm moves in training
     x, edge_index = torch.randn(9, 4), random_graph(9, 9, 30)
     model = pyg.Sequential("x, edge_index", [(copy.deepcopy(conv), "x, edge_index -> x")])
-    torch.testing.assert_close(moefy(model, num_experts=2, targets="module_0")(x, edge_index), conv(x, edge_index))
+    torch.testing.assert_close(
+        moefy(model, num_experts=2, targets="module_0")(x, edge_index), conv(x, edge_index)
+    )
     torch.manual_seed(0)
     layer = MoEConv(kind, 4, 4, num_experts=2).eval()
     torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
-    assert sum(p.numel() for p in layer.experts.parameters()) == 2 * sum(p.numel() for p in conv.parameters())
+    assert sum(p.numel() for p in layer.experts.parameters()) == 2 * sum(
+        p.numel() for p in conv.parameters()
+    )
 
 
 def test_a_conv_with_a_function_as_its_forward_is_refused_by_moefy() -> None:
@@ -207,7 +249,9 @@ class Scaled(Aggregation):
         else:
             self.held = held
 
-    def forward(self, x: Tensor, index: Any = None, ptr: Any = None, dim_size: Any = None, dim: int = -2) -> Tensor:
+    def forward(
+        self, x: Tensor, index: Any = None, ptr: Any = None, dim_size: Any = None, dim: int = -2
+    ) -> Tensor:
         factor: Any = self.held
         if isinstance(factor, dict | set):
             factor = sum(factor)
@@ -224,7 +268,9 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_convs_of_a_list_that_hold_different_values_are_not_one_stack(what: str) -> None:
-    convs = [lambda i, o, held=held: pyg.SAGEConv(i, o, aggr=Scaled(held)) for held in DIFFERENT[what]]
+    convs = [
+        lambda i, o, held=held: pyg.SAGEConv(i, o, aggr=Scaled(held)) for held in DIFFERENT[what]
+    ]
     layer = MoEConv(convs, 4, 4, start="plain").double()
     assert len(layer.experts.groups) == 2
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
@@ -255,7 +301,9 @@ def test_what_a_factory_adds_survives(kind: Any) -> None:
     """Parametrizations, hooks, own linear layers, patched methods, frozen parameters: stacking would lose them."""
     layer = MoEConv(kind, 4, 4, num_experts=2, start="plain").double()
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
-    assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (2 if kind is frozen else 0)
+    assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (
+        2 if kind is frozen else 0
+    )
 
 
 class GatedSum(MessagePassing):
@@ -315,7 +363,9 @@ def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
     rows: list[tuple[int, int]] = []
     for expert in layer.experts.convs():
-        expert.register_forward_hook(lambda _, args, __: rows.append((args[0].size(0), args[1].size(1))))
+        expert.register_forward_hook(
+            lambda _, args, __: rows.append((args[0].size(0), args[1].size(1)))
+        )
     layer(features(6, 4), torch.stack([torch.arange(6), torch.arange(6).roll(1)]))
     assert sum(edges for _, edges in rows) == 2 * 6  # K messages an edge
 
@@ -342,9 +392,13 @@ def test_what_cannot_be_stacked_is_local_all_the_same(conv: Any) -> None:
 
 def test_a_conv_that_says_nothing_runs_in_full_with_a_warning() -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
-    with pytest.warns(UserWarning, match=r"TwoHops runs on the whole graph.*pass local=True") as caught:
+    with pytest.warns(
+        UserWarning, match=r"TwoHops runs on the whole graph.*pass local=True"
+    ) as caught:
         layer = MoEConv(TwoHops, 4, 4, num_experts=3, k=2).double()
-    assert [warning.filename for warning in caught] == [__file__]  # once, and points to the line of the user
+    assert [warning.filename for warning in caught] == [
+        __file__
+    ]  # once, and points to the line of the user
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
 
 
@@ -353,7 +407,10 @@ def test_local_true_for_a_conv_that_cannot_run_on_the_probe() -> None:
         def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
             raise RuntimeError("only on Tuesdays")
 
-    with pytest.raises(ValueError, match="local: got True, but Picky fails on a small random graph: only on Tuesdays"):
+    with pytest.raises(
+        ValueError,
+        match="local: got True, but Picky fails on a small random graph: only on Tuesdays",
+    ):
         MoEConv(Picky, 4, 4, local=True, start="plain")
 
 

@@ -38,12 +38,16 @@ def test_neighbors_vote_along_the_edges() -> None:
         moe: Any = layer("sage", flow=flow, **options)
         _, routing = moe(x, edge_index, return_routing=True)
         torch.testing.assert_close(routing.scores, moe.router(x, None, edges).scores)
-    torch.testing.assert_close(routing.scores[6:], torch.ones(2, EXPERTS))  # isolated nodes vote for themselves
+    torch.testing.assert_close(
+        routing.scores[6:], torch.ones(2, EXPERTS)
+    )  # isolated nodes vote for themselves
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 @pytest.mark.parametrize("router_input", [("neighbors", "node"), ("degree", "neighbors")], ids=str)
-@pytest.mark.parametrize("conv", ["gcn", ["mean", "max"], "gat", "tag", ["gcn", "gat", "mlp"]], ids=str)
+@pytest.mark.parametrize(
+    "conv", ["gcn", ["mean", "max"], "gat", "tag", ["gcn", "gat", "mlp"]], ids=str
+)
 def test_router_input(conv: Any, router_input: Any) -> None:
     """Node, the conv's own aggregate (else the mean over in-edges) and degree, in this order whatever the given one."""
     (x, edge_index), kwargs = graph(), dict[str, Any]()
@@ -70,7 +74,9 @@ def test_router_input(conv: Any, router_input: Any) -> None:
 @pytest.mark.parametrize(("conv", "kwargs"), SOME, ids=ids)
 def test_expert_is_a_detached_copy(conv: Any, kwargs: dict[str, Any]) -> None:
     x, edge_index = graph()
-    moe = layer(conv, router=None, **({"num_experts": None} if isinstance(conv, list) else {}), **kwargs).eval()
+    moe = layer(
+        conv, router=None, **({"num_experts": None} if isinstance(conv, list) else {}), **kwargs
+    ).eval()
     plain, routing = moe.expert(1), routing_of(torch.eye(EXPERTS)[1].expand(NODES, EXPERTS))
     assert not plain.training
     before = moe(x, edge_index, routing=routing)
@@ -85,7 +91,11 @@ def test_expert_is_a_detached_copy(conv: Any, kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("conv", "kwargs"),
-    [case for case in [*AGGREGATE_ONCE, *ATTENTION, ("filter", {}), ("mlp", {})] if case[0] not in ("gin", "gine")],
+    [
+        case
+        for case in [*AGGREGATE_ONCE, *ATTENTION, ("filter", {}), ("mlp", {})]
+        if case[0] not in ("gin", "gine")
+    ],
     ids=ids,
 )
 def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> None:
@@ -96,10 +106,18 @@ def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> Non
     torch.manual_seed(7)
     for plain in separate:
         plain.reset_parameters()
-    unused = () if kwargs.get("root_weight", True) or conv != "transformer" else ("lin_skip.weight", "lin_skip.bias")
+    unused = (
+        ()
+        if kwargs.get("root_weight", True) or conv != "transformer"
+        else ("lin_skip.weight", "lin_skip.bias")
+    )
     for index, plain in enumerate(separate):
         mine = moe.expert(index).state_dict()
-        assert all(torch.equal(value, mine[name]) for name, value in plain.state_dict().items() if name not in unused)
+        assert all(
+            torch.equal(value, mine[name])
+            for name, value in plain.state_dict().items()
+            if name not in unused
+        )
     in_use = sum(p.numel() for name, p in separate[0].named_parameters() if name not in unused)
     assert sum(p.numel() for p in moe.parameters()) == EXPERTS * in_use
 
@@ -159,16 +177,31 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
         ("gat", torch.randn(2, NODES, 4), {}, r"x: got .*\(2, 8, 4\).* see batch="),
         ("le", None, {}, "x: got NoneType"),
         ("sage", (None, X), {}, r"x: got \['NoneType', 'Tensor'\]"),
-        (partial(GATConv, flow="target_to_source"), (X, X[:5]), {}, r"x: got a tuple .*flow='target_to_source'"),
+        (
+            partial(GATConv, flow="target_to_source"),
+            (X, X[:5]),
+            {},
+            r"x: got a tuple .*flow='target_to_source'",
+        ),
         *((conv, (X, X[:5]), {}, f"x: got a tuple .*{conv}") for conv in ("GCNConv", "FilterConv")),
         ("gcn", X.to_sparse(), {}, "x: got .*torch.sparse_coo"),
         ("gcn", X.long(), {}, "x: got .*torch.int64"),
         ("gat", X * torch.nan, {}, "x: got 32 values that are NaN or infinite"),
         ("sage", X, {"size": (3, 3)}, r"size: got \(3, 3\)"),
-        ("gcn", X, {"batch": torch.zeros(3, dtype=torch.long)}, r"batch: got shape \(3,\) of torch.int64"),
+        (
+            "gcn",
+            X,
+            {"batch": torch.zeros(3, dtype=torch.long)},
+            r"batch: got shape \(3,\) of torch.int64",
+        ),
         ("gcn", X, {"batch": [0] * NODES}, "batch: got list"),
         ("sage", X, {"edge_weight": WEIGHT}, "edge_weight: got a tensor, .* takes none"),
-        (["gcn", "mlp", "le"], X, {"edge_attr": ATTR}, r"edge_attr: got a tensor, .* takes \['edge_weight'\]"),
+        (
+            ["gcn", "mlp", "le"],
+            X,
+            {"edge_attr": ATTR},
+            r"edge_attr: got a tensor, .* takes \['edge_weight'\]",
+        ),
     ],
 )
 def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> None:
@@ -177,8 +210,15 @@ def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> N
 
 
 def test_an_edge_index_that_knows_its_size() -> None:
-    edges, x, conv = torch.tensor([[0, 1, 3], [1, 2, 0]]), torch.randn(4, 6), partial(SAGEConv, root_weight=False)
-    known, layer = EdgeIndex(edges, sparse_size=(4, 3)), MoEConv(conv, 6, 6, router_input="neighbors")
+    edges, x, conv = (
+        torch.tensor([[0, 1, 3], [1, 2, 0]]),
+        torch.randn(4, 6),
+        partial(SAGEConv, root_weight=False),
+    )
+    known, layer = (
+        EdgeIndex(edges, sparse_size=(4, 3)),
+        MoEConv(conv, 6, 6, router_input="neighbors"),
+    )
     assert torch.equal(layer((x, None), known), layer((x, None), edges, size=(4, 3)))
     for given, wrong, name in (((x, None), EdgeIndex(edges), "size"), (x, known, "edge_index")):
         with pytest.raises(ValueError, match=f"{name}: got"):
@@ -209,7 +249,9 @@ def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
     torch.testing.assert_close(replaced(x, edge_index), halved(x, edge_index))
     edges = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, edge_dim=2)
     edges.experts.lin_edge = Halved(edges.experts.lin_edge)
-    with pytest.raises(ValueError, match="lin_edge: got a changed layer"):  # of which the weight alone is read
+    with pytest.raises(
+        ValueError, match="lin_edge: got a changed layer"
+    ):  # of which the weight alone is read
         edges(x, edge_index, edge_attr=torch.ones(edge_index.size(1), 2))
 
 
@@ -222,10 +264,16 @@ def test_hooks_on_the_shared_expert_and_the_gate_run(conv: str) -> None:
     hooked: dict[str, Any] = {"shared": moe.shared_expert, "gate": moe.get_submodule("router.gate")}
     for name, module in hooked.items():
         module.register_forward_pre_hook(lambda *_, name=name: called.append(f"{name} pre"))
-        module.register_full_backward_pre_hook(lambda *_, name=name: called.append(f"{name} backward pre"))
+        module.register_full_backward_pre_hook(
+            lambda *_, name=name: called.append(f"{name} backward pre")
+        )
         module.register_full_backward_hook(lambda *_, name=name: called.append(f"{name} backward"))
     moe(x.requires_grad_(), edge_index).sum().backward()
-    expected = [f"{name} {hook}" for name in ("gate", "shared") for hook in ("pre", "backward", "backward pre")]
+    expected = [
+        f"{name} {hook}"
+        for name in ("gate", "shared")
+        for hook in ("pre", "backward", "backward pre")
+    ]
     assert sorted(called) == sorted(expected)
 
 
@@ -241,7 +289,9 @@ def test_a_hook_changes_nothing(hook: str) -> None:
     torch.testing.assert_close(moe(x, edge_index), expected)
 
 
-@pytest.mark.parametrize("name", ["shared_expert", "shared_expert.linear", "experts.linear", "router.gate"])
+@pytest.mark.parametrize(
+    "name", ["shared_expert", "shared_expert.linear", "experts.linear", "router.gate"]
+)
 def test_a_patched_forward_runs(name: str) -> None:
     """As accelerate patches modules whose weights it moves."""
     x, edge_index = graph()
@@ -276,7 +326,12 @@ def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
 
 @pytest.mark.parametrize(
     ("conv", "kwargs"),
-    [("gine", {}), ("sage", {"aggr": "max"}), ("sage", {"aggr": ["mean", "max"]}), ("graph", {"aggr": "std"})],
+    [
+        ("gine", {}),
+        ("sage", {"aggr": "max"}),
+        ("sage", {"aggr": ["mean", "max"]}),
+        ("graph", {"aggr": "std"}),
+    ],
     ids=ids,
 )
 def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any]) -> None:

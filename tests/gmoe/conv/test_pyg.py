@@ -92,7 +92,11 @@ def test_the_convs_own_arguments_come_by_position() -> None:
 
 
 def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
-    by_name = {name for name, part in inspect.signature(MoEConv).parameters.items() if part.kind is part.KEYWORD_ONLY}
+    by_name = {
+        name
+        for name, part in inspect.signature(MoEConv).parameters.items()
+        if part.kind is part.KEYWORD_ONLY
+    }
     assert set(OPTIONS) == by_name
     moe, gnn = partial(MoEConv, GCNConv, WIDTH, 8), partial(GNNMoE, WIDTH, 8, 3)
     own_network: Any = nn.Sequential(nn.Linear(WIDTH, 8))
@@ -104,15 +108,33 @@ def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
         (partial(moe, top_k=2), r"^top_k: got 2, .*did you mean 'k'\?"),
         (partial(moe, hops=2), "^hops: got 2, expected an argument of MoEConv or of GCNConv"),
         *((partial(build, router_kwargs=[1]), r"router_kwargs: got \[1\]") for build in (moe, gnn)),
-        *((partial(MoEConv, conv, WIDTH, 8), r"gmoe\.HeteroMoEConv") for conv in ("hgt", HGTConv, HeteroConv)),
+        *(
+            (partial(MoEConv, conv, WIDTH, 8), r"gmoe\.HeteroMoEConv")
+            for conv in ("hgt", HGTConv, HeteroConv)
+        ),
         (partial(MoEConv, HGTConv, WIDTH, 8, (["a"], [("a", "to", "a")])), r"gmoe\.HeteroMoEConv"),
-        (partial(MoEConv, "gin", WIDTH, 8, own_network), "^nn: got a network, expected nothing: .*pass a factory"),
-        (partial(MoEConv, "gin", WIDTH, 8, nn=own_network), "^nn: got a network, expected nothing: .*pass a factory"),
-        (partial(MoEConv, GINConv, own_network), "^in_channels: got a Sequential, .*pass a factory"),
+        (
+            partial(MoEConv, "gin", WIDTH, 8, own_network),
+            "^nn: got a network, expected nothing: .*pass a factory",
+        ),
+        (
+            partial(MoEConv, "gin", WIDTH, 8, nn=own_network),
+            "^nn: got a network, expected nothing: .*pass a factory",
+        ),
+        (
+            partial(MoEConv, GINConv, own_network),
+            "^in_channels: got a Sequential, .*pass a factory",
+        ),
         (partial(MoEConv, GCNConv, WIDTH), "^out_channels: got nothing"),
-        (partial(MoEConv, GCNConv(8, 8), 8, 8), "^conv: got an instance of GCNConv, expected the class, GCNConv, or a"),
+        (
+            partial(MoEConv, GCNConv(8, 8), 8, 8),
+            "^conv: got an instance of GCNConv, expected the class, GCNConv, or a",
+        ),
         (partial(MoEConv, ["gcn", GCNConv(8, 8)], 8, 8), "^conv: got an instance of GCNConv"),
-        (partial(MoEConv, RGCNConv, 8, 8, 1), "^conv: got RGCNConv, whose forward takes .*edge_type"),
+        (
+            partial(MoEConv, RGCNConv, 8, 8, 1),
+            "^conv: got RGCNConv, whose forward takes .*edge_type",
+        ),
         (partial(moe, *[True] * 9), "conv: got GCNConv, which cannot be built as"),
     ]
     for call, message in calls:
@@ -123,19 +145,28 @@ def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
 @pytest.mark.parametrize(
     ("conv", "name", "message"),
     [
-        ("gat", "return_attention_weights", "since GATConv takes it but a layer of experts does not"),
+        (
+            "gat",
+            "return_attention_weights",
+            "since GATConv takes it but a layer of experts does not",
+        ),
         ("gcn", "edge_wieght", r"did you mean 'edge_weight'\?"),
     ],
 )
 def test_an_unknown_argument_of_a_call_is_named(conv: str, name: str, message: str) -> None:
     x, edge_index = graph()
-    with pytest.raises(ValueError, match=f"^{name}: got True, expected one of the arguments x, edge_index.*{message}"):
+    with pytest.raises(
+        ValueError,
+        match=f"^{name}: got True, expected one of the arguments x, edge_index.*{message}",
+    ):
         MoEConv(conv, WIDTH, 8)(x, edge_index, **{name: True})
 
 
 def test_widths_may_be_numpys() -> None:
     x, edge_index = graph()
-    moe = MoEConv(SAGEConv, (np.int64(WIDTH), np.int32(WIDTH)), np.int64(8), num_experts=np.int64(3))
+    moe = MoEConv(
+        SAGEConv, (np.int64(WIDTH), np.int32(WIDTH)), np.int64(8), num_experts=np.int64(3)
+    )
     assert moe((x, x), edge_index).shape == (NODES, 8)
     assert (type(moe.in_channels[0]), type(moe.out_channels)) == (int, int)  # type: ignore[index]
     assert MoEConv(GCNConv, np.int64(WIDTH), 8).in_channels == WIDTH
@@ -223,28 +254,47 @@ def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any) -> None:
 def test_a_stacked_layer_is_one_hop(conv: Any) -> None:
     model: Any = nn.Sequential(layer(conv), layer(conv))
     assert ExplainerAlgorithm._num_hops(model) == 2
-    assert [name for name, part in model.named_modules() if isinstance(part, MessagePassing)] == ["0", "1"]
+    assert [name for name, part in model.named_modules() if isinstance(part, MessagePassing)] == [
+        "0",
+        "1",
+    ]
 
 
 def test_buffers_of_an_aggregation_move_with_the_layer() -> None:
     """Though explainers must not see the conv that they are in."""
-    moe = layer("sage", aggr=DegreeScalerAggregation("mean", "identity", torch.tensor([1, 2, 1])), start="plain")
+    moe = layer(
+        "sage",
+        aggr=DegreeScalerAggregation("mean", "identity", torch.tensor([1, 2, 1])),
+        start="plain",
+    )
     name = "experts.prototype.aggr_module.avg_deg_lin"
     assert moe.double().state_dict()[name].dtype == torch.float64
     assert moe.to("meta").state_dict()[name].is_meta
 
 
 def test_destinations_without_features_are_counted_by_a_matrix_a_graph_or_a_size() -> None:
-    edge_index, moe = torch.tensor([[0, 1, 2, 3, 7], [0, 0, 1, 1, 2]]), layer("sage").double().eval()
+    edge_index, moe = (
+        torch.tensor([[0, 1, 2, 3, 7], [0, 0, 1, 1, 2]]),
+        layer("sage").double().eval(),
+    )
     x = features(NODES, WIDTH), None
     expected = moe(x, edge_index, size=(NODES, 5))
-    for given in ((csr(edge_index, (NODES, 5)),), (Graph(edge_index, (NODES, 5)),), (edge_index, (NODES, 5))):
+    for given in (
+        (csr(edge_index, (NODES, 5)),),
+        (Graph(edge_index, (NODES, 5)),),
+        (edge_index, (NODES, 5)),
+    ):
         torch.testing.assert_close(moe(x, *given), expected)
 
 
 def test_destinations_without_features_are_refused_where_a_conv_reads_them() -> None:
     for conv, width, given, message in (
-        ("transformer", (WIDTH, WIDTH), {"size": (NODES, 1)}, "x: got no destination nodes, expected .* reads them"),
+        (
+            "transformer",
+            (WIDTH, WIDTH),
+            {"size": (NODES, 1)},
+            "x: got no destination nodes, expected .* reads them",
+        ),
         ("sage", -1, {"size": (NODES, 1)}, "x: got .*NoneType"),
         ("sage", WIDTH, {}, "size: got None"),
     ):

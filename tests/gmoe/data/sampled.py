@@ -28,12 +28,16 @@ def star(degree: int) -> Data:
 def draw(sampler: NeighborSampler, seeds: Any, seed: int | None = None) -> SamplerOutput:
     if seed is not None:
         torch.manual_seed(seed)
-    out = sampler.sample_from_nodes(NodeSamplerInput(None, torch.as_tensor(list(seeds), dtype=torch.long)))
+    out = sampler.sample_from_nodes(
+        NodeSamplerInput(None, torch.as_tensor(list(seeds), dtype=torch.long))
+    )
     assert isinstance(out, SamplerOutput)
     return out
 
 
-def sample(data: Data, fanouts: list[int], seeds: Any, replace: bool = False, **kwargs: Any) -> SamplerOutput:
+def sample(
+    data: Data, fanouts: list[int], seeds: Any, replace: bool = False, **kwargs: Any
+) -> SamplerOutput:
     return draw(NeighborSampler(data, fanouts, replace, **kwargs), seeds)
 
 
@@ -51,7 +55,10 @@ def check(data: Any, out: Any, fanouts: Any, seeds: Any, replace: bool) -> None:
     if isinstance(data, Data):  # as a graph of one type of nodes and of edges
         whole, kind = HeteroData(), ("node", "to", "node")
         whole["node"].num_nodes, whole[kind].edge_index = data.num_nodes, data.edge_index
-        of_nodes, of_edges = ("node", "num_sampled_nodes"), ("row", "col", "edge", "num_sampled_edges")
+        of_nodes, of_edges = (
+            ("node", "num_sampled_nodes"),
+            ("row", "col", "edge", "num_sampled_edges"),
+        )
         fields: Any = {name: {"node": getattr(out, name)} for name in of_nodes}
         fields |= {name: {kind: getattr(out, name)} for name in of_edges}
         data, out, seeds = whole, HeteroSamplerOutput(**fields), {"node": seeds}
@@ -78,10 +85,14 @@ def check(data: Any, out: Any, fanouts: Any, seeds: Any, replace: bool) -> None:
             assert row.tolist() == [out.node[source].tolist().index(node) for node in sources]
             for position, node in enumerate(layers[destination][hop], start=begin[destination]):
                 drawn = edge[col == position].tolist()
-                assert len(drawn) == expected_count(int((edge_index[1] == node).sum()), per_kind[kind][hop], replace)
+                assert len(drawn) == expected_count(
+                    int((edge_index[1] == node).sum()), per_kind[kind][hop], replace
+                )
                 assert replace or len(set(drawn)) == len(drawn)
             known = begin[source] + len(layers[source][hop])
-            appeared[source] += [node for place, node in zip(row.tolist(), sources, strict=True) if place >= known]
+            appeared[source] += [
+                node for place, node in zip(row.tolist(), sources, strict=True) if place >= known
+            ]
         for t, nodes in appeared.items():
             assert list(dict.fromkeys(nodes)) == layers[t][hop + 1]  # in order of appearance
             begin[t] += len(layers[t][hop])
@@ -96,11 +107,16 @@ def hetero_graph() -> HeteroData:
     for kind in ("author writes paper", "paper cites paper", "paper by author", "author at place"):
         src, relation, dst = kind.split()
         ends = [torch.randint(sizes[end], (90,), generator=generator) for end in (src, dst)]
-        data[src, relation, dst].edge_index, data[src, relation, dst].edge_attr = torch.stack(ends), torch.arange(90)
+        data[src, relation, dst].edge_index, data[src, relation, dst].edge_attr = (
+            torch.stack(ends),
+            torch.arange(90),
+        )
     return data
 
 
-def hetero_sample(data: HeteroData, fanouts: Any, kind: str, seeds: list[int], replace: bool) -> HeteroSamplerOutput:
+def hetero_sample(
+    data: HeteroData, fanouts: Any, kind: str, seeds: list[int], replace: bool
+) -> HeteroSamplerOutput:
     sampler = NeighborSampler(data, fanouts, replace)
     out = sampler.sample_from_nodes(NodeSamplerInput(None, torch.tensor(seeds), input_type=kind))
     assert isinstance(out, HeteroSamplerOutput)

@@ -43,6 +43,13 @@ def write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
         digest = hashlib.sha256((folder / f"{name}.npy").read_bytes()).hexdigest()
-        listed[name] = {"file": f"{name}.npy", "dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
+        listed[name] = {
+            "file": f"{name}.npy",
+            "dtype": array.dtype.name,
+            "shape": list(array.shape),
+            "sha256": digest,
+        }
     sizes = {"num_nodes": len(arrays["start"]) - 1, "num_edges": len(arrays["source"])}
-    (folder / "graph.json").write_text(json.dumps({"format": 1, **sizes, "arrays": listed, "name": "test"}))
+    (folder / "graph.json").write_text(
+        json.dumps({"format": 1, **sizes, "arrays": listed, "name": "test"})
+    )

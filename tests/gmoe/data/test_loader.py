@@ -18,8 +18,12 @@ from tests.gmoe.data.sampled import graph, hetero_graph
 
 NODES, EDGES = 40, 300
 
-needs_pyg_lib = pytest.mark.skipif(not torch_geometric.typing.WITH_PYG_LIB, reason="pyg-lib is not installed")
-each_backend = pytest.mark.parametrize("backend", ["gmoe", pytest.param("pyg", marks=needs_pyg_lib)])
+needs_pyg_lib = pytest.mark.skipif(
+    not torch_geometric.typing.WITH_PYG_LIB, reason="pyg-lib is not installed"
+)
+each_backend = pytest.mark.parametrize(
+    "backend", ["gmoe", pytest.param("pyg", marks=needs_pyg_lib)]
+)
 
 
 def full_graph() -> Data:
@@ -31,9 +35,15 @@ def full_graph() -> Data:
 
 @each_backend
 @pytest.mark.parametrize(("num_workers", "replace"), [(0, False), (0, True), (1, False)])
-def test_batches_are_parts_of_the_graph(backend: SamplerBackend, num_workers: int, replace: bool) -> None:
+def test_batches_are_parts_of_the_graph(
+    backend: SamplerBackend, num_workers: int, replace: bool
+) -> None:
     data = full_graph()
-    kwargs: Any = {"shuffle": True, "num_workers": num_workers, "persistent_workers": num_workers > 0}
+    kwargs: Any = {
+        "shuffle": True,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+    }
     loader = neighbor_loader(data, [4, 3], data.train_mask, 5, replace, backend=backend, **kwargs)
     assert len(loader) == 3
     for _ in range(2):
@@ -51,13 +61,19 @@ def test_batches_are_parts_of_the_graph(backend: SamplerBackend, num_workers: in
             assert sum(batch.num_sampled_edges) == batch.num_edges
             assert batch.edge_index[1].bincount().max() <= 4
             assert batch.edge_index[1].max() < sum(batch.num_sampled_nodes[:2])
-    loader._iterator = None  # ends a worker at once, which the garbage collector would wait 5 seconds for
+    loader._iterator = (
+        None  # ends a worker at once, which the garbage collector would wait 5 seconds for
+    )
 
 
 @each_backend
 def test_hetero_batches(backend: SamplerBackend) -> None:
     data = hetero_graph()
-    batches = list(neighbor_loader(data, [3, 2], ("paper", torch.arange(10, 20)), batch_size=4, backend=backend))
+    batches = list(
+        neighbor_loader(
+            data, [3, 2], ("paper", torch.arange(10, 20)), batch_size=4, backend=backend
+        )
+    )
     assert [batch["paper"].batch_size for batch in batches] == [4, 4, 2]
     for batch, seeds in zip(batches, torch.arange(10, 20).split(4), strict=True):
         assert torch.equal(batch["paper"].n_id[: len(seeds)], seeds)
@@ -65,18 +81,26 @@ def test_hetero_batches(backend: SamplerBackend) -> None:
         for kind in data.node_types:
             assert torch.equal(batch[kind].x, data[kind].x[batch[kind].n_id])
         for kind in data.edge_types:
-            ends = torch.stack([batch[kind[end]].n_id[batch[kind].edge_index[end // 2]] for end in (0, 2)])
+            ends = torch.stack(
+                [batch[kind[end]].n_id[batch[kind].edge_index[end // 2]] for end in (0, 2)]
+            )
             assert torch.equal(ends, data[kind].edge_index[:, batch[kind].e_id])
             assert torch.equal(batch[kind].edge_attr, batch[kind].e_id)
 
 
 def test_input_nodes() -> None:
     cases: list[tuple[Any, list[int]]] = [
-        *((None, list(range(NODES))), ([7, 3, 3], [7, 3, 3]), (torch.tensor([5, 1], dtype=torch.int32), [5, 1])),
+        *(
+            (None, list(range(NODES))),
+            ([7, 3, 3], [7, 3, 3]),
+            (torch.tensor([5, 1], dtype=torch.int32), [5, 1]),
+        ),
         *(([True, *[False] * (NODES - 2), True], [0, NODES - 1]), ([], [])),
     ]
     for input_nodes, seeds in cases:
-        (batch,) = list(neighbor_loader(full_graph(), [2], input_nodes, NODES, backend="gmoe")) or (None,)
+        (batch,) = list(neighbor_loader(full_graph(), [2], input_nodes, NODES, backend="gmoe")) or (
+            None,
+        )
         assert seeds == ([] if batch is None else batch.n_id[: batch.batch_size].tolist())
 
 
@@ -87,7 +111,11 @@ def test_auto_takes_pyg_lib_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     ours = neighbor_loader(data, [4, 3], [1, 2], 2, replace=True)
     monkeypatch.setattr(torch_geometric.typing, "WITH_PYG_LIB", True)
     theirs = neighbor_loader(data, [4, 3], [1, 2], 2, replace=True, disjoint=True)
-    assert (type(ours), type(theirs), theirs.node_sampler.disjoint) == (NodeLoader, NeighborLoader, True)
+    assert (type(ours), type(theirs), theirs.node_sampler.disjoint) == (
+        NodeLoader,
+        NeighborLoader,
+        True,
+    )
     data.time = torch.arange(NODES)
     times: Any = {"time_attr": "time", "input_time": torch.tensor([3, 4])}
     backends: list[SamplerBackend] = ["auto", "pyg"]

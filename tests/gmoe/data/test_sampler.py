@@ -37,7 +37,9 @@ def test_output_is_a_sampled_subgraph(
 ) -> None:
     data = graph(num_nodes, num_edges, seed)
     generator = torch.Generator().manual_seed(seed)
-    seeds = torch.randint(num_nodes, (num_seeds,), generator=generator).tolist()  # some of them twice
+    seeds = torch.randint(
+        num_nodes, (num_seeds,), generator=generator
+    ).tolist()  # some of them twice
     torch.manual_seed(seed)
     sampler = NeighborSampler(data, fanouts, replace)
     for _ in range(2):  # the second batch meets no trace of the first
@@ -60,7 +62,9 @@ def test_hetero_output_is_a_sampled_subgraph(fanouts: Any, replace: bool) -> Non
 
 def within(count: Tensor | int, trials: int, share: float) -> Tensor:
     """True where a binomial count is within 5 standard deviations of its mean."""
-    return (torch.as_tensor(count) - trials * share).abs() <= 5 * math.sqrt(trials * share * (1 - share)) + 1e-9
+    return (torch.as_tensor(count) - trials * share).abs() <= 5 * math.sqrt(
+        trials * share * (1 - share)
+    ) + 1e-9
 
 
 @pytest.mark.parametrize("k", [1, 3, 4])
@@ -71,7 +75,9 @@ def test_subsets_are_equally_likely(k: int) -> None:
     out = sample(Data(num_nodes=13, edge_index=edge_index), [k], [0, 6] * trials)
     assert out.edge is not None
     for node, edges in enumerate((range(5), range(5, 11))):
-        subsets = Counter(tuple(sorted(drawn)) for drawn in out.edge.view(trials, 2, k)[:, node].tolist())
+        subsets = Counter(
+            tuple(sorted(drawn)) for drawn in out.edge.view(trials, 2, k)[:, node].tolist()
+        )
         assert set(subsets) == set(combinations(edges, k))
         assert within(torch.tensor(list(subsets.values())), trials, 1 / len(subsets)).all()
 
@@ -85,10 +91,14 @@ def test_hub() -> None:
     edges = out.edge.view(trials, k)
     assert (edges.sort(dim=1).values.diff(dim=1) > 0).all()
     stretch = (out.edge // (degree // 10)).bincount(minlength=10)
-    assert within(stretch, trials * k, 0.1).all()  # without replacement it spreads less than a binomial
+    assert within(
+        stretch, trials * k, 0.1
+    ).all()  # without replacement it spreads less than a binomial
     assert within((out.edge % 2).sum(), trials * k, 0.5)
     last = torch.tensor([0] * 10 + list(range(degree - 10, degree)))
-    assert out.edge.bincount(minlength=degree)[last].max() <= 8  # Poisson(0.8): above it once in 10^6
+    assert (
+        out.edge.bincount(minlength=degree)[last].max() <= 8
+    )  # Poisson(0.8): above it once in 10^6
 
 
 def test_replacement_draws_independently() -> None:
@@ -102,7 +112,9 @@ def test_replacement_draws_independently() -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("node", "row", "col", "edge"))
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("node", "row", "col", "edge")
+    )
 
 
 def test_draws_are_repeated_by_the_seed_of_torch() -> None:
@@ -143,7 +155,9 @@ def test_forms_of_edges(form: str) -> None:
     }[form]
     out = sample(Data(x=data.x, edge_index=edges), [4, 3], [5, 2, 8])
     assert {type(value) for value in (out.node, out.row, out.col, out.edge)} == {torch.Tensor}
-    check(Data(edge_index=torch.as_tensor(edges), num_nodes=30), out, [4, 3], [5, 2, 8], replace=False)
+    check(
+        Data(edge_index=torch.as_tensor(edges), num_nodes=30), out, [4, 3], [5, 2, 8], replace=False
+    )
 
 
 @pytest.mark.parametrize("kind", [None, ("author", "writes", "paper")])
@@ -154,10 +168,18 @@ def test_link_loader(kind: tuple[str, str, str] | None) -> None:
     label_index = edge_index[:, :6]
     given_index = label_index if kind is None else (kind, label_index)
     sampler = NeighborSampler(data, [3, 2])
-    batch = next(iter(LinkLoader(data, sampler, edge_label_index=given_index, neg_sampling="binary", batch_size=6)))
+    batch = next(
+        iter(
+            LinkLoader(
+                data, sampler, edge_label_index=given_index, neg_sampling="binary", batch_size=6
+            )
+        )
+    )
     store = batch if kind is None else batch[kind]
     source, destination = (batch, batch) if kind is None else (batch[kind[0]], batch[kind[2]])
-    found = torch.stack([source.n_id[store.edge_label_index[0]], destination.n_id[store.edge_label_index[1]]])
+    found = torch.stack(
+        [source.n_id[store.edge_label_index[0]], destination.n_id[store.edge_label_index[1]]]
+    )
     assert torch.equal(found[:, :6], label_index)
     assert store.edge_label.tolist() == [1.0] * 6 + [0.0] * 6
 
@@ -182,7 +204,10 @@ def test_bad_input() -> None:
 def test_bad_seeds() -> None:
     data, zero = graph(5, 9), torch.tensor([0])
     cases: list[tuple[Any, NodeSamplerInput, str]] = [
-        *((data, NodeSamplerInput(None, torch.tensor(bad)), "node") for bad in ([0, 5], [-1, 2], [0.0], [[1], [2]])),
+        *(
+            (data, NodeSamplerInput(None, torch.tensor(bad)), "node")
+            for bad in ([0, 5], [-1, 2], [0.0], [[1], [2]])
+        ),
         (data, NodeSamplerInput(None, zero, zero), "time"),
         (hetero_graph(), NodeSamplerInput(None, zero, None, "field"), "input_type"),
     ]

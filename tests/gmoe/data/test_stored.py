@@ -30,7 +30,9 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 def made_graph(labels: Any = None) -> Data:
     """With parallel edges, self-loops, and nodes without in-edges or without any, in shuffled order."""
     data = graph(NODES, EDGES)
-    data.edge_index = data.edge_index[:, (data.edge_index[1] > 4) & (data.edge_index != 9).all(dim=0)]
+    data.edge_index = data.edge_index[
+        :, (data.edge_index[1] > 4) & (data.edge_index != 9).all(dim=0)
+    ]
     data.edge_index = torch.cat([data.edge_index, data.edge_index[:, :40]], dim=1)
     data.y = torch.arange(NODES) % 5 - 1 if labels is None else labels
     return data
@@ -56,7 +58,14 @@ def test_it_hands_out_what_was_stored(tmp_path: Path, half: bool) -> None:
     index = torch.tensor([7, 0, 7, 59, 3])
     for name in ("x", "y"):
         want = data[name]
-        for given in (index, index.int(), slice(3, 9), torch.arange(NODES) % 2 == 0, slice(None), None):
+        for given in (
+            index,
+            index.int(),
+            slice(3, 9),
+            torch.arange(NODES) % 2 == 0,
+            slice(None),
+            None,
+        ):
             found = stored.get_tensor(None, name, given)
             assert torch.equal(found, want if given is None else want[given])
             assert found.dtype == want.dtype
@@ -77,7 +86,9 @@ def test_a_pickle_is_a_path(folder: Path) -> None:
     for thing in (stored, sampler):
         assert len(pickle.dumps(thing)) < 1024
     assert str(pickle.loads(pickle.dumps(stored))) == str(stored)
-    edges: list[Any] = [draw(each, range(10), 0).edge for each in (sampler, pickle.loads(pickle.dumps(sampler)))]
+    edges: list[Any] = [
+        draw(each, range(10), 0).edge for each in (sampler, pickle.loads(pickle.dumps(sampler)))
+    ]
     assert torch.equal(*edges)
 
 
@@ -228,12 +239,16 @@ def test_verify_reads_everything(folder: Path, block: int, monkeypatch: pytest.M
         StoredGraph(folder).verify()
 
 
-def assert_same_batches(folder: Path, data: Data, fanouts: list[int], seeds: Any, **kwargs: Any) -> None:
+def assert_same_batches(
+    folder: Path, data: Data, fanouts: list[int], seeds: Any, **kwargs: Any
+) -> None:
     """The loaders of the stored graph and of the one in memory agree."""
     found = []
     for given in (StoredGraph(folder), data):
         torch.manual_seed(3)
-        loader = neighbor_loader(given, fanouts, seeds, 7, backend="gmoe", shuffle=True, is_sorted=True, **kwargs)
+        loader = neighbor_loader(
+            given, fanouts, seeds, 7, backend="gmoe", shuffle=True, is_sorted=True, **kwargs
+        )
         found.append(list(loader))
         loader._iterator = None
     assert len(found[0]) > 0
@@ -245,21 +260,29 @@ def assert_same_batches(folder: Path, data: Data, fanouts: list[int], seeds: Any
             assert getattr(ours, name) == getattr(theirs, name)
 
 
-@pytest.mark.parametrize(("fanouts", "replace", "half"), [([4, 3], False, True), ([-1, 2], True, False)], ids=str)
-def test_batches_are_those_in_memory(tmp_path: Path, half: bool, replace: bool, fanouts: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("fanouts", "replace", "half"), [([4, 3], False, True), ([-1, 2], True, False)], ids=str
+)
+def test_batches_are_those_in_memory(
+    tmp_path: Path, half: bool, replace: bool, fanouts: list[int]
+) -> None:
     data = store(tmp_path, made_graph(), half)
     for seeds in (None, torch.arange(20) % 7, data.y > 1):
         assert_same_batches(tmp_path, data, fanouts, seeds, replace=replace)
 
 
-@pytest.mark.parametrize("way", ["fork", *(pytest.param(w, marks=pytest.mark.slow) for w in ("spawn", "forkserver"))])
+@pytest.mark.parametrize(
+    "way", ["fork", *(pytest.param(w, marks=pytest.mark.slow) for w in ("spawn", "forkserver"))]
+)
 def test_batches_of_two_workers_are_those_in_memory(tmp_path: Path, way: str) -> None:
     data = store(tmp_path, made_graph(), half=True)
     assert_same_batches(tmp_path, data, [4, 3], None, num_workers=2, multiprocessing_context=way)
 
 
 def test_a_graph_without_edges(tmp_path: Path) -> None:
-    data = Data(x=torch.rand(5, 2), edge_index=torch.empty(2, 0, dtype=torch.int64), y=torch.arange(5))
+    data = Data(
+        x=torch.rand(5, 2), edge_index=torch.empty(2, 0, dtype=torch.int64), y=torch.arange(5)
+    )
     data = store(tmp_path, data, train=torch.empty(0, dtype=torch.int64))
     StoredGraph(tmp_path).verify()
     assert_same_batches(tmp_path, data, [2, 2], None)
@@ -307,7 +330,9 @@ def test_memory_is_flat_while_sampling(large: Path) -> None:
     before = anonymous()
     graph = StoredGraph(large)
     opened, used = anonymous(), list[float]()
-    for batch, _ in zip(neighbor_loader(graph, [10, 5], batch_size=256, shuffle=True), range(400), strict=False):
+    for batch, _ in zip(
+        neighbor_loader(graph, [10, 5], batch_size=256, shuffle=True), range(400), strict=False
+    ):
         assert batch.x.dtype == torch.float32
         used.append(anonymous())
     assert opened - before < 1
@@ -323,5 +348,8 @@ def test_memory_of_inference_is_that_of_a_block(large: Path, tmp_path: Path) -> 
     for module in (*model.convs, model.convs[0].router):
         module.register_forward_hook(lambda *_: peaks.append(anonymous()))
     before = anonymous()
-    assert model.inference(StoredGraph(large), batch_size=2_048, folder=tmp_path).shape == (LARGE, 10)
+    assert model.inference(StoredGraph(large), batch_size=2_048, folder=tmp_path).shape == (
+        LARGE,
+        10,
+    )
     assert max(peaks) - before < 80

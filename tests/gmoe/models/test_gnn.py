@@ -29,14 +29,24 @@ from gmoe import GNNMoE, Graph, MoEConv, MultiCentroid, TokenChoice, moefy
 from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3
-shared_routers = pytest.mark.parametrize("shared_router", [False, True], ids=["own routers", "shared router"])
+shared_routers = pytest.mark.parametrize(
+    "shared_router", [False, True], ids=["own routers", "shared router"]
+)
 
 
 def model(**kwargs: Any) -> GNNMoE:
     torch.manual_seed(0)
     experts = None if isinstance(kwargs.get("conv"), list) else EXPERTS
-    options = {"hidden_channels": HIDDEN, "out_channels": OUT, "num_layers": 3, "num_experts": experts, **kwargs}
-    if options.get("router", "token_choice") == "token_choice":  # noise would differ from call to call
+    options = {
+        "hidden_channels": HIDDEN,
+        "out_channels": OUT,
+        "num_layers": 3,
+        "num_experts": experts,
+        **kwargs,
+    }
+    if (
+        options.get("router", "token_choice") == "token_choice"
+    ):  # noise would differ from call to call
         options.setdefault("router_kwargs", {"balance": None})
     return GNNMoE(IN, **{"start": "plain", **options}).double()
 
@@ -79,14 +89,18 @@ def test_dense_baseline_is_pygs_gcn(jk: str | None) -> None:
         outs = []
         for gnn in (dense.train(train), plain.train(train)):
             torch.manual_seed(1)
-            outs.append(gnn(x, edge_index, edge_weight=torch.rand(edge_index.size(1), dtype=x.dtype)))
+            outs.append(
+                gnn(x, edge_index, edge_weight=torch.rand(edge_index.size(1), dtype=x.dtype))
+            )
         assert_same(*outs)
 
 
 @pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
 def test_a_shared_router_decides_once(flow: str) -> None:
     x, edge_index = graph()
-    gnn = model(shared_router=True, router_input=("node", "neighbors", "degree"), num_layers=4, flow=flow)
+    gnn = model(
+        shared_router=True, router_input=("node", "neighbors", "degree"), num_layers=4, flow=flow
+    )
     (routing,) = gnn(x, edge_index, return_routing=True)[1]
     ends = edge_index if flow == "source_to_target" else edge_index.flip(0)
     degree = torch.bincount(ends[1], minlength=NODES).double().log1p()[:, None]
@@ -107,7 +121,10 @@ def test_heads_divide_the_hidden_width(jk: str | None) -> None:
     gnn = model(conv="gat", heads=2, jk=jk, edge_dim=5)
     assert gnn(x, edge_index, edge_attr=features(edge_index.size(1), 5)).shape == (NODES, OUT)
     assert gnn.convs[0].out_channels == HIDDEN // 2
-    assert model(conv="general", heads=4, jk=jk)(x, edge_index).shape == (NODES, OUT)  # which are averaged
+    assert model(conv="general", heads=4, jk=jk)(x, edge_index).shape == (
+        NODES,
+        OUT,
+    )  # which are averaged
     with pytest.raises(ValueError, match="hidden_channels: got 6"):
         model(conv="gat", heads=4)
 
@@ -170,7 +187,10 @@ def sampled() -> tuple[Tensor, Tensor, dict[str, list[int]]]:
     """As NeighborLoader gives it: nodes and edges hop by hop, seeds first."""
     edges = [[(3, 0), (4, 0), (5, 1), (1, 2)], [(6, 3), (7, 4), (0, 5), (8, 5)], [(9, 6), (3, 7)]]
     edge_index = torch.tensor([edge for hop in edges for edge in hop]).T.contiguous()
-    hops = {"num_sampled_nodes_per_hop": [3, 3, 3, 1], "num_sampled_edges_per_hop": [len(hop) for hop in edges]}
+    hops = {
+        "num_sampled_nodes_per_hop": [3, 3, 3, 1],
+        "num_sampled_edges_per_hop": [len(hop) for hop in edges],
+    }
     return features(10, IN), edge_index, hops
 
 
@@ -179,7 +199,10 @@ def sampled() -> tuple[Tensor, Tensor, dict[str, list[int]]]:
 def test_trimming_does_not_change_the_seeds(shared_router: bool, jk: str | None) -> None:
     """Edge arguments, a batch and the shared decision are trimmed along, of a Graph and an EdgeIndex too."""
     x, edge_index, hops = sampled()
-    args: dict[str, Any] = {"edge_weight": features(10, seed=4).abs(), "edge_attr": features(10, 2, seed=4)}
+    args: dict[str, Any] = {
+        "edge_weight": features(10, seed=4).abs(),
+        "edge_attr": features(10, 2, seed=4),
+    }
     conv: list[Any] = ["graph", "sage", partial(GATConv, edge_dim=2, add_self_loops=False)]
     gnn = model(conv=conv, shared_router=shared_router, jk=jk, norm=nn.LayerNorm(HIDDEN))
     trimmed, routings = gnn(x, edge_index, **args, **hops, return_routing=True)
@@ -196,7 +219,11 @@ def test_trimming_does_not_change_the_seeds(shared_router: bool, jk: str | None)
 def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
     gnn = model(conv=["sage", "gat", "graph"])
     first: Any = gnn.convs[0]
-    assert [type(first.expert(i)).__name__ for i in range(3)] == ["SAGEConv", "GATConv", "GraphConv"]
+    assert [type(first.expert(i)).__name__ for i in range(3)] == [
+        "SAGEConv",
+        "GATConv",
+        "GraphConv",
+    ]
     assert type(gnn.convs[2]).__name__ == "SAGEConv"
 
 
@@ -210,7 +237,10 @@ def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
         ({"jk": "mean"}, "jk: got 'mean'"),
         ({"router": "nobody", "shared_router": True}, "router: got 'nobody'"),
         ({"router": TokenChoice(IN, EXPERTS)}, "router: got an instance for several layers"),
-        ({"router": MultiCentroid(2 * IN, EXPERTS), "shared_router": True}, "router: got an instance for dim=8"),
+        (
+            {"router": MultiCentroid(2 * IN, EXPERTS), "shared_router": True},
+            "router: got an instance for dim=8",
+        ),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
@@ -226,9 +256,19 @@ def test_bad_input(shared_router: bool) -> None:
         (features(NODES, 5), edge_index, {}, r"x: got shape \(8, 5\)"),
         (x, None, {}, "edge_index: got NoneType"),
         (x, Graph(edge_index, 9), {}, "edge_index: got Graph.*expected 8 sources"),
-        (x, Graph(edge_index, 8, flow="target_to_source"), {}, "edge_index: got Graph.* of flow 'target_to_source'"),
+        (
+            x,
+            Graph(edge_index, 8, flow="target_to_source"),
+            {},
+            "edge_index: got Graph.* of flow 'target_to_source'",
+        ),
         (x, edge_index, {"batch": torch.zeros(3).long()}, r"batch: got shape \(3,\)"),
-        (x, edge_index, {"edge_weight": torch.ones(13)}, "edge_weight: got a tensor, but no conv of the model"),
+        (
+            x,
+            edge_index,
+            {"edge_weight": torch.ones(13)},
+            "edge_weight: got a tensor, but no conv of the model",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             gnn(given, adj, **options)

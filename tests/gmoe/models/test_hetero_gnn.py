@@ -48,10 +48,19 @@ DATA = mag()
 
 def model(data: HeteroData = DATA, **kwargs: Any) -> HeteroGNNMoE:
     torch.manual_seed(0)
-    options = {"num_experts": EXPERTS, "num_nodes_dict": data.num_nodes_dict, "target": "paper", **kwargs}
-    if options.get("router", "token_choice") == "token_choice":  # noise would differ from call to call
+    options = {
+        "num_experts": EXPERTS,
+        "num_nodes_dict": data.num_nodes_dict,
+        "target": "paper",
+        **kwargs,
+    }
+    if (
+        options.get("router", "token_choice") == "token_choice"
+    ):  # noise would differ from call to call
         options.setdefault("router_kwargs", {"balance": None})
-    return HeteroGNNMoE({"paper": IN}, options.pop("hidden_channels", HIDDEN), OUT, data.metadata(), **options).double()
+    return HeteroGNNMoE(
+        {"paper": IN}, options.pop("hidden_channels", HIDDEN), OUT, data.metadata(), **options
+    ).double()
 
 
 def call(gnn: HeteroGNNMoE, data: HeteroData = DATA, **kwargs: Any) -> Any:
@@ -59,7 +68,9 @@ def call(gnn: HeteroGNNMoE, data: HeteroData = DATA, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "moe_layers"), [({}, [0]), ({"num_layers": 5, "every": 2}, [1, 3]), ({"router": None}, [])], ids=str
+    ("kwargs", "moe_layers"),
+    [({}, [0]), ({"num_layers": 5, "every": 2}, [1, 3]), ({"router": None}, [])],
+    ids=str,
 )
 def test_which_layers_are_moe(kwargs: dict[str, Any], moe_layers: list[int]) -> None:
     gnn = model(**kwargs)
@@ -73,12 +84,16 @@ def test_which_layers_are_moe(kwargs: dict[str, Any], moe_layers: list[int]) -> 
 def test_a_target_prunes_what_its_logits_do_not_follow_from() -> None:
     """The same logits as of the whole model, by fewer parameters, each of which gets a gradient."""
     pruned, whole = model(num_layers=3), model(num_layers=3, target=None)
-    assert pruned.routed == [(0, name) for name in COUNTS] + [(1, n) for n in ("paper", "author", "field_of_study")]
+    assert pruned.routed == [(0, name) for name in COUNTS] + [
+        (1, n) for n in ("paper", "author", "field_of_study")
+    ]
     missing, unexpected = whole.load_state_dict(pruned.state_dict(), strict=False)
     assert missing
     assert not unexpected
     assert_same(call(whole)["paper"], call(pruned))
-    assert {name: y.shape for name, y in call(whole).items()} == {name: (n, OUT) for name, n in COUNTS.items()}
+    assert {name: y.shape for name, y in call(whole).items()} == {
+        name: (n, OUT) for name, n in COUNTS.items()
+    }
     call(pruned).square().sum().backward()
     assert [name for name, p in pruned.named_parameters() if p.grad is None] == []
 
@@ -164,7 +179,11 @@ def test_errors_of_the_constructor(kwargs: dict[str, Any], argument: str) -> Non
     [
         ({}, {}, "x_dict['paper']"),
         ({"paper": DATA["paper"].x[:, :3]}, {}, "x_dict['paper']"),
-        ({**DATA.x_dict, "author": torch.zeros(9, 4)}, {}, "x_dict['author']"),  # of an embedded type
+        (
+            {**DATA.x_dict, "author": torch.zeros(9, 4)},
+            {},
+            "x_dict['author']",
+        ),  # of an embedded type
         ({"paper": DATA["paper"].x[:5]}, {}, "n_id_dict"),
         (DATA.x_dict, {"n_id_dict": {"paper": DATA["paper"].n_id}}, "n_id_dict"),
     ],

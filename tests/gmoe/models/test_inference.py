@@ -71,7 +71,11 @@ def test_of_a_loader_the_graph_and_the_batch_size_are_taken() -> None:
 
 @pytest.mark.parametrize("nodes", [23, 0])
 def test_no_edges_and_no_nodes_and_features_that_no_conv_takes(nodes: int) -> None:
-    data = Data(torch.randn(nodes, 4).double(), torch.empty(2, 0, dtype=torch.long), edge_attr=torch.empty(0, 2))
+    data = Data(
+        torch.randn(nodes, 4).double(),
+        torch.empty(2, 0, dtype=torch.long),
+        edge_attr=torch.empty(0, 2),
+    )
     model = GNNMoE(4, 8, OUT, router="expert_choice").double().eval()
     assert_same(model.inference(data, batch_size=7), model(data.x, data.edge_index))
 
@@ -81,7 +85,12 @@ def test_of_a_users_own_conv_and_router_and_what_looks_further() -> None:
     for options in ({"conv": GatedSum, "local": True}, {"router": AlongEdges}):
         model = trained(**options)
         assert_same(model.inference(DATA, batch_size=5), model(DATA.x, DATA.edge_index))
-    for conv, router in ((GatedSum, "random"), ("tag", "random"), ("two_hop", None), ("two_hop", "random")):
+    for conv, router in (
+        (GatedSum, "random"),
+        ("tag", "random"),
+        ("two_hop", None),
+        ("two_hop", "random"),
+    ):
         with pytest.raises(RuntimeError, match=r"inference: .* looks further than one hop"):
             GNNMoE(4, 8, OUT, conv=conv, router=router).inference(DATA)
 
@@ -94,7 +103,9 @@ def stored(tmp_path: Path) -> StoredGraph:
 
 
 @pytest.mark.parametrize("shared_router", [False, True])
-def test_it_equals_the_forward_on_the_whole_graph(stored: StoredGraph, tmp_path: Path, shared_router: bool) -> None:
+def test_it_equals_the_forward_on_the_whole_graph(
+    stored: StoredGraph, tmp_path: Path, shared_router: bool
+) -> None:
     """Whatever the size of the parts, and in float32; the next run replaces the file of the last."""
     model = trained(k=2, router_input=("node", "neighbors", "degree"), shared_router=shared_router)
     expected, out = model(DATA.x, DATA.edge_index), tmp_path / "out"
@@ -103,7 +114,9 @@ def test_it_equals_the_forward_on_the_whole_graph(stored: StoredGraph, tmp_path:
         assert_same(found, expected)
         assert [path.name for path in out.iterdir()] == ["logits.npy"]
         assert np.array_equal(np.load(out / "logits.npy"), found.numpy())
-    found = model.float().inference(neighbor_loader(stored, [2, 2], batch_size=9), folder=str(out), progress_bar=True)
+    found = model.float().inference(
+        neighbor_loader(stored, [2, 2], batch_size=9), folder=str(out), progress_bar=True
+    )
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
@@ -167,7 +180,9 @@ def test_an_error_leaves_no_new_file(stored: StoredGraph, tmp_path: Path, layer:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("conv", ["gcn", "gat", ["sage", "le"]], ids=str)
-def test_on_a_gpu_with_the_graph_in_main_memory_or_on_disk(stored: StoredGraph, tmp_path: Path, conv: Any) -> None:
+def test_on_a_gpu_with_the_graph_in_main_memory_or_on_disk(
+    stored: StoredGraph, tmp_path: Path, conv: Any
+) -> None:
     model = trained(conv=conv, num_experts=None if isinstance(conv, list) else 3)
     expected = model(DATA.x, DATA.edge_index)
     assert_same(model.cuda().inference(DATA, batch_size=7), expected)
@@ -179,7 +194,10 @@ def test_on_a_gpu_with_the_graph_in_main_memory_or_on_disk(stored: StoredGraph, 
     [
         ({"router": "expert_choice"}, "router: got ExpertChoice"),
         ({"router": "attention_vote"}, "router: got AttentionVote"),
-        ({"router": "multi_centroid", "router_kwargs": {"choice": "experts"}}, "router: got MultiCentroid"),
+        (
+            {"router": "multi_centroid", "router_kwargs": {"choice": "experts"}},
+            "router: got MultiCentroid",
+        ),
         ({"norm": "layer_norm"}, "norm: got LayerNorm"),
         ({"jk": "cat"}, "jk: got 'cat'"),
         ({"flow": "target_to_source"}, "flow: got 'target_to_source'"),
@@ -189,7 +207,9 @@ def test_what_needs_all_nodes_is_refused_on_disk(
     stored: StoredGraph, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        GNNMoE(4, 8, OUT, num_experts=3, **options).eval().inference(stored, folder=tmp_path / "out")
+        GNNMoE(4, 8, OUT, num_experts=3, **options).eval().inference(
+            stored, folder=tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -28,7 +28,9 @@ def test_presets_run_and_train(side: int, router: str | None) -> None:
     logits, routings = model(torch.randn(2, 3, side, side), return_routing=True)
     assert logits.shape == (2, 10)
     tokens = 2 * ((side // SIZES[side].patch_size) ** 2 + 1)  # and the class token
-    assert [routing.num_tokens for routing in routings] == ([] if router is None else [tokens] * len(routings))
+    assert [routing.num_tokens for routing in routings] == (
+        [] if router is None else [tokens] * len(routings)
+    )
     (F.cross_entropy(logits, torch.tensor([0, 1])) + gmoe.aux_loss(routings)).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

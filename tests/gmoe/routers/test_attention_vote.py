@@ -90,13 +90,21 @@ print(peak() - before)
 
 def test_memory_is_that_of_a_block_with_the_default_allocator() -> None:
     """Fresh blocks left holes in the heap: 589 MB at 6,000 tokens, 6.2 GB at 20,000, where 58 and 107 are needed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    run = subprocess.run([sys.executable, "-c", PEAK], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK], env=environment, capture_output=True, text=True, check=True
+    )
     assert float(run.stdout) < 150  # MB
 
 
 def test_autocast_leaves_votes_alone_and_no_warning_reaches_the_user() -> None:
-    router, x, edges = AttentionVote(5, 3, scope="neighbors"), torch.randn(6, 5), torch.randint(6, (2, 20))
+    router, x, edges = (
+        AttentionVote(5, 3, scope="neighbors"),
+        torch.randn(6, 5),
+        torch.randint(6, (2, 20)),
+    )
     with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
         warnings.simplefilter("error")
         found = router(x, edge_index=edges).scores

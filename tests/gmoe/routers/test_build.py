@@ -21,7 +21,9 @@ def test_by_name(name: str) -> None:
 
 def test_every_public_router_has_a_name() -> None:
     public = [getattr(gmoe, name) for name in gmoe.__all__]
-    routers = {c for c in public if isinstance(c, type) and issubclass(c, Router) and c is not Router}
+    routers = {
+        c for c in public if isinstance(c, type) and issubclass(c, Router) and c is not Router
+    }
     assert routers == {*ROUTERS.values(), OracleRouter, SoftSlots}
 
 
@@ -45,7 +47,12 @@ def test_factories_and_instances() -> None:
     assert build_router(TokenChoice, 6, 4, 3).k == 3
     assert build_router(partial(TokenChoice, weight="score"), 6, 4, 2).weight == "score"
     assert build_router(lambda dim, num_experts: UniformRouter(dim, num_experts), 6, 4, 2).k == 4
-    assert build_router(lambda dim, num_experts, **kwargs: TokenChoice(dim, num_experts, **kwargs), 6, 4, 2).k == 2
+    assert (
+        build_router(
+            lambda dim, num_experts, **kwargs: TokenChoice(dim, num_experts, **kwargs), 6, 4, 2
+        ).k
+        == 2
+    )
     router = TokenChoice(6, 4, k=2)
     assert build_router(router, 6, 4, 1) is router
 
@@ -53,8 +60,14 @@ def test_factories_and_instances() -> None:
 @pytest.mark.parametrize(
     ("message", "args"),
     [
-        *(("router: got", (router, 6, 4, 1)) for router in ("hash", SoftSlots, SoftSlots(6, 4), 3, torch.nn.Linear)),
-        *(("router: got", (TokenChoice(6, 4), dim, experts, 1)) for dim, experts in ((6, 8), (7, 4))),
+        *(
+            ("router: got", (router, 6, 4, 1))
+            for router in ("hash", SoftSlots, SoftSlots(6, 4), 3, torch.nn.Linear)
+        ),
+        *(
+            ("router: got", (TokenChoice(6, 4), dim, experts, 1))
+            for dim, experts in ((6, 8), (7, 4))
+        ),
         ("k: got", ("token_choice", 6, 4, 5)),
         *(("router_kwargs", ("expert_choice", 6, 4, 1, kwargs)) for kwargs in ({"k": 2}, 3)),
         ("router_kwargs", (TokenChoice(6, 4), 6, 4, 1, {"weight": "score"})),

@@ -13,7 +13,9 @@ def directions(num_clusters: int, each: int) -> tuple[Tensor, Tensor]:
     """Clusters of directions about a common offset."""
     torch.manual_seed(0)
     owner = torch.arange(num_clusters).repeat(each)
-    return 5.0 + 10.0 * torch.eye(num_clusters)[owner] + 0.3 * torch.randn(len(owner), num_clusters), owner
+    return 5.0 + 10.0 * torch.eye(num_clusters)[owner] + 0.3 * torch.randn(
+        len(owner), num_clusters
+    ), owner
 
 
 @pytest.mark.parametrize("num_centroids", [1, 4])
@@ -21,7 +23,9 @@ def test_init_from_data_finds_planted_clusters(num_centroids: int) -> None:
     x, planted = directions(5, 40)
     router = MultiCentroid(5, 5, num_centroids=num_centroids)
     router.init_from_data(x.view(4, 50, 5), seed=1)
-    assert len(set(zip(planted.tolist(), router(x).to_dense().argmax(-1).tolist(), strict=True))) == 5
+    assert (
+        len(set(zip(planted.tolist(), router(x).to_dense().argmax(-1).tolist(), strict=True))) == 5
+    )
     torch.testing.assert_close(router.center_D, x.mean(0))
     assert router.centroid.requires_grad
 

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gmoe
-from gmoe import LinearExperts, MoE, MultiCentroid, OracleRouter, RandomRouter, Router, SoftSlots, TokenChoice
+from gmoe import (
+    LinearExperts,
+    MoE,
+    MultiCentroid,
+    OracleRouter,
+    RandomRouter,
+    Router,
+    SoftSlots,
+    TokenChoice,
+)
 from gmoe.routers import AttentionVote, ExpertChoice, Groups
 from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges, group_lists
 
@@ -23,7 +32,10 @@ INPUTS: dict[str, tuple[tuple[int, ...], list[int] | None]] = {
     "one_group": ((11, D), None),
     "leading": ((3, 4, D), None),
     "two_leading": ((2, 2, 3, D), None),
-    "ragged": ((11, D), [5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2]),  # unsorted, with gaps, and a group of one
+    "ragged": (
+        (11, D),
+        [5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2],
+    ),  # unsorted, with gaps, and a group of one
     "ragged_sorted": ((9, D), [0, 0, 0, 0, 0, 1, 3, 3, 3]),
     "equal_unsorted": ((12, D), [7, 1, 4, 4, 1, 7, 7, 4, 1, 1, 4, 7]),
     "leading_and_batch": ((2, 5, D), [0, 1, 1, 0, 2, 2, 2, 1, 0, 0]),
@@ -33,7 +45,11 @@ INPUTS: dict[str, tuple[tuple[int, ...], list[int] | None]] = {
 
 GROUPED = [case for case in CASES if not case.needs_edges]  # degrees set equal rows apart
 
-ROW_WISE = [c for c in GROUPED if c.router not in (OracleRouter, AttentionVote) and "choice" not in c.options]
+ROW_WISE = [
+    c
+    for c in GROUPED
+    if c.router not in (OracleRouter, AttentionVote) and "choice" not in c.options
+]
 """Whose scores of equal tokens are equal to the last bit."""
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -43,7 +59,9 @@ def tokens(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
 
 
-def make_layer(case: Case, num_tokens: int, k: int = 2, weight: str = "default", training: bool = True) -> MoE:
+def make_layer(
+    case: Case, num_tokens: int, k: int = 2, weight: str = "default", training: bool = True
+) -> MoE:
     torch.manual_seed(1)
     router = case.build(D, E, k, weight, num_tokens)
     return MoE(router, LinearExperts(D, 4, E).to(DTYPE)).train(training)
@@ -60,7 +78,12 @@ def make_call(case: Case, name: str, seed: int = 0) -> tuple[Tensor, Tensor | No
 # Equal to the naive reference
 
 
-MODES = [(case, training) for case in CASES for training in (True, False) if training or case.differs_at_evaluation]
+MODES = [
+    (case, training)
+    for case in CASES
+    for training in (True, False)
+    if training or case.differs_at_evaluation
+]
 
 
 def label(value: object) -> str:
@@ -73,12 +96,19 @@ def label(value: object) -> str:
 @pytest.mark.parametrize(("case", "training"), MODES, ids=label)
 def test_equals_naive_on_every_input(case: Case, training: bool, name: str) -> None:
     x, batch, edge_index = make_call(case, name)
-    assert_same_as_naive(make_layer(case, x[..., 0].numel(), training=training), x, batch, edge_index)
+    assert_same_as_naive(
+        make_layer(case, x[..., 0].numel(), training=training), x, batch, edge_index
+    )
 
 
 @pytest.mark.parametrize(
     ("case", "training", "k", "weight"),
-    [(case, training, k, weight) for case, training in MODES for k in (1, 2, E) for weight in case.weights(k)],
+    [
+        (case, training, k, weight)
+        for case, training in MODES
+        for k in (1, 2, E)
+        for weight in case.weights(k)
+    ],
     ids=label,
 )
 def test_equals_naive_in_every_weighting(case: Case, training: bool, k: int, weight: str) -> None:
@@ -103,7 +133,11 @@ def test_ties_equal_naive(case: Case, name: str) -> None:
     assert_same_as_naive(layer, tied(layer, x), batch)
 
 
-LIMITED = [case for case in CASES if case.name in ("token_choice-capacity", "expert_choice-tokens", "attention_vote")]
+LIMITED = [
+    case
+    for case in CASES
+    if case.name in ("token_choice-capacity", "expert_choice-tokens", "attention_vote")
+]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -115,7 +149,9 @@ LIMITED = [case for case in CASES if case.name in ("token_choice-capacity", "exp
     factor=st.sampled_from([0.001, 0.1, 0.3, 0.5, 0.7, 1.0, 1.05, 1.1, 1.25, 2.0, 100.0]),
     ties=st.booleans(),
 )
-@example([0] * 10, torch.int64, LIMITED[1], 3, 0.1, False)  # .1 * 3 / 3 * 10 is more than 1 in floating point
+@example(
+    [0] * 10, torch.int64, LIMITED[1], 3, 0.1, False
+)  # .1 * 3 / 3 * 10 is more than 1 in floating point
 @example([0] * 10 + [2] * 2, torch.int64, LIMITED[1], 3, 0.1, False)
 def test_any_groups_and_capacities_equal_naive(
     ids: list[int], dtype: torch.dtype, case: Case, k: int, factor: float, ties: bool
@@ -136,7 +172,9 @@ def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool
         taken_TE = router(torch.randn(7, D, dtype=dtype)[which_T], batch=group_T).to_dense() != 0
         for kind in range(21):
             mine_TE = taken_TE[which_T + 7 * group_T == kind].int()
-            assert bool((mine_TE.diff(dim=0) <= 0).all()), f"kind {kind}: a later token was taken first"
+            assert bool((mine_TE.diff(dim=0) <= 0).all()), (
+                f"kind {kind}: a later token was taken first"
+            )
 
 
 # Gradients
@@ -152,7 +190,9 @@ def test_the_task_reaches_the_router_and_no_gradient_is_nan(case: Case, k: int) 
         layer = make_layer(case, len(x), k, weight)
         with torch.autograd.set_detect_anomaly(True):
             y, routing = layer(x, batch, edge_index, return_routing=True)
-            of_task = torch.autograd.grad(y.square().sum(), list(layer.parameters()), retain_graph=True)
+            of_task = torch.autograd.grad(
+                y.square().sum(), list(layer.parameters()), retain_graph=True
+            )
             (y.sum() + routing.aux_loss).backward()
         for (name, _), gradient in zip(layer.named_parameters(), of_task, strict=True):
             assert gradient.abs().max() > 1e-8 or k > 1, name
@@ -164,7 +204,9 @@ def test_large_tokens_give_finite_weights_and_gradients(case: Case) -> None:
     layer = make_layer(case, len(x))
     y, routing = layer(1e4 * x, batch, edge_index, return_routing=True)
     (y.sum() + routing.aux_loss).backward()
-    assert all(value.grad is not None and value.grad.isfinite().all() for value in layer.parameters())
+    assert all(
+        value.grad is not None and value.grad.isfinite().all() for value in layer.parameters()
+    )
     assert y.isfinite().all()
 
 
@@ -199,18 +241,33 @@ def test_reset_parameters_draws_anew_and_forgets_counters(case: Case) -> None:
         torch.manual_seed(seed)
         router.reset_parameters()
         states.append(copy.deepcopy(router.state_dict()))
-    fixed = {"noise.weight", "log_temperature", "assignment_T", *dict(router.named_buffers())} - {"projection_DE"}
+    fixed = {"noise.weight", "log_temperature", "assignment_T", *dict(router.named_buffers())} - {
+        "projection_DE"
+    }
     for name, value in states[0].items():
         assert torch.equal(states[1][name], value), name
         assert torch.equal(states[2][name], value) == (name in fixed), name
-        assert name in dict(router.named_parameters()) or name in ("projection_DE", "assignment_T") or not value.any()
+        assert (
+            name in dict(router.named_parameters())
+            or name in ("projection_DE", "assignment_T")
+            or not value.any()
+        )
 
 
 # Bad input
 
 
 @pytest.mark.parametrize(
-    "bad", [{"k": 4}, {"k": 0}, {"num_experts": 0}, {"dim": 0}, {"weight": "mean"}, {"weight": "normalized"}], ids=str
+    "bad",
+    [
+        {"k": 4},
+        {"k": 0},
+        {"num_experts": 0},
+        {"dim": 0},
+        {"weight": "mean"},
+        {"weight": "normalized"},
+    ],
+    ids=str,
 )
 def test_bad_sizes_and_weights(bad: dict[str, Any]) -> None:
     for router in (TokenChoice, ExpertChoice, AttentionVote, MultiCentroid, RandomRouter):
@@ -221,17 +278,32 @@ def test_bad_sizes_and_weights(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("router", "bad"),
     [
-        *((TokenChoice, {name: value}) for name, value in (("balance", "even"), ("noise", "spreads"), ("noise", 1))),
+        *(
+            (TokenChoice, {name: value})
+            for name, value in (("balance", "even"), ("noise", "spreads"), ("noise", 1))
+        ),
         (TokenChoice, {"noise": False, "balance": "importance_load"}),
         *((TokenChoice, {"capacity_factor": value}) for value in (0, -1.0, math.nan)),
-        *((TokenChoice, {name: -1}) for name in ("balance_coef", "bias_rate", "z_coef", "init_scale")),
+        *(
+            (TokenChoice, {name: -1})
+            for name in ("balance_coef", "bias_rate", "z_coef", "init_scale")
+        ),
         *((ExpertChoice, {name: -1}) for name in ("z_coef", "init_scale")),
-        *((router, {"capacity_factor": 0}) for router in (ExpertChoice, AttentionVote, MultiCentroid)),
+        *(
+            (router, {"capacity_factor": 0})
+            for router in (ExpertChoice, AttentionVote, MultiCentroid)
+        ),
         *((router, {"normalize": "nodes"}) for router in (ExpertChoice, MultiCentroid)),
         *((router, {"inference": "batch"}) for router in (ExpertChoice, MultiCentroid)),
-        *((AttentionVote, {name: value}) for name, value in (("scope", "graph"), ("head_dim", 0), ("init_scale", 0))),
+        *(
+            (AttentionVote, {name: value})
+            for name, value in (("scope", "graph"), ("head_dim", 0), ("init_scale", 0))
+        ),
         (MultiCentroid, {"choice": "both"}),
-        *((MultiCentroid, {name: value}) for name, value in (("num_centroids", 0), ("temperature", 0.0))),
+        *(
+            (MultiCentroid, {name: value})
+            for name, value in (("num_centroids", 0), ("temperature", 0.0))
+        ),
         (MultiCentroid, {"separation_coef": -1}),
         (SoftSlots, {"slots": 0}),
     ],
@@ -246,10 +318,22 @@ def test_bad_options(router: type[Router], bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        *(({"x": x}, "x") for x in (None, torch.zeros(11, 4), torch.zeros(D), torch.zeros(11, D).long())),
-        *(({"batch": batch}, "batch") for batch in (torch.zeros(10).long(), [0] * 11, torch.zeros(11))),
-        *(({"edge_index": torch.tensor(edges)}, "edge_index") for edges in ([[0, 1], [2, 11]], [[-1, 1], [2, 3]])),
-        *(({"edge_index": edges}, "edge_index") for edges in (None, torch.zeros(3, 2).long(), torch.zeros(2, 2))),
+        *(
+            ({"x": x}, "x")
+            for x in (None, torch.zeros(11, 4), torch.zeros(D), torch.zeros(11, D).long())
+        ),
+        *(
+            ({"batch": batch}, "batch")
+            for batch in (torch.zeros(10).long(), [0] * 11, torch.zeros(11))
+        ),
+        *(
+            ({"edge_index": torch.tensor(edges)}, "edge_index")
+            for edges in ([[0, 1], [2, 11]], [[-1, 1], [2, 3]])
+        ),
+        *(
+            ({"edge_index": edges}, "edge_index")
+            for edges in (None, torch.zeros(3, 2).long(), torch.zeros(2, 2))
+        ),
     ],
 )
 def test_bad_calls(changes: dict[str, Any], name: str) -> None:
@@ -257,7 +341,9 @@ def test_bad_calls(changes: dict[str, Any], name: str) -> None:
         AttentionVote(D, E, scope="neighbors")(**{"x": torch.zeros(11, D), **changes})
 
 
-@pytest.mark.parametrize("assignment", [[0, 3, 0], [0, -1, 0], [0.0, 0.0, 0.0], [[0], [1], [2]], [0, 1]], ids=str)
+@pytest.mark.parametrize(
+    "assignment", [[0, 3, 0], [0, -1, 0], [0.0, 0.0, 0.0], [[0], [1], [2]], [0, 1]], ids=str
+)
 def test_an_oracle_refuses_what_does_not_fit(assignment: list[int]) -> None:
     with pytest.raises(ValueError, match=r"assignment: got|x: got 3 tokens"):
         OracleRouter(4, 3, torch.tensor(assignment))(torch.randn(3, 4))
@@ -269,7 +355,9 @@ def test_check_finite(value: float) -> None:
     router = TokenChoice(D, E)
     router(x)  # off by default
     router.check_finite = True
-    with pytest.raises(ValueError, match=f"x: got {D} values that are NaN or infinite, expected none"):
+    with pytest.raises(
+        ValueError, match=f"x: got {D} values that are NaN or infinite, expected none"
+    ):
         router(x)
 
 
@@ -291,7 +379,9 @@ class Wrong(Router):
         return type(self).answer(x_TD)
 
 
-@pytest.mark.parametrize("answer", [lambda x: routing_of(x[:1], E), lambda x: routing_of(x, 2), lambda x: x])
+@pytest.mark.parametrize(
+    "answer", [lambda x: routing_of(x[:1], E), lambda x: routing_of(x, 2), lambda x: x]
+)
 def test_what_a_users_router_gives_is_checked(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Wrong, "answer", staticmethod(answer))
     with pytest.raises(ValueError, match=r"^route: got .* from Wrong"):
@@ -307,13 +397,17 @@ def routing_of(x: Tensor, num_experts: int) -> gmoe.Routing:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("router", [TokenChoice(D, E, 2), ExpertChoice(D, E)], ids=["token", "expert"])
+@pytest.mark.parametrize(
+    "router", [TokenChoice(D, E, 2), ExpertChoice(D, E)], ids=["token", "expert"]
+)
 def test_a_traced_router_routes_other_tokens(router: Router) -> None:
     layer = MoE(router, LinearExperts(D, 2, E)).eval()
     traced = torch.jit.trace(layer, torch.randn(9, D), check_trace=False)
     for x in torch.randn(3, 9, D):
         torch.testing.assert_close(traced(x), layer(x))
-    if isinstance(router, ExpertChoice):  # the sizes of ragged groups would be those of the first call
+    if isinstance(
+        router, ExpertChoice
+    ):  # the sizes of ragged groups would be those of the first call
         with pytest.raises(RuntimeError, match=r"batch: torch.jit.trace would freeze"):
             torch.jit.trace(layer, (torch.randn(9, D), torch.tensor([0] * 4 + [1] * 5)))
 

@@ -35,7 +35,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, batch: Tensor | None = None) -> tuple[Tensor, SoftRouting]:
         routing: SoftRouting = self.router(x, batch)
-        y_TO = routing.combine(self.experts(routing.dispatch(x.reshape(-1, D)), routing.slot_offsets))
+        y_TO = routing.combine(
+            self.experts(routing.dispatch(x.reshape(-1, D)), routing.slot_offsets)
+        )
         return y_TO.view(*x.shape[:-1], O), routing
 
 
@@ -51,10 +53,14 @@ def reference(layer: Layer, x: Tensor, batch: Tensor | None) -> tuple[Tensor, Te
         phi = router.scale * phi_NO / (phi_NO.square().sum(-1, keepdim=True).sqrt() + 1e-6)
         logits = logits_x @ phi.T
         slots_ESD = (logits.softmax(dim=0).T @ x_SD).view(E, -1, D)
-        out_ESO = torch.stack([(slots_ESD[e] @ layer.weight[e] + layer.bias[e]).tanh() for e in range(E)])
+        out_ESO = torch.stack(
+            [(slots_ESD[e] @ layer.weight[e] + layer.bias[e]).tanh() for e in range(E)]
+        )
         combine = logits.softmax(dim=1)
         y_TO = y_TO.index_copy(0, torch.tensor(tokens), combine @ out_ESO.flatten(0, 1))
-        dense_TE = dense_TE.index_copy(0, torch.tensor(tokens), combine.view(len(tokens), E, -1).sum(-1))
+        dense_TE = dense_TE.index_copy(
+            0, torch.tensor(tokens), combine.view(len(tokens), E, -1).sum(-1)
+        )
     return y_TO.view(*x.shape[:-1], O), dense_TE
 
 
@@ -72,7 +78,9 @@ def test_equals_the_dense_formula_with_gradients(name: str, slots: int) -> None:
     wanted = [x, *layer.parameters()]
     grads = torch.autograd.grad(y.square().sum(), wanted)
     if x.numel():
-        for found, right in zip(grads, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
+        for found, right in zip(
+            grads, torch.autograd.grad(expected.square().sum(), wanted), strict=True
+        ):
             torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
     assert all(grad.isfinite().all() for grad in grads)
 

@@ -34,7 +34,9 @@ ONE_OF_FOUR = torch.tensor([[1.0, 0], [3, 0], [2, 0], [4, 0]])
 
 
 def test_capacity_in_training_only_and_what_it_dropped() -> None:
-    router = with_gate(TokenChoice(2, 2, k=2, capacity_factor=0.5, balance=None), [[1.0, 0.0], [0.0, 0.0]])
+    router = with_gate(
+        TokenChoice(2, 2, k=2, capacity_factor=0.5, balance=None), [[1.0, 0.0], [0.0, 0.0]]
+    )
     y, routing = MoE(router, LinearExperts(2, 3, 2))(ONE_OF_FOUR, return_routing=True)
     assert routing.token.tolist() == [1, 3, 1, 3]  # either expert takes the surest two
     assert y.any(dim=1).tolist() == [False, True, False, True]  # dropped tokens get zero
@@ -47,7 +49,9 @@ def test_capacity_in_training_only_and_what_it_dropped() -> None:
 def test_a_bias_does_not_change_the_priority() -> None:
     """Among first choices the highest probability goes first, and a bias is no probability."""
     router = with_gate(TokenChoice(2, 2, noise=False, capacity_factor=0.5), torch.eye(2).tolist())
-    router.next_bias_E.copy_(torch.tensor([0.0, 9.0]))  # everyone takes expert 1, which takes one token
+    router.next_bias_E.copy_(
+        torch.tensor([0.0, 9.0])
+    )  # everyone takes expert 1, which takes one token
     x = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log()
     assert router(x).token.tolist() == [1]
 
@@ -63,7 +67,9 @@ def test_bias_by_hand() -> None:
     weight = router(x).weight  # logits 3 (x - 2), 0: 3, 3, 3 and -9
     assert router.mean_D.tolist() == [2.0, 0.0]
     torch.testing.assert_close(router.bias_E, 0.5 * spread * torch.tensor([-0.5, 0.5]))
-    torch.testing.assert_close(weight, torch.tensor([3.0, 3.0, 3.0, 9.0]).sigmoid())  # which do not see the bias
+    torch.testing.assert_close(
+        weight, torch.tensor([3.0, 3.0, 3.0, 9.0]).sigmoid()
+    )  # which do not see the bias
 
 
 def test_the_mean_token_is_taken_away() -> None:
@@ -85,7 +91,10 @@ def test_the_mean_token_is_taken_away() -> None:
 def test_two_forwards_before_their_backward() -> None:
     """As in contrastive learning: the second moves the mean that the gradient of the first needs."""
     torch.manual_seed(0)
-    router, x = TokenChoice(4, 3, noise=False).double(), torch.randn(2, 20, 4, dtype=torch.float64) + 1
+    router, x = (
+        TokenChoice(4, 3, noise=False).double(),
+        torch.randn(2, 20, 4, dtype=torch.float64) + 1,
+    )
     router(x[0])
     router.next_bias_E.zero_()
     means = [router.next_mean_D.clone()]
@@ -95,7 +104,9 @@ def test_two_forwards_before_their_backward() -> None:
     loss = sum(routing.scores[:, 0].sum() for routing in routings)
     (actual,) = torch.autograd.grad(loss, router.gate.weight)
     pairs = zip(x, means, strict=True)
-    expected = sum(((part - mean) @ router.gate.weight.T).softmax(dim=1)[:, 0].sum() for part, mean in pairs)
+    expected = sum(
+        ((part - mean) @ router.gate.weight.T).softmax(dim=1)[:, 0].sum() for part, mean in pairs
+    )
     (wanted,) = torch.autograd.grad(expected, router.gate.weight)
     torch.testing.assert_close(actual, wanted, atol=1e-10, rtol=0)
 

@@ -1,0 +1,122 @@
+"""The arguments of a graph layer and of its calls: how they are read, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch_geometric import EdgeIndex
+from torch_geometric.nn import MessagePassing
+from torch_geometric.typing import Adj
+from torch_geometric.utils import is_sparse
+
+from gmoe._checks import check_counts, nearest, parameters_of
+from gmoe.conv.graph import Graph
+
+
+def two_widths(in_channels: object) -> tuple[int, int]:
+    """The widths of sources and destinations; -1 is an open width.
+
+    Raises:
+        ValueError: neither a whole number nor two of them.
+    """
+    widths: Any = (in_channels, in_channels) if isinstance(in_channels, Integral) else in_channels
+    if not isinstance(widths, tuple | list) or len(widths) != 2:
+        raise ValueError(
+            f"in_channels: got {in_channels!r}, expected a whole number, or two of them"
+        )
+    for width in widths:
+        if width != -1:
+            check_counts(in_channels=width)
+    return int(widths[0]), int(widths[1])
+
+
+def num_destinations(edge_index: Adj | Graph, size: tuple[int, int] | None) -> int:
+    """The number of destinations of a call without destination nodes.
+
+    Raises:
+        ValueError: neither ``size`` nor the edges know it.
+    """
+    number = None
+    if size is not None:
+        number = size[1]
+    elif isinstance(edge_index, Graph):
+        number = edge_index.num_dst
+    elif is_sparse(edge_index):
+        number = edge_index.size(0)
+    elif isinstance(edge_index, EdgeIndex):
+        number = edge_index.sparse_size(1)
+    if number is None:
+        raise ValueError(
+            f"size: got {size}, expected (sources, destinations), since x has no destination nodes"
+        )
+    return number
+
+
+def by_position(
+    convs: Iterable[MessagePassing],
+    edge_args: Sequence[Any],
+    edge_weight: Tensor | None,
+    edge_attr: Tensor | None,
+    size: tuple[int, int] | None,
+) -> tuple[Any, ...]:
+    """Edge weights, edge features and size, from arguments in the order of the conv's."""
+    # The arguments of a conv after x and edge_index.
+    orders = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in convs}
+    order = next(iter(orders))
+    expected = None
+    if len(orders) > 1:
+        expected = (
+            "edge_weight= or edge_attr= by name, since the experts' convs disagree about their "
+            "order"
+        )
+    elif len(order) < len(edge_args):
+        expected = f"at most {len(order)}"
+    if expected is not None:
+        raise ValueError(
+            f"forward: got {len(edge_args)} arguments behind edge_index, expected {expected}"
+        )
+    values = {"edge_weight": edge_weight, "edge_attr": edge_attr, "size": size}
+    for name, value in zip(order, edge_args, strict=True):
+        if value is None:
+            continue
+        if name not in values or values[name] is not None:
+            raise ValueError(
+                f"{name}: got {type(value).__name__} by position, expected edge_weight, "
+                "edge_attr or size, once"
+            )
+        values[name] = value
+    return tuple(values.values())
+
+
+def refuse_unknown(
+    layer: nn.Module, convs: Iterable[MessagePassing], unknown: Mapping[str, Any]
+) -> NoReturn:
+    """Refuse an argument that the layer does not have, although some of its convs may."""
+    names = inspect.signature(layer.forward).parameters
+    legal = [name for name in names if name not in ("edge_args", "unknown")]
+    name, value = next(iter(unknown.items()))
+    got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+    takers = {type(conv).__name__ for conv in convs if name in parameters_of(conv)}
+    if takers:
+        taken_by = ", ".join(sorted(takers))
+        hint = f", since {taken_by} takes it but a layer of experts does not"
+    else:
+        hint = nearest(name, legal)
+    raise ValueError(f"{name}: got {got}, expected one of the arguments {', '.join(legal)}{hint}")
+
+
+def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
+    """Refuse a decision made elsewhere that does not fit."""
+    if routing is None:
+        raise ValueError(
+            "routing: got None, expected a Routing, since the layer was built with router=None"
+        )
+    has_tokens = getattr(routing, "num_tokens", None) == num_tokens
+    if not has_tokens or routing.num_experts != num_experts:
+        raise ValueError(
+            f"routing: got {routing!r}, expected {num_tokens} tokens and {num_experts} experts"
+        )

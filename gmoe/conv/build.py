@@ -1,0 +1,299 @@
+"""How the experts of a layer are built: stacked where possible, else one by one.
+
+Shapes: N nodes and M edges of the small graph on which a conv is tried.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch_geometric import nn as pyg
+from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.dense.linear import Linear
+
+from gmoe._checks import change_of, parameters_of
+from gmoe.conv.aggregate import FilterConv
+from gmoe.conv.base import ConvExperts, MixedExperts, probe_copy
+from gmoe.conv.graph import Graph
+from gmoe.conv.kinds import LOCAL, STACKS, Make, name_of
+from gmoe.conv.separate import SeparateExperts, run, run_on
+from gmoe.dispatch import Backend
+
+
+def build_experts(
+    make: Make,
+    local: bool | None,
+    backend: Backend,
+    convs: Sequence[MessagePassing] | None = None,
+) -> ConvExperts:
+    """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
+
+    Args:
+        make: makes the conv of an expert.
+        local: see :class:`gmoe.MoEConv`.
+        backend: of the grouped product.
+        convs: those of all experts, if they are made already.
+
+    Raises:
+        ValueError: ``local=True`` for a conv that is not local; convs that share parameters;
+            output widths or flows that differ.
+    """
+    if convs is None:
+        convs = [make(expert) for expert in range(len(make.kinds))]
+    # One trial for each kind, which knows its output width and whether it is local.
+    trials = {
+        id(kind): Trial(conv, make.in_channels)
+        for kind, conv in zip(make.kinds, convs, strict=True)
+    }
+    widths = [trial.width for trial in trials.values()]
+    _check_together(make, convs, [width for width in widths if width is not None])
+
+    # Experts that can be stacked together form a group; all that cannot be stacked form another.
+    members_of: dict[Any, list[int]] = {}
+    for expert, conv in enumerate(convs):
+        stack = _stack_of(conv) if local is None else None
+        members_of.setdefault(stack, []).append(expert)
+    groups: list[ConvExperts] = []
+    for stack, members in members_of.items():
+        group_convs = [convs[expert] for expert in members]
+        group_kinds = [make.kinds[expert] for expert in members]
+        if stack is not None:
+            stacked_class = stack[0]
+            groups.append(stacked_class(group_convs, replace(make, kinds=group_kinds), backend))
+            continue
+        are_local = [trials[id(kind)].takes_local_path(local) for kind in group_kinds]
+        separate = SeparateExperts(group_convs, are_local)
+        groups.append(separate)
+        if separate.too_far and len(convs) > 1:
+            names = ", ".join(sorted({type(conv).__name__ for conv in separate.too_far}))
+            warnings.warn(
+                f"{names} runs on the whole graph for every expert, so that its cost follows "
+                "num_experts, not k; if its output at a node follows from the node's in-edges "
+                "alone, pass local=True",
+                stacklevel=4,
+            )
+    return groups[0] if len(groups) == 1 else MixedExperts(groups, list(members_of.values()))
+
+
+def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequence[int]) -> None:
+    """Refuse convs that do not go together.
+
+    Args:
+        make: made the convs.
+        convs: the conv of each expert.
+        widths: the known widths of their outputs.
+    """
+    ids = [id(parameter) for conv in convs for parameter in conv.parameters()]
+    if len(ids) != len(set(ids)):
+        raise ValueError(
+            "conv: got a factory whose convs share parameters, expected fresh ones at each call"
+        )
+    flows = sorted({conv.flow for conv in convs})
+    if len(flows) != 1:
+        raise ValueError(f"conv: got experts of flows {flows}, expected one flow for all")
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"conv: got experts of output widths {sorted(set(widths))}, expected one width for all"
+        )
+    # Heads and powers give a multiple of out_channels.
+    if widths and widths[0] % make.out_channels != 0:
+        raise ValueError(
+            f"out_channels: got {make.out_channels}, but {name_of(make.kinds[0])} gives "
+            f"{widths[0]} columns, expected that width, or a multiple of it"
+        )
+
+
+# which convs are stacked together ------------------------------------------------------------
+
+
+def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
+    """A class of stacked experts, and all that must be equal in a stack; or ``None``.
+
+    The filters of FilterConvs may differ. Stacking must not lose what a user put on a conv: hooks,
+    parametrizations, frozen parameters, linear layers of another class, methods of an instance.
+    """
+    stack = STACKS.get(type(conv))
+    if stack is None or not all(p.requires_grad for p in conv.parameters()):
+        return None
+    if any(change_of(part) is not None for part in conv.modules()) or not stack.accepts(conv):
+        return None
+    aggregation: set[nn.Module] = set()
+    if isinstance(conv.aggr_module, nn.Module):
+        aggregation = set(conv.aggr_module.modules())
+    options: list[Hashable] = []
+    shapes: list[Hashable] = []
+    for name, part in conv.named_modules():
+        if part is not conv and part not in aggregation and not _is_known(part):
+            return None
+        for key, value in vars(part).items():
+            if _is_option(part, key):
+                options.append((name, type(part), key, _comparable(value)))
+        # An aggregation's buffers are part of what it computes. A GIN's buffer, eps, is stacked.
+        if part in aggregation:
+            for key, value in part.named_buffers(recurse=False):
+                options.append((name, key, _comparable(value)))
+        for key, value in part.named_parameters(recurse=False):
+            shapes.append((name, key, value.shape))
+    # A set: a copy may list its attributes in another order.
+    return stack, frozenset(options), tuple(shapes)
+
+
+def _is_known(part: nn.Module) -> bool:
+    """True for a part of a conv that stacks can read.
+
+    That is a linear layer, or a module of torch's or PyG's without parameters.
+    """
+    if type(part) in (nn.Linear, Linear):
+        return True
+    package = type(part).__module__.partition(".")[0]
+    has_parameters = any(True for _ in part.parameters(recurse=False))
+    return package in ("torch", "torch_geometric") and not has_parameters
+
+
+def _is_option(part: nn.Module, key: str) -> bool:
+    """True for an attribute that must be equal in all convs of a stack."""
+    if isinstance(part, FilterConv) and key in ("filter", "hops"):
+        return False
+    # Parameters, buffers and parts are compared one by one; hooks are PyG's own.
+    is_kept_by_torch = key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    is_table_of_hooks = key.startswith("_") and "_hooks" in key
+    return not (is_kept_by_torch or is_table_of_hooks or key in ("training", "inspector"))
+
+
+def _comparable(value: Any) -> Hashable:
+    """Equal for values that surely mean the same; any other value equals only itself."""
+    if isinstance(value, Tensor) and not value.is_meta:
+        return Tensor, value.dtype, value.shape, tuple(value.detach().flatten().tolist())
+    if isinstance(value, np.ndarray):
+        return np.ndarray, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, np.generic):
+        return type(value), value.item()
+    if isinstance(value, dict):
+        items = tuple((_comparable(key), _comparable(item)) for key, item in value.items())
+        return type(value), items
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(_comparable, value))
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_comparable, value))
+    plain = bool | int | float | complex | str | bytes | torch.dtype | torch.device | None
+    if isinstance(value, plain):
+        return type(value), value
+    return type(value), id(value)
+
+
+# what a conv does, found out by running it ---------------------------------------------------
+
+NODES = 14
+EDGES = 60
+"""Sizes of the graph on which convs are tried."""
+
+
+def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:
+    """True if the conv's output at a node depends only on its in-edges, their ends, and degrees."""
+    if isinstance(conv, FilterConv):
+        return conv.hops == 1
+    return isinstance(conv, pyg.GCNConv) or Trial(conv, in_channels).takes_local_path(local)
+
+
+@dataclass
+class Trial:
+    """A run of a conv on a small random graph with self-loops, parallel edges, isolated nodes.
+
+    What runs is a float64 copy, without dropout, and in training mode, so that batch norm shows.
+    It runs once, when its outcome is first asked for.
+
+    Args:
+        conv: the conv; it is not changed.
+        in_channels: its widths.
+    """
+
+    conv: Any
+    in_channels: int | tuple[int, int]
+
+    @cached_property
+    def outcome(self) -> tuple[int | None, bool, str]:
+        """Columns of the output (``None`` if the run failed); whether it is local; the error."""
+        width = None
+        try:
+            with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                conv = probe_copy(self.conv)
+                generator = torch.Generator().manual_seed(0)
+                graph, x_src, x_dst = self._inputs(generator)
+                # 1. On the whole graph.
+                out = run(conv, graph, x_src, x_dst)
+                width = out.size(1)
+                # 2. On the in-edges of some nodes: a local conv gives them the same.
+                tokens = [
+                    torch.randperm(NODES, generator=generator)[:size].sort().values
+                    for size in (1, 4, 9)
+                ]
+                parts = [run_on(conv, graph, x_src, x_dst, token) for token in tokens]
+                is_local = all(
+                    torch.allclose(part, out[token], atol=1e-9)
+                    for part, token in zip(parts, tokens, strict=True)
+                )
+                return width, is_local, ""
+        except Exception as error:
+            # A conv may ask for anything: edge features, regular graphs, other packages.
+            return width, False, f"fails on a small random graph: {error}"
+
+    def _inputs(self, generator: torch.Generator) -> tuple[Graph, Tensor, Tensor]:
+        """The graph, and the features (N, D) of its sources and destinations."""
+        conv = self.conv
+        takes = parameters_of(conv)
+        random = partial(torch.randn, dtype=torch.float64, generator=generator)
+        # The last two nodes stay isolated; the first edges are a loop and two parallel edges.
+        edge_index = torch.randint(NODES - 2, (2, EDGES), generator=generator)
+        edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
+        weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
+        if isinstance(self.in_channels, int):
+            source_width = self.in_channels
+            destination_width = 0  # the nodes are one set
+        else:
+            source_width, destination_width = self.in_channels
+        edge_dim = getattr(conv, "edge_dim", None) or getattr(conv, "dim", None)
+        if isinstance(conv, pyg.GINEConv):
+            edge_dim = source_width if conv.lin is None else conv.lin.in_channels
+        attr = None
+        if "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0:
+            attr = random(EDGES, edge_dim)
+        x_src = random(NODES, source_width)
+        x_dst = random(NODES, destination_width) if destination_width else x_src
+        graph = Graph(edge_index, NODES, edge_weight=weight, edge_attr=attr, flow=conv.flow)
+        return graph, x_src, x_dst
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the output; ``None`` if unknown."""
+        # A conv that can be stacked is one that we know: nothing has to run.
+        if hasattr(self.conv, "out_channels") and _stack_of(self.conv) is not None:
+            has_wide_heads = getattr(self.conv, "concat", False)
+            heads = self.conv.heads if has_wide_heads else 1
+            return int(self.conv.out_channels * heads)
+        return self.outcome[0]
+
+    def takes_local_path(self, local: bool | None) -> bool:
+        """True if the conv is run on the in-edges of its destinations.
+
+        Args:
+            local: what the user said of it, see :class:`gmoe.MoEConv`.
+
+        Raises:
+            ValueError: ``local=True`` for a conv that is not local.
+        """
+        if local is False or (local is None and type(self.conv) not in LOCAL):
+            return False
+        _, is_local, failure = self.outcome
+        if local and not is_local:
+            why = failure or "gives another output on a node's in-edges than on the whole graph"
+            raise ValueError(
+                f"local: got True, but {type(self.conv).__name__} {why}, expected None or False"
+            )
+        return is_local

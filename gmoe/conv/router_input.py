@@ -1,0 +1,75 @@
+"""What the router of a graph layer sees of a node: its features, its neighbors, its degree.
+
+Shapes: T tokens (destinations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from gmoe._checks import check_choice
+from gmoe.conv.graph import Graph
+
+RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
+RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
+"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several of them."""
+
+
+def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:
+    """The parts of what the router sees, in a fixed order.
+
+    Raises:
+        ValueError: an unknown part, or none.
+    """
+    named = (router_input,) if isinstance(router_input, str) else tuple(router_input)
+    for name in named:
+        check_choice("router_input", name, RouterPart)
+    if not named:
+        raise ValueError(
+            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'"
+        )
+    return tuple(part for part in get_args(RouterPart) if part in named)
+
+
+def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
+    """The number of columns of :func:`router_features`.
+
+    Args:
+        parts: what the router sees.
+        node: width of the nodes.
+        neighbors: width of their neighbors' aggregate.
+    """
+    widths = {"node": node, "neighbors": neighbors, "degree": 1}
+    return sum(widths[part] for part in parts)
+
+
+def router_features(
+    parts: Sequence[RouterPart],
+    x_src: Tensor,
+    x_dst: Tensor,
+    neighbors: Tensor | None,
+    graph: Graph,
+) -> Tensor:
+    """(T, dim) the parts side by side, the input of the router.
+
+    Args:
+        parts: what the router sees.
+        x_src: features of the sources.
+        x_dst: features of the T destinations.
+        neighbors: the aggregate of each destination's neighbors; ``None`` for the mean over its
+            in-edges.
+        graph: from sources to destinations.
+    """
+    columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
+    if "neighbors" in parts and neighbors is None:
+        columns["neighbors"] = graph.mean(x_src)
+    if "degree" in parts:
+        degree_T = graph.edges.degree.to(x_dst.device, x_dst.dtype)
+        columns["degree"] = degree_T.log1p()[:, None]
+    if len(parts) == 1:
+        return columns[parts[0]]
+    return torch.cat([columns[part] for part in parts], dim=-1)
