@@ -294,24 +294,31 @@ def passes(known: Mapping[str, Any], arm: str) -> bool:
 
 
 def confirmed_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a column and arm: the test score, and paired intervals against dense and dense of equal FLOPs."""
+    """A line a column and run: test score, FLOPs, and paired intervals against the dense models."""
     from experiments.tables import markdown
 
     found = []
     for column, known in results.items():
         if not {"dense", "dense-flops", "default"} <= set(known):
             continue
-        for name in [name for name in known if name not in ("dense", "dense-flops")]:
+        for name, summary in known.items():
+            ratio = summary["flops"] / known["dense"]["flops"]
             line = {
                 "column": column,
                 "arm": name,
-                "test": f"{100 * known[name]['test']['mean']:.2f}",
+                "test": f"{100 * summary['test']['mean']:.2f}",
+                "FLOPs": f"{ratio:.2f} ×",
             }
             for other in ("dense", "dense-flops"):
-                values = differences(known, name, other, "test")
-                low, high = interval(values)
-                line[f"− {other}"] = f"{fmean(values):+.2f} ({low:+.2f} to {high:+.2f})"
-            found.append(line | {"not surely worse": "yes" if passes(known, name) else "no"})
+                line[f"− {other}"] = "–"
+                if name not in ("dense", other):
+                    values = differences(known, name, other, "test")
+                    low, high = interval(values)
+                    line[f"− {other}"] = f"{fmean(values):+.2f} ({low:+.2f} to {high:+.2f})"
+            line["not surely worse"] = "–"
+            if name not in ("dense", "dense-flops"):
+                line["not surely worse"] = "yes" if passes(known, name) else "no"
+            found.append(line)
     return markdown(found, left=("arm",)) if found else "no arm is confirmed yet"
 
 

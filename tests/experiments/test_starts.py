@@ -219,7 +219,7 @@ def test_the_best_two_are_confirmed_on_seeds_that_were_not_looked_at() -> None:
 
 def test_an_arm_passes_unless_it_is_surely_worse() -> None:
     def run(values: list[float]) -> dict[str, Any]:
-        return {"test": {"values": values, "mean": sum(values) / len(values)}}
+        return {"test": {"values": values, "mean": sum(values) / len(values)}, "flops": 100}
 
     dense = [0.80, 0.81, 0.82, 0.83]
     known = {
@@ -239,8 +239,9 @@ def test_an_arm_passes_unless_it_is_surely_worse() -> None:
         [1.0, 2.0, 3.0]
     )  # mean 2, standard error 1 / sqrt(3), t of two degrees 4.3027
     assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    lines = confirmed_table({"cora": known}).splitlines()
-    assert lines[3].startswith("| cora | worse | 80.50 | -1.00 (-1.00 to -1.00) |")
+    _, _, dense, _, _, worse, _ = confirmed_table({"cora": known}).splitlines()
+    assert dense == "| cora | dense | 81.50 | 1.00 × | – | – | – |"
+    assert worse.startswith("| cora | worse | 80.50 | 1.00 × | -1.00 (-1.00 to -1.00) |")
 
 
 def test_edges_of_a_concept_graph_say_nothing_and_the_rule_of_the_regime_does() -> None:
