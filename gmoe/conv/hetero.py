@@ -253,9 +253,7 @@ class HeteroMoEConv(MoELayer):
             # 3. A router for each node type.
             for name in self.experts.relations_into:
                 dim = self.experts.in_channels[name]
-                built = build_layer_router(
-                    self.start, router, dim, num_experts, k, router_kwargs
-                )
+                built = build_layer_router(self.start, router, dim, num_experts, k, router_kwargs)
                 if built is router and self.routers:
                     raise ValueError(
                         "router: got an instance for several types, expected a factory"

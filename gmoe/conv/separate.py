@@ -2,7 +2,8 @@
 
 Shapes: T tokens (destinations), n of them in a part, S sources, O out width, E experts.
 
-``torch.compile`` runs them in pieces: each conv gets a graph of its own, whose sizes follow the data.
+``torch.compile`` runs them in pieces: each conv gets a graph of its own, whose sizes follow the
+data.
 """
 
 from __future__ import annotations
