@@ -210,8 +210,9 @@ class MoEConv(MoELayer, MessagePassing):
     def _build(self, in_channels: int | tuple[int, int], widths: tuple[int, int]) -> None:
         """Build the shared expert, the experts and the router, once the widths are known.
 
-        The dense conv is drawn first, and nothing after it changes torch's generators: with the
-        same seed, the layer's dense part and all later layers equal those of a dense model.
+        Unless the layer starts plain, its dense conv is drawn first, and nothing after it changes
+        torch's generators: with the same seed, the conv and all later layers equal those of a dense
+        model.
         """
         options = self._options
         make = replace(self._make, in_channels=in_channels)
