@@ -178,7 +178,8 @@ class MoEConv(MoELayer, MessagePassing):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
         widths = two_widths(in_channels)
-        in_channels = widths[0] if isinstance(in_channels, Integral) else widths
+        is_one_width = isinstance(in_channels, Integral)
+        in_channels = widths[0] if is_one_width else widths
         out_channels = int(out_channels)  # NumPy's numbers are taken too, and kept as Python's
 
         super().__init__(len(kinds), k)
