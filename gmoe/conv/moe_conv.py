@@ -197,7 +197,7 @@ class MoEConv(MoELayer, MessagePassing):
         self._options = _BuildOptions(
             router, router_kwargs, check_finite, shared_transform, local, backend
         )
-        # Filled in by _build, as far as the layer has them.
+        # Set by _build, if the layer has them.
         self.router = None
         self.experts: Any = None
         self.shared_expert: Any = None
