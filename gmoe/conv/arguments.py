@@ -15,6 +15,7 @@ from torch_geometric.utils import is_sparse
 
 from gmoe._checks import check_counts, nearest, parameters_of
 from gmoe.conv.graph import Graph
+from gmoe.routing import Routing
 
 
 def two_widths(in_channels: object) -> tuple[int, int]:
@@ -93,7 +94,7 @@ def by_position(
 
 
 def refuse_unknown(
-    layer: nn.Module, convs: Iterable[MessagePassing], unknown: Mapping[str, Any]
+    layer: nn.Module, convs: Iterable[MessagePassing], unknown: Mapping[str, object]
 ) -> NoReturn:
     """Refuse an argument that the layer does not have, although some of its convs may."""
     names = inspect.signature(layer.forward).parameters
@@ -109,8 +110,12 @@ def refuse_unknown(
     raise ValueError(f"{name}: got {got}, expected one of the arguments {', '.join(legal)}{hint}")
 
 
-def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
-    """Refuse a decision made elsewhere that does not fit."""
+def checked_routing(routing: Routing | None, num_tokens: int, num_experts: int) -> Routing:
+    """A decision made elsewhere, if it fits the layer.
+
+    Raises:
+        ValueError: no decision, or one of other tokens or experts.
+    """
     if routing is None:
         raise ValueError(
             "routing: got None, expected a Routing, since the layer was built with router=None"
@@ -120,3 +125,4 @@ def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
         raise ValueError(
             f"routing: got {routing!r}, expected {num_tokens} tokens and {num_experts} experts"
         )
+    return routing

@@ -110,7 +110,7 @@ def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequenc
         )
 
 
-# which convs are stacked together ------------------------------------------------------------
+# which convs are stacked together -----------------------------------------------------------------
 
 
 def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
@@ -188,7 +188,7 @@ def _comparable(value: Any) -> Hashable:
     return type(value), id(value)
 
 
-# what a conv does, found out by running it ---------------------------------------------------
+# what a conv does, found out by running it --------------------------------------------------------
 
 NODES = 14
 EDGES = 60

@@ -320,7 +320,7 @@ def _find_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tens
     degree = ptr.index_select(0, receivers + 1) - first
     starts = torch.cat([ptr.new_zeros(1), degree.cumsum(0)])
     position = torch.arange(len(receivers), device=ptr.device).repeat_interleave(degree)
-    # A receiver's messages lie in a row here and there: they differ by a shift.
+    # A receiver's messages are consecutive, in the graph and here: their numbers differ by a shift.
     shift = (first - starts[:-1]).index_select(0, position)
     message = torch.arange(len(position), device=ptr.device) + shift
     return message, position, starts

@@ -368,19 +368,20 @@ class Graph:
             dtype: see :meth:`summing`.
         """
         edges = self.edges
-        given = self.matrix_values if self.edge_weight is None else self.edge_weight
+        factor = self.matrix_values if self.edge_weight is None else self.edge_weight
         # 1. A: the weights of the edges.
         weight = torch.ones_like(edges.sender, dtype=torch.promote_types(dtype, torch.float32))
-        if given is not None:
-            weight = weight * given.index_select(0, edges.order)
+        if factor is not None:
+            weight = weight * factor.index_select(0, edges.order)
 
         # 2. I: the weights of the loops. As in PyG, a torch.sparse matrix keeps its own loops and
-        # gets another one at each node; elsewhere one loop replaces those of a node.
-        fill = 2.0 if improved and (given is not None or self.is_sparse) else 1.0
+        # gets another one at each node; elsewhere one loop replaces those of a node. Without edge
+        # weights, the loops of an edge list have the weight 1, improved or not.
+        fill = 2.0 if improved and (factor is not None or self.is_sparse) else 1.0
         diagonal = weight.new_full((self.num_dst,), fill if loops else 0.0)
         if loops and not (self.is_sparse and isinstance(self.adj, Tensor)):
             is_loop = edges.sender == edges.receiver
-            if given is not None and not self.is_sparse:
+            if factor is not None and not self.is_sparse:
                 # A loop that is replaced keeps its weight, the last one's of several. How many
                 # loops there are depends on the data: all other edges write to a row that is cut
                 # off.
@@ -471,9 +472,9 @@ class Graph:
             source = source[order]
 
         # 3. The part: edge arguments and edges, in this order.
-        given = self.edges.order.index_select(0, edge)
+        place = self.edges.order.index_select(0, edge)  # among the edges as given
         edge_args = {
-            name: rows.index_select(0, given)
+            name: rows.index_select(0, place)
             for name in ("matrix_values", "edge_weight", "edge_attr")
             if (rows := getattr(self, name)) is not None
         }

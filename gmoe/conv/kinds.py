@@ -234,7 +234,7 @@ def _check_option(option: str, value: object, factory: ConvFactory) -> None:
 
 
 def _check_forward(conv: Any) -> None:
-    """Refuse a module that is not called as ``conv(x, edge_index)``, weights, features."""
+    """Refuse a module that needs more than nodes, edges, edge weights and edge features."""
     name = type(conv).__name__
     if not isinstance(conv, MessagePassing):
         raise ValueError(

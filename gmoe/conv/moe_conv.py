@@ -27,7 +27,7 @@ from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_choice, check_counts, described, parameters_of
 from gmoe.conv.arguments import (
     by_position,
-    check_routing,
+    checked_routing,
     num_destinations,
     refuse_unknown,
     two_widths,
@@ -178,7 +178,8 @@ class MoEConv(MoELayer, MessagePassing):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
         widths = two_widths(in_channels)
-        in_channels = widths[0] if isinstance(in_channels, Integral) else widths
+        is_one_width = isinstance(in_channels, Integral)
+        in_channels = widths[0] if is_one_width else widths
         out_channels = int(out_channels)  # NumPy's numbers are taken too, and kept as Python's
 
         super().__init__(len(kinds), k)
@@ -196,7 +197,7 @@ class MoEConv(MoELayer, MessagePassing):
         self._options = _BuildOptions(
             router, router_kwargs, check_finite, shared_transform, local, backend
         )
-        # Filled in by _build, as far as the layer has them.
+        # Set by _build, if the layer has them.
         self.router = None
         self.experts: Any = None
         self.shared_expert: Any = None
@@ -210,8 +211,9 @@ class MoEConv(MoELayer, MessagePassing):
     def _build(self, in_channels: int | tuple[int, int], widths: tuple[int, int]) -> None:
         """Build the shared expert, the experts and the router, once the widths are known.
 
-        The dense conv is drawn first, and nothing after it changes torch's generators: with the
-        same seed, the layer's dense part and all later layers equal those of a dense model.
+        Unless the layer starts plain, its dense conv is drawn first, and nothing after it changes
+        torch's generators: with the same seed, the conv and all later layers equal those of a dense
+        model.
         """
         options = self._options
         make = replace(self._make, in_channels=in_channels)
@@ -311,8 +313,8 @@ class MoEConv(MoELayer, MessagePassing):
         batch: Tensor | None = None,
         routing: Routing | None = None,
         return_routing: bool = False,
-        **unknown: Any,
-    ) -> Any:
+        **unknown: object,
+    ) -> Tensor | tuple[Tensor, Routing]:
         """Route and run; see the class.
 
         ``routing`` is a decision made elsewhere; it is used instead of the router's.
@@ -328,7 +330,7 @@ class MoEConv(MoELayer, MessagePassing):
                 self.experts.convs(), edge_args, edge_weight, edge_attr, size
             )
         if isinstance(x, Tensor):  # one set of nodes: each is a source and a destination
-            x_src, x_dst = x, x
+            x_src = x_dst = x
         else:
             x_src, x_dst = self._two_sets(x, edge_index, size)
         self._check_nodes(x_src, x_dst)
@@ -337,9 +339,8 @@ class MoEConv(MoELayer, MessagePassing):
             self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
         if isinstance(edge_index, Graph):
             graph = edge_index.fitting(sizes, self.flow, edge_weight, edge_attr)
-            if (
-                graph.num_dst < sizes[1]
-            ):  # a part of a larger graph: its last nodes are sources only
+            if graph.num_dst < sizes[1]:
+                # A part of a larger graph: the last of its nodes are sources only.
                 x_dst = x_src[: graph.num_dst]
         else:
             graph = Graph(
@@ -357,7 +358,7 @@ class MoEConv(MoELayer, MessagePassing):
             seen_TD = router_features(self.router_input, u_src, u_dst, h, graph)
             routing = self.router(seen_TD, batch, graph.edge_index if x_src is x_dst else None)
         else:
-            check_routing(routing, graph.num_dst, self.num_experts)
+            routing = checked_routing(routing, graph.num_dst, self.num_experts)
 
         # 4. Run each destination's experts, and add them to the shared expert.
         y = self.experts(graph, u_src, u_dst, h, routing)

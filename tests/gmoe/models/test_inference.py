@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
 
 from gmoe import GNNMoE, NeighborSampler, Routing, StoredGraph, TokenChoice, neighbor_loader
-from tests.gmoe.conv.test_kinds import GatedSum
+from tests.gmoe.conv.test_build import GatedSum
 from tests.gmoe.data.sampled import graph
 from tests.gmoe.data.stored_files import store
 from tests.gmoe.models.test_gnn import assert_same

@@ -1,0 +1,294 @@
+"""How experts are built: which convs are stacked, and which are local."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric import nn as pyg
+from torch_geometric.nn import Aggregation, MessagePassing
+
+from gmoe import MLPConv, MoEConv, moefy
+from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
+
+WIDTH = 8
+
+
+def spectral(i: int, o: int) -> pyg.SAGEConv:
+    conv = pyg.SAGEConv(i, o)
+    conv.lin_l = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(i, o))
+    return conv
+
+
+def hooked(i: int, o: int) -> pyg.GCNConv:
+    conv = pyg.GCNConv(i, o)
+    conv.lin.register_forward_hook(lambda *_: None)
+    return conv
+
+
+def frozen(i: int, o: int) -> pyg.GCNConv:
+    conv = pyg.GCNConv(i, o)
+    conv.lin.weight.requires_grad_(False)
+    return conv
+
+
+class Own(pyg.GATConv):
+    """A subclass may compute something else."""
+
+
+class LoRA(nn.Linear):
+    """A linear layer with more than its weight."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.down = nn.Parameter(torch.randn(1, in_features))
+        self.up = nn.Parameter(torch.randn(out_features, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+def lora_gcn(i: int, o: int) -> pyg.GCNConv:
+    conv = pyg.GCNConv(i, o)
+    conv.lin = LoRA(i, o)
+    return conv
+
+
+def lora_sage(i: int, o: int) -> pyg.SAGEConv:
+    conv = pyg.SAGEConv(i, o)
+    conv.lin_r = LoRA(i, o)
+    return conv
+
+
+def lora_gat(i: int, o: int) -> pyg.GATConv:
+    conv = pyg.GATConv(i, o)
+    conv.lin = LoRA(i, o)
+    return conv
+
+
+def patched(i: int, o: int) -> pyg.SAGEConv:
+    conv = pyg.SAGEConv(i, o)
+    conv.lin_l.forward = MethodType(twice, conv.lin_l)
+    return conv
+
+
+def twice(linear: Any, x: Tensor) -> Tensor:
+    return 2 * x @ linear.weight.T
+
+
+ADDED: list[Any] = [spectral, hooked, frozen, Own, lora_gcn, lora_sage, lora_gat, patched]
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ADDED if kind is not frozen], ids=lambda kind: kind.__name__
+)
+def test_what_somebody_put_into_a_conv_survives_a_swap(kind: Any) -> None:
+    """The first forward of a layer built by a factory, and of one that moefy swaps in."""
+    torch.manual_seed(0)
+    conv = kind(4, 4).eval()  # spectral norm moves in training
+    x, edge_index = torch.randn(9, 4), random_graph(9, 9, 30)
+    model = pyg.Sequential("x, edge_index", [(copy.deepcopy(conv), "x, edge_index -> x")])
+    torch.testing.assert_close(
+        moefy(model, num_experts=2, targets="module_0")(x, edge_index), conv(x, edge_index)
+    )
+    torch.manual_seed(0)
+    layer = MoEConv(kind, 4, 4, num_experts=2).eval()
+    torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
+    assert sum(p.numel() for p in layer.experts.parameters()) == 2 * sum(
+        p.numel() for p in conv.parameters()
+    )
+
+
+def test_a_conv_with_a_function_as_its_forward_is_refused_by_moefy() -> None:
+    """The function holds the conv, which would run in place of every copy."""
+    conv = pyg.SAGEConv(4, 4)
+    before = conv.forward
+    conv.forward = lambda *args: 2 * before(*args)
+    model = pyg.Sequential("x, edge_index", [(conv, "x, edge_index -> x")])
+    with pytest.raises(ValueError, match=r"^model: got \w+ with a function as its forward"):
+        moefy(model, num_experts=2, targets="module_0")
+
+
+class Scaled(Aggregation):
+    """A sum times what the aggregation holds."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        if isinstance(held, Tensor):
+            self.register_buffer("held", held)
+        else:
+            self.held = held
+
+    def forward(
+        self, x: Tensor, index: Any = None, ptr: Any = None, dim_size: Any = None, dim: int = -2
+    ) -> Tensor:
+        factor: Any = self.held
+        if isinstance(factor, dict | set):
+            factor = sum(factor)
+        return self.reduce(x, index, ptr, dim_size, dim, reduce="sum") * factor
+
+
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "a NumPy float": (np.float32(1.0), np.float32(2.0)),
+    "a buffer": (torch.tensor(1.0), torch.tensor(2.0)),
+    "a dict": ({1: "a"}, {2: "a"}),
+    "a set": ({1}, {2}),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_convs_of_a_list_that_hold_different_values_are_not_one_stack(what: str) -> None:
+    convs = [
+        lambda i, o, held=held: pyg.SAGEConv(i, o, aggr=Scaled(held)) for held in DIFFERENT[what]
+    ]
+    layer = MoEConv(convs, 4, 4, start="plain").double()
+    assert len(layer.experts.groups) == 2
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+
+
+def test_convs_of_a_list_that_differ_in_a_numpy_bool_are_not_one_stack() -> None:
+    convs = [partial(pyg.SAGEConv, normalize=np.bool_(normalize)) for normalize in (False, True)]
+    layer = MoEConv(convs, 4, 4, start="plain").double()
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+
+
+def test_convs_that_hold_equal_values_are_one_stack() -> None:
+    convs = [lambda i, o: pyg.SAGEConv(i, o, aggr=Scaled({np.float32(2.0): {"a"}}))] * 3
+    layer = MoEConv(convs, 4, 4, start="plain").double()
+    assert layer.experts.num_experts == 3
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("kind", ADDED, ids=lambda kind: kind.__name__)
+def test_what_a_factory_adds_survives(kind: Any) -> None:
+    """Parametrizations, hooks, own layers, patches, frozen parameters: stacking loses them."""
+    layer = MoEConv(kind, 4, 4, num_experts=2, start="plain").double()
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+    assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (
+        2 if kind is frozen else 0
+    )
+
+
+class GatedSum(MessagePassing):
+    """Local: a sum over in-edges, gated by both ends."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(aggr="add")
+        self.lin = nn.Linear(in_channels, out_channels)
+        self.gate = nn.Linear(2 * in_channels, 1)
+
+    def reset_parameters(self) -> None:
+        self.lin.reset_parameters()
+        self.gate.reset_parameters()
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.propagate(edge_index, x=x)
+        return out
+
+    def message(self, x_i: Tensor, x_j: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate(torch.cat([x_i, x_j], dim=-1))) * self.lin(x_j)
+
+
+class TwoHops(GatedSum):
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return super().forward(super().forward(x, edge_index), edge_index)
+
+
+class CenteredWhereNegative(GatedSum):
+    """Local only for positive features."""
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return super().forward(x - x.clamp(max=0).mean(dim=0), edge_index)
+
+
+NOT_LOCAL: dict[str, Any] = {
+    **{cls.__name__: cls for cls in (TwoHops, CenteredWhereNegative)},
+    **{name: name for name in ("gcn", "tag", "sg", "arma", "mixhop", "eg")},
+    "cheb": partial(pyg.ChebConv, K=3),
+    "ssg": partial(pyg.SSGConv, alpha=0.1),
+    "appnp": lambda *_: pyg.APPNP(K=2, alpha=0.1),
+    "gatedgraph": lambda _, o: pyg.GatedGraphConv(o, num_layers=2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("name", NOT_LOCAL)
+def test_local_is_refused_where_it_is_not_true(name: str) -> None:
+    with pytest.raises(ValueError, match=r"local: got True, but \w+ .*expected None or False"):
+        MoEConv(NOT_LOCAL[name], WIDTH, WIDTH, local=True, start="plain")
+    layer = MoEConv(NOT_LOCAL[name], WIDTH, WIDTH, num_experts=3, k=2, start="plain").double()
+    assert_equals_masked(layer, features(11, WIDTH), random_graph(11, 11, 40))
+
+
+def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
+    num_nodes, edge_index = GRAPHS["mixed"]
+    layer = MoEConv(GatedSum, 4, 4, num_experts=3, k=2, local=True, start="plain").double()
+    assert_equals_masked(layer, features(num_nodes, 4), edge_index)
+    rows: list[tuple[int, int]] = []
+    for expert in layer.experts.convs():
+        expert.register_forward_hook(
+            lambda _, args, __: rows.append((args[0].size(0), args[1].size(1)))
+        )
+    layer(features(6, 4), torch.stack([torch.arange(6), torch.arange(6).roll(1)]))
+    assert sum(edges for _, edges in rows) == 2 * 6  # K messages an edge
+
+
+def deep_gine(inputs: Any, outputs: int) -> MessagePassing:
+    widths = [inputs if isinstance(inputs, int) else inputs[0], 4, 4, outputs]
+    return pyg.GINEConv(pyg.MLP(widths, norm=None))
+
+
+def frozen_mlp(inputs: Any, outputs: int) -> MessagePassing:
+    conv = MLPConv(inputs, outputs)
+    conv.up.requires_grad_(requires_grad=False)
+    return conv
+
+
+@pytest.mark.filterwarnings("error:.*runs on the whole graph")
+@pytest.mark.parametrize("conv", [deep_gine, frozen_mlp])
+def test_what_cannot_be_stacked_is_local_all_the_same(conv: Any) -> None:
+    layer = MoEConv(conv, (6, 6), 5, num_experts=3, k=2).double()
+    pair, edge_index = (features(9, 6), features(7, 6)), random_graph(9, 7, 30)
+    kwargs = {"edge_attr": features(30, 6)} if conv is deep_gine else {}
+    assert_equals_masked(layer, pair, edge_index, **kwargs)
+
+
+def test_a_conv_that_says_nothing_runs_in_full_with_a_warning() -> None:
+    num_nodes, edge_index = GRAPHS["mixed"]
+    with pytest.warns(
+        UserWarning, match=r"TwoHops runs on the whole graph.*pass local=True"
+    ) as caught:
+        layer = MoEConv(TwoHops, 4, 4, num_experts=3, k=2).double()
+    assert [warning.filename for warning in caught] == [
+        __file__
+    ]  # once, and points to the line of the user
+    assert_equals_masked(layer, features(num_nodes, 4), edge_index)
+
+
+def test_local_true_for_a_conv_that_cannot_run_on_the_probe() -> None:
+    class Picky(GatedSum):
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            raise RuntimeError("only on Tuesdays")
+
+    with pytest.raises(
+        ValueError,
+        match="local: got True, but Picky fails on a small random graph: only on Tuesdays",
+    ):
+        MoEConv(Picky, 4, 4, local=True, start="plain")
+
+
+def test_trying_a_conv_out_leaves_it_alone() -> None:
+    network: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    conv = pyg.GINConv(network).eval()
+    before = copy.deepcopy(conv.state_dict())
+    MoEConv(lambda *_: conv, 4, 4, num_experts=1, local=False, start="plain")
+    assert (conv.training, network[2].p) == (False, 0.5)
+    assert all(torch.equal(value, before[name]) for name, value in conv.state_dict().items())

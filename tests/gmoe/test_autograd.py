@@ -1,0 +1,86 @@
+"""Helpers of the autograd functions, which use torch's private parts: each has a test here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from gmoe._autograd import (
+    first_order,
+    in_transform,
+    is_watched,
+    operator,
+    refuse_transforms,
+    untraced,
+)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+@operator(fake=lambda x: x.new_empty(x.shape))
+def _triple_for_a_test(x: Tensor) -> Tensor:
+    return 3 * x
+
+
+def test_the_first_gradient_passes_and_a_second_one_is_refused() -> None:
+    x = torch.ones(2, requires_grad=True)
+    (grad,) = torch.autograd.grad(Double.apply(x).sum(), x)
+    assert grad.tolist() == [2, 2]
+    with pytest.raises(RuntimeError, match="create_graph: got True"):
+        torch.autograd.grad(Double.apply(x).sum(), x, create_graph=True)
+
+
+def test_a_batch_of_gradients_is_refused() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="batches of gradients"):
+        torch.autograd.functional.jacobian(Double.apply, x, vectorize=True)
+
+
+def test_torch_is_watched_only_while_operators_are_counted() -> None:
+    assert not is_watched()
+    with FlopCounterMode(display=False):
+        assert is_watched()
+    assert not is_watched()
+
+
+def test_a_transform_of_torch_func_is_refused() -> None:
+    def inside(x: Tensor) -> Tensor:
+        assert in_transform()
+        refuse_transforms()
+        return x
+
+    refuse_transforms()
+    with pytest.raises(RuntimeError, match="are not supported by gmoe's layers"):
+        torch.func.vmap(inside)(torch.ones(2))
+
+
+def test_tracing_is_refused() -> None:
+    def inside(x: Tensor) -> Tensor:
+        refuse_transforms()
+        return x
+
+    with pytest.raises(RuntimeError, match="are not supported by gmoe's layers"):
+        torch.jit.trace(inside, torch.ones(2))
+
+
+def test_an_operator_computes_values_and_gives_shapes_without_values() -> None:
+    assert _triple_for_a_test(torch.ones(2)).tolist() == [3, 3]
+    assert torch.ops.gmoe.triple_for_a_test(torch.ones(2)).tolist() == [3, 3]
+    assert _triple_for_a_test(torch.ones(2, device="meta")).shape == (2,)
+
+
+def test_untraced_code_runs_as_it_is() -> None:
+    assert untraced(lambda x: x + 1)(1) == 2
