@@ -84,9 +84,8 @@ class GINE(nn.Module):
     def forward(self, molecules: Data) -> torch.Tensor:
         x, edge_attr = self.atoms(molecules.x), self.bonds(molecules.edge_attr)
         for conv in self.convs:
-            groups = (
-                {"batch": molecules.batch} if isinstance(conv, MoEConv) else {}
-            )  # what competes: one molecule
+            # What competes: one molecule
+            groups = {"batch": molecules.batch} if isinstance(conv, MoEConv) else {}
             x = x + F.relu(conv(x, molecules.edge_index, edge_attr=edge_attr, **groups))
         return self.out(global_add_pool(x, molecules.batch) / 10)
 

@@ -68,13 +68,11 @@ def make_fabric(config: RunConfig) -> Fabric:
         ) from error
     joins = there > 1 and not dist.is_initialized()
     if joins:
-        logging.getLogger("lightning_fabric").setLevel(
-            logging.WARNING
-        )  # every process would say that it is there
+        # Every process would say that it is there
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric.launch()
-    if (
-        joins
-    ):  # and leaves: gloo's threads end a process by SIGABRT where they are still there as it exits
+    # And leaves: gloo's threads end a process by SIGABRT where they are still there as it exits
+    if joins:
         atexit.register(dist.destroy_process_group)
     return fabric
 
@@ -266,9 +264,8 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         )
     assert isinstance(config, GraphConfig)
     if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
-        common["cached"] = (
-            True  # there is one graph only: for the dense model, whose convs are PyG's
-        )
+        # There is one graph only: for the dense model, whose convs are PyG's
+        common["cached"] = True
     return gmoe.GNNMoE(
         task.in_channels,
         config.hidden,

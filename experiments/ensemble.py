@@ -45,9 +45,8 @@ def ensemble(
     data_root = data_root or read_run(runs[0], None, trust).config.data_root  # all on the same data
     found = [read_run(folder, data_root, trust) for folder in runs]
     sets = sorted({run.config.dataset for run in found})
-    one = len(sets) == 1 and sets[0].startswith(
-        "ogbn-"
-    )  # of others, each seed may test where another one trains
+    # Of others, each seed may test where another one trains
+    one = len(sets) == 1 and sets[0].startswith("ogbn-")
     check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
     for run in found:
         print(f"{run.folder}: {submission(run.summary)}")

@@ -38,11 +38,12 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
     Raises:
         ValueError: names the key, what it got and what is legal.
     """
+    # Not before it is needed: half a second
     from pydantic import (
         ConfigDict,
         TypeAdapter,
         ValidationError,
-    )  # not before it is needed: half a second
+    )
 
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     adapter = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]  # bare dataclasses refuse a config
@@ -89,9 +90,8 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDAr
                 content = bytearray(file.read(HEADER))
                 shape, order, dtype, start = _header(bytes(content))
                 size = math.prod(shape) * dtype.itemsize
-                while len(content) <= start + size and (
-                    chunk := file.read(1 << 20)
-                ):  # to the end: checks the CRC
+                # To the end: checks the CRC
+                while len(content) <= start + size and (chunk := file.read(1 << 20)):
                     content += chunk
             _check_size(size, len(content) - start)
             arrays[name] = np.frombuffer(content, dtype, math.prod(shape), start).reshape(
@@ -134,9 +134,8 @@ def read_pickle(path: Path) -> Any:
     with naming(path):
         content = path.read_bytes()
         for operation, argument, _ in pickletools.genops(content):
-            if operation.name.endswith("PUT") and (argument or 0) > len(
-                content
-            ):  # as many places are allocated
+            # As many places are allocated
+            if operation.name.endswith("PUT") and (argument or 0) > len(content):
                 raise ValueError("claims more objects than it has bytes")
         return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
 

@@ -57,9 +57,8 @@ def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None
             summary, results = so_far(config)
             missing = [seed for seed in config.seeds if summary is None and seed not in results]
             data = (config.dataset, config.data, config.data_root)
-            if (
-                missing and data not in loaded
-            ):  # or the processes would download and prepare the same at once
+            # Or the processes would download and prepare the same at once
+            if missing and data not in loaded:
                 load_tasks(config)
                 loaded.add(data)
         except (ValueError, OSError) as error:
@@ -112,9 +111,8 @@ def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None
 def _train_seed(config: RunConfig, seed: int, threads: int, pipe: Connection) -> None:
     """The process of a seed; what it says goes to the first process."""
     os.setsid()  # Ctrl-C is for the first process, which ends the others by SIGTERM
-    sys.stdout = sys.stderr = os.fdopen(
-        pipe.fileno(), "w", buffering=1, closefd=False
-    )  # whole lines
+    # Whole lines
+    sys.stdout = sys.stderr = os.fdopen(pipe.fileno(), "w", buffering=1, closefd=False)
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()  # type: ignore[union-attr]  # there is one

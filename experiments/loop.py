@@ -96,9 +96,8 @@ def train_seeds(
         warnings.filterwarnings(
             "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
         )
-        warnings.filterwarnings(
-            "ignore", "Grad strides do not match bucket view"
-        )  # a class token's, of one image
+        # A class token's, of one image
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")
         with fabric.rank_zero_first(local=True):  # who downloads what is missing
             task_of = load_tasks(config)
         return {seed: train_seed(fabric, config, task_of(seed), seed, progress) for seed in seeds}
@@ -121,9 +120,8 @@ def train_seed(
         init_centroids(
             model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed
         )
-    costs = costs_of(
-        model, config, task
-    )  # runs it once, and so refuses what cannot run before anything is written
+    # Runs it once, and so refuses what cannot run before anything is written
+    costs = costs_of(model, config, task)
     keeps = has_predictions(config, model, task)
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
@@ -221,9 +219,8 @@ def batches_left(
     """
     training.model.train()
     batches = iter(training.batches("train", shuffle_seed))
-    if (
-        training.epoch.batches
-    ):  # cut off inside this epoch: its batches are drawn again, and not trained on again
+    # Cut off inside this epoch: its batches are drawn again, and not trained on again
+    if training.epoch.batches:
         kept = training.rng
         for _ in itertools.islice(batches, training.epoch.batches):
             pass
@@ -294,9 +291,8 @@ class Epoch:
     def __init__(self, lr: float) -> None:
         self.lr = lr  # at its start
         self.batches = self.count = 0
-        self.sums: dict[
-            str, Tensor
-        ] = {}  # tensors: a number would have to be waited for at every step
+        # Tensors: a number would have to be waited for at every step
+        self.sums: dict[str, Tensor] = {}
         self.stats: RoutingStats | None = None
 
     def add(self, values: dict[str, Tensor], routings: list[Routing], rows: int) -> None:
@@ -339,9 +335,8 @@ class Epoch:
             self.stats = RoutingStats(experts).to(device)
             for name, value in values.items():
                 setattr(self.stats, name, value.to(device))
-            self.stats._update_count = (
-                self.batches
-            )  # torchmetrics would warn of a metric without updates
+            # Torchmetrics would warn of a metric without updates
+            self.stats._update_count = self.batches
 
 
 @dataclass
@@ -374,10 +369,11 @@ class Training:
 
     def __post_init__(self) -> None:
         self.reached, self.epoch, self.best = Reached(), Epoch(self.lr), self.weights()
+        # When ``reached.seconds`` was counted last
         self.rng, self.clock = (
             get_rng(),
             time.perf_counter(),
-        )  # when ``reached.seconds`` was counted last
+        )
 
     def batches(self, split: Split, seed: int | None) -> Iterable[Batch]:
         """This process's slices of the batches of an epoch."""
@@ -413,9 +409,8 @@ class Training:
         logits = batch.counted(self.forward(batch.inputs))
         loss = self.task.loss(logits, batch.target) if rows else logits.sum()
         aux = gmoe.aux_loss(self.routings).to(loss.device)
-        self.fabric.backward(
-            share_of_mean * loss + aux
-        )  # DDP takes the mean of the processes' gradients
+        # DDP takes the mean of the processes' gradients
+        self.fabric.backward(share_of_mean * loss + aux)
         if self.progress < TIED.get(self.config.sharing or "", 0.0):
             tie_copies(self.model)
         if norm := self.config.clip_norm:
@@ -593,9 +588,8 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        leaf = name.rsplit(".", 1)[
-            -1
-        ]  # a gain is decayed, toward the dense model: it scales weights that are
+        # A gain is decayed, toward the dense model: it scales weights that are
+        leaf = name.rsplit(".", 1)[-1]
         spare = (parameter.dim() < 2 and leaf != "gain") or leaf in spared
         (plain if spare else decayed).append(parameter)
     groups = [

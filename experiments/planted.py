@@ -106,9 +106,8 @@ def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[st
         held["", "edge"] = _simple(
             links(rng, community, community, edges), undirected=name != "ogbn-arxiv"
         )
-    if (
-        name == "ogbn-proteins"
-    ):  # the features are of edges; 112 labels, other functions in each regime
+    # The features are of edges; 112 labels, other functions in each regime
+    if name == "ogbn-proteins":
         score = (
             np.tanh(x)
             @ rng.standard_normal((features, 112))

@@ -86,9 +86,8 @@ def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
         autoscale=True,
     )
     right = post.correct(probability, y[mask], mask, edges)
-    right = right.where(
-        right.isfinite(), probability
-    )  # PyG divides 0 by 0 where no training node has an error
+    # PyG divides 0 by 0 where no training node has an error
+    right = right.where(right.isfinite(), probability)
     found: Tensor = post.smooth(right, y[mask], mask, edges)
     return found
 

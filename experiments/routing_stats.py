@@ -53,9 +53,8 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
     if not routings or not routings[0]:
         return []
     experts = [routing.num_experts for routing in routings[0]]
-    stats = RoutingStats(experts, sync_on_compute=False).to(
-        routings[0][0].token.device
-    )  # one process has them all
+    # One process has them all
+    stats = RoutingStats(experts, sync_on_compute=False).to(routings[0][0].token.device)
     for batch in routings:
         stats.update(batch)
     layers, graph = _rounded(stats), task.graph
@@ -124,9 +123,8 @@ def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
     if len(distinct) <= bins:
         return which
     middle = counts.cumsum(0) - (counts + 1) / 2  # the mean rank of each distinct value
-    return (
-        (middle / len(values) * bins).long().unique(return_inverse=True)[1][which]
-    )  # no bin is empty
+    # No bin is empty
+    return (middle / len(values) * bins).long().unique(return_inverse=True)[1][which]
 
 
 def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:

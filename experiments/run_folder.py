@@ -175,9 +175,8 @@ def begin(config: RunConfig) -> None:
     """Write what a run is, before what it gives."""
     folder = config.folder()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").unlink(
-        missing_ok=True
-    )  # before the configuration says that there is more to it
+    # Before the configuration says that there is more to it
+    (folder / "summary.json").unlink(missing_ok=True)
     write_json(folder / "config.json", described(config))
     write_json(folder / "where.json", {"data_root": str(config.data_root.absolute())})
 
@@ -278,9 +277,8 @@ class Log:
             path.unlink(missing_ok=True)
         if not path.exists():
             return
-        rows = pd.read_csv(
-            path, dtype=str, keep_default_na=False, on_bad_lines="skip"
-        )  # the last may be half a row
+        # The last may be half a row
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")
         fresh = path.with_suffix(".new")
         epoch = pd.to_numeric(rows["epoch"], errors="coerce")
         kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1
@@ -430,9 +428,8 @@ class RunFolder:
     config: RunConfig  # with the data root that the data have here
     science: dict[str, Any]  # config.json
     summary: Summary
-    history: list[
-        list[dict[str, Tensor]]
-    ]  # of the first seed, by epoch and MoE layer: the load of each expert
+    # Of the first seed, by epoch and MoE layer: the load of each expert
+    history: list[list[dict[str, Tensor]]]
 
     def load_task(self) -> Task:
         """The data, as the first seed saw them; an error where others or none are there."""

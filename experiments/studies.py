@@ -33,9 +33,8 @@ class Study:
     variants: tuple[Variant, ...]
     reference: str = "dense"  # the variant that costs and headroom are relative to
     wide: str = "dense-4x"  # the dense variant four times as wide
-    chosen_on: tuple[
-        int, ...
-    ] = ()  # seeds (splits) that an earlier study chose the variants on, by validation
+    # Seeds (splits) that an earlier study chose the variants on, by validation
+    chosen_on: tuple[int, ...] = ()
 
 
 RECORDED = {

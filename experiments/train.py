@@ -158,11 +158,12 @@ def main(args: Sequence[str] | None = None) -> None:
     config = None
     try:
         config = parse(args)
+        # And so torch, which --help does without
         from experiments.build import (
             from_first,
             lost_another,
             make_fabric,
-        )  # and so torch, which --help does without
+        )
         from experiments.loop import run
         from experiments.run_folder import place
 

@@ -38,9 +38,8 @@ from gmoe.conv.kinds import CONVS, LOCAL, OWN, SOURCES_ALONE
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
 
-CONVS["sage"](
-    1, 1
-)  # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
+# PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
+CONVS["sage"](1, 1)
 
 TOLERANCE = 1e-10
 EXPERTS, WIDTH, EDGE_DIM = 3, 4, 3
@@ -240,13 +239,11 @@ def draw_graph(random: Random, way: str) -> dict[str, Any]:
     """The edges and their form; two sets of nodes, the second one perhaps without features."""
     two = way == "layer" and flip(random, 0.2)
     form = "plain" if way in ("sampled", "disk") else random.choice(["plain"] * 6 + list(ref.FORMS))
-    simple = (
-        form not in PLAIN or way == "sampled"
-    )  # of several loops GCN keeps the last one's weight
+    # Of several loops GCN keeps the last one's weight
+    simple = form not in PLAIN or way == "sampled"
     sizes = (random.randint(1, 9), random.randint(1, 9)) if two else (random.randint(2, 14),) * 2
-    sizes = (
-        (max(sizes), min(sizes)) if form in SPARSE else sizes
-    )  # else PyG fails to make loops of a matrix's values
+    # Else PyG fails to make loops of a matrix's values
+    sizes = (max(sizes), min(sizes)) if form in SPARSE else sizes
     graph, edges = (
         "simple" if simple else "random",
         random.choice((0, 5, 20, 30) if not simple else (5, 20, 30)),
@@ -417,12 +414,12 @@ def draw_model(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def draw_past(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """What happened before."""
+    # PyG fails
     known = [
         name for name in BEFORE if name != "inference_mode" or not found["form"].startswith("Edge")
-    ]  # PyG fails
-    known = [
-        name for name in known if name != "x changed in place" or found["way"] != "disk"
-    ]  # to what float32 holds
+    ]
+    # To what float32 holds
+    known = [name for name in known if name != "x changed in place" or found["way"] != "disk"]
     return {
         "before": ()
         if flip(random, 0.25)
@@ -462,9 +459,8 @@ def draw(number: int) -> Config:
         "as_on_gpus": flip(random, 0.25),
     }
     lowers = way == "layer" and found["form"] in PLAIN and flip(random, 0.15)
-    lowers = lowers and all(
-        kind.name != "mf" for kind in found["kinds"]
-    )  # which fails under autocast
+    # Which fails under autocast
+    lowers = lowers and all(kind.name != "mf" for kind in found["kinds"])
     low = random.choice(("float32", "bfloat16")) if lowers else ""
     if all(CONVS.get(kind.name) in LOCAL for kind in found["kinds"]):  # each conv on its own
         options |= some(
@@ -515,9 +511,8 @@ def build(c: Config) -> Any:
             and re.search(r"(^|\.)experts\.", name)
             and value.is_floating_point()
         ):
-            value.data.add_(
-                0.1 * torch.randn_like(value)
-            )  # experts that are equal would hide who took a token
+            # Experts that are equal would hide who took a token
+            value.data.add_(0.1 * torch.randn_like(value))
     return module.train(c.training)
 
 
@@ -553,9 +548,8 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     )
     if c.graph == "simple":
         edges = edges.unique(dim=1)
-        edges = (
-            edges[:, edges[0] != edges[1]] if c.two else edges
-        )  # PyG adds to a matrix's loops between two sets
+        # PyG adds to a matrix's loops between two sets
+        edges = edges[:, edges[0] != edges[1]] if c.two else edges
         edges = edges[
             :, torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(seed))
         ]
@@ -565,10 +559,11 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         value = leaf(number, *((width,) if c.values == "rows" else ())).abs() + 0.1
         value = torch.ones_like(value) if c.values == "ones" else value
         make: Callable[..., Any] = ref.FORMS[c.form]
+        # PyG writes to coo
         adj, plain = (
             make(edges, c.sizes, value),
             ref.csr(edges, c.sizes, value),
-        )  # PyG writes to coo
+        )
     else:
         adj = edges if c.form == "plain" else ref.FORMS[c.form](edges, c.sizes)
         plain = (adj.as_tensor() if c.form.startswith("Edge") else adj).long()
@@ -581,9 +576,8 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     of_graph: dict[str, Any] = {
         name: value for name, value in {"x": x_src, **args}.items() if name in c.in_graph
     }
-    flow = {
-        kind.options.get("flow", "source_to_target") for kind in c.kinds
-    }.pop()  # of several, all are refused
+    # Of several, all are refused
+    flow = {kind.options.get("flow", "source_to_target") for kind in c.kinds}.pop()
     adj = Graph(adj, c.sizes, flow=flow, **of_graph) if c.in_graph else adj
     batch = (
         torch.arange(c.sizes[1]) * 7 % 3 * 2
@@ -796,9 +790,8 @@ def compute(c: Config) -> Outcome:
     """Build, run, and compare with the definition."""
     module = build(c)
     twin, given, theirs = copy.deepcopy(module), *(given_of(c, c.number) for _ in range(2))
-    as_on_gpus: Any = mock.patch.multiple(
-        edges_module, SPARSE_DEVICES=(), NUMBERS=20
-    )  # small blocks, no products
+    # Small blocks, no products
+    as_on_gpus: Any = mock.patch.multiple(edges_module, SPARSE_DEVICES=(), NUMBERS=20)
     with as_on_gpus if c.as_on_gpus else nullcontext():
         for before in c.before:
             module = go_through(module, c, given, before)

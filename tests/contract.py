@@ -487,9 +487,8 @@ def runs_without_gradients(case: Case, device: str) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():  # in which torch's attention has a kernel of its own
             torch.testing.assert_close(run(layer, call), expected)
-    torch.testing.assert_close(
-        run(layer, call), expected, rtol=0, atol=0
-    )  # nothing of that mode was kept
+    # Nothing of that mode was kept
+    torch.testing.assert_close(run(layer, call), expected, rtol=0, atol=0)
 
 
 def starts_on_the_meta_device(case: Case, device: str) -> None:
@@ -526,9 +525,8 @@ def serves_two_threads(case: Case, device: str) -> None:
     expected = [run(layer, call) for call in calls]
     with ThreadPoolExecutor(2) as pool:
         for found, wanted in zip(pool.map(partial(run, layer), calls), expected, strict=True):
-            torch.testing.assert_close(
-                found, wanted
-            )  # but for rounding: a product depends on where its rows lie
+            # But for rounding: a product depends on where its rows lie
+            torch.testing.assert_close(found, wanted)
 
 
 def returns_what_is_recorded(case: Case, device: str) -> None:

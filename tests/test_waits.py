@@ -122,9 +122,8 @@ class Patient(nn.Module):
 
 def test_what_needs_no_values_is_not_counted() -> None:
     waits = step_waits(Patient(), torch.randn(4, requires_grad=True))
-    assert [place.partition(" ")[0] for place in waits] == [
-        "tensor"
-    ]  # the numbers of the test itself
+    # The numbers of the test itself
+    assert [place.partition(" ")[0] for place in waits] == ["tensor"]
 
 
 def test_a_question_for_a_device_that_nobody_answers_is_refused(

@@ -65,14 +65,12 @@ class Epoch(Dataset[tuple[Tensor, Tensor] | Exception]):
             changed = []
             with torch.random.fork_rng(devices=[]):
                 for image, seed in zip(images, self.seeds[number].tolist(), strict=True):
-                    torch.default_generator.manual_seed(
-                        seed
-                    )  # torch.manual_seed would seed GPUs as well
+                    # Torch.manual_seed would seed GPUs as well
+                    torch.default_generator.manual_seed(seed)
                     changed.append(self.augment(image))
             images = torch.stack(changed)
-        images = v2.functional.to_dtype(
-            images, torch.float32, scale=True
-        )  # floats stay as they are
+        # Floats stay as they are
+        images = v2.functional.to_dtype(images, torch.float32, scale=True)
         return v2.functional.normalize(images, list(self.mean), list(self.std)), self.source.labels[
             rows
         ]
@@ -116,9 +114,8 @@ def batches(
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         index = index[torch.randperm(len(index), generator=generator)]
-        unused = -(
-            -len(index) // batch_size
-        )  # committed results were drawn after a seed for each batch
+        # Committed results were drawn after a seed for each batch
+        unused = -(-len(index) // batch_size)
         seeds = torch.randint(2**62, (unused + len(index),), generator=generator)[unused:]
     rank, world = shard
     rows, image_seeds = (

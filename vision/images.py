@@ -196,9 +196,8 @@ def _read(
     size = image_size or common_size(files)
     in_memory, sources = 3 * size * size * len(files) <= MEMORY, list[ImageSource]()
     for known, paths, rows in parts:
-        labels = torch.tensor([classes.index(name) for name in known])[
-            rows
-        ]  # each folder has its own
+        # Each folder has its own
+        labels = torch.tensor([classes.index(name) for name in known])[rows]
         images = (
             MemoryImages(decode_all(paths, size), labels, size)
             if in_memory
@@ -262,9 +261,8 @@ def unpacked(
     )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(
-            dir=root
-        ) as scratch:  # so that no half of it is taken for the whole
+        # So that no half of it is taken for the whole
+        with TemporaryDirectory(dir=root) as scratch:
             if is_there:
                 extract_archive(archive, scratch)
             else:

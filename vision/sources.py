@@ -73,9 +73,8 @@ def decode(path: str, image_size: int) -> Tensor:
     with _opened(path) as file:
         if file.mode[0] in "IF":
             raise ValueError(f"pixels of mode {file.mode}, expected 8 bits a channel")
-        file.draft(
-            None, (2 * image_size, 2 * image_size)
-        )  # a large JPEG is decoded at a half, a quarter or an eighth
+        # A large JPEG is decoded at a half, a quarter or an eighth
+        file.draft(None, (2 * image_size, 2 * image_size))
         image = file.convert("RGB")
         if image.size != side:
             image = ImageOps.fit(image, side, Image.Resampling.BILINEAR)

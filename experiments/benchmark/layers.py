@@ -118,9 +118,8 @@ def mixtral(layer: MoE, implementation: str) -> nn.Module:
     block.gate.weight.copy_(layer.get_parameter("router.gate.weight"))
     block.experts.gate_up_proj.copy_(experts.up.weight.transpose(1, 2))
     block.experts.down_proj.copy_(experts.down.weight.transpose(1, 2))
-    block.register_forward_pre_hook(
-        lambda _, args: (args[0][None],)
-    )  # it takes and gives (B, T, D)
+    # It takes and gives (B, T, D)
+    block.register_forward_pre_hook(lambda _, args: (args[0][None],))
     block.register_forward_hook(lambda _, __, y: (y if isinstance(y, Tensor) else y[0])[0])
     return cast(nn.Module, block)
 
@@ -241,9 +240,8 @@ class FFNBenchmark(Benchmark):
             router = TokenChoice(
                 TOKEN, e, k, balance=None, weight="normalized" if k > 1 else "straight_through"
             )
-            return MoE(
-                router, MLPExperts(TOKEN, hidden, TOKEN, num_experts=e, **options)
-            )  # sums to 1, as others' do
+            # Sums to 1, as others' do
+            return MoE(router, MLPExperts(TOKEN, hidden, TOKEN, num_experts=e, **options))
 
         plain, gated = (
             layer(4 * TOKEN),
@@ -287,9 +285,8 @@ class VitBenchmark(Benchmark):
                 image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256
             )
             model: Any = ViTMoE(size, backend=backend, **options)
-            nn.init.normal_(
-                model.heads[-1].weight
-            )  # which starts at zero, where all would be equal
+            # Which starts at zero, where all would be equal
+            nn.init.normal_(model.heads[-1].weight)
             return model
 
         ways = {"loop with nonzero": build("loop", start="plain")}
@@ -300,11 +297,12 @@ class VitBenchmark(Benchmark):
         }
         for name, model in ways.items():
             check_equal(name, model(images), ways["loop"](images))
+        # As ViTMoE is by default
         ways = {
             "dense": build(router=None),
             **ways,
             "with a shared expert": build(),
-        }  # as ViTMoE is by default
+        }
         yield {
             name: layer_step(model, (images,), partial(loss, model), self.bf16)
             for name, model in ways.items()

@@ -63,9 +63,8 @@ class Problem:
         firsts = {
             part: next(iter(self.task.loader(part, config.batch_size, None))) for part in PARTS
         }
-        self.batch: dict[Split, Any] = self.fabric.to_device(
-            firsts
-        )  # of a whole graph, all there is
+        # Of a whole graph, all there is
+        self.batch: dict[Split, Any] = self.fabric.to_device(firsts)
         self.out_channels, self.cached = self.task.num_classes, True
 
     def build(self, arm: Arm, width: int) -> nn.Module:
@@ -190,10 +189,11 @@ class Infomax(Problem):
     def __init__(self, config: Config, seed: int) -> None:
         super().__init__(config, seed)
         x, edge_index = self.batch["train"].inputs
+        # The example does not normalize the features, which are 0 or 1
         self.inputs = (
             (x > 0).float(),
             edge_index,
-        )  # the example does not normalize the features, which are 0 or 1
+        )
 
     def build(self, arm: Arm, width: int) -> Any:
         conv = layer(arm, "gcn", self.task.in_channels, width, cached=True)
@@ -255,12 +255,10 @@ class Preset(Problem):
     def train(self, model: nn.Module, folder: Path) -> tuple[float, int]:
         folder.mkdir(parents=True, exist_ok=True)
         with set_up(self.fabric, model, self.config, self.task) as training:
-            reached = fit(
-                training, self.seed, folder, Progress(self.config.epochs)
-            )  # resumes what the folder holds
-            evaluated(
-                self.forward, model
-            )  # where all epochs were done already, nothing was recorded yet
+            # Resumes what the folder holds
+            reached = fit(training, self.seed, folder, Progress(self.config.epochs))
+            # Where all epochs were done already, nothing was recorded yet
+            evaluated(self.forward, model)
         return reached.best_val, reached.best_epoch + 1
 
 
@@ -325,9 +323,8 @@ class SwapBenchmark(Benchmark):
         for name in self.rows:
             check_choice("rows", name, ROWS)
         check_counts(seeds=self.seeds)
-        with FileLock(
-            self.json.with_suffix(".lock"), timeout=0
-        ):  # two processes would overwrite each other's runs
+        # Two processes would overwrite each other's runs
+        with FileLock(self.json.with_suffix(".lock"), timeout=0):
             found = read_json(self.json, dict[str, Any])["variants"] if self.json.exists() else {}
             for name in self.rows:
                 (problem, config, others), row = ROWS[name], found.setdefault(name, {"runs": {}})

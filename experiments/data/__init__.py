@@ -42,9 +42,8 @@ class Task:
     """
 
     name: str
-    kind: Literal[
-        "graph", "hetero", "image"
-    ]  # inputs are those of a GNN, of a relational one, or images
+    # Inputs are those of a GNN, of a relational one, or images
+    kind: Literal["graph", "hetero", "image"]
     in_channels: Any  # width of the nodes (by type, None without features), or height and width of the images
     num_classes: int  # width of the logits
     metric_name: str
@@ -52,18 +51,15 @@ class Task:
     loader: Callable[..., Iterable[Batch]]
     steps: Callable[[int], int] = lambda _: 1  # training batches in an epoch, by batch size
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy  # of (logits, target), in training
-    graph: Data | HeteroData | None = (
-        None  # the whole graph, for models that need more of it than batches hold
-    )
+    # The whole graph, for models that need more of it than batches hold
+    graph: Data | HeteroData | None = None
     split: Splits | None = None  # the nodes of train, val and test
     target: str | None = None  # of a heterogeneous graph, the node type that has labels
-    planted: Tensor | None = (
-        None  # (T,) the expert that each token should go to, where that is known
-    )
+    # (T,) the expert that each token should go to, where that is known
+    planted: Tensor | None = None
     classes: tuple[str, ...] = ()  # names, where they are known
-    mean: tuple[
-        float, ...
-    ] = ()  # of images, a channel: the model sees (value in 0..1 - mean) / std
+    # Of images, a channel: the model sees (value in 0..1 - mean) / std
+    mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
 
@@ -78,9 +74,8 @@ class GraphData:
     metric_name: MetricName = "accuracy"
     metric: Callable[[], Metric] | None = None  # another than that of the name
     target: str | None = None  # of a heterogeneous graph, the node type that has labels
-    planted: Tensor | None = (
-        None  # (N,) the expert that each node should go to, where that is known
-    )
+    # (N,) the expert that each node should go to, where that is known
+    planted: Tensor | None = None
 
 
 LOADERS = {

@@ -186,9 +186,8 @@ def neighborhoods(
         seeds = batch if target is None else batch[target]
         if target is None:
             inputs = _inputs(batch, batch.edge_index)
-            if config.model is None and config.layers == len(
-                config.fanout
-            ):  # layers compute what later ones hear
+            # Layers compute what later ones hear
+            if config.model is None and config.layers == len(config.fanout):
                 inputs += (None,) * (6 - len(inputs)) + (
                     batch.num_sampled_nodes,
                     batch.num_sampled_edges,
@@ -216,9 +215,8 @@ def _order(count: int, seed: int | None) -> Tensor:
     if seed is None:
         return torch.arange(count)
     generator = torch.Generator().manual_seed(seed)
-    torch.empty((), dtype=torch.int64).random_(
-        generator=generator
-    )  # as DataLoader draws before it shuffles
+    # As DataLoader draws before it shuffles
+    torch.empty((), dtype=torch.int64).random_(generator=generator)
     return torch.randperm(count, generator=generator)
 
 
@@ -316,9 +314,8 @@ def stratified_splits(store: Any, seed: int) -> Splits:
     labeled = (store.y >= 0).nonzero().view(-1)
     shuffled = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(seed))]
     by_class = shuffled[store.y[shuffled].sort(stable=True).indices]
-    place = (
-        torch.arange(len(labeled)) + seed
-    ) % 5  # of any five in a row, three train: small classes need no rule
+    # Of any five in a row, three train: small classes need no rule
+    place = (torch.arange(len(labeled)) + seed) % 5
     chosen = {"train": place < 3, "val": place == 3, "test": place == 4}
     return {part: by_class[chosen[part]].sort().values for part in MASKS}
 
@@ -358,9 +355,8 @@ def check_graph(where: str, data: Any, target: str | None = None) -> None:
     splits = max(mask[0].numel() for mask in masks)
     fits = all(mask.dim() == 1 or mask.size(1) == splits for mask in masks)
     check(fits, where, "masks of different numbers of splits", "as many in each")
-    table = torch.stack(
-        [mask.view(len(mask), -1).expand(-1, splits) for mask in masks]
-    )  # (parts, N, S)
+    # (parts, N, S)
+    table = torch.stack([mask.view(len(mask), -1).expand(-1, splits) for mask in masks])
     check(
         table.any(dim=1).all(),
         where,

@@ -106,10 +106,17 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
     )
 
 
+# Fmt: skip
 def _load(
-    data: ImageData, sources: dict[Split, ImageSource], split: Splits, config: Any,
-    part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1),
-) -> Iterator[Batch]:  # fmt: skip
+    data: ImageData,
+    sources: dict[Split, ImageSource],
+    split: Splits,
+    config: Any,
+    part: Split,
+    batch_size: int,
+    seed: int | None,
+    shard: Shard = (0, 1),
+) -> Iterator[Batch]:
     """The batches of a part."""
     drawn = batches(
         sources[part], split[part], batch_size, mean=data.mean, std=data.std,

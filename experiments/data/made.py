@@ -81,9 +81,8 @@ def regimes(config: RunConfig) -> GraphData:
 
 def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.0) -> GraphData:
     classes, edges = CLASSES, 10 * nodes
-    rng = np.random.RandomState(
-        0
-    )  # its streams are frozen, unlike those of numpy's newer generators
+    # Its streams are frozen, unlike those of numpy's newer generators
+    rng = np.random.RandomState(0)
     region = rng.permutation(np.arange(nodes) % regions)
     label = rng.randint(classes, size=nodes)
     class_center = rng.standard_normal((classes, FEATURES))
@@ -142,9 +141,8 @@ def concept(config: RunConfig) -> GraphData:
     regimes, labels = int(match[1]), int(match[1]) * int(match[2])
     nodes, classes = max(4_000, 1_000 * regimes), CONCEPT_CLASSES
 
-    rng = np.random.RandomState(
-        0
-    )  # its streams are frozen, unlike those of numpy's newer generators
+    # Its streams are frozen, unlike those of numpy's newer generators
+    rng = np.random.RandomState(0)
     regime = rng.permutation(np.arange(nodes) % regimes)
     x = rng.standard_normal((nodes, CONCEPT_FEATURES))
     source, destination = rng.randint(nodes, size=(2, 10 * nodes))

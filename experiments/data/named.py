@@ -43,9 +43,8 @@ class PyGSet:
         )
         if missing and offline:
             raise FileNotFoundError(advice)
-        with (
-            TemporaryDirectory() as scratch
-        ):  # PyG writes what it made beside the raw files, which may be read-only
+        # PyG writes what it made beside the raw files, which may be read-only
+        with TemporaryDirectory() as scratch:
             raw = Path(scratch, self.folder)
             if missing:
                 print(f"{name}: downloading about {self.megabytes:g} MB to {folder}", flush=True)

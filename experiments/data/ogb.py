@@ -90,9 +90,8 @@ def load_ogb(
     with naming(folder):  # kept tensors are not read as strictly as OGB's files
         data = HeteroData(found["graph"]) if hetero else Data.from_dict(found["graph"])
         data.validate()
-        (data["paper"] if hetero else data).y[
-            torch.cat([*found["split"].values()])
-        ]  # refuses nodes that are not there
+        # Refuses nodes that are not there
+        (data["paper"] if hetero else data).y[torch.cat([*found["split"].values()])]
     return GraphData(
         name=name,
         data=data,
@@ -111,18 +110,16 @@ def provide(name: str, root: Path, offline: bool, allow_large_downloads: bool) -
         from vision.images import unpacked
 
         archive = Path(said["url"]).name
-        fits = (
-            offline or allow_large_downloads or megabytes <= 1_000 or (root / archive).exists()
-        )  # as ogb
+        # As ogb
+        fits = offline or allow_large_downloads or megabytes <= 1_000 or (root / archive).exists()
         check(
             fits,
             name,
             f"no {folder}",
             f"OGB's {archive} ({megabytes} MB) in {root}, or --allow-large-downloads",
         )
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # without a file in it, as ogb leaves it where a download failed
+        # Without a file in it, as ogb leaves it where a download failed
+        shutil.rmtree(folder, ignore_errors=True)
         unpacked(
             name,
             root,

@@ -179,9 +179,8 @@ def _converted(where: str, key: str, value: Any) -> Tensor:
     value = value.flatten() if key in ("y", "edge_weight") else value
     if key in ("x", "edge_weight"):
         return value.float().contiguous()
-    fits = (
-        not value.is_floating_point() or (value == value.trunc()).all()
-    )  # NaN is not equal to itself
+    # NaN is not equal to itself
+    fits = not value.is_floating_point() or (value == value.trunc()).all()
     check(fits, where, "other numbers", "whole numbers")
     fits = key not in MASKS.values() or ((value == 0) | (value == 1)).all()
     check(fits, where, "other values than 0 and 1", "a mask")

@@ -63,10 +63,15 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("digits", "yes", marks=pytest.mark.slow),
     ],
 )
+# Fmt: skip
 def test_three_lines(
-    name: str, headroom: advise.Verdict, presets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    headroom: advise.Verdict,
+    presets: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """Experts are tried where there is headroom; the same command reads what is there."""
     judged = advise.judge
 

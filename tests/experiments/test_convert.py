@@ -104,9 +104,8 @@ def test_an_edge_at_the_end_of_a_piece_and_in_the_next_is_kept_once(tmp_path: Pa
 def test_undirected_is_what_pyg_makes_of_it_where_edges_spill(tmp_path: Path) -> None:
     edges, nodes = np.random.default_rng(0).integers(30_000, size=(2, 2_000_000)), 30_000
     graph = StoredGraph(run(tmp_path, edges, nodes=nodes, memory=0.1))
-    theirs = to_undirected(
-        torch.from_numpy(edges), num_nodes=nodes
-    )  # ascends by source, then destination
+    # Ascends by source, then destination
+    theirs = to_undirected(torch.from_numpy(edges), num_nodes=nodes)
     assert torch.equal(torch.stack(graph.in_edges(slice(None))).flip(0), theirs)  # symmetric
 
 

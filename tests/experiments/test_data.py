@@ -157,9 +157,8 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         str(root),
     )
     quick(tmp_path / "run", *SHAPE, *args, preset="images")
-    assert (
-        len(seen[0].mean(dim=(2, 3)).argmax(dim=1).unique()) == 3
-    )  # a class is bright in one channel
+    # A class is bright in one channel
+    assert len(seen[0].mean(dim=(2, 3)).argmax(dim=1).unique()) == 3
 
 
 def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:

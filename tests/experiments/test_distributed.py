@@ -116,9 +116,8 @@ def test_two_processes_train_what_one_does(name: str, folder: Path) -> None:
     for figure in ("val", "test", "steps", "flops", "parameters"):
         assert summaries[0][figure] == summaries[1][figure], figure
     for mine, other in zip(rows(one), rows(two), strict=True):
-        assert float(mine["loss"]) == pytest.approx(
-            float(other["loss"]), rel=1e-6
-        )  # of logits in float32
+        # Of logits in float32
+        assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)
     weights = [load_file(run / "seed-0" / "checkpoint" / "best.safetensors") for run in (one, two)]
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=1e-9, atol=1e-12)

@@ -119,9 +119,8 @@ def test_all_neighbors_give_the_logits_of_the_whole_graph(
             assert len(batch.inputs) == 8  # the layers are trimmed
             sizes.append(len(batch.inputs[0]))
         assert min(sizes) < NODES
-    deeper = make_task(
-        replace(config, fanout=(2, 2, 2)), graph
-    )  # than there are layers: not trimmed
+    # Than there are layers: not trimmed
+    deeper = make_task(replace(config, fanout=(2, 2, 2)), graph)
     assert {len(batch.inputs) for batch in deeper.loader("train", 7, 1)} == {
         3 if conv == "graph" else 2
     }

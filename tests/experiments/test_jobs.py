@@ -87,14 +87,12 @@ def test_a_signal_ends_all_processes_which_save(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def act() -> None:
-        assert all(
-            os.getpgid(one.pid or 0) == one.pid for one in active_children()
-        )  # Ctrl-C reaches only this one
+        # Ctrl-C reaches only this one
+        assert all(os.getpgid(one.pid or 0) == one.pid for one in active_children())
         signal.raise_signal(number)
 
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # shells let background jobs ignore it
+    # Shells let background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert stopped(tmp_path, act, monkeypatch) == 128 + number
     finally:

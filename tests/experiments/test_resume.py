@@ -105,9 +105,8 @@ def test_a_run_stopped_three_times_equals_one_in_one_go(
     for steps in (1, whole["steps"]):  # inside an epoch, and over its end
         run_until(steps, [*command, "--resume"])
     log = cut / "seed-0" / "metrics.csv"
-    log.write_text(
-        log.read_text() + "2,9,9\n0"
-    )  # behind the checkpoint, and half a row of a process that was killed
+    # Behind the checkpoint, and half a row of a process that was killed
+    log.write_text(log.read_text() + "2,9,9\n0")
     *_, line = capsys.readouterr().err.splitlines()
     main(shlex.split(line.partition("continue with: python -m experiments.train ")[2]))
     assert_same(tmp_path / "whole", cut)

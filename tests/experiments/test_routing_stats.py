@@ -17,9 +17,8 @@ def test_properties_of_a_small_graph() -> None:
     assert set(found) == {"label", "degree", "homophily"}
     assert found["degree"].tolist() == [2, 2, 1, 0]
     assert found["homophily"].tolist() == [2, 2, 1, 0]  # shares .5, .5, 0, and none
-    several = node_properties(
-        Data(edge_index=edges, y=torch.zeros(4, 3), num_nodes=4)
-    )  # labels a node
+    # Labels a node
+    several = node_properties(Data(edge_index=edges, y=torch.zeros(4, 3), num_nodes=4))
     assert set(several) == {"degree"}
 
 
@@ -35,9 +34,8 @@ def test_bins_keep_order_and_equal_values_together(values: list[int], bins: int)
 def test_distinct_values_fill_the_bins_evenly_and_few_are_told_apart_however_rare() -> None:
     counts = quantile_bins(torch.randperm(800).float(), 8).bincount()
     assert [len(counts), int(counts.min()) >= 99, int(counts.max()) <= 101] == [8, True, True]
-    degrees = torch.tensor(
-        [8.0] * 970 + [3.0] * 4 + [5.0] * 26
-    )  # a grid: corners, edges, and the rest
+    # A grid: corners, edges, and the rest
+    degrees = torch.tensor([8.0] * 970 + [3.0] * 4 + [5.0] * 26)
     assert quantile_bins(degrees).unique().tolist() == [0, 1, 2]
     many = torch.cat([torch.full((900,), 50.0), torch.arange(100).float()])
     assert (quantile_bins(many)[:900] > quantile_bins(many)[900]).all()

@@ -179,10 +179,11 @@ def screened_columns() -> dict[str, dict[str, Any]]:
 def test_arms_are_ranked_by_their_mean_gain_in_validation_over_the_weighed_columns() -> None:
     results = screened_columns()
     results["mosaic"]["copies-layer-node-quiet"] = validated(0.9)
+    # Is not weighed
     results["digits"] = {
         "dense": validated(0.4),
         "copies-layer-node-quiet": validated(0.0),
-    }  # is not weighed
+    }
     del results["cora"]["pooled-layer-node-quiet"]  # so that this arm is not ranked
     ranked = ranking(results)
     assert [name for name, _ in ranked[:2]] == [
@@ -235,9 +236,8 @@ def test_an_arm_passes_unless_it_is_surely_worse() -> None:
         ),
     }
     assert [passes(known, name) for name in ("default", "worse", "unsure")] == [True, False, True]
-    low, high = interval(
-        [1.0, 2.0, 3.0]
-    )  # mean 2, standard error 1 / sqrt(3), t of two degrees 4.3027
+    # Mean 2, standard error 1 / sqrt(3), t of two degrees 4.3027
+    low, high = interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
     _, _, first, _, _, worse, _ = confirmed_table({"cora": known}).splitlines()
     assert first == "| cora | dense | 81.50 | 1.00 × | – | – | – |"

@@ -139,9 +139,8 @@ STUDIED: dict[str, RunConfig] = {
 @pytest.mark.parametrize("name", STUDIED)
 def test_studies_leave_nothing_to_the_library(name: str) -> None:
     config = STUDIED[name]
-    router = (
-        config.router if config.equal is None else config.equal_to
-    )  # of a matched model, what it is matched to
+    # Of a matched model, what it is matched to
+    router = config.router if config.equal is None else config.equal_to
     made = gmoe.OracleRouter if router == "oracle" else gmoe.ROUTERS.get(router)
     takes = (
         set() if made is None else {"weight", "balance"} & inspect.signature(made).parameters.keys()

@@ -38,9 +38,8 @@ def plain(model: Any, **options: Any) -> Any:
 def torchvision_vit(layers: int = 3) -> VisionTransformer:
     torch.manual_seed(0)
     vit = VisionTransformer(8, 4, layers, 2, 16, 24, num_classes=5)
-    nn.init.normal_(
-        vit.heads.head.weight
-    )  # torchvision's starts at zero, under which all models are equal
+    # Torchvision's starts at zero, under which all models are equal
+    nn.init.normal_(vit.heads.head.weight)
     return vit.double().eval()
 
 

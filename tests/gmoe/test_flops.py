@@ -103,10 +103,11 @@ def stepped(call: Any) -> Any:
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_flops_of_the_backward_pass(backend: Any) -> None:
     x = torch.randn(T, D, requires_grad=True)
+    # The gradient of the gather is an index_add
     products, sums = (
         2 * T * (D * 16 + 16 * O),
         T * O + T * D,
-    )  # the gradient of the gather is an index_add
+    )
     experts = MLPExperts(D, 16, O, E, backend=backend)
     biases = T * (16 + O)  # their gradient is an index_add
     assert count_flops(stepped(planted(experts)), x) == 3 * products + sums + biases

@@ -57,9 +57,8 @@ def test_a_moefied_model_starts_as_the_dense_one_trains_and_loads(
     dense = build(name)
     model = moefy(copy.deepcopy(dense), num_experts=4, targets=targets)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    mlps = [
-        name for name, _ in dense.named_modules() if name.endswith(".mlp")
-    ]  # SigLIP's head has one too
+    # SigLIP's head has one too
+    mlps = [name for name, _ in dense.named_modules() if name.endswith(".mlp")]
     assert len(layers) == (2 if targets is None else len(mlps))
     assert torch.equal(run(model), run(dense))
 

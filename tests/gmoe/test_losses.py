@@ -85,16 +85,13 @@ def test_separation_loss() -> None:
     # within: cos(a0, a1) = .6 -> .36; cos(b0, b1) = 0; mean over the two pairs .18
     # across: (a0, b0) 0; (a0, b1) -1 -> 0; (a1, b0) .8 -> .64; (a1, b1) -.6 -> 0; mean over the four pairs .16
     torch.testing.assert_close(separation_loss(centroid), scalar(0.34))
-    torch.testing.assert_close(
-        separation_loss(torch.ones(3, 2, 4)), torch.tensor(2.0)
-    )  # all the same: 1 + 1
+    # All the same: 1 + 1
+    torch.testing.assert_close(separation_loss(torch.ones(3, 2, 4)), torch.tensor(2.0))
     torch.testing.assert_close(separation_loss(torch.eye(4).view(2, 2, 4)), torch.tensor(0.0))
-    torch.testing.assert_close(
-        separation_loss(torch.ones(3, 1, 4)), torch.tensor(1.0)
-    )  # no pair within
-    torch.testing.assert_close(
-        separation_loss(torch.ones(1, 3, 4)), torch.tensor(1.0)
-    )  # no pair across
+    # No pair within
+    torch.testing.assert_close(separation_loss(torch.ones(3, 1, 4)), torch.tensor(1.0))
+    # No pair across
+    torch.testing.assert_close(separation_loss(torch.ones(1, 3, 4)), torch.tensor(1.0))
     assert separation_loss(torch.ones(1, 1, 4)) == 0
 
 

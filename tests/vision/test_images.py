@@ -187,9 +187,8 @@ def test_published_sets(
 def test_split_is_stratified_disjoint_and_complete(
     counts: list[int], share: float, seed: int
 ) -> None:
-    labels = (
-        torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * 3
-    )  # classes need not be 0..C-1
+    # Classes need not be 0..C-1
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * 3
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     train, val = split_images(labels, share, seed)
     assert torch.cat([train, val]).sort()[0].tolist() == list(range(len(labels)))

@@ -112,9 +112,8 @@ def assert_equals_masked(conv: HeteroMoEConv, x_dict: Nodes, edge_index_dict: Ed
             if not name.startswith("experts.")
         }
         if not reference:
-            assert all(
-                p.grad is not None for p in conv.experts.parameters()
-            )  # zeros where nothing came
+            # Zeros where nothing came
+            assert all(p.grad is not None for p in conv.experts.parameters())
             return found | {
                 f"experts.{name}": gradient(p) for name, p in conv.experts.named_parameters()
             }

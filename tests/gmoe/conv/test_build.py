@@ -267,9 +267,8 @@ def test_a_conv_that_says_nothing_runs_in_full_with_a_warning() -> None:
         UserWarning, match=r"TwoHops runs on the whole graph.*pass local=True"
     ) as caught:
         layer = MoEConv(TwoHops, 4, 4, num_experts=3, k=2).double()
-    assert [warning.filename for warning in caught] == [
-        __file__
-    ]  # once, and points to the line of the user
+    # Once, and points to the line of the user
+    assert [warning.filename for warning in caught] == [__file__]
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
 
 

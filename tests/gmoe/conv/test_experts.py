@@ -249,11 +249,12 @@ def test_edge_features_that_do_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build(conv, kwargs)(x, EDGES, edge_attr=given, routing=routing)
+    # As PyG has it
     for conv, kwargs in (
         ("gat", {}),
         ("gat", {"edge_dim": 3}),
         ("gatv2", {"edge_dim": 3}),
-    ):  # as PyG has it
+    ):
         assert_equals_masked(build(conv, kwargs), x, EDGES, weight_TE=weights(NODES))
     for edge_dim, given in ((None, attr), (1, attr[:, 0])):  # one feature an edge, as a vector
         layer = build("gat", {"edge_dim": edge_dim})

@@ -49,9 +49,8 @@ def dense(widths: Any = WIDTHS, metadata: Any = METADATA, **kwargs: Any) -> Rela
 
 def layer(widths: Any = WIDTH, **kwargs: Any) -> HeteroMoEConv:
     torch.manual_seed(0)
-    if (
-        kwargs.get("router", "token_choice") == "token_choice"
-    ):  # noise would differ from call to call
+    # Noise would differ from call to call
+    if kwargs.get("router", "token_choice") == "token_choice":
         kwargs.setdefault("router_kwargs", {"balance": None})
     kwargs.setdefault("start", "plain")
     return HeteroMoEConv(
@@ -100,9 +99,8 @@ def test_absent_relations_and_isolated_nodes_add_zero() -> None:
     backward(alone)
     assert all(p.grad is not None for p in conv.parameters())
     together = conv(xs, edges())
-    assert all(
-        torch.allclose(together[t][-1], alone[t][-1]) for t in alone
-    )  # the last ones are isolated
+    # The last ones are isolated
+    assert all(torch.allclose(together[t][-1], alone[t][-1]) for t in alone)
     assert not torch.allclose(together["paper"], alone["paper"])
 
 

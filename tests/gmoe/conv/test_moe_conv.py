@@ -38,9 +38,8 @@ def test_neighbors_vote_along_the_edges() -> None:
         moe: Any = layer("sage", flow=flow, **options)
         _, routing = moe(x, edge_index, return_routing=True)
         torch.testing.assert_close(routing.scores, moe.router(x, None, edges).scores)
-    torch.testing.assert_close(
-        routing.scores[6:], torch.ones(2, EXPERTS)
-    )  # isolated nodes vote for themselves
+    # Isolated nodes vote for themselves
+    torch.testing.assert_close(routing.scores[6:], torch.ones(2, EXPERTS))
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
@@ -249,9 +248,8 @@ def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
     torch.testing.assert_close(replaced(x, edge_index), halved(x, edge_index))
     edges = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, edge_dim=2)
     edges.experts.lin_edge = Halved(edges.experts.lin_edge)
-    with pytest.raises(
-        ValueError, match="lin_edge: got a changed layer"
-    ):  # of which the weight alone is read
+    # Of which the weight alone is read
+    with pytest.raises(ValueError, match="lin_edge: got a changed layer"):
         edges(x, edge_index, edge_attr=torch.ones(edge_index.size(1), 2))
 
 

@@ -61,9 +61,8 @@ def test_batches_are_parts_of_the_graph(
             assert sum(batch.num_sampled_edges) == batch.num_edges
             assert batch.edge_index[1].bincount().max() <= 4
             assert batch.edge_index[1].max() < sum(batch.num_sampled_nodes[:2])
-    loader._iterator = (
-        None  # ends a worker at once, which the garbage collector would wait 5 seconds for
-    )
+    # Ends a worker at once, which the garbage collector would wait 5 seconds for
+    loader._iterator = None
 
 
 @each_backend

@@ -37,9 +37,8 @@ def test_output_is_a_sampled_subgraph(
 ) -> None:
     data = graph(num_nodes, num_edges, seed)
     generator = torch.Generator().manual_seed(seed)
-    seeds = torch.randint(
-        num_nodes, (num_seeds,), generator=generator
-    ).tolist()  # some of them twice
+    # Some of them twice
+    seeds = torch.randint(num_nodes, (num_seeds,), generator=generator).tolist()
     torch.manual_seed(seed)
     sampler = NeighborSampler(data, fanouts, replace)
     for _ in range(2):  # the second batch meets no trace of the first
@@ -91,14 +90,12 @@ def test_hub() -> None:
     edges = out.edge.view(trials, k)
     assert (edges.sort(dim=1).values.diff(dim=1) > 0).all()
     stretch = (out.edge // (degree // 10)).bincount(minlength=10)
-    assert within(
-        stretch, trials * k, 0.1
-    ).all()  # without replacement it spreads less than a binomial
+    # Without replacement it spreads less than a binomial
+    assert within(stretch, trials * k, 0.1).all()
     assert within((out.edge % 2).sum(), trials * k, 0.5)
     last = torch.tensor([0] * 10 + list(range(degree - 10, degree)))
-    assert (
-        out.edge.bincount(minlength=degree)[last].max() <= 8
-    )  # Poisson(0.8): above it once in 10^6
+    # Poisson(0.8): above it once in 10^6
+    assert out.edge.bincount(minlength=degree)[last].max() <= 8
 
 
 def test_replacement_draws_independently() -> None:

@@ -44,9 +44,8 @@ def model(**kwargs: Any) -> GNNMoE:
         "num_experts": experts,
         **kwargs,
     }
-    if (
-        options.get("router", "token_choice") == "token_choice"
-    ):  # noise would differ from call to call
+    # Noise would differ from call to call
+    if options.get("router", "token_choice") == "token_choice":
         options.setdefault("router_kwargs", {"balance": None})
     return GNNMoE(IN, **{"start": "plain", **options}).double()
 
@@ -121,10 +120,11 @@ def test_heads_divide_the_hidden_width(jk: str | None) -> None:
     gnn = model(conv="gat", heads=2, jk=jk, edge_dim=5)
     assert gnn(x, edge_index, edge_attr=features(edge_index.size(1), 5)).shape == (NODES, OUT)
     assert gnn.convs[0].out_channels == HIDDEN // 2
+    # Which are averaged
     assert model(conv="general", heads=4, jk=jk)(x, edge_index).shape == (
         NODES,
         OUT,
-    )  # which are averaged
+    )
     with pytest.raises(ValueError, match="hidden_channels: got 6"):
         model(conv="gat", heads=4)
 

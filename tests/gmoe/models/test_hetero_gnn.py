@@ -54,9 +54,8 @@ def model(data: HeteroData = DATA, **kwargs: Any) -> HeteroGNNMoE:
         "target": "paper",
         **kwargs,
     }
-    if (
-        options.get("router", "token_choice") == "token_choice"
-    ):  # noise would differ from call to call
+    # Noise would differ from call to call
+    if options.get("router", "token_choice") == "token_choice":
         options.setdefault("router_kwargs", {"balance": None})
     return HeteroGNNMoE(
         {"paper": IN}, options.pop("hidden_channels", HIDDEN), OUT, data.metadata(), **options

@@ -26,9 +26,8 @@ def test_the_weight_is_capped_at_ten() -> None:
     weight = identity_gate(1, normalize="tokens")(logits).weight
     share = math.exp(10) / (math.exp(10) + 19)
     assert weight[0].item() == 10.0
-    assert weight[1].item() == pytest.approx(
-        20 * (1 - share) / 19, rel=1e-5
-    )  # the mean share is 1 / 20
+    # The mean share is 1 / 20
+    assert weight[1].item() == pytest.approx(20 * (1 - share) / 19, rel=1e-5)
     weight[0].backward()
     assert logits.grad is not None
     assert not logits.grad.any()
@@ -77,9 +76,8 @@ def test_the_scale_by_hand(router: ExpertChoice) -> None:
     """The divisor of exp(logit): the sum over the group times the mean of the selected shares."""
     step(router, *logs(4, 1, 3, 2))  # sum 10; shares .4 and .3, mean .35: scale 3.5
     assert router.selection.log_scale_E.exp().item() == pytest.approx(3.5)
-    step(
-        router, *logs(1, 1, 5, 1)
-    )  # takes 5 and the first 1: sum 8, mean 3/8: scale 3; the logarithms are averaged
+    # Takes 5 and the first 1: sum 8, mean 3/8: scale 3; the logarithms are averaged
+    step(router, *logs(1, 1, 5, 1))
     assert router.selection.log_scale_E.item() == pytest.approx((math.log(3.5) + math.log(3)) / 2)
     assert router.selection.threshold_E.item() == pytest.approx((math.log(3) + math.log(1)) / 2)
 

@@ -405,9 +405,8 @@ def test_a_traced_router_routes_other_tokens(router: Router) -> None:
     traced = torch.jit.trace(layer, torch.randn(9, D), check_trace=False)
     for x in torch.randn(3, 9, D):
         torch.testing.assert_close(traced(x), layer(x))
-    if isinstance(
-        router, ExpertChoice
-    ):  # the sizes of ragged groups would be those of the first call
+    # The sizes of ragged groups would be those of the first call
+    if isinstance(router, ExpertChoice):
         with pytest.raises(RuntimeError, match=r"batch: torch.jit.trace would freeze"):
             torch.jit.trace(layer, (torch.randn(9, D), torch.tensor([0] * 4 + [1] * 5)))
 

@@ -49,9 +49,8 @@ def test_capacity_in_training_only_and_what_it_dropped() -> None:
 def test_a_bias_does_not_change_the_priority() -> None:
     """Among first choices the highest probability goes first, and a bias is no probability."""
     router = with_gate(TokenChoice(2, 2, noise=False, capacity_factor=0.5), torch.eye(2).tolist())
-    router.next_bias_E.copy_(
-        torch.tensor([0.0, 9.0])
-    )  # everyone takes expert 1, which takes one token
+    # Everyone takes expert 1, which takes one token
+    router.next_bias_E.copy_(torch.tensor([0.0, 9.0]))
     x = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log()
     assert router(x).token.tolist() == [1]
 
@@ -67,9 +66,8 @@ def test_bias_by_hand() -> None:
     weight = router(x).weight  # logits 3 (x - 2), 0: 3, 3, 3 and -9
     assert router.mean_D.tolist() == [2.0, 0.0]
     torch.testing.assert_close(router.bias_E, 0.5 * spread * torch.tensor([-0.5, 0.5]))
-    torch.testing.assert_close(
-        weight, torch.tensor([3.0, 3.0, 3.0, 9.0]).sigmoid()
-    )  # which do not see the bias
+    # Which do not see the bias
+    torch.testing.assert_close(weight, torch.tensor([3.0, 3.0, 3.0, 9.0]).sigmoid())
 
 
 def test_the_mean_token_is_taken_away() -> None:
