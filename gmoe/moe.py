@@ -28,6 +28,9 @@ Start: TypeAlias = Literal["copies", "shared", "plain"]
 - ``"plain"``: independent experts, and nothing beside them.
 """
 
+OF_BALANCE = ("balance", "balance_coef", "bias_rate", "noise")
+"""Arguments of token choice that say how its load is kept even, or how it explores."""
+
 REMOVED = ("shared_expert", "dense_start")
 """Arguments that ``start`` has replaced."""
 
@@ -84,9 +87,9 @@ def _defaults_for_copies(router: RouterLike, k: int, kwargs: Mapping[str, Any]) 
     defaults: dict[str, Any] = {}
     if router in ("token_choice", "multi_centroid") and k == 1:
         defaults["weight"] = "straight_through"
-    # The noise is that of the balanced router, which explores; a caller who sets one of the two
-    # gets what the router makes of it.
-    if router == "token_choice" and kwargs.keys().isdisjoint(("balance", "noise")):
+    # The noise is that of the balanced router, which explores; a caller who says anything of
+    # balance or noise gets what the router makes of it.
+    if router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
         defaults |= {"balance": None, "noise": "spread"}
     return defaults
 

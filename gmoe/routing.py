@@ -47,7 +47,8 @@ class Routing:
         detached: the losses were computed in training while gradients were off: they train nothing
             (default ``False``).
         slot: (P,) int64, only if each token has the same number K of pairs: ``token * K + j``, each
-            once. It makes a GPU faster, and changes no result (default ``None``).
+            once. It makes a GPU faster, and changes no result (default ``None``). Set it to
+            ``None`` where you drop or reorder the pairs of a routing.
         validate: check the tensors (default ``True``); pass ``False`` if they are right by
             construction.
 
@@ -255,9 +256,15 @@ class Routing:
         Args:
             tokens: a slice of step 1; its cost is that of the pairs it holds. ``None`` for all.
             experts: distinct experts; ``experts[i]`` becomes expert ``i``. ``None`` for all.
+
+        Raises:
+            ValueError: no expert.
         """
+        if experts is not None and not len(experts):
+            raise ValueError("experts: got none, expected at least one")
         rows = slice(None) if tokens is None else tokens
         start, stop, _ = rows.indices(self.num_tokens)
+        stop = max(start, stop)  # an empty slice, as Python has it
         is_whole = (start, stop) == (0, self.num_tokens)
         if is_whole and experts is None:
             return self

@@ -79,7 +79,8 @@ class MoEConv(MoELayer, MessagePassing):
     - anything else runs on the whole graph for each expert, with a warning that its cost grows
       with E.
 
-    A node without an expert gets zero from the routed experts. ``create_graph=True`` is refused.
+    A node without an expert gets zero from the routed experts. ``create_graph=True`` is
+    refused; compiled layers leave that to torch.
     ``to_hetero`` and lazy widths (``in_channels=-1``) work; explainers' edge masks act on the
     experts' messages, not on the router.
 

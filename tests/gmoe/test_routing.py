@@ -300,3 +300,14 @@ def test_a_compiled_model_is_recorded_unless_it_was_traced_before() -> None:
         record_routing(compiled),
     ):
         compiled(torch.randn(6, 4))
+
+
+def test_select_of_a_slice_that_ends_before_it_starts_is_empty() -> None:
+    choices = torch.rand(6, 4).topk(2).indices
+    routing = Routing.from_choices(choices, torch.rand(6, 2), 4)
+    for empty in (slice(5, 2), slice(3, 3)):
+        selected = routing.select(empty)
+        assert selected.num_tokens == 0
+        assert selected.load.tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="^experts: got none, expected at least one"):
+        routing.select(experts=[])

@@ -154,6 +154,9 @@ def test_token_choice_by_name_does_not_balance_copies() -> None:
     assert (copies.balance, copies.by_spread, copies.weight) == (None, True, "straight_through")
     pair_of_experts = router(start="copies", k=2)
     assert (pair_of_experts.balance, pair_of_experts.weight) == (None, "normalized")
+    rate: dict[str, Any]
+    for rate in ({"bias_rate": 0.2}, {"balance_coef": 0.1, "balance": "switch"}):
+        assert router(start="copies", router_kwargs=rate).balance == rate.get("balance", "bias")
     balanced = router(start="copies", router_kwargs={"balance": "bias"})
     assert (balanced.balance, balanced.by_spread, balanced.weight) == (
         "bias",
