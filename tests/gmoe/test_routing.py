@@ -309,5 +309,5 @@ def test_select_of_a_slice_that_ends_before_it_starts_is_empty() -> None:
         selected = routing.select(empty)
         assert selected.num_tokens == 0
         assert selected.load.tolist() == [0, 0, 0, 0]
-    with pytest.raises(ValueError, match="^experts: got none, expected at least one"):
+    with pytest.raises(ValueError, match=r"^experts: got none, expected at least one"):
         routing.select(experts=[])
