@@ -24,7 +24,7 @@ from experiments.tables import mean_std
 NAMES = {
     "dense": "dense",
     "shared": "beside a shared expert (default)",
-    "copies": 'copies (`start="copies"`)',
+    "copies": 'copies (start="copies")',
     "differences": "a base and differences, routed once",
 }
 MARKERS = {"dense": "D", "shared": "s", "copies": "o", "differences": "^"}
@@ -85,14 +85,14 @@ def draw(found: Lines, theme: str, path: Path) -> None:
     inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     colored: dict[Any, Any] = dict.fromkeys(inks, ink)
     with rc_context(colored):
-        figure = Figure(figsize=(11, 3.4))
+        figure = Figure(figsize=(4 + 2.6 * len(found), 3.8))
         panels = figure.subplots(1, len(found), squeeze=False)[0]
         for axis, (column, models) in zip(panels, found.items(), strict=True):
             draw_panel(axis, column, models, colors)
         panels[0].set_ylabel("test score (%)")
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", ncols=4, fontsize=10, frameon=False)
-        figure.tight_layout(rect=(0, 0, 1, 0.92))
+        figure.legend(handles, names, loc="upper center", ncols=2, fontsize=9, frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 0.87))
         note = {"Description": description(found)}
         figure.savefig(path, dpi=110, transparent=True, metadata=note)
 

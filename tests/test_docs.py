@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import gmoe
-from docs import router_figure
+from docs import curves_figure, router_figure
 from docs.check_links import broken
 from experiments.files import read_json
 from experiments.presets import PRESETS
@@ -155,6 +155,16 @@ def test_the_figure_of_the_readme_shows_the_results(theme: str, tmp_path: Path) 
     committed, drawn = (Image.open(file).info["Description"] for file in files)
     assert committed == drawn
     assert "mosaic: token-choice +1.91 ± 1.56, expert-choice -3.30 ± 1.67, random" in drawn
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_figure_of_curves_shows_the_results(theme: str, tmp_path: Path) -> None:
+    """If it does not, run ``python -m docs.curves_figure``."""
+    curves_figure.main(tmp_path)
+    files = [folder / f"curves-{theme}.png" for folder in (curves_figure.FIGURES, tmp_path)]
+    committed, drawn = (Image.open(file).info["Description"] for file in files)
+    assert committed == drawn
+    assert "mosaic copies: 20.7 75.95 ± 5.08" in drawn
 
 
 LAB = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "lab").glob("*.md"))).replace(
