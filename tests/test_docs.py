@@ -161,7 +161,7 @@ def test_the_figure_of_the_readme_shows_the_results(theme: str, tmp_path: Path) 
 def test_the_figure_of_curves_shows_the_results(theme: str, tmp_path: Path) -> None:
     """If it does not, run ``python -m docs.curves_figure``."""
     curves_figure.main(tmp_path)
-    files = [folder / f"curves-{theme}.png" for folder in (curves_figure.FIGURES, tmp_path)]
+    files = [folder / f"curves-{theme}.png" for folder in (router_figure.FIGURES, tmp_path)]
     committed, drawn = (Image.open(file).info["Description"] for file in files)
     assert committed == drawn
     assert "mosaic copies: 20.7 75.95 ± 5.08" in drawn
