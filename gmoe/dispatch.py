@@ -116,7 +116,7 @@ def grouped_linear(
               it refuses, runs as ``"loop"``; widths that its alignment rule refuses are padded with
               zeros.
             - ``"auto"`` (default): ``"loop"`` on the CPU; on CUDA, a backend without host syncs,
-              see :func:`kernel_of`.
+              see ``gmoe.dispatch.kernel_of``.
 
     Follows autocast as ``nn.Linear`` does. Can be differentiated once.
 
