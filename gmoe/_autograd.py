@@ -1,4 +1,4 @@
-"""Helpers of the autograd functions, and most of what gmoe uses of torch's private parts."""
+"""Helpers of autograd functions and compiled code, and most of gmoe's uses of torch's privates."""
 
 from __future__ import annotations
 
@@ -20,6 +20,25 @@ UNSUPPORTED = (
 
 in_transform = torch._C._are_functorch_transforms_active
 """True inside a transform of ``torch.func``."""
+
+
+class lazy:  # noqa: N801
+    """A property that is computed once, and then kept by its object.
+
+    Not ``functools.cached_property``: in Python 3.11 it takes a lock, which ``torch.compile``
+    cannot trace.
+    """
+
+    def __init__(self, method: Callable[[Any], Any]) -> None:
+        self.method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, instance: Any, _: type | None = None) -> Any:
+        result = self.method(instance)
+        # From now on, Python finds the attribute of the instance, and does not ask here again. Not
+        # by setattr, which frozen dataclasses refuse.
+        object.__setattr__(instance, self.method.__name__, result)
+        return result
 
 
 def is_watched() -> bool:

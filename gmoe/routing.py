@@ -10,13 +10,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import InitVar, dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._autograd import untraced
+from gmoe._autograd import lazy, untraced
 from gmoe._checks import INTEGERS, check_range, described, readable
 
 
@@ -307,7 +306,7 @@ class Routing:
             validate=False,
         )
 
-    @cached_property
+    @lazy
     def _spans(self) -> list[tuple[int, int]]:
         """First and end of each expert's pairs, read from the device once."""
         ends = self.offsets.tolist()

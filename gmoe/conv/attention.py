@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
-from gmoe._autograd import first_order, operator
+from gmoe._autograd import first_order, lazy, operator
 from gmoe.conv.base import StackedExperts, is_plain, stacked
 from gmoe.conv.edges import Edges, blocks, dot, weighted_sum
 from gmoe.conv.graph import Graph
-from gmoe.conv.kept import lazy
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing

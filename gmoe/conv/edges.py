@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmoe._autograd import first_order, operator
-from gmoe.conv.kept import lazy
+from gmoe._autograd import first_order, lazy, operator
 
 # Once a process, torch warns that sparse CSR matrices are in beta. Make one here, so that users do
 # not get the warning from a layer.

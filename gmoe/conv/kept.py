@@ -36,24 +36,6 @@ def versions_of(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
     return tuple(None if value is None else value._version for value in tensors)
 
 
-class lazy:  # noqa: N801
-    """A property that is computed once, and then kept by its object.
-
-    Not ``functools.cached_property``: in Python 3.11 it takes a lock, which ``torch.compile``
-    cannot trace.
-    """
-
-    def __init__(self, method: Callable[[Any], Any]) -> None:
-        self.method = method
-        self.__doc__ = method.__doc__
-
-    def __get__(self, instance: Any, _: type | None = None) -> Any:
-        result = self.method(instance)
-        # From now on, Python finds the attribute of the instance, and does not ask here again.
-        setattr(instance, self.method.__name__, result)
-        return result
-
-
 def once(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of :class:`gmoe.Graph` compute its result once for the same options.
 
