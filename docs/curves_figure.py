@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any, TypeAlias
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from docs.router_figure import FIGURES, ROOT
+from docs.router_figure import FIGURES, ROOT, drawn_in
 from experiments.curves import Point, curves
 from experiments.starts import read_results
 from experiments.tables import mean_std
@@ -82,9 +81,7 @@ def draw_panel(axis: Axes, column: str, models: dict[str, list[Point]], colors: 
 def draw(found: Lines, theme: str, path: Path) -> None:
     """One file, for a light or a dark page."""
     ink, colors = THEMES[theme]
-    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    colored: dict[Any, Any] = dict.fromkeys(inks, ink)
-    with rc_context(colored):
+    with drawn_in(ink):
         figure = Figure(figsize=(4 + 2.6 * len(found), 3.8))
         panels = figure.subplots(1, len(found), squeeze=False)[0]
         for axis, (column, models) in zip(panels, found.items(), strict=True):

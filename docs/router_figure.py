@@ -8,6 +8,7 @@ standard deviation of the differences, seed by seed, to either side.
 from __future__ import annotations
 
 import statistics
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -82,12 +83,17 @@ def draw_panel(axis: Axes, found: Gains, colors: tuple[str, ...]) -> None:
         axis.axvline(line - 0.5, color="gray", linewidth=0.4, alpha=0.5)
 
 
+def drawn_in(ink: str) -> AbstractContextManager[None]:
+    """Inside, texts and axes have this color."""
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    colored: dict[Any, Any] = dict.fromkeys(inks, ink)
+    return rc_context(colored)
+
+
 def draw(found: Gains, theme: str, path: Path) -> None:
     """One file, for a light or a dark page."""
     ink, colors = THEMES[theme]
-    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    colored: dict[Any, Any] = dict.fromkeys(inks, ink)
-    with rc_context(colored):
+    with drawn_in(ink):
         figure = Figure(figsize=(10, 3.6))
         left, right = figure.subplots(1, 2, width_ratios=[len(found) - 1, 1.25])
         draw_panel(left, {name: rows for name, rows in found.items() if name != WIDE}, colors)
