@@ -43,7 +43,7 @@ def models(column: str, base: RunConfig) -> dict[str, RunConfig]:
     return {
         "dense": known["dense"],
         "shared": known["default"],
-        "copies": on_column(OFFERED, column).applied(base),
+        "copies": on_column(OFFERED[0], column).applied(base),
         "differences": on_column(DIFFERENCES, column).applied(base),
     }
 

@@ -207,7 +207,7 @@ def test_the_best_two_are_confirmed_on_seeds_that_were_not_looked_at() -> None:
     assert {name.partition("/")[2] for name in on_graphs} == {
         *("dense", "dense-flops", "default"),
         *("copies-layer-node-quiet", "copies-once-neighbors-constant-tied-half"),
-        OFFERED.name,
+        *(arm.name for arm in OFFERED),
     }
     # Images have a router in each layer, and a patch has no neighbors.
     tied = found["digits/copies-layer-node-constant-tied-half"]
