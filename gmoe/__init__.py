@@ -17,6 +17,7 @@ from gmoe.convert import moefy
 from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
+from gmoe.from_base import fold
 from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
 from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.routers import (
@@ -90,6 +91,7 @@ __all__ = [
     "count_flops",
     "cv_squared",
     "dispatch",
+    "fold",
     "grouped_linear",
     "importance_loss",
     "load_loss",

@@ -68,6 +68,10 @@ class ConvExperts(nn.Module, ABC):
         """(T, D) the sum over neighbors that all experts share; ``None`` if they share none."""
         return None
 
+    def routed_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of which a token uses those of its own experts."""
+        return self.parameters()
+
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of features that the experts take; ``None`` if each conv checks it."""

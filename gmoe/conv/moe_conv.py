@@ -34,6 +34,7 @@ from gmoe.conv.arguments import (
 )
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.build import Trial, build_experts
+from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, kinds_of
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
@@ -236,10 +237,13 @@ class MoEConv(MoELayer, MessagePassing):
                 )
 
             # 2. The routed experts.
-            copies = None
             if self.start == "copies":
-                copies = [dense, *(copy.deepcopy(dense) for _ in range(1, self.num_experts))]
-            self.experts = build_experts(make_routed, options.local, options.backend, copies)
+                copies = [copy.deepcopy(dense) for _ in range(self.num_experts)]
+                differences = build_experts(make_routed, options.local, options.backend, copies)
+                base = build_experts(make_dense, options.local, options.backend, [dense])
+                self.experts = ConvsFromBase(base, differences)
+            else:
+                self.experts = build_experts(make_routed, options.local, options.backend)
             self.flow = self.experts.flow
 
             # 3. The router.
@@ -284,7 +288,9 @@ class MoEConv(MoELayer, MessagePassing):
             reset(self.router)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
-        return iter(()) if self.experts is None else self.experts.parameters()
+        if self.experts is None:  # while widths are open
+            return iter(())
+        return self.experts.routed_parameters()
 
     def expert(self, index: int) -> nn.Module:
         """A detached copy of expert ``index``: a plain PyG conv.

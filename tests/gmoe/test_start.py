@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
+import gmoe
 from gmoe import (
     FilterConv,
     GNNMoE,
@@ -226,15 +227,15 @@ def test_copies_learn_apart() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(features(NODES, WIDTH), EDGES).sin().sum().backward()
     optimizer.step()
-    weights = layer.experts.linear.weight
+    weights = gmoe.fold(layer).experts.linear.weight
     assert not torch.equal(weights[0], weights[1])
 
 
-def test_copies_have_the_parameters_of_their_experts_and_of_the_router_alone() -> None:
+def test_copies_have_the_parameters_of_a_base_their_differences_and_the_router_alone() -> None:
     conv = GCNConv(WIDTH, WIDTH)
     layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, start="copies", router_kwargs=STRAIGHT)
     counted = sum(parameter.numel() for parameter in layer.parameters())
-    assert counted == 3 * sum(parameter.numel() for parameter in conv.parameters()) + 3 * WIDTH
+    assert counted == 4 * sum(parameter.numel() for parameter in conv.parameters()) + 3 * WIDTH
 
 
 @pytest.mark.parametrize(

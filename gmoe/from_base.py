@@ -1,0 +1,137 @@
+r"""Experts that share a base: the weights of expert e are :math:`W_e = W_0 + \Delta_e`.
+
+The tokens of all experts train the base :math:`W_0`; those of expert e alone train its difference
+:math:`\Delta_e`, which starts at zero. Under plain gradient descent this is the same as independent
+copies whose gradients are pooled; under Adam it is not, and it does better (page "Experts that
+start as copies").
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FromBase(nn.Module):
+    """Experts as a base and differences; see above.
+
+    Each call adds the two, E times the weights of an expert: little beside the product, unless
+    there are fewer tokens than columns. :func:`fold` spares it.
+
+    The base and the differences are experts of the same form, so that each can be looked at,
+    frozen, or given a weight decay of its own. Their buffers are not added: those of the
+    differences are used. A base with ``requires_grad_(False)`` leaves differences alone to learn,
+    as adapters do.
+
+    Args:
+        base: one expert.
+        differences: E experts. Their parameters are set to zero.
+    """
+
+    def __init__(self, base: Any, differences: Any) -> None:
+        super().__init__()
+        self.base = base
+        self.differences = differences
+        self._forget_differences()
+        self.register_load_state_dict_pre_hook(_read_independent)
+
+    @torch.no_grad()
+    def _forget_differences(self) -> None:
+        for parameter in self.differences.parameters():
+            parameter.zero_()
+
+    def forward(self, *args: Any) -> Tensor:
+        """Run the experts on what their class takes."""
+        pairs = zip(self.differences.named_parameters(), cycle(self.base.parameters()))
+        if torch.compiler.is_compiling():
+            # The compiler traces functional_call, which puts the tensors into the module itself.
+            merged = {name: base + difference for (name, difference), base in pairs}
+            return functional_call(self.differences, merged, args)
+        # In eager code another thread may be running the module, which stays as it is.
+        by_id = {id(difference): base + difference for (_, difference), base in pairs}
+        return with_tensors(self.differences, by_id)(*args)
+
+    def routed_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that a token uses a share of: those of the differences."""
+        return iter(self.differences.parameters())
+
+    def reset_parameters(self) -> None:
+        """Draw the base anew; the differences start again from zero."""
+        self.base.reset_parameters()
+        self._forget_differences()
+
+    @torch.no_grad()
+    def folded(self) -> nn.Module:
+        """The differences themselves, with the base added to them: independent experts."""
+        parameters = zip(self.differences.parameters(), cycle(self.base.parameters()))
+        for difference, base in parameters:
+            difference += base
+        return self.differences
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A shallow copy of a module that computes with other tensors; the module is left as it is.
+
+    Args:
+        module: its buffers, hooks and options are those of the copy, too.
+        tensors: by the ``id`` of each parameter, what the copy has in its place.
+    """
+    copied = object.__new__(type(module))
+    copied.__dict__ = {
+        **vars(module),
+        "_parameters": {
+            name: None if parameter is None else tensors[id(parameter)]
+            for name, parameter in module._parameters.items()
+        },
+        "_modules": {
+            name: None if child is None else with_tensors(child, tensors)
+            for name, child in module._modules.items()
+        },
+    }
+    return copied
+
+
+def fold(model: Model) -> Model:
+    """Make the experts of a model independent: add each base to its differences, in place.
+
+    The outputs stay the same. There is nothing left to add in a call, one expert's parameters less,
+    and the parts of experts can be replaced (LoRA, quantization). What trains from here on are
+    independent experts: right after the start, that is sparse upcycling (`Komatsuzaki et al., 2023
+    <https://arxiv.org/abs/2212.05055>`_). The state of a folded model can be loaded into a model
+    that is not folded.
+
+    Args:
+        model: any model; experts that share no base are left as they are.
+
+    Returns:
+        The model; what replaces it, if the model itself is such experts.
+    """
+    if isinstance(model, FromBase):
+        return model.folded()  # type: ignore[return-value]
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FromBase):
+            model.set_submodule(name, module.folded())
+    return model
+
+
+def _read_independent(
+    experts: FromBase, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Read the state of independent experts: as differences from a base of zeros."""
+    names = [name for name in experts.differences.state_dict() if prefix + name in state_dict]
+    if not names:
+        return
+    for name in names:
+        state_dict[f"{prefix}differences.{name}"] = state_dict.pop(prefix + name)
+    for name, value in experts.base.state_dict().items():
+        is_buffer = name in dict(experts.base.named_buffers())
+        state_dict[f"{prefix}base.{name}"] = value if is_buffer else torch.zeros_like(value)

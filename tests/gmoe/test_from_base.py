@@ -1,0 +1,167 @@
+"""Experts that share a base: W_e = W_0 + D_e. Shapes: N nodes, E experts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch_geometric import nn as pyg
+from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
+
+import gmoe
+from gmoe import GNNMoE, MoEConv
+from gmoe.from_base import FromBase
+from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features
+from tests.gmoe.conv.test_experts import ids
+from tests.gmoe.models.test_gnn import assert_same
+
+NODES, EDGES = GRAPHS["mixed"]
+WIDTH = 4
+EXPERTS = 3
+
+CONVS: list[Any] = [
+    GCNConv,
+    partial(GATConv, heads=2, concat=False),
+    "gin",
+    partial(GINConv, train_eps=True),
+    partial(pyg.TAGConv, K=2),  # one by one
+    partial(SAGEConv, aggr="lstm"),  # one by one, and holds its weights in a list too
+]
+
+
+def trained(conv: Any = GCNConv, **options: Any) -> Any:
+    """A layer whose differences are not zero, in float64."""
+    if isinstance(conv, partial) and conv.func is GINConv:
+        conv = partial(gin_of_its_own, **conv.keywords)
+    torch.manual_seed(1)
+    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=EXPERTS, start="copies", **options).double()
+    with torch.no_grad():
+        for parameter in layer.experts.differences.parameters():
+            parameter.normal_(std=0.3)
+    return layer
+
+
+def gin_of_its_own(width: int, out: int, **options: Any) -> GINConv:
+    return GINConv(nn.Sequential(nn.Linear(width, out), nn.BatchNorm1d(out)), **options)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=ids)
+def test_outputs_and_gradients_are_those_of_the_sums(conv: Any) -> None:
+    layer = trained(conv).eval()
+    order = EDGES[:, EDGES[1].argsort(stable=True)]  # an LSTM takes edges that are sorted
+    assert_equals_masked(layer, features(NODES, WIDTH), order)
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=ids)
+def test_a_folded_layer_gives_the_same(conv: Any) -> None:
+    layer = trained(conv).eval()
+    order = EDGES[:, EDGES[1].argsort(stable=True)]
+    x = features(NODES, WIDTH)
+    expected = layer(x, order)
+    experts = [layer.expert(index)(x, order) for index in range(EXPERTS)]
+    before = sum(parameter.numel() for parameter in layer.experts.parameters())
+    unfolded = copy.deepcopy(layer)
+
+    folded = gmoe.fold(layer)
+    assert folded is layer
+    assert not any(isinstance(part, FromBase) for part in folded.modules())
+    assert_same(folded(x, order), expected)
+    for index, of_expert in enumerate(experts):
+        assert_same(folded.expert(index)(x, order), of_expert)
+    after = sum(parameter.numel() for parameter in folded.experts.parameters())
+    assert after * (EXPERTS + 1) == before * EXPERTS
+
+    # Its state is that of differences from a base of zeros.
+    nn.init.normal_(next(unfolded.experts.base.parameters()))
+    unfolded.load_state_dict(folded.state_dict())
+    assert_same(unfolded(x, order), expected)
+
+
+def test_a_model_is_folded_layer_by_layer_and_saved(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = GNNMoE(WIDTH, 8, 2, 3, conv="sage", start="copies", num_experts=EXPERTS).eval()
+    x = features(NODES, WIDTH).float()
+    expected = model(x, EDGES)
+    gmoe.fold(model)
+    gmoe.fold(model)  # nothing is left to fold
+    assert_same(model(x, EDGES), expected)
+    model.save_pretrained(tmp_path)
+    assert_same(GNNMoE.from_pretrained(tmp_path)(x, EDGES), expected)
+
+
+def test_a_step_of_gradient_descent_is_one_with_pooled_gradients() -> None:
+    """An expert moves by its own gradient and the sum of all experts'."""
+    layer = trained().train()
+    independent = gmoe.fold(copy.deepcopy(layer))
+    x = features(NODES, WIDTH)
+    for model in (layer, independent):
+        torch.manual_seed(0)
+        model(x, EDGES).sin().sum().backward()
+    weight = independent.experts.linear.weight
+    with torch.no_grad():
+        moved = weight - 0.1 * (weight.grad + weight.grad.sum(dim=0))
+    torch.optim.SGD(layer.experts.parameters(), lr=0.1).step()
+    gmoe.fold(layer)
+    assert_same(layer.experts.linear.weight, moved)
+
+
+def test_a_frozen_base_leaves_the_differences_to_learn() -> None:
+    layer = trained()
+    layer.experts.base.requires_grad_(False)
+    layer(features(NODES, WIDTH), EDGES).sum().backward()
+    assert all(parameter.grad is None for parameter in layer.experts.base.parameters())
+    assert all(parameter.grad is not None for parameter in layer.routed_parameters())
+
+
+def test_the_base_takes_the_state_of_a_dense_conv() -> None:
+    dense = GCNConv(WIDTH, WIDTH).double()
+    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS, start="copies").double()
+    layer.experts.become(dense)
+    x = features(NODES, WIDTH)
+    assert_same(layer.eval()(x, EDGES), dense(x, EDGES))
+
+
+def test_a_token_uses_a_share_of_the_differences_and_the_whole_base() -> None:
+    layer = trained(router="uniform")
+    layer.experts_per_token = 1.0
+    dense = sum(parameter.numel() for parameter in GCNConv(WIDTH, WIDTH).parameters())
+    assert sum(parameter.numel() for parameter in layer.routed_parameters()) == EXPERTS * dense
+    assert gmoe.active_parameters(layer.experts) == (EXPERTS + 1) * dense  # no layer around it
+    assert gmoe.active_parameters(layer) == 2 * dense
+
+
+def test_threads_may_run_a_layer_at_once() -> None:
+    layer = trained(SAGEConv).eval()
+    x = features(NODES, WIDTH)
+    expected = layer(x, EDGES)
+    before = dict(layer.named_parameters())
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: layer(x, EDGES), range(200)))
+    for result in results:
+        assert torch.equal(result, expected)
+    for name, parameter in layer.named_parameters():
+        assert parameter is before[name]
+
+
+def test_a_copy_and_a_pickle_give_the_same() -> None:
+    layer = trained("gin").eval()
+    x = features(NODES, WIDTH)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x, EDGES), layer(x, EDGES))
+
+
+def test_a_hook_on_a_part_of_the_differences_is_called() -> None:
+    layer = trained()
+    called = []
+    layer.experts.differences.linear.register_forward_hook(lambda *_: called.append(True))
+    layer(features(NODES, WIDTH), EDGES)
+    assert called
