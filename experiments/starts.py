@@ -32,6 +32,8 @@ so that none can pass; fixed before the first result of it:
   differences, which is what a swap of one class would be if differences became the default: :data:`OFFERED`. That of
   differences was added when Cora, mosaic, concept, minesweeper and digits-graph were confirmed for the other arms, and
   before its own first result.
+- cifar10 and imagenette confirm the arm of differences in :data:`OFFERED`, the only one of the best that images have,
+  with seeds 0 to 2. The table of routers holds the dense models and the default of these seeds.
 - They are ranked beside the arms on :data:`WEIGHED`, by the same mean gain in validation, and the rule goes on with the
   best two of all.
 """
@@ -108,6 +110,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "pooled": {"unbalanced": OF_ALL["unbalanced"]},
 }
 """What variants change, by what the arm that they vary shares."""
+
+LONG = ("cifar10", "imagenette")
+"""Columns of the table of routers on which one arm is confirmed, beside the table's own cells."""
 
 WEIGHED = ("digits-graph", "cora", "mosaic", "concept", "minesweeper")
 """The columns on which variants are ranked."""
@@ -208,13 +213,20 @@ def cells(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
     return found
 
 
+IN_TABLE = {"dense": "dense", "dense-flops": "dense-flops", "default": "token-choice"}
+"""Controls, and the cells that they are in the table of routers."""
+
+
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is finished: by column and run, the summary."""
+    """What is finished: by column and run, the summary. Long columns have controls in the table of routers."""
     found = {}
-    for column in COLUMNS:
-        paths = sorted((folder / column).glob("*.json"))
+    for column in (*COLUMNS, *LONG):
+        paths = {path.stem: path for path in sorted((folder / column).glob("*.json"))}
+        if paths and column in LONG:
+            table = folder.parent / "routers" / column
+            paths |= {control: table / f"{cell}.json" for control, cell in IN_TABLE.items()}
         if paths:
-            found[column] = {path.stem: read_json(path, dict[str, Any]) for path in paths}
+            found[column] = {run: read_json(path, dict[str, Any]) for run, path in paths.items()}
     return found
 
 
@@ -274,9 +286,16 @@ def confirmed(
     Raises:
         ValueError: some weighed column lacks some variant, so that no arm is chosen yet.
     """
+    from experiments.routers import COLUMNS as TABLE
+
     chosen = best_two(screened)
     found = dict[str, RunConfig]()
-    for column in columns or COLUMNS:
+    for column in columns or (*COLUMNS, *LONG):
+        if column in LONG:
+            base = replace(TABLE[column], data_root=root / TABLE[column].data_root)
+            arm = OFFERED[-1]
+            found[f"{column}/{arm.name}"] = arm.applied(base)
+            continue
         base = replace(COLUMNS[column], seeds=CONFIRMED, data_root=root / COLUMNS[column].data_root)
         to_beat = {name: controls(base)[name] for name in ("dense", "dense-flops", "default")}
         arms = [on_column(arm, column) for arm in (*chosen, *OFFERED)]

@@ -85,13 +85,16 @@ def moefy(
             match are replaced with it.
         blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the
             last (default ``None``).
-        start: how the layers start.
+        start: how the layers start. By default (``None``), ``"shared"`` for MLPs; for convs
+            ``"copies"`` if the router allows it, as in :class:`MoEConv`, unless a conv has hooks,
+            parametrized or partly frozen weights.
 
-            - ``"shared"`` (default, ``None``): the dense MLP or conv stays as a shared expert, and
-              what is added to it starts at zero: the last layer of an MLP's experts, or the gain of
-              a :class:`MoEConv`.
-            - ``"copies"``: the experts are copies of the dense layer and replace it; they train
-              even if it was frozen (sparse upcycling, `Komatsuzaki et al., 2023
+            - ``"shared"``: the dense MLP or conv stays as a shared expert, and what is added to it
+              starts at zero: the last layer of an MLP's experts, or the gain of a :class:`MoEConv`.
+            - ``"copies"``: the experts are copies of the dense layer and replace it. Copies of a
+              conv share it as their base, see :class:`MoEConv`: if it was frozen, the base stays
+              frozen and the differences train. Copies of an MLP are independent and train even if
+              it was frozen (sparse upcycling, `Komatsuzaki et al., 2023
               <https://arxiv.org/abs/2212.05055>`_). The model starts as the dense one, since a
               token's weights sum to 1; other routers are refused (``router.sums_to_one``). Token
               choice by name has weights of 1 at K = 1 and does not balance its load, as in
@@ -118,7 +121,7 @@ def moefy(
     refuse_unknown("moefy", unknown)
     if isinstance(router, Router):
         raise ValueError("router: got an instance for several layers, expected a name or a factory")
-    start = check_start(start)
+    check_start(start)
     if start == "copies" and not upcycle:
         raise ValueError("upcycle: got False, expected True with start='copies'")
 
@@ -279,10 +282,11 @@ def _moe(
     router: RouterLike,
     router_kwargs: Mapping[str, Any] | None,
     upcycle: bool,
-    start: Start,
+    start: Start | None,
     backend: Backend,
 ) -> MoE:
     """The MoE layer that replaces an MLP."""
+    start = check_start(start)
     dense = read_mlp(name, mlp)
     copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
@@ -342,11 +346,11 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
 
 
 def _moe_conv(
-    name: str, conv: Any, *, width: int | None, upcycle: bool, start: Start, **options: Any
+    name: str, conv: Any, *, width: int | None, upcycle: bool, start: Start | None, **options: Any
 ) -> nn.Module:
     """The MoE layer that replaces a PyG conv: its copies are the experts and the shared expert.
 
-    The shared expert stays frozen if the conv is.
+    The shared expert stays frozen if the conv is, and so does the base of copies.
     """
     from gmoe.conv.kinds import CopyOf
     from gmoe.conv.moe_conv import MoEConv
@@ -354,17 +358,26 @@ def _moe_conv(
     in_channels, out_channels = _conv_widths(name, conv, width)
     _check_methods(name, conv)
     is_frozen = not any(parameter.requires_grad for parameter in conv.parameters())
+    if start is None and not (upcycle and _is_plain(conv)):
+        start = "shared"  # which keeps what a user put on the conv as it is
     copied = copy.deepcopy(conv)
     if is_frozen:
         # Experts train even so. If only some parameters are frozen, as under LoRA, those stay
         # frozen.
         copied.requires_grad_(True)
     layer = MoEConv(CopyOf(copied), in_channels, out_channels, start=start, **options)
-    if is_frozen and layer.shared_expert is not None:
-        layer.shared_expert.requires_grad_(False)
+    if is_frozen and layer.start != "plain":
+        dense = layer.shared_expert if layer.start == "shared" else layer.experts.base
+        dense.requires_grad_(False)
     if start == "plain" or not upcycle:
         layer.experts.reset_parameters()
     return layer.to(next(conv.parameters())).train(conv.training)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """True for a conv as its class makes it, with parameters that are all trained or all frozen."""
+    is_trained = {parameter.requires_grad for parameter in conv.parameters()}
+    return len(is_trained) <= 1 and all(change_of(part) is None for part in conv.modules())
 
 
 def _conv_widths(name: str, conv: Any, width: int | None) -> tuple[Any, Any]:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.experts import Experts
-from gmoe.routers import Router, RouterLike, SoftRouting, SoftSlots, build_router
+from gmoe.routers import ROUTERS, Router, RouterLike, SoftRouting, SoftSlots, build_router
 from gmoe.routing import Routing
 
 Start: TypeAlias = Literal["copies", "shared", "plain"]
 """How a layer with experts starts.
 
-- ``"copies"``: all experts are copies of one dense layer, and nothing runs beside them. The first
+- ``"copies"``: all experts start as one dense layer, and nothing runs beside them. The first
   forward is the dense layer's, since a token's weights sum to 1: other routers are refused.
 - ``"shared"``: a shared expert, which is the dense layer, runs on every token; what the routed
   experts add starts at zero.
@@ -36,7 +36,7 @@ REMOVED = ("shared_expert", "dense_start")
 
 
 def check_start(start: Start | None) -> Start:
-    """Return the start, ``"shared"`` for ``None``, the default of all layers.
+    """Return the start, ``"shared"`` for ``None``.
 
     Raises:
         ValueError: an unknown start.
@@ -45,6 +45,49 @@ def check_start(start: Start | None) -> Start:
         return "shared"
     check_choice("start", start, Start)
     return start
+
+
+def start_of_convs(
+    start: Start | None,
+    kinds: Sequence[object],
+    shared_transform: bool,
+    router: RouterLike | None,
+    k: int,
+    router_kwargs: Mapping[str, Any] | None,
+) -> Start:
+    """Return the start of experts that are convs; ``None`` follows the router.
+
+    Copies cost the FLOPs of the dense layer, but need weights that sum to 1. So ``None`` is
+    ``"copies"`` for a router that is sure to give these, and ``"shared"`` for all others. A factory
+    of your own is not called to find out: beside it, ``None`` is ``"shared"``.
+
+    Args:
+        start: what the caller said.
+        kinds: the kind of each expert. Different ones cannot be copies.
+        shared_transform: see :class:`gmoe.MoEConv`; copies would not start as the dense layer.
+        router, k, router_kwargs: of the layer; ``None`` if each call passes a routing.
+
+    Raises:
+        ValueError: an unknown start, or copies that cannot be; and as
+            :func:`gmoe.routers.build_router`.
+    """
+    can_be_copies = not shared_transform and kinds.count(kinds[0]) == len(kinds)
+    if start == "copies" and not can_be_copies:
+        raise ValueError(
+            "start: got 'copies' for several kinds or a shared transform, expected 'shared' or "
+            "'plain'"
+        )
+    if start is not None or router is None or not can_be_copies:
+        return check_start(start)
+    if isinstance(router, Router):
+        return "copies" if router.sums_to_one else "shared"
+    if not any(router in (name, router_class) for name, router_class in ROUTERS.items()):
+        return "shared"
+    kwargs = _kwargs_for_copies(router, k, router_kwargs)
+    # What the weights are follows from the options alone, whatever the width.
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        built = build_router(router, dim=1, num_experts=len(kinds), k=k, kwargs=kwargs)
+    return "copies" if built.sums_to_one else "shared"
 
 
 def build_layer_router(
@@ -69,9 +112,7 @@ def build_layer_router(
     """
     if start != "copies":
         return build_router(router, dim, num_experts, k, kwargs)
-    if isinstance(kwargs, Mapping | None):  # build_router refuses the rest
-        kwargs = _defaults_for_copies(router, k, kwargs or {}) | dict(kwargs or {})
-    built = build_router(router, dim, num_experts, k, kwargs)
+    built = build_router(router, dim, num_experts, k, _kwargs_for_copies(router, k, kwargs))
     if not built.sums_to_one:
         raise ValueError(
             f"start: got 'copies' with {type(built).__name__}(k={built.k}, "
@@ -82,8 +123,13 @@ def build_layer_router(
     return built
 
 
-def _defaults_for_copies(router: RouterLike, k: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a router given by name that differ from its own defaults."""
+def _kwargs_for_copies(
+    router: RouterLike, k: int, kwargs: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """Return a router's arguments, with the defaults that copies give to a router given by name."""
+    if not isinstance(kwargs, Mapping | None):  # build_router refuses it
+        return kwargs
+    kwargs = dict(kwargs or {})
     defaults: dict[str, Any] = {}
     if router in ("token_choice", "multi_centroid") and k == 1:
         defaults["weight"] = "straight_through"
@@ -91,7 +137,7 @@ def _defaults_for_copies(router: RouterLike, k: int, kwargs: Mapping[str, Any]) 
     # balance or noise gets what the router makes of it.
     if router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
         defaults |= {"balance": None, "noise": "spread"}
-    return defaults
+    return defaults | kwargs
 
 
 def refuse_removed(arguments: Iterable[str]) -> None:

@@ -39,7 +39,7 @@ from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, kinds_of
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
 from gmoe.dispatch import Backend
-from gmoe.moe import MoELayer, Start, build_layer_router, check_start, drawn_apart
+from gmoe.moe import MoELayer, Start, build_layer_router, drawn_apart, start_of_convs
 from gmoe.routers import RouterLike
 from gmoe.routing import Routing
 
@@ -60,12 +60,17 @@ class MoEConv(MoELayer, MessagePassing):
     r"""Run K of E graph convolutions per node; a drop-in for a PyG conv.
 
     .. math::
+        x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
+
+    By default the experts start as one conv and a node's weights sum to 1. Where a router's weights
+    need not do that (experts choose, a capacity), a shared expert runs on every node, and the
+    routed experts' gain g starts at zero:
+
+    .. math::
         x_i' = \mathrm{conv}_{\mathrm{shared}}(x, A)_i
             + 0.1 \, g \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
 
-    The shared expert runs on every node, and the gain g of the routed experts starts at zero. With
-    the same seed, a new layer therefore equals the conv it replaces. ``start="copies"`` and
-    ``"plain"`` build neither the shared expert nor the gain.
+    With the same seed, a new layer therefore equals the conv it replaces; see ``start``.
 
     The outputs and gradients equal those of running E convs on the whole graph and masking. Compute
     scales with the K experts a node uses, not with the total E:
@@ -104,18 +109,21 @@ class MoEConv(MoELayer, MessagePassing):
         router_input: what the router sees: the ``"node"`` (default), its ``"neighbors"`` (the
             conv's own aggregate if all experts share it, else the mean over in-edges), its
             ``"degree"`` (log(1 + in-degree)), or several.
-        start: how the layer starts.
+        start: how the layer starts. By default (``None``), ``"copies"`` if the router is one of
+            ``gmoe.ROUTERS`` or an instance, and its weights of a node sum to 1; else, for a list of
+            several kinds and with ``shared_transform``, ``"shared"``.
 
-            - ``"shared"`` (default, ``None``): a shared expert, a conv of the same kind (of a list,
-              the first), runs on every node with weight 1; the routed experts' output is scaled by
-              a tenth of a learned gain that starts at zero.
-            - ``"copies"``: all experts are copies of one conv, at the FLOPs of one. The first
-              forward is that conv's, since a node's weights sum to 1; other routers are refused
-              (``router.sums_to_one``). Token choice by name then has weights of 1
+            - ``"copies"``: all experts start as one conv, at the FLOPs of one. The weights of
+              expert e are a base, which all nodes train, and a difference that starts at zero, see
+              :class:`gmoe.from_base.FromBase`; :func:`gmoe.fold` makes the experts independent. The
+              first forward is the conv's, since a node's weights sum to 1; other routers are
+              refused (``router.sums_to_one``). Token choice by name then has weights of 1
               (``weight="straight_through"``) at K = 1 and, unless ``router_kwargs`` say otherwise,
               does not balance its load: it may leave all nodes to one expert, which is the conv.
-              Centroids by name have weights of 1, too. Sparse upcycling, `Komatsuzaki et al., 2023
-              <https://arxiv.org/abs/2212.05055>`_.
+              Centroids by name have weights of 1, too.
+            - ``"shared"``: a shared expert, a conv of the same kind (of a list, the first), runs on
+              every node with weight 1; the routed experts' output is scaled by a tenth of a learned
+              gain that starts at zero.
             - ``"plain"``: independent experts.
         shared_transform: map the input to the output's width once, before router and routed
             experts; the shared expert sees the input itself. For inputs much wider than the output
@@ -190,12 +198,7 @@ class MoEConv(MoELayer, MessagePassing):
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
-        self.start = check_start(start)
-        if self.start == "copies" and (shared_transform or kinds.count(kinds[0]) < len(kinds)):
-            raise ValueError(
-                "start: got 'copies' for several kinds or a shared transform, expected 'shared' or "
-                "'plain'"
-            )
+        self.start = start_of_convs(start, kinds, shared_transform, router, k, router_kwargs)
         self._options = _BuildOptions(
             router, router_kwargs, check_finite, shared_transform, local, backend
         )

@@ -28,7 +28,12 @@ from gmoe.conv.separate import run
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
-from gmoe.moe import build_layer_router, check_start, choose_blocks, drawn_apart
+from gmoe.moe import (
+    build_layer_router,
+    choose_blocks,
+    drawn_apart,
+    start_of_convs,
+)
 from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing
 
@@ -54,8 +59,10 @@ class GNNMoE(HubMixin, nn.Module):
             model with plain convs in all layers.
         num_experts: E (default 8, or the length of a list of convs).
         k: K, experts per node (default 1).
-        shared_router: route each node once, from the raw features, for all layers. By default
-            (``False``), each layer has its own router on its own input.
+        shared_router: route each node once, from the raw features, for all layers (``True``), or
+            let each layer route by its own input (``False``). By default (``None``) once if the
+            layers start as copies: so it was best in the study (page "Experts that start as
+            copies").
         router_input: what routers see: the ``"node"`` (default), its ``"neighbors"``, its
             ``"degree"``, or several of them.
         every: layer ``i`` is a MoEConv if ``i % every == every - 1`` (default 1), except for the
@@ -99,7 +106,7 @@ class GNNMoE(HubMixin, nn.Module):
         router: RouterLike | None = "token_choice",
         num_experts: int | None = None,
         k: int = 1,
-        shared_router: bool = False,
+        shared_router: bool | None = None,
         router_input: RouterInput = "node",
         every: int = 1,
         dropout: float = 0.0,
@@ -110,8 +117,17 @@ class GNNMoE(HubMixin, nn.Module):
         residual: Residual = "identity",
         **conv_kwargs: Any,
     ) -> None:
-        # Resolve the default first: what is recorded is saved with the model.
-        conv_kwargs["start"] = check_start(conv_kwargs.get("start"))
+        # Resolve the defaults first: what is recorded is saved with the model.
+        conv_kwargs["start"] = start_of_convs(
+            conv_kwargs.get("start"),
+            kinds_of(conv, num_experts),
+            conv_kwargs.get("shared_transform", False),
+            router,
+            k,
+            conv_kwargs.get("router_kwargs"),
+        )
+        if shared_router is None:
+            shared_router = router is not None and conv_kwargs["start"] == "copies"
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(
             in_channels=in_channels,
