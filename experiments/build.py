@@ -31,7 +31,6 @@ from experiments.config import (
     load_object,
 )
 from experiments.data import Task
-from experiments.sharing import share_among_copies
 from gmoe._checks import check
 from gmoe.distributed import world_size
 
@@ -122,8 +121,6 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
         )
         config = replace(dense, hidden=width)
     model: Any = _build(config, task)
-    if config.sharing is not None and config.router != "dense":
-        share_among_copies(model, config.sharing)
     if isinstance(config, ImageConfig) and config.mlp_scale != 1:  # where a MoE would have experts
         scale = config.mlp_scale
         for block in model.encoder.layers[config.every - 1 :: config.every]:

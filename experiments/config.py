@@ -29,17 +29,6 @@ from experiments.files import parse_json, read_json
 
 RouterInput = Literal["node", "neighbors", "degree"]
 
-Sharing = Literal[
-    "pooled",
-    "pooled-10",
-    "tied-quarter",
-    "tied-half",
-    "difference",
-    "difference-gain",
-    "difference-rank",
-    "difference-decay",
-]
-
 RouterName = Literal[
     "dense",
     "token_choice",
@@ -118,12 +107,7 @@ class RunConfig:
     """Width of the hidden layers; of a ViT, of its MLPs and of each expert."""
     start: Literal["copies", "shared", "plain"] | None = None
     """How layers start: experts as copies of one layer, beside a shared expert, or each by itself; by default the
-    layer's own choice."""
-    sharing: Sharing | None = None
-    """Copies: pool the gradients of all (`pooled`), stay equal for the first part of the steps (`tied`), or train
-    a common base and differences from it (`difference`)."""
-    anneal_noise: bool = False
-    """Token choice: the noise on the selection falls to zero over the first half of the steps."""
+    layer's own choice: on graphs copies where the router allows it, else beside a shared expert."""
     layers: int = 2
     """Message-passing layers, or transformer blocks."""
     every: int = 1
@@ -207,20 +191,6 @@ class RunConfig:
                 repr(name),
                 f"its package installed: pip install {name}",
             )
-        copies = self.start == "copies"
-        check(
-            self.sharing is None or copies,
-            "sharing",
-            repr(self.sharing),
-            "none without start='copies'",
-        )
-        noisy = self.router == "token_choice" and self.options.noise is None
-        check(
-            noisy or not self.anneal_noise,
-            "anneal_noise",
-            True,
-            "False without token choice and its default noise",
-        )
         if self.router in ("uniform", "oracle"):
             legal = "1: uniform takes all experts, and oracle the planted one"
             check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)
@@ -326,8 +296,8 @@ class GraphConfig(NodeConfig):
     """The conv; several are kinds of experts that alternate (a dense model takes the first)."""
     router_input: tuple[RouterInput, ...] | None = None
     """What the router sees: the node (the default), the mean of its neighbors, log-degree."""
-    shared_router: bool = False
-    """One decision for all layers, not one in each."""
+    shared_router: bool | None = None
+    """One decision for all layers, or one in each; by default one where layers start as copies."""
     jk: Literal["last", "cat", "max"] | None = None
     """Jumping knowledge; with `last`, all convs may hold experts and a linear layer is the output."""
     input_dropout: float = 0.0
@@ -419,7 +389,7 @@ RECORDS = ("file", "digest")
 RETIRED: dict[str, Any] = {
     "ema": 0.0, "warmup": 0.1, "heads": 1, "edge_features": False, "in_proj": False, "self_loops": False,
     "moe_blocks": [], "mixup": 0.0, "cutmix": 0.0, "val_share": 0.1, "split_seed": 0, "skip_broken": False,
-    "tie_experts": False, "tie_routers": False,
+    "tie_experts": False, "tie_routers": False, "sharing": None, "anneal_noise": False,
     # once of all kinds of data
     "conv": ["gcn"], "jk": None, "norm": None, "residual": "identity", "router_input": ["node"], "sampling": "full",
     "shared_router": False, "adjacency": "auto", "evaluation": "full", "fanout": list(FANOUT), "input_dropout": 0.0,
@@ -437,7 +407,7 @@ def config_class(dataset: str) -> type[RunConfig]:
 
 
 OF_EXPERTS = (
-    "experts", "k", "start", "sharing", "anneal_noise", "kmeans_init", "options", "equal", "equal_to",
+    "experts", "k", "start", "kmeans_init", "options", "equal", "equal_to",
     "router_input", "shared_router",
 )  # fmt: skip
 """Options that a dense model has no use for."""
@@ -496,9 +466,18 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
 def _with_start(science: Mapping[str, Any]) -> dict[str, Any]:
     """The same with ``start`` in place of the two options that it stands for."""
     known = dict(science)
+    is_old = "shared_expert" in known or "dense_start" in known
     shared, dense_start = known.pop("shared_expert", None), known.pop("dense_start", None)
-    if shared is None and dense_start is None:
+    if not is_old:
         return known
+    if known.get("shared_router") is False:
+        known["shared_router"] = None  # which means the same beside a shared expert
+    if shared is None and dense_start is None:
+        return (
+            known
+            if known.get("router") == "dense"
+            else known | {"start": known.get("start") or "shared"}
+        )
     gone = shared is not False and dense_start is False and known.get("router") != "dense"
     check(
         not gone,

@@ -1,9 +1,10 @@
-"""Test scores over active FLOPs: dense models and three shapes of experts at several widths.
+"""Test scores over active FLOPs: dense models and two shapes of experts at several widths.
 
 ``python -m experiments.sweep curves`` writes ``results/curves/COLUMN/MODEL-WIDTH.json``. A point of
 a MoE says something for experts where it lies above the *dense curve*: above what a dense model of
-the same FLOPs reaches by width alone. Columns and recipes are those of :mod:`experiments.starts`,
-where ``shared`` is called ``default``.
+the same FLOPs reaches by width alone. Columns and recipes are those of :mod:`experiments.starts`.
+``differences`` are the library's default; on mosaic the results also hold ``copies`` that share no
+base, see there.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from statistics import fmean
 from typing import Any
 
 from experiments.config import RunConfig
-from experiments.starts import COLUMNS, OFFERED, Arm, controls, on_column
+from experiments.starts import COLUMNS, model
 
 SEEDS = (0, 1, 2)
 
 DRAWN = ("mosaic", "minesweeper", "facebook", "digits")
 """The columns of the study that have curves."""
 
-DIFFERENCES = Arm("difference", "once", "node", "constant", "unbalanced")
-"""The cheaper of the study's best two: a base and differences, decided once for all layers."""
+MODELS = {
+    "dense": "dense",
+    "shared": "shared",
+    "differences": "difference-once-node-constant-unbalanced",
+}
+"""The lines of a column, and what they are called in the study."""
 
 WIDTHS: dict[str, tuple[int, ...]] = {
     # A shared expert doubles the FLOPs: one dense point lies where the widest MoE does.
@@ -35,17 +40,6 @@ WIDTHS: dict[str, tuple[int, ...]] = {
     "differences": (8, 16, 32, 64),
 }
 """The widths of the hidden layers (of a ViT: of its MLPs), by model."""
-
-
-def models(column: str, base: RunConfig) -> dict[str, RunConfig]:
-    """The models of a column, at its own width."""
-    known = controls(base)
-    return {
-        "dense": known["dense"],
-        "shared": known["default"],
-        "copies": on_column(OFFERED[0], column).applied(base),
-        "differences": on_column(DIFFERENCES, column).applied(base),
-    }
 
 
 def points(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
@@ -60,9 +54,10 @@ def points(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
     found = {}
     for column in columns or DRAWN:
         base = replace(COLUMNS[column], seeds=SEEDS, data_root=root / COLUMNS[column].data_root)
-        for model, config in models(column, base).items():
-            for width in WIDTHS[model]:
-                found[f"{column}/{model}-{width}"] = replace(config, hidden=width)
+        for line, name in MODELS.items():
+            config = model(name, base)
+            for width in WIDTHS[line]:
+                found[f"{column}/{line}-{width}"] = replace(config, hidden=width)
     return found
 
 
@@ -115,13 +110,13 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     found = []
     for column, lines in curves(results).items():
-        for model, line in lines.items():
+        for name, line in lines.items():
             for point in line:
-                gain = above_dense(point, lines.get("dense", [])) if model != "dense" else None
+                gain = above_dense(point, lines.get("dense", [])) if name != "dense" else None
                 found.append(
                     {
                         "column": column,
-                        "model": f"{model}, {point.width} wide",
+                        "model": f"{name}, {point.width} wide",
                         "MFLOPs": f"{point.flops / 1e6:.0f}",
                         "test": mean_std(point.scores),
                         "above the dense curve": "–" if gain is None else f"{gain:+.2f}",

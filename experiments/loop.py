@@ -48,7 +48,6 @@ from experiments.run_folder import (
     summarize,
     write_json,
 )
-from experiments.sharing import TIED, tie_copies
 from gmoe import Router, Routing, RoutingStats
 from gmoe.distributed import world_sum
 
@@ -404,15 +403,11 @@ class Training:
         share_of_mean = rows * self.fabric.world_size / total
         batch = self.fabric.to_device(batch)
         self.optimizer.zero_grad()
-        if self.config.anneal_noise:
-            self.anneal()
         logits = batch.counted(self.forward(batch.inputs))
         loss = self.task.loss(logits, batch.target) if rows else logits.sum()
         aux = gmoe.aux_loss(self.routings).to(loss.device)
         # DDP takes the mean of the processes' gradients
         self.fabric.backward(share_of_mean * loss + aux)
-        if self.progress < TIED.get(self.config.sharing or "", 0.0):
-            tie_copies(self.model)
         if norm := self.config.clip_norm:
             self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False
@@ -425,19 +420,6 @@ class Training:
             for name, value in routing.losses.items()
         }
         self.epoch.add({"loss": loss, "aux": aux} | losses, self.routings, rows)
-
-    @property
-    def progress(self) -> float:
-        """The share of all steps that is done."""
-        steps = self.config.epochs * self.task.steps(self.config.batch_size)
-        return float(self.scheduler.last_epoch / steps)
-
-    def anneal(self) -> None:
-        """Scale the noise of the routers: from 1 to 0 over the first half of all steps."""
-        scale = max(0.0, 1.0 - 2.0 * self.progress)
-        for module in self.model.modules():
-            if isinstance(module, gmoe.TokenChoice):
-                module.noise_scale = scale
 
     def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Evaluate where it is due, and count the epoch as done; the rows of metrics.csv and routing.csv."""

@@ -19,7 +19,7 @@ from experiments.presets import MOSAIC
 from experiments.run_folder import differences_of
 
 REGIMES, LABELS, WIDTHS, WAYS = (1, 2, 4, 8, 16), (32, 128, 512), (16, 64), tuple(SHOWN)
-BASE = replace(MOSAIC, eval_every=10, seeds=(0, 1, 2), check_finite=False)
+BASE = replace(MOSAIC, eval_every=10, seeds=(0, 1, 2), check_finite=False, start="shared")
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"router": "dense"},
     "dense-flops": {"router": "dense", "equal": "flops"},

@@ -2,8 +2,8 @@
 
 A cell is a router or a control (a row) on a data set (a column), in ``results/routers/COLUMN/ROW.json``: the summary of
 its run, what its routed experts add, and the time of a step beside the dense model's. A cell that is there is skipped.
-All rows of a column have its recipe, which was not tuned for any of them, and the library's default shape: E = 8,
-K = 1, a shared expert, a dense start, a router in each layer.
+All rows of a column have its recipe, which was not tuned for any of them: E = 8, K = 1, a router in each layer. All but
+``copies`` have a shared expert beside the routed ones, in which every router fits; two rows keep scale and shape apart.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         {"router": "dense", "equal": "parameters", "equal_to": "token_choice"},
     ),
     "token-choice": ("token choice", {"router": "token_choice"}),
+    "weight-1": (
+        "token choice, weights of 1",
+        {"router": "token_choice", "options": RouterOptions(weight="straight_through")},
+    ),
+    "copies": ("token choice, copies", {"router": "token_choice", "start": "copies"}),
     "expert-choice": ("expert choice", {"router": "expert_choice"}),
     "attention-vote": ("attention votes", {"router": "attention_vote"}),
     "multi-centroid": ("multi-centroid, learned", {"router": "multi_centroid"}),
@@ -104,7 +109,12 @@ def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, 
         on_graph = isinstance(base, GraphConfig)
         if (column in LONG and row in LEFT_OUT) or (on_graph and row == "soft-slots"):
             continue
-        config = replace(base, **ROWS[row][1], data_root=root / base.data_root)
+        changes = dict(ROWS[row][1])
+        if changes["router"] != "dense":
+            changes.setdefault("start", "shared")
+        if on_graph and row == "copies":
+            changes["shared_router"] = False
+        config = replace(base, **changes, data_root=root / base.data_root)
         if on_graph and row == "attention-vote":  # votes of all nodes for all would be N x N
             config = replace(config, options=RouterOptions(scope="neighbors"))
         found[f"{column}/{row}"] = config

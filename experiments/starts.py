@@ -1,61 +1,45 @@
-"""A study: experts that begin as copies of one layer, at the FLOPs of the dense layer; ``sweep starts`` runs it.
+"""A study: experts that begin as copies of one layer, at the FLOPs of the dense layer.
 
-Fixed before the first result:
+It decided the default of convs. Arms, seeds and rule were fixed before the first results, and variants before theirs:
 
 - **Arms.** 36: copies {that share nothing, with pooled gradients, as a base and differences} x {a router in each layer,
   one decision for all layers} x {the router sees the node, the node and its neighbors} x {noise on the selection that
   is constant, that falls to zero over the first half of training, none}. K = 1 with weight 1 (straight-through), E = 8,
-  the library's balance by a bias. On images there is a router in each layer and no neighbor, so 9 arms.
+  balance by a bias. On images there is a router in each layer and no neighbor, so 9 arms.
+- **Variants**, added when every arm had lost 6 to 16 points on Cora: of the best two, four experts, top-2, no balance,
+  Gumbel sampling, ten times the pooled gradient, copies tied for a part of training, differences by a gain, of rank 4,
+  with weight decay; and no balance in all places, the best of these.
 - **Controls.** The dense model; dense at twice the learning rate; dense as a base and a difference with one expert;
-  dense of equal active FLOPs (those of the library's default, token choice beside a shared expert); that default; and
-  for each way to share, to decide and to see, a frozen random router in place of the learned one.
+  dense of equal active FLOPs (those of token choice beside a shared expert); that shape, the default at the time,
+  ``shared``; and a frozen random router for each way to share, to decide and to see.
 - **Columns.** The recipes of the table of routers, of the presets for Cora and CiteSeer, and ``concept-8-512-features``
   by mosaic's recipe. Nothing is tuned for an arm.
 - **Rule.** Arms are ranked by the mean over columns of the mean gain in *validation* over the dense model, seeds 0
-  to 2. The best two and today's default are run on seeds 3 to 12, and their test scores read once: paired 95 %
-  intervals against dense and against dense of equal FLOPs. The default changes if the interval against dense lies
-  nowhere wholly below -0.3 points, and the mean over columns is above that of today's default. cifar10 and imagenette
-  confirm the two arms with three seeds. If no arm passes, copies stay an option.
+  to 2. The best two and ``shared`` are run on seeds 3 to 12, and their test scores read once: paired 95 % intervals
+  against dense and against dense of equal FLOPs. The default changes if the interval against dense lies nowhere wholly
+  below -0.3 points, and the mean over columns is above that of ``shared``. cifar10 and imagenette confirm with the
+  three seeds of their table of routers, in its row ``copies``.
 
-Added when digits-graph, mosaic, concept and a third of Cora were known, where every arm lost 6 to 16 points on Cora,
-so that none can pass; fixed before the first result of it:
-
-- **Variants** of the best two arms of the complete columns, ``copies-`` and ``difference-once-neighbors-constant``:
-  four experts, top-2 normalized, no balance, Gumbel sampling in place of spread noise; of copies, ten times the pooled
-  gradient, and copies that stay equal for the first quarter or half of training (sparse upcycling within a run); of
-  differences, a gain of 0.1 that is learned, rank 4, weight decay.
-- Copies **without balance** were the best of these: on Cora they leave one expert all nodes, which is then the dense
-  layer, and on mosaic they use all eight. So the same without balance in the other three places, of copies and of
-  differences; fixed before the first result of it. Differences were better than copies there, so that pooled gradients,
-  which are simpler, are run without balance in all four places; fixed before the first result, too.
-- The confirmation also runs what a single layer is without balance, of copies (``start="copies"`` in the library) and of
-  differences, which is what a swap of one class would be if differences became the default: :data:`OFFERED`. That of
-  differences was added when Cora, mosaic, concept, minesweeper and digits-graph were confirmed for the other arms, and
-  before its own first result.
-- cifar10 and imagenette confirm the arm of differences in :data:`OFFERED`, the only one of the best that images have,
-  with seeds 0 to 2. The table of routers holds the dense models and the default of these seeds.
-- They are ranked beside the arms on :data:`WEIGHED`, by the same mean gain in validation, and the rule goes on with the
-  best two of all.
+The first stage is closed: what lost is no longer in the code, and commit 9cfff8c runs it again. The second, which
+``python -m experiments.sweep starts`` runs, confirms what the library has, :data:`CONFIRMED`. There the layer of a
+swap, ``difference-layer-node-constant-unbalanced``, was added before its first result, when five columns were confirmed
+for the other arms. Result files keep the names of the first stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from experiments.config import GraphConfig, ImageConfig, RouterOptions, RunConfig
+from experiments.config import GraphConfig, ImageConfig, RunConfig
 from experiments.files import read_json
 from experiments.presets import CORA, DIGITS, DIGITS_GRAPH, GRAPH, MINESWEEPER, MOSAIC
 
-SEEDS = (0, 1, 2)
-"""Of the first stage, which ranks the arms by validation."""
-
-CONFIRMED = tuple(range(3, 13))
+SEEDS = tuple(range(3, 13))
 """Of the second stage, whose test scores are read once."""
 
 LEAST = -0.3
@@ -73,159 +57,80 @@ COLUMNS: dict[str, RunConfig] = {
 }
 """The configuration of each column; data roots are inside that of the command line. Cheap columns come first."""
 
-SHARING: dict[str, Any] = {"copies": None, "pooled": "pooled", "difference": "difference"}
-DECIDED: dict[str, bool] = {"layer": False, "once": True}
-SEEN: dict[str, tuple[str, ...]] = {"node": ("node",), "neighbors": ("node", "neighbors")}
-NOISE: dict[str, dict[str, Any]] = {
-    "constant": {},
-    "annealed": {"anneal_noise": True},
-    "quiet": {
-        "options": RouterOptions(weight="straight_through", noise=False, balance="bias"),
-    },
-}
+WEIGHED = ("digits-graph", "cora", "mosaic", "concept", "minesweeper")
+"""The columns on which arms and variants are ranked."""
 
+CONTROLS: dict[str, dict[str, Any]] = {
+    "dense": {"router": "dense"},
+    "dense-flops": {"router": "dense", "equal": "flops", "equal_to": "token_choice"},
+    "shared": {"start": "shared"},
+}
+"""What arms are compared with, by what it changes."""
 
-STRAIGHT = RouterOptions(weight="straight_through")
-BALANCED = RouterOptions(weight="straight_through", balance="bias")
-TOP_2 = RouterOptions(weight="normalized", balance="bias")
-OF_ALL: dict[str, dict[str, Any]] = {
-    "four": {"experts": 4},
-    "top2": {"k": 2, "options": TOP_2},
-    "unbalanced": {"options": RouterOptions()},  # the library's choice for copies since
-    "gumbel": {"router": "experiments.sharing:GumbelChoice", "options": STRAIGHT},
-}
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "copies": {
-        "pooled10": {"sharing": "pooled-10"},
-        "tied-quarter": {"sharing": "tied-quarter"},
-        "tied-half": {"sharing": "tied-half"},
-        **OF_ALL,
+OF_A_SWAP = "difference-layer-node-constant-unbalanced"
+"""The arm that a model is if one class is swapped, on images too: a router in each layer, which sees the node."""
+
+CONFIRMED: dict[str, dict[str, Any]] = {
+    "difference-once-node-constant-unbalanced": {"shared_router": True, "router_input": ("node",)},
+    "difference-layer-neighbors-constant-unbalanced": {
+        "shared_router": False,
+        "router_input": ("node", "neighbors"),
     },
-    "difference": {
-        "gain": {"sharing": "difference-gain"},
-        "rank": {"sharing": "difference-rank"},
-        "decay": {"sharing": "difference-decay"},
-        **OF_ALL,
-    },
-    "pooled": {"unbalanced": OF_ALL["unbalanced"]},
+    OF_A_SWAP: {"shared_router": False, "router_input": ("node",)},
 }
-"""What variants change, by what the arm that they vary shares."""
+"""The best two arms of the first stage, and that of a swap; all are ``start="copies"``."""
 
 LONG = ("cifar10", "imagenette")
-"""Columns of the table of routers on which one arm is confirmed, beside the table's own cells."""
+"""Columns that are confirmed by the table of routers."""
 
-WEIGHED = ("digits-graph", "cora", "mosaic", "concept", "minesweeper")
-"""The columns on which variants are ranked."""
-
-
-def controls(base: RunConfig) -> dict[str, RunConfig]:
-    """What arms are compared with on a column."""
-    dense = replace(base, router="dense")
-    return {
-        "dense": dense,
-        "dense-lr2": replace(dense, lr=2 * base.lr),
-        "dense-difference": replace(
-            base, start="copies", sharing="difference", experts=1, options=BALANCED
-        ),
-        "dense-flops": replace(dense, equal="flops", equal_to="token_choice"),
-        "default": replace(base, router="token_choice"),
-    }
+IN_TABLE = {
+    "dense": "dense",
+    "dense-flops": "dense-flops",
+    "shared": "token-choice",
+    OF_A_SWAP: "copies",
+}
+"""Runs of a long column, and the cells that they are in that table."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A way to share, to decide, to see, and to choose: by a learned router with some noise, or by a random one."""
-
-    sharing: str
-    decided: str
-    seen: str
-    choice: str
-    variant: str = ""
-
-    @property
-    def name(self) -> str:
-        """Of its result file."""
-        parts = (self.sharing, self.decided, self.seen, self.choice, self.variant)
-        return "-".join(part for part in parts if part)
-
-    def applied(self, base: RunConfig) -> RunConfig:
-        """The configuration of the arm on a column."""
-        changes: dict[str, Any] = {
-            "start": "copies",
-            "sharing": SHARING[self.sharing],
-            "options": BALANCED,
-        }
-        if self.choice == "random":
-            changes |= {"router": "random", "options": STRAIGHT}
-        else:
-            changes |= {"router": "token_choice"} | NOISE[self.choice]
-        if isinstance(base, GraphConfig):
-            changes |= {"shared_router": DECIDED[self.decided], "router_input": SEEN[self.seen]}
-        if self.variant:
-            changes |= VARIANTS[self.sharing][self.variant]
-        return replace(base, **changes)
+def model(name: str, base: RunConfig) -> RunConfig:
+    """The configuration of a control or of a confirmed arm on a column."""
+    if name in CONTROLS:
+        return replace(base, **CONTROLS[name])
+    changes = CONFIRMED[name] if isinstance(base, GraphConfig) else {}
+    return replace(base, start="copies", **changes)
 
 
-ARMS = tuple(Arm(*parts) for parts in product(SHARING, DECIDED, SEEN, NOISE))
-RANDOM = tuple(Arm(*parts, "random") for parts in product(SHARING, DECIDED, SEEN))
-SECOND = tuple(
-    Arm(sharing, "once", "neighbors", "constant", variant)
-    for sharing in ("copies", "difference")
-    for variant in VARIANTS[sharing]
-) + tuple(
-    Arm(sharing, decided, seen, "constant", "unbalanced")
-    for sharing, decided, seen in product(VARIANTS, DECIDED, SEEN)
-    if (sharing, decided, seen)
-    not in (
-        ("copies", "once", "neighbors"),
-        ("difference", "once", "neighbors"),
-    )
-)
-"""The variants of the best two arms, and the best of these in other places."""
-
-OFFERED = tuple(
-    Arm(sharing, "layer", "node", "constant", "unbalanced") for sharing in ("copies", "difference")
-)
-"""What a swap of one class is, with nothing else changed: of copies, and of differences."""
-
-
-def arms_of(column: str) -> list[Arm]:
-    """The arms and their random twins on a column; images have neither a shared router nor neighbors."""
-    everything = [*ARMS, *RANDOM]
-    if isinstance(COLUMNS[column], ImageConfig):
-        return [arm for arm in everything if (arm.decided, arm.seen) == ("layer", "node")]
-    return everything
-
-
-def cells(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
-    """The runs of some columns, all where none are named: ``COLUMN/ARM`` and configuration."""
+def confirmed(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
+    """The runs of some columns, all where none are named: ``COLUMN/RUN`` and configuration."""
     if unknown := [name for name in columns if name not in COLUMNS]:
-        raise ValueError(
-            f"columns: got {', '.join(unknown)}, expected some of {', '.join(COLUMNS)}"
-        )
+        expected = ", ".join(COLUMNS)
+        raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {expected}")
     found = dict[str, RunConfig]()
     for column in columns or COLUMNS:
         base = replace(COLUMNS[column], seeds=SEEDS, data_root=root / COLUMNS[column].data_root)
-        found |= {f"{column}/{name}": config for name, config in controls(base).items()}
-        variants = SECOND if column in WEIGHED else ()
-        for arm in (*variants, *arms_of(column)):
-            found[f"{column}/{arm.name}"] = arm.applied(base)
+        arms = [OF_A_SWAP] if isinstance(base, ImageConfig) else list(CONFIRMED)
+        for name in (*CONTROLS, *arms):
+            found[f"{column}/{name}"] = model(name, base)
     return found
 
 
-IN_TABLE = {"dense": "dense", "dense-flops": "dense-flops", "default": "token-choice"}
-"""Controls, and the cells that they are in the table of routers."""
-
-
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is finished: by column and run, the summary. Long columns have controls in the table of routers."""
+    """What is finished: by column and run, the summary."""
     found = {}
-    for column in (*COLUMNS, *LONG):
-        paths = {path.stem: path for path in sorted((folder / column).glob("*.json"))}
-        if paths and column in LONG:
-            table = folder.parent / "routers" / column
-            paths |= {control: table / f"{cell}.json" for control, cell in IN_TABLE.items()}
+    for column in COLUMNS:
+        paths = sorted((folder / column).glob("*.json"))
         if paths:
+            found[column] = {path.stem: read_json(path, dict[str, Any]) for path in paths}
+    return found
+
+
+def read_confirmed(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is confirmed: the same, and the long columns that have all runs in the table of routers."""
+    found = read_results(folder)
+    for column in LONG:
+        cells = folder.parent / "routers" / column
+        paths = {run: cells / f"{cell}.json" for run, cell in IN_TABLE.items()}
+        if all(path.exists() for path in paths.values()):
             found[column] = {run: read_json(path, dict[str, Any]) for run, path in paths.items()}
     return found
 
@@ -241,10 +146,10 @@ def gain(known: Mapping[str, Any], arm: str) -> float:
     return fmean(differences(known, arm, "dense", "val"))
 
 
-def on_column(arm: Arm, column: str) -> Arm:
-    """What an arm is on a column: on images there is a router in each layer, which sees the node."""
-    on_images = isinstance(COLUMNS[column], ImageConfig)
-    return replace(arm, decided="layer", seen="node") if on_images else arm
+def is_arm(name: str) -> bool:
+    """True for an arm or a variant of the first stage; False for a control and a random twin."""
+    parts = name.split("-")
+    return parts[0] in ("copies", "pooled", "difference") and "random" not in parts
 
 
 def ranking(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float]]:
@@ -254,54 +159,11 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float]]
     """
     known = [results.get(column, {}) for column in WEIGHED]
     means = [
-        (arm.name, fmean(gain(column, arm.name) for column in known))
-        for arm in (*ARMS, *SECOND)
-        if all(arm.name in column for column in known)
+        (name, fmean(gain(column, name) for column in known))
+        for name in known[0]
+        if is_arm(name) and all(name in column for column in known)
     ]
     return sorted(means, key=lambda entry: -entry[1])
-
-
-def best_two(screened: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
-    """The two arms or variants of the highest mean gain in validation.
-
-    Raises:
-        ValueError: some weighed column lacks some variant.
-    """
-    variants = {arm.name for arm in SECOND}
-    missing = [column for column in WEIGHED if not variants <= set(screened.get(column, {}))]
-    if missing:
-        names = ", ".join(missing)
-        raise ValueError(
-            f"columns: got not all variants of {names}, expected all before any is confirmed"
-        )
-    by_name = {arm.name: arm for arm in (*ARMS, *SECOND)}
-    return [by_name[name] for name, _ in ranking(screened)[:2]]
-
-
-def confirmed(
-    columns: Sequence[str], root: Path, screened: Mapping[str, Mapping[str, Any]]
-) -> dict[str, RunConfig]:
-    """The runs of the second stage, on seeds that were not looked at: ``COLUMN/ARM`` and configuration.
-
-    Raises:
-        ValueError: some weighed column lacks some variant, so that no arm is chosen yet.
-    """
-    from experiments.routers import COLUMNS as TABLE
-
-    chosen = best_two(screened)
-    found = dict[str, RunConfig]()
-    for column in columns or (*COLUMNS, *LONG):
-        if column in LONG:
-            base = replace(TABLE[column], data_root=root / TABLE[column].data_root)
-            arm = OFFERED[-1]
-            found[f"{column}/{arm.name}"] = arm.applied(base)
-            continue
-        base = replace(COLUMNS[column], seeds=CONFIRMED, data_root=root / COLUMNS[column].data_root)
-        to_beat = {name: controls(base)[name] for name in ("dense", "dense-flops", "default")}
-        arms = [on_column(arm, column) for arm in (*chosen, *OFFERED)]
-        configs = to_beat | {arm.name: arm.applied(base) for arm in arms}
-        found |= {f"{column}/{name}": config for name, config in configs.items()}
-    return found
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -323,9 +185,10 @@ def confirmed_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     found = []
     for column, known in results.items():
-        if not {"dense", "dense-flops", "default"} <= set(known):
+        if not set(CONTROLS) <= set(known):
             continue
-        for name, summary in known.items():
+        for name in (*CONTROLS, *(name for name in known if name not in CONTROLS)):
+            summary = known[name]
             ratio = summary["flops"] / known["dense"]["flops"]
             line = {
                 "column": column,
@@ -347,11 +210,14 @@ def confirmed_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def lines(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A line an arm, best first, and then the controls: gains in validation over the dense model, and FLOPs."""
+    """A line an arm, best first, then arms that are not ranked, controls and random twins: gains in validation over
+    the dense model."""
     columns = [column for column in results if "dense" in results[column]]
     ranked = dict(ranking(results))
-    names = [*ranked, *(arm.name for arm in (*ARMS, *SECOND) if arm.name not in ranked)]
-    names += [*controls(DIGITS_GRAPH), *(arm.name for arm in RANDOM)]
+    every = dict.fromkeys(name for column in columns for name in results[column])
+    arms = [name for name in every if is_arm(name)]
+    names = [*ranked, *(name for name in arms if name not in ranked)]
+    names += [name for name in every if name not in names]
     found = []
     for name in names:
         line = {
@@ -363,8 +229,7 @@ def lines(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
             line[column] = "–" if name not in known else f"{gain(known, name):+.2f}"
             if name == "dense" and name in known:
                 line[column] = f"{100 * known[name]['val']['mean']:.2f}"
-        if set(line.values()) - {name, "–"}:
-            found.append(line)
+        found.append(line)
     return found
 
 

@@ -94,14 +94,6 @@ class CurvesConfig(SweepConfig):
     """Data sets; by default all."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartsConfig(CurvesConfig):
-    """Columns of the study of copies, and where they go."""
-
-    confirm: bool = False
-    """The second stage: the best two arms and the default on ten seeds that were not looked at."""
-
-
 STUDIES: dict[str, tuple[str, SweepConfig]] = {
     name: (line, SweepConfig()) for name, line in RECORDED.items()
 }
@@ -116,8 +108,8 @@ STUDIES["routers"] = (
 )
 
 STUDIES["starts"] = (
-    "Experts that begin as copies of one layer, at the dense FLOPs.",
-    StartsConfig(),
+    "Experts that begin as copies of one layer, at the dense FLOPs: seeds 3 to 12.",
+    CurvesConfig(),
 )
 STUDIES["curves"] = (
     "Test scores over FLOPs: dense models and two shapes of experts by width.",
@@ -192,17 +184,13 @@ def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
     return cell_tables(read_cells(folder)), failed
 
 
-def sweep_starts(config: StartsConfig) -> tuple[str, dict[str, str]]:
-    """Run the arms of a stage that have no file: the table, and by arm why it could not be run."""
-    from experiments.starts import cells, confirmed, confirmed_table, read_results, table
+def sweep_starts(config: CurvesConfig) -> tuple[str, dict[str, str]]:
+    """Run what has no file of the study's second stage: the table, and by arm why it could not be run."""
+    from experiments.starts import confirmed, confirmed_table, read_confirmed
 
-    if config.confirm:
-        screened = read_results(config.results / "starts")
-        todo = confirmed(config.columns, config.data_root, screened)
-        results, failed = run_columns("starts-confirmed", todo, config)
-        return confirmed_table(results), failed
-    results, failed = run_columns("starts", cells(config.columns, config.data_root), config)
-    return table(results), failed
+    todo = confirmed(config.columns, config.data_root)
+    _, failed = run_columns("starts-confirmed", todo, config)
+    return confirmed_table(read_confirmed(config.results / "starts-confirmed")), failed
 
 
 def sweep_curves(config: CurvesConfig) -> tuple[str, dict[str, str]]:
@@ -337,7 +325,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if isinstance(config, RoutersConfig):
             table, failed = sweep_cells(config)
-        elif isinstance(config, StartsConfig):
+        elif isinstance(config, CurvesConfig):
             table, failed = sweep_starts(config)
         elif isinstance(config, CurvesConfig):
             table, failed = sweep_curves(config)

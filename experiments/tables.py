@@ -53,7 +53,8 @@ def render(page: str, results: Path = ROOT / "results") -> str:
         "curves": curves.table,
     }
     readers = {"cells": read_cells, "gains": read_cells}
-    readers |= dict.fromkeys(("arms", "confirmed", "curves"), starts.read_results)
+    readers |= {"arms": starts.read_results, "curves": starts.read_results}
+    readers["confirmed"] = starts.read_confirmed
 
     def table(match: re.Match[str]) -> str:
         read_folder = readers.get(match["kind"])

@@ -20,6 +20,8 @@ from torch.nn.parameter import is_lazy
 from gmoe._checks import change_of
 from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
+from gmoe.experts import Experts
+from gmoe.from_base import ExpertsFromBase
 from gmoe.moe import (
     MoE,
     MoELayer,
@@ -91,12 +93,12 @@ def moefy(
 
             - ``"shared"``: the dense MLP or conv stays as a shared expert, and what is added to it
               starts at zero: the last layer of an MLP's experts, or the gain of a :class:`MoEConv`.
-            - ``"copies"``: the experts are copies of the dense layer and replace it. Copies of a
-              conv share it as their base, see :class:`MoEConv`: if it was frozen, the base stays
-              frozen and the differences train. Copies of an MLP are independent and train even if
-              it was frozen (sparse upcycling, `Komatsuzaki et al., 2023
-              <https://arxiv.org/abs/2212.05055>`_). The model starts as the dense one, since a
-              token's weights sum to 1; other routers are refused (``router.sums_to_one``). Token
+            - ``"copies"``: the experts start as the dense layer and replace it. It is the base of
+              their weights, to which each expert adds a difference that starts at zero, see
+              :class:`gmoe.from_base.FromBase`: if it was frozen, the base stays frozen and the
+              differences train. :func:`gmoe.fold` right after makes them independent, which is
+              sparse upcycling (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The
+              model starts as the dense one, since a token's weights sum to 1; other routers are refused (``router.sums_to_one``). Token
               choice by name has weights of 1 at K = 1 and does not balance its load, as in
               :class:`MoEConv`. Random tokens verify that the copies compute what the MLP does.
             - ``"plain"``: independent experts of the same form, drawn anew.
@@ -292,10 +294,15 @@ def _moe(
     if start != "shared":
         _check_nothing_is_lost(name, mlp, copied)
     zero_init = start == "shared"  # the shared expert alone is the dense model
-    experts = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
-    built = build_layer_router(start, router, experts.in_features, num_experts, k, router_kwargs)
+    stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
+    built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)
+    experts: Experts = stacked
+    if start == "copies":
+        base = dense.experts(1, copied, zero_init=False, backend=backend)
+        base.requires_grad_(any(parameter.requires_grad for parameter in mlp.parameters()))
+        experts = ExpertsFromBase(base, stacked)
     layer = TokenMoE(built, experts)
-    layer.to(experts.up.weight).train(mlp.training)
+    layer.to(stacked.up.weight).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.
     layer.shared_expert = mlp if start == "shared" else None
     return layer

@@ -7,7 +7,7 @@ the first layer (H, or 2 H if it is gated).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -58,6 +58,10 @@ class Experts(nn.Module, ABC):
         x_PI = dispatch(x, routing)
         y_PO = self.rows(x_PI, routing.offsets)
         return combine(y_PO, routing)
+
+    def routed_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of which a token uses those of its own experts."""
+        return self.parameters()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, num_experts={self.num_experts}"

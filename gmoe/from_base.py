@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gmoe.experts import Experts
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -35,10 +37,11 @@ class FromBase(nn.Module):
     Args:
         base: one expert.
         differences: E experts. Their parameters are set to zero.
+        *sizes: arguments of the class of experts that a subclass also is.
     """
 
-    def __init__(self, base: Any, differences: Any) -> None:
-        super().__init__()
+    def __init__(self, base: Any, differences: Any, *sizes: int) -> None:
+        super().__init__(*sizes)
         self.base = base
         self.differences = differences
         self._forget_differences()
@@ -76,6 +79,22 @@ class FromBase(nn.Module):
         for difference, base in parameters:
             difference += base
         return self.differences
+
+
+class ExpertsFromBase(FromBase, Experts):
+    """E functions of the same shape, such as MLPs, each a base and a difference.
+
+    Args:
+        base: one of them.
+        differences: E of them.
+    """
+
+    def __init__(self, base: Experts, differences: Experts) -> None:
+        sizes = differences.in_features, differences.out_features, differences.num_experts
+        super().__init__(base, differences, *sizes)
+
+    def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        return self(x_PI, offsets_E)
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:

@@ -269,7 +269,7 @@ class _Mixture(MoELayer):
                 reset()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
-        return self.experts.parameters()
+        return self.experts.routed_parameters()
 
 
 class MoE(_Mixture):
