@@ -17,10 +17,11 @@ def summary(flops: int, *scores: float) -> dict[str, Any]:
 def test_every_model_is_run_at_several_widths() -> None:
     found = points((), Path("data"))
     assert {name.partition("/")[0] for name in found} == set(DRAWN)
-    assert len(found) == 17 * len(DRAWN)
-    copies = found["minesweeper/copies-32"]
+    assert len(found) == 13 * len(DRAWN)
+    copies = found["minesweeper/differences-32"]
     assert (copies.start, copies.hidden, copies.seeds) == ("copies", 32, (0, 1, 2))
-    assert found["digits/shared-8"].start is None
+    assert copies.shared_router is True
+    assert found["digits/shared-8"].start == "shared"
     assert found["mosaic/dense-96"].router == "dense"
     expected = r"^columns: got cora, expected some of mosaic, minesweeper, facebook, digits$"
     with pytest.raises(ValueError, match=expected):

@@ -128,10 +128,6 @@ MAINS: dict[str, Any] = {
             "router: got 'soft_slots' with another k or start",
         ),
         (
-            "train digits --sharing pooled",
-            "sharing: got 'pooled', expected none without start='copies'",
-        ),
-        (
             "train digits --mlp-scale 0.5",
             "mlp_scale: got 0.5 with router='expert_choice', expected router='dense'",
         ),

@@ -1,4 +1,4 @@
-"""The study of experts begun as copies: its arms, what copies share, its planted graph, and how arms are ranked."""
+"""The study of experts begun as copies: what is confirmed, how arms are ranked, and its planted graph."""
 
 from __future__ import annotations
 
@@ -9,156 +9,52 @@ from typing import Any
 import pytest
 import torch
 
-import gmoe
-from experiments.build import build_model
-from experiments.config import RouterOptions
 from experiments.data import load_tasks
-from experiments.loop import run
-from experiments.presets import DIGITS_GRAPH, MOSAIC
-from experiments.sharing import FromBaseOfLowRank, GumbelChoice, share_among_copies, tie_copies
+from experiments.presets import MOSAIC
+from experiments.run_folder import differences_of
 from experiments.starts import (
-    ARMS,
     COLUMNS,
-    OFFERED,
-    RANDOM,
-    SECOND,
+    CONFIRMED,
+    CONTROLS,
+    IN_TABLE,
+    OF_A_SWAP,
     WEIGHED,
-    cells,
     confirmed,
     confirmed_table,
     interval,
+    is_arm,
     passes,
     ranking,
+    read_confirmed,
     table,
 )
 
-STRAIGHT = {"weight": "straight_through", "noise": False, "balance": None}
+RESULTS = Path(__file__).parent.parent.parent / "results"
 
 
-def trained(sharing: Any, steps: int = 3) -> Any:
-    """A layer of copies after a few steps of plain gradient descent."""
-    torch.manual_seed(0)
-    layer = gmoe.MoEConv(
-        "sage", 4, 4, num_experts=3, start="copies", router_kwargs=STRAIGHT
-    ).double()
-    if sharing is not None:
-        share_among_copies(layer, sharing)
-    x, edge_index = torch.randn(20, 4, dtype=torch.float64), torch.randint(20, (2, 60))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        layer(x, edge_index).sin().sum().backward()
-        optimizer.step()
-    return layer
+def test_the_best_two_and_the_layer_of_a_swap_are_confirmed_on_seeds_that_were_not_looked_at() -> (
+    None
+):
+    found = confirmed((), Path("data"))
+    on_graphs = {name for name in found if not name.startswith("digits/")}
+    assert {name.partition("/")[2] for name in on_graphs} == {*CONTROLS, *CONFIRMED}
+    assert len(found) == 7 * (3 + 3) + (3 + 1)
+    assert {config.seeds for config in found.values()} == {tuple(range(3, 13))}
+    once = found["cora/difference-once-node-constant-unbalanced"]
+    assert (once.start, once.shared_router, once.router) == ("copies", True, "token_choice")
+    # Images have a router in each layer, and a patch has no neighbors.
+    assert found[f"digits/{OF_A_SWAP}"].start == "copies"
+    assert found["digits/shared"].start == "shared"
+    assert found["mosaic/dense-flops"].equal == "flops"
+    with pytest.raises(ValueError, match=r"^columns: got sea, expected some of digits-graph, cora"):
+        confirmed(["sea"], Path("data"))
 
 
-def test_pooled_gradients_are_a_base_and_differences_under_gradient_descent() -> None:
-    pooled, difference, alone = trained("pooled"), trained("difference"), trained(None)
-    weight = pooled.experts.linear.weight
-    torch.testing.assert_close(weight, difference.experts.linear.weight, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        pooled.router.gate.weight, difference.router.gate.weight, rtol=0, atol=1e-12
-    )
-    assert not torch.allclose(weight, alone.experts.linear.weight)
-    assert not torch.allclose(weight[0], weight[1])
-
-
-def test_ten_times_the_pooled_gradient_moves_copies_together() -> None:
-    apart = [
-        (
-            trained(sharing).experts.linear.weight.std(dim=0)
-            / trained(sharing).experts.linear.weight.std()
-        ).mean()
-        for sharing in (None, "pooled", "pooled-10")
-    ]
-    assert apart[0] > apart[1] > apart[2] > 0
-
-
-def test_tied_copies_train_as_the_dense_layer() -> None:
-    layer = trained("tied-half", steps=0)
-    x, edge_index = torch.randn(20, 4, dtype=torch.float64), torch.randint(20, (2, 60))
-    layer(x, edge_index).sin().sum().backward()
-    weight = layer.experts.linear.weight
-    summed = weight.grad.sum(dim=0)
-    assert not torch.allclose(weight.grad[0], weight.grad[1])
-    tie_copies(layer)
-    for gradient in weight.grad:
-        torch.testing.assert_close(gradient, summed)
-
-
-@pytest.mark.parametrize("sharing", ["difference-gain", "difference-rank", "difference-decay"])
-def test_differences_that_are_held_back_start_at_zero_and_are_trained(sharing: Any) -> None:
-    at_start, later = (trained(sharing, steps).experts.linear.weight for steps in (0, 3))
-    torch.testing.assert_close(at_start, at_start[:1].expand_as(at_start))
-    assert not torch.allclose(later[0], later[1])
-    if sharing == "difference-rank":
-        wide = torch.nn.Linear(12, 12)
-        wide.weight = torch.nn.Parameter(wide.weight.detach().expand(2, 12, 12).clone())
-        difference = FromBaseOfLowRank(wide.weight.detach()[:1], wide.weight)
-        torch.nn.init.ones_(difference.right)
-        added = difference(wide.weight.detach() * 0) - difference.base
-        assert torch.linalg.matrix_rank(added).tolist() == [1, 1]  # of ones; 4 at most
-        assert difference.left.shape == (2, 12, 4)
-
-
-def test_gumbel_choice_draws_in_training_and_weighs_by_one() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(200, 6)
-    gumbel = GumbelChoice(6, 4, weight="straight_through")
-    first, second = (gumbel(x).offsets for _ in range(2))
-    assert not torch.equal(first, second)
-    gumbel.eval()
-    torch.testing.assert_close(gumbel(x).weight, torch.ones(200))
-
-
-def test_a_model_whose_copies_share_starts_as_the_dense_one() -> None:
-    task = load_tasks(DIGITS_GRAPH)(0)
-    inputs = next(iter(task.loader("train", 128, 0))).inputs
-    outputs = []
-    for config in (
-        replace(DIGITS_GRAPH, router="dense"),
-        *(arm.applied(DIGITS_GRAPH) for arm in ARMS if arm.choice == "quiet"),
-    ):
-        torch.manual_seed(0)
-        outputs.append(build_model(config, task).eval()(*inputs))
-    assert len(outputs) == 13
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)
-
-
-def test_the_noise_falls_to_zero_over_the_first_half(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    scales: list[float] = []
-    route = gmoe.TokenChoice.route
-
-    def noted(router: gmoe.TokenChoice, *args: Any) -> Any:
-        if router.training:
-            scales.append(router.noise_scale)
-        return route(router, *args)
-
-    monkeypatch.setattr(gmoe.TokenChoice, "route", noted)
-    config = replace(
-        DIGITS_GRAPH, epochs=8, seeds=(0,), anneal_noise=True, out=tmp_path / "run", progress=False
-    )
-    run(config)
-    assert scales[-8:] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
-
-
-def test_the_arms_are_those_that_were_fixed() -> None:
-    names = {arm.name for arm in (*ARMS, *SECOND)}
-    assert (len(ARMS), len(SECOND), len(RANDOM)) == (36, 24, 12)
-    assert len(names) == 36 + 24
-    found = cells((), Path("data"))
-    assert len(found) == 7 * (36 + 12 + 5) + (9 + 3 + 5) + 24 * len(WEIGHED)
-    top_2 = found["cora/difference-once-neighbors-constant-top2"]
-    assert (top_2.k, top_2.options.weight, top_2.sharing) == (2, "normalized", "difference")
-    mosaic = found["mosaic/pooled-once-neighbors-annealed"]
-    assert (mosaic.start, mosaic.sharing, mosaic.anneal_noise) == ("copies", "pooled", True)
-    assert found["cora/dense-lr2"].lr == 2 * COLUMNS["cora"].lr
-    assert found["digits/copies-layer-node-random"].router == "random"
-    with pytest.raises(ValueError, match="columns: got sea, expected some of digits-graph"):
-        cells(["sea"], Path("data"))
+def test_arms_and_their_variants_are_ranked_and_controls_and_random_twins_are_not() -> None:
+    assert is_arm("pooled-once-node-quiet")
+    assert is_arm("difference-once-neighbors-constant-top2")
+    for other in ("dense-difference", "dense-lr2", "shared", "copies-layer-node-random"):
+        assert not is_arm(other)
 
 
 def validated(value: float) -> dict[str, Any]:
@@ -166,32 +62,24 @@ def validated(value: float) -> dict[str, Any]:
     return {"val": {"values": [value, value], "mean": value}}
 
 
-def screened_columns() -> dict[str, dict[str, Any]]:
-    """Results of all arms and variants on the weighed columns; two stand out."""
-    columns = {}
-    for column in WEIGHED:
-        known = {arm.name: validated(0.5) for arm in (*ARMS, *SECOND)}
-        known |= {"dense": validated(0.4), "copies-layer-node-quiet": validated(0.8)}
-        columns[column] = known | {"copies-once-neighbors-constant-tied-half": validated(0.7)}
-    return columns
-
-
 def test_arms_are_ranked_by_their_mean_gain_in_validation_over_the_weighed_columns() -> None:
-    results = screened_columns()
+    results = {
+        column: {
+            "copies-layer-node-quiet": validated(0.8),
+            "dense": validated(0.4),
+            "difference-once-node-quiet": validated(0.7),
+            "pooled-layer-node-quiet": validated(0.5),
+            "pooled-layer-node-random": validated(0.9),
+        }
+        for column in WEIGHED
+    }
     results["mosaic"]["copies-layer-node-quiet"] = validated(0.9)
     # Is not weighed
-    results["digits"] = {
-        "dense": validated(0.4),
-        "copies-layer-node-quiet": validated(0.0),
-    }
+    results["digits"] = {"dense": validated(0.4), "copies-layer-node-quiet": validated(0.0)}
     del results["cora"]["pooled-layer-node-quiet"]  # so that this arm is not ranked
     ranked = ranking(results)
-    assert [name for name, _ in ranked[:2]] == [
-        "copies-layer-node-quiet",
-        "copies-once-neighbors-constant-tied-half",
-    ]
-    assert [mean for _, mean in ranked[:2]] == pytest.approx([42.0, 30.0])
-    assert len(ranked) == len(ARMS) + len(SECOND) - 1
+    assert [name for name, _ in ranked] == ["copies-layer-node-quiet", "difference-once-node-quiet"]
+    assert [mean for _, mean in ranked] == pytest.approx([42.0, 30.0])
     head, _, best, *_ = table(results).splitlines()
     assert head.startswith("| validation − dense (points) | mean | digits-graph | cora | mosaic |")
     assert best.startswith("| copies-layer-node-quiet | +42.00 | +40.00 | +40.00 | +50.00 |")
@@ -200,34 +88,16 @@ def test_arms_are_ranked_by_their_mean_gain_in_validation_over_the_weighed_colum
     assert table({}) == "no arm is finished yet"
 
 
-def test_the_best_two_are_confirmed_on_seeds_that_were_not_looked_at() -> None:
-    screened = screened_columns()
-    found = confirmed((), Path("data"), screened)
-    on_graphs = {name for name in found if not name.startswith("digits/")}
-    assert {name.partition("/")[2] for name in on_graphs} == {
-        *("dense", "dense-flops", "default"),
-        *("copies-layer-node-quiet", "copies-once-neighbors-constant-tied-half"),
-        *(arm.name for arm in OFFERED),
-    }
-    # Images have a router in each layer, and a patch has no neighbors.
-    tied = found["digits/copies-layer-node-constant-tied-half"]
-    assert (tied.sharing, tied.options.weight) == ("tied-half", "straight_through")
-    assert {config.seeds for config in found.values()} == {tuple(range(3, 13))}
-    del screened["mosaic"]["difference-once-neighbors-constant-gain"]
-    with pytest.raises(ValueError, match=r"^columns: got not all variants of mosaic, expected all"):
-        confirmed((), Path("data"), screened)
-
-
 def test_an_arm_passes_unless_it_is_surely_worse() -> None:
     def run(values: list[float]) -> dict[str, Any]:
         return {"test": {"values": values, "mean": sum(values) / len(values)}, "flops": 100}
 
     dense = [0.80, 0.81, 0.82, 0.83]
     known = {
+        "worse": run([value - 0.01 for value in dense]),
         "dense": run(dense),
         "dense-flops": run(dense),
-        "default": run([value - 0.002 for value in dense]),  # .2 points below, always
-        "worse": run([value - 0.01 for value in dense]),
+        "shared": run([value - 0.002 for value in dense]),  # .2 points below, always
         "unsure": run(
             [
                 value + change
@@ -235,13 +105,33 @@ def test_an_arm_passes_unless_it_is_surely_worse() -> None:
             ]
         ),
     }
-    assert [passes(known, name) for name in ("default", "worse", "unsure")] == [True, False, True]
+    assert [passes(known, name) for name in ("shared", "worse", "unsure")] == [True, False, True]
     # Mean 2, standard error 1 / sqrt(3), t of two degrees 4.3027
     low, high = interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
     _, _, first, _, _, worse, _ = confirmed_table({"cora": known}).splitlines()
     assert first == "| cora | dense | 81.50 | 1.00 × | – | – | – |"
     assert worse.startswith("| cora | worse | 80.50 | 1.00 × | -1.00 (-1.00 to -1.00) |")
+
+
+def test_long_columns_are_confirmed_by_the_table_of_routers(tmp_path: Path) -> None:
+    table_of_routers = tmp_path / "routers" / "cifar10"
+    table_of_routers.mkdir(parents=True)
+    for cell in list(IN_TABLE.values())[:-1]:
+        (table_of_routers / f"{cell}.json").write_text("{}")
+    assert read_confirmed(tmp_path / "starts-confirmed") == {}
+    (table_of_routers / "copies.json").write_text("{}")
+    assert set(read_confirmed(tmp_path / "starts-confirmed")["cifar10"]) == set(IN_TABLE)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_finished_runs_are_of_the_configurations_that_would_run_again(column: str) -> None:
+    known = read_confirmed(RESULTS / "starts-confirmed").get(column, {})
+    for name, config in confirmed([column], Path("data")).items():
+        summary = known.get(name.partition("/")[2])
+        if summary is not None:
+            differences = differences_of(config, summary["config"])
+            assert set(differences) <= {"digest"}, name  # of data that are not here
 
 
 def test_edges_of_a_concept_graph_say_nothing_and_the_rule_of_the_regime_does() -> None:
@@ -266,16 +156,3 @@ def test_edges_of_a_concept_graph_say_nothing_and_the_rule_of_the_regime_does() 
 def test_an_unknown_concept_graph_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"^dataset: got 'concept-"):
         load_tasks(replace(MOSAIC, dataset=name))(0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sharing": "pooled"}, "sharing: got 'pooled', expected none without start='copies'"),
-        ({"anneal_noise": True, "router": "random"}, "anneal_noise: got True"),
-        ({"anneal_noise": True, "options": RouterOptions(noise=False)}, "anneal_noise: got True"),
-    ],
-)
-def test_options_that_need_another_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        replace(DIGITS_GRAPH, **changes)
