@@ -18,6 +18,7 @@ from torchmetrics.functional.clustering import normalized_mutual_info_score
 from experiments.build import SoftMLP
 from experiments.data import Task
 from gmoe import MoE, MoEConv, Routing, RoutingStats
+from gmoe.from_base import FromBase
 from gmoe.metrics import PER_EXPERT
 
 BINS = 8
@@ -194,16 +195,28 @@ def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> s
 
 
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
-    """By layer of experts what starts at zero in it: of a conv the gain, of MLPs their last layers."""
-    found: dict[Any, Any] = {
-        layer: [layer.gain] for layer in model.modules() if isinstance(layer, MoEConv)
-    }
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, MoE | SoftMLP)]
-    return found | {layer: list(layer.experts.down.parameters()) for layer in layers}
+    """By layer of experts what starts at zero in it, so that the layer starts as the dense one.
+
+    Of copies that is their differences from the base; beside a shared expert, of a conv the gain, of MLPs their last
+    layers. Layers that do not start as the dense one are left out.
+    """
+    found = dict[nn.Module, list[nn.Parameter]]()
+    layers: list[Any] = [
+        layer for layer in model.modules() if isinstance(layer, MoEConv | MoE | SoftMLP)
+    ]
+    for layer in layers:
+        if isinstance(layer.experts, FromBase):
+            found[layer] = list(layer.experts.differences.parameters())
+        elif isinstance(layer, MoEConv):
+            if layer.gain is not None:
+                found[layer] = [layer.gain]
+        elif isinstance(layer, SoftMLP) or layer.shared_expert is not None:
+            found[layer] = list(layer.experts.down.parameters())
+    return found
 
 
 def switched_off(model: Any) -> Any:
-    """A copy whose routed experts give zero, as they did at the start."""
+    """A copy whose experts give what they gave at the start: zero beside a shared expert, or all the same."""
     copied = copy.deepcopy(model)
     for part in itertools.chain(*switches(copied).values()):
         nn.init.zeros_(part)

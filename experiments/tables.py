@@ -380,33 +380,35 @@ def swap_line(row: Mapping[str, Any]) -> Line:
             statistics.stdev(dense) if both[1:] else 0.0,
         )
         line |= {"moe − dense": f"{difference:+.2f}", "ok": "ok" if difference >= -std else "no"}
-    line["moe-off"] = mean_std([100 * run["off"] for run in moes.values()])
-    for arm in ("dense-flops", "random", "oracle", "k-means", "shared-transform"):
+    for arm in ("shared", "dense-flops", "random", "oracle", "k-means", "shared-transform"):
         tests = [100 * run["test"] for run in runs.get(arm, {}).values()]
         line[arm] = mean_std(tests) + (f" ({len(tests)})" if 0 < len(tests) < len(both) else "")
-    for name, form in (("share", ".2f"), ("live", ".3g")):
-        means = [
-            statistics.fmean(layer)
-            for layer in zip(*(run[name] for run in moes.values()), strict=True)
-        ]
+    with_shared = runs.get("shared", moes)  # of a ViT that is the default
+    line["shared-off"] = mean_std(
+        [100 * run["off"] for run in with_shared.values() if "off" in run]
+    )
+    for name, form, shown in (("share", ".2f", with_shared), ("live", ".3g", moes)):
+        by_layer = zip(*(run[name] for run in shown.values() if name in run), strict=True)
+        means = [statistics.fmean(layer) for layer in by_layer]
         line[name] = (
             extremes(means, form)
             if len(means) > 3
             else " ".join(f"{mean:{form}}" for mean in means) or "–"
         )
-    line |= dict.fromkeys(("ms dense / moe / flops", "×", "× shared-transform", "+ms a layer"), "–")
+    line |= dict.fromkeys(("ms dense / moe / shared", "×", "× shared", "+ms a layer"), "–")
     if times := row.get("time"):
         ms = {
             arm: 1000 * time["wall"]["median"]
             for arm, time in times.items()
             if isinstance(time, dict)
         }
-        line["ms dense / moe / flops"] = " / ".join(
-            f"{ms[arm]:.1f}" for arm in ("dense", "moe", "dense-flops")
+        line["ms dense / moe / shared"] = " / ".join(
+            f"{ms[arm]:.1f}" if arm in ms else "–" for arm in ("dense", "moe", "shared")
         )
-        for column, arm in (("×", "moe"), ("× shared-transform", "shared-transform")):
+        for column, arm in (("×", "moe"), ("× shared", "shared")):
             line[column] = f"{ms[arm] / ms['dense']:.2f}" if arm in ms else "–"
-        line["+ms a layer"] = f"{(ms['moe'] - ms['dense']) / times['layers']:.1f}"
+        if "moe" in ms:
+            line["+ms a layer"] = f"{(ms['moe'] - ms['dense']) / times['layers']:.1f}"
     return line
 
 

@@ -98,9 +98,10 @@ def moefy(
               :class:`gmoe.from_base.FromBase`: if it was frozen, the base stays frozen and the
               differences train. :func:`gmoe.fold` right after makes them independent, which is
               sparse upcycling (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The
-              model starts as the dense one, since a token's weights sum to 1; other routers are refused (``router.sums_to_one``). Token
-              choice by name has weights of 1 at K = 1 and does not balance its load, as in
-              :class:`MoEConv`. Random tokens verify that the copies compute what the MLP does.
+              model starts as the dense one, since a token's weights sum to 1; other routers are
+              refused (``router.sums_to_one``). Token choice by name has weights of 1 at K = 1 and
+              does not balance its load, as in :class:`MoEConv`. Random tokens verify that the
+              copies compute what the MLP does.
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.

@@ -37,9 +37,12 @@ from experiments.studies import SHARED, SMALL_VIT
 from gmoe._checks import check_choice, check_counts
 from gmoe.conv.kinds import factory_of
 
-Arm = Literal["dense", "moe", "dense-flops", "random", "oracle", "k-means", "shared-transform"]
-"""``dense-flops`` is the dense model, widened to the active FLOPs of ``moe``; ``shared-transform`` has that option of
-MoEConv where a layer's input is more than four times as wide as its output."""
+Arm = Literal[
+    "dense", "moe", "shared", "dense-flops", "random", "oracle", "k-means", "shared-transform"
+]
+"""``moe`` has the library's defaults, all others with experts a shared expert beside them. ``dense-flops`` is the dense
+model, widened to the active FLOPs of ``shared``; ``shared-transform`` has that option of MoEConv where a layer's input
+is more than four times as wide as its output."""
 Config = GraphConfig | ImageConfig
 PARTS: tuple[Split, ...] = get_args(Split)
 load = lru_cache(maxsize=1)(load_tasks)  # the data of one row at a time
@@ -139,9 +142,11 @@ class Problem:
 
 
 def layer(arm: Arm, conv: str, in_channels: int, out_channels: int, **kwargs: Any) -> Any:
-    """PyG's conv, or gmoe's defaults in its place, all but the router of ``random``."""
+    """PyG's conv, or experts in its place, with gmoe's defaults but for what the arm says."""
     if arm.startswith("dense"):
         return factory_of(conv)(in_channels, out_channels, **kwargs)
+    if arm != "moe":
+        kwargs["start"] = "shared"
     if arm == "shared-transform":
         kwargs["shared_transform"] = in_channels > 4 * out_channels * kwargs.get("heads", 1)
     router = "random" if arm == "random" else "token_choice"
@@ -226,6 +231,7 @@ class Infomax(Problem):
 ROUTERS: dict[Arm, str] = {
     "dense-flops": "dense",
     "moe": "token_choice",
+    "shared": "token_choice",
     "k-means": "multi_centroid",
 }
 OPTIONS = {
@@ -242,7 +248,11 @@ class Preset(Problem):
         if isinstance(self.config, ImageConfig) and router != "dense":
             return gmoe.moefy(self.build("dense", width), router=router)
         config = replace(
-            self.config, hidden=width, router=router, options=OPTIONS.get(arm, RouterOptions())
+            self.config,
+            hidden=width,
+            router=router,
+            start=None if arm == "moe" or router == "dense" else "shared",
+            options=OPTIONS.get(arm, RouterOptions()),
         )
         model = build_model(config, self.task)
         if arm == "k-means":
@@ -270,7 +280,7 @@ LINKS = replace(CITED, hidden=128, epochs=100, weight_decay=0.0, input_dropout=0
 FACEBOOK = replace(
     GRAPH, data_root=Path("facebook.npz"), dropout=0.5, seeds=TEN, adjacency="edge_index"
 )
-CONTROLS: tuple[Arm, ...] = ("dense-flops", "random")
+CONTROLS: tuple[Arm, ...] = ("shared", "dense-flops", "random")
 NARROWED: tuple[Arm, ...] = (*CONTROLS, "shared-transform")
 PLAIN: dict[str, Any] = {
     "seeds": TEN,
@@ -294,7 +304,8 @@ ROWS: dict[str, tuple[type[Problem], Config, tuple[Arm, ...]]] = {
     "mosaic": (Preset, replace(MOSAIC, **PLAIN), (*CONTROLS, "oracle", "k-means")),
     "cora-linkpred": (Links, LINKS, NARROWED),
     "cora-infomax": (Infomax, replace(CITED, hidden=512, epochs=300, lr=0.001), NARROWED),
-    "cifar10-vit": (Preset, replace(SMALL_VIT, data_root=Path()), CONTROLS),
+    # Of a ViT the default is the shared expert.
+    "cifar10-vit": (Preset, replace(SMALL_VIT, data_root=Path()), ("dense-flops", "random")),
 }
 """Problem, configuration, with a data root inside that of the command line, and the arms beside dense and moe."""
 
@@ -306,7 +317,7 @@ class SwapBenchmark(Benchmark):
     rows: tuple[str, ...] = tuple(ROWS)
     """Names of rows."""
     arms: tuple[Arm, ...] = get_args(Arm)
-    """What is trained beside `dense` and `moe`, where a row has it. `moe-off` is read off `moe`."""
+    """What is trained beside `dense` and `moe`, where a row has it; `off` is read off a shared expert's run."""
     seeds: int = 10
     """Seeds at most; images have 3."""
     threads: int = 1
@@ -360,30 +371,35 @@ def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str,
         "best_epoch": best_epoch,  # from 1
         "epochs": problem.config.epochs,
     }
+    if arm not in ("dense", "dense-flops"):
+        result["live"] = live_experts(model, problem.forward)
     if switches(model):
-        result |= routed_part(model, problem.forward)
+        result["share"] = routed_share(model, problem.forward)
         result["off"] = evaluated(problem.score, switched_off(model), "test")
     tqdm.write(f"{folder.name}: test {100 * result['test']:.2f}")
     return result
 
 
-def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, list[float]]:
-    """What the routed experts do in evaluation: by layer ``share``, the norm of what they add over that of the output;
-    by decision of a router ``live``, how many of them take more than 1 % of the tokens."""
+def routed_share(model: nn.Module, forward: Callable[[Any], Any]) -> list[float]:
+    """By layer the norm of what routed experts add to a shared one in evaluation, over that of the output."""
     share: list[float] = []
     evaluated(
         forward,
         noting_added(model, lambda _, added, y: share.append(float(added.norm() / y.norm()))),
     )
+    return share
+
+
+def live_experts(model: nn.Module, forward: Callable[[Any], Any]) -> list[float]:
+    """By decision of a router, how many experts take more than 1 % of the tokens in evaluation."""
     with gmoe.record_routing(model) as routings:
         evaluated(forward, model)
-    live = [float((routing.load > 0.01 * routing.num_tokens).sum()) for routing in routings]
-    return {"share": share, "live": live}
+    return [float((routing.load > 0.01 * routing.num_tokens).sum()) for routing in routings]
 
 
 @cache
 def width_of(arm: Arm, name: str, config: Config) -> int:
-    """The hidden width of an arm; at that of ``dense-flops`` the dense model has the active FLOPs of ``moe``."""
+    """The hidden width of an arm; at that of ``dense-flops`` the dense model has the active FLOPs of ``shared``."""
     if arm != "dense-flops":
         return config.hidden
     problem = ROWS[name][0](config, 0)
@@ -392,7 +408,7 @@ def width_of(arm: Arm, name: str, config: Config) -> int:
         return gmoe.count_flops(partial(evaluated, problem.forward), problem.drawn(arm, width))
 
     return gmoe.match_width(
-        partial(cost, "dense"), cost("moe", config.hidden), start=config.hidden, tolerance=0.5
+        partial(cost, "dense"), cost("shared", config.hidden), start=config.hidden, tolerance=0.5
     )
 
 
@@ -412,5 +428,5 @@ def step_times(name: str, config: Config, repeats: int) -> dict[str, Any]:
     }
     return {
         **take_turns(steps, repeats, problem.fabric.device, warmup=3),
-        "layers": len(switches(models["moe"])),
+        "layers": sum(isinstance(part, gmoe.MoELayer) for part in models["moe"].modules()),
     }

@@ -66,15 +66,16 @@ def test_a_vit_starts_alike_too_and_resumes(
     problem = Preset(config, 0)
     dense, moe = (problem.drawn(arm, 8) for arm in ("dense", "moe"))
     torch.testing.assert_close(*(swap.evaluated(problem.forward, model) for model in (dense, moe)))
-    result = swap.train_arm(problem, "moe", 8, tmp_path / "run")
+    result = swap.train_arm(problem, "shared", 8, tmp_path / "run")
     assert len(result["share"]) == len(result["live"]) == 1
     assert (tmp_path / "run" / "checkpoint").exists()
-    assert swap.train_arm(problem, "moe", 8, tmp_path / "run")["test"] == result["test"]
+    assert swap.train_arm(problem, "shared", 8, tmp_path / "run")["test"] == result["test"]
 
 
+@pytest.mark.parametrize("arm", ["moe", "shared"])
 @pytest.mark.parametrize("name", ["cora-gat", "cora-linkpred", "cora-infomax", "minesweeper"])
-def test_a_run_gives_all_figures(name: str, root: Path, tmp_path: Path) -> None:
-    result = swap.train_arm(problem_of(name, root), "moe", 4, tmp_path)
+def test_a_run_gives_all_figures(name: str, arm: swap.Arm, root: Path, tmp_path: Path) -> None:
+    result = swap.train_arm(problem_of(name, root), arm, 4, tmp_path)
     assert 0 <= result["off"] <= 1
     assert all(0 < share < 1 for share in result["share"])
     assert all(1 <= live <= 8 for live in result["live"])
@@ -86,12 +87,12 @@ def test_the_share_is_that_of_what_started_at_zero() -> None:
     torch.manual_seed(0)
     dense = GCNConv(5, 4)
     torch.manual_seed(0)
-    layer: Any = gmoe.MoEConv("gcn", 5, 4, num_experts=3).eval()
+    layer: Any = gmoe.MoEConv("gcn", 5, 4, num_experts=3, start="shared").eval()
     with torch.no_grad():
         layer.gain.fill_(7.0)
         off, y = dense(x, edges), layer(x, edges)
-    found = swap.routed_part(layer, lambda model: model(x, edges))
-    assert found["share"] == [pytest.approx(float((y - off).norm() / y.norm()), rel=1e-4)]
+    found = swap.routed_share(layer, lambda model: model(x, edges))
+    assert found == [pytest.approx(float((y - off).norm() / y.norm()), rel=1e-4)]
     torch.testing.assert_close(switched_off(layer)(x, edges), off)
     torch.testing.assert_close(layer(x, edges), y)
 
@@ -144,7 +145,7 @@ def test_finished_runs_are_kept_and_others_added(
         run("--seeds", "1")
     kept = json.loads(path.read_text())["variants"]["cora-gcn"]["runs"]
     row = run("--seeds", "1")
-    assert trained == [("random", 0), ("shared-transform", 0)]
+    assert trained == [("dense-flops", 0), ("random", 0), ("shared-transform", 0)]
     assert row["runs"] | kept == row["runs"]
     assert {"dense", "moe", "dense-flops", "shared-transform"} < set(row["time"])
     assert run("--seeds", "2", "--arms", "random")["time"] == row["time"]
@@ -162,7 +163,7 @@ def test_the_matched_model_has_the_flops(root: Path) -> None:
     problem = problem_of("mosaic", root)
     models = (
         problem.drawn("dense", swap.width_of("dense-flops", "mosaic", problem.config)),
-        problem.drawn("moe", 16),
+        problem.drawn("shared", 16),
     )
     dense, moe = (gmoe.count_flops(swap.evaluated, problem.forward, model) for model in models)
     assert dense == pytest.approx(moe, rel=0.1)
