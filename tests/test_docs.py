@@ -132,7 +132,7 @@ def test_the_times_of_the_readme_are_those_of_the_results() -> None:
     found = [read_json(path, dict[str, Any])["variants"] for path in files]
     dense, compiled, layer = (
         [variants[f"{name}, edge_index"]["wall"]["median"] for variants in found]
-        for name in ("dense", "compiled dense", "default MoEConv E=8 K=1")
+        for name in ("dense", "compiled dense", "MoEConv with shared expert E=8 K=1")
     )
     low, high = sorted(a / b for a, b in zip(dense, compiled, strict=True))
     assert f"makes `GCNConv` {low:.1f} to {high:.1f} times faster" in in_a_line(README)
