@@ -22,9 +22,9 @@ from experiments.tables import mean_std
 
 NAMES = {
     "dense": "dense",
-    "shared": "beside a shared expert (default)",
-    "copies": 'copies (start="copies")',
-    "differences": "a base and differences, routed once",
+    "shared": "beside a shared expert",
+    "copies": "copies that share nothing",
+    "differences": "copies that share a base, routed once (default)",
 }
 MARKERS = {"dense": "D", "shared": "s", "copies": "o", "differences": "^"}
 THEMES = {

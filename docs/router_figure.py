@@ -24,7 +24,7 @@ FIGURES = ROOT / "docs" / "figures"
 STYLE = {"token-choice": "o", "expert-choice": "s", "random": "x", "dense": "D"}
 """The rows that are drawn, by name of their file, and their markers."""
 NAMES = {
-    "token-choice": "token choice (default)",
+    "token-choice": "token choice",
     "expert-choice": "expert choice",
     "random": "frozen random router",
     "dense": "dense, fewer FLOPs",
