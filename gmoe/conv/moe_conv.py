@@ -106,9 +106,10 @@ class MoEConv(MoELayer, MessagePassing):
         router: name, factory or instance (default ``"token_choice"``); ``None`` if every call
             passes ``routing=``.
         k: K, experts per node (default 1).
-        router_input: what the router sees: the ``"node"`` (default), its ``"neighbors"`` (the
-            conv's own aggregate if all experts share it, else the mean over in-edges), its
-            ``"degree"`` (log(1 + in-degree)), or several.
+        router_input: what the router sees: the ``"node"``, its ``"neighbors"`` (the conv's own
+            aggregate if all experts share it, else the mean over in-edges), its ``"degree"``
+            (log(1 + in-degree)), or several. By default (``None``) the node and its neighbors for
+            copies, unless the router is an instance, and the node beside a shared expert.
         start: how the layer starts. By default (``None``), ``"copies"`` if the router is one of
             ``gmoe.ROUTERS`` or an instance, and its weights of a node sum to 1; else, for a list of
             several kinds and with ``shared_transform``, ``"shared"``.
@@ -168,7 +169,7 @@ class MoEConv(MoELayer, MessagePassing):
         num_experts: int | None = None,
         router: RouterLike | None = "token_choice",
         k: int = 1,
-        router_input: RouterInput = "node",
+        router_input: RouterInput | None = None,
         start: Start | None = None,
         shared_transform: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
@@ -196,9 +197,9 @@ class MoEConv(MoELayer, MessagePassing):
         self.in_channels: int | tuple[int, int] = in_channels
         self._widths = widths
         self.out_channels = out_channels
-        self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
         self.start = start_of_convs(start, kinds, shared_transform, router, k, router_kwargs)
+        self.router_input = router_parts(router_input, self.start, router)
         self._options = _BuildOptions(
             router, router_kwargs, check_finite, shared_transform, local, backend
         )

@@ -13,18 +13,32 @@ from torch import Tensor
 
 from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
+from gmoe.moe import Start
+from gmoe.routers import Router, RouterLike
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
 """``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several of them."""
 
 
-def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:
-    """The parts of what the router sees, in a fixed order.
+def router_parts(
+    router_input: RouterInput | None, start: Start, router: RouterLike | None
+) -> tuple[RouterPart, ...]:
+    """The parts of what the router of a layer sees, in a fixed order.
+
+    Args:
+        router_input: what the caller said. ``None`` is the node and its neighbors for a router that
+            decides for copies in one layer: of these, it was the safer one in the study of starts.
+            Beside a shared expert, and for an instance, whose width is given, it is the node.
+        start: of the layer.
+        router: of the layer, ``None`` if it has none.
 
     Raises:
         ValueError: an unknown part, or none.
     """
+    if router_input is None:
+        sees_both = start == "copies" and router is not None and not isinstance(router, Router)
+        return ("node", "neighbors") if sees_both else ("node",)
     named = (router_input,) if isinstance(router_input, str) else tuple(router_input)
     for name in named:
         check_choice("router_input", name, RouterPart)

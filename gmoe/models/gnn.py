@@ -63,8 +63,9 @@ class GNNMoE(HubMixin, nn.Module):
             let each layer route by its own input (``False``). By default (``None``) once if the
             layers start as copies: so it was best in the study (page "Experts that start as
             copies").
-        router_input: what routers see: the ``"node"`` (default), its ``"neighbors"``, its
-            ``"degree"``, or several of them.
+        router_input: what routers see: the ``"node"``, its ``"neighbors"``, its ``"degree"``, or
+            several of them. By default (``None``) the node; of copies with a router in each layer
+            the node and its neighbors.
         every: layer ``i`` is a MoEConv if ``i % every == every - 1`` (default 1), except for the
             output layer.
         dropout: default 0.
@@ -107,7 +108,7 @@ class GNNMoE(HubMixin, nn.Module):
         num_experts: int | None = None,
         k: int = 1,
         shared_router: bool | None = None,
-        router_input: RouterInput = "node",
+        router_input: RouterInput | None = None,
         every: int = 1,
         dropout: float = 0.0,
         input_dropout: float = 0.0,
@@ -128,6 +129,9 @@ class GNNMoE(HubMixin, nn.Module):
         )
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
+        router_input = router_parts(
+            router_input, conv_kwargs["start"], None if shared_router else router
+        )
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(
             in_channels=in_channels,
@@ -144,7 +148,7 @@ class GNNMoE(HubMixin, nn.Module):
         self.out_channels = out_channels = int(out_channels)
         self.num_layers = num_layers = int(num_layers)
         self.jk_mode = jk
-        self.router_input = router_parts(router_input)
+        self.router_input = router_input
 
         # 1. Which layers are MoE. Without jumping knowledge the last conv is the output layer.
         num_hidden = num_layers - 1 if jk is None else num_layers
