@@ -21,9 +21,9 @@ It decided the default of convs. Arms, seeds and rule were fixed before the firs
   three seeds of their table of routers, in its row ``copies``.
 
 The first stage is closed: what lost is no longer in the code, and commit 9cfff8c runs it again. The second, which
-``python -m experiments.sweep starts`` runs, confirms what the library has, :data:`CONFIRMED`. There the layer of a
-swap, ``difference-layer-node-constant-unbalanced``, was added before its first result, when five columns were confirmed
-for the other arms. Result files keep the names of the first stage.
+``python -m experiments.sweep starts`` runs, confirms what the library has, :data:`CONFIRMED`. There the arm with a
+router in each layer that sees the node, :data:`LAYER_NODE`, was added before its first result, when five columns were
+confirmed for the other arms: images have no other. Result files keep the names of the first stage.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ CONTROLS: dict[str, dict[str, Any]] = {
 }
 """What arms are compared with, by what it changes."""
 
-OF_A_SWAP = "difference-layer-node-constant-unbalanced"
-"""The arm that a model is if one class is swapped, on images too: a router in each layer, which sees the node."""
+LAYER_NODE = "difference-layer-node-constant-unbalanced"
+"""The arm that images have: a router in each layer, which sees the patch or the node."""
 
 CONFIRMED: dict[str, dict[str, Any]] = {
     "difference-once-node-constant-unbalanced": {"shared_router": True, "router_input": ("node",)},
@@ -76,9 +76,9 @@ CONFIRMED: dict[str, dict[str, Any]] = {
         "shared_router": False,
         "router_input": ("node", "neighbors"),
     },
-    OF_A_SWAP: {"shared_router": False, "router_input": ("node",)},
+    LAYER_NODE: {"shared_router": False, "router_input": ("node",)},
 }
-"""The best two arms of the first stage, and that of a swap; all are ``start="copies"``."""
+"""The best two arms of the first stage, and that of images; all are ``start="copies"``."""
 
 LONG = ("cifar10", "imagenette")
 """Columns that are confirmed by the table of routers."""
@@ -87,7 +87,7 @@ IN_TABLE = {
     "dense": "dense",
     "dense-flops": "dense-flops",
     "shared": "token-choice",
-    OF_A_SWAP: "copies",
+    LAYER_NODE: "copies",
 }
 """Runs of a long column, and the cells that they are in that table."""
 
@@ -108,7 +108,7 @@ def confirmed(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
     found = dict[str, RunConfig]()
     for column in columns or COLUMNS:
         base = replace(COLUMNS[column], seeds=SEEDS, data_root=root / COLUMNS[column].data_root)
-        arms = [OF_A_SWAP] if isinstance(base, ImageConfig) else list(CONFIRMED)
+        arms = [LAYER_NODE] if isinstance(base, ImageConfig) else list(CONFIRMED)
         for name in (*CONTROLS, *arms):
             found[f"{column}/{name}"] = model(name, base)
     return found

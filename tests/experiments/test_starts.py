@@ -17,7 +17,7 @@ from experiments.starts import (
     CONFIRMED,
     CONTROLS,
     IN_TABLE,
-    OF_A_SWAP,
+    LAYER_NODE,
     WEIGHED,
     confirmed,
     confirmed_table,
@@ -32,7 +32,7 @@ from experiments.starts import (
 RESULTS = Path(__file__).parent.parent.parent / "results"
 
 
-def test_the_best_two_and_the_layer_of_a_swap_are_confirmed_on_seeds_that_were_not_looked_at() -> (
+def test_the_best_two_and_the_arm_of_images_are_confirmed_on_seeds_that_were_not_looked_at() -> (
     None
 ):
     found = confirmed((), Path("data"))
@@ -43,7 +43,7 @@ def test_the_best_two_and_the_layer_of_a_swap_are_confirmed_on_seeds_that_were_n
     once = found["cora/difference-once-node-constant-unbalanced"]
     assert (once.start, once.shared_router, once.router) == ("copies", True, "token_choice")
     # Images have a router in each layer, and a patch has no neighbors.
-    assert found[f"digits/{OF_A_SWAP}"].start == "copies"
+    assert found[f"digits/{LAYER_NODE}"].start == "copies"
     assert found["digits/shared"].start == "shared"
     assert found["mosaic/dense-flops"].equal == "flops"
     with pytest.raises(ValueError, match=r"^columns: got sea, expected some of digits-graph, cora"):

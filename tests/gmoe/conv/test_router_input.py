@@ -7,24 +7,39 @@ from typing import Any
 import pytest
 import torch
 
-from gmoe import Graph
+from gmoe import GNNMoE, Graph, MoEConv, TokenChoice
 from gmoe.conv.router_input import router_features, router_parts, router_width
 
 
 def test_parts_have_a_fixed_order_whatever_the_given_one() -> None:
-    assert router_parts(["degree", "node"]) == ("node", "degree")
+    assert router_parts(["degree", "node"], "shared", None) == ("node", "degree")
+
+
+def test_the_router_of_copies_in_a_layer_sees_node_and_neighbors_by_default() -> None:
+    both = ("node", "neighbors")
+    assert router_parts(None, "copies", "token_choice") == both
+    assert router_parts(None, "copies", TokenChoice) == both
+    # An instance has a width of its own; without a router nothing is seen; of others the node was measured.
+    assert router_parts(None, "copies", TokenChoice(4, 3)) == ("node",)
+    assert router_parts(None, "copies", None) == ("node",)
+    assert router_parts(None, "shared", "token_choice") == ("node",)
+    assert MoEConv("gcn", 4, 4).router_input == both
+    assert MoEConv("gcn", 4, 4, router_input="node").router_input == ("node",)
+    assert GNNMoE(4, 4, 4).router_input == ("node",)
+    assert GNNMoE(4, 4, 4, shared_router=False).router_input == both
+    assert GNNMoE(4, 4, 4, shared_router=False).config["router_input"] == list(both)
 
 
 @pytest.mark.parametrize("router_input", [[], "edges", ["node", "edges"]], ids=str)
 def test_an_unknown_part_or_none_is_refused(router_input: Any) -> None:
     with pytest.raises(ValueError, match="router_input: got"):
-        router_parts(router_input)
+        router_parts(router_input, "copies", "token_choice")
 
 
 def test_features_are_as_wide_as_the_router_was_told() -> None:
     graph = Graph(torch.tensor([[0, 1, 2], [1, 1, 0]]), 3)
     x = torch.eye(3)
-    parts = router_parts(["node", "neighbors", "degree"])
+    parts = router_parts(["node", "neighbors", "degree"], "shared", None)
     seen = router_features(parts, x, x, None, graph)
     assert seen.size(1) == router_width(parts, node=3, neighbors=3)
     assert seen[1, 3:6].tolist() == [0.5, 0.5, 0]  # the mean over its in-edges, from 0 and 1
