@@ -24,7 +24,13 @@ from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts, described, parameters_of
+from gmoe._checks import (
+    check_choice,
+    check_counts,
+    described,
+    parameters_of,
+    refuse_functions,
+)
 from gmoe.conv.arguments import (
     by_position,
     checked_routing,
@@ -241,6 +247,7 @@ class MoEConv(MoELayer, MessagePassing):
 
             # 2. The routed experts.
             if self.start == "copies":
+                refuse_functions("conv", type(dense).__name__, dense)
                 copies = [copy.deepcopy(dense) for _ in range(self.num_experts)]
                 differences = build_experts(make_routed, options.local, options.backend, copies)
                 base = build_experts(make_dense, options.local, options.backend, [dense])
