@@ -86,31 +86,51 @@ ADDED: list[Any] = [spectral, hooked, frozen, Own, lora_gcn, lora_sage, lora_gat
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("start", ["shared", "copies", None])
 @pytest.mark.parametrize(
     "kind", [kind for kind in ADDED if kind is not frozen], ids=lambda kind: kind.__name__
 )
-def test_what_somebody_put_into_a_conv_survives_a_swap(kind: Any) -> None:
+def test_what_somebody_put_into_a_conv_survives_a_swap(kind: Any, start: Any) -> None:
     """The first forward of a layer built by a factory, and of one that moefy swaps in."""
     torch.manual_seed(0)
     conv = kind(4, 4).eval()  # spectral norm moves in training
     x, edge_index = torch.randn(9, 4), random_graph(9, 9, 30)
     model = pyg.Sequential("x, edge_index", [(copy.deepcopy(conv), "x, edge_index -> x")])
     torch.testing.assert_close(
-        moefy(model, num_experts=2, targets="module_0")(x, edge_index), conv(x, edge_index)
+        moefy(model, num_experts=2, targets="module_0", start=start)(x, edge_index),
+        conv(x, edge_index),
     )
     torch.manual_seed(0)
-    layer = MoEConv(kind, 4, 4, num_experts=2).eval()
+    layer = MoEConv(kind, 4, 4, num_experts=2, start=start).eval()
     torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
-    assert sum(p.numel() for p in layer.experts.parameters()) == 2 * sum(
+    convs = 2 if layer.start == "shared" else 3  # the experts, and the base of copies
+    assert sum(p.numel() for p in layer.experts.parameters()) == convs * sum(
         p.numel() for p in conv.parameters()
     )
 
 
-def test_a_conv_with_a_function_as_its_forward_is_refused_by_moefy() -> None:
-    """The function holds the conv, which would run in place of every copy."""
-    conv = pyg.SAGEConv(4, 4)
+def doubled(i: int, o: int) -> pyg.SAGEConv:
+    """Its forward is a function, which holds the conv."""
+    conv = pyg.SAGEConv(i, o)
     before = conv.forward
     conv.forward = lambda *args: 2 * before(*args)
+    return conv
+
+
+@pytest.mark.parametrize("start", ["copies", None])
+def test_a_conv_with_a_function_as_its_forward_is_refused_where_experts_are_copies(
+    start: Any,
+) -> None:
+    with pytest.raises(ValueError, match=r"^conv: got SAGEConv with a function as its forward"):
+        MoEConv(doubled, 4, 4, num_experts=2, start=start)
+    layer: Any = MoEConv(doubled, 4, 4, num_experts=2, start="shared")
+    x, edge_index = torch.randn(9, 4), random_graph(9, 9, 30)
+    torch.testing.assert_close(layer(x, edge_index), layer.shared_expert.expert(0)(x, edge_index))
+
+
+def test_a_conv_with_a_function_as_its_forward_is_refused_by_moefy() -> None:
+    """The function holds the conv, which would run in place of every copy."""
+    conv = doubled(4, 4)
     model = pyg.Sequential("x, edge_index", [(conv, "x, edge_index -> x")])
     with pytest.raises(ValueError, match=r"^model: got \w+ with a function as its forward"):
         moefy(model, num_experts=2, targets="module_0")
