@@ -110,27 +110,31 @@ def test_what_somebody_put_into_a_conv_survives_a_swap(kind: Any, start: Any) ->
 
 
 def doubled(i: int, o: int) -> pyg.SAGEConv:
-    """Its forward is a function, which holds the conv."""
+    """The forward of its linear layer is a function, which holds that layer."""
     conv = pyg.SAGEConv(i, o)
-    before = conv.forward
-    conv.forward = lambda *args: 2 * before(*args)
+    before = conv.lin_l.forward
+    conv.lin_l.forward = lambda x: 2 * before(x)
     return conv
 
 
 @pytest.mark.parametrize("start", ["copies", None])
-def test_a_conv_with_a_function_as_its_forward_is_refused_where_experts_are_copies(
+def test_a_conv_with_a_function_as_a_forward_is_refused_where_experts_are_copies(
     start: Any,
 ) -> None:
-    with pytest.raises(ValueError, match=r"^conv: got SAGEConv with a function as its forward"):
+    with pytest.raises(ValueError, match=r"^conv: got SAGEConv.lin_l with a function as its forw"):
         MoEConv(doubled, 4, 4, num_experts=2, start=start)
+    torch.manual_seed(0)
     layer: Any = MoEConv(doubled, 4, 4, num_experts=2, start="shared")
-    x, edge_index = torch.randn(9, 4), random_graph(9, 9, 30)
-    torch.testing.assert_close(layer(x, edge_index), layer.shared_expert.expert(0)(x, edge_index))
+    torch.manual_seed(0)
+    conv, x, edge_index = doubled(4, 4), torch.randn(9, 4), random_graph(9, 9, 30)
+    torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
 
 
 def test_a_conv_with_a_function_as_its_forward_is_refused_by_moefy() -> None:
     """The function holds the conv, which would run in place of every copy."""
-    conv = doubled(4, 4)
+    conv = pyg.SAGEConv(4, 4)
+    before = conv.forward
+    conv.forward = lambda *args: 2 * before(*args)
     model = pyg.Sequential("x, edge_index", [(conv, "x, edge_index -> x")])
     with pytest.raises(ValueError, match=r"^model: got \w+ with a function as its forward"):
         moefy(model, num_experts=2, targets="module_0")
