@@ -182,7 +182,7 @@ class Adapted(nn.Module):
 @pytest.mark.parametrize("part", ["base", "differences"])
 def test_a_part_with_more_weights_is_refused_unless_the_layer_is_folded_before(part: str) -> None:
     """Its weights would be added to the wrong ones."""
-    layer = trained()
+    layer = trained().eval()
     x = features(NODES, WIDTH)
     expected = layer(x, EDGES)
     experts = layer.experts.get_submodule(part)

@@ -532,9 +532,9 @@ def test_the_default_of_open_widths_is_known_before_they_are() -> None:
     ],
 )
 def test_what_a_router_refuses_is_refused_as_ever(options: dict[str, Any], message: str) -> None:
-    for build in (MoEConv, GNNMoE):
+    for build in (partial(MoEConv, "gcn", WIDTH, WIDTH), partial(GNNMoE, WIDTH, WIDTH, WIDTH)):
         with pytest.raises(ValueError, match=f"^{message}"):
-            build(*(("gcn",) if build is MoEConv else (WIDTH,)), WIDTH, WIDTH, 3, **options)
+            build(num_experts=3, **options)
 
 
 def test_the_default_draws_no_number() -> None:
