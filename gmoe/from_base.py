@@ -108,7 +108,7 @@ class FromBase(nn.Module):
     def folded(self) -> nn.Module:
         """The differences themselves, with the base added to them: independent experts."""
         for _, difference, base in self._pairs():
-            difference += base
+            difference.add_(base)
         return self.differences
 
 

@@ -112,7 +112,7 @@ QUICK = ("GCN, capacity", "GATv2", "GATv2, shared")
 SHARED = ", shared"
 """Behind a layer's name: the same layer, beside a shared expert whatever its default."""
 
-MAKERS = {name: make for row in ROWS.values() for name, make in row.items()}
+MAKERS: dict[str, Any] = {name: make for row in ROWS.values() for name, make in row.items()}
 MAKERS |= {
     f"{name}{SHARED}": partial(make, start="shared")
     for name, make in MAKERS.items()

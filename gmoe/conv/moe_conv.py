@@ -229,7 +229,7 @@ class MoEConv(MoELayer, MessagePassing):
         options = self._options
         make = replace(self._make, in_channels=in_channels)
         make_dense = replace(make, kinds=[make.kinds[0]])  # of several kinds, the first
-        dense = make_dense(0) if self.start != "plain" else None
+        dense: Any = make_dense(0) if self.start != "plain" else None
         with drawn_apart(dense is not None):
             # 1. What the routed experts see: the nodes, or their common transform.
             make_routed = make

@@ -493,7 +493,7 @@ def test_a_factory_is_called_for_the_router_alone_and_not_for_the_default() -> N
 def test_the_default_under_an_instance_leaves_it_as_it_is(router: Any, start: str) -> None:
     instance = router()
     before, state = dict(vars(instance)), copy.deepcopy(instance.state_dict())
-    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=instance)
+    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=instance)
     assert layer.start == start
     assert layer.router is instance
     assert vars(instance) == before
@@ -628,7 +628,8 @@ def test_the_default_of_a_conv_in_a_model_follows_what_was_put_on_it_too(
     dense = conv(WIDTH, WIDTH)
     change(dense)
     model: Any = nn.ModuleDict({"conv": copy.deepcopy(dense)})
-    layer = moefy(model, targets="conv", num_experts=3, **options)["conv"]
+    moefy(model, targets="conv", num_experts=3, **options)
+    layer = model["conv"]
     assert layer.start == start
     x = features(NODES, WIDTH).float()
     torch.testing.assert_close(layer.eval()(x, EDGES), dense.eval()(x, EDGES))
