@@ -198,3 +198,29 @@ def change_of(module: nn.Module) -> str | None:
         if not has_plain_forward or set(module._parameters) != {"weight", "bias"}:
             return f"a linear layer of its own class, {type(module).__name__}"
     return None
+
+
+def refuse_functions(argument: str, name: str, conv: nn.Module) -> None:
+    """Refuse a conv with a function in place of a method, where experts would be copies of it.
+
+    Such a function may hold the conv, and would run it, not its copy.
+
+    Args:
+        argument: which the conv was given as.
+        name: of the conv.
+        conv: any module.
+
+    Raises:
+        ValueError: such a function, on the conv or on a part of it.
+    """
+    for path, part in conv.named_modules(prefix=name):
+        patched = [
+            key
+            for key, value in vars(part).items()
+            if inspect.isfunction(value) and hasattr(type(part), key)
+        ]
+        if patched:
+            raise ValueError(
+                f"{argument}: got {path} with a function as its {', '.join(patched)}, expected a "
+                "conv whose methods are those of a class, since experts are copies of it"
+            )

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from inspect import isfunction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gmoe._checks import change_of
+from gmoe._checks import change_of, refuse_functions
 from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
 from gmoe.experts import Experts
@@ -364,7 +363,7 @@ def _moe_conv(
     from gmoe.conv.moe_conv import MoEConv
 
     in_channels, out_channels = _conv_widths(name, conv, width)
-    _check_methods(name, conv)
+    refuse_functions("model", name, conv)
     is_frozen = not any(parameter.requires_grad for parameter in conv.parameters())
     if start is None and not (upcycle and _is_plain(conv)):
         start = "shared"  # which keeps what a user put on the conv as it is
@@ -412,18 +411,3 @@ def _conv_widths(name: str, conv: Any, width: int | None) -> tuple[Any, Any]:
             "and out_channels"
         )
     return in_channels, out_channels
-
-
-def _check_methods(name: str, conv: nn.Module) -> None:
-    """Refuse patched methods: such a function may hold the conv, and would run it, not its copy."""
-    for path, part in conv.named_modules(prefix=name):
-        patched = [
-            key
-            for key, value in vars(part).items()
-            if isfunction(value) and hasattr(type(part), key)
-        ]
-        if patched:
-            raise ValueError(
-                f"model: got {path} with a function as its {', '.join(patched)}, expected a conv "
-                "whose methods are those of a class, since experts are copies of it"
-            )

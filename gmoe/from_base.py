@@ -11,7 +11,9 @@ Shapes: E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from inspect import isfunction
 from itertools import cycle
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +23,9 @@ from torch.func import functional_call
 from gmoe.experts import Experts
 
 Model = TypeVar("Model", bound=nn.Module)
+
+ONE_THREAD = RLock()
+"""Held while tensors stand in place of a module's parameters, which other threads would see."""
 
 
 class FromBase(nn.Module):
@@ -44,6 +49,7 @@ class FromBase(nn.Module):
         super().__init__(*sizes)
         self.base = base
         self.differences = differences
+        self._built_with = self._counts()
         self._forget_differences()
         self.register_load_state_dict_pre_hook(_read_independent)
 
@@ -52,16 +58,45 @@ class FromBase(nn.Module):
         for parameter in self.differences.parameters():
             parameter.zero_()
 
+    def _counts(self) -> tuple[int, int]:
+        """How many weights there are: of the base, and of the differences."""
+        return len(_weights(self.base)), len(_weights(self.differences))
+
+    def _pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+        """The name of each weight of the differences, itself, and that of the base that it changes.
+
+        Raises:
+            ValueError: a part was replaced by one with more or fewer weights, such as LoRA's.
+        """
+        counts = self._counts()
+        if counts != self._built_with:
+            raise ValueError(
+                f"experts: got {counts} parameters of base and differences, expected "
+                f"{self._built_with}, as they were built: gmoe.fold(model) before parts of experts "
+                "are replaced"
+            )
+        pairs = zip(_weights(self.differences), cycle(_weights(self.base)))
+        return [(name, difference, base) for (name, difference), (_, base) in pairs]
+
     def forward(self, *args: Any) -> Tensor:
         """Run the experts on what their class takes."""
-        pairs = zip(self.differences.named_parameters(), cycle(self.base.parameters()))
         if torch.compiler.is_compiling():
-            # The compiler traces functional_call, which puts the tensors into the module itself.
-            merged = {name: base + difference for (name, difference), base in pairs}
-            return functional_call(self.differences, merged, args)
-        # In eager code another thread may be running the module, which stays as it is.
-        by_id = {id(difference): base + difference for (_, difference), base in pairs}
-        return with_tensors(self.differences, by_id)(*args)
+            return self._run_in_place(args)
+        if _is_patched(self.differences):
+            with ONE_THREAD:
+                return self._run_in_place(args)
+        # Another thread may be running the module, which stays as it is.
+        sums = {id(difference): base + difference for _, difference, base in self._pairs()}
+        return with_tensors(self.differences, sums)(*args)
+
+    def _run_in_place(self, args: tuple[Any, ...]) -> Tensor:
+        """Run the differences themselves, with the sums in place of their parameters meanwhile.
+
+        The compiler traces that, and a function that a user put in place of a method may hold the
+        module: such a function would pass over a copy.
+        """
+        sums = {name: base + difference for name, difference, base in self._pairs()}
+        return functional_call(self.differences, sums, args)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that a token uses a share of: those of the differences."""
@@ -75,9 +110,8 @@ class FromBase(nn.Module):
     @torch.no_grad()
     def folded(self) -> nn.Module:
         """The differences themselves, with the base added to them: independent experts."""
-        parameters = zip(self.differences.parameters(), cycle(self.base.parameters()))
-        for difference, base in parameters:
-            difference += base
+        for _, difference, base in self._pairs():
+            difference.add_(base)
         return self.differences
 
 
@@ -102,13 +136,13 @@ def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 
     Args:
         module: its buffers, hooks and options are those of the copy, too.
-        tensors: by the ``id`` of each parameter, what the copy has in its place.
+        tensors: by the ``id`` of a parameter, what the copy has in its place.
     """
     copied = object.__new__(type(module))
     copied.__dict__ = {
         **vars(module),
         "_parameters": {
-            name: None if parameter is None else tensors[id(parameter)]
+            name: tensors.get(id(parameter), parameter)
             for name, parameter in module._parameters.items()
         },
         "_modules": {
@@ -117,6 +151,21 @@ def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
         },
     }
     return copied
+
+
+def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters with their names, without the masks that explainers of PyG register."""
+    every = module.named_parameters()
+    return [(name, weight) for name, weight in every if not name.endswith("_edge_mask")]
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """True if an object has a function of its own in place of a method of its class."""
+    return any(
+        callable(value) and isfunction(getattr(type(part), name, None))
+        for part in module.modules()
+        for name, value in vars(part).items()
+    )
 
 
 def fold(model: Model) -> Model:

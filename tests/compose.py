@@ -427,6 +427,38 @@ def draw_past(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def default_start(kinds: Sequence[Kind], options: Mapping[str, Any]) -> str:
+    """What ``start=None`` becomes: copies of one kind, where a node's weights sum to 1."""
+    router, kwargs = options["router"], options["router_kwargs"]
+    tokens_choose = {
+        "token_choice": "capacity_factor" not in kwargs,
+        "multi_centroid": kwargs.get("choice") != "experts",
+        "random": True,
+        "uniform": True,
+    }
+    to_one = "straight_through" if options["k"] == 1 else "normalized"
+    sums_to_one = tokens_choose.get(router, False) and kwargs.get("weight", to_one) == to_one
+    are_copies = sums_to_one and len(kinds) == 1 and not options.get("shared_transform")
+    return "copies" if are_copies else "shared"
+
+
+def left_out(random: Random, found: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Some options in the words of the default, where that means what was drawn.
+
+    By random numbers of their own, so that each number keeps its other draws.
+    """
+    left: dict[str, Any] = {}
+    if found["start"] == default_start(found["kinds"], options) and flip(random, 0.6):
+        left["start"] = None
+    is_default = options.get("shared_router") == (found["start"] == "copies")
+    if found["way"] != "layer" and is_default and flip(random, 0.6):
+        left["shared_router"] = None
+    if found["start"] == "copies" and flip(random):  # by default their weights sum to 1
+        kwargs = options["router_kwargs"]
+        left["router_kwargs"] = {name: kwargs[name] for name in kwargs if name != "weight"}
+    return left
+
+
 def draw(number: int) -> Config:
     """The configuration of a number."""
     random = Random(number)
@@ -466,6 +498,7 @@ def draw(number: int) -> Config:
         options |= some(
             random, {"local": (True, False) if way in ("layer", "forward") else (True,)}
         )
+    options |= left_out(Random(f"defaults of {number}"), found, options)
     return Config(**found, options=options, training=training, low=low)
 
 
@@ -491,6 +524,7 @@ def build(c: Config) -> Any:
         if options.get("norm") == "by node":
             options["norm"] = LayerNorm(hidden, mode="node")
         module = GNNMoE(in_channels=c.widths[0], hidden_channels=hidden, out_channels=3, **options)
+    check_defaults(c, module)
     for parameter in module.double().parameters():
         nn.init.constant_(parameter, torch.nan)
     module.reset_parameters()
@@ -514,6 +548,17 @@ def build(c: Config) -> Any:
             # Experts that are equal would hide who took a token
             value.data.add_(0.1 * torch.randn_like(value))
     return module.train(c.training)
+
+
+def check_defaults(c: Config, module: nn.Module) -> None:
+    """Raise where what was left to the defaults became something else than what was drawn."""
+    found = {part.start for part in module.modules() if isinstance(part, MoEConv)}
+    if found - {c.start}:
+        raise AssertionError(f"start={c.options['start']} became {found}, not {c.start!r}")
+    if isinstance(module, GNNMoE) and c.options["shared_router"] is None:
+        is_one = module.shared_router is not None
+        if is_one != (c.start == "copies"):
+            raise AssertionError(f"shared_router=None became {is_one} with start={c.start!r}")
 
 
 class Given(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ from gmoe import (
     record_routing,
 )
 from gmoe.conv.base import ConvExperts, MixedExperts
+from gmoe.from_base import FromBase
 
 D, E, K = 8, 8, 2
 SIZES = (7, 3, 5)
@@ -199,8 +201,11 @@ def moefied() -> nn.Module:
 
 
 def opened(model: nn.Module) -> Any:
-    """With experts that give more than zero, as they do at the start."""
+    """With experts that give more than zero, as they do at the start, and copies that differ."""
     for layer in model.modules():
+        if isinstance(layer, FromBase):
+            for difference in layer.differences.parameters():
+                nn.init.normal_(difference, std=0.3)
         if isinstance(layer, MoEConv | HeteroMoEConv) and layer.gain is not None:
             nn.init.constant_(layer.gain, 0.5)
         if isinstance(layer, MLPExperts):
@@ -244,6 +249,9 @@ CONVS: dict[str, Any] = {
     "mlp": "mlp",
 }
 
+COPIES = ("gcn", "gin", "gat", "film")
+"""Kinds whose layers start as copies too: stacked, with buffers, with attention, one by one."""
+
 
 def conv(kind: Any, **kwargs: Any) -> MoEConv:
     return opened(MoEConv(kind, D, 6, num_experts=E, k=K, **kwargs))
@@ -268,19 +276,41 @@ CASES = [
         lambda: MoE(build_router("token_choice", D, E, K), LinearExperts(D, 6, E), nn.Linear(D, 6)),
     ),
     Case("SoftMoE", soft),
-    *(Case(f"MoEConv {name}", partial(conv, kind), graphs) for name, kind in CONVS.items()),
+    *(
+        Case(f"MoEConv {name}", partial(conv, kind, start="shared"), graphs)
+        for name, kind in CONVS.items()
+    ),
+    *(
+        # Balanced, so that no conv of those that run one by one is left without a node.
+        Case(
+            f"MoEConv {name} copies",
+            partial(conv, CONVS[name], start="copies", router_kwargs={"balance": "bias"}),
+            graphs,
+        )
+        for name in COPIES
+    ),
     Case(
         "MoEConv gcn full",
         partial(conv, "gcn", router_input=("node", "neighbors", "degree"), start="shared"),
         weighted_graphs,
     ),
-    Case("MoEConv sage narrow", lambda: opened(MoEConv("sage", D, 2, num_experts=3, k=K)), graphs),
+    Case(
+        "MoEConv sage narrow",
+        lambda: opened(MoEConv("sage", D, 2, num_experts=3, k=K, start="shared")),
+        graphs,
+    ),
     Case("MoEConv sage expert_choice", partial(conv, "sage", router="expert_choice"), graphs),
     Case("HeteroMoEConv", hetero, hetero_graphs),
-    Case("GNNMoE", partial(gnn, dropout=0.5, norm="batch_norm", jk="cat"), graphs),
+    Case("GNNMoE", partial(gnn, dropout=0.5, norm="batch_norm", jk="cat", start="shared"), graphs),
     Case(
         "GNNMoE shared router",
-        partial(gnn, shared_router=True, router_input=("node", "neighbors")),
+        partial(gnn, shared_router=True, router_input=("node", "neighbors"), start="shared"),
+        graphs,
+    ),
+    Case("GNNMoE copies", partial(gnn, router_input=("node", "neighbors")), graphs),
+    Case(
+        "GNNMoE copies, a router a layer",
+        partial(gnn, dropout=0.5, norm="batch_norm", jk="cat", shared_router=False),
         graphs,
     ),
     Case(
@@ -563,6 +593,9 @@ def runs_what_users_put_in(case: Case, device: str) -> None:
         for name, part in layer.named_modules()
         if isinstance(part, own) or name.endswith(linear)
     }
+    # The base of copies is added to their differences, which are called.
+    is_base = re.compile(r"(^|\.)experts\.base(\.|$)").search
+    hooked = {name: part for name, part in hooked.items() if not is_base(name)}
     for name, module in hooked.items():
         module.register_forward_hook(lambda *_, name=name: called.add(name))
     plain = run(layer, call)

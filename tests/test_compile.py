@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from gmoe import GNNMoE, Graph, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, build_router, moefy
 from gmoe.routers import ROUTERS
-from tests.contract import CASES, graph_breaks
+from tests.contract import CASES, graph_breaks, opened
 
 WIDTH = 8
 SIZES = (30, 37, 50, 64, 101, 33, 77)
@@ -48,12 +48,6 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "`MoEConv` of GCN, SAGE, GraphConv, GIN, GINE, filters, MLPs": {
         "GCN": partial(four, "gcn"),
         "GCN, edge weights": partial(four, "gcn"),
-        "GCN, copies": partial(
-            four,
-            "gcn",
-            start="copies",
-            router_kwargs={"weight": "straight_through"},
-        ),
         "GCN, neighbors": partial(four, "gcn", router_input=("node", "neighbors", "degree")),
         "SAGE": partial(four, "sage"),
         "SAGE, normalized": partial(four, "sage", normalize=True),
@@ -99,6 +93,7 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "`GNNMoE` of GCN, whose output layer is PyG's conv": {
         "GNNMoE": gnn,
         "GNNMoE, one router": partial(gnn, shared_router=True),
+        "GNNMoE, a router a layer": partial(gnn, shared_router=False),
     },
     "`GNNMoE` of GAT": {"GNNMoE of GAT": partial(gnn, conv="gat")},
     "SAGE that aggregates by median, which PyG counts by `bincount`": {
@@ -111,23 +106,46 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
 }
 """The layers of each row of the table in ``docs/support.md``, in training; of the contract's cases see below."""
 
-QUICK = ("GCN, capacity", "GATv2")
+QUICK = ("GCN, capacity", "GATv2", "GATv2, shared")
 """Layers whose breaks are counted in the default suite."""
 
-MAKERS = {name: make for row in ROWS.values() for name, make in row.items()}
+SHARED = ", shared"
+"""Behind a layer's name: the same layer, beside a shared expert whatever its default."""
+
+MAKERS: dict[str, Any] = {name: make for row in ROWS.values() for name, make in row.items()}
+MAKERS |= {
+    f"{name}{SHARED}": partial(make, start="shared")
+    for name, make in MAKERS.items()
+    if not name.startswith("MoE, ")
+}
 
 
-def table() -> dict[str, tuple[str, int]]:
-    """The rows of the page: if a layer is one graph, and its breaks without ``fullgraph=True``."""
+def table() -> dict[str, tuple[str, int, int | None]]:
+    """The rows of the page: if a layer is one graph, and its breaks without ``fullgraph=True``.
+
+    Of the default, and beside a shared expert; ``None`` for layers without that choice.
+    """
     page = (Path(__file__).parent.parent / "docs" / "support.md").read_text()
     lines = page.split("<!-- breaks -->\n")[1].split("\n<!-- end -->")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {name: (whole, int(breaks)) for name, whole, breaks in cells}
+    return {
+        name: (whole, int(breaks), None if shared == "–" else int(shared))
+        for name, whole, breaks, shared in cells
+    }
+
+
+def of_row(row: str) -> dict[str, int]:
+    """The layers of a row, and the breaks that the page says each has."""
+    _, breaks, shared = table()[row]
+    found = dict.fromkeys(ROWS[row], breaks)
+    if shared is not None:
+        found |= {f"{name}{SHARED}": shared for name in ROWS[row]}
+    return found
 
 
 def layers(*verdicts: str) -> list[str]:
     """The layers of the rows with these verdicts."""
-    return [name for row, made in ROWS.items() if table()[row][0] in verdicts for name in made]
+    return [name for row in ROWS if table()[row][0] in verdicts for name in of_row(row)]
 
 
 @pytest.fixture(autouse=True)
@@ -139,13 +157,10 @@ def compile_anew() -> Iterator[None]:
 
 
 def made(name: str) -> nn.Module:
-    """The layer, with a gain that lets its experts be seen."""
+    """The layer, with a gain that lets its experts be seen, or copies that differ."""
     torch.manual_seed(0)
     layer = MAKERS[name]()
-    for module in layer.modules():
-        if isinstance(module, MoEConv) and module.gain is not None:
-            nn.init.ones_(module.gain)
-    return layer
+    return layer if name.startswith("MoE, ") else opened(layer)
 
 
 def inputs(name: str, nodes: int, prepared: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -165,7 +180,7 @@ def inputs(name: str, nodes: int, prepared: bool = False) -> tuple[tuple[Any, ..
     of_edges: dict[str, Tensor] = {}
     if "edge weights" in name:
         of_edges["edge_weight"] = torch.rand(edges, generator=generator)
-    if "edge features" in name or name == "GINE":
+    if "edge features" in name or name.startswith("GINE"):
         of_edges["edge_attr"] = torch.randn(edges, WIDTH, generator=generator)
     return (x, Graph(edge_index, nodes) if prepared else edge_index), of_edges
 
@@ -220,7 +235,7 @@ def breaks(name: str) -> int:
     return int(torch._dynamo.explain(made(name))(*args, **kwargs).graph_break_count)
 
 
-@pytest.mark.parametrize("name", ["GCN", "GAT"])
+@pytest.mark.parametrize("name", ["GCN", "GCN, shared", "GAT", "GAT, shared"])
 def test_a_layer_is_one_graph(name: str) -> None:
     assert_is_one_graph(name, "aot_eager", SIZES[:2], near=0)
 
@@ -233,19 +248,20 @@ def test_the_page_has_every_row() -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_some_breaks_are_those_of_the_page(name: str) -> None:
-    (row,) = (row for row, made in ROWS.items() if name in made)
-    assert breaks(name) == table()[row][1]
+    (expected,) = (of_row(row)[name] for row in ROWS if name in of_row(row))
+    assert breaks(name) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_breaks_are_those_of_the_page(row: str) -> None:
-    assert {breaks(name) for name in ROWS[row]} == {table()[row][1]}
+    expected = of_row(row)
+    assert {name: breaks(name) for name in expected} == expected
 
 
 @pytest.mark.slow
 def test_breaks_of_the_contracts_cases_are_those_of_the_page() -> None:
-    page = {row.split()[0]: breaks for row, (_, breaks) in table().items()}
+    page = {row.split()[0]: breaks for row, (_, breaks, _) in table().items()}
     cases = {case.name: case for case in CASES}
     for names, row in ((HETERO, "`HeteroMoEConv`,"), (RAGGED, "tokens")):
         found = graph_breaks([cases[name] for name in names])
@@ -301,8 +317,9 @@ def test_a_vit_of_timm_is_one_graph() -> None:
         torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
 
 
-def test_a_graph_that_is_given_again_is_not_compiled_again() -> None:
-    layer = made("GCN")
+@pytest.mark.parametrize("name", ["GCN", "GCN, shared"])
+def test_a_graph_that_is_given_again_is_not_compiled_again(name: str) -> None:
+    layer = made(name)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     (x, edge_index), _ = inputs("GCN", 30)
     graph = Graph(edge_index, len(x))

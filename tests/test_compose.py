@@ -50,3 +50,19 @@ def test_a_raw_error_fails_and_a_refusal_does_not(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(compose, "compute", raises)
         assert compose.run(0).kind == kind
         assert compose.main(0, 2) == (kind == "failed")
+
+
+def test_defaults_are_drawn_of_layers_and_of_models() -> None:
+    """And leave what a number is: its start is the one that the default becomes."""
+    drawn = [compose.draw(number) for number in range(300)]
+    started = Counter(c.start for c in drawn if c.options["start"] is None)
+    assert started.keys() == {"copies", "shared"}
+    models = [c for c in drawn if c.way != "layer"]
+    routers = Counter(c.start for c in models if c.options["shared_router"] is None)
+    assert min(routers["copies"], routers["shared"]) > 0
+
+
+def test_a_default_that_becomes_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compose, "default_start", lambda *_: "shared")
+    found = [compose.run(number) for number in range(40)]
+    assert any("start=None became {'copies'}" in outcome.message for outcome in found)

@@ -60,6 +60,7 @@ REENTRANT = (
     "MoEConv gcn",
     "GNNMoE",
     "GNNMoE shared router",
+    "GNNMoE copies",
 )
 
 

@@ -215,10 +215,15 @@ def results() -> Results:
 
 
 def opened(model: nn.Module) -> nn.Module:
-    """Let routed experts that start at zero count in the output."""
+    """Let routed experts that start at zero count in the output, and copies differ."""
+    from gmoe.from_base import FromBase
+
     for part in model.modules():
         if isinstance(gain := getattr(part, "gain", None), nn.Parameter):
             nn.init.constant_(gain, 0.5)
+        if isinstance(part, FromBase):
+            for difference in part.differences.parameters():
+                nn.init.normal_(difference, std=0.3)
     return model
 
 
@@ -234,16 +239,19 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
 
     x, edge_index = torch.randn(60, 64, requires_grad=True), torch.randint(60, (2, 240))
     edges, graph = (x, edge_index), (x, Graph(edge_index, 60))
-    for conv in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer"):
-        yield conv, MoEConv(conv, 64, 64), edges
-    for conv in ("gcn", "gat"):
-        yield f"{conv} on a Graph", MoEConv(conv, 64, 64), graph
-    yield "gcn, weighted edges", MoEConv("gcn", 64, 64), (*edges, torch.rand(240))
+    starts: dict[str, Any] = {"": "shared", ", copies": "copies"}
+    for words, start in starts.items():
+        for conv in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer"):
+            yield f"{conv}{words}", MoEConv(conv, 64, 64, start=start), edges
+        for conv in ("gcn", "gat"):
+            yield f"{conv} on a Graph{words}", MoEConv(conv, 64, 64, start=start), graph
+        weighted = MoEConv("gcn", 64, 64, start=start)
+        yield f"gcn, weighted edges{words}", weighted, (*edges, torch.rand(240))
+        yield f"GNNMoE{words}", GNNMoE(64, 64, 5, 3, start=start), edges
     filters = ["identity", "low_pass", "high_pass", "low_pass"]
     yield "filters", MoEConv(filters, 64, 64), edges
     mixed = ["gcn", "sage", "gin", "graph"]
     yield "mixed kinds", MoEConv(mixed, 64, 64), edges
-    yield "GNNMoE", GNNMoE(64, 64, 5, 3), edges
     images = (torch.randn(2, 30, 64, requires_grad=True),)
 
     def mlps() -> MLPExperts:

@@ -24,7 +24,13 @@ from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts, described, parameters_of
+from gmoe._checks import (
+    check_choice,
+    check_counts,
+    described,
+    parameters_of,
+    refuse_functions,
+)
 from gmoe.conv.arguments import (
     by_position,
     checked_routing,
@@ -224,7 +230,7 @@ class MoEConv(MoELayer, MessagePassing):
         options = self._options
         make = replace(self._make, in_channels=in_channels)
         make_dense = replace(make, kinds=[make.kinds[0]])  # of several kinds, the first
-        dense = make_dense(0) if self.start != "plain" else None
+        dense: Any = make_dense(0) if self.start != "plain" else None
         with drawn_apart(dense is not None):
             # 1. What the routed experts see: the nodes, or their common transform.
             make_routed = make
@@ -242,6 +248,7 @@ class MoEConv(MoELayer, MessagePassing):
 
             # 2. The routed experts.
             if self.start == "copies":
+                refuse_functions("conv", type(dense).__name__, dense)
                 copies = [copy.deepcopy(dense) for _ in range(self.num_experts)]
                 differences = build_experts(make_routed, options.local, options.backend, copies)
                 base = build_experts(make_dense, options.local, options.backend, [dense])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,12 +28,7 @@ from gmoe.conv.separate import run
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
-from gmoe.moe import (
-    build_layer_router,
-    choose_blocks,
-    drawn_apart,
-    start_of_convs,
-)
+from gmoe.moe import Start, build_layer_router, choose_blocks, drawn_apart, start_of_convs
 from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing
 
@@ -119,14 +114,7 @@ class GNNMoE(HubMixin, nn.Module):
         **conv_kwargs: Any,
     ) -> None:
         # Resolve the defaults first: what is recorded is saved with the model.
-        conv_kwargs["start"] = start_of_convs(
-            conv_kwargs.get("start"),
-            kinds_of(conv, num_experts),
-            conv_kwargs.get("shared_transform", False),
-            router,
-            k,
-            conv_kwargs.get("router_kwargs"),
-        )
+        conv_kwargs["start"] = _start_of(conv, num_experts, router, k, conv_kwargs)
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
         router_input = router_parts(
@@ -177,11 +165,8 @@ class GNNMoE(HubMixin, nn.Module):
             out = hidden_channels if is_hidden else out_channels
             layer_kwargs = moe_kwargs if layer in moe_layers else None
             self.convs.append(_build_conv(conv, width, out, is_hidden, layer_kwargs, conv_kwargs))
-        if decider is not None:  # a layer's cost follows from its router
-            for layer in moe_layers:
-                moe_conv: Any = self.convs[layer]
-                moe_conv.k = decider.k
-                moe_conv.experts_per_token = decider.experts_per_token
+        if decider is not None:
+            _take_costs(decider, [self.convs[layer] for layer in moe_layers])
         self.flow = str(self.convs[0].flow)
 
         # 4. Activation, norms and dropouts, the output layer, and the residual maps.
@@ -364,6 +349,31 @@ class GNNMoE(HubMixin, nn.Module):
             f"{self.out_channels}, num_layers={self.num_layers}, "
             f"shared_router={self.shared_router is not None})"
         )
+
+
+def _start_of(
+    conv: ConvLike,
+    num_experts: int | None,
+    router: RouterLike | None,
+    k: int,
+    conv_kwargs: Mapping[str, Any],
+) -> Start:
+    """How all layers start; the arguments are those of :class:`GNNMoE`."""
+    return start_of_convs(
+        conv_kwargs.get("start"),
+        kinds_of(conv, num_experts),
+        conv_kwargs.get("shared_transform", False),
+        router,
+        k,
+        conv_kwargs.get("router_kwargs"),
+    )
+
+
+def _take_costs(router: Router, layers: Iterable[Any]) -> None:
+    """Let layers cost what their common router says: it is no part of them."""
+    for layer in layers:
+        layer.k = router.k
+        layer.experts_per_token = router.experts_per_token
 
 
 def _build_shared_router(router: Any, in_channels: int, moe_kwargs: dict[str, Any]) -> Router:

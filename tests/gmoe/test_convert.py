@@ -378,8 +378,8 @@ def gnn() -> nn.Module:
 CONVS, HEAD = "module_[0-2]", "module_3"
 
 
-@pytest.mark.parametrize("start", ["shared", "copies"])
-def test_convs_by_name(start: str) -> None:
+@pytest.mark.parametrize("start", ["shared", "copies", None])
+def test_convs_by_name(start: str | None) -> None:
     torch.manual_seed(0)
     dense = gnn().double()
     x, edge_index = torch.randn(9, 8, dtype=torch.float64), torch.randint(9, (2, 30))
@@ -400,6 +400,7 @@ def test_convs_by_name(start: str) -> None:
         (timm_vit, {"every": 1}),
         (timm_vit, {"every": 1, "start": "copies", "k": 2}),
         (gnn, {"targets": [CONVS, HEAD]}),
+        (gnn, {"targets": [CONVS, HEAD], "start": "shared"}),
     ],
 )
 def test_a_frozen_model_stays_frozen_but_for_what_is_new(
@@ -410,9 +411,8 @@ def test_a_frozen_model_stays_frozen_but_for_what_is_new(
         f"{name}." for name, module in model.named_modules() if isinstance(module, MoE | MoEConv)
     )
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (
-            name.startswith(layers) and ".shared_expert." not in name
-        ), name
+        is_of_dense = ".shared_expert." in name or ".experts.base." in name
+        assert parameter.requires_grad == (name.startswith(layers) and not is_of_dense), name
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
@@ -421,10 +421,11 @@ def test_a_conv_with_some_frozen_parts_keeps_them_frozen() -> None:
     dense: Any = GraphSequential("x, edge_index", [(GCNConv(8, 4), "x, edge_index -> x")])
     dense.module_0.lin.weight.requires_grad_(False)
     x, edge_index = torch.randn(9, 8), torch.randint(9, (2, 30))
-    model: Any = moefy(copy.deepcopy(dense), targets="module_0", num_experts=3)
-    torch.testing.assert_close(model(x, edge_index), dense(x, edge_index))
-    for name, parameter in model.module_0.experts.named_parameters():
-        assert parameter.requires_grad != name.endswith("lin.weight")
+    for start in ("copies", None):
+        model: Any = moefy(copy.deepcopy(dense), targets="module_0", num_experts=3, start=start)
+        torch.testing.assert_close(model(x, edge_index), dense(x, edge_index))
+        for name, parameter in model.module_0.experts.named_parameters():
+            assert parameter.requires_grad != name.endswith("lin.weight")
 
 
 def test_the_shared_expert_keeps_its_modes_and_types() -> None:

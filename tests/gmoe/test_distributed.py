@@ -111,8 +111,9 @@ CASES: dict[
 ] = {
     **{name: (lambda name=name: layer(name), images, run_tokens) for name in ROUTERS},  # type: ignore[misc]
     "checkpointed": (Checkpointed, images, run_tokens),
-    "gnn": (gnn, graphs, run_graphs),
-    "gnn-shared-router": (lambda: gnn(shared_router=True), graphs, run_graphs),
+    "gnn": (lambda: gnn(start="shared"), graphs, run_graphs),
+    "gnn-shared-router": (lambda: gnn(start="shared", shared_router=True), graphs, run_graphs),
+    "gnn-copies": (gnn, graphs, run_graphs),
     "gnn-votes": (
         lambda: GNNMoE(D, 8, 3, 2, conv="gcn", num_experts=E, router="attention_vote"),
         graphs,
@@ -142,6 +143,8 @@ def trained(
     model: Any = build().double()
     for gain in (p for name, p in model.named_parameters() if name.endswith("gain")):
         nn.init.constant_(gain, 0.5)  # so that all gradients are there from the first step on
+    for difference in (p for name, p in model.named_parameters() if ".differences." in name):
+        nn.init.normal_(difference, std=0.3)
     wrapped = (
         fully_shard(model) if sharded else DistributedDataParallel(model) if size > 1 else model
     )

@@ -58,11 +58,15 @@ def test_active_parameters_are_those_of_a_token(
     router: str, k: int, kwargs: dict[str, Any], per_token: int
 ) -> None:
     options: dict[str, Any] = {"num_experts": E, "router": router, "k": k, "router_kwargs": kwargs}
-    layers: list[Any] = [MoEConv(conv, D, O, **options) for conv in ("gcn", "sage", "gat", "gin")]
+    layers: list[Any] = [
+        MoEConv(conv, D, O, start=start, **options)
+        for conv in ("gcn", "sage", "gat", "gin")
+        for start in ("shared", None)  # the default is copies for some of the routers
+    ]
     for layer in (moe(router, k, **kwargs), *layers):
-        every, routed = (
-            sum(p.numel() for p in part.parameters()) for part in (layer, layer.experts)
-        )
+        are_copies = getattr(layer, "start", None) == "copies"
+        experts = layer.experts.differences if are_copies else layer.experts
+        every, routed = (sum(p.numel() for p in part.parameters()) for part in (layer, experts))
         assert active_parameters(layer) == every - routed * (E - per_token) / E
 
 

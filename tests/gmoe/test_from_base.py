@@ -165,3 +165,46 @@ def test_a_hook_on_a_part_of_the_differences_is_called() -> None:
     layer.experts.differences.linear.register_forward_hook(lambda *_: called.append(True))
     layer(features(NODES, WIDTH), EDGES)
     assert called
+
+
+class Adapted(nn.Module):
+    """A layer and weights beside it, as a library for fine-tuning wraps one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.added = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, *args: Any) -> Any:
+        return self.layer(*args) + self.added
+
+
+@pytest.mark.parametrize("part", ["base", "differences"])
+def test_a_part_with_more_weights_is_refused_unless_the_layer_is_folded_before(part: str) -> None:
+    """Its weights would be added to the wrong ones."""
+    layer = trained().eval()
+    x = features(NODES, WIDTH)
+    expected = layer(x, EDGES)
+    experts = layer.experts.get_submodule(part)
+    experts.linear = Adapted(experts.linear).double()
+    for call in (lambda: layer(x, EDGES), lambda: gmoe.fold(layer)):
+        with pytest.raises(ValueError, match=r"^experts: got .* gmoe.fold\(model\) before"):
+            call()
+    experts.linear = experts.linear.layer
+    folded = gmoe.fold(layer)
+    folded.experts.linear = Adapted(folded.experts.linear).double()
+    assert_same(folded(x, EDGES), expected)
+
+
+def test_a_patched_layer_runs_and_leaves_its_weights_as_they_are() -> None:
+    """The function holds the linear layer itself, in several threads too."""
+    layer = trained().eval()
+    x = features(NODES, WIDTH)
+    expected = layer(x, EDGES)
+    linear = layer.experts.differences.linear
+    forward, weight = linear.forward, linear.weight
+    linear.forward = lambda *args: forward(*args)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: layer(x, EDGES), range(50)))
+    assert all(torch.equal(result, expected) for result in results)
+    assert linear.weight is weight

@@ -55,7 +55,9 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None},
     ),
     "shared router": (GNN, {"start": "plain", "shared_router": True, "router_input": ("degree",)}),
-    "copies": (GNN, {"conv": "sage", "start": "copies", "k": 2}),
+    "copies": (GNN, {"conv": "sage", "start": "copies", "k": 2, "shared_router": False}),
+    "defaults": (GNN, {}),
+    "shared expert": (GNN, {"start": "shared"}),
     "size": (
         gmoe.ViTMoE,
         {"size": SIZE, "router": "token_choice", "k": 2, "router_kwargs": {"z_coef": 0.1}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
@@ -26,6 +28,7 @@ from gmoe import (
     moefy,
 )
 from gmoe.models.vit import ViTMoE, ViTSize
+from gmoe.moe import start_of_convs
 from tests.gmoe.conv.masked import GRAPHS, features, random_graph, routing_of
 from tests.gmoe.conv.test_experts import ids
 from tests.gmoe.models.test_gnn import assert_same
@@ -74,10 +77,11 @@ def pair(conv: Any, **options: Any) -> tuple[tuple[Any, Tensor], tuple[Any, Tens
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("start", ["shared", None])
 @pytest.mark.parametrize("conv", CONVS, ids=ids)
-def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
+def test_a_new_layer_gives_what_its_conv_gives(conv: Any, start: Any) -> None:
     """Drawn with the same seed; and what is drawn after it is the same too."""
-    (layer, after), (plain, expected) = pair(conv)
+    (layer, after), (plain, expected) = pair(conv, start=start)
     assert torch.equal(after, expected)
     x = features(NODES, WIDTH)
     assert_same(layer(x, EDGES), plain(x, EDGES))
@@ -166,7 +170,7 @@ def test_token_choice_by_name_does_not_balance_copies() -> None:
     )
     quiet = router(start="copies", router_kwargs={"noise": False, "balance": None})
     assert (quiet.balance, quiet.by_spread, quiet.noise) == (None, False, None)
-    shared = router()
+    shared = router(start="shared")
     assert (shared.balance, shared.by_spread, shared.weight) == ("bias", True, "score")
 
 
@@ -239,7 +243,9 @@ def test_copies_have_the_parameters_of_a_base_their_differences_and_the_router_a
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"shared_transform": True}, {"router": "attention_vote"}], ids=str
+    "options",
+    [{"start": "shared"}, {"shared_transform": True}, {"router": "attention_vote"}],
+    ids=str,
 )
 def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any]) -> None:
     """The first one's gradient opens the gain."""
@@ -258,6 +264,23 @@ def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any
         optimizer.step()
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_copies_learn_from_the_first_step_on_and_their_router_from_the_second(k: int) -> None:
+    """Of two equal experts, no weight is better than another."""
+    (layer, _), _ = pair(GCNConv, start="copies", k=k)
+    x = features(NODES, WIDTH)
+    optimizer = torch.optim.SGD(layer.train().parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        torch.manual_seed(0)
+        layer(x, EDGES).sin().sum().backward()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None, name
+            if name.startswith("experts") or step > 0:
+                assert parameter.grad.abs().max() > 1e-6, name
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -266,6 +289,7 @@ def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any
             "router_input": ("node", "neighbors"),
             "jk": "cat",
             "norm": "batch_norm",
+            "start": "shared",
         },
         {
             "conv": ["sage", "gcn", "gat"],
@@ -273,7 +297,9 @@ def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any
             "residual": "linear",
             "every": 2,
         },
-        {"start": "copies"},
+        {"start": "shared"},
+        {},
+        {"start": "copies", "shared_router": False},
         {"start": "copies", "shared_router": True, "conv": "gat"},
         {"start": "copies", "k": 2, "conv": "sage", "norm": "batch_norm"},
     ],
@@ -332,12 +358,291 @@ def test_an_expert_is_what_is_added_for_it() -> None:
 
 def test_experts_follow_the_seed_and_differ() -> None:
     """What leaves torch's generator alone is drawn from it all the same."""
-    layers = [
-        drawn(lambda: nn.ModuleList([MoEConv("gcn", 4, 4), MoEConv("gcn", 4, 4)]), seed)[0]
-        for seed in (3, 3, 4)
-    ]
+    build = partial(MoEConv, "gcn", 4, 4, start="shared")
+    layers = [drawn(lambda: nn.ModuleList([build(), build()]), seed)[0] for seed in (3, 3, 4)]
     first, again, other = (
         [layer.experts.expert(e).lin.weight for layer in pair for e in (0, 1)] for pair in layers
     )
     assert all(map(torch.equal, first, again))
     assert len({weight[0, 0].item() for weight in (*first, *other)}) == 8
+
+
+def test_a_base_and_its_router_follow_the_seed_and_differ_from_layer_to_layer() -> None:
+    build = partial(MoEConv, "gcn", 4, 4, start="copies")
+    layers = [drawn(lambda: nn.ModuleList([build(), build()]), seed)[0] for seed in (3, 3, 4)]
+    for name in ("experts.base.linear", "router.gate"):
+        first, again, other = ([x.get_submodule(name).weight for x in pair] for pair in layers)
+        assert all(map(torch.equal, first, again))
+        assert len({weight.flatten()[0].item() for weight in (*first, *other)}) == 4
+
+
+# what start=None becomes --------------------------------------------------------------------------
+
+DEFAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "token_choice": [
+        ({}, "copies"),
+        ({"balance": "switch"}, "copies"),
+        ({"noise": True}, "copies"),
+        ({"weight": "score"}, "shared"),
+        ({"capacity_factor": 1.0}, "shared"),
+    ],
+    "expert_choice": [({}, "shared"), ({"normalize": "tokens"}, "shared")],
+    "attention_vote": [({}, "shared"), ({"scope": "neighbors"}, "shared")],
+    "multi_centroid": [
+        ({}, "copies"),
+        ({"num_centroids": 2}, "copies"),
+        ({"weight": "score"}, "shared"),
+        ({"choice": "experts"}, "shared"),
+    ],
+    "random": [({}, "copies"), ({"weight": "score"}, "shared")],
+    "uniform": [({}, "copies")],
+}
+"""By router: arguments of it, and how convs start under them."""
+
+
+def start_under(router: Any, k: int = 1, kwargs: Any = None, **options: Any) -> str:
+    """How a layer of three convs starts by default."""
+    options = {"conv": GCNConv, "num_experts": 3, **options}
+    layer = MoEConv(
+        in_channels=WIDTH,
+        out_channels=WIDTH,
+        router=router,
+        k=k,
+        router_kwargs=kwargs,
+        **options,
+    )
+    return layer.start
+
+
+def test_the_table_of_defaults_has_every_router() -> None:
+    assert DEFAULTS.keys() == gmoe.ROUTERS.keys()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    ("router", "kwargs", "start"),
+    [(router, *case) for router, cases in DEFAULTS.items() for case in cases],
+    ids=str,
+)
+def test_the_default_is_copies_where_the_weights_of_a_node_sum_to_1(
+    router: str, kwargs: dict[str, Any], start: str, k: int
+) -> None:
+    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=router, k=k, **given(kwargs))
+    assert layer.start == start
+    x = features(NODES, WIDTH).float()
+    for training in (True, False):
+        _, routing = layer.train(training)(x, EDGES, return_routing=True)
+        sums = routing.to_dense().sum(dim=1)
+        is_one = torch.allclose(sums, torch.ones(NODES))
+        assert is_one or start == "shared"
+
+
+def given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """As a layer takes a router's arguments; none at all if there are none."""
+    return {"router_kwargs": kwargs} if kwargs else {}
+
+
+@pytest.mark.parametrize(
+    ("router", "k", "kwargs", "start"),
+    [
+        # A class is left as it is: its weights at K = 1 are scores, unless somebody says otherwise.
+        (TokenChoice, 1, None, "shared"),
+        (TokenChoice, 1, STRAIGHT, "copies"),
+        (TokenChoice, 2, None, "copies"),
+        (gmoe.MultiCentroid, 1, None, "shared"),
+        (gmoe.MultiCentroid, 2, None, "copies"),
+        (gmoe.RandomRouter, 1, None, "copies"),
+        (gmoe.UniformRouter, 1, None, "copies"),
+        (gmoe.ExpertChoice, 2, None, "shared"),
+        # Nobody routes.
+        (None, 1, None, "shared"),
+        # A factory may give anything.
+        (partial(TokenChoice, weight="straight_through"), 1, None, "shared"),
+        (partial(OracleRouter, assignment=torch.arange(NODES) % 3), 1, None, "shared"),
+    ],
+    ids=str,
+)
+def test_the_default_under_a_class_no_router_or_a_factory(
+    router: Any, k: int, kwargs: Any, start: str
+) -> None:
+    assert start_under(router, k, kwargs) == start
+
+
+def test_a_factory_is_called_for_the_router_alone_and_not_for_the_default() -> None:
+    calls = []
+
+    def factory(dim: int, num_experts: int, k: int = 1) -> TokenChoice:
+        calls.append(k)
+        return TokenChoice(dim, num_experts, k, weight="straight_through")
+
+    assert start_under(factory) == "shared"
+    assert calls == [1]
+    assert MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=factory, start="copies").router
+
+
+@pytest.mark.parametrize(
+    ("router", "start"),
+    [
+        (lambda: TokenChoice(WIDTH, 3), "shared"),
+        (lambda: TokenChoice(WIDTH, 3, weight="straight_through"), "copies"),
+        (lambda: TokenChoice(WIDTH, 3, k=2), "copies"),
+        (lambda: OracleRouter(WIDTH, 3, torch.arange(NODES) % 3), "copies"),
+        (lambda: gmoe.ExpertChoice(WIDTH, 3), "shared"),
+    ],
+)
+def test_the_default_under_an_instance_leaves_it_as_it_is(router: Any, start: str) -> None:
+    instance = router()
+    before, state = dict(vars(instance)), copy.deepcopy(instance.state_dict())
+    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=instance)
+    assert layer.start == start
+    assert layer.router is instance
+    assert vars(instance) == before
+    torch.testing.assert_close(instance.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({"conv": ["gcn", "sage", "gcn"], "num_experts": None}, "shared"),
+        ({"conv": [GCNConv, partial(GCNConv, bias=False)], "num_experts": None}, "shared"),
+        ({"conv": ["gcn"] * 3, "num_experts": None}, "copies"),
+        ({"shared_transform": True}, "shared"),
+    ],
+    ids=str,
+)
+def test_the_default_of_several_kinds_or_a_transform_is_shared(
+    options: dict[str, Any], start: str
+) -> None:
+    assert start_under("token_choice", **options) == start
+
+
+def test_the_default_of_open_widths_is_known_before_they_are() -> None:
+    assert MoEConv("sage", -1, WIDTH).start == "copies"
+    assert MoEConv("sage", (-1, -1), WIDTH, router="expert_choice").start == "shared"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"router": "tokenchoice"}, "router: got 'tokenchoice'"),
+        ({"router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
+        ({"router_kwargs": {"capacity": 1.0}}, "router_kwargs: got .*'capacity'"),
+        ({"router_kwargs": 3}, "router_kwargs: got 3"),
+        ({"k": 4}, "k: got 4"),
+    ],
+)
+def test_what_a_router_refuses_is_refused_as_ever(options: dict[str, Any], message: str) -> None:
+    for build in (partial(MoEConv, "gcn", WIDTH, WIDTH), partial(GNNMoE, WIDTH, WIDTH, WIDTH)):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            build(num_experts=3, **options)
+
+
+def test_the_default_draws_no_number() -> None:
+    for router, cases in DEFAULTS.items():
+        for kwargs, start in cases:
+            torch.manual_seed(0)
+            before = torch.get_rng_state()
+            found = start_of_convs(None, ["gcn"] * 3, False, router, 2, kwargs)
+            assert found == start
+            assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "shared_router"),
+    [
+        ({}, "copies", True),
+        ({"k": 2}, "copies", True),
+        ({"shared_router": False}, "copies", False),
+        ({"start": "copies"}, "copies", True),
+        ({"start": "shared"}, "shared", False),
+        ({"start": "shared", "shared_router": True}, "shared", True),
+        ({"start": "plain"}, "plain", False),
+        ({"router": "expert_choice"}, "shared", False),
+        ({"router_kwargs": {"weight": "score"}}, "shared", False),
+        ({"conv": ["gcn", "sage", "gat"], "num_experts": None}, "shared", False),
+        ({"shared_transform": True}, "shared", False),
+        ({"router": None}, "shared", False),
+    ],
+    ids=str,
+)
+def test_a_gnn_decides_once_where_its_layers_start_as_copies(
+    options: dict[str, Any], start: str, shared_router: bool
+) -> None:
+    """And records what it became, so that a model that is loaded is the one that was saved."""
+    model: Any = GNNMoE(WIDTH, 8, 2, 3, **{"num_experts": 3, **options})
+    moe_layers = [conv for conv in model.convs if isinstance(conv, MoEConv)]
+    assert {layer.start for layer in moe_layers} == ({start} if moe_layers else set())
+    assert (model.shared_router is not None) == shared_router
+    assert all((layer.router is None) == shared_router for layer in moe_layers)
+    assert model.config["start"] == start
+    assert model.config["shared_router"] == shared_router
+    again: Any = GNNMoE(**model.config)
+    again.load_state_dict(model.state_dict())
+    assert again.config == model.config
+
+
+def test_an_instance_routes_all_layers_of_a_gnn_if_they_start_as_copies() -> None:
+    router = TokenChoice(WIDTH, 3, weight="straight_through")
+    assert GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=router).shared_router is router
+    with pytest.raises(ValueError, match=r"^router: got an instance for several layers"):
+        GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=TokenChoice(WIDTH, 3))
+
+
+def untouched(conv: Any) -> None:
+    """As its class makes it."""
+
+
+def frozen(conv: Any) -> None:
+    conv.requires_grad_(False)
+
+
+def partly_frozen(conv: Any) -> None:
+    conv.lin.weight.requires_grad_(False)
+
+
+def hooked(conv: Any) -> None:
+    conv.lin.register_forward_hook(lambda *_: None)
+
+
+def parametrized(conv: Any) -> None:
+    conv.lin_l = parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize(
+    ("conv", "change", "options", "start"),
+    [
+        (GCNConv, untouched, {}, "copies"),
+        (GCNConv, frozen, {}, "copies"),
+        (GCNConv, untouched, {"router": "expert_choice"}, "shared"),
+        (GCNConv, untouched, {"upcycle": False}, "shared"),
+        (GCNConv, partly_frozen, {}, "shared"),
+        (GCNConv, hooked, {}, "shared"),
+        (SAGEConv, parametrized, {}, "shared"),
+    ],
+)
+def test_the_default_of_a_conv_in_a_model_follows_what_was_put_on_it_too(
+    conv: Any, change: Callable[[Any], Any], options: dict[str, Any], start: str
+) -> None:
+    torch.manual_seed(0)
+    dense = conv(WIDTH, WIDTH)
+    change(dense)
+    model: Any = nn.ModuleDict({"conv": copy.deepcopy(dense)})
+    moefy(model, targets="conv", num_experts=3, **options)
+    layer = model["conv"]
+    assert layer.start == start
+    x = features(NODES, WIDTH).float()
+    torch.testing.assert_close(layer.eval()(x, EDGES), dense.eval()(x, EDGES))
+    if start == "copies":
+        is_frozen = not next(dense.parameters()).requires_grad
+        assert {p.requires_grad for p in layer.experts.base.parameters()} == {not is_frozen}
+        assert all(p.requires_grad for p in layer.experts.differences.parameters())
+
+
+def test_mlps_and_relations_have_a_shared_expert_by_default() -> None:
+    vit: Any = moefy(ViTMoE(SMALL_VIT, router=None), every=2)
+    layers = [part for part in vit.modules() if isinstance(part, gmoe.MoE)]
+    layers += [part for part in ViTMoE(SMALL_VIT).modules() if isinstance(part, gmoe.MoE)]
+    assert layers
+    assert all(layer.shared_expert is not None for layer in layers)
+    assert HeteroMoEConv(WIDTH, WIDTH, METADATA).shared_expert is not None

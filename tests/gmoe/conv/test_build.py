@@ -86,24 +86,48 @@ ADDED: list[Any] = [spectral, hooked, frozen, Own, lora_gcn, lora_sage, lora_gat
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("start", ["shared", "copies", None])
 @pytest.mark.parametrize(
     "kind", [kind for kind in ADDED if kind is not frozen], ids=lambda kind: kind.__name__
 )
-def test_what_somebody_put_into_a_conv_survives_a_swap(kind: Any) -> None:
+def test_what_somebody_put_into_a_conv_survives_a_swap(kind: Any, start: Any) -> None:
     """The first forward of a layer built by a factory, and of one that moefy swaps in."""
     torch.manual_seed(0)
     conv = kind(4, 4).eval()  # spectral norm moves in training
     x, edge_index = torch.randn(9, 4), random_graph(9, 9, 30)
     model = pyg.Sequential("x, edge_index", [(copy.deepcopy(conv), "x, edge_index -> x")])
     torch.testing.assert_close(
-        moefy(model, num_experts=2, targets="module_0")(x, edge_index), conv(x, edge_index)
+        moefy(model, num_experts=2, targets="module_0", start=start)(x, edge_index),
+        conv(x, edge_index),
     )
     torch.manual_seed(0)
-    layer = MoEConv(kind, 4, 4, num_experts=2).eval()
+    layer = MoEConv(kind, 4, 4, num_experts=2, start=start).eval()
     torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
-    assert sum(p.numel() for p in layer.experts.parameters()) == 2 * sum(
+    convs = 2 if layer.start == "shared" else 3  # the experts, and the base of copies
+    assert sum(p.numel() for p in layer.experts.parameters()) == convs * sum(
         p.numel() for p in conv.parameters()
     )
+
+
+def doubled(i: int, o: int) -> pyg.SAGEConv:
+    """The forward of its linear layer is a function, which holds that layer."""
+    conv = pyg.SAGEConv(i, o)
+    before = conv.lin_l.forward
+    conv.lin_l.forward = lambda x: 2 * before(x)
+    return conv
+
+
+@pytest.mark.parametrize("start", ["copies", None])
+def test_a_conv_with_a_function_as_a_forward_is_refused_where_experts_are_copies(
+    start: Any,
+) -> None:
+    with pytest.raises(ValueError, match=r"^conv: got SAGEConv.lin_l with a function as its forw"):
+        MoEConv(doubled, 4, 4, num_experts=2, start=start)
+    torch.manual_seed(0)
+    layer: Any = MoEConv(doubled, 4, 4, num_experts=2, start="shared")
+    torch.manual_seed(0)
+    conv, x, edge_index = doubled(4, 4), torch.randn(9, 4), random_graph(9, 9, 30)
+    torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
 
 
 def test_a_conv_with_a_function_as_its_forward_is_refused_by_moefy() -> None:

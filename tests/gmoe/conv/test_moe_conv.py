@@ -15,7 +15,7 @@ from torch_geometric.nn import GATConv, GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import MoEConv, TokenChoice
-from tests.contract import Halved
+from tests.contract import Halved, opened
 from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, routing_of
 from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
 
@@ -241,25 +241,35 @@ def test_open_widths_stay_open_after_a_wrong_call() -> None:
 
 def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
     x, edge_index = graph()
-    plain = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, start="plain").eval()
-    replaced, halved = copy.deepcopy(plain), copy.deepcopy(plain)
-    replaced.experts.lin = Halved(replaced.experts.lin)
-    halved.experts.lin.weight.data /= 2
-    torch.testing.assert_close(replaced(x, edge_index), halved(x, edge_index))
-    edges = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, edge_dim=2)
-    edges.experts.lin_edge = Halved(edges.experts.lin_edge)
-    # Of which the weight alone is read
-    with pytest.raises(ValueError, match="lin_edge: got a changed layer"):
-        edges(x, edge_index, edge_attr=torch.ones(edge_index.size(1), 2))
+    for start in ("plain", "copies"):
+        plain: Any = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, start=start).eval()
+        replaced, halved = copy.deepcopy(plain), copy.deepcopy(plain)
+        experts = replaced.experts if start == "plain" else replaced.experts.differences
+        experts.lin = Halved(experts.lin)
+        for lin in (part.lin for part in halved.experts.modules() if hasattr(part, "lin")):
+            lin.weight.data /= 2
+        torch.testing.assert_close(replaced(x, edge_index), halved(x, edge_index))
+        edges: Any = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, edge_dim=2, start=start)
+        experts = edges.experts if start == "plain" else edges.experts.differences
+        experts.lin_edge = Halved(experts.lin_edge)
+        # Of which the weight alone is read
+        with pytest.raises(ValueError, match="lin_edge: got a changed layer"):
+            edges(x, edge_index, edge_attr=torch.ones(edge_index.size(1), 2))
 
 
+@pytest.mark.parametrize("start", ["shared", "copies"])
 @pytest.mark.parametrize("conv", ["gcn", "sage", "gin", "gat", "mlp", "filter"])
-def test_hooks_on_the_shared_expert_and_the_gate_run(conv: str) -> None:
+def test_hooks_on_the_experts_of_all_nodes_and_the_gate_run(conv: str, start: Any) -> None:
     """Of all kinds, once a call; and what a pre-hook returns counts."""
     x, edge_index = graph()
-    moe = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router_kwargs={"balance": None})
+    options: dict[str, Any] = {"start": start, "router_kwargs": {"balance": None}}
+    moe = MoEConv(conv, WIDTH, WIDTH, num_experts=3, **options)
     called: list[str] = []
-    hooked: dict[str, Any] = {"shared": moe.shared_expert, "gate": moe.get_submodule("router.gate")}
+    name_of = {"shared": "shared_expert", "copies": "experts.differences"}
+    hooked: dict[str, Any] = {
+        "experts": moe.get_submodule(name_of[start]),
+        "gate": moe.get_submodule("router.gate"),
+    }
     for name, module in hooked.items():
         module.register_forward_pre_hook(lambda *_, name=name: called.append(f"{name} pre"))
         module.register_full_backward_pre_hook(
@@ -269,31 +279,57 @@ def test_hooks_on_the_shared_expert_and_the_gate_run(conv: str) -> None:
     moe(x.requires_grad_(), edge_index).sum().backward()
     expected = [
         f"{name} {hook}"
-        for name in ("gate", "shared")
+        for name in ("gate", "experts")
         for hook in ("pre", "backward", "backward pre")
     ]
     assert sorted(called) == sorted(expected)
 
 
 @pytest.mark.parametrize("hook", ["pre", "full backward"])
-def test_a_hook_changes_nothing(hook: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("shared", "shared_expert"),
+        ("copies", "experts"),
+        ("copies", "experts.differences"),
+        ("copies", "experts.differences.linear"),
+    ],
+)
+def test_a_hook_changes_nothing(start: Any, name: str, hook: str) -> None:
     x, edge_index = graph()
-    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3)
+    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3, start=start)
     expected = moe(x, edge_index)
+    part = moe.get_submodule(name)
     if hook == "pre":
-        moe.shared_expert.register_forward_pre_hook(lambda *_: None)
+        part.register_forward_pre_hook(lambda *_: None)
     else:
-        moe.shared_expert.register_full_backward_hook(lambda *_: None)
+        part.register_full_backward_hook(lambda *_: None)
     torch.testing.assert_close(moe(x, edge_index), expected)
 
 
 @pytest.mark.parametrize(
-    "name", ["shared_expert", "shared_expert.linear", "experts.linear", "router.gate"]
+    ("start", "name"),
+    [
+        *(
+            ("shared", name)
+            for name in ("shared_expert", "shared_expert.linear", "experts.linear", "router.gate")
+        ),
+        *(
+            ("copies", name)
+            for name in (
+                "experts",
+                "experts.differences",
+                "experts.differences.linear",
+                "router.gate",
+            )
+        ),
+    ],
 )
-def test_a_patched_forward_runs(name: str) -> None:
+def test_a_patched_forward_runs(start: Any, name: str) -> None:
     """As accelerate patches modules whose weights it moves."""
     x, edge_index = graph()
-    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3, router_kwargs={"balance": None})
+    options: dict[str, Any] = {"start": start, "router_kwargs": {"balance": None}}
+    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3, **options)
     expected = moe(x, edge_index)
     module: Any = moe.get_submodule(name)
     forward, called = module.forward, []
@@ -322,6 +358,7 @@ def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("start", ["shared", "copies"])
 @pytest.mark.parametrize(
     ("conv", "kwargs"),
     [
@@ -332,12 +369,11 @@ def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
     ],
     ids=ids,
 )
-def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any]) -> None:
+def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any], start: Any) -> None:
     torch.compiler.reset()
     x, edge_index = graph()
-    moe = MoEConv(conv, WIDTH, WIDTH, num_experts=3, **kwargs).eval()
+    moe = opened(MoEConv(conv, WIDTH, WIDTH, num_experts=3, start=start, **kwargs).eval())
     edge_args = {"edge_attr": torch.randn(edge_index.size(1), WIDTH)} if conv == "gine" else {}
-    nn.init.ones_(moe.gain)
     expected = moe(x, edge_index, **edge_args)
     compiled = torch.compile(moe, backend="aot_eager")
     torch.testing.assert_close(compiled(x, edge_index, **edge_args), expected)

@@ -29,8 +29,9 @@ from torch_geometric.nn import (
     to_hetero,
 )
 
-from gmoe import GNNMoE, Graph, MoEConv
+from gmoe import GNNMoE, Graph, MoEConv, fold
 from gmoe.conv.kinds import OPTIONS
+from tests.contract import opened
 from tests.gmoe.conv.masked import assert_equals_masked, csr, features, random_graph
 from tests.gmoe.conv.test_moe_conv import NODES, WIDTH, graph
 
@@ -44,16 +45,18 @@ def layer(conv: Any = "gcn", in_channels: Any = WIDTH, **kwargs: Any) -> MoEConv
     return MoEConv(conv, in_channels, WIDTH, **{"num_experts": 3, **kwargs})
 
 
+@pytest.mark.parametrize("start", ["shared", None])
 @pytest.mark.parametrize("conv", KINDS, ids=str)
-def test_open_widths_are_filled_in_by_the_first_call(conv: Any) -> None:
+def test_open_widths_are_filled_in_by_the_first_call(conv: Any, start: Any) -> None:
     x, edge_index = graph()
-    lazy, built = (layer(conv, width, router_input=("node", "neighbors")) for width in (-1, WIDTH))
+    options: dict[str, Any] = {"router_input": ("node", "neighbors"), "start": start}
+    lazy, built = (layer(conv, width, **options).eval() for width in (-1, WIDTH))
     assert list(lazy.parameters()) == []
     with torch.inference_mode():
         assert lazy.double()(x.double(), edge_index).dtype == torch.float64
     lazy(x.double(), edge_index).sum().backward()
     assert lazy.in_channels == WIDTH
-    built.load_state_dict(lazy.float().state_dict())
+    built.load_state_dict(opened(lazy.float()).state_dict())
     assert torch.equal(built(x, edge_index), lazy(x, edge_index))
 
 
@@ -236,10 +239,11 @@ def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
         torch.testing.assert_close(found[name], value)
 
 
+@pytest.mark.parametrize("start", ["shared", None])
 @pytest.mark.parametrize("conv", KINDS, ids=str)
-def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any) -> None:
+def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any, start: Any) -> None:
     """Nor is anything of it left; see ``test_experts.py`` for layers without a router and a shared expert."""
-    (x, edge_index), moe = graph(), layer(conv, start="shared", k=2).double().eval()
+    (x, edge_index), moe = graph(), opened(layer(conv, start=start, k=2)).double().eval()
     x, mask = x.double(), features(edge_index.size(1), seed=9)
     before, routing = moe(x, edge_index, return_routing=True)
     assert_equals_masked(moe, x, edge_index, mask=mask)
@@ -250,9 +254,24 @@ def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any) -> None:
     assert torch.equal(moe(x, edge_index), before)
 
 
+def test_a_mask_that_is_a_parameter_is_no_weight_of_convs_that_run_one_by_one() -> None:
+    """GNNExplainer's, which PyG registers as a parameter of every conv."""
+    (x, edge_index), moe = graph(), opened(layer("film", start="copies")).eval()
+    before = moe(x, edge_index)
+    outputs = []
+    for model in (moe, fold(copy.deepcopy(moe))):
+        set_masks(model, nn.Parameter(features(edge_index.size(1), seed=9).float()), edge_index)
+        outputs.append(model(x, edge_index))
+        clear_masks(model)
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(outputs[0], before)
+    torch.testing.assert_close(moe(x, edge_index), before)
+
+
+@pytest.mark.parametrize("start", ["shared", None])
 @pytest.mark.parametrize("conv", [kind for kind in KINDS[:6] if kind != "le"])
-def test_a_stacked_layer_is_one_hop(conv: Any) -> None:
-    model: Any = nn.Sequential(layer(conv), layer(conv))
+def test_a_stacked_layer_is_one_hop(conv: Any, start: Any) -> None:
+    model: Any = nn.Sequential(layer(conv, start=start), layer(conv, start=start))
     assert ExplainerAlgorithm._num_hops(model) == 2
     assert [name for name, part in model.named_modules() if isinstance(part, MessagePassing)] == [
         "0",

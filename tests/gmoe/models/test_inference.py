@@ -43,7 +43,7 @@ DATA = made_graph()
 
 
 def trained(**kwargs: Any) -> GNNMoE:
-    """With statistics of a few steps, and gains that are not zero."""
+    """With statistics of a few steps, gains that are not zero, and copies that differ."""
     torch.manual_seed(0)
     model = GNNMoE(4, 8, OUT, **({"num_layers": 3, "num_experts": 3} | kwargs)).double().train()
     with torch.no_grad():
@@ -52,6 +52,8 @@ def trained(**kwargs: Any) -> GNNMoE:
         for name, value in model.named_parameters():
             if name.endswith("gain"):
                 value.fill_(3.0)
+            if ".differences." in name:
+                value.normal_(std=0.3)
     return model.eval()
 
 
@@ -102,12 +104,14 @@ def stored(tmp_path: Path) -> StoredGraph:
     return StoredGraph(tmp_path / "graph")
 
 
+@pytest.mark.parametrize("start", ["shared", "copies"])
 @pytest.mark.parametrize("shared_router", [False, True])
 def test_it_equals_the_forward_on_the_whole_graph(
-    stored: StoredGraph, tmp_path: Path, shared_router: bool
+    stored: StoredGraph, tmp_path: Path, shared_router: bool, start: str
 ) -> None:
     """Whatever the size of the parts, and in float32; the next run replaces the file of the last."""
-    model = trained(k=2, router_input=("node", "neighbors", "degree"), shared_router=shared_router)
+    options = {"router_input": ("node", "neighbors", "degree"), "start": start}
+    model = trained(k=2, shared_router=shared_router, **options)
     expected, out = model(DATA.x, DATA.edge_index), tmp_path / "out"
     for batch_size in (7, NODES):
         found = model.inference(stored, batch_size=batch_size, folder=out)
