@@ -94,7 +94,7 @@ class MoEConv(MoELayer, MessagePassing):
     A node without an expert gets zero from the routed experts. ``create_graph=True`` is
     refused; compiled layers leave that to torch.
     ``to_hetero`` and lazy widths (``in_channels=-1``) work; explainers' edge masks act on the
-    experts' messages, not on the router.
+    experts' messages, and on the router only by the sum over neighbors that it may see.
 
     The layer is a ``MessagePassing`` module although it sends no messages itself: PyG's explainers
     and ``to_hetero`` look for that class.

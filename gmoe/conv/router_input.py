@@ -22,7 +22,10 @@ RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
 
 
 def router_parts(
-    router_input: RouterInput | None, start: Start, router: RouterLike | None
+    router_input: RouterInput | None,
+    start: Start,
+    router: RouterLike | None,
+    is_shared: bool = False,
 ) -> tuple[RouterPart, ...]:
     """The parts of what the router of a layer sees, in a fixed order.
 
@@ -32,12 +35,15 @@ def router_parts(
             Beside a shared expert, and for an instance, whose width is given, it is the node.
         start: of the layer.
         router: of the layer, ``None`` if it has none.
+        is_shared: the router decides for all layers of a model, not for one: then ``None`` is the
+            node.
 
     Raises:
         ValueError: an unknown part, or none.
     """
     if router_input is None:
-        sees_both = start == "copies" and router is not None and not isinstance(router, Router)
+        is_built_here = router is not None and not isinstance(router, Router)
+        sees_both = start == "copies" and is_built_here and not is_shared
         return ("node", "neighbors") if sees_both else ("node",)
     named = (router_input,) if isinstance(router_input, str) else tuple(router_input)
     for name in named:

@@ -117,9 +117,7 @@ class GNNMoE(HubMixin, nn.Module):
         conv_kwargs["start"] = _start_of(conv, num_experts, router, k, conv_kwargs)
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
-        router_input = router_parts(
-            router_input, conv_kwargs["start"], None if shared_router else router
-        )
+        router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router)
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(
             in_channels=in_channels,

@@ -179,7 +179,7 @@ def test_copies_may_all_be_left_to_one_expert() -> None:
     torch.manual_seed(0)
     layer: Any = MoEConv(SAGEConv, WIDTH, WIDTH, num_experts=4, start="copies")
     with torch.no_grad():
-        layer.router.gate.weight[2] = 100 * torch.ones(WIDTH)
+        layer.router.gate.weight[2] = 100
     x = features(NODES, WIDTH).float().abs()
     for _ in range(20):
         _, routing = layer(x, EDGES, return_routing=True)
@@ -239,7 +239,8 @@ def test_copies_have_the_parameters_of_a_base_their_differences_and_the_router_a
     conv = GCNConv(WIDTH, WIDTH)
     layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, start="copies", router_kwargs=STRAIGHT)
     counted = sum(parameter.numel() for parameter in layer.parameters())
-    assert counted == 4 * sum(parameter.numel() for parameter in conv.parameters()) + 3 * WIDTH
+    of_router = 3 * 2 * WIDTH  # it sees the node and its neighbors
+    assert counted == 4 * sum(parameter.numel() for parameter in conv.parameters()) + of_router
 
 
 @pytest.mark.parametrize(

@@ -242,8 +242,12 @@ def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
 @pytest.mark.parametrize("start", ["shared", None])
 @pytest.mark.parametrize("conv", KINDS, ids=str)
 def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any, start: Any) -> None:
-    """Nor is anything of it left; see ``test_experts.py`` for layers without a router and a shared expert."""
-    (x, edge_index), moe = graph(), opened(layer(conv, start=start, k=2)).double().eval()
+    """Nor is anything of it left; see ``test_experts.py`` for layers without a router and a shared expert.
+
+    A router that sees the neighbors sees their sum under the mask.
+    """
+    built = layer(conv, start=start, k=2, router_input="node")
+    (x, edge_index), moe = graph(), opened(built).double().eval()
     x, mask = x.double(), features(edge_index.size(1), seed=9)
     before, routing = moe(x, edge_index, return_routing=True)
     assert_equals_masked(moe, x, edge_index, mask=mask)
