@@ -35,7 +35,7 @@ from gmoe.conv.arguments import (
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, kinds_of
+from gmoe.conv.kinds import OWN_NETWORK, ConvLike, Make, kind_of, kinds_of
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, check_start, drawn_apart
@@ -448,7 +448,9 @@ class MoEConv(MoELayer, MessagePassing):
         if x_dst is not None:
             return x_src, x_dst
         readers = {
-            type(conv).__name__ for conv in self._all_convs() if type(conv) not in SOURCES_ALONE
+            type(conv).__name__
+            for conv in self._all_convs()
+            if kind_of(type(conv)).needs_destinations
         }
         if readers:
             raise ValueError(
@@ -459,7 +461,8 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _refuse_two_sets(self) -> None:
         """Refuse bipartite input if the convs or their flow do not take it."""
-        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in self.parts()]
+        classes = dict.fromkeys(type(conv) for conv in self._all_convs())
+        takers = [(cls.__name__, kind_of(cls).takes_two_sets) for cls in classes]
         takers.append(("flow='target_to_source'", self.flow == "source_to_target"))
         for name, takes_two_sets in takers:
             if not takes_two_sets:
