@@ -217,10 +217,8 @@ def _order(count: int, seed: int | None) -> Tensor:
 def weighs_edges(config: GraphConfig) -> list[bool]:
     """Whether each kind of conv of the run takes edge weights."""
     convs = config.conv[:1] if config.router == "dense" else config.conv
-    return [
-        "edge_weight" in inspect.signature(class_of(factory_of(conv)).forward).parameters
-        for conv in convs
-    ]
+    classes: list[Any] = [class_of(factory_of(conv)) for conv in convs]
+    return ["edge_weight" in inspect.signature(cls.forward).parameters for cls in classes]
 
 
 def _known(conv: str) -> Kind:

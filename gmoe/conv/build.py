@@ -111,6 +111,9 @@ def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequenc
 
 # which convs are stacked together -----------------------------------------------------------------
 
+KEPT_BY_MODULES = frozenset(vars(nn.Module()))
+"""What every module holds: its mode, and tables of its parameters, buffers, parts and hooks."""
+
 
 def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
     """A class of stacked experts, and all that must be equal in a stack; or ``None``.
@@ -159,9 +162,8 @@ def _is_known(part: nn.Module) -> bool:
 def _is_option(key: str) -> bool:
     """True for an attribute that says what a conv or a part of it computes."""
     # Parameters, buffers and parts are compared one by one; hooks are PyG's own.
-    is_kept_by_torch = key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     is_table_of_hooks = key.startswith("_") and "_hooks" in key
-    return not (is_kept_by_torch or is_table_of_hooks or key in ("training", "inspector"))
+    return not (key in KEPT_BY_MODULES or is_table_of_hooks or key == "inspector")
 
 
 def _comparable(value: Any) -> Hashable:

@@ -234,7 +234,7 @@ BY_NAME: dict[str, ConvFactory] = {
     for name in pyg.conv.classes
     if name.endswith("Conv")
 } | {
-    name: partial(cls, **options) if options else cls
+    name: partial(cls, **options) if options else cls  # type: ignore[misc]
     for cls, kind in KINDS.items()
     for name, options in kind.names.items()
 }

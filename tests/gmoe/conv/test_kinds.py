@@ -28,7 +28,8 @@ def built(cls: Any) -> Any:
 
 def call(conv: Any, x: Any) -> torch.Tensor:
     """The output of a conv at five destinations of nine sources."""
-    given = {"edge_attr": torch.ones(20, WIDTH)} if isinstance(conv, pyg.GINEConv) else {}
+    given: dict[str, Any] = {}
+    given |= {"edge_attr": torch.ones(20, WIDTH)} if isinstance(conv, pyg.GINEConv) else {}
     if x[1] is None:
         given["size"] = (9, 5)
     out: torch.Tensor = conv(x, random_graph(9, 5, 20), **given)
