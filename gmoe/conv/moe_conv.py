@@ -39,7 +39,7 @@ from gmoe.conv.kinds import OWN_NETWORK, ConvLike, Make, kind_of, kinds_of
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, check_start, drawn_apart
-from gmoe.routers import RouterLike
+from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing
 
 
@@ -124,7 +124,8 @@ class MoEConv(MoELayer, MessagePassing):
             both run the convs one by one. ``None`` (default) uses the local path for classes known
             to be local.
         backend: see :func:`gmoe.grouped_linear`.
-        check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync).
+        check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync). Of
+            an instance, set ``router.check_finite``.
         **conv_kwargs: further arguments of every conv.
 
     Shapes:
@@ -264,7 +265,8 @@ class MoEConv(MoELayer, MessagePassing):
         self.router = build_layer_router(
             self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs
         )
-        self.router.check_finite |= self._options.check_finite
+        if self._options.check_finite:
+            let_check_finite(self.router, router)
         self.k = self.router.k
         self.experts_per_token = self.router.experts_per_token
 

@@ -36,7 +36,7 @@ from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
 from gmoe.moe import build_layer_router, check_start, choose_blocks, drawn_apart
-from gmoe.routers import ROUTERS, Router, RouterLike
+from gmoe.routers import ROUTERS, Router, RouterLike, let_check_finite
 from gmoe.routing import Routing
 
 
@@ -364,7 +364,8 @@ def _build_shared_router(router: Any, in_channels: int, moe_kwargs: dict[str, An
         built = build_layer_router(
             start, router, dim, num_experts, k, moe_kwargs.get("router_kwargs")
         )
-    built.check_finite |= moe_kwargs.get("check_finite", False)
+    if moe_kwargs.get("check_finite", False):
+        let_check_finite(built, router)
     return built
 
 
