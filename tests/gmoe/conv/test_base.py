@@ -54,6 +54,7 @@ def test_experts_of_several_kinds_are_given_by_their_place_in_the_list() -> None
     assert isinstance(mixed, MixedExperts)
     classes = [type(mixed.expert(index)).__name__ for index in range(4)]
     assert classes == ["GCNConv", "MLPConv", "GCNConv", "TAGConv"]
+    assert not torch.equal(mixed.expert(0).lin.weight, mixed.expert(2).lin.weight)
     with pytest.raises(ValueError, match=r"^index: got 4, expected"):
         mixed.expert(4)
     with pytest.raises(ValueError, match=r"^start: got 'copies' for experts of several kinds"):
