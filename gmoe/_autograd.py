@@ -1,4 +1,4 @@
-"""Helpers of autograd functions and compiled code, and most of gmoe's uses of torch's privates."""
+"""Helpers of autograd functions and compiled code."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-untraced = torch._compile._disable_dynamo
-"""``torch.compiler.disable``, without importing the compiler."""
+from gmoe._torch import in_transform, is_batched, is_tracing
 
 UNSUPPORTED = (
     "torch.jit.trace, torch.export, torch.func transforms (grad, vmap, jvp, …) and batches of "
     "gradients (vectorize=True) are not supported by gmoe's layers; use torch.compile, or keep the "
     "module in Python"
 )
-
-in_transform = torch._C._are_functorch_transforms_active
-"""True inside a transform of ``torch.func``."""
 
 
 class lazy:  # noqa: N801
@@ -41,11 +37,6 @@ class lazy:  # noqa: N801
         return result
 
 
-def is_watched() -> bool:
-    """True under fake tensors and while operators are counted (FLOPs); never in compiled code."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
-
-
 def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a kernel an operator of torch.
 
@@ -63,7 +54,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
 
         def run(x: Tensor, *inputs: Any) -> Any:
             has_values = type(x) in (Tensor, nn.Parameter) and not x.is_meta
-            is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+            is_traced = torch.compiler.is_compiling() or is_tracing()
             if has_values and not is_traced:
                 return kernel(x, *inputs)
             return operator(x, *inputs)
@@ -87,7 +78,6 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *grads: Any) -> Any:
         refuse_second_order()
         # Batched gradients can crash torch's kernels.
-        is_batched = torch._C._functorch.is_legacy_batchedtensor
         if not torch.compiler.is_compiling() and any(map(is_batched, grads)):
             raise RuntimeError(UNSUPPORTED)
         return once(ctx, *grads)
@@ -118,5 +108,5 @@ def refuse_transforms() -> None:
         raise RuntimeError(UNSUPPORTED)
     if torch.compiler.is_compiling():
         return
-    if torch._C._is_tracing() or in_transform():
+    if is_tracing() or in_transform():
         raise RuntimeError(UNSUPPORTED)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from gmoe._torch import backward_hooks, forward_hooks, parameter_names
+
 EXTRAS = {
     "torch_geometric": "graph",
     "torchmetrics": "graph",
@@ -161,12 +163,7 @@ def must_be_called(module: nn.Module) -> bool:
 
     That is a forward or backward hook, or a patched forward.
     """
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
+    hooks = (*forward_hooks(module), *backward_hooks(module))
     return any(hooks) or "forward" in vars(module)
 
 
@@ -195,7 +192,7 @@ def change_of(module: nn.Module) -> str | None:
         return "parameters of their own class"
     if isinstance(module, nn.Linear):
         has_plain_forward = type(module).forward is nn.Linear.forward
-        if not has_plain_forward or set(module._parameters) != {"weight", "bias"}:
+        if not has_plain_forward or set(parameter_names(module)) != {"weight", "bias"}:
             return f"a linear layer of its own class, {type(module).__name__}"
     return None
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gmoe._torch import forward_hooks, parameter_names
 from gmoe.dispatch import Backend
 from gmoe.experts import MLPExperts
 
@@ -253,7 +254,7 @@ def _copy_to_run(mlp: nn.Module) -> Iterator[nn.Module]:
                 buffer.copy_(value)
         return
     for part in copied.modules():
-        for table in (part._forward_hooks, part._forward_pre_hooks):
+        for table in forward_hooks(part):
             for key, hook in list(table.items()):
                 if not str(getattr(type(hook), "__module__", "")).startswith("torch."):
                     del table[key]
@@ -393,6 +394,6 @@ def _without_parameters(norm: nn.Module | None) -> nn.Module | None:
     if norm is None:
         return None
     bare = copy.deepcopy(norm)
-    for parameter in list(bare._parameters):
+    for parameter in parameter_names(bare):
         bare.register_parameter(parameter, None)
     return bare

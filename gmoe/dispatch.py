@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmoe._autograd import first_order, is_watched, operator, refuse_second_order
+from gmoe._autograd import first_order, operator, refuse_second_order
 from gmoe._checks import check_choice
+from gmoe._torch import index_put, is_watched
 from gmoe.routing import Routing, owner
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
@@ -444,7 +445,7 @@ def _sum_at(index: Tensor, values: Tensor, size: int) -> Tensor:
     skips the check of their range, for which older versions wait.
     """
     zeros = values.new_zeros(size, *values.shape[1:])
-    return torch._index_put_impl_(zeros, [index], values, accumulate=True, unsafe=True)
+    return index_put(zeros, [index], values, accumulate=True, unsafe=True)
 
 
 # from tokens to tokens, one expert after the other ------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from gmoe._checks import check_counts, check_positive
+from gmoe._torch import given_tensors, num_stored
 from gmoe.moe import MoELayer
 
 aten = torch.ops.aten
@@ -103,7 +104,7 @@ def _product(a: Tensor, b: Tensor, *_: Any) -> int:
     Two (a multiply-add) for each element of a dense ``a`` and column of ``b``. One (an add) if
     ``a`` is sparse, as for messages that are gathered and scattered.
     """
-    per_column = 2 * a.numel() if a.layout == torch.strided else a._nnz()
+    per_column = 2 * a.numel() if a.layout == torch.strided else num_stored(a)
     return per_column * b.size(-1)
 
 
@@ -116,7 +117,7 @@ _FORMULAS: dict[tuple[Any, ...], Callable[..., int]] = {
         aten._sparse_mm_reduce_impl_backward,
     ): _product,
     (aten.addmm, aten.addmm_, aten._sparse_addmm): lambda _, *factors: _product(*factors),
-    (aten.sparse_sampled_addmm,): lambda pattern, a, *_: 2 * pattern._nnz() * a.size(-1),
+    (aten.sparse_sampled_addmm,): lambda pattern, a, *_: 2 * num_stored(pattern) * a.size(-1),
     (aten.index_add, aten.index_add_): lambda *args: args[3].numel(),  # self, dim, index, source
     (aten.scatter_add, aten.scatter_add_): lambda *args: args[2].numel(),
     (aten._scaled_dot_product_flash_attention_for_cpu,): sdpa_flop,
@@ -124,19 +125,8 @@ _FORMULAS: dict[tuple[Any, ...], Callable[..., int]] = {
 }
 
 
-def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a formula so that ``FlopCounterMode`` gives it tensors, not their shapes."""
-
-    def count(*args: Any, **_: Any) -> int:
-        return formula(*args)
-
-    # The counter looks at this attribute; there is no public way for a custom mapping.
-    count._get_raw = True  # type: ignore[attr-defined]
-    return count
-
-
 _EXTRA_FLOPS = {
-    operator: _of_tensors(formula)
+    operator: given_tensors(formula)
     for operators, formula in _FORMULAS.items()
     for operator in operators
 }

@@ -10,7 +10,7 @@ Shapes: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from inspect import isfunction
 from itertools import cycle
 from threading import RLock
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gmoe._torch import with_tensors
 from gmoe.experts import Experts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -129,28 +130,6 @@ class ExpertsFromBase(FromBase, Experts):
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return self(x_PI, offsets_E)
-
-
-def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """A shallow copy of a module that computes with other tensors; the module is left as it is.
-
-    Args:
-        module: its buffers, hooks and options are those of the copy, too.
-        tensors: by the ``id`` of a parameter, what the copy has in its place.
-    """
-    copied = object.__new__(type(module))
-    copied.__dict__ = {
-        **vars(module),
-        "_parameters": {
-            name: tensors.get(id(parameter), parameter)
-            for name, parameter in module._parameters.items()
-        },
-        "_modules": {
-            name: None if child is None else with_tensors(child, tensors)
-            for name, child in module._modules.items()
-        },
-    }
-    return copied
 
 
 def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -10,7 +10,6 @@ Shapes: B images, C channels, H x W pixels, h x w patches, T tokens, E experts, 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeAlias
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import check_counts, naming_extras
+from gmoe._torch import is_compiler_loaded
 from gmoe.routing import Routing, record_routing
 
 with naming_extras():
@@ -166,9 +166,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     A compiled model runs eagerly: compiling would trace it once more.
     """
     modes = {module: module.training for module in model.modules()}
-    # Importing dynamo takes seconds. If the model is compiled, it has been imported.
-    is_compiled = "torch._dynamo" in sys.modules
-    stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+    # If the model is compiled, the compiler is loaded.
+    stance = torch.compiler.set_stance("force_eager") if is_compiler_loaded() else nullcontext()
     with torch.no_grad(), stance:
         model.eval()
         try:

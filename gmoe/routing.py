@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gmoe._autograd import lazy, untraced
+from gmoe._autograd import lazy
 from gmoe._checks import INTEGERS, check_range, described, readable
+from gmoe._torch import in_backward, untraced
 
 
 class AuxLoss(NamedTuple):
@@ -396,8 +397,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
         if not isinstance(routing, Routing) or threading.get_ident() != thread:
             return
         # In a backward pass, checkpointing runs the forward again.
-        is_in_backward = torch._C._current_graph_task_id() != -1
-        if not is_in_backward:
+        if not in_backward():
             routings.append(routing)
 
     with ExitStack() as stack:

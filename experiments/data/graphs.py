@@ -25,16 +25,10 @@ from experiments.config import GraphConfig, HeteroConfig
 from experiments.data import Batch, GraphData, MetricName, Shard, Split, Splits, Task
 from experiments.files import read_npy
 from gmoe._checks import check
-from gmoe.conv.kinds import factory_of
+from gmoe.conv.kinds import Kind, class_of, factory_of, kind_of
 from gmoe.data.loader import neighbor_loader
 
 MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
-CSR_CONVS = frozenset(
-    {"gcn", "sage", "graph", "gin", "mlp", "filter", "identity", "low_pass", "high_pass", "two_hop"}
-)
-"""Convs that PyG runs on a sparse matrix without a message for every edge."""
-NORMALIZED = CSR_CONVS - {"sage", "graph", "gin", "mlp", "identity"}
-"""Those of them that add self-loops: in a matrix also where there are some, in ``edge_index`` only where not."""
 
 
 def directed(graph: GraphData, config: Any) -> GraphData:
@@ -222,13 +216,14 @@ def _order(count: int, seed: int | None) -> Tensor:
 
 def weighs_edges(config: GraphConfig) -> list[bool]:
     """Whether each kind of conv of the run takes edge weights."""
-    found = []
-    for kind in config.conv[:1] if config.router == "dense" else config.conv:
-        made: Any = factory_of(kind)
-        while isinstance(made, partial):  # of GIN and others, what the factory is given
-            made = made.args[0] if made.args else made.func
-        found.append("edge_weight" in inspect.signature(made.forward).parameters)
-    return found
+    convs = config.conv[:1] if config.router == "dense" else config.conv
+    classes: list[Any] = [class_of(factory_of(conv)) for conv in convs]
+    return ["edge_weight" in inspect.signature(cls.forward).parameters for cls in classes]
+
+
+def _known(conv: str) -> Kind:
+    """What gmoe knows of a conv by its name."""
+    return kind_of(class_of(factory_of(conv)))
 
 
 def adjacency(config: GraphConfig, data: Data) -> Tensor:
@@ -237,14 +232,16 @@ def adjacency(config: GraphConfig, data: Data) -> Tensor:
     It is not for one's own model, in mixed precision (no sparse kernels in bfloat16), with edge weights that some of
     the convs do not take, with self-loops that a conv would double, or with parallel edges (one place in a matrix).
     """
+    # The identity is a filter, but reads no edges.
+    adds_loops = any(_known(conv).adds_loops and conv != "identity" for conv in config.conv)
     if (
         config.model is None
         and config.adjacency == "auto"
         and config.sampling == "full"
         and config.precision != "bf16-mixed"
-        and CSR_CONVS.issuperset(config.conv)
+        and all(_known(conv).multiplies for conv in config.conv)
         and (data.edge_weight is None or len(set(weighs_edges(config))) == 1)
-        and (NORMALIZED.isdisjoint(config.conv) or not contains_self_loops(data.edge_index))
+        and not (adds_loops and contains_self_loops(data.edge_index))
     ):
         ends, size = data.edge_index.flip([0]), (data.num_nodes, data.num_nodes)
         matrix = to_torch_csr_tensor(ends, edge_attr=data.edge_weight, size=size)

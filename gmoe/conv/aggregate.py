@@ -184,7 +184,6 @@ class GCNExperts(LinearAggregation):
 
     linears = ("lin",)
     weighted_by = "weight"
-    takes_two_sets = False
 
     @staticmethod
     def accepts(conv: Any) -> bool:
@@ -244,7 +243,7 @@ class FilterExperts(LinearAggregation):
     """
 
     linears = ("lin",)
-    takes_two_sets = False
+    may_differ = frozenset({"filter", "hops"})
 
     @staticmethod
     def accepts(conv: Any) -> bool:

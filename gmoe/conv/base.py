@@ -39,8 +39,6 @@ class ConvExperts(nn.Module, ABC):
     ``h``: to the router, and to the experts.
     """
 
-    takes_two_sets: bool = True
-    """True if sources and destinations may be two sets of nodes."""
     aggregate_width: int | None = None
     """Columns of :meth:`aggregate`; ``None`` if they are as many as the sources'."""
     flow: str
@@ -114,6 +112,8 @@ class StackedExperts(ConvExperts):
 
     prototype: Any
     """A conv without parameters, whose options are those of all experts."""
+    may_differ: frozenset[str] = frozenset()
+    """Attributes in which the convs of a stack may differ. All others are equal."""
 
     def __init__(self, convs: Sequence[MessagePassing], make: MakeConv, backend: Backend) -> None:
         super().__init__()
@@ -242,7 +242,6 @@ class MixedExperts(ConvExperts):
         self.groups: Any = nn.ModuleList(groups)
         self.members = [tuple(indices) for indices in members]
         self.flow = groups[0].flow
-        self.takes_two_sets = all(group.takes_two_sets for group in groups)
 
     @property
     def too_far(self) -> list[MessagePassing]:

@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import change_of, parameters_of
-from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.base import ConvExperts, MixedExperts, probe_copy
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import LOCAL, STACKS, Make, name_of
-from gmoe.conv.separate import SeparateExperts, run, run_on
+from gmoe.conv.kinds import Make, base_kind_of, kind_of, name_of
+from gmoe.conv.plain import run, run_on
+from gmoe.conv.separate import SeparateExperts
 from gmoe.dispatch import Backend
 
 
@@ -112,14 +111,17 @@ def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequenc
 
 # which convs are stacked together -----------------------------------------------------------------
 
+KEPT_BY_MODULES = frozenset(vars(nn.Module()))
+"""What every module holds: its mode, and tables of its parameters, buffers, parts and hooks."""
+
 
 def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
     """A class of stacked experts, and all that must be equal in a stack; or ``None``.
 
-    The filters of FilterConvs may differ. Stacking must not lose what a user put on a conv: hooks,
-    parametrizations, frozen parameters, linear layers of another class, methods of an instance.
+    Stacking must not lose what a user put on a conv: hooks, parametrizations, frozen parameters,
+    linear layers of another class, methods of an instance.
     """
-    stack = STACKS.get(type(conv))
+    stack = kind_of(type(conv)).stack
     if stack is None or not all(p.requires_grad for p in conv.parameters()):
         return None
     if any(change_of(part) is not None for part in conv.modules()) or not stack.accepts(conv):
@@ -133,7 +135,7 @@ def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
         if part is not conv and part not in aggregation and not _is_known(part):
             return None
         for key, value in vars(part).items():
-            if _is_option(part, key):
+            if _is_option(key) and not (part is conv and key in stack.may_differ):
                 options.append((name, type(part), key, _comparable(value)))
         # An aggregation's buffers are part of what it computes. A GIN's buffer, eps, is stacked.
         if part in aggregation:
@@ -157,14 +159,11 @@ def _is_known(part: nn.Module) -> bool:
     return package in ("torch", "torch_geometric") and not has_parameters
 
 
-def _is_option(part: nn.Module, key: str) -> bool:
-    """True for an attribute that must be equal in all convs of a stack."""
-    if isinstance(part, FilterConv) and key in ("filter", "hops"):
-        return False
+def _is_option(key: str) -> bool:
+    """True for an attribute that says what a conv or a part of it computes."""
     # Parameters, buffers and parts are compared one by one; hooks are PyG's own.
-    is_kept_by_torch = key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     is_table_of_hooks = key.startswith("_") and "_hooks" in key
-    return not (is_kept_by_torch or is_table_of_hooks or key in ("training", "inspector"))
+    return not (key in KEPT_BY_MODULES or is_table_of_hooks or key == "inspector")
 
 
 def _comparable(value: Any) -> Hashable:
@@ -197,9 +196,10 @@ EDGES = 60
 
 def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:
     """True if the conv's output at a node depends only on its in-edges, their ends, and degrees."""
-    if isinstance(conv, FilterConv):
-        return conv.hops == 1
-    return isinstance(conv, pyg.GCNConv) or Trial(conv, in_channels).takes_local_path(local)
+    hops = base_kind_of(type(conv)).hops
+    if hops is not None:
+        return hops(conv) == 1
+    return Trial(conv, in_channels).takes_local_path(local)
 
 
 @dataclass
@@ -258,9 +258,7 @@ class Trial:
             destination_width = 0  # the nodes are one set
         else:
             source_width, destination_width = self.in_channels
-        edge_dim = getattr(conv, "edge_dim", None) or getattr(conv, "dim", None)
-        if isinstance(conv, pyg.GINEConv):
-            edge_dim = source_width if conv.lin is None else conv.lin.in_channels
+        edge_dim = base_kind_of(type(conv)).edge_width(conv, source_width)
         attr = None
         if "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0:
             attr = random(EDGES, edge_dim)
@@ -288,7 +286,7 @@ class Trial:
         Raises:
             ValueError: ``local=True`` for a conv that is not local.
         """
-        if local is False or (local is None and type(self.conv) not in LOCAL):
+        if local is False or (local is None and not kind_of(type(self.conv)).is_local):
             return False
         _, is_local, failure = self.outcome
         if local and not is_local:

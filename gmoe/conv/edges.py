@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gmoe._autograd import first_order, lazy, operator
+from gmoe._torch import assert_async, row_pointers
 
 # Once a process, torch warns that sparse CSR matrices are in beta. Make one here, so that users do
 # not get the warning from a layer.
@@ -270,7 +271,7 @@ def check_nodes(row: Tensor, size: int) -> None:
     if row.device.type != "cpu":
         # On the device, whenever it gets to it: a message with the values would cost a host sync.
         is_inside = ((row >= 0) & (row < size)).all()
-        torch._assert_async(is_inside, f"edge_index: got nodes outside 0..{size - 1}")
+        assert_async(is_inside, f"edge_index: got nodes outside 0..{size - 1}")
     elif row.numel():
         low, high = map(int, row.aminmax())
         if low < 0 or high >= size:
@@ -302,7 +303,7 @@ def _sort_edges(
     else:
         order = receiver.argsort(stable=True)
     receiver = receiver.index_select(0, order)
-    ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
+    ptr = row_pointers(receiver, num_receivers)
     return ptr, sender.index_select(0, order), receiver, order
 
 
@@ -345,7 +346,7 @@ def _add_loops(
 
     # 2. Each of the first receivers gets one message more.
     loops_before = torch.arange(len(ptr), device=ptr.device).clamp(max=number)
-    kept_ptr = torch._convert_indices_from_coo_to_csr(kept_receiver, len(ptr) - 1)
+    kept_ptr = row_pointers(kept_receiver, len(ptr) - 1)
     ptr = kept_ptr + loops_before
 
     # 3. The place of each kept message, behind the loops of the receivers before; and of each loop.

@@ -22,7 +22,6 @@ class ConvsFromBase(FromBase, ConvExperts):
     def __init__(self, base: ConvExperts, differences: ConvExperts) -> None:
         super().__init__(base, differences)
         self.flow = differences.flow
-        self.takes_two_sets = differences.takes_two_sets
         self.aggregate_width = differences.aggregate_width
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:

@@ -19,8 +19,8 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, is_sparse
 
-from gmoe._autograd import is_watched
 from gmoe._checks import INTEGERS, check_choice, described, parameters_of
+from gmoe._torch import is_watched, row_pointers, rows_of_pointers
 from gmoe.conv.edges import Edges, renumber, weighted_sum
 from gmoe.conv.kept import Kept, once, versions_of
 
@@ -183,7 +183,7 @@ class Graph:
             value = matrix.values()
         self.adj = matrix
         self.matrix_values = value
-        dst = torch._convert_indices_from_csr_to_coo(ptr, src)[0]
+        dst = rows_of_pointers(ptr, src)[0]
         self.edge_index = torch.stack([src, dst])
         # CSR is sorted by row already.
         order = torch.arange(src.numel(), device=src.device)
@@ -480,7 +480,7 @@ class Graph:
         }
         is_square = self.num_src == self.num_rows
         num_rows = len(nodes) if is_square else len(token)
-        ptr = torch._convert_indices_from_coo_to_csr(position, num_rows)
+        ptr = row_pointers(position, num_rows)
         edges = Edges(
             ptr[: number + 1],
             source[:num_messages],

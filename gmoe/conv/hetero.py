@@ -30,7 +30,7 @@ from gmoe.moe import (
     drawn_apart,
     refuse_unknown,
 )
-from gmoe.routers import RouterLike
+from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
@@ -192,7 +192,8 @@ class HeteroMoEConv(MoELayer):
             ``"plain"``: independent experts.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
-        check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync).
+        check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync). Of
+            an instance, set ``router.check_finite``.
 
     Shapes:
         - ``x_dict``: (T, D) of each node type that is computed, or that a relation into those
@@ -258,7 +259,8 @@ class HeteroMoEConv(MoELayer):
                     raise ValueError(
                         "router: got an instance for several types, expected a factory"
                     )
-                built.check_finite |= check_finite
+                if check_finite:
+                    let_check_finite(built, router)
                 self.routers[name] = built
                 self.k = built.k
                 self.experts_per_token = built.experts_per_token

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmoe._torch import version_of
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -33,7 +35,7 @@ class Kept:
 
 def versions_of(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
     """How often each tensor was written to, by torch's own count; ``None`` for ``None``."""
-    return tuple(None if value is None else value._version for value in tensors)
+    return tuple(None if value is None else version_of(value) for value in tensors)
 
 
 def once(method: Callable[..., Any]) -> Callable[..., Any]:

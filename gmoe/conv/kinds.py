@@ -1,6 +1,6 @@
-"""Kinds of convs: their names, how each is built, and what a layer of experts checks of them.
+"""Kinds of convs: what gmoe knows of each, their names, and how an expert's conv is made.
 
-:mod:`gmoe.conv.build` runs their experts.
+:mod:`gmoe.conv.build` decides by it how the experts of a layer run.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
@@ -21,6 +21,8 @@ from gmoe._checks import check_choice, check_counts, nearest
 from gmoe.conv import aggregate, attention
 from gmoe.conv.aggregate import FilterConv, MLPConv
 from gmoe.conv.base import StackedExperts
+from gmoe.conv.graph import Graph
+from gmoe.conv.plain import run_filter, run_gcn
 from gmoe.moe import refuse_removed
 from gmoe.routers import ROUTERS
 
@@ -29,75 +31,6 @@ ConvFactory: TypeAlias = Callable[..., MessagePassing]
 
 ConvLike: TypeAlias = str | ConvFactory | Sequence[str | ConvFactory]
 """A name such as ``"gcn"``, a conv class, a factory, or a list with one per expert."""
-
-CONVS: dict[str, type[MessagePassing]] = {
-    name.removesuffix("Conv").lower(): getattr(pyg.conv, name)
-    for name in pyg.conv.classes
-    if name.endswith("Conv")
-}
-"""PyG's convs by the name without ``Conv``, in lower case: ``"gcn"``, ``"sage"``, ``"gatv2"``."""
-
-OWN: dict[str, ConvFactory] = {
-    "mlp": MLPConv,
-    "filter": FilterConv,
-    "identity": partial(FilterConv, filter="identity"),
-    "low_pass": FilterConv,
-    "high_pass": partial(FilterConv, filter="high_pass"),
-    "two_hop": partial(FilterConv, hops=2),
-}
-"""gmoe's own convs by name."""
-
-STACKS: dict[type[MessagePassing], type[StackedExperts]] = {
-    FilterConv: aggregate.FilterExperts,
-    MLPConv: aggregate.MLPConvExperts,
-    pyg.GATConv: attention.GATExperts,
-    pyg.GATv2Conv: attention.GATv2Experts,
-    pyg.GCNConv: aggregate.GCNExperts,
-    pyg.GINConv: aggregate.GINExperts,
-    pyg.GINEConv: aggregate.GINEExperts,
-    pyg.GraphConv: aggregate.GraphConvExperts,
-    pyg.SAGEConv: aggregate.SAGEExperts,
-    pyg.TransformerConv: attention.TransformerExperts,
-}
-"""How the experts of a class are stacked. By exact type: a subclass may compute something else.
-
-To add a kind, list it here or, if it cannot be stacked, in :data:`LOCAL`. A kind that is not PyG's
-gets a name in :data:`OWN`; one that is not built as ``(in_channels, out_channels)`` is listed in
-:data:`ADAPTED`, and one that takes two widths without destinations in :data:`SOURCES_ALONE`.
-"""
-
-LOCAL = frozenset(
-    [
-        MLPConv,
-        pyg.CGConv,
-        pyg.ClusterGCNConv,
-        pyg.FeaStConv,
-        pyg.FiLMConv,
-        pyg.GATConv,
-        pyg.GATv2Conv,
-        pyg.GeneralConv,
-        pyg.GINConv,
-        pyg.GINEConv,
-        pyg.GraphConv,
-        pyg.LEConv,
-        pyg.MFConv,
-        pyg.PNAConv,
-        pyg.ResGatedGraphConv,
-        pyg.SAGEConv,
-        pyg.SimpleConv,
-        pyg.TransformerConv,
-    ]
-)
-"""Classes whose output at a node depends only on its in-edges and their ends, under most options.
-
-Each layer verifies it all the same when it is built.
-"""
-
-SOURCES_ALONE = frozenset([pyg.SAGEConv, pyg.GraphConv, pyg.GINConv, pyg.GINEConv, pyg.GATConv])
-"""Classes that take destinations without features, as if these were zeros."""
-
-ADAPTED = (pyg.GINConv, pyg.GINEConv, pyg.CGConv, pyg.SimpleConv)
-"""Classes that are not built as ``(in_channels, out_channels)``, but get a factory that is."""
 
 OWN_NETWORK = (
     "pass a factory, such as conv=lambda i, o: GINConv(network(i, o)), that makes a network for "
@@ -119,34 +52,208 @@ OPTIONS = (
 )
 """The keyword arguments of a :class:`gmoe.MoEConv`, suggested if one is mistyped."""
 
-KINDS = "a name, a class of PyG's convs, a factory, or a list of those"
+CONV_VALUES = "a name, a class of PyG's convs, a factory, or a list of those"
 """Legal values of ``conv``."""
 
 
-def _adapted(
+# the table of kinds -------------------------------------------------------------------------------
+
+
+def _edge_width(conv: Any, _: int) -> int | None:
+    """The width of the edge features of most convs: an option of theirs."""
+    return getattr(conv, "edge_dim", None) or getattr(conv, "dim", None)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What gmoe knows of a class of convs. The defaults hold for a class that it does not know.
+
+    Which of ``edge_weight`` and ``edge_attr`` a conv takes is read from its ``forward``.
+
+    Args:
+        stack: how the experts of the class are stacked; ``None`` to run them one by one.
+        is_local: the output at a node depends only on its in-edges and their ends, under most
+            options. Each layer verifies it all the same when it is built.
+        takes_two_sets: sources and destinations may be two sets of nodes.
+        needs_destinations: destinations must have features. Others take them for zeros.
+        adapt: builds a conv of a class that is not built as ``cls(in_channels, out_channels, ...)``
+            from these arguments, see :data:`ConvFactory`; called with the class before them.
+        hops: how far the output at a node looks, apart from degrees, given the conv; ``None`` to
+            find it out by a :class:`gmoe.conv.build.Trial`.
+        run: runs a conv without experts on a graph or on a part of one, where it needs the norms of
+            the whole graph; ``None`` for a conv that needs none.
+        edge_width: the width of the edge features that a conv takes, or ``None`` if it takes none;
+            called with the conv and the width of its sources.
+        multiplies: PyG runs the conv on a sparse matrix without a message for every edge.
+        adds_loops: it adds self-loops: in a matrix also where there are some, in ``edge_index``
+            only where there are none.
+        names: names beyond PyG's, each with the options that it stands for.
+    """
+
+    stack: type[StackedExperts] | None = None
+    is_local: bool = False
+    takes_two_sets: bool = True
+    needs_destinations: bool = True
+    adapt: ConvFactory | None = None
+    hops: Callable[[Any], int] | None = None
+    run: Callable[[Any, Tensor, Graph], Tensor] | None = None
+    edge_width: Callable[[Any, int], int | None] = _edge_width
+    multiplies: bool = False
+    adds_loops: bool = False
+    names: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _with_mlp(
     cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
 ) -> MessagePassing:
-    """Build one of :data:`ADAPTED` from two widths.
+    """GIN and GINE get the two-layer MLP of PyG's ``GIN`` model."""
+    if "nn" in kwargs or any(isinstance(arg, nn.Module) for arg in args):
+        raise ValueError(
+            f"nn: got a network, expected nothing: omit it for a two-layer MLP; or {OWN_NETWORK}"
+        )
+    width = in_channels if isinstance(in_channels, int) else in_channels[0]
+    network = pyg.MLP([width, out_channels, out_channels], norm=None)
+    return cls(network, *args, **kwargs)
 
-    GIN and GINE get the two-layer MLP of PyG's ``GIN`` model; the others keep the width.
-    """
-    widths = [in_channels] if isinstance(in_channels, int) else list(in_channels)
-    if cls is pyg.GINConv or cls is pyg.GINEConv:
-        if "nn" in kwargs or any(isinstance(arg, nn.Module) for arg in args):
-            raise ValueError(
-                "nn: got a network, expected nothing: omit it for a two-layer MLP; or "
-                f"{OWN_NETWORK}"
-            )
-        network = pyg.MLP([widths[0], out_channels, out_channels], norm=None)
-        return cls(network, *args, **kwargs)
-    if set(widths) != {out_channels}:
+
+def _of_one_width(
+    cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
+) -> MessagePassing:
+    """CG keeps the width of its input, and is built from that alone."""
+    _check_same_width(cls, in_channels, out_channels)
+    return cls(in_channels, *args, **kwargs)
+
+
+def _of_no_width(
+    cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
+) -> MessagePassing:
+    """SimpleConv keeps the width of its input, and has no parameters."""
+    _check_same_width(cls, in_channels, out_channels)
+    return cls(*args, **kwargs)
+
+
+def _check_same_width(cls: ConvFactory, in_channels: Any, out_channels: int) -> None:
+    widths = {in_channels} if isinstance(in_channels, int) else set(in_channels)
+    if widths != {out_channels}:
         raise ValueError(
             f"out_channels: got {out_channels} for {name_of(cls)}, expected "
             f"in_channels={in_channels}"
         )
-    if cls is pyg.SimpleConv:  # it has no parameters, and takes no width
-        return cls(*args, **kwargs)
-    return cls(in_channels, *args, **kwargs)
+
+
+def _one_hop(conv: Any) -> int:
+    """Each layer of a GCN looks one hop far; its norms need the degrees of the whole graph."""
+    return 1
+
+
+def _gine_edge_width(conv: Any, source_width: int) -> int:
+    """GINE adds edge features to those of sources, unless it transforms them."""
+    return source_width if conv.lin is None else conv.lin.in_channels
+
+
+KINDS: dict[type[MessagePassing], Kind] = {
+    FilterConv: Kind(
+        stack=aggregate.FilterExperts,
+        takes_two_sets=False,
+        hops=lambda conv: conv.hops,
+        run=run_filter,
+        multiplies=True,
+        adds_loops=True,
+        names={
+            "filter": {},
+            "identity": {"filter": "identity"},
+            "low_pass": {},
+            "high_pass": {"filter": "high_pass"},
+            "two_hop": {"hops": 2},
+        },
+    ),
+    MLPConv: Kind(
+        stack=aggregate.MLPConvExperts,
+        is_local=True,
+        multiplies=True,  # in that it sends no messages
+        names={"mlp": {}},
+    ),
+    pyg.CGConv: Kind(is_local=True, adapt=_of_one_width),
+    pyg.ClusterGCNConv: Kind(is_local=True, takes_two_sets=False),
+    pyg.FeaStConv: Kind(is_local=True),
+    pyg.FiLMConv: Kind(is_local=True),
+    pyg.GATConv: Kind(stack=attention.GATExperts, is_local=True, needs_destinations=False),
+    pyg.GATv2Conv: Kind(stack=attention.GATv2Experts, is_local=True),
+    pyg.GCNConv: Kind(
+        stack=aggregate.GCNExperts,
+        takes_two_sets=False,
+        hops=_one_hop,
+        run=run_gcn,
+        multiplies=True,
+        adds_loops=True,
+    ),
+    pyg.GeneralConv: Kind(is_local=True),
+    pyg.GINConv: Kind(
+        stack=aggregate.GINExperts,
+        is_local=True,
+        needs_destinations=False,
+        adapt=_with_mlp,
+        multiplies=True,
+    ),
+    pyg.GINEConv: Kind(
+        stack=aggregate.GINEExperts,
+        is_local=True,
+        needs_destinations=False,
+        adapt=_with_mlp,
+        edge_width=_gine_edge_width,
+    ),
+    pyg.GraphConv: Kind(
+        stack=aggregate.GraphConvExperts,
+        is_local=True,
+        needs_destinations=False,
+        multiplies=True,
+    ),
+    pyg.LEConv: Kind(is_local=True),
+    pyg.MFConv: Kind(is_local=True),
+    pyg.PNAConv: Kind(is_local=True, takes_two_sets=False),
+    pyg.ResGatedGraphConv: Kind(is_local=True),
+    pyg.SAGEConv: Kind(
+        stack=aggregate.SAGEExperts,
+        is_local=True,
+        needs_destinations=False,
+        multiplies=True,
+    ),
+    pyg.SimpleConv: Kind(is_local=True, adapt=_of_no_width),
+    pyg.TransformerConv: Kind(stack=attention.TransformerExperts, is_local=True),
+}
+"""What gmoe knows of each class. A new kind is a row here, and a class if its experts are stacked.
+
+By exact type, see :func:`kind_of`: a subclass may compute something else.
+"""
+
+UNKNOWN = Kind()
+"""What holds for all other classes."""
+
+BY_NAME: dict[str, ConvFactory] = {
+    name.removesuffix("Conv").lower(): getattr(pyg.conv, name)
+    for name in pyg.conv.classes
+    if name.endswith("Conv")
+} | {
+    name: partial(cls, **options) if options else cls  # type: ignore[misc]
+    for cls, kind in KINDS.items()
+    for name, options in kind.names.items()
+}
+"""Convs by name: PyG's without ``Conv``, in lower case (``"gcn"``, ``"gatv2"``), and gmoe's own."""
+
+_ADAPTS = {kind.adapt for kind in KINDS.values() if kind.adapt is not None}
+
+
+def kind_of(cls: type) -> Kind:
+    """What gmoe knows of a class of convs, which is nothing of subclasses."""
+    return KINDS.get(cls, UNKNOWN)
+
+
+def base_kind_of(cls: type) -> Kind:
+    """What gmoe knows of a class or else of the nearest base that it knows."""
+    return next((KINDS[base] for base in cls.__mro__ if base in KINDS), UNKNOWN)
+
+
+# from a kind to the conv of an expert -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,7 +285,7 @@ class Make:
         name = name_of(factory)
         parameters = inspect.signature(factory).parameters
         is_one_width = isinstance(self.in_channels, int)
-        if not is_one_width and class_of(factory) in (pyg.GCNConv, FilterConv):
+        if not is_one_width and not kind_of(class_of(factory)).takes_two_sets:
             raise ValueError(
                 f"in_channels: got {self.in_channels} for {name}, expected one width: it takes no "
                 "bipartite input (SAGEConv and GraphConv do)"
@@ -273,7 +380,7 @@ def of_pyg(code: Any) -> bool:
 def unwrapped(factory: Any) -> Any:
     """The class or function inside partials."""
     while isinstance(factory, partial):
-        factory = factory.args[0] if factory.func is _adapted else factory.func
+        factory = factory.args[0] if factory.func in _ADAPTS else factory.func
     return factory
 
 
@@ -299,7 +406,7 @@ def factory_of(conv: str | ConvFactory) -> ConvFactory:
             widths.
     """
     if isinstance(conv, str):
-        conv = _by_name(conv)
+        conv = _named(conv)
     if isinstance(conv, nn.Module):
         name = type(conv).__name__
         raise ValueError(
@@ -307,14 +414,15 @@ def factory_of(conv: str | ConvFactory) -> ConvFactory:
             "(in_channels, out_channels) -> conv that makes a new one for each expert"
         )
     if not callable(conv):
-        raise ValueError(f"conv: got {conv!r}, expected {KINDS}")
+        raise ValueError(f"conv: got {conv!r}, expected {CONV_VALUES}")
     cls: Any = conv
     options: dict[str, Any] = {}
     if isinstance(conv, partial) and not conv.args:
         cls = conv.func
         options = conv.keywords
-    if cls in ADAPTED:
-        return partial(_adapted, cls, **options)
+    kind = kind_of(cls) if isinstance(cls, type) else UNKNOWN
+    if kind.adapt is not None:
+        return partial(kind.adapt, cls, **options)
     if isinstance(cls, type) and issubclass(cls, MessagePassing) and of_pyg(cls):
         first = list(inspect.signature(cls).parameters)[:2]
         if first != ["in_channels", "out_channels"]:
@@ -325,16 +433,16 @@ def factory_of(conv: str | ConvFactory) -> ConvFactory:
     return conv
 
 
-def _by_name(name: str) -> ConvFactory:
+def _named(name: str) -> ConvFactory:
     """The conv of a name; case, underscores and a ``Conv`` at the end do not matter.
 
     Raises:
         ValueError: an unknown name.
     """
-    factories = {known.replace("_", ""): factory for known, factory in (CONVS | OWN).items()}
+    factories = {known.replace("_", ""): factory for known, factory in BY_NAME.items()}
     plain = name.lower().replace("_", "").removesuffix("conv")
     if plain not in factories:
-        check_choice("conv", name, sorted([*CONVS, *OWN]))
+        check_choice("conv", name, sorted(BY_NAME))
     return factories[plain]
 
 
@@ -349,7 +457,7 @@ def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
     if isinstance(conv, str) or callable(conv):
         return [conv] * (8 if num_experts is None else num_experts)
     if not isinstance(conv, Sequence) or not conv:
-        raise ValueError(f"conv: got {conv!r}, expected {KINDS}")
+        raise ValueError(f"conv: got {conv!r}, expected {CONV_VALUES}")
     if num_experts not in (None, len(conv)):
         raise ValueError(
             f"conv: got a list of {len(conv)} convs, expected num_experts={num_experts}"

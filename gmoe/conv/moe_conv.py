@@ -42,11 +42,11 @@ from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, kinds_of
+from gmoe.conv.kinds import OWN_NETWORK, ConvLike, Make, kind_of, kinds_of
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, drawn_apart, start_of_convs
-from gmoe.routers import RouterLike
+from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing
 
 
@@ -140,7 +140,8 @@ class MoEConv(MoELayer, MessagePassing):
             both run the convs one by one. ``None`` (default) uses the local path for classes known
             to be local.
         backend: see :func:`gmoe.grouped_linear`.
-        check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync).
+        check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync). Of
+            an instance, set ``router.check_finite``.
         **conv_kwargs: further arguments of every conv.
 
     Shapes:
@@ -279,7 +280,8 @@ class MoEConv(MoELayer, MessagePassing):
         self.router = build_layer_router(
             self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs
         )
-        self.router.check_finite |= self._options.check_finite
+        if self._options.check_finite:
+            let_check_finite(self.router, router)
         self.k = self.router.k
         self.experts_per_token = self.router.experts_per_token
 
@@ -465,7 +467,9 @@ class MoEConv(MoELayer, MessagePassing):
         if x_dst is not None:
             return x_src, x_dst
         readers = {
-            type(conv).__name__ for conv in self._all_convs() if type(conv) not in SOURCES_ALONE
+            type(conv).__name__
+            for conv in self._all_convs()
+            if kind_of(type(conv)).needs_destinations
         }
         if readers:
             raise ValueError(
@@ -476,7 +480,8 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _refuse_two_sets(self) -> None:
         """Refuse bipartite input if the convs or their flow do not take it."""
-        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in self.parts()]
+        classes = dict.fromkeys(type(conv) for conv in self._all_convs())
+        takers = [(cls.__name__, kind_of(cls).takes_two_sets) for cls in classes]
         takers.append(("flow='target_to_source'", self.flow == "source_to_target"))
         for name, takes_two_sets in takers:
             if not takes_two_sets:

@@ -1,6 +1,6 @@
 """Experts that run one by one, for convs that cannot be stacked.
 
-Shapes: T tokens (destinations), n of them in a part, S sources, O out width, E experts.
+Shapes: T tokens (destinations), S sources, O out width, E experts.
 
 ``torch.compile`` runs them in pieces: each conv gets a graph of its own, whose sizes follow the
 data.
@@ -18,6 +18,7 @@ from torch_geometric.nn import MessagePassing
 
 from gmoe.conv.base import ConvExperts, tokens_of
 from gmoe.conv.graph import Graph
+from gmoe.conv.plain import run, run_on
 from gmoe.dispatch import combine
 from gmoe.routing import Routing
 
@@ -87,27 +88,3 @@ class SeparateExperts(ConvExperts):
         is_misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
         # An explainer's mask has an entry for each edge of the whole graph.
         return conv.explain or is_misaligned or len(token) == graph.num_dst
-
-
-def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
-    """(T, O) PyG's conv on a graph."""
-    x = (x_src, x_dst) if _are_two(graph, x_src, x_dst) else x_src
-    return conv(x, graph.adj, **graph.args_for(conv))[: graph.num_dst]
-
-
-def run_on(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
-    """(n, O) PyG's conv on the in-edges of ``token`` only.
-
-    The destinations come first among the nodes of the part.
-    """
-    nodes, part = graph.part(token)
-    x: Any = x_src.index_select(0, nodes)
-    if _are_two(graph, x_src, x_dst):
-        is_aligned = graph.num_src == graph.num_rows
-        x = (x, x_dst.index_select(0, nodes if is_aligned else part.destinations))
-    return conv(x, part.adj, **part.args_for(conv))[: token.numel()]
-
-
-def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
-    """True if destinations have features of their own; False if they are the first sources."""
-    return x_src is not x_dst and graph.num_rows == graph.num_dst

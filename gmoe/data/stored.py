@@ -23,6 +23,7 @@ from torch_geometric.data import EdgeAttr, FeatureStore, GraphStore, TensorAttr
 from torch_geometric.data.graph_store import EdgeLayout
 
 from gmoe._checks import INTEGERS, check_choice, check_range, described
+from gmoe._torch import shared_storage
 
 SPLITS = ("train", "val", "test")
 FEATURES = ("float16", "float32")
@@ -55,7 +56,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An empty tensor; in a loader's worker in shared memory, which saves a copy to the loader."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    storage = shared_storage(math.prod(shape) * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 

@@ -13,23 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GCNConv, JumpingKnowledge
+from torch_geometric.nn import JumpingKnowledge
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_choice, check_counts, parameters_of
-from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.build import Trial
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, factory_of, kinds_of
+from gmoe.conv.kinds import (
+    BY_NAME,
+    OPTIONS,
+    ConvLike,
+    Make,
+    base_kind_of,
+    factory_of,
+    kinds_of,
+)
 from gmoe.conv.moe_conv import MoEConv
+from gmoe.conv.plain import run
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
-from gmoe.conv.separate import run
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
 from gmoe.moe import Start, build_layer_router, choose_blocks, drawn_apart, start_of_convs
-from gmoe.routers import ROUTERS, Router, RouterLike
+from gmoe.routers import ROUTERS, Router, RouterLike, let_check_finite
 from gmoe.routing import Routing
 
 
@@ -118,7 +125,7 @@ class GNNMoE(HubMixin, nn.Module):
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
         router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router)
-        config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
+        config = recorded(locals(), "conv_kwargs", BY_NAME | ROUTERS)
         check_counts(
             in_channels=in_channels,
             hidden_channels=hidden_channels,
@@ -318,7 +325,8 @@ class GNNMoE(HubMixin, nn.Module):
         if isinstance(conv, MoEConv):
             out, routing = conv(x, graph, batch=batch, routing=routing, return_routing=True)
         else:
-            out = _run_plain(conv, x, graph)
+            run_kind = base_kind_of(type(conv)).run
+            out = run(conv, graph, x, x) if run_kind is None else run_kind(conv, x, graph)
             routing = None
         if layer < len(self.residuals):
             out = out + self.residuals[layer](x[: len(out)])
@@ -384,7 +392,8 @@ def _build_shared_router(router: Any, in_channels: int, moe_kwargs: dict[str, An
         built = build_layer_router(
             start, router, dim, num_experts, k, moe_kwargs.get("router_kwargs")
         )
-    built.check_finite |= moe_kwargs.get("check_finite", False)
+    if moe_kwargs.get("check_finite", False):
+        let_check_finite(built, router)
     return built
 
 
@@ -456,26 +465,3 @@ def _check_width(conv: Any, in_channels: int, out_channels: int, out: int) -> No
             f"out_channels={out_channels}, expected {out}; of several heads, heads= as an argument "
             "of the model, or concat=False"
         )
-
-
-def _run_plain(conv: Any, x: Tensor, graph: Graph) -> Tensor:
-    """(N_dst, O) a conv without experts at the graph's destinations.
-
-    On a part of a graph, a GCN gets the norms of the whole graph, and computes none itself.
-    """
-    if isinstance(conv, FilterConv):
-        return conv(x, graph)[: graph.num_dst]
-    is_part = graph.scale_of is not None
-    if not isinstance(conv, GCNConv) or not conv.normalize or not is_part:
-        return run(conv, graph, x, x)
-    matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
-    edge_index = torch.stack([matrix.edges.sender, matrix.edges.receiver])
-    edge_weight = matrix.weight
-    if matrix.diagonal is not None:  # the self-loops, which the matrix holds apart
-        node = torch.arange(graph.num_dst, device=x.device)
-        edge_index = torch.cat([edge_index, node.expand(2, -1)], dim=1)
-        edge_weight = torch.cat([edge_weight, matrix.diagonal])
-    normless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
-    normless.flow = "source_to_target"
-    normless.normalize = False
-    return normless(x, edge_index, edge_weight)[: graph.num_dst]

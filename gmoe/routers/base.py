@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gmoe._autograd import in_transform
 from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
+from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
 from gmoe.routing import Routing
@@ -228,8 +228,7 @@ class Router(nn.Module, ABC):
         # A compiled checkpoint recomputes without Python, so it never comes here twice.
         if torch.compiler.is_compiling():
             return True
-        # -1 outside of a backward pass; torch.utils.checkpoint asks the same function.
-        return torch._C._current_graph_task_id() == -1
+        return not in_backward()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Keep counters and frozen projections in float32 at least when the module is cast.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmoe._torch import is_tracing
 from gmoe.routing import owner
 
 
@@ -88,7 +89,7 @@ class Groups:
         if is_size or not num_tokens:
             size = int(group) if num_tokens else 0
             return cls(num_tokens, num_tokens // max(size, 1), size)
-        if torch._C._get_tracing_state() is not None:
+        if is_tracing():
             raise RuntimeError(
                 "batch: torch.jit.trace would freeze the sizes of the groups; use torch.compile"
             )

@@ -18,7 +18,7 @@ def test_every_model_is_run_at_several_widths() -> None:
     found = points((), Path("data"))
     assert {name.partition("/")[0] for name in found} == set(DRAWN)
     assert len(found) == 13 * len(DRAWN)
-    copies = found["minesweeper/differences-32"]
+    copies: Any = found["minesweeper/differences-32"]
     assert (copies.start, copies.hidden, copies.seeds) == ("copies", 32, (0, 1, 2))
     assert copies.shared_router is True
     assert found["digits/shared-8"].start == "shared"

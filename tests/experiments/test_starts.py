@@ -40,7 +40,7 @@ def test_the_best_two_and_the_arm_of_images_are_confirmed_on_seeds_that_were_not
     assert {name.partition("/")[2] for name in on_graphs} == {*CONTROLS, *CONFIRMED}
     assert len(found) == 7 * (3 + 3) + (3 + 1)
     assert {config.seeds for config in found.values()} == {tuple(range(3, 13))}
-    once = found["cora/difference-once-node-constant-unbalanced"]
+    once: Any = found["cora/difference-once-node-constant-unbalanced"]
     assert (once.start, once.shared_router, once.router) == ("copies", True, "token_choice")
     # Images have a router in each layer, and a patch has no neighbors.
     assert found[f"digits/{LAYER_NODE}"].start == "copies"

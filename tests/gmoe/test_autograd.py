@@ -1,4 +1,4 @@
-"""Helpers of the autograd functions, which use torch's private parts: each has a test here."""
+"""Helpers of autograd functions and compiled code."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from gmoe._autograd import (
-    first_order,
-    in_transform,
-    is_watched,
-    operator,
-    refuse_transforms,
-    untraced,
-)
+from gmoe._autograd import first_order, lazy, operator, refuse_transforms
 
 
 class Double(torch.autograd.Function):
@@ -49,16 +41,8 @@ def test_a_batch_of_gradients_is_refused() -> None:
         torch.autograd.functional.jacobian(Double.apply, x, vectorize=True)
 
 
-def test_torch_is_watched_only_while_operators_are_counted() -> None:
-    assert not is_watched()
-    with FlopCounterMode(display=False):
-        assert is_watched()
-    assert not is_watched()
-
-
 def test_a_transform_of_torch_func_is_refused() -> None:
     def inside(x: Tensor) -> Tensor:
-        assert in_transform()
         refuse_transforms()
         return x
 
@@ -82,5 +66,16 @@ def test_an_operator_computes_values_and_gives_shapes_without_values() -> None:
     assert _triple_for_a_test(torch.ones(2, device="meta")).shape == (2,)
 
 
-def test_untraced_code_runs_as_it_is() -> None:
-    assert untraced(lambda x: x + 1)(1) == 2
+def test_a_lazy_property_is_computed_once() -> None:
+    class Counts:
+        count = 0
+
+        @lazy
+        def value(self) -> int:
+            """The docstring."""
+            self.count += 1
+            return self.count
+
+    counts = Counts()
+    assert (counts.value, counts.value) == (1, 1)
+    assert Counts().value == 1

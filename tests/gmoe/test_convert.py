@@ -20,7 +20,7 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, SimpleConv
 from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
-from gmoe import MoE, MoEConv, TokenChoice, moefy, record_routing
+from gmoe import MoE, MoEConv, TokenChoice, fold, moefy, record_routing
 
 STRAIGHT = {"weight": "straight_through", "balance": None}
 """Of token choice, so that copies of one MLP give what it gives, always the same."""

@@ -1,4 +1,4 @@
-"""MoE beside its router and experts; that it equals the definition: in ``routers/test_router.py``.
+"""MoE beside its router and experts; that it equals the definition: in ``routers/test_base.py``.
 
 Shapes: T tokens, D width, E experts.
 """

@@ -11,10 +11,82 @@ from torch import nn
 from torch_geometric import nn as pyg
 
 from gmoe import FilterConv, GNNMoE, MoEConv
+from gmoe.conv.build import Trial
+from gmoe.conv.kinds import BY_NAME, KINDS, base_kind_of, factory_of, kind_of
 from tests.gmoe.conv.masked import random_graph
 
 WIDTH = 8
 SHARED: Any = pyg.GINConv(nn.Linear(4, 4))
+PNA = {"aggregators": ["mean"], "scalers": ["identity"], "deg": torch.tensor([1, 3])}
+
+
+def built(cls: Any) -> Any:
+    """A conv of a class that keeps the width."""
+    options = PNA if cls is pyg.PNAConv else {}
+    return factory_of(cls)(WIDTH, WIDTH, **options)
+
+
+def call(conv: Any, x: Any) -> torch.Tensor:
+    """The output of a conv at five destinations of nine sources."""
+    given: dict[str, Any] = {}
+    given |= {"edge_attr": torch.ones(20, WIDTH)} if isinstance(conv, pyg.GINEConv) else {}
+    if x[1] is None:
+        given["size"] = (9, 5)
+    out: torch.Tensor = conv(x, random_graph(9, 5, 20), **given)
+    return out
+
+
+@pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if kind.is_local])
+def test_a_class_that_is_said_to_be_local_is_local(cls: Any) -> None:
+    assert Trial(built(cls), WIDTH).takes_local_path(local=None)
+
+
+@pytest.mark.parametrize("cls", KINDS)
+def test_a_class_takes_two_sets_of_nodes_if_it_is_said_to(cls: Any) -> None:
+    try:
+        takes_two_sets = call(built(cls), (torch.ones(9, WIDTH), torch.ones(5, WIDTH))).dim() == 2
+    except (AttributeError, TypeError, ValueError):
+        takes_two_sets = False
+    assert takes_two_sets == kind_of(cls).takes_two_sets
+
+
+@pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if not kind.needs_destinations])
+def test_a_class_that_needs_no_destinations_takes_them_for_zeros(cls: Any) -> None:
+    x_src, conv = torch.randn(9, WIDTH), built(cls)
+    torch.testing.assert_close(
+        call(conv, (x_src, None)), call(conv, (x_src, torch.zeros(5, WIDTH)))
+    )
+
+
+@pytest.mark.parametrize("conv", ["gcn", "two_hop", ["sage", "gcn"], "cluster_gcn"])
+@pytest.mark.parametrize("local", [None, False])
+def test_two_sets_of_nodes_are_refused_by_the_name_of_the_conv(conv: Any, local: Any) -> None:
+    name = {"two_hop": "FilterConv", "cluster_gcn": "ClusterGCNConv"}.get(str(conv), "GCNConv")
+    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=2, local=local)
+    with pytest.raises(ValueError, match=f"^x: got a tuple .*: {name} takes no bipartite input"):
+        layer((torch.ones(9, WIDTH), torch.ones(5, WIDTH)), random_graph(9, 5, 20))
+    with pytest.raises(ValueError, match=r"^in_channels: got .* expected one width"):
+        MoEConv(conv, (WIDTH, WIDTH), WIDTH, num_experts=2, local=local)
+
+
+@pytest.mark.parametrize("name", [name for kind in KINDS.values() for name in kind.names])
+def test_a_name_of_a_row_stands_for_its_options(name: str) -> None:
+    conv: Any = BY_NAME[name](WIDTH, WIDTH)
+    for option, value in kind_of(type(conv)).names[name].items():
+        assert getattr(conv, option) == value
+
+
+def test_edge_features_of_gine_are_as_wide_as_its_sources_unless_it_transforms_them() -> None:
+    width = kind_of(pyg.GINEConv).edge_width
+    assert width(built(pyg.GINEConv), WIDTH) == WIDTH
+    assert width(pyg.GINEConv(nn.Linear(WIDTH, 4), edge_dim=3), WIDTH) == 3
+
+
+def test_a_subclass_is_unknown_but_has_a_base_that_is_known() -> None:
+    cls = type("Mine", (FilterConv,), {})
+    assert kind_of(cls) == kind_of(nn.Linear)
+    assert kind_of(cls).stack is None
+    assert base_kind_of(cls) is KINDS[FilterConv]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Attention vote, beyond ``test_router.py``: blocks, memory, edges. Shapes: T tokens, D width, E experts."""
+"""Attention vote, beyond ``test_base.py``: blocks, memory, edges. Shapes: T tokens, D width, E experts."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gmoe import SoftSlots
 from gmoe.routers import SoftRouting
 from tests.gmoe.reference import group_lists
-from tests.gmoe.routers.test_router import INPUTS
+from tests.gmoe.routers.test_base import INPUTS
 
 D, E, O = 5, 3, 4  # noqa: E741
 

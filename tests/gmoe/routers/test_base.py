@@ -341,14 +341,6 @@ def test_bad_calls(changes: dict[str, Any], name: str) -> None:
         AttentionVote(D, E, scope="neighbors")(**{"x": torch.zeros(11, D), **changes})
 
 
-@pytest.mark.parametrize(
-    "assignment", [[0, 3, 0], [0, -1, 0], [0.0, 0.0, 0.0], [[0], [1], [2]], [0, 1]], ids=str
-)
-def test_an_oracle_refuses_what_does_not_fit(assignment: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"assignment: got|x: got 3 tokens"):
-        OracleRouter(4, 3, torch.tensor(assignment))(torch.randn(3, 4))
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_check_finite(value: float) -> None:
     x = torch.tensor([[0.0] * D, [value] * D])

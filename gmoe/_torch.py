@@ -1,0 +1,134 @@
+"""What gmoe uses of torch that is private there, each with the reason; each has a test.
+
+Two uses cannot be here: :class:`gmoe.Router` overrides ``nn.Module._apply``, and
+:mod:`gmoe.flops` lists operators by their names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# compilers and transforms -------------------------------------------------------------------------
+
+untraced = torch._compile._disable_dynamo
+"""``torch.compiler.disable``, which imports the compiler at once: that takes seconds."""
+
+in_transform = torch._C._are_functorch_transforms_active
+"""True inside a transform of ``torch.func``, which has no public test."""
+
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""True for a batch of gradients (``vectorize=True``), which looks like any other tensor."""
+
+
+def is_compiler_loaded() -> bool:
+    """True once the compiler was imported; to ask the compiler itself would import it."""
+    return "torch._dynamo" in sys.modules
+
+
+def is_tracing() -> bool:
+    """True inside ``torch.jit.trace``; ``torch.jit`` exports no such test."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def is_watched() -> bool:
+    """True under fake tensors and while operators are counted (FLOPs); never in compiled code.
+
+    The modes that watch are on a stack without a public view.
+    """
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def in_backward() -> bool:
+    """True in a backward pass, where checkpointing runs a forward again; it asks the same."""
+    return torch._C._current_graph_task_id() != -1
+
+
+# kernels ------------------------------------------------------------------------------------------
+
+row_pointers = torch._convert_indices_from_coo_to_csr
+"""The row pointers of ascending rows, in one pass and without the host sync of ``bincount``."""
+
+rows_of_pointers = torch._convert_indices_from_csr_to_coo
+"""The opposite; gives (rows, columns)."""
+
+index_put = torch._index_put_impl_
+"""``index_put_`` that can skip its check of the range, for which older versions of torch sync."""
+
+assert_async = torch._assert_async
+"""A check on the device, without a host sync: its message appears when the device gets to it."""
+
+shared_storage = torch.UntypedStorage._new_shared
+"""A storage in shared memory; ``share_memory_`` would copy one that is there already."""
+
+
+# what tensors and modules hold --------------------------------------------------------------------
+
+
+def version_of(value: Tensor) -> int:
+    """How often a tensor was written to, by autograd's own count."""
+    return value._version
+
+
+def num_stored(value: Tensor) -> int:
+    """The number of values of a sparse tensor, also of one that is not coalesced."""
+    return value._nnz()
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's own parameters, also of those that are ``None``."""
+    return tuple(module._parameters)
+
+
+def forward_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
+    """The tables of the hooks before and after a forward; there is no public list of them."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def backward_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
+    """The tables of the hooks before and after a backward."""
+    return module._backward_pre_hooks, module._backward_hooks
+
+
+def given_tensors(formula: Callable[..., int]) -> Callable[..., int]:
+    """Mark a formula so that ``FlopCounterMode`` gives it tensors, not their shapes.
+
+    A custom mapping has no public way to ask for them.
+    """
+
+    def count(*args: Any, **_: Any) -> int:
+        return formula(*args)
+
+    count._get_raw = True  # type: ignore[attr-defined]
+    return count
+
+
+# modules -----------------------------------------------------------------------------------------
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A shallow copy of a module that computes with other tensors; the module is left as it is.
+
+    Args:
+        module: its buffers, hooks and options are those of the copy, too.
+        tensors: by the ``id`` of a parameter, what the copy has in its place.
+
+    ``torch.func.functional_call`` writes to the module meanwhile, which other threads would see.
+    """
+    copied = object.__new__(type(module))
+    copied.__dict__ = {
+        **vars(module),
+        "_parameters": {
+            name: tensors.get(id(parameter), parameter)
+            for name, parameter in module._parameters.items()
+        },
+        "_modules": {
+            name: None if child is None else with_tensors(child, tensors)
+            for name, child in module._modules.items()
+        },
+    }
+    return copied

@@ -1,0 +1,98 @@
+"""What all experts of a graph layer have in common, stacked or mixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch_geometric import nn as pyg
+
+from gmoe import LinearExperts, MoEConv
+from gmoe.conv.base import MixedExperts, is_plain, probe_copy, refuse_far, to_one
+
+WIDTH = 4
+
+
+def experts(conv: Any, **options: Any) -> Any:
+    """The experts of a layer, without what stands beside them."""
+    return MoEConv(conv, WIDTH, WIDTH, start="plain", **options).experts
+
+
+def test_modules_of_stacked_experts_do_not_hold_the_prototype_but_move_and_switch_it() -> None:
+    """An explainer would count a hop for each conv among the modules."""
+    stack = experts("gat", num_experts=2).double().eval()
+    assert stack.prototype in stack.children()
+    assert not any(isinstance(module, pyg.MessagePassing) for module in stack.modules())
+    assert not stack.prototype.training
+
+
+def test_to_look_at_an_expert_or_to_reset_draws_nothing_else() -> None:
+    stack = experts("sage", num_experts=2)
+    torch.manual_seed(0)
+    stack.expert(1)
+    after_look = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), after_look)
+
+
+def test_a_reset_draws_each_expert_as_its_conv_does() -> None:
+    stack = experts("sage", num_experts=2)
+    torch.manual_seed(0)
+    stack.reset_parameters()
+    torch.manual_seed(0)
+    for index in range(2):
+        conv = stack.expert(index)
+        conv.reset_parameters()
+        for name, value in stack.expert(index).state_dict().items():
+            assert torch.equal(value, conv.state_dict()[name]), name
+
+
+def test_experts_of_several_kinds_are_given_by_their_place_in_the_list() -> None:
+    mixed = experts(["gcn", "mlp", "gcn", "tag"], local=None)
+    assert isinstance(mixed, MixedExperts)
+    classes = [type(mixed.expert(index)).__name__ for index in range(4)]
+    assert classes == ["GCNConv", "MLPConv", "GCNConv", "TAGConv"]
+    assert not torch.equal(mixed.expert(0).lin.weight, mixed.expert(2).lin.weight)
+    with pytest.raises(ValueError, match=r"^index: got 4, expected"):
+        mixed.expert(4)
+    with pytest.raises(ValueError, match=r"^start: got 'copies' for experts of several kinds"):
+        mixed.become(pyg.GCNConv(WIDTH, WIDTH))
+    assert [type(conv) for conv in mixed.too_far] == [pyg.TAGConv]
+
+
+def test_convs_that_look_far_are_refused_by_name() -> None:
+    refuse_far([])
+    with pytest.raises(RuntimeError, match=r"^inference: SGConv, TAGConv looks further"):
+        refuse_far([pyg.TAGConv(1, 1), pyg.SGConv(1, 1), pyg.TAGConv(1, 1)])
+
+
+def test_to_one_expert_go_all_tokens_with_weight_one() -> None:
+    assert torch.equal(to_one(torch.randn(3, WIDTH)).to_dense(), torch.ones(3, 1))
+
+
+def test_a_kernel_may_read_a_layer_that_nobody_hooked_or_replaced() -> None:
+    class Own(LinearExperts):
+        pass
+
+    linear = LinearExperts(2, 2, 3)
+    assert is_plain(linear)
+    assert not is_plain(Own(2, 2, 3))
+    linear.register_forward_hook(lambda *_: None)
+    assert not is_plain(linear)
+
+
+def test_a_probe_is_a_copy_in_float64_in_training_and_without_dropout() -> None:
+    conv = pyg.GATConv(WIDTH, WIDTH, dropout=0.5).eval()
+    probe = probe_copy(nn.Sequential(conv, nn.Dropout(0.5), pyg.MLP([2, 2], dropout=0.5)))
+    assert probe[0].lin.weight.dtype == torch.float64
+    assert all(part.training for part in probe.modules())
+    assert (probe[0].dropout, probe[1].p, probe[2].dropout) == (0.0, 0.0, [0.0])
+    assert (conv.dropout, conv.training, conv.lin.weight.dtype) == (0.5, False, torch.float32)
+
+
+def test_a_probe_of_a_module_without_values_gets_the_same_random_ones_each_time() -> None:
+    meta = nn.Linear(2, 2, device="meta")
+    assert probe_copy(meta).weight.any()
+    assert torch.equal(probe_copy(meta).weight, probe_copy(meta).weight)

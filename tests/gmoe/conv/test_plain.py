@@ -1,0 +1,57 @@
+"""Plain convs on a graph, and on a part of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch_geometric import nn as pyg
+
+from gmoe import FilterConv, Graph
+from gmoe.conv.kinds import base_kind_of
+from gmoe.conv.plain import run, run_gcn, run_on
+from tests.gmoe.conv.masked import default_float64, random_graph
+
+N, WIDTH = 12, 4
+TOKEN = torch.tensor([2, 7, 3])
+
+
+@pytest.mark.parametrize("sizes", [(N, N), (N, 9), (9, N)])
+@pytest.mark.parametrize("cls", [pyg.SAGEConv, pyg.GraphConv])
+def test_a_local_conv_gives_on_the_in_edges_of_some_nodes_what_it_gives_on_the_graph(
+    cls: Any, sizes: tuple[int, int]
+) -> None:
+    with default_float64():
+        graph = Graph(random_graph(*sizes, 40), sizes)
+        x_src = torch.randn(sizes[0], WIDTH)
+        x_dst = x_src if sizes[0] == sizes[1] else torch.randn(sizes[1], WIDTH)
+        conv = cls(WIDTH, 3)
+        whole = run(conv, graph, x_src, x_dst)
+        torch.testing.assert_close(run_on(conv, graph, x_src, x_dst, TOKEN), whole[TOKEN])
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        pyg.GCNConv(WIDTH, 3),
+        pyg.GCNConv(WIDTH, 3, improved=True),
+        pyg.GCNConv(WIDTH, 3, add_self_loops=False),
+        pyg.GCNConv(WIDTH, 3, normalize=False),
+        FilterConv(WIDTH, 3, filter="high_pass"),
+    ],
+)
+def test_a_conv_with_norms_gives_on_a_part_what_it_gives_on_the_whole_graph(conv: Any) -> None:
+    run_plain: Any = base_kind_of(type(conv)).run
+    with default_float64():
+        conv = conv.double()
+        edge_index, x = random_graph(N, N, 40), torch.randn(N, WIDTH)
+        nodes, part = Graph(edge_index, N).part(TOKEN)
+        torch.testing.assert_close(run_plain(conv, x[nodes], part), conv(x, edge_index)[TOKEN])
+
+
+def test_a_gcn_on_a_part_is_left_as_it_is() -> None:
+    conv = pyg.GCNConv(WIDTH, 3)
+    nodes, part = Graph(random_graph(N, N, 40), N).part(TOKEN)
+    run_gcn(conv, torch.randn(N, WIDTH)[nodes], part)
+    assert conv.normalize

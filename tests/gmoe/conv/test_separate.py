@@ -1,0 +1,74 @@
+"""Experts that run one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch_geometric import nn as pyg
+
+from gmoe import Graph, Routing
+from gmoe.conv.separate import SeparateExperts
+from tests.gmoe.conv.masked import random_graph
+
+N, WIDTH = 9, 4
+EDGES = random_graph(N, N, 30)
+
+
+def experts(is_local: bool) -> SeparateExperts:
+    torch.manual_seed(0)
+    return SeparateExperts([pyg.LEConv(WIDTH, 3) for _ in range(3)], [is_local] * 3)
+
+
+def run(layer: SeparateExperts, edge_index: Tensor, expert_N: Tensor) -> Tensor:
+    """(N, 3) the outputs on a graph whose nodes have one expert each."""
+    x = torch.ones(N, WIDTH)
+    routing = Routing.from_choices(expert_N[:, None], torch.ones(N, 1), num_experts=3)
+    out: Tensor = layer(Graph(edge_index, N), x, x, None, routing)
+    return out
+
+
+@pytest.mark.parametrize(("is_local", "rows"), [(True, 9), (False, 27)])
+def test_a_local_conv_sees_its_own_nodes_and_any_other_the_whole_graph(
+    is_local: bool, rows: int
+) -> None:
+    layer = experts(is_local)
+    seen: list[int] = []
+    for conv in layer.members:
+        conv.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    no_edges = torch.empty(2, 0, dtype=torch.long)  # so that no conv needs another node
+    run(layer, no_edges, torch.arange(N) % 3)
+    assert sum(seen) == rows
+
+
+def test_convs_that_are_not_local_are_listed_as_too_far() -> None:
+    assert experts(is_local=True).too_far == []
+    assert len(experts(is_local=False).too_far) == 3
+
+
+def test_an_expert_without_a_token_gets_zero_gradients() -> None:
+    layer = experts(is_local=True)
+    run(layer, EDGES, torch.zeros(N, dtype=torch.long)).sum().backward()
+    idle = [parameter.grad for parameter in layer.members[1].parameters()]
+    assert all(grad is not None and not grad.any() for grad in idle)
+    assert any(parameter.grad.any() for parameter in layer.members[0].parameters())
+
+
+def test_a_copy_of_an_expert_has_its_weights_and_no_gradient() -> None:
+    layer = experts(is_local=True)
+    run(layer, EDGES, torch.zeros(N, dtype=torch.long)).sum().backward()
+    copied: Any = layer.expert(0)
+    assert torch.equal(copied.lin1.weight, layer.members[0].lin1.weight)
+    assert copied.lin1.weight is not layer.members[0].lin1.weight
+    assert all(parameter.grad is None for parameter in copied.parameters())
+
+
+def test_experts_become_copies_of_one_conv_and_part_when_they_are_reset() -> None:
+    layer = experts(is_local=True)
+    layer.become(pyg.LEConv(WIDTH, 3))
+    first, second = layer.members[0].lin1.weight, layer.members[1].lin1.weight
+    assert torch.equal(first, second)
+    layer.reset_parameters()
+    assert not torch.equal(first, second)

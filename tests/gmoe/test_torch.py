@@ -1,0 +1,201 @@
+"""What gmoe uses of torch that is private there: each does what gmoe takes it for."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from gmoe import _torch
+
+GMOE = Path(_torch.__file__).parent
+
+
+def test_untraced_code_runs_and_cuts_a_compiled_function_in_two() -> None:
+    assert _torch.untraced(lambda x: x + 1)(1) == 2
+    untraced: Any = _torch.untraced(torch.exp)
+
+    def run(x: Tensor) -> Any:
+        return untraced(x)
+
+    cut = torch.compile(run, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        cut(torch.ones(2))
+    assert _torch.is_compiler_loaded()
+
+
+def test_code_that_becomes_untraced_does_not_load_the_compiler() -> None:
+    script = """
+from gmoe import _torch
+_torch.untraced(lambda x: x)
+assert not _torch.is_compiler_loaded()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=GMOE.parent)
+
+
+def test_a_transform_of_torch_func_is_seen_inside_of_it() -> None:
+    def inside(x: Tensor) -> Tensor:
+        assert _torch.in_transform()
+        return x
+
+    assert not _torch.in_transform()
+    torch.func.vmap(inside)(torch.ones(2))
+
+
+def test_tracing_is_seen_inside_of_it_and_compiled_code_is_not_traced() -> None:
+    def is_traced(x: Tensor) -> Tensor:
+        return x + 1 if _torch.is_tracing() else x
+
+    assert is_traced(torch.zeros(1)) == 0
+    assert torch.jit.trace(is_traced, torch.zeros(1))(torch.zeros(1)) == 1
+    assert torch.compile(is_traced, backend="eager", fullgraph=True)(torch.zeros(1)) == 0
+
+
+def test_a_batch_of_gradients_is_seen_in_the_backward() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = 2 * x
+    y.register_hook(lambda grad: seen.append(_torch.is_batched(grad)))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2))
+    assert seen == [True, False]
+
+
+def test_torch_is_watched_only_while_operators_are_counted() -> None:
+    assert not _torch.is_watched()
+    with FlopCounterMode(display=False):
+        assert _torch.is_watched()
+    assert not _torch.is_watched()
+
+
+def test_a_checkpoint_recomputes_in_the_backward() -> None:
+    seen = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(_torch.in_backward())
+        return x.exp()
+
+    checkpoint(run, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert seen == [False, True]
+
+
+def test_row_pointers_and_rows_follow_from_each_other() -> None:
+    row, ptr = torch.tensor([0, 0, 2]), torch.tensor([0, 2, 2, 3, 3])
+    assert _torch.row_pointers(row, 4).equal(ptr)
+    assert _torch.rows_of_pointers(ptr, torch.arange(3))[0].equal(row)
+
+
+def test_values_put_at_one_index_add_up() -> None:
+    index = torch.tensor([1, 1, 0])
+    values = torch.tensor([1.0, 2.0, 4.0])
+    out = _torch.index_put(torch.zeros(3), [index], values, accumulate=True, unsafe=True)
+    assert out.tolist() == [4, 3, 0]
+
+
+def test_an_assertion_of_a_tensor_raises_its_message() -> None:
+    _torch.assert_async(torch.tensor(True), "holds")
+    with pytest.raises(RuntimeError, match="does not hold"):
+        _torch.assert_async(torch.tensor(False), "does not hold")
+
+
+def test_a_shared_storage_is_in_shared_memory() -> None:
+    storage = _torch.shared_storage(8)
+    assert storage.nbytes() == 8
+    assert storage.is_shared()
+
+
+def test_the_version_of_a_tensor_counts_writes() -> None:
+    value = torch.ones(2)
+    before = _torch.version_of(value)
+    value.add_(1)
+    assert _torch.version_of(value) == before + 1
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_the_stored_values_of_a_sparse_tensor_are_counted(layout: torch.layout) -> None:
+    assert _torch.num_stored(torch.eye(3).to_sparse(layout=layout)) == 3
+
+
+def test_a_module_names_its_own_parameters_also_those_that_are_none() -> None:
+    assert _torch.parameter_names(nn.Linear(2, 2, bias=False)) == ("weight", "bias")
+
+
+def test_hooks_are_in_the_tables_of_a_module() -> None:
+    hooks = {
+        "register_forward_pre_hook": _torch.forward_hooks,
+        "register_forward_hook": _torch.forward_hooks,
+        "register_full_backward_pre_hook": _torch.backward_hooks,
+        "register_full_backward_hook": _torch.backward_hooks,
+    }
+    for register, tables in hooks.items():
+        module = nn.Linear(2, 2)
+        assert not any(tables(module))
+        getattr(module, register)(print)
+        assert [hook for table in tables(module) for hook in table.values()] == [print], register
+
+
+def test_the_flop_counter_gives_a_marked_formula_tensors() -> None:
+    given = []
+    formula = _torch.given_tensors(lambda *args: given.append(args) or 7)  # type: ignore[func-returns-value]
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.exp: formula}) as counter:
+        torch.ones(2).exp()
+    assert counter.get_total_flops() == 7
+    assert isinstance(given[0][0], Tensor)
+
+
+PRIVATE = {
+    name
+    for held in (nn.Module(), torch.ones(1), torch.UntypedStorage())
+    for name in dir(held)
+    if name.startswith("_") and not name.endswith("__")
+}
+"""Private attributes of what torch makes."""
+
+
+def private_uses(source: str) -> Iterator[str]:
+    """The private parts of torch that a file reads or calls."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            text = ast.unparse(node)
+            of_torch = text.startswith("torch.") and not node.attr.endswith("__")
+            if of_torch or (node.attr in PRIVATE and text != "super()._apply"):
+                yield text
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+            names = (*str(node.module).split("."), *(alias.name for alias in node.names))
+            yield from (name for name in names if name.startswith("_"))
+
+
+def test_a_copy_with_other_tensors_computes_with_them_and_leaves_the_module_as_it_is() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.LSTM(3, 2)).eval()
+    x = torch.randn(4, 2)
+    parameters = list(module.parameters())
+    sums = {id(parameter): parameter + 1 for parameter in parameters}
+    copied = _torch.with_tensors(module, sums)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    before = module(x)[0]
+    torch.testing.assert_close(copied(x)[0], twin(x)[0])
+    assert torch.equal(module(x)[0], before)
+    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+    assert copied.get_submodule("1").running_mean is module.get_submodule("1").running_mean
+
+
+def test_no_other_file_of_gmoe_uses_what_is_private_in_torch() -> None:
+    uses = {
+        str(path.relative_to(GMOE)): list(private_uses(path.read_text()))
+        for path in GMOE.rglob("*.py")
+    }
+    assert len(uses.pop("_torch.py")) > 10
+    assert not any(uses.values()), {name: used for name, used in uses.items() if used}
