@@ -63,7 +63,7 @@ WEIGHED = ("digits-graph", "cora", "mosaic", "concept", "minesweeper")
 CONTROLS: dict[str, dict[str, Any]] = {
     "dense": {"router": "dense"},
     "dense-flops": {"router": "dense", "equal": "flops", "equal_to": "token_choice"},
-    "shared": {"start": "shared"},
+    "shared": {"router": "token_choice", "start": "shared"},
 }
 """What arms are compared with, by what it changes."""
 
@@ -97,7 +97,7 @@ def model(name: str, base: RunConfig) -> RunConfig:
     if name in CONTROLS:
         return replace(base, **CONTROLS[name])
     changes = CONFIRMED[name] if isinstance(base, GraphConfig) else {}
-    return replace(base, start="copies", **changes)
+    return replace(base, router="token_choice", start="copies", **changes)
 
 
 def confirmed(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:

@@ -107,7 +107,7 @@ def test_of_a_preset_the_dense_model_is_on_file_or_a_command(name: str, tmp_path
         "ogbn-products-tuned --norm None --fanout -1 -1 --sampling neighbor",
         "ogbn-arxiv --conv gcn sage --kmeans-init --router multi_centroid --num-centroids 2",
         "graph --data-root 'a b/x.npz' --metric roc_auc --router-input node degree --lr 1e-5",
-        "cora --router x.py:Router --no-undirected --shared-router",
+        "cora --router x.py:Router --no-undirected --shared-router True",
         "ogbn-mag --hidden 3",
     ],
 )
@@ -141,6 +141,7 @@ def test_kmeans_finds_the_regions_before_any_training(tmp_path: Path) -> None:
         "--router",
         "multi_centroid",
         "--shared-router",
+        "True",
         "--kmeans-init",
         "--num-centroids",
         "1",
