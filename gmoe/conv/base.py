@@ -128,10 +128,16 @@ class StackedExperts(ConvExperts):
         prototype has no parameters; ``to``, ``train`` and ``state_dict``, which go by children,
         reach it.
         """
-        hidden = set(self.prototype.modules())
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if module not in hidden:
-                yield name, module
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        for name, module in self.named_children():
+            if name != "prototype":
+                path = f"{prefix}.{name}" if prefix else name
+                yield from module.named_modules(memo, path, remove_duplicate)
 
     @staticmethod
     def accepts(conv: Any) -> bool:

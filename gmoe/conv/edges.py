@@ -90,7 +90,7 @@ class Edges:
     @lazy
     def degree(self) -> Tensor:
         """(R,) the number of messages of each receiver."""
-        return self.ptr.diff()
+        return self.ptr[1:] - self.ptr[:-1]
 
     @lazy
     def transpose(self) -> Edges:
