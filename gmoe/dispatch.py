@@ -10,7 +10,7 @@ three in one, :func:`routed_linear`, as experts on graphs do. The kernels are op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -32,12 +32,10 @@ Measured with 4 to 64 experts of 1 to 64 outputs on one thread: 0.10 to 0.93 of 
 inside these bounds; outside 0.5 to 7 times, more often above 1 than below.
 """
 
-FEW_ROWS = {"numbers": 2**15, "products": 2**20}
-"""Up to these sizes, the loop of :func:`grouped_linear` is one product of all experts.
+FEW_ROWS = {"inputs": 2**12, "products": 2**17, "rows": 2**19}
+"""The same for the loop of :func:`grouped_linear`, which takes about 5 us an expert.
 
-The sizes are P * E * I numbers in its rows, and P * E * I * O multiply-adds. The loop takes about
-5 us an expert. Measured with 8 experts on one thread: 0.4 to 0.9 of the loop's time inside these
-bounds, 0.9 to 3 times outside.
+Measured with 8 experts on one thread: 0.4 to 0.9 of the loop's time inside these bounds.
 """
 
 GROUPED = (9, 10)
@@ -47,14 +45,14 @@ BLOCK = 16
 """The least number of rows in a block of the padded product."""
 
 
-def is_few(num_tokens: int, weight_EIO: Tensor) -> bool:
+def is_few(num_rows: int, weight_EIO: Tensor, bounds: Mapping[str, int] = FEW) -> bool:
     """True if one product of all experts is faster than a loop over them; see :data:`FEW`."""
     num_experts, in_features, out_features = weight_EIO.shape
-    inputs = num_tokens * in_features
+    inputs = num_rows * in_features
     return (
-        inputs <= FEW["inputs"]
-        and inputs * out_features <= FEW["products"]
-        and inputs * num_experts <= FEW["rows"]
+        inputs <= bounds["inputs"]
+        and inputs * out_features <= bounds["products"]
+        and inputs * num_experts <= bounds["rows"]
     )
 
 
@@ -233,29 +231,14 @@ def _in_blocks(block_PI: Tensor, row_P: Tensor, expert_P: Tensor, size: tuple[in
     """(R, E * I) rows of a block for each expert: those given, and zeros elsewhere.
 
     To multiply all blocks by a gate of zero would not do: zero times a NaN is NaN.
-
-    Args:
-        block_PI: the blocks.
-        row_P: the row of each.
-        expert_P: its expert; a row has one block of an expert at most.
-        size: R and E.
     """
-    num_rows, num_experts = size
+    num_rows, num_experts = size  # R and E
     zeros = block_PI.new_zeros(num_rows * num_experts, block_PI.size(1))
     filled = zeros.index_copy(0, row_P * num_experts + expert_P, block_PI)
     return filled.view(num_rows, num_experts * block_PI.size(1))
 
 
 # rows sorted by expert ----------------------------------------------------------------------------
-
-
-def _are_few(x_PI: Tensor, weight_EIO: Tensor) -> bool:
-    """True if one product of all experts is faster than a loop over them; see :data:`FEW_ROWS`."""
-    numbers = x_PI.numel() * len(weight_EIO)
-    is_small = (
-        numbers <= FEW_ROWS["numbers"] and numbers * weight_EIO.size(2) <= FEW_ROWS["products"]
-    )
-    return is_small and not is_watched()
 
 
 def _by_expert(x_PI: Tensor, offsets_E: Tensor) -> Tensor:
@@ -272,7 +255,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
         return _padded_mm(x, weight, offsets)
     if backend == "grouped" and len(x):
         return _grouped_mm(x, weight, offsets)
-    if _are_few(x, weight):
+    if is_few(len(x), weight, FEW_ROWS) and not is_watched():
         return _by_expert(x, offsets) @ weight.flatten(0, 1)
     y_PO = x.new_empty(len(x), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
@@ -290,7 +273,7 @@ def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: st
     if backend == "grouped" and len(x):
         return _grouped_outer(x, grad, offsets)
     grad_EIO = x.new_empty(len(offsets), x.size(1), grad.size(1))
-    if _are_few(x, grad_EIO):
+    if is_few(len(x), grad_EIO, FEW_ROWS) and not is_watched():
         torch.mm(_by_expert(x, offsets).T, grad, out=grad_EIO.flatten(0, 1))
         return grad_EIO
     ends = offsets[:-1].tolist()  # one host sync

@@ -181,7 +181,12 @@ class StackedExperts(ConvExperts):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        # Module by module: parameters() takes several times as long, and each call asks for this.
+        for module in self.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.is_floating_point():
+                    return parameter.dtype
+        return None
 
     def become(self, conv: MessagePassing) -> None:
         self.fill([conv] * self.num_experts)
