@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gmoe._checks import check_at_least, check_choice, check_counts, check_positive
 from gmoe.losses import separation_loss
-from gmoe.routers.base import Router, Weighting, log_softmax
+from gmoe.routers.base import Router, Weighting
 from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
 from gmoe.routing import AuxLoss, Routing
 
@@ -169,7 +169,7 @@ class MultiCentroid(Router):
             losses["separation"] = AuxLoss(separation_loss(self.centroid), self.separation_coef)
         if self.selection is not None:
             return self.selection(self, logits_TE, group, losses)
-        log_probs_TE = log_softmax(logits_TE)
+        log_probs_TE = logits_TE.log_softmax(dim=-1)
         expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(
             expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, validate=False

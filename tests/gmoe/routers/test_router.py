@@ -420,15 +420,14 @@ def test_token_choice_builds_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         router(x, batch)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, SHORT["tokens"], 300])
-@pytest.mark.parametrize("experts", [1, 8, SHORT["experts"]])
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+@pytest.mark.parametrize("experts", [1, 8, SHORT])
 def test_log_softmax_is_that_of_each_token(tokens: int, experts: int) -> None:
-    """Values and gradient, and in columns if there are few experts and many tokens."""
+    """Values and gradient; and experts lie in columns if there are few."""
     logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn_like(logits)
     found, expected = log_softmax(logits), logits.log_softmax(dim=-1)
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad(found, logits, cotangent)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits, cotangent)[0])
-    is_by_column = tokens >= SHORT["tokens"] and experts < SHORT["experts"]
-    assert found.mT.is_contiguous() if is_by_column else found.is_contiguous()
+    assert found.T.is_contiguous() if experts < SHORT else found.is_contiguous()
