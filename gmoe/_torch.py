@@ -132,3 +132,15 @@ def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
         },
     }
     return copied
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's first parameter of floating-point numbers; ``None`` without one.
+
+    ``parameters()`` takes several times as long, and layers ask for this in each call.
+    """
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                return parameter.dtype
+    return None

@@ -117,6 +117,7 @@ _FORMULAS: dict[tuple[Any, ...], Callable[..., int]] = {
         aten._sparse_mm_reduce_impl_backward,
     ): _product,
     (aten.addmm, aten.addmm_, aten._sparse_addmm): lambda _, *factors: _product(*factors),
+    (aten._embedding_bag_forward_only,): lambda values, index, *_: index.numel() * values.size(-1),
     (aten.sparse_sampled_addmm,): lambda pattern, a, *_: 2 * num_stored(pattern) * a.size(-1),
     (aten.index_add, aten.index_add_): lambda *args: args[3].numel(),  # self, dim, index, source
     (aten.scatter_add, aten.scatter_add_): lambda *args: args[2].numel(),

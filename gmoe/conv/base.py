@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 from gmoe._checks import must_be_called
+from gmoe._torch import dtype_of
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -132,10 +133,16 @@ class StackedExperts(ConvExperts):
         prototype has no parameters; ``to``, ``train`` and ``state_dict``, which go by children,
         reach it.
         """
-        hidden = set(self.prototype.modules())
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if module not in hidden:
-                yield name, module
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        for name, module in self.named_children():
+            if name != "prototype":
+                path = f"{prefix}.{name}" if prefix else name
+                yield from module.named_modules(memo, path, remove_duplicate)
 
     @staticmethod
     def accepts(conv: Any) -> bool:
@@ -179,7 +186,7 @@ class StackedExperts(ConvExperts):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        return dtype_of(self)
 
     def become(self, conv: MessagePassing) -> None:
         self.fill([conv] * self.num_experts)

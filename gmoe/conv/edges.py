@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
 SPARSE_DEVICES = ("cpu",)
-"""Devices on which torch's sparse products beat gathered blocks of messages."""
+"""Devices on which torch's own sums and products along edges beat gathered blocks of messages."""
 
 NUMBERS = 2**21
 """Numbers in a block of messages on a CPU: they fit its caches, and need no fresh pages."""
@@ -91,7 +91,7 @@ class Edges:
     @lazy
     def degree(self) -> Tensor:
         """(R,) the number of messages of each receiver."""
-        return self.ptr.diff()
+        return self.ptr[1:] - self.ptr[:-1]
 
     @lazy
     def transpose(self) -> Edges:
@@ -386,7 +386,6 @@ def _sum_messages(
     dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
     exact = torch.promote_types(dtype, torch.float32)
     num_receivers = ptr.numel() - 1
-    num_senders = value_UGC.size(0)
     weights = weight_MH.to(exact).T.contiguous()
     values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
     sums: list[Tensor] = []
@@ -394,10 +393,16 @@ def _sum_messages(
         if order is not None:  # head by head: rows of one number are slow to gather
             weight_M = weight_M.index_select(0, order)
         if value_UC.device.type in SPARSE_DEVICES and weight_M.numel():
-            matrix = torch.sparse_csr_tensor(
-                ptr, sender, weight_M, (num_receivers, num_senders), check_invariants=False
+            # The messages of a receiver are a bag. A sparse product gives the same float32 numbers
+            # in two to three times the time.
+            sum_RC, *_ = torch.embedding_bag(
+                value_UC.contiguous(),
+                sender,
+                ptr,
+                mode=0,  # sum
+                per_sample_weights=weight_M,
+                include_last_offset=True,
             )
-            sum_RC = torch.sparse.mm(matrix, value_UC.contiguous(), "sum")
         else:
             sum_RC = value_UC.new_zeros(num_receivers, value_UC.size(1))
             for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):

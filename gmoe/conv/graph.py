@@ -349,11 +349,14 @@ class Graph:
         reads_values = reads_values or (by == "values" and not isinstance(self.adj, SparseTensor))
         if factor is None and reads_values:
             factor = self.matrix_values
-        weight = torch.ones_like(edges.sender, dtype=torch.promote_types(dtype, torch.float32))
+        exact = torch.promote_types(dtype, torch.float32)
+        if mean:
+            share_R = edges.degree.to(exact).reciprocal()
+            weight = share_R.index_select(0, edges.receiver)
+        else:
+            weight = torch.ones_like(edges.sender, dtype=exact)
         if factor is not None and factor.dim() == 1:
             weight = weight * factor.index_select(0, edges.order)
-        if mean:
-            weight = weight / edges.degree.index_select(0, edges.receiver)
         return Matrix(edges, weight)
 
     @once

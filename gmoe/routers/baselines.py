@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmoe._checks import INTEGERS, check_range, described
-from gmoe.routers.base import Router, Weighting
+from gmoe.routers.base import Router, Weighting, log_softmax
 from gmoe.routing import Routing
 
 
@@ -56,7 +56,7 @@ class RandomRouter(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = x_TD @ self.projection_DE.to(x_TD.dtype)
-        log_probs_TE = logits_TE.log_softmax(dim=-1)
+        log_probs_TE = log_softmax(logits_TE)
         expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(
             expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), validate=False

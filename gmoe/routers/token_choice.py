@@ -14,7 +14,13 @@ from torch.nn import functional as F
 from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.losses import cv_squared, expected_load, switch_of
 from gmoe.routers.balance import BalancedRouter
-from gmoe.routers.base import Weighting, float_linear, pair_weights, reset_linear
+from gmoe.routers.base import (
+    Weighting,
+    float_linear,
+    log_softmax,
+    pair_weights,
+    reset_linear,
+)
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
 
@@ -75,8 +81,6 @@ class TokenChoice(BalancedRouter):
     """
 
     by_token = True
-    noise_scale = 1.0
-    """Factor of the ``"spread"`` noise; a schedule may set it, 0 turns the noise off."""
 
     def __init__(
         self,
@@ -141,7 +145,7 @@ class TokenChoice(BalancedRouter):
 
         # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
         # the choice, not for the weights.
-        log_probs_TE = logits_TE.log_softmax(dim=-1)
+        log_probs_TE = log_softmax(logits_TE)
         ranked_TE = logits_TE + self.bias_E if biased else logits_TE
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
 
@@ -160,10 +164,11 @@ class TokenChoice(BalancedRouter):
         if not (self.by_spread and self.training and len(x_TD)):
             return None
         # The spread over the tokens, all experts together; four times as fast as var(dim=0).
-        centered_TE = clean_TE.detach() - clean_TE.detach().mean(dim=0)
-        std = torch.linalg.vector_norm(centered_TE) / centered_TE.numel() ** 0.5
+        clean_TE = clean_TE.detach()
+        centered_TE = clean_TE - clean_TE.mean(dim=0)
+        std = torch.linalg.vector_norm(centered_TE) * centered_TE.numel() ** -0.5
         # A NaN or infinite token must not become the noise of all others.
-        return self.noise_scale * std.nan_to_num(posinf=0.0)
+        return std.nan_to_num(posinf=0.0)
 
     def _within_capacity(
         self, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups, losses: dict[str, AuxLoss]

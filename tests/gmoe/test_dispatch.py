@@ -14,7 +14,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmoe import grouped_linear
-from gmoe.dispatch import Backend, _blocks_of, _ToPairs, _ToTokens, is_few, kernel_of, routed_linear
+from gmoe.dispatch import (
+    FEW_ROWS,
+    Backend,
+    _blocks_of,
+    _grouped_linear,
+    _grouped_linear_weight,
+    _ToPairs,
+    _ToTokens,
+    is_few,
+    kernel_of,
+    routed_linear,
+)
 from gmoe.routing import Routing
 from tests.gmoe.conv.masked import features, routing_of
 
@@ -194,6 +205,36 @@ def test_gradients_of_biases_are_summed_in_float32(dtype: torch.dtype) -> None:
 )
 def test_few_tokens_take_one_product(tokens: int, shape: tuple[int, int, int], few: bool) -> None:
     assert is_few(tokens, torch.empty(shape, device="meta")) == few
+
+
+@pytest.mark.parametrize("loads", [[3, 0, 4, 1], [0, 0, 0, 8], [0, 0, 0, 0]], ids=str)
+def test_one_product_of_few_rows_gives_what_the_loop_gives(
+    loads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, grad, weight = features(sum(loads), 5), features(sum(loads), 3), features(4, 5, 3)
+    multiply = torch.mm
+    in_place: list[Tensor] = []
+
+    def counted(*factors: Tensor, out: Tensor) -> Tensor:
+        in_place.append(out)
+        return multiply(*factors, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+
+    def results() -> list[Tensor]:
+        in_place.clear()
+        return [
+            _grouped_linear(rows, weight, ends(loads), "loop"),
+            _grouped_linear(grad, weight.transpose(1, 2), ends(loads), "loop"),
+            _grouped_linear_weight(rows, grad, ends(loads), "loop"),
+        ]
+
+    found = results()
+    assert len(in_place) == 1
+    monkeypatch.setitem(FEW_ROWS, "rows", -1)
+    expected = results()
+    assert len(in_place) == 3 * len(loads)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 # without a host sync ---------------------------------------------------------------------------------

@@ -192,6 +192,14 @@ def test_a_copy_with_other_tensors_computes_with_them_and_leaves_the_module_as_i
     assert copied.get_submodule("1").running_mean is module.get_submodule("1").running_mean
 
 
+def test_the_dtype_of_a_module_is_that_of_its_first_floating_point_parameter() -> None:
+    counts = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)])
+    module = nn.Sequential(nn.ReLU(), counts, nn.Linear(2, 3).double(), nn.Linear(3, 2))
+    assert _torch.dtype_of(module) is torch.float64
+    assert _torch.dtype_of(nn.ReLU()) is None
+    assert _torch.dtype_of(nn.Sequential(counts)) is None
+
+
 def test_no_other_file_of_gmoe_uses_what_is_private_in_torch() -> None:
     uses = {
         str(path.relative_to(GMOE)): list(private_uses(path.read_text()))

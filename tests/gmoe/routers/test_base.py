@@ -24,6 +24,7 @@ from gmoe import (
     TokenChoice,
 )
 from gmoe.routers import AttentionVote, ExpertChoice, Groups
+from gmoe.routers.base import SHORT, log_softmax
 from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges, group_lists
 
 D, E = 5, 3
@@ -409,3 +410,16 @@ def test_token_choice_builds_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     x, batch, _ = make_call(CASES[0], "ragged")
     for router in (TokenChoice(D, E), MultiCentroid(D, E), RandomRouter(D, E)):
         router(x, batch)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+@pytest.mark.parametrize("experts", [1, 8, SHORT])
+def test_log_softmax_is_that_of_each_token(tokens: int, experts: int) -> None:
+    """Values and gradient; and experts lie in columns if there are few."""
+    logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn_like(logits)
+    found, expected = log_softmax(logits), logits.log_softmax(dim=-1)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, logits, cotangent)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits, cotangent)[0])
+    assert found.T.is_contiguous() if experts < SHORT else found.is_contiguous()
