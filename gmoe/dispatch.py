@@ -11,7 +11,7 @@ three in one, :func:`routed_linear`, as experts on graphs do. The kernels are op
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from gmoe._autograd import first_order, operator, refuse_second_order
 from gmoe._checks import check_choice
-from gmoe._torch import index_put, is_watched
+from gmoe._torch import is_watched
+from gmoe.padded import blocks_of, padded_mm, padded_outer, sum_at
 from gmoe.routing import Routing
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
@@ -41,9 +42,6 @@ Measured with 8 experts: 0.4 to 0.7 of its time; beyond (30 rows, 64 by 64 weigh
 
 GROUPED = (9, 10)
 """Major compute capabilities for which ``torch.nn.functional.grouped_mm`` has a kernel."""
-
-BLOCK = 16
-"""The least number of rows in a block of the padded product."""
 
 
 def is_few(num_rows: int, weight_EIO: Tensor, bounds: Mapping[str, int] = FEW) -> bool:
@@ -253,7 +251,7 @@ def _by_expert(x_PI: Tensor, offsets_E: Tensor) -> Tensor:
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(P, O) rows (P, I) times the weight (E, I, O) of their expert."""
     if backend == "padded":
-        return _padded_mm(x, weight, offsets)
+        return padded_mm(x, weight, offsets)
     if backend == "grouped" and len(x):
         return _grouped_mm(x, weight, offsets)
     if is_few(len(x), weight, FEW_ROWS) and not is_watched():
@@ -270,7 +268,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
 def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
     if backend == "padded":
-        return _padded_outer(x, grad, offsets)
+        return padded_outer(x, grad, offsets)
     if backend == "grouped" and len(x):
         return _grouped_outer(x, grad, offsets)
     grad_EIO = x.new_empty(len(offsets), x.size(1), grad.size(1))
@@ -306,68 +304,6 @@ class _GroupedLinear(torch.autograd.Function):
         return None, None, grad_x, grad_weight
 
 
-class _Blocks(NamedTuple):
-    """Rows sorted by expert, laid out in N blocks of B rows, each of one expert."""
-
-    place_P: Tensor
-    """(P,) int64, the place of each row among the N * B."""
-    expert_N: Tensor
-    """(N,) int64, the expert of each block; the last blocks may hold no rows."""
-    size: int
-    """B."""
-
-    def filled(self, x_PI: Tensor) -> Tensor:
-        """(N, B, I) the rows in their blocks, and zeros elsewhere."""
-        zeros = x_PI.new_zeros(len(self.expert_N) * self.size, x_PI.size(1))
-        return zeros.index_copy_(0, self.place_P, x_PI).unflatten(0, (-1, self.size))
-
-    def sum_by_expert(self, value_NO: Tensor, num_experts: int) -> Tensor:
-        """(E, O) sums over the blocks of each expert, in a fixed order on any device."""
-        return _sum_at(self.expert_N, value_NO, num_experts)
-
-
-def _blocks_of(offsets_E: Tensor, num_rows: int) -> _Blocks:
-    """Lay rows out in blocks, by sizes that the host knows: nothing is read from the device.
-
-    A block has a quarter of an expert's mean load. There are at most 4 E full blocks, and E that
-    are filled up with zeros: the weights are copied five times at most, and at most a quarter of
-    the rows is added.
-    """
-    num_experts = len(offsets_E)
-    size = max(BLOCK, -(-num_rows // (4 * num_experts)))
-    ends_E = offsets_E.long()
-    starts_E = F.pad(ends_E, (1, -1))
-    block_ends_E = ((ends_E - starts_E + (size - 1)) // size).cumsum(0)
-    block_starts_E = F.pad(block_ends_E, (1, -1))
-    # A row moves with its expert: from where the expert's rows start to where its blocks start.
-    row_P = torch.arange(num_rows, device=offsets_E.device)
-    expert_P = torch.searchsorted(ends_E, row_P, right=True)
-    place_P = row_P + (block_starts_E * size - starts_E).index_select(0, expert_P)
-    # The most blocks that there can be; those that are left over count as the last expert's.
-    block_N = torch.arange(num_rows // size + num_experts, device=offsets_E.device)
-    expert_N = torch.searchsorted(block_ends_E, block_N, right=True).clamp_(max=num_experts - 1)
-    return _Blocks(place_P, expert_N, size)
-
-
-def _padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-    """(P, O) rows times the weight of their expert, block by block."""
-    blocks = _blocks_of(offsets_E, len(x_PI))
-    if weight_EIO.stride(1) == 1:  # transposed: copy in the order of memory
-        weight_NOI = weight_EIO.transpose(1, 2).index_select(0, blocks.expert_N)
-        weight_NIO = weight_NOI.transpose(1, 2)
-    else:
-        weight_NIO = weight_EIO.index_select(0, blocks.expert_N)
-    y_NBO = torch.bmm(blocks.filled(x_PI), weight_NIO)
-    return y_NBO.flatten(0, 1).index_select(0, blocks.place_P)
-
-
-def _padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
-    """(E, I, O) the gradient of the weights, block by block."""
-    blocks = _blocks_of(offsets_E, len(x_PI))
-    grad_NIO = torch.bmm(blocks.filled(x_PI).transpose(1, 2), blocks.filled(grad_PO))
-    return blocks.sum_by_expert(grad_NIO, len(offsets_E))
-
-
 class _ExpertBias(torch.autograd.Function):
     """(P, O) the bias of each row's expert.
 
@@ -388,7 +324,7 @@ class _ExpertBias(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_PO: Tensor) -> Any:
         (offsets_E,) = ctx.saved_tensors
-        blocks = _blocks_of(offsets_E, len(grad_PO))
+        blocks = blocks_of(offsets_E, len(grad_PO))
         exact = torch.promote_types(grad_PO.dtype, torch.float32)
         grad_NO = blocks.filled(grad_PO).sum(dim=1, dtype=exact)
         return blocks.sum_by_expert(grad_NO, len(offsets_E)).to(ctx.bias_dtype), None, None, None
@@ -455,22 +391,12 @@ class _ToTokens(torch.autograd.Function):
 def _sum_by_token(y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_tokens: int) -> Tensor:
     """(T, O) sums over each token's pairs, in a fixed order."""
     if slot_P is None or not num_tokens:
-        return _sum_at(token_P, y_PO, num_tokens)
+        return sum_at(token_P, y_PO, num_tokens)
     # Each token has K pairs: put them side by side, by the inverse of the order by expert.
     pair_P = torch.arange(len(slot_P), device=slot_P.device)
     place_P = torch.empty_like(slot_P).scatter_(0, slot_P, pair_P)
     y_TKO = y_PO.index_select(0, place_P).unflatten(0, (num_tokens, len(slot_P) // num_tokens))
     return y_TKO.sum(dim=1)
-
-
-def _sum_at(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """Sums of values with the same index, in a fixed order.
-
-    On CUDA, torch sorts the indices for ``index_put``; ``index_add`` adds in any order. ``unsafe``
-    skips the check of their range, for which older versions wait.
-    """
-    zeros = values.new_zeros(size, *values.shape[1:])
-    return index_put(zeros, [index], values, accumulate=True, unsafe=True)
 
 
 # from tokens to tokens, one expert after the other ------------------------------------------------
