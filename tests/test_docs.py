@@ -13,6 +13,7 @@ from PIL import Image
 import gmoe
 from docs import curves_figure, router_figure
 from docs.check_links import broken
+from experiments import starts
 from experiments.files import read_json
 from experiments.presets import PRESETS
 from experiments.tables import differences, read_cells
@@ -107,16 +108,31 @@ def in_a_line(page: str) -> str:
 
 
 def test_the_headline_of_the_readme_is_true_by_default() -> None:
-    """No preset ends below its dense model's spread; over equal FLOPs one gains, two lose."""
+    """No preset ends below its dense model's spread; of fresh seeds four graphs gain and none loses."""
     variants = read_json(RESULTS / "presets.json", dict[str, Any])["variants"]
     tests = {run["variant"]: run["test"] for run in variants}
-    over_seeds = [name for name in tests if name.endswith("-moe") and tests[name]["n"] > 1]
+    # Some planted graphs were not run again when copies became the default of convs.
+    of_default = [run["variant"] for run in variants if run["config"].get("start") != "shared"]
+    over_seeds = [name for name in of_default if name.endswith("-moe") and tests[name]["n"] > 1]
     for name in over_seeds:
         moe, dense = tests[name], tests[name.replace("-moe", "-dense")]
         assert moe["mean"] >= dense["mean"] - dense["std"], name
-    assert len(over_seeds) == 11
+    assert len(over_seeds) == 8
     assert {tests[name]["n"] for name in over_seeds} == {3, 5, 10}
-    said = "Of eleven presets that were trained with every default (3 to 10 seeds), none ends below"
+    said = "Of eight presets that were trained with every default (3 to 10 seeds), none ends below"
+    assert said in in_a_line(README)
+
+    confirmed = starts.read_confirmed(RESULTS / "starts-confirmed")
+    once = "difference-once-node-constant-unbalanced"
+    intervals = [
+        starts.interval(starts.differences(known, once, "dense", "test"))
+        for known in confirmed.values()
+        if once in known
+    ]
+    assert len(intervals) == 7
+    assert sum(low > 0 for low, _ in intervals) == 4
+    assert all(high > 0 for _, high in intervals)
+    said = "On ten fresh seeds of seven graphs, experts that are routed once gain on four, by up to ten points, and lose on none"
     assert said in in_a_line(README)
 
     cells = read_cells(RESULTS / "routers").values()
@@ -124,7 +140,8 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     in_spreads = [statistics.fmean(gain) / statistics.stdev(gain) for gain in gains]
     above, below = sum(gain > 1 for gain in in_spreads), sum(gain < -1 for gain in in_spreads)
     assert (above, below, len(gains)) == (1, 2, 8)
-    assert "gains on one data set of eight and loses on two" in in_a_line(README)
+    said = "they gained on one data set of eight beside a dense model of *equal FLOPs*, and lost on two"
+    assert said in in_a_line(README)
 
 
 def test_the_times_of_the_readme_are_those_of_the_results() -> None:
