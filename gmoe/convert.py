@@ -94,7 +94,7 @@ def moefy(
               starts at zero: the last layer of an MLP's experts, or the gain of a :class:`MoEConv`.
             - ``"copies"``: the experts start as the dense layer and replace it. It is the base of
               their weights, to which each expert adds a difference that starts at zero, see
-              :class:`gmoe.from_base.FromBase`: if it was frozen, the base stays frozen and the
+              ``gmoe.from_base.FromBase``: if it was frozen, the base stays frozen and the
               differences train. :func:`gmoe.fold` right after makes them independent, which is
               sparse upcycling (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The
               model starts as the dense one, since a token's weights sum to 1; other routers are

@@ -112,7 +112,7 @@ def grouped_linear(
         offsets_E: (E,) int32 cumulative ends; the last is P.
         backend: all give the same result and gradients, if the weights are finite.
 
-            - ``"loop"``: one matmul per expert, written in place; of few rows (:data:`FEW_ROWS`),
+            - ``"loop"``: one matmul per expert, written in place; of few rows (``FEW_ROWS``),
               one matmul of all experts. One host sync.
             - ``"padded"``: one ``bmm`` over blocks of rows; the last block of each expert is filled
               up with zeros. No host sync, whatever the dtype and device; up to five copies of the

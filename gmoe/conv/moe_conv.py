@@ -122,7 +122,7 @@ class MoEConv(MoELayer, MessagePassing):
 
             - ``"copies"``: all experts start as one conv, at the FLOPs of one. The weights of
               expert e are a base, which all nodes train, and a difference that starts at zero, see
-              :class:`gmoe.from_base.FromBase`; :func:`gmoe.fold` makes the experts independent. The
+              ``gmoe.from_base.FromBase``; :func:`gmoe.fold` makes the experts independent. The
               first forward is the conv's, since a node's weights sum to 1; other routers are
               refused (``router.sums_to_one``). Token choice by name then has weights of 1
               (``weight="straight_through"``) at K = 1 and, unless ``router_kwargs`` say otherwise,
