@@ -380,10 +380,11 @@ def swap_line(row: Mapping[str, Any]) -> Line:
             statistics.stdev(dense) if both[1:] else 0.0,
         )
         line |= {"moe − dense": f"{difference:+.2f}", "ok": "ok" if difference >= -std else "no"}
-    for arm in ("shared", "dense-flops", "random", "oracle", "k-means", "shared-transform"):
+    arms = ("copies", "shared", "dense-flops", "random", "oracle", "k-means", "shared-transform")
+    for arm in arms:
         tests = [100 * run["test"] for run in runs.get(arm, {}).values()]
         line[arm] = mean_std(tests) + (f" ({len(tests)})" if 0 < len(tests) < len(both) else "")
-    with_shared = runs.get("shared", moes)  # of a ViT that is the default
+    with_shared = runs.get("shared", moes)  # which is the default but for a GNN that routes once
     line["shared-off"] = mean_std(
         [100 * run["off"] for run in with_shared.values() if "off" in run]
     )
@@ -395,17 +396,17 @@ def swap_line(row: Mapping[str, Any]) -> Line:
             if len(means) > 3
             else " ".join(f"{mean:{form}}" for mean in means) or "–"
         )
-    line |= dict.fromkeys(("ms dense / moe / shared", "×", "× shared", "+ms a layer"), "–")
+    line |= dict.fromkeys(("ms dense / moe / flops", "×", "× shared-transform", "+ms a layer"), "–")
     if times := row.get("time"):
         ms = {
             arm: 1000 * time["wall"]["median"]
             for arm, time in times.items()
             if isinstance(time, dict)
         }
-        line["ms dense / moe / shared"] = " / ".join(
-            f"{ms[arm]:.1f}" if arm in ms else "–" for arm in ("dense", "moe", "shared")
+        line["ms dense / moe / flops"] = " / ".join(
+            f"{ms[arm]:.1f}" if arm in ms else "–" for arm in ("dense", "moe", "dense-flops")
         )
-        for column, arm in (("×", "moe"), ("× shared", "shared")):
+        for column, arm in (("×", "moe"), ("× shared-transform", "shared-transform")):
             line[column] = f"{ms[arm] / ms['dense']:.2f}" if arm in ms else "–"
         if "moe" in ms:
             line["+ms a layer"] = f"{(ms['moe'] - ms['dense']) / times['layers']:.1f}"

@@ -20,7 +20,7 @@ from gmoe._checks import change_of, refuse_functions
 from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
 from gmoe.experts import Experts
-from gmoe.from_base import ExpertsFromBase
+from gmoe.from_base import ExpertsFromBase, FromBase
 from gmoe.moe import (
     MoE,
     MoELayer,
@@ -86,9 +86,7 @@ def moefy(
             match are replaced with it.
         blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the
             last (default ``None``).
-        start: how the layers start. By default (``None``), ``"shared"`` for MLPs; for convs
-            ``"copies"`` if the router allows it, as in :class:`MoEConv`, unless a conv has hooks,
-            parametrized or partly frozen weights.
+        start: how the layers start (default ``"shared"``).
 
             - ``"shared"``: the dense MLP or conv stays as a shared expert, and what is added to it
               starts at zero: the last layer of an MLP's experts, or the gain of a :class:`MoEConv`.
@@ -365,26 +363,19 @@ def _moe_conv(
     in_channels, out_channels = _conv_widths(name, conv, width)
     refuse_functions("model", name, conv)
     is_frozen = not any(parameter.requires_grad for parameter in conv.parameters())
-    if start is None and not (upcycle and _is_plain(conv)):
-        start = "shared"  # which keeps what a user put on the conv as it is
     copied = copy.deepcopy(conv)
     if is_frozen:
         # Experts train even so. If only some parameters are frozen, as under LoRA, those stay
         # frozen.
         copied.requires_grad_(True)
     layer = MoEConv(CopyOf(copied), in_channels, out_channels, start=start, **options)
-    if is_frozen and layer.start != "plain":
-        dense = layer.shared_expert if layer.start == "shared" else layer.experts.base
-        dense.requires_grad_(False)
+    if is_frozen and layer.shared_expert is not None:
+        layer.shared_expert.requires_grad_(False)
+    if is_frozen and isinstance(layer.experts, FromBase):
+        layer.experts.base.requires_grad_(False)
     if start == "plain" or not upcycle:
         layer.experts.reset_parameters()
     return layer.to(next(conv.parameters())).train(conv.training)
-
-
-def _is_plain(conv: nn.Module) -> bool:
-    """True for a conv as its class makes it, with parameters that are all trained or all frozen."""
-    is_trained = {parameter.requires_grad for parameter in conv.parameters()}
-    return len(is_trained) <= 1 and all(change_of(part) is None for part in conv.modules())
 
 
 def _conv_widths(name: str, conv: Any, width: int | None) -> tuple[Any, Any]:

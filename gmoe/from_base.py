@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from inspect import isfunction
-from itertools import cycle
 from threading import RLock
 from typing import Any, TypeVar
 
@@ -38,7 +37,7 @@ class FromBase(nn.Module):
     The base and the differences are experts of the same form, so that each can be looked at,
     frozen, or given a weight decay of its own. Their buffers are not added: those of the
     differences are used. A base with ``requires_grad_(False)`` leaves differences alone to learn,
-    as adapters do.
+    as adapters do. The base is added, never called: hooks on it do not run.
 
     Args:
         base: one expert.
@@ -50,7 +49,7 @@ class FromBase(nn.Module):
         super().__init__(*sizes)
         self.base = base
         self.differences = differences
-        self._built_with = self._counts()
+        self._num_parameters = len(list(differences.parameters()))
         self._forget_differences()
         self.register_load_state_dict_pre_hook(_read_independent)
 
@@ -59,25 +58,27 @@ class FromBase(nn.Module):
         for parameter in self.differences.parameters():
             parameter.zero_()
 
-    def _counts(self) -> tuple[int, int]:
-        """How many weights there are: of the base, and of the differences."""
-        return len(_weights(self.base)), len(_weights(self.differences))
-
     def _pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
         """The name of each weight of the differences, itself, and that of the base that it changes.
 
         Raises:
-            ValueError: a part was replaced by one with more or fewer weights, such as LoRA's.
+            ValueError: a part was replaced by one with other weights, such as LoRA's, or pruned.
         """
-        counts = self._counts()
-        if counts != self._built_with:
+        differences = list(self.differences.named_parameters())
+        bases = list(self.base.parameters())
+        # Not by name: a part may have been wrapped.
+        are_pairs = len(differences) == len(bases) == self._num_parameters and all(
+            difference.shape[1:] == base.shape[1:]
+            for (_, difference), base in zip(differences, bases, strict=True)
+        )
+        if not are_pairs:
+            names = ", ".join(name for name, _ in differences)
             raise ValueError(
-                f"experts: got {counts} parameters of base and differences, expected "
-                f"{self._built_with}, as they were built: gmoe.fold(model) before parts of experts "
-                "are replaced"
+                f"experts: got differences with parameters {names}, which are not those of the "
+                "base, expected them as they were built: gmoe.fold(model) before parts of experts "
+                "are changed"
             )
-        pairs = zip(_weights(self.differences), cycle(_weights(self.base)))
-        return [(name, difference, base) for (name, difference), (_, base) in pairs]
+        return [(*named, base) for named, base in zip(differences, bases, strict=True)]
 
     def forward(self, *args: Any) -> Tensor:
         """Run the experts on what their class takes."""
@@ -132,12 +133,6 @@ class ExpertsFromBase(FromBase, Experts):
         return self(x_PI, offsets_E)
 
 
-def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters with their names, without the masks that explainers of PyG register."""
-    every = module.named_parameters()
-    return [(name, weight) for name, weight in every if not name.endswith("_edge_mask")]
-
-
 def _is_patched(module: nn.Module) -> bool:
     """True if an object has a function of its own in place of a method of its class."""
     return any(
@@ -164,9 +159,12 @@ def fold(model: Model) -> Model:
     """
     if isinstance(model, FromBase):
         return model.folded()  # type: ignore[return-value]
-    for name, module in list(model.named_modules()):
+    folded: dict[FromBase, nn.Module] = {}  # two layers may share their experts
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, FromBase):
-            model.set_submodule(name, module.folded())
+            if module not in folded:
+                folded[module] = module.folded()
+            model.set_submodule(name, folded[module])
     return model
 
 
@@ -177,8 +175,10 @@ def _read_independent(
     names = [name for name in experts.differences.state_dict() if prefix + name in state_dict]
     if not names:
         return
+    buffers = dict(experts.base.named_buffers())
     for name in names:
-        state_dict[f"{prefix}differences.{name}"] = state_dict.pop(prefix + name)
-    for name, value in experts.base.state_dict().items():
-        is_buffer = name in dict(experts.base.named_buffers())
-        state_dict[f"{prefix}base.{name}"] = value if is_buffer else torch.zeros_like(value)
+        value = state_dict.pop(prefix + name)
+        state_dict[f"{prefix}differences.{name}"] = value
+        # Of one expert; on the device and of the dtype that the state has.
+        one = value[:1].clone()
+        state_dict[f"{prefix}base.{name}"] = one if name in buffers else torch.zeros_like(one)

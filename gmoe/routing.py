@@ -206,7 +206,7 @@ class Routing:
         """(E,) int64, the number of tokens of each expert."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)).long()
 
-    @lazy
+    @property
     def expert(self) -> Tensor:
         """(P,) int64, the expert of each pair."""
         return owner(self.offsets, self.token)

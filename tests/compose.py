@@ -427,8 +427,18 @@ def draw_past(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def default_start(kinds: Sequence[Kind], options: Mapping[str, Any]) -> str:
-    """What ``start=None`` becomes: copies of one kind, where a node's weights sum to 1."""
+STACKED = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")
+"""Kinds of which a model's layers start as copies by default, if they are given by name."""
+
+
+def default_start(found: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+    """What ``start=None`` becomes; ``None`` where that is not predicted.
+
+    A layer starts beside a shared expert, and so do those of a model with a router in each. A model
+    that routes once starts as copies of one kind, where a node's weights sum to 1.
+    """
+    if found["way"] == "layer" or not options["shared_router"]:
+        return "shared"
     router, kwargs = options["router"], options["router_kwargs"]
     tokens_choose = {
         "token_choice": "capacity_factor" not in kwargs,
@@ -438,8 +448,10 @@ def default_start(kinds: Sequence[Kind], options: Mapping[str, Any]) -> str:
     }
     to_one = "straight_through" if options["k"] == 1 else "normalized"
     sums_to_one = tokens_choose.get(router, False) and kwargs.get("weight", to_one) == to_one
-    are_copies = sums_to_one and len(kinds) == 1 and not options.get("shared_transform")
-    return "copies" if are_copies else "shared"
+    if not sums_to_one or len(found["kinds"]) > 1 or options.get("shared_transform"):
+        return "shared"
+    is_named = found["kinds"][0].name in STACKED and not found["partials"]
+    return "copies" if is_named else None
 
 
 def left_out(random: Random, found: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
@@ -448,10 +460,11 @@ def left_out(random: Random, found: Mapping[str, Any], options: Mapping[str, Any
     By random numbers of their own, so that each number keeps its other draws.
     """
     left: dict[str, Any] = {}
-    if found["start"] == default_start(found["kinds"], options) and flip(random, 0.6):
+    if found["start"] == default_start(found, options) and flip(random, 0.6):
         left["start"] = None
     is_default = options.get("shared_router") == (found["start"] == "copies")
-    if found["way"] != "layer" and is_default and flip(random, 0.6):
+    says_start = "start" not in left or found["start"] == "copies"
+    if found["way"] != "layer" and is_default and says_start and flip(random, 0.6):
         left["shared_router"] = None
     if found["start"] == "copies" and flip(random):  # by default their weights sum to 1
         kwargs = options["router_kwargs"]

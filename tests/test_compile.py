@@ -110,20 +110,32 @@ QUICK = ("GCN, capacity", "GATv2", "GATv2, shared")
 """Layers whose breaks are counted in the default suite."""
 
 SHARED = ", shared"
-"""Behind a layer's name: the same layer, beside a shared expert whatever its default."""
+"""Behind a layer's name: the same layer beside a shared expert; else it is copies where it can be."""
 
-MAKERS: dict[str, Any] = {name: make for row in ROWS.values() for name, make in row.items()}
-MAKERS |= {
-    f"{name}{SHARED}": partial(make, start="shared")
-    for name, make in MAKERS.items()
-    if not name.startswith("MoE, ")
-}
+
+def as_copies(make: Any) -> nn.Module:
+    """The layer as copies; beside a shared expert if its router or its kinds do not allow that."""
+    try:
+        return make(start="copies")
+    except ValueError:
+        return make(start="shared")
+
+
+MAKERS: dict[str, Any] = {}
+_rows: dict[str, dict[str, Any]] = ROWS
+for _row in _rows.values():
+    for _name, _make in _row.items():
+        if _name.startswith("MoE, "):
+            MAKERS[_name] = _make
+            continue
+        MAKERS[_name] = partial(as_copies, _make)
+        MAKERS[f"{_name}{SHARED}"] = partial(_make, start="shared")
 
 
 def table() -> dict[str, tuple[str, int, int | None]]:
     """The rows of the page: if a layer is one graph, and its breaks without ``fullgraph=True``.
 
-    Of the default, and beside a shared expert; ``None`` for layers without that choice.
+    As copies, and beside a shared expert; ``None`` for layers without that choice.
     """
     page = (Path(__file__).parent.parent / "docs" / "support.md").read_text()
     lines = page.split("<!-- breaks -->\n")[1].split("\n<!-- end -->")[0].splitlines()[2:]

@@ -63,6 +63,6 @@ def test_defaults_are_drawn_of_layers_and_of_models() -> None:
 
 
 def test_a_default_that_becomes_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "default_start", lambda *_: "shared")
+    monkeypatch.setattr(compose, "default_start", lambda *_: "plain")
     found = [compose.run(number) for number in range(40)]
-    assert any("start=None became {'copies'}" in outcome.message for outcome in found)
+    assert any("start=None became {'shared'}" in outcome.message for outcome in found)

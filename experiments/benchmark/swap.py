@@ -38,11 +38,20 @@ from gmoe._checks import check_choice, check_counts
 from gmoe.conv.kinds import factory_of
 
 Arm = Literal[
-    "dense", "moe", "shared", "dense-flops", "random", "oracle", "k-means", "shared-transform"
+    "dense",
+    "moe",
+    "copies",
+    "shared",
+    "dense-flops",
+    "random",
+    "oracle",
+    "k-means",
+    "shared-transform",
 ]
-"""``moe`` has the library's defaults, all others with experts a shared expert beside them. ``dense-flops`` is the dense
-model, widened to the active FLOPs of ``shared``; ``shared-transform`` has that option of MoEConv where a layer's input
-is more than four times as wide as its output."""
+"""``moe`` has the library's defaults: layers by themselves a shared expert, a GNN that routes once copies. The other of
+these two is an arm of its own, ``copies`` or ``shared``; all others with experts have a shared expert. ``dense-flops``
+is the dense model, widened to the active FLOPs of ``shared``; ``shared-transform`` has that option of MoEConv where a
+layer's input is more than four times as wide as its output."""
 Config = GraphConfig | ImageConfig
 PARTS: tuple[Split, ...] = get_args(Split)
 load = lru_cache(maxsize=1)(load_tasks)  # the data of one row at a time
@@ -146,7 +155,7 @@ def layer(arm: Arm, conv: str, in_channels: int, out_channels: int, **kwargs: An
     if arm.startswith("dense"):
         return factory_of(conv)(in_channels, out_channels, **kwargs)
     if arm != "moe":
-        kwargs["start"] = "shared"
+        kwargs["start"] = "copies" if arm == "copies" else "shared"
     if arm == "shared-transform":
         kwargs["shared_transform"] = in_channels > 4 * out_channels * kwargs.get("heads", 1)
     router = "random" if arm == "random" else "token_choice"
@@ -280,8 +289,8 @@ LINKS = replace(CITED, hidden=128, epochs=100, weight_decay=0.0, input_dropout=0
 FACEBOOK = replace(
     GRAPH, data_root=Path("facebook.npz"), dropout=0.5, seeds=TEN, adjacency="edge_index"
 )
-CONTROLS: tuple[Arm, ...] = ("shared", "dense-flops", "random")
-NARROWED: tuple[Arm, ...] = (*CONTROLS, "shared-transform")
+CONTROLS: tuple[Arm, ...] = ("dense-flops", "random")
+NARROWED: tuple[Arm, ...] = ("copies", *CONTROLS, "shared-transform")
 PLAIN: dict[str, Any] = {
     "seeds": TEN,
     "adjacency": "edge_index",
@@ -299,13 +308,16 @@ ROWS: dict[str, tuple[type[Problem], Config, tuple[Arm, ...]]] = {
         for conv in ("gcn", "gat", "sage", "gin")
         for name in ("cora", "citeseer")
     },
-    "facebook-sage": (Problem, FACEBOOK, CONTROLS),
-    "minesweeper": (Preset, replace(SHARED, data_root=Path("heterophilous"), **PLAIN), CONTROLS),
-    "mosaic": (Preset, replace(MOSAIC, **PLAIN), (*CONTROLS, "oracle", "k-means")),
+    "facebook-sage": (Problem, FACEBOOK, ("copies", *CONTROLS)),
+    "minesweeper": (
+        Preset,
+        replace(SHARED, data_root=Path("heterophilous"), **PLAIN),
+        ("shared", *CONTROLS),
+    ),
+    "mosaic": (Preset, replace(MOSAIC, **PLAIN), ("shared", *CONTROLS, "oracle", "k-means")),
     "cora-linkpred": (Links, LINKS, NARROWED),
     "cora-infomax": (Infomax, replace(CITED, hidden=512, epochs=300, lr=0.001), NARROWED),
-    # Of a ViT the default is the shared expert.
-    "cifar10-vit": (Preset, replace(SMALL_VIT, data_root=Path()), ("dense-flops", "random")),
+    "cifar10-vit": (Preset, replace(SMALL_VIT, data_root=Path()), CONTROLS),
 }
 """Problem, configuration, with a data root inside that of the command line, and the arms beside dense and moe."""
 

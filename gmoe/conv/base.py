@@ -267,9 +267,8 @@ class MixedExperts(ConvExperts):
             group.reset_parameters()
 
     def become(self, conv: MessagePassing) -> None:
-        raise ValueError(
-            "start: got 'copies' for experts of several kinds, expected 'shared' or 'plain'"
-        )
+        for group in self.groups:
+            group.become(conv)
 
     def expert(self, index: int) -> MessagePassing:
         for group, indices in zip(self.groups, self.members, strict=True):

@@ -38,7 +38,7 @@ from gmoe.conv.arguments import (
     refuse_unknown,
     two_widths,
 )
-from gmoe.conv.base import GAIN_SCALE
+from gmoe.conv.base import GAIN_SCALE, StackedExperts
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.graph import Graph
@@ -68,15 +68,15 @@ class MoEConv(MoELayer, MessagePassing):
     .. math::
         x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
 
-    By default the experts start as one conv and a node's weights sum to 1. Where a router's weights
-    need not do that (experts choose, a capacity), a shared expert runs on every node, and the
-    routed experts' gain g starts at zero:
+    By default a shared expert runs on every node beside the routed experts, whose gain g starts at
+    zero:
 
     .. math::
         x_i' = \mathrm{conv}_{\mathrm{shared}}(x, A)_i
             + 0.1 \, g \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
 
-    With the same seed, a new layer therefore equals the conv it replaces; see ``start``.
+    With ``start="copies"``, all experts start as one conv and a node's weights sum to 1. Either
+    way, a new layer equals the conv that it replaces, drawn with the same seed.
 
     The outputs and gradients equal those of running E convs on the whole graph and masking. Compute
     scales with the K experts a node uses, not with the total E:
@@ -116,17 +116,17 @@ class MoEConv(MoELayer, MessagePassing):
             aggregate if all experts share it, else the mean over in-edges), its ``"degree"``
             (log(1 + in-degree)), or several. By default (``None``) the node and its neighbors for
             copies, unless the router is an instance, and the node beside a shared expert.
-        start: how the layer starts. By default (``None``), ``"copies"`` if the router is one of
-            ``gmoe.ROUTERS`` or an instance, and its weights of a node sum to 1; else, for a list of
-            several kinds and with ``shared_transform``, ``"shared"``.
+        start: how the layer starts (default ``"shared"``; :class:`GNNMoE` has another).
 
-            - ``"copies"``: all experts start as one conv, at the FLOPs of one. The weights of
-              expert e are a base, which all nodes train, and a difference that starts at zero, see
-              ``gmoe.from_base.FromBase``; :func:`gmoe.fold` makes the experts independent. The
-              first forward is the conv's, since a node's weights sum to 1; other routers are
-              refused (``router.sums_to_one``). Token choice by name then has weights of 1
-              (``weight="straight_through"``) at K = 1 and, unless ``router_kwargs`` say otherwise,
-              does not balance its load: it may leave all nodes to one expert, which is the conv.
+            - ``"copies"``: all experts start as one conv, and nothing runs beside them: at the
+              FLOPs of one, if they aggregate once. The weights of expert e are a base, which all
+              nodes train, and a difference that starts at zero, see ``gmoe.from_base.FromBase``;
+              :func:`gmoe.fold` makes the experts independent. Convs that run one by one are
+              independent from the start. The first forward is the conv's, since a node's weights
+              sum to 1; other routers are refused (``router.sums_to_one``). Token choice by name
+              then has weights of 1 (``weight="straight_through"``) at K = 1 and, unless
+              ``router_kwargs`` say otherwise, does not balance its load: it may leave all nodes to
+              one expert, which is the conv.
               Centroids by name have weights of 1, too.
             - ``"shared"``: a shared expert, a conv of the same kind (of a list, the first), runs on
               every node with weight 1; the routed experts' output is scaled by a tenth of a learned
@@ -205,7 +205,10 @@ class MoEConv(MoELayer, MessagePassing):
         self._widths = widths
         self.out_channels = out_channels
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
-        self.start = start_of_convs(start, kinds, shared_transform, router, k, router_kwargs)
+        # By itself a layer starts beside a shared expert, whatever its router.
+        self.start = start_of_convs(
+            start or "shared", kinds, shared_transform, router, k, router_kwargs
+        )
         self.router_input = router_parts(router_input, self.start, router)
         self._options = _BuildOptions(
             router, router_kwargs, check_finite, shared_transform, local, backend
@@ -251,9 +254,11 @@ class MoEConv(MoELayer, MessagePassing):
             if self.start == "copies":
                 refuse_functions("conv", type(dense).__name__, dense)
                 copies = [copy.deepcopy(dense) for _ in range(self.num_experts)]
-                differences = build_experts(make_routed, options.local, options.backend, copies)
-                base = build_experts(make_dense, options.local, options.backend, [dense])
-                self.experts = ConvsFromBase(base, differences)
+                experts = build_experts(make_routed, options.local, options.backend, copies)
+                if isinstance(experts, StackedExperts):
+                    base = build_experts(make_dense, options.local, options.backend, [dense])
+                    experts = ConvsFromBase(base, experts)
+                self.experts = experts
             else:
                 self.experts = build_experts(make_routed, options.local, options.backend)
             self.flow = self.experts.flow

@@ -26,7 +26,9 @@ from gmoe.conv.kinds import (
     ConvLike,
     Make,
     base_kind_of,
+    class_of,
     factory_of,
+    kind_of,
     kinds_of,
 )
 from gmoe.conv.moe_conv import MoEConv
@@ -35,7 +37,14 @@ from gmoe.conv.router_input import RouterInput, router_features, router_parts, r
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
-from gmoe.moe import Start, build_layer_router, choose_blocks, drawn_apart, start_of_convs
+from gmoe.moe import (
+    Start,
+    build_layer_router,
+    check_start,
+    choose_blocks,
+    drawn_apart,
+    start_of_convs,
+)
 from gmoe.routers import ROUTERS, Router, RouterLike, let_check_finite
 from gmoe.routing import Routing
 
@@ -63,8 +72,7 @@ class GNNMoE(HubMixin, nn.Module):
         k: K, experts per node (default 1).
         shared_router: route each node once, from the raw features, for all layers (``True``), or
             let each layer route by its own input (``False``). By default (``None``) once if the
-            layers start as copies: so it was best in the study (page "Experts that start as
-            copies").
+            layers start as copies.
         router_input: what routers see: the ``"node"``, its ``"neighbors"``, its ``"degree"``, or
             several of them. By default (``None``) the node; of copies with a router in each layer
             the node and its neighbors.
@@ -78,7 +86,10 @@ class GNNMoE(HubMixin, nn.Module):
             ``None``).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always,
             or ``"none"``. The output layer has none.
-        **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. ``heads``, given here
+        **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. By default, layers
+            have ``start="copies"`` if they are routed once, their convs are of one kind that is
+            stacked (GCN, SAGE, GIN, GAT, ...), and the router is one of ``gmoe.ROUTERS``, or an
+            instance, whose weights of a node sum to 1; else ``"shared"``. ``heads``, given here
             or by a ``functools.partial``, divide ``hidden_channels``; the output layer averages
             them, as in PyG's ``GAT``.
 
@@ -121,7 +132,7 @@ class GNNMoE(HubMixin, nn.Module):
         **conv_kwargs: Any,
     ) -> None:
         # Resolve the defaults first: what is recorded is saved with the model.
-        conv_kwargs["start"] = _start_of(conv, num_experts, router, k, conv_kwargs)
+        conv_kwargs["start"] = _start_of(conv, num_experts, router, k, shared_router, conv_kwargs)
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
         router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router)
@@ -362,12 +373,20 @@ def _start_of(
     num_experts: int | None,
     router: RouterLike | None,
     k: int,
+    shared_router: bool | None,
     conv_kwargs: Mapping[str, Any],
 ) -> Start:
-    """How all layers start; the arguments are those of :class:`GNNMoE`."""
+    """How all layers start; the arguments are those of :class:`GNNMoE`.
+
+    Copies were safe where they are routed once and share a base, as experts that are stacked do.
+    """
+    start = conv_kwargs.get("start")
+    kinds = kinds_of(conv, num_experts)
+    if shared_router is False or kind_of(class_of(factory_of(kinds[0]))).stack is None:
+        start = check_start(start)
     return start_of_convs(
-        conv_kwargs.get("start"),
-        kinds_of(conv, num_experts),
+        start,
+        kinds,
         conv_kwargs.get("shared_transform", False),
         router,
         k,

@@ -27,6 +27,7 @@ from gmoe import (
     TokenChoice,
     moefy,
 )
+from gmoe.from_base import FromBase
 from gmoe.models.vit import ViTMoE, ViTSize
 from gmoe.moe import start_of_convs
 from tests.gmoe.conv.masked import GRAPHS, features, random_graph, routing_of
@@ -402,17 +403,10 @@ DEFAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
 
 
 def start_under(router: Any, k: int = 1, kwargs: Any = None, **options: Any) -> str:
-    """How a layer of three convs starts by default."""
+    """How a layer of three convs starts by default in a GNN, whose router decides for all layers."""
     options = {"conv": GCNConv, "num_experts": 3, **options}
-    layer = MoEConv(
-        in_channels=WIDTH,
-        out_channels=WIDTH,
-        router=router,
-        k=k,
-        router_kwargs=kwargs,
-        **options,
-    )
-    return layer.start
+    model = GNNMoE(WIDTH, WIDTH, 2, 2, router=router, k=k, router_kwargs=kwargs, **options)
+    return str(model.config["start"])
 
 
 def test_the_table_of_defaults_has_every_router() -> None:
@@ -428,14 +422,17 @@ def test_the_table_of_defaults_has_every_router() -> None:
 def test_the_default_is_copies_where_the_weights_of_a_node_sum_to_1(
     router: str, kwargs: dict[str, Any], start: str, k: int
 ) -> None:
-    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=router, k=k, **given(kwargs))
-    assert layer.start == start
+    options = {"num_experts": 3, "router": router, "k": k, **given(kwargs)}
+    model = GNNMoE(WIDTH, WIDTH, 2, 2, conv=GCNConv, **options)
+    assert model.config["start"] == start
     x = features(NODES, WIDTH).float()
     for training in (True, False):
-        _, routing = layer.train(training)(x, EDGES, return_routing=True)
+        _, (routing,) = model.train(training)(x, EDGES, return_routing=True)
         sums = routing.to_dense().sum(dim=1)
         is_one = torch.allclose(sums, torch.ones(NODES))
         assert is_one or start == "shared"
+    # By itself a layer starts beside a shared expert, whatever its router.
+    assert MoEConv(GCNConv, WIDTH, WIDTH, **options).start == "shared"
 
 
 def given(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -494,9 +491,9 @@ def test_a_factory_is_called_for_the_router_alone_and_not_for_the_default() -> N
 def test_the_default_under_an_instance_leaves_it_as_it_is(router: Any, start: str) -> None:
     instance = router()
     before, state = dict(vars(instance)), copy.deepcopy(instance.state_dict())
-    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=instance)
-    assert layer.start == start
-    assert layer.router is instance
+    model: Any = GNNMoE(WIDTH, WIDTH, 2, 2, conv=GCNConv, num_experts=3, router=instance)
+    assert model.config["start"] == start
+    assert instance in (model.shared_router, model.convs[0].router)
     assert vars(instance) == before
     torch.testing.assert_close(instance.state_dict(), state, rtol=0, atol=0)
 
@@ -517,9 +514,16 @@ def test_the_default_of_several_kinds_or_a_transform_is_shared(
     assert start_under("token_choice", **options) == start
 
 
-def test_the_default_of_open_widths_is_known_before_they_are() -> None:
-    assert MoEConv("sage", -1, WIDTH).start == "copies"
-    assert MoEConv("sage", (-1, -1), WIDTH, router="expert_choice").start == "shared"
+def test_the_default_of_convs_that_run_one_by_one_is_shared() -> None:
+    """As copies these share no base, and such copies are not safe."""
+    assert start_under("token_choice", conv="le") == "shared"
+    assert start_under("token_choice", conv="le", start="copies") == "copies"
+
+
+def test_copies_of_convs_that_run_one_by_one_are_independent() -> None:
+    layer: Any = MoEConv("le", WIDTH, WIDTH, num_experts=3, start="copies")
+    assert not any(isinstance(part, FromBase) for part in layer.modules())
+    assert gmoe.fold(layer) is layer
 
 
 @pytest.mark.parametrize(
@@ -553,7 +557,9 @@ def test_the_default_draws_no_number() -> None:
     [
         ({}, "copies", True),
         ({"k": 2}, "copies", True),
-        ({"shared_router": False}, "copies", False),
+        ({"shared_router": False}, "shared", False),
+        ({"start": "copies", "shared_router": False}, "copies", False),
+        ({"conv": "le"}, "shared", False),
         ({"start": "copies"}, "copies", True),
         ({"start": "shared"}, "shared", False),
         ({"start": "shared", "shared_router": True}, "shared", True),
@@ -613,8 +619,9 @@ def parametrized(conv: Any) -> None:
 @pytest.mark.parametrize(
     ("conv", "change", "options", "start"),
     [
-        (GCNConv, untouched, {}, "copies"),
-        (GCNConv, frozen, {}, "copies"),
+        (GCNConv, untouched, {}, "shared"),
+        (GCNConv, untouched, {"start": "copies"}, "copies"),
+        (GCNConv, frozen, {"start": "copies"}, "copies"),
         (GCNConv, untouched, {"router": "expert_choice"}, "shared"),
         (GCNConv, untouched, {"upcycle": False}, "shared"),
         (GCNConv, partly_frozen, {}, "shared"),
@@ -622,7 +629,7 @@ def parametrized(conv: Any) -> None:
         (SAGEConv, parametrized, {}, "shared"),
     ],
 )
-def test_the_default_of_a_conv_in_a_model_follows_what_was_put_on_it_too(
+def test_a_conv_in_a_model_starts_as_before_whatever_was_put_on_it(
     conv: Any, change: Callable[[Any], Any], options: dict[str, Any], start: str
 ) -> None:
     torch.manual_seed(0)

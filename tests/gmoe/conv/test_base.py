@@ -57,9 +57,23 @@ def test_experts_of_several_kinds_are_given_by_their_place_in_the_list() -> None
     assert not torch.equal(mixed.expert(0).lin.weight, mixed.expert(2).lin.weight)
     with pytest.raises(ValueError, match=r"^index: got 4, expected"):
         mixed.expert(4)
-    with pytest.raises(ValueError, match=r"^start: got 'copies' for experts of several kinds"):
-        mixed.become(pyg.GCNConv(WIDTH, WIDTH))
     assert [type(conv) for conv in mixed.too_far] == [pyg.TAGConv]
+
+
+def test_copies_that_hold_something_of_their_own_are_groups_that_become_one_conv() -> None:
+    """An object that a conv holds is copied with it, and no copy equals another."""
+
+    def noted(i: int, o: int) -> pyg.GCNConv:
+        conv = pyg.GCNConv(i, o)
+        conv.note = object()
+        return conv
+
+    layer: Any = MoEConv(noted, WIDTH, WIDTH, num_experts=3, start="copies")
+    assert isinstance(layer.experts, MixedExperts)
+    layer.reset_parameters()
+    weights = [layer.expert(index).lin.weight for index in range(3)]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
 
 
 def test_convs_that_look_far_are_refused_by_name() -> None:

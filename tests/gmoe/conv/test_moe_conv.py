@@ -14,7 +14,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.nn import GATConv, GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
-from gmoe import MoEConv, TokenChoice
+from gmoe import MoEConv, TokenChoice, fold
 from tests.contract import Halved, opened
 from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, routing_of
 from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
@@ -242,16 +242,13 @@ def test_open_widths_stay_open_after_a_wrong_call() -> None:
 def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
     x, edge_index = graph()
     for start in ("plain", "copies"):
-        plain: Any = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, start=start).eval()
+        plain: Any = fold(MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, start=start)).eval()
         replaced, halved = copy.deepcopy(plain), copy.deepcopy(plain)
-        experts = replaced.experts if start == "plain" else replaced.experts.differences
-        experts.lin = Halved(experts.lin)
-        for lin in (part.lin for part in halved.experts.modules() if hasattr(part, "lin")):
-            lin.weight.data /= 2
+        replaced.experts.lin = Halved(replaced.experts.lin)
+        halved.experts.lin.weight.data /= 2
         torch.testing.assert_close(replaced(x, edge_index), halved(x, edge_index))
-        edges: Any = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, edge_dim=2, start=start)
-        experts = edges.experts if start == "plain" else edges.experts.differences
-        experts.lin_edge = Halved(experts.lin_edge)
+        edges: Any = fold(MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, edge_dim=2, start=start))
+        edges.experts.lin_edge = Halved(edges.experts.lin_edge)
         # Of which the weight alone is read
         with pytest.raises(ValueError, match="lin_edge: got a changed layer"):
             edges(x, edge_index, edge_attr=torch.ones(edge_index.size(1), 2))

@@ -24,11 +24,13 @@ def test_the_router_of_copies_in_a_layer_sees_node_and_neighbors_by_default() ->
     assert router_parts(None, "copies", None) == ("node",)
     assert router_parts(None, "copies", "token_choice", is_shared=True) == ("node",)
     assert router_parts(None, "shared", "token_choice") == ("node",)
-    assert MoEConv("gcn", 4, 4).router_input == both
-    assert MoEConv("gcn", 4, 4, router_input="node").router_input == ("node",)
+    assert MoEConv("gcn", 4, 4, start="copies").router_input == both
+    assert MoEConv("gcn", 4, 4, start="copies", router_input="node").router_input == ("node",)
+    assert MoEConv("gcn", 4, 4).router_input == ("node",)
     assert GNNMoE(4, 4, 4).router_input == ("node",)
-    assert GNNMoE(4, 4, 4, shared_router=False).router_input == both
-    assert GNNMoE(4, 4, 4, shared_router=False).config["router_input"] == list(both)
+    by_layer = GNNMoE(4, 4, 4, start="copies", shared_router=False)
+    assert by_layer.router_input == both
+    assert by_layer.config["router_input"] == list(both)
 
 
 @pytest.mark.parametrize("router_input", [[], "edges", ["node", "edges"]], ids=str)
