@@ -448,8 +448,10 @@ def default_start(found: Mapping[str, Any], options: Mapping[str, Any]) -> str |
     }
     to_one = "straight_through" if options["k"] == 1 else "normalized"
     sums_to_one = tokens_choose.get(router, False) and kwargs.get("weight", to_one) == to_one
-    if not sums_to_one or len(found["kinds"]) > 1 or options.get("shared_transform"):
+    if not sums_to_one or options.get("shared_transform"):
         return "shared"
+    if len(found["kinds"]) > 1:  # a list of one kind may be copies
+        return "shared" if len({kind.name for kind in found["kinds"]}) > 1 else None
     is_named = found["kinds"][0].name in STACKED and not found["partials"]
     return "copies" if is_named else None
 
