@@ -49,7 +49,7 @@ class FromBase(nn.Module):
         super().__init__(*sizes)
         self.base = base
         self.differences = differences
-        self._num_parameters = len(list(differences.parameters()))
+        self._names = [name for name, _ in base.named_parameters()]
         self._forget_differences()
         self.register_load_state_dict_pre_hook(_read_independent)
 
@@ -62,19 +62,27 @@ class FromBase(nn.Module):
         """The name of each weight of the differences, itself, and that of the base that it changes.
 
         Raises:
-            ValueError: a part was replaced by one with other weights, such as LoRA's, or pruned.
+            ValueError: a part was replaced by one with other weights, such as LoRA's, or pruned; a
+                weight of the base was parametrized, which nothing would compute.
         """
         differences = list(self.differences.named_parameters())
+        names = [name for name, _ in self.base.named_parameters()]
+        if names != self._names:
+            raise ValueError(
+                f"experts: got a base with parameters {', '.join(names)}, expected "
+                f"{', '.join(self._names)}, since it is added, not called: gmoe.fold(model) before "
+                "parts of experts are changed"
+            )
         bases = list(self.base.parameters())
-        # Not by name: a part may have been wrapped.
-        are_pairs = len(differences) == len(bases) == self._num_parameters and all(
+        # Not by name: a part of the differences may have been wrapped.
+        are_pairs = len(differences) == len(bases) and all(
             difference.shape[1:] == base.shape[1:]
             for (_, difference), base in zip(differences, bases, strict=True)
         )
         if not are_pairs:
-            names = ", ".join(name for name, _ in differences)
+            got = ", ".join(name for name, _ in differences)
             raise ValueError(
-                f"experts: got differences with parameters {names}, which are not those of the "
+                f"experts: got differences with parameters {got}, which are not those of the "
                 "base, expected them as they were built: gmoe.fold(model) before parts of experts "
                 "are changed"
             )

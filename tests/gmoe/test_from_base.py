@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
@@ -226,3 +226,10 @@ def test_a_patched_layer_runs_and_leaves_its_weights_as_they_are() -> None:
         results = list(pool.map(lambda _: layer(x, EDGES), range(50)))
     assert all(torch.equal(result, expected) for result in results)
     assert linear.weight is weight
+
+
+def test_a_parametrized_base_is_refused_since_it_is_added_and_not_called() -> None:
+    layer = trained()
+    parametrizations.weight_norm(layer.experts.base.linear)
+    with pytest.raises(ValueError, match=r"^experts: got a base with parameters .*gmoe.fold"):
+        layer(features(NODES, WIDTH), EDGES)
