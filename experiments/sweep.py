@@ -85,8 +85,8 @@ class RoutersConfig(SweepConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvesConfig(SweepConfig):
-    """Columns of the curves over FLOPs, and where they go."""
+class ColumnsConfig(SweepConfig):
+    """Columns of a study of starts or of the curves over FLOPs, and where they go."""
 
     data_root: Path = Path("data")
     """Folder of planetoid, heterophilous and facebook.npz, each as its loader reads it."""
@@ -109,11 +109,11 @@ STUDIES["routers"] = (
 
 STUDIES["starts"] = (
     "Experts that begin as copies of one layer, at the dense FLOPs: seeds 3 to 12.",
-    CurvesConfig(),
+    ColumnsConfig(),
 )
 STUDIES["curves"] = (
     "Test scores over FLOPs: dense models and two shapes of experts by width.",
-    CurvesConfig(),
+    ColumnsConfig(),
 )
 
 
@@ -184,7 +184,7 @@ def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
     return cell_tables(read_cells(folder)), failed
 
 
-def sweep_starts(config: CurvesConfig) -> tuple[str, dict[str, str]]:
+def sweep_starts(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
     """Run what has no file of the study's second stage: the table, and by arm why it could not be run."""
     from experiments.starts import confirmed, confirmed_table, read_confirmed
 
@@ -193,7 +193,7 @@ def sweep_starts(config: CurvesConfig) -> tuple[str, dict[str, str]]:
     return confirmed_table(read_confirmed(config.results / "starts-confirmed")), failed
 
 
-def sweep_curves(config: CurvesConfig) -> tuple[str, dict[str, str]]:
+def sweep_curves(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
     """Run the points that have no file: the table, and by point why it could not be run."""
     from experiments.curves import points, table
 
@@ -325,10 +325,9 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if isinstance(config, RoutersConfig):
             table, failed = sweep_cells(config)
-        elif isinstance(config, CurvesConfig):
-            table, failed = sweep_starts(config)
-        elif isinstance(config, CurvesConfig):
-            table, failed = sweep_curves(config)
+        elif isinstance(config, ColumnsConfig):
+            sweep_columns = sweep_starts if study == "starts" else sweep_curves
+            table, failed = sweep_columns(config)
         elif study == "map":
             table, failed = sweep_map(config)
         else:

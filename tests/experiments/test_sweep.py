@@ -158,3 +158,19 @@ def test_presets_leave_routing_to_the_library(name: str) -> None:
     (model,) = (model for kind, model in models.items() if isinstance(config, kind))
     default = inspect.signature(model).parameters["router"].default
     assert (config.router, config.equal_to) == (default, default)
+
+
+@pytest.mark.parametrize(
+    ("study", "expected"),
+    [
+        ("curves", "columns: got nowhere, expected some of mosaic, minesweeper, facebook, digits"),
+        ("starts", "columns: got nowhere, expected some of digits-graph, "),
+        ("routers", "columns: got nowhere, expected some of digits, cifar10, "),
+    ],
+)
+def test_each_study_by_columns_runs_its_own(
+    study: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([study, "--columns", "nowhere", "--results", str(tmp_path)])
+    assert expected in " ".join(capsys.readouterr().err.split())
