@@ -117,7 +117,7 @@ def swap_line(row: Mapping[str, Any]) -> Line:
 
 
 def measured_on(where: dict[str, Any], device: str) -> str:
-    """Hardware, versions and commit of :func:`experiments.train.run_folder.environment` in a line, for a run on a device."""
+    """Hardware, versions and commit of :func:`experiments.train.results.environment` in a line, for a run on a device."""
     versions = ", ".join(
         f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric")
     )

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from experiments.train.config import check, program
+from experiments.train.checks import check
+from experiments.train.command_line import program
 from experiments.train.files import check_finished, writing
 
 ROWS, DPI = 12, 160

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments.train.config import program
+from experiments.train.command_line import program
 from experiments.train.files import check_finished
 
 

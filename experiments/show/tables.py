@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
-from experiments.train.config import check
+from experiments.train.checks import check
 from experiments.train.scores import mean_std, percent, shown
 
 Line: TypeAlias = dict[str, str]

@@ -25,16 +25,10 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.train.config import (
-    GraphConfig,
-    HeteroConfig,
-    RouterOptions,
-    RunConfig,
-    check,
-    check_choice,
-    fit_to_disk,
-    program,
-)
+from experiments.train.checks import check, check_choice
+from experiments.train.command_line import program
+from experiments.train.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig
+from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import read_json
 from experiments.train.presets import PRESETS, command
 
@@ -125,10 +119,9 @@ class Comparison:
     def seconds_of(self, names: Sequence[str]) -> float:
         """About how long a turn takes: training steps, and validations that take a whole graph."""
         from experiments.benchmark.measure import take_turns
-        from experiments.study.measured import train_step
         from experiments.train.build import build_model, make_fabric
         from experiments.train.data.load import load_tasks
-        from experiments.train.loop import set_up
+        from experiments.train.training import set_up
 
         config = self.arms[names[0]]  # the others have the same data
         task, fabric = load_tasks(config)(0), make_fabric(config)
@@ -139,7 +132,7 @@ class Comparison:
                 arm = self.arms[name]
                 training = stack.enter_context(set_up(fabric, build_model(arm, task), arm, task))
                 batch = fabric.to_device(next(iter(task.loader("train", arm.batch_size, 0))))
-                calls[f"{name}: step"] = partial(train_step, training, batch)
+                calls[f"{name}: step"] = partial(training.update, batch, len(batch.target))
                 times_each[f"{name}: step"] = arm.epochs * task.steps(arm.batch_size)
                 if getattr(arm, "sampling", "") == "full":
                     calls[f"{name}: validation"] = partial(training.evaluate, "val")
@@ -241,7 +234,7 @@ def advise(
     print(plan, file=sys.stderr, flush=True)
     # and so torch, for which nobody waits in silence
     from experiments.show.report_page import write_report
-    from experiments.train.run_folder import write_json
+    from experiments.train.results import write_json
 
     usual = "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
     warnings.filterwarnings("ignore", usual)

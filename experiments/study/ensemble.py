@@ -12,7 +12,8 @@ from typing import Any
 
 import tyro
 
-from experiments.train.config import check, program
+from experiments.train.checks import check
+from experiments.train.command_line import program
 from experiments.train.files import check_finished
 from experiments.train.scores import percent
 

@@ -12,15 +12,14 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import gmoe
 from experiments.benchmark.measure import take_turns
 from experiments.train.build import build_model, example, make_fabric
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
-from experiments.train.loop import Training, set_up
+from experiments.train.results import spread
 from experiments.train.routing_stats import noting_added, switched_off, switches
-from experiments.train.run_folder import spread
+from experiments.train.training import set_up
 
 
 def measured(config: RunConfig) -> dict[str, Any]:
@@ -70,18 +69,9 @@ def step_times(config: RunConfig, task: Task, repeats: int = 15) -> dict[str, An
             del arms["dense-csr"]
     fabric = make_fabric(config)
     with ExitStack() as stack:
-        steps: dict[str, Callable[[], None]] = {}
+        steps: dict[str, Callable[[], object]] = {}
         for name, (own, data) in arms.items():
             training = stack.enter_context(set_up(fabric, build_model(own, data), own, data))
             batch = fabric.to_device(next(iter(data.loader("train", own.batch_size, 0))))
-            steps[name] = partial(train_step, training, batch)
+            steps[name] = partial(training.update, batch, len(batch.target))
         return take_turns(steps, repeats, fabric.device, warmup=3)
-
-
-def train_step(training: Training, batch: Any) -> None:
-    """Forward, loss, backward and optimizer, without the counts that a run keeps."""
-    training.model.train()
-    training.optimizer.zero_grad()
-    loss = training.task.loss(batch.counted(training.forward(batch.inputs)), batch.target)
-    training.fabric.backward(loss + gmoe.aux_loss(training.routings))
-    training.optimizer.step()

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments.train.config import PAPERS, check, check_choice, program
+from experiments.train.checks import check, check_choice
+from experiments.train.command_line import program
+from experiments.train.config import PAPERS
 from experiments.train.data.convert import Array, building
 from experiments.train.files import writing
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from experiments.show.tables import Line, extremes, markdown
-from experiments.train.config import GraphConfig, RouterOptions, RunConfig, check
+from experiments.train.checks import check
+from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.files import read_json
 from experiments.train.presets import (
     ARXIV,

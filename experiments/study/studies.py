@@ -9,9 +9,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
-from experiments.train.config import RouterName, RunConfig, check, check_choice, restore
+from experiments.train.checks import check, check_choice
+from experiments.train.config import RouterName, RunConfig
 from experiments.train.files import RESULTS, read_json
 from experiments.train.presets import PRESETS
+from experiments.train.saved import restore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,11 @@ import tyro
 from experiments.show.tables import study_table
 from experiments.study.routers import cell_tables, cells, read_cells
 from experiments.study.studies import RECORDED, Study, grid, recorded
-from experiments.train.config import RunConfig, check_first, fail, interrupt
+from experiments.train.checks import check_first
+from experiments.train.command_line import fail
+from experiments.train.config import RunConfig
 from experiments.train.files import read_json
+from experiments.train.signals import interrupt
 
 Results: TypeAlias = dict[str, dict[str, Any]]
 """By column and run, the summary."""
@@ -132,7 +135,7 @@ def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
 
 def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """Run what is not finished: the study's results, and by variant why it could not be run."""
-    from experiments.train.run_folder import write_json
+    from experiments.train.results import write_json
 
     path = config.results / f"{name}.json"
     known = read_json(path, dict[str, Any])["variants"] if path.exists() else []
@@ -162,7 +165,7 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
 def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
     """Run the cells that have no file: the table, and by cell why it could not be run."""
     from experiments.study.measured import measured
-    from experiments.train.run_folder import write_json
+    from experiments.train.results import write_json
 
     folder = config.results / "routers"
     known = {
@@ -207,7 +210,7 @@ def run_columns(
 ) -> tuple[Results, dict[str, str]]:
     """Run what has no file ``COLUMN/RUN.json``: all results, and by run why it could not be run."""
     from experiments.study.starts import read_results
-    from experiments.train.run_folder import write_json
+    from experiments.train.results import write_json
 
     folder = config.results / name
     known = {
@@ -228,7 +231,7 @@ def run_columns(
 def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
     """Run the places of the map that its file lacks: the table, and by place why it could not be run."""
     from experiments.study.regime_map import AXES, map_table, places, read_map
-    from experiments.train.run_folder import environment, write_json
+    from experiments.train.results import environment, write_json
 
     path = config.results / "regime-map.json"
     found = read_map(path)
@@ -268,7 +271,8 @@ def run_all(
     A known one with another configuration is a ``ValueError``; ``where`` holds them.
     """
     from experiments.train.jobs import train_apart
-    from experiments.train.loop import Progress, run
+    from experiments.train.loop import run
+    from experiments.train.progress import Progress
     from experiments.train.run_folder import differences_of
 
     folder = config.runs if config.runs is not None else Path("runs") / name

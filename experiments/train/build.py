@@ -28,9 +28,9 @@ from experiments.train.config import (
     NodeConfig,
     RouterOptions,
     RunConfig,
-    load_object,
 )
 from experiments.train.data.task import Task
+from experiments.train.user_code import load_object
 from gmoe._checks import check
 from gmoe.distributed import world_size
 

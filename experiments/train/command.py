@@ -24,25 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from experiments.train.config import (
-    IMAGES,
-    PAPERS,
-    RunConfig,
-    check,
-    check_first,
-    check_trusted,
-    dense_of,
-    fail,
-    fit_to_disk,
-    interrupt,
-    read_options,
-)
+from experiments.train.checks import check, check_first
+from experiments.train.command_line import fail
+from experiments.train.config import IMAGES, PAPERS, RunConfig, dense_of
+from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import RESULTS, read_json
 from experiments.train.presets import PRESETS, command
+from experiments.train.saved import read_options
 from experiments.train.scores import percent
+from experiments.train.signals import interrupt
+from experiments.train.user_code import check_trusted
 
 if TYPE_CHECKING:
-    from experiments.train.run_folder import Summary
+    from experiments.train.results import Summary
 
 PROG = "python -m experiments.train"
 FILES = """--config FILE begins with the options of a JSON file. Where it is the config.json of a

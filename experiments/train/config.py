@@ -5,27 +5,20 @@ And how commands end: by an error of one line, or by a signal. Imports nothing h
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import json
-import math
-import os
-import pkgutil
-import re
-import signal
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
-from itertools import product
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import tyro
 
-from experiments.train.files import parse_json, read_json
+from experiments.train.checks import (
+    check,
+    check_installed,
+    check_numbers,
+    check_object,
+    check_seeds,
+)
 
 RouterInput = Literal["node", "neighbors", "degree"]
 
@@ -44,8 +37,6 @@ RouterName = Literal[
 FANOUT = (15, 10, 5)
 
 PAPERS = "ogbn-papers100M"
-STORED = "ogbn_papers100M_stored"
-"""The folder it is converted to, in the data root."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,52 +161,32 @@ class RunConfig:
     """Report progress: a bar, or where the output is a file, a line now and then."""
 
     def __post_init__(self) -> None:
-        for name in ("router", "model", "data"):
-            value = getattr(self, name)
-            known = get_args(RouterName) if name == "router" else ()
-            if value is not None and value not in known and not all(value.rpartition(":")):
-                names = f"{', '.join(known)}, or " if known else ""
-                legal = f"{names}package.module:name or FILE.py:name{nearest(value, known)}"
-                raise ValueError(f"{name}: got {value!r}, expected {legal}")
-        for name, value in (asdict(self) | self.options.given()).items():
-            check(
-                not isinstance(value, float) or math.isfinite(value), name, value, "a finite number"
-            )
-            if name in LEAST and value is not None:
-                check(value >= LEAST[name], name, value, f"at least {LEAST[name]}")
-            check(name not in SHARES or value < 1, name, value, "less than 1")
-        for name in self.logger:
-            check(
-                importlib.util.find_spec(name),
-                "logger",
-                repr(name),
-                f"its package installed: pip install {name}",
-            )
+        check_object("router", self.router, get_args(RouterName))
+        check_object("model", self.model)
+        check_object("data", self.data)
+        check_numbers(asdict(self) | self.options.given())
+        check_installed("logger", self.logger)
         if self.router in ("uniform", "oracle"):
             legal = "1: uniform takes all experts, and oracle the planted one"
             check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)
-        if (
-            not 0 < len(set(self.seeds)) == len(self.seeds)
-            or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32
-        ):
-            raise ValueError(
-                f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once"
-            )
-        if self.world > 1 and getattr(self, "sampling", None) == "full":
-            raise ValueError(
-                f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with full batches, expected one: "
-                "a whole graph is one batch, which cannot be split; sample it, or train seeds side by side by --jobs N"
-            )
+        check_seeds(self.seeds)
         if self.world > 1:
-            check(
-                self.jobs == 1,
-                "jobs",
-                f"{self.jobs} with {self.world} processes a seed (devices x nodes)",
-                1,
-            )
-        legal = (
-            f"a multiple of devices x nodes = {self.world}: it is that of all processes together"
+            self._check_processes()
+
+    def _check_processes(self) -> None:
+        """Refuse what several processes cannot share."""
+        machines = f"{self.devices} x {self.nodes} nodes for {self.dataset} with full batches"
+        check(
+            getattr(self, "sampling", None) != "full",
+            "devices",
+            machines,
+            "one: a whole graph is one batch, which cannot be split; sample it, "
+            "or train seeds side by side by --jobs N",
         )
+        jobs = f"{self.jobs} with {self.world} processes a seed (devices x nodes)"
+        check(self.jobs == 1, "jobs", jobs, 1)
+        legal = f"a multiple of devices x nodes = {self.world}"
+        legal += ": it is that of all processes together"
         check(self.batch_size % self.world == 0, "batch_size", self.batch_size, legal)
 
     @property
@@ -277,15 +248,11 @@ class NodeConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            not self.fanout
-            or min(self.fanout) < -1
-            or (self.sampling != "neighbor" and self.fanout != FANOUT)
-        ):
-            expected = "numbers from -1 (all), with sampling='neighbor'"
-            raise ValueError(
-                f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected {expected}"
-            )
+        fits = self.fanout and min(self.fanout) >= -1
+        is_used = self.sampling == "neighbor" or self.fanout == FANOUT
+        got = f"{self.fanout} with sampling={self.sampling!r}"
+        legal = "numbers from -1 (all), with sampling='neighbor'"
+        check(fits and is_used, "fanout", got, legal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,16 +281,12 @@ class GraphConfig(NodeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.conv, "conv", "none", "at least one")
-        if self.metric is not None and self.dataset != "graph":
-            raise ValueError(
-                f"metric: got {self.metric!r} for {self.dataset}, expected none; `graph` leaves it open"
-            )
-        if self.features is not None and (
-            self.dataset in ("graph", PAPERS) or self.data is not None
-        ):
-            raise ValueError(
-                f"features: got {self.features!r}, expected none for {self.dataset}, which has its own"
-            )
+        is_open = self.metric is None or self.dataset == "graph"
+        legal = "none; `graph` leaves it open"
+        check(is_open, "metric", f"{self.metric!r} for {self.dataset}", legal)
+        is_own = self.dataset in ("graph", PAPERS) or self.data is not None
+        legal = f"none for {self.dataset}, which has its own"
+        check(self.features is None or not is_own, "features", repr(self.features), legal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,10 +319,8 @@ class ImageConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.router != "dense" and self.mlp_scale != 1:
-            raise ValueError(
-                f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected router='dense'"
-            )
+        got = f"{self.mlp_scale} with router={self.router!r}"
+        check(self.router == "dense" or self.mlp_scale == 1, "mlp_scale", got, "router='dense'")
         soft = self.router != "soft_slots" or (self.k == 1 and self.start in (None, "shared"))
         check(soft, "router", "'soft_slots' with another k or start", "the defaults of these")
         check(
@@ -378,25 +339,8 @@ WHERE = frozenset({
     "data_root", "out", "resume", "workers", "device", "offline", "allow_large_downloads", "logger", "progress", "jobs",
 })  # fmt: skip
 """Options that no number depends on."""
-SHARES = ("label_smoothing", "dropout", "input_dropout")
-LEAST = dict.fromkeys((*SHARES, "mlp_scale", "clip_norm", "weight_decay", "lr", "workers"), 0) | dict.fromkeys(
-    ("experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "eval_every", "patch", "dim", "vit_heads",
-     "image_size", "devices", "nodes", "jobs"), 1,
-)  # fmt: skip
-"""The smallest legal values."""
 RECORDS = ("file", "digest")
 """What ``config.json`` holds beside the options: the name of your own graph's file, a digest of your own data."""
-RETIRED: dict[str, Any] = {
-    "ema": 0.0, "warmup": 0.1, "heads": 1, "edge_features": False, "in_proj": False, "self_loops": False,
-    "moe_blocks": [], "mixup": 0.0, "cutmix": 0.0, "val_share": 0.1, "split_seed": 0, "skip_broken": False,
-    "tie_experts": False, "tie_routers": False, "sharing": None, "anneal_noise": False,
-    # once of all kinds of data
-    "conv": ["gcn"], "jk": None, "norm": None, "residual": "identity", "router_input": ["node"], "sampling": "full",
-    "shared_router": False, "adjacency": "auto", "evaluation": "full", "fanout": list(FANOUT), "input_dropout": 0.0,
-    "label_reuse": 0.0, "metric": None, "undirected": True, "augment": "none", "dim": None, "image_size": None,
-    "label_smoothing": 0.0, "patch": None, "vit_heads": None,
-}  # fmt: skip
-"""Options that older configurations hold where there are none now, each with the only value that is still meant."""
 
 
 def config_class(dataset: str) -> type[RunConfig]:
@@ -420,202 +364,3 @@ def dense_of(config: RunConfig) -> RunConfig:
     if isinstance(config, GraphConfig):  # of several kinds of experts a dense model takes the first
         changes["conv"] = config.conv[:1]
     return replace(config, router="dense", **changes)
-
-
-def stored_folder(config: RunConfig) -> Path | None:
-    """The folder of a graph that stays on disk, see ``experiments.convert``; ``None`` in memory."""
-    if config.dataset == PAPERS:
-        return config.data_root / STORED
-    is_stored = config.dataset == "graph" and (config.data_root / "graph.json").is_file()
-    return config.data_root if is_stored else None
-
-
-def fit_to_disk(config: RunConfig) -> RunConfig:
-    """The same; of a graph on disk with the only sampling, evaluation and direction that fit it."""
-    folder = stored_folder(config)
-    if folder is None or not (folder / "graph.json").is_file():
-        return config
-    said = read_json(folder / "graph.json", dict[str, Any])
-    legal: dict[str, Any] = {"sampling": "neighbor", "evaluation": "sampled"}
-    return replace(config, **legal | {"undirected": said.get("undirected", True)})
-
-
-def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
-    """The configuration of which :meth:`RunConfig.science` was written, also by an earlier version.
-
-    ``data_root`` is where the data are here, if it does not say: your own graph, or the folder that holds it.
-    """
-    check(
-        isinstance(science.get("dataset"), str),
-        "dataset",
-        repr(science.get("dataset")),
-        "the name of one",
-    )
-    science = _with_start(science)
-    kind = config_class(science["dataset"])
-    retired = RETIRED.keys() - {option.name for option in fields(kind)}
-    for name in retired & science.keys():
-        legal = f"{RETIRED[name]!r}: there is no such option now"
-        check(science[name] in (RETIRED[name], None), name, repr(science[name]), legal)
-    given = {name: value for name, value in science.items() if name not in retired | set(RECORDS)}
-    file = str(science.get("file", data_root.name))
-    root = data_root if file == data_root.name else data_root / file
-    return parse_json(json.dumps({"data_root": str(root)} | given), kind)
-
-
-def _with_start(science: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with ``start`` in place of the two options that it stands for."""
-    known = dict(science)
-    is_old = "shared_expert" in known or "dense_start" in known
-    shared, dense_start = known.pop("shared_expert", None), known.pop("dense_start", None)
-    if not is_old:
-        return known
-    if known.get("shared_router") is False:
-        known["shared_router"] = None  # which means the same beside a shared expert
-    if shared is None and dense_start is None:
-        return (
-            known
-            if known.get("router") == "dense"
-            else known | {"start": known.get("start") or "shared"}
-        )
-    gone = shared is not False and dense_start is False and known.get("router") != "dense"
-    check(
-        not gone,
-        "dense_start",
-        "False beside a shared expert",
-        "another: there are no such layers any more",
-    )
-    return known | {"start": "plain" if shared is False else "shared"}
-
-
-def read_options(path: Path, data_root: Path, base: RunConfig | None = None) -> RunConfig:
-    """The configuration in a JSON file, such as the ``config.json`` of a run; of options that it lacks, those of
-    ``base``."""
-    try:
-        given = read_json(path, dict[str, Any])
-        if base is not None:
-            if given.get("dataset", base.dataset) != base.dataset:
-                raise ValueError(
-                    f"dataset: got {given['dataset']!r}, expected {base.dataset}, that of the preset"
-                )
-            given = base.science() | given
-        return restore(given, data_root)
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-
-
-def load_object(option: str, name: str) -> Any:
-    """What ``package.module:name`` or ``FILE.py:name`` names."""
-    where, _, attribute = name.rpartition(":")
-    try:
-        if not where.endswith(".py"):
-            return pkgutil.resolve_name(name)
-        return getattr(_load_file(Path(where).resolve()), attribute)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the working directory "
-            f"and in PYTHONPATH, and FILE.py:{attribute} takes a file"
-        ) from error
-
-
-def check_trusted(config: RunConfig, folder: Path) -> None:
-    """Refuse a run whose folder holds the code that its configuration names.
-
-    Somebody else may have put it there, and it would run with all rights of the user.
-    """
-    for option in ("router", "model", "data"):
-        name = getattr(config, option)
-        if name is not None and ":" in name and _code_lies_in(name.rpartition(":")[0], folder):
-            legal = "code that lies elsewhere, or --trust after you read it"
-            got = f"{name!r}, code in the run folder {folder}"
-            raise ValueError(f"{option}: got {got}, expected {legal}")
-
-
-def _code_lies_in(where: str, folder: Path) -> bool:
-    """Whether a file, or a module or a package that it is in, would be imported from a folder."""
-    paths = [Path(where)]
-    if not where.endswith(".py"):
-        parts, paths = where.split("."), []
-        for entry, depth in product(sys.path, range(1, len(parts) + 1)):
-            place = Path(entry, *parts[:depth])  # a package, or a file of this name
-            paths += [place] if place.exists() else []
-            paths += place.parent.glob(f"{place.name}.*")
-    inside = [Path(os.path.abspath(folder)), folder.resolve()]  # a link may lead in or out
-    return any(
-        way.is_relative_to(one)
-        for path in paths
-        for way in (Path(os.path.abspath(path)), path.resolve())
-        for one in inside
-    )
-
-
-@cache
-def _load_file(path: Path) -> ModuleType:
-    """The module in a file, which runs once."""
-    name = re.sub(r"\W", "_", str(path))
-    spec: Any = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def check(fits: object, name: str, got: object, expected: object) -> None:
-    """Refuse what does not fit; as gmoe's, without torch."""
-    if not fits:
-        raise ValueError(f"{name}: got {got}, expected {expected}")
-
-
-def check_choice(name: str, got: str, legal: Iterable[str]) -> None:
-    """Refuse a name that is not one of ``legal``, and suggest the nearest of them."""
-    known = list(legal)
-    check(got in known, name, repr(got), f"one of {', '.join(known)}{nearest(got, known)}")
-
-
-def check_first(name: str, args: Sequence[str], legal: Iterable[str]) -> None:
-    """Refuse a command line that does not begin with one of the names whose options follow."""
-    check(not args[0].startswith("-"), name, repr(args[0]), f"the {name} first, then its options")
-    check_choice(name, args[0], legal)
-
-
-def nearest(got: str, legal: Iterable[str]) -> str:
-    """The end of a message: the legal name that an unknown one is like, if there is one."""
-    found = difflib.get_close_matches(got, legal, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def fail(error: Exception, where: str = "") -> NoReturn:
-    """End the command with an error of whoever called it."""
-    print(f"error: {error}{where}", file=sys.stderr)
-    sys.exit(2)
-
-
-def program(name: str, function: Callable[..., Any], about: str | None) -> Callable[..., Any]:
-    """The entry point of ``python -m experiments.NAME``: calls a function with the options of the command line."""
-
-    def main(args: Sequence[str] | None = None) -> Any:
-        try:
-            return tyro.cli(
-                function, args=args, prog=f"python -m experiments.{name}", description=about
-            )
-        except ModuleNotFoundError as error:
-            fail(error, where="; all that experiments need: pip install -e '.[convert]'")
-        except (ValueError, OSError, ImportError) as error:
-            fail(error)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
-
-    return main
-
-
-class InterruptedRunError(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; what was trained is on disk."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def interrupt(number: int, _: FrameType | None = None) -> NoReturn:
-    """A handler of signals, which raises."""
-    raise InterruptedRunError(number)

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 
 from experiments.train.build import make_fabric
-from experiments.train.config import InterruptedRunError, RunConfig, fail, interrupt
+from experiments.train.command_line import fail
+from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
-from experiments.train.loop import Progress, train_seeds
+from experiments.train.loop import train_seeds
+from experiments.train.progress import Progress
 from experiments.train.run_folder import so_far
+from experiments.train.signals import InterruptedRunError, interrupt
 
 FORKS = multiprocessing.get_context("forkserver")
 """A server imports torch once, for five seconds; each process is a fork of it."""

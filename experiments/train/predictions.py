@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,9 +19,7 @@ from experiments.train.build import fails_by_layer
 from experiments.train.config import GraphConfig
 from experiments.train.data.task import Split, Task
 from experiments.train.files import naming, writing
-
-if TYPE_CHECKING:
-    from experiments.train.loop import Training
+from experiments.train.training import Training
 
 
 def has_predictions(config: Any, model: Any, task: Task) -> bool:

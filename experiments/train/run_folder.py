@@ -1,85 +1,29 @@
-"""The folder of a run: where it lies, what is written in it, and what a finished one says."""
+"""The folder of a run: where it is, whose it is, and what a finished one says."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
-import platform
-import signal
-import statistics
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.utilities import rank_zero_only
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from typing_extensions import NotRequired, TypedDict
 
-from experiments.train.build import build_model, from_first
-from experiments.train.config import (
-    RECORDS,
-    WHERE,
-    RunConfig,
-    check,
-    check_trusted,
-    interrupt,
-    read_options,
-    restore,
-)
+from experiments.train.build import build_model
+from experiments.train.checks import check
+from experiments.train.config import RECORDS, WHERE, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
-from experiments.train.files import check_finished, naming, read_csv, read_json, writing
-from gmoe.distributed import world_sum
-from gmoe.metrics import PER_EXPERT
-
-SECONDS = 60.0
-"""At most so much training is lost where a process is killed."""
-
-
-class Spread(TypedDict):
-    """Mean, sample standard deviation (``None`` at n = 1), n, and the values."""
-
-    mean: float
-    std: float | None
-    n: int
-    values: list[float]
-
-
-class Summary(TypedDict):
-    """``summary.json`` of a run; of older ones some figures are missing."""
-
-    metric: str
-    val: Spread
-    test: Spread
-    best_epoch: Spread
-    seconds: Spread
-    peak_memory: NotRequired[int | None]  # of the GPU, MiB
-    flops: int
-    parameters: int
-    active_parameters: int
-    matched: NotRequired[float | None]
-    hidden: int | None
-    steps: NotRequired[int]
-    routing: list[dict[str, Spread]]
-    curve: NotRequired[dict[str, Any]]
-    config: dict[str, Any]
-    environment: dict[str, Any]
-
-
-Result = dict[str, Any]
-"""``result.json`` of a seed."""
+from experiments.train.files import check_finished, naming, read_csv, read_json
+from experiments.train.results import Result, Summary, write_json
+from experiments.train.saved import read_options, restore
+from experiments.train.user_code import check_trusted
 
 
 def place(config: RunConfig) -> Path:
@@ -180,244 +124,6 @@ def begin(config: RunConfig) -> None:
     (folder / "summary.json").unlink(missing_ok=True)
     write_json(folder / "config.json", described(config))
     write_json(folder / "where.json", {"data_root": str(config.data_root.absolute())})
-
-
-def summarize(config: RunConfig, results: list[Result]) -> Summary:
-    """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
-    first = results[0]
-    spreads = ("val", "test", "best_epoch", "seconds")
-    costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")
-    routings = [result["routing"] for result in results]
-    found: Any = {
-        "metric": first["metric"],
-        **{name: spread([result[name] for result in results]) for name in spreads},
-        "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
-        **{name: first[name] for name in costs},
-        "routing": [_spreads(layers) for layers in zip(*routings, strict=True)],
-        "curve": {
-            "epoch": first["curve"]["epoch"],
-            **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
-        },
-        "config": described(config),
-        "environment": environment(),
-    }
-    return found
-
-
-def _spreads(layers: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
-    """The figures of a MoE layer over its seeds.
-
-    Of the loads of its experts, their number and how much the largest is above the mean.
-    """
-    loads = [layer["load"] for layer in layers]
-    names = [name for name in layers[0] if name not in PER_EXPERT]
-    return {
-        "experts": spread([len(load) for load in loads]),
-        **{name: spread([layer[name] for layer in layers]) for name in names},
-        "max_over_mean_load": spread([round(max(load) * len(load), 4) for load in loads]),
-    }
-
-
-def spread(values: list[float]) -> Spread:
-    """Mean and sample standard deviation of some values."""
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
-
-
-def environment() -> dict[str, Any]:
-    """Commit, hardware and versions."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        found = ""
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    packages = (
-        "torch",
-        "torch-geometric",
-        "torchvision",
-        "lightning-fabric",
-        "scikit-learn",
-        "numpy",
-    )
-    return {
-        "commit": found.strip().removesuffix("-dirty") or None,
-        "dirty": found.strip().endswith("-dirty"),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-@rank_zero_only
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one step; of several processes the first one does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.new")  # seeds of a sweep may be trained side by side
-    with writing(path):
-        fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        fresh.replace(path)
-
-
-class Log:
-    """A CSV file of one row or several an epoch, on disk at once; rows behind ``keep`` epochs, the checkpoint's, go."""
-
-    def __init__(self, path: Path, keep: int) -> None:
-        self.path = path
-        if not keep:
-            path.unlink(missing_ok=True)
-        if not path.exists():
-            return
-        # The last may be half a row
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")
-        fresh = path.with_suffix(".new")
-        epoch = pd.to_numeric(rows["epoch"], errors="coerce")
-        kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1
-        with writing(path):
-            kept.to_csv(fresh, index=False)
-            fresh.replace(path)
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows, if there are any; a new file gets their names first."""
-        if rows:
-            is_new = not self.path.exists()
-            with writing(self.path):
-                pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=is_new)
-
-
-class Logs:
-    """What a seed logs each epoch: metrics.csv, routing.csv, and in TensorBoard and Weights & Biases where asked for.
-
-    ``folder`` is ``seed-N`` of the run folder; what is logged behind ``keep`` epochs goes.
-    """
-
-    @rank_zero_only
-    def __init__(self, folder: Path, config: RunConfig, keep: int) -> None:
-        self.metrics, self.routing = (
-            Log(folder / "metrics.csv", keep),
-            Log(folder / "routing.csv", keep),
-        )
-        self.tensorboard = self.wandb = None
-        name, options = f"{folder.parent.name}-{folder.name}", config.science()
-        if "tensorboard" in config.logger:
-            purge = keep or None
-            self.tensorboard = TensorBoardLogger(
-                folder, "", "tensorboard", default_hp_metric=False, purge_step=purge
-            )
-            self.tensorboard.log_hyperparams(options)
-        if "wandb" in config.logger:
-            import wandb
-
-            own = f"{name}-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:8]}"  # not another folder's
-            self.wandb = wandb.init(
-                project="gmoe", name=name, id=own, resume="allow", dir=str(folder), config=options
-            )
-
-    @rank_zero_only
-    def write(self, row: dict[str, Any], layers: list[dict[str, Any]]) -> None:
-        """The figures of an epoch, and of each of its MoE layers."""
-        epoch = row["epoch"]
-        self.metrics.write([row])
-        self.routing.write([{"epoch": epoch} | layer for layer in layers])
-        for layer in layers:
-            row = row | {
-                f"layer_{layer['layer']}/{name}": value
-                for name, value in layer.items()
-                if name != "layer"
-            }
-        figures = {
-            name: value for name, value in row.items() if value is not None and name != "epoch"
-        }
-        if self.tensorboard is not None:
-            self.tensorboard.log_metrics(figures, epoch)
-            self.tensorboard.save()
-        if self.wandb is not None:
-            self.wandb.log(figures, step=epoch)
-
-    @rank_zero_only
-    def close(self) -> None:
-        """End the logs of other programs."""
-        if self.tensorboard is not None:
-            self.tensorboard.finalize("success")
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-class Checkpoint:
-    """What ``state`` gives, on disk, replaced in one step; its ``"best"`` weights also in safetensors.
-
-    The first process writes, all read, and all have to call every method. Several machines need the same folder. As a
-    context, it lets SIGINT and SIGTERM wait for the next :meth:`tick`; the second of them does not.
-    """
-
-    def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
-        self.fabric, self.folder, self.state = fabric, folder, state
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-        self._last = time.monotonic()
-
-    def load(self) -> dict[str, Any] | None:
-        """The state, or ``None`` where there is none."""
-        path = self.folder / "state.ckpt"
-        if not from_first(self.fabric, path.exists):
-            return None
-        with naming(path):
-            return self.fabric.load(path, weights_only=True)
-
-    def save(self) -> None:
-        """Write the state to a new file that then takes the old one's place."""
-        state = self.state()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with writing(self.folder / "state.ckpt"):
-            self.fabric.save(self.folder / "state.new", state)
-        if self.fabric.is_global_zero:
-            best = {name: value.contiguous() for name, value in state["best"].items()}
-            with writing(self.folder / "best.safetensors"):
-                save_file(best, self.folder / "best.new")
-            (self.folder / "state.new").replace(self.folder / "state.ckpt")
-            (self.folder / "best.new").replace(self.folder / "best.safetensors")
-        self.fabric.barrier()  # or a process might be ended by another that has ended, before it has written
-        self._last = time.monotonic()
-
-    def tick(self, rows: int = 0) -> int:
-        """Call it where the state is whole: saves what is older than a minute, or if a signal arrived, which it raises.
-
-        Returns the sum over processes of ``rows``, of the next batch: another collective would be one more to wait for.
-        """
-        is_due = time.monotonic() - self._last > SECONDS
-        signals, due, total = world_sum(
-            torch.tensor([self.signal is not None, is_due, rows])
-        ).tolist()
-        if signals or due:
-            self.save()
-        if signals:
-            interrupt(self.signal or signal.SIGTERM)
-        return int(total)
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # which alone gets signals
-            self._before = {
-                number: signal.signal(number, self._note)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-
-    def _note(self, number: int, _: Any) -> None:
-        self.signal = number
-        self.__exit__()
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True, kw_only=True)

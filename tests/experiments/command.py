@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from experiments.train.command import main
-from experiments.train.loop import Training
+from experiments.train.training import Training
 
 QUICK = ["--epochs", "3", "--no-progress"]
 

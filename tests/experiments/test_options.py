@@ -186,7 +186,7 @@ def test_what_is_refused_is_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("experiments.train.config.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("experiments.train.checks.importlib.util.find_spec", lambda _: None)
     monkeypatch.chdir(tmp_path)
     name, *args = command.replace("OWN", own_parts.__name__).split()
     args[1:1] = QUICK if name == "train" else []

@@ -28,7 +28,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from tqdm import tqdm, trange
 
-from experiments.train.config import PAPERS, check, program
+from experiments.train.checks import check
+from experiments.train.command_line import program
+from experiments.train.config import PAPERS
 from experiments.train.files import naming, read_csv, read_npy, writing
 
 Array: TypeAlias = NDArray[Any]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from experiments.train.config import PAPERS, ImageConfig, RunConfig, load_object, stored_folder
+from experiments.train.config import PAPERS, ImageConfig, RunConfig
 from experiments.train.data.graphs import directed, graph_task
+from experiments.train.data.on_disk import stored_folder
 from experiments.train.data.task import Task
+from experiments.train.user_code import load_object
 
 LOADERS = {
     "digits": "images:digits",

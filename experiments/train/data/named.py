@@ -15,7 +15,8 @@ from scipy.sparse import csr_matrix
 from torch_geometric import datasets
 from torch_geometric.transforms import NormalizeFeatures
 
-from experiments.train.config import GraphConfig, HeteroConfig, check
+from experiments.train.checks import check
+from experiments.train.config import GraphConfig, HeteroConfig
 from experiments.train.data.graphs import MASKS, check_graph, fixed_splits, per_class_splits
 from experiments.train.data.task import GraphData, MetricName, Splits
 from experiments.train.files import naming, read_json, read_npz, read_pickle

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import get_args
 
-from experiments.train.config import PAPERS, GraphConfig, stored_folder
+from experiments.train.config import PAPERS, GraphConfig
 from experiments.train.data.graphs import make_metric, neighborhoods, task_loss
 from experiments.train.data.ogb import OGBMetric
+from experiments.train.data.on_disk import stored_folder
 from experiments.train.data.task import Batch, Shard, Split, Splits, Task
 from gmoe._checks import check
 from gmoe.data.stored import StoredGraph

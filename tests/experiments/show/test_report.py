@@ -23,10 +23,11 @@ from experiments.show.report import main
 from experiments.show.report_page import Page, shares
 from experiments.study import ensemble
 from experiments.train.command import parse
-from experiments.train.config import _load_file
 from experiments.train.loop import run
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
-from experiments.train.run_folder import read_run, write_json
+from experiments.train.results import write_json
+from experiments.train.run_folder import read_run
+from experiments.train.user_code import _load_file
 from tests.experiments import own_parts
 from tests.experiments.command import refused
 from tests.experiments.pyg_data import platonov

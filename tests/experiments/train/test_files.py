@@ -20,6 +20,7 @@ from lightning_fabric import Fabric
 
 from experiments.show.report_page import Page
 from experiments.study import planted
+from experiments.train.checkpoint import Checkpoint
 from experiments.train.data import convert
 from experiments.train.data.own_graph import own_graph
 from experiments.train.files import (
@@ -30,7 +31,8 @@ from experiments.train.files import (
     read_pickle,
     read_tensors,
 )
-from experiments.train.run_folder import Checkpoint, Log, write_json
+from experiments.train.logs import Log
+from experiments.train.results import write_json
 from tests.experiments.command import full_disk
 from tests.experiments.pyg_data import write_raw
 from tests.experiments.train.data.test_named import load

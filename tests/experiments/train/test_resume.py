@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from experiments.train.command import main, parse
 from experiments.train.config import PAPERS, RunConfig
 from experiments.train.data.task import Task
-from experiments.train.loop import Training, run, train_seed
+from experiments.train.loop import run, train_seed
 from experiments.train.run_folder import read_run
+from experiments.train.training import Training
 from tests.experiments.command import QUICK, full_disk, quick, refused, rows, run_until
 from tests.experiments.ogb_data import plant_papers
 from tests.vision.made_images import write_images
@@ -123,7 +124,7 @@ def test_a_process_that_is_killed_or_stopped_from_the_keyboard(
     args = ["images", *QUICK, "--seeds", "0", *TINY, "--workers", str(workers)]
     args += ["--data-root", str(write_images(tmp_path / "data"))]
     code = (
-        "from experiments.train import command, run_folder; run_folder.SECONDS = 0; command.main()"
+        "from experiments.train import checkpoint, command; checkpoint.SECONDS = 0; command.main()"
     )
     command = [sys.executable, "-c", code, *args, "--out", str(tmp_path / "cut")]
     process = subprocess.Popen(

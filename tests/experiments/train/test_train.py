@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.train.command import dense_line, main, parse
-from experiments.train.config import GraphConfig, load_object
-from experiments.train.loop import Training
+from experiments.train.config import GraphConfig
 from experiments.train.presets import PRESETS, command
+from experiments.train.training import Training
+from experiments.train.user_code import load_object
 from tests.experiments import own_parts
 from tests.experiments.command import QUICK, quick, rows
 from tests.experiments.ogb_data import plant

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from experiments.train.config import PAPERS, STORED, RunConfig
+from experiments.train.config import PAPERS, RunConfig
 from experiments.train.data.load import load_tasks
+from experiments.train.data.on_disk import STORED
 from experiments.train.presets import PRESETS
 from tests.experiments.command import quick, refused
 from tests.experiments.ogb_data import plant_papers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,9 @@ import torch
 from lightning_fabric import Fabric
 
 from experiments.train.build import build_model
-from experiments.train.config import restore
 from experiments.train.data.load import load_tasks
-from experiments.train.loop import WARMUP, Progress, learning_rate, set_up
-from experiments.train.presets import DIGITS, DIGITS_GRAPH
-from experiments.train.run_folder import differences_of
+from experiments.train.presets import DIGITS
+from experiments.train.training import WARMUP, learning_rate, set_up
 from tests.experiments.command import quick, rows
 
 SMALL = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=300, epochs=2, progress=False)
@@ -84,52 +81,3 @@ def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
         assert summary["curve"][figure][0] == pytest.approx(
             [float(row[figure]) for row in logged], abs=1e-5
         )
-
-
-def test_configurations_of_older_versions() -> None:
-    there = DIGITS_GRAPH.science()
-    del there["shared_router"]  # which had the default
-    old = there | {"ema": 0.0, "tie_routers": False, "patch": None}
-    assert restore(old, DIGITS_GRAPH.data_root) == DIGITS_GRAPH
-    assert differences_of(DIGITS_GRAPH, old | {"k": 2}) == {"k": (2, 1)}
-    with pytest.raises(ValueError, match=r"ema: got 0\.9, expected 0\.0"):
-        restore(old | {"ema": 0.9}, DIGITS_GRAPH.data_root)
-
-
-def test_every_committed_run_is_still_read() -> None:
-    found = [
-        json.loads(path.read_text())
-        for path in (Path(__file__).parents[3] / "results").glob("*.json")
-    ]
-    variants = [
-        variant for study in found for variant in study.get("variants", []) if "config" in variant
-    ]
-    gone = 0
-    for variant in variants:
-        config = variant["config"]
-        beside = (
-            config.get("shared_expert", False) is not False and config.get("dense_start") is False
-        )
-        if beside and config["router"] != "dense":
-            gone += 1
-            with pytest.raises(ValueError, match=r"^dense_start: got False beside a shared expert"):
-                restore(config, Path())
-            continue
-        differences = differences_of(restore(config, Path()), config)
-        assert set(differences) <= {"file", "digest"}  # the data are not here
-    assert len(variants) > 100
-    assert gone == 16
-
-
-def test_progress_in_a_file_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(6)
-    progress.skip(1)
-    progress.show("a seed 0", 2, 3, "loss 1")  # soon after the start
-    progress.show("a seed 0", 3, 3, "loss 1")
-    progress.finish(3)
-    progress.show("a seed 1", 3, 3, "loss 2")
-    progress.finish(3)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(";")[0] for line in lines] == [
-        f"a seed {n}: epoch 3 of 3, loss {n + 1}" for n in (0, 1)
-    ]
