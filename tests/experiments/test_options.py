@@ -260,7 +260,7 @@ raise AssertionError("it went on")
             "options.balanc: got 'bias', unexpected keyword argument",
         ),
         ({"file": 7, "k": 0}, "k: got 0, expected at least 1"),
-        ({"conv": ["gat"]}, "conv: got ['gat'], expected ['gcn']: there is no such option now"),
+        ({"conv": ["gat"]}, "conv: got ['gat'], unexpected keyword argument"),
         ({"epoch": 3}, "epoch: got 3, unexpected keyword argument"),
         ({"dataset": "cora"}, "dataset: got 'cora', expected digits, that of the preset"),
     ],

@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiments.train.presets import DIGITS_GRAPH
+from experiments.train.files import RESULTS
+from experiments.train.presets import DIGITS, DIGITS_GRAPH
 from experiments.train.run_folder import differences_of
 from experiments.train.saved import restore
 
 
-def test_configurations_of_older_versions() -> None:
+def test_an_option_that_is_missing_has_its_default() -> None:
     there = DIGITS_GRAPH.science()
-    del there["shared_router"]  # which had the default
-    old = there | {"ema": 0.0, "tie_routers": False, "patch": None}
-    assert restore(old, DIGITS_GRAPH.data_root) == DIGITS_GRAPH
-    assert differences_of(DIGITS_GRAPH, old | {"k": 2}) == {"k": (2, 1)}
-    with pytest.raises(ValueError, match=r"ema: got 0\.9, expected 0\.0"):
-        restore(old | {"ema": 0.9}, DIGITS_GRAPH.data_root)
+    del there["shared_router"]
+    assert restore(there, DIGITS_GRAPH.data_root) == DIGITS_GRAPH
+    assert differences_of(DIGITS_GRAPH, there | {"k": 2}) == {"k": (2, 1)}
 
 
-def test_every_committed_run_is_still_read() -> None:
-    found = [
-        json.loads(path.read_text())
-        for path in (Path(__file__).parents[3] / "results").glob("*.json")
-    ]
-    variants = [
-        variant for study in found for variant in study.get("variants", []) if "config" in variant
-    ]
-    gone = 0
-    for variant in variants:
-        config = variant["config"]
-        beside = (
-            config.get("shared_expert", False) is not False and config.get("dense_start") is False
-        )
-        if beside and config["router"] != "dense":
-            gone += 1
-            with pytest.raises(ValueError, match=r"^dense_start: got False beside a shared expert"):
-                restore(config, Path())
-            continue
-        differences = differences_of(restore(config, Path()), config)
-        assert set(differences) <= {"file", "digest"}  # the data are not here
-    assert len(variants) > 100
-    assert gone == 16
+@pytest.mark.parametrize("option", ["ema", "heads", "shared_expert", "nothing"])
+def test_an_option_that_is_gone_is_refused_as_any_unknown_one(option: str) -> None:
+    """Whatever its value, and where it was an option of all kinds of data, in those that lack it."""
+    unknown = f"{option}: got 0.0, unexpected keyword argument"
+    with pytest.raises(ValueError, match=re.escape(unknown)):
+        restore(DIGITS_GRAPH.science() | {option: 0.0}, DIGITS_GRAPH.data_root)
+    with pytest.raises(ValueError, match=r"conv: got .*, unexpected keyword argument"):
+        restore(DIGITS.science() | {"conv": ["gcn"]}, DIGITS.data_root)
+
+
+def configurations(content: Any) -> Iterator[dict[str, Any]]:
+    """All that a result file holds."""
+    if isinstance(content, dict) and {"dataset", "router"} <= content.keys():
+        yield content
+    elif isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from configurations(part)
+
+
+def test_every_committed_run_is_read_or_is_of_layers_that_are_gone() -> None:
+    found = {"read": 0, "gone": 0}
+    for path in RESULTS.rglob("*.json"):
+        for config in configurations(json.loads(path.read_text())):
+            gone = config.keys() & {"sharing", "shared_expert"}
+            if not gone:
+                differences = differences_of(restore(config, Path()), config)
+                assert set(differences) <= {"file", "digest"}  # the data are not here
+            else:
+                with pytest.raises(ValueError, match=f"^{'|'.join(gone)}: got .*unexpected"):
+                    restore(config, Path())
+            found["gone" if gone else "read"] += 1
+    assert found["read"] >= 448
+    assert found["gone"] == 256
