@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from experiments.train.checks import check, check_first
-from experiments.train.command_line import fail
+from experiments.train.command_line import fail, with_short_help
 from experiments.train.config import IMAGES, PAPERS, RunConfig, dense_of
 from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import RESULTS, read_json
@@ -39,6 +39,34 @@ if TYPE_CHECKING:
     from experiments.train.results import Summary
 
 PROG = "python -m experiments.train"
+COMMON = (
+    "help",
+    "data",
+    "data-root",
+    "router",
+    "experts",
+    "k",
+    "start",
+    "shared-router",
+    "hidden",
+    "layers",
+    "conv",
+    "patch",
+    "dropout",
+    "equal",
+    "epochs",
+    "batch-size",
+    "lr",
+    "weight-decay",
+    "augment",
+    "seeds",
+    "out",
+    "resume",
+    "device",
+    "jobs",
+)
+"""The options that ``--help`` shows of a preset."""
+MORE = "--help-all shows all options: of data, model, routers, recipe, devices and logs."
 FILES = """--config FILE begins with the options of a JSON file. Where it is the config.json of a
 run, code in the run folder itself is imported with --trust only."""
 
@@ -50,6 +78,7 @@ def parse(args: Sequence[str]) -> RunConfig:
     check(file is not None or not trusted, "trust", True, "it with --config FILE only")
     preset = args.pop(0) if args and args[0] in PRESETS else None
     if file is None and preset is None:
+        args = ["--help" if arg == "--help-all" else arg for arg in args]
         if args and {"-h", "--help"}.isdisjoint(args):
             check_first("preset", args, PRESETS)
         about = __doc__.partition("\n\n    ")[0] + "\n\n" + FILES
@@ -65,7 +94,11 @@ def parse(args: Sequence[str]) -> RunConfig:
     # what was given before the options, so that an error leads to the help that explains them
     prog = PROG if preset is None else f"{PROG} {preset}"
     prog += "" if file is None else f" --config {shlex.quote(file)}"
-    config = tyro.cli(type(base), args=args, prog=prog, description=about, default=base)
+    shows_all, args = _take(args, "--help-all", action="store_true")
+    args += ["--help"] * shows_all
+    read = partial(tyro.cli, type(base), args=args, prog=prog, description=about, default=base)
+    asks = not shows_all and not {"-h", "--help"}.isdisjoint(args)
+    config = with_short_help(read, COMMON, MORE) if asks else read()
     if file is not None and Path(file).name == "config.json" and not trusted:
         check_trusted(config, Path(file).parent)
     named = {arg.partition("=")[0].replace("_", "-") for arg in args}

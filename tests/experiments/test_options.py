@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 from experiments import advise, convert, ensemble, patches, planted, report, sweep
 from experiments.benchmark import __main__ as benchmark
 from experiments.train import __main__ as train
+from experiments.train.command import COMMON
+from experiments.train.presets import PRESETS
 from tests.experiments import own_parts
 from tests.experiments.command import QUICK, refused
 
@@ -219,13 +223,44 @@ def test_an_error_leads_to_the_help_that_has_the_options(
     assert f"python -m experiments.{prefix} --help" in refused(args, capsys, MAINS[name])
 
 
+def printed(args: str, capsys: Any) -> list[str]:
+    """The options in a help text."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(args.split())
+    assert stop.value.code == 0
+    return re.findall(r"^. (?:-h, )?--(\w[\w-]*)", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("preset", ["cora", "digits", "ogbn-mag"])
+def test_help_shows_what_people_use_and_the_rest_where_it_is_asked_for(
+    preset: str, capsys: Any
+) -> None:
+    config = PRESETS[preset][1]
+    known = [option.name.replace("_", "-") for option in fields(config) if option.name != "options"]
+    known += [option.name.replace("_", "-") for option in fields(config.options)]
+    few, every = (printed(f"{preset} {flag}", capsys) for flag in ("--help", "--help-all"))
+    assert few == [option for option in every if option in COMMON]
+    assert 18 <= len(few) <= 24
+    assert sorted(every) == sorted(["help", *known])
+
+
+def test_the_short_help_says_how_to_see_the_rest(capsys: Any) -> None:
+    assert printed("cora -h", capsys) == printed("cora --help", capsys)
+    with pytest.raises(SystemExit):
+        train.main(["cora", "--k", "2", "--help"])
+    text = capsys.readouterr().out
+    assert "--help-all shows all options" in text
+    assert "experts per token, k. (default: 1)" in text.lower()
+    assert "options of the router" not in text.lower()  # a box without options
+
+
 def test_the_preset_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(["--seeds", "0", "digits"], capsys)
     assert "preset: got '--seeds', expected the preset first, then its options" in error
 
 
 AT_ONCE = [f"{name} --help" for name in MAINS]
-AT_ONCE += ["train cora --help", "train cora --k 0"]
+AT_ONCE += ["train cora --help", "train cora --help-all", "train cora --k 0"]
 AT_ONCE += ["report nowhere other", "patches nowhere --images x.png", "ensemble nowhere"]
 
 
