@@ -30,15 +30,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from experiments.show.tables import markdown
 from experiments.train.config import GraphConfig, ImageConfig, RunConfig
 from experiments.train.files import read_json
 from experiments.train.presets import CORA, DIGITS, DIGITS_GRAPH, GRAPH, MINESWEEPER, MOSAIC
+from experiments.train.scores import interval
 
 SEEDS = tuple(range(3, 13))
 """Of the second stage, whose test scores are read once."""
@@ -165,14 +165,6 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float]]
         if is_arm(name) and all(name in column for column in known)
     ]
     return sorted(means, key=lambda entry: -entry[1])
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean, by Student's t."""
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(values) - 1) * stdev(values) / sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
 
 
 def passes(known: Mapping[str, Any], arm: str) -> bool:

@@ -31,7 +31,7 @@ from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import RESULTS, read_json
 from experiments.train.presets import PRESETS, command
 from experiments.train.saved import read_options
-from experiments.train.scores import percent
+from experiments.train.scores import paired, percent
 from experiments.train.signals import interrupt
 from experiments.train.user_code import check_trusted
 
@@ -66,9 +66,13 @@ COMMON = (
     "jobs",
 )
 """The options that ``--help`` shows of a preset."""
-MORE = "--help-all shows all options: of data, model, routers, recipe, devices and logs."
+MORE = """--compare trains the dense model of the same seeds too, and prints the paired difference.
+--help-all shows all options: of data, model, routers, recipe, devices and logs."""
 FILES = """--config FILE begins with the options of a JSON file. Where it is the config.json of a
-run, code in the run folder itself is imported with --trust only."""
+run, code in the run folder itself is imported with --trust only.
+
+--compare trains the dense model of the same seeds too, in the folder RUN-dense, and prints the
+paired difference on the test set with its 95 % interval."""
 
 
 def parse(args: Sequence[str]) -> RunConfig:
@@ -117,8 +121,20 @@ def _take(args: Sequence[str], *names: str, **kind: Any) -> tuple[Any, list[str]
     return known.value, rest
 
 
-def show(config: RunConfig, summary: Summary) -> None:
-    """Print scores, the dense model's score, the routing in words and in figures, and costs."""
+def dense_beside(config: RunConfig) -> RunConfig:
+    """The run of the dense model beside one with experts, for ``--compare``."""
+    is_ours = config.router != "dense" and config.model is None
+    got = f"router={config.router!r} and model={config.model!r}"
+    check(is_ours, "compare", got, "a router, and no model of your own")
+    folder = config.folder()
+    return replace(dense_of(config), out=folder.with_name(f"{folder.name}-dense"))
+
+
+def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> None:
+    """Print scores, the dense model's score, the routing in words and in figures, and costs.
+
+    ``dense`` is the dense model's summary, where it was trained too.
+    """
     import pandas as pd
 
     from experiments.train.routing_stats import in_words, values_of
@@ -128,7 +144,12 @@ def show(config: RunConfig, summary: Summary) -> None:
     ).T
     scores[["mean", "std"]] = 100 * scores[["mean", "std"]].astype(float)
     print(scores[["mean", "std", "n"]].to_string(float_format="{:.2f}".format, na_rep="–"))
-    if line := dense_line(config, summary["metric"]):
+    if dense is not None:
+        score = f"dense model: test {dense['metric']} (%) {percent(dense['test'])}"
+        ratio = f"{summary['flops'] / dense['flops']:.2f} times its active FLOPs"
+        difference = paired(summary["test"]["values"], dense["test"]["values"])
+        print(f"\n{score}\nexperts − dense: {difference}, at {ratio}")
+    elif line := dense_line(config, summary["metric"]):
         print(f"\n{line}")
     if summary["routing"]:
         print(f"\nrouting: {in_words(values_of(summary['routing']), config.experts)}")
@@ -183,7 +204,8 @@ def main(args: Sequence[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, interrupt)
     config = None
     try:
-        config = parse(args)
+        compares, rest = _take(args, "--compare", action="store_true")
+        config = parse(rest)
         # And so torch, which --help does without
         from experiments.train.build import (
             from_first,
@@ -191,20 +213,23 @@ def main(args: Sequence[str] | None = None) -> None:
             make_fabric,
         )
         from experiments.train.loop import run
-        from experiments.train.run_folder import place
+        from experiments.train.run_folder import place, so_far
 
         config = replace(config, out=from_first(make_fabric(config), partial(place, config)))
+        runs = [config, dense_beside(config)] if compares else [config]
+        for one in runs:
+            so_far(one)  # refuses the folder of another run, before anything is trained
         why, status = "", 1
         if config.jobs > 1:
             from experiments.train.jobs import train_apart
 
-            with closing(train_apart([config])) as ready:
-                why = "".join(failed for _, failed in ready)
+            with closing(train_apart(runs)) as ready:
+                why = "; ".join(failed for _, failed in ready if failed)
         if not why:
             with redirect_stdout(None) if rank else nullcontext():
-                summary = run(config)
+                summaries = [run(one) for one in runs]
             if not rank:
-                show(config, summary)
+                show(config, *summaries)
             return
     except (ValueError, OSError) as error:
         fail(error, f" (process {rank})" if rank else "")

@@ -43,6 +43,7 @@ MAINS = {name: command.main for name, command in COMMANDS.items()}
         ("train digit", "preset: got 'digit', expected one of digits, cifar10"),
         ("train digit", "did you mean 'digits'?"),
         ("train digits more", "Unrecognized options: more"),
+        ("train cora --router dense --compare", "compare: got router='dense'"),
         ("train digits --lr nan", "lr: got nan, expected a finite number"),
         ("sweep mosaik", "study: got 'mosaik', expected one of mosaic, digits"),
         ("sweep mosaik", "did you mean 'mosaic'?"),

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from experiments.train.command import dense_line, main, parse
 from experiments.train.config import GraphConfig
 from experiments.train.presets import PRESETS, command
+from experiments.train.scores import interval, paired
 from experiments.train.training import Training
 from experiments.train.user_code import load_object
 from tests.experiments import own_parts
@@ -71,6 +73,40 @@ def test_the_terminal_says_first_what_a_reader_wants(tmp_path: Path, capsys: Any
     assert figures["max_over_mean_load"]["values"] == [pytest.approx(8 * max(loads), abs=1e-3)]
     expected = replace(PRESETS["digits-graph"][1], router="dense", epochs=3, seeds=(0,))
     assert parse(options.split()) == expected
+
+
+def test_compare_trains_the_dense_model_of_the_same_seeds(tmp_path: Path, capsys: Any) -> None:
+    """And says the difference seed by seed; what is finished is only read."""
+    summary = quick(tmp_path / "run", "--compare", "--experts", "4", seeds="0 1 2")
+    said = capsys.readouterr().out
+    dense = json.loads((tmp_path / "run-dense" / "summary.json").read_text())
+    assert (dense["config"]["router"], dense["config"]["seeds"]) == ("dense", [0, 1, 2])
+    ours, theirs = (found["test"]["values"] for found in (summary, dense))
+    points = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    low, high = interval(points)
+    line = f"experts − dense: {fmean(points):+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
+    assert line in said
+    assert f"n = 3, better on {sum(value > 0 for value in points)} of 3 seeds" in said
+    assert "dense model, to compare" not in said
+    before = (tmp_path / "run-dense" / "seed-0" / "result.json").stat().st_mtime_ns
+    quick(tmp_path / "run", "--compare", "--experts", "4", "--resume", seeds="0 1 2")
+    assert line in capsys.readouterr().out
+    assert (tmp_path / "run-dense" / "seed-0" / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_compare_refuses_the_folder_of_another_run_before_it_trains(
+    jobs: str, tmp_path: Path, capsys: Any
+) -> None:
+    quick(tmp_path / "run-dense", "--router", "random")
+    with pytest.raises(SystemExit):
+        quick(tmp_path / "run", "--compare", "--jobs", jobs)
+    assert "run-dense holds a run with router='random', expected 'dense'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_seed_has_a_difference_and_no_interval() -> None:
+    assert paired([0.5], [0.4]) == "+10.00 points, n = 1, better on 1 of 1 seeds"
 
 
 def test_the_dense_model_on_file_is_that_of_the_docs() -> None:
