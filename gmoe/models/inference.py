@@ -277,10 +277,8 @@ class OnDisk(_LayerByLayer):
         source, destination = self.graph.in_edges(slice(first, first + len(destinations)))
         nodes, source = renumber(destinations, source)
         edge_index = torch.stack([source, destination - first])
-        part = Graph(edge_index, (len(nodes), len(destinations)))
-        part.num_rows = len(nodes)
 
-        def scale(improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
+        def scale_of(*, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
             """(S,) GCN's factor of each node, by its degree in the whole graph."""
             degree = start[nodes + 1] - start[nodes]
             if loops:  # replace existing self-loops by one
@@ -288,7 +286,7 @@ class OnDisk(_LayerByLayer):
             factor = degree.to(dtype).pow(-0.5)
             return factor.masked_fill(factor == torch.inf, 0.0)
 
-        part.scale_of = scale
+        part = Graph(edge_index, (len(nodes), len(destinations))).as_part(scale_of)
         return nodes, part
 
     @cached_property
