@@ -43,7 +43,9 @@ def photo() -> Tensor:
     tokens = (patches - patches.mean(0)) / patches.std(0)
     torch.manual_seed(0)
     dim = tokens.size(1)
-    layer = gmoe.MoE(gmoe.ExpertChoice(dim, E), gmoe.MLPExperts(dim, 6, dim, num_experts=E))
+    layer = gmoe.MoE(
+        gmoe.ExpertChoice(dim, num_experts=E), gmoe.MLPExperts(dim, 6, dim, num_experts=E)
+    )
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
     for _ in range(300):
         optimizer.zero_grad()

@@ -53,8 +53,8 @@ class SigmoidRouter(gmoe.Router):
     bias_E: Tensor
     last_load_E: Tensor
 
-    def __init__(self, dim: int, num_experts: int, k: int = 2, *, bias_rate: float = 0.01) -> None:
-        super().__init__(dim, num_experts, k, weight="normalized")
+    def __init__(self, dim: int, *, num_experts: int, k: int = 2, bias_rate: float = 0.01) -> None:
+        super().__init__(dim, num_experts=num_experts, k=k, weight="normalized")
         self.bias_rate = bias_rate
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.register_buffer("bias_E", torch.zeros(num_experts))
@@ -74,7 +74,9 @@ class SigmoidRouter(gmoe.Router):
         expert_TK = (gate_TE.detach() + self.bias_E).topk(self.k).indices
         weight_TK = gate_TE.gather(1, expert_TK)
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
-        routing = gmoe.Routing.from_choices(expert_TK, weight_TK, self.num_experts, scores=gate_TE)
+        routing = gmoe.Routing.from_choices(
+            expert_TK, weight_TK, num_experts=self.num_experts, scores=gate_TE
+        )
         if training_step:
             self.last_load_E.copy_(routing.load)
         return routing

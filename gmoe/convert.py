@@ -37,11 +37,11 @@ from gmoe.routing import Routing
 def moefy(
     model: nn.Module,
     every: int | None = None,
+    *,
     k: int = 1,
     router: RouterLike = "token_choice",
     num_experts: int = 8,
     upcycle: bool = True,
-    *,
     targets: str | Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
     start: Start | None = None,

@@ -69,7 +69,7 @@ class RoutingStats(Metric):
     entropy: Tensor
     dropped: Tensor
 
-    def __init__(self, num_experts: int | Sequence[int], **kwargs: Any) -> None:
+    def __init__(self, *, num_experts: int | Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_experts = (num_experts,) if isinstance(num_experts, int) else tuple(num_experts)
         if not self.num_experts:
@@ -97,7 +97,7 @@ class RoutingStats(Metric):
             raise ValueError(
                 f"model: got {type(model).__name__} without a router, expected at least one"
             )
-        return cls(routers, **kwargs)
+        return cls(num_experts=routers, **kwargs)
 
     @torch.no_grad()
     def update(self, routings: Routing | Sequence[Routing]) -> None:

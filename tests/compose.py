@@ -130,8 +130,8 @@ OFTEN = tuple(KINDS)[: tuple(KINDS).index("le")]
 class Sigmoids(Router):
     """A router of somebody else's."""
 
-    def __init__(self, dim: int, num_experts: int, k: int = 1) -> None:
-        super().__init__(dim, num_experts, k)
+    def __init__(self, dim: int, *, num_experts: int, k: int = 1) -> None:
+        super().__init__(dim, num_experts=num_experts, k=k)
         self.lin = nn.Linear(dim, num_experts)
 
     def reset_parameters(self) -> None:
@@ -139,7 +139,7 @@ class Sigmoids(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         weight_TK, expert_TK = self.lin(x_TD).sigmoid().topk(self.k, dim=-1)
-        return Routing.from_choices(expert_TK, weight_TK, self.num_experts)
+        return Routing.from_choices(expert_TK, weight_TK, num_experts=self.num_experts)
 
 
 BY_EXPERTS = {

@@ -182,7 +182,10 @@ class Case:
 
 
 def mlps(router: str, **kwargs: Any) -> MoE:
-    return MoE(build_router(router, D, E, K, kwargs), MLPExperts(D, 12, 6, E))
+    return MoE(
+        build_router(router, D, num_experts=E, k=K, kwargs=kwargs),
+        MLPExperts(D, 12, 6, num_experts=E),
+    )
 
 
 def with_head(vit: VisionTransformer) -> VisionTransformer:
@@ -214,7 +217,7 @@ def opened(model: nn.Module) -> Any:
 
 
 def soft() -> SoftMoE:
-    return SoftMoE(SoftSlots(D, E, slots=2), MLPExperts(D, 12, 6, E))
+    return SoftMoE(SoftSlots(D, num_experts=E, slots=2), MLPExperts(D, 12, 6, num_experts=E))
 
 
 SMALL_VIT = ViTSize(
@@ -270,10 +273,19 @@ CASES = [
         Case(f"MoE {name}", partial(mlps, router, **options))
         for name, (router, options) in ROUTERS.items()
     ),
-    Case("MoE linear", lambda: MoE(build_router("token_choice", D, E, K), LinearExperts(D, 6, E))),
+    Case(
+        "MoE linear",
+        lambda: MoE(
+            build_router("token_choice", D, num_experts=E, k=K), LinearExperts(D, 6, num_experts=E)
+        ),
+    ),
     Case(
         "MoE shared",
-        lambda: MoE(build_router("token_choice", D, E, K), LinearExperts(D, 6, E), nn.Linear(D, 6)),
+        lambda: MoE(
+            build_router("token_choice", D, num_experts=E, k=K),
+            LinearExperts(D, 6, num_experts=E),
+            nn.Linear(D, 6),
+        ),
     ),
     Case("SoftMoE", soft),
     *(

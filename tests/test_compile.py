@@ -33,11 +33,16 @@ RAGGED = ("MoE expert_choice", "MoE attention_vote", "MoE multi_centroid experts
 
 
 def mlps(router: str) -> nn.Module:
-    return MoE(build_router(router, WIDTH, 4, 1), MLPExperts(WIDTH, WIDTH, WIDTH, 4))
+    return MoE(
+        build_router(router, WIDTH, num_experts=4, k=1),
+        MLPExperts(WIDTH, WIDTH, WIDTH, num_experts=4),
+    )
 
 
 def soft() -> nn.Module:
-    return SoftMoE(SoftSlots(WIDTH, 4, slots=2), MLPExperts(WIDTH, WIDTH, WIDTH, 4))
+    return SoftMoE(
+        SoftSlots(WIDTH, num_experts=4, slots=2), MLPExperts(WIDTH, WIDTH, WIDTH, num_experts=4)
+    )
 
 
 ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {

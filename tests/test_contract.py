@@ -131,8 +131,10 @@ def test_compiles_in_pieces(case: Case) -> None:
     "router", ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "random"]
 )
 def test_a_forward_on_groups_of_one_size_waits_for_nothing(router: str) -> None:
-    layer = MoE(build_router(router, 64, 4, 1), MLPExperts(64, 128, 64, num_experts=4)).cuda()
-    x, stats = torch.randn(3, 17, 64, device="cuda"), RoutingStats(4).cuda()
+    layer = MoE(
+        build_router(router, 64, num_experts=4, k=1), MLPExperts(64, 128, 64, num_experts=4)
+    ).cuda()
+    x, stats = torch.randn(3, 17, 64, device="cuda"), RoutingStats(num_experts=4).cuda()
     try:
         torch.cuda.set_sync_debug_mode("error")
         with torch.autocast("cuda", torch.bfloat16):

@@ -46,7 +46,9 @@ def mixture() -> Callable[[], Any]:
 
 
 def moe() -> Callable[[], Any]:
-    layer = gmoe.MoE(gmoe.TokenChoice(16, 8), gmoe.MLPExperts(16, 32, 16, 8))
+    layer = gmoe.MoE(
+        gmoe.TokenChoice(16, num_experts=8), gmoe.MLPExperts(16, 32, 16, num_experts=8)
+    )
     x = torch.randn(30, 16)
     return lambda: layer(x)
 

@@ -265,23 +265,29 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
         "random",
         "uniform",
     ):
-        yield f"MoE, {router}", MoE(build_router(router, 64, 8, 2), mlps()), images
+        yield f"MoE, {router}", MoE(build_router(router, 64, num_experts=8, k=2), mlps()), images
     balances: dict[str, dict[str, Any]] = {
         "importance and load": {"balance": "importance_load"},
         "switch and z": {"balance": "switch", "z_coef": 0.1},
         "capacity": {"capacity_factor": 1.0},
     }
     for name, options in balances.items():
-        yield f"MoE, {name}", MoE(build_router("token_choice", 64, 8, 2, options), mlps()), images
-    threshold = build_router("expert_choice", 64, 8, 2, {"inference": "threshold"})
+        yield (
+            f"MoE, {name}",
+            MoE(build_router("token_choice", 64, num_experts=8, k=2, kwargs=options), mlps()),
+            images,
+        )
+    threshold = build_router(
+        "expert_choice", 64, num_experts=8, k=2, kwargs={"inference": "threshold"}
+    )
     yield "MoE, threshold", MoE(threshold, mlps()), images
     ragged = (x, torch.tensor([0] * 25 + [1] * 35))
     yield (
         "MoE, token_choice on a batch",
-        MoE(build_router("token_choice", 64, 8, 2), mlps()),
+        MoE(build_router("token_choice", 64, num_experts=8, k=2), mlps()),
         ragged,
     )
-    yield "SoftMoE", SoftMoE(SoftSlots(64, 8, slots=2), mlps()), images
+    yield "SoftMoE", SoftMoE(SoftSlots(64, num_experts=8, slots=2), mlps()), images
 
 
 def main() -> None:

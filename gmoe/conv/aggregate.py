@@ -139,7 +139,7 @@ class LinearAggregation(AggregateOnce):
         self.linear = LinearExperts(
             sum(weight.size(1) for weight in weights),
             out_channels,
-            len(convs),
+            num_experts=len(convs),
             bias=self.bias(first) is not None,
             backend=backend,
         )

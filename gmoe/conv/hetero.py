@@ -222,10 +222,10 @@ class HeteroMoEConv(MoELayer):
         in_channels: int | Mapping[NodeType, int],
         out_channels: int,
         metadata: Metadata,
+        *,
         num_experts: int = 8,
         router: RouterLike = "token_choice",
         k: int = 1,
-        *,
         out_types: Collection[NodeType] | None = None,
         start: Start | None = None,
         router_kwargs: Mapping[str, Any] | None = None,
@@ -234,7 +234,7 @@ class HeteroMoEConv(MoELayer):
         **unknown: Any,
     ) -> None:
         refuse_unknown("HeteroMoEConv", unknown)
-        super().__init__(num_experts, k)
+        super().__init__(num_experts=num_experts, k=k)
         self.make_dense = partial(
             RelationalConv, in_channels, out_channels, metadata, out_types=out_types
         )

@@ -200,7 +200,7 @@ class MoEConv(MoELayer, MessagePassing):
         in_channels = widths[0] if is_one_width else widths
         out_channels = int(out_channels)  # NumPy's numbers are taken too, and kept as Python's
 
-        super().__init__(len(kinds), k)
+        super().__init__(num_experts=len(kinds), k=k)
         self.in_channels: int | tuple[int, int] = in_channels
         self._widths = widths
         self.out_channels = out_channels

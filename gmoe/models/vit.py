@@ -130,9 +130,9 @@ class ViTMoE(HubMixin, VisionTransformer):
             moefy(
                 self,
                 every,
-                k,
-                router,
-                num_experts,
+                k=k,
+                router=router,
+                num_experts=num_experts,
                 upcycle=start != "shared",
                 start=start,
                 router_kwargs=router_kwargs,

@@ -81,7 +81,7 @@ class Case:
             options["k"] = k
         if self.router is OracleRouter:
             options["assignment"] = torch.arange(num_tokens) * 3 % num_experts
-        router = self.router(dim, num_experts, **options).to(DTYPE)
+        router = self.router(dim, num_experts=num_experts, **options).to(DTYPE)
         for name, value in [*router.named_parameters(), *router.named_buffers()]:
             bias = ("bias_E", "mean_D", "next_bias_E", "next_mean_D")
             if name in (

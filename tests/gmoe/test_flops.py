@@ -34,7 +34,10 @@ def moe(
     router: str = "token_choice", k: int = 1, experts: nn.Module | None = None, **kwargs: Any
 ) -> MoE:
     kwargs = {"balance": None, **kwargs} if router == "token_choice" else kwargs
-    return MoE(build_router(router, D, E, k, kwargs), experts or LinearExperts(D, O, E))  # type: ignore[arg-type]
+    return MoE(
+        build_router(router, D, num_experts=E, k=k, kwargs=kwargs),
+        experts or LinearExperts(D, O, num_experts=E),  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ ASSIGNMENT = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3])  # loads 5, 2, 0, 3
 
 
 def planted(experts: nn.Module) -> MoE:
-    return MoE(OracleRouter(D, E, ASSIGNMENT), experts)  # type: ignore[arg-type]
+    return MoE(OracleRouter(D, num_experts=E, assignment=ASSIGNMENT), experts)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def planted(experts: nn.Module) -> MoE:
     [("loop", T), ("grouped", T), ("padded", E * 16), ("auto", T)],  # padded: blocks of 16
 )
 def test_flops_of_moe(backend: Any, rows: int) -> None:
-    layer = planted(MLPExperts(D, 16, O, E, backend=backend))
+    layer = planted(MLPExperts(D, 16, O, num_experts=E, backend=backend))
     added = T * O  # the weighted sum, one add an element
     assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O) + added
     gate, product = 2 * T * D * E, 2 * 2 * T * D * O
@@ -112,7 +115,7 @@ def test_flops_of_the_backward_pass(backend: Any) -> None:
         2 * T * (D * 16 + 16 * O),
         T * O + T * D,
     )
-    experts = MLPExperts(D, 16, O, E, backend=backend)
+    experts = MLPExperts(D, 16, O, num_experts=E, backend=backend)
     biases = T * (16 + O)  # their gradient is an index_add
     assert count_flops(stepped(planted(experts)), x) == 3 * products + sums + biases
     assert count_flops(stepped(planted(experts.requires_grad_(False))), x) == 2 * products + sums

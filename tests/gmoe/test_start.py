@@ -471,7 +471,7 @@ def test_a_factory_is_called_for_the_router_alone_and_not_for_the_default() -> N
 
     def factory(dim: int, num_experts: int, k: int = 1) -> TokenChoice:
         calls.append(k)
-        return TokenChoice(dim, num_experts, k, weight="straight_through")
+        return TokenChoice(dim, num_experts=num_experts, k=k, weight="straight_through")
 
     assert start_under(factory) == "shared"
     assert calls == [1]
@@ -481,11 +481,11 @@ def test_a_factory_is_called_for_the_router_alone_and_not_for_the_default() -> N
 @pytest.mark.parametrize(
     ("router", "start"),
     [
-        (lambda: TokenChoice(WIDTH, 3), "shared"),
-        (lambda: TokenChoice(WIDTH, 3, weight="straight_through"), "copies"),
-        (lambda: TokenChoice(WIDTH, 3, k=2), "copies"),
-        (lambda: OracleRouter(WIDTH, 3, torch.arange(NODES) % 3), "copies"),
-        (lambda: gmoe.ExpertChoice(WIDTH, 3), "shared"),
+        (lambda: TokenChoice(WIDTH, num_experts=3), "shared"),
+        (lambda: TokenChoice(WIDTH, num_experts=3, weight="straight_through"), "copies"),
+        (lambda: TokenChoice(WIDTH, num_experts=3, k=2), "copies"),
+        (lambda: OracleRouter(WIDTH, num_experts=3, assignment=torch.arange(NODES) % 3), "copies"),
+        (lambda: gmoe.ExpertChoice(WIDTH, num_experts=3), "shared"),
     ],
 )
 def test_the_default_under_an_instance_leaves_it_as_it_is(router: Any, start: str) -> None:
@@ -589,10 +589,10 @@ def test_a_gnn_decides_once_where_its_layers_start_as_copies(
 
 
 def test_an_instance_routes_all_layers_of_a_gnn_if_they_start_as_copies() -> None:
-    router = TokenChoice(WIDTH, 3, weight="straight_through")
+    router = TokenChoice(WIDTH, num_experts=3, weight="straight_through")
     assert GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=router).shared_router is router
     with pytest.raises(ValueError, match=r"^router: got an instance for several layers"):
-        GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=TokenChoice(WIDTH, 3))
+        GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=TokenChoice(WIDTH, num_experts=3))
 
 
 def untouched(conv: Any) -> None:

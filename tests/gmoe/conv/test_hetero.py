@@ -155,7 +155,7 @@ def test_equals_masked_layers_without_some_nodes(empty: list[str]) -> None:
 
 
 def test_a_router_instance_is_for_one_type() -> None:
-    router = TokenChoice(WIDTH, EXPERTS)
+    router = TokenChoice(WIDTH, num_experts=EXPERTS)
     assert layer(router=router, router_kwargs=None, out_types=["paper"]).routers["paper"] is router
 
 
@@ -209,7 +209,7 @@ def test_sizes_may_be_integers_of_numpy() -> None:
         ({"widths": {"paper": 3}}, "in_channels"),
         ({"out_types": ["book"]}, "out_types"),
         ({"out_channels": 0}, "out_channels"),
-        ({"router": TokenChoice(WIDTH, EXPERTS), "router_kwargs": None}, "router"),
+        ({"router": TokenChoice(WIDTH, num_experts=EXPERTS), "router_kwargs": None}, "router"),
     ],
     ids=str,
 )

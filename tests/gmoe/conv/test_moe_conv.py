@@ -157,7 +157,10 @@ def test_a_given_routing_is_followed_without_the_router() -> None:
         ({"router_input": ()}, "router_input: got nothing"),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
         ({"router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
-        ({"router": TokenChoice(5, 3)}, "router: got an instance for dim=5, num_experts=3"),
+        (
+            {"router": TokenChoice(5, num_experts=3)},
+            "router: got an instance for dim=5, num_experts=3",
+        ),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:

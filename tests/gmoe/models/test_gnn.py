@@ -236,9 +236,12 @@ def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
         ({"residual": True}, "residual: got True"),
         ({"jk": "mean"}, "jk: got 'mean'"),
         ({"router": "nobody", "shared_router": True}, "router: got 'nobody'"),
-        ({"router": TokenChoice(IN, EXPERTS)}, "router: got an instance for several layers"),
         (
-            {"router": MultiCentroid(2 * IN, EXPERTS), "shared_router": True},
+            {"router": TokenChoice(IN, num_experts=EXPERTS)},
+            "router: got an instance for several layers",
+        ),
+        (
+            {"router": MultiCentroid(2 * IN, num_experts=EXPERTS), "shared_router": True},
             "router: got an instance for dim=8",
         ),
     ],

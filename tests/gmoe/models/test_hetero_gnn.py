@@ -162,7 +162,7 @@ def test_few_nodes_of_a_type(count: int, norm: str | None) -> None:
         ({"target": "book"}, "target"),
         ({"residual": "dense"}, "residual"),
         ({"every": 2}, "every"),
-        ({"router": TokenChoice(4, 3)}, "router"),
+        ({"router": TokenChoice(4, num_experts=3)}, "router"),
         ({"num_nodes_dict": {"author": 3}}, "num_nodes_dict"),
         ({"hidden_channels": 0}, "hidden_channels"),
     ],

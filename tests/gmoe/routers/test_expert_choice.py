@@ -14,7 +14,7 @@ from gmoe.routers import expert_choice
 
 def identity_gate(num_experts: int, **options: Any) -> ExpertChoice:
     """A router whose logits are its input."""
-    router = ExpertChoice(num_experts, num_experts, **options)
+    router = ExpertChoice(num_experts, num_experts=num_experts, **options)
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(num_experts))
     return router
@@ -38,7 +38,7 @@ def test_the_weight_is_capped_at_ten() -> None:
 )
 def test_experts_per_token(k: int, factor: float, expected: float) -> None:
     """Whatever the tokens are."""
-    router, x = ExpertChoice(4, 4, k=k, capacity_factor=factor), torch.randn(80, 4)
+    router, x = ExpertChoice(4, num_experts=4, k=k, capacity_factor=factor), torch.randn(80, 4)
     x[::7, 1], x[::9, 0] = torch.nan, torch.inf
     assert router.experts_per_token == expected
     assert router(x).load.tolist() == [20 * expected] * 4
