@@ -53,7 +53,7 @@ def start_of_convs(
     shared_transform: bool,
     router: RouterLike | None,
     k: int,
-    router_kwargs: Mapping[str, Any] | None,
+    router_kwargs: Mapping[str, object] | None,
 ) -> Start:
     """Return the start of experts that are convs; ``None`` follows the router.
 
@@ -96,7 +96,7 @@ def build_layer_router(
     dim: int,
     num_experts: int,
     k: int,
-    kwargs: Mapping[str, Any] | None,
+    kwargs: Mapping[str, object] | None,
 ) -> Router:
     """Build the router of a layer, by defaults that suit how the layer starts.
 
@@ -126,8 +126,8 @@ def build_layer_router(
 
 
 def _kwargs_for_copies(
-    router: RouterLike, k: int, kwargs: Mapping[str, Any] | None
-) -> Mapping[str, Any] | None:
+    router: RouterLike, k: int, kwargs: Mapping[str, object] | None
+) -> Mapping[str, object] | None:
     """Return a router's arguments, with the defaults that copies give to a router given by name."""
     if not isinstance(kwargs, Mapping | None):  # build_router refuses it
         return kwargs
@@ -156,7 +156,7 @@ def refuse_removed(arguments: Iterable[str]) -> None:
             )
 
 
-def refuse_unknown(caller: str, arguments: Mapping[str, Any]) -> None:
+def refuse_unknown(caller: str, arguments: Mapping[str, object]) -> None:
     """Refuse the keyword arguments that ``caller`` does not have.
 
     Raises:

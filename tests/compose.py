@@ -34,12 +34,12 @@ from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_
 from gmoe._checks import parameters_of
 from gmoe.conv import edges as edges_module
 from gmoe.conv.base import GAIN_SCALE
-from gmoe.conv.kinds import BY_NAME, class_of, kind_of, of_pyg
+from gmoe.conv.kinds import by_name, class_of, kind_of, of_pyg
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
 
 # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
-BY_NAME["sage"](1, 1)
+by_name()["sage"](1, 1)
 
 TOLERANCE = 1e-10
 EXPERTS, WIDTH, EDGE_DIM = 3, 4, 3
@@ -180,7 +180,7 @@ class Kind(NamedTuple):
 
     def build(self) -> Any:
         """As a layer takes it."""
-        cls: Any = {"cg": CGConv, "pna": PNAConv}.get(self.name) or BY_NAME[self.name]
+        cls: Any = {"cg": CGConv, "pna": PNAConv}.get(self.name) or by_name()[self.name]
         return partial(cls, **self.options) if self.options else self.name
 
 
@@ -285,7 +285,7 @@ def draw_kind(random: Random, name: str, found: Mapping[str, Any], alike: bool) 
         found["form"] in PLAIN
         and not found["two"]
         and found["way"] not in ("sampled", "disk")
-        and of_pyg(class_of(BY_NAME[name]))
+        and of_pyg(class_of(by_name()[name]))
     ):
         options |= {"flow": "target_to_source"} if flip(random, 0.1) else {}
     return Kind(name, options)
@@ -304,7 +304,7 @@ def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
             (not found["two"] or spec.two != "")
             and (not sparse or spec.sparse)
             and (not rows or "heads" in spec.options)
-            and (not found["alone"] or not kind_of(class_of(BY_NAME[name])).needs_destinations)
+            and (not found["alone"] or not kind_of(class_of(by_name()[name])).needs_destinations)
             and (name not in ("gine", "cg") or edge_dim is not None)
             and (way == "layer" or spec.in_models)
             and (way != "disk" or name not in ("two_hop", "filter"))
@@ -494,7 +494,7 @@ def draw(number: int) -> Config:
     found["batch"] = random.choice((1, 3, 7, 100)) * (
         way in ("sampled", "disk", "inference") or flip(random, 0.3)
     )
-    classes = [class_of(BY_NAME[kind.name]) for kind in found["kinds"]]
+    classes = [class_of(by_name()[kind.name]) for kind in found["kinds"]]
     found["alone"] &= not any(kind_of(cls).needs_destinations for cls in classes)
     training = way in ("layer", "forward") and flip(random, 0.6)
     positional = (

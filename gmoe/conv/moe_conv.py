@@ -204,7 +204,7 @@ class MoEConv(MoELayer, MessagePassing):
         self.in_channels: int | tuple[int, int] = in_channels
         self._widths = widths
         self.out_channels = out_channels
-        self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
+        self._make = Make(kinds, in_channels, out_channels, conv_args, conv_kwargs)
         # By itself a layer starts beside a shared expert, whatever its router.
         self.start = start_of_convs(
             start or "shared", kinds, shared_transform, router, k, router_kwargs

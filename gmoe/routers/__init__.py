@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from gmoe._checks import check_choice
 from gmoe.routers.attention_vote import AttentionVote
@@ -64,7 +64,7 @@ def build_router(
     *,
     num_experts: int,
     k: int,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, object] | None = None,
 ) -> Router:
     """Build a layer's router from a name, a factory or an instance.
 
