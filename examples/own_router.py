@@ -2,9 +2,10 @@
 Your own router
 ===============
 
-A router is a module with two methods, ``route`` and ``reset_parameters``. This one is DeepSeek-V3's (`DeepSeek-AI, 2024
-<https://arxiv.org/abs/2412.19437>`_): sigmoid gates, weights normalized over a token's experts, and a bias per expert
-that evens out the load. Every layer of gmoe takes it by its class, as it takes the built-in ones by their names.
+A router is a module with two methods, ``route`` and ``reset_parameters``. This one is DeepSeek-V3's
+(`DeepSeek-AI, 2024 <https://arxiv.org/abs/2412.19437>`_): sigmoid gates, weights normalized over a
+token's experts, and a bias per expert that evens out the load. Every layer of gmoe takes its class
+where it takes the name of a built-in router.
 
 .. code-block:: none
 
@@ -12,7 +13,8 @@ that evens out the load. Every layer of gmoe takes it by its class, as it takes 
     python examples/own_router.py            # handwritten digits as a graph of nearest neighbors
     python examples/own_router.py --fast
 
-Three seeds of each take 18 s of one core of an AMD EPYC CPU; on a graph this easy, the router does not matter::
+Three seeds of each take 18 s of one core of an AMD EPYC CPU. On a graph this easy, the router does
+not matter::
 
     token_choice  test accuracy 95.9 ± 0.6 %
     SigmoidRouter test accuracy 95.9 ± 0.3 %
@@ -45,8 +47,8 @@ if args.fast:
 
 
 # %%
-# The router. ``route`` gets flat tokens in float32, with autocast off; ``is_training_step`` is false in evaluation and
-# when a checkpoint recomputes a forward, so that the bias moves once a step.
+# The router. ``route`` gets flat tokens in float32, with autocast off. ``is_training_step`` is
+# false in evaluation, and when a checkpoint recomputes a forward: the bias moves once a step.
 class SigmoidRouter(gmoe.Router):
     """Sigmoid gates, and a bias per expert that evens out the load."""
 
@@ -127,6 +129,5 @@ for name, router in routers.items():
         accuracy, routing = train(router)
         found.append(accuracy)
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    print(
-        f"{name:13} test accuracy {statistics.fmean(found):.1f}{spread} %, load {routing.load.tolist()}"
-    )
+    load = routing.load.tolist()
+    print(f"{name:13} test accuracy {statistics.fmean(found):.1f}{spread} %, load {load}")

@@ -1,7 +1,10 @@
-"""One random composer: a number is a configuration, which is built, run, and compared in float64 with its definition.
+"""One random composer: a number is a configuration.
 
-``python -m tests.compose 4711`` shows a number, ``python -m tests.compose 0 2000`` runs a range. What fails
-is a bug, of the library or of this file; refusals in the library's own words count apart.
+It is built, run, and compared in float64 with its definition.
+
+``python -m tests.compose 4711`` shows a number, ``python -m tests.compose 0 2000`` runs a range.
+What fails is a bug, of the library or of this file. Refusals in the library's own words are counted
+apart.
 """
 
 from __future__ import annotations
@@ -71,15 +74,20 @@ BEFORE = (
 
 
 class Spec(NamedTuple):
-    """Of a kind of conv: what it takes per edge, two sets of nodes of "any" or "one" width, further options, the
-    name for the width of edge features; whether it takes sparse matrices, and has a place in models."""
+    """What the composer knows of a kind of conv."""
 
     edges: str = ""
+    """The edge argument that it takes."""
     two: str = ""
+    """The widths that its two sets of nodes may have: ``"any"`` or ``"one"``."""
     options: Mapping[str, Sequence[Any]] = {}
+    """Further options, and their values."""
     dim: str = "edge_dim"
+    """The name of its option for the width of edge features."""
     sparse: bool = True
+    """It takes sparse matrices."""
     in_models: bool = True
+    """Models may have it."""
 
 
 KINDS: dict[str, Spec] = {
@@ -186,7 +194,10 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """A MoEConv (``way="layer"``) or a GNNMoE, its input, what happened before, and what it is compared with."""
+    """A MoEConv (``way="layer"``) or a GNNMoE, and what it is compared with.
+
+    Also its input, and what happened before.
+    """
 
     number: int
     way: str
@@ -292,7 +303,10 @@ def draw_kind(random: Random, name: str, found: Mapping[str, Any], alike: bool) 
 
 
 def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A kind for all experts or a list, how they start, and edge features for all that take them or for none."""
+    """Draw a kind for all experts or a list, and how they start.
+
+    Either all kinds that take edge features get them, or none does.
+    """
     sparse, way = found["form"] in SPARSE, found["way"]
     edge_dim = None if way == "disk" or flip(random) else random.choice((EDGE_DIM, EDGE_DIM, WIDTH))
     found = {**found, "edge_dim": edge_dim}
@@ -523,7 +537,10 @@ def draw(number: int) -> Config:
 
 
 def build(c: Config) -> Any:
-    """The layer or model, drawn anew; no option is left without effect: gains, counters and noise are not zero."""
+    """The layer or model, drawn anew.
+
+    No option is left without effect: gains, counters and noise are not zero.
+    """
     torch.manual_seed(c.number)
     several = len(c.kinds) > 1
     made = [kind.build() if c.partials else kind.name for kind in c.kinds]
@@ -579,7 +596,7 @@ def check_defaults(c: Config, module: nn.Module) -> None:
 
 
 class Given(NamedTuple):
-    """What a call gets: ``adj`` as the module takes it, ``plain`` as PyG does, in the same order."""
+    """What a call gets: ``adj`` for the module and, in the same order, ``plain`` for PyG."""
 
     x: tuple[Tensor, Tensor | None]
     adj: Any
@@ -725,7 +742,10 @@ def change(given: Given) -> None:
 
 
 def _check_rest(module: Any, c: Config, before: Mapping[str, Tensor], routing: Routing) -> None:
-    """Raise where a NaN token, the last one, changed what the router had planned, or another token's own decision."""
+    """Raise if a NaN token, the last one, changed another token's decision.
+
+    Or if it changed what the router had planned.
+    """
     options, seen = c.options["router_kwargs"], c.options["router_input"]
     if c.way != "layer" or c.two or "node" not in seen:
         return
@@ -765,7 +785,10 @@ def define(
 def by_hand(
     model: GNNMoE, c: Config, given: Given
 ) -> tuple[Tensor, list[Routing], dict[str, list[Any]]]:
-    """The definition of a model, layer by layer of its own parts; the routings, and the experts' convs."""
+    """The definition of a model, layer by layer of its own parts.
+
+    Returns its output, the routings, and the experts' convs.
+    """
     torch.manual_seed(c.number)
     x, convs = given.x[0], {}
     decision, graph = None, Graph(given.plain, x.size(0), flow=model.flow)
@@ -801,7 +824,10 @@ def by_hand(
 
 
 def gradients(module: Any, convs: Mapping[str, list[Any]] | None) -> dict[str, Any]:
-    """By the names of plain convs' parameters: of ``convs`` by layer, else of the stacked ones of the module."""
+    """Gradients by the names of plain convs' parameters.
+
+    Those of ``convs``, by layer; else those of the stacked experts of the module.
+    """
     found: dict[str, Any] = {}
     for name, value in module.named_parameters():
         if not re.match(r"(convs\.\d+\.)?(experts|shared_expert)\.", name):
@@ -830,8 +856,8 @@ def compare(
 ) -> Outcome:
     """What an option leaves unused has no gradient in the definition; NaN is as far as can be.
 
-    Differences are relative where values exceed 1: in deep models gradients reach 1e6, and the definition itself moves
-    by more than the tolerance if its input changes in the last digit.
+    Differences are relative where values exceed 1. In deep models gradients reach 1e6, and the
+    definition itself moves by more than the tolerance if its input changes in the last digit.
     """
     assert ours.keys() == theirs.keys(), f"{sorted(ours)} and {sorted(theirs)}"
     found = Outcome(0.0, "equal")
@@ -884,7 +910,10 @@ def compute(c: Config) -> Outcome:
 
 
 def in_low_precision(c: Config, module: MoEConv, routing: Routing) -> Outcome:
-    """Float32, or autocast to bfloat16, under the same routing; of a sum, whose gradient is expanded."""
+    """Run in float32, or under autocast to bfloat16, with the same routing.
+
+    The gradients are those of a sum, whose own gradient is expanded.
+    """
     results = []
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)  # of what PyG makes; :func:`run` sets it back
@@ -1018,9 +1047,8 @@ def main(first: int, last: int | None = None) -> int:
             *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed")),
         )
     seconds = time.perf_counter() - begin
-    print(
-        f"{len(numbers)} numbers, {1000 * seconds / len(numbers):.0f} ms each; failed: {failures or 'none'}"
-    )
+    each = 1000 * seconds / len(numbers)
+    print(f"{len(numbers)} numbers, {each:.0f} ms each; failed: {failures or 'none'}")
     return int(bool(failures))
 
 

@@ -109,7 +109,10 @@ def test_compiles_in_one_graph(case: Case) -> None:
 
 @pytest.mark.parametrize("case", named("token_choice"), ids=label)
 def test_inductor_takes_the_balance_of_its_own_step(case: Case) -> None:
-    """It computes again in the backward what it can, when the balance has moved on: a wrong gradient, in silence."""
+    """Compiled code recomputes in the backward what it can.
+
+    If the balance has moved on by then, the gradient is wrong, silently.
+    """
     assert_compiles_whole(case, "inductor")
 
 

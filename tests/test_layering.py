@@ -1,4 +1,4 @@
-"""The imports that each part may have (DESIGN, section 1), read from the sources; and what an import loads."""
+"""The imports that each part may have, read from the sources; and what an import loads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def module_of(path: Path) -> str:
 
 
 def imports(source: str) -> Iterator[Import]:
-    """All that a module imports, as dotted names; ``from a import b`` gives ``a.b``, ``from .a import b`` ``.a.b``."""
+    """All that a module imports, as dotted names.
+
+    ``from a import b`` gives ``a.b``, and ``from .a import b`` gives ``.a.b``.
+    """
 
     def named(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
@@ -165,7 +168,10 @@ def test_an_import_loads_torch_alone() -> None:
 
 
 def test_what_is_missing_is_named_with_its_extra() -> None:
-    """Names are there for ``dir`` without it; neither models nor an import of gmoe need the Hub's packages."""
+    """``dir`` lists the names without an import.
+
+    Neither models nor an import of gmoe need the Hub's packages.
+    """
     script = """
 import sys
 sys.modules.update(dict.fromkeys(["torch_geometric", "torchmetrics", "matplotlib"]))  # not there
@@ -174,8 +180,11 @@ assert set(gmoe.__all__) <= set(dir(gmoe))
 model = gmoe.ViTMoE(8)
 assert not {"huggingface_hub", "safetensors"} & set(sys.modules)
 sys.modules.update(dict.fromkeys(["torchvision", "huggingface_hub", "safetensors.torch"]))
-calls = [lambda name=name: getattr(gmoe, name) for name in ("MoEConv", "neighbor_loader", "RoutingStats", "plot", "x")]
-for call in (*calls, lambda: model.save_pretrained("nowhere"), lambda: model.push_to_hub("me/mine")):
+names = ("MoEConv", "neighbor_loader", "RoutingStats", "plot", "x")
+calls = [lambda name=name: getattr(gmoe, name) for name in names]
+calls.append(lambda: model.save_pretrained("nowhere"))
+calls.append(lambda: model.push_to_hub("me/mine"))
+for call in calls:
     try:
         call()
     except (ImportError, AttributeError) as error:
@@ -195,7 +204,10 @@ for call in (*calls, lambda: model.save_pretrained("nowhere"), lambda: model.pus
 
 
 def test_the_type_checker_sees_the_lazy_names() -> None:
-    """The imports under ``TYPE_CHECKING`` are those of ``_LAZY``; ``__all__`` has them and what is imported at once."""
+    """The imports under ``TYPE_CHECKING`` are those of ``_LAZY``.
+
+    ``__all__`` has them, and what is imported at once.
+    """
     body = ast.parse((ROOT / "gmoe" / "__init__.py").read_text()).body
     now = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
     (checked,) = [node.body for node in body if isinstance(node, ast.If)]

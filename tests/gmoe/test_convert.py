@@ -27,7 +27,10 @@ STRAIGHT = {"weight": "straight_through", "balance": None}
 
 
 def plain(model: Any, **options: Any) -> Any:
-    """moefied into copies, whose weights are 1 where one expert is chosen; into plain experts where these choose."""
+    """The model, moefied into copies; into plain experts if experts choose.
+
+    Copies need weights that are 1 where one expert is chosen.
+    """
     if options.get("router", "token_choice") != "token_choice":
         return moefy(model, start="plain", **options)
     weight = STRAIGHT if options.get("k", 1) == 1 else {"balance": None}
@@ -84,7 +87,10 @@ class Block(nn.Module):
 
 
 class ActivationFirst(nn.Module):
-    """An MLP whose parts are registered in another order than they are called, as in Hugging Face's transformers."""
+    """An MLP whose parts are called in another order than they were registered.
+
+    Hugging Face's transformers have such ones.
+    """
 
     def __init__(self, width: int = 8, hidden: int = 12) -> None:
         super().__init__()
@@ -123,7 +129,10 @@ class CalledByKeyword(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Diffusers' form: one layer twice as wide, the second half is the gate of a GELU that is a function."""
+    """Diffusers' form: one layer twice as wide, whose second half is the gate of a GELU.
+
+    The GELU is a function.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,7 +333,10 @@ def test_blocks_of_a_swin_are_numbered_through_its_stages() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 6), (1, 12)], ids=str)
 def test_all_tokens_of_a_grid_compete(shape: tuple[int, ...]) -> None:
-    """As in one row, whatever the height and the width: a row of a grid of one row or column would be no choice."""
+    """The tokens of a grid are one group, as if they were in one row.
+
+    If each row of the grid were a group, a row of a single token would leave no choice.
+    """
     layer: Any = plain(stack(plain_mlp()).double(), every=1, num_experts=4, router="expert_choice")[
         0
     ].mlp

@@ -1,4 +1,7 @@
-"""Several gloo processes against one with the whole batch: gradients, steps and counters. Shapes: T tokens, D width."""
+"""Several gloo processes against one with the whole batch: gradients, steps and counters.
+
+Shapes: T tokens, D width.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +130,10 @@ CASES: dict[
 
 
 def split(items: list[Any], rank: int, size: int, step: int) -> list[Any]:
-    """A rank's part, uneven: the first rank has one item more than its share, in every fourth step two."""
+    """A rank's part: the first rank has one item more than its share.
+
+    In every fourth step it has two more.
+    """
     first = len(items) // size + 1 + (step % 4 == 3 and size == 2)
     if rank == 0:
         return items[:first]

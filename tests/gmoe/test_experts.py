@@ -1,4 +1,7 @@
-"""Experts, and the parts that users put in them. Shapes: E experts, P pairs sorted by expert, I in, H hidden, O out."""
+"""Experts, and the parts that users put in them.
+
+Shapes: E experts, P pairs sorted by expert, I in, H hidden, O out.
+"""
 
 from __future__ import annotations
 

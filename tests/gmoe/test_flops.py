@@ -1,4 +1,7 @@
-"""Costs, against arithmetic by hand. Shapes: T tokens, D, O widths, E experts, K experts a token, M edges."""
+"""Costs, against arithmetic by hand.
+
+Shapes: T tokens, D, O widths, E experts, K experts a token, M edges.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +143,10 @@ PRODUCTS = [
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_flops_of_a_sparse_product(product: Any) -> None:
-    """One an edge and channel, as for gathered messages; and as much again for the gradient of the dense side."""
+    """One FLOP an edge and channel, as for gathered messages.
+
+    The gradient of the dense side takes as many again.
+    """
     _, adj, edges = sparse_graph()
     x = torch.randn(T, D, requires_grad=True)
     call = partial(product, adj)

@@ -1,4 +1,7 @@
-"""RoutingStats counts as a slow loop does; over processes in ``test_distributed.py``. Shapes: T tokens, E experts."""
+"""RoutingStats counts as a slow loop does.
+
+``test_distributed.py`` has several processes. Shapes: T tokens, E experts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Figures of routings: read back from what matplotlib holds. Shapes: B images, h x w patches, E experts."""
+"""Figures of routings, read back from what matplotlib holds.
+
+Shapes: B images, h x w patches, E experts.
+"""
 
 from __future__ import annotations
 
@@ -115,14 +118,22 @@ def test_bad_images_are_refused(images: Tensor, options: dict[str, Any], argumen
 
 
 class Fixed(nn.Module):
-    """Routes 2 x 2 patches: the first to expert 0, the second to both, 1 : 3, the others to none."""
+    """Routes 2 x 2 patches: the first to expert 0, the second to both, the others to none.
+
+    The weights of the second are 1 : 3.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, 4, 2, stride=2)
         self.router = build_router("uniform", 4, num_experts=2, k=1)
-        fixed = Routing(torch.tensor([0, 1, 1]), torch.tensor([2, 3], dtype=torch.int32), torch.tensor([0.2, 0.1, 0.3]),
-                        torch.zeros(4, 2), 4)  # fmt: skip
+        fixed = Routing(
+            torch.tensor([0, 1, 1]),
+            torch.tensor([2, 3], dtype=torch.int32),
+            torch.tensor([0.2, 0.1, 0.3]),
+            torch.zeros(4, 2),
+            4,
+        )
         self.router.register_forward_hook(lambda *_: fixed, prepend=True)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Routings, their losses, and recording. Shapes: T tokens, E experts, K experts a token, P pairs."""
+"""Routings, their losses, and recording.
+
+Shapes: T tokens, E experts, K experts a token, P pairs.
+"""
 
 from __future__ import annotations
 

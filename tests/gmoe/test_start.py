@@ -1,4 +1,7 @@
-"""A layer with experts starts as the dense one, beside a shared expert or as copies. Shapes: N nodes, E experts."""
+"""A layer with experts starts as the dense one, beside a shared expert or as copies.
+
+Shapes: N nodes, E experts.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,10 @@ NOT_ONE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("router", SUMS_TO_ONE)
 @pytest.mark.parametrize("conv", [conv for conv in CONVS if not isinstance(conv, list)], ids=ids)
 def test_copies_give_what_their_conv_gives(conv: Any, router: str) -> None:
-    """Drawn with the same seed, in training too; and what is drawn after it, and after a reset, is the same."""
+    """With the same seed, in training too.
+
+    What is drawn after it, and after a reset, is the same as well.
+    """
     (layer, after), (plain, expected) = pair(conv, start="copies", **SUMS_TO_ONE[router])
     assert layer.router.sums_to_one
     assert layer.shared_expert is None
@@ -176,7 +182,7 @@ def test_token_choice_by_name_does_not_balance_copies() -> None:
 
 
 def test_copies_may_all_be_left_to_one_expert() -> None:
-    """Where one function explains everything, a router without balance need not spread the nodes."""
+    """If one function explains all, a router without balance need not spread the nodes."""
     torch.manual_seed(0)
     layer: Any = MoEConv(SAGEConv, WIDTH, WIDTH, num_experts=4, start="copies")
     with torch.no_grad():
@@ -403,7 +409,7 @@ DEFAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
 
 
 def start_under(router: Any, k: int = 1, kwargs: Any = None, **options: Any) -> str:
-    """How a layer of three convs starts by default in a GNN, whose router decides for all layers."""
+    """How layers of three convs start by default in a GNN that routes once."""
     options = {"conv": GCNConv, "num_experts": 3, **options}
     model = GNNMoE(WIDTH, WIDTH, 2, 2, router=router, k=k, router_kwargs=kwargs, **options)
     return str(model.config["start"])

@@ -88,16 +88,16 @@ def of_one_width(cls: Any, in_channels: Any, out_channels: int, **options: Any) 
 
 
 def test_a_row_may_be_added_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"own": {}, "own_sum": {"aggr": "sum"}}
+    names = {"custom": {}, "custom_sum": {"aggr": "sum"}}
     monkeypatch.setitem(KINDS, OwnConv, Kind(is_local=True, adapt=of_one_width, names=names))
-    layer = MoEConv("own_sum", WIDTH, WIDTH, num_experts=2)
+    layer = MoEConv("custom_sum", WIDTH, WIDTH, num_experts=2)
     expert: Any = layer.experts.expert(0)
     assert isinstance(expert, OwnConv)
     assert expert.aggr == "sum"
-    assert name_of(factory_of("own")) == "OwnConv"
-    assert GNNMoE(WIDTH, WIDTH, WIDTH, conv=OwnConv).config["conv"] == "own"
-    with pytest.raises(ValueError, match=r"^conv: got 'own_sun'.* did you mean 'own_sum'"):
-        MoEConv("own_sun", WIDTH, WIDTH)
+    assert name_of(factory_of("custom")) == "OwnConv"
+    assert GNNMoE(WIDTH, WIDTH, WIDTH, conv=OwnConv).config["conv"] == "custom"
+    with pytest.raises(ValueError, match=r"^conv: got 'custm'.* did you mean 'custom'"):
+        MoEConv("custm", WIDTH, WIDTH)
 
 
 def test_edge_features_of_gine_are_as_wide_as_its_sources_unless_it_transforms_them() -> None:

@@ -1,4 +1,7 @@
-"""HeteroGNNMoE on the layout of ogbn-mag: papers with features and labels, and three node types without features."""
+"""HeteroGNNMoE on the layout of ogbn-mag.
+
+Papers have features and labels; three node types have no features.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,10 @@ def test_a_target_prunes_what_its_logits_do_not_follow_from() -> None:
 
 
 def test_forward_by_hand() -> None:
-    """Input, conv + residual, norm, activation; a dense conv at the end. Embeddings stand for features."""
+    """The definition: input, conv + residual, norm, activation; a dense conv at the end.
+
+    Embeddings stand for features.
+    """
     gnn = model(num_layers=3, norm=LayerNorm(HIDDEN, mode="node"), act="elu", target=None)
     h: Any = {"paper": gnn.lin_in["paper"](DATA["paper"].x)}
     h |= {name: gnn.embeddings[name].weight for name in COUNTS if name != "paper"}

@@ -10,7 +10,10 @@ from tests.gmoe.routers.test_token_choice import with_gate
 
 
 def test_bias_by_hand() -> None:
-    """Four tokens, three for expert 0; a step is at most half of the logits' spread, and acts on the next forward."""
+    """Four tokens, three for expert 0.
+
+    A step is at most half of the logits' spread, and acts on the next forward.
+    """
     x = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
     router = with_gate(
         TokenChoice(2, num_experts=2, bias_rate=0.5, noise=False), [[3.0, 0.0], [0.0, 0.0]]
@@ -46,7 +49,7 @@ def test_the_mean_token_is_taken_away() -> None:
 
 
 def test_two_forwards_before_their_backward() -> None:
-    """As in contrastive learning: the second moves the mean that the gradient of the first needs."""
+    """As in contrastive learning: the second moves a mean that the first still needs."""
     torch.manual_seed(0)
     router, x = (
         TokenChoice(4, num_experts=3, noise=False).double(),

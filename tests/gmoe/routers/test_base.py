@@ -165,7 +165,7 @@ def test_any_groups_and_capacities_equal_naive(
 @pytest.mark.parametrize("ragged", [False, True], ids=["one_group", "ragged"])
 @pytest.mark.parametrize("case", ROW_WISE, ids=label)
 def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool) -> None:
-    """Seven distinct rows, as on minesweeper: no equal token is passed over for a later one of its group."""
+    """Seven distinct rows, as on minesweeper: among equal tokens the earlier ones win."""
     torch.manual_seed(0)
     which_T, group_T = torch.randint(7, (1003,)), torch.randint(3 if ragged else 1, (1003,))
     for dtype in (torch.float32, torch.float64):

@@ -1,4 +1,7 @@
-"""Soft MoE's slots equal the dense formula. Shapes: T tokens, D width, E experts, S slots, N = E * S."""
+"""Soft MoE's slots equal the dense formula.
+
+Shapes: T tokens, D width, E experts, S slots, N = E * S.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ class Layer(nn.Module):
 
 
 def reference(layer: Layer, x: Tensor, batch: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The paper's algorithm 1 (and 2, normalization), a group at a time; and (T, E) the combine weights."""
+    """The paper's algorithm 1 (and 2, normalization), a group at a time.
+
+    Also (T, E) the combine weights.
+    """
     x_TD, router = x.reshape(-1, D), layer.router
     y_TO = torch.zeros(len(x_TD), O, dtype=x.dtype)
     dense_TE = torch.zeros(len(x_TD), E, dtype=x.dtype)
