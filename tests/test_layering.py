@@ -151,6 +151,18 @@ def run(script: str) -> str:
     ).stdout
 
 
+FILES = [path for path in SOURCES if path.is_relative_to(ROOT / "gmoe")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_file_of_the_library_has_a_mirrored_test(path: Path) -> None:
+    """``gmoe/conv/graph.py`` has ``tests/gmoe/conv/test_graph.py``; packages have their own."""
+    if path.name == "__init__.py":
+        return
+    mirrored = ROOT / "tests" / path.relative_to(ROOT).parent / f"test_{path.name.lstrip('_')}"
+    assert mirrored.exists()
+
+
 def test_an_import_loads_torch_alone() -> None:
     loaded = run("import sys, gmoe; print(*{name.split('.')[0] for name in sys.modules})").split()
     assert "torch" in loaded

@@ -29,8 +29,8 @@ def _edges(*pairs: tuple[int, int]) -> Tensor:
 
 
 GRAPHS: dict[str, tuple[int, Tensor]] = {
-    # Self-loops at 0 and 1 (twice), and a parallel edge 2 -> 3. Node 4 has no out-edges; 6 and 7 are
-    # isolated.
+    # Self-loops at 0 and 1 (twice), and a parallel edge 2 -> 3. Node 4 has no out-edges; 6 and 7
+    # are isolated.
     "mixed": (
         8,
         _edges(
