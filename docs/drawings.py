@@ -1,6 +1,6 @@
 """Draw the concepts: ``python docs/drawings.py`` writes ``docs/figures/concepts/*.svg``.
 
-The pages include them inline, so that ``currentColor`` is the text's color in the light and in the dark theme.
+The pages include them inline: ``currentColor`` then is the color of the text in both themes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ def box(
     x: float, y: float, w: float, h: float, fill: str = "none", stroke: str = INK, **style: object
 ) -> str:
     more = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
-    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="3" fill="{fill}" stroke="{stroke}"{more}/>'
+    place = f'x="{x}" y="{y}" width="{w}" height="{h}" rx="3"'
+    return f'<rect {place} fill="{fill}" stroke="{stroke}"{more}/>'
 
 
 def dot(x: float, y: float, fill: str = "none", r: float = 9) -> str:
-    return f'<circle cx="{x}" cy="{y}" r="{r}" fill="{fill}" stroke="{INK if fill == "none" else fill}"/>'
+    stroke = INK if fill == "none" else fill
+    return f'<circle cx="{x}" cy="{y}" r="{r}" fill="{fill}" stroke="{stroke}"/>'
 
 
 def line(
@@ -34,7 +36,8 @@ def line(
     arrow: bool = False,
 ) -> str:
     head = f' marker-end="url(#arrow-{color.strip("#")})"' if arrow else ""
-    return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{color}" stroke-width="{width}"{head}/>'
+    ends = f'x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
+    return f'<line {ends} stroke="{color}" stroke-width="{width}"{head}/>'
 
 
 def text(
@@ -195,8 +198,9 @@ DRAWINGS: dict[str, tuple[Callable[[], list[str]], int]] = {
 def svg(draw: Callable[[], list[str]], height: int) -> str:
     """The file: a text alternative, arrow heads in each color, and the drawing."""
     heads = "".join(
-        f'<marker id="arrow-{color.strip("#")}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-        f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0 8 4 0 8z" fill="{color}" stroke="none"/></marker>'
+        f'<marker id="arrow-{color.strip("#")}" viewBox="0 0 8 8" refX="7" refY="4" '
+        'markerWidth="7" markerHeight="7" markerUnits="userSpaceOnUse" orient="auto">'
+        f'<path d="M0 0 8 4 0 8z" fill="{color}" stroke="none"/></marker>'
         for color in (INK, *COLORS)
     )
     box = f'viewBox="0 0 640 {height}" class="concept" role="img" font-family="sans-serif"'

@@ -1,8 +1,9 @@
 """Draw the picture at the top of the README: ``python docs/hero.py``, a minute on one core.
 
-Left: the patches of a photo (scikit-learn's ``china.jpg``), tinted by the expert that reconstructs them in a mixture
-of eight small autoencoders. Right: scikit-learn's handwritten digits, joined to their nearest neighbors and colored by
-the expert that a GNN-MoE, trained to classify them, gives them to. Nobody tells the routers what to look at.
+Left: the patches of a photo (scikit-learn's ``china.jpg``). A mixture of eight small autoencoders
+reconstructs them; each patch is tinted by its expert. Right: scikit-learn's handwritten digits,
+joined to their nearest neighbors. A GNN-MoE is trained to classify them; each digit has the color
+of its expert. Nobody tells the routers what to look at.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def photo() -> Tensor:
     tokens = (patches - patches.mean(0)) / patches.std(0)
     torch.manual_seed(0)
     dim = tokens.size(1)
-    layer = gmoe.MoE(gmoe.ExpertChoice(dim, E), gmoe.MLPExperts(dim, 6, dim, num_experts=E))
+    layer = gmoe.MoE(
+        gmoe.ExpertChoice(dim, num_experts=E), gmoe.MLPExperts(dim, 6, dim, num_experts=E)
+    )
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
     for _ in range(300):
         optimizer.zero_grad()
@@ -61,8 +64,16 @@ def graph() -> tuple[Tensor, Tensor, Tensor]:
     edge_index = to_undirected(from_scipy_sparse_matrix(kneighbors_graph(digits.data, 10))[0])
     train = torch.arange(len(y)) % 2 == 0
     torch.manual_seed(0)
-    model = gmoe.GNNMoE(x.size(1), 32, 10, num_layers=3, conv="sage", router="expert_choice", shared_router=True,
-                        router_input=("node", "neighbors"))  # fmt: skip
+    model = gmoe.GNNMoE(
+        x.size(1),
+        32,
+        10,
+        num_layers=3,
+        conv="sage",
+        router="expert_choice",
+        shared_router=True,
+        router_input=("node", "neighbors"),
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(100):
         optimizer.zero_grad()
@@ -71,9 +82,8 @@ def graph() -> tuple[Tensor, Tensor, Tensor]:
     logits, (routing,) = model.eval()(x, edge_index, return_routing=True)
     expert = routing.to_dense().argmax(1)
     accuracy = (logits.argmax(1) == y)[~train].float().mean()
-    print(
-        f"digits: test accuracy {accuracy:.3f}, AMI of expert and digit {adjusted_mutual_info_score(y, expert):.2f}"
-    )
+    ami = adjusted_mutual_info_score(y, expert)
+    print(f"digits: test accuracy {accuracy:.3f}, AMI of expert and digit {ami:.2f}")
     drawing = nx.Graph(edge_index.T.tolist())
     places = nx.spring_layout(drawing, seed=1, iterations=150)
     return torch.tensor([list(places[node]) for node in range(len(x))]), expert, edge_index

@@ -1,4 +1,7 @@
-"""Draw the map of when experts pay: ``python -m docs.regime_map`` writes ``docs/figures/regime-map.png``."""
+"""Draw the map of when experts pay.
+
+``python -m docs.regime_map`` writes ``docs/figures/regime-map.png``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ HERE = Path(__file__).parent
 
 
 def draw_map(found: dict[str, Any], path: Path) -> None:
-    """Experts and oracle above equal FLOPs, over the number of regimes: a panel a width and way that regimes show."""
+    """Draw the gain of experts and oracle at equal FLOPs, over the number of regimes.
+
+    There is a panel for each width and each way in which regimes show.
+    """
     known = gains(found)
     figure, axes = plt.subplots(
         len(WIDTHS), len(WAYS), figsize=(10, 5.6), sharex=True, sharey=True, squeeze=False

@@ -2,18 +2,19 @@
 Save to a folder or the Hub, and load again
 ===========================================
 
-``save_pretrained`` writes a configuration, the weights (safetensors) and a card; ``from_pretrained`` gives the same
-model back, to the last bit, in the dtypes that it was saved in. Convs and routers are saved by name; a lambda is
-refused.
+``save_pretrained`` writes a configuration, the weights (safetensors) and a card.
+``from_pretrained`` gives the same model back, to the last bit, in the dtypes that it was saved in.
+Convs and routers are saved by name; a lambda is refused.
 
 .. code-block:: none
 
     pip install "gmoe[vision,hub]" scikit-learn
-    python examples/hub_save_load.py                      # handwritten digits; nothing leaves the machine
+    python examples/hub_save_load.py                      # handwritten digits; no upload
     python examples/hub_save_load.py --push OWNER/NAME    # to the Hub, after `hf auth login`
     python examples/hub_save_load.py --fast
 
-Training takes 21 s of one core of an AMD EPYC CPU; the loaded model has the saved one's test accuracy, 84.6 %.
+Training takes 21 s of one core of an AMD EPYC CPU. The loaded model has the test accuracy of the
+saved one, 84.6 %.
 """
 
 # %%
@@ -62,13 +63,13 @@ with tempfile.TemporaryDirectory() as folder:
 print({name: config["arguments"][name] for name in ("router", "num_experts", "router_kwargs")})
 
 # %%
-# The loaded model is in evaluation mode, and equal: the thresholds that its experts choose by have come along.
+# The loaded model is in evaluation mode. It equals the saved one: the thresholds by which its
+# experts choose were saved too.
 with torch.no_grad():
     before, after = model.eval()(images[1400:]), loaded(images[1400:])
 assert torch.equal(before, after)
-print(
-    f"test accuracy {100 * (after.argmax(dim=-1) == labels[1400:]).float().mean():.1f} %, as before it was saved"
-)
+accuracy = (after.argmax(dim=-1) == labels[1400:]).float().mean()
+print(f"test accuracy {100 * accuracy:.1f} %, as before it was saved")
 
 # %%
 # The same on the Hub: anybody then calls ``gmoe.ViTMoE.from_pretrained("OWNER/NAME")``.

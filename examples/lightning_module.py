@@ -2,8 +2,8 @@
 A Lightning module
 ==================
 
-A :class:`gmoe.ViTMoE` in a ``LightningModule``: what its layers decide is logged by :class:`gmoe.RoutingStats`, a
-torchmetrics metric, which sums over processes under DDP as any other.
+A :class:`gmoe.ViTMoE` in a ``LightningModule``. :class:`gmoe.RoutingStats` logs what its layers
+decide: it is a torchmetrics metric, which sums over processes under DDP like any other.
 
 .. code-block:: none
 
@@ -37,7 +37,8 @@ if args.fast:
 
 
 # %%
-# The module. ``gmoe.aux_loss`` is zero with the default balance, and right with any other router's losses too.
+# The module. ``gmoe.aux_loss`` is zero with the default balance. Keep it all the same: other
+# routers have losses.
 class LitViTMoE(L.LightningModule):
     """A ViT-MoE, its accuracy, and what its routers do."""
 

@@ -2,17 +2,19 @@
 Molecules: one graph each, many a step
 ======================================
 
-GINE on the molecules of Mutagenicity, with :class:`gmoe.MoEConv` in place of each ``GINEConv`` and experts that choose
-their atoms. 128 molecules make one PyG ``Batch``: ``batch=batch`` tells the router where each begins. Without it atoms
-of all 128 would compete for the same experts, in silence, and a molecule's output would follow from its batch mates.
+GINE on the molecules of Mutagenicity, with :class:`gmoe.MoEConv` in place of each ``GINEConv`` and
+experts that choose their atoms. 128 molecules make one PyG ``Batch``, and ``batch=batch`` tells the
+router where each begins. Without it, atoms of all 128 would silently compete for the same experts:
+the output of a molecule would depend on its batch mates.
 
 .. code-block:: none
 
     pip install "gmoe[graph]"
-    python examples/molecules.py --data-root data   # Mutagenicity, 4,337 molecules, downloaded unless it is there
+    python examples/molecules.py --data-root data   # Mutagenicity, 4,337 molecules; a download
     python examples/molecules.py --fast             # rings and chains made here
 
-On Mutagenicity, three seeds of both take 1,070 s of one core of an AMD EPYC CPU beside other jobs, and print::
+On Mutagenicity, three seeds of both take 1,070 s of one core of an AMD EPYC CPU, beside other jobs,
+and print::
 
     GINEConv test accuracy 74.0 ± 2.7 %, 106 s a seed
     MoEConv  test accuracy 74.1 ± 2.1 %, 250 s a seed
@@ -21,7 +23,8 @@ Experts gain nothing here, and take 2.4 times as long.
 """
 
 # %%
-# The data: atoms and bonds by type; a molecule is mutagenic or not. Or, made here: is a ring of five among the atoms?
+# The data: atoms and bonds by type. A molecule is mutagenic or not. In the molecules made here, the
+# question is whether they hold a ring of five atoms.
 import argparse
 import statistics
 import time
@@ -66,7 +69,8 @@ else:
 
 
 # %%
-# The model: four layers. ``GINEConv`` adds a bond's features to the atom's, so both are brought to one width.
+# The model: four layers. ``GINEConv`` adds a bond's features to the atom's, so both need the same
+# width.
 class GINE(nn.Module):
     def __init__(self, experts: bool, width: int = 32) -> None:
         super().__init__()
@@ -134,6 +138,5 @@ for name, experts in (("GINEConv", False), ("MoEConv", True)):
         statistics.stdev(found) if len(found) > 1 else 0.0,
         (time.perf_counter() - start) / len(found),
     )
-    print(
-        f"{name:8} test accuracy {statistics.fmean(found):.1f} ± {std:.1f} %, {seconds:.0f} s a seed"
-    )
+    mean = statistics.fmean(found)
+    print(f"{name:8} test accuracy {mean:.1f} ± {std:.1f} %, {seconds:.0f} s a seed")

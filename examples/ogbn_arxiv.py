@@ -2,23 +2,23 @@
 A GNN-MoE on ogbn-arxiv, by neighbor sampling
 =============================================
 
-Three SAGE layers, two of them with eight experts, trained on sampled neighborhoods and evaluated layer by layer on
-the whole graph. :func:`gmoe.neighbor_loader` is PyG's ``NeighborLoader`` where ``pyg-lib`` is installed, and samples
-with torch alone where it is not.
+Three SAGE layers, two of them with eight experts. They are trained on sampled neighborhoods and
+evaluated layer by layer on the whole graph. :func:`gmoe.neighbor_loader` is PyG's
+``NeighborLoader`` if ``pyg-lib`` is installed; otherwise it samples with torch alone.
 
-With ``--data-root`` the data are the real ones, by OGB's own loader. Without it, as on a machine that cannot reach OGB,
-they are a **planted graph** of ogbn-arxiv's layout (40 classes, 128 features, its share of training nodes). Results on
-it say nothing about ogbn-arxiv.
+With ``--data-root``, OGB's own loader loads the real data. Without it, as on a machine that cannot
+reach OGB, the data are a **planted graph** of ogbn-arxiv's layout (40 classes, 128 features, its
+share of training nodes). Results on it say nothing about ogbn-arxiv.
 
 .. code-block:: none
 
     pip install "gmoe[graph]" ogb
-    python examples/ogbn_arxiv.py --data-root data      # the real data: 169,343 nodes, an 80 MB download
+    python examples/ogbn_arxiv.py --data-root data      # 169,343 nodes, an 80 MB download
     python examples/ogbn_arxiv.py                       # a planted graph of 20,000 nodes
     python examples/ogbn_arxiv.py --fast                # one of 3,000
 
-The planted graph of 20,000 nodes takes 35 s of one core of an AMD EPYC CPU and ends at 80.2 % test accuracy, near the
-85 % that its label noise allows. The real data were not run for this page.
+The planted graph of 20,000 nodes takes 35 s of one core of an AMD EPYC CPU. It ends at 80.2 % test
+accuracy, near the 85 % that its label noise allows. The real data were not run for this page.
 """
 
 # %%
@@ -57,7 +57,10 @@ def ogbn_arxiv(root: str) -> Data:
 
 
 def planted(num_nodes: int, edges_per_node: int = 7) -> Data:
-    """Two of three edges stay in a class; a sixth of the labels are noise, which bounds the accuracy near 85 %."""
+    """Make a graph in which two of three edges stay in a class.
+
+    A sixth of the labels are noise, which bounds the accuracy near 85 %.
+    """
     generator = torch.Generator().manual_seed(0)
     share = torch.arange(1, 41).float().rsqrt()
     topic = torch.multinomial(share, num_nodes, replacement=True, generator=generator).sort().values
@@ -86,7 +89,7 @@ data.edge_index = to_undirected(data.edge_index)
 print(f"{data.num_nodes:,} nodes, {data.num_edges:,} edges, {len(data.train):,} of them train")
 
 # %%
-# The model and the loader: the first ``batch_size`` nodes of a batch are its seeds, and only they count.
+# The model and the loader. Only the seeds of a batch count: its first ``batch_size`` nodes.
 torch.manual_seed(0)
 model = gmoe.GNNMoE(
     128, 64, 40, num_layers=3, conv="sage", router="token_choice", num_experts=8, k=1, dropout=0.3
@@ -112,7 +115,6 @@ for epoch in range(args.epochs):
     if (val := right[data.val].mean().item()) > best_val:
         best_val, test = val, right[data.test].mean().item()
     load = (routings[0].load / data.num_nodes).mul(100).round().int().tolist()
-    print(
-        f"epoch {epoch}: validation {100 * val:.1f} %, {time.perf_counter() - start:.0f} s, experts' load in % {load}"
-    )
+    seconds = time.perf_counter() - start
+    print(f"epoch {epoch}: validation {100 * val:.1f} %, {seconds:.0f} s, load in % {load}")
 print(f"test accuracy {100 * test:.1f} % at the best validation epoch")

@@ -2,25 +2,28 @@
 Swap one class of a PyG model
 =============================
 
-The GAT of PyG's own example on Cora, with :class:`gmoe.MoEConv` in place of its first ``GATConv``: eight experts, of
-which each node runs one. The first forward of the new layer is that of the dense one; nothing else changes.
+The GAT of PyG's own example on Cora, with :class:`gmoe.MoEConv` in place of its first ``GATConv``.
+It has eight experts, of which each node runs one. The first forward of the new layer is that of the
+dense one; nothing else changes.
 
 .. code-block:: none
 
     pip install "gmoe[graph]" scikit-learn
     python examples/swap_pyg_conv.py --data-root data   # Cora, downloaded unless it is there
-    python examples/swap_pyg_conv.py --fast             # a graph of handwritten digits, which ship with scikit-learn
+    python examples/swap_pyg_conv.py --fast             # a graph of scikit-learn's digits
 
 On Cora, three seeds of both take 240 s of one core of an AMD EPYC CPU in all, and print::
 
     GATConv           test accuracy 83.0 ± 0.6 %
     MoEConv(GATConv)  test accuracy 82.1 ± 0.6 %
 
-Cora has 140 labels, from which eight experts have little to learn. The page "When does it help?" tells where they do.
+Cora has 140 labels, from which eight experts learn little. The page "When does it help?" tells
+where they learn more.
 """
 
 # %%
-# The data: Cora with its public split, or the nearest neighbors of handwritten digits, 10 labels a class.
+# The data: Cora with its public split, or handwritten digits with their nearest neighbors and 10
+# labels a class.
 import argparse
 import statistics
 import time
@@ -59,7 +62,7 @@ num_classes = int(data.y.max()) + 1
 
 
 # %%
-# The model: ``conv1`` is what is swapped. ``MoEConv`` takes the class and then whatever ``GATConv`` takes.
+# The model: ``conv1`` is swapped. ``MoEConv`` takes the class, and then whatever ``GATConv`` takes.
 class GAT(nn.Module):
     """PyG's example: two layers, eight heads of eight."""
 

@@ -2,19 +2,20 @@
 Upcycle a timm ViT
 ==================
 
-:func:`gmoe.moefy` puts experts beside the MLP of every second block of a trained ViT. The MLP stays as the shared
-expert; the experts start as copies of its first layer, with last layers of zero, so that the first forward is the
-dense model's. Both are then fine-tuned for the same number of epochs.
+:func:`gmoe.moefy` puts experts beside the MLP of every second block of a trained ViT. The MLP stays
+as the shared expert. The experts start as copies of its first layer, and their last layers start at
+zero: the first forward is the dense model's. Both are then fine-tuned for the same number of
+epochs.
 
 .. code-block:: none
 
     pip install gmoe timm scikit-learn
-    python examples/upcycle_timm_vit.py                 # handwritten digits of scikit-learn, 32 x 32 pixels
-    python examples/upcycle_timm_vit.py --pretrained    # from timm's ImageNet weights, which are downloaded
+    python examples/upcycle_timm_vit.py                 # scikit-learn's digits, 32 x 32 pixels
+    python examples/upcycle_timm_vit.py --pretrained    # downloads timm's ImageNet weights
     python examples/upcycle_timm_vit.py --fast
 
-Ten epochs of each take 220 s of one core of an Intel Xeon CPU that does other work too. Other seeds turn the order of
-the last two around: this shows how it is done, not which is better::
+Ten epochs of each take 220 s of one core of an Intel Xeon CPU that does other work too. Other seeds
+turn the order of the last two around: this shows how it is done, not which is better::
 
     dense, 10 epochs: test accuracy 88.7 %
     dense, fine-tuned: test accuracy 95.7 %
@@ -69,7 +70,7 @@ vit = timm.create_model(
 
 
 # %%
-# One training function for all of them. The default router balances the experts without a loss to add.
+# One training function for all of them. The default router balances the experts without a loss.
 def train(model: nn.Module, epochs: int, lr: float) -> float:
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
@@ -103,8 +104,9 @@ for name, model in {"dense, fine-tuned": vit, "upcycled, fine-tuned": moe}.items
     start = time.perf_counter()
     accuracy = train(model, args.epochs, 2e-4)
     active = gmoe.active_parameters(model)
+    seconds = time.perf_counter() - start
     print(
-        f"{name}: test accuracy {accuracy:.1f} % in {time.perf_counter() - start:.0f} s, {active:,} active parameters"
+        f"{name}: test accuracy {accuracy:.1f} % in {seconds:.0f} s, {active:,} active parameters"
     )
 
 # %%

@@ -2,18 +2,18 @@
 A ViT-MoE on CIFAR-10
 =====================
 
-A small ViT whose every second MLP has eight experts beside it, :class:`gmoe.ViTMoE`, against the dense ViT of the same
-width. The patches of an image, and its class token, choose among the experts.
+:class:`gmoe.ViTMoE`, a small ViT with eight experts beside every second MLP, against the dense ViT
+of the same width. The patches of an image, and its class token, choose among the experts.
 
 .. code-block:: none
 
     pip install "gmoe[vision]" scikit-learn
     python examples/vit_cifar10.py --data-root data --epochs 1    # CIFAR-10, a 170 MB download
-    python examples/vit_cifar10.py --fast                         # handwritten digits, which ship with scikit-learn
+    python examples/vit_cifar10.py --fast                         # scikit-learn's digits
 
-One epoch of both models takes 970 s of one core of an AMD EPYC CPU, and brings each to 39.1 % test accuracy (on a JPEG
-copy of CIFAR-10). A ViT-MoE without a shared expert came to 75.6 % in 22 epochs of
-``python -m experiments.train cifar10``, by expert choice, in 5,608 s on one core.
+One epoch of both models takes 970 s of one core of an AMD EPYC CPU, and brings each to 39.1 % test
+accuracy (on a JPEG copy of CIFAR-10). A ViT-MoE without a shared expert came to 75.6 % in 22 epochs
+of ``python -m experiments.train cifar10``, by expert choice, in 5,608 s on one core.
 """
 
 # %%
@@ -40,7 +40,8 @@ if args.fast:
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %%
-# The data, as two tensors: images small enough need no workers. A tenth of the training images validates.
+# The data, as two tensors: images this small need no workers. A tenth of the training images
+# validates.
 if args.fast:
     digits = load_digits()
     images, labels = torch.tensor(digits.images).byte()[:, None] * 15, torch.tensor(digits.target)
@@ -99,7 +100,8 @@ for name, router in {"dense ViT": None, "ViT-MoE": "token_choice"}.items():
     torch.manual_seed(0)
     model = gmoe.ViTMoE(side, router=router, num_experts=8, k=1)
     print(
-        f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {gmoe.active_parameters(model):,} active"
+        f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{gmoe.active_parameters(model):,} active"
     )
     fit(model.to(device))
     print(f"  test accuracy {accuracy(model, *test_set):.1f} %")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,21 @@ UNSUPPORTED = (
 )
 
 
-class lazy:  # noqa: N801
+Value = TypeVar("Value")
+
+
+class lazy(Generic[Value]):  # noqa: N801
     """A property that is computed once, and then kept by its object.
 
     Not ``functools.cached_property``: in Python 3.11 it takes a lock, which ``torch.compile``
     cannot trace.
     """
 
-    def __init__(self, method: Callable[[Any], Any]) -> None:
+    def __init__(self, method: Callable[[Any], Value]) -> None:
         self.method = method
         self.__doc__ = method.__doc__
 
-    def __get__(self, instance: Any, _: type | None = None) -> Any:
+    def __get__(self, instance: object, _: type | None = None) -> Value:
         result = self.method(instance)
         # From now on, Python finds the attribute of the instance, and does not ask here again. Not
         # by setattr, which frozen dataclasses refuse.
@@ -37,7 +40,9 @@ class lazy:  # noqa: N801
         return result
 
 
-def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(
+    fake: Callable[..., object],
+) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
     """Make a kernel an operator of torch.
 
     Plain tensors go to the kernel itself: torch's dispatcher takes longer than the products of a
@@ -47,12 +52,12 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
         fake: called like the kernel, gives empty results of the right shapes.
     """
 
-    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def register(kernel: Callable[..., Value]) -> Callable[..., Value]:
         name = f"gmoe::{kernel.__name__.lstrip('_')}"
         operator = torch.library.custom_op(name, kernel, mutates_args=())
         operator.register_fake(fake)
 
-        def run(x: Tensor, *inputs: Any) -> Any:
+        def run(x: Tensor, *inputs: object) -> Value:
             has_values = type(x) in (Tensor, nn.Parameter) and not x.is_meta
             is_traced = torch.compiler.is_compiling() or is_tracing()
             if has_values and not is_traced:
@@ -64,7 +69,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
     return register
 
 
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+def first_order(backward: Callable[..., Value]) -> Callable[..., Value]:
     """A ``backward`` that cannot be differentiated, and says so.
 
     torch's ``once_differentiable`` alone is not enough: ``torch.autograd.grad(...,
@@ -75,7 +80,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
     once = once_differentiable(backward)
 
-    def checked(ctx: Any, *grads: Any) -> Any:
+    def checked(ctx: object, *grads: Tensor) -> Value:
         refuse_second_order()
         # Batched gradients can crash torch's kernels.
         if not torch.compiler.is_compiling() and any(map(is_batched, grads)):
@@ -85,7 +90,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def refuse_second_order(*_: Any) -> None:
+def refuse_second_order(*_: object) -> None:
     """Refuse ``create_graph=True``: called in a backward pass, or as the hook of a tensor.
 
     Raises:

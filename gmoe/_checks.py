@@ -98,7 +98,7 @@ def check_range(name: str, index: Tensor, end: int) -> None:
         raise ValueError(f"{name}: got {outside[:3].tolist()}, expected values in 0..{end - 1}")
 
 
-def check_choice(name: str, value: object, legal: Any, also_called: Mapping[Any, str] = {}) -> None:
+def check_choice(name: str, value: object, legal: Any, also_called: Mapping[str, str] = {}) -> None:
     """Refuse a value that is not one of ``legal``.
 
     Args:
@@ -110,7 +110,7 @@ def check_choice(name: str, value: object, legal: Any, also_called: Mapping[Any,
     legal = get_args(legal) or tuple(legal)
     if value in legal:
         return
-    if value in also_called:
+    if isinstance(value, str) and value in also_called:
         hint = f"; did you mean {also_called[value]!r}?"
     else:
         hint = nearest(value, legal)

@@ -107,7 +107,7 @@ class DenseMLP:
             up_weight.size(1),
             down_weight.size(1),
             len(down_weight),
-            num_experts,
+            num_experts=num_experts,
             activation=copy.deepcopy(self.activation),
             glu=self.glu,
             dropout=self.dropout,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,17 +38,17 @@ from gmoe.routing import Routing
 def moefy(
     model: nn.Module,
     every: int | None = None,
+    *,
     k: int = 1,
     router: RouterLike = "token_choice",
     num_experts: int = 8,
     upcycle: bool = True,
-    *,
     targets: str | Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
     start: Start | None = None,
-    router_kwargs: Mapping[str, Any] | None = None,
+    router_kwargs: Mapping[str, object] | None = None,
     backend: Backend = "auto",
-    **unknown: Any,
+    **unknown: object,
 ) -> nn.Module:
     r"""Add experts to a transformer's MLPs or a GNN's convs, with an unchanged first forward.
 
@@ -174,7 +175,7 @@ class _Candidates:
     """The input widths of the layers that may not know theirs: PyG's GIN has no ``in_channels``."""
 
 
-def _imported_pyg() -> Any:
+def _imported_pyg() -> ModuleType | None:
     """``torch_geometric.nn``, or ``None`` if nobody imported it: a PyG model implies that it was.
 
     Looking it up here keeps ``import gmoe`` free of PyG.
@@ -258,7 +259,7 @@ class TokenMoE(MoE):
     """A MoE on (B, ..., D), where each of the B entries is a group: all tokens of an image."""
 
     def forward(
-        self, x: Tensor, *others: Any, return_routing: bool = False
+        self, x: Tensor, *others: object, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
         """See :class:`MoE`; it takes tokens only."""
         if others:
@@ -280,7 +281,7 @@ def _moe(
     num_experts: int,
     k: int,
     router: RouterLike,
-    router_kwargs: Mapping[str, Any] | None,
+    router_kwargs: Mapping[str, object] | None,
     upcycle: bool,
     start: Start | None,
     backend: Backend,
@@ -351,7 +352,13 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
 
 
 def _moe_conv(
-    name: str, conv: Any, *, width: int | None, upcycle: bool, start: Start | None, **options: Any
+    name: str,
+    conv: nn.Module,
+    *,
+    width: int | None,
+    upcycle: bool,
+    start: Start | None,
+    **options: Any,
 ) -> nn.Module:
     """The MoE layer that replaces a PyG conv: its copies are the experts and the shared expert.
 
@@ -378,7 +385,9 @@ def _moe_conv(
     return layer.to(next(conv.parameters())).train(conv.training)
 
 
-def _conv_widths(name: str, conv: Any, width: int | None) -> tuple[Any, Any]:
+def _conv_widths(
+    name: str, conv: nn.Module, width: int | None
+) -> tuple[int | tuple[int, int], int]:
     """The in and out channels of a conv, which not every kind tells.
 
     Args:

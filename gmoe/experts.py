@@ -35,7 +35,7 @@ class Experts(nn.Module, ABC):
         num_experts: E.
     """
 
-    def __init__(self, in_features: int, out_features: int, num_experts: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, num_experts: int) -> None:
         super().__init__()
         check_counts(in_features=in_features, out_features=out_features, num_experts=num_experts)
         self.in_features = in_features
@@ -89,13 +89,13 @@ class LinearExperts(Experts):
         self,
         in_features: int,
         out_features: int,
-        num_experts: int,
         *,
+        num_experts: int,
         bias: bool = True,
         zero_init: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(in_features, out_features, num_experts)
+        super().__init__(in_features, out_features, num_experts=num_experts)
         check_choice("backend", backend, Backend)
         self.zero_init = zero_init
         self.backend = backend
@@ -173,8 +173,8 @@ class MLPExperts(Experts):
         in_features: int,
         hidden_features: int,
         out_features: int,
-        num_experts: int,
         *,
+        num_experts: int,
         activation: Activation = "gelu",
         glu: bool = False,
         dropout: float | tuple[float, float] = 0.0,
@@ -184,7 +184,7 @@ class MLPExperts(Experts):
         zero_init: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(in_features, out_features, num_experts)
+        super().__init__(in_features, out_features, num_experts=num_experts)
         check_counts(hidden_features=hidden_features)
         function = getattr(F, activation, None) if isinstance(activation, str) else activation
         if not callable(function):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ def active_parameters(model: nn.Module) -> int:
     return round(sum(p.numel() * share.get(p, 1.0) for p in model.parameters()))
 
 
-def count_flops(model: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+def count_flops(model: Callable[..., object], *args: object, **kwargs: object) -> int:
     """Count the FLOPs of one call, as torch's ``FlopCounterMode`` does (a multiply-add is two).
 
     For a training step: ``count_flops(lambda: model(x).sum().backward())``.
@@ -98,7 +97,7 @@ def match_width(
     return width
 
 
-def _product(a: Tensor, b: Tensor, *_: Any) -> int:
+def _product(a: Tensor, b: Tensor, *_: object) -> int:
     """FLOPs of (N, M) x (M, D), also of a grouped product, in which each row meets one expert.
 
     Two (a multiply-add) for each element of a dense ``a`` and column of ``b``. One (an add) if
@@ -109,7 +108,7 @@ def _product(a: Tensor, b: Tensor, *_: Any) -> int:
 
 
 # By the operators' positional arguments.
-_FORMULAS: dict[tuple[Any, ...], Callable[..., int]] = {
+_FORMULAS: dict[tuple[object, ...], Callable[..., int]] = {
     (
         aten.mm,
         aten._grouped_mm,

@@ -42,11 +42,11 @@ class FromBase(nn.Module):
     Args:
         base: one expert.
         differences: E experts. Their parameters are set to zero.
-        *sizes: arguments of the class of experts that a subclass also is.
+        **sizes: arguments of the class of experts that a subclass also is.
     """
 
-    def __init__(self, base: Any, differences: Any, *sizes: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self, base: Any, differences: Any, **sizes: int) -> None:
+        super().__init__(**sizes)
         self.base = base
         self.differences = differences
         self._names = [name for name, _ in base.named_parameters()]
@@ -134,8 +134,13 @@ class ExpertsFromBase(FromBase, Experts):
     """
 
     def __init__(self, base: Experts, differences: Experts) -> None:
-        sizes = differences.in_features, differences.out_features, differences.num_experts
-        super().__init__(base, differences, *sizes)
+        super().__init__(
+            base,
+            differences,
+            in_features=differences.in_features,
+            out_features=differences.out_features,
+            num_experts=differences.num_experts,
+        )
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return self(x_PI, offsets_E)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from torch import nn
 
 from gmoe._checks import naming_extras
 from gmoe.flops import active_parameters
@@ -54,7 +56,7 @@ class HubMixin:
     are saved by name: ``recorded(locals(), known=gmoe.ROUTERS)``.
     """
 
-    config: dict[str, Any]
+    config: dict[str, object]
     """The arguments of the constructor, as in ``config.json``."""
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -70,7 +72,7 @@ class HubMixin:
         """
         with naming_extras():
             from safetensors.torch import save_file
-        model: Any = self
+        assert isinstance(self, nn.Module)
         name = type(self).__name__
         for value in self.config.values():
             if isinstance(value, ValueError):
@@ -84,21 +86,21 @@ class HubMixin:
         # Clones, since safetensors refuses tensors that share their memory, as tied layers do.
         state = {
             key: value.detach().cpu().contiguous().clone()
-            for key, value in model.state_dict().items()
+            for key, value in self.state_dict().items()
         }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model": name, "arguments": self.config}
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        total = sum(parameter.numel() for parameter in model.parameters())
-        card = CARD_TEXT.format(name=name, total=total, active=active_parameters(model))
+        total = sum(parameter.numel() for parameter in self.parameters())
+        card = CARD_TEXT.format(name=name, total=total, active=active_parameters(self))
         (folder / CARD).write_text(card)
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         return folder
 
     @classmethod
     def from_pretrained(
-        cls: type[Model], folder: str | Path, *, revision: str | None = None, **arguments: Any
+        cls: type[Model], folder: str | Path, *, revision: str | None = None, **arguments: object
     ) -> Model:
         """Build a saved model in evaluation mode on the CPU, with the dtypes of the saved weights.
 
@@ -131,12 +133,14 @@ class HubMixin:
             saved = json.loads(text)
             if saved["model"] != cls.__name__:
                 raise ValueError(f"model: got {saved['model']}, expected {cls.__name__}")
-            model: Any = cls(**(_with_start(saved["arguments"]) | arguments))
+            build: Callable[..., Model] = cls
+            model = build(**(_with_start(saved["arguments"]) | arguments))
         except Exception as error:  # a file from the network may hold anything
             raise ValueError(
                 f"{config}: got {type(error).__name__}: {error}, expected what save_pretrained "
                 f"writes of a {cls.__name__}"
             ) from error
+        assert isinstance(model, nn.Module)
         try:
             # assign: the parameters take the dtypes of the file.
             model.load_state_dict(load_file(weights), assign=True)
@@ -168,7 +172,7 @@ class HubMixin:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
 
-def _with_start(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _with_start(arguments: Mapping[str, object]) -> dict[str, object]:
     """The arguments of a saved model, with ``start`` in place of the two that it has replaced.
 
     Raises:
@@ -188,8 +192,8 @@ def _with_start(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded(
-    arguments: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] = {}
-) -> dict[str, Any]:
+    arguments: Mapping[str, object], extra: str = "", known: Mapping[str, object] = {}
+) -> dict[str, object]:
     """A constructor's arguments as JSON holds them, with tuples as lists.
 
     An argument without such a form becomes an error, which saving raises. The result holds names
@@ -202,7 +206,7 @@ def recorded(
             none).
     """
 
-    def encode(value: Any) -> Any:
+    def encode(value: object) -> str | int | float:
         if isinstance(value, Real):  # a number of NumPy's
             return int(value) if isinstance(value, Integral) else float(value)
         for name, registered in known.items():
@@ -212,7 +216,9 @@ def recorded(
 
     ignored = ("self", "__class__", extra)
     config = {name: value for name, value in arguments.items() if name not in ignored}
-    for name, value in (config | arguments.get(extra, {})).items():
+    further = arguments.get(extra, {})
+    assert isinstance(further, Mapping)
+    for name, value in {**config, **further}.items():
         try:
             config[name] = json.loads(json.dumps(value, default=encode, allow_nan=False))
         except (TypeError, ValueError) as error:

@@ -6,7 +6,6 @@ Shapes: L layers, E experts, T tokens, P (token, expert) pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ class RoutingStats(Metric):
     entropy: Tensor
     dropped: Tensor
 
-    def __init__(self, num_experts: int | Sequence[int], **kwargs: Any) -> None:
+    def __init__(self, *, num_experts: int | Sequence[int], **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.num_experts = (num_experts,) if isinstance(num_experts, int) else tuple(num_experts)
         if not self.num_experts:
@@ -84,7 +83,7 @@ class RoutingStats(Metric):
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
     @classmethod
-    def of(cls, model: nn.Module, **kwargs: Any) -> RoutingStats:
+    def of(cls, model: nn.Module, **kwargs: object) -> RoutingStats:
         """Build one that takes what :func:`gmoe.record_routing` records of a model.
 
         The model has to call each of its routers once per forward.
@@ -97,7 +96,7 @@ class RoutingStats(Metric):
             raise ValueError(
                 f"model: got {type(model).__name__} without a router, expected at least one"
             )
-        return cls(routers, **kwargs)
+        return cls(num_experts=routers, **kwargs)
 
     @torch.no_grad()
     def update(self, routings: Routing | Sequence[Routing]) -> None:

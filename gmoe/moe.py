@@ -53,7 +53,7 @@ def start_of_convs(
     shared_transform: bool,
     router: RouterLike | None,
     k: int,
-    router_kwargs: Mapping[str, Any] | None,
+    router_kwargs: Mapping[str, object] | None,
 ) -> Start:
     """Return the start of experts that are convs; ``None`` follows the router.
 
@@ -96,7 +96,7 @@ def build_layer_router(
     dim: int,
     num_experts: int,
     k: int,
-    kwargs: Mapping[str, Any] | None,
+    kwargs: Mapping[str, object] | None,
 ) -> Router:
     """Build the router of a layer, by defaults that suit how the layer starts.
 
@@ -111,8 +111,10 @@ def build_layer_router(
             and as :func:`gmoe.routers.build_router`.
     """
     if start != "copies":
-        return build_router(router, dim, num_experts, k, kwargs)
-    built = build_router(router, dim, num_experts, k, _kwargs_for_copies(router, k, kwargs))
+        return build_router(router, dim, num_experts=num_experts, k=k, kwargs=kwargs)
+    built = build_router(
+        router, dim, num_experts=num_experts, k=k, kwargs=_kwargs_for_copies(router, k, kwargs)
+    )
     if not built.sums_to_one:
         raise ValueError(
             f"start: got 'copies' with {type(built).__name__}(k={built.k}, "
@@ -124,8 +126,8 @@ def build_layer_router(
 
 
 def _kwargs_for_copies(
-    router: RouterLike, k: int, kwargs: Mapping[str, Any] | None
-) -> Mapping[str, Any] | None:
+    router: RouterLike, k: int, kwargs: Mapping[str, object] | None
+) -> Mapping[str, object] | None:
     """Return a router's arguments, with the defaults that copies give to a router given by name."""
     if not isinstance(kwargs, Mapping | None):  # build_router refuses it
         return kwargs
@@ -154,7 +156,7 @@ def refuse_removed(arguments: Iterable[str]) -> None:
             )
 
 
-def refuse_unknown(caller: str, arguments: Mapping[str, Any]) -> None:
+def refuse_unknown(caller: str, arguments: Mapping[str, object]) -> None:
     """Refuse the keyword arguments that ``caller`` does not have.
 
     Raises:
@@ -232,7 +234,7 @@ class MoELayer(nn.Module, ABC):
 
     router: Router | None
 
-    def __init__(self, num_experts: int, k: int = 1) -> None:
+    def __init__(self, *, num_experts: int, k: int = 1) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.k = k
@@ -257,7 +259,7 @@ class _Mixture(MoELayer):
                 f"in_features={experts.in_features}, expected those of the router, "
                 f"num_experts={router.num_experts}, dim={router.dim}"
             )
-        super().__init__(experts.num_experts, router.k)
+        super().__init__(num_experts=experts.num_experts, k=router.k)
         self.experts_per_token = router.experts_per_token
         self.router = router
         self.experts = experts
@@ -298,7 +300,8 @@ class MoE(_Mixture):
         ValueError: E or D of router and experts differ.
 
     Example:
-        >>> layer = MoE(ExpertChoice(128, 8, k=1), MLPExperts(128, 512, 128, num_experts=8))
+        >>> experts = MLPExperts(128, 512, 128, num_experts=8)
+        >>> layer = MoE(ExpertChoice(128, num_experts=8, k=1), experts)
         >>> y = layer(x)
     """
 
@@ -359,7 +362,8 @@ class SoftMoE(_Mixture):
         ValueError: ``router`` is not a :class:`SoftSlots`, or E or D of router and experts differ.
 
     Example:
-        >>> layer = SoftMoE(SoftSlots(128, 8, slots=4), MLPExperts(128, 512, 128, num_experts=8))
+        >>> experts = MLPExperts(128, 512, 128, num_experts=8)
+        >>> layer = SoftMoE(SoftSlots(128, num_experts=8, slots=4), experts)
         >>> y = layer(torch.randn(2, 64, 128))
     """
 

@@ -37,11 +37,11 @@ MOST_PREFIX_TOKENS = 16
 """Most class and register tokens before an image's patches; more suggest another patch size."""
 
 
-def palette(num_experts: int) -> list[tuple[float, float, float]]:
+def palette(*, num_experts: int) -> list[tuple[float, float, float]]:
     """Give each expert an RGB color: from Tableau's 10 or 20, or hues at equal distances.
 
     Example:
-        >>> red, green, blue = palette(8)[3]
+        >>> red, green, blue = palette(num_experts=8)[3]
     """
     check_counts(num_experts=num_experts)
     if num_experts > 20:
@@ -231,7 +231,7 @@ def _to_rgb(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
 
 def _tint(picture: Tensor, weight_hwE: Tensor, patch: tuple[int, int]) -> Tensor:
     """(3, H, W) the picture, each patch mixed with the colors of its experts."""
-    colors_E3 = torch.tensor(palette(weight_hwE.size(-1)))
+    colors_E3 = torch.tensor(palette(num_experts=weight_hwE.size(-1)))
     share_hwE = F.normalize(weight_hwE, p=1, dim=-1)
     color_3hw = (share_hwE @ colors_E3).permute(2, 0, 1).contiguous()
     _, height, width = picture.shape
@@ -285,11 +285,13 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
         axis = figure.add_subplot(rows, columns, number)
         num_experts = load_SE.size(1)
         if len(steps) == 1:
-            axis.bar(range(num_experts), load_SE[0].numpy(), color=palette(num_experts))
+            axis.bar(range(num_experts), load_SE[0].numpy(), color=palette(num_experts=num_experts))
             axis.axhline(1 / num_experts, color="0.3", linewidth=0.8, linestyle="--")
             axis.set(xlabel="expert")
         else:
-            axis.stackplot(range(1, len(steps) + 1), load_SE.T.numpy(), colors=palette(num_experts))
+            axis.stackplot(
+                range(1, len(steps) + 1), load_SE.T.numpy(), colors=palette(num_experts=num_experts)
+            )
             axis.set(xlabel="step", xlim=(1, len(steps)), ylim=(0, 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(f"MoE layer {number}", fontsize="medium")
@@ -308,7 +310,8 @@ def _load(layer: LayerLoad) -> Tensor:
 def _legend(figure: Figure, num_experts: int) -> None:
     """Draw the color and number of every expert below a figure."""
     handles = [
-        Patch(color=color, label=number) for number, color in enumerate(palette(num_experts))
+        Patch(color=color, label=number)
+        for number, color in enumerate(palette(num_experts=num_experts))
     ]
     columns = min(num_experts, 4)  # as many as fit below a single panel
     figure.legend(

@@ -120,6 +120,7 @@ class Routing:
     def from_choices(
         expert_TK: Tensor,
         weight_TK: Tensor,
+        *,
         num_experts: int,
         scores: Tensor | None = None,
         losses: Mapping[str, AuxLoss] | None = None,

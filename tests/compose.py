@@ -1,7 +1,10 @@
-"""One random composer: a number is a configuration, which is built, run, and compared in float64 with its definition.
+"""One random composer: a number is a configuration.
 
-``python -m tests.compose 4711`` shows a number, ``python -m tests.compose 0 2000`` runs a range. What fails
-is a bug, of the library or of this file; refusals in the library's own words count apart.
+It is built, run, and compared in float64 with its definition.
+
+``python -m tests.compose 4711`` shows a number, ``python -m tests.compose 0 2000`` runs a range.
+What fails is a bug, of the library or of this file. Refusals in the library's own words are counted
+apart.
 """
 
 from __future__ import annotations
@@ -34,12 +37,12 @@ from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_
 from gmoe._checks import parameters_of
 from gmoe.conv import edges as edges_module
 from gmoe.conv.base import GAIN_SCALE
-from gmoe.conv.kinds import BY_NAME, class_of, kind_of, of_pyg
+from gmoe.conv.kinds import by_name, class_of, kind_of, of_pyg
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
 
 # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
-BY_NAME["sage"](1, 1)
+by_name()["sage"](1, 1)
 
 TOLERANCE = 1e-10
 EXPERTS, WIDTH, EDGE_DIM = 3, 4, 3
@@ -71,15 +74,20 @@ BEFORE = (
 
 
 class Spec(NamedTuple):
-    """Of a kind of conv: what it takes per edge, two sets of nodes of "any" or "one" width, further options, the
-    name for the width of edge features; whether it takes sparse matrices, and has a place in models."""
+    """What the composer knows of a kind of conv."""
 
     edges: str = ""
+    """The edge argument that it takes."""
     two: str = ""
+    """The widths that its two sets of nodes may have: ``"any"`` or ``"one"``."""
     options: Mapping[str, Sequence[Any]] = {}
+    """Further options, and their values."""
     dim: str = "edge_dim"
+    """The name of its option for the width of edge features."""
     sparse: bool = True
+    """It takes sparse matrices."""
     in_models: bool = True
+    """Models may have it."""
 
 
 KINDS: dict[str, Spec] = {
@@ -130,8 +138,8 @@ OFTEN = tuple(KINDS)[: tuple(KINDS).index("le")]
 class Sigmoids(Router):
     """A router of somebody else's."""
 
-    def __init__(self, dim: int, num_experts: int, k: int = 1) -> None:
-        super().__init__(dim, num_experts, k)
+    def __init__(self, dim: int, *, num_experts: int, k: int = 1) -> None:
+        super().__init__(dim, num_experts=num_experts, k=k)
         self.lin = nn.Linear(dim, num_experts)
 
     def reset_parameters(self) -> None:
@@ -139,7 +147,7 @@ class Sigmoids(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         weight_TK, expert_TK = self.lin(x_TD).sigmoid().topk(self.k, dim=-1)
-        return Routing.from_choices(expert_TK, weight_TK, self.num_experts)
+        return Routing.from_choices(expert_TK, weight_TK, num_experts=self.num_experts)
 
 
 BY_EXPERTS = {
@@ -180,13 +188,16 @@ class Kind(NamedTuple):
 
     def build(self) -> Any:
         """As a layer takes it."""
-        cls: Any = {"cg": CGConv, "pna": PNAConv}.get(self.name) or BY_NAME[self.name]
+        cls: Any = {"cg": CGConv, "pna": PNAConv}.get(self.name) or by_name()[self.name]
         return partial(cls, **self.options) if self.options else self.name
 
 
 @dataclass(frozen=True)
 class Config:
-    """A MoEConv (``way="layer"``) or a GNNMoE, its input, what happened before, and what it is compared with."""
+    """A MoEConv (``way="layer"``) or a GNNMoE, and what it is compared with.
+
+    Also its input, and what happened before.
+    """
 
     number: int
     way: str
@@ -285,14 +296,17 @@ def draw_kind(random: Random, name: str, found: Mapping[str, Any], alike: bool) 
         found["form"] in PLAIN
         and not found["two"]
         and found["way"] not in ("sampled", "disk")
-        and of_pyg(class_of(BY_NAME[name]))
+        and of_pyg(class_of(by_name()[name]))
     ):
         options |= {"flow": "target_to_source"} if flip(random, 0.1) else {}
     return Kind(name, options)
 
 
 def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A kind for all experts or a list, how they start, and edge features for all that take them or for none."""
+    """Draw a kind for all experts or a list, and how they start.
+
+    Either all kinds that take edge features get them, or none does.
+    """
     sparse, way = found["form"] in SPARSE, found["way"]
     edge_dim = None if way == "disk" or flip(random) else random.choice((EDGE_DIM, EDGE_DIM, WIDTH))
     found = {**found, "edge_dim": edge_dim}
@@ -304,7 +318,7 @@ def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
             (not found["two"] or spec.two != "")
             and (not sparse or spec.sparse)
             and (not rows or "heads" in spec.options)
-            and (not found["alone"] or not kind_of(class_of(BY_NAME[name])).needs_destinations)
+            and (not found["alone"] or not kind_of(class_of(by_name()[name])).needs_destinations)
             and (name not in ("gine", "cg") or edge_dim is not None)
             and (way == "layer" or spec.in_models)
             and (way != "disk" or name not in ("two_hop", "filter"))
@@ -494,7 +508,7 @@ def draw(number: int) -> Config:
     found["batch"] = random.choice((1, 3, 7, 100)) * (
         way in ("sampled", "disk", "inference") or flip(random, 0.3)
     )
-    classes = [class_of(BY_NAME[kind.name]) for kind in found["kinds"]]
+    classes = [class_of(by_name()[kind.name]) for kind in found["kinds"]]
     found["alone"] &= not any(kind_of(cls).needs_destinations for cls in classes)
     training = way in ("layer", "forward") and flip(random, 0.6)
     positional = (
@@ -523,7 +537,10 @@ def draw(number: int) -> Config:
 
 
 def build(c: Config) -> Any:
-    """The layer or model, drawn anew; no option is left without effect: gains, counters and noise are not zero."""
+    """The layer or model, drawn anew.
+
+    No option is left without effect: gains, counters and noise are not zero.
+    """
     torch.manual_seed(c.number)
     several = len(c.kinds) > 1
     made = [kind.build() if c.partials else kind.name for kind in c.kinds]
@@ -579,7 +596,7 @@ def check_defaults(c: Config, module: nn.Module) -> None:
 
 
 class Given(NamedTuple):
-    """What a call gets: ``adj`` as the module takes it, ``plain`` as PyG does, in the same order."""
+    """What a call gets: ``adj`` for the module and, in the same order, ``plain`` for PyG."""
 
     x: tuple[Tensor, Tensor | None]
     adj: Any
@@ -725,7 +742,10 @@ def change(given: Given) -> None:
 
 
 def _check_rest(module: Any, c: Config, before: Mapping[str, Tensor], routing: Routing) -> None:
-    """Raise where a NaN token, the last one, changed what the router had planned, or another token's own decision."""
+    """Raise if a NaN token, the last one, changed another token's decision.
+
+    Or if it changed what the router had planned.
+    """
     options, seen = c.options["router_kwargs"], c.options["router_input"]
     if c.way != "layer" or c.two or "node" not in seen:
         return
@@ -765,7 +785,10 @@ def define(
 def by_hand(
     model: GNNMoE, c: Config, given: Given
 ) -> tuple[Tensor, list[Routing], dict[str, list[Any]]]:
-    """The definition of a model, layer by layer of its own parts; the routings, and the experts' convs."""
+    """The definition of a model, layer by layer of its own parts.
+
+    Returns its output, the routings, and the experts' convs.
+    """
     torch.manual_seed(c.number)
     x, convs = given.x[0], {}
     decision, graph = None, Graph(given.plain, x.size(0), flow=model.flow)
@@ -801,7 +824,10 @@ def by_hand(
 
 
 def gradients(module: Any, convs: Mapping[str, list[Any]] | None) -> dict[str, Any]:
-    """By the names of plain convs' parameters: of ``convs`` by layer, else of the stacked ones of the module."""
+    """Gradients by the names of plain convs' parameters.
+
+    Those of ``convs``, by layer; else those of the stacked experts of the module.
+    """
     found: dict[str, Any] = {}
     for name, value in module.named_parameters():
         if not re.match(r"(convs\.\d+\.)?(experts|shared_expert)\.", name):
@@ -830,8 +856,8 @@ def compare(
 ) -> Outcome:
     """What an option leaves unused has no gradient in the definition; NaN is as far as can be.
 
-    Differences are relative where values exceed 1: in deep models gradients reach 1e6, and the definition itself moves
-    by more than the tolerance if its input changes in the last digit.
+    Differences are relative where values exceed 1. In deep models gradients reach 1e6, and the
+    definition itself moves by more than the tolerance if its input changes in the last digit.
     """
     assert ours.keys() == theirs.keys(), f"{sorted(ours)} and {sorted(theirs)}"
     found = Outcome(0.0, "equal")
@@ -884,7 +910,10 @@ def compute(c: Config) -> Outcome:
 
 
 def in_low_precision(c: Config, module: MoEConv, routing: Routing) -> Outcome:
-    """Float32, or autocast to bfloat16, under the same routing; of a sum, whose gradient is expanded."""
+    """Run in float32, or under autocast to bfloat16, with the same routing.
+
+    The gradients are those of a sum, whose own gradient is expanded.
+    """
     results = []
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)  # of what PyG makes; :func:`run` sets it back
@@ -1018,9 +1047,8 @@ def main(first: int, last: int | None = None) -> int:
             *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed")),
         )
     seconds = time.perf_counter() - begin
-    print(
-        f"{len(numbers)} numbers, {1000 * seconds / len(numbers):.0f} ms each; failed: {failures or 'none'}"
-    )
+    each = 1000 * seconds / len(numbers)
+    print(f"{len(numbers)} numbers, {each:.0f} ms each; failed: {failures or 'none'}")
     return int(bool(failures))
 
 

@@ -1,4 +1,4 @@
-"""One thread for all tests: their tensors are small, and threads that wait for each other only cost."""
+"""One thread for all tests: their tensors are small, and more threads would only wait."""
 
 import torch
 

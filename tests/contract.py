@@ -1,7 +1,8 @@
-"""The contract of all public layers, written once: a registry of cases, and a function for each clause.
+"""The contract of all public layers: a registry of cases, and a function for each clause.
 
-``test_contract.py`` runs every clause on every case, on the CPU and, where there is one, on a GPU.
-:func:`graph_breaks` and :func:`host_syncs` give the tables of the docs: ``python -m tests.contract`` prints them.
+``test_contract.py`` runs every clause on every case, on the CPU and, if there is one, on a GPU.
+:func:`graph_breaks` and :func:`host_syncs` give the tables of the docs, which ``python -m
+tests.contract`` prints.
 
 Shapes: T tokens, D width, O out features, E experts, K experts a token.
 """
@@ -48,7 +49,10 @@ from gmoe.from_base import FromBase
 
 D, E, K = 8, 8, 2
 SIZES = (7, 3, 5)
-"""Nodes or tokens of each group; the second has fewer pairs than there are experts, so that some starve."""
+"""Nodes or tokens of each group.
+
+The second has fewer pairs than there are experts: some experts starve.
+"""
 GROUPS = range(len(SIZES))
 METADATA = (
     ["paper", "author"],
@@ -155,7 +159,10 @@ def images(groups: Sequence[int]) -> Call:
 
 @dataclass(frozen=True)
 class Case:
-    """A public layer, what it is called with, and the clauses that cannot hold for it, with the reason."""
+    """A public layer, what it is called with, and the clauses that cannot hold for it.
+
+    Each of those has its reason.
+    """
 
     name: str
     build: Callable[[], nn.Module]
@@ -165,7 +172,7 @@ class Case:
     def make(
         self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
     ) -> nn.Module:
-        """The layer after one forward in training, which running thresholds need, in training mode."""
+        """The layer in training mode, after one forward, which running thresholds need."""
         torch.manual_seed(seed)
         layer = self.build().to(device, dtype)
         with torch.no_grad():
@@ -182,7 +189,10 @@ class Case:
 
 
 def mlps(router: str, **kwargs: Any) -> MoE:
-    return MoE(build_router(router, D, E, K, kwargs), MLPExperts(D, 12, 6, E))
+    return MoE(
+        build_router(router, D, num_experts=E, k=K, kwargs=kwargs),
+        MLPExperts(D, 12, 6, num_experts=E),
+    )
 
 
 def with_head(vit: VisionTransformer) -> VisionTransformer:
@@ -214,7 +224,7 @@ def opened(model: nn.Module) -> Any:
 
 
 def soft() -> SoftMoE:
-    return SoftMoE(SoftSlots(D, E, slots=2), MLPExperts(D, 12, 6, E))
+    return SoftMoE(SoftSlots(D, num_experts=E, slots=2), MLPExperts(D, 12, 6, num_experts=E))
 
 
 SMALL_VIT = ViTSize(
@@ -270,10 +280,19 @@ CASES = [
         Case(f"MoE {name}", partial(mlps, router, **options))
         for name, (router, options) in ROUTERS.items()
     ),
-    Case("MoE linear", lambda: MoE(build_router("token_choice", D, E, K), LinearExperts(D, 6, E))),
+    Case(
+        "MoE linear",
+        lambda: MoE(
+            build_router("token_choice", D, num_experts=E, k=K), LinearExperts(D, 6, num_experts=E)
+        ),
+    ),
     Case(
         "MoE shared",
-        lambda: MoE(build_router("token_choice", D, E, K), LinearExperts(D, 6, E), nn.Linear(D, 6)),
+        lambda: MoE(
+            build_router("token_choice", D, num_experts=E, k=K),
+            LinearExperts(D, 6, num_experts=E),
+            nn.Linear(D, 6),
+        ),
     ),
     Case("SoftMoE", soft),
     *(
@@ -461,7 +480,7 @@ def takes_no_tokens(case: Case, device: str) -> None:
 
 
 def does_not_see_batch_mates(case: Case, device: str) -> None:
-    """In evaluation, the graphs of a batch, or its images, have the outputs that they have alone."""
+    """In evaluation, each graph or image of a batch has the output that it has alone."""
     layer = case.make(device, torch.float64).eval()
     together = case.call(device=device, dtype=torch.float64)
     y = run(layer, together)
@@ -497,7 +516,7 @@ def computes_in_float64(case: Case, device: str) -> None:
 
 
 def is_checkpointed(case: Case, device: str) -> None:
-    """Recomputed in the backward pass, the outputs and gradients are equal, and counters move once."""
+    """Recomputing in the backward pass changes no gradient, and counters move once."""
     layer, call = case.make(device), case.call(device=device)
     twin = copy.deepcopy(layer)
     for _ in range(2):
@@ -585,7 +604,10 @@ def is_counted_by_routing_stats(case: Case, device: str) -> None:
 
 
 def runs_what_users_put_in(case: Case, device: str) -> None:
-    """The hooks of a graph's experts, of linear layers of experts and routers, and what stands in place of those."""
+    """The parts whose hooks have to run.
+
+    They are a graph's experts, the linear layers of experts and routers, and what replaces those.
+    """
     layer, call, called = case.make(device).eval(), case.call(device=device), set[str]()
     linear, own = ("gate", "query", "key"), (LinearExperts, ConvExperts)
     hooked = {
@@ -625,7 +647,10 @@ class Halved(nn.Module):
 
 
 def leaves_itself_alone(case: Case, device: str) -> None:
-    """No attribute, parameter or buffer of any module changes in evaluation; in training, the values of counters."""
+    """No attribute, parameter or buffer of any module changes in evaluation.
+
+    In training, the values of counters change, and nothing else.
+    """
     layer, call = case.make(device).eval(), case.call(device=device)
     before, values = attributes(layer), copy.deepcopy(layer.state_dict())
     for training in (False, True):
@@ -680,7 +705,10 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Call], Any]] = {
 
 
 def support(cases: Sequence[Case] = CASES) -> dict[str, dict[str, str]]:
-    """For each layer, as one group of tokens or one graph, what it may be put into; else the error."""
+    """For each layer, what it may be put into; else the error.
+
+    A layer gets one group of tokens, or one graph.
+    """
     return {case.name: {name: outcome(case, name) for name in TRANSFORMS} for case in cases}
 
 

@@ -1,4 +1,7 @@
-"""``torch.compile`` takes a layer whole: forward and backward are one graph, and give what they give without."""
+"""``torch.compile`` takes a layer as one graph, forward and backward.
+
+Both give what they give without it.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,16 @@ RAGGED = ("MoE expert_choice", "MoE attention_vote", "MoE multi_centroid experts
 
 
 def mlps(router: str) -> nn.Module:
-    return MoE(build_router(router, WIDTH, 4, 1), MLPExperts(WIDTH, WIDTH, WIDTH, 4))
+    return MoE(
+        build_router(router, WIDTH, num_experts=4, k=1),
+        MLPExperts(WIDTH, WIDTH, WIDTH, num_experts=4),
+    )
 
 
 def soft() -> nn.Module:
-    return SoftMoE(SoftSlots(WIDTH, 4, slots=2), MLPExperts(WIDTH, WIDTH, WIDTH, 4))
+    return SoftMoE(
+        SoftSlots(WIDTH, num_experts=4, slots=2), MLPExperts(WIDTH, WIDTH, WIDTH, num_experts=4)
+    )
 
 
 ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
@@ -104,13 +112,13 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "five": partial(conv, ["gcn", "sage", "gin", "gat", "mlp"]),
     },
 }
-"""The layers of each row of the table in ``docs/support.md``, in training; of the contract's cases see below."""
+"""The layers of each row of the table in ``docs/support.md``, in training."""
 
 QUICK = ("GCN, capacity", "GATv2", "GATv2, shared")
 """Layers whose breaks are counted in the default suite."""
 
 SHARED = ", shared"
-"""Behind a layer's name: the same layer beside a shared expert; else it is copies where it can be."""
+"""Ends the name of a layer beside a shared expert; else experts are copies, if they can."""
 
 
 def as_copies(make: Any) -> nn.Module:

@@ -109,7 +109,10 @@ def test_compiles_in_one_graph(case: Case) -> None:
 
 @pytest.mark.parametrize("case", named("token_choice"), ids=label)
 def test_inductor_takes_the_balance_of_its_own_step(case: Case) -> None:
-    """It computes again in the backward what it can, when the balance has moved on: a wrong gradient, in silence."""
+    """Compiled code recomputes in the backward what it can.
+
+    If the balance has moved on by then, the gradient is wrong, silently.
+    """
     assert_compiles_whole(case, "inductor")
 
 
@@ -131,8 +134,10 @@ def test_compiles_in_pieces(case: Case) -> None:
     "router", ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "random"]
 )
 def test_a_forward_on_groups_of_one_size_waits_for_nothing(router: str) -> None:
-    layer = MoE(build_router(router, 64, 4, 1), MLPExperts(64, 128, 64, num_experts=4)).cuda()
-    x, stats = torch.randn(3, 17, 64, device="cuda"), RoutingStats(4).cuda()
+    layer = MoE(
+        build_router(router, 64, num_experts=4, k=1), MLPExperts(64, 128, 64, num_experts=4)
+    ).cuda()
+    x, stats = torch.randn(3, 17, 64, device="cuda"), RoutingStats(num_experts=4).cuda()
     try:
         torch.cuda.set_sync_debug_mode("error")
         with torch.autocast("cuda", torch.bfloat16):

@@ -1,4 +1,7 @@
-"""README and pages: their code runs, their figures are the lab book's, and the API page has every public name."""
+"""README and pages: their code runs, and their figures are the lab book's.
+
+The API page has every public name.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ README = (ROOT / "README.md").read_text()
 EXECUTED = sorted(
     str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text()
 )
-"""The pages with code; of ``your-own-router.md``, ``tests/gmoe/test_own_parts.py`` tests more than that it runs."""
+"""The pages with code.
+
+``tests/gmoe/test_own_parts.py`` tests more of ``your-own-router.md`` than that it runs.
+"""
 EXECUTED.remove("your-own-router.md")
 
 
@@ -108,7 +114,7 @@ def in_a_line(page: str) -> str:
 
 
 def test_the_headline_of_the_readme_is_true_by_default() -> None:
-    """No preset ends below its dense model's spread; of fresh seeds four graphs gain and none loses."""
+    """No preset ends below its dense model's spread; on fresh seeds four gain and none loses."""
     variants = read_json(RESULTS / "presets.json", dict[str, Any])["variants"]
     tests = {run["variant"]: run["test"] for run in variants}
     # Some planted graphs were not run again when copies became the default of convs.
@@ -140,7 +146,10 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     in_spreads = [statistics.fmean(gain) / statistics.stdev(gain) for gain in gains]
     above, below = sum(gain > 1 for gain in in_spreads), sum(gain < -1 for gain in in_spreads)
     assert (above, below, len(gains)) == (1, 2, 8)
-    said = "they gained on one data set of eight beside a dense model of *equal FLOPs*, and lost on two"
+    said = (
+        "they gained on one data set of eight beside a dense model of *equal FLOPs*, "
+        "and lost on two"
+    )
     assert said in in_a_line(README)
 
 

@@ -22,7 +22,10 @@ BROUGHT = {
     "sklearn": "scikit-learn",
     "timm": "timm",
 }
-"""What an example may import beside the standard library and gmoe, and the part of its install line that brings it."""
+"""What an example may import beside the standard library and gmoe.
+
+The values are the part of its install line that brings it.
+"""
 
 
 @pytest.mark.slow  # .ci/run runs them against the wheel

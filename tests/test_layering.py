@@ -57,7 +57,10 @@ def module_of(path: Path) -> str:
 
 
 def imports(source: str) -> Iterator[Import]:
-    """All that a module imports, as dotted names; ``from a import b`` gives ``a.b``, ``from .a import b`` ``.a.b``."""
+    """All that a module imports, as dotted names.
+
+    ``from a import b`` gives ``a.b``, and ``from .a import b`` gives ``.a.b``.
+    """
 
     def named(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
@@ -201,6 +204,18 @@ def run(script: str) -> str:
     ).stdout
 
 
+FILES = [path for path in SOURCES if path.is_relative_to(ROOT / "gmoe")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_file_of_the_library_has_a_mirrored_test(path: Path) -> None:
+    """``gmoe/conv/graph.py`` has ``tests/gmoe/conv/test_graph.py``; packages have their own."""
+    if path.name == "__init__.py":
+        return
+    mirrored = ROOT / "tests" / path.relative_to(ROOT).parent / f"test_{path.name.lstrip('_')}"
+    assert mirrored.exists()
+
+
 def test_an_import_loads_torch_alone() -> None:
     loaded = run("import sys, gmoe; print(*{name.split('.')[0] for name in sys.modules})").split()
     assert "torch" in loaded
@@ -218,7 +233,10 @@ def test_an_import_loads_torch_alone() -> None:
 
 
 def test_what_is_missing_is_named_with_its_extra() -> None:
-    """Names are there for ``dir`` without it; neither models nor an import of gmoe need the Hub's packages."""
+    """``dir`` lists the names without an import.
+
+    Neither models nor an import of gmoe need the Hub's packages.
+    """
     script = """
 import sys
 sys.modules.update(dict.fromkeys(["torch_geometric", "torchmetrics", "matplotlib"]))  # not there
@@ -227,8 +245,11 @@ assert set(gmoe.__all__) <= set(dir(gmoe))
 model = gmoe.ViTMoE(8)
 assert not {"huggingface_hub", "safetensors"} & set(sys.modules)
 sys.modules.update(dict.fromkeys(["torchvision", "huggingface_hub", "safetensors.torch"]))
-calls = [lambda name=name: getattr(gmoe, name) for name in ("MoEConv", "neighbor_loader", "RoutingStats", "plot", "x")]
-for call in (*calls, lambda: model.save_pretrained("nowhere"), lambda: model.push_to_hub("me/mine")):
+names = ("MoEConv", "neighbor_loader", "RoutingStats", "plot", "x")
+calls = [lambda name=name: getattr(gmoe, name) for name in names]
+calls.append(lambda: model.save_pretrained("nowhere"))
+calls.append(lambda: model.push_to_hub("me/mine"))
+for call in calls:
     try:
         call()
     except (ImportError, AttributeError) as error:
@@ -248,7 +269,10 @@ for call in (*calls, lambda: model.save_pretrained("nowhere"), lambda: model.pus
 
 
 def test_the_type_checker_sees_the_lazy_names() -> None:
-    """The imports under ``TYPE_CHECKING`` are those of ``_LAZY``; ``__all__`` has them and what is imported at once."""
+    """The imports under ``TYPE_CHECKING`` are those of ``_LAZY``.
+
+    ``__all__`` has them, and what is imported at once.
+    """
     body = ast.parse((ROOT / "gmoe" / "__init__.py").read_text()).body
     now = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
     (checked,) = [node.body for node in body if isinstance(node, ast.If)]

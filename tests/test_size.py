@@ -1,7 +1,8 @@
 """Two limits of size; ``python -m tests.test_size`` prints these and other figures.
 
-No function is longer than :data:`FUNCTION_LINES` lines of code, and no file of ``gmoe`` longer than :data:`FILE_LINES`
-raw lines. Totals, tokens, and how much of the library a call passes are printed to be read in review, not asserted.
+No function is longer than :data:`FUNCTION_LINES` lines of code, and no file of ``gmoe`` longer than
+:data:`FILE_LINES` raw lines. Totals, tokens, and how much of the library a call passes are printed
+for review, not asserted.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def mixture() -> Callable[[], Any]:
 
 
 def moe() -> Callable[[], Any]:
-    layer = gmoe.MoE(gmoe.TokenChoice(16, 8), gmoe.MLPExperts(16, 32, 16, 8))
+    layer = gmoe.MoE(
+        gmoe.TokenChoice(16, num_experts=8), gmoe.MLPExperts(16, 32, 16, num_experts=8)
+    )
     x = torch.randn(30, 16)
     return lambda: layer(x)
 
@@ -148,7 +151,8 @@ def test_no_file_of_the_library_is_too_long() -> None:
 def main() -> None:
     """Print the figures."""
     print(
-        f"{'':14} {'files':>6} {'raw lines':>10} {'code':>7} {'tokens':>8} {'longest file':>13} {'function':>9}"
+        f"{'':14} {'files':>6} {'raw lines':>10} {'code':>7} {'tokens':>8} "
+        f"{'longest file':>13} {'function':>9}"
     )
     for folder in FOLDERS:
         paths = files(folder)
@@ -157,7 +161,8 @@ def main() -> None:
         raw = [raw_lines(path) for path in paths]
         longest = max(lines for path in paths for _, lines in functions(path))
         print(
-            f"{folder:14} {len(paths):6} {sum(raw):10,} {code:7,} {tokens:8,} {max(raw):13,} {longest:9}"
+            f"{folder:14} {len(paths):6} {sum(raw):10,} {code:7,} {tokens:8,} "
+            f"{max(raw):13,} {longest:9}"
         )
     print(f"\n{'a call passes':14} {'functions':>10} {'files':>6} {'code':>6}")
     for name, build in CALLS.items():

@@ -1,4 +1,4 @@
-"""Every cell of the table in ``docs/support.md`` is a test: what is put into what, and whether it works.
+"""Every cell of the table in ``docs/support.md`` is a test: what works with what.
 
 ``yes``: outputs and, where it trains, gradients are those without. ``partly``: it runs, and leaves
 the experts as they are. ``refused``: an error of gmoe's own, which says what to use instead.
@@ -140,7 +140,10 @@ def becomes_hetero(case: Case) -> None:
 
 
 def explains(case: Case, algorithm: Callable[[], explain.ExplainerAlgorithm]) -> None:
-    """On nodes and edges alone. One that is fitted first needs a target, and gives no masks of nodes."""
+    """On nodes and edges alone.
+
+    An explainer that is fitted first needs a target, and gives no masks of nodes.
+    """
     layer, args, node = case.make().eval(), case.call().args[:2], torch.tensor([0])
     made, before = algorithm(), layer(*args)
     fitted = isinstance(made, explain.PGExplainer)
@@ -239,7 +242,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     meeting = tmp_path_factory.mktemp("gloo") / "meeting"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield
-    # a DDP that outlives its group frees it under the GIL, for which the group's own thread may be waiting
+    # A DDP that outlives its group frees it under the GIL, for which the group's own thread may be
+    # waiting.
     gc.collect()
     dist.destroy_process_group()
 

@@ -1,12 +1,14 @@
-"""How often a training step on a GPU would wait for it, counted on a CPU: ``python -m tests.waits`` prints where.
+"""How often a training step on a GPU would wait for the GPU, counted on a CPU.
 
-A copy of gmoe takes the branches of CUDA on tensors of the CPU, in a process of its own. There every operator is noted
-that on CUDA must know values before Python goes on; and what the step computes, to be compared with the CPU's own
-branches.
+``python -m tests.waits`` prints where.
 
-What waits inside an operator of torch is known by name only. Tensors that are kept on the host on purpose (the sizes of
-groups, where experts choose in a ragged batch) look like the others, so that such layers are left out. Nothing here
-replaces a run on a GPU (``python -m experiments.benchmark gpu``).
+A copy of gmoe takes the branches of CUDA on tensors of the CPU, in a process of its own. It notes
+each operator that on CUDA must know values before Python goes on. It also notes what the step
+computes, to compare it with the CPU's own branches.
+
+What waits inside an operator of torch is known by name only. Tensors that stay on the host on
+purpose (the sizes of groups, if experts choose in a ragged batch) look like the others, so such
+layers are left out. Nothing here replaces a run on a GPU (``python -m experiments.benchmark gpu``).
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ BRANCHES = {
     r"torch\._C\._len_torch_dispatch_stack\(\)": "0",  # the operators' mode is no count of FLOPs
     r"SPARSE_DEVICES = \(\"cpu\",\)": "SPARSE_DEVICES = ()",
 }
-"""Regular expressions of gmoe's questions for a device, and the answers that they would get on CUDA."""
+"""Regular expressions of gmoe's questions for a device, and CUDA's answers to them."""
 
 QUESTIONS = re.compile(r"\.is_cuda\b|\.is_cpu\b|\bdevice(\.type)? (==|!=|in) \W*(cuda|cpu)\b")
 """What must not be left of them."""
@@ -129,12 +131,13 @@ def copy_with_cuda_branches(folder: Path) -> None:
             text = re.sub(question, answer, text)
         if left := QUESTIONS.search(text):
             raise ValueError(
-                f"BRANCHES: got {left.group()!r} in {path.name}, expected a question that is among them"
+                f"BRANCHES: got {left.group()!r} in {path.name}, "
+                "expected a question that is among them"
             )
         path.write_text(text)
 
 
-# in the process that counts --------------------------------------------------------------------------
+# in the process that counts -----------------------------------------------------------------------
 
 
 class Calls(TorchFunctionMode):
@@ -193,7 +196,7 @@ def step_waits(model: nn.Module, *inputs: Any) -> dict[str, int]:
 
 
 def step_results(model: nn.Module, *inputs: Any) -> list[Tensor]:
-    """The output of a model in training, and the gradients of its first input and its parameters."""
+    """The output of a model in training; the gradients of its first input and parameters."""
     leaves = [inputs[0], *model.parameters()]
     y = model.train()(*inputs)
     cotangent = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
@@ -265,23 +268,29 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
         "random",
         "uniform",
     ):
-        yield f"MoE, {router}", MoE(build_router(router, 64, 8, 2), mlps()), images
+        yield f"MoE, {router}", MoE(build_router(router, 64, num_experts=8, k=2), mlps()), images
     balances: dict[str, dict[str, Any]] = {
         "importance and load": {"balance": "importance_load"},
         "switch and z": {"balance": "switch", "z_coef": 0.1},
         "capacity": {"capacity_factor": 1.0},
     }
     for name, options in balances.items():
-        yield f"MoE, {name}", MoE(build_router("token_choice", 64, 8, 2, options), mlps()), images
-    threshold = build_router("expert_choice", 64, 8, 2, {"inference": "threshold"})
+        yield (
+            f"MoE, {name}",
+            MoE(build_router("token_choice", 64, num_experts=8, k=2, kwargs=options), mlps()),
+            images,
+        )
+    threshold = build_router(
+        "expert_choice", 64, num_experts=8, k=2, kwargs={"inference": "threshold"}
+    )
     yield "MoE, threshold", MoE(threshold, mlps()), images
     ragged = (x, torch.tensor([0] * 25 + [1] * 35))
     yield (
         "MoE, token_choice on a batch",
-        MoE(build_router("token_choice", 64, 8, 2), mlps()),
+        MoE(build_router("token_choice", 64, num_experts=8, k=2), mlps()),
         ragged,
     )
-    yield "SoftMoE", SoftMoE(SoftSlots(64, 8, slots=2), mlps()), images
+    yield "SoftMoE", SoftMoE(SoftSlots(64, num_experts=8, slots=2), mlps()), images
 
 
 def main() -> None:

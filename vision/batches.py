@@ -23,11 +23,12 @@ RESIZED_FROM = 64
 def make_augment(kind: AugmentKind, image_size: int) -> Augment | None:
     """What is done to each training image; ``None`` for ``"none"``.
 
-    v2 draws its random numbers once a call, so that images of one tensor would all be changed alike: call it per image.
+    Call it for each image: v2 draws its random numbers once a call, and would change all images of
+    a tensor alike.
 
     Args:
-        kind: ``"none"``; ``"standard"``: a crop after padding by S // 8 (from 64 pixels on a crop of 35 to 100 % of the
-            area, resized), and a horizontal flip.
+        kind: ``"none"``; ``"standard"``: a crop after padding by S // 8 (from 64 pixels on, a crop
+            of 35 to 100 % of the area, resized), and a horizontal flip.
         image_size: S.
     """
     if kind == "none":
@@ -90,8 +91,9 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images ``index`` once, in batches; the last one may be smaller.
 
-    With a seed they are shuffled and augmented, and all of that follows from the seed, whatever ``workers``, ``shard``
-    and torch's global generator, which stays as it was. Without, they come in order, as they are.
+    With a seed they are shuffled and augmented. All of that follows from the seed, whatever
+    ``workers`` and ``shard`` are, and torch's global generator stays as it was. Without a seed they
+    come in order, as they are.
 
     Args:
         source: of images and labels.
@@ -100,9 +102,10 @@ def batches(
         mean, std: a channel; values in 0..1, or floats as they are, less ``mean``, by ``std``.
         augment: changes each image, see :func:`make_augment` (default: none).
         seed: of the epoch (default ``None``).
-        workers: processes that make batches ahead; 0, the default, makes them here, when they are asked for.
-        shard: (r, W): of each batch the r-th of W slices, as even as can be, the first ones larger; the last batch's
-            may be empty (default: all).
+        workers: processes that make batches ahead; 0, the default, makes each batch here, when it
+            is asked for.
+        shard: (r, W) for the r-th of W slices of each batch. Slices are as even as possible, and
+            the first ones are larger; those of the last batch may be empty (default: all).
 
     Returns:
         an iterator over (images (B, C, S, S) float32, labels (B,) int64).

@@ -37,9 +37,18 @@ CONSTANTS = {
 """Mean and standard deviation of the channels, of values in 0..1, where they are not ImageNet's."""
 
 NOTES = {
-    "cifar10": "CIFAR-10 (Krizhevsky, 2009; 50,000 + 10,000), cs.toronto.edu/~kriz/cifar.html, no license stated",
-    "cifar100": "CIFAR-100 (Krizhevsky, 2009; 50,000 + 10,000), cs.toronto.edu/~kriz/cifar.html, no license stated",
-    "imagenette": "Imagenette, 160 px (9,469 + 3,925), github.com/fastai/imagenette, Apache 2.0; images of ImageNet",
+    "cifar10": (
+        "CIFAR-10 (Krizhevsky, 2009; 50,000 + 10,000), "
+        "cs.toronto.edu/~kriz/cifar.html, no license stated"
+    ),
+    "cifar100": (
+        "CIFAR-100 (Krizhevsky, 2009; 50,000 + 10,000), "
+        "cs.toronto.edu/~kriz/cifar.html, no license stated"
+    ),
+    "imagenette": (
+        "Imagenette, 160 px (9,469 + 3,925), github.com/fastai/imagenette, "
+        "Apache 2.0; images of ImageNet"
+    ),
 }
 PUBLISHED: dict[str, tuple[str, str, str, int]] = {
     "cifar10": (CIFAR10.base_folder, CIFAR10.url, CIFAR10.tgz_md5, 170),
@@ -72,27 +81,30 @@ class ImageData:
 def load_images(
     name: str, root: Path, *, image_size: int | None = None, offline: bool = False
 ) -> ImageData:
-    """Training and test images, as uint8 in memory where they fit, decoded on demand where they do not.
+    """Training and test images: uint8 in memory if they fit, else decoded on demand.
 
     - ``"cifar10"``: torchvision's ``root/cifar-10-batches-py``, else images re-encoded as JPEG in
       ``root/cifar10/{train,test}/<class>`` or ``root/{train,test}/<class>``.
     - ``"cifar100"``: torchvision's ``root/cifar-100-python``.
     - ``"imagenette"``: torchvision's ``root/imagenette2-160``, whose ``val`` is the test set here.
-    - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*``, ``root/val/<class>/*`` or both; one
-      alone is the test set. Of ``root/<class>/*``, without train and test, 20 % of each class are the test set.
-      Hidden folders and files, whose names begin with a dot, are left out.
+    - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*``,
+      ``root/val/<class>/*`` or both; one alone is the test set. If there is ``root/<class>/*``
+      without train and test, 20 % of each class are the test set. Hidden folders and files, whose
+      names begin with a dot, are left out.
 
     Args:
         name: one of those.
         root: the folder.
-        image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette; for ``"images"`` that of the
-            images, if all are squares of one size).
-        offline: never download; without it a download says first what it fetches. An archive in ``root`` is unpacked.
+        image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette; for
+            ``"images"`` that of the images, if all are squares of one size).
+        offline: never download; otherwise a download first says what it fetches. An archive in
+            ``root`` is unpacked.
 
     Raises:
-        FileNotFoundError: the data are not there, and may not or cannot be downloaded; says what was looked for.
-        ValueError: a file is broken, a class folder empty, a class of test unknown in train, or no ``image_size`` given
-            and none to be seen.
+        FileNotFoundError: the data are missing, and may not or cannot be downloaded; says what was
+            looked for.
+        ValueError: a file is broken, a class folder is empty, a class of test is unknown in train,
+            or there is no ``image_size`` and the images do not tell one.
     """
     if name == "images":
         return _own(root, image_size)
@@ -106,14 +118,19 @@ def load_images(
     if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
         for folder in (root / "cifar10", root):
             if (folder / "train").is_dir():
-                note = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
+                note = (
+                    "re-encoded as JPEG: accuracies are close to, not the same as, those on the "
+                    "originals"
+                )
                 parts = [_listing(folder / part, CIFAR10_CLASSES) for part in ("train", "test")]
                 return _read(name, parts, image_size or 32, f"{NOTES[name]}; {note}")
     return _cifar(name, root, image_size or 32, offline)
 
 
 def split_images(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split images at random, class by class, rounded; of two images or more at least one goes to either side.
+    """Split images at random, class by class, rounded.
+
+    Of two images or more, at least one goes to either side.
 
     Args:
         labels: (N,) of the images.
@@ -173,7 +190,8 @@ def _own(root: Path, image_size: int | None) -> ImageData:
         return _read("images", found, image_size, f"a folder of images, test set: {tests[0].name}")
     if tests or (root / "train").is_dir():
         raise FileNotFoundError(
-            f"images: got one of {root}/train and {root}/test (or val), expected both, or {root}/<class>/<image>"
+            f"images: got one of {root}/train and {root}/test (or val), expected both, or "
+            f"{root}/<class>/<image>"
         )
     classes, paths, labels = _listing(root)
     parts = split_images(labels, TEST_SHARE, seed=0)
@@ -240,9 +258,10 @@ def unpacked(
     megabytes: int,
     inside: str = "",
 ) -> Path:
-    """The folder of a data set; where it is missing, the archive beside it is unpacked, or downloaded first.
+    """The folder of a data set; if it is missing, the archive beside it is unpacked.
 
-    ``inside`` is the folder's name in the archive, where it is another. For errors see :func:`load_images`.
+    If the archive is missing too, it is downloaded first. ``inside`` is the folder's name in the
+    archive, if it is another one. For errors see :func:`load_images`.
     """
     archive = root / Path(url).name
     if (root / folder).is_dir():

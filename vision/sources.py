@@ -1,4 +1,7 @@
-"""Where images come from: memory, or files decoded on demand. Shapes: N images, B of them, S height and width."""
+"""Where images come from: memory, or files decoded on demand.
+
+Shapes: N images, B of them, S height and width.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class MemoryImages:
     Args:
         images: (N, C, H, H), C = 1 or 3, uint8, or float32 that models are to see as it is.
         labels: (N,) int64.
-        image_size: S; images of another size are resized when they are taken, the memory stays as it is.
+        image_size: S; images of another size are resized when they are taken, not in memory.
     """
 
     images: Tensor
@@ -63,11 +66,12 @@ ImageSource: TypeAlias = MemoryImages | FileImages
 def decode(path: str, image_size: int) -> Tensor:
     """An image file as (3, S, S) uint8.
 
-    Gray, palette, RGBA and CMYK images become RGB; alpha channels and orientation tags are ignored, as in torchvision.
-    What is not S x S is resized by its shorter side (bilinear, antialiased), then center-cropped.
+    Gray, palette, RGBA and CMYK images become RGB. Alpha channels and orientation tags are ignored,
+    as in torchvision. What is not S x S is resized by its shorter side (bilinear, antialiased),
+    then center-cropped.
 
     Raises:
-        ValueError: the file is no image that can be read, or not one of 8 bits a channel.
+        ValueError: the file is not an image that can be read, or not one of 8 bits a channel.
     """
     side = (image_size, image_size)
     with _opened(path) as file:
@@ -91,7 +95,9 @@ def decode_all(paths: Sequence[str], image_size: int) -> Tensor:
 
 
 def common_size(paths: Sequence[str]) -> int:
-    """Height and width of images that are all squares of one size; reads the heads of the files only.
+    """Height and width of images that are all squares of one size.
+
+    Reads only the heads of the files.
 
     Raises:
         ValueError: they are not, with the first that differs.
@@ -103,8 +109,8 @@ def common_size(paths: Sequence[str]) -> int:
         first = first or width
         if (width, height) != (first, first):
             raise ValueError(
-                f"image_size: got None, expected a number of pixels, for the images are not all squares of one size: "
-                f"{path} is {width} x {height}"
+                "image_size: got None, expected a number of pixels, for the images are not all "
+                f"squares of one size: {path} is {width} x {height}"
             )
     return first
 

@@ -85,8 +85,8 @@ def mlp_row(router: str, **options: Any) -> Row:
     def moe() -> nn.Module:
         experts = MLPExperts(TOKEN, 4 * TOKEN, TOKEN, num_experts=8)
         if router == "soft_slots":
-            return SoftMoE(SoftSlots(TOKEN, 8, slots=8), experts)
-        return MoE(build_router(router, TOKEN, 8, 1, options), experts)
+            return SoftMoE(SoftSlots(TOKEN, num_experts=8, slots=8), experts)
+        return MoE(build_router(router, TOKEN, num_experts=8, k=1, kwargs=options), experts)
 
     return Row("tokens", moe, partial(Mlp, TOKEN, 4 * TOKEN))
 

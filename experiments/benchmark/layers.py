@@ -241,7 +241,11 @@ class FFNBenchmark(Benchmark):
 
         def layer(hidden: int, **options: Any) -> MoE:
             router = TokenChoice(
-                TOKEN, e, k, balance=None, weight="normalized" if k > 1 else "straight_through"
+                TOKEN,
+                num_experts=e,
+                k=k,
+                balance=None,
+                weight="normalized" if k > 1 else "straight_through",
             )
             # Sums to 1, as others' do
             return MoE(router, MLPExperts(TOKEN, hidden, TOKEN, num_experts=e, **options))
@@ -336,7 +340,7 @@ class RouterBenchmark(Benchmark):
                     layer = MoEConv("gcn", width, width, k=k, router=name, start="plain")
                 else:
                     layer = MoE(
-                        build_router(name, width, 8, k),
+                        build_router(name, width, num_experts=8, k=k),
                         MLPExperts(width, 4 * width, width, num_experts=8),
                     )
                 step, route = layer_step(layer, inputs), route_step(layer.router, x)
@@ -355,11 +359,11 @@ class VoteBenchmark(Benchmark):
         edge_index, _ = power_law_graph(self.tokens)
         x, neighbors = (
             torch.randn(self.tokens, NODE, requires_grad=True),
-            AttentionVote(NODE, 8, scope="neighbors"),
+            AttentionVote(NODE, num_experts=8, scope="neighbors"),
         )
         steps = {"GATConv": layer_step(GATConv(NODE, NODE), (x, edge_index))}
         if self.group:
-            vote = AttentionVote(NODE, 8)
+            vote = AttentionVote(NODE, num_experts=8)
             check_equal("naive votes", naive_votes(vote, x), vote(x).scores)
             steps["naive votes"] = layer_step(vote, (x,), partial(naive_votes, vote))
             steps["AttentionVote, group"] = route_step(vote, x)

@@ -289,10 +289,10 @@ class SoftMLP(nn.Module):
         )
         self.mlp = mlp
         self.experts = gmoe.MLPExperts(
-            width, size.mlp_dim, width, experts, dropout=config.dropout, zero_init=True
+            width, size.mlp_dim, width, num_experts=experts, dropout=config.dropout, zero_init=True
         )
         self.soft = gmoe.SoftMoE(
-            gmoe.SoftSlots(width, experts, slots=-(-tokens // experts)), self.experts
+            gmoe.SoftSlots(width, num_experts=experts, slots=-(-tokens // experts)), self.experts
         )
 
     def forward(self, x: Tensor) -> Tensor:

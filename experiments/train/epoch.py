@@ -25,9 +25,9 @@ class Epoch:
         """One step's losses, and what it routed."""
         if routings:
             if self.stats is None:
-                self.stats = RoutingStats([routing.num_experts for routing in routings]).to(
-                    values["loss"].device
-                )
+                self.stats = RoutingStats(
+                    num_experts=[routing.num_experts for routing in routings]
+                ).to(values["loss"].device)
             self.stats.update(routings)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach() * rows
@@ -58,7 +58,7 @@ class Epoch:
         )
         if state["stats"] is not None:
             experts, values = state["stats"]
-            self.stats = RoutingStats(experts).to(device)
+            self.stats = RoutingStats(num_experts=experts).to(device)
             for name, value in values.items():
                 setattr(self.stats, name, value.to(device))
             # Torchmetrics would warn of a metric without updates

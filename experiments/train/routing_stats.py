@@ -55,7 +55,7 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
         return []
     experts = [routing.num_experts for routing in routings[0]]
     # One process has them all
-    stats = RoutingStats(experts, sync_on_compute=False).to(routings[0][0].token.device)
+    stats = RoutingStats(num_experts=experts, sync_on_compute=False).to(routings[0][0].token.device)
     for batch in routings:
         stats.update(batch)
     layers, graph = _rounded(stats), task.graph

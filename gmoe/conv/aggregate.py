@@ -27,7 +27,8 @@ from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts, must_be_called
 from gmoe.conv.base import StackedExperts, all_of, is_plain, stacked
-from gmoe.conv.graph import Graph, Matrix
+from gmoe.conv.graph import Graph
+from gmoe.conv.matrix import Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
@@ -138,7 +139,7 @@ class LinearAggregation(AggregateOnce):
         self.linear = LinearExperts(
             sum(weight.size(1) for weight in weights),
             out_channels,
-            len(convs),
+            num_experts=len(convs),
             bias=self.bias(first) is not None,
             backend=backend,
         )

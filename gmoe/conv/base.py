@@ -227,7 +227,11 @@ def stacked(linear: Any, num_experts: int, backend: Backend) -> LinearExperts:
     """Stack a linear layer of this one's shape for each expert."""
     out_features, in_features = linear.weight.shape
     return LinearExperts(
-        in_features, out_features, num_experts, bias=linear.bias is not None, backend=backend
+        in_features,
+        out_features,
+        num_experts=num_experts,
+        bias=linear.bias is not None,
+        backend=backend,
     )
 
 

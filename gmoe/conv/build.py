@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import change_of, parameters_of
-from gmoe.conv.base import ConvExperts, MixedExperts, probe_copy
+from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import Make, base_kind_of, kind_of, name_of
 from gmoe.conv.plain import run, run_on
@@ -55,7 +55,7 @@ def build_experts(
     _check_together(make, convs, [width for width in widths if width is not None])
 
     # Experts that can be stacked together form a group; all that cannot be stacked form another.
-    members_of: dict[Any, list[int]] = {}
+    members_of: dict[Stack | None, list[int]] = {}
     for expert, conv in enumerate(convs):
         stack = _stack_of(conv) if local is None else None
         members_of.setdefault(stack, []).append(expert)
@@ -115,7 +115,11 @@ KEPT_BY_MODULES = frozenset(vars(nn.Module()))
 """What every module holds: its mode, and tables of its parameters, buffers, parts and hooks."""
 
 
-def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
+Stack: TypeAlias = tuple[type[StackedExperts], frozenset[Hashable], tuple[Hashable, ...]]
+"""A class of stacked experts; the options and the shapes that its convs have in common."""
+
+
+def _stack_of(conv: MessagePassing) -> Stack | None:
     """A class of stacked experts, and all that must be equal in a stack; or ``None``.
 
     Stacking must not lose what a user put on a conv: hooks, parametrizations, frozen parameters,
@@ -166,7 +170,7 @@ def _is_option(key: str) -> bool:
     return not (key in KEPT_BY_MODULES or is_table_of_hooks or key == "inspector")
 
 
-def _comparable(value: Any) -> Hashable:
+def _comparable(value: object) -> Hashable:
     """Equal for values that surely mean the same; any other value equals only itself."""
     if isinstance(value, Tensor) and not value.is_meta:
         return Tensor, value.dtype, value.shape, tuple(value.detach().flatten().tolist())
@@ -214,7 +218,7 @@ class Trial:
         in_channels: its widths.
     """
 
-    conv: Any
+    conv: MessagePassing
     in_channels: int | tuple[int, int]
 
     @cached_property

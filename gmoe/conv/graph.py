@@ -1,4 +1,7 @@
-"""The graph of message passing: its edges, their norms, and the sums along them.
+"""The graph of message passing: a graph that is checked and sorted once, or a part of one.
+
+:mod:`gmoe.conv.adjacency` reads its edges, :mod:`gmoe.conv.matrix` has the norms and sums, and
+:mod:`gmoe.conv.edges` the kernels.
 
 Shapes: N_src sources, N_dst destinations (the tokens), N both where they are one set of nodes, M
 edges, D width, F edge features; of a part: n destinations, S sources.
@@ -7,44 +10,23 @@ edges, D width, F edge features; of a part: n destinations, S sources.
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, is_sparse
 
-from gmoe._checks import INTEGERS, check_choice, described, parameters_of
-from gmoe._torch import is_watched, row_pointers, rows_of_pointers
-from gmoe.conv.edges import Edges, renumber, weighted_sum
-from gmoe.conv.kept import Kept, once, versions_of
+from gmoe._checks import check_choice, parameters_of
+from gmoe._torch import row_pointers
+from gmoe.conv.adjacency import adjacency_like, check_edge_args, read_edge_index, read_sparse
+from gmoe.conv.edges import Edges, renumber
+from gmoe.conv.kept import Kept, once
+from gmoe.conv.matrix import Matrix, ScaleOf, normalized_matrix, sum_matrix
 
 FLOWS = ("source_to_target", "target_to_source")
-
-
-@dataclass(eq=False)
-class Matrix:
-    """The A of a sum A x over in-edges.
-
-    Args:
-        edges: which of its entries are not zero.
-        weight: (M,) these entries.
-        diagonal: (N_dst,) further entries, for loops that are not among the edges; the destinations
-            are then the first of the sources.
-        scale: (N,) the factors of rows and columns that normalized it, if it is normalized.
-    """
-
-    edges: Edges
-    weight: Tensor
-    diagonal: Tensor | None = None
-    scale: Tensor | None = None
-    product: Kept | None = None
-    """A x of the graph's ``x``, if it was computed; see :meth:`Graph.product`."""
 
 
 class Graph:
@@ -85,14 +67,11 @@ class Graph:
 
     mask: Tensor | None = None
     """(M,) an explainer's factors on the messages, in the order given."""
-    matrix_values: Tensor | None = None
-    edges: Edges
     num_rows: int
     """Rows of ``adj``: N_dst, but a part may hold more rows than destinations."""
-    scale_of: Any = None
-    """In a part, a function of (improved, loops, dtype) that gives the (N,) scale of its nodes in
-    the whole graph."""
-    destinations: Any = None
+    scale_of: ScaleOf | None = None
+    """In a part, the (N,) scale of its nodes in the whole graph."""
+    destinations: Tensor | None = None
     """In a part, the (n,) places of its destinations in the whole graph."""
 
     def __init__(
@@ -105,8 +84,7 @@ class Graph:
         edge_attr: Tensor | None = None,
         flow: str = "source_to_target",
     ) -> None:
-        if flow not in FLOWS:  # asked here, too, to save a call for each layer
-            check_choice("flow", flow, FLOWS)
+        check_choice("flow", flow, FLOWS)
         sizes = num_nodes if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
         are_whole = all(isinstance(size, int | Integral | torch.SymInt) for size in sizes)
         if len(sizes) != 2 or not are_whole:
@@ -120,94 +98,20 @@ class Graph:
         self.is_sparse = is_sparse(edge_index)
         self.edge_weight = edge_weight
         self.edge_attr = edge_attr
-        self._kept: dict[Any, Any] = {}
+        self._kept: dict[tuple[object, ...], Kept[Any]] = {}
         if self.is_sparse:
-            self._read_sparse(edge_index)
+            adjacency = read_sparse(edge_index, self.num_src, self.num_dst, flow)
         else:
-            self._read_edge_index(edge_index)
+            adjacency = read_edge_index(edge_index, self.num_src, self.num_dst, flow)
+        self.adj = adjacency.adj
+        self.edge_index = adjacency.edge_index
+        self.matrix_values = adjacency.values
+        self.edges = adjacency.edges
         if edge_weight is not None or edge_attr is not None:
             self._check_args()
 
-    def _read_edge_index(self, edge_index: Any) -> None:
-        """Set the edges from two rows of nodes."""
-        is_index = isinstance(edge_index, Tensor) and edge_index.dim() == 2
-        if not is_index or edge_index.dtype not in INTEGERS or len(edge_index) != 2:
-            raise ValueError(
-                f"edge_index: got {described(edge_index)}, expected integers of shape (2, number "
-                "of edges), a sparse matrix or a Graph"
-            )
-        if isinstance(edge_index, EdgeIndex):
-            edge_index = self._plain(edge_index)
-        # torch's gather on the CPU misreads expanded int32 indices: gradients would be wrong.
-        self.adj = edge_index.long()
-        self.edge_index = self.adj if self.flow == "source_to_target" else self.adj.flip(0)
-        self.edges = Edges.sorted(
-            self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst
-        )
-
-    def _plain(self, edge_index: EdgeIndex) -> Tensor:
-        """The edges of an ``EdgeIndex`` as a tensor.
-
-        Raises:
-            ValueError: it knows other numbers of nodes.
-        """
-        nodes = (self.num_src, self.num_dst)
-        if self.flow == "target_to_source":
-            nodes = (self.num_dst, self.num_src)
-        sizes = edge_index.sparse_size()
-        for size, number in zip(sizes, nodes, strict=True):
-            if size not in (None, number):
-                raise ValueError(
-                    f"edge_index: got an EdgeIndex of sparse_size {sizes}, expected {nodes}, as "
-                    "there are nodes"
-                )
-        return edge_index.as_tensor()
-
-    def _read_sparse(self, matrix: Any) -> None:
-        """Set the edges and values from a matrix; its rows are the destinations."""
-        shape = (matrix.size(0), matrix.size(1))
-        nodes = (self.num_dst, self.num_src)
-        if shape != nodes or self.flow != "source_to_target":
-            raise ValueError(
-                f"edge_index: got a sparse matrix of shape {shape} for flow={self.flow!r}, "
-                f"expected (destinations, sources) = {nodes} and the default flow"
-            )
-        if isinstance(matrix, SparseTensor):
-            ptr, src, value = matrix.csr()
-        else:
-            if matrix.layout != torch.sparse_csr:
-                # A copy: PyG would mark a COO matrix as coalesced in place.
-                matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
-            ptr = matrix.crow_indices().long()
-            src = matrix.col_indices().long()
-            value = matrix.values()
-        self.adj = matrix
-        self.matrix_values = value
-        dst = rows_of_pointers(ptr, src)[0]
-        self.edge_index = torch.stack([src, dst])
-        # CSR is sorted by row already.
-        order = torch.arange(src.numel(), device=src.device)
-        self.edges = Edges(ptr, src, dst, self.num_src, order)
-
     def _check_args(self) -> None:
-        """Refuse edge weights or features that do not fit the edges."""
-        weight = self.edge_weight
-        attr = self.edge_attr
-        rows = (self.num_edges,)
-        if weight is not None and not (isinstance(weight, Tensor) and weight.shape == rows):
-            raise ValueError(
-                f"edge_weight: got {described(weight)}, expected a tensor of shape {rows}"
-            )
-        if weight is not None and self.is_sparse:
-            # PyG would ignore the tensor.
-            raise ValueError(
-                "edge_weight: got a tensor, expected None, since a sparse matrix's values are the "
-                "weights"
-            )
-        if attr is not None and not (isinstance(attr, Tensor) and attr.shape[:1] == rows):
-            raise ValueError(
-                f"edge_attr: got {described(attr)}, expected a row for each of {rows[0]} edges"
-            )
+        check_edge_args(self.edge_weight, self.edge_attr, self.num_edges, self.is_sparse)
 
     def fitting(
         self,
@@ -237,7 +141,7 @@ class Graph:
         other._check_args()
         return other
 
-    def _copy(self, **changes: Any) -> Graph:
+    def _copy(self, **changes: object) -> Graph:
         """The same graph with other attributes, without anything that was computed."""
         other = copy.copy(self)
         vars(other).update(changes, _kept={})
@@ -301,34 +205,7 @@ class Graph:
 
         The product with the graph's own ``x`` is computed once, as long as neither changes.
         """
-        weight = matrix.weight
-        if self.mask is not None:
-            weight = weight * self.mask.index_select(0, matrix.edges.order)
-        can_keep = (
-            x_src is self.x
-            and not (x_src.requires_grad or weight.requires_grad)
-            # Compiled code and tensors of inference mode have no versions, by which a change shows.
-            and not (torch.compiler.is_compiling() or x_src.is_inference())
-            # Fake tensors have no values, and counters want to see the product.
-            and not is_watched()
-        )
-        if can_keep:
-            kept = matrix.product
-            if kept is not None and kept.is_fresh((x_src, kept.result)):
-                return kept.result
-        elif x_src is self.x:
-            # Optimizers may write to what they train without a trace in its version.
-            matrix.product = None
-        # What is kept is for training too, whatever the mode of the first call.
-        with torch.inference_mode(False) if can_keep else nullcontext():
-            y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges)
-            if matrix.diagonal is not None:
-                y.addcmul_(matrix.diagonal[:, None, None], x_src[: self.num_dst, None])
-            y = y.squeeze(1).to(x_src.dtype)
-        if can_keep:
-            # The result is a source, too: a caller may have written to it.
-            matrix.product = Kept((x_src, y), versions_of((x_src, y)), y)
-        return y
+        return matrix.times(x_src, self.mask, keep=x_src is self.x)
 
     @once
     def summing(
@@ -342,22 +219,13 @@ class Graph:
             mean: divide by the number of in-edges.
             dtype: least dtype of the entries; they have at least float32.
         """
-        edges = self.edges
         factor = self.edge_weight if by == "weight" else None
         # Without edge weights, PyG reads the values of torch.sparse, but not of SparseTensor.
         reads_values = by == "weight"
         reads_values = reads_values or (by == "values" and not isinstance(self.adj, SparseTensor))
         if factor is None and reads_values:
             factor = self.matrix_values
-        exact = torch.promote_types(dtype, torch.float32)
-        if mean:
-            share_R = edges.degree.to(exact).reciprocal()
-            weight = share_R.index_select(0, edges.receiver)
-        else:
-            weight = torch.ones_like(edges.sender, dtype=exact)
-        if factor is not None and factor.dim() == 1:
-            weight = weight * factor.index_select(0, edges.order)
-        return Matrix(edges, weight)
+        return sum_matrix(self.edges, factor, mean=mean, dtype=dtype)
 
     @once
     def normalized(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Matrix:
@@ -370,39 +238,24 @@ class Graph:
             loops: add the I.
             dtype: see :meth:`summing`.
         """
-        edges = self.edges
         factor = self.matrix_values if self.edge_weight is None else self.edge_weight
-        # 1. A: the weights of the edges.
-        weight = torch.ones_like(edges.sender, dtype=torch.promote_types(dtype, torch.float32))
-        if factor is not None:
-            weight = weight * factor.index_select(0, edges.order)
-
-        # 2. I: the weights of the loops. As in PyG, a torch.sparse matrix keeps its own loops and
-        # gets another one at each node; elsewhere one loop replaces those of a node. Without edge
-        # weights, the loops of an edge list have the weight 1, improved or not.
+        # As in PyG: without edge weights, the loops of an edge list have the weight 1, improved or
+        # not. A torch.sparse matrix keeps its own loops and gets another one at each node;
+        # elsewhere one loop replaces those of a node, and in an edge list it keeps their weight.
         fill = 2.0 if improved and (factor is not None or self.is_sparse) else 1.0
-        diagonal = weight.new_full((self.num_dst,), fill if loops else 0.0)
-        if loops and not (self.is_sparse and isinstance(self.adj, Tensor)):
-            is_loop = edges.sender == edges.receiver
-            if factor is not None and not self.is_sparse:
-                # A loop that is replaced keeps its weight, the last one's of several. How many
-                # loops there are depends on the data: all other edges write to a row that is cut
-                # off.
-                row = torch.where(is_loop, edges.receiver, self.num_dst)
-                padded = torch.cat([diagonal, diagonal[:1]])
-                diagonal = padded.scatter(0, row, weight)[:-1]
-            weight = torch.where(is_loop, 0.0, weight)
-
-        # 3. D^-1/2, of the whole graph where this one is a part.
-        if self.scale_of is None:
-            degree = diagonal.index_add(0, edges.receiver, weight)
-            scale = degree.pow(-0.5).nan_to_num(nan=torch.nan, posinf=0.0)
-        else:
-            scale = self.scale_of(improved=improved, loops=loops, dtype=dtype).to(weight.device)
-        weight = scale.index_select(0, edges.receiver) * weight
-        weight = weight * scale.index_select(0, edges.sender)
-        scaled = scale[: self.num_dst].square() * diagonal if loops else None
-        return Matrix(edges, weight, scaled, scale)
+        is_torch_sparse = self.is_sparse and isinstance(self.adj, Tensor)
+        scale = None
+        if self.scale_of is not None:  # a part: the degrees are those of the whole graph
+            scale = self.scale_of(improved=improved, loops=loops, dtype=dtype)
+        return normalized_matrix(
+            self.edges,
+            factor,
+            loop_weight=fill if loops else None,
+            replace_loops=not is_torch_sparse,
+            keep_loop_weights=not self.is_sparse,
+            scale=scale,
+            dtype=dtype,
+        )
 
     @once
     def with_loops(self, *, fill_value: float | Tensor | str) -> Graph:
@@ -484,6 +337,8 @@ class Graph:
         is_square = self.num_src == self.num_rows
         num_rows = len(nodes) if is_square else len(token)
         ptr = row_pointers(position, num_rows)
+        edge_index = torch.stack([source, position])
+        values = edge_args.get("matrix_values")
         edges = Edges(
             ptr[: number + 1],
             source[:num_messages],
@@ -491,6 +346,12 @@ class Graph:
             len(nodes),
             torch.arange(num_messages, device=edge.device),
         )
+
+        def scale_of(*, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
+            whole = self.normalized(improved=improved, loops=loops, dtype=dtype)
+            assert whole.scale is not None
+            return whole.scale.index_select(0, nodes)
+
         part = self._copy(
             **edge_args,
             num_src=len(nodes),
@@ -498,26 +359,23 @@ class Graph:
             num_rows=num_rows,
             destinations=token,
             edges=edges,
-            edge_index=torch.stack([source, position]),
-            scale_of=lambda **how: self.normalized(**how).scale.index_select(0, nodes),
+            edge_index=edge_index,
+            adj=adjacency_like(self.adj, self.flow, edge_index, ptr, values, len(nodes)),
+            scale_of=scale_of,
             x=None,
             mask=None,
         )
-        part.adj = self._adj_of_part(part, ptr)
         return nodes, part
 
-    def _adj_of_part(self, part: Graph, ptr: Tensor) -> Any:
-        """The edges of a part for PyG's convs, in the form of this graph's ``adj``."""
-        source, position = part.edge_index
-        value: Any = part.matrix_values
-        size = (part.num_rows, part.num_src)
-        if isinstance(self.adj, SparseTensor):
-            return SparseTensor(row=position, col=source, value=value, sparse_sizes=size)
-        if self.is_sparse:
-            return torch.sparse_csr_tensor(ptr, source, value, size=size, check_invariants=False)
-        if self.flow == "source_to_target":
-            return part.edge_index
-        return part.edge_index.flip(0)
+    def as_part(self, scale_of: ScaleOf) -> Graph:
+        """The same edges as a part of a larger graph, one that is not in memory.
+
+        The destinations are the first of the sources.
+
+        Args:
+            scale_of: gives the norms of the nodes in the larger graph.
+        """
+        return self._copy(num_rows=self.num_src, scale_of=scale_of)
 
     def first(self, nodes: int, edges: int) -> Graph:
         """The first nodes and the first edges as given.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class RelationalConv(nn.Module):
                 parts[name].append(graph.mean(x_src, by="values"))
         return parts
 
-    def mix(self, node_type: NodeType, parts: Sequence[Tensor], *args: Any) -> Tensor:
+    def mix(self, node_type: NodeType, parts: Sequence[Tensor], *args: Tensor) -> Tensor:
         """(T, O) the sum of the maps of a node type's parts.
 
         Args:
@@ -222,19 +222,19 @@ class HeteroMoEConv(MoELayer):
         in_channels: int | Mapping[NodeType, int],
         out_channels: int,
         metadata: Metadata,
+        *,
         num_experts: int = 8,
         router: RouterLike = "token_choice",
         k: int = 1,
-        *,
         out_types: Collection[NodeType] | None = None,
         start: Start | None = None,
-        router_kwargs: Mapping[str, Any] | None = None,
+        router_kwargs: Mapping[str, object] | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
-        **unknown: Any,
+        **unknown: object,
     ) -> None:
         refuse_unknown("HeteroMoEConv", unknown)
-        super().__init__(num_experts, k)
+        super().__init__(num_experts=num_experts, k=k)
         self.make_dense = partial(
             RelationalConv, in_channels, out_channels, metadata, out_types=out_types
         )

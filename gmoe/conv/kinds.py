@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -31,6 +31,9 @@ ConvFactory: TypeAlias = Callable[..., MessagePassing]
 
 ConvLike: TypeAlias = str | ConvFactory | Sequence[str | ConvFactory]
 """A name such as ``"gcn"``, a conv class, a factory, or a list with one per expert."""
+
+Widths: TypeAlias = int | tuple[int, int]
+"""One input width, or those of sources and destinations."""
 
 OWN_NETWORK = (
     "pass a factory, such as conv=lambda i, o: GINConv(network(i, o)), that makes a network for "
@@ -59,7 +62,7 @@ CONV_VALUES = "a name, a class of PyG's convs, a factory, or a list of those"
 # the table of kinds -------------------------------------------------------------------------------
 
 
-def _edge_width(conv: Any, _: int) -> int | None:
+def _edge_width(conv: MessagePassing, _: int) -> int | None:
     """The width of the edge features of most convs: an option of theirs."""
     return getattr(conv, "edge_dim", None) or getattr(conv, "dim", None)
 
@@ -95,16 +98,16 @@ class Kind:
     takes_two_sets: bool = True
     needs_destinations: bool = True
     adapt: ConvFactory | None = None
-    hops: Callable[[Any], int] | None = None
-    run: Callable[[Any, Tensor, Graph], Tensor] | None = None
-    edge_width: Callable[[Any, int], int | None] = _edge_width
+    hops: Callable[[MessagePassing], int] | None = None
+    run: Callable[[MessagePassing, Tensor, Graph], Tensor] | None = None
+    edge_width: Callable[[MessagePassing, int], int | None] = _edge_width
     multiplies: bool = False
     adds_loops: bool = False
-    names: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    names: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 def _with_mlp(
-    cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
+    cls: ConvFactory, in_channels: Widths, out_channels: int, *args: object, **kwargs: object
 ) -> MessagePassing:
     """GIN and GINE get the two-layer MLP of PyG's ``GIN`` model."""
     if "nn" in kwargs or any(isinstance(arg, nn.Module) for arg in args):
@@ -117,7 +120,7 @@ def _with_mlp(
 
 
 def _of_one_width(
-    cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
+    cls: ConvFactory, in_channels: Widths, out_channels: int, *args: object, **kwargs: object
 ) -> MessagePassing:
     """CG keeps the width of its input, and is built from that alone."""
     _check_same_width(cls, in_channels, out_channels)
@@ -125,14 +128,14 @@ def _of_one_width(
 
 
 def _of_no_width(
-    cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
+    cls: ConvFactory, in_channels: Widths, out_channels: int, *args: object, **kwargs: object
 ) -> MessagePassing:
     """SimpleConv keeps the width of its input, and has no parameters."""
     _check_same_width(cls, in_channels, out_channels)
     return cls(*args, **kwargs)
 
 
-def _check_same_width(cls: ConvFactory, in_channels: Any, out_channels: int) -> None:
+def _check_same_width(cls: ConvFactory, in_channels: Widths, out_channels: int) -> None:
     widths = {in_channels} if isinstance(in_channels, int) else set(in_channels)
     if widths != {out_channels}:
         raise ValueError(
@@ -141,12 +144,12 @@ def _check_same_width(cls: ConvFactory, in_channels: Any, out_channels: int) -> 
         )
 
 
-def _one_hop(conv: Any) -> int:
+def _one_hop(conv: MessagePassing) -> int:
     """Each layer of a GCN looks one hop far; its norms need the degrees of the whole graph."""
     return 1
 
 
-def _gine_edge_width(conv: Any, source_width: int) -> int:
+def _gine_edge_width(conv: MessagePassing, source_width: int) -> int:
     """GINE adds edge features to those of sources, unless it transforms them."""
     return source_width if conv.lin is None else conv.lin.in_channels
 
@@ -229,18 +232,21 @@ By exact type, see :func:`kind_of`: a subclass may compute something else.
 UNKNOWN = Kind()
 """What holds for all other classes."""
 
-BY_NAME: dict[str, ConvFactory] = {
-    name.removesuffix("Conv").lower(): getattr(pyg.conv, name)
-    for name in pyg.conv.classes
-    if name.endswith("Conv")
-} | {
-    name: partial(cls, **options) if options else cls  # type: ignore[misc]
-    for cls, kind in KINDS.items()
-    for name, options in kind.names.items()
-}
-"""Convs by name: PyG's without ``Conv``, in lower case (``"gcn"``, ``"gatv2"``), and gmoe's own."""
 
-_ADAPTS = {kind.adapt for kind in KINDS.values() if kind.adapt is not None}
+def by_name() -> dict[str, ConvFactory]:
+    """Convs by name: PyG's without ``Conv``, in lower case (``"gcn"``, ``"gatv2"``), and others'.
+
+    Read from :data:`KINDS` at each call, so that a row may be added at any time.
+    """
+    convs: dict[str, ConvFactory] = {
+        name.removesuffix("Conv").lower(): getattr(pyg.conv, name)
+        for name in pyg.conv.classes
+        if name.endswith("Conv")
+    }
+    for cls, kind in KINDS.items():
+        for name, options in kind.names.items():
+            convs[name] = partial(cls, **options) if options else cls  # type: ignore[misc]
+    return convs
 
 
 def kind_of(cls: type) -> Kind:
@@ -275,10 +281,10 @@ class Make:
     """
 
     kinds: Sequence[str | ConvFactory]
-    in_channels: Any
+    in_channels: Widths
     out_channels: int
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
 
     def __call__(self, expert: int) -> MessagePassing:
         factory = factory_of(self.kinds[expert])
@@ -340,7 +346,7 @@ def _check_option(option: str, value: object, factory: ConvFactory) -> None:
     )
 
 
-def _check_forward(conv: Any) -> None:
+def _check_forward(conv: object) -> None:
     """Refuse a module that needs more than nodes, edges, edge weights and edge features."""
     name = type(conv).__name__
     if not isinstance(conv, MessagePassing):
@@ -372,25 +378,30 @@ def _check_forward(conv: Any) -> None:
     )
 
 
-def of_pyg(code: Any) -> bool:
+def of_pyg(code: object) -> bool:
     """True for a class or function of PyG."""
     return str(getattr(code, "__module__", "")).startswith("torch_geometric.")
 
 
-def unwrapped(factory: Any) -> Any:
+def _is_adapter(function: object) -> bool:
+    """True for the ``adapt`` of a kind, whose first argument is the class that it builds."""
+    return any(function is kind.adapt for kind in KINDS.values())
+
+
+def unwrapped(factory: object) -> object:
     """The class or function inside partials."""
     while isinstance(factory, partial):
-        factory = factory.args[0] if factory.func in _ADAPTS else factory.func
+        factory = factory.args[0] if _is_adapter(factory.func) else factory.func
     return factory
 
 
-def name_of(factory: Any) -> str:
+def name_of(factory: object) -> str:
     """The name of a class or function, wrapped in partials or not."""
     inner = unwrapped(factory)
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
-def class_of(factory: Any) -> type:
+def class_of(factory: object) -> type:
     """The class that a factory is, wrapped in partials or not; ``object`` for a function."""
     inner = unwrapped(factory)
     return inner if isinstance(inner, type) else object
@@ -415,8 +426,8 @@ def factory_of(conv: str | ConvFactory) -> ConvFactory:
         )
     if not callable(conv):
         raise ValueError(f"conv: got {conv!r}, expected {CONV_VALUES}")
-    cls: Any = conv
-    options: dict[str, Any] = {}
+    cls = conv
+    options: Mapping[str, object] = {}
     if isinstance(conv, partial) and not conv.args:
         cls = conv.func
         options = conv.keywords
@@ -439,14 +450,15 @@ def _named(name: str) -> ConvFactory:
     Raises:
         ValueError: an unknown name.
     """
-    factories = {known.replace("_", ""): factory for known, factory in BY_NAME.items()}
+    convs = by_name()
+    factories = {known.replace("_", ""): factory for known, factory in convs.items()}
     plain = name.lower().replace("_", "").removesuffix("conv")
     if plain not in factories:
-        check_choice("conv", name, sorted(BY_NAME))
+        check_choice("conv", name, sorted(convs))
     return factories[plain]
 
 
-def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
+def kinds_of(conv: ConvLike, num_experts: int | None) -> list[str | ConvFactory]:
     """The kind of each expert: a single kind for all of them (by default 8), or a list.
 
     Raises:
@@ -471,5 +483,5 @@ class CopyOf:
 
     conv: MessagePassing
 
-    def __call__(self, in_channels: Any, out_channels: int) -> MessagePassing:
+    def __call__(self, in_channels: Widths, out_channels: int) -> MessagePassing:
         return copy.deepcopy(self.conv)

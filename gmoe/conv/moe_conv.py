@@ -200,11 +200,11 @@ class MoEConv(MoELayer, MessagePassing):
         in_channels = widths[0] if is_one_width else widths
         out_channels = int(out_channels)  # NumPy's numbers are taken too, and kept as Python's
 
-        super().__init__(len(kinds), k)
+        super().__init__(num_experts=len(kinds), k=k)
         self.in_channels: int | tuple[int, int] = in_channels
         self._widths = widths
         self.out_channels = out_channels
-        self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
+        self._make = Make(kinds, in_channels, out_channels, conv_args, conv_kwargs)
         # By itself a layer starts beside a shared expert, whatever its router.
         self.start = start_of_convs(
             start or "shared", kinds, shared_transform, router, k, router_kwargs

@@ -29,7 +29,9 @@ def run_on(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor)
     x: Any = x_src.index_select(0, nodes)
     if _are_two(graph, x_src, x_dst):
         is_aligned = graph.num_src == graph.num_rows
-        x = (x, x_dst.index_select(0, nodes if is_aligned else part.destinations))
+        destinations = nodes if is_aligned else part.destinations
+        assert destinations is not None  # a part has them
+        x = (x, x_dst.index_select(0, destinations))
     return conv(x, part.adj, **part.args_for(conv))[: token.numel()]
 
 

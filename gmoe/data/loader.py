@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ InputNodes: TypeAlias = (
     Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None
 )
 
-PYG_ONLY: dict[str, Any] = {
+PYG_ONLY: dict[str, object] = {
     "subgraph_type": "directional",
     "disjoint": False,
     "temporal_strategy": "uniform",
@@ -43,7 +43,7 @@ def neighbor_loader(
     replace: bool = False,
     *,
     backend: SamplerBackend = "auto",
-    **kwargs: Any,
+    **kwargs: object,
 ) -> NodeLoader:
     """Load mini-batches of sampled neighborhoods, with ``pyg-lib`` or without.
 
@@ -104,7 +104,7 @@ def neighbor_loader(
     return NodeLoader(stores, NeighborSampler(data, num_neighbors, replace), **kwargs)
 
 
-def _check_default(name: str, value: Any, default: Any) -> None:
+def _check_default(name: str, value: object, default: object) -> None:
     """Refuse an argument that asks for more than our sampler does."""
     if isinstance(value, SubgraphType):
         value = value.value
@@ -116,12 +116,16 @@ def _check_default(name: str, value: Any, default: Any) -> None:
         )
 
 
-def _seeds(data: Data | HeteroData | StoredGraph, input_nodes: Any) -> Any:
+def _seeds(
+    data: Data | HeteroData | StoredGraph, input_nodes: object
+) -> Tensor | tuple[NodeType, Tensor]:
     """The seeds as PyG takes them, checked: ids or a mask, for ``HeteroData`` with their type."""
     if not isinstance(data, HeteroData):
         return _ids(input_nodes, count_nodes(data))
-    is_pair = isinstance(input_nodes, tuple | list) and len(input_nodes) == 2
-    kind, nodes = input_nodes if is_pair else (input_nodes, None)
+    kind = input_nodes
+    nodes = None
+    if isinstance(input_nodes, tuple | list) and len(input_nodes) == 2:
+        kind, nodes = input_nodes
     if not isinstance(kind, str) or kind not in data.node_types:
         got = repr(kind) if isinstance(kind, str) else type(input_nodes).__name__
         names = ", ".join(map(repr, data.node_types))
@@ -131,7 +135,7 @@ def _seeds(data: Data | HeteroData | StoredGraph, input_nodes: Any) -> Any:
     return kind, _ids(nodes, count_nodes(data[kind]))
 
 
-def _ids(nodes: Any, num_nodes: int) -> Tensor:
+def _ids(nodes: object, num_nodes: int) -> Tensor:
     """Node ids or a mask as a tensor; by default all nodes."""
     if nodes is None:
         nodes = torch.arange(num_nodes)

@@ -7,11 +7,12 @@ drawn, S edges drawn, k the fan-out (in-edges drawn per node).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
+from torch_geometric.data.storage import EdgeStorage, NodeStorage
 from torch_geometric.sampler import (
     BaseSampler,
     EdgeSamplerInput,
@@ -115,7 +116,7 @@ class NeighborSampler(BaseSampler):
         return NumNeighbors(num_neighbors)
 
     def sample_from_nodes(
-        self, index: NodeSamplerInput, **kwargs: Any
+        self, index: NodeSamplerInput, **kwargs: object
     ) -> SamplerOutput | HeteroSamplerOutput:
         """The subgraph that the seeds ``index.node`` need; called by ``NodeLoader``."""
         _refuse_times(index.time)
@@ -139,14 +140,21 @@ class NeighborSampler(BaseSampler):
                 raise ValueError(f"input_type: got {kind!r}, expected one of {list(self._sizes)}")
             check_nodes("node", nodes, self._sizes[kind])
         position = self._take_positions()
-        fields = self._expand(seeds, position)
+        output = self._expand(seeds, position)
         # Clean up what was written, which is cheaper than a new table of all nodes.
-        for kind, nodes in fields["node"].items():
+        for kind, nodes in output.node.items():
             position[kind].index_fill_(0, nodes, self._unseen)
         self._spare_positions.append(position)
         if self.is_hetero:
-            return HeteroSamplerOutput(**fields)
-        return SamplerOutput(**{name: next(iter(value.values())) for name, value in fields.items()})
+            return output
+        return SamplerOutput(
+            node=output.node[NODES],
+            row=output.row[EDGES],
+            col=output.col[EDGES],
+            edge=output.edge[EDGES],
+            num_sampled_nodes=output.num_sampled_nodes[NODES],
+            num_sampled_edges=output.num_sampled_edges[EDGES],
+        )
 
     @property
     def _unseen(self) -> int:
@@ -169,9 +177,7 @@ class NeighborSampler(BaseSampler):
                     for kind, size in self._sizes.items()
                 }
 
-    def _expand(
-        self, seeds: dict[NodeType, Tensor], position: Positions
-    ) -> dict[str, dict[Any, Any]]:
+    def _expand(self, seeds: dict[NodeType, Tensor], position: Positions) -> HeteroSamplerOutput:
         """Sample hop by hop.
 
         Args:
@@ -179,7 +185,7 @@ class NeighborSampler(BaseSampler):
             position: all ``_unseen``; holds each node's position in the output afterwards.
 
         Returns:
-            The fields of PyG's output, by type of nodes or edges.
+            PyG's output, by type of nodes or edges.
         """
         none = torch.empty(0, dtype=torch.int64)
         # By type: of nodes the seeds, then a tensor a hop; of edges an empty one, then one a hop.
@@ -222,20 +228,16 @@ class NeighborSampler(BaseSampler):
                 ids_S = place_S if ids is None else ids.index_select(0, place_S)
                 edge[kind].append(ids_S.long())
 
-        joined = {"node": node, "row": row, "col": col, "edge": edge}
-        fields: dict[str, dict[Any, Any]] = {
-            name: {kind: torch.cat(parts) for kind, parts in by_kind.items()}
-            for name, by_kind in joined.items()
-        }
-        fields["num_sampled_nodes"] = {
-            kind: [len(part) for part in parts] for kind, parts in node.items()
-        }
-        fields["num_sampled_edges"] = {
-            kind: [len(part) for part in parts[1:]] for kind, parts in edge.items()
-        }
-        return fields
+        return HeteroSamplerOutput(
+            node=_joined(node),
+            row=_joined(row),
+            col=_joined(col),
+            edge=_joined(edge),
+            num_sampled_nodes={kind: list(map(len, parts)) for kind, parts in node.items()},
+            num_sampled_edges={kind: list(map(len, parts[1:])) for kind, parts in edge.items()},
+        )
 
-    def _in_edges(self, store: Any, kind: EdgeType) -> InEdges:
+    def _in_edges(self, store: Data | EdgeStorage, kind: EdgeType) -> InEdges:
         """The edges of one type by destination, checked, on the CPU."""
         src, _, dst = kind
         if not {src, dst} <= self._sizes.keys():
@@ -247,12 +249,20 @@ class NeighborSampler(BaseSampler):
         edges = Graph(store.edge_index.cpu(), (self._sizes[src], self._sizes[dst])).edges
         return edges.ptr.to(self._dtype), edges.sender.to(self._dtype), edges.order.to(self._dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave out the tables of positions.
 
         Spawned workers share the memory of pickled tensors: all would write into one table.
         """
         return self.__dict__ | {"_spare_positions": []}
+
+
+Kind = TypeVar("Kind", NodeType, EdgeType)
+
+
+def _joined(parts_of: Mapping[Kind, list[Tensor]]) -> dict[Kind, Tensor]:
+    """By type, the parts of all hops as one tensor."""
+    return {kind: torch.cat(parts) for kind, parts in parts_of.items()}
 
 
 def _refuse_times(time: Tensor | None) -> None:
@@ -336,7 +346,7 @@ def _number(position: Tensor, nodes: Tensor, first: int) -> Tensor:
     return new
 
 
-def count_nodes(store: Any) -> int:
+def count_nodes(store: Data | NodeStorage | StoredGraph) -> int:
     """The number of nodes of a graph or of a type, which PyG cannot always tell."""
     if store.num_nodes is None:
         raise ValueError(f"data: got {store} without a number of nodes, expected num_nodes")

@@ -171,7 +171,7 @@ class StoredGraph(FeatureStore, GraphStore):
         path = self._file(name)
         listed = self.info["arrays"][name]
         try:
-            array: Any = np.lib.format.open_memmap(path, mode="r")
+            array: np.memmap = np.lib.format.open_memmap(path, mode="r")
         except FileNotFoundError:
             raise
         except Exception as error:  # NumPy raises many kinds
@@ -189,12 +189,13 @@ class StoredGraph(FeatureStore, GraphStore):
             )
         # Rows are read at random places, so reading ahead would waste the disk's time.
         if name in ("x", "y") and hasattr(mmap, "MADV_RANDOM"):
+            assert isinstance(array.base, mmap.mmap)
             array.base.madvise(mmap.MADV_RANDOM)
         with warnings.catch_warnings():  # torch warns of memory that cannot be written to
             warnings.simplefilter("ignore")
             return torch.from_numpy(array)
 
-    def rows(self, name: str, index: Any) -> Tensor:
+    def rows(self, name: str, index: object) -> Tensor:
         """Rows of ``"x"`` or ``"y"``, in memory.
 
         The disk is read in ascending order, whatever the order of ``index``.
@@ -306,12 +307,12 @@ class StoredGraph(FeatureStore, GraphStore):
         """The in-edges of all nodes, layout CSC."""
         return [EdgeAttr(None, EdgeLayout.CSC, size=(self.num_nodes, self.num_nodes))]
 
-    def _read_only(self, *_: Any) -> bool:
+    def _read_only(self, *_: object) -> bool:
         raise TypeError(f"{type(self).__name__} is read-only")
 
     _put_tensor = _remove_tensor = _put_edge_index = _remove_edge_index = _read_only
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self.folder),)
 
     def __repr__(self) -> str:
@@ -321,7 +322,7 @@ class StoredGraph(FeatureStore, GraphStore):
         )
 
 
-def node_index(name: str, nodes: Any, num_nodes: int) -> Tensor:
+def node_index(name: str, nodes: object, num_nodes: int) -> Tensor:
     """Convert node ids, or a mask of all nodes, to a tensor.
 
     A list of booleans is a mask, not the ids 0 and 1.

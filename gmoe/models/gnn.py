@@ -9,11 +9,11 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import JumpingKnowledge
+from torch_geometric.nn import JumpingKnowledge, MessagePassing
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
@@ -21,11 +21,12 @@ from gmoe._checks import check_choice, check_counts, parameters_of
 from gmoe.conv.build import Trial
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
-    BY_NAME,
     OPTIONS,
+    ConvFactory,
     ConvLike,
     Make,
     base_kind_of,
+    by_name,
     class_of,
     factory_of,
     kind_of,
@@ -36,7 +37,15 @@ from gmoe.conv.plain import run
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
-from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
+from gmoe.models.parts import (
+    Activation,
+    Norm,
+    Residual,
+    activation_of,
+    norm_of,
+    reset_parameters,
+    residual_of,
+)
 from gmoe.moe import (
     Start,
     build_layer_router,
@@ -47,6 +56,9 @@ from gmoe.moe import (
 )
 from gmoe.routers import ROUTERS, Router, RouterLike, let_check_finite
 from gmoe.routing import Routing
+
+Stored = TypeVar("Stored")
+"""A graph on disk, in place of the features of all nodes."""
 
 
 class GNNMoE(HubMixin, nn.Module):
@@ -125,8 +137,8 @@ class GNNMoE(HubMixin, nn.Module):
         every: int = 1,
         dropout: float = 0.0,
         input_dropout: float = 0.0,
-        act: Any = "relu",
-        norm: Any = None,
+        act: Activation = "relu",
+        norm: Norm = None,
         jk: str | None = None,
         residual: Residual = "identity",
         **conv_kwargs: Any,
@@ -136,7 +148,7 @@ class GNNMoE(HubMixin, nn.Module):
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
         router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router)
-        config = recorded(locals(), "conv_kwargs", BY_NAME | ROUTERS)
+        config = recorded(locals(), "conv_kwargs", by_name() | ROUTERS)
         check_counts(
             in_channels=in_channels,
             hidden_channels=hidden_channels,
@@ -169,7 +181,7 @@ class GNNMoE(HubMixin, nn.Module):
         moe_kwargs["k"] = k
         moe_kwargs["router_input"] = self.router_input
         decider = None
-        if shared_router and moe_layers:
+        if router is not None and shared_router and moe_layers:
             decider = _build_shared_router(router, in_channels, moe_kwargs)
         moe_kwargs["router"] = None if shared_router else router
 
@@ -182,7 +194,7 @@ class GNNMoE(HubMixin, nn.Module):
             layer_kwargs = moe_kwargs if layer in moe_layers else None
             self.convs.append(_build_conv(conv, width, out, is_hidden, layer_kwargs, conv_kwargs))
         if decider is not None:
-            _take_costs(decider, [self.convs[layer] for layer in moe_layers])
+            _take_costs(decider, [conv for conv in self.convs if isinstance(conv, MoEConv)])
         self.flow = str(self.convs[0].flow)
 
         # 4. Activation, norms and dropouts, the output layer, and the residual maps.
@@ -230,7 +242,11 @@ class GNNMoE(HubMixin, nn.Module):
         return False
 
     def _graph(
-        self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None
+        self,
+        x: Tensor,
+        edge_index: Adj | Graph,
+        edge_weight: Tensor | None,
+        edge_attr: Tensor | None,
     ) -> Graph:
         """The graph of a call, sorted once for all layers."""
         for name, value in {"edge_weight": edge_weight, "edge_attr": edge_attr}.items():
@@ -299,7 +315,9 @@ class GNNMoE(HubMixin, nn.Module):
 
     # The next three are also the steps of inference, which runs a layer part by part.
 
-    def run_layers(self, x: Any, run_layer: Callable[[int, Any], Tensor]) -> Tensor:
+    def run_layers(
+        self, x: Tensor | Stored, run_layer: Callable[[int, Tensor | Stored], Tensor]
+    ) -> Tensor:
         """Run one layer after the other, and join their outputs if ``jk`` asks for it.
 
         Args:
@@ -308,17 +326,19 @@ class GNNMoE(HubMixin, nn.Module):
         """
         if self.training:  # otherwise x may be a graph on disk, which inference runs on
             x = self.input_dropout(x)
-        outputs = []
-        for layer in range(self.num_layers):
-            x = run_layer(layer, x)
-            if self._joins_layers:  # otherwise keep no layer but the last in memory
-                outputs.append(x)
+        output = run_layer(0, x)
+        outputs = [output] if self._joins_layers else []  # else keep only the last one in memory
+        for layer in range(1, self.num_layers):
+            output = run_layer(layer, output)
+            if self._joins_layers:
+                outputs.append(output)
         if not self._joins_layers:
-            return x
+            return output
         # Trimming leaves fewer nodes to later layers; inference may keep all outputs on the CPU.
+        num_nodes = len(output)
         device = next(self.parameters()).device
-        joined = self.jk([output[: len(x)].to(device) for output in outputs])
-        return self.lin(joined).to(x.device)
+        joined = self.jk([hidden[:num_nodes].to(device) for hidden in outputs])
+        return self.lin(joined).to(output.device)
 
     def convolve(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
@@ -394,14 +414,16 @@ def _start_of(
     )
 
 
-def _take_costs(router: Router, layers: Iterable[Any]) -> None:
+def _take_costs(router: Router, layers: Iterable[MoEConv]) -> None:
     """Let layers cost what their common router says: it is no part of them."""
     for layer in layers:
         layer.k = router.k
         layer.experts_per_token = router.experts_per_token
 
 
-def _build_shared_router(router: Any, in_channels: int, moe_kwargs: dict[str, Any]) -> Router:
+def _build_shared_router(
+    router: RouterLike, in_channels: int, moe_kwargs: Mapping[str, Any]
+) -> Router:
     """Build the router that decides for all layers, from the raw features."""
     dim = router_width(moe_kwargs["router_input"], in_channels, in_channels)
     num_experts = moe_kwargs["num_experts"]
@@ -417,13 +439,13 @@ def _build_shared_router(router: Any, in_channels: int, moe_kwargs: dict[str, An
 
 
 def _build_conv(
-    conv: Any,
+    conv: ConvLike,
     width: int,
     out: int,
     is_hidden: bool,
-    moe_kwargs: dict[str, Any] | None,
+    moe_kwargs: Mapping[str, Any] | None,
     conv_kwargs: Mapping[str, Any],
-) -> Any:
+) -> MoEConv | MessagePassing:
     """Build the conv of a layer, with experts or plain.
 
     Args:
@@ -459,7 +481,7 @@ def _build_conv(
     return built
 
 
-def _heads(kinds: Sequence[Any], options: Mapping[str, Any]) -> tuple[int, bool]:
+def _heads(kinds: Sequence[str | ConvFactory], options: Mapping[str, Any]) -> tuple[int, bool]:
     """The number of heads, and whether they are concatenated: from arguments and from partials.
 
     One head for kinds that disagree: the layer's width is then not divided among heads.
@@ -472,7 +494,7 @@ def _heads(kinds: Sequence[Any], options: Mapping[str, Any]) -> tuple[int, bool]
     return settings.pop() if len(settings) == 1 else (1, True)
 
 
-def _check_width(conv: Any, in_channels: int, out_channels: int, out: int) -> None:
+def _check_width(conv: MessagePassing, in_channels: int, out_channels: int, out: int) -> None:
     """Refuse a conv that does not give its layer's ``out`` columns when asked for ``out_channels``.
 
     It is run once on a small graph; what does not run there is let through.

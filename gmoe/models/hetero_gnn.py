@@ -13,13 +13,22 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm
 from torch_geometric.nn.module_dict import ModuleDict
-from torch_geometric.typing import Metadata, NodeType
+from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_counts, parameters_of
 from gmoe.conv import hetero
+from gmoe.conv.graph import Graph
 from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
-from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
+from gmoe.models.parts import (
+    Activation,
+    Norm,
+    Residual,
+    activation_of,
+    norm_of,
+    reset_parameters,
+    residual_of,
+)
 from gmoe.moe import choose_blocks
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
@@ -100,8 +109,8 @@ class HeteroGNNMoE(nn.Module):
         num_nodes_dict: Mapping[NodeType, int] | None = None,
         every: int = 1,
         dropout: float = 0.0,
-        act: Any = "relu",
-        norm: Any = None,
+        act: Activation = "relu",
+        norm: Norm = None,
         residual: Residual = "identity",
         **moe_kwargs: Any,
     ) -> None:
@@ -183,7 +192,7 @@ class HeteroGNNMoE(nn.Module):
         h_dict = self._inputs(x_dict, n_id_dict)
 
         # Sort the edges once for all layers. Relations of types that no layer needs are not read.
-        graphs: dict[Any, Any] = {}
+        graphs: dict[EdgeType, Adj | Graph] = {}
         for relation, adj in edge_index_dict.items():
             is_needed = {relation[0], relation[-1]} <= h_dict.keys()
             graphs[relation] = hetero.graph_of(relation, adj, h_dict) if is_needed else adj

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,39 @@ from gmoe.data.stored import StoredGraph, create_npy
 from gmoe.routers import Router
 from gmoe.routing import Routing
 
+if TYPE_CHECKING:
+    from gmoe.models.gnn import GNNMoE
+
+
+@overload
+def inference(
+    model: GNNMoE,
+    loader: NodeLoader | Data | StoredGraph,
+    device: torch.device | str | None = ...,
+    *,
+    progress_bar: bool = ...,
+    batch_size: int | None = ...,
+    return_routing: Literal[False] = ...,
+    folder: str | Path | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def inference(
+    model: GNNMoE,
+    loader: NodeLoader | Data | StoredGraph,
+    device: torch.device | str | None = ...,
+    *,
+    progress_bar: bool = ...,
+    batch_size: int | None = ...,
+    return_routing: Literal[True],
+    folder: str | Path | None = ...,
+) -> tuple[Tensor, list[Routing]]: ...
+
 
 @torch.no_grad()
 def inference(
-    model: Any,
+    model: GNNMoE,
     loader: NodeLoader | Data | StoredGraph,
     device: torch.device | str | None = None,
     *,
@@ -40,7 +69,7 @@ def inference(
     batch_size: int | None = None,
     return_routing: bool = False,
     folder: str | Path | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, list[Routing]]:
     """Logits of all nodes, layer by layer in chunks, without gradients.
 
     They equal those of the forward on the whole graph: each layer routes once over all nodes, so
@@ -126,7 +155,7 @@ class _LayerByLayer(ABC):
 
     def __init__(
         self,
-        model: Any,
+        model: GNNMoE,
         num_nodes: int,
         device: torch.device,
         batch_size: int,
@@ -137,10 +166,6 @@ class _LayerByLayer(ABC):
         self.device = device
         self.batch_size = batch_size
         self.progress_bar = progress_bar
-
-    @abstractmethod
-    def layer(self, layer: int, x: Any) -> Tensor:
-        """(N, D) a layer's output, from (N, D) its input; see :meth:`GNNMoE.run_layers`."""
 
     @abstractmethod
     def part(self, destinations: Tensor) -> tuple[Tensor, Graph]:
@@ -168,7 +193,7 @@ class InMemory(_LayerByLayer):
     """
 
     def __init__(
-        self, model: Any, data: Data, device: torch.device, batch_size: int, progress_bar: bool
+        self, model: GNNMoE, data: Data, device: torch.device, batch_size: int, progress_bar: bool
     ) -> None:
         edge_args = {
             name: data.get(name) if model._takes(name) else None
@@ -201,6 +226,7 @@ class InMemory(_LayerByLayer):
     def route(self, layer: int, x: Tensor) -> Routing:
         """Route all nodes, by what the router of a layer, or the shared one, sees of them."""
         conv = self.model.convs[layer]
+        assert isinstance(conv, MoEConv)
         shared = self.model.shared_router
         seen = []
         for _, nodes, graph in self.parts("Routing"):
@@ -210,6 +236,7 @@ class InMemory(_LayerByLayer):
                 raw = self.rows(self.features, nodes)
                 seen.append(self.model.shared_router_input(raw, graph))
         router = conv.router if shared is None else shared
+        assert router is not None  # a layer without a router of its own needs a shared one
         return router(torch.cat(seen), self.batch, self.graph.edge_index.to(self.device))
 
     def rows(self, x: Tensor, nodes: Tensor) -> Tensor:
@@ -234,7 +261,7 @@ class OnDisk(_LayerByLayer):
 
     def __init__(
         self,
-        model: Any,
+        model: GNNMoE,
         graph: StoredGraph,
         device: torch.device,
         batch_size: int,
@@ -277,10 +304,8 @@ class OnDisk(_LayerByLayer):
         source, destination = self.graph.in_edges(slice(first, first + len(destinations)))
         nodes, source = renumber(destinations, source)
         edge_index = torch.stack([source, destination - first])
-        part = Graph(edge_index, (len(nodes), len(destinations)))
-        part.num_rows = len(nodes)
 
-        def scale(improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
+        def scale_of(*, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
             """(S,) GCN's factor of each node, by its degree in the whole graph."""
             degree = start[nodes + 1] - start[nodes]
             if loops:  # replace existing self-loops by one
@@ -288,7 +313,7 @@ class OnDisk(_LayerByLayer):
             factor = degree.to(dtype).pow(-0.5)
             return factor.masked_fill(factor == torch.inf, 0.0)
 
-        part.scale_of = scale
+        part = Graph(edge_index, (len(nodes), len(destinations))).as_part(scale_of)
         return nodes, part
 
     @cached_property
@@ -302,7 +327,7 @@ class OnDisk(_LayerByLayer):
         return num_loops
 
 
-def _check_hops(model: Any) -> None:
+def _check_hops(model: GNNMoE) -> None:
     """Refuse convs that look further than one hop: a part holds no more."""
     for layer, conv in enumerate(model.convs):
         if isinstance(conv, MoEConv):
@@ -313,7 +338,7 @@ def _check_hops(model: Any) -> None:
             refuse_far([conv])
 
 
-def _check_stored(model: Any, graph: StoredGraph) -> None:
+def _check_stored(model: GNNMoE, graph: StoredGraph) -> None:
     """Refuse models that cannot be computed one part of a stored graph at a time."""
     if not graph.num_nodes:
         raise ValueError("loader: got no nodes, expected at least one")

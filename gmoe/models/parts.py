@@ -5,15 +5,20 @@ Shapes: N nodes, D width.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.nn.inits import reset
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 
 from gmoe._checks import check_choice
 
 Residual: TypeAlias = Literal["none", "identity", "linear"]
+Activation: TypeAlias = str | Callable[[Tensor], Tensor] | None
+"""A name, a function or a module; ``None`` for none."""
+Norm: TypeAlias = str | nn.Module | None
+"""A name or a module; ``None`` for none."""
 
 
 def reset_parameters(model: nn.Module) -> None:
@@ -22,19 +27,19 @@ def reset_parameters(model: nn.Module) -> None:
         reset(part)
 
 
-def activation_of(act: Any) -> Any:
+def activation_of(act: Activation) -> Callable[[Tensor], Tensor]:
     """Return the activation: by its name, or a function or module as it is; the identity for None.
 
     Raises:
         ValueError: what is neither of them.
     """
-    activation = activation_resolver(act) or nn.Identity()
+    activation: Callable[[Tensor], Tensor] = activation_resolver(act) or nn.Identity()
     if not callable(activation):
         raise ValueError(f"act: got {act!r}, expected a name, a function or None")
     return activation
 
 
-def norm_of(norm: Any, width: int) -> Any:
+def norm_of(norm: Norm, width: int) -> nn.Module:
     """Return the norm: by its name, or a module as it is; the identity for ``None``."""
     return normalization_resolver(norm, width) or nn.Identity()
 

@@ -6,9 +6,8 @@ Shapes: B images, H x W pixels, T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
@@ -105,9 +104,9 @@ class ViTMoE(HubMixin, VisionTransformer):
         every: int = 2,
         start: Start | None = None,
         dropout: float = 0.0,
-        router_kwargs: Mapping[str, Any] | None = None,
+        router_kwargs: Mapping[str, object] | None = None,
         backend: Backend = "auto",
-        **unknown: Any,
+        **unknown: object,
     ) -> None:
         refuse_unknown("ViTMoE", unknown)
         size = asdict(size) if isinstance(size, ViTSize) else size
@@ -130,9 +129,9 @@ class ViTMoE(HubMixin, VisionTransformer):
             moefy(
                 self,
                 every,
-                k,
-                router,
-                num_experts,
+                k=k,
+                router=router,
+                num_experts=num_experts,
                 upcycle=start != "shared",
                 start=start,
                 router_kwargs=router_kwargs,
@@ -161,7 +160,7 @@ class ViTMoE(HubMixin, VisionTransformer):
                 f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})"
             )
         is_routed = any(isinstance(module, Router) for module in self.modules())
-        recording: Any = nullcontext([])
+        recording: AbstractContextManager[list[Routing]] = nullcontext([])
         if return_routing and is_routed:
             recording = record_routing(self.encoder)
         with recording as routings:

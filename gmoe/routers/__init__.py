@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from gmoe._checks import check_choice
 from gmoe.routers.attention_vote import AttentionVote
@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 RouterLike: TypeAlias = str | Router | Callable[..., Router]
-"""A name of :data:`ROUTERS`; a class or factory ``router(dim, num_experts, k=k, **kwargs)``; an
-instance.
+"""A name of :data:`ROUTERS`; a class or factory
+``router(dim, num_experts=num_experts, k=k, **kwargs)``; or an instance.
 """
 
 ROUTERS: dict[str, Callable[..., Router]] = {
@@ -59,13 +59,18 @@ ALSO_CALLED = {"top_k": "token_choice", "topk": "token_choice", "switch": "token
 
 
 def build_router(
-    router: RouterLike, dim: int, num_experts: int, k: int, kwargs: Mapping[str, Any] | None = None
+    router: RouterLike,
+    dim: int,
+    *,
+    num_experts: int,
+    k: int,
+    kwargs: Mapping[str, object] | None = None,
 ) -> Router:
     """Build a layer's router from a name, a factory or an instance.
 
     Args:
         router: a name of ``gmoe.ROUTERS``, a class or factory
-            ``router(dim, num_experts, k=k, **kwargs)``, or an instance.
+            ``router(dim, num_experts=num_experts, k=k, **kwargs)``, or an instance.
         dim: width of the tokens.
         num_experts: E.
         k: experts per token, passed if the router has such a parameter and no ``partial`` binds it;
@@ -98,20 +103,27 @@ def build_router(
     if not callable(router):
         raise ValueError(f"router: got {router!r}, expected a name, a factory or an instance")
     signature = inspect.signature(router)
-    # Uniform and oracle routers have no k.
-    takes_k = any(
-        parameter.name == "k" or parameter.kind is parameter.VAR_KEYWORD
-        for parameter in signature.parameters.values()
-    )
+
+    def takes(name: str) -> bool:
+        return any(
+            parameter.name == name or parameter.kind is parameter.VAR_KEYWORD
+            for parameter in signature.parameters.values()
+        )
+
+    if not takes("num_experts"):
+        raise ValueError(
+            f"router: got a factory of {signature}, expected one of (dim, num_experts=num_experts)"
+        )
     is_bound = isinstance(router, partial) and "k" in router.keywords
-    k_argument = {"k": k} if takes_k and not is_bound else {}
+    # Uniform and oracle routers have no k.
+    k_argument = {"k": k} if takes("k") and not is_bound else {}
     try:
-        signature.bind(dim, num_experts, **k_argument, **kwargs)
+        signature.bind(dim, num_experts=num_experts, **k_argument, **kwargs)
     except TypeError as error:
         raise ValueError(
             f"router_kwargs: got {kwargs!r} ({error}), expected arguments of {signature}"
         ) from error
-    built = router(dim, num_experts, **k_argument, **kwargs)
+    built = router(dim, num_experts=num_experts, **k_argument, **kwargs)
     if not isinstance(built, Router):
         raise ValueError(
             f"router: got a factory that returned {type(built).__name__}, expected a Router"

@@ -76,9 +76,9 @@ class AttentionVote(Router):
     def __init__(
         self,
         dim: int,
+        *,
         num_experts: int,
         k: int = 1,
-        *,
         weight: Weighting | None = None,
         capacity_factor: float = 1.0,
         shared_queries: bool = False,
@@ -86,7 +86,7 @@ class AttentionVote(Router):
         head_dim: int = 32,
         init_scale: float = 0.1,
     ) -> None:
-        super().__init__(dim, num_experts, k, weight=weight)
+        super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         check_positive("capacity_factor", capacity_factor)
         check_choice("scope", scope, Scope)
         check_counts(head_dim=head_dim)

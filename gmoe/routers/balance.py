@@ -53,9 +53,9 @@ class BalancedRouter(Router):
     next_mean_D: Tensor
 
     def __init__(
-        self, dim: int, num_experts: int, k: int, *, bias_rate: float | None, **kwargs: Any
+        self, dim: int, *, num_experts: int, k: int, bias_rate: float | None, **kwargs: Any
     ) -> None:
-        super().__init__(dim, num_experts, k, **kwargs)
+        super().__init__(dim, num_experts=num_experts, k=k, **kwargs)
         self.bias_rate = bias_rate or 0.0
         if bias_rate is None:
             return

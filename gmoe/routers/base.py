@@ -90,7 +90,7 @@ class Router(nn.Module, ABC):
     sums_to_one = False
 
     def __init__(
-        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None
+        self, dim: int, *, num_experts: int, k: int = 1, weight: Weighting | None = None
     ) -> None:
         super().__init__()
         weight = weight or "score"

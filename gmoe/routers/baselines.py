@@ -42,11 +42,11 @@ class RandomRouter(Router):
     projection_DE: Tensor
 
     def __init__(
-        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None
+        self, dim: int, *, num_experts: int, k: int = 1, weight: Weighting | None = None
     ) -> None:
         if weight is None:
             weight = "normalized" if k >= 2 else "straight_through"
-        super().__init__(dim, num_experts, k, weight=weight)
+        super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         self.sums_to_one = self._picks_sum_to_one
         self.register_buffer("projection_DE", torch.empty(dim, num_experts))
         self.reset_parameters()
@@ -59,7 +59,11 @@ class RandomRouter(Router):
         log_probs_TE = log_softmax(logits_TE)
         expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(
-            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), validate=False
+            expert_TK,
+            weight_TK,
+            num_experts=self.num_experts,
+            scores=log_probs_TE.exp(),
+            validate=False,
         )
 
 
@@ -77,8 +81,8 @@ class UniformRouter(Router):
     by_token = True
     sums_to_one = True
 
-    def __init__(self, dim: int, num_experts: int) -> None:
-        super().__init__(dim, num_experts, k=num_experts, weight="score")
+    def __init__(self, dim: int, *, num_experts: int) -> None:
+        super().__init__(dim, num_experts=num_experts, k=num_experts, weight="score")
 
     def reset_parameters(self) -> None:
         """Nothing to draw."""
@@ -87,7 +91,7 @@ class UniformRouter(Router):
         scores_TE = x_TD.new_full((len(x_TD), self.num_experts), 1.0 / self.num_experts)
         experts_TE = torch.arange(self.num_experts, device=x_TD.device).expand(len(x_TD), -1)
         return Routing.from_choices(
-            experts_TE, scores_TE, self.num_experts, scores_TE, validate=False
+            experts_TE, scores_TE, num_experts=self.num_experts, scores=scores_TE, validate=False
         )
 
 
@@ -110,8 +114,8 @@ class OracleRouter(Router):
     sums_to_one = True
     assignment_T: Tensor
 
-    def __init__(self, dim: int, num_experts: int, assignment: Tensor) -> None:
-        super().__init__(dim, num_experts, k=1)
+    def __init__(self, dim: int, *, num_experts: int, assignment: Tensor) -> None:
+        super().__init__(dim, num_experts=num_experts, k=1)
         if assignment.dim() != 1 or assignment.dtype not in INTEGERS:
             raise ValueError(f"assignment: got {described(assignment)}, expected (T,) integers")
         check_range("assignment", assignment, num_experts)
@@ -127,4 +131,6 @@ class OracleRouter(Router):
         if len(x_TD) != num_assigned:
             raise ValueError(f"x: got {len(x_TD)} tokens, expected {num_assigned} assigned ones")
         expert_T1 = self.assignment_T[:, None]
-        return Routing.from_choices(expert_T1, x_TD.new_ones(expert_T1.shape), self.num_experts)
+        return Routing.from_choices(
+            expert_T1, x_TD.new_ones(expert_T1.shape), num_experts=self.num_experts
+        )

@@ -66,9 +66,9 @@ class ExpertChoice(Router):
     def __init__(
         self,
         dim: int,
+        *,
         num_experts: int,
         k: int = 1,
-        *,
         weight: Weighting | None = None,
         capacity_factor: float = 1.0,
         normalize: Normalize = "experts",
@@ -76,7 +76,7 @@ class ExpertChoice(Router):
         z_coef: float = 0.0,
         init_scale: float = 0.1,
     ) -> None:
-        super().__init__(dim, num_experts, k, weight=weight)
+        super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         check_at_least(0, z_coef=z_coef, init_scale=init_scale)
         self.z_coef = z_coef
         self.init_scale = init_scale

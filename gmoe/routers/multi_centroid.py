@@ -70,9 +70,9 @@ class MultiCentroid(Router):
     def __init__(
         self,
         dim: int,
+        *,
         num_experts: int,
         k: int = 1,
-        *,
         weight: Weighting | None = None,
         num_centroids: int = 4,
         choice: Choice = "tokens",
@@ -83,7 +83,7 @@ class MultiCentroid(Router):
         inference: Inference = "group",
     ) -> None:
         weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
-        super().__init__(dim, num_experts, k, weight=weight)
+        super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         check_choice("choice", choice, Choice)
         check_counts(num_centroids=num_centroids)
         check_positive("temperature", temperature)
@@ -172,7 +172,12 @@ class MultiCentroid(Router):
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(
-            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, validate=False
+            expert_TK,
+            weight_TK,
+            num_experts=self.num_experts,
+            scores=log_probs_TE.exp(),
+            losses=losses,
+            validate=False,
         )
 
     def extra_repr(self) -> str:

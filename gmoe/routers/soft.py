@@ -96,8 +96,8 @@ class SoftSlots(Router):
         ValueError: an argument out of range.
     """
 
-    def __init__(self, dim: int, num_experts: int, slots: int = 1) -> None:
-        super().__init__(dim, num_experts, k=num_experts, weight="score")
+    def __init__(self, dim: int, *, num_experts: int, slots: int = 1) -> None:
+        super().__init__(dim, num_experts=num_experts, k=num_experts, weight="score")
         check_counts(slots=slots)
         self.slots = slots
         self.phi = nn.Parameter(torch.empty(num_experts, slots, dim))

@@ -85,9 +85,9 @@ class TokenChoice(BalancedRouter):
     def __init__(
         self,
         dim: int,
+        *,
         num_experts: int,
         k: int = 1,
-        *,
         weight: Weighting | None = None,
         noise: bool | Literal["spread"] | None = None,
         balance: Balance = "bias",
@@ -100,7 +100,11 @@ class TokenChoice(BalancedRouter):
         weight = weight or ("normalized" if k >= 2 else "score")
         biased = balance == "bias"
         super().__init__(
-            dim, num_experts, k, bias_rate=bias_rate if biased else None, weight=weight
+            dim,
+            num_experts=num_experts,
+            k=k,
+            bias_rate=bias_rate if biased else None,
+            weight=weight,
         )
         check_choice("balance", balance, Balance)
         if noise is None:
@@ -154,7 +158,12 @@ class TokenChoice(BalancedRouter):
             groups = Groups.of(group, len(x_TD))
             return self._within_capacity(expert_TK, log_probs_TE, groups, losses)
         return Routing.from_choices(
-            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, validate=False
+            expert_TK,
+            weight_TK,
+            num_experts=self.num_experts,
+            scores=log_probs_TE.exp(),
+            losses=losses,
+            validate=False,
         )
 
     def _noise_std(self, x_TD: Tensor, clean_TE: Tensor) -> Tensor | None:

@@ -12,8 +12,8 @@ import gmoe
 class FirstBits(gmoe.Router):
     """Even tokens to the first expert, odd ones to the second."""
 
-    def __init__(self, dim: int, num_experts: int, k: int = 1) -> None:
-        super().__init__(dim, num_experts, k, weight="score")
+    def __init__(self, dim: int, *, num_experts: int, k: int = 1) -> None:
+        super().__init__(dim, num_experts=num_experts, k=k, weight="score")
         self.scale = nn.Parameter(torch.ones(()))
 
     def reset_parameters(self) -> None:
@@ -22,7 +22,7 @@ class FirstBits(gmoe.Router):
     def route(self, x_TD: Tensor, group: object, edge_index: object) -> gmoe.Routing:
         expert_TK = (torch.arange(len(x_TD)) % 2)[:, None]
         return gmoe.Routing.from_choices(
-            expert_TK, self.scale.expand(len(x_TD), 1), self.num_experts
+            expert_TK, self.scale.expand(len(x_TD), 1), num_experts=self.num_experts
         )
 
 

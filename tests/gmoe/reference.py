@@ -1,4 +1,4 @@
-"""The slow, obvious reference: python loops over groups, tokens and experts, written from the documented semantics.
+"""The slow, obvious reference: loops over groups, tokens and experts, as the docs say.
 
 Also the router cases that many tests share. Shapes: T tokens, D width, E experts, P pairs.
 """
@@ -81,7 +81,7 @@ class Case:
             options["k"] = k
         if self.router is OracleRouter:
             options["assignment"] = torch.arange(num_tokens) * 3 % num_experts
-        router = self.router(dim, num_experts, **options).to(DTYPE)
+        router = self.router(dim, num_experts=num_experts, **options).to(DTYPE)
         for name, value in [*router.named_parameters(), *router.named_buffers()]:
             bias = ("bias_E", "mean_D", "next_bias_E", "next_mean_D")
             if name in (
@@ -154,7 +154,10 @@ CASES = [
 
 
 def graph_edges(groups: Sequence[Sequence[int]], seed: int = 0) -> Tensor:
-    """(2, M) random edges inside groups, with self-loops and parallel edges; the last node of a group has none."""
+    """(2, M) random edges inside groups, with self-loops and parallel ones.
+
+    The last node of a group has none.
+    """
     generator = torch.Generator().manual_seed(seed)
     edges = []
     for tokens in groups:
@@ -213,7 +216,7 @@ def choose_by_expert(
 def drop(
     chosen: list[list[int]], prob_TE: list[list[Tensor]], groups: list[list[int]], factor: float
 ) -> list[Pair]:
-    """V-MoE's priority: all first choices before second ones, and the tokens surest of their first choice first."""
+    """V-MoE's priority: first choices before second ones, then the surest tokens first."""
     num_experts = len(prob_TE[0])
     pairs = []
     for tokens in groups:
@@ -264,7 +267,10 @@ def naive_group_votes(q: list[Tensor], k: list[Tensor], groups: list[list[int]])
 
 
 def naive_neighbor_votes(q: list[Tensor], k: list[Tensor], edges: list[Pair]) -> list[Tensor]:
-    """Of one expert: each node spreads a vote over itself, once, and its out-neighbors, once an edge."""
+    """The votes for one expert: each node votes for itself and its out-neighbors.
+
+    It spreads a vote over itself, once, and over its out-neighbors, once for each edge.
+    """
     votes = [torch.zeros((), dtype=DTYPE) for _ in k]
     for i in range(len(k)):
         targets = [dst for src, dst in edges if src == i and dst != i] + [i]
@@ -500,7 +506,10 @@ def naive_expert(experts: Experts, expert: int, x_I: Tensor) -> Tensor:
 def naive_moe(
     layer: MoE, x: Tensor, batch: Tensor | None, edge_index: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y_t = sum_e w_te f_e(x_t), a token and an expert at a time; and (T, E) the weights, and the auxiliary loss."""
+    """y_t = sum_e w_te f_e(x_t), a token and an expert at a time.
+
+    Also (T, E) the weights, and the auxiliary loss.
+    """
     x_TD = x.reshape(-1, x.size(-1))
     weights, aux = naive_route(layer.router, x_TD, group_lists(x, batch), edge_index)
     y = [torch.zeros(layer.experts.out_features, dtype=x.dtype) for _ in x_TD]
@@ -523,7 +532,7 @@ def gradients(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
 def assert_same_as_naive(
     layer: MoE, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None
 ) -> None:
-    """Output, weights, auxiliary loss and every gradient of ``layer`` equal those of the reference."""
+    """Output, weights, loss and every gradient of ``layer`` equal those of the reference."""
     x = x.clone().requires_grad_()
     expected, dense_TE, aux = naive_moe(layer, x, batch, edge_index)
     torch.manual_seed(0)

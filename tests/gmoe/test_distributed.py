@@ -1,4 +1,7 @@
-"""Several gloo processes against one with the whole batch: gradients, steps and counters. Shapes: T tokens, D width."""
+"""Several gloo processes against one with the whole batch: gradients, steps and counters.
+
+Shapes: T tokens, D width.
+"""
 
 from __future__ import annotations
 
@@ -28,25 +31,29 @@ NO_NOISE = patch("torch.randn_like", torch.zeros_like)
 """Since processes draw their own."""
 
 ROUTERS: dict[str, Callable[[], Router]] = {
-    "bias": lambda: TokenChoice(D, E, noise=False),
-    "bias-k2-z": lambda: TokenChoice(D, E, k=2, noise=False, z_coef=0.1),
+    "bias": lambda: TokenChoice(D, num_experts=E, noise=False),
+    "bias-k2-z": lambda: TokenChoice(D, num_experts=E, k=2, noise=False, z_coef=0.1),
     "importance_load": lambda: TokenChoice(
-        D, E, balance="importance_load", balance_coef=0.5, z_coef=0.1
+        D, num_experts=E, balance="importance_load", balance_coef=0.5, z_coef=0.1
     ),
-    "switch": lambda: TokenChoice(D, E, k=2, balance="switch", balance_coef=0.5),
-    "expert_choice": lambda: ExpertChoice(D, E, z_coef=0.1),
-    "threshold": lambda: ExpertChoice(D, E, normalize="tokens", inference="threshold", z_coef=0.1),
-    "attention_vote": lambda: AttentionVote(D, E),
-    "multi_centroid": lambda: MultiCentroid(D, E),
+    "switch": lambda: TokenChoice(D, num_experts=E, k=2, balance="switch", balance_coef=0.5),
+    "expert_choice": lambda: ExpertChoice(D, num_experts=E, z_coef=0.1),
+    "threshold": lambda: ExpertChoice(
+        D, num_experts=E, normalize="tokens", inference="threshold", z_coef=0.1
+    ),
+    "attention_vote": lambda: AttentionVote(D, num_experts=E),
+    "multi_centroid": lambda: MultiCentroid(D, num_experts=E),
     "multi_centroid-threshold": lambda: MultiCentroid(
-        D, E, choice="experts", inference="threshold"
+        D, num_experts=E, choice="experts", inference="threshold"
     ),
 }
 
 
 def layer(name: str) -> nn.Module:
     router = ROUTERS[name]()
-    return MoE(router, MLPExperts(D, 7, D, E, zero_init=name == "switch"), nn.Linear(D, D))
+    return MoE(
+        router, MLPExperts(D, 7, D, num_experts=E, zero_init=name == "switch"), nn.Linear(D, D)
+    )
 
 
 class Checkpointed(nn.Module):
@@ -54,7 +61,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = MoE(TokenChoice(D, E), MLPExperts(D, 7, D, E))
+        self.layer = MoE(TokenChoice(D, num_experts=E), MLPExperts(D, 7, D, num_experts=E))
 
     def forward(self, x: Tensor, return_routing: bool) -> Any:
         return checkpoint(self.layer, x, return_routing=return_routing, use_reentrant=False)
@@ -123,7 +130,10 @@ CASES: dict[
 
 
 def split(items: list[Any], rank: int, size: int, step: int) -> list[Any]:
-    """A rank's part, uneven: the first rank has one item more than its share, in every fourth step two."""
+    """A rank's part: the first rank has one item more than its share.
+
+    In every fourth step it has two more.
+    """
     first = len(items) // size + 1 + (step % 4 == 3 and size == 2)
     if rank == 0:
         return items[:first]
@@ -210,7 +220,10 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
 def alone(rank: int) -> dict[str, Any]:
     """A router whose group is its own process."""
     groups = [dist.new_group([other]) for other in range(dist.get_world_size())]
-    router, x = TokenChoice(D, E, noise=False), torch.full((rank + 1, D), float(rank + 1))
+    router, x = (
+        TokenChoice(D, num_experts=E, noise=False),
+        torch.full((rank + 1, D), float(rank + 1)),
+    )
     router.process_group = groups[rank]
     router(x)
     return {
@@ -222,7 +235,7 @@ def alone(rank: int) -> dict[str, Any]:
 def counted(rank: int, size: int) -> dict[str, Any]:
     """Statistics of a part of the tokens."""
     torch.manual_seed(0)
-    router, stats = TokenChoice(D, E).double().eval(), RoutingStats(E)
+    router, stats = TokenChoice(D, num_experts=E).double().eval(), RoutingStats(num_experts=E)
     stats.update(router(torch.randn(11, D, dtype=torch.float64).tensor_split(size)[rank]))
     return {
         "first": {},

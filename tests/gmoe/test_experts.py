@@ -1,4 +1,7 @@
-"""Experts, and the parts that users put in them. Shapes: E experts, P pairs sorted by expert, I in, H hidden, O out."""
+"""Experts, and the parts that users put in them.
+
+Shapes: E experts, P pairs sorted by expert, I in, H hidden, O out.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,13 @@ GATE = torch.tensor(
 """(T, E) weights; a token without an expert, and one with all."""
 
 EXPERTS: dict[str, Callable[..., Experts]] = {
-    "linear": lambda **kw: LinearExperts(4, 3, 3, **kw),
-    "mlp": lambda **kw: MLPExperts(4, 6, 3, 3, **kw),
-    "mlp-glu": lambda **kw: MLPExperts(4, 6, 3, 3, glu=True, activation="silu", **kw),
-    "mlp-no_bias": lambda **kw: MLPExperts(4, 6, 3, 3, bias=False, activation="tanh", **kw),
-    "mlp-function": lambda **kw: MLPExperts(4, 6, 3, 3, activation=torch.sin, **kw),
+    "linear": lambda **kw: LinearExperts(4, 3, num_experts=3, **kw),
+    "mlp": lambda **kw: MLPExperts(4, 6, 3, num_experts=3, **kw),
+    "mlp-glu": lambda **kw: MLPExperts(4, 6, 3, num_experts=3, glu=True, activation="silu", **kw),
+    "mlp-no_bias": lambda **kw: MLPExperts(
+        4, 6, 3, num_experts=3, bias=False, activation="tanh", **kw
+    ),
+    "mlp-function": lambda **kw: MLPExperts(4, 6, 3, num_experts=3, activation=torch.sin, **kw),
 }
 
 
@@ -60,7 +65,7 @@ def test_activations_that_work_in_place(kind: Callable[..., nn.Module], glu: boo
     found = []
     for activation in (kind(), kind(inplace=True), nn.Sequential(kind(inplace=True))):
         torch.manual_seed(0)
-        experts = MLPExperts(4, 6, 3, 3, activation=activation, glu=glu).double()
+        experts = MLPExperts(4, 6, 3, num_experts=3, activation=activation, glu=glu).double()
         found.append(with_gradients(experts(x, routing), [x, *experts.parameters()]))
     torch.testing.assert_close(found[1:], found[:1] * 2)
 
@@ -72,7 +77,11 @@ NAMED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_activations_by_name(name: str) -> None:
-    experts, x, offsets = MLPExperts(4, 6, 3, 3, activation=name), torch.randn(5, 4), OFFSETS
+    experts, x, offsets = (
+        MLPExperts(4, 6, 3, num_experts=3, activation=name),
+        torch.randn(5, 4),
+        OFFSETS,
+    )
     torch.testing.assert_close(
         experts(x, offsets), experts.down(NAMED[name](experts.up(x, offsets)), offsets)
     )
@@ -81,7 +90,7 @@ def test_activations_by_name(name: str) -> None:
 def test_parts_run_that_a_user_replaced() -> None:
     """Of layers and hooks see ``runs_what_users_put_in`` in ``tests/contract.py``."""
     x = torch.randn(5, 4)
-    experts: Any = MLPExperts(4, 6, 3, 3).eval()
+    experts: Any = MLPExperts(4, 6, 3, num_experts=3).eval()
     experts.input_norm, experts.hidden_norm, experts.hidden_dropout = (
         nn.Tanh(),
         nn.Softplus(),
@@ -95,7 +104,7 @@ def test_parts_run_that_a_user_replaced() -> None:
 def test_a_dropout_in_training_mode_drops_at_evaluation(part: str) -> None:
     """Monte Carlo dropout."""
     experts, x, routing = (
-        MLPExperts(4, 64, 32, 3, dropout=0.5).eval(),
+        MLPExperts(4, 64, 32, num_experts=3, dropout=0.5).eval(),
         torch.randn(4, 4),
         routing_of(GATE.float()),
     )
@@ -108,7 +117,7 @@ def test_initialized_as_separate_linears() -> None:
     torch.manual_seed(0)
     linears = [nn.Linear(6, 4) for _ in range(5)]
     torch.manual_seed(0)
-    experts = LinearExperts(6, 4, 5)
+    experts = LinearExperts(6, 4, num_experts=5)
     assert torch.equal(experts.weight, torch.stack([linear.weight.T for linear in linears]))
     assert experts.bias is not None
     assert torch.equal(experts.bias, torch.stack([linear.bias for linear in linears]))
@@ -116,7 +125,7 @@ def test_initialized_as_separate_linears() -> None:
 
 def test_experts_that_start_at_zero_do_so_again() -> None:
     """Drawn anew as a whole, or part by part."""
-    experts = MLPExperts(4, 5, 3, 2, zero_init=True)
+    experts = MLPExperts(4, 5, 3, num_experts=2, zero_init=True)
     x, offsets = torch.randn(6, 4), torch.tensor([2, 6])
     assert not experts(x, offsets).any()
     for parts in ([experts], [experts.up, experts.down]):
@@ -131,13 +140,13 @@ def test_experts_that_start_at_zero_do_so_again() -> None:
 @pytest.mark.parametrize(
     ("build", "argument"),
     [
-        (lambda: LinearExperts(0, 4, 2), "in_features"),
-        (lambda: LinearExperts(4, 0, 2), "out_features"),
-        (lambda: LinearExperts(4, 4, True), "num_experts"),
-        (lambda: LinearExperts(4, 4, 2, backend="fast"), "backend"),  # type: ignore[arg-type]
-        (lambda: MLPExperts(4, 0, 4, 2), "hidden_features"),
-        (lambda: MLPExperts(4, 8, 4, 2, activation="swish"), "activation"),
-        (lambda: MLPExperts(4, 8, 4, 2, dropout=1.5), "dropout"),
+        (lambda: LinearExperts(0, 4, num_experts=2), "in_features"),
+        (lambda: LinearExperts(4, 0, num_experts=2), "out_features"),
+        (lambda: LinearExperts(4, 4, num_experts=True), "num_experts"),
+        (lambda: LinearExperts(4, 4, num_experts=2, backend="fast"), "backend"),  # type: ignore[arg-type]
+        (lambda: MLPExperts(4, 0, 4, num_experts=2), "hidden_features"),
+        (lambda: MLPExperts(4, 8, 4, num_experts=2, activation="swish"), "activation"),
+        (lambda: MLPExperts(4, 8, 4, num_experts=2, dropout=1.5), "dropout"),
     ],
 )
 def test_bad_arguments(build: Callable[[], Experts], argument: str) -> None:

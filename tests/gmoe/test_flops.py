@@ -1,4 +1,7 @@
-"""Costs, against arithmetic by hand. Shapes: T tokens, D, O widths, E experts, K experts a token, M edges."""
+"""Costs, against arithmetic by hand.
+
+Shapes: T tokens, D, O widths, E experts, K experts a token, M edges.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def moe(
     router: str = "token_choice", k: int = 1, experts: nn.Module | None = None, **kwargs: Any
 ) -> MoE:
     kwargs = {"balance": None, **kwargs} if router == "token_choice" else kwargs
-    return MoE(build_router(router, D, E, k, kwargs), experts or LinearExperts(D, O, E))  # type: ignore[arg-type]
+    return MoE(
+        build_router(router, D, num_experts=E, k=k, kwargs=kwargs),
+        experts or LinearExperts(D, O, num_experts=E),  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,7 @@ ASSIGNMENT = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3])  # loads 5, 2, 0, 3
 
 
 def planted(experts: nn.Module) -> MoE:
-    return MoE(OracleRouter(D, E, ASSIGNMENT), experts)  # type: ignore[arg-type]
+    return MoE(OracleRouter(D, num_experts=E, assignment=ASSIGNMENT), experts)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,7 @@ def planted(experts: nn.Module) -> MoE:
     [("loop", T), ("grouped", T), ("padded", E * 16), ("auto", T)],  # padded: blocks of 16
 )
 def test_flops_of_moe(backend: Any, rows: int) -> None:
-    layer = planted(MLPExperts(D, 16, O, E, backend=backend))
+    layer = planted(MLPExperts(D, 16, O, num_experts=E, backend=backend))
     added = T * O  # the weighted sum, one add an element
     assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O) + added
     gate, product = 2 * T * D * E, 2 * 2 * T * D * O
@@ -112,7 +118,7 @@ def test_flops_of_the_backward_pass(backend: Any) -> None:
         2 * T * (D * 16 + 16 * O),
         T * O + T * D,
     )
-    experts = MLPExperts(D, 16, O, E, backend=backend)
+    experts = MLPExperts(D, 16, O, num_experts=E, backend=backend)
     biases = T * (16 + O)  # their gradient is an index_add
     assert count_flops(stepped(planted(experts)), x) == 3 * products + sums + biases
     assert count_flops(stepped(planted(experts.requires_grad_(False))), x) == 2 * products + sums
@@ -137,7 +143,10 @@ PRODUCTS = [
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_flops_of_a_sparse_product(product: Any) -> None:
-    """One an edge and channel, as for gathered messages; and as much again for the gradient of the dense side."""
+    """One FLOP an edge and channel, as for gathered messages.
+
+    The gradient of the dense side takes as many again.
+    """
     _, adj, edges = sparse_graph()
     x = torch.randn(T, D, requires_grad=True)
     call = partial(product, adj)

@@ -101,7 +101,7 @@ def test_a_model_comes_back(build: Any, options: dict[str, Any], tmp_path: Path)
     ("argument", "value"),
     [
         ("router", MyRouter),
-        ("router", TokenChoice(16, 8)),
+        ("router", TokenChoice(16, num_experts=8)),
         ("conv", ["gcn", lambda a, b: GCNConv(a, b)]),
         ("act", nn.ReLU()),
         ("improved", float("inf")),

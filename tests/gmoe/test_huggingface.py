@@ -1,4 +1,4 @@
-"""moefy on real models of Hugging Face's transformers, built from a config: nothing is downloaded."""
+"""moefy on models of Hugging Face's transformers, built from a config: no download."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_moefied_model_starts_as_the_dense_one_trains_and_loads(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_experts_are_copies_of_the_dense_mlp(name: str) -> None:
-    """Without a shared expert, with weight 1: the plain mixture computes what the dense model does."""
+    """Without a shared expert, copies with weight 1 compute what the dense model does."""
     dense = build(name).double()
     straight = {"weight": "straight_through", "balance": None}
     model = moefy(copy.deepcopy(dense), num_experts=4, start="copies", router_kwargs=straight)

@@ -1,4 +1,7 @@
-"""Auxiliary losses on numbers worked by hand. Shapes: T tokens, E experts, M centroids an expert, D width."""
+"""Auxiliary losses on numbers worked by hand.
+
+Shapes: T tokens, E experts, M centroids an expert, D width.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def test_load_loss() -> None:
     clean = torch.tensor([[1.0, 0.0, 0.5]], dtype=torch.float64)
     noisy = torch.tensor([[1.2, 0.1, 0.7]], dtype=torch.float64)
     std = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64)
-    # e=0: others' best .7, (1 - .7) / .5 = .6; e=1: 1.2, (0 - 1.2) / 1 = -1.2; e=2: 1.2, (.5 - 1.2) / 2 = -.35
+    # The others' best, and the margin to it:
+    # e=0: .7, (1 - .7) / .5 = .6; e=1: 1.2, (0 - 1.2) / 1 = -1.2; e=2: 1.2, (.5 - 1.2) / 2 = -.35
     phi = NormalDist().cdf
     load = [phi(0.6), phi(-1.2), phi(-0.35)]  # .7257, .1151, .3632
     mean = sum(load) / 3  # .4013
@@ -74,16 +78,19 @@ def test_switch_loss() -> None:
 
 
 def test_z_loss() -> None:
-    # logsumexp(0, 0) = log 2; logsumexp(log 3, log 5) = log 8; mean square ((log 2)^2 + (log 8)^2) / 2 = 5 (log 2)^2
+    # logsumexp(0, 0) = log 2 and logsumexp(log 3, log 5) = log 8.
+    # Their mean square is ((log 2)^2 + (log 8)^2) / 2 = 5 (log 2)^2.
     logits = torch.tensor([[0.0, 0.0], [math.log(3), math.log(5)]], dtype=torch.float64)
     torch.testing.assert_close(z_loss(logits), scalar(5 * math.log(2) ** 2))
 
 
 def test_separation_loss() -> None:
-    # E = 2, M = 2. Unit vectors: a0 = (1, 0), a1 = (.6, .8); b0 = (0, 1), b1 = (-1, 0). Lengths do not matter.
+    # E = 2, M = 2. Unit vectors: a0 = (1, 0), a1 = (.6, .8); b0 = (0, 1), b1 = (-1, 0).
+    # Lengths do not matter.
     centroid = torch.tensor([[[2.0, 0], [0.6, 0.8]], [[0, 3.0], [-1.0, 0]]], dtype=torch.float64)
     # within: cos(a0, a1) = .6 -> .36; cos(b0, b1) = 0; mean over the two pairs .18
-    # across: (a0, b0) 0; (a0, b1) -1 -> 0; (a1, b0) .8 -> .64; (a1, b1) -.6 -> 0; mean over the four pairs .16
+    # across: (a0, b0) 0; (a0, b1) -1 -> 0; (a1, b0) .8 -> .64; (a1, b1) -.6 -> 0.
+    # The mean over the four pairs is .16.
     torch.testing.assert_close(separation_loss(centroid), scalar(0.34))
     # All the same: 1 + 1
     torch.testing.assert_close(separation_loss(torch.ones(3, 2, 4)), torch.tensor(2.0))

@@ -1,4 +1,7 @@
-"""RoutingStats counts as a slow loop does; over processes in ``test_distributed.py``. Shapes: T tokens, E experts."""
+"""RoutingStats counts as a slow loop does.
+
+``test_distributed.py`` has several processes. Shapes: T tokens, E experts.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +61,11 @@ def test_counts_as_a_slow_loop_does(
 ) -> None:
     """Two layers, of other numbers of experts."""
     options = {"capacity_factor": 0.5} if capacity and name == "token_choice" else {}
-    routers = [build_router(name, 4, number, 1, options) for number in (experts, 2)]
+    routers = [
+        build_router(name, 4, num_experts=number, k=1, kwargs=options) for number in (experts, 2)
+    ]
     stats, steps = (
-        RoutingStats([experts, 2]),
+        RoutingStats(num_experts=[experts, 2]),
         [[router(torch.randn(size, 4)) for router in routers] for size in sizes],
     )
     for routings in steps:
@@ -75,13 +80,13 @@ def test_counts_as_a_slow_loop_does(
 @pytest.mark.parametrize("experts", [(), 0, (2, -1)], ids=str)
 def test_bad_numbers_of_experts(experts: Any) -> None:
     with pytest.raises(ValueError, match=r"num_experts: got (no layers|0|-1)"):
-        RoutingStats(experts)
+        RoutingStats(num_experts=experts)
 
 
 def test_other_layers_are_refused() -> None:
-    routing = build_router("token_choice", 4, 3, 1)(torch.randn(5, 4))
+    routing = build_router("token_choice", 4, num_experts=3, k=1)(torch.randn(5, 4))
     for experts, routings in ((3, [routing, routing]), (4, routing)):
         with pytest.raises(ValueError, match=r"routings: got layers of \(3,"):
-            RoutingStats(experts).update(routings)
+            RoutingStats(num_experts=experts).update(routings)
     with pytest.raises(ValueError, match="model: got Linear without a router"):
         RoutingStats.of(nn.Linear(2, 2))

@@ -27,22 +27,34 @@ D, E = 5, 3
 
 def test_a_shared_expert_is_added() -> None:
     shared = nn.Linear(D, 4)
-    layer, x = MoE(ExpertChoice(D, E), LinearExperts(D, 4, E), shared), torch.randn(2, 6, D)
+    layer, x = (
+        MoE(ExpertChoice(D, num_experts=E), LinearExperts(D, 4, num_experts=E), shared),
+        torch.randn(2, 6, D),
+    )
     torch.testing.assert_close(layer(x), MoE(layer.router, layer.experts)(x) + shared(x))
 
 
 @pytest.mark.parametrize(
     ("build", "argument"),
     [
-        (lambda: MoE(TokenChoice(D, E), LinearExperts(D, 4, 4)), "experts"),
-        (lambda: MoE(TokenChoice(D, E), LinearExperts(6, 4, E)), "experts"),
-        (lambda: MoE(SoftSlots(D, E), LinearExperts(D, 4, E)), "router"),
+        (lambda: MoE(TokenChoice(D, num_experts=E), LinearExperts(D, 4, num_experts=4)), "experts"),
+        (lambda: MoE(TokenChoice(D, num_experts=E), LinearExperts(6, 4, num_experts=E)), "experts"),
+        (lambda: MoE(SoftSlots(D, num_experts=E), LinearExperts(D, 4, num_experts=E)), "router"),
         (
-            lambda: MoE("random", LinearExperts(D, 4, E)),  # type: ignore[arg-type]
+            lambda: MoE("random", LinearExperts(D, 4, num_experts=E)),  # type: ignore[arg-type]
             "router: got 'random', expected an instance",
         ),
-        (lambda: SoftMoE(SoftSlots(D, E), LinearExperts(D, 4, 4)), "experts"),
-        (lambda: SoftMoE(TokenChoice(D, E), LinearExperts(D, 4, E)), "router"),  # type: ignore[arg-type]
+        (
+            lambda: SoftMoE(SoftSlots(D, num_experts=E), LinearExperts(D, 4, num_experts=4)),
+            "experts",
+        ),
+        (
+            lambda: SoftMoE(
+                TokenChoice(D, num_experts=E),  # type: ignore[arg-type]
+                LinearExperts(D, 4, num_experts=E),
+            ),
+            "router",
+        ),
     ],
 )
 def test_router_and_experts_must_fit(build: Callable[[], nn.Module], argument: str) -> None:
@@ -57,7 +69,9 @@ def test_a_dense_start_is_the_shared_expert_and_learns_from_the_second_step(rout
     torch.manual_seed(0)
     shared = nn.Linear(8, 6).double()
     layer = MoE(
-        build_router(router, 8, 4, 1), MLPExperts(8, 7, 6, 4, zero_init=True), shared
+        build_router(router, 8, num_experts=4, k=1),
+        MLPExperts(8, 7, 6, num_experts=4, zero_init=True),
+        shared,
     ).double()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     x = torch.randn(3, 20, 8, dtype=torch.float64)

@@ -1,4 +1,7 @@
-"""The page on routers and convs of one's own: its code runs, and does what it says. Shapes: T tokens, E experts."""
+"""The code of the page on your own routers and convs runs, and does what it says.
+
+Shapes: T tokens, E experts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Figures of routings: read back from what matplotlib holds. Shapes: B images, h x w patches, E experts."""
+"""Figures of routings, read back from what matplotlib holds.
+
+Shapes: B images, h x w patches, E experts.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ IMAGE = torch.zeros(3, 12, 12)
 
 
 def of_assignment(assignment: Tensor, experts: int) -> Routing:
-    found: Routing = OracleRouter(4, experts, assignment=assignment)(
+    found: Routing = OracleRouter(4, num_experts=experts, assignment=assignment)(
         torch.randn(len(assignment), 4)
     )
     return found
@@ -115,14 +118,22 @@ def test_bad_images_are_refused(images: Tensor, options: dict[str, Any], argumen
 
 
 class Fixed(nn.Module):
-    """Routes 2 x 2 patches: the first to expert 0, the second to both, 1 : 3, the others to none."""
+    """Routes 2 x 2 patches: the first to expert 0, the second to both, the others to none.
+
+    The weights of the second are 1 : 3.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, 4, 2, stride=2)
-        self.router = build_router("uniform", 4, 2, 1)
-        fixed = Routing(torch.tensor([0, 1, 1]), torch.tensor([2, 3], dtype=torch.int32), torch.tensor([0.2, 0.1, 0.3]),
-                        torch.zeros(4, 2), 4)  # fmt: skip
+        self.router = build_router("uniform", 4, num_experts=2, k=1)
+        fixed = Routing(
+            torch.tensor([0, 1, 1]),
+            torch.tensor([2, 3], dtype=torch.int32),
+            torch.tensor([0.2, 0.1, 0.3]),
+            torch.zeros(4, 2),
+            4,
+        )
         self.router.register_forward_hook(lambda *_: fixed, prepend=True)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -140,7 +151,7 @@ def test_tints_by_hand() -> None:
         Fixed(), torch.full((1, 4, 4), 0.5) * 4 - 1, mean=(0.25,), std=(0.25,), titles=["gray"]
     )
     assert np.allclose(pixels(figure, 0), 0.5)
-    first, second = (np.array(color) for color in palette(2))
+    first, second = (np.array(color) for color in palette(num_experts=2))
     for place, color in (
         ((slice(0, 2), slice(0, 2)), first),
         ((slice(0, 2), slice(2, 4)), 0.25 * first + 0.75 * second),
@@ -160,7 +171,7 @@ def test_loads_of_routings_and_of_stats_are_the_same() -> None:
     ]
     counted = []
     for layers in steps:
-        stats = RoutingStats([2, 2])
+        stats = RoutingStats(num_experts=[2, 2])
         stats.update(layers)
         counted.append(stats.compute())
     for history in (steps, counted):
@@ -171,13 +182,15 @@ def test_loads_of_routings_and_of_stats_are_the_same() -> None:
                 for point in np.round(np.asarray(first.get_paths()[0].vertices), 4).tolist()
             }
             assert {(1.0, 0.2), (2.0, 0.4), (3.0, 0.6)} <= points
-            assert tuple(np.asarray(second.get_facecolor())[0]) == to_rgba(palette(2)[1])
+            assert tuple(np.asarray(second.get_facecolor())[0]) == to_rgba(
+                palette(num_experts=2)[1]
+            )
 
 
 def test_one_step_is_drawn_as_bars() -> None:
     (axis,) = expert_load([of_assignment(torch.tensor([0, 0, 0, 2]), 3)]).axes
     assert [bar.get_height() for bar in axis.patches] == [0.75, 0.0, 0.25]  # type: ignore[attr-defined]
-    stats = RoutingStats([1])  # whose figures of a single expert are scalars
+    stats = RoutingStats(num_experts=[1])  # whose figures of a single expert are scalars
     stats.update(of_assignment(torch.tensor([0]), 1))
     assert len(expert_load([stats.compute()]).axes) == 1
 

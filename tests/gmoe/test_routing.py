@@ -1,4 +1,7 @@
-"""Routings, their losses, and recording. Shapes: T tokens, E experts, K experts a token, P pairs."""
+"""Routings, their losses, and recording.
+
+Shapes: T tokens, E experts, K experts a token, P pairs.
+"""
 
 from __future__ import annotations
 
@@ -110,11 +113,11 @@ def test_from_choices_puts_each_weight_at_its_pair(
     rows = [data.draw(st.permutations(range(4)))[:k] for _ in range(num_tokens)]
     expert = torch.tensor(rows, dtype=torch.int32).view(num_tokens, k)
     weight = torch.rand(num_tokens, k, requires_grad=True)
-    routing = Routing.from_choices(expert, weight, 4, losses=example().losses)
+    routing = Routing.from_choices(expert, weight, num_experts=4, losses=example().losses)
     expected = torch.zeros(num_tokens, 4).scatter(1, expert.long(), weight.detach())
     assert torch.equal(routing.to_dense(), expected)
     assert torch.equal(routing.scores, expected)
-    assert Routing.from_choices(expert, weight, 4, expected).scores is expected
+    assert Routing.from_choices(expert, weight, num_experts=4, scores=expected).scores is expected
     assert routing.losses == example().losses
     (grad,) = torch.autograd.grad((routing.to_dense() * expected).sum(), weight)
     assert torch.equal(grad, weight)
@@ -137,7 +140,9 @@ def test_from_choices_puts_each_weight_at_its_pair(
 def test_from_choices_refuses(expert: list[Any], weight: list[Any], name: str) -> None:
     scores = torch.ones(1, 4) if name == "scores" else None
     with pytest.raises(ValueError, match=f"^{name}: got"):
-        Routing.from_choices(torch.tensor(expert), torch.tensor(weight), 3, scores)
+        Routing.from_choices(
+            torch.tensor(expert), torch.tensor(weight), num_experts=3, scores=scores
+        )
 
 
 def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> None:
@@ -145,8 +150,10 @@ def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> Non
         torch.tensor([[0, 1], [1, 2], [0, 2]]),
         torch.tensor([[-1.0, -2.0], [-3.0, 0.0], [0.5, 0.7]]),
     )
-    assert Routing.from_choices(expert, weight, 4).top_expert.tolist() == [0, 2, 2]
-    assert Routing.from_choices(expert[:, :0], weight[:, :0], 4).top_expert.tolist() == [4, 4, 4]
+    assert Routing.from_choices(expert, weight, num_experts=4).top_expert.tolist() == [0, 2, 2]
+    assert Routing.from_choices(
+        expert[:, :0], weight[:, :0], num_experts=4
+    ).top_expert.tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -177,9 +184,13 @@ def test_what_is_no_routing_is_refused(changes: dict[str, Any]) -> None:
 
 def test_values_of_fake_and_meta_tensors_are_not_read() -> None:
     with FakeTensorMode():
-        fake = Routing.from_choices(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), 3)
+        fake = Routing.from_choices(
+            torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), num_experts=3
+        )
     meta = Routing.from_choices(
-        torch.zeros(4, 1, dtype=torch.long, device="meta"), torch.ones(4, 1, device="meta"), 3
+        torch.zeros(4, 1, dtype=torch.long, device="meta"),
+        torch.ones(4, 1, device="meta"),
+        num_experts=3,
     )
     assert repr(fake) == repr(meta) == "Routing(4 tokens, 3 experts)"
 
@@ -196,9 +207,9 @@ def test_summary_names_loads_and_losses() -> None:
 
 
 def test_losses_computed_without_gradients_in_training_warn() -> None:
-    router, x = TokenChoice(4, 3, balance="switch"), torch.randn(6, 4)
+    router, x = TokenChoice(4, num_experts=3, balance="switch"), torch.randn(6, 4)
     with torch.no_grad():
-        routing, bare = router(x), TokenChoice(4, 3)(x)
+        routing, bare = router(x), TokenChoice(4, num_experts=3)(x)
         evaluated = router.eval()(x)
         aux_loss(routing)  # nothing is to be trained
     frozen = router.train().requires_grad_(False)(x)
@@ -214,7 +225,9 @@ class Model(nn.Module):
 
     def __init__(self, use_reentrant: bool | None = None) -> None:
         super().__init__()
-        self.routers = nn.ModuleList(TokenChoice(4, n, balance="switch") for n in (3, 4))
+        self.routers = nn.ModuleList(
+            TokenChoice(4, num_experts=n, balance="switch") for n in (3, 4)
+        )
         self.use_reentrant = use_reentrant
 
     def route(self, x: Tensor) -> None:
@@ -288,12 +301,12 @@ def test_a_recomputation_is_not_recorded_and_a_reentrant_one_warns(use_reentrant
 
 def test_a_compiled_model_is_recorded_unless_it_was_traced_before() -> None:
     torch.compiler.reset()
-    compiled: Any = torch.compile(MultiCentroid(4, 3), backend="eager")
+    compiled: Any = torch.compile(MultiCentroid(4, num_experts=3), backend="eager")
     with record_routing(compiled) as routings:
         compiled(torch.randn(6, 4))
     assert len(routings) == 1
     torch.compiler.reset()
-    compiled = torch.compile(nn.Sequential(TokenChoice(4, 3)), backend="eager")
+    compiled = torch.compile(nn.Sequential(TokenChoice(4, num_experts=3)), backend="eager")
     compiled(torch.randn(6, 4))
     with (
         pytest.raises(RuntimeError, match="compiled and called before the block"),
@@ -304,7 +317,7 @@ def test_a_compiled_model_is_recorded_unless_it_was_traced_before() -> None:
 
 def test_select_of_a_slice_that_ends_before_it_starts_is_empty() -> None:
     choices = torch.rand(6, 4).topk(2).indices
-    routing = Routing.from_choices(choices, torch.rand(6, 2), 4)
+    routing = Routing.from_choices(choices, torch.rand(6, 2), num_experts=4)
     for empty in (slice(5, 2), slice(3, 3)):
         selected = routing.select(empty)
         assert selected.num_tokens == 0

@@ -1,4 +1,7 @@
-"""A layer with experts starts as the dense one, beside a shared expert or as copies. Shapes: N nodes, E experts."""
+"""A layer with experts starts as the dense one, beside a shared expert or as copies.
+
+Shapes: N nodes, E experts.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,10 @@ NOT_ONE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("router", SUMS_TO_ONE)
 @pytest.mark.parametrize("conv", [conv for conv in CONVS if not isinstance(conv, list)], ids=ids)
 def test_copies_give_what_their_conv_gives(conv: Any, router: str) -> None:
-    """Drawn with the same seed, in training too; and what is drawn after it, and after a reset, is the same."""
+    """With the same seed, in training too.
+
+    What is drawn after it, and after a reset, is the same as well.
+    """
     (layer, after), (plain, expected) = pair(conv, start="copies", **SUMS_TO_ONE[router])
     assert layer.router.sums_to_one
     assert layer.shared_expert is None
@@ -176,7 +182,7 @@ def test_token_choice_by_name_does_not_balance_copies() -> None:
 
 
 def test_copies_may_all_be_left_to_one_expert() -> None:
-    """Where one function explains everything, a router without balance need not spread the nodes."""
+    """If one function explains all, a router without balance need not spread the nodes."""
     torch.manual_seed(0)
     layer: Any = MoEConv(SAGEConv, WIDTH, WIDTH, num_experts=4, start="copies")
     with torch.no_grad():
@@ -403,7 +409,7 @@ DEFAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
 
 
 def start_under(router: Any, k: int = 1, kwargs: Any = None, **options: Any) -> str:
-    """How a layer of three convs starts by default in a GNN, whose router decides for all layers."""
+    """How layers of three convs start by default in a GNN that routes once."""
     options = {"conv": GCNConv, "num_experts": 3, **options}
     model = GNNMoE(WIDTH, WIDTH, 2, 2, router=router, k=k, router_kwargs=kwargs, **options)
     return str(model.config["start"])
@@ -471,7 +477,7 @@ def test_a_factory_is_called_for_the_router_alone_and_not_for_the_default() -> N
 
     def factory(dim: int, num_experts: int, k: int = 1) -> TokenChoice:
         calls.append(k)
-        return TokenChoice(dim, num_experts, k, weight="straight_through")
+        return TokenChoice(dim, num_experts=num_experts, k=k, weight="straight_through")
 
     assert start_under(factory) == "shared"
     assert calls == [1]
@@ -481,11 +487,11 @@ def test_a_factory_is_called_for_the_router_alone_and_not_for_the_default() -> N
 @pytest.mark.parametrize(
     ("router", "start"),
     [
-        (lambda: TokenChoice(WIDTH, 3), "shared"),
-        (lambda: TokenChoice(WIDTH, 3, weight="straight_through"), "copies"),
-        (lambda: TokenChoice(WIDTH, 3, k=2), "copies"),
-        (lambda: OracleRouter(WIDTH, 3, torch.arange(NODES) % 3), "copies"),
-        (lambda: gmoe.ExpertChoice(WIDTH, 3), "shared"),
+        (lambda: TokenChoice(WIDTH, num_experts=3), "shared"),
+        (lambda: TokenChoice(WIDTH, num_experts=3, weight="straight_through"), "copies"),
+        (lambda: TokenChoice(WIDTH, num_experts=3, k=2), "copies"),
+        (lambda: OracleRouter(WIDTH, num_experts=3, assignment=torch.arange(NODES) % 3), "copies"),
+        (lambda: gmoe.ExpertChoice(WIDTH, num_experts=3), "shared"),
     ],
 )
 def test_the_default_under_an_instance_leaves_it_as_it_is(router: Any, start: str) -> None:
@@ -589,10 +595,10 @@ def test_a_gnn_decides_once_where_its_layers_start_as_copies(
 
 
 def test_an_instance_routes_all_layers_of_a_gnn_if_they_start_as_copies() -> None:
-    router = TokenChoice(WIDTH, 3, weight="straight_through")
+    router = TokenChoice(WIDTH, num_experts=3, weight="straight_through")
     assert GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=router).shared_router is router
     with pytest.raises(ValueError, match=r"^router: got an instance for several layers"):
-        GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=TokenChoice(WIDTH, 3))
+        GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=TokenChoice(WIDTH, num_experts=3))
 
 
 def untouched(conv: Any) -> None:

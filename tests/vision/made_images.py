@@ -68,7 +68,9 @@ def write_imagenette(root: Path, count: int = 1) -> Path:
 def write_cifar(
     root: Path, cls: type[CIFAR10], num_classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[np.ndarray, list[int]]:
-    """The files of ``CIFAR10`` or ``CIFAR100`` with random pixels, of which torchvision then knows the MD5s.
+    """The files of ``CIFAR10`` or ``CIFAR100`` with random pixels.
+
+    From then on, torchvision knows their MD5s.
 
     Returns:
         pixels (N, 3072) and labels of all training files.

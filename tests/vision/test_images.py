@@ -132,7 +132,7 @@ def test_imagenette(tmp_path: Path) -> None:
 def test_published_sets(
     cls: Any, num_classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read; the download refused, cut off, whole; unpacked from an archive that is there; what is broken."""
+    """Reading; a download that is refused, cut off or whole; an archive; what is broken."""
     name = cls.__name__.lower()
     folder, url, _, megabytes = PUBLISHED[name]
     file, elsewhere, root = Path(url).name, tmp_path / "elsewhere", tmp_path / "data"

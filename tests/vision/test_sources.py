@@ -1,4 +1,7 @@
-"""Images from memory and from files: every kind of image, and sizes. Broken files: tests/experiments/train/test_files.py."""
+"""Images from memory and from files: every kind of image, and sizes.
+
+``tests/experiments/train/test_files.py`` has broken files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The references of relational layers: PyG's HeteroConv of SAGEConvs, and E dense layers. Not a test itself."""
+"""The references of relational layers; not a test itself.
+
+They are PyG's HeteroConv of SAGEConvs, and E dense layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The reference for MoEConv: E separate PyG convs on the whole graph, masked by the routing. Not a test itself."""
+"""The reference for MoEConv; not a test itself.
+
+It is E separate PyG convs on the whole graph, masked by the routing.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def _edges(*pairs: tuple[int, int]) -> Tensor:
 
 
 GRAPHS: dict[str, tuple[int, Tensor]] = {
-    "mixed": (  # self-loops at 0 and 1 (twice), a parallel edge 2 -> 3, node 4 without out-edges, 6 and 7 isolated
+    # Self-loops at 0 and 1 (twice), and a parallel edge 2 -> 3. Node 4 has no out-edges; 6 and 7
+    # are isolated.
+    "mixed": (
         8,
         _edges(
             (0, 0),
@@ -53,7 +58,10 @@ GRAPHS: dict[str, tuple[int, Tensor]] = {
 
 
 def random_graph(num_src: int, num_dst: int, num_edges: int, seed: int = 0) -> Tensor:
-    """Edges among all but the last source and destination, which stay isolated; with self-loops and parallel edges."""
+    """Edges with self-loops and parallel ones.
+
+    The last source and the last destination stay isolated.
+    """
     generator = torch.Generator().manual_seed(seed)
     ends = [
         torch.randint(max(n - 1, 1), (num_edges,), generator=generator) for n in (num_src, num_dst)
@@ -161,9 +169,9 @@ def gradient(value: Tensor) -> Tensor:
 
 
 def as_convs(experts: Any, num_experts: int) -> list[dict[str, Tensor]]:
-    """The gradients of the experts, each under the names that the plain conv has for its parameters; NaN for none.
+    """The gradients of the experts, by the names of the plain conv's parameters; NaN for none.
 
-    Of experts that share a base, those of the differences. The base's must be their sum.
+    If experts share a base, they are those of the differences, and the base's must be their sum.
     """
     if isinstance(experts, FromBase):
         assert_base_gets_the_sum(experts)
@@ -200,10 +208,14 @@ def assert_equals_masked(
     mask: Tensor | None = None,
     **edge_args: Tensor,
 ) -> None:
-    """Outputs and gradients of inputs, edge arguments, router and experts equal those of the masked reference.
+    """Outputs and all gradients equal those of the masked reference.
 
-    ``weight_TE``: weights to follow in place of the router's. ``reference_adj``: edges for the reference if others.
-    ``mask``: an explainer's mask of the (plain) edges.
+    The gradients are those of inputs, edge arguments, router and experts.
+
+    Args:
+        weight_TE: weights in place of the router's.
+        reference_adj: edges for the reference, if it gets others.
+        mask: an explainer's mask of the (plain) edges.
     """
     convs = [conv.experts.expert(index) for index in range(conv.num_experts)]
     always = [] if conv.shared_expert is None else [conv.shared_expert.expert(0)]

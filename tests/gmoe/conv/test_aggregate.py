@@ -1,4 +1,7 @@
-"""Filters and MLPs in the place of convs. That experts of them equal masked convs: ``tests/compose.py``."""
+"""Filters and MLPs in the place of convs.
+
+``tests/compose.py`` compares experts of them with masked convs.
+"""
 
 from __future__ import annotations
 

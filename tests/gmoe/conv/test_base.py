@@ -90,9 +90,9 @@ def test_a_kernel_may_read_a_layer_that_nobody_hooked_or_replaced() -> None:
     class Own(LinearExperts):
         pass
 
-    linear = LinearExperts(2, 2, 3)
+    linear = LinearExperts(2, 2, num_experts=3)
     assert is_plain(linear)
-    assert not is_plain(Own(2, 2, 3))
+    assert not is_plain(Own(2, 2, num_experts=3))
     linear.register_forward_hook(lambda *_: None)
     assert not is_plain(linear)
 

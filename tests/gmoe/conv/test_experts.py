@@ -1,6 +1,7 @@
 """Whichever way the experts are run, the layer equals E separate PyG convs masked by the routing.
 
-Kinds, options, graphs and routings are drawn at random in ``tests/compose.py``; here is what it does not draw.
+``tests/compose.py`` draws kinds, options, graphs and routings at random; here is what it does not
+draw.
 """
 
 from __future__ import annotations
@@ -205,7 +206,10 @@ def test_values_of_a_matrix_get_their_gradient(conv: str) -> None:
 
 @pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
 def test_one_set_of_nodes_for_two_layers(conv: str) -> None:
-    """A tuple of widths with a single tensor: both ends are the same nodes, each through its own layer."""
+    """With two widths and one tensor, both ends are the same nodes.
+
+    Each end goes through its own layer.
+    """
     layer = build(conv, {"heads": 2}, (WIDTH, WIDTH))
     assert_equals_masked(layer, features(NODES, WIDTH), EDGES, weight_TE=weights(NODES))
 

@@ -1,4 +1,7 @@
-"""RelationalConv against PyG's HeteroConv of SAGEConvs, HeteroMoEConv against E of them, and both as layers."""
+"""RelationalConv and HeteroMoEConv, against PyG and as layers.
+
+PyG's HeteroConv of SAGEConvs is the reference of the first, and E of them that of the second.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,10 @@ def following(weights: Nodes) -> HeteroMoEConv:
 
 @pytest.mark.parametrize("out_types", [None, ["field", "paper"]], ids=str)
 def test_dense_equals_pyg(out_types: Any) -> None:
-    """Outputs and all gradients are those of HeteroConv of SAGEConvs, and a root linear layer a node type."""
+    """Outputs and all gradients are those of HeteroConv of SAGEConvs.
+
+    Each node type also has a linear layer for its root.
+    """
     conv = dense(metadata=json.loads(json.dumps(METADATA)), out_types=out_types)  # lists, of tuples
 
     def run(forward: Any) -> dict[str, Tensor]:
@@ -131,7 +137,7 @@ def test_equals_masked_layers_under_routers_that_a_user_put_in() -> None:
 
 
 def test_a_new_layer_is_the_dense_one() -> None:
-    """With one seed, also after ``reset_parameters``; and what is added for an expert is nothing."""
+    """With one seed, also after ``reset_parameters``; an expert adds nothing."""
     conv, plain = layer(start="shared"), dense(WIDTH).float()
     for _ in range(2):
         xs = {t: x.float() for t, x in nodes(WIDTH).items()}
@@ -155,7 +161,7 @@ def test_equals_masked_layers_without_some_nodes(empty: list[str]) -> None:
 
 
 def test_a_router_instance_is_for_one_type() -> None:
-    router = TokenChoice(WIDTH, EXPERTS)
+    router = TokenChoice(WIDTH, num_experts=EXPERTS)
     assert layer(router=router, router_kwargs=None, out_types=["paper"]).routers["paper"] is router
 
 
@@ -209,7 +215,7 @@ def test_sizes_may_be_integers_of_numpy() -> None:
         ({"widths": {"paper": 3}}, "in_channels"),
         ({"out_types": ["book"]}, "out_types"),
         ({"out_channels": 0}, "out_channels"),
-        ({"router": TokenChoice(WIDTH, EXPERTS), "router_kwargs": None}, "router"),
+        ({"router": TokenChoice(WIDTH, num_experts=EXPERTS), "router_kwargs": None}, "router"),
     ],
     ids=str,
 )

@@ -17,8 +17,9 @@ class Sums:
 
     def __init__(self) -> None:
         self.edge_weight: Tensor | None = torch.ones(3)
-        self.edge_attr = self.matrix_values = None
-        self._kept: dict[Any, Kept] = {}
+        self.edge_attr: Tensor | None = None
+        self.matrix_values: Tensor | None = None
+        self._kept: dict[tuple[object, ...], Kept[Any]] = {}
         self.checks = self.calls = 0
 
     def _check_args(self) -> None:

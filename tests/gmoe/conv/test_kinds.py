@@ -12,7 +12,7 @@ from torch_geometric import nn as pyg
 
 from gmoe import FilterConv, GNNMoE, MoEConv
 from gmoe.conv.build import Trial
-from gmoe.conv.kinds import BY_NAME, KINDS, base_kind_of, factory_of, kind_of
+from gmoe.conv.kinds import KINDS, Kind, base_kind_of, by_name, factory_of, kind_of, name_of
 from tests.gmoe.conv.masked import random_graph
 
 WIDTH = 8
@@ -71,9 +71,33 @@ def test_two_sets_of_nodes_are_refused_by_the_name_of_the_conv(conv: Any, local:
 
 @pytest.mark.parametrize("name", [name for kind in KINDS.values() for name in kind.names])
 def test_a_name_of_a_row_stands_for_its_options(name: str) -> None:
-    conv: Any = BY_NAME[name](WIDTH, WIDTH)
+    conv: Any = by_name()[name](WIDTH, WIDTH)
     for option, value in kind_of(type(conv)).names[name].items():
         assert getattr(conv, option) == value
+
+
+class OwnConv(pyg.SAGEConv):
+    """A conv of a user's, which is built from one width alone."""
+
+    def __init__(self, width: int, aggr: str = "mean") -> None:
+        super().__init__(width, width, aggr)
+
+
+def of_one_width(cls: Any, in_channels: Any, out_channels: int, **options: Any) -> OwnConv:
+    return cls(in_channels, **options)
+
+
+def test_a_row_may_be_added_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"custom": {}, "custom_sum": {"aggr": "sum"}}
+    monkeypatch.setitem(KINDS, OwnConv, Kind(is_local=True, adapt=of_one_width, names=names))
+    layer = MoEConv("custom_sum", WIDTH, WIDTH, num_experts=2)
+    expert: Any = layer.experts.expert(0)
+    assert isinstance(expert, OwnConv)
+    assert expert.aggr == "sum"
+    assert name_of(factory_of("custom")) == "OwnConv"
+    assert GNNMoE(WIDTH, WIDTH, WIDTH, conv=OwnConv).config["conv"] == "custom"
+    with pytest.raises(ValueError, match=r"^conv: got 'custm'.* did you mean 'custom'"):
+        MoEConv("custm", WIDTH, WIDTH)
 
 
 def test_edge_features_of_gine_are_as_wide_as_its_sources_unless_it_transforms_them() -> None:

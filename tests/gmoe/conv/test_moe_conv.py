@@ -1,4 +1,7 @@
-"""MoEConv as a layer: what it promises whichever way its experts are run, beside the contract of all layers."""
+"""MoEConv as a layer: what it promises, however its experts are run.
+
+The contract of all layers is in ``tests/contract.py``.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ def test_neighbors_vote_along_the_edges() -> None:
     "conv", ["gcn", ["mean", "max"], "gat", "tag", ["gcn", "gat", "mlp"]], ids=str
 )
 def test_router_input(conv: Any, router_input: Any) -> None:
-    """Node, the conv's own aggregate (else the mean over in-edges) and degree, in this order whatever the given one."""
+    """Node, neighbors and degree, in this order, whatever order was given.
+
+    The neighbors are the conv's own aggregate, or else the mean over in-edges.
+    """
     (x, edge_index), kwargs = graph(), dict[str, Any]()
     aggregate: Any = mean_of_in_edges
     if conv == "gcn":
@@ -157,7 +163,10 @@ def test_a_given_routing_is_followed_without_the_router() -> None:
         ({"router_input": ()}, "router_input: got nothing"),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
         ({"router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
-        ({"router": TokenChoice(5, 3)}, "router: got an instance for dim=5, num_experts=3"),
+        (
+            {"router": TokenChoice(5, num_experts=3)},
+            "router: got an instance for dim=5, num_experts=3",
+        ),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""MoEConv as a citizen of PyG and torch: widths filled in, positional arguments, to_hetero, explainers."""
+"""MoEConv within PyG and torch: lazy widths, positional arguments, to_hetero, explainers."""
 
 from __future__ import annotations
 
@@ -211,7 +211,10 @@ def test_forward_takes_what_the_conv_takes_by_position() -> None:
 
 
 class Two(nn.Module):
-    """Two layers, as in PyG's tutorials, or those of experts, equal to the dense ones: a gain is zero."""
+    """Two layers, as in PyG's tutorials, with experts or without.
+
+    Those with experts equal the dense ones, since their gains are zero.
+    """
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -242,7 +245,9 @@ def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
 @pytest.mark.parametrize("start", ["shared", None])
 @pytest.mark.parametrize("conv", KINDS, ids=str)
 def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any, start: Any) -> None:
-    """Nor is anything of it left; see ``test_experts.py`` for layers without a router and a shared expert.
+    """Nor is anything of it left.
+
+    ``test_experts.py`` has layers without a router and a shared expert.
 
     A router that sees the neighbors sees their sum under the mask.
     """

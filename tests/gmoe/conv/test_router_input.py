@@ -19,8 +19,9 @@ def test_the_router_of_copies_in_a_layer_sees_node_and_neighbors_by_default() ->
     both = ("node", "neighbors")
     assert router_parts(None, "copies", "token_choice") == both
     assert router_parts(None, "copies", TokenChoice) == both
-    # An instance has a width of its own; without a router nothing is seen; of others the node was measured.
-    assert router_parts(None, "copies", TokenChoice(4, 3)) == ("node",)
+    # An instance has a width of its own. Without a router nothing is seen. Of other routers, the
+    # studies measured the node.
+    assert router_parts(None, "copies", TokenChoice(4, num_experts=3)) == ("node",)
     assert router_parts(None, "copies", None) == ("node",)
     assert router_parts(None, "copies", "token_choice", is_shared=True) == ("node",)
     assert router_parts(None, "shared", "token_choice") == ("node",)

@@ -1,4 +1,4 @@
-"""The sampler returns a sampled subgraph, whatever form the graph has, and draws its edges uniformly."""
+"""The sampler returns a sampled subgraph of any form of graph, and draws uniformly."""
 
 from __future__ import annotations
 
@@ -82,7 +82,10 @@ def test_subsets_are_equally_likely(k: int) -> None:
 
 
 def test_hub() -> None:
-    """Each tenth of its edges is drawn alike, and so are odd and even ones and those that Floyd's algorithm adds."""
+    """Each tenth of the edges is drawn equally often.
+
+    So are odd and even ones, and those that Floyd's algorithm adds.
+    """
     degree, k, trials = 50_000, 10, 4_000
     torch.manual_seed(0)
     out = sample(star(degree), [k], [0] * trials)

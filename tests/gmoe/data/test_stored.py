@@ -1,4 +1,7 @@
-"""A graph on disk: what it checks when it is opened, what it hands out, and its batches beside those in memory."""
+"""A graph on disk: what it checks when it is opened, and what it hands out.
+
+Its batches are compared with those of the graph in memory.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 
 
 def made_graph(labels: Any = None) -> Data:
-    """With parallel edges, self-loops, and nodes without in-edges or without any, in shuffled order."""
+    """With parallel edges, self-loops, and nodes without edges, in shuffled order."""
     data = graph(NODES, EDGES)
     data.edge_index = data.edge_index[
         :, (data.edge_index[1] > 4) & (data.edge_index != 9).all(dim=0)
@@ -289,7 +292,7 @@ def test_a_graph_without_edges(tmp_path: Path) -> None:
 
 
 def test_pyg_reads_it_where_pyg_can_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyG's own loader takes the stores, and then needs its extension as for any graph. Ours is the default."""
+    """PyG's own loader takes the stores, and needs its extension. Ours is the default."""
     stored = StoredGraph(folder)
     with monkeypatch.context() as patch:
         patch.setattr(torch_geometric.typing, "WITH_PYG_LIB", True)

@@ -1,6 +1,7 @@
 """GNNMoE: its layers and routers, its inference, and dense GNNs turned into one.
 
-That forward, inference and sampled batches equal a composition of masked layers: ``tests/compose.py``.
+``tests/compose.py`` compares forward, inference and sampled batches with a composition of masked
+layers.
 """
 
 from __future__ import annotations
@@ -197,7 +198,10 @@ def sampled() -> tuple[Tensor, Tensor, dict[str, list[int]]]:
 @shared_routers
 @pytest.mark.parametrize("jk", [None, "cat"])
 def test_trimming_does_not_change_the_seeds(shared_router: bool, jk: str | None) -> None:
-    """Edge arguments, a batch and the shared decision are trimmed along, of a Graph and an EdgeIndex too."""
+    """Edge arguments, a batch and the shared decision are trimmed with a graph.
+
+    That holds for a Graph and an EdgeIndex, too.
+    """
     x, edge_index, hops = sampled()
     args: dict[str, Any] = {
         "edge_weight": features(10, seed=4).abs(),
@@ -236,9 +240,12 @@ def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
         ({"residual": True}, "residual: got True"),
         ({"jk": "mean"}, "jk: got 'mean'"),
         ({"router": "nobody", "shared_router": True}, "router: got 'nobody'"),
-        ({"router": TokenChoice(IN, EXPERTS)}, "router: got an instance for several layers"),
         (
-            {"router": MultiCentroid(2 * IN, EXPERTS), "shared_router": True},
+            {"router": TokenChoice(IN, num_experts=EXPERTS)},
+            "router: got an instance for several layers",
+        ),
+        (
+            {"router": MultiCentroid(2 * IN, num_experts=EXPERTS), "shared_router": True},
             "router: got an instance for dim=8",
         ),
     ],

@@ -1,4 +1,7 @@
-"""HeteroGNNMoE on the layout of ogbn-mag: papers with features and labels, and three node types without features."""
+"""HeteroGNNMoE on the layout of ogbn-mag.
+
+Papers have features and labels; three node types have no features.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,10 @@ def test_a_target_prunes_what_its_logits_do_not_follow_from() -> None:
 
 
 def test_forward_by_hand() -> None:
-    """Input, conv + residual, norm, activation; a dense conv at the end. Embeddings stand for features."""
+    """The definition: input, conv + residual, norm, activation; a dense conv at the end.
+
+    Embeddings stand for features.
+    """
     gnn = model(num_layers=3, norm=LayerNorm(HIDDEN, mode="node"), act="elu", target=None)
     h: Any = {"paper": gnn.lin_in["paper"](DATA["paper"].x)}
     h |= {name: gnn.embeddings[name].weight for name in COUNTS if name != "paper"}
@@ -162,7 +168,7 @@ def test_few_nodes_of_a_type(count: int, norm: str | None) -> None:
         ({"target": "book"}, "target"),
         ({"residual": "dense"}, "residual"),
         ({"every": 2}, "every"),
-        ({"router": TokenChoice(4, 3)}, "router"),
+        ({"router": TokenChoice(4, num_experts=3)}, "router"),
         ({"num_nodes_dict": {"author": 3}}, "num_nodes_dict"),
         ({"hidden_channels": 0}, "hidden_channels"),
     ],

@@ -1,4 +1,7 @@
-"""Layer-wise inference, in memory and on disk: beside what the composer draws, and what is refused by name."""
+"""Layer-wise inference, in memory and on disk.
+
+Here is what the composer does not draw, and what is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +112,7 @@ def stored(tmp_path: Path) -> StoredGraph:
 def test_it_equals_the_forward_on_the_whole_graph(
     stored: StoredGraph, tmp_path: Path, shared_router: bool, start: str
 ) -> None:
-    """Whatever the size of the parts, and in float32; the next run replaces the file of the last."""
+    """Whatever the size of the parts, and in float32; a run replaces the last one's file."""
     options = {"router_input": ("node", "neighbors", "degree"), "start": start}
     model = trained(k=2, shared_router=shared_router, **options)
     expected, out = model(DATA.x, DATA.edge_index), tmp_path / "out"

@@ -30,7 +30,7 @@ def test_a_norm_gets_the_width_of_the_hidden_layers() -> None:
 
 def test_an_activation_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^act: got 3, expected a name, a function or None"):
-        activation_of(3)
+        activation_of(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Attention vote, beyond ``test_base.py``: blocks, memory, edges. Shapes: T tokens, D width, E experts."""
+"""Attention vote, beyond ``test_base.py``: blocks, memory, edges.
+
+Shapes: T tokens, D width, E experts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ RAGGED = torch.tensor([5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2])
 
 def layer(case: Case) -> MoE:
     torch.manual_seed(0)
-    return MoE(case.build(5, 3, 2), LinearExperts(5, 4, 3)).to(DTYPE)
+    return MoE(case.build(5, 3, 2), LinearExperts(5, 4, num_experts=3)).to(DTYPE)
 
 
 @pytest.mark.parametrize("voters", [1, 4])
@@ -64,7 +67,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_of_all_pairs_is_held(scope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward hold no tensor that grows as T * T."""
     monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", 2**13)
-    router, x = AttentionVote(8, 4, scope=scope, head_dim=8), torch.randn(600, 8)
+    router, x = AttentionVote(8, num_experts=4, scope=scope, head_dim=8), torch.randn(600, 8)
     with Largest() as largest:
         router(x, edge_index=torch.randint(600, (2, 1200))).weight.square().sum().backward()
     # of each token and expert: the key, the key times a number, and that number
@@ -80,7 +83,7 @@ def peak():
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-router = AttentionVote(64, 4)
+router = AttentionVote(64, num_experts=4)
 router(torch.randn(300, 64)).weight.sum().backward()
 before = peak()
 router(torch.randn(6_000, 64)).weight.sum().backward()
@@ -89,7 +92,10 @@ print(peak() - before)
 
 
 def test_memory_is_that_of_a_block_with_the_default_allocator() -> None:
-    """Fresh blocks left holes in the heap: 589 MB at 6,000 tokens, 6.2 GB at 20,000, where 58 and 107 are needed."""
+    """Fresh blocks left holes in the heap.
+
+    It took 589 MB at 6,000 tokens and 6.2 GB at 20,000, where 58 and 107 MB are needed.
+    """
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
     }
@@ -101,7 +107,7 @@ def test_memory_is_that_of_a_block_with_the_default_allocator() -> None:
 
 def test_autocast_leaves_votes_alone_and_no_warning_reaches_the_user() -> None:
     router, x, edges = (
-        AttentionVote(5, 3, scope="neighbors"),
+        AttentionVote(5, num_experts=3, scope="neighbors"),
         torch.randn(6, 5),
         torch.randint(6, (2, 20)),
     )

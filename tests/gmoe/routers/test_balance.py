@@ -10,9 +10,14 @@ from tests.gmoe.routers.test_token_choice import with_gate
 
 
 def test_bias_by_hand() -> None:
-    """Four tokens, three for expert 0; a step is at most half of the logits' spread, and acts on the next forward."""
+    """Four tokens, three for expert 0.
+
+    A step is at most half of the logits' spread, and acts on the next forward.
+    """
     x = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
-    router = with_gate(TokenChoice(2, 2, bias_rate=0.5, noise=False), [[3.0, 0.0], [0.0, 0.0]])
+    router = with_gate(
+        TokenChoice(2, num_experts=2, bias_rate=0.5, noise=False), [[3.0, 0.0], [0.0, 0.0]]
+    )
     assert router(x).load.tolist() == [3, 1]  # logits 3 x, 0: nothing was known yet
     assert not router.bias_E.any()
     assert not router.mean_D.any()
@@ -27,7 +32,10 @@ def test_bias_by_hand() -> None:
 def test_the_mean_token_is_taken_away() -> None:
     """The first step's as it is, a tenth of each later one's; evaluation leaves it alone."""
     torch.manual_seed(0)
-    router, x = TokenChoice(4, 3, noise=False).double(), torch.randn(20, 4, dtype=torch.float64)
+    router, x = (
+        TokenChoice(4, num_experts=3, noise=False).double(),
+        torch.randn(20, 4, dtype=torch.float64),
+    )
     mean = 100 + x.mean(dim=0)
     router(100 + x)
     router(50 + x)
@@ -41,10 +49,10 @@ def test_the_mean_token_is_taken_away() -> None:
 
 
 def test_two_forwards_before_their_backward() -> None:
-    """As in contrastive learning: the second moves the mean that the gradient of the first needs."""
+    """As in contrastive learning: the second moves a mean that the first still needs."""
     torch.manual_seed(0)
     router, x = (
-        TokenChoice(4, 3, noise=False).double(),
+        TokenChoice(4, num_experts=3, noise=False).double(),
         torch.randn(2, 20, 4, dtype=torch.float64) + 1,
     )
     router(x[0])
@@ -65,7 +73,7 @@ def test_two_forwards_before_their_backward() -> None:
 
 def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
     for x in (torch.randn(1, 4), torch.ones(9, 4), torch.zeros(0, 4)):
-        router = TokenChoice(4, 3)
+        router = TokenChoice(4, num_experts=3)
         for _ in range(3):
             assert torch.isfinite(router(x).weight).all()
         assert not router.bias_E.any()
@@ -74,7 +82,7 @@ def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
 
 def test_a_step_with_a_token_that_is_not_finite_moves_nothing() -> None:
     torch.manual_seed(0)
-    router, x = TokenChoice(4, 3), torch.randn(9, 4)
+    router, x = TokenChoice(4, num_experts=3), torch.randn(9, 4)
     router(x)
     before = router.next_bias_E.clone(), router.next_mean_D.clone()
     x[3, 1] = torch.nan
@@ -85,4 +93,4 @@ def test_a_step_with_a_token_that_is_not_finite_moves_nothing() -> None:
 
 def test_a_negative_rate_of_the_bias_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^bias_rate: got -1, expected at least 0"):
-        TokenChoice(4, 3, bias_rate=-1)
+        TokenChoice(4, num_experts=3, bias_rate=-1)

@@ -65,7 +65,7 @@ def make_layer(
 ) -> MoE:
     torch.manual_seed(1)
     router = case.build(D, E, k, weight, num_tokens)
-    return MoE(router, LinearExperts(D, 4, E).to(DTYPE)).train(training)
+    return MoE(router, LinearExperts(D, 4, num_experts=E).to(DTYPE)).train(training)
 
 
 def make_call(case: Case, name: str, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -165,7 +165,7 @@ def test_any_groups_and_capacities_equal_naive(
 @pytest.mark.parametrize("ragged", [False, True], ids=["one_group", "ragged"])
 @pytest.mark.parametrize("case", ROW_WISE, ids=label)
 def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool) -> None:
-    """Seven distinct rows, as on minesweeper: no equal token is passed over for a later one of its group."""
+    """Seven distinct rows, as on minesweeper: among equal tokens the earlier ones win."""
     torch.manual_seed(0)
     which_T, group_T = torch.randint(7, (1003,)), torch.randint(3 if ragged else 1, (1003,))
     for dtype in (torch.float32, torch.float64):
@@ -313,7 +313,7 @@ def test_bad_sizes_and_weights(bad: dict[str, Any]) -> None:
 def test_bad_options(router: type[Router], bad: dict[str, Any]) -> None:
     name, value = next(iter(bad.items()))
     with pytest.raises(ValueError, match=f"^{name}: got {value!r}, expected"):
-        router(D, E, **bad)
+        router(D, num_experts=E, **bad)
 
 
 @pytest.mark.parametrize(
@@ -339,13 +339,13 @@ def test_bad_options(router: type[Router], bad: dict[str, Any]) -> None:
 )
 def test_bad_calls(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got .*expected"):
-        AttentionVote(D, E, scope="neighbors")(**{"x": torch.zeros(11, D), **changes})
+        AttentionVote(D, num_experts=E, scope="neighbors")(**{"x": torch.zeros(11, D), **changes})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_check_finite(value: float) -> None:
     x = torch.tensor([[0.0] * D, [value] * D])
-    router = TokenChoice(D, E)
+    router = TokenChoice(D, num_experts=E)
     router(x)  # off by default
     router.check_finite = True
     with pytest.raises(
@@ -357,7 +357,7 @@ def test_check_finite(value: float) -> None:
 def test_the_noise_of_a_token_does_not_follow_from_a_nan_in_another() -> None:
     x = tokens((11, D)).float()
     x[3, 2] = math.nan
-    weight = TokenChoice(D, E)(x).to_dense().isfinite().all(dim=1)
+    weight = TokenChoice(D, num_experts=E)(x).to_dense().isfinite().all(dim=1)
     assert weight.tolist() == [token != 3 for token in range(11)]
 
 
@@ -378,12 +378,12 @@ class Wrong(Router):
 def test_what_a_users_router_gives_is_checked(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Wrong, "answer", staticmethod(answer))
     with pytest.raises(ValueError, match=r"^route: got .* from Wrong"):
-        Wrong(D, E)(torch.randn(30, D))
+        Wrong(D, num_experts=E)(torch.randn(30, D))
 
 
 def routing_of(x: Tensor, num_experts: int) -> gmoe.Routing:
     expert = torch.arange(len(x))[:, None] % num_experts
-    return gmoe.Routing.from_choices(expert, torch.ones(len(x), 1), num_experts)
+    return gmoe.Routing.from_choices(expert, torch.ones(len(x), 1), num_experts=num_experts)
 
 
 # Where routers run
@@ -391,10 +391,12 @@ def routing_of(x: Tensor, num_experts: int) -> gmoe.Routing:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
-    "router", [TokenChoice(D, E, 2), ExpertChoice(D, E)], ids=["token", "expert"]
+    "router",
+    [TokenChoice(D, num_experts=E, k=2), ExpertChoice(D, num_experts=E)],
+    ids=["token", "expert"],
 )
 def test_a_traced_router_routes_other_tokens(router: Router) -> None:
-    layer = MoE(router, LinearExperts(D, 2, E)).eval()
+    layer = MoE(router, LinearExperts(D, 2, num_experts=E)).eval()
     traced = torch.jit.trace(layer, torch.randn(9, D), check_trace=False)
     for x in torch.randn(3, 9, D):
         torch.testing.assert_close(traced(x), layer(x))
@@ -408,7 +410,11 @@ def test_token_choice_builds_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would cost host syncs on a GPU."""
     monkeypatch.setattr(Groups, "of", None)
     x, batch, _ = make_call(CASES[0], "ragged")
-    for router in (TokenChoice(D, E), MultiCentroid(D, E), RandomRouter(D, E)):
+    for router in (
+        TokenChoice(D, num_experts=E),
+        MultiCentroid(D, num_experts=E),
+        RandomRouter(D, num_experts=E),
+    ):
         router(x, batch)
 
 

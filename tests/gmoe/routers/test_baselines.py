@@ -10,7 +10,7 @@ from gmoe import OracleRouter, RandomRouter, UniformRouter
 
 def test_a_random_router_gives_equal_tokens_equal_experts_and_learns_nothing() -> None:
     torch.manual_seed(0)
-    router, x = RandomRouter(4, 8, k=2), torch.randn(20, 4)
+    router, x = RandomRouter(4, num_experts=8, k=2), torch.randn(20, 4)
     order = torch.randperm(20)
     assert torch.equal(router(x[order]).to_dense(), router(x).to_dense()[order])
     assert len(set(router(x).token.split(router(x).load.tolist()))) > 1
@@ -18,24 +18,30 @@ def test_a_random_router_gives_equal_tokens_equal_experts_and_learns_nothing() -
 
 
 def test_a_random_router_draws_another_projection_when_it_is_reset() -> None:
-    router = RandomRouter(4, 8)
+    router = RandomRouter(4, num_experts=8)
     before = router.projection_DE.clone()
     router.reset_parameters()
     assert not torch.equal(router.projection_DE, before)
 
 
 def test_a_uniform_router_gives_every_expert_every_token() -> None:
-    assert torch.equal(UniformRouter(3, 4)(torch.randn(5, 3)).to_dense(), torch.full((5, 4), 0.25))
+    assert torch.equal(
+        UniformRouter(3, num_experts=4)(torch.randn(5, 3)).to_dense(), torch.full((5, 4), 0.25)
+    )
 
 
 def test_an_oracle_gives_each_token_its_expert_with_weight_one() -> None:
     assignment = torch.tensor([2, 0, 2, 1])
-    routing = OracleRouter(3, 3, assignment)(torch.randn(4, 3))
+    routing = OracleRouter(3, num_experts=3, assignment=assignment)(torch.randn(4, 3))
     assert torch.equal(routing.to_dense(), torch.eye(3)[assignment])
 
 
 def test_an_oracle_on_no_device_gets_its_assignment_back_when_it_is_reset() -> None:
-    router = OracleRouter(3, 3, torch.tensor([2, 0, 1])).to("meta").to_empty(device="cpu")
+    router = (
+        OracleRouter(3, num_experts=3, assignment=torch.tensor([2, 0, 1]))
+        .to("meta")
+        .to_empty(device="cpu")
+    )
     router.reset_parameters()
     assert router.assignment_T.tolist() == [2, 0, 1]
 
@@ -45,4 +51,4 @@ def test_an_oracle_on_no_device_gets_its_assignment_back_when_it_is_reset() -> N
 )
 def test_an_oracle_refuses_what_does_not_fit(assignment: list[int]) -> None:
     with pytest.raises(ValueError, match=r"assignment: got|x: got 3 tokens"):
-        OracleRouter(4, 3, torch.tensor(assignment))(torch.randn(3, 4))
+        OracleRouter(4, num_experts=3, assignment=torch.tensor(assignment))(torch.randn(3, 4))

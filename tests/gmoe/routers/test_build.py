@@ -14,7 +14,7 @@ from gmoe import ROUTERS, OracleRouter, Router, SoftSlots, TokenChoice, UniformR
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_by_name(name: str) -> None:
-    router = build_router(name, 6, 4, 2)
+    router = build_router(name, 6, num_experts=4, k=2)
     assert type(router) is ROUTERS[name]
     assert (router.dim, router.num_experts, router.k) == (6, 4, 4 if name == "uniform" else 2)
 
@@ -40,47 +40,56 @@ def test_every_public_router_has_a_name() -> None:
     ],
 )
 def test_default_weights(name: str, kwargs: dict[str, Any], at_one: str, at_two: str) -> None:
-    assert [build_router(name, 6, 4, k, kwargs).weight for k in (1, 2)] == [at_one, at_two]
+    assert [build_router(name, 6, num_experts=4, k=k, kwargs=kwargs).weight for k in (1, 2)] == [
+        at_one,
+        at_two,
+    ]
 
 
 def test_factories_and_instances() -> None:
-    assert build_router(TokenChoice, 6, 4, 3).k == 3
-    assert build_router(partial(TokenChoice, weight="score"), 6, 4, 2).weight == "score"
-    assert build_router(lambda dim, num_experts: UniformRouter(dim, num_experts), 6, 4, 2).k == 4
-    assert (
-        build_router(
-            lambda dim, num_experts, **kwargs: TokenChoice(dim, num_experts, **kwargs), 6, 4, 2
-        ).k
-        == 2
-    )
-    router = TokenChoice(6, 4, k=2)
-    assert build_router(router, 6, 4, 1) is router
+    def uniform(dim: int, num_experts: int) -> Router:
+        return UniformRouter(dim, num_experts=num_experts)
+
+    def chosen(dim: int, **kwargs: Any) -> Router:
+        return TokenChoice(dim, **kwargs)
+
+    by_score = partial(TokenChoice, weight="score")
+    assert build_router(TokenChoice, 6, num_experts=4, k=3).k == 3
+    assert build_router(by_score, 6, num_experts=4, k=2).weight == "score"
+    assert build_router(uniform, 6, num_experts=4, k=2).k == 4
+    assert build_router(chosen, 6, num_experts=4, k=2).k == 2
+    router = TokenChoice(6, num_experts=4, k=2)
+    assert build_router(router, 6, num_experts=4, k=1) is router
+
+
+FOUR = TokenChoice(6, num_experts=4)
 
 
 @pytest.mark.parametrize(
-    ("message", "args"),
+    ("message", "router", "changes"),
     [
         *(
-            ("router: got", (router, 6, 4, 1))
-            for router in ("hash", SoftSlots, SoftSlots(6, 4), 3, torch.nn.Linear)
+            ("router: got", router, {})
+            for router in ("hash", SoftSlots, SoftSlots(6, num_experts=4), 3, torch.nn.Linear)
         ),
-        *(
-            ("router: got", (TokenChoice(6, 4), dim, experts, 1))
-            for dim, experts in ((6, 8), (7, 4))
-        ),
-        ("k: got", ("token_choice", 6, 4, 5)),
-        *(("router_kwargs", ("expert_choice", 6, 4, 1, kwargs)) for kwargs in ({"k": 2}, 3)),
-        ("router_kwargs", (TokenChoice(6, 4), 6, 4, 1, {"weight": "score"})),
-        ("router: got 'token_choise'.* did you mean 'token_choice'", ("token_choise", 6, 4, 1)),
+        ("router: got", FOUR, {"num_experts": 8}),
+        ("router: got", FOUR, {"dim": 7}),
+        ("k: got", "token_choice", {"k": 5}),
+        ("router_kwargs", "expert_choice", {"kwargs": {"k": 2}}),
+        ("router_kwargs", "expert_choice", {"kwargs": 3}),
+        ("router_kwargs", FOUR, {"kwargs": {"weight": "score"}}),
+        ("router: got 'token_choise'.* did you mean 'token_choice'", "token_choise", {}),
         (
             "router_kwargs: got .*'capacity'.*, expected .*capacity_factor",
-            ("expert_choice", 6, 4, 1, {"capacity": 1.0}),
+            "expert_choice",
+            {"kwargs": {"capacity": 1.0}},
         ),
     ],
 )
-def test_refusals(message: str, args: tuple[Any, ...]) -> None:
+def test_refusals(message: str, router: Any, changes: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"dim": 6, "num_experts": 4, "k": 1, **changes}
     with pytest.raises(ValueError, match=f"^{message}"):
-        build_router(*args)
+        build_router(router, **arguments)
 
 
 LAYERS: dict[str, Any] = {
@@ -94,7 +103,7 @@ LAYERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
 def test_a_layer_does_not_change_a_callers_router(build: Any) -> None:
-    router = TokenChoice(6, 4)
+    router = TokenChoice(6, num_experts=4)
     with pytest.raises(
         ValueError, match=r"^check_finite: got True with an instance of TokenChoice, expected False"
     ):

@@ -1,4 +1,7 @@
-"""Expert choice by hand, and the running means behind its thresholds. Shapes: T tokens, E experts, C capacity."""
+"""Expert choice by hand, and the running means behind its thresholds.
+
+Shapes: T tokens, E experts, C capacity.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,17 @@ from gmoe.routers import expert_choice
 
 def identity_gate(num_experts: int, **options: Any) -> ExpertChoice:
     """A router whose logits are its input."""
-    router = ExpertChoice(num_experts, num_experts, **options)
+    router = ExpertChoice(num_experts, num_experts=num_experts, **options)
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(num_experts))
     return router
 
 
 def test_the_weight_is_capped_at_ten() -> None:
-    """One of 20 tokens has nearly all the share: 20 times the mean, cut to 10, with no gradient above."""
+    """One of 20 tokens has nearly all the share.
+
+    That is 20 times the mean; it is cut to 10, and has no gradient above.
+    """
     logits = torch.tensor([[10.0]] + [[0.0]] * 19, requires_grad=True)
     weight = identity_gate(1, normalize="tokens")(logits).weight
     share = math.exp(10) / (math.exp(10) + 19)
@@ -38,7 +44,7 @@ def test_the_weight_is_capped_at_ten() -> None:
 )
 def test_experts_per_token(k: int, factor: float, expected: float) -> None:
     """Whatever the tokens are."""
-    router, x = ExpertChoice(4, 4, k=k, capacity_factor=factor), torch.randn(80, 4)
+    router, x = ExpertChoice(4, num_experts=4, k=k, capacity_factor=factor), torch.randn(80, 4)
     x[::7, 1], x[::9, 0] = torch.nan, torch.inf
     assert router.experts_per_token == expected
     assert router(x).load.tolist() == [20 * expected] * 4
@@ -84,7 +90,8 @@ def test_the_scale_by_hand(router: ExpertChoice) -> None:
 
 def test_both_are_means_over_groups(router: ExpertChoice) -> None:
     step(router, *logs(6, 4, 1, 3, 2, 2), batch=[0, 1, 1, 1, 1, 0])
-    # group 0: (6, 2) takes 6: sum 8, share .75: scale 6. Group 1: (4, 1, 3, 2) takes 4 and 3: scale 3.5, as above
+    # Group 0: (6, 2) takes 6; the sum is 8, the share .75, the scale 6.
+    # Group 1: (4, 1, 3, 2) takes 4 and 3; the scale is 3.5, as above.
     assert router.selection.threshold_E.item() == pytest.approx((math.log(6) + math.log(3)) / 2)
     assert router.selection.log_scale_E.item() == pytest.approx((math.log(6) + math.log(3.5)) / 2)
 

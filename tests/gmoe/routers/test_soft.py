@@ -1,4 +1,7 @@
-"""Soft MoE's slots equal the dense formula. Shapes: T tokens, D width, E experts, S slots, N = E * S."""
+"""Soft MoE's slots equal the dense formula.
+
+Shapes: T tokens, D width, E experts, S slots, N = E * S.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Layer(nn.Module):
     def __init__(self, slots: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.router = SoftSlots(D, E, slots)
+        self.router = SoftSlots(D, num_experts=E, slots=slots)
         self.weight = nn.Parameter(torch.randn(E, D, O))
         self.bias = nn.Parameter(torch.randn(E, O))
         self.double()
@@ -42,7 +45,10 @@ class Layer(nn.Module):
 
 
 def reference(layer: Layer, x: Tensor, batch: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The paper's algorithm 1 (and 2, normalization), a group at a time; and (T, E) the combine weights."""
+    """The paper's algorithm 1 (and 2, normalization), a group at a time.
+
+    Also (T, E) the combine weights.
+    """
     x_TD, router = x.reshape(-1, D), layer.router
     y_TO = torch.zeros(len(x_TD), O, dtype=x.dtype)
     dense_TE = torch.zeros(len(x_TD), E, dtype=x.dtype)
@@ -86,7 +92,7 @@ def test_equals_the_dense_formula_with_gradients(name: str, slots: int) -> None:
 
 
 def test_the_record_holds_all_pairs() -> None:
-    routing = SoftSlots(D, E, 2)(torch.randn(2, 6, D))
+    routing = SoftSlots(D, num_experts=E, slots=2)(torch.randn(2, 6, D))
     assert routing.load.tolist() == [12] * E
     assert routing.coverage == 1
     torch.testing.assert_close(routing.to_dense().sum(-1), torch.ones(12))
@@ -95,6 +101,6 @@ def test_the_record_holds_all_pairs() -> None:
 
 
 def test_a_bfloat16_model_has_slots_in_float32() -> None:
-    routing = SoftSlots(D, E).bfloat16()(torch.randn(6, D).bfloat16())
+    routing = SoftSlots(D, num_experts=E).bfloat16()(torch.randn(6, D).bfloat16())
     assert routing.dispatch_TES.dtype == torch.float32
     assert routing.combine(routing.dispatch(torch.randn(6, D).bfloat16())).dtype == torch.bfloat16

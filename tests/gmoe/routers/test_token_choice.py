@@ -17,7 +17,9 @@ def with_gate(router: TokenChoice, weight_ED: list[list[float]]) -> TokenChoice:
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_experts", [4, 40])
 def test_equal_experts_go_to_the_lowest_index(num_experts: int, k: int) -> None:
-    router = with_gate(TokenChoice(3, num_experts, k=k, balance=None), [[0.0] * 3] * num_experts)
+    router = with_gate(
+        TokenChoice(3, num_experts=num_experts, k=k, balance=None), [[0.0] * 3] * num_experts
+    )
     assert router(torch.randn(5, 3)).expert.tolist() == [e for e in range(k) for _ in range(5)]
 
 
@@ -25,7 +27,9 @@ def test_equal_experts_go_to_the_lowest_index(num_experts: int, k: int) -> None:
 def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
     """The second of (200, 0, 50) is 50, though both probabilities underflow in float32."""
     scale = 1.0 if dtype == torch.float32 else 10.0
-    router = with_gate(TokenChoice(3, 3, k=2, balance=None), torch.eye(3).tolist()).to(dtype)
+    router = with_gate(TokenChoice(3, num_experts=3, k=2, balance=None), torch.eye(3).tolist()).to(
+        dtype
+    )
     assert router(scale * torch.tensor([[200.0, 0.0, 50.0]], dtype=dtype)).expert.tolist() == [0, 2]
 
 
@@ -35,9 +39,10 @@ ONE_OF_FOUR = torch.tensor([[1.0, 0], [3, 0], [2, 0], [4, 0]])
 
 def test_capacity_in_training_only_and_what_it_dropped() -> None:
     router = with_gate(
-        TokenChoice(2, 2, k=2, capacity_factor=0.5, balance=None), [[1.0, 0.0], [0.0, 0.0]]
+        TokenChoice(2, num_experts=2, k=2, capacity_factor=0.5, balance=None),
+        [[1.0, 0.0], [0.0, 0.0]],
     )
-    y, routing = MoE(router, LinearExperts(2, 3, 2))(ONE_OF_FOUR, return_routing=True)
+    y, routing = MoE(router, LinearExperts(2, 3, num_experts=2))(ONE_OF_FOUR, return_routing=True)
     assert routing.token.tolist() == [1, 3, 1, 3]  # either expert takes the surest two
     assert y.any(dim=1).tolist() == [False, True, False, True]  # dropped tokens get zero
     assert routing.dropped_T.tolist() == [2, 0, 2, 0]
@@ -48,7 +53,9 @@ def test_capacity_in_training_only_and_what_it_dropped() -> None:
 
 def test_a_bias_does_not_change_the_priority() -> None:
     """Among first choices the highest probability goes first, and a bias is no probability."""
-    router = with_gate(TokenChoice(2, 2, noise=False, capacity_factor=0.5), torch.eye(2).tolist())
+    router = with_gate(
+        TokenChoice(2, num_experts=2, noise=False, capacity_factor=0.5), torch.eye(2).tolist()
+    )
     # Everyone takes expert 1, which takes one token
     router.next_bias_E.copy_(torch.tensor([0.0, 9.0]))
     x = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log()

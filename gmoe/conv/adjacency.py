@@ -1,0 +1,157 @@
+"""The edges of a graph, read from each form in which PyG takes them, and checked.
+
+Shapes: N_src sources, N_dst destinations, M edges, F features of an edge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch_geometric import EdgeIndex
+from torch_geometric.typing import Adj, SparseTensor
+
+from gmoe._checks import INTEGERS, described
+from gmoe._torch import rows_of_pointers
+from gmoe.conv.edges import Edges
+
+
+@dataclass(frozen=True, eq=False)
+class Adjacency:
+    """The edges of a graph.
+
+    Args:
+        adj: the edges in the form they were given in; integers are int64.
+        edge_index: (2, M) sources and destinations, in the order given.
+        edges: the same, sorted by destination.
+        values: (M,) or (M, F) the values of a sparse matrix, in the order given.
+    """
+
+    adj: Adj
+    edge_index: Tensor
+    edges: Edges
+    values: Tensor | None = None
+
+
+def read_edge_index(edge_index: object, num_src: int, num_dst: int, flow: str) -> Adjacency:
+    """The edges from two rows of nodes.
+
+    Raises:
+        ValueError: something else, nodes out of range (CPU tensors), or an ``EdgeIndex`` of other
+            numbers of nodes.
+    """
+    if not (
+        isinstance(edge_index, Tensor)
+        and edge_index.dim() == 2
+        and edge_index.dtype in INTEGERS
+        and len(edge_index) == 2
+    ):
+        raise ValueError(
+            f"edge_index: got {described(edge_index)}, expected integers of shape (2, number "
+            "of edges), a sparse matrix or a Graph"
+        )
+    is_forward = flow == "source_to_target"
+    if isinstance(edge_index, EdgeIndex):
+        edge_index = _plain(edge_index, (num_src, num_dst) if is_forward else (num_dst, num_src))
+    # torch's gather on the CPU misreads expanded int32 indices: gradients would be wrong.
+    adj = edge_index.long()
+    by_source = adj if is_forward else adj.flip(0)
+    edges = Edges.sorted(by_source[0], by_source[1], num_src, num_dst)
+    return Adjacency(adj, by_source, edges)
+
+
+def _plain(edge_index: EdgeIndex, nodes: tuple[int, int]) -> Tensor:
+    """The edges of an ``EdgeIndex`` as a tensor.
+
+    Raises:
+        ValueError: it knows other numbers of nodes.
+    """
+    sizes = edge_index.sparse_size()
+    for size, number in zip(sizes, nodes, strict=True):
+        if size not in (None, number):
+            raise ValueError(
+                f"edge_index: got an EdgeIndex of sparse_size {sizes}, expected {nodes}, as "
+                "there are nodes"
+            )
+    return edge_index.as_tensor()
+
+
+def read_sparse(matrix: Tensor | SparseTensor, num_src: int, num_dst: int, flow: str) -> Adjacency:
+    """The edges from a matrix, whose rows are the destinations.
+
+    Raises:
+        ValueError: a matrix of another shape, or another flow than PyG's default.
+    """
+    shape = (matrix.size(0), matrix.size(1))
+    nodes = (num_dst, num_src)
+    if shape != nodes or flow != "source_to_target":
+        raise ValueError(
+            f"edge_index: got a sparse matrix of shape {shape} for flow={flow!r}, "
+            f"expected (destinations, sources) = {nodes} and the default flow"
+        )
+    if isinstance(matrix, SparseTensor):
+        ptr, src, values = matrix.csr()
+    else:
+        if matrix.layout != torch.sparse_csr:
+            # A copy: PyG would mark a COO matrix as coalesced in place.
+            matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
+        ptr = matrix.crow_indices().long()
+        src = matrix.col_indices().long()
+        values = matrix.values()
+    dst = rows_of_pointers(ptr, src)[0]
+    # CSR is sorted by row already.
+    order = torch.arange(src.numel(), device=src.device)
+    edges = Edges(ptr, src, dst, num_src, order)
+    return Adjacency(matrix, torch.stack([src, dst]), edges, values)
+
+
+def adjacency_like(
+    adj: Adj, flow: str, edge_index: Tensor, ptr: Tensor, values: Tensor | None, num_src: int
+) -> Adj:
+    """Other edges in the form of ``adj``, for PyG's convs.
+
+    Args:
+        adj: the edges of a graph, as it was given them.
+        flow: of that graph.
+        edge_index: (2, M) the other edges, sorted by destination.
+        ptr: (N_dst + 1,) where those of each destination start.
+        values: (M,) or (M, F) the values, if ``adj`` is a sparse matrix.
+        num_src: N_src.
+    """
+    source, destination = edge_index
+    size = (ptr.numel() - 1, num_src)
+    if isinstance(adj, SparseTensor):
+        return SparseTensor(row=destination, col=source, value=values, sparse_sizes=size)
+    if adj.layout != torch.strided:
+        assert values is not None
+        return torch.sparse_csr_tensor(ptr, source, values, size=size, check_invariants=False)
+    return edge_index if flow == "source_to_target" else edge_index.flip(0)
+
+
+def check_edge_args(
+    edge_weight: Tensor | None, edge_attr: Tensor | None, num_edges: int, is_sparse: bool
+) -> None:
+    """Refuse edge weights or features that do not fit the edges.
+
+    Raises:
+        ValueError: something else than a row for each edge; weights beside a sparse matrix.
+    """
+    rows = (num_edges,)
+    if edge_weight is not None:
+        if not isinstance(edge_weight, Tensor) or edge_weight.shape != rows:
+            raise ValueError(
+                f"edge_weight: got {described(edge_weight)}, expected a tensor of shape {rows}"
+            )
+        if is_sparse:
+            # PyG would ignore the tensor.
+            raise ValueError(
+                "edge_weight: got a tensor, expected None, since a sparse matrix's values are the "
+                "weights"
+            )
+    if edge_attr is None:
+        return
+    if not isinstance(edge_attr, Tensor) or edge_attr.shape[:1] != rows:
+        raise ValueError(
+            f"edge_attr: got {described(edge_attr)}, expected a row for each of {num_edges} edges"
+        )
