@@ -215,7 +215,7 @@ def to_one(x_TD: Tensor) -> Routing:
     """Route every token to a single expert, with weight 1."""
     token = torch.arange(len(x_TD), device=x_TD.device)
     ones = x_TD.new_ones(len(x_TD))
-    return Routing(token, all_of(x_TD), ones, ones[:, None], len(x_TD), validate=False)
+    return Routing(token, all_of(x_TD), ones, ones[:, None], len(x_TD), slot=token, validate=False)
 
 
 def all_of(x_TD: Tensor) -> Tensor:

@@ -110,33 +110,36 @@ class Edges:
             order=self.order.to(device),
         )
 
-    def of(self, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, receivers: Tensor, number: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The messages of some receivers, one receiver after the other.
 
         Args:
             receivers: (r,) integers; a receiver may occur several times.
+            number: m, where it is known. Else it is read from the device, for which the host waits.
 
         Returns:
             (m,) the messages; (m,) the position of each one's receiver among ``receivers``; and
             (r + 1,) where the messages of each position start.
         """
-        return _find_messages(self.ptr, receivers)
+        return _find_messages(self.ptr, receivers, number)
 
     def with_loops(self, number: int) -> tuple[Edges, Tensor]:
-        """The edges with a loop at each of the first nodes, instead of all loops they have.
+        """The edges and a loop at each of the first nodes.
+
+        How many loops there were depends on the data. They stay, so that the host does not wait for
+        their number, and are marked.
 
         Args:
             number: of nodes that get a loop.
 
         Returns:
-            The edges, whose ``order`` counts those that stay, then the loops; and (m,) the edges
-            that stay.
+            The edges, whose ``order`` counts those there were, then the loops; and which of them
+            are loops that a new one replaces.
         """
         with torch.inference_mode(False):  # a graph keeps the result, for training too
-            ptr, sender, receiver, order, kept = _add_loops(
-                self.ptr, self.sender, self.receiver, number
-            )
-        return Edges(ptr, sender, receiver, self.num_senders, order), kept
+            ptr, sender, receiver, order = _add_loops(self.ptr, self.sender, self.receiver, number)
+            is_replaced = (sender == receiver) & (order < self.sender.numel())
+        return Edges(ptr, sender, receiver, self.num_senders, order), is_replaced
 
 
 def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,19 +310,24 @@ def _sort_edges(
     return ptr, sender.index_select(0, order), receiver, order
 
 
-def _empty_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    num_messages = torch.library.get_ctx().new_dynamic_size()
+def _empty_messages(
+    ptr: Tensor, receivers: Tensor, number: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_messages = torch.library.get_ctx().new_dynamic_size() if number is None else number
     starts = ptr.new_empty(receivers.size(0) + 1)
     return ptr.new_empty(num_messages), ptr.new_empty(num_messages), starts
 
 
 @operator(fake=_empty_messages)
-def _find_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _find_messages(
+    ptr: Tensor, receivers: Tensor, number: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :meth:`Edges.of`."""
     first = ptr.index_select(0, receivers)
     degree = ptr.index_select(0, receivers + 1) - first
     starts = torch.cat([ptr.new_zeros(1), degree.cumsum(0)])
-    position = torch.arange(len(receivers), device=ptr.device).repeat_interleave(degree)
+    place = torch.arange(len(receivers), device=ptr.device)
+    position = place.repeat_interleave(degree, output_size=number)
     # A receiver's messages are consecutive, in the graph and here: their numbers differ by a shift.
     shift = (first - starts[:-1]).index_select(0, position)
     message = torch.arange(len(position), device=ptr.device) + shift
@@ -327,41 +335,33 @@ def _find_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[Tensor, ...]:
-    num_kept = torch.library.get_ctx().new_dynamic_size()
-    edges = (sender.new_empty(num_kept + number) for _ in range(3))
-    return ptr.new_empty(ptr.shape), *edges, sender.new_empty(num_kept)
+    edges = (sender.new_empty(sender.size(0) + number) for _ in range(3))
+    return ptr.new_empty(ptr.shape), *edges
 
 
 @operator(fake=_empty_loops)
 def _add_loops(
     ptr: Tensor, sender: Tensor, receiver: Tensor, number: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :meth:`Edges.with_loops`.
 
     A receiver's loop becomes its last message: nothing has to be sorted.
     """
-    # 1. Drop the loops that there are.
-    kept = (sender != receiver).nonzero().view(-1)
-    kept_receiver = receiver.index_select(0, kept)
-
-    # 2. Each of the first receivers gets one message more.
+    # 1. Each of the first receivers gets one message more.
     loops_before = torch.arange(len(ptr), device=ptr.device).clamp(max=number)
-    kept_ptr = row_pointers(kept_receiver, len(ptr) - 1)
-    ptr = kept_ptr + loops_before
+    ptr = ptr + loops_before
 
-    # 3. The place of each kept message, behind the loops of the receivers before; and of each loop.
-    rank = torch.arange(len(kept), device=ptr.device)
-    kept_place = rank + kept_receiver.clamp(max=number)
-    loop_place = ptr[1 : number + 1] - 1
-    place = torch.cat([kept_place, loop_place])
+    # 2. The place of each edge, behind the loops of the receivers before; and of each loop.
+    rank = torch.arange(len(sender), device=ptr.device)
+    place = torch.cat([rank + receiver.clamp(max=number), ptr[1 : number + 1] - 1])
     order = torch.empty_like(place)
     order.index_copy_(0, place, torch.arange(len(place), device=ptr.device))
 
-    # 4. Both ends of the messages, in this order.
+    # 3. Both ends of the messages, in this order.
     node = torch.arange(number, device=ptr.device)
-    senders = torch.cat([sender.index_select(0, kept), node]).index_select(0, order)
-    receivers = torch.cat([kept_receiver, node]).index_select(0, order)
-    return ptr, senders, receivers, order, kept
+    senders = torch.cat([sender, node]).index_select(0, order)
+    receivers = torch.cat([receiver, node]).index_select(0, order)
+    return ptr, senders, receivers, order
 
 
 def _empty_sums(weight_MH: Tensor, value_UGC: Tensor, ptr: Tensor, *_: Any) -> Tensor:
