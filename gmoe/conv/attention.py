@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, operator
 from gmoe._checks import must_be_called
 from gmoe.conv.base import StackedExperts, is_plain, stacked
-from gmoe.conv.edges import blocks, dot, weighted_sum
+from gmoe.conv.edges import add_ends, blocks, dot, softmax, weighted_sum
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
 from gmoe.dispatch import Backend, combine, grouped_linear
@@ -152,7 +151,7 @@ class AttentionExperts(StackedExperts):
             is_replaced_M = messages.of_edges(messages.graph.is_replaced)
             score_MH = score_MH.masked_fill(is_replaced_M[:, None], -torch.inf)
         exact = torch.promote_types(score_MH.dtype, torch.float32)
-        alpha_MH = softmax(score_MH.to(exact), ptr=messages.ptr).to(score_MH.dtype)
+        alpha_MH = softmax(score_MH.to(exact), messages.from_sources).to(score_MH.dtype)
         alpha_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
         mask = messages.graph.mask
         if mask is None:
@@ -202,13 +201,14 @@ class GATExperts(AttentionExperts):
         # 1. The part of the scores that each end of a message gives.
         if sums_inputs:
             source_NEH = self._folded_scores(x_src, lin_src, self.att_src)
-            from_source_MH = messages.by_source(source_NEH)
             target_TEH = self._folded_scores(x_dst, lin_dst, self.att_dst)
             from_target_PH = messages.by_token(target_TEH)
+            # Not by add_ends, which would sort the messages by source and expert in the backward.
+            from_source_MH = messages.by_source(source_NEH)
+            score_MH = from_source_MH + from_target_PH.index_select(0, messages.pair)
         else:
             value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
             from_source_UH = self._scores(value_UHC, messages.at_rows(self.att_src))
-            from_source_MH = from_source_UH.index_select(0, messages.from_rows.sender)
             is_one_map = x_src is x_dst and lin_src is lin_dst
             if is_one_map and self.prototype.add_self_loops:
                 # The loop of its token makes each pair a row, which is transformed already.
@@ -217,7 +217,7 @@ class GATExperts(AttentionExperts):
                 target_PO = lin_dst(messages.of_pairs(x_dst), messages.pair_offsets)
                 target_PHC = self._by_head(target_PO)
             from_target_PH = self._scores(target_PHC, messages.at_pairs(self.att_dst))
-        score_MH = from_source_MH + from_target_PH.index_select(0, messages.pair)
+            score_MH = add_ends(from_source_UH, from_target_PH, messages.from_rows)
 
         # 2. The part that the edge gives.
         edge_MF = None if self.lin_edge is None else self._edge_attr(messages)

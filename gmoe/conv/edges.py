@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch_geometric.utils import segment
 
 from gmoe._autograd import first_order, lazy, operator
 from gmoe._torch import assert_async, row_pointers
@@ -189,6 +190,50 @@ def dot(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     return _Dot.apply(query_RHC, key_UGC, edges)
 
 
+def add_ends(sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
+    r"""(M, H) the sum of what the two ends of each message have.
+
+    .. math:: s_{mh} = a_{u(m) h} + b_{r(m) h}
+
+    Can be differentiated once. The gradients are sums in the order of the messages: those of plain
+    indexing sort their index first, on all threads.
+
+    Args:
+        sent_UH: (U, H) of the senders.
+        received_RH: (R, H) of the receivers.
+        edges: the messages.
+    """
+    _transpose_where_compiled(edges)
+    return _AddEnds.apply(sent_UH, received_RH, edges)
+
+
+def spread(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+    """(M, ...) what the receiver of each message has.
+
+    Can be differentiated once. The gradient is a sum in the order of the messages, see
+    :func:`add_ends`.
+
+    Args:
+        value_R: (R, ...) of the receivers.
+        ptr: (R + 1,) where the messages of each receiver start.
+        receiver: (M,) in 0..R-1, ascending.
+    """
+    return _Spread.apply(value_R, ptr, receiver)
+
+
+def softmax(score_MH: Tensor, edges: Edges) -> Tensor:
+    r"""(M, H) the softmax over each receiver's messages.
+
+    Can be differentiated once. PyG's takes twice as many operators, and three times in the
+    backward.
+
+    Args:
+        score_MH: (M, H) the scores, in float32 at least.
+        edges: the messages.
+    """
+    return _Softmax.apply(score_MH, edges.ptr, edges.receiver)
+
+
 def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
     """Cut the messages ``start:end`` into blocks, to be worked on one after the other.
 
@@ -258,6 +303,59 @@ class _Dot(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_key = _sum_sent(grad_MH, query_RHC, edges).sum_to_size(key_UGC.shape)
         return grad_query, grad_key, None
+
+
+class _AddEnds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
+        ctx.edges = edges
+        sent_MH = sent_UH.index_select(0, edges.sender)
+        return sent_MH + received_RH.index_select(0, edges.receiver)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        edges = ctx.edges
+        grad_sent = None
+        grad_received = None
+        if ctx.needs_input_grad[0]:
+            back = edges.transpose
+            grad_sent = _sum_values(grad_MH, back.ptr, back.receiver, back.order)
+        if ctx.needs_input_grad[1]:
+            grad_received = _sum_values(grad_MH, edges.ptr, edges.receiver, None)
+        return grad_sent, grad_received, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+        ctx.save_for_backward(ptr, receiver)
+        return value_R.index_select(0, receiver)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
+        sum_R = _sum_values(grad_M.flatten(1), *ctx.saved_tensors, None)
+        return sum_R.unflatten(1, grad_M.shape[1:]), None, None
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, score_MH: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+        largest_RH = segment(score_MH, ptr, reduce="max")
+        exp_MH = (score_MH - largest_RH.index_select(0, receiver)).exp_()
+        sum_RH = _sum_values(exp_MH, ptr, receiver, None)
+        alpha_MH = exp_MH / sum_RH.index_select(0, receiver)
+        ctx.save_for_backward(alpha_MH, ptr, receiver)
+        return alpha_MH
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, None, None]:
+        alpha_MH, ptr, receiver = ctx.saved_tensors
+        product_MH = grad_MH * alpha_MH
+        mean_RH = _sum_values(product_MH, ptr, receiver, None)
+        return product_MH - alpha_MH * mean_RH.index_select(0, receiver), None, None
 
 
 def _sum_sent(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
@@ -413,6 +511,32 @@ def _sum_messages(
         # .data, since autograd refuses to add to a view in place.
         return sums[0][:, None].data.to(dtype)
     return torch.stack(sums, dim=1).to(dtype)
+
+
+def _empty_sums_of_values(value_MH: Tensor, ptr: Tensor, *_: Any) -> Tensor:
+    return value_MH.new_empty(ptr.size(0) - 1, value_MH.size(1))
+
+
+@operator(fake=_empty_sums_of_values)
+def _sum_values(value_MH: Tensor, ptr: Tensor, receiver: Tensor, order: Tensor | None) -> Tensor:
+    """(R, H) the sum of each receiver's messages, one after the other, in float32 at least.
+
+    If an order is given, message ``m`` has the values ``order[m]``.
+    """
+    dtype = value_MH.dtype
+    value_MH = value_MH.to(torch.promote_types(dtype, torch.float32))
+    if value_MH.device.type not in SPARSE_DEVICES or not len(receiver):
+        if order is not None:
+            value_MH = value_MH.index_select(0, order)
+        zeros = value_MH.new_zeros(ptr.numel() - 1, value_MH.size(1))
+        return zeros.index_add_(0, receiver, value_MH).to(dtype)
+    if order is None:
+        order = torch.arange(len(receiver), device=receiver.device)
+    # mode 0: sum
+    sum_RH, *_ = torch.embedding_bag(
+        value_MH.contiguous(), order, ptr, mode=0, include_last_offset=True
+    )
+    return sum_RH.to(dtype)
 
 
 def _empty_products(

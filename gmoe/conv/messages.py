@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gmoe._autograd import lazy, operator
-from gmoe.conv.edges import Edges
+from gmoe.conv.edges import Edges, spread
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import dispatch
 from gmoe.routing import Routing
@@ -97,9 +98,19 @@ class Messages:
         """(E,) cumulative ends of each expert's messages."""
 
     @lazy
+    def pair_starts(self) -> Tensor:
+        """(E + 1,) where each expert's pairs start, and the end of all."""
+        return _starts(self.pair_offsets)
+
+    @lazy
+    def pair_expert(self) -> Tensor:
+        """(P,) the expert of each pair, ascending."""
+        return self.routing.expert
+
+    @lazy
     def expert(self) -> Tensor:
-        """(M,) the expert of the pair, ascending."""
-        return self.routing.expert.index_select(0, self.pair)
+        """(M,) the expert of the pair that receives each message, ascending."""
+        return self.pair_expert.index_select(0, self.pair)
 
     @lazy
     def rows(self) -> Rows:
@@ -132,7 +143,7 @@ class Messages:
         """
         return Edges(self.ptr, sender, self.pair, num_senders, self.edge)
 
-    @property
+    @lazy
     def from_sources(self) -> Edges:
         """The messages from the sources to the pairs."""
         return self.edges_from(self.source, self.graph.num_src)
@@ -151,15 +162,15 @@ class Messages:
 
     def at_pairs(self, value_E: Tensor, /) -> Tensor:
         """(P, ...) what the expert of each pair has."""
-        return value_E.index_select(0, self.routing.expert)
+        return spread(value_E, self.pair_starts, self.pair_expert)
 
     def at_rows(self, value_E: Tensor, /) -> Tensor:
         """(U, ...) what the expert of each row has."""
-        return value_E.index_select(0, self.rows.expert)
+        return spread(value_E, _starts(self.rows.offsets), self.rows.expert)
 
     def pairs_of_rows(self, value_U: Tensor, /) -> Tensor:
         """(P, ...) the rows of the pairs' own tokens, where each has a loop."""
-        return value_U.index_select(0, self.rows.place[self.routing.expert, self.routing.token])
+        return value_U.index_select(0, self.rows.place[self.pair_expert, self.routing.token])
 
     def by_source(self, value_NEH: Tensor) -> Tensor:
         """(M, H) what each message's source and expert have."""
@@ -168,7 +179,7 @@ class Messages:
 
     def by_token(self, value_TEH: Tensor) -> Tensor:
         """(P, H) what each pair's token and expert have."""
-        place_P = self.routing.token * self.routing.num_experts + self.routing.expert
+        place_P = self.routing.token * self.routing.num_experts + self.pair_expert
         return value_TEH.flatten(0, 1).index_select(0, place_P)
 
 
@@ -214,6 +225,11 @@ class DenseMessages(Messages):
 
     def by_token(self, value_TEH: Tensor) -> Tensor:
         return value_TEH.squeeze(1)
+
+
+def _starts(offsets_E: Tensor) -> Tensor:
+    """(E + 1,) where the rows of each expert start, and the end of all."""
+    return F.pad(offsets_E, (1, 0)).long()
 
 
 def _ends_of_one(number: int, like: Tensor) -> Tensor:
