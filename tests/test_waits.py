@@ -41,6 +41,9 @@ COUNTS = {
     "gat on a Graph, copies": 0,
     "gcn, weighted edges, copies": 0,
     "GNNMoE, copies": 0,
+    "gat, expert_choice": 1,
+    "gatv2, expert_choice": 1,
+    "GNNMoE of gat": 1,
     "filters": 0,
     "mixed kinds": 1,
     "MoE, token_choice": 0,
@@ -100,6 +103,7 @@ class Waiting(nn.Module):
         x.new_tensor([1.0])
         x.tolist()
         x.repeat_interleave(some.long())
+        x.repeat_interleave(some.long(), output_size=None)
         return x * 2
 
 
@@ -116,6 +120,7 @@ def test_each_way_to_wait_is_seen() -> None:
         "to",
         "new_tensor",
         "tolist",
+        "repeat_interleave",
         "repeat_interleave",
     ]
     assert seen == ways

@@ -282,6 +282,8 @@ class MixedExperts(ConvExperts):
         outputs = []
         for group, indices in zip(self.groups, self.members, strict=True):
             # Each group has an aggregate of its own.
+            # The first select waits for a GPU: how many pairs each group has is a size of tensors.
+            # The host knows an upper bound only, all pairs, which would be computed in each group.
             h = group.aggregate(graph, x_src)
             outputs.append(group(graph, x_src, x_dst, h, routing.select(experts=indices)))
         # Not sum(outputs), which would broadcast different widths: stack refuses them.
