@@ -150,7 +150,9 @@ class Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         # The size of the result, if nobody says it.
-        sized = "output_size" in kwargs or (len(args) > 1 and isinstance(args[1], int))
+        sized = kwargs.get("output_size") is not None or (
+            len(args) > 1 and isinstance(args[1], int)
+        )
         to_host = name == "to" and "cpu" in map(str, (*args[1:], *kwargs.values()))
         if name in METHODS + COPIES or to_host or (name == "repeat_interleave" and not sized):
             self.found[f"{name} at {place()}"] += 1
@@ -251,6 +253,10 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
         weighted = MoEConv("gcn", 64, 64, start=start)
         yield f"gcn, weighted edges{words}", weighted, (*edges, torch.rand(240))
         yield f"GNNMoE{words}", GNNMoE(64, 64, 5, 3, start=start), edges
+    for conv in ("gat", "gatv2"):
+        layer = MoEConv(conv, 64, 64, router="expert_choice", start="shared")
+        yield f"{conv}, expert_choice", layer, edges
+    yield "GNNMoE of gat", GNNMoE(64, 64, 5, 3, conv="gat"), edges
     filters = ["identity", "low_pass", "high_pass", "low_pass"]
     yield "filters", MoEConv(filters, 64, 64), edges
     mixed = ["gcn", "sage", "gin", "graph"]

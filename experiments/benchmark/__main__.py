@@ -17,6 +17,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
     "ffn": ("An MLP layer, forward and backward; ours and others'.", "layers.FFNBenchmark"),
     "router": ("The routers' share of a layer.", "layers.RouterBenchmark"),
+    "busy": (
+        "A layer on two threads while another process takes a core; dense layers too.",
+        "busy.BusyBenchmark",
+    ),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", "layers.VoteBenchmark"),
     "train": (
         "Where an epoch's time goes: data, forward, backward, optimizer, rest.",

@@ -287,7 +287,10 @@ class FilterExperts(LinearAggregation):
         else:
             # Filters of a token lie side by side, so that each is a row of its own. Not dispatched
             # filter by filter: which rows are needed depends on the data.
-            filter_E = routing.token.new_tensor([distinct.index(pair) for pair in self.filters])
+            # The experts' filters are written one by one: a list of numbers would be copied to the
+            # device, for which the host waits.
+            number_E = [distinct.index(pair) for pair in self.filters]
+            filter_E = torch.cat([routing.token.new_full((1,), number) for number in number_E])
             filter_P = filter_E.index_select(0, routing.expert)
             row_P = routing.token * len(distinct) + filter_P
             rows_PI = torch.cat(filtered, dim=1).view(-1, x_dst.size(1)).index_select(0, row_P)

@@ -13,110 +13,23 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric.utils import softmax
 
-from gmoe._autograd import first_order, lazy, operator
+from gmoe._autograd import first_order, operator
+from gmoe._checks import must_be_called
 from gmoe.conv.base import StackedExperts, is_plain, stacked
-from gmoe.conv.edges import Edges, blocks, dot, weighted_sum
+from gmoe.conv.edges import add_ends, blocks, dot, softmax, weighted_sum
 from gmoe.conv.graph import Graph
-from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
+from gmoe.conv.messages import DenseMessages, Messages
+from gmoe.dispatch import Backend, combine, grouped_linear
 from gmoe.experts import LinearExperts
+from gmoe.padded import padded_mm, padded_outer
 from gmoe.routing import Routing
-
-
-class Rows(NamedTuple):
-    """What experts transform: U rows, one for each (expert, source) with a message, ascending.
-
-    Args:
-        expert: (U,) the expert of each row.
-        source: (U,) its source.
-        offsets: (E,) int32, cumulative ends of each expert's rows.
-        place: (E, N) the position of (expert, source) among the rows, if it is one.
-    """
-
-    expert: Tensor
-    source: Tensor
-    offsets: Tensor
-    place: Tensor
-
-
-def _empty_rows(
-    expert: Tensor, _: Tensor, num_experts: int, num_sources: int
-) -> tuple[Tensor, ...]:
-    num_rows = torch.library.get_ctx().new_dynamic_size()
-    return (
-        expert.new_empty(num_rows),
-        expert.new_empty(num_rows),
-        expert.new_empty(num_experts, dtype=torch.int32),
-        expert.new_empty(num_experts, num_sources),
-    )
-
-
-@operator(fake=_empty_rows)
-def _find_rows(
-    expert: Tensor, source: Tensor, num_experts: int, num_sources: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The :class:`Rows` of messages, given the expert and the source of each."""
-    is_row = expert.new_zeros(num_experts, num_sources, dtype=torch.bool)
-    is_row[expert, source] = True
-    # Copies: an operator's results must not be views of one tensor, as these columns are.
-    row_expert, row_source = (column.clone() for column in is_row.nonzero(as_tuple=True))
-    offsets = is_row.sum(dim=1).cumsum(0).to(torch.int32)
-    place = is_row.view(-1).cumsum(0).view_as(is_row) - 1
-    return row_expert, row_source, offsets, place
-
-
-class Messages:
-    """The in-edges of each pair of a routing, pair by pair.
-
-    One message runs along each edge for each expert of its destination.
-
-    Args:
-        graph: the edges, self-loops included.
-        routing: the pairs.
-    """
-
-    def __init__(self, graph: Graph, routing: Routing) -> None:
-        self.graph = graph
-        self.routing = routing
-        self.edge, self.pair, self.ptr = graph.edges.of(routing.token)
-        """(M,) the edge of each message; (M,) the pair that receives it, ascending; and (P + 1,)
-        where the messages of each pair start."""
-        self.source = graph.edges.sender.index_select(0, self.edge)
-        """(M,) the node that sends it."""
-        self.offsets = self.ptr[routing.offsets.long()].to(torch.int32)
-        """(E,) cumulative ends of each expert's messages."""
-
-    @lazy
-    def expert(self) -> Tensor:
-        """(M,) the expert of the pair, ascending."""
-        return self.routing.expert.index_select(0, self.pair)
-
-    @lazy
-    def rows(self) -> Rows:
-        """The sources that each expert transforms."""
-        num_experts = self.routing.num_experts
-        return Rows(*_find_rows(self.expert, self.source, num_experts, self.graph.num_src))
-
-    @lazy
-    def from_rows(self) -> Edges:
-        """The messages from the rows to the pairs."""
-        row_M = self.rows.place[self.expert, self.source]
-        return self.edges_from(row_M, len(self.rows.source))
-
-    def edges_from(self, sender: Tensor, num_senders: int) -> Edges:
-        """The messages to the pairs, sent by something else than rows.
-
-        Args:
-            sender: (M,) what sends each message.
-            num_senders: how many there are.
-        """
-        return Edges(self.ptr, sender, self.pair, num_senders, self.edge)
 
 
 class AttentionExperts(StackedExperts):
@@ -179,25 +92,39 @@ class AttentionExperts(StackedExperts):
     def forward(
         self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
     ) -> Tensor:
+        messages = Messages(self._looped(graph), routing)
+        return combine(self._outputs(x_src, x_dst, messages), routing)
+
+    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+        if must_be_called(self):
+            return super().on_all(graph, x_src, x_dst, h)
+        return self._outputs(x_src, x_dst, DenseMessages(self._looped(graph)))
+
+    def _looped(self, graph: Graph) -> Graph:
+        """The graph with the loops that the convs add."""
         if getattr(self.prototype, "add_self_loops", False):
-            graph = graph.with_loops(fill_value=self.prototype.fill_value)
-        y_PHC = self._attend(x_src, x_dst, Messages(graph, routing))
+            return graph.with_loops(fill_value=self.prototype.fill_value)
+        return graph
+
+    def _outputs(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
+        """(P, O) each pair's output."""
+        y_PHC = self._attend(x_src, x_dst, messages)
         y_PO = y_PHC.flatten(1) if self.prototype.concat else y_PHC.mean(dim=1)
-        return combine(self._finish(y_PO, x_dst, routing), routing)
+        return self._finish(y_PO, x_dst, messages)
 
     @abstractmethod
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         """(P, H, C) the sum of each pair's messages, weighted by attention."""
 
-    def _finish(self, y_PO: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:
+    def _finish(self, y_PO: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         """(P, O) with the residual and the bias."""
         if self.res is not None:
-            y_PO = y_PO + self.res(dispatch(x_dst, routing), routing.offsets)
-        return y_PO if self.bias is None else y_PO + self.bias.index_select(0, routing.expert)
+            y_PO = y_PO + self.res(messages.of_pairs(x_dst), messages.pair_offsets)
+        return y_PO if self.bias is None else y_PO + messages.at_pairs(self.bias)
 
     def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
         """(U, O) each row, transformed by its expert."""
-        return linear(x_src.index_select(0, messages.rows.source), messages.rows.offsets)
+        return linear(messages.of_rows(x_src), messages.row_offsets)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:
         """(U, H, C) the rows, split by head."""
@@ -206,21 +133,31 @@ class AttentionExperts(StackedExperts):
     def _head_by_head(self, row_PHI: Tensor, weight_EIHO: Tensor, offsets_E: Tensor) -> Tensor:
         """(P, H, O) each head of a row times that head's part of the expert's weight."""
         outputs = [
-            grouped_linear(row_PI, weight_EIO, None, offsets_E, self.backend)
+            self._product(row_PI, weight_EIO, offsets_E)
             for row_PI, weight_EIO in zip(row_PHI.unbind(1), weight_EIHO.unbind(2), strict=True)
         ]
         return torch.stack(outputs, dim=1)
 
+    def _product(self, x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+        """(P, O) rows times the weight of their expert."""
+        if self.num_experts == 1:
+            return x_PI @ weight_EIO[0]
+        return grouped_linear(x_PI, weight_EIO, None, offsets_E, self.backend)
+
     def _attention(self, score_MH: Tensor, messages: Messages) -> Tensor:
         """(M, H) the softmax over each pair's messages, with dropout and an explainer's mask."""
+        if messages.graph.is_replaced is not None:
+            # Nothing runs along a loop that another one replaces, whose pair has that one left.
+            is_replaced_M = messages.of_edges(messages.graph.is_replaced)
+            score_MH = score_MH.masked_fill(is_replaced_M[:, None], -torch.inf)
         exact = torch.promote_types(score_MH.dtype, torch.float32)
-        alpha_MH = softmax(score_MH.to(exact), ptr=messages.ptr).to(score_MH.dtype)
+        alpha_MH = softmax(score_MH.to(exact), messages.from_sources).to(score_MH.dtype)
         alpha_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
         mask = messages.graph.mask
         if mask is None:
             return alpha_MH
         # After the softmax, as in MessagePassing.explain_message.
-        given_M = messages.graph.edges.order[messages.edge]
+        given_M = messages.of_edges(messages.graph.edges.order)
         return alpha_MH * mask[given_M][:, None]
 
     def _edge_attr(self, messages: Messages) -> Tensor | None:
@@ -242,7 +179,7 @@ class AttentionExperts(StackedExperts):
             raise ValueError(
                 "lin_edge: got a changed layer, expected a plain one: its weight is read"
             )
-        return attr.index_select(0, messages.edge)
+        return messages.of_edges(attr)
 
 
 class GATExperts(AttentionExperts):
@@ -259,69 +196,54 @@ class GATExperts(AttentionExperts):
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_src = self.lin_src if self.lin is None else self.lin
         lin_dst = self.lin_dst if self.lin is None else self.lin
-        pairs = messages.routing
         sums_inputs = lin_src.in_features <= self.width and is_plain(lin_src) and is_plain(lin_dst)
 
         # 1. The part of the scores that each end of a message gives.
         if sums_inputs:
-            from_source_MH = self._folded_scores(
-                x_src, lin_src, self.att_src, messages.source, messages.expert
-            )
-            from_target_PH = self._folded_scores(
-                x_dst, lin_dst, self.att_dst, pairs.token, pairs.expert
-            )
+            source_NEH = self._folded_scores(x_src, lin_src, self.att_src)
+            target_TEH = self._folded_scores(x_dst, lin_dst, self.att_dst)
+            from_target_PH = messages.by_token(target_TEH)
+            # Not by add_ends, which would sort the messages by source and expert in the backward.
+            from_source_MH = messages.by_source(source_NEH)
+            score_MH = from_source_MH + from_target_PH.index_select(0, messages.pair)
         else:
             value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
-            from_source_UH = self._scores(value_UHC, self.att_src, messages.rows.expert)
-            from_source_MH = from_source_UH.index_select(0, messages.from_rows.sender)
+            from_source_UH = self._scores(value_UHC, messages.at_rows(self.att_src))
             is_one_map = x_src is x_dst and lin_src is lin_dst
             if is_one_map and self.prototype.add_self_loops:
                 # The loop of its token makes each pair a row, which is transformed already.
-                row_P = messages.rows.place[pairs.expert, pairs.token]
-                target_PHC = value_UHC.index_select(0, row_P)
+                target_PHC = messages.pairs_of_rows(value_UHC)
             else:
-                target_PHC = self._by_head(lin_dst(dispatch(x_dst, pairs), pairs.offsets))
-            from_target_PH = self._scores(target_PHC, self.att_dst, pairs.expert)
-        score_MH = from_source_MH + from_target_PH.index_select(0, messages.pair)
+                target_PO = lin_dst(messages.of_pairs(x_dst), messages.pair_offsets)
+                target_PHC = self._by_head(target_PO)
+            from_target_PH = self._scores(target_PHC, messages.at_pairs(self.att_dst))
+            score_MH = add_ends(from_source_UH, from_target_PH, messages.from_rows)
 
         # 2. The part that the edge gives.
         edge_MF = None if self.lin_edge is None else self._edge_attr(messages)
         if edge_MF is not None:
             edge_EFH = self._folded(self.lin_edge, self.att_edge)
-            score_MH = score_MH + grouped_linear(
-                edge_MF, edge_EFH, None, messages.offsets, self.backend
-            )
+            score_MH = score_MH + self._product(edge_MF, edge_EFH, messages.offsets)
 
         # 3. Softmax over each pair's messages, and the weighted sum.
         score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
         alpha_MH = self._attention(score_MH, messages)
         if not sums_inputs:
             return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
-        from_sources = messages.edges_from(messages.source, len(x_src))
-        sum_PHI = weighted_sum(alpha_MH, x_src[:, None], from_sources)
+        sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_sources)
         weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
-        return self._head_by_head(sum_PHI, weight_EIHC, pairs.offsets).to(alpha_MH.dtype)
+        sum_PO = self._head_by_head(sum_PHI, weight_EIHC, messages.pair_offsets)
+        return sum_PO.to(alpha_MH.dtype)
 
-    def _scores(self, value_UHC: Tensor, att_E1HC: Tensor, expert_U: Tensor) -> Tensor:
+    def _scores(self, value_UHC: Tensor, att_U1HC: Tensor) -> Tensor:
         """(U, H) each row times its expert's attention vector."""
-        return (value_UHC * att_E1HC.squeeze(1).index_select(0, expert_U)).sum(dim=-1)
+        return (value_UHC * att_U1HC.squeeze(1)).sum(dim=-1)
 
-    def _folded_scores(
-        self,
-        x_NI: Tensor,
-        layer: LinearExperts,
-        att_E1HC: Tensor,
-        node_U: Tensor,
-        expert_U: Tensor,
-    ) -> Tensor:
-        """(U, H) the same from the inputs, for some nodes and experts.
-
-        Computes it for each node and each expert in one product, and picks.
-        """
+    def _folded_scores(self, x_NI: Tensor, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
+        """(N, E, H) the same from the inputs, for each node and each expert in one product."""
         folded_IEH = self._folded(layer, att_E1HC).transpose(0, 1)
-        score_NEH = x_NI @ folded_IEH.flatten(1)
-        place_U = node_U * self.num_experts + expert_U
-        return score_NEH.view(-1, self.heads).index_select(0, place_U)
+        score_NF = x_NI @ folded_IEH.flatten(1)
+        return score_NF.view(-1, self.num_experts, self.heads)
 
     def _folded(self, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
         """(E, I, H) the layer and the attention vector in one."""
@@ -346,9 +268,9 @@ class TransformerExperts(AttentionExperts):
         return layers
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
-        pairs = messages.routing
+        offsets_E = messages.pair_offsets
         # 1. Queries of the pairs, keys and values of the rows, and their scores.
-        query_PO = self.lin_query(dispatch(x_dst, pairs), pairs.offsets)
+        query_PO = self.lin_query(messages.of_pairs(x_dst), offsets_E)
         query_PHC = self._by_head(query_PO) / math.sqrt(self.width)
         key_UHC = self._by_head(self._rows(self.lin_key, x_src, messages))
         value_UHC = self._by_head(self._rows(self.lin_value, x_src, messages))
@@ -368,23 +290,23 @@ class TransformerExperts(AttentionExperts):
         edge_M1F = edge_MF[:, None].to(query_PHC.dtype)
         message_M = torch.arange(len(edge_MF), device=edge_MF.device)
         from_edges = messages.edges_from(message_M, len(edge_MF))
-        edge_query_PHF = self._head_by_head(query_PHC, edge_EFHC.transpose(1, 3), pairs.offsets)
+        edge_query_PHF = self._head_by_head(query_PHC, edge_EFHC.transpose(1, 3), offsets_E)
         score_MH = score_MH + dot(edge_query_PHF, edge_M1F, from_edges)
 
         # 3. Softmax, and the sums of values and of edge features.
         alpha_MH = self._attention(score_MH, messages)
         edges_PHF = weighted_sum(alpha_MH, edge_M1F, from_edges)
         values_PHC = weighted_sum(alpha_MH, value_UHC, messages.from_rows)
-        return values_PHC + self._head_by_head(edges_PHF, edge_EFHC, pairs.offsets)
+        return values_PHC + self._head_by_head(edges_PHF, edge_EFHC, offsets_E)
 
-    def _finish(self, y_PO: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:
+    def _finish(self, y_PO: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         if self.lin_skip is None:
             return y_PO
-        skip_PO = self.lin_skip(dispatch(x_dst, routing), routing.offsets)
+        skip_PO = self.lin_skip(messages.of_pairs(x_dst), messages.pair_offsets)
         if self.lin_beta is None:
             return y_PO + skip_PO
         both_PO = torch.cat([y_PO, skip_PO, y_PO - skip_PO], dim=-1)
-        beta_P1 = self.lin_beta(both_PO, routing.offsets).sigmoid()
+        beta_P1 = self.lin_beta(both_PO, messages.pair_offsets).sigmoid()
         return beta_P1 * skip_PO + (1 - beta_P1) * y_PO
 
 
@@ -397,10 +319,9 @@ class GATv2Experts(AttentionExperts):
     vectors = ("att", "bias")
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
-        pairs = messages.routing
         lin_r = self.lin_l if self.lin_r is None else self.lin_r
         source_UO = self._rows(self.lin_l, x_src, messages)
-        target_PO = lin_r(dispatch(x_dst, pairs), pairs.offsets)
+        target_PO = lin_r(messages.of_pairs(x_dst), messages.pair_offsets)
         edge_MF = self._edge_attr(messages)
         edge_EFO = None if edge_MF is None else self.lin_edge.weight
         # Each head's vector in that head's column: one product gives the scores of all heads.
@@ -495,10 +416,10 @@ def _score_additively(
     dtype = att_EOH.dtype
     *rows, att_EOH = _exact(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
     score_MH = att_EOH.new_empty(len(sender), att_EOH.size(2))
-    for expert, block in _blocks(offsets.tolist(), att_EOH):
-        sum_BO = _sums(rows, sender, receiver, expert, block)
+    for block in _blocks(offsets, len(sender), att_EOH):
+        sum_BO = _sums(rows, sender, receiver, block)
         leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
-        torch.mm(leaky_BO, att_EOH[expert], out=score_MH[block])
+        block.add_product(leaky_BO, att_EOH, score_MH[block.place], beta=0)
     return score_MH.to(dtype)
 
 
@@ -521,19 +442,21 @@ def _score_additively_backward(
     grad_MH = grad_MH.to(att_EOH.dtype)
     grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (att_EOH, *rows)]
     grad_att, grad_source, grad_target, grad_edge, grad_weight = grads
-    for expert, block in _blocks(offsets.tolist(), att_EOH):
+    for block in _blocks(offsets, len(sender), att_EOH):
         # The sums are computed anew: they take more memory than all else.
-        sum_BO = _sums(rows, sender, receiver, expert, block)
-        grad_BO = torch.empty_like(sum_BO).addmm_(grad_MH[block], att_EOH[expert].T, beta=0)
+        sum_BO = _sums(rows, sender, receiver, block)
+        grad_BH = grad_MH[block.place]
+        grad_BO = torch.empty_like(sum_BO)
+        block.add_product(grad_BH, att_EOH.transpose(1, 2), grad_BO, beta=0)
         grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, negative_slope, False)
         leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
-        grad_att[expert].addmm_(leaky_BO.T, grad_MH[block])
-        grad_source.index_add_(0, sender[block], grad_BO)
-        grad_target.index_add_(0, receiver[block], grad_BO)
+        block.add_outer(leaky_BO, grad_BH, grad_att)
+        grad_source.index_add_(0, sender[block.place], grad_BO)
+        grad_target.index_add_(0, receiver[block.place], grad_BO)
         if grad_edge is not None:
             _, _, edge_MF, edge_EFO = rows
-            torch.mm(grad_BO, edge_EFO[expert].T, out=grad_edge[block])
-            grad_weight[expert].addmm_(edge_MF[block].T, grad_BO)
+            block.add_product(grad_BO, edge_EFO.transpose(1, 2), grad_edge[block.place], beta=0)
+            block.add_outer(edge_MF[block.place], grad_BO, grad_weight)
     return [grad.to(t.dtype) for grad, t in zip(grads, inputs, strict=True) if t is not None]
 
 
@@ -544,21 +467,82 @@ def _exact(*tensors: Any) -> list[Any]:
     ]
 
 
-def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
-    """The messages in blocks, each of one expert."""
-    starts = [0, *ends[:-1]]
-    for expert, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        for block in blocks(start, end, att_EOH.size(1), att_EOH.device):
-            yield expert, block
+@dataclass(frozen=True)
+class _Block:
+    """A block of messages, all of one expert.
+
+    Args:
+        place: of the block among the messages.
+        expert: of all of them.
+    """
+
+    place: slice
+    expert: int
+
+    def add_product(
+        self, x_BI: Tensor, weight_EIO: Tensor, sum_BO: Tensor, beta: int = 1
+    ) -> Tensor:
+        """Add rows times the weight of their expert to ``beta`` times ``sum_BO``."""
+        return sum_BO.addmm_(x_BI, weight_EIO[self.expert], beta=beta)
+
+    def add_outer(self, x_BI: Tensor, grad_BO: Tensor, sum_EIO: Tensor) -> None:
+        """Add the gradient of the weights, from rows (B, I) and gradients (B, O)."""
+        sum_EIO[self.expert].addmm_(x_BI.T, grad_BO)
+
+
+@dataclass(frozen=True)
+class _MixedBlock:
+    """A block of messages of any experts, of which the host knows no ends.
+
+    Args:
+        place: of the block among the messages.
+        offsets: (E,) cumulative ends of each expert's messages in the block.
+    """
+
+    place: slice
+    offsets: Tensor
+
+    def add_product(
+        self, x_BI: Tensor, weight_EIO: Tensor, sum_BO: Tensor, beta: int = 1
+    ) -> Tensor:
+        """See :class:`_Block`."""
+        with torch.autocast(x_BI.device.type, enabled=False):
+            y_BO = padded_mm(x_BI, weight_EIO, self.offsets)
+        return sum_BO.add_(y_BO) if beta else sum_BO.copy_(y_BO)
+
+    def add_outer(self, x_BI: Tensor, grad_BO: Tensor, sum_EIO: Tensor) -> None:
+        """See :class:`_Block`."""
+        with torch.autocast(x_BI.device.type, enabled=False):
+            sum_EIO += padded_outer(x_BI, grad_BO, self.offsets)
+
+
+def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | _MixedBlock]:
+    """The messages in blocks: each of one expert, or of any, where the host would wait for ends.
+
+    Args:
+        offsets: (E,) cumulative ends of each expert's messages.
+        number: M.
+        att_EOH: one of the weights.
+    """
+    width, device = att_EOH.size(1), att_EOH.device
+    if device.type != "cpu":
+        for place in blocks(0, number, width, device):
+            ends = offsets.clamp(place.start, place.stop) - place.start
+            yield _MixedBlock(place, ends)
+        return
+    ends = offsets.tolist()
+    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        for place in blocks(start, end, width, device):
+            yield _Block(place, expert)
 
 
 def _sums(
-    rows: Sequence[Any], sender: Tensor, receiver: Tensor, expert: int, block: slice
+    rows: Sequence[Any], sender: Tensor, receiver: Tensor, block: _Block | _MixedBlock
 ) -> Tensor:
     """(B, O) the sums before the leaky ReLU, of a block of messages."""
     source_UO, target_PO, edge_MF, edge_EFO = rows
-    sum_BO = source_UO.index_select(0, sender[block])
-    sum_BO += target_PO.index_select(0, receiver[block])
+    sum_BO = source_UO.index_select(0, sender[block.place])
+    sum_BO += target_PO.index_select(0, receiver[block.place])
     if edge_MF is not None:
-        sum_BO.addmm_(edge_MF[block], edge_EFO[expert])
+        block.add_product(edge_MF[block.place], edge_EFO, sum_BO)
     return sum_BO

@@ -215,7 +215,7 @@ def to_one(x_TD: Tensor) -> Routing:
     """Route every token to a single expert, with weight 1."""
     token = torch.arange(len(x_TD), device=x_TD.device)
     ones = x_TD.new_ones(len(x_TD))
-    return Routing(token, all_of(x_TD), ones, ones[:, None], len(x_TD), validate=False)
+    return Routing(token, all_of(x_TD), ones, ones[:, None], len(x_TD), slot=token, validate=False)
 
 
 def all_of(x_TD: Tensor) -> Tensor:
@@ -286,6 +286,8 @@ class MixedExperts(ConvExperts):
         outputs = []
         for group, indices in zip(self.groups, self.members, strict=True):
             # Each group has an aggregate of its own.
+            # The first select waits for a GPU: how many pairs each group has is a size of tensors.
+            # The host knows an upper bound only, all pairs, which would be computed in each group.
             h = group.aggregate(graph, x_src)
             outputs.append(group(graph, x_src, x_dst, h, routing.select(experts=indices)))
         # Not sum(outputs), which would broadcast different widths: stack refuses them.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch_geometric.utils import segment
 
 from gmoe._autograd import first_order, lazy, operator
 from gmoe._torch import assert_async, row_pointers
@@ -110,33 +111,36 @@ class Edges:
             order=self.order.to(device),
         )
 
-    def of(self, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, receivers: Tensor, number: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The messages of some receivers, one receiver after the other.
 
         Args:
             receivers: (r,) integers; a receiver may occur several times.
+            number: m, where it is known. Else it is read from the device, for which the host waits.
 
         Returns:
             (m,) the messages; (m,) the position of each one's receiver among ``receivers``; and
             (r + 1,) where the messages of each position start.
         """
-        return _find_messages(self.ptr, receivers)
+        return _find_messages(self.ptr, receivers, number)
 
     def with_loops(self, number: int) -> tuple[Edges, Tensor]:
-        """The edges with a loop at each of the first nodes, instead of all loops they have.
+        """The edges and a loop at each of the first nodes.
+
+        How many loops there were depends on the data. They stay, so that the host does not wait for
+        their number, and are marked.
 
         Args:
             number: of nodes that get a loop.
 
         Returns:
-            The edges, whose ``order`` counts those that stay, then the loops; and (m,) the edges
-            that stay.
+            The edges, whose ``order`` counts those there were, then the loops; and which of them
+            are loops that a new one replaces.
         """
         with torch.inference_mode(False):  # a graph keeps the result, for training too
-            ptr, sender, receiver, order, kept = _add_loops(
-                self.ptr, self.sender, self.receiver, number
-            )
-        return Edges(ptr, sender, receiver, self.num_senders, order), kept
+            ptr, sender, receiver, order = _add_loops(self.ptr, self.sender, self.receiver, number)
+            is_replaced = (sender == receiver) & (order < self.sender.numel())
+        return Edges(ptr, sender, receiver, self.num_senders, order), is_replaced
 
 
 def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,6 +188,50 @@ def dot(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     """
     _transpose_where_compiled(edges)
     return _Dot.apply(query_RHC, key_UGC, edges)
+
+
+def add_ends(sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
+    r"""(M, H) the sum of what the two ends of each message have.
+
+    .. math:: s_{mh} = a_{u(m) h} + b_{r(m) h}
+
+    Can be differentiated once. The gradients are sums in the order of the messages: those of plain
+    indexing sort their index first, on all threads.
+
+    Args:
+        sent_UH: (U, H) of the senders.
+        received_RH: (R, H) of the receivers.
+        edges: the messages.
+    """
+    _transpose_where_compiled(edges)
+    return _AddEnds.apply(sent_UH, received_RH, edges)
+
+
+def spread(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+    """(M, ...) what the receiver of each message has.
+
+    Can be differentiated once. The gradient is a sum in the order of the messages, see
+    :func:`add_ends`.
+
+    Args:
+        value_R: (R, ...) of the receivers.
+        ptr: (R + 1,) where the messages of each receiver start.
+        receiver: (M,) in 0..R-1, ascending.
+    """
+    return _Spread.apply(value_R, ptr, receiver)
+
+
+def softmax(score_MH: Tensor, edges: Edges) -> Tensor:
+    r"""(M, H) the softmax over each receiver's messages.
+
+    Can be differentiated once. PyG's takes twice as many operators, and three times in the
+    backward.
+
+    Args:
+        score_MH: (M, H) the scores, in float32 at least.
+        edges: the messages.
+    """
+    return _Softmax.apply(score_MH, edges.ptr, edges.receiver)
 
 
 def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -257,6 +305,59 @@ class _Dot(torch.autograd.Function):
         return grad_query, grad_key, None
 
 
+class _AddEnds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
+        ctx.edges = edges
+        sent_MH = sent_UH.index_select(0, edges.sender)
+        return sent_MH + received_RH.index_select(0, edges.receiver)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        edges = ctx.edges
+        grad_sent = None
+        grad_received = None
+        if ctx.needs_input_grad[0]:
+            back = edges.transpose
+            grad_sent = _sum_values(grad_MH, back.ptr, back.receiver, back.order)
+        if ctx.needs_input_grad[1]:
+            grad_received = _sum_values(grad_MH, edges.ptr, edges.receiver, None)
+        return grad_sent, grad_received, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+        ctx.save_for_backward(ptr, receiver)
+        return value_R.index_select(0, receiver)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
+        sum_R = _sum_values(grad_M.flatten(1), *ctx.saved_tensors, None)
+        return sum_R.unflatten(1, grad_M.shape[1:]), None, None
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, score_MH: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+        largest_RH = segment(score_MH, ptr, reduce="max")
+        exp_MH = (score_MH - largest_RH.index_select(0, receiver)).exp_()
+        sum_RH = _sum_values(exp_MH, ptr, receiver, None)
+        alpha_MH = exp_MH / sum_RH.index_select(0, receiver)
+        ctx.save_for_backward(alpha_MH, ptr, receiver)
+        return alpha_MH
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, None, None]:
+        alpha_MH, ptr, receiver = ctx.saved_tensors
+        product_MH = grad_MH * alpha_MH
+        mean_RH = _sum_values(product_MH, ptr, receiver, None)
+        return product_MH - alpha_MH * mean_RH.index_select(0, receiver), None, None
+
+
 def _sum_sent(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
     """(U, H, C) the weighted sum, over each sender's messages, of their receivers' values."""
     back = edges.transpose
@@ -307,19 +408,24 @@ def _sort_edges(
     return ptr, sender.index_select(0, order), receiver, order
 
 
-def _empty_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    num_messages = torch.library.get_ctx().new_dynamic_size()
+def _empty_messages(
+    ptr: Tensor, receivers: Tensor, number: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_messages = torch.library.get_ctx().new_dynamic_size() if number is None else number
     starts = ptr.new_empty(receivers.size(0) + 1)
     return ptr.new_empty(num_messages), ptr.new_empty(num_messages), starts
 
 
 @operator(fake=_empty_messages)
-def _find_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _find_messages(
+    ptr: Tensor, receivers: Tensor, number: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :meth:`Edges.of`."""
     first = ptr.index_select(0, receivers)
     degree = ptr.index_select(0, receivers + 1) - first
     starts = torch.cat([ptr.new_zeros(1), degree.cumsum(0)])
-    position = torch.arange(len(receivers), device=ptr.device).repeat_interleave(degree)
+    place = torch.arange(len(receivers), device=ptr.device)
+    position = place.repeat_interleave(degree, output_size=number)
     # A receiver's messages are consecutive, in the graph and here: their numbers differ by a shift.
     shift = (first - starts[:-1]).index_select(0, position)
     message = torch.arange(len(position), device=ptr.device) + shift
@@ -327,41 +433,33 @@ def _find_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[Tensor, ...]:
-    num_kept = torch.library.get_ctx().new_dynamic_size()
-    edges = (sender.new_empty(num_kept + number) for _ in range(3))
-    return ptr.new_empty(ptr.shape), *edges, sender.new_empty(num_kept)
+    edges = (sender.new_empty(sender.size(0) + number) for _ in range(3))
+    return ptr.new_empty(ptr.shape), *edges
 
 
 @operator(fake=_empty_loops)
 def _add_loops(
     ptr: Tensor, sender: Tensor, receiver: Tensor, number: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :meth:`Edges.with_loops`.
 
     A receiver's loop becomes its last message: nothing has to be sorted.
     """
-    # 1. Drop the loops that there are.
-    kept = (sender != receiver).nonzero().view(-1)
-    kept_receiver = receiver.index_select(0, kept)
-
-    # 2. Each of the first receivers gets one message more.
+    # 1. Each of the first receivers gets one message more.
     loops_before = torch.arange(len(ptr), device=ptr.device).clamp(max=number)
-    kept_ptr = row_pointers(kept_receiver, len(ptr) - 1)
-    ptr = kept_ptr + loops_before
+    ptr = ptr + loops_before
 
-    # 3. The place of each kept message, behind the loops of the receivers before; and of each loop.
-    rank = torch.arange(len(kept), device=ptr.device)
-    kept_place = rank + kept_receiver.clamp(max=number)
-    loop_place = ptr[1 : number + 1] - 1
-    place = torch.cat([kept_place, loop_place])
+    # 2. The place of each edge, behind the loops of the receivers before; and of each loop.
+    rank = torch.arange(len(sender), device=ptr.device)
+    place = torch.cat([rank + receiver.clamp(max=number), ptr[1 : number + 1] - 1])
     order = torch.empty_like(place)
     order.index_copy_(0, place, torch.arange(len(place), device=ptr.device))
 
-    # 4. Both ends of the messages, in this order.
+    # 3. Both ends of the messages, in this order.
     node = torch.arange(number, device=ptr.device)
-    senders = torch.cat([sender.index_select(0, kept), node]).index_select(0, order)
-    receivers = torch.cat([kept_receiver, node]).index_select(0, order)
-    return ptr, senders, receivers, order, kept
+    senders = torch.cat([sender, node]).index_select(0, order)
+    receivers = torch.cat([receiver, node]).index_select(0, order)
+    return ptr, senders, receivers, order
 
 
 def _empty_sums(weight_MH: Tensor, value_UGC: Tensor, ptr: Tensor, *_: Any) -> Tensor:
@@ -413,6 +511,32 @@ def _sum_messages(
         # .data, since autograd refuses to add to a view in place.
         return sums[0][:, None].data.to(dtype)
     return torch.stack(sums, dim=1).to(dtype)
+
+
+def _empty_sums_of_values(value_MH: Tensor, ptr: Tensor, *_: Any) -> Tensor:
+    return value_MH.new_empty(ptr.size(0) - 1, value_MH.size(1))
+
+
+@operator(fake=_empty_sums_of_values)
+def _sum_values(value_MH: Tensor, ptr: Tensor, receiver: Tensor, order: Tensor | None) -> Tensor:
+    """(R, H) the sum of each receiver's messages, one after the other, in float32 at least.
+
+    If an order is given, message ``m`` has the values ``order[m]``.
+    """
+    dtype = value_MH.dtype
+    value_MH = value_MH.to(torch.promote_types(dtype, torch.float32))
+    if value_MH.device.type not in SPARSE_DEVICES or not len(receiver):
+        if order is not None:
+            value_MH = value_MH.index_select(0, order)
+        zeros = value_MH.new_zeros(ptr.numel() - 1, value_MH.size(1))
+        return zeros.index_add_(0, receiver, value_MH).to(dtype)
+    if order is None:
+        order = torch.arange(len(receiver), device=receiver.device)
+    # mode 0: sum
+    sum_RH, *_ = torch.embedding_bag(
+        value_MH.contiguous(), order, ptr, mode=0, include_last_offset=True
+    )
+    return sum_RH.to(dtype)
 
 
 def _empty_products(

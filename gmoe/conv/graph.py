@@ -67,6 +67,8 @@ class Graph:
 
     mask: Tensor | None = None
     """(M,) an explainer's factors on the messages, in the order given."""
+    is_replaced: Tensor | None = None
+    """(M,) with added loops: those of ``edges`` that one of them replaces. They have no message."""
     num_rows: int
     """Rows of ``adj``: N_dst, but a part may hold more rows than destinations."""
     scale_of: ScaleOf | None = None
@@ -267,16 +269,25 @@ class Graph:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
         num_loops = min(self.num_src, self.num_dst)
-        edges, kept_M = self.edges.with_loops(num_loops)
-        ends = torch.stack([self.edges.sender, self.edges.receiver]).index_select(1, kept_M)
-        attr = None if self.attr is None else self.attr.index_select(0, kept_M)
-        ends, attr = add_self_loops(ends, attr, fill_value, num_loops)
+        edges, is_replaced = self.edges.with_loops(num_loops)
+        sender, receiver = self.edges.sender, self.edges.receiver
+        node = torch.arange(num_loops, device=sender.device)
+        ends = torch.stack([torch.cat([sender, node]), torch.cat([receiver, node])])
+        attr = self.attr
+        if attr is not None:
+            # Loops that are replaced do not count in the features of new ones. How many there are
+            # depends on the data: they end in one node more, whose loop is cut off.
+            receiver = torch.where(sender == receiver, self.num_dst, receiver)
+            counted = torch.stack([sender, receiver])
+            _, attr = add_self_loops(counted, attr, fill_value, self.num_dst + 1)
+            attr = attr[: ends.size(1)]
         mask = None
         if self.mask is not None:  # no explainer masks added loops: see MessagePassing
-            mask = self.mask[self.edges.order].index_select(0, kept_M)
+            mask = self.mask[self.edges.order]
             mask = torch.cat([mask, mask.new_ones(num_loops)])
         return self._copy(
             edges=edges,
+            is_replaced=is_replaced,
             edge_index=ends,
             adj=ends,
             edge_attr=attr,

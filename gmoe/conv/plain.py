@@ -51,10 +51,13 @@ def run_filter(conv: Any, x: Tensor, graph: Graph) -> Tensor:
 def run_gcn(conv: Any, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a GCN without experts.
 
-    On a part of a graph it gets the norms of the whole graph, and computes none itself.
+    On a part of a graph it gets the norms of the whole graph, and computes none itself. Nor does it
+    off the CPU, where PyG waits for the number of loops; but explainers count the edges that PyG's
+    conv is given.
     """
     is_part = graph.scale_of is not None
-    if not conv.normalize or not is_part:
+    waits = x.device.type != "cpu" and not conv.explain
+    if not conv.normalize or not (is_part or waits):
         return run(conv, graph, x, x)
     matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
     edge_index = torch.stack([matrix.edges.sender, matrix.edges.receiver])

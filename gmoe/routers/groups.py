@@ -245,6 +245,7 @@ def drop_over_capacity(
 def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:
     """The pairs at which ``mask`` is true; no host sync if their number is known."""
     if num_pairs is None:
+        # As after a capacity, which drops pairs: how many are left is the size of the result.
         pair_P2 = mask_ET.nonzero()
     else:
         pair_P2 = torch.nonzero_static(mask_ET, size=num_pairs)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 
-from experiments.benchmark import compiled, gpu, layers, measure, train
+from experiments.benchmark import busy, compiled, gpu, layers, measure, train
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.tables import benchmark_lines
 from experiments.train.data.load import load_tasks
@@ -137,6 +137,47 @@ def test_a_compiled_conv_is_timed_too(tmp_path: Path, monkeypatch: pytest.Monkey
     ((conv, options),) = compiled
     assert isinstance(conv, GCNConv)
     assert options == {"fullgraph": True}
+
+
+needs_pinning = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="needs a system that pins processes to cores"
+)
+
+
+@needs_pinning
+def test_a_layer_beside_a_busy_process_is_compared_with_the_same_layer_alone(
+    tmp_path: Path,
+) -> None:
+    threads = torch.get_num_threads()
+    cores = os.sched_getaffinity(0)
+    size = "--nodes 60 --edges 150 --width 8 --out 4 --threads 1"
+    found = found_by(f"busy {size}", tmp_path)
+    torch.set_num_threads(threads)
+    assert os.sched_getaffinity(0) == cores
+    layers_timed = ("dense", "MoEConv", "MoEConv with shared expert")
+    companies = ("alone", "a core taken")
+    assert [*found] == [f"{name}, {company}" for name in layers_timed for company in companies]
+    for name in layers_timed:
+        alone, taken = (found[f"{name}, {company}"] for company in companies)
+        assert alone["ratio"] == {"wall": 1.0, "cpu": 1.0}
+        assert taken["ratio"]["wall"] == taken["wall"]["median"] / alone["wall"]["median"]
+        assert len(taken["wall"]["values"]) == 2
+
+
+@needs_pinning
+def test_a_busy_process_ends_with_its_block() -> None:
+    core = min(os.sched_getaffinity(0))
+    with busy.neighbor_on(core) as process:
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
+@needs_pinning
+def test_more_threads_than_cores_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^threads: got 4096 on \d+, expected at least 4096 cores"
+    ):
+        busy.BusyBenchmark(threads=4096).measured()
 
 
 def test_stored_benchmark(tmp_path: Path) -> None:

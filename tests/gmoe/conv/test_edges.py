@@ -7,8 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_geometric.utils import softmax as pyg_softmax
 
-from gmoe.conv.edges import Edges, blocks, check_nodes, dot, renumber, weighted_sum
+from gmoe.conv import edges as module
+from gmoe.conv.edges import (
+    Edges,
+    add_ends,
+    blocks,
+    check_nodes,
+    dot,
+    renumber,
+    softmax,
+    weighted_sum,
+)
 from tests.gmoe.conv.masked import features, random_graph
 
 
@@ -30,27 +41,27 @@ def test_operators_keep_torchs_rules() -> None:
         features(30, 2),
         features(7, 2, 3),
     )
+    some = torch.tensor([3, 0, 8, 3])
+    number = int(edges.degree[some].sum())
+    torch.library.opcheck(torch.ops.gmoe.find_messages.default, (edges.ptr, some, number))
     for name, inputs in {
         "sort_edges": (receiver, sender, 9, 7, False),
-        "find_messages": (edges.ptr, torch.tensor([3, 0, 8, 3])),
+        "find_messages": (edges.ptr, some, None),
         "add_loops": (*ends, 7),
         "sum_messages": (weight, value, *ends, None),
         "multiply_ends": (features(9, 2, 3), value, *ends),
+        "sum_values": (weight, edges.ptr, edges.receiver, None),
     }.items():
         torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
 
 
 def test_loops_are_the_last_messages_of_their_receivers() -> None:
-    """As if all edges had been sorted anew."""
+    """As if all edges had been sorted anew; the loops there were are marked."""
     sender, receiver = torch.tensor([[4, 0, 1, 1, 2, 4, 0], [0, 0, 1, 2, 2, 2, 3]])
-    found, kept = Edges.sorted(sender, receiver, 5, 4).with_loops(3)
-    stays = sender != receiver
-    ends = (
-        torch.cat([sender[stays], torch.arange(3)]),
-        torch.cat([receiver[stays], torch.arange(3)]),
-    )
+    found, is_replaced = Edges.sorted(sender, receiver, 5, 4).with_loops(3)
+    ends = torch.cat([sender, torch.arange(3)]), torch.cat([receiver, torch.arange(3)])
     expected = Edges.sorted(*ends, 5, 4)
-    assert kept.tolist() == stays.nonzero().view(-1).tolist()
+    assert sorted(found.order[is_replaced].tolist()) == [1, 2, 4]
     for name in ("ptr", "sender", "receiver", "order"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
@@ -85,12 +96,50 @@ def test_sums_and_products_along_edges_and_their_gradients_are_those_of_each_mes
         torch.testing.assert_close(*gradients)
 
 
+def test_the_sum_of_both_ends_and_its_gradients_are_those_of_plain_indexing() -> None:
+    sender, receiver = random_graph(7, 9, 30)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    inputs = [features(7, 2).requires_grad_(), features(9, 2).requires_grad_()]
+    actual = add_ends(*inputs, edges)
+    plain = inputs[0][edges.sender] + inputs[1][edges.receiver]
+    assert torch.equal(actual, plain)
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (actual, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("num_edges", [0, 30])
+def test_the_softmax_and_its_gradients_are_those_of_pyg(num_edges: int) -> None:
+    """Also where a score is minus infinity, and of receivers without messages."""
+    edges = Edges.sorted(*random_graph(7, 9, num_edges), 7, 9)
+    score = features(num_edges, 2)
+    last = (edges.ptr[1:] - 1)[edges.degree > 1]  # of several messages to one receiver
+    score[last, 0] = -torch.inf
+    score.requires_grad_()
+    weight = features(num_edges, 2, seed=1)
+    actual, plain = softmax(score, edges), pyg_softmax(score, ptr=edges.ptr)
+    torch.testing.assert_close(actual, plain)
+    gradients = [torch.autograd.grad((y * weight).sum(), score) for y in (actual, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("order", [None, torch.tensor([3, 0, 4, 1, 2])])
+def test_off_the_cpu_values_are_summed_without_bags(
+    order: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edges = Edges.sorted(torch.arange(5), torch.tensor([2, 0, 2, 1, 2]), 5, 4)
+    inputs = features(5, 2), edges.ptr, edges.receiver, order
+    expected = module._sum_values(*inputs)
+    monkeypatch.setattr(module, "SPARSE_DEVICES", ())
+    torch.testing.assert_close(module._sum_values(*inputs), expected)
+
+
 def test_the_messages_of_some_receivers_come_receiver_by_receiver() -> None:
     edges = Edges.sorted(torch.arange(5), torch.tensor([2, 0, 2, 1, 2]), 5, 4)
-    message, position, start = edges.of(torch.tensor([2, 3, 0, 2]))
-    assert edges.sender[message].tolist() == [0, 2, 4, 1, 0, 2, 4]
-    assert position.tolist() == [0, 0, 0, 2, 3, 3, 3]
-    assert start.tolist() == [0, 3, 3, 4, 7]
+    for number in (None, 7):  # is the number of messages known?
+        message, position, start = edges.of(torch.tensor([2, 3, 0, 2]), number)
+        assert edges.sender[message].tolist() == [0, 2, 4, 1, 0, 2, 4]
+        assert position.tolist() == [0, 0, 0, 2, 3, 3, 3]
+        assert start.tolist() == [0, 3, 3, 4, 7]
 
 
 def test_the_nodes_of_a_part_are_numbered_with_the_given_ones_first() -> None:

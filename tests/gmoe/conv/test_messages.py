@@ -1,0 +1,156 @@
+"""What a routing makes of edges: messages, and the rows that send them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch_geometric import nn as pyg
+from torch_geometric.utils import add_self_loops, remove_self_loops
+
+from gmoe import Graph, MoEConv, Routing
+from gmoe.conv import messages
+from gmoe.conv.base import StackedExperts
+from gmoe.conv.messages import Messages
+from tests.gmoe.conv.masked import GRAPHS, default_float64, random_graph
+
+EXPERTS, SOURCES, MESSAGES, WIDTH = 4, 6, 20, 3
+NODES, EDGES = GRAPHS["mixed"]
+
+
+def ends() -> tuple[Tensor, Tensor]:
+    """The expert of each message, ascending, and its source; two experts have none."""
+    generator = torch.Generator().manual_seed(0)
+    expert = torch.arange(MESSAGES) * 2 // MESSAGES + 1
+    return expert, torch.randint(SOURCES, (MESSAGES,), generator=generator)
+
+
+@pytest.mark.parametrize("number", [None, MESSAGES])
+def test_operators_keep_torchs_rules(number: int | None) -> None:
+    inputs = (*ends(), EXPERTS, SOURCES, number)
+    torch.library.opcheck(torch.ops.gmoe.find_rows.default, inputs)
+
+
+def test_rows_are_the_distinct_pairs_of_expert_and_source() -> None:
+    expert, source = ends()
+    rows = messages.Rows(*messages._find_rows(expert, source, EXPERTS, SOURCES, None))
+    distinct = torch.stack([expert, source], dim=1).unique(dim=0)
+    assert torch.equal(torch.stack([rows.expert, rows.source], dim=1), distinct)
+    assert rows.offsets.diff().tolist() == distinct[:, 0].bincount(minlength=EXPERTS)[1:].tolist()
+    assert torch.equal(distinct[rows.place[expert, source]], torch.stack([expert, source], dim=1))
+
+
+def test_rows_left_over_are_copies_of_the_last_one() -> None:
+    """Where the host does not wait for their number."""
+    expert, source = ends()
+    exact = messages.Rows(*messages._find_rows(expert, source, EXPERTS, SOURCES, None))
+    found = messages.Rows(*messages._find_rows(expert, source, EXPERTS, SOURCES, MESSAGES))
+    number = len(exact.source)
+    assert number < MESSAGES
+    for name in ("expert", "source"):
+        ours, theirs = getattr(found, name), getattr(exact, name)
+        assert torch.equal(ours[:number], theirs)
+        assert (ours[number:] == theirs[-1]).all()
+    assert torch.equal(found.place[expert, source], exact.place[expert, source])
+    assert found.offsets.tolist() == found.expert.bincount(minlength=EXPERTS).cumsum(0).tolist()
+
+
+def test_no_messages_have_no_rows() -> None:
+    none = torch.empty(0, dtype=torch.long)
+    for number in (None, 0):
+        rows = messages.Rows(*messages._find_rows(none, none, EXPERTS, SOURCES, number))
+        assert (len(rows.source), rows.offsets.tolist()) == (0, [0] * EXPERTS)
+
+
+def test_the_number_of_messages_is_known_where_each_token_has_the_same_number_of_pairs() -> None:
+    """It does not depend on the choices, and may be read from the shapes."""
+    graph = Graph(EDGES, NODES)
+    expert = torch.stack([torch.randperm(3)[:2] for _ in range(NODES)])
+    routing = Routing.from_choices(expert, torch.rand(NODES, 2), 3)
+    assert routing.slot is not None
+    assert len(Messages(graph, routing).edge) == 2 * graph.num_edges
+    dropped = routing.select(experts=[0, 1])  # tokens now have two pairs, one, or none
+    assert dropped.slot is None
+    degree = graph.edges.degree.index_select(0, dropped.token)
+    assert len(Messages(graph, dropped).edge) == int(degree.sum())
+
+
+CONVS: list[tuple[Any, dict[str, Any]]] = [
+    ("gat", {"heads": 2, "edge_dim": WIDTH, "residual": True}),
+    ("gat", {"out_channels": 2}),  # narrower than the input: transforms rows first
+    ("gatv2", {"heads": 2, "edge_dim": WIDTH, "fill_value": "max"}),
+    ("gatv2", {"share_weights": True, "concat": False}),
+    ("transformer", {"heads": 2, "beta": True, "edge_dim": WIDTH}),
+    ("transformer", {"root_weight": False}),
+]
+
+
+@pytest.mark.parametrize(("conv", "options"), CONVS)
+@pytest.mark.parametrize("sizes", [(NODES, NODES), (NODES, 5)])
+def test_a_single_expert_at_all_tokens_gives_what_pyg_gives(
+    conv: str, options: dict[str, Any], sizes: tuple[int, int]
+) -> None:
+    """Outputs and gradients, and those of the way by pairs of a routing."""
+    options = {"out_channels": WIDTH, **options}
+    with default_float64():
+        layer = MoEConv(conv, WIDTH, num_experts=1, router=None, start="plain", **options)
+        experts: Any = layer.experts
+        edge_index = EDGES if sizes[0] == sizes[1] else random_graph(*sizes, 30)
+        attr = torch.randn(edge_index.size(1), WIDTH) if "edge_dim" in options else None
+        x_src = torch.randn(sizes[0], WIDTH, requires_grad=True)
+        x_dst = x_src if sizes[0] == sizes[1] else torch.randn(sizes[1], WIDTH)
+        graph = Graph(edge_index, sizes, edge_attr=attr)
+        dense = experts.on_all(graph, x_src, x_dst, None)
+        by_pairs = StackedExperts.on_all(experts, graph, x_src, x_dst, None)
+        x = x_src if x_src is x_dst else (x_src, x_dst)
+        expected = experts.expert(0)(x, edge_index, edge_attr=attr)
+        torch.testing.assert_close(dense, expected)
+        torch.testing.assert_close(by_pairs, expected)
+        leaves = [x_src, *experts.parameters()]
+        grads = [
+            torch.autograd.grad(y.square().sum(), leaves, materialize_grads=True, allow_unused=True)
+            for y in (dense, by_pairs)
+        ]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("fill_value", [2.0, "mean", "max"])
+def test_features_of_added_loops_do_not_count_the_loops_that_they_replace(
+    fill_value: Any,
+) -> None:
+    """As PyG, which removes those first."""
+    attr = torch.rand(EDGES.size(1), WIDTH)
+    graph = Graph(EDGES, NODES, edge_attr=attr).with_loops(fill_value=fill_value)
+    _, expected = add_self_loops(*remove_self_loops(EDGES, attr), fill_value, NODES)
+    assert graph.attr is not None
+    assert expected is not None
+    loops = graph.edges.order >= EDGES.size(1)
+    torch.testing.assert_close(graph.attr[loops], expected[-NODES:])
+
+
+@pytest.mark.parametrize("conv", ["gat", "gatv2"])
+def test_no_message_runs_along_a_loop_that_is_replaced(conv: str) -> None:
+    """As if it was not among the edges, and as PyG, which removes it."""
+    with default_float64():
+        layer = MoEConv(conv, WIDTH, WIDTH, num_experts=2, router=None, start="plain").eval()
+        expert = torch.arange(NODES) % 2
+        routing = Routing.from_choices(expert[:, None], torch.ones(NODES, 1), 2)
+        x = torch.randn(NODES, WIDTH)
+        without, _ = remove_self_loops(EDGES)
+        found = layer(x, EDGES, routing=routing)
+        torch.testing.assert_close(found, layer(x, without, routing=routing))
+        expected = torch.stack([layer.expert(int(e))(x, EDGES)[i] for i, e in enumerate(expert)])
+        torch.testing.assert_close(found, expected)
+
+
+def test_attention_of_a_dense_conv_is_in_the_graphs_own_order() -> None:
+    """So that the transpose of its edges, which the graph keeps, serves all calls."""
+    layer: Any = MoEConv("gatv2", WIDTH, WIDTH, num_experts=2, start="shared")
+    graph = Graph(EDGES, NODES)
+    assert layer.shared_expert is not None
+    layer(torch.randn(NODES, WIDTH), graph).sum().backward()
+    looped = graph.with_loops(fill_value=layer.shared_expert.prototype.fill_value)
+    assert "transpose" in vars(looped.edges)
+    assert isinstance(layer.shared_expert.prototype, pyg.GATv2Conv)
