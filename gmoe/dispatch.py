@@ -57,7 +57,7 @@ def is_few(num_rows: int, weight_EIO: Tensor, bounds: Mapping[str, int] = FEW) -
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
     """Gather the token of each pair, expert by expert: (P, I)."""
-    if x_TI.is_cuda and not is_watched():
+    if _is_permuted(x_TI, routing):
         return _ToPairs.apply(x_TI, routing.token, routing.slot)
     return x_TI.index_select(0, routing.token)
 
@@ -70,10 +70,24 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
     A token without pairs gets zero.
     """
     weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
-    if y_PO.is_cuda and not is_watched():
+    if _is_permuted(y_PO, routing):
         return _ToTokens.apply(weighted_PO, routing.token, routing.slot, routing.num_tokens)
     zero_TO = weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1))
     return zero_TO.index_add_(0, routing.token, weighted_PO)
+
+
+def _is_permuted(x: Tensor, routing: Routing) -> bool:
+    """True if rows are sent back by their places, not added to their tokens.
+
+    On a GPU, that needs no atomic adds. On a CPU, a sum of several pairs would read all of them
+    again; but where each token has one pair, its row takes half of the time of an addition.
+    """
+    return (x.is_cuda or _has_one_pair_each(routing)) and not is_watched()
+
+
+def _has_one_pair_each(routing: Routing) -> bool:
+    """True if it is known without a look at values that each token has one pair."""
+    return routing.slot is not None and len(routing.slot) == routing.num_tokens
 
 
 def kernel_of(
@@ -199,7 +213,10 @@ def routed_linear(
         if bias_EO is not None:
             bias_EO = bias_EO.to(dtype)
         return _in_one_product(parts, weight_EIO, bias_EO, gate_P, routing)
-    return _RoutedLinear.apply(routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, *parts)
+    place_T = _inverse(routing.token) if _has_one_pair_each(routing) else None
+    return _RoutedLinear.apply(
+        routing.token, routing.offsets, place_T, gate_P, weight_EIO, bias_EO, *parts
+    )
 
 
 def _in_one_product(
@@ -352,7 +369,7 @@ def _aligned(x: Tensor, dims: int = 1) -> Tensor:
     return F.pad(x, pads) if any(pads) else x
 
 
-# tokens and pairs on a GPU, without atomic adds of floats -----------------------------------------
+# tokens and pairs, without adding rows one by one: atomic adds of floats on a GPU -----------------
 
 
 class _ToPairs(torch.autograd.Function):
@@ -393,10 +410,16 @@ def _sum_by_token(y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_toke
     if slot_P is None or not num_tokens:
         return sum_at(token_P, y_PO, num_tokens)
     # Each token has K pairs: put them side by side, by the inverse of the order by expert.
-    pair_P = torch.arange(len(slot_P), device=slot_P.device)
-    place_P = torch.empty_like(slot_P).scatter_(0, slot_P, pair_P)
-    y_TKO = y_PO.index_select(0, place_P).unflatten(0, (num_tokens, len(slot_P) // num_tokens))
-    return y_TKO.sum(dim=1)
+    rows_PO = y_PO.index_select(0, _inverse(slot_P))
+    if len(slot_P) == num_tokens:
+        return rows_PO
+    return rows_PO.unflatten(0, (num_tokens, len(slot_P) // num_tokens)).sum(dim=1)
+
+
+def _inverse(order_P: Tensor) -> Tensor:
+    """(P,) where each of 0..P-1 stands in an order of them."""
+    place_P = torch.arange(len(order_P), device=order_P.device)
+    return torch.empty_like(order_P).scatter_(0, order_P, place_P)
 
 
 # from tokens to tokens, one expert after the other ------------------------------------------------
@@ -420,14 +443,18 @@ def _routed_linear(
     parts: Sequence[Tensor],
     token: Tensor,
     offsets: Tensor,
+    place: Tensor | None,
     keeps_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     """(T, O) the sums, and (P, O) the experts' outputs before they are weighted.
 
-    The latter has no rows unless ``keeps_rows``.
+    The latter has no rows unless ``keeps_rows``. ``place`` (T,) is the place of each token's pair,
+    where each token has one: its row is fetched from there. To add rows to their tokens takes two
+    to three times as long, and zeros to add to.
     """
-    out_TO = weight.new_zeros(len(parts[0]), weight.size(2))
-    y_PO = weight.new_empty(len(token) if keeps_rows else 0, weight.size(2))
+    is_sum = place is None
+    out_TO = weight.new_zeros(len(parts[0]) if is_sum else 0, weight.size(2))
+    y_PO = weight.new_empty(0 if is_sum and not keeps_rows else len(token), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
     by_expert = zip(
         token.tensor_split(ends),
@@ -436,15 +463,18 @@ def _routed_linear(
         _by_part(weight, parts),
         strict=True,
     )
-    for expert, (token, gate, y, weights) in enumerate(by_expert):
+    for expert, (token, gate_P1, y, weights) in enumerate(by_expert):
         # x W is the sum over the parts of x, each times its rows of W.
         y = torch.mm(parts[0].index_select(0, token), weights[0], out=y)
         for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
             y.addmm_(x.index_select(0, token), weight_IO)
         if bias is not None:
             y += bias[expert]
-        out_TO.index_add_(0, token, y * gate)
-    return out_TO, y_PO
+        if is_sum:
+            out_TO.index_add_(0, token, y * gate_P1)
+    if place is not None:
+        out_TO = y_PO.index_select(0, place).mul_(gate.index_select(0, place)[:, None])
+    return out_TO, y_PO if keeps_rows else y_PO.new_empty(0, y_PO.size(1))
 
 
 def _empty_gradients(
@@ -452,7 +482,9 @@ def _empty_gradients(
 ) -> list[Tensor]:
     values = (gate, weight, bias, *parts)
     needs = rest[-1]
-    return [torch.empty_like(value) for value, needed in zip(values, needs, strict=True) if needed]
+    return [
+        value.new_empty(value.shape) for value, needed in zip(values, needs, strict=True) if needed
+    ]
 
 
 @operator(fake=_empty_gradients)
@@ -465,15 +497,21 @@ def _routed_linear_backward(
     parts: Sequence[Tensor],
     token: Tensor,
     offsets: Tensor,
+    place: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of gate, weight, bias and parts, of those that need one."""
-    values: tuple[Any, ...] = (gate, weight, bias, *parts)
-    grads: list[Any] = [
-        torch.zeros_like(value) if needed else None
-        for value, needed in zip(values, needs, strict=True)
+    values: tuple[Any, ...] = (gate, weight, bias)
+    grad_gate, grad_weight, grad_bias = (
+        value.new_empty(value.shape) if needed else None
+        for value, needed in zip(values, needs[:3], strict=True)
+    )
+    # Of the tokens, to which rows are added; or, where each token has one pair, of the pairs.
+    new = Tensor.new_zeros if place is None else Tensor.new_empty
+    grad_parts = [
+        new(part, part.shape) if needed else None
+        for part, needed in zip(parts, needs[3:], strict=True)
     ]
-    grad_gate, grad_weight, grad_bias, *grad_parts = grads
     ends = offsets[:-1].tolist()  # one host sync
     # If the gate needs no gradient, nothing is written to the gate's place in the loop.
     by_expert = zip(
@@ -485,6 +523,7 @@ def _routed_linear_backward(
     )
     weights = _by_part(weight, parts)
     grad_weights = weights if grad_weight is None else _by_part(grad_weight, parts)
+    grad_rows = [None if rows is None else rows.tensor_split(ends) for rows in grad_parts]
     for expert, (token, gate, y, gate_out) in enumerate(by_expert):
         grad_y = grad.index_select(0, token)
         if grad_gate is not None:
@@ -495,33 +534,46 @@ def _routed_linear_backward(
         for part, x in enumerate(parts):
             if grad_weight is not None:
                 torch.mm(x.index_select(0, token).T, grad_y, out=grad_weights[expert][part])
-            if grad_parts[part] is not None:
-                grad_parts[part].index_add_(0, token, grad_y @ weights[expert][part].T)
-    return [grad for grad in grads if grad is not None]
+            grad_x, rows = grad_parts[part], grad_rows[part]
+            if grad_x is None or rows is None:
+                continue
+            weight_OI = weights[expert][part].T
+            if place is None:
+                grad_x.index_add_(0, token, grad_y @ weight_OI)
+            else:
+                torch.mm(grad_y, weight_OI, out=rows[expert])
+    if place is not None:
+        grad_parts = [None if rows is None else rows.index_select(0, place) for rows in grad_parts]
+    found = (grad_gate, grad_weight, grad_bias, *grad_parts)
+    return [grad for grad in found if grad is not None]
 
 
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
+    def forward(
+        ctx: Any, token: Tensor, offsets: Tensor, place: Tensor | None, *values: Any
+    ) -> Tensor:
         gate, weight, bias, *parts = values
         # The gate's gradient needs the experts' outputs before they are weighted.
-        needs_gate = ctx.needs_input_grad[2]
-        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, needs_gate)
-        ctx.save_for_backward(token, offsets, y_PO, *values)
+        needs_gate = ctx.needs_input_grad[3]
+        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, place, needs_gate)
+        ctx.save_for_backward(token, offsets, place, y_PO, *values)
         return out_TO
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
-        token, offsets, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        token, offsets, place, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
         grads = iter(
-            _routed_linear_backward(grad, y_PO, weight, bias, gate, parts, token, offsets, needs)
+            _routed_linear_backward(
+                grad, y_PO, weight, bias, gate, parts, token, offsets, place, needs
+            )
         )
-        return None, None, *(next(grads) if needed else None for needed in needs)
+        return None, None, None, *(next(grads) if needed else None for needed in needs)
 
 
 def _by_part(weight_EIO: Tensor, parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     """For each expert, the weight of each part of the input."""
     widths = [part.size(1) for part in parts]
-    return [weight_IO.split(widths) for weight_IO in weight_EIO.unbind()]
+    return list(zip(*(part.unbind() for part in weight_EIO.split(widths, dim=1)), strict=True))

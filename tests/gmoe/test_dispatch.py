@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, get_args
 
@@ -165,13 +166,41 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
         features(4, 5),
     )
     values = (weight, bias, gate, parts, token, offsets)
+    needs = [True, False, True, True, True]
+    one_each = ([part[:12] for part in parts], token, offsets, token.flip(0))
     for name, inputs in {
-        "grouped_linear": (rows, weight, offsets, backend),
-        "grouped_linear_weight": (rows, y, offsets, backend),
-        "routed_linear": (*values, True),
-        "routed_linear_backward": (features(20, 5), y, *values, [True, False, True, True, True]),
+        "grouped_linear": [(rows, weight, offsets, backend)],
+        "grouped_linear_weight": [(rows, y, offsets, backend)],
+        "routed_linear": [
+            (*values, None, True),
+            (weight, bias, gate, *one_each, True),
+            (weight, bias, gate, *one_each, False),
+        ],
+        "routed_linear_backward": [
+            (features(20, 5), y, *values, None, needs),
+            (features(12, 5), y, weight, bias, gate, *one_each, needs),
+        ],
     }.items():
-        torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
+        for args in inputs:
+            torch.library.opcheck(getattr(torch.ops.gmoe, name).default, args)
+
+
+def test_tokens_of_one_pair_fetch_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They get the same bits as tokens to which rows are added, and nothing is added to them."""
+    monkeypatch.setattr(import_module("gmoe.dispatch"), "is_few", lambda *_: False)
+    (one_each, *_) = routings()
+    shapes = [(9, 5), (9, 2), (4, 7, 5), (4, 5)]
+    leaves = [features(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    weight = features(9).requires_grad_()
+    found = []
+    for slot in (one_each.slot, None):
+        routing = replace(one_each, weight=weight, slot=slot)
+        with Noted() as noted:
+            y = routed_linear(leaves[:2], *leaves[2:], routing)
+            found.append([y, *gradients(y, [*leaves, weight])])
+        assert ("index_add_" in noted.names) == (slot is None)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
