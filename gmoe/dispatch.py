@@ -15,13 +15,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gmoe._autograd import first_order, operator, refuse_second_order
 from gmoe._checks import check_choice
 from gmoe._torch import is_watched
-from gmoe.padded import blocks_of, padded_mm, padded_outer, sum_at
-from gmoe.routing import Routing
+from gmoe.padded import blocks_of, grouped_mm, grouped_outer, padded_mm, padded_outer
+from gmoe.places import ToPairs, ToTokens, has_one_pair_each, is_permuted, places_of
+from gmoe.routing import Routing, owner
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 
@@ -40,13 +40,21 @@ FEW_ROWS = {"inputs": 2**12, "products": 2**16, "rows": 2**19}
 Measured with 8 experts: 0.4 to 0.7 of its time; beyond (30 rows, 64 by 64 weights) 1.1 in a layer.
 """
 
+AT_ONCE = {"inputs": 2**17, "products": 2**16}
+"""Up to so many inputs and from so many products on, rows of all experts are moved at once.
+
+The sizes are those of :data:`FEW`; each token has one pair. Measured with 8 experts on one thread:
+0.4 to 0.75 of the time of the loop or of one product. Fewer products take less time in one
+product; more inputs are faster expert by expert, in rows that fit the caches.
+"""
+
 GROUPED = (9, 10)
 """Major compute capabilities for which ``torch.nn.functional.grouped_mm`` has a kernel."""
 
 
-def is_few(num_rows: int, weight_EIO: Tensor, bounds: Mapping[str, int] = FEW) -> bool:
+def is_few(num_rows: int, shape_EIO: Sequence[int], bounds: Mapping[str, int] = FEW) -> bool:
     """True if one product of all experts is faster than a loop over them; see :data:`FEW`."""
-    num_experts, in_features, out_features = weight_EIO.shape
+    num_experts, in_features, out_features = shape_EIO
     inputs = num_rows * in_features
     return (
         inputs <= bounds["inputs"]
@@ -55,10 +63,27 @@ def is_few(num_rows: int, weight_EIO: Tensor, bounds: Mapping[str, int] = FEW) -
     )
 
 
+def _is_between(num_tokens: int, shape_EIO: Sequence[int]) -> bool:
+    """True if the rows of all experts are best moved at once; see :data:`AT_ONCE`."""
+    _, in_features, out_features = shape_EIO
+    inputs = num_tokens * in_features
+    return inputs <= AT_ONCE["inputs"] and inputs * out_features >= AT_ONCE["products"]
+
+
+def _has_own_loop(x_PI: Tensor, shape_EIO: Sequence[int]) -> bool:
+    """True if torch's own loop over experts takes the rows, and is faster than Python's.
+
+    Measured with 8 experts of 64 by 64 on 30 rows: 0.5 of the time; no gain with 2**18 inputs.
+    """
+    is_short = 0 < x_PI.numel() <= AT_ONCE["inputs"]
+    takes = x_PI.dtype == torch.float32 and x_PI.device.type == "cpu"
+    return takes and is_short and not is_few(len(x_PI), shape_EIO, FEW_ROWS) and not is_watched()
+
+
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
     """Gather the token of each pair, expert by expert: (P, I)."""
-    if x_TI.is_cuda and not is_watched():
-        return _ToPairs.apply(x_TI, routing.token, routing.slot)
+    if is_permuted(x_TI, routing):
+        return ToPairs.apply(x_TI, routing.token, places_of(routing.slot))
     return x_TI.index_select(0, routing.token)
 
 
@@ -70,8 +95,10 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
     A token without pairs gets zero.
     """
     weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
-    if y_PO.is_cuda and not is_watched():
-        return _ToTokens.apply(weighted_PO, routing.token, routing.slot, routing.num_tokens)
+    if is_permuted(y_PO, routing):
+        return ToTokens.apply(
+            weighted_PO, routing.token, places_of(routing.slot), routing.num_tokens
+        )
     zero_TO = weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1))
     return zero_TO.index_add_(0, routing.token, weighted_PO)
 
@@ -171,10 +198,11 @@ def routed_linear(
     .. math:: y_t = \sum_e w_{te} (x_t W_e + b_e)
 
     On a CPU, the loop backend takes all three steps for one expert after the other: neither the
-    rows nor the weighted outputs of all pairs are in memory at once. If there are few tokens
-    (:data:`FEW`), ``"auto"`` runs all experts on all of them in one product, which is faster. FLOPs
-    are counted (``gmoe.count_flops``) on the loop, which computes a token's own experts only. The
-    result follows autocast.
+    rows nor the weighted outputs of all pairs are in memory at once. Of fewer tokens, ``"auto"``
+    moves the rows of all experts at once (:data:`AT_ONCE`); of few tokens (:data:`FEW`), it runs
+    all experts on all of them in one product. Either is faster there. FLOPs are counted
+    (``gmoe.count_flops``) on the loop, which computes a token's own experts only. The result
+    follows autocast.
 
     Args:
         parts: the tokens: one or several tensors (T, .) whose columns stand side by side.
@@ -195,11 +223,19 @@ def routed_linear(
     parts = [part.to(dtype) for part in parts]
     weight_EIO = weight_EIO.to(dtype)
     gate_P = routing.weight.to(dtype)
-    if backend == "auto" and is_few(routing.num_tokens, weight_EIO) and not is_watched():
+    chooses = backend == "auto" and not is_watched()
+    has_one_each = has_one_pair_each(routing)
+    is_at_once = chooses and has_one_each and device == "cpu"
+    is_at_once = is_at_once and _is_between(routing.num_tokens, weight_EIO.shape)
+    if chooses and not is_at_once and is_few(routing.num_tokens, weight_EIO.shape):
         if bias_EO is not None:
             bias_EO = bias_EO.to(dtype)
         return _in_one_product(parts, weight_EIO, bias_EO, gate_P, routing)
-    return _RoutedLinear.apply(routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, *parts)
+    kernel: Any = _RoutedAtOnce if is_at_once else _RoutedLinear
+    place_T = places_of(routing.slot) if has_one_each else None
+    return kernel.apply(
+        routing.token, routing.offsets, place_T, gate_P, weight_EIO, bias_EO, *parts
+    )
 
 
 def _in_one_product(
@@ -253,8 +289,8 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
     if backend == "padded":
         return padded_mm(x, weight, offsets)
     if backend == "grouped" and len(x):
-        return _grouped_mm(x, weight, offsets)
-    if is_few(len(x), weight, FEW_ROWS) and not is_watched():
+        return grouped_mm(x, weight, offsets)
+    if is_few(len(x), weight.shape, FEW_ROWS) and not is_watched():
         return _by_expert(x, offsets) @ weight.flatten(0, 1)
     y_PO = x.new_empty(len(x), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
@@ -270,9 +306,9 @@ def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: st
     if backend == "padded":
         return padded_outer(x, grad, offsets)
     if backend == "grouped" and len(x):
-        return _grouped_outer(x, grad, offsets)
+        return grouped_outer(x, grad, offsets)
     grad_EIO = x.new_empty(len(offsets), x.size(1), grad.size(1))
-    if is_few(len(x), grad_EIO, FEW_ROWS) and not is_watched():
+    if is_few(len(x), grad_EIO.shape, FEW_ROWS) and not is_watched():
         torch.mm(_by_expert(x, offsets).T, grad, out=grad_EIO.flatten(0, 1))
         return grad_EIO
     ends = offsets[:-1].tolist()  # one host sync
@@ -282,12 +318,31 @@ def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: st
     return grad_EIO
 
 
+def _rows_times(
+    x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor, backend: str = "loop"
+) -> Tensor:
+    """(P, O) rows times the weight of their expert."""
+    if backend == "loop" and _has_own_loop(x_PI, weight_EIO.shape):
+        return grouped_mm(x_PI, weight_EIO, offsets_E)
+    return _grouped_linear(x_PI, weight_EIO, offsets_E, backend)
+
+
+def _outer_of_rows(
+    x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor, backend: str = "loop"
+) -> Tensor:
+    """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
+    shape_EIO = (len(offsets_E), x_PI.size(1), grad_PO.size(1))
+    if backend == "loop" and _has_own_loop(x_PI, shape_EIO):
+        return grouped_outer(x_PI, grad_PO, offsets_E)
+    return _grouped_linear_weight(x_PI, grad_PO, offsets_E, backend)
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, offsets: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ctx.backend = backend
         ctx.save_for_backward(x, weight, offsets)
-        return _grouped_linear(x, weight, offsets, backend)
+        return _rows_times(x, weight, offsets, backend)
 
     @staticmethod
     @first_order
@@ -298,9 +353,9 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = None
         grad_weight = None
         if needs_x:
-            grad_x = _grouped_linear(grad, weight.transpose(1, 2), offsets, ctx.backend)
+            grad_x = _rows_times(grad, weight.transpose(1, 2), offsets, ctx.backend)
         if needs_weight:
-            grad_weight = _grouped_linear_weight(x, grad, offsets, ctx.backend)
+            grad_weight = _outer_of_rows(x, grad, offsets, ctx.backend)
         return None, None, grad_x, grad_weight
 
 
@@ -330,75 +385,6 @@ class _ExpertBias(torch.autograd.Function):
         return blocks.sum_by_expert(grad_NO, len(offsets_E)).to(ctx.bias_dtype), None, None, None
 
 
-def _grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-    """(P, O) rows times the weight of their expert, by torch's kernel."""
-    y_PO = F.grouped_mm(_aligned(x_PI.contiguous()), _aligned(weight_EIO, 2), offs=offsets_E)
-    return y_PO[:, : weight_EIO.size(2)].clone()
-
-
-def _grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
-    """(E, I, O) the gradient of the weights, by torch's kernel."""
-    padded_EIO = F.grouped_mm(_aligned(x_PI.contiguous()).T, _aligned(grad_PO), offs=offsets_E)
-    grad_EIO = padded_EIO[:, : x_PI.size(1), : grad_PO.size(1)]
-    # The kernel leaves anything in the place of an expert without rows.
-    has_rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) > 0
-    return torch.where(has_rows_E[:, None, None], grad_EIO, 0.0)
-
-
-def _aligned(x: Tensor, dims: int = 1) -> Tensor:
-    """Pad the last dimensions with zeros to multiples of 16 bytes."""
-    step = 16 // x.element_size()
-    pads = [pad for width in reversed(x.shape[-dims:]) for pad in (0, -width % step)]
-    return F.pad(x, pads) if any(pads) else x
-
-
-# tokens and pairs on a GPU, without atomic adds of floats -----------------------------------------
-
-
-class _ToPairs(torch.autograd.Function):
-    """(P, I) the token of each pair."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, token_P: Tensor, slot_P: Tensor | None) -> Tensor:
-        ctx.save_for_backward(token_P, slot_P)
-        ctx.num_tokens = len(x_TI)
-        return x_TI.index_select(0, token_P)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_PI: Tensor) -> Any:
-        token_P, slot_P = ctx.saved_tensors
-        return _sum_by_token(grad_PI, token_P, slot_P, ctx.num_tokens), None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    """(T, O) the sum over each token's pairs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_tokens: int
-    ) -> Tensor:
-        ctx.save_for_backward(token_P)
-        return _sum_by_token(y_PO, token_P, slot_P, num_tokens)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_TO: Tensor) -> Any:
-        (token_P,) = ctx.saved_tensors
-        return grad_TO.index_select(0, token_P), None, None, None
-
-
-def _sum_by_token(y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_tokens: int) -> Tensor:
-    """(T, O) sums over each token's pairs, in a fixed order."""
-    if slot_P is None or not num_tokens:
-        return sum_at(token_P, y_PO, num_tokens)
-    # Each token has K pairs: put them side by side, by the inverse of the order by expert.
-    pair_P = torch.arange(len(slot_P), device=slot_P.device)
-    place_P = torch.empty_like(slot_P).scatter_(0, slot_P, pair_P)
-    y_TKO = y_PO.index_select(0, place_P).unflatten(0, (num_tokens, len(slot_P) // num_tokens))
-    return y_TKO.sum(dim=1)
-
-
 # from tokens to tokens, one expert after the other ------------------------------------------------
 
 
@@ -420,14 +406,18 @@ def _routed_linear(
     parts: Sequence[Tensor],
     token: Tensor,
     offsets: Tensor,
+    place: Tensor | None,
     keeps_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     """(T, O) the sums, and (P, O) the experts' outputs before they are weighted.
 
-    The latter has no rows unless ``keeps_rows``.
+    The latter has no rows unless ``keeps_rows``. ``place`` (T,) is the place of each token's pair,
+    where each token has one: its row is fetched from there. To add rows to their tokens takes two
+    to three times as long, and zeros to add to.
     """
-    out_TO = weight.new_zeros(len(parts[0]), weight.size(2))
-    y_PO = weight.new_empty(len(token) if keeps_rows else 0, weight.size(2))
+    is_sum = place is None
+    out_TO = weight.new_zeros(len(parts[0]) if is_sum else 0, weight.size(2))
+    y_PO = weight.new_empty(0 if is_sum and not keeps_rows else len(token), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
     by_expert = zip(
         token.tensor_split(ends),
@@ -436,15 +426,18 @@ def _routed_linear(
         _by_part(weight, parts),
         strict=True,
     )
-    for expert, (token, gate, y, weights) in enumerate(by_expert):
+    for expert, (token, gate_P1, y, weights) in enumerate(by_expert):
         # x W is the sum over the parts of x, each times its rows of W.
         y = torch.mm(parts[0].index_select(0, token), weights[0], out=y)
         for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
             y.addmm_(x.index_select(0, token), weight_IO)
         if bias is not None:
             y += bias[expert]
-        out_TO.index_add_(0, token, y * gate)
-    return out_TO, y_PO
+        if is_sum:
+            out_TO.index_add_(0, token, y * gate_P1)
+    if place is not None:
+        out_TO = y_PO.index_select(0, place).mul_(gate.index_select(0, place)[:, None])
+    return out_TO, y_PO if keeps_rows else y_PO.new_empty(0, y_PO.size(1))
 
 
 def _empty_gradients(
@@ -452,7 +445,9 @@ def _empty_gradients(
 ) -> list[Tensor]:
     values = (gate, weight, bias, *parts)
     needs = rest[-1]
-    return [torch.empty_like(value) for value, needed in zip(values, needs, strict=True) if needed]
+    return [
+        value.new_empty(value.shape) for value, needed in zip(values, needs, strict=True) if needed
+    ]
 
 
 @operator(fake=_empty_gradients)
@@ -465,15 +460,21 @@ def _routed_linear_backward(
     parts: Sequence[Tensor],
     token: Tensor,
     offsets: Tensor,
+    place: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of gate, weight, bias and parts, of those that need one."""
-    values: tuple[Any, ...] = (gate, weight, bias, *parts)
-    grads: list[Any] = [
-        torch.zeros_like(value) if needed else None
-        for value, needed in zip(values, needs, strict=True)
+    values: tuple[Any, ...] = (gate, weight, bias)
+    grad_gate, grad_weight, grad_bias = (
+        value.new_empty(value.shape) if needed else None
+        for value, needed in zip(values, needs[:3], strict=True)
+    )
+    # Of the tokens, to which rows are added; or, where each token has one pair, of the pairs.
+    new = Tensor.new_zeros if place is None else Tensor.new_empty
+    grad_parts = [
+        new(part, part.shape) if needed else None
+        for part, needed in zip(parts, needs[3:], strict=True)
     ]
-    grad_gate, grad_weight, grad_bias, *grad_parts = grads
     ends = offsets[:-1].tolist()  # one host sync
     # If the gate needs no gradient, nothing is written to the gate's place in the loop.
     by_expert = zip(
@@ -485,6 +486,7 @@ def _routed_linear_backward(
     )
     weights = _by_part(weight, parts)
     grad_weights = weights if grad_weight is None else _by_part(grad_weight, parts)
+    grad_rows = [None if rows is None else rows.tensor_split(ends) for rows in grad_parts]
     for expert, (token, gate, y, gate_out) in enumerate(by_expert):
         grad_y = grad.index_select(0, token)
         if grad_gate is not None:
@@ -495,33 +497,96 @@ def _routed_linear_backward(
         for part, x in enumerate(parts):
             if grad_weight is not None:
                 torch.mm(x.index_select(0, token).T, grad_y, out=grad_weights[expert][part])
-            if grad_parts[part] is not None:
-                grad_parts[part].index_add_(0, token, grad_y @ weights[expert][part].T)
-    return [grad for grad in grads if grad is not None]
+            grad_x, rows = grad_parts[part], grad_rows[part]
+            if grad_x is None or rows is None:
+                continue
+            weight_OI = weights[expert][part].T
+            if place is None:
+                grad_x.index_add_(0, token, grad_y @ weight_OI)
+            else:
+                torch.mm(grad_y, weight_OI, out=rows[expert])
+    if place is not None:
+        grad_parts = [None if rows is None else rows.index_select(0, place) for rows in grad_parts]
+    found = (grad_gate, grad_weight, grad_bias, *grad_parts)
+    return [grad for grad in found if grad is not None]
 
 
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
+    def forward(
+        ctx: Any, token: Tensor, offsets: Tensor, place: Tensor | None, *values: Any
+    ) -> Tensor:
         gate, weight, bias, *parts = values
         # The gate's gradient needs the experts' outputs before they are weighted.
-        needs_gate = ctx.needs_input_grad[2]
-        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, needs_gate)
-        ctx.save_for_backward(token, offsets, y_PO, *values)
+        needs_gate = ctx.needs_input_grad[3]
+        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, place, needs_gate)
+        ctx.save_for_backward(token, offsets, place, y_PO, *values)
         return out_TO
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
-        token, offsets, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        token, offsets, place, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
         grads = iter(
-            _routed_linear_backward(grad, y_PO, weight, bias, gate, parts, token, offsets, needs)
+            _routed_linear_backward(
+                grad, y_PO, weight, bias, gate, parts, token, offsets, place, needs
+            )
         )
-        return None, None, *(next(grads) if needed else None for needed in needs)
+        return None, None, None, *(next(grads) if needed else None for needed in needs)
+
+
+# from tokens of one pair each to tokens, all experts at once --------------------------------------
+
+
+class _RoutedAtOnce(torch.autograd.Function):
+    """What :class:`_RoutedLinear` computes, by a few operators on the rows of all experts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        offsets: Tensor,
+        place: Tensor,
+        gate: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *parts: Tensor,
+    ) -> Tensor:
+        x_TI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        x_PI = x_TI.index_select(0, token)
+        y_PO = _rows_times(x_PI, weight, offsets)
+        expert_P = owner(offsets, token)
+        if bias is not None:
+            y_PO = y_PO + bias.index_select(0, expert_P).to(y_PO.dtype)
+        ctx.widths = [part.size(1) for part in parts]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(token, offsets, place, expert_P, gate, weight, x_PI, y_PO)
+        return (y_PO * gate[:, None]).index_select(0, place)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        token, offsets, place, expert_P, gate, weight, x_PI, y_PO = ctx.saved_tensors
+        *_, needs_gate, needs_weight, needs_bias = ctx.needs_input_grad[:6]
+        needs_parts = any(ctx.needs_input_grad[6:])
+        grad_PO = grad.index_select(0, token)
+        grad_gate = torch.linalg.vecdot(grad_PO, y_PO) if needs_gate else None
+        grad_PO = grad_PO * gate[:, None]
+        grad_weight = _outer_of_rows(x_PI, grad_PO, offsets) if needs_weight else None
+        grad_bias = None
+        if needs_bias:
+            exact_PO = grad_PO.to(torch.promote_types(grad_PO.dtype, torch.float32))
+            zeros_EO = exact_PO.new_zeros(weight.size(0), weight.size(2))
+            grad_bias = zeros_EO.index_add_(0, expert_P, exact_PO).to(ctx.bias_dtype)
+        grad_parts: Any = [None] * len(ctx.widths)
+        if needs_parts:
+            grad_PI = _rows_times(grad_PO, weight.transpose(1, 2), offsets)
+            grad_parts = grad_PI.index_select(0, place).split(ctx.widths, dim=1)
+        return None, None, None, grad_gate, grad_weight, grad_bias, *grad_parts
 
 
 def _by_part(weight_EIO: Tensor, parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     """For each expert, the weight of each part of the input."""
     widths = [part.size(1) for part in parts]
-    return [weight_IO.split(widths) for weight_IO in weight_EIO.unbind()]
+    return list(zip(*(part.unbind() for part in weight_EIO.split(widths, dim=1)), strict=True))

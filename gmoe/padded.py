@@ -1,6 +1,7 @@
-"""The padded product: rows sorted by expert, laid out in blocks of equal size.
+"""Products of rows sorted by expert that are padded: to blocks of equal size, or to 16 bytes.
 
-The sizes of blocks are known to the host, so that a GPU is not waited for.
+The sizes of blocks are known to the host, so that a GPU is not waited for. torch's own kernel of
+grouped products wants columns that fill 16 bytes.
 
 Shapes: P rows sorted by expert, E experts, I in, O out features, N blocks of B rows.
 """
@@ -79,6 +80,31 @@ def padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     blocks = blocks_of(offsets_E, len(x_PI))
     grad_NIO = torch.bmm(blocks.filled(x_PI).transpose(1, 2), blocks.filled(grad_PO))
     return blocks.sum_by_expert(grad_NIO, len(offsets_E))
+
+
+def grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    """(P, O) rows times the weight of their expert, by torch's kernel."""
+    y_PO = F.grouped_mm(_aligned(x_PI.contiguous()), _aligned(weight_EIO, 2), offs=offsets_E)
+    is_padded = y_PO.size(1) > weight_EIO.size(2)
+    return y_PO[:, : weight_EIO.size(2)].clone() if is_padded else y_PO
+
+
+def grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
+    """(E, I, O) the gradient of the weights, by torch's kernel."""
+    padded_EIO = F.grouped_mm(_aligned(x_PI.contiguous()).T, _aligned(grad_PO), offs=offsets_E)
+    grad_EIO = padded_EIO[:, : x_PI.size(1), : grad_PO.size(1)]
+    if not grad_EIO.is_cuda:
+        return grad_EIO
+    # The kernel of CUDA leaves anything in the place of an expert without rows.
+    has_rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) > 0
+    return torch.where(has_rows_E[:, None, None], grad_EIO, 0.0)
+
+
+def _aligned(x: Tensor, dims: int = 1) -> Tensor:
+    """Pad the last dimensions with zeros to multiples of 16 bytes."""
+    step = 16 // x.element_size()
+    pads = [pad for width in reversed(x.shape[-dims:]) for pad in (0, -width % step)]
+    return F.pad(x, pads) if any(pads) else x
 
 
 def sum_at(index: Tensor, values: Tensor, size: int) -> Tensor:

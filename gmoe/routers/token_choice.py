@@ -145,7 +145,10 @@ class TokenChoice(BalancedRouter):
         std_TE = self._noise_std(x_TD, clean_TE)
         logits_TE = clean_TE
         if self.training and std_TE is not None:
-            logits_TE = torch.addcmul(clean_TE, torch.randn_like(clean_TE), std_TE)
+            # Not randn_like: for it, the compiler writes a kernel that takes 20 times as long on a
+            # CPU, and draws other numbers.
+            noise_TE = torch.empty_like(clean_TE).normal_()
+            logits_TE = torch.addcmul(clean_TE, noise_TE, std_TE)
 
         # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
         # the choice, not for the weights.

@@ -1,0 +1,54 @@
+"""Tokens and their pairs, by places. Shapes: T tokens, P pairs, I, O features."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from gmoe import MoEConv
+from gmoe.dispatch import combine, dispatch
+from gmoe.places import ToPairs, ToTokens, places_of
+from gmoe.routing import Routing
+from tests.gmoe.conv.masked import features
+from tests.gmoe.test_dispatch import Noted, gradients, routings
+
+
+@pytest.mark.parametrize(
+    "routing", routings(), ids=["K=1", "K=3", "K=0", "no tokens", "any number"]
+)
+def test_tokens_and_pairs_on_cuda_as_on_the_cpu(routing: Routing) -> None:
+    x_TI = features(routing.num_tokens, 5).requires_grad_()
+    y_PO = features(len(routing.token), 5, seed=2).requires_grad_()
+    gathered, expected = (
+        ToPairs.apply(x_TI, routing.token, places_of(routing.slot)),
+        x_TI[routing.token],
+    )
+    torch.testing.assert_close(
+        [gathered, *gradients(gathered, [x_TI])], [expected, *gradients(expected, [x_TI])]
+    )
+    summed = ToTokens.apply(y_PO, routing.token, places_of(routing.slot), routing.num_tokens)
+    expected = torch.zeros(x_TI.shape, dtype=torch.float64).index_add(0, routing.token, y_PO)
+    torch.testing.assert_close(
+        [summed, *gradients(summed, [y_PO])], [expected, *gradients(expected, [y_PO])]
+    )
+
+
+def test_compiled_code_takes_rows_of_tokens_of_one_pair() -> None:
+    """Their slots are the tokens themselves, and the compiler takes no tensor twice."""
+    layer = MoEConv("gin", 8, 8, start="copies")
+    x, edge_index = torch.randn(30, 8), torch.randint(30, (2, 120))
+    compiled = torch.compile(layer.eval(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, edge_index), layer(x, edge_index))
+
+
+def test_nothing_is_added_to_tokens_of_one_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("gmoe.places"), "is_watched", lambda: False)
+    (one_each, _, _, _, any_number) = routings()
+    for routing, adds in ((one_each, False), (any_number, True)):
+        x_TI = features(9, 3).requires_grad_()
+        with Noted() as noted:
+            rows_PI = dispatch(x_TI, routing)
+            combine(rows_PI, routing).sum().backward()
+        assert bool(noted.names & {"index_add", "index_add_"}) == adds
