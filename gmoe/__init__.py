@@ -20,6 +20,7 @@ from gmoe.flops import active_parameters, count_flops, match_width
 from gmoe.from_base import fold
 from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
 from gmoe.moe import MoE, MoELayer, SoftMoE
+from gmoe.pruning import prune
 from gmoe.routers import (
     ROUTERS,
     AttentionVote,
@@ -99,6 +100,7 @@ __all__ = [
     "moefy",
     "neighbor_loader",
     "plot",
+    "prune",
     "record_routing",
     "separation_loss",
     "switch_loss",
