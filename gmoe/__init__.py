@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gmoe.convert import moefy
+from gmoe.dense import densify
 from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
@@ -91,6 +92,7 @@ __all__ = [
     "combine",
     "count_flops",
     "cv_squared",
+    "densify",
     "dispatch",
     "fold",
     "grouped_linear",

@@ -32,7 +32,7 @@ ROOMS: dict[str, frozenset[str]] = {
 LAZY = {
     "gmoe": tuple(ROOMS),
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
-    "gmoe.shrink": ("gmoe.conv",),
+    **dict.fromkeys(("gmoe.dense", "gmoe.shrink"), ("gmoe.conv",)),
     "gmoe.routers.attention_vote": ("gmoe.conv", "torch_geometric"),
     "gmoe.hub": ("huggingface_hub", "safetensors"),
 }
