@@ -36,6 +36,7 @@ from gmoe.routers import (
     build_router,
 )
 from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
+from gmoe.unstacked import restack, unstack
 
 if TYPE_CHECKING:
     import gmoe.plot as plot
@@ -104,8 +105,10 @@ __all__ = [
     "plot",
     "prune",
     "record_routing",
+    "restack",
     "separation_loss",
     "switch_loss",
+    "unstack",
     "z_loss",
 ]
 
