@@ -36,6 +36,7 @@ from gmoe.routers import (
     build_router,
 )
 from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
+from gmoe.saved import load, save
 from gmoe.unstacked import restack, unstack
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ __all__ = [
     "fold",
     "grouped_linear",
     "importance_loss",
+    "load",
     "load_loss",
     "match_width",
     "moefy",
@@ -106,6 +108,7 @@ __all__ = [
     "prune",
     "record_routing",
     "restack",
+    "save",
     "separation_loss",
     "switch_loss",
     "unstack",

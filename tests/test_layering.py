@@ -35,6 +35,7 @@ LAZY = {
     **dict.fromkeys(("gmoe.dense", "gmoe.shrink"), ("gmoe.conv",)),
     "gmoe.routers.attention_vote": ("gmoe.conv", "torch_geometric"),
     "gmoe.hub": ("huggingface_hub", "safetensors"),
+    "gmoe.saved": ("safetensors",),
 }
 """Who may import what of it inside of functions, or for the type checker."""
 
