@@ -21,7 +21,7 @@ from gmoe.from_base import FromBase
 from gmoe.moe import MoE, MoELayer
 from gmoe.pruning import counting, share
 from gmoe.routers import RandomRouter, TokenChoice
-from gmoe.shrink import Group, groups_of
+from gmoe.shrink import Group, groups_of, named
 
 
 class MLP(nn.Module):
@@ -198,7 +198,7 @@ class DensifiedLayer:
     def __str__(self) -> str:
         verdict = "dense" if self.is_dense else "stays"
         change = "" if self.change is None else f", relative change {self.change:.2g}"
-        return f"{', '.join(self.names)}: {verdict} ({self.reason}{change})"
+        return f"{named(self.names)}: {verdict} ({self.reason}{change})"
 
 
 class Densified(NamedTuple):
@@ -235,6 +235,9 @@ def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.
     where y are all outputs on the data, in evaluation, before any layer was folded. A layer with a
     shared expert is folded to that expert (plus the routed ones' mean by load for convs that are
     linear in their weights), one without to the mean of its experts by load.
+
+    A dense module takes what the one that :func:`moefy` replaced took: no ``batch=``, and no
+    ``return_routing=``.
 
     Args:
         model: any model with :class:`MoE` or :class:`MoEConv` layers. It is changed in place.

@@ -18,7 +18,7 @@ from gmoe._calls import Data, outputs_of, relative_change
 from gmoe._checks import check
 from gmoe.routers import UniformRouter
 from gmoe.routing import Routing
-from gmoe.shrink import Group, groups_of
+from gmoe.shrink import Group, groups_of, named
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PrunedLayer:
             if expert not in self.kept
         ]
         gone = f", without {', '.join(removed)}" if removed else ""
-        return f"{', '.join(self.names)}: {len(self.kept)} of {len(self.load)} experts{gone}"
+        return f"{named(self.names)}: {len(self.kept)} of {len(self.load)} experts{gone}"
 
 
 class Pruned(NamedTuple):
@@ -143,7 +143,7 @@ def check_routers(groups: Sequence[Group]) -> None:
         for name, layer in group.layers.items():
             if group.router is None:
                 raise ValueError(
-                    f"model: got {name or 'a model'}, a {type(layer).__name__} without one router "
+                    f"model: got {named([name])}, a {type(layer).__name__} without one router "
                     "of its own, expected MoE or MoEConv layers with a router"
                 )
             if owners.setdefault(layer.experts, group) is not group:
@@ -255,7 +255,7 @@ def _numbers(
     )
     if not fits:
         ranges = ", ".join(
-            f"{least} to {group.num_experts} ({', '.join(group.layers)})"
+            f"{least} to {group.num_experts} ({named(group.layers)})"
             for least, group in zip(needed, groups, strict=True)
         )
         raise ValueError(

@@ -229,7 +229,7 @@ def _check_parts(name: str, layer: MoELayer) -> None:
     router = getattr(layer, "router", None)
     if router is not None and layer.moefied is not None:
         built = ROUTERS[layer.moefied["router"]]
-        if type(router) is not built:
+        if isinstance(built, type) and type(router) is not built:
             raise ValueError(
                 f"router: got {type(router).__name__} in {name}, expected "
                 f"{layer.moefied['router']!r}, with which the layer was made; {_BY_HAND}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any
@@ -124,6 +124,11 @@ def _register_convs() -> None:
     """Register experts that are convs, if there can be any: somebody imported their classes."""
     if "gmoe.conv.base" in sys.modules:
         importlib.import_module("gmoe.conv.shrink")
+
+
+def named(names: Iterable[str]) -> str:
+    """The names of layers for a message; the model itself has none."""
+    return ", ".join(name or "the model itself" for name in names)
 
 
 def groups_of(model: nn.Module) -> list[Group]:

@@ -79,7 +79,7 @@ def test_convs_that_cannot_be_added_stay(conv: str) -> None:
     groups_of(layer)[0].keep((3,))
     folded = gmoe.densify(layer)
     assert folded.model is layer
-    assert str(folded) == ": stays (the shared expert alone)"
+    assert str(folded) == "the model itself: stays (the shared expert alone)"
 
 
 @pytest.mark.parametrize("conv", ["gcn", "sage", "gin", "gat", "film"])

@@ -15,7 +15,7 @@ import gmoe
 from gmoe import MoEConv
 from gmoe.from_base import FromBase
 from gmoe.routers import TokenChoice
-from gmoe.shrink import groups_of
+from gmoe.shrink import groups_of, keep_experts, take
 from tests.gmoe.test_convert import images, timm_vit
 
 WIDTH, EXPERTS, NODES = 4, 8, 5
@@ -309,6 +309,36 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
         gmoe.prune(nn.Linear(2, 2), torch.zeros(1, 2))
     for layer in (slots, mine, oracle):
         assert len(layer.experts.up.weight) == EXPERTS  # type: ignore[arg-type,union-attr]
+
+
+class Counted(gmoe.Router):
+    """Somebody's own that says how it is pruned: a learned score for each expert."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+        self.score_E = nn.Parameter(torch.linspace(0, 1, num_experts))
+
+    def reset_parameters(self) -> None: ...
+
+    def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
+        expert_T1 = self.score_E.argmax().expand(len(x_TD), 1)
+        return gmoe.Routing.from_choices(
+            expert_T1, x_TD.new_ones(expert_T1.shape), self.num_experts
+        )
+
+
+@keep_experts.register
+def _counted(router: Counted, kept: Any) -> None:
+    take(router, "score_E", kept)
+    router.num_experts = len(kept)
+
+
+def test_a_router_of_your_own_says_how_it_is_pruned() -> None:
+    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, EXPERTS)
+    layer = gmoe.MoE(Counted(WIDTH, EXPERTS), experts).double()
+    expected = layer(X)
+    assert gmoe.prune(layer, X).layers[0].kept == (EXPERTS - 1,)
+    assert_same(layer(X), expected)
 
 
 def test_dead_experts_of_an_oracle_go() -> None:
