@@ -14,12 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gmoe.convert import moefy
+from gmoe.dense import densify
 from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
 from gmoe.from_base import fold
 from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
 from gmoe.moe import MoE, MoELayer, SoftMoE
+from gmoe.pruning import prune
 from gmoe.routers import (
     ROUTERS,
     AttentionVote,
@@ -34,6 +36,8 @@ from gmoe.routers import (
     build_router,
 )
 from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
+from gmoe.saved import load, save
+from gmoe.unstacked import restack, unstack
 
 if TYPE_CHECKING:
     import gmoe.plot as plot
@@ -90,18 +94,24 @@ __all__ = [
     "combine",
     "count_flops",
     "cv_squared",
+    "densify",
     "dispatch",
     "fold",
     "grouped_linear",
     "importance_loss",
+    "load",
     "load_loss",
     "match_width",
     "moefy",
     "neighbor_loader",
     "plot",
+    "prune",
     "record_routing",
+    "restack",
+    "save",
     "separation_loss",
     "switch_loss",
+    "unstack",
     "z_loss",
 ]
 

@@ -22,6 +22,7 @@ from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
 from gmoe.experts import Experts
 from gmoe.from_base import ExpertsFromBase, FromBase
+from gmoe.hub import recorded, refuse_save_pretrained
 from gmoe.moe import (
     MoE,
     MoELayer,
@@ -31,7 +32,7 @@ from gmoe.moe import (
     choose_blocks,
     refuse_unknown,
 )
-from gmoe.routers import Router, RouterLike
+from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing
 
 
@@ -144,7 +145,7 @@ def moefy(
         "backend": backend,
     }
     pyg = _imported_pyg()
-    layers: dict[nn.Module, nn.Module] = {}
+    layers: dict[nn.Module, MoELayer] = {}
     for name, module in modules.items():
         _check_convertible(name, module)
         if module in layers:  # A module that is used twice becomes one layer that is used twice.
@@ -155,9 +156,12 @@ def moefy(
         else:
             layers[module] = _moe(name, module, **options)
 
-    # 3. Put them in place.
+    # 3. Put them in place, and note how they were made, to save them.
+    for layer in layers.values():
+        layer.moefied = recorded(options, known=ROUTERS)
     for name, module in modules.items():
         model.set_submodule(name, layers[module])
+    refuse_save_pretrained(model)
     return model
 
 
@@ -359,7 +363,7 @@ def _moe_conv(
     upcycle: bool,
     start: Start | None,
     **options: Any,
-) -> nn.Module:
+) -> MoELayer:
     """The MoE layer that replaces a PyG conv: its copies are the experts and the shared expert.
 
     The shared expert stays frozen if the conv is, and so does the base of copies.

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from gmoe._checks import naming_extras
 from gmoe.flops import active_parameters
+from gmoe.moe import MoELayer
 
 Model = TypeVar("Model", bound="HubMixin")
 
@@ -83,6 +86,7 @@ class HubMixin:
             raise ValueError(
                 f"model: got a {name} ({error}), expected one that records its own arguments"
             ) from error
+        self._check_fits()
         # Clones, since safetensors refuses tensors that share their memory, as tied layers do.
         state = {
             key: value.detach().cpu().contiguous().clone()
@@ -97,6 +101,22 @@ class HubMixin:
         (folder / CARD).write_text(card)
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         return folder
+
+    def _check_fits(self) -> None:
+        """Refuse a model whose weights a model that its configuration builds would not take."""
+        model: Any = self
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model has given them when it was built
+            built: Any = type(self)(**self.config)
+        try:
+            built.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            raise ValueError(
+                f"model: got a {type(self).__name__} with other weights than its configuration "
+                f"says ({first} ...), expected the model as it was built; with layers that were "
+                "pruned or folded to dense ones, gmoe.save(model, folder)"
+            ) from error
 
     @classmethod
     def from_pretrained(
@@ -170,6 +190,41 @@ class HubMixin:
             self.save_pretrained(folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
+
+
+class RefusesToSave:
+    """Stands in for the ``save_pretrained`` of a model of another library that has experts.
+
+    Its files would say nothing of the experts, and the dense model would come back.
+
+    Args:
+        model: the model, whose class has the method.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Refuse, or save as the class does once no layer has experts.
+
+        Raises:
+            ValueError: the model has experts.
+        """
+        if any(isinstance(part, MoELayer) for part in self.model.modules()):
+            raise ValueError(
+                f"save_pretrained: got a {type(self.model).__name__} with layers of experts, which "
+                f"from_pretrained would leave out, expected gmoe.save(model, {str(folder)!r})"
+            )
+        save: Any = type(self.model).save_pretrained
+        return save(self.model, folder, *args, **kwargs)
+
+
+def refuse_save_pretrained(model: Any) -> None:
+    """Let ``save_pretrained`` of other libraries refuse a model that has experts now."""
+    for part in model.modules():
+        is_other = hasattr(type(part), "save_pretrained") and not isinstance(part, HubMixin)
+        if is_other and any(isinstance(layer, MoELayer) for layer in part.modules()):
+            part.save_pretrained = RefusesToSave(part)
 
 
 def _with_start(arguments: Mapping[str, object]) -> dict[str, object]:

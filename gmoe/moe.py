@@ -230,9 +230,15 @@ class MoELayer(nn.Module, ABC):
     Attributes:
         router: the layer's own, or ``None`` if each call passes a :class:`Routing`.
         experts_per_token: average number of experts per token.
+        kept: the numbers that the experts had before others were pruned; ``None`` for all of them.
+        moefied: the arguments of :func:`gmoe.moefy` that made the layer, for :func:`gmoe.save`;
+            ``None`` for a layer that you built.
     """
 
     router: Router | None
+    experts: Any
+    kept: tuple[int, ...] | None = None
+    moefied: dict[str, Any] | None = None
 
     def __init__(self, *, num_experts: int, k: int = 1) -> None:
         super().__init__()

@@ -33,8 +33,10 @@ ROOMS: dict[str, frozenset[str]] = {
 LAZY = {
     "gmoe": tuple(ROOMS),
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
+    **dict.fromkeys(("gmoe.dense", "gmoe.shrink"), ("gmoe.conv",)),
     "gmoe.routers.attention_vote": ("gmoe.conv", "torch_geometric"),
     "gmoe.hub": ("huggingface_hub", "safetensors"),
+    "gmoe.saved": ("safetensors",),
 }
 """Who may import what of it inside of functions, or for the type checker."""
 

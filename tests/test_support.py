@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -110,6 +112,39 @@ def quantizes(case: Case) -> str | None:
     left = of_experts(quantized)
     assert left in ([], of_experts(layer))
     return "partly" if left else None
+
+
+def quantizes_unstacked(case: Case) -> None:
+    """All linear layers of experts, so that no stacked ones are left."""
+    layer = gmoe.unstack(case.make().eval())
+    quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    assert rows(run(quantized, case.call())).isfinite().all()
+    assert not any(isinstance(part, gmoe.LinearExperts) for part in quantized.modules())
+    assert not any(type(part) is nn.Linear for part in quantized.modules())
+
+
+def saves_and_loads(case: Case) -> None:
+    layer = case.make(seed=1).eval()
+    with TemporaryDirectory() as folder:
+        gmoe.save(layer, folder)
+        loaded = gmoe.load(folder, base=case.build())
+    assert torch.equal(rows(run(loaded, case.call())), rows(run(layer, case.call())))
+
+
+def prunes(case: Case) -> None:
+    """Half of the experts, and what is left trains."""
+    layer, call = case.make(), case.call()
+    pruned = gmoe.prune(layer, call.args, keep=0.5)
+    assert all(len(report.kept) < contract.E for report in pruned.layers)
+    rows(run(layer.train(), call)).square().sum().backward()
+
+
+def becomes_dense(case: Case) -> str | None:
+    """Whatever the difference, since the layers are new."""
+    layer, args = case.make(), case.call().args
+    dense = gmoe.densify(layer, args, tolerance=math.inf).model
+    assert rows(dense(*args)).isfinite().all()
+    return "partly" if any(isinstance(part, gmoe.MoELayer) for part in dense.modules()) else None
 
 
 def differentiates_twice(case: Case) -> None:
@@ -211,6 +246,10 @@ PROBES: dict[str, Callable[[Case], object]] = {
     "gradients of gradients": differentiates_twice,
     "batches of gradients (`vectorize=True`)": differentiates_a_batch,
     "dynamic quantization": quantizes,
+    "dynamic quantization after `gmoe.unstack`": quantizes_unstacked,
+    "`gmoe.save`, `gmoe.load`": saves_and_loads,
+    "`gmoe.prune`": prunes,
+    "`gmoe.densify`": becomes_dense,
     "`to_hetero`": becomes_hetero,
     "GNNExplainer": partial(explains, algorithm=partial(explain.GNNExplainer, epochs=3)),
     "PGExplainer": partial(explains, algorithm=partial(explain.PGExplainer, epochs=1)),

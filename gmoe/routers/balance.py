@@ -74,14 +74,18 @@ class BalancedRouter(Router):
         if is_step:
             self.bias_E.copy_(self.next_bias_E)
             self.mean_D.copy_(self.next_mean_D)
+        logits_TE = self.centered(x_TD, gate)
+        if is_step:
+            self._count(x_TD.detach(), logits_TE.detach())
+        return logits_TE
+
+    def centered(self, x_TD: Tensor, gate: nn.Module) -> Tensor:
+        """(T, E) a linear layer of the tokens minus their running mean."""
         # Keep this as a sum. Inductor stores the result of a sum for the backward pass, but would
         # read a copy of the buffer again there, when the buffer holds a later step's mean.
         zeros_D = torch.zeros_like(self.mean_D)
         mean_1D = torch.stack((self.mean_D, zeros_D)).sum(dim=0, keepdim=True)
-        logits_TE = float_linear(x_TD, gate) - float_linear(mean_1D.to(x_TD.dtype), gate)
-        if is_step:
-            self._count(x_TD.detach(), logits_TE.detach())
-        return logits_TE
+        return float_linear(x_TD, gate) - float_linear(mean_1D.to(x_TD.dtype), gate)
 
     def _count(self, x_TD: Tensor, clean_TE: Tensor) -> None:
         """Store the next bias and the next mean.

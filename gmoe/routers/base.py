@@ -70,6 +70,9 @@ class Router(nn.Module, ABC):
             process. A router with its own group can be neither copied nor pickled.
         sums_to_one: each token's weights sum to 1 by construction, whatever the values, so that
             copies of one layer give what that layer gives (default ``False``).
+        removed: parameters that score the experts which :func:`gmoe.prune` has taken away: a
+            softmax still counts them, so that the weights of the others stay as they were.
+            ``None`` if there are none, or if no weight depends on them.
         by_token: in evaluation, a token's experts follow from that token alone, so that a graph on
             disk can be routed a part at a time (default ``False``).
 
@@ -109,6 +112,7 @@ class Router(nn.Module, ABC):
         self.check_finite = False
         self.experts_per_token = float(k)
         self.process_group: Any = None
+        self.removed: Any = None
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -295,6 +299,12 @@ def log_softmax(logits_TE: Tensor) -> Tensor:
     if logits_TE.device.type == "cpu" and logits_TE.size(1) < SHORT:
         return logits_TE.T.log_softmax(dim=0).T
     return logits_TE.log_softmax(dim=-1)
+
+
+def log_softmax_beside(logits_TE: Tensor, removed_TR: Tensor) -> Tensor:
+    """(T, E) the logarithms of the probabilities, among E experts and R that nobody can choose."""
+    all_TN = torch.cat([logits_TE, removed_TR], dim=-1)
+    return all_TN.log_softmax(dim=-1)[:, : logits_TE.size(1)]
 
 
 def straight_through(log_gate: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmoe._checks import INTEGERS, check_range, described
-from gmoe.routers.base import Router, Weighting, log_softmax
+from gmoe.routers.base import Router, Weighting, log_softmax, log_softmax_beside
 from gmoe.routing import Routing
 
 
@@ -40,6 +40,8 @@ class RandomRouter(Router):
 
     by_token = True
     projection_DE: Tensor
+    removed_DR: Tensor | None
+    """What ``removed`` is in other routers."""
 
     def __init__(
         self, dim: int, *, num_experts: int, k: int = 1, weight: Weighting | None = None
@@ -49,14 +51,21 @@ class RandomRouter(Router):
         super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         self.sums_to_one = self._picks_sum_to_one
         self.register_buffer("projection_DE", torch.empty(dim, num_experts))
+        self.register_buffer("removed_DR", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.projection_DE.normal_(std=self.dim**-0.5)
+        if self.removed_DR is not None:
+            self.removed_DR.normal_(std=self.dim**-0.5)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = x_TD @ self.projection_DE.to(x_TD.dtype)
-        log_probs_TE = log_softmax(logits_TE)
+        if self.removed_DR is None:
+            log_probs_TE = log_softmax(logits_TE)
+        else:
+            removed_TR = x_TD @ self.removed_DR.to(x_TD.dtype)
+            log_probs_TE = log_softmax_beside(logits_TE, removed_TR)
         expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(
             expert_TK,

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check_at_least, check_choice, check_positive
-from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
+from gmoe.routers.base import (
+    Router,
+    Weighting,
+    float_linear,
+    log_softmax_beside,
+    pair_weights,
+    reset_linear,
+)
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing
 
@@ -88,6 +95,8 @@ class ExpertChoice(Router):
 
     def reset_parameters(self) -> None:
         reset_linear(self.gate, self.init_scale)
+        if self.removed is not None:
+            reset_linear(self.removed, self.init_scale)
         self.selection.reset_parameters()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
@@ -95,7 +104,8 @@ class ExpertChoice(Router):
         losses = {}
         if self.z_coef > 0:
             losses["z"] = AuxLoss(self.z_loss(logits_TE), self.z_coef)
-        return self.selection(self, logits_TE, group, losses)
+        removed_TR = None if self.removed is None else float_linear(x_TD, self.removed)
+        return self.selection(self, logits_TE, group, losses, removed_TR)
 
 
 class ExpertSelection(nn.Module):
@@ -141,7 +151,12 @@ class ExpertSelection(nn.Module):
             buffer.zero_()
 
     def forward(
-        self, router: Router, logits_TE: Tensor, group: Tensor | int, losses: Mapping[str, AuxLoss]
+        self,
+        router: Router,
+        logits_TE: Tensor,
+        group: Tensor | int,
+        losses: Mapping[str, AuxLoss],
+        removed_TR: Tensor | None = None,
     ) -> Routing:
         """Select the pairs, and move the running means.
 
@@ -150,11 +165,17 @@ class ExpertSelection(nn.Module):
             logits_TE: the logits.
             group: the tokens that compete, see :meth:`gmoe.routers.Router.route`.
             losses: auxiliary losses, which the routing passes on.
+            removed_TR: logits of experts that were pruned, for a softmax over experts.
         """
         num_tokens = len(logits_TE)
         along_tokens = self.normalize == "tokens"
         # Inside a group, the softmax over tokens ranks them as the logits do.
-        ranked_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
+        if along_tokens:
+            ranked_TE = logits_TE
+        elif removed_TR is None:
+            ranked_TE = logits_TE.log_softmax(dim=-1)
+        else:
+            ranked_TE = log_softmax_beside(logits_TE, removed_TR)
         log_scores_TE = ranked_TE
 
         if self.inference == "threshold" and not self.training:

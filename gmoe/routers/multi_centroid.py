@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gmoe._checks import check_at_least, check_choice, check_counts, check_positive
 from gmoe.losses import separation_loss
-from gmoe.routers.base import Router, Weighting
+from gmoe.routers.base import Router, Weighting, log_softmax_beside
 from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
 from gmoe.routing import AuxLoss, Routing
 
@@ -105,6 +105,8 @@ class MultiCentroid(Router):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.centroid)
+        if self.removed is not None:
+            nn.init.normal_(self.removed)
         nn.init.constant_(self.log_temperature, math.log(self.temperature))
         self.center_D.zero_()
         if self.selection is not None:
@@ -153,23 +155,33 @@ class MultiCentroid(Router):
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         # 1. Cosines of tokens and centroids. The product is divided by the norms of the tokens, so
         # that no (T, D) unit vectors are held.
-        unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
+        centroid: Tensor = self.centroid
+        if self.removed is not None:
+            centroid = torch.cat([centroid, self.removed])
+        unit_ND = F.normalize(centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
         centered_TD = x_TD - self.center_D.to(x_TD.dtype)
         norm_T1 = torch.linalg.vector_norm(centered_TD, dim=-1, keepdim=True).clamp(min=EPS)
         cosine_TN = (centered_TD @ unit_ND.T) / norm_T1
 
         # 2. The nearest centroid of each expert, over the temperature.
-        cosine_TEM = cosine_TN.unflatten(-1, (self.num_experts, -1))
+        cosine_TEM = cosine_TN.unflatten(-1, (len(centroid), -1))
         inverse_temperature = (-self.log_temperature.to(cosine_TN.dtype)).exp()
         logits_TE = cosine_TEM.amax(dim=-1) * inverse_temperature
+
+        removed_TR = None
+        if self.removed is not None:
+            logits_TE, removed_TR = logits_TE.tensor_split([self.num_experts], dim=-1)
 
         # 3. Experts or tokens choose.
         losses = {}
         if self.separation_coef > 0:
             losses["separation"] = AuxLoss(separation_loss(self.centroid), self.separation_coef)
         if self.selection is not None:
-            return self.selection(self, logits_TE, group, losses)
-        log_probs_TE = logits_TE.log_softmax(dim=-1)
+            return self.selection(self, logits_TE, group, losses, removed_TR)
+        if removed_TR is None:
+            log_probs_TE = logits_TE.log_softmax(dim=-1)
+        else:
+            log_probs_TE = log_softmax_beside(logits_TE, removed_TR)
         expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(
             expert_TK,

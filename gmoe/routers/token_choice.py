@@ -18,6 +18,7 @@ from gmoe.routers.base import (
     Weighting,
     float_linear,
     log_softmax,
+    log_softmax_beside,
     pair_weights,
     reset_linear,
 )
@@ -130,6 +131,8 @@ class TokenChoice(BalancedRouter):
 
     def reset_parameters(self) -> None:
         reset_linear(self.gate, self.init_scale)
+        if self.removed is not None:
+            reset_linear(self.removed, self.init_scale)
         if self.noise is not None:
             nn.init.zeros_(self.noise.weight)
         for buffer in self.buffers(recurse=False):
@@ -152,7 +155,7 @@ class TokenChoice(BalancedRouter):
 
         # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
         # the choice, not for the weights.
-        log_probs_TE = log_softmax(logits_TE)
+        log_probs_TE = self._log_probs(x_TD, logits_TE)
         ranked_TE = logits_TE + self.bias_E if biased else logits_TE
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
 
@@ -168,6 +171,15 @@ class TokenChoice(BalancedRouter):
             losses=losses,
             validate=False,
         )
+
+    def _log_probs(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
+        """(T, E) the logarithms of the probabilities; see :attr:`gmoe.Router.removed`."""
+        if self.removed is None:
+            return log_softmax(logits_TE)
+        is_centered = self.balance == "bias"
+        score = self.centered if is_centered else float_linear
+        removed_TR = score(x_TD, self.removed)
+        return log_softmax_beside(logits_TE, removed_TR)
 
     def _noise_std(self, x_TD: Tensor, clean_TE: Tensor) -> Tensor | None:
         """(T, E), or a scalar for all pairs: the standard deviation of the noise; or ``None``."""

@@ -68,7 +68,7 @@ def test_the_number_of_messages_is_known_where_each_token_has_the_same_number_of
     """It does not depend on the choices, and may be read from the shapes."""
     graph = Graph(EDGES, NODES)
     expert = torch.stack([torch.randperm(3)[:2] for _ in range(NODES)])
-    routing = Routing.from_choices(expert, torch.rand(NODES, 2), 3)
+    routing = Routing.from_choices(expert, torch.rand(NODES, 2), num_experts=3)
     assert routing.slot is not None
     assert len(Messages(graph, routing).edge) == 2 * graph.num_edges
     dropped = routing.select(experts=[0, 1])  # tokens now have two pairs, one, or none

@@ -1,0 +1,106 @@
+"""Call any model on a batch, and compare what comes out before and after a change of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Batch: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""What a model is called with: a tensor, a tuple of arguments, or a dictionary of them by name."""
+
+Data: TypeAlias = Batch | Iterable[Batch]
+"""A batch, or several of them, such as a list or a loader."""
+
+
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call by position and by name."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    raise ValueError(
+        f"data: got a batch of type {type(batch).__name__}, expected a tensor, a tuple of the "
+        "model's arguments, or a dictionary of them by name; of PyG's data, (x, edge_index)"
+    )
+
+
+def batches_of(data: Data) -> Iterable[Any]:
+    """The batches of the data; one batch by itself becomes a list of it."""
+    return [data] if isinstance(data, Tensor | tuple | Mapping) else data
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation inside the block, without gradients; its modes come back."""
+    modes = {part: part.training for part in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
+    """All tensors of floats that a model gives for the data, in evaluation and without gradients.
+
+    Each batch starts from the same seed: a few models draw numbers in evaluation, too.
+    """
+    found: list[Tensor] = []
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        for batch in batches_of(data):
+            args, kwargs = arguments_of(batch)
+            torch.default_generator.manual_seed(0)
+            found += _floats(model(*args, **kwargs))
+    return found
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    """The tensors of floats in tensors, dictionaries and sequences of them."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _floats(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _floats(item)
+
+
+def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest absolute difference of outputs; infinite if their shapes differ, or for NaN."""
+    if [value.shape for value in before] != [value.shape for value in after]:
+        return math.inf
+    differences = [
+        float((one.double() - other.to(one.device).double()).abs().max())
+        for one, other in zip(before, after, strict=True)
+        if one.numel()
+    ]
+    largest = max(differences, default=0.0)
+    has_nan = any(math.isnan(difference) for difference in differences)
+    return math.inf if has_nan else largest
+
+
+def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The norm of the difference of outputs over their norm before."""
+    if not before:
+        raise ValueError("data: got none, or a model that returns no floats, expected some of both")
+    if [value.shape for value in before] != [value.shape for value in after]:
+        return math.inf
+    pairs = [(one.double(), other.double()) for one, other in zip(before, after, strict=True)]
+    change = math.hypot(*(float((one - other).norm()) for one, other in pairs))
+    scale = math.hypot(*(float(one.norm()) for one, _ in pairs))
+    if not math.isfinite(change):
+        return math.inf
+    if change == 0.0:
+        return 0.0
+    return change / scale if scale > 0.0 else math.inf

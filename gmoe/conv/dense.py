@@ -1,0 +1,84 @@
+"""Fold a MoEConv back to a dense conv; see :mod:`gmoe.dense`.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmoe.conv.aggregate import LinearAggregation
+from gmoe.conv.base import GAIN_SCALE, MixedExperts, StackedExperts
+from gmoe.conv.from_base import ConvsFromBase
+from gmoe.conv.moe_conv import MoEConv
+from gmoe.dense import Candidate, are_equal, is_always_one, mean_share, reason_of
+
+
+def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
+    """The dense conv that a layer can be folded to."""
+    experts: Any = layer.experts
+    if experts is None:
+        return Candidate(None, "its widths are open: call it once before")
+    # Several kinds of convs have no mean.
+    kinds = [layer._make.kinds[expert] for expert in layer.kept or range(layer.num_experts)]
+    is_one_kind = kinds.count(kinds[0]) == len(kinds)
+    is_one = layer.num_experts == 1
+    are_same = is_one or (is_one_kind and _have_same_values(experts))
+    share_E = mean_share(layer.num_experts, load_E, are_same)
+    reason, is_exact = reason_of(is_one, are_same, is_always_one(router))
+    learns = any(parameter.requires_grad for parameter in layer.parameters())
+
+    if layer.shared_expert is None:
+        if not is_one_kind:
+            return Candidate(None, "convs of several kinds have no mean")
+        return Candidate(_mean(experts, share_E).requires_grad_(learns), reason, is_exact)
+
+    shared = layer.shared_expert.expert(0).requires_grad_(learns)
+    if not layer.gain.any():
+        return Candidate(shared, "a gain of zero", is_exact=True)
+    # What is linear in its weights can be added to the shared conv.
+    are_linear = isinstance(experts, LinearAggregation) and not experts.normalize
+    is_of_kind = is_one_kind and kinds[0] == layer._make.kinds[0]
+    if not (are_linear and is_of_kind and layer.transform is None):
+        return Candidate(shared, "the shared expert alone")
+    added = _mean(experts, share_E)
+    with torch.no_grad():
+        for place, value in zip(shared.parameters(), added.parameters(), strict=True):
+            place.add_(value, alpha=float(GAIN_SCALE * layer.gain))
+    return Candidate(shared, f"{reason}, added to the shared expert", is_exact)
+
+
+def _have_same_values(experts: Any) -> bool:
+    """True if all experts, which are of one kind, have the same values."""
+    if isinstance(experts, ConvsFromBase):
+        experts = experts.differences
+    if isinstance(experts, StackedExperts):
+        return are_equal(experts)
+    if isinstance(experts, MixedExperts):
+        return False
+    states: Sequence[Any] = [list(member.state_dict().values()) for member in experts.members]
+    return all(
+        torch.equal(one, other)
+        for state in states[1:]
+        for one, other in zip(states[0], state, strict=True)
+    )
+
+
+@torch.no_grad()
+def _mean(experts: Any, share_E: Tensor) -> Any:
+    """A conv whose parameters are the mean of the experts' by these shares."""
+    indices = share_E.nonzero().flatten().tolist()
+    dense = experts.expert(indices[0])
+    if len(indices) == 1:
+        return dense
+    for value in dense.parameters():
+        value.mul_(share_E[indices[0]].item())
+    for index in indices[1:]:
+        parameters = experts.expert(index).parameters()
+        for place, value in zip(dense.parameters(), parameters, strict=True):
+            place.add_(value, alpha=share_E[index].item())
+    return dense

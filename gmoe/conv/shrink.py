@@ -1,0 +1,65 @@
+"""Take experts that are convs away from a layer; see :mod:`gmoe.shrink`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from gmoe.conv.aggregate import FilterExperts
+from gmoe.conv.base import MixedExperts, StackedExperts
+from gmoe.conv.from_base import ConvsFromBase
+from gmoe.conv.kinds import Make
+from gmoe.conv.separate import SeparateExperts
+from gmoe.experts import LinearExperts
+from gmoe.shrink import Kept, keep_experts, take
+
+
+@keep_experts.register
+def _stacked(experts: StackedExperts, kept: Kept) -> None:
+    # Of a stack, each tensor has a row for each expert.
+    for part in experts.modules():
+        if isinstance(part, LinearExperts):
+            keep_experts(part, kept)
+            continue
+        names = [name for name, _ in part.named_parameters(recurse=False)]
+        names += [name for name, _ in part.named_buffers(recurse=False)]
+        if names and part is not experts:
+            raise ValueError(
+                f"model: got experts with a {type(part).__name__} in place of a part, expected "
+                "stacked linear layers as they were built; call gmoe.restack before"
+            )
+        for name in names:
+            take(part, name, kept)
+    if isinstance(experts.make, Make):
+        experts.make = replace(experts.make, kinds=[experts.make.kinds[expert] for expert in kept])
+    if isinstance(experts, FilterExperts):
+        # All powers stay: the router may see them.
+        experts.filters = [experts.filters[expert] for expert in kept]
+    experts.num_experts = len(kept)
+
+
+@keep_experts.register
+def _separate(experts: SeparateExperts, kept: Kept) -> None:
+    experts.members = nn.ModuleList(experts.members[expert] for expert in kept)
+    experts.is_local = [experts.is_local[expert] for expert in kept]
+
+
+@keep_experts.register
+def _mixed(experts: MixedExperts, kept: Kept) -> None:
+    groups = []
+    members = []
+    for group, indices in zip(experts.groups, experts.members, strict=True):
+        places = [place for place, expert in enumerate(indices) if expert in kept]
+        if not places:
+            continue
+        keep_experts(group, places)
+        groups.append(group)
+        members.append(tuple(kept.index(indices[place]) for place in places))
+    experts.groups = nn.ModuleList(groups)
+    experts.members = members
+
+
+@keep_experts.register
+def _from_base(experts: ConvsFromBase, kept: Kept) -> None:
+    keep_experts(experts.differences, kept)

@@ -1,0 +1,378 @@
+"""Save a model with experts that was made from somebody else's dense model, and load it again.
+
+A folder holds three files, none of which is code:
+
+- ``gmoe.json``: which layers have experts, and how they were made;
+- ``model.safetensors``: all weights of the model;
+- ``receipt.safetensors``: what the model gave for one input, if there was one.
+
+:class:`gmoe.GNNMoE` and :class:`gmoe.ViTMoE` know how they are built, and need no base: they have
+``save_pretrained`` (:mod:`gmoe.hub`). Once layers of theirs were pruned or folded, they are saved
+here, too.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmoe._calls import Batch, arguments_of, largest_difference, outputs_of
+from gmoe._checks import check_counts, naming_extras
+from gmoe.convert import moefy
+from gmoe.dense import MLP, densify_like
+from gmoe.from_base import FromBase, fold
+from gmoe.hub import HubMixin
+from gmoe.moe import MoELayer
+from gmoe.routers import ROUTERS
+from gmoe.shrink import groups_of
+from gmoe.unstacked import UnstackedLinears
+
+LAYERS = "gmoe.json"
+WEIGHTS = "model.safetensors"
+RECEIPT = "receipt.safetensors"
+
+FORMAT = 1
+"""The version of the files; a reader refuses others."""
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """How a layer was made, as it stands in the file.
+
+    Args:
+        moefied: the arguments of :func:`gmoe.moefy`; ``None`` for a layer that the base has itself.
+        folded: the base of its experts was added to them, see :func:`gmoe.fold`.
+        kept: the experts that stayed when others were pruned; ``None`` for all.
+        dense: it was folded back to one MLP, see :func:`gmoe.densify`.
+    """
+
+    moefied: dict[str, Any] | None
+    folded: bool
+    kept: list[int] | None
+    dense: bool
+
+
+OPTIONS = ("num_experts", "k", "router", "router_kwargs", "upcycle", "start", "backend")
+"""The arguments of :func:`gmoe.moefy` that a file may hold."""
+
+
+def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> Path:
+    """Write a moefied model to a folder: how its layers were made, and all its weights.
+
+    It takes models of timm, Hugging Face's transformers, PyG and your own that :func:`gmoe.moefy`
+    has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and :func:`gmoe.densify`. The
+    dense model itself is not described: :func:`load` gets it as ``base``.
+
+    Args:
+        model: the model.
+        folder: where to write; created if it does not exist.
+        inputs: what the model is called with: a tensor, a tuple of tensors, or a dictionary of
+            them by name. They are saved with the model's outputs, and :func:`load` compares
+            (default ``None``: it compares no outputs).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ImportError: ``safetensors`` is not installed.
+        ValueError: no layer with experts; a router or experts of a class of your own, parts that
+            were replaced (LoRA, quantized, unstacked layers): no code runs from a file, and the
+            message says what to do; inputs that are no tensors.
+
+    Example:
+        >>> gmoe.save(vit, "folder", images[:2])
+        >>> vit = gmoe.load("folder", base=timm.create_model("vit_tiny_patch16_224"))
+    """
+    with naming_extras():
+        from safetensors.torch import save_file
+    layers = {name: asdict(layer) for name, layer in _layers_of(model).items()}
+    if not layers and not isinstance(model, HubMixin):  # whose layers may all be dense by now
+        raise ValueError(
+            f"model: got {type(model).__name__} without layers of experts, expected what "
+            "gmoe.moefy returns"
+        )
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"model: got {name}, a {type(value).__name__}, expected tensors: save before "
+                "layers are quantized"
+            )
+    receipt = {} if inputs is None else _receipt_of(model, inputs)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"format": FORMAT, "model": type(model).__name__, "layers": layers}
+    (folder / LAYERS).write_text(json.dumps(description, indent=2) + "\n")
+    save_file(_saveable(state), folder / WEIGHTS, metadata={"format": "pt"})
+    if receipt:
+        save_file(_saveable(receipt), folder / RECEIPT)
+    else:
+        (folder / RECEIPT).unlink(missing_ok=True)  # of an earlier model
+    return folder
+
+
+def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.Module:
+    """Make a dense model into the one that :func:`save` wrote.
+
+    Args:
+        folder: what :func:`save` wrote.
+        base: the dense model, built as it was before :func:`gmoe.moefy`; its weights do not matter.
+            It is changed in place, so throw it away after an error.
+        tolerance: the largest difference of the outputs on the inputs that were saved, as a share
+            of the largest output (default 1e-4, for float32; say 0.02 for bfloat16 on another
+            device).
+
+    Returns:
+        The model, in evaluation mode, on the devices of the base and with the saved dtypes.
+
+    Raises:
+        ImportError: ``safetensors`` is not installed.
+        FileNotFoundError: a file is missing.
+        ValueError: a file that is damaged; a base of another class or size; outputs that differ.
+            The message names the file.
+    """
+    with naming_extras():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    folder = Path(folder)
+    layers = _read_layers(folder / LAYERS, base)
+    try:
+        model = _rebuilt(base, layers)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{folder / LAYERS}: got {error}, expected layers that can be made of the base"
+        ) from error
+    try:
+        state = load_file(folder / WEIGHTS)
+        for name, value in model.state_dict(keep_vars=True).items():
+            saved = state.get(name, value)
+            if saved.dtype != value.dtype:
+                value.data = value.data.to(saved.dtype)
+        model.load_state_dict(state)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS}: got {error}, expected the weights of the layers in {LAYERS} and "
+            "of the base"
+        ) from error
+    model.eval()
+
+    if (folder / RECEIPT).exists():
+        difference, largest = _compared(model, folder)
+        if not difference <= tolerance * largest:
+            raise ValueError(
+                f"{folder / RECEIPT}: got outputs that differ by up to {difference:.3g} from the "
+                f"saved ones, expected at most {tolerance:g} times the largest, {largest:.3g}: is "
+                "the base built with the same arguments?"
+            )
+    return model
+
+
+def receipt(model: nn.Module, folder: str | Path) -> float:
+    """The largest absolute difference of a model's outputs from those that were saved.
+
+    Args:
+        model: what :func:`load` returned.
+        folder: what :func:`save` wrote, with inputs.
+
+    Raises:
+        FileNotFoundError: the model was saved without inputs.
+    """
+    return _compared(model, Path(folder))[0]
+
+
+# how layers were made -----------------------------------------------------------------------------
+
+
+def _layers_of(model: nn.Module) -> dict[str, SavedLayer]:
+    """How each layer with experts, or MLP that was one, was made."""
+    layers = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, MoELayer | MLP):
+            continue
+        moefied = layer.moefied
+        if moefied is not None:
+            for value in moefied.values():
+                if isinstance(value, ValueError):
+                    raise ValueError(f"{value}; {_BY_HAND}")
+        if isinstance(layer, MLP):
+            if moefied is not None:
+                layers[name] = SavedLayer(moefied, folded=False, kept=None, dense=True)
+            continue
+        _check_parts(name, layer)
+        start = getattr(layer, "start", None) if moefied is None else moefied["start"]
+        layers[name] = SavedLayer(
+            moefied,
+            folded=start == "copies" and not isinstance(layer.experts, FromBase),
+            kept=None if layer.kept is None else list(layer.kept),
+            dense=False,
+        )
+    return layers
+
+
+_BY_HAND = (
+    "no code runs from a file: torch.save(model.state_dict(), path), and to load it, moefy the "
+    "base in the same way and call load_state_dict"
+)
+"""What to do with a model that cannot be saved."""
+
+
+def _check_parts(name: str, layer: MoELayer) -> None:
+    """Refuse a router or experts of classes that a file cannot name."""
+    router = getattr(layer, "router", None)
+    if router is not None and layer.moefied is not None:
+        built = ROUTERS[layer.moefied["router"]]
+        if isinstance(built, type) and type(router) is not built:
+            raise ValueError(
+                f"router: got {type(router).__name__} in {name}, expected "
+                f"{layer.moefied['router']!r}, with which the layer was made; {_BY_HAND}"
+            )
+    for path, part in layer.experts.named_modules(prefix=f"{name}.experts"):
+        if isinstance(part, UnstackedLinears):
+            raise ValueError(
+                f"model: got {path}, unstacked layers, expected stacked ones: gmoe.restack(model) "
+                "before it is saved, gmoe.unstack(model) after it is loaded"
+            )
+        # The convs that run one by one, and norms and activations, are those of the base.
+        has_parameters = any(True for _ in part.parameters(recurse=False))
+        if has_parameters and not _is_known(part) and ".members." not in path:
+            raise ValueError(
+                f"model: got {path}, a {type(part).__name__}, expected experts as they were built; "
+                f"{_BY_HAND}"
+            )
+
+
+def _is_known(part: nn.Module) -> bool:
+    """True for a class of gmoe's."""
+    return type(part).__module__.partition(".")[0] == "gmoe"
+
+
+def _read_layers(path: Path, base: nn.Module) -> dict[str, SavedLayer]:
+    """Read and check the description of the layers.
+
+    Raises:
+        ValueError: anything but what :func:`save` writes, or for a base of another class.
+    """
+    text = path.read_bytes()
+    try:
+        found = json.loads(text)
+        if found["format"] != FORMAT:
+            raise ValueError(f"format: got {found['format']!r}, expected {FORMAT}")
+        if found["model"] != type(base).__name__:
+            raise ValueError(f"base: got a {type(base).__name__}, expected {found['model']!r}")
+        return {str(name): _checked(layer) for name, layer in found["layers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: got {type(error).__name__}: {error}, expected what gmoe.save writes"
+        ) from error
+
+
+def _checked(layer: Any) -> SavedLayer:
+    """A layer of the file, if all of it has the types that it should have."""
+    if set(layer) != {field.name for field in fields(SavedLayer)}:
+        raise ValueError(f"layers: got one with {sorted(layer)}, expected {SavedLayer.__doc__}")
+    saved = SavedLayer(**layer)
+    moefied = saved.moefied
+    if moefied is not None:
+        has_router = isinstance(moefied.get("router"), str) and moefied["router"] in ROUTERS
+        if set(moefied) != set(OPTIONS) or not has_router:
+            raise ValueError(
+                f"moefied: got {moefied}, expected {', '.join(OPTIONS)}, with a router of "
+                f"{', '.join(ROUTERS)}"
+            )
+        check_counts(num_experts=moefied["num_experts"], k=moefied["k"])
+    kept = saved.kept
+    are_numbers = kept is None or all(type(expert) is int and expert >= 0 for expert in kept)
+    if not are_numbers or (kept is not None and kept != sorted(set(kept))):
+        raise ValueError(f"kept: got {kept}, expected ascending numbers of experts")
+    for name in ("folded", "dense"):
+        if not isinstance(getattr(saved, name), bool):
+            raise ValueError(f"{name}: got {getattr(saved, name)!r}, expected true or false")
+    return saved
+
+
+def _rebuilt(base: nn.Module, layers: Mapping[str, SavedLayer]) -> nn.Module:
+    """Make the layers of the base again, with any values."""
+    # 1. moefy, once for all layers that were made with the same arguments.
+    made: list[tuple[dict[str, Any], list[str]]] = []
+    for name, layer in layers.items():
+        if layer.moefied is None or isinstance(base.get_submodule(name), MoELayer):
+            continue
+        alike = [names for arguments, names in made if arguments == layer.moefied]
+        names = alike[0] if alike else []
+        if not alike:
+            made.append((layer.moefied, names))
+        names.append(name)
+    for arguments, names in made:
+        moefy(base, targets=[glob.escape(name) for name in names], **arguments)
+
+    # 2. fold, prune and densify.
+    for group in groups_of(base):
+        saved = {name: layers[name] for name in group.layers if name in layers}
+        for name, description in saved.items():
+            if description.folded:
+                group.layers[name].experts = fold(group.layers[name].experts)
+        kept = next((description.kept for description in saved.values()), None)
+        if kept is not None:
+            are_alike = all(description.kept == kept for description in saved.values())
+            if not are_alike or not kept or kept[-1] >= group.num_experts:
+                raise ValueError(f"kept: got {kept} for {', '.join(group.layers)}")
+            group.keep(kept)
+        dense = [name for name in group.layers if name not in saved or saved[name].dense]
+        base = densify_like(base, group, dense)
+    return base
+
+
+# weights and receipts -----------------------------------------------------------------------------
+
+
+def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clones, since safetensors refuses tensors that share their memory, as tied layers do."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
+    """The inputs and the outputs by name."""
+    args, kwargs = arguments_of(inputs)
+    named = {f"args.{number}": value for number, value in enumerate(args)}
+    named |= {f"kwargs.{name}": value for name, value in kwargs.items()}
+    for name, value in named.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            raise ValueError(
+                f"inputs: got {type(value).__name__} as {name}, expected dense tensors"
+            )
+    outputs = outputs_of(model, [inputs])
+    if not outputs:
+        raise ValueError("inputs: got some for which the model returns no floats")
+    return named | {f"outputs.{number}": value for number, value in enumerate(outputs)}
+
+
+def _compared(model: nn.Module, folder: Path) -> tuple[float, float]:
+    """The largest difference of a model's outputs from the saved ones; and the largest of these."""
+    with naming_extras():
+        from safetensors.torch import load_file
+    device = next(model.parameters()).device
+    saved = {name: value.to(device) for name, value in load_file(folder / RECEIPT).items()}
+    args = _numbered(saved, "args")
+    kwargs = {
+        name.removeprefix("kwargs."): value
+        for name, value in saved.items()
+        if name.startswith("kwargs.")
+    }
+    before = _numbered(saved, "outputs")
+    after = outputs_of(model, [tuple(args) if args else kwargs])
+    largest = max((float(value.abs().max()) for value in before if value.numel()), default=0.0)
+    return largest_difference(before, after), largest
+
+
+def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> list[Tensor]:
+    """The tensors ``prefix.0``, ``prefix.1``, ... in order."""
+    count = sum(name.startswith(f"{prefix}.") for name in tensors)
+    return [tensors[f"{prefix}.{number}"] for number in range(count)]

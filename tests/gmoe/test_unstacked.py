@@ -1,0 +1,177 @@
+"""Experts as one nn.Linear each: the same outputs, found by other tools, and stacked again."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
+from torch.nn.utils import parametrizations
+
+import gmoe
+from gmoe.from_base import FromBase
+from gmoe.shrink import groups_of
+from gmoe.unstacked import UnstackedLinears
+from tests.gmoe.test_convert import images
+from tests.gmoe.test_pruning import (
+    CONVS,
+    EDGES,
+    EXPERTS,
+    WIDTH,
+    X,
+    assert_same,
+    conv_layer,
+    moefied,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def num_linears(model: nn.Module) -> int:
+    return sum(type(part) is nn.Linear for part in model.modules())
+
+
+def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:
+    out.square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+@pytest.mark.parametrize("conv", CONVS)
+def test_unstacked_convs_give_the_same_and_are_stacked_again(conv: str, start: str, k: int) -> None:
+    if start == "copies" and isinstance(CONVS[conv], list):
+        pytest.skip("convs of several kinds are no copies")
+    layer = conv_layer(CONVS[conv], start, "token_choice", k)
+    expected = layer(X, EDGES)
+    state = gmoe.fold(copy.deepcopy(layer)).state_dict()
+    gmoe.unstack(layer)
+    is_stacked = conv != "one by one"
+    assert any(isinstance(part, UnstackedLinears) for part in layer.modules()) == is_stacked
+    assert not any(isinstance(part, gmoe.LinearExperts) for part in layer.modules())
+    assert_same(layer(X, EDGES), expected)
+    found = gradients(layer, layer(X, EDGES))
+    gmoe.restack(layer)
+    assert_same(layer(X, EDGES), expected)
+    again = layer.state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
+    stacked = gradients(layer, layer(X, EDGES))
+    assert_same(found["router.gate.weight"], stacked["router.gate.weight"])
+    for name, gradient in stacked.items():
+        unstacked = f"{name.removesuffix('weight')}linears.0.weight"
+        if unstacked in found:
+            assert_same(found[unstacked].T, gradient[0])
+
+
+@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+def test_an_unstacked_vit_gives_the_same(start: Any) -> None:
+    model = moefied(start=start)
+    expected = model(images())
+    before = num_linears(model)
+    unstacked = gmoe.unstack(copy.deepcopy(model))
+    assert num_linears(unstacked) == before + 2 * 2 * EXPERTS
+    assert_same(unstacked(images()), expected)
+    folded = gmoe.fold(model)
+    size = sum(parameter.numel() for parameter in folded.parameters())
+    assert size == sum(parameter.numel() for parameter in unstacked.parameters())
+    assert_same(gmoe.restack(unstacked)(images()), expected)
+
+
+def saved_size(model: nn.Module) -> int:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell()
+
+
+def test_dynamic_quantization_finds_the_experts() -> None:
+    """And leaves them alone where they are stacked. Some experts get no token."""
+    model = moefied(start="copies").float()
+    x = images(1).float()
+    expected = model(x)
+    left = quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    quantized = quantize_dynamic(gmoe.unstack(model), {nn.Linear}, dtype=torch.qint8)
+    experts = [part for part in quantized.modules() if isinstance(part, UnstackedLinears)]
+    assert len(experts) == 4
+    for part in experts:
+        assert all("quantized" in type(linear).__module__ for linear in part.linears)
+    assert saved_size(quantized) < 0.6 * saved_size(left)
+    assert float((quantized(x) - expected).norm() / expected.norm()) < 0.1
+    with pytest.raises(ValueError, match="quantized weights cannot be stacked"):
+        gmoe.restack(quantized)
+
+
+def test_quantized_convs_run() -> None:
+    for conv in ("gcn", "gin", "gat"):
+        layer = conv_layer(CONVS[conv], "shared", "token_choice", 1).float()
+        x = X[:2].float()  # most experts have no node
+        edges = torch.tensor([[0, 1], [1, 0]])
+        expected = layer(x, edges)
+        quantized = quantize_dynamic(gmoe.unstack(layer), {nn.Linear}, dtype=torch.qint8)
+        assert float((quantized(x, edges) - expected).norm() / expected.norm()) < 0.1
+
+
+def test_lora_finds_the_experts_and_is_merged() -> None:
+    model = gmoe.unstack(moefied(start="copies"))
+    expected = model(images())
+    config = peft.LoraConfig(r=2, target_modules=r".*experts\.(up|down)\.linears\.\d+")
+    adapted: Any = peft.get_peft_model(model, config)
+    assert_same(adapted(images()), expected)
+    adapted(images()).square().sum().backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    assert len(trained) == 2 * 2 * 2 * EXPERTS  # A and B of two layers' two maps
+    assert all("lora" in name for name in trained)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+    expected = adapted(images())
+    with pytest.raises(ValueError, match="merge adapters"):
+        gmoe.restack(copy.deepcopy(adapted))
+    assert_same(gmoe.restack(adapted.merge_and_unload())(images()), expected)
+
+
+def test_one_layer_of_linear_experts_is_replaced_itself() -> None:
+    experts = gmoe.LinearExperts(WIDTH, 3, EXPERTS).double()
+    layer = gmoe.MoE(gmoe.TokenChoice(WIDTH, EXPERTS), experts).double().eval()
+    expected = layer(X)
+    assert_same(gmoe.unstack(layer)(X), expected)
+    unstacked = gmoe.unstack(experts)
+    assert isinstance(unstacked, UnstackedLinears)
+    unstacked.reset_parameters()
+    assert isinstance(gmoe.restack(unstacked), gmoe.LinearExperts)
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    model = moefied(start="plain").requires_grad_(False)
+    assert not any(p.requires_grad for p in gmoe.unstack(model).parameters())
+    assert not any(p.requires_grad for p in gmoe.restack(model).parameters())
+
+
+def test_changed_layers_are_refused() -> None:
+    model = moefied(start="plain")
+    parametrizations.weight_norm(model.blocks[0].mlp.experts.up)
+    with pytest.raises(ValueError, match=r"experts\.up with hooks"):
+        gmoe.unstack(model)
+    unstacked = gmoe.unstack(moefied(start="plain"))
+    with pytest.raises(ValueError, match=r"gmoe\.restack"):
+        groups_of(unstacked)[0].keep((0, 1))
+
+
+def test_hetero_layers_are_unstacked() -> None:
+    torch.manual_seed(0)
+    layer = gmoe.HeteroMoEConv(WIDTH, WIDTH, (["a"], [("a", "to", "a")]), start="plain").double()
+    call = ({"a": X}, {("a", "to", "a"): EDGES})
+    expected = layer.eval()(*call)["a"]
+    assert_same(gmoe.unstack(layer)(*call)["a"], expected)
+    assert_same(gmoe.restack(layer)(*call)["a"], expected)
+
+
+def test_experts_that_share_a_base_are_folded() -> None:
+    model = gmoe.unstack(moefied(start="copies"))
+    assert not any(isinstance(part, FromBase) for part in gmoe.restack(model).modules())
