@@ -7,7 +7,7 @@ drawn, S edges drawn, k the fan-out (in-edges drawn per node), B seeds of all ty
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch_geometric.sampler import (
 from torch_geometric.sampler.neighbor_sampler import edge_sample, node_sample
 from torch_geometric.typing import EdgeType, NodeType
 
-from gmoe._checks import check_choice
+from gmoe._checks import check_choice, described
 from gmoe.conv.graph import Graph
 from gmoe.data.positions import SeparatePositions, SharedPositions
 from gmoe.data.stored import StoredGraph, check_nodes
@@ -175,7 +175,8 @@ class NeighborSampler(BaseSampler):
     ) -> SamplerOutput | HeteroSamplerOutput:
         """The subgraph that both ends of the seed edges need; called by ``LinkLoader``."""
         if (index.time is None) != (self._clock is None):
-            _refuse_times(index.time)
+            expected = "None, as the graph has no times" if self._clock is None else "times"
+            raise ValueError(f"time: got {described(index.time)} of the links, expected {expected}")
         amount = 1 if neg_sampling is None else neg_sampling.amount
         if self.disjoint and amount != int(amount):
             raise ValueError(
@@ -201,7 +202,11 @@ class NeighborSampler(BaseSampler):
             if kind not in self._sizes:
                 raise ValueError(f"input_type: got {kind!r}, expected one of {list(self._sizes)}")
             check_nodes("node", nodes, self._sizes[kind])
-        rank_B = self._seed_ranks(seeds, times)
+        ranks = [
+            self.rank_seeds("time", kind, nodes, times.get(kind)) for kind, nodes in seeds.items()
+        ]
+        # All of them are ranks, or none is.
+        rank_B = None if self._clock is None else torch.cat([r for r in ranks if r is not None])
         if self.disjoint:
             fields = self._expand(seeds, SeparatePositions(self._sizes), rank_B)
         else:
@@ -224,22 +229,32 @@ class NeighborSampler(BaseSampler):
         except IndexError:
             return SharedPositions(self._sizes, self._dtype)
 
-    def _seed_ranks(self, seeds: Seeds, times: Seeds) -> Tensor | None:
-        """(B,) the ranks of the times of all seeds; ``None`` if the graph has no times."""
+    def rank_seeds(
+        self, name: str, kind: NodeType, nodes: Tensor, times: Tensor | None
+    ) -> Tensor | None:
+        """(L,) the ranks of the times of seeds of a type; ``None`` if the graph has no times.
+
+        Args:
+            name: of the times, for errors.
+            kind: the type of the seeds.
+            nodes: (L,) the seeds.
+            times: (L,) their times; ``None`` for those of the nodes.
+
+        Raises:
+            ValueError: times where the graph has none, or none where it has, but not of this type.
+        """
         if self._clock is None:
-            if times:
-                _refuse_times(next(iter(times.values())))
+            if times is not None:
+                raise ValueError(f"{name}: got times without time_attr of the graph, expected None")
             return None
-        ranks = []
-        for kind, nodes in seeds.items():
-            if kind in times:
-                time = times[kind]
-            elif kind in self._node_times:
-                time = self._node_times[kind][nodes.long()]
-            else:
-                _refuse_times(None)
-            ranks.append(self._clock.rank("time", time, len(nodes)))
-        return torch.cat(ranks)
+        if times is None:
+            if kind not in self._node_times:
+                raise ValueError(
+                    f"{name}: got None, expected the times of the seeds: time_attr gives their "
+                    "nodes none"
+                )
+            times = self._node_times[kind][nodes.long()]
+        return self._clock.rank(name, times, len(nodes))
 
     def _expand(
         self, seeds: Seeds, positions: SharedPositions | SeparatePositions, rank_B: Tensor | None
@@ -359,13 +374,6 @@ class NeighborSampler(BaseSampler):
         Spawned workers share the memory of pickled tensors: all would write into one table.
         """
         return self.__dict__ | {"_spare_positions": []}
-
-
-def _refuse_times(time: Tensor | None) -> NoReturn:
-    """Refuse seeds with times where the graph has none, or without where it has."""
-    if time is None:
-        raise ValueError("time: got None, expected times of the seeds, whose type has no time_attr")
-    raise ValueError("time: got times of the seeds without time_attr of the graph, expected None")
 
 
 def _draw(first_F: Tensor, degree_F: Tensor, k: int, replace: bool) -> tuple[Tensor, Tensor]:
