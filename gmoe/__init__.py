@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from gmoe.conv.graph import Graph
     from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
     from gmoe.conv.moe_conv import MoEConv
-    from gmoe.data.loader import neighbor_loader
+    from gmoe.data.loader import link_neighbor_loader, neighbor_loader
     from gmoe.data.sampler import NeighborSampler
     from gmoe.data.stored import StoredGraph
     from gmoe.metrics import RoutingStats
@@ -99,6 +99,7 @@ __all__ = [
     "fold",
     "grouped_linear",
     "importance_loss",
+    "link_neighbor_loader",
     "load",
     "load_loss",
     "match_width",
@@ -122,6 +123,7 @@ _LAZY = {
     "HeteroMoEConv": "gmoe.conv.hetero",
     "RelationalConv": "gmoe.conv.hetero",
     "MoEConv": "gmoe.conv.moe_conv",
+    "link_neighbor_loader": "gmoe.data.loader",
     "neighbor_loader": "gmoe.data.loader",
     "NeighborSampler": "gmoe.data.sampler",
     "StoredGraph": "gmoe.data.stored",

@@ -27,7 +27,7 @@ class UnstackedLinears(Experts):
     """
 
     def __init__(self, experts: LinearExperts) -> None:
-        super().__init__(experts.in_features, experts.out_features, experts.num_experts)
+        super().__init__(experts.in_features, experts.out_features, num_experts=experts.num_experts)
         self.backend = experts.backend
         self.zero_init = experts.zero_init
         linears = []
@@ -72,7 +72,7 @@ class UnstackedLinears(Experts):
             experts = LinearExperts(
                 self.in_features,
                 self.out_features,
-                self.num_experts,
+                num_experts=self.num_experts,
                 bias=first.bias is not None,
                 zero_init=self.zero_init,
                 backend=self.backend,

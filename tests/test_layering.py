@@ -21,7 +21,13 @@ PYG = frozenset({"torch_geometric", "numpy", "tqdm"})
 ROOMS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("gmoe.conv", "gmoe.data"), PYG),
     **dict.fromkeys(
-        ("gmoe.models.gnn", "gmoe.models.hetero_gnn", "gmoe.models.inference", "gmoe.models.parts"),
+        (
+            "gmoe.models.gnn",
+            "gmoe.models.hetero_gnn",
+            "gmoe.models.hetero_inference",
+            "gmoe.models.inference",
+            "gmoe.models.parts",
+        ),
         PYG,
     ),
     "gmoe.metrics": frozenset({"torchmetrics"}),

@@ -328,15 +328,25 @@ class HeteroMoEConv(MoELayer):
             batch = (batch_dict or {}).get(name)
             routing = self.routers[name](parts[0], batch)
             routings[name] = routing
-            # Gather each part's rows by expert, one grouped product a part, scatter back by weight.
-            rows_PD = [dispatch(part, routing) for part in parts]
-            y = combine(self.experts.mix(name, rows_PD, routing.offsets), routing)
-            if self.gain is not None:
-                y = (GAIN_SCALE * self.gain).to(y.dtype) * y
-            if self.shared_expert is not None:
-                y = self.shared_expert.mix(name, parts) + y
-            out[name] = y
+            out[name] = self.mix(name, parts, routing)
         return (out, routings) if return_routing else out
+
+    def mix(self, node_type: NodeType, parts: Sequence[Tensor], routing: Routing) -> Tensor:
+        """(T, O) the sum of the experts of each token, and of the shared expert.
+
+        Args:
+            node_type: whose experts are used.
+            parts: as :meth:`RelationalConv.parts` gives them for this type.
+            routing: of the type's T tokens.
+        """
+        # Gather each part's rows by expert, one grouped product a part, scatter back by weight.
+        rows_PD = [dispatch(part, routing) for part in parts]
+        y = combine(self.experts.mix(node_type, rows_PD, routing.offsets), routing)
+        if self.gain is not None:
+            y = (GAIN_SCALE * self.gain).to(y.dtype) * y
+        if self.shared_expert is not None:
+            y = self.shared_expert.mix(node_type, parts) + y
+        return y
 
 
 def graph_of(relation: EdgeType, adj: Adj | Graph, x_dict: NodeTensors) -> Graph:

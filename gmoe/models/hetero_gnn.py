@@ -20,6 +20,7 @@ from gmoe._checks import check_counts, parameters_of
 from gmoe.conv import hetero
 from gmoe.conv.graph import Graph
 from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
+from gmoe.models.hetero_inference import inference
 from gmoe.models.parts import (
     Activation,
     Norm,
@@ -198,27 +199,42 @@ class HeteroGNNMoE(nn.Module):
             graphs[relation] = hetero.graph_of(relation, adj, h_dict) if is_needed else adj
 
         routings: list[Routing] = []
-        # The last conv, the output layer, has no residuals and no norms: zip leaves it out.
-        hidden_layers: Any = zip(self.convs, self.residuals, self.norms, strict=False)
-        for conv, residuals, norms in hidden_layers:
+        for layer, conv in enumerate(self.convs):
             if isinstance(conv, HeteroMoEConv):
                 out, by_type = conv(h_dict, graphs, batch_dict=batch_dict, return_routing=True)
                 routings.extend(by_type.values())
             else:
                 out = conv(h_dict, graphs)
-            for name, norm in norms.items():
-                h = out[name]
-                if name in residuals:
-                    h = h + residuals[name](h_dict[name])
-                batch = (batch_dict or {}).get(name)
-                h = norm(h, batch) if self.norm_takes_batch else norm(h)
-                out[name] = self.dropout(self.act(h))
+            for name, h in out.items():
+                out[name] = self.add_residual(layer, name, h, h_dict[name])
+                out[name] = self.activate(layer, name, out[name], (batch_dict or {}).get(name))
             h_dict = out
 
-        logits = self.convs[-1](h_dict, graphs)
-        if self.target is not None:
-            logits = logits[self.target]
+        logits = h_dict if self.target is None else h_dict[self.target]
         return (logits, routings) if return_routing else logits
+
+    # The next two are also the steps of inference, which runs a layer part by part.
+
+    def add_residual(self, layer: int, name: NodeType, out: Tensor, x: Tensor) -> Tensor:
+        """(T, O) a layer's output for some nodes of a type, plus the residual of (T, D) its input.
+
+        The output layer has none.
+        """
+        if layer == len(self.residuals):
+            return out
+        residuals: Any = self.residuals[layer]
+        return out + residuals[name](x) if name in residuals else out
+
+    def activate(self, layer: int, name: NodeType, h: Tensor, batch: Tensor | None) -> Tensor:
+        """Norm, activation and dropout of all nodes of a type; the output layer has none."""
+        if layer == len(self.norms):
+            return h
+        norms: Any = self.norms[layer]
+        norm = norms[name]
+        h = norm(h, batch) if self.norm_takes_batch else norm(h)
+        return self.dropout(self.act(h))
+
+    inference = inference
 
     def _inputs(self, x_dict: NodeTensors, n_id_dict: NodeTensors | None) -> dict[NodeType, Tensor]:
         """(N, D) of each node type: its features, projected if widths differ, or its embeddings."""

@@ -13,7 +13,7 @@ from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.sampler.base import SubgraphType
 
-from gmoe.data.loader import SamplerBackend, neighbor_loader
+from gmoe.data.loader import SamplerBackend, link_neighbor_loader, neighbor_loader
 from tests.gmoe.data.sampled import graph, hetero_graph
 
 NODES, EDGES = 40, 300
@@ -131,9 +131,7 @@ def test_auto_takes_pyg_lib_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None
 
 ASKED: list[tuple[str, Any]] = [
     *(("subgraph_type", "induced"), ("subgraph_type", SubgraphType.bidirectional)),
-    *(("directed", False), ("disjoint", True), ("neighbor_sampler", object())),
-    *(("time_attr", "time"), ("input_time", torch.arange(NODES)), ("temporal_strategy", "last")),
-    ("weight_attr", "edge_weight"),
+    *(("directed", False), ("neighbor_sampler", object()), ("weight_attr", "edge_weight")),
 ]
 
 
@@ -149,11 +147,15 @@ def test_what_only_pyg_does_is_refused(
         message = rf"^{name}: got .*, expected .*NeighborLoader with pyg-lib"
         with pytest.raises(ValueError, match=message):
             neighbor_loader(data, [3], seeds, backend=backend, is_sorted=True, **{name: value})
+        links: Any = None if isinstance(data, Data) else ("author", "paper")
+        with pytest.raises(ValueError, match=message):
+            link_neighbor_loader(data, [3], links, backend=backend, is_sorted=True, **{name: value})
 
 
 def test_pygs_defaults_ask_for_nothing() -> None:
     given = inspect.signature(NeighborLoader).parameters
-    defaults = {name: given[name].default for name, _ in ASKED}
+    times = ("disjoint", "time_attr", "input_time", "temporal_strategy")
+    defaults = {name: given[name].default for name in (*times, *(name for name, _ in ASKED))}
     torch.manual_seed(0)
     plain = next(iter(neighbor_loader(full_graph(), [3], batch_size=5, backend="gmoe")))
     for subgraph_type in ("directional", SubgraphType.directional):
@@ -177,3 +179,52 @@ def test_bad_input_nodes(make: Callable[[], Data | HeteroData]) -> None:
             neighbor_loader(make(), [3], input_nodes)
     with pytest.warns(UserWarning, match="num_nodes"), pytest.raises(ValueError, match="data"):
         neighbor_loader(Data(), [3])
+
+
+@each_backend
+@pytest.mark.parametrize("strategy", ["uniform", "last"])
+def test_no_batch_sees_what_is_later_than_its_seeds(backend: SamplerBackend, strategy: Any) -> None:
+    """In worker processes, too; ``batch`` says whose subgraph a node is in."""
+    data, seeds = full_graph(), torch.tensor([7, 3, 7, 30])
+    data.when, times = torch.arange(NODES) % 9, torch.tensor([8, 2, 5, 4])
+    loader = neighbor_loader(
+        data, [4, 3], seeds, 2, time_attr="when", input_time=times, temporal_strategy=strategy,
+        backend=backend, num_workers=1,
+    )  # fmt: skip
+    for batch, seeds_of_batch, times_of_batch in zip(
+        loader, seeds.split(2), times.split(2), strict=True
+    ):
+        assert batch.n_id[:2].tolist() == seeds_of_batch.tolist()
+        assert batch.batch[:2].tolist() == [0, 1]
+        assert torch.equal(batch.seed_time, times_of_batch)
+        assert (batch.when <= times_of_batch[batch.batch])[2:].all()
+        assert torch.equal(*batch.batch[batch.edge_index])
+    loader._iterator = None
+
+
+@each_backend
+def test_disjoint_batches(backend: SamplerBackend) -> None:
+    data = full_graph()
+    batch = next(iter(neighbor_loader(data, [4], [7, 3, 7], 3, disjoint=True, backend=backend)))
+    assert batch.batch.unique().tolist() == [0, 1, 2]
+    assert torch.equal(*batch.batch[batch.edge_index])
+    assert torch.equal(batch.n_id[batch.edge_index], data.edge_index[:, batch.e_id])
+
+
+def test_bad_times() -> None:
+    """They are named when the loader is made, not in a worker at the first batch."""
+    data = full_graph()
+    data.when, data.of_edges = torch.arange(NODES), torch.arange(EDGES)
+    few, floats = torch.arange(NODES - 1), torch.arange(NODES) / 2
+    cases: list[dict[str, Any]] = [
+        {"input_time": data.when},
+        {"input_time": few, "time_attr": "when"},
+        {"input_time": floats, "time_attr": "when"},
+        {"input_time": None, "time_attr": "of_edges"},
+    ]
+    for case in cases:
+        with pytest.raises(ValueError, match=r"^input_time: got"):
+            neighbor_loader(data, [3], backend="gmoe", **case)
+    mask = torch.arange(NODES) < 4
+    fitting = {"input_time": torch.arange(4), "time_attr": "when"}
+    assert len(neighbor_loader(data, [3], mask, backend="gmoe", **fitting)) == 4  # type: ignore[arg-type]
