@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 
 import gmoe
-from docs import curves_figure, router_figure
 from docs.check_links import broken
+from docs.plots.__main__ import every_drawing, pages, render
+from docs.plots.results import Gain
+from docs.plots.style import FIGURES, save
+from docs.plots.swap import swaps
 from experiments import starts
 from experiments.files import read_json
 from experiments.presets import PRESETS
@@ -21,6 +24,7 @@ from experiments.tables import differences, read_cells
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
 README = (ROOT / "README.md").read_text()
+DRAWINGS = every_drawing()
 EXECUTED = sorted(
     str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text()
 )
@@ -165,23 +169,57 @@ def test_the_times_of_the_readme_are_those_of_the_results() -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_figure_of_the_readme_shows_the_results(theme: str, tmp_path: Path) -> None:
-    """If it does not, run ``python -m docs.router_figure``."""
-    router_figure.main(tmp_path)
-    files = [folder / f"routers-{theme}.png" for folder in (router_figure.FIGURES, tmp_path)]
-    committed, drawn = (Image.open(file).info["Description"] for file in files)
-    assert committed == drawn
-    assert "mosaic: token-choice +1.91 ± 1.56, expert-choice -3.30 ± 1.67, random" in drawn
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_figure_shows_the_results(name: str, theme: str) -> None:
+    """If it does not, run ``python -m docs.plots``."""
+    committed = Image.open(FIGURES / f"{name}-{theme}.png").info["Description"]
+    assert committed == DRAWINGS[name].numbers
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_figure_of_curves_shows_the_results(theme: str, tmp_path: Path) -> None:
-    """If it does not, run ``python -m docs.curves_figure``."""
-    curves_figure.main(tmp_path)
-    files = [folder / f"curves-{theme}.png" for folder in (router_figure.FIGURES, tmp_path)]
-    committed, drawn = (Image.open(file).info["Description"] for file in files)
-    assert committed == drawn
-    assert "mosaic copies: 20.7 75.95 ± 5.08" in drawn
+def test_a_figure_is_drawn_with_what_it_says(tmp_path: Path) -> None:
+    """The file's text is that of the drawing, and the page is seen through it."""
+    save(DRAWINGS["routers"], tmp_path)
+    for theme in ("light", "dark"):
+        drawn = Image.open(tmp_path / f"routers-{theme}.png")
+        assert "mosaic: token-choice +1.91 (+0.80 to +3.02), expert" in drawn.info["Description"]
+        assert drawn.getchannel("A").getpixel((0, 0)) == 0
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_a_page_has_the_figures_of_today(page: Path) -> None:
+    """If it does not, run ``python -m docs.plots``."""
+    assert render(page, DRAWINGS) == page.read_text()
+
+
+def test_every_figure_is_on_a_page() -> None:
+    text = "".join(page.read_text() for page in pages())
+    assert [name for name in DRAWINGS if f"<!-- figure: {name} -->" not in text] == []
+
+
+def test_a_figure_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="figure: got starts in README"):
+        render(ROOT / "README.md", {"swap": DRAWINGS["swap"]})
+
+
+def test_an_interval_that_leaves_out_zero_is_a_verdict() -> None:
+    assert Gain.of([1.0, 1.1, 0.9]).verdict == "above"
+    assert Gain.of([-1.0, -1.1, -0.9]).verdict == "below"
+    assert Gain.of([1.0, -1.1, 0.2]).verdict == "level"
+
+
+def test_the_swap_says_its_verdict_first() -> None:
+    gains = {name: gain for name, (gain, _) in swaps(RESULTS / "swap.json").items()}
+    names = {
+        verdict: [name for name, gain in gains.items() if gain.verdict == verdict]
+        for verdict in ("above", "below", "level")
+    }
+    assert names["above"] == ["mosaic", "minesweeper", "facebook-sage"]
+    assert names["below"] == ["citeseer-gat"]
+    assert len(names["level"]) == 10
+    opening = in_a_line((DOCS / "lab" / "swap.md").read_text())[:700]
+    assert "**Verdict: " in opening
+    assert "Three rows are better with experts" in opening
+    assert "The other ten are level with the dense model" in opening
 
 
 LAB = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "lab").glob("*.md"))).replace(
