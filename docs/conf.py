@@ -53,7 +53,9 @@ nitpick_ignore_regex = [
 sphinx_gallery_conf = {
     "examples_dirs": str(ROOT / "examples"),
     "gallery_dirs": "auto_examples",
-    "plot_gallery": False,  # CI runs the examples in a step of its own
+    "filename_pattern": r"\.py$",  # run all of them, and show what they print
+    "reset_argv": "docs.plots.gallery.arguments",
+    "remove_config_comments": True,
     "download_all_examples": False,
     "show_signature": False,
     "within_subsection_order": "FileNameSortKey",

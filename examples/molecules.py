@@ -137,3 +137,5 @@ for name, experts in (("GINEConv", False), ("MoEConv", True)):
     print(
         f"{name:8} test accuracy {statistics.fmean(found):.1f} ± {std:.1f} %, {seconds:.0f} s a seed"
     )
+
+# sphinx_gallery_thumbnail_path = "figures/examples/molecules.svg"

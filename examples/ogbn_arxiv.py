@@ -116,3 +116,5 @@ for epoch in range(args.epochs):
         f"epoch {epoch}: validation {100 * val:.1f} %, {time.perf_counter() - start:.0f} s, experts' load in % {load}"
     )
 print(f"test accuracy {100 * test:.1f} % at the best validation epoch")
+
+# sphinx_gallery_thumbnail_path = "figures/examples/ogbn_arxiv.svg"

@@ -128,3 +128,5 @@ for name, router in routers.items():
     print(
         f"{name:13} test accuracy {statistics.fmean(found):.1f}{spread} %, load {routing.load.tolist()}"
     )
+
+# sphinx_gallery_thumbnail_path = "figures/examples/own_router.svg"

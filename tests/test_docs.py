@@ -16,6 +16,7 @@ from docs.plots.__main__ import every_drawing, pages, render
 from docs.plots.results import Gain
 from docs.plots.style import FIGURES, save
 from docs.plots.swap import swaps
+from docs.thumbnails import THUMBNAILS
 from experiments import starts
 from experiments.files import read_json
 from experiments.presets import PRESETS
@@ -80,6 +81,46 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
         '<a href="a.html#x">y</a><a href="https://example.org">y</a><img src="d.png">'
     )
     assert sorted(broken(tmp_path)) == ["a.html: b.html#z", "a.html: c.html", "b.html: d.png"]
+
+
+def test_what_a_page_loads_from_another_site_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<a href="https://example.org/">y</a><script src="https://example.org/x.js"></script>'
+        '<link rel="stylesheet" href="https://example.org/x.css"><img src="data:image/png;base64,">'
+    )
+    found = ["a.html: https://example.org/x.js", "a.html: https://example.org/x.css"]
+    assert broken(tmp_path) == found
+
+
+def test_every_example_has_a_thumbnail() -> None:
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        last = path.read_text().splitlines()[-1]
+        assert last == f'# sphinx_gallery_thumbnail_path = "figures/examples/{path.stem}.svg"'
+        assert (FIGURES / "examples" / f"{path.stem}.svg").exists()
+    assert {draw.__name__ for draw in THUMBNAILS} == {
+        path.stem for path in (ROOT / "examples").glob("*.py")
+    }
+
+
+def test_the_install_page_has_the_versions_of_the_package() -> None:
+    package = (ROOT / "pyproject.toml").read_text()
+    page = (DOCS / "install.md").read_text()
+    for name, said in (
+        ("torch", r"torch>=([\d.]+),<2.14"),
+        ("PyTorch Geometric", r"torch-geometric>=([\d.]+)"),
+        ("torchvision", r"torchvision>=([\d.]+)"),
+        ("Python", r'requires-python = ">=([\d.]+)"'),
+    ):
+        least = re.findall(said, package)[0]
+        assert f"| {name} | {least} " in page
+    assert "| torch | 2.10 to 2.13 |" in page
+
+
+def test_the_citation_is_that_of_the_file() -> None:
+    title = re.findall(r'title: "(.*)"', (ROOT / "CITATION.cff").read_text())[0]
+    page = (DOCS / "citation.md").read_text()
+    assert f"title   = {{{title}}}" in page
+    assert f"version = {{{gmoe.__version__}}}" in page
 
 
 @pytest.mark.parametrize(
@@ -189,6 +230,13 @@ def test_a_figure_is_drawn_with_what_it_says(tmp_path: Path) -> None:
 def test_a_page_has_the_figures_of_today(page: Path) -> None:
     """If it does not, run ``python -m docs.plots``."""
     assert render(page, DRAWINGS) == page.read_text()
+
+
+def test_figures_import_from_experiments_in_one_place() -> None:
+    modules = sorted((DOCS / "plots").glob("*.py"))
+    assert [path.name for path in modules if "from experiments" in path.read_text()] == [
+        "results.py"
+    ]
 
 
 def test_every_figure_is_on_a_page() -> None:
