@@ -17,10 +17,10 @@ from docs.plots.results import Gain
 from docs.plots.style import FIGURES, save
 from docs.plots.swap import swaps
 from docs.thumbnails import THUMBNAILS
-from experiments import starts
-from experiments.files import read_json
-from experiments.presets import PRESETS
-from experiments.tables import differences, read_cells
+from experiments.study import starts
+from experiments.study.routers import differences, read_cells
+from experiments.train.files import read_json
+from experiments.train.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"

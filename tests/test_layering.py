@@ -1,11 +1,12 @@
-"""The imports that each part may have (DESIGN, section 1), read from the sources; and what an import loads."""
+"""The imports that each part may have, read from the sources; and what an import loads."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,9 @@ LAZY = {
     "gmoe.hub": ("huggingface_hub", "safetensors"),
 }
 """Who may import what of it inside of functions, or for the type checker."""
+
+EXPERIMENTS = ("train", "show", "benchmark", "study")
+"""The rooms of the experiments: each may import those before it, and itself."""
 
 SOURCES = sorted(
     path for folder in ("gmoe", "vision", "experiments") for path in (ROOT / folder).rglob("*.py")
@@ -109,7 +113,33 @@ def upward(module: str, found: Import) -> bool:
         return name == "gmoe" or not needs(name) <= needs(module)
     if inside(module, "vision"):
         return top in ("torch_geometric", "experiments", "tests", "ogb") or bool(needs(name) & PYG)
-    return top == "tests"
+    return top == "tests" or (top == "experiments" and upstairs(module, name))
+
+
+def upstairs(module: str, name: str) -> bool:
+    """Whether a module in a room of the experiments imports from a later room, or a command."""
+    own, other = (path.split(".")[1:2] for path in (module, name))
+    if not own or own[0] not in EXPERIMENTS:  # a command, which may open any room
+        return False
+    return other[0] not in EXPERIMENTS[: EXPERIMENTS.index(own[0]) + 1]
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in turn, also inside of functions; none if there are none."""
+    found = {
+        module: {home(name, sources) for name, _ in imports(source)} - {""}
+        for module, source in sources.items()
+    }
+    try:
+        TopologicalSorter(found).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def home(name: str, modules: Iterable[str]) -> str:
+    """The module in which an imported name is, or nothing."""
+    return max((module for module in modules if inside(name, module)), key=len, default="")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -134,11 +164,34 @@ def test_no_upward_import(path: Path) -> None:
         ("gmoe.models.gnn", "from collections import abc\nfrom gmoe.conv import MoEConv", False),
         ("gmoe", "if TYPE_CHECKING:\n    from gmoe.conv.moe_conv import MoEConv", False),
         ("vision.vit", "import gmoe\ngmoe.MoEConv", True),
-        ("experiments.train", "from tests import contract", True),
+        ("experiments.sweep", "from tests import contract", True),
+        ("experiments.sweep", "from experiments.study.sweep import main", False),
+        ("experiments.study.advise", "from experiments.show.report_page import Page", False),
+        ("experiments.show.tables", "def f():\n    from experiments.study import starts", True),
+        ("experiments.benchmark.swap", "from experiments.study.studies import grid", True),
+        ("experiments.train.loop", "from experiments import sweep", True),
+        ("experiments.train.loop", "import experiments.show.tables", True),
     ],
 )
 def test_the_rule_itself(module: str, source: str, bad: bool) -> None:
     assert any(upward(module, name) for name in imports(source)) == bad
+
+
+def test_no_circle_in_the_experiments() -> None:
+    sources = {module_of(path): path.read_text() for path in (ROOT / "experiments").rglob("*.py")}
+    assert circle(sources) == []
+
+
+def test_a_circle_is_found_inside_of_functions_and_for_types() -> None:
+    sources = {
+        "a": "",
+        "a.loop": "from a.parts import stats",
+        "a.parts": "",
+        "a.parts.stats": "def f():\n    import a.table",
+        "a.table": "if TYPE_CHECKING:\n    from a.loop import Training",
+    }
+    assert set(circle(sources)) == {"a.loop", "a.parts.stats", "a.table"}
+    assert circle(sources | {"a.table": "from a import parts"}) == []
 
 
 def run(script: str) -> str:

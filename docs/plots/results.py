@@ -8,15 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.curves import Point, above_dense, curves
-from experiments.files import read_json
-from experiments.regime_map import LABELS, REGIMES, WAYS, WIDTHS
-from experiments.regime_map import gains as regime_gains
-from experiments.routers import ROWS
-from experiments.starts import differences as start_differences
-from experiments.starts import interval, read_confirmed, read_results
-from experiments.tables import differences as cell_differences
-from experiments.tables import mean_std, read_cells
+from experiments.study.curves import Point, above_dense, curves
+from experiments.study.regime_map import LABELS, REGIMES, WAYS, WIDTHS
+from experiments.study.regime_map import gains as regime_gains
+from experiments.study.routers import ROWS, read_cells
+from experiments.study.routers import differences as cell_differences
+from experiments.study.starts import differences as start_differences
+from experiments.study.starts import interval, read_confirmed, read_results
+from experiments.train.files import read_json
+from experiments.train.scores import mean_std
 
 __all__ = [
     "LABELS",

@@ -10,7 +10,8 @@ from typing import Any
 
 import tyro
 
-from experiments.config import check_choice, fail
+from experiments.train.checks import check_choice
+from experiments.train.command_line import fail
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
@@ -62,8 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
     import pandas as pd  # help does without them
     import torch
 
-    from experiments.run_folder import environment
-    from experiments.tables import benchmark_lines, measured_on
+    from experiments.benchmark.tables import benchmark_lines, measured_on
+    from experiments.train.results import environment
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)

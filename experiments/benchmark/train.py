@@ -17,10 +17,11 @@ import torch
 from torch_geometric.data import Data
 
 from experiments.benchmark.measure import Benchmark, Steps, spread, wait_for
-from experiments.build import build_model, make_fabric
-from experiments.data import Batch, load_tasks
-from experiments.loop import Training, set_up
-from experiments.presets import PRESETS
+from experiments.train.build import build_model, make_fabric
+from experiments.train.data.load import load_tasks
+from experiments.train.data.task import Batch
+from experiments.train.presets import PRESETS
+from experiments.train.training import Training, set_up
 from gmoe import StoredGraph, neighbor_loader
 from gmoe._checks import check_choice, check_counts
 
@@ -55,7 +56,6 @@ class TrainBenchmark(Benchmark):
         fabric.seed_everything(0, verbose=False)
         with set_up(fabric, build_model(config, task), config, task) as training:
             for epoch in range(config.epochs):
-                training.model.train()
                 with timed_parts(training, self.batches) as parts:
                     for batch in training.batches("train", epoch):
                         training.step(batch, len(batch.target))

@@ -1,0 +1,366 @@
+"""The configuration of a run: a frozen dataclass for each kind of data, from which the command line is made.
+
+And how commands end: by an error of one line, or by a signal. Imports nothing heavy, so that ``--help`` comes at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tyro
+
+from experiments.train.checks import (
+    check,
+    check_installed,
+    check_numbers,
+    check_object,
+    check_seeds,
+)
+
+RouterInput = Literal["node", "neighbors", "degree"]
+
+RouterName = Literal[
+    "dense",
+    "token_choice",
+    "expert_choice",
+    "attention_vote",
+    "multi_centroid",
+    "soft_slots",
+    "random",
+    "uniform",
+    "oracle",
+]
+
+FANOUT = (15, 10, 5)
+
+PAPERS = "ogbn-papers100M"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterOptions:
+    """Options of the routers; what a router does not know is an error, what is left out has its own default."""
+
+    weight: Literal["score", "normalized", "straight_through"] | None = None
+    """How a pair's weight follows from its gate."""
+    noise: bool | None = None
+    """Token choice: noisy top-K gating in training."""
+    balance: Literal["none", "importance_load", "switch", "bias"] | None = None
+    """Token choice: what keeps the experts equally loaded."""
+    balance_coef: float | None = None
+    """Token choice: coefficient of the balance loss."""
+    init_scale: float | None = None
+    """Token and expert choice, attention vote: factor of the initial weights."""
+    normalize: Literal["experts", "tokens"] | None = None
+    """Expert choice: softmax over experts or along tokens."""
+    shared_queries: bool | None = None
+    """Attention vote: all experts have the same queries."""
+    scope: Literal["group", "neighbors"] | None = None
+    """Attention vote: who votes for whom."""
+    head_dim: int | None = None
+    """Attention vote: width of queries and keys."""
+    num_centroids: int | None = None
+    """Multi-centroid: centroids per expert."""
+    choice: Literal["tokens", "experts"] | None = None
+    """Multi-centroid: who chooses."""
+    separation_coef: float | None = None
+    """Multi-centroid: coefficient of the separation loss."""
+
+    def given(self) -> dict[str, Any]:
+        """The options that were set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run: a data set, a model, a recipe, and where it all goes."""
+
+    dataset: tyro.conf.Fixed[str]
+    """The data set, by the name that its loader knows."""
+    data: str | None = None
+    """Your own data: `package.module:function` or `FILE.py:function`, which is called without arguments."""
+    data_root: Path = Path("data")
+    """Root folder of the data, given to the data set's loader as it is."""
+
+    # model
+    router: str = "token_choice"
+    """token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle; of images soft_slots;
+    your own, `package.module:Class` or `FILE.py:Class`; or `dense`, the model without experts."""
+    model: str | None = None
+    """Your own model: a function, named as a router is, of the input's width (or image size) and the outputs'."""
+    experts: int = 8
+    """Number of experts, E."""
+    k: int = 1
+    """Experts per token, K."""
+    hidden: int = 32
+    """Width of the hidden layers; of a ViT, of its MLPs and of each expert."""
+    start: Literal["copies", "shared", "plain"] | None = None
+    """How layers start: experts as copies of one layer, beside a shared expert, or each by itself; by default the
+    layer's own choice: on graphs copies where the router allows it, else beside a shared expert."""
+    layers: int = 2
+    """Message-passing layers, or transformer blocks."""
+    every: int = 1
+    """Layer i holds experts where i % every == every - 1."""
+    dropout: float = 0.0
+    kmeans_init: bool = False
+    """Multi-centroid: begin with k-means centroids of the data."""
+    options: tyro.conf.OmitArgPrefixes[RouterOptions] = field(default_factory=RouterOptions)
+    """Options of the router."""
+    equal: Literal["flops", "parameters"] | None = None
+    """With --router dense: widen it until it costs what the MoE of `equal_to` costs (active FLOPs, or parameters)."""
+    equal_to: RouterName = "token_choice"
+    """With --equal: the router of the MoE that the dense baseline is matched to.
+
+    Experts, K and the rest are as given."""
+
+    # recipe
+    epochs: int = 100
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
+    eval_every: int = 1
+    """Epochs between evaluations; validation selects among those."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    lr: float = 0.01
+    """Learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate is constant, or warms up and falls to 0, step by step."""
+    weight_decay: float = 0.0
+    """Weight decay; never on biases, norms, temperatures and centroids."""
+    clip_norm: float = 0.0
+    """Clip the norm of the gradient to this; 0 leaves it."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds, one after the other."""
+
+    # where
+    out: Path | None = None
+    """Run folder; by default runs/DATASET-ROUTER, with a number where that is taken."""
+    resume: bool = False
+    """Continue the run of that folder, by default the last one; seeds that it lacks are added."""
+    workers: int = 0
+    """Processes that sample (graphs, `neighbor`) or load images while the model computes."""
+    check_finite: bool = True
+    """Refuse NaN and infinity in what the routers see."""
+    device: str = "auto"
+    """Fabric's accelerator: auto, cpu, cuda, mps."""
+    devices: int = 1
+    """Data parallel: processes on this machine, as many as `torchrun --nproc-per-node N` starts; batches are shared."""
+    nodes: int = 1
+    """Data parallel: machines, each with as many devices."""
+    jobs: int = 1
+    """Seeds trained at once, each in a process of its own; torch's threads are divided among them."""
+    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+    """Fabric's precision."""
+    offline: bool = False
+    """Never download."""
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers beside the CSV files: TensorBoard, Weights & Biases."""
+    progress: bool = True
+    """Report progress: a bar, or where the output is a file, a line now and then."""
+
+    def __post_init__(self) -> None:
+        check_object("router", self.router, get_args(RouterName))
+        check_object("model", self.model)
+        check_object("data", self.data)
+        check_numbers(asdict(self) | self.options.given())
+        check_installed("logger", self.logger)
+        if self.router in ("uniform", "oracle"):
+            legal = "1: uniform takes all experts, and oracle the planted one"
+            check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)
+        check_seeds(self.seeds)
+        if self.world > 1:
+            self._check_processes()
+
+    def _check_processes(self) -> None:
+        """Refuse what several processes cannot share."""
+        machines = f"{self.devices} x {self.nodes} nodes for {self.dataset} with full batches"
+        check(
+            getattr(self, "sampling", None) != "full",
+            "devices",
+            machines,
+            "one: a whole graph is one batch, which cannot be split; sample it, "
+            "or train seeds side by side by --jobs N",
+        )
+        jobs = f"{self.jobs} with {self.world} processes a seed (devices x nodes)"
+        check(self.jobs == 1, "jobs", jobs, 1)
+        legal = f"a multiple of devices x nodes = {self.world}"
+        legal += ": it is that of all processes together"
+        check(self.batch_size % self.world == 0, "batch_size", self.batch_size, legal)
+
+    @property
+    def world(self) -> int:
+        """Processes, of all machines."""
+        return self.devices * self.nodes
+
+    @property
+    def launcher(self) -> str:
+        """The command that starts as many processes."""
+        machines = "" if self.nodes == 1 else f"--nnodes {self.nodes} "
+        return (
+            "python" if self.world == 1 else f"torchrun {machines}--nproc-per-node {self.devices}"
+        )
+
+    def folder(self) -> Path:
+        """The run folder, without a number."""
+        if self.out is not None:
+            return self.out
+        what = [
+            self.dataset if self.data is None else self.data,
+            self.router if self.model is None else self.model,
+        ]
+        return Path("runs") / "-".join(
+            Path(name).name.replace(".py:", ".").replace(":", ".") for name in what
+        )
+
+    def layer_options(self) -> dict[str, Any]:
+        """Options of the MoE layers; one that is ``None`` is left to the layer's own default."""
+        values = {name: getattr(self, name, None) for name in ("start", "router_input")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def science(self) -> dict[str, Any]:
+        """What the numbers depend on, as JSON: all but where it runs and where it is written."""
+        values = {name: value for name, value in asdict(self).items() if name not in WHERE}
+        if self.world == 1:  # with more, draws are others
+            del values["devices"], values["nodes"]
+        found: dict[str, Any] = json.loads(json.dumps(values | {"options": self.options.given()}))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig(RunConfig):
+    """Nodes of a graph, in a GNN."""
+
+    residual: Literal["none", "identity", "linear"] = "identity"
+    norm: str | None = None
+    """The norm, by PyG's name."""
+    sampling: Literal["full", "neighbor", "random_node"] = "full"
+    """Train on the whole graph, on sampled neighborhoods, or on random parts."""
+    fanout: tuple[int, ...] = FANOUT
+    """With `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
+    evaluation: Literal["full", "layerwise", "sampled"] = "full"
+    """Evaluate on the whole graph, layer by layer in pieces (same result, less memory), or as in training."""
+    undirected: bool = True
+    """Add the reverse of every edge."""
+    allow_large_downloads: bool = False
+    """Download also what is larger than 1 GB."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = self.fanout and min(self.fanout) >= -1
+        is_used = self.sampling == "neighbor" or self.fanout == FANOUT
+        got = f"{self.fanout} with sampling={self.sampling!r}"
+        legal = "numbers from -1 (all), with sampling='neighbor'"
+        check(fits and is_used, "fanout", got, legal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig(NodeConfig):
+    """Nodes of a graph of one node type."""
+
+    conv: tuple[str, ...] = ("gcn",)
+    """The conv; several are kinds of experts that alternate (a dense model takes the first)."""
+    router_input: tuple[RouterInput, ...] | None = None
+    """What the router sees: the node (the default), the mean of its neighbors, log-degree."""
+    shared_router: bool | None = None
+    """One decision for all layers, or one in each; by default one where layers start as copies."""
+    jk: Literal["last", "cat", "max"] | None = None
+    """Jumping knowledge; with `last`, all convs may hold experts and a linear layer is the output."""
+    input_dropout: float = 0.0
+    """Dropout of the input features."""
+    adjacency: Literal["auto", "edge_index"] = "auto"
+    """Full-batch: how edges are given; `auto` takes CSR where convs run on it and use no edge weights of some only."""
+    metric: Literal["accuracy", "roc_auc"] | None = None
+    """Of your own graph: the metric (default accuracy)."""
+    features: str | None = None
+    """Of a named set: a .npy file of (nodes, width) numbers in place of its features, such as GIANT's or TAPE's."""
+    correct_and_smooth: bool = False
+    """Score PyG's CorrectAndSmooth of what the trained model predicts; 50 steps each, alpha 1 and 0.8."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.conv, "conv", "none", "at least one")
+        is_open = self.metric is None or self.dataset == "graph"
+        legal = "none; `graph` leaves it open"
+        check(is_open, "metric", f"{self.metric!r} for {self.dataset}", legal)
+        is_own = self.dataset in ("graph", PAPERS) or self.data is not None
+        legal = f"none for {self.dataset}, which has its own"
+        check(self.features is None or not is_own, "features", repr(self.features), legal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeteroConfig(NodeConfig):
+    """Nodes of one type in a heterogeneous graph, in a relational GNN."""
+
+    sampling: Literal["full", "neighbor"] = "full"
+    evaluation: Literal["full", "sampled"] = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(RunConfig):
+    """Patches of images, in a ViT."""
+
+    router: str = "expert_choice"
+    equal_to: RouterName = "expert_choice"
+    mlp_scale: float = 1.0
+    """Dense: factor of the output of the MLPs in whose place experts would be, which weights by score scale."""
+    patch: int | None = None
+    """Height and width of a patch; by default that of the size's preset."""
+    dim: int | None = None
+    """Width of a token; by default that of the size's preset."""
+    vit_heads: int | None = None
+    """Attention heads; by default those of the size's preset."""
+    label_smoothing: float = 0.0
+    image_size: int | None = None
+    """Height and width that images are brought to; by default the data set's."""
+    augment: Literal["none", "standard"] = "none"
+    """Random crops and flips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        got = f"{self.mlp_scale} with router={self.router!r}"
+        check(self.router == "dense" or self.mlp_scale == 1, "mlp_scale", got, "router='dense'")
+        soft = self.router != "soft_slots" or (self.k == 1 and self.start in (None, "shared"))
+        check(soft, "router", "'soft_slots' with another k or start", "the defaults of these")
+        check(
+            self.options.scope != "neighbors",
+            "scope",
+            "'neighbors'",
+            "'group': images have no edges",
+        )
+
+
+HETERO = ("ogbn-mag", "hetero")
+IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
+"""Data sets of each kind; all others are graphs."""
+
+WHERE = frozenset({
+    "data_root", "out", "resume", "workers", "device", "offline", "allow_large_downloads", "logger", "progress", "jobs",
+})  # fmt: skip
+"""Options that no number depends on."""
+RECORDS = ("file", "digest")
+"""What ``config.json`` holds beside the options: the name of your own graph's file, a digest of your own data."""
+
+
+def config_class(dataset: str) -> type[RunConfig]:
+    """The configuration of a data set's kind."""
+    if dataset in HETERO:
+        return HeteroConfig
+    return ImageConfig if dataset in IMAGES else GraphConfig
+
+
+OF_EXPERTS = (
+    "experts", "k", "start", "kmeans_init", "options", "equal", "equal_to",
+    "router_input", "shared_router",
+)  # fmt: skip
+"""Options that a dense model has no use for."""
+
+
+def dense_of(config: RunConfig) -> RunConfig:
+    """The run of the dense model that stands where the one with experts does."""
+    usual = type(config)(dataset=config.dataset)
+    changes = {name: getattr(usual, name) for name in OF_EXPERTS if hasattr(usual, name)}
+    if isinstance(config, GraphConfig):  # of several kinds of experts a dense model takes the first
+        changes["conv"] = config.conv[:1]
+    return replace(config, router="dense", **changes)

@@ -1,0 +1,103 @@
+"""What result files hold: figures over seeds, and where they were measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.utilities import rank_zero_only
+from typing_extensions import NotRequired, TypedDict
+
+from experiments.train.files import writing
+
+
+class Spread(TypedDict):
+    """Mean, sample standard deviation (``None`` at n = 1), n, and the values."""
+
+    mean: float
+    std: float | None
+    n: int
+    values: list[float]
+
+
+class Summary(TypedDict):
+    """``summary.json`` of a run; of older ones some figures are missing."""
+
+    metric: str
+    val: Spread
+    test: Spread
+    best_epoch: Spread
+    seconds: Spread
+    peak_memory: NotRequired[int | None]  # of the GPU, MiB
+    flops: int
+    parameters: int
+    active_parameters: int
+    matched: NotRequired[float | None]
+    hidden: int | None
+    steps: NotRequired[int]
+    routing: list[dict[str, Spread]]
+    curve: NotRequired[dict[str, Any]]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+
+
+Result = dict[str, Any]
+"""``result.json`` of a seed."""
+
+
+def spread(values: list[float]) -> Spread:
+    """Mean and sample standard deviation of some values."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
+
+
+def environment() -> dict[str, Any]:
+    """Commit, hardware and versions."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        found = ""
+    info = Path("/proc/cpuinfo")
+    models = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    packages = (
+        "torch",
+        "torch-geometric",
+        "torchvision",
+        "lightning-fabric",
+        "scikit-learn",
+        "numpy",
+    )
+    return {
+        "commit": found.strip().removesuffix("-dirty") or None,
+        "dirty": found.strip().endswith("-dirty"),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+@rank_zero_only
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step; of several processes the first one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}.new")  # seeds of a sweep may be trained side by side
+    with writing(path):
+        fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        fresh.replace(path)

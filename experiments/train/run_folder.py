@@ -1,0 +1,203 @@
+"""The folder of a run: where it is, whose it is, and what a finished one says."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.utilities import rank_zero_only
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from experiments.train.build import build_model
+from experiments.train.checks import check
+from experiments.train.config import RECORDS, WHERE, RunConfig
+from experiments.train.data.load import load_tasks
+from experiments.train.data.task import Task
+from experiments.train.files import check_finished, naming, read_csv, read_json
+from experiments.train.results import Result, Summary, write_json
+from experiments.train.saved import read_options, restore
+from experiments.train.user_code import check_trusted
+
+
+def place(config: RunConfig) -> Path:
+    """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number."""
+    base = config.folder()
+    if config.out is not None:
+        check(
+            config.resume or not _is_taken(base),
+            "out",
+            f"{base}, which holds files",
+            "another, or --resume",
+        )
+        return base
+    folders = [base]
+    while _is_taken(folders[-1]):
+        folders.append(base.with_name(f"{base.name}-{len(folders) + 1}"))
+    return folders[-2:][0] if config.resume else folders[-1]
+
+
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+IMAGE_FOLDERS = {
+    "cifar10": ("cifar-10-batches-py", "cifar10", ""),
+    "imagenette": ("imagenette2-160", ""),
+    "images": ("",),
+}
+"""Where files of images lie, which may be any; of other sets the published ones are read, or refused."""
+
+
+def described(config: RunConfig) -> dict[str, Any]:
+    """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of data that may differ."""
+    found, root, digest = config.science(), config.data_root, hashlib.sha256()
+    if config.data is not None:
+        return found
+    if features := getattr(config, "features", None):
+        digest.update(Path(features).read_bytes())
+    if config.dataset == "graph":
+        found["file"] = root.name
+        for file in (
+            sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
+        ):
+            digest.update(file.read_bytes() if file.exists() else b"")
+    elif config.dataset in IMAGE_FOLDERS:
+        base = next(
+            (root / part for part in IMAGE_FOLDERS[config.dataset] if (root / part).is_dir()), root
+        )
+        files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
+        for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
+            if (base / file).is_file():
+                digest.update(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n"))
+    elif config.dataset.startswith("ogbn-"):
+        planted = root / config.dataset.replace("-", "_") / "PLANTED.txt"
+        digest.update(planted.read_bytes() if planted.exists() else b"")
+    has_data = digest.digest() != hashlib.sha256().digest()
+    return found | {"digest": digest.hexdigest()[:16] if has_data else None}
+
+
+def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where a run that is :func:`described` by ``there`` is another one: its value and this one's."""
+    other, here = vars(restore(there, config.data_root)), described(config)
+    pairs = {
+        name: (other.get(name), value) for name, value in vars(config).items() if name not in WHERE
+    }
+    pairs |= {name: (there.get(name), here.get(name)) for name in RECORDS}
+    return {name: (theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours}
+
+
+def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
+    """The summary of a finished run, or the results of finished seeds; a ``ValueError`` if another run lies there."""
+    folder = config.folder()
+    path, summary = folder / "config.json", folder / "summary.json"
+    if not path.exists():
+        return None, {}
+    differences = differences_of(config, read_json(path, dict[str, Any]))
+    is_more = "seeds" in differences and set(differences["seeds"][0]) < set(config.seeds)
+    if is_more:
+        del differences["seeds"]
+    for name, (other, here) in sorted(differences.items()):
+        raise ValueError(
+            f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; choose another folder"
+        )
+    if not is_more and summary.exists():
+        return read_json(summary, Summary), {}
+    results = {seed: folder / f"seed-{seed}" / "result.json" for seed in config.seeds}
+    return None, {
+        seed: read_json(result, Result) for seed, result in results.items() if result.exists()
+    }
+
+
+@rank_zero_only
+def begin(config: RunConfig) -> None:
+    """Write what a run is, before what it gives."""
+    folder = config.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Before the configuration says that there is more to it
+    (folder / "summary.json").unlink(missing_ok=True)
+    write_json(folder / "config.json", described(config))
+    write_json(folder / "where.json", {"data_root": str(config.data_root.absolute())})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """A finished run, as :func:`read_run` finds it."""
+
+    folder: Path
+    name: str  # by which the report calls it
+    config: RunConfig  # with the data root that the data have here
+    science: dict[str, Any]  # config.json
+    summary: Summary
+    # Of the first seed, by epoch and MoE layer: the load of each expert
+    history: list[list[dict[str, Tensor]]]
+
+    def load_task(self) -> Task:
+        """The data, as the first seed saw them; an error where others or none are there."""
+        if described(self.config).get("digest") != self.science.get("digest"):
+            where = f"{self.config.data_root}: has not the data that {self.folder} was trained on"
+            raise ValueError(f"{where}; give another --data-root")
+        return load_tasks(self.config)(self.config.seeds[0])
+
+    def load_model(self, task: Task) -> nn.Module:
+        """The first seed's model, as validation selected it; a ``ValueError`` where the weights are broken."""
+        path = self.folder / f"seed-{self.config.seeds[0]}" / "checkpoint" / "best.safetensors"
+        model = build_model(self.config, task)
+        with naming(path):
+            model.load_state_dict(load_file(path))
+        return model.eval()
+
+
+def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -> RunFolder:
+    """Read a run folder; a ``ValueError`` names the file that is missing or broken.
+
+    ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
+    Without ``trust``, a run whose router, model or data are code in the folder itself is refused.
+    """
+    check_finished(folder)
+    path, where = folder / "config.json", folder / "where.json"
+    try:
+        summary, science = (
+            read_json(folder / "summary.json", Summary),
+            read_json(path, dict[str, Any]),
+        )
+        if data_root is None:
+            data_root = (
+                Path(read_json(where, dict[str, str]).get("data_root", "data"))
+                if where.exists()
+                else Path()
+            )
+            data_root = data_root if data_root.exists() else Path("data")
+        config, layers = read_options(path, data_root), len(summary["routing"])
+        if not trust:
+            check_trusted(config, folder)
+        history = (
+            _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers)
+            if layers
+            else []
+        )
+    except FileNotFoundError as error:
+        legal = "the folder of a finished run"
+        raise ValueError(f"{error.filename}: is missing, expected {legal}") from error
+    name = folder.resolve().name
+    return RunFolder(
+        folder=folder, name=name, config=config, science=science, summary=summary, history=history
+    )
+
+
+def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
+    table = read_csv(path, dtype=float, index_col=False).filter(like="load_")
+    check(
+        len(table) == epochs * layers,
+        str(path),
+        f"{len(table)} rows",
+        f"{epochs} an MoE layer, one an epoch",
+    )
+    loads = [{"load": torch.tensor(row.dropna().to_numpy())} for _, row in table.iterrows()]
+    return [loads[row : row + layers] for row in range(0, len(loads), layers)]

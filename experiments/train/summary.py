@@ -1,0 +1,47 @@
+"""The summary of a run over its seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.train.config import RunConfig
+from experiments.train.results import Result, Spread, Summary, environment, spread
+from experiments.train.run_folder import described
+from gmoe.metrics import PER_EXPERT
+
+
+def summarize(config: RunConfig, results: list[Result]) -> Summary:
+    """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
+    first = results[0]
+    spreads = ("val", "test", "best_epoch", "seconds")
+    costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")
+    routings = [result["routing"] for result in results]
+    found: Any = {
+        "metric": first["metric"],
+        **{name: spread([result[name] for result in results]) for name in spreads},
+        "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
+        **{name: first[name] for name in costs},
+        "routing": [_spreads(layers) for layers in zip(*routings, strict=True)],
+        "curve": {
+            "epoch": first["curve"]["epoch"],
+            **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
+        },
+        "config": described(config),
+        "environment": environment(),
+    }
+    return found
+
+
+def _spreads(layers: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+    """The figures of a MoE layer over its seeds.
+
+    Of the loads of its experts, their number and how much the largest is above the mean.
+    """
+    loads = [layer["load"] for layer in layers]
+    names = [name for name in layers[0] if name not in PER_EXPERT]
+    return {
+        "experts": spread([len(load) for load in loads]),
+        **{name: spread([layer[name] for layer in layers]) for name in names},
+        "max_over_mean_load": spread([round(max(load) * len(load), 4) for load in loads]),
+    }

@@ -1,0 +1,314 @@
+"""A seed in training: its step, its evaluation, and its state."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+
+import gmoe
+from experiments.train.build import of_all, share
+from experiments.train.config import GraphConfig, NodeConfig, RunConfig
+from experiments.train.data.task import Batch, Split, Task
+from experiments.train.epoch import Epoch
+from experiments.train.routing_stats import routing_rows
+from gmoe import Router, Routing
+
+WARMUP = 0.1
+"""Share of the steps that warm up, of the cosine schedule."""
+
+
+@dataclass
+class Reached:
+    """How far a seed is: epochs done, what validation selects, the time taken, and the curve where it was measured."""
+
+    epochs: int = 0
+    best_epoch: int = -1
+    best_val: float = -math.inf
+    seconds: float = 0.0
+    curve: dict[str, list[float]] = field(
+        default_factory=lambda: {"epoch": [], "loss": [], "val": []}
+    )
+
+
+@dataclass
+class Training:
+    """A seed in training; :meth:`state` is all that the rest of it depends on.
+
+    ``routings`` is what the last forward of the model routed, one a layer.
+    """
+
+    fabric: Fabric
+    model: Any
+    optimizer: Any
+    scheduler: LambdaLR
+    routings: list[Routing]
+    config: RunConfig
+    task: Task
+
+    def __post_init__(self) -> None:
+        self.reached, self.epoch, self.best = Reached(), Epoch(self.lr), self.weights()
+        self.rng = get_rng()
+        # When ``reached.seconds`` was counted last
+        self.clock = time.perf_counter()
+
+    def batches(self, split: Split, seed: int | None) -> Iterable[Batch]:
+        """This process's slices of the batches of an epoch."""
+        return self.task.loader(
+            split, self.config.batch_size, seed, (self.fabric.global_rank, self.fabric.world_size)
+        )
+
+    def forward(self, inputs: tuple[Any, ...]) -> Tensor:
+        """Logits; ``routings`` are those of this call. At evaluation processes do not wait for each other."""
+        self.routings.clear()
+        if self.model.training:
+            return self.model(*inputs)
+        precision = self.fabric.strategy.precision
+        with precision.forward_context():
+            logits: Tensor = precision.convert_output(
+                self.model.module(*precision.convert_input(inputs))
+            )
+        return logits
+
+    @property
+    def lr(self) -> float:
+        """Of the step to come."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def step(self, batch: Batch, total: int) -> None:
+        """Train on this process's part of a batch, and add to what the epoch has summed.
+
+        All parts of the batch have ``total`` rows.
+        """
+        losses = self.update(batch, total)
+        self.epoch.add(losses, self.routings, len(batch.target))
+
+    def update(self, batch: Batch, total: int) -> dict[str, Tensor]:
+        """Take one step of the optimizer, as :meth:`step` does, and return the losses by name.
+
+        Everything that times a training step calls this.
+        """
+        if not self.model.training:  # an evaluation came before
+            self.model.train()
+        rows = len(batch.target)
+        share_of_mean = rows * self.fabric.world_size / total
+        batch = self.fabric.to_device(batch)
+        self.optimizer.zero_grad()
+        logits = batch.counted(self.forward(batch.inputs))
+        loss = self.task.loss(logits, batch.target) if rows else logits.sum()
+        aux = gmoe.aux_loss(self.routings).to(loss.device)
+        # DDP takes the mean of the processes' gradients
+        self.fabric.backward(share_of_mean * loss + aux)
+        if norm := self.config.clip_norm:
+            self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        named = {
+            f"{name}_{layer}": value.value
+            for layer, routing in enumerate(self.routings)
+            for name, value in routing.losses.items()
+        }
+        return {"loss": loss, "aux": aux} | named
+
+    def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Evaluate where it is due, and count the epoch as done; the rows of metrics.csv and routing.csv."""
+        config, reached, epoch = self.config, self.reached, self.reached.epochs
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": self.epoch.lr,
+            **self.epoch.means(),
+            "val": None,
+        }
+        _check_finite("loss", row["loss"], seed, epoch, config)
+        reached.epochs += 1
+        if reached.epochs == config.epochs or reached.epochs % config.eval_every == 0:
+            row["val"] = self.evaluate("val")[0]
+            _check_finite(self.task.metric_name, row["val"], seed, epoch, config)
+            for figure, value in (
+                ("epoch", reached.epochs),
+                ("loss", row["loss"]),
+                ("val", row["val"]),
+            ):
+                reached.curve[figure].append(round(value, 5))
+            if row["val"] > reached.best_val:
+                reached.best_val, reached.best_epoch, self.best = row["val"], epoch, self.weights()
+        self.count_seconds()
+        layers = routing_rows(self.epoch.stats)
+        self.epoch, self.rng = Epoch(self.lr), get_rng()
+        return row | {"seconds": reached.seconds}, layers
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
+        """The metric over a split, and the routings: a list a batch, in it one a layer.
+
+        Of several processes the first one evaluates whole graphs and the test set, whose routings it alone returns; the
+        batches of validation are shared out, and have none.
+        """
+        task, config = self.task, self.config
+        alone = split == "test" or (
+            isinstance(config, NodeConfig) and config.evaluation != "sampled"
+        )
+        share(self.model.module.buffers())  # batch norms have counted what each process saw
+        value, routings = 0.0, list[list[Routing]]()
+        if self.fabric.is_global_zero or not alone:
+            self.model.eval()
+            metric = task.metric().to(self.fabric.device)
+            if alone:
+                metric.distributed_available_fn = lambda: False
+            if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
+                routings.append(self._by_layer(split, metric))
+            else:
+                for batch in (
+                    task.loader(split, config.batch_size, None)
+                    if alone
+                    else self.batches(split, None)
+                ):
+                    batch = self.fabric.to_device(batch)
+                    logits = batch.counted(self.forward(batch.inputs))
+                    if len(logits):
+                        metric.update(logits, batch.target)
+                    if alone:  # nobody reads those of validation, of which there may be millions
+                        routings.append(list(self.routings))
+            value = float(metric.compute())
+        return self.fabric.broadcast(value), routings
+
+    def _by_layer(self, split: Split, metric: Metric) -> list[Routing]:
+        """The same logits, layer by layer in pieces."""
+        graph, device = self.task.graph, self.fabric.device
+        assert graph is not None
+        assert self.task.split is not None
+        logits, routings = self.inference()
+        rows = self.task.split[split]
+        metric.update(logits[rows].to(device), graph.y[rows].to(device))
+        return routings
+
+    def inference(self) -> tuple[Tensor, list[Routing]]:
+        """The logits of all nodes, layer by layer, and the routings."""
+        graph: Any = self.task.graph
+        device, size = self.fabric.device, self.config.batch_size
+        if self.config.precision == "64-true":
+            graph = copy.copy(graph).apply(
+                lambda value: value.double() if value.is_floating_point() else value
+            )
+        with self.fabric.autocast():
+            found: tuple[Tensor, list[Routing]] = self.model.module.inference(
+                graph, device, batch_size=size, return_routing=True
+            )
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights."""
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def count_seconds(self) -> None:
+        """Add what has passed."""
+        now = time.perf_counter()
+        self.reached.seconds += now - self.clock
+        self.clock = now
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; ``"processes"`` holds what each has of its own."""
+        self.count_seconds()
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "reached": asdict(self.reached),
+            "best": self.best,
+            "processes": of_all({"rng": self.rng, "epoch": self.epoch.state()}),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.reached, self.best = Reached(**state["reached"]), state["best"]
+        own = state["processes"][self.fabric.global_rank]
+        self.epoch.load(own["epoch"], self.fabric.device)
+        self.rng = own["rng"]
+        set_rng(self.rng)
+
+
+@contextmanager
+def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> Iterator[Training]:
+    """Model, optimizer and schedule, ready to train; the routings are recorded as long as it lasts."""
+    has_experts = any(isinstance(module, Router) for module in model.modules())
+    recording: AbstractContextManager[list[Routing]] = (
+        gmoe.record_routing(model) if has_experts else nullcontext([])
+    )
+    with recording as routings, attention_kernel(fabric.device, config):
+        ready, optimizer = fabric.setup(model, make_optimizer(config, model))
+        steps = config.epochs * task.steps(config.batch_size)
+        scheduler = LambdaLR(optimizer.optimizer, lambda step: learning_rate(config, step, steps))
+        yield Training(fabric, ready, optimizer, scheduler, routings, config, task)
+
+
+def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContextManager[None]:
+    """torch's choice of kernel for attention, but plain products in bf16 on the CPU.
+
+    There the backward of the fused kernel takes three times what it takes in fp32: 40 % of a step of a ViT on CIFAR-10.
+    """
+    if device.type == "cpu" and config.precision == "bf16-mixed":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Adam or AdamW; no weight decay on biases, norms, temperatures, centroids, class tokens and positions."""
+    spared = ("bias", "centroid", "log_temperature", "class_token", "pos_embedding")
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        # A gain is decayed, toward the dense model: it scales weights that are
+        leaf = name.rsplit(".", 1)[-1]
+        spare = (parameter.dim() < 2 and leaf != "gain") or leaf in spared
+        (plain if spare else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        groups, lr=config.lr
+    )
+
+
+def learning_rate(config: RunConfig, step: int, steps: int) -> float:
+    """The factor of the learning rate at a step of ``steps``."""
+    if config.schedule == "constant":
+        return 1.0
+    warmup = round(WARMUP * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
+
+
+def get_rng() -> dict[str, Any]:
+    """The states of torch's generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng(states: dict[str, Any]) -> None:
+    """Draw on from :func:`get_rng`."""
+    torch.set_rng_state(states["cpu"])
+    torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the training diverged (lr="
+            f"{config.lr}, clip_norm={config.clip_norm}), or the data hold values that are not finite"
+        )

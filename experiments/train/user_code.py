@@ -1,0 +1,71 @@
+"""Code that the user names: found, and refused where somebody else may have put it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import re
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from experiments.train.config import RunConfig
+
+
+def load_object(option: str, name: str) -> Any:
+    """What ``package.module:name`` or ``FILE.py:name`` names."""
+    where, _, attribute = name.rpartition(":")
+    try:
+        if not where.endswith(".py"):
+            return pkgutil.resolve_name(name)
+        return getattr(_load_file(Path(where).resolve()), attribute)
+    except (ImportError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the working directory "
+            f"and in PYTHONPATH, and FILE.py:{attribute} takes a file"
+        ) from error
+
+
+def check_trusted(config: RunConfig, folder: Path) -> None:
+    """Refuse a run whose folder holds the code that its configuration names.
+
+    Somebody else may have put it there, and it would run with all rights of the user.
+    """
+    for option in ("router", "model", "data"):
+        name = getattr(config, option)
+        if name is not None and ":" in name and _code_lies_in(name.rpartition(":")[0], folder):
+            legal = "code that lies elsewhere, or --trust after you read it"
+            got = f"{name!r}, code in the run folder {folder}"
+            raise ValueError(f"{option}: got {got}, expected {legal}")
+
+
+def _code_lies_in(where: str, folder: Path) -> bool:
+    """Whether a file, or a module or a package that it is in, would be imported from a folder."""
+    paths = [Path(where)]
+    if not where.endswith(".py"):
+        parts, paths = where.split("."), []
+        for entry, depth in product(sys.path, range(1, len(parts) + 1)):
+            place = Path(entry, *parts[:depth])  # a package, or a file of this name
+            paths += [place] if place.exists() else []
+            paths += place.parent.glob(f"{place.name}.*")
+    inside = [Path(os.path.abspath(folder)), folder.resolve()]  # a link may lead in or out
+    return any(
+        way.is_relative_to(one)
+        for path in paths
+        for way in (Path(os.path.abspath(path)), path.resolve())
+        for one in inside
+    )
+
+
+@cache
+def _load_file(path: Path) -> ModuleType:
+    """The module in a file, which runs once."""
+    name = re.sub(r"\W", "_", str(path))
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
