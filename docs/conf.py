@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "auto_examples/*.ipynb"]
@@ -30,6 +31,8 @@ html_theme = "furo"
 html_title = f"gmoe {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+mathjax_path = "mathjax/tex-svg.js"  # MathJax 3.2.2 with its fonts, in one file of _static
 html_copy_source = False
 
 myst_enable_extensions = ["dollarmath"]
@@ -50,7 +53,9 @@ nitpick_ignore_regex = [
 sphinx_gallery_conf = {
     "examples_dirs": str(ROOT / "examples"),
     "gallery_dirs": "auto_examples",
-    "plot_gallery": False,  # CI runs the examples in a step of its own
+    "filename_pattern": r"\.py$",  # run all of them, and show what they print
+    "reset_argv": "docs.plots.gallery.arguments",
+    "remove_config_comments": True,
     "download_all_examples": False,
     "show_signature": False,
     "within_subsection_order": "FileNameSortKey",
@@ -64,6 +69,16 @@ def public_bases(_: Any, __: str, ___: type, ____: dict[str, Any], bases: list[t
     ]
 
 
+def module_of_source(_: Any, module: str, name: str | None) -> str | None:
+    """Where viewcode looks for a source; ``None`` leaves it to follow the import.
+
+    It links a file back to the API under one package, which is that of SoftSlots in its file. So
+    SoftRouting, which has another, is looked for where it is not, and has no link.
+    """
+    return module if name and name.startswith("SoftRouting") else None
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-bases", public_bases)
+    app.connect("viewcode-follow-imported", module_of_source)

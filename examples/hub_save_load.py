@@ -75,3 +75,5 @@ print(f"test accuracy {100 * accuracy:.1f} %, as before it was saved")
 # The same on the Hub: anybody then calls ``gmoe.ViTMoE.from_pretrained("OWNER/NAME")``.
 if args.push:
     print(model.push_to_hub(args.push))
+
+# sphinx_gallery_thumbnail_path = "figures/examples/hub_save_load.svg"

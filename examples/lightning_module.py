@@ -104,3 +104,5 @@ module = LitViTMoE()
 trainer.fit(module, train, val)
 (result,) = trainer.test(module, test, verbose=False)
 print(f"test accuracy {100 * result['accuracy']:.1f} %")
+
+# sphinx_gallery_thumbnail_path = "figures/examples/lightning_module.svg"

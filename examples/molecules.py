@@ -140,3 +140,5 @@ for name, experts in (("GINEConv", False), ("MoEConv", True)):
     )
     mean = statistics.fmean(found)
     print(f"{name:8} test accuracy {mean:.1f} ± {std:.1f} %, {seconds:.0f} s a seed")
+
+# sphinx_gallery_thumbnail_path = "figures/examples/molecules.svg"

@@ -118,3 +118,5 @@ for epoch in range(args.epochs):
     seconds = time.perf_counter() - start
     print(f"epoch {epoch}: validation {100 * val:.1f} %, {seconds:.0f} s, load in % {load}")
 print(f"test accuracy {100 * test:.1f} % at the best validation epoch")
+
+# sphinx_gallery_thumbnail_path = "figures/examples/ogbn_arxiv.svg"

@@ -131,3 +131,5 @@ for name, router in routers.items():
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
     load = routing.load.tolist()
     print(f"{name:13} test accuracy {statistics.fmean(found):.1f}{spread} %, load {load}")
+
+# sphinx_gallery_thumbnail_path = "figures/examples/own_router.svg"

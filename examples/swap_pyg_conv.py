@@ -114,3 +114,5 @@ for name, layer in layers.items():
     print(
         f"{name:17} test accuracy {statistics.fmean(found):.1f}{spread} %, {seconds:.0f} s a seed"
     )
+
+# sphinx_gallery_thumbnail_path = "figures/examples/swap_pyg_conv.svg"

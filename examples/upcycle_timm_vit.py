@@ -115,3 +115,5 @@ with torch.no_grad(), gmoe.record_routing(moe) as routings:
     moe(images[1000:])
 for routing in routings:
     print(routing)
+
+# sphinx_gallery_thumbnail_path = "figures/examples/upcycle_timm_vit.svg"

@@ -105,3 +105,5 @@ for name, router in {"dense ViT": None, "ViT-MoE": "token_choice"}.items():
     )
     fit(model.to(device))
     print(f"  test accuracy {accuracy(model, *test_set):.1f} %")
+
+# sphinx_gallery_thumbnail_path = "figures/examples/vit_cifar10.svg"

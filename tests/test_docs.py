@@ -14,8 +14,12 @@ import pytest
 from PIL import Image
 
 import gmoe
-from docs import curves_figure, router_figure
 from docs.check_links import broken
+from docs.plots.__main__ import every_drawing, pages, render
+from docs.plots.results import Gain
+from docs.plots.style import FIGURES, save
+from docs.plots.swap import swaps
+from docs.thumbnails import THUMBNAILS
 from experiments.study import starts
 from experiments.study.routers import differences, read_cells
 from experiments.train.files import read_json
@@ -24,6 +28,7 @@ from experiments.train.presets import PRESETS
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
 README = (ROOT / "README.md").read_text()
+DRAWINGS = every_drawing()
 EXECUTED = sorted(
     str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text()
 )
@@ -82,6 +87,46 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
         '<a href="a.html#x">y</a><a href="https://example.org">y</a><img src="d.png">'
     )
     assert sorted(broken(tmp_path)) == ["a.html: b.html#z", "a.html: c.html", "b.html: d.png"]
+
+
+def test_what_a_page_loads_from_another_site_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<a href="https://example.org/">y</a><script src="https://example.org/x.js"></script>'
+        '<link rel="stylesheet" href="https://example.org/x.css"><img src="data:image/png;base64,">'
+    )
+    found = ["a.html: https://example.org/x.js", "a.html: https://example.org/x.css"]
+    assert broken(tmp_path) == found
+
+
+def test_every_example_has_a_thumbnail() -> None:
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        last = path.read_text().splitlines()[-1]
+        assert last == f'# sphinx_gallery_thumbnail_path = "figures/examples/{path.stem}.svg"'
+        assert (FIGURES / "examples" / f"{path.stem}.svg").exists()
+    assert {draw.__name__ for draw in THUMBNAILS} == {
+        path.stem for path in (ROOT / "examples").glob("*.py")
+    }
+
+
+def test_the_install_page_has_the_versions_of_the_package() -> None:
+    package = (ROOT / "pyproject.toml").read_text()
+    page = (DOCS / "install.md").read_text()
+    for name, said in (
+        ("torch", r"torch>=([\d.]+),<2.14"),
+        ("PyTorch Geometric", r"torch-geometric>=([\d.]+)"),
+        ("torchvision", r"torchvision>=([\d.]+)"),
+        ("Python", r'requires-python = ">=([\d.]+)"'),
+    ):
+        least = re.findall(said, package)[0]
+        assert f"| {name} | {least} " in page
+    assert "| torch | 2.10 to 2.13 |" in page
+
+
+def test_the_citation_is_that_of_the_file() -> None:
+    title = re.findall(r'title: "(.*)"', (ROOT / "CITATION.cff").read_text())[0]
+    page = (DOCS / "citation.md").read_text()
+    assert f"title   = {{{title}}}" in page
+    assert f"version = {{{gmoe.__version__}}}" in page
 
 
 @pytest.mark.parametrize(
@@ -174,23 +219,64 @@ def test_the_times_of_the_readme_are_those_of_the_results() -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_figure_of_the_readme_shows_the_results(theme: str, tmp_path: Path) -> None:
-    """If it does not, run ``python -m docs.router_figure``."""
-    router_figure.main(tmp_path)
-    files = [folder / f"routers-{theme}.png" for folder in (router_figure.FIGURES, tmp_path)]
-    committed, drawn = (Image.open(file).info["Description"] for file in files)
-    assert committed == drawn
-    assert "mosaic: token-choice +1.91 ± 1.56, expert-choice -3.30 ± 1.67, random" in drawn
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_figure_shows_the_results(name: str, theme: str) -> None:
+    """If it does not, run ``python -m docs.plots``."""
+    committed = Image.open(FIGURES / f"{name}-{theme}.png").info["Description"]
+    assert committed == DRAWINGS[name].numbers
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_figure_of_curves_shows_the_results(theme: str, tmp_path: Path) -> None:
-    """If it does not, run ``python -m docs.curves_figure``."""
-    curves_figure.main(tmp_path)
-    files = [folder / f"curves-{theme}.png" for folder in (router_figure.FIGURES, tmp_path)]
-    committed, drawn = (Image.open(file).info["Description"] for file in files)
-    assert committed == drawn
-    assert "mosaic copies: 20.7 75.95 ± 5.08" in drawn
+def test_a_figure_is_drawn_with_what_it_says(tmp_path: Path) -> None:
+    """The file's text is that of the drawing, and the page is seen through it."""
+    save(DRAWINGS["routers"], tmp_path)
+    for theme in ("light", "dark"):
+        drawn = Image.open(tmp_path / f"routers-{theme}.png")
+        assert "mosaic: token-choice +1.91 (+0.80 to +3.02), expert" in drawn.info["Description"]
+        assert drawn.getchannel("A").getpixel((0, 0)) == 0
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_a_page_has_the_figures_of_today(page: Path) -> None:
+    """If it does not, run ``python -m docs.plots``."""
+    assert render(page, DRAWINGS) == page.read_text()
+
+
+def test_figures_import_from_experiments_in_one_place() -> None:
+    modules = sorted((DOCS / "plots").glob("*.py"))
+    assert [path.name for path in modules if "from experiments" in path.read_text()] == [
+        "results.py"
+    ]
+
+
+def test_every_figure_is_on_a_page() -> None:
+    text = "".join(page.read_text() for page in pages())
+    assert [name for name in DRAWINGS if f"<!-- figure: {name} -->" not in text] == []
+
+
+def test_a_figure_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="figure: got starts in README"):
+        render(ROOT / "README.md", {"swap": DRAWINGS["swap"]})
+
+
+def test_an_interval_that_leaves_out_zero_is_a_verdict() -> None:
+    assert Gain.of([1.0, 1.1, 0.9]).verdict == "above"
+    assert Gain.of([-1.0, -1.1, -0.9]).verdict == "below"
+    assert Gain.of([1.0, -1.1, 0.2]).verdict == "level"
+
+
+def test_the_swap_says_its_verdict_first() -> None:
+    gains = {name: gain for name, (gain, _) in swaps(RESULTS / "swap.json").items()}
+    names = {
+        verdict: [name for name, gain in gains.items() if gain.verdict == verdict]
+        for verdict in ("above", "below", "level")
+    }
+    assert names["above"] == ["mosaic", "minesweeper", "facebook-sage"]
+    assert names["below"] == ["citeseer-gat"]
+    assert len(names["level"]) == 10
+    opening = in_a_line((DOCS / "lab" / "swap.md").read_text())[:700]
+    assert "**Verdict: " in opening
+    assert "Three rows are better with experts" in opening
+    assert "The other ten are level with the dense model" in opening
 
 
 LAB = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "lab").glob("*.md"))).replace(

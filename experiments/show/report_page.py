@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch_geometric.data import Data
 
+from experiments.show.nodes import bin_names, draw_nodes
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import writing
 from experiments.train.routing_stats import (
@@ -27,10 +28,11 @@ from experiments.train.routing_stats import (
     alignment,
     in_words,
     node_properties,
+    node_values,
     values_of,
 )
 from experiments.train.run_folder import RunFolder, read_run
-from experiments.train.scores import percent
+from experiments.train.scores import mean_std, percent
 from gmoe import record_routing
 from gmoe.plot import expert_load, expert_maps, patch_weights
 
@@ -48,6 +50,15 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 7
 .row { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto; display: block; }
 """
+
+PATCHES_DRAWN = (
+    "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark patches have "
+    "none. Experts of different layers have nothing to do with each other."
+)
+NODES_DRAWN = (
+    "Up to 300 nodes, of a larger graph in six neighborhoods, in the same places in every panel: by what is known of "
+    "them, and by expert. Gray nodes have no class, or no expert. Colors of different panels have nothing to do with each other."
+)
 
 Tokens = tuple[Tensor, dict[str, Tensor]]
 """Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in :data:`PROPERTIES`."""
@@ -166,6 +177,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "metric": run.summary["metric"],
             "validation (%)": percent(run.summary["val"]),
             "test (%)": percent(run.summary["test"]),
+            "test − dense run (points)": above_dense(run, runs),
             "seeds": str(run.summary["test"]["n"]),
             "active FLOPs": f"{run.summary['flops']:.3g}",
             "parameters": f"{run.summary['parameters']:,}",
@@ -178,18 +190,46 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     page.heading("Results")
     page.table([[name, *(column[name] for column in columns)] for name in columns[0]])
     page.text(
-        "Validation selects the epoch; the test set is read once. Mean ± sample standard deviation.",
+        "Validation selects the epoch; the test set is read once. Mean ± sample standard deviation; of differences to "
+        "the dense run of the same data and seeds, seed by seed.",
         "note",
     )
+    if alone := [run.name for run in runs if run.history and dense_beside(run, runs) is None]:
+        page.text(
+            f"No dense run of the same data and seeds is beside {', '.join(alone)}. To see what experts add, train one "
+            "with --router dense, and give both to the report.",
+            "note",
+        )
+
+
+def dense_beside(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
+    """The first dense run of the same data and seeds."""
+    for other in runs:
+        is_same = data_of(other) == data_of(run) and other.config.seeds == run.config.seeds
+        if is_same and other.config.router == "dense" and other is not run:
+            return other
+    return None
+
+
+def above_dense(run: RunFolder, runs: Sequence[RunFolder]) -> str:
+    """Points above the dense run beside it, seed by seed."""
+    dense = dense_beside(run, runs)
+    if dense is None:
+        return "–"
+    tests = (run.summary["test"]["values"], dense.summary["test"]["values"])
+    return mean_std([100 * (a - b) for a, b in zip(*tests, strict=True)], "+.2f")
 
 
 def _routing(page: Page, run: RunFolder) -> str:
     """Write a run's section, and say the most important of it in a sentence."""
     seed, missing, maps, shown = run.config.seeds[0], "", list[Figure](), list[Tokens]()
+    are_patches, names = False, dict[str, Sequence[str]]()
     layers = values_of(run.summary["routing"])
     try:
         task = run.load_task()
-        if task.kind == "image":
+        names = {"ami_label": task.classes}
+        are_patches = task.kind == "image"
+        if are_patches:
             shown, drawn = _patches(run, task)
             maps.append(drawn)
             for layer, (weight, known) in zip(layers, shown, strict=True):
@@ -199,7 +239,9 @@ def _routing(page: Page, run: RunFolder) -> str:
                 )
                 layer |= {f"ami_{name}": [value] for name, value in found.items()}
         else:
-            shown = _nodes(run, task)
+            shown, drawn, bins = _nodes(run, task)
+            names |= bins
+            maps.append(drawn)
     except (FileNotFoundError, ValueError) as error:
         missing = f"Not drawn: {error}"
     page.heading(f"{run.name}: routing")
@@ -210,7 +252,7 @@ def _routing(page: Page, run: RunFolder) -> str:
     rows = {name: [f"{fmean(layer[name]):.3f}" for layer in layers] for name in layers[0]}
     page.table([header, *([name.replace("_", " "), *row] for name, row in rows.items())])
     page.text(
-        f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if maps else 'all nodes'}"
+        f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if are_patches else 'all nodes'}"
         ". Dropped pairs had no room at their expert; dead experts get no token; entropy is in nats. AMI: adjusted "
         "mutual information of experts and a property, 1 if they are the same partition, 0 by "
         f"chance. {IN_WORDS}",
@@ -219,24 +261,18 @@ def _routing(page: Page, run: RunFolder) -> str:
     if missing:
         page.text(missing, "warn")
     else:
-        page.heading(f"Which {'patches' if maps else 'nodes'} go to which expert?", 3)
+        page.heading(f"Which {'patches' if are_patches else 'nodes'} go to which expert?", 3)
     if maps:
-        page.figures(
-            maps,
-            "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark "
-            "patches have none. Experts of different layers have nothing to do with each other.",
-        )
+        page.figures(maps, PATCHES_DRAWN if are_patches else NODES_DRAWN)
     for number, (weight, known) in enumerate(shown, start=1):
         page.figures(
             [
-                share_map(
-                    weight, value, PROPERTIES[name][0], task.classes if name == "ami_label" else ()
-                )
+                share_map(weight, value, PROPERTIES[name][0], names.get(name, ()))
                 for name, value in known.items()
             ],
             f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each class, place (row by "
-            "row), degree or local homophily (neighbors of the same class), the latter two in bins from few to many. A "
-            "row like the last one says that the expert does not go by it.",
+            "row), degree or local homophily (neighbors of the same class), the latter two in bins of about as many "
+            "nodes each. A row like the last one says that the expert does not go by it.",
         )
     return in_words(layers, run.config.experts)
 
@@ -267,8 +303,9 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
     return shown, expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)
 
 
-def _nodes(run: RunFolder, task: Task) -> list[Tokens]:
-    """By MoE layer, the nodes of a graph that is evaluated as a whole; a ``ValueError`` of others."""
+def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, list[str]]]:
+    """By MoE layer, the nodes of a graph that is evaluated as a whole, a drawing of them, and by property the names of
+    its bins; a ``ValueError`` of others."""
     graph = task.graph
     if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
         raise ValueError("the graph is heterogeneous, or the run was evaluated in batches")
@@ -277,7 +314,16 @@ def _nodes(run: RunFolder, task: Task) -> list[Tokens]:
         model(*batch.inputs)
     known = {} if task.planted is None else {"nmi": task.planted}
     known |= {f"ami_{name}": value for name, value in node_properties(graph).items()}
-    return [(routing.to_dense(), known) for routing in routings]
+    to_draw = {PROPERTIES[name][0]: known[name] for name in ("nmi", "ami_label") if name in known}
+    for number, routing in enumerate(routings, start=1):
+        expert = routing.top_expert.cpu()
+        to_draw[f"expert, MoE layer {number}"] = expert.where(expert < routing.num_experts, -1)
+    bins = {
+        f"ami_{name}": bin_names(value, known[f"ami_{name}"], is_share=name == "homophily")
+        for name, value in node_values(graph).items()
+    }
+    drawn = draw_nodes(graph.edge_index, graph.num_nodes, to_draw)
+    return [(routing.to_dense(), known) for routing in routings], drawn, bins
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:

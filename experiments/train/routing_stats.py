@@ -100,20 +100,30 @@ def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
 
 
 def node_properties(data: Data) -> dict[str, Tensor]:
-    """(N,) integers a property: ``label``, in-``degree``, ``homophily`` (the share of in-neighbors of the same label).
+    """(N,) integers a property: ``label``, in-``degree``, ``homophily``.
 
-    The latter two are binned by quantiles, nodes without neighbors apart; what is not known is -1.
+    The latter two are :func:`node_values`, binned by quantiles, nodes without neighbors apart; what is not known is -1.
     """
+    values = node_values(data)
+    found = {"degree": quantile_bins(values["degree"])}
+    if "homophily" in values:
+        found["homophily"] = quantile_bins(values["homophily"]).where(data.y >= 0, -1)
+        found["label"] = data.y.clamp(min=-1)
+    return found
+
+
+def node_values(data: Data) -> dict[str, Tensor]:
+    """(N,) the in-``degree``, and of one label a node the ``homophily``: the share of in-neighbors of the same label,
+    -1 without neighbors."""
     source, destination = remove_self_loops(data.edge_index)[0]
-    found = {"degree": quantile_bins(degree(destination, data.num_nodes))}
+    found = {"degree": degree(destination, data.num_nodes)}
     if data.y is not None and data.y.dim() == 1:
         labeled = (data.y[source] >= 0) & (data.y[destination] >= 0)
         source, destination = source[labeled], destination[labeled]
         same = (data.y[source] == data.y[destination]).float()
         share = scatter(same, destination, dim_size=data.num_nodes, reduce="mean")
         has_neighbors = degree(destination, data.num_nodes) > 0
-        found["homophily"] = quantile_bins(share.where(has_neighbors, -1.0)).where(data.y >= 0, -1)
-        found["label"] = data.y.clamp(min=-1)
+        found["homophily"] = share.where(has_neighbors, -1.0)
     return found
 
 

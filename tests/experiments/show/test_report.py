@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from experiments.show import patches
+from experiments.show.nodes import bin_names, neighborhoods
 from experiments.show.report import main
 from experiments.show.report_page import Page, shares
 from experiments.study import ensemble
@@ -78,6 +79,16 @@ def test_report_of_graphs_and_images(
     assert "digits-graph: learning curves" in words
     assert "digits: learning curves" not in words  # of one epoch
     assert "Not drawn" not in words
+    tests = [
+        json.loads((runs / name / "summary.json").read_text())["test"]["values"]
+        for name in ("graph", "graph-dense")
+    ]
+    difference = np.array(tests[0]) - np.array(tests[1])
+    shown = f"{100 * difference.mean():+.2f} ± {100 * difference.std(ddof=1):.2f}"
+    row = page[page.index("test − dense run (points)") :]
+    assert row[: row.index("</tr>")].count(f"<td>{shown}</td>") == 1
+    assert "No dense run of the same data and seeds is beside images." in words
+    assert "Up to 300 nodes, of a larger graph in six neighborhoods" in words
 
 
 def test_a_broken_run_is_named_and_the_others_are_reported(
@@ -259,3 +270,22 @@ def test_shares_by_hand() -> None:
         torch.tensor([[0.2, 0.0], [0.1, 0.3], [0.3, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, 0, -1])
     )
     np.testing.assert_allclose(found, np.array([[0.5, 0.5], [0, 1], [1 / 3, 2 / 3]]), atol=1e-6)
+
+
+def test_a_large_graph_is_drawn_in_six_neighborhoods() -> None:
+    path = torch.stack([torch.arange(999), torch.arange(1, 1000)])
+    nodes = neighborhoods(path, 1000, most=60)
+    assert nodes.diff().eq(1).sum() == 54  # six stretches of ten
+    pairs = torch.arange(40).view(20, 2).T  # components of two nodes
+    assert len(neighborhoods(pairs, 40, most=30)) == 12
+    assert neighborhoods(path, 1000, most=1000).tolist() == list(range(1000))
+    assert len(neighborhoods(path[:, :0], 1000, most=60)) == 6
+
+
+def test_bins_are_named_by_what_they_hold() -> None:
+    degrees, which = torch.tensor([0.0, 1, 2, 3, 9, 4]), torch.tensor([0, 1, 1, 2, 2, -1])
+    assert bin_names(degrees, which, is_share=False) == ["0", "1 to 2", "3 to 9"]
+    shares = torch.tensor([-1.0, 0.0, 0.25, 0.5])
+    names = bin_names(shares, torch.tensor([0, 1, 2, 2]), is_share=True)
+    assert names == ["no neighbors", "0 %", "25 to 50 %"]
+    assert bin_names(shares, torch.tensor([-1, -1, 1, 1]), is_share=True) == ["–", "25 to 50 %"]
