@@ -1,4 +1,6 @@
-"""Draw the gallery's thumbnails: ``python -m docs.thumbnails`` writes ``docs/figures/examples/*.svg``.
+"""Draw the gallery's thumbnails.
+
+``python -m docs.thumbnails`` writes ``docs/figures/examples/*.svg``.
 
 Each says what its example is about; none shows a result. The gray of their lines can be read on a
 white page and on a black one, since a thumbnail does not know which it is on.

@@ -24,6 +24,7 @@ from experiments.study import starts
 from experiments.study.routers import differences, read_cells
 from experiments.train.files import read_json
 from experiments.train.presets import PRESETS
+from experiments.train.scores import interval
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
@@ -176,7 +177,7 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     confirmed = starts.read_confirmed(RESULTS / "starts-confirmed")
     once = "difference-once-node-constant-unbalanced"
     intervals = [
-        starts.interval(starts.differences(known, once, "dense", "test"))
+        interval(starts.differences(known, once, "dense", "test"))
         for known in confirmed.values()
         if once in known
     ]

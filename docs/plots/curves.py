@@ -101,7 +101,7 @@ def drawings(results: Path) -> list[Drawing]:
     found = curves(read_results(results / "curves"))
     said = "; ".join(said_of(column, models) for column, models in found.items())
     alt = (
-        "Test score over active MFLOPs, a line a model, a point a width. Height of the default over "
-        f"the curve of dense models: {said}."
+        "Test score over active MFLOPs, a line a model, a point a width. Height of the default "
+        f"over the curve of dense models: {said}."
     )
     return [Drawing("curves", numbers(found), alt, lambda theme: draw(found, theme))]

@@ -14,9 +14,9 @@ from experiments.study.regime_map import gains as regime_gains
 from experiments.study.routers import ROWS, read_cells
 from experiments.study.routers import differences as cell_differences
 from experiments.study.starts import differences as start_differences
-from experiments.study.starts import interval, read_confirmed, read_results
+from experiments.study.starts import read_confirmed, read_results
 from experiments.train.files import read_json
-from experiments.train.scores import mean_std
+from experiments.train.scores import interval, mean_std
 
 __all__ = [
     "LABELS",

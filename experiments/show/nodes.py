@@ -72,7 +72,7 @@ def draw_nodes(edge_index: Tensor, num_nodes: int, values: Mapping[str, Tensor])
     for axis in axes:
         axis.set_axis_off()
     for axis, (title, value) in zip(figure.axes, panels, strict=False):
-        colors = [*palette(max(1, int(value.max()) + 1)), NONE]
+        colors = [*palette(num_experts=max(1, int(value.max()) + 1)), NONE]
         shown = [colors[max(number, -1)] for number in value[nodes].tolist()]
         nx.draw_networkx_edges(graph, places, ax=axis, edge_color="#c8ccd0", width=0.5)
         nx.draw_networkx_nodes(

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import advise, convert, ensemble, patches, planted, report, sweep
 from experiments.benchmark import __main__ as benchmark
-from experiments.train import __main__ as train
+from experiments.train import command as train
 from experiments.train.command import COMMON
 from experiments.train.presets import PRESETS
 from tests.experiments import own_parts

@@ -195,8 +195,8 @@ def test_a_moefied_gnn_gets_its_convs_back() -> None:
 
 
 def test_what_cannot_be_folded_is_named() -> None:
-    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, EXPERTS)
-    soft = gmoe.SoftMoE(gmoe.SoftSlots(WIDTH, EXPERTS), experts)
+    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
+    soft = gmoe.SoftMoE(gmoe.SoftSlots(WIDTH, num_experts=EXPERTS), experts)
     metadata = (["a"], [("a", "to", "a")])
     model = nn.ModuleList([soft, gmoe.HeteroMoEConv(WIDTH, WIDTH, metadata)])
     text = str(gmoe.densify(model))
@@ -210,7 +210,8 @@ def test_what_cannot_be_folded_is_named() -> None:
 
 def test_linear_experts_become_a_linear_layer() -> None:
     layer = gmoe.MoE(
-        gmoe.TokenChoice(WIDTH, 1, weight="straight_through"), gmoe.LinearExperts(WIDTH, 3, 1)
+        gmoe.TokenChoice(WIDTH, num_experts=1, weight="straight_through"),
+        gmoe.LinearExperts(WIDTH, 3, num_experts=1),
     ).double()
     expected = layer(X)
     dense = gmoe.densify(layer).model

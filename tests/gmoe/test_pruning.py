@@ -54,9 +54,15 @@ def moved(layer: Any) -> Any:
 
 def conv_layer(conv: Any, start: Any, router: str, k: int, **router_kwargs: Any) -> Any:
     torch.manual_seed(0)
-    options = {"start": start, "router": router, "k": k, "router_kwargs": router_kwargs}
-    many = {} if isinstance(conv, list) else {"num_experts": EXPERTS}
-    return moved(MoEConv(conv, WIDTH, WIDTH, **many, **options).double())
+    options: dict[str, Any] = {
+        "start": start,
+        "router": router,
+        "k": k,
+        "router_kwargs": router_kwargs,
+    }
+    if not isinstance(conv, list):
+        options["num_experts"] = EXPERTS
+    return moved(MoEConv(conv, WIDTH, WIDTH, **options).double())
 
 
 def moefied(**options: Any) -> Any:
@@ -162,8 +168,8 @@ def test_what_kept_experts_take_and_weigh_stays(
     """Where experts choose, or weights are scores: the mixture without the others."""
     torch.manual_seed(0)
     layer = gmoe.MoE(
-        gmoe.build_router(router, WIDTH, EXPERTS, k, options),
-        gmoe.MLPExperts(WIDTH, 6, WIDTH, EXPERTS),
+        gmoe.build_router(router, WIDTH, num_experts=EXPERTS, k=k, kwargs=options),
+        gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
     ).double()
     layer(X)  # in training, for thresholds
     layer = moved(layer)
@@ -265,15 +271,16 @@ def test_balance_goes_on_after_pruning() -> None:
     layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS).double()
     for _ in range(3):
         layer(X, EDGES)
-    bias_E = layer.router.next_bias_E.clone()
+    router: Any = layer.router
+    bias_E = router.next_bias_E.clone()
     gmoe.prune(layer, (X, EDGES), keep=3)
     kept = layer.kept
     assert kept is not None
-    assert torch.equal(layer.router.next_bias_E, bias_E[list(kept)])
+    assert torch.equal(router.next_bias_E, bias_E[list(kept)])
     layer.train()
     for _ in range(3):
         layer(X, EDGES).square().sum().backward()
-    assert layer.router.next_bias_E.isfinite().all()
+    assert router.next_bias_E.isfinite().all()
 
 
 class Mine(gmoe.Router):
@@ -283,18 +290,20 @@ class Mine(gmoe.Router):
 
     def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
         zeros_T1 = torch.zeros(len(x_TD), 1, dtype=torch.long)
-        return gmoe.Routing.from_choices(zeros_T1, x_TD.new_ones(len(x_TD), 1), self.num_experts)
+        return gmoe.Routing.from_choices(
+            zeros_T1, x_TD.new_ones(len(x_TD), 1), num_experts=self.num_experts
+        )
 
 
 def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
-    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, EXPERTS)
-    slots = gmoe.SoftMoE(gmoe.SoftSlots(WIDTH, EXPERTS), experts)
-    mine = gmoe.MoE(Mine(WIDTH, EXPERTS), experts)
+    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
+    slots = gmoe.SoftMoE(gmoe.SoftSlots(WIDTH, num_experts=EXPERTS), experts)
+    mine = gmoe.MoE(Mine(WIDTH, num_experts=EXPERTS), experts)
     bound = moefied()
     parametrizations.weight_norm(bound.blocks[1].mlp.experts.down)
     without = MoEConv("gcn", WIDTH, WIDTH, router=None)
-    assigned = gmoe.OracleRouter(WIDTH, EXPERTS, torch.arange(NODES))
-    oracle = gmoe.MoE(assigned, gmoe.MLPExperts(WIDTH, 6, WIDTH, EXPERTS))
+    assigned = gmoe.OracleRouter(WIDTH, num_experts=EXPERTS, assignment=torch.arange(NODES))
+    oracle = gmoe.MoE(assigned, gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS))
     with pytest.raises(ValueError, match="SoftSlots, of which no expert"):
         groups_of(slots)[0].keep((0, 1))
     with pytest.raises(ValueError, match="Mine, of which no expert"):
@@ -308,14 +317,14 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"^model: got Linear without layers"):
         gmoe.prune(nn.Linear(2, 2), torch.zeros(1, 2))
     for layer in (slots, mine, oracle):
-        assert len(layer.experts.up.weight) == EXPERTS  # type: ignore[arg-type,union-attr]
+        assert len(layer.experts.up.weight) == EXPERTS
 
 
 class Counted(gmoe.Router):
     """Somebody's own that says how it is pruned: a learned score for each expert."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
-        super().__init__(dim, num_experts)
+        super().__init__(dim, num_experts=num_experts)
         self.score_E = nn.Parameter(torch.linspace(0, 1, num_experts))
 
     def reset_parameters(self) -> None: ...
@@ -323,7 +332,7 @@ class Counted(gmoe.Router):
     def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
         expert_T1 = self.score_E.argmax().expand(len(x_TD), 1)
         return gmoe.Routing.from_choices(
-            expert_T1, x_TD.new_ones(expert_T1.shape), self.num_experts
+            expert_T1, x_TD.new_ones(expert_T1.shape), num_experts=self.num_experts
         )
 
 
@@ -334,8 +343,8 @@ def _counted(router: Counted, kept: Any) -> None:
 
 
 def test_a_router_of_your_own_says_how_it_is_pruned() -> None:
-    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, EXPERTS)
-    layer = gmoe.MoE(Counted(WIDTH, EXPERTS), experts).double()
+    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
+    layer = gmoe.MoE(Counted(WIDTH, num_experts=EXPERTS), experts).double()
     expected = layer(X)
     assert gmoe.prune(layer, X).layers[0].kept == (EXPERTS - 1,)
     assert_same(layer(X), expected)
@@ -343,8 +352,8 @@ def test_a_router_of_your_own_says_how_it_is_pruned() -> None:
 
 def test_dead_experts_of_an_oracle_go() -> None:
     layer = gmoe.MoE(
-        gmoe.OracleRouter(WIDTH, EXPERTS, torch.tensor([2, 2, 5, 7, 5])),
-        gmoe.MLPExperts(WIDTH, 6, WIDTH, EXPERTS),
+        gmoe.OracleRouter(WIDTH, num_experts=EXPERTS, assignment=torch.tensor([2, 2, 5, 7, 5])),
+        gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
     ).double()
     expected = layer(X)
     assert gmoe.prune(layer, X).layers[0].kept == (2, 5, 7)
@@ -353,7 +362,8 @@ def test_dead_experts_of_an_oracle_go() -> None:
 
 def test_uniform_experts_are_averaged_over_those_that_stay() -> None:
     layer = gmoe.MoE(
-        gmoe.UniformRouter(WIDTH, EXPERTS), gmoe.MLPExperts(WIDTH, 6, WIDTH, EXPERTS)
+        gmoe.UniformRouter(WIDTH, num_experts=EXPERTS),
+        gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
     ).double()
     _, routing = layer(X, return_routing=True)
     assert routing.num_experts == EXPERTS

@@ -140,6 +140,7 @@ def test_a_folded_pruned_and_partly_dense_model_comes_back(
     # The second layer equals a dense one: its routed part is zero, or has one expert.
     second.keep((2,))
     if start == "shared":
+        routed: Any
         (routed,) = second.layers.values()
         is_conv = isinstance(routed, gmoe.MoEConv)
         for parameter in [routed.gain] if is_conv else routed.experts.down.parameters():
@@ -219,7 +220,7 @@ def test_parts_that_were_replaced_are_refused(tmp_path: Path) -> None:
             gmoe.save(model, tmp_path / "model")
 
     def set_router(model: Any) -> None:
-        model.blocks[1].mlp.router = Mine(16, 2)
+        model.blocks[1].mlp.router = Mine(16, num_experts=2)
 
     def set_up(model: Any) -> None:
         model.blocks[1].mlp.experts.up = nn.Bilinear(16, 2, 24)
@@ -276,9 +277,16 @@ def moefied(**changes: Any) -> Callable[[Path], None]:
     return edited(lambda found: found["layers"]["blocks.1.mlp"]["moefied"].update(changes))
 
 
+def overwritten(content: bytes) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / "gmoe.json").write_bytes(content)
+
+    return edit
+
+
 TAMPERED: dict[str, Callable[[Path], None]] = {
-    "no JSON": lambda folder: (folder / "gmoe.json").write_text("{") and None,
-    "a pickle": lambda folder: (folder / "gmoe.json").write_bytes(pickle.dumps({})) and None,
+    "no JSON": overwritten(b"{"),
+    "a pickle": overwritten(pickle.dumps({})),
     "a list": edited(lambda _: [1]),
     "another format": edited(lambda found: found | {"format": 2}),
     "no layers": edited(lambda found: found.pop("layers") and None),
@@ -328,8 +336,9 @@ def test_save_pretrained_refuses_a_moefied_model_with_the_line_to_call(tmp_path:
     for refused in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(ValueError, match=r"expected gmoe\.save\(model, '.*/hf'\)"):
             refused.save_pretrained(tmp_path / "hf")
+    listed: Any = nn.ModuleList([model])[0]
     with pytest.raises(ValueError, match=r"gmoe\.save"):
-        nn.ModuleList([model])[0].save_pretrained(str(tmp_path / "hf"))
+        listed.save_pretrained(str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
 

@@ -137,8 +137,8 @@ def test_lora_finds_the_experts_and_is_merged() -> None:
 
 
 def test_one_layer_of_linear_experts_is_replaced_itself() -> None:
-    experts = gmoe.LinearExperts(WIDTH, 3, EXPERTS).double()
-    layer = gmoe.MoE(gmoe.TokenChoice(WIDTH, EXPERTS), experts).double().eval()
+    experts = gmoe.LinearExperts(WIDTH, 3, num_experts=EXPERTS).double()
+    layer = gmoe.MoE(gmoe.TokenChoice(WIDTH, num_experts=EXPERTS), experts).double().eval()
     expected = layer(X)
     assert_same(gmoe.unstack(layer)(X), expected)
     unstacked = gmoe.unstack(experts)

@@ -100,7 +100,7 @@ def test_the_sum_of_both_ends_and_its_gradients_are_those_of_plain_indexing() ->
     sender, receiver = random_graph(7, 9, 30)
     edges = Edges.sorted(sender, receiver, 7, 9)
     inputs = [features(7, 2).requires_grad_(), features(9, 2).requires_grad_()]
-    actual = add_ends(*inputs, edges)
+    actual = add_ends(inputs[0], inputs[1], edges)
     plain = inputs[0][edges.sender] + inputs[1][edges.receiver]
     assert torch.equal(actual, plain)
     gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (actual, plain)]
@@ -110,7 +110,8 @@ def test_the_sum_of_both_ends_and_its_gradients_are_those_of_plain_indexing() ->
 @pytest.mark.parametrize("num_edges", [0, 30])
 def test_the_softmax_and_its_gradients_are_those_of_pyg(num_edges: int) -> None:
     """Also where a score is minus infinity, and of receivers without messages."""
-    edges = Edges.sorted(*random_graph(7, 9, num_edges), 7, 9)
+    sender, receiver = random_graph(7, 9, num_edges)
+    edges = Edges.sorted(sender, receiver, 7, 9)
     score = features(num_edges, 2)
     last = (edges.ptr[1:] - 1)[edges.degree > 1]  # of several messages to one receiver
     score[last, 0] = -torch.inf

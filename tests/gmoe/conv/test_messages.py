@@ -136,7 +136,7 @@ def test_no_message_runs_along_a_loop_that_is_replaced(conv: str) -> None:
     with default_float64():
         layer = MoEConv(conv, WIDTH, WIDTH, num_experts=2, router=None, start="plain").eval()
         expert = torch.arange(NODES) % 2
-        routing = Routing.from_choices(expert[:, None], torch.ones(NODES, 1), 2)
+        routing = Routing.from_choices(expert[:, None], torch.ones(NODES, 1), num_experts=2)
         x = torch.randn(NODES, WIDTH)
         without, _ = remove_self_loops(EDGES)
         found = layer(x, EDGES, routing=routing)
