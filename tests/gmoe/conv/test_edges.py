@@ -99,18 +99,19 @@ def test_sums_and_products_along_edges_and_their_gradients_are_those_of_each_mes
 def test_the_sum_of_both_ends_and_its_gradients_are_those_of_plain_indexing() -> None:
     sender, receiver = random_graph(7, 9, 30)
     edges = Edges.sorted(sender, receiver, 7, 9)
-    inputs = [features(7, 2).requires_grad_(), features(9, 2).requires_grad_()]
-    actual = add_ends(*inputs, edges)
-    plain = inputs[0][edges.sender] + inputs[1][edges.receiver]
+    sent, received = features(7, 2).requires_grad_(), features(9, 2).requires_grad_()
+    actual = add_ends(sent, received, edges)
+    plain = sent[edges.sender] + received[edges.receiver]
     assert torch.equal(actual, plain)
-    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (actual, plain)]
+    gradients = [torch.autograd.grad(y.square().sum(), (sent, received)) for y in (actual, plain)]
     torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("num_edges", [0, 30])
 def test_the_softmax_and_its_gradients_are_those_of_pyg(num_edges: int) -> None:
     """Also where a score is minus infinity, and of receivers without messages."""
-    edges = Edges.sorted(*random_graph(7, 9, num_edges), 7, 9)
+    sender, receiver = random_graph(7, 9, num_edges)
+    edges = Edges.sorted(sender, receiver, 7, 9)
     score = features(num_edges, 2)
     last = (edges.ptr[1:] - 1)[edges.degree > 1]  # of several messages to one receiver
     score[last, 0] = -torch.inf
