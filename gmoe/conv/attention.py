@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from gmoe._autograd import first_order, operator
 from gmoe._checks import must_be_called
 from gmoe.conv.base import StackedExperts, is_plain, stacked
-from gmoe.conv.edges import add_ends, blocks, dot, softmax, weighted_sum
+from gmoe.conv.edges import add_ends, blocks, dot, softmax, spread, weighted_sum
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
 from gmoe.dispatch import Backend, combine, grouped_linear
@@ -205,7 +205,7 @@ class GATExperts(AttentionExperts):
             from_target_PH = messages.by_token(target_TEH)
             # Not by add_ends, which would sort the messages by source and expert in the backward.
             from_source_MH = messages.by_source(source_NEH)
-            score_MH = from_source_MH + from_target_PH.index_select(0, messages.pair)
+            score_MH = from_source_MH + spread(from_target_PH, messages.ptr, messages.pair)
         else:
             value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
             from_source_UH = self._scores(value_UHC, messages.at_rows(self.att_src))
