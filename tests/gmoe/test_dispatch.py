@@ -214,6 +214,23 @@ def test_rows_that_move_at_once_give_what_the_loop_gives(
     torch.testing.assert_close(*found, atol=near, rtol=near)
 
 
+def test_rows_that_move_at_once_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own loop does not: in compiled code, the product is an operator."""
+    monkeypatch.setitem(AT_ONCE, "products", 0)
+    monkeypatch.setitem(FEW_ROWS, "rows", -1)
+    (one_each, *_) = routings()
+    routing = replace(one_each, weight=one_each.weight.float())
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((9, 8), (4, 8, 4), (4, 4))]
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return routed_linear([x], weight, bias, routing)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found, expected = ([y, *gradients(y, leaves)] for y in (compiled(*leaves), layer(*leaves)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_tokens_of_one_pair_fetch_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """They get the same bits as tokens to which rows are added, and nothing is added to them."""
     monkeypatch.setitem(FEW, "rows", -1)
