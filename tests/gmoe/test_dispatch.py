@@ -169,7 +169,7 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
     values = (weight, bias, gate, parts, token, offsets)
     needs = [True, False, True, True, True]
     one_each = ([part[:12] for part in parts], token, offsets, token.flip(0))
-    for name, inputs in {
+    calls: dict[str, list[tuple[Any, ...]]] = {
         "grouped_linear": [(rows, weight, offsets, backend)],
         "grouped_linear_weight": [(rows, y, offsets, backend)],
         "routed_linear": [
@@ -181,7 +181,8 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
             (features(20, 5), y, *values, None, needs),
             (features(12, 5), y, weight, bias, gate, *one_each, needs),
         ],
-    }.items():
+    }
+    for name, inputs in calls.items():
         for args in inputs:
             torch.library.opcheck(getattr(torch.ops.gmoe, name).default, args)
 
@@ -237,12 +238,13 @@ def test_tokens_of_one_pair_fetch_their_rows(monkeypatch: pytest.MonkeyPatch) ->
     (one_each, *_) = routings()
     shapes = [(9, 5), (9, 2), (4, 7, 5), (4, 5)]
     leaves = [features(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    x, neighbors, experts, bias = leaves
     weight = features(9).requires_grad_()
     found = []
     for slot in (one_each.slot, None):
         routing = replace(one_each, weight=weight, slot=slot)
         with Noted() as noted:
-            y = routed_linear(leaves[:2], *leaves[2:], routing)
+            y = routed_linear([x, neighbors], experts, bias, routing)
             found.append([y, *gradients(y, [*leaves, weight])])
         assert ("index_add_" in noted.names) == (slot is None)
     for ours, theirs in zip(*found, strict=True):
