@@ -1,7 +1,4 @@
-"""Every kernel equals the formula.
-
-Shapes: T tokens, E experts, P pairs sorted by expert, I in, H hidden, O out.
-"""
+"""Every kernel equals the formula. Shapes: T tokens, E experts, P pairs sorted by expert, I in, H hidden, O out."""
 
 from __future__ import annotations
 
@@ -66,8 +63,7 @@ def test_a_row_meets_its_expert(
 ) -> None:
     """The reference is float64 on the same rounded numbers.
 
-    ``grouped_mm`` refuses rows that are not a multiple of 16 bytes, and the strides of 0 that the
-    gradient of a sum has.
+    ``grouped_mm`` refuses rows that are no multiple of 16 bytes, and the strides of 0 of a sum's gradient.
     """
     x, weight, bias = (
         features(sum(loads), width),
@@ -128,7 +124,7 @@ def test_routed_linear_is_the_mixture(
     frozen: int,
     seed: int,
 ) -> None:
-    """Outputs, and gradients of all but a frozen input; the caller's tensors stay as they are."""
+    """Outputs and gradients, of all but a frozen input; and what the caller holds stays as it is."""
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < share
     gate = (features(tokens, experts, seed=seed + 9) * chosen).requires_grad_(frozen < 5)
     shapes = [(experts, sum(widths), 3), (experts, 3), *((tokens, width) for width in widths)]
@@ -173,7 +169,7 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
     values = (weight, bias, gate, parts, token, offsets)
     needs = [True, False, True, True, True]
     one_each = ([part[:12] for part in parts], token, offsets, token.flip(0))
-    cases: dict[str, list[tuple[Any, ...]]] = {
+    calls: dict[str, list[tuple[Any, ...]]] = {
         "grouped_linear": [(rows, weight, offsets, backend)],
         "grouped_linear_weight": [(rows, y, offsets, backend)],
         "routed_linear": [
@@ -186,7 +182,7 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
             (features(12, 5), y, weight, bias, gate, *one_each, needs),
         ],
     }
-    for name, inputs in cases.items():
+    for name, inputs in calls.items():
         for args in inputs:
             torch.library.opcheck(getattr(torch.ops.gmoe, name).default, args)
 
@@ -219,19 +215,36 @@ def test_rows_that_move_at_once_give_what_the_loop_gives(
     torch.testing.assert_close(*found, atol=near, rtol=near)
 
 
+def test_rows_that_move_at_once_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own loop does not: in compiled code, the product is an operator."""
+    monkeypatch.setitem(AT_ONCE, "products", 0)
+    monkeypatch.setitem(FEW_ROWS, "rows", -1)
+    (one_each, *_) = routings()
+    routing = replace(one_each, weight=one_each.weight.float())
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((9, 8), (4, 8, 4), (4, 4))]
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return routed_linear([x], weight, bias, routing)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found, expected = ([y, *gradients(y, leaves)] for y in (compiled(*leaves), layer(*leaves)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_tokens_of_one_pair_fetch_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """They get the same bits as tokens to which rows are added, and nothing is added to them."""
     monkeypatch.setitem(FEW, "rows", -1)
     (one_each, *_) = routings()
     shapes = [(9, 5), (9, 2), (4, 7, 5), (4, 5)]
     leaves = [features(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
-    *_, weight_EIO, bias_EO = leaves
+    x, neighbors, experts, bias = leaves
     weight = features(9).requires_grad_()
     found = []
     for slot in (one_each.slot, None):
         routing = replace(one_each, weight=weight, slot=slot)
         with Noted() as noted:
-            y = routed_linear(leaves[:2], weight_EIO, bias_EO, routing)
+            y = routed_linear([x, neighbors], experts, bias, routing)
             found.append([y, *gradients(y, [*leaves, weight])])
         assert ("index_add_" in noted.names) == (slot is None)
     for ours, theirs in zip(*found, strict=True):
@@ -300,7 +313,7 @@ def test_one_product_of_few_rows_gives_what_the_loop_gives(
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
-# without a host sync ------------------------------------------------------------------------------
+# without a host sync ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
