@@ -57,7 +57,10 @@ def module_of(path: Path) -> str:
 
 
 def imports(source: str) -> Iterator[Import]:
-    """All that a module imports, as dotted names; ``from a import b`` gives ``a.b``, ``from .a import b`` ``.a.b``."""
+    """All that a module imports, as dotted names.
+
+    ``from a import b`` gives ``a.b``, ``from .a import b`` ``.a.b``.
+    """
 
     def named(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
@@ -218,7 +221,10 @@ def test_an_import_loads_torch_alone() -> None:
 
 
 def test_what_is_missing_is_named_with_its_extra() -> None:
-    """Names are there for ``dir`` without it; neither models nor an import of gmoe need the Hub's packages."""
+    """Names are there for ``dir`` without it.
+
+    Neither models nor an import of gmoe need the Hub's packages.
+    """
     script = """
 import sys
 sys.modules.update(dict.fromkeys(["torch_geometric", "torchmetrics", "matplotlib"]))  # not there
@@ -248,7 +254,10 @@ for call in (*calls, lambda: model.save_pretrained("nowhere"), lambda: model.pus
 
 
 def test_the_type_checker_sees_the_lazy_names() -> None:
-    """The imports under ``TYPE_CHECKING`` are those of ``_LAZY``; ``__all__`` has them and what is imported at once."""
+    """The imports under ``TYPE_CHECKING`` are those of ``_LAZY``.
+
+    ``__all__`` has them and what is imported at once.
+    """
     body = ast.parse((ROOT / "gmoe" / "__init__.py").read_text()).body
     now = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
     (checked,) = [node.body for node in body if isinstance(node, ast.If)]

@@ -50,7 +50,8 @@ figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto
 """
 
 Tokens = tuple[Tensor, dict[str, Tensor]]
-"""Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in :data:`PROPERTIES`."""
+"""Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in
+:data:`PROPERTIES`."""
 
 
 class Page(list[str]):
@@ -268,7 +269,10 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
 
 
 def _nodes(run: RunFolder, task: Task) -> list[Tokens]:
-    """By MoE layer, the nodes of a graph that is evaluated as a whole; a ``ValueError`` of others."""
+    """By MoE layer, the nodes of a graph that is evaluated as a whole.
+
+    A ``ValueError`` of others.
+    """
     graph = task.graph
     if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
         raise ValueError("the graph is heterogeneous, or the run was evaluated in batches")
@@ -281,7 +285,10 @@ def _nodes(run: RunFolder, task: Task) -> list[Tokens]:
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
-    """Validation metric and training loss: the mean over seeds, and the band from the lowest to the highest."""
+    """Validation metric and training loss.
+
+    The mean over seeds, and the band from the lowest to the highest.
+    """
     figures = []
     val = f"validation {runs[0].summary['metric']} (%)"
     for name, factor, label in (("val", 100, val), ("loss", 1, "training loss")):
@@ -306,7 +313,8 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
 
 
 def shares(weight_TE: Tensor, value_T: Tensor) -> Tensor:
-    """(E + 1, V) of each expert's weights the share of every value; last the share of the values among all tokens.
+    """(E + 1, V) of each expert's weights the share of every value; last the share of the values
+    among all tokens.
 
     Tokens whose integer in ``value_T`` is below 0 are left out.
     """

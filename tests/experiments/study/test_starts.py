@@ -1,4 +1,4 @@
-"""The study of experts begun as copies: what is confirmed, how arms are ranked, and its planted graph."""
+"""The study of experts begun as copies: what is confirmed, ranks, and its planted graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from experiments.study.starts import (
     WEIGHED,
     confirmed,
     confirmed_table,
-    interval,
     is_arm,
     passes,
     ranking,
@@ -28,6 +27,7 @@ from experiments.study.starts import (
 from experiments.train.data.load import load_tasks
 from experiments.train.presets import MOSAIC
 from experiments.train.run_folder import differences_of
+from experiments.train.scores import interval
 
 RESULTS = Path(__file__).parents[3] / "results"
 
