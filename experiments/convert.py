@@ -1,4 +1,7 @@
-"""Bring a large graph into a folder to train from disk: the command of :mod:`experiments.train.data.convert`."""
+"""Bring a large graph into a folder to train from disk.
+
+The command of :mod:`experiments.train.data.convert`.
+"""
 
 from experiments.train.data.convert import main
 

@@ -1,4 +1,7 @@
-"""Score runs on OGB's sets, one by one and together: the command of :mod:`experiments.study.ensemble`."""
+"""Score runs on OGB's sets, one by one and together.
+
+The command of :mod:`experiments.study.ensemble`.
+"""
 
 from experiments.study.ensemble import main
 

@@ -1,4 +1,7 @@
-"""Draw which expert takes which patch of your images: the command of :mod:`experiments.show.patches`."""
+"""Draw which expert takes which patch of your images.
+
+The command of :mod:`experiments.show.patches`.
+"""
 
 from experiments.show.patches import main
 

@@ -1,4 +1,7 @@
-"""Generate the tables of the docs from result files: the command of :mod:`experiments.study.pages`."""
+"""Generate the tables of the docs from result files.
+
+The command of :mod:`experiments.study.pages`.
+"""
 
 from experiments.study.pages import main
 

@@ -1,4 +1,7 @@
-"""``python -m experiments.benchmark NAME [options]``: variants take turns; ratios are those of medians in one run."""
+"""``python -m experiments.benchmark NAME [options]``: variants take turns.
+
+Ratios are those of medians in one run.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "gpu.GpuBenchmark",
     ),
 }
-"""By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
+"""By the name of the command line: a line of help, and the class, which is imported when it is
+asked for."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """A training step under ``torch.compile``: layers with experts beside dense layers, both compiled.
 
-The allocator decides a good part of dense layers' times: by default glibc hands large tensors back to
-the system after each step and faults them in again. So each setting is measured in a process of its own.
+The allocator decides a good part of dense layers' times: by default glibc hands large tensors
+back to the system after each step and faults them in again. So each setting is measured in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ class Compiled(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CompileBenchmark(Benchmark):
-    """Forward and backward of a layer, eager and compiled, dense and with experts (both starts), under both settings of
-    the allocator. Ratios are of minima, to the compiled dense layer of the same process. CPU only."""
+    """Forward and backward of a layer, eager and compiled, dense and with experts (both starts),
+    under both settings of the allocator. Ratios are of minima, to the compiled dense layer of
+    the same process. CPU only."""
 
     kinds: tuple[Kind, ...] = ("gcn", "sage", "gin", "gat", "vit")
     """Convs, by the names that MoEConv takes, and a ViT of CIFAR's size."""
@@ -98,8 +100,9 @@ class CompileBenchmark(Benchmark):
     """Rounds, of which the fastest counts."""
 
     def measured(self) -> dict[str, Any]:
-        """By variant ``wall`` and ``cpu``, see :func:`take_turns`; ``ratio``, the least of each over the compiled dense
-        layer's; of compiled ones ``graph``, whole or in how many pieces, and ``compilation``, in seconds."""
+        """By variant ``wall`` and ``cpu``, see :func:`take_turns`; ``ratio``, the least of each
+        over the compiled dense layer's; of compiled ones ``graph``, whole or in how many
+        pieces, and ``compilation``, in seconds."""
         check_choice("device", self.device, ("cpu",))
         check_counts(images=self.images)
         for threads in self.thread_counts:
@@ -196,7 +199,8 @@ def compile_step(layer: nn.Module, inputs: tuple[Any, ...]) -> Compiled:
     try:
         step = compiled_step(layer, inputs, fullgraph=True)
     except torch._dynamo.exc.Unsupported:
-        # Explaining resets torch's compiler: warm-up rounds compile the layers before this one again.
+        # Explaining resets torch's compiler: warm-up rounds compile the layers before this one
+        # again.
         breaks = torch._dynamo.explain(layer)(*inputs).graph_break_count
         graph, started = f"in pieces ({breaks} break{'s' * (breaks > 1)})", time.perf_counter()
         step = compiled_step(layer, inputs, fullgraph=False)
@@ -209,8 +213,9 @@ def compiled_step(layer: nn.Module, inputs: tuple[Any, ...], fullgraph: bool) ->
     def call(*inputs: Any) -> Tensor:
         return layer(*inputs)
 
-    # torch remembers by code object what it could not compile, and then runs *any* layer that is called by
-    # this code without compiling it, even with fullgraph=True. So each has a code object of its own.
+    # torch remembers by code object what it could not compile, and then runs *any* layer that
+    # is called by this code without compiling it, even with fullgraph=True. So each has a code
+    # object of its own.
     own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
     step = layer_step(layer, inputs, torch.compile(own, fullgraph=fullgraph))
     step()

@@ -1,5 +1,5 @@
-"""What anybody with a CUDA device can find out in ten minutes: are results those of the CPU, does a training step wait
-for the device, and how long does it take beside a dense layer?
+"""What anybody with a CUDA device can find out in ten minutes: are results those of the CPU, does
+a training step wait for the device, and how long does it take beside a dense layer?
 
 It was written without such a device: nothing in this project was ever run on one by its authors.
 """
@@ -130,8 +130,9 @@ ROWS: dict[str, Callable[[], Row]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GpuBenchmark(Benchmark):
-    """Layers and models on a CUDA device: equal to the CPU (float64, float32), waits of a training step as the profiler
-    counts them, and its time beside PyG's conv or timm's MLP. `--device cpu` is a dry run."""
+    """Layers and models on a CUDA device: equal to the CPU (float64, float32), waits of a training
+    step as the profiler counts them, and its time beside PyG's conv or timm's MLP. `--device
+    cpu` is a dry run."""
 
     device: Literal["cpu", "cuda", "mps"] = "cuda"
     """Device."""
@@ -147,9 +148,10 @@ class GpuBenchmark(Benchmark):
     """Timed steps of each layer, after three that are not."""
 
     def measured(self) -> dict[str, Any]:
-        """By row and precision ``wall`` and ``cpu`` of the layer, their ``ratio`` to the dense one's, ``waits`` by the
-        name of the call, and ``places`` in the code where torch saw them; in float32 also ``equal``. A row that fails
-        has an ``error`` in their place, and the others go on."""
+        """By row and precision ``wall`` and ``cpu`` of the layer, their ``ratio`` to the dense
+        one's, ``waits`` by the name of the call, and ``places`` in the code where torch saw
+        them; in float32 also ``equal``. A row that fails has an ``error`` in their place, and
+        the others go on."""
         check_counts(nodes=self.nodes, tokens=self.tokens, images=self.images)
         for name in self.rows:
             check_choice("rows", name, ROWS)
@@ -213,7 +215,8 @@ def opened(model: nn.Module) -> nn.Module:
 
 
 def compared(row: Row, device: torch.device) -> dict[str, Any]:
-    """By dtype the largest differences of outputs and gradients from the CPU's, and whether they are within bounds.
+    """By dtype the largest differences of outputs and gradients from the CPU's, and whether they
+    are within bounds.
 
     In evaluation, where routers draw no noise: the two devices have different generators.
     """
@@ -221,7 +224,8 @@ def compared(row: Row, device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for dtype, tolerance in TOLERANCES.items():
         outputs = run(model, inputs, torch.device("cpu"), dtype)
-        # By default torch rounds the inputs of convolutions on a GPU, as of a ViT's patches, to ten bits.
+        # By default torch rounds the inputs of convolutions on a GPU, as of a ViT's patches, to
+        # ten bits.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             others = run(model, inputs, device, dtype)
         pairs = zip(outputs, others, strict=True)
@@ -243,7 +247,10 @@ def compared(row: Row, device: torch.device) -> dict[str, Any]:
 def run(
     model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The output of a copy of the model on a device, and the gradients of its input and parameters; on the CPU."""
+    """Run a copy of the model on a device; return output and gradients on the CPU.
+
+    The gradients are those of its input and parameters.
+    """
     model, inputs = copy.deepcopy(model).to(device, dtype), on(device, inputs, dtype)
     y = model(*inputs)
     # The same numbers on all devices, and no two alike: a sum would hide much.
@@ -276,7 +283,8 @@ def waits_of(step: Step, device: torch.device) -> dict[str, int]:
     with profile(activities=activities) as profiled, record_function(STEP):
         step()
     events = profiled.events() or []
-    # Not what comes after the step, where the profiler itself waits; of its two spans that of the host.
+    # Not what comes after the step, where the profiler itself waits; of its two spans that of
+    # the host.
     spans = [
         event for event in events if event.name == STEP and event.device_type == DeviceType.CPU
     ]
@@ -286,7 +294,10 @@ def waits_of(step: Step, device: torch.device) -> dict[str, int]:
 
 
 def places_of_waits(step: Step, device: torch.device) -> list[str]:
-    """The lines of Python from which torch itself says that it waits, which it does not of all waits."""
+    """The lines of Python from which torch says that it waits.
+
+    It does not say so of all waits.
+    """
     if device.type != "cuda":
         return []
     with warnings.catch_warnings(record=True) as caught:

@@ -27,11 +27,15 @@ from gmoe import AttentionVote, MLPExperts, MoE, MoEConv, TokenChoice, build_rou
 from gmoe.conv.kinds import factory_of
 
 NODE, TOKEN = 128, 192
-"""D of a node and of a token, whose MLPs have an H of 4 D; gated ones two thirds of it, and so the same FLOPs."""
+"""D of a node and of a token, whose MLPs have an H of 4 D; gated ones two thirds of it, and so
+the same FLOPs."""
 
 
 def power_law_graph(nodes: int, edges: int | None = None) -> tuple[Tensor, Tensor]:
-    """Uniform nodes cite others by weights of a power law (exponent 2.7), in both directions: edge_index, and CSR."""
+    """Draw a graph with in-degrees by a power law: ``edge_index``, and CSR.
+
+    Uniform nodes cite others by weights of a power law (exponent 2.7), in both directions.
+    """
     edges = edges or nodes * 1_166_243 // 169_343  # as many a node as in ogbn-arxiv
     cited = torch.multinomial(torch.rand(nodes).pow(-1 / 1.7), edges, replacement=True)
     edge_index = to_undirected(
@@ -41,7 +45,10 @@ def power_law_graph(nodes: int, edges: int | None = None) -> tuple[Tensor, Tenso
 
 
 class Masked(nn.Module):
-    """What public GNN-MoEs do: every expert of ``layer`` on the whole graph, and the routing as a mask."""
+    """What public GNN-MoEs do.
+
+    Every expert of ``layer`` runs on the whole graph, and the routing is a mask.
+    """
 
     def __init__(self, layer: MoEConv) -> None:
         super().__init__()
@@ -59,7 +66,10 @@ class Masked(nn.Module):
 
 
 class Grouped(nn.Module):
-    """What PyG offers: GCN's aggregate once, and its HeteroLinear with the expert as the type of a row."""
+    """What PyG offers.
+
+    GCN aggregates once, and HeteroLinear takes the expert as the type of a row.
+    """
 
     def __init__(self, layer: MoEConv) -> None:
         super().__init__()
@@ -81,7 +91,10 @@ class Grouped(nn.Module):
 
 
 class NonzeroLoop(nn.Module):
-    """A loop over the experts of ``layer`` that finds the tokens of each by nonzero, as in most published code."""
+    """A loop over the experts of ``layer``, as in most published code.
+
+    It finds the tokens of each expert by ``nonzero``.
+    """
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
@@ -105,7 +118,10 @@ class NonzeroLoop(nn.Module):
 
 @torch.no_grad()
 def mixtral(layer: MoE, implementation: str) -> nn.Module:
-    """transformers' ``MixtralSparseMoeBlock``, ``"eager"`` (a loop) or ``"grouped_mm"``; for gated SiLU experts."""
+    """transformers' ``MixtralSparseMoeBlock``, ``"eager"`` (a loop) or ``"grouped_mm"``.
+
+    For gated SiLU experts.
+    """
     module, experts = (
         import_module("transformers.models.mixtral.modeling_mixtral"),
         cast(Any, layer.experts),
@@ -133,9 +149,9 @@ def naive_votes(router: AttentionVote, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvBenchmark(Benchmark):
-    """One layer on a random graph, as the plain mixture, as it is by default and beside a shared expert, beside a dense
-    conv; E masked ones and PyG's HeteroLinear (of GCN experts) are checked to equal the plain one. The default size is
-    ogbn-arxiv's."""
+    """One layer on a random graph, as the plain mixture, as it is by default and beside a shared
+    expert, beside a dense conv; E masked ones and PyG's HeteroLinear (of GCN experts) are
+    checked to equal the plain one. The default size is ogbn-arxiv's."""
 
     conv: str = "gcn"
     """The conv, by the name that MoEConv takes; those of attention have 4 heads."""
@@ -185,7 +201,10 @@ class ConvBenchmark(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class MoleculesBenchmark(Benchmark):
-    """Four GINE layers of 64 with gmoe's defaults in their place, on 128 molecules, as in PyG's molecule examples."""
+    """Four GINE layers of 64 on 128 molecules, and gmoe's defaults in their place.
+
+    As in PyG's molecule examples.
+    """
 
     def groups(self) -> Iterator[Steps]:
         molecules = FakeDataset(
@@ -211,8 +230,9 @@ class MoleculesBenchmark(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class FFNBenchmark(Benchmark):
-    """One MoE layer (token choice, dropless) in place of an FFN, beside a loop with nonzero and transformers'
-    Mixtral (if installed). Ratios are to the dense FFN with hidden width K·H in float32."""
+    """One MoE layer (token choice, dropless) in place of an FFN, beside a loop with nonzero and
+    transformers' Mixtral (if installed). Ratios are to the dense FFN with hidden width K·H in
+    float32."""
 
     tokens: int = 8192
     experts: tuple[int, ...] = (8,)
@@ -270,8 +290,8 @@ class FFNBenchmark(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class VitBenchmark(Benchmark):
-    """A ViT of the size of the `cifar10` preset, 8 experts in every second block, expert choice, K = 1, random images;
-    the experts run in several ways. Ratios are to the dense ViT."""
+    """A ViT of the size of the `cifar10` preset, 8 experts in every second block, expert choice, K
+    = 1, random images; the experts run in several ways. Ratios are to the dense ViT."""
 
     batch: int = 128
     """Images."""
@@ -318,8 +338,8 @@ class VitBenchmark(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterBenchmark(Benchmark):
-    """Routers in an MLP layer, or in one of GCN experts on a random graph as CSR, whose default size is ogbn-arxiv's.
-    Ratios of a router are to the layer that has it."""
+    """Routers in an MLP layer, or in one of GCN experts on a random graph as CSR, whose default
+    size is ogbn-arxiv's. Ratios of a router are to the layer that has it."""
 
     layer: Literal["ffn", "conv"] = "ffn"
     """The layer: of MLPs four times as wide inside, or of GCN experts."""
@@ -349,11 +369,15 @@ class RouterBenchmark(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class VoteBenchmark(Benchmark):
-    """Votes in one group of tokens, which are also the nodes of a random graph. Ratios are to a GATConv of one head."""
+    """Votes in one group of tokens, which are also the nodes of a random graph.
+
+    Ratios are to a GATConv of one head.
+    """
 
     tokens: int = 4096
     group: bool = True
-    """Time the votes over the group too, also by a (T, T) matrix an expert, which is checked to be equal."""
+    """Time the votes over the group too.
+    Also by a (T, T) matrix an expert, which is checked to be equal."""
 
     def groups(self) -> Iterator[Steps]:
         edge_index, _ = power_law_graph(self.tokens)

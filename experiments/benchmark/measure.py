@@ -52,8 +52,9 @@ class Benchmark:
         return found
 
     def measured(self) -> dict[str, Any]:
-        """By variant ``wall`` and ``cpu``, see :func:`take_turns`; ``flops`` of one run; ``memory``, the most bytes
-        that it holds at once; ``ratio``, each of these (of times the median) over that of the first of its group."""
+        """By variant ``wall`` and ``cpu``, see :func:`take_turns`; ``flops`` of one run;
+        ``memory``, the most bytes that it holds at once; ``ratio``, each of these (of times the
+        median) over that of the first of its group."""
         device = torch.device(self.device)
         with device:
             groups = list(self.groups())
@@ -79,7 +80,10 @@ class Benchmark:
         return found
 
     def groups(self) -> Iterator[Steps]:
-        """What is compared, made on the device; the first of each group is what the others are compared with."""
+        """What is compared, made on the device.
+
+        The first of each group is what the others are compared with.
+        """
         raise NotImplementedError
 
     def content(self, found: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +99,12 @@ class Benchmark:
 def take_turns(
     steps: Steps, repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Run every variant ``warmup + repeats`` times, round by round, each round beginning with another variant.
+    """Run every variant ``warmup + repeats`` times, round by round, each round beginning with
+    another variant.
 
-    So a slow moment of the machine hits all of them, as it does not with one timer each (``torch.utils.benchmark``).
-    For each there are ``wall`` and ``cpu``, seconds as :func:`spread` has them; CPU time is that of all threads.
+    So a slow moment of the machine hits all of them, as it does not with one timer each
+    (``torch.utils.benchmark``). For each there are ``wall`` and ``cpu``, seconds as
+    :func:`spread` has them; CPU time is that of all threads.
     """
     names = list(steps)
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in names}
@@ -118,7 +124,10 @@ def take_turns(
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most memory that one run has allocated and not yet freed, beyond what was there before it."""
+    """The most memory that one run holds at once.
+
+    What was there before it does not count.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -155,7 +164,10 @@ def layer_step(
     call: Callable[..., Tensor] | None = None,
     bf16: bool = False,
 ) -> Step:
-    """Forward (or ``call``) and backward, with bfloat16 autocast if asked for; it leaves no gradients behind."""
+    """Forward (or ``call``) and backward, with bfloat16 autocast if asked for.
+
+    It leaves no gradients behind.
+    """
 
     def step() -> None:
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=bf16):

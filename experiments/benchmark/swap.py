@@ -1,4 +1,7 @@
-"""Does a swap hurt? Dense layers against gmoe's defaults in their place: accuracy over seeds, and time of a step."""
+"""Does a swap hurt? Dense layers against gmoe's defaults in their place.
+
+Measured are accuracy over seeds and the time of a step.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +53,11 @@ Arm = Literal[
     "k-means",
     "shared-transform",
 ]
-"""``moe`` has the library's defaults: layers by themselves a shared expert, a GNN that routes once copies. The other of
-these two is an arm of its own, ``copies`` or ``shared``; all others with experts have a shared expert. ``dense-flops``
-is the dense model, widened to the active FLOPs of ``shared``; ``shared-transform`` has that option of MoEConv where a
-layer's input is more than four times as wide as its output."""
+"""``moe`` has the library's defaults: layers by themselves a shared expert, a GNN that routes once
+copies. The other of these two is an arm of its own, ``copies`` or ``shared``; all others with
+experts have a shared expert. ``dense-flops`` is the dense model, widened to the active FLOPs of
+``shared``; ``shared-transform`` has that option of MoEConv where a layer's input is more than
+four times as wide as its output."""
 Config = GraphConfig | ImageConfig
 PARTS: tuple[Split, ...] = get_args(Split)
 load = lru_cache(maxsize=1)(load_tasks)  # the data of one row at a time
@@ -66,7 +70,8 @@ def evaluated(call: Callable[..., Any], model: nn.Module, *args: Any) -> Any:
 
 
 class Problem:
-    """PyG's examples/gcn.py and gat.py, and the former with other convs: dropout, conv, activation, dropout, conv.
+    """PyG's examples/gcn.py and gat.py, and the former with other convs: dropout, conv,
+    activation, dropout, conv.
 
     A model and what it is trained on, with one seed. Validation selects the epoch.
     """
@@ -140,7 +145,10 @@ class Problem:
         optimizer.step()
 
     def train(self, model: nn.Module, folder: Path) -> tuple[float, int]:
-        """Train, and leave the model as it was at the first epoch that validated best; the score and number of it."""
+        """Train; return score and number of the first epoch that validated best.
+
+        Leaves the model as it was then.
+        """
         optimizer, epochs = self.optimizer(model), self.config.epochs
         best, state = (-math.inf, epochs), model.state_dict()
         for epoch in tqdm(range(1, epochs + 1), desc=folder.name, leave=False, mininterval=5):
@@ -165,7 +173,10 @@ def layer(arm: Arm, conv: str, in_channels: int, out_channels: int, **kwargs: An
 
 
 class Links(Problem):
-    """PyG's examples/link_pred.py; the split is drawn by the seed. A link's logit is the product of its ends."""
+    """PyG's examples/link_pred.py.
+
+    The split is drawn by the seed. A link's logit is the product of its ends.
+    """
 
     def __init__(self, config: Config, seed: int) -> None:
         super().__init__(config, seed)
@@ -252,7 +263,10 @@ OPTIONS = {
 
 
 class Preset(Problem):
-    """A GNNMoE of this project's presets, in the loop that trains them, or a dense ViT and :func:`gmoe.moefy` of it."""
+    """A preset of this project, in the loop that trains it.
+
+    A GNNMoE, or a dense ViT and :func:`gmoe.moefy` of it.
+    """
 
     def build(self, arm: Arm, width: int) -> nn.Module:
         router = ROUTERS.get(arm, arm)
@@ -321,17 +335,22 @@ ROWS: dict[str, tuple[type[Problem], Config, tuple[Arm, ...]]] = {
     "cora-infomax": (Infomax, replace(CITED, hidden=512, epochs=300, lr=0.001), NARROWED),
     "cifar10-vit": (Preset, replace(SMALL_VIT, data_root=Path()), CONTROLS),
 }
-"""Problem, configuration, with a data root inside that of the command line, and the arms beside dense and moe."""
+"""Problem, configuration, with a data root inside that of the command line, and the arms beside
+dense and moe."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwapBenchmark(Benchmark):
-    """The class swapped and nothing else: PyG's examples, presets, a ViT. Resumes from the file of `--json`."""
+    """The class swapped and nothing else: PyG's examples, presets, a ViT.
+
+    Resumes from the file of `--json`.
+    """
 
     rows: tuple[str, ...] = tuple(ROWS)
     """Names of rows."""
     arms: tuple[Arm, ...] = get_args(Arm)
-    """What is trained beside `dense` and `moe`, where a row has it; `off` is read off a shared expert's run."""
+    """What is trained beside `dense` and `moe`, where a row has it.
+    The column off is read off the run of a shared expert."""
     seeds: int = 10
     """Seeds at most; images have 3."""
     threads: int = 1
@@ -344,7 +363,10 @@ class SwapBenchmark(Benchmark):
     json: Path = Path("runs/swap.json")
 
     def run(self) -> dict[str, Any]:
-        """By row ``runs`` by arm and ``time`` of a step; a folder beside the file holds what is not finished."""
+        """By row ``runs`` by arm and ``time`` of a step.
+
+        A folder beside the file holds what is not finished.
+        """
         for name in self.rows:
             check_choice("rows", name, ROWS)
         check_counts(seeds=self.seeds)
@@ -373,7 +395,10 @@ class SwapBenchmark(Benchmark):
 
 
 def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str, Any]:
-    """Train one arm, and test it at the epoch that validation selects, of experts also with these switched off."""
+    """Train one arm, and test it at the epoch that validation selects.
+
+    An arm with experts is also tested with these switched off.
+    """
     model = problem.drawn(arm, width)
     val, best_epoch = problem.train(model, folder)
     result = {
@@ -395,7 +420,7 @@ def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str,
 
 
 def routed_share(model: nn.Module, forward: Callable[[Any], Any]) -> list[float]:
-    """By layer the norm of what routed experts add to a shared one in evaluation, over that of the output."""
+    """By layer the norm of what routed experts add, over that of the output, in evaluation."""
     share: list[float] = []
     evaluated(
         forward,
@@ -413,7 +438,10 @@ def live_experts(model: nn.Module, forward: Callable[[Any], Any]) -> list[float]
 
 @cache
 def width_of(arm: Arm, name: str, config: Config) -> int:
-    """The hidden width of an arm; at that of ``dense-flops`` the dense model has the active FLOPs of ``shared``."""
+    """The hidden width of an arm.
+
+    At that of ``dense-flops`` the dense model has the active FLOPs of ``shared``.
+    """
     if arm != "dense-flops":
         return config.hidden
     problem = ROWS[name][0](config, 0)
@@ -427,7 +455,10 @@ def width_of(arm: Arm, name: str, config: Config) -> int:
 
 
 def step_times(name: str, config: Config, repeats: int) -> dict[str, Any]:
-    """Seconds of a training step in turns, see :func:`take_turns`; ``layers`` is how many layers have experts."""
+    """Seconds of a training step in turns, see :func:`take_turns`.
+
+    ``layers`` is how many layers have experts.
+    """
     kind, _, others = ROWS[name]
     problem = kind(config, 0)
     arms: list[Arm] = [

@@ -17,7 +17,10 @@ def benchmark_table(found: dict[str, Any]) -> str:
 
 
 def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
-    """One line a variant: times, ratios to the reference, memory; of ``train``, shares; of ``swap``, accuracies."""
+    """One line a variant: times, ratios to the reference, memory.
+
+    Of ``train``, shares; of ``swap``, accuracies.
+    """
     if any("runs" in variant for variant in variants.values()):
         return known([{"": name} | swap_line(row) for name, row in variants.items()])
     if any("waits" in variant or "error" in variant for variant in variants.values()):
@@ -49,7 +52,10 @@ def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
 
 
 def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
-    """A layer on a GPU: times, waits of a step, whether results are the CPU's; or only why it failed."""
+    """A layer on a GPU: times, waits of a step, whether results are the CPU's.
+
+    Or only why it failed.
+    """
     columns = ("moe (ms)", "dense (ms)", "×", "waits", "float64", "float32", "error")
     line = {"variant": name} | dict.fromkeys(columns, "–")
     for dtype, of in variant.get("equal", {}).items():
@@ -62,8 +68,9 @@ def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
 
 
 def swap_line(row: Mapping[str, Any]) -> Line:
-    """Dense and MoE of the seeds that both have, and the other arms, with their number of seeds if it is less; ok is a
-    MoE whose mean is no less than a standard deviation below the dense one's."""
+    """Dense and MoE of the seeds that both have, and the other arms, with their number of seeds if
+    it is less; ok is a MoE whose mean is no less than a standard deviation below the dense
+    one's."""
     runs: dict[str, dict[int, Any]] = {
         arm: {run["seed"]: run for run in of} for arm, of in row["runs"].items()
     }
@@ -117,7 +124,10 @@ def swap_line(row: Mapping[str, Any]) -> Line:
 
 
 def measured_on(where: dict[str, Any], device: str) -> str:
-    """Hardware, versions and commit of :func:`experiments.train.results.environment` in a line, for a run on a device."""
+    """Hardware, versions and commit in a line, for a run on a device.
+
+    ``where`` is what :func:`experiments.train.results.environment` returns.
+    """
     versions = ", ".join(
         f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric")
     )

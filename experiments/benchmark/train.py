@@ -1,4 +1,7 @@
-"""Parts of training: where an epoch's time goes, and sampling from a graph on disk beside the same graph in memory."""
+"""Parts of training: where the time of an epoch goes, and sampling.
+
+Sampling is from a graph on disk beside the same graph in memory.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ class TrainBenchmark(Benchmark):
     """Root folder of the data. Nothing is downloaded."""
 
     def measured(self) -> dict[str, Any]:
-        """By preset ``wall``, ``batches``, ``parts`` (seconds of the median epoch) and ``share`` (over their sum)."""
+        """By preset ``wall``, ``batches``, ``parts`` and ``share``.
+
+        Parts are the seconds of the median epoch, shares these over their sum.
+        """
         check_counts(batches=self.batches)
         for name in self.presets:
             check_choice("presets", name, PRESETS)
@@ -71,8 +77,8 @@ class TrainBenchmark(Benchmark):
 def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
     """Time an epoch of the loop, and end it after so many batches; the seconds by part.
 
-    Each part ends where the loop calls what comes next: the forward pass with the loss where it calls the backward
-    pass, the optimizer with clipping and schedule.
+    Each part ends where the loop calls what comes next: the forward pass with the loss where it
+    calls the backward pass, the optimizer with clipping and schedule.
     """
     seconds = dict.fromkeys(("data", "forward", "backward", "optimizer", "rest"), 0.0)
     fabric, draw, last = training.fabric, training.batches, time.perf_counter()
@@ -113,7 +119,10 @@ def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBenchmark(Benchmark):
-    """Batches of 1,024 seeds with 15, 10 and 5 neighbors a hop, from memory and files, which the first round caches."""
+    """Batches of 1,024 seeds with 15, 10 and 5 neighbors a hop, from memory and files.
+
+    The first round caches the files.
+    """
 
     folder: Path = Path("data/stored")
     """Folder that `experiments.convert` wrote, of a graph that fits in memory."""

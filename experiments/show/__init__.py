@@ -1,1 +1,6 @@
-"""Show: tables, pages and pictures of finished runs."""
+"""Show: tables, pages and pictures of finished runs.
+
+tables   Tables in Markdown.
+report   One page from finished runs, made by report_page.
+patches  Which expert takes which patch of your images.
+"""

@@ -1,4 +1,4 @@
-"""Which expert takes which patch of your images: ``python -m experiments.patches RUN --images IMAGE... --out DIR``.
+"""Which expert takes which patch of your images.
 
     python -m experiments.patches runs/cifar10 --images cat.jpg holiday/*.jpg --out runs/patches
 

@@ -3,9 +3,10 @@
     python -m experiments.train digits --router expert_choice --out runs/digits
     python -m experiments.report runs/digits --out runs/report
 
-Writes ``index.html``, one file that holds all that it shows. Maps of patches and of nodes need the data of the run;
-without them they are left out, and the page says so. A run folder that is broken or not finished is named, the report
-of the others is made all the same, and the exit status is then 1.
+Writes ``index.html``, one file that holds all that it shows. Maps of patches and of nodes need
+the data of the run; without them they are left out, and the page says so. A run folder that is
+broken or not finished is named, the report of the others is made all the same, and the exit
+status is then 1.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def report(
     Args:
         runs: run folders.
         out: folder of the page.
-        data_root: root folder of the data; of your own graph its file or folder, or the folder that holds it. By
-            default where each run was trained on them.
+        data_root: root folder of the data; of your own graph its file or folder, or the folder
+            that holds it. By default where each run was trained on them.
         trust: import code also from a run's own folder. It can do whatever you can.
     """
     check_finished(*runs)

@@ -52,16 +52,18 @@ figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto
 """
 
 PATCHES_DRAWN = (
-    "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark patches have "
-    "none. Experts of different layers have nothing to do with each other."
+    "Validation images: each patch has the color of its expert, or of its experts mixed by weight; "
+    "dark patches have none. Experts of different layers have nothing to do with each other."
 )
 NODES_DRAWN = (
-    "Up to 300 nodes, of a larger graph in six neighborhoods, in the same places in every panel: by what is known of "
-    "them, and by expert. Gray nodes have no class, or no expert. Colors of different panels have nothing to do with each other."
+    "Up to 300 nodes, of a larger graph in six neighborhoods, in the same places in every panel: by "
+    "what is known of them, and by expert. Gray nodes have no class, or no expert. Colors of "
+    "different panels have nothing to do with each other."
 )
 
 Tokens = tuple[Tensor, dict[str, Tensor]]
-"""Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in :data:`PROPERTIES`."""
+"""Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in
+:data:`PROPERTIES`."""
 
 
 class Page(list[str]):
@@ -304,8 +306,11 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
 
 
 def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, list[str]]]:
-    """By MoE layer, the nodes of a graph that is evaluated as a whole, a drawing of them, and by property the names of
-    its bins; a ``ValueError`` of others."""
+    """By MoE layer, the nodes of a graph, a drawing of them, and by property the names of its bins.
+
+    Raises:
+        ValueError: the graph is not evaluated as a whole.
+    """
     graph = task.graph
     if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
         raise ValueError("the graph is heterogeneous, or the run was evaluated in batches")
@@ -327,7 +332,10 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, 
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
-    """Validation metric and training loss: the mean over seeds, and the band from the lowest to the highest."""
+    """Validation metric and training loss.
+
+    The mean over seeds, and the band from the lowest to the highest.
+    """
     figures = []
     val = f"validation {runs[0].summary['metric']} (%)"
     for name, factor, label in (("val", 100, val), ("loss", 1, "training loss")):
@@ -352,7 +360,8 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
 
 
 def shares(weight_TE: Tensor, value_T: Tensor) -> Tensor:
-    """(E + 1, V) of each expert's weights the share of every value; last the share of the values among all tokens.
+    """(E + 1, V) of each expert's weights the share of every value; last the share of the values
+    among all tokens.
 
     Tokens whose integer in ``value_T`` is below 0 are left out.
     """

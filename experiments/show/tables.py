@@ -14,7 +14,10 @@ Line: TypeAlias = dict[str, str]
 
 
 def markdown(lines: Sequence[Line], left: Iterable[str] = ()) -> str:
-    """A table of at least one line, aligned to the right but for the first column and those in ``left``."""
+    """A table of at least one line.
+
+    Columns are aligned to the right, but for the first and those in ``left``.
+    """
     columns = list(lines[0])
     dashes = ["---" if column in (columns[0], *left) else "---:" for column in columns]
     head, *body = (
@@ -30,7 +33,10 @@ def known(lines: Sequence[Line]) -> list[Line]:
 
 
 def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
-    """One line a variant, or one of ``only``: the metric on the test set, what it costs, what the routing follows."""
+    """One line a variant, or one of ``only``.
+
+    The metric on the test set, what the variant costs, and what its routing follows.
+    """
     variants = {variant["variant"]: variant for variant in study["variants"]}
     missing = [name for name in only if name not in variants]
     check(not missing, "only", ", ".join(missing), f"some of {', '.join(variants)}")
@@ -68,7 +74,10 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
 
 
 def preset_table(found: dict[str, Any]) -> str:
-    """One line a preset: its dense model, what it trains by default, and how many experts of a layer took a token."""
+    """One line a preset: its dense model, and what it trains by default.
+
+    Of experts also how many of a layer took a token.
+    """
     runs = {variant["variant"]: variant for variant in found["variants"]}
     lines = []
     for name, moe in (
@@ -92,10 +101,11 @@ def preset_table(found: dict[str, Any]) -> str:
 
 
 def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
-    """One line a pair ``"VARIANT/OTHER"``: the difference on the test set, seed by seed (or split by split).
+    """One line a pair ``"VARIANT/OTHER"``: the difference on the test set, seed by seed (or split
+    by split).
 
-    Where the variants were chosen on some of the seeds, also the difference on the others alone. The variants of a pair
-    need the same seeds.
+    Where the variants were chosen on some of the seeds, also the difference on the others
+    alone. The variants of a pair need the same seeds.
     """
     variants = {variant["variant"]: variant for variant in study["variants"]}
     chosen_on = set(study.get("chosen_on", ()))
@@ -142,7 +152,10 @@ def extremes(values: Sequence[float], form: str) -> str:
 def headroom(
     variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None
 ) -> str:
-    """(variant - dense) / (dense four times as wide - dense), where this is known and more than twice the spread."""
+    """(variant - dense) / (dense four times as wide - dense).
+
+    Only where the denominator is known and more than twice the spread.
+    """
     if narrow is None or wide is None or variant is narrow or variant is wide:
         return "–"
     low, high = narrow["test"], wide["test"]

@@ -1,1 +1,7 @@
-"""Study: which runs are compared, and what they say together."""
+"""Study: which runs are compared, and what they say together.
+
+sweep    Runs a study: studies (lists of variants), starts, curves, routers, regime_map.
+pages    Puts the tables of all studies into the docs.
+advise   Compares on your own data until the answer is clear.
+planted  Makes data for studies; ensemble scores runs together.
+"""

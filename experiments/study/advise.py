@@ -1,13 +1,16 @@
-"""Will experts pay on your data? ``python -m experiments.advise graph --data-root FILE.npz --out DIR``, or a preset.
+"""Will experts pay on your data?
 
-First the dense model against one four times as wide, split by split: where that gains nothing, nothing is left for
-experts to gain, and that is the answer. Else a dense model of the experts' active FLOPs against experts in the two
-settings that the docs name first, in turns, until the answer is clear or the budget is spent. Validation chooses among
-the settings; all that is said is of the test set. The same command goes on where it was stopped.
+    python -m experiments.advise graph --data-root FILE.npz --out DIR   # or a preset
 
-An answer is clear when the interval of the mean difference is above 0, or below half a point: a 99 % t interval over
-splits, from the third on, and a 95 % interval after the last of ten. Ten splits without a difference are a no; fewer
-are not.
+First the dense model against one four times as wide, split by split: where that gains nothing,
+nothing is left for experts to gain, and that is the answer. Else a dense model of the experts'
+active FLOPs against experts in the two settings that the docs name first, in turns, until the
+answer is clear or the budget is spent. Validation chooses among the settings; all that is said
+is of the test set. The same command goes on where it was stopped.
+
+An answer is clear when the interval of the mean difference is above 0, or below half a point: a
+99 % t interval over splits, from the third on, and a 95 % interval after the last of ten. Ten
+splits without a difference are a no; fewer are not.
 """
 
 from __future__ import annotations
@@ -141,7 +144,10 @@ class Comparison:
         return sum(times_each[call] * measured[call]["wall"]["min"] for call in calls)
 
     def turn(self, names: Sequence[str], n: int) -> bool:
-        """Train some arms with the first ``n`` seeds; whether there was time to, as there is for the first turn."""
+        """Train some arms with the first ``n`` seeds.
+
+        Whether there was time to, as there is for the first turn.
+        """
         from experiments.train.loop import run
 
         begun = time.monotonic()
@@ -157,7 +163,10 @@ class Comparison:
     def told(
         self, names: Sequence[str], better: Callable[[], str], other: str
     ) -> Difference | None:
-        """The difference of two arms, after as many turns as it takes to tell; none where there was no time for one."""
+        """The difference of two arms, after as many turns as it takes to tell.
+
+        None where there was no time for one.
+        """
         found = None
         for n in range(1, MOST + 1):
             if not self.turn(names, n):
@@ -207,8 +216,8 @@ def advise(
     """Print three lines of advice, also in ``advice.json`` beside the report of all runs.
 
     Args:
-        preset: `graph` for your own graph, whose edge weights are not used; `images` for a folder of squares of 8, 32
-            or 160 pixels; or another preset of experiments.train.
+        preset: `graph` for your own graph, whose edge weights are not used; `images` for a
+            folder of squares of 8, 32 or 160 pixels; or another preset of experiments.train.
         out: folder of the runs and of the report.
         data_root: the file of your graph, or the root folder of the data.
         metric: of your own graph (default accuracy).

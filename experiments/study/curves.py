@@ -1,10 +1,10 @@
 """Test scores over active FLOPs: dense models and two shapes of experts at several widths.
 
-``python -m experiments.sweep curves`` writes ``results/curves/COLUMN/MODEL-WIDTH.json``. A point of
-a MoE says something for experts where it lies above the *dense curve*: above what a dense model of
-the same FLOPs reaches by width alone. Columns and recipes are those of :mod:`experiments.study.starts`.
-``differences`` are the library's default; on mosaic the results also hold ``copies`` that share no
-base, see there.
+``python -m experiments.sweep curves`` writes ``results/curves/COLUMN/MODEL-WIDTH.json``. A
+point of a MoE says something for experts where it lies above the *dense curve*: above what a
+dense model of the same FLOPs reaches by width alone. Columns and recipes are those of
+:mod:`experiments.study.starts`. ``differences`` are the library's default; on mosaic the
+results also hold ``copies`` that share no base, see there.
 """
 
 from __future__ import annotations

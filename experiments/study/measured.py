@@ -23,7 +23,10 @@ from experiments.train.training import set_up
 
 
 def measured(config: RunConfig) -> dict[str, Any]:
-    """Of a finished run, what a cell holds beside its summary: what the routed experts add, and step times."""
+    """Of a finished run, what a cell holds beside its summary.
+
+    That is what the routed experts add, and step times.
+    """
     task_of = load_tasks(config)
     found = [routed_part(config, task_of(seed), seed) for seed in config.seeds]
     shares = [spread(list(values)) for values in zip(*(share for _, share in found), strict=True)]
@@ -32,8 +35,8 @@ def measured(config: RunConfig) -> dict[str, Any]:
 
 
 def routed_part(config: RunConfig, task: Task, seed: int) -> tuple[float, list[float]]:
-    """What the routed experts of a trained seed do on the test set: the metric with these switched off, and by layer
-    the norm of what they add over that of the layer's output."""
+    """What the routed experts of a trained seed do on the test set: the metric with these switched
+    off, and by layer the norm of what they add over that of the layer's output."""
     model = build_model(config, task)
     model.load_state_dict(
         load_file(config.folder() / f"seed-{seed}" / "checkpoint" / "best.safetensors")
@@ -52,8 +55,8 @@ def routed_part(config: RunConfig, task: Task, seed: int) -> tuple[float, list[f
 
 
 def step_times(config: RunConfig, task: Task, repeats: int = 15) -> dict[str, Any]:
-    """Seconds of a training step of the cell and of the dense model, in turns; of graphs on ``edge_index``, and
-    ``dense-csr`` is the dense model on a matrix, where it runs on one."""
+    """Seconds of a training step of the cell and of the dense model, in turns; of graphs on
+    ``edge_index``, and ``dense-csr`` is the dense model on a matrix, where it runs on one."""
     dense = replace(config, router="dense", equal=None, kmeans_init=False, options=RouterOptions())
     arms = {"dense": (dense, task), "cell": (config, task)}
     if isinstance(config, GraphConfig) and config.sampling == "full":

@@ -1,14 +1,16 @@
-"""Tables from result files: ``python -m experiments.tables`` rewrites the docs, ``--check`` only compares.
+"""Tables from result files: rewrite those of the docs, or with ``--check`` only compare.
 
-A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
-``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
-compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what
-``experiments.benchmark`` wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
+A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from
+``results/STUDY.json``. With ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants
+only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->`` compares variants seed by seed.
+``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what ``experiments.benchmark``
+wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
 ``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
-``<!-- cells: routers: COLUMN -->`` a column of it, and ``<!-- gains: routers: COLUMN COLUMN -->``
-what the default router gains in some columns. ``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``,
-``<!-- confirmed: starts-confirmed -->`` that of its second stage, ``<!-- curves: curves -->`` that of
-``experiments.sweep curves``.
+``<!-- cells: routers: COLUMN -->`` a column of it, and
+``<!-- gains: routers: COLUMN COLUMN -->`` what the default router gains in some columns.
+``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``,
+``<!-- confirmed: starts-confirmed -->`` that of its second stage, ``<!-- curves: curves -->``
+that of ``experiments.sweep curves``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Planted graphs in OGB's layouts, for where OGB's own cannot be had: ``python -m experiments.planted ogbn-arxiv``.
+"""Planted graphs in OGB's layouts: ``python -m experiments.planted ogbn-arxiv``.
 
-What is measured on one says nothing about the real data set; a file PLANTED.txt in its folder says what it is. A node
-has a community, which most of its edges share, and a regime. Its features tell the regime, its neighbors the community.
-The label is the community, renamed by regime: what neighbors mean depends on the node, so that experts can matter.
+For where OGB's own cannot be had.
+
+What is measured on one says nothing about the real data set; a file PLANTED.txt in its folder
+says what it is. A node has a community, which most of its edges share, and a regime. Its
+features tell the regime, its neighbors the community. The label is the community, renamed by
+regime: what neighbors mean depends on the node, so that experts can matter.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ SIZES: dict[str, tuple[int, int, int, int, tuple[float, ...]]] = {
     "ogbn-mag": (5_000, 36_000, 349, 128, (0.855, 0.088, 0.057)),
     PAPERS: (200_000, 3_000_000, 172, 128, (0.0109, 0.0011, 0.0019)),
 }
-"""Nodes, edges and communities by default, features, and the shares of OGB's train, val and test."""
+"""Nodes, edges and communities by default, features, and the shares of OGB's train, val and
+test."""
 REGIMES, HOMOPHILY, NOISE = (0.4, 0.2, 0.2, 0.2), 0.65, 0.15
 """Shares of nodes in a regime, of edges inside a community, and of nodes with a random label."""
 PIECE = 1 << 20
@@ -44,10 +48,12 @@ def write_planted(
     """Write a planted graph as ogb would have downloaded it, and return its folder.
 
     Args:
-        name: of the data set that it stands for, ogbn-arxiv, -products, -proteins, -mag or -papers100M.
+        name: of the data set that it stands for, ogbn-arxiv, -products, -proteins, -mag or
+            -papers100M.
         root: as in ogb: the folder ogbn_arxiv is made inside.
         nodes: of ogbn-mag, papers. By default ogbn-arxiv's real number, a small one for the others.
-        edges: as drawn (of ogbn-mag, citations); self-loops and repeated edges are left out, but of papers100M.
+        edges: as drawn (of ogbn-mag, citations); self-loops and repeated edges are left out,
+            but of papers100M.
         classes: at most as many as the real data set has; of ogbn-proteins, communities.
         seed: the same one writes the same graph.
     """
@@ -125,7 +131,10 @@ def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[st
 
 
 def _mag(rng: Any, held: dict[Any, Any], venue: Array, citations: int) -> dict[str, Any]:
-    """Put in authors, institutions and fields, in about the real proportions; return what ogb alone reads."""
+    """Put in authors, institutions and fields, in about the real proportions.
+
+    Return what ogb alone reads.
+    """
     from experiments.train.data.ogb import RELATIONS
 
     papers, kinds = len(venue), int(venue.max()) + 1
@@ -171,7 +180,10 @@ def _simple(pairs: Array, undirected: bool = False) -> Array:
 
 
 def _write(path: Path, content: Any) -> None:
-    """Arrays by name, or a table, compressed if the name says so: of text, integers, or three decimals."""
+    """Write arrays by name, or a table of text, integers, or three decimals.
+
+    Compressed if the name says so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path):
         if path.suffix == ".npz":

@@ -1,7 +1,8 @@
 """A map of when experts pay, on planted graphs: ``python -m experiments.sweep map``.
 
-Regimes x labels a regime x width x how a regime shows; at each place a dense model, one of equal active FLOPs, the
-library's default experts, and experts that are told the regime. ``results/regime-map.json`` holds what is finished.
+Regimes x labels a regime x width x how a regime shows; at each place a dense model, one of
+equal active FLOPs, the library's default experts, and experts that are told the regime.
+``results/regime-map.json`` holds what is finished.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def gains(found: Mapping[str, Any]) -> dict[tuple[Any, ...], list[float]]:
 
 
 def map_table(found: dict[str, Any]) -> str:
-    """One line a width, number of labels and way that regimes show: experts, and in brackets the oracle, above the
-    dense model of equal FLOPs, by number of regimes."""
+    """One line a width, number of labels and way that regimes show: experts, and in brackets the
+    oracle, above the dense model of equal FLOPs, by number of regimes."""
     known, lines = gains(found), list[Line]()
     for shown, width, labels in product(WAYS, WIDTHS, LABELS):
         line = {"regime shows in": shown, "width": str(width), "labels a regime": str(labels)}

@@ -1,9 +1,11 @@
-"""One table of routers on images and graphs, a cell a file: ``python -m experiments.sweep routers``.
+"""One table of routers on images and graphs: ``python -m experiments.sweep routers``.
 
-A cell is a router or a control (a row) on a data set (a column), in ``results/routers/COLUMN/ROW.json``: the summary of
-its run, what its routed experts add, and the time of a step beside the dense model's. A cell that is there is skipped.
-All rows of a column have its recipe, which was not tuned for any of them: E = 8, K = 1, a router in each layer. All but
-``copies`` have a shared expert beside the routed ones, in which every router fits; two rows keep scale and shape apart.
+A cell is a router or a control (a row) on a data set (a column), in
+``results/routers/COLUMN/ROW.json``: the summary of its run, what its routed experts add, and
+the time of a step beside the dense model's. A cell that is there is skipped. All rows of a
+column have its recipe, which was not tuned for any of them: E = 8, K = 1, a router in each
+layer. All but ``copies`` have a shared expert beside the routed ones, in which every router
+fits; two rows keep scale and shape apart.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ COLUMNS: dict[str, RunConfig] = {
 }
 """The configuration of each data set's cells; data roots are inside that of the command line.
 
-Ten seeds or splits, three where a seed takes long. arxiv is planted: ``python -m experiments.planted ogbn-arxiv``.
+Ten seeds or splits, three where a seed takes long. arxiv is planted:
+``python -m experiments.planted ogbn-arxiv``.
 """
 LONG = ("cifar10", "imagenette")
 LEFT_OUT = ("dense-parameters", "k-means", "soft-slots", "uniform")
@@ -96,7 +99,10 @@ LEFT_OUT = ("dense-parameters", "k-means", "soft-slots", "uniform")
 
 
 def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, RunConfig]:
-    """The cells of some columns and rows, all where none are named: ``COLUMN/ROW`` and configuration."""
+    """The cells of some columns and rows: ``COLUMN/ROW`` and configuration.
+
+    Where none are named, all.
+    """
     for kind, names, known in (("columns", columns, COLUMNS), ("rows", rows, ROWS)):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(
@@ -138,8 +144,8 @@ def read_cells(folder: Path) -> Cells:
 
 
 def cell_tables(cells: Cells, columns: Sequence[str] = ()) -> str:
-    """One line a row: in each column the difference to the dense model of equal FLOPs, seed by seed; or the whole of
-    the columns that are named."""
+    """One line a row: in each column the difference to the dense model of equal FLOPs, seed by
+    seed; or the whole of the columns that are named."""
     if columns:
         return "\n\n".join(
             markdown([cell_line(row, cells[column]) for row in cells[column]]) for column in columns
@@ -185,7 +191,10 @@ def gain_table(cells: Cells, columns: Sequence[str]) -> str:
 
 
 def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
-    """A cell in full; of routed experts how many are alive, their share of the output, and the test without them."""
+    """A cell in full.
+
+    Of routed experts how many are alive, their share of the output, and the test without them.
+    """
     cell, dense, routed = cells[row], cells.get("dense", cells[row]), cells[row]["routed"]
     time = {arm: values["wall"]["median"] for arm, values in cell["time"].items()}
     alive = [cell["config"]["experts"] - layer["dead"]["mean"] for layer in cell["routing"]]

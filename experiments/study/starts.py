@@ -1,29 +1,35 @@
 """A study: experts that begin as copies of one layer, at the FLOPs of the dense layer.
 
-It decided the default of convs. Arms, seeds and rule were fixed before the first results, and variants before theirs:
+It decided the default of convs. Arms, seeds and rule were fixed before the first results, and
+variants before theirs:
 
-- **Arms.** 36: copies {that share nothing, with pooled gradients, as a base and differences} x {a router in each layer,
-  one decision for all layers} x {the router sees the node, the node and its neighbors} x {noise on the selection that
-  is constant, that falls to zero over the first half of training, none}. K = 1 with weight 1 (straight-through), E = 8,
-  balance by a bias. On images there is a router in each layer and no neighbor, so 9 arms.
-- **Variants**, added when every arm had lost 6 to 16 points on Cora: of the best two, four experts, top-2, no balance,
-  Gumbel sampling, ten times the pooled gradient, copies tied for a part of training, differences by a gain, of rank 4,
-  with weight decay; and no balance in all places, the best of these.
-- **Controls.** The dense model; dense at twice the learning rate; dense as a base and a difference with one expert;
-  dense of equal active FLOPs (those of token choice beside a shared expert); that shape, the default at the time,
-  ``shared``; and a frozen random router for each way to share, to decide and to see.
-- **Columns.** The recipes of the table of routers, of the presets for Cora and CiteSeer, and ``concept-8-512-features``
-  by mosaic's recipe. Nothing is tuned for an arm.
-- **Rule.** Arms are ranked by the mean over columns of the mean gain in *validation* over the dense model, seeds 0
-  to 2. The best two and ``shared`` are run on seeds 3 to 12, and their test scores read once: paired 95 % intervals
-  against dense and against dense of equal FLOPs. The default changes if the interval against dense lies nowhere wholly
-  below -0.3 points, and the mean over columns is above that of ``shared``. cifar10 and imagenette confirm with the
+- **Arms.** 36: copies {that share nothing, with pooled gradients, as a base and differences} x
+  {a router in each layer, one decision for all layers} x {the router sees the node, the node
+  and its neighbors} x {noise on the selection that is constant, that falls to zero over the
+  first half of training, none}. K = 1 with weight 1 (straight-through), E = 8, balance by a
+  bias. On images there is a router in each layer and no neighbor, so 9 arms.
+- **Variants**, added when every arm had lost 6 to 16 points on Cora: of the best two, four
+  experts, top-2, no balance, Gumbel sampling, ten times the pooled gradient, copies tied for a
+  part of training, differences by a gain, of rank 4, with weight decay; and no balance in all
+  places, the best of these.
+- **Controls.** The dense model; dense at twice the learning rate; dense as a base and a
+  difference with one expert; dense of equal active FLOPs (those of token choice beside a shared
+  expert); that shape, the default at the time, ``shared``; and a frozen random router for each
+  way to share, to decide and to see.
+- **Columns.** The recipes of the table of routers, of the presets for Cora and CiteSeer, and
+  ``concept-8-512-features`` by mosaic's recipe. Nothing is tuned for an arm.
+- **Rule.** Arms are ranked by the mean over columns of the mean gain in *validation* over the
+  dense model, seeds 0 to 2. The best two and ``shared`` are run on seeds 3 to 12, and their
+  test scores read once: paired 95 % intervals against dense and against dense of equal FLOPs.
+  The default changes if the interval against dense lies nowhere wholly below -0.3 points, and
+  the mean over columns is above that of ``shared``. cifar10 and imagenette confirm with the
   three seeds of their table of routers, in its row ``copies``.
 
-The first stage is closed: what lost is no longer in the code, and commit 9cfff8c runs it again. The second, which
-``python -m experiments.sweep starts`` runs, confirms what the library has, :data:`CONFIRMED`. There the arm with a
-router in each layer that sees the node, :data:`LAYER_NODE`, was added before its first result, when five columns were
-confirmed for the other arms: images have no other. Result files keep the names of the first stage.
+The first stage is closed: what lost is no longer in the code, and commit 9cfff8c runs it again.
+The second, which ``python -m experiments.sweep starts`` runs, confirms what the library has,
+:data:`CONFIRMED`. There the arm with a router in each layer that sees the node,
+:data:`LAYER_NODE`, was added before its first result, when five columns were confirmed for the
+other arms: images have no other. Result files keep the names of the first stage.
 """
 
 from __future__ import annotations
@@ -56,7 +62,8 @@ COLUMNS: dict[str, RunConfig] = {
     "facebook": replace(GRAPH, hidden=16, eval_every=5, data_root=Path("facebook.npz")),
     "digits": DIGITS,
 }
-"""The configuration of each column; data roots are inside that of the command line. Cheap columns come first."""
+"""The configuration of each column; data roots are inside that of the command line. Cheap
+columns come first."""
 
 WEIGHED = ("digits-graph", "cora", "mosaic", "concept", "minesweeper")
 """The columns on which arms and variants are ranked."""
@@ -126,7 +133,10 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_confirmed(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is confirmed: the same, and the long columns that have all runs in the table of routers."""
+    """What is confirmed: by column and run, the summary.
+
+    Long columns are here if they have all runs in the table of routers.
+    """
     found = read_results(folder)
     for column in LONG:
         cells = folder.parent / "routers" / column
@@ -168,7 +178,10 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float]]
 
 
 def passes(known: Mapping[str, Any], arm: str) -> bool:
-    """True if an arm is not surely worse than the dense model on a column: the rule's part on single columns."""
+    """True if an arm is not surely worse than the dense model on a column.
+
+    This is the rule's part on single columns.
+    """
     return interval(differences(known, arm, "dense", "test"))[1] >= LEAST
 
 
@@ -201,8 +214,8 @@ def confirmed_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def lines(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A line an arm, best first, then arms that are not ranked, controls and random twins: gains in validation over
-    the dense model."""
+    """A line an arm, best first, then arms that are not ranked, controls and random twins: gains
+    in validation over the dense model."""
     columns = [column for column in results if "dense" in results[column]]
     ranked = dict(ranking(results))
     every = dict.fromkeys(name for column in columns for name in results[column])

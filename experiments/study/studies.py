@@ -1,4 +1,7 @@
-"""Studies: lists of variants, fixed before the first of them is run. `python -m experiments.sweep NAME` runs one."""
+"""Studies: lists of variants, fixed before the first of them is run.
+
+`python -m experiments.sweep NAME` runs one.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,8 @@ RECORDED = {
     "cifar10-ten-seeds": "CIFAR-10: what three seeds showed of expert choice, on seven more.",
     "cifar10-claims": "CIFAR-10: the five claims that the project began with.",
 }
-"""Finished studies with a line of help. Each configuration is in ``results/NAME.json``, from which they run again."""
+"""Finished studies with a line of help. Each configuration is in ``results/NAME.json``, from
+which they run again."""
 
 
 def recorded(name: str, data_root: Path) -> Study:

@@ -1,13 +1,14 @@
 """Run a study, a fixed list of variants: ``python -m experiments.sweep STUDY [options]``.
 
     python -m experiments.sweep mosaic --runs runs/again --results again
-    python -m experiments.sweep grid --preset minesweeper --routers token_choice expert_choice --experts 4 8 --ks 1 2
+    python -m experiments.sweep grid --preset minesweeper --routers random --experts 4 8 --ks 1 2
     python -m experiments.sweep grid --preset cora --routers token_choice --jobs 8
 
-``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every variant is a run
-folder; finished variants are skipped and an unfinished one goes on, so that a study may be cut off at any time and
-started again. After every variant, ``results/STUDY.json`` holds all that is finished; what it holds is finished also
-where the run folder is gone. A variant that cannot be run is named at the end, and the exit status is then 1.
+``grid`` is a study of your own: a preset over routers, numbers of experts and experts per
+token. Every variant is a run folder; finished variants are skipped and an unfinished one goes
+on, so that a study may be cut off at any time and started again. After every variant,
+``results/STUDY.json`` holds all that is finished; what it holds is finished also where the run
+folder is gone. A variant that cannot be run is named at the end, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ class SweepConfig:
     results: Path = Path("results")
     """Folder of the result files."""
     data_root: Path = Path("data")
-    """Root folder of the data, in which facebook.npz lies; of a grid over `graph`, your own file."""
+    """Root folder of the data, in which facebook.npz lies.
+    Of a grid over `graph`, your own file."""
     jobs: int = 1
-    """Seeds of variants that are trained at once, each in a process; torch's threads are divided among them."""
+    """Seeds of variants that are trained at once, each in a process.
+    They share torch's threads."""
     progress: bool = True
     """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
@@ -81,7 +84,8 @@ class RoutersConfig(SweepConfig):
     """Cells of the table of routers, and where they go."""
 
     data_root: Path = Path("data")
-    """Folder of cifar10, imagenette2-160, heterophilous, facebook.npz and planted, each as its loader reads it."""
+    """Folder of cifar10, imagenette2-160, heterophilous, facebook.npz and planted.
+    Each is as its loader reads it."""
     columns: tuple[str, ...] = ()
     """Data sets; by default all."""
     rows: tuple[str, ...] = ()
@@ -189,7 +193,10 @@ def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
 
 
 def sweep_starts(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
-    """Run what has no file of the study's second stage: the table, and by arm why it could not be run."""
+    """Run what has no file of the study's second stage.
+
+    Returns the table, and by arm why it could not be run.
+    """
     from experiments.study.starts import confirmed, confirmed_table, read_confirmed
 
     todo = confirmed(config.columns, config.data_root)
@@ -229,7 +236,10 @@ def run_columns(
 
 
 def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
-    """Run the places of the map that its file lacks: the table, and by place why it could not be run."""
+    """Run the places of the map that its file lacks.
+
+    Returns the table, and by place why it could not be run.
+    """
     from experiments.study.regime_map import AXES, map_table, places, read_map
     from experiments.train.results import environment, write_json
 
@@ -266,7 +276,8 @@ def run_all(
     config: SweepConfig,
     finish: Callable[[str, RunConfig, Any], None],
 ) -> dict[str, str]:
-    """Run the variants that are not known, by name, and hand each summary on; by name why one could not be run.
+    """Run the variants that are not known, by name, and hand each summary on; by name why one
+    could not be run.
 
     A known one with another configuration is a ``ValueError``; ``where`` holds them.
     """

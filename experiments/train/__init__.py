@@ -1,1 +1,10 @@
-"""Train: a run from its configuration to its folder; the other rooms build on this one."""
+"""Train: a run from its configuration to its folder; the other rooms build on this one.
+
+command        The command line of a run: command_line, signals.
+config         The options: checks, presets, saved (in files), user_code.
+data           The data sets; files reads each kind of file.
+build          Model and processes.
+loop           From seeds to batches: training (the step), epoch, progress, jobs.
+run_folder     What a run leaves: summary, results, logs, checkpoint, predictions.
+routing_stats  What the routing of a run follows; scores are figures as text.
+"""

@@ -1,4 +1,7 @@
-"""Train a preset, or your own data, router or model: the command of :mod:`experiments.train.command`."""
+"""Train a preset, or your own data, router or model.
+
+The command of :mod:`experiments.train.command`.
+"""
 
 from experiments.train.command import main
 

@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
-"""So long processes wait for the first one, which evaluates whole graphs alone. One that ends is noticed at once."""
+"""So long processes wait for the first one, which evaluates whole graphs alone. One that ends
+is noticed at once."""
 
 
 def make_fabric(config: RunConfig) -> Fabric:
-    """Device, precision, and the connection to the other processes, which ``torchrun`` has started."""
+    """Device, precision, and the connection to other processes, which ``torchrun`` starts."""
     there = int(os.environ.get("WORLD_SIZE", "1"))
     if config.world != there:
         raise ValueError(
@@ -145,7 +146,10 @@ def _own_model(name: str, task: Task) -> nn.Module:
 
 
 def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
-    """What a model costs, and its steps an epoch; a conv that does not run on the data is a ``ValueError``."""
+    """What a model costs, and its steps an epoch.
+
+    A conv that does not run on the data is a ``ValueError``.
+    """
     try:
         active = flops(model, example(config, task))
     except (TypeError, RuntimeError, AssertionError, AttributeError) as error:
@@ -173,7 +177,10 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
 
 
 def fails_by_layer(model: Any, graph: Any) -> str:
-    """Why a model has no layer-wise inference of a graph, tried on a node of it; empty if it has."""
+    """Why a model has no layer-wise inference of a graph, tried on a node of it.
+
+    Empty if it has.
+    """
     try:
         model.eval().inference(graph.subgraph(torch.tensor([0])), batch_size=1, return_routing=True)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -216,7 +223,10 @@ def num_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Active FLOPs of one forward pass in training mode; of a copy, since it moves counters and fills convs' caches."""
+    """Active FLOPs of one forward pass in training mode.
+
+    Of a copy, since it moves counters and fills convs' caches.
+    """
     return gmoe.count_flops(copy.deepcopy(model).train(), *inputs)
 
 
@@ -278,7 +288,10 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
 
 
 class SoftMLP(nn.Module):
-    """The MLP of a block, and slots that start at zero beside it: as many of an image as it has tokens."""
+    """The MLP of a block, and slots that start at zero beside it.
+
+    An image has as many slots as tokens.
+    """
 
     def __init__(self, mlp: nn.Module, size: ViTSize, config: ImageConfig) -> None:
         super().__init__()
@@ -301,7 +314,10 @@ class SoftMLP(nn.Module):
 
 
 def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
-    """The sizes of the ViT: those of the image size's preset, but for what is given; without a preset, all of them."""
+    """The sizes of the ViT: those of the image size's preset, but for what is given.
+
+    Without a preset, all of them.
+    """
     from gmoe.models.vit import SIZES, ViTSize  # torchvision, which graphs do without
 
     given = {"patch_size": config.patch, "hidden_dim": config.dim, "num_heads": config.vit_heads}
@@ -370,7 +386,10 @@ def _router(
 
 @torch.no_grad()
 def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> None:
-    """Begin every multi-centroid router with the k-means centroids of what it sees, in one forward pass."""
+    """Begin every multi-centroid router with the k-means centroids of what it sees.
+
+    One forward pass shows them all.
+    """
     copied = copy.deepcopy(model).train()  # whose counters, norms and caches may move
     routers = [module for module in copied.modules() if isinstance(module, gmoe.MultiCentroid)]
     check(routers, "kmeans_init", True, "False, since the model has no multi-centroid router")

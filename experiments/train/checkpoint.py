@@ -23,10 +23,12 @@ SECONDS = 60.0
 
 
 class Checkpoint:
-    """What ``state`` gives, on disk, replaced in one step; its ``"best"`` weights also in safetensors.
+    """What ``state`` gives, on disk, replaced in one step; its ``"best"`` weights also in
+    safetensors.
 
-    The first process writes, all read, and all have to call every method. Several machines need the same folder. As a
-    context, it lets SIGINT and SIGTERM wait for the next :meth:`tick`; the second of them does not.
+    The first process writes, all read, and all have to call every method. Several machines need
+    the same folder. As a context, it lets SIGINT and SIGTERM wait for the next :meth:`tick`;
+    the second of them does not.
     """
 
     def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
@@ -55,13 +57,16 @@ class Checkpoint:
                 save_file(best, self.folder / "best.new")
             (self.folder / "state.new").replace(self.folder / "state.ckpt")
             (self.folder / "best.new").replace(self.folder / "best.safetensors")
-        self.fabric.barrier()  # or a process might be ended by another that has ended, before it has written
+        # Or a process might be ended by another that has ended, before it has written
+        self.fabric.barrier()
         self._last = time.monotonic()
 
     def tick(self, rows: int = 0) -> int:
-        """Call it where the state is whole: saves what is older than a minute, or if a signal arrived, which it raises.
+        """Call it where the state is whole: saves what is older than a minute, or if a signal
+        arrived, which it raises.
 
-        Returns the sum over processes of ``rows``, of the next batch: another collective would be one more to wait for.
+        Returns the sum over processes of ``rows``, of the next batch: another collective would
+        be one more to wait for.
         """
         is_due = time.monotonic() - self._last > SECONDS
         signals, due, total = world_sum(

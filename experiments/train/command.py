@@ -4,8 +4,8 @@
     python -m experiments.train graph --data-root FILE.npz
     python -m experiments.train --config runs/digits-graph-expert_choice/config.json --seeds 3
 
-Writes a run folder (config.json, seed-N/metrics.csv, seed-N/checkpoint/, summary.json), prints the summary.
-Ctrl-C keeps what was trained, and says how to continue.
+Writes a run folder (config.json, seed-N/metrics.csv, seed-N/checkpoint/, summary.json), prints
+the summary. Ctrl-C keeps what was trained, and says how to continue.
 """
 
 from __future__ import annotations

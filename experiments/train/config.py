@@ -1,6 +1,6 @@
-"""The configuration of a run: a frozen dataclass for each kind of data, from which the command line is made.
+"""The configuration of a run: a frozen dataclass for each kind of data.
 
-And how commands end: by an error of one line, or by a signal. Imports nothing heavy, so that ``--help`` comes at once.
+The command line is made of them. Imports nothing heavy, so that ``--help`` comes at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ PAPERS = "ogbn-papers100M"
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
-    """Options of the routers; what a router does not know is an error, what is left out has its own default."""
+    """Options of the routers.
+
+    What a router does not know is an error, what is left out has its own default.
+    """
 
     weight: Literal["score", "normalized", "straight_through"] | None = None
     """How a pair's weight follows from its gate."""
@@ -80,16 +83,19 @@ class RunConfig:
     dataset: tyro.conf.Fixed[str]
     """The data set, by the name that its loader knows."""
     data: str | None = None
-    """Your own data: `package.module:function` or `FILE.py:function`, which is called without arguments."""
+    """Your own data: `package.module:function` or `FILE.py:function`.
+    The function is called without arguments."""
     data_root: Path = Path("data")
     """Root folder of the data, given to the data set's loader as it is."""
 
     # model
     router: str = "token_choice"
-    """token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle; of images soft_slots;
-    your own, `package.module:Class` or `FILE.py:Class`; or `dense`, the model without experts."""
+    """token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle.
+    For images also soft_slots. Your own: `package.module:Class` or `FILE.py:Class`.
+    `dense` is the model without experts."""
     model: str | None = None
-    """Your own model: a function, named as a router is, of the input's width (or image size) and the outputs'."""
+    """Your own model: a function, named as a router is.
+    It takes the width of the input (or the image size) and that of the output."""
     experts: int = 8
     """Number of experts, E."""
     k: int = 1
@@ -97,8 +103,8 @@ class RunConfig:
     hidden: int = 32
     """Width of the hidden layers; of a ViT, of its MLPs and of each expert."""
     start: Literal["copies", "shared", "plain"] | None = None
-    """How layers start: experts as copies of one layer, beside a shared expert, or each by itself; by default the
-    layer's own choice: on graphs copies where the router allows it, else beside a shared expert."""
+    """Experts start as copies of one layer, beside a shared expert, or each by itself.
+    Default: on graphs copies where the router allows it, else beside a shared expert."""
     layers: int = 2
     """Message-passing layers, or transformer blocks."""
     every: int = 1
@@ -109,7 +115,8 @@ class RunConfig:
     options: tyro.conf.OmitArgPrefixes[RouterOptions] = field(default_factory=RouterOptions)
     """Options of the router."""
     equal: Literal["flops", "parameters"] | None = None
-    """With --router dense: widen it until it costs what the MoE of `equal_to` costs (active FLOPs, or parameters)."""
+    """With --router dense: widen it to the active FLOPs, or parameters, of a MoE.
+    That is the MoE of --equal-to."""
     equal_to: RouterName = "token_choice"
     """With --equal: the router of the MoE that the dense baseline is matched to.
 
@@ -146,11 +153,13 @@ class RunConfig:
     device: str = "auto"
     """Fabric's accelerator: auto, cpu, cuda, mps."""
     devices: int = 1
-    """Data parallel: processes on this machine, as many as `torchrun --nproc-per-node N` starts; batches are shared."""
+    """Data parallel: processes on this machine, which share each batch.
+    As many as `torchrun --nproc-per-node N` starts."""
     nodes: int = 1
     """Data parallel: machines, each with as many devices."""
     jobs: int = 1
-    """Seeds trained at once, each in a process of its own; torch's threads are divided among them."""
+    """Seeds trained at once, each in a process of its own.
+    They share torch's threads."""
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     """Fabric's precision."""
     offline: bool = False
@@ -240,7 +249,8 @@ class NodeConfig(RunConfig):
     fanout: tuple[int, ...] = FANOUT
     """With `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
     evaluation: Literal["full", "layerwise", "sampled"] = "full"
-    """Evaluate on the whole graph, layer by layer in pieces (same result, less memory), or as in training."""
+    """Evaluate on the whole graph, layer by layer in pieces, or as in training.
+    By layers the result is the same, and takes less memory."""
     undirected: bool = True
     """Add the reverse of every edge."""
     allow_large_downloads: bool = False
@@ -266,17 +276,21 @@ class GraphConfig(NodeConfig):
     shared_router: bool | None = None
     """One decision for all layers, or one in each; by default one where layers start as copies."""
     jk: Literal["last", "cat", "max"] | None = None
-    """Jumping knowledge; with `last`, all convs may hold experts and a linear layer is the output."""
+    """Jumping knowledge.
+    With `last`, all convs may hold experts and a linear layer is the output."""
     input_dropout: float = 0.0
     """Dropout of the input features."""
     adjacency: Literal["auto", "edge_index"] = "auto"
-    """Full-batch: how edges are given; `auto` takes CSR where convs run on it and use no edge weights of some only."""
+    """Full-batch: how edges are given.
+    auto takes CSR where all convs run on it and treat edge weights alike."""
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of your own graph: the metric (default accuracy)."""
     features: str | None = None
-    """Of a named set: a .npy file of (nodes, width) numbers in place of its features, such as GIANT's or TAPE's."""
+    """Of a named set: a .npy file of (nodes, width) numbers in place of its features.
+    For example those of GIANT or TAPE."""
     correct_and_smooth: bool = False
-    """Score PyG's CorrectAndSmooth of what the trained model predicts; 50 steps each, alpha 1 and 0.8."""
+    """Score PyG's CorrectAndSmooth of what the trained model predicts.
+    It takes 50 steps each, with alpha 1 and 0.8."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,7 +318,8 @@ class ImageConfig(RunConfig):
     router: str = "expert_choice"
     equal_to: RouterName = "expert_choice"
     mlp_scale: float = 1.0
-    """Dense: factor of the output of the MLPs in whose place experts would be, which weights by score scale."""
+    """Dense: factor of the output of the MLPs in whose place experts would be.
+    It stands for weights by score, which scale that output."""
     patch: int | None = None
     """Height and width of a patch; by default that of the size's preset."""
     dim: int | None = None
@@ -340,7 +355,8 @@ WHERE = frozenset({
 })  # fmt: skip
 """Options that no number depends on."""
 RECORDS = ("file", "digest")
-"""What ``config.json`` holds beside the options: the name of your own graph's file, a digest of your own data."""
+"""What ``config.json`` holds beside the options: the name of your own graph's file, a digest of
+your own data."""
 
 
 def config_class(dataset: str) -> type[RunConfig]:

@@ -35,7 +35,10 @@ class Epoch:
         self.batches += 1
 
     def means(self) -> dict[str, float]:
-        """Means of the task loss, of all auxiliary losses, and of each of them, over all processes."""
+        """Means of the losses by name, over all processes.
+
+        These are the task loss, the sum of auxiliary losses, and each of them.
+        """
         sums = torch.tensor([self.count, *map(float, self.sums.values())], dtype=torch.float64)
         count, *totals = world_sum(sums).tolist()
         return {name: total / count for name, total in zip(self.sums, totals, strict=True)}

@@ -1,7 +1,7 @@
 """The one way to read each kind of file, and to name one that cannot be written.
 
-What is broken is one ``ValueError`` that begins with the path, and nothing is allocated that a header merely claims.
-A missing file is a ``FileNotFoundError``.
+What is broken is one ``ValueError`` that begins with the path, and nothing is allocated that a
+header merely claims. A missing file is a ``FileNotFoundError``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 
 def parse_json(text: str | bytes, kind: type[T]) -> T:
-    """JSON as a dataclass or plain types; ``"32"``, ``3.0`` and ``true`` are no integers, NaN is no number.
+    """JSON as a dataclass or plain types; ``"32"``, ``3.0`` and ``true`` are no integers, NaN is
+    no number.
 
     Raises:
         ValueError: names the key, what it got and what is legal.
@@ -132,7 +133,10 @@ def read_tensors(path: Path, classes: Collection[Any] = ()) -> Any:
 
 
 def read_pickle(path: Path) -> Any:
-    """Read arrays and sparse matrices as Python 2 pickled them; nothing else in the file is made or run."""
+    """Read arrays and sparse matrices as Python 2 pickled them.
+
+    Nothing else in the file is made or run.
+    """
     with naming(path):
         content = path.read_bytes()
         for operation, argument, _ in pickletools.genops(content):

@@ -41,12 +41,15 @@ class Job:
 
 
 def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None, None]:
-    """Train the seeds that runs lack, as many at once as their ``jobs``; :func:`experiments.train.loop.run` then summarizes.
+    """Train the seeds that runs lack, as many at once as their ``jobs``;
+    :func:`experiments.train.loop.run` then summarizes.
 
-    With one job the seeds are left to ``run``. Results do not depend on it, and a process that ends leaves the others
-    alone. Closing the iterator ends all processes, which save what was trained.
+    With one job the seeds are left to ``run``. Results do not depend on it, and a process that
+    ends leaves the others alone. Closing the iterator ends all processes, which save what was
+    trained.
 
-    Yields a place in ``configs`` and why its run failed, or ``""``, as soon as its last seed is done.
+    Yields a place in ``configs`` and why its run failed, or ``""``, as soon as its last seed is
+    done.
     """
     jobs = max((config.jobs for config in configs), default=1)
     if jobs == 1:

@@ -16,7 +16,10 @@ from experiments.train.files import writing
 
 
 class Log:
-    """A CSV file of one row or several an epoch, on disk at once; rows behind ``keep`` epochs, the checkpoint's, go."""
+    """A CSV file of one row or several an epoch, on disk at once.
+
+    Rows behind ``keep`` epochs, the checkpoint's, go.
+    """
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
@@ -42,7 +45,8 @@ class Log:
 
 
 class Logs:
-    """What a seed logs each epoch: metrics.csv, routing.csv, and in TensorBoard and Weights & Biases where asked for.
+    """What a seed logs each epoch: metrics.csv, routing.csv, and in TensorBoard and Weights &
+    Biases where asked for.
 
     ``folder`` is ``seed-N`` of the run folder; what is logged behind ``keep`` epochs goes.
     """
@@ -64,7 +68,8 @@ class Logs:
         if "wandb" in config.logger:
             import wandb
 
-            own = f"{name}-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:8]}"  # not another folder's
+            # Not that of another folder
+            own = f"{name}-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:8]}"
             self.wandb = wandb.init(
                 project="gmoe", name=name, id=own, resume="allow", dir=str(folder), config=options
             )

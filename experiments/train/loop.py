@@ -1,4 +1,4 @@
-"""The training loop: one plain loop for graphs and images, from the seeds of a run down to a step."""
+"""The training loop of graphs and images: from the seeds of a run to the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ from experiments.train.training import Reached, Training, get_rng, set_rng, set_
 def run(config: RunConfig, progress: Progress | None = None) -> Summary:
     """Train all seeds of a run, write its folder, and return its summary.
 
-    What the folder holds of the same run is continued: a finished run is only read; to one of fewer seeds, the others
-    are added. Of several processes the first one writes, and all return what it does. What cannot be run is a
-    ``ValueError``; SIGINT and SIGTERM raise :class:`InterruptedRunError` when the folder holds what was trained.
+    What the folder holds of the same run is continued: a finished run is only read; to one of
+    fewer seeds, the others are added. Of several processes the first one writes, and all return
+    what it does. What cannot be run is a ``ValueError``; SIGINT and SIGTERM raise
+    :class:`InterruptedRunError` when the folder holds what was trained.
     """
     fabric = make_fabric(config)  # before data are read
     shown = config.progress and fabric.is_global_zero
@@ -84,9 +85,11 @@ def train_seeds(
 def train_seed(
     fabric: Fabric, config: RunConfig, task: Task, seed: int, progress: Progress
 ) -> Result:
-    """Train with one seed and evaluate: validation selects the epoch, the test set is read once, at the end.
+    """Train with one seed and evaluate: validation selects the epoch, the test set is read once,
+    at the end.
 
-    An unfinished checkpoint is resumed. Of several processes the first one's figures of the routing are right.
+    An unfinished checkpoint is resumed. Of several processes the first one's figures of the
+    routing are right.
     """
     folder = config.folder() / f"seed-{seed}"
     is_on_gpu = fabric.device.type == "cuda"
@@ -133,7 +136,10 @@ def train_seed(
 
 
 def locked(fabric: Fabric, folder: Path) -> AbstractContextManager[Any]:
-    """Refuse a seed that another process trains; several seeds of a run may be trained side by side."""
+    """Refuse a seed that another process trains.
+
+    Several seeds of a run may be trained side by side.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not fabric.is_global_zero:
         return nullcontext()
@@ -146,7 +152,10 @@ def locked(fabric: Fabric, folder: Path) -> AbstractContextManager[Any]:
 
 
 def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reached:
-    """Train for as many epochs as there are to come, and leave the model with the weights that validation selects."""
+    """Train for the epochs that are to come.
+
+    Leaves the model with the weights that validation selects.
+    """
     config, steps = training.config, training.task.steps(training.config.batch_size)
     checkpoint = Checkpoint(training.fabric, folder / "checkpoint", training.state)
     loaded = checkpoint.load()
@@ -191,7 +200,8 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
 def batches_left(
     training: Training, checkpoint: Checkpoint, shuffle_seed: int
 ) -> Iterator[tuple[Batch, int]]:
-    """What an epoch has left to train on: this process's part of each batch, and how many rows all parts have.
+    """What an epoch has left to train on: this process's part of each batch, and how many rows all
+    parts have.
 
     Before each batch, and after the last, all processes agree on saving and stopping.
     """

@@ -25,7 +25,8 @@ from experiments.train.training import Training
 def has_predictions(config: Any, model: Any, task: Task) -> bool:
     """Of OGB's sets of one node type that are kept in memory, and where they are corrected.
 
-    A model has them that sees the whole graph, or runs by layers. What cannot be corrected is a ``ValueError``.
+    A model has them that sees the whole graph, or runs by layers. What cannot be corrected is a
+    ``ValueError``.
     """
     if not isinstance(config, GraphConfig):
         return False
@@ -45,9 +46,11 @@ def has_predictions(config: Any, model: Any, task: Task) -> bool:
 def keep_predictions(
     training: Training, folder: Path, scores: tuple[float, float]
 ) -> tuple[float, float]:
-    """Write ``predictions.safetensors`` in the folder of a seed: (N, classes) probabilities of all nodes.
+    """Write ``predictions.safetensors`` in the folder of a seed: (N, classes) probabilities of all
+    nodes.
 
-    Returns what validation and test score: ``scores``, or what they do after correction and smoothing.
+    Returns what validation and test score: ``scores``, or what they do after correction and
+    smoothing.
     """
     config: Any = training.config
     task = training.task
@@ -71,7 +74,8 @@ def keep_predictions(
 
 def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
     """Errors on the training nodes spread to the others, then labels (`Huang et al., 2021
-    <https://arxiv.org/abs/2010.13993>`_), with the steps and alphas of PyG's example; edges weigh the same."""
+    <https://arxiv.org/abs/2010.13993>`_), with the steps and alphas of PyG's example; edges
+    weigh the same."""
     assert task.graph is not None
     assert task.split is not None
     edges, train = task.graph.edge_index.to(y.device), task.split["train"].to(y.device)

@@ -1,7 +1,8 @@
 """The presets: one frozen configuration a data set. `python -m experiments.train NAME` runs one.
 
-They name data, widths and recipe. Router, balance, weights, how layers start and what the router sees are
-the library's defaults. Accuracies are those of results/presets.json, with experts and dense.
+They name data, widths and recipe. Router, balance, weights, how layers start and what the
+router sees are the library's defaults. Accuracies are those of results/presets.json, with
+experts and dense.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ VIT: dict[str, Any] = {"every": 2, "optimizer": "adamw", "schedule": "cosine", "
 DIGITS = ImageConfig(
     dataset="digits", hidden=96, layers=4, epochs=25, batch_size=32, lr=3e-3, seeds=THREE, **VIT
 )
-"""scikit-learn's 1,797 digits, 8x8; 2x2 patches; 28 s a seed on one core. 90.9 ± 0.9 %, dense 90.7 ± 1.9 %."""
+"""scikit-learn's 1,797 digits, 8x8; 2x2 patches; 28 s a seed on one core. 90.9 ± 0.9 %, dense
+90.7 ± 1.9 %."""
 
 CIFAR10 = ImageConfig(
     dataset="cifar10",
@@ -32,7 +34,8 @@ CIFAR10 = ImageConfig(
     check_finite=False,
     **VIT,
 )
-"""128 wide, 4x4 patches. 5 epochs in bf16 on JPEGs: 60.7 %, dense 61.5 %; the plain mixture 75.6 % after 22."""
+"""128 wide, 4x4 patches. 5 epochs in bf16 on JPEGs: 60.7 %, dense 61.5 %; the plain mixture
+75.6 % after 22."""
 
 DIGITS_GRAPH = GraphConfig(
     dataset="digits-graph", undirected=False, hidden=32, epochs=100, seeds=THREE
@@ -58,11 +61,13 @@ SMALL = GraphConfig(
 """Graphs without a recipe of their own. Not tuned."""
 
 CORA = replace(SMALL, dataset="cora", hidden=16, residual="none")
-"""Nearly the recipe of the GCN paper (Kipf & Welling, 2017), which decays the first layer only. 81.2 ± 0.7 %, dense
-81.3 ± 0.7 %: 140 labels leave experts nothing to learn. CiteSeer: 70.6 ± 0.6 %, dense 71.2 ± 0.7 %."""
+"""Nearly the recipe of the GCN paper (Kipf & Welling, 2017), which decays the first layer only.
+81.2 ± 0.7 %, dense 81.3 ± 0.7 %: 140 labels leave experts nothing to learn. CiteSeer: 70.6 ±
+0.6 %, dense 71.2 ± 0.7 %."""
 
 GRAPH = replace(SMALL, dataset="graph", conv=("sage",), dropout=0.2, weight_decay=0.0, seeds=THREE)
-"""Of facebook.npz (22,470 pages, 4 classes, 10 stratified splits): 93.0 ± 0.4 %, dense 92.6 ± 0.4 %."""
+"""Of facebook.npz (22,470 pages, 4 classes, 10 stratified splits): 93.0 ± 0.4 %, dense 92.6 ±
+0.4 %."""
 
 DEEP: dict[str, Any] = {"conv": ("sage",), "residual": "linear", "dropout": 0.2, "eval_every": 5}
 
@@ -77,7 +82,8 @@ HETEROPHILOUS = GraphConfig(
     seeds=TEN,
     **DEEP,
 )
-"""After Platonov et al. (2023), who choose 1 to 5 layers by validation and have GELU and feed-forward blocks."""
+"""After Platonov et al. (2023), who choose 1 to 5 layers by validation and have GELU and
+feed-forward blocks."""
 
 MINESWEEPER = GraphConfig(
     dataset="minesweeper",
@@ -89,8 +95,8 @@ MINESWEEPER = GraphConfig(
     seeds=THREE,
     **DEEP,
 )
-"""The tuned recipe (Luo et al., 2024) with fewer layers, and 300 epochs for 2,000; seed s takes split s. 95.0 ± 0.6 %
-AUC, dense 95.2 ± 0.5 %."""
+"""The tuned recipe (Luo et al., 2024) with fewer layers, and 300 epochs for 2,000; seed s takes
+split s. 95.0 ± 0.6 % AUC, dense 95.2 ± 0.5 %."""
 
 OGB: dict[str, Any] = {
     "residual": "none",
@@ -99,7 +105,8 @@ OGB: dict[str, Any] = {
     "batch_size": 1024,
     "seeds": TEN,
 }
-"""What the OGB examples' recipes (Hu et al., 2020) share. OGB's graphs were planted here: see results/presets.json."""
+"""What the OGB examples' recipes (Hu et al., 2020) share. OGB's graphs were planted here: see
+results/presets.json."""
 
 ARXIV = GraphConfig(
     dataset="ogbn-arxiv", hidden=256, layers=3, norm="batch_norm", epochs=500, **OGB
@@ -136,7 +143,8 @@ PRODUCTS_TUNED = replace(
 """The tuned recipe (Luo et al., 2024), on 10 random parts."""
 
 PAPERS100M = replace(SAGE, dataset="ogbn-papers100M", epochs=20, evaluation="sampled", seeds=THREE)
-"""Evaluated as in training, on the labeled nodes. Not tuned; ``experiments.convert`` makes the folder."""
+"""Evaluated as in training, on the labeled nodes. Not tuned; ``experiments.convert`` makes the
+folder."""
 
 PROTEINS = replace(
     ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epochs=1000, eval_every=5

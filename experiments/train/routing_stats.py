@@ -1,4 +1,7 @@
-"""What routing follows, and what routed experts add. Shapes: T tokens, E experts, P pairs, N nodes."""
+"""What routing follows, and what routed experts add.
+
+Shapes: T tokens, E experts, P pairs, N nodes.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +50,11 @@ PROPERTIES = {
 
 
 def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str, Any]]:
-    """For each MoE layer, over all batches: what :class:`gmoe.RoutingStats` counts, and what the routing follows.
+    """For each MoE layer, over all batches: what :class:`gmoe.RoutingStats` counts, and what the
+    routing follows.
 
-    Where all nodes are routed at once, also ``"nmi"`` with planted experts, and ``"ami_NAME"`` of :func:`alignment`.
+    Where all nodes are routed at once, also ``"nmi"`` with planted experts, and ``"ami_NAME"``
+    of :func:`alignment`.
     """
     if not routings or not routings[0]:
         return []
@@ -102,7 +107,8 @@ def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
 def node_properties(data: Data) -> dict[str, Tensor]:
     """(N,) integers a property: ``label``, in-``degree``, ``homophily``.
 
-    The latter two are :func:`node_values`, binned by quantiles, nodes without neighbors apart; what is not known is -1.
+    The latter two are :func:`node_values`, binned by quantiles, nodes without neighbors apart. What
+    is not known is -1.
     """
     values = node_values(data)
     found = {"degree": quantile_bins(values["degree"])}
@@ -113,8 +119,10 @@ def node_properties(data: Data) -> dict[str, Tensor]:
 
 
 def node_values(data: Data) -> dict[str, Tensor]:
-    """(N,) the in-``degree``, and of one label a node the ``homophily``: the share of in-neighbors of the same label,
-    -1 without neighbors."""
+    """(N,) the in-``degree``; of one label a node also the ``homophily``.
+
+    That is the share of in-neighbors of the same label, -1 without neighbors.
+    """
     source, destination = remove_self_loops(data.edge_index)[0]
     found = {"degree": degree(destination, data.num_nodes)}
     if data.y is not None and data.y.dim() == 1:
@@ -128,8 +136,8 @@ def node_values(data: Data) -> dict[str, Tensor]:
 
 
 def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
-    """(N,) the bin of each value, equal values together: each value its own where there are few; else the bins hold
-    about as many values each, as far as equal ones allow."""
+    """(N,) the bin of each value, equal values together: each value its own where there are few;
+    else the bins hold about as many values each, as far as equal ones allow."""
     distinct, which, counts = values.unique(return_inverse=True, return_counts=True)
     if len(distinct) <= bins:
         return which
@@ -139,7 +147,8 @@ def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
 
 
 def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:
-    """Adjusted mutual information (Vinh et al., 2010) of (N,) experts with each property: 1 the same, 0 by chance.
+    """Adjusted mutual information (Vinh et al., 2010) of (N,) experts with each property: 1 the
+    same, 0 by chance.
 
     ``"shuffled"`` is a baseline: the largest, in size, of the assignment shuffled with ``seed``.
     """
@@ -153,7 +162,10 @@ def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) 
 
 
 def ami(assignment: Tensor, value: Tensor) -> float:
-    """Adjusted mutual information of two partitions, nodes below 0 in ``value`` left out; 0 where one is constant."""
+    """Adjusted mutual information of two partitions, nodes below 0 in ``value`` left out.
+
+    0 where one is constant.
+    """
     known = value >= 0
     assignment, value = assignment[known], value[known]
     if len(assignment.unique()) < 2 or len(value.unique()) < 2:
@@ -207,8 +219,8 @@ def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> s
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
     """By layer of experts what starts at zero in it, so that the layer starts as the dense one.
 
-    Of copies that is their differences from the base; beside a shared expert, of a conv the gain, of MLPs their last
-    layers. Layers that do not start as the dense one are left out.
+    Of copies that is their differences from the base; beside a shared expert, of a conv the
+    gain, of MLPs their last layers. Layers that do not start as the dense one are left out.
     """
     found = dict[nn.Module, list[nn.Parameter]]()
     layers: list[Any] = [
@@ -226,7 +238,10 @@ def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
 
 
 def switched_off(model: Any) -> Any:
-    """A copy whose experts give what they gave at the start: zero beside a shared expert, or all the same."""
+    """A copy whose experts give what they gave at the start.
+
+    That is zero beside a shared expert, or all the same.
+    """
     copied = copy.deepcopy(model)
     for part in itertools.chain(*switches(copied).values()):
         nn.init.zeros_(part)
@@ -234,7 +249,10 @@ def switched_off(model: Any) -> Any:
 
 
 def noting_added(model: Any, note: Callable[[nn.Module, Tensor, Tensor], None]) -> Any:
-    """A copy that calls ``note`` for each layer of experts: with what these add to its output, and the output."""
+    """A copy that calls ``note(layer, added, output)`` for each layer of experts.
+
+    ``added`` is what its experts add to its output.
+    """
 
     def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
         off = switched_off(layer).forward(*args, **kwargs)

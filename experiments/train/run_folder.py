@@ -27,7 +27,10 @@ from experiments.train.user_code import check_trusted
 
 
 def place(config: RunConfig) -> Path:
-    """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number."""
+    """The folder of a run: ``out``.
+
+    Else with ``resume`` the last of its name, or the first that is free, by number.
+    """
     base = config.folder()
     if config.out is not None:
         check(
@@ -52,11 +55,15 @@ IMAGE_FOLDERS = {
     "imagenette": ("imagenette2-160", ""),
     "images": ("",),
 }
-"""Where files of images lie, which may be any; of other sets the published ones are read, or refused."""
+"""Where files of images lie, which may be any; of other sets the published ones are read, or
+refused."""
 
 
 def described(config: RunConfig) -> dict[str, Any]:
-    """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of data that may differ."""
+    """The configuration as ``config.json`` holds it.
+
+    That is what numbers depend on, and a digest of data that may differ.
+    """
     found, root, digest = config.science(), config.data_root, hashlib.sha256()
     if config.data is not None:
         return found
@@ -84,7 +91,10 @@ def described(config: RunConfig) -> dict[str, Any]:
 
 
 def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Where a run that is :func:`described` by ``there`` is another one: its value and this one's."""
+    """Where a run that ``there`` describes differs: by option its value and this run's.
+
+    ``there`` is what :func:`described` returned.
+    """
     other, here = vars(restore(there, config.data_root)), described(config)
     pairs = {
         name: (other.get(name), value) for name, value in vars(config).items() if name not in WHERE
@@ -94,7 +104,10 @@ def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tup
 
 
 def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
-    """The summary of a finished run, or the results of finished seeds; a ``ValueError`` if another run lies there."""
+    """The summary of a finished run, or the results of finished seeds.
+
+    A ``ValueError`` if another run lies there.
+    """
     folder = config.folder()
     path, summary = folder / "config.json", folder / "summary.json"
     if not path.exists():
@@ -146,7 +159,10 @@ class RunFolder:
         return load_tasks(self.config)(self.config.seeds[0])
 
     def load_model(self, task: Task) -> nn.Module:
-        """The first seed's model, as validation selected it; a ``ValueError`` where the weights are broken."""
+        """The first seed's model, as validation selected it.
+
+        A ``ValueError`` where the weights are broken.
+        """
         path = self.folder / f"seed-{self.config.seeds[0]}" / "checkpoint" / "best.safetensors"
         model = build_model(self.config, task)
         with naming(path):
@@ -157,8 +173,9 @@ class RunFolder:
 def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -> RunFolder:
     """Read a run folder; a ``ValueError`` names the file that is missing or broken.
 
-    ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
-    Without ``trust``, a run whose router, model or data are code in the folder itself is refused.
+    ``data_root`` is where the data of the run are here (default: where it was trained on them,
+    or ``data``). Without ``trust``, a run whose router, model or data are code in the folder
+    itself is refused.
     """
     check_finished(folder)
     path, where = folder / "config.json", folder / "where.json"

@@ -12,7 +12,10 @@ from gmoe.metrics import PER_EXPERT
 
 
 def summarize(config: RunConfig, results: list[Result]) -> Summary:
-    """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
+    """Mean, sample standard deviation and n over the seeds.
+
+    With all that it takes to repeat the run.
+    """
     first = results[0]
     spreads = ("val", "test", "best_epoch", "seconds")
     costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")

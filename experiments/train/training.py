@@ -31,7 +31,11 @@ WARMUP = 0.1
 
 @dataclass
 class Reached:
-    """How far a seed is: epochs done, what validation selects, the time taken, and the curve where it was measured."""
+    """How far a seed is.
+
+    The epochs done, what validation selects, the time taken, and the curve where it was
+    measured.
+    """
 
     epochs: int = 0
     best_epoch: int = -1
@@ -70,7 +74,10 @@ class Training:
         )
 
     def forward(self, inputs: tuple[Any, ...]) -> Tensor:
-        """Logits; ``routings`` are those of this call. At evaluation processes do not wait for each other."""
+        """Logits.
+
+        ``routings`` are those of this call. At evaluation processes do not wait for each other.
+        """
         self.routings.clear()
         if self.model.training:
             return self.model(*inputs)
@@ -124,7 +131,10 @@ class Training:
         return {"loss": loss, "aux": aux} | named
 
     def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Evaluate where it is due, and count the epoch as done; the rows of metrics.csv and routing.csv."""
+        """Evaluate where it is due, and count the epoch as done.
+
+        The rows of metrics.csv and routing.csv.
+        """
         config, reached, epoch = self.config, self.reached, self.reached.epochs
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -154,8 +164,8 @@ class Training:
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
         """The metric over a split, and the routings: a list a batch, in it one a layer.
 
-        Of several processes the first one evaluates whole graphs and the test set, whose routings it alone returns; the
-        batches of validation are shared out, and have none.
+        Of several processes the first one evaluates whole graphs and the test set, whose
+        routings it alone returns; the batches of validation are shared out, and have none.
         """
         task, config = self.task, self.config
         alone = split == "test" or (
@@ -244,7 +254,10 @@ class Training:
 
 @contextmanager
 def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> Iterator[Training]:
-    """Model, optimizer and schedule, ready to train; the routings are recorded as long as it lasts."""
+    """Model, optimizer and schedule, ready to train.
+
+    The routings are recorded as long as it lasts.
+    """
     has_experts = any(isinstance(module, Router) for module in model.modules())
     recording: AbstractContextManager[list[Routing]] = (
         gmoe.record_routing(model) if has_experts else nullcontext([])
@@ -259,7 +272,8 @@ def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> I
 def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContextManager[None]:
     """torch's choice of kernel for attention, but plain products in bf16 on the CPU.
 
-    There the backward of the fused kernel takes three times what it takes in fp32: 40 % of a step of a ViT on CIFAR-10.
+    There the backward of the fused kernel takes three times what it takes in fp32: 40 % of a
+    step of a ViT on CIFAR-10.
     """
     if device.type == "cpu" and config.precision == "bf16-mixed":
         return sdpa_kernel(SDPBackend.MATH)
@@ -267,7 +281,10 @@ def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContext
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam or AdamW; no weight decay on biases, norms, temperatures, centroids, class tokens and positions."""
+    """Adam or AdamW.
+
+    No weight decay on biases, norms, temperatures, centroids, class tokens and positions.
+    """
     spared = ("bias", "centroid", "log_temperature", "class_token", "pos_embedding")
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

@@ -40,7 +40,10 @@ def rows(folder: Path, name: str = "metrics.csv", seed: int = 0) -> list[dict[st
 def run_until(
     steps: int, args: Sequence[str], rank: str = "0", number: int = signal.SIGTERM, times: int = 1
 ) -> None:
-    """The command, of which a process gets a signal in a step; after one SIGTERM the step is finished and saved."""
+    """The command, of which a process gets a signal in a step.
+
+    After one SIGTERM the step is finished and saved.
+    """
     step, done = Training.step, list[int]()
 
     def signalled(*arguments: Any) -> None:

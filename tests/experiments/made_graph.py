@@ -1,4 +1,7 @@
-"""A small directed graph, tasks on it, and the logits of a model that follows from the configuration alone."""
+"""A small directed graph, tasks on it, and the logits of a model.
+
+The model follows from the configuration alone.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ def make_split() -> Splits:
 
 
 def make_graph(weights: bool = False, binary: bool = False, simple: bool = False) -> GraphData:
-    """A directed graph whose first feature is the number of the node; ten nodes have no label. It has self-loops and
-    parallel edges where it is not ``simple``."""
+    """A directed graph whose first feature is the number of the node; ten nodes have no label. It
+    has self-loops and parallel edges where it is not ``simple``."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(NODES, 4, generator=generator)
     x[:, 0] = torch.arange(NODES)

@@ -26,7 +26,10 @@ def plant(root: Path) -> Path:
 
 
 def plant_papers(root: Path, **size: int) -> Path:
-    """ogbn-papers100M, of whose nodes 1.4 % are labeled; returns the folder that it is converted to."""
+    """ogbn-papers100M, of whose nodes 1.4 % are labeled.
+
+    Returns the folder that it is converted to.
+    """
     write_planted(PAPERS, root, **size)
     convert(PAPERS, root / STORED, root, half=True)
     return root / STORED

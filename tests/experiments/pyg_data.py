@@ -17,8 +17,8 @@ from experiments.train.data.named import PYG, PyGSet
 
 Array = NDArray[Any]
 NODES, FEATURES, CLASSES, EDGES, SPLITS = 120, 5, 2, 200, 10
-"""Of all sets but Planetoid's, whose validation nodes are 500; two classes, so that each has the nodes that a split by
-class takes."""
+"""Of all sets but Planetoid's, whose validation nodes are 500; two classes, so that each has the
+nodes that a split by class takes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Raw:
 
 
 def write_raw(name: str, root: Path) -> Raw:
-    """The data set that the command line calls by this name, its folder and files as PyG expects them."""
+    """The data set of this name, its folder and files as PyG expects them."""
     given = PYG.get(name)
     if given is None:  # filtered, in the data root itself
         root.mkdir(parents=True, exist_ok=True)

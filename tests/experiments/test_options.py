@@ -1,4 +1,7 @@
-"""Command lines and configuration files: what is unknown is named, and neither help nor errors wait for torch."""
+"""Command lines and configuration files.
+
+What is unknown is named, and neither help nor errors wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -227,7 +230,7 @@ def test_an_error_leads_to_the_help_that_has_the_options(
 def printed(args: str, capsys: Any) -> list[str]:
     """The options in a help text."""
     with pytest.raises(SystemExit) as stop:
-        train.main(args.split())
+        MAINS["train"](args.split())
     assert stop.value.code == 0
     return re.findall(r"^. (?:-h, )?--(\w[\w-]*)", capsys.readouterr().out, re.MULTILINE)
 
@@ -248,7 +251,7 @@ def test_help_shows_what_people_use_and_the_rest_where_it_is_asked_for(
 def test_the_short_help_says_how_to_see_the_rest(capsys: Any) -> None:
     assert printed("cora -h", capsys) == printed("cora --help", capsys)
     with pytest.raises(SystemExit):
-        train.main(["cora", "--k", "2", "--help"])
+        MAINS["train"](["cora", "--k", "2", "--help"])
     text = capsys.readouterr().out
     assert "--help-all shows all options" in text
     assert "experts per token, k. (default: 1)" in text.lower()

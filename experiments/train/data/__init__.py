@@ -1,1 +1,8 @@
-"""The data sets, and what training needs of one (:mod:`experiments.train.data.task`)."""
+"""The data sets, and what training needs of one.
+
+task       What training needs: batches, splits, metric, loss.
+load       The sets by name.
+graphs     From a graph to batches: made (drawn here), named (PyG's), ogb, own_graph.
+images     Images as tasks.
+on_disk    Graphs that stay on disk: convert writes them, stored trains on them.
+"""

@@ -1,12 +1,13 @@
 """Write a graph larger than memory as the folder that gmoe.StoredGraph opens.
 
     python -m experiments.convert ogbn-papers100M --from data --to data/ogbn_papers100M_stored --half
-    python -m experiments.convert edges.csv --x x.npy --y y.npy --train a.npy --val b.npy --test c.npy --to DIR
+    python -m experiments.convert edges.csv --x x.npy --y y.npy --to DIR \\
+        --train a.npy --val b.npy --test c.npy
 
-Reads OGB's binary release, or edges from .npy, .csv or .parquet. DuckDB sorts them in about --memory, and on
-10 bytes of disk an edge (20 where its reverse is added); a release is unpacked first: ogbn-papers100M takes 160 GB of
-disk in all, 43 GB in the end. The folder appears when it is whole; a conversion that was killed leaves DIR.new, which
-the next one replaces.
+Reads OGB's binary release, or edges from .npy, .csv or .parquet. DuckDB sorts them in about
+--memory, and on 10 bytes of disk an edge (20 where its reverse is added); a release is unpacked
+first: ogbn-papers100M takes 160 GB of disk in all, 43 GB in the end. The folder appears when it
+is whole; a conversion that was killed leaves DIR.new, which the next one replaces.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ PIECE = 1 << 22  # numbers that are copied at once
 
 
 def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
-    """Source and files of ogbn-papers100M in a folder named by ogb or as in the zip file; arrays are unpacked."""
+    """Source and files of ogbn-papers100M in a folder named by ogb or as in the zip file.
+
+    Arrays are unpacked.
+    """
     folder = root.expanduser() / "ogbn_papers100M"
     folder = folder if folder.exists() else folder.with_name("papers100M-bin")
     planted = folder / "PLANTED.txt"
@@ -129,22 +133,27 @@ def convert(
 ) -> dict[str, Any]:
     """Write the folder of a :class:`gmoe.StoredGraph`, and return its ``graph.json``.
 
-    The in-edges of a node ascend by source. Undirected, edges are what PyG's ``to_undirected`` makes of them.
+    The in-edges of a node ascend by source. Undirected, edges are what PyG's ``to_undirected``
+    makes of them.
 
     Args:
-        graph: ogbn-papers100M, or a file of edges, source and destination by node number from 0: .npy, (2, M) or
-            (M, 2), or .csv or .parquet with two columns. Of such a file are the options --x to --test.
+        graph: ogbn-papers100M, or a file of edges, source and destination by node number from
+            0: .npy, (2, M) or (M, 2), or .csv or .parquet with two columns. Of such a file are
+            the options --x to --test.
         to: the folder to write, for gmoe.StoredGraph.
         root: where OGB's folder lies, ogbn_papers100M or papers100M-bin.
         x: the features, .npy with (N, D) numbers. Needed: it says how many nodes there are.
         y: the classes, .npy with (N,) whole numbers, -1 or NaN where there is none.
         train: the nodes of train, .npy, or .csv with one a line. Likewise val and test.
         half: features as float16: half the disk and the traffic. Numbers beyond 65504 are refused.
-        directed: keep the edges as they are. By default the reverse of each is added, and none is kept twice.
-        memory: gigabytes to sort edges in, which DuckDB may exceed by half; 8 bytes a node come on top.
+        directed: keep the edges as they are. By default the reverse of each is added, and none
+            is kept twice.
+        memory: gigabytes to sort edges in, which DuckDB may exceed by half; 8 bytes a node come
+            on top.
 
     Raises:
-        ValueError: options that do not fit; something in the data that cannot be, and where; not enough memory or disk.
+        ValueError: options that do not fit; something in the data that cannot be, and where;
+            not enough memory or disk.
     """
     check(memory > 0, "memory", memory, "gigabytes, more than 0")
     given = {"x": x, "y": y, "train": train, "val": val, "test": test}
@@ -205,7 +214,10 @@ def read_edges(path: Path) -> Array | Path:
 
 
 def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, Array]:
-    """Write the nodes of each part, and return them; from ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header)."""
+    """Write the nodes of each part, and return them.
+
+    From ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header).
+    """
     split, seen = {}, np.zeros(nodes, np.int8)
     for part, path in ((part, files[part]) for part in PARTS if part in files):
         ids = read_npy(path) if path.suffix == ".npy" else read_csv(path, header=None).to_numpy()
@@ -259,7 +271,10 @@ def sorted_keys(
 
 
 def _open_table(connection: Any, path: Path) -> None:
-    """Make a table's two columns the view ``edges``. DuckDB guesses nothing: it would skip lines, and round numbers."""
+    """Make a table's two columns the view ``edges``.
+
+    DuckDB guesses nothing: it would skip lines, and round numbers.
+    """
     quoted = str(path).replace("'", "''")
     table = f"read_parquet('{quoted}')"
     if path.suffix == ".csv":
@@ -308,7 +323,10 @@ def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bo
 
 
 def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
-    """Write features in pieces, cast; refuses NaN, infinity, or a number that is too large for the type."""
+    """Write features in pieces, cast.
+
+    Refuses NaN, infinity, or a number that is too large for the type.
+    """
     size = max(1, PIECE // x.shape[1])
     with writing(path), path.open("wb") as file:
         write_header(file, dtype, x.shape)

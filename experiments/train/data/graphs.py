@@ -1,4 +1,7 @@
-"""From a graph, of one node type or more, to batches: the whole graph, neighborhoods, or random parts."""
+"""From a graph, of one node type or more, to batches.
+
+A batch is the whole graph, neighborhoods, or a random part.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
 
 
 def directed(graph: GraphData, config: Any) -> GraphData:
-    """The graph, in both directions if the run asks for it, with features of its own; an edge there twice gets the mean
-    of its weights."""
+    """The graph, in both directions if the run asks for it, with features of its own; an edge
+    there twice gets the mean of its weights."""
     if file := getattr(config, "features", None):
         found = read_npy(Path(file))
         legal = (
@@ -156,7 +159,8 @@ def neighborhoods(
     seed: int | None,
     shard: Shard,
 ) -> Iterator[Batch]:
-    """Sampled neighborhoods of ``nodes``, or ``(type, nodes)``, shuffled with a seed; edges are sorted by destination.
+    """Sampled neighborhoods of ``nodes``, or ``(type, nodes)``, shuffled with a seed; edges are
+    sorted by destination.
 
     The nodes of a batch come first in it, and only they count.
     """
@@ -227,10 +231,12 @@ def _known(conv: str) -> Kind:
 
 
 def adjacency(config: GraphConfig, data: Data) -> Tensor:
-    """The edges of the whole graph: a sparse matrix where convs run on it and it is the same graph, or ``edge_index``.
+    """The edges of the whole graph: a sparse matrix where convs run on it and it is the same
+    graph, or ``edge_index``.
 
-    It is not for one's own model, in mixed precision (no sparse kernels in bfloat16), with edge weights that some of
-    the convs do not take, with self-loops that a conv would double, or with parallel edges (one place in a matrix).
+    It is not for one's own model, in mixed precision (no sparse kernels in bfloat16), with edge
+    weights that some of the convs do not take, with self-loops that a conv would double, or
+    with parallel edges (one place in a matrix).
     """
     # The identity is a filter, but reads no edges.
     adds_loops = any(_known(conv).adds_loops and conv != "identity" for conv in config.conv)
@@ -290,13 +296,19 @@ def make_metric(name: MetricName, num_classes: int) -> Callable[[], Metric]:
 
 
 def fixed_splits(store: Any, seed: int) -> Splits:
-    """The split of a seed, by the masks of a graph, or of a node type: (N,), or (N, S) for S splits."""
+    """The split of a seed, by the masks of a graph, or of a node type.
+
+    Masks are (N,), or (N, S) for S splits.
+    """
     masks = {part: store[name].view(len(store.y), -1) for part, name in MASKS.items()}
     return {part: mask[:, seed % mask.size(1)].nonzero().view(-1) for part, mask in masks.items()}
 
 
 def per_class_splits(store: Any, seed: int) -> Splits:
-    """A random split with 20 nodes a class in train, 30 in val and the rest in test (Shchur et al., 2018)."""
+    """A random split with 20 nodes a class in train, 30 in val and the rest in test.
+
+    That of Shchur et al. (2018).
+    """
     order = torch.randperm(len(store.y), generator=torch.Generator().manual_seed(seed))
     parts = [order[store.y[order] == label].tensor_split([20, 50]) for label in store.y.unique()]
     check(all(len(test) for *_, test in parts), "split", "a class of 50 nodes or fewer", "more")
@@ -307,7 +319,10 @@ def per_class_splits(store: Any, seed: int) -> Splits:
 
 
 def stratified_splits(store: Any, seed: int) -> Splits:
-    """A random split of the nodes that have a label (0 or more), 60 / 20 / 20 % of each class, to a node."""
+    """A random split of the nodes that have a label (0 or more).
+
+    60 / 20 / 20 % of each class, to a node.
+    """
     labeled = (store.y >= 0).nonzero().view(-1)
     shuffled = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(seed))]
     by_class = shuffled[store.y[shuffled].sort(stable=True).indices]
@@ -320,9 +335,10 @@ def stratified_splits(store: Any, seed: int) -> Splits:
 def check_graph(where: str, data: Any, target: str | None = None) -> None:
     """Refuse a graph that cannot be what it should.
 
-    Its shapes have to fit, its edges point inside, its features be finite; each split has nodes in train, val and test,
-    none of them in two, and each of them has a label of 0 or more. ``where`` begins the message; ``target`` is the node
-    type of a heterogeneous graph that has labels.
+    Its shapes have to fit, its edges point inside, its features be finite; each split has nodes
+    in train, val and test, none of them in two, and each of them has a label of 0 or more.
+    ``where`` begins the message; ``target`` is the node type of a heterogeneous graph that has
+    labels.
     """
     store = data if target is None else data[target]
     for x in [data.x] if target is None else data.collect("x", allow_empty=True).values():

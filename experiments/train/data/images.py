@@ -1,4 +1,7 @@
-"""Images as tasks: folders, torchvision's sets, digits, your own function's. N images, C channels, S x S pixels."""
+"""Images as tasks: folders, torchvision's sets, digits, your own function's.
+
+N images, C channels, S x S pixels.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,15 @@ from vision import (
 )
 
 VAL_SHARE = 0.1
-"""Share of the training images that validate, of each class, where the data have none of their own."""
+"""Share of the training images that validate, of each class, where the data have none of their
+own."""
 
 
 def image_set(config: ImageConfig) -> Task:
-    """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of your own: :func:`vision.load_images`."""
+    """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of your own.
+
+    See :func:`vision.load_images`.
+    """
     data = load_images(
         config.dataset, config.data_root, image_size=config.image_size, offline=config.offline
     )
@@ -41,7 +48,10 @@ def image_set(config: ImageConfig) -> Task:
 
 
 def digits(config: ImageConfig) -> Task:
-    """scikit-learn's digits, see :func:`experiments.train.data.made.digits_graph`, standardized over the training set."""
+    """scikit-learn's digits, standardized over the training set.
+
+    See :func:`experiments.train.data.made.digits_graph`.
+    """
     found = load_digits()
     images, labels = (
         torch.from_numpy(found.images).float()[:, None] / 16.0,
@@ -62,7 +72,10 @@ def digits(config: ImageConfig) -> Task:
 
 
 def image_task(data: ImageData, config: ImageConfig) -> Task:
-    """A part of the training images validates where the data have no others; the test images are read once."""
+    """A part of the training images validates where the data have no others.
+
+    The test images are read once.
+    """
     sources: dict[Split, ImageSource] = {
         "train": data.train,
         "val": data.val or data.train,
@@ -130,9 +143,10 @@ def _load(
 def own_images(found: Any, config: ImageConfig) -> Task:
     """A task of images that a user's function made.
 
-    It gives ``(train, test)`` or ``(train, val, test)``, each a torch ``Dataset`` of (image, class), or a pair of
-    images (N, C, S, S), C = 1 or 3, and classes (N,). Images are uint8 or PIL's, which are standardized over the
-    training images, or floats, which the model sees as they are. All are kept in memory.
+    It gives ``(train, test)`` or ``(train, val, test)``, each a torch ``Dataset`` of (image,
+    class), or a pair of images (N, C, S, S), C = 1 or 3, and classes (N,). Images are uint8 or
+    PIL's, which are standardized over the training images, or floats, which the model sees as
+    they are. All are kept in memory.
     """
     legal = (
         "(train, test) or (train, val, test), each a Dataset of (image, class), or (images, labels)"

@@ -24,7 +24,8 @@ LOADERS = {
 
 
 def load_tasks(config: RunConfig) -> Callable[[int], Task]:
-    """Load the data set of a run; the result gives the task of a seed, whose split it chooses where there are several.
+    """Load the data set of a run; the result gives the task of a seed, whose split it chooses
+    where there are several.
 
     Raises:
         ValueError: an unknown name, a broken file, or something else than data from ``--data``.

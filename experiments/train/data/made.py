@@ -47,25 +47,29 @@ def digits_graph(config: RunConfig) -> GraphData:
 
 
 def mosaic(config: RunConfig) -> GraphData:
-    """8,000 nodes in 8 regions; a neighbor's class tells a node's own, by a permutation that each region has.
+    """8,000 nodes in 8 regions; a neighbor's class tells a node's own, by a permutation that each
+    region has.
 
-    Features are class center N(0, 1) + 3 x region center N(0, 1) + 3 x N(0, 1) noise. The 80,000 directed edges lie
-    inside a region; the source's class is the region's permutation (the identity in region 0) of the destination's,
-    or in 15 % of the edges a random one. Split 50 / 25 / 25. ``planted`` is the region: the one data set on which the
-    right routing is known.
+    Features are class center N(0, 1) + 3 x region center N(0, 1) + 3 x N(0, 1) noise. The
+    80,000 directed edges lie inside a region; the source's class is the region's permutation
+    (the identity in region 0) of the destination's, or in 15 % of the edges a random one. Split
+    50 / 25 / 25. ``planted`` is the region: the one data set on which the right routing is
+    known.
     """
     return _regions("mosaic", NODES, REGIONS, labels=NODES // 2)
 
 
 SHOWN = {"features": 3.0, "neighbors": 0.5, "nothing": 0.0}
-"""How a node's regime shows: the factor of its center in features whose noise has 3. At 0.5 a node says little, but the
-mean of ten neighbors does."""
+"""How a node's regime shows: the factor of its center in features whose noise has 3. At 0.5 a node
+says little, but the mean of ten neighbors does."""
 
 
 def regimes(config: RunConfig) -> GraphData:
-    """``regimes-R-L-SHOWN``: :func:`mosaic` with R regimes, L training labels in each, and SHOWN of :data:`SHOWN`.
+    """``regimes-R-L-SHOWN``: :func:`mosaic` with R regimes, L training labels in each, and SHOWN
+    of :data:`SHOWN`.
 
-    1,000 nodes a regime, at least 4,000, and ten edges a node; what is not trained on is half validation, half test.
+    1,000 nodes a regime, at least 4,000, and ten edges a node; what is not trained on is half
+    validation, half test.
     """
     match = re.fullmatch(r"regimes-([1-9]\d?)-([1-9]\d{0,2})-(\w+)", config.dataset)
     legal = (
@@ -122,17 +126,21 @@ def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.
 
 
 CONCEPT_CLASSES, CONCEPT_FEATURES, SIGN_FEATURES = 8, 16, 8
-"""Of concept graphs: classes, features that the label follows from, and features that show the regime."""
+"""Of concept graphs: classes, features that the label follows from, and features that show the
+regime."""
 
 
 def concept(config: RunConfig) -> GraphData:
-    """``concept-R-L-SHOWN``: R regimes, each with a rule of its own that turns neighbors' features into a label.
+    """``concept-R-L-SHOWN``: R regimes, each with a rule of its own that turns neighbors' features
+    into a label.
 
-    ``y = argmax(x U + h W_regime)`` with ``h`` the sum of in-neighbors' features over the square root of the in-degree.
-    All features, U and W are N(0, 1); 5 % of the labels are random. Neighbors are drawn without regard to class or
-    regime, so that edges say nothing of either, in no direction. SHOWN ``features``: eight more features, 3 x regime
-    center N(0, 1) + 3 x N(0, 1); ``nothing``: none. 1,000 nodes a regime, at least 4,000, ten edges a node, L training
-    labels a regime; what is not trained on is half validation, half test. ``planted`` is the regime.
+    ``y = argmax(x U + h W_regime)`` with ``h`` the sum of in-neighbors' features over the
+    square root of the in-degree. All features, U and W are N(0, 1); 5 % of the labels are
+    random. Neighbors are drawn without regard to class or regime, so that edges say nothing of
+    either, in no direction. SHOWN ``features``: eight more features, 3 x regime center N(0, 1)
+    + 3 x N(0, 1); ``nothing``: none. 1,000 nodes a regime, at least 4,000, ten edges a node, L
+    training labels a regime; what is not trained on is half validation, half test. ``planted``
+    is the regime.
     """
     match = re.fullmatch(r"concept-([1-9]\d?)-([1-9]\d{0,2})-(features|nothing)", config.dataset)
     legal = "concept-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN features or nothing"

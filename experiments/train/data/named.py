@@ -1,4 +1,7 @@
-"""The graph data sets by name, a line each: PyG's class, files, split, metric, size of the download, source."""
+"""The graph data sets by name, a line each.
+
+A line has PyG's class, files, split, metric, size of the download, and source.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ class PyGSet:
     splits: Callable[[Any, int], Splits] = fixed_splits  # of the graph and a seed
 
     def load(self, name: str, root: Path, offline: bool) -> GraphData:
-        """The data set, its features those of the files (Planetoid's normalized to sum 1 a node, as is usual)."""
+        """The data set, with the features of the files.
+
+        Planetoid's are normalized to sum 1 a node, as is usual.
+        """
         folder = root / self.folder
         missing = [file for file in self.files if not (folder / file).exists()]
         advice = (
@@ -84,14 +90,20 @@ def _planetoid(name: str, megabytes: float) -> PyGSet:
 
 
 def _shchur(cls: Any, name: str, file: str, megabytes: float) -> PyGSet:
-    """Shchur et al., 2018; shchur/gnn-benchmark, MIT; 20 nodes a class train, 30 validate, at random by seed."""
+    """Shchur et al., 2018.
+
+    shchur/gnn-benchmark, MIT; 20 nodes a class train, 30 validate, at random by seed.
+    """
     return PyGSet(
         cls, {"name": name}, f"{name}/raw", (f"{file}.npz",), megabytes, splits=per_class_splits
     )
 
 
 def _platonov(name: str, metric: MetricName, megabytes: float) -> PyGSet:
-    """Platonov et al., 2023; yandex-research/heterophilous-graphs, MIT; 10 fixed splits, 50/25/25."""
+    """Platonov et al., 2023.
+
+    yandex-research/heterophilous-graphs, MIT; 10 fixed splits, 50/25/25.
+    """
     cls = datasets.HeterophilousGraphDataset
     return PyGSet(cls, {"name": name}, f"{name}/raw", (f"{name}.npz",), megabytes, metric)
 
@@ -111,7 +123,8 @@ PYG: dict[str, PyGSet] = {
     "amazon-photo": _shchur(datasets.Amazon, "Photo", "amazon_electronics_photo", 3),
     "coauthor-cs": _shchur(datasets.Coauthor, "CS", "ms_academic_cs", 6),
     "coauthor-physics": _shchur(datasets.Coauthor, "Physics", "ms_academic_phy", 17),
-    # Mernyei and Cangea, 2020; pmernyei/wiki-cs-dataset, MIT; 20 fixed splits of train and val, one test set
+    # Mernyei and Cangea, 2020; pmernyei/wiki-cs-dataset, MIT; 20 fixed splits of train and val,
+    # one test set
     "wikics": PyGSet(datasets.WikiCS, {"is_undirected": True}, "raw", ("data.json",), 80),
     "roman-empire": _platonov("roman_empire", "accuracy", 13),
     "amazon-ratings": _platonov("amazon_ratings", "accuracy", 16),
@@ -128,7 +141,7 @@ FILTERED = ("chameleon-filtered", "squirrel-filtered")
 
 
 def load_graph(config: GraphConfig | HeteroConfig) -> GraphData:
-    """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, whose files lie in the data root."""
+    """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, with files in the data root."""
     name, root = config.dataset, config.data_root
     if name in PYG:
         return PYG[name].load(name, root, config.offline)
@@ -164,7 +177,10 @@ ARRAYS += [
 
 
 def _check(path: Path) -> None:
-    """Refuse a raw file before PyG reads it, if it is broken, would run code, or claims more than it holds."""
+    """Refuse a broken raw file before PyG reads it.
+
+    Also one that would run code, or claims more than it holds.
+    """
     with naming(path):
         if path.suffix == ".json":
             read_json(path, dict[str, Any])

@@ -1,7 +1,9 @@
-"""Four of OGB's node data sets (Hu et al., 2020): fetched whole, read from OGB's own files, OGB's own metric.
+"""Four of OGB's node data sets (Hu et al., 2020): fetched whole, read from OGB's own files, OGB's
+own metric.
 
-The fifth, ogbn-papers100M, stays on disk: see :mod:`experiments.train.data.convert`. The files are read here, not by ``ogb``'s
-loader, which asks questions by ``input()`` and unpickles what it finds.
+The fifth, ogbn-papers100M, stays on disk: see :mod:`experiments.train.data.convert`. The files
+are read here, not by ``ogb``'s loader, which asks questions by ``input()`` and unpickles what
+it finds.
 """
 
 from __future__ import annotations
@@ -47,7 +49,10 @@ def published(name: str) -> Any:
 
 
 def files_of(name: str) -> dict[Any, str]:
-    """The files that are read, by what they hold; relations have two, and proteins the features of edges."""
+    """The files that are read, by what they hold.
+
+    Relations have two, and proteins the features of edges.
+    """
     said, mag = published(name), name == "ogbn-mag"
     raw = "raw/{0}/paper/{0}.csv.gz" if mag else "raw/{0}.csv.gz"
     split = f"split/{said['split']}/paper" if mag else f"split/{said['split']}"
@@ -70,11 +75,13 @@ def files_of(name: str) -> dict[Any, str]:
 def load_ogb(
     name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False
 ) -> GraphData:
-    """One of OGB's node data sets, with its official split and metric; ``root`` holds ogb's folder, ``ogbn_arxiv``.
+    """One of OGB's node data sets, with its official split and metric; ``root`` holds ogb's
+    folder, ``ogbn_arxiv``.
 
-    Edges are as in the files (of products and proteins in both directions); proteins' ``x`` is the mean of
-    ``edge_attr`` over the edges of a node. ogbn-mag is a ``HeteroData`` whose papers alone have ``x`` and ``y``.
-    Missing files that may not or cannot be downloaded are a ``FileNotFoundError``, broken ones a ``ValueError``.
+    Edges are as in the files (of products and proteins in both directions); proteins' ``x`` is
+    the mean of ``edge_attr`` over the edges of a node. ogbn-mag is a ``HeteroData`` whose
+    papers alone have ``x`` and ``y``. Missing files that may not or cannot be downloaded are a
+    ``FileNotFoundError``, broken ones a ``ValueError``.
     """
     check(
         name in MEGABYTES,
@@ -104,7 +111,10 @@ def load_ogb(
 
 
 def provide(name: str, root: Path, offline: bool, allow_large_downloads: bool) -> Path:
-    """The data set's folder, with all its files; a zip file that lies in ``root`` is taken in place of a download."""
+    """The data set's folder, with all its files.
+
+    A zip file that lies in ``root`` is taken in place of a download.
+    """
     folder, megabytes, said = root / name.replace("-", "_"), MEGABYTES[name], published(name)
     if not any(path.is_file() for path in folder.rglob("*")):
         from vision.images import unpacked
@@ -138,7 +148,10 @@ def provide(name: str, root: Path, offline: bool, allow_large_downloads: bool) -
 
 
 def _tensors(name: str, folder: Path) -> dict[str, Any]:
-    """``graph`` and ``split``: those of the last run where the files have the same sizes, else read from them."""
+    """``graph`` and ``split``, read from the files.
+
+    Those of the last run are taken where the files have the same sizes.
+    """
     files = {of: folder / file for of, file in files_of(name).items()}
     path, sizes = (
         folder / "processed" / "tensors.pt",
@@ -163,7 +176,10 @@ def _tensors(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
-    """``graph``, of ogbn-mag by node type and relation, and ``split``: each (labeled) node in one part at most."""
+    """``graph``, of ogbn-mag by node type and relation, and ``split``.
+
+    Each (labeled) node is in one part at most.
+    """
     classes, tasks, both_ways = published(name)[["num classes", "num tasks", "add_inverse_edge"]]
     graph: dict[Any, Any] = {}
     if name == "ogbn-mag":
@@ -229,9 +245,11 @@ def _table(path: Path, rows: int | None, below: Sequence[int] | None = None) -> 
 
 
 class OGBMetric(Metric):
-    """What ``ogb.nodeproppred.Evaluator`` says: accuracy of the argmax, or the mean ROC-AUC over tasks of both classes.
+    """What ``ogb.nodeproppred.Evaluator`` says: accuracy of the argmax, or the mean ROC-AUC over
+    tasks of both classes.
 
-    All predictions are kept, and evaluated at once over all processes: the ROC-AUC does not follow from its parts.
+    All predictions are kept, and evaluated at once over all processes: the ROC-AUC does not
+    follow from its parts.
     """
 
     full_state_update = False

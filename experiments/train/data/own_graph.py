@@ -1,4 +1,7 @@
-"""A graph of your own: PyG's object, an ``.npz``, a PyG ``.pt``, or a folder with ``nodes.csv`` and ``edges.csv``."""
+"""A graph of your own.
+
+PyG's object, an ``.npz``, a PyG ``.pt``, or a folder with ``nodes.csv`` and ``edges.csv``.
+"""
 
 from __future__ import annotations
 
@@ -60,17 +63,20 @@ def own_object(found: Any, config: RunConfig) -> GraphData:
 def own_graph(path: Path, metric: MetricName | None = None, name: str | None = None) -> GraphData:
     """A graph of the user's own, its edges as they are given.
 
-    ``FILE.npz`` holds x (N, D), y (N,), edge_index (2, M), and perhaps edge_weight (M,) and train_mask, val_mask and
-    test_mask, each (N,), or (N, S) for S splits, of which seed s takes ``s % S``; or the names of Platonov et al.
-    (2023): node_features, node_labels, edges (M, 2), and train_masks, …, (N,) or (S, N). ``FILE.pt`` is a PyG ``Data``
-    of the first names. A folder has ``nodes.csv`` (columns ``label``, perhaps ``split`` with train / val / test or
-    nothing, perhaps ``id``, without which nodes are numbered from 0; all others are features, those without a number
-    one-hot) and ``edges.csv`` (columns ``source``, ``target``, perhaps ``weight``).
+    ``FILE.npz`` holds x (N, D), y (N,), edge_index (2, M), and perhaps edge_weight (M,) and
+    train_mask, val_mask and test_mask, each (N,), or (N, S) for S splits, of which seed s takes
+    ``s % S``; or the names of Platonov et al. (2023): node_features, node_labels, edges (M, 2),
+    and train_masks, …, (N,) or (S, N). ``FILE.pt`` is a PyG ``Data`` of the first names. A
+    folder has ``nodes.csv`` (columns ``label``, perhaps ``split`` with train / val / test or
+    nothing, perhaps ``id``, without which nodes are numbered from 0; all others are features,
+    those without a number one-hot) and ``edges.csv`` (columns ``source``, ``target``, perhaps
+    ``weight``).
 
-    Labels are 0, 1, ..., in a CSV file names as well; a node outside the splits may have -1, in a CSV file none.
-    Without masks each seed draws a split. Whatever else is there is left out.
+    Labels are 0, 1, ..., in a CSV file names as well; a node outside the splits may have -1, in
+    a CSV file none. Without masks each seed draws a split. Whatever else is there is left out.
 
-    The metric is ``"accuracy"`` or, for two classes, ``"roc_auc"``; the name by default that of the file.
+    The metric is ``"accuracy"`` or, for two classes, ``"roc_auc"``; the name by default that of
+    the file.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -90,10 +96,11 @@ def own_graph(path: Path, metric: MetricName | None = None, name: str | None = N
 def graph_of(
     data: Data | HeteroData, name: str, where: str, metric: MetricName | None = None
 ) -> GraphData:
-    """A PyG graph as a data set: its types those that models take, checked, and split where it has no masks.
+    """A PyG graph as a data set: its types those that models take, checked, and split where it has
+    no masks.
 
-    It is a ``Data`` with x, edge_index and y, or a ``HeteroData`` of which one node type has y; with train_mask,
-    val_mask and test_mask, or none of them. ``where`` begins the messages.
+    It is a ``Data`` with x, edge_index and y, or a ``HeteroData`` of which one node type has y;
+    with train_mask, val_mask and test_mask, or none of them. ``where`` begins the messages.
     """
     target = None
     if isinstance(data, HeteroData):

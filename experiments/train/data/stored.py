@@ -15,15 +15,18 @@ from gmoe._checks import check
 from gmoe.data.stored import StoredGraph
 
 CHECKED = 1 << 28
-"""Edges whose sources are read before a run, in a second; those of more were checked as they were converted."""
+"""Edges whose sources are read before a run, in a second; those of more were checked as they
+were converted."""
 
 
 def stored_task(config: GraphConfig) -> Task:
-    """Node classification on a folder that ``experiments.convert`` wrote: ``data_root``, or of ogbn-papers100M in it.
+    """Node classification on a folder that ``experiments.convert`` wrote: ``data_root``, or of
+    ogbn-papers100M in it.
 
     Raises:
         FileNotFoundError: it is not there; says how it is made.
-        ValueError: no labels or split, other edges than asked for, ids out of range, an option that needs memory.
+        ValueError: no labels or split, other edges than asked for, ids out of range, an option
+            that needs memory.
     """
     folder = stored_folder(config)
     assert folder is not None

@@ -15,11 +15,15 @@ Split: TypeAlias = Literal["train", "val", "test"]
 Splits: TypeAlias = dict[Split, Tensor]
 MetricName: TypeAlias = Literal["accuracy", "roc_auc"]
 Shard: TypeAlias = tuple[int, int]
-"""A process's number r and how many there are, W: of each batch it takes the r-th of W slices (``tensor_split``)."""
+"""A process's number r and how many there are, W: of each batch it takes the r-th of W slices
+(``tensor_split``)."""
 
 
 class Batch(NamedTuple):
-    """One call of the model: ``model(*inputs)`` gives logits, of which the rows ``rows`` (all if ``None``) count."""
+    """One call of the model: ``model(*inputs)`` gives logits.
+
+    The rows ``rows`` of these count, all if ``None``.
+    """
 
     inputs: tuple[Any, ...]
     target: Tensor
@@ -34,14 +38,16 @@ class Batch(NamedTuple):
 class Task:
     """A data set with one split, ready to train on.
 
-    ``loader(split, batch_size, shuffle_seed, shard)`` gives the batches of one epoch; no shuffling without a seed, and
-    without a shard all of each batch. The slices of a small batch may be empty.
+    ``loader(split, batch_size, shuffle_seed, shard)`` gives the batches of one epoch; no
+    shuffling without a seed, and without a shard all of each batch. The slices of a small batch
+    may be empty.
     """
 
     name: str
     # Inputs are those of a GNN, of a relational one, or images
     kind: Literal["graph", "hetero", "image"]
-    in_channels: Any  # width of the nodes (by type, None without features), or height and width of the images
+    # Width of the nodes (by type, None without features), or height and width of the images
+    in_channels: Any
     num_classes: int  # width of the logits
     metric_name: str
     metric: Callable[[], Metric]  # is updated with (logits, target); higher is better, in 0..1

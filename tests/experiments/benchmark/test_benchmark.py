@@ -239,7 +239,10 @@ def test_a_row_says_which_layers_are_compiled_in_pieces() -> None:
 
 @pytest.mark.usefixtures("quick_compiler")
 def test_a_whole_layer_beside_one_in_pieces_is_compiled() -> None:
-    """torch remembers by code object what it could not compile: the next layer would run as it is."""
+    """The next layer would run as it is.
+
+    torch remembers by code object what it could not compile.
+    """
     inputs = (torch.randn(3, 4),)
     assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
     assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"

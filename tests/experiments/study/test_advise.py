@@ -35,7 +35,10 @@ def test_what_differences_say(differences: list[float], verdict: str) -> None:
 
 
 def test_the_interval_is_students() -> None:
-    """Of ten at 95 %, of fewer at 99 %: the mean of 1 to n and its standard error, times the quantile of the tables."""
+    """Of ten at 95 %, of fewer at 99 %.
+
+    The mean of 1 to n and its standard error, times the quantile of the tables.
+    """
     for n, quantile in ((10, 2.262), (5, 4.604)):
         found = judge([float(value) for value in range(n)])
         half = quantile * (n * (n + 1) / 12) ** 0.5 / n**0.5

@@ -1,4 +1,7 @@
-"""Competing on OGB: features of one's own, correction and smoothing, predictions of every node, ensembles."""
+"""Competing on OGB.
+
+Features of one's own, correction and smoothing, predictions of every node, ensembles.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,10 @@ def test_an_ensemble_is_what_ogb_says_of_the_mean(
 
 
 def test_correct_and_smooth_is_the_papers(data: Path, tmp_path: Path) -> None:
-    """By label propagation: errors of the training nodes scaled to their mean size, then their labels."""
+    """Errors of the training nodes scaled to their mean size, then their labels.
+
+    By label propagation.
+    """
     plain, smoothed = (
         run(data, tmp_path / "plain"),
         run(data, tmp_path / "smooth", "--correct-and-smooth"),

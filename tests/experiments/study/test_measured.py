@@ -15,7 +15,10 @@ from experiments.train.training import Training
 
 
 def test_the_timed_step_is_that_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three to warm up and one that is timed, of each arm; none adds to what an epoch has summed."""
+    """Three to warm up and one that is timed, of each arm.
+
+    None adds to what an epoch has summed.
+    """
     config, update = replace(DIGITS_GRAPH, hidden=8), Training.update
     arms, sums = Counter[str](), []
 

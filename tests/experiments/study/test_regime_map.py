@@ -54,7 +54,7 @@ def test_unknown_regimes_are_refused(name: str) -> None:
 
 
 def test_regimes_of_mosaic_are_mosaic() -> None:
-    """8 regimes and 500 labels in each are as many nodes as mosaic has, which is drawn in the same way."""
+    """8 regimes of 500 labels are as many nodes as mosaic has, which is drawn in the same way."""
     one: Any = load_tasks(replace(MOSAIC, dataset="regimes-8-500-features"))(0)
     other: Any = load_tasks(MOSAIC)(0)
     assert one.graph.x.equal(other.graph.x)

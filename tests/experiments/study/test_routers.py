@@ -1,4 +1,4 @@
-"""The table of routers: its cells, what they measure, and that they go on where they were cut off."""
+"""The table of routers: its cells, what they measure, and that they go on when cut off."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 
 
 def test_cells_are_measured_once(sweep: Callable[..., None], tmp_path: Path, capsys: Any) -> None:
-    """A cell holds the summary, the part of the routed experts and step times; what is there is not run again."""
+    """A cell holds the summary, the part of the routed experts and step times.
+
+    What is there is not run again.
+    """
     sweep("--columns", "digits-graph")
     assert "token choice" in capsys.readouterr().out
     cells = read_cells(tmp_path / "routers")
@@ -97,7 +100,10 @@ def test_every_cell_can_be_built(tmp_path: Path) -> None:
 
 
 def test_soft_slots_start_dense() -> None:
-    """The first forward is the dense model's; slots are as many as tokens, and graphs are refused."""
+    """The first forward is the dense model's.
+
+    Slots are as many as tokens, and graphs are refused.
+    """
     task = load_tasks(DIGITS)(0)
     images = next(iter(task.loader("test", 8, None))).inputs[0]
     outputs = []

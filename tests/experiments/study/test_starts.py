@@ -1,4 +1,4 @@
-"""The study of experts begun as copies: what is confirmed, how arms are ranked, and its planted graph."""
+"""The study of experts begun as copies: what is confirmed, ranks, and its planted graph."""
 
 from __future__ import annotations
 

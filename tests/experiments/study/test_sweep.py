@@ -1,4 +1,7 @@
-"""Sweeps skip what is finished; their variants say all that they rely on, presets leave it to the library."""
+"""Sweeps skip what is finished.
+
+Their variants say all that they rely on, presets leave it to the library.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,10 @@ def test_finished_variants_are_skipped(
 def test_processes_give_what_one_gives(
     run_study: Callable[..., Any], tmp_path: Path, capsys: Any
 ) -> None:
-    """A variant that cannot be run is named; of the others all that is written is the same, but for the clock."""
+    """A variant that cannot be run is named.
+
+    Of the others all that is written is the same, but for the clock.
+    """
     found = list[dict[str, Any]]()
     for jobs in ("1", "2"):
         root = tmp_path / jobs

@@ -62,8 +62,9 @@ SAME: dict[str, list[str]] = {
     "types": ["ogbn-mag", *EXACT, "--sampling", "neighbor", "--evaluation", "sampled", "--fanout", "-1", "-1",
               "--noise", "False", "--dropout", "0", "--hidden", "8", "--batch-size", "600", "--offline"],
 }  # fmt: skip
-"""Nothing is drawn but what follows from the epoch, so that one process gives the same. Of 21 and of 3 images the last
-batch has one, so that the second process has none. A node that both sample is two tokens, which a bias would count."""
+"""Nothing is drawn but what follows from the epoch, so that one process gives the same. Of 21 and
+of 3 images the last batch has one, so that the second process has none. A node that both sample
+is two tokens, which a bias would count."""
 DRAWS = [*SAMPLED, "--epochs", "3", "--seeds", "0", "--no-progress", "--fanout", "4", "3", "--batch-size", "300",
          "--dropout", "0.3", "--noise", "True", "--evaluation", "sampled", "--balance", "bias"]  # fmt: skip
 

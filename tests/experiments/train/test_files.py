@@ -1,4 +1,7 @@
-"""Readers: what is whole comes back; what is broken or merely claimed is one error that names the file."""
+"""Readers: what is whole comes back.
+
+What is broken or merely claimed is one error that names the file.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped(out: Path, act: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The status of the command, in which ``act`` was called as soon as both seeds were in training."""
+    """The status of the command.
+
+    ``act`` was called as soon as both seeds were in training.
+    """
     left = [act]
 
     def look(pipes: Sequence[Any]) -> Any:

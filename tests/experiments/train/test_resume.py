@@ -72,7 +72,10 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
-    """Curves, logs, results and weights of two run folders; between processes the last bits of weights may differ."""
+    """Curves, logs, results and weights of two run folders.
+
+    Between processes the last bits of weights may differ.
+    """
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, resumed)]
     for name in ("val", "test", "best_epoch", "curve", "routing", "config"):
         assert summaries[0][name] == summaries[1][name], name
@@ -120,7 +123,10 @@ def test_a_run_stopped_three_times_equals_one_in_one_go(
 def test_a_process_that_is_killed_or_stopped_from_the_keyboard(
     number: int, workers: int, tmp_path: Path
 ) -> None:
-    """SIGKILL loses a minute at most; Ctrl-C in a terminal reaches the processes that load images too."""
+    """SIGKILL loses a minute at most.
+
+    Ctrl-C in a terminal reaches the processes that load images too.
+    """
     args = ["images", *QUICK, "--seeds", "0", *TINY, "--workers", str(workers)]
     args += ["--data-root", str(write_images(tmp_path / "data"))]
     code = (

@@ -25,7 +25,7 @@ def test_an_option_that_is_missing_has_its_default() -> None:
 
 @pytest.mark.parametrize("option", ["ema", "heads", "shared_expert", "nothing"])
 def test_an_option_that_is_gone_is_refused_as_any_unknown_one(option: str) -> None:
-    """Whatever its value, and where it was an option of all kinds of data, in those that lack it."""
+    """Whatever its value; also an option of graphs in a configuration of images."""
     unknown = f"{option}: got 0.0, unexpected keyword argument"
     with pytest.raises(ValueError, match=re.escape(unknown)):
         restore(DIGITS_GRAPH.science() | {option: 0.0}, DIGITS_GRAPH.data_root)

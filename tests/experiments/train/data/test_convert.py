@@ -1,4 +1,7 @@
-"""The converter writes the graph, whatever the memory; what is wrong is named; a killed one leaves nothing."""
+"""The converter writes the graph, whatever the memory.
+
+What is wrong is named; a killed one leaves nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""mosaic and digits: what is planted is there, draws are frozen, splits are stratified; images in folders."""
+"""mosaic and digits: what is planted is there, draws are frozen, splits are stratified.
+
+Images in folders.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ from tests.experiments.command import quick
 from tests.vision.made_images import write_images
 
 MOSAIC_SUM, MOSAIC_EDGES = -33198.47108442287, 15371898316
-"""Of the features, and of the sources times their position modulo 97: figures under results/ belong to this draw."""
+"""Of the features, and of the sources times their position modulo 97: figures under results/
+belong to this draw."""
 
 
 def task_of(name: str) -> Any:

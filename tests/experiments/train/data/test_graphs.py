@@ -1,4 +1,7 @@
-"""From a graph, of one type or several, to batches: who counts, and what edges the convs get; the ROC curve's area."""
+"""From a graph, of one type or several, to batches: who counts, and what edges the convs get.
+
+The ROC curve's area.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PyG's data sets by name: from their raw layouts, complete or not there; nothing in their files is run."""
+"""PyG's data sets by name: from their raw layouts, complete or not there.
+
+Nothing in their files is run.
+"""
 
 from __future__ import annotations
 

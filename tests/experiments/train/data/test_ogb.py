@@ -1,4 +1,7 @@
-"""OGB's sets: fetched whole or not at all, equal to what ogb makes of the files, broken files named; OGB's metric."""
+"""OGB's sets, and OGB's metric.
+
+Fetched whole or not at all, equal to what ogb makes of the files, broken files named.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A user's own data: a graph in files, and graphs and images that a function returns (``--data module:function``)."""
+"""A user's own data.
+
+A graph in files, and graphs and images that a function returns (``--data module:function``).
+"""
 
 from __future__ import annotations
 
