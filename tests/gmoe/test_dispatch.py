@@ -1,4 +1,7 @@
-"""Every kernel equals the formula. Shapes: T tokens, E experts, P pairs sorted by expert, I in, H hidden, O out."""
+"""Every kernel equals the formula.
+
+Shapes: T tokens, E experts, P pairs sorted by expert, I in, H hidden, O out.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,8 @@ def test_a_row_meets_its_expert(
 ) -> None:
     """The reference is float64 on the same rounded numbers.
 
-    ``grouped_mm`` refuses rows that are no multiple of 16 bytes, and the strides of 0 of a sum's gradient.
+    ``grouped_mm`` refuses rows that are not a multiple of 16 bytes, and the strides of 0 that the
+    gradient of a sum has.
     """
     x, weight, bias = (
         features(sum(loads), width),
@@ -124,7 +128,7 @@ def test_routed_linear_is_the_mixture(
     frozen: int,
     seed: int,
 ) -> None:
-    """Outputs and gradients, of all but a frozen input; and what the caller holds stays as it is."""
+    """Outputs, and gradients of all but a frozen input; the caller's tensors stay as they are."""
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < share
     gate = (features(tokens, experts, seed=seed + 9) * chosen).requires_grad_(frozen < 5)
     shapes = [(experts, sum(widths), 3), (experts, 3), *((tokens, width) for width in widths)]
@@ -313,7 +317,7 @@ def test_one_product_of_few_rows_gives_what_the_loop_gives(
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
-# without a host sync ---------------------------------------------------------------------------------
+# without a host sync ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
