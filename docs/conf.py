@@ -56,6 +56,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"\.py$",  # run all of them, and show what they print
     "reset_argv": "docs.plots.gallery.arguments",
     "remove_config_comments": True,
+    "write_computation_times": False,  # a page that loads scripts from other sites
     "download_all_examples": False,
     "show_signature": False,
     "within_subsection_order": "FileNameSortKey",

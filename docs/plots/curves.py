@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from docs.plots.results import Point, above_dense, curves, mean_std, read_results
 from docs.plots.style import Drawing, Theme, legend_above
@@ -59,8 +59,10 @@ def draw_panel(axis: Axes, column: str, models: dict[str, list[Point]], theme: T
             label=NAMES[model],
         )
     axis.set_xscale("log")
-    # The powers of two: an octave is a doubling of the FLOPs.
-    axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
+    costs = [point.flops for points in models.values() for point in points]
+    # The powers of two, where there are some: an octave is a doubling of the FLOPs.
+    is_wide = max(costs) > 4 * min(costs)
+    axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6) if is_wide else MaxNLocator(4))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.minorticks_off()
@@ -92,8 +94,9 @@ def said_of(column: str, models: dict[str, list[Point]]) -> str:
     above = [above_dense(point, dense) for point in models.get("differences", [])]
     known = [gain for gain in above if gain is not None]
     if not known:
-        return f"{column}: not told yet"
-    return f"{column}: {min(known):+.1f} to {max(known):+.1f} points"
+        return f"{column} not known yet"
+    ends = dict.fromkeys([f"{min(known):+.1f}", f"{max(known):+.1f}"])
+    return f"{column} {' to '.join(ends)} points"
 
 
 def drawings(results: Path) -> list[Drawing]:

@@ -83,7 +83,7 @@ def difference_axis(axis: Axes, theme: Theme, label: str) -> None:
     """
     axis.axvline(0, color=theme.gray, linewidth=1.2, zorder=0)
     axis.set_xscale("symlog", linthresh=1, linscale=0.9)
-    axis.autoscale()
+    axis.autoscale(axis="x")
     axis.margins(x=0.04)
     ticks = [tick for tick in (-10, -3, -1, 0, 1, 3, 10) if _is_inside(tick, axis.get_xlim())]
     axis.xaxis.set_major_locator(FixedLocator(ticks))

@@ -59,7 +59,7 @@ def draw(found: Swaps, theme: Theme) -> Figure:
     right.set_xlabel("times the dense step")
     right.spines["left"].set_visible(False)
     right.tick_params(axis="y", length=0)
-    figure.tight_layout()
+    figure.tight_layout(w_pad=2)
     return figure
 
 
