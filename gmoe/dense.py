@@ -6,6 +6,7 @@ Shapes: E experts, T tokens, I in, H hidden, O out features.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -271,16 +272,22 @@ def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.
         for layer, names in _names_of(group).items():
             candidate = _candidate(layer, group.router, share(count.pairs_E))
             dense = candidate.module
+            reason = candidate.reason
             change = None
             stays = dense is None
             if dense is not None:
                 model = _put(model, names, dense)
-                change = change_of_outputs(model)
-                if not candidate.is_exact:
-                    stays = change is None or change > tolerance
+                try:
+                    change = change_of_outputs(model)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    # The model passes what a layer of experts takes, such as batch=.
+                    change = math.inf
+                    reason = f"{reason}, with which the model fails: {error}"
+                is_small = change is not None and change <= tolerance
+                stays = change == math.inf or not (candidate.is_exact or is_small)
                 if stays:
                     model = _put(model, names, layer)
-            layers.append(DensifiedLayer(names, not stays, candidate.reason, change))
+            layers.append(DensifiedLayer(names, not stays, reason, change))
         _drop_unused_router(group)
     return Densified(model, layers)
 

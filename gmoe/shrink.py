@@ -98,8 +98,13 @@ class Group:
         """Take all other experts away from the router and its layers.
 
         Raises:
-            ValueError: a part of a class that cannot be shrunk. Nothing was changed then.
+            ValueError: a part of a class that cannot be shrunk, or experts that are not there.
+                Nothing was changed then.
         """
+        if not kept or list(kept) != sorted(set(kept) & set(range(self.num_experts))):
+            raise ValueError(
+                f"kept: got {list(kept)}, expected some of 0 to {self.num_experts - 1}, ascending"
+            )
         parts = [layer.experts for layer in self.layers.values()]
         if self.router is not None:
             parts.append(self.router)
@@ -107,6 +112,9 @@ class Group:
         # First on copies: an error in the middle would leave half a model.
         for part in copy.deepcopy(list(dict.fromkeys(parts))):
             keep_experts(part, kept)
+        for layer in self.layers.values():
+            if hasattr(layer, "edge_names_before"):
+                layer.edge_names_before = layer.edge_names
         for part in dict.fromkeys(parts):
             keep_experts(part, kept)
         for layer in dict.fromkeys(self.layers.values()):

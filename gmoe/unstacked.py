@@ -98,8 +98,9 @@ def unstack(model: Model) -> Model:
     then run one after the other, and the loads are read on the host: slower for many experts.
 
     Experts that share a base are folded before (:func:`gmoe.fold`): adapters and quantized layers
-    cannot be added to a base. What is stacked but no linear layer, such as GAT's attention
-    vectors, stays. Convs that run one by one hold PyG's ``Linear``, which those tools pass over.
+    cannot be added to a base. What attention convs do not call stays stacked: GAT's attention
+    vectors, and the maps of edge features. Convs that run one by one hold PyG's ``Linear``, which
+    those tools pass over.
 
     Parameters are new ones: make a new optimizer. :func:`restack` is the way back.
 
@@ -119,7 +120,8 @@ def unstack(model: Model) -> Model:
     model = fold(model)
     unstacked: dict[LinearExperts, UnstackedLinears] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LinearExperts):
+        # What attention does to edge features is part of its products, and never called.
+        if isinstance(module, LinearExperts) and name.rpartition(".")[2] != "lin_edge":
             change = change_of(module)
             if change is not None or type(module) is not LinearExperts:
                 got = change or f"a class of its own, {type(module).__name__}"

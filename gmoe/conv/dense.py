@@ -23,6 +23,8 @@ def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
     experts: Any = layer.experts
     if experts is None:
         return Candidate(None, "its widths are open: call it once before")
+    if layer.transform is not None and layer.shared_expert is None:
+        return Candidate(None, "its experts see a shared transform of the nodes")
     # Several kinds of convs have no mean.
     kinds = [layer._make.kinds[expert] for expert in layer.kept or range(layer.num_experts)]
     is_one_kind = kinds.count(kinds[0]) == len(kinds)

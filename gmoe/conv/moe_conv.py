@@ -219,6 +219,8 @@ class MoEConv(MoELayer, MessagePassing):
         self.shared_expert: Any = None
         self.transform: Any = None
         self.gain: Any = None
+        # Those that experts took before they were pruned: callers go on to pass them.
+        self.edge_names_before: frozenset[str] = frozenset()
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_refuse_early_state)
         else:
@@ -541,7 +543,7 @@ class MoEConv(MoELayer, MessagePassing):
     @property
     def edge_names(self) -> frozenset[str]:
         """The edge arguments that some expert takes, of ``edge_weight`` and ``edge_attr``."""
-        names = frozenset().union(*map(parameters_of, self._all_convs()))
+        names = self.edge_names_before.union(*map(parameters_of, self._all_convs()))
         return names & {"edge_weight", "edge_attr"}
 
     __repr__ = nn.Module.__repr__

@@ -82,6 +82,18 @@ def test_convs_that_cannot_be_added_stay(conv: str) -> None:
     assert str(folded) == "the model itself: stays (the shared expert alone)"
 
 
+@pytest.mark.parametrize("start", ["shared", "plain"])
+def test_experts_that_see_a_shared_transform_stay(start: Any) -> None:
+    torch.manual_seed(0)
+    layer = MoEConv("gcn", WIDTH, 3, num_experts=1, start=start, shared_transform=True)
+    layer = moved(layer.double())
+    assert gmoe.densify(layer).model is layer
+    if start == "shared":
+        nn.init.zeros_(layer.gain)
+        expected = layer(X, EDGES)
+        assert_same(gmoe.densify(layer).model(X, EDGES), expected)
+
+
 @pytest.mark.parametrize("conv", ["gcn", "sage", "gin", "gat", "film"])
 def test_a_gain_of_zero_leaves_the_shared_conv(conv: str) -> None:
     layer = conv_layer(conv, "shared", "expert_choice", 2)
@@ -169,6 +181,15 @@ def test_data_decides_which_layers_are_worth_something(start: Any) -> None:
     change = (model(images()) - expected).norm() / expected.norm()
     assert folded.layers[0].change == pytest.approx(float(change))
     assert 0 < folded.layers[0].change < 0.01 < folded.layers[1].change  # type: ignore[operator]
+
+
+def test_a_model_that_passes_more_than_a_dense_layer_takes_keeps_its_layer() -> None:
+    layer = conv_layer("gcn", "shared", "token_choice", 1)
+    batch = torch.zeros(len(X), dtype=torch.long)
+    data = {"x": X, "edge_index": EDGES, "batch": batch}
+    folded = gmoe.densify(layer, data, tolerance=1)
+    assert folded.model is layer
+    assert "with which the model fails" in str(folded)
 
 
 def test_a_gnn_that_routes_once_becomes_dense_and_trains() -> None:

@@ -265,6 +265,15 @@ def test_a_shared_router_and_its_layers_shrink_together() -> None:
     model.train()(X, EDGES).square().sum().backward()
 
 
+def test_edge_weights_are_still_taken_when_no_expert_reads_them() -> None:
+    torch.manual_seed(0)
+    layer = MoEConv(["identity", "gcn", "mlp"], WIDTH, WIDTH, start="plain", router="uniform")
+    layer = moved(layer.double())
+    weight = torch.rand(EDGES.size(1), dtype=torch.float64)
+    groups_of(layer)[0].keep((2,))
+    assert_same(layer(X, EDGES, edge_weight=weight), layer.expert(0)(X, EDGES))
+
+
 def test_balance_goes_on_after_pruning() -> None:
     """The bias of kept experts, and steps of training that move it."""
     torch.manual_seed(0)
