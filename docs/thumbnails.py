@@ -122,12 +122,41 @@ def hub_save_load() -> list[str]:
     return [*drawn, line(196, 110, 224, 110, arrow=True, width=2)]
 
 
+def recommender() -> list[str]:
+    """Links between users and items, some of which are past."""
+    drawn = []
+    links = ((0, 0), (0, 2), (1, 1), (2, 1), (2, 3), (3, 2))
+    for user, item in links:
+        drawn.append(line(80, 35 + 50 * user, 240, 35 + 50 * item, width=2))
+    drawn.append(line(80, 85, 230, 135, RED, arrow=True, width=4))
+    for place, color in enumerate(COLORS):
+        drawn.append(dot(80, 35 + 50 * place, GRAY, r=14))
+        drawn.append(box(240, 21 + 50 * place, 28, 28, color, color))
+    return drawn
+
+
+def shrink_and_save() -> list[str]:
+    """Eight experts become three, which go into a folder."""
+    drawn = [
+        box(20 + 44 * (place % 2), 25 + 44 * (place // 2), 36, 36, color, color)
+        for place, color in enumerate([*COLORS, *COLORS])
+    ]
+    drawn.append(line(118, 110, 156, 110, arrow=True, width=2))
+    drawn += [
+        box(168, 47 + 44 * place, 36, 36, color, color) for place, color in enumerate(COLORS[:3])
+    ]
+    drawn += [box(238, 78, 28, 12, GRAY, GRAY), box(238, 86, 64, 52, GRAY, GRAY)]
+    return drawn
+
+
 THUMBNAILS: tuple[Callable[[], list[str]], ...] = (
     hub_save_load,
     lightning_module,
     molecules,
     ogbn_arxiv,
     own_router,
+    recommender,
+    shrink_and_save,
     swap_pyg_conv,
     upcycle_timm_vit,
     vit_cifar10,

@@ -113,3 +113,5 @@ for name, kwargs in asked.items():
 vectors = models[0].inference(data)
 best = (vectors["item"] @ vectors["user"][0]).topk(5).indices
 print("user 0 likes genres", liked[0, 1:].tolist(), "and gets", genre[best].tolist())
+
+# sphinx_gallery_thumbnail_path = "figures/examples/recommender.svg"

@@ -111,3 +111,5 @@ with tempfile.TemporaryDirectory() as folder:
     gmoe.save(pruned.model, folder, images[:2])
     loaded = gmoe.load(folder, base=build())
 report("loaded", loaded)
+
+# sphinx_gallery_thumbnail_path = "figures/examples/shrink_and_save.svg"

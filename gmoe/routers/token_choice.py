@@ -148,10 +148,7 @@ class TokenChoice(BalancedRouter):
         std_TE = self._noise_std(x_TD, clean_TE)
         logits_TE = clean_TE
         if self.training and std_TE is not None:
-            # Not randn_like: for it, the compiler writes a kernel that takes 20 times as long on a
-            # CPU, and draws other numbers.
-            noise_TE = torch.empty_like(clean_TE).normal_()
-            logits_TE = torch.addcmul(clean_TE, noise_TE, std_TE)
+            logits_TE = torch.addcmul(clean_TE, _normal_like(clean_TE), std_TE)
 
         # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
         # the choice, not for the weights.
@@ -237,3 +234,12 @@ class TokenChoice(BalancedRouter):
         if self.capacity_factor is not None:
             text += f", capacity_factor={self.capacity_factor!r}"
         return text
+
+
+def _normal_like(x: Tensor) -> Tensor:
+    """Numbers of the standard normal distribution, in the shape and type of ``x``.
+
+    Not ``randn_like``: for it, the compiler writes a kernel that takes 20 times as long on a CPU,
+    and draws other numbers.
+    """
+    return torch.empty_like(x).normal_()

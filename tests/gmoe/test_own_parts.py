@@ -39,7 +39,7 @@ def test_the_router_is_trained_by_the_task(page: dict[str, Any]) -> None:
 
 
 def test_the_router_equals_the_formula(page: dict[str, Any]) -> None:
-    router = page["SigmoidRouter"](5, 4, k=2).eval()
+    router = page["SigmoidRouter"](5, num_experts=4, k=2).eval()
     router.bias_E.copy_(torch.tensor([0.0, 0.3, -0.2, 0.1]))
     x = torch.randn(9, 5)
     gate = (x @ router.gate.weight.T).sigmoid()
