@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 import gmoe
 from experiments.benchmark.measure import Benchmark, take_turns
-from experiments.train.build import build_model, init_centroids, make_fabric
+from experiments.train.build import build_model, init_centroids
 from experiments.train.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Split
 from experiments.train.files import read_json
 from experiments.train.loop import fit
 from experiments.train.presets import CORA, GRAPH, MOSAIC, SHARED, SMALL_VIT, TEN
+from experiments.train.processes import make_fabric
 from experiments.train.progress import Progress
 from experiments.train.results import environment, write_json
 from experiments.train.routing_stats import noting_added, switched_off, switches

@@ -20,10 +20,11 @@ import torch
 from torch_geometric.data import Data
 
 from experiments.benchmark.measure import Benchmark, Steps, spread, wait_for
-from experiments.train.build import build_model, make_fabric
+from experiments.train.build import build_model
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch
 from experiments.train.presets import PRESETS
+from experiments.train.processes import make_fabric
 from experiments.train.training import Training, set_up
 from gmoe import StoredGraph, neighbor_loader
 from gmoe._checks import check_choice, check_counts

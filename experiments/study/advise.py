@@ -122,8 +122,9 @@ class Comparison:
     def seconds_of(self, names: Sequence[str]) -> float:
         """About how long a turn takes: training steps, and validations that take a whole graph."""
         from experiments.benchmark.measure import take_turns
-        from experiments.train.build import build_model, make_fabric
+        from experiments.train.build import build_model
         from experiments.train.data.load import load_tasks
+        from experiments.train.processes import make_fabric
         from experiments.train.training import set_up
 
         config = self.arms[names[0]]  # the others have the same data

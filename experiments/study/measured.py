@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments.benchmark.measure import take_turns
-from experiments.train.build import build_model, example, make_fabric
+from experiments.train.build import build_model, example
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
+from experiments.train.processes import make_fabric
 from experiments.train.results import spread
 from experiments.train.routing_stats import noting_added, switched_off, switches
 from experiments.train.training import set_up

@@ -3,7 +3,7 @@
 command        The command line of a run: command_line, signals.
 config         The options: checks, presets, saved (in files), user_code.
 data           The data sets; files reads each kind of file.
-build          Model and processes.
+build          The model; processes are those that train it.
 loop           From seeds to batches: training (the step), epoch, progress, jobs.
 run_folder     What a run leaves: summary, results, logs, checkpoint, predictions.
 routing_stats  What the routing of a run follows; scores are figures as text.

@@ -13,8 +13,8 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import save_file
 
-from experiments.train.build import from_first
 from experiments.train.files import naming, writing
+from experiments.train.processes import from_first
 from experiments.train.signals import interrupt
 from gmoe.distributed import world_sum
 

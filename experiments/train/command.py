@@ -207,12 +207,8 @@ def main(args: Sequence[str] | None = None) -> None:
         compares, rest = _take(args, "--compare", action="store_true")
         config = parse(rest)
         # And so torch, which --help does without
-        from experiments.train.build import (
-            from_first,
-            lost_another,
-            make_fabric,
-        )
         from experiments.train.loop import run
+        from experiments.train.processes import from_first, lost_another, make_fabric
         from experiments.train.run_folder import place, so_far
 
         config = replace(config, out=from_first(make_fabric(config), partial(place, config)))

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from experiments.train.build import make_fabric
 from experiments.train.command_line import fail
 from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import train_seeds
+from experiments.train.processes import make_fabric
 from experiments.train.progress import Progress
 from experiments.train.run_folder import so_far
 from experiments.train.signals import InterruptedRunError, interrupt

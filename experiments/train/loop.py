@@ -15,19 +15,14 @@ import torch
 from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 
-from experiments.train.build import (
-    build_model,
-    costs_of,
-    from_first,
-    init_centroids,
-    make_fabric,
-)
+from experiments.train.build import build_model, costs_of, init_centroids
 from experiments.train.checkpoint import Checkpoint
 from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch, Task
 from experiments.train.logs import Logs
 from experiments.train.predictions import has_predictions, keep_predictions
+from experiments.train.processes import from_first, make_fabric
 from experiments.train.progress import Progress
 from experiments.train.results import Result, Summary, write_json
 from experiments.train.routing_stats import routing_summary

@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 import gmoe
-from experiments.train.build import of_all, share
 from experiments.train.config import GraphConfig, NodeConfig, RunConfig
 from experiments.train.data.task import Batch, Split, Task
 from experiments.train.epoch import Epoch
+from experiments.train.processes import of_all, share
 from experiments.train.routing_stats import routing_rows
 from gmoe import Router, Routing
 
