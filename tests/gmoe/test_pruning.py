@@ -54,9 +54,17 @@ def moved(layer: Any) -> Any:
 
 def conv_layer(conv: Any, start: Any, router: str, k: int, **router_kwargs: Any) -> Any:
     torch.manual_seed(0)
-    options = {"start": start, "router": router, "k": k, "router_kwargs": router_kwargs}
-    many = {} if isinstance(conv, list) else {"num_experts": EXPERTS}
-    return moved(MoEConv(conv, WIDTH, WIDTH, **many, **options).double())
+    layer = MoEConv(
+        conv,
+        WIDTH,
+        WIDTH,
+        num_experts=None if isinstance(conv, list) else EXPERTS,
+        start=start,
+        router=router,
+        k=k,
+        router_kwargs=router_kwargs,
+    )
+    return moved(layer.double())
 
 
 def moefied(**options: Any) -> Any:
@@ -271,7 +279,7 @@ def test_edge_weights_are_still_taken_when_no_expert_reads_them() -> None:
 def test_balance_goes_on_after_pruning() -> None:
     """The bias of kept experts, and steps of training that move it."""
     torch.manual_seed(0)
-    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS).double()
+    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS).double()
     for _ in range(3):
         layer(X, EDGES)
     bias_E = layer.router.next_bias_E.clone()
@@ -317,7 +325,7 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"^model: got Linear without layers"):
         gmoe.prune(nn.Linear(2, 2), torch.zeros(1, 2))
     for layer in (slots, mine, oracle):
-        assert len(layer.experts.up.weight) == EXPERTS  # type: ignore[arg-type,union-attr]
+        assert len(layer.experts.up.weight) == EXPERTS
 
 
 class Counted(gmoe.Router):
