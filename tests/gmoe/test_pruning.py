@@ -54,15 +54,17 @@ def moved(layer: Any) -> Any:
 
 def conv_layer(conv: Any, start: Any, router: str, k: int, **router_kwargs: Any) -> Any:
     torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "start": start,
-        "router": router,
-        "k": k,
-        "router_kwargs": router_kwargs,
-    }
-    if not isinstance(conv, list):
-        options["num_experts"] = EXPERTS
-    return moved(MoEConv(conv, WIDTH, WIDTH, **options).double())
+    layer = MoEConv(
+        conv,
+        WIDTH,
+        WIDTH,
+        num_experts=None if isinstance(conv, list) else EXPERTS,
+        start=start,
+        router=router,
+        k=k,
+        router_kwargs=router_kwargs,
+    )
+    return moved(layer.double())
 
 
 def moefied(**options: Any) -> Any:
@@ -277,7 +279,7 @@ def test_edge_weights_are_still_taken_when_no_expert_reads_them() -> None:
 def test_balance_goes_on_after_pruning() -> None:
     """The bias of kept experts, and steps of training that move it."""
     torch.manual_seed(0)
-    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS).double()
+    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS).double()
     for _ in range(3):
         layer(X, EDGES)
     router: Any = layer.router

@@ -134,6 +134,7 @@ def test_a_folded_pruned_and_partly_dense_model_comes_back(
     gmoe.fold(model)
     check_comes_back(model, BASES[base](), inputs, tmp_path / "folded")
     first, second = groups_of(model)
+    routed: Any
     first.keep((0, 1, 3))
     first.keep((0, 2))
     check_comes_back(model, BASES[base](), inputs, tmp_path / "pruned")
@@ -259,6 +260,10 @@ def test_a_base_with_other_options_is_found_out(tmp_path: Path) -> None:
         gmoe.load(tmp_path, base=timm_vit(6))
     with pytest.raises(ValueError, match=r"gmoe\.json: got .*base: got a GCN"):
         gmoe.load(tmp_path, base=gnn("GCN"))
+
+
+def replaced(folder: Path, content: bytes) -> None:
+    (folder / "gmoe.json").write_bytes(content)
 
 
 def edited(change: Callable[[Any], Any]) -> Callable[[Path], None]:
