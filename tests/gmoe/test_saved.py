@@ -141,7 +141,6 @@ def test_a_folded_pruned_and_partly_dense_model_comes_back(
     # The second layer equals a dense one: its routed part is zero, or has one expert.
     second.keep((2,))
     if start == "shared":
-        routed: Any
         (routed,) = second.layers.values()
         is_conv = isinstance(routed, gmoe.MoEConv)
         for parameter in [routed.gain] if is_conv else routed.experts.down.parameters():
