@@ -40,11 +40,11 @@ class SharedPositions:
         """Give sources without a position the next ones, from ``first`` on.
 
         Returns:
-            (S,) the positions, and (S,) True where a node appears for the first time.
+            (S,) the positions, and which of the sources are new: where each appears first.
         """
         table = self._table[kind]
-        is_new_S = _number(table, source_S, first)
-        return table.index_select(0, source_S).long(), is_new_S
+        new = _number(table, source_S, first)
+        return table.index_select(0, source_S).long(), new
 
     def clear(self, nodes: Mapping[NodeType, Tensor]) -> None:
         """Forget these nodes, which is cheaper than a new table."""
@@ -83,7 +83,7 @@ class SeparatePositions:
             first: the next free position.
 
         Returns:
-            (S,) the positions, and (S,) True where a node appears for the first time.
+            (S,) the positions, and which of the sources are new: where each appears first.
         """
         known = self._pairs[kind]
         pair_S = batch_S * self._sizes[kind] + source_S
@@ -91,10 +91,10 @@ class SeparatePositions:
         position = torch.full((len(pairs),), torch.iinfo(torch.int64).max)
         position[place[: len(known)]] = self._positions[kind]
         place_S = place[len(known) :]
-        is_new_S = _number(position, place_S, first)
+        new = _number(position, place_S, first)
         self._pairs[kind] = pairs
         self._positions[kind] = position
-        return position.index_select(0, place_S), is_new_S
+        return position.index_select(0, place_S), new
 
 
 def _number(position: Tensor, place_S: Tensor, first: int) -> Tensor:
@@ -106,13 +106,13 @@ def _number(position: Tensor, place_S: Tensor, first: int) -> Tensor:
         first: the next free position.
 
     Returns:
-        (S,) True where a place that had no position appears for the first time.
+        Which of the places are new: where each that had no position appears first, ascending.
     """
     # Candidates are larger than every position that is taken, so that the minimum keeps those, and
     # gives a new place that appears several times its first candidate.
     candidate_S = torch.arange(first, first + len(place_S), dtype=position.dtype)
     position.scatter_reduce_(0, place_S, candidate_S, "amin")
-    is_new_S = position.index_select(0, place_S) == candidate_S
-    new = place_S[is_new_S]
-    position[new] = candidate_S[: len(new)]  # without the gaps that repeated places left
-    return is_new_S
+    new = (position.index_select(0, place_S) == candidate_S).nonzero().view(-1)
+    # Without the gaps that repeated places left.
+    position[place_S.index_select(0, new)] = candidate_S[: len(new)]
+    return new

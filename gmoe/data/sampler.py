@@ -312,10 +312,10 @@ class NeighborSampler(BaseSampler):
                 # 2. Give new sources the next positions in the output.
                 batch_S = batch[dst][hop].index_select(0, index_S) if self.disjoint else none
                 num_known = sum(map(len, node[src]))
-                row_S, is_new_S = positions.add(src, source_S, batch_S, num_known)
-                node[src][-1] = torch.cat([node[src][-1], source_S[is_new_S]])
+                row_S, new = positions.add(src, source_S, batch_S, num_known)
+                node[src][-1] = torch.cat([node[src][-1], source_S.index_select(0, new)])
                 if self.disjoint:
-                    batch[src][-1] = torch.cat([batch[src][-1], batch_S[is_new_S]])
+                    batch[src][-1] = torch.cat([batch[src][-1], batch_S.index_select(0, new)])
 
                 # 3. Note the edges: positions of both ends, and their ids in the graph.
                 row[kind].append(row_S)
