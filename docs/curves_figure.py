@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from docs.router_figure import FIGURES, ROOT, drawn_in
-from experiments.curves import Point, curves
-from experiments.starts import read_results
-from experiments.tables import mean_std
+from experiments.study.curves import Point, curves
+from experiments.study.starts import read_results
+from experiments.train.scores import mean_std
 
 NAMES = {
     "dense": "dense",

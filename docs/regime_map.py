@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from experiments.regime_map import LABELS, REGIMES, WAYS, WIDTHS, gains
+from experiments.study.regime_map import LABELS, REGIMES, WAYS, WIDTHS, gains
 
 HERE = Path(__file__).parent
 

@@ -16,7 +16,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.tables import Cells, differences, mean_std, read_cells
+from experiments.study.routers import Cells, differences, read_cells
+from experiments.train.scores import mean_std
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"

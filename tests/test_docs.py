@@ -13,10 +13,10 @@ from PIL import Image
 import gmoe
 from docs import curves_figure, router_figure
 from docs.check_links import broken
-from experiments import starts
-from experiments.files import read_json
-from experiments.presets import PRESETS
-from experiments.tables import differences, read_cells
+from experiments.study import starts
+from experiments.study.routers import differences, read_cells
+from experiments.train.files import read_json
+from experiments.train.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from experiments.config import check_choice, fail
+from experiments.train.config import check_choice, fail
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
@@ -62,8 +62,8 @@ def main(args: Sequence[str] | None = None) -> None:
     import pandas as pd  # help does without them
     import torch
 
-    from experiments.run_folder import environment
-    from experiments.tables import benchmark_lines, measured_on
+    from experiments.benchmark.tables import benchmark_lines, measured_on
+    from experiments.train.run_folder import environment
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)

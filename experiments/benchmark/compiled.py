@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from experiments.benchmark.layers import power_law_graph
 from experiments.benchmark.measure import Benchmark, Step, layer_step, take_turns
-from experiments.run_folder import write_json
+from experiments.train.run_folder import write_json
 from gmoe import MoEConv
 from gmoe._checks import check_choice, check_counts
 from gmoe.conv.kinds import factory_of

@@ -19,7 +19,7 @@ from torch_geometric import seed_everything
 from tqdm import tqdm
 
 import gmoe
-from experiments.run_folder import environment, write_json
+from experiments.train.run_folder import environment, write_json
 from gmoe._checks import check_counts
 
 Step = Callable[[], object]

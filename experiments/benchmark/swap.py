@@ -25,15 +25,15 @@ from tqdm import tqdm
 
 import gmoe
 from experiments.benchmark.measure import Benchmark, take_turns
-from experiments.build import build_model, init_centroids, make_fabric
-from experiments.config import GraphConfig, ImageConfig, RouterOptions
-from experiments.data import Split, load_tasks
-from experiments.files import read_json
-from experiments.loop import Progress, attention_kernel, fit, make_optimizer, set_up
-from experiments.presets import CORA, GRAPH, MOSAIC, TEN
-from experiments.routing_stats import noting_added, switched_off, switches
-from experiments.run_folder import environment, write_json
-from experiments.studies import SHARED, SMALL_VIT
+from experiments.train.build import build_model, init_centroids, make_fabric
+from experiments.train.config import GraphConfig, ImageConfig, RouterOptions
+from experiments.train.data.load import load_tasks
+from experiments.train.data.task import Split
+from experiments.train.files import read_json
+from experiments.train.loop import Progress, attention_kernel, fit, make_optimizer, set_up
+from experiments.train.presets import CORA, GRAPH, MOSAIC, SHARED, SMALL_VIT, TEN
+from experiments.train.routing_stats import noting_added, switched_off, switches
+from experiments.train.run_folder import environment, write_json
 from gmoe._checks import check_choice, check_counts
 from gmoe.conv.kinds import factory_of
 

@@ -17,10 +17,11 @@ import torch
 from torch_geometric.data import Data
 
 from experiments.benchmark.measure import Benchmark, Steps, spread, wait_for
-from experiments.build import build_model, make_fabric
-from experiments.data import Batch, load_tasks
-from experiments.loop import Training, set_up
-from experiments.presets import PRESETS
+from experiments.train.build import build_model, make_fabric
+from experiments.train.data.load import load_tasks
+from experiments.train.data.task import Batch
+from experiments.train.loop import Training, set_up
+from experiments.train.presets import PRESETS
 from gmoe import StoredGraph, neighbor_loader
 from gmoe._checks import check_choice, check_counts
 

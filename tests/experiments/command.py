@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from experiments.loop import Training
-from experiments.train import main
+from experiments.train.command import main
+from experiments.train.loop import Training
 
 QUICK = ["--epochs", "3", "--no-progress"]
 

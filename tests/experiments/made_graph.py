@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from experiments.build import build_model
-from experiments.config import GraphConfig, HeteroConfig
-from experiments.data import GraphData, Split, Splits, Task
-from experiments.data.graphs import directed, graph_task
+from experiments.train.build import build_model
+from experiments.train.config import GraphConfig, HeteroConfig
+from experiments.train.data.graphs import directed, graph_task
+from experiments.train.data.task import GraphData, Split, Splits, Task
 
 NODES, CLASSES = 60, 3
 PARTS: tuple[Split, ...] = get_args(Split)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.config import PAPERS, STORED
-from experiments.convert import convert
-from experiments.data.ogb import MEGABYTES
-from experiments.planted import write_planted
+from experiments.study.planted import write_planted
+from experiments.train.config import PAPERS, STORED
+from experiments.train.data.convert import convert
+from experiments.train.data.ogb import MEGABYTES
 
 NAMES = tuple(MEGABYTES)
 NODES, EDGES, CLASSES = 200, 600, 7

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from experiments.data.named import PYG, PyGSet
+from experiments.train.data.named import PYG, PyGSet
 
 Array = NDArray[Any]
 NODES, FEATURES, CLASSES, EDGES, SPLITS = 120, 5, 2, 200, 10

@@ -10,24 +10,25 @@ from typing import Any
 
 import pytest
 
-from experiments import advise, convert, ensemble, patches, planted, sweep, train
-from experiments.benchmark.__main__ import main as benchmark_main
-from experiments.report import main as report_main
+from experiments import advise, convert, ensemble, patches, planted, report, sweep
+from experiments.benchmark import __main__ as benchmark
+from experiments.train import __main__ as train
 from tests.experiments import own_parts
 from tests.experiments.command import QUICK, refused
 
 ROOT = Path(__file__).parents[2]
-MAINS: dict[str, Any] = {
-    "advise": advise.main,
-    "benchmark": benchmark_main,
-    "convert": convert.main,
-    "ensemble": ensemble.main,
-    "patches": patches.main,
-    "planted": planted.main,
-    "report": report_main,
-    "sweep": sweep.main,
-    "train": train.main,
+COMMANDS: dict[str, Any] = {
+    "advise": advise,
+    "benchmark": benchmark,
+    "convert": convert,
+    "ensemble": ensemble,
+    "patches": patches,
+    "planted": planted,
+    "report": report,
+    "sweep": sweep,
+    "train": train,
 }
+MAINS = {name: command.main for name, command in COMMANDS.items()}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_what_is_refused_is_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("experiments.config.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("experiments.train.config.importlib.util.find_spec", lambda _: None)
     monkeypatch.chdir(tmp_path)
     name, *args = command.replace("OWN", own_parts.__name__).split()
     args[1:1] = QUICK if name == "train" else []
@@ -231,7 +232,7 @@ AT_ONCE += ["report nowhere other", "patches nowhere --images x.png", "ensemble 
 @pytest.mark.parametrize("command", AT_ONCE)
 def test_help_and_errors_do_without_torch(command: str) -> None:
     name, *args = command.split()
-    module = f"experiments.{name}" + ".__main__" * (name == "benchmark")
+    module = COMMANDS[name].__name__
     code = f"""
 import sys
 from {module} import main

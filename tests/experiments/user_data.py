@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch_geometric.data import Data
 
-from experiments.data import GraphData
+from experiments.train.data.task import GraphData
 
 NODES, FEATURES, CLASSES, SPLITS = 40, 3, 3, 4
 PARTS = ("train", "val", "test")

@@ -1,4 +1,4 @@
-"""Images from memory and from files: every kind of image, and sizes. Broken files: tests/experiments/test_files.py."""
+"""Images from memory and from files: every kind of image, and sizes. Broken files: tests/experiments/train/test_files.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Show: tables, pages and pictures of finished runs."""

@@ -1,0 +1,74 @@
+"""Which expert takes which patch of your images: ``python -m experiments.patches RUN --images IMAGE... --out DIR``.
+
+    python -m experiments.patches runs/cifar10 --images cat.jpg holiday/*.jpg --out runs/patches
+
+Writes ``maps.png``, a row an image: the image as the model sees it, and its patches tinted by their
+experts, one panel a MoE layer; of more than twelve images ``maps-1.png``, ``maps-2.png``, ...
+The model is that of the first seed of the run, whose data say how images are prepared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from experiments.train.config import check, program
+from experiments.train.files import check_finished, writing
+
+ROWS, DPI = 12, 160
+"""Images a page: with so many dots an inch it is at most 3,500 pixels high."""
+
+
+def patches(
+    run: tyro.conf.Positional[Path],
+    images: tuple[Path, ...],
+    out: Path = Path("runs/patches"),
+    data_root: Path | None = None,
+    trust: bool = False,
+) -> None:
+    """Draw the maps, and print the files that hold them.
+
+    Args:
+        run: run folder of an image model with experts.
+        images: images.
+        out: folder of the pictures.
+        data_root: root folder of the run's data. By default where it was trained on them.
+        trust: import code also from the run's own folder. It can do whatever you can.
+    """
+    check(images, "images", "none", "at least one")
+    check_finished(run)
+    import torch  # and what needs it, which --help does without
+
+    from experiments.train.run_folder import read_run
+    from gmoe.plot import expert_maps
+    from vision.sources import decode
+
+    found = read_run(run, data_root, trust)
+    task = found.load_task()
+    if task.kind != "image" or not found.history:
+        raise ValueError(
+            f"run: got {run}, a dense model or one of graphs, expected an image model with experts"
+        )
+    model = found.load_model(task)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
+    seen = [decode(str(path), task.in_channels).float() / 255 for path in images]
+    batch = torch.stack(
+        [((one.mean(0, keepdim=True) if len(mean) == 1 else one) - mean) / std for one in seen]
+    )
+    with torch.no_grad():
+        guesses = model(batch).argmax(dim=1).tolist()
+    titles = [
+        f"{path.name}\n{task.classes[guess]}?" for path, guess in zip(images, guesses, strict=True)
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    for page, begin in enumerate(range(0, len(images), ROWS), start=1):
+        rows = slice(begin, begin + ROWS)
+        figure = expert_maps(model, batch[rows], mean=task.mean, std=task.std, titles=titles[rows])
+        file = out / ("maps.png" if len(images) <= ROWS else f"maps-{page}.png")
+        with writing(file):
+            figure.savefig(file, dpi=DPI)
+        print(file)
+
+
+main = program("patches", patches, __doc__)

@@ -1,0 +1,336 @@
+"""The page of ``experiments.report``. Shapes: B images, h x w patches, T tokens, E experts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torch_geometric.data import Data
+
+from experiments.train.data.task import Batch, Task
+from experiments.train.files import writing
+from experiments.train.routing_stats import (
+    IN_WORDS,
+    PROPERTIES,
+    alignment,
+    in_words,
+    node_properties,
+    values_of,
+)
+from experiments.train.run_folder import RunFolder, read_run
+from experiments.train.scores import percent
+from gmoe import record_routing
+from gmoe.plot import expert_load, expert_maps, patch_weights
+
+STYLE = """
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1120px; margin: 0 auto;
+       padding: 1rem clamp(.8rem, 4vw, 2rem); overflow-wrap: anywhere; }
+h2 { margin-top: 2.4rem; border-bottom: 2px solid #1f77b4; }
+.lead { font-size: 1.15rem; border-left: 4px solid #1f77b4; padding-left: .8rem; }
+.warn { background: #fff4e0; border-left: 4px solid #ff9f1c; padding: .4rem .8rem; }
+p, figcaption { max-width: 80ch; } figcaption, .note { color: #52606d; font-size: 14px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 15px; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #e3e8ed; text-align: right; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 7em; } td { white-space: nowrap; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
+figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto; display: block; }
+"""
+
+Tokens = tuple[Tensor, dict[str, Tensor]]
+"""Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in :data:`PROPERTIES`."""
+
+
+class Page(list[str]):
+    """The parts of one HTML file that needs nothing else, for wide screens and phones."""
+
+    def heading(self, text: str, level: int = 2) -> None:
+        """Add a heading: 2 for sections, 3 inside them."""
+        self.append(f"<h{level}>{escape(text)}</h{level}>")
+
+    def text(self, text: str, kind: str = "") -> None:
+        """Add a paragraph; ``kind`` is "lead", "note", "warn" or nothing."""
+        self.append(f'<p class="{kind}">{escape(text)}</p>')
+
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        """Add a table, header first, which scrolls by itself where it is too wide."""
+        tags = ["th", *["td"] * (len(rows) - 1)]
+        cells = (
+            "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+            for tag, row in zip(tags, rows, strict=True)
+        )
+        self.append(f'<div class="scroll"><table><tr>{"</tr><tr>".join(cells)}</tr></table></div>')
+
+    def figures(self, figures: Sequence[Figure], caption: str) -> None:
+        """Add figures side by side, where there is room, and one caption below."""
+        images = []
+        for figure in figures:
+            content = io.BytesIO()
+            figure.savefig(content, format="png", dpi=150)
+            data, width = (
+                base64.b64encode(content.getvalue()).decode(),
+                round(96 * figure.get_figwidth()),
+            )
+            images.append(
+                f'<img width="{width}" alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+            )
+        row = f'<div class="row">{"".join(images)}</div>'
+        self.append(f"<figure>{row}<figcaption>{escape(caption)}</figcaption></figure>")
+
+    def write(self, path: Path) -> None:
+        """Write the file, and the folders that it needs."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page = (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Routing report</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+            f"<body><h1>Routing report</h1>{''.join(self)}</body></html>\n"
+        )
+        with writing(path):
+            path.write_text(page, encoding="utf-8")
+
+
+def write_report(
+    folders: Sequence[Path],
+    path: Path,
+    data_root: Path | None,
+    first: Sequence[str] = (),
+    trust: bool = False,
+) -> list[str]:
+    """Write the page about runs, below first lines, and say why some were left out.
+
+    If all were, it is a ``ValueError``. ``data_root`` and ``trust`` are those of
+    :func:`experiments.train.run_folder.read_run`.
+    """
+    warnings.filterwarnings(
+        "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+    )
+    runs, failed = list[RunFolder](), list[str]()
+    for folder in {folder.resolve(): folder for folder in folders}.values():
+        try:
+            runs.append(read_run(folder, data_root, trust))
+        except ValueError as error:
+            failed.append(str(error))
+    if not runs:
+        raise ValueError("; ".join(failed) or "runs: got none, expected at least one folder")
+    names = [run.name for run in runs]
+    runs = [
+        replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs
+    ]
+    page, routing = Page(), Page()
+    for line in first:
+        page.text(line, "lead")
+    for run in runs:
+        if run.history:
+            page.text(f"{run.name}: {_routing(routing, run)}", "lead")
+    for reason in failed:
+        page.text(f"Left out: {reason}", "warn")
+    _results(page, runs)
+    for data in dict.fromkeys(map(data_of, runs)):
+        curves = learning_curves([run for run in runs if data_of(run) == data])
+        if curves:
+            page.heading(f"{data}: learning curves")
+            page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
+    page.extend(routing)
+    page.write(path)
+    print(f"written to {path}")
+    return failed
+
+
+def data_of(run: RunFolder) -> str:
+    """What its data are called; files of one's own go by their content too."""
+    return " ".join(
+        filter(None, (run.science.get("file", run.config.dataset), run.science.get("digest")))
+    )
+
+
+def _results(page: Page, runs: Sequence[RunFolder]) -> None:
+    columns = [
+        {
+            "": run.name,
+            "data": run.config.dataset,
+            "router": run.config.router,
+            "experts, K": f"{run.config.experts}, {run.config.k}" if run.history else "–",
+            "metric": run.summary["metric"],
+            "validation (%)": percent(run.summary["val"]),
+            "test (%)": percent(run.summary["test"]),
+            "seeds": str(run.summary["test"]["n"]),
+            "active FLOPs": f"{run.summary['flops']:.3g}",
+            "parameters": f"{run.summary['parameters']:,}",
+            "active parameters": f"{run.summary['active_parameters']:,}",
+            "seconds a seed": f"{run.summary['seconds']['mean']:,.0f}",
+            "peak memory of the GPU (MiB)": f"{run.summary.get('peak_memory') or '–'}",
+        }
+        for run in runs
+    ]
+    page.heading("Results")
+    page.table([[name, *(column[name] for column in columns)] for name in columns[0]])
+    page.text(
+        "Validation selects the epoch; the test set is read once. Mean ± sample standard deviation.",
+        "note",
+    )
+
+
+def _routing(page: Page, run: RunFolder) -> str:
+    """Write a run's section, and say the most important of it in a sentence."""
+    seed, missing, maps, shown = run.config.seeds[0], "", list[Figure](), list[Tokens]()
+    layers = values_of(run.summary["routing"])
+    try:
+        task = run.load_task()
+        if task.kind == "image":
+            shown, drawn = _patches(run, task)
+            maps.append(drawn)
+            for layer, (weight, known) in zip(layers, shown, strict=True):
+                expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
+                found = alignment(
+                    expert, {name.removeprefix("ami_"): value for name, value in known.items()}
+                )
+                layer |= {f"ami_{name}": [value] for name, value in found.items()}
+        else:
+            shown = _nodes(run, task)
+    except (FileNotFoundError, ValueError) as error:
+        missing = f"Not drawn: {error}"
+    page.heading(f"{run.name}: routing")
+    page.figures(
+        [expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}."
+    )
+    header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
+    rows = {name: [f"{fmean(layer[name]):.3f}" for layer in layers] for name in layers[0]}
+    page.table([header, *([name.replace("_", " "), *row] for name, row in rows.items())])
+    page.text(
+        f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if maps else 'all nodes'}"
+        ". Dropped pairs had no room at their expert; dead experts get no token; entropy is in nats. AMI: adjusted "
+        "mutual information of experts and a property, 1 if they are the same partition, 0 by "
+        f"chance. {IN_WORDS}",
+        "note",
+    )
+    if missing:
+        page.text(missing, "warn")
+    else:
+        page.heading(f"Which {'patches' if maps else 'nodes'} go to which expert?", 3)
+    if maps:
+        page.figures(
+            maps,
+            "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark "
+            "patches have none. Experts of different layers have nothing to do with each other.",
+        )
+    for number, (weight, known) in enumerate(shown, start=1):
+        page.figures(
+            [
+                share_map(
+                    weight, value, PROPERTIES[name][0], task.classes if name == "ami_label" else ()
+                )
+                for name, value in known.items()
+            ],
+            f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each class, place (row by "
+            "row), degree or local homophily (neighbors of the same class), the latter two in bins from few to many. A "
+            "row like the last one says that the expert does not go by it.",
+        )
+    return in_words(layers, run.config.experts)
+
+
+def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], Figure]:
+    """By MoE layer, the patches of validation images; and maps of images, each of another class."""
+    model = run.load_model(task)
+    batches, weights = list[Batch](), list[list[Tensor]]()
+    for batch in task.loader("val", 128, 0):  # shuffled, since they may lie class by class
+        batches.append(batch)
+        weights.append(patch_weights(model, *batch.inputs))
+        if sum(len(one.target) for one in batches) >= most:
+            break
+    images, labels = (
+        torch.cat(parts)
+        for parts in zip(*((*one.inputs, one.target) for one in batches), strict=True)
+    )
+    shown = list[Tokens]()
+    for weight_BhwE in map(torch.cat, zip(*weights, strict=True)):
+        number = weight_BhwE[0, ..., 0].numel()
+        known = {
+            "ami_label": labels.repeat_interleave(number),
+            "ami_place": torch.arange(number).repeat(len(labels)),
+        }
+        shown.append((weight_BhwE.flatten(0, 2), known))
+    chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()[:6]]
+    titles = [task.classes[int(labels[image])] for image in chosen]
+    return shown, expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)
+
+
+def _nodes(run: RunFolder, task: Task) -> list[Tokens]:
+    """By MoE layer, the nodes of a graph that is evaluated as a whole; a ``ValueError`` of others."""
+    graph = task.graph
+    if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
+        raise ValueError("the graph is heterogeneous, or the run was evaluated in batches")
+    model, (batch,) = run.load_model(task), task.loader("test", run.config.batch_size, None)
+    with torch.no_grad(), record_routing(model) as routings:
+        model(*batch.inputs)
+    known = {} if task.planted is None else {"nmi": task.planted}
+    known |= {f"ami_{name}": value for name, value in node_properties(graph).items()}
+    return [(routing.to_dense(), known) for routing in routings]
+
+
+def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
+    """Validation metric and training loss: the mean over seeds, and the band from the lowest to the highest."""
+    figures = []
+    val = f"validation {runs[0].summary['metric']} (%)"
+    for name, factor, label in (("val", 100, val), ("loss", 1, "training loss")):
+        figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for run in runs:
+            curve: Any = run.summary.get("curve", {"epoch": []})  # of older runs there is none
+            if len(curve["epoch"]) > 1:
+                epoch, values = curve["epoch"], factor * np.array(curve[name])
+                (line,) = axis.plot(
+                    epoch, values.mean(axis=0), label=f"{run.name} (n = {len(values)})"
+                )
+                axis.fill_between(
+                    epoch, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2
+                )
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+            figures.append(figure)
+    return figures
+
+
+def shares(weight_TE: Tensor, value_T: Tensor) -> Tensor:
+    """(E + 1, V) of each expert's weights the share of every value; last the share of the values among all tokens.
+
+    Tokens whose integer in ``value_T`` is below 0 are left out.
+    """
+    known = value_T >= 0
+    weight_TE = torch.cat([weight_TE, torch.ones(len(value_T), 1)], dim=1)[known].double()
+    total_VE = torch.zeros(int(value_T.max()) + 1, weight_TE.size(1), dtype=torch.double)
+    total_VE = total_VE.index_add(0, value_T[known], weight_TE)
+    return (total_VE / total_VE.sum(dim=0).clamp(min=1e-12)).T
+
+
+def share_map(weight_TE: Tensor, value_T: Tensor, title: str, names: Sequence[str] = ()) -> Figure:
+    """:func:`shares` as a heat map, an expert a row."""
+    share = shares(weight_TE, value_T)
+    figure = Figure(figsize=(4.6, 1.3 + 0.25 * len(share)), layout="constrained")
+    axis = figure.subplots()
+    figure.colorbar(axis.imshow(share.numpy(), aspect="auto", cmap="Blues", vmin=0), ax=axis)
+    axis.set_yticks(range(len(share)), [*map(str, range(len(share) - 1)), "all"])
+    axis.set(xlabel=title, ylabel="expert")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(names) == share.size(1):
+        axis.set_xticks(
+            range(len(names)),
+            names,
+            rotation=90 if max(map(len, names)) > 2 else 0,
+            fontsize="small",
+        )
+    return figure

@@ -1,0 +1,154 @@
+"""Tables in Markdown of what runs found."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+from experiments.train.config import check
+from experiments.train.scores import mean_std, percent, shown
+
+Line: TypeAlias = dict[str, str]
+"""A line of a table, by column."""
+
+
+def markdown(lines: Sequence[Line], left: Iterable[str] = ()) -> str:
+    """A table of at least one line, aligned to the right but for the first column and those in ``left``."""
+    columns = list(lines[0])
+    dashes = ["---" if column in (columns[0], *left) else "---:" for column in columns]
+    head, *body = (
+        f"| {' | '.join(cells)} |" for cells in (columns, *(line.values() for line in lines))
+    )
+    return "\n".join([head, f"|{'|'.join(dashes)}|", *body])
+
+
+def known(lines: Sequence[Line]) -> list[Line]:
+    """The lines without the columns of which nothing is known."""
+    names = [name for name in lines[0] if any(line[name] != "–" for line in lines)]
+    return [{name: line[name] for name in names} for line in lines]
+
+
+def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
+    """One line a variant, or one of ``only``: the metric on the test set, what it costs, what the routing follows."""
+    variants = {variant["variant"]: variant for variant in study["variants"]}
+    missing = [name for name in only if name not in variants]
+    check(not missing, "only", ", ".join(missing), f"some of {', '.join(variants)}")
+    narrow, wide = variants.get(study["reference"]), variants.get(study["wide"])
+    names = {
+        name for variant in study["variants"] for layer in variant["routing"] for name in layer
+    }
+    followed = sorted(name for name in names if name.startswith("ami_"))
+    routed = f"AMI of expert and {', '.join(name[4:] for name in followed)}; mean of layers"
+    if "nmi" in names:
+        routed = "NMI of expert and region, layer by layer"
+    lines = []
+    for variant in map(variants.__getitem__, only or variants):
+        found = [shown(layer["nmi"], ".3f") for layer in variant["routing"] if "nmi" in layer]
+        if "nmi" not in names:
+            means = (
+                [layer[name]["mean"] for layer in variant["routing"] if name in layer]
+                for name in followed
+            )
+            found = [f"{statistics.fmean(values):.2f}" for values in means if values]
+        lines.append(
+            {
+                "variant": variant["label"],
+                f"test {variant['metric']} (%)": percent(variant["test"]),
+                "n": str(variant["test"]["n"]),
+                "active FLOPs": "–"
+                if narrow is None
+                else f"{variant['flops'] / narrow['flops']:.2f}×",
+                "parameters": f"{variant['parameters']:,}",
+                "headroom recovered": headroom(variant, narrow, wide),
+                routed: ", ".join(found) or "–",
+            }
+        )
+    return markdown(known(lines), left=[routed]) if lines else "No variant is finished."
+
+
+def preset_table(found: dict[str, Any]) -> str:
+    """One line a preset: its dense model, what it trains by default, and how many experts of a layer took a token."""
+    runs = {variant["variant"]: variant for variant in found["variants"]}
+    lines = []
+    for name, moe in (
+        (name.removesuffix("-moe"), run) for name, run in runs.items() if name.endswith("-moe")
+    ):
+        dense, experts = runs[f"{name}-dense"], moe["config"]["experts"]
+        alive = [experts - layer["dead"]["mean"] for layer in moe["routing"]]
+        lines.append(
+            {
+                "run": moe["label"],
+                "metric": moe["metric"],
+                "n": str(moe["test"]["n"]),
+                "dense": percent(dense["test"]),
+                "with experts": percent(moe["test"]),
+                "difference": f"{100 * (moe['test']['mean'] - dense['test']['mean']):+.2f}",
+                "experts alive, by layer": f"{extremes(alive, '.3g')} of {experts}",
+                "× FLOPs": f"{moe['flops'] / dense['flops']:.2f}",
+            }
+        )
+    return markdown(lines, left=("metric",))
+
+
+def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
+    """One line a pair ``"VARIANT/OTHER"``: the difference on the test set, seed by seed (or split by split).
+
+    Where the variants were chosen on some of the seeds, also the difference on the others alone. The variants of a pair
+    need the same seeds.
+    """
+    variants = {variant["variant"]: variant for variant in study["variants"]}
+    chosen_on = set(study.get("chosen_on", ()))
+    lines = []
+    for pair in pairs:
+        names = pair.split("/")
+        fits = len(names) == 2 and set(names) <= set(variants)
+        check(fits, "pairs", repr(pair), f"VARIANT/OTHER of {', '.join(variants)}")
+        one, other = (variants[name] for name in names)
+        seeds = one["config"]["seeds"]
+        check(
+            seeds == other["config"]["seeds"],
+            "pairs",
+            f"{pair!r}, whose variants have other seeds each",
+            "the same",
+        )
+        found = [
+            100 * (a - b)
+            for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)
+        ]
+        line = {
+            "variant": one["label"],
+            "minus": other["label"],
+            "mean difference ± std of differences": mean_std(found, "+.2f"),
+            "better in": f"{sum(value > 0 for value in found)} of {len(found)}",
+        }
+        if chosen_on:
+            without = (
+                f"without seeds {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
+            )
+            rest = [
+                value for value, seed in zip(found, seeds, strict=True) if seed not in chosen_on
+            ]
+            line[without] = mean_std(rest, "+.2f")
+        lines.append(line)
+    return markdown(lines, left=["minus"])
+
+
+def extremes(values: Sequence[float], form: str) -> str:
+    """The least and the largest value, or the only one."""
+    return " to ".join(f"{value:{form}}" for value in dict.fromkeys([min(values), max(values)]))
+
+
+def headroom(
+    variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None
+) -> str:
+    """(variant - dense) / (dense four times as wide - dense), where this is known and more than twice the spread."""
+    if narrow is None or wide is None or variant is narrow or variant is wide:
+        return "–"
+    low, high = narrow["test"], wide["test"]
+    if low["std"] is None or high["std"] is None:
+        return "–"
+    room, gain = high["mean"] - low["mean"], variant["test"]["mean"] - low["mean"]
+    return (
+        "no headroom" if room <= 2 * max(low["std"], high["std"]) else f"{100 * gain / room:.0f} %"
+    )

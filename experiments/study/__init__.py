@@ -1,0 +1,1 @@
+"""Study: which runs are compared, and what they say together."""

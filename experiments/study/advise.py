@@ -1,0 +1,288 @@
+"""Will experts pay on your data? ``python -m experiments.advise graph --data-root FILE.npz --out DIR``, or a preset.
+
+First the dense model against one four times as wide, split by split: where that gains nothing, nothing is left for
+experts to gain, and that is the answer. Else a dense model of the experts' active FLOPs against experts in the two
+settings that the docs name first, in turns, until the answer is clear or the budget is spent. Validation chooses among
+the settings; all that is said is of the test set. The same command goes on where it was stopped.
+
+An answer is clear when the interval of the mean difference is above 0, or below half a point: a 99 % t interval over
+splits, from the third on, and a 95 % interval after the last of ten. Ten splits without a difference are a no; fewer
+are not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments.train.config import (
+    GraphConfig,
+    HeteroConfig,
+    RouterOptions,
+    RunConfig,
+    check,
+    check_choice,
+    fit_to_disk,
+    program,
+)
+from experiments.train.files import read_json
+from experiments.train.presets import PRESETS, command
+
+Verdict = Literal["yes", "no", "inconclusive"]
+LEAST, MOST, WORTH = 3, 10, 0.5
+"""Splits that an answer takes at least and at most, and the points that are worth having."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A mean of paired differences on the test set, in points, its interval, and what it says."""
+
+    mean: float
+    interval: tuple[float, float] | None  # of fewer than three, none
+    n: int
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        interval = "" if self.interval is None else " [{:+.2f}, {:+.2f}]".format(*self.interval)
+        return f"{self.mean:+.2f} points{interval}, n = {self.n}"
+
+
+def judge(differences: Sequence[float]) -> Difference:
+    """What paired differences say; see the module."""
+    from scipy.stats import t
+
+    n, mean = len(differences), statistics.fmean(differences)
+    if n < LEAST or (n < MOST and min(differences) == max(differences)):  # no spread to judge by
+        return Difference(mean=mean, interval=None, n=n, verdict="inconclusive")
+    half = (
+        float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
+    )
+    low, high = mean - half, mean + half
+    verdict: Verdict = "inconclusive"
+    if high < WORTH:
+        verdict = "no"
+    elif low > 0:
+        verdict = "yes"
+    elif n >= MOST:
+        verdict = "no"
+    return Difference(mean=mean, interval=(low, high), n=n, verdict=verdict)
+
+
+def arms_of(base: RunConfig) -> dict[str, RunConfig]:
+    """What is compared, by name; the last two are the settings."""
+    dense = replace(base, router="dense")
+    arms = {"dense": dense, "dense-4x": replace(dense, hidden=4 * base.hidden)}
+    settings: dict[str, RunConfig]
+    if isinstance(base, GraphConfig):
+        once = replace(
+            base, router="token_choice", shared_router=True, router_input=("node", "neighbors")
+        )
+        centers: dict[str, Any] = {"kmeans_init": True, "options": RouterOptions(num_centroids=1)}
+        settings = {
+            "route-once": once,
+            "k-means": replace(once, router="multi_centroid", **centers),
+        }
+    else:
+        settings = {
+            name: replace(base, router=name.replace("-", "_"))
+            for name in ("expert-choice", "token-choice")
+        }
+    first = next(iter(settings.values()))
+    matched: Any = {"router": "dense", "equal": "flops", "equal_to": first.router}
+    return arms | {"dense-flops": replace(first, **matched)} | settings
+
+
+class Comparison:
+    """Arms in turns, a seed (and so a split) after the other, as long as the budget lasts."""
+
+    def __init__(self, base: RunConfig, out: Path, seconds: float) -> None:
+        self.arms = {
+            name: replace(arm, out=out / name, resume=True) for name, arm in arms_of(base).items()
+        }
+        self.ends = time.monotonic() + seconds
+        self.summaries: dict[str, Any] = {}
+        self.longest = 0.0  # of a turn so far: another one has to fit into the budget
+
+    def foretell(self, names: Sequence[str]) -> None:
+        """Say how long the first turn of some arms takes, if it is not finished."""
+        if all((self.arms[name].folder() / "summary.json").exists() for name in names):
+            return
+        seconds, epochs = self.seconds_of(names), self.arms[names[0]].epochs
+        length = f"{seconds / 60:.1f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+        first = f"the first turn ({' and '.join(names)}, {epochs} epochs on one split)"
+        print(f"{first} takes about {length}", file=sys.stderr, flush=True)
+
+    def seconds_of(self, names: Sequence[str]) -> float:
+        """About how long a turn takes: training steps, and validations that take a whole graph."""
+        from experiments.benchmark.measure import take_turns
+        from experiments.study.measured import train_step
+        from experiments.train.build import build_model, make_fabric
+        from experiments.train.data.load import load_tasks
+        from experiments.train.loop import set_up
+
+        config = self.arms[names[0]]  # the others have the same data
+        task, fabric = load_tasks(config)(0), make_fabric(config)
+        calls: dict[str, Callable[[], object]] = {}
+        times_each: dict[str, float] = {}
+        with ExitStack() as stack:
+            for name in names:
+                arm = self.arms[name]
+                training = stack.enter_context(set_up(fabric, build_model(arm, task), arm, task))
+                batch = fabric.to_device(next(iter(task.loader("train", arm.batch_size, 0))))
+                calls[f"{name}: step"] = partial(train_step, training, batch)
+                times_each[f"{name}: step"] = arm.epochs * task.steps(arm.batch_size)
+                if getattr(arm, "sampling", "") == "full":
+                    calls[f"{name}: validation"] = partial(training.evaluate, "val")
+                    times_each[f"{name}: validation"] = arm.epochs / arm.eval_every
+            measured = take_turns(calls, 1, fabric.device)
+        return sum(times_each[call] * measured[call]["wall"]["min"] for call in calls)
+
+    def turn(self, names: Sequence[str], n: int) -> bool:
+        """Train some arms with the first ``n`` seeds; whether there was time to, as there is for the first turn."""
+        from experiments.train.loop import run
+
+        begun = time.monotonic()
+        if self.summaries and begun + self.longest > self.ends:
+            return False
+        for name in names:
+            path = self.arms[name].folder() / "config.json"
+            there = len(read_json(path, dict[str, Any])["seeds"]) if path.exists() else 0
+            self.summaries[name] = run(replace(self.arms[name], seeds=tuple(range(max(n, there)))))
+        self.longest = max(self.longest, time.monotonic() - begun)
+        return True
+
+    def told(
+        self, names: Sequence[str], better: Callable[[], str], other: str
+    ) -> Difference | None:
+        """The difference of two arms, after as many turns as it takes to tell; none where there was no time for one."""
+        found = None
+        for n in range(1, MOST + 1):
+            if not self.turn(names, n):
+                break
+            found = self.difference(better(), other)
+            print(f"{better()} - {other}: {found}", file=sys.stderr)
+            if found.verdict != "inconclusive":
+                break
+        return found
+
+    def difference(self, one: str, other: str, most: int = MOST) -> Difference:
+        """Of two arms, over the seeds that both have."""
+        pairs = zip(
+            *(self.summaries[arm]["test"]["values"][:most] for arm in (one, other)), strict=False
+        )
+        return judge([100 * (a - b) for a, b in pairs])
+
+    def step_ratio(self, arm: str) -> float:
+        """The time of a training step over the dense model's."""
+        from experiments.study.measured import step_times
+        from experiments.train.data.load import load_tasks
+
+        config = replace(self.arms[arm], seeds=(0,))
+        times = step_times(config, load_tasks(config)(0))
+        return float(times["cell"]["wall"]["min"] / times["dense"]["wall"]["min"])
+
+    def better(self) -> str:
+        """The setting that validates better."""
+        return max(list(self.arms)[-2:], key=lambda name: self.summaries[name]["val"]["mean"])
+
+
+SAID = {"yes": "headroom", "no": "no headroom", "inconclusive": "headroom inconclusive"}
+ADVICE = {
+    "no": "do not use experts",
+    "inconclusive": "inconclusive: run more splits; the same command goes on where it stopped",
+}
+
+
+def advise(
+    preset: tyro.conf.Positional[str],
+    out: Path,
+    data_root: Path = Path("data"),
+    metric: Literal["accuracy", "roc_auc"] | None = None,
+    width: int | None = None,
+    budget: float = 30.0,
+) -> None:
+    """Print three lines of advice, also in ``advice.json`` beside the report of all runs.
+
+    Args:
+        preset: `graph` for your own graph, whose edge weights are not used; `images` for a folder of squares of 8, 32
+            or 160 pixels; or another preset of experiments.train.
+        out: folder of the runs and of the report.
+        data_root: the file of your graph, or the root folder of the data.
+        metric: of your own graph (default accuracy).
+        width: of the dense model's hidden layers; by default the preset's.
+        budget: minutes, in which another turn of all arms has to fit.
+    """
+    presets = {name: config for name, (_, config) in PRESETS.items()}
+    legal = [name for name, config in presets.items() if not isinstance(config, HeteroConfig)]
+    check_choice("preset", preset, legal)
+    check(budget > 0, "budget", budget, "minutes above 0")
+    base = replace(presets[preset], data_root=data_root, progress=sys.stderr.isatty())
+    check(
+        metric is None or preset == "graph",
+        "metric",
+        f"{metric!r} for {preset}",
+        "none; `graph` leaves it open",
+    )
+    given = {"metric": metric, "hidden": width}
+    base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    base = fit_to_disk(base)
+    plan = "comparing a dense model with one four times as wide, split by split"
+    plan += f"; budget {budget:g} min; measuring how long the first turn takes"
+    print(plan, file=sys.stderr, flush=True)
+    # and so torch, for which nobody waits in silence
+    from experiments.show.report_page import write_report
+    from experiments.train.run_folder import write_json
+
+    usual = "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+    warnings.filterwarnings("ignore", usual)
+
+    comparison = Comparison(base, out, 60 * budget)
+    with redirect_stdout(sys.stderr):  # what runs say on the way
+        lines, found = advice(comparison)
+        write_json(out / "advice.json", {"lines": lines, **found})
+        folders = [comparison.arms[name].folder() for name in comparison.summaries]
+        write_report(folders, out / "index.html", data_root, lines)
+    print("\n".join(lines))
+
+
+def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
+    """The three lines, and the figures in them."""
+    *_, matched, first, second = comparison.arms
+    comparison.foretell(("dense", "dense-4x"))
+    room = comparison.told(("dense", "dense-4x"), lambda: "dense-4x", "dense")
+    assert room is not None
+    lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
+    found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
+    gain = (
+        comparison.told((matched, first, second), comparison.better, matched)
+        if room.verdict == "yes"
+        else None
+    )
+    if gain is None:
+        why = "they need headroom" if room.verdict == "no" or room.n == MOST else "no time was left"
+        what = ADVICE["no" if room.verdict == "no" else "inconclusive"]
+        lines += [f"experts: not tried, since {why}", what]
+        return lines, found
+    setting = comparison.better()
+    step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
+    share = 100 * more.mean / comparison.difference("dense-4x", "dense", more.n).mean
+    lines.append(
+        f"experts ({setting}): {gain}, against a dense model of their active FLOPs; {share:.0f} % of "
+        f"the headroom, at {step:.2f} times the dense model's step"
+    )
+    use = f"use them: {command(comparison.arms[setting])}"
+    found |= {"experts": vars(gain), "setting": setting, "step": step}
+    return [*lines, ADVICE.get(gain.verdict, use)], found
+
+
+main = program("advise", advise, __doc__)

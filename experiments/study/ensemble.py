@@ -1,0 +1,80 @@
+"""What runs on one of OGB's sets say together: ``python -m experiments.ensemble RUN...``
+
+For each run the line that OGB's leaderboards ask for, then the score of the mean of all their
+seeds' probabilities, by OGB's own evaluator. See :mod:`experiments.train.predictions`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.train.config import check, program
+from experiments.train.files import check_finished
+from experiments.train.scores import percent
+
+SEEDS = 10
+"""That OGB's leaderboards ask for."""
+
+
+def ensemble(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    data_root: Path | None = None,
+    trust: bool = False,
+) -> None:
+    """Print a line of each run, and one of all of them together.
+
+    Args:
+        runs: run folders of one data set.
+        data_root: root folder of the data; by default where they were trained on them.
+        trust: import code also from a run's own folder. It can do whatever you can.
+    """
+    folders = [run.resolve() for run in runs]
+    twice = [str(run) for run in runs if folders.count(run.resolve()) > 1]
+    check(not twice, "runs", f"{' and '.join(twice)}, one folder", "each run once")
+    check_finished(*runs)
+    from experiments.train.predictions import (  # and so torch, which --help does without
+        mean_of,
+        score,
+    )
+    from experiments.train.run_folder import read_run
+
+    warnings.filterwarnings(
+        "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+    )
+    data_root = data_root or read_run(runs[0], None, trust).config.data_root  # all on the same data
+    found = [read_run(folder, data_root, trust) for folder in runs]
+    sets = sorted({run.config.dataset for run in found})
+    # Of others, each seed may test where another one trains
+    one = len(sets) == 1 and sets[0].startswith("ogbn-")
+    check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
+    for run in found:
+        print(f"{run.folder}: {submission(run.summary)}")
+    files = [
+        run.folder / f"seed-{seed}" / "predictions.safetensors"
+        for run in found
+        for seed in run.config.seeds
+    ]
+    if missing := [str(file) for file in files if not file.exists()]:
+        raise ValueError(
+            f"{missing[0]}: is missing; runs on OGB's sets of one node type, in memory, can write it"
+        )
+    for run in reversed(found):  # an error where it was trained on others
+        task = run.load_task()
+    probability = mean_of(files)
+    test, val = (f"{100 * score(task, probability, part):.2f}" for part in ("test", "val"))
+    print(f"ensemble of {len(files)}: test {test}, validation {val} (one score, without a spread)")
+
+
+def submission(summary: Any) -> str:
+    """Test and validation, mean ± sample standard deviation over seeds, parameters, hardware."""
+    where, n = summary["environment"], summary["test"]["n"]
+    line = f"test {percent(summary['test'])}, validation {percent(summary['val'])}, {n} seeds"
+    line += f"; {summary['parameters']:,} parameters; {where['gpu'] or where['cpu']}"
+    return line if n >= SEEDS else f"{line} (a submission takes {SEEDS} seeds)"
+
+
+main = program("ensemble", ensemble, __doc__)

@@ -1,0 +1,93 @@
+"""Tables from result files: ``python -m experiments.tables`` rewrites the docs, ``--check`` only compares.
+
+A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
+``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
+compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what
+``experiments.benchmark`` wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
+``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
+``<!-- cells: routers: COLUMN -->`` a column of it, and ``<!-- gains: routers: COLUMN COLUMN -->``
+what the default router gains in some columns. ``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``,
+``<!-- confirmed: starts-confirmed -->`` that of its second stage, ``<!-- curves: curves -->`` that of
+``experiments.sweep curves``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.benchmark.tables import benchmark_table
+from experiments.show.tables import pair_table, preset_table, study_table
+from experiments.study import curves, starts
+from experiments.study.routers import cell_tables, gain_table, read_cells
+from experiments.train.files import RESULTS, read_json
+
+MARKED = re.compile(
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map|arms|confirmed|curves): (?P<study>[\w-]+)"
+    r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
+)
+
+
+def render(page: str, results: Path = RESULTS) -> str:
+    """The page with all its tables generated anew."""
+
+    from experiments.study.regime_map import map_table  # and so torch, which --help does without
+
+    makers: dict[str, Callable[..., str]] = {
+        "table": study_table,
+        "pairs": pair_table,
+        "presets": preset_table,
+        "map": map_table,
+        "cells": cell_tables,
+        "gains": gain_table,
+        "arms": starts.table,
+        "confirmed": starts.confirmed_table,
+        "curves": curves.table,
+    }
+    readers = {"cells": read_cells, "gains": read_cells}
+    readers |= {"arms": starts.read_results, "curves": starts.read_results}
+    readers["confirmed"] = starts.read_confirmed
+
+    def table(match: re.Match[str]) -> str:
+        read_folder = readers.get(match["kind"])
+        path = results / match["study"] if read_folder else results / f"{match['study']}.json"
+        only = [] if match["variants"] is None else [match["variants"].split()]
+        try:
+            content = read_folder(path) if read_folder else read_json(path, dict[str, Any])
+            made = makers.get(match["kind"], benchmark_table)(content, *only)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})"
+            ) from error
+        return f"{match[1]}{made}\n{match[5]}"
+
+    return MARKED.sub(table, page)
+
+
+def update(pages: tuple[Path, ...] = (), check: bool = False) -> None:
+    """Generate the tables of pages anew.
+
+    Args:
+        pages: the pages; by default the README and all of docs.
+        check: only compare; exit 1 where one is out of date.
+    """
+    for page in pages or [RESULTS.parent / "README.md", *(RESULTS.parent / "docs").rglob("*.md")]:
+        try:
+            new = render(old := page.read_text())
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {page}: {error}")
+        if new != old:
+            if check:
+                sys.exit(f"{page} is out of date: run python -m experiments.tables")
+            page.write_text(new)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    tyro.cli(update, args=args, prog="python -m experiments.tables", description=__doc__)

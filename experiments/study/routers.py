@@ -1,0 +1,208 @@
+"""One table of routers on images and graphs, a cell a file: ``python -m experiments.sweep routers``.
+
+A cell is a router or a control (a row) on a data set (a column), in ``results/routers/COLUMN/ROW.json``: the summary of
+its run, what its routed experts add, and the time of a step beside the dense model's. A cell that is there is skipped.
+All rows of a column have its recipe, which was not tuned for any of them: E = 8, K = 1, a router in each layer. All but
+``copies`` have a shared expert beside the routed ones, in which every router fits; two rows keep scale and shape apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from experiments.show.tables import Line, extremes, markdown
+from experiments.train.config import GraphConfig, RouterOptions, RunConfig, check
+from experiments.train.files import read_json
+from experiments.train.presets import (
+    ARXIV,
+    DIGITS,
+    DIGITS_GRAPH,
+    GRAPH,
+    MINESWEEPER,
+    MOSAIC,
+    SMALL_VIT,
+    TEN,
+)
+from experiments.train.scores import mean_std, percent
+
+THREE = (0, 1, 2)
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {"router": "dense"}),
+    "dense-flops": (
+        "dense, equal active FLOPs",
+        {"router": "dense", "equal": "flops", "equal_to": "token_choice"},
+    ),
+    "dense-parameters": (
+        "dense, equal parameters",
+        {"router": "dense", "equal": "parameters", "equal_to": "token_choice"},
+    ),
+    "token-choice": ("token choice", {"router": "token_choice"}),
+    "weight-1": (
+        "token choice, weights of 1",
+        {"router": "token_choice", "options": RouterOptions(weight="straight_through")},
+    ),
+    "copies": ("token choice, copies", {"router": "token_choice", "start": "copies"}),
+    "expert-choice": ("expert choice", {"router": "expert_choice"}),
+    "attention-vote": ("attention votes", {"router": "attention_vote"}),
+    "multi-centroid": ("multi-centroid, learned", {"router": "multi_centroid"}),
+    "k-means": ("multi-centroid, k-means", {"router": "multi_centroid", "kmeans_init": True}),
+    "soft-slots": ("soft slots", {"router": "soft_slots"}),
+    "random": ("frozen random", {"router": "random"}),
+    "uniform": ("uniform average", {"router": "uniform"}),
+}
+"""Each row's label, and what it changes. Dense models of equal cost are matched to token choice."""
+
+COLUMNS: dict[str, RunConfig] = {
+    "digits": replace(DIGITS, seeds=TEN),
+    "cifar10": replace(SMALL_VIT, data_root=Path(), seeds=THREE),
+    "imagenette": replace(
+        SMALL_VIT,
+        dataset="imagenette",
+        data_root=Path(),
+        image_size=64,
+        patch=8,
+        epochs=15,
+        seeds=THREE,
+    ),
+    "digits-graph": replace(DIGITS_GRAPH, seeds=TEN),
+    "mosaic": replace(MOSAIC, seeds=TEN),
+    "minesweeper": replace(
+        MINESWEEPER, hidden=16, epochs=200, data_root=Path("heterophilous"), seeds=TEN
+    ),
+    "facebook": replace(GRAPH, hidden=16, eval_every=5, data_root=Path("facebook.npz"), seeds=TEN),
+    "arxiv": replace(
+        ARXIV,
+        layers=2,
+        hidden=64,
+        sampling="neighbor",
+        fanout=(10, 5),
+        epochs=5,
+        data_root=Path("planted"),
+        seeds=THREE,
+    ),
+}
+"""The configuration of each data set's cells; data roots are inside that of the command line.
+
+Ten seeds or splits, three where a seed takes long. arxiv is planted: ``python -m experiments.planted ogbn-arxiv``.
+"""
+LONG = ("cifar10", "imagenette")
+LEFT_OUT = ("dense-parameters", "k-means", "soft-slots", "uniform")
+"""Rows that the long columns leave out."""
+
+
+def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, RunConfig]:
+    """The cells of some columns and rows, all where none are named: ``COLUMN/ROW`` and configuration."""
+    for kind, names, known in (("columns", columns, COLUMNS), ("rows", rows, ROWS)):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(
+                f"{kind}: got {', '.join(unknown)}, expected some of {', '.join(known)}"
+            )
+    found = {}
+    for column, row in product(columns or COLUMNS, rows or ROWS):
+        base = COLUMNS[column]
+        on_graph = isinstance(base, GraphConfig)
+        if (column in LONG and row in LEFT_OUT) or (on_graph and row == "soft-slots"):
+            continue
+        changes = dict(ROWS[row][1])
+        if changes["router"] != "dense":
+            changes.setdefault("start", "shared")
+        if on_graph and row == "copies":
+            changes["shared_router"] = False
+        config = replace(base, **changes, data_root=root / base.data_root)
+        if on_graph and row == "attention-vote":  # votes of all nodes for all would be N x N
+            config = replace(config, options=RouterOptions(scope="neighbors"))
+        found[f"{column}/{row}"] = config
+    check(found, "rows", ", ".join(rows), f"some that {', '.join(columns)} has")
+    return found
+
+
+Cells: TypeAlias = dict[str, dict[str, dict[str, Any]]]
+"""The content of the files of ``experiments.sweep routers``, by column and row."""
+
+
+def read_cells(folder: Path) -> Cells:
+    """All that there are, in the order of rows and columns."""
+    files = {column: {row: folder / column / f"{row}.json" for row in ROWS} for column in COLUMNS}
+    found = {
+        column: {
+            row: read_json(path, dict[str, Any]) for row, path in rows.items() if path.exists()
+        }
+        for column, rows in files.items()
+    }
+    return {column: rows for column, rows in found.items() if rows}
+
+
+def cell_tables(cells: Cells, columns: Sequence[str] = ()) -> str:
+    """One line a row: in each column the difference to the dense model of equal FLOPs, seed by seed; or the whole of
+    the columns that are named."""
+    if columns:
+        return "\n\n".join(
+            markdown([cell_line(row, cells[column]) for row in cells[column]]) for column in columns
+        )
+    lines = []
+    for row, (label, _) in ROWS.items():
+        line = {"test − equal FLOPs (points)": label}
+        for column, rows in cells.items():
+            line[column] = (
+                "–" if row not in rows else difference(rows[row], rows.get("dense-flops"))
+            )
+            if row == "dense-flops":
+                line[column] = percent(rows[row]["test"]) if row in rows else "–"
+        lines.append(line)
+    return markdown(lines) if cells else "No cell is finished."
+
+
+def difference(cell: dict[str, Any], other: dict[str, Any] | None) -> str:
+    """The mean ± std of the difference on the test set, seed by seed."""
+    if other is None or cell["config"]["seeds"] != other["config"]["seeds"]:
+        return "–"
+    return mean_std(differences(cell, other), "+.2f")
+
+
+def differences(cell: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """By seed the difference on the test set, in points, of cells that have the same seeds."""
+    pairs = zip(cell["test"]["values"], other["test"]["values"], strict=True)
+    return [100 * (a - b) for a, b in pairs]
+
+
+def gain_table(cells: Cells, columns: Sequence[str]) -> str:
+    """One line a column: what token choice adds to a dense model of its FLOPs, and what a dense
+    model of its parameters does."""
+    base = "dense-flops"
+    lines = []
+    for column in columns:
+        score = 100 * cells[column][base]["test"]["mean"]
+        line = {"test (points)": column, ROWS[base][0]: f"{score:.2f}"}
+        for row in ("token-choice", "dense-parameters"):
+            line[ROWS[row][0]] = difference(cells[column][row], cells[column][base])
+        lines.append(line)
+    return markdown(lines)
+
+
+def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
+    """A cell in full; of routed experts how many are alive, their share of the output, and the test without them."""
+    cell, dense, routed = cells[row], cells.get("dense", cells[row]), cells[row]["routed"]
+    time = {arm: values["wall"]["median"] for arm, values in cell["time"].items()}
+    alive = [cell["config"]["experts"] - layer["dead"]["mean"] for layer in cell["routing"]]
+    return {
+        "row": ROWS[row][0],
+        f"test {cell['metric']} (%)": percent(cell["test"]),
+        "n": str(cell["test"]["n"]),
+        "− equal FLOPs": "–"
+        if row == "dense-flops"
+        else difference(cell, cells.get("dense-flops")),
+        "× FLOPs": f"{cell['flops'] / dense['flops']:.2f}",
+        "parameters": f"{cell['parameters']:,}",
+        "× step": f"{time['cell'] / time['dense']:.2f}",
+        "× step of dense on CSR": f"{time['cell'] / time['dense-csr']:.2f}"
+        if "dense-csr" in time
+        else "–",
+        "live experts": extremes(alive, ".3g") if alive else "–",
+        "share": extremes([share["mean"] for share in routed["share"]], ".2f") if routed else "–",
+        "off": percent(routed["off"]) if routed else "–",
+        "commit": (cell["environment"]["commit"] or "–")[:7],
+    }

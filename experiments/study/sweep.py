@@ -1,0 +1,348 @@
+"""Run a study, a fixed list of variants: ``python -m experiments.sweep STUDY [options]``.
+
+    python -m experiments.sweep mosaic --runs runs/again --results again
+    python -m experiments.sweep grid --preset minesweeper --routers token_choice expert_choice --experts 4 8 --ks 1 2
+    python -m experiments.sweep grid --preset cora --routers token_choice --jobs 8
+
+``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every variant is a run
+folder; finished variants are skipped and an unfinished one goes on, so that a study may be cut off at any time and
+started again. After every variant, ``results/STUDY.json`` holds all that is finished; what it holds is finished also
+where the run folder is gone. A variant that cannot be run is named at the end, and the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import tyro
+
+from experiments.show.tables import study_table
+from experiments.study.routers import cell_tables, cells, read_cells
+from experiments.study.studies import RECORDED, Study, grid, recorded
+from experiments.train.config import RunConfig, check_first, fail, interrupt
+from experiments.train.files import read_json
+
+Results: TypeAlias = dict[str, dict[str, Any]]
+"""By column and run, the summary."""
+
+PROG = "python -m experiments.sweep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Where a study goes."""
+
+    runs: Path | None = None
+    """Folder of the run folders; by default runs/STUDY, or runs/grid-PRESET."""
+    results: Path = Path("results")
+    """Folder of the result files."""
+    data_root: Path = Path("data")
+    """Root folder of the data, in which facebook.npz lies; of a grid over `graph`, your own file."""
+    jobs: int = 1
+    """Seeds of variants that are trained at once, each in a process; torch's threads are divided among them."""
+    progress: bool = True
+    """Report progress: a bar, or where the output is a file, a line every few epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig(SweepConfig):
+    """Variants of a preset, and where they go."""
+
+    preset: str = ""
+    """The preset."""
+    routers: tuple[str, ...] = (
+        "random",
+        "uniform",
+        "token_choice",
+        "expert_choice",
+        "multi_centroid",
+    )
+    """The routers: some of these, attention_vote, oracle, and of images soft_slots. A dense model,
+    and one four times as wide, are always there."""
+    experts: tuple[int, ...] = (8,)
+    """Numbers of experts, E."""
+    ks: tuple[int, ...] = (1, 2)
+    """Experts per token, K."""
+    seeds: tuple[int, ...] | None = None
+    """The seeds; by default those of the preset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutersConfig(SweepConfig):
+    """Cells of the table of routers, and where they go."""
+
+    data_root: Path = Path("data")
+    """Folder of cifar10, imagenette2-160, heterophilous, facebook.npz and planted, each as its loader reads it."""
+    columns: tuple[str, ...] = ()
+    """Data sets; by default all."""
+    rows: tuple[str, ...] = ()
+    """Routers and controls; by default all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig(SweepConfig):
+    """Columns of a study of starts or of the curves over FLOPs, and where they go."""
+
+    data_root: Path = Path("data")
+    """Folder of planetoid, heterophilous and facebook.npz, each as its loader reads it."""
+    columns: tuple[str, ...] = ()
+    """Data sets; by default all."""
+
+
+STUDIES: dict[str, tuple[str, SweepConfig]] = {
+    name: (line, SweepConfig()) for name, line in RECORDED.items()
+}
+STUDIES["grid"] = ("A preset over routers, numbers of experts and experts per token.", GridConfig())
+STUDIES["map"] = (
+    "When experts pay: regimes, labels, widths, and how a regime shows.",
+    SweepConfig(),
+)
+STUDIES["routers"] = (
+    "One table: the same routers on images and on graphs, a cell a file.",
+    RoutersConfig(),
+)
+
+STUDIES["starts"] = (
+    "Experts that begin as copies of one layer, at the dense FLOPs: seeds 3 to 12.",
+    ColumnsConfig(),
+)
+STUDIES["curves"] = (
+    "Test scores over FLOPs: dense models and two shapes of experts by width.",
+    ColumnsConfig(),
+)
+
+
+def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
+    """The name of a study's files, and the study."""
+    if not isinstance(config, GridConfig):
+        return name, recorded(name, config.data_root)
+    changes: dict[str, Any] = {"data_root": config.data_root}
+    if config.seeds is not None:
+        changes["seeds"] = config.seeds
+    return f"grid-{config.preset}", grid(
+        config.preset, config.routers, config.experts, config.ks, **changes
+    )
+
+
+def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Run what is not finished: the study's results, and by variant why it could not be run."""
+    from experiments.train.run_folder import write_json
+
+    path = config.results / f"{name}.json"
+    known = read_json(path, dict[str, Any])["variants"] if path.exists() else []
+    finished: dict[str, dict[str, Any]] = {variant["variant"]: variant for variant in known}
+    labels = {variant.name: variant.label for variant in study.variants}
+
+    def collect() -> dict[str, Any]:
+        """In the order of the study, and then what the file holds of others."""
+        variants = [
+            finished[variant]
+            for variant in dict.fromkeys([*labels, *finished])
+            if variant in finished
+        ]
+        return {"study": name, **vars(study), "variants": variants}
+
+    def finish(variant: str, _: RunConfig, summary: Any) -> None:
+        finished[variant] = {"variant": variant, "label": labels[variant], **summary}
+        write_json(path, collect())
+
+    configs = {variant.name: variant.config for variant in study.variants}
+    failed = run_all(
+        name, configs, {name: run["config"] for name, run in finished.items()}, path, config, finish
+    )
+    return collect(), failed
+
+
+def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
+    """Run the cells that have no file: the table, and by cell why it could not be run."""
+    from experiments.study.measured import measured
+    from experiments.train.run_folder import write_json
+
+    folder = config.results / "routers"
+    known = {
+        f"{column}/{row}": cell["config"]
+        for column, rows in read_cells(folder).items()
+        for row, cell in rows.items()
+    }
+
+    def finish(cell: str, own: RunConfig, summary: Any) -> None:
+        write_json(folder / f"{cell}.json", {**summary, **measured(own)})
+
+    failed = run_all(
+        "routers",
+        cells(config.columns, config.rows, config.data_root),
+        known,
+        folder,
+        config,
+        finish,
+    )
+    return cell_tables(read_cells(folder)), failed
+
+
+def sweep_starts(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
+    """Run what has no file of the study's second stage: the table, and by arm why it could not be run."""
+    from experiments.study.starts import confirmed, confirmed_table, read_confirmed
+
+    todo = confirmed(config.columns, config.data_root)
+    _, failed = run_columns("starts-confirmed", todo, config)
+    return confirmed_table(read_confirmed(config.results / "starts-confirmed")), failed
+
+
+def sweep_curves(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
+    """Run the points that have no file: the table, and by point why it could not be run."""
+    from experiments.study.curves import points, table
+
+    results, failed = run_columns("curves", points(config.columns, config.data_root), config)
+    return table(results), failed
+
+
+def run_columns(
+    name: str, todo: Mapping[str, RunConfig], config: SweepConfig
+) -> tuple[Results, dict[str, str]]:
+    """Run what has no file ``COLUMN/RUN.json``: all results, and by run why it could not be run."""
+    from experiments.study.starts import read_results
+    from experiments.train.run_folder import write_json
+
+    folder = config.results / name
+    known = {
+        f"{column}/{run}": summary["config"]
+        for column, runs in read_results(folder).items()
+        for run, summary in runs.items()
+    }
+
+    def finish(cell: str, _: RunConfig, summary: Any) -> None:
+        left_out = ("curve", "routing")  # long, and in the run folder
+        kept = {part: value for part, value in summary.items() if part not in left_out}
+        write_json(folder / f"{cell}.json", kept)
+
+    failed = run_all(name, todo, known, folder, config, finish)
+    return read_results(folder), failed
+
+
+def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
+    """Run the places of the map that its file lacks: the table, and by place why it could not be run."""
+    from experiments.study.regime_map import AXES, map_table, places, read_map
+    from experiments.train.run_folder import environment, write_json
+
+    path = config.results / "regime-map.json"
+    found = read_map(path)
+    done = [{axis: entry[axis] for axis in AXES} for entry in found["places"]]
+    todo = {
+        "-".join(map(str, place.values())): (place, own)
+        for place, own in places()
+        if place not in done
+    }
+
+    def finish(name: str, _: RunConfig, summary: Any) -> None:
+        figures = {
+            "test": summary["test"]["values"],
+            "flops": summary["flops"],
+            "hidden": summary["hidden"],
+        }
+        nmi = [layer["nmi"]["mean"] for layer in summary["routing"]]
+        found["places"].append(todo[name][0] | figures | {"nmi": nmi})
+        write_json(path, found | {"environment": environment()})
+
+    failed = run_all(
+        "regime-map", {name: own for name, (_, own) in todo.items()}, {}, path, config, finish
+    )
+    return map_table(found), failed
+
+
+def run_all(
+    name: str,
+    variants: Mapping[str, RunConfig],
+    known: Mapping[str, Any],
+    where: Path,
+    config: SweepConfig,
+    finish: Callable[[str, RunConfig, Any], None],
+) -> dict[str, str]:
+    """Run the variants that are not known, by name, and hand each summary on; by name why one could not be run.
+
+    A known one with another configuration is a ``ValueError``; ``where`` holds them.
+    """
+    from experiments.train.jobs import train_apart
+    from experiments.train.loop import Progress, run
+    from experiments.train.run_folder import differences_of
+
+    folder = config.runs if config.runs is not None else Path("runs") / name
+    todo, failed = [], dict[str, str]()
+    for variant, given in variants.items():
+        own = replace(
+            given, out=folder / variant, resume=True, progress=config.progress, jobs=config.jobs
+        )
+        if variant not in known:
+            todo.append((variant, own))
+            continue
+        for option, (other, value) in differences_of(own, known[variant]).items():
+            held = f"{where} holds {variant} with {option}={other!r}"
+            raise ValueError(
+                f"results: {held}, expected {value!r}; choose other folders by --results and --runs"
+            )
+    progress = Progress(
+        sum(len(own.seeds) * own.epochs for _, own in todo), config.progress and config.jobs == 1
+    )
+    with closing(train_apart([own for _, own in todo])) as ready:
+        for place, why in ready:
+            variant, own = todo[place]
+            try:
+                if why:
+                    raise ValueError(why)
+                finish(variant, own, run(own, progress))
+            except (ValueError, OSError) as error:  # of this variant; the others go on
+                failed[variant] = str(error)
+                progress.skip(len(own.seeds) * own.epochs)
+                progress.finish(len(own.seeds) * own.epochs)
+    return failed
+
+
+def parse(args: Sequence[str]) -> tuple[str, SweepConfig]:
+    """The study that the command line names, and where it goes."""
+    if args and args[0] in STUDIES:
+        study, *rest = args
+        about, config = STUDIES[study]
+        # a command of its own, so that its errors lead to its own help
+        given: dict[str, Any] = {"prog": f"{PROG} {study}", "description": about}
+        return study, tyro.cli(type(config), args=rest, default=config, **given)
+    if args and {"-h", "--help"}.isdisjoint(args):
+        check_first("study", args, STUDIES)
+    tyro.extras.overridable_config_cli(STUDIES, args=args, prog=PROG, description=__doc__)
+    raise AssertionError("the help, or what is missing, has ended the command")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    try:
+        study, config = parse(sys.argv[1:] if args is None else args)
+    except ValueError as error:
+        fail(error)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        if isinstance(config, RoutersConfig):
+            table, failed = sweep_cells(config)
+        elif isinstance(config, ColumnsConfig):
+            sweep_columns = sweep_starts if study == "starts" else sweep_curves
+            table, failed = sweep_columns(config)
+        elif study == "map":
+            table, failed = sweep_map(config)
+        else:
+            results, failed = sweep(*make_study(study, config), config)
+            table = study_table(results)
+    except KeyboardInterrupt as stopped:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+    except (ValueError, OSError) as error:
+        fail(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(table)
+    for variant, reason in failed.items():
+        print(f"{variant}: {reason}", file=sys.stderr)
+    if failed:
+        sys.exit(1)

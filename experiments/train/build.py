@@ -1,0 +1,387 @@
+"""From a configuration to its processes and its model, and dense baselines of equal cost."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+from torch_geometric.data import HeteroData
+
+import gmoe
+from experiments.train.config import (
+    GraphConfig,
+    HeteroConfig,
+    ImageConfig,
+    NodeConfig,
+    RouterOptions,
+    RunConfig,
+    load_object,
+)
+from experiments.train.data.task import Task
+from gmoe._checks import check
+from gmoe.distributed import world_size
+
+if TYPE_CHECKING:
+    from gmoe.models.vit import ViTSize
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)
+"""So long processes wait for the first one, which evaluates whole graphs alone. One that ends is noticed at once."""
+
+
+def make_fabric(config: RunConfig) -> Fabric:
+    """Device, precision, and the connection to the other processes, which ``torchrun`` has started."""
+    there = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world != there:
+        raise ValueError(
+            f"devices: got {config.devices} x {config.nodes} nodes in {there} process{'es' if there > 1 else ''}, "
+            f"expected {config.launcher} -m experiments.train ..., with --devices N --nodes M as they are"
+        )
+    on_gpu = torch.cuda.is_available() and config.device not in ("cpu", "mps")
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # numbers and objects go by the CPU
+    ddp = DDPStrategy(timeout=TIMEOUT, process_group_backend=backend, gradient_as_bucket_view=True)
+    try:
+        fabric = Fabric(
+            accelerator=config.device,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=ddp if there > 1 else "auto",
+            precision=config.precision,
+        )
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"device: got {config.device!r}, expected one that is there ({error})"
+        ) from error
+    joins = there > 1 and not dist.is_initialized()
+    if joins:
+        # Every process would say that it is there
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    fabric.launch()
+    # And leaves: gloo's threads end a process by SIGABRT where they are still there as it exits
+    if joins:
+        atexit.register(dist.destroy_process_group)
+    return fabric
+
+
+def from_first(fabric: Fabric, call: Callable[[], T]) -> T:
+    """What ``call`` returns in the first process, which alone calls it."""
+    found: Any = call() if fabric.is_global_zero else None
+    return fabric.broadcast(found)
+
+
+def of_all(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their numbers; every one has to call it."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether it says that another process has ended."""
+    return isinstance(error, dist.DistError) or (world_size() > 1 and "gloo" in str(error).lower())
+
+
+def build_model(config: RunConfig, task: Task) -> nn.Module:
+    """The model of a run; with ``equal`` the dense baseline, widened to the cost of its MoE.
+
+    Raises:
+        ValueError: an option that the router does not know, or a combination that makes no sense.
+    """
+    fits = config.equal is None or (config.router == "dense" and config.model is None)
+    check(fits, "equal", config.equal, "none, or router='dense' and no model of your own")
+    if config.model is not None:
+        return _own_model(config.model, task)
+    if config.equal is not None:
+        cost, dense = cost_by(config, task), replace(config, equal=None, options=RouterOptions())
+        target = cost(build_twin(config, task))
+        width = gmoe.match_width(
+            lambda width: cost(_build(replace(dense, hidden=width), task)), target, tolerance=0.5
+        )
+        config = replace(dense, hidden=width)
+    model: Any = _build(config, task)
+    if isinstance(config, ImageConfig) and config.mlp_scale != 1:  # where a MoE would have experts
+        scale = config.mlp_scale
+        for block in model.encoder.layers[config.every - 1 :: config.every]:
+            block.mlp.register_forward_hook(lambda *call: scale * call[-1])
+    built: nn.Module = model
+    return built
+
+
+def _own_model(name: str, task: Task) -> nn.Module:
+    """What the user's function returns for the sizes of the data."""
+    sizes = [task.in_channels, task.num_classes]
+    if isinstance(task.graph, HeteroData):
+        sizes.append(task.graph.metadata())
+    model = load_object("model", name)(*sizes)
+    check(
+        isinstance(model, nn.Module),
+        "model",
+        f"{name}, which returns a {type(model).__name__}",
+        "an nn.Module",
+    )
+    return model
+
+
+def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
+    """What a model costs, and its steps an epoch; a conv that does not run on the data is a ``ValueError``."""
+    try:
+        active = flops(model, example(config, task))
+    except (TypeError, RuntimeError, AssertionError, AttributeError) as error:
+        if not isinstance(config, GraphConfig) or config.model is not None:
+            raise
+        raise ValueError(
+            f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
+        why = fails_by_layer(model, task.graph)
+        check(not why, "evaluation", f"'layerwise' ({why})", "'full' or 'sampled'")
+    matched = None
+    if config.equal is not None:  # 1 but for what whole widths cannot meet
+        cost = cost_by(config, task)
+        matched = cost(model) / cost(build_twin(config, task))
+    return {
+        "flops": active,
+        "parameters": num_parameters(model),
+        "active_parameters": gmoe.active_parameters(model),
+        "matched": matched,
+        "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
+        "steps": task.steps(config.batch_size),
+    }
+
+
+def fails_by_layer(model: Any, graph: Any) -> str:
+    """Why a model has no layer-wise inference of a graph, tried on a node of it; empty if it has."""
+    try:
+        model.eval().inference(graph.subgraph(torch.tensor([0])), batch_size=1, return_routing=True)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return str(error)
+    finally:
+        model.train()
+    return ""
+
+
+def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
+    """The inputs of one call of the model in training."""
+    return next(iter(task.loader("train", config.batch_size, None))).inputs
+
+
+def cost_by(config: RunConfig, task: Task) -> Callable[[nn.Module], int]:
+    """What ``equal`` counts of a model: parameters, or active FLOPs."""
+    return (
+        num_parameters
+        if config.equal == "parameters"
+        else partial(flops, inputs=example(config, task))
+    )
+
+
+def build_twin(config: RunConfig, task: Task) -> nn.Module:
+    """The MoE that a dense baseline is matched to."""
+    scale: dict[str, Any] = {"mlp_scale": 1.0} if isinstance(config, ImageConfig) else {}
+    router = config.equal_to
+    legal = "a router, since a dense model equals itself"
+    check(router != "dense", "equal_to", repr(router), legal)
+    try:
+        return _build(replace(config, router=router, equal=None, **scale), task)
+    except ValueError as error:
+        raise ValueError(f"{error} (of the MoE with equal_to={router!r})") from error
+
+
+def num_parameters(model: nn.Module) -> int:
+    """All parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Active FLOPs of one forward pass in training mode; of a copy, since it moves counters and fills convs' caches."""
+    return gmoe.count_flops(copy.deepcopy(model).train(), *inputs)
+
+
+def _build(config: RunConfig, task: Task) -> nn.Module:
+    router, router_kwargs = _router(config, task)
+    common: dict[str, Any] = {
+        "num_experts": config.experts,
+        "k": config.k,
+        "every": config.every,
+        "dropout": config.dropout,
+        "router_kwargs": router_kwargs,
+        **config.layer_options(),
+    }
+    if isinstance(config, ImageConfig):
+        size = vit_size(config, task.in_channels)
+        model = gmoe.ViTMoE(size, task.num_classes, router, **common)
+        if config.router == "soft_slots":
+            for block in model.encoder.layers[config.every - 1 :: config.every]:
+                block.mlp = SoftMLP(block.mlp, size, config)
+        for module in model.modules():
+            if isinstance(module, gmoe.Router):
+                module.check_finite = config.check_finite
+        return model
+    assert isinstance(config, NodeConfig)
+    common |= {
+        "norm": config.norm,
+        "residual": config.residual,
+        "check_finite": config.check_finite,
+    }
+    if isinstance(config, HeteroConfig):
+        assert isinstance(task.graph, HeteroData)
+        return gmoe.HeteroGNNMoE(
+            {kind: width for kind, width in task.in_channels.items() if width is not None},
+            config.hidden,
+            task.num_classes,
+            task.graph.metadata(),
+            config.layers,
+            router,
+            target=task.target,
+            num_nodes_dict=task.graph.num_nodes_dict,
+            **common,
+        )
+    assert isinstance(config, GraphConfig)
+    if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
+        # There is one graph only: for the dense model, whose convs are PyG's
+        common["cached"] = True
+    return gmoe.GNNMoE(
+        task.in_channels,
+        config.hidden,
+        task.num_classes,
+        config.layers,
+        conv=kinds_of_experts(config),
+        router=router,
+        shared_router=config.shared_router,
+        jk=config.jk,
+        input_dropout=config.input_dropout,
+        **common,
+    )
+
+
+class SoftMLP(nn.Module):
+    """The MLP of a block, and slots that start at zero beside it: as many of an image as it has tokens."""
+
+    def __init__(self, mlp: nn.Module, size: ViTSize, config: ImageConfig) -> None:
+        super().__init__()
+        tokens, width, experts = (
+            (size.image_size // size.patch_size) ** 2 + 1,
+            size.hidden_dim,
+            config.experts,
+        )
+        self.mlp = mlp
+        self.experts = gmoe.MLPExperts(
+            width, size.mlp_dim, width, experts, dropout=config.dropout, zero_init=True
+        )
+        self.soft = gmoe.SoftMoE(
+            gmoe.SoftSlots(width, experts, slots=-(-tokens // experts)), self.experts
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(x) + self.soft(x)
+        return y
+
+
+def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
+    """The sizes of the ViT: those of the image size's preset, but for what is given; without a preset, all of them."""
+    from gmoe.models.vit import SIZES, ViTSize  # torchvision, which graphs do without
+
+    given = {"patch_size": config.patch, "hidden_dim": config.dim, "num_heads": config.vit_heads}
+    sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    sizes |= {"mlp_dim": config.hidden, "num_layers": config.layers}
+    if image_size in SIZES:
+        return replace(SIZES[image_size], **sizes)
+    legal = f"patch, dim and vit_heads with it, or one of {sorted(SIZES)}"
+    check(None not in given.values(), "image_size", image_size, legal)
+    return ViTSize(image_size=image_size, **sizes)
+
+
+def kinds_of_experts(config: GraphConfig) -> str | list[str]:
+    """The conv of all experts, or the kind of each; the first alone for the dense model."""
+    if len(config.conv) == 1 or config.router == "dense":
+        return config.conv[0]
+    times, rest = divmod(config.experts, len(config.conv))
+    check(
+        not rest, "experts", config.experts, f"a multiple of the {len(config.conv)} kinds of conv"
+    )
+    return list(config.conv) * times
+
+
+def _router(
+    config: RunConfig, task: Task
+) -> tuple[str | Callable[..., gmoe.Router] | None, dict[str, Any]]:
+    """The router by name or factory, and its options."""
+    given = config.options.given()
+    if config.router in ("dense", "soft_slots"):
+        check(not given, "options", f"{given} with router={config.router!r}", "none")
+        fits = config.router == "dense" or isinstance(config, ImageConfig)
+        check(fits, "router", f"{config.router!r} for {task.name}", "another, or images")
+        return None, {}
+    router: Any = config.router
+    if ":" in config.router:
+        router = load_object("router", config.router)
+        fits = isinstance(router, type) and issubclass(router, gmoe.Router)
+        check(fits, "router", repr(config.router), "a subclass of gmoe.Router")
+    elif config.router == "oracle":
+        if task.planted is None:
+            raise ValueError(
+                f"router: got 'oracle' for {task.name}, expected another, since no routing is planted"
+            )
+        planted = int(task.planted.max()) + 1
+        check(config.experts == planted, "experts", config.experts, f"the {planted} planted ones")
+        router = partial(gmoe.OracleRouter, assignment=task.planted)
+    legal = inspect.signature(gmoe.ROUTERS.get(router, router)).parameters
+    for name, value in given.items():
+        check(
+            name in legal,
+            name,
+            repr(value),
+            f"none, since the router {config.router!r} has no such option",
+        )
+    if router == "token_choice" and given.get("balance") not in ("switch", "importance_load"):
+        check(
+            "balance_coef" not in given,
+            "balance_coef",
+            "a number",
+            "none: only switch and importance_load have one",
+        )
+    if given.get("balance") == "none":
+        given["balance"] = None
+    return router, given
+
+
+@torch.no_grad()
+def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> None:
+    """Begin every multi-centroid router with the k-means centroids of what it sees, in one forward pass."""
+    copied = copy.deepcopy(model).train()  # whose counters, norms and caches may move
+    routers = [module for module in copied.modules() if isinstance(module, gmoe.MultiCentroid)]
+    check(routers, "kmeans_init", True, "False, since the model has no multi-centroid router")
+    for router in routers:
+        router.register_forward_pre_hook(
+            lambda router, args: router.init_from_data(args[0], seed=seed)
+        )
+    copied(*inputs)
+    begun = {
+        name: value
+        for name, value in copied.state_dict().items()
+        if name.endswith(("centroid", "center_D"))
+    }
+    model.load_state_dict({**model.state_dict(), **begun})

@@ -1,0 +1,197 @@
+"""Train a preset: ``python -m experiments.train PRESET [options]``.
+
+    python -m experiments.train digits-graph --router expert_choice --experts 8 --k 1 --seeds 0 1 2
+    python -m experiments.train graph --data-root FILE.npz
+    python -m experiments.train --config runs/digits-graph-expert_choice/config.json --seeds 3
+
+Writes a run folder (config.json, seed-N/metrics.csv, seed-N/checkpoint/, summary.json), prints the summary.
+Ctrl-C keeps what was trained, and says how to continue.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from contextlib import closing, nullcontext, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from experiments.train.config import (
+    IMAGES,
+    PAPERS,
+    RunConfig,
+    check,
+    check_first,
+    check_trusted,
+    dense_of,
+    fail,
+    fit_to_disk,
+    interrupt,
+    read_options,
+)
+from experiments.train.files import RESULTS, read_json
+from experiments.train.presets import PRESETS, command
+from experiments.train.scores import percent
+
+if TYPE_CHECKING:
+    from experiments.train.run_folder import Summary
+
+PROG = "python -m experiments.train"
+FILES = """--config FILE begins with the options of a JSON file. Where it is the config.json of a
+run, code in the run folder itself is imported with --trust only."""
+
+
+def parse(args: Sequence[str]) -> RunConfig:
+    """The configuration from the command line: a preset, a file, and what is changed of them."""
+    file, args = _take(args, "--config")
+    trusted, args = _take(args, "--trust", action="store_true")
+    check(file is not None or not trusted, "trust", True, "it with --config FILE only")
+    preset = args.pop(0) if args and args[0] in PRESETS else None
+    if file is None and preset is None:
+        if args and {"-h", "--help"}.isdisjoint(args):
+            check_first("preset", args, PRESETS)
+        about = __doc__.partition("\n\n    ")[0] + "\n\n" + FILES
+        return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=about)
+    base = None if preset is None else PRESETS[preset][1]
+    if base is not None and base.dataset in ("graph", PAPERS):
+        root, _ = _take(args, "--data-root", "--data_root", type=Path, default=base.data_root)
+        base = fit_to_disk(replace(base, data_root=root))
+    if file is not None:
+        base = read_options(Path(file), Path("data") if base is None else base.data_root, base)
+    assert base is not None
+    about = f"The preset {preset}: {PRESETS[preset][0]}" if preset else f"The options of {file}."
+    # what was given before the options, so that an error leads to the help that explains them
+    prog = PROG if preset is None else f"{PROG} {preset}"
+    prog += "" if file is None else f" --config {shlex.quote(file)}"
+    config = tyro.cli(type(base), args=args, prog=prog, description=about, default=base)
+    if file is not None and Path(file).name == "config.json" and not trusted:
+        check_trusted(config, Path(file).parent)
+    named = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if config.equal is None and "--equal-to" in named:  # a value may be the default: args tell
+        got = f"{config.equal_to!r} with router={config.router!r} and no --equal"
+        legal = "--router dense --equal flops (or parameters) with it"
+        raise ValueError(f"equal_to: got {got}, expected {legal}")
+    return config
+
+
+def _take(args: Sequence[str], *names: str, **kind: Any) -> tuple[Any, list[str]]:
+    """The value of an option, and the arguments without it."""
+    parser = ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
+    parser.add_argument(*names, dest="value", **kind)
+    known, rest = parser.parse_known_args(args)
+    return known.value, rest
+
+
+def show(config: RunConfig, summary: Summary) -> None:
+    """Print scores, the dense model's score, the routing in words and in figures, and costs."""
+    import pandas as pd
+
+    from experiments.train.routing_stats import in_words, values_of
+
+    scores = pd.DataFrame(
+        {f"{split} {summary['metric']} (%)": summary[split] for split in ("val", "test")}
+    ).T
+    scores[["mean", "std"]] = 100 * scores[["mean", "std"]].astype(float)
+    print(scores[["mean", "std", "n"]].to_string(float_format="{:.2f}".format, na_rep="–"))
+    if line := dense_line(config, summary["metric"]):
+        print(f"\n{line}")
+    if summary["routing"]:
+        print(f"\nrouting: {in_words(values_of(summary['routing']), config.experts)}")
+        if config.dataset in IMAGES:
+            folder = shlex.quote(str(config.folder()))
+            print(f"what experts follow: python -m experiments.report {folder}")
+        print("\nrouting, by MoE layer")
+        layers = [
+            {name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]
+        ]
+        print(
+            pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(
+                float_format="{:.3f}".format
+            )
+        )
+    print(
+        f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
+        f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed; written to {config.folder()}"
+    )
+
+
+def dense_line(config: RunConfig, metric: str) -> str:
+    """What the dense model scores, if that is on file, or the command that tells.
+
+    Nothing of a dense model itself, and of a model of one's own.
+    """
+    from experiments.train.run_folder import differences_of
+
+    has_preset = any(own.dataset == config.dataset for _, own in PRESETS.values())
+    if config.router == "dense" or config.model is not None or not has_preset:
+        return ""
+    dense, file = dense_of(config), RESULTS / "presets.json"
+    for row in read_json(file, dict[str, Any])["variants"]:
+        there, test = row["config"], row["test"]
+        same_data = there["dataset"] == config.dataset and "planted" not in row["label"]
+        if same_data and differences_of(dense, there).keys() <= {"seeds"}:
+            score = f"test {metric} (%) {percent(test)}, {test['n']} seeds"
+            return f"dense model: {score} (results/{file.name})"
+    return f"dense model, to compare: {command(dense)}"
+
+
+def resume_command(config: RunConfig, args: Sequence[str]) -> str:
+    """What continues the run that ``args`` began."""
+    _, rest = _take([arg for arg in args if arg != "--resume"], "--out")
+    return f"{config.launcher} -m experiments.train {shlex.join([*rest, '--out', str(config.folder()), '--resume'])}"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    args = list(sys.argv[1:] if args is None else args)
+    rank = int(os.environ.get("RANK", "0"))
+    before = signal.signal(signal.SIGTERM, interrupt)
+    config = None
+    try:
+        config = parse(args)
+        # And so torch, which --help does without
+        from experiments.train.build import (
+            from_first,
+            lost_another,
+            make_fabric,
+        )
+        from experiments.train.loop import run
+        from experiments.train.run_folder import place
+
+        config = replace(config, out=from_first(make_fabric(config), partial(place, config)))
+        why, status = "", 1
+        if config.jobs > 1:
+            from experiments.train.jobs import train_apart
+
+            with closing(train_apart([config])) as ready:
+                why = "".join(failed for _, failed in ready)
+        if not why:
+            with redirect_stdout(None) if rank else nullcontext():
+                summary = run(config)
+            if not rank:
+                show(config, summary)
+            return
+    except (ValueError, OSError) as error:
+        fail(error, f" (process {rank})" if rank else "")
+    except KeyboardInterrupt as wish:
+        why, status = "stopped", 128 + getattr(wish, "number", signal.SIGINT)
+    except RuntimeError as error:
+        if config is None or not lost_another(error):
+            raise
+        why, status = "stopped, since another process has ended", 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not rank:
+        then = "nothing was trained yet"
+        if config is not None and (config.folder() / "config.json").exists():
+            then = f"continue with: {resume_command(config, args)}"
+        print(f"{why}; {then}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""The data sets, and what training needs of one (:mod:`experiments.train.data.task`)."""

@@ -1,0 +1,369 @@
+"""Write a graph larger than memory as the folder that gmoe.StoredGraph opens.
+
+    python -m experiments.convert ogbn-papers100M --from data --to data/ogbn_papers100M_stored --half
+    python -m experiments.convert edges.csv --x x.npy --y y.npy --train a.npy --val b.npy --test c.npy --to DIR
+
+Reads OGB's binary release, or edges from .npy, .csv or .parquet. DuckDB sorts them in about --memory, and on
+10 bytes of disk an edge (20 where its reverse is added); a release is unpacked first: ogbn-papers100M takes 160 GB of
+disk in all, 43 GB in the end. The folder appears when it is whole; a conversion that was killed leaves DIR.new, which
+the next one replaces.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import tyro
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from tqdm import tqdm, trange
+
+from experiments.train.config import PAPERS, check, program
+from experiments.train.files import naming, read_csv, read_npy, writing
+
+Array: TypeAlias = NDArray[Any]
+
+PARTS = ("train", "val", "test")
+CLASSES = 172  # of ogbn-papers100M
+RELEASE = {
+    "data.npz": {"edges": "edge_index", "x": "node_feat"},
+    "node-label.npz": {"y": "node_label"},
+}
+"""The arrays of its archives, by what they are here."""
+SCRATCH = "scratch"
+"""A folder in DIR.new for what is unpacked and sorted; it says whose DIR.new is."""
+SPILL = 10  # bytes of disk that an edge takes while DuckDB sorts it: 8 and some
+PIECE = 1 << 22  # numbers that are copied at once
+
+
+def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
+    """Source and files of ogbn-papers100M in a folder named by ogb or as in the zip file; arrays are unpacked."""
+    folder = root.expanduser() / "ogbn_papers100M"
+    folder = folder if folder.exists() else folder.with_name("papers100M-bin")
+    planted = folder / "PLANTED.txt"
+    files = {
+        part: folder / "split" / "time" / f"{'valid' if part == 'val' else part}.csv.gz"
+        for part in PARTS
+    }
+    for archive, arrays in RELEASE.items():
+        path = folder / "raw" / archive
+        check(
+            path.is_file(), "from", f"no {path}", "OGB's papers100M-bin.zip (56 GB) unzipped there"
+        )
+        with naming(path), zipfile.ZipFile(path) as file:
+            check_space(
+                scratch,
+                sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values()),
+                str(path),
+            )
+            for name, array in arrays.items():
+                with writing(scratch / f"{array}.npy"):
+                    files[name] = Path(file.extract(f"{array}.npy", scratch))
+    return planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}", files
+
+
+def check_space(folder: Path, needed: int, what: str = "to") -> None:
+    """Refuse a disk that is too full."""
+    free = shutil.disk_usage(folder).free
+    check(
+        needed <= free,
+        what,
+        f"{needed / 1e9:.2f} GB to write",
+        f"at most the {free / 1e9:.2f} GB free at {folder}",
+    )
+
+
+@contextmanager
+def building(to: Path, option: str = "to") -> Iterator[Path]:
+    """A folder ``to.new`` that becomes ``to`` in the end, and goes where there is an error."""
+    folder = to.with_name(f"{to.name}.new")
+    check(not to.exists(), option, f"{to}, which is there already", "another folder, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lock = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{option}: another process is writing {folder}") from error
+        fits = not any(folder.iterdir()) or (folder / SCRATCH).exists()
+        check(
+            fits,
+            option,
+            f"files of another program in {folder}",
+            "none, or those of a run that was cut off",
+        )
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (folder / SCRATCH).mkdir()
+        yield folder
+        folder.rename(to)
+        shutil.rmtree(to / SCRATCH)
+
+
+def convert(
+    graph: Annotated[str, tyro.conf.Positional],
+    to: Path,
+    root: Annotated[Path, tyro.conf.arg(name="from")] = Path("data"),
+    x: Path | None = None,
+    y: Path | None = None,
+    train: Path | None = None,
+    val: Path | None = None,
+    test: Path | None = None,
+    half: bool = False,
+    directed: bool = False,
+    memory: float = 2.0,
+) -> dict[str, Any]:
+    """Write the folder of a :class:`gmoe.StoredGraph`, and return its ``graph.json``.
+
+    The in-edges of a node ascend by source. Undirected, edges are what PyG's ``to_undirected`` makes of them.
+
+    Args:
+        graph: ogbn-papers100M, or a file of edges, source and destination by node number from 0: .npy, (2, M) or
+            (M, 2), or .csv or .parquet with two columns. Of such a file are the options --x to --test.
+        to: the folder to write, for gmoe.StoredGraph.
+        root: where OGB's folder lies, ogbn_papers100M or papers100M-bin.
+        x: the features, .npy with (N, D) numbers. Needed: it says how many nodes there are.
+        y: the classes, .npy with (N,) whole numbers, -1 or NaN where there is none.
+        train: the nodes of train, .npy, or .csv with one a line. Likewise val and test.
+        half: features as float16: half the disk and the traffic. Numbers beyond 65504 are refused.
+        directed: keep the edges as they are. By default the reverse of each is added, and none is kept twice.
+        memory: gigabytes to sort edges in, which DuckDB may exceed by half; 8 bytes a node come on top.
+
+    Raises:
+        ValueError: options that do not fit; something in the data that cannot be, and where; not enough memory or disk.
+    """
+    check(memory > 0, "memory", memory, "gigabytes, more than 0")
+    given = {"x": x, "y": y, "train": train, "val": val, "test": test}
+    files, source = {name: path for name, path in given.items() if path is not None}, graph
+    with building(to) as folder:
+        if graph == PAPERS:
+            check(
+                not files, ", ".join(files), f"arrays for {PAPERS}", "none; the release has its own"
+            )
+            source, files = papers(root, folder / SCRATCH)
+        edges = read_edges(files.get("edges", Path(graph)))
+        check("x" in files, "x", None, "a .npy file with a row of features for each node")
+        features = read_npy(files["x"], memory_map=True)
+        fits, nodes = features.ndim == 2 and 0 not in features.shape, len(features)
+        check(fits, "x", f"shape {features.shape}", "(nodes, features), one of each at least")
+        split = write_split(files, folder, nodes)
+        num_classes = write_labels(files, split, folder, nodes) if "y" in files else None
+        num_edges = 0 if isinstance(edges, Path) else edges.size // (2 if directed else 1)
+        x_type = np.dtype(np.float16 if half or features.dtype == np.float16 else np.float32)
+        check_space(folder, 4 * num_edges + max(SPILL * num_edges, features.size * x_type.itemsize))
+        keys = sorted_keys(edges, folder / SCRATCH, nodes, directed=directed, memory=memory)
+        num_edges = write_edges(keys, folder, nodes, directed=directed)
+        write_features(folder / "x.npy", features, x_type)
+        arrays = [folder / f"{name}.npy" for name in ("start", "source", *given)]
+        said = {
+            "format": 1,
+            "name": Path(graph).name.partition(".")[0],
+            "source": source,
+            "num_nodes": nodes,
+            "num_edges": num_edges,
+            "undirected": not directed,
+            "num_classes": CLASSES if graph == PAPERS else num_classes,
+            "arrays": {path.stem: described(path) for path in arrays if path.exists()},
+        }
+        with writing(folder / "graph.json"):
+            (folder / "graph.json").write_text(json.dumps(said, indent=2) + "\n")
+    print(f"{said['name']}: {nodes:,} nodes, {num_edges:,} edges")
+    return said
+
+
+def read_edges(path: Path) -> Array | Path:
+    """(2, M) edges, mapped; or a table, which DuckDB reads."""
+    fits = path.suffix in (".npy", ".csv", ".parquet") and path.is_file()
+    check(fits, "graph", path, f"{PAPERS}, or a file, .npy, .csv or .parquet")
+    if path.suffix != ".npy":
+        return path
+    edges = read_npy(path, memory_map=True)
+    fits = (
+        edges.ndim == 2 and 2 in edges.shape and edges.dtype.kind in "iu" and edges.dtype.isnative
+    )
+    check(
+        fits,
+        "edges",
+        f"shape {edges.shape} of {edges.dtype.str}",
+        "(2, M) or (M, 2) native integers",
+    )
+    return edges if len(edges) == 2 else edges.T
+
+
+def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, Array]:
+    """Write the nodes of each part, and return them; from ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header)."""
+    split, seen = {}, np.zeros(nodes, np.int8)
+    for part, path in ((part, files[part]) for part in PARTS if part in files):
+        ids = read_npy(path) if path.suffix == ".npy" else read_csv(path, header=None).to_numpy()
+        fits = ids.dtype.kind in "iu" and ids.size == len(ids)
+        check(fits, str(path), f"shape {ids.shape} of {ids.dtype}", "a column of node numbers")
+        split[part] = ids = ids.reshape(-1).astype(np.int64)
+        low, high = (ids.min(), ids.max()) if len(ids) else (0, 0)
+        check(0 <= low <= high < nodes, part, f"nodes {low} to {high}", f"0 to {nodes - 1}")
+        np.add.at(seen, ids, 1)
+        check(
+            seen.max() < 2,
+            part,
+            f"node {seen.argmax()} twice, or in an earlier part too",
+            "it once",
+        )
+        write_npy(folder / f"{part}.npy", ids)
+    return split
+
+
+def sorted_keys(
+    edges: Array | Path, scratch: Path, nodes: int, *, directed: bool, memory: float
+) -> Iterator[Array]:
+    """Each edge as one number, destination * N + source, in ascending order; sorted by DuckDB."""
+    import duckdb
+
+    settings: dict[str, Any] = {"memory_limit": f"{memory}GB", "temp_directory": str(scratch)}
+    settings["preserve_insertion_order"] = False
+    legal = f"s BETWEEN 0 AND {nodes - 1} AND d BETWEEN 0 AND {nodes - 1}"
+    wrong = f"error(concat('got edge (', s, ', ', d, '), expected nodes 0 to {nodes - 1}'))"
+    query = f"""
+        WITH checked AS (SELECT s, CASE WHEN {legal} THEN d ELSE {wrong} END AS d FROM edges)
+        SELECT d * {nodes} + s AS key FROM checked
+        {"" if directed else f"UNION ALL SELECT s * {nodes} + d FROM checked"} ORDER BY key"""
+    try:
+        with duckdb.connect(scratch / "edges.duckdb", config=settings) as connection:
+            if isinstance(edges, Path):
+                _open_table(connection, edges)
+            else:
+                connection.register("given", {"s": edges[0], "d": edges[1]})
+                connection.execute(
+                    "CREATE TEMP VIEW edges AS SELECT s::BIGINT AS s, d::BIGINT AS d FROM given"
+                )
+            connection.execute(query)
+            while len(table := connection.fetch_df_chunk(512)):  # of 2,048 rows each
+                yield table["key"].to_numpy()
+    except RuntimeError as error:  # DuckDB's Ctrl-C
+        raise KeyboardInterrupt from error
+    except duckdb.Error as error:
+        why = " ".join(str(error).split("\n")[:3])  # then comes advice on DuckDB's own settings
+        raise ValueError(f"edges: {why} (memory: {memory:g} GB)") from error
+
+
+def _open_table(connection: Any, path: Path) -> None:
+    """Make a table's two columns the view ``edges``. DuckDB guesses nothing: it would skip lines, and round numbers."""
+    quoted = str(path).replace("'", "''")
+    table = f"read_parquet('{quoted}')"
+    if path.suffix == ".csv":
+        options = (
+            "auto_detect=false, delim=',', quote='\"', columns={'s': 'VARCHAR', 'd': 'VARCHAR'}"
+        )
+        names = "TRY_CAST(s AS DOUBLE) IS NULL AND TRY_CAST(d AS DOUBLE) IS NULL"
+        first = f"SELECT {names} FROM read_csv('{quoted}', {options}, header=false) LIMIT 1"
+        header = connection.execute(first).fetchone()
+        check(header, "edges", f"no rows in {path}", "one at least")
+        table = f"read_csv('{quoted}', {options}, header={header[0]})"
+    columns = connection.sql(f"SELECT * FROM {table}").columns
+    check(
+        len(columns) == 2,
+        "edges",
+        f"columns {', '.join(columns)} in {path}",
+        "two, source and destination",
+    )
+    whole = "CASE WHEN trim({0}::VARCHAR) SIMILAR TO '[0-9]+' THEN {0}::BIGINT ELSE error(concat('got node ', {0})) END"
+    ends = f"{whole.format('s')} AS s, {whole.format('d')} AS d"
+    connection.execute(f"CREATE VIEW edges AS SELECT {ends} FROM {table} AS given (s, d)")
+
+
+def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bool) -> int:
+    """Write ``source.npy`` and ``start.npy``, and return the number of edges."""
+    start, last, dtype = (
+        np.zeros(nodes + 1, np.int64),
+        -1,
+        np.dtype(np.int32 if nodes < 2**31 else np.int64),
+    )
+    path, bar = folder / "source.npy", tqdm(desc="edges", unit_scale=True, disable=None)
+    with writing(path), path.open("wb") as file, bar:
+        write_header(file, dtype, (0,))
+        for piece in keys:
+            kept = piece if directed else piece[np.diff(piece, prepend=last) != 0]
+            last = piece[-1]
+            destination, source = np.divmod(kept, nodes)
+            np.add.at(start, destination + 1, 1)
+            source.astype(dtype, copy=False).tofile(file)
+            bar.update(len(kept))
+        num_edges = int(np.cumsum(start, out=start)[-1])
+        file.seek(0)
+        write_header(file, dtype, (num_edges,))
+    write_npy(folder / "start.npy", start)
+    return num_edges
+
+
+def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
+    """Write features in pieces, cast; refuses NaN, infinity, or a number that is too large for the type."""
+    size = max(1, PIECE // x.shape[1])
+    with writing(path), path.open("wb") as file:
+        write_header(file, dtype, x.shape)
+        for begin in trange(0, len(x), size, desc="x", disable=None):
+            with np.errstate(over="ignore"):
+                cast = x[begin : begin + size].astype(dtype)
+            good = np.isfinite(cast).all(axis=1)
+            row, most = begin + int(good.argmin()), np.finfo(dtype).max
+            check(
+                good.all(),
+                "x",
+                f"{np.abs(x[row]).max():g} in row {row}",
+                f"finite numbers up to {most:g}",
+            )
+            cast.tofile(file)
+
+
+def write_npy(path: Path, array: Array) -> None:
+    """Write an array."""
+    with writing(path):
+        np.save(path, array)
+
+
+def write_header(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Write what a ``.npy`` file begins with: 128 bytes, however many rows there are."""
+    npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    assert file.tell() == 128
+
+
+def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, nodes: int) -> int:
+    """Write ``y.npy``, with -1 for NaN, and return the number of classes."""
+    y, below = read_npy(files["y"]), CLASSES if "edges" in files else 2**31
+    check(
+        y.shape in ((nodes,), (nodes, 1)),
+        "y",
+        f"shape {y.shape}",
+        f"({nodes},), a label for each row of x",
+    )
+    y = np.where(np.isnan(y), -1, y).reshape(-1)
+    low, high = y.min(), y.max()
+    fits = low >= -1 and high < below and (y % 1 == 0).all()
+    check(fits, "y", f"{low:g} to {high:g}", f"whole numbers below {below}, and -1 or NaN for none")
+    for part, ids in split.items():
+        check((y[ids] >= 0).all(), "y", f"a node of {part} without a label", "0 or more")
+    write_npy(folder / "y.npy", y.astype(np.min_scalar_type(min(-1, -1 - int(high)))))
+    return int(high) + 1
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What ``graph.json`` says of an array."""
+    array, digest = np.load(path, mmap_mode="r"), hashlib.sha256(np.memmap(path, mode="r").data)
+    return {
+        "file": path.name,
+        "dtype": str(array.dtype),
+        "shape": [*array.shape],
+        "sha256": digest.hexdigest(),
+    }
+
+
+main = program("convert", convert, __doc__)

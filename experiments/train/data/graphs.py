@@ -1,0 +1,369 @@
+"""From a graph, of one node type or more, to batches: the whole graph, neighborhoods, or random parts."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch_geometric.data import Data
+from torch_geometric.transforms import ToUndirected
+from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
+from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.utilities import dim_zero_cat
+
+from experiments.train.config import GraphConfig, HeteroConfig
+from experiments.train.data.task import Batch, GraphData, MetricName, Shard, Split, Splits, Task
+from experiments.train.files import read_npy
+from gmoe._checks import check
+from gmoe.conv.kinds import Kind, class_of, factory_of, kind_of
+from gmoe.data.loader import neighbor_loader
+
+MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
+
+
+def directed(graph: GraphData, config: Any) -> GraphData:
+    """The graph, in both directions if the run asks for it, with features of its own; an edge there twice gets the mean
+    of its weights."""
+    if file := getattr(config, "features", None):
+        found = read_npy(Path(file))
+        legal = (
+            found.ndim == 2
+            and len(found) == graph.data.num_nodes
+            and found.shape[1]
+            and found.dtype.kind in "fiub"
+        )
+        x = torch.from_numpy(found.astype("float32")) if legal else torch.empty(0)
+        got = f"{found.dtype} of shape {found.shape}, or values that are not finite"
+        check(
+            len(x) and x.isfinite().all(),
+            file,
+            got,
+            f"finite numbers ({graph.data.num_nodes}, width)",
+        )
+        graph.data.x = x
+    return (
+        replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if config.undirected else graph
+    )
+
+
+def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
+    """Node classification on the split of a seed."""
+    split, data, hetero = graph.splits(seed), graph.data, graph.target is not None
+    if graph.metric_name == "roc_auc" and graph.metric is None:
+        y = (data[graph.target] if hetero else data).y
+        one = [part for part in ("val", "test") if len(y[split[part]].unique()) < 2]
+        check(
+            not one,
+            "metric",
+            f"'roc_auc' with nodes of one class only in {' and '.join(one)}",
+            "both classes there",
+        )
+    batches = GraphBatches(graph, config, split)
+    widths = (
+        {kind: data[kind].x.size(1) if "x" in data[kind] else None for kind in data.node_types}
+        if hetero
+        else {}
+    )
+    return Task(
+        name=graph.name,
+        kind="hetero" if hetero else "graph",
+        in_channels=widths if hetero else data.x.size(1),
+        num_classes=graph.num_outputs,
+        metric_name=graph.metric_name,
+        metric=graph.metric or make_metric(graph.metric_name, graph.num_outputs),
+        loader=batches,
+        steps=batches.steps,
+        loss=task_loss,
+        graph=batches.data,
+        split=split,
+        target=graph.target,
+        planted=graph.planted,
+    )
+
+
+class GraphBatches:
+    """The batches of a graph in the split of a seed."""
+
+    def __init__(self, graph: GraphData, config: Any, split: Splits) -> None:
+        self.config, self.split, self.target = config, split, graph.target
+        data: Any = graph.data
+        if graph.target is None:
+            data = Data(
+                x=data.x, edge_index=data.edge_index, y=data.y, edge_weight=data.edge_weight
+            )
+            if data.edge_weight is not None and not any(weighs_edges(config)):
+                warnings.warn(
+                    f"edge_weight: {graph.name} has some, {', '.join(config.conv)} takes none",
+                    stacklevel=3,
+                )
+                del data.edge_weight
+            self.whole = _inputs(data, adjacency(config, data))
+        else:
+            self.whole = (data.collect("x"), data.edge_index_dict)
+        self.data = data.sort(sort_by_row=False) if config.sampling == "neighbor" else data
+
+    def steps(self, batch_size: int) -> int:
+        """How many training batches an epoch has."""
+        counts = {
+            "full": batch_size,
+            "neighbor": len(self.split["train"]),
+            "random_node": self.data.num_nodes,
+        }
+        return -(-counts[self.config.sampling] // batch_size)
+
+    def __call__(
+        self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
+    ) -> Iterable[Batch]:
+        rows = self.split[part]
+        if self.config.sampling == "full" or (part != "train" and self.config.evaluation == "full"):
+            store = self.data if self.target is None else self.data[self.target]
+            return [Batch(self.whole, store.y[rows], rows)]
+        if self.config.sampling == "neighbor":
+            nodes = rows if self.target is None else (self.target, rows)
+            return neighborhoods(self.data, self.config, nodes, batch_size, seed, shard)
+        return self.random_parts(rows, batch_size, seed, shard)
+
+    def random_parts(
+        self, rows: Tensor, batch_size: int, seed: int | None, shard: Shard
+    ) -> Iterator[Batch]:
+        """Subgraphs of random nodes, of which ``rows`` count."""
+        (rank, world), nodes = shard, self.data.num_nodes
+        member = torch.zeros(nodes, dtype=torch.bool)
+        member[rows] = True
+        count = -(-nodes // batch_size)
+        for whole in _order(nodes, seed).split(-(-nodes // count)):
+            if member[whole].any():  # on all processes, or on none
+                mine = whole.tensor_split(world)[rank]
+                batch, counted = self.data.subgraph(mine), member[mine].nonzero().view(-1)
+                yield Batch(_inputs(batch, batch.edge_index), batch.y[counted], counted)
+
+
+def neighborhoods(
+    data: Any,
+    config: GraphConfig | HeteroConfig,
+    nodes: Any,
+    batch_size: int,
+    seed: int | None,
+    shard: Shard,
+) -> Iterator[Batch]:
+    """Sampled neighborhoods of ``nodes``, or ``(type, nodes)``, shuffled with a seed; edges are sorted by destination.
+
+    The nodes of a batch come first in it, and only they count.
+    """
+    rank, world = shard
+    target, rows = nodes if isinstance(nodes, tuple) else (None, nodes)
+    drawn: Iterable[Any] = neighbor_loader(
+        data,
+        list(config.fanout),
+        input_nodes=nodes,
+        batch_sampler=[
+            whole.tensor_split(world)[rank].tolist()
+            for whole in _order(len(rows), seed).split(batch_size)
+        ],
+        generator=None
+        if seed is None
+        else torch.Generator().manual_seed(seed + (rank << 50)),  # the workers' draws
+        num_workers=config.workers,
+        is_sorted=True,
+    )
+    for batch in drawn:
+        seeds = batch if target is None else batch[target]
+        if target is None:
+            inputs = _inputs(batch, batch.edge_index)
+            # Layers compute what later ones hear
+            if config.model is None and config.layers == len(config.fanout):
+                inputs += (None,) * (6 - len(inputs)) + (
+                    batch.num_sampled_nodes,
+                    batch.num_sampled_edges,
+                )
+        else:
+            inputs = (
+                batch.collect("x"),
+                batch.edge_index_dict,
+                {kind: batch[kind].n_id for kind in batch.node_types},
+            )
+        yield Batch(inputs, seeds.y[: seeds.batch_size], slice(0, seeds.batch_size))
+
+
+def _inputs(part: Any, adj: Tensor) -> tuple[Any, ...]:
+    """What the model is called with; a matrix holds the weights itself."""
+    return (
+        (part.x, adj)
+        if part.edge_weight is None or adj.is_sparse_csr
+        else (part.x, adj, part.edge_weight)
+    )
+
+
+def _order(count: int, seed: int | None) -> Tensor:
+    """(count,) a permutation that follows from the seed, on all processes alike."""
+    if seed is None:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(seed)
+    # As DataLoader draws before it shuffles
+    torch.empty((), dtype=torch.int64).random_(generator=generator)
+    return torch.randperm(count, generator=generator)
+
+
+def weighs_edges(config: GraphConfig) -> list[bool]:
+    """Whether each kind of conv of the run takes edge weights."""
+    convs = config.conv[:1] if config.router == "dense" else config.conv
+    classes: list[Any] = [class_of(factory_of(conv)) for conv in convs]
+    return ["edge_weight" in inspect.signature(cls.forward).parameters for cls in classes]
+
+
+def _known(conv: str) -> Kind:
+    """What gmoe knows of a conv by its name."""
+    return kind_of(class_of(factory_of(conv)))
+
+
+def adjacency(config: GraphConfig, data: Data) -> Tensor:
+    """The edges of the whole graph: a sparse matrix where convs run on it and it is the same graph, or ``edge_index``.
+
+    It is not for one's own model, in mixed precision (no sparse kernels in bfloat16), with edge weights that some of
+    the convs do not take, with self-loops that a conv would double, or with parallel edges (one place in a matrix).
+    """
+    # The identity is a filter, but reads no edges.
+    adds_loops = any(_known(conv).adds_loops and conv != "identity" for conv in config.conv)
+    if (
+        config.model is None
+        and config.adjacency == "auto"
+        and config.sampling == "full"
+        and config.precision != "bf16-mixed"
+        and all(_known(conv).multiplies for conv in config.conv)
+        and (data.edge_weight is None or len(set(weighs_edges(config))) == 1)
+        and not (adds_loops and contains_self_loops(data.edge_index))
+    ):
+        ends, size = data.edge_index.flip([0]), (data.num_nodes, data.num_nodes)
+        matrix = to_torch_csr_tensor(ends, edge_attr=data.edge_weight, size=size)
+        if matrix.values().numel() == data.num_edges:
+            return matrix
+    return data.edge_index
+
+
+def task_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of classes; of (., tasks) binary labels, their mean binary cross-entropy."""
+    if target.dim() == 2:
+        return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+    return F.cross_entropy(logits, target)
+
+
+class TwoClassAUROC(BinaryAUROC):
+    """Area under the ROC curve of two logits a node; NaN where a logit is.
+
+    Exact: by ranks, where probabilities of large logits would all round to 1.
+    """
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        logits = preds.detach().cpu().double()  # not every accelerator has float64
+        self.preds.append(logits[:, 1] - logits[:, 0])
+        self.target.append(target.cpu())
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        margin, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        if margin.isnan().any():
+            return margin.new_tensor(torch.nan)
+        values, rank = margin.unique(return_inverse=True)
+        return binary_auroc(rank.double() / len(values), target)
+
+
+def make_metric(name: MetricName, num_classes: int) -> Callable[[], Metric]:
+    """A factory of the metric; ``"roc_auc"`` takes two classes."""
+    if name == "accuracy":
+        return partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
+    check(
+        num_classes == 2,
+        "metric",
+        f"'roc_auc' for {num_classes} classes",
+        "'accuracy' (roc_auc takes two)",
+    )
+    return TwoClassAUROC
+
+
+def fixed_splits(store: Any, seed: int) -> Splits:
+    """The split of a seed, by the masks of a graph, or of a node type: (N,), or (N, S) for S splits."""
+    masks = {part: store[name].view(len(store.y), -1) for part, name in MASKS.items()}
+    return {part: mask[:, seed % mask.size(1)].nonzero().view(-1) for part, mask in masks.items()}
+
+
+def per_class_splits(store: Any, seed: int) -> Splits:
+    """A random split with 20 nodes a class in train, 30 in val and the rest in test (Shchur et al., 2018)."""
+    order = torch.randperm(len(store.y), generator=torch.Generator().manual_seed(seed))
+    parts = [order[store.y[order] == label].tensor_split([20, 50]) for label in store.y.unique()]
+    check(all(len(test) for *_, test in parts), "split", "a class of 50 nodes or fewer", "more")
+    return {
+        part: torch.cat(nodes).sort().values
+        for part, nodes in zip(MASKS, zip(*parts, strict=True), strict=True)
+    }
+
+
+def stratified_splits(store: Any, seed: int) -> Splits:
+    """A random split of the nodes that have a label (0 or more), 60 / 20 / 20 % of each class, to a node."""
+    labeled = (store.y >= 0).nonzero().view(-1)
+    shuffled = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(seed))]
+    by_class = shuffled[store.y[shuffled].sort(stable=True).indices]
+    # Of any five in a row, three train: small classes need no rule
+    place = (torch.arange(len(labeled)) + seed) % 5
+    chosen = {"train": place < 3, "val": place == 3, "test": place == 4}
+    return {part: by_class[chosen[part]].sort().values for part in MASKS}
+
+
+def check_graph(where: str, data: Any, target: str | None = None) -> None:
+    """Refuse a graph that cannot be what it should.
+
+    Its shapes have to fit, its edges point inside, its features be finite; each split has nodes in train, val and test,
+    none of them in two, and each of them has a label of 0 or more. ``where`` begins the message; ``target`` is the node
+    type of a heterogeneous graph that has labels.
+    """
+    store = data if target is None else data[target]
+    for x in [data.x] if target is None else data.collect("x", allow_empty=True).values():
+        fits = x.dim() == 2 and x.size(1) > 0 and x.isfinite().all()
+        check(fits, where, f"features of shape {tuple(x.shape)}", "finite numbers (nodes, width)")
+    try:
+        data.validate()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    masks = [store[mask] for mask in MASKS.values() if mask in store]
+    for value in (store.y, *masks):
+        fits = value.dim() in (1, 2) and len(value) == store.num_nodes
+        check(
+            fits,
+            where,
+            f"y or a mask of shape {tuple(value.shape)}",
+            f"a row for each of {store.num_nodes} nodes",
+        )
+    if not masks:
+        check(
+            (store.y >= 0).sum() >= 5,
+            where,
+            "fewer than 5 nodes with a label",
+            "5 or more, or masks",
+        )
+        return
+    splits = max(mask[0].numel() for mask in masks)
+    fits = all(mask.dim() == 1 or mask.size(1) == splits for mask in masks)
+    check(fits, where, "masks of different numbers of splits", "as many in each")
+    # (parts, N, S)
+    table = torch.stack([mask.view(len(mask), -1).expand(-1, splits) for mask in masks])
+    check(
+        table.any(dim=1).all(),
+        where,
+        "a split without nodes in one part",
+        "some in train, val and test",
+    )
+    check(table.sum(dim=0).max() <= 1, where, "a node in two parts of a split", "each in one")
+    check(
+        (store.y[table.any(dim=2).any(dim=0)] >= 0).all(),
+        where,
+        "a negative label in a split",
+        "0 or more",
+    )

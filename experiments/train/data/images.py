@@ -1,0 +1,210 @@
+"""Images as tasks: folders, torchvision's sets, digits, your own function's. N images, C channels, S x S pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms.v2.functional import to_image
+
+from experiments.train.config import ImageConfig
+from experiments.train.data.made import digits_split
+from experiments.train.data.task import Batch, Shard, Split, Splits, Task
+from gmoe._checks import check
+from vision import (
+    ImageData,
+    ImageSource,
+    MemoryImages,
+    batches,
+    load_images,
+    make_augment,
+    split_images,
+)
+
+VAL_SHARE = 0.1
+"""Share of the training images that validate, of each class, where the data have none of their own."""
+
+
+def image_set(config: ImageConfig) -> Task:
+    """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of your own: :func:`vision.load_images`."""
+    data = load_images(
+        config.dataset, config.data_root, image_size=config.image_size, offline=config.offline
+    )
+    return image_task(data, config)
+
+
+def digits(config: ImageConfig) -> Task:
+    """scikit-learn's digits, see :func:`experiments.train.data.made.digits_graph`, standardized over the training set."""
+    found = load_digits()
+    images, labels = (
+        torch.from_numpy(found.images).float()[:, None] / 16.0,
+        torch.from_numpy(found.target).long(),
+    )
+    split, size = digits_split(found.target), config.image_size or 8
+    parts = {part: MemoryImages(images[rows], labels[rows], size) for part, rows in split.items()}
+    train = parts["train"].images
+    mean, std, classes = (
+        (float(train.mean()),),
+        (float(train.std()),),
+        tuple(map(str, found.target_names)),
+    )
+    data = ImageData(
+        name="digits", classes=classes, mean=mean, std=std, note="scikit-learn's", **parts
+    )
+    return image_task(data, config)
+
+
+def image_task(data: ImageData, config: ImageConfig) -> Task:
+    """A part of the training images validates where the data have no others; the test images are read once."""
+    sources: dict[Split, ImageSource] = {
+        "train": data.train,
+        "val": data.val or data.train,
+        "test": data.test,
+    }
+    split = {part: torch.arange(len(source.labels)) for part, source in sources.items()}
+    if data.val is None:
+        split["train"], split["val"] = split_images(data.train.labels, VAL_SHARE, seed=0)
+    print(
+        f"{data.name}: {' + '.join(str(len(rows)) for rows in split.values())} images; {data.note}",
+        flush=True,
+    )
+    for part, rows in split.items():
+        seen = set(sources[part].labels[rows].tolist())
+        least = 2 if part == "train" else 1
+        check(
+            len(seen) >= least,
+            data.name,
+            f"images of {len(seen)} classes in {part}",
+            f"at least {least}",
+        )
+        missing = [name for label, name in enumerate(data.classes) if label not in seen]
+        if missing:
+            print(
+                f"{data.name}: {part} has no image of {len(missing)} classes: {', '.join(missing[:5])}",
+                flush=True,
+            )
+    return Task(
+        name=data.name,
+        kind="image",
+        in_channels=data.train.image_size,
+        num_classes=len(data.classes),
+        metric_name="accuracy",
+        metric=partial(MulticlassAccuracy, num_classes=len(data.classes), average="micro"),
+        loader=partial(_load, data, sources, split, config),
+        steps=lambda batch_size: -(-len(split["train"]) // batch_size),
+        loss=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
+        classes=data.classes,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+# Fmt: skip
+def _load(
+    data: ImageData,
+    sources: dict[Split, ImageSource],
+    split: Splits,
+    config: Any,
+    part: Split,
+    batch_size: int,
+    seed: int | None,
+    shard: Shard = (0, 1),
+) -> Iterator[Batch]:
+    """The batches of a part."""
+    drawn = batches(
+        sources[part], split[part], batch_size, mean=data.mean, std=data.std,
+        augment=make_augment(config.augment, data.train.image_size) if part == "train" else None,
+        seed=seed, workers=config.workers, shard=shard,
+    )  # fmt: skip
+    for images, labels in drawn:
+        yield Batch((images,), labels)
+
+
+def own_images(found: Any, config: ImageConfig) -> Task:
+    """A task of images that a user's function made.
+
+    It gives ``(train, test)`` or ``(train, val, test)``, each a torch ``Dataset`` of (image, class), or a pair of
+    images (N, C, S, S), C = 1 or 3, and classes (N,). Images are uint8 or PIL's, which are standardized over the
+    training images, or floats, which the model sees as they are. All are kept in memory.
+    """
+    legal = (
+        "(train, test) or (train, val, test), each a Dataset of (image, class), or (images, labels)"
+    )
+    fits = isinstance(found, tuple | list) and len(found) in (2, 3)
+    check(fits, "data", f"a {type(found).__name__} for {config.dataset}", legal)
+    names = ("train", "test") if len(found) == 2 else ("train", "val", "test")
+    parts = {
+        part: _images(f"data: {part}", value) for part, value in zip(names, found, strict=True)
+    }
+    images, labels = parts["train"]
+    channels, classes = images.size(1), int(labels.max()) + 1
+    for part, (others, numbers) in parts.items():
+        fits = others.shape[1:] == images.shape[1:] and others.dtype == images.dtype
+        check(fits, f"data: {part}", "images of another size or type than train", "one")
+        fits = 0 <= int(numbers.min()) <= int(numbers.max()) < classes
+        check(fits, f"data: {part}", "labels that train has not", f"0 to {classes - 1}")
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if images.dtype == torch.uint8:
+        flat = images.transpose(0, 1).reshape(channels, -1).double() / 255
+        mean, std = (
+            tuple(flat.mean(dim=1).tolist()),
+            tuple(flat.std(dim=1).clamp(min=1e-6).tolist()),
+        )
+    size = config.image_size or images.size(-1)
+    sources: dict[str, Any] = {part: MemoryImages(*pair, size) for part, pair in parts.items()}
+    shown = tuple(map(str, getattr(found[0], "classes", range(classes))))[:classes]
+    name = config.data or config.dataset
+    data = ImageData(
+        name=name, classes=shown, mean=mean, std=std, note="by your function", **sources
+    )
+    return image_task(data, config)
+
+
+def _images(where: str, found: Any) -> tuple[Tensor, Tensor]:
+    """(N, C, S, S) images, uint8 or float32, and (N,) classes."""
+    try:
+        if isinstance(found, Dataset):
+            data: Any = found
+            pairs = [
+                (to_image(image), int(label))
+                for image, label in (data[row] for row in range(len(data)))
+            ]
+            images, labels = (
+                torch.stack([image for image, _ in pairs]),
+                torch.tensor([label for _, label in pairs]),
+            )
+        else:
+            images, labels = map(torch.as_tensor, found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{where} is a {type(found).__name__} that cannot be taken as images of one size and classes ({error}), "
+            "expected a Dataset of (image, class) or (images, labels)"
+        ) from error
+    images = images.float() if images.is_floating_point() else images
+    fits = (
+        images.dim() == 4
+        and len(images) > 0
+        and images.size(1) in (1, 3)
+        and images.size(2) == images.size(3)
+    )
+    fits = fits and images.dtype in (torch.uint8, torch.float32) and bool(images.isfinite().all())
+    check(
+        fits,
+        where,
+        f"images {images.dtype} {tuple(images.shape)}",
+        "uint8 or finite float (N, 1 or 3, S, S)",
+    )
+    fits = (
+        labels.shape == (len(images),)
+        and not labels.is_floating_point()
+        and labels.dtype != torch.bool
+    )
+    check(fits, where, f"labels {labels.dtype} {tuple(labels.shape)}", "an integer an image")
+    return images, labels.long()

@@ -1,0 +1,184 @@
+"""Graphs that need no file. Frozen: figures in results/ depend on every draw."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import kneighbors_graph
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from torch_geometric.data import Data
+
+from experiments.train.config import RunConfig
+from experiments.train.data.task import GraphData, Splits
+from gmoe._checks import check
+
+NODES, REGIONS, CLASSES, FEATURES = 8_000, 8, 16, 32
+"""Of mosaic."""
+
+
+def digits_split(labels: np.ndarray) -> Splits:
+    """A fixed stratified split, 50 / 25 / 25."""
+    train, rest = train_test_split(
+        np.arange(len(labels)), train_size=0.5, stratify=labels, random_state=0
+    )
+    val, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=0)
+    return {
+        "train": torch.from_numpy(train),
+        "val": torch.from_numpy(val),
+        "test": torch.from_numpy(test),
+    }
+
+
+def digits_graph(config: RunConfig) -> GraphData:
+    """scikit-learn's 1,797 handwritten digits (8x8, 10 classes; UCI, CC BY 4.0) as nodes.
+
+    An edge, in both directions, where either is among the other's 10 nearest neighbors.
+    """
+    digits = load_digits()
+    with threadpool_limits(1):  # neighbors of equal distance would follow the number of threads
+        near = kneighbors_graph(digits.data, n_neighbors=10, include_self=False)
+    edges, split = np.stack(near.maximum(near.T).nonzero()), digits_split(digits.target)
+    data = _data(digits.data / 16.0, edges, digits.target)
+    return GraphData(name="digits-graph", data=data, splits=lambda _: split, num_outputs=10)
+
+
+def mosaic(config: RunConfig) -> GraphData:
+    """8,000 nodes in 8 regions; a neighbor's class tells a node's own, by a permutation that each region has.
+
+    Features are class center N(0, 1) + 3 x region center N(0, 1) + 3 x N(0, 1) noise. The 80,000 directed edges lie
+    inside a region; the source's class is the region's permutation (the identity in region 0) of the destination's,
+    or in 15 % of the edges a random one. Split 50 / 25 / 25. ``planted`` is the region: the one data set on which the
+    right routing is known.
+    """
+    return _regions("mosaic", NODES, REGIONS, labels=NODES // 2)
+
+
+SHOWN = {"features": 3.0, "neighbors": 0.5, "nothing": 0.0}
+"""How a node's regime shows: the factor of its center in features whose noise has 3. At 0.5 a node says little, but the
+mean of ten neighbors does."""
+
+
+def regimes(config: RunConfig) -> GraphData:
+    """``regimes-R-L-SHOWN``: :func:`mosaic` with R regimes, L training labels in each, and SHOWN of :data:`SHOWN`.
+
+    1,000 nodes a regime, at least 4,000, and ten edges a node; what is not trained on is half validation, half test.
+    """
+    match = re.fullmatch(r"regimes-([1-9]\d?)-([1-9]\d{0,2})-(\w+)", config.dataset)
+    legal = (
+        f"regimes-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN one of {', '.join(SHOWN)}"
+    )
+    count, labels, shown = match.groups() if match else ("0", "0", "")
+    check(shown in SHOWN and int(labels) <= 800, "dataset", repr(config.dataset), legal)
+    regions, nodes = int(count), max(4_000, 1_000 * int(count))
+    return _regions(
+        config.dataset, nodes, regions, labels=regions * int(labels), shown=SHOWN[shown]
+    )
+
+
+def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.0) -> GraphData:
+    classes, edges = CLASSES, 10 * nodes
+    # Its streams are frozen, unlike those of numpy's newer generators
+    rng = np.random.RandomState(0)
+    region = rng.permutation(np.arange(nodes) % regions)
+    label = rng.randint(classes, size=nodes)
+    class_center = rng.standard_normal((classes, FEATURES))
+    region_center = rng.standard_normal((regions, FEATURES))
+    x = (
+        class_center[label]
+        + shown * region_center[region]
+        + 3 * rng.standard_normal((nodes, FEATURES))
+    )
+
+    permutation = np.stack(
+        [np.arange(classes), *(rng.permutation(classes) for _ in range(regions - 1))]
+    )
+    destination = rng.randint(nodes, size=edges)
+    source_label = permutation[region[destination], label[destination]]
+    stray = rng.uniform(size=edges) < 0.15
+    source_label[stray] = rng.randint(classes, size=int(stray.sum()))
+    source = np.empty(edges, dtype=np.int64)
+    for r in range(regions):
+        for c in range(classes):
+            wanted = (region[destination] == r) & (source_label == c)
+            source[wanted] = rng.choice(
+                np.flatnonzero((region == r) & (label == c)), size=int(wanted.sum())
+            )
+
+    held = (nodes - labels) // 2
+    train, val, test = torch.from_numpy(rng.permutation(nodes)).split(
+        [labels, held, nodes - labels - held]
+    )
+    return GraphData(
+        name=name,
+        data=_data(x, np.stack([source, destination]), label),
+        splits=lambda _: {"train": train, "val": val, "test": test},
+        num_outputs=classes,
+        planted=torch.from_numpy(region).long(),
+    )
+
+
+CONCEPT_CLASSES, CONCEPT_FEATURES, SIGN_FEATURES = 8, 16, 8
+"""Of concept graphs: classes, features that the label follows from, and features that show the regime."""
+
+
+def concept(config: RunConfig) -> GraphData:
+    """``concept-R-L-SHOWN``: R regimes, each with a rule of its own that turns neighbors' features into a label.
+
+    ``y = argmax(x U + h W_regime)`` with ``h`` the sum of in-neighbors' features over the square root of the in-degree.
+    All features, U and W are N(0, 1); 5 % of the labels are random. Neighbors are drawn without regard to class or
+    regime, so that edges say nothing of either, in no direction. SHOWN ``features``: eight more features, 3 x regime
+    center N(0, 1) + 3 x N(0, 1); ``nothing``: none. 1,000 nodes a regime, at least 4,000, ten edges a node, L training
+    labels a regime; what is not trained on is half validation, half test. ``planted`` is the regime.
+    """
+    match = re.fullmatch(r"concept-([1-9]\d?)-([1-9]\d{0,2})-(features|nothing)", config.dataset)
+    legal = "concept-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN features or nothing"
+    if match is None or int(match[2]) > 800:
+        raise ValueError(f"dataset: got {config.dataset!r}, expected {legal}")
+    regimes, labels = int(match[1]), int(match[1]) * int(match[2])
+    nodes, classes = max(4_000, 1_000 * regimes), CONCEPT_CLASSES
+
+    # Its streams are frozen, unlike those of numpy's newer generators
+    rng = np.random.RandomState(0)
+    regime = rng.permutation(np.arange(nodes) % regimes)
+    x = rng.standard_normal((nodes, CONCEPT_FEATURES))
+    source, destination = rng.randint(nodes, size=(2, 10 * nodes))
+    degree = np.bincount(destination, minlength=nodes)
+    received = np.zeros_like(x)
+    np.add.at(received, destination, x[source])
+    received /= np.sqrt(np.maximum(degree, 1))[:, None]
+
+    own_rule = rng.standard_normal((CONCEPT_FEATURES, classes))
+    regime_rules = rng.standard_normal((regimes, CONCEPT_FEATURES, classes))
+    scores = x @ own_rule
+    for one in range(regimes):
+        scores[regime == one] += received[regime == one] @ regime_rules[one]
+    label = scores.argmax(axis=1)
+    is_random = rng.uniform(size=nodes) < 0.05
+    label[is_random] = rng.randint(classes, size=int(is_random.sum()))
+    if match[3] == "features":
+        centers = rng.standard_normal((regimes, SIGN_FEATURES))
+        x = np.hstack([x, 3 * centers[regime] + 3 * rng.standard_normal((nodes, SIGN_FEATURES))])
+
+    held = (nodes - labels) // 2
+    train, val, test = torch.from_numpy(rng.permutation(nodes)).split(
+        [labels, held, nodes - labels - held]
+    )
+    return GraphData(
+        name=config.dataset,
+        data=_data(x, np.stack([source, destination]), label),
+        splits=lambda _: {"train": train, "val": val, "test": test},
+        num_outputs=classes,
+        planted=torch.from_numpy(regime).long(),
+    )
+
+
+def _data(x: np.ndarray, edges: np.ndarray, y: np.ndarray) -> Data:
+    return Data(
+        x=torch.from_numpy(x).float(),
+        edge_index=torch.from_numpy(edges).long(),
+        y=torch.from_numpy(y).long(),
+    )

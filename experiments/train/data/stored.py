@@ -1,0 +1,84 @@
+"""Nodes of a graph that stays on disk: sampled neighborhoods, in training and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import get_args
+
+from experiments.train.config import PAPERS, GraphConfig, stored_folder
+from experiments.train.data.graphs import make_metric, neighborhoods, task_loss
+from experiments.train.data.ogb import OGBMetric
+from experiments.train.data.task import Batch, Shard, Split, Splits, Task
+from gmoe._checks import check
+from gmoe.data.stored import StoredGraph
+
+CHECKED = 1 << 28
+"""Edges whose sources are read before a run, in a second; those of more were checked as they were converted."""
+
+
+def stored_task(config: GraphConfig) -> Task:
+    """Node classification on a folder that ``experiments.convert`` wrote: ``data_root``, or of ogbn-papers100M in it.
+
+    Raises:
+        FileNotFoundError: it is not there; says how it is made.
+        ValueError: no labels or split, other edges than asked for, ids out of range, an option that needs memory.
+    """
+    folder = stored_folder(config)
+    assert folder is not None
+    if not (folder / "graph.json").is_file():
+        raise FileNotFoundError(
+            f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} --from "
+            f"{config.data_root} --to {folder} --half, or give another --data-root"
+        )
+    for name, legal in {"sampling": "neighbor", "evaluation": "sampled"}.items():
+        got = getattr(config, name)
+        check(
+            got == legal, name, f"{got!r} for {folder}", f"{legal!r}, since the graph stays on disk"
+        )
+    graph = StoredGraph(folder)
+    said, got = graph.info, config.undirected
+    check(
+        got is said["undirected"],
+        "undirected",
+        f"{got} for {folder}",
+        f"{said['undirected']}, as it was converted",
+    )
+    missing = [name for name in ("y", *get_args(Split)) if name not in said["arrays"]]
+    check(
+        not missing,
+        "data_root",
+        f"no {', '.join(missing)} in {folder}",
+        "them; convert again, and give them",
+    )
+    split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
+    stored = [("source", graph.source)] if graph.num_edges <= CHECKED else []
+    for name, ids in (*split.items(), *stored):
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        fits, last = 0 <= low <= high < graph.num_nodes, graph.num_nodes - 1
+        check(fits, f"{folder / name}.npy", f"nodes {low} to {high}", f"0 to {last}")
+    fits = not stored or bool((graph.start.diff() >= 0).all())
+    check(fits, f"{folder / 'start'}.npy", "falling values", "values that never fall")
+    if said["source"].startswith("Not OGB's"):
+        print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
+
+    def loader(
+        part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
+    ) -> Iterator[Batch]:
+        return neighborhoods(graph, config, split[part], batch_size, seed, shard)
+
+    metric_name, classes = config.metric or "accuracy", said["num_classes"]
+    return Task(
+        name=said["name"],
+        kind="graph",
+        in_channels=graph.x_dim,
+        num_classes=classes,
+        metric_name=metric_name,
+        metric=partial(OGBMetric, PAPERS)
+        if config.dataset == PAPERS
+        else make_metric(metric_name, classes),
+        loader=loader,
+        steps=lambda size: -(-len(split["train"]) // size),
+        loss=task_loss,
+        split=split,
+    )

@@ -1,0 +1,208 @@
+"""The one way to read each kind of file, and to name one that cannot be written.
+
+What is broken is one ``ValueError`` that begins with the path, and nothing is allocated that a header merely claims.
+A missing file is a ``FileNotFoundError``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+T = TypeVar("T")
+RESULTS = Path(__file__).parents[2] / "results"
+"""Result files that are committed."""
+HEADER = 16_384
+"""Bytes in which the header of an array lies; numpy reads none of more than 10,000."""
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read JSON as :func:`parse_json` does."""
+    with naming(path):
+        return parse_json(path.read_bytes(), kind)
+
+
+def parse_json(text: str | bytes, kind: type[T]) -> T:
+    """JSON as a dataclass or plain types; ``"32"``, ``3.0`` and ``true`` are no integers, NaN is no number.
+
+    Raises:
+        ValueError: names the key, what it got and what is legal.
+    """
+    # Not before it is needed: half a second
+    from pydantic import (
+        ConfigDict,
+        TypeAdapter,
+        ValidationError,
+    )
+
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    adapter = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]  # bare dataclasses refuse a config
+    try:
+        return adapter.validate_json(b"[%b]" % (text.encode() if isinstance(text, str) else text))[
+            0
+        ]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if "error" in first.get("ctx", {}):  # a check of the dataclass itself
+            raise ValueError(str(first["ctx"]["error"])) from error
+        where = ".".join(map(str, first["loc"][1:]))
+        found = f"{where}: got {first['input']!r:.80}, " if where else ""
+        raise ValueError(f"{found}{first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def read_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
+    """Read an array of numbers, or map it read-only."""
+    with naming(path), path.open("rb") as file:
+        shape, order, dtype, start = _header(file.read(HEADER))
+        _check_size(math.prod(shape) * dtype.itemsize, path.stat().st_size - start)
+        if memory_map and 0 not in shape:
+            return np.memmap(path, dtype, "r", start, shape, order)
+        file.seek(start)
+        return np.fromfile(file, dtype, math.prod(shape)).reshape(shape, order=order)
+
+
+def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read arrays of numbers by name; of ``names`` those that are there (default: all)."""
+    arrays: dict[str, NDArray[Any]] = {}
+    with naming(path), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if names is not None and name not in names:
+                continue
+            if member.flag_bits & 1 or member.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):
+                raise ValueError(
+                    f"{name} is encrypted or compressed in another way than numpy does"
+                )
+            with archive.open(member) as file:
+                content = bytearray(file.read(HEADER))
+                shape, order, dtype, start = _header(bytes(content))
+                size = math.prod(shape) * dtype.itemsize
+                # To the end: checks the CRC
+                while len(content) <= start + size and (chunk := file.read(1 << 20)):
+                    content += chunk
+            _check_size(size, len(content) - start)
+            arrays[name] = np.frombuffer(content, dtype, math.prod(shape), start).reshape(
+                shape, order=order
+            )
+    return arrays
+
+
+def read_csv(path: Path, **options: Any) -> Any:
+    """Read a table of at least one row by ``pandas.read_csv`` and its options."""
+    import pandas as pd
+
+    with naming(path):
+        table = pd.read_csv(path, **options)
+        if table.empty or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("has no rows, or more fields in a row than in the header")
+        return table
+
+
+def read_tensors(path: Path, classes: Collection[Any] = ()) -> Any:
+    """Read what ``torch.save`` wrote: tensors, plain containers, and objects of ``classes``."""
+    import torch
+
+    with naming(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():  # torch allocates what they claim
+                _check_size(member.file_size, min(member.compress_size, path.stat().st_size))
+            if damaged := archive.testzip():  # nor does it look at their checksums
+                raise ValueError(f"{damaged} is not as its checksum says")
+        known = torch.serialization.get_safe_globals()  # safe_globals forgets them at its end
+        with torch.serialization.safe_globals([part for part in classes if part not in known]):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # its text tells how to load it all the same
+                raise ValueError("holds other objects than tensors") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """Read arrays and sparse matrices as Python 2 pickled them; nothing else in the file is made or run."""
+    with naming(path):
+        content = path.read_bytes()
+        for operation, argument, _ in pickletools.genops(content):
+            # As many places are allocated
+            if operation.name.endswith("PUT") and (argument or 0) > len(content):
+                raise ValueError("claims more objects than it has bytes")
+        return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = ("_reconstruct", "ndarray", "dtype", "csr_matrix", "defaultdict", "list", "encode")
+        if (
+            module.partition(".")[0] in ("numpy", "scipy", "collections", "__builtin__", "_codecs")
+            and name in known
+        ):
+            return super().find_class(module, name)
+        raise ValueError(f"holds {module}.{name}, expected arrays")
+
+
+def check_finished(*runs: Path) -> None:
+    """Refuse run folders of which none holds a finished run.
+
+    Takes no time, so that commands ask before they import torch.
+    """
+    if not runs:
+        raise ValueError("runs: got none, expected at least one folder")
+    missing = [path for path in (run / "summary.json" for run in runs) if not path.exists()]
+    if len(missing) == len(runs):
+        expected = "the folder of a finished run; an unfinished one continues by --resume"
+        raise ValueError(f"{', '.join(map(str, missing))}: is missing, expected {expected}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file, in one line that begins with its path."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({why})") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that cannot be written: the error of a full disk does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) is not None:  # as where it cannot be opened
+            raise
+        raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+def _header(start: bytes) -> tuple[tuple[int, ...], Any, np.dtype[Any], int]:
+    """Shape, order, dtype and length of the header of an array of numbers."""
+    file = io.BytesIO(start)
+    reader = (
+        npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    )
+    shape, fortran, dtype = reader(file)
+    if dtype.kind not in "biuf" or not shape or min(shape) < 0:
+        raise ValueError(f"got {dtype} of shape {shape}, expected rows of numbers")
+    return shape, "F" if fortran else "C", dtype, file.tell()
+
+
+def _check_size(claimed: int, there: int) -> None:
+    if claimed != there:
+        raise ValueError(f"claims {claimed} bytes, holds {there}")

@@ -1,0 +1,237 @@
+"""What routing follows, and what routed experts add. Shapes: T tokens, E experts, P pairs, N nodes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from sklearn.metrics import adjusted_mutual_info_score
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.utils import degree, remove_self_loops, scatter
+from torchmetrics.functional.clustering import normalized_mutual_info_score
+
+from experiments.train.build import SoftMLP
+from experiments.train.data.task import Task
+from gmoe import MoE, MoEConv, Routing, RoutingStats
+from gmoe.from_base import FromBase
+from gmoe.metrics import PER_EXPERT
+
+BINS = 8
+"""At most so many degrees, and shares of homophily, are told apart."""
+
+
+BALANCED, MISSED, LOOSELY, FOLLOWED = 2.0, 0.01, 0.1, 0.3
+"""What :func:`in_words` calls balanced, mentions as missed, calls loosely followed and followed."""
+
+IN_WORDS = (
+    "An expert is used if it gets a token. Experts are balanced if all are used and none takes "
+    f"more than {BALANCED:g} times an even share of the (token, expert) pairs. Tokens without an "
+    f"expert are mentioned from {MISSED:.0%} on. Experts follow a property from a mutual "
+    f"information of {FOLLOWED} on, and loosely from {LOOSELY} on."
+)
+"""The words of :func:`in_words`, as the report explains them."""
+
+PROPERTIES = {
+    "nmi": ("planted region", "NMI"),
+    "ami_label": ("class", "AMI"),
+    "ami_place": ("place in the image", "AMI"),
+    "ami_degree": ("degree", "AMI"),
+    "ami_homophily": ("local homophily", "AMI"),
+}
+"""What experts may follow, by the figure that measures it."""
+
+
+def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str, Any]]:
+    """For each MoE layer, over all batches: what :class:`gmoe.RoutingStats` counts, and what the routing follows.
+
+    Where all nodes are routed at once, also ``"nmi"`` with planted experts, and ``"ami_NAME"`` of :func:`alignment`.
+    """
+    if not routings or not routings[0]:
+        return []
+    experts = [routing.num_experts for routing in routings[0]]
+    # One process has them all
+    stats = RoutingStats(experts, sync_on_compute=False).to(routings[0][0].token.device)
+    for batch in routings:
+        stats.update(batch)
+    layers, graph = _rounded(stats), task.graph
+    sizes = {routing.num_tokens for batch in routings for routing in batch}
+    if not isinstance(graph, Data) or len(routings) > 1 or sizes != {graph.num_nodes}:
+        return layers
+    properties = node_properties(graph)
+    for routing, layer in zip(routings[0], layers, strict=True):
+        expert = routing.top_expert.cpu()
+        if task.planted is not None:
+            layer["nmi"] = float(normalized_mutual_info_score(expert, task.planted))
+        layer |= {
+            f"ami_{name}": round(value, 4) for name, value in alignment(expert, properties).items()
+        }
+    return layers
+
+
+def routing_rows(stats: RoutingStats | None) -> list[dict[str, Any]]:
+    """A row a layer for routing.csv: ``load_0``, ... of its experts, ..."""
+    rows: list[dict[str, Any]] = []
+    for number, layer in enumerate([] if stats is None else _rounded(stats)):
+        rows.append({"layer": number})
+        for name, value in layer.items():
+            if name in PER_EXPERT:
+                rows[-1] |= {f"{name}_{expert}": figure for expert, figure in enumerate(value)}
+            else:
+                rows[-1][name] = value
+    return rows
+
+
+def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
+    """By layer and name: a number, or a list of one an expert."""
+    return [
+        {
+            name: [round(one, 4) for one in value.view(-1).tolist()]
+            if name in PER_EXPERT
+            else round(value.item(), 4)
+            for name, value in layer.items()
+        }
+        for layer in stats.compute()
+    ]
+
+
+def node_properties(data: Data) -> dict[str, Tensor]:
+    """(N,) integers a property: ``label``, in-``degree``, ``homophily`` (the share of in-neighbors of the same label).
+
+    The latter two are binned by quantiles, nodes without neighbors apart; what is not known is -1.
+    """
+    source, destination = remove_self_loops(data.edge_index)[0]
+    found = {"degree": quantile_bins(degree(destination, data.num_nodes))}
+    if data.y is not None and data.y.dim() == 1:
+        labeled = (data.y[source] >= 0) & (data.y[destination] >= 0)
+        source, destination = source[labeled], destination[labeled]
+        same = (data.y[source] == data.y[destination]).float()
+        share = scatter(same, destination, dim_size=data.num_nodes, reduce="mean")
+        has_neighbors = degree(destination, data.num_nodes) > 0
+        found["homophily"] = quantile_bins(share.where(has_neighbors, -1.0)).where(data.y >= 0, -1)
+        found["label"] = data.y.clamp(min=-1)
+    return found
+
+
+def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
+    """(N,) the bin of each value, equal values together: each value its own where there are few; else the bins hold
+    about as many values each, as far as equal ones allow."""
+    distinct, which, counts = values.unique(return_inverse=True, return_counts=True)
+    if len(distinct) <= bins:
+        return which
+    middle = counts.cumsum(0) - (counts + 1) / 2  # the mean rank of each distinct value
+    # No bin is empty
+    return (middle / len(values) * bins).long().unique(return_inverse=True)[1][which]
+
+
+def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:
+    """Adjusted mutual information (Vinh et al., 2010) of (N,) experts with each property: 1 the same, 0 by chance.
+
+    ``"shuffled"`` is a baseline: the largest, in size, of the assignment shuffled with ``seed``.
+    """
+    shuffled = assignment[
+        torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))
+    ]
+    found = {name: ami(assignment, value) for name, value in properties.items()}
+    return found | {
+        "shuffled": max((ami(shuffled, value) for value in properties.values()), key=abs)
+    }
+
+
+def ami(assignment: Tensor, value: Tensor) -> float:
+    """Adjusted mutual information of two partitions, nodes below 0 in ``value`` left out; 0 where one is constant."""
+    known = value >= 0
+    assignment, value = assignment[known], value[known]
+    if len(assignment.unique()) < 2 or len(value.unique()) < 2:
+        return 0.0
+    return float(adjusted_mutual_info_score(assignment.numpy(), value.numpy()))
+
+
+def values_of(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Sequence[float]]]:
+    """By MoE layer of a summary, the values of each figure over the seeds."""
+    return [{name: figure["values"] for name, figure in layer.items()} for layer in layers]
+
+
+def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> str:
+    """Say how many experts are used, whether evenly, and what they follow most.
+
+    ``layers`` holds the figures of each MoE layer over the seeds. Of older runs some are missing,
+    and ``experts`` is the number of experts that these were asked for.
+    """
+    total = int(max(max(layer.get("experts", [experts])) for layer in layers))
+    used = [total - int(dead) for layer in layers for dead in layer["dead"]]
+    peaks = [peak for layer in layers for peak in layer.get("max_over_mean_load", [])]
+    text = f"{'–'.join(map(str, dict.fromkeys([min(used), max(used)])))} of {total} experts used"
+    text += " (by layer and seed)" if len(set(used)) > 1 else ""
+    if peaks:
+        is_balanced = min(used) == total and max(peaks) <= BALANCED
+        share = f"the busiest takes {max(peaks):.1f} times an even share"
+        text += f", {'balanced' if is_balanced else 'not balanced'} ({share})"
+    missed = 1 - min(statistics.fmean(layer["coverage"]) for layer in layers)
+    if missed >= MISSED:
+        text += f"; up to {missed:.0%} of the tokens have no expert"
+    means = {
+        (statistics.fmean(layer[key]), number, key)
+        for number, layer in enumerate(layers, start=1)
+        for key in PROPERTIES
+        if key in layer
+    }
+    if not means:
+        return text
+    value, number, key = max(means)
+    name, measure = PROPERTIES[key]
+    where = f" in MoE layer {number}" if len(layers) > 1 else ""
+    if value >= LOOSELY:
+        how = "follow" if value >= FOLLOWED else "loosely follow"
+        return f"{text}; they {how} the {name} ({measure} {value:.2f}{where})"
+    known = {key for _, _, key in means}
+    *names, last = [name for key, (name, _) in PROPERTIES.items() if key in known]
+    others = f"{', '.join(names)} or " if names else ""
+    return f"{text}; they do not follow {others}{last} ({measure} at most {value:.2f})"
+
+
+def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """By layer of experts what starts at zero in it, so that the layer starts as the dense one.
+
+    Of copies that is their differences from the base; beside a shared expert, of a conv the gain, of MLPs their last
+    layers. Layers that do not start as the dense one are left out.
+    """
+    found = dict[nn.Module, list[nn.Parameter]]()
+    layers: list[Any] = [
+        layer for layer in model.modules() if isinstance(layer, MoEConv | MoE | SoftMLP)
+    ]
+    for layer in layers:
+        if isinstance(layer.experts, FromBase):
+            found[layer] = list(layer.experts.differences.parameters())
+        elif isinstance(layer, MoEConv):
+            if layer.gain is not None:
+                found[layer] = [layer.gain]
+        elif isinstance(layer, SoftMLP) or layer.shared_expert is not None:
+            found[layer] = list(layer.experts.down.parameters())
+    return found
+
+
+def switched_off(model: Any) -> Any:
+    """A copy whose experts give what they gave at the start: zero beside a shared expert, or all the same."""
+    copied = copy.deepcopy(model)
+    for part in itertools.chain(*switches(copied).values()):
+        nn.init.zeros_(part)
+    return copied
+
+
+def noting_added(model: Any, note: Callable[[nn.Module, Tensor, Tensor], None]) -> Any:
+    """A copy that calls ``note`` for each layer of experts: with what these add to its output, and the output."""
+
+    def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        off = switched_off(layer).forward(*args, **kwargs)
+        y, without = (out[0] if isinstance(out, tuple) else out for out in (output, off))
+        note(layer, (y - without).double(), y.double())
+
+    copied = copy.deepcopy(model)
+    for layer in switches(copied):
+        layer.register_forward_hook(compare, with_kwargs=True)
+    return copied

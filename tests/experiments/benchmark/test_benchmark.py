@@ -1,0 +1,336 @@
+"""The benchmarks compute what they say, and compare it in turns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.data import Data
+from torch_geometric.nn import GCNConv
+
+from experiments.benchmark import compiled, gpu, layers, measure, train
+from experiments.benchmark.__main__ import main
+from experiments.benchmark.tables import benchmark_lines
+from experiments.train.data.load import load_tasks
+from experiments.train.presets import PRESETS
+from gmoe import MoE
+from gmoe.conv.kinds import factory_of
+from tests.gmoe.data.stored_files import store
+
+CPU = torch.device("cpu")
+CONV = "conv --nodes 60 --edges 150"
+FFN = "ffn --tokens 64"
+ROUTER = "router --tokens 40 --ks 1 2"
+VIT = "vit --batch 2"
+VOTE = "vote --tokens 50"
+
+
+def found_by(command: str, tmp_path: Path) -> dict[str, Any]:
+    main([*command.split(), "--repeats", "2", "--json", str(tmp_path / "found.json")])
+    found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())["variants"]
+    return found
+
+
+def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, turns = [0.0], list[str]()
+    monkeypatch.setattr("experiments.benchmark.measure.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("experiments.benchmark.measure.time.process_time", lambda: 2 * now[0])
+
+    def variant(name: str, seconds: float) -> None:
+        turns.append(name)
+        now[0] += seconds
+
+    steps = {
+        "a": lambda: variant("a", 1.0),
+        "b": lambda: variant("b", 3.0),
+        "c": lambda: variant("c", 5.0),
+    }
+    found = measure.take_turns(steps, repeats=2, device=CPU)
+    assert turns == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert found["b"]["wall"] == {"median": 3.0, "min": 3.0, "max": 3.0, "values": [3.0, 3.0]}
+    assert found["c"]["cpu"]["median"] == 10.0
+
+
+def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    def step() -> Tensor:
+        a = torch.ones(256, 1024)
+        b = a + 1  # two of 1 MiB
+        del a
+        return b * 2
+
+    assert measure.peak_bytes(step, CPU) == pytest.approx(2 * 2**20, abs=100)
+    assert measure.peak_bytes(lambda: None, CPU) == 0
+    assert capfd.readouterr().err == ""  # what the profiler says of itself
+
+
+@pytest.mark.parametrize(
+    ("command", "reference", "others"),
+    [
+        (
+            f"{CONV} --experts 2 4 --adjacency csr",
+            "dense, csr",
+            ["masked E=4 K=2, csr", "HeteroLinear E=4 K=1, csr"],
+        ),
+        (f"{CONV} --conv gat --ks 1", "dense, edge_index", ["masked E=8 K=1, edge_index"]),
+        (
+            f"{FFN} --experts 2 4",
+            "dense K=2, fp32",
+            ["gmoe auto E=4 K=2, bf16", "gmoe gated E=2 K=2, fp32"],
+        ),
+        (f"{ROUTER} --layer conv", "layer, random K=1", ["router, random K=1"]),
+        (VOTE, "GATConv", ["AttentionVote, neighbors", "naive votes", "AttentionVote, group"]),
+        (
+            f"{VIT} --bf16",
+            "dense",
+            ["loop with nonzero", "loop", "padded", "grouped", "with a shared expert"],
+        ),
+        ("molecules", "dense", ["MoEConv"]),
+    ],
+)
+def test_variants_and_their_ratios(
+    command: str, reference: str, others: list[str], tmp_path: Path
+) -> None:
+    found = found_by(command, tmp_path)
+    base = found[reference]
+    for name in others:
+        figures = found[name]
+        assert figures["ratio"]["wall"] == figures["wall"]["median"] / base["wall"]["median"]
+        assert figures["ratio"]["memory"] == figures["memory"] / base["memory"]
+        assert len(figures["cpu"]["values"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("Masked", CONV), ("NonzeroLoop", FFN), ("NonzeroLoop", VIT), ("naive_votes", VOTE)],
+)
+def test_what_computes_something_else_is_found(
+    name: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, part = (layers, name) if name.islower() else (getattr(layers, name), "forward")
+    right = getattr(owner, part)
+    monkeypatch.setattr(owner, part, lambda *args: -right(*args))
+    with pytest.raises(AssertionError, match="and gmoe differ"):
+        main(command.split())
+
+
+def test_a_compiled_conv_is_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose compilation itself takes longer than a test should."""
+    compiled: list[tuple[nn.Module, Any]] = []
+
+    def note(conv: nn.Module, **options: Any) -> None:
+        compiled.append((conv, options))
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    found = found_by(f"{CONV} --ks 1 --no-masked --compiled", tmp_path)
+    names = [name for name in found if "compiled" in name]
+    assert names == ["compiled dense, edge_index"]  # no matrices
+    ((conv, options),) = compiled
+    assert isinstance(conv, GCNConv)
+    assert options == {"fullgraph": True}
+
+
+def test_stored_benchmark(tmp_path: Path) -> None:
+    store(tmp_path, Data(x=torch.randn(30, 4), edge_index=torch.randint(30, (2, 90))))
+    found = found_by(f"stored --folder {tmp_path} --batches 1", tmp_path)
+    assert list(found) == [
+        f"{place}, {workers} workers" for workers in (0, 2) for place in ("memory", "disk")
+    ]
+
+
+def test_parts_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any) -> Tensor:
+        time.sleep(0.2)
+        return F.cross_entropy(*args)
+
+    task = replace(load_tasks(PRESETS["digits"][1])(0), loss=slow)
+    monkeypatch.setattr(train, "load_tasks", lambda _: lambda _: task)
+    figures = found_by("train --presets digits --batches 2", tmp_path)["digits"]
+    assert figures["batches"] == len(figures["wall"]["values"]) == 2
+    assert list(figures["parts"]) == ["data", "forward", "backward", "optimizer", "rest"]
+    assert sum(figures["share"].values()) == pytest.approx(1.0)
+    assert min(figures["parts"].values()) > 0
+    assert figures["parts"]["forward"] >= 0.4
+
+
+# under torch.compile ---------------------------------------------------------------------------------
+
+
+class Broken(nn.Linear):
+    """What torch cannot compile as one graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        torch._dynamo.graph_break()
+        return x.relu()
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured, but no code is made of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_row_says_which_layers_are_compiled_in_pieces() -> None:
+    row: list[nn.Module] = [nn.Linear(4, 4), Broken(4, 4), nn.Linear(4, 4)]
+    found = compiled.measure_row("row", row, (torch.randn(3, 4),), repeats=2)
+    graphs = {name: figures["graph"] for name, figures in found.items() if "graph" in figures}
+    assert graphs == {
+        "row: dense, compiled whole": "whole",
+        "row: MoE shared, compiled in pieces (1 break)": "in pieces (1 break)",
+        "row: MoE copies, compiled whole": "whole",
+    }
+    assert list(found)[::2] == [f"row: {name}, eager" for name in compiled.LAYERS]
+    base = found["row: dense, compiled whole"]["cpu"]
+    for figures in found.values():
+        assert figures["ratio"]["cpu"] == figures["cpu"]["min"] / base["min"]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_whole_layer_beside_one_in_pieces_is_compiled() -> None:
+    """torch remembers by code object what it could not compile: the next layer would run as it is."""
+    inputs = (torch.randn(3, 4),)
+    assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
+    assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
+
+
+def test_each_setting_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "measure_setting", note_setting)
+    found = compiled.CompileBenchmark(thread_counts=(2,)).measured()
+    assert list(found) == ["default 2", "kept 2"]
+    assert len({setting["process"] for setting in found.values()} | {os.getpid()}) == 3
+    assert [setting["trim"] for setting in found.values()] == [None, "4000000000"]
+    assert [setting["omp"] for setting in found.values()] == ["2", "2"]
+
+
+def note_setting(config: compiled.CompileBenchmark, threads: int, allocator: str) -> dict[str, Any]:
+    """In the place of the measurement: the process that it would run in."""
+    trim, omp = os.environ.get("MALLOC_TRIM_THRESHOLD_"), os.environ["OMP_NUM_THREADS"]
+    return {f"{allocator} {threads}": {"process": os.getpid(), "trim": trim, "omp": omp}}
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat"])
+def test_rows_of_convs_have_the_dense_conv_and_both_starts(kind: Any) -> None:
+    ((name, (dense, shared, copies), (x, edge_index)),) = compiled.rows_of(
+        compiled.CompileBenchmark(kinds=(kind,), nodes=(30,))
+    )
+    assert name == f"{kind}, 30 nodes"
+    assert type(dense) is factory_of(kind)
+    assert [layer.start for layer in (shared, copies)] == ["shared", "copies"]
+    assert dense(x, edge_index).shape == shared(x, edge_index).shape == copies(x, edge_index).shape
+
+
+def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
+    ((name, models, (images,)),) = compiled.rows_of(
+        compiled.CompileBenchmark(kinds=("vit",), images=2)
+    )
+    assert name == "vit, 2 images"
+    counts = [sum(isinstance(part, MoE) for part in model.modules()) for model in models]
+    assert counts == [0, 3, 3]
+    assert len({model(images).shape for model in models}) == 1
+
+
+# on a GPU, dry ---------------------------------------------------------------------------------------
+
+DRY = "gpu --device cpu --nodes 40 --tokens 32 --images 2"
+
+
+def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
+    found = found_by(DRY, tmp_path)
+    assert list(found) == [
+        f"{row}, {precision}" for row in gpu.ROWS for precision in ("fp32", "bf16")
+    ]
+    for name, figures in found.items():
+        assert "error" not in figures, (name, figures)
+        assert figures["waits"] == {}  # of which a CPU has none
+        assert (
+            figures["ratio"]["wall"]
+            == figures["wall"]["median"] / figures["dense"]["wall"]["median"]
+        )
+        if name.endswith("fp32"):
+            assert all(of["within"] for of in figures["equal"].values()), (name, figures["equal"])
+
+
+def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.run
+
+    def wrong(*args: Any) -> list[Tensor]:
+        values = right(*args)
+        values[-1] += 1e-3 * next(errors) * max(float(value.abs().max()) for value in values[1:])
+        return values
+
+    errors = itertools.cycle([0, 1])  # the CPU's come first
+    monkeypatch.setattr(gpu, "run", wrong)
+    equal = gpu.compared(gpu.ROWS["gcn"](), CPU)
+    assert equal["float64"] == pytest.approx(
+        {"output": 0, "gradients": 1e-3, "within": False, "tolerance": 1e-9}
+    )
+    assert not equal["float32"]["within"]
+    lines = benchmark_lines({"gcn, fp32": {"equal": equal, "error": "none"}})
+    assert lines[0]["float64"] == "NOT EQUAL"
+
+
+def test_a_row_that_fails_costs_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of memory\nsomewhere")
+
+    monkeypatch.setitem(gpu.ROWS, "gcn", lambda: gpu.Row("graph", gpu.ROWS["sage"]().moe, fails))
+    found = found_by(f"{DRY} --rows gcn sage", tmp_path)
+    assert found["gcn, bf16"] == {"error": "RuntimeError: out of memory\nsomewhere"}
+    assert "wall" in found["sage, bf16"]
+    assert [line["error"] for line in benchmark_lines(found)][1:] == [
+        "RuntimeError: out of memory",
+        "–",
+        "–",
+    ]
+
+
+def test_waits_are_counted_by_name_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "WAITS", {"aten::nonzero", "aten::unique_dim"})
+    x = torch.randn(4, requires_grad=True)
+
+    def look(_: Tensor) -> None:
+        x.nonzero()
+
+    def step() -> None:
+        x.nonzero()
+        y = x * 2
+        y.register_hook(look)  # in the backward pass
+        y.sum().backward()
+
+    class Around(torch.profiler.record_function):
+        """The profiler itself waits beside the step."""
+
+        def __enter__(self) -> Any:
+            x.nonzero()
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            x.nonzero()
+
+    monkeypatch.setattr(gpu, "record_function", Around)
+    assert gpu.waits_of(step, CPU) == {"aten::nonzero": 2}
+
+
+def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        main(["gpu", "--rows", "gcn"])
+    assert (
+        "device: got 'cuda' without such a device, expected a machine that has one"
+        in capsys.readouterr().err
+    )

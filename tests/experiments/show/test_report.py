@@ -1,0 +1,260 @@
+"""The report: it says what the data say, it opens in a browser, and broken runs are named."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from html import unescape
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from experiments.show import patches
+from experiments.show.report import main
+from experiments.show.report_page import Page, shares
+from experiments.study import ensemble
+from experiments.train.command import parse
+from experiments.train.config import _load_file
+from experiments.train.loop import run
+from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
+from experiments.train.run_folder import read_run, write_json
+from tests.experiments import own_parts
+from tests.experiments.command import refused
+from tests.experiments.pyg_data import platonov
+from tests.vision.made_images import cut, write_photo
+
+GRAPH = replace(DIGITS_GRAPH, epochs=2, hidden=8, experts=3, progress=False, seeds=(0, 1))
+IMAGES = replace(
+    DIGITS, epochs=1, layers=2, hidden=8, experts=3, batch_size=300, progress=False, seeds=(0,)
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    run(replace(GRAPH, router="expert_choice", out=root / "graph"))
+    old: Any = run(replace(GRAPH, router="dense", out=root / "graph-dense"))
+    newer = ("peak_memory", "matched", "steps", "curve")
+    write_json(
+        root / "graph-dense" / "summary.json", {key: old[key] for key in old if key not in newer}
+    )
+    run(replace(IMAGES, router="token_choice", out=root / "images"))
+    return root
+
+
+def words_of(path: Path) -> str:
+    """The text of a page."""
+    return unescape(re.sub("<[^>]*>", "\n", path.read_text(encoding="utf-8")))
+
+
+def test_report_of_graphs_and_images(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    main([str(runs / name) for name in ("graph", "graph-dense", "images")] + ["--out", str(out)])
+    page, words = (out / "index.html").read_text(), words_of(out / "index.html")
+    assert str(out / "index.html") in capsys.readouterr().out
+    assert list(out.iterdir()) == [out / "index.html"]
+    assert not re.search("<(script|iframe|a)[ >]", page)
+    assert page.count("src=") == page.count('src="data:') > 5
+    summary = json.loads((runs / "graph" / "summary.json").read_text())
+    assert f"{100 * summary['test']['mean']:.2f} ± {100 * summary['test']['std']:.2f}" in words
+    lead = next(line for line in words.splitlines() if line.startswith("graph: "))
+    assert (
+        f"{max(value['mean'] for name, value in summary['routing'][0].items() if name[:4] == 'ami_'):.2f}"
+        in lead
+    )
+    assert "ami place" in words
+    assert "digits-graph: learning curves" in words
+    assert "digits: learning curves" not in words  # of one epoch
+    assert "Not drawn" not in words
+
+
+def test_a_broken_run_is_named_and_the_others_are_reported(
+    runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    weights = "seed-0/checkpoint/best.safetensors"  # a report shows what it can without them
+    ways: tuple[Callable[[Path], object], ...] = (cut, Path.unlink)
+    for part, break_it in product(
+        ("summary.json", "config.json", "seed-0/routing.csv", weights), ways
+    ):
+        path = shutil.copytree(runs / "graph", tmp_path / "bad", dirs_exist_ok=True) / part
+        break_it(path)
+        with nullcontext() if part == weights else pytest.raises(SystemExit, match="1"):
+            main(
+                [
+                    str(tmp_path / "bad"),
+                    str(runs / "graph-dense"),
+                    "--out",
+                    str(tmp_path / "report"),
+                ]
+            )
+        words = words_of(tmp_path / "report" / "index.html")
+        assert str(path) in words
+        assert (
+            ("Not drawn: " in words)
+            is (part == weights)
+            is (str(path) not in capsys.readouterr().err)
+        )
+        assert "graph-dense" in words
+
+
+def test_patches_of_ones_own_images(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = [
+        write_photo(tmp_path / "one.jpg", (30, 20)),
+        write_photo(tmp_path / "two.png", (9, 40), seed=1),
+    ]
+    half, out = cut(write_photo(tmp_path / "half.jpg", (60, 50))), tmp_path / "out"
+    for name, image, message in (
+        ("graph", photos[0], "expected an image model with experts"),
+        ("nowhere", photos[0], "summary.json"),
+        ("images", half, "half.jpg"),
+        ("images", tmp_path / "none.jpg", "none.jpg"),
+    ):
+        assert message in refused(
+            [str(runs / name), "--images", str(image), "--out", str(out)], capsys, patches.main
+        )
+    assert not out.exists()
+    patches.main([str(runs / "images"), "--images", *map(str, photos), "--out", str(out)])
+    assert capsys.readouterr().out.endswith(f"{out / 'maps.png'}\n")
+    assert matplotlib.image.imread(out / "maps.png").std() > 0.05
+
+
+def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    path = platonov(tmp_path / "own", "graph.npz").folder / "graph.npz"
+    small = replace(
+        PRESETS["graph"][1],
+        data_root=path,
+        epochs=1,
+        hidden=4,
+        experts=2,
+        seeds=(0,),
+        progress=False,
+    )
+    monkeypatch.chdir(tmp_path)
+    run(
+        replace(small, data_root=Path("own/graph.npz"), router="token_choice", out=tmp_path / "run")
+    )
+    for root in (path, path.parent):
+        task = read_run(tmp_path / "run", root).load_task()
+        assert task.graph is not None
+        assert task.graph.num_nodes == len(np.load(path)["node_labels"])
+    monkeypatch.chdir(tmp_path / "own")
+    main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])  # where it was trained
+    assert "Not drawn" not in words_of(tmp_path / "report" / "index.html")
+    main([str(tmp_path / "run"), "--data-root", str(tmp_path), "--out", str(tmp_path / "report")])
+    assert "give another --data-root" in words_of(tmp_path / "report" / "index.html")
+    path.unlink()
+    main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    assert "Not drawn" in words_of(tmp_path / "report" / "index.html")
+
+
+def test_many_images_are_drawn_on_pages(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    """Of bounded height; each image is on one of them, and is drawn as it is alone."""
+    photos = [write_photo(tmp_path / f"{number}.png", (8, 8), seed=number) for number in range(25)]
+    run, out = str(runs / "images"), tmp_path / "out"
+    patches.main([run, "--images", *map(str, photos), "--out", str(out)])
+    files = [out / f"maps-{page}.png" for page in (1, 2, 3)]
+    assert capsys.readouterr().out.splitlines()[-3:] == [str(file) for file in files]
+    assert sorted(out.iterdir()) == files
+    pages = [matplotlib.image.imread(file) for file in files]
+    assert max(len(page) for page in pages) <= 3500
+    patches.main([run, "--images", str(photos[-1]), "--out", str(tmp_path / "alone")])
+    alone = matplotlib.image.imread(tmp_path / "alone" / "maps.png")
+    np.testing.assert_array_equal(pages[-1], alone)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder whose router is a file in it, which leaves a trace where it is imported."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "foreign"
+    folder.mkdir(parents=True)
+    code = f"from {own_parts.__name__} import FirstBits\nopen('trace', 'w')\n"
+    (folder / "evil.py").write_text(code)
+    run(replace(GRAPH, router="runs/foreign/evil.py:FirstBits", out=folder, resume=True))
+    Path("trace").unlink()
+    return folder
+
+
+def renamed(folder: Path, name: str) -> None:
+    """Give the router of a run another name, of the same code."""
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"router": name})
+    _load_file.cache_clear()
+
+
+REFUSED = "code in the run folder runs/foreign, expected code that lies elsewhere, or --trust"
+
+
+@pytest.mark.parametrize("name", ["runs/foreign/evil.py:FirstBits", "runs.foreign.evil:FirstBits"])
+@pytest.mark.parametrize("link", [False, True])
+def test_code_in_a_run_folder_is_refused_and_not_run(
+    name: str, link: bool, foreign: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """By every command that makes the model again: as a file or a module, and through a link."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    if link:
+        shutil.move(foreign, "elsewhere")
+        foreign.symlink_to(Path("elsewhere").resolve())
+    renamed(foreign, name)
+    commands: dict[str, tuple[Any, list[str]]] = {
+        "report": (main, ["--out", "page"]),
+        "patches": (patches.main, ["--images", "x.png"]),
+        "ensemble": (ensemble.main, []),
+    }
+    for command, args in commands.values():
+        error = refused(["runs/foreign", *args], capsys, command)
+        assert f"router: got '{name}', {REFUSED}" in error
+    again = ["--config", "runs/foreign/config.json", "--out", "again"]
+    assert f"router: got '{name}', {REFUSED}" in refused(again, capsys)
+    assert not Path("trace").exists()
+    assert parse([*again, "--router", "random"]).router == "random"
+
+
+def test_trusted_code_is_run(foreign: Path) -> None:
+    renamed(foreign, "runs/foreign/evil.py:FirstBits")
+    main(["runs/foreign", "--out", "page", "--trust"])
+    assert Path("trace").exists()
+    assert "Not drawn" not in words_of(Path("page/index.html"))
+    config = parse(["--config", "runs/foreign/config.json", "--trust"])
+    assert config.router == "runs/foreign/evil.py:FirstBits"
+
+
+def test_code_that_lies_elsewhere_is_run_as_before(foreign: Path) -> None:
+    """Beside the folder; or in a package, though a file in the folder has the same name."""
+    shutil.move(foreign / "evil.py", "runs/mine.py")
+    renamed(foreign, "runs/mine.py:FirstBits")
+    main(["runs/foreign", "--out", "page"])
+    assert Path("trace").exists()
+    (foreign / "own_parts.py").write_text("raise AssertionError")
+    renamed(foreign, f"{own_parts.__name__}:FirstBits")
+    main(["runs/foreign", "--out", "page"])
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    page = Page()
+    page.heading("a < b & c")
+    page.text("<img src=x>")
+    page.table([["<b>"], ["&"]])
+    page.write(tmp_path / "page.html")
+    assert not re.search("<(img|b)[ >]", (tmp_path / "page.html").read_text())
+
+
+def test_shares_by_hand() -> None:
+    found = shares(
+        torch.tensor([[0.2, 0.0], [0.1, 0.3], [0.3, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, 0, -1])
+    )
+    np.testing.assert_allclose(found, np.array([[0.5, 0.5], [0, 1], [1 / 3, 2 / 3]]), atol=1e-6)

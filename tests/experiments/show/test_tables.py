@@ -1,0 +1,58 @@
+"""A line of a table says what its runs found."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+
+from experiments.show.tables import pair_table, study_table
+
+
+def variant(name: str, values: list[float], flops: int = 1, layers: Any = ()) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    test = {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
+    return {"variant": name, "label": name, "metric": "accuracy", "test": test, "flops": flops, "parameters": 1234,
+            "routing": layers, "config": {"seeds": list(range(len(values)))}}  # fmt: skip
+
+
+def study(*variants: dict[str, Any]) -> dict[str, Any]:
+    return {"reference": "dense", "wide": "dense-4x", "variants": list(variants)}
+
+
+DENSE, WIDE = variant("dense", [0.70, 0.72], 100), variant("dense-4x", [0.90, 0.92], 400)
+
+
+def test_headroom() -> None:
+    for dense, wide, recovered in (
+        (0.9, 0.9, "no headroom"),
+        (0.9, 0.95, "no headroom"),
+        (0.5, 0.9, "110 %"),
+    ):
+        ends = variant("dense", [dense] * 2), variant("dense-4x", [min(0.9, wide), wide])
+        found = study_table(study(*ends, variant("moe", [0.94])))
+        assert [line.split(" | ")[5] for line in found.splitlines()[2:]] == [
+            "– |",
+            "– |",
+            f"{recovered} |",
+        ]
+
+
+def test_pairs_are_compared_seed_by_seed() -> None:
+    pairs = study(
+        variant("one", [0.5, 0.6, 0.7]), variant("two", [0.49, 0.62, 0.67]), variant("other", [0.5])
+    )
+    assert pair_table(pairs, ["one/two"]).splitlines()[2:] == [
+        "| one | two | +0.67 ± 2.52 | 2 of 3 |"
+    ]
+    for pair, message in (
+        ("one", "expected VARIANT/OTHER of one"),
+        ("one/x", "VARIANT"),
+        ("one/other", "other seeds"),
+    ):
+        with pytest.raises(ValueError, match=f"pairs: got '{pair}', .*{message}"):
+            pair_table(pairs, [pair])
+    chosen = pair_table(pairs | {"chosen_on": [1]}, ["two/one", "one/two"]).splitlines()
+    assert chosen[0].endswith("| better in | without seeds 1, which chose the variants |")
+    assert chosen[3] == "| one | two | +0.67 ± 2.52 | 2 of 3 | +2.00 ± 1.41 |"

@@ -1,0 +1,140 @@
+"""Advice: what differences say, and that a command says it in three lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.study import advise
+from experiments.study.advise import judge, main
+from experiments.train.config import RunConfig
+from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
+from tests.experiments.command import refused
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([2.0, 2.1], "inconclusive"),  # two are too few
+        ([2.0, 2.1, 1.9], "yes"),
+        ([2.0, 2.0, 2.0], "inconclusive"),  # by chance the same
+        ([0.1, 0.12, 0.11], "no"),  # above 0, and not worth having
+        ([-2.0, -2.1, -1.9], "no"),
+        ([2.0, -2.0, 1.0], "inconclusive"),
+        ([2.0, -2.0, 1.0] * 3 + [0.0], "no"),  # ten without a difference
+        ([1.0, 0.8, 1.2, 0.4, 1.6, 1.0, 0.7, 1.3, 0.9, 1.1], "yes"),
+    ],
+)
+def test_what_differences_say(differences: list[float], verdict: str) -> None:
+    assert judge(differences).verdict == verdict
+
+
+def test_the_interval_is_students() -> None:
+    """Of ten at 95 %, of fewer at 99 %: the mean of 1 to n and its standard error, times the quantile of the tables."""
+    for n, quantile in ((10, 2.262), (5, 4.604)):
+        found = judge([float(value) for value in range(n)])
+        half = quantile * (n * (n + 1) / 12) ** 0.5 / n**0.5
+        assert found.interval == pytest.approx(((n - 1) / 2 - half, (n - 1) / 2 + half), abs=1e-3)
+
+
+@pytest.fixture
+def presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small presets, and at most three splits."""
+    small = {
+        "digits-graph": replace(DIGITS_GRAPH, hidden=2, epochs=15),
+        "digits": replace(DIGITS, hidden=8, epochs=1),
+    }
+    for name, config in small.items():
+        monkeypatch.setitem(PRESETS, name, ("", config))
+    monkeypatch.setattr(advise, "MOST", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "headroom"),
+    [
+        ("digits-graph", "yes"),
+        ("digits-graph", "no"),
+        ("digits-graph", "inconclusive"),
+        pytest.param("digits", "yes", marks=pytest.mark.slow),
+    ],
+)
+# Fmt: skip
+def test_three_lines(
+    name: str,
+    headroom: advise.Verdict,
+    presets: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Experts are tried where there is headroom; the same command reads what is there."""
+    judged = advise.judge
+
+    def told(differences: list[float]) -> advise.Difference:
+        verdict: advise.Verdict = headroom if len(differences) == 2 else "inconclusive"
+        return replace(judged(differences), verdict=verdict)
+
+    monkeypatch.setattr(advise, "judge", told)
+    monkeypatch.chdir(tmp_path)
+    main([name, "--out", "out", "--data-root", "my data"])
+    *_, first, second, third = capsys.readouterr().out.splitlines()
+    found = json.loads(Path("out/advice.json").read_text())
+    assert found["lines"] == [first, second, third]
+    tried = sorted(path.name for path in Path("out").iterdir() if path.is_dir())
+    if headroom == "yes":
+        assert len(tried) == 5
+        assert found["step"] > 0
+        assert third.startswith(
+            f"use them: python -m experiments.train {name} --data-root 'my data'"
+        )
+        assert found["setting"] in advise.arms_of(PRESETS[name][1])
+    else:
+        assert tried == ["dense", "dense-4x"]
+        expected = {"no": "do not use experts", "inconclusive": "inconclusive: run more splits"}
+        assert third.startswith(expected[headroom])
+    assert first in Path("out/index.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
+    main([name, "--out", "out", "--data-root", "my data"])
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")} == before
+
+
+@pytest.mark.parametrize("name", ["digits-graph", "digits"])
+def test_the_length_of_the_first_turn_is_said_before_it_begins(
+    name: str, presets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """In the second line at once, where a pipe gets no other progress."""
+    begun = list[list[str]]()
+
+    def run(config: RunConfig) -> None:
+        begun.append(capsys.readouterr().err.splitlines())
+        raise ValueError("it is enough")
+
+    monkeypatch.setattr("experiments.train.loop.run", run)
+    assert "it is enough" in refused([name, "--out", str(tmp_path)], capsys, main)
+    ((first, *_, second),) = begun
+    assert first.startswith("comparing a dense model with one four times as wide")
+    epochs = PRESETS[name][1].epochs
+    turn = f"the first turn (dense and dense-4x, {epochs} epochs on one split) takes about "
+    assert re.fullmatch(re.escape(turn) + r"\d+ seconds", second)
+
+
+def test_the_length_is_that_of_all_epochs(presets: None, tmp_path: Path) -> None:
+    def seconds(epochs: int) -> float:
+        base = replace(PRESETS["digits-graph"][1], epochs=epochs)
+        return advise.Comparison(base, tmp_path, 60).seconds_of(("dense", "dense-4x"))
+
+    assert seconds(10_000) > 50 * seconds(10)
+
+
+def test_the_budget_ends_it(
+    presets: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One turn is made, and the next that would not fit is not."""
+    main(["digits-graph", "--out", str(tmp_path), "--budget", "0.001", "--width", "2"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("inconclusive: run more splits")
+    assert len(list(tmp_path.rglob("result.json"))) == 2

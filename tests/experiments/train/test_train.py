@@ -1,0 +1,244 @@
+"""The command line, the run folder, and the protocol."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from experiments.train.command import dense_line, main, parse
+from experiments.train.config import GraphConfig, load_object
+from experiments.train.loop import Training
+from experiments.train.presets import PRESETS, command
+from tests.experiments import own_parts
+from tests.experiments.command import QUICK, quick, rows
+from tests.experiments.ogb_data import plant
+from tests.experiments.pyg_data import write_raw
+from tests.vision.made_images import write_cifar, write_imagenette, write_images
+
+
+def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = quick(tmp_path / "run", "--router", "expert_choice", seeds="0 1")
+    assert summary["metric"] == "accuracy"
+    for split in ("val", "test"):
+        first, second = summary[split]["values"]
+        assert summary[split]["mean"] == pytest.approx((first + second) / 2)
+        assert summary[split]["std"] == pytest.approx(abs(first - second) / 2**0.5)
+    assert {"commit", "versions", "cpu", "threads"} <= set(summary["environment"])
+    assert summary["config"] == json.loads((tmp_path / "run" / "config.json").read_text())
+    (layer,) = summary["routing"]
+    counted = {"coverage", "experts_per_token", "entropy", "dropped", "dead"}
+    counted |= {"experts", "max_over_mean_load"}
+    assert set(layer) == counted | {"ami_label", "ami_degree", "ami_homophily", "ami_shuffled"}
+    for seed in (0, 1):
+        assert [row["epoch"] for row in rows(tmp_path / "run", seed=seed)] == ["0", "1", "2"]
+        routing = rows(tmp_path / "run", "routing.csv", seed)
+        assert [(row["epoch"], row["layer"]) for row in routing] == [
+            ("0", "0"),
+            ("1", "0"),
+            ("2", "0"),
+        ]
+        for row in routing:
+            assert sum(float(row[f"load_{expert}"]) for expert in range(8)) == pytest.approx(
+                1.0, abs=1e-3
+            )
+        assert load_file(tmp_path / "run" / f"seed-{seed}" / "checkpoint" / "best.safetensors")
+    assert "test accuracy (%)" in capsys.readouterr().out
+
+
+def test_the_terminal_says_first_what_a_reader_wants(tmp_path: Path, capsys: Any) -> None:
+    """Scores; the command of the dense model; the routing in words, and only then in figures."""
+    summary = quick(tmp_path / "run", "--router", "token_choice", "--k", "2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    options = "digits-graph --router dense --epochs 3 --seeds 0"
+    dense = f"dense model, to compare: python -m experiments.train {options}"
+    begun = ["val accuracy (%)", "test accuracy (%)", dense, "routing: ", "routing, by MoE layer"]
+    assert [line[: len(start)] for line, start in zip(lines[1:], begun, strict=False)] == begun
+    (figures,) = summary["routing"]
+    used = 8 - figures["dead"]["values"][0]
+    assert lines[4].startswith(f"routing: {used} of 8 experts used, ")
+    result = json.loads((tmp_path / "run" / "seed-0" / "result.json").read_text())
+    loads = result["routing"][0]["load"]
+    assert figures["max_over_mean_load"]["values"] == [pytest.approx(8 * max(loads), abs=1e-3)]
+    expected = replace(PRESETS["digits-graph"][1], router="dense", epochs=3, seeds=(0,))
+    assert parse(options.split()) == expected
+
+
+def test_the_dense_model_on_file_is_that_of_the_docs() -> None:
+    """Whatever the experts are. Of another recipe there is a command; of a dense model, nothing."""
+    run = replace(PRESETS["digits-graph"][1], seeds=(7,), router="random", experts=4, k=2)
+    assert isinstance(run, GraphConfig)
+    run = replace(run, start="plain", router_input=("node", "degree"))
+    line = dense_line(run, "accuracy")
+    assert line == "dense model: test accuracy (%) 98.49 ± 0.19, 5 seeds (results/presets.json)"
+    line = dense_line(replace(run, hidden=33), "accuracy")
+    assert line.endswith("experiments.train digits-graph --router dense --hidden 33 --seeds 7")
+    cifar10 = replace(PRESETS["cifar10"][1], out=Path("x"))  # of which 5 epochs are on file
+    line = dense_line(cifar10, "accuracy")
+    assert line.endswith("python -m experiments.train cifar10 --router dense")
+    for alone in (replace(run, router="dense"), replace(run, model=f"{MINE}:moe")):
+        assert dense_line(alone, "accuracy") == ""
+
+
+ON_FILE = {"digits", "digits-graph", "mosaic", "cora", "citeseer", "minesweeper"}
+"""Presets of which the docs have the dense model; others have other epochs or planted graphs."""
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_of_a_preset_the_dense_model_is_on_file_or_a_command(name: str, tmp_path: Path) -> None:
+    line = dense_line(replace(PRESETS[name][1], data_root=tmp_path), "accuracy")
+    own = f": python -m experiments.train {name} --data-root {tmp_path} --router dense"
+    assert ("results/presets.json" in line) if name in ON_FILE else line.endswith(own)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "digits-graph --epochs 3 --seeds 0 4 --router expert_choice --k 2",
+        "digits --balance switch --start plain --check-finite",
+        "ogbn-products-tuned --norm None --fanout -1 -1 --sampling neighbor",
+        "ogbn-arxiv --conv gcn sage --kmeans-init --router multi_centroid --num-centroids 2",
+        "graph --data-root 'a b/x.npz' --metric roc_auc --router-input node degree --lr 1e-5",
+        "cora --router x.py:Router --no-undirected --shared-router True",
+        "ogbn-mag --hidden 3",
+    ],
+)
+def test_a_command_gives_the_configuration_that_it_was_made_of(args: str) -> None:
+    config = parse(shlex.split(args))
+    made = shlex.split(command(config))
+    assert made[:4] == ["python", "-m", "experiments.train", args.split()[0]]
+    assert parse(made[3:]) == config
+
+
+def test_the_test_set_is_read_once_at_the_best_validation_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    evaluate = Training.evaluate
+
+    def watch(training: Training, split: Any) -> Any:
+        seen.append(split)
+        return evaluate(training, split)
+
+    monkeypatch.setattr(Training, "evaluate", watch)
+    quick(tmp_path / "run")
+    assert seen == ["val", "val", "val", "test"]
+    val = [float(row["val"]) for row in rows(tmp_path / "run")]
+    result = json.loads((tmp_path / "run" / "seed-0" / "result.json").read_text())
+    assert (result["best_epoch"], result["val"]) == (val.index(max(val)), max(val))
+
+
+def test_kmeans_finds_the_regions_before_any_training(tmp_path: Path) -> None:
+    args = (
+        "--router",
+        "multi_centroid",
+        "--shared-router",
+        "True",
+        "--kmeans-init",
+        "--num-centroids",
+        "1",
+    )
+    assert quick(tmp_path, *args, preset="mosaic")["routing"][0]["nmi"]["mean"] > 0.9
+
+
+@pytest.fixture(scope="module")
+def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plant(tmp_path_factory.mktemp("ogb"))
+
+
+@pytest.mark.parametrize(
+    "preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero"})
+)
+def test_every_preset_runs_on_tiny_files(
+    preset: str, tmp_path: Path, ogb_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert parse([preset, "--seeds", "3"]) == replace(PRESETS[preset][1], seeds=(3,))
+    root = ogb_root if preset.startswith("ogbn-") else tmp_path / "data"
+    if preset == "graph":
+        root = write_raw("questions", tmp_path).folder / "questions.npz"
+    elif preset == "imagenette":
+        write_imagenette(root, count=3)
+    elif preset == "images":
+        write_images(root, size=32)
+    elif preset in ("cifar10", "cifar100"):
+        write_cifar(
+            root, *{"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}[preset], monkeypatch
+        )
+    elif root != ogb_root:
+        write_raw(preset, root)
+    args = (
+        "--data-root",
+        str(root),
+        "--epochs",
+        "1",
+        "--hidden",
+        "8",
+        "--experts",
+        "2",
+        "--offline",
+    )
+    summary = quick(tmp_path / "run", *args, preset=preset)
+    assert summary["config"]["dataset"] == PRESETS[preset][1].dataset
+    assert summary["routing"]
+
+
+@pytest.mark.parametrize("equal", ["flops", "parameters"])
+def test_dense_models_of_equal_cost(equal: str, tmp_path: Path) -> None:
+    args = ("--router", "dense", "--equal", equal, "--equal-to", "expert_choice", "--epochs", "1")
+    assert quick(tmp_path / "run", *args)["matched"] == pytest.approx(1, abs=0.05)
+    assert quick(tmp_path / "own", "--router", "dense", "--epochs", "1")["matched"] is None
+
+
+MINE = own_parts.__name__
+
+
+@pytest.mark.parametrize("preset", ["digits-graph", "digits"])
+def test_a_router_of_ones_own(preset: str, tmp_path: Path) -> None:
+    args = ("--router", f"{MINE}:FirstBits", "--experts", "4", "--layers", "2", "--hidden", "16")
+    summary = quick(tmp_path / "run", *args, preset=preset)
+    assert summary["config"]["router"] == f"{MINE}:FirstBits"
+    assert all(layer["dead"]["mean"] == 2 for layer in summary["routing"])
+    assert all(layer["experts_per_token"]["mean"] == 1 for layer in summary["routing"])
+
+
+def test_a_router_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another folder than the working directory, and with a name that a module has."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    shutil.copy(own_parts.__file__, folder / "json.py")
+    monkeypatch.chdir(tmp_path)
+    main(["digits-graph", "--router", "elsewhere/json.py:FirstBits", *QUICK, "--seeds", "0"])
+    assert (tmp_path / "runs" / "digits-graph-json.FirstBits" / "summary.json").exists()
+    assert load_object("model", f"{folder}/json.py:sage") is load_object(
+        "model", "elsewhere/json.py:sage"
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "layers"),
+    [("digits-graph", "sage", 0), ("digits-graph", "moe", 1), ("digits", "flat", 0)],
+)
+def test_a_model_of_ones_own(preset: str, name: str, layers: int, tmp_path: Path) -> None:
+    more = ("--sampling", "neighbor", "--fanout", "2", "2") if name == "moe" else ()
+    summary = quick(tmp_path / "run", "--model", f"{MINE}:{name}", *more, preset=preset)
+    assert len(summary["routing"]) == layers
+    assert summary["test"]["mean"] > 0.05
+
+
+def test_tensorboard_gets_figures_and_routing(tmp_path: Path) -> None:
+    quick(
+        tmp_path / "run", "--logger", "tensorboard", "--router", "expert_choice", "--hidden", "16"
+    )
+    events = EventAccumulator(str(tmp_path / "run" / "seed-0" / "tensorboard")).Reload()
+    assert {"loss", "val", "lr", "layer_0/load_0", "layer_0/entropy"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Scalars("val")] == [0, 1, 2]
