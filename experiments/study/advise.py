@@ -28,6 +28,7 @@ import tyro
 from experiments.train.config import (
     GraphConfig,
     HeteroConfig,
+    MoleculeConfig,
     RouterOptions,
     RunConfig,
     check,
@@ -223,7 +224,11 @@ def advise(
         budget: minutes, in which another turn of all arms has to fit.
     """
     presets = {name: config for name, (_, config) in PRESETS.items()}
-    legal = [name for name, config in presets.items() if not isinstance(config, HeteroConfig)]
+    legal = [
+        name
+        for name, config in presets.items()
+        if not isinstance(config, HeteroConfig | MoleculeConfig)
+    ]
     check_choice("preset", preset, legal)
     check(budget > 0, "budget", budget, "minutes above 0")
     base = replace(presets[preset], data_root=data_root, progress=sys.stderr.isatty())

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from experiments.train.config import (
+    ERRORS,
     IMAGES,
     PAPERS,
     RunConfig,
@@ -39,7 +40,7 @@ from experiments.train.config import (
 )
 from experiments.train.files import RESULTS, read_json
 from experiments.train.presets import PRESETS, command
-from experiments.train.scores import percent
+from experiments.train.scores import scored, unit
 
 if TYPE_CHECKING:
     from experiments.train.run_folder import Summary
@@ -96,11 +97,12 @@ def show(config: RunConfig, summary: Summary) -> None:
 
     from experiments.train.routing_stats import in_words, values_of
 
-    scores = pd.DataFrame(
-        {f"{split} {summary['metric']} (%)": summary[split] for split in ("val", "test")}
-    ).T
-    scores[["mean", "std"]] = 100 * scores[["mean", "std"]].astype(float)
-    print(scores[["mean", "std", "n"]].to_string(float_format="{:.2f}".format, na_rep="–"))
+    metric = summary["metric"]
+    name = f"{metric}{unit(metric)}"
+    scores = pd.DataFrame({f"{split} {name}": summary[split] for split in ("val", "test")}).T
+    factor, form = (1, "{:.4f}") if metric in ERRORS else (100, "{:.2f}")
+    scores[["mean", "std"]] = factor * scores[["mean", "std"]].astype(float)
+    print(scores[["mean", "std", "n"]].to_string(float_format=form.format, na_rep="–"))
     if line := dense_line(config, summary["metric"]):
         print(f"\n{line}")
     if summary["routing"]:
@@ -138,7 +140,7 @@ def dense_line(config: RunConfig, metric: str) -> str:
         there, test = row["config"], row["test"]
         same_data = there["dataset"] == config.dataset and "planted" not in row["label"]
         if same_data and differences_of(dense, there).keys() <= {"seeds"}:
-            score = f"test {metric} (%) {percent(test)}, {test['n']} seeds"
+            score = f"test {metric}{unit(metric)} {scored(metric, test)}, {test['n']} seeds"
             return f"dense model: {score} (results/{file.name})"
     return f"dense model, to compare: {command(dense)}"
 

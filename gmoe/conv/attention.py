@@ -58,7 +58,7 @@ def _empty_rows(
 
 
 @operator(fake=_empty_rows)
-def _find_rows(
+def find_rows(
     expert: Tensor, source: Tensor, num_experts: int, num_sources: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The :class:`Rows` of messages, given the expert and the source of each."""
@@ -101,7 +101,7 @@ class Messages:
     def rows(self) -> Rows:
         """The sources that each expert transforms."""
         num_experts = self.routing.num_experts
-        return Rows(*_find_rows(self.expert, self.source, num_experts, self.graph.num_src))
+        return Rows(*find_rows(self.expert, self.source, num_experts, self.graph.num_src))
 
     @lazy
     def from_rows(self) -> Edges:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.published import published
+from experiments.train.data.published import published
 
 TEN = {
     "CCO": 1,

@@ -22,10 +22,10 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from experiments.config import check, check_choice
-from experiments.convert import building
-from experiments.files import naming
-from experiments.published import published, without_update_check
+from experiments.train.config import check, check_choice
+from experiments.train.data.convert import building
+from experiments.train.data.published import published, without_update_check
+from experiments.train.files import naming
 
 FILES = {
     "ogbg-molhiv": ("hiv",),

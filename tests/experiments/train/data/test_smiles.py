@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.published import without_update_check
+from experiments.train.data.published import without_update_check
 from tests.experiments.molecule_data import TEN, write_table
 
 without_update_check()
@@ -21,7 +21,7 @@ from ogb.utils import smiles2graph  # noqa: E402
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr  # noqa: E402
 from torch_geometric.data.storage import GlobalStorage  # noqa: E402
 
-from experiments.smiles import molecules, name_of, scaffold_split  # noqa: E402
+from experiments.train.data.smiles import molecules, name_of, scaffold_split  # noqa: E402
 
 BROKEN = len(TEN) - 1
 """The row of the molecule that RDKit does not sanitize."""
