@@ -625,8 +625,13 @@ def fail(error: Exception, where: str = "") -> NoReturn:
     sys.exit(2)
 
 
-def program(name: str, function: Callable[..., Any], about: str | None) -> Callable[..., Any]:
-    """The entry point of ``python -m experiments.NAME``: calls a function with the options of the command line."""
+def program(
+    name: str, function: Callable[..., Any], about: str | None, extra: str = "convert"
+) -> Callable[..., Any]:
+    """The entry point of ``python -m experiments.NAME``: calls a function with the options of the command line.
+
+    ``extra`` has all packages that it needs.
+    """
 
     def main(args: Sequence[str] | None = None) -> Any:
         try:
@@ -634,7 +639,7 @@ def program(name: str, function: Callable[..., Any], about: str | None) -> Calla
                 function, args=args, prog=f"python -m experiments.{name}", description=about
             )
         except ModuleNotFoundError as error:
-            fail(error, where="; all that experiments need: pip install -e '.[convert]'")
+            fail(error, where=f"; all that experiments need: pip install -e '.[{extra}]'")
         except (ValueError, OSError, ImportError) as error:
             fail(error)
         except KeyboardInterrupt:

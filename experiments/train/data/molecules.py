@@ -139,6 +139,10 @@ def molecule_task(config: MoleculeConfig) -> Task:
     batches = MoleculeBatches(data)
     said = published(data.name)
     is_binary = said["task type"] == "binary classification"
+    for part in ("val", "test") if is_binary else ():
+        y = data.y[data.split[part]]
+        has_both = ((y == 0).any(dim=0) & (y == 1).any(dim=0)).any()
+        check(has_both, data.name, f"no label with both classes in {part}", "one or more")
     return Task(
         name=data.name,
         kind="molecule",

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from experiments.train.config import check, check_choice
+from experiments.train.config import check, check_choice, program
 from experiments.train.data.convert import building
 from experiments.train.data.published import published, without_update_check
 from experiments.train.files import naming
@@ -275,3 +275,6 @@ def _csv(path: Path, stack: ExitStack) -> Any:
     """A writer of a compressed table, closed with the stack."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return csv.writer(stack.enter_context(gzip.open(path, "wt", newline="")), lineterminator="\n")
+
+
+main = program("convert molecules", molecules, __doc__, extra="molecules")
