@@ -98,12 +98,14 @@ def drawing(
     for axis, text, chosen, title in zip(axes, smiles, experts, titles, strict=False):
         molecule, _ = parsed(text, 0)
         canvas = Draw.rdMolDraw2D.MolDraw2DCairo(520, 420)
-        options = {"highlightAtoms": list(range(len(chosen))), "highlightBonds": []}
-        options["highlightAtomColors"] = {
-            atom: colors[expert] for atom, expert in enumerate(chosen)
-        }
-        # Without RDKit's Kekulé form, which a molecule that is not sanitized has not.
-        Draw.rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule, kekulize=False, **options)
+        Draw.rdMolDraw2D.PrepareAndDrawMolecule(
+            canvas,
+            molecule,
+            highlightAtoms=list(range(len(chosen))),
+            highlightAtomColors={atom: colors[expert] for atom, expert in enumerate(chosen)},
+            highlightBonds=[],
+            kekulize=False,  # RDKit cannot where it does not sanitize
+        )
         canvas.FinishDrawing()
         axis.imshow(matplotlib.image.imread(io.BytesIO(canvas.GetDrawingText())))
         axis.set_title(title, fontsize="small")

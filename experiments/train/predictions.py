@@ -119,9 +119,7 @@ def score(task: Task, probability: Tensor, part: Split) -> float:
     """The task's metric of probabilities of all nodes or molecules."""
     assert task.split is not None
     rows, metric = task.split[part], task.metric()
-    if task.labels is None:
-        assert task.graph is not None
-    y = task.labels if task.graph is None else task.graph.y
+    y: Any = task.labels if task.graph is None else task.graph.y
     metric.update(probability.cpu()[rows], y[rows])
     return float(metric.compute())
 

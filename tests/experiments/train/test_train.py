@@ -20,6 +20,7 @@ from experiments.train.loop import Training
 from experiments.train.presets import PRESETS, command
 from tests.experiments import own_parts
 from tests.experiments.command import QUICK, quick, rows
+from tests.experiments.molecule_data import write_set
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import write_raw
 from tests.vision.made_images import write_cifar, write_imagenette, write_images
@@ -172,6 +173,8 @@ def test_every_preset_runs_on_tiny_files(
         write_cifar(
             root, *{"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}[preset], monkeypatch
         )
+    elif preset.startswith("ogbg-"):
+        write_set(root, preset)
     elif root != ogb_root:
         write_raw(preset, root)
     args = (
