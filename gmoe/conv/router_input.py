@@ -6,7 +6,6 @@ Shapes: T tokens (destinations), G graphs, D width, E experts, P pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -16,7 +15,6 @@ from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
 from gmoe.moe import Start
 from gmoe.routers import Router, RouterLike
-from gmoe.routers.groups import gather_pairs, pairs_of_mask
 from gmoe.routing import Routing
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "graph"]
@@ -144,28 +142,4 @@ def decide(
     total_GD = wide_TD.new_zeros(len(graphs_G), wide_TD.size(1)).index_add(0, graph_T, wide_TD)
     size_G = graph_T.bincount(minlength=len(graphs_G))
     own_G = torch.arange(len(graphs_G), device=graph_T.device)
-    return spread(router(total_GD / size_G[:, None], own_G), graph_T)
-
-
-def spread(routing: Routing, graph_T: Tensor) -> Routing:
-    """Give each node the pairs of its graph.
-
-    Args:
-        routing: of G graphs.
-        graph_T: (T,) the graph of each node.
-    """
-    of_graph_GE = torch.zeros_like(routing.scores, dtype=torch.bool)
-    of_graph_GE[routing.token, routing.expert] = True
-    token_P, offsets_E = pairs_of_mask(of_graph_GE.index_select(0, graph_T).T)
-    weight_TE = routing.to_dense().index_select(0, graph_T)
-    return replace(
-        routing,
-        token=token_P,
-        offsets=offsets_E,
-        weight=gather_pairs(weight_TE, token_P, offsets_E),
-        scores=routing.scores.index_select(0, graph_T),
-        num_tokens=len(graph_T),
-        dropped_T=None if routing.dropped_T is None else routing.dropped_T.index_select(0, graph_T),
-        slot=None,
-        validate=False,
-    )
+    return router(total_GD / size_G[:, None], own_G, members=graph_T)

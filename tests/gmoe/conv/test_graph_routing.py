@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gmoe import GNNMoE, Graph, MoEConv, TokenChoice, aux_loss
-from gmoe.conv.router_input import spread
 
 GROUP = torch.tensor([7, 2, 7, 2, 2, 9, 7, 9, 2, 7, 9, 4, 4, 7])
 """The graph of each node: unsorted, with gaps, of different sizes."""
@@ -123,12 +122,13 @@ def test_losses_and_dropped_pairs_go_with_the_graphs() -> None:
     _, routing = layer(x, edge_index, batch=GROUP, return_routing=True)
     assert float(aux_loss(routing).detach()) > 0
     assert routing.dropped_T.tolist() == [0] * len(GROUP)  # graphs do not compete for places
-    one = TokenChoice(6, 3, capacity_factor=0.4)(torch.randn(4, 6))
-    spread_out = spread(one, torch.tensor([0, 0, 3, 1]))
-    torch.testing.assert_close(spread_out.to_dense(), one.to_dense()[[0, 0, 3, 1]])
-    assert spread_out.dropped_T is not None
+    router = TokenChoice(6, 3, capacity_factor=0.4, noise=False, balance="switch")
+    tokens, members = torch.randn(4, 6), torch.tensor([0, 0, 3, 1])
+    one, of_members = router(tokens), router(tokens, members=members)
+    torch.testing.assert_close(of_members.to_dense(), one.to_dense()[members])
     assert one.dropped_T is not None
-    assert spread_out.dropped_T.tolist() == one.dropped_T[[0, 0, 3, 1]].tolist()
+    assert of_members.dropped_T.tolist() == one.dropped_T[members].tolist()
+    torch.testing.assert_close(of_members.aux_loss, one.aux_loss)
 
 
 def test_no_nodes_are_no_graphs() -> None:
