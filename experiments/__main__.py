@@ -7,7 +7,7 @@ ensemble   Score runs on OGB's sets, one by one and together.
 report     Make one HTML page from finished runs.
 patches    Draw which expert takes which patch of your images.
 benchmark  Time layers, routers, and training.
-convert    Bring a large graph into a folder to train from disk.
+convert    Bring a large graph into a folder to train from disk, or SMILES into OGB's layout.
 planted    Write a planted graph in OGB's layout, where OGB's own cannot be had.
 """
 

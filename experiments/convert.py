@@ -1,9 +1,24 @@
-"""Bring a large graph into a folder to train from disk.
+"""Bring data into a form to train from: a graph on disk, or molecules from tables of SMILES.
 
-The command of :mod:`experiments.train.data.convert`.
+The commands of :mod:`experiments.train.data.convert` and :mod:`experiments.train.data.smiles`.
 """
 
-from experiments.train.data.convert import main
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from experiments.train.data import convert, smiles
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point; ``molecules`` first asks for SMILES."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["molecules"]:
+        smiles.main(given[1:])
+    else:
+        convert.main(given)
+
 
 if __name__ == "__main__":
     main()

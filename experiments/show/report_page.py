@@ -20,6 +20,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from experiments.show.nodes import bin_names, draw_nodes
+from experiments.train.config import ERRORS
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import writing
 from experiments.train.routing_stats import (
@@ -32,7 +33,7 @@ from experiments.train.routing_stats import (
     values_of,
 )
 from experiments.train.run_folder import RunFolder, read_run
-from experiments.train.scores import mean_std, percent
+from experiments.train.scores import mean_std, scored, unit
 from gmoe import record_routing
 from gmoe.plot import expert_load, expert_maps, patch_weights
 
@@ -51,15 +52,38 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 7
 figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto; display: block; }
 """
 
-PATCHES_DRAWN = (
-    "Validation images: each patch has the color of its expert, or of its experts mixed by weight; "
-    "dark patches have none. Experts of different layers have nothing to do with each other."
-)
-NODES_DRAWN = (
-    "Up to 300 nodes, of a larger graph in six neighborhoods, in the same places in every panel: by "
-    "what is known of them, and by expert. Gray nodes have no class, or no expert. Colors of "
-    "different panels have nothing to do with each other."
-)
+MEASURED = {
+    "nodes": "all nodes",
+    "patches": "the test images; AMI on validation images of the first seed",
+    "atoms": "the test molecules; AMI on atoms of validation molecules of the first seed",
+}
+"""What the figures of the routing are of, by what is routed."""
+DRAWN = {
+    "nodes": "Up to 300 nodes, of a larger graph in six neighborhoods, in the same places in every "
+    "panel: by what is known of them, and by expert. Gray nodes have no class, or no expert. "
+    "Colors of different panels have nothing to do with each other.",
+    "patches": "Validation images: each patch has the color of its expert, or of its experts mixed "
+    "by weight; dark patches have none. Experts of different layers have nothing to do with each "
+    "other.",
+    "atoms": "Validation molecules and their labels, a figure an MoE layer: each atom has the color "
+    "of the expert of the largest weight; gray ones have none. Experts of different layers have "
+    "nothing to do with each other.",
+}
+"""What is drawn, by what is routed."""
+
+MEASURED = {
+    "nodes": "all nodes",
+    "patches": "the test images; AMI on validation images of the first seed",
+    "atoms": "the test molecules; AMI on atoms of validation molecules of the first seed",
+}
+"""What the figures of the routing are of, by what is routed."""
+DRAWN = {
+    "patches": "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark "
+    "patches have none. Experts of different layers have nothing to do with each other.",
+    "atoms": "Validation molecules and their labels, a figure an MoE layer: each atom has the color of the expert of the "
+    "largest weight; gray ones have none. Experts of different layers have nothing to do with each other.",
+}
+"""What is drawn, by what is routed."""
 
 Tokens = tuple[Tensor, dict[str, Tensor]]
 """Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in
@@ -170,6 +194,8 @@ def data_of(run: RunFolder) -> str:
 
 
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:
+    has_errors = any(run.summary["metric"] in ERRORS for run in runs)
+    shares = "(%; errors as they are)" if has_errors else "(%)"
     columns = [
         {
             "": run.name,
@@ -177,9 +203,11 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "router": run.config.router,
             "experts, K": f"{run.config.experts}, {run.config.k}" if run.history else "–",
             "metric": run.summary["metric"],
-            "validation (%)": percent(run.summary["val"]),
-            "test (%)": percent(run.summary["test"]),
-            "test − dense run (points)": above_dense(run, runs),
+            f"validation {shares}": scored(run.summary["metric"], run.summary["val"]),
+            f"test {shares}": scored(run.summary["metric"], run.summary["test"]),
+            "test − dense run (points)" if not has_errors else "test − dense run": above_dense(
+                run, runs
+            ),
             "seeds": str(run.summary["test"]["n"]),
             "active FLOPs": f"{run.summary['flops']:.3g}",
             "parameters": f"{run.summary['parameters']:,}",
@@ -219,31 +247,32 @@ def above_dense(run: RunFolder, runs: Sequence[RunFolder]) -> str:
     if dense is None:
         return "–"
     tests = (run.summary["test"]["values"], dense.summary["test"]["values"])
-    return mean_std([100 * (a - b) for a, b in zip(*tests, strict=True)], "+.2f")
+    is_error = run.summary["metric"] in ERRORS
+    factor, form = (1, "+.4f") if is_error else (100, "+.2f")
+    return mean_std([factor * (a - b) for a, b in zip(*tests, strict=True)], form)
 
 
 def _routing(page: Page, run: RunFolder) -> str:
     """Write a run's section, and say the most important of it in a sentence."""
     seed, missing, maps, shown = run.config.seeds[0], "", list[Figure](), list[Tokens]()
-    are_patches, names = False, dict[str, Sequence[str]]()
+    tokens, names = "nodes", dict[str, Sequence[str]]()
     layers = values_of(run.summary["routing"])
     try:
         task = run.load_task()
         names = {"ami_label": task.classes}
-        are_patches = task.kind == "image"
-        if are_patches:
-            shown, drawn = _patches(run, task)
+        tokens = {"image": "patches", "molecule": "atoms"}.get(task.kind, "nodes")
+        if tokens == "nodes":
+            shown, drawn, bins = _nodes(run, task)
+            names |= bins
             maps.append(drawn)
+        else:
+            shown, maps = _patches(run, task) if task.kind == "image" else _atoms(run, task)
             for layer, (weight, known) in zip(layers, shown, strict=True):
                 expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
                 found = alignment(
                     expert, {name.removeprefix("ami_"): value for name, value in known.items()}
                 )
                 layer |= {f"ami_{name}": [value] for name, value in found.items()}
-        else:
-            shown, drawn, bins = _nodes(run, task)
-            names |= bins
-            maps.append(drawn)
     except (FileNotFoundError, ValueError) as error:
         missing = f"Not drawn: {error}"
     page.heading(f"{run.name}: routing")
@@ -254,18 +283,19 @@ def _routing(page: Page, run: RunFolder) -> str:
     rows = {name: [f"{fmean(layer[name]):.3f}" for layer in layers] for name in layers[0]}
     page.table([header, *([name.replace("_", " "), *row] for name, row in rows.items())])
     page.text(
-        f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if are_patches else 'all nodes'}"
-        ". Dropped pairs had no room at their expert; dead experts get no token; entropy is in nats. AMI: adjusted "
-        "mutual information of experts and a property, 1 if they are the same partition, 0 by "
+        f"Mean over seeds, on {MEASURED[tokens]}. Dropped pairs had no room at their expert; dead "
+        "experts get no token; entropy is in nats. AMI: adjusted mutual information of experts and a property, 1 if they are the same partition, 0 by "
         f"chance. {IN_WORDS}",
         "note",
     )
     if missing:
         page.text(missing, "warn")
     else:
-        page.heading(f"Which {'patches' if are_patches else 'nodes'} go to which expert?", 3)
+        page.heading(f"Which {tokens} go to which expert?", 3)
     if maps:
-        page.figures(maps, PATCHES_DRAWN if are_patches else NODES_DRAWN)
+        page.figures(maps, DRAWN[tokens])
+    elif tokens == "atoms" and not missing:
+        page.text("Molecules are drawn by RDKit, which is not installed: pip install rdkit", "warn")
     for number, (weight, known) in enumerate(shown, start=1):
         page.figures(
             [
@@ -273,13 +303,21 @@ def _routing(page: Page, run: RunFolder) -> str:
                 for name, value in known.items()
             ],
             f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each class, place (row by "
-            "row), degree or local homophily (neighbors of the same class), the latter two in bins of about as many "
+            "row), element, degree or local homophily (neighbors of the same class), the latter two in bins of about as many "
             "nodes each. A row like the last one says that the expert does not go by it.",
         )
     return in_words(layers, run.config.experts)
 
 
-def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], Figure]:
+def _atoms(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
+    """By MoE layer, the atoms of validation molecules; and drawings of some."""
+    from experiments.show.molecules import atoms_of  # ogb, which others do without
+
+    found: tuple[list[Tokens], list[Figure]] = atoms_of(run, task)
+    return found
+
+
+def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:
     """By MoE layer, the patches of validation images; and maps of images, each of another class."""
     model = run.load_model(task)
     batches, weights = list[Batch](), list[list[Tensor]]()
@@ -302,7 +340,7 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
         shown.append((weight_BhwE.flatten(0, 2), known))
     chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()[:6]]
     titles = [task.classes[int(labels[image])] for image in chosen]
-    return shown, expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)
+    return shown, [expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)]
 
 
 def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, list[str]]]:
@@ -337,8 +375,10 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
     The mean over seeds, and the band from the lowest to the highest.
     """
     figures = []
-    val = f"validation {runs[0].summary['metric']} (%)"
-    for name, factor, label in (("val", 100, val), ("loss", 1, "training loss")):
+    metric = runs[0].summary["metric"]
+    val = f"validation {metric}{unit(metric)}"
+    share = 1 if metric in ERRORS else 100
+    for name, factor, label in (("val", share, val), ("loss", 1, "training loss")):
         figure = Figure(figsize=(4.8, 3.4), layout="constrained")
         axis = figure.subplots()
         for run in runs:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from experiments.train.checks import check
-from experiments.train.scores import mean_std, percent, shown
+from experiments.train.scores import mean_std, percent, scored, shown, unit
 
 Line: TypeAlias = dict[str, str]
 """A line of a table, by column."""
@@ -60,7 +60,9 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
         lines.append(
             {
                 "variant": variant["label"],
-                f"test {variant['metric']} (%)": percent(variant["test"]),
+                f"test {variant['metric']}{unit(variant['metric'])}": scored(
+                    variant["metric"], variant["test"]
+                ),
                 "n": str(variant["test"]["n"]),
                 "active FLOPs": "–"
                 if narrow is None

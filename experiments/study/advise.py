@@ -30,7 +30,13 @@ import tyro
 
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
-from experiments.train.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig
+from experiments.train.config import (
+    GraphConfig,
+    HeteroConfig,
+    MoleculeConfig,
+    RouterOptions,
+    RunConfig,
+)
 from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import read_json
 from experiments.train.presets import PRESETS, command
@@ -226,7 +232,11 @@ def advise(
         budget: minutes, in which another turn of all arms has to fit.
     """
     presets = {name: config for name, (_, config) in PRESETS.items()}
-    legal = [name for name, config in presets.items() if not isinstance(config, HeteroConfig)]
+    legal = [
+        name
+        for name, config in presets.items()
+        if not isinstance(config, HeteroConfig | MoleculeConfig)
+    ]
     check_choice("preset", preset, legal)
     check(budget > 0, "budget", budget, "minutes above 0")
     base = replace(presets[preset], data_root=data_root, progress=sys.stderr.isatty())

@@ -15,7 +15,7 @@ import tyro
 from experiments.train.checks import check
 from experiments.train.command_line import program
 from experiments.train.files import check_finished
-from experiments.train.scores import percent
+from experiments.train.scores import scored
 
 SEEDS = 10
 """That OGB's leaderboards ask for."""
@@ -50,7 +50,7 @@ def ensemble(
     found = [read_run(folder, data_root, trust) for folder in runs]
     sets = sorted({run.config.dataset for run in found})
     # Of others, each seed may test where another one trains
-    one = len(sets) == 1 and sets[0].startswith("ogbn-")
+    one = len(sets) == 1 and sets[0].startswith(("ogbn-", "ogbg-"))
     check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
     for run in found:
         print(f"{run.folder}: {submission(run.summary)}")
@@ -61,19 +61,24 @@ def ensemble(
     ]
     if missing := [str(file) for file in files if not file.exists()]:
         raise ValueError(
-            f"{missing[0]}: is missing; runs on OGB's sets of one node type, in memory, can write it"
+            f"{missing[0]}: is missing; runs on OGB's molecules, or its sets of one node type in memory, can write it"
         )
     for run in reversed(found):  # an error where it was trained on others
         task = run.load_task()
     probability = mean_of(files)
-    test, val = (f"{100 * score(task, probability, part):.2f}" for part in ("test", "val"))
+    metric = task.metric_name
+    test, val = (
+        scored(metric, {"mean": score(task, probability, part), "std": None})
+        for part in ("test", "val")
+    )
     print(f"ensemble of {len(files)}: test {test}, validation {val} (one score, without a spread)")
 
 
 def submission(summary: Any) -> str:
     """Test and validation, mean ± sample standard deviation over seeds, parameters, hardware."""
     where, n = summary["environment"], summary["test"]["n"]
-    line = f"test {percent(summary['test'])}, validation {percent(summary['val'])}, {n} seeds"
+    test, val = (scored(summary["metric"], summary[part]) for part in ("test", "val"))
+    line = f"test {test}, validation {val}, {n} seeds"
     line += f"; {summary['parameters']:,} parameters; {where['gpu'] or where['cpu']}"
     return line if n >= SEEDS else f"{line} (a submission takes {SEEDS} seeds)"
 

@@ -122,10 +122,10 @@ def confirmed(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
     return found
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is finished: by column and run, the summary."""
+def read_results(folder: Path, columns: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """What is finished: by column (of this study, unless others are named) and run, the summary."""
     found = {}
-    for column in COLUMNS:
+    for column in COLUMNS if columns is None else columns:
         paths = sorted((folder / column).glob("*.json"))
         if paths:
             found[column] = {path.stem: read_json(path, dict[str, Any]) for path in paths}

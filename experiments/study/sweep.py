@@ -94,10 +94,10 @@ class RoutersConfig(SweepConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnsConfig(SweepConfig):
-    """Columns of a study of starts or of the curves over FLOPs, and where they go."""
+    """Columns of a study of starts, of the curves over FLOPs or of molecules, and where they go."""
 
     data_root: Path = Path("data")
-    """Folder of planetoid, heterophilous and facebook.npz, each as its loader reads it."""
+    """Folder of planetoid, heterophilous and facebook.npz, or of ogbg_mol..., each as its loader reads it."""
     columns: tuple[str, ...] = ()
     """Data sets; by default all."""
 
@@ -121,6 +121,10 @@ STUDIES["starts"] = (
 )
 STUDIES["curves"] = (
     "Test scores over FLOPs: dense models and two shapes of experts by width.",
+    ColumnsConfig(),
+)
+STUDIES["molecules"] = (
+    "Experts on OGB's molecules, by atom and by molecule, beside GMoE rebuilt.",
     ColumnsConfig(),
 )
 
@@ -212,17 +216,32 @@ def sweep_curves(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
     return table(results), failed
 
 
+def sweep_molecules(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
+    """Run the arms that have no file: the table, and by arm why it could not be run."""
+    from experiments.study.molecules import COLUMNS, runs, table
+
+    todo = runs(config.columns, config.data_root)
+    results, failed = run_columns("molecules", todo, config, tuple(COLUMNS))
+    return table(results), failed
+
+
 def run_columns(
-    name: str, todo: Mapping[str, RunConfig], config: SweepConfig
+    name: str,
+    todo: Mapping[str, RunConfig],
+    config: SweepConfig,
+    columns: Sequence[str] | None = None,
 ) -> tuple[Results, dict[str, str]]:
-    """Run what has no file ``COLUMN/RUN.json``: all results, and by run why it could not be run."""
+    """Run what has no file ``COLUMN/RUN.json``: all results, and by run why it could not be run.
+
+    ``columns`` are those of the study, where they are not those of the starts.
+    """
     from experiments.study.starts import read_results
     from experiments.train.results import write_json
 
     folder = config.results / name
     known = {
         f"{column}/{run}": summary["config"]
-        for column, runs in read_results(folder).items()
+        for column, runs in read_results(folder, columns).items()
         for run, summary in runs.items()
     }
 
@@ -232,7 +251,7 @@ def run_columns(
         write_json(folder / f"{cell}.json", kept)
 
     failed = run_all(name, todo, known, folder, config, finish)
-    return read_results(folder), failed
+    return read_results(folder, columns), failed
 
 
 def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
@@ -342,8 +361,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(config, RoutersConfig):
             table, failed = sweep_cells(config)
         elif isinstance(config, ColumnsConfig):
-            sweep_columns = sweep_starts if study == "starts" else sweep_curves
-            table, failed = sweep_columns(config)
+            of_columns = {
+                "starts": sweep_starts,
+                "curves": sweep_curves,
+                "molecules": sweep_molecules,
+            }
+            table, failed = of_columns[study](config)
         elif study == "map":
             table, failed = sweep_map(config)
         else:

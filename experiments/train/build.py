@@ -18,6 +18,7 @@ from experiments.train.config import (
     GraphConfig,
     HeteroConfig,
     ImageConfig,
+    MoleculeConfig,
     NodeConfig,
     RouterOptions,
     RunConfig,
@@ -79,7 +80,7 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
     try:
         active = flops(model, example(config, task))
     except (TypeError, RuntimeError, AssertionError, AttributeError) as error:
-        if not isinstance(config, GraphConfig) or config.model is not None:
+        if not isinstance(config, GraphConfig | MoleculeConfig) or config.model is not None:
             raise
         raise ValueError(
             f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
@@ -176,12 +177,14 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
             if isinstance(module, gmoe.Router):
                 module.check_finite = config.check_finite
         return model
-    assert isinstance(config, NodeConfig)
+    assert isinstance(config, NodeConfig | MoleculeConfig)
     common |= {
         "norm": config.norm,
         "residual": config.residual,
         "check_finite": config.check_finite,
     }
+    if isinstance(config, MoleculeConfig):
+        return _build_molecules(config, task, router, common)
     if isinstance(config, HeteroConfig):
         assert isinstance(task.graph, HeteroData)
         return gmoe.HeteroGNNMoE(
@@ -208,6 +211,31 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         router=router,
         shared_router=config.shared_router,
         jk=config.jk,
+        input_dropout=config.input_dropout,
+        **common,
+    )
+
+
+def _build_molecules(
+    config: MoleculeConfig, task: Task, router: Any, common: dict[str, Any]
+) -> nn.Module:
+    """The GNN of molecules."""
+    from experiments.train.molecule_gnn import (  # ogb, which others do without
+        MoleculeGNN,
+        conv_of,
+    )
+
+    kinds = kinds_of_experts(config)
+    convs = {name: conv_of(name, config.hidden) for name in config.conv}
+    return MoleculeGNN(
+        config.hidden,
+        task.num_classes,
+        config.layers,
+        conv=convs[kinds] if isinstance(kinds, str) else [convs[kind] for kind in kinds],
+        router=router,
+        shared_router=config.shared_router,
+        virtual_node=config.virtual_node,
+        pool=config.pool,
         input_dropout=config.input_dropout,
         **common,
     )
@@ -256,7 +284,7 @@ def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
     return ViTSize(image_size=image_size, **sizes)
 
 
-def kinds_of_experts(config: GraphConfig) -> str | list[str]:
+def kinds_of_experts(config: GraphConfig | MoleculeConfig) -> str | list[str]:
     """The conv of all experts, or the kind of each; the first alone for the dense model."""
     if len(config.conv) == 1 or config.router == "dense":
         return config.conv[0]

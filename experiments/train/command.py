@@ -26,12 +26,12 @@ import tyro
 
 from experiments.train.checks import check, check_first
 from experiments.train.command_line import fail, with_short_help
-from experiments.train.config import IMAGES, PAPERS, RunConfig, dense_of
+from experiments.train.config import ERRORS, IMAGES, PAPERS, RunConfig, dense_of
 from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import RESULTS, read_json
 from experiments.train.presets import PRESETS, command
 from experiments.train.saved import read_options
-from experiments.train.scores import paired, percent
+from experiments.train.scores import paired, scored, unit
 from experiments.train.signals import interrupt
 from experiments.train.user_code import check_trusted
 
@@ -139,15 +139,16 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
 
     from experiments.train.routing_stats import in_words, values_of
 
-    scores = pd.DataFrame(
-        {f"{split} {summary['metric']} (%)": summary[split] for split in ("val", "test")}
-    ).T
-    scores[["mean", "std"]] = 100 * scores[["mean", "std"]].astype(float)
-    print(scores[["mean", "std", "n"]].to_string(float_format="{:.2f}".format, na_rep="–"))
+    metric = summary["metric"]
+    name = f"{metric}{unit(metric)}"
+    scores = pd.DataFrame({f"{split} {name}": summary[split] for split in ("val", "test")}).T
+    factor, form = (1, "{:.4f}") if metric in ERRORS else (100, "{:.2f}")
+    scores[["mean", "std"]] = factor * scores[["mean", "std"]].astype(float)
+    print(scores[["mean", "std", "n"]].to_string(float_format=form.format, na_rep="–"))
     if dense is not None:
-        score = f"dense model: test {dense['metric']} (%) {percent(dense['test'])}"
+        score = f"dense model: test {name} {scored(metric, dense['test'])}"
         ratio = f"{summary['flops'] / dense['flops']:.2f} times its active FLOPs"
-        difference = paired(summary["test"]["values"], dense["test"]["values"])
+        difference = paired(metric, summary["test"]["values"], dense["test"]["values"])
         print(f"\n{score}\nexperts − dense: {difference}, at {ratio}")
     elif line := dense_line(config, summary["metric"]):
         print(f"\n{line}")
@@ -186,7 +187,7 @@ def dense_line(config: RunConfig, metric: str) -> str:
         there, test = row["config"], row["test"]
         same_data = there["dataset"] == config.dataset and "planted" not in row["label"]
         if same_data and differences_of(dense, there).keys() <= {"seeds"}:
-            score = f"test {metric} (%) {percent(test)}, {test['n']} seeds"
+            score = f"test {metric}{unit(metric)} {scored(metric, test)}, {test['n']} seeds"
             return f"dense model: {score} (results/{file.name})"
     return f"dense model, to compare: {command(dense)}"
 

@@ -22,10 +22,13 @@ def fail(error: Exception, where: str = "") -> NoReturn:
     sys.exit(2)
 
 
-def program(name: str, function: Callable[..., Any], about: str | None) -> Callable[..., Any]:
+def program(
+    name: str, function: Callable[..., Any], about: str | None, extra: str = "convert"
+) -> Callable[..., Any]:
     """Return the entry point of ``python -m experiments.NAME``.
 
-    It calls a function with the options of the command line.
+    It calls a function with the options of the command line. ``extra`` has all packages that it
+    needs.
     """
 
     def main(args: Sequence[str] | None = None) -> Any:
@@ -34,7 +37,7 @@ def program(name: str, function: Callable[..., Any], about: str | None) -> Calla
                 function, args=args, prog=f"python -m experiments.{name}", description=about
             )
         except ModuleNotFoundError as error:
-            fail(error, where="; all that experiments need: pip install -e '.[convert]'")
+            fail(error, where=f"; all that experiments need: pip install -e '.[{extra}]'")
         except (ValueError, OSError, ImportError) as error:
             fail(error)
         except KeyboardInterrupt:

@@ -20,7 +20,8 @@ from experiments.train.checks import (
     check_seeds,
 )
 
-RouterInput = Literal["node", "neighbors", "degree"]
+RouterInput = Literal["node", "neighbors", "degree", "graph"]
+Pool = Literal["mean", "sum", "max"]
 
 RouterName = Literal[
     "dense",
@@ -272,7 +273,8 @@ class GraphConfig(NodeConfig):
     conv: tuple[str, ...] = ("gcn",)
     """The conv; several are kinds of experts that alternate (a dense model takes the first)."""
     router_input: tuple[RouterInput, ...] | None = None
-    """What the router sees: the node (the default), the mean of its neighbors, log-degree."""
+    """What the router sees: the node (the default), the mean of its neighbors, log-degree.
+    Or the graph, by itself."""
     shared_router: bool | None = None
     """One decision for all layers, or one in each; by default one where layers start as copies."""
     jk: Literal["last", "cat", "max"] | None = None
@@ -312,6 +314,36 @@ class HeteroConfig(NodeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoleculeConfig(RunConfig):
+    """Labels of molecules, each a graph, in a GNN as OGB's examples build it."""
+
+    conv: tuple[str, ...] = ("gcn",)
+    """The conv; several are kinds of experts that alternate (a dense model takes the first).
+    `gcn` and `gin` are OGB's of molecules, `gine` PyG's.
+    GIN's batch norm has each expert run on all atoms."""
+    router_input: tuple[RouterInput, ...] | None = None
+    """What the router sees: the atom (`node`, the default), the mean of its neighbors, log-degree.
+    Or the `graph`, by itself: the mean of its atoms, which then go to the same expert."""
+    shared_router: bool | None = None
+    """One decision for all layers, or one in each; by default one where layers start as copies."""
+    residual: Literal["none", "identity", "linear"] = "none"
+    norm: str | None = "batch_norm"
+    """The norm, by PyG's name."""
+    virtual_node: bool = False
+    """Join all atoms of a molecule by a further node, as OGB does."""
+    pool: Pool = "mean"
+    """How atoms become a molecule."""
+    input_dropout: float = 0.0
+    """Dropout of the atoms' embeddings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.conv, "conv", "none", "at least one")
+        legal = f"none for {self.dataset}; your own molecules are files in OGB's layout"
+        check(self.data is None, "data", repr(self.data), legal)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageConfig(RunConfig):
     """Patches of images, in a ViT."""
 
@@ -348,7 +380,9 @@ class ImageConfig(RunConfig):
 
 HETERO = ("ogbn-mag", "hetero")
 IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
-"""Data sets of each kind; all others are graphs."""
+"""Data sets of each kind; all others are graphs, but OGB's molecules, ``ogbg-mol...``."""
+ERRORS = ("rmse",)
+"""Metrics of which less is better, and which are not shares."""
 
 WHERE = frozenset({
     "data_root", "out", "resume", "workers", "device", "offline", "allow_large_downloads", "logger", "progress", "jobs",
@@ -363,6 +397,8 @@ def config_class(dataset: str) -> type[RunConfig]:
     """The configuration of a data set's kind."""
     if dataset in HETERO:
         return HeteroConfig
+    if dataset.startswith("ogbg-"):
+        return MoleculeConfig
     return ImageConfig if dataset in IMAGES else GraphConfig
 
 
@@ -377,6 +413,7 @@ def dense_of(config: RunConfig) -> RunConfig:
     """The run of the dense model that stands where the one with experts does."""
     usual = type(config)(dataset=config.dataset)
     changes = {name: getattr(usual, name) for name in OF_EXPERTS if hasattr(usual, name)}
-    if isinstance(config, GraphConfig):  # of several kinds of experts a dense model takes the first
+    # Of several kinds of experts a dense model takes the first.
+    if isinstance(config, GraphConfig | MoleculeConfig):
         changes["conv"] = config.conv[:1]
     return replace(config, router="dense", **changes)

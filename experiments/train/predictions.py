@@ -16,18 +16,20 @@ from torch_geometric.data import Data
 from torch_geometric.nn import CorrectAndSmooth
 
 from experiments.train.build import fails_by_layer
-from experiments.train.config import GraphConfig
+from experiments.train.config import ERRORS, GraphConfig, MoleculeConfig
 from experiments.train.data.task import Split, Task
 from experiments.train.files import naming, writing
 from experiments.train.training import Training
 
 
 def has_predictions(config: Any, model: Any, task: Task) -> bool:
-    """Of OGB's sets of one node type that are kept in memory, and where they are corrected.
+    """Of OGB's molecules; of its sets of one node type in memory; and where they are corrected.
 
     A model has them that sees the whole graph, or runs by layers. What cannot be corrected is a
     ``ValueError``.
     """
+    if isinstance(config, MoleculeConfig):
+        return True
     if not isinstance(config, GraphConfig):
         return False
     possible = (config.correct_and_smooth or config.dataset.startswith("ogbn-")) and isinstance(
@@ -46,16 +48,21 @@ def has_predictions(config: Any, model: Any, task: Task) -> bool:
 def keep_predictions(
     training: Training, folder: Path, scores: tuple[float, float]
 ) -> tuple[float, float]:
-    """Write ``predictions.safetensors`` in the folder of a seed: (N, classes) probabilities of all
-    nodes.
+    """Write ``predictions.safetensors`` in the folder of a seed.
+
+    It has the (N, classes) probabilities of all nodes or molecules; where numbers are predicted,
+    these.
 
     Returns what validation and test score: ``scores``, or what they do after correction and
     smoothing.
     """
     config: Any = training.config
     task = training.task
-    assert task.graph is not None
     training.model.eval()
+    if isinstance(config, MoleculeConfig):
+        _keep(folder, _of_molecules(training))
+        return scores
+    assert task.graph is not None
     if config.evaluation == "full":
         (batch,) = training.fabric.to_device(list(task.loader("test", config.batch_size, None)))
         logits = training.forward(batch.inputs)
@@ -66,10 +73,27 @@ def keep_predictions(
     if config.correct_and_smooth:
         probability = corrected(probability, y, task)
         scores = score(task, probability, "val"), score(task, probability, "test")
+    _keep(folder, probability)
+    return scores
+
+
+def _keep(folder: Path, probability: Tensor) -> None:
     path = folder / "predictions.safetensors"
     with writing(path):
         save_file({"probability": probability.cpu().contiguous()}, path)
-    return scores
+
+
+def _of_molecules(training: Training) -> Tensor:
+    """(G, labels) of all molecules, NaN of those in no part of the split."""
+    task = training.task
+    assert task.labels is not None
+    assert task.split is not None
+    found = torch.full_like(task.labels, torch.nan)
+    for part, rows in task.split.items():
+        batches = task.loader(part, training.config.batch_size, None)
+        logits = [training.forward(training.fabric.to_device(b).inputs).cpu() for b in batches]
+        found[rows] = torch.cat(logits).float()
+    return found if task.metric_name in ERRORS else found.sigmoid()
 
 
 def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
@@ -95,11 +119,11 @@ def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
 
 
 def score(task: Task, probability: Tensor, part: Split) -> float:
-    """The task's metric of probabilities of all nodes."""
-    assert task.graph is not None
+    """The task's metric of probabilities of all nodes or molecules."""
     assert task.split is not None
     rows, metric = task.split[part], task.metric()
-    metric.update(probability.cpu()[rows], task.graph.y[rows])
+    y: Any = task.labels if task.graph is None else task.graph.y
+    metric.update(probability.cpu()[rows], y[rows])
     return float(metric.compute())
 
 

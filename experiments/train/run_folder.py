@@ -86,6 +86,9 @@ def described(config: RunConfig) -> dict[str, Any]:
     elif config.dataset.startswith("ogbn-"):
         planted = root / config.dataset.replace("-", "_") / "PLANTED.txt"
         digest.update(planted.read_bytes() if planted.exists() else b"")
+    elif config.dataset.startswith("ogbg-"):  # OGB's, or converted, by some version of RDKit
+        for file in sorted(root.glob(f"{config.dataset.replace('-', '_')}/RELEASE*.txt")):
+            digest.update(file.read_bytes())
     has_data = digest.digest() != hashlib.sha256().digest()
     return found | {"digest": digest.hexdigest()[:16] if has_data else None}
 

@@ -8,6 +8,8 @@ from functools import partial
 from math import sqrt
 from typing import Any
 
+from experiments.train.config import ERRORS
+
 
 def mean_std(values: Sequence[float], form: str = ".2f") -> str:
     """Mean ± sample standard deviation of values."""
@@ -41,12 +43,27 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """The mean difference of scores seed by seed, in points, and its interval from two seeds on."""
-    values = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    text = f"{statistics.fmean(values):+.2f} points"
+def paired(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The mean difference of scores seed by seed, and its interval from two seeds on.
+
+    In points; of errors, of which less is better, as it is.
+    """
+    is_error = metric in ERRORS
+    factor, form, name = (1, "+.4f", metric) if is_error else (100, "+.2f", "points")
+    values = [factor * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    text = f"{statistics.fmean(values):{form}} {name}"
     if len(values) > 1:
         low, high = interval(values)
-        text += f" (95 % interval {low:+.2f} to {high:+.2f})"
-    better = sum(value > 0 for value in values)
+        text += f" (95 % interval {low:{form}} to {high:{form}})"
+    better = sum(value < 0 if is_error else value > 0 for value in values)
     return f"{text}, n = {len(values)}, better on {better} of {len(values)} seeds"
+
+
+def scored(metric: str, figures: Mapping[str, Any]) -> str:
+    """A score in percent; an error as it is."""
+    return shown(figures, ".4f") if metric in ERRORS else percent(figures)
+
+
+def unit(metric: str) -> str:
+    """What follows the name of a metric whose values are :func:`scored`."""
+    return "" if metric in ERRORS else " (%)"

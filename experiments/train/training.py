@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 import gmoe
-from experiments.train.config import GraphConfig, NodeConfig, RunConfig
+from experiments.train.config import ERRORS, GraphConfig, NodeConfig, RunConfig
 from experiments.train.data.task import Batch, Split, Task
 from experiments.train.epoch import Epoch
 from experiments.train.processes import of_all, share
@@ -39,7 +39,7 @@ class Reached:
 
     epochs: int = 0
     best_epoch: int = -1
-    best_val: float = -math.inf
+    best_val: float = math.nan
     seconds: float = 0.0
     curve: dict[str, list[float]] = field(
         default_factory=lambda: {"epoch": [], "loss": [], "val": []}
@@ -153,7 +153,7 @@ class Training:
                 ("val", row["val"]),
             ):
                 reached.curve[figure].append(round(value, 5))
-            if row["val"] > reached.best_val:
+            if is_better(self.task.metric_name, row["val"], reached.best_val):
                 reached.best_val, reached.best_epoch, self.best = row["val"], epoch, self.weights()
         self.count_seconds()
         layers = routing_rows(self.epoch.stats)
@@ -321,6 +321,13 @@ def set_rng(states: dict[str, Any]) -> None:
     """Draw on from :func:`get_rng`."""
     torch.set_rng_state(states["cpu"])
     torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def is_better(metric: str, value: float, best: float) -> bool:
+    """Whether a score is better than the best before it, which is NaN if there was none."""
+    if math.isnan(best):
+        return True
+    return value < best if metric in ERRORS else value > best
 
 
 def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:

@@ -48,7 +48,7 @@ def _empty_rows(
 
 
 @operator(fake=_empty_rows)
-def _find_rows(
+def find_rows(
     expert: Tensor, source: Tensor, num_experts: int, num_sources: int, number: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The :class:`Rows` of messages, given the expert and the source of each.
@@ -121,7 +121,7 @@ class Messages:
             # At most each message has a row of its own, and each expert all sources. The host knows
             # that; for the number itself it would wait.
             number = min(len(self.source), num_experts * num_sources)
-        return Rows(*_find_rows(self.expert, self.source, num_experts, num_sources, number))
+        return Rows(*find_rows(self.expert, self.source, num_experts, num_sources, number))
 
     @lazy
     def from_rows(self) -> Edges:

@@ -43,7 +43,13 @@ from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, ConvLike, Make, kind_of, kinds_of
-from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
+from gmoe.conv.router_input import (
+    RouterInput,
+    decide,
+    router_features,
+    router_parts,
+    router_width,
+)
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, drawn_apart, start_of_convs
 from gmoe.routers import RouterLike, let_check_finite
@@ -114,8 +120,10 @@ class MoEConv(MoELayer, MessagePassing):
         k: K, experts per node (default 1).
         router_input: what the router sees: the ``"node"``, its ``"neighbors"`` (the conv's own
             aggregate if all experts share it, else the mean over in-edges), its ``"degree"``
-            (log(1 + in-degree)), or several. By default (``None``) the node and its neighbors for
-            copies, unless the router is an instance, and the node beside a shared expert.
+            (log(1 + in-degree)), or several; or the ``"graph"``, the mean of its nodes, so that
+            all nodes of a graph (by ``batch``) go to the same experts. By default (``None``) the
+            node and its neighbors for copies, unless the router is an instance, and the node
+            beside a shared expert.
         start: how the layer starts (default ``"shared"``; :class:`GNNMoE` has another).
 
             - ``"copies"``: all experts start as one conv, and nothing runs beside them: at the
@@ -383,7 +391,8 @@ class MoEConv(MoELayer, MessagePassing):
         # 3. Route the destinations.
         if routing is None and self.router is not None:
             seen_TD = router_features(self.router_input, u_src, u_dst, h, graph)
-            routing = self.router(seen_TD, batch, graph.edge_index if x_src is x_dst else None)
+            edge_index = graph.edge_index if x_src is x_dst else None
+            routing = decide(self.router, self.router_input, seen_TD, batch, edge_index)
         else:
             routing = checked_routing(routing, graph.num_dst, self.num_experts)
 

@@ -1,6 +1,6 @@
-"""What the router of a graph layer sees of a node: its features, its neighbors, its degree.
+"""What the router of a graph layer sees: a node, its neighbors, its degree, or the whole graph.
 
-Shapes: T tokens (destinations).
+Shapes: T tokens (destinations), G graphs, D width, E experts, P pairs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
 from gmoe.moe import Start
 from gmoe.routers import Router, RouterLike
+from gmoe.routing import Routing
 
-RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
+RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "graph"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
-"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several of them."""
+"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several; or ``"graph"``.
+
+The graph, by itself, is the mean of the nodes of each graph of a batch: all of them go to the same
+experts."""
 
 
 def router_parts(
@@ -39,7 +43,7 @@ def router_parts(
             node.
 
     Raises:
-        ValueError: an unknown part, or none.
+        ValueError: an unknown part, or none; the graph beside other parts.
     """
     if router_input is None:
         is_built_here = router is not None and not isinstance(router, Router)
@@ -50,7 +54,12 @@ def router_parts(
         check_choice("router_input", name, RouterPart)
     if not named:
         raise ValueError(
-            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'"
+            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'; "
+            "or 'graph'"
+        )
+    if "graph" in named and set(named) != {"graph"}:
+        raise ValueError(
+            f"router_input: got {named}, expected 'graph' by itself: a graph is routed once"
         )
     return tuple(part for part in get_args(RouterPart) if part in named)
 
@@ -63,7 +72,7 @@ def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
         node: width of the nodes.
         neighbors: width of their neighbors' aggregate.
     """
-    widths = {"node": node, "neighbors": neighbors, "degree": 1}
+    widths = {"node": node, "neighbors": neighbors, "degree": 1, "graph": node}
     return sum(widths[part] for part in parts)
 
 
@@ -74,7 +83,7 @@ def router_features(
     neighbors: Tensor | None,
     graph: Graph,
 ) -> Tensor:
-    """(T, dim) the parts side by side, the input of the router.
+    """(T, dim) the parts side by side, which :func:`decide` takes.
 
     Args:
         parts: what the router sees.
@@ -84,7 +93,7 @@ def router_features(
             in-edges.
         graph: from sources to destinations.
     """
-    columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
+    columns: dict[str, Any] = {"node": x_dst, "graph": x_dst, "neighbors": neighbors}
     if "neighbors" in parts and neighbors is None:
         columns["neighbors"] = graph.mean(x_src)
     if "degree" in parts:
@@ -93,3 +102,44 @@ def router_features(
     if len(parts) == 1:
         return columns[parts[0]]
     return torch.cat([columns[part] for part in parts], dim=-1)
+
+
+def decide(
+    router: Router,
+    parts: Sequence[RouterPart],
+    seen_TD: Tensor,
+    batch: Tensor | None,
+    edge_index: Tensor | None,
+) -> Routing:
+    """Route tokens; of a router that sees whole graphs, each graph once, for all its nodes.
+
+    A graph is then one token, and a group of its own: noise, losses and counters are those of
+    graphs, and graphs do not compete.
+
+    Args:
+        router: the router of a layer, or of all layers.
+        parts: what it sees.
+        seen_TD: what :func:`router_features` gave for all tokens.
+        batch: (T,) the graph of each token; ``None`` if all are of one graph.
+        edge_index: the edges among the tokens, or ``None``.
+
+    Raises:
+        ValueError: a router that sees graphs, and in which experts choose.
+    """
+    if "graph" not in parts:
+        return router(seen_TD, batch, edge_index)
+    if not router.by_token:
+        raise ValueError(
+            f"router_input: got 'graph' with {type(router).__name__}, expected a router in which "
+            "tokens choose (by_token=True): graphs do not compete"
+        )
+    router._check_input(seen_TD, batch)
+    if batch is None:
+        batch = torch.zeros(len(seen_TD), dtype=torch.int64, device=seen_TD.device)
+    graphs_G, graph_T = torch.unique(batch, return_inverse=True)
+    # Sums of many nodes would round in half precision.
+    wide_TD = seen_TD.to(torch.promote_types(seen_TD.dtype, torch.float32))
+    total_GD = wide_TD.new_zeros(len(graphs_G), wide_TD.size(1)).index_add(0, graph_T, wide_TD)
+    size_G = graph_T.bincount(minlength=len(graphs_G))
+    own_G = torch.arange(len(graphs_G), device=graph_T.device)
+    return router(total_GD / size_G[:, None], own_G, members=graph_T)

@@ -34,7 +34,13 @@ from gmoe.conv.kinds import (
 )
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.plain import run
-from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
+from gmoe.conv.router_input import (
+    RouterInput,
+    decide,
+    router_features,
+    router_parts,
+    router_width,
+)
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.models.parts import (
@@ -86,8 +92,9 @@ class GNNMoE(HubMixin, nn.Module):
             let each layer route by its own input (``False``). By default (``None``) once if the
             layers start as copies.
         router_input: what routers see: the ``"node"``, its ``"neighbors"``, its ``"degree"``, or
-            several of them. By default (``None``) the node; of copies with a router in each layer
-            the node and its neighbors.
+            several of them; or the ``"graph"``, the mean of its nodes by ``batch``: all of them
+            then go to the same experts. By default (``None``) the node; of copies with a router in
+            each layer the node and its neighbors.
         every: layer ``i`` is a MoEConv if ``i % every == every - 1`` (default 1), except for the
             output layer.
         dropout: default 0.
@@ -233,6 +240,13 @@ class GNNMoE(HubMixin, nn.Module):
         """
         return router_features(self.router_input, x, x[: graph.num_dst], None, graph)
 
+    def decide(self, x: Tensor, graph: Graph, batch: Tensor | None) -> Routing | None:
+        """Decide once for all layers, by the raw features; ``None`` without a shared router."""
+        if self.shared_router is None:
+            return None
+        seen = self.shared_router_input(x, graph)
+        return decide(self.shared_router, self.router_input, seen, batch, graph.edge_index)
+
     def _takes(self, name: str) -> bool:
         """True if at least one conv takes this edge argument."""
         for conv in self.convs:
@@ -282,11 +296,7 @@ class GNNMoE(HubMixin, nn.Module):
             )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
 
-        # With a shared router, decide once for all layers.
-        decision = None
-        if self.shared_router is not None:
-            seen = self.shared_router_input(x, graph)
-            decision = self.shared_router(seen, batch, graph.edge_index)
+        decision = self.decide(x, graph, batch)
         routings = [] if decision is None else [decision]
 
         def run_layer(layer: int, x: Tensor) -> Tensor:

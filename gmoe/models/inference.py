@@ -25,6 +25,7 @@ from gmoe.conv.build import looks_one_hop
 from gmoe.conv.edges import renumber
 from gmoe.conv.graph import Graph
 from gmoe.conv.moe_conv import MoEConv
+from gmoe.conv.router_input import decide
 from gmoe.data.stored import StoredGraph, create_npy
 from gmoe.routers import Router
 from gmoe.routing import Routing
@@ -237,7 +238,9 @@ class InMemory(_LayerByLayer):
                 seen.append(self.model.shared_router_input(raw, graph))
         router = conv.router if shared is None else shared
         assert router is not None  # a layer without a router of its own needs a shared one
-        return router(torch.cat(seen), self.batch, self.graph.edge_index.to(self.device))
+        parts = conv.router_input if shared is None else self.model.router_input
+        edge_index = self.graph.edge_index.to(self.device)
+        return decide(router, parts, torch.cat(seen), self.batch, edge_index)
 
     def rows(self, x: Tensor, nodes: Tensor) -> Tensor:
         """(S, D) the features of some nodes, on the device."""
@@ -363,6 +366,11 @@ def _check_stored(model: GNNMoE, graph: StoredGraph) -> None:
                 f"norm: got {type(norm).__name__}, expected one by row: batch norm, "
                 "LayerNorm(mode='node') or none"
             )
+    if "graph" in model.router_input:
+        raise ValueError(
+            "router_input: got 'graph', expected 'node', 'neighbors' or 'degree': a part of a "
+            "stored graph does not know the whole"
+        )
     for router in model.modules():
         if isinstance(router, Router) and not router.by_token:
             raise ValueError(

@@ -19,6 +19,7 @@ from gmoe._checks import INTEGERS, check, check_choice, check_counts, described,
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
+from gmoe.routers.groups import spread
 from gmoe.routing import Routing
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
@@ -82,6 +83,9 @@ class Router(nn.Module, ABC):
           unsorted and with gaps allowed.
         - ``edge_index``: optional (2, number of edges), the graph of the tokens; only some routers
           use it. A ``MoEConv`` passes it if sources and destinations are the same nodes.
+        - ``members``: optional (M,) the token of each of M members, such as the graph of each node
+          if the tokens are graphs. The result is then a routing of the members: each has the pairs
+          of its token. Losses and counters remain those of the tokens.
 
     Raises:
         ValueError: K, E or ``weight`` out of range; tokens, a batch vector or an edge index that do
@@ -131,7 +135,12 @@ class Router(nn.Module, ABC):
         """
 
     def forward(
-        self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None
+        self,
+        x: Tensor,
+        batch: Tensor | None = None,
+        edge_index: Tensor | None = None,
+        *,
+        members: Tensor | None = None,
     ) -> Routing:
         """Route ``x``; see the class."""
         if not torch.compiler.is_compiling() and in_transform():
@@ -165,7 +174,7 @@ class Router(nn.Module, ABC):
         # Losses that were computed without gradients train nothing: aux_loss warns about them.
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True, validate=False)
-        return routing
+        return routing if members is None else spread(routing, members)
 
     def _check_input(self, x: Tensor, batch: Tensor | None) -> None:
         """Refuse tokens of another width, and a batch vector that does not fit them."""

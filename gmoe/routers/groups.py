@@ -1,21 +1,21 @@
 """Groups: which tokens compete with each other; and from scores to (token, expert) pairs.
 
 Shapes: T tokens, E experts, K experts per token, B groups, S slots of the largest group, b groups
-and s slots of a batch of groups of similar size, C capacity, P pairs. Pairs come as
+and s slots of a batch of groups of similar size, C capacity, M members, P pairs. Pairs come as
 ``(token (P,) int64, offsets (E,) int32)``, sorted by expert and then by token.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gmoe._torch import is_tracing
-from gmoe.routing import owner
+from gmoe.routing import Routing, owner
 
 
 class GroupBatch(NamedTuple):
@@ -218,6 +218,30 @@ class Groups:
             mean_B = mean_B.clamp(min=torch.finfo(mean_B.dtype).tiny)
             log_gate_P = log_gate_P - mean_B.log().index_select(0, group_P)
         return token_P, offsets_E, log_gate_P
+
+
+def spread(routing: Routing, token_M: Tensor) -> Routing:
+    """Give each member, such as a node of a graph, the pairs of its token.
+
+    Args:
+        routing: of T tokens.
+        token_M: (M,) the token of each member.
+    """
+    chosen_TE = torch.zeros_like(routing.scores, dtype=torch.bool)
+    chosen_TE[routing.token, routing.expert] = True
+    token_P, offsets_E = pairs_of_mask(chosen_TE.index_select(0, token_M).T)
+    weight_ME = routing.to_dense().index_select(0, token_M)
+    return replace(
+        routing,
+        token=token_P,
+        offsets=offsets_E,
+        weight=gather_pairs(weight_ME, token_P, offsets_E),
+        scores=routing.scores.index_select(0, token_M),
+        num_tokens=len(token_M),
+        dropped_T=None if routing.dropped_T is None else routing.dropped_T.index_select(0, token_M),
+        slot=None,
+        validate=False,
+    )
 
 
 def drop_over_capacity(

@@ -8,6 +8,8 @@ Reads OGB's binary release, or edges from .npy, .csv or .parquet. DuckDB sorts t
 --memory, and on 10 bytes of disk an edge (20 where its reverse is added); a release is unpacked
 first: ogbn-papers100M takes 160 GB of disk in all, 43 GB in the end. The folder appears when it
 is whole; a conversion that was killed leaves DIR.new, which the next one replaces.
+
+Tables of SMILES become OGB's molecule sets: see python -m experiments.convert molecules --help.
 """
 
 from __future__ import annotations

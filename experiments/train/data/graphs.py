@@ -144,7 +144,7 @@ class GraphBatches:
         member = torch.zeros(nodes, dtype=torch.bool)
         member[rows] = True
         count = -(-nodes // batch_size)
-        for whole in _order(nodes, seed).split(-(-nodes // count)):
+        for whole in order_of(nodes, seed).split(-(-nodes // count)):
             if member[whole].any():  # on all processes, or on none
                 mine = whole.tensor_split(world)[rank]
                 batch, counted = self.data.subgraph(mine), member[mine].nonzero().view(-1)
@@ -172,7 +172,7 @@ def neighborhoods(
         input_nodes=nodes,
         batch_sampler=[
             whole.tensor_split(world)[rank].tolist()
-            for whole in _order(len(rows), seed).split(batch_size)
+            for whole in order_of(len(rows), seed).split(batch_size)
         ],
         generator=None
         if seed is None
@@ -208,7 +208,7 @@ def _inputs(part: Any, adj: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _order(count: int, seed: int | None) -> Tensor:
+def order_of(count: int, seed: int | None) -> Tensor:
     """(count,) a permutation that follows from the seed, on all processes alike."""
     if seed is None:
         return torch.arange(count)

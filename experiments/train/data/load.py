@@ -35,6 +35,8 @@ def load_tasks(config: RunConfig) -> Callable[[int], Task]:
     for family in ("regimes", "concept"):
         if config.dataset.startswith(f"{family}-"):
             place = f"made:{family}"
+    if config.dataset.startswith("ogbg-"):
+        place = "molecules:molecule_task"
     if config.data is not None:
         place = "images:own_images" if isinstance(config, ImageConfig) else "own_graph:own_object"
         given = [load_object("data", config.data)(), config]

@@ -8,17 +8,16 @@ it finds.
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
@@ -26,6 +25,7 @@ from torch_geometric.utils import scatter
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from experiments.train.data.published import published, without_update_check
 from experiments.train.data.task import GraphData, Split, Splits
 from experiments.train.files import naming, read_csv, read_tensors
 from gmoe._checks import check
@@ -40,12 +40,6 @@ RELATIONS = (
 
 MEGABYTES = {"ogbn-arxiv": 80, "ogbn-products": 1_380, "ogbn-proteins": 210, "ogbn-mag": 400}
 """The data sets, and the sizes of their zip files."""
-
-
-def published(name: str) -> Any:
-    """What ogb's own table says of a data set, as text; ogb is not imported."""
-    table = distribution("ogb").locate_file("ogb/nodeproppred/master.csv")
-    return pd.read_csv(str(table), index_col=0, dtype=str)[name]
 
 
 def files_of(name: str) -> dict[Any, str]:
@@ -89,11 +83,12 @@ def load_ogb(
         repr(name),
         f"one of {', '.join(MEGABYTES)}; ogbn-papers100M stays on disk",
     )
-    folder = provide(name, root.expanduser(), offline, allow_large_downloads)
+    files, megabytes = files_of(name), MEGABYTES[name]
+    folder = provide(name, root.expanduser(), files, megabytes, offline, allow_large_downloads)
     hetero, tasks = name == "ogbn-mag", int(published(name)["num tasks"])
     if (folder / "PLANTED.txt").exists():
         print(f"{name}: a planted graph, not OGB's ({folder / 'PLANTED.txt'})", flush=True)
-    found = _tensors(name, folder)
+    found = kept_tensors(name, folder, files, _read)
     with naming(folder):  # kept tensors are not read as strictly as OGB's files
         data = HeteroData(found["graph"]) if hetero else Data.from_dict(found["graph"])
         data.validate()
@@ -110,12 +105,20 @@ def load_ogb(
     )
 
 
-def provide(name: str, root: Path, offline: bool, allow_large_downloads: bool) -> Path:
+def provide(
+    name: str,
+    root: Path,
+    files: Mapping[Any, str],
+    megabytes: int,
+    offline: bool,
+    allow_large_downloads: bool,
+) -> Path:
     """The data set's folder, with all its files.
 
     A zip file that lies in ``root`` is taken in place of a download.
     """
-    folder, megabytes, said = root / name.replace("-", "_"), MEGABYTES[name], published(name)
+    folder = root / name.replace("-", "_")
+    said = published(name)
     if not any(path.is_file() for path in folder.rglob("*")):
         from vision.images import unpacked
 
@@ -140,19 +143,24 @@ def provide(name: str, root: Path, offline: bool, allow_large_downloads: bool) -
             megabytes,
             inside=said["download_name"],
         )
-    if missing := [file for file in files_of(name).values() if not (folder / file).is_file()]:
+    if missing := [file for file in files.values() if not (folder / file).is_file()]:
         raise FileNotFoundError(
             f"{name}: {', '.join(missing)} missing in {folder}; put them there, or move it away"
         )
     return folder
 
 
-def _tensors(name: str, folder: Path) -> dict[str, Any]:
-    """``graph`` and ``split``, read from the files.
+def kept_tensors(
+    name: str,
+    folder: Path,
+    names: Mapping[Any, str],
+    read: Callable[[str, dict[Any, Path]], dict[str, Any]],
+) -> dict[str, Any]:
+    """What ``read`` makes of the files.
 
-    Those of the last run are taken where the files have the same sizes.
+    What the last run kept of it is taken where the files have the same sizes.
     """
-    files = {of: folder / file for of, file in files_of(name).items()}
+    files = {of: folder / file for of, file in names.items()}
     path, sizes = (
         folder / "processed" / "tensors.pt",
         [file.stat().st_size for file in files.values()],
@@ -161,7 +169,7 @@ def _tensors(name: str, folder: Path) -> dict[str, Any]:
     if isinstance(known, dict) and known.get("sizes") == sizes:
         return known
     print(f"{name}: reading the files in {folder}", flush=True)
-    found = {"sizes": sizes, **_read(name, files)}
+    found = {"sizes": sizes, **read(name, files)}
     try:
         path.parent.mkdir(exist_ok=True)
         with TemporaryDirectory(dir=path.parent) as scratch:
@@ -187,19 +195,19 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
             str(kind): {"num_nodes": int(column[0])}
             for kind, column in sorted(read_csv(files["nodes"]).items())
         }
-    nodes = graph["paper"]["num_nodes"] if graph else int(_table(files["nodes"], 1, [sys.maxsize]))
+    nodes = graph["paper"]["num_nodes"] if graph else int(table(files["nodes"], 1, [sys.maxsize]))
     for relation in RELATIONS if graph else ("",):
         ends = (
             [graph[kind]["num_nodes"] for kind in (relation[0], relation[2])]
             if relation
             else [nodes, nodes]
         )
-        number = int(_table(files[relation, "edges"], 1, [sys.maxsize]))
+        number = int(table(files[relation, "edges"], 1, [sys.maxsize]))
         graph[relation] = {
-            "edge_index": _table(files[relation, "edge"], number, ends).t().contiguous()
+            "edge_index": table(files[relation, "edge"], number, ends).t().contiguous()
         }
-    x = _table(files["x"], number if name == "ogbn-proteins" else nodes)
-    y = _table(files["y"], nodes, [int(classes)] * int(tasks))
+    x = table(files["x"], number if name == "ogbn-proteins" else nodes)
+    y = table(files["y"], nodes, [int(classes)] * int(tasks))
     y = y.view(-1) if tasks == "1" else y.float()
     if name == "ogbn-mag":
         graph["paper"] |= {"x": x, "y": y}
@@ -214,7 +222,7 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
         graph["x"] = scatter(
             graph["edge_attr"], graph["edge_index"][1], dim_size=nodes, reduce="mean"
         )
-    split: Splits = {part: _table(files[part], None, [nodes]).view(-1) for part in get_args(Split)}
+    split: Splits = {part: table(files[part], None, [nodes]).view(-1) for part in get_args(Split)}
     twice = torch.cat([*split.values()]).bincount()
     check(
         twice.max() < 2,
@@ -225,7 +233,7 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
     return {"graph": graph, "split": split}
 
 
-def _table(path: Path, rows: int | None, below: Sequence[int] | None = None) -> Tensor:
+def table(path: Path, rows: int | None, below: Sequence[int] | None = None) -> Tensor:
     """(rows, columns) float32; or int64 from 0 to what each column stays ``below``."""
     values = read_csv(path, header=None, dtype=np.float64).to_numpy()
     low, high = values.min(axis=0), values.max(axis=0)  # NaN where there is one
@@ -245,8 +253,10 @@ def _table(path: Path, rows: int | None, below: Sequence[int] | None = None) -> 
 
 
 class OGBMetric(Metric):
-    """What ``ogb.nodeproppred.Evaluator`` says: accuracy of the argmax, or the mean ROC-AUC over
-    tasks of both classes.
+    """What ogb's ``Evaluator`` of nodes or of graphs says.
+
+    Accuracy of the argmax; or the mean over tasks of ROC-AUC, average precision or RMSE, in which
+    labels that are NaN do not count.
 
     All predictions are kept, and evaluated at once over all processes: the ROC-AUC does not
     follow from its parts.
@@ -258,18 +268,19 @@ class OGBMetric(Metric):
 
     def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        sys.modules["outdated"] = None  # type: ignore[assignment]  # or ogb asks the network for a newer ogb
-        from ogb.nodeproppred import Evaluator
-
-        self._evaluator = Evaluator(name)
+        without_update_check()
+        kind = "ogb.graphproppred" if name.startswith("ogbg-") else "ogb.nodeproppred"
+        self._evaluator = importlib.import_module(kind).Evaluator(name)
         self.add_state("prediction", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Take in the logits of some nodes."""
-        logits, by_rank = logits.detach(), self._evaluator.eval_metric == "rocauc"
-        self.prediction.append(logits.float() if by_rank else logits.argmax(dim=1, keepdim=True))
-        self.target.append(target if by_rank else target.view(-1, 1))
+        """Take in the logits of some nodes or graphs."""
+        logits, is_by_class = logits.detach(), self._evaluator.eval_metric == "acc"
+        self.prediction.append(
+            logits.argmax(dim=1, keepdim=True) if is_by_class else logits.float()
+        )
+        self.target.append(target.view(-1, 1) if is_by_class else target)
 
     def compute(self) -> Tensor:
         """The metric over everything since the last reset."""

@@ -44,19 +44,21 @@ class Task:
     """
 
     name: str
-    # Inputs are those of a GNN, of a relational one, or images
-    kind: Literal["graph", "hetero", "image"]
+    # Inputs are those of a GNN, of a relational one, of a GNN of molecules, or images
+    kind: Literal["graph", "hetero", "molecule", "image"]
     # Width of the nodes (by type, None without features), or height and width of the images
     in_channels: Any
     num_classes: int  # width of the logits
     metric_name: str
-    metric: Callable[[], Metric]  # is updated with (logits, target); higher is better, in 0..1
+    # Is updated with (logits, target); higher is better, in 0..1, unless it is one of ERRORS
+    metric: Callable[[], Metric]
     loader: Callable[..., Iterable[Batch]]
     steps: Callable[[int], int] = lambda _: 1  # training batches in an epoch, by batch size
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy  # of (logits, target), in training
     # The whole graph, for models that need more of it than batches hold
     graph: Data | HeteroData | None = None
-    split: Splits | None = None  # the nodes of train, val and test
+    split: Splits | None = None  # the nodes, or molecules, of train, val and test
+    labels: Tensor | None = None  # (graphs, tasks) of all molecules, NaN where one is missing
     target: str | None = None  # of a heterogeneous graph, the node type that has labels
     # (T,) the expert that each token should go to, where that is known
     planted: Tensor | None = None

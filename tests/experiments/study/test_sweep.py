@@ -19,7 +19,13 @@ from experiments.study import sweep as command
 from experiments.study.studies import RECORDED, Study, Variant, recorded
 from experiments.study.sweep import GridConfig, SweepConfig, main, make_study
 from experiments.train import loop
-from experiments.train.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
+from experiments.train.config import (
+    GraphConfig,
+    HeteroConfig,
+    ImageConfig,
+    MoleculeConfig,
+    RunConfig,
+)
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
 
 BASE = replace(DIGITS_GRAPH, epochs=1, seeds=(0,), hidden=4)
@@ -160,7 +166,12 @@ def test_studies_leave_nothing_to_the_library(name: str) -> None:
 def test_presets_leave_routing_to_the_library(name: str) -> None:
     config = PRESETS[name][1]
     assert config.layer_options() == config.options.given() == {}
-    models = {ImageConfig: gmoe.ViTMoE, HeteroConfig: gmoe.HeteroGNNMoE, GraphConfig: gmoe.GNNMoE}
+    models = {
+        ImageConfig: gmoe.ViTMoE,
+        HeteroConfig: gmoe.HeteroGNNMoE,
+        GraphConfig: gmoe.GNNMoE,
+        MoleculeConfig: gmoe.GNNMoE,
+    }
     (model,) = (model for kind, model in models.items() if isinstance(config, kind))
     default = inspect.signature(model).parameters["router"].default
     assert (config.router, config.equal_to) == (default, default)

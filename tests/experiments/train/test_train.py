@@ -23,6 +23,7 @@ from experiments.train.training import Training
 from experiments.train.user_code import load_object
 from tests.experiments import own_parts
 from tests.experiments.command import QUICK, quick, rows
+from tests.experiments.molecule_data import write_set
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import write_raw
 from tests.vision.made_images import write_cifar, write_imagenette, write_images
@@ -106,7 +107,14 @@ def test_compare_refuses_the_folder_of_another_run_before_it_trains(
 
 
 def test_one_seed_has_a_difference_and_no_interval() -> None:
-    assert paired([0.5], [0.4]) == "+10.00 points, n = 1, better on 1 of 1 seeds"
+    assert paired("accuracy", [0.5], [0.4]) == "+10.00 points, n = 1, better on 1 of 1 seeds"
+
+
+def test_less_of_an_error_is_better() -> None:
+    """It is not a share, and has no points."""
+    said = paired("rmse", [0.5, 0.75], [0.75, 1.0])
+    assert said.startswith("-0.2500 rmse (95 % interval -0.2500 to -0.2500)")
+    assert said.endswith("n = 2, better on 2 of 2 seeds")
 
 
 def test_the_dense_model_on_file_is_that_of_the_docs() -> None:
@@ -209,6 +217,8 @@ def test_every_preset_runs_on_tiny_files(
         write_cifar(
             root, *{"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}[preset], monkeypatch
         )
+    elif preset.startswith("ogbg-"):
+        write_set(root, preset)
     elif root != ogb_root:
         write_raw(preset, root)
     args = (

@@ -35,7 +35,7 @@ def test_operators_keep_torchs_rules(number: int | None) -> None:
 
 def test_rows_are_the_distinct_pairs_of_expert_and_source() -> None:
     expert, source = ends()
-    rows = messages.Rows(*messages._find_rows(expert, source, EXPERTS, SOURCES, None))
+    rows = messages.Rows(*messages.find_rows(expert, source, EXPERTS, SOURCES, None))
     distinct = torch.stack([expert, source], dim=1).unique(dim=0)
     assert torch.equal(torch.stack([rows.expert, rows.source], dim=1), distinct)
     assert rows.offsets.diff().tolist() == distinct[:, 0].bincount(minlength=EXPERTS)[1:].tolist()
@@ -45,8 +45,8 @@ def test_rows_are_the_distinct_pairs_of_expert_and_source() -> None:
 def test_rows_left_over_are_copies_of_the_last_one() -> None:
     """Where the host does not wait for their number."""
     expert, source = ends()
-    exact = messages.Rows(*messages._find_rows(expert, source, EXPERTS, SOURCES, None))
-    found = messages.Rows(*messages._find_rows(expert, source, EXPERTS, SOURCES, MESSAGES))
+    exact = messages.Rows(*messages.find_rows(expert, source, EXPERTS, SOURCES, None))
+    found = messages.Rows(*messages.find_rows(expert, source, EXPERTS, SOURCES, MESSAGES))
     number = len(exact.source)
     assert number < MESSAGES
     for name in ("expert", "source"):
@@ -60,7 +60,7 @@ def test_rows_left_over_are_copies_of_the_last_one() -> None:
 def test_no_messages_have_no_rows() -> None:
     none = torch.empty(0, dtype=torch.long)
     for number in (None, 0):
-        rows = messages.Rows(*messages._find_rows(none, none, EXPERTS, SOURCES, number))
+        rows = messages.Rows(*messages.find_rows(none, none, EXPERTS, SOURCES, number))
         assert (len(rows.source), rows.offsets.tolist()) == (0, [0] * EXPERTS)
 
 

@@ -1,0 +1,114 @@
+"""Molecules of a run, whose atoms have the colors of their experts.
+
+Shapes: T atoms, E experts.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+from torch_geometric.utils import degree
+
+from experiments.train.data.molecules import MoleculeBatches
+from experiments.train.data.task import Task
+from experiments.train.files import read_csv
+from experiments.train.molecule_gnn import MoleculeGNN
+from experiments.train.routing_stats import quantile_bins
+from experiments.train.run_folder import RunFolder
+from gmoe.plot import palette
+
+DRAWN, MOST = 8, 512
+"""Molecules that are drawn, and of which the figures are."""
+COLUMNS = 4
+"""Molecules side by side."""
+
+
+def atoms_of(run: RunFolder, task: Task) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], Any]:
+    """By MoE layer, (T, E) the weights of atoms of validation molecules and what they may follow; and drawings.
+
+    There are no drawings without RDKit.
+
+    Raises:
+        ValueError: a model of one's own, which may hold its experts anywhere.
+    """
+    model: Any = run.load_model(task)
+    if not isinstance(model, MoleculeGNN):
+        raise ValueError("the model is your own")
+    batches: Any = task.loader
+    assert isinstance(batches, MoleculeBatches)
+    assert task.split is not None
+    rows = task.split["val"]
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))][:MOST]
+    inputs = batches.batch(rows).inputs
+    with torch.no_grad():
+        _, routings = model(*inputs, return_routing=True)
+    x, edge_index, _, molecule, _ = inputs
+    known = {
+        "ami_element": quantile_bins(x[:, 0]),
+        "ami_degree": quantile_bins(degree(edge_index[1], len(x))),
+        "ami_ring": x[:, 8],
+    }
+    drawn = rows[:DRAWN].tolist()
+    smiles = _smiles(run.config.data_root / run.config.dataset.replace("-", "_"), drawn)
+    titles = [_title(batches.data.y[row]) for row in drawn]
+    figures = []
+    for routing in routings:
+        experts = [routing.top_expert[molecule == number].tolist() for number in range(len(drawn))]
+        figures.append(drawing(smiles, experts, routing.num_experts, titles))
+    shown = [(routing.to_dense(), known) for routing in routings]
+    return shown, [figure for figure in figures if figure is not None]
+
+
+def _smiles(folder: Path, rows: Sequence[int]) -> list[str]:
+    """The SMILES of some molecules, from the table that OGB and the conversion give."""
+    table = read_csv(folder / "mapping" / "mol.csv.gz", usecols=["smiles"], dtype=str)
+    return [str(table["smiles"][row]) for row in rows]
+
+
+def _title(y: Tensor) -> str:
+    """The first labels of a molecule."""
+    words = ["–" if value != value else f"{value:g}" for value in y[:3].tolist()]
+    return ", ".join(words) + (", …" if len(y) > 3 else "")
+
+
+def drawing(
+    smiles: Sequence[str], experts: Sequence[Sequence[int]], num_experts: int, titles: Sequence[str]
+) -> Figure | None:
+    """Molecules in a grid, each atom in the color of its expert; gray without one. ``None`` without RDKit."""
+    try:
+        from rdkit.Chem import Draw
+    except ModuleNotFoundError:
+        return None
+    from experiments.train.data.smiles import parsed
+
+    colors = [*palette(num_experts=num_experts), (0.8, 0.8, 0.8)]
+    lines = -(-len(smiles) // COLUMNS)
+    figure = Figure(figsize=(2.6 * COLUMNS, 2.4 * lines + 0.4), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, text, chosen, title in zip(axes, smiles, experts, titles, strict=False):
+        molecule, _ = parsed(text, 0)
+        canvas = Draw.rdMolDraw2D.MolDraw2DCairo(520, 420)
+        Draw.rdMolDraw2D.PrepareAndDrawMolecule(
+            canvas,
+            molecule,
+            highlightAtoms=list(range(len(chosen))),
+            highlightAtomColors={atom: colors[expert] for atom, expert in enumerate(chosen)},
+            highlightBonds=[],
+            kekulize=False,  # RDKit cannot where it does not sanitize
+        )
+        canvas.FinishDrawing()
+        axis.imshow(matplotlib.image.imread(io.BytesIO(canvas.GetDrawingText())))
+        axis.set_title(title, fontsize="small")
+    handles = [Patch(color=colors[expert], label=str(expert)) for expert in range(num_experts)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=num_experts, title="expert")
+    return figure

@@ -1,0 +1,126 @@
+"""Do experts pay on molecules? Every arm beside dense models of equal FLOPs and parameters.
+
+``python -m experiments.sweep molecules`` writes ``results/molecules/COLUMN/ARM.json``. The recipe is
+that of OGB's examples (GCN, 5 layers, dropout 0.5, batches of 32, Adam at 0.001) at width 64 and 20
+epochs; nothing is tuned for any arm, and the arms were fixed before the first of them was run.
+
+``gmoe`` rebuilds GMoE (`Wang et al., 2023 <https://arxiv.org/abs/2304.02806>`_) from parts: experts
+of one hop, which see the bonds, and of two, which are filters; noisy top-4 of 8 in each layer, the
+losses of importance and load, no shared expert. Its controls are its own: a dense model of its
+FLOPs, and the same experts behind a frozen random router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments.show.tables import markdown
+from experiments.train.checks import check_choice
+from experiments.train.config import ERRORS, MoleculeConfig, RouterOptions
+from experiments.train.presets import MOLECULES
+from experiments.train.scores import mean_std, scored
+
+FIVE, THREE = (0, 1, 2, 3, 4), (0, 1, 2)
+COLUMNS = {
+    "molbace": FIVE,
+    "molbbbp": FIVE,
+    "molesol": FIVE,
+    "molhiv": THREE,
+}
+"""The data sets without ``ogbg-``, and the seeds of each."""
+
+BASE = replace(MOLECULES, hidden=64, epochs=20)
+
+GMOE: dict[str, Any] = {
+    "conv": ("gcn", "two_hop"),
+    "k": 4,
+    "start": "plain",
+    "shared_router": False,
+}
+NOISY = RouterOptions(noise=True, balance="importance_load")
+
+ARMS: dict[str, tuple[str, MoleculeConfig]] = {
+    "dense": ("dense", replace(BASE, router="dense")),
+    "dense-flops": ("dense, equal FLOPs", replace(BASE, router="dense", equal="flops")),
+    "dense-parameters": (
+        "dense, equal parameters",
+        replace(BASE, router="dense", equal="parameters"),
+    ),
+    "default": ("experts, the default", BASE),
+    "graph": ("experts, each molecule to one", replace(BASE, router_input=("graph",))),
+    "random": ("experts, frozen random router", replace(BASE, router="random")),
+    "gmoe": ("GMoE rebuilt", replace(BASE, options=NOISY, **GMOE)),
+    "gmoe-flops": (
+        "dense, equal FLOPs to GMoE",
+        replace(BASE, router="dense", equal="flops", options=NOISY, **GMOE),
+    ),
+    "gmoe-random": ("GMoE, frozen random router", replace(BASE, router="random", **GMOE)),
+}
+"""Each arm's line in the table, and its run on molhiv."""
+
+BESIDE = {
+    "default": "dense-flops",
+    "graph": "dense",
+    "random": "dense-flops",
+    "gmoe": "gmoe-flops",
+    "gmoe-random": "gmoe-flops",
+}
+"""The dense model of equal FLOPs that an arm is compared with.
+
+By atom, an atom is transformed by its own expert and its neighbors': FLOPs follow from the routing, and
+are matched at the start. By molecule, all of these are one expert.
+"""
+
+
+def runs(columns: Sequence[str], root: Path) -> dict[str, MoleculeConfig]:
+    """The runs of some columns, all where none are named: ``COLUMN/ARM`` and configuration."""
+    for column in columns:
+        check_choice("columns", column, COLUMNS)
+    return {
+        f"{column}/{arm}": replace(
+            config, dataset=f"ogbg-{column}", seeds=COLUMNS[column], data_root=root
+        )
+        for column in columns or COLUMNS
+        for arm, (_, config) in ARMS.items()
+    }
+
+
+def gains(known: Mapping[str, Any], arm: str) -> list[float]:
+    """By seed, how much better an arm is than the dense model of its FLOPs: points, or an error's decrease."""
+    ours, theirs = known[arm], known[BESIDE[arm]]
+    sign = -1 if ours["metric"] in ERRORS else 100
+    pairs = zip(ours["test"]["values"], theirs["test"]["values"], strict=True)
+    return [sign * (one - other) for one, other in pairs]
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """In Markdown: a line an arm, beside the dense model of its FLOPs."""
+    lines = []
+    for column, known in results.items():
+        for arm, (label, _) in ARMS.items():
+            if arm not in known:
+                continue
+            summary = known[arm]
+            is_error = summary["metric"] in ERRORS
+            has_pair = BESIDE.get(arm) in known
+            dense = known.get("dense")
+            lines.append(
+                {
+                    "set": column,
+                    "arm": label,
+                    "metric": summary["metric"],
+                    "n": str(summary["test"]["n"]),
+                    "test": scored(summary["metric"], summary["test"]),
+                    "better than equal FLOPs by": mean_std(
+                        gains(known, arm), "+.4f" if is_error else "+.2f"
+                    )
+                    if has_pair
+                    else "–",
+                    "× FLOPs": f"{summary['flops'] / dense['flops']:.2f}" if dense else "–",
+                    "parameters": f"{summary['parameters']:,}",
+                }
+            )
+    return markdown(lines, left=("arm", "metric")) if lines else "no arm is finished yet"

@@ -1,0 +1,166 @@
+"""Runs on molecules: trained, resumed, scored, kept and matched as those on nodes are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments.study import ensemble
+from experiments.train.command import main, parse
+from experiments.train.config import MoleculeConfig, dense_of
+from experiments.train.data.molecules import load_molecules
+from experiments.train.data.published import without_update_check
+from experiments.train.data.smiles import FILES
+from experiments.train.presets import PRESETS
+from experiments.train.training import is_better
+from tests.experiments.command import QUICK, quick, refused, run_until
+from tests.experiments.molecule_data import write_set
+from tests.experiments.train.test_resume import assert_same
+
+without_update_check()
+from ogb.graphproppred import Evaluator  # noqa: E402
+
+SMALL = ("--hidden", "8", "--layers", "2", "--batch-size", "10", "--experts", "4")
+NAMES = ("ogbg-molhiv", "ogbg-molmuv", "ogbg-molesol")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for name in NAMES:
+        write_set(root, name)
+    return root
+
+
+def run(data: Path, out: Path, *args: str, name: str = NAMES[0], seeds: str = "0") -> Any:
+    return quick(out, "--data-root", str(data), *SMALL, *args, preset=name, seeds=seeds)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_selects_by_ogbs_metric(name: str, data: Path, tmp_path: Path) -> None:
+    found = run(data, tmp_path / "run", name=name)
+    curve = found["curve"]["val"][0]
+    best = min if found["metric"] == "rmse" else max
+    assert found["val"]["values"] == [pytest.approx(best(curve), abs=1e-4)]
+    (layer,) = found["routing"]  # all layers are routed once
+    assert layer["coverage"]["mean"] == 1
+
+
+def test_less_is_better_of_errors_and_more_of_scores() -> None:
+    assert is_better("rmse", 0.5, 0.7)
+    assert not is_better("rmse", 0.7, 0.5)
+    assert is_better("roc_auc", 0.7, 0.5)
+    assert not is_better("roc_auc", 0.5, 0.5)
+    assert is_better("rmse", 3.0, float("nan"))
+
+
+@pytest.mark.filterwarnings("ignore:GINEConv runs on the whole graph")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--virtual-node", "--conv", "gin", "--noise", "True"),
+        ("--conv", "gcn", "--router-input", "graph", "--virtual-node"),
+        ("--conv", "gine", "two_hop", "--k", "2", "--balance", "importance_load", "--pool", "sum"),
+        ("--conv", "gine", "--router", "multi_centroid", "--kmeans-init", "--residual", "identity"),
+        ("--conv", "gat", "--router", "random", "--start", "plain", "--shared-router", "False"),
+    ],
+    ids=" ".join,
+)
+def test_a_stopped_run_equals_one_in_one_go(
+    options: tuple[str, ...], data: Path, tmp_path: Path
+) -> None:
+    args = ["ogbg-molhiv", "--data-root", str(data), *SMALL, *QUICK, "--seeds", "0", *options]
+    whole = [*args, "--out", str(tmp_path / "whole")]
+    main(whole)
+    stopped = [*args, "--out", str(tmp_path / "stopped")]
+    run_until(2, stopped)  # inside the first epoch
+    run_until(5, [*stopped, "--resume"])
+    main([*stopped, "--resume"])
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_predictions_and_their_ensemble_are_what_ogb_says(
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(data, tmp_path / "run", name=name, seeds="0 1")
+    run(data, tmp_path / "dense", "--router", "dense", name=name)
+    files = [
+        tmp_path / "run" / "seed-0",
+        tmp_path / "run" / "seed-1",
+        tmp_path / "dense" / "seed-0",
+    ]
+    parts = [load_file(file / "predictions.safetensors")["probability"] for file in files]
+    molecules, evaluator = load_molecules(name, data), Evaluator(name)
+    rows = molecules.split["test"]
+
+    def says(value: torch.Tensor) -> float:
+        given = {"y_true": molecules.y[rows], "y_pred": value[rows]}
+        return float(evaluator.eval(given)[evaluator.eval_metric])
+
+    assert [says(part) for part in parts[:2]] == pytest.approx(found["test"]["values"], abs=1e-4)
+    capsys.readouterr()
+    ensemble.main([str(tmp_path / "run"), str(tmp_path / "dense")])
+    first, _, last = [line for line in capsys.readouterr().out.splitlines() if "test " in line]
+    is_error = found["metric"] == "rmse"
+    factor, form = (1, ".4f") if is_error else (100, ".2f")
+    assert f"run: test {factor * found['test']['mean']:{form}} ± " in first
+    assert f"{found['parameters']:,} parameters" in first
+    together = factor * says(sum(parts[1:], parts[0]) / 3)
+    assert last.startswith(f"ensemble of 3: test {together:{form}}, validation ")
+
+
+def test_dense_models_are_matched_and_shown(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    equal = run(data, tmp_path / "flops", "--router", "dense", "--equal", "flops")
+    assert equal["matched"] == pytest.approx(1, abs=0.1)
+    equal = run(data, tmp_path / "parameters", "--router", "dense", "--equal", "parameters")
+    assert equal["matched"] == pytest.approx(1, abs=0.1)
+    capsys.readouterr()
+    found = run(data, tmp_path / "moe", name="ogbg-molesol")
+    out = capsys.readouterr().out
+    assert f"test rmse {found['test']['mean']:.4f}" in " ".join(out.split())
+    assert "dense model, to compare: python -m experiments.train ogbg-molesol" in out
+    saved = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert saved["digest"] is not None
+
+
+def test_other_files_are_another_run(data: Path, tmp_path: Path, capsys: Any) -> None:
+    run(data, tmp_path / "run")
+    other = write_set(tmp_path / "other")
+    (other / "RELEASE_v1.txt").write_text("of another conversion\n")
+    args = ["ogbg-molhiv", "--data-root", str(tmp_path / "other"), *SMALL, *QUICK]
+    said = refused([*args, "--out", str(tmp_path / "run"), "--resume", "--seeds", "0"], capsys)
+    assert "holds a run with digest=" in said
+
+
+def test_there_is_a_preset_a_set_on_the_recipe_of_the_ogb_examples() -> None:
+    found = {name for name in PRESETS if name.startswith("ogbg-")}
+    assert found == set(FILES)
+    for name in found:
+        config: Any = PRESETS[name][1]
+        assert isinstance(config, MoleculeConfig)
+        assert config.dataset == name
+        recipe = (config.hidden, config.layers, config.dropout, config.batch_size, config.lr)
+        assert recipe == (300, 5, 0.5, 32, 0.001)
+    config = parse(["ogbg-molhiv", "--conv", "gcn", "gine", "--router-input", "graph"])
+    assert dense_of(config).conv == ("gcn",)  # type: ignore[attr-defined]
+    assert dense_of(config).router_input is None  # type: ignore[attr-defined]
+
+
+def test_what_does_not_fit_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["ogbg-molhiv", "--data-root", str(data), *SMALL, *QUICK, "--seeds", "0"]
+    for args, problem in (
+        (["--router", "expert_choice", "--router-input", "graph"], "got 'graph' with ExpertChoice"),
+        (["--router-input", "graph", "node"], "expected 'graph' by itself"),
+        (["--router", "oracle"], "router: got 'oracle' for ogbg-molhiv"),
+        (["--data", "x:y"], "data: got 'x:y', expected none for ogbg-molhiv"),
+        (["--conv", "gcn", "gine", "mlp"], "experts: got 4, expected a multiple of the 3 kinds"),
+    ):
+        assert problem in refused([*root, *args], capsys)
