@@ -71,19 +71,6 @@ DRAWN = {
 }
 """What is drawn, by what is routed."""
 
-MEASURED = {
-    "nodes": "all nodes",
-    "patches": "the test images; AMI on validation images of the first seed",
-    "atoms": "the test molecules; AMI on atoms of validation molecules of the first seed",
-}
-"""What the figures of the routing are of, by what is routed."""
-DRAWN = {
-    "patches": "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark "
-    "patches have none. Experts of different layers have nothing to do with each other.",
-    "atoms": "Validation molecules and their labels, a figure an MoE layer: each atom has the color of the expert of the "
-    "largest weight; gray ones have none. Experts of different layers have nothing to do with each other.",
-}
-"""What is drawn, by what is routed."""
 
 Tokens = tuple[Tensor, dict[str, Tensor]]
 """Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in
