@@ -13,127 +13,20 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import GCNConv
 
 import gmoe
-from gmoe import MoEConv
 from gmoe.dense import MLP
-from gmoe.from_base import FromBase
 from gmoe.shrink import groups_of
-from tests.gmoe.test_convert import images, timm_vit
-from tests.gmoe.test_pruning import (
-    CONVS,
+from tests.gmoe.shrunk import (
     EDGES,
     EXPERTS,
     WIDTH,
     X,
     assert_same,
     conv_layer,
+    has_experts,
     moefied,
     moved,
 )
-
-LINEAR = ("gcn", "sage", "filter")
-"""Kinds whose convs can be added."""
-
-STRAIGHT = {"weight": "straight_through"}
-
-
-def has_experts(model: nn.Module) -> bool:
-    return any(isinstance(part, gmoe.MoELayer) for part in model.modules())
-
-
-def equal(layer: Any, first: int = 0) -> Any:
-    """The layer with experts of the same values."""
-    routed = layer.experts.differences if isinstance(layer.experts, FromBase) else layer.experts
-    with torch.no_grad():
-        for parameter in routed.parameters():
-            parameter.copy_(parameter[first : first + 1].expand_as(parameter))
-    return layer
-
-
-@pytest.mark.parametrize("start", ["copies", "plain"])
-@pytest.mark.parametrize("conv", [name for name in CONVS if isinstance(CONVS[name], str)])
-def test_one_conv_that_is_left_is_the_layer(conv: str, start: str) -> None:
-    layer = conv_layer(CONVS[conv], start, "token_choice", 1, **STRAIGHT)
-    groups_of(layer)[0].keep((3,))
-    expected = layer(X, EDGES)
-    folded = gmoe.densify(layer)
-    assert not has_experts(folded.model)
-    assert type(folded.model).__name__.lower().startswith(CONVS[conv])
-    assert_same(folded.model(X, EDGES), expected)
-    assert "one expert is left" in str(folded)
-
-
-@pytest.mark.parametrize("conv", LINEAR)
-def test_one_conv_beside_a_shared_one_is_added_to_it(conv: str) -> None:
-    layer = conv_layer(conv, "shared", "token_choice", 1, **STRAIGHT)
-    groups_of(layer)[0].keep((3,))
-    expected = layer(X, EDGES)
-    folded = gmoe.densify(layer)
-    assert_same(folded.model(X, EDGES), expected)
-    parameters = sum(parameter.numel() for parameter in folded.model.parameters())
-    assert parameters == sum(p.numel() for p in layer.shared_expert.parameters())
-
-
-@pytest.mark.parametrize("conv", ["gin", "gat", "mlp", "film"])
-def test_convs_that_cannot_be_added_stay(conv: str) -> None:
-    layer = conv_layer(conv, "shared", "token_choice", 1)
-    groups_of(layer)[0].keep((3,))
-    folded = gmoe.densify(layer)
-    assert folded.model is layer
-    assert str(folded) == "the model itself: stays (the shared expert alone)"
-
-
-@pytest.mark.parametrize("start", ["shared", "plain"])
-def test_experts_that_see_a_shared_transform_stay(start: Any) -> None:
-    torch.manual_seed(0)
-    layer = MoEConv("gcn", WIDTH, 3, num_experts=1, start=start, shared_transform=True)
-    layer = moved(layer.double())
-    assert gmoe.densify(layer).model is layer
-    if start == "shared":
-        nn.init.zeros_(layer.gain)
-        expected = layer(X, EDGES)
-        assert_same(gmoe.densify(layer).model(X, EDGES), expected)
-
-
-@pytest.mark.parametrize("conv", ["gcn", "sage", "gin", "gat", "film"])
-def test_a_gain_of_zero_leaves_the_shared_conv(conv: str) -> None:
-    layer = conv_layer(conv, "shared", "expert_choice", 2)
-    nn.init.zeros_(layer.gain)
-    expected = layer(X, EDGES)
-    folded = gmoe.densify(layer)
-    assert not has_experts(folded.model)
-    assert_same(folded.model(X, EDGES), expected)
-
-
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
-def test_equal_experts_are_one(start: str, k: int) -> None:
-    weight = STRAIGHT if k == 1 else {"weight": "normalized"}
-    layer = equal(conv_layer("sage", start, "token_choice", k, **weight))
-    expected = layer(X, EDGES)
-    folded = gmoe.densify(layer)
-    assert not has_experts(folded.model)
-    assert_same(folded.model(X, EDGES), expected)
-    assert "equal experts" in str(folded)
-
-
-def test_equal_experts_whose_weights_are_scores_stay() -> None:
-    layer = equal(conv_layer("sage", "plain", "token_choice", 1))
-    assert has_experts(gmoe.densify(layer).model)
-    groups_of(layer)[0].keep((3,))  # the softmax counts the others still
-    assert has_experts(gmoe.densify(layer).model)
-    only = moved(MoEConv("sage", WIDTH, WIDTH, num_experts=1, start="plain").double())
-    expected = only(X, EDGES)
-    assert_same(gmoe.densify(only).model(X, EDGES), expected)
-
-
-def test_convs_of_several_kinds_are_folded_if_one_is_left() -> None:
-    layer = conv_layer(CONVS["several kinds"], "plain", "token_choice", 1, **STRAIGHT)
-    assert "several kinds" in str(gmoe.densify(layer))
-    groups_of(layer)[0].keep((2,))
-    expected = layer(X, EDGES)
-    dense = gmoe.densify(layer).model
-    assert isinstance(dense, pyg.GATConv)
-    assert_same(dense(X, EDGES), expected)
+from tests.gmoe.test_convert import images, timm_vit
 
 
 @pytest.mark.parametrize("mlp", [None, GluMlp, SwiGLU])

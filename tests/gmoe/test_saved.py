@@ -20,9 +20,10 @@ from torch_geometric import nn as pyg
 import gmoe
 from gmoe.saved import receipt
 from gmoe.shrink import groups_of
+from tests.gmoe.shrunk import EDGES, WIDTH, X, moved
 from tests.gmoe.test_convert import images, timm_vit, torchvision_vit
 from tests.gmoe.test_huggingface import build
-from tests.gmoe.test_pruning import EDGES, WIDTH, Mine, X, moved
+from tests.gmoe.test_pruning import Mine
 
 GNNS = {
     "GCN": pyg.models.GCN,

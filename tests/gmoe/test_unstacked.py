@@ -17,8 +17,7 @@ import gmoe
 from gmoe.from_base import FromBase
 from gmoe.shrink import groups_of
 from gmoe.unstacked import UnstackedLinears
-from tests.gmoe.test_convert import images
-from tests.gmoe.test_pruning import (
+from tests.gmoe.shrunk import (
     CONVS,
     EDGES,
     EXPERTS,
@@ -28,6 +27,7 @@ from tests.gmoe.test_pruning import (
     conv_layer,
     moefied,
 )
+from tests.gmoe.test_convert import images
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -1,0 +1,62 @@
+"""Convs without the experts that were taken away give what they gave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gmoe
+from gmoe import MoEConv
+from gmoe.shrink import groups_of
+from tests.gmoe.shrunk import (
+    BY_TOKEN,
+    CONVS,
+    EDGES,
+    EXPERTS,
+    NODES,
+    WIDTH,
+    X,
+    assert_has,
+    assert_same,
+    conv_layer,
+    moved,
+)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("router", BY_TOKEN)
+@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+@pytest.mark.parametrize("conv", CONVS)
+def test_without_dead_experts_a_conv_gives_the_same(
+    conv: str, start: str, router: str, k: int
+) -> None:
+    if start == "copies" and isinstance(CONVS[conv], list):
+        pytest.skip("convs of several kinds are no copies")
+    layer = conv_layer(CONVS[conv], start, router, k, **BY_TOKEN[router])
+    x = X[: NODES // k + 1]  # too few tokens for all experts
+    edges = EDGES[:, EDGES.amax(dim=0) < len(x)]
+    expected = layer(x, edges)
+    experts = [layer.expert(index)(x, edges) for index in range(EXPERTS)]
+
+    pruned = gmoe.prune(layer, (x, edges))
+    (report,) = pruned.layers
+    assert k <= len(report.kept) < EXPERTS
+    assert all(report.load[expert] > 0 for expert in report.kept[k:])
+    assert_has(layer, len(report.kept))
+    assert_same(layer(x, edges), expected)
+    assert pruned.change < 1e-12
+    for number, expert in enumerate(report.kept):
+        assert_same(layer.expert(number)(x, edges), experts[expert])
+
+    # What stays is trained, all of it.
+    layer.train()(x, edges).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.experts.parameters())
+
+
+def test_edge_weights_are_still_taken_when_no_expert_reads_them() -> None:
+    torch.manual_seed(0)
+    layer = MoEConv(["identity", "gcn", "mlp"], WIDTH, WIDTH, start="plain", router="uniform")
+    layer = moved(layer.double())
+    weight = torch.rand(EDGES.size(1), dtype=torch.float64)
+    groups_of(layer)[0].keep((2,))
+    assert_same(layer(X, EDGES, edge_weight=weight), layer.expert(0)(X, EDGES))

@@ -1,0 +1,93 @@
+"""Small layers with experts that differ, of which some are taken away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import GATConv
+
+import gmoe
+from gmoe import MoEConv
+from gmoe.from_base import FromBase
+from tests.gmoe.test_convert import timm_vit
+
+WIDTH, EXPERTS, NODES = 4, 8, 5
+
+
+X = torch.randn(NODES, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+EDGES = torch.tensor([[0, 1, 2, 3, 4, 0, 2], [1, 2, 3, 4, 0, 2, 0]])
+
+
+CONVS: dict[str, Any] = {
+    "gcn": "gcn",
+    "sage": "sage",
+    "gin": "gin",
+    "gat": lambda i, o: GATConv(i, o, heads=2, concat=False),
+    "gatv2": "gatv2",
+    "transformer": "transformer",
+    "mlp": "mlp",
+    "one by one": "film",
+    "filters": ["identity", "low_pass", "two_hop", "high_pass"] * 2,
+    "several kinds": ["gcn", "sage", "gat", "mlp", "gcn", "film", "gin", "low_pass"],
+}
+BY_TOKEN: dict[str, dict[str, Any]] = {
+    "token_choice": {},
+    "random": {},
+    "multi_centroid": {"num_centroids": 2},
+}
+"""Routers under which a few tokens leave experts dead."""
+
+STRAIGHT = {"weight": "straight_through"}
+"""Weights of 1."""
+
+
+def moved(layer: Any) -> Any:
+    """The layer in evaluation, with experts that differ and a gain that is not zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += 0.3 * noise.to(parameter)
+    return layer.eval()
+
+
+def conv_layer(conv: Any, start: Any, router: str, k: int, **router_kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    layer = MoEConv(
+        conv,
+        WIDTH,
+        WIDTH,
+        num_experts=None if isinstance(conv, list) else EXPERTS,
+        start=start,
+        router=router,
+        k=k,
+        router_kwargs=router_kwargs,
+    )
+    return moved(layer.double())
+
+
+def moefied(**options: Any) -> Any:
+    torch.manual_seed(0)
+    return moved(gmoe.moefy(timm_vit(2), every=1, num_experts=EXPERTS, **options))
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def assert_has(layer: Any, number: int) -> None:
+    """The layer, its router and all stacked tensors have this number of experts."""
+    assert layer.num_experts == number
+    assert layer.router.num_experts == number
+    routed = layer.experts.differences if isinstance(layer.experts, FromBase) else layer.experts
+    for part in routed.modules():
+        if isinstance(part, gmoe.LinearExperts):
+            assert len(part.weight) == part.num_experts
+
+
+def has_experts(model: nn.Module) -> bool:
+    return any(isinstance(part, gmoe.MoELayer) for part in model.modules())
