@@ -11,6 +11,12 @@ it, and a negative item. It needs no pyg-lib.
     pip install "gmoe[graph]"
     python examples/recommender.py
     python examples/recommender.py --fast   # one seed, fewer users, items and links
+
+Three seeds of both take 42 minutes of a core beside many other jobs, so do not compare the times.
+Experts gain nothing here::
+
+    RelationalConv test accuracy 78.8 ± 0.2 %, 241 s a seed
+    HeteroMoEConv  test accuracy 78.2 ± 1.1 %, 598 s a seed
 """
 
 # %%
@@ -84,8 +90,7 @@ def accuracy(model: gmoe.HeteroGNNMoE, start: float, end: float) -> float:
 
 def train(seed: int, **kwargs: Any) -> gmoe.HeteroGNNMoE:
     torch.manual_seed(seed)
-    widths = {"user": 1, "item": genres}
-    model = gmoe.HeteroGNNMoE(widths, 32, 32, data.metadata(), **kwargs)
+    model = gmoe.HeteroGNNMoE({"user": 1, "item": genres}, 32, 32, data.metadata(), **kwargs)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     best_val, best = 0.0, model
     for _ in range(epochs):
