@@ -72,6 +72,11 @@ DRAWN = {
 """What is drawn, by what is routed."""
 
 
+OVER_FLOPS = (
+    "Mean over seeds, and the sample standard deviation; squares are dense models. Experts earn "
+    "their cost where they lie above what a dense model of as many FLOPs reaches."
+)
+
 Tokens = tuple[Tensor, dict[str, Tensor]]
 """Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in
 :data:`PROPERTIES`."""
@@ -163,8 +168,11 @@ def write_report(
         page.text(f"Left out: {reason}", "warn")
     _results(page, runs)
     for data in dict.fromkeys(map(data_of, runs)):
-        curves = learning_curves([run for run in runs if data_of(run) == data])
-        if curves:
+        of_data = [run for run in runs if data_of(run) == data]
+        if len(of_data) > 1:
+            page.heading(f"{data}: test score over cost")
+            page.figures([scores_over_flops(of_data)], OVER_FLOPS)
+        if curves := learning_curves(of_data):
             page.heading(f"{data}: learning curves")
             page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
     page.extend(routing)
@@ -354,6 +362,29 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, 
     }
     drawn = draw_nodes(graph.edge_index, graph.num_nodes, to_draw)
     return [(routing.to_dense(), known) for routing in routings], drawn, bins
+
+
+def scores_over_flops(runs: Sequence[RunFolder]) -> Figure:
+    """The test scores of runs on the same data over their active FLOPs."""
+    metric = runs[0].summary["metric"]
+    factor = 1 if metric in ERRORS else 100
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for run in runs:
+        test = run.summary["test"]
+        axis.errorbar(
+            run.summary["flops"],
+            factor * test["mean"],
+            yerr=factor * (test["std"] or 0.0),
+            fmt="s" if run.config.router == "dense" else "o",
+            capsize=3,
+            label=f"{run.name} (n = {test['n']})",
+        )
+    axis.set_xscale("log")
+    axis.set(xlabel="active FLOPs of a forward", ylabel=f"test {metric}{unit(metric)}")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:

@@ -21,7 +21,7 @@ import torch
 from experiments.show import patches
 from experiments.show.nodes import bin_names, neighborhoods
 from experiments.show.report import main
-from experiments.show.report_page import Page, shares
+from experiments.show.report_page import Page, scores_over_flops, shares
 from experiments.study import ensemble
 from experiments.train.command import parse
 from experiments.train.loop import run
@@ -89,6 +89,18 @@ def test_report_of_graphs_and_images(
     assert row[: row.index("</tr>")].count(f"<td>{shown}</td>") == 1
     assert "No dense run of the same data and seeds is beside images." in words
     assert "Up to 300 nodes, of a larger graph in six neighborhoods" in words
+    assert "digits-graph: test score over cost" in words
+    assert "digits: test score over cost" not in words  # of one run
+
+
+def test_scores_lie_over_the_active_flops(runs: Path) -> None:
+    found = [read_run(runs / name) for name in ("graph", "graph-dense")]
+    (axis,) = scores_over_flops(found).axes
+    for place, one in zip(axis.containers, found, strict=True):
+        line: Any = place[0]
+        score = 100 * one.summary["test"]["mean"]
+        assert line.get_xydata().tolist() == [[one.summary["flops"], pytest.approx(score)]]
+        assert line.get_marker() == ("s" if one.config.router == "dense" else "o")
 
 
 def test_a_broken_run_is_named_and_the_others_are_reported(
