@@ -179,8 +179,8 @@ def receipt(model: nn.Module, folder: str | Path) -> float:
     """The largest absolute difference of a model's outputs from those that were saved.
 
     Args:
-        model: what :func:`load` returned.
-        folder: what :func:`save` wrote, with inputs.
+        model: what :func:`gmoe.load` returned.
+        folder: what :func:`gmoe.save` wrote, with inputs.
 
     Raises:
         FileNotFoundError: the model was saved without inputs.
