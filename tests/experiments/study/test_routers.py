@@ -62,6 +62,12 @@ def test_cells_are_measured_once(sweep: Callable[..., None], tmp_path: Path, cap
     assert read_cells(tmp_path / "routers")["digits-graph"]["dense"]["test"] == dense["test"]
 
 
+def test_a_row_without_a_cell_is_left_out() -> None:
+    cells: Any = {"digits": {"dense": {"config": {"seeds": [0]}, "test": {"values": [0.5]}}}}
+    _, _, *lines = cell_tables(cells).splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| dense"]
+
+
 def line_of(cells: Cells, label: str) -> dict[str, str]:
     """A row of digits-graph, by column of its table."""
     head, _, *lines = cell_tables(cells, ["digits-graph"]).splitlines()
