@@ -138,9 +138,9 @@ def options_of(conv: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("conv", ["gcn", "gin", "gine", "gat", "transformer", "sage", "two_hop"])
 def test_molecules_do_not_meet(conv: str, router_input: Any) -> None:
     torch.manual_seed(2)
-    model = MoleculeGNN(
-        8, 3, 2, **options_of(conv), router_input=router_input, virtual_node=True
-    ).eval()
+    options = options_of(conv, start="plain", shared_router=conv in ("gcn", "gat"))
+    options["router_kwargs"] = {"init_scale": 5.0}  # so that molecules differ in their experts
+    model = MoleculeGNN(8, 3, 2, router_input=router_input, virtual_node=True, **options).eval()
     x, edge_index, attr, batch, graphs = molecule_batch()
     logits, routings = model(x, edge_index, attr, batch, graphs, return_routing=True)
     for routing in routings:
