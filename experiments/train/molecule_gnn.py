@@ -24,6 +24,7 @@ import gmoe
 from experiments.train.config import Pool
 from experiments.train.data.published import without_update_check
 from gmoe.conv.base import StackedExperts
+from gmoe.conv.call import Call
 from gmoe.conv.kinds import KINDS, Kind, class_of, factory_of
 from gmoe.conv.messages import Messages, Rows, find_rows
 from gmoe.dispatch import combine
@@ -92,9 +93,8 @@ class BondGCNExperts(StackedExperts):
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         return [(self.root, conv.root), (self.lin, conv.lin)]
 
-    def forward(
-        self, graph: gmoe.Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
-    ) -> Tensor:
+    def forward(self, call: Call, routing: Routing) -> Tensor:
+        graph, x_src = call.graph, call.x_src
         matrix = graph.normalized(improved=False, loops=True, dtype=x_src.dtype)
         messages, attr = Messages(graph, routing), graph.attr
         assert attr is not None

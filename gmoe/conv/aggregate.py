@@ -1,7 +1,7 @@
 """Experts that share one aggregation: GCN, SAGE, GraphConv, GIN, GINE, filters, and MLPs.
 
-Shapes: N nodes, T tokens (destinations), M edges, D in, O out width, I columns of the rows that
-experts transform, H hidden width, E experts, P pairs.
+Shapes: N nodes, T tokens (destinations), M edges, D in, O out width, A columns of the aggregate, I
+columns of the rows that experts transform, H hidden width, E experts, P pairs.
 
 A conv of these kinds sums over neighbors, then transforms the sum. The sum is the same for all
 experts: a layer computes it once, and experts transform the rows of their tokens.
@@ -27,6 +27,7 @@ from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts, must_be_called
 from gmoe.conv.base import StackedExperts, all_of, is_plain, stacked
+from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
@@ -77,15 +78,25 @@ class AggregateOnce(StackedExperts):
 
     @abstractmethod
     def strip(self, conv: Any) -> None:
-        """Take the transform out of a conv, so that its forward is the aggregation alone."""
+        """Take the transform out of a conv, in place: what is left is the aggregation alone.
 
-    def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
+        ``build`` calls it once, on a copy of the first conv, which becomes the prototype.
+        Afterwards the conv has no parameters. Unless :meth:`matrix_maker` makes a matrix of all
+        convs of the class, ``conv((x, None), edge_index, size=...)`` with the edge arguments it
+        takes then gives what :meth:`aggregate` gives: without the linear maps, the root's
+        features, the bias and the norm of the output.
+        """
+
+    def aggregate(self, call: Call) -> Tensor | None:
         if self.make_matrix is None:
-            return self._by_pyg(graph, x_src)
-        return graph.product(self.make_matrix(graph, dtype=x_src.dtype), x_src)
+            return self._by_pyg(call)
+        matrix = self.make_matrix(call.graph, dtype=call.x_src.dtype)
+        return call.graph.product(matrix, call.x_src)
 
-    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
-        """(T, D) what the stripped conv itself aggregates."""
+    def _by_pyg(self, call: Call) -> Tensor:
+        """(T, A) what the stripped conv itself aggregates."""
+        graph = call.graph
+        x_src = call.x_src
         conv = self.prototype
         if graph.mask is not None:
             conv = copy.copy(conv)  # another thread may be running it
@@ -135,28 +146,30 @@ class LinearAggregation(AggregateOnce):
         self.root = self.has_root(first)
         self.normalize = self.has_output_norm(first)
         weights = [linear.weight for linear in self.transforms(first)]
-        out_channels, self.aggregate_width = weights[0].shape
+        self.widths = [weight.size(1) for weight in weights]
         self.linear = LinearExperts(
-            sum(weight.size(1) for weight in weights),
-            out_channels,
+            sum(self.widths),
+            weights[0].size(0),
             num_experts=len(convs),
             bias=self.bias(first) is not None,
             backend=backend,
         )
 
+    @property
+    def aggregate_width(self) -> int:
+        return self.widths[0]
+
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         weights = [linear.weight for linear in self.transforms(conv)]
-        widths = [weight.size(1) for weight in weights]
-        stacked_weights = self.linear.weight.transpose(1, 2).split(widths, dim=2)
+        stacked_weights = self.linear.weight.transpose(1, 2).split(self.widths, dim=2)
         parts: list[tuple[Any, Any]] = list(zip(stacked_weights, weights, strict=True))
         if self.linear.bias is not None:
             parts.append((self.linear.bias, self.bias(conv)))
         return parts
 
-    def forward(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
-    ) -> Tensor:
-        inputs = [h, x_dst] if self.root else [h]
+    def forward(self, call: Call, routing: Routing) -> Tensor:
+        assert call.aggregate is not None  # these experts share one
+        inputs = [call.aggregate, call.x_dst] if self.root else [call.aggregate]
         linear = self.linear
         if not self.normalize and is_plain(linear):
             return routed_linear(inputs, linear.weight, linear.bias, routing, linear.backend)
@@ -166,17 +179,18 @@ class LinearAggregation(AggregateOnce):
             y_PO = F.normalize(y_PO, p=2.0, dim=-1)
         return combine(y_PO, routing)
 
-    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+    def on_all(self, call: Call) -> Tensor:
         linear = self.linear
         if self.normalize or must_be_called(self) or not is_plain(linear):
-            return super().on_all(graph, x_src, x_dst, h)
+            return super().on_all(call)
+        assert call.aggregate is not None  # these experts share one
         # The two maps one after the other, without a copy of their inputs side by side.
         dtype = linear.weight.dtype
         bias = None if linear.bias is None else linear.bias[0]
-        of_aggregate, of_root = linear.weight[0].T.tensor_split([h.size(1)], dim=1)
-        out = F.linear(h.to(dtype), of_aggregate, bias)
+        of_aggregate, of_root = linear.weight[0].T.tensor_split([self.aggregate_width], dim=1)
+        out = F.linear(call.aggregate.to(dtype), of_aggregate, bias)
         if self.root:
-            out.add_(F.linear(x_dst.to(dtype), of_root))
+            out.add_(F.linear(call.x_dst.to(dtype), of_root))
         return out
 
 
@@ -237,50 +251,64 @@ class GraphConvExperts(LinearAggregation):
         del conv.lin_root
 
 
-class FilterExperts(LinearAggregation):
-    """E FilterConvs, whose filters may differ.
+class FilterExperts(StackedExperts):
+    """E FilterConvs, whose filters may differ: x' = F_e(A) x W_e + b_e.
 
-    Every power of the adjacency is applied once, for all experts that use it.
+    Every power of the adjacency is applied once, for all experts that use it. An expert's rows are
+    what its filter makes of them, not the aggregate itself: so these experts stand beside
+    :class:`LinearAggregation`, not under it.
     """
 
-    linears = ("lin",)
     may_differ = frozenset({"filter", "hops"})
 
     @staticmethod
     def accepts(conv: Any) -> bool:
         return conv.aggr in ("add", "sum")
 
-    def has_root(self, conv: Any) -> bool:
-        return False
-
-    def strip(self, conv: Any) -> None:
-        conv.lin = nn.Identity()
-        conv.bias = None
-
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
-        super().build(convs, backend)
+        first = convs[0]
+        # Only its `hop` runs.
+        self.prototype = copy.deepcopy(first)
+        self.prototype.flow = "source_to_target"  # as edges run inside a graph
+        self.prototype.lin = nn.Identity()
+        self.prototype.bias = None
         self.filters = [(conv.filter, conv.hops) for conv in convs]
         self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
-        # The powers side by side; without any, the router sees the mean over in-edges.
-        self.aggregate_width = max(self.hops, 1) * self.linear.in_features
+        out_channels, in_channels = first.lin.weight.shape
+        self.linear = LinearExperts(
+            in_channels,
+            out_channels,
+            num_experts=len(convs),
+            bias=first.bias is not None,
+            backend=backend,
+        )
+
+    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        parts: list[tuple[Any, Any]] = [(self.linear.weight.transpose(1, 2), conv.lin.weight)]
+        if self.linear.bias is not None:
+            parts.append((self.linear.bias, conv.bias))
+        return parts
 
     @property
     def too_far(self) -> list[MessagePassing]:
         return [self.prototype] if self.hops > 1 else []
 
-    def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
+    def aggregate(self, call: Call) -> Tensor | None:
         """(T, hops * D) the powers A x, A^2 x, ... side by side."""
-        powers = [x_src]
+        powers = [call.x_src]
         for _ in range(self.hops):
-            powers.append(self.prototype.hop(powers[-1], graph))
+            powers.append(self.prototype.hop(powers[-1], call.graph))
         return torch.cat(powers[1:], dim=-1) if self.hops else None
 
-    def forward(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
-    ) -> Tensor:
+    @property
+    def aggregate_width(self) -> int | None:
+        # Without powers, the router sees the mean over in-edges.
+        return self.hops * self.linear.in_features if self.hops else None
+
+    def forward(self, call: Call, routing: Routing) -> Tensor:
         # 1. All tokens after each filter that occurs.
         distinct = sorted(set(self.filters))
-        filtered = [self._filtered(name, hops, x_dst, h) for name, hops in distinct]
+        filtered = [self._filtered(name, hops, call) for name, hops in distinct]
         # 2. The rows of each expert's tokens, after its filter.
         if len(distinct) == 1:
             rows_PI = dispatch(filtered[0], routing)
@@ -293,20 +321,19 @@ class FilterExperts(LinearAggregation):
             filter_E = torch.cat([routing.token.new_full((1,), number) for number in number_E])
             filter_P = filter_E.index_select(0, routing.expert)
             row_P = routing.token * len(distinct) + filter_P
-            rows_PI = torch.cat(filtered, dim=1).view(-1, x_dst.size(1)).index_select(0, row_P)
+            filtered_RI = torch.cat(filtered, dim=1).view(-1, call.x_dst.size(1))
+            rows_PI = filtered_RI.index_select(0, row_P)
         # 3. Its linear map.
         return combine(self.linear(rows_PI, routing.offsets), routing)
 
-    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        # Not LinearAggregation's: the linear map is of the filtered rows, not of h.
-        return StackedExperts.on_all(self, graph, x_src, x_dst, h)
-
-    def _filtered(self, name: FilterName, hops: int, x_dst: Tensor, h: Any) -> Tensor:
-        """(T, I) the tokens after a filter, given what :meth:`aggregate` gave."""
+    def _filtered(self, name: FilterName, hops: int, call: Call) -> Tensor:
+        """(T, I) the tokens after a filter."""
+        x_TI = call.x_dst
         if name == "identity":
-            return x_dst
-        low = h.split(x_dst.size(1), dim=1)[hops - 1]
-        return low if name == "low_pass" else x_dst - low
+            return x_TI
+        assert call.aggregate is not None  # all others need a power
+        low_TI = call.aggregate.split(x_TI.size(1), dim=1)[hops - 1]
+        return low_TI if name == "low_pass" else x_TI - low_TI
 
 
 class GINExperts(AggregateOnce):
@@ -342,17 +369,20 @@ class GINExperts(AggregateOnce):
         up, down = _linears(conv)
         return [(self.eps_E1, conv.eps), (self.up, up), (self.down, down)]
 
-    def forward(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
-    ) -> Tensor:
+    def forward(self, call: Call, routing: Routing) -> Tensor:
+        assert call.aggregate is not None  # these experts share one
         scale_P1 = (1 + self.eps_E1).index_select(0, routing.expert)
-        rows_PI = dispatch(h, routing).addcmul_(dispatch(x_dst, routing), scale_P1)
+        aggregate_PI = dispatch(call.aggregate, routing)
+        root_PI = dispatch(call.x_dst, routing)
+        rows_PI = aggregate_PI.addcmul_(root_PI, scale_P1)
         return combine(self._network(rows_PI, routing.offsets), routing)
 
-    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+    def on_all(self, call: Call) -> Tensor:
         if must_be_called(self):
-            return super().on_all(graph, x_src, x_dst, h)
-        return self._network(h.addcmul(x_dst, 1 + self.eps_E1), all_of(x_dst))
+            return super().on_all(call)
+        assert call.aggregate is not None  # these experts share one
+        rows_TI = call.aggregate.addcmul(call.x_dst, 1 + self.eps_E1)
+        return self._network(rows_TI, all_of(call.x_dst))
 
     def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         """(P, O) each expert's network on its rows."""
@@ -392,10 +422,8 @@ class MLPConvExperts(StackedExperts):
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         return [(self.up, conv.up), (self.down, conv.down)]
 
-    def forward(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
-    ) -> Tensor:
-        hidden_PH = self.up(dispatch(x_dst, routing), routing.offsets).relu()
+    def forward(self, call: Call, routing: Routing) -> Tensor:
+        hidden_PH = self.up(dispatch(call.x_dst, routing), routing.offsets).relu()
         return combine(self.down(hidden_PH, routing.offsets), routing)
 
 

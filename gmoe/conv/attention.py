@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from gmoe._autograd import first_order, operator
 from gmoe._checks import must_be_called
 from gmoe.conv.base import StackedExperts, is_plain, stacked
+from gmoe.conv.call import Call
 from gmoe.conv.edges import add_ends, blocks, dot, softmax, spread, weighted_sum
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
@@ -89,16 +90,15 @@ class AttentionExperts(StackedExperts):
                 empty = vector.detach().new_empty(len(convs), *vector.shape)
                 setattr(self, name, nn.Parameter(empty))
 
-    def forward(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
-    ) -> Tensor:
-        messages = Messages(self._looped(graph), routing)
-        return combine(self._outputs(x_src, x_dst, messages), routing)
+    def forward(self, call: Call, routing: Routing) -> Tensor:
+        messages = Messages(self._looped(call.graph), routing)
+        return combine(self._outputs(call.x_src, call.x_dst, messages), routing)
 
-    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+    def on_all(self, call: Call) -> Tensor:
         if must_be_called(self):
-            return super().on_all(graph, x_src, x_dst, h)
-        return self._outputs(x_src, x_dst, DenseMessages(self._looped(graph)))
+            return super().on_all(call)
+        messages = DenseMessages(self._looped(call.graph))
+        return self._outputs(call.x_src, call.x_dst, messages)
 
     def _looped(self, graph: Graph) -> Graph:
         """The graph with the loops that the convs add."""

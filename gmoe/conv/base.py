@@ -1,6 +1,7 @@
 """The experts of a MoEConv: what all of them have in common, and how they are stacked or mixed.
 
-Shapes: T tokens (destinations), S sources, D in, O out width, E experts, P pairs.
+Shapes: T tokens (destinations), S sources, D in, O out width, A columns of the aggregate, E
+experts, P pairs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch_geometric.nn import MessagePassing
 
 from gmoe._checks import must_be_called
 from gmoe._torch import dtype_of
-from gmoe.conv.graph import Graph
+from gmoe.conv.call import Call
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
@@ -35,36 +36,41 @@ keeps the routed experts small where steps and labels are few.
 class ConvExperts(nn.Module, ABC):
     """E convs under one routing: the weighted sum of their outputs on the whole graph.
 
-    Called with a graph of S sources and T destinations. Unless it is bipartite, its destinations
-    are the first of its sources. A layer first calls :meth:`aggregate`, then hands on what it gave,
-    ``h``: to the router, and to the experts.
+    Called with a :class:`~gmoe.conv.call.Call`: a graph of S sources and T destinations, and their
+    features. Unless the graph is bipartite, its destinations are the first of its sources. A layer
+    first calls :meth:`aggregate`; router and experts then find its result in the call.
     """
 
-    aggregate_width: int | None = None
-    """Columns of :meth:`aggregate`; ``None`` if they are as many as the sources'."""
     flow: str
     """PyG's ``flow`` of the convs."""
 
     @abstractmethod
-    def forward(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing
-    ) -> Tensor:
+    def forward(self, call: Call, routing: Routing) -> Tensor:
         """(T, O) the mixture.
 
         Args:
-            graph: from the sources to the destinations.
-            x_src: (S, D) features of the sources.
-            x_dst: (T, D) features of the destinations.
-            h: what :meth:`aggregate` gave for ``x_src``.
+            call: the graph, the features of its nodes, and what :meth:`aggregate` gave for them.
             routing: of the T destinations.
         """
 
-    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
+    def on_all(self, call: Call) -> Tensor:
         """(T, O) a single expert's output at every token; for layers of one expert only."""
-        return self(graph, x_src, x_dst, h, to_one(x_dst))
+        return self(call, to_one(call.x_dst))
 
-    def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
-        """(T, D) the sum over neighbors that all experts share; ``None`` if they share none."""
+    def aggregate(self, call: Call) -> Tensor | None:
+        """(T, A) the sum over neighbors that all experts share; ``None`` if they share none.
+
+        It follows from the graph and the sources alone.
+        """
+        return None
+
+    @property
+    def aggregate_width(self) -> int | None:
+        """A, the columns of :meth:`aggregate`; ``None`` if they are as many as the sources'.
+
+        The router's width follows from it before any call. Where :meth:`aggregate` gives ``None``,
+        the router sees the mean over in-edges, which has as many columns as the sources.
+        """
         return None
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
@@ -151,10 +157,15 @@ class StackedExperts(ConvExperts):
 
     @abstractmethod
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
-        """Set ``prototype`` and the stacked parameters, of any values.
+        """Make ``prototype``, and room for the stacked parameters.
 
-        Called once, by the constructor, when ``num_experts`` and ``flow`` are set; ``fill`` copies
-        the values.
+        The constructor calls it once, with ``num_experts`` and ``flow`` already set. The values of
+        the parameters do not matter: ``fill`` copies them from the convs afterwards. The convs
+        must stay as they are.
+
+        Args:
+            convs: the E convs, which agree in their options and in the shapes of their parameters.
+            backend: of the grouped product.
         """
 
     @abstractmethod
@@ -280,16 +291,14 @@ class MixedExperts(ConvExperts):
                 return group.expert(indices.index(index))
         raise ValueError(f"index: got {index}, expected that of an expert")
 
-    def forward(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing
-    ) -> Tensor:
+    def forward(self, call: Call, routing: Routing) -> Tensor:
         outputs = []
         for group, indices in zip(self.groups, self.members, strict=True):
             # Each group has an aggregate of its own.
             # The first select waits for a GPU: how many pairs each group has is a size of tensors.
             # The host knows an upper bound only, all pairs, which would be computed in each group.
-            h = group.aggregate(graph, x_src)
-            outputs.append(group(graph, x_src, x_dst, h, routing.select(experts=indices)))
+            group_call = call.with_aggregate(group.aggregate(call))
+            outputs.append(group(group_call, routing.select(experts=indices)))
         # Not sum(outputs), which would broadcast different widths: stack refuses them.
         return torch.stack(outputs).sum(dim=0)
 

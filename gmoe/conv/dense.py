@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmoe.conv.aggregate import LinearAggregation
+from gmoe.conv.aggregate import FilterExperts, LinearAggregation
 from gmoe.conv.base import GAIN_SCALE, MixedExperts, StackedExperts
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.moe_conv import MoEConv
@@ -43,15 +43,21 @@ def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
     if not layer.gain.any():
         return Candidate(shared, "a gain of zero", is_exact=True)
     # What is linear in its weights can be added to the shared conv.
-    are_linear = isinstance(experts, LinearAggregation) and not experts.normalize
     is_of_kind = is_one_kind and kinds[0] == layer._make.kinds[0]
-    if not (are_linear and is_of_kind and layer.transform is None):
+    if not (_are_linear(experts) and is_of_kind and layer.transform is None):
         return Candidate(shared, "the shared expert alone")
     added = _mean(experts, share_E)
     with torch.no_grad():
         for place, value in zip(shared.parameters(), added.parameters(), strict=True):
             place.add_(value, alpha=float(GAIN_SCALE * layer.gain))
     return Candidate(shared, f"{reason}, added to the shared expert", is_exact)
+
+
+def _are_linear(experts: Any) -> bool:
+    """True if the experts' outputs are linear in their weights."""
+    if isinstance(experts, LinearAggregation):
+        return not experts.normalize
+    return isinstance(experts, FilterExperts)
 
 
 def _have_same_values(experts: Any) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
 from gmoe.conv.base import ConvExperts
-from gmoe.conv.graph import Graph
+from gmoe.conv.call import Call
 from gmoe.from_base import FromBase
 
 
@@ -22,10 +22,13 @@ class ConvsFromBase(FromBase, ConvExperts):
     def __init__(self, base: ConvExperts, differences: ConvExperts) -> None:
         super().__init__(base, differences)
         self.flow = differences.flow
-        self.aggregate_width = differences.aggregate_width
 
-    def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
-        return self.differences.aggregate(graph, x_src)
+    def aggregate(self, call: Call) -> Tensor | None:
+        return self.differences.aggregate(call)
+
+    @property
+    def aggregate_width(self) -> int | None:
+        return self.differences.aggregate_width
 
     @property
     def dtype(self) -> torch.dtype | None:

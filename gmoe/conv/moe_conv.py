@@ -3,9 +3,8 @@
 Shapes: N nodes (N_src sources, N_dst destinations), T tokens (the destinations of the graph), D
 width, M edges, E experts, K experts per token.
 
-In :meth:`MoEConv.forward`, ``x_src`` and ``x_dst`` are the features of the call, ``u_src`` and
-``u_dst`` those that router and routed experts see (after ``shared_transform``), and ``h`` is the
-sum over neighbors that all experts share.
+In :meth:`MoEConv.forward`, ``call`` holds the features that the layer was called with, and
+``routed_call`` those that router and routed experts see (after ``shared_transform``).
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from gmoe.conv.arguments import (
 )
 from gmoe.conv.base import GAIN_SCALE, StackedExperts
 from gmoe.conv.build import Trial, build_experts
+from gmoe.conv.call import Call
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, ConvLike, Make, kind_of, kinds_of
@@ -283,9 +283,6 @@ class MoEConv(MoELayer, MessagePassing):
                     make_dense, options.local, options.backend, [dense]
                 )
                 self.gain = nn.Parameter(torch.zeros(1))
-        # The shared expert is of the experts' kind: if it sees the same features, it can use their
-        # aggregate.
-        self._shares_aggregate = not options.shared_transform
 
     def _build_router(self, router: RouterLike, widths: tuple[int, int]) -> None:
         """Build the router for what it sees of nodes of these widths."""
@@ -385,31 +382,43 @@ class MoEConv(MoELayer, MessagePassing):
             graph = graph.explained(self)
 
         # 2. Sum over neighbors once, if all experts share that sum.
-        u_src, u_dst = self._transformed(x_src, x_dst)
-        h = self.experts.aggregate(graph, u_src)
+        call = Call(graph, x_src, x_dst)
+        routed_call = self._transformed(call)
+        routed_call = routed_call.with_aggregate(self.experts.aggregate(routed_call))
 
         # 3. Route the destinations.
         if routing is None and self.router is not None:
-            seen_TD = router_features(self.router_input, u_src, u_dst, h, graph)
+            seen_TD = self._router_features(routed_call)
             edge_index = graph.edge_index if x_src is x_dst else None
             routing = decide(self.router, self.router_input, seen_TD, batch, edge_index)
         else:
             routing = checked_routing(routing, graph.num_dst, self.num_experts)
 
         # 4. Run each destination's experts, and add them to the shared expert.
-        y = self.experts(graph, u_src, u_dst, h, routing)
+        y = self.experts(routed_call, routing)
         if self.shared_expert is not None:
-            if h is None or not self._shares_aggregate:
-                h = self.shared_expert.aggregate(graph, x_src)
-            shared = self.shared_expert.on_all(graph, x_src, x_dst, h)
+            if self.transform is None:
+                # Of the experts' kind, and called with the same features: if they share an
+                # aggregate, it is the shared expert's, too.
+                call = routed_call
+            if call.aggregate is None:
+                call = call.with_aggregate(self.shared_expert.aggregate(call))
+            shared = self.shared_expert.on_all(call)
             y = shared.addcmul(y, (GAIN_SCALE * self.gain).to(y.dtype))
         return (y, routing) if return_routing else y
 
     def router_features(self, x: Tensor, graph: Graph) -> Tensor:
         """(T, dim) the router's input at a graph's destinations, the first of its nodes ``x``."""
-        u_src, u_dst = self._transformed(x, x[: graph.num_dst])
-        h = self.experts.aggregate(graph, u_src) if "neighbors" in self.router_input else None
-        return router_features(self.router_input, u_src, u_dst, h, graph)
+        call = self._transformed(Call(graph, x, x[: graph.num_dst]))
+        if "neighbors" in self.router_input:
+            call = call.with_aggregate(self.experts.aggregate(call))
+        return self._router_features(call)
+
+    def _router_features(self, call: Call) -> Tensor:
+        """(T, dim) the router's input, given the call as routed experts see it."""
+        return router_features(
+            self.router_input, call.x_src, call.x_dst, call.aggregate, call.graph
+        )
 
     def _check_nodes(self, x_src: Tensor, x_dst: Tensor) -> None:
         """Refuse features of another width, kind or dtype than the layer's."""
@@ -430,14 +439,14 @@ class MoEConv(MoELayer, MessagePassing):
                     f"x: got {nodes.dtype}, expected {dtype}, the type of the layer's weights"
                 )
 
-    def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
-        """The nodes that router and routed experts see."""
+    def _transformed(self, call: Call) -> Call:
+        """The call with the features that router and routed experts see."""
         if self.transform is None:
-            return x_src, x_dst
+            return call
         # Sources and destinations of the same width have one map: the first is the last.
-        u_dst = self.transform[-1](x_dst)
-        u_src = u_dst if x_src is x_dst else self.transform[0](x_src)
-        return u_src, u_dst
+        x_dst = self.transform[-1](call.x_dst)
+        x_src = x_dst if call.x_src is call.x_dst else self.transform[0](call.x_src)
+        return Call(call.graph, x_src, x_dst)
 
     @torch.inference_mode(False)  # the parameters are for training too
     def _complete(self, x: Any) -> None:

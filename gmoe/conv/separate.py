@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 from gmoe.conv.base import ConvExperts, tokens_of
+from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.plain import run, run_on
 from gmoe.dispatch import combine
@@ -59,9 +60,8 @@ class SeparateExperts(ConvExperts):
     def convs(self) -> list[MessagePassing]:
         return list(self.members)
 
-    def forward(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
-    ) -> Tensor:
+    def forward(self, call: Call, routing: Routing) -> Tensor:
+        graph, x_src, x_dst, _ = call
         outputs: list[Tensor] = []
         idle: list[Tensor] = []  # parameters of experts without a token
         for conv, local, token in zip(self.members, self.is_local, tokens_of(routing), strict=True):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GINConv, GINEConv, SAGEConv, SoftmaxAggregation
 
-from gmoe import FilterConv, MoEConv
+from gmoe import FilterConv, Graph, MoEConv
 from gmoe.conv.aggregate import AggregateOnce, FilterExperts, MLPConvExperts
 from gmoe.conv.attention import AttentionExperts
+from gmoe.conv.call import Call
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import (
     GRAPHS,
@@ -172,6 +173,38 @@ def test_no_kind_is_run_in_a_slower_way_than_it_could_be() -> None:
     assert [build(*case).experts.is_local for case in (*LOCAL, *FULL)] == [[True] * 3] * len(
         LOCAL
     ) + [[False] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("conv", "kwargs"), [*ALL, ("identity", {}), ("two_hop", {}), ("mlp", {})], ids=ids
+)
+def test_the_aggregate_is_as_wide_as_the_experts_say(conv: Any, kwargs: dict[str, Any]) -> None:
+    """The router is built for that width before there is an aggregate."""
+    layer = build(conv, kwargs)
+    args: dict[str, Any] = edge_args(layer, EDGES.size(1))
+    graph = Graph(EDGES, NODES, **args)
+    x = features(NODES, WIDTH)
+    aggregate = layer.experts.aggregate(Call(graph, x, x))
+    seen = graph.mean(x) if aggregate is None else aggregate
+    assert seen.shape == (NODES, layer.experts.aggregate_width or WIDTH)
+
+
+@pytest.mark.parametrize(("conv", "kwargs"), AGGREGATE_ONCE, ids=ids)
+def test_what_strip_leaves_of_a_conv_is_its_aggregation(conv: str, kwargs: dict[str, Any]) -> None:
+    """Without parameters, and called as PyG's convs are.
+
+    Those of GCN are always a matrix: PyG's own takes no sources without destinations.
+    """
+    layer = build(conv, kwargs)
+    args: dict[str, Any] = edge_args(layer, EDGES.size(1))
+    x = features(NODES, WIDTH)
+    expected = layer.experts.aggregate(Call(Graph(EDGES, NODES, **args), x, x))
+    stripped = layer.experts.prototype
+    assert not list(stripped.parameters())
+    if conv == "gcn":
+        return
+    found = stripped((x, None), EDGES, **args, size=(NODES, NODES))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("conv", ["gcn", ["sage", "gin"]], ids=str)

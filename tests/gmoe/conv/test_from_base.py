@@ -9,6 +9,7 @@ import torch
 from torch_geometric.nn import GCNConv, SAGEConv
 
 from gmoe import Graph, MoEConv
+from gmoe.conv.call import Call
 from gmoe.conv.from_base import ConvsFromBase
 from tests.gmoe.conv.masked import assert_equals_masked, features
 from tests.gmoe.conv.test_experts import ids
@@ -37,7 +38,7 @@ def test_the_aggregate_is_that_of_the_differences() -> None:
     x = features(NODES, WIDTH)
     assert isinstance(experts, ConvsFromBase)
     assert experts.aggregate_width == experts.differences.aggregate_width == WIDTH
-    aggregate = experts.aggregate(graph, x)
+    aggregate = experts.aggregate(Call(graph, x, x))
     assert aggregate is not None
     assert torch.equal(aggregate, graph.mean(x))
 

@@ -13,6 +13,7 @@ from torch_geometric.utils import add_self_loops, remove_self_loops
 from gmoe import Graph, MoEConv, Routing
 from gmoe.conv import messages
 from gmoe.conv.base import StackedExperts
+from gmoe.conv.call import Call
 from gmoe.conv.messages import Messages
 from tests.gmoe.conv.masked import GRAPHS, default_float64, random_graph
 
@@ -102,8 +103,9 @@ def test_a_single_expert_at_all_tokens_gives_what_pyg_gives(
         x_src = torch.randn(sizes[0], WIDTH, requires_grad=True)
         x_dst = x_src if sizes[0] == sizes[1] else torch.randn(sizes[1], WIDTH)
         graph = Graph(edge_index, sizes, edge_attr=attr)
-        dense = experts.on_all(graph, x_src, x_dst, None)
-        by_pairs = StackedExperts.on_all(experts, graph, x_src, x_dst, None)
+        call = Call(graph, x_src, x_dst)
+        dense = experts.on_all(call)
+        by_pairs = StackedExperts.on_all(experts, call)
         x = x_src if x_src is x_dst else (x_src, x_dst)
         expected = experts.expert(0)(x, edge_index, edge_attr=attr)
         torch.testing.assert_close(dense, expected)
