@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import gmoe
 from experiments.study.molecules import ARMS, BESIDE, COLUMNS, gains, runs, table
@@ -34,6 +35,7 @@ def test_every_arm_can_be_built_and_costs_what_it_should(tmp_path: Path) -> None
     for name, config in runs(["molesol"], tmp_path).items():
         arm, small = name.partition("/")[2], replace(config, hidden=16, layers=2)
         task = load_tasks(small)(0)
+        torch.manual_seed(0)
         models[arm] = build_model(small, task)
         costs[arm] = costs_of(models[arm], small, task)
     for arm in ("dense-flops", "dense-parameters", "gmoe-flops"):
