@@ -181,7 +181,8 @@ def test_no_kind_is_run_in_a_slower_way_than_it_could_be() -> None:
 def test_the_aggregate_is_as_wide_as_the_experts_say(conv: Any, kwargs: dict[str, Any]) -> None:
     """The router is built for that width before there is an aggregate."""
     layer = build(conv, kwargs)
-    graph = Graph(EDGES, NODES, **edge_args(layer, EDGES.size(1)))
+    args: Any = edge_args(layer, EDGES.size(1))
+    graph = Graph(EDGES, NODES, **args)
     x = features(NODES, WIDTH)
     aggregate = layer.experts.aggregate(Call(graph, x, x))
     seen = graph.mean(x) if aggregate is None else aggregate
@@ -195,7 +196,7 @@ def test_what_strip_leaves_of_a_conv_is_its_aggregation(conv: str, kwargs: dict[
     Those of GCN are always a matrix: PyG's own takes no sources without destinations.
     """
     layer = build(conv, kwargs)
-    args = edge_args(layer, EDGES.size(1))
+    args: Any = edge_args(layer, EDGES.size(1))
     x = features(NODES, WIDTH)
     expected = layer.experts.aggregate(Call(Graph(EDGES, NODES, **args), x, x))
     stripped = layer.experts.prototype
