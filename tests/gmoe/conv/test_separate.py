@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_geometric import nn as pyg
 
 from gmoe import Graph, Routing
+from gmoe.conv.call import Call
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import random_graph
 
@@ -26,7 +27,7 @@ def run(layer: SeparateExperts, edge_index: Tensor, expert_N: Tensor) -> Tensor:
     """(N, 3) the outputs on a graph whose nodes have one expert each."""
     x = torch.ones(N, WIDTH)
     routing = Routing.from_choices(expert_N[:, None], torch.ones(N, 1), num_experts=3)
-    out: Tensor = layer(Graph(edge_index, N), x, x, None, routing)
+    out: Tensor = layer(Call(Graph(edge_index, N), x, x), routing)
     return out
 
 
