@@ -255,7 +255,18 @@ def breaks(name: str) -> int:
     return int(torch._dynamo.explain(made(name))(*args, **kwargs).graph_break_count)
 
 
-@pytest.mark.parametrize("name", ["GCN", "GCN, shared", "GAT", "GAT, shared"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GCN",
+        "GCN, shared",
+        pytest.param("GAT", marks=SLOW),
+        pytest.param("GAT, shared", marks=SLOW),
+    ],
+)
 def test_a_layer_is_one_graph(name: str) -> None:
     assert_is_one_graph(name, "aot_eager", SIZES[:2], near=0)
 

@@ -47,7 +47,9 @@ def predicted(run: Path, seed: int) -> torch.Tensor:
     return load_file(run / f"seed-{seed}" / "predictions.safetensors")["probability"]
 
 
-@pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-proteins"])
+@pytest.mark.parametrize(
+    "name", ["ogbn-arxiv", pytest.param("ogbn-proteins", marks=pytest.mark.slow)]
+)
 def test_an_ensemble_is_what_ogb_says_of_the_mean(
     name: str, data: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -65,9 +65,14 @@ def test_less_is_better_of_errors_and_more_of_scores() -> None:
     [
         ("--virtual-node", "--conv", "gin", "--noise", "True"),
         ("--conv", "gcn", "--router-input", "graph", "--virtual-node"),
-        ("--conv", "gine", "two_hop", "--k", "2", "--balance", "importance_load", "--pool", "sum"),
-        ("--conv", "gine", "--router", "multi_centroid", "--kmeans-init", "--residual", "identity"),
-        ("--conv", "gat", "--router", "random", "--start", "plain", "--shared-router", "False"),
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                "--conv gine two_hop --k 2 --balance importance_load --pool sum".split(),
+                "--conv gine --router multi_centroid --kmeans-init --residual identity".split(),
+                "--conv gat --router random --start plain --shared-router False".split(),
+            )
+        ),
     ],
     ids=" ".join,
 )
