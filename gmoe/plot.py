@@ -248,7 +248,9 @@ def _tint(picture: Tensor, weight_hwE: Tensor, patch: tuple[int, int]) -> Tensor
 LayerLoad: TypeAlias = Routing | Mapping[str, Tensor]
 
 
-def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
+def expert_load(
+    history: Sequence[Routing | Sequence[LayerLoad]], *, xlabel: str = "step"
+) -> Figure:
     """Draw the load of every expert over time, one panel per MoE layer; a single step as bars.
 
     The load is the share of an expert among all (token, expert) pairs: 1/E each if balanced.
@@ -256,6 +258,7 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
     Args:
         history: an entry for each step: what :func:`gmoe.record_routing` records, or what
             :meth:`gmoe.RoutingStats.compute` returns.
+        xlabel: what an entry is (default ``"step"``).
 
     Raises:
         ValueError: an empty history, or steps of different layers or experts.
@@ -292,7 +295,7 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
             axis.stackplot(
                 range(1, len(steps) + 1), load_SE.T.numpy(), colors=palette(num_experts=num_experts)
             )
-            axis.set(xlabel="step", xlim=(1, len(steps)), ylim=(0, 1))
+            axis.set(xlabel=xlabel, xlim=(1, len(steps)), ylim=(0, 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(f"MoE layer {number}", fontsize="medium")
         axis.set_ylabel("load (share of pairs)")

@@ -204,10 +204,10 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
                 run, runs
             ),
             "seeds": str(run.summary["test"]["n"]),
-            "active FLOPs": f"{run.summary['flops']:.3g}",
+            "active MFLOPs": f"{run.summary['flops'] / 1e6:,.1f}",
             "parameters": f"{run.summary['parameters']:,}",
             "active parameters": f"{run.summary['active_parameters']:,}",
-            "seconds a seed": f"{run.summary['seconds']['mean']:,.0f}",
+            "seconds a seed": f"{run.summary['seconds']['mean']:,.1f}",
             "peak memory of the GPU (MiB)": f"{run.summary.get('peak_memory') or '–'}",
         }
         for run in runs
@@ -272,7 +272,8 @@ def _routing(page: Page, run: RunFolder) -> str:
         missing = f"Not drawn: {error}"
     page.heading(f"{run.name}: routing")
     page.figures(
-        [expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}."
+        [expert_load(run.history, xlabel="epoch")],
+        f"Load of each expert in each epoch's steps, seed {seed}.",
     )
     header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
     rows = {name: [f"{fmean(layer[name]):.3f}" for layer in layers] for name in layers[0]}
@@ -373,15 +374,17 @@ def scores_over_flops(runs: Sequence[RunFolder]) -> Figure:
     for run in runs:
         test = run.summary["test"]
         axis.errorbar(
-            run.summary["flops"],
+            run.summary["flops"] / 1e6,
             factor * test["mean"],
             yerr=factor * (test["std"] or 0.0),
             fmt="s" if run.config.router == "dense" else "o",
             capsize=3,
             label=f"{run.name} (n = {test['n']})",
         )
-    axis.set_xscale("log")
-    axis.set(xlabel="active FLOPs of a forward", ylabel=f"test {metric}{unit(metric)}")
+    flops = [run.summary["flops"] for run in runs]
+    if max(flops) > 3 * min(flops):
+        axis.set_xscale("log")
+    axis.set(xlabel="active MFLOPs of a forward", ylabel=f"test {metric}{unit(metric)}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     return figure
@@ -410,6 +413,7 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
                     epoch, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2
                 )
         axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize="small")

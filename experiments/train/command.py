@@ -26,7 +26,7 @@ import tyro
 
 from experiments.train.checks import check, check_first
 from experiments.train.command_line import fail, with_short_help
-from experiments.train.config import ERRORS, IMAGES, PAPERS, RunConfig, dense_of
+from experiments.train.config import ERRORS, PAPERS, RunConfig, dense_of
 from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import RESULTS, read_json
 from experiments.train.presets import PRESETS, command
@@ -150,13 +150,13 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
         ratio = f"{summary['flops'] / dense['flops']:.2f} times its active FLOPs"
         difference = paired(metric, summary["test"]["values"], dense["test"]["values"])
         print(f"\n{score}\nexperts − dense: {difference}, at {ratio}")
-    elif line := dense_line(config, summary["metric"]):
+    elif line := dense_line(config, summary):
         print(f"\n{line}")
     if summary["routing"]:
         print(f"\nrouting: {in_words(values_of(summary['routing']), config.experts)}")
-        if config.dataset in IMAGES:
-            folder = shlex.quote(str(config.folder()))
-            print(f"what experts follow: python -m experiments.report {folder}")
+        folders = [config.folder(), *([] if dense is None else [dense_beside(config).folder()])]
+        named = shlex.join(map(str, folders))
+        print(f"what experts follow: python -m experiments.report {named}")
         print("\nrouting, by MoE layer")
         layers = [
             {name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]
@@ -172,10 +172,11 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
     )
 
 
-def dense_line(config: RunConfig, metric: str) -> str:
+def dense_line(config: RunConfig, summary: Summary) -> str:
     """What the dense model scores, if that is on file, or the command that tells.
 
-    Nothing of a dense model itself, and of a model of one's own.
+    On the run's own seeds, with the paired difference, if these are on file. Nothing of a dense
+    model itself, and of a model of one's own.
     """
     from experiments.train.run_folder import differences_of
 
@@ -183,12 +184,18 @@ def dense_line(config: RunConfig, metric: str) -> str:
     if config.router == "dense" or config.model is not None or not has_preset:
         return ""
     dense, file = dense_of(config), RESULTS / "presets.json"
+    metric = summary["metric"]
     for row in read_json(file, dict[str, Any])["variants"]:
         there, test = row["config"], row["test"]
         same_data = there["dataset"] == config.dataset and "planted" not in row["label"]
         if same_data and differences_of(dense, there).keys() <= {"seeds"}:
             score = f"test {metric}{unit(metric)} {scored(metric, test)}, {test['n']} seeds"
-            return f"dense model: {score} (results/{file.name})"
+            line = f"dense model: {score} (results/{file.name})"
+            by_seed = dict(zip(there["seeds"], test["values"], strict=True))
+            if by_seed.keys() >= set(config.seeds):
+                values = [by_seed[seed] for seed in config.seeds]
+                line += f"\nexperts − dense: {paired(metric, summary['test']['values'], values)}"
+            return line
     return f"dense model, to compare: {command(dense)}"
 
 

@@ -120,7 +120,6 @@ class RunConfig:
     That is the MoE of --equal-to."""
     equal_to: RouterName = "token_choice"
     """With --equal: the router of the MoE that the dense baseline is matched to.
-
     Experts, K and the rest are as given."""
 
     # recipe
@@ -292,7 +291,7 @@ class GraphConfig(NodeConfig):
     For example those of GIANT or TAPE."""
     correct_and_smooth: bool = False
     """Score PyG's CorrectAndSmooth of what the trained model predicts.
-    It takes 50 steps each, with alpha 1 and 0.8."""
+    It takes 50 steps of each, with alpha 1 and 0.8."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -68,9 +68,9 @@ class Graph:
     mask: Tensor | None = None
     """(M,) an explainer's factors on the messages, in the order given."""
     is_replaced: Tensor | None = None
-    """(M,) with added loops: those of ``edges`` that one of them replaces. They have no message."""
+    """(M,) whether an added loop replaces the edge of ``edges``, which then has no message."""
     num_rows: int
-    """Rows of ``adj``: N_dst, but a part may hold more rows than destinations."""
+    """N_dst, the rows of ``adj``; a part may hold more rows than destinations."""
     scale_of: ScaleOf | None = None
     """In a part, the (N,) scale of its nodes in the whole graph."""
     destinations: Tensor | None = None
