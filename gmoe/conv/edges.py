@@ -496,8 +496,8 @@ def _sum_messages(
     num_receivers = ptr.numel() - 1
     if torch.compiler.is_exporting():
         weight_MH, value_UGC = weight_MH.to(exact), value_UGC.to(exact)
-        sums = exported.sum_messages(weight_MH, value_UGC, sender, receiver, num_receivers)
-        return sums.to(dtype)
+        sum_RHC = exported.sum_messages(weight_MH, value_UGC, sender, receiver, num_receivers)
+        return sum_RHC.to(dtype)
     weights = weight_MH.to(exact).T.contiguous()
     values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
     sums: list[Tensor] = []
