@@ -72,10 +72,13 @@ def _find_rows(
 
 def _all_rows(num_experts: int, num_sources: int, like: Tensor) -> Rows:
     """A row for each expert and source: an exported model cannot ask which ones have a message."""
-    cell = torch.arange(num_experts * num_sources, device=like.device)
-    ends = torch.arange(1, num_experts + 1, device=like.device) * num_sources
-    place = cell.view(num_experts, num_sources)
-    return Rows(cell // num_sources, cell % num_sources, ends.to(torch.int32), place)
+    expert_E1 = torch.arange(num_experts, device=like.device)[:, None]
+    source_N = torch.arange(num_sources, device=like.device)
+    place_EN = expert_E1 * num_sources + source_N
+    expert = expert_E1.expand_as(place_EN).reshape(-1)
+    source = source_N.expand_as(place_EN).reshape(-1)
+    ends_E = (expert_E1.view(-1) + 1) * num_sources
+    return Rows(expert, source, ends_E.to(torch.int32), place_EN)
 
 
 class Messages:
