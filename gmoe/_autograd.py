@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from gmoe._torch import in_transform, is_batched, is_tracing
 
 UNSUPPORTED = (
-    "torch.jit.trace, torch.export, torch.func transforms (grad, vmap, jvp, …) and batches of "
-    "gradients (vectorize=True) are not supported by gmoe's layers; use torch.compile, or keep the "
-    "module in Python"
+    "torch.jit.trace, torch.func transforms (grad, vmap, jvp, …) and batches of gradients "
+    "(vectorize=True) are not supported by gmoe's layers; use torch.compile, torch.export, or keep "
+    "the module in Python"
 )
 
 
@@ -46,7 +46,8 @@ def operator(
     """Make a kernel an operator of torch.
 
     Plain tensors go to the kernel itself: torch's dispatcher takes longer than the products of a
-    small graph.
+    small graph. So does ``torch.export``: a kernel then takes plain operators of torch, on sizes
+    that are not known.
 
     Args:
         fake: called like the kernel, gives empty results of the right shapes.
@@ -58,6 +59,8 @@ def operator(
         operator.register_fake(fake)
 
         def run(x: Tensor, *inputs: object) -> Value:
+            if torch.compiler.is_exporting():
+                return kernel(x, *inputs)  # other runtimes do not know gmoe's operators
             has_values = type(x) in (Tensor, nn.Parameter) and not x.is_meta
             is_traced = torch.compiler.is_compiling() or is_tracing()
             if has_values and not is_traced:
@@ -107,10 +110,8 @@ def refuse_transforms() -> None:
     """Refuse what a layer on a graph cannot be put into.
 
     Raises:
-        RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
+        RuntimeError: inside ``torch.jit.trace`` or a transform of ``torch.func``.
     """
-    if torch.compiler.is_exporting():  # it fixes shapes that depend on the data
-        raise RuntimeError(UNSUPPORTED)
     if torch.compiler.is_compiling():
         return
     if is_tracing() or in_transform():

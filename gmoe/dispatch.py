@@ -21,7 +21,7 @@ from gmoe._checks import check_choice
 from gmoe._torch import is_watched
 from gmoe.padded import blocks_of, grouped_mm, grouped_outer, padded_mm, padded_outer
 from gmoe.places import ToPairs, ToTokens, has_one_pair_each, is_permuted, places_of
-from gmoe.routing import Routing, owner
+from gmoe.routing import Routing, owner, owner_of
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 
@@ -164,7 +164,9 @@ def grouped_linear(
         weight_EIO = weight_EIO.to(dtype)
 
     # 2. The kernel.
-    if backend == "auto" and x_PI.is_cuda and is_watched():
+    if torch.compiler.is_exporting():
+        backend = "padded"  # the one whose operators other runtimes know, on any device
+    elif backend == "auto" and x_PI.is_cuda and is_watched():
         backend = "grouped"  # its FLOPs are those of the rows, without the zeros of padded blocks
     elif backend == "auto":
         capability = torch.cuda.get_device_capability(x_PI.device) if x_PI.is_cuda else None
@@ -177,7 +179,7 @@ def grouped_linear(
     if bias_EO is None:
         return y_PO
     if backend != "loop" and not is_watched():
-        return y_PO.add_(_ExpertBias.apply(bias_EO, offsets_E, len(x_PI), y_PO.dtype))
+        return y_PO.add_(_ExpertBias.apply(bias_EO, offsets_E, x_PI.size(0), y_PO.dtype))
     rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
     # In float32 at least: its gradient is a sum over many rows.
     exact_EO = bias_EO.to(torch.promote_types(bias_EO.dtype, torch.float32))
@@ -211,7 +213,8 @@ def routed_linear(
         backend: see :func:`grouped_linear`.
     """
     device = parts[0].device.type
-    if device == "cuda" or backend not in ("auto", "loop"):
+    in_steps = device == "cuda" or torch.compiler.is_exporting()
+    if in_steps or backend not in ("auto", "loop"):
         x_TI = parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
         x_PI = dispatch(x_TI, routing)
         y_PO = grouped_linear(x_PI, weight_EIO, bias_EO, routing.offsets, backend)
@@ -356,7 +359,7 @@ class _ExpertBias(torch.autograd.Function):
         ctx.save_for_backward(offsets_E)
         ctx.bias_dtype = bias_EO.dtype
         row_P = torch.arange(num_rows, device=offsets_E.device)
-        expert_P = torch.searchsorted(offsets_E.long(), row_P, right=True)
+        expert_P = owner_of(offsets_E.long(), row_P)
         return bias_EO.to(dtype).index_select(0, expert_P)
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._torch import index_put
+from gmoe.routing import owner_of
 
 BLOCK = 16
 """The least number of rows in a block of the padded product."""
@@ -32,7 +33,7 @@ class Blocks(NamedTuple):
 
     def filled(self, x_PI: Tensor) -> Tensor:
         """(N, B, I) the rows in their blocks, and zeros elsewhere."""
-        zeros = x_PI.new_zeros(len(self.expert_N) * self.size, x_PI.size(1))
+        zeros = x_PI.new_zeros(self.expert_N.size(0) * self.size, x_PI.size(1))
         return zeros.index_copy_(0, self.place_P, x_PI).unflatten(0, (-1, self.size))
 
     def sum_by_expert(self, value_NO: Tensor, num_experts: int) -> Tensor:
@@ -48,24 +49,25 @@ def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     the rows is added.
     """
     num_experts = len(offsets_E)
-    size = max(BLOCK, -(-num_rows // (4 * num_experts)))
+    # Not by max: torch.export knows no number of rows, and would fix which one is larger.
+    size = torch.sym_max(BLOCK, (num_rows + 4 * num_experts - 1) // (4 * num_experts))
     ends_E = offsets_E.long()
     starts_E = F.pad(ends_E, (1, -1))
     block_ends_E = ((ends_E - starts_E + (size - 1)) // size).cumsum(0)
     block_starts_E = F.pad(block_ends_E, (1, -1))
     # A row moves with its expert: from where the expert's rows start to where its blocks start.
     row_P = torch.arange(num_rows, device=offsets_E.device)
-    expert_P = torch.searchsorted(ends_E, row_P, right=True)
+    expert_P = owner_of(ends_E, row_P)
     place_P = row_P + (block_starts_E * size - starts_E).index_select(0, expert_P)
     # The most blocks that there can be; those that are left over count as the last expert's.
     block_N = torch.arange(num_rows // size + num_experts, device=offsets_E.device)
-    expert_N = torch.searchsorted(block_ends_E, block_N, right=True).clamp_(max=num_experts - 1)
+    expert_N = owner_of(block_ends_E, block_N).clamp_(max=num_experts - 1)
     return Blocks(place_P, expert_N, size)
 
 
 def padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     """(P, O) rows times the weight of their expert, block by block."""
-    blocks = blocks_of(offsets_E, len(x_PI))
+    blocks = blocks_of(offsets_E, x_PI.size(0))
     if weight_EIO.stride(1) == 1:  # transposed: copy in the order of memory
         weight_NOI = weight_EIO.transpose(1, 2).index_select(0, blocks.expert_N)
         weight_NIO = weight_NOI.transpose(1, 2)
@@ -77,7 +79,7 @@ def padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
 
 def padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     """(E, I, O) the gradient of the weights, block by block."""
-    blocks = blocks_of(offsets_E, len(x_PI))
+    blocks = blocks_of(offsets_E, x_PI.size(0))
     grad_NIO = torch.bmm(blocks.filled(x_PI).transpose(1, 2), blocks.filled(grad_PO))
     return blocks.sum_by_expert(grad_NIO, len(offsets_E))
 

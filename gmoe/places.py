@@ -30,7 +30,7 @@ def is_permuted(x: Tensor, routing: Routing) -> bool:
 
 def has_one_pair_each(routing: Routing) -> bool:
     """True if it is known without a look at values that each token has one pair."""
-    return routing.slot is not None and len(routing.slot) == routing.num_tokens
+    return routing.slot is not None and routing.slot.size(0) == routing.num_tokens
 
 
 class ToPairs(torch.autograd.Function):
@@ -39,7 +39,7 @@ class ToPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, token_P: Tensor, place_P: Tensor | None) -> Tensor:
         ctx.save_for_backward(token_P, place_P)
-        ctx.num_tokens = len(x_TI)
+        ctx.num_tokens = x_TI.size(0)
         return x_TI.index_select(0, token_P)
 
     @staticmethod
@@ -74,7 +74,7 @@ def places_of(slot_P: Tensor | None) -> Tensor | None:
     """
     if slot_P is None:
         return None
-    place_P = torch.arange(len(slot_P), device=slot_P.device)
+    place_P = torch.arange(slot_P.size(0), device=slot_P.device)
     return torch.empty_like(slot_P).scatter_(0, slot_P, place_P)
 
 
@@ -83,6 +83,6 @@ def _sum_by_token(y_PO: Tensor, token_P: Tensor, place_P: Tensor | None, num_tok
     if place_P is None or not num_tokens:
         return sum_at(token_P, y_PO, num_tokens)
     rows_PO = y_PO.index_select(0, place_P)
-    if len(place_P) == num_tokens:
+    if place_P.size(0) == num_tokens:
         return rows_PO
-    return rows_PO.unflatten(0, (num_tokens, len(place_P) // num_tokens)).sum(dim=1)
+    return rows_PO.unflatten(0, (num_tokens, place_P.size(0) // num_tokens)).sum(dim=1)

@@ -155,9 +155,12 @@ class Routing:
             zero_TE = weight_TK.new_zeros(num_tokens, num_experts)
             scores = zero_TE.scatter(1, expert_TK, weight_TK.detach())
         # Sort the choices by expert. The sort is stable: an expert's tokens ascend.
-        expert_P, slot_P = expert_TK.reshape(-1).sort(stable=True)
+        expert_P, slot_P = stable_sort(expert_TK.reshape(-1))
         experts_E = torch.arange(num_experts, device=expert_P.device)
-        offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
+        if torch.compiler.is_exporting():  # ONNX cannot search
+            offsets_E = (expert_P[:, None] <= experts_E).sum(dim=0).to(torch.int32)
+        else:
+            offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
         token_P = slot_P if k == 1 else slot_P // max(k, 1)
         return Routing(
@@ -317,8 +320,26 @@ class Routing:
 
 def owner(offsets_E: Tensor, token_P: Tensor) -> Tensor:
     """(P,) int64, the expert of each pair."""
-    pairs = torch.arange(len(token_P), dtype=torch.int32, device=token_P.device)
-    return torch.searchsorted(offsets_E, pairs, right=True)
+    pairs = torch.arange(token_P.size(0), dtype=torch.int32, device=token_P.device)
+    return owner_of(offsets_E, pairs)
+
+
+def owner_of(offsets_E: Tensor, place: Tensor) -> Tensor:
+    """int64, the expert that has each place, given the cumulative ends of the experts' places."""
+    if torch.compiler.is_exporting():  # ONNX cannot search
+        return (place[:, None] >= offsets_E).sum(dim=1)
+    return torch.searchsorted(offsets_E, place, right=True)
+
+
+def stable_sort(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers in ascending order, equal ones in the order given; and where each one stood."""
+    if not torch.compiler.is_exporting():
+        ascending, order = value.sort(stable=True)
+        return ascending, order
+    # ONNX has no stable sort. Numbers that all differ need none.
+    number = value.size(0)
+    _, order = (value * number + torch.arange(number, device=value.device)).sort()
+    return value.index_select(0, order), order
 
 
 def _check_choices(

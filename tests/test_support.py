@@ -88,15 +88,9 @@ def exports_any_batch(case: Case) -> None:
 
 
 def exports_to_onnx(case: Case) -> None:
+    """What comes out is run by ``test_export.py``."""
     args = (*case.call().args, {})  # the exporter takes a last dict for keyword arguments
-    try:
-        torch.onnx.export(case.make().eval(), args, verbose=False)
-    except torch.onnx.OnnxExporterError as error:
-        reason = error.__cause__
-        assert reason is not None
-        # the operator that the page names
-        assert "aten.sort.stable" in str(reason) or "not supported by gmoe" in str(reason), reason
-        raise reason from error
+    torch.onnx.export(case.make().eval(), args, verbose=False)
 
 
 def quantizes(case: Case) -> str | None:

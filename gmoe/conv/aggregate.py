@@ -486,14 +486,14 @@ class FilterConv(MessagePassing):
         self, x: Tensor, edge_index: Adj | Graph, edge_weight: Tensor | None = None
     ) -> Tensor:
         if self.filter != "identity":
-            graph = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, len(x))
-            graph = graph.fitting((len(x), len(x)), self.flow, edge_weight)
+            graph = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, x.size(0))
+            graph = graph.fitting((x.size(0), x.size(0)), self.flow, edge_weight)
             if self.explain:
                 graph = graph.explained(self)
             low = x
             for _ in range(self.hops):
                 low = self.hop(low, graph)
-            x = low if self.filter == "low_pass" else x[: len(low)] - low
+            x = low if self.filter == "low_pass" else x[: low.size(0)] - low
         out = self.lin(x)
         return out if self.bias is None else out + self.bias
 

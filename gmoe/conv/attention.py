@@ -288,8 +288,8 @@ class TransformerExperts(AttentionExperts):
         # 2. What the edges add to the scores: each message is sent by its edge, too.
         edge_EFHC = self.lin_edge.weight.unflatten(2, (self.heads, self.width))
         edge_M1F = edge_MF[:, None].to(query_PHC.dtype)
-        message_M = torch.arange(len(edge_MF), device=edge_MF.device)
-        from_edges = messages.edges_from(message_M, len(edge_MF))
+        message_M = torch.arange(edge_MF.size(0), device=edge_MF.device)
+        from_edges = messages.edges_from(message_M, edge_MF.size(0))
         edge_query_PHF = self._head_by_head(query_PHC, edge_EFHC.transpose(1, 3), offsets_E)
         score_MH = score_MH + dot(edge_query_PHF, edge_M1F, from_edges)
 
@@ -415,8 +415,8 @@ def _score_additively(
     """
     dtype = att_EOH.dtype
     *rows, att_EOH = _exact(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
-    score_MH = att_EOH.new_empty(len(sender), att_EOH.size(2))
-    for block in _blocks(offsets, len(sender), att_EOH):
+    score_MH = att_EOH.new_empty(sender.size(0), att_EOH.size(2))
+    for block in _blocks(offsets, sender.size(0), att_EOH):
         sum_BO = _sums(rows, sender, receiver, block)
         leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
         block.add_product(leaky_BO, att_EOH, score_MH[block.place], beta=0)
@@ -525,6 +525,9 @@ def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | 
         att_EOH: one of the weights.
     """
     width, device = att_EOH.size(1), att_EOH.device
+    if torch.compiler.is_exporting():  # nobody knows how many blocks there will be
+        yield _MixedBlock(slice(0, number), offsets)
+        return
     if device.type != "cpu":
         for place in blocks(0, number, width, device):
             ends = offsets.clamp(place.start, place.stop) - place.start

@@ -224,14 +224,15 @@ class StackedExperts(ConvExperts):
 
 def to_one(x_TD: Tensor) -> Routing:
     """Route every token to a single expert, with weight 1."""
-    token = torch.arange(len(x_TD), device=x_TD.device)
-    ones = x_TD.new_ones(len(x_TD))
-    return Routing(token, all_of(x_TD), ones, ones[:, None], len(x_TD), slot=token, validate=False)
+    number = x_TD.size(0)
+    token = torch.arange(number, device=x_TD.device)
+    ones = x_TD.new_ones(number)
+    return Routing(token, all_of(x_TD), ones, ones[:, None], number, slot=token, validate=False)
 
 
 def all_of(x_TD: Tensor) -> Tensor:
     """(1,) the offsets of a single expert that has all tokens."""
-    return x_TD.new_full((1,), len(x_TD), dtype=torch.int32)
+    return x_TD.new_full((1,), x_TD.size(0), dtype=torch.int32)
 
 
 def stacked(linear: Any, num_experts: int, backend: Backend) -> LinearExperts:
@@ -292,6 +293,11 @@ class MixedExperts(ConvExperts):
         raise ValueError(f"index: got {index}, expected that of an expert")
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export: got experts of several kinds, expected one kind: how many pairs "
+                "each kind has is a size that follows the data"
+            )
         outputs = []
         for group, indices in zip(self.groups, self.members, strict=True):
             # Each group has an aggregate of its own.

@@ -20,6 +20,7 @@ from torch_geometric.utils import segment
 
 from gmoe._autograd import first_order, lazy, operator
 from gmoe._torch import assert_async, row_pointers
+from gmoe.conv import exported
 
 # Once a process, torch warns that sparse CSR matrices are in beta. Make one here, so that users do
 # not get the warning from a layer.
@@ -255,7 +256,8 @@ def _transpose_where_compiled(edges: Edges) -> None:
     In its backward, edges could not keep what they find. The compiler drops the sort again where no
     gradient asks for it.
     """
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+    has_backward = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if has_backward and torch.compiler.is_compiling():
         _ = edges.transpose
 
 
@@ -342,7 +344,10 @@ class _Spread(torch.autograd.Function):
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, score_MH: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
-        largest_RH = segment(score_MH, ptr, reduce="max")
+        if torch.compiler.is_exporting():
+            largest_RH = exported.largest(score_MH, receiver, ptr.size(0) - 1)
+        else:
+            largest_RH = segment(score_MH, ptr, reduce="max")
         exp_MH = (score_MH - largest_RH.index_select(0, receiver)).exp_()
         sum_RH = _sum_values(exp_MH, ptr, receiver, None)
         alpha_MH = exp_MH / sum_RH.index_select(0, receiver)
@@ -395,6 +400,8 @@ def _sort_edges(
 
     Checks them first, inside the operator, so that compiled code keeps the check.
     """
+    if torch.compiler.is_exporting():
+        return exported.sort_edges(receiver, sender, num_receivers)
     if validate:
         check_nodes(sender, num_senders)
         check_nodes(receiver, num_receivers)
@@ -424,11 +431,14 @@ def _find_messages(
     first = ptr.index_select(0, receivers)
     degree = ptr.index_select(0, receivers + 1) - first
     starts = torch.cat([ptr.new_zeros(1), degree.cumsum(0)])
-    place = torch.arange(len(receivers), device=ptr.device)
-    position = place.repeat_interleave(degree, output_size=number)
+    if number is not None and torch.compiler.is_exporting():
+        position = exported.positions(starts[1:], number)
+    else:
+        place = torch.arange(receivers.size(0), device=ptr.device)
+        position = place.repeat_interleave(degree, output_size=number)
     # A receiver's messages are consecutive, in the graph and here: their numbers differ by a shift.
     shift = (first - starts[:-1]).index_select(0, position)
-    message = torch.arange(len(position), device=ptr.device) + shift
+    message = torch.arange(position.size(0), device=ptr.device) + shift
     return message, position, starts
 
 
@@ -446,14 +456,14 @@ def _add_loops(
     A receiver's loop becomes its last message: nothing has to be sorted.
     """
     # 1. Each of the first receivers gets one message more.
-    loops_before = torch.arange(len(ptr), device=ptr.device).clamp(max=number)
+    loops_before = torch.arange(ptr.size(0), device=ptr.device).clamp(max=number)
     ptr = ptr + loops_before
 
     # 2. The place of each edge, behind the loops of the receivers before; and of each loop.
-    rank = torch.arange(len(sender), device=ptr.device)
+    rank = torch.arange(sender.size(0), device=ptr.device)
     place = torch.cat([rank + receiver.clamp(max=number), ptr[1 : number + 1] - 1])
     order = torch.empty_like(place)
-    order.index_copy_(0, place, torch.arange(len(place), device=ptr.device))
+    order.index_copy_(0, place, torch.arange(place.size(0), device=ptr.device))
 
     # 3. Both ends of the messages, in this order.
     node = torch.arange(number, device=ptr.device)
@@ -484,6 +494,10 @@ def _sum_messages(
     dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
     exact = torch.promote_types(dtype, torch.float32)
     num_receivers = ptr.numel() - 1
+    if torch.compiler.is_exporting():
+        weight_MH, value_UGC = weight_MH.to(exact), value_UGC.to(exact)
+        sum_RHC = exported.sum_messages(weight_MH, value_UGC, sender, receiver, num_receivers)
+        return sum_RHC.to(dtype)
     weights = weight_MH.to(exact).T.contiguous()
     values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
     sums: list[Tensor] = []
@@ -525,7 +539,8 @@ def _sum_values(value_MH: Tensor, ptr: Tensor, receiver: Tensor, order: Tensor |
     """
     dtype = value_MH.dtype
     value_MH = value_MH.to(torch.promote_types(dtype, torch.float32))
-    if value_MH.device.type not in SPARSE_DEVICES or not len(receiver):
+    is_plain = torch.compiler.is_exporting() or value_MH.device.type not in SPARSE_DEVICES
+    if is_plain or not len(receiver):
         if order is not None:
             value_MH = value_MH.index_select(0, order)
         zeros = value_MH.new_zeros(ptr.numel() - 1, value_MH.size(1))
@@ -555,6 +570,9 @@ def _multiply_ends(
     exact = torch.promote_types(dtype, torch.float32)
     size = (ptr.numel() - 1, key_UGC.size(0))
     num_messages = sender.numel()
+    if torch.compiler.is_exporting():
+        query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
+        return exported.multiply_ends(query_RHC, key_UGC, sender, receiver).to(dtype)
     # torch cuts a matrix down to as many entries as it has cells.
     fits_matrix = 0 < num_messages <= size[0] * size[1]
     queries = query_RHC.to(exact).unbind(1)

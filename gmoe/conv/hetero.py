@@ -355,7 +355,7 @@ def graph_of(relation: EdgeType, adj: Adj | Graph, x_dict: NodeTensors) -> Graph
     Raises:
         ValueError: a graph with other numbers of nodes, or edges that do not fit.
     """
-    size = (len(x_dict[relation[0]]), len(x_dict[relation[-1]]))
+    size = (x_dict[relation[0]].size(0), x_dict[relation[-1]].size(0))
     try:
         if isinstance(adj, Graph):
             return adj.fitting(size, adj.flow)

@@ -70,6 +70,17 @@ def find_rows(
     return row_expert, row_source, offsets, rows_before.view_as(is_row) - 1
 
 
+def _all_rows(num_experts: int, num_sources: int, like: Tensor) -> Rows:
+    """A row for each expert and source: an exported model cannot ask which ones have a message."""
+    expert_E1 = torch.arange(num_experts, device=like.device)[:, None]
+    source_N = torch.arange(num_sources, device=like.device)
+    place_EN = expert_E1 * num_sources + source_N
+    expert = expert_E1.expand_as(place_EN).reshape(-1)
+    source = source_N.expand_as(place_EN).reshape(-1)
+    ends_E = (expert_E1.view(-1) + 1) * num_sources
+    return Rows(expert, source, ends_E.to(torch.int32), place_EN)
+
+
 class Messages:
     """The in-edges of each pair of a routing, pair by pair.
 
@@ -85,7 +96,7 @@ class Messages:
         self.routing = routing
         number = None
         if routing.slot is not None:  # each token has the same number of pairs, K
-            k = len(routing.token) // max(routing.num_tokens, 1)
+            k = routing.token.size(0) // max(routing.num_tokens, 1)
             number = k * graph.edges.sender.numel()
         self.edge, self.pair, self.ptr = graph.edges.of(routing.token, number)
         """(M,) the edge of each message; (M,) the pair that receives it, ascending; and (P + 1,)
@@ -117,6 +128,8 @@ class Messages:
         """The sources that each expert transforms."""
         num_experts, num_sources = self.routing.num_experts, self.graph.num_src
         number = None
+        if torch.compiler.is_exporting():
+            return _all_rows(num_experts, num_sources, self.source)
         if self.source.device.type != "cpu":
             # At most each message has a row of its own, and each expert all sources. The host knows
             # that; for the number itself it would wait.
@@ -127,7 +140,7 @@ class Messages:
     def from_rows(self) -> Edges:
         """The messages from the rows to the pairs."""
         row_M = self.rows.place[self.expert, self.source]
-        return self.edges_from(row_M, len(self.rows.source))
+        return self.edges_from(row_M, self.rows.source.size(0))
 
     @property
     def row_offsets(self) -> Tensor:

@@ -366,7 +366,7 @@ class MoEConv(MoELayer, MessagePassing):
         else:
             x_src, x_dst = self._two_sets(x, edge_index, size)
         self._check_nodes(x_src, x_dst)
-        sizes = len(x_src), len(x_dst)
+        sizes = x_src.size(0), x_dst.size(0)
         if size is not None or edge_weight is not None or edge_attr is not None:
             self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
         if isinstance(edge_index, Graph):

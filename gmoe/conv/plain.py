@@ -56,7 +56,9 @@ def run_gcn(conv: Any, x: Tensor, graph: Graph) -> Tensor:
     conv is given.
     """
     is_part = graph.scale_of is not None
-    waits = x.device.type != "cpu" and not conv.explain
+    # Exported models have no sizes that follow the data, either.
+    is_off_cpu = x.device.type != "cpu" or torch.compiler.is_exporting()
+    waits = is_off_cpu and not conv.explain
     if not conv.normalize or not (is_part or waits):
         return run(conv, graph, x, x)
     matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)

@@ -269,9 +269,9 @@ class GNNMoE(HubMixin, nn.Module):
                     f"{name}: got a tensor, but no conv of the model takes it, expected None"
                 )
         if isinstance(edge_index, Graph):
-            return edge_index.fitting((len(x), len(x)), self.flow, edge_weight, edge_attr)
+            return edge_index.fitting((x.size(0), x.size(0)), self.flow, edge_weight, edge_attr)
         return Graph(
-            edge_index, len(x), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow
+            edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow
         )
 
     def forward(
@@ -345,7 +345,7 @@ class GNNMoE(HubMixin, nn.Module):
         if not self._joins_layers:
             return output
         # Trimming leaves fewer nodes to later layers; inference may keep all outputs on the CPU.
-        num_nodes = len(output)
+        num_nodes = output.size(0)
         device = next(self.parameters()).device
         joined = self.jk([hidden[:num_nodes].to(device) for hidden in outputs])
         return self.lin(joined).to(output.device)
@@ -370,7 +370,7 @@ class GNNMoE(HubMixin, nn.Module):
             out = run(conv, graph, x, x) if run_kind is None else run_kind(conv, x, graph)
             routing = None
         if layer < len(self.residuals):
-            out = out + self.residuals[layer](x[: len(out)])
+            out = out + self.residuals[layer](x[: out.size(0)])
         return out, routing
 
     def activate(

@@ -256,7 +256,7 @@ class HeteroGNNMoE(nn.Module):
             hetero.check_features(name, x_dict.get(name), width)
             x = x_dict[name]
             # Without numbers the embeddings are those of all nodes: then features are, too.
-            is_whole = len(x) == self.num_nodes_dict.get(name, len(x))
+            is_whole = x.size(0) == self.num_nodes_dict.get(name, x.size(0))
             if n_id_dict is None and not is_whole:
                 raise ValueError(
                     f"n_id_dict: got None for some of the {name!r} nodes, expected numbers in the "

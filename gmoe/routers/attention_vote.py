@@ -107,7 +107,7 @@ class AttentionVote(Router):
         self.key.reset_parameters()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        num_tokens = len(x_TD)
+        num_tokens = x_TD.size(0)
         groups = Groups.of(group, num_tokens)
 
         # 1. Queries, divided by sqrt(d) here and not in the scores, which are larger; and keys.
@@ -147,7 +147,8 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
         k_BHSd: keys.
         mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
     """
-    if k_BHSd.size(2) > KEPT * k_BHSd.size(3):
+    is_large = k_BHSd.size(2) > KEPT * k_BHSd.size(3)
+    if is_large and not torch.compiler.is_exporting():
         return _Votes.apply(q_BHSd, k_BHSd, mask_BS)
     scores_BHSS = q_BHSd @ k_BHSd.transpose(-1, -2)
     if mask_BS is None:

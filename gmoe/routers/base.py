@@ -164,7 +164,7 @@ class Router(nn.Module, ABC):
         with torch.autocast(x.device.type, enabled=False) if autocasts else nullcontext():
             routing = self.route(x_TD, group, edge_index)
 
-        shape = (len(x_TD), self.num_experts)
+        shape = (x_TD.size(0), self.num_experts)
         if not isinstance(routing, Routing) or routing.scores.shape != shape:
             got = repr(routing) if isinstance(routing, Routing) else described(routing)
             raise ValueError(
@@ -213,8 +213,7 @@ class Router(nn.Module, ABC):
         if self.k == 1:  # argmax takes the first of equal maxima, which topk does not promise
             expert_TK = ranked_TE.argmax(dim=-1, keepdim=True)
         else:
-            order_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
-            expert_TK = order_TE[:, : self.k]
+            expert_TK = _best(ranked_TE, self.k)
         log_gate_TK = log_gate_TE.gather(1, expert_TK)
         if self.weight == "straight_through":
             return expert_TK, straight_through(log_gate_TK)
@@ -273,6 +272,18 @@ class Router(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, k={self.k}, weight={self.weight!r}"
+
+
+def _best(ranked_TE: Tensor, k: int) -> Tensor:
+    """(T, K) the best experts of each token, ties to the lowest index."""
+    if not torch.compiler.is_exporting():
+        return ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    # ONNX has no stable sort: take the first of the best, K times.
+    experts: list[Tensor] = []
+    for _ in range(k):
+        experts.append(ranked_TE.argmax(dim=-1, keepdim=True))
+        ranked_TE = ranked_TE.scatter(1, experts[-1], -torch.inf)
+    return torch.cat(experts, dim=1)
 
 
 def pair_weights(

@@ -167,7 +167,7 @@ class ExpertSelection(nn.Module):
             losses: auxiliary losses, which the routing passes on.
             removed_TR: logits of experts that were pruned, for a softmax over experts.
         """
-        num_tokens = len(logits_TE)
+        num_tokens = logits_TE.size(0)
         along_tokens = self.normalize == "tokens"
         # Inside a group, the softmax over tokens ranks them as the logits do.
         if along_tokens:

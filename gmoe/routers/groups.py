@@ -86,6 +86,13 @@ class Groups:
         """
         # torch.jit.trace makes a tensor without dimensions of the size.
         is_size = not isinstance(group, Tensor) or group.dim() == 0
+        if torch.compiler.is_exporting() and not isinstance(group, int):
+            got = "a batch vector" if isinstance(group, Tensor) else "groups of any size"
+            raise ValueError(
+                f"torch.export: got {got}, expected groups of a fixed size, x of shape (any number "
+                "of groups, tokens, width): an expert that chooses takes a share of a group; or a "
+                "router whose tokens choose"
+            )
         if is_size or not num_tokens:
             size = int(group) if num_tokens else 0
             return cls(num_tokens, num_tokens // max(size, 1), size)
@@ -166,7 +173,9 @@ class Groups:
             capacity: C, for all groups or (B,).
         """
         scores_TE = torch.where(scores_TE.isnan(), torch.inf, scores_TE)
-        chosen_TE = torch.zeros_like(scores_TE, dtype=torch.uint8)
+        # ONNX's runtime cannot add bytes.
+        dtype = torch.int32 if torch.compiler.is_exporting() else torch.uint8
+        chosen_TE = torch.zeros_like(scores_TE, dtype=dtype)
         for batch in self.batches(scores_TE.device):
             scores_BES = batch.take(scores_TE, padding=-torch.inf).transpose(1, 2).contiguous()
 
@@ -185,7 +194,7 @@ class Groups:
             tie_BES = scores_BES == last_BE1
             missing_BE1 = count - above_BES.sum(dim=2, keepdim=True)
             chosen_BES = above_BES | (tie_BES & (tie_BES.cumsum(dim=2) <= missing_BE1))
-            chosen_TE = batch.add(chosen_TE, chosen_BES.transpose(1, 2).byte())
+            chosen_TE = batch.add(chosen_TE, chosen_BES.transpose(1, 2).to(dtype))
         return chosen_TE.T.bool()
 
     def best_pairs(
@@ -207,14 +216,13 @@ class Groups:
         chosen_ET = self.top_tokens(scores_TE.detach(), capacity)
         num_pairs = None
         if isinstance(capacity, int):
-            num_pairs = len(chosen_ET) * self.num_groups * capacity
+            num_pairs = chosen_ET.size(0) * self.num_groups * capacity
         token_P, offsets_E = pairs_of_mask(chosen_ET, num_pairs)
         log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
         if along_tokens:
             group_P = self.of_tokens(token_P)
             gate_P = log_gate_P.detach().exp()
-            mean_B = gate_P.new_ones(self.num_groups)
-            mean_B = mean_B.scatter_reduce(0, group_P, gate_P, "mean", include_self=False)
+            mean_B = _mean_by_group(gate_P, group_P, self.num_groups)
             mean_B = mean_B.clamp(min=torch.finfo(mean_B.dtype).tiny)
             log_gate_P = log_gate_P - mean_B.log().index_select(0, group_P)
         return token_P, offsets_E, log_gate_P
@@ -244,6 +252,17 @@ def spread(routing: Routing, token_M: Tensor) -> Routing:
     )
 
 
+def _mean_by_group(gate_P: Tensor, group_P: Tensor, num_groups: int) -> Tensor:
+    """(B,) the mean of each group's gates, 1 for a group without any."""
+    if not torch.compiler.is_exporting():
+        one_B = gate_P.new_ones(num_groups)
+        return one_B.scatter_reduce(0, group_P, gate_P, "mean", include_self=False)
+    # ONNX has no mean by places. Here, each group has gates.
+    zero_B = gate_P.new_zeros(num_groups)
+    count_B = zero_B.index_add(0, group_P, torch.ones_like(gate_P))
+    return zero_B.index_add(0, group_P, gate_P) / count_B
+
+
 def drop_over_capacity(
     expert_TK: Tensor, probs_TE: Tensor, groups: Groups, share: float
 ) -> tuple[Tensor, Tensor]:
@@ -268,6 +287,14 @@ def drop_over_capacity(
 
 def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:
     """The pairs at which ``mask`` is true; no host sync if their number is known."""
+    if num_pairs is not None and torch.compiler.is_exporting():
+        # ONNX finds no fixed number of places: sort each expert's tokens behind all others.
+        num_experts, num_tokens = mask_ET.shape
+        token_T = torch.arange(num_tokens, device=mask_ET.device)
+        first_ET = torch.where(mask_ET, token_T, num_tokens).sort(dim=1).values
+        token_EC = first_ET[:, : num_pairs // num_experts]
+        offsets_E = mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
+        return token_EC.reshape(-1), offsets_E
     if num_pairs is None:
         # As after a capacity, which drops pairs: how many are left is the size of the result.
         pair_P2 = mask_ET.nonzero()

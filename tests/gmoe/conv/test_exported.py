@@ -1,0 +1,51 @@
+"""What exported models compute along edges is what the kernels compute."""
+
+from __future__ import annotations
+
+import torch
+
+from gmoe.conv import edges, exported
+
+EDGES, SENDERS, RECEIVERS, HEADS, WIDTH = 40, 12, 9, 3, 5
+
+
+def drawn() -> edges.Edges:
+    torch.manual_seed(0)
+    sender, receiver = torch.randint(SENDERS, (EDGES,)), torch.randint(RECEIVERS, (EDGES,))
+    return edges.Edges.sorted(sender, receiver, SENDERS, RECEIVERS)
+
+
+def test_edges_are_sorted_by_receiver() -> None:
+    torch.manual_seed(0)
+    sender, receiver = torch.randint(SENDERS, (EDGES,)), torch.randint(RECEIVERS, (EDGES,))
+    ptr, by_sender, by_receiver, order = exported.sort_edges(receiver, sender, RECEIVERS)
+    assert torch.equal(by_receiver, receiver.sort().values)
+    assert torch.equal(by_receiver, receiver[order])
+    assert torch.equal(by_sender, sender[order])
+    assert torch.equal(ptr, drawn().ptr)
+
+
+def test_positions_skip_parts_that_are_empty() -> None:
+    ends = torch.tensor([0, 2, 2, 5, 5])
+    assert exported.positions(ends, 5).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_sums_products_and_the_largest_are_those_of_the_kernels() -> None:
+    graph = drawn()
+    weight_MH = torch.randn(EDGES, HEADS)
+    ends = graph.sender, graph.receiver
+    for heads in (1, HEADS):
+        value_UGC = torch.randn(SENDERS, heads, WIDTH)
+        query_RHC = torch.randn(RECEIVERS, HEADS, WIDTH)
+        torch.testing.assert_close(
+            exported.sum_messages(weight_MH, value_UGC, *ends, RECEIVERS),
+            edges.weighted_sum(weight_MH, value_UGC, graph),
+        )
+        torch.testing.assert_close(
+            exported.multiply_ends(query_RHC, value_UGC, *ends),
+            edges.dot(query_RHC, value_UGC, graph),
+        )
+    largest_RH = exported.largest(weight_MH, graph.receiver, RECEIVERS)
+    for receiver in graph.receiver.unique():
+        expected = weight_MH[graph.receiver == receiver].amax(dim=0)
+        assert torch.equal(largest_RH[receiver], expected)
