@@ -65,7 +65,9 @@ def test_the_terminal_says_first_what_a_reader_wants(tmp_path: Path, capsys: Any
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     options = "digits-graph --router dense --epochs 3 --seeds 0"
     dense = f"dense model, to compare: python -m experiments.train {options}"
-    begun = ["val accuracy (%)", "test accuracy (%)", dense, "routing: ", "routing, by MoE layer"]
+    report = f"what experts follow: python -m experiments.report {tmp_path / 'run'}"
+    begun = ["val accuracy (%)", "test accuracy (%)", dense, "routing: ", report]
+    begun += ["routing, by MoE layer"]
     assert [line[: len(start)] for line, start in zip(lines[1:], begun, strict=False)] == begun
     (figures,) = summary["routing"]
     used = 8 - figures["dead"]["values"][0]
