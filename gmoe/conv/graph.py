@@ -277,10 +277,15 @@ class Graph:
         if attr is not None:
             # Loops that are replaced do not count in the features of new ones. How many there are
             # depends on the data: they end in one node more, whose loop is cut off.
-            receiver = torch.where(sender == receiver, self.num_dst, receiver)
+            is_loop = sender == receiver
+            receiver = torch.where(is_loop, self.num_dst, receiver)
             counted = torch.stack([sender, receiver])
             _, attr = add_self_loops(counted, attr, fill_value, self.num_dst + 1)
             attr = attr[: ends.size(1)]
+            # Nothing runs along a replaced loop, but its features are multiplied by gradients of
+            # zero: they must be numbers, which 0/0 on a loop is not.
+            is_used = torch.cat([~is_loop, is_loop.new_ones(num_loops)])
+            attr = torch.where(is_used.view(-1, *[1] * (attr.dim() - 1)), attr, 0)
         mask = None
         if self.mask is not None:  # no explainer masks added loops: see MessagePassing
             mask = self.mask[self.edges.order]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gmoe import MoEConv
 from gmoe.conv import attention
 from tests.gmoe.conv.masked import features
 
@@ -34,6 +35,23 @@ def test_operators_keep_torchs_rules(with_edges: bool) -> None:
     grad = features(MESSAGES, HEADS)
     torch.library.opcheck(torch.ops.gmoe.score_additively.default, inputs)
     torch.library.opcheck(torch.ops.gmoe.score_additively_backward.default, (grad, *inputs))
+
+
+@pytest.mark.parametrize("start", ["copies", "shared"])
+@pytest.mark.parametrize("conv", ["gat", "gatv2"])
+def test_features_of_replaced_loops_may_be_anything(conv: str, start: Any) -> None:
+    """Such as a direction, which is 0/0 on a loop: PyG removes it before it looks."""
+    torch.manual_seed(0)
+    edge_index = torch.tensor([[0, 1, 2, 2, 0], [1, 2, 2, 0, 0]])
+    direction = torch.randn(5, 2)
+    direction[[2, 4]] = torch.tensor([[torch.nan, torch.inf], [torch.nan, torch.nan]])
+    layer = MoEConv(conv, 4, 3, edge_dim=2, num_experts=2, start=start)
+    x = torch.randn(3, 4, requires_grad=True)
+    y = layer(x, edge_index, edge_attr=direction)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    grads = [parameter.grad for parameter in [x, *layer.parameters()]]
+    assert all(grad is None or grad.isfinite().all() for grad in grads)
 
 
 def in_mixed_blocks(offsets: Tensor, number: int, _: Tensor) -> Iterator[attention._MixedBlock]:
