@@ -230,9 +230,9 @@ def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, A
         check(0 <= low <= high < nodes, part, f"nodes {low} to {high}", f"0 to {nodes - 1}")
         np.add.at(seen, ids, 1)
         check(
-            seen.max() < 2,
+            np.max(seen) < 2,
             part,
-            f"node {seen.argmax()} twice, or in an earlier part too",
+            f"node {np.argmax(seen)} twice, or in an earlier part too",
             "it once",
         )
         write_npy(folder / f"{part}.npy", ids)
@@ -336,7 +336,7 @@ def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
             with np.errstate(over="ignore"):
                 cast = x[begin : begin + size].astype(dtype)
             good = np.isfinite(cast).all(axis=1)
-            row, most = begin + int(good.argmin()), np.finfo(dtype).max
+            row, most = begin + int(np.argmin(good)), np.finfo(dtype).max
             check(
                 good.all(),
                 "x",
