@@ -10,7 +10,8 @@ wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its
 ``<!-- gains: routers: COLUMN COLUMN -->`` what the default router gains in some columns.
 ``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``,
 ``<!-- confirmed: starts-confirmed -->`` that of its second stage, ``<!-- curves: curves -->``
-that of ``experiments.sweep curves``.
+that of ``experiments.sweep curves``, ``<!-- molecules: molecules -->`` that of
+``experiments.sweep molecules``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ import tyro
 
 from experiments.benchmark.tables import benchmark_table
 from experiments.show.tables import pair_table, preset_table, study_table
-from experiments.study import curves, starts
+from experiments.study import curves, molecules, starts
 from experiments.study.routers import cell_tables, gain_table, read_cells
 from experiments.train.files import RESULTS, read_json
 
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map|arms|confirmed|curves): (?P<study>[\w-]+)"
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map|arms|confirmed|curves"
+    r"|molecules): (?P<study>[\w-]+)"
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -51,9 +54,11 @@ def render(page: str, results: Path = RESULTS) -> str:
         "arms": starts.table,
         "confirmed": starts.confirmed_table,
         "curves": curves.table,
+        "molecules": molecules.table,
     }
     readers = {"cells": read_cells, "gains": read_cells}
     readers |= {"arms": starts.read_results, "curves": starts.read_results}
+    readers["molecules"] = partial(starts.read_results, columns=tuple(molecules.COLUMNS))
     readers["confirmed"] = starts.read_confirmed
 
     def table(match: re.Match[str]) -> str:
