@@ -248,6 +248,7 @@ def test_a_whole_layer_beside_one_in_pieces_is_compiled() -> None:
     assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
 
 
+@pytest.mark.slow
 def test_each_setting_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "measure_setting", note_setting)
     found = compiled.CompileBenchmark(thread_counts=(2,)).measured()
@@ -289,6 +290,7 @@ def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
 DRY = "gpu --device cpu --nodes 40 --tokens 32 --images 2"
 
 
+@pytest.mark.slow
 def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
     found = found_by(DRY, tmp_path)
     assert list(found) == [

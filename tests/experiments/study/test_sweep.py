@@ -80,6 +80,7 @@ def test_finished_variants_are_skipped(
     assert ran == ["moe 3", "moe 1"]
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_gives(
     run_study: Callable[..., Any], tmp_path: Path, capsys: Any
 ) -> None:

@@ -59,6 +59,7 @@ def stopped(out: Path, act: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) 
     return int(str(stop.value.code))
 
 
+@pytest.mark.slow
 def test_a_seed_that_is_killed_leaves_the_other_alone(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def test_digits_graph() -> None:
         torch.testing.assert_close(share, y.bincount() / len(y), atol=0.005, rtol=0)
 
 
+@pytest.mark.slow
 def test_digits_graph_is_the_same_with_any_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
