@@ -107,12 +107,7 @@ def neighbor_loader(
     kwargs["input_nodes"] = seeds = _seeds(data, input_nodes)
     kwargs["input_time"] = input_time
     kwargs["batch_size"] = batch_size
-    options: dict[str, Any] = {
-        "replace": replace,
-        "disjoint": disjoint,
-        "time_attr": time_attr,
-        "temporal_strategy": temporal_strategy,
-    }
+    options = _sampling(replace, disjoint, time_attr, temporal_strategy)
     if _is_pygs(backend, data):
         return NeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
     _refuse_pygs_own("NeighborLoader", kwargs)
@@ -206,12 +201,7 @@ def link_neighbor_loader(
     # PyG takes links of a homogeneous graph in memory by themselves, all others with their type.
     kwargs["edge_label_index"] = links if isinstance(data, Data) else (kind, links)
     kwargs |= {"neg_sampling": neg_sampling, "batch_size": batch_size}
-    options: dict[str, Any] = {
-        "replace": replace,
-        "disjoint": disjoint,
-        "time_attr": time_attr,
-        "temporal_strategy": temporal_strategy,
-    }
+    options = _sampling(replace, disjoint, time_attr, temporal_strategy)
     if _is_pygs(backend, data):
         return LinkNeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
     _refuse_pygs_own("LinkNeighborLoader", kwargs)
@@ -219,6 +209,18 @@ def link_neighbor_loader(
     source_kind = NODES if kind is None else kind[0]
     sampler.rank_seeds("edge_label_time", source_kind, links[0], edge_label_time)
     return LinkLoader(_stores(data), sampler, **kwargs)
+
+
+def _sampling(
+    replace: bool, disjoint: bool, time_attr: str | None, temporal_strategy: TemporalStrategy
+) -> dict[str, Any]:
+    """What PyG's sampler and ours are told by the same names."""
+    return {
+        "replace": replace,
+        "disjoint": disjoint,
+        "time_attr": time_attr,
+        "temporal_strategy": temporal_strategy,
+    }
 
 
 def _is_pygs(backend: SamplerBackend, data: Graphs) -> bool:
