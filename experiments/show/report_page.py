@@ -215,14 +215,14 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     page.heading("Results")
     page.table([[name, *(column[name] for column in columns)] for name in columns[0]])
     page.text(
-        "Validation selects the epoch; the test set is read once. Mean ± sample standard deviation; of differences to "
-        "the dense run of the same data and seeds, seed by seed.",
+        "Validation selects the epoch; the test set is read once. Mean ± sample standard "
+        "deviation; of differences to the dense run of the same data and seeds, seed by seed.",
         "note",
     )
     if alone := [run.name for run in runs if run.history and dense_beside(run, runs) is None]:
         page.text(
-            f"No dense run of the same data and seeds is beside {', '.join(alone)}. To see what experts add, train one "
-            "with --router dense, and give both to the report.",
+            f"No dense run of the same data and seeds is beside {', '.join(alone)}. To see what "
+            "experts add, train one with --router dense, and give both to the report.",
             "note",
         )
 
@@ -280,8 +280,8 @@ def _routing(page: Page, run: RunFolder) -> str:
     page.table([header, *([name.replace("_", " "), *row] for name, row in rows.items())])
     page.text(
         f"Mean over seeds, on {MEASURED[tokens]}. Dropped pairs had no room at their expert; dead "
-        "experts get no token; entropy is in nats. AMI: adjusted mutual information of experts and a property, 1 if they are the same partition, 0 by "
-        f"chance. {IN_WORDS}",
+        "experts get no token; entropy is in nats. AMI: adjusted mutual information of experts and a "
+        f"property, 1 if they are the same partition, 0 by chance. {IN_WORDS}",
         "note",
     )
     if missing:
@@ -298,9 +298,10 @@ def _routing(page: Page, run: RunFolder) -> str:
                 share_map(weight, value, PROPERTIES[name][0], names.get(name, ()))
                 for name, value in known.items()
             ],
-            f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each class, place (row by "
-            "row), element, degree or local homophily (neighbors of the same class), the latter two in bins of about as many "
-            "nodes each. A row like the last one says that the expert does not go by it.",
+            f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each class, "
+            "place (row by row), element, degree or local homophily (neighbors of the same class), "
+            "the latter two in bins of about as many nodes each. A row like the last one says that "
+            "the expert does not go by it.",
         )
     return in_words(layers, run.config.experts)
 

@@ -1,8 +1,8 @@
 """Do experts pay on molecules? Every arm beside dense models of equal FLOPs and parameters.
 
-``python -m experiments.sweep molecules`` writes ``results/molecules/COLUMN/ARM.json``. The recipe is
-that of OGB's examples (GCN, 5 layers, dropout 0.5, batches of 32, Adam at 0.001) at width 64 and 20
-epochs; nothing is tuned for any arm, and the arms were fixed before the first of them was run.
+``python -m experiments.sweep molecules`` writes ``results/molecules/COLUMN/ARM.json``. The recipe
+is that of OGB's examples (GCN, 5 layers, dropout 0.5, batches of 32, Adam at 0.001) at width 64 and
+20 epochs; nothing is tuned for any arm, and the arms were fixed before the first of them was run.
 
 ``gmoe`` rebuilds GMoE (`Wang et al., 2023 <https://arxiv.org/abs/2304.02806>`_) from parts: experts
 of one hop, which see the bonds, and of two, which are filters; noisy top-4 of 8 in each layer, the
@@ -70,8 +70,8 @@ BESIDE = {
 }
 """The dense model of equal FLOPs that an arm is compared with.
 
-By atom, an atom is transformed by its own expert and its neighbors': FLOPs follow from the routing, and
-are matched at the start. By molecule, all of these are one expert.
+By atom, an atom is transformed by its own expert and its neighbors': FLOPs follow from the routing,
+and are matched at the start. By molecule, all of these are one expert.
 """
 
 
@@ -89,7 +89,10 @@ def runs(columns: Sequence[str], root: Path) -> dict[str, MoleculeConfig]:
 
 
 def gains(known: Mapping[str, Any], arm: str) -> list[float]:
-    """By seed, how much better an arm is than the dense model of its FLOPs: points, or an error's decrease."""
+    """By seed, how much better an arm is than the dense model of its FLOPs.
+
+    In points, or as an error's decrease.
+    """
     ours, theirs = known[arm], known[BESIDE[arm]]
     sign = -1 if ours["metric"] in ERRORS else 100
     pairs = zip(ours["test"]["values"], theirs["test"]["values"], strict=True)
