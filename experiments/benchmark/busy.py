@@ -1,4 +1,7 @@
-"""A layer while another process takes one of its cores: threads that work in step wait for the one that has none."""
+"""A layer while another process takes one of its cores.
+
+Threads that work in step wait for the one that has none.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,11 @@ BURN = "import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
 
 @dataclass(frozen=True, kw_only=True)
 class BusyBenchmark(Benchmark):
-    """One layer on as many cores as it has threads, with nobody beside it and with a process that takes one of them, in
-    turns; a ratio is to the same layer with nobody beside it. The default size is that of Cora. Linux only."""
+    """One layer on as many cores as it has threads, alone and while a process takes one of them.
+
+    Both take turns; a ratio is to the same layer alone. The default size is that of Cora. Linux
+    only.
+    """
 
     device: Literal["cpu"] = "cpu"
     """Device."""
@@ -43,7 +49,7 @@ class BusyBenchmark(Benchmark):
     """Features of an output."""
 
     def measured(self) -> dict[str, Any]:
-        """By layer and company ``wall`` and ``cpu``, and ``ratio`` of these to those with nobody beside it."""
+        """By layer and company ``wall`` and ``cpu``, and ``ratio`` of these to those alone."""
         check_counts(threads=self.threads, nodes=self.nodes, edges=self.edges)
         check_counts(width=self.width, out=self.out)
         there = cores_of_process()
