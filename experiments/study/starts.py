@@ -88,6 +88,16 @@ CONFIRMED: dict[str, dict[str, Any]] = {
 }
 """The best two arms of the first stage, and that of images; all are ``start="copies"``."""
 
+TWINS = {
+    "difference-once-node-random": "difference-once-node-constant-unbalanced",
+    "difference-layer-node-random": LAYER_NODE,
+}
+"""Frozen random routers in the shape of a confirmed arm: what learning to route is worth there.
+
+The first is for graphs, the second for images; both were added when the arms were known, and
+before their own first result.
+"""
+
 LONG = ("cifar10", "imagenette")
 """Columns that are confirmed by the table of routers."""
 
@@ -101,11 +111,13 @@ IN_TABLE = {
 
 
 def model(name: str, base: RunConfig) -> RunConfig:
-    """The configuration of a control or of a confirmed arm on a column."""
+    """The configuration of a control, of a confirmed arm or of its twin on a column."""
     if name in CONTROLS:
         return replace(base, **CONTROLS[name])
-    changes = CONFIRMED[name] if isinstance(base, GraphConfig) else {}
-    return replace(base, router="token_choice", start="copies", **changes)
+    arm = TWINS.get(name, name)
+    router = "random" if name in TWINS else "token_choice"
+    changes = CONFIRMED[arm] if isinstance(base, GraphConfig) else {}
+    return replace(base, router=router, start="copies", **changes)
 
 
 def confirmed(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
@@ -116,7 +128,10 @@ def confirmed(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
     found = dict[str, RunConfig]()
     for column in columns or COLUMNS:
         base = replace(COLUMNS[column], seeds=SEEDS, data_root=root / COLUMNS[column].data_root)
-        arms = [LAYER_NODE] if isinstance(base, ImageConfig) else list(CONFIRMED)
+        of_nodes, of_patches = TWINS
+        arms = [*CONFIRMED, of_nodes]
+        if isinstance(base, ImageConfig):
+            arms = [LAYER_NODE, of_patches]
         for name in (*CONTROLS, *arms):
             found[f"{column}/{name}"] = model(name, base)
     return found

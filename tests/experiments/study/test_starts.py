@@ -15,6 +15,7 @@ from experiments.study.starts import (
     CONTROLS,
     IN_TABLE,
     LAYER_NODE,
+    TWINS,
     WEIGHED,
     confirmed,
     confirmed_table,
@@ -37,8 +38,9 @@ def test_the_best_two_and_the_arm_of_images_are_confirmed_on_seeds_that_were_not
 ):
     found = confirmed((), Path("data"))
     on_graphs = {name for name in found if not name.startswith("digits/")}
-    assert {name.partition("/")[2] for name in on_graphs} == {*CONTROLS, *CONFIRMED}
-    assert len(found) == 7 * (3 + 3) + (3 + 1)
+    of_nodes, of_patches = TWINS
+    assert {name.partition("/")[2] for name in on_graphs} == {*CONTROLS, *CONFIRMED, of_nodes}
+    assert len(found) == 7 * (3 + 3 + 1) + (3 + 1 + 1)
     assert {config.seeds for config in found.values()} == {tuple(range(3, 13))}
     once: Any = found["cora/difference-once-node-constant-unbalanced"]
     assert (once.start, once.shared_router, once.router) == ("copies", True, "token_choice")
@@ -48,6 +50,10 @@ def test_the_best_two_and_the_arm_of_images_are_confirmed_on_seeds_that_were_not
     assert found["mosaic/dense-flops"].equal == "flops"
     with pytest.raises(ValueError, match=r"^columns: got sea, expected some of digits-graph, cora"):
         confirmed(["sea"], Path("data"))
+    # A random twin differs from its arm in the router alone.
+    for column, twin in (("cora", of_nodes), ("digits", of_patches)):
+        arm = found[f"{column}/{TWINS[twin]}"]
+        assert found[f"{column}/{twin}"] == replace(arm, router="random")
 
 
 def test_arms_and_their_variants_are_ranked_and_controls_and_random_twins_are_not() -> None:
