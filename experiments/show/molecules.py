@@ -32,7 +32,9 @@ COLUMNS = 4
 
 
 def atoms_of(run: RunFolder, task: Task) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], Any]:
-    """By MoE layer, (T, E) the weights of atoms of validation molecules and what they may follow; and drawings.
+    """By MoE layer, (T, E) the weights of atoms and what they may follow; and drawings.
+
+    The atoms are those of validation molecules.
 
     There are no drawings without RDKit.
 
@@ -82,7 +84,10 @@ def _title(y: Tensor) -> str:
 def drawing(
     smiles: Sequence[str], experts: Sequence[Sequence[int]], num_experts: int, titles: Sequence[str]
 ) -> Figure | None:
-    """Molecules in a grid, each atom in the color of its expert; gray without one. ``None`` without RDKit."""
+    """Molecules in a grid, atoms in the colors of their experts; ``None`` without RDKit.
+
+    An atom without an expert is gray.
+    """
     try:
         from rdkit.Chem import Draw
     except ModuleNotFoundError:

@@ -53,7 +53,7 @@ def _around(start: Tensor, edge_index: Tensor, num_nodes: int, most: int) -> Ten
 
 
 def draw_nodes(edge_index: Tensor, num_nodes: int, values: Mapping[str, Tensor]) -> Figure:
-    """The same nodes in the same places once for each (N,) of integers, in the colors of its values.
+    """The same nodes in the same places, once for each (N,) of integers, in its values' colors.
 
     Values below 0 are gray. Of more than six the first six are drawn.
     """
@@ -83,7 +83,9 @@ def draw_nodes(edge_index: Tensor, num_nodes: int, values: Mapping[str, Tensor])
 
 
 def bin_names(value: Tensor, which: Tensor, is_share: bool) -> list[str]:
-    """What each bin holds, as ``"4 to 9"``; shares in percent, and one below 0 as ``"no neighbors"``.
+    """What each bin holds, as ``"4 to 9"``; shares are in percent.
+
+    A share below 0 is ``"no neighbors"``.
 
     Args:
         value: (N,) what was binned.

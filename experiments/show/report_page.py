@@ -47,7 +47,8 @@ h2 { margin-top: 2.4rem; border-bottom: 2px solid #1f77b4; }
 p, figcaption { max-width: 80ch; } figcaption, .note { color: #52606d; font-size: 14px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 15px; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e3e8ed; text-align: right; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 7em; } td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 7em; }
+td { white-space: nowrap; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto; display: block; }
 """
@@ -65,9 +66,9 @@ DRAWN = {
     "patches": "Validation images: each patch has the color of its expert, or of its experts mixed "
     "by weight; dark patches have none. Experts of different layers have nothing to do with each "
     "other.",
-    "atoms": "Validation molecules and their labels, a figure an MoE layer: each atom has the color "
-    "of the expert of the largest weight; gray ones have none. Experts of different layers have "
-    "nothing to do with each other.",
+    "atoms": "Validation molecules and their labels, a figure an MoE layer: each atom has the "
+    "color of the expert of the largest weight; gray ones have none. Experts of different layers "
+    "have nothing to do with each other.",
 }
 """What is drawn, by what is routed."""
 
@@ -122,7 +123,8 @@ class Page(list[str]):
         """Write the file, and the folders that it needs."""
         path.parent.mkdir(parents=True, exist_ok=True)
         page = (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Routing report</title>'
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            "<title>Routing report</title>"
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
             f"<body><h1>Routing report</h1>{''.join(self)}</body></html>\n"
@@ -280,8 +282,8 @@ def _routing(page: Page, run: RunFolder) -> str:
     page.table([header, *([name.replace("_", " "), *row] for name, row in rows.items())])
     page.text(
         f"Mean over seeds, on {MEASURED[tokens]}. Dropped pairs had no room at their expert; dead "
-        "experts get no token; entropy is in nats. AMI: adjusted mutual information of experts and a "
-        f"property, 1 if they are the same partition, 0 by chance. {IN_WORDS}",
+        "experts get no token; entropy is in nats. AMI: adjusted mutual information of experts and "
+        f"a property, 1 if they are the same partition, 0 by chance. {IN_WORDS}",
         "note",
     )
     if missing:
@@ -298,10 +300,10 @@ def _routing(page: Page, run: RunFolder) -> str:
                 share_map(weight, value, PROPERTIES[name][0], names.get(name, ()))
                 for name, value in known.items()
             ],
-            f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each class, "
-            "place (row by row), element, degree or local homophily (neighbors of the same class), "
-            "the latter two in bins of about as many nodes each. A row like the last one says that "
-            "the expert does not go by it.",
+            f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each "
+            "class, place (row by row), element, degree or local homophily (neighbors of the same "
+            "class), the latter two in bins of about as many nodes each. A row like the last one "
+            "says that the expert does not go by it.",
         )
     return in_words(layers, run.config.experts)
 

@@ -290,8 +290,8 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
     share = 100 * more.mean / comparison.difference("dense-4x", "dense", more.n).mean
     lines.append(
-        f"experts ({setting}): {gain}, against a dense model of their active FLOPs; {share:.0f} % of "
-        f"the headroom, at {step:.2f} times the dense model's step"
+        f"experts ({setting}): {gain}, against a dense model of their active FLOPs; {share:.0f} % "
+        f"of the headroom, at {step:.2f} times the dense model's step"
     )
     use = f"use them: {command(comparison.arms[setting])}"
     found |= {"experts": vars(gain), "setting": setting, "step": step}

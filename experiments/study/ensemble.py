@@ -61,7 +61,8 @@ def ensemble(
     ]
     if missing := [str(file) for file in files if not file.exists()]:
         raise ValueError(
-            f"{missing[0]}: is missing; runs on OGB's molecules, or its sets of one node type in memory, can write it"
+            f"{missing[0]}: is missing; runs on OGB's molecules, or its sets of one node type in "
+            "memory, can write it"
         )
     for run in reversed(found):  # an error where it was trained on others
         task = run.load_task()

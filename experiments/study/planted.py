@@ -65,7 +65,10 @@ def write_planted(
     check(nodes >= least, "nodes", nodes, f"at least {least}")
     check(edges >= 1, "edges", edges, "at least 1")
     folder = root.expanduser() / name.replace("-", "_")
-    text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}"
+    text = (
+        f"Not OGB's {name}, but a graph of experiments.planted: "
+        f"{nodes=}, {edges=}, {classes=}, {seed=}"
+    )
     with building(folder, "root") as made:  # half a graph never stands at its place
         _write(made / "PLANTED.txt", text)
         for file, content in _drawn(

@@ -97,7 +97,8 @@ class ColumnsConfig(SweepConfig):
     """Columns of a study of starts, of the curves over FLOPs or of molecules, and where they go."""
 
     data_root: Path = Path("data")
-    """Folder of planetoid, heterophilous and facebook.npz, or of ogbg_mol..., each as its loader reads it."""
+    """Folder of planetoid, heterophilous and facebook.npz, or of ogbg_mol..., each as its loader
+    reads it."""
     columns: tuple[str, ...] = ()
     """Data sets; by default all."""
 

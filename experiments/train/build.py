@@ -313,7 +313,8 @@ def _router(
     elif config.router == "oracle":
         if task.planted is None:
             raise ValueError(
-                f"router: got 'oracle' for {task.name}, expected another, since no routing is planted"
+                f"router: got 'oracle' for {task.name}, expected another, since no routing is "
+                "planted"
             )
         planted = int(task.planted.max()) + 1
         check(config.experts == planted, "experts", config.experts, f"the {planted} planted ones")

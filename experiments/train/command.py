@@ -167,8 +167,9 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
             )
         )
     print(
-        f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
-        f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed; written to {config.folder()}"
+        f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and "
+        f"{summary['flops']:,} FLOPs active in a forward pass; {summary['seconds']['mean']:.1f} s "
+        f"a seed; written to {config.folder()}"
     )
 
 
@@ -202,7 +203,8 @@ def dense_line(config: RunConfig, summary: Summary) -> str:
 def resume_command(config: RunConfig, args: Sequence[str]) -> str:
     """What continues the run that ``args`` began."""
     _, rest = _take([arg for arg in args if arg != "--resume"], "--out")
-    return f"{config.launcher} -m experiments.train {shlex.join([*rest, '--out', str(config.folder()), '--resume'])}"
+    options = shlex.join([*rest, "--out", str(config.folder()), "--resume"])
+    return f"{config.launcher} -m experiments.train {options}"
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -383,9 +383,20 @@ IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
 ERRORS = ("rmse",)
 """Metrics of which less is better, and which are not shares."""
 
-WHERE = frozenset({
-    "data_root", "out", "resume", "workers", "device", "offline", "allow_large_downloads", "logger", "progress", "jobs",
-})  # fmt: skip
+WHERE = frozenset(
+    {
+        "data_root",
+        "out",
+        "resume",
+        "workers",
+        "device",
+        "offline",
+        "allow_large_downloads",
+        "logger",
+        "progress",
+        "jobs",
+    }
+)
 """Options that no number depends on."""
 RECORDS = ("file", "digest")
 """What ``config.json`` holds beside the options: the name of your own graph's file, a digest of

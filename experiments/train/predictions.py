@@ -39,8 +39,10 @@ def has_predictions(config: Any, model: Any, task: Task) -> bool:
     if config.correct_and_smooth and not (
         possible and task.graph is not None and task.graph.y.dim() == 1
     ):
-        legal = "False: it takes one class a node, a graph in memory, and layer-wise inference or evaluation='full'"
-        raise ValueError(f"correct_and_smooth: got True for {task.name}, expected {legal}")
+        raise ValueError(
+            f"correct_and_smooth: got True for {task.name}, expected False: it takes one class a "
+            "node, a graph in memory, and layer-wise inference or evaluation='full'"
+        )
     return possible
 
 

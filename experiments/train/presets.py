@@ -193,7 +193,10 @@ MOLECULES = MoleculeConfig(
     lr=0.001,
     seeds=TEN,
 )
-"""The GCN of the OGB examples (Hu et al., 2020). Dense, published on molhiv: 76.06 ± 0.97 % ROC-AUC."""
+"""The GCN of the OGB examples (Hu et al., 2020).
+
+Dense, published on molhiv: 76.06 ± 0.97 % ROC-AUC.
+"""
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "digits": ("Handwritten digits (8x8) as images; a 4-block ViT.", DIGITS),
@@ -212,11 +215,13 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         DIGITS_GRAPH,
     ),
     "mosaic": (
-        "8 planted regions, in each of which a neighbor's class means something else; a 2-layer SAGE.",
+        "8 planted regions, in each of which a neighbor's class means something else; a 2-layer "
+        "SAGE.",
         MOSAIC,
     ),
     "graph": (
-        "A graph of your own: --data-root FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv.",
+        "A graph of your own: --data-root FILE.npz, FILE.pt, or a folder with nodes.csv and "
+        "edges.csv.",
         GRAPH,
     ),
     "hetero": (
@@ -242,8 +247,19 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "ogbn-mag": ("ogbn-mag, a relational GNN on the OGB example's recipe.", MAG),
 }
 """What the command line offers: a line of help, and the configuration."""
-for name in ("hiv", "tox21", "bbbp", "bace", "sider", "clintox", "toxcast", "muv", "esol", "freesolv",
-             "lipo"):  # fmt: skip
+for name in (
+    "hiv",
+    "tox21",
+    "bbbp",
+    "bace",
+    "sider",
+    "clintox",
+    "toxcast",
+    "muv",
+    "esol",
+    "freesolv",
+    "lipo",
+):
     PRESETS[f"ogbg-mol{name}"] = (
         f"ogbg-mol{name}, molecules; the OGB example's GCN.",
         replace(MOLECULES, dataset=f"ogbg-mol{name}"),
@@ -253,8 +269,16 @@ for name in ("roman-empire", "amazon-ratings", "tolokers", "questions"):
         f"{name}, 10 splits; a 5-layer SAGE after its paper.",
         replace(HETEROPHILOUS, dataset=name),
     )
-for name in ("amazon-computers", "amazon-photo", "coauthor-cs", "coauthor-physics", "wikics", "actor",
-             "chameleon-filtered", "squirrel-filtered"):  # fmt: skip
+for name in (
+    "amazon-computers",
+    "amazon-photo",
+    "coauthor-cs",
+    "coauthor-physics",
+    "wikics",
+    "actor",
+    "chameleon-filtered",
+    "squirrel-filtered",
+):
     PRESETS[name] = (f"{name}; a 2-layer GCN, not tuned.", replace(SMALL, dataset=name))
 
 

@@ -29,8 +29,9 @@ def make_fabric(config: RunConfig) -> Fabric:
     there = int(os.environ.get("WORLD_SIZE", "1"))
     if config.world != there:
         raise ValueError(
-            f"devices: got {config.devices} x {config.nodes} nodes in {there} process{'es' if there > 1 else ''}, "
-            f"expected {config.launcher} -m experiments.train ..., with --devices N --nodes M as they are"
+            f"devices: got {config.devices} x {config.nodes} nodes in {there} "
+            f"process{'es' if there > 1 else ''}, expected {config.launcher} -m experiments.train "
+            "..., with --devices N --nodes M as they are"
         )
     on_gpu = torch.cuda.is_available() and config.device not in ("cpu", "mps")
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # numbers and objects go by the CPU

@@ -121,7 +121,8 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
         del differences["seeds"]
     for name, (other, here) in sorted(differences.items()):
         raise ValueError(
-            f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; choose another folder"
+            f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; choose another "
+            "folder"
         )
     if not is_more and summary.exists():
         return read_json(summary, Summary), {}

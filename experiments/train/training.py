@@ -333,6 +333,7 @@ def is_better(metric: str, value: float, best: float) -> bool:
 def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:
     if not math.isfinite(value):
         raise ValueError(
-            f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the training diverged (lr="
-            f"{config.lr}, clip_norm={config.clip_norm}), or the data hold values that are not finite"
+            f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the training "
+            f"diverged (lr={config.lr}, clip_norm={config.clip_norm}), or the data hold values "
+            "that are not finite"
         )

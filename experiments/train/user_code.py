@@ -25,8 +25,8 @@ def load_object(option: str, name: str) -> Any:
         return getattr(_load_file(Path(where).resolve()), attribute)
     except (ImportError, AttributeError, FileNotFoundError) as error:
         raise ValueError(
-            f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the working directory "
-            f"and in PYTHONPATH, and FILE.py:{attribute} takes a file"
+            f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the "
+            f"working directory and in PYTHONPATH, and FILE.py:{attribute} takes a file"
         ) from error
 
 

@@ -48,8 +48,13 @@ def make_graph(weights: bool = False, binary: bool = False, simple: bool = False
 
 def make_config(**changes: Any) -> GraphConfig:
     defaults: dict[str, Any] = {
-        "dataset": "made", "conv": ("sage",), "hidden": 6, "experts": 2, "batch_size": 7, "undirected": False,
-    }  # fmt: skip
+        "dataset": "made",
+        "conv": ("sage",),
+        "hidden": 6,
+        "experts": 2,
+        "batch_size": 7,
+        "undirected": False,
+    }
     if changes.get("sampling") == "neighbor":
         defaults["fanout"] = (3, 3)
     return GraphConfig(**(defaults | changes))

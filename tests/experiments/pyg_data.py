@@ -84,9 +84,14 @@ def planetoid(folder: Path, given: PyGSet) -> Raw:
         links[target].append(source)
     known, label = nodes - 20, np.eye(3, dtype=np.int32)[y]
     parts = {
-        "x": csr_matrix(x[:train]), "y": label[:train], "allx": csr_matrix(x[:known]), "ally": label[:known],
-        "tx": csr_matrix(x[test]), "ty": label[test], "graph": links,
-    }  # fmt: skip
+        "x": csr_matrix(x[:train]),
+        "y": label[:train],
+        "allx": csr_matrix(x[:known]),
+        "ally": label[:known],
+        "tx": csr_matrix(x[test]),
+        "ty": label[test],
+        "graph": links,
+    }
     for file in given.files:
         part = file.rpartition(".")[2]
         content = (
@@ -128,10 +133,14 @@ def wikics(folder: Path, given: PyGSet) -> Raw:
     part = np.stack([np.append(rng.permutation(np.arange(90) % 3), [3] * 30) for _ in range(20)])
     parts = {"train": part == 0, "val": part == 1, "test": part[0] == 3}
     content = {
-        "features": x.tolist(), "labels": y.tolist(), "train_masks": parts["train"].tolist(),
+        "features": x.tolist(),
+        "labels": y.tolist(),
+        "train_masks": parts["train"].tolist(),
         "links": [edges[edges[:, 0] == node, 1].tolist() for node in range(NODES)],
-        "val_masks": parts["val"].tolist(), "test_mask": parts["test"].tolist(), "stopping_masks": (part == 2).tolist(),
-    }  # fmt: skip
+        "val_masks": parts["val"].tolist(),
+        "test_mask": parts["test"].tolist(),
+        "stopping_masks": (part == 2).tolist(),
+    }
     (folder / given.files[0]).write_text(json.dumps(content))
     return Raw(folder, x, y, edges, parts)
 

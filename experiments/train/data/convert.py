@@ -1,6 +1,7 @@
 """Write a graph larger than memory as the folder that gmoe.StoredGraph opens.
 
-    python -m experiments.convert ogbn-papers100M --from data --to data/ogbn_papers100M_stored --half
+    python -m experiments.convert ogbn-papers100M --from data \\
+        --to data/ogbn_papers100M_stored --half
     python -m experiments.convert edges.csv --x x.npy --y y.npy --to DIR \\
         --train a.npy --val b.npy --test c.npy
 
@@ -295,7 +296,10 @@ def _open_table(connection: Any, path: Path) -> None:
         f"columns {', '.join(columns)} in {path}",
         "two, source and destination",
     )
-    whole = "CASE WHEN trim({0}::VARCHAR) SIMILAR TO '[0-9]+' THEN {0}::BIGINT ELSE error(concat('got node ', {0})) END"
+    whole = (
+        "CASE WHEN trim({0}::VARCHAR) SIMILAR TO '[0-9]+' THEN {0}::BIGINT "
+        "ELSE error(concat('got node ', {0})) END"
+    )
     ends = f"{whole.format('s')} AS s, {whole.format('d')} AS d"
     connection.execute(f"CREATE VIEW edges AS SELECT {ends} FROM {table} AS given (s, d)")
 

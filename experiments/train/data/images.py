@@ -100,7 +100,8 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
         missing = [name for label, name in enumerate(data.classes) if label not in seen]
         if missing:
             print(
-                f"{data.name}: {part} has no image of {len(missing)} classes: {', '.join(missing[:5])}",
+                f"{data.name}: {part} has no image of {len(missing)} classes: "
+                f"{', '.join(missing[:5])}",
                 flush=True,
             )
     return Task(
@@ -198,8 +199,8 @@ def _images(where: str, found: Any) -> tuple[Tensor, Tensor]:
             images, labels = map(torch.as_tensor, found)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{where} is a {type(found).__name__} that cannot be taken as images of one size and classes ({error}), "
-            "expected a Dataset of (image, class) or (images, labels)"
+            f"{where} is a {type(found).__name__} that cannot be taken as images of one size and "
+            f"classes ({error}), expected a Dataset of (image, class) or (images, labels)"
         ) from error
     images = images.float() if images.is_floating_point() else images
     fits = (

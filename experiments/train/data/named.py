@@ -45,8 +45,9 @@ class PyGSet:
         folder = root / self.folder
         missing = [file for file in self.files if not (folder / file).exists()]
         advice = (
-            f"{name}: {', '.join(missing)} missing in {folder}. Put them there (about {self.megabytes:g} MB, see the "
-            f"source in PyG's {self.cls.__name__}), or give another --data-root"
+            f"{name}: {', '.join(missing)} missing in {folder}. Put them there (about "
+            f"{self.megabytes:g} MB, see the source in PyG's {self.cls.__name__}), or give another "
+            "--data-root"
         )
         if missing and offline:
             raise FileNotFoundError(advice)

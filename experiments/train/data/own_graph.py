@@ -53,7 +53,10 @@ def configured(config: GraphConfig | HeteroConfig) -> GraphData:
 def own_object(found: Any, config: RunConfig) -> GraphData:
     """What a user's function made, as a data set."""
     kinds: dict[type, type] = {GraphConfig: Data, HeteroConfig: HeteroData}
-    legal = "a Data for the preset graph, a HeteroData for hetero, or pairs of images and labels for images"
+    legal = (
+        "a Data for the preset graph, a HeteroData for hetero, or pairs of images and labels for "
+        "images"
+    )
     fits = isinstance(found, kinds.get(type(config), ()))
     check(fits, "data", f"a {type(found).__name__} for {config.dataset}", legal)
     name = config.data or config.dataset
@@ -144,7 +147,10 @@ def graph_of(
         if masks
         else "each seed splits it 60/20/20 by class"
     )
-    size = f"{data.num_nodes:,} nodes, {data.num_edges:,} edges, {store.num_features:,} features, {classes} classes"
+    size = (
+        f"{data.num_nodes:,} nodes, {data.num_edges:,} edges, {store.num_features:,} features, "
+        f"{classes} classes"
+    )
     print(f"{name}: {size}; {how}", flush=True)
     return GraphData(
         name=name,
@@ -269,9 +275,13 @@ def _read_folder(folder: Path) -> Data:
 def _read_table(path: Path, needed: tuple[str, ...], text: tuple[str, ...]) -> pd.DataFrame:
     """A CSV file; ``NA`` is a name like any other, and ``007`` is not 7 in columns of text."""
     table: pd.DataFrame = read_csv(
-        path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""], skipinitialspace=True,
+        path,
+        dtype=dict.fromkeys(text, str),
+        keep_default_na=False,
+        na_values=[""],
+        skipinitialspace=True,
         encoding="utf-8-sig",
-    )  # fmt: skip
+    )
     columns = [str(column) for column in table]
     check(
         {*needed} <= {*columns},
@@ -292,6 +302,7 @@ def _numbers(column: pd.Series[Any]) -> Tensor:
     if not np.isfinite(numbers).all():
         row = int(np.argmin(np.isfinite(numbers)))
         raise ValueError(
-            f"row {row} has {column.name!r}={str(column[row])!r}, expected a number, or at most {MOST_CATEGORIES} names"
+            f"row {row} has {column.name!r}={str(column[row])!r}, expected a number, or at most "
+            f"{MOST_CATEGORIES} names"
         )
     return torch.from_numpy(numbers.copy())[:, None]

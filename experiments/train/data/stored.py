@@ -32,8 +32,8 @@ def stored_task(config: GraphConfig) -> Task:
     assert folder is not None
     if not (folder / "graph.json").is_file():
         raise FileNotFoundError(
-            f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} --from "
-            f"{config.data_root} --to {folder} --half, or give another --data-root"
+            f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} "
+            f"--from {config.data_root} --to {folder} --half, or give another --data-root"
         )
     for name, legal in {"sampling": "neighbor", "evaluation": "sampled"}.items():
         got = getattr(config, name)

@@ -203,7 +203,7 @@ def test_parts_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert figures["parts"]["forward"] >= 0.4
 
 
-# under torch.compile ---------------------------------------------------------------------------------
+# under torch.compile ------------------------------------------------------------------------------
 
 
 class Broken(nn.Linear):
@@ -285,7 +285,7 @@ def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
     assert len({model(images).shape for model in models}) == 1
 
 
-# on a GPU, dry ---------------------------------------------------------------------------------------
+# on a GPU, dry ------------------------------------------------------------------------------------
 
 DRY = "gpu --device cpu --nodes 40 --tokens 32 --images 2"
 

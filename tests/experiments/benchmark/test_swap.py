@@ -132,12 +132,8 @@ def test_finished_runs_are_kept_and_others_added(
 
     def run(*options: str) -> dict[str, Any]:
         trained.clear()
-        main(
-            [
-                *f"swap --rows cora-gcn --repeats 1 --offline --data-root {root} --json {path}".split(),
-                *options,
-            ]
-        )
+        command = f"swap --rows cora-gcn --repeats 1 --offline --data-root {root} --json {path}"
+        main([*command.split(), *options])
         return dict(json.loads(path.read_text())["variants"]["cora-gcn"])
 
     monkeypatch.setattr(swap, "train_arm", counted)

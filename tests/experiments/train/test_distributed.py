@@ -28,45 +28,24 @@ from tests.experiments.train.test_resume import assert_same
 from tests.vision.made_images import write_images
 
 ROOT = Path(__file__).parents[3]
-TINY = [
-    "--patch",
-    "4",
-    "--dim",
-    "8",
-    "--vit-heads",
-    "2",
-    "--hidden",
-    "8",
-    "--layers",
-    "2",
-    "--experts",
-    "4",
-]
-EXACT = ["--epochs", "2", "--seeds", "0", "--no-progress", "--precision", "64-true", "--lr", "1e-3"]
-SAMPLED = [
-    "digits-graph",
-    "--sampling",
-    "neighbor",
-    "--conv",
-    "sage",
-    "--hidden",
-    "8",
-    "--router",
-    "token_choice",
-]
-SAME: dict[str, list[str]] = {
-    "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "standard",
-               "--router", "expert_choice", "--clip-norm", "0.1"],
-    "neighbors": [*SAMPLED, *EXACT, "--fanout", "-1", "-1", "--batch-size", "300", "--weight-decay", "0.1",
-                  "--balance", "none"],
-    "types": ["ogbn-mag", *EXACT, "--sampling", "neighbor", "--evaluation", "sampled", "--fanout", "-1", "-1",
-              "--noise", "False", "--dropout", "0", "--hidden", "8", "--batch-size", "600", "--offline"],
-}  # fmt: skip
+TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --experts 4"
+EXACT = "--epochs 2 --seeds 0 --no-progress --precision 64-true --lr 1e-3"
+SAMPLED = "digits-graph --sampling neighbor --conv sage --hidden 8 --router token_choice"
+SAME: dict[str, str] = {
+    "images": f"images {EXACT} {TINY} --batch-size 2 --augment standard --router expert_choice "
+    "--clip-norm 0.1",
+    "neighbors": f"{SAMPLED} {EXACT} --fanout -1 -1 --batch-size 300 --weight-decay 0.1 "
+    "--balance none",
+    "types": f"ogbn-mag {EXACT} --sampling neighbor --evaluation sampled --fanout -1 -1 "
+    "--noise False --dropout 0 --hidden 8 --batch-size 600 --offline",
+}
 """Nothing is drawn but what follows from the epoch, so that one process gives the same. Of 21 and
 of 3 images the last batch has one, so that the second process has none. A node that both sample
 is two tokens, which a bias would count."""
-DRAWS = [*SAMPLED, "--epochs", "3", "--seeds", "0", "--no-progress", "--fanout", "4", "3", "--batch-size", "300",
-         "--dropout", "0.3", "--noise", "True", "--evaluation", "sampled", "--balance", "bias"]  # fmt: skip
+DRAWS = (
+    f"{SAMPLED} --epochs 3 --seeds 0 --no-progress --fanout 4 3 --batch-size 300 --dropout 0.3 "
+    "--noise True --evaluation sampled --balance bias"
+).split()
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -79,7 +58,7 @@ def data_of(name: str, root: Path) -> list[str]:
 def all_runs(root: Path) -> None:
     two = ["--devices", "2"]
     for name, args in SAME.items():
-        main([*args, *two, *data_of(name, root), "--out", str(root / "two" / name)])
+        main([*args.split(), *two, *data_of(name, root), "--out", str(root / "two" / name)])
     main([*DRAWS, *two, "--out", str(root / "whole")])
     cut = [*DRAWS, *two, "--resume", "--out", str(root / "cut")]
     run_until(2, cut, rank="1")
@@ -111,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SAME)
 def test_two_processes_train_what_one_does(name: str, folder: Path) -> None:
-    main([*SAME[name], *data_of(name, folder), "--out", str(folder / "one" / name)])
+    main([*SAME[name].split(), *data_of(name, folder), "--out", str(folder / "one" / name)])
     one, two = (folder / count / name for count in ("one", "two"))
     summaries = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
     for figure in ("val", "test", "steps", "flops", "parameters"):

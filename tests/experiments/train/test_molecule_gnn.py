@@ -30,7 +30,7 @@ def molecule_batch() -> tuple[Any, ...]:
 
 
 class TheirGCN(MessagePassing):
-    """``GCNConv`` of ogb's ``examples/graphproppred/mol/conv.py``, with the bonds embedded before."""
+    """``GCNConv`` of ogb's ``examples/graphproppred/mol/conv.py``; bonds are embedded before."""
 
     def __init__(self, width: int) -> None:
         super().__init__(aggr="add")
@@ -51,7 +51,7 @@ class TheirGCN(MessagePassing):
 
 
 def their_forward(model: Any, convs: Any, inputs: Any) -> Tensor:
-    """``GNN_node_Virtualnode`` of ogb's examples (without the node if there is none), in training."""
+    """``GNN_node_Virtualnode`` of ogb's examples in training; without that node if none is."""
     x, edge_index, attr, batch, _ = inputs
     h = model.atoms(x)
     virtual = model.virtual_node

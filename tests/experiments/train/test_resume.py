@@ -27,47 +27,24 @@ from tests.experiments.command import QUICK, full_disk, quick, refused, rows, ru
 from tests.experiments.ogb_data import plant_papers
 from tests.vision.made_images import write_images
 
-TINY = (
-    "--patch",
-    "4",
-    "--dim",
-    "8",
-    "--vit-heads",
-    "2",
-    "--hidden",
-    "8",
-    "--layers",
-    "2",
-    "--batch-size",
-    "8",
-)
-AUGMENTED = ("--augment", "standard", "--dropout", "0.1", "--noise", "True")
-SMALL = ("--layers", "2", "--hidden", "16", "--batch-size", "200")
-SAMPLED = (
-    "--sampling",
-    "neighbor",
-    "--fanout",
-    "4",
-    "3",
-    "--evaluation",
-    "sampled",
-    "--eval-every",
-    "2",
-)
-RUNS: dict[str, tuple[str, ...]] = {
-    "graph": ("digits-graph", "--router", "token_choice", "--dropout", "0.2", "--noise", "True"),
-    "choice": ("digits-graph", "--router", "expert_choice", "--schedule", "cosine", "--conv", "gcn", "mlp",
-               "--router-input", "node", "degree", "--start", "plain", "--jk", "last", "--clip-norm", "1"),
-    "filters": ("digits-graph", "--conv", "low_pass", "identity", "two_hop", "--experts", "3", "--no-undirected"),
-    "votes": ("digits-graph", "--precision", "bf16-mixed", "--router", "attention_vote", "--scope", "neighbors"),
-    "neighbors": ("digits-graph", *SAMPLED, "--batch-size", "300", "--dropout", "0.2", "--balance", "importance_load",
-                  "--router", "token_choice"),
-    "parts": ("digits-graph", "--sampling", "random_node", "--batch-size", "300", "--evaluation", "layerwise",
-              "--precision", "64-true"),
-    "images": ("digits", "--router", "token_choice", "--balance", "bias", "--dropout", "0.1", *SMALL),
-    "folder": ("images", "--router", "token_choice", *TINY, *AUGMENTED),
-    "stored": (PAPERS, "--hidden", "16", "--experts", "2", "--batch-size", "40", "--fanout", "5", "3", "2"),
-}  # fmt: skip
+TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --batch-size 8"
+AUGMENTED = "--augment standard --dropout 0.1 --noise True"
+SMALL = "--layers 2 --hidden 16 --batch-size 200"
+SAMPLED = "--sampling neighbor --fanout 4 3 --evaluation sampled --eval-every 2"
+RUNS: dict[str, str] = {
+    "graph": "digits-graph --router token_choice --dropout 0.2 --noise True",
+    "choice": "digits-graph --router expert_choice --schedule cosine --conv gcn mlp "
+    "--router-input node degree --start plain --jk last --clip-norm 1",
+    "filters": "digits-graph --conv low_pass identity two_hop --experts 3 --no-undirected",
+    "votes": "digits-graph --precision bf16-mixed --router attention_vote --scope neighbors",
+    "neighbors": f"digits-graph {SAMPLED} --batch-size 300 --dropout 0.2 "
+    "--balance importance_load --router token_choice",
+    "parts": "digits-graph --sampling random_node --batch-size 300 --evaluation layerwise "
+    "--precision 64-true",
+    "images": f"digits --router token_choice --balance bias --dropout 0.1 {SMALL}",
+    "folder": f"images --router token_choice {TINY} {AUGMENTED}",
+    "stored": f"{PAPERS} --hidden 16 --experts 2 --batch-size 40 --fanout 5 3 2",
+}
 """One batch an epoch (graph to votes), or several; everything that draws or remembers."""
 
 
@@ -94,7 +71,7 @@ def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
 def test_a_run_stopped_three_times_equals_one_in_one_go(
     name: str, tmp_path: Path, capsys: Any
 ) -> None:
-    preset, *args = RUNS[name]
+    preset, *args = RUNS[name].split()
     if preset == "images":
         args += ["--data-root", str(write_images(tmp_path / "data"))]
     if preset == PAPERS:
@@ -127,7 +104,7 @@ def test_a_process_that_is_killed_or_stopped_from_the_keyboard(
 
     Ctrl-C in a terminal reaches the processes that load images too.
     """
-    args = ["images", *QUICK, "--seeds", "0", *TINY, "--workers", str(workers)]
+    args = ["images", *QUICK, "--seeds", "0", *TINY.split(), "--workers", str(workers)]
     args += ["--data-root", str(write_images(tmp_path / "data"))]
     code = (
         "from experiments.train import checkpoint, command; checkpoint.SECONDS = 0; command.main()"

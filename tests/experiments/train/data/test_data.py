@@ -71,7 +71,10 @@ def test_digits_graph() -> None:
 def test_digits_graph_is_the_same_with_any_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    code = "from experiments.train.data.made import digits_graph as d; print(hash(str(d(None).data.edge_index.tolist())))"
+    code = (
+        "from experiments.train.data.made import digits_graph; "
+        "print(hash(str(digits_graph(None).data.edge_index.tolist())))"
+    )
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     found = []
     for threads in "14":

@@ -1,4 +1,4 @@
-"""OGB's molecule sets: read as ``ogb`` reads them, in batches of whole molecules, with OGB's metrics."""
+"""OGB's molecule sets: read as ``ogb`` reads them, in whole molecules, with OGB's metrics."""
 
 from __future__ import annotations
 

@@ -66,14 +66,35 @@ def test_without_masks_each_seed_draws_a_split(form: str, tmp_path: Path) -> Non
 
 
 WRONG: dict[str, list[Any]] = {
-    "edges": [None, np.array([[0, 1.5]]), np.array([[0, NODES]]), np.array([[-3, 1]]), np.array([["a", "b"]])],
+    "edges": [
+        None,
+        np.array([[0, 1.5]]),
+        np.array([[0, NODES]]),
+        np.array([[-3, 1]]),
+        np.array([["a", "b"]]),
+    ],
     "edge_index": [arrays()["edges"].T],  # beside edges
-    "node_features": [None, np.ones((NODES, 0)), np.ones(NODES), np.full((NODES, 1), np.nan), np.ones((7, 2))],
-    "node_labels": [*(np.full(NODES, y) for y in (np.nan, 0, 1, -1, 10**9)), np.zeros(7, int), np.eye(NODES)[:, :3]],
+    "node_features": [
+        None,
+        np.ones((NODES, 0)),
+        np.ones(NODES),
+        np.full((NODES, 1), np.nan),
+        np.ones((7, 2)),
+    ],
+    "node_labels": [
+        *(np.full(NODES, y) for y in (np.nan, 0, 1, -1, 10**9)),
+        np.zeros(7, int),
+        np.eye(NODES)[:, :3],
+    ],
     "train_masks": [None, np.arange(NODES)],
-    "val_masks": [np.zeros(NODES, bool), np.ones(NODES, bool), np.zeros((3, 5), bool), arrays(3)["val_masks"]],
+    "val_masks": [
+        np.zeros(NODES, bool),
+        np.ones(NODES, bool),
+        np.zeros((3, 5), bool),
+        arrays(3)["val_masks"],
+    ],
     "edge_weight": [np.ones(3), np.full(len(arrays()["edges"]), np.inf)],
-}  # fmt: skip
+}
 """What may not stand in an npz under these names; ``None`` is nothing at all."""
 
 
