@@ -240,6 +240,22 @@ def test_an_import_loads_torch_alone() -> None:
     assert not later & set(loaded)
 
 
+@pytest.mark.parametrize("name", ["gmoe", pytest.param("experiments", marks=pytest.mark.slow)])
+def test_no_import_opens_a_connection(name: str) -> None:
+    script = f"""
+import importlib, pkgutil, socket
+def refuse(*args, **kwargs):
+    raise AssertionError("an import opens a connection")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+import {name} as package
+for module in pkgutil.walk_packages(package.__path__, "{name}."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print("all")
+"""
+    assert run(script) == "all\n"
+
+
 def test_what_is_missing_is_named_with_its_extra() -> None:
     """``dir`` lists the names without an import.
 
