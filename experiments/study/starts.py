@@ -70,7 +70,12 @@ WEIGHED = ("digits-graph", "cora", "mosaic", "concept", "minesweeper")
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "dense": {"router": "dense"},
-    "dense-flops": {"router": "dense", "equal": "flops", "equal_to": "token_choice"},
+    "dense-flops": {
+        "router": "dense",
+        "equal": "flops",
+        "equal_to": "token_choice",
+        "start": "shared",  # of the experts that it equals
+    },
     "shared": {"router": "token_choice", "start": "shared"},
 }
 """What arms are compared with, by what it changes."""
