@@ -196,6 +196,14 @@ def explains(case: Case, algorithm: Callable[[], explain.ExplainerAlgorithm]) ->
     torch.testing.assert_close(layer(*args), before)
 
 
+def replays(case: Case) -> None:
+    """What a call decided, on the same tokens."""
+    layer, call = case.make().eval(), case.call()
+    y, decided = layer(*call.args, **call.kwargs, return_routing=True)
+    name = "routing" if isinstance(decided, gmoe.Routing) else "routings"
+    assert torch.equal(layer(*call.args, **call.kwargs, **{name: decided}), y)
+
+
 def returns_attention(case: Case) -> None:
     """Of experts that have attention, in the place of GCN's."""
     x, edge_index = case.call().args[:2]
@@ -263,6 +271,7 @@ PROBES: dict[str, Callable[[Case], object]] = {
         explains, algorithm=partial(explain.GraphMaskExplainer, 1, epochs=1)
     ),
     "AttentionExplainer": partial(explains, algorithm=explain.AttentionExplainer),
+    "replay of a routing": replays,
     "`return_attention_weights`": returns_attention,
     "lazy widths (`-1`)": fills_in_widths,
 }

@@ -16,7 +16,6 @@ from torch_geometric.utils import is_sparse
 from gmoe._checks import check_counts, nearest, parameters_of
 from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.graph import Graph
-from gmoe.routing import Routing
 
 
 def two_widths(in_channels: object) -> tuple[int, int]:
@@ -143,21 +142,3 @@ def refuse_hook(layer: nn.Module, hook: Any) -> NoReturn:
     raise ValueError(
         f"hook: got {hook}, expected none on a MoEConv, which sends no messages itself"
     )
-
-
-def checked_routing(routing: Routing | None, num_tokens: int, num_experts: int) -> Routing:
-    """A decision made elsewhere, if it fits the layer.
-
-    Raises:
-        ValueError: no decision, or one of other tokens or experts.
-    """
-    if routing is None:
-        raise ValueError(
-            "routing: got None, expected a Routing, since the layer was built with router=None"
-        )
-    has_tokens = getattr(routing, "num_tokens", None) == num_tokens
-    if not has_tokens or routing.num_experts != num_experts:
-        raise ValueError(
-            f"routing: got {routing!r}, expected {num_tokens} tokens and {num_experts} experts"
-        )
-    return routing

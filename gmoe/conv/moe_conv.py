@@ -33,7 +33,6 @@ from gmoe._checks import (
 from gmoe.conv.arguments import (
     by_position,
     check_attention,
-    checked_routing,
     num_destinations,
     refuse_hook,
     refuse_unknown,
@@ -56,7 +55,7 @@ from gmoe.conv.router_input import (
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, drawn_apart, start_of_convs
 from gmoe.routers import RouterLike, let_check_finite
-from gmoe.routing import Routing
+from gmoe.routing import Routing, checked_routing
 
 
 @dataclass(frozen=True)
