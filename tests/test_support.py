@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch_geometric import explain
-from torch_geometric.nn import to_hetero
+from torch_geometric.nn import summary, to_hetero
 
 import gmoe
 from tests import contract
@@ -329,3 +329,35 @@ def test_cell(row: str, column: str) -> None:
 def test_the_table_has_every_row_and_column() -> None:
     assert list(table()) == [(row, column) for row in PROBES for column in LAYERS]
     assert set(table().values()) <= {"yes", "partly", "refused", "no", "–"}
+
+
+SUMMARIZED = [
+    "MoE token_choice",
+    "moefied ViT",
+    "MoEConv gcn",
+    "MoEConv gcn copies",
+    "GNNMoE copies",
+]
+
+
+@pytest.mark.parametrize("name", SUMMARIZED)
+def test_torchinfo_counts_the_parameters_of_a_model(name: str) -> None:
+    """Without inputs: with some, it refuses what a router returns."""
+    torchinfo = pytest.importorskip("torchinfo")
+    case = next(case for case in CASES if case.name == name)
+    layer = case.make()
+    number = sum(parameter.numel() for parameter in layer.parameters())
+    assert torchinfo.summary(layer, verbose=0).total_params == number
+    with pytest.raises(RuntimeError) as error:
+        torchinfo.summary(layer, input_data=case.call().args, verbose=0)
+    assert "unsupported input or output type: Routing(" in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("name", SUMMARIZED)
+def test_pygs_summary_runs_a_model(name: str) -> None:
+    """And lists the sizes that go in and out."""
+    pytest.importorskip("tabulate")
+    case = next(case for case in CASES if case.name == name)
+    layer, args = case.make().eval(), case.call().args
+    shape = list(layer(*args).shape)
+    assert str(shape) in summary(layer, *args).splitlines()[3]
