@@ -134,7 +134,8 @@ def _kwargs_for_copies(
     kwargs = dict(kwargs or {})
     defaults: dict[str, Any] = {}
     if router in ("token_choice", "multi_centroid") and k == 1:
-        defaults["weight"] = "straight_through"
+        takes_more = kwargs.get("top_p") is not None
+        defaults["weight"] = "normalized" if takes_more else "straight_through"
     # The noise is that of the balanced router, which explores; a caller who says anything of
     # balance or noise gets what the router makes of it.
     if router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
