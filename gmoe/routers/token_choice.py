@@ -131,21 +131,14 @@ class TokenChoice(BalancedRouter):
             raise ValueError(f"noise: got {noise!r}, expected True, False, 'spread' or None")
         if balance == "importance_load" and noise is not True:
             raise ValueError(f"noise: got {noise}, expected True with balance='importance_load'")
-        check_at_least(
-            0,
-            balance_coef=balance_coef,
-            z_coef=z_coef,
-            init_scale=init_scale,
-            entropy_coef=entropy_coef,
-        )
+        check_at_least(0, balance_coef=balance_coef, z_coef=z_coef, init_scale=init_scale)
+        check_at_least(0, entropy_coef=entropy_coef)
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
         if top_p is not None:
             check(0 < top_p <= 1, "top_p", top_p, "a number above 0, at most 1")
             is_alone = capacity_factor is None and balance != "importance_load"
-            check(
-                is_alone, "top_p", top_p, "None beside capacity_factor or balance='importance_load'"
-            )
+            check(is_alone, "top_p", top_p, "None beside capacity_factor and importance_load")
             self.experts_per_token = float(max(k, math.ceil(top_p * num_experts)))
         self.balance = balance
         self.by_spread = noise == "spread"
