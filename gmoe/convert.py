@@ -263,7 +263,11 @@ class TokenMoE(MoE):
     """A MoE on (B, ..., D), where each of the B entries is a group: all tokens of an image."""
 
     def forward(
-        self, x: Tensor, *others: object, return_routing: bool = False
+        self,
+        x: Tensor,
+        *others: object,
+        routing: Routing | None = None,
+        return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
         """See :class:`MoE`; it takes tokens only."""
         if others:
@@ -273,7 +277,7 @@ class TokenMoE(MoE):
             )
         # (B, H, W, D) grids, as Swins have them, become rows of tokens: (B, H * W, D).
         rows = x.flatten(1, -2) if x.dim() > 3 else x
-        y, routing = self._route_and_run(rows)
+        y, routing = super().forward(rows, routing=routing, return_routing=True)
         y = y.view(*x.shape[:-1], y.size(-1))
         return (y, routing) if return_routing else y
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.experts import Experts
 from gmoe.routers import ROUTERS, Router, RouterLike, SoftRouting, SoftSlots, build_router
-from gmoe.routing import Routing
+from gmoe.routing import Routing, checked_routing
 
 Start: TypeAlias = Literal["copies", "shared", "plain"]
 """How a layer with experts starts.
@@ -134,7 +134,8 @@ def _kwargs_for_copies(
     kwargs = dict(kwargs or {})
     defaults: dict[str, Any] = {}
     if router in ("token_choice", "multi_centroid") and k == 1:
-        defaults["weight"] = "straight_through"
+        takes_more = kwargs.get("top_p") is not None
+        defaults["weight"] = "normalized" if takes_more else "straight_through"
     # The noise is that of the balanced router, which explores; a caller who says anything of
     # balance or noise gets what the router makes of it.
     if router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
@@ -301,9 +302,10 @@ class MoE(_Mixture):
           :class:`Router`.
         - returns (..., T, O), and the :class:`Routing` too with ``return_routing=True``. Losses are
           in the routing: ``loss = task + gmoe.aux_loss(routing)``.
+        - ``routing``: a decision made elsewhere, such as an earlier call's; no router is asked.
 
     Raises:
-        ValueError: E or D of router and experts differ.
+        ValueError: E or D of router and experts differ; a routing of other tokens or experts.
 
     Example:
         >>> experts = MLPExperts(128, 512, 128, num_experts=8)
@@ -329,21 +331,20 @@ class MoE(_Mixture):
         batch: Tensor | None = None,
         edge_index: Tensor | None = None,
         *,
+        routing: Routing | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
         """Route and run; see the class."""
-        y, routing = self._route_and_run(x, batch, edge_index)
-        return (y, routing) if return_routing else y
-
-    def _route_and_run(
-        self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None
-    ) -> tuple[Tensor, Routing]:
-        routing: Routing = self.router(x, batch, edge_index)
         # Experts see flat tokens (T, D): groups matter to the router only.
-        y = self.experts(x.reshape(-1, x.size(-1)), routing).unflatten(0, x.shape[:-1])
+        x_TD = x.reshape(-1, x.size(-1))
+        if routing is None:
+            routing = self.router(x, batch, edge_index)
+        else:
+            routing = checked_routing(routing, x_TD.size(0), self.num_experts)
+        y = self.experts(x_TD, routing).unflatten(0, x.shape[:-1])
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
-        return y, routing
+        return (y, routing) if return_routing else y
 
 
 class SoftMoE(_Mixture):

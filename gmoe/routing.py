@@ -364,6 +364,24 @@ def _check_choices(
             raise ValueError(f"expert_TK: got a row {doubled}, expected distinct experts in a row")
 
 
+def checked_routing(routing: Routing | None, num_tokens: int, num_experts: int) -> Routing:
+    """A decision made elsewhere, if it fits the layer.
+
+    Raises:
+        ValueError: no decision, or one of other tokens or experts.
+    """
+    if routing is None:
+        raise ValueError(
+            "routing: got None, expected a Routing, since the layer was built with router=None"
+        )
+    has_tokens = getattr(routing, "num_tokens", None) == num_tokens
+    if not has_tokens or routing.num_experts != num_experts:
+        raise ValueError(
+            f"routing: got {routing!r}, expected {num_tokens} tokens and {num_experts} experts"
+        )
+    return routing
+
+
 def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
     """Sum the auxiliary losses of one or several layers; add the result to the task loss.
 

@@ -227,8 +227,11 @@ def _keep_buffers(module: nn.Module, kept: Kept) -> None:
 
 @keep_experts.register
 def _token_choice(router: TokenChoice, kept: Kept) -> None:
-    # Other weights are relative to the chosen experts', or constant.
-    _keep_gate(router, kept, counts_removed=router.weight == "score")
+    # Other weights are relative to the chosen experts', or constant. How many experts a token takes
+    # follows from the probabilities, if it takes them by top_p.
+    is_among_experts = router.weight == "score" or router.top_p is not None
+    _keep_gate(router, kept, counts_removed=is_among_experts)
+    router.experts_per_token = min(router.experts_per_token, float(len(kept)))
     if router.noise is not None:
         _keep_rows(router.noise, kept)
     _keep_buffers(router, kept)

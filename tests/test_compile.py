@@ -83,6 +83,9 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "token choice with a capacity": {
         "GCN, capacity": partial(four, "gcn", router_kwargs={"capacity_factor": 1.0}),
     },
+    "token choice by `top_p`": {
+        "GCN, top_p": partial(four, "gcn", router_kwargs={"top_p": 0.5}),
+    },
     "GAT": {
         "GAT": partial(four, "gat"),
         "GAT, edge features": partial(four, "gat", edge_dim=WIDTH),

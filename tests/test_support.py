@@ -26,7 +26,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch_geometric import explain
-from torch_geometric.nn import to_hetero
+from torch_geometric.nn import summary, to_hetero
+from torchvision.models import VisionTransformer
 
 import gmoe
 from tests import contract
@@ -196,6 +197,52 @@ def explains(case: Case, algorithm: Callable[[], explain.ExplainerAlgorithm]) ->
     torch.testing.assert_close(layer(*args), before)
 
 
+def takes_experts_by_probability(case: Case) -> None:
+    """Each token as few as have six tenths; the column's layer, built with that router."""
+    kwargs: dict[str, Any] = {"top_p": 0.6, "balance": None}
+    options: dict[str, Any] = {"router": "token_choice", "router_kwargs": kwargs}
+    size, metadata = contract.D, contract.METADATA
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "MoE": lambda: contract.mlps("token_choice", **kwargs),
+        "moefied": lambda: gmoe.moefy(VisionTransformer(8, 4, 2, 2, 16, 24), **options),
+        "MoEConv": lambda: gmoe.MoEConv("gcn", size, 6, **options),
+        "GNNMoE": lambda: gmoe.GNNMoE(size, size, 5, 3, **options),
+        "HeteroGNNMoE": lambda: gmoe.HeteroGNNMoE(
+            size, 6, 5, metadata, 2, target="paper", **options
+        ),
+    }
+    layer = builders[case.name.split()[0]]()
+    with gmoe.record_routing(layer) as routings:
+        assert rows(run(layer, case.call())).isfinite().all()
+    for routing in routings:
+        chosen_TE = torch.zeros_like(routing.scores).index_put(
+            (routing.token, routing.expert), torch.ones(())
+        )
+        taken_T = (routing.scores * chosen_TE).sum(dim=1)
+        least_T = torch.where(chosen_TE > 0, routing.scores, torch.inf).amin(dim=1)
+        assert (taken_T >= 0.6).all()
+        is_one_too_many_T = (taken_T - least_T >= 0.6) & (chosen_TE.sum(dim=1) > contract.K)
+        assert not is_one_too_many_T.any()
+
+
+def replays(case: Case) -> None:
+    """What a call decided, on the same tokens."""
+    layer, call = case.make().eval(), case.call()
+    y, decided = layer(*call.args, **call.kwargs, return_routing=True)
+    name = "routing" if isinstance(decided, gmoe.Routing) else "routings"
+    assert torch.equal(layer(*call.args, **call.kwargs, **{name: decided}), y)
+
+
+def returns_attention(case: Case) -> None:
+    """Of experts that have attention, in the place of GCN's."""
+    x, edge_index = case.call().args[:2]
+    for conv in ("gat", "gatv2", "transformer"):
+        layer = gmoe.MoEConv(conv, x.size(1), 6, num_experts=3, start="copies")
+        found = layer(x, edge_index, return_attention_weights=True)
+        expected = layer.expert(0)(x, edge_index, return_attention_weights=True)
+        torch.testing.assert_close(found, expected)
+
+
 def fills_in_widths(case: Case) -> None:
     build: Any = (
         partial(gmoe.MoEConv, "gcn", -1, 6)
@@ -253,6 +300,9 @@ PROBES: dict[str, Callable[[Case], object]] = {
         explains, algorithm=partial(explain.GraphMaskExplainer, 1, epochs=1)
     ),
     "AttentionExplainer": partial(explains, algorithm=explain.AttentionExplainer),
+    "as many experts as a token needs (`top_p`)": takes_experts_by_probability,
+    "replay of a routing": replays,
+    "`return_attention_weights`": returns_attention,
     "lazy widths (`-1`)": fills_in_widths,
 }
 
@@ -309,3 +359,35 @@ def test_cell(row: str, column: str) -> None:
 def test_the_table_has_every_row_and_column() -> None:
     assert list(table()) == [(row, column) for row in PROBES for column in LAYERS]
     assert set(table().values()) <= {"yes", "partly", "refused", "no", "–"}
+
+
+SUMMARIZED = [
+    "MoE token_choice",
+    "moefied ViT",
+    "MoEConv gcn",
+    "MoEConv gcn copies",
+    "GNNMoE copies",
+]
+
+
+@pytest.mark.parametrize("name", SUMMARIZED)
+def test_torchinfo_counts_the_parameters_of_a_model(name: str) -> None:
+    """Without inputs: with some, it refuses what a router returns."""
+    torchinfo = pytest.importorskip("torchinfo")
+    case = next(case for case in CASES if case.name == name)
+    layer = case.make()
+    number = sum(parameter.numel() for parameter in layer.parameters())
+    assert torchinfo.summary(layer, verbose=0).total_params == number
+    with pytest.raises(RuntimeError) as error:
+        torchinfo.summary(layer, input_data=case.call().args, verbose=0)
+    assert "unsupported input or output type: Routing(" in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("name", SUMMARIZED)
+def test_pygs_summary_runs_a_model(name: str) -> None:
+    """And lists the sizes that go in and out."""
+    pytest.importorskip("tabulate")
+    case = next(case for case in CASES if case.name == name)
+    layer, args = case.make().eval(), case.call().args
+    shape = list(layer(*args).shape)
+    assert str(shape) in summary(layer, *args).splitlines()[3]

@@ -55,6 +55,7 @@ COUNTS = {
     "MoE, importance and load": 0,
     "MoE, switch and z": 0,
     "MoE, capacity": 1,
+    "MoE, top_p": 1,
     "MoE, threshold": 0,
     "MoE, token_choice on a batch": 0,
     "SoftMoE": 0,

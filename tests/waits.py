@@ -280,6 +280,7 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
         "importance and load": {"balance": "importance_load"},
         "switch and z": {"balance": "switch", "z_coef": 0.1},
         "capacity": {"capacity_factor": 1.0},
+        "top_p": {"top_p": 0.5, "entropy_coef": 0.1},
     }
     for name, options in balances.items():
         yield (

@@ -57,6 +57,10 @@ class RouterOptions:
     """Token choice: coefficient of the balance loss."""
     init_scale: float | None = None
     """Token and expert choice, attention vote: factor of the initial weights."""
+    top_p: float | None = None
+    """Token choice: as many experts for each node or patch as have this probability together."""
+    entropy_coef: float | None = None
+    """Token choice: coefficient of the entropy, for `top_p`."""
     normalize: Literal["experts", "tokens"] | None = None
     """Expert choice: softmax over experts or along tokens."""
     shared_queries: bool | None = None

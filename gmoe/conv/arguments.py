@@ -14,8 +14,8 @@ from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
 from gmoe._checks import check_counts, nearest, parameters_of
+from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.graph import Graph
-from gmoe.routing import Routing
 
 
 def two_widths(in_channels: object) -> tuple[int, int]:
@@ -63,8 +63,9 @@ def by_position(
     edge_weight: Tensor | None,
     edge_attr: Tensor | None,
     size: tuple[int, int] | None,
+    return_attention_weights: bool | None,
 ) -> tuple[Any, ...]:
-    """Edge weights, edge features and size, from arguments in the order of the conv's."""
+    """The arguments of a call that come behind the edges, from some in the order of the conv's."""
     # The arguments of a conv after x and edge_index.
     orders = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in convs}
     order = next(iter(orders))
@@ -80,14 +81,19 @@ def by_position(
         raise ValueError(
             f"forward: got {len(edge_args)} arguments behind edge_index, expected {expected}"
         )
-    values = {"edge_weight": edge_weight, "edge_attr": edge_attr, "size": size}
+    values: dict[str, Any] = {
+        "edge_weight": edge_weight,
+        "edge_attr": edge_attr,
+        "size": size,
+        "return_attention_weights": return_attention_weights,
+    }
     for name, value in zip(order, edge_args, strict=True):
         if value is None:
             continue
         if name not in values or values[name] is not None:
             raise ValueError(
                 f"{name}: got {type(value).__name__} by position, expected edge_weight, "
-                "edge_attr or size, once"
+                "edge_attr, size or return_attention_weights, once"
             )
         values[name] = value
     return tuple(values.values())
@@ -110,19 +116,29 @@ def refuse_unknown(
     raise ValueError(f"{name}: got {got}, expected one of the arguments {', '.join(legal)}{hint}")
 
 
-def checked_routing(routing: Routing | None, num_tokens: int, num_experts: int) -> Routing:
-    """A decision made elsewhere, if it fits the layer.
+def check_attention(experts: Any) -> None:
+    """Refuse to return attention weights of experts that have none, or that run in other ways.
+
+    Args:
+        experts: those of a layer, which may share a base.
+    """
+    stacked = getattr(experts, "differences", experts)
+    if isinstance(stacked, AttentionExperts):
+        return
+    names = ", ".join(sorted({type(conv).__name__ for conv in experts.convs()}))
+    raise ValueError(
+        f"return_attention_weights: got True with experts of {names}, which run as "
+        f"{type(stacked).__name__}, expected stacked experts of one of GATConv, GATv2Conv and "
+        "TransformerConv"
+    )
+
+
+def refuse_hook(layer: nn.Module, hook: Any) -> NoReturn:
+    """Refuse hooks of message passing, such as AttentionExplainer's: nothing would call them.
 
     Raises:
-        ValueError: no decision, or one of other tokens or experts.
+        ValueError: always.
     """
-    if routing is None:
-        raise ValueError(
-            "routing: got None, expected a Routing, since the layer was built with router=None"
-        )
-    has_tokens = getattr(routing, "num_tokens", None) == num_tokens
-    if not has_tokens or routing.num_experts != num_experts:
-        raise ValueError(
-            f"routing: got {routing!r}, expected {num_tokens} tokens and {num_experts} experts"
-        )
-    return routing
+    raise ValueError(
+        f"hook: got {hook}, expected none on a MoEConv, which sends no messages itself"
+    )

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from gmoe._autograd import first_order, operator
 from gmoe._checks import must_be_called
+from gmoe.conv.attention_weights import weights_by_edge
 from gmoe.conv.base import StackedExperts, is_plain, stacked
 from gmoe.conv.call import Call
 from gmoe.conv.edges import add_ends, blocks, dot, softmax, spread, weighted_sum
@@ -47,6 +48,8 @@ class AttentionExperts(StackedExperts):
     """Names of the conv's linear layers."""
     vectors: tuple[str, ...]
     """Names of its other parameters."""
+    returns_dropped = True
+    """Whether the conv returns its attention weights after dropout."""
 
     if TYPE_CHECKING:  # a stacked layer or parameter; None if the options leave it out
 
@@ -90,15 +93,23 @@ class AttentionExperts(StackedExperts):
                 empty = vector.detach().new_empty(len(convs), *vector.shape)
                 setattr(self, name, nn.Parameter(empty))
 
-    def forward(self, call: Call, routing: Routing) -> Tensor:
+    def forward(
+        self, call: Call, routing: Routing, return_attention_weights: bool | None = None
+    ) -> Any:
+        """(T, O) the mixture; with the weights of the edges, too, if they are asked for."""
         messages = Messages(self._looped(call.graph), routing)
-        return combine(self._outputs(call.x_src, call.x_dst, messages), routing)
+        y_PO, alpha_MH = self._outputs(call.x_src, call.x_dst, messages)
+        y_TO = combine(y_PO, routing)
+        if not return_attention_weights:
+            return y_TO
+        return y_TO, weights_by_edge(call.graph, messages, alpha_MH)
 
     def on_all(self, call: Call) -> Tensor:
         if must_be_called(self):
             return super().on_all(call)
         messages = DenseMessages(self._looped(call.graph))
-        return self._outputs(call.x_src, call.x_dst, messages)
+        y_TO, _ = self._outputs(call.x_src, call.x_dst, messages)
+        return y_TO
 
     def _looped(self, graph: Graph) -> Graph:
         """The graph with the loops that the convs add."""
@@ -106,15 +117,15 @@ class AttentionExperts(StackedExperts):
             return graph.with_loops(fill_value=self.prototype.fill_value)
         return graph
 
-    def _outputs(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
-        """(P, O) each pair's output."""
-        y_PHC = self._attend(x_src, x_dst, messages)
+    def _outputs(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
+        """(P, O) each pair's output, and (M, H) the weights that PyG's conv returns."""
+        y_PHC, alpha_MH = self._attend(x_src, x_dst, messages)
         y_PO = y_PHC.flatten(1) if self.prototype.concat else y_PHC.mean(dim=1)
-        return self._finish(y_PO, x_dst, messages)
+        return self._finish(y_PO, x_dst, messages), alpha_MH
 
     @abstractmethod
-    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
-        """(P, H, C) the sum of each pair's messages, weighted by attention."""
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
+        """(P, H, C) the sum of each pair's messages, weighted by attention; and the weights."""
 
     def _finish(self, y_PO: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         """(P, O) with the residual and the bias."""
@@ -144,21 +155,25 @@ class AttentionExperts(StackedExperts):
             return x_PI @ weight_EIO[0]
         return grouped_linear(x_PI, weight_EIO, None, offsets_E, self.backend)
 
-    def _attention(self, score_MH: Tensor, messages: Messages) -> Tensor:
-        """(M, H) the softmax over each pair's messages, with dropout and an explainer's mask."""
+    def _attention(self, score_MH: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
+        """(M, H) the softmax over each pair's messages, twice.
+
+        With dropout and an explainer's mask, as values are weighted; and as PyG's conv returns it.
+        """
         if messages.graph.is_replaced is not None:
             # Nothing runs along a loop that another one replaces, whose pair has that one left.
             is_replaced_M = messages.of_edges(messages.graph.is_replaced)
             score_MH = score_MH.masked_fill(is_replaced_M[:, None], -torch.inf)
         exact = torch.promote_types(score_MH.dtype, torch.float32)
         alpha_MH = softmax(score_MH.to(exact), messages.from_sources).to(score_MH.dtype)
-        alpha_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
+        dropped_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
+        returned_MH = dropped_MH if self.returns_dropped else alpha_MH
         mask = messages.graph.mask
         if mask is None:
-            return alpha_MH
+            return dropped_MH, returned_MH
         # After the softmax, as in MessagePassing.explain_message.
         given_M = messages.of_edges(messages.graph.edges.order)
-        return alpha_MH * mask[given_M][:, None]
+        return dropped_MH * mask[given_M][:, None], returned_MH
 
     def _edge_attr(self, messages: Messages) -> Tensor | None:
         """(M, F) the edge features; ``None`` if the graph has none.
@@ -193,7 +208,7 @@ class GATExperts(AttentionExperts):
     layers = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
     vectors = ("att_src", "att_dst", "att_edge", "bias")
 
-    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
         lin_src = self.lin_src if self.lin is None else self.lin
         lin_dst = self.lin_dst if self.lin is None else self.lin
         sums_inputs = lin_src.in_features <= self.width and is_plain(lin_src) and is_plain(lin_dst)
@@ -227,13 +242,13 @@ class GATExperts(AttentionExperts):
 
         # 3. Softmax over each pair's messages, and the weighted sum.
         score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
-        alpha_MH = self._attention(score_MH, messages)
+        alpha_MH, returned_MH = self._attention(score_MH, messages)
         if not sums_inputs:
-            return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
+            return weighted_sum(alpha_MH, value_UHC, messages.from_rows), returned_MH
         sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_sources)
         weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
         sum_PO = self._head_by_head(sum_PHI, weight_EIHC, messages.pair_offsets)
-        return sum_PO.to(alpha_MH.dtype)
+        return sum_PO.to(alpha_MH.dtype), returned_MH
 
     def _scores(self, value_UHC: Tensor, att_U1HC: Tensor) -> Tensor:
         """(U, H) each row times its expert's attention vector."""
@@ -260,6 +275,7 @@ class TransformerExperts(AttentionExperts):
 
     layers = ("lin_query", "lin_key", "lin_value", "lin_edge", "lin_skip", "lin_beta")
     vectors = ()
+    returns_dropped = False
 
     def linears(self, conv: Any) -> dict[str, Any]:
         layers = super().linears(conv)
@@ -267,7 +283,7 @@ class TransformerExperts(AttentionExperts):
             del layers["lin_skip"]
         return layers
 
-    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
         offsets_E = messages.pair_offsets
         # 1. Queries of the pairs, keys and values of the rows, and their scores.
         query_PO = self.lin_query(messages.of_pairs(x_dst), offsets_E)
@@ -282,8 +298,8 @@ class TransformerExperts(AttentionExperts):
                     "edge_attr: got None, expected a tensor of shape (edges, "
                     f"{self.prototype.edge_dim}), since TransformerConv has an edge_dim"
                 )
-            alpha_MH = self._attention(score_MH, messages)
-            return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
+            alpha_MH, returned_MH = self._attention(score_MH, messages)
+            return weighted_sum(alpha_MH, value_UHC, messages.from_rows), returned_MH
 
         # 2. What the edges add to the scores: each message is sent by its edge, too.
         edge_EFHC = self.lin_edge.weight.unflatten(2, (self.heads, self.width))
@@ -294,10 +310,11 @@ class TransformerExperts(AttentionExperts):
         score_MH = score_MH + dot(edge_query_PHF, edge_M1F, from_edges)
 
         # 3. Softmax, and the sums of values and of edge features.
-        alpha_MH = self._attention(score_MH, messages)
+        alpha_MH, returned_MH = self._attention(score_MH, messages)
         edges_PHF = weighted_sum(alpha_MH, edge_M1F, from_edges)
         values_PHC = weighted_sum(alpha_MH, value_UHC, messages.from_rows)
-        return values_PHC + self._head_by_head(edges_PHF, edge_EFHC, offsets_E)
+        y_PHC = values_PHC + self._head_by_head(edges_PHF, edge_EFHC, offsets_E)
+        return y_PHC, returned_MH
 
     def _finish(self, y_PO: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         if self.lin_skip is None:
@@ -318,7 +335,7 @@ class GATv2Experts(AttentionExperts):
     layers = ("lin_l", "lin_r", "lin_edge", "res")
     vectors = ("att", "bias")
 
-    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
         lin_r = self.lin_l if self.lin_r is None else self.lin_r
         source_UO = self._rows(self.lin_l, x_src, messages)
         target_PO = lin_r(messages.of_pairs(x_dst), messages.pair_offsets)
@@ -336,8 +353,9 @@ class GATv2Experts(AttentionExperts):
             self.prototype.negative_slope,
             messages,
         )
-        alpha_MH = self._attention(score_MH, messages)
-        return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_rows)
+        alpha_MH, returned_MH = self._attention(score_MH, messages)
+        y_PHC = weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_rows)
+        return y_PHC, returned_MH
 
 
 def additive_scores(

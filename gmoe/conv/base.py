@@ -331,6 +331,13 @@ def tokens_of(routing: Routing) -> Iterator[Tensor]:
     return iter(routing.token.split(routing.load.tolist()))
 
 
+def times(factor: Tensor, conv: nn.Module, args: Any, out: Any) -> Any:
+    """The output of a conv times a factor, as a hook; attention weights beside it stay."""
+    if isinstance(out, tuple):
+        return out[0] * factor.to(out[0]), *out[1:]
+    return out * factor.to(out)
+
+
 def probe_copy(module: nn.Module) -> Any:
     """A copy to be tried out: float64, on the CPU, in training mode and without dropout.
 

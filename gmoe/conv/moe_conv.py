@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,14 @@ from gmoe._checks import (
 )
 from gmoe.conv.arguments import (
     by_position,
-    checked_routing,
+    check_attention,
     num_destinations,
+    refuse_hook,
     refuse_unknown,
     two_widths,
 )
-from gmoe.conv.base import GAIN_SCALE, StackedExperts
+from gmoe.conv.attention_weights import AttentionWeights
+from gmoe.conv.base import GAIN_SCALE, StackedExperts, times
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.call import Call
 from gmoe.conv.from_base import ConvsFromBase
@@ -53,7 +55,7 @@ from gmoe.conv.router_input import (
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, drawn_apart, start_of_convs
 from gmoe.routers import RouterLike, let_check_finite
-from gmoe.routing import Routing
+from gmoe.routing import Routing, checked_routing
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,11 @@ class MoEConv(MoELayer, MessagePassing):
         - ``batch``: (N_dst,) the graph of each node; the graphs of a PyG ``Batch`` are separate
           groups.
         - returns (N_dst, out), and the :class:`Routing` too with ``return_routing=True``.
+        - with ``return_attention_weights=True``, experts of GAT, GATv2 or TransformerConv return
+          (out, (edges, alpha)) as their conv does, a loop at each node included where it adds
+          them: the routed experts' weights, not the shared expert's. ``alpha`` is (edges, heads) if
+          each node has one expert (K = 1, without a capacity), else (edges, E, heads), with zeros
+          where the destination does not use the expert. The routing would come last.
 
     Raises:
         ValueError: an unknown conv or router; K > E; widths or edges that do not fit;
@@ -331,7 +338,7 @@ class MoEConv(MoELayer, MessagePassing):
             )
         conv = self.experts.expert(index)
         if self.gain is not None:
-            conv.register_forward_hook(partial(_times, GAIN_SCALE * self.gain.detach()))
+            conv.register_forward_hook(partial(times, GAIN_SCALE * self.gain.detach()))
         return conv
 
     def forward(
@@ -345,8 +352,9 @@ class MoEConv(MoELayer, MessagePassing):
         batch: Tensor | None = None,
         routing: Routing | None = None,
         return_routing: bool = False,
+        return_attention_weights: bool | None = None,
         **unknown: object,
-    ) -> Tensor | tuple[Tensor, Routing]:
+    ) -> Tensor | tuple[Any, ...]:
         """Route and run; see the class.
 
         ``routing`` is a decision made elsewhere; it is used instead of the router's.
@@ -358,9 +366,16 @@ class MoEConv(MoELayer, MessagePassing):
         if self.experts is None:
             self._complete(x)
         if edge_args:
-            edge_weight, edge_attr, size = by_position(
-                self.experts.convs(), edge_args, edge_weight, edge_attr, size
+            edge_weight, edge_attr, size, return_attention_weights = by_position(
+                self.experts.convs(),
+                edge_args,
+                edge_weight,
+                edge_attr,
+                size,
+                return_attention_weights,
             )
+        if return_attention_weights:
+            check_attention(self.experts)
         if isinstance(x, Tensor):  # one set of nodes: each is a source and a destination
             x_src = x_dst = x
         else:
@@ -395,7 +410,11 @@ class MoEConv(MoELayer, MessagePassing):
             routing = checked_routing(routing, graph.num_dst, self.num_experts)
 
         # 4. Run each destination's experts, and add them to the shared expert.
-        y = self.experts(routed_call, routing)
+        attention: AttentionWeights | None = None
+        if return_attention_weights:
+            y, attention = self.experts(routed_call, routing, True)
+        else:
+            y = self.experts(routed_call, routing)
         if self.shared_expert is not None:
             if self.transform is None:
                 # Of the experts' kind, and called with the same features: if they share an
@@ -405,6 +424,8 @@ class MoEConv(MoELayer, MessagePassing):
                 call = call.with_aggregate(self.shared_expert.aggregate(call))
             shared = self.shared_expert.on_all(call)
             y = shared.addcmul(y, (GAIN_SCALE * self.gain).to(y.dtype))
+        if attention is not None:
+            return (y, attention, routing) if return_routing else (y, attention)
         return (y, routing) if return_routing else y
 
     def router_features(self, x: Tensor, graph: Graph) -> Tensor:
@@ -530,26 +551,16 @@ class MoEConv(MoELayer, MessagePassing):
                     f"{name}: got a tensor, expected None: the conv takes {sorted(taken) or 'none'}"
                 )
 
-    def _no_hook(self, hook: Any) -> NoReturn:
-        """Refuse hooks of message passing, such as AttentionExplainer's: nothing would call them.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"hook: got {hook}, expected none on a MoEConv, which sends no messages itself"
-        )
-
-    register_propagate_forward_pre_hook = _no_hook
-    register_propagate_forward_hook = _no_hook
-    register_message_forward_pre_hook = _no_hook
-    register_message_forward_hook = _no_hook
-    register_aggregate_forward_pre_hook = _no_hook
-    register_aggregate_forward_hook = _no_hook
-    register_message_and_aggregate_forward_pre_hook = _no_hook
-    register_message_and_aggregate_forward_hook = _no_hook
-    register_edge_update_forward_pre_hook = _no_hook
-    register_edge_update_forward_hook = _no_hook
+    register_propagate_forward_pre_hook = refuse_hook
+    register_propagate_forward_hook = refuse_hook
+    register_message_forward_pre_hook = refuse_hook
+    register_message_forward_hook = refuse_hook
+    register_aggregate_forward_pre_hook = refuse_hook
+    register_aggregate_forward_hook = refuse_hook
+    register_message_and_aggregate_forward_pre_hook = refuse_hook
+    register_message_and_aggregate_forward_hook = refuse_hook
+    register_edge_update_forward_pre_hook = refuse_hook
+    register_edge_update_forward_hook = refuse_hook
 
     def _all_convs(self) -> list[MessagePassing]:
         return [conv for part in self.parts() for conv in part.convs()]
@@ -569,11 +580,6 @@ class MoEConv(MoELayer, MessagePassing):
     def extra_repr(self) -> str:
         widths = f"{self.in_channels}, {self.out_channels}"
         return f"{widths}, num_experts={self.num_experts}, router_input={self.router_input}"
-
-
-def _times(factor: Tensor, conv: nn.Module, args: Any, out: Tensor) -> Tensor:
-    """The output of a conv times a factor, as a hook."""
-    return out * factor.to(out)
 
 
 def _refuse_early_state(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:

@@ -117,6 +117,7 @@ class GNNMoE(HubMixin, nn.Module):
           makes the graphs separate groups.
         - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True``
           (one per MoE layer; one in all with ``shared_router``).
+        - ``routings``: such a list, of an earlier call on the same nodes; no router is asked.
 
     Raises:
         ValueError: no layer would be a MoE; a router instance for several layers; a conv whose
@@ -285,6 +286,7 @@ class GNNMoE(HubMixin, nn.Module):
         num_sampled_nodes_per_hop: list[int] | None = None,
         num_sampled_edges_per_hop: list[int] | None = None,
         *,
+        routings: Sequence[Routing] | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits of all nodes; see the class and PyG's ``BasicGNN``."""
@@ -296,8 +298,10 @@ class GNNMoE(HubMixin, nn.Module):
             )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
 
-        decision = self.decide(x, graph, batch)
-        routings = [] if decision is None else [decision]
+        given = [] if routings is None else self._one_for_each_router(routings)
+        is_shared = self.shared_router is not None
+        decision = given[0] if given and is_shared else self.decide(x, graph, batch)
+        used = [] if decision is None else [decision]
 
         def run_layer(layer: int, x: Tensor) -> Tensor:
             part = graph
@@ -315,13 +319,23 @@ class GNNMoE(HubMixin, nn.Module):
                     part_batch = batch[: len(x)]
                 if decision is not None:
                     part_decision = decision.select(slice(0, len(x)))
+            if len(used) < len(given):
+                part_decision = given[len(used)]
             x, routing = self.convolve(layer, x, part, part_batch, part_decision)
             if routing is not None and decision is None:
-                routings.append(routing)
+                used.append(routing)
             return self.activate(layer, x, part_batch, batch_size)
 
         x = self.run_layers(x, run_layer)
-        return (x, routings) if return_routing else x
+        return (x, used) if return_routing else x
+
+    def _one_for_each_router(self, routings: Sequence[Routing]) -> Sequence[Routing]:
+        """The routings of an earlier call; those of other numbers are refused."""
+        layers = sum(isinstance(conv, MoEConv) for conv in self.convs)
+        number = layers if self.shared_router is None else 1
+        if len(routings) != number:
+            raise ValueError(f"routings: got {len(routings)}, expected {number}, one a router")
+        return routings
 
     # The next three are also the steps of inference, which runs a layer part by part.
 

@@ -5,9 +5,12 @@ Shapes: B images, H x W pixels, T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
@@ -17,8 +20,8 @@ from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
-from gmoe.moe import Start, check_start, drawn_apart, refuse_unknown
-from gmoe.routers import ROUTERS, Router, RouterLike
+from gmoe.moe import MoE, Start, check_start, drawn_apart, refuse_unknown
+from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing, record_routing
 
 
@@ -83,6 +86,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.
         - returns (B, num_classes), and the list of :class:`gmoe.Routing` with
           ``return_routing=True``, empty if dense.
+        - ``routings``: such a list, of an earlier call on as many images; no router is asked.
 
     Raises:
         ValueError: an image size without a preset, a size below 1 or one that another does not
@@ -151,7 +155,11 @@ class ViTMoE(HubMixin, VisionTransformer):
                 nn.init.normal_(module.bias, std=1e-6)
 
     def forward(
-        self, images: Tensor, *, return_routing: bool = False
+        self,
+        images: Tensor,
+        *,
+        routings: Sequence[Routing] | None = None,
+        return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits of the images; see the class."""
         side = self.image_size
@@ -159,10 +167,30 @@ class ViTMoE(HubMixin, VisionTransformer):
             raise ValueError(
                 f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})"
             )
-        is_routed = any(isinstance(module, Router) for module in self.modules())
+        layers = [layer for layer in self.modules() if isinstance(layer, MoE)]
         recording: AbstractContextManager[list[Routing]] = nullcontext([])
-        if return_routing and is_routed:
+        if routings is not None:
+            recording = _giving(layers, list(routings))
+        elif return_routing and layers:
             recording = record_routing(self.encoder)
-        with recording as routings:
+        with recording as used:
             logits = super().forward(images.expand(-1, 3, -1, -1))  # gray becomes RGB
-        return (logits, routings) if return_routing else logits
+        return (logits, used) if return_routing else logits
+
+
+@contextmanager
+def _giving(layers: Sequence[MoE], routings: list[Routing]) -> Iterator[list[Routing]]:
+    """Give each layer its routing in calls of this thread, which torchvision's blocks cannot."""
+    if len(routings) != len(layers):
+        raise ValueError(f"routings: got {len(routings)}, expected {len(layers)}, one a layer")
+    thread = threading.get_ident()
+
+    def give(routing: Routing, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        is_asked = threading.get_ident() == thread
+        return (args, {**kwargs, "routing": routing}) if is_asked else None
+
+    with ExitStack() as stack:
+        for layer, routing in zip(layers, routings, strict=True):
+            hook = layer.register_forward_pre_hook(partial(give, routing), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield routings

@@ -5,13 +5,14 @@ Shapes: T tokens, D width, E experts, K experts per token, P (token, expert) pai
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import math
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_at_least, check_choice, check_positive
+from gmoe._checks import check, check_at_least, check_choice, check_positive
 from gmoe.losses import cv_squared, expected_load, switch_of
 from gmoe.routers.balance import BalancedRouter
 from gmoe.routers.base import (
@@ -22,7 +23,7 @@ from gmoe.routers.base import (
     pair_weights,
     reset_linear,
 )
-from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
+from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing
 
 Balance: TypeAlias = Literal["bias", "importance_load", "switch", None]
@@ -41,6 +42,10 @@ class TokenChoice(BalancedRouter):
     See Shazeer et al. (2017), and Switch Transformer (Fedus et al., 2021).
 
     No pair is dropped, unless ``capacity_factor`` is given. Ties go to the lowest expert index.
+
+    With ``top_p``, a token decides how many experts it takes, as in `Harder Tasks Need More Experts
+    <https://arxiv.org/abs/2403.07652>`_ (Huang et al., 2024): as few as have that probability
+    together, its best ones first. Sure tokens take one, others more.
 
     Args:
         dim: D, the width of the tokens.
@@ -73,6 +78,14 @@ class TokenChoice(BalancedRouter):
             are dropped by priority (V-MoE's batch-prioritized routing: first choices before second
             ones, and among them tokens with the highest probability first), never by position.
             ``None`` (default) drops nothing.
+        top_p: in place of K, take experts until their probabilities sum to at least p, 0 < p <= 1,
+            and at least K (default ``None``). Without a bias that is at most ``ceil(p E)`` experts,
+            or K, as many as a router takes that is sure of nothing; that is what
+            ``experts_per_token`` says. ``weight="normalized"`` is then legal at K = 1. Refused
+            beside ``capacity_factor`` and ``"importance_load"``.
+        entropy_coef: coefficient of a loss, the mean entropy of the tokens' probabilities (default
+            0, no loss). Beside ``top_p``, it keeps a router from taking all experts (Huang et al.:
+            1e-4).
 
     Shapes:
         See :class:`Router`.
@@ -97,6 +110,8 @@ class TokenChoice(BalancedRouter):
         z_coef: float = 0.0,
         init_scale: float = 0.1,
         capacity_factor: float | None = None,
+        top_p: float | None = None,
+        entropy_coef: float = 0.0,
     ) -> None:
         weight = weight or ("normalized" if k >= 2 else "score")
         biased = balance == "bias"
@@ -105,8 +120,10 @@ class TokenChoice(BalancedRouter):
             num_experts=num_experts,
             k=k,
             bias_rate=bias_rate if biased else None,
-            weight=weight,
+            # With p, normalized weights are no constant at K = 1.
+            weight="score" if top_p is not None and weight == "normalized" else weight,
         )
+        self.weight = weight
         check_choice("balance", balance, Balance)
         if noise is None:
             noise = "spread" if biased else balance == "importance_load"
@@ -115,16 +132,26 @@ class TokenChoice(BalancedRouter):
         if balance == "importance_load" and noise is not True:
             raise ValueError(f"noise: got {noise}, expected True with balance='importance_load'")
         check_at_least(0, balance_coef=balance_coef, z_coef=z_coef, init_scale=init_scale)
+        check_at_least(0, entropy_coef=entropy_coef)
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
+        if top_p is not None:
+            check(0 < top_p <= 1, "top_p", top_p, "a number above 0, at most 1")
+            is_alone = capacity_factor is None and balance != "importance_load"
+            check(is_alone, "top_p", top_p, "None beside capacity_factor and importance_load")
+            self.experts_per_token = float(max(k, math.ceil(top_p * num_experts)))
         self.balance = balance
         self.by_spread = noise == "spread"
         self.balance_coef = balance_coef
         self.z_coef = z_coef
         self.init_scale = init_scale
         self.capacity_factor = capacity_factor
+        self.top_p = top_p
+        self.entropy_coef = entropy_coef
         # A capacity drops pairs, and what is left of a token's weights need not sum to 1.
-        self.sums_to_one = capacity_factor is None and self._picks_sum_to_one
+        self.sums_to_one = capacity_factor is None and (
+            self._picks_sum_to_one if top_p is None else weight == "normalized"
+        )
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noise is True else None
         self.reset_parameters()
@@ -154,6 +181,11 @@ class TokenChoice(BalancedRouter):
         # the choice, not for the weights.
         log_probs_TE = self._log_probs(x_TD, logits_TE)
         ranked_TE = logits_TE + self.bias_E if biased else logits_TE
+        if self.top_p is not None:
+            expert_TE, is_taken_TE = self._until_probable(ranked_TE, log_probs_TE, self.top_p)
+            losses = self._losses(clean_TE, logits_TE, std_TE, expert_TE, is_taken_TE)
+            chosen_TE = torch.zeros_like(is_taken_TE).scatter(1, expert_TE, is_taken_TE)
+            return self._of_pairs(*pairs_of_mask(chosen_TE.T), log_probs_TE, losses)
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
 
         losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK)
@@ -199,19 +231,62 @@ class TokenChoice(BalancedRouter):
         num_tokens = len(log_probs_TE)
         share = (self.capacity_factor or 1.0) * self.k / self.num_experts
         token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, share)
-        log_gate_P = gather_pairs(log_probs_TE, token_P, offsets_E)
-        weight_P = pair_weights(self.weight, log_gate_P, token_P, num_tokens)
         # Not by bincount, for which the host waits.
         kept_T = token_P.new_zeros(num_tokens).index_add(0, token_P, torch.ones_like(token_P))
         dropped_T = self.k - kept_T
+        return self._of_pairs(token_P, offsets_E, log_probs_TE, losses, dropped_T)
+
+    def _until_probable(
+        self, ranked_TE: Tensor, log_probs_TE: Tensor, top_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """(T, E) the experts of each token, best first, and which of them it takes."""
+        expert_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
+        prob_TE = log_probs_TE.detach().exp().gather(1, expert_TE)
+        # An expert is taken unless those before it are probable enough.
+        before_TE = F.pad(prob_TE[:, :-1].cumsum(dim=-1), (1, 0))
+        rank_E = torch.arange(self.num_experts, device=before_TE.device)
+        return expert_TE, (before_TE < top_p) | (rank_E < self.k)
+
+    def _of_pairs(
+        self,
+        token_P: Tensor,
+        offsets_E: Tensor,
+        log_probs_TE: Tensor,
+        losses: dict[str, AuxLoss],
+        dropped_T: Tensor | None = None,
+    ) -> Routing:
+        """Route to these pairs, of which a token may have any number."""
+        num_tokens = len(log_probs_TE)
+        log_gate_P = gather_pairs(log_probs_TE, token_P, offsets_E)
+        weight_P = pair_weights(self.weight, log_gate_P, token_P, num_tokens)
         return Routing(
-            token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, validate=False
+            token_P,
+            offsets_E,
+            weight_P,
+            log_probs_TE.exp(),
+            num_tokens,
+            losses,
+            dropped_T,
+            validate=False,
         )
 
     def _losses(
-        self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
+        self,
+        clean_TE: Tensor,
+        logits_TE: Tensor,
+        std_TE: Tensor | None,
+        expert_TK: Tensor,
+        is_taken_TK: Tensor | None = None,
     ) -> dict[str, AuxLoss]:
-        """Compute the losses from sums over the tokens of all processes."""
+        """Compute the losses from sums over the tokens of all processes.
+
+        Args:
+            clean_TE: the logits without noise.
+            logits_TE: the logits.
+            std_TE: the standard deviation of the noise.
+            expert_TK: experts of each token.
+            is_taken_TK: which of them it takes; all by default.
+        """
         losses: dict[str, AuxLoss] = {}
         if self.balance == "importance_load" and std_TE is not None:
             importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
@@ -221,18 +296,26 @@ class TokenChoice(BalancedRouter):
             losses["load"] = AuxLoss(cv_squared(load_E), self.balance_coef)
         elif self.balance == "switch":
             importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
-            load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, 1.0).sum(dim=0)
+            taken: Any = 1.0 if is_taken_TK is None else is_taken_TK.to(logits_TE.dtype)
+            load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, taken).sum(dim=0)
             num_tokens = importance_E.new_full((), len(logits_TE))
             sums = self.summed(importance_E, load_E, num_tokens)
             losses["switch"] = AuxLoss(switch_of(*sums), self.balance_coef)
         if self.z_coef > 0:
             losses["z"] = AuxLoss(self.z_loss(logits_TE), self.z_coef)
+        if self.entropy_coef > 0:
+            log_probs_TE = logits_TE.log_softmax(dim=-1)
+            entropy = -(log_probs_TE.exp() * log_probs_TE).sum()
+            sums = self.summed(entropy, logits_TE.new_full((), len(logits_TE)))
+            losses["entropy"] = AuxLoss(sums[0] / sums[1].clamp(min=1), self.entropy_coef)
         return losses
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, balance={self.balance!r}"
         if self.capacity_factor is not None:
             text += f", capacity_factor={self.capacity_factor!r}"
+        if self.top_p is not None:
+            text += f", top_p={self.top_p!r}"
         return text
 
 

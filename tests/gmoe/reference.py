@@ -68,7 +68,8 @@ class Case:
         """The weightings that this router allows."""
         if self.router in (UniformRouter, OracleRouter):
             return ["default"]
-        return ["score", "straight_through", *(["normalized"] if k > 1 else [])]
+        is_constant = k == 1 and "top_p" not in self.options
+        return ["score", "straight_through", *([] if is_constant else ["normalized"])]
 
     def build(
         self, dim: int, num_experts: int, k: int, weight: str = "default", num_tokens: int = 0
@@ -117,6 +118,13 @@ CASES = [
     ),
     Case("token_choice-bias", TokenChoice, {"bias_rate": 0.1}),
     Case("token_choice-capacity", TokenChoice, {"balance": None, "capacity_factor": 0.75}),
+    Case("token_choice-top_p", TokenChoice, {"balance": None, "top_p": 0.7}),
+    Case("token_choice-top_p-bias", TokenChoice, {"top_p": 0.5, "z_coef": 0.1}),
+    Case(
+        "token_choice-top_p-switch-entropy",
+        TokenChoice,
+        {"balance": "switch", "balance_coef": 0.5, "top_p": 0.6, "entropy_coef": 0.3},
+    ),
     Case("expert_choice", ExpertChoice, {"z_coef": 0.1}),
     Case("expert_choice-tokens", ExpertChoice, {"normalize": "tokens", "capacity_factor": 1.3}),
     Case("expert_choice-threshold", ExpertChoice, {"inference": "threshold"}),
@@ -199,6 +207,23 @@ def best_first(indices: Sequence[int], score: Callable[[int], float]) -> list[in
 
 def choose_by_token(score_TE: Sequence[Sequence[float]], k: int) -> list[list[int]]:
     return [best_first(range(len(row)), lambda e, row=row: row[e])[:k] for row in score_TE]  # type: ignore[misc]
+
+
+def choose_until_probable(
+    score_TE: Sequence[Sequence[float]],
+    prob_TE: Sequence[Sequence[float]],
+    k: int,
+    top_p: float,
+) -> list[list[int]]:
+    """The best experts of each token, K and then as many as have that probability together."""
+    chosen = []
+    for scores, probs in zip(score_TE, prob_TE, strict=True):
+        taken: list[int] = []
+        for e in best_first(range(len(scores)), lambda e, scores=scores: scores[e]):  # type: ignore[misc]
+            if len(taken) < k or sum(probs[other] for other in taken) < top_p:
+                taken.append(e)
+        chosen.append(taken)
+    return chosen
 
 
 def choose_by_expert(
@@ -464,6 +489,9 @@ def naive_route(
     probs = [softmax(row) for row in logits]
     if getattr(router, "z_coef", 0):
         aux = aux + router.z_coef * naive_z_loss(logits)  # type: ignore[operator]
+    if getattr(router, "entropy_coef", 0):
+        entropies = [-sum(p * p.log() for p in row) for row in probs]
+        aux = aux + router.entropy_coef * torch.stack(entropies).mean()  # type: ignore[arg-type, operator]
     if isinstance(router, MultiCentroid) and router.separation_coef:
         aux = aux + router.separation_coef * naive_separation(router.centroid)
     if isinstance(router, ExpertChoice | MultiCentroid) and router.selection is not None:
@@ -473,9 +501,12 @@ def naive_route(
     bias = [0.0] * len(experts)
     if isinstance(router, TokenChoice) and balance == "bias":
         bias = (router.next_bias_E if router.training else router.bias_E).tolist()
-    chosen = choose_by_token(
-        [[v + b for v, b in zip(row, bias, strict=True)] for row in values(logits)], router.k
-    )
+    ranked = [[v + b for v, b in zip(row, bias, strict=True)] for row in values(logits)]
+    top_p = router.top_p if isinstance(router, TokenChoice) else None
+    if top_p is None:
+        chosen = choose_by_token(ranked, router.k)
+    else:
+        chosen = choose_until_probable(ranked, values(probs), router.k, top_p)
     pairs = [(t, e) for t in tokens for e in chosen[t]]
     if isinstance(router, TokenChoice):
         if balance == "switch":

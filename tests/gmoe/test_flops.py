@@ -48,6 +48,7 @@ def moe(
     [
         ("token_choice", 3, {}, 3),
         ("token_choice", 2, {"balance": "importance_load"}, 2),
+        ("token_choice", 1, {"top_p": 0.4}, 2),  # two of four at even probabilities
         *(
             ("expert_choice", 2, {"capacity_factor": factor}, taken)
             for factor, taken in ((0.5, 1), (5.0, E))
@@ -103,6 +104,14 @@ def test_flops_of_moe(backend: Any, rows: int) -> None:
     assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O) + added
     gate, product = 2 * T * D * E, 2 * 2 * T * D * O
     assert count_flops(moe(k=2), torch.randn(T, D)) == gate + product + 2 * added
+
+
+def test_flops_are_those_of_the_experts_that_tokens_take() -> None:
+    """Which is a number for each token, if it takes them by probability."""
+    layer, x = moe(top_p=0.6, init_scale=9.0), torch.randn(T, D)
+    pairs = len(layer.router(x).token)
+    assert T < pairs < T * E
+    assert count_flops(layer, x) == 2 * T * D * E + 2 * pairs * D * O + pairs * O
 
 
 def stepped(call: Any) -> Any:

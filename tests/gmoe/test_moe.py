@@ -34,6 +34,32 @@ def test_a_shared_expert_is_added() -> None:
     torch.testing.assert_close(layer(x), MoE(layer.router, layer.experts)(x) + shared(x))
 
 
+def test_a_routing_is_replayed_without_asking_the_router() -> None:
+    layer = MoE(ExpertChoice(D, num_experts=E), LinearExperts(D, 4, num_experts=E))
+    x, other = torch.randn(2, 6, D), torch.randn(2, 6, D)
+    y, routing = layer(x, return_routing=True)
+    layer.router.forward = None  # type: ignore[method-assign, assignment]
+    replayed, given = layer(x, routing=routing, return_routing=True)
+    assert torch.equal(replayed, y)
+    assert given is routing
+    expected = layer.experts(other.flatten(0, 1), routing).view(2, 6, 4)
+    assert torch.equal(layer(other, routing=routing), expected)
+
+
+def test_a_routing_of_other_tokens_or_experts_is_refused() -> None:
+    layer = MoE(TokenChoice(D, num_experts=E), LinearExperts(D, 4, num_experts=E))
+    x = torch.randn(6, D)
+    for routing, got in (
+        (layer.router(x[:5]), "5 tokens, 3 experts"),
+        (TokenChoice(D, num_experts=4)(x), "6 tokens, 4 experts"),
+        (torch.ones(6, E), "tensor"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^routing: got (?s:.*){got}(?s:.*), expected 6 tokens and 3 experts"
+        ):
+            layer(x, routing=routing)
+
+
 @pytest.mark.parametrize(
     ("build", "argument"),
     [

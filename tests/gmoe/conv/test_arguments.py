@@ -34,9 +34,14 @@ def test_the_number_of_destinations_comes_from_size_or_from_the_edges() -> None:
 
 def test_arguments_by_position_have_the_order_of_the_conv() -> None:
     edge_attr = torch.ones(2, 1)
-    assert by_position([GATConv(1, 1)], [edge_attr], None, None, None) == (None, edge_attr, None)
+    assert by_position([GATConv(1, 1)], [edge_attr], None, None, None, None) == (
+        None,
+        edge_attr,
+        None,
+        None,
+    )
 
 
 def test_arguments_by_position_are_refused_where_convs_disagree() -> None:
     with pytest.raises(ValueError, match="by name, since the experts' convs disagree"):
-        by_position([GATConv(1, 1), GCNConv(1, 1)], [torch.ones(2, 1)], None, None, None)
+        by_position([GATConv(1, 1), GCNConv(1, 1)], [torch.ones(2, 1)], None, None, None, None)

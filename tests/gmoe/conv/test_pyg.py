@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_geometric.explain import ExplainerAlgorithm
 from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 from torch_geometric.nn import (
+    ChebConv,
     DegreeScalerAggregation,
     GATConv,
     GCNConv,
@@ -28,6 +29,7 @@ from torch_geometric.nn import (
     SAGEConv,
     to_hetero,
 )
+from torch_geometric.utils import to_torch_csc_tensor
 
 from gmoe import GNNMoE, Graph, MoEConv, fold
 from gmoe.conv.kinds import OPTIONS
@@ -149,20 +151,56 @@ def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
     ("conv", "name", "message"),
     [
         (
-            "gat",
-            "return_attention_weights",
-            "since GATConv takes it but a layer of experts does not",
+            partial(ChebConv, K=2),
+            "lambda_max",
+            "since ChebConv takes it but a layer of experts does not",
         ),
         ("gcn", "edge_wieght", r"did you mean 'edge_weight'\?"),
     ],
 )
-def test_an_unknown_argument_of_a_call_is_named(conv: str, name: str, message: str) -> None:
+def test_an_unknown_argument_of_a_call_is_named(conv: Any, name: str, message: str) -> None:
     x, edge_index = graph()
     with pytest.raises(
         ValueError,
         match=f"^{name}: got True, expected one of the arguments x, edge_index.*{message}",
     ):
         MoEConv(conv, WIDTH, 8)(x, edge_index, **{name: True})
+
+
+PYGS_ATTENTION: list[tuple[str, dict[str, Any]]] = [
+    ("gat", {"residual": False}),
+    ("gat", {"residual": True}),
+    ("gatv2", {"residual": False}),
+    ("gatv2", {"residual": True}),
+    ("transformer", {"beta": True}),
+    ("transformer", {"beta": True, "concat": False}),
+]
+"""The convs whose attention weights PyG's unit tests look at, with the options that they have
+there."""
+
+
+@pytest.mark.parametrize("form", ["edges", "matrix"])
+@pytest.mark.parametrize(("conv", "options"), PYGS_ATTENTION, ids=str)
+def test_attention_weights_are_what_pygs_unit_tests_expect(
+    conv: str, options: dict[str, Any], form: str
+) -> None:
+    """A weight between 0 and 1 for each edge and head; the output is the one without them.
+
+    GATs add a loop to each of four nodes, of which the graph has one; the matrix is hybrid, its
+    values are the weights of the heads.
+    """
+    x, edges = torch.randn(4, 8), torch.tensor([[0, 1, 2, 3], [0, 0, 1, 1]])
+    number = 4 if conv == "transformer" else 7
+    moe: Any = MoEConv(conv, 8, 32, heads=2, **options)
+    given: Any = edges if form == "edges" else to_torch_csc_tensor(edges, size=(4, 4)).t()
+    out, (found, alpha) = moe(x, given, return_attention_weights=True)
+    torch.testing.assert_close(out, moe(x, edges))
+    assert alpha.shape == (number, 2)
+    assert 0 <= alpha.min() <= alpha.max() <= 1
+    if form == "edges":
+        assert found.shape == (2, number)
+    else:
+        assert (found.shape, found._nnz()) == ((4, 4, 2), number)
 
 
 def test_widths_may_be_numpys() -> None:

@@ -108,6 +108,28 @@ def test_a_shared_router_decides_once(flow: str) -> None:
     assert_same(gnn.shared_router(view).to_dense(), routing.to_dense())  # type: ignore[misc]
 
 
+@shared_routers
+def test_routings_are_replayed_without_asking_a_router(shared_router: bool) -> None:
+    gnn, (x, edge_index) = model(shared_router=shared_router).eval(), graph()
+    y, routings = gnn(x, edge_index, return_routing=True)
+    for router in [part for part in gnn.modules() if isinstance(part, TokenChoice)]:
+        router.gate.weight.data.neg_()
+    assert not torch.allclose(gnn(x, edge_index), y)
+    replayed, used = gnn(x, edge_index, routings=routings, return_routing=True)
+    assert_same(replayed, y)
+    assert [*map(id, used)] == [*map(id, routings)]
+
+
+@shared_routers
+def test_routings_of_other_numbers_are_refused(shared_router: bool) -> None:
+    gnn, (x, edge_index) = model(shared_router=shared_router).eval(), graph()
+    _, routings = gnn(x, edge_index, return_routing=True)
+    with pytest.raises(ValueError, match=f"^routings: got 0, expected {len(routings)}"):
+        gnn(x, edge_index, routings=[])
+    with pytest.raises(ValueError, match=r"^routing: got .*8 tokens.*, expected 9 tokens"):
+        gnn(torch.cat([x, x[:1]]), edge_index, routings=routings)
+
+
 def test_normalization_sees_the_batch_size() -> None:
     x, edge_index = graph()
     batch = torch.tensor([0, 0, 0, 0, 0, 0, 2, 2])  # graph 1 and 3 are empty

@@ -44,6 +44,25 @@ def test_the_dense_baseline_is_torchvisions() -> None:
     assert len(model(images, return_routing=True)[1]) == 1
 
 
+def test_routings_are_replayed_without_asking_a_router() -> None:
+    """Nothing of them is left after the call; other numbers are refused."""
+    torch.manual_seed(0)
+    model = ViTMoE(dataclasses.replace(TINY, num_layers=4), 5, start="plain")
+    torch.nn.init.normal_(model.heads.head.weight)
+    images = torch.randn(2, 3, 8, 8)
+    logits, routings = model(images, return_routing=True)
+    for router in [part for part in model.modules() if isinstance(part, gmoe.Router)]:
+        router.reset_parameters()
+    replayed, used = model(images, routings=routings, return_routing=True)
+    assert torch.equal(replayed, logits)
+    assert [*map(id, used)] == [*map(id, routings)]
+    assert not torch.allclose(model(images), logits)
+    with pytest.raises(ValueError, match=r"^routings: got 1, expected 2"):
+        model(images, routings=routings[:1])
+    with pytest.raises(ValueError, match=r"^routing: got .*34 tokens.*, expected 51 tokens"):
+        model(torch.randn(3, 3, 8, 8), routings=routings)
+
+
 def test_gray_images_are_repeated() -> None:
     model = vit("expert_choice")
     gray = torch.randn(2, 1, 8, 8)

@@ -1,0 +1,194 @@
+"""The attention weights of routed experts are those that PyG's convs return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch_geometric.explain.algorithm.utils import set_masks
+from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
+
+from gmoe import Graph, MoEConv, fold
+from tests.gmoe.conv.masked import (
+    GRAPHS,
+    csr,
+    features,
+    random_graph,
+    routing_of,
+    simple_graph,
+    weights,
+)
+
+NODES, EDGES = GRAPHS["mixed"]
+WIDTH, EXPERTS = 4, 3
+
+CONVS: list[tuple[str, dict[str, Any]]] = [
+    ("gat", {"heads": 2}),
+    ("gat", {"heads": 2, "add_self_loops": False}),
+    ("gat", {"heads": 2, "edge_dim": 3, "fill_value": "max", "concat": False}),
+    ("gat", {"flow": "target_to_source"}),
+    ("gatv2", {"heads": 2}),
+    ("gatv2", {"edge_dim": 3, "residual": True}),
+    ("gatv2", {"heads": 2, "add_self_loops": False}),
+    ("transformer", {"heads": 2}),
+    ("transformer", {"heads": 2, "edge_dim": 3, "beta": True}),
+]
+
+
+def layer(conv: str, in_channels: Any = WIDTH, start: Any = "copies", **options: Any) -> MoEConv:
+    torch.manual_seed(0)
+    made = MoEConv(conv, in_channels, 5, num_experts=EXPERTS, start=start, **options)
+    return made.double()
+
+
+def ids(value: Any) -> str | None:
+    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
+
+
+def given(options: dict[str, Any], edge_index: Tensor = EDGES) -> dict[str, Tensor]:
+    """The edge features that a conv of these options takes."""
+    return {"edge_attr": features(edge_index.size(1), 3, seed=2)} if "edge_dim" in options else {}
+
+
+@pytest.mark.parametrize(("conv", "options"), CONVS, ids=ids)
+def test_equal_experts_have_the_edges_weights_and_gradients_of_pygs_conv(
+    conv: str, options: dict[str, Any]
+) -> None:
+    moe, edge_args = layer(conv, **options), given(options)
+    outcomes = []
+    for called in (moe, moe.expert(0)):
+        x = features(NODES, WIDTH).requires_grad_()
+        out, (edge_index, alpha) = called(x, EDGES, return_attention_weights=True, **edge_args)
+        (grad,) = torch.autograd.grad((alpha * features(*alpha.shape, seed=7)).sum(), x)
+        outcomes.append((out, edge_index, alpha, grad))
+    assert_close(*outcomes, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(9, 5), (5, 9)], ids=str)
+@pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
+def test_equal_experts_have_pygs_weights_between_two_sets_of_nodes(
+    conv: str, sizes: tuple[int, int]
+) -> None:
+    moe, edges = layer(conv, (WIDTH, 6)), random_graph(*sizes, 20)
+    x = features(sizes[0], WIDTH), features(sizes[1], 6)
+    found, expected = (
+        called(x, edges, return_attention_weights=True) for called in (moe, moe.expert(0))
+    )
+    assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("conv", ["gat", "gatv2"])
+def test_a_matrix_comes_back_with_the_weights_as_its_values(conv: str) -> None:
+    moe, x = layer(conv, heads=2), features(NODES, WIDTH)
+    matrix = csr(simple_graph(NODES, NODES), (NODES, NODES))
+    (out, found), (plain, expected) = (
+        called(x, matrix, return_attention_weights=True) for called in (moe, moe.expert(0))
+    )
+    assert_close(out, plain)
+    assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_transformers_matrix_has_the_weights_of_its_edges_as_values() -> None:
+    """PyG's returns the matrix that it was given beside them."""
+    moe, x = layer("transformer", heads=2), features(NODES, WIDTH)
+    matrix = csr(simple_graph(NODES, NODES), (NODES, NODES))
+    _, (found, alpha) = moe(x, matrix, return_attention_weights=True)
+    _, (_, expected) = moe.expert(0)(x, matrix, return_attention_weights=True)
+    assert_close(alpha, expected, rtol=0, atol=1e-12)
+    assert torch.equal(found.values(), alpha)
+    assert torch.equal(found.col_indices(), matrix.col_indices())
+
+
+@pytest.mark.skipif(not WITH_TORCH_SPARSE, reason="needs torch-sparse")
+def test_a_sparse_tensor_comes_back_with_the_weights_as_its_values() -> None:
+    moe, x = layer("gat", heads=2), features(NODES, WIDTH)
+    source, destination = simple_graph(NODES, NODES)
+    adj = SparseTensor(row=destination, col=source, sparse_sizes=(NODES, NODES))
+    (_, found), (_, expected) = (
+        called(x, adj, return_attention_weights=True) for called in (moe, moe.expert(0))
+    )
+    assert_close(found.coo(), expected.coo())
+
+
+@pytest.mark.parametrize("start", ["plain", "shared"])
+@pytest.mark.parametrize(("conv", "options"), CONVS, ids=ids)
+def test_each_edge_has_the_weights_of_the_experts_that_its_destination_used(
+    conv: str, options: dict[str, Any], start: Any
+) -> None:
+    """Some nodes use two experts, some none; an expert that an edge does not use has zeros."""
+    moe, x, edge_args = layer(conv, start=start, **options), features(NODES, WIDTH), given(options)
+    weight_TE = weights(NODES)
+    _, (edge_index, alpha) = moe(
+        x, EDGES, routing=routing_of(weight_TE), return_attention_weights=True, **edge_args
+    )
+    destination = edge_index[int(options.get("flow") != "target_to_source")]
+    for expert in range(EXPERTS):
+        _, (edges, plain) = moe.expert(expert)(x, EDGES, return_attention_weights=True, **edge_args)
+        assert torch.equal(edge_index, edges)
+        is_used = weight_TE[destination, expert] != 0
+        assert_close(alpha[:, expert], plain * is_used[:, None], rtol=0, atol=1e-12)
+
+
+def test_with_one_expert_for_each_node_there_is_one_row_for_each_edge() -> None:
+    x, graph = features(NODES, WIDTH), Graph(EDGES, NODES)
+    for k, shape in ((1, (EDGES.size(1), 2)), (2, (EDGES.size(1), EXPERTS, 2))):
+        moe = layer("transformer", start="plain", heads=2, k=k)
+        out, (edge_index, alpha), routing = moe(
+            x, graph, return_attention_weights=True, return_routing=True
+        )
+        assert alpha.shape == shape
+        assert torch.equal(edge_index, EDGES)
+        assert torch.equal(out, moe(x, graph, routing=routing))
+
+
+def test_weights_are_asked_for_by_position_as_of_pygs_conv() -> None:
+    moe, x = layer("gat"), features(NODES, WIDTH)
+    found = moe(x, EDGES, None, None, True)
+    assert_close(found, moe(x, EDGES, return_attention_weights=True))
+    assert torch.equal(moe(x, EDGES, return_attention_weights=False), found[0])
+
+
+def test_folded_experts_have_the_same_weights() -> None:
+    moe, x = layer("gatv2"), features(NODES, WIDTH)
+    before = moe(x, EDGES, return_attention_weights=True)
+    assert_close(fold(moe)(x, EDGES, return_attention_weights=True), before)
+
+
+@pytest.mark.parametrize(("conv", "are_dropped"), [("gat", True), ("transformer", False)])
+def test_dropout_shows_where_pyg_shows_it(conv: str, are_dropped: bool) -> None:
+    """TransformerConv returns the weights before dropout."""
+    moe = layer(conv, dropout=0.99, heads=8)
+    _, (_, alpha) = moe(features(NODES, WIDTH), EDGES, return_attention_weights=True)
+    assert bool((alpha == 0).any()) == are_dropped
+
+
+def test_weights_are_those_without_an_explainers_mask() -> None:
+    moe, x = layer("gat").eval(), features(NODES, WIDTH)
+    out, before = moe(x, EDGES, return_attention_weights=True)
+    set_masks(moe, features(EDGES.size(1), seed=9), EDGES)
+    explained, found = moe(x, EDGES, return_attention_weights=True)
+    assert not torch.allclose(explained, out)
+    assert_close(found, before)
+
+
+def test_compiled_layers_return_the_same_weights() -> None:
+    torch.compiler.reset()
+    moe, x = layer("gat", heads=2).eval(), features(NODES, WIDTH)
+    expected = moe(x, EDGES, return_attention_weights=True)
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x, EDGES, return_attention_weights=True), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+def test_experts_without_weights_by_edge_are_refused_by_name() -> None:
+    for conv, message in (
+        ("gcn", "GCNConv"),
+        (["gat", "gatv2"], "GATConv, GATv2Conv, which run as MixedExperts"),
+    ):
+        moe = MoEConv(conv, WIDTH, 5, num_experts=2)
+        x = features(NODES, WIDTH).float()
+        with pytest.raises(ValueError, match=f"^return_attention_weights: got True .*{message}"):
+            moe(x, EDGES, return_attention_weights=True)
