@@ -13,7 +13,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts, must_be_called
-from gmoe.conv.base import StackedExperts, all_of, is_plain, stacked
+from gmoe.conv.base import Conv, Parts, StackedExperts, all_of, is_plain, stacked
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
@@ -60,24 +60,24 @@ class AggregateOnce(StackedExperts):
     """The factors of messages, see :meth:`Graph.summing`."""
 
     @staticmethod
-    def accepts(conv: Any) -> bool:
+    def accepts(conv: Conv) -> bool:
         # What an aggregation learns differs from expert to expert.
         return next(conv.aggr_module.parameters(), None) is None
 
-    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         self.make_matrix = self.matrix_maker(convs[0])
         self.prototype = copy.deepcopy(convs[0])
         self.prototype.flow = "source_to_target"  # as edges run inside a graph
         self.strip(self.prototype)
 
-    def matrix_maker(self, conv: Any) -> MakeMatrix | None:
+    def matrix_maker(self, conv: Conv) -> MakeMatrix | None:
         """How the matrix of a conv's aggregation is made; ``None`` if it is not a product."""
         if conv.aggr not in ("add", "sum", "mean"):
             return None
         return partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean")
 
     @abstractmethod
-    def strip(self, conv: Any) -> None:
+    def strip(self, conv: Conv) -> None:
         """Take the transform out of a conv, in place: what is left is the aggregation alone.
 
         ``build`` calls it once, on a copy of the first conv, which becomes the prototype.
@@ -123,24 +123,24 @@ class LinearAggregation(AggregateOnce):
     linears: tuple[str, ...]
     """The conv's linear layers: of the aggregate, and of the root if it has one."""
 
-    def has_root(self, conv: Any) -> bool:
+    def has_root(self, conv: Conv) -> bool:
         """True if the conv transforms the features of the node itself, too."""
         return True
 
-    def has_output_norm(self, conv: Any) -> bool:
+    def has_output_norm(self, conv: Conv) -> bool:
         """True if the conv normalizes the rows of its output."""
         return False
 
-    def transforms(self, conv: Any) -> list[Any]:
+    def transforms(self, conv: Conv) -> list[Linear]:
         """The linear layers of a conv: of the aggregate, and of the root."""
         names = self.linears if self.root else self.linears[:1]
         return [getattr(conv, name) for name in names]
 
-    def bias(self, conv: Any) -> Tensor | None:
+    def bias(self, conv: Conv) -> Tensor | None:
         """The bias of a conv, or of the linear layer of its aggregate."""
         return getattr(conv, "bias", getattr(conv, self.linears[0]).bias)
 
-    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         super().build(convs, backend)
         first = convs[0]
         self.root = self.has_root(first)
@@ -159,10 +159,10 @@ class LinearAggregation(AggregateOnce):
     def aggregate_width(self) -> int:
         return self.widths[0]
 
-    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
+    def parts(self, conv: Conv) -> Parts:
         weights = [linear.weight for linear in self.transforms(conv)]
         stacked_weights = self.linear.weight.transpose(1, 2).split(self.widths, dim=2)
-        parts: list[tuple[Any, Any]] = list(zip(stacked_weights, weights, strict=True))
+        parts: Parts = list(zip(stacked_weights, weights, strict=True))
         if self.linear.bias is not None:
             parts.append((self.linear.bias, self.bias(conv)))
         return parts
@@ -201,18 +201,18 @@ class GCNExperts(LinearAggregation):
     weighted_by = "weight"
 
     @staticmethod
-    def accepts(conv: Any) -> bool:
+    def accepts(conv: Conv) -> bool:
         return conv.aggr in ("add", "sum")  # it transforms first: the aggregation must be linear
 
-    def has_root(self, conv: Any) -> bool:
+    def has_root(self, conv: Conv) -> bool:
         return False
 
-    def matrix_maker(self, conv: Any) -> MakeMatrix | None:
+    def matrix_maker(self, conv: Conv) -> MakeMatrix | None:
         if conv.normalize:
             return partial(Graph.normalized, improved=conv.improved, loops=conv.add_self_loops)
         return super().matrix_maker(conv)
 
-    def strip(self, conv: Any) -> None:
+    def strip(self, conv: Conv) -> None:
         conv.lin = nn.Identity()
         conv.bias = None
 
@@ -223,16 +223,16 @@ class SAGEExperts(LinearAggregation):
     linears = ("lin_l", "lin_r")
 
     @staticmethod
-    def accepts(conv: Any) -> bool:
+    def accepts(conv: Conv) -> bool:
         return not conv.project and AggregateOnce.accepts(conv)
 
-    def has_root(self, conv: Any) -> bool:
+    def has_root(self, conv: Conv) -> bool:
         return bool(conv.root_weight)
 
-    def has_output_norm(self, conv: Any) -> bool:
+    def has_output_norm(self, conv: Conv) -> bool:
         return bool(conv.normalize)
 
-    def strip(self, conv: Any) -> None:
+    def strip(self, conv: Conv) -> None:
         conv.lin_l = nn.Identity()
         if conv.root_weight:
             del conv.lin_r
@@ -246,7 +246,7 @@ class GraphConvExperts(LinearAggregation):
     linears = ("lin_rel", "lin_root")
     weighted_by = "weight"
 
-    def strip(self, conv: Any) -> None:
+    def strip(self, conv: Conv) -> None:
         conv.lin_rel = nn.Identity()
         del conv.lin_root
 
@@ -262,10 +262,10 @@ class FilterExperts(StackedExperts):
     may_differ = frozenset({"filter", "hops"})
 
     @staticmethod
-    def accepts(conv: Any) -> bool:
+    def accepts(conv: Conv) -> bool:
         return conv.aggr in ("add", "sum")
 
-    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         first = convs[0]
         # Only its `hop` runs.
         self.prototype = copy.deepcopy(first)
@@ -283,8 +283,8 @@ class FilterExperts(StackedExperts):
             backend=backend,
         )
 
-    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        parts: list[tuple[Any, Any]] = [(self.linear.weight.transpose(1, 2), conv.lin.weight)]
+    def parts(self, conv: Conv) -> Parts:
+        parts: Parts = [(self.linear.weight.transpose(1, 2), conv.lin.weight)]
         if self.linear.bias is not None:
             parts.append((self.linear.bias, conv.bias))
         return parts
@@ -345,18 +345,18 @@ class GINExperts(AggregateOnce):
     eps_E1: Tensor
 
     @staticmethod
-    def accepts(conv: Any) -> bool:
+    def accepts(conv: Conv) -> bool:
         # The first two modules are the conv and its aggregation; then comes its network.
         network = [type(part) for part in conv.modules()][2:]
         dropout = getattr(conv.nn, "dropout", [])
         return AggregateOnce.accepts(conv) and network in MLPS and not any(dropout)
 
-    def strip(self, conv: Any) -> None:
+    def strip(self, conv: Conv) -> None:
         conv.nn = nn.Identity()
         del conv.eps
         conv.eps = 0.0
 
-    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         super().build(convs, backend)
         up, down = _linears(convs[0])
         self.up = stacked(up, len(convs), backend)
@@ -365,7 +365,7 @@ class GINExperts(AggregateOnce):
         is_learned = isinstance(convs[0].eps, nn.Parameter)
         self.eps_E1 = nn.Parameter(eps_E1) if is_learned else nn.Buffer(eps_E1)
 
-    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
+    def parts(self, conv: Conv) -> Parts:
         up, down = _linears(conv)
         return [(self.eps_E1, conv.eps), (self.up, up), (self.down, down)]
 
@@ -390,7 +390,7 @@ class GINExperts(AggregateOnce):
         return self.down(hidden_PH, offsets_E)
 
 
-def _linears(conv: Any) -> list[Any]:
+def _linears(conv: Conv) -> list[nn.Linear | Linear]:
     """The two linear layers of a GIN's network."""
     return [part for part in conv.nn.modules() if isinstance(part, nn.Linear | Linear)]
 
@@ -402,24 +402,24 @@ class GINEExperts(GINExperts):
     """
 
     @staticmethod
-    def accepts(conv: Any) -> bool:
+    def accepts(conv: Conv) -> bool:
         return conv.lin is None and GINExperts.accepts(conv)
 
-    def matrix_maker(self, conv: Any) -> MakeMatrix | None:
+    def matrix_maker(self, conv: Conv) -> MakeMatrix | None:
         return None  # messages depend on the edges' features
 
 
 class MLPConvExperts(StackedExperts):
     """E MLPConvs as stacked linear layers."""
 
-    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         self.prototype = MLPConv(1, 1)
         self.prototype.up = nn.Identity()
         self.prototype.down = nn.Identity()
         self.up = stacked(convs[0].up, len(convs), backend)
         self.down = stacked(convs[0].down, len(convs), backend)
 
-    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
+    def parts(self, conv: Conv) -> Parts:
         return [(self.up, conv.up), (self.down, conv.down)]
 
     def forward(self, call: Call, routing: Routing) -> Tensor:

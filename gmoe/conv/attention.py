@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from gmoe._autograd import first_order, operator
 from gmoe._checks import must_be_called
 from gmoe.conv.attention_weights import weights_by_edge
-from gmoe.conv.base import StackedExperts, is_plain, stacked
+from gmoe.conv.base import Conv, Parts, StackedExperts, is_plain, stacked
 from gmoe.conv.call import Call
 from gmoe.conv.edges import add_ends, blocks, dot, softmax, spread, weighted_sum
 from gmoe.conv.graph import Graph
@@ -56,13 +56,13 @@ class AttentionExperts(StackedExperts):
         def __getattr__(self, name: str) -> Any: ...
 
     @staticmethod
-    def accepts(conv: Any) -> bool:
+    def accepts(conv: Conv) -> bool:
         # PyG averages the features of loops over the second row of edge_index, whatever the flow.
         has_turned_loops = conv.flow == "target_to_source" and conv.edge_dim is not None
         is_sum = conv.aggr in ("add", "sum")
         return is_sum and conv.decomposed_layers == 1 and not has_turned_loops
 
-    def linears(self, conv: Any) -> dict[str, Any]:
+    def linears(self, conv: Conv) -> dict[str, Any]:
         """The linear layers that the options of a conv leave in use, by name."""
         layers: dict[str, Any] = {}
         for name in self.layers:
@@ -72,11 +72,11 @@ class AttentionExperts(StackedExperts):
                 layers[name] = layer
         return layers
 
-    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
+    def parts(self, conv: Conv) -> Parts:
         stacks = {name: getattr(self, name) for name in (*self.layers, *self.vectors)}
         return [(stack, getattr(conv, name)) for name, stack in stacks.items() if stack is not None]
 
-    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         first = convs[0]
         self.backend = backend
         self.heads = first.heads
@@ -277,7 +277,7 @@ class TransformerExperts(AttentionExperts):
     vectors = ()
     returns_dropped = False
 
-    def linears(self, conv: Any) -> dict[str, Any]:
+    def linears(self, conv: Conv) -> dict[str, Any]:
         layers = super().linears(conv)
         if not conv.root_weight:  # PyG makes the layer all the same
             del layers["lin_skip"]

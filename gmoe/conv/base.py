@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import must_be_called
 from gmoe._torch import dtype_of
@@ -21,6 +22,14 @@ from gmoe.conv.call import Call
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
+
+Conv: TypeAlias = Any
+"""A conv of a kind that an experts' class knows: it reads layers of the conv, such as ``conv.lin``,
+which :class:`MessagePassing` does not declare."""
+
+Parts: TypeAlias = list[tuple[Any, Any]]
+"""What is stacked, and what it is stacked from: pairs of (``LinearExperts``, linear layer) or of
+(stacked tensor, tensor)."""
 
 MakeConv = Callable[[int], MessagePassing]
 """Makes a fresh conv for the expert of that index."""
@@ -117,7 +126,7 @@ class StackedExperts(ConvExperts):
         backend: of the grouped product.
     """
 
-    prototype: Any
+    prototype: Conv
     """A conv without parameters, whose options are those of all experts."""
     may_differ: frozenset[str] = frozenset()
     """Attributes in which the convs of a stack may differ. All others are equal."""
@@ -151,12 +160,12 @@ class StackedExperts(ConvExperts):
                 yield from module.named_modules(memo, path, remove_duplicate)
 
     @staticmethod
-    def accepts(conv: Any) -> bool:
+    def accepts(conv: Conv) -> bool:
         """True if a conv with these options can be stacked in this class."""
         return True
 
     @abstractmethod
-    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         """Make ``prototype``, and room for the stacked parameters.
 
         The constructor calls it once, with ``num_experts`` and ``flow`` already set. The values of
@@ -169,13 +178,10 @@ class StackedExperts(ConvExperts):
         """
 
     @abstractmethod
-    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        """What is stacked, and what it is stacked from in this conv.
+    def parts(self, conv: Conv) -> Parts:
+        """What is stacked, and what it is stacked from in this conv."""
 
-        Pairs of (``LinearExperts``, linear layer) or (stacked tensor, tensor).
-        """
-
-    def _tensors(self, conv: Any, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _tensors(self, conv: Conv, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of an expert's place among the stacked tensors, and the conv's own tensor."""
         for stack, part in self.parts(conv):
             if isinstance(stack, LinearExperts):
@@ -235,7 +241,7 @@ def all_of(x_TD: Tensor) -> Tensor:
     return x_TD.new_full((1,), x_TD.size(0), dtype=torch.int32)
 
 
-def stacked(linear: Any, num_experts: int, backend: Backend) -> LinearExperts:
+def stacked(linear: nn.Linear | Linear, num_experts: int, backend: Backend) -> LinearExperts:
     """Stack a linear layer of this one's shape for each expert."""
     out_features, in_features = linear.weight.shape
     return LinearExperts(

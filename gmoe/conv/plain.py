@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmoe.conv.base import Conv
 from gmoe.conv.graph import Graph
 
 
-def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
+def run(conv: Conv, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
     """(T, O) PyG's conv on a graph."""
     x = (x_src, x_dst) if _are_two(graph, x_src, x_dst) else x_src
     return conv(x, graph.adj, **graph.args_for(conv))[: graph.num_dst]
 
 
-def run_on(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
+def run_on(conv: Conv, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
     """(n, O) PyG's conv on the in-edges of ``token`` only.
 
     The destinations come first among the nodes of the part.
@@ -43,12 +44,12 @@ def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
 # convs that need the norms of the whole graph -----------------------------------------------------
 
 
-def run_filter(conv: Any, x: Tensor, graph: Graph) -> Tensor:
+def run_filter(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a FilterConv without experts: it reads the norms from the graph itself."""
     return conv(x, graph)[: graph.num_dst]
 
 
-def run_gcn(conv: Any, x: Tensor, graph: Graph) -> Tensor:
+def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a GCN without experts.
 
     On a part of a graph it gets the norms of the whole graph, and computes none itself. Nor does it

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-from gmoe.conv.base import ConvExperts, tokens_of
+from gmoe.conv.base import Conv, ConvExperts, tokens_of
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.plain import run, run_on
@@ -84,7 +84,7 @@ class SeparateExperts(ConvExperts):
         return y + zero.to(y.dtype)
 
     @staticmethod
-    def _needs_whole_graph(conv: Any, graph: Graph, token: Tensor) -> bool:
+    def _needs_whole_graph(conv: Conv, graph: Graph, token: Tensor) -> bool:
         """True if a local conv cannot run on a part of the graph, or does not gain from it."""
         # Self-loops that a conv adds to a bipartite graph join nodes of equal index, and a part
         # keeps those indices only if N_src >= N_dst.
