@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from gmoe._calls import Data, outputs_of, relative_change
 from gmoe._checks import check
+from gmoe.layer_groups import Group, groups_of, named
 from gmoe.routers import UniformRouter
 from gmoe.routing import Routing
-from gmoe.shrink import Group, groups_of, named
 
 
 @dataclass(frozen=True)

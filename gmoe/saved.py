@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from gmoe._calls import Batch, arguments_of, largest_difference, outputs_of
 from gmoe._checks import check_counts, naming_extras
+from gmoe.candidates import MLP
 from gmoe.convert import moefy
-from gmoe.dense import MLP, densify_like
+from gmoe.dense import densify_like
 from gmoe.from_base import FromBase, fold
 from gmoe.hub import HubMixin
+from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.routers import ROUTERS
-from gmoe.shrink import groups_of
 from gmoe.unstacked import UnstackedLinears
 
 LAYERS = "gmoe.json"

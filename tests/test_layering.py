@@ -39,7 +39,7 @@ ROOMS: dict[str, frozenset[str]] = {
 LAZY = {
     "gmoe": tuple(ROOMS),
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
-    **dict.fromkeys(("gmoe.dense", "gmoe.shrink"), ("gmoe.conv",)),
+    **dict.fromkeys(("gmoe.dense", "gmoe.layer_groups"), ("gmoe.conv",)),
     "gmoe.routers.attention_vote": ("gmoe.conv", "torch_geometric"),
     "gmoe.hub": ("huggingface_hub", "safetensors"),
     "gmoe.saved": ("safetensors",),

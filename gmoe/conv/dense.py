@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmoe.candidates import Candidate, are_equal, is_always_one, mean_share, reason_of
 from gmoe.conv.aggregate import FilterExperts, LinearAggregation
 from gmoe.conv.base import GAIN_SCALE, MixedExperts, StackedExperts
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.moe_conv import MoEConv
-from gmoe.dense import Candidate, are_equal, is_always_one, mean_share, reason_of
 
 
 def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:

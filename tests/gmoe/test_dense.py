@@ -13,8 +13,8 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import GCNConv
 
 import gmoe
-from gmoe.dense import MLP
-from gmoe.shrink import groups_of
+from gmoe.candidates import MLP
+from gmoe.layer_groups import groups_of
 from tests.gmoe.shrunk import (
     EDGES,
     EXPERTS,

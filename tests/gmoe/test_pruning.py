@@ -13,8 +13,8 @@ from torch_geometric.nn import GCNConv
 
 import gmoe
 from gmoe import MoEConv
+from gmoe.layer_groups import groups_of
 from gmoe.routers import TokenChoice
-from gmoe.shrink import groups_of
 from tests.gmoe.shrunk import (
     BY_TOKEN,
     EDGES,

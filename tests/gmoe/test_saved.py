@@ -18,8 +18,8 @@ from torch.ao.quantization import quantize_dynamic
 from torch_geometric import nn as pyg
 
 import gmoe
+from gmoe.layer_groups import groups_of
 from gmoe.saved import receipt
-from gmoe.shrink import groups_of
 from tests.gmoe.shrunk import EDGES, WIDTH, X, moved
 from tests.gmoe.test_convert import images, timm_vit, torchvision_vit
 from tests.gmoe.test_huggingface import build

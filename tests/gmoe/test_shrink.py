@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import gmoe
-from gmoe.shrink import groups_of, keep_experts, take
+from gmoe.layer_groups import groups_of
+from gmoe.shrink import keep_experts, take
 from tests.gmoe.shrunk import (
     EDGES,
     EXPERTS,

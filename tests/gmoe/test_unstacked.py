@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 import gmoe
 from gmoe.from_base import FromBase
-from gmoe.shrink import groups_of
+from gmoe.layer_groups import groups_of
 from gmoe.unstacked import UnstackedLinears
 from tests.gmoe.shrunk import (
     CONVS,

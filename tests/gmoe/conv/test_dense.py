@@ -12,7 +12,7 @@ from torch_geometric import nn as pyg
 import gmoe
 from gmoe import MoEConv
 from gmoe.from_base import FromBase
-from gmoe.shrink import groups_of
+from gmoe.layer_groups import groups_of
 from tests.gmoe.shrunk import (
     CONVS,
     EDGES,

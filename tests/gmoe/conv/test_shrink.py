@@ -7,7 +7,7 @@ import torch
 
 import gmoe
 from gmoe import MoEConv
-from gmoe.shrink import groups_of
+from gmoe.layer_groups import groups_of
 from tests.gmoe.shrunk import (
     BY_TOKEN,
     CONVS,
