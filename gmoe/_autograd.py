@@ -49,8 +49,8 @@ def operator(
     """Make a kernel an operator of torch.
 
     Plain tensors go to the kernel itself: torch's dispatcher takes longer than the products of a
-    small graph. So does ``torch.export``: a kernel then takes plain operators of torch, on sizes
-    that are not known.
+    small graph. ``torch.export`` gets what the kernel is made of, since other runtimes do not know
+    gmoe's operators: the kernel must then use plain ones of torch, on sizes that are not known.
 
     Args:
         fake: called like the kernel, gives empty results of the right shapes.
@@ -65,16 +65,16 @@ def operator(
         opaque = torch.compiler.disable(kernel)
         LIBRARY.impl(name, opaque, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gmoe::{name}", fake, lib=LIBRARY)
-        operator = getattr(torch.ops.gmoe, name).default
+        dispatched = getattr(torch.ops.gmoe, name).default
 
         def run(x: Tensor, *inputs: object) -> Value:
             if torch.compiler.is_exporting():
-                return kernel(x, *inputs)  # other runtimes do not know gmoe's operators
+                return kernel(x, *inputs)
             has_values = type(x) in (Tensor, nn.Parameter) and not x.is_meta
             is_traced = torch.compiler.is_compiling() or is_tracing()
             if has_values and not is_traced:
                 return kernel(x, *inputs)
-            return operator(x, *inputs)
+            return dispatched(x, *inputs)
 
         return run
 

@@ -49,7 +49,7 @@ def _refused(got: str) -> ValueError:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class PartCall:
     """A call of a part of an MLP."""
 
     part: Any
@@ -151,7 +151,7 @@ def read_mlp(name: str, mlp: nn.Module) -> DenseMLP:
         return _roles(got, copied, calls, like)
 
 
-def _roles(got: str, mlp: nn.Module, calls: Sequence[Call], like: Tensor) -> DenseMLP:
+def _roles(got: str, mlp: nn.Module, calls: Sequence[PartCall], like: Tensor) -> DenseMLP:
     """The roles of the parts.
 
     Args:
@@ -261,7 +261,7 @@ def _copy_to_run(mlp: nn.Module) -> Iterator[nn.Module]:
     yield copied
 
 
-def _trial_calls(got: str, mlp: nn.Module) -> list[Call]:
+def _trial_calls(got: str, mlp: nn.Module) -> list[PartCall]:
     """The calls of the parts, in order, when the MLP runs on a few random tokens."""
     linears = [part for part in _parts(mlp) if isinstance(part, nn.Linear)]
     # The width is unknown: of two layers I x H and H x I either may be the first. Try both, and
@@ -273,7 +273,7 @@ def _trial_calls(got: str, mlp: nn.Module) -> list[Call]:
             generator = torch.Generator().manual_seed(0)
             tokens = torch.randn((*rows, width), device="cpu", generator=generator)
             tokens = tokens.to(linears[0].weight)
-            calls: list[Call] = []
+            calls: list[PartCall] = []
             try:
                 with ExitStack() as stack:
                     stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -288,14 +288,14 @@ def _trial_calls(got: str, mlp: nn.Module) -> list[Call]:
     raise _refused(f"{got}, which fails on tokens alone ({failures[0]})")
 
 
-def _recorder(calls: list[Call]) -> Callable[..., None]:
+def _recorder(calls: list[PartCall]) -> Callable[..., None]:
     """A forward hook that notes calls, with copies: an activation may work in place."""
 
     def record(
         part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         tokens = args[0] if args else next(iter(kwargs.values()))
-        calls.append(Call(part, tokens.clone(), output.clone()))
+        calls.append(PartCall(part, tokens.clone(), output.clone()))
 
     return record
 
@@ -303,9 +303,9 @@ def _recorder(calls: list[Call]) -> Callable[..., None]:
 def _activation(
     got: str,
     mlp: nn.Module,
-    calls: Sequence[Call],
-    ups: Sequence[Call],
-    activations: Sequence[Call],
+    calls: Sequence[PartCall],
+    ups: Sequence[PartCall],
+    activations: Sequence[PartCall],
     glu: bool,
 ) -> tuple[Callable[[Tensor], Tensor], bool]:
     """Find the activation and the gate: those that reproduce the hidden features.
@@ -364,7 +364,7 @@ def _is_close(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() <= rounding * theirs.abs().max())
 
 
-def _dropout(calls: Sequence[Call]) -> float:
+def _dropout(calls: Sequence[PartCall]) -> float:
     """The probability that at least one of several dropouts in a row drops a number."""
     return 1.0 - math.prod(1.0 - call.part.p for call in calls if isinstance(call.part, nn.Dropout))
 

@@ -44,7 +44,7 @@ def is_watched() -> bool:
 
 
 def in_backward() -> bool:
-    """True in a backward pass, where checkpointing runs a forward again; it asks the same."""
+    """True in a backward pass, as where checkpointing runs a forward again; its own test."""
     return torch._C._current_graph_task_id() != -1
 
 

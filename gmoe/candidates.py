@@ -84,7 +84,7 @@ class Candidate:
     is_exact: bool = False
 
 
-def is_always_one(router: Any) -> bool:
+def weights_sum_to_one(router: Any) -> bool:
     """True if a token's weights sum to 1: by construction, or since there is a single expert."""
     if router is None:
         return False
@@ -135,19 +135,19 @@ def candidate_of_tokens(layer: MoE, load_E: Tensor) -> Candidate:
         dense.moefied = layer.moefied
     else:
         dense = linear_of(experts, share_E)
-    return Candidate(dense, *reason_of(is_one, are_same, is_always_one(layer.router)))
+    return Candidate(dense, *reason_of(is_one, are_same, weights_sum_to_one(layer.router)))
 
 
-def reason_of(is_one: bool, are_same: bool, is_constant: bool) -> tuple[str, bool]:
+def reason_of(is_one: bool, are_same: bool, sums_to_one: bool) -> tuple[str, bool]:
     """What the mean of experts is, and whether it equals their mixture.
 
     Args:
         is_one: there is a single expert.
         are_same: all experts are equal.
-        is_constant: a token's weights sum to 1.
+        sums_to_one: a token's weights sum to 1.
     """
     if is_one:
-        return "one expert is left", is_constant
+        return "one expert is left", sums_to_one
     if are_same:
-        return "equal experts", is_constant
+        return "equal experts", sums_to_one
     return "the mean of the experts by load", False

@@ -51,12 +51,14 @@ def moefy(
     backend: Backend = "auto",
     **unknown: object,
 ) -> nn.Module:
-    r"""Add experts to a transformer's MLPs or a GNN's convs, with an unchanged first forward.
+    r"""Add experts to a transformer's MLPs or a GNN's convs.
+
+    The first forward stays what it is, unless ``start="plain"``. By default (``start="shared"``):
 
     .. math::
         y_t = \mathrm{mlp}(x_t) + \sum_e w_{te} f_e(x_t), \qquad f_e = 0 \text{ at the start}
 
-    The MLP stays as the shared expert, with its hooks, parametrizations, dropout and frozen
+    The MLP then stays as the shared expert, with its hooks, parametrizations, dropout and frozen
     parameters. Router and experts train even if the model is frozen.
 
     - Transformers are changed in place: torchvision's, timm's and Hugging Face's ViTs, Swins, or
@@ -81,8 +83,9 @@ def moefy(
         k: K, experts per token (default 1).
         router: a name or factory (default ``"token_choice"``); each layer gets its own router.
         num_experts: E (default 8).
-        upcycle: with ``start="shared"``, the experts begin as copies of the current dense layer,
-            for an MLP without its last layer (default); ``False`` draws them anew.
+        upcycle: with ``start="shared"``, the routed experts begin as copies of the dense layer
+            (default); ``False`` draws them anew. The last layer of an MLP's experts starts at zero
+            either way.
         targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1",
             "conv2"]``, instead of the ``mlp`` of all blocks (default ``None``). Modules inside a
             match are replaced with it.
@@ -252,7 +255,8 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         raise ValueError(f"model: got {name}, a MoE already, expected a dense one; see `blocks`")
     if any(is_lazy(parameter) or parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
-            "model: got parameters on the meta device or of lazy layers, expected ones with values"
+            f"model: got {name} with parameters on the meta device or of lazy layers, expected "
+            "ones with values"
         )
 
 
@@ -316,13 +320,13 @@ def _moe(
 
 
 @torch.no_grad()
-def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
+def _check_nothing_is_lost(name: str, mlp: nn.Module, copied: bool) -> None:
     """Refuse an MLP whose experts would not compute the same function.
 
     Args:
         name: of the MLP in its model, for errors.
         mlp: the dense MLP.
-        upcycle: experts are copies of the MLP; then one is compared with it on random tokens.
+        copied: experts are copies of the MLP; then one is compared with it on random tokens.
     """
     for path, part in mlp.named_modules(prefix=name):
         change = change_of(part)
@@ -331,7 +335,7 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
                 f"model: got {path} with {change}, expected a plain MLP, since experts would not "
                 "run it; keep it with start='shared'"
             )
-    if not upcycle:
+    if not copied:
         return
     dense = copy.deepcopy(mlp).cpu().double()  # Not every device has doubles.
     for part in dense.modules():

@@ -101,7 +101,9 @@ def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.
     check_at_least(0, tolerance=tolerance)
     groups = groups_of(model)
     if not groups:
-        raise ValueError(f"model: got {type(model).__name__} without layers of experts")
+        raise ValueError(
+            f"model: got {type(model).__name__} without layers of experts, expected some"
+        )
     before: Sequence[Tensor] = []
     with counting(groups) as counts:
         if data is not None:
@@ -114,23 +116,22 @@ def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.
     for group, count in zip(groups, counts, strict=True):
         for layer, names in _names_of(group).items():
             candidate = _candidate(layer, group.router, share(count.pairs_E))
-            dense = candidate.module
             reason = candidate.reason
-            change = None
-            stays = dense is None
-            if dense is not None:
-                model = _put(model, names, dense)
-                try:
-                    change = change_of_outputs(model)
-                except (TypeError, ValueError, RuntimeError) as error:
-                    # The model passes what a layer of experts takes, such as batch=.
-                    change = math.inf
-                    reason = f"{reason}, with which the model fails: {error}"
-                is_small = change is not None and change <= tolerance
-                stays = change == math.inf or not (candidate.is_exact or is_small)
-                if stays:
-                    model = _put(model, names, layer)
-            layers.append(DensifiedLayer(names, not stays, reason, change))
+            if candidate.module is None:
+                layers.append(DensifiedLayer(names, is_dense=False, reason=reason, change=None))
+                continue
+            model = _put(model, names, candidate.module)
+            try:
+                change = change_of_outputs(model)
+            except (TypeError, ValueError, RuntimeError) as error:
+                # The model passes what a layer of experts takes, such as batch=.
+                change = math.inf
+                reason = f"{reason}, with which the model fails: {error}"
+            is_small = change is not None and change <= tolerance
+            is_dense = change != math.inf and (candidate.is_exact or is_small)
+            if not is_dense:
+                model = _put(model, names, layer)
+            layers.append(DensifiedLayer(names, is_dense, reason, change))
         _drop_unused_router(group)
     return Densified(model, layers)
 

@@ -1,4 +1,4 @@
-"""Tokens to experts and back: the one place where tokens move, and the one choice of kernel.
+"""Tokens to experts and back: where tokens move, and which kernel multiplies them.
 
 Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs sorted by expert, I in, O
 out features, N blocks of B rows.
@@ -20,8 +20,8 @@ from gmoe._autograd import first_order, operator, refuse_second_order
 from gmoe._checks import check_choice
 from gmoe._torch import is_watched
 from gmoe.padded import blocks_of, grouped_mm, grouped_outer, padded_mm, padded_outer
-from gmoe.places import ToPairs, ToTokens, has_one_pair_each, is_permuted, places_of
-from gmoe.routing import Routing, owner, owner_of
+from gmoe.places import ToPairs, ToTokens, has_one_pair_each, places_of, uses_places
+from gmoe.routing import Routing, expert_at, expert_of_pairs
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 
@@ -63,7 +63,7 @@ def is_few(num_rows: int, shape_EIO: Sequence[int], bounds: Mapping[str, int] = 
     )
 
 
-def _is_between(num_tokens: int, shape_EIO: Sequence[int]) -> bool:
+def _is_best_at_once(num_tokens: int, shape_EIO: Sequence[int]) -> bool:
     """True if the rows of all experts are best moved at once; see :data:`AT_ONCE`."""
     _, in_features, out_features = shape_EIO
     inputs = num_tokens * in_features
@@ -81,7 +81,7 @@ def _has_own_loop(x_PI: Tensor) -> bool:
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
     """Gather the token of each pair, expert by expert: (P, I)."""
-    if is_permuted(x_TI, routing):
+    if uses_places(x_TI, routing):
         return ToPairs.apply(x_TI, routing.token, places_of(routing.slot))
     return x_TI.index_select(0, routing.token)
 
@@ -94,7 +94,7 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
     A token without pairs gets zero.
     """
     weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
-    if is_permuted(y_PO, routing):
+    if uses_places(y_PO, routing):
         return ToTokens.apply(
             weighted_PO, routing.token, places_of(routing.slot), routing.num_tokens
         )
@@ -175,7 +175,8 @@ def grouped_linear(
         backend = "loop"
     y_PO = _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO)
 
-    # 3. The bias.
+    # 3. The bias. Beside a kernel without host syncs, its gradient needs no atomic adds; beside
+    # the loop, and where FLOPs are counted, it is made of plain operators.
     if bias_EO is None:
         return y_PO
     if backend != "loop" and not is_watched():
@@ -212,24 +213,33 @@ def routed_linear(
         routing: the pairs and their weights.
         backend: see :func:`grouped_linear`.
     """
+    # 1. Where the kernel is not the loop: one step after the other.
     device = parts[0].device.type
-    in_steps = device == "cuda" or torch.compiler.is_exporting()
-    if in_steps or backend not in ("auto", "loop"):
+    is_loop = device != "cuda" and backend in ("auto", "loop") and not torch.compiler.is_exporting()
+    if not is_loop:
         x_TI = parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
         x_PI = dispatch(x_TI, routing)
         y_PO = grouped_linear(x_PI, weight_EIO, bias_EO, routing.offsets, backend)
         return combine(y_PO, routing)
+
+    # 2. The dtype, which follows autocast.
     dtype = weight_EIO.dtype
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     parts = [part.to(dtype) for part in parts]
     weight_EIO = weight_EIO.to(dtype)
     gate_P = routing.weight.to(dtype)
-    chooses = backend == "auto" and not is_watched()
+
+    # 3. The rows of all experts at once, all experts in one product, or one after the other.
+    is_free = backend == "auto" and not is_watched()
     has_one_each = has_one_pair_each(routing)
-    is_at_once = chooses and has_one_each and device == "cpu"
-    is_at_once = is_at_once and _is_between(routing.num_tokens, weight_EIO.shape)
-    if chooses and not is_at_once and is_few(routing.num_tokens, weight_EIO.shape):
+    is_at_once = (
+        is_free
+        and has_one_each
+        and device == "cpu"
+        and _is_best_at_once(routing.num_tokens, weight_EIO.shape)
+    )
+    if is_free and not is_at_once and is_few(routing.num_tokens, weight_EIO.shape):
         if bias_EO is not None:
             bias_EO = bias_EO.to(dtype)
         return _in_one_product(parts, weight_EIO, bias_EO, gate_P, routing)
@@ -257,19 +267,20 @@ def _in_one_product(
         weight_EIO = torch.cat([weight_EIO, bias_EO[:, None]], dim=1)
     x_TI = torch.cat([*parts], dim=1)
     block_PI = gate_P[:, None] * x_TI.index_select(0, routing.token)
-    size = len(x_TI), len(weight_EIO)
-    y_TO = _in_blocks(block_PI, routing.token, routing.expert, size) @ weight_EIO.flatten(0, 1)
+    rows_TX = _in_blocks(block_PI, routing.token, routing.expert, len(x_TI), len(weight_EIO))
+    y_TO = rows_TX @ weight_EIO.flatten(0, 1)
     if y_TO.requires_grad and not torch.compiler.is_compiling():  # compiled code refuses it itself
         y_TO.register_hook(refuse_second_order)
     return y_TO
 
 
-def _in_blocks(block_PI: Tensor, row_P: Tensor, expert_P: Tensor, size: tuple[int, int]) -> Tensor:
-    """(R, E * I) rows of a block for each expert: those given, and zeros elsewhere.
+def _in_blocks(
+    block_PI: Tensor, row_P: Tensor, expert_P: Tensor, num_rows: int, num_experts: int
+) -> Tensor:
+    """(num_rows, E * I) rows of a block for each expert: those given, and zeros elsewhere.
 
     To multiply all blocks by a gate of zero would not do: zero times a NaN is NaN.
     """
-    num_rows, num_experts = size  # R and E
     zeros = block_PI.new_zeros(num_rows * num_experts, block_PI.size(1))
     filled = zeros.index_copy(0, row_P * num_experts + expert_P, block_PI)
     return filled.view(num_rows, num_experts * block_PI.size(1))
@@ -278,11 +289,11 @@ def _in_blocks(block_PI: Tensor, row_P: Tensor, expert_P: Tensor, size: tuple[in
 # rows sorted by expert ----------------------------------------------------------------------------
 
 
-def _by_expert(x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+def _one_block_each(x_PI: Tensor, offsets_E: Tensor) -> Tensor:
     """(P, E * I) each row in the block of its expert, and zeros elsewhere."""
     row_P = torch.arange(len(x_PI), device=x_PI.device)
     expert_P = torch.searchsorted(offsets_E, row_P, right=True)
-    return _in_blocks(x_PI, row_P, expert_P, (len(x_PI), len(offsets_E)))
+    return _in_blocks(x_PI, row_P, expert_P, len(x_PI), len(offsets_E))
 
 
 @operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
@@ -293,7 +304,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
     if backend == "grouped" and len(x):
         return grouped_mm(x, weight, offsets)
     if is_few(len(x), weight.shape, FEW_ROWS) and not is_watched():
-        return _by_expert(x, offsets) @ weight.flatten(0, 1)
+        return _one_block_each(x, offsets) @ weight.flatten(0, 1)
     if _has_own_loop(x):
         return grouped_mm(x, weight, offsets)
     y_PO = x.new_empty(len(x), weight.size(2))
@@ -313,7 +324,7 @@ def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: st
         return grouped_outer(x, grad, offsets)
     grad_EIO = x.new_empty(len(offsets), x.size(1), grad.size(1))
     if is_few(len(x), grad_EIO.shape, FEW_ROWS) and not is_watched():
-        torch.mm(_by_expert(x, offsets).T, grad, out=grad_EIO.flatten(0, 1))
+        torch.mm(_one_block_each(x, offsets).T, grad, out=grad_EIO.flatten(0, 1))
         return grad_EIO
     if _has_own_loop(x):
         return grouped_outer(x, grad, offsets)
@@ -359,7 +370,7 @@ class _ExpertBias(torch.autograd.Function):
         ctx.save_for_backward(offsets_E)
         ctx.bias_dtype = bias_EO.dtype
         row_P = torch.arange(num_rows, device=offsets_E.device)
-        expert_P = owner_of(offsets_E.long(), row_P)
+        expert_P = expert_at(offsets_E.long(), row_P)
         return bias_EO.to(dtype).index_select(0, expert_P)
 
     @staticmethod
@@ -402,9 +413,9 @@ def _routed_linear(
     where each token has one: its row is fetched from there. To add rows to their tokens takes two
     to three times as long, and zeros to add to.
     """
-    is_sum = place is None
-    out_TO = weight.new_zeros(len(parts[0]) if is_sum else 0, weight.size(2))
-    y_PO = weight.new_empty(0 if is_sum and not keeps_rows else len(token), weight.size(2))
+    adds_rows = place is None
+    sum_TO = weight.new_zeros(len(parts[0]) if adds_rows else 0, weight.size(2))
+    y_PO = weight.new_empty(len(token) if keeps_rows or not adds_rows else 0, weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
     by_expert = zip(
         token.tensor_split(ends),
@@ -413,15 +424,16 @@ def _routed_linear(
         _by_part(weight, parts),
         strict=True,
     )
-    for expert, (token, gate_P1, y, weights) in enumerate(by_expert):
+    for expert, (tokens, gates, rows, weights) in enumerate(by_expert):
         # x W is the sum over the parts of x, each times its rows of W.
-        y = torch.mm(parts[0].index_select(0, token), weights[0], out=y)
+        y = torch.mm(parts[0].index_select(0, tokens), weights[0], out=rows)
         for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
-            y.addmm_(x.index_select(0, token), weight_IO)
+            y.addmm_(x.index_select(0, tokens), weight_IO)
         if bias is not None:
             y += bias[expert]
-        if is_sum:
-            out_TO.index_add_(0, token, y * gate_P1)
+        if adds_rows:
+            sum_TO.index_add_(0, tokens, y * gates)
+    out_TO = sum_TO
     if place is not None:
         out_TO = y_PO.index_select(0, place).mul_(gate.index_select(0, place)[:, None])
     return out_TO, y_PO if keeps_rows else y_PO.new_empty(0, y_PO.size(1))
@@ -456,7 +468,8 @@ def _routed_linear_backward(
         value.new_empty(value.shape) if needed else None
         for value, needed in zip(values, needs[:3], strict=True)
     )
-    # Of the tokens, to which rows are added; or, where each token has one pair, of the pairs.
+    # A row for each token, to which those of its pairs are added; or, where each token has one
+    # pair, a row for each pair.
     new = Tensor.new_zeros if place is None else Tensor.new_empty
     grad_parts = [
         new(part, part.shape) if needed else None
@@ -474,22 +487,22 @@ def _routed_linear_backward(
     weights = _by_part(weight, parts)
     grad_weights = weights if grad_weight is None else _by_part(grad_weight, parts)
     grad_rows = [None if rows is None else rows.tensor_split(ends) for rows in grad_parts]
-    for expert, (token, gate, y, gate_out) in enumerate(by_expert):
-        grad_y = grad.index_select(0, token)
+    for expert, (tokens, gates, y, grad_gates) in enumerate(by_expert):
+        grad_y = grad.index_select(0, tokens)
         if grad_gate is not None:
-            torch.linalg.vecdot(grad_y, y, out=gate_out)
-        grad_y.mul_(gate)
+            torch.linalg.vecdot(grad_y, y, out=grad_gates)
+        grad_y.mul_(gates)
         if grad_bias is not None:
             torch.sum(grad_y, dim=0, out=grad_bias[expert])
         for part, x in enumerate(parts):
             if grad_weight is not None:
-                torch.mm(x.index_select(0, token).T, grad_y, out=grad_weights[expert][part])
+                torch.mm(x.index_select(0, tokens).T, grad_y, out=grad_weights[expert][part])
             grad_x, rows = grad_parts[part], grad_rows[part]
             if grad_x is None or rows is None:
                 continue
             weight_OI = weights[expert][part].T
             if place is None:
-                grad_x.index_add_(0, token, grad_y @ weight_OI)
+                grad_x.index_add_(0, tokens, grad_y @ weight_OI)
             else:
                 torch.mm(grad_y, weight_OI, out=rows[expert])
     if place is not None:
@@ -543,7 +556,7 @@ class _RoutedAtOnce(torch.autograd.Function):
         x_TI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         x_PI = x_TI.index_select(0, token)
         y_PO = _grouped_linear(x_PI, weight, offsets, "loop")
-        expert_P = owner(offsets, token)
+        expert_P = expert_of_pairs(offsets, token)
         if bias is not None:
             y_PO = y_PO + bias.index_select(0, expert_P).to(y_PO.dtype)
         ctx.widths = [part.size(1) for part in parts]

@@ -7,20 +7,18 @@ with the whole batch would compute.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor
 
 
-def world_size(group: Any = None) -> int:
+def world_size(group: dist.ProcessGroup | None = None) -> int:
     """The number of processes: 1 if ``torch.distributed`` was not initialized."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size(group)
     return 1
 
 
-def world_sum(x: Tensor, group: Any = None) -> Tensor:
+def world_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The sum of ``x`` over the processes; every process has to call it.
 
     Its gradient is that of the local term times the number of processes.
@@ -29,7 +27,7 @@ def world_sum(x: Tensor, group: Any = None) -> Tensor:
 
     Args:
         x: of the same shape everywhere.
-        group: a ``torch.distributed.ProcessGroup`` (default: that of all processes).
+        group: of the processes (default: all).
     """
     size = world_size(group)
     if size == 1:

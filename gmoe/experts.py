@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ class MLPExperts(Experts):
                 "torch.nn.functional"
             )
         self.hidden_features = hidden_features
-        self.activation: Any = function
+        self.activation: Callable[[Tensor], Tensor] = function
         self.glu = glu
         linear = partial(LinearExperts, num_experts=num_experts, bias=bias, backend=backend)
         self.up = linear(in_features, 2 * hidden_features if glu else hidden_features)

@@ -50,16 +50,16 @@ class FromBase(nn.Module):
         self.base = base
         self.differences = differences
         self._names = [name for name, _ in base.named_parameters()]
-        self._forget_differences()
+        self._zero_differences()
         self.register_load_state_dict_pre_hook(_read_independent)
 
     @torch.no_grad()
-    def _forget_differences(self) -> None:
+    def _zero_differences(self) -> None:
         for parameter in self.differences.parameters():
             parameter.zero_()
 
     def _pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-        """The name of each weight of the differences, itself, and that of the base that it changes.
+        """(name, difference, base) of each parameter.
 
         Raises:
             ValueError: a part was replaced by one with other weights, such as LoRA's, or pruned; a
@@ -115,7 +115,7 @@ class FromBase(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the base anew; the differences start again from zero."""
         self.base.reset_parameters()
-        self._forget_differences()
+        self._zero_differences()
 
     @torch.no_grad()
     def folded(self) -> nn.Module:

@@ -53,10 +53,10 @@ model = gmoe.{name}.from_pretrained("THIS FOLDER OR REPOSITORY")
 class HubMixin:
     """Give a model ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
-    The constructor records its arguments: ``self.config = recorded(locals())`` is its first line. A
-    subclass with its own constructor calls ``recorded(locals())`` in its first line too, and
-    assigns the result to ``config`` after ``super().__init__(...)``. Classes that ``known`` lists
-    are saved by name: ``recorded(locals(), known=gmoe.ROUTERS)``.
+    The constructor resolves defaults that follow from other arguments, calls
+    ``config = recorded(locals())`` before it has any other local name, and assigns the result to
+    ``self.config`` after ``super().__init__(...)``; so does a subclass with its own constructor.
+    Classes that ``known`` lists are saved by name: ``recorded(locals(), known=gmoe.ROUTERS)``.
     """
 
     config: dict[str, object]
@@ -255,7 +255,7 @@ def recorded(
     and numbers only, so that the model stays as light and as picklable as it is.
 
     Args:
-        arguments: the constructor's ``locals()`` in its first line.
+        arguments: the constructor's ``locals()`` while they hold nothing but its arguments.
         extra: the name of its ``**`` argument.
         known: classes and factories that are saved by name, such as ``gmoe.ROUTERS`` (default:
             none).

@@ -91,21 +91,21 @@ class RoutingStats(Metric):
         Raises:
             ValueError: the model has no router.
         """
-        routers = [module.num_experts for module in model.modules() if isinstance(module, Router)]
-        if not routers:
+        sizes = [module.num_experts for module in model.modules() if isinstance(module, Router)]
+        if not sizes:
             raise ValueError(
                 f"model: got {type(model).__name__} without a router, expected at least one"
             )
-        return cls(num_experts=routers, **kwargs)
+        return cls(num_experts=sizes, **kwargs)
 
     @torch.no_grad()
     def update(self, routings: Routing | Sequence[Routing]) -> None:
         """Count the routings of one forward pass."""
         layers = [routings] if isinstance(routings, Routing) else list(routings)
-        experts = tuple(routing.num_experts for routing in layers)
-        if experts != self.num_experts:
+        num_experts = tuple(routing.num_experts for routing in layers)
+        if num_experts != self.num_experts:
             raise ValueError(
-                f"routings: got layers of {experts} experts, expected {self.num_experts}"
+                f"routings: got layers of {num_experts} experts, expected {self.num_experts}"
             )
         for layer, routing in enumerate(layers):
             load = routing.load

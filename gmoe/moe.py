@@ -81,10 +81,10 @@ def start_of_convs(
         return check_start(start)
     if isinstance(router, Router):
         return "copies" if router.sums_to_one else "shared"
-    if not any(router in (name, router_class) for name, router_class in ROUTERS.items()):
+    if router not in [*ROUTERS, *ROUTERS.values()]:  # a factory: to call it may have effects
         return "shared"
     kwargs = _kwargs_for_copies(router, k, router_kwargs)
-    # What the weights are follows from the options alone, whatever the width.
+    # Whether the weights sum to 1 follows from the options: any width will do, without values.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         built = build_router(router, dim=1, num_experts=len(kinds), k=k, kwargs=kwargs)
     return "copies" if built.sums_to_one else "shared"
@@ -200,16 +200,17 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -
 
 
 @contextmanager
-def drawn_apart(beside_dense: bool) -> Iterator[None]:
+def drawn_apart(from_dense: bool) -> Iterator[None]:
     """Keep torch's global generators untouched inside, so that dense layers get the same values.
 
     Experts and routers are drawn in here, from a seed of their own: with the same global seed, the
     dense layers that follow are those of a model without experts.
 
     Args:
-        beside_dense: the experts stand beside a dense layer; else nothing is kept apart.
+        from_dense: the layer starts as a dense one, which was drawn before. A plain layer
+            (``False``) draws from the global generators.
     """
-    if not beside_dense:
+    if not from_dense:
         yield
         return
     device = torch.get_default_device()

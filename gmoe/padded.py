@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._torch import index_put
-from gmoe.routing import owner_of
+from gmoe.routing import expert_at
 
 BLOCK = 16
 """The least number of rows in a block of the padded product."""
@@ -57,11 +57,11 @@ def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     block_starts_E = F.pad(block_ends_E, (1, -1))
     # A row moves with its expert: from where the expert's rows start to where its blocks start.
     row_P = torch.arange(num_rows, device=offsets_E.device)
-    expert_P = owner_of(ends_E, row_P)
+    expert_P = expert_at(ends_E, row_P)
     place_P = row_P + (block_starts_E * size - starts_E).index_select(0, expert_P)
     # The most blocks that there can be; those that are left over count as the last expert's.
     block_N = torch.arange(num_rows // size + num_experts, device=offsets_E.device)
-    expert_N = owner_of(block_ends_E, block_N).clamp_(max=num_experts - 1)
+    expert_N = expert_at(block_ends_E, block_N).clamp_(max=num_experts - 1)
     return Blocks(place_P, expert_N, size)
 
 

@@ -19,7 +19,7 @@ from gmoe.padded import sum_at
 from gmoe.routing import Routing
 
 
-def is_permuted(x: Tensor, routing: Routing) -> bool:
+def uses_places(x: Tensor, routing: Routing) -> bool:
     """True if rows are sent back by their places, not added to their tokens.
 
     On a GPU, that needs no atomic adds. On a CPU, a sum of several pairs would read all of them
@@ -69,8 +69,8 @@ class ToTokens(torch.autograd.Function):
 def places_of(slot_P: Tensor | None) -> Tensor | None:
     """(P,) the places of pairs in the order of their slots: the K pairs of a token in a row.
 
-    ``None`` if there are no slots. Not left to the functions above: at K = 1 the slots are the
-    tokens, and the compiler takes no tensor twice.
+    ``None`` if there are no slots. Call it before the functions above, not in them: at K = 1 the
+    slots and the tokens are one tensor, which ``torch.compile`` refuses to pass twice.
     """
     if slot_P is None:
         return None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gmoe._calls import evaluating
 from gmoe._checks import check_counts, naming_extras
 from gmoe._torch import is_compiler_loaded
 from gmoe.routing import Routing, record_routing
@@ -165,16 +166,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
     A compiled model runs eagerly: compiling would trace it once more.
     """
-    modes = {module: module.training for module in model.modules()}
     # If the model is compiled, the compiler is loaded.
     stance = torch.compiler.set_stance("force_eager") if is_compiler_loaded() else nullcontext()
-    with torch.no_grad(), stance:
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with stance, evaluating(model):
+        yield
 
 
 def _batch_of(images: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Data, outputs_of, relative_change
-from gmoe._checks import check
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.routers import UniformRouter
 from gmoe.routing import Routing
@@ -110,7 +109,10 @@ def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None
         >>> print(pruned)
     """
     groups = groups_of(model)
-    check(groups, "model", f"{type(model).__name__} without layers of experts", "some")
+    if not groups:
+        raise ValueError(
+            f"model: got {type(model).__name__} without layers of experts, expected some"
+        )
     check_routers(groups)
 
     # 1. Run the model, and add up what each expert gets.
@@ -239,14 +241,14 @@ def _numbers(
                 "experts, K for each layer"
             )
         optional = [
-            (float(importance[expert]), number)
-            for number, (experts, importance) in enumerate(zip(ranked, importances, strict=True))
-            for expert in experts[needed[number] : living[number]]
+            (float(importance[expert]), index)
+            for index, (experts, importance) in enumerate(zip(ranked, importances, strict=True))
+            for expert in experts[needed[index] : living[index]]
         ]
         optional.sort(key=lambda pair: -pair[0])
         numbers = list(needed)
-        for _, number in optional[: total - sum(needed)]:
-            numbers[number] += 1
+        for _, index in optional[: total - sum(needed)]:
+            numbers[index] += 1
         return numbers
     numbers = list(keep) if isinstance(keep, Sequence) else [keep] * len(groups)
     fits = len(numbers) == len(groups) and all(

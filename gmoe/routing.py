@@ -213,7 +213,7 @@ class Routing:
     @property
     def expert(self) -> Tensor:
         """(P,) int64, the expert of each pair."""
-        return owner(self.offsets, self.token)
+        return expert_of_pairs(self.offsets, self.token)
 
     @property
     def top_expert(self) -> Tensor:
@@ -278,6 +278,7 @@ class Routing:
         load_E = self.load
         spans = self._spans
         if not is_whole:
+            # [start, stop], made on the device: torch.tensor would copy it there, and wait.
             bounds = start + (stop - start) * torch.arange(2, device=self.token.device)
             within_E2 = torch.stack(
                 [torch.searchsorted(self.token[first:end], bounds) for first, end in spans]
@@ -318,13 +319,13 @@ class Routing:
         return [*zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def owner(offsets_E: Tensor, token_P: Tensor) -> Tensor:
+def expert_of_pairs(offsets_E: Tensor, token_P: Tensor) -> Tensor:
     """(P,) int64, the expert of each pair."""
     pairs = torch.arange(token_P.size(0), dtype=torch.int32, device=token_P.device)
-    return owner_of(offsets_E, pairs)
+    return expert_at(offsets_E, pairs)
 
 
-def owner_of(offsets_E: Tensor, place: Tensor) -> Tensor:
+def expert_at(offsets_E: Tensor, place: Tensor) -> Tensor:
     """int64, the expert that has each place, given the cumulative ends of the experts' places."""
     if torch.compiler.is_exporting():  # ONNX cannot search
         return (place[:, None] >= offsets_E).sum(dim=1)

@@ -277,8 +277,9 @@ def _read_layers(path: Path, base: nn.Module) -> dict[str, SavedLayer]:
 
 def _checked(layer: Any) -> SavedLayer:
     """A layer of the file, if all of it has the types that it should have."""
-    if set(layer) != {field.name for field in fields(SavedLayer)}:
-        raise ValueError(f"layers: got one with {sorted(layer)}, expected {SavedLayer.__doc__}")
+    legal = {field.name for field in fields(SavedLayer)}
+    if set(layer) != legal:
+        raise ValueError(f"layers: got one with {sorted(layer)}, expected {sorted(legal)}")
     saved = SavedLayer(**layer)
     moefied = saved.moefied
     if moefied is not None:
@@ -305,9 +306,9 @@ def _rebuilt(base: nn.Module, layers: Mapping[str, SavedLayer]) -> nn.Module:
     for name, layer in layers.items():
         if layer.moefied is None or isinstance(base.get_submodule(name), MoELayer):
             continue
-        alike = [names for arguments, names in made if arguments == layer.moefied]
-        names = alike[0] if alike else []
-        if not alike:
+        names = next((names for arguments, names in made if arguments == layer.moefied), None)
+        if names is None:
+            names = []
             made.append((layer.moefied, names))
         names.append(name)
     for arguments, names in made:
@@ -322,7 +323,10 @@ def _rebuilt(base: nn.Module, layers: Mapping[str, SavedLayer]) -> nn.Module:
         kept = next((description.kept for description in saved.values()), None)
         if kept is not None:
             if any(description.kept != kept for description in saved.values()):
-                raise ValueError(f"kept: got {kept} for some of {', '.join(group.layers)}")
+                raise ValueError(
+                    f"kept: got {kept} for some of {', '.join(group.layers)}, expected the same "
+                    "for all, which share a router"
+                )
             group.keep(kept)
         dense = [name for name in group.layers if name not in saved or saved[name].dense]
         base = densify_like(base, group, dense)
@@ -349,7 +353,9 @@ def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
             )
     outputs = outputs_of(model, [inputs])
     if not outputs:
-        raise ValueError("inputs: got some for which the model returns no floats")
+        raise ValueError(
+            "inputs: got some for which the model returns no floats, expected a model that does"
+        )
     return named | {f"outputs.{number}": value for number, value in enumerate(outputs)}
 
 

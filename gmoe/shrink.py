@@ -208,8 +208,8 @@ def _oracle(router: OracleRouter, kept: Kept) -> None:
     assignment_T = number[router.assignment_T]
     if (assignment_T < 0).any():
         raise ValueError(
-            "keep: got an oracle's experts that tokens are assigned to among those to remove, "
-            "expected only experts without a token"
+            "keep: got experts to remove to which the oracle assigns tokens, expected only experts "
+            "without a token"
         )
     router.assignment = assignment_T.cpu()
     router.assignment_T = assignment_T

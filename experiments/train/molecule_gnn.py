@@ -252,7 +252,7 @@ class MoleculeGNN(gmoe.GNNMoE):
         """The labels of molecules; see the class."""
         x = self.input_dropout(self.atoms(x))
         graph = gmoe.Graph(edge_index, len(x), flow=self.flow)
-        decision = self.decide(x, graph, batch)
+        decision = self.route_once(x, graph, batch)
         routings = [] if decision is None else [decision]
         node_GD = None
         if self.virtual_node is not None:

@@ -99,7 +99,7 @@ def by_position(
     return tuple(values.values())
 
 
-def refuse_unknown(
+def refuse_unknown_in_call(
     layer: nn.Module, convs: Iterable[MessagePassing], unknown: Mapping[str, object]
 ) -> NoReturn:
     """Refuse an argument that the layer does not have, although some of its convs may."""

@@ -25,7 +25,7 @@ from gmoe._checks import must_be_called
 from gmoe.conv.attention_weights import weights_by_edge
 from gmoe.conv.base import Conv, Parts, StackedExperts, is_plain, stacked
 from gmoe.conv.call import Call
-from gmoe.conv.edges import add_ends, blocks, dot, softmax, spread, weighted_sum
+from gmoe.conv.edges import add_ends, blocks, dot, softmax, to_messages, weighted_sum
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
 from gmoe.dispatch import Backend, combine, grouped_linear
@@ -161,7 +161,7 @@ class AttentionExperts(StackedExperts):
         With dropout and an explainer's mask, as values are weighted; and as PyG's conv returns it.
         """
         if messages.graph.is_replaced is not None:
-            # Nothing runs along a loop that another one replaces, whose pair has that one left.
+            # Replaced loops get no weight. The softmax stays finite: their pairs have the new loop.
             is_replaced_M = messages.of_edges(messages.graph.is_replaced)
             score_MH = score_MH.masked_fill(is_replaced_M[:, None], -torch.inf)
         exact = torch.promote_types(score_MH.dtype, torch.float32)
@@ -220,7 +220,7 @@ class GATExperts(AttentionExperts):
             from_target_PH = messages.by_token(target_TEH)
             # Not by add_ends, which would sort the messages by source and expert in the backward.
             from_source_MH = messages.by_source(source_NEH)
-            score_MH = from_source_MH + spread(from_target_PH, messages.ptr, messages.pair)
+            score_MH = from_source_MH + to_messages(from_target_PH, messages.ptr, messages.pair)
         else:
             value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
             from_source_UH = self._scores(value_UHC, messages.at_rows(self.att_src))
@@ -238,7 +238,7 @@ class GATExperts(AttentionExperts):
         edge_MF = None if self.lin_edge is None else self._edge_attr(messages)
         if edge_MF is not None:
             edge_EFH = self._folded(self.lin_edge, self.att_edge)
-            score_MH = score_MH + self._product(edge_MF, edge_EFH, messages.offsets)
+            score_MH = score_MH + self._product(edge_MF, edge_EFH, messages.message_offsets)
 
         # 3. Softmax over each pair's messages, and the weighted sum.
         score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
@@ -391,37 +391,41 @@ def additive_scores(
         negative_slope,
         edges.sender,
         edges.receiver,
-        messages.offsets,
+        messages.message_offsets,
     )
 
 
 class _AdditiveScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *rows, att_EOH, negative_slope, sender, receiver, offsets = inputs
+        *weights, negative_slope, sender, receiver, offsets = inputs
         ctx.negative_slope = negative_slope
-        ctx.save_for_backward(*rows, att_EOH, sender, receiver, offsets)
-        return _score_additively(att_EOH, *rows, negative_slope, sender, receiver, offsets)
+        ctx.save_for_backward(*weights, sender, receiver, offsets)
+        return _score_additively(*inputs)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        *rows, att_EOH, sender, receiver, offsets = ctx.saved_tensors
-        grads = _score_additively_backward(
-            grad_MH, att_EOH, *rows, ctx.negative_slope, sender, receiver, offsets
+        *weights, sender, receiver, offsets = ctx.saved_tensors
+        grad_source, grad_target, *grads_of_edges, grad_att = _score_additively_backward(
+            grad_MH, *weights, ctx.negative_slope, sender, receiver, offsets
         )
-        grad_att, grad_source, grad_target, *grads_of_edges = grads
         grad_edge, grad_weight = grads_of_edges or (None, None)
         return grad_source, grad_target, grad_edge, grad_weight, grad_att, None, None, None, None
 
 
-@operator(fake=lambda att_EOH, *rest: att_EOH.new_empty(rest[-2].size(0), att_EOH.size(2)))
+def _empty_scores(*inputs: Any) -> Tensor:
+    *_, att_EOH, _, sender, _, _ = inputs
+    return Tensor.new_empty(att_EOH, (sender.size(0), att_EOH.size(2)))
+
+
+@operator(fake=_empty_scores)
 def _score_additively(
-    att_EOH: Tensor,
     source_UO: Tensor,
     target_PO: Tensor,
     edge_MF: Tensor | None,
     edge_EFO: Tensor | None,
+    att_EOH: Tensor,
     negative_slope: float,
     sender: Tensor,
     receiver: Tensor,
@@ -444,22 +448,22 @@ def _score_additively(
 @operator(fake=lambda _, *rest: [torch.empty_like(t) for t in rest[:5] if t is not None])
 def _score_additively_backward(
     grad_MH: Tensor,
-    att_EOH: Tensor,
     source_UO: Tensor,
     target_PO: Tensor,
     edge_MF: Tensor | None,
     edge_EFO: Tensor | None,
+    att_EOH: Tensor,
     negative_slope: float,
     sender: Tensor,
     receiver: Tensor,
     offsets: Tensor,
 ) -> list[Tensor]:
-    """The gradients of attention, sources, targets and, if there are edge features, theirs."""
-    inputs = (att_EOH, source_UO, target_PO, edge_MF, edge_EFO)
-    att_EOH, *rows = _exact(*inputs)
+    """The gradients of the first five inputs, of those that are there."""
+    inputs = (source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
+    *rows, att_EOH = _exact(*inputs)
     grad_MH = grad_MH.to(att_EOH.dtype)
-    grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (att_EOH, *rows)]
-    grad_att, grad_source, grad_target, grad_edge, grad_weight = grads
+    grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (*rows, att_EOH)]
+    grad_source, grad_target, grad_edge, grad_weight, grad_att = grads
     for block in _blocks(offsets, len(sender), att_EOH):
         # The sums are computed anew: they take more memory than all else.
         sum_BO = _sums(rows, sender, receiver, block)

@@ -306,10 +306,10 @@ class MixedExperts(ConvExperts):
             )
         outputs = []
         for group, indices in zip(self.groups, self.members, strict=True):
-            # Each group has an aggregate of its own.
-            # The first select waits for a GPU: how many pairs each group has is a size of tensors.
-            # The host knows an upper bound only, all pairs, which would be computed in each group.
+            # Each kind of conv has an aggregate of its own.
             group_call = call.with_aggregate(group.aggregate(call))
+            # The first select waits for a GPU: the host cannot know how many pairs each group has,
+            # and with its upper bound every group would compute all pairs.
             outputs.append(group(group_call, routing.select(experts=indices)))
         # Not sum(outputs), which would broadcast different widths: stack refuses them.
         return torch.stack(outputs).sum(dim=0)

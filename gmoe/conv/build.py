@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ def build_experts(
     """
     if convs is None:
         convs = [make(expert) for expert in range(len(make.kinds))]
-    # One trial for each kind, which knows its output width and whether it is local.
+    # One trial a kind: it tells the output width, and whether the conv is local.
     trials = {
         id(kind): Trial(conv, make.in_channels)
         for kind, conv in zip(make.kinds, convs, strict=True)
@@ -206,6 +206,16 @@ def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) ->
     return Trial(conv, in_channels).takes_local_path(local)
 
 
+class Outcome(NamedTuple):
+    """What a trial found."""
+
+    width: int | None
+    """Columns of the output; ``None`` if the run failed."""
+    is_local: bool
+    failure: str
+    """The error, or nothing."""
+
+
 @dataclass
 class Trial:
     """A run of a conv on a small random graph with self-loops, parallel edges, isolated nodes.
@@ -222,8 +232,8 @@ class Trial:
     in_channels: int | tuple[int, int]
 
     @cached_property
-    def outcome(self) -> tuple[int | None, bool, str]:
-        """Columns of the output (``None`` if the run failed); whether it is local; the error."""
+    def outcome(self) -> Outcome:
+        """Run the conv."""
         width = None
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -243,10 +253,10 @@ class Trial:
                     torch.allclose(part, out[token], atol=1e-9)
                     for part, token in zip(parts, tokens, strict=True)
                 )
-                return width, is_local, ""
+                return Outcome(width, is_local, "")
         except Exception as error:
             # A conv may ask for anything: edge features, regular graphs, other packages.
-            return width, False, f"fails on a small random graph: {error}"
+            return Outcome(width, False, f"fails on a small random graph: {error}")
 
     def _inputs(self, generator: torch.Generator) -> tuple[Graph, Tensor, Tensor]:
         """The graph, and the features (N, D) of its sources and destinations."""
@@ -279,7 +289,7 @@ class Trial:
             has_wide_heads = getattr(self.conv, "concat", False)
             heads = self.conv.heads if has_wide_heads else 1
             return int(self.conv.out_channels * heads)
-        return self.outcome[0]
+        return self.outcome.width
 
     def takes_local_path(self, local: bool | None) -> bool:
         """True if the conv is run on the in-edges of its destinations.
@@ -292,9 +302,10 @@ class Trial:
         """
         if local is False or (local is None and not kind_of(type(self.conv)).is_local):
             return False
-        _, is_local, failure = self.outcome
+        is_local = self.outcome.is_local
         if local and not is_local:
-            why = failure or "gives another output on a node's in-edges than on the whole graph"
+            differs = "gives another output on a node's in-edges than on the whole graph"
+            why = self.outcome.failure or differs
             raise ValueError(
                 f"local: got True, but {type(self.conv).__name__} {why}, expected None or False"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmoe.candidates import Candidate, are_equal, is_always_one, mean_share, reason_of
+from gmoe.candidates import Candidate, are_equal, mean_share, reason_of, weights_sum_to_one
 from gmoe.conv.aggregate import FilterExperts, LinearAggregation
 from gmoe.conv.base import GAIN_SCALE, MixedExperts, StackedExperts
 from gmoe.conv.from_base import ConvsFromBase
@@ -31,7 +31,7 @@ def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
     is_one = layer.num_experts == 1
     are_same = is_one or (is_one_kind and _have_same_values(experts))
     share_E = mean_share(layer.num_experts, load_E, are_same)
-    reason, is_exact = reason_of(is_one, are_same, is_always_one(router))
+    reason, is_exact = reason_of(is_one, are_same, weights_sum_to_one(router))
     learns = any(parameter.requires_grad for parameter in layer.parameters())
 
     if layer.shared_expert is None:

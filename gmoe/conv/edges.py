@@ -81,7 +81,7 @@ class Edges:
         """
         with torch.inference_mode(False):  # a graph keeps the result, for training too
             ptr, sender, receiver, order = _sort_edges(
-                receiver, sender, num_receivers, num_senders, validate
+                sender, receiver, num_senders, num_receivers, validate
             )
         return Edges(ptr, sender, receiver, num_senders, order)
 
@@ -208,7 +208,7 @@ def add_ends(sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
     return _AddEnds.apply(sent_UH, received_RH, edges)
 
 
-def spread(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+def to_messages(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
     """(M, ...) what the receiver of each message has.
 
     Can be differentiated once. The gradient is a sum in the order of the messages, see
@@ -219,7 +219,7 @@ def spread(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
         ptr: (R + 1,) where the messages of each receiver start.
         receiver: (M,) in 0..R-1, ascending.
     """
-    return _Spread.apply(value_R, ptr, receiver)
+    return _ToMessages.apply(value_R, ptr, receiver)
 
 
 def softmax(score_MH: Tensor, edges: Edges) -> Tensor:
@@ -251,10 +251,9 @@ def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[s
 
 
 def _transpose_where_compiled(edges: Edges) -> None:
-    """Sort the edges the other way in the forward of compiled code.
+    """Compiled code: make ``edges.transpose`` in the forward, since a backward could not keep it.
 
-    In its backward, edges could not keep what they find. The compiler drops the sort again where no
-    gradient asks for it.
+    The compiler drops the sort again where no gradient needs it.
     """
     has_backward = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     if has_backward and torch.compiler.is_compiling():
@@ -328,7 +327,7 @@ class _AddEnds(torch.autograd.Function):
         return grad_sent, grad_received, None
 
 
-class _Spread(torch.autograd.Function):
+class _ToMessages(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
         ctx.save_for_backward(ptr, receiver)
@@ -387,21 +386,21 @@ def check_nodes(row: Tensor, size: int) -> None:
 
 
 def _empty_edges(
-    receiver: Tensor, sender: Tensor, num_receivers: int, *_: Any
+    sender: Tensor, receiver: Tensor, _: int, num_receivers: int, *__: Any
 ) -> tuple[Tensor, ...]:
     return receiver.new_empty(num_receivers + 1), *(torch.empty_like(sender) for _ in range(3))
 
 
 @operator(fake=_empty_edges)
 def _sort_edges(
-    receiver: Tensor, sender: Tensor, num_receivers: int, num_senders: int, validate: bool
+    sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int, validate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row pointers, senders, receivers and order of the edges by receiver.
 
     Checks them first, inside the operator, so that compiled code keeps the check.
     """
     if torch.compiler.is_exporting():
-        return exported.sort_edges(receiver, sender, num_receivers)
+        return exported.sort_edges(sender, receiver, num_receivers)
     if validate:
         check_nodes(sender, num_senders)
         check_nodes(receiver, num_receivers)
@@ -522,7 +521,7 @@ def _sum_messages(
                 sum_RC.index_add_(0, receiver[block], value_BC)
         sums.append(sum_RC)
     if len(sums) == 1:
-        # .data, since autograd refuses to add to a view in place.
+        # .data: Matrix adds its diagonal to the sum in place, which autograd refuses for a view.
         return sums[0][:, None].data.to(dtype)
     return torch.stack(sums, dim=1).to(dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def sort_edges(
-    receiver: Tensor, sender: Tensor, num_receivers: int
+    sender: Tensor, receiver: Tensor, num_receivers: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row pointers, senders, receivers and order of the edges by receiver, in any order of equals.
 

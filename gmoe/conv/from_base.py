@@ -52,4 +52,4 @@ class ConvsFromBase(FromBase, ConvExperts):
     def become(self, conv: MessagePassing) -> None:
         self.base.become(conv)
         self.differences.become(conv)  # its buffers
-        self._forget_differences()
+        self._zero_differences()

@@ -23,7 +23,7 @@ from gmoe._checks import check_choice, parameters_of
 from gmoe._torch import row_pointers
 from gmoe.conv.adjacency import adjacency_like, check_edge_args, read_edge_index, read_sparse
 from gmoe.conv.edges import Edges, renumber
-from gmoe.conv.kept import Kept, once
+from gmoe.conv.kept import KeptResult, once
 from gmoe.conv.matrix import Matrix, ScaleOf, normalized_matrix, sum_matrix
 
 FLOWS = ("source_to_target", "target_to_source")
@@ -70,11 +70,12 @@ class Graph:
     is_replaced: Tensor | None = None
     """(M,) whether an added loop replaces the edge of ``edges``, which then has no message."""
     num_rows: int
-    """N_dst, the rows of ``adj``; a part may hold more rows than destinations."""
+    """The rows of ``adj``: N_dst; in a part also one more, or all its nodes if it is square."""
     scale_of: ScaleOf | None = None
     """In a part, the (N,) scale of its nodes in the whole graph."""
     destinations: Tensor | None = None
-    """In a part, the (n,) places of its destinations in the whole graph."""
+    """In a part, the places of its n destinations in the whole graph, and of the extra one if no
+    edge ends in them; see :meth:`part`."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Graph:
         self.is_sparse = is_sparse(edge_index)
         self.edge_weight = edge_weight
         self.edge_attr = edge_attr
-        self._kept: dict[tuple[object, ...], Kept[Any]] = {}
+        self._kept: dict[tuple[object, ...], KeptResult[Any]] = {}
         if self.is_sparse:
             adjacency = read_sparse(edge_index, self.num_src, self.num_dst, flow)
         else:
@@ -222,10 +223,9 @@ class Graph:
             dtype: least dtype of the entries; they have at least float32.
         """
         factor = self.edge_weight if by == "weight" else None
-        # Without edge weights, PyG reads the values of torch.sparse, but not of SparseTensor.
-        reads_values = by == "weight"
-        reads_values = reads_values or (by == "values" and not isinstance(self.adj, SparseTensor))
-        if factor is None and reads_values:
+        # In convs without edge weights, PyG reads the values of torch.sparse, not of SparseTensor.
+        has_values = by == "values" and not isinstance(self.adj, SparseTensor)
+        if factor is None and (by == "weight" or has_values):
             factor = self.matrix_values
         return sum_matrix(self.edges, factor, mean=mean, dtype=dtype)
 
@@ -326,7 +326,7 @@ class Graph:
             (S,) the nodes that are its sources, and the graph. Its n destinations are the first of
             these nodes, if they are among the sources.
         """
-        number = len(token)
+        num_dst = len(token)  # without the extra destination that may follow
         # 1. The edges that end in a token, with a position of the token each.
         edge, position, _ = self.edges.of(token)
         num_messages = edge.numel()
@@ -356,7 +356,7 @@ class Graph:
         edge_index = torch.stack([source, position])
         values = edge_args.get("matrix_values")
         edges = Edges(
-            ptr[: number + 1],
+            ptr[: num_dst + 1],
             source[:num_messages],
             position[:num_messages],
             len(nodes),
@@ -371,7 +371,7 @@ class Graph:
         part = self._copy(
             **edge_args,
             num_src=len(nodes),
-            num_dst=number,
+            num_dst=num_dst,
             num_rows=num_rows,
             destinations=token,
             edges=edges,

@@ -17,7 +17,7 @@ Options = ParamSpec("Options")
 
 
 @dataclass(frozen=True)
-class Kept(Generic[Result]):
+class KeptResult(Generic[Result]):
     """A result that a graph keeps.
 
     Args:
@@ -47,7 +47,7 @@ class Keeper(Protocol):
     edge_weight: Tensor | None
     edge_attr: Tensor | None
     matrix_values: Tensor | None
-    _kept: dict[tuple[object, ...], Kept[Any]]
+    _kept: dict[tuple[object, ...], KeptResult[Any]]
 
     def _check_args(self) -> None:
         """Refuse edge arguments that do not fit the edges."""
@@ -82,7 +82,7 @@ def once(
         if kept is None or not kept.is_fresh(sources):
             self._check_args()  # a user may have set other ones
             with torch.inference_mode(False):  # the result is for training too
-                kept = Kept(sources, versions_of(sources), method(self, *args, **options))
+                kept = KeptResult(sources, versions_of(sources), method(self, *args, **options))
             self._kept[key] = kept
         return kept.result
 

@@ -87,9 +87,10 @@ class Kind:
             the whole graph; ``None`` for a conv that needs none.
         edge_width: the width of the edge features that a conv takes, or ``None`` if it takes none;
             called with the conv and the width of its sources.
-        multiplies: PyG runs the conv on a sparse matrix without a message for every edge.
-        adds_loops: it adds self-loops: in a matrix also where there are some, in ``edge_index``
-            only where there are none.
+        multiplies, adds_loops: for callers that choose the form of the edges; gmoe reads neither.
+            PyG runs the conv as a product with a sparse matrix, without a message for every edge;
+            and the conv adds self-loops: beside those that a matrix has, but in place of those that
+            an ``edge_index`` has.
         names: names beyond PyG's, each with the options that it stands for.
     """
 

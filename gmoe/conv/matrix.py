@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gmoe._torch import is_watched
 from gmoe.conv.edges import Edges, weighted_sum
-from gmoe.conv.kept import Kept, versions_of
+from gmoe.conv.kept import KeptResult, versions_of
 
 
 class ScaleOf(Protocol):
@@ -39,7 +39,7 @@ class Matrix:
     weight: Tensor
     diagonal: Tensor | None = None
     scale: Tensor | None = None
-    kept_product: Kept[Tensor] | None = None
+    kept_product: KeptResult[Tensor] | None = None
     """The last product that was kept; see :meth:`times`."""
 
     def times(self, x: Tensor, mask: Tensor | None = None, *, keep: bool = False) -> Tensor:
@@ -75,7 +75,7 @@ class Matrix:
         with torch.inference_mode(False):
             y = self._times(weight, x)
         # The result is a source, too: a caller may have written to it.
-        self.kept_product = Kept((x, y), versions_of((x, y)), y)
+        self.kept_product = KeptResult((x, y), versions_of((x, y)), y)
         return y
 
     def _times(self, weight: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._autograd import lazy, operator
-from gmoe.conv.edges import Edges, spread
+from gmoe.conv.edges import Edges, to_messages
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import dispatch
 from gmoe.routing import Routing
@@ -58,16 +58,16 @@ def find_rows(
     """
     is_row = expert.new_zeros(num_experts, num_sources, dtype=torch.bool)
     is_row[expert, source] = True
-    rows_before = is_row.view(-1).cumsum(0)  # and with each
+    rows_up_to = is_row.view(-1).cumsum(0)  # each cell included
     if number is None:
         cell = is_row.view(-1).nonzero().view(-1)
     else:
-        rank = torch.arange(number, device=expert.device).minimum(rows_before[-1:] - 1)
-        cell = torch.searchsorted(rows_before, rank, right=True)
+        rank = torch.arange(number, device=expert.device).minimum(rows_up_to[-1:] - 1)
+        cell = torch.searchsorted(rows_up_to, rank, right=True)
     row_expert, row_source = cell // num_sources, cell % num_sources
     experts = torch.arange(num_experts, device=expert.device)
     offsets = torch.searchsorted(row_expert, experts, right=True, out_int32=True)
-    return row_expert, row_source, offsets, rows_before.view_as(is_row) - 1
+    return row_expert, row_source, offsets, rows_up_to.view_as(is_row) - 1
 
 
 def _all_rows(num_experts: int, num_sources: int, like: Tensor) -> Rows:
@@ -105,7 +105,7 @@ class Messages:
         """(M,) the node that sends it."""
         self.pair_offsets = routing.offsets
         """(E,) cumulative ends of each expert's pairs."""
-        self.offsets = self.ptr[routing.offsets.long()].to(torch.int32)
+        self.message_offsets = self.ptr[routing.offsets.long()].to(torch.int32)
         """(E,) cumulative ends of each expert's messages."""
 
     @lazy
@@ -175,11 +175,11 @@ class Messages:
 
     def at_pairs(self, value_E: Tensor, /) -> Tensor:
         """(P, ...) what the expert of each pair has."""
-        return spread(value_E, self.pair_starts, self.pair_expert)
+        return to_messages(value_E, self.pair_starts, self.pair_expert)
 
     def at_rows(self, value_E: Tensor, /) -> Tensor:
         """(U, ...) what the expert of each row has."""
-        return spread(value_E, _starts(self.rows.offsets), self.rows.expert)
+        return to_messages(value_E, _starts(self.rows.offsets), self.rows.expert)
 
     def pairs_of_rows(self, value_U: Tensor, /) -> Tensor:
         """(P, ...) the rows of the pairs' own tokens, where each has a loop."""
@@ -211,7 +211,7 @@ class DenseMessages(Messages):
         self.ptr = graph.edges.ptr
         self.source = graph.edges.sender
         self.pair_offsets = _ends_of_one(graph.num_dst, self.source)
-        self.offsets = _ends_of_one(self.source.numel(), self.source)
+        self.message_offsets = _ends_of_one(self.source.numel(), self.source)
 
     @property
     def from_rows(self) -> Edges:

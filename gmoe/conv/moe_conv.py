@@ -35,7 +35,7 @@ from gmoe.conv.arguments import (
     check_attention,
     num_destinations,
     refuse_hook,
-    refuse_unknown,
+    refuse_unknown_in_call,
     two_widths,
 )
 from gmoe.conv.attention_weights import AttentionWeights
@@ -47,7 +47,7 @@ from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, ConvLike, Make, kind_of, kinds_of
 from gmoe.conv.router_input import (
     RouterInput,
-    decide,
+    route_nodes,
     router_features,
     router_parts,
     router_width,
@@ -361,7 +361,7 @@ class MoEConv(MoELayer, MessagePassing):
         """
         # 1. Check the call, and read it as a graph from sources to destinations.
         if unknown:
-            refuse_unknown(self, self._all_convs(), unknown)
+            refuse_unknown_in_call(self, self._all_convs(), unknown)
         refuse_transforms()
         if self.experts is None:
             self._complete(x)
@@ -404,8 +404,8 @@ class MoEConv(MoELayer, MessagePassing):
         # 3. Route the destinations.
         if routing is None and self.router is not None:
             seen_TD = self._router_features(routed_call)
-            edge_index = graph.edge_index if x_src is x_dst else None
-            routing = decide(self.router, self.router_input, seen_TD, batch, edge_index)
+            token_edges = graph.edge_index if x_src is x_dst else None  # edges among the tokens
+            routing = route_nodes(self.router, self.router_input, seen_TD, batch, token_edges)
         else:
             routing = checked_routing(routing, graph.num_dst, self.num_experts)
 

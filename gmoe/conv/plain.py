@@ -52,15 +52,15 @@ def run_filter(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
 def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a GCN without experts.
 
-    On a part of a graph it gets the norms of the whole graph, and computes none itself. Nor does it
-    off the CPU, where PyG waits for the number of loops; but explainers count the edges that PyG's
-    conv is given.
+    PyG's conv gets its norms ready-made on a part of a graph, where they are those of the whole
+    graph; off the CPU, where PyG would wait for the number of loops; and in an exported model,
+    whose sizes cannot follow the data. In the last two cases not under an explainer, which counts
+    the edges that PyG's conv is given.
     """
     is_part = graph.scale_of is not None
-    # Exported models have no sizes that follow the data, either.
-    is_off_cpu = x.device.type != "cpu" or torch.compiler.is_exporting()
-    waits = is_off_cpu and not conv.explain
-    if not conv.normalize or not (is_part or waits):
+    must_not_count = x.device.type != "cpu" or torch.compiler.is_exporting()
+    gets_norms = is_part or (must_not_count and not conv.explain)
+    if not (conv.normalize and gets_norms):
         return run(conv, graph, x, x)
     matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
     edge_index = torch.stack([matrix.edges.sender, matrix.edges.receiver])

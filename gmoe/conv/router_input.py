@@ -83,7 +83,7 @@ def router_features(
     neighbors: Tensor | None,
     graph: Graph,
 ) -> Tensor:
-    """(T, dim) the parts side by side, which :func:`decide` takes.
+    """(T, dim) the parts side by side, which :func:`route_nodes` takes.
 
     Args:
         parts: what the router sees.
@@ -104,7 +104,7 @@ def router_features(
     return torch.cat([columns[part] for part in parts], dim=-1)
 
 
-def decide(
+def route_nodes(
     router: Router,
     parts: Sequence[RouterPart],
     seen_TD: Tensor,

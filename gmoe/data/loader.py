@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch_geometric.typing
 from torch import Tensor
-from torch_geometric import typing
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import LinkLoader, LinkNeighborLoader, NeighborLoader, NodeLoader
 from torch_geometric.sampler import NegativeSampling
@@ -110,7 +110,7 @@ def neighbor_loader(
     options = _sampling(replace, disjoint, time_attr, temporal_strategy)
     if _is_pygs(backend, data):
         return NeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
-    _refuse_pygs_own("NeighborLoader", kwargs)
+    _pop_pygs_own("NeighborLoader", kwargs)
     sampler = NeighborSampler(data, num_neighbors, **options)
     kind, nodes = seeds if isinstance(seeds, tuple) else (NODES, seeds)
     if nodes.dtype == torch.bool:
@@ -204,7 +204,7 @@ def link_neighbor_loader(
     options = _sampling(replace, disjoint, time_attr, temporal_strategy)
     if _is_pygs(backend, data):
         return LinkNeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
-    _refuse_pygs_own("LinkNeighborLoader", kwargs)
+    _pop_pygs_own("LinkNeighborLoader", kwargs)
     sampler = NeighborSampler(data, num_neighbors, **options)
     source_kind = NODES if kind is None else kind[0]
     sampler.rank_seeds("edge_label_time", source_kind, links[0], edge_label_time)
@@ -226,7 +226,7 @@ def _sampling(
 def _is_pygs(backend: SamplerBackend, data: Graphs) -> bool:
     """True if PyG is to sample."""
     check_choice("backend", backend, SamplerBackend)
-    is_for_pyg = typing.WITH_PYG_LIB and not isinstance(data, StoredGraph)
+    is_for_pyg = torch_geometric.typing.WITH_PYG_LIB and not isinstance(data, StoredGraph)
     return backend == "pyg" or (backend == "auto" and is_for_pyg)
 
 
@@ -235,8 +235,8 @@ def _stores(data: Graphs) -> Any:
     return (data, data) if isinstance(data, StoredGraph) else data
 
 
-def _refuse_pygs_own(loader: str, kwargs: dict[str, Any]) -> None:
-    """Take out the arguments of PyG's samplers, and refuse those that ask for more than ours does.
+def _pop_pygs_own(loader: str, kwargs: dict[str, Any]) -> None:
+    """Take the arguments of PyG's samplers out of ``kwargs``; refuse what ours cannot do.
 
     Args:
         loader: the name of PyG's loader that has it all.
@@ -284,8 +284,11 @@ def _links(data: Graphs, links: Any) -> tuple[EdgeType | None, Tensor]:
     kind = None
     if isinstance(data, HeteroData):
         is_pair = isinstance(links, tuple | list) and len(links) == 2
-        is_type = is_pair and isinstance(links[0], str)  # (source, destination)
-        kind, links = links if is_pair and not is_type else (links, None)
+        if is_pair and not isinstance(links[0], str):  # (type, links), not (source, destination)
+            kind, links = links
+        else:  # a type alone
+            kind = links
+            links = None
         name = tuple(kind) if isinstance(kind, tuple | list) else None
         of_name = [edges for edges in data.edge_types if name in (edges, (edges[0], edges[-1]))]
         if len(of_name) != 1:

@@ -206,7 +206,7 @@ class NeighborSampler(BaseSampler):
         ranks = [
             self.rank_seeds("time", kind, nodes, times.get(kind)) for kind, nodes in seeds.items()
         ]
-        # All of them are ranks, or none is.
+        # With a clock every entry is a rank; without one every entry is None.
         rank_B = None if self._clock is None else torch.cat([r for r in ranks if r is not None])
         if self.disjoint:
             output = self._expand(seeds, SeparatePositions(self._sizes), rank_B)

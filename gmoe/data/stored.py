@@ -9,9 +9,9 @@ import hashlib
 import json
 import math
 import mmap
+import operator
 import warnings
 from collections.abc import Iterator
-from operator import index
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -107,8 +107,8 @@ class StoredGraph(FeatureStore, GraphStore):
         try:
             self.info: dict[str, Any] = json.loads(path.read_bytes())
             version, listed = self.info["format"], self.info["arrays"]
-            self.num_nodes = index(self.info["num_nodes"])  # index: whole numbers only
-            self.num_edges = index(self.info["num_edges"])
+            self.num_nodes = operator.index(self.info["num_nodes"])  # whole numbers only
+            self.num_edges = operator.index(self.info["num_edges"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:  # any damage to the file
             raise ValueError(
                 f"{path}: got {type(error).__name__}: {error}, expected JSON with format, arrays, "

@@ -36,7 +36,7 @@ from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.plain import run
 from gmoe.conv.router_input import (
     RouterInput,
-    decide,
+    route_nodes,
     router_features,
     router_parts,
     router_width,
@@ -188,9 +188,9 @@ class GNNMoE(HubMixin, nn.Module):
         moe_kwargs["num_experts"] = len(kinds_of(conv, num_experts))
         moe_kwargs["k"] = k
         moe_kwargs["router_input"] = self.router_input
-        decider = None
+        built_router = None
         if router is not None and shared_router and moe_layers:
-            decider = _build_shared_router(router, in_channels, moe_kwargs)
+            built_router = _build_shared_router(router, in_channels, moe_kwargs)
         moe_kwargs["router"] = None if shared_router else router
 
         # 3. The convs.
@@ -201,8 +201,8 @@ class GNNMoE(HubMixin, nn.Module):
             out = hidden_channels if is_hidden else out_channels
             layer_kwargs = moe_kwargs if layer in moe_layers else None
             self.convs.append(_build_conv(conv, width, out, is_hidden, layer_kwargs, conv_kwargs))
-        if decider is not None:
-            _take_costs(decider, [conv for conv in self.convs if isinstance(conv, MoEConv)])
+        if built_router is not None:
+            _take_costs(built_router, [conv for conv in self.convs if isinstance(conv, MoEConv)])
         self.flow = str(self.convs[0].flow)
 
         # 4. Activation, norms and dropouts, the output layer, and the residual maps.
@@ -217,7 +217,8 @@ class GNNMoE(HubMixin, nn.Module):
         self.residuals = nn.ModuleList(
             residual_of(residual, width, hidden_channels) for width in added
         )
-        self.shared_router = decider
+        # The last module: saved optimizers go by the order of parameters.
+        self.shared_router = built_router
 
     def _build_output(self) -> None:
         """Build the output layer behind the convs; with ``jk=None`` the last conv is the output."""
@@ -241,12 +242,12 @@ class GNNMoE(HubMixin, nn.Module):
         """
         return router_features(self.router_input, x, x[: graph.num_dst], None, graph)
 
-    def decide(self, x: Tensor, graph: Graph, batch: Tensor | None) -> Routing | None:
+    def route_once(self, x: Tensor, graph: Graph, batch: Tensor | None) -> Routing | None:
         """Decide once for all layers, by the raw features; ``None`` without a shared router."""
         if self.shared_router is None:
             return None
         seen = self.shared_router_input(x, graph)
-        return decide(self.shared_router, self.router_input, seen, batch, graph.edge_index)
+        return route_nodes(self.shared_router, self.router_input, seen, batch, graph.edge_index)
 
     def _takes(self, name: str) -> bool:
         """True if at least one conv takes this edge argument."""
@@ -300,7 +301,7 @@ class GNNMoE(HubMixin, nn.Module):
 
         given = [] if routings is None else self._one_for_each_router(routings)
         is_shared = self.shared_router is not None
-        decision = given[0] if given and is_shared else self.decide(x, graph, batch)
+        decision = given[0] if given and is_shared else self.route_once(x, graph, batch)
         used = [] if decision is None else [decision]
 
         def run_layer(layer: int, x: Tensor) -> Tensor:
@@ -422,7 +423,8 @@ def _start_of(
 ) -> Start:
     """How all layers start; the arguments are those of :class:`GNNMoE`.
 
-    Copies were safe where they are routed once and share a base, as experts that are stacked do.
+    ``None`` is copies only where one decision serves all layers and the convs are stacked, so that
+    copies share a base: in the study of starts, copies were safe only there.
     """
     start = conv_kwargs.get("start")
     kinds = kinds_of(conv, num_experts)

@@ -25,7 +25,7 @@ from gmoe.conv.build import looks_one_hop
 from gmoe.conv.edges import renumber
 from gmoe.conv.graph import Graph
 from gmoe.conv.moe_conv import MoEConv
-from gmoe.conv.router_input import decide
+from gmoe.conv.router_input import route_nodes
 from gmoe.data.stored import StoredGraph, create_npy
 from gmoe.routers import Router
 from gmoe.routing import Routing
@@ -240,7 +240,7 @@ class InMemory(_LayerByLayer):
         assert router is not None  # a layer without a router of its own needs a shared one
         parts = conv.router_input if shared is None else self.model.router_input
         edge_index = self.graph.edge_index.to(self.device)
-        return decide(router, parts, torch.cat(seen), self.batch, edge_index)
+        return route_nodes(router, parts, torch.cat(seen), self.batch, edge_index)
 
     def rows(self, x: Tensor, nodes: Tensor) -> Tensor:
         """(S, D) the features of some nodes, on the device."""

@@ -113,7 +113,8 @@ class ViTMoE(HubMixin, VisionTransformer):
         **unknown: object,
     ) -> None:
         refuse_unknown("ViTMoE", unknown)
-        size = asdict(size) if isinstance(size, ViTSize) else size
+        if isinstance(size, ViTSize):  # recorded as numbers, since JSON has no ViTSize
+            size = asdict(size)
         start = check_start(start)
         config = recorded(locals(), "unknown", ROUTERS)
         if not isinstance(size, Mapping) and size not in SIZES:

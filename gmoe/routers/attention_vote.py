@@ -18,7 +18,7 @@ from gmoe._checks import check_choice, check_counts, check_positive
 from gmoe.routers.base import (
     Router,
     Weighting,
-    edges_among,
+    checked_edge_index,
     float_linear,
     pair_weights,
     reset_linear,
@@ -31,7 +31,7 @@ Scope: TypeAlias = Literal["group", "neighbors"]
 BLOCK_ELEMENTS = 2**22
 """Scores held at once: 16 MiB in float32. Votes need this much memory, and O(T)."""
 
-KEPT = 4
+KEPT_PER_WIDTH = 4
 """The softmax is kept for the backward pass if a group has at most this many tokens per unit of the
 head width.
 """
@@ -117,7 +117,7 @@ class AttentionVote(Router):
 
         # 2. Votes among neighbors, or among all tokens of a group.
         if self.scope == "neighbors":
-            votes_TE = neighbor_votes(q_THd, k_TEd, edges_among(edge_index))
+            votes_TE = neighbor_votes(q_THd, k_TEd, checked_edge_index(edge_index))
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
             for batch in groups.batches(x_TD.device):
@@ -147,7 +147,7 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
         k_BHSd: keys.
         mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
     """
-    is_large = k_BHSd.size(2) > KEPT * k_BHSd.size(3)
+    is_large = k_BHSd.size(2) > KEPT_PER_WIDTH * k_BHSd.size(3)
     if is_large and not torch.compiler.is_exporting():
         return _Votes.apply(q_BHSd, k_BHSd, mask_BS)
     scores_BHSS = q_BHSd @ k_BHSd.transpose(-1, -2)
@@ -158,14 +158,14 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
     return (shares_BHSS * mask_BS[:, None, :, None]).sum(dim=2)
 
 
-def _empty_votes(k_BHSd: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _empty_votes(_: Tensor, k_BHSd: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
     """The shapes of :func:`_vote_by_blocks`, for compilers."""
     return k_BHSd.new_empty(k_BHSd.shape[:-1]), k_BHSd.new_empty(k_BHSd.shape[:-1])
 
 
 @operator(fake=_empty_votes)
 def _vote_by_blocks(
-    k_BHSd: Tensor, q_BHSd: Tensor, mask_BS: Tensor | None
+    q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(B, H, S) votes, and (B, H, S) each voter's log-sum-exp, a block of voters at a time.
 
@@ -185,14 +185,14 @@ def _vote_by_blocks(
     return votes_BHS, log_sum_BHS
 
 
-def _empty_like_keys(_: Tensor, k_BHSd: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
+def _empty_like_keys(_: Tensor, __: Tensor, k_BHSd: Tensor, *___: Any) -> tuple[Tensor, Tensor]:
     """The shapes of :func:`_vote_by_blocks_backward`, for compilers."""
     return k_BHSd.new_empty(k_BHSd.shape), k_BHSd.new_empty(k_BHSd.shape)
 
 
 @operator(fake=_empty_like_keys)
 def _vote_by_blocks_backward(
-    grad_BHS: Tensor, k_BHSd: Tensor, q_BHSd: Tensor, mask_BS: Tensor | None, log_sum_BHS: Tensor
+    grad_BHS: Tensor, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, log_sum_BHS: Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""(B, H, S, d) the gradients of the queries, one per head even if heads share them, and keys.
 
@@ -227,7 +227,7 @@ class _Votes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Tensor:
-        votes_BHS, log_sum_BHS = _vote_by_blocks(k_BHSd, q_BHSd, mask_BS)
+        votes_BHS, log_sum_BHS = _vote_by_blocks(q_BHSd, k_BHSd, mask_BS)
         ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS, log_sum_BHS)
         return votes_BHS
 
@@ -235,7 +235,7 @@ class _Votes(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None]:
         q_BHSd, k_BHSd, mask_BS, log_sum_BHS = ctx.saved_tensors
-        grad_q, grad_k = _vote_by_blocks_backward(grad_BHS, k_BHSd, q_BHSd, mask_BS, log_sum_BHS)
+        grad_q, grad_k = _vote_by_blocks_backward(grad_BHS, q_BHSd, k_BHSd, mask_BS, log_sum_BHS)
         return grad_q.sum_to_size(q_BHSd.shape), grad_k, None  # summed over heads that share
 
 

@@ -64,7 +64,7 @@ class BalancedRouter(Router):
             self.register_buffer(f"{prefix}bias_E", torch.zeros(num_experts))
             self.register_buffer(f"{prefix}mean_D", torch.zeros(dim))
 
-    def balanced(self, x_TD: Tensor, gate: nn.Module) -> Tensor:
+    def centered_step(self, x_TD: Tensor, gate: nn.Module) -> Tensor:
         """(T, E) the logits of the centered tokens, to which the selection adds ``bias_E``.
 
         A training step first applies what the last step counted, then stores what it counts itself.
@@ -76,7 +76,7 @@ class BalancedRouter(Router):
             self.mean_D.copy_(self.next_mean_D)
         logits_TE = self.centered(x_TD, gate)
         if is_step:
-            self._count(x_TD.detach(), logits_TE.detach())
+            self._store_next(x_TD.detach(), logits_TE.detach())
         return logits_TE
 
     def centered(self, x_TD: Tensor, gate: nn.Module) -> Tensor:
@@ -87,7 +87,7 @@ class BalancedRouter(Router):
         mean_1D = torch.stack((self.mean_D, zeros_D)).sum(dim=0, keepdim=True)
         return float_linear(x_TD, gate) - float_linear(mean_1D.to(x_TD.dtype), gate)
 
-    def _count(self, x_TD: Tensor, clean_TE: Tensor) -> None:
+    def _store_next(self, x_TD: Tensor, clean_TE: Tensor) -> None:
         """Store the next bias and the next mean.
 
         Args:

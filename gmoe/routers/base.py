@@ -19,7 +19,7 @@ from gmoe._checks import INTEGERS, check, check_choice, check_counts, described,
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
-from gmoe.routers.groups import spread
+from gmoe.routers.groups import to_members
 from gmoe.routing import Routing
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
@@ -115,7 +115,7 @@ class Router(nn.Module, ABC):
         self.weight = weight
         self.check_finite = False
         self.experts_per_token = float(k)
-        self.process_group: Any = None
+        self.process_group: dist.ProcessGroup | None = None
         self.removed: Any = None
 
     @abstractmethod
@@ -174,7 +174,7 @@ class Router(nn.Module, ABC):
         # Losses that were computed without gradients train nothing: aux_loss warns about them.
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True, validate=False)
-        return routing if members is None else spread(routing, members)
+        return routing if members is None else to_members(routing, members)
 
     def _check_input(self, x: Tensor, batch: Tensor | None) -> None:
         """Refuse tokens of another width, and a batch vector that does not fit them."""
@@ -313,8 +313,9 @@ def pair_weights(
 def log_softmax(logits_TE: Tensor) -> Tensor:
     """(T, E) the logarithms of the probabilities of each token's experts.
 
-    Its gradient may lie in columns: not for logits that are a view's maximum, which torch cannot
-    compile then.
+    On a CPU with few experts it works on the transpose, so that its gradient lies in columns.
+    ``torch.compile`` fails on that where the logits are the maximum of a view: such a router calls
+    torch's own ``log_softmax``.
     """
     if logits_TE.device.type == "cpu" and logits_TE.size(1) < SHORT:
         return logits_TE.T.log_softmax(dim=0).T
@@ -350,10 +351,10 @@ def reset_linear(linear: nn.Linear, scale: float) -> None:
         linear.weight.mul_(scale)
 
 
-def edges_among(edge_index: Tensor | None) -> Tensor:
+def checked_edge_index(edge_index: Tensor | None) -> Tensor:
     """Return the edges; refuse what does not have the form of edges.
 
-    Sorting them checks that they join the tokens.
+    That they join the tokens is checked where they are sorted.
     """
     is_integers = edge_index is not None and edge_index.dtype in INTEGERS
     if edge_index is None or not is_integers or edge_index.dim() != 2 or len(edge_index) != 2:

@@ -182,8 +182,8 @@ class ExpertSelection(nn.Module):
             # Each token by itself: the running means stand for the group.
             if int(self.steps) == 0:
                 raise RuntimeError(
-                    "inference='threshold' has no thresholds yet: run a training step or load a "
-                    "state"
+                    "inference: got 'threshold' before there are thresholds, expected a training "
+                    "step or a loaded state first"
                 )
             if along_tokens:
                 log_scores_TE = logits_TE - self.log_scale_E

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmoe._torch import is_tracing
-from gmoe.routing import Routing, owner
+from gmoe.routing import Routing, expert_of_pairs
 
 
 class GroupBatch(NamedTuple):
@@ -228,7 +228,7 @@ class Groups:
         return token_P, offsets_E, log_gate_P
 
 
-def spread(routing: Routing, token_M: Tensor) -> Routing:
+def to_members(routing: Routing, token_M: Tensor) -> Routing:
     """Give each member, such as a node of a graph, the pairs of its token.
 
     Args:
@@ -287,21 +287,16 @@ def drop_over_capacity(
 
 def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:
     """The pairs at which ``mask`` is true; no host sync if their number is known."""
-    if num_pairs is not None and torch.compiler.is_exporting():
-        # ONNX finds no fixed number of places: sort each expert's tokens behind all others.
-        num_experts, num_tokens = mask_ET.shape
-        token_T = torch.arange(num_tokens, device=mask_ET.device)
-        first_ET = torch.where(mask_ET, token_T, num_tokens).sort(dim=1).values
-        token_EC = first_ET[:, : num_pairs // num_experts]
-        offsets_E = mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
-        return token_EC.reshape(-1), offsets_E
-    if num_pairs is None:
-        # As after a capacity, which drops pairs: how many are left is the size of the result.
-        pair_P2 = mask_ET.nonzero()
-    else:
-        pair_P2 = torch.nonzero_static(mask_ET, size=num_pairs)
     offsets_E = mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
-    return pair_P2[:, 1].contiguous(), offsets_E
+    if num_pairs is None:  # a capacity dropped some: one host sync for the size of the result
+        return mask_ET.nonzero()[:, 1].contiguous(), offsets_E
+    if not torch.compiler.is_exporting():
+        return torch.nonzero_static(mask_ET, size=num_pairs)[:, 1].contiguous(), offsets_E
+    # ONNX finds no fixed number of places: sort each expert's tokens in front of all others.
+    num_experts, num_tokens = mask_ET.shape
+    token_T = torch.arange(num_tokens, device=mask_ET.device)
+    first_ET = torch.where(mask_ET, token_T, num_tokens).sort(dim=1).values
+    return first_ET[:, : num_pairs // num_experts].reshape(-1), offsets_E
 
 
 def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:
@@ -309,5 +304,5 @@ def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor
 
     One flat ``index_select``, whose backward is an ``index_add``.
     """
-    place_P = token_P * value_TE.size(1) + owner(offsets_E, token_P)
+    place_P = token_P * value_TE.size(1) + expert_of_pairs(offsets_E, token_P)
     return value_TE.reshape(-1).index_select(0, place_P)

@@ -169,7 +169,7 @@ class TokenChoice(BalancedRouter):
         biased = self.balance == "bias"
 
         # 1. Score the experts; with a bias, from centered tokens.
-        clean_TE = self.balanced(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
+        clean_TE = self.centered_step(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
 
         # 2. In training, add noise, so that experts which nobody chooses get a chance.
         std_TE = self._noise_std(x_TD, clean_TE)

@@ -173,7 +173,7 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
         gmoe.prune(bound, images(1), keep=2)
     with pytest.raises(ValueError, match="MoEConv without one router"):
         gmoe.prune(without, (X.float(), EDGES))
-    with pytest.raises(ValueError, match=r"^keep: got an oracle"):
+    with pytest.raises(ValueError, match=r"^keep: got experts to remove to which the oracle"):
         gmoe.prune(oracle, X.float(), keep=2)
     with pytest.raises(ValueError, match=r"^model: got Linear without layers"):
         gmoe.prune(nn.Linear(2, 2), torch.zeros(1, 2))

@@ -25,7 +25,8 @@ def scored(with_edges: bool) -> tuple[Any, ...]:
     of_edges = edge_features if with_edges else (None, None)
     ends = features(ROWS, WIDTH), features(PAIRS, WIDTH)
     offsets = expert.bincount(minlength=EXPERTS).cumsum(0).to(torch.int32)
-    return features(EXPERTS, WIDTH, HEADS), *ends, *of_edges, 0.2, sender, receiver, offsets
+    attention = features(EXPERTS, WIDTH, HEADS)
+    return *ends, *of_edges, attention, 0.2, sender, receiver, offsets
 
 
 @pytest.mark.parametrize("with_edges", [False, True])

@@ -18,7 +18,7 @@ from gmoe.conv.edges import (
     dot,
     renumber,
     softmax,
-    spread,
+    to_messages,
     weighted_sum,
 )
 from tests.gmoe.conv.masked import features, random_graph
@@ -46,7 +46,7 @@ def test_operators_keep_torchs_rules() -> None:
     number = int(edges.degree[some].sum())
     torch.library.opcheck(torch.ops.gmoe.find_messages.default, (edges.ptr, some, number))
     for name, inputs in {
-        "sort_edges": (receiver, sender, 9, 7, False),
+        "sort_edges": (sender, receiver, 7, 9, False),
         "find_messages": (edges.ptr, some, None),
         "add_loops": (*ends, 7),
         "sum_messages": (weight, value, *ends, None),
@@ -113,7 +113,7 @@ def test_what_a_receiver_has_is_spread_over_its_messages() -> None:
     sender, receiver = random_graph(7, 9, 30)
     edges = Edges.sorted(sender, receiver, 7, 9)
     value = features(9, 2, 3).requires_grad_()
-    actual, plain = spread(value, edges.ptr, edges.receiver), value[edges.receiver]
+    actual, plain = to_messages(value, edges.ptr, edges.receiver), value[edges.receiver]
     assert torch.equal(actual, plain)
     gradients = [torch.autograd.grad(y.square().sum(), value) for y in (actual, plain)]
     torch.testing.assert_close(*gradients)

@@ -18,7 +18,7 @@ def drawn() -> edges.Edges:
 def test_edges_are_sorted_by_receiver() -> None:
     torch.manual_seed(0)
     sender, receiver = torch.randint(SENDERS, (EDGES,)), torch.randint(RECEIVERS, (EDGES,))
-    ptr, by_sender, by_receiver, order = exported.sort_edges(receiver, sender, RECEIVERS)
+    ptr, by_sender, by_receiver, order = exported.sort_edges(sender, receiver, RECEIVERS)
     assert torch.equal(by_receiver, receiver.sort().values)
     assert torch.equal(by_receiver, receiver[order])
     assert torch.equal(by_sender, sender[order])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmoe.conv.kept import Kept, once, versions_of
+from gmoe.conv.kept import KeptResult, once, versions_of
 
 
 class Sums:
@@ -19,7 +19,7 @@ class Sums:
         self.edge_weight: Tensor | None = torch.ones(3)
         self.edge_attr: Tensor | None = None
         self.matrix_values: Tensor | None = None
-        self._kept: dict[tuple[object, ...], Kept[Any]] = {}
+        self._kept: dict[tuple[object, ...], KeptResult[Any]] = {}
         self.checks = self.calls = 0
 
     def _check_args(self) -> None:

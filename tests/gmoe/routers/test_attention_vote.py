@@ -37,7 +37,7 @@ def test_blocks_of_voters_equal_naive(
     case: Case, batch: Tensor | None, voters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So many voters at a time, computed again in the backward pass."""
-    monkeypatch.setattr(attention_vote, "KEPT", 0)
+    monkeypatch.setattr(attention_vote, "KEPT_PER_WIDTH", 0)
     monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", voters * 3 * 11)
     assert_same_as_naive(layer(case), torch.randn(11, 5, dtype=DTYPE), batch)
 
@@ -123,7 +123,7 @@ def test_autocast_leaves_votes_alone_and_no_warning_reaches_the_user() -> None:
 def test_operators_keep_torchs_rules(masked: bool) -> None:
     """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
     query, key, mask = torch.randn(2, 1, 7, 3), torch.randn(2, 4, 7, 3), torch.rand(2, 7) < 0.7
-    values = (key, query, mask if masked else None)
+    values = (query, key, mask if masked else None)
     votes, log_sum = torch.ops.gmoe.vote_by_blocks(*values)
     torch.library.opcheck(torch.ops.gmoe.vote_by_blocks.default, values)
     torch.library.opcheck(torch.ops.gmoe.vote_by_blocks_backward.default, (votes, *values, log_sum))
