@@ -215,8 +215,8 @@ def routed_linear(
     """
     # 1. Where the kernel is not the loop: one step after the other.
     device = parts[0].device.type
-    is_loop = device != "cuda" and backend in ("auto", "loop") and not torch.compiler.is_exporting()
-    if not is_loop:
+    is_no_loop = device == "cuda" or torch.compiler.is_exporting()
+    if is_no_loop or backend not in ("auto", "loop"):
         x_TI = parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
         x_PI = dispatch(x_TI, routing)
         y_PO = grouped_linear(x_PI, weight_EIO, bias_EO, routing.offsets, backend)
