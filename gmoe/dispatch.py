@@ -543,16 +543,10 @@ class _RoutedAtOnce(torch.autograd.Function):
     """What :class:`_RoutedLinear` computes, by a few operators on the rows of all experts."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        token: Tensor,
-        offsets: Tensor,
-        place: Tensor,
-        gate: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *parts: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        # Not by name: without gradients, the compiler takes the context away from a method that has
+        # as many parameters as it gets arguments.
+        token, offsets, place, gate, weight, bias, *parts = inputs
         x_TI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         x_PI = x_TI.index_select(0, token)
         y_PO = _grouped_linear(x_PI, weight, offsets, "loop")

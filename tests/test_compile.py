@@ -274,6 +274,26 @@ def test_a_layer_is_one_graph(name: str) -> None:
     assert_is_one_graph(name, "aot_eager", SIZES[:2], near=0)
 
 
+QUICK_WITHOUT_GRADIENTS = ("GCN", "SAGE", "SAGE, shared", "GATv2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK_WITHOUT_GRADIENTS else SLOW)
+        for name in layers("yes")
+    ],
+)
+def test_without_gradients_a_layer_is_one_graph_of_few_nodes_and_of_many(name: str) -> None:
+    """As a server calls it; of many nodes, rows of all experts move at once."""
+    layer = made(name).eval()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for nodes in (SIZES[0], 1100):
+        args, kwargs = inputs(name, nodes)
+        with torch.no_grad():
+            assert torch.equal(compiled(*args, **kwargs), layer(*args, **kwargs))
+
+
 def test_the_page_has_every_row() -> None:
     of_contract = set(table()) - set(ROWS)
     assert set(ROWS) <= set(table())

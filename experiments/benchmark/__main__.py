@@ -46,6 +46,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "A layer under torch.compile, forward and backward; dense layers too.",
         "compiled.CompileBenchmark",
     ),
+    "latency": (
+        "One call without gradients: eager, compiled, by onnxruntime.",
+        "latency.LatencyBenchmark",
+    ),
     "gpu": (
         "A CUDA device: equal to the CPU, waits, and times beside dense layers.",
         "gpu.GpuBenchmark",

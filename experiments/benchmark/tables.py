@@ -19,12 +19,14 @@ def benchmark_table(found: dict[str, Any]) -> str:
 def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
     """One line a variant: times, ratios to the reference, memory.
 
-    Of ``train``, shares; of ``swap``, accuracies.
+    Of ``train``, shares; of ``swap``, accuracies; of ``latency``, percentiles.
     """
     if any("runs" in variant for variant in variants.values()):
         return known([{"": name} | swap_line(row) for name, row in variants.items()])
     if any("waits" in variant or "error" in variant for variant in variants.values()):
         return [gpu_line(name, variant) for name, variant in variants.items()]
+    if any("p95" in variant.get("wall", {}) for variant in variants.values()):
+        return known([latency_line(name, variant) for name, variant in variants.items()])
     return [_time_line(name, variant) for name, variant in variants.items()]
 
 
@@ -49,6 +51,23 @@ def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
         "× FLOPs": "–" if ratio.get("flops") is None else f"{ratio['flops']:.2f}",
         "MiB": f"{variant['memory'] / 2**20:,.0f}" if "memory" in variant else "–",
     }
+
+
+def latency_line(name: str, variant: Mapping[str, Any]) -> Line:
+    """A call: medians, 95th percentiles, and CPU times over those of dense ones.
+
+    On one thread, CPU time is what the call takes where nothing else runs.
+    """
+    line = {"variant": name}
+    for clock, unit in (("wall", "ms"), ("cpu", "ms CPU")):
+        for percentile, key in (("p50", "median"), ("p95", "p95")):
+            line[f"{percentile} ({unit})"] = f"{1000 * variant[clock][key]:.2f}"
+    for column, key in (
+        ("× compiled dense (CPU)", "ratio"),
+        ("× dense in this form (CPU)", "ratio in form"),
+    ):
+        line[column] = f"{variant[key]['cpu']:.2f}" if key in variant else "–"
+    return line
 
 
 def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
