@@ -1,10 +1,13 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
-Read the files in this order: ``routing`` (which expert handles which token), ``dispatch`` (where
-tokens move), ``experts``, ``moe`` (the layer), ``routers`` (start with ``base`` and
-``token_choice``), ``conv.graph``, ``conv.aggregate``, ``conv.moe_conv`` (the layer on graphs),
-``models.gnn``; then ``convert`` and ``models.vit`` for images. ``losses``, ``metrics``, ``flops``,
-``distributed``, ``plot`` and ``hub`` each stand alone.
+Read the files in this order. Core: ``routing`` (which expert handles which token), ``dispatch``
+(where tokens move), ``experts``, ``moe`` (the layer), ``routers.base``, ``routers.token_choice``.
+Graphs: ``conv.edges`` and ``conv.graph`` (edges, sorted once), ``conv.call`` and ``conv.base``
+(what experts get and promise), ``conv.aggregate``, ``conv.kinds`` and ``conv.build`` (which class
+runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the layer), ``models.gnn``. Images:
+``_mlps``, ``convert``, ``models.vit``. After training: ``from_base``, ``layer_groups``, ``shrink``,
+``pruning``, ``candidates``, ``dense``, ``unstacked``, ``saved``, ``hub``. Sampling and graphs on
+disk: ``data``. ``losses``, ``metrics``, ``flops``, ``distributed`` and ``plot`` at any time.
 
 Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics or
 matplotlib are imported on first use.
@@ -41,7 +44,7 @@ from gmoe.unstacked import restack, unstack
 
 if TYPE_CHECKING:
     import gmoe.plot as plot
-    from gmoe.conv.aggregate import FilterConv, MLPConv
+    from gmoe.conv.convs import FilterConv, MLPConv
     from gmoe.conv.graph import Graph
     from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
     from gmoe.conv.moe_conv import MoEConv
@@ -117,8 +120,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "FilterConv": "gmoe.conv.aggregate",
-    "MLPConv": "gmoe.conv.aggregate",
+    "FilterConv": "gmoe.conv.convs",
+    "MLPConv": "gmoe.conv.convs",
     "Graph": "gmoe.conv.graph",
     "HeteroMoEConv": "gmoe.conv.hetero",
     "RelationalConv": "gmoe.conv.hetero",

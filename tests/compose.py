@@ -35,7 +35,7 @@ from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 
 from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
 from gmoe._checks import parameters_of
-from gmoe.conv import edges as edges_module
+from gmoe.conv import sums as sums_module
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.kinds import by_name, class_of, kind_of, of_pyg
 from tests.gmoe.conv import masked as ref
@@ -887,7 +887,7 @@ def compute(c: Config) -> Outcome:
     module = build(c)
     twin, given, theirs = copy.deepcopy(module), *(given_of(c, c.number) for _ in range(2))
     # Small blocks, no products
-    as_on_gpus: Any = mock.patch.multiple(edges_module, SPARSE_DEVICES=(), NUMBERS=20)
+    as_on_gpus: Any = mock.patch.multiple(sums_module, SPARSE_DEVICES=(), NUMBERS=20)
     with as_on_gpus if c.as_on_gpus else nullcontext():
         for before in c.before:
             module = go_through(module, c, given, before)

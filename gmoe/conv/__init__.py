@@ -1,6 +1,6 @@
 """Experts inside message passing. Imports the core and torch_geometric."""
 
-from gmoe.conv.aggregate import FilterConv, MLPConv
+from gmoe.conv.convs import FilterConv, MLPConv
 from gmoe.conv.graph import Graph
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
 from gmoe.conv.moe_conv import MoEConv

@@ -2,7 +2,7 @@
 
 Shapes: N sources, I in, O out features, H heads of width C (O = H C, unless heads are averaged), F
 edge features, E experts, P (token, expert) pairs, M messages (an edge and an expert of its
-destination), U rows (a source and an expert that needs it), B messages in a block.
+destination), U rows (a source and an expert that needs it).
 
 A layer transforms U rows, sends M messages from rows to pairs, and sums over each pair.
 """
@@ -12,25 +12,23 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._autograd import first_order, operator
 from gmoe._checks import must_be_called
+from gmoe.conv.additive import additive_scores
 from gmoe.conv.attention_weights import weights_by_edge
 from gmoe.conv.base import Conv, Parts, StackedExperts, is_plain, stacked
 from gmoe.conv.call import Call
-from gmoe.conv.edges import add_ends, blocks, dot, softmax, to_messages, weighted_sum
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
+from gmoe.conv.sums import add_ends, dot, softmax, to_messages, weighted_sum
 from gmoe.dispatch import Backend, combine, grouped_linear
 from gmoe.experts import LinearExperts
-from gmoe.padded import padded_mm, padded_outer
 from gmoe.routing import Routing
 
 
@@ -356,218 +354,3 @@ class GATv2Experts(AttentionExperts):
         alpha_MH, returned_MH = self._attention(score_MH, messages)
         y_PHC = weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_rows)
         return y_PHC, returned_MH
-
-
-def additive_scores(
-    source_UO: Tensor,
-    target_PO: Tensor,
-    edge_MF: Tensor | None,
-    edge_EFO: Tensor | None,
-    att_EOH: Tensor,
-    negative_slope: float,
-    messages: Messages,
-) -> Tensor:
-    r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`.
-
-    Computed by blocks of messages, so that no row for each message is kept. Can be differentiated
-    once.
-
-    Args:
-        source_UO: transformed rows of the senders.
-        target_PO: transformed rows of the pairs.
-        edge_MF: edge features, or ``None``.
-        edge_EFO: their linear layer, or ``None``.
-        att_EOH: the experts' attention vectors.
-        negative_slope: of the leaky ReLU.
-        messages: from the rows to the pairs.
-    """
-    edges = messages.from_rows
-    return _AdditiveScores.apply(
-        source_UO,
-        target_PO,
-        edge_MF,
-        edge_EFO,
-        att_EOH,
-        negative_slope,
-        edges.sender,
-        edges.receiver,
-        messages.message_offsets,
-    )
-
-
-class _AdditiveScores(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *weights, negative_slope, sender, receiver, offsets = inputs
-        ctx.negative_slope = negative_slope
-        ctx.save_for_backward(*weights, sender, receiver, offsets)
-        return _score_additively(*inputs)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        *weights, sender, receiver, offsets = ctx.saved_tensors
-        grad_source, grad_target, *grads_of_edges, grad_att = _score_additively_backward(
-            grad_MH, *weights, ctx.negative_slope, sender, receiver, offsets
-        )
-        grad_edge, grad_weight = grads_of_edges or (None, None)
-        return grad_source, grad_target, grad_edge, grad_weight, grad_att, None, None, None, None
-
-
-def _empty_scores(*inputs: Any) -> Tensor:
-    *_, att_EOH, _, sender, _, _ = inputs
-    return Tensor.new_empty(att_EOH, (sender.size(0), att_EOH.size(2)))
-
-
-@operator(fake=_empty_scores)
-def _score_additively(
-    source_UO: Tensor,
-    target_PO: Tensor,
-    edge_MF: Tensor | None,
-    edge_EFO: Tensor | None,
-    att_EOH: Tensor,
-    negative_slope: float,
-    sender: Tensor,
-    receiver: Tensor,
-    offsets: Tensor,
-) -> Tensor:
-    """(M, H) the scores, computed in float32 at least.
-
-    Products are written in place: autocast does not touch those.
-    """
-    dtype = att_EOH.dtype
-    *rows, att_EOH = _exact(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
-    score_MH = att_EOH.new_empty(sender.size(0), att_EOH.size(2))
-    for block in _blocks(offsets, sender.size(0), att_EOH):
-        sum_BO = _sums(rows, sender, receiver, block)
-        leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
-        block.add_product(leaky_BO, att_EOH, score_MH[block.place], beta=0)
-    return score_MH.to(dtype)
-
-
-@operator(fake=lambda _, *rest: [torch.empty_like(t) for t in rest[:5] if t is not None])
-def _score_additively_backward(
-    grad_MH: Tensor,
-    source_UO: Tensor,
-    target_PO: Tensor,
-    edge_MF: Tensor | None,
-    edge_EFO: Tensor | None,
-    att_EOH: Tensor,
-    negative_slope: float,
-    sender: Tensor,
-    receiver: Tensor,
-    offsets: Tensor,
-) -> list[Tensor]:
-    """The gradients of the first five inputs, of those that are there."""
-    inputs = (source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
-    *rows, att_EOH = _exact(*inputs)
-    grad_MH = grad_MH.to(att_EOH.dtype)
-    grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (*rows, att_EOH)]
-    grad_source, grad_target, grad_edge, grad_weight, grad_att = grads
-    for block in _blocks(offsets, len(sender), att_EOH):
-        # The sums are computed anew: they take more memory than all else.
-        sum_BO = _sums(rows, sender, receiver, block)
-        grad_BH = grad_MH[block.place]
-        grad_BO = torch.empty_like(sum_BO)
-        block.add_product(grad_BH, att_EOH.transpose(1, 2), grad_BO, beta=0)
-        grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, negative_slope, False)
-        leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
-        block.add_outer(leaky_BO, grad_BH, grad_att)
-        grad_source.index_add_(0, sender[block.place], grad_BO)
-        grad_target.index_add_(0, receiver[block.place], grad_BO)
-        if grad_edge is not None:
-            _, _, edge_MF, edge_EFO = rows
-            block.add_product(grad_BO, edge_EFO.transpose(1, 2), grad_edge[block.place], beta=0)
-            block.add_outer(edge_MF[block.place], grad_BO, grad_weight)
-    return [grad.to(t.dtype) for grad, t in zip(grads, inputs, strict=True) if t is not None]
-
-
-def _exact(*tensors: Any) -> list[Any]:
-    """The tensors in float32 at least; ``None`` stays."""
-    return [
-        None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors
-    ]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A block of messages, all of one expert.
-
-    Args:
-        place: of the block among the messages.
-        expert: of all of them.
-    """
-
-    place: slice
-    expert: int
-
-    def add_product(
-        self, x_BI: Tensor, weight_EIO: Tensor, sum_BO: Tensor, beta: int = 1
-    ) -> Tensor:
-        """Add rows times the weight of their expert to ``beta`` times ``sum_BO``."""
-        return sum_BO.addmm_(x_BI, weight_EIO[self.expert], beta=beta)
-
-    def add_outer(self, x_BI: Tensor, grad_BO: Tensor, sum_EIO: Tensor) -> None:
-        """Add the gradient of the weights, from rows (B, I) and gradients (B, O)."""
-        sum_EIO[self.expert].addmm_(x_BI.T, grad_BO)
-
-
-@dataclass(frozen=True)
-class _MixedBlock:
-    """A block of messages of any experts, of which the host knows no ends.
-
-    Args:
-        place: of the block among the messages.
-        offsets: (E,) cumulative ends of each expert's messages in the block.
-    """
-
-    place: slice
-    offsets: Tensor
-
-    def add_product(
-        self, x_BI: Tensor, weight_EIO: Tensor, sum_BO: Tensor, beta: int = 1
-    ) -> Tensor:
-        """See :class:`_Block`."""
-        with torch.autocast(x_BI.device.type, enabled=False):
-            y_BO = padded_mm(x_BI, weight_EIO, self.offsets)
-        return sum_BO.add_(y_BO) if beta else sum_BO.copy_(y_BO)
-
-    def add_outer(self, x_BI: Tensor, grad_BO: Tensor, sum_EIO: Tensor) -> None:
-        """See :class:`_Block`."""
-        with torch.autocast(x_BI.device.type, enabled=False):
-            sum_EIO += padded_outer(x_BI, grad_BO, self.offsets)
-
-
-def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | _MixedBlock]:
-    """The messages in blocks: each of one expert, or of any, where the host would wait for ends.
-
-    Args:
-        offsets: (E,) cumulative ends of each expert's messages.
-        number: M.
-        att_EOH: one of the weights.
-    """
-    width, device = att_EOH.size(1), att_EOH.device
-    if torch.compiler.is_exporting():  # nobody knows how many blocks there will be
-        yield _MixedBlock(slice(0, number), offsets)
-        return
-    if device.type != "cpu":
-        for place in blocks(0, number, width, device):
-            ends = offsets.clamp(place.start, place.stop) - place.start
-            yield _MixedBlock(place, ends)
-        return
-    ends = offsets.tolist()
-    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        for place in blocks(start, end, width, device):
-            yield _Block(place, expert)
-
-
-def _sums(
-    rows: Sequence[Any], sender: Tensor, receiver: Tensor, block: _Block | _MixedBlock
-) -> Tensor:
-    """(B, O) the sums before the leaky ReLU, of a block of messages."""
-    source_UO, target_PO, edge_MF, edge_EFO = rows
-    sum_BO = source_UO.index_select(0, sender[block.place])
-    sum_BO += target_PO.index_select(0, receiver[block.place])
-    if edge_MF is not None:
-        block.add_product(edge_MF[block.place], edge_EFO, sum_BO)
-    return sum_BO

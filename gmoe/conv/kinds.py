@@ -19,8 +19,8 @@ from torch_geometric.nn import MessagePassing
 
 from gmoe._checks import check_choice, check_counts, nearest
 from gmoe.conv import aggregate, attention
-from gmoe.conv.aggregate import FilterConv, MLPConv
 from gmoe.conv.base import StackedExperts
+from gmoe.conv.convs import FilterConv, MLPConv
 from gmoe.conv.graph import Graph
 from gmoe.conv.plain import run_filter, run_gcn
 from gmoe.moe import refuse_removed

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gmoe._torch import is_watched
-from gmoe.conv.edges import Edges, weighted_sum
+from gmoe.conv.edges import Edges
 from gmoe.conv.kept import KeptResult, versions_of
+from gmoe.conv.sums import weighted_sum
 
 
 class ScaleOf(Protocol):

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._autograd import lazy, operator
-from gmoe.conv.edges import Edges, to_messages
+from gmoe.conv.edges import Edges
 from gmoe.conv.graph import Graph
+from gmoe.conv.sums import to_messages
 from gmoe.dispatch import dispatch
 from gmoe.routing import Routing
 

@@ -276,7 +276,8 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     # Not at the head of the file: gmoe.routers needs torch only, and users of graphs have PyG.
     from torch_geometric.utils import softmax
 
-    from gmoe.conv.edges import Edges, dot
+    from gmoe.conv.edges import Edges
+    from gmoe.conv.sums import dot
 
     num_tokens = len(k_THd)
     voter_M, chosen_M = edge_index

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gmoe import grouped_linear
 from gmoe.padded import blocks_of
-from tests.gmoe.test_dispatch import ends
+from tests.gmoe.kernels import ends
 
 
 @given(loads=st.lists(st.integers(0, 90), min_size=1, max_size=6))

@@ -12,7 +12,7 @@ from gmoe.dispatch import combine, dispatch
 from gmoe.places import ToPairs, ToTokens, places_of
 from gmoe.routing import Routing
 from tests.gmoe.conv.masked import features
-from tests.gmoe.test_dispatch import Noted, gradients, routings
+from tests.gmoe.kernels import Noted, gradients, routings
 
 
 @pytest.mark.parametrize(

@@ -1,61 +1,100 @@
-"""Filters and MLPs in the place of convs.
+"""The one aggregation that experts share is that of the conv itself.
 
-``tests/compose.py`` compares experts of them with masked convs.
+Experts are compared with PyG's convs in ``test_experts.py``, and composed in ``tests/compose.py``.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch_geometric.nn import GCNConv
+from torch import nn
+from torch_geometric import nn as pyg
 
-from gmoe import FilterConv, Graph, MLPConv
-from tests.gmoe.conv.masked import GRAPHS, coo, features, simple_graph
+from gmoe import Graph, MoEConv
+from gmoe.conv.aggregate import AggregateOnce
+from gmoe.conv.call import Call
+from gmoe.dispatch import grouped_linear
+from gmoe.routing import Routing
+from tests.gmoe.conv.masked import features, random_graph
 
-NODES, WIDTH = 7, 4
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("hops", [1, 2, 3])
-def test_filters_are_what_they_say(hops: int, weighted: bool) -> None:
-    """Powers of D^-1/2 (A + I) D^-1/2; of a :class:`Graph` too."""
-    x, edge_index = features(NODES, WIDTH), simple_graph(NODES, NODES, loops=False)
-    weight = features(edge_index.size(1), seed=2).abs() + 0.1 if weighted else None
-    adj = coo(edge_index, (NODES, NODES), weight).to_dense() + torch.eye(NODES, dtype=torch.float64)
-    scale = adj.sum(dim=1).rsqrt()
-    low = torch.linalg.matrix_power(scale[:, None] * adj * scale, hops) @ x
-    found: list[tuple[Any, Any]] = [
-        (FilterConv(WIDTH, 3, hops=hops), low),
-        (FilterConv(WIDTH, 3, filter="high_pass", hops=hops), x - low),
-        (FilterConv(WIDTH, 3, filter="identity"), x),
-    ]
-    for conv, expected in found:
-        y = conv.double()(x, edge_index, weight)
-        torch.testing.assert_close(y, expected @ conv.lin.weight.T + conv.bias)
-        assert torch.equal(conv(x, Graph(edge_index, NODES, edge_weight=weight)), y)
+NODES, EDGES, WIDTH, OUT = 7, 20, 4, 3
 
 
-def test_one_low_pass_hop_is_gcn() -> None:
-    num_nodes, edge_index = GRAPHS["mixed"]
-    conv, gcn, x = (
-        FilterConv(WIDTH, 3).double(),
-        GCNConv(WIDTH, 3).double(),
-        features(num_nodes, WIDTH),
-    )
-    gcn.load_state_dict(conv.state_dict())
-    torch.testing.assert_close(conv(x, edge_index), gcn(x, edge_index))
+def experts_of(conv: Any, **kwargs: Any) -> AggregateOnce:
+    layer = MoEConv(conv, WIDTH, OUT, num_experts=2, start="plain", **kwargs).double()
+    assert isinstance(layer.experts, AggregateOnce)
+    return layer.experts
 
 
-def test_mlp_conv_is_an_mlp_of_the_destinations() -> None:
-    plain, x = MLPConv((3, WIDTH), 5, hidden_channels=7, bias=False).double(), features(4, WIDTH)
-    torch.testing.assert_close(plain((features(6, 3), x)), plain.down(plain.up(x).clamp(min=0)))
+def gin(in_channels: int, out_channels: int) -> pyg.GINConv:
+    network = nn.Sequential(nn.Linear(in_channels, 5), nn.ReLU(), nn.Linear(5, out_channels))
+    return pyg.GINConv(network, train_eps=True)
 
 
 @pytest.mark.parametrize(
-    ("bad", "name"), [({"filter": "band"}, "filter"), ({"filter": "identity", "hops": 2}, "hops")]
+    ("conv", "kwargs"),
+    [
+        (pyg.SAGEConv, {"aggr": "mean"}),
+        (pyg.SAGEConv, {"aggr": "sum", "root_weight": False}),
+        (pyg.GraphConv, {"aggr": "add"}),
+        (pyg.GraphConv, {"aggr": "mean"}),
+        (gin, {}),
+    ],
 )
-def test_bad_arguments(bad: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: got"):
-        FilterConv(WIDTH, 3, **bad)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_product_aggregates_what_the_stripped_conv_does(
+    conv: Any, kwargs: dict[str, Any], weighted: bool
+) -> None:
+    experts = experts_of(conv, **kwargs)
+    weight = features(EDGES).abs() if weighted and conv is pyg.GraphConv else None
+    edge_index = random_graph(NODES, NODES, EDGES)
+    x = features(NODES, WIDTH)
+    call = Call(Graph(edge_index, NODES, edge_weight=weight), x, x)
+    assert experts.make_matrix is not None
+    assert not list(experts.prototype.parameters())
+    torch.testing.assert_close(experts.aggregate(call), experts._by_pyg(call))
+
+
+def test_an_aggregation_that_is_no_product_is_that_of_the_conv() -> None:
+    experts = experts_of(pyg.SAGEConv, aggr="max")
+    assert experts.make_matrix is None
+    edge_index = torch.tensor([[0, 1, 2], [3, 3, 4]])
+    x = features(NODES, WIDTH)
+    found = experts.aggregate(Call(Graph(edge_index, NODES), x, x))
+    assert found is not None
+    assert torch.equal(found[3], torch.maximum(x[0], x[1]))
+    assert torch.equal(found[4], x[2])
+    assert not found[[0, 1, 2, 5, 6]].any()
+
+
+@pytest.mark.parametrize("aggr", ["mean", "sum"])
+def test_sage_transforms_aggregate_and_root_with_weights_that_lie_one_above_the_other(
+    aggr: str,
+) -> None:
+    experts: Any = experts_of(pyg.SAGEConv, aggr=aggr)
+    edge_index = random_graph(NODES, NODES, EDGES)
+    x = features(NODES, WIDTH)
+    call = Call(Graph(edge_index, NODES), x, x)
+    call = call.with_aggregate(experts.aggregate(call))
+    expert_T1 = torch.arange(NODES)[:, None] % 2
+    routing = Routing.from_choices(expert_T1, x.new_ones(NODES, 1), num_experts=2)
+    assert call.aggregate is not None
+    rows = torch.cat([call.aggregate, x], dim=1).index_select(0, routing.token)
+    linear = experts.linear
+    expected = torch.empty(NODES, OUT, dtype=x.dtype)
+    expected[routing.token] = grouped_linear(rows, linear.weight, linear.bias, routing.offsets)
+    torch.testing.assert_close(experts(call, routing), expected)
+    assert experts.aggregate_width == WIDTH
+
+
+def test_what_is_stripped_is_a_copy() -> None:
+    conv = pyg.SAGEConv(WIDTH, OUT).double()
+    before = copy.deepcopy(conv.state_dict())
+    layer = MoEConv(pyg.SAGEConv, WIDTH, OUT, num_experts=2, start="plain").double()
+    layer.experts.become(conv)
+    assert conv.state_dict().keys() == before.keys()
+    for name, value in layer.experts.expert(1).state_dict().items():
+        assert torch.equal(value, before[name])

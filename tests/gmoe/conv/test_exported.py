@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gmoe.conv import edges, exported
+from gmoe.conv import edges, exported, sums
 
 EDGES, SENDERS, RECEIVERS, HEADS, WIDTH = 40, 12, 9, 3, 5
 
@@ -39,11 +39,11 @@ def test_sums_products_and_the_largest_are_those_of_the_kernels() -> None:
         query_RHC = torch.randn(RECEIVERS, HEADS, WIDTH)
         torch.testing.assert_close(
             exported.sum_messages(weight_MH, value_UGC, *ends, RECEIVERS),
-            edges.weighted_sum(weight_MH, value_UGC, graph),
+            sums.weighted_sum(weight_MH, value_UGC, graph),
         )
         torch.testing.assert_close(
             exported.multiply_ends(query_RHC, value_UGC, *ends),
-            edges.dot(query_RHC, value_UGC, graph),
+            sums.dot(query_RHC, value_UGC, graph),
         )
     largest_RH = exported.largest(weight_MH, graph.receiver, RECEIVERS)
     for receiver in graph.receiver.unique():

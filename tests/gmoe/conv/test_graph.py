@@ -20,7 +20,8 @@ from torch import Tensor
 
 import gmoe
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
-from gmoe.conv.edges import Edges, _WeightedSum
+from gmoe.conv.edges import Edges
+from gmoe.conv.sums import _WeightedSum
 from tests.gmoe.conv.masked import features, mean_of_in_edges, random_graph
 
 EDGES = random_graph(9, 9, 30)

@@ -1,0 +1,371 @@
+"""Sums over messages along edges, and products of their ends.
+
+Shapes: M messages (B of them in a block), U senders, R receivers, H heads, G heads of the senders
+(H, or 1 that all heads share), C width.
+
+The kernels are operators of torch (``torch.ops.gmoe``), opaque to ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric.utils import segment
+
+from gmoe._autograd import first_order, operator
+from gmoe.conv import exported
+from gmoe.conv.edges import Edges
+
+# Once a process, torch warns that sparse CSR matrices are in beta. Make one here, so that users do
+# not get the warning from a layer.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
+
+SPARSE_DEVICES = ("cpu",)
+"""Devices on which torch's own sums and products along edges beat gathered blocks of messages."""
+
+NUMBERS = 2**21
+"""Numbers in a block of messages on a CPU: they fit its caches, and need no fresh pages."""
+
+NUMBERS_ON_GPU = 2**26
+"""The same on a GPU: enough to fill it."""
+
+
+def weighted_sum(weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
+    r"""(R, H, C) the sum of each receiver's messages.
+
+    .. math:: y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}
+
+    Can be differentiated once.
+
+    Args:
+        weight_MH: (M, H) the messages' weights.
+        value_UGC: (U, H, C) the senders' values, or (U, 1, C) if all heads share them.
+        edges: the messages.
+    """
+    _transpose_where_compiled(edges)
+    return _WeightedSum.apply(weight_MH, value_UGC, edges)
+
+
+def dot(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
+    r"""(M, H) the dot product of the two ends of each message.
+
+    .. math:: s_{mh} = q_{r(m) h} \cdot k_{u(m) h}
+
+    Can be differentiated once.
+
+    Args:
+        query_RHC: (R, H, C) the receivers' queries.
+        key_UGC: (U, H, C) the senders' keys, or (U, 1, C) if all heads share them.
+        edges: the messages.
+    """
+    _transpose_where_compiled(edges)
+    return _Dot.apply(query_RHC, key_UGC, edges)
+
+
+def add_ends(sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
+    r"""(M, H) the sum of what the two ends of each message have.
+
+    .. math:: s_{mh} = a_{u(m) h} + b_{r(m) h}
+
+    Can be differentiated once. The gradients are sums in the order of the messages: those of plain
+    indexing sort their index first, on all threads.
+
+    Args:
+        sent_UH: (U, H) of the senders.
+        received_RH: (R, H) of the receivers.
+        edges: the messages.
+    """
+    _transpose_where_compiled(edges)
+    return _AddEnds.apply(sent_UH, received_RH, edges)
+
+
+def to_messages(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+    """(M, ...) what the receiver of each message has.
+
+    Can be differentiated once. The gradient is a sum in the order of the messages, see
+    :func:`add_ends`.
+
+    Args:
+        value_R: (R, ...) of the receivers.
+        ptr: (R + 1,) where the messages of each receiver start.
+        receiver: (M,) in 0..R-1, ascending.
+    """
+    return _ToMessages.apply(value_R, ptr, receiver)
+
+
+def softmax(score_MH: Tensor, edges: Edges) -> Tensor:
+    r"""(M, H) the softmax over each receiver's messages.
+
+    Can be differentiated once. PyG's takes twice as many operators, and three times in the
+    backward.
+
+    Args:
+        score_MH: (M, H) the scores, in float32 at least.
+        edges: the messages.
+    """
+    return _Softmax.apply(score_MH, edges.ptr, edges.receiver)
+
+
+def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Cut the messages ``start:end`` into blocks, to be worked on one after the other.
+
+    Args:
+        start: the first message.
+        end: the message after the last.
+        width: numbers that each message takes.
+        device: where they lie.
+    """
+    numbers = NUMBERS if device.type == "cpu" else NUMBERS_ON_GPU
+    step = max(numbers // max(width, 1), 1)
+    for first in range(start, end, step):
+        yield slice(first, min(first + step, end))
+
+
+def _transpose_where_compiled(edges: Edges) -> None:
+    """Compiled code: make ``edges.transpose`` in the forward, since a backward could not keep it.
+
+    The compiler drops the sort again where no gradient needs it.
+    """
+    has_backward = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if has_backward and torch.compiler.is_compiling():
+        _ = edges.transpose
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
+        ctx.save_for_backward(weight_MH, value_UGC)
+        ctx.edges = edges
+        return _sum_messages(weight_MH, value_UGC, edges.ptr, edges.sender, edges.receiver, None)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_RHC: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight_MH, value_UGC = ctx.saved_tensors
+        edges = ctx.edges
+        grad_weight = None
+        grad_value = None
+        if ctx.needs_input_grad[0]:
+            grad_weight = _multiply_ends(
+                grad_RHC, value_UGC, edges.ptr, edges.sender, edges.receiver
+            )
+        if ctx.needs_input_grad[1]:
+            grad_value = _sum_sent(weight_MH, grad_RHC, edges).sum_to_size(value_UGC.shape)
+        return grad_weight, grad_value, None
+
+
+class _Dot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
+        ctx.save_for_backward(query_RHC, key_UGC)
+        ctx.edges = edges
+        return _multiply_ends(query_RHC, key_UGC, edges.ptr, edges.sender, edges.receiver)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        query_RHC, key_UGC = ctx.saved_tensors
+        edges = ctx.edges
+        grad_query = None
+        grad_key = None
+        if ctx.needs_input_grad[0]:
+            grad_query = _sum_messages(
+                grad_MH, key_UGC, edges.ptr, edges.sender, edges.receiver, None
+            )
+        if ctx.needs_input_grad[1]:
+            grad_key = _sum_sent(grad_MH, query_RHC, edges).sum_to_size(key_UGC.shape)
+        return grad_query, grad_key, None
+
+
+class _AddEnds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
+        ctx.edges = edges
+        sent_MH = sent_UH.index_select(0, edges.sender)
+        return sent_MH + received_RH.index_select(0, edges.receiver)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        edges = ctx.edges
+        grad_sent = None
+        grad_received = None
+        if ctx.needs_input_grad[0]:
+            back = edges.transpose
+            grad_sent = _sum_values(grad_MH, back.ptr, back.receiver, back.order)
+        if ctx.needs_input_grad[1]:
+            grad_received = _sum_values(grad_MH, edges.ptr, edges.receiver, None)
+        return grad_sent, grad_received, None
+
+
+class _ToMessages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+        ctx.save_for_backward(ptr, receiver)
+        return value_R.index_select(0, receiver)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
+        sum_R = _sum_values(grad_M.flatten(1), *ctx.saved_tensors, None)
+        return sum_R.unflatten(1, grad_M.shape[1:]), None, None
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, score_MH: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            largest_RH = exported.largest(score_MH, receiver, ptr.size(0) - 1)
+        else:
+            largest_RH = segment(score_MH, ptr, reduce="max")
+        exp_MH = (score_MH - largest_RH.index_select(0, receiver)).exp_()
+        sum_RH = _sum_values(exp_MH, ptr, receiver, None)
+        alpha_MH = exp_MH / sum_RH.index_select(0, receiver)
+        ctx.save_for_backward(alpha_MH, ptr, receiver)
+        return alpha_MH
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, None, None]:
+        alpha_MH, ptr, receiver = ctx.saved_tensors
+        product_MH = grad_MH * alpha_MH
+        mean_RH = _sum_values(product_MH, ptr, receiver, None)
+        return product_MH - alpha_MH * mean_RH.index_select(0, receiver), None, None
+
+
+def _sum_sent(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
+    """(U, H, C) the weighted sum, over each sender's messages, of their receivers' values."""
+    back = edges.transpose
+    return _sum_messages(weight_MH, value_RHC, back.ptr, back.sender, back.receiver, back.order)
+
+
+# the kernels --------------------------------------------------------------------------------------
+
+
+def _empty_sums(weight_MH: Tensor, value_UGC: Tensor, ptr: Tensor, *_: Any) -> Tensor:
+    dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
+    shape = (ptr.size(0) - 1, weight_MH.size(1), value_UGC.size(2))
+    return value_UGC.new_empty(shape, dtype=dtype)
+
+
+@operator(fake=_empty_sums)
+def _sum_messages(
+    weight_MH: Tensor,
+    value_UGC: Tensor,
+    ptr: Tensor,
+    sender: Tensor,
+    receiver: Tensor,
+    order: Tensor | None,
+) -> Tensor:
+    """(R, H, C) the sums, in float32 at least; no row for each message is kept.
+
+    If an order is given, message ``m`` has the weights ``order[m]``.
+    """
+    dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    num_receivers = ptr.numel() - 1
+    if torch.compiler.is_exporting():
+        weight_MH, value_UGC = weight_MH.to(exact), value_UGC.to(exact)
+        sum_RHC = exported.sum_messages(weight_MH, value_UGC, sender, receiver, num_receivers)
+        return sum_RHC.to(dtype)
+    weights = weight_MH.to(exact).T.contiguous()
+    values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
+    sums: list[Tensor] = []
+    for weight_M, value_UC in zip(weights, values, strict=True):
+        if order is not None:  # head by head: rows of one number are slow to gather
+            weight_M = weight_M.index_select(0, order)
+        if value_UC.device.type in SPARSE_DEVICES and weight_M.numel():
+            # The messages of a receiver are a bag. A sparse product gives the same float32 numbers
+            # in two to three times the time.
+            sum_RC, *_ = torch.embedding_bag(
+                value_UC.contiguous(),
+                sender,
+                ptr,
+                mode=0,  # sum
+                per_sample_weights=weight_M,
+                include_last_offset=True,
+            )
+        else:
+            sum_RC = value_UC.new_zeros(num_receivers, value_UC.size(1))
+            for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):
+                value_BC = value_UC.index_select(0, sender[block]) * weight_M[block, None]
+                sum_RC.index_add_(0, receiver[block], value_BC)
+        sums.append(sum_RC)
+    if len(sums) == 1:
+        # .data: Matrix adds its diagonal to the sum in place, which autograd refuses for a view.
+        return sums[0][:, None].data.to(dtype)
+    return torch.stack(sums, dim=1).to(dtype)
+
+
+def _empty_sums_of_values(value_MH: Tensor, ptr: Tensor, *_: Any) -> Tensor:
+    return value_MH.new_empty(ptr.size(0) - 1, value_MH.size(1))
+
+
+@operator(fake=_empty_sums_of_values)
+def _sum_values(value_MH: Tensor, ptr: Tensor, receiver: Tensor, order: Tensor | None) -> Tensor:
+    """(R, H) the sum of each receiver's messages, one after the other, in float32 at least.
+
+    If an order is given, message ``m`` has the values ``order[m]``.
+    """
+    dtype = value_MH.dtype
+    value_MH = value_MH.to(torch.promote_types(dtype, torch.float32))
+    is_plain = torch.compiler.is_exporting() or value_MH.device.type not in SPARSE_DEVICES
+    if is_plain or not len(receiver):
+        if order is not None:
+            value_MH = value_MH.index_select(0, order)
+        zeros = value_MH.new_zeros(ptr.numel() - 1, value_MH.size(1))
+        return zeros.index_add_(0, receiver, value_MH).to(dtype)
+    if order is None:
+        order = torch.arange(len(receiver), device=receiver.device)
+    # mode 0: sum
+    sum_RH, *_ = torch.embedding_bag(
+        value_MH.contiguous(), order, ptr, mode=0, include_last_offset=True
+    )
+    return sum_RH.to(dtype)
+
+
+def _empty_products(
+    query_RHC: Tensor, key_UGC: Tensor, _: Tensor, sender: Tensor, *__: Any
+) -> Tensor:
+    dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
+    return query_RHC.new_empty(sender.size(0), query_RHC.size(1), dtype=dtype)
+
+
+@operator(fake=_empty_products)
+def _multiply_ends(
+    query_RHC: Tensor, key_UGC: Tensor, ptr: Tensor, sender: Tensor, receiver: Tensor
+) -> Tensor:
+    """(M, H) the dot product of the two ends of each message, computed in float32 at least."""
+    dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    size = (ptr.numel() - 1, key_UGC.size(0))
+    num_messages = sender.numel()
+    if torch.compiler.is_exporting():
+        query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
+        return exported.multiply_ends(query_RHC, key_UGC, sender, receiver).to(dtype)
+    # torch cuts a matrix down to as many entries as it has cells.
+    fits_matrix = 0 < num_messages <= size[0] * size[1]
+    queries = query_RHC.to(exact).unbind(1)
+    keys = key_UGC.to(exact).expand(-1, query_RHC.size(1), -1).unbind(1)
+    products: list[Tensor] = []
+    for query_RC, key_UC in zip(queries, keys, strict=True):
+        product_M = query_RC.new_zeros(num_messages)
+        if query_RC.device.type in SPARSE_DEVICES and fits_matrix:
+            matrix = torch.sparse_csr_tensor(ptr, sender, product_M, size, check_invariants=False)
+            torch.sparse.sampled_addmm(
+                matrix, query_RC.contiguous(), key_UC.contiguous().T, out=matrix
+            )
+            product_M = matrix.values()
+        else:
+            for block in blocks(0, num_messages, query_RC.size(1), query_RC.device):
+                query_BC = query_RC.index_select(0, receiver[block])
+                key_BC = key_UC.index_select(0, sender[block])
+                torch.sum(query_BC * key_BC, dim=-1, out=product_M[block])
+        products.append(product_M)
+    return torch.stack(products, dim=1).to(dtype)

@@ -1,0 +1,112 @@
+"""Sums over messages along edges, and products of their ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch_geometric.utils import softmax as pyg_softmax
+
+from gmoe.conv import sums as module
+from gmoe.conv.edges import Edges
+from gmoe.conv.sums import add_ends, blocks, dot, softmax, to_messages, weighted_sum
+from tests.gmoe.conv.masked import features, random_graph
+
+
+def test_operators_keep_torchs_rules() -> None:
+    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
+    sender, receiver = random_graph(7, 9, 30)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    ends = (edges.ptr, edges.sender, edges.receiver)
+    weight = features(30, 2)
+    value = features(7, 2, 3)
+    for name, inputs in {
+        "sum_messages": (weight, value, *ends, None),
+        "multiply_ends": (features(9, 2, 3), value, *ends),
+        "sum_values": (weight, edges.ptr, edges.receiver, None),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
+
+
+def test_low_precision_is_summed_in_float32() -> None:
+    """A sum of ones in bfloat16 stops at 256."""
+    to_one = torch.zeros(1000, dtype=torch.long)
+    ones, edges = torch.ones(1000, 1, dtype=torch.bfloat16), Edges.sorted(to_one, to_one, 1, 1)
+    y = weighted_sum(ones, ones[:1, None], edges)
+    assert (y.dtype, float(y)) == (torch.bfloat16, 1000.0)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_sums_and_products_along_edges_and_their_gradients_are_those_of_each_message(
+    heads: int,
+) -> None:
+    """Of senders whose values all heads share (one head), or with a value for each head."""
+    sender, receiver = random_graph(7, 9, 30)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    weight, value, query = features(30, 2), features(7, heads, 3), features(9, 2, 3)
+    inputs = [part.requires_grad_() for part in (weight, value, query)]
+
+    per_message = weight[:, :, None] * value[edges.sender]
+    summed = torch.zeros(9, 2, 3, dtype=value.dtype).index_add(0, edges.receiver, per_message)
+    product = (query[edges.receiver] * value[edges.sender]).sum(dim=2)
+    actual = weighted_sum(weight, value, edges), dot(query, value, edges)
+    for ours, plain in zip(actual, (summed, product), strict=True):
+        torch.testing.assert_close(ours, plain)
+        gradients = [
+            torch.autograd.grad(y.square().sum(), inputs, allow_unused=True) for y in (ours, plain)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+def test_the_sum_of_both_ends_and_its_gradients_are_those_of_plain_indexing() -> None:
+    sender, receiver = random_graph(7, 9, 30)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    sent, received = features(7, 2).requires_grad_(), features(9, 2).requires_grad_()
+    actual = add_ends(sent, received, edges)
+    plain = sent[edges.sender] + received[edges.receiver]
+    assert torch.equal(actual, plain)
+    gradients = [torch.autograd.grad(y.square().sum(), (sent, received)) for y in (actual, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_a_receiver_has_is_spread_over_its_messages() -> None:
+    """Values of any shape; the gradients are those of plain indexing."""
+    sender, receiver = random_graph(7, 9, 30)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    value = features(9, 2, 3).requires_grad_()
+    actual, plain = to_messages(value, edges.ptr, edges.receiver), value[edges.receiver]
+    assert torch.equal(actual, plain)
+    gradients = [torch.autograd.grad(y.square().sum(), value) for y in (actual, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("num_edges", [0, 30])
+def test_the_softmax_and_its_gradients_are_those_of_pyg(num_edges: int) -> None:
+    """Also where a score is minus infinity, and of receivers without messages."""
+    sender, receiver = random_graph(7, 9, num_edges)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    score = features(num_edges, 2)
+    last = (edges.ptr[1:] - 1)[edges.degree > 1]  # of several messages to one receiver
+    score[last, 0] = -torch.inf
+    score.requires_grad_()
+    weight = features(num_edges, 2, seed=1)
+    actual, plain = softmax(score, edges), pyg_softmax(score, ptr=edges.ptr)
+    torch.testing.assert_close(actual, plain)
+    gradients = [torch.autograd.grad((y * weight).sum(), score) for y in (actual, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("order", [None, torch.tensor([3, 0, 4, 1, 2])])
+def test_off_the_cpu_values_are_summed_without_bags(
+    order: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edges = Edges.sorted(torch.arange(5), torch.tensor([2, 0, 2, 1, 2]), 5, 4)
+    inputs = features(5, 2), edges.ptr, edges.receiver, order
+    expected = module._sum_values(*inputs)
+    monkeypatch.setattr(module, "SPARSE_DEVICES", ())
+    torch.testing.assert_close(module._sum_values(*inputs), expected)
+
+
+def test_blocks_cover_all_messages_once() -> None:
+    cut = list(blocks(3, 20, 2**19, torch.device("cpu")))
+    assert len(cut) == 5
+    assert [place for part in cut for place in range(part.start, part.stop)] == [*range(3, 20)]

@@ -1,0 +1,52 @@
+"""What the tests of kernels share.
+
+Shapes: T tokens, E experts, P pairs sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gmoe.routing import Routing
+from tests.gmoe.conv.masked import features, routing_of
+
+
+def ends(loads: Sequence[int]) -> Tensor:
+    return torch.tensor(loads).cumsum(0).to(torch.int32)
+
+
+def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    cotangent = features(*y.shape, seed=9).to(y.dtype)
+    found = torch.autograd.grad(
+        y, leaves, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return list(found)
+
+
+def routings() -> list[Routing]:
+    """Of tokens that have K pairs each, and of tokens that have any number."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = [torch.rand(9, 4, generator=generator).topk(k).indices for k in (1, 3, 0)]
+    weights = [torch.rand(9, k, generator=generator, dtype=torch.float64) for k in (1, 3, 0)]
+    by_token = [
+        Routing.from_choices(*pair, num_experts=4) for pair in zip(chosen, weights, strict=True)
+    ]
+    none = Routing.from_choices(chosen[0][:0], weights[0][:0], num_experts=4)
+    return [*by_token, none, routing_of(features(9, 4) * (features(9, 4, seed=1) > 0))]
+
+
+class Noted(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
