@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import gmoe
 from tests import compose
 
 CHUNK = 25
@@ -66,3 +69,14 @@ def test_a_default_that_becomes_something_else_fails(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compose, "default_start", lambda *_: "plain")
     found = [compose.run(number) for number in range(40)]
     assert any("start=None became {'shared'}" in outcome.message for outcome in found)
+
+
+def test_the_page_names_code_that_exists() -> None:
+    page = (Path(__file__).parent / "compose.md").read_text()
+    where = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(where) > 20
+    for cell in where:
+        path, *names = re.findall(r"`([^`]+)`", cell)
+        source = (Path(gmoe.__file__).parent / path).read_text()
+        for name in re.findall(r"[A-Za-z_]\w+", " ".join(names)):
+            assert name in source, (path, name)
