@@ -115,7 +115,7 @@ def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, 
         if (column in LONG and row in LEFT_OUT) or (on_graph and row == "soft-slots"):
             continue
         changes = dict(ROWS[row][1])
-        if changes["router"] != "dense":
+        if changes["router"] != "dense" or "equal" in changes:  # a dense one equals that shape
             changes.setdefault("start", "shared")
         if on_graph and row == "copies":
             changes["shared_router"] = False
