@@ -24,7 +24,7 @@ from experiments.train.config import (
     RunConfig,
 )
 from experiments.train.data.task import Task
-from experiments.train.user_code import load_object
+from experiments.train.user_code import load_conv, load_object
 from gmoe._checks import check
 
 if TYPE_CHECKING:
@@ -202,12 +202,13 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
     if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
         # There is one graph only: for the dense model, whose convs are PyG's
         common["cached"] = True
+    kinds = kinds_of_experts(config)
     return gmoe.GNNMoE(
         task.in_channels,
         config.hidden,
         task.num_classes,
         config.layers,
-        conv=kinds_of_experts(config),
+        conv=[load_conv(kind) for kind in kinds] if isinstance(kinds, list) else load_conv(kinds),
         router=router,
         shared_router=config.shared_router,
         jk=config.jk,
@@ -285,7 +286,7 @@ def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
 
 
 def kinds_of_experts(config: GraphConfig | MoleculeConfig) -> str | list[str]:
-    """The conv of all experts, or the kind of each; the first alone for the dense model."""
+    """The conv of all experts by name, or of each; the first alone for the dense model."""
     if len(config.conv) == 1 or config.router == "dense":
         return config.conv[0]
     times, rest = divmod(config.experts, len(config.conv))

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,24 @@ def load_object(option: str, name: str) -> Any:
             f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the working directory "
             f"and in PYTHONPATH, and FILE.py:{attribute} takes a file"
         ) from error
+    except Exception as error:  # whatever the user's file does
+        raise ValueError(f"{option}: got {name!r}, which raised {raised(error)}") from error
+
+
+def load_conv(name: str) -> Any:
+    """The class or function that ``FILE.py:name`` names; a name that gmoe knows stays a name."""
+    return load_object("conv", name) if ":" in name else name
+
+
+def names_code(config: RunConfig) -> bool:
+    """True if a run calls code of the user."""
+    return any(name is not None and ":" in name for _, name in _named(config))
+
+
+def raised(error: Exception) -> str:
+    """An exception of the user's code in one line, with the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def check_trusted(config: RunConfig, folder: Path) -> None:
@@ -35,12 +54,19 @@ def check_trusted(config: RunConfig, folder: Path) -> None:
 
     Somebody else may have put it there, and it would run with all rights of the user.
     """
-    for option in ("router", "model", "data"):
-        name = getattr(config, option)
+    for option, name in _named(config):
         if name is not None and ":" in name and _code_lies_in(name.rpartition(":")[0], folder):
             legal = "code that lies elsewhere, or --trust after you read it"
             got = f"{name!r}, code in the run folder {folder}"
             raise ValueError(f"{option}: got {got}, expected {legal}")
+
+
+def _named(config: RunConfig) -> list[tuple[str, str | None]]:
+    """The options that may name code of the user, each with its value."""
+    found = [
+        (option, getattr(config, option)) for option in ("router", "equal_to", "model", "data")
+    ]
+    return found + [("conv", conv) for conv in getattr(config, "conv", ())]
 
 
 def _code_lies_in(where: str, folder: Path) -> bool:

@@ -113,6 +113,11 @@ MAINS = {name: command.main for name, command in COMMANDS.items()}
         ("train mosaic --router uniform --equal flops --equal-to random", "equal: got flops"),
         ("train mosaic --equal flops --equal-to uniform --k 3 --router dense", "k: got 3 with"),
         ("train mosaic --router dense --equal flops --equal-to dense", "equal_to: got 'dense'"),
+        ("train mosaic --router dense --equal flops --equal-to tokens", "equal_to: got 'tokens'"),
+        (
+            "train digits-graph --conv OWN:Nothing",
+            "conv: got 'tests.experiments.own_parts:Nothing'",
+        ),
         ("train digits --router dense --equal flops --equal-to oracle", "with equal_to='oracle')"),
         ("train digits-graph --trust", "trust: got True, expected it with --config FILE only"),
         ("train digits-graph --kmeans-init", "kmeans_init: got True"),

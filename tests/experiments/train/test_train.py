@@ -290,6 +290,18 @@ def test_a_router_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+@pytest.mark.filterwarnings("ignore:Mean runs on the whole graph for every expert")
+def test_a_conv_of_ones_own(tmp_path: Path) -> None:
+    summary = quick(tmp_path / "run", "--conv", f"{MINE}:Mean", "--experts", "2")
+    assert summary["config"]["conv"] == [f"{MINE}:Mean"]
+    assert len(summary["routing"]) == 1
+
+
+def test_a_dense_model_of_the_flops_of_a_router_of_ones_own(tmp_path: Path) -> None:
+    args = ("--router", "dense", "--equal", "flops", "--equal-to", f"{MINE}:FirstBits")
+    assert quick(tmp_path / "run", *args)["matched"] == pytest.approx(1, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("preset", "name", "layers"),
     [("digits-graph", "sage", 0), ("digits-graph", "moe", 1), ("digits", "flat", 0)],
