@@ -169,7 +169,12 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
     }
     if isinstance(config, ImageConfig):
         size = vit_size(config, task.in_channels)
-        model = gmoe.ViTMoE(size, task.num_classes, router, **common)
+        model = gmoe.ViTMoE
+        if config.router == "oracle":
+            from experiments.train.told_domain import DomainViT  # and so torchvision
+
+            model = DomainViT
+        model = model(size, task.num_classes, router, **common)
         if config.router == "soft_slots":
             for block in model.encoder.layers[config.every - 1 :: config.every]:
                 block.mlp = SoftMLP(block.mlp, size, config)
@@ -312,13 +317,7 @@ def _router(
         fits = isinstance(router, type) and issubclass(router, gmoe.Router)
         check(fits, "router", repr(config.router), "a subclass of gmoe.Router")
     elif config.router == "oracle":
-        if task.planted is None:
-            raise ValueError(
-                f"router: got 'oracle' for {task.name}, expected another, since no routing is planted"
-            )
-        planted = int(task.planted.max()) + 1
-        check(config.experts == planted, "experts", config.experts, f"the {planted} planted ones")
-        router = partial(gmoe.OracleRouter, assignment=task.planted)
+        router = _oracle(config, task)
     legal = inspect.signature(gmoe.ROUTERS.get(router, router)).parameters
     for name, value in given.items():
         check(
@@ -337,6 +336,23 @@ def _router(
     if given.get("balance") == "none":
         given["balance"] = None
     return router, given
+
+
+def _oracle(config: RunConfig, task: Task) -> Callable[..., gmoe.Router]:
+    """The router that knows the expert of each node, or of each image's domain."""
+    if task.domains:
+        from experiments.train.told_domain import DomainRouter
+
+        number = len(task.domains)
+        legal = f"{number}, one for each of {', '.join(task.domains)}"
+        check(config.experts == number, "experts", config.experts, legal)
+        return DomainRouter
+    if task.planted is None:
+        legal = "another, since no routing is planted"
+        raise ValueError(f"router: got 'oracle' for {task.name}, expected {legal}")
+    planted = int(task.planted.max()) + 1
+    check(config.experts == planted, "experts", config.experts, f"the {planted} planted ones")
+    return partial(gmoe.OracleRouter, assignment=task.planted)
 
 
 @torch.no_grad()

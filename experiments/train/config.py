@@ -380,7 +380,7 @@ class ImageConfig(RunConfig):
 
 
 HETERO = ("ogbn-mag", "hetero")
-IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
+IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "pacs", "images")
 """Data sets of each kind; all others are graphs, but OGB's molecules, ``ogbg-mol...``."""
 ERRORS = ("rmse",)
 """Metrics of which less is better, and which are not shares."""

@@ -27,7 +27,7 @@ from tests.experiments.command import QUICK, quick, rows
 from tests.experiments.molecule_data import write_set
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import write_raw
-from tests.vision.made_images import write_cifar, write_imagenette, write_images
+from tests.vision.made_images import write_cifar, write_imagenette, write_images, write_pacs
 
 
 def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +232,8 @@ def test_every_preset_runs_on_tiny_files(
         root = write_raw("questions", tmp_path).folder / "questions.npz"
     elif preset == "imagenette":
         write_imagenette(root, count=3)
+    elif preset == "pacs":
+        write_pacs(root, count=3)
     elif preset == "images":
         write_images(root, size=32)
     elif preset in ("cifar10", "cifar100"):
