@@ -86,7 +86,7 @@ class RoutersConfig(SweepConfig):
     """Cells of the table of routers, and where they go."""
 
     data_root: Path = Path("data")
-    """Folder of cifar10, imagenette2-160, heterophilous, facebook.npz and planted.
+    """Folder of cifar10, imagenette2-160, pacs-64, heterophilous, facebook.npz and planted.
     Each is as its loader reads it."""
     columns: tuple[str, ...] = ()
     """Data sets; by default all."""

@@ -66,7 +66,11 @@ MAINS = {name: command.main for name, command in COMMANDS.items()}
         ("benchmark swap --seeds 0", "seeds: got 0, expected at least 1"),
         ("benchmark swap --rows facebook-sage --offline", "facebook.npz, which does not exist"),
         ("sweep routers --columns cora", "columns: got cora, expected some of"),
-        ("sweep routers --rows oracle", "rows: got oracle, expected some of"),
+        ("sweep routers --rows router", "rows: got router, expected some of"),
+        (
+            "sweep routers --columns mosaic --rows oracle",
+            "rows: got oracle, expected some that mosaic has",
+        ),
         ("advise corra --out out", "preset: got 'corra', expected one of"),
         ("advise corra --out out", "did you mean 'cora'?"),
         ("advise ogbn-mag --out out", "preset: got 'ogbn-mag'"),
