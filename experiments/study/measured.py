@@ -74,7 +74,7 @@ def color_probe(task: Task) -> dict[str, float]:
     for part in ("train", "test"):
         batches = list(task.loader(part, 512, None))
         color = torch.cat([batch.inputs[0].mean(dim=(2, 3)) for batch in batches])
-        domain = torch.cat([batch.domain for batch in batches])
+        domain = torch.cat([batch.domain for batch in batches if batch.domain is not None])
         parts[part] = (color.numpy(), domain.numpy())
     probe = LogisticRegression(max_iter=1000).fit(*parts["train"])
     largest = task.tested["domain"].bincount().max() / len(task.tested["domain"])

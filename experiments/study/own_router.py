@@ -274,7 +274,7 @@ def row_csv(found: Sequence[Comparison]) -> str:
         tests = [100 * test["mean"] for test in (one.row_test, one.control_test)]
         by_seed = " ".join(f"{value:.4f}" for value in one.differences)
         line = [one.column, one.label, *(f"{value:.4f}" for value in figures)]
-        line += [len(one.differences), one.better, one.metric]
+        line += [str(len(one.differences)), str(one.better), one.metric]
         line += [*(f"{value:.4f}" for value in tests), f"{one.flops:.4f}", by_seed]
         writer.writerow(line)
     return text.getvalue()

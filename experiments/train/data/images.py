@@ -58,7 +58,9 @@ def digits(config: ImageConfig) -> Task:
         torch.from_numpy(found.target).long(),
     )
     split, size = digits_split(found.target), config.image_size or 8
-    parts = {part: MemoryImages(images[rows], labels[rows], size) for part, rows in split.items()}
+    parts: dict[str, Any] = {
+        part: MemoryImages(images[rows], labels[rows], size) for part, rows in split.items()
+    }
     train = parts["train"].images
     mean, std, classes = (
         (float(train.mean()),),

@@ -251,7 +251,8 @@ def test_code_in_a_run_folder_is_refused_and_not_run(
 @pytest.mark.parametrize("option", ["equal_to", "conv"])
 def test_every_option_that_names_code_is_looked_at(option: str, tmp_path: Path) -> None:
     name = str(tmp_path / "evil.py:Any")
-    config = replace(PRESETS["cora"][1], **{option: (name,) if option == "conv" else name})
+    changes: dict[str, Any] = {option: (name,) if option == "conv" else name}
+    config = replace(PRESETS["cora"][1], **changes)
     with pytest.raises(ValueError, match=f"{option}: got .* code in the run folder"):
         check_trusted(config, tmp_path)
 
