@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from experiments.study import measured, routers
+from experiments.study.own_router import own_row
 from experiments.study.sweep import main
 from experiments.train import loop
 from experiments.train.build import build_model, costs_of
 from experiments.train.data.load import load_tasks
 from experiments.train.presets import DIGITS, DIGITS_GRAPH
+from tests.experiments import own_parts
 from tests.experiments.command import refused
 
 SMALL = {
@@ -254,6 +256,15 @@ def test_a_router_that_raises_is_named_and_other_columns_go_on(
     assert "mine.py, line" in shown.err
     assert "No cell of the row is finished." in shown.out
     assert set(trained) == {"own-Broken 0"}  # no control
+
+
+def test_a_row_is_called_after_the_class_and_what_its_file_holds() -> None:
+    """Whether it is named as a file or as a module."""
+    by_module = own_row(f"{own_parts.__name__}:FirstBits", None, None)
+    by_file = own_row(f"{own_parts.__file__}:FirstBits", None, None)
+    assert by_module.row == by_file.row
+    assert re.fullmatch("own-FirstBits-[0-9a-f]{8}", by_module.row)
+    assert by_module.label == "FirstBits"
 
 
 @pytest.mark.parametrize(
