@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.files import read_json, writing
 from experiments.train.scores import interval, percent
-from experiments.train.user_code import load_conv, load_object
+from experiments.train.user_code import file_of, load_conv, load_object
 from gmoe.conv.kinds import factory_of
 
 DENSE, DEFAULT, RANDOM = CONTROLS = ("dense-flops", "token-choice", "random")
@@ -98,9 +97,8 @@ def own_row(router: str | None, conv: str | None, k: int | None) -> Own:
 
 def _called(name: str) -> str:
     """The class of ``FILE.py:Class`` and a digest of its file."""
-    where, _, attribute = name.rpartition(":")
-    file = where if where.endswith(".py") else str(sys.modules[where].__file__)
-    return f"{attribute}-{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]}"
+    digest = hashlib.sha256(Path(file_of(name)).read_bytes()).hexdigest()
+    return f"{name.rpartition(':')[2]}-{digest[:8]}"
 
 
 def own_cells(own: Own, columns: Sequence[str], root: Path) -> dict[str, dict[str, RunConfig]]:

@@ -32,7 +32,7 @@ from experiments.train.command_line import fail
 from experiments.train.config import RunConfig
 from experiments.train.files import read_json
 from experiments.train.signals import interrupt
-from experiments.train.user_code import names_code, raised
+from experiments.train.user_code import code_of, raised
 
 Results: TypeAlias = dict[str, dict[str, Any]]
 """By column and run, the summary."""
@@ -394,10 +394,10 @@ def run_all(
                     raise ValueError(why)
                 finish(variant, own, run(own, progress))
             except Exception as error:  # of this variant; the others go on
-                is_told = isinstance(error, ValueError | OSError)
-                if not is_told and not names_code(own):
+                is_told, code = isinstance(error, ValueError | OSError), code_of(own)
+                if not is_told and not code:
                     raise
-                failed[variant] = str(error) if is_told else raised(error)
+                failed[variant] = str(error) if is_told else raised(error, *code)
                 progress.skip(len(own.seeds) * own.epochs)
                 progress.finish(len(own.seeds) * own.epochs)
     return failed

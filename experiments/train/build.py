@@ -24,7 +24,7 @@ from experiments.train.config import (
     RunConfig,
 )
 from experiments.train.data.task import Task
-from experiments.train.user_code import load_conv, load_object
+from experiments.train.user_code import code_of, frames_of, load_conv, load_object
 from gmoe._checks import check
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
         active = flops(model, example(config, task))
     except (TypeError, RuntimeError, AssertionError, AttributeError) as error:
         if not isinstance(config, GraphConfig | MoleculeConfig) or config.model is not None:
+            raise
+        if frames_of(error, *code_of(config)):  # a fault of the user's code, not of a choice
             raise
         raise ValueError(
             f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "

@@ -30,7 +30,7 @@ def load_object(option: str, name: str) -> Any:
             f"and in PYTHONPATH, and FILE.py:{attribute} takes a file"
         ) from error
     except Exception as error:  # whatever the user's file does
-        raise ValueError(f"{option}: got {name!r}, which raised {raised(error)}") from error
+        raise ValueError(f"{option}: got {name!r}, which raised {raised(error, name)}") from error
 
 
 def load_conv(name: str) -> Any:
@@ -38,14 +38,31 @@ def load_conv(name: str) -> Any:
     return load_object("conv", name) if ":" in name else name
 
 
-def names_code(config: RunConfig) -> bool:
-    """True if a run calls code of the user."""
-    return any(name is not None and ":" in name for _, name in _named(config))
+def code_of(config: RunConfig) -> list[str]:
+    """The names of the user's code in a configuration."""
+    return [name for _, name in _named(config) if name is not None and ":" in name]
 
 
-def raised(error: Exception) -> str:
-    """An exception of the user's code in one line, with the place that raised it."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
+def file_of(name: str) -> str:
+    """The file that holds what ``package.module:name`` or ``FILE.py:name`` names.
+
+    A module's is known once it is imported.
+    """
+    where = name.rpartition(":")[0]
+    if where.endswith(".py"):
+        return str(Path(where).resolve())
+    return str(getattr(sys.modules.get(where), "__file__", where))
+
+
+def frames_of(error: Exception, *names: str) -> list[traceback.FrameSummary]:
+    """The lines of the user's code that an exception passed through, the innermost last."""
+    files = {file_of(name) for name in names}
+    return [one for one in traceback.extract_tb(error.__traceback__) if one.filename in files]
+
+
+def raised(error: Exception, *names: str) -> str:
+    """An exception of the user's code in one line, with the line of it that led there."""
+    place = [*traceback.extract_tb(error.__traceback__)[-1:], *frames_of(error, *names)][-1]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
