@@ -108,7 +108,7 @@ def batches(
             the first ones are larger; those of the last batch may be empty (default: all).
 
     Returns:
-        an iterator over (images (B, C, S, S) float32, labels (B,) int64).
+        an iterator over (images (B, C, S, S) float32, labels int64, (B,) or (B, 2)).
 
     Raises:
         ValueError: while iterating, an image that cannot be read, by its name.

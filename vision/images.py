@@ -29,6 +29,11 @@ CIFAR10_CLASSES = (
 )
 WNIDS: dict[str, tuple[str, ...]] = dict(sorted(Imagenette._WNID_TO_CLASS.items()))
 
+DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
+PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+PACS_FOLDERS = ("PACS", "pacs-64", "")
+"""Where the four domain folders lie in the root."""
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONSTANTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -49,6 +54,10 @@ NOTES = {
         "Imagenette, 160 px (9,469 + 3,925), github.com/fastai/imagenette, "
         "Apache 2.0; images of ImageNet"
     ),
+    "pacs": (
+        "PACS (Li et al., 2017; 4 domains x 7 classes, 9,991), for research, no license stated; "
+        "split 70/10/20 by domain and class"
+    ),
 }
 PUBLISHED: dict[str, tuple[str, str, str, int]] = {
     "cifar10": (CIFAR10.base_folder, CIFAR10.url, CIFAR10.tgz_md5, 170),
@@ -58,6 +67,8 @@ PUBLISHED: dict[str, tuple[str, str, str, int]] = {
 """Folder in the root, the archive's address, its MD5 and its megabytes."""
 TEST_SHARE = 0.2
 """Of each class, where a folder of images has no train and test."""
+PACS_VAL_SHARE = 0.125
+"""Of what the test images leave of each domain and class: a tenth of all."""
 MEMORY = 2 * 2**30
 """Bytes up to which images from files are kept decoded in memory, train and test together."""
 
@@ -76,6 +87,7 @@ class ImageData:
     std: tuple[float, ...]
     note: str  # source and license, and what sets this copy apart from the published data
     val: ImageSource | None = None
+    domains: tuple[str, ...] = ()  # their names, by number, where images are of several
 
 
 def load_images(
@@ -87,6 +99,8 @@ def load_images(
       ``root/cifar10/{train,test}/<class>`` or ``root/{train,test}/<class>``.
     - ``"cifar100"``: torchvision's ``root/cifar-100-python``.
     - ``"imagenette"``: torchvision's ``root/imagenette2-160``, whose ``val`` is the test set here.
+    - ``"pacs"``: ``DOMAIN/CLASS/*`` in ``root``, ``root/PACS`` or ``root/pacs-64``. PACS has no
+      one address to download it from.
     - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*``,
       ``root/val/<class>/*`` or both; one alone is the test set. If there is ``root/<class>/*``
       without train and test, 20 % of each class are the test set. Hidden folders and files, whose
@@ -95,8 +109,8 @@ def load_images(
     Args:
         name: one of those.
         root: the folder.
-        image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette; for
-            ``"images"`` that of the images, if all are squares of one size).
+        image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette, 64 for
+            PACS; for ``"images"`` that of the images, if all are squares of one size).
         offline: never download; otherwise a download first says what it fetches. An archive in
             ``root`` is unpacked.
 
@@ -108,6 +122,8 @@ def load_images(
     """
     if name == "images":
         return _own(root, image_size)
+    if name == "pacs":
+        return _pacs(root, image_size or 64)
     if name == "imagenette":
         itself = (root / "train" / next(iter(WNIDS))).is_dir()
         folder = root if itself else unpacked(name, root, offline, *PUBLISHED[name])
@@ -201,6 +217,41 @@ def _own(root: Path, image_size: int | None) -> ImageData:
     )
 
 
+def _pacs(root: Path, image_size: int) -> ImageData:
+    """A random split that has the same share of each domain and class in each part."""
+    folders = [root / part for part in PACS_FOLDERS]
+    folder = next((one for one in folders if all((one / name).is_dir() for name in DOMAINS)), None)
+    if folder is None:
+        looked = ", ".join(map(str, folders))
+        raise FileNotFoundError(
+            f"pacs: found the folders {', '.join(DOMAINS)} in none of {looked}; put PACS (Li et "
+            "al., 2017) there, as DOMAIN/CLASS/*.jpg"
+        )
+    listings = [_listing(folder / name, PACS_CLASSES) for name in DOMAINS]
+    paths = [path for _, found, _ in listings for path in found]
+    domain = torch.repeat_interleave(torch.tensor([len(found) for _, found, _ in listings]))
+    labels = torch.stack([torch.cat([found for _, _, found in listings]), domain], dim=1)
+    cell = labels[:, 1] * len(PACS_CLASSES) + labels[:, 0]
+    rest, test = split_images(cell, TEST_SHARE, seed=0)
+    train, val = (rest[rows] for rows in split_images(cell[rest], PACS_VAL_SHARE, seed=0))
+    sources = [
+        _source([paths[row] for row in rows.tolist()], labels[rows], image_size, len(paths))
+        for rows in (train, val, test)
+    ]
+    (mean, std), (train_images, val_images, test_images) = IMAGENET, sources
+    return ImageData(
+        name="pacs", classes=PACS_CLASSES, domains=DOMAINS, train=train_images, val=val_images,
+        test=test_images, mean=mean, std=std, note=NOTES["pacs"],
+    )  # fmt: skip
+
+
+def _source(paths: list[str], labels: Tensor, size: int, total: int) -> ImageSource:
+    """Images of files: in memory, if all ``total`` images of the data set fit."""
+    if 3 * size * size * total <= MEMORY:
+        return MemoryImages(decode_all(paths, size), labels, size)
+    return FileImages(paths, labels, size)
+
+
 def _read(
     name: str, parts: list[Listing], image_size: int | None, note: str, names: tuple[str, ...] = ()
 ) -> ImageData:
@@ -212,16 +263,11 @@ def _read(
             f"{name}: got images of {', '.join(sorted(unknown))}, expected classes of train"
         )
     size = image_size or common_size(files)
-    in_memory, sources = 3 * size * size * len(files) <= MEMORY, list[ImageSource]()
+    sources = list[ImageSource]()
     for known, paths, rows in parts:
         # Each folder has its own
         labels = torch.tensor([classes.index(name) for name in known])[rows]
-        images = (
-            MemoryImages(decode_all(paths, size), labels, size)
-            if in_memory
-            else FileImages(paths, labels, size)
-        )
-        sources.append(images)
+        sources.append(_source(paths, labels, size, len(files)))
     (train, test, *others), (mean, std) = sources, CONSTANTS.get(name, IMAGENET)
     classes, val = names or classes, others[0] if others else None
     return ImageData(

@@ -24,7 +24,7 @@ class MemoryImages:
 
     Args:
         images: (N, C, H, H), C = 1 or 3, uint8, or float32 that models are to see as it is.
-        labels: (N,) int64.
+        labels: (N,) int64 classes; (N, 2) classes and domains, where images are of several.
         image_size: S; images of another size are resized when they are taken, not in memory.
     """
 

@@ -72,7 +72,7 @@ def kind_of(row: str, theme: Theme) -> tuple[str, str, str]:
     """The color, the marker and the name of the kind of a row."""
     if row.startswith("dense"):
         return theme.gray, "D", "dense"
-    if row in ("random", "uniform"):
+    if row in ("random", "uniform", "oracle"):
         return theme.orange, "v", "without a learned router"
     return theme.blue, "o", "learned router"
 

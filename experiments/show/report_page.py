@@ -256,7 +256,7 @@ def _routing(page: Page, run: RunFolder) -> str:
     layers = values_of(run.summary["routing"])
     try:
         task = run.load_task()
-        names = {"ami_label": task.classes}
+        names = {"ami_label": task.classes, "ami_domain": task.domains}
         tokens = {"image": "patches", "molecule": "atoms"}.get(task.kind, "nodes")
         if tokens == "nodes":
             shown, drawn, bins = _nodes(run, task)
@@ -301,9 +301,9 @@ def _routing(page: Page, run: RunFolder) -> str:
                 for name, value in known.items()
             ],
             f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each "
-            "class, place (row by row), element, degree or local homophily (neighbors of the same "
-            "class), the latter two in bins of about as many nodes each. A row like the last one "
-            "says that the expert does not go by it.",
+            "class, domain, place (row by row), element, degree or local homophily (neighbors of "
+            "the same class), the latter two in bins of about as many nodes each. A row like the "
+            "last one says that the expert does not go by it.",
         )
     return in_words(layers, run.config.experts)
 
@@ -318,17 +318,20 @@ def _atoms(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
 
 def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:
     """By MoE layer, the patches of validation images; and maps of images, each of another class."""
+    from experiments.train.told_domain import tell_domains  # torchvision, which graphs do without
+
     model = run.load_model(task)
     batches, weights = list[Batch](), list[list[Tensor]]()
     for batch in task.loader("val", 128, 0):  # shuffled, since they may lie class by class
         batches.append(batch)
-        weights.append(patch_weights(model, *batch.inputs))
+        tell_domains(model, batch.domain)
+        weights.append(patch_weights(model, batch.inputs[0]))
         if sum(len(one.target) for one in batches) >= most:
             break
-    images, labels = (
-        torch.cat(parts)
-        for parts in zip(*((*one.inputs, one.target) for one in batches), strict=True)
-    )
+    images = torch.cat([one.inputs[0] for one in batches])
+    labels = torch.cat([one.target for one in batches])
+    domains = [one.domain for one in batches if one.domain is not None]
+    domain = torch.cat(domains) if domains else None
     shown = list[Tokens]()
     for weight_BhwE in map(torch.cat, zip(*weights, strict=True)):
         number = weight_BhwE[0, ..., 0].numel()
@@ -336,9 +339,12 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
             "ami_label": labels.repeat_interleave(number),
             "ami_place": torch.arange(number).repeat(len(labels)),
         }
+        if domain is not None:
+            known["ami_domain"] = domain.repeat_interleave(number)
         shown.append((weight_BhwE.flatten(0, 2), known))
     chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()[:6]]
     titles = [task.classes[int(labels[image])] for image in chosen]
+    tell_domains(model, None if domain is None else domain[chosen])
     return shown, [expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)]
 
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from experiments.benchmark.measure import take_turns
@@ -26,22 +28,63 @@ from experiments.train.training import set_up
 def measured(config: RunConfig) -> dict[str, Any]:
     """Of a finished run, what a cell holds beside its summary.
 
-    That is what the routed experts add, and step times.
+    That is what the routed experts add, and step times; of images of several domains also how it
+    does on each.
     """
     task_of = load_tasks(config)
     found = [routed_part(config, task_of(seed), seed) for seed in config.seeds]
     shares = [spread(list(values)) for values in zip(*(share for _, share in found), strict=True)]
     routed = {"off": spread([off for off, _ in found]), "share": shares} if shares else None
-    return {"routed": routed, "time": step_times(config, task_of(config.seeds[0]))}
+    part = {"routed": routed, "time": step_times(config, task_of(config.seeds[0]))}
+    if task_of(config.seeds[0]).domains:
+        part["domains"] = on_domains(config, task_of)
+    return part
+
+
+def trained(config: RunConfig, task: Task, seed: int) -> nn.Module:
+    """The model of a seed, as validation selected it."""
+    model = build_model(config, task)
+    path = config.folder() / f"seed-{seed}" / "checkpoint" / "best.safetensors"
+    model.load_state_dict(load_file(path))
+    return model
+
+
+@torch.no_grad()
+def on_domains(config: RunConfig, task_of: Callable[[int], Task]) -> dict[str, Any]:
+    """The accuracy on the test images of each domain, and how well mean colors tell the domain."""
+    task, by_seed = task_of(config.seeds[0]), list[Tensor]()
+    for seed in config.seeds:
+        model = trained(config, task_of(seed), seed).eval()
+        batches = task_of(seed).loader("test", config.batch_size, None)
+        right = [model(*batch.inputs).argmax(dim=1) == batch.target for batch in batches]
+        by_seed.append(torch.cat(right).float())
+    accuracy = {
+        name: spread([float(right[task.tested["domain"] == number].mean()) for right in by_seed])
+        for number, name in enumerate(task.domains)
+    }
+    return {"accuracy": accuracy, "color": color_probe(task)}
+
+
+def color_probe(task: Task) -> dict[str, float]:
+    """What a linear model of an image's mean color knows of its domain.
+
+    Its accuracy on the test images, and ``"largest"``, the share of their largest domain.
+    """
+    parts = {}
+    for part in ("train", "test"):
+        batches = list(task.loader(part, 512, None))
+        color = torch.cat([batch.inputs[0].mean(dim=(2, 3)) for batch in batches])
+        domain = torch.cat([batch.domain for batch in batches if batch.domain is not None])
+        parts[part] = (color.numpy(), domain.numpy())
+    probe = LogisticRegression(max_iter=1000).fit(*parts["train"])
+    largest = task.tested["domain"].bincount().max() / len(task.tested["domain"])
+    return {"accuracy": float(probe.score(*parts["test"])), "largest": float(largest)}
 
 
 def routed_part(config: RunConfig, task: Task, seed: int) -> tuple[float, list[float]]:
     """What the routed experts of a trained seed do on the test set: the metric with these switched
     off, and by layer the norm of what they add over that of the layer's output."""
-    model = build_model(config, task)
-    model.load_state_dict(
-        load_file(config.folder() / f"seed-{seed}" / "checkpoint" / "best.safetensors")
-    )
+    model = trained(config, task, seed)
     sums = defaultdict[nn.Module, list[float]](lambda: [0.0, 0.0])
 
     def count(layer: nn.Module, *values: Tensor) -> None:

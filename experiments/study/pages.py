@@ -7,7 +7,8 @@ only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->`` compares variants seed by s
 wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
 ``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
 ``<!-- cells: routers: COLUMN -->`` a column of it, and
-``<!-- gains: routers: COLUMN COLUMN -->`` what the default router gains in some columns.
+``<!-- gains: routers: COLUMN COLUMN -->`` what the default router gains in some columns, and
+``<!-- domains: routers: COLUMN -->`` how its rows do on each domain of its images.
 ``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``,
 ``<!-- confirmed: starts-confirmed -->`` that of its second stage, ``<!-- curves: curves -->``
 that of ``experiments.sweep curves``, ``<!-- molecules: molecules -->`` that of
@@ -28,12 +29,12 @@ import tyro
 from experiments.benchmark.tables import benchmark_table
 from experiments.show.tables import pair_table, preset_table, study_table
 from experiments.study import curves, molecules, starts
-from experiments.study.routers import cell_tables, gain_table, read_cells
+from experiments.study.routers import cell_tables, domain_table, gain_table, read_cells
 from experiments.train.files import RESULTS, read_json
 
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map|arms|confirmed|curves"
-    r"|molecules): (?P<study>[\w-]+)"
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|domains|map|arms|confirmed"
+    r"|curves|molecules): (?P<study>[\w-]+)"
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -51,12 +52,13 @@ def render(page: str, results: Path = RESULTS) -> str:
         "map": map_table,
         "cells": cell_tables,
         "gains": gain_table,
+        "domains": domain_table,
         "arms": starts.table,
         "confirmed": starts.confirmed_table,
         "curves": curves.table,
         "molecules": molecules.table,
     }
-    readers = {"cells": read_cells, "gains": read_cells}
+    readers = {"cells": read_cells, "gains": read_cells, "domains": read_cells}
     readers |= {"arms": starts.read_results, "curves": starts.read_results}
     readers["molecules"] = partial(starts.read_results, columns=tuple(molecules.COLUMNS))
     readers["confirmed"] = starts.read_confirmed

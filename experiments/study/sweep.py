@@ -3,6 +3,7 @@
     python -m experiments.sweep mosaic --runs runs/again --results again
     python -m experiments.sweep grid --preset minesweeper --routers random --experts 4 8 --ks 1 2
     python -m experiments.sweep grid --preset cora --routers token_choice --jobs 8
+    python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic facebook
 
 ``grid`` is a study of your own: a preset over routers, numbers of experts and experts per
 token. Every variant is a run folder; finished variants are skipped and an unfinished one goes
@@ -26,11 +27,12 @@ import tyro
 from experiments.show.tables import study_table
 from experiments.study.routers import cell_tables, cells, read_cells
 from experiments.study.studies import RECORDED, Study, grid, recorded
-from experiments.train.checks import check_first
+from experiments.train.checks import check, check_first
 from experiments.train.command_line import fail
 from experiments.train.config import RunConfig
 from experiments.train.files import read_json
 from experiments.train.signals import interrupt
+from experiments.train.user_code import code_of, raised
 
 Results: TypeAlias = dict[str, dict[str, Any]]
 """By column and run, the summary."""
@@ -84,12 +86,20 @@ class RoutersConfig(SweepConfig):
     """Cells of the table of routers, and where they go."""
 
     data_root: Path = Path("data")
-    """Folder of cifar10, imagenette2-160, heterophilous, facebook.npz and planted.
+    """Folder of cifar10, imagenette2-160, pacs-64, heterophilous, facebook.npz and planted.
     Each is as its loader reads it."""
     columns: tuple[str, ...] = ()
     """Data sets; by default all."""
     rows: tuple[str, ...] = ()
     """Routers and controls; by default all."""
+    router: str | None = None
+    """Your own router, `FILE.py:Class` or `package.module:Class`: a row of its own, beside a dense
+    model of equal FLOPs, token choice and a frozen random router.
+    Columns are by default those that need no files."""
+    conv: str | None = None
+    """Your own conv, named likewise, in place of the column's; with --router or by itself."""
+    k: int | None = None
+    """With --router or --conv: experts per token of the row and its controls, by default 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,28 +183,86 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
 
 def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
     """Run the cells that have no file: the table, and by cell why it could not be run."""
+    check(config.k is None, "k", config.k, "none without --router or --conv")
+    folder = config.results / "routers"
+    todo = cells(config.columns, config.rows, config.data_root)
+    failed = run_cells(todo, held_cells(todo, folder), config)
+    return cell_tables(read_cells(folder)), failed
+
+
+def held_cells(todo: Mapping[str, RunConfig], folder: Path) -> dict[str, Any]:
+    """Of the cells that have a file, by name, the configuration that it holds."""
+    paths = {cell: folder / f"{cell}.json" for cell in todo}
+    return {
+        cell: read_json(path, dict[str, Any])["config"]
+        for cell, path in paths.items()
+        if path.exists()
+    }
+
+
+def run_cells(
+    todo: Mapping[str, RunConfig], held: Mapping[str, Any], config: RoutersConfig
+) -> dict[str, str]:
+    """Run the cells of the table of routers that are not held: by cell why it could not be run."""
     from experiments.study.measured import measured
     from experiments.train.results import write_json
 
     folder = config.results / "routers"
-    known = {
-        f"{column}/{row}": cell["config"]
-        for column, rows in read_cells(folder).items()
-        for row, cell in rows.items()
-    }
 
     def finish(cell: str, own: RunConfig, summary: Any) -> None:
         write_json(folder / f"{cell}.json", {**summary, **measured(own)})
 
-    failed = run_all(
-        "routers",
-        cells(config.columns, config.rows, config.data_root),
-        known,
-        folder,
-        config,
-        finish,
-    )
-    return cell_tables(read_cells(folder)), failed
+    return run_all("routers", todo, held, folder, config, finish)
+
+
+def sweep_own(config: RoutersConfig) -> tuple[str, dict[str, str]]:
+    """Run a user's row of the table, and then the controls that it lacks.
+
+    Controls of a column are left out if the row could not be run there. Returns the comparison,
+    and by cell why it could not be run.
+    """
+    from experiments.study import own_router
+
+    check(not config.rows, "rows", ", ".join(config.rows), "none with --router or --conv")
+    own = own_router.own_row(config.router, config.conv, config.k)
+    every = own_router.own_cells(own, config.columns, config.data_root)
+    folder, failed = config.results / "routers", dict[str, str]()
+
+    def run_rows(*rows: str) -> None:
+        """Run what is missing of some rows; a cell that holds another recipe is named."""
+        todo = {
+            f"{column}/{row}": cells_of[row]
+            for column, cells_of in every.items()
+            for row in rows
+            if row == own.row or f"{column}/{own.row}" not in failed
+        }
+        held = held_cells(todo, folder)
+        for cell, described in held.items():
+            # The name of the file tells the code: it may have been moved since.
+            moved = {name: getattr(todo[cell], name, None) for name in ("router", "equal_to")}
+            code = {name: value for name, value in moved.items() if value and ":" in value}
+            held[cell] = described | code
+            if own.conv is not None:
+                held[cell] |= {"conv": [own.conv]}
+            if why := refusal(cell, todo.pop(cell), held[cell], folder):
+                failed[cell] = why
+        failed.update(run_cells(todo, {}, config))
+
+    run_rows(own.row)
+    run_rows(*(control for control in own_router.CONTROLS if control != own.row))
+    found = own_router.read_row(own, folder)
+    other = [column for column in every if own_router.costs_other_flops(own, found.get(column, {}))]
+    every = {column: every[column] for column in other}
+    run_rows(own.matched)
+    found = own_router.read_row(own, folder)
+    for column, rows in found.items():
+        found[column] = {row: cell for row, cell in rows.items() if f"{column}/{row}" not in failed}
+    found = {column: rows for column, rows in found.items() if own.row in rows}
+    compared, missing = own_router.compare(own, found)
+    lines = [own_router.row_table(own, compared), *missing, *own_router.strangers(own, found)]
+    if compared:
+        lines += [f"written to {path}" for path in own_router.write_row(own, compared, folder)]
+    return "\n".join(lines), failed
 
 
 def sweep_starts(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
@@ -304,7 +372,6 @@ def run_all(
     from experiments.train.jobs import train_apart
     from experiments.train.loop import run
     from experiments.train.progress import Progress
-    from experiments.train.run_folder import differences_of
 
     folder = config.runs if config.runs is not None else Path("runs") / name
     todo, failed = [], dict[str, str]()
@@ -315,11 +382,8 @@ def run_all(
         if variant not in known:
             todo.append((variant, own))
             continue
-        for option, (other, value) in differences_of(own, known[variant]).items():
-            held = f"{where} holds {variant} with {option}={other!r}"
-            raise ValueError(
-                f"results: {held}, expected {value!r}; choose other folders by --results and --runs"
-            )
+        if why := refusal(variant, own, known[variant], where):
+            raise ValueError(why)
     progress = Progress(
         sum(len(own.seeds) * own.epochs for _, own in todo), config.progress and config.jobs == 1
     )
@@ -330,11 +394,24 @@ def run_all(
                 if why:
                     raise ValueError(why)
                 finish(variant, own, run(own, progress))
-            except (ValueError, OSError) as error:  # of this variant; the others go on
-                failed[variant] = str(error)
+            except Exception as error:  # of this variant; the others go on
+                is_told, code = isinstance(error, ValueError | OSError), code_of(own)
+                if not is_told and not code:
+                    raise
+                failed[variant] = str(error) if is_told else raised(error, *code)
                 progress.skip(len(own.seeds) * own.epochs)
                 progress.finish(len(own.seeds) * own.epochs)
     return failed
+
+
+def refusal(variant: str, own: RunConfig, held: Mapping[str, Any], where: Path) -> str:
+    """Why a result that is there is not that of a variant; empty if it is."""
+    from experiments.train.run_folder import differences_of
+
+    for option, (other, value) in differences_of(own, held).items():
+        there = f"{where} holds {variant} with {option}={other!r}"
+        return f"results: {there}, expected {value!r}; choose other folders by --results and --runs"
+    return ""
 
 
 def parse(args: Sequence[str]) -> tuple[str, SweepConfig]:
@@ -360,7 +437,8 @@ def main(args: Sequence[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         if isinstance(config, RoutersConfig):
-            table, failed = sweep_cells(config)
+            is_own = config.router is not None or config.conv is not None
+            table, failed = sweep_own(config) if is_own else sweep_cells(config)
         elif isinstance(config, ColumnsConfig):
             of_columns = {
                 "starts": sweep_starts,

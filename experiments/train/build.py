@@ -24,7 +24,7 @@ from experiments.train.config import (
     RunConfig,
 )
 from experiments.train.data.task import Task
-from experiments.train.user_code import load_object
+from experiments.train.user_code import code_of, frames_of, load_conv, load_object
 from gmoe._checks import check
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
         active = flops(model, example(config, task))
     except (TypeError, RuntimeError, AssertionError, AttributeError) as error:
         if not isinstance(config, GraphConfig | MoleculeConfig) or config.model is not None:
+            raise
+        if frames_of(error, *code_of(config)):  # a fault of the user's code, not of a choice
             raise
         raise ValueError(
             f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
@@ -169,7 +171,12 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
     }
     if isinstance(config, ImageConfig):
         size = vit_size(config, task.in_channels)
-        model = gmoe.ViTMoE(size, task.num_classes, router, **common)
+        model = gmoe.ViTMoE
+        if config.router == "oracle":
+            from experiments.train.told_domain import DomainViT  # and so torchvision
+
+            model = DomainViT
+        model = model(size, task.num_classes, router, **common)
         if config.router == "soft_slots":
             for block in model.encoder.layers[config.every - 1 :: config.every]:
                 block.mlp = SoftMLP(block.mlp, size, config)
@@ -202,12 +209,13 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
     if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
         # There is one graph only: for the dense model, whose convs are PyG's
         common["cached"] = True
+    kinds = kinds_of_experts(config)
     return gmoe.GNNMoE(
         task.in_channels,
         config.hidden,
         task.num_classes,
         config.layers,
-        conv=kinds_of_experts(config),
+        conv=[load_conv(kind) for kind in kinds] if isinstance(kinds, list) else load_conv(kinds),
         router=router,
         shared_router=config.shared_router,
         jk=config.jk,
@@ -285,7 +293,7 @@ def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
 
 
 def kinds_of_experts(config: GraphConfig | MoleculeConfig) -> str | list[str]:
-    """The conv of all experts, or the kind of each; the first alone for the dense model."""
+    """The conv of all experts by name, or of each; the first alone for the dense model."""
     if len(config.conv) == 1 or config.router == "dense":
         return config.conv[0]
     times, rest = divmod(config.experts, len(config.conv))
@@ -311,14 +319,7 @@ def _router(
         fits = isinstance(router, type) and issubclass(router, gmoe.Router)
         check(fits, "router", repr(config.router), "a subclass of gmoe.Router")
     elif config.router == "oracle":
-        if task.planted is None:
-            raise ValueError(
-                f"router: got 'oracle' for {task.name}, expected another, since no routing is "
-                "planted"
-            )
-        planted = int(task.planted.max()) + 1
-        check(config.experts == planted, "experts", config.experts, f"the {planted} planted ones")
-        router = partial(gmoe.OracleRouter, assignment=task.planted)
+        router = _oracle(config, task)
     legal = inspect.signature(gmoe.ROUTERS.get(router, router)).parameters
     for name, value in given.items():
         check(
@@ -337,6 +338,23 @@ def _router(
     if given.get("balance") == "none":
         given["balance"] = None
     return router, given
+
+
+def _oracle(config: RunConfig, task: Task) -> Callable[..., gmoe.Router]:
+    """The router that knows the expert of each node, or of each image's domain."""
+    if task.domains:
+        from experiments.train.told_domain import DomainRouter
+
+        number = len(task.domains)
+        legal = f"{number}, one for each of {', '.join(task.domains)}"
+        check(config.experts == number, "experts", config.experts, legal)
+        return DomainRouter
+    if task.planted is None:
+        legal = "another, since no routing is planted"
+        raise ValueError(f"router: got 'oracle' for {task.name}, expected {legal}")
+    planted = int(task.planted.max()) + 1
+    check(config.experts == planted, "experts", config.experts, f"the {planted} planted ones")
+    return partial(gmoe.OracleRouter, assignment=task.planted)
 
 
 @torch.no_grad()

@@ -122,9 +122,9 @@ class RunConfig:
     equal: Literal["flops", "parameters"] | None = None
     """With --router dense: widen it to the active FLOPs, or parameters, of a MoE.
     That is the MoE of --equal-to."""
-    equal_to: RouterName = "token_choice"
-    """With --equal: the router of the MoE that the dense baseline is matched to.
-    Experts, K and the rest are as given."""
+    equal_to: str = "token_choice"
+    """With --equal: the router of the MoE that the dense baseline is matched to, named as a
+    router is. Experts, K and the rest are as given."""
 
     # recipe
     epochs: int = 100
@@ -175,6 +175,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_object("router", self.router, get_args(RouterName))
+        check_object("equal_to", self.equal_to, get_args(RouterName))
         check_object("model", self.model)
         check_object("data", self.data)
         check_numbers(asdict(self) | self.options.given())
@@ -274,7 +275,8 @@ class GraphConfig(NodeConfig):
     """Nodes of a graph of one node type."""
 
     conv: tuple[str, ...] = ("gcn",)
-    """The conv; several are kinds of experts that alternate (a dense model takes the first)."""
+    """The conv; several are kinds of experts that alternate (a dense model takes the first).
+    Your own: `package.module:Class` or `FILE.py:Class`."""
     router_input: tuple[RouterInput, ...] | None = None
     """What the router sees: the node (the default), the mean of its neighbors, log-degree.
     Or the graph, by itself."""
@@ -351,7 +353,7 @@ class ImageConfig(RunConfig):
     """Patches of images, in a ViT."""
 
     router: str = "expert_choice"
-    equal_to: RouterName = "expert_choice"
+    equal_to: str = "expert_choice"
     mlp_scale: float = 1.0
     """Dense: factor of the output of the MLPs in whose place experts would be.
     It stands for weights by score, which scale that output."""
@@ -382,7 +384,7 @@ class ImageConfig(RunConfig):
 
 
 HETERO = ("ogbn-mag", "hetero")
-IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
+IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "pacs", "images")
 """Data sets of each kind; all others are graphs, but OGB's molecules, ``ogbg-mol...``."""
 ERRORS = ("rmse",)
 """Metrics of which less is better, and which are not shares."""

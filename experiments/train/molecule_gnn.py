@@ -23,6 +23,7 @@ from torch_geometric.nn import (
 import gmoe
 from experiments.train.config import Pool
 from experiments.train.data.published import without_update_check
+from experiments.train.user_code import load_conv
 from gmoe.conv.base import StackedExperts
 from gmoe.conv.call import Call
 from gmoe.conv.kinds import KINDS, Kind, class_of, factory_of
@@ -161,7 +162,7 @@ def conv_of(name: str, width: int) -> Any:
     own: dict[str, Any] = {"gcn": BondGCNConv, "gin": ogb_gin}
     if name in own:
         return own[name]
-    factory = factory_of(name)
+    factory = factory_of(load_conv(name))
     is_told = "edge_dim" in inspect.signature(class_of(factory)).parameters
     # GINE by itself adds the bonds as they are, so that its experts share the sums.
     return partial(factory, edge_dim=width) if is_told and name != "gine" else factory

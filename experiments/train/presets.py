@@ -172,6 +172,10 @@ SMALL_VIT = replace(
     seeds=(0, 1, 2),
 )
 """Of the CIFAR-10 studies and the swap table."""
+
+PACS = replace(SMALL_VIT, dataset="pacs", image_size=64, patch=8, epochs=15)
+"""Images of several domains, which --router oracle --experts 4 is told. Not tuned."""
+
 SHARED = replace(
     MINESWEEPER,
     hidden=16,
@@ -205,6 +209,10 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "imagenette": (
         "Imagenette at 160 pixels; a 6-block ViT.",
         replace(CIFAR10, dataset="imagenette", hidden=384, epochs=80, batch_size=64),
+    ),
+    "pacs": (
+        "PACS, 7 classes in 4 domains (photo, art, cartoon, sketch), 64 pixels; a 6-block ViT.",
+        PACS,
     ),
     "images": (
         "Images of your own: --data-root DIR with CLASS/*, or train/CLASS/* and test/CLASS/*.",

@@ -53,6 +53,7 @@ def _is_taken(folder: Path) -> bool:
 IMAGE_FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar10", ""),
     "imagenette": ("imagenette2-160", ""),
+    "pacs": ("PACS", "pacs-64", ""),
     "images": ("",),
 }
 """Where files of images lie, which may be any; of other sets the published ones are read, or

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,41 @@ def load_object(option: str, name: str) -> Any:
             f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the "
             f"working directory and in PYTHONPATH, and FILE.py:{attribute} takes a file"
         ) from error
+    except Exception as error:  # whatever the user's file does
+        raise ValueError(f"{option}: got {name!r}, which raised {raised(error, name)}") from error
+
+
+def load_conv(name: str) -> Any:
+    """The class or function that ``FILE.py:name`` names; a name that gmoe knows stays a name."""
+    return load_object("conv", name) if ":" in name else name
+
+
+def code_of(config: RunConfig) -> list[str]:
+    """The names of the user's code in a configuration."""
+    return [name for _, name in _named(config) if name is not None and ":" in name]
+
+
+def file_of(name: str) -> str:
+    """The file that holds what ``package.module:name`` or ``FILE.py:name`` names.
+
+    A module's is known once it is imported.
+    """
+    where = name.rpartition(":")[0]
+    if where.endswith(".py"):
+        return str(Path(where).resolve())
+    return str(getattr(sys.modules.get(where), "__file__", where))
+
+
+def frames_of(error: Exception, *names: str) -> list[traceback.FrameSummary]:
+    """The lines of the user's code that an exception passed through, the innermost last."""
+    files = {file_of(name) for name in names}
+    return [one for one in traceback.extract_tb(error.__traceback__) if one.filename in files]
+
+
+def raised(error: Exception, *names: str) -> str:
+    """An exception of the user's code in one line, with the line of it that led there."""
+    place = [*traceback.extract_tb(error.__traceback__)[-1:], *frames_of(error, *names)][-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def check_trusted(config: RunConfig, folder: Path) -> None:
@@ -35,12 +71,19 @@ def check_trusted(config: RunConfig, folder: Path) -> None:
 
     Somebody else may have put it there, and it would run with all rights of the user.
     """
-    for option in ("router", "model", "data"):
-        name = getattr(config, option)
+    for option, name in _named(config):
         if name is not None and ":" in name and _code_lies_in(name.rpartition(":")[0], folder):
             legal = "code that lies elsewhere, or --trust after you read it"
             got = f"{name!r}, code in the run folder {folder}"
             raise ValueError(f"{option}: got {got}, expected {legal}")
+
+
+def _named(config: RunConfig) -> list[tuple[str, str | None]]:
+    """The options that may name code of the user, each with its value."""
+    found = [
+        (option, getattr(config, option)) for option in ("router", "equal_to", "model", "data")
+    ]
+    return found + [("conv", conv) for conv in getattr(config, "conv", ())]
 
 
 def _code_lies_in(where: str, folder: Path) -> bool:

@@ -1,10 +1,10 @@
-"""A user's own router and models."""
+"""A user's own router, conv and models."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GraphSAGE
+from torch_geometric.nn import GraphSAGE, MessagePassing
 
 import gmoe
 
@@ -24,6 +24,21 @@ class FirstBits(gmoe.Router):
         return gmoe.Routing.from_choices(
             expert_TK, self.scale.expand(len(x_TD), 1), num_experts=self.num_experts
         )
+
+
+class Mean(MessagePassing):
+    """A linear map of the mean over in-neighbors."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(aggr="mean")
+        self.lin = nn.Linear(in_channels, out_channels)
+
+    def reset_parameters(self) -> None:
+        self.lin.reset_parameters()
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        y: Tensor = self.lin(self.propagate(edge_index, x=x))
+        return y
 
 
 def sage(in_channels: int, num_classes: int) -> nn.Module:

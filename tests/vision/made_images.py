@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, Imagenette
 
 from vision import ImageSource
+from vision.images import DOMAINS, PACS_CLASSES
 
 SHADE = 20
 """Images of the n-th class are of the color (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
@@ -63,6 +64,19 @@ def write_imagenette(root: Path, count: int = 1) -> Path:
         counts = dict.fromkeys(sorted(Imagenette._WNID_TO_CLASS), count)
         write_folder(root / "imagenette2-160" / split, counts, (12, 9), ".JPEG")
     return root / "imagenette2-160"
+
+
+def write_pacs(root: Path, count: int = 8, size: int = 8) -> Path:
+    """``root/DOMAIN/CLASS/*``, each image random; domains differ in brightness."""
+    rng = np.random.default_rng(0)
+    for number, domain in enumerate(DOMAINS):
+        for name in PACS_CLASSES:
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for image in range(count):
+                pixels = rng.integers(0, 60, (size, size, 3), dtype=np.uint8) + 60 * number
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image}.png")
+    return root
 
 
 def write_cifar(

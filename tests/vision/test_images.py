@@ -24,9 +24,10 @@ from tests.vision.made_images import (
     write_cifar,
     write_folder,
     write_imagenette,
+    write_pacs,
 )
 from vision import FileImages, MemoryImages, images, load_images, split_images
-from vision.images import CIFAR10_CLASSES, PUBLISHED
+from vision.images import CIFAR10_CLASSES, DOMAINS, PACS_CLASSES, PUBLISHED
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +199,35 @@ def test_split_is_stratified_disjoint_and_complete(
         assert in_val <= count - 1
         assert abs(in_val - share * count) <= 0.5 or in_val in (1, count - 1)
     assert val.equal(split_images(labels, share, seed)[1])
+
+
+@pytest.mark.parametrize("folder", ["", "PACS", "pacs-64"])
+def test_pacs_is_split_by_domain_and_class(folder: str, tmp_path: Path) -> None:
+    """Each part has the same share of each, whatever the folder; no image is in two parts."""
+    write_pacs(tmp_path / folder, count=20)
+    data = load_images("pacs", tmp_path, image_size=8)
+    assert (data.classes, data.domains) == (PACS_CLASSES, DOMAINS)
+    assert data.val is not None
+    seen = set[bytes]()
+    for source, count in ((data.train, 14), (data.val, 2), (data.test, 4)):
+        cells, counts = source.labels.unique(dim=0, return_counts=True)
+        assert len(cells) == len(PACS_CLASSES) * len(DOMAINS)
+        assert set(counts.tolist()) == {count}
+        images = source.get(torch.arange(len(source.labels)))
+        # Domains differ in brightness.
+        brightness = images.float().mean(dim=(1, 2, 3)).sub(30).div(60).round().long()
+        assert torch.equal(brightness, source.labels[:, 1])
+        seen |= {image.numpy().tobytes() for image in images}
+    assert len(seen) == 20 * len(PACS_CLASSES) * len(DOMAINS)
+    again = load_images("pacs", tmp_path, image_size=8)
+    assert torch.equal(again.test.get(torch.arange(9)), data.test.get(torch.arange(9)))
+
+
+def test_pacs_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    shutil.rmtree(write_pacs(tmp_path, count=1) / "sketch")
+    with pytest.raises(FileNotFoundError, match=r"photo, sketch in none of .*pacs-64"):
+        load_images("pacs", tmp_path)
+    shutil.rmtree(tmp_path / "photo" / "dog")
+    (tmp_path / "sketch").mkdir()
+    with pytest.raises(ValueError, match=r"photo: got class folders elephant, .* expected dog"):
+        load_images("pacs", tmp_path)

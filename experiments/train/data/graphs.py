@@ -27,6 +27,7 @@ from torchmetrics.utilities import dim_zero_cat
 from experiments.train.config import GraphConfig, HeteroConfig
 from experiments.train.data.task import Batch, GraphData, MetricName, Shard, Split, Splits, Task
 from experiments.train.files import read_npy
+from experiments.train.user_code import load_conv
 from gmoe._checks import check
 from gmoe.conv.kinds import Kind, class_of, factory_of, kind_of
 from gmoe.data.loader import neighbor_loader
@@ -221,13 +222,13 @@ def order_of(count: int, seed: int | None) -> Tensor:
 def weighs_edges(config: GraphConfig) -> list[bool]:
     """Whether each kind of conv of the run takes edge weights."""
     convs = config.conv[:1] if config.router == "dense" else config.conv
-    classes: list[Any] = [class_of(factory_of(conv)) for conv in convs]
+    classes: list[Any] = [class_of(factory_of(load_conv(conv))) for conv in convs]
     return ["edge_weight" in inspect.signature(cls.forward).parameters for cls in classes]
 
 
 def _known(conv: str) -> Kind:
     """What gmoe knows of a conv by its name."""
-    return kind_of(class_of(factory_of(conv)))
+    return kind_of(class_of(factory_of(load_conv(conv))))
 
 
 def adjacency(config: GraphConfig, data: Data) -> Tensor:

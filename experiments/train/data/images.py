@@ -37,7 +37,7 @@ own."""
 
 
 def image_set(config: ImageConfig) -> Task:
-    """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of your own.
+    """``cifar10``, ``cifar100``, ``imagenette``, ``pacs``, or ``images``, a folder of your own.
 
     See :func:`vision.load_images`.
     """
@@ -58,7 +58,9 @@ def digits(config: ImageConfig) -> Task:
         torch.from_numpy(found.target).long(),
     )
     split, size = digits_split(found.target), config.image_size or 8
-    parts = {part: MemoryImages(images[rows], labels[rows], size) for part, rows in split.items()}
+    parts: dict[str, Any] = {
+        part: MemoryImages(images[rows], labels[rows], size) for part, rows in split.items()
+    }
     train = parts["train"].images
     mean, std, classes = (
         (float(train.mean()),),
@@ -89,7 +91,7 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
         flush=True,
     )
     for part, rows in split.items():
-        seen = set(sources[part].labels[rows].tolist())
+        seen = set(classes_of(sources[part])[rows].tolist())
         least = 2 if part == "train" else 1
         check(
             len(seen) >= least,
@@ -104,6 +106,9 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
                 f"{', '.join(missing[:5])}",
                 flush=True,
             )
+    tested = {}
+    if data.domains:
+        tested = {"label": data.test.labels[:, 0], "domain": data.test.labels[:, 1]}
     return Task(
         name=data.name,
         kind="image",
@@ -115,9 +120,16 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
         steps=lambda batch_size: -(-len(split["train"]) // batch_size),
         loss=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
         classes=data.classes,
+        domains=data.domains,
+        tested=tested,
         mean=data.mean,
         std=data.std,
     )
+
+
+def classes_of(source: ImageSource) -> Tensor:
+    """(N,) the classes of images, whose labels may hold their domains, too."""
+    return source.labels[:, 0] if source.labels.dim() == 2 else source.labels
 
 
 # Fmt: skip
@@ -131,14 +143,19 @@ def _load(
     seed: int | None,
     shard: Shard = (0, 1),
 ) -> Iterator[Batch]:
-    """The batches of a part."""
+    """The batches of a part; the router that is told the domain gets it as an input."""
     drawn = batches(
         sources[part], split[part], batch_size, mean=data.mean, std=data.std,
         augment=make_augment(config.augment, data.train.image_size) if part == "train" else None,
         seed=seed, workers=config.workers, shard=shard,
     )  # fmt: skip
     for images, labels in drawn:
-        yield Batch((images,), labels)
+        if not data.domains:
+            yield Batch((images,), labels)
+            continue
+        target, domain = labels.unbind(dim=1)
+        inputs = (images, domain) if config.router == "oracle" else (images,)
+        yield Batch(inputs, target, domain=domain)
 
 
 def own_images(found: Any, config: ImageConfig) -> Task:

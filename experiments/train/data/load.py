@@ -18,7 +18,7 @@ LOADERS = {
     "graph": "own_graph:configured",
     "hetero": "own_graph:configured",
     PAPERS: "stored:stored_task",
-    **dict.fromkeys(("cifar10", "cifar100", "imagenette", "images"), "images:image_set"),
+    **dict.fromkeys(("cifar10", "cifar100", "imagenette", "pacs", "images"), "images:image_set"),
 }
 """Modules and functions of the data sets that are not in :mod:`experiments.train.data.named`."""
 

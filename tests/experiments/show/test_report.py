@@ -28,7 +28,7 @@ from experiments.train.loop import run
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
 from experiments.train.results import write_json
 from experiments.train.run_folder import read_run
-from experiments.train.user_code import _load_file
+from experiments.train.user_code import _load_file, check_trusted
 from tests.experiments import own_parts
 from tests.experiments.command import refused
 from tests.experiments.pyg_data import platonov
@@ -245,6 +245,15 @@ def test_code_in_a_run_folder_is_refused_and_not_run(
     assert f"router: got '{name}', {REFUSED}" in refused(again, capsys)
     assert not Path("trace").exists()
     assert parse([*again, "--router", "random"]).router == "random"
+
+
+@pytest.mark.parametrize("option", ["equal_to", "conv"])
+def test_every_option_that_names_code_is_looked_at(option: str, tmp_path: Path) -> None:
+    name = str(tmp_path / "evil.py:Any")
+    changes: dict[str, Any] = {option: (name,) if option == "conv" else name}
+    config = replace(PRESETS["cora"][1], **changes)
+    with pytest.raises(ValueError, match=f"{option}: got .* code in the run folder"):
+        check_trusted(config, tmp_path)
 
 
 def test_trusted_code_is_run(foreign: Path) -> None:

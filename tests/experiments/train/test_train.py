@@ -27,7 +27,7 @@ from tests.experiments.command import QUICK, quick, rows
 from tests.experiments.molecule_data import write_set
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import write_raw
-from tests.vision.made_images import write_cifar, write_imagenette, write_images
+from tests.vision.made_images import write_cifar, write_imagenette, write_images, write_pacs
 
 
 def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +232,8 @@ def test_every_preset_runs_on_tiny_files(
         root = write_raw("questions", tmp_path).folder / "questions.npz"
     elif preset == "imagenette":
         write_imagenette(root, count=3)
+    elif preset == "pacs":
+        write_pacs(root, count=3)
     elif preset == "images":
         write_images(root, size=32)
     elif preset in ("cifar10", "cifar100"):
@@ -288,6 +290,18 @@ def test_a_router_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert load_object("model", f"{folder}/json.py:sage") is load_object(
         "model", "elsewhere/json.py:sage"
     )
+
+
+@pytest.mark.filterwarnings("ignore:Mean runs on the whole graph for every expert")
+def test_a_conv_of_ones_own(tmp_path: Path) -> None:
+    summary = quick(tmp_path / "run", "--conv", f"{MINE}:Mean", "--experts", "2")
+    assert summary["config"]["conv"] == [f"{MINE}:Mean"]
+    assert len(summary["routing"]) == 1
+
+
+def test_a_dense_model_of_the_flops_of_a_router_of_ones_own(tmp_path: Path) -> None:
+    args = ("--router", "dense", "--equal", "flops", "--equal-to", f"{MINE}:FirstBits")
+    assert quick(tmp_path / "run", *args)["matched"] == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize(
