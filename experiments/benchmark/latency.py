@@ -79,11 +79,8 @@ class LatencyBenchmark(Benchmark):
         for variant, clocks in times.items():
             found[variant] = {clock: percentiles(of["values"]) for clock, of in clocks.items()}
         for variant, figures in found.items():
-            own_form = variant.rpartition(", ")[2]
-            dense = {
-                "ratio": f"{row}, dense, compiled",
-                "ratio in form": f"{row}, dense, {own_form}",
-            }
+            own = variant.rpartition(", ")[2]
+            dense = {"ratio": f"{row}, dense, compiled", "ratio in form": f"{row}, dense, {own}"}
             for ratio, base in dense.items():
                 if base in found:
                     figures[ratio] = {

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 
-from experiments.benchmark import busy, compiled, gpu, layers, measure, train
+from experiments.benchmark import busy, compiled, gpu, latency, layers, measure, train
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.tables import benchmark_lines
 from experiments.train.data.load import load_tasks
@@ -178,6 +178,46 @@ def test_more_threads_than_cores_are_refused() -> None:
         ValueError, match=r"^threads: got 4096 on \d+, expected at least 4096 cores"
     ):
         busy.BusyBenchmark(threads=4096).measured()
+
+
+SMALL_CALL = "latency --nodes 20 --edges 30 --width 4 --threads 1"
+
+
+def test_a_call_is_compared_with_dense_ones_by_percentiles(tmp_path: Path) -> None:
+    """Eager alone: compilers take longer than a test should."""
+    threads = torch.get_num_threads()
+    rows, file = ("gcn", "sage model"), tmp_path / "found.json"
+    options = ["--forms", "eager", "--repeats", "3", "--json", str(file)]
+    main([*SMALL_CALL.split(), "--rows", *rows, *options])
+    torch.set_num_threads(threads)
+    found = json.loads(file.read_text())["variants"]
+    models = ("dense", "copies", "copies, folded")
+    assert [*found] == [f"{row}, {model}, eager" for row in rows for model in models]
+    for name, figures in found.items():
+        dense = found[f"{name.partition(', ')[0]}, dense, eager"]
+        assert figures["ratio in form"]["cpu"] == figures["cpu"]["median"] / dense["cpu"]["median"]
+        assert "ratio" not in figures  # to a compiled one
+        assert figures["wall"]["min"] <= figures["wall"]["median"] <= figures["wall"]["max"]
+    line = benchmark_lines(found)[0]
+    assert (line["× dense in this form (CPU)"], "× compiled dense (CPU)" in line) == ("1.00", False)
+
+
+def test_percentiles_are_those_of_the_calls() -> None:
+    found = latency.percentiles([float(value) for value in range(1, 101)])
+    assert (found["median"], found["min"], found["max"]) == (50.5, 1.0, 100.0)
+    assert found["p95"] == pytest.approx(95.95)
+
+
+def test_a_form_that_gives_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "compiled_call", lambda model: lambda *x: -model(*x))
+    with pytest.raises(AssertionError, match="and gmoe differ"):
+        main([*SMALL_CALL.split(), "--rows", "gcn", "--forms", "compiled"])
+
+
+def test_onnx_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"^forms: got 'onnx' without onnxruntime"):
+        latency.LatencyBenchmark().measured()
 
 
 def test_stored_benchmark(tmp_path: Path) -> None:
