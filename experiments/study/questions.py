@@ -128,7 +128,8 @@ class Answer:
 
 def nodes_of(config: GraphConfig) -> Nodes | str:
     """The nodes of a run's data set; or why no questions are asked of them."""
-    load = load_tasks(replace(config, undirected=False))  # edges as they are given
+    # Edges as they are given, and as a list
+    load = load_tasks(replace(config, undirected=False, adjacency="edge_index"))
     tasks = [load(seed) for seed in range(SPLITS)]
     data, splits = cast(Data, tasks[0].graph), [cast(Rows, task.split) for task in tasks]
     if data is None or data.num_nodes > MOST_NODES:
@@ -236,13 +237,13 @@ class Survey:
 
     def first(self, split: int) -> Linear:
         """The linear model that others of a split begin as, at the weight decay that is best."""
-        tried = list[tuple[float, float, Linear]]()
-        for self.decay[split] in DECAYS:
+        tried = dict[float, tuple[float, Linear]]()
+        for decay in DECAYS:
+            self.decay[split] = decay
             model = Linear(self.columns.size(1), self.nodes.classes)
-            reached = self.fit(split, model, self.columns, steps=FIRST)
-            tried.append((reached, self.decay[split], model))
-        _, self.decay[split], model = min(tried, key=lambda each: each[0])
-        return model
+            tried[decay] = self.fit(split, model, self.columns, steps=FIRST), model
+        self.decay[split] = min(tried, key=lambda decay: tried[decay][0])
+        return tried[self.decay[split]][1]
 
     def linear(self, split: int, columns: Tensor) -> Linear:
         """A fitted linear model that begins as the first one of the split."""
