@@ -37,7 +37,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "reverse": ("dense, reverse edges", MATCHED | {"undirected": True}),
     "told": ("dense, told the regime", MATCHED),
     "experts": ("experts (default)", {}),
-    "oracle": ("experts, told the regime", {"router": "oracle"}),
+    "oracle": (
+        "experts, told the regime",
+        {"router": "oracle", "start": "copies", "shared_router": True},
+    ),
 }
 """The rows: what each is called, and changes. ``told`` has the regime as columns, and the default
 experts are copies of one layer, routed once. A dense model of equal FLOPs is matched to the default
