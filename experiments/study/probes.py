@@ -12,7 +12,6 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from sklearn.cluster import KMeans
@@ -21,8 +20,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Rows: TypeAlias = dict[Literal["train", "val", "test"], Tensor]
-"""The nodes of a split."""
+from experiments.train.data.task import Split, Splits
 
 WORTH = 0.5
 """Points that are worth having."""
@@ -114,7 +112,7 @@ def fit(
     model: nn.Module,
     inputs: Sequence[Tensor],
     y: Tensor,
-    rows: Rows,
+    rows: Splits,
     steps: int = MOST,
     *,
     rate: float,
@@ -126,7 +124,8 @@ def fit(
     Both are mean negative log-likelihoods. The model is left as it validated best, or, where it
     is not to be stopped, as it was last.
     """
-    train, val = ([each[rows[part]] for each in inputs] for part in ("train", "val"))
+    train = [each[rows["train"]] for each in inputs]
+    val = [each[rows["val"]] for each in inputs]
     own = [value for name, value in model.named_parameters() if name == "own"]
     others = [value for name, value in model.named_parameters() if name != "own"]
     groups = [{"params": others, "weight_decay": decay}, {"params": own, "weight_decay": OWN_DECAY}]
@@ -205,8 +204,8 @@ def gain(
     ours: Sequence[Tensor],
     theirs: Sequence[Tensor],
     y: Tensor,
-    splits: Sequence[Rows],
-    part: Literal["val", "test"],
+    splits: Sequence[Splits],
+    part: Split,
 ) -> Gain:
     """What one model has above another, split by split.
 

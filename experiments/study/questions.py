@@ -36,7 +36,6 @@ from experiments.study.probes import (
     Gain,
     Linear,
     Mixture,
-    Rows,
     clustered,
     fit,
     gain,
@@ -46,6 +45,7 @@ from experiments.study.probes import (
 from experiments.study.views import Array, Walks
 from experiments.train.config import GraphConfig
 from experiments.train.data.load import load_tasks
+from experiments.train.data.task import Split, Splits
 
 SPLITS, FEWEST, MOST_NODES = 5, 30, 300_000
 """Splits; nodes in a part of a split at least; nodes of a graph at most."""
@@ -103,7 +103,7 @@ class Nodes:
     x: Array
     edge_index: Array
     y: Tensor
-    splits: list[Rows]
+    splits: list[Splits]
     classes: int
     undirected: bool = False
     metric: str = "accuracy"
@@ -131,7 +131,7 @@ def nodes_of(config: GraphConfig) -> Nodes | str:
     # Edges as they are given, and as a list
     load = load_tasks(replace(config, undirected=False, adjacency="edge_index"))
     tasks = [load(seed) for seed in range(SPLITS)]
-    data, splits = cast(Data, tasks[0].graph), [cast(Rows, task.split) for task in tasks]
+    data, splits = cast(Data, tasks[0].graph), [cast(Splits, task.split) for task in tasks]
     if data is None or data.num_nodes > MOST_NODES:
         return f"the graph has more than {MOST_NODES:,} nodes, or stays on disk"
     if data.y.dim() > 1:
@@ -176,12 +176,12 @@ def beside(*blocks: Array | Tensor) -> Tensor:
     return torch.cat([block / block.square().mean().sqrt().clamp_min(1e-6) for block in found], 1)
 
 
-def redrawn(splits: Sequence[Rows], y: Tensor) -> list[Rows]:
+def redrawn(splits: Sequence[Splits], y: Tensor) -> list[Splits]:
     """Different splits: in one that comes again, training and validation nodes are drawn anew.
 
     They are drawn by class, as many as before, and the test nodes stay.
     """
-    found: list[Rows] = []
+    found: list[Splits] = []
     for number, rows in enumerate(splits):
         if any(torch.equal(rows["train"], other["train"]) for other in found):
             pool = torch.cat([rows["train"], rows["val"]])
@@ -196,14 +196,14 @@ def redrawn(splits: Sequence[Rows], y: Tensor) -> list[Rows]:
     return found
 
 
-def fewer(rows: Rows) -> Rows:
+def fewer(rows: Splits) -> Splits:
     """At most ``MOST_ROWS`` nodes to fit, and to validate by."""
     draw = torch.Generator().manual_seed(0)
-    train, val = (
-        rows[part][torch.randperm(len(rows[part]), generator=draw)[:MOST_ROWS]]
-        for part in ("train", "val")
-    )
-    return {"train": train, "val": val, "test": rows["test"]}
+    draws = {
+        part: torch.randperm(len(nodes), generator=draw)[: MOST_ROWS if part != "test" else None]
+        for part, nodes in rows.items()
+    }
+    return {part: rows[part][drawn] for part, drawn in draws.items()}
 
 
 class Survey:
@@ -273,7 +273,7 @@ class Survey:
         """Hold what a model says."""
         self.log_p.setdefault(name, []).append(told(model, *inputs))
 
-    def gain(self, ours: str, theirs: str, part: Literal["val", "test"]) -> Gain:
+    def gain(self, ours: str, theirs: str, part: Split) -> Gain:
         """What one kind of model has above another."""
         both = self.log_p[ours], self.log_p[theirs]
         return gain(self.nodes.metric, *both, self.nodes.y, self.nodes.splits, part)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from experiments.study.probes import Dense, Gain, Linear, Mixture, Rows, clustered, fit, gain, score
+from experiments.study.probes import Dense, Gain, Linear, Mixture, clustered, fit, gain, score
+from experiments.train.data.task import Splits
 
 
-def drawn(nodes: int = 400, width: int = 5) -> tuple[torch.Tensor, torch.Tensor, Rows]:
+def drawn(nodes: int = 400, width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(nodes, width, generator=draw)
     y = (x @ torch.randn(width, 3, generator=draw)).argmax(1)
@@ -77,7 +78,7 @@ def test_the_interval_covers_a_difference_that_is_not_there(metric: str) -> None
     for seed in range(100):
         draw = torch.Generator().manual_seed(seed)
         y = (torch.rand(300, generator=draw) < 0.5).long()
-        splits: list[Rows] = [{"test": torch.arange(300)}] * 5
+        splits: list[Splits] = [{"test": torch.arange(300)}] * 5
         signal = torch.stack([-y.float(), y.float()], dim=1)
         ours, theirs = (signal + 2 * torch.randn(300, 2, generator=draw) for _ in range(2))
         found = gain(metric, [ours] * 5, [theirs] * 5, y, splits, "test")

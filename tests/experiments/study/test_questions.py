@@ -12,6 +12,7 @@ import torch
 
 from experiments.study import questions
 from experiments.study.questions import Answer, Nodes, Survey, nodes_of, redrawn
+from experiments.train.data.task import Splits
 from experiments.train.presets import DIGITS_GRAPH
 
 COUNT, WIDTH, CLASSES = 1_600, 6, 4
@@ -159,8 +160,12 @@ def test_reverse_edges_that_the_preset_adds_are_said_to_be_there() -> None:
 
 def test_a_split_that_comes_again_is_drawn_anew_and_keeps_its_test_nodes() -> None:
     y = torch.arange(100) % 2
-    rows = {"train": torch.arange(20), "val": torch.arange(20, 60), "test": torch.arange(60, 100)}
-    first, *others = redrawn([rows] * 4, y)  # type: ignore[list-item]
+    rows: Splits = {
+        "train": torch.arange(20),
+        "val": torch.arange(20, 60),
+        "test": torch.arange(60, 100),
+    }
+    first, *others = redrawn([rows] * 4, y)
     assert first is rows
     assert len({tuple(sorted(split["train"].tolist())) for split in others}) == 3
     for split in others:
