@@ -10,7 +10,7 @@ from experiments.study.probes import Dense, Gain, Linear, Mixture, clustered, fi
 from experiments.train.data.task import Splits
 
 
-def drawn(nodes: int = 400, width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn(nodes: int = 400, width: int = 5) -> tuple[torch.Tensor, torch.Tensor, Splits]:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(nodes, width, generator=draw)
     y = (x @ torch.randn(width, 3, generator=draw)).argmax(1)
