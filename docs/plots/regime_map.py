@@ -55,6 +55,7 @@ def draw_panel(axis: Axes, found: Found, place: tuple[int, int], theme: Theme) -
             axis.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=label)
     axis.axhline(0, color=theme.gray, linewidth=1)
     axis.set_xticks(range(len(WAYS)), WAYS)
+    axis.set_xlim(-0.5, len(WAYS) - 0.5)
     axis.set_title(f"{place[0]} regimes, {place[1]} labels in each", fontsize=10)
 
 
