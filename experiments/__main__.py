@@ -2,7 +2,7 @@
 
 train      Train a preset, or your own data, router or model.
 sweep      Run a study, or a grid of your own.
-advise     Say whether experts will pay on your data.
+advise     Say what your data want, and whether experts will pay.
 ensemble   Score runs on OGB's sets, one by one and together.
 report     Make one HTML page from finished runs.
 patches    Draw which expert takes which patch of your images.

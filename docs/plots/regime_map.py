@@ -1,6 +1,6 @@
-"""When experts pay, on planted graphs: points above equal FLOPs over the number of regimes.
+"""When experts pay, on planted graphs: points above equal FLOPs, by how regimes show.
 
-``results/regime-map.json`` holds the runs; ``docs/lab/regime-map.md`` has the table.
+``results/regime-map-concept.json`` holds the runs; ``docs/lab/regime-map.md`` has the table.
 """
 
 from __future__ import annotations
@@ -13,72 +13,77 @@ from typing import Any, TypeAlias
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from docs.plots.results import LABELS, REGIMES, WAYS, WIDTHS, read_file, regime_gains
+from docs.plots.results import MAP_MODELS, PLACES, WAYS, read_file, regime_gains
 from docs.plots.style import Drawing, Theme, legend_above
 
-STYLES = {"experts": "o-", "oracle": "x:"}
-SHOWN_IN = {
-    "features": "regime shows in features",
-    "neighbors": "regime shows in neighbors",
-    "nothing": "regime shows nowhere",
-}
+MARKERS = {"reverse": "v", "told": "s", "experts": "o", "oracle": "x"}
+"""The models that are drawn."""
 
-Means: TypeAlias = dict[tuple[Any, ...], float]
-"""By number of regimes, labels, width, way to show and model: points above equal FLOPs."""
+Found: TypeAlias = dict[tuple[Any, ...], list[float]]
+"""By number of regimes, labels, way to show and model: points above equal FLOPs, by seed."""
 
 
-def means(path: Path) -> Means:
-    """What is finished."""
-    return {key: fmean(values) for key, values in regime_gains(read_file(path)).items()}
+def finished(path: Path) -> Found:
+    """What is drawn of what is finished."""
+    return {
+        key: values for key, values in regime_gains(read_file(path)).items() if key[-1] in MARKERS
+    }
 
 
-def numbers(found: Means) -> str:
+def numbers(found: Found) -> str:
     """Whatever is drawn, as text."""
-    keys = product(WAYS, WIDTHS, LABELS, STYLES, REGIMES)
     lines = []
-    for way, width, labels, model, regimes in keys:
-        if (key := (regimes, labels, width, way, model)) in found:
-            lines.append(f"{way} {width} {labels} {model} {regimes}: {found[key]:+.1f}")
+    for (regimes, labels), way, model in product(PLACES, WAYS, MARKERS):
+        values = found.get((regimes, labels, way, model), [])
+        if values:
+            drawn = " ".join(f"{value:+.1f}" for value in values)
+            lines.append(f"{regimes} {labels} {way} {model}: {drawn}")
     return "\n".join(lines)
 
 
-def draw_panel(axis: Axes, found: Means, width: int, way: str, theme: Theme) -> None:
-    """One width, and one place where a regime shows."""
-    colors = (theme.blue, theme.orange, theme.green)
-    for (number, labels), (model, style) in product(enumerate(LABELS), STYLES.items()):
-        keys = [(count, labels, width, way, model) for count in REGIMES]
-        line = [(key[0], found[key]) for key in keys if key in found]
-        if line:
-            label = f"{model}, {labels} labels a regime"
-            axis.plot(*zip(*line, strict=True), style, color=colors[number], label=label)
+def draw_panel(axis: Axes, found: Found, place: tuple[int, int], theme: Theme) -> None:
+    """One number of regimes and labels: a column a way to show, a mark a seed."""
+    colors = (theme.gray, theme.green, theme.blue, theme.orange)
+    for (number, (model, marker)), color in zip(enumerate(MARKERS.items()), colors, strict=True):
+        points = [
+            (column + 0.16 * (number - 1.5), value)
+            for column, way in enumerate(WAYS)
+            for value in found.get((*place, way, model), [])
+        ]
+        if points:
+            label = MAP_MODELS[model][0]
+            axis.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=label)
     axis.axhline(0, color=theme.gray, linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(REGIMES, [str(count) for count in REGIMES])
-    axis.set_title(f"{SHOWN_IN[way]}, {width} wide", fontsize=10)
+    axis.set_xticks(range(len(WAYS)), WAYS)
+    axis.set_xlim(-0.5, len(WAYS) - 0.5)
+    axis.set_title(f"{place[0]} regimes, {place[1]} labels in each", fontsize=10)
 
 
-def draw(found: Means, theme: Theme) -> Figure:
-    """A panel a width and way that regimes show."""
-    figure = Figure(figsize=(9.6, 5.8))
-    panels = figure.subplots(len(WIDTHS), len(WAYS), sharex=True, sharey=True, squeeze=False)
-    for (row, width), (column, way) in product(enumerate(WIDTHS), enumerate(WAYS)):
-        draw_panel(panels[row][column], found, width, way, theme)
-    figure.supxlabel("regimes", fontsize=10)
+def draw(found: Found, theme: Theme) -> Figure:
+    """A panel a place that is finished."""
+    places = [place for place in PLACES if any(key[:2] == place for key in found)]
+    figure = Figure(figsize=(9.6, 0.6 + 3.0 * len(places)))
+    panels = figure.subplots(len(places), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, place in zip(panels, places, strict=True):
+        draw_panel(axis, found, place, theme)
+    figure.supxlabel("where the regime shows", fontsize=10)
     figure.supylabel("points above a dense model of equal FLOPs", fontsize=10)
-    legend_above(figure, panels[0][0], columns=3)
-    figure.tight_layout(rect=(0, 0, 1, 0.9))
+    legend_above(figure, panels[0], columns=len(MARKERS))
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
     return figure
 
 
 def drawings(results: Path) -> list[Drawing]:
     """One figure."""
-    found = means(results / "regime-map.json")
-    experts, told = (
-        max(value for key, value in found.items() if key[-1] == model) for model in STYLES
-    )
+    found = finished(results / "regime-map-concept.json")
+    most = {
+        model: max(fmean(values) for key, values in found.items() if key[-1] == model)
+        for model in MARKERS
+    }
     alt = (
-        "Points above a dense model of equal FLOPs over the number of regimes. Experts gain "
-        f"{experts:.1f} points at most, experts that are told the regime up to {told:.1f}."
+        "Points above a dense model of equal FLOPs, by where regimes show. At most: experts "
+        f"{most['experts']:+.1f}, experts that are told the regime {most['oracle']:+.1f}, a dense "
+        f"model that is told it {most['told']:+.1f}, one with reverse edges {most['reverse']:+.1f}."
     )
     return [
         Drawing("regime-map", numbers(found), alt, lambda theme: draw(found, theme), is_wide=True)

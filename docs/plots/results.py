@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from experiments.study.curves import Point, above_dense, curves
-from experiments.study.regime_map import LABELS, REGIMES, WAYS, WIDTHS
+from experiments.study.regime_map import MODELS as MAP_MODELS
+from experiments.study.regime_map import PLACES, WAYS
 from experiments.study.regime_map import gains as regime_gains
 from experiments.study.routers import ROWS, read_cells
 from experiments.study.routers import differences as cell_differences
@@ -19,11 +20,10 @@ from experiments.train.files import read_json
 from experiments.train.scores import interval, mean_std
 
 __all__ = [
-    "LABELS",
-    "REGIMES",
+    "MAP_MODELS",
+    "PLACES",
     "ROWS",
     "WAYS",
-    "WIDTHS",
     "Gain",
     "Point",
     "above_dense",

@@ -1,12 +1,17 @@
-"""Will experts pay on your data?
+"""What do your data want, and will experts pay on them?
 
     python -m experiments.advise graph --data-root FILE.npz --out DIR   # or a preset
 
-First the dense model against one four times as wide, split by split: where that gains nothing,
-nothing is left for experts to gain, and that is the answer. Else a dense model of the experts'
-active FLOPs against experts in the two settings that the docs name first, in turns, until the
-answer is clear or the budget is spent. Validation chooses among the settings; all that is said
-is of the test set. The same command goes on where it was stopped.
+Of the nodes of a graph it asks cheap questions first, in seconds: is a dense model lacking an
+input, do nodes follow several rules, does width help (:mod:`experiments.study.questions`)? It
+prints one answer, the figures behind it, and the command that compares dense models with experts.
+
+That comparison, ``--compare``, is all there is for images. First the dense model against one four
+times as wide, split by split: where that gains nothing, nothing is left for experts to gain, and
+that is the answer. Else a dense model of the experts' active FLOPs against experts in the two
+settings that the docs name first, in turns, until the answer is clear or the budget is spent.
+Validation chooses among the settings; all that is said is of the test set. The same command goes
+on where it was stopped.
 
 An answer is clear when the interval of the mean difference is above 0, or below half a point: a
 99 % t interval over splits, from the third on, and a 95 % interval after the last of ten. Ten
@@ -15,6 +20,7 @@ splits without a difference are a no; fewer are not.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 import time
@@ -37,13 +43,17 @@ from experiments.train.config import (
     RouterOptions,
     RunConfig,
 )
-from experiments.train.data.on_disk import fit_to_disk
+from experiments.train.data.on_disk import fit_to_disk, stored_folder
 from experiments.train.files import read_json
-from experiments.train.presets import PRESETS, command
+from experiments.train.presets import MOSAIC, PRESETS, command
 
 Verdict = Literal["yes", "no", "inconclusive"]
 LEAST, MOST, WORTH = 3, 10, 0.5
 """Splits that an answer takes at least and at most, and the points that are worth having."""
+
+
+PLANTED = ("concept-", "regimes-")
+"""What the names of planted graphs begin with that are no presets; they take mosaic's recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +222,20 @@ ADVICE = {
 }
 
 
+def base_of(preset: str) -> RunConfig:
+    """The configuration of a preset, or of a planted graph that ``sweep`` knows by name."""
+    presets = {name: config for name, (_, config) in PRESETS.items()}
+    legal = [
+        name
+        for name, config in presets.items()
+        if not isinstance(config, HeteroConfig | MoleculeConfig)
+    ]
+    if preset.startswith(PLANTED):
+        return replace(MOSAIC, dataset=preset)
+    check_choice("preset", preset, legal)
+    return presets[preset]
+
+
 def advise(
     preset: tyro.conf.Positional[str],
     out: Path,
@@ -219,27 +243,24 @@ def advise(
     metric: Literal["accuracy", "roc_auc"] | None = None,
     width: int | None = None,
     budget: float = 30.0,
+    compare: bool = False,
 ) -> None:
-    """Print three lines of advice, also in ``advice.json`` beside the report of all runs.
+    """Print what the data want, or, with ``--compare``, whether experts pay.
 
     Args:
         preset: `graph` for your own graph, whose edge weights are not used; `images` for a
-            folder of squares of 8, 32 or 160 pixels; or another preset of experiments.train.
+            folder of squares of 8, 32 or 160 pixels; another preset of experiments.train; or a
+            planted graph, `concept-R-L-SHOWN` or `regimes-R-L-SHOWN`.
         out: folder of the runs and of the report.
         data_root: the file of your graph, or the root folder of the data.
         metric: of your own graph (default accuracy).
         width: of the dense model's hidden layers; by default the preset's.
         budget: minutes, in which another turn of all arms has to fit.
+        compare: train dense models and experts, and write a report. Of images that is all there
+            is.
     """
-    presets = {name: config for name, (_, config) in PRESETS.items()}
-    legal = [
-        name
-        for name, config in presets.items()
-        if not isinstance(config, HeteroConfig | MoleculeConfig)
-    ]
-    check_choice("preset", preset, legal)
+    base = replace(base_of(preset), data_root=data_root, progress=sys.stderr.isatty())
     check(budget > 0, "budget", budget, "minutes above 0")
-    base = replace(presets[preset], data_root=data_root, progress=sys.stderr.isatty())
     check(
         metric is None or preset == "graph",
         "metric",
@@ -249,6 +270,50 @@ def advise(
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     base = fit_to_disk(base)
+    if isinstance(base, GraphConfig) and not compare:
+        lines, is_asked = ask(base, out)
+        print("\n".join(lines), flush=True)
+        if is_asked:
+            words = [preset, "--out", out, "--data-root", data_root, "--compare"]
+            for name, value in {"--metric": metric, "--width": width}.items():
+                words += [] if value is None else [name, value]
+            again = f"python -m experiments.advise {shlex.join(map(str, words))}"
+            print(f"to train dense models and experts on it (half an hour): {again}")
+            return
+    compare_with_experts(base, out, budget)
+
+
+def ask(base: GraphConfig, out: Path) -> tuple[list[str], bool]:
+    """Ask what the nodes want; the answer and its figures, and whether there is one.
+
+    ``questions.json`` holds it, and ``regimes.npy`` the expert of each node where rules differ.
+    """
+    print("asking what the data want, without a GNN", file=sys.stderr, flush=True)
+    import numpy as np
+
+    from experiments.study.questions import Survey, nodes_of
+    from experiments.train.results import environment, write_json
+
+    with redirect_stdout(sys.stderr):  # what loaders say on the way
+        nodes = "the graph stays on disk" if stored_folder(base) else nodes_of(base)
+    if isinstance(nodes, str):
+        return [f"no questions asked: {nodes}"], False
+    answer = Survey(nodes).answer()
+    found = {"kind": answer.kind, "choice": answer.choice, "line": answer.line}
+    gains = {name: vars(gain) for name, gain in answer.gains.items()}
+    write_json(
+        out / "questions.json",
+        found | {"figures": answer.figures, "gains": gains, "environment": environment()},
+    )
+    lines = [answer.line, *answer.figures]
+    if answer.expert is not None:
+        np.save(out / "regimes.npy", answer.expert.numpy())
+        lines.append(f"the expert of each node: {out / 'regimes.npy'}")
+    return lines, True
+
+
+def compare_with_experts(base: RunConfig, out: Path, budget: float) -> None:
+    """Print three lines of advice, also in ``advice.json`` beside the report of all runs."""
     plan = "comparing a dense model with one four times as wide, split by split"
     plan += f"; budget {budget:g} min; measuring how long the first turn takes"
     print(plan, file=sys.stderr, flush=True)
@@ -264,7 +329,7 @@ def advise(
         lines, found = advice(comparison)
         write_json(out / "advice.json", {"lines": lines, **found})
         folders = [comparison.arms[name].folder() for name in comparison.summaries]
-        write_report(folders, out / "index.html", data_root, lines)
+        write_report(folders, out / "index.html", base.data_root, lines)
     print("\n".join(lines))
 
 

@@ -1,8 +1,12 @@
 """A map of when experts pay, on planted graphs: ``python -m experiments.sweep map``.
 
-Regimes x labels a regime x width x how a regime shows; at each place a dense model, one of
-equal active FLOPs, the library's default experts, and experts that are told the regime.
-``results/regime-map.json`` holds what is finished.
+Regimes and labels a regime, by how a regime shows; at each place a dense model, and six rows
+beside it. ``results/regime-map-concept.json`` holds what is finished. Fixed before the first
+result: the places, the rows, the recipe (mosaic's, 16 wide), seeds 0 to 2.
+
+The graphs are ``concept-R-L-SHOWN``, whose edges say nothing of a class. An older map is in
+``results/regime-map.json``: it is of ``regimes-R-L-SHOWN``, and withdrawn, since all in-neighbors
+of a node have one class there.
 """
 
 from __future__ import annotations
@@ -16,31 +20,43 @@ from typing import Any
 
 from experiments.show.tables import Line, markdown
 from experiments.train.config import RunConfig
-from experiments.train.data.made import SHOWN
+from experiments.train.data.made import CONCEPT_SHOWN
 from experiments.train.files import read_json
 from experiments.train.presets import MOSAIC
 from experiments.train.run_folder import differences_of
+from experiments.train.scores import mean_std
 
-REGIMES, LABELS, WIDTHS, WAYS = (1, 2, 4, 8, 16), (32, 128, 512), (16, 64), tuple(SHOWN)
-BASE = replace(MOSAIC, eval_every=10, seeds=(0, 1, 2), check_finite=False, start="shared")
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"router": "dense"},
-    "dense-flops": {"router": "dense", "equal": "flops"},
-    "experts": {},
-    "oracle": {"router": "oracle"},
+PLACES = ((4, 512), (8, 512), (4, 128))
+"""Numbers of regimes, and training labels in each."""
+WAYS = CONCEPT_SHOWN
+BASE = replace(MOSAIC, eval_every=10, seeds=(0, 1, 2), check_finite=False)
+MATCHED: dict[str, Any] = {"router": "dense", "equal": "flops"}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {"router": "dense"}),
+    "dense-flops": ("dense, equal FLOPs", MATCHED),
+    "reverse": ("dense, reverse edges", MATCHED | {"undirected": True}),
+    "told": ("dense, told the regime", MATCHED),
+    "experts": ("experts (default)", {}),
+    "oracle": (
+        "experts, told the regime",
+        {"router": "oracle", "start": "copies", "shared_router": True},
+    ),
 }
-AXES = ("regimes", "labels", "width", "shown", "model")
+"""The rows: what each is called, and changes. ``told`` has the regime as columns, and the default
+experts are copies of one layer, routed once. A dense model of equal FLOPs is matched to the default
+experts on its own data. The oracle's row was run at one place with a shared expert beside the
+others, at 1.6 times their FLOPs, before it got their shape."""
+AXES = ("regimes", "labels", "shown", "model")
 
 
 def places() -> Iterator[tuple[dict[str, Any], RunConfig]]:
-    """Where each run is on the map, and its configuration; few regimes come first."""
-    for values in product(REGIMES, LABELS, WIDTHS, WAYS, MODELS):
-        place: dict[str, Any] = dict(zip(AXES, values, strict=True))
-        name = "regimes-{regimes}-{labels}-{shown}".format(**place)
-        changes = MODELS[place["model"]] | (
-            {"experts": place["regimes"]} if place["model"] == "oracle" else {}
-        )
-        yield place, replace(BASE, dataset=name, hidden=place["width"], **changes)
+    """Where each run is on the map, and its configuration."""
+    for (regimes, labels), shown, model in product(PLACES, WAYS, MODELS):
+        place = dict(zip(AXES, (regimes, labels, shown, model), strict=True))
+        changes = MODELS[model][1] | ({"experts": regimes} if model == "oracle" else {})
+        told = "-told" if model == "told" else ""
+        name = f"concept-{regimes}-{labels}-{shown}{told}"
+        yield place, replace(BASE, dataset=name, **changes)
 
 
 def read_map(path: Path) -> Any:
@@ -69,16 +85,24 @@ def gains(found: Mapping[str, Any]) -> dict[tuple[Any, ...], list[float]]:
 
 
 def map_table(found: dict[str, Any]) -> str:
-    """One line a width, number of labels and way that regimes show: experts, and in brackets the
-    oracle, above the dense model of equal FLOPs, by number of regimes."""
-    known, lines = gains(found), list[Line]()
-    for shown, width, labels in product(WAYS, WIDTHS, LABELS):
-        line = {"regime shows in": shown, "width": str(width), "labels a regime": str(labels)}
-        for count in REGIMES:
-            pair = [
-                known.get((count, labels, width, shown, model)) for model in ("experts", "oracle")
-            ]
-            means = [f"{statistics.fmean(values):+.1f}" if values else "–" for values in pair]
-            line["1 regime" if count == 1 else f"{count} regimes"] = f"{means[0]} ({means[1]})"
+    """One line a place that has results: the test score at equal FLOPs, and what models have above
+    it, seed by seed."""
+    known = gains(found)
+    tests = {tuple(entry[axis] for axis in AXES): entry["test"] for entry in found["places"]}
+    lines = list[Line]()
+    for shown, (regimes, labels) in product(WAYS, PLACES):
+        place = (regimes, labels, shown)
+        scores = tests.get((*place, "dense-flops"))
+        if scores is None:
+            continue
+        line = {
+            "regime shows in": shown,
+            "regimes": str(regimes),
+            "labels a regime": str(labels),
+            MODELS["dense-flops"][0]: f"{100 * statistics.fmean(scores):.1f}",
+        }
+        for model, (name, _) in MODELS.items():
+            if model != "dense-flops":
+                line[name] = mean_std(known.get((*place, model), []), "+.1f")
         lines.append(line)
     return markdown(lines)

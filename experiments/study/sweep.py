@@ -118,7 +118,7 @@ STUDIES: dict[str, tuple[str, SweepConfig]] = {
 }
 STUDIES["grid"] = ("A preset over routers, numbers of experts and experts per token.", GridConfig())
 STUDIES["map"] = (
-    "When experts pay: regimes, labels, widths, and how a regime shows.",
+    "When experts pay: regimes, labels, and how a regime shows; with an oracle and controls.",
     SweepConfig(),
 )
 STUDIES["routers"] = (
@@ -331,7 +331,7 @@ def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
     from experiments.study.regime_map import AXES, map_table, places, read_map
     from experiments.train.results import environment, write_json
 
-    path = config.results / "regime-map.json"
+    path = config.results / "regime-map-concept.json"
     found = read_map(path)
     done = [{axis: entry[axis] for axis in AXES} for entry in found["places"]]
     todo = {

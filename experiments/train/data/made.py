@@ -128,6 +128,11 @@ def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.
 CONCEPT_CLASSES, CONCEPT_FEATURES, SIGN_FEATURES = 8, 16, 8
 """Of concept graphs: classes, features that the label follows from, and features that show the
 regime."""
+CONCEPT_SHOWN = ("features", "communities", "patches", "nothing")
+"""How a concept graph's regimes show."""
+INSIDE, CELLS = 0.7, 6
+"""Share of edges from a node's own regime where regimes are communities, and cells along a side
+of the plane where they are patches."""
 
 
 def concept(config: RunConfig) -> GraphData:
@@ -136,27 +141,34 @@ def concept(config: RunConfig) -> GraphData:
 
     ``y = argmax(x U + h W_regime)`` with ``h`` the sum of in-neighbors' features over the
     square root of the in-degree. All features, U and W are N(0, 1); 5 % of the labels are
-    random. Neighbors are drawn without regard to class or regime, so that edges say nothing of
-    either, in no direction. SHOWN ``features``: eight more features, 3 x regime center N(0, 1)
-    + 3 x N(0, 1); ``nothing``: none. 1,000 nodes a regime, at least 4,000, ten edges a node, L
-    training labels a regime; what is not trained on is half validation, half test. ``planted``
-    is the regime.
+    random. Neighbors are drawn without regard to class, so that edges say nothing of it, in no
+    direction. 1,000 nodes a regime, at least 4,000, ten edges into a node (on average, but for
+    patches), L training labels a regime; what is not trained on is half validation, half test.
+    ``planted`` is the regime.
+
+    SHOWN says where a regime shows. ``features``: in eight more features, 3 x regime center
+    N(0, 1) + 3 x N(0, 1). ``communities``: 70 % of the edges come from the node's own regime.
+    ``patches``: nodes lie on a square of 6 x 6 cells, each of one regime, and hear their ten
+    nearest. ``nothing``: nowhere, as neighbors are drawn without regard to regime too.
+
+    ``concept-R-L-SHOWN-told`` is the same graph, and 3 x the regime, one-hot, in R more features.
     """
-    match = re.fullmatch(r"concept-([1-9]\d?)-([1-9]\d{0,2})-(features|nothing)", config.dataset)
-    legal = "concept-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN features or nothing"
+    pattern = rf"concept-([1-9]\d?)-([1-9]\d{{0,2}})-({'|'.join(CONCEPT_SHOWN)})(-told)?"
+    match = re.fullmatch(pattern, config.dataset)
+    legal = "concept-R-L-SHOWN, perhaps with -told behind, R from 1 to 99, L from 1 to 800, SHOWN "
     if match is None or int(match[2]) > 800:
-        raise ValueError(f"dataset: got {config.dataset!r}, expected {legal}")
-    regimes, labels = int(match[1]), int(match[1]) * int(match[2])
+        raise ValueError(
+            f"dataset: got {config.dataset!r}, expected {legal}one of {', '.join(CONCEPT_SHOWN)}"
+        )
+    regimes, labels, shown = int(match[1]), int(match[1]) * int(match[2]), match[3]
     nodes, classes = max(4_000, 1_000 * regimes), CONCEPT_CLASSES
 
     # Its streams are frozen, unlike those of numpy's newer generators
     rng = np.random.RandomState(0)
-    regime = rng.permutation(np.arange(nodes) % regimes)
-    x = rng.standard_normal((nodes, CONCEPT_FEATURES))
-    source, destination = rng.randint(nodes, size=(2, 10 * nodes))
-    degree = np.bincount(destination, minlength=nodes)
+    regime, x, edges = _concept_nodes(rng, nodes, regimes, shown)
+    degree = np.bincount(edges[1], minlength=nodes)
     received = np.zeros_like(x)
-    np.add.at(received, destination, x[source])
+    np.add.at(received, edges[1], x[edges[0]])
     received /= np.sqrt(np.maximum(degree, 1))[:, None]
 
     own_rule = rng.standard_normal((CONCEPT_FEATURES, classes))
@@ -167,7 +179,7 @@ def concept(config: RunConfig) -> GraphData:
     label = scores.argmax(axis=1)
     is_random = rng.uniform(size=nodes) < 0.05
     label[is_random] = rng.randint(classes, size=int(is_random.sum()))
-    if match[3] == "features":
+    if shown == "features":
         centers = rng.standard_normal((regimes, SIGN_FEATURES))
         x = np.hstack([x, 3 * centers[regime] + 3 * rng.standard_normal((nodes, SIGN_FEATURES))])
 
@@ -175,13 +187,38 @@ def concept(config: RunConfig) -> GraphData:
     train, val, test = torch.from_numpy(rng.permutation(nodes)).split(
         [labels, held, nodes - labels - held]
     )
+    if match[4]:
+        x = np.hstack([x, 3 * np.eye(regimes)[regime]])
     return GraphData(
         name=config.dataset,
-        data=_data(x, np.stack([source, destination]), label),
+        data=_data(x, edges, label),
         splits=lambda _: {"train": train, "val": val, "test": test},
         num_outputs=classes,
         planted=torch.from_numpy(regime).long(),
     )
+
+
+def _concept_nodes(
+    rng: np.random.RandomState, nodes: int, regimes: int, shown: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Regimes (N,), features (N, .) and edges (2, M), drawn without regard to any class."""
+    if shown == "patches":
+        cell_regime = rng.permutation(np.arange(CELLS**2) % regimes)
+        place = rng.uniform(size=(nodes, 2))
+        cell = (place * CELLS).astype(int)
+        with threadpool_limits(1):
+            near = kneighbors_graph(place, n_neighbors=10).tocoo()
+        x = rng.standard_normal((nodes, CONCEPT_FEATURES))
+        return cell_regime[cell[:, 0] * CELLS + cell[:, 1]], x, np.stack([near.col, near.row])
+    regime = rng.permutation(np.arange(nodes) % regimes)
+    x = rng.standard_normal((nodes, CONCEPT_FEATURES))
+    source, destination = rng.randint(nodes, size=(2, 10 * nodes))
+    if shown == "communities":
+        is_inside = rng.uniform(size=len(source)) < INSIDE
+        for one in range(regimes):
+            wanted = is_inside & (regime[destination] == one)
+            source[wanted] = rng.choice(np.flatnonzero(regime == one), size=int(wanted.sum()))
+    return regime, x, np.stack([source, destination])
 
 
 def _data(x: np.ndarray, edges: np.ndarray, y: np.ndarray) -> Data:

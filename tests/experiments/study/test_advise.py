@@ -1,4 +1,4 @@
-"""Advice: what differences say, and that a command says it in three lines."""
+"""Advice: what differences say, and that a command says it in one line, or three."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from experiments.study import advise
 from experiments.study.advise import judge, main
@@ -84,7 +86,7 @@ def test_three_lines(
 
     monkeypatch.setattr(advise, "judge", told)
     monkeypatch.chdir(tmp_path)
-    main([name, "--out", "out", "--data-root", "my data"])
+    main([name, "--out", "out", "--data-root", "my data", "--compare"])
     *_, first, second, third = capsys.readouterr().out.splitlines()
     found = json.loads(Path("out/advice.json").read_text())
     assert found["lines"] == [first, second, third]
@@ -102,7 +104,7 @@ def test_three_lines(
         assert third.startswith(expected[headroom])
     assert first in Path("out/index.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
-    main([name, "--out", "out", "--data-root", "my data"])
+    main([name, "--out", "out", "--data-root", "my data", "--compare"])
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")} == before
 
 
@@ -118,7 +120,7 @@ def test_the_length_of_the_first_turn_is_said_before_it_begins(
         raise ValueError("it is enough")
 
     monkeypatch.setattr("experiments.train.loop.run", run)
-    assert "it is enough" in refused([name, "--out", str(tmp_path)], capsys, main)
+    assert "it is enough" in refused([name, "--out", str(tmp_path), "--compare"], capsys, main)
     ((first, *_, second),) = begun
     assert first.startswith("comparing a dense model with one four times as wide")
     epochs = PRESETS[name][1].epochs
@@ -138,6 +140,51 @@ def test_the_budget_ends_it(
     presets: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One turn is made, and the next that would not fit is not."""
-    main(["digits-graph", "--out", str(tmp_path), "--budget", "0.001", "--width", "2"])
+    main(["digits-graph", "--out", str(tmp_path), "--budget", "0.001", "--width", "2", "--compare"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("inconclusive: run more splits")
     assert len(list(tmp_path.rglob("result.json"))) == 2
+
+
+def test_questions_come_first_and_point_to_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One answer, its figures, and a command; nothing is trained."""
+    monkeypatch.setattr("experiments.study.questions.SPLITS", 3)
+    main(["digits-graph", "--out", str(tmp_path), "--width", "8"])
+    answer, *figures, more = capsys.readouterr().out.splitlines()
+    assert answer.startswith("nothing: ")
+    assert figures[0].startswith("one linear model on x, Ax, A²x: 9")
+    assert figures[-1].startswith("a dense model 32 wide over 8 wide: test ")
+    assert more.endswith(
+        f"advise digits-graph --out {tmp_path} --data-root data --compare --width 8"
+    )
+    found = json.loads((tmp_path / "questions.json").read_text())
+    assert found["line"] == answer
+    assert found["figures"] == figures
+    assert [path.name for path in tmp_path.iterdir()] == ["questions.json"]
+
+
+def test_where_rules_differ_the_expert_of_each_node_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from experiments.study.questions import Answer, Survey
+
+    expert = torch.tensor([1, 0, 2])
+    said = Answer(
+        kind="rules", choice="positions", line="rules differ", figures=[], gains={}, expert=expert
+    )
+    monkeypatch.setattr(Survey, "answer", lambda _: said)
+    main(["concept-4-32-communities", "--out", str(tmp_path)])
+    assert np.load(tmp_path / "regimes.npy").tolist() == [1, 0, 2]
+    assert capsys.readouterr().out.splitlines()[0] == "rules differ"
+
+
+def test_what_no_question_fits_is_compared_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("experiments.study.questions.MOST_NODES", 100)
+    monkeypatch.setattr(advise, "compare_with_experts", lambda *_: print("compared"))
+    main(["digits-graph", "--out", str(tmp_path)])
+    why, compared = capsys.readouterr().out.splitlines()
+    assert why.startswith("no questions asked: the graph has more than 100 nodes")
+    assert compared == "compared"

@@ -22,27 +22,38 @@ def test_the_map_goes_on(
     monkeypatch.setattr(
         regime_map, "BASE", replace(regime_map.BASE, epochs=1, eval_every=1, seeds=(0,))
     )
-    for name, values in {
-        "REGIMES": (1, 2),
-        "LABELS": (8,),
-        "WIDTHS": (4,),
-        "WAYS": ("features",),
-    }.items():
-        monkeypatch.setattr(regime_map, name, values)
+    monkeypatch.setattr(regime_map, "PLACES", ((2, 8),))
+    monkeypatch.setattr(regime_map, "WAYS", ("communities",))
     args = ["map", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"]
     main(args)
-    path = tmp_path / "regime-map.json"
+    path = tmp_path / "regime-map-concept.json"
     found = json.loads(path.read_text())
-    assert len(found["places"]) == 8
+    assert [entry["model"] for entry in found["places"]] == list(regime_map.MODELS)
     assert {
         len(entry["nmi"]) for entry in found["places"] if entry["model"] in ("experts", "oracle")
-    } == {2}
+    } == {1}
+    assert all(entry["flops"] > 0 and len(entry["test"]) == 1 for entry in found["places"])
     del found["config"]["features"]  # of before this option
     path.write_text(json.dumps(found | {"places": found["places"][1:]}))
     main(args)
     again = json.loads(path.read_text())
     assert [*again["places"][-1:], *again["places"][:-1]] == found["places"]
-    assert "| features | 4 | 8 |" in capsys.readouterr().out.replace("|  ", "| ")
+    assert "| communities | 2 | 8 |" in capsys.readouterr().out.replace("|  ", "| ")
+
+
+def test_rows_differ_in_what_they_say() -> None:
+    """Controls have the regime, or the reverse edges, and the FLOPs of the default experts."""
+    of = {place["model"]: config for place, config in regime_map.places() if place["labels"] == 512}
+    assert of["told"].dataset == f"{of['dense-flops'].dataset}-told"
+    assert [name for name, config in of.items() if config.undirected] == ["reverse"]  # type: ignore[attr-defined]
+    assert [name for name, config in of.items() if config.equal] == [
+        "dense-flops",
+        "reverse",
+        "told",
+    ]
+    assert of["experts"].start is None
+    assert of["oracle"].experts == 8
+    assert of["oracle"].start == "copies"
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,39 @@ def test_edges_of_a_concept_graph_say_nothing_and_the_rule_of_the_regime_does() 
     assert torch.equal(plain.x, data.x[:, :16])
 
 
+@pytest.mark.parametrize("shown", ["communities", "patches"])
+def test_regimes_of_a_concept_graph_are_places_and_edges_say_nothing_of_the_class(
+    shown: str,
+) -> None:
+    """Sources come from the node's regime more often than not, and from no class more than others.
+
+    The last is so within a regime, since regimes differ in which classes are frequent.
+    """
+    task = load_tasks(replace(MOSAIC, dataset=f"concept-4-512-{shown}"))(0)
+    data: Any = task.graph
+    planted: Any = task.planted
+    source, target = data.edge_index
+    assert (planted[source] == planted[target]).float().mean() > 0.6
+    for regime in range(4):
+        inside = (planted[source] == regime) & (planted[target] == regime)
+        pairs = torch.stack([data.y[source[inside]], data.y[target[inside]]])
+        chance = sum(
+            float((pairs[0] == one).float().mean() * (pairs[1] == one).float().mean())
+            for one in range(8)
+        )
+        assert abs(float((pairs[0] == pairs[1]).float().mean()) - chance) < 0.01
+
+
+def test_a_told_concept_graph_is_the_same_with_the_regime_as_columns() -> None:
+    name = "concept-4-512-patches"
+    one, told = (load_tasks(replace(MOSAIC, dataset=each))(0) for each in (name, f"{name}-told"))
+    data, more = one.graph, told.graph
+    assert torch.equal(data.edge_index, more.edge_index)  # type: ignore[union-attr]
+    assert torch.equal(data.x, more.x[:, :16])  # type: ignore[union-attr]
+    assert torch.equal(more.x[:, 16:].argmax(1), one.planted)  # type: ignore[union-attr]
+    assert torch.equal(data.y, more.y)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     "name", ["concept-0-8-features", "concept-2-801-features", "concept-2-8-colors", "concept-2"]
 )
