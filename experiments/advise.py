@@ -1,4 +1,4 @@
-"""Say what your data want, and whether experts will pay: the command of :mod:`experiments.study.advise`."""
+"""Say what your data want, and whether experts pay: see :mod:`experiments.study.advise`."""
 
 from experiments.study.advise import main
 

@@ -54,9 +54,10 @@ class Dense(nn.Module):
         super().__init__()
         width, classes = base.layer.in_features, base.layer.out_features
         self.linear = Linear(width, classes, base).layer
-        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        last = nn.Linear(hidden, classes)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), last)
 
     def forward(self, columns_NF: Tensor) -> Tensor:
         logits: Tensor = self.linear(columns_NF) + self.layers(columns_NF)

