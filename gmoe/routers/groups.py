@@ -287,16 +287,17 @@ def drop_over_capacity(
 
 def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:
     """The pairs at which ``mask`` is true; no host sync if their number is known."""
-    offsets_E = mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
-    if num_pairs is None:  # a capacity dropped some: one host sync for the size of the result
-        return mask_ET.nonzero()[:, 1].contiguous(), offsets_E
-    if not torch.compiler.is_exporting():
-        return torch.nonzero_static(mask_ET, size=num_pairs)[:, 1].contiguous(), offsets_E
-    # ONNX finds no fixed number of places: sort each expert's tokens in front of all others.
-    num_experts, num_tokens = mask_ET.shape
-    token_T = torch.arange(num_tokens, device=mask_ET.device)
-    first_ET = torch.where(mask_ET, token_T, num_tokens).sort(dim=1).values
-    return first_ET[:, : num_pairs // num_experts].reshape(-1), offsets_E
+    if num_pairs is not None and torch.compiler.is_exporting():
+        # ONNX finds no fixed number of places: sort each expert's tokens in front of all others.
+        num_experts, num_tokens = mask_ET.shape
+        token_T = torch.arange(num_tokens, device=mask_ET.device)
+        first_ET = torch.where(mask_ET, token_T, num_tokens).sort(dim=1).values
+        token_P = first_ET[:, : num_pairs // num_experts].reshape(-1)
+    elif num_pairs is None:  # a capacity dropped some: one host sync for the size of the result
+        token_P = mask_ET.nonzero()[:, 1].contiguous()
+    else:
+        token_P = torch.nonzero_static(mask_ET, size=num_pairs)[:, 1].contiguous()
+    return token_P, mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
 
 
 def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:
