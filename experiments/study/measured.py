@@ -102,7 +102,9 @@ def step_times(config: RunConfig, task: Task, repeats: int = 15) -> dict[str, An
     """Seconds of a training step of the cell and of the dense model, in turns; of graphs on
     ``edge_index``, and ``dense-csr`` is the dense model on a matrix, where it runs on one."""
     dense = replace(config, router="dense", equal=None, kmeans_init=False, options=RouterOptions())
-    arms = {"dense": (dense, task), "cell": (config, task)}
+    # An oracle's batches bring what it is told, which a dense model does not take.
+    of_dense = load_tasks(dense)(config.seeds[0]) if config.router == "oracle" else task
+    arms = {"dense": (dense, of_dense), "cell": (config, task)}
     if isinstance(config, GraphConfig) and config.sampling == "full":
         kinds: dict[str, Any] = {
             "dense": (dense, "edge_index"),

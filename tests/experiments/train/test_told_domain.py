@@ -11,7 +11,7 @@ import torch
 
 import gmoe
 from experiments.show.report import main as report
-from experiments.study.measured import color_probe, measured
+from experiments.study.measured import color_probe, measured, step_times
 from experiments.study.routers import domain_table
 from experiments.train.build import build_model
 from experiments.train.config import ImageConfig
@@ -92,6 +92,13 @@ def test_experts_that_are_told_follow_the_domain_and_the_report_says_so(
     assert "told: 4 of 4 experts used" in words
     assert "they follow the domain (AMI 1.00)" in words
     assert "Not drawn" not in words
+
+
+def test_a_step_of_the_oracle_is_timed_beside_a_dense_model_that_is_told_nothing(
+    config: ImageConfig,
+) -> None:
+    times = step_times(config, load_tasks(config)(0), repeats=1)
+    assert times.keys() == {"dense", "cell"}
 
 
 def test_the_oracle_needs_an_expert_a_domain_and_a_data_set_that_has_domains(
