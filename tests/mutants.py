@@ -45,11 +45,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
-from coverage import Coverage
+
+if TYPE_CHECKING:
+    from coverage import Coverage
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "results" / "mutants.json"
@@ -125,8 +127,23 @@ class Mutant(NamedTuple):
         return "".join([*lines[:start], *self.after, *lines[start + size :]])
 
 
-def left_out(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Spans that no test should look at."""
+def unseen(node: ast.AST) -> ast.expr | ast.stmt | None:
+    """What of a node no test should look at."""
+    if isinstance(node, ast.arg | ast.AnnAssign):
+        return node.annotation
+    if isinstance(node, ast.FunctionDef):
+        return node.returns
+    if isinstance(node, ast.JoinedStr | ast.Assert):
+        return node
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return node
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+        return node
+    return None
+
+
+def unseen_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Their spans."""
     lines = source.splitlines()
 
     def column(line: int, offset: int) -> int:
@@ -134,20 +151,12 @@ def left_out(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         return len(lines[line - 1].encode()[:offset].decode())
 
     spans = []
-    for node in ast.walk(ast.parse(source)):
-        found: list[ast.AST | None] = []
-        if isinstance(node, ast.arg | ast.AnnAssign):
-            found = [node.annotation]
-        elif isinstance(node, ast.FunctionDef):
-            found = [node.returns]
-        elif isinstance(node, ast.JoinedStr | ast.Assert) or (
-            (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
-        ):
-            found = [node]
-        for span in filter(None, found):
-            start = (span.lineno, column(span.lineno, span.col_offset))
-            spans.append((start, (span.end_lineno, column(span.end_lineno, span.end_col_offset))))
+    found = map(unseen, ast.walk(ast.parse(source)))
+    for node in (node for node in found if node is not None):
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start = (node.lineno, column(node.lineno, node.col_offset))
+        spans.append((start, (node.end_lineno, column(node.end_lineno, node.end_col_offset))))
     return spans
 
 
@@ -162,7 +171,7 @@ def places(source: str) -> dict[tuple[tuple[int, int], str], list[tuple[str, int
         for name in operator_names()
         if not get_operator(name).arguments()
     }
-    spans = left_out(source)
+    spans = unseen_spans(source)
     seen = Counter[str]()
     found = defaultdict(list)
     for node in ast_nodes(get_ast(source)):
@@ -302,6 +311,8 @@ def run_items(items: Sequence[pytest.Item]) -> None:
 
 
 def coverage_of_modules() -> Coverage:
+    from coverage import Coverage
+
     include = [str(ROOT / file) for file in MODULES]
     return Coverage(data_file=None, config_file=False, include=include)
 
@@ -371,7 +382,7 @@ def chosen(
     return own + others, sum(measured[test].seconds for test in own + others)
 
 
-def in_child(context: str, seconds: float, target: Callable[..., None], *args: Any) -> Any:
+def in_child(context: str, seconds: float, target: Callable[..., Any], *args: Any) -> Any:
     """What the target sends from a child, or an :class:`Outcome` of one that dies.
 
     The limit is on seconds of the processor, as machines are busy; eight times as many on the
@@ -396,7 +407,7 @@ def in_child(context: str, seconds: float, target: Callable[..., None], *args: A
     return sent
 
 
-def guarded(there: Connection, seconds: float, target: Callable[..., None], *args: Any) -> None:
+def guarded(there: Connection, seconds: float, target: Callable[..., Any], *args: Any) -> None:
     """Run a target in a child with limits and without output, and send what it returns."""
     used = math.ceil(time.process_time() + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (used, used + 5))
