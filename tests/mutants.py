@@ -28,6 +28,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "results" / "mutants.json"
+KEPT = ROOT / "build" / "mutants-measured.pickle"
 SEED = 20261130
 SIZE = 600
 
@@ -95,7 +97,7 @@ OPTIONS = (
 )
 """Those of pyproject.toml are replaced: no workers."""
 
-OTHER_SECONDS = 40.0
+OTHER_SECONDS = 8.0
 """How long the tests beside the mirrored file may take for one mutant, as measured without it."""
 
 NOTICED = ("killed", "crashed", "timeout")
@@ -212,14 +214,13 @@ def drawn(file: str, source: str, operator: str, occurrence: int) -> Mutant | No
 def sample(seed: int, size: int) -> tuple[int, list[Mutant]]:
     """The number of places, and the first mutants of a random order of them."""
     order, rng = [], random.Random(seed)
-    sources = {file: (ROOT / file).read_text() for file in MODULES}
-    for file, source in sources.items():
+    for file, source in sources().items():
         order += [(file, *item) for item in sorted(places(source).items())]
     rng.shuffle(order)
     mutants: list[Mutant] = []
     for file, _, choices in order:
         rng.shuffle(choices)
-        found = (drawn(file, sources[file], *choice) for choice in choices)
+        found = (drawn(file, (ROOT / file).read_text(), *choice) for choice in choices)
         mutants += [mutant for mutant in [next(filter(None, found), None)] if mutant]
         if len(mutants) == size:
             break
@@ -339,6 +340,18 @@ def measure(items: Sequence[pytest.Item]) -> dict[str, Measured]:
     }
 
 
+def sources() -> dict[str, str]:
+    return {file: (ROOT / file).read_text() for file in MODULES}
+
+
+def measured_before() -> dict[str, Measured]:
+    """What an earlier run has measured, if the modules are still the same."""
+    if not KEPT.exists():
+        return {}
+    then, measured = pickle.loads(KEPT.read_bytes())
+    return measured if then == sources() else {}
+
+
 def mirrored(file: str) -> str:
     """The test file of a module; of a package, that of what it builds."""
     path = Path("tests") / file
@@ -366,8 +379,8 @@ def reach(source: str, line: int) -> tuple[range, bool]:
 
 def chosen(
     measured: dict[str, Measured], file: str, lines: range | None
-) -> tuple[list[str], float]:
-    """The tests that reach some lines (None: any), in the order to run; and their seconds."""
+) -> tuple[list[str], list[str]]:
+    """The tests that reach some lines (None: any), the mirrored ones and others, as to run."""
 
     def reaches(found: Measured) -> bool:
         reached = found.lines.get(file, frozenset())
@@ -376,10 +389,18 @@ def chosen(
     tests = [test for test, found in measured.items() if reaches(found)]
     tests.sort(key=lambda test: measured[test].seconds)
     own = [test for test in tests if test.startswith(mirrored(file) + "::")]
-    others = [test for test in tests if test not in own]
-    so_far = accumulate(measured[test].seconds for test in others)
-    others = [test for test, spent in zip(others, so_far, strict=True) if spent < OTHER_SECONDS]
-    return own + others, sum(measured[test].seconds for test in own + others)
+    # Of the others the quickest case of each function, then the second of each, and so on.
+    seen = Counter[str]()
+    ranked = []
+    for test in tests:
+        if not test.startswith(mirrored(file) + "::"):
+            function = test.partition("[")[0]
+            ranked.append((seen[function], measured[test].seconds, test))
+            seen[function] += 1
+    ranked.sort()
+    so_far = accumulate(seconds for _, seconds, _ in ranked)
+    pairs = zip(ranked, so_far, strict=True)
+    return own, [test for (_, _, test), spent in pairs if spent < OTHER_SECONDS]
 
 
 def in_child(context: str, seconds: float, target: Callable[..., Any], *args: Any) -> Any:
@@ -482,13 +503,17 @@ class Runner:
         if session.testsfailed:
             raise session.Interrupted("the tests cannot be collected")
         self.imports.stop()
-        start = time.time()
-        measured = in_child("fork", 3600, measure, session.items)
-        if isinstance(measured, Outcome):
-            raise session.Interrupted(f"the tests without a mutant: {measured}")
-        print(f"{len(measured)} tests measured in {time.time() - start:.0f} s", flush=True)
         self.items = {item.nodeid: item for item in session.items}
-        self.measured, self.functions = measured, functions()
+        self.measured = measured_before()
+        missing = [item for test, item in self.items.items() if test not in self.measured]
+        found = in_child("fork", 3600, measure, missing) if missing else {}
+        if isinstance(found, Outcome):
+            raise session.Interrupted(f"the tests without a mutant: {found}")
+        self.measured = {test: {**self.measured, **found}[test] for test in self.items}
+        KEPT.parent.mkdir(exist_ok=True)
+        KEPT.write_bytes(pickle.dumps((sources(), self.measured)))
+        print(f"{len(found)} tests measured", flush=True)
+        self.functions = functions()
         gc.freeze()  # a child's collector would copy every page
         for entry in pending(self.record, self.again):
             start = time.time()
@@ -513,12 +538,22 @@ class Runner:
         lines, in_body = reach(original, line)
         imported = self.imports.get_data().lines(str(ROOT / mutant.file)) or []
         if in_body and not set(lines).intersection(imported):
-            tests, seconds = chosen(self.measured, mutant.file, lines)
-            target: tuple[Any, ...] = (run_swapped, [self.items[t] for t in tests], self.functions)
-            return in_child("fork", 10 + 4 * seconds, *target, mutant.file, mutated)
-        tests, seconds = chosen(self.measured, mutant.file, None)
-        target = (run_imported, self.options, tests)
-        return in_child("forkserver", 60 + 4 * seconds, *target, mutant.file, mutated)
+            own, others = chosen(self.measured, mutant.file, lines)
+            items = [self.items[test] for test in own + others]
+            limit = 10 + self.limit(own + others)
+            change = (self.functions, mutant.file, mutated)
+            return in_child("fork", limit, run_swapped, items, *change)
+        outcome = Outcome("survived")
+        for tests in filter(None, chosen(self.measured, mutant.file, None)):
+            if outcome.outcome == "survived":  # a second import costs less than all test files
+                limit = 60 + self.limit(tests)
+                change = (tests, mutant.file, mutated)
+                outcome = in_child("forkserver", limit, run_imported, self.options, *change)
+        return outcome
+
+    def limit(self, tests: Sequence[str]) -> float:
+        """A few times the seconds that tests take without a mutant."""
+        return 4 * sum(self.measured[test].seconds for test in tests)
 
 
 # -------------------------------------------------------------------------------------- report

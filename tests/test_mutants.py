@@ -156,19 +156,27 @@ def test_the_statement_of_a_line_and_whether_only_calls_run_it(
     assert mutants.reach(SOURCE, line) == (range(line, line + lines), in_body)
 
 
-def test_tests_that_reach_a_statement_run_the_mirrored_ones_first_then_the_quickest() -> None:
-    file = "gmoe/losses.py"
+def test_tests_that_reach_a_statement_run_the_mirrored_ones_first_then_one_of_each_function() -> (
+    None
+):
+    file, there = "gmoe/losses.py", {"gmoe/losses.py": frozenset({2})}
     measured = {
-        "tests/gmoe/test_routing.py::slow": Measured(mutants.OTHER_SECONDS, {file: frozenset({2})}),
-        "tests/gmoe/test_routing.py::quick": Measured(1.0, {file: frozenset({2})}),
+        "tests/gmoe/test_routing.py::slow": Measured(mutants.OTHER_SECONDS, there),
+        "tests/gmoe/test_routing.py::quick[b]": Measured(0.2, there),
+        "tests/gmoe/test_routing.py::quick[a]": Measured(0.1, there),
+        "tests/gmoe/test_hub.py::quick": Measured(0.3, there),
         "tests/gmoe/test_losses.py::elsewhere": Measured(0.1, {file: frozenset({9})}),
         "tests/gmoe/test_losses.py::here": Measured(2.0, {file: frozenset({2, 3})}),
         "tests/gmoe/test_hub.py::other": Measured(0.1, {}),
     }
-    here, quick = "tests/gmoe/test_losses.py::here", "tests/gmoe/test_routing.py::quick"
-    assert mutants.chosen(measured, file, range(2, 3)) == ([here, quick], 3.0)
-    every, _ = mutants.chosen(measured, file, None)
-    assert every == ["tests/gmoe/test_losses.py::elsewhere", here, quick]
+    here, elsewhere = "tests/gmoe/test_losses.py::here", "tests/gmoe/test_losses.py::elsewhere"
+    own, others = mutants.chosen(measured, file, range(2, 3))
+    assert own == [here]
+    assert others == [
+        "tests/gmoe/test_routing.py::quick[a]",
+        "tests/gmoe/test_hub.py::quick",
+    ]
+    assert mutants.chosen(measured, file, None)[0] == [elsewhere, here]
 
 
 def loop() -> None:
@@ -176,12 +184,16 @@ def loop() -> None:
         pass
 
 
+def die() -> None:
+    os._exit(3)
+
+
 def fail() -> None:
     raise KeyError("of the tool")
 
 
 @pytest.mark.parametrize(
-    ("target", "outcome"), [(loop, "timeout"), (os.abort, "crashed"), (fail, "error")]
+    ("target", "outcome"), [(loop, "timeout"), (die, "crashed"), (fail, "error")]
 )
 def test_a_child_that_dies_says_how(target: Any, outcome: str) -> None:
     assert mutants.in_child("fork", 1, target).outcome == outcome
