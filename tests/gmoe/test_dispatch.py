@@ -25,6 +25,7 @@ from gmoe.dispatch import (
     Backend,
     _grouped_linear,
     _grouped_linear_weight,
+    _is_between,
     is_few,
     kernel_of,
     routed_linear,
@@ -403,3 +404,35 @@ def test_what_runs_on_cuda_compiles_as_one_graph(routing: Routing) -> None:
     outputs = [run(*leaves) for run in (compiled, layer)]
     found, expected = ([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))] for y in outputs)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "few"),
+    [
+        (2**14, (1, 1, 1), True),  # inputs
+        (2**14 + 1, (1, 1, 1), False),
+        (2**10, (1, 1, 2**9), True),  # products
+        (2**10, (1, 1, 2**9 + 1), False),
+        (2**10, (2**9, 1, 1), True),  # rows
+        (2**10, (2**9 + 1, 1, 1), False),
+    ],
+)
+def test_each_bound_of_one_product_is_the_last_number_that_takes_it(
+    tokens: int, shape: tuple[int, int, int], few: bool
+) -> None:
+    assert is_few(tokens, shape) == few
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "between"),
+    [
+        (2**17, (8, 1, 1), True),  # inputs
+        (2**17 + 1, (8, 1, 1), False),
+        (2**8, (8, 2**4, 2**4), True),  # products
+        (2**8, (8, 2**4, 2**4 - 1), False),
+    ],
+)
+def test_rows_move_at_once_from_the_first_bound_to_the_last(
+    tokens: int, shape: tuple[int, int, int], between: bool
+) -> None:
+    assert _is_between(tokens, shape) == between

@@ -188,3 +188,40 @@ def test_off_the_cpu_edges_are_checked_on_the_device_without_a_wait() -> None:
     with Asserts() as asserts:
         check_nodes(torch.randint(6, (20,)).to("meta"), 6)
     assert asserts.count == 1
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_off_the_cpu_sums_and_products_along_edges_are_those_on_it(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of messages, of which the last is shorter."""
+    sender, receiver = random_graph(7, 9, 30)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    weight, value, query = features(30, 2), features(7, heads, 3), features(9, 2, 3)
+    expected = weighted_sum(weight, value, edges), dot(query, value, edges)
+    monkeypatch.setattr(module, "SPARSE_DEVICES", ())
+    monkeypatch.setattr(module, "NUMBERS", 40)
+    actual = weighted_sum(weight, value, edges), dot(query, value, edges)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("device", "number"), [("cpu", 64), ("cuda", 2)])
+def test_blocks_on_a_gpu_are_larger_than_the_caches_of_a_cpu(device: str, number: int) -> None:
+    assert len(list(blocks(0, 2**20, 128, torch.device(device)))) == number
+
+
+class Sorted(TorchDispatchMode):
+    """Counts torch's sorts."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().startswith("aten::argsort") or func.name() == "aten::sort.stable"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("nodes", "by_torch"), [(2**16, False), (2**16 + 1, True)])
+def test_receivers_that_fit_sixteen_bits_are_sorted_by_numpy(nodes: int, by_torch: bool) -> None:
+    with Sorted() as sorts:
+        Edges.sorted(torch.tensor([0, 1]), torch.tensor([1, 0]), nodes, nodes)
+    assert bool(sorts.count) == by_torch
