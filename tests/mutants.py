@@ -3,7 +3,8 @@
 ``python -m tests.mutants`` draws mutants of :data:`MODULES` with a fixed seed, runs each against
 the tests that reach it, and writes ``results/mutants.json`` after every one; it continues where
 it was stopped. ``--survivors`` runs those that survived again, for tests written since: both
-scores are kept. ``--report`` prints them. Needs ``pip install "gmoe[mutants]"``; takes hours.
+scores are kept. Either writes ``docs/trust.md`` at its end; ``--report`` does that alone. Needs
+``pip install "gmoe[mutants]"``; takes hours.
 
 A *place* is a token of the code that a family of cosmic-ray's operators changes, such as one
 ``+`` or one number. The sample is a random order of all places, with one of each place's mutants
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "results" / "mutants.json"
+PAGE = ROOT / "docs" / "trust.md"
+MARKS = ("<!-- mutants -->", "<!-- end -->")
 KEPT = ROOT / "build" / "mutants-measured.pickle"
 SEED = 20261130
 SIZE = 600
@@ -406,8 +409,8 @@ def chosen(
 def in_child(context: str, seconds: float, target: Callable[..., Any], *args: Any) -> Any:
     """What the target sends from a child, or an :class:`Outcome` of one that dies.
 
-    The limit is on seconds of the processor, as machines are busy; eight times as many on the
-    clock are for those that wait.
+    The limit is on seconds of the processor, as machines are busy; a hundred times as many on the
+    clock are for a child that waits for ever.
     """
     here, there = multiprocessing.Pipe(duplex=False)
     start: Any = multiprocessing.get_context(context)
@@ -415,7 +418,7 @@ def in_child(context: str, seconds: float, target: Callable[..., Any], *args: An
     child.start()
     there.close()
     sent = None
-    if here.poll(8 * seconds):
+    if here.poll(100 * seconds):
         try:
             sent = here.recv()
         except EOFError:
@@ -604,23 +607,48 @@ def score(outcomes: Iterable[str | None]) -> str:
 
 
 def report(record: dict[str, Any]) -> str:
-    """Both scores, and the survivors."""
+    """Both scores, by folder, and the survivors: what the page says."""
     ran = [entry for entry in record["mutants"] if "first" in entry]
     real = [entry for entry in ran if entry["number"] not in EQUIVALENT]
+    folders = sorted({folder_of(entry) for entry in real})
     lines = [
-        f"{len(ran)} of a sample of {len(record['mutants'])} mutants, "
-        f"of {record['places']} places, seed {record['seed']}",
-        f"equivalent: {len(ran) - len(real)}",
-        f"first score: {score(entry['first']['outcome'] for entry in real)}",
-        f"score now: {score(last(entry) for entry in real)}",
+        f"{len(ran)} of a sample of {len(record['mutants'])} mutants have run, drawn with seed "
+        f"{record['seed']} from {record['places']} places; {len(ran) - len(real)} of them compute "
+        "the same and do not count.",
+        "",
+        "| | before tests were written for mutants | after |",
+        "|---|---|---|",
     ]
+    for name in ("all", *folders):
+        some = [entry for entry in real if name in ("all", folder_of(entry))]
+        first, now = [entry["first"]["outcome"] for entry in some], [last(entry) for entry in some]
+        lines.append(f"| {name} | {score(first)} | {score(now)} |")
+    lines += ["", "Survivors:", ""]
+    lines += ["| | where | change | why it computes the same |", "|---|---|---|---|"]
     for entry in ran:
         if last(entry) in ("survived", "error"):
-            reason = EQUIVALENT.get(entry["number"])
-            lines.append(f"\n{entry['number']} {entry['file']}:{entry['line']} {reason or ''}")
-            lines += [f"- {line.rstrip()}" for line in entry["before"]]
-            lines += [f"+ {line.rstrip()}" for line in entry["after"]]
+            lines.append(
+                f"| {entry['number']} | `{entry['file']}:{entry['line']}` | "
+                f"`{cell(entry['before'])}` → `{cell(entry['after'])}` | "
+                f"{EQUIVALENT.get(entry['number'], '')} |"
+            )
     return "\n".join(lines)
+
+
+def folder_of(entry: dict[str, Any]) -> str:
+    return str(Path(entry["file"]).parent)
+
+
+def cell(lines: Sequence[str]) -> str:
+    """Code that fits a cell of a table."""
+    return " ".join(line.strip() for line in lines).replace("|", "\\|") or " "
+
+
+def on_page(page: str, text: str) -> str:
+    """A page with the text between its marks."""
+    before, _, rest = page.partition(f"{MARKS[0]}\n")
+    after = rest.partition(MARKS[1])[2]
+    return f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
 
 
 def draw() -> dict[str, Any]:
@@ -640,7 +668,7 @@ def draw() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Mutation score.")
     parser.add_argument("--survivors", action="store_true", help="run those that survived again")
-    parser.add_argument("--report", action="store_true", help="only print what has run")
+    parser.add_argument("--report", action="store_true", help="only write the page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     server = multiprocessing.get_context("forkserver")
@@ -655,6 +683,7 @@ def main() -> None:
             pytest.main(
                 [*options, *TESTS], plugins=[Runner(record, args.survivors, options, imports)]
             )
+    PAGE.write_text(on_page(PAGE.read_text(), report(record)))
     print(report(record))
 
 

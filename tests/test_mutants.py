@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import textwrap
 from importlib.machinery import SourceFileLoader
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import mutants
-from tests.mutants import MODULES, ROOT, Measured, Mutant, Mutated, Outcome
+from tests.mutants import EQUIVALENT, FILE, MODULES, PAGE, ROOT, Measured, Mutant, Mutated, Outcome
 
 SOURCE = textwrap.dedent(
     """\
@@ -214,3 +215,37 @@ def test_every_module_has_a_mirrored_test_among_those_that_run(file: str) -> Non
     path = mutants.mirrored(file)
     assert (ROOT / path).is_file()
     assert path.startswith(mutants.TESTS)
+
+
+def entry(number: int, first: str, again: str | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"number": number, "file": "gmoe/a.py", "line": 3}
+    found |= {"before": ["a | b\n"], "after": ["a & b\n"], "first": {"outcome": first}}
+    return found | ({"again": {"outcome": again}} if again else {})
+
+
+def test_a_report_has_both_scores_and_lists_who_still_survives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mutants, "EQUIVALENT", {3: "a and b are equal"})
+    entries = [
+        entry(0, "killed"),
+        entry(1, "survived", "killed"),
+        entry(2, "survived", "survived"),
+        entry(3, "survived"),
+        {"number": 4},
+    ]
+    text = mutants.report({"seed": 7, "places": 99, "mutants": entries})
+    assert "4 of a sample of 5 mutants have run, drawn with seed 7 from 99 places; 1 of" in text
+    assert "| all | 33.3% (6.1% to 79.2%) of 3: " in text
+    assert "| 66.7% (20.8% to 93.9%) of 3: 2 killed, 1 survived |" in text
+    assert [line.split()[1] for line in text.splitlines() if "gmoe/a.py" in line] == ["2", "3"]
+    assert "`a \\| b` → `a & b` | a and b are equal |" in text
+
+
+def test_the_page_has_the_report_and_few_mutants_are_excused() -> None:
+    record = json.loads(FILE.read_text())
+    page = PAGE.read_text()
+    assert mutants.on_page(page, mutants.report(record)) == page
+    ran = {entry["number"]: entry for entry in record["mutants"] if "first" in entry}
+    assert {mutants.last(ran[number]) for number in EQUIVALENT} <= {"survived"}
+    assert len(EQUIVALENT) <= 0.03 * len(ran)

@@ -12,7 +12,16 @@ from torch_geometric import nn as pyg
 
 from gmoe import FilterConv, GNNMoE, MoEConv
 from gmoe.conv.build import Trial
-from gmoe.conv.kinds import KINDS, Kind, base_kind_of, by_name, factory_of, kind_of, name_of
+from gmoe.conv.kinds import (
+    KINDS,
+    UNKNOWN,
+    Kind,
+    base_kind_of,
+    by_name,
+    factory_of,
+    kind_of,
+    name_of,
+)
 from tests.gmoe.conv.masked import random_graph
 
 WIDTH = 8
@@ -239,3 +248,9 @@ def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None
     cls = type("GCNConv", (pyg.SAGEConv,), {})
     layer = MoEConv(cls, (4, 6), 5, num_experts=2, local=True)
     assert layer((torch.randn(9, 4), torch.randn(7, 6)), random_graph(9, 7, 30)).shape == (7, 5)
+
+
+def test_gcn_and_filters_add_loops_and_no_other_kind_does() -> None:
+    assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {pyg.GCNConv, FilterConv}
+    assert kind_of(pyg.SGConv) is UNKNOWN
+    assert not UNKNOWN.adds_loops
