@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch_geometric import nn as pyg
 
-from gmoe import FilterConv, GNNMoE, MoEConv
+from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
 from gmoe.conv.build import Trial
 from gmoe.conv.kinds import (
     KINDS,
@@ -254,3 +254,16 @@ def test_gcn_and_filters_add_loops_and_no_other_kind_does() -> None:
     assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {pyg.GCNConv, FilterConv}
     assert kind_of(pyg.SGConv) is UNKNOWN
     assert not UNKNOWN.adds_loops
+
+
+@pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if not kind.is_local])
+def test_a_class_that_is_not_said_to_be_local_is_not(cls: Any) -> None:
+    assert not Trial(built(cls), WIDTH).takes_local_path(local=None)
+
+
+STACKED = [cls for cls, kind in KINDS.items() if kind.stack and cls not in (FilterConv, MLPConv)]
+
+
+@pytest.mark.parametrize("cls", STACKED)
+def test_a_class_whose_experts_are_stacked_multiplies_where_pyg_does(cls: Any) -> None:
+    assert built(cls).fuse == kind_of(cls).multiplies
