@@ -168,7 +168,8 @@ def test_tests_that_reach_a_statement_run_the_mirrored_ones_first_then_one_of_ea
         "tests/gmoe/test_hub.py::quick": Measured(0.3, there),
         "tests/gmoe/test_losses.py::elsewhere": Measured(0.1, {file: frozenset({9})}),
         "tests/gmoe/test_losses.py::here": Measured(2.0, {file: frozenset({2, 3})}),
-        "tests/gmoe/test_hub.py::other": Measured(0.1, {}),
+        "tests/gmoe/test_hub.py::other": Measured(0.1, {"gmoe/hub.py": frozenset({2})}),
+        "tests/gmoe/test_signatures.py::no_line": Measured(0.4, {}),
     }
     here, elsewhere = "tests/gmoe/test_losses.py::here", "tests/gmoe/test_losses.py::elsewhere"
     own, others = mutants.chosen(measured, file, range(2, 3))
@@ -177,7 +178,10 @@ def test_tests_that_reach_a_statement_run_the_mirrored_ones_first_then_one_of_ea
         "tests/gmoe/test_routing.py::quick[a]",
         "tests/gmoe/test_hub.py::quick",
     ]
-    assert mutants.chosen(measured, file, None)[0] == [elsewhere, here]
+    own, others = mutants.chosen(measured, file, None)
+    assert own == [elsewhere, here]
+    assert "tests/gmoe/test_signatures.py::no_line" in others
+    assert "tests/gmoe/test_hub.py::other" not in others
 
 
 def loop() -> None:
