@@ -534,18 +534,18 @@ class Runner:
         line = next(i for i, (old, new) in enumerate(pairs, 1) if old != new)
         lines, in_body = reach(original, line)
         imported = self.imports.get_data().lines(str(ROOT / mutant.file)) or []
+        change = (mutant.file, mutated)
         if in_body and not set(lines).intersection(imported):
             own, others = chosen(self.measured, mutant.file, lines)
             items = [self.items[test] for test in own + others]
             limit = 10 + self.limit(own + others)
-            change = (self.functions, mutant.file, mutated)
-            return in_child("fork", limit, run_swapped, items, *change)
+            return in_child("fork", limit, run_swapped, items, self.functions, *change)
         outcome = Outcome("survived")
         for tests in filter(None, chosen(self.measured, mutant.file, None)):
             if outcome.outcome == "survived":  # a second import costs less than all test files
                 limit = 60 + self.limit(tests)
-                change = (tests, mutant.file, mutated)
-                outcome = in_child("forkserver", limit, run_imported, self.options, *change)
+                target = (run_imported, self.options, tests)
+                outcome = in_child("forkserver", limit, *target, *change)
         return outcome
 
     def limit(self, tests: Sequence[str]) -> float:
