@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,3 +36,8 @@ def test_what_fills_a_block_up_meets_no_other_expert() -> None:
     assert y[:4].isfinite().all()
     assert grad_x[:4].isfinite().all()
     assert grad_weight[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "size"), [(10, 16), (1023, 64), (1024, 64), (1025, 65)])
+def test_a_block_has_a_quarter_of_an_experts_mean_load_rounded_up(rows: int, size: int) -> None:
+    assert blocks_of(ends([rows, 0, 0, 0]), rows).size == size

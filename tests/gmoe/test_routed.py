@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gmoe.dispatch import AT_ONCE, FEW, FEW_ROWS, Backend, is_few
-from gmoe.routed import routed_linear
+from gmoe.routed import _is_best_at_once, routed_linear
 from gmoe.routing import Routing
 from tests.gmoe.conv.masked import features, routing_of
 from tests.gmoe.kernels import Noted, ends, gradients, routings
@@ -179,3 +179,35 @@ def test_tokens_of_one_pair_fetch_their_rows(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_few_tokens_take_one_product(tokens: int, shape: tuple[int, int, int], few: bool) -> None:
     assert is_few(tokens, shape) == few
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "few"),
+    [
+        (2**14, (1, 1, 1), True),  # inputs
+        (2**14 + 1, (1, 1, 1), False),
+        (2**10, (1, 1, 2**9), True),  # products
+        (2**10, (1, 1, 2**9 + 1), False),
+        (2**10, (2**9, 1, 1), True),  # rows
+        (2**10, (2**9 + 1, 1, 1), False),
+    ],
+)
+def test_each_bound_of_one_product_is_the_last_number_that_takes_it(
+    tokens: int, shape: tuple[int, int, int], few: bool
+) -> None:
+    assert is_few(tokens, shape) == few
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "between"),
+    [
+        (2**17, (8, 1, 1), True),  # inputs
+        (2**17 + 1, (8, 1, 1), False),
+        (2**8, (8, 2**4, 2**4), True),  # products
+        (2**8, (8, 2**4, 2**4 - 1), False),
+    ],
+)
+def test_rows_move_at_once_from_the_first_bound_to_the_last(
+    tokens: int, shape: tuple[int, int, int], between: bool
+) -> None:
+    assert _is_best_at_once(tokens, shape) == between

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,3 +66,42 @@ def test_the_public_calls_are_found() -> None:
 @pytest.mark.parametrize("name", TAKE_EXPERTS)
 def test_the_number_of_experts_is_given_by_name(name: str) -> None:
     assert TAKE_EXPERTS[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def said_defaults(call: Callable[..., Any]) -> dict[str, Any]:
+    """The defaults that the docstring names, by argument, as Python reads them."""
+    found = {}
+    said = f"{inspect.getdoc(call)}\n"
+    arguments = re.findall(r"^Args:\n((?:(?: {4}.*)?\n)+)", said, re.MULTILINE)
+    for name, text in re.findall(
+        r"^ {4}(\w+): (.*(?:\n(?: {5,}.*)?)*)", "".join(arguments), re.MULTILINE
+    ):
+        one_line = " ".join(text.split())
+        values = re.findall(r"``([^`]+)`` \(default\)", one_line)
+        values += re.findall(r"default (?:``)?([^`]+?)(?:``|[,;)])", one_line)
+        for value in values[:1]:
+            with contextlib.suppress(ValueError, SyntaxError):  # such as another argument's name
+                found[name] = ast.literal_eval(value)
+    return found
+
+
+SAID = {
+    f"{name}: {argument}": (found.parameters[argument].default, value)
+    for name, call in calls()
+    if (found := signature(call)) is not None
+    for argument, value in said_defaults(call).items()
+    if argument in found.parameters
+    and (found.parameters[argument].default is not None or value is None)  # else it depends
+}
+
+
+def test_the_defaults_of_docstrings_are_found() -> None:
+    assert SAID["gmoe.TokenChoice: balance"][1] == "bias"
+    assert SAID["gmoe.ExpertChoice: z_coef"][1] == 0
+    assert SAID["gmoe.MultiCentroid.init_from_data: seed"][1] == 0
+    assert SAID["gmoe.AttentionVote: shared_queries"][1] is False
+    assert len(SAID) > 80
+
+
+def test_every_default_is_what_the_docstring_says() -> None:
+    assert {name: value for name, (value, said) in SAID.items() if value != said} == {}

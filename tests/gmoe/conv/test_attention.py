@@ -25,3 +25,15 @@ def test_features_of_replaced_loops_may_be_anything(conv: str, start: Any) -> No
     assert y.isfinite().all()
     grads = [parameter.grad for parameter in [x, *layer.parameters()]]
     assert all(grad is None or grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("hooked", ["lin_src", "lin_dst"])
+def test_a_hook_on_either_end_runs_though_inputs_could_be_summed_first(hooked: str) -> None:
+    torch.manual_seed(0)
+    layer = MoEConv("gat", (3, 3), 8, add_self_loops=False, num_experts=2, start="plain").eval()
+    x, edge_index = (torch.randn(6, 3), torch.randn(4, 3)), torch.tensor([[0, 5, 3], [1, 2, 3]])
+    expected = layer(x, edge_index)
+    called = []
+    layer.experts.get_submodule(hooked).register_forward_hook(lambda *_: called.append(hooked))
+    torch.testing.assert_close(layer(x, edge_index), expected)
+    assert called

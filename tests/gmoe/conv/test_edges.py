@@ -84,3 +84,20 @@ def test_off_the_cpu_edges_are_checked_on_the_device_without_a_wait() -> None:
     with Asserts() as asserts:
         check_nodes(torch.randint(6, (20,)).to("meta"), 6)
     assert asserts.count == 1
+
+
+class Sorted(TorchDispatchMode):
+    """Counts torch's sorts."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().startswith("aten::argsort") or func.name() == "aten::sort.stable"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("nodes", "by_torch"), [(2**16, False), (2**16 + 1, True)])
+def test_receivers_that_fit_sixteen_bits_are_sorted_by_numpy(nodes: int, by_torch: bool) -> None:
+    with Sorted() as sorts:
+        Edges.sorted(torch.tensor([0, 1]), torch.tensor([1, 0]), nodes, nodes)
+    assert bool(sorts.count) == by_torch

@@ -10,9 +10,18 @@ import torch
 from torch import nn
 from torch_geometric import nn as pyg
 
-from gmoe import FilterConv, GNNMoE, MoEConv
+from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
 from gmoe.conv.build import Trial
-from gmoe.conv.kinds import KINDS, Kind, base_kind_of, by_name, factory_of, kind_of, name_of
+from gmoe.conv.kinds import (
+    KINDS,
+    UNKNOWN,
+    Kind,
+    base_kind_of,
+    by_name,
+    factory_of,
+    kind_of,
+    name_of,
+)
 from tests.gmoe.conv.masked import random_graph
 
 WIDTH = 8
@@ -239,3 +248,22 @@ def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None
     cls = type("GCNConv", (pyg.SAGEConv,), {})
     layer = MoEConv(cls, (4, 6), 5, num_experts=2, local=True)
     assert layer((torch.randn(9, 4), torch.randn(7, 6)), random_graph(9, 7, 30)).shape == (7, 5)
+
+
+def test_gcn_and_filters_add_loops_and_no_other_kind_does() -> None:
+    assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {pyg.GCNConv, FilterConv}
+    assert kind_of(pyg.SGConv) is UNKNOWN
+    assert not UNKNOWN.adds_loops
+
+
+@pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if not kind.is_local])
+def test_a_class_that_is_not_said_to_be_local_is_not(cls: Any) -> None:
+    assert not Trial(built(cls), WIDTH).takes_local_path(local=None)
+
+
+STACKED = [cls for cls, kind in KINDS.items() if kind.stack and cls not in (FilterConv, MLPConv)]
+
+
+@pytest.mark.parametrize("cls", STACKED)
+def test_a_class_whose_experts_are_stacked_multiplies_where_pyg_does(cls: Any) -> None:
+    assert built(cls).fuse == kind_of(cls).multiplies

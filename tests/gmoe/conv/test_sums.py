@@ -110,3 +110,23 @@ def test_blocks_cover_all_messages_once() -> None:
     cut = list(blocks(3, 20, 2**19, torch.device("cpu")))
     assert len(cut) == 5
     assert [place for part in cut for place in range(part.start, part.stop)] == [*range(3, 20)]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_off_the_cpu_sums_and_products_along_edges_are_those_on_it(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of messages, of which the last is shorter."""
+    sender, receiver = random_graph(7, 9, 30)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    weight, value, query = features(30, 2), features(7, heads, 3), features(9, 2, 3)
+    expected = weighted_sum(weight, value, edges), dot(query, value, edges)
+    monkeypatch.setattr(module, "SPARSE_DEVICES", ())
+    monkeypatch.setattr(module, "NUMBERS", 40)
+    actual = weighted_sum(weight, value, edges), dot(query, value, edges)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("device", "number"), [("cpu", 64), ("cuda", 2)])
+def test_blocks_on_a_gpu_are_larger_than_the_caches_of_a_cpu(device: str, number: int) -> None:
+    assert len(list(blocks(0, 2**20, 128, torch.device(device)))) == number

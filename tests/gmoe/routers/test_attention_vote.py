@@ -127,3 +127,14 @@ def test_operators_keep_torchs_rules(masked: bool) -> None:
     votes, log_sum = torch.ops.gmoe.vote_by_blocks(*values)
     torch.library.opcheck(torch.ops.gmoe.vote_by_blocks.default, values)
     torch.library.opcheck(torch.ops.gmoe.vote_by_blocks_backward.default, (votes, *values, log_sum))
+
+
+def test_voters_are_cut_into_nearly_equal_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", 2 * 3 * 10 * 4)
+    q_BHSd, k_BHSd = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
+    voters = []
+    for block, score_BHbS in attention_vote._blocks(q_BHSd, k_BHSd, None):
+        voters.append(range(10)[block])
+        assert score_BHbS.numel() <= attention_vote.BLOCK_ELEMENTS
+        torch.testing.assert_close(score_BHbS, q_BHSd[:, :, block] @ k_BHSd.transpose(2, 3))
+    assert voters == [range(4), range(4, 8), range(8, 10)]

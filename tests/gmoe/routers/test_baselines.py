@@ -52,3 +52,12 @@ def test_an_oracle_on_no_device_gets_its_assignment_back_when_it_is_reset() -> N
 def test_an_oracle_refuses_what_does_not_fit(assignment: list[int]) -> None:
     with pytest.raises(ValueError, match=r"assignment: got|x: got 3 tokens"):
         OracleRouter(4, num_experts=3, assignment=torch.tensor(assignment))(torch.randn(3, 4))
+
+
+def test_projections_are_drawn_with_the_inverse_root_of_the_width() -> None:
+    torch.manual_seed(0)
+    router = RandomRouter(400, num_experts=16)
+    router.removed_DR = torch.empty(400, 16)
+    router.reset_parameters()
+    for projection in (router.projection_DE, router.removed_DR):
+        assert float(projection.std()) == pytest.approx(0.05, rel=0.1)

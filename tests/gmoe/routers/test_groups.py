@@ -79,3 +79,13 @@ def test_first_choices_go_before_second_ones_and_likelier_ones_first() -> None:
     assert offsets_E.tolist() == [3, 6]
     # Expert 0: its own two, then the second choice of the surer of the others.
     assert token_P.tolist() == [0, 1, 2, 1, 2, 3]
+
+
+def test_groups_of_several_sizes_in_one_batch_are_padded_behind_their_tokens() -> None:
+    groups = Groups.of(torch.tensor([0] * 5 + [1] * 8), 13)
+    (batch,) = groups.batches(torch.device("cpu"))
+    assert batch.shape == (2, 8)
+    assert batch.mask is not None
+    assert batch.mask.sum(dim=1).tolist() == [5, 8]
+    values = batch.take(torch.arange(13.0)[:, None], padding=-1.0)[:, :, 0]
+    assert values.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1], [5, 6, 7, 8, 9, 10, 11, 12]]

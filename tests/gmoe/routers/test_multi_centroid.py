@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gmoe import MultiCentroid
+from gmoe.routers.multi_centroid import _plus_plus, kmeans
 
 
 def directions(num_clusters: int, each: int) -> tuple[Tensor, Tensor]:
@@ -63,3 +64,31 @@ def test_fewer_distinct_tokens_than_experts(distinct: int) -> None:
 def test_init_from_bad_data(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="x: got shape"):
         MultiCentroid(4, num_experts=3).init_from_data(torch.randn(shape))
+
+
+def test_centers_are_the_means_of_their_clusters_also_of_one_token() -> None:
+    x, _ = directions(4, 20)
+    x = torch.cat([x, torch.full((1, 4), -40.0)])
+    center_ND, owner_T = kmeans(x, 5, torch.Generator().manual_seed(0))
+    assert owner_T.bincount().min() == 1
+    for cluster, center_D in enumerate(center_ND):
+        torch.testing.assert_close(center_D, x[owner_T == cluster].mean(dim=0))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_k_means_starts_from_tokens_that_differ_however_close_they_are(scale: float) -> None:
+    x = scale * torch.eye(3).repeat(20, 1)
+    for seed in range(10):
+        start_ND = _plus_plus(x, 3, torch.Generator().manual_seed(seed))
+        assert len(start_ND.unique(dim=0)) == 3
+
+
+def test_the_seed_of_the_clusters_is_zero_unless_it_is_given() -> None:
+    x = torch.randn(50, 4)
+    found = []
+    for options in ({}, {"seed": 0}, {"seed": 1}):
+        router = MultiCentroid(4, num_experts=3)
+        router.init_from_data(x, **options)
+        found.append(router.centroid)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
