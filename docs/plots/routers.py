@@ -91,6 +91,8 @@ def draw_long(found: Gains, theme: Theme) -> Figure:
         axis.set_title(f"{column}, n = {known['token-choice'].n}", fontsize=11)
     for axis in panels[len(found) :]:
         axis.set_visible(False)
+    for axis in panels[max(len(found) - PANELS, 0) : len(found)]:
+        axis.tick_params(labelbottom=True)  # also where nothing is below
     rows(panels[0], [ROWS[row][0] for row in shown])
     for axis in panels:
         axis.spines["left"].set_visible(False)
