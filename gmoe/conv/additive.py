@@ -79,7 +79,8 @@ class _AdditiveScores(torch.autograd.Function):
 
 def _empty_scores(*inputs: Any) -> Tensor:
     *_, att_EOH, _, sender, _, _ = inputs
-    return Tensor.new_empty(att_EOH, (sender.size(0), att_EOH.size(2)))
+    scores_MH: Tensor = att_EOH.new_empty(sender.size(0), att_EOH.size(2))
+    return scores_MH
 
 
 @operator(fake=_empty_scores)
