@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gmoe._torch import in_transform, is_batched, is_tracing
+from gmoe._torch import in_transform, is_batched, is_tracing, untraced
 
 UNSUPPORTED = (
     "torch.jit.trace, torch.func transforms (grad, vmap, jvp, …) and batches of gradients "
@@ -62,8 +62,7 @@ def operator(
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Not by torch.library.custom_op: its wrappers take 15 us a call, as long as a product. Of
         # them the kernel needs one: where a graph breaks, the compiler must not look inside it.
-        opaque = torch.compiler.disable(kernel)
-        LIBRARY.impl(name, opaque, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, untraced(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"gmoe::{name}", fake, lib=LIBRARY)
         dispatched = getattr(torch.ops.gmoe, name).default
 
