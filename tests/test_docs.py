@@ -198,8 +198,7 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     above, below = sum(gain > 1 for gain in in_spreads), sum(gain < -1 for gain in in_spreads)
     assert (above, below, len(gains)) == (1, 2, 9)
     said = (
-        "they gained on one data set of nine beside a dense model of *equal FLOPs*, "
-        "and lost on two"
+        "they gained on one data set of nine beside a dense model of *equal FLOPs*, and lost on two"
     )
     assert said in in_a_line(README)
 

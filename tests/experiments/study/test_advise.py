@@ -62,7 +62,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "headroom"),
     [
-        ("digits-graph", "yes"),
+        pytest.param("digits-graph", "yes", marks=pytest.mark.slow),
         ("digits-graph", "no"),
         ("digits-graph", "inconclusive"),
         pytest.param("digits", "yes", marks=pytest.mark.slow),

@@ -194,6 +194,7 @@ def test_what_is_there_is_not_trained_again(
     assert trained == ["own-Greedy 0"]  # edited code is a row of its own
 
 
+@pytest.mark.slow
 def test_a_control_of_another_recipe_is_named_and_not_compared(
     sweep: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -214,6 +215,7 @@ def test_a_control_of_another_recipe_is_named_and_not_compared(
     ]
 
 
+@pytest.mark.slow
 def test_a_router_of_other_flops_has_a_dense_model_of_its_own(sweep: Callable[..., None]) -> None:
     sweep("--router", "mine.py:Costly")
     mine, usual = cell("own-Costly-????????"), cell("dense-flops")
@@ -226,6 +228,7 @@ def test_a_router_of_other_flops_has_a_dense_model_of_its_own(sweep: Callable[..
 
 
 @pytest.mark.filterwarnings("ignore:Mean runs on the whole graph for every expert")
+@pytest.mark.slow
 def test_your_conv_takes_the_place_of_the_columns(sweep: Callable[..., None]) -> None:
     """By itself it is compared under token choice; its controls lie beside the column's."""
     sweep("--conv", "mine.py:Mean", "--k", "2")

@@ -87,17 +87,29 @@ def bent_rule(draw: np.random.Generator) -> Nodes:
     return nodes(x, edges, y, seed=4, hidden=1)
 
 
+def in_places(draw: np.random.Generator) -> Nodes:
+    """Regimes that are places: most edges stay inside."""
+    return several_rules(draw, 0.95)
+
+
+def hidden(draw: np.random.Generator) -> Nodes:
+    """Regimes that show in nothing."""
+    return several_rules(draw, 0.5)
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "choices"),
     [
-        (lambda draw: several_rules(draw, 0.95), "rules", {"positions", "rule", "evidence"}),
-        (lambda draw: several_rules(draw, 0.5), "nothing", {None}),
-        (labels_of_small_groups, "inputs", {"labels"}),
-        (class_of_those_with_a_common_target, "inputs", {"reverse"}),
-        (ancestors_of_three_steps, "inputs", {"walked"}),
-        (bent_rule, "width", {None}),
+        pytest.param(make, kind, choices, id=name, marks=pytest.mark.slow if is_slow else ())
+        for name, make, kind, choices, is_slow in (
+            ("regimes", in_places, "rules", {"positions", "rule", "evidence"}, False),
+            ("hidden-regimes", hidden, "nothing", {None}, True),
+            ("labels", labels_of_small_groups, "inputs", {"labels"}, True),
+            ("reverse-edges", class_of_those_with_a_common_target, "inputs", {"reverse"}, False),
+            ("walked", ancestors_of_three_steps, "inputs", {"walked"}, True),
+            ("width", bent_rule, "width", {None}, True),
+        )
     ],
-    ids=["regimes", "hidden-regimes", "labels", "reverse-edges", "walked", "width"],
 )
 def test_the_answer_is_what_was_planted(
     make: Callable[[np.random.Generator], Nodes], kind: str, choices: set[str | None]
@@ -133,6 +145,7 @@ def test_without_edges_only_features_are_asked_about(no_edges: Answer) -> None:
     assert not any("given walked" in line for line in no_edges.figures)
 
 
+@pytest.mark.slow
 def test_nodes_with_the_same_features_can_be_told_their_place() -> None:
     given = labels_of_small_groups(np.random.default_rng(12))
     answer = Survey(replace(given, x=np.ones((COUNT, 2), np.float32))).answer()
@@ -150,6 +163,7 @@ def test_words_keep_their_scale_and_no_column_counts_ten_times_the_others() -> N
     assert few.std(axis=0) == pytest.approx(np.ones(5), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_reverse_edges_that_the_preset_adds_are_said_to_be_there() -> None:
     given = class_of_those_with_a_common_target(np.random.default_rng(11))
     answer = Survey(replace(given, undirected=True)).answer()
