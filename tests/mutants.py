@@ -619,8 +619,12 @@ def report(record: dict[str, Any]) -> str:
     ]
     for name in ("all", *folders):
         some = [entry for entry in real if name in ("all", folder_of(entry))]
-        first, now = [entry["first"]["outcome"] for entry in some], [last(entry) for entry in some]
-        lines.append(f"| {name} | {score(first)} | {score(now)} |")
+        first = [entry["first"]["outcome"] for entry in some]
+        ran_again = any("again" in entry for entry in some)
+        now = (
+            score([last(entry) for entry in some]) if ran_again else "survivors have not run again"
+        )
+        lines.append(f"| {name} | {score(first)} | {now} |")
     lines += ["", "Survivors:", ""]
     lines += ["| | where | change | why it computes the same |", "|---|---|---|---|"]
     for entry in ran:

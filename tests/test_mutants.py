@@ -246,6 +246,12 @@ def test_a_report_has_both_scores_and_lists_who_still_survives(
     assert "`a \\| b` → `a & b` | a and b are equal |" in text
 
 
+def test_a_second_score_is_that_of_survivors_that_ran_again() -> None:
+    entries = [entry(0, "killed"), entry(1, "survived")]
+    text = mutants.report({"seed": 7, "places": 99, "mutants": entries})
+    assert "1 killed, 1 survived | survivors have not run again |" in text
+
+
 def test_the_page_has_the_report_and_few_mutants_are_excused() -> None:
     record = json.loads(FILE.read_text())
     page = PAGE.read_text()
