@@ -50,6 +50,14 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "One call without gradients: eager, compiled, by onnxruntime.",
         "latency.LatencyBenchmark",
     ),
+    "memory": (
+        "The peak of the process's memory in a step, beside what tensors hold at once.",
+        "memory.MemoryBenchmark",
+    ),
+    "serve": (
+        "Threads that serve one model for minutes: does memory grow?",
+        "memory.ServeBenchmark",
+    ),
     "gpu": (
         "A CUDA device: equal to the CPU, waits, and times beside dense layers.",
         "gpu.GpuBenchmark",

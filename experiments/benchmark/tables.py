@@ -27,7 +27,35 @@ def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
         return [gpu_line(name, variant) for name, variant in variants.items()]
     if any("p95" in variant.get("wall", {}) for variant in variants.values()):
         return known([latency_line(name, variant) for name, variant in variants.items()])
+    if any("grown" in variant for variant in variants.values()):
+        return [serve_line(name, variant) for name, variant in variants.items()]
+    if any("resident" in variant for variant in variants.values()):
+        return [memory_line(name, variant) for name, variant in variants.items()]
     return [_time_line(name, variant) for name, variant in variants.items()]
+
+
+def memory_line(name: str, variant: Mapping[str, Any]) -> Line:
+    """A step: what tensors hold at most, and the process beyond what it had before."""
+    alive, resident = variant["alive"], variant["resident"]
+    return {
+        "variant": name,
+        "tensors (MiB)": f"{alive / 2**20:,.0f}",
+        "process (MiB)": f"{resident / 2**20:,.0f}",
+        "×": f"{resident / alive:.2f}" if alive else "–",
+    }
+
+
+def serve_line(name: str, variant: Mapping[str, Any]) -> Line:
+    """A model that was served: calls, and what the process held."""
+    held = variant["resident"]
+    return {
+        "variant": name,
+        "calls": f"{variant['calls']:,}",
+        "at first (MiB)": f"{held[0] / 2**20:,.0f}",
+        "at most (MiB)": f"{max(held) / 2**20:,.0f}",
+        "at last (MiB)": f"{held[-1] / 2**20:,.0f}",
+        "grown (MiB)": f"{variant['grown'] / 2**20:+.1f}",
+    }
 
 
 def _time_line(name: str, variant: Mapping[str, Any]) -> Line:

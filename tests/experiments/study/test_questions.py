@@ -79,10 +79,10 @@ def ancestors_of_three_steps(draw: np.random.Generator) -> Nodes:
     return nodes(x, np.stack([source, np.arange(COUNT)]), y, seed=3)
 
 
-def bent_rule(draw: np.random.Generator) -> Nodes:
+def bent_rule(draw: np.random.Generator, count: int = COUNT) -> Nodes:
     """The signs of two pairs of features agree, or not: one hidden unit cannot tell."""
-    edges = draw.integers(COUNT, size=(2, 4 * COUNT))
-    x = draw.standard_normal((COUNT, 3))
+    edges = draw.integers(count, size=(2, 4 * count))
+    x = draw.standard_normal((count, 3))
     y = (x[:, 0] * x[:, 1] > 0).astype(int)
     return nodes(x, edges, y, seed=4, hidden=1)
 
@@ -124,7 +124,7 @@ def test_the_answer_is_what_was_planted(
 
 
 def test_two_classes_are_judged_by_the_area_under_the_roc_curve() -> None:
-    given = bent_rule(np.random.default_rng(9))
+    given = bent_rule(np.random.default_rng(9), count=1_000)
     answer = Survey(replace(given, metric="roc_auc")).answer()
     assert answer.kind == "width"
     assert answer.figures[0].endswith("roc_auc")

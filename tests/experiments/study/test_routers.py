@@ -87,7 +87,9 @@ def test_another_recipe_is_refused(
     assert "hidden=8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("row", ["token-choice", "soft-slots"])
+@pytest.mark.parametrize(
+    "row", ["token-choice", pytest.param("soft-slots", marks=pytest.mark.slow)]
+)
 def test_experts_that_were_not_trained_add_nothing(row: str, tmp_path: Path) -> None:
     """At a learning rate of 0 their share is 0, and the test set says the same without them."""
     (config,) = routers.cells(("digits",), (row,), tmp_path).values()

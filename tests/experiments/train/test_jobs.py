@@ -83,7 +83,9 @@ def test_a_seed_that_is_killed_leaves_the_other_alone(
     assert_same(whole, tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_all_processes_which_save(
     number: int,
     whole: Path,

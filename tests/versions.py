@@ -1,0 +1,125 @@
+"""The default tests on the oldest versions that pyproject.toml allows, and on the newest.
+
+``python -m tests.versions`` makes both environments under ``build/versions`` (some gigabytes, since
+the index has torch with CUDA), runs the tests in each, writes ``results/versions.json`` and the
+table of ``docs/trust.md``. ``python -m tests.versions oldest -n 1 -k routing`` does one, with
+options for pytest; its result is printed and not kept. Needs `uv <https://docs.astral.sh/uv/>`_,
+which finds or brings the Pythons.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+FILE = ROOT / "results" / "versions.json"
+PAGE = ROOT / "docs" / "trust.md"
+MARKS = ("<!-- versions -->", "<!-- end -->")
+FOLDER = ROOT / "build" / "versions"
+
+ENVIRONMENTS = {"oldest": ("3.10", "lowest-direct"), "newest": ("3.13", "highest")}
+"""The Python of each, and which versions uv takes of what pyproject.toml asks for."""
+
+SHOWN = ("torch", "torch-geometric", "torchvision", "numpy", "pandas", "timm", "transformers")
+"""The packages in the table; the result file has all."""
+
+
+def python_of(name: str) -> Path:
+    return FOLDER / name / "bin" / "python"
+
+
+def uv(*arguments: str | Path) -> str:
+    """What a command of uv prints."""
+    command = ["uv", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def install(name: str) -> None:
+    """Make an environment, or bring an old one up to date."""
+    version, resolution = ENVIRONMENTS[name]
+    if not python_of(name).exists():
+        uv("venv", "--python", version, FOLDER / name)
+    target = ("--python", python_of(name), "--resolution", resolution, "--upgrade")
+    uv("pip", "install", *target, "-e", ".[test]")
+
+
+def counts(output: str) -> dict[str, int]:
+    """How many tests passed, failed, ...: pytest's last line."""
+    last = output.strip().splitlines()[-1]
+    return {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last)}
+
+
+def run(name: str, options: Sequence[str]) -> dict[str, Any]:
+    """Run the tests in an environment; what came out."""
+    command = [str(python_of(name)), "-m", "pytest", "-q", *options]
+    begin, lines = time.perf_counter(), list[str]()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    packages = json.loads(uv("pip", "list", "--python", python_of(name), "--format", "json"))
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit.strip(),
+        "python": ENVIRONMENTS[name][0],
+        "packages": {package["name"]: package["version"] for package in packages},
+        "tests": counts("".join(lines)),
+        "failed": [line.split(" - ")[0].split()[1] for line in lines if line.startswith("FAILED")],
+        "seconds": round(time.perf_counter() - begin),
+    }
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """In Markdown, a line an environment."""
+    lines = [
+        f"| | date | Python | {' | '.join(SHOWN)} | tests |",
+        f"|---|---|---|{'---|' * len(SHOWN)}---|",
+    ]
+    for name, found in results.items():
+        versions = " | ".join(found["packages"][package] for package in SHOWN)
+        tests = ", ".join(
+            f"{found['tests'][word]:,} {word}"
+            for word in ("passed", "failed", "skipped")
+            if word in found["tests"]
+        )
+        lines.append(f"| {name} | {found['date']} | {found['python']} | {versions} | {tests} |")
+    return "\n".join(lines)
+
+
+def write_page(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the table on its page."""
+    before, rest = PAGE.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1], 1)[1]
+    PAGE.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what the command line says; 1 if a test failed."""
+    names = [name for name in ENVIRONMENTS if name in arguments[:1]] or list(ENVIRONMENTS)
+    options = [word for word in arguments if word not in ENVIRONMENTS]
+    results = json.loads(FILE.read_text()) if FILE.exists() else {}
+    has_failed = False
+    for name in names:
+        install(name)
+        found = run(name, options)
+        has_failed |= found["tests"].keys().isdisjoint({"passed"}) or "failed" in found["tests"]
+        if not options:
+            results = {key: {**results, name: found}[key] for key in ENVIRONMENTS
+                       if key in {*results, name}}  # fmt: skip
+            FILE.write_text(json.dumps(results, indent=1) + "\n")
+            write_page(results)
+    return int(has_failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
