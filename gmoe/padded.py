@@ -49,8 +49,10 @@ def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     the rows is added.
     """
     num_experts = len(offsets_E)
-    # Not by max: torch.export knows no number of rows, and would fix which one is larger.
-    size = torch.sym_max(BLOCK, (num_rows + 4 * num_experts - 1) // (4 * num_experts))
+    quarter = (num_rows + 4 * num_experts - 1) // (4 * num_experts)
+    # torch.export knows no number of rows, and by max would fix which one is larger. Of numbers
+    # that it knows, the compiler of torch 2.10 takes max alone.
+    size = max(BLOCK, quarter) if isinstance(quarter, int) else torch.sym_max(BLOCK, quarter)
     ends_E = offsets_E.long()
     starts_E = F.pad(ends_E, (1, -1))
     block_ends_E = ((ends_E - starts_E + (size - 1)) // size).cumsum(0)
