@@ -101,7 +101,7 @@ def test_dynamic_quantization_finds_the_experts() -> None:
     for part in experts:
         assert all("quantized" in type(linear).__module__ for linear in part.linears)
     assert saved_size(quantized) < 0.6 * saved_size(left)
-    assert float((quantized(x) - expected).norm() / expected.norm()) < 0.1
+    assert float((quantized(x) - expected).norm() / expected.norm()) < 0.2
     with pytest.raises(ValueError, match="quantized weights cannot be stacked"):
         gmoe.restack(quantized)
 
