@@ -52,6 +52,12 @@ def install(name: str) -> None:
     uv("pip", "install", *target, "-e", ".[test]")
 
 
+def commit_of() -> str:
+    """The commit that is tested."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.check_output(command, cwd=ROOT, text=True).strip()
+
+
 def counts(output: str) -> dict[str, int]:
     """How many tests passed, failed, ...: pytest's last line."""
     last = output.strip().splitlines()[-1]
@@ -67,10 +73,9 @@ def run(name: str, options: Sequence[str]) -> dict[str, Any]:
             print(line, end="", flush=True)
             lines.append(line)
     packages = json.loads(uv("pip", "list", "--python", python_of(name), "--format", "json"))
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.strip(),
+        "commit": commit_of(),
         "python": ENVIRONMENTS[name][0],
         "packages": {package["name"]: package["version"] for package in packages},
         "tests": counts("".join(lines)),
@@ -114,8 +119,8 @@ def main(arguments: Sequence[str]) -> int:
         found = run(name, options)
         has_failed |= found["tests"].keys().isdisjoint({"passed"}) or "failed" in found["tests"]
         if not options:
-            results = {key: {**results, name: found}[key] for key in ENVIRONMENTS
-                       if key in {*results, name}}  # fmt: skip
+            results[name] = found
+            results = {key: results[key] for key in ENVIRONMENTS if key in results}
             FILE.write_text(json.dumps(results, indent=1) + "\n")
             write_page(results)
     return int(has_failed)
