@@ -212,8 +212,10 @@ def conv_step(nodes: int, edges: int, width: int, kind: str, form: str) -> Step:
         conv: Any = factory_of(kind)(width, width)
         return lambda: conv(x, edge_index).sum().backward()
     router = "token_choice" if form == "experts" else form
-    k = 8 if router == "uniform" else 1
-    layer: Any = MoEConv(kind, width, width, num_experts=8, k=k, router=router)
+    options: dict[str, Any] = {"k": 8} if router == "uniform" else {}
+    if router == "attention_vote":  # all nodes by all nodes take minutes
+        options["router_kwargs"] = {"scope": "neighbors"}
+    layer: Any = MoEConv(kind, width, width, num_experts=8, router=router, **options)
     graph = Graph(edge_index, nodes)
 
     def step() -> None:
