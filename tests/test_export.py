@@ -101,8 +101,6 @@ GRAPHS: dict[str, Make] = {
     ),
 }
 CASES = {**TOKENS, **GROUPS, **IMAGES, **GRAPHS}
-ON_ONNX = [name for name in CASES if not name.startswith("GNNMoE, gat")]
-"""All but models whose dense layers are PyG's GAT, which torch's ONNX exporter does not take."""
 SHORT = (
     "MoE, token_choice, K=2",
     "ViTMoE, expert_choice",
@@ -169,7 +167,7 @@ def test_a_model_is_exported_for_any_number_of_images_nodes_and_edges(name: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_ONNX)
+@pytest.mark.parametrize("name", CASES)
 def test_onnxruntime_gives_what_the_model_gives_on_any_size(name: str) -> None:
     runtime = pytest.importorskip("onnxruntime")
     model = built(name)

@@ -43,7 +43,7 @@ COUNTS = {
     "GNNMoE, copies": 0,
     "gat, expert_choice": 1,
     "gatv2, expert_choice": 1,
-    "GNNMoE of gat": 1,
+    "GNNMoE of gat": 0,
     "filters": 0,
     "mixed kinds": 1,
     "MoE, token_choice": 0,

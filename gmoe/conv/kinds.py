@@ -22,7 +22,7 @@ from gmoe.conv import aggregate, attention
 from gmoe.conv.base import StackedExperts
 from gmoe.conv.convs import FilterConv, MLPConv
 from gmoe.conv.graph import Graph
-from gmoe.conv.plain import run_filter, run_gcn
+from gmoe.conv.plain import run_filter, run_gat, run_gcn
 from gmoe.moe import refuse_removed
 from gmoe.routers import ROUTERS
 
@@ -181,8 +181,13 @@ KINDS: dict[type[MessagePassing], Kind] = {
     pyg.ClusterGCNConv: Kind(is_local=True, takes_two_sets=False),
     pyg.FeaStConv: Kind(is_local=True),
     pyg.FiLMConv: Kind(is_local=True),
-    pyg.GATConv: Kind(stack=attention.GATExperts, is_local=True, needs_destinations=False),
-    pyg.GATv2Conv: Kind(stack=attention.GATv2Experts, is_local=True),
+    pyg.GATConv: Kind(
+        stack=attention.GATExperts,
+        is_local=True,
+        needs_destinations=False,
+        run=run_gat,
+    ),
+    pyg.GATv2Conv: Kind(stack=attention.GATv2Experts, is_local=True, run=run_gat),
     pyg.GCNConv: Kind(
         stack=aggregate.GCNExperts,
         takes_two_sets=False,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gmoe.conv.base import Conv
 from gmoe.conv.graph import Graph
@@ -41,7 +42,16 @@ def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
     return x_src is not x_dst and graph.num_rows == graph.num_dst
 
 
-# convs that need the norms of the whole graph -----------------------------------------------------
+# convs that are run in a way of their own ---------------------------------------------------------
+
+
+def _sizes_must_not_follow(conv: Conv, x: Tensor) -> bool:
+    """True where no size may follow from the data, and PyG's conv has one that does.
+
+    That is off the CPU, where the host would wait for the size, and in an exported model. Not under
+    an explainer, which counts the edges that PyG's conv is given.
+    """
+    return (x.device.type != "cpu" or torch.compiler.is_exporting()) and not conv.explain
 
 
 def run_filter(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
@@ -53,13 +63,9 @@ def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a GCN without experts.
 
     PyG's conv gets its norms ready-made on a part of a graph, where they are those of the whole
-    graph; off the CPU, where PyG would wait for the number of loops; and in an exported model,
-    whose sizes cannot follow the data. In the last two cases not under an explainer, which counts
-    the edges that PyG's conv is given.
+    graph; and where PyG would count the loops that there are.
     """
-    is_part = graph.scale_of is not None
-    must_not_count = x.device.type != "cpu" or torch.compiler.is_exporting()
-    gets_norms = is_part or (must_not_count and not conv.explain)
+    gets_norms = graph.scale_of is not None or _sizes_must_not_follow(conv, x)
     if not (conv.normalize and gets_norms):
         return run(conv, graph, x, x)
     matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
@@ -73,3 +79,24 @@ def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     normless.flow = "source_to_target"
     normless.normalize = False
     return normless(x, edge_index, edge_weight)[: graph.num_dst]
+
+
+def run_gat(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
+    """(T, O) a GAT or GATv2 without experts.
+
+    PyG's conv removes the loops that there are before it adds its own, so that the number of edges
+    follows from the data. Where it must not, these loops move to one more node, which nobody hears.
+    """
+    moves_loops = conv.add_self_loops and graph.attr is None and _sizes_must_not_follow(conv, x)
+    if not moves_loops:
+        return run(conv, graph, x, x)
+    num_nodes = x.size(0)
+    sender, receiver = graph.edges.sender, graph.edges.receiver
+    is_loop = sender == receiver
+    ends = [torch.where(is_loop, num_nodes, end) for end in (sender, receiver)]
+    node = torch.arange(num_nodes, device=x.device)
+    edge_index = torch.cat([torch.stack(ends), node.expand(2, -1)], dim=1)
+    loopless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
+    loopless.flow = "source_to_target"
+    loopless.add_self_loops = False
+    return loopless(F.pad(x, (0, 0, 0, 1)), edge_index)[: graph.num_dst]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch_geometric import nn as pyg
 
 from gmoe import FilterConv, Graph
 from gmoe.conv.kinds import base_kind_of
-from gmoe.conv.plain import run, run_gcn, run_on
+from gmoe.conv.plain import run, run_gat, run_gcn, run_on
 from tests.gmoe.conv.masked import default_float64, random_graph
 
 N, WIDTH = 12, 4
@@ -55,3 +56,35 @@ def test_a_gcn_on_a_part_is_left_as_it_is() -> None:
     nodes, part = Graph(random_graph(N, N, 40), N).part(TOKEN)
     run_gcn(conv, torch.randn(N, WIDTH)[nodes], part)
     assert conv.normalize
+
+
+@pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        partial(pyg.GATConv, WIDTH, 3),
+        partial(pyg.GATConv, WIDTH, 3, heads=2, concat=False, bias=False),
+        partial(pyg.GATConv, WIDTH, 3, add_self_loops=False),
+        partial(pyg.GATv2Conv, WIDTH, 3, heads=2, residual=True),
+        partial(pyg.GATv2Conv, WIDTH, 3, share_weights=True),
+    ],
+)
+def test_a_gat_whose_edges_must_not_be_counted_gives_what_pygs_gives(
+    conv: Any, flow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph has loops, one of them twice, and an edge twice."""
+    edge_index = torch.cat([random_graph(N, N, 40), torch.tensor([[2, 2, 5, 1], [2, 2, 5, 3]])], 1)
+    edge_index = torch.cat([edge_index, edge_index[:, :1]], dim=1)
+    with default_float64():
+        plain, x = conv(flow=flow), torch.randn(N, WIDTH, requires_grad=True)
+        expected = plain(x, edge_index)
+        leaves = [x, *plain.parameters()]
+        sizes = set[int]()
+        plain.register_message_forward_pre_hook(lambda _, args: sizes.add(len(args[0]["alpha"])))
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        found = run_gat(plain, x, Graph(edge_index, N, flow=flow))
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in (found, expected)]
+        torch.testing.assert_close(*gradients)
+        assert sizes == {edge_index.size(1) + (N if plain.add_self_loops else 0)}
+        assert plain.flow == flow
