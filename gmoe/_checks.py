@@ -76,6 +76,12 @@ def check_positive(name: str, value: float) -> None:
     check(0 < value < math.inf, name, value, "a positive number")
 
 
+def in_short(error: Exception, most: int = 500) -> str:
+    """What an error says, in one line of at most so many characters: a file may be one itself."""
+    text = " ".join(str(error)[: 4 * most].split())
+    return text if len(text) <= most else f"{text[:most]} …"
+
+
 def described(value: object) -> str:
     """Describe an argument for an error: the shape and dtype of a tensor, or a type."""
     if isinstance(value, Tensor):
