@@ -35,7 +35,7 @@ from tqdm import tqdm, trange
 from experiments.train.checks import check
 from experiments.train.command_line import program
 from experiments.train.config import PAPERS
-from experiments.train.files import naming, read_csv, read_npy, writing
+from experiments.train.files import LONGEST, naming, read_csv, read_npy, writing
 
 Array: TypeAlias = NDArray[Any]
 
@@ -269,8 +269,10 @@ def sorted_keys(
     except RuntimeError as error:  # DuckDB's Ctrl-C
         raise KeyboardInterrupt from error
     except duckdb.Error as error:
-        why = " ".join(str(error).split("\n")[:3])  # then comes advice on DuckDB's own settings
-        raise ValueError(f"edges: {why} (memory: {memory:g} GB)") from error
+        # Then comes advice on DuckDB's own settings; a line that it shows may be the whole file
+        why = " ".join(line[:LONGEST] for line in str(error).split("\n")[:3])
+        where = edges if isinstance(edges, Path) else "edges"
+        raise ValueError(f"{where}: {why} (memory: {memory:g} GB)") from error
 
 
 def _open_table(connection: Any, path: Path) -> None:

@@ -184,6 +184,14 @@ def test_broken_edges_are_named(name: str, content: Any, message: str, tmp_path:
     is_refused(message, tmp_path, content, name)
 
 
+@pytest.mark.parametrize("text", ["1;2\n3;4\n", "1,2\n-1,3\n", "1,2\n3," + "9" * 2**20 + "\n"])
+def test_broken_tables_are_named(text: str, tmp_path: Path) -> None:
+    """In a line that shows no more of them than a terminal does."""
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'e.csv'}: ") as caught:
+        run(tmp_path, text, "e.csv")
+    assert len(str(caught.value)) < 2_000
+
+
 def test_parquet_of_other_columns_and_one_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "e.parquet"
     for columns, message in (
