@@ -139,9 +139,6 @@ class HubMixin:
             ValueError: a file that is damaged or holds another class; weights that do not fit the
                 configuration. The message names the file.
         """
-        with naming_extras():
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
         if not Path(folder).is_dir():
             with naming_extras():
                 from huggingface_hub import snapshot_download
@@ -151,12 +148,7 @@ class HubMixin:
         config = Path(folder) / CONFIG
         weights = Path(folder) / WEIGHTS
         text = config.read_bytes()
-        try:
-            state = load_file(weights)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{weights}: got {in_short(error)}, expected what save_pretrained writes"
-            ) from error
+        state = read_weights(weights, "save_pretrained")
         try:
             saved = json.loads(text)
             if saved["model"] != cls.__name__:
@@ -235,6 +227,24 @@ def refuse_save_pretrained(model: Any) -> None:
         is_other = hasattr(type(part), "save_pretrained") and not isinstance(part, HubMixin)
         if is_other and any(isinstance(layer, MoELayer) for layer in part.modules()):
             part.save_pretrained = RefusesToSave(part)
+
+
+def read_weights(path: Path, writer: str) -> dict[str, Tensor]:
+    """The tensors in a file that ``writer`` has written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    with naming_extras():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: got {in_short(error)}, expected what {writer} writes") from error
 
 
 def check_sizes(arguments: Mapping[str, object], state: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
 from gmoe.from_base import FromBase, fold
-from gmoe.hub import HubMixin, check_sizes
+from gmoe.hub import HubMixin, check_sizes, read_weights
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.routers import ROUTERS
@@ -140,17 +140,9 @@ def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.
         ValueError: a file that is damaged; a base of another class or size; outputs that differ.
             The message names the file.
     """
-    with naming_extras():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
     folder = Path(folder)
     layers = _read_layers(folder / LAYERS, base)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS}: got {in_short(error)}, expected what gmoe.save writes"
-        ) from error
+    state = read_weights(folder / WEIGHTS, "gmoe.save")
     try:
         for layer in layers.values():
             check_sizes(layer.moefied or {}, state)
@@ -369,12 +361,10 @@ def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
 
 def _compared(model: nn.Module, folder: Path) -> tuple[float, float]:
     """The largest difference of a model's outputs from the saved ones; and the largest of these."""
-    with naming_extras():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
     device = next(model.parameters()).device
+    read = read_weights(folder / RECEIPT, "gmoe.save")
+    saved = {name: value.to(device) for name, value in read.items()}
     try:
-        saved = {name: value.to(device) for name, value in load_file(folder / RECEIPT).items()}
         args = _numbered(saved, "args")
         kwargs = {
             name.removeprefix("kwargs."): value
@@ -386,7 +376,7 @@ def _compared(model: nn.Module, folder: Path) -> tuple[float, float]:
         after = outputs_of(model, [tuple(args) if args else kwargs])
         largest = max((float(value.abs().max()) for value in before if value.numel()), default=0.0)
         return largest_difference(before, after), largest
-    except (SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"{folder / RECEIPT}: got {type(error).__name__}: {in_short(error)}, expected inputs "
             "that the model takes, as gmoe.save writes them"

@@ -40,6 +40,8 @@ VALUES: tuple[Any, ...] = (
     *([], {}, [[]], [None], [1, "x"], {"": {}}, {"x": 1}, "DEEP"),
 )
 """What stands in the place of a value in JSON; ``"DEEP"`` becomes a list in lists."""
+CODE = tuple(f"../input/{folder}code.py:made" for folder in ("", "run/"))
+"""Code beside a ``config.json``, which makes a folder outside when it is imported."""
 DEEP = "[" * 100_000 + "]" * 100_000
 LONG = 3 * 2**20
 """Bytes of a line that is very long."""
@@ -257,8 +259,19 @@ def in_json(random: Random, raw: bytes, around: Around) -> bytes:
     return json.dumps(found).replace('"DEEP"', DEEP).encode()
 
 
+def names_code(random: Random, raw: bytes, around: Around) -> bytes:
+    """An option names code that lies in the run folder, see ``tests.file_kinds``."""
+    found = json.loads(raw)
+    if not isinstance(found, dict) or "router" not in found:
+        return in_json(random, raw, around)
+    option = random.choice(["router", "model", "data", "equal_to", "conv"])
+    code = random.choice(CODE)
+    return json.dumps(found | {option: [code] if option == "conv" else code}).encode()
+
+
 JSON: dict[str, Way] = {
     "another value": in_json,
+    "code of its own": names_code,
     "another number": other_number,
     "a number alone": lambda random, *_: random.choice(NUMBERS).encode(),
     "lists in lists": lambda *_: DEEP.encode(),

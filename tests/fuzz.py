@@ -287,14 +287,19 @@ def outcomes(
             os._exit(status)
         os.close(writer)
         begun = None
-        with os.fdopen(reader) as lines:
-            for line in lines:
-                number, what, *found = json.loads(line)
-                begun = None if found else (number, what)
-                if found:
-                    left.remove(number)
-                    yield number, what, Outcome(*found)
-        _, status = os.waitpid(pid, 0)
+        try:
+            with os.fdopen(reader) as lines:
+                for line in lines:
+                    number, what, *found = json.loads(line)
+                    begun = None if found else (number, what)
+                    if found:
+                        left.remove(number)
+                        yield number, what, Outcome(*found)
+        except GeneratorExit:  # nobody wants to know of the others
+            os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            _, status = os.waitpid(pid, 0)
         if status and (begun is None or begun[0] < 0 or not os.WIFSIGNALED(status)):
             raise RuntimeError(f"a child ended with status {status} at {begun}")
         if begun is not None:

@@ -211,6 +211,9 @@ def test_a_damaged_file_is_named(
     check_refused(tmp_path, gmoe.GNNMoE, name)
     path.unlink()
     check_refused(tmp_path, gmoe.GNNMoE, name)
+    path.mkdir()
+    with pytest.raises((ValueError, IsADirectoryError), match=re.escape(str(path))):
+        gmoe.GNNMoE.from_pretrained(tmp_path)
 
 
 def test_push_uploads_what_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:

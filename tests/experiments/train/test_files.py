@@ -127,7 +127,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.csv": lambda path: Log(path, keep=0).write([{"loss": loss} for loss in LARGE[:, 0]]),
     "a.html": Page(["<p>"] * 1_000).write,
     "a.npy": lambda path: convert.write_npy(path, LARGE),
-    "x.npy": lambda path: convert.write_features(path, LARGE, LARGE.dtype),
+    "x.npy": lambda path: convert.write_features(path, LARGE, LARGE.dtype, "x"),
     "source.npy": lambda path: convert.write_edges([MANY], path.parent, len(MANY), directed=True),
     "a.csv.gz": lambda path: planted._write(path, LARGE),
     "a.npz": lambda path: planted._write(path, {"x": LARGE}),

@@ -210,16 +210,16 @@ def test_parquet_of_other_columns_and_one_cut_off(tmp_path: Path) -> None:
     [
         ({"x": np.full((NODES, 2), 7e4)}, "70000 in row 0, expected .* up to 65504"),
         ({"x": np.where(np.arange(NODES) == 9, np.nan, 0.0)[:, None]}, "nan in row 9"),
-        ({"y": np.zeros(NODES - 1)}, r"y: got shape \(149,\)"),
-        ({"y": np.full(NODES, 0.5)}, "y: got 0.5 to 0.5, expected whole numbers"),
+        ({"y": np.zeros(NODES - 1)}, r"y\.npy: got shape \(149,\)"),
+        ({"y": np.full(NODES, 0.5)}, r"y\.npy: got 0.5 to 0.5, expected whole numbers"),
         (
             {"y": np.arange(NODES) - 1, "val": np.array([3, 0])},
-            "y: got a node of val without a label",
+            r"y\.npy: got a node of val without a label",
         ),
-        ({"val": np.array([NODES])}, "val: got nodes 150 to 150, expected 0 to 149"),
+        ({"val": np.array([NODES])}, r"val\.npy: got nodes 150 to 150, expected 0 to 149"),
         (
             {"train": np.array([2]), "val": np.array([1, 2])},
-            "val: got node 2 twice, or in an earlier part",
+            r"val\.npy: got node 2 twice, or in an earlier part",
         ),
         ({"val": np.array([0.5])}, "expected a column of node numbers"),
     ],
