@@ -34,7 +34,6 @@ from experiments.train.data.load import load_tasks
 from experiments.train.data.ogb import load_ogb
 from experiments.train.data.own_graph import own_graph
 from experiments.train.data.smiles import molecules
-from experiments.train.data.stored import stored_task
 from experiments.train.data.task import GraphData, Split, Task
 from experiments.train.logs import Log
 from experiments.train.predictions import mean_of
@@ -134,7 +133,7 @@ def write_stored(folder: Path) -> None:
 def read_task(folder: Path) -> None:
     options: dict[str, Any] = {"sampling": "neighbor", "evaluation": "sampled", "fanout": (2, 2)}
     config = GraphConfig(dataset="graph", data_root=folder, undirected=False, **options)
-    use(stored_task(config), is_checked=False)
+    use(load_tasks(config)(0), is_checked=False)
 
 
 def write_ogb(name: str, folder: Path) -> None:
