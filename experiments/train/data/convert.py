@@ -78,7 +78,9 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
             for name, array in arrays.items():
                 with writing(scratch / f"{array}.npy"):
                     files[name] = Path(file.extract(f"{array}.npy", scratch))
-    return planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}", files
+    with naming(planted):
+        source = planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}"
+    return source, files
 
 
 def check_space(folder: Path, needed: int, what: str = "to") -> None:

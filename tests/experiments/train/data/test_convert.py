@@ -5,6 +5,7 @@ What is wrong is named; a killed one leaves nothing.
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import shutil
 import signal
@@ -316,3 +317,10 @@ def test_broken_releases_are_refused(tmp_path: Path) -> None:
         is_refused(f"{data}: cannot be read")
     np.savez(data, edge_index=np.zeros((2, 3), int))
     is_refused(r"data.npz: cannot be read .*node_feat")
+    data.write_bytes(whole)
+    for name, content in (
+        ("split/time/valid.csv.gz", gzip.compress(b"1\n1\n")),
+        ("PLANTED.txt", b"\xff"),
+    ):
+        (data.parents[1] / name).write_bytes(content)
+        is_refused(rf"^{data.parents[1] / name}: ")
