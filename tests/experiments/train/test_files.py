@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import pickle
 import time
 import zipfile
@@ -40,6 +41,7 @@ from experiments.train.files import (
 )
 from experiments.train.logs import Log
 from experiments.train.results import write_json
+from experiments.train.saved import read_options
 from tests.experiments.command import full_disk
 from tests.experiments.pyg_data import write_raw
 from tests.experiments.train.data.test_named import load
@@ -224,6 +226,12 @@ def test_a_line_of_megabytes_is_refused_at_once_and_not_repeated(
 
 
 def test_what_a_long_file_is_said_to_hold_is_cut_off(tmp_path: Path) -> None:
+    for name in ("router", "dataset", "start", "x"):
+        content = {"dataset": "digits", name: "x" * 2**20}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"config\.json: ") as caught:
+            read_options(tmp_path / "config.json", tmp_path)
+        assert len(str(caught.value)) < 1_000
     (tmp_path / "a.json").write_text('{"epochs": 3, "%s": 1}' % ("x" * 100_000))
     with pytest.raises(ValueError, match=r"a\.json: cannot be read \(xxx.* …\)$") as caught:
         read_json(tmp_path / "a.json", Run)
