@@ -30,6 +30,9 @@ EXTRAS = {
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """The dtypes of indices."""
 
+LONGEST_NAME = 100
+"""Characters that are compared with names: a broken file may hold a word of megabytes."""
+
 SIMILAR = 0.65
 """Least similarity of names, from 0 to 1, at which one is suggested for the other."""
 
@@ -76,6 +79,12 @@ def check_positive(name: str, value: float) -> None:
     check(0 < value < math.inf, name, value, "a positive number")
 
 
+def in_short(error: Exception, most: int = 500) -> str:
+    """What an error says, in one line of at most so many characters: a file may be one itself."""
+    text = " ".join(str(error)[: 4 * most].split())
+    return text if len(text) <= most else f"{text[:most]} …"
+
+
 def described(value: object) -> str:
     """Describe an argument for an error: the shape and dtype of a tensor, or a type."""
     if isinstance(value, Tensor):
@@ -119,7 +128,7 @@ def check_choice(name: str, value: object, legal: Any, also_called: Mapping[str,
 
 def nearest(value: object, legal: Iterable[object]) -> str:
     """The end of a message: the legal name most similar to an unknown one, if one is similar."""
-    unknown = str(value).lower()
+    unknown = str(value)[:LONGEST_NAME].lower()
 
     def likeness(name: str) -> tuple[float, bool, int]:
         """Similarity; among equals, first swapped letters, then a common start decide."""

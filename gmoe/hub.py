@@ -21,9 +21,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gmoe._checks import naming_extras
+from gmoe._checks import in_short, naming_extras
 from gmoe.flops import active_parameters
 from gmoe.moe import MoELayer
 
@@ -32,6 +32,8 @@ Model = TypeVar("Model", bound="HubMixin")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+SMALL = 10_000
+"""A size that is taken as it is, however few weights there are."""
 
 CARD_TEXT = """---
 library_name: gmoe
@@ -137,9 +139,6 @@ class HubMixin:
             ValueError: a file that is damaged or holds another class; weights that do not fit the
                 configuration. The message names the file.
         """
-        with naming_extras():
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
         if not Path(folder).is_dir():
             with naming_extras():
                 from huggingface_hub import snapshot_download
@@ -149,24 +148,27 @@ class HubMixin:
         config = Path(folder) / CONFIG
         weights = Path(folder) / WEIGHTS
         text = config.read_bytes()
+        state = read_weights(weights, "save_pretrained")
         try:
             saved = json.loads(text)
             if saved["model"] != cls.__name__:
                 raise ValueError(f"model: got {saved['model']}, expected {cls.__name__}")
             build: Callable[..., Model] = cls
-            model = build(**(_with_start(saved["arguments"]) | arguments))
+            given = _with_start(saved["arguments"])
+            check_sizes(given, state)
+            model = build(**(given | arguments))
         except Exception as error:  # a file from the network may hold anything
             raise ValueError(
-                f"{config}: got {type(error).__name__}: {error}, expected what save_pretrained "
-                f"writes of a {cls.__name__}"
+                f"{config}: got {type(error).__name__}: {in_short(error)}, expected what "
+                f"save_pretrained writes of a {cls.__name__}"
             ) from error
         assert isinstance(model, nn.Module)
         try:
             # assign: the parameters take the dtypes of the file.
-            model.load_state_dict(load_file(weights), assign=True)
-        except (RuntimeError, SafetensorError) as error:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
             raise ValueError(
-                f"{weights}: got {error}, expected the weights of the model in {CONFIG}"
+                f"{weights}: got {in_short(error)}, expected the weights of the model in {CONFIG}"
             ) from error
         return model.eval()
 
@@ -225,6 +227,39 @@ def refuse_save_pretrained(model: Any) -> None:
         is_other = hasattr(type(part), "save_pretrained") and not isinstance(part, HubMixin)
         if is_other and any(isinstance(layer, MoELayer) for layer in part.modules()):
             part.save_pretrained = RefusesToSave(part)
+
+
+def read_weights(path: Path, writer: str) -> dict[str, Tensor]:
+    """The tensors in a file that ``writer`` has written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    with naming_extras():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: got {in_short(error)}, expected what {writer} writes") from error
+
+
+def check_sizes(arguments: Mapping[str, object], state: Mapping[str, Tensor]) -> None:
+    """Refuse arguments from a file that hold a number larger than its weights have numbers.
+
+    No width and no number of experts or layers is: what was merely claimed would be allocated.
+    """
+    most = max(SMALL, sum(value.numel() for value in state.values()))
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            check_sizes(value, state)
+        elif isinstance(value, list):
+            check_sizes({f"{name}.{place}": part for place, part in enumerate(value)}, state)
+        elif isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"{name}: got {value}, expected at most {most}")
 
 
 def _with_start(arguments: Mapping[str, object]) -> dict[str, object]:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Batch, arguments_of, largest_difference, outputs_of
-from gmoe._checks import check_counts, naming_extras
+from gmoe._checks import check_counts, in_short, naming_extras
 from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
 from gmoe.from_base import FromBase, fold
-from gmoe.hub import HubMixin
+from gmoe.hub import HubMixin, check_sizes, read_weights
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.routers import ROUTERS
@@ -140,28 +140,28 @@ def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.
         ValueError: a file that is damaged; a base of another class or size; outputs that differ.
             The message names the file.
     """
-    with naming_extras():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
     folder = Path(folder)
     layers = _read_layers(folder / LAYERS, base)
+    state = read_weights(folder / WEIGHTS, "gmoe.save")
     try:
+        for layer in layers.values():
+            check_sizes(layer.moefied or {}, state)
         model = _rebuilt(base, layers)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{folder / LAYERS}: got {error}, expected layers that can be made of the base"
+            f"{folder / LAYERS}: got {in_short(error)}, expected layers that can be made of the "
+            "base"
         ) from error
     try:
-        state = load_file(folder / WEIGHTS)
         for name, value in model.state_dict(keep_vars=True).items():
             saved = state.get(name, value)
             if saved.dtype != value.dtype:
                 value.data = value.data.to(saved.dtype)
         model.load_state_dict(state)
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:
         raise ValueError(
-            f"{folder / WEIGHTS}: got {error}, expected the weights of the layers in {LAYERS} and "
-            "of the base"
+            f"{folder / WEIGHTS}: got {in_short(error)}, expected the weights of the layers in "
+            f"{LAYERS} and of the base"
         ) from error
     model.eval()
 
@@ -269,9 +269,9 @@ def _read_layers(path: Path, base: nn.Module) -> dict[str, SavedLayer]:
         if found["model"] != type(base).__name__:
             raise ValueError(f"base: got a {type(base).__name__}, expected {found['model']!r}")
         return {str(name): _checked(layer) for name, layer in found["layers"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: got {type(error).__name__}: {error}, expected what gmoe.save writes"
+            f"{path}: got {type(error).__name__}: {in_short(error)}, expected what gmoe.save writes"
         ) from error
 
 
@@ -361,20 +361,26 @@ def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
 
 def _compared(model: nn.Module, folder: Path) -> tuple[float, float]:
     """The largest difference of a model's outputs from the saved ones; and the largest of these."""
-    with naming_extras():
-        from safetensors.torch import load_file
     device = next(model.parameters()).device
-    saved = {name: value.to(device) for name, value in load_file(folder / RECEIPT).items()}
-    args = _numbered(saved, "args")
-    kwargs = {
-        name.removeprefix("kwargs."): value
-        for name, value in saved.items()
-        if name.startswith("kwargs.")
-    }
-    before = _numbered(saved, "outputs")
-    after = outputs_of(model, [tuple(args) if args else kwargs])
-    largest = max((float(value.abs().max()) for value in before if value.numel()), default=0.0)
-    return largest_difference(before, after), largest
+    read = read_weights(folder / RECEIPT, "gmoe.save")
+    saved = {name: value.to(device) for name, value in read.items()}
+    try:
+        args = _numbered(saved, "args")
+        kwargs = {
+            name.removeprefix("kwargs."): value
+            for name, value in saved.items()
+            if name.startswith("kwargs.")
+        }
+        before = _numbered(saved, "outputs")
+        # Inputs of another shape or type are whatever the model's layers make of them.
+        after = outputs_of(model, [tuple(args) if args else kwargs])
+        largest = max((float(value.abs().max()) for value in before if value.numel()), default=0.0)
+        return largest_difference(before, after), largest
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"{folder / RECEIPT}: got {type(error).__name__}: {in_short(error)}, expected inputs "
+            "that the model takes, as gmoe.save writes them"
+        ) from error
 
 
 def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> list[Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
+from torchvision.datasets import CIFAR10, CIFAR100, Imagenette, utils
 from torchvision.datasets.folder import is_image_file, make_dataset
-from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
@@ -294,6 +295,15 @@ def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
     )
 
 
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a ``.zip`` or ``.tgz``: nothing of it comes to lie outside the folder.
+
+    torchvision's ``extract_archive`` follows names such as ``../x`` in a tar file.
+    """
+    inside: dict[str, Any] = {} if archive.suffix == ".zip" else {"filter": "data"}
+    shutil.unpack_archive(archive, folder, **inside)
+
+
 def unpacked(
     name: str,
     root: Path,
@@ -328,10 +338,9 @@ def unpacked(
         root.mkdir(parents=True, exist_ok=True)
         # So that no half of it is taken for the whole
         with TemporaryDirectory(dir=root) as scratch:
-            if is_there:
-                extract_archive(archive, scratch)
-            else:
-                download_and_extract_archive(url, scratch, md5=md5)
+            if not is_there:
+                utils.download_url(url, scratch, archive.name, md5)
+            unpack(archive if is_there else Path(scratch, archive.name), Path(scratch))
             Path(scratch, inside or folder).replace(root / folder)
     except Exception as error:
         if is_there:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from experiments.train.build import build_model, example
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
+from experiments.train.files import load_weights
 from experiments.train.processes import make_fabric
 from experiments.train.results import spread
 from experiments.train.routing_stats import noting_added, switched_off, switches
@@ -45,7 +45,7 @@ def trained(config: RunConfig, task: Task, seed: int) -> nn.Module:
     """The model of a seed, as validation selected it."""
     model = build_model(config, task)
     path = config.folder() / f"seed-{seed}" / "checkpoint" / "best.safetensors"
-    model.load_state_dict(load_file(path))
+    load_weights(model, path)
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import save_file
 
-from experiments.train.files import naming, writing
+from experiments.train.files import read_tensors, writing
 from experiments.train.processes import from_first
 from experiments.train.signals import interrupt
 from gmoe.distributed import world_sum
@@ -33,29 +33,28 @@ class Checkpoint:
 
     def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
         self.fabric, self.folder, self.state = fabric, folder, state
+        self.path = folder / "state.ckpt"
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
         self._last = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """The state, or ``None`` where there is none."""
-        path = self.folder / "state.ckpt"
-        if not from_first(self.fabric, path.exists):
+        if not from_first(self.fabric, self.path.exists):
             return None
-        with naming(path):
-            return self.fabric.load(path, weights_only=True)
+        return read_tensors(self.path)
 
     def save(self) -> None:
         """Write the state to a new file that then takes the old one's place."""
         state = self.state()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with writing(self.folder / "state.ckpt"):
+        with writing(self.path):
             self.fabric.save(self.folder / "state.new", state)
         if self.fabric.is_global_zero:
             best = {name: value.contiguous() for name, value in state["best"].items()}
             with writing(self.folder / "best.safetensors"):
                 save_file(best, self.folder / "best.new")
-            (self.folder / "state.new").replace(self.folder / "state.ckpt")
+            (self.folder / "state.new").replace(self.path)
             (self.folder / "best.new").replace(self.folder / "best.safetensors")
         # Or a process might be ended by another that has ended, before it has written
         self.fabric.barrier()

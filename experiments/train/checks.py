@@ -52,7 +52,8 @@ def check_first(name: str, args: Sequence[str], legal: Iterable[str]) -> None:
 
 def nearest(got: str, legal: Iterable[str]) -> str:
     """The end of a message: the legal name that an unknown one is like, if there is one."""
-    found = difflib.get_close_matches(got, legal, n=1)
+    # No more of it: a broken file may hold a word of megabytes
+    found = difflib.get_close_matches(got[:100], legal, n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

@@ -6,10 +6,12 @@ header merely claims. A missing file is a ``FileNotFoundError``.
 
 from __future__ import annotations
 
+import gzip
 import io
 import math
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -22,8 +24,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 T = TypeVar("T")
+MOST_COLUMNS = 20_000
+"""Of a table: pandas takes four seconds for as many, and a broken file may be one long line."""
 RESULTS = Path(__file__).parents[2] / "results"
 """Result files that are committed."""
+LONGEST = 500
+"""Characters of what is said of a file, which may be one long line itself."""
 HEADER = 16_384
 """Bytes in which the header of an array lies; numpy reads none of more than 10,000."""
 
@@ -57,9 +63,9 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if "error" in first.get("ctx", {}):  # a check of the dataclass itself
-            raise ValueError(str(first["ctx"]["error"])) from error
+            raise ValueError(str(first["ctx"]["error"])[:LONGEST]) from error
         where = ".".join(map(str, first["loc"][1:]))
-        found = f"{where}: got {first['input']!r:.80}, " if where else ""
+        found = f"{where:.100}: got {first['input']!r:.80}, " if where else ""
         raise ValueError(f"{found}{first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
@@ -108,6 +114,11 @@ def read_csv(path: Path, **options: Any) -> Any:
     import pandas as pd
 
     with naming(path):
+        opened: Any = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rb") as file:
+            first = re.split(rb"[\r\n]", file.read(1 << 20), maxsplit=1)[0]
+        if first.count(b",") >= MOST_COLUMNS:
+            raise ValueError(f"more than {MOST_COLUMNS} columns; as many features fit into .npz")
         table = pd.read_csv(path, **options)
         if table.empty or not isinstance(table.index, pd.RangeIndex):
             raise ValueError("has no rows, or more fields in a row than in the header")
@@ -130,6 +141,14 @@ def read_tensors(path: Path, classes: Collection[Any] = ()) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:  # its text tells how to load it all the same
                 raise ValueError("holds other objects than tensors") from error
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """Give a model the weights in a safetensors file."""
+    from safetensors.torch import load_file
+
+    with naming(path):
+        model.load_state_dict(load_file(path))
 
 
 def read_pickle(path: Path) -> Any:
@@ -178,9 +197,12 @@ def naming(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        if str(error).startswith(f"{path}: "):
+        said = str(error)
+        if said.startswith(f"{path}: ") and len(said) <= LONGEST + len(str(path)):
             raise
-        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        why = " ".join(said.removeprefix(f"{path}: ")[: 4 * LONGEST].split())
+        why = why if len(why) <= LONGEST else f"{why[:LONGEST]} …"
+        why = why or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({why})") from error
 
 

@@ -11,8 +11,9 @@ import pandas as pd
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.utilities import rank_zero_only
 
+from experiments.train.checks import check
 from experiments.train.config import RunConfig
-from experiments.train.files import writing
+from experiments.train.files import read_csv, writing
 
 
 class Log:
@@ -28,7 +29,8 @@ class Log:
         if not path.exists():
             return
         # The last may be half a row
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")
+        rows = read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")
+        check("epoch" in rows, str(path), f"columns {', '.join(rows)[:99]}", "epoch among them")
         fresh = path.with_suffix(".new")
         epoch = pd.to_numeric(rows["epoch"], errors="coerce")
         kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1

@@ -20,6 +20,7 @@ from experiments.train.checkpoint import Checkpoint
 from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch, Task
+from experiments.train.files import naming
 from experiments.train.logs import Logs
 from experiments.train.predictions import has_predictions, keep_predictions
 from experiments.train.processes import from_first, make_fabric
@@ -155,7 +156,8 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
     checkpoint = Checkpoint(training.fabric, folder / "checkpoint", training.state)
     loaded = checkpoint.load()
     if loaded is not None:
-        training.load(loaded)
+        with naming(checkpoint.path):  # a state of another model, or of none
+            training.load(loaded)
     reached, name = training.reached, f"{folder.parent.name} seed {seed}"
     progress.skip(reached.epochs + training.epoch.batches / steps)
     logs = Logs(folder, config, keep=reached.epochs)

@@ -48,8 +48,25 @@ class Summary(TypedDict):
     environment: dict[str, Any]
 
 
-Result = dict[str, Any]
-"""``result.json`` of a seed."""
+class Result(TypedDict):
+    """``result.json`` of a seed."""
+
+    seed: int
+    epochs: int
+    metric: str
+    val: float
+    test: float
+    best_epoch: int
+    seconds: float
+    peak_memory: int | None
+    flops: int
+    parameters: int
+    active_parameters: int
+    matched: float | None
+    hidden: int | None
+    steps: int
+    routing: list[dict[str, Any]]
+    curve: dict[str, list[float]]
 
 
 def spread(values: list[float]) -> Spread:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning_fabric.utilities import rank_zero_only
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments.train.build import build_model
@@ -20,7 +19,7 @@ from experiments.train.checks import check
 from experiments.train.config import RECORDS, WHERE, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
-from experiments.train.files import check_finished, naming, read_csv, read_json
+from experiments.train.files import check_finished, load_weights, read_csv, read_json
 from experiments.train.results import Result, Summary, write_json
 from experiments.train.saved import read_options, restore
 from experiments.train.user_code import check_trusted
@@ -170,8 +169,7 @@ class RunFolder:
         """
         path = self.folder / f"seed-{self.config.seeds[0]}" / "checkpoint" / "best.safetensors"
         model = build_model(self.config, task)
-        with naming(path):
-            model.load_state_dict(load_file(path))
+        load_weights(model, path)
         return model.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.train.checks import check
 from experiments.train.config import RunConfig
 from experiments.train.results import Result, Spread, Summary, environment, spread
 from experiments.train.run_folder import described
@@ -16,10 +17,14 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
 
     With all that it takes to repeat the run.
     """
-    first = results[0]
+    first: Mapping[str, Any] = results[0]
     spreads = ("val", "test", "best_epoch", "seconds")
     costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")
     routings = [result["routing"] for result in results]
+    figures = [[sorted(layer) for layer in layers] for layers in routings]
+    fits = all(other == figures[0] for other in figures)
+    got = "results of seeds with other MoE layers, or other figures of these"
+    check(fits, str(config.folder()), got, "the same in each seed-N/result.json")
     found: Any = {
         "metric": first["metric"],
         **{name: spread([result[name] for result in results]) for name in spreads},

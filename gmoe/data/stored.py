@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 from torch_geometric.data import EdgeAttr, FeatureStore, GraphStore, TensorAttr
 from torch_geometric.data.graph_store import EdgeLayout
 
-from gmoe._checks import INTEGERS, check_choice, check_range, described
+from gmoe._checks import INTEGERS, check_choice, check_range, described, in_short
 from gmoe._torch import shared_storage
 
 SPLITS = ("train", "val", "test")
@@ -111,11 +111,11 @@ class StoredGraph(FeatureStore, GraphStore):
             self.num_edges = operator.index(self.info["num_edges"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:  # any damage to the file
             raise ValueError(
-                f"{path}: got {type(error).__name__}: {error}, expected JSON with format, arrays, "
-                "and whole num_nodes and num_edges"
+                f"{path}: got {type(error).__name__}: {in_short(error)}, expected JSON with "
+                "format, arrays, and whole num_nodes and num_edges"
             ) from error
         if version != 1:
-            raise ValueError(f"{path}: got format {version!r}, expected 1")
+            raise ValueError(f"{path}: got format {version!r:.80}, expected 1")
 
         layouts = self._layouts()
         is_listed = isinstance(listed, dict) and all(
@@ -123,8 +123,8 @@ class StoredGraph(FeatureStore, GraphStore):
         )
         if not is_listed or not {"start", "source", "x"} <= listed.keys() <= layouts.keys():
             raise ValueError(
-                f"{path}: got arrays {listed}, expected objects of {', '.join(layouts)}, the first "
-                "three always"
+                f"{path}: got arrays {listed!s:.500}, expected objects of {', '.join(layouts)}, "
+                "the first three always"
             )
         self._arrays = {name: self._open(name, layouts[name]) for name in listed}
         self.start = self._arrays["start"]
@@ -161,8 +161,8 @@ class StoredGraph(FeatureStore, GraphStore):
         path = PurePath(file) if isinstance(file, str) else None
         if path is None or path.anchor or ".." in path.parts:
             raise ValueError(
-                f"{self.folder / 'graph.json'}: got file {file!r} of array {name!r}, expected a "
-                "path inside the folder, without '..'"
+                f"{self.folder / 'graph.json'}: got file {file!r:.200} of array {name!r}, "
+                "expected a path inside the folder, without '..'"
             )
         return self.folder / file
 
@@ -175,7 +175,9 @@ class StoredGraph(FeatureStore, GraphStore):
         except FileNotFoundError:
             raise
         except Exception as error:  # NumPy raises many kinds
-            raise ValueError(f"{path}: got {error}, expected a whole .npy file") from error
+            raise ValueError(
+                f"{path}: got {in_short(error)}, expected a whole .npy file"
+            ) from error
         is_native = array.dtype.isnative and array.flags.c_contiguous
         is_typed = array.dtype.name in layout.dtypes and is_native
         is_shaped = array.ndim in layout.dims and layout.rows in (None, len(array))
@@ -185,7 +187,7 @@ class StoredGraph(FeatureStore, GraphStore):
             rows = "any number of" if layout.rows is None else layout.rows
             raise ValueError(
                 f"{path}: got {header}, expected native {' or '.join(layout.dtypes)} in C order, "
-                f"{rows} rows, as graph.json says: {listed}"
+                f"{rows} rows, as graph.json says: {listed!s:.500}"
             )
         # Rows are read at random places, so reading ahead would waste the disk's time.
         if name in ("x", "y") and hasattr(mmap, "MADV_RANDOM"):
@@ -249,7 +251,7 @@ class StoredGraph(FeatureStore, GraphStore):
             if digest.hexdigest() != listed.get("sha256"):
                 raise ValueError(
                     f"{self._file(name)}: got SHA-256 {digest.hexdigest()}, expected "
-                    f"{listed.get('sha256')}"
+                    f"{listed.get('sha256')!s:.80}"
                 )
         for _, block in self._blocks("start"):
             if not (block.diff() >= 0).all():

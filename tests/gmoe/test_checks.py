@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from gmoe._checks import (
     check_counts,
     check_positive,
     check_range,
+    in_short,
     must_be_called,
     naming_extras,
     nearest,
@@ -29,6 +31,18 @@ def test_a_count_is_a_whole_number_of_at_least_one(value: Any) -> None:
     check_counts(size=1, other=np.int64(3))
     with pytest.raises(ValueError, match=rf"^size: got {value!r}, expected (a whole|at least 1)"):
         check_counts(size=value)
+
+
+def test_a_word_of_megabytes_is_not_compared_with_names() -> None:
+    begin = time.process_time()
+    assert nearest("x" * 2**20, ["gcn", "sage"] * 20) == ""
+    assert time.process_time() - begin < 1
+
+
+def test_an_error_is_told_in_one_line_of_some_length() -> None:
+    assert in_short(ValueError("a\n\tb  c")) == "a b c"
+    assert in_short(ValueError("x" * 2**20)) == f"{'x' * 500} …"
+    assert in_short(ValueError("abcdef"), most=3) == "abc …"
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,24 @@ def test_pacs_is_split_by_domain_and_class(folder: str, tmp_path: Path) -> None:
     assert len(seen) == 20 * len(PACS_CLASSES) * len(DOMAINS)
     again = load_images("pacs", tmp_path, image_size=8)
     assert torch.equal(again.test.get(torch.arange(9)), data.test.get(torch.arange(9)))
+
+
+def test_nothing_of_an_archive_comes_to_lie_outside_its_folder(tmp_path: Path) -> None:
+    """Neither by a name nor by a link; torchvision would follow both."""
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    outside.mkdir()
+    root.mkdir()
+    archive, image = root / "imagenette2-160.tgz", tarfile.TarInfo()
+    link = tarfile.TarInfo("imagenette2-160/link")
+    link.type, link.linkname = tarfile.SYMTYPE, str(outside)
+    for name, first in (("../../outside/new", []), ("imagenette2-160/link/new", [link])):
+        image.name = name
+        with tarfile.open(archive, "w:gz") as file:
+            for member in (*first, image):
+                file.addfile(member)
+        with pytest.raises(ValueError, match=rf"^{archive}: cannot be unpacked"):
+            load_images("imagenette", root, offline=True)
+        assert not any(outside.iterdir())
 
 
 def test_pacs_that_is_not_whole_is_named(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from tqdm import tqdm, trange
 from experiments.train.checks import check
 from experiments.train.command_line import program
 from experiments.train.config import PAPERS
-from experiments.train.files import naming, read_csv, read_npy, writing
+from experiments.train.files import LONGEST, naming, read_csv, read_npy, writing
 
 Array: TypeAlias = NDArray[Any]
 
@@ -78,7 +78,9 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
             for name, array in arrays.items():
                 with writing(scratch / f"{array}.npy"):
                     files[name] = Path(file.extract(f"{array}.npy", scratch))
-    return planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}", files
+    with naming(planted):
+        source = planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}"
+    return source, files
 
 
 def check_space(folder: Path, needed: int, what: str = "to") -> None:
@@ -171,7 +173,8 @@ def convert(
         check("x" in files, "x", None, "a .npy file with a row of features for each node")
         features = read_npy(files["x"], memory_map=True)
         fits, nodes = features.ndim == 2 and 0 not in features.shape, len(features)
-        check(fits, "x", f"shape {features.shape}", "(nodes, features), one of each at least")
+        legal = "(nodes, features), one of each at least"
+        check(fits, str(files["x"]), f"shape {features.shape}", legal)
         split = write_split(files, folder, nodes)
         num_classes = write_labels(files, split, folder, nodes) if "y" in files else None
         num_edges = 0 if isinstance(edges, Path) else edges.size // (2 if directed else 1)
@@ -179,7 +182,7 @@ def convert(
         check_space(folder, 4 * num_edges + max(SPILL * num_edges, features.size * x_type.itemsize))
         keys = sorted_keys(edges, folder / SCRATCH, nodes, directed=directed, memory=memory)
         num_edges = write_edges(keys, folder, nodes, directed=directed)
-        write_features(folder / "x.npy", features, x_type)
+        write_features(folder / "x.npy", features, x_type, str(files["x"]))
         arrays = [folder / f"{name}.npy" for name in ("start", "source", *given)]
         said = {
             "format": 1,
@@ -228,11 +231,12 @@ def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, A
         check(fits, str(path), f"shape {ids.shape} of {ids.dtype}", "a column of node numbers")
         split[part] = ids = ids.reshape(-1).astype(np.int64)
         low, high = (ids.min(), ids.max()) if len(ids) else (0, 0)
-        check(0 <= low <= high < nodes, part, f"nodes {low} to {high}", f"0 to {nodes - 1}")
+        legal = f"0 to {nodes - 1}"
+        check(0 <= low <= high < nodes, str(path), f"nodes {low} to {high}", legal)
         np.add.at(seen, ids, 1)
         check(
             np.max(seen) < 2,
-            part,
+            str(path),
             f"node {np.argmax(seen)} twice, or in an earlier part too",
             "it once",
         )
@@ -269,8 +273,10 @@ def sorted_keys(
     except RuntimeError as error:  # DuckDB's Ctrl-C
         raise KeyboardInterrupt from error
     except duckdb.Error as error:
-        why = " ".join(str(error).split("\n")[:3])  # then comes advice on DuckDB's own settings
-        raise ValueError(f"edges: {why} (memory: {memory:g} GB)") from error
+        # Then comes advice on DuckDB's own settings; a line that it shows may be the whole file
+        why = " ".join(line[:LONGEST] for line in str(error).split("\n")[:3])
+        where = edges if isinstance(edges, Path) else "edges"
+        raise ValueError(f"{where}: {why} (memory: {memory:g} GB)") from error
 
 
 def _open_table(connection: Any, path: Path) -> None:
@@ -328,10 +334,10 @@ def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bo
     return num_edges
 
 
-def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
+def write_features(path: Path, x: Array, dtype: np.dtype[Any], where: str) -> None:
     """Write features in pieces, cast.
 
-    Refuses NaN, infinity, or a number that is too large for the type.
+    Refuses NaN, infinity, or a number that is too large for the type; ``where`` names the file.
     """
     size = max(1, PIECE // x.shape[1])
     with writing(path), path.open("wb") as file:
@@ -343,7 +349,7 @@ def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
             row, most = begin + int(np.argmin(good)), np.finfo(dtype).max
             check(
                 good.all(),
-                "x",
+                where,
                 f"{np.abs(x[row]).max():g} in row {row}",
                 f"finite numbers up to {most:g}",
             )
@@ -364,19 +370,21 @@ def write_header(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Non
 
 def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, nodes: int) -> int:
     """Write ``y.npy``, with -1 for NaN, and return the number of classes."""
-    y, below = read_npy(files["y"]), CLASSES if "edges" in files else 2**31
+    where, below = str(files["y"]), CLASSES if "edges" in files else 2**31
+    y = read_npy(files["y"])
     check(
         y.shape in ((nodes,), (nodes, 1)),
-        "y",
+        where,
         f"shape {y.shape}",
         f"({nodes},), a label for each row of x",
     )
     y = np.where(np.isnan(y), -1, y).reshape(-1)
     low, high = y.min(), y.max()
     fits = low >= -1 and high < below and (y % 1 == 0).all()
-    check(fits, "y", f"{low:g} to {high:g}", f"whole numbers below {below}, and -1 or NaN for none")
+    legal = f"whole numbers below {below}, and -1 or NaN for none"
+    check(fits, where, f"{low:g} to {high:g}", legal)
     for part, ids in split.items():
-        check((y[ids] >= 0).all(), "y", f"a node of {part} without a label", "0 or more")
+        check((y[ids] >= 0).all(), where, f"a node of {part} without a label", "0 or more")
     write_npy(folder / "y.npy", y.astype(np.min_scalar_type(min(-1, -1 - int(high)))))
     return int(high) + 1
 

@@ -142,7 +142,8 @@ def molecule_task(config: MoleculeConfig) -> Task:
     for part in ("val", "test") if is_binary else ():
         y = data.y[data.split[part]]
         has_both = ((y == 0).any(dim=0) & (y == 1).any(dim=0)).any()
-        check(has_both, data.name, f"no label with both classes in {part}", "one or more")
+        where = str(config.data_root / data.name.replace("-", "_"))
+        check(has_both, where, f"no label with both classes in {part}", "one or more")
     return Task(
         name=data.name,
         kind="molecule",

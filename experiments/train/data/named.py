@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from scipy.sparse import csr_matrix
 from torch_geometric import datasets
 from torch_geometric.transforms import NormalizeFeatures
@@ -205,6 +206,8 @@ def _check(path: Path) -> None:
 
 def _check_matrix(matrix: csr_matrix, becomes_dense: bool) -> None:
     rows, columns = matrix.get_shape()
+    if (np.diff(matrix.indptr) < 0).any():  # which SciPy overlooks where the last one is 0
+        raise ValueError("got row pointers that fall, expected values that never do")
     matrix.check_format(full_check=True)  # indices outside would be read and written all the same
     if becomes_dense and 4 * rows * columns >= 2**31:
         raise ValueError(f"got a matrix of {rows} x {columns}, expected one that fits into 2 GB")

@@ -191,10 +191,7 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
     classes, tasks, both_ways = published(name)[["num classes", "num tasks", "add_inverse_edge"]]
     graph: dict[Any, Any] = {}
     if name == "ogbn-mag":
-        graph = {
-            str(kind): {"num_nodes": int(column[0])}
-            for kind, column in sorted(read_csv(files["nodes"]).items())
-        }
+        graph = _counts(files["nodes"])
     nodes = graph["paper"]["num_nodes"] if graph else int(table(files["nodes"], 1, [sys.maxsize]))
     for relation in RELATIONS if graph else ("",):
         ends = (
@@ -231,6 +228,19 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
         "each at most once",
     )
     return {"graph": graph, "split": split}
+
+
+def _counts(path: Path) -> dict[Any, Any]:
+    """The number of nodes of each type of ogbn-mag."""
+    counts = read_csv(path)
+    kinds = sorted({kind for source, _, target in RELATIONS for kind in (source, target)})
+    got = f"columns {', '.join(map(str, counts)):.200}"
+    check(kinds == sorted(map(str, counts)), str(path), got, ", ".join(kinds))
+    first = {kind: counts[kind][0] for kind in kinds}
+    fits = all(counts[kind].dtype.kind == "i" and 0 < first[kind] < 2**31 for kind in kinds)
+    got = f"{', '.join(map(str, first.values())):.200}"
+    check(fits, str(path), got, "whole numbers of nodes, from 1 to 2**31 - 1")
+    return {kind: {"num_nodes": int(count)} for kind, count in first.items()}
 
 
 def table(path: Path, rows: int | None, below: Sequence[int] | None = None) -> Tensor:

@@ -17,6 +17,8 @@ from gmoe.data.stored import StoredGraph
 CHECKED = 1 << 28
 """Edges whose sources are read before a run, in a second; those of more were checked as they
 were converted."""
+SAID = {"name": str, "source": str, "undirected": bool, "num_classes": int}
+"""What ``graph.json`` says beside what :class:`gmoe.StoredGraph` checks."""
 
 
 def stored_task(config: GraphConfig) -> Task:
@@ -42,12 +44,6 @@ def stored_task(config: GraphConfig) -> Task:
         )
     graph = StoredGraph(folder)
     said, got = graph.info, config.undirected
-    check(
-        got is said["undirected"],
-        "undirected",
-        f"{got} for {folder}",
-        f"{said['undirected']}, as it was converted",
-    )
     missing = [name for name in ("y", *get_args(Split)) if name not in said["arrays"]]
     check(
         not missing,
@@ -55,12 +51,23 @@ def stored_task(config: GraphConfig) -> Task:
         f"no {', '.join(missing)} in {folder}",
         "them; convert again, and give them",
     )
+    for name, kind in SAID.items():
+        value = said.get(name)
+        where = str(folder / "graph.json")
+        check(type(value) is kind, where, f"{name}={value!r:.80}", f"of type {kind.__name__}")
+    check(
+        got is said["undirected"],
+        "undirected",
+        f"{got} for {folder}",
+        f"{said['undirected']}, as it was converted",
+    )
     split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
     stored = [("source", graph.source)] if graph.num_edges <= CHECKED else []
     for name, ids in (*split.items(), *stored):
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
         fits, last = 0 <= low <= high < graph.num_nodes, graph.num_nodes - 1
         check(fits, f"{folder / name}.npy", f"nodes {low} to {high}", f"0 to {last}")
+    _check_classes(graph, split)
     fits = not stored or bool((graph.start.diff() >= 0).all())
     check(fits, f"{folder / 'start'}.npy", "falling values", "values that never fall")
     if said["source"].startswith("Not OGB's"):
@@ -86,3 +93,18 @@ def stored_task(config: GraphConfig) -> Task:
         loss=task_loss,
         split=split,
     )
+
+
+def _check_classes(graph: StoredGraph, split: Splits) -> None:
+    """Refuse labels beyond the number of classes, and a number that is merely claimed."""
+    classes = graph.info["num_classes"]
+    where, legal = str(graph.folder / "graph.json"), f"2 to {graph.num_nodes}"
+    check(2 <= classes <= graph.num_nodes, where, f"num_classes={classes}", legal)
+    for part, ids in split.items():
+        y = graph.rows("y", ids)
+        fits = y.dim() == 1 and not y.is_floating_point() and len(y) > 0
+        got = f"labels of {part}, {y.dtype} of shape {tuple(y.shape)}"
+        check(fits, str(graph.folder / "y.npy"), got, "a class of each node, and some nodes")
+        low, high = int(y.min()), int(y.max())
+        got = f"labels of {part} from {low} to {high}"
+        check(0 <= low <= high < classes, str(graph.folder / "y.npy"), got, f"0 to {classes - 1}")

@@ -5,8 +5,11 @@ What is broken or merely claimed is one error that names the file.
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 import pickle
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning_fabric import Fabric
+from safetensors.torch import save, save_file
 
 from experiments.show.report_page import Page
 from experiments.study import planted
@@ -27,6 +31,7 @@ from experiments.train.checkpoint import Checkpoint
 from experiments.train.data import convert
 from experiments.train.data.own_graph import own_graph
 from experiments.train.files import (
+    load_weights,
     read_csv,
     read_json,
     read_npy,
@@ -36,6 +41,7 @@ from experiments.train.files import (
 )
 from experiments.train.logs import Log
 from experiments.train.results import write_json
+from experiments.train.saved import read_options
 from tests.experiments.command import full_disk
 from tests.experiments.pyg_data import write_raw
 from tests.experiments.train.data.test_named import load
@@ -123,7 +129,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.csv": lambda path: Log(path, keep=0).write([{"loss": loss} for loss in LARGE[:, 0]]),
     "a.html": Page(["<p>"] * 1_000).write,
     "a.npy": lambda path: convert.write_npy(path, LARGE),
-    "x.npy": lambda path: convert.write_features(path, LARGE, LARGE.dtype),
+    "x.npy": lambda path: convert.write_features(path, LARGE, LARGE.dtype, "x"),
     "source.npy": lambda path: convert.write_edges([MANY], path.parent, len(MANY), directed=True),
     "a.csv.gz": lambda path: planted._write(path, LARGE),
     "a.npz": lambda path: planted._write(path, {"x": LARGE}),
@@ -203,6 +209,44 @@ def test_text_is_read_strictly(name: str, text: str, message: str, tmp_path: Pat
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=rf"{name}: cannot be read \(.*{message}"):
         READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("cell", [b"1,", b",", b"a", b'"', b"id,"])
+def test_a_line_of_megabytes_is_refused_at_once_and_not_repeated(
+    cell: bytes, name: str, tmp_path: Path
+) -> None:
+    """pandas alone takes minutes for a million columns."""
+    content, begin = cell * (1 << 20), time.process_time()
+    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith("gz") else content)
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read \(") as caught:
+        read_csv(tmp_path / name)
+    assert len(str(caught.value)) < 1_000
+    assert time.process_time() - begin < 5
+
+
+def test_what_a_long_file_is_said_to_hold_is_cut_off(tmp_path: Path) -> None:
+    for name in ("router", "dataset", "start", "x"):
+        content = {"dataset": "digits", name: "x" * 2**20}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"config\.json: ") as caught:
+            read_options(tmp_path / "config.json", tmp_path)
+        assert len(str(caught.value)) < 1_000
+    (tmp_path / "a.json").write_text('{"epochs": 3, "%s": 1}' % ("x" * 100_000))
+    with pytest.raises(ValueError, match=r"a\.json: cannot be read \(xxx.* …\)$") as caught:
+        read_json(tmp_path / "a.json", Run)
+    assert len(str(caught.value)) < 1_000
+
+
+def test_weights_that_do_not_fit_name_the_file(tmp_path: Path) -> None:
+    """In one line, though torch says it in several."""
+    path, layer = tmp_path / "best.safetensors", torch.nn.Linear(2, 3)
+    save_file(layer.state_dict(), path)
+    load_weights(torch.nn.Linear(2, 3), path)
+    for content in (save({"weight": layer.weight.detach()}), b"", path.read_bytes()[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{path}: cannot be read \([^\n]+\)$"):
+            load_weights(layer, path)
 
 
 def test_other_compression_is_refused(tmp_path: Path) -> None:

@@ -243,6 +243,27 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     for name in ("summary.json", "seed-0/result.json"):
         (tmp_path / "run" / name).unlink()
     state = tmp_path / "run" / "seed-0" / "checkpoint" / "state.ckpt"
-    state.write_bytes(state.read_bytes()[:100])
+    whole = torch.load(state)
     command = ["digits-graph", *QUICK, "--seeds", "0", "--out", str(tmp_path / "run"), "--resume"]
-    assert "state.ckpt: cannot be read" in refused(command, capsys)
+    for broken in (whole | {"model": {}}, whole | {"processes": []}, {}, torch.zeros(3)):
+        torch.save(broken, state)
+        assert f"error: {state}: cannot be read" in refused(command, capsys)
+    state.write_bytes(state.read_bytes()[:100])
+    assert f"error: {state}: cannot be read" in refused(command, capsys)
+
+
+def test_a_result_that_does_not_fit_the_others_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(tmp_path / "run")
+    command = ["digits-graph", *QUICK, "--seeds", "0", "1", "--out", str(tmp_path / "run")]
+    path = tmp_path / "run" / "seed-0" / "result.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"val": "0.5"}))
+    assert f"error: {path}: cannot be read (val: got '0.5'" in refused(
+        [*command, "--resume"], capsys
+    )
+    path.write_text(json.dumps(whole | {"routing": []}))
+    assert f"error: {tmp_path / 'run'}: got results of seeds with other MoE layers" in refused(
+        [*command, "--resume"], capsys
+    )

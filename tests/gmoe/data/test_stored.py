@@ -118,13 +118,18 @@ DEEP = b"[" * 50_000 + b"]" * 50_000
 
 @pytest.mark.parametrize(
     "content",
-    [DEEP, b'{"format": 1, "arrays": %b}' % DEEP, b"[]", b"", b"{", b"\xff\xfe{"],
-    ids=["deep", "deep inside", "a list", "empty", "cut", "no text"],
+    [
+        *(DEEP, b'{"format": 1, "arrays": %b}' % DEEP, b"[]", b"", b"{", b"\xff\xfe{"),
+        b'{"format": "%b", "num_nodes": 1, "num_edges": 1, "arrays": {}}' % (b"x" * 2**20),
+        b'{"format": 1, "num_nodes": 1, "num_edges": 1, "arrays": "%b"}' % (b"x" * 2**20),
+    ],
+    ids=["deep", "deep inside", "a list", "empty", "cut", "no text", "long format", "long arrays"],
 )
 def test_a_description_that_is_damaged_is_named(folder: Path, content: bytes) -> None:
     (folder / "graph.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"/graph\.json: got"):
+    with pytest.raises(ValueError, match=r"/graph\.json: got") as caught:
         StoredGraph(folder)
+    assert len(str(caught.value)) < 1_000
 
 
 def describe(folder: Path, array: str, **said: Any) -> None:

@@ -5,6 +5,7 @@ What is wrong is named; a killed one leaves nothing.
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import shutil
 import signal
@@ -184,6 +185,14 @@ def test_broken_edges_are_named(name: str, content: Any, message: str, tmp_path:
     is_refused(message, tmp_path, content, name)
 
 
+@pytest.mark.parametrize("text", ["1;2\n3;4\n", "1,2\n-1,3\n", "1,2\n3," + "9" * 2**20 + "\n"])
+def test_broken_tables_are_named(text: str, tmp_path: Path) -> None:
+    """In a line that shows no more of them than a terminal does."""
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'e.csv'}: ") as caught:
+        run(tmp_path, text, "e.csv")
+    assert len(str(caught.value)) < 2_000
+
+
 def test_parquet_of_other_columns_and_one_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "e.parquet"
     for columns, message in (
@@ -202,16 +211,16 @@ def test_parquet_of_other_columns_and_one_cut_off(tmp_path: Path) -> None:
     [
         ({"x": np.full((NODES, 2), 7e4)}, "70000 in row 0, expected .* up to 65504"),
         ({"x": np.where(np.arange(NODES) == 9, np.nan, 0.0)[:, None]}, "nan in row 9"),
-        ({"y": np.zeros(NODES - 1)}, r"y: got shape \(149,\)"),
-        ({"y": np.full(NODES, 0.5)}, "y: got 0.5 to 0.5, expected whole numbers"),
+        ({"y": np.zeros(NODES - 1)}, r"y\.npy: got shape \(149,\)"),
+        ({"y": np.full(NODES, 0.5)}, r"y\.npy: got 0.5 to 0.5, expected whole numbers"),
         (
             {"y": np.arange(NODES) - 1, "val": np.array([3, 0])},
-            "y: got a node of val without a label",
+            r"y\.npy: got a node of val without a label",
         ),
-        ({"val": np.array([NODES])}, "val: got nodes 150 to 150, expected 0 to 149"),
+        ({"val": np.array([NODES])}, r"val\.npy: got nodes 150 to 150, expected 0 to 149"),
         (
             {"train": np.array([2]), "val": np.array([1, 2])},
-            "val: got node 2 twice, or in an earlier part",
+            r"val\.npy: got node 2 twice, or in an earlier part",
         ),
         ({"val": np.array([0.5])}, "expected a column of node numbers"),
     ],
@@ -308,3 +317,10 @@ def test_broken_releases_are_refused(tmp_path: Path) -> None:
         is_refused(f"{data}: cannot be read")
     np.savez(data, edge_index=np.zeros((2, 3), int))
     is_refused(r"data.npz: cannot be read .*node_feat")
+    data.write_bytes(whole)
+    for name, content in (
+        ("split/time/valid.csv.gz", gzip.compress(b"1\n1\n")),
+        ("PLANTED.txt", b"\xff"),
+    ):
+        (data.parents[1] / name).write_bytes(content)
+        is_refused(rf"^{data.parents[1] / name}: ")

@@ -5,6 +5,7 @@ Fetched whole or not at all, equal to what ogb makes of the files, broken files 
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import sys
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_a_broken_file_is_named(root: Path, name: str, of: Any, cell: float, pro
     path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name}: {files_of(name)[of]} missing in "):
         load_ogb(name, root, allow_large_downloads=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("author,institution,field_of_study\n1,2,3\n", "got columns author, institution, field"),
+        ("author,field_of_study,institution,paper\n1,2,3," + "7" * 5_000 + "\n", "got 1, 2, 3, 77"),
+        (
+            "author,field_of_study,institution,paper\n1,2,3,0.5\n",
+            "got 1, 2, 3, 0.5, expected whole",
+        ),
+        ("author,field_of_study,institution,paper\n1,2,3,-4\n", "got 1, 2, 3, -4, expected whole"),
+    ],
+)
+def test_broken_numbers_of_nodes_are_named(root: Path, text: str, problem: str) -> None:
+    path = file("ogbn-mag", root, "nodes")
+    path.write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(ValueError, match=rf"^{path}: {problem}") as caught:
+        load_ogb("ogbn-mag", root)
+    assert len(str(caught.value)) < 1_000
 
 
 def test_an_overlapping_split_is_refused(root: Path) -> None:

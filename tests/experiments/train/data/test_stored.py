@@ -104,6 +104,15 @@ def test_what_a_folder_lacks_or_has_wrong_is_named(own: Path) -> None:
         ids.flush()
     load_tasks(config)
     said = json.loads((own / "graph.json").read_text())
+    for change in ({"num_classes": 2**40}, {"num_classes": None}, {"source": 3}, {"name": None}):
+        (own / "graph.json").write_text(json.dumps(said | change))
+        with pytest.raises(ValueError, match=rf"graph\.json: got {next(iter(change))}="):
+            load_tasks(config)
+    (own / "graph.json").write_text(json.dumps(said | {"num_classes": 2}))
+    with pytest.raises(
+        ValueError, match=r"y\.npy: got labels of train from 0 to 2, expected 0 to 1"
+    ):
+        load_tasks(config)
     del said["arrays"]["y"], said["arrays"]["val"]
     (own / "graph.json").write_text(json.dumps(said))
     with pytest.raises(ValueError, match=r"data_root: got no y, val in .*; convert again"):
