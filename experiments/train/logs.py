@@ -12,7 +12,7 @@ from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.utilities import rank_zero_only
 
 from experiments.train.config import RunConfig
-from experiments.train.files import writing
+from experiments.train.files import replacing, writing
 
 
 class Log:
@@ -29,12 +29,10 @@ class Log:
             return
         # The last may be half a row
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")
-        fresh = path.with_suffix(".new")
         epoch = pd.to_numeric(rows["epoch"], errors="coerce")
         kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1
-        with writing(path):
+        with replacing(path) as fresh:
             kept.to_csv(fresh, index=False)
-            fresh.replace(path)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, if there are any; a new file gets their names first."""
