@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import gmoe
 from experiments.benchmark import swap
 from experiments.show.report_page import Page
 from experiments.study import regime_map, sweep
@@ -129,6 +131,28 @@ def test_a_run_on_a_full_disk_says_how_it_goes_on(tmp_path: Path, capsys: Any) -
         said = refused(command, capsys)
     assert "state.ckpt: cannot be written (" in said
     assert "; continue with: python -m experiments.train digits-graph" in said
+
+
+SAVED: dict[str, tuple[Callable[[Any, Path], object], Callable[[Path], object]]] = {
+    "save": (gmoe.save, lambda folder: gmoe.load(folder, base=gnn(k=1))),
+    "save_pretrained": (gmoe.GNNMoE.save_pretrained, gmoe.GNNMoE.from_pretrained),
+}
+
+
+def gnn(k: int) -> gmoe.GNNMoE:
+    return gmoe.GNNMoE(8, 16, 4, k=k, start="plain")
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_model_whose_saving_is_cut_off_is_no_mixture(name: str, tmp_path: Path) -> None:
+    """Else an earlier one's weights would meet this one's configuration."""
+    save, load = SAVED[name]
+    save(gnn(k=1), tmp_path)
+    load(tmp_path)
+    with full_disk(), pytest.raises((OSError, SafetensorError)):
+        save(gnn(k=2), tmp_path)
+    with pytest.raises((ValueError, OSError)):
+        load(tmp_path)
 
 
 @pytest.fixture
@@ -287,4 +311,5 @@ def test_every_command_meets_every_fault() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, len(faults.PAIRS), len(faults.COMMANDS)))
 def test_faults(first: int) -> None:
+    pytest.importorskip("rdkit")
     assert faults.main(first, first + len(faults.COMMANDS)) == 0
