@@ -96,12 +96,14 @@ class HubMixin:
         }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"model": name, "arguments": self.config}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        # Of an earlier model, and the last to come: cut off, the folder holds no model.
+        (folder / CONFIG).unlink(missing_ok=True)
         total = sum(parameter.numel() for parameter in self.parameters())
         card = CARD_TEXT.format(name=name, total=total, active=active_parameters(self))
         (folder / CARD).write_text(card)
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        config = {"model": name, "arguments": self.config}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
     def _check_fits(self) -> None:

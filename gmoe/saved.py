@@ -111,12 +111,14 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     description = {"format": FORMAT, "model": type(model).__name__, "layers": layers}
-    (folder / LAYERS).write_text(json.dumps(description, indent=2) + "\n")
+    # Of an earlier model, and the last to come: where this is cut off, the folder holds no model.
+    (folder / LAYERS).unlink(missing_ok=True)
     save_file(_saveable(state), folder / WEIGHTS, metadata={"format": "pt"})
     if receipt:
         save_file(_saveable(receipt), folder / RECEIPT)
     else:
         (folder / RECEIPT).unlink(missing_ok=True)  # of an earlier model
+    (folder / LAYERS).write_text(json.dumps(description, indent=2) + "\n")
     return folder
 
 

@@ -10,13 +10,14 @@ import itertools
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
@@ -372,7 +373,7 @@ class SwapBenchmark(Benchmark):
             check_choice("rows", name, ROWS)
         check_counts(seeds=self.seeds)
         # Two processes would overwrite each other's runs
-        with FileLock(self.json.with_suffix(".lock"), timeout=0):
+        with _alone(self.json):
             found = read_json(self.json, dict[str, Any])["variants"] if self.json.exists() else {}
             for name in self.rows:
                 (problem, config, others), row = ROWS[name], found.setdefault(name, {"runs": {}})
@@ -393,6 +394,17 @@ class SwapBenchmark(Benchmark):
                     row["time"] = step_times(name, config, self.repeats)
                     write_json(self.json, self.content(found))
         return found
+
+
+def _alone(file: Path) -> AbstractContextManager[Any]:
+    """Refuse a file that another process writes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(file.with_suffix(".lock"), timeout=0).acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"json: {file} is being written by another process; wait, or choose another"
+        ) from error
 
 
 def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import tyro
 
 from experiments.train.checks import check
 from experiments.train.command_line import program
-from experiments.train.files import check_finished, writing
+from experiments.train.files import check_finished, replacing
 
 ROWS, DPI = 12, 160
 """Images a page: with so many dots an inch it is at most 3,500 pixels high."""
@@ -67,8 +67,8 @@ def patches(
         rows = slice(begin, begin + ROWS)
         figure = expert_maps(model, batch[rows], mean=task.mean, std=task.std, titles=titles[rows])
         file = out / ("maps.png" if len(images) <= ROWS else f"maps-{page}.png")
-        with writing(file):
-            figure.savefig(file, dpi=DPI)
+        with replacing(file) as fresh:
+            figure.savefig(fresh, dpi=DPI, format="png")
         print(file)
 
 

@@ -22,7 +22,7 @@ from torch_geometric.data import Data
 from experiments.show.nodes import bin_names, draw_nodes
 from experiments.train.config import ERRORS
 from experiments.train.data.task import Batch, Task
-from experiments.train.files import writing
+from experiments.train.files import replacing
 from experiments.train.routing_stats import (
     IN_WORDS,
     PROPERTIES,
@@ -129,8 +129,8 @@ class Page(list[str]):
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
             f"<body><h1>Routing report</h1>{''.join(self)}</body></html>\n"
         )
-        with writing(path):
-            path.write_text(page, encoding="utf-8")
+        with replacing(path) as fresh:
+            fresh.write_text(page, encoding="utf-8")
 
 
 def write_report(

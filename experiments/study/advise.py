@@ -20,6 +20,7 @@ splits without a difference are a no; fewer are not.
 
 from __future__ import annotations
 
+import io
 import shlex
 import statistics
 import sys
@@ -30,7 +31,7 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -44,8 +45,11 @@ from experiments.train.config import (
     RunConfig,
 )
 from experiments.train.data.on_disk import fit_to_disk, stored_folder
-from experiments.train.files import read_json
+from experiments.train.files import read_json, replacing
 from experiments.train.presets import MOSAIC, PRESETS, command
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Verdict = Literal["yes", "no", "inconclusive"]
 LEAST, MOST, WORTH = 3, 10, 0.5
@@ -289,8 +293,6 @@ def ask(base: GraphConfig, out: Path) -> tuple[list[str], bool]:
     ``questions.json`` holds it, and ``regimes.npy`` the expert of each node where rules differ.
     """
     print("asking what the data want, without a GNN", file=sys.stderr, flush=True)
-    import numpy as np
-
     from experiments.study.questions import Survey, nodes_of
     from experiments.train.results import environment, write_json
 
@@ -307,9 +309,19 @@ def ask(base: GraphConfig, out: Path) -> tuple[list[str], bool]:
     )
     lines = [answer.line, *answer.figures]
     if answer.expert is not None:
-        np.save(out / "regimes.npy", answer.expert.numpy())
+        keep_regimes(out, answer.expert)
         lines.append(f"the expert of each node: {out / 'regimes.npy'}")
     return lines, True
+
+
+def keep_regimes(out: Path, expert: Tensor) -> None:
+    """Write ``regimes.npy``."""
+    import numpy as np
+
+    content = io.BytesIO()  # to a file, numpy does not say that the last 4 kB found no room
+    np.save(content, expert.numpy())
+    with replacing(out / "regimes.npy") as fresh:
+        fresh.write_bytes(content.getvalue())
 
 
 def compare_with_experts(base: RunConfig, out: Path, budget: float) -> None:

@@ -28,7 +28,7 @@ from experiments.show.tables import markdown
 from experiments.study import routers
 from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
-from experiments.train.files import read_json, writing
+from experiments.train.files import read_json, replacing
 from experiments.train.scores import interval, percent
 from experiments.train.user_code import file_of, load_conv, load_object
 from gmoe.conv.kinds import factory_of
@@ -337,9 +337,9 @@ def write_row(own: Own, found: Sequence[Comparison], folder: Path) -> list[Path]
     figure = row_figure(own, found)
     for path in paths:
         kind = path.suffix[1:]
-        with writing(path):
+        with replacing(path) as fresh:
             if kind in texts:
-                path.write_text(texts[kind], encoding="utf-8")
+                fresh.write_text(texts[kind], encoding="utf-8")
             else:
-                figure.savefig(path, dpi=200, facecolor="white")
+                figure.savefig(fresh, dpi=200, facecolor="white", format=kind)
     return paths

@@ -30,7 +30,7 @@ from experiments.benchmark.tables import benchmark_table
 from experiments.show.tables import pair_table, preset_table, study_table
 from experiments.study import curves, molecules, starts
 from experiments.study.routers import cell_tables, domain_table, gain_table, read_cells
-from experiments.train.files import RESULTS, read_json
+from experiments.train.files import RESULTS, read_json, replacing
 
 MARKED = re.compile(
     r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|domains|map|arms|confirmed"
@@ -89,12 +89,13 @@ def update(pages: tuple[Path, ...] = (), check: bool = False) -> None:
     for page in pages or [RESULTS.parent / "README.md", *(RESULTS.parent / "docs").rglob("*.md")]:
         try:
             new = render(old := page.read_text())
+            if new != old and not check:
+                with replacing(page) as fresh:
+                    fresh.write_text(new)
         except (OSError, ValueError) as error:
             sys.exit(f"error: {page}: {error}")
-        if new != old:
-            if check:
-                sys.exit(f"{page} is out of date: run python -m experiments.tables")
-            page.write_text(new)
+        if new != old and check:
+            sys.exit(f"{page} is out of date: run python -m experiments.tables")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -105,4 +105,4 @@ def map_table(found: dict[str, Any]) -> str:
             if model != "dense-flops":
                 line[name] = mean_std(known.get((*place, model), []), "+.1f")
         lines.append(line)
-    return markdown(lines)
+    return markdown(lines) if lines else "no place is finished yet"

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import tyro
+from filelock import FileLock
 
 from experiments.show.tables import study_table
 from experiments.study.routers import cell_tables, cells, read_cells
@@ -157,9 +158,13 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
     from experiments.train.results import write_json
 
     path = config.results / f"{name}.json"
-    known = read_json(path, dict[str, Any])["variants"] if path.exists() else []
-    finished: dict[str, dict[str, Any]] = {variant["variant"]: variant for variant in known}
+    finished = dict[str, dict[str, Any]]()
     labels = {variant.name: variant.label for variant in study.variants}
+
+    def read_finished() -> None:
+        """Add what the file holds, to which another command may add, too."""
+        known = read_json(path, dict[str, Any])["variants"] if path.exists() else []
+        finished.update({variant["variant"]: variant for variant in known})
 
     def collect() -> dict[str, Any]:
         """In the order of the study, and then what the file holds of others."""
@@ -171,14 +176,25 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
         return {"study": name, **vars(study), "variants": variants}
 
     def finish(variant: str, _: RunConfig, summary: Any) -> None:
-        finished[variant] = {"variant": variant, "label": labels[variant], **summary}
-        write_json(path, collect())
+        with changing(path):
+            read_finished()
+            finished[variant] = {"variant": variant, "label": labels[variant], **summary}
+            write_json(path, collect())
 
+    read_finished()
     configs = {variant.name: variant.config for variant in study.variants}
     failed = run_all(
         name, configs, {name: run["config"] for name, run in finished.items()}, path, config, finish
     )
     return collect(), failed
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Let one command at a time add to a file; others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        yield
 
 
 def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
@@ -347,8 +363,13 @@ def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
             "hidden": summary["hidden"],
         }
         nmi = [layer["nmi"]["mean"] for layer in summary["routing"]]
-        found["places"].append(todo[name][0] | figures | {"nmi": nmi})
-        write_json(path, found | {"environment": environment()})
+        place = todo[name][0]
+        with changing(path):  # of another command, which may have run the same place
+            there = [
+                entry for entry in read_map(path)["places"] if not place.items() <= entry.items()
+            ]
+            found["places"] = [*there, place | figures | {"nmi": nmi}]
+            write_json(path, found | {"environment": environment()})
 
     failed = run_all(
         "regime-map", {name: own for name, (_, own) in todo.items()}, {}, path, config, finish

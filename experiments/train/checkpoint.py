@@ -54,8 +54,9 @@ class Checkpoint:
             best = {name: value.contiguous() for name, value in state["best"].items()}
             with writing(self.folder / "best.safetensors"):
                 save_file(best, self.folder / "best.new")
-            (self.folder / "state.new").replace(self.path)
+            # The state comes last: behind that of the last epoch, nothing would write the weights
             (self.folder / "best.new").replace(self.folder / "best.safetensors")
+            (self.folder / "state.new").replace(self.path)
         # Or a process might be ended by another that has ended, before it has written
         self.fabric.barrier()
         self._last = time.monotonic()

@@ -238,7 +238,11 @@ def main(args: Sequence[str] | None = None) -> None:
                 show(config, *summaries)
             return
     except (ValueError, OSError) as error:
-        fail(error, f" (process {rank})" if rank else "")
+        # Of a full disk, what was trained is there all the same
+        begun = config is not None and (config.folder() / "config.json").exists()
+        if rank or not begun or not isinstance(error, OSError):
+            fail(error, f" (process {rank})" if rank else "")
+        why, status = f"error: {error}", 2
     except KeyboardInterrupt as wish:
         why, status = "stopped", 128 + getattr(wish, "number", signal.SIGINT)
     except RuntimeError as error:

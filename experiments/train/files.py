@@ -9,12 +9,13 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import pickle
 import pickletools
 import re
 import zipfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -215,6 +216,22 @@ def writing(path: Path) -> Iterator[None]:
         if getattr(error, "filename", None) is not None:  # as where it cannot be opened
             raise
         raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new file beside ``path``, which takes its place in one step when it is whole.
+
+    A process that is killed, or a disk that is full, leaves the file that was there before.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # two may write it at once
+    with writing(path):
+        try:
+            yield fresh
+            fresh.replace(path)
+        finally:
+            with suppress(OSError):  # the one that is on its way says more
+                fresh.unlink(missing_ok=True)
 
 
 def _header(start: bytes) -> tuple[tuple[int, ...], Any, np.dtype[Any], int]:

@@ -13,7 +13,7 @@ from lightning_fabric.utilities import rank_zero_only
 
 from experiments.train.checks import check
 from experiments.train.config import RunConfig
-from experiments.train.files import read_csv, writing
+from experiments.train.files import read_csv, replacing, writing
 
 
 class Log:
@@ -31,12 +31,10 @@ class Log:
         # The last may be half a row
         rows = read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")
         check("epoch" in rows, str(path), f"columns {', '.join(rows)[:99]}", "epoch among them")
-        fresh = path.with_suffix(".new")
         epoch = pd.to_numeric(rows["epoch"], errors="coerce")
         kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1
-        with writing(path):
+        with replacing(path) as fresh:
             kept.to_csv(fresh, index=False)
-            fresh.replace(path)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, if there are any; a new file gets their names first."""

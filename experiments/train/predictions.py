@@ -18,7 +18,7 @@ from torch_geometric.nn import CorrectAndSmooth
 from experiments.train.build import fails_by_layer
 from experiments.train.config import ERRORS, GraphConfig, MoleculeConfig
 from experiments.train.data.task import Split, Task
-from experiments.train.files import naming, writing
+from experiments.train.files import naming, replacing
 from experiments.train.training import Training
 
 
@@ -81,8 +81,8 @@ def keep_predictions(
 
 def _keep(folder: Path, probability: Tensor) -> None:
     path = folder / "predictions.safetensors"
-    with writing(path):
-        save_file({"probability": probability.cpu().contiguous()}, path)
+    with replacing(path) as fresh:
+        save_file({"probability": probability.cpu().contiguous()}, fresh)
 
 
 def _of_molecules(training: Training) -> Tensor:

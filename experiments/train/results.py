@@ -15,7 +15,7 @@ import torch
 from lightning_fabric.utilities import rank_zero_only
 from typing_extensions import NotRequired, TypedDict
 
-from experiments.train.files import writing
+from experiments.train.files import replacing
 
 
 class Spread(TypedDict):
@@ -114,7 +114,5 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step; of several processes the first one does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.new")  # seeds of a sweep may be trained side by side
-    with writing(path):
+    with replacing(path) as fresh:
         fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        fresh.replace(path)

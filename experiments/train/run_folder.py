@@ -125,7 +125,10 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
             "folder"
         )
     if not is_more and summary.exists():
-        return read_json(summary, Summary), {}
+        found = read_json(summary, Summary)
+        # One of fewer seeds may have ended since, in another process
+        if set(found["config"]["seeds"]) == set(config.seeds):
+            return found, {}
     results = {seed: folder / f"seed-{seed}" / "result.json" for seed in config.seeds}
     return None, {
         seed: read_json(result, Result) for seed, result in results.items() if result.exists()

@@ -22,7 +22,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -114,13 +114,30 @@ def building(to: Path, option: str = "to") -> Iterator[Path]:
             f"files of another program in {folder}",
             "none, or those of a run that was cut off",
         )
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (folder / SCRATCH).mkdir()
-        yield folder
+        stack.callback(_remove, folder)
+        _empty(folder)
+        (folder / SCRATCH).mkdir(exist_ok=True)
+        with writing(folder):
+            yield folder
+        _empty(folder / SCRATCH)
         folder.rename(to)
-        shutil.rmtree(to / SCRATCH)
+        (to / SCRATCH).rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a folder; :data:`SCRATCH` goes last, since without it the rest is nobody's.
+
+    A process may be killed in between.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == SCRATCH):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Delete what an error leaves; nothing is left of a folder that has its final name."""
+    with suppress(OSError):  # the one that is on its way says more
+        _empty(folder)
+        folder.rmdir()
 
 
 def convert(
@@ -325,7 +342,7 @@ def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bo
             last = piece[-1]
             destination, source = np.divmod(kept, nodes)
             np.add.at(start, destination + 1, 1)
-            source.astype(dtype, copy=False).tofile(file)
+            write_numbers(file, source.astype(dtype, copy=False))
             bar.update(len(kept))
         num_edges = int(np.cumsum(start, out=start)[-1])
         file.seek(0)
@@ -353,13 +370,22 @@ def write_features(path: Path, x: Array, dtype: np.dtype[Any], where: str) -> No
                 f"{np.abs(x[row]).max():g} in row {row}",
                 f"finite numbers up to {most:g}",
             )
-            cast.tofile(file)
+            write_numbers(file, cast)
 
 
 def write_npy(path: Path, array: Array) -> None:
     """Write an array."""
-    with writing(path):
-        np.save(path, array)
+    with writing(path), path.open("wb") as file:
+        write_header(file, array.dtype, array.shape)
+        write_numbers(file, array)
+
+
+def write_numbers(file: Any, array: Array) -> None:
+    """Write what stands behind a header.
+
+    Numpy's ``tofile`` and ``save`` do not say that the last 4 kB found no room on the disk.
+    """
+    file.write(np.ascontiguousarray(array).data)
 
 
 def write_header(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
