@@ -102,6 +102,16 @@ def test_of_equal_lines_the_nearest_is_the_mutants() -> None:
     assert Mutant("file", "", 3, ["a = 1\n"], ["a = 2\n"]).source(source) == "a = 1\nb = 2\na = 2\n"
 
 
+def test_a_mutant_is_found_in_the_other_half_of_a_file_that_was_cut(tmp_path: Path) -> None:
+    first, second = next(iter(mutants.CUT.items()))
+    for file in (first, second):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("a = 1\n" if file == first else "b = 1\n")
+    changed = Mutant(first, "", 9, ["b = 1\n"], ["b = 2\n"])
+    assert mutants.located(changed, tmp_path) == (second, "b = 1\n", "b = 2\n")
+    assert mutants.located(changed._replace(before=["c = 1\n"]), tmp_path) is None
+
+
 @pytest.mark.parametrize(
     ("before", "after", "expected"), [("2 * x", "2 + x", (5, 9)), ("y * 3", "y + 3", (6, 6))]
 )
