@@ -90,7 +90,7 @@ CUT = {
 }
 """Files that were cut in two after the sample was drawn, and where the rest of each stands."""
 
-NAMES = "convert dispatch experts hub losses padded places routed routing signatures start"
+NAMES = "convert dispatch experts hub losses padded places pruning routed routing signatures start"
 TESTS = (
     "tests/gmoe/routers",
     "tests/gmoe/conv",

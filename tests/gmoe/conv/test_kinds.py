@@ -20,6 +20,7 @@ from gmoe.conv.kinds import (
     by_name,
     factory_of,
     kind_of,
+    kinds_of,
     name_of,
 )
 from tests.gmoe.conv.masked import random_graph
@@ -115,6 +116,25 @@ def test_edge_features_of_gine_are_as_wide_as_its_sources_unless_it_transforms_t
     assert width(pyg.GINEConv(nn.Linear(WIDTH, 4), edge_dim=3), WIDTH) == 3
 
 
+def test_edge_features_of_other_kinds_are_as_wide_as_their_option_says() -> None:
+    convs = (pyg.GATConv(WIDTH, WIDTH, edge_dim=3), pyg.CGConv(WIDTH, dim=2), built(pyg.SAGEConv))
+    widths = [kind_of(type(conv)).edge_width(conv, WIDTH) for conv in convs]
+    assert widths == [3, 2, None]
+
+
+def test_one_kind_stands_for_eight_experts_unless_their_number_is_given() -> None:
+    assert [len(kinds_of("gcn", number)) for number in (None, 3)] == [8, 3]
+
+
+def open_to_anything(i: int, o: int, **options: Any) -> pyg.SAGEConv:
+    return pyg.SAGEConv(i, o, **options)
+
+
+def test_a_factory_that_takes_any_option_gets_the_one_that_is_given() -> None:
+    expert: Any = MoEConv(open_to_anything, 4, 4, num_experts=2, aggr="max").expert(1)
+    assert expert.aggr == "max"
+
+
 def test_a_subclass_is_unknown_but_has_a_base_that_is_known() -> None:
     cls = type("Mine", (FilterConv,), {})
     assert kind_of(cls) == kind_of(nn.Linear)
@@ -180,10 +200,10 @@ def test_gin_gets_the_mlp_of_pygs_model(cls: Any) -> None:
 
 NOT_WIDTHS = [pyg.APPNP, pyg.EdgeConv, "agnn", ["gcn", pyg.APPNP]]
 """``APPNP(16, 8)`` would be 16 steps with a teleport probability of 8."""
-OTHER_FORWARD: list[Any] = [
-    lambda i, _: pyg.GCN2Conv(i, 0.1),
-    lambda i, o: pyg.RGCNConv(i, o, num_relations=2),
-    pyg.HypergraphConv,
+OTHER_FORWARD: list[tuple[Any, str]] = [
+    (lambda i, _: pyg.GCN2Conv(i, 0.1), r"one of \(x, edge_index"),
+    (lambda i, o: pyg.RGCNConv(i, o, num_relations=2), "gmoe.HeteroMoEConv"),
+    (pyg.HypergraphConv, r"one of \(x, edge_index"),
 ]
 TURNED = partial(pyg.SAGEConv, flow="target_to_source")
 
@@ -192,7 +212,10 @@ TURNED = partial(pyg.SAGEConv, flow="target_to_source")
     ("conv", "kwargs", "message"),
     [
         *((conv, {}, r"conv: got \w+, which is built with") for conv in NOT_WIDTHS),
-        *((conv, {}, r"conv: got \w+, whose forward takes") for conv in OTHER_FORWARD),
+        *(
+            (conv, {}, rf"conv: got \w+, whose forward takes .* expected {expected}")
+            for conv, expected in OTHER_FORWARD
+        ),
         (
             [lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)],
             {},
