@@ -110,8 +110,29 @@ OTHER_SECONDS = 8.0
 
 NOTICED = ("killed", "crashed", "timeout")
 
-EQUIVALENT: dict[int, str] = {}
-"""Mutants, by their number, that compute the same; and why."""
+OF_A_MATRIX = "of a matrix, the last dimension is the second"
+OF_CONVS = "the convs of a stack have the same options"
+EQUIVALENT = {
+    9: OF_A_MATRIX,
+    55: OF_A_MATRIX,
+    104: "of the legal values, only `copies` is as early in the alphabet",
+    165: "of four dimensions, the third is the last but one",
+    173: "the parts of the tokens lie on one device",
+    235: OF_A_MATRIX,
+    285: "the parts of the tokens have as many rows each",
+    333: OF_A_MATRIX,
+    367: "of the legal values, only `shared` is as late in the alphabet",
+    381: OF_A_MATRIX,
+    394: OF_CONVS,
+    435: OF_A_MATRIX,
+    473: "of the legal values, only `threshold` is as late in the alphabet",
+    509: "E * M * (M - 1) pairs are none or at least two",
+    511: OF_A_MATRIX,
+    513: OF_CONVS,
+    598: "of the legal values, only `source_to_target` is as early in the alphabet",
+    599: "of truth values, the product is the conjunction",
+}
+"""Mutants, by their number, that compute the same under every legal value; and why."""
 
 
 # ------------------------------------------------------------------------------------- drawing

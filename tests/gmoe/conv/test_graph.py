@@ -17,6 +17,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch_geometric.nn import GCNConv
 
 import gmoe
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
@@ -322,3 +323,11 @@ def test_a_part_without_edges_holds_one_for_convs_that_fail_without() -> None:
     assert part.num_dst == 2
     assert nodes[:2].tolist() == [3, 0]
     assert len(part.edges.sender) == 0
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(29)], ids=["none", "of other edges"])
+def test_an_explainer_without_a_factor_for_each_edge_is_refused(mask: Tensor | None) -> None:
+    conv: Any = GCNConv(2, 2)
+    conv._edge_mask = mask
+    with pytest.raises(ValueError, match=r"^explain: got .* expected one of the 30 edges"):
+        Graph(EDGES, 9).explained(conv)
