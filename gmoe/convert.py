@@ -319,7 +319,6 @@ def _moe(
     return layer
 
 
-@torch.no_grad()
 def _check_nothing_is_lost(name: str, mlp: nn.Module, copied: bool) -> None:
     """Refuse an MLP whose experts would not compute the same function.
 

@@ -27,7 +27,7 @@ class AuxLoss(NamedTuple):
     coefficient: float
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """Which expert handles which token: sparse (token, expert) pairs, ready for a grouped GEMM.
 
@@ -108,7 +108,7 @@ class Routing:
             )
         if slot is None or not len(token):
             return
-        k = len(token) // max(self.num_tokens, 1)
+        k = len(token) // self.num_tokens
         is_once_each = torch.equal(slot.sort().values, torch.arange(len(slot)))
         if not is_once_each or not torch.equal(slot // max(k, 1), token):
             raise ValueError(

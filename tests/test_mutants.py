@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 
 from tests import mutants
-from tests.mutants import EQUIVALENT, FILE, MODULES, PAGE, ROOT, Measured, Mutant, Mutated, Outcome
+from tests.mutants import (
+    EQUIVALENT,
+    FILE,
+    MODULES,
+    PAGE,
+    ROOT,
+    UNSEEN,
+    Measured,
+    Mutant,
+    Mutated,
+    Outcome,
+)
 
 SOURCE = textwrap.dedent(
     """\
@@ -100,6 +111,16 @@ def test_a_mutant_is_found_where_its_line_has_moved() -> None:
 def test_of_equal_lines_the_nearest_is_the_mutants() -> None:
     source = "a = 1\nb = 2\na = 1\n"
     assert Mutant("file", "", 3, ["a = 1\n"], ["a = 2\n"]).source(source) == "a = 1\nb = 2\na = 2\n"
+
+
+def test_a_mutant_is_found_in_the_other_half_of_a_file_that_was_cut(tmp_path: Path) -> None:
+    first, second = next(iter(mutants.CUT.items()))
+    for file in (first, second):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("a = 1\n" if file == first else "b = 1\n")
+    changed = Mutant(first, "", 9, ["b = 1\n"], ["b = 2\n"])
+    assert mutants.located(changed, tmp_path) == (second, "b = 1\n", "b = 2\n")
+    assert mutants.located(changed._replace(before=["c = 1\n"]), tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -231,6 +252,7 @@ def test_a_report_has_both_scores_and_lists_who_still_survives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(mutants, "EQUIVALENT", {3: "a and b are equal"})
+    monkeypatch.setattr(mutants, "UNSEEN", {2: "only slower"})
     entries = [
         entry(0, "killed"),
         entry(1, "survived", "killed"),
@@ -243,7 +265,8 @@ def test_a_report_has_both_scores_and_lists_who_still_survives(
     assert "| all | 33.3% (6.1% to 79.2%) of 3: " in text
     assert "| 66.7% (20.8% to 93.9%) of 3: 2 killed, 1 survived |" in text
     assert [line.split()[1] for line in text.splitlines() if "gmoe/a.py" in line] == ["2", "3"]
-    assert "`a \\| b` → `a & b` | a and b are equal |" in text
+    assert "`a \\| b` → `a & b` | only slower |" in text
+    assert "`a \\| b` → `a & b` | **excused**: a and b are equal |" in text
 
 
 def test_a_second_score_is_that_of_survivors_that_ran_again() -> None:
@@ -257,5 +280,7 @@ def test_the_page_has_the_report_and_few_mutants_are_excused() -> None:
     page = PAGE.read_text()
     assert mutants.on_page(page, mutants.report(record)) == page
     ran = {entry["number"]: entry for entry in record["mutants"] if "first" in entry}
-    assert {mutants.last(ran[number]) for number in EQUIVALENT} <= {"survived"}
+    for number in (*EQUIVALENT, *UNSEEN):
+        assert mutants.last(ran[number]) == "survived", number
+    assert not EQUIVALENT.keys() & UNSEEN.keys()
     assert len(EQUIVALENT) <= 0.03 * len(ran)

@@ -8,8 +8,7 @@ B messages in a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,8 +152,7 @@ def _exact(*tensors: Any) -> list[Any]:
     ]
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """A block of messages, all of one expert.
 
     Args:
@@ -176,8 +174,7 @@ class _Block:
         sum_EIO[self.expert].addmm_(x_BI.T, grad_BO)
 
 
-@dataclass(frozen=True)
-class _MixedBlock:
+class _MixedBlock(NamedTuple):
     """A block of messages of any experts, of which the host knows no ends.
 
     Args:

@@ -5,7 +5,7 @@ Shapes: N_src sources, N_dst destinations, M edges, F features of an edge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from gmoe._torch import rows_of_pointers
 from gmoe.conv.edges import Edges
 
 
-@dataclass(frozen=True, eq=False)
-class Adjacency:
+class Adjacency(NamedTuple):
     """The edges of a graph.
 
     Args:

@@ -351,8 +351,7 @@ class GINExperts(AggregateOnce):
 
     def strip(self, conv: Conv) -> None:
         conv.nn = nn.Identity()
-        del conv.eps
-        conv.eps = 0.0
+        del conv.eps  # it scales the root, which is left out
 
     def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         super().build(convs, backend)

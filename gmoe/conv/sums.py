@@ -350,7 +350,7 @@ def _multiply_ends(
         query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
         return exported.multiply_ends(query_RHC, key_UGC, sender, receiver).to(dtype)
     # torch cuts a matrix down to as many entries as it has cells.
-    fits_matrix = 0 < num_messages <= size[0] * size[1]
+    fits_matrix = num_messages <= size[0] * size[1]
     queries = query_RHC.to(exact).unbind(1)
     keys = key_UGC.to(exact).expand(-1, query_RHC.size(1), -1).unbind(1)
     products: list[Tensor] = []

@@ -45,7 +45,7 @@ class Router(nn.Module, ABC):
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
-        k: K, experts per token (on average, where experts choose). 1 <= K <= E.
+        k: K, experts per token (default 1; on average, where experts choose). 1 <= K <= E.
         weight: how a pair's weight follows from its gate ``g`` (a probability or a vote):
 
             - ``"score"``: ``g`` itself. If ``g`` is normalized over tokens, it is divided by the

@@ -241,7 +241,7 @@ class ExpertSelection(nn.Module):
         self.steps += is_valid
         share = (1.0 / self.steps.clamp(min=1)).clamp(min=MOMENTUM)
         for mean_E, sum_E in zip(means, sums, strict=True):
-            step_E = sum_E / num_groups_all.clamp(min=1)
+            step_E = sum_E / num_groups_all
             moved_E = mean_E + share.to(mean_E.dtype) * (step_E - mean_E)
             mean_E.copy_(torch.where(is_valid, moved_E, mean_E))
 

@@ -253,11 +253,8 @@ def to_members(routing: Routing, token_M: Tensor) -> Routing:
 
 
 def _mean_by_group(gate_P: Tensor, group_P: Tensor, num_groups: int) -> Tensor:
-    """(B,) the mean of each group's gates, 1 for a group without any."""
-    if not torch.compiler.is_exporting():
-        one_B = gate_P.new_ones(num_groups)
-        return one_B.scatter_reduce(0, group_P, gate_P, "mean", include_self=False)
-    # ONNX has no mean by places. Here, each group has gates.
+    """(B,) the mean of each group's gates; a group has at least one."""
+    # Not by scatter_reduce: ONNX has no mean by places.
     zero_B = gate_P.new_zeros(num_groups)
     count_B = zero_B.index_add(0, group_P, torch.ones_like(gate_P))
     return zero_B.index_add(0, group_P, gate_P) / count_B

@@ -145,7 +145,7 @@ class MultiCentroid(Router):
         for expert in range(self.num_experts):
             mine_TD = unit_TD[owner_T == expert]
             if len(mine_TD) == 0:  # fewer distinct tokens than experts
-                mine_TD = center_ED[expert : expert + 1]
+                mine_TD = center_ED[expert][None]
             num_clusters = min(self.num_centroids, len(mine_TD))
             center_ND, _ = kmeans(mine_TD, num_clusters, generator)
             # An expert with fewer tokens than centroids repeats its centers.
@@ -240,11 +240,10 @@ def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> T
     square_T = x_TD.new_full((len(x_TD),), torch.inf)  # squared distance from the nearest start
     for _ in range(num_clusters - 1):
         square_T = square_T.minimum((x_TD - x_TD[starts[-1]]).square().sum(dim=1))
-        # If all tokens equal a start, any of them is as good.
-        chance_T = torch.where(square_T.sum() > 0, square_T, 1.0).double()
-        cumulative_T = chance_T.cumsum(0)
+        cumulative_T = square_T.double().cumsum(0)
         uniform = torch.rand(1, generator=generator, device=device, dtype=torch.float64)
         draw = uniform * cumulative_T[-1]
         drawn = torch.searchsorted(cumulative_T, draw, right=True)
+        # Behind the last token if all equal a start; any of them is then as good.
         starts.append(drawn.clamp(max=len(x_TD) - 1))
     return x_TD[torch.cat(starts)]

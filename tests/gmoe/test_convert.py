@@ -15,7 +15,7 @@ from timm.layers.mlp import GlobalResponseNormMlp, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
-from torch_geometric.nn import GATConv, GCNConv, GINConv, SimpleConv
+from torch_geometric.nn import GCN, GATConv, GCNConv, GINConv, SimpleConv
 from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
@@ -243,6 +243,11 @@ def test_convs_by_name(start: str | None) -> None:
     assert_same(model(x, edge_index), dense(x, edge_index))
     fresh = moefy(copy.deepcopy(dense), **options | {"start": "plain"})
     assert not torch.allclose(fresh(x, edge_index), dense(x, edge_index))
+
+
+def test_a_pattern_may_match_the_list_that_holds_the_convs() -> None:
+    model = moefy(GCN(8, 8, 2), targets="convs*", num_experts=2)
+    assert [type(conv) for conv in model.convs] == [MoEConv, MoEConv]  # type: ignore[union-attr]
 
 
 # As a model

@@ -6,7 +6,7 @@ Shapes: T tokens, E experts, P pairs sorted by expert, I in, H hidden, O out.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -202,3 +202,19 @@ def test_what_runs_on_cuda_compiles_as_one_graph(routing: Routing) -> None:
     outputs = [run(*leaves) for run in (compiled, layer)]
     found, expected = ([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))] for y in outputs)
     torch.testing.assert_close(found, expected)
+
+
+def test_watched_rows_take_a_product_for_each_expert_whose_flops_count() -> None:
+    """torch's own loop would count the zeros, too, to which it pads the widths."""
+    x, weight, offsets = torch.ones(64, 127), torch.ones(4, 127, 127), ends([16, 16, 0, 32])
+    with Noted() as noted:
+        grouped_product(x, weight, offsets, "loop")
+        grouped_outer_product(x, x, offsets, "loop")
+    assert "mm" in noted.names
+    assert not any("grouped" in name for name in noted.names)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    backend: Any = "fast"
+    with pytest.raises(ValueError, match=r"^backend: got 'fast', expected one of 'auto'"):
+        grouped_linear(torch.ones(1, 2), torch.ones(1, 2, 2), None, ends([1]), backend)

@@ -40,6 +40,13 @@ def example() -> Routing:
     )
 
 
+def test_a_routing_equals_only_itself_and_may_be_a_key() -> None:
+    routing = example()
+    assert routing == routing
+    assert routing != dataclasses.replace(routing)
+    assert {routing: "kept"}[routing] == "kept"
+
+
 def test_derived_properties() -> None:
     routing = example()
     assert (routing.num_experts, routing.load.tolist()) == (3, [1, 0, 3])
@@ -324,3 +331,9 @@ def test_select_of_a_slice_that_ends_before_it_starts_is_empty() -> None:
         assert selected.load.tolist() == [0, 0, 0, 0]
     with pytest.raises(ValueError, match=r"^experts: got none, expected at least one"):
         routing.select(experts=[])
+
+
+def test_a_part_of_a_routing_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    routing = example()
+    monkeypatch.setattr(Routing, "_check_shapes", None)
+    assert routing.select(slice(2)).num_tokens == 2

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmoe.conv import additive
+from gmoe.conv import additive, sums
 from tests.gmoe.conv.masked import features
 
 EXPERTS, ROWS, PAIRS, MESSAGES, WIDTH, HEADS = 3, 7, 5, 20, 4, 2
 
 
-def scored(with_edges: bool) -> tuple[Any, ...]:
+def scored(with_edges: bool, slope: float = 0.2) -> tuple[Any, ...]:
     """Arguments of the scores of messages; the second expert has none."""
     expert = torch.arange(MESSAGES) // (MESSAGES // 2) * 2  # ascending
     sender = torch.randint(ROWS, (MESSAGES,), generator=torch.Generator().manual_seed(0))
@@ -25,7 +25,7 @@ def scored(with_edges: bool) -> tuple[Any, ...]:
     ends = features(ROWS, WIDTH), features(PAIRS, WIDTH)
     offsets = expert.bincount(minlength=EXPERTS).cumsum(0).to(torch.int32)
     attention = features(EXPERTS, WIDTH, HEADS)
-    return *ends, *of_edges, attention, 0.2, sender, receiver, offsets
+    return *ends, *of_edges, attention, slope, sender, receiver, offsets
 
 
 @pytest.mark.parametrize("with_edges", [False, True])
@@ -44,12 +44,12 @@ def in_mixed_blocks(offsets: Tensor, number: int, _: Tensor) -> Iterator[additiv
         yield additive._MixedBlock(place, offsets.clamp(place.start, place.stop) - place.start)
 
 
-@pytest.mark.parametrize("with_edges", [False, True])
+@pytest.mark.parametrize(("with_edges", "slope"), [(False, 0.2), (True, 0.2), (True, -0.5)])
 def test_blocks_of_any_experts_give_what_blocks_of_one_give(
-    with_edges: bool, monkeypatch: pytest.MonkeyPatch
+    with_edges: bool, slope: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores and gradients."""
-    inputs, grad = scored(with_edges), features(MESSAGES, HEADS)
+    inputs, grad = scored(with_edges, slope), features(MESSAGES, HEADS)
 
     def found() -> list[Tensor]:
         scores = additive._score_additively(*inputs)
@@ -66,3 +66,22 @@ def test_off_the_cpu_blocks_are_cut_without_the_ends_of_experts() -> None:
     offsets = torch.empty(EXPERTS, dtype=torch.int32, device="meta")
     (block,) = additive._blocks(offsets, MESSAGES, like)
     assert block.place == slice(0, MESSAGES)
+
+
+def test_on_the_cpu_a_block_is_of_one_expert_and_fits_its_caches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sums, "NUMBERS", 6 * WIDTH)
+    *_, attention, _, _, _, offsets = scored(with_edges=False)
+    blocks: list[Any] = list(additive._blocks(offsets, MESSAGES, attention))
+    assert [block.expert for block in blocks] == [0, 0, 2, 2]
+    places = [range(MESSAGES)[block.place] for block in blocks]
+    assert places == [range(6), range(6, 10), range(10, 16), range(16, 20)]
+
+
+def test_a_second_gradient_is_refused() -> None:
+    source, *rest = scored(with_edges=False)
+    source.requires_grad_()
+    scores: Any = additive._AdditiveScores.apply(source, *rest)
+    with pytest.raises(RuntimeError, match="create_graph: got True"):
+        torch.autograd.grad(scores.sum(), source, create_graph=True)

@@ -98,3 +98,10 @@ def test_what_is_stripped_is_a_copy() -> None:
     assert conv.state_dict().keys() == before.keys()
     for name, value in layer.experts.expert(1).state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(("conv", "num_far"), [("identity", 0), ("low_pass", 0), ("two_hop", 1)])
+def test_a_filter_of_several_hops_looks_too_far_for_one_layer_at_a_time(
+    conv: str, num_far: int
+) -> None:
+    assert len(MoEConv(conv, WIDTH, OUT, num_experts=2).experts.too_far) == num_far

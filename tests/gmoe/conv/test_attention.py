@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gmoe import MoEConv
+from tests.gmoe.conv.masked import assert_equals_masked, features, random_graph
 
 
 @pytest.mark.parametrize("start", ["copies", "shared"])
@@ -37,3 +38,14 @@ def test_a_hook_on_either_end_runs_though_inputs_could_be_summed_first(hooked: s
     layer.experts.get_submodule(hooked).register_forward_hook(lambda *_: called.append(hooked))
     torch.testing.assert_close(layer(x, edge_index), expected)
     assert called
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("conv", ["gat", "gatv2"])
+def test_loops_among_turned_edges_have_the_features_that_pyg_gives_them(conv: str) -> None:
+    """PyG averages the features of in-edges over the second row, whatever the flow."""
+    layer = MoEConv(
+        conv, 4, 3, edge_dim=2, flow="target_to_source", num_experts=2, k=2, start="plain"
+    )
+    attr = features(20, 2)
+    assert_equals_masked(layer.double(), features(7, 4), random_graph(7, 7, 20), edge_attr=attr)

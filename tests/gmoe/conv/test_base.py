@@ -10,6 +10,8 @@ from torch import nn
 from torch_geometric import nn as pyg
 
 from gmoe import LinearExperts, MoEConv
+from gmoe.conv.aggregate import AggregateOnce
+from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.base import MixedExperts, is_plain, probe_copy, refuse_far, to_one
 
 WIDTH = 4
@@ -110,3 +112,11 @@ def test_a_probe_of_a_module_without_values_gets_the_same_random_ones_each_time(
     meta = nn.Linear(2, 2, device="meta")
     assert probe_copy(meta).weight.any()
     assert torch.equal(probe_copy(meta).weight, probe_copy(meta).weight)
+
+
+@pytest.mark.parametrize("cls", [AggregateOnce, AttentionExperts])
+def test_a_stack_that_lacks_the_part_of_its_kind_is_not_built(cls: Any) -> None:
+    """As told where it is built, not where it first runs."""
+    unfinished = type("Unfinished", (cls,), {"forward": None, "parts": None, "build": None})
+    with pytest.raises(TypeError, match="abstract"):
+        unfinished([pyg.GCNConv(2, 2)], None, "auto")

@@ -17,6 +17,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch_geometric.nn import GCNConv
 
 import gmoe
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
@@ -292,3 +293,41 @@ def test_a_weight_that_is_set_anew_has_to_fit() -> None:
     graph.edge_weight = torch.rand(21)
     with pytest.raises(ValueError, match=r"^edge_weight: got shape \(21,\)"):
         MoEConv("gcn", 4, 4, num_experts=2)(torch.randn(6, 4), graph)
+
+
+def test_the_first_edges_keep_their_weights_and_features() -> None:
+    edge_index, weight, attr = random_graph(6, 6, 20), torch.rand(20), torch.randn(20, 2)
+    first = Graph(edge_index, 6, edge_weight=weight, edge_attr=attr).first(6, 12)
+    assert torch.equal(first.edge_index, edge_index[:, :12])
+    assert first.edge_weight is not None
+    assert torch.equal(first.edge_weight, weight[:12])
+    assert first.edge_attr is not None
+    assert torch.equal(first.edge_attr, attr[:12])
+    bare = Graph(edge_index, 6).first(6, 12)
+    assert bare.edge_weight is bare.edge_attr is None
+
+
+def test_the_values_of_a_matrix_are_features_only_if_they_are_rows() -> None:
+    ptr, column = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 1])
+    for values in (features(3), features(3, 2)):
+        graph = Graph(torch.sparse_csr_tensor(ptr, column, values, size=(2, 2)), 2)
+        expected = None if values.dim() == 1 else values
+        assert graph.attr is expected or torch.equal(graph.attr, expected)
+
+
+def test_a_part_without_edges_holds_one_for_convs_that_fail_without() -> None:
+    """The edge ends in one destination more, of which the part has no output."""
+    graph = Graph(torch.tensor([[0, 1], [1, 1]]), 4)
+    nodes, part = graph.part(torch.tensor([3, 0]))
+    assert part.edge_index.size(1) > 0
+    assert part.num_dst == 2
+    assert nodes[:2].tolist() == [3, 0]
+    assert len(part.edges.sender) == 0
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(29)], ids=["none", "of other edges"])
+def test_an_explainer_without_a_factor_for_each_edge_is_refused(mask: Tensor | None) -> None:
+    conv: Any = GCNConv(2, 2)
+    conv._edge_mask = mask
+    with pytest.raises(ValueError, match=r"^explain: got .* expected one of the 30 edges"):
+        Graph(EDGES, 9).explained(conv)

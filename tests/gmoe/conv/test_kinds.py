@@ -20,6 +20,7 @@ from gmoe.conv.kinds import (
     by_name,
     factory_of,
     kind_of,
+    kinds_of,
     name_of,
 )
 from tests.gmoe.conv.masked import random_graph
@@ -59,12 +60,18 @@ def test_a_class_takes_two_sets_of_nodes_if_it_is_said_to(cls: Any) -> None:
     assert takes_two_sets == kind_of(cls).takes_two_sets
 
 
-@pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if not kind.needs_destinations])
+STACKED = [cls for cls, kind in KINDS.items() if kind.stack and cls not in (FilterConv, MLPConv)]
+
+
+@pytest.mark.parametrize("cls", [cls for cls in STACKED if kind_of(cls).takes_two_sets])
 def test_a_class_that_needs_no_destinations_takes_them_for_zeros(cls: Any) -> None:
     x_src, conv = torch.randn(9, WIDTH), built(cls)
-    torch.testing.assert_close(
-        call(conv, (x_src, None)), call(conv, (x_src, torch.zeros(5, WIDTH)))
-    )
+    zeros = call(conv, (x_src, torch.zeros(5, WIDTH)))
+    if kind_of(cls).needs_destinations:
+        with pytest.raises((AssertionError, TypeError)):
+            call(conv, (x_src, None))
+    else:
+        torch.testing.assert_close(call(conv, (x_src, None)), zeros)
 
 
 @pytest.mark.parametrize("conv", ["gcn", "two_hop", ["sage", "gcn"], "cluster_gcn"])
@@ -113,6 +120,25 @@ def test_edge_features_of_gine_are_as_wide_as_its_sources_unless_it_transforms_t
     width = kind_of(pyg.GINEConv).edge_width
     assert width(built(pyg.GINEConv), WIDTH) == WIDTH
     assert width(pyg.GINEConv(nn.Linear(WIDTH, 4), edge_dim=3), WIDTH) == 3
+
+
+def test_edge_features_of_other_kinds_are_as_wide_as_their_option_says() -> None:
+    convs = (pyg.GATConv(WIDTH, WIDTH, edge_dim=3), pyg.CGConv(WIDTH, dim=2), built(pyg.SAGEConv))
+    widths = [kind_of(type(conv)).edge_width(conv, WIDTH) for conv in convs]
+    assert widths == [3, 2, None]
+
+
+def test_one_kind_stands_for_eight_experts_unless_their_number_is_given() -> None:
+    assert [len(kinds_of("gcn", number)) for number in (None, 3)] == [8, 3]
+
+
+def open_to_anything(i: int, o: int, **options: Any) -> pyg.SAGEConv:
+    return pyg.SAGEConv(i, o, **options)
+
+
+def test_a_factory_that_takes_any_option_gets_the_one_that_is_given() -> None:
+    expert: Any = MoEConv(open_to_anything, 4, 4, num_experts=2, aggr="max").expert(1)
+    assert expert.aggr == "max"
 
 
 def test_a_subclass_is_unknown_but_has_a_base_that_is_known() -> None:
@@ -180,10 +206,10 @@ def test_gin_gets_the_mlp_of_pygs_model(cls: Any) -> None:
 
 NOT_WIDTHS = [pyg.APPNP, pyg.EdgeConv, "agnn", ["gcn", pyg.APPNP]]
 """``APPNP(16, 8)`` would be 16 steps with a teleport probability of 8."""
-OTHER_FORWARD: list[Any] = [
-    lambda i, _: pyg.GCN2Conv(i, 0.1),
-    lambda i, o: pyg.RGCNConv(i, o, num_relations=2),
-    pyg.HypergraphConv,
+OTHER_FORWARD: list[tuple[Any, str]] = [
+    (lambda i, _: pyg.GCN2Conv(i, 0.1), r"one of \(x, edge_index"),
+    (lambda i, o: pyg.RGCNConv(i, o, num_relations=2), "gmoe.HeteroMoEConv"),
+    (pyg.HypergraphConv, r"one of \(x, edge_index"),
 ]
 TURNED = partial(pyg.SAGEConv, flow="target_to_source")
 
@@ -192,7 +218,10 @@ TURNED = partial(pyg.SAGEConv, flow="target_to_source")
     ("conv", "kwargs", "message"),
     [
         *((conv, {}, r"conv: got \w+, which is built with") for conv in NOT_WIDTHS),
-        *((conv, {}, r"conv: got \w+, whose forward takes") for conv in OTHER_FORWARD),
+        *(
+            (conv, {}, rf"conv: got \w+, whose forward takes .* expected {expected}")
+            for conv, expected in OTHER_FORWARD
+        ),
         (
             [lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)],
             {},
@@ -253,15 +282,17 @@ def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None
 def test_gcn_and_filters_add_loops_and_no_other_kind_does() -> None:
     assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {pyg.GCNConv, FilterConv}
     assert kind_of(pyg.SGConv) is UNKNOWN
-    assert not UNKNOWN.adds_loops
 
 
-@pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if not kind.is_local])
-def test_a_class_that_is_not_said_to_be_local_is_not(cls: Any) -> None:
-    assert not Trial(built(cls), WIDTH).takes_local_path(local=None)
+@pytest.mark.parametrize("cls", KINDS)
+def test_a_class_is_said_to_be_local_or_how_many_hops_it_looks(cls: Any) -> None:
+    kind = kind_of(cls)
+    assert kind.is_local == (kind.hops is None)
 
 
-STACKED = [cls for cls, kind in KINDS.items() if kind.stack and cls not in (FilterConv, MLPConv)]
+def test_nothing_is_said_of_other_classes() -> None:
+    said = (UNKNOWN.is_local, UNKNOWN.multiplies, UNKNOWN.adds_loops)
+    assert said == (False, False, False)
 
 
 @pytest.mark.parametrize("cls", STACKED)

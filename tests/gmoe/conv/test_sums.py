@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.utils import softmax as pyg_softmax
 
 from gmoe.conv import sums as module
@@ -106,6 +111,18 @@ def test_off_the_cpu_values_are_summed_without_bags(
     torch.testing.assert_close(module._sum_values(*inputs), expected)
 
 
+class Gathered(TorchDispatchMode):
+    """The most numbers that were gathered at once."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name() == "aten::index_select":
+            self.most = max(self.most, result.numel())
+        return result
+
+
 def test_blocks_cover_all_messages_once() -> None:
     cut = list(blocks(3, 20, 2**19, torch.device("cpu")))
     assert len(cut) == 5
@@ -116,17 +133,37 @@ def test_blocks_cover_all_messages_once() -> None:
 def test_off_the_cpu_sums_and_products_along_edges_are_those_on_it(
     heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In blocks of messages, of which the last is shorter."""
+    """In blocks of messages, of which the last is shorter, and none holds more than it may."""
     sender, receiver = random_graph(7, 9, 30)
     edges = Edges.sorted(sender, receiver, 7, 9)
-    weight, value, query = features(30, 2), features(7, heads, 3), features(9, 2, 3)
+    weight, value, query = features(30, 2), features(7, heads, 16), features(9, 2, 16)
     expected = weighted_sum(weight, value, edges), dot(query, value, edges)
     monkeypatch.setattr(module, "SPARSE_DEVICES", ())
-    monkeypatch.setattr(module, "NUMBERS", 40)
-    actual = weighted_sum(weight, value, edges), dot(query, value, edges)
+    monkeypatch.setattr(module, "NUMBERS", 13 * 16)
+    with Gathered() as gathered:
+        actual = weighted_sum(weight, value, edges), dot(query, value, edges)
     torch.testing.assert_close(actual, expected)
+    assert gathered.most == 13 * 16
 
 
 @pytest.mark.parametrize(("device", "number"), [("cpu", 64), ("cuda", 2)])
 def test_blocks_on_a_gpu_are_larger_than_the_caches_of_a_cpu(device: str, number: int) -> None:
     assert len(list(blocks(0, 2**20, 128, torch.device(device)))) == number
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x, edges: weighted_sum(x.new_ones(5, 1), x, edges),
+        lambda x, edges: dot(x.new_ones(4, 1, 3), x, edges),
+        lambda x, edges: add_ends(x[:, 0], x.new_ones(4, 3), edges),
+        lambda x, edges: to_messages(x[:4], edges.ptr, edges.receiver),
+        lambda x, edges: softmax(x[:, 0], edges),
+    ],
+    ids=["weighted_sum", "dot", "add_ends", "to_messages", "softmax"],
+)
+def test_a_second_gradient_is_refused(compute: Callable[[Tensor, Edges], Tensor]) -> None:
+    edges = Edges.sorted(torch.arange(5), torch.tensor([2, 0, 2, 1, 2]), 5, 4)
+    x = features(5, 1, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="create_graph: got True"):
+        torch.autograd.grad(compute(x, edges).sum(), x, create_graph=True)

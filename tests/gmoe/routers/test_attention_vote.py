@@ -138,3 +138,11 @@ def test_voters_are_cut_into_nearly_equal_blocks_that_fit(monkeypatch: pytest.Mo
         assert score_BHbS.numel() <= attention_vote.BLOCK_ELEMENTS
         torch.testing.assert_close(score_BHbS, q_BHSd[:, :, block] @ k_BHSd.transpose(2, 3))
     assert voters == [range(4), range(4, 8), range(8, 10)]
+
+
+def test_experts_per_token_are_at_most_all_experts() -> None:
+    found = [
+        AttentionVote(5, num_experts=4, k=2, capacity_factor=factor).experts_per_token
+        for factor in (0.5, 1.5, 3.0)
+    ]
+    assert found == [1.0, 3.0, 4.0]

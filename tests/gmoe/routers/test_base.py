@@ -325,7 +325,7 @@ def test_bad_options(router: type[Router], bad: dict[str, Any]) -> None:
         ),
         *(
             ({"batch": batch}, "batch")
-            for batch in (torch.zeros(10).long(), [0] * 11, torch.zeros(11))
+            for batch in (*(torch.zeros(n).long() for n in (10, 12)), [0] * 11, torch.zeros(11))
         ),
         *(
             ({"edge_index": torch.tensor(edges)}, "edge_index")
@@ -379,6 +379,19 @@ def test_what_a_users_router_gives_is_checked(answer: Any, monkeypatch: pytest.M
     monkeypatch.setattr(Wrong, "answer", staticmethod(answer))
     with pytest.raises(ValueError, match=r"^route: got .* from Wrong"):
         Wrong(D, num_experts=E)(torch.randn(30, D))
+
+
+@each_case
+def test_what_a_router_of_gmoe_gives_is_right_by_construction_and_not_checked_again(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, batch, edge_index = make_call(case, "ragged")
+    layer = make_layer(case, len(x))
+    checked: list[gmoe.Routing] = []
+    monkeypatch.setattr(gmoe.Routing, "_check_shapes", lambda routing: checked.append(routing))
+    layer.router(x, batch, edge_index)
+    # An oracle's assignment is the user's.
+    assert bool(checked) == isinstance(layer.router, OracleRouter)
 
 
 def routing_of(x: Tensor, num_experts: int) -> gmoe.Routing:

@@ -112,3 +112,9 @@ def test_copies_take_experts_by_probability_with_weights_that_sum_to_one() -> No
     assert len(routing.token) > 9
     with pytest.raises(ValueError, match="expected a router whose weights of a token sum to 1"):
         MoEConv("gcn", 4, 3, start="copies", router_kwargs={"top_p": 0.5, "weight": "score"})
+
+
+def test_the_repr_names_what_limits_the_experts_of_a_token_if_anything_does() -> None:
+    assert "capacity_factor" not in repr(TokenChoice(4, num_experts=2))
+    assert "capacity_factor=1.5" in repr(TokenChoice(4, num_experts=2, capacity_factor=1.5))
+    assert "top_p=0.5" in repr(TokenChoice(4, num_experts=2, top_p=0.5))
