@@ -674,4 +674,4 @@ def main(first: int, last: int | None = None, *only: str) -> int:
 
 if __name__ == "__main__":
     first, *rest = sys.argv[1:]
-    raise SystemExit(main(int(first), *(int(last) for last in rest[:1]), *rest[1:]))
+    raise SystemExit(main(int(first), int(rest[0]) if rest else None, *rest[1:]))

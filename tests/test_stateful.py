@@ -47,6 +47,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 ROUTERS = ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random")
 CONVS = ("gcn", "sage", "graph", "gin", "gat", "low_pass", ["gcn", "mlp", "gcn", "sage"])
 WEIGHTED = ("gcn", "graph", "low_pass")
+KEEPS = st.sampled_from(["nothing", "edges", "x", "weight"])
+FIRST = st.sampled_from([None, torch.no_grad, torch.inference_mode])
 
 
 @contextmanager
@@ -310,8 +312,19 @@ class GraphHistory(History):
             },
         ),
         seed=SEEDS,
+        keeps=KEEPS,
+        first=FIRST,
     )
-    def draw(self, conv: Any, router: str, k: int, options: dict[str, Any], seed: int) -> None:
+    def draw(
+        self,
+        conv: Any,
+        router: str,
+        k: int,
+        options: dict[str, Any],
+        seed: int,
+        keeps: str,
+        first: Any,
+    ) -> None:
         """A model, without the options that are refused together."""
         torch.manual_seed(seed)
         sizes = (WIDTH, WIDTH, CLASSES)
@@ -324,16 +337,17 @@ class GraphHistory(History):
             self.model = build(*sizes, **arguments, **options)
         move(self.model)
         self.takes_weight = conv in WEIGHTED
-        self.other_graph(seed, nodes=12, keeps="x")
+        self.other_graph(seed, 12, keeps, first)
 
     @rule(
         seed=SEEDS,
         nodes=st.integers(5, 14),
-        keeps=st.sampled_from(["nothing", "edges", "x", "weight"]),
+        keeps=KEEPS,
+        first=FIRST,
     )
-    def other_graph(self, seed: int, nodes: int, keeps: str) -> None:
+    def other_graph(self, seed: int, nodes: int, keeps: str, first: Any) -> None:
         """Other features and edges; as a ``Graph``, with or without features and weights, or
-        plain."""
+        plain. The first call, whose results a ``Graph`` keeps, may be one without gradients."""
         torch.manual_seed(seed)
         dtype = next(self.model.parameters()).dtype
         self.x = torch.randn(nodes, WIDTH, dtype=dtype)
@@ -345,6 +359,8 @@ class GraphHistory(History):
         if keeps != "nothing":
             x = self.x if keeps == "x" else None
             self.graph = Graph(self.edge_index, nodes, x, edge_weight=self.weight)
+        if first is not None:
+            self.call_without_gradients(first)
 
     @rule(dtype=st.sampled_from([torch.float32, torch.float64]))
     def change_precision(self, dtype: torch.dtype) -> None:
