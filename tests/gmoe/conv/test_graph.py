@@ -310,9 +310,9 @@ def test_the_first_edges_keep_their_weights_and_features() -> None:
 def test_the_values_of_a_matrix_are_features_only_if_they_are_rows() -> None:
     ptr, column = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 1])
     for values in (features(3), features(3, 2)):
-        graph = Graph(torch.sparse_csr_tensor(ptr, column, values, size=(2, 2)), 2)
-        expected = None if values.dim() == 1 else values
-        assert graph.attr is expected or torch.equal(graph.attr, expected)
+        attr = Graph(torch.sparse_csr_tensor(ptr, column, values, size=(2, 2)), 2).attr
+        assert (attr is not None) == (values.dim() > 1)
+        assert attr is None or torch.equal(attr, values)
 
 
 def test_a_part_without_edges_holds_one_for_convs_that_fail_without() -> None:
