@@ -120,7 +120,7 @@ def inside(random: Random, format_: str, raw: bytes, around: Around) -> tuple[st
 # Bytes -------------------------------------------------------------------------------------------
 
 
-def place(random: Random, raw: bytes) -> int:
+def place(random: Random, raw: bytes | bytearray) -> int:
     """A place in a file: anywhere, or near its begin or end, where headers are."""
     near = min(len(raw), 200)
     where = [random.randrange(len(raw) + 1), random.randrange(near + 1)]

@@ -82,7 +82,8 @@ def use(task: Task, size: int = 8, is_checked: bool = True) -> None:
 def use_graph(graph: GraphData, dataset: str = "graph", **options: Any) -> None:
     """Make a task of a graph and use it, as the full graph and by neighborhoods."""
     options = {"undirected": False, "adjacency": "edge_index", **options}
-    for more in ({}, {"sampling": "neighbor", "fanout": (2, 2), "evaluation": "sampled"}):
+    sampled: dict[str, Any] = {"sampling": "neighbor", "fanout": (2, 2), "evaluation": "sampled"}
+    for more in ({}, sampled):
         config = GraphConfig(dataset=dataset, **options, **more)
         use(graph_task(directed(graph, config), config, 0))
 
@@ -123,7 +124,7 @@ def write_stored(folder: Path) -> None:
     ids, generator = torch.arange(40), torch.Generator().manual_seed(0)
     edges = torch.randint(40, (2, 90), generator=generator)
     data = Data(x=torch.randn(40, 3, generator=generator), edge_index=edges, y=ids % 3)
-    said = {"train": ids[::2], "val": ids[1::4], "test": ids[3::4]}
+    said: dict[str, Any] = {"train": ids[::2], "val": ids[1::4], "test": ids[3::4]}
     store(folder, data, **said)
     path = folder / "graph.json"
     more = '{"undirected": false, "num_classes": 3, "source": "a test", '
@@ -184,7 +185,7 @@ def write_edges(suffix: str, folder: Path) -> None:
 
 
 def read_edges(suffix: str, folder: Path) -> None:
-    files = {name: folder / f"{name}.npy" for name in ("x", "y", "train")}
+    files: dict[str, Any] = {name: folder / f"{name}.npy" for name in ("x", "y", "train")}
     convert(
         str(folder / f"edges{suffix}"),
         folder / "out",

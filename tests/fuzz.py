@@ -333,7 +333,7 @@ def main(first: int, last: int | None = None, *only: str) -> int:
     """Print a number, or a range's progress and summary; 1 if some input failed."""
     torch.set_num_threads(1)
     begin, failures = time.perf_counter(), []
-    counts, times = defaultdict[str, Counter[str]](Counter), Counter[str]()
+    counts, times = defaultdict[str, Counter[str]](Counter), defaultdict[str, float](float)
     behind = Counter[str]()
     numbers = range(first, first + 1 if last is None else last)
     is_alone = last is None
@@ -354,5 +354,6 @@ def main(first: int, last: int | None = None, *only: str) -> int:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    raise SystemExit(main(*map(int, given[:2]), *given[2:]))
+    start, *others = sys.argv[1:]
+    end = int(others[0]) if others else None
+    raise SystemExit(main(int(start), end, *others[1:]))

@@ -16,7 +16,7 @@ import pytest
 
 from tests import fuzz
 from tests.damage import Around, damaged
-from tests.file_kinds import Kind
+from tests.file_kinds import KINDS, Kind
 
 QUICK = ("npz", "csv", "pt", "stored graph", "hub, GNN", "moefied", "images", "predictions")
 
@@ -38,7 +38,7 @@ def test_numbers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 10_000, 1_000))
 def test_more_numbers(first: int) -> None:
-    check(range(first, first + 1_000), tuple(fuzz.KINDS))
+    check(range(first, first + 1_000), tuple(KINDS))
 
 
 def outcome_of(read: Callable[[Path], object], monkeypatch: Any) -> fuzz.Outcome:
@@ -52,7 +52,7 @@ def outcome_of(read: Callable[[Path], object], monkeypatch: Any) -> fuzz.Outcome
         if path.is_symlink() or path.read_bytes() != b"1,2":
             read(path)
 
-    monkeypatch.setitem(fuzz.KINDS, "made", Kind(write, read_damaged))
+    monkeypatch.setitem(KINDS, "made", Kind(write, read_damaged))
     ((*_, found),) = fuzz.run([1], ("made",))
     return found
 

@@ -112,7 +112,7 @@ def train_seed(
                 val, test = from_first(
                     fabric, lambda: keep_predictions(training, folder, (val, test))
                 )
-        result: Result = {
+        result: Any = {
             "seed": seed,
             "epochs": config.epochs,
             "metric": task.metric_name,

@@ -7,17 +7,17 @@ from typing import Any
 
 from experiments.train.checks import check
 from experiments.train.config import RunConfig
-from experiments.train.results import Result, Spread, Summary, environment, spread
+from experiments.train.results import Spread, Summary, environment, spread
 from experiments.train.run_folder import described
 from gmoe.metrics import PER_EXPERT
 
 
-def summarize(config: RunConfig, results: list[Result]) -> Summary:
+def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summary:
     """Mean, sample standard deviation and n over the seeds.
 
     With all that it takes to repeat the run.
     """
-    first: Mapping[str, Any] = results[0]
+    first = results[0]
     spreads = ("val", "test", "best_epoch", "seconds")
     costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")
     routings = [result["routing"] for result in results]

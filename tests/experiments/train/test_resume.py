@@ -245,7 +245,8 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     state = tmp_path / "run" / "seed-0" / "checkpoint" / "state.ckpt"
     whole = torch.load(state)
     command = ["digits-graph", *QUICK, "--seeds", "0", "--out", str(tmp_path / "run"), "--resume"]
-    for broken in (whole | {"model": {}}, whole | {"processes": []}, {}, torch.zeros(3)):
+    states: list[Any] = [whole | {"model": {}}, whole | {"processes": []}, {}, torch.zeros(3)]
+    for broken in states:
         torch.save(broken, state)
         assert f"error: {state}: cannot be read" in refused(command, capsys)
     state.write_bytes(state.read_bytes()[:100])
