@@ -10,13 +10,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -28,6 +31,7 @@ from experiments.study.advise import keep_regimes
 from experiments.study.pages import update
 from experiments.study.studies import Study, Variant
 from experiments.train import predictions
+from experiments.train.build import build_model
 from experiments.train.command import parse
 from experiments.train.data.convert import (
     SCRATCH,
@@ -40,8 +44,10 @@ from experiments.train.loop import run
 from experiments.train.presets import DIGITS_GRAPH
 from experiments.train.results import write_json
 from experiments.train.run_folder import begin, so_far
+from experiments.train.training import set_up
 from tests import faults
 from tests.experiments.command import QUICK, full_disk, refused
+from tests.experiments.made_graph import make_config, make_task
 
 LARGE = np.random.default_rng(0).standard_normal((1_000, 3))
 REPLACED: dict[str, Callable[[Path], object]] = {
@@ -112,6 +118,18 @@ def stopped_at(folder: str, number: int, call: Callable[..., Any]) -> Callable[.
         return call(path, *args)
 
     return counted
+
+
+def test_a_process_that_has_nothing_left_to_train_or_test_ends_well() -> None:
+    """As the second one does where a run was killed behind its last epoch."""
+    config = make_config(router="token_choice")
+    task = make_task(config)
+    model = build_model(config, task)
+    for is_first, ends in ((False, nullcontext()), (True, pytest.raises(RuntimeError))):
+        fabric = Fabric(accelerator="cpu", devices=1)
+        at = mock.patch.object(Fabric, "is_global_zero", is_first)
+        with at, ends, set_up(fabric, model, config, task):
+            pass
 
 
 def test_a_summary_of_fewer_seeds_is_not_that_of_more(tmp_path: Path) -> None:

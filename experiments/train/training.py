@@ -260,13 +260,24 @@ def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> I
     """
     has_experts = any(isinstance(module, Router) for module in model.modules())
     recording: AbstractContextManager[list[Routing]] = (
-        gmoe.record_routing(model) if has_experts else nullcontext([])
+        _recorded(fabric, model) if has_experts else nullcontext([])
     )
     with recording as routings, attention_kernel(fabric.device, config):
         ready, optimizer = fabric.setup(model, make_optimizer(config, model))
         steps = config.epochs * task.steps(config.batch_size)
         scheduler = LambdaLR(optimizer.optimizer, lambda step: learning_rate(config, step, steps))
         yield Training(fabric, ready, optimizer, scheduler, routings, config, task)
+
+
+@contextmanager
+def _recorded(fabric: Fabric, model: nn.Module) -> Iterator[list[Routing]]:
+    """The routings; other processes than the first have none where all epochs were done before."""
+    try:
+        with gmoe.record_routing(model) as routings:
+            yield routings
+    except RuntimeError as error:
+        if fabric.is_global_zero or not str(error).startswith("record_routing: "):
+            raise
 
 
 def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContextManager[None]:
