@@ -211,7 +211,7 @@ class DrawnMLP(nn.Module):
         }
         names = list(parts)
         if c.nested:
-            self.inner = nn.ModuleDict()
+            self.inner: Any = nn.ModuleDict()
         for place in c.order:
             name, part = names[place], parts[names[place]]
             if part is None:
@@ -329,20 +329,17 @@ def options_of(c: Config) -> dict[str, Any]:
 # The definition -----------------------------------------------------------------------------------
 
 
-def without_parameters(norm: nn.Module | None, x: Tensor) -> Tensor:
+def without_parameters(norm: Any, x: Tensor) -> Tensor:
     """A norm whose scale and shift are part of the layer behind it."""
     if norm is None:
         return x
-    if isinstance(norm, nn.RMSNorm):
-        return x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
-    centered = x - x.mean(dim=-1, keepdim=True)
-    assert isinstance(norm, nn.LayerNorm)
+    centered = x if isinstance(norm, nn.RMSNorm) else x - x.mean(dim=-1, keepdim=True)
     return centered / (centered.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
 
 
-def weights_of(experts: Any, expert: int) -> list[Tensor]:
+def weights_of(experts: Any, expert: int) -> list[Any]:
     """The weights of one expert, and its biases: first layer, last layer."""
-    found = []
+    found = list[Tensor | None]()
     for layer in ("up", "down"):
         for name in ("weight", "bias"):
             if hasattr(experts, "base"):

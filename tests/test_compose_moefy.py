@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+import gmoe
 from tests import compose_moefy
 
 CHUNK = 25
@@ -42,7 +43,7 @@ def test_a_refusal_of_a_plain_mlp_fails(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("model: got an MLP, expected another")
 
-    monkeypatch.setattr(compose_moefy.gmoe, "moefy", refuse)
+    monkeypatch.setattr(gmoe, "moefy", refuse)
     kinds = {compose_moefy.draw(number).change: compose_moefy.run(number) for number in range(40)}
     assert kinds["nothing"][0] == "failed"
     assert kinds["residual"][0] == "refused"

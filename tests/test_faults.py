@@ -59,7 +59,7 @@ REPLACED: dict[str, Callable[[Path], object]] = {
 LAST: dict[str, Callable[[Path], object]] = {
     "regimes.npy": lambda path: keep_regimes(path.parent, torch.arange(400)),
     "a.npy": lambda path: write_npy(path, np.arange(400)),
-    "x.npy": lambda path: write_features(path, np.ones((400, 2)), np.dtype(np.float32)),
+    "x.npy": lambda path: write_features(path, np.ones((400, 2)), np.dtype(np.float32), "x"),
     "source.npy": lambda path: write_edges([np.arange(800)], path.parent, 800, directed=True),
 }
 """Writers of arrays of less than 4 kB, or of such an end."""

@@ -66,6 +66,6 @@ def test_a_resolution_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object, **__: object) -> None:
         raise subprocess.CalledProcessError(1, "uv")
 
-    monkeypatch.setattr(versions.subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(subprocess.CalledProcessError):
         versions.install("oldest")

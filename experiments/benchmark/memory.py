@@ -230,7 +230,7 @@ def vit_step(router: str | None) -> Step:
     from gmoe.models.vit import ViTMoE  # torchvision, which graphs do without
 
     torch.manual_seed(0)
-    options = {"k": 8} if router == "uniform" else {}
+    options: dict[str, Any] = {"k": 8} if router == "uniform" else {}
     model: Any = ViTMoE(PIXELS, num_classes=CLASSES, router=router, **options)
     images = torch.randn(BATCH, 3, PIXELS, PIXELS)
     target = torch.randint(CLASSES, (BATCH,))
