@@ -113,14 +113,14 @@ def test_the_install_page_has_the_versions_of_the_package() -> None:
     package = (ROOT / "pyproject.toml").read_text()
     page = (DOCS / "install.md").read_text()
     for name, said in (
-        ("torch", r"torch>=([\d.]+),<2.14"),
+        ("torch", r"torch>=([\d.]+),<2.16"),
         ("PyTorch Geometric", r"torch-geometric>=([\d.]+)"),
         ("torchvision", r"torchvision>=([\d.]+)"),
         ("Python", r'requires-python = ">=([\d.]+)"'),
     ):
         least = re.findall(said, package)[0]
         assert f"| {name} | {least} " in page
-    assert "| torch | 2.10 to 2.13 |" in page
+    assert "| torch | 2.10 to 2.15 |" in page
 
 
 def test_the_citation_is_that_of_the_file() -> None:

@@ -288,8 +288,9 @@ def test_a_conv_that_says_nothing_runs_in_full_with_a_warning() -> None:
         UserWarning, match=r"TwoHops runs on the whole graph.*pass local=True"
     ) as caught:
         layer = MoEConv(TwoHops, 4, 4, num_experts=3, k=2).double()
-    # Once, and points to the line of the user
-    assert [warning.filename for warning in caught] == [__file__]
+    # Once, and points to the line of the user. On new Pythons PyG warns, too, of itself
+    ours = [warning for warning in caught if "TwoHops" in str(warning.message)]
+    assert [warning.filename for warning in ours] == [__file__]
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
 
 
