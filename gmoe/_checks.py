@@ -79,9 +79,9 @@ def check_positive(name: str, value: float) -> None:
     check(0 < value < math.inf, name, value, "a positive number")
 
 
-def in_short(error: Exception, most: int = 500) -> str:
-    """What an error says, in one line of at most so many characters: a file may be one itself."""
-    text = " ".join(str(error)[: 4 * most].split())
+def in_short(said: object, most: int = 500) -> str:
+    """What is said, in one line of at most so many characters: a file may be one long line."""
+    text = " ".join(str(said)[: 4 * most].split())
     return text if len(text) <= most else f"{text[:most]} …"
 
 

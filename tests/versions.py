@@ -59,8 +59,8 @@ def commit_of() -> str:
 
 
 def counts(output: str) -> dict[str, int]:
-    """How many tests passed, failed, ...: pytest's last line."""
-    last = output.strip().splitlines()[-1]
+    """How many tests passed, failed, ...: pytest's last line, where one error has no plural."""
+    last = output.strip().splitlines()[-1].replace("1 error,", "1 errors,")
     return {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last)}
 
 
@@ -80,6 +80,7 @@ def run(name: str, options: Sequence[str]) -> dict[str, Any]:
         "packages": {package["name"]: package["version"] for package in packages},
         "tests": counts("".join(lines)),
         "failed": [line.split(" - ")[0].split()[1] for line in lines if line.startswith("FAILED")],
+        "status": process.returncode,
         "seconds": round(time.perf_counter() - begin),
     }
 
@@ -94,7 +95,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         versions = " | ".join(found["packages"][package] for package in SHOWN)
         tests = ", ".join(
             f"{found['tests'][word]:,} {word}"
-            for word in ("passed", "failed", "skipped")
+            for word in ("passed", "failed", "errors", "skipped")
             if word in found["tests"]
         )
         lines.append(f"| {name} | {found['date']} | {found['python']} | {versions} | {tests} |")
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in names:
         install(name)
         found = run(name, options)
-        has_failed |= found["tests"].keys().isdisjoint({"passed"}) or "failed" in found["tests"]
+        has_failed |= found["status"] != 0
         if not options:
             results[name] = found
             results = {key: results[key] for key in ENVIRONMENTS if key in results}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -328,6 +330,11 @@ def unpacked(
     )
     if offline and not is_there:
         raise FileNotFoundError(advice)
+    if archive.suffix != ".zip" and not hasattr(tarfile, "data_filter"):
+        raise ValueError(
+            f"{archive}: got Python {platform.python_version()}, whose tarfile follows names that "
+            f"lead outside, expected 3.10.12, 3.11.4, or later; or unpack it to {root / folder}"
+        )
     print(
         f"{name}: unpacking {archive}"
         if is_there

@@ -242,6 +242,18 @@ def test_nothing_of_an_archive_comes_to_lie_outside_its_folder(tmp_path: Path) -
         assert not any(outside.iterdir())
 
 
+def test_a_python_that_would_follow_such_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the archive is left alone."""
+    archive = tmp_path / "imagenette2-160.tgz"
+    archive.write_bytes(b"whole")
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(ValueError, match=r"got Python .*, expected 3\.10\.12, 3\.11\.4"):
+        load_images("imagenette", tmp_path, offline=True)
+    assert archive.exists()
+
+
 def test_pacs_that_is_not_whole_is_named(tmp_path: Path) -> None:
     shutil.rmtree(write_pacs(tmp_path, count=1) / "sketch")
     with pytest.raises(FileNotFoundError, match=r"photo, sketch in none of .*pacs-64"):
