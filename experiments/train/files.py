@@ -24,8 +24,6 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from gmoe._checks import in_short
-
 T = TypeVar("T")
 MOST_COLUMNS = 20_000
 """Of a table: pandas takes four seconds for as many, and a broken file may be one long line."""
@@ -203,7 +201,10 @@ def naming(path: Path) -> Iterator[None]:
         said = str(error)
         if said.startswith(f"{path}: ") and len(said) <= LONGEST + len(str(path)):
             raise
-        why = in_short(said.removeprefix(f"{path}: "), LONGEST) or type(error).__name__
+        # As gmoe does it, whose function would import torch: commands err before they do.
+        why = " ".join(said.removeprefix(f"{path}: ")[: 4 * LONGEST].split())
+        why = why if len(why) <= LONGEST else f"{why[:LONGEST]} …"
+        why = why or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({why})") from error
 
 
