@@ -6,6 +6,7 @@ Shapes: N rows, M inner and D outer width of a product.
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable
 
 import torch
@@ -77,6 +78,7 @@ def match_width(
     """
     check_positive("target", target)
     check_counts(start=start)
+    cost = functools.cache(cost)  # the search meets its last widths again
     # 1. Double the width until it costs enough, since wide models are slow to measure. Not by
     # powers of two, where a model may have a special case (input and hidden width agree: no
     # projection).

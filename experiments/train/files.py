@@ -16,13 +16,17 @@ import re
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 MOST_COLUMNS = 20_000
@@ -48,19 +52,11 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
     Raises:
         ValueError: names the key, what it got and what is legal.
     """
-    # Not before it is needed: half a second
-    from pydantic import (
-        ConfigDict,
-        TypeAdapter,
-        ValidationError,
-    )
+    from pydantic import ValidationError  # not before it is needed: half a second
 
-    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    adapter = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]  # bare dataclasses refuse a config
+    given = text.encode() if isinstance(text, str) else text
     try:
-        return adapter.validate_json(b"[%b]" % (text.encode() if isinstance(text, str) else text))[
-            0
-        ]
+        value: T = _adapter(tuple[kind]).validate_json(b"[%b]" % given)[0]  # type: ignore[valid-type]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if "error" in first.get("ctx", {}):  # a check of the dataclass itself
@@ -68,6 +64,15 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
         where = ".".join(map(str, first["loc"][1:]))
         found = f"{where:.100}: got {first['input']!r:.80}, " if where else ""
         raise ValueError(f"{found}{first['msg'][0].lower()}{first['msg'][1:]}") from error
+    return value
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """What checks JSON of this kind: not a bare dataclass, which takes no configuration."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(kind, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
 
 def read_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:

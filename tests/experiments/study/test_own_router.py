@@ -23,8 +23,8 @@ from tests.experiments import own_parts
 from tests.experiments.command import refused
 
 SMALL = {
-    "digits": replace(DIGITS, epochs=1, hidden=16, seeds=(0, 1)),
-    "digits-graph": replace(DIGITS_GRAPH, epochs=8, hidden=8, seeds=(0, 1)),
+    "digits": replace(DIGITS, epochs=1, batch_size=256, dim=16, hidden=16, layers=2, seeds=(0, 1)),
+    "digits-graph": replace(DIGITS_GRAPH, epochs=3, hidden=8, seeds=(0, 1)),
 }
 MINE = '''
 import torch
@@ -207,7 +207,7 @@ def test_a_control_of_another_recipe_is_named_and_not_compared(
     assert stop.value.code == 1
     shown = capsys.readouterr()
     assert "digits-graph/random: results: " in shown.err
-    assert "with epochs=8, expected 1" in shown.err
+    assert "with epochs=3, expected 1" in shown.err
     assert "digits-graph: not compared with random, which is not there" in shown.out
     assert [line["minus"] for line in table("own-")] == [
         "dense, equal active FLOPs",
