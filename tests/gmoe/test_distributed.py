@@ -247,7 +247,11 @@ def counted(rank: int, size: int) -> dict[str, Any]:
 
 def compare(size: int, folder: Path) -> None:
     names = list(CASES)
-    mp.spawn(work, (size, names, str(folder)), nprocs=size)  # type: ignore[attr-defined]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # one import for all processes
+    mp.start_processes(  # type: ignore[attr-defined]
+        work, (size, names, str(folder)), nprocs=size, start_method="forkserver"
+    )
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
     with NO_NOISE:
         expected = {name: trained(name, 0, 1) for name in names}
