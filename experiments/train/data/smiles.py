@@ -131,7 +131,6 @@ def name_of(table: Path) -> str:
 def write_molecules(table: Path, name: str, folder: Path) -> Figures:
     """Write the files of a set, molecule by molecule, then the split."""
     from rdkit import Chem, rdBase
-    from rdkit.Chem.Scaffolds import MurckoScaffold
 
     found, scaffolds = Figures(name), defaultdict[str, list[int]](list)
     said = published(name)
@@ -156,12 +155,9 @@ def write_molecules(table: Path, name: str, folder: Path) -> Figures:
                 [f"{label:g}" if is_binary else label for label in labels]
             )
             mapping.writerow([*texts, smiles, row])
-            scaffold = ""
-            if is_sane:
-                scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=False)
-            else:
+            if not is_sane:
                 found.unsanitized.append((row, smiles))
-            scaffolds[scaffold].append(row)
+            scaffolds[scaffold_of(molecule)].append(row)
             found.atoms += len(node_features)
             found.bonds += len(edges)
             found.labels.append(labels)
@@ -172,7 +168,7 @@ def write_molecules(table: Path, name: str, folder: Path) -> Figures:
     with ExitStack() as stack:
         for part, members in found.split.items():
             path = folder / "split" / said["split"] / f"{part}.csv.gz"
-            _csv(path, stack).writerows([member] for member in members)
+            _csv(path, stack).writerows([member] for member in sorted(members))  # as OGB's are
     release = f"Made from {table.name} by experiments.convert, RDKit {Chem.rdBase.rdkitVersion}\n"
     (folder / f"RELEASE_v{said['version']}.txt").write_text(release)
     return found
@@ -241,6 +237,19 @@ def features_of(molecule: Any) -> tuple[list[list[int]], list[list[int]], list[l
     edges = [[bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()] for bond in bonds]
     atoms = [atom_to_feature_vector(atom) for atom in molecule.GetAtoms()]
     return edges, [bond_to_feature_vector(bond) for bond in bonds], atoms
+
+
+def scaffold_of(molecule: Any) -> str:
+    """The Bemis-Murcko scaffold without chirality: rings, and what links them.
+
+    As ``MurckoScaffoldSmiles`` gives it, but for valences, which that refuses again. When OGB split
+    HIV, RDKit took four molecules that today's does not.
+    """
+    from rdkit import Chem
+
+    scaffold = Chem.MurckoDecompose(molecule)
+    scaffold.UpdatePropertyCache(strict=False)
+    return str(Chem.MolToSmiles(scaffold, isomericSmiles=False))
 
 
 def scaffold_split(groups: Iterable[list[int]], count: int) -> dict[str, list[int]]:

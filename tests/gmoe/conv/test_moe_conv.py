@@ -364,7 +364,7 @@ def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("start", ["shared", "copies"])
+@pytest.mark.parametrize("start", ["shared", pytest.param("copies", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("conv", "kwargs"),
     [

@@ -15,13 +15,20 @@ from tests.experiments.molecule_data import TEN, write_table
 
 without_update_check()
 Chem = pytest.importorskip("rdkit.Chem")
+MurckoScaffold = pytest.importorskip("rdkit.Chem.Scaffolds.MurckoScaffold")
 
 from ogb.graphproppred import PygGraphPropPredDataset  # noqa: E402
 from ogb.utils import smiles2graph  # noqa: E402
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr  # noqa: E402
 from torch_geometric.data.storage import GlobalStorage  # noqa: E402
 
-from experiments.train.data.smiles import molecules, name_of, scaffold_split  # noqa: E402
+from experiments.train.data.smiles import (  # noqa: E402
+    molecules,
+    name_of,
+    parsed,
+    scaffold_of,
+    scaffold_split,
+)
 
 BROKEN = len(TEN) - 1
 """The row of the molecule that RDKit does not sanitize."""
@@ -77,12 +84,25 @@ def test_scaffolds_stay_together_and_the_largest_train(root: Path) -> None:
     assert sorted(torch.cat([*split.values()]).tolist()) == list(range(10))
     rest = {*split["valid"].tolist(), *split["test"].tolist()}
     assert rest == {4, 8}  # pyridine and naphthalene, of which there is one each
+    assert all(rows.tolist() == sorted(rows.tolist()) for rows in split.values())
     groups = [[5], [0, 1, 2, 3], [4], [6, 7], [8], [9]]
     assert scaffold_split(groups, 10) == {
         "train": [0, 1, 2, 3, 6, 7, 9, 8],
         "valid": [5],
         "test": [4],
     }
+
+
+def test_a_scaffold_is_rdkits_and_does_not_ask_for_valences() -> None:
+    """Of the molecules of HIV that RDKit does not sanitize today, OGB's RDKit took some."""
+    for smiles in list(TEN)[:BROKEN]:
+        molecule = parsed(smiles, 0)[0]
+        expected = MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=False)
+        assert scaffold_of(molecule) == expected
+    molecule = parsed(list(TEN)[BROKEN], 0)[0]
+    assert scaffold_of(molecule) == "c1ccc([B-2]2(c3ccccc3)=NCCO2)cc1"  # without the two methyls
+    with pytest.raises(Chem.AtomValenceException):
+        MurckoScaffold.MurckoScaffoldSmiles(mol=molecule)
 
 
 def test_gaps_of_several_labels_and_numbers_are_kept(tmp_path: Path) -> None:
