@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from gmoe import GNNMoE, Graph, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, build_router, moefy
 from gmoe.routers import ROUTERS
 from tests.contract import CASES, graph_breaks, opened
+from tests.torch_versions import COMPILES_GRAPHS
 
 WIDTH = 8
 SIZES = (30, 37, 50, 64, 101, 33, 77)
@@ -270,6 +271,7 @@ SLOW = pytest.mark.slow
         pytest.param("GAT, shared", marks=SLOW),
     ],
 )
+@COMPILES_GRAPHS
 def test_a_layer_is_one_graph(name: str) -> None:
     assert_is_one_graph(name, "aot_eager", SIZES[:2], near=0)
 
@@ -284,6 +286,7 @@ QUICK_WITHOUT_GRADIENTS = ("GCN", "SAGE", "SAGE, shared", "GATv2")
         for name in layers("yes")
     ],
 )
+@COMPILES_GRAPHS
 def test_without_gradients_a_layer_is_one_graph_of_few_nodes_and_of_many(name: str) -> None:
     """As a server calls it; of many nodes, rows of all experts move at once."""
     layer = made(name).eval()
@@ -301,6 +304,7 @@ def test_the_page_has_every_row() -> None:
 
 
 @pytest.mark.parametrize("name", QUICK)
+@COMPILES_GRAPHS
 def test_some_breaks_are_those_of_the_page(name: str) -> None:
     (expected,) = (of_row(row)[name] for row in ROWS if name in of_row(row))
     assert breaks(name) == expected
@@ -308,12 +312,14 @@ def test_some_breaks_are_those_of_the_page(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
+@COMPILES_GRAPHS
 def test_breaks_are_those_of_the_page(row: str) -> None:
     expected = of_row(row)
     assert {name: breaks(name) for name in expected} == expected
 
 
 @pytest.mark.slow
+@COMPILES_GRAPHS
 def test_breaks_of_the_contracts_cases_are_those_of_the_page() -> None:
     page = {row.split()[0]: breaks for row, (_, breaks, _) in table().items()}
     cases = {case.name: case for case in CASES}
@@ -325,6 +331,7 @@ def test_breaks_of_the_contracts_cases_are_those_of_the_page() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("name", layers("yes"))
+@COMPILES_GRAPHS
 def test_every_layer_is_one_graph_of_any_size(name: str, prepared: bool) -> None:
     assert_is_one_graph(name, "aot_eager", SIZES, near=0, prepared=prepared)
     assert graphs_made() <= 1 + 3  # compiled again three times at most
@@ -332,6 +339,7 @@ def test_every_layer_is_one_graph_of_any_size(name: str, prepared: bool) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", layers("compiled anew for each size"))
+@COMPILES_GRAPHS
 def test_some_layers_are_one_graph_of_one_size(name: str) -> None:
     assert_is_one_graph(name, "aot_eager", SIZES[:3], near=0)
     assert graphs_made() == 3
@@ -349,6 +357,7 @@ def test_convs_that_run_one_by_one_are_refused_where_one_graph_is_asked_for(name
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", layers("yes"))
+@COMPILES_GRAPHS
 def test_inductor_takes_every_layer_whole(name: str) -> None:
     assert_is_one_graph(name, "inductor", SIZES[:2], near=2e-5)  # it draws the same noise, too
 
@@ -368,6 +377,7 @@ def test_a_vit_of_timm_is_one_graph() -> None:
 
 
 @pytest.mark.parametrize("name", ["GCN", "GCN, shared"])
+@COMPILES_GRAPHS
 def test_a_graph_that_is_given_again_is_not_compiled_again(name: str) -> None:
     layer = made(name)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
@@ -391,6 +401,7 @@ def test_compiled_sums_follow_what_was_changed_in_place(name: str) -> None:
     torch.testing.assert_close(compiled(x, graph), layer(x, edge_index, **given))
 
 
+@COMPILES_GRAPHS
 def test_edges_outside_the_nodes_are_refused_in_compiled_code() -> None:
     layer = made("GCN")
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

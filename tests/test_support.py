@@ -34,6 +34,7 @@ from tests import contract
 from tests.contract import CASES, METADATA, Case, outcome, rows, run
 from tests.gmoe.conv.test_pyg import Two
 from tests.test_contract import assert_compiles
+from tests.torch_versions import COMPILES_GRAPHS, EXPORTS_GRAPHS
 
 LAYERS = {
     "`MoE`": ["MoE token_choice"],
@@ -43,6 +44,7 @@ LAYERS = {
     "`HeteroGNNMoE`": ["HeteroGNNMoE target"],
 }
 """The columns, and the cases of the contract that stand for each."""
+GRAPHS = ("`MoEConv`", "`GNNMoE`", "`HeteroGNNMoE`")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"),
@@ -362,6 +364,9 @@ def cells() -> Iterator[Any]:
         is_implied = said == "yes" == says.get((STRONGER.get(row, ""), column))
         is_long = row.startswith("ONNX") and column not in ("`MoE`", "`MoEConv`")
         marks = [pytest.mark.slow] * (is_implied or is_long)
+        if column in GRAPHS:
+            marks += [COMPILES_GRAPHS] * row.startswith("`torch.compile")
+            marks += [EXPORTS_GRAPHS] * row.startswith("ONNX")
         if said != "–":
             yield pytest.param(row, column, marks=marks, id=f"{row}-{column}")
 

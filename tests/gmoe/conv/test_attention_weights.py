@@ -21,6 +21,7 @@ from tests.gmoe.conv.masked import (
     simple_graph,
     weights,
 )
+from tests.torch_versions import COMPILES_GRAPHS
 
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH, EXPERTS = 4, 3
@@ -174,6 +175,7 @@ def test_weights_are_those_without_an_explainers_mask() -> None:
     assert_close(found, before)
 
 
+@COMPILES_GRAPHS
 def test_compiled_layers_return_the_same_weights() -> None:
     torch.compiler.reset()
     moe, x = layer("gat", heads=2).eval(), features(NODES, WIDTH)
