@@ -166,19 +166,15 @@ def test_a_row_is_compared_with_its_controls_seed_by_seed(
     assert r"digits-graph ($n = 2$) & $" in latex.read_text()
 
 
-def test_tokens_may_compete(sweep: Callable[..., None]) -> None:
-    sweep("--router", "mine.py:Greedy")
-    routing = cell("own-Greedy-????????")["routing"]
-    assert routing[0]["coverage"]["mean"] < 0.1
-    assert len(table("own-Greedy-")) == 3
-
-
 def test_what_is_there_is_not_trained_again(
     sweep: Callable[..., None], trained: list[str], capsys: Any
 ) -> None:
+    """Of a router whose tokens compete."""
     sweep("--rows", "dense-flops", "token-choice")
     trained.clear()
     sweep("--router", "mine.py:Greedy")
+    assert cell("own-Greedy-????????")["routing"][0]["coverage"]["mean"] < 0.1
+    assert len(table("own-Greedy-")) == 3
     rows = ("own-Greedy", "random", "own-Greedy-dense-flops")
     assert trained == [f"{row} {seed}" for row in rows for seed in (0, 1)]
     trained.clear()

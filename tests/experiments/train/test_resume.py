@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments.train import checkpoint
 from experiments.train.command import main, parse
 from experiments.train.config import PAPERS, RunConfig
 from experiments.train.data.task import Task
@@ -93,17 +96,31 @@ def test_a_run_stopped_three_times_equals_one_in_one_go(
     assert_same(tmp_path / "whole", cut)
 
 
-@pytest.mark.parametrize(
-    ("number", "workers"),
-    [(signal.SIGKILL, 0), pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow)],
-)
-def test_a_process_that_is_killed_or_stopped_from_the_keyboard(
+def test_a_process_that_is_killed_loses_a_minute_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0)  # between two of them, in place of 60
+    args = ["images", *QUICK, "--seeds", "0", *TINY.split()]
+    args += ["--data-root", str(write_images(tmp_path / "data"))]
+    process = multiprocessing.get_context("fork").Process(
+        target=main, args=([*args, "--out", str(tmp_path / "cut")],)
+    )
+    process.start()
+    wait_for_checkpoint(tmp_path / "cut", process.is_alive)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    main([*args, "--out", str(tmp_path / "cut"), "--resume"])
+    main([*args, "--out", str(tmp_path / "whole")])
+    assert_same(tmp_path / "whole", tmp_path / "cut", exact=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGKILL, 0), (signal.SIGINT, 2)])
+def test_a_command_that_is_killed_or_stopped_from_the_keyboard(
     number: int, workers: int, tmp_path: Path
 ) -> None:
-    """SIGKILL loses a minute at most.
-
-    Ctrl-C in a terminal reaches the processes that load images too.
-    """
+    """Ctrl-C in a terminal reaches the processes that load images too."""
     args = ["images", *QUICK, "--seeds", "0", *TINY.split(), "--workers", str(workers)]
     args += ["--data-root", str(write_images(tmp_path / "data"))]
     code = (
@@ -113,10 +130,7 @@ def test_a_process_that_is_killed_or_stopped_from_the_keyboard(
     process = subprocess.Popen(
         command, cwd=Path(__file__).parents[3], start_new_session=True, stderr=subprocess.PIPE
     )
-    state = tmp_path / "cut" / "seed-0" / "checkpoint" / "state.ckpt"
-    give_up = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < give_up:
-        time.sleep(0.01)
+    wait_for_checkpoint(tmp_path / "cut", lambda: process.poll() is None)
     os.killpg(process.pid, number)
     _, error = process.communicate()
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
@@ -125,6 +139,14 @@ def test_a_process_that_is_killed_or_stopped_from_the_keyboard(
     main([*args, "--out", str(tmp_path / "cut"), "--resume"])
     main([*args, "--out", str(tmp_path / "whole")])
     assert_same(tmp_path / "whole", tmp_path / "cut", exact=False)
+
+
+def wait_for_checkpoint(run: Path, is_alive: Callable[[], bool]) -> None:
+    """Of the first seed, as long as its process lives."""
+    state = run / "seed-0" / "checkpoint" / "state.ckpt"
+    give_up = time.monotonic() + 120
+    while not state.exists() and is_alive() and time.monotonic() < give_up:
+        time.sleep(0.01)
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
