@@ -30,26 +30,48 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler prints when it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """Where and how long to measure."""
+class Measurement:
+    """Where to measure, and where to write it."""
 
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     """Device."""
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
-    repeats: int = 7
-    """Timed runs of each variant."""
     json: Path | None = None
     """Where to write the figures."""
 
     def run(self) -> dict[str, Any]:
         """Measure, write the figures if there is where to, and return those of each variant."""
         seed_everything(0)
-        check_counts(repeats=self.repeats)
         found = self.measured()
         if self.json is not None:
             write_json(self.json, self.content(found))
         return found
+
+    def measured(self) -> dict[str, Any]:
+        """The figures of each variant."""
+        raise NotImplementedError
+
+    def content(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The content of the file."""
+        settings = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("json", "data_root", "folder")
+        }
+        return {"config": settings, "variants": found, "environment": environment()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Measurement):
+    """Variants that are timed in turns."""
+
+    repeats: int = 7
+    """Timed runs of each variant."""
+
+    def run(self) -> dict[str, Any]:
+        check_counts(repeats=self.repeats)
+        return super().run()
 
     def measured(self) -> dict[str, Any]:
         """By variant ``wall`` and ``cpu``, see :func:`take_turns`; ``flops`` of one run;
@@ -85,15 +107,6 @@ class Benchmark:
         The first of each group is what the others are compared with.
         """
         raise NotImplementedError
-
-    def content(self, found: dict[str, Any]) -> dict[str, Any]:
-        """The content of the file."""
-        settings = {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in ("json", "data_root", "folder")
-        }
-        return {"config": settings, "variants": found, "environment": environment()}
 
 
 def take_turns(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 
 from experiments.benchmark.layers import power_law_graph
-from experiments.benchmark.measure import Benchmark, Step, peak_bytes
+from experiments.benchmark.measure import Measurement, Step, peak_bytes
 from experiments.train.data.convert import convert
 from gmoe import ROUTERS, GNNMoE, Graph, MoEConv, StoredGraph, aux_loss
 from gmoe._checks import check_choice, check_counts, check_positive
@@ -38,7 +38,7 @@ Row = Literal["kinds", "routers", "vit", "inference", "conversion"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryBenchmark(Benchmark):
+class MemoryBenchmark(Measurement):
     """The peak of the process's resident memory over one step, beside the most that tensors hold
     at once in such a step. Each variant has a process of its own, and torch's default allocator.
 
@@ -96,7 +96,7 @@ class MemoryBenchmark(Benchmark):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeBenchmark(Benchmark):
+class ServeBenchmark(Measurement):
     """Threads that serve one model for minutes: what the process holds meanwhile.
 
     Each call is of a random graph of another size, without gradients, of two GCN or SAGE layers
