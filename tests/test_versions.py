@@ -30,6 +30,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     page = "before\n<!-- versions -->\nold\n<!-- end -->\nafter\n<!-- end -->\n"
     (tmp_path / "page.md").write_text(page)
     packages = [{"name": name, "version": "1.2"} for name in versions.SHOWN]
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take longer than the tests
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     monkeypatch.setattr(versions, "FILE", tmp_path / "found.json")
     monkeypatch.setattr(versions, "PAGE", tmp_path / "page.md")

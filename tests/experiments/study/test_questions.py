@@ -97,21 +97,51 @@ def hidden(draw: np.random.Generator) -> Nodes:
     return several_rules(draw, 0.5)
 
 
+@pytest.fixture
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as tell what is plain."""
+    monkeypatch.setattr(questions, "SPLITS", 3)
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "choices"),
     [
-        pytest.param(make, kind, choices, id=name, marks=pytest.mark.slow if is_slow else ())
-        for name, make, kind, choices, is_slow in (
-            ("regimes", in_places, "rules", {"positions", "rule", "evidence"}, False),
-            ("hidden-regimes", hidden, "nothing", {None}, True),
-            ("labels", labels_of_small_groups, "inputs", {"labels"}, True),
-            ("reverse-edges", class_of_those_with_a_common_target, "inputs", {"reverse"}, False),
-            ("walked", ancestors_of_three_steps, "inputs", {"walked"}, True),
-            ("width", bent_rule, "width", {None}, True),
-        )
+        pytest.param(in_places, "rules", {"positions", "rule", "evidence"}, id="regimes"),
+        pytest.param(
+            class_of_those_with_a_common_target, "inputs", {"reverse"}, id="reverse-edges"
+        ),
+    ],
+)
+def test_what_is_plain_is_answered(
+    make: Callable[[np.random.Generator], Nodes],
+    kind: str,
+    choices: set[str | None],
+    few_splits: None,
+) -> None:
+    assert_answers(make, kind, choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "kind", "choices"),
+    [
+        pytest.param(in_places, "rules", {"positions", "rule", "evidence"}, id="regimes"),
+        pytest.param(hidden, "nothing", {None}, id="hidden-regimes"),
+        pytest.param(labels_of_small_groups, "inputs", {"labels"}, id="labels"),
+        pytest.param(
+            class_of_those_with_a_common_target, "inputs", {"reverse"}, id="reverse-edges"
+        ),
+        pytest.param(ancestors_of_three_steps, "inputs", {"walked"}, id="walked"),
+        pytest.param(bent_rule, "width", {None}, id="width"),
     ],
 )
 def test_the_answer_is_what_was_planted(
+    make: Callable[[np.random.Generator], Nodes], kind: str, choices: set[str | None]
+) -> None:
+    assert_answers(make, kind, choices)
+
+
+def assert_answers(
     make: Callable[[np.random.Generator], Nodes], kind: str, choices: set[str | None]
 ) -> None:
     answer = Survey(make(np.random.default_rng(7))).answer()
@@ -123,7 +153,7 @@ def test_the_answer_is_what_was_planted(
         assert torch.minimum(even, odd).sum() < 0.1 * COUNT
 
 
-def test_two_classes_are_judged_by_the_area_under_the_roc_curve() -> None:
+def test_two_classes_are_judged_by_the_area_under_the_roc_curve(few_splits: None) -> None:
     given = bent_rule(np.random.default_rng(9), count=1_000)
     answer = Survey(replace(given, metric="roc_auc")).answer()
     assert answer.kind == "width"
@@ -136,7 +166,10 @@ def no_edges() -> Answer:
     draw = np.random.default_rng(10)
     x = draw.standard_normal((600, 5))
     none = np.zeros((2, 0), np.int64)
-    return Survey(nodes(x, none, (x @ draw.standard_normal((5, 3))).argmax(axis=1), 5)).answer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(questions, "SPLITS", 3)
+        given = nodes(x, none, (x @ draw.standard_normal((5, 3))).argmax(axis=1), 5)
+        return Survey(given).answer()
 
 
 def test_without_edges_only_features_are_asked_about(no_edges: Answer) -> None:

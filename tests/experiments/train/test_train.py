@@ -221,7 +221,12 @@ def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero"})
+    "preset",
+    [
+        # ToxCast has 617 labels, of which ogb judges one after the other
+        pytest.param(preset, marks=[pytest.mark.slow] * (preset == "ogbg-moltoxcast"))
+        for preset in sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero"})
+    ],
 )
 def test_every_preset_runs_on_tiny_files(
     preset: str, tmp_path: Path, ogb_root: Path, monkeypatch: pytest.MonkeyPatch
