@@ -45,7 +45,7 @@ MAINS = {name: command.main for name, command in COMMANDS.items()}
         ("train digits --balance-coeff=3", "--balance-coef {None}|FLOAT"),
         ("train digit", "preset: got 'digit', expected one of digits, cifar10"),
         ("train digit", "did you mean 'digits'?"),
-        ("train digits more", "more ──"),
+        ("train digits more", " more "),
         ("train cora --router dense --compare", "compare: got router='dense'"),
         ("train digits --lr nan", "lr: got nan, expected a finite number"),
         ("sweep mosaik", "study: got 'mosaik', expected one of mosaic, digits"),
