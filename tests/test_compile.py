@@ -118,7 +118,7 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
 }
 """The layers of each row of the table in ``docs/support.md``, in training."""
 
-QUICK = ("GCN, capacity", "GATv2", "GATv2, shared")
+QUICK = ("GCN, capacity", "GATv2")
 """Layers whose breaks are counted in the default suite."""
 
 SHARED = ", shared"

@@ -93,6 +93,10 @@ def assert_compiles(
         assert_alike(train(twin, case.call(groups), compiled), train(layer, case.call(groups)))
 
 
+QUICK_TO_COMPILE = ("MoE token_choice", "MoE linear")
+"""Cases that the default tests compile as one graph."""
+
+
 def assert_compiles_whole(case: Case, backend: str) -> None:
     """The same in one graph."""
     import torch._inductor.config as inductor  # slow to import
@@ -102,7 +106,14 @@ def assert_compiles_whole(case: Case, backend: str) -> None:
         assert_compiles(case, backend=backend, fullgraph=True)
 
 
-@pytest.mark.parametrize("case", named(*UNBROKEN), ids=label)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.name in QUICK_TO_COMPILE else pytest.mark.slow)
+        for case in named(*UNBROKEN)
+    ],
+    ids=label,
+)
 def test_compiles_in_one_graph(case: Case) -> None:
     assert_compiles_whole(case, "aot_eager")
 

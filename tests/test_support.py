@@ -358,11 +358,11 @@ STRONGER = {
 
 
 def cells() -> Iterator[Any]:
-    """The cells to test: by default not what another implies, nor whole models in ONNX."""
+    """The cells to test: by default not what another implies, and of ONNX one layer."""
     says = table()
     for (row, column), said in says.items():
         is_implied = said == "yes" == says.get((STRONGER.get(row, ""), column))
-        is_long = row.startswith("ONNX") and column not in ("`MoE`", "`MoEConv`")
+        is_long = row.startswith("ONNX") and column != "`MoE`"
         marks = [pytest.mark.slow] * (is_implied or is_long)
         if column in GRAPHS:
             marks += [COMPILES_GRAPHS] * row.startswith("`torch.compile")

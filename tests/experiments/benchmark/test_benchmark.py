@@ -89,10 +89,11 @@ def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[
         ),
         (f"{ROUTER} --layer conv", "layer, random K=1", ["router, random K=1"]),
         (VOTE, "GATConv", ["AttentionVote, neighbors", "naive votes", "AttentionVote, group"]),
-        (
+        pytest.param(
             f"{VIT} --bf16",
             "dense",
             ["loop with nonzero", "loop", "padded", "grouped", "with a shared expert"],
+            marks=pytest.mark.slow,
         ),
         ("molecules", "dense", ["MoEConv"]),
     ],
