@@ -1,10 +1,12 @@
 """Histories: whatever befell a model, it computes what a new one does that has its state.
 
 Hypothesis draws a model and what befalls it, in any order: training steps, evaluation, calls
-without gradients, copies, pickles, saving and loading, frozen parts, other precision, fewer
-experts, another graph, and features, weights or edges that change in place. The reference
-remembers nothing: a model that is built for one call, from the arguments and the ``state_dict``,
-on copies of the inputs and plain edges. Outputs, gradients and what is counted have to be equal.
+without gradients, copies, pickles, saving and loading, frozen parts, other precision, experts that
+are pruned, folded, unstacked and stacked again, layers that are made dense, another graph, and
+features, weights or edges that change in place. The reference remembers nothing: a model that is
+built for one call, from the arguments and the ``state_dict``, on copies of the inputs and plain
+edges; once the arguments no longer say what the model is, from what ``gmoe.save`` writes. Outputs,
+gradients and what is counted have to be equal.
 So what a model or its graph keeps from call to call has to follow from what is there now.
 
 Both machines fail where a repair of ``tests/compose.md`` is taken out: see
@@ -39,6 +41,7 @@ from torch import Tensor, nn
 import gmoe
 from gmoe import GNNMoE, Graph, ViTMoE
 from gmoe.conv.kept import KeptResult
+from gmoe.moe import MoELayer
 from gmoe.routers.balance import BalancedRouter
 
 EXPERTS, WIDTH, CLASSES = 4, 4, 3
@@ -71,8 +74,10 @@ class History(RuleBasedStateMachine):
     x: Tensor
     looks_away = 0
     """Rules until the next comparison."""
-    has_fewer = False
-    """Experts were pruned."""
+    is_pruned = False
+    is_unstacked = False
+    is_rebuilt = False
+    """Its parameters are no longer those of a model of the same arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +154,7 @@ class History(RuleBasedStateMachine):
         self.model = pickle.loads(pickle.dumps(self.model))
 
     @rule(in_place=st.booleans())
-    @precondition(lambda self: not self.has_fewer)
+    @precondition(lambda self: not self.is_rebuilt)
     def load_the_state(self, in_place: bool) -> None:
         """Of a file, into the model itself or a new one."""
         file = io.BytesIO()
@@ -161,7 +166,7 @@ class History(RuleBasedStateMachine):
         self.model.load_state_dict(state)
 
     @rule(seed=SEEDS)
-    @precondition(lambda self: not self.has_fewer)
+    @precondition(lambda self: not self.is_rebuilt)
     def load_other_weights(self, seed: int) -> None:
         """Of a model that was drawn anew."""
         torch.manual_seed(seed)
@@ -170,7 +175,7 @@ class History(RuleBasedStateMachine):
         self.model.load_state_dict(other.state_dict())
 
     @rule()
-    @precondition(lambda self: not self.has_fewer)
+    @precondition(lambda self: not self.is_rebuilt)
     def save_and_load_by_the_hub(self) -> None:
         """As ``save_pretrained`` and ``from_pretrained`` do."""
         with tempfile.TemporaryDirectory() as folder:
@@ -196,11 +201,44 @@ class History(RuleBasedStateMachine):
         self.x = self.x.detach().to(dtype).requires_grad_(self.x.requires_grad)
 
     @rule(seed=SEEDS)
-    @precondition(lambda self: not self.has_fewer)
+    @precondition(lambda self: not self.is_pruned and not self.is_unstacked and self.has_experts())
     def prune(self, seed: int) -> None:
         """Take experts away, once."""
         gmoe.prune(self.model, self.data(), keep=0.5 + seed / 4000)
-        self.has_fewer = True
+        self.is_pruned = self.is_rebuilt = True
+
+    @rule()
+    def fold(self) -> None:
+        """Make experts independent that share a base."""
+        with self.same_outputs():
+            self.model = gmoe.fold(self.model)
+        self.is_rebuilt = True
+
+    @rule()
+    def unstack(self) -> None:
+        """Give each expert linear layers of its own."""
+        with self.same_outputs():
+            self.model = gmoe.unstack(self.model)
+        self.is_unstacked = self.is_rebuilt = True
+
+    @rule()
+    @precondition(lambda self: self.is_unstacked)
+    def restack(self) -> None:
+        """And stack them again."""
+        with self.same_outputs():
+            self.model = gmoe.restack(self.model)
+        self.is_unstacked = False
+
+    @rule(tolerance=st.sampled_from([None, 0.5, 10.0]))
+    @precondition(lambda self: not self.is_unstacked and self.has_experts())
+    def densify(self, tolerance: float | None) -> None:
+        """Make layers dense whose experts are equal; with data also those that are worth little."""
+        if tolerance is None:
+            with self.same_outputs():
+                self.model = gmoe.densify(self.model).model
+        else:
+            self.model = gmoe.densify(self.model, self.data(), tolerance=tolerance).model
+        self.is_rebuilt = True
 
     @rule(seed=SEEDS)
     def change_features(self, seed: int) -> None:
@@ -236,16 +274,36 @@ class History(RuleBasedStateMachine):
 
     def saved_and_loaded(self) -> Any:
         """The model through a folder, made of a new one."""
+        stacked = gmoe.restack(copy.deepcopy(self.model)) if self.is_unstacked else self.model
         with tempfile.TemporaryDirectory() as folder:
-            gmoe.save(self.model, folder)
-            return gmoe.load(folder, base=self.build())
+            gmoe.save(stacked, folder)
+            loaded = gmoe.load(folder, base=self.build())
+        return gmoe.unstack(loaded) if self.is_unstacked else loaded
 
     def new(self) -> Any:
         """A new model of the same state."""
         state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        other = self.like_it(self.saved_and_loaded() if self.has_fewer else self.build())
+        other = self.like_it(self.saved_and_loaded() if self.is_rebuilt else self.build())
         other.load_state_dict(state)
         return other
+
+    def has_experts(self) -> bool:
+        """False once all layers are dense."""
+        return any(isinstance(module, MoELayer) for module in self.model.modules())
+
+    @contextmanager
+    def same_outputs(self) -> Iterator[None]:
+        """What is done inside leaves the outputs in evaluation as they were."""
+        before = self.evaluated()
+        yield
+        difference = (self.evaluated() - before).abs().max().item()
+        assert difference <= TOLERANCE[before.dtype] * (1 + before.abs().max().item())
+
+    def evaluated(self) -> Tensor:
+        """The outputs in evaluation, of a copy: nothing is kept of the call."""
+        with torch.no_grad():
+            outputs: Tensor = copy.deepcopy(self.model).eval()(*self.inputs(fresh=True))
+        return outputs
 
     def clear(self) -> None:
         """Forget gradients."""
