@@ -100,7 +100,12 @@ GRAPHS: dict[str, Make] = {
         conv, "gcn", router_input=("node", "neighbors", "degree"), k=2
     ),
 }
-CASES = {**TOKENS, **GROUPS, **IMAGES, **GRAPHS}
+WEIGHTED: dict[str, Make] = {
+    f"GNNMoE, gcn, weights, {start}": partial(gnn, conv="gcn", start=start)
+    for start in ("copies", "shared")
+}
+"""Graphs with edge weights and two loops at each node, of which GCN takes the last one's weight."""
+CASES = {**TOKENS, **GROUPS, **IMAGES, **GRAPHS, **WEIGHTED}
 SHORT = (
     "MoE, token_choice, K=2",
     "ViTMoE, expert_choice",
@@ -109,6 +114,7 @@ SHORT = (
     "GNNMoE, sage, shared, K=2",
     "MoEConv, gin, copies, K=2",
     "MoEConv, gat, shared, K=2",
+    "GNNMoE, gcn, weights, copies",
 )
 """Cases of the default suite; the others are slow together."""
 
@@ -135,6 +141,10 @@ def call(name: str, index: int) -> Args:
     nodes, edges = SIZES[index]
     if name in GRAPHS:
         return torch.randn(nodes, WIDTH), torch.randint(nodes, (2, edges))
+    if name in WEIGHTED:
+        loops = torch.arange(nodes).expand(2, nodes)
+        edge_index = torch.cat([loops, torch.randint(nodes, (2, edges)), loops.flip(1)], dim=1)
+        return torch.randn(nodes, WIDTH), edge_index, torch.rand(edges + 2 * nodes)
     if name in TOKENS:
         return (torch.randn(nodes, WIDTH),)
     if name in GROUPS:

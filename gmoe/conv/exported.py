@@ -16,11 +16,13 @@ from torch import Tensor
 def sort_edges(
     sender: Tensor, receiver: Tensor, num_receivers: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row pointers, senders, receivers and order of the edges by receiver, in any order of equals.
+    """Row pointers, senders, receivers and order of the edges by receiver; equals stay in order.
 
-    ONNX has no stable sort.
+    ONNX has no stable sort, so that what is sorted has no equals.
     """
-    order = receiver.argsort()
+    number = receiver.size(0)
+    place = torch.arange(number, device=receiver.device)
+    order = (receiver * number + place).argsort()
     ends_R = counts(receiver, num_receivers).cumsum(0)
     ptr = torch.cat([ends_R.new_zeros(1), ends_R])
     return ptr, sender.index_select(0, order), receiver.index_select(0, order), order
