@@ -128,6 +128,11 @@ def route_nodes(
     """
     if "graph" not in parts:
         return router(seen_TD, batch, edge_index)
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "torch.export: got router_input='graph', expected a router that sees nodes: how many "
+            "graphs there are follows the data"
+        )
     if not router.by_token:
         raise ValueError(
             f"router_input: got 'graph' with {type(router).__name__}, expected a router in which "
