@@ -154,14 +154,16 @@ def link_neighbor_loader(
         edge_label: (L, ...) their labels (default ``None``).
         batch_size: links in a batch (default 1), negative ones not counted.
         replace: draw neighbors with replacement (default ``False``).
-        neg_sampling: ``"binary"`` adds a negative link for each (label 0; positive ones have 1, or
-            their own label plus 1), ``"triplet"`` a negative destination; PyG's
-            ``NegativeSampling`` also says how many, and of which nodes. Some may be links in truth.
-            ``None`` (default) adds none.
+        neg_sampling: ``"binary"`` adds a negative link for each, of label 0; ``"triplet"`` a
+            negative destination; PyG's ``NegativeSampling`` also says how many, and of which nodes.
+            Some may be links in truth. ``None`` (default) adds none. Beside label 0, links have 1;
+            of your own labels, those that begin at 0 are raised by 1, and those that begin above
+            stay.
         disjoint: sample a subgraph for each end of each link; ``batch.batch`` is the number of the
             link (default ``False``).
         time_attr: the name of the times of nodes or edges; see :func:`neighbor_loader`. Negative
-            ends are nodes that are not later than their link, if nodes have times.
+            ends are nodes that are not later than their link, if nodes have times, and such a node
+            exists.
         edge_label_time: (L,) the time of each link; needed with ``time_attr``.
         temporal_strategy: see :func:`neighbor_loader`.
         backend: see :func:`neighbor_loader`; of PyG it is the ``LinkNeighborLoader``.
@@ -194,13 +196,20 @@ def link_neighbor_loader(
         got = f"time_attr={time_attr!r} and {described(edge_label_time)}"
         raise ValueError(f"edge_label_time: got {got}, expected both or neither")
     for name, values in (("edge_label", edge_label), ("edge_label_time", edge_label_time)):
-        if values is not None and len(values) != links.size(1):
+        if values is None:
+            continue
+        if not isinstance(values, Tensor) or len(values) != links.size(1):
             got = described(values)
-            raise ValueError(f"{name}: got {got}, expected one of each of {links.size(1)} links")
+            raise ValueError(
+                f"{name}: got {got}, expected a tensor, one of each of {links.size(1)} links"
+            )
+    negatives = NegativeSampling.cast(neg_sampling)
+    if negatives is not None and negatives.is_binary() and edge_label is not None:
+        edge_label = _beside_negatives(edge_label)
     kwargs |= {"edge_label": edge_label, "edge_label_time": edge_label_time}
     # PyG takes links of a homogeneous graph in memory by themselves, all others with their type.
     kwargs["edge_label_index"] = links if isinstance(data, Data) else (kind, links)
-    kwargs |= {"neg_sampling": neg_sampling, "batch_size": batch_size}
+    kwargs |= {"neg_sampling": negatives, "batch_size": batch_size}
     options = _sampling(replace, disjoint, time_attr, temporal_strategy)
     if _is_pygs(backend, data):
         return LinkNeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
@@ -277,6 +286,19 @@ def _ids(nodes: object, num_nodes: int) -> Tensor:
     if nodes is None:
         nodes = torch.arange(num_nodes)
     return node_index("input_nodes", nodes, num_nodes)
+
+
+def _beside_negatives(edge_label: Tensor) -> Tensor | None:
+    """Labels of links beside negative ones, whose label is 0; PyG raises those that begin at 0."""
+    if not len(edge_label):
+        return None  # of no links, PyG would look for the least
+    least = edge_label.min()
+    if least < 0:
+        raise ValueError(
+            f"edge_label: got {least.item()}, expected labels of at least 0, since 0 is that of "
+            "negative links (binary)"
+        )
+    return edge_label
 
 
 def _links(data: Graphs, links: Any) -> tuple[EdgeType | None, Tensor]:

@@ -25,7 +25,7 @@ from torch_geometric.sampler import (
 from torch_geometric.sampler.neighbor_sampler import edge_sample, node_sample
 from torch_geometric.typing import EdgeType, NodeType
 
-from gmoe._checks import check_choice, described
+from gmoe._checks import check_choice, described, is_whole
 from gmoe.conv.graph import Graph
 from gmoe.data.positions import SeparatePositions, SharedPositions
 from gmoe.data.stored import StoredGraph, check_nodes
@@ -149,7 +149,7 @@ class NeighborSampler(BaseSampler):
         self.num_neighbors = self._checked_fanouts(num_neighbors)
         self._fanouts = self.num_neighbors.get_values(list(self._graph))
         for fanout in self._fanouts.values():
-            if not all(isinstance(k, int) and k >= -1 for k in fanout):
+            if not all(is_whole(k) and k >= -1 for k in fanout):
                 raise ValueError(
                     f"num_neighbors: got {num_neighbors}, expected whole numbers of at least -1 "
                     "(all)"

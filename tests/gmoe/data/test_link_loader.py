@@ -104,6 +104,33 @@ def test_negative_links_are_drawn_by_pyg(
 
 
 @each_backend
+@pytest.mark.parametrize(
+    ("labels", "given"),
+    [([0, 2, 5], [1, 3, 6]), ([1, 2, 5], [1, 2, 5]), (None, [1, 1, 1])],
+)
+def test_labels_beside_negative_links(labels: Any, given: Any, backend: SamplerBackend) -> None:
+    """Label 0 is theirs: labels that begin at 0 are raised by 1."""
+    labels = None if labels is None else torch.tensor(labels)
+    links = torch.arange(6).view(2, 3)
+    data = Data(edge_index=links, num_nodes=6)
+    loader = link_neighbor_loader(
+        data, [2], links, labels, 3, neg_sampling="binary", backend=backend
+    )
+    (batch,) = loader
+    assert batch.edge_label.tolist() == [*given, 0, 0, 0]
+
+
+def test_labels_of_no_links_and_below_0_beside_negative_links() -> None:
+    links = torch.arange(6).view(2, 3)
+    data = Data(edge_index=links, num_nodes=6)
+    none, no_labels = links[:, :0], torch.empty(0, dtype=torch.int64)
+    options: Any = {"neg_sampling": "binary", "backend": "gmoe"}
+    assert not list(link_neighbor_loader(data, [2], none, no_labels, **options))
+    with pytest.raises(ValueError, match=r"^edge_label: got -1, expected labels of at least 0"):
+        link_neighbor_loader(data, [2], links, torch.tensor([-1, 0, 2]), **options)
+
+
+@each_backend
 def test_triplets(backend: SamplerBackend) -> None:
     data = homogeneous()
     loader = link_neighbor_loader(data, [2], neg_sampling="triplet", batch_size=5, backend=backend)
@@ -199,6 +226,7 @@ def test_labels_and_times_that_do_not_fit(tmp_path: Path) -> None:
     data.when, few, all_ = torch.arange(NODES), torch.arange(3), torch.arange(EDGES)
     cases: list[tuple[str, dict[str, Any]]] = [
         ("edge_label", {"edge_label": few}),
+        ("edge_label", {"edge_label": all_.tolist()}),
         ("edge_label_time", {"edge_label_time": few, "time_attr": "when"}),
         ("edge_label_time", {"edge_label_time": all_ / 2, "time_attr": "when"}),
         ("edge_label_time", {"edge_label_time": all_}),
