@@ -17,8 +17,8 @@ Data: TypeAlias = Batch | Iterable[Batch]
 """A batch, or several of them, such as a list or a loader."""
 
 
-def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call by position and by name."""
+def arguments_of(batch: Any, name: str = "data") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call by position and by name; ``name`` is for an error."""
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
@@ -26,14 +26,26 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
     raise ValueError(
-        f"data: got a batch of type {type(batch).__name__}, expected a tensor, a tuple of the "
+        f"{name}: got a batch of type {type(batch).__name__}, expected a tensor, a tuple of the "
         "model's arguments, or a dictionary of them by name; of PyG's data, (x, edge_index)"
     )
 
 
-def batches_of(data: Data) -> Iterable[Any]:
-    """The batches of the data; one batch by itself becomes a list of it."""
-    return [data] if isinstance(data, Tensor | tuple | Mapping) else data
+def batches_of(data: Data) -> list[Any]:
+    """The batches of the data; one batch by itself becomes a list of it.
+
+    They are read once: an iterator has no second time, and a loader may give others then.
+
+    Raises:
+        ValueError: none, or what is no data.
+    """
+    if not isinstance(data, Iterable):
+        got = type(data).__name__
+        raise ValueError(f"data: got {got}, expected a batch, or several, such as a list")
+    batches = [data] if isinstance(data, Tensor | tuple | Mapping) else list(data)
+    if not batches:
+        raise ValueError("data: got none, expected at least one batch")
+    return batches
 
 
 @contextmanager
@@ -49,10 +61,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
+def outputs_of(model: nn.Module, data: Data, name: str = "data") -> list[Tensor]:
     """All tensors of floats that a model gives for the data, in evaluation and without gradients.
 
     Each batch starts from the same seed: a few models draw numbers in evaluation, too.
+
+    Args:
+        model: the model.
+        data: what it is called with.
+        name: of the argument, for an error.
+
+    Raises:
+        ValueError: the model gives no floats.
     """
     found: list[Tensor] = []
     with evaluating(model), torch.random.fork_rng(devices=[]):
@@ -60,6 +80,10 @@ def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
             args, kwargs = arguments_of(batch)
             torch.default_generator.manual_seed(0)
             found += _floats(model(*args, **kwargs))
+    if not found:
+        raise ValueError(
+            f"{name}: got some for which the model returns no floats, expected a model that does"
+        )
     return found
 
 
@@ -76,12 +100,26 @@ def _floats(value: Any) -> Iterator[Tensor]:
             yield from _floats(item)
 
 
+def finite(value: Tensor) -> Tensor:
+    """The entries that are neither infinite nor NaN, as a vector."""
+    return value[value.isfinite()]
+
+
+def _difference(before: Tensor, after: Tensor) -> Tensor:
+    """The difference, in double precision: zero where both are the same infinity.
+
+    A model may mask logits by an infinite number.
+    """
+    one, other = before.double(), after.to(before.device).double()
+    return torch.where(one == other, 0.0, one - other)
+
+
 def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest absolute difference of outputs; infinite if their shapes differ, or for NaN."""
     if [value.shape for value in before] != [value.shape for value in after]:
         return math.inf
     differences = [
-        float((one.double() - other.to(one.device).double()).abs().max())
+        float(_difference(one, other).abs().max())
         for one, other in zip(before, after, strict=True)
         if one.numel()
     ]
@@ -91,14 +129,12 @@ def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> flo
 
 
 def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The norm of the difference of outputs over their norm before."""
-    if not before:
-        raise ValueError("data: got none, or a model that returns no floats, expected some of both")
+    """The norm of the difference of outputs over their norm before, infinities left out."""
     if [value.shape for value in before] != [value.shape for value in after]:
         return math.inf
-    pairs = [(one.double(), other.double()) for one, other in zip(before, after, strict=True)]
-    change = math.hypot(*(float((one - other).norm()) for one, other in pairs))
-    scale = math.hypot(*(float(one.norm()) for one, _ in pairs))
+    pairs = zip(before, after, strict=True)
+    change = math.hypot(*(float(_difference(one, other).norm()) for one, other in pairs))
+    scale = math.hypot(*(float(finite(one).double().norm()) for one in before))
     if not math.isfinite(change):
         return math.inf
     if change == 0.0:

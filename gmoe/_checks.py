@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
@@ -60,23 +60,29 @@ def check(valid: object, name: str, got: object, expected: object) -> None:
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
+def is_whole(value: object) -> bool:
+    """True for whole numbers, NumPy's too; booleans are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_at_least(least: float, **values: float) -> None:
-    """Refuse arguments, by name, below ``least``."""
+    """Refuse arguments, by name, below ``least``, and what is no number."""
     for name, value in values.items():
-        check(value >= least, name, value, f"at least {least}")
+        is_number = isinstance(value, Real)
+        check(is_number and value >= least, name, repr(value), f"a number of at least {least}")
 
 
 def check_counts(**values: int) -> None:
     """Refuse arguments, by name, that are not whole numbers of at least 1."""
     for name, value in values.items():
-        is_whole = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's too
-        check(is_whole, name, repr(value), "a whole number")
+        check(is_whole(value), name, repr(value), "a whole number")
         check(value >= 1, name, value, "at least 1")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse ``value <= 0`` and infinity."""
-    check(0 < value < math.inf, name, value, "a positive number")
+    """Refuse ``value <= 0``, infinity, and what is no number."""
+    is_number = isinstance(value, Real)
+    check(is_number and 0 < value < math.inf, name, repr(value), "a positive number")
 
 
 def in_short(said: object, most: int = 500) -> str:

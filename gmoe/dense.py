@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gmoe._calls import Data, outputs_of, relative_change
+from gmoe._calls import Data, batches_of, outputs_of, relative_change
 from gmoe._checks import check_at_least
 from gmoe.candidates import Candidate, candidate_of_tokens
 from gmoe.layer_groups import Group, groups_of, named
@@ -104,13 +104,14 @@ def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.
         raise ValueError(
             f"model: got {type(model).__name__} without layers of experts, expected some"
         )
+    batches = None if data is None else batches_of(data)
     before: Sequence[Tensor] = []
     with counting(groups) as counts:
-        if data is not None:
-            before = outputs_of(model, data)
+        if batches is not None:
+            before = outputs_of(model, batches)
 
     def change_of_outputs(changed: nn.Module) -> float | None:
-        return None if data is None else relative_change(before, outputs_of(changed, data))
+        return None if batches is None else relative_change(before, outputs_of(changed, batches))
 
     layers = []
     for group, count in zip(groups, counts, strict=True):

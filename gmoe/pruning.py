@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._calls import Data, outputs_of, relative_change
+from gmoe._calls import Data, batches_of, outputs_of, relative_change
+from gmoe._checks import is_whole
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.routers import UniformRouter
 from gmoe.routing import Routing
@@ -86,7 +88,8 @@ def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None
         model: any model with :class:`MoE` or :class:`MoEConv` layers, from :func:`moefy`,
             :class:`GNNMoE`, :class:`ViTMoE` or your own.
         data: what the model is called with: a tensor, a tuple of arguments, or a dictionary of
-            arguments by name; or several of these, such as a list. The model runs in evaluation.
+            arguments by name; or several of these, such as a list or a loader, which are read
+            once and kept. The model runs in evaluation.
         keep: which experts stay beside those that are needed for K.
 
             - ``None`` (default): all that have a token.
@@ -114,10 +117,11 @@ def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None
             f"model: got {type(model).__name__} without layers of experts, expected some"
         )
     check_routers(groups)
+    batches = batches_of(data)
 
     # 1. Run the model, and add up what each expert gets.
     with counting(groups) as counts:
-        before = outputs_of(model, data)
+        before = outputs_of(model, batches)
     loads = [share(count.pairs_E) for count in counts]
     importances = [share(count.scores_E) for count in counts]
 
@@ -131,7 +135,7 @@ def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None
         PrunedLayer(tuple(group.layers), kept, tuple(importance.tolist()), tuple(load.tolist()))
         for group, kept, importance, load in zip(groups, chosen, importances, loads, strict=True)
     ]
-    return Pruned(model, layers, relative_change(before, outputs_of(model, data)))
+    return Pruned(model, layers, relative_change(before, outputs_of(model, batches)))
 
 
 def check_routers(groups: Sequence[Group]) -> None:
@@ -227,15 +231,17 @@ def _numbers(
     living: Sequence[int],
     ranked: Sequence[Sequence[int]],
     importances: Sequence[Tensor],
-    keep: float | int | Sequence[int] | None,
+    keep: Any,
 ) -> Sequence[int]:
     """How many experts of each group stay at most."""
     if keep is None:
         return living
-    if isinstance(keep, float):
+    if isinstance(keep, Real) and not isinstance(keep, Integral):
         # The most important of all layers together, beside those that each needs.
-        total = round(keep * sum(group.num_experts for group in groups))
-        if not (0 < keep <= 1 and total >= sum(needed)):
+        fraction = float(keep)
+        is_legal = 0 < fraction <= 1  # NaN is not
+        total = round(fraction * sum(group.num_experts for group in groups)) if is_legal else 0
+        if total < sum(needed):
             raise ValueError(
                 f"keep: got {keep}, expected a fraction of at most 1 that leaves {sum(needed)} "
                 "experts, K for each layer"
@@ -252,7 +258,7 @@ def _numbers(
         return numbers
     numbers = list(keep) if isinstance(keep, Sequence) else [keep] * len(groups)
     fits = len(numbers) == len(groups) and all(
-        type(number) is int and least <= number <= group.num_experts
+        is_whole(number) and least <= number <= group.num_experts
         for number, least, group in zip(numbers, needed, groups, strict=False)
     )
     if not fits:

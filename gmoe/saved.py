@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmoe._calls import Batch, arguments_of, largest_difference, outputs_of
-from gmoe._checks import check_counts, in_short, naming_extras
+from gmoe._calls import Batch, arguments_of, finite, largest_difference, outputs_of
+from gmoe._checks import check_at_least, check_counts, in_short, naming_extras
 from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
 from gmoe.from_base import FromBase, fold
-from gmoe.hub import HubMixin, check_sizes, read_weights
+from gmoe.hub import check_sizes, read_weights
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.routers import ROUTERS
@@ -68,8 +68,8 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
     """Write a moefied model to a folder: how its layers were made, and all its weights.
 
     It takes models of timm, Hugging Face's transformers, PyG and your own that :func:`gmoe.moefy`
-    has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and :func:`gmoe.densify`. The
-    dense model itself is not described: :func:`load` gets it as ``base``.
+    has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and :func:`gmoe.densify`, until
+    no layer has experts. The dense model itself is not described: :func:`load` gets it as ``base``.
 
     Args:
         model: the model.
@@ -83,9 +83,9 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
 
     Raises:
         ImportError: ``safetensors`` is not installed.
-        ValueError: no layer with experts; a router or experts of a class of your own, parts that
-            were replaced (LoRA, quantized, unstacked layers): no code runs from a file, and the
-            message says what to do; inputs that are no tensors.
+        ValueError: a router or experts of a class of your own, parts that were replaced (LoRA,
+            quantized, unstacked layers): no code runs from a file, and the message says what to do;
+            inputs that are no tensors, or of which the model makes NaN.
 
     Example:
         >>> gmoe.save(vit, "folder", images[:2])
@@ -94,11 +94,6 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
     with naming_extras():
         from safetensors.torch import save_file
     layers = {name: asdict(layer) for name, layer in _layers_of(model).items()}
-    if not layers and not isinstance(model, HubMixin):  # whose layers may all be dense by now
-        raise ValueError(
-            f"model: got {type(model).__name__} without layers of experts, expected what "
-            "gmoe.moefy returns"
-        )
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -128,7 +123,8 @@ def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.
     Args:
         folder: what :func:`save` wrote.
         base: the dense model, built as it was before :func:`gmoe.moefy`; its weights do not matter.
-            It is changed in place, so throw it away after an error.
+            It is changed in place, so throw it away after an error. Of buffers that no state holds
+            (rotary frequencies, say), the base's dtype counts.
         tolerance: the largest difference of the outputs on the inputs that were saved, as a share
             of the largest output (default 1e-4, for float32; say 0.02 for bfloat16 on another
             device).
@@ -142,6 +138,7 @@ def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.
         ValueError: a file that is damaged; a base of another class or size; outputs that differ.
             The message names the file.
     """
+    check_at_least(0, tolerance=tolerance)
     folder = Path(folder)
     layers = _read_layers(folder / LAYERS, base)
     state = read_weights(folder / WEIGHTS, "gmoe.save")
@@ -239,6 +236,12 @@ def _check_parts(name: str, layer: MoELayer) -> None:
             )
     for path, part in layer.experts.named_modules(prefix=f"{name}.experts"):
         if isinstance(part, UnstackedLinears):
+            replaced = part.replaced()
+            if replaced is not None:
+                raise ValueError(
+                    f"model: got {path} with {replaced}, expected experts as they were "
+                    f"built; {_BY_HAND}"
+                )
             raise ValueError(
                 f"model: got {path}, unstacked layers, expected stacked ones: gmoe.restack(model) "
                 "before it is saved, gmoe.unstack(model) after it is loaded"
@@ -345,7 +348,7 @@ def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     """The inputs and the outputs by name."""
-    args, kwargs = arguments_of(inputs)
+    args, kwargs = arguments_of(inputs, "inputs")
     named = {f"args.{number}": value for number, value in enumerate(args)}
     named |= {f"kwargs.{name}": value for name, value in kwargs.items()}
     for name, value in named.items():
@@ -353,10 +356,10 @@ def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
             raise ValueError(
                 f"inputs: got {type(value).__name__} as {name}, expected dense tensors"
             )
-    outputs = outputs_of(model, [inputs])
-    if not outputs:
+    outputs = outputs_of(model, [inputs], "inputs")
+    if any(value.isnan().any() for value in outputs):
         raise ValueError(
-            "inputs: got some for which the model returns no floats, expected a model that does"
+            "inputs: got some for which the model returns NaN, expected numbers, to compare"
         )
     return named | {f"outputs.{number}": value for number, value in enumerate(outputs)}
 
@@ -376,7 +379,9 @@ def _compared(model: nn.Module, folder: Path) -> tuple[float, float]:
         before = _numbered(saved, "outputs")
         # Inputs of another shape or type are whatever the model's layers make of them.
         after = outputs_of(model, [tuple(args) if args else kwargs])
-        largest = max((float(value.abs().max()) for value in before if value.numel()), default=0.0)
+        largest = max(
+            (float(part.abs().max()) for part in map(finite, before) if len(part)), default=0.0
+        )
         return largest_difference(before, after), largest
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ValueError(

@@ -52,20 +52,29 @@ class UnstackedLinears(Experts):
         parts = zip(self.linears, x_PI.split(loads), strict=True)
         return torch.cat([linear(rows) for linear, rows in parts])
 
+    def replaced(self) -> str | None:
+        """What some layer is, if it is more or other than a plain ``nn.Linear``."""
+        for linear in self.linears:
+            cls = type(linear)
+            is_linear = isinstance(linear, nn.Linear)
+            # Quantized layers of torch are called Linear, too.
+            change = change_of(linear) if is_linear else f"a {cls.__module__}.{cls.__name__}"
+            if change is not None:
+                return change
+        return None
+
     def restacked(self) -> LinearExperts:
         """The stacked layers again, with the values of now.
 
         Raises:
             ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
         """
-        for linear in self.linears:
-            is_linear = isinstance(linear, nn.Linear)
-            change = change_of(linear) if is_linear else f"a {type(linear).__name__}"
-            if change is not None:
-                raise ValueError(
-                    f"model: got experts with {change}, expected plain nn.Linears: merge adapters "
-                    "before (PEFT: merge_and_unload); quantized weights cannot be stacked again"
-                )
+        change = self.replaced()
+        if change is not None:
+            raise ValueError(
+                f"model: got experts with {change}, expected plain nn.Linears: merge adapters "
+                "before (PEFT: merge_and_unload); quantized weights cannot be stacked again"
+            )
         linears: list[Any] = list(self.linears)
         first = linears[0]
         with torch.device("meta"):

@@ -16,6 +16,7 @@ from gmoe.conv.aggregate import FilterExperts, LinearAggregation
 from gmoe.conv.base import GAIN_SCALE, MixedExperts, StackedExperts
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.moe_conv import MoEConv
+from gmoe.unstacked import UnstackedLinears
 
 
 def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
@@ -25,6 +26,8 @@ def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
         return Candidate(None, "its widths are open: call it once before")
     if layer.transform is not None and layer.shared_expert is None:
         return Candidate(None, "its experts see a shared transform of the nodes")
+    if any(isinstance(part, UnstackedLinears) for part in layer.modules()):
+        return Candidate(None, "parts of its experts were replaced: gmoe.restack before")
     # Several kinds of convs have no mean.
     kinds = [layer._make.kinds[expert] for expert in layer.kept or range(layer.num_experts)]
     is_one_kind = kinds.count(kinds[0]) == len(kinds)

@@ -6,6 +6,7 @@ Shapes: T tokens, D width, E experts, K experts per token, P (token, expert) pai
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -136,7 +137,8 @@ class TokenChoice(BalancedRouter):
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
         if top_p is not None:
-            check(0 < top_p <= 1, "top_p", top_p, "a number above 0, at most 1")
+            is_legal = isinstance(top_p, Real) and 0 < top_p <= 1
+            check(is_legal, "top_p", repr(top_p), "a number above 0, at most 1")
             is_alone = capacity_factor is None and balance != "importance_load"
             check(is_alone, "top_p", top_p, "None beside capacity_factor and importance_load")
             self.experts_per_token = float(max(k, math.ceil(top_p * num_experts)))

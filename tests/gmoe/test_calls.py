@@ -28,6 +28,13 @@ class Model(nn.Module):
         return {"y": scale * self.dropout(x), "more": (drawn, x.long(), [None, x[0]])}
 
 
+class Counter(nn.Module):
+    """Counts rows."""
+
+    def forward(self, x: Tensor) -> int:
+        return len(x)
+
+
 @pytest.mark.parametrize("batch", [X, (X,), [X], {"x": X}])
 def test_a_batch_is_a_tensor_a_sequence_or_a_dictionary(batch: Any) -> None:
     args, kwargs = arguments_of(batch)
@@ -74,12 +81,30 @@ def test_the_change_is_relative_to_what_came_out_before() -> None:
     assert relative_change([torch.zeros(2)], [torch.zeros(2)]) == 0.0
 
 
+def test_the_same_infinity_twice_is_no_difference() -> None:
+    masked = torch.tensor([3.0, -torch.inf, 4.0])
+    assert largest_difference([masked], [masked]) == relative_change([masked], [masked]) == 0.0
+    moved = masked + torch.tensor([0.0, 0.0, 0.5])
+    assert largest_difference([masked], [moved]) == 0.5
+    assert relative_change([masked], [moved]) == pytest.approx(0.1)
+    for other in (-masked, torch.tensor([3.0, 0.0, 4.0])):
+        assert largest_difference([masked], [other]) == math.inf
+        assert relative_change([masked], [other]) == math.inf
+
+
 @pytest.mark.parametrize("after", [[X[:1]], [X, X], [torch.full_like(X, torch.nan)]])
 def test_other_shapes_and_nan_are_an_infinite_change(after: list[Tensor]) -> None:
     assert largest_difference([X], after) == math.inf
     assert relative_change([X], after) == math.inf
 
 
-def test_a_change_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^data: got none, or a model that returns no floats"):
-        relative_change([], [])
+def test_data_without_a_batch_and_models_without_floats_are_refused() -> None:
+    for data, message in (
+        ([], r"^data: got none, expected at least one batch"),
+        (iter(()), r"^data: got none, expected at least one batch"),
+        (3, r"^data: got int, expected a batch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            outputs_of(Model(), data)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^inputs: got some for which the model returns no fl"):
+        outputs_of(Counter(), X, "inputs")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.mlp import GluMlp, SwiGLU
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GCNConv
 
@@ -83,6 +83,29 @@ def test_a_model_that_passes_more_than_a_dense_layer_takes_keeps_its_layer() -> 
     folded = gmoe.densify(layer, data, tolerance=1)
     assert folded.model is layer
     assert "with which the model fails" in str(folded)
+
+
+def test_data_is_read_once_and_equal_infinities_do_not_count() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit: Any = gmoe.moefy(timm_vit(2), num_experts=4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.vit(x)
+            return logits.masked_fill(torch.arange(logits.size(-1)) == 0, -torch.inf)
+
+    folded = gmoe.densify(Masked().double().eval(), iter([images(), images()]))
+    assert [(layer.is_dense, layer.change) for layer in folded.layers] == [(True, 0.0)]
+    with pytest.raises(ValueError, match=r"^data: got none"):
+        gmoe.densify(Masked().double().eval(), [])
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gin"])
+@pytest.mark.parametrize("data", [None, (X, EDGES)], ids=["plain", "data"])
+def test_unstacked_convs_stay_with_the_line_to_call(kind: str, data: Any) -> None:
+    layer = gmoe.unstack(conv_layer(kind, "copies", "token_choice", 1))
+    assert "gmoe.restack before" in str(gmoe.densify(layer, data))
 
 
 def test_a_gnn_that_routes_once_becomes_dense_and_trains() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,7 +89,14 @@ def test_a_number_for_each_layer() -> None:
     assert [len(layer.kept) for layer in pruned.layers] == [1, 1]
 
 
-@pytest.mark.parametrize("keep", [0, 9, 0.0, 1.5, 0.05, [2], [2, 0], True, "all"])
+@pytest.mark.parametrize(("keep", "same"), [(np.int64(1), 1), (np.float32(0.5), 0.5)])
+def test_numbers_of_numpy_are_taken_and_data_is_read_once(keep: Any, same: Any) -> None:
+    found = gmoe.prune(moefied(), iter([images(8)]), keep=keep)
+    expected = gmoe.prune(moefied(), images(8), keep=same)
+    assert str(found) == str(expected)
+
+
+@pytest.mark.parametrize("keep", [0, 9, 0.0, 1.5, 0.05, [2], [2, 0], True, "all", math.nan])
 def test_a_keep_out_of_range_is_refused_and_changes_nothing(keep: Any) -> None:
     model = moefied()
     expected = model(images())

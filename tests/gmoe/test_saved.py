@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,15 @@ from tests.gmoe.shrunk import EDGES, WIDTH, X, moved
 from tests.gmoe.test_convert import images, timm_vit, torchvision_vit
 from tests.gmoe.test_huggingface import build
 from tests.gmoe.test_pruning import Mine
+
+
+class MaskFirst(nn.Module):
+    """Logits without the first class."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        is_first = torch.arange(logits.size(-1)) == 0
+        return logits.masked_fill(is_first, -torch.inf)
+
 
 GNNS = {
     "GCN": pyg.models.GCN,
@@ -204,6 +214,14 @@ def test_models_of_gmoe_that_became_dense_come_back(tmp_path: Path) -> None:
             model.save_pretrained(tmp_path / "hub")
 
 
+@pytest.mark.parametrize("base", ["timm", "PyG GAT"])
+def test_moefied_models_that_became_dense_come_back(base: str, tmp_path: Path) -> None:
+    """At the start, the shared expert of each layer is the dense one."""
+    model = gmoe.densify(gmoe.moefy(BASES[base](), num_experts=4).eval()).model
+    assert not groups_of(model)
+    check_comes_back(model, BASES[base](), inputs_of(base), tmp_path)
+
+
 @pytest.mark.parametrize(
     "router", [Mine, partial(gmoe.TokenChoice, noise=False)], ids=["class", "partial"]
 )
@@ -231,16 +249,32 @@ def test_parts_that_were_replaced_are_refused(tmp_path: Path) -> None:
     refused(set_up, "a Bilinear, expected experts as they were built")
     refused(gmoe.unstack, r"gmoe\.restack\(model\) before")
     refused(lambda model: quantize_dynamic(model, {nn.Linear}), "before layers are quantized")
+    unstacked_first = r"with a torch\..*Linear, expected experts as they were built"
+    refused(lambda model: quantize_dynamic(gmoe.unstack(model), {nn.Linear}), unstacked_first)
 
 
 def test_inputs_and_models_that_are_none_are_refused(tmp_path: Path) -> None:
     model = made("PyG GCN")
     with pytest.raises(ValueError, match=r"^inputs: got int as args\.2"):
         gmoe.save(model, tmp_path / "model", (X, EDGES, 3))
-    with pytest.raises(ValueError, match=r"^data: got a batch of type int"):
+    with pytest.raises(ValueError, match=r"^inputs: got a batch of type int"):
         gmoe.save(model, tmp_path / "model", 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^model: got Linear without"):
-        gmoe.save(nn.Linear(2, 2), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^inputs: got some for which the model returns NaN"):
+        gmoe.save(model, tmp_path / "model", (X * torch.nan, EDGES))
+    with pytest.raises(ValueError, match=r"^tolerance: got nan, expected a number of at least 0"):
+        gmoe.load(tmp_path, base=model, tolerance=math.nan)
+
+
+def test_infinite_outputs_do_not_hide_another_base(tmp_path: Path) -> None:
+    def masked(**options: Any) -> nn.Module:
+        return nn.Sequential(timm_vit(4, **options), MaskFirst())
+
+    torch.manual_seed(0)
+    model = gmoe.moefy(masked(), num_experts=4, start="copies").eval()
+    gmoe.save(model, tmp_path, images())
+    assert receipt(gmoe.load(tmp_path, base=masked()), tmp_path) == 0.0
+    with pytest.raises(ValueError, match=r"receipt\.safetensors: got outputs that differ by"):
+        gmoe.load(tmp_path, base=masked(act_layer=nn.ReLU))
 
 
 def test_without_inputs_weights_alone_are_checked(tmp_path: Path) -> None:

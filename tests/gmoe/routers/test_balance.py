@@ -92,5 +92,5 @@ def test_a_step_with_a_token_that_is_not_finite_moves_nothing() -> None:
 
 
 def test_a_negative_rate_of_the_bias_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^bias_rate: got -1, expected at least 0"):
+    with pytest.raises(ValueError, match=r"^bias_rate: got -1, expected a number of at least 0"):
         TokenChoice(4, num_experts=3, bias_rate=-1)

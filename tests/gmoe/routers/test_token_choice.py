@@ -91,6 +91,7 @@ def test_by_probability_a_router_that_is_sure_of_nothing_takes_most() -> None:
     ("options", "message"),
     [
         ({"top_p": 0.0}, "top_p: got 0.0, expected a number above 0"),
+        ({"top_p": "a"}, "top_p: got 'a', expected a number above 0"),
         ({"top_p": 1.1}, "top_p: got 1.1, expected a number above 0"),
         ({"top_p": 0.5, "capacity_factor": 1.0}, "top_p: got 0.5, expected None beside"),
         ({"top_p": 0.5, "balance": "importance_load"}, "top_p: got 0.5, expected None beside"),
