@@ -192,7 +192,8 @@ def test_bad_input() -> None:
     outside = Data(num_nodes=3, edge_index=torch.tensor([[0, 1], [1, 3]]))
     cases: list[tuple[Any, Any, str]] = [
         *((bad, [2], "data") for bad in (stranger, transposed, Data(num_nodes=3))),
-        *((data, bad, "num_neighbors") for bad in (2, [2, -2], [2, 0.5], [True], {("a", "to", "b"): [2]})),
+        *((data, bad, "num_neighbors") for bad in (2, [2, -2], [2, 0.5], [True])),
+        (data, {("a", "to", "b"): [2]}, "num_neighbors"),
         (hetero, {("a", "to", "b"): [2]}, "num_neighbors"),
         (outside, [2], "edge_index"),
     ]
