@@ -45,6 +45,7 @@ from gmoe.conv.call import Call
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, ConvLike, Make, kind_of, kinds_of
+from gmoe.conv.open_widths import OpenWidths
 from gmoe.conv.router_input import (
     RouterInput,
     route_nodes,
@@ -70,7 +71,7 @@ class _BuildOptions:
     backend: Backend
 
 
-class MoEConv(MoELayer, MessagePassing):
+class MoEConv(OpenWidths, MoELayer, MessagePassing):
     r"""Run K of E graph convolutions per node; a drop-in for a PyG conv.
 
     .. math::
@@ -113,7 +114,8 @@ class MoEConv(MoELayer, MessagePassing):
             list with one per expert. ``GINConv`` and ``GINEConv`` by class or name get PyG's
             two-layer MLP.
         in_channels: width of the nodes; a tuple ``(source, destination)`` for bipartite input if
-            the conv takes it; -1 to infer it from the first call.
+            the conv takes it; -1 to infer it from the first call, which makes the parameters: call
+            it under ``torch.no_grad()`` before the optimizer is made.
         out_channels: passed to the conv (GAT with ``heads`` returns ``heads * out_channels``).
         *conv_args: the conv's own further arguments. All others are keyword-only.
         num_experts: E (default 8, or the length of a list of convs).
@@ -237,7 +239,7 @@ class MoEConv(MoELayer, MessagePassing):
         # Those that experts took before they were pruned: callers go on to pass them.
         self.edge_names_before: frozenset[str] = frozenset()
         if -1 in widths:
-            self.register_load_state_dict_pre_hook(_refuse_early_state)
+            self._leave_open()
         else:
             self._build(in_channels, widths)
 
@@ -469,30 +471,6 @@ class MoEConv(MoELayer, MessagePassing):
         x_src = x_dst if call.x_src is call.x_dst else self.transform[0](call.x_src)
         return Call(call.graph, x_src, x_dst)
 
-    @torch.inference_mode(False)  # the parameters are for training too
-    def _complete(self, x: Any) -> None:
-        """Fill in the widths that were left open, and build."""
-        pair = tuple(x) if isinstance(x, tuple | list) else (x, x)
-        are_nodes = len(pair) == 2 and all(
-            isinstance(nodes, Tensor) and nodes.dim() == 2 and nodes.is_floating_point()
-            for nodes in pair
-        )
-        if not are_nodes:
-            raise ValueError(
-                f"x: got {[*map(described, pair)]}, expected source and destination nodes, since "
-                "widths are open"
-            )
-        widths: Any = tuple(
-            nodes.size(-1) if width == -1 else width
-            for width, nodes in zip(self._widths, pair, strict=True)
-        )
-        is_one_set = isinstance(self.in_channels, int) and pair[0] is pair[1]
-        in_channels = widths[0] if is_one_set else widths
-        self._build(in_channels, widths)
-        self.in_channels = in_channels
-        self._widths = widths
-        self.to(pair[1]).train(self.training)
-
     def _two_sets(
         self, x: Any, edge_index: Adj | Graph, size: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
@@ -580,15 +558,3 @@ class MoEConv(MoELayer, MessagePassing):
     def extra_repr(self) -> str:
         widths = f"{self.in_channels}, {self.out_channels}"
         return f"{widths}, num_experts={self.num_experts}, router_input={self.router_input}"
-
-
-def _refuse_early_state(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
-    """Refuse to load a state while the widths are open, since no parameter could take it.
-
-    With ``strict=False``, torch would not notice.
-    """
-    if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
-        raise RuntimeError(
-            f"in_channels: got {layer.in_channels}, expected a call to fill it in before a state "
-            "is loaded"
-        )

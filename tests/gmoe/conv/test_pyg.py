@@ -1,10 +1,9 @@
-"""MoEConv within PyG and torch: lazy widths, positional arguments, to_hetero, explainers."""
+"""MoEConv within PyG and torch: positional arguments, to_hetero, explainers."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,47 +44,6 @@ KINDS: list[Any] = ["gcn", "gin", "gat", "le", "filter", "mlp", ["gcn", "gat", "
 def layer(conv: Any = "gcn", in_channels: Any = WIDTH, **kwargs: Any) -> MoEConv:
     torch.manual_seed(0)
     return MoEConv(conv, in_channels, WIDTH, **{"num_experts": 3, **kwargs})
-
-
-@pytest.mark.parametrize("start", ["shared", None])
-@pytest.mark.parametrize("conv", KINDS, ids=str)
-def test_open_widths_are_filled_in_by_the_first_call(conv: Any, start: Any) -> None:
-    x, edge_index = graph()
-    options: dict[str, Any] = {"router_input": ("node", "neighbors"), "start": start}
-    lazy, built = (layer(conv, width, **options).eval() for width in (-1, WIDTH))
-    assert list(lazy.parameters()) == []
-    with torch.inference_mode():
-        assert lazy.double()(x.double(), edge_index).dtype == torch.float64
-    lazy(x.double(), edge_index).sum().backward()
-    assert lazy.in_channels == WIDTH
-    built.load_state_dict(opened(lazy.float()).state_dict())
-    assert torch.equal(built(x, edge_index), lazy(x, edge_index))
-
-
-def test_open_widths_of_two_sets_of_nodes() -> None:
-    x = (features(9, 3).float(), features(5, 6).float())
-    for given in ((-1, -1), (3, -1), (-1, 6), -1):
-        lazy = layer("sage", given).eval()
-        assert lazy(x, random_graph(9, 5, 20)).shape == (5, WIDTH)
-        assert lazy.in_channels == (3, 6)
-        assert not any(part.training for part in lazy.modules())
-    with pytest.raises(ValueError, match=r"x: got .*expected"):
-        layer("sage", (4, -1))(x, random_graph(9, 5, 20))
-
-
-def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
-    x, edge_index = graph()
-    built, lazy = layer("gat", heads=2), nn.ModuleList([layer("gat", -1, heads=2)])
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(lazy)))
-    twin[0](x, edge_index)
-    assert [one.in_channels for one in (*twin, *lazy)] == [WIDTH, -1]
-    lazy.load_state_dict(copy.deepcopy(lazy).state_dict())  # an open one's has nothing
-    state = nn.ModuleList([built]).state_dict()
-    with pytest.raises(RuntimeError, match="in_channels: got -1, expected a call to fill it in"):
-        lazy.load_state_dict(state, strict=False)
-    lazy[0](x, edge_index)
-    lazy.load_state_dict(state)
-    assert torch.equal(lazy[0](x, edge_index), built(x, edge_index))
 
 
 def test_the_convs_own_arguments_come_by_position() -> None:
