@@ -48,19 +48,23 @@ class Linear(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear model and a hidden layer beside it, which begins at zero."""
+    """A linear model and a hidden layer beside it, which begins at zero.
 
-    def __init__(self, base: Linear, hidden: int) -> None:
+    The hidden layer sees the first columns, or all of them.
+    """
+
+    def __init__(self, base: Linear, hidden: int, seen: int | None = None) -> None:
         super().__init__()
         width, classes = base.layer.in_features, base.layer.out_features
         self.linear = Linear(width, classes, base).layer
+        self.seen = width if seen is None else seen
         last = nn.Linear(hidden, classes)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), last)
+        self.layers = nn.Sequential(nn.Linear(self.seen, hidden), nn.ReLU(), last)
 
     def forward(self, columns_NF: Tensor) -> Tensor:
-        logits: Tensor = self.linear(columns_NF) + self.layers(columns_NF)
+        logits: Tensor = self.linear(columns_NF) + self.layers(columns_NF[:, : self.seen])
         return logits.log_softmax(1)
 
 

@@ -57,6 +57,8 @@ FIRST = 300
 """Steps of the first linear model at most; others begin as it."""
 FAST, SLOW = 0.03, 0.01
 """Learning rates: of what begins at zero or is gated, and of columns beside fitted ones."""
+LONG = 600
+"""Steps of a dense model at most: a hidden layer is slower than experts that k-means starts."""
 DECAYS = (1e-3, 1e-2)
 """Weight decays, of which validation takes one by split."""
 ROUNDS, INNER = 8, 8
@@ -87,6 +89,7 @@ CONTROLS = {
     "given the view": "the same, given that view",
     "input": "the same, given the best input",
     "wide": "a wide dense model",
+    "bent": "one whose hidden layer sees the node alone",
     "shuffled": "these experts on other nodes' views",
 }
 """What a mixture has to beat."""
@@ -158,9 +161,11 @@ def features(x: Array) -> Array:
     Of more than :data:`WIDEST`, such as words or an embedding, the principal components, at
     their own scale; there no column counts ten times the median one.
     """
+    largest = np.abs(x).max(axis=0)
     x = x - x.mean(axis=0)
     deviation = x.std(axis=0)
-    x, deviation = x[:, deviation > 1e-6], deviation[deviation > 1e-6]
+    varies = deviation > 1e-6 * largest  # a constant is rounded to less
+    x, deviation = x[:, varies], deviation[varies]
     if not x.shape[1]:  # nothing tells one node from another
         return np.zeros((len(x), 1), np.float32)
     if x.shape[1] <= WIDEST:
@@ -399,12 +404,21 @@ class Survey:
     # -- Width
 
     def ask_width(self) -> None:
-        """Fit dense models of two widths, which begin as the linear one."""
+        """Fit dense models of two widths, which begin as the linear one.
+
+        One bent rule of a node's own features looks like several straight ones, and among the
+        columns of neighbors a hidden layer that sees all may miss it: the last one sees no others.
+        """
+        hidden, own = self.nodes.hidden, self.x.shape[1]
         for split, base in zip(self.splits, self.models, strict=True):
-            for name, times in {"narrow": 1, "wide": 4}.items():
+            for name, width, seen in (
+                ("narrow", hidden, None),
+                ("wide", 4 * hidden, None),
+                ("bent", 4 * hidden, own),
+            ):
                 torch.manual_seed(split)
-                model = Dense(base, times * self.nodes.hidden)
-                self.fit(split, model, self.columns, rate=SLOW)
+                model = Dense(base, width, seen)
+                self.fit(split, model, self.columns, rate=SLOW, steps=LONG)
                 self.keep(name, model, self.columns)
 
     # -- The answer
@@ -419,21 +433,28 @@ class Survey:
             "inputs": self.gain("input", "one", "test"),
             "rules": min(controls.values(), key=lambda each: each.low),
             "width": self.gain("wide", "narrow", "test"),
+            "bent": self.gain("bent", "wide", "test"),
         }
         if "one way" in self.log_p:
             gains["both ways"] = self.gain("one", "one way", "test")
         given = "" if chosen is None else self.input_name(chosen)
         kind: Literal["inputs", "rules", "width", "nothing"] = "nothing"
-        choice, line = None, f"nothing: no input, no rules and no width are worth {WORTH} points"
+        choice, line = None, f"nothing: no input, rules or width are surely worth {WORTH} points"
         if chosen is not None and gains["inputs"].is_worth:
             kind, choice = "inputs", chosen
             line = f"give the dense model {given}: {gains['inputs']}"
         if gains["rules"].is_worth:
             kind, choice = "rules", view
-            line = f"rules differ: route by {VIEWS[view]}: {controls['one']}"
+            line = (
+                f"rules differ: route by {VIEWS[view]}: {controls['one']} over a linear model, "
+                f"{gains['rules']} over the closest control"
+            )
         if kind == "nothing" and gains["width"].is_worth:
             kind, line = "width", "width helps, experts may: try the default"
             line += f": {gains['width']}"
+        if kind == "nothing" and gains["bent"].is_worth:
+            kind, line = "width", "give the dense model a hidden layer on the node's own features"
+            line += f": {gains['bent']} over one that sees the neighbors, too"
         if kind == "nothing" and "one way" in self.log_p and gains["both ways"].is_worth:
             kind, choice = "inputs", "reverse"
             line = f"give the dense model reverse edges, as this preset does: {gains['both ways']}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.study import questions
-from experiments.study.questions import Answer, Nodes, Survey, nodes_of, redrawn
+from experiments.study.questions import Answer, Nodes, Survey, features, nodes_of, redrawn
 from experiments.train.data.task import Splits
 from experiments.train.presets import DIGITS_GRAPH
 
@@ -87,6 +87,13 @@ def bent_rule(draw: np.random.Generator, count: int = COUNT) -> Nodes:
     return nodes(x, edges, y, seed=4, hidden=1)
 
 
+def bent_rule_among_columns(draw: np.random.Generator) -> Nodes:
+    """The same among twelve features; eight straight rules come closer than a layer on all."""
+    edges = draw.integers(4_000, size=(2, 8_000))
+    x = draw.standard_normal((4_000, 12))
+    return nodes(x, edges, (x[:, 0] * x[:, 1] > 0).astype(int), seed=5, hidden=64)
+
+
 def in_places(draw: np.random.Generator) -> Nodes:
     """Regimes that are places: most edges stay inside."""
     return several_rules(draw, 0.95)
@@ -133,6 +140,7 @@ def test_what_is_plain_is_answered(
         ),
         pytest.param(ancestors_of_three_steps, "inputs", {"walked"}, id="walked"),
         pytest.param(bent_rule, "width", {None}, id="width"),
+        pytest.param(bent_rule_among_columns, "width", {None}, id="bent"),
     ],
 )
 def test_the_answer_is_what_was_planted(
@@ -183,6 +191,18 @@ def test_nodes_with_the_same_features_can_be_told_their_place() -> None:
     given = labels_of_small_groups(np.random.default_rng(12))
     answer = Survey(replace(given, x=np.ones((COUNT, 2), np.float32))).answer()
     assert answer.choice == "labels"
+
+
+def test_features_of_any_unit_are_the_same() -> None:
+    """And a column that is constant up to rounding tells nothing."""
+    x = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    constant = np.full((50, 1), 1e3, np.float32)
+    constant[::2] += 1e-4
+    expected = features(x)
+    for unit in (1e-7, 1e7):
+        np.testing.assert_allclose(
+            features(np.hstack([x * np.float32(unit), constant])), expected, rtol=1e-3
+        )
 
 
 def test_words_keep_their_scale_and_no_column_counts_ten_times_the_others() -> None:
