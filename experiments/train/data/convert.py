@@ -46,6 +46,16 @@ RELEASE = {
     "node-label.npz": {"y": "node_label"},
 }
 """The arrays of its archives, by what they are here."""
+TURNED = [
+    [destination, source]
+    for source, destination in (
+        ("source", "target"),
+        ("source", "destination"),
+        ("src", "dst"),
+        ("from", "to"),
+    )
+]
+"""Names of columns that stand the other way round."""
 SCRATCH = "scratch"
 """A folder in DIR.new for what is unpacked and sorted; it says whose DIR.new is."""
 SPILL = 10  # bytes of disk that an edge takes while DuckDB sorts it: 8 and some
@@ -160,8 +170,9 @@ def convert(
 
     Args:
         graph: ogbn-papers100M, or a file of edges, source and destination by node number from
-            0: .npy, (2, M) or (M, 2), or .csv or .parquet with two columns. Of such a file are
-            the options --x to --test.
+            0: .npy, (2, M) or (M, 2), or .csv or .parquet with two columns, the source first
+            unless they are called target (destination, dst, to) and source (src, from). Of such a
+            file are the options --x to --test.
         to: the folder to write, for gmoe.StoredGraph.
         root: where OGB's folder lies, ogbn_papers100M or papers100M-bin.
         x: the features, .npy with (N, D) numbers. Needed: it says how many nodes there are.
@@ -307,11 +318,12 @@ def _open_table(connection: Any, path: Path) -> None:
         options = (
             "auto_detect=false, delim=',', quote='\"', columns={'s': 'VARCHAR', 'd': 'VARCHAR'}"
         )
-        names = "TRY_CAST(s AS DOUBLE) IS NULL AND TRY_CAST(d AS DOUBLE) IS NULL"
-        first = f"SELECT {names} FROM read_csv('{quoted}', {options}, header=false) LIMIT 1"
-        header = connection.execute(first).fetchone()
-        check(header, "edges", f"no rows in {path}", "one at least")
-        table = f"read_csv('{quoted}', {options}, header={header[0]})"
+        first = f"SELECT s, d FROM read_csv('{quoted}', {options}, header=false) LIMIT 1"
+        row = connection.execute(first).fetchone()
+        check(row, "edges", f"no rows in {path}", "one at least")
+        has_names = not any(map(_is_number, row))
+        table = f"read_csv('{quoted}', {options}, header={has_names})"
+        names = row if has_names else ()
     columns = connection.sql(f"SELECT * FROM {table}").columns
     check(
         len(columns) == 2,
@@ -324,7 +336,19 @@ def _open_table(connection: Any, path: Path) -> None:
         "ELSE error(concat('got node ', {0})) END"
     )
     ends = f"{whole.format('s')} AS s, {whole.format('d')} AS d"
-    connection.execute(f"CREATE VIEW edges AS SELECT {ends} FROM {table} AS given (s, d)")
+    names = columns if path.suffix == ".parquet" else names
+    is_turned = [str(name).strip().lower() for name in names] in TURNED
+    order = "d, s" if is_turned else "s, d"
+    connection.execute(f"CREATE VIEW edges AS SELECT {ends} FROM {table} AS given ({order})")
+
+
+def _is_number(text: str | None) -> bool:
+    """True for what Python reads as a number."""
+    try:
+        float(text or "")
+    except ValueError:
+        return False
+    return True
 
 
 def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bool) -> int:

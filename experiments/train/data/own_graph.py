@@ -242,7 +242,8 @@ def _read_folder(folder: Path) -> Data:
         check(ids.is_unique and not ids.hasnans, "id", "none, or one twice", "each node's own")
         features = [_numbers(nodes[name]) for name in nodes if name not in ("id", "label", "split")]
         data = Data(x=torch.cat(features, dim=1) if features else torch.empty(len(nodes), 0))
-        if pd.to_numeric(nodes["label"], errors="coerce").notna().any():
+        # Inf and nan may be names of classes.
+        if np.isfinite(pd.to_numeric(nodes["label"], errors="coerce")).any():
             data.y = _numbers(nodes["label"].fillna(-1))
         else:
             labels = pd.Categorical(nodes["label"])
@@ -302,7 +303,7 @@ def _numbers(column: pd.Series[Any]) -> Tensor:
     if not np.isfinite(numbers).all():
         row = int(np.argmin(np.isfinite(numbers)))
         raise ValueError(
-            f"row {row} has {column.name!r}={str(column[row])!r}, expected a number, or at most "
-            f"{MOST_CATEGORIES} names"
+            f"row {row} has {column.name!r}={str(column[row])!r}, expected numbers alone, "
+            f"or at most {MOST_CATEGORIES} names alone"
         )
     return torch.from_numpy(numbers.copy())[:, None]

@@ -180,7 +180,9 @@ def read_table(
     """The names of the labels; and by row the SMILES, and the text of each label."""
     with naming(table):
         opened: Any = gzip.open if table.suffix == ".gz" else open
-        lines = csv.reader(stack.enter_context(opened(table, "rt", newline="")))
+        lines = csv.reader(
+            stack.enter_context(opened(table, "rt", newline="", encoding="utf-8-sig"))
+        )
         header = next(lines, [])
         lower = [column.strip().lower() for column in header]
         check("smiles" in lower, "the header", ", ".join(header[:9]), "a column named smiles")

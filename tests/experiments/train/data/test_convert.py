@@ -123,6 +123,10 @@ FORMS: dict[str, tuple[str, Any]] = {
         "e.csv",
         'from,"to"\n' + LINES.replace(",", ', "').replace("\n", '"\n'),
     ),
+    "csv, the destination first": (
+        "e.csv",
+        "Target, source\n" + "".join(f"{end},{start}\n" for start, end in EDGES.T),
+    ),
     "parquet": ("e.parquet", None),
 }
 

@@ -178,13 +178,13 @@ def test_paths(tmp_path: Path) -> None:
 
 def test_names_in_csv_are_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = arrays()
-    names = np.array(["theory", "10-K form", "NA"])[given["node_labels"]].tolist()
+    names = np.array(["theory", "10-K form", "Inf"])[given["node_labels"]].tolist()
     names[-1] = ""  # in no split, without a label
     kind = ["xyz"[node % 3] for node in range(NODES)]
     graph = own_graph(write_csv(tmp_path, given, label=names, kind=kind))
-    assert "mine: labels are 10-K form, NA, theory" in capsys.readouterr().out
+    assert "mine: labels are 10-K form, Inf, theory" in capsys.readouterr().out
     assert graph.data.y.tolist() == [
-        ["10-K form", "NA", "theory", ""].index(name) if name else -1 for name in names
+        ["10-K form", "Inf", "theory", ""].index(name) if name else -1 for name in names
     ]
     torch.testing.assert_close(graph.data.x[:, :3], torch.from_numpy(given["node_features"]))
     assert graph.data.x[:, 3:].argmax(dim=1).tolist() == ["xyz".index(name) for name in kind]

@@ -120,6 +120,14 @@ def test_gaps_of_several_labels_and_numbers_are_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(found[:, 0].double(), torch.tensor(numbers, dtype=torch.float64))
 
 
+def test_a_table_that_excel_wrote_is_read(tmp_path: Path) -> None:
+    """It begins with a byte order mark."""
+    table = write_table(tmp_path / "hiv.csv")
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    molecules(table, tmp_path)
+    assert (tmp_path / "ogbg_molhiv" / "RELEASE_v1.txt").exists()
+
+
 def test_the_set_follows_from_the_file_name_or_is_said(tmp_path: Path) -> None:
     assert name_of(Path("HIV.csv.gz")) == "ogbg-molhiv"
     assert name_of(Path("delaney-processed.csv")) == "ogbg-molesol"
