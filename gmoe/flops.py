@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from gmoe._checks import check_counts, check_positive
+from gmoe._checks import check_at_least, check_counts, check_positive
 from gmoe._torch import given_tensors, num_stored
 from gmoe.moe import MoELayer
 
@@ -77,7 +77,9 @@ def match_width(
         ValueError: no width in range comes within ``tolerance``; the message names the nearest.
     """
     check_positive("target", target)
-    check_counts(start=start)
+    check_counts(start=start, stop=stop)
+    check_at_least(start, stop=stop)
+    check_at_least(0, tolerance=tolerance)
     cost = functools.cache(cost)  # the search meets its last widths again
     # 1. Double the width until it costs enough, since wide models are slow to measure. Not by
     # powers of two, where a model may have a special case (input and hidden width agree: no
@@ -91,7 +93,7 @@ def match_width(
     candidates = [width for width in (low - 1, low) if width >= start]
     width = min(candidates, key=lambda width: abs(cost(width) - target))
     off = cost(width) / target - 1.0
-    if abs(off) > tolerance:
+    if not abs(off) <= tolerance:  # a cost of NaN is not
         raise ValueError(
             f"target: got {target:g}; the nearest width, {width}, is off by {off:+.1%}, expected "
             f"within {tolerance:.0%}"

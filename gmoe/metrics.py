@@ -6,6 +6,7 @@ Shapes: L layers, E experts, T tokens, P (token, expert) pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,10 @@ class RoutingStats(Metric):
 
     def __init__(self, *, num_experts: int | Sequence[int], **kwargs: object) -> None:
         super().__init__(**kwargs)
-        self.num_experts = (num_experts,) if isinstance(num_experts, int) else tuple(num_experts)
+        sizes: Any = num_experts
+        self.num_experts: tuple[int, ...] = (
+            tuple(sizes) if isinstance(sizes, Sequence) else (sizes,)
+        )
         if not self.num_experts:
             raise ValueError("num_experts: got no layers, expected at least one")
         for number in self.num_experts:

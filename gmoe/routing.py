@@ -398,6 +398,8 @@ def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
     Example:
         >>> loss = F.cross_entropy(logits, y) + gmoe.aux_loss(routings)
     """
+    if isinstance(routings, Mapping):
+        raise ValueError("routings: got a dictionary, expected its values()")
     routings = [routings] if isinstance(routings, Routing) else list(routings)
     if torch.is_grad_enabled() and any(routing.detached for routing in routings):
         warnings.warn(

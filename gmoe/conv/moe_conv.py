@@ -10,7 +10,7 @@ In :meth:`MoEConv.forward`, ``call`` holds the features that the layer was calle
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -212,6 +212,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         if k > len(kinds):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
+        if router is None and router_kwargs:
+            raise ValueError(f"router_kwargs: got {router_kwargs} with router=None, expected none")
         widths = two_widths(in_channels)
         is_one_width = isinstance(in_channels, Integral)
         in_channels = widths[0] if is_one_width else widths
@@ -518,7 +520,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         self, sizes: tuple[int, int], size: tuple[int, int] | None, **edge_args: Tensor | None
     ) -> None:
         """Refuse a ``size`` or edge arguments that do not fit the nodes and the convs."""
-        if size is not None and tuple(size) != sizes:
+        if size is not None and (not isinstance(size, Sequence) or tuple(size) != sizes):
             raise ValueError(
                 f"size: got {size}, expected {sizes} source and destination nodes, as x has"
             )

@@ -49,7 +49,8 @@ def router_parts(
         is_built_here = router is not None and not isinstance(router, Router)
         sees_both = start == "copies" and is_built_here and not is_shared
         return ("node", "neighbors") if sees_both else ("node",)
-    named = (router_input,) if isinstance(router_input, str) else tuple(router_input)
+    is_several = isinstance(router_input, list | tuple | set)
+    named = tuple(router_input) if is_several else (router_input,)
     for name in named:
         check_choice("router_input", name, RouterPart)
     if not named:

@@ -79,7 +79,7 @@ def build_router(
 
     Raises:
         ValueError: an unknown name, or an argument that the router does not take; an instance of
-            other ``dim`` or ``num_experts``, or with ``kwargs``; K > E.
+            other ``dim``, ``num_experts`` or ``k`` (but for 1), or with ``kwargs``; K > E.
     """
     if not isinstance(kwargs, Mapping | None):
         raise ValueError(f"router_kwargs: got {kwargs!r}, expected a dictionary of arguments")
@@ -95,6 +95,8 @@ def build_router(
                 f"router: got an instance for dim={router.dim}, "
                 f"num_experts={router.num_experts}, expected dim={dim}, num_experts={num_experts}"
             )
+        if k not in (1, router.k):  # 1 is what layers pass by default
+            raise ValueError(f"k: got {k} beside a router instance of k={router.k}, expected none")
         return router
 
     if isinstance(router, str):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_at_least, check_choice, check_counts, check_positive
+from gmoe._checks import check, check_at_least, check_choice, check_counts, check_positive
 from gmoe.losses import separation_loss
 from gmoe.routers.base import Router, Weighting, log_softmax_beside
 from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
@@ -88,6 +88,13 @@ class MultiCentroid(Router):
         check_counts(num_centroids=num_centroids)
         check_positive("temperature", temperature)
         check_at_least(0, separation_coef=separation_coef)
+        for name, value, default in (
+            ("capacity_factor", capacity_factor, 1.0),
+            ("normalize", normalize, "experts"),
+            ("inference", inference, "group"),
+        ):
+            is_heeded = choice == "experts" or value == default
+            check(is_heeded, name, repr(value), f"{default!r} beside choice='tokens'")
         self.choice = choice
         self.num_centroids = num_centroids
         self.temperature = temperature

@@ -200,10 +200,18 @@ def test_match_width() -> None:
         (50, {"stop": 3}, "target.* 3,"),
         (0, {}, "target"),
         (10, {"start": 0}, "start"),
+        (10, {"start": 5, "stop": 2}, "stop: got 2, expected a number of at least 5"),
+        (10, {"stop": 3.5}, "stop: got 3.5, expected a whole number"),
+        (10, {"tolerance": -1}, "tolerance: got -1, expected a number of at least 0"),
     ],
 )
 def test_match_width_refuses_and_names_the_nearest(
     target: float, kwargs: dict[str, Any], argument: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{argument}"):
-        match_width(lambda width: width**2, target, tolerance=0.01, **kwargs)
+        match_width(lambda width: width**2, target, **{"tolerance": 0.01, **kwargs})
+
+
+def test_match_width_refuses_a_cost_that_is_no_number() -> None:
+    with pytest.raises(ValueError, match=r"^target: got 100; .*is off by \+nan"):
+        match_width(lambda _: float("nan"), 100)

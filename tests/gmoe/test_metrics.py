@@ -9,6 +9,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,10 +78,11 @@ def test_counts_as_a_slow_loop_does(
     assert stats.load.sum() == 0
 
 
-@pytest.mark.parametrize("experts", [(), 0, (2, -1)], ids=str)
+@pytest.mark.parametrize("experts", [(), 0, (2, -1), 4.0], ids=str)
 def test_bad_numbers_of_experts(experts: Any) -> None:
-    with pytest.raises(ValueError, match=r"num_experts: got (no layers|0|-1)"):
+    with pytest.raises(ValueError, match=r"num_experts: got (no layers|0|-1|4\.0)"):
         RoutingStats(num_experts=experts)
+    assert RoutingStats(num_experts=np.int64(4)).num_experts == (4,)
 
 
 def test_other_layers_are_refused() -> None:

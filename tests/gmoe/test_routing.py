@@ -98,6 +98,8 @@ def test_aux_loss_is_the_weighted_sum() -> None:
     assert found == [3.0, 6.0, 3.0, 0.0]  # 0.5 * 3 + 0.25 * 6 a layer
     (grad,) = torch.autograd.grad(aux_loss([routing, routing]), value)
     assert grad.item() == 2.0  # twice (0.5 + 2 * 0.25)
+    with pytest.raises(ValueError, match=r"^routings: got a dictionary, expected its values\(\)"):
+        aux_loss({"relation": routing})  # type: ignore[dict-item]
 
 
 def test_no_tokens() -> None:

@@ -74,6 +74,19 @@ FOUR = TokenChoice(6, num_experts=4)
         ),
         ("router: got", FOUR, {"num_experts": 8}),
         ("router: got", FOUR, {"dim": 7}),
+        ("k: got 3 beside a router instance of k=1", FOUR, {"k": 3}),
+        *(
+            (
+                f"{name}: got {value!r}, expected .* beside choice='tokens'",
+                "multi_centroid",
+                {"kwargs": {name: value}},
+            )
+            for name, value in (
+                ("capacity_factor", 0.5),
+                ("normalize", "tokens"),
+                ("inference", "threshold"),
+            )
+        ),
         ("k: got", "token_choice", {"k": 5}),
         ("router_kwargs", "expert_choice", {"kwargs": {"k": 2}}),
         ("router_kwargs", "expert_choice", {"kwargs": 3}),
