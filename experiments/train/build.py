@@ -25,7 +25,7 @@ from experiments.train.config import (
 )
 from experiments.train.data.task import Task
 from experiments.train.user_code import code_of, frames_of, load_conv, load_object
-from gmoe._checks import check
+from gmoe._checks import check, described
 
 if TYPE_CHECKING:
     from gmoe.models.vit import ViTSize
@@ -72,11 +72,31 @@ def _own_model(name: str, task: Task) -> nn.Module:
     return model
 
 
+def _check_logits(name: str, model: nn.Module, config: RunConfig, task: Task) -> None:
+    """Refuse a user's model that gives anything but a row of logits for each row of a batch."""
+    batch = next(iter(task.loader("train", config.batch_size, None)))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = copy.deepcopy(model).train()(*batch.inputs)
+    fits = isinstance(logits, Tensor) and logits.dim() == 2 and logits.size(1) == task.num_classes
+    try:
+        fits = fits and len(batch.counted(logits)) == len(batch.target)
+    except IndexError:
+        fits = False
+    check(
+        fits,
+        "model",
+        f"{name}, which gives {described(logits)}",
+        f"logits, {task.num_classes} columns, a row for each node, graph or image",
+    )
+
+
 def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
     """What a model costs, and its steps an epoch.
 
     A conv that does not run on the data is a ``ValueError``.
     """
+    if config.model is not None:
+        _check_logits(config.model, model, config, task)
     try:
         active = flops(model, example(config, task))
     except (TypeError, RuntimeError, AssertionError, AttributeError) as error:

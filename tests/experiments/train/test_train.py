@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -318,6 +319,19 @@ def test_a_model_of_ones_own(preset: str, name: str, layers: int, tmp_path: Path
     summary = quick(tmp_path / "run", "--model", f"{MINE}:{name}", *more, preset=preset)
     assert len(summary["routing"]) == layers
     assert summary["test"]["mean"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("pairs", "tuple"), ("wide", r"shape \(1797, 11\)"), ("FirstHalf", r"shape \(898, 10\)")],
+)
+def test_a_model_that_gives_no_logits_is_named(
+    name: str, given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        quick(tmp_path / "run", "--model", f"{MINE}:{name}")
+    message = rf"^error: model: got {MINE}:{name}, which gives {given}.*expected logits, 10 columns"
+    assert re.search(message, capsys.readouterr().err, re.MULTILINE)
 
 
 def test_tensorboard_gets_figures_and_routing(tmp_path: Path) -> None:
