@@ -144,3 +144,28 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
             if parameter is not None and parameter.is_floating_point():
                 return parameter.dtype
     return None
+
+
+class LateState(nn.Module):
+    """A module that has no state until it is built.
+
+    Torch's hooks around a state come after it was read, and a parameter without a size cannot be.
+    """
+
+    def is_built(self) -> bool:
+        """Say whether there is a state."""
+        raise NotImplementedError
+
+    def refuse_state(self) -> None:
+        """Raise, since no parameter could take a state; with ``strict=False`` torch would not."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.is_built():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.is_built():
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        elif any(name.startswith(prefix) for name in state_dict):
+            self.refuse_state()

@@ -212,8 +212,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         if k > len(kinds):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
-        if router is None and router_kwargs:
-            raise ValueError(f"router_kwargs: got {router_kwargs} with router=None, expected none")
         widths = two_widths(in_channels)
         is_one_width = isinstance(in_channels, Integral)
         in_channels = widths[0] if is_one_width else widths

@@ -7,13 +7,14 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from gmoe._checks import described
+from gmoe._torch import LateState
 
 
-class OpenWidths(nn.Module):
+class OpenWidths(LateState):
     """A layer whose ``in_channels`` may be -1: it is built by its first call.
 
     Until then ``unbuilt`` stands for all its parameters: it knows their type and device, and torch
@@ -73,19 +74,11 @@ class OpenWidths(nn.Module):
         self.in_channels = in_channels
         self._widths = widths
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.experts is not None:  # while widths are open, there is nothing to save
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+    def is_built(self) -> bool:
+        return self.experts is not None
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuse a state while the widths are open, since no parameter could take it.
-
-        With ``strict=False``, torch would not notice.
-        """
-        if self.experts is not None:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        elif any(name.startswith(prefix) for name in state_dict):
-            raise RuntimeError(
-                f"in_channels: got {self.in_channels}, expected a call to fill it in before a "
-                "state is loaded"
-            )
+    def refuse_state(self) -> None:
+        raise RuntimeError(
+            f"in_channels: got {self.in_channels}, expected a call to fill it in before a state is "
+            "loaded"
+        )

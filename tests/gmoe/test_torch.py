@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -207,3 +208,28 @@ def test_no_other_file_of_gmoe_uses_what_is_private_in_torch() -> None:
     }
     assert len(uses.pop("_torch.py")) > 10
     assert not any(uses.values()), {name: used for name, used in uses.items() if used}
+
+
+class Late(_torch.LateState):
+    """Has a parameter without a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = UninitializedParameter()
+
+    def is_built(self) -> bool:
+        return not isinstance(self.weight, UninitializedParameter)
+
+    def refuse_state(self) -> None:
+        raise RuntimeError("not built")
+
+
+def test_a_module_has_no_state_until_it_is_built() -> None:
+    model = nn.ModuleList([Late()])
+    assert model.state_dict() == {}
+    model.load_state_dict({})
+    with pytest.raises(RuntimeError, match="not built"):
+        model.load_state_dict({"0.weight": torch.ones(2)}, strict=False)
+    model[0].weight = nn.Parameter(torch.zeros(2))
+    model.load_state_dict({"0.weight": torch.ones(2)})
+    assert model.state_dict()["0.weight"].tolist() == [1, 1]

@@ -162,10 +162,6 @@ def test_a_given_routing_is_followed_without_the_router() -> None:
         ({"router_input": ("node", "x")}, "router_input: got 'x'"),
         ({"router_input": ()}, "router_input: got nothing"),
         ({"router_input": 3}, "router_input: got 3, expected one of"),
-        (
-            {"router": None, "router_kwargs": {"weight": "score"}},
-            "router_kwargs: got .*router=None",
-        ),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
         ({"router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
         (
