@@ -68,8 +68,8 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
     """Write a moefied model to a folder: how its layers were made, and all its weights.
 
     It takes models of timm, Hugging Face's transformers, PyG and your own that :func:`gmoe.moefy`
-    has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and :func:`gmoe.densify`, until
-    no layer has experts. The dense model itself is not described: :func:`load` gets it as ``base``.
+    has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and :func:`gmoe.densify`, which
+    may leave no experts. The dense model itself is not described: :func:`load` gets it as ``base``.
 
     Args:
         model: the model.

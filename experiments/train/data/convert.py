@@ -325,6 +325,8 @@ def _open_table(connection: Any, path: Path) -> None:
         table = f"read_csv('{quoted}', {options}, header={has_names})"
         names = row if has_names else ()
     columns = connection.sql(f"SELECT * FROM {table}").columns
+    if path.suffix == ".parquet":
+        names = columns
     check(
         len(columns) == 2,
         "edges",
@@ -336,7 +338,6 @@ def _open_table(connection: Any, path: Path) -> None:
         "ELSE error(concat('got node ', {0})) END"
     )
     ends = f"{whole.format('s')} AS s, {whole.format('d')} AS d"
-    names = columns if path.suffix == ".parquet" else names
     is_turned = [str(name).strip().lower() for name in names] in TURNED
     order = "d, s" if is_turned else "s, d"
     connection.execute(f"CREATE VIEW edges AS SELECT {ends} FROM {table} AS given ({order})")
