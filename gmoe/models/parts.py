@@ -31,17 +31,38 @@ def activation_of(act: Activation) -> Callable[[Tensor], Tensor]:
     """Return the activation: by its name, or a function or module as it is; the identity for None.
 
     Raises:
-        ValueError: what is neither of them.
+        ValueError: what is none of them, or a name that PyTorch does not have.
     """
-    activation: Callable[[Tensor], Tensor] = activation_resolver(act) or nn.Identity()
-    if not callable(activation):
-        raise ValueError(f"act: got {act!r}, expected a name, a function or None")
+    if act is None:
+        return nn.Identity()
+    legal = "the name of one of PyTorch's activations, such as 'relu', a function or None"
+    activation: Callable[[Tensor], Tensor] | None
+    try:
+        activation = activation_resolver(act)
+    except (TypeError, ValueError):  # nobody's name, or of one that has no default arguments
+        activation = None
+    # A class would be called in place of its instance.
+    if not callable(activation) or isinstance(activation, type):
+        raise ValueError(f"act: got {act!r}, expected {legal}")
     return activation
 
 
 def norm_of(norm: Norm, width: int) -> nn.Module:
-    """Return the norm: by its name, or a module as it is; the identity for ``None``."""
-    return normalization_resolver(norm, width) or nn.Identity()
+    """Return the norm: by its name, or a module as it is; the identity for ``None``.
+
+    Raises:
+        ValueError: what is none of them, or a name that is not one of PyG's norms of a width.
+    """
+    if norm is None:
+        return nn.Identity()
+    legal = "the name of one of PyG's norms of a width, such as 'batch_norm', a module or None"
+    try:
+        layer = normalization_resolver(norm, width)
+    except (TypeError, ValueError):  # nobody's name, or of one that takes something else
+        layer = None
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"norm: got {norm!r}, expected {legal}")
+    return layer
 
 
 def residual_of(residual: Residual, width: int, out: int) -> nn.Module:

@@ -28,9 +28,18 @@ def test_a_norm_gets_the_width_of_the_hidden_layers() -> None:
     assert norm.module.num_features == 8
 
 
-def test_an_activation_that_cannot_be_called_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^act: got 3, expected a name, a function or None"):
-        activation_of(3)  # type: ignore[arg-type]
+@pytest.mark.parametrize("act", [3, "foo", "none", "threshold", nn.ReLU])
+def test_what_is_no_activation_is_refused(act: Any) -> None:
+    with pytest.raises(ValueError, match=r"^act: got .*, expected the name of one of PyTorch's"):
+        activation_of(act)
+
+
+@pytest.mark.parametrize(
+    "norm", [3, "foo", "none", "MessageNorm", "graph_size_norm", "hetero_batch_norm", nn.LayerNorm]
+)
+def test_what_is_no_norm_of_a_width_is_refused(norm: Any) -> None:
+    with pytest.raises(ValueError, match=r"^norm: got .*, expected the name of one of PyG's norms"):
+        norm_of(norm, 8)
 
 
 @pytest.mark.parametrize(
