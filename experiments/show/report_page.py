@@ -197,8 +197,10 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
         {
             "": run.name,
             "data": run.config.dataset,
-            "router": run.config.router,
-            "experts, K": f"{run.config.experts}, {run.config.k}" if run.history else "–",
+            "router": run.config.model or run.config.router,
+            "experts, K": f"{run.config.experts}, {run.config.k}"
+            if run.history and run.config.model is None
+            else "–",
             "metric": run.summary["metric"],
             f"validation {shares}": scored(run.summary["metric"], run.summary["val"]),
             f"test {shares}": scored(run.summary["metric"], run.summary["test"]),

@@ -26,7 +26,7 @@ import tyro
 
 from experiments.train.checks import check, check_first
 from experiments.train.command_line import fail, with_short_help
-from experiments.train.config import ERRORS, PAPERS, RunConfig, dense_of
+from experiments.train.config import ERRORS, OF_MODEL, PAPERS, RunConfig, dense_of
 from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import RESULTS, read_json
 from experiments.train.presets import PRESETS, command
@@ -110,6 +110,13 @@ def parse(args: Sequence[str]) -> RunConfig:
         got = f"{config.equal_to!r} with router={config.router!r} and no --equal"
         legal = "--router dense --equal flops (or parameters) with it"
         raise ValueError(f"equal_to: got {got}, expected {legal}")
+    if config.model is not None:
+        options = {
+            arg: arg.removeprefix("--").removeprefix("no-").replace("-", "_") for arg in named
+        }
+        passed = sorted(arg for arg, option in options.items() if option in OF_MODEL)
+        got = f"{config.model} and {', '.join(passed)}"
+        check(not passed, "model", got, "none of these options beside a model of your own")
     return config
 
 

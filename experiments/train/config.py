@@ -6,7 +6,7 @@ The command line is made of them. Imports nothing heavy, so that ``--help`` come
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -404,6 +404,36 @@ WHERE = frozenset(
     }
 )
 """Options that no number depends on."""
+OF_MODEL = frozenset(
+    {
+        "router",
+        "experts",
+        "k",
+        "hidden",
+        "start",
+        "layers",
+        "every",
+        "dropout",
+        "kmeans_init",
+        "residual",
+        "norm",
+        "router_input",
+        "shared_router",
+        "jk",
+        "input_dropout",
+        "virtual_node",
+        "pool",
+        "mlp_scale",
+        "patch",
+        "dim",
+        "vit_heads",
+        *(field.name for field in fields(RouterOptions)),
+    }
+)
+"""Options that only say how a model is built, so that a model of one's own has none of them.
+
+``conv`` says what a model is called with, too.
+"""
 RECORDS = ("file", "digest")
 """What ``config.json`` holds beside the options: the name of your own graph's file, a digest of
 your own data."""
