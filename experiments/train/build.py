@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,9 @@ from gmoe._checks import check, described
 if TYPE_CHECKING:
     from gmoe.models.vit import ViTSize
 
+TWINS = 5
+"""Draws of the MoE that a dense baseline is matched to, where its cost follows from the routing."""
+
 
 def build_model(config: RunConfig, task: Task) -> nn.Module:
     """The model of a run; with ``equal`` the dense baseline, widened to the cost of its MoE.
@@ -43,9 +47,11 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
         return _own_model(config.model, task)
     if config.equal is not None:
         cost, dense = cost_by(config, task), replace(config, equal=None, options=RouterOptions())
-        target = cost(build_twin(config, task))
+        # Whole widths cannot meet the cost of a narrow model; `matched` tells how near they come
         width = gmoe.match_width(
-            lambda width: cost(_build(replace(dense, hidden=width), task)), target, tolerance=0.5
+            lambda width: cost(_build(replace(dense, hidden=width), task)),
+            cost_of_twin(config, task),
+            tolerance=0.5,
         )
         config = replace(dense, hidden=width)
     model: Any = _build(config, task)
@@ -113,8 +119,7 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
         check(not why, "evaluation", f"'layerwise' ({why})", "'full' or 'sampled'")
     matched = None
     if config.equal is not None:  # 1 but for what whole widths cannot meet
-        cost = cost_by(config, task)
-        matched = cost(model) / cost(build_twin(config, task))
+        matched = cost_by(config, task)(model) / cost_of_twin(config, task)
     return {
         "flops": active,
         "parameters": num_parameters(model),
@@ -145,12 +150,28 @@ def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
 
 
 def cost_by(config: RunConfig, task: Task) -> Callable[[nn.Module], int]:
-    """What ``equal`` counts of a model: parameters, or active FLOPs."""
-    return (
-        num_parameters
-        if config.equal == "parameters"
-        else partial(flops, inputs=example(config, task))
-    )
+    """What ``equal`` counts of a model: parameters, or active FLOPs on one batch."""
+    if config.equal == "parameters":
+        return num_parameters
+    with torch.random.fork_rng(devices=[]):  # sampled neighborhoods are drawn
+        torch.manual_seed(0)
+        return partial(flops, inputs=example(config, task))
+
+
+def cost_of_twin(config: RunConfig, task: Task) -> float:
+    """What the MoE of ``equal_to`` costs before training, the mean over the seeds 0 to 4.
+
+    One draw is enough where the cost does not follow from the routing. The generator is left as it
+    was, so that the dense model is as wide for every seed, and whenever it is built again.
+    """
+    cost, found = cost_by(config, task), list[int]()
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(TWINS):
+            torch.manual_seed(seed)
+            found.append(cost(build_twin(config, task)))
+            if found[0] == found[-1] and seed == 1:
+                break
+    return statistics.fmean(found)
 
 
 def build_twin(config: RunConfig, task: Task) -> nn.Module:

@@ -36,7 +36,7 @@ class Summary(TypedDict):
     best_epoch: Spread
     seconds: Spread
     peak_memory: NotRequired[int | None]  # of the GPU, MiB
-    flops: int
+    flops: int  # before training, the mean over seeds; of older runs the first seed's
     parameters: int
     active_parameters: int
     matched: NotRequired[float | None]

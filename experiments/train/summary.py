@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
     """
     first = results[0]
     spreads = ("val", "test", "best_epoch", "seconds")
-    costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")
+    costs = ("parameters", "active_parameters", "matched", "hidden", "steps")
     routings = [result["routing"] for result in results]
     figures = [[sorted(layer) for layer in layers] for layers in routings]
     fits = all(other == figures[0] for other in figures)
@@ -29,6 +30,8 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
         "metric": first["metric"],
         **{name: spread([result[name] for result in results]) for name in spreads},
         "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
+        # Which differ where they follow from the routing
+        "flops": round(statistics.fmean(result["flops"] for result in results)),
         **{name: first[name] for name in costs},
         "routing": [_spreads(layers) for layers in zip(*routings, strict=True)],
         "curve": {

@@ -12,12 +12,15 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from experiments.train.build import build_model, build_twin, costs_of, example, flops
 from experiments.train.command import dense_line, main, parse
 from experiments.train.config import GraphConfig
+from experiments.train.data.load import load_tasks
 from experiments.train.files import RESULTS
 from experiments.train.presets import PRESETS, command
 from experiments.train.scores import interval, paired
@@ -271,6 +274,27 @@ def test_dense_models_of_equal_cost(equal: str, tmp_path: Path) -> None:
     args = ("--router", "dense", "--equal", equal, "--equal-to", "expert_choice", "--epochs", "1")
     assert quick(tmp_path / "run", *args)["matched"] == pytest.approx(1, abs=0.05)
     assert quick(tmp_path / "own", "--router", "dense", "--epochs", "1")["matched"] is None
+
+
+@pytest.mark.filterwarnings("ignore:.* runs on the whole graph for every expert")
+def test_a_matched_model_is_as_wide_however_often_it_is_built() -> None:
+    """GAT's FLOPs follow from the routing, which each draw of its MoE has another of."""
+    config = parse(["digits-graph", "--router", "dense", "--equal", "flops", "--conv", "gat"])
+    task = load_tasks(config)(0)
+    widths, costs, twins = set(), list[Any](), set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        twins.add(flops(build_twin(config, task), example(config, task)))
+        torch.manual_seed(seed)
+        model: Any = build_model(config, task)
+        before = torch.get_rng_state()
+        costs.append(costs_of(model, config, task))
+        assert torch.equal(torch.get_rng_state(), before)
+        widths |= {model.hidden_channels, build_model(config, task).hidden_channels}
+    assert (len(twins), len(widths)) == (5, 1)
+    assert costs == costs[:1] * 5
+    assert costs[0]["flops"] == pytest.approx(sum(twins) / 5, rel=0.02)
+    assert costs[0]["matched"] == pytest.approx(5 * costs[0]["flops"] / sum(twins))
 
 
 MINE = own_parts.__name__
