@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
-from gmoe._torch import in_backward, in_transform
+from gmoe._torch import in_backward, in_transform, outside_backward
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
 from gmoe.routers.groups import to_members
@@ -241,16 +241,21 @@ class Router(nn.Module, ABC):
         return square / num_tokens.clamp(min=1)
 
     def is_training_step(self) -> bool:
-        """True if this forward moves the counters.
+        """True if this forward may move the counters, by :meth:`move`.
 
-        It does in training, but not when a checkpoint recomputes the forward in the backward pass.
+        It may in training, but not when a checkpoint recomputes the forward in the backward pass.
         """
-        if not self.training:
-            return False
-        # A compiled checkpoint recomputes without Python, so it never comes here twice.
+        return self.training and (torch.compiler.is_compiling() or not in_backward())
+
+    def move(self, counter: Tensor, value: Tensor) -> None:
+        """Write a counter's new value, in a training step.
+
+        One compiled forward runs in the step and, under checkpointing, again in the backward pass:
+        there the counter stays.
+        """
         if torch.compiler.is_compiling():
-            return True
-        return not in_backward()
+            value = torch.where(outside_backward(counter), value, counter)
+        counter.copy_(value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Keep counters and frozen projections in float32 at least when the module is cast.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gmoe
 from gmoe import (
     LinearExperts,
+    MLPExperts,
     MoE,
     MultiCentroid,
     OracleRouter,
@@ -442,3 +445,52 @@ def test_log_softmax_is_that_of_each_token(tokens: int, experts: int) -> None:
     (gradient,) = torch.autograd.grad(found, logits, cotangent)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits, cotangent)[0])
     assert found.T.is_contiguous() if experts < SHORT else found.is_contiguous()
+
+
+class Checkpointed(nn.Module):
+    """A module whose backward pass runs the forward again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.module, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("order", ["compiled inside", "compiled outside"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        TokenChoice(D, num_experts=E, noise=False),
+        TokenChoice(D, num_experts=E, k=2, noise=False),
+        ExpertChoice(D, num_experts=E, inference="threshold"),
+    ],
+    ids=["bias", "bias of two", "threshold"],
+)
+def test_a_compiled_forward_that_runs_again_moves_no_counter(router: Router, order: str) -> None:
+    """It computes what it computed, from counters that its own step has moved since."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(
+        nn.Linear(D, D), MoE(copy.deepcopy(router), MLPExperts(D, 8, D, num_experts=E))
+    ).double()
+    twin = copy.deepcopy(layer)
+
+    both = partial(zip, strict=True)
+
+    def compiled(module: Any) -> Any:
+        return torch.compile(module, backend="aot_eager", fullgraph=True)
+
+    inside = order == "compiled inside"
+    run = Checkpointed(compiled(twin)) if inside else compiled(Checkpointed(twin))
+    for _ in range(3):
+        x = torch.randn(20, D, dtype=torch.float64)
+        for part in (layer, run):
+            part.zero_grad()
+            part(x).sin().sum().backward()
+        pairs = [
+            *((one.grad, other.grad) for one, other in both(layer.parameters(), twin.parameters())),
+            *both(layer.buffers(), twin.buffers()),
+        ]
+        for expected, found in pairs:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
