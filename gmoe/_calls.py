@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from gmoe._torch import is_compiler_loaded
 
 Batch: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a model is called with: a tensor, a tuple of arguments, or a dictionary of them by name."""
@@ -50,10 +52,15 @@ def batches_of(data: Data) -> list[Any]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation inside the block, without gradients; its modes come back."""
+    """Put a model into evaluation inside the block, without gradients; its modes come back.
+
+    A compiled model runs eagerly: compiled code does not call hooks that came after it.
+    """
+    # If the model is compiled, the compiler is loaded.
+    stance = torch.compiler.set_stance("force_eager") if is_compiler_loaded() else nullcontext()
     modes = {part: part.training for part in model.modules()}
     try:
-        with torch.no_grad():
+        with stance, torch.no_grad():
             model.eval()
             yield
     finally:

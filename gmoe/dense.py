@@ -19,7 +19,7 @@ from gmoe._checks import check_at_least
 from gmoe.candidates import Candidate, candidate_of_tokens
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.moe import MoE, MoELayer
-from gmoe.pruning import counting, share
+from gmoe.pruning import counting, refuse_unseen, share
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.
     with counting(groups) as counts:
         if batches is not None:
             before = outputs_of(model, batches)
+    if batches is not None:
+        refuse_unseen(groups, counts)
 
     def change_of_outputs(changed: nn.Module) -> float | None:
         return None if batches is None else relative_change(before, outputs_of(changed, batches))
@@ -124,8 +126,8 @@ def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.
             model = _put(model, names, candidate.module)
             try:
                 change = change_of_outputs(model)
-            except (TypeError, ValueError, RuntimeError) as error:
-                # The model passes what a layer of experts takes, such as batch=.
+            except Exception as error:  # of the user's model, which may be any
+                # It may pass what a layer of experts takes, such as batch=, or read its attributes.
                 change = math.inf
                 reason = f"{reason}, with which the model fails: {error}"
             is_small = change is not None and change <= tolerance

@@ -10,8 +10,7 @@ Shapes: B images, C channels, H x W pixels, h x w patches, T tokens, E experts, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -20,7 +19,6 @@ from torch.nn import functional as F
 
 from gmoe._calls import evaluating
 from gmoe._checks import check_counts, naming_extras
-from gmoe._torch import is_compiler_loaded
 from gmoe.routing import Routing, record_routing
 
 with naming_extras():
@@ -87,7 +85,7 @@ def patch_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
     patch_height, patch_width = _patch_size(model)
     h, w = images.size(2) // patch_height, images.size(3) // patch_width
     parameter = next(model.parameters(), images)
-    with _evaluating(model), record_routing(model) as routings:
+    with evaluating(model), record_routing(model) as routings:
         model(images.to(parameter.device, parameter.dtype))
     weights = []
     for layer, routing in enumerate(routings, start=1):
@@ -158,18 +156,6 @@ def expert_maps(
         axis.set_title(f"MoE layer {layer}", fontsize="medium")
     _legend(figure, max(weight.size(-1) for weight in weights))
     return figure
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode without gradients, and restore the model's modes afterwards.
-
-    A compiled model runs eagerly: compiling would trace it once more.
-    """
-    # If the model is compiled, the compiler is loaded.
-    stance = torch.compiler.set_stance("force_eager") if is_compiler_loaded() else nullcontext()
-    with stance, evaluating(model):
-        yield
 
 
 def _batch_of(images: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None
     # 1. Run the model, and add up what each expert gets.
     with counting(groups) as counts:
         before = outputs_of(model, batches)
+    refuse_unseen(groups, counts)
     loads = [share(count.pairs_E) for count in counts]
     importances = [share(count.scores_E) for count in counts]
 
@@ -165,6 +166,7 @@ class Count:
 
     pairs_E: Tensor
     scores_E: Tensor
+    calls: int = 0
 
 
 @contextmanager
@@ -185,12 +187,32 @@ def counting(groups: Sequence[Group]) -> Iterator[list[Count]]:
             hook.remove()
 
 
+def refuse_unseen(groups: Sequence[Group], counts: Sequence[Count]) -> None:
+    """Refuse data on which a router did not run: of its experts nothing is known.
+
+    Raises:
+        ValueError: the names of its layers.
+    """
+    unseen = [
+        name
+        for group, count in zip(groups, counts, strict=True)
+        if group.router is not None and not count.calls
+        for name in group.layers
+    ]
+    if unseen:
+        raise ValueError(
+            f"data: got some on which the router of {named(unseen)} does not run, expected data "
+            "that reach every layer of experts"
+        )
+
+
 def _add(count: Count, router: nn.Module, args: Any, routing: Routing) -> None:
     """Add a routing, as a hook of its router."""
     score_P = routing.scores[routing.token, routing.expert].detach().double()
     zeros_E = score_P.new_zeros(routing.num_experts)
     count.scores_E += zeros_E.index_add(0, routing.expert, score_P).cpu()
     count.pairs_E += routing.load.cpu()
+    count.calls += 1
 
 
 def share(sum_E: Tensor) -> Tensor:

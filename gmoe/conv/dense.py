@@ -35,7 +35,8 @@ def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
     are_same = is_one or (is_one_kind and _have_same_values(experts))
     share_E = mean_share(layer.num_experts, load_E, are_same)
     reason, is_exact = reason_of(is_one, are_same, weights_sum_to_one(router))
-    learns = any(parameter.requires_grad for parameter in layer.parameters())
+    part = experts if layer.shared_expert is None else layer.shared_expert
+    learns = any(parameter.requires_grad for parameter in part.parameters())
 
     if layer.shared_expert is None:
         if not is_one_kind:

@@ -154,3 +154,30 @@ def test_linear_experts_become_a_linear_layer() -> None:
     dense = gmoe.densify(layer).model
     assert type(dense) is nn.Linear
     assert_same(dense(X), expected)
+
+
+def test_what_was_frozen_stays_frozen_whatever_the_router_learns() -> None:
+    frozen = pyg.GCN(6, 8, 2, 3).requires_grad_(False)
+    model = gmoe.moefy(frozen, num_experts=3, start="shared")
+    gmoe.densify(model)
+    assert not any(isinstance(part, gmoe.MoEConv) for part in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class ReadsExperts(nn.Module):
+    """A model that reads an attribute of its layer in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        router = gmoe.TokenChoice(8, num_experts=3)
+        self.moe: Any = gmoe.MoE(router, gmoe.MLPExperts(8, 16, 8, num_experts=3))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.moe(x) / self.moe.num_experts
+
+
+def test_a_model_that_fails_with_a_dense_layer_keeps_its_experts() -> None:
+    model = ReadsExperts()
+    report = gmoe.densify(model, torch.randn(9, 8), tolerance=100.0)
+    assert "has no attribute 'num_experts'" in str(report)
+    assert isinstance(model.moe, gmoe.MoE)

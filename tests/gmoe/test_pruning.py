@@ -188,3 +188,39 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
         gmoe.prune(nn.Linear(2, 2), torch.zeros(1, 2))
     for layer in (slots, mine, oracle):
         assert len(layer.experts.up.weight) == EXPERTS
+
+
+class TwoLayers(nn.Module):
+    """A model of which the data reach one layer of experts alone, or both."""
+
+    def __init__(self, calls_both: bool) -> None:
+        super().__init__()
+        self.calls_both = calls_both
+        self.first, self.second = (
+            gmoe.MoE(TokenChoice(8, num_experts=4), gmoe.MLPExperts(8, 16, 8, num_experts=4))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        y: Any = self.first(x)
+        return self.second(y) if self.calls_both else y
+
+
+def test_a_model_that_was_compiled_and_run_is_pruned_by_its_routing() -> None:
+    """Compiled code does not call the hooks that count."""
+    torch.manual_seed(0)
+    model, x = TwoLayers(calls_both=True).eval(), torch.randn(200, 8)
+    expected = gmoe.prune(copy.deepcopy(model), x)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(x)
+    assert gmoe.prune(model, x).layers == expected.layers
+    assert all(sum(layer.load) == pytest.approx(1) for layer in expected.layers)
+
+
+@pytest.mark.parametrize("change", [gmoe.prune, gmoe.densify])
+def test_data_that_do_not_reach_a_layer_are_refused(change: Any) -> None:
+    model = TwoLayers(calls_both=False)
+    with pytest.raises(ValueError, match=r"^data: got some on which the router of second does not"):
+        change(model, torch.randn(9, 8))
+    assert [layer.num_experts for layer in (model.first, model.second)] == [4, 4]
