@@ -166,9 +166,13 @@ class Graph:
             )
         return self._copy(mask=mask.sigmoid() if conv._apply_sigmoid else mask)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept: a copy's tensors count their versions anew."""
+        return {**vars(self), "_kept": {}}
+
     def to(self, device: torch.device | str) -> Graph:
         """Move the graph to a device; returns itself if it is there already."""
-        if self.adj.device == torch.device(device):
+        if self.edge_index.to(device) is self.edge_index:  # "cuda" may be cuda:0
             return self
         moved = {
             name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")

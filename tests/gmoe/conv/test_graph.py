@@ -331,3 +331,20 @@ def test_an_explainer_without_a_factor_for_each_edge_is_refused(mask: Tensor | N
     conv._edge_mask = mask
     with pytest.raises(ValueError, match=r"^explain: got .* expected one of the 30 edges"):
         Graph(EDGES, 9).explained(conv)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_keeps_nothing_of_the_graph_it_was_made_from(how: str) -> None:
+    """A copied tensor counts its versions anew, so that old and new ones may agree."""
+    torch.manual_seed(0)
+    edges, weight = random_graph(10, 10, 30), torch.rand(30)
+    weight.mul_(2).add_(1)
+    graph = Graph(edges, 10, edge_weight=weight)
+    conv, x = MoEConv("gcn", 4, 4, num_experts=2).eval(), torch.randn(10, 4)
+    conv(x, graph)
+    twin = copy.deepcopy(graph) if how == "deepcopy" else pickle.loads(pickle.dumps(graph))
+    own: Any = twin.edge_weight
+    while own._version < weight._version:
+        own.mul_(torch.rand(30))
+    expected = conv(x, Graph(edges, 10, edge_weight=own))
+    torch.testing.assert_close(conv(x, twin), expected)
