@@ -74,10 +74,12 @@ class FromBase(nn.Module):
                 "parts of experts are changed"
             )
         bases = list(self.base.parameters())
-        # Not by name: a part of the differences may have been wrapped.
+        # By the last part of a name alone: a part of the differences may have been wrapped. What is
+        # parametrized or pruned has another, such as "original".
         are_pairs = len(differences) == len(bases) and all(
             difference.shape[1:] == base.shape[1:]
-            for (_, difference), base in zip(differences, bases, strict=True)
+            and name.rpartition(".")[2] == own.rpartition(".")[2]
+            for (name, difference), own, base in zip(differences, names, bases, strict=True)
         )
         if not are_pairs:
             got = ", ".join(name for name, _ in differences)
@@ -119,9 +121,13 @@ class FromBase(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> nn.Module:
-        """The differences themselves, with the base added to them: independent experts."""
+        """The differences themselves, with the base added to them: independent experts.
+
+        What was trained of either stays trainable.
+        """
         for _, difference, base in self._pairs():
             difference.add_(base)
+            difference.requires_grad_(difference.requires_grad or base.requires_grad)
         return self.differences
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
@@ -91,11 +91,37 @@ def test_experts_that_two_layers_share_are_folded_once() -> None:
     assert_same(second(first(x, EDGES), EDGES), expected)
 
 
-def test_a_pruned_part_is_refused_unless_the_layer_is_folded_before() -> None:
-    layer = trained(SAGEConv)
-    prune.identity(layer.experts.differences.linear, "weight")
-    with pytest.raises(ValueError, match=r"^experts: got differences with parameters .*gmoe.fold"):
-        layer(features(NODES, WIDTH), EDGES)
+class Scaled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 0.5 * weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "parametrized everywhere"])
+def test_a_changed_part_is_refused_unless_the_layer_is_folded_before(how: str, bias: bool) -> None:
+    """It would be applied to the sum with the base."""
+    layer = trained(SAGEConv, bias=bias)
+    for changed in (layer, gmoe.fold(copy.deepcopy(layer))):
+        stacked = getattr(changed.experts, "differences", changed.experts)
+        if how == "pruned":
+            prune.identity(stacked.linear, "weight")
+        else:
+            names = ["weight", "bias"] if how.endswith("everywhere") and bias else ["weight"]
+            for name in names:
+                parametrize.register_parametrization(stacked.linear, name, Scaled())
+        if changed is not layer:
+            changed(features(NODES, WIDTH), EDGES)
+            continue
+        with pytest.raises(ValueError, match=r"^experts: got differences with .*gmoe.fold"):
+            layer(features(NODES, WIDTH), EDGES)
+
+
+@pytest.mark.parametrize("frozen", ["base", "differences"])
+def test_folded_experts_learn_if_either_part_did(frozen: str) -> None:
+    layer = trained()
+    getattr(layer.experts, frozen).requires_grad_(False)
+    gmoe.fold(layer)
+    assert all(parameter.requires_grad for parameter in layer.experts.parameters())
 
 
 def test_a_model_is_folded_layer_by_layer_and_saved(tmp_path: Any) -> None:
