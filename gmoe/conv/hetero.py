@@ -17,7 +17,8 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_counts
+from gmoe._checks import check_counts, described
+from gmoe._torch import dtype_of
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend, combine, dispatch
@@ -121,7 +122,7 @@ class RelationalConv(nn.Module):
                 f"edge_index_dict: got {[*edge_index_dict]}, expected {self.edge_types}"
             )
         for name, width in self.in_channels.items():
-            check_features(name, x_dict.get(name), width)
+            check_features(name, x_dict.get(name), width, dtype_of(self))
         parts = {name: [x_dict[name]] for name in self.relations_into}
         for name, relations in self.relations_into.items():
             for relation in relations:
@@ -322,6 +323,7 @@ class HeteroMoEConv(MoELayer):
     ) -> NodeOutputs | tuple[NodeOutputs, dict[NodeType, Routing]]:
         """Route and run; see the class."""
         refuse_transforms()
+        check_batches(batch_dict, x_dict)
         out: NodeOutputs = {}
         routings: dict[NodeType, Routing] = {}
         for name, parts in self.experts.parts(x_dict, edge_index_dict).items():
@@ -385,8 +387,27 @@ def checked_metadata(metadata: Metadata) -> tuple[list[NodeType], list[EdgeType]
     return node_types, edge_types
 
 
-def check_features(node_type: NodeType, x: Tensor | None, width: int) -> None:
-    """Refuse features of a node type that are missing, or that have another width."""
-    if x is None or x.dim() != 2 or x.size(1) != width:
-        got = None if x is None else f"shape {tuple(x.shape)}"
-        raise ValueError(f"x_dict[{node_type!r}]: got {got}, expected (number of nodes, {width})")
+def check_features(
+    node_type: NodeType, x: Tensor | None, width: int, dtype: torch.dtype | None
+) -> None:
+    """Refuse features of a node type that are missing, or of another kind, width or dtype.
+
+    Under autocast they may have any dtype of floats.
+    """
+    name = f"x_dict[{node_type!r}]"
+    is_dense = isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided
+    if not isinstance(x, Tensor) or not is_dense or x.dim() != 2 or x.size(1) != width:
+        got = None if x is None else described(x)
+        raise ValueError(
+            f"{name}: got {got}, expected dense floats of shape (number of nodes, {width})"
+        )
+    casts = torch.is_autocast_enabled(x.device.type)
+    if dtype is not None and x.dtype != dtype and not casts:
+        raise ValueError(f"{name}: got {x.dtype}, expected {dtype}, the type of the weights")
+
+
+def check_batches(batch_dict: NodeTensors | None, nodes: Mapping[NodeType, object]) -> None:
+    """Refuse the graphs of nodes that are not there: a misspelt type would not be separated."""
+    unknown = [*(batch_dict or {}).keys() - nodes.keys()]
+    if unknown:
+        raise ValueError(f"batch_dict: got {unknown[0]!r}, expected some of {[*nodes]}")

@@ -16,7 +16,8 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_counts, parameters_of
+from gmoe._checks import INTEGERS, check_counts, check_range, described, parameters_of
+from gmoe._torch import dtype_of
 from gmoe.conv import hetero
 from gmoe.conv.graph import Graph
 from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
@@ -191,6 +192,7 @@ class HeteroGNNMoE(nn.Module):
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
         refuse_transforms()
         h_dict = self._inputs(x_dict, n_id_dict)
+        hetero.check_batches(batch_dict, {**x_dict, **h_dict})
 
         # Sort the edges once for all layers. Relations of types that no layer needs are not read.
         graphs: dict[EdgeType, Adj | Graph] = {}
@@ -199,15 +201,17 @@ class HeteroGNNMoE(nn.Module):
             graphs[relation] = hetero.graph_of(relation, adj, h_dict) if is_needed else adj
 
         routings: list[Routing] = []
+        batch_of = batch_dict or {}
         for layer, conv in enumerate(self.convs):
             if isinstance(conv, HeteroMoEConv):
-                out, by_type = conv(h_dict, graphs, batch_dict=batch_dict, return_routing=True)
+                batches = {name: batch for name, batch in batch_of.items() if name in h_dict}
+                out, by_type = conv(h_dict, graphs, batch_dict=batches, return_routing=True)
                 routings.extend(by_type.values())
             else:
                 out = conv(h_dict, graphs)
             for name, h in out.items():
                 out[name] = self.add_residual(layer, name, h, h_dict[name])
-                out[name] = self.activate(layer, name, out[name], (batch_dict or {}).get(name))
+                out[name] = self.activate(layer, name, out[name], batch_of.get(name))
             h_dict = out
 
         logits = h_dict if self.target is None else h_dict[self.target]
@@ -251,9 +255,18 @@ class HeteroGNNMoE(nn.Module):
                         "of them"
                     )
                 embedding = self.embeddings[name]
-                h_dict[name] = embedding.weight if n_id_dict is None else embedding(n_id_dict[name])
+                if n_id_dict is None:
+                    h_dict[name] = embedding.weight
+                    continue
+                number = n_id_dict[name]
+                if number.dtype not in INTEGERS:
+                    raise ValueError(
+                        f"n_id_dict[{name!r}]: got {described(number)}, expected (N,) integers"
+                    )
+                check_range(f"n_id_dict[{name!r}]", number, embedding.weight.size(0))
+                h_dict[name] = embedding(number.long())
                 continue
-            hetero.check_features(name, x_dict.get(name), width)
+            hetero.check_features(name, x_dict.get(name), width, dtype_of(self))
             x = x_dict[name]
             # Without numbers the embeddings are those of all nodes: then features are, too.
             is_whole = x.size(0) == self.num_nodes_dict.get(name, x.size(0))

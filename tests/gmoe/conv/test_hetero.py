@@ -241,3 +241,33 @@ OTHER = Graph(torch.zeros(2, 0, dtype=torch.long), (5, 8))
 def test_errors_of_a_call(x: Any, found: Any, batch: Any, argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(argument)}"):
         layer().double()({**nodes(WIDTH), **x}, found, batch_dict=batch)
+
+
+@pytest.mark.parametrize(
+    ("paper", "got"),
+    [
+        (torch.zeros(5, WIDTH), "torch.float32, expected torch.float64, the type of the weights"),
+        (torch.zeros(5, WIDTH, dtype=torch.int64), "shape .* of torch.int64, expected dense"),
+        (torch.zeros(5, WIDTH, dtype=torch.complex128), "shape .* of torch.complex128, expected"),
+        (torch.eye(5, WIDTH).double().to_sparse(), "shape .*, expected dense floats"),
+        ([[0.0] * WIDTH] * 5, "list, expected dense floats"),
+        (torch.zeros(5, WIDTH + 1).double(), "shape .*, expected dense floats of shape"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_features_of_another_kind_are_refused_by_their_type(paper: Any, got: str) -> None:
+    x = {**nodes(WIDTH), "paper": paper}
+    for conv in (layer().double(), dense(WIDTH)):
+        with pytest.raises(ValueError, match=rf"^x_dict\['paper'\]: got {got}"):
+            conv(x, {})
+
+
+def test_graphs_of_nodes_that_are_not_there_are_refused() -> None:
+    """Else a misspelt type's graphs would compete with each other."""
+    x = nodes(WIDTH)
+    batch = {name: torch.arange(len(value)) // 3 for name, value in x.items()}
+    conv = layer(router="expert_choice", router_kwargs={}).double()
+    together, apart = conv(x, {}), conv(x, {}, batch_dict=batch)
+    assert not torch.equal(together["paper"], apart["paper"])
+    with pytest.raises(ValueError, match=r"^batch_dict: got 'Paper', expected some of "):
+        conv(x, {}, batch_dict={"Paper": batch["paper"]})

@@ -196,3 +196,16 @@ def test_errors_of_the_constructor(kwargs: dict[str, Any], argument: str) -> Non
 def test_errors_of_a_call(x_dict: Any, kwargs: dict[str, Any], argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(argument)}"):
         model()(x_dict, DATA.edge_index_dict, **kwargs)
+
+
+def test_what_does_not_fit_the_nodes_is_refused_by_its_argument() -> None:
+    net = model().double()
+    args = (DATA.collect("x"), DATA.edge_index_dict)
+    with pytest.raises(ValueError, match=r"^batch_dict: got 'Paper', expected some of "):
+        net(*args, batch_dict={"Paper": torch.zeros(COUNTS["paper"], dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"^x_dict\['paper'\]: got torch.float32, expected"):
+        net({"paper": args[0]["paper"].float()}, args[1])
+    numbers = DATA.collect("n_id")
+    for bad, got in ((numbers["author"] - 1, r"\[-1\]"), (numbers["author"].float(), "shape")):
+        with pytest.raises(ValueError, match=rf"^n_id_dict\['author'\]: got {got}"):
+            net(*args, {**numbers, "author": bad})
