@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import lazy
-from gmoe._checks import INTEGERS, check_range, described, readable
+from gmoe._checks import INTEGERS, check, check_range, described, readable
 from gmoe._torch import in_backward, untraced
 
 
@@ -262,12 +262,13 @@ class Routing:
             experts: distinct experts; ``experts[i]`` becomes expert ``i``. ``None`` for all.
 
         Raises:
-            ValueError: no expert.
+            ValueError: no expert, or a slice of another step than 1.
         """
         if experts is not None and not len(experts):
             raise ValueError("experts: got none, expected at least one")
         rows = slice(None) if tokens is None else tokens
-        start, stop, _ = rows.indices(self.num_tokens)
+        start, stop, step = rows.indices(self.num_tokens)
+        check(step == 1, "tokens", tokens, "a slice of step 1")
         stop = max(start, stop)  # an empty slice, as Python has it
         is_whole = (start, stop) == (0, self.num_tokens)
         if is_whole and experts is None:

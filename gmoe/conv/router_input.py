@@ -15,6 +15,7 @@ from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
 from gmoe.moe import Start
 from gmoe.routers import Router, RouterLike
+from gmoe.routers.expert_choice import ExpertSelection
 from gmoe.routing import Routing
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "graph"]
@@ -134,7 +135,8 @@ def route_nodes(
             "torch.export: got router_input='graph', expected a router that sees nodes: how many "
             "graphs there are follows the data"
         )
-    if not router.by_token:
+    chooses = isinstance(getattr(router, "selection", None), ExpertSelection)
+    if chooses or not router.by_token:
         raise ValueError(
             f"router_input: got 'graph' with {type(router).__name__}, expected a router in which "
             "tokens choose (by_token=True): graphs do not compete"

@@ -129,8 +129,8 @@ class OracleRouter(Router):
             raise ValueError(f"assignment: got {described(assignment)}, expected (T,) integers")
         check_range("assignment", assignment, num_experts)
         # The buffer loses its values on the meta device; reset_parameters restores them from here.
-        self.assignment = assignment
-        self.register_buffer("assignment_T", assignment.long())
+        self.assignment = assignment.clone()
+        self.register_buffer("assignment_T", assignment.to(torch.int64, copy=True))
 
     def reset_parameters(self) -> None:
         self.assignment_T.copy_(self.assignment)

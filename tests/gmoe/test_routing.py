@@ -339,3 +339,11 @@ def test_a_part_of_a_routing_is_not_checked_again(monkeypatch: pytest.MonkeyPatc
     routing = example()
     monkeypatch.setattr(Routing, "_check_shapes", None)
     assert routing.select(slice(2)).num_tokens == 2
+
+
+def test_a_slice_with_a_step_is_refused() -> None:
+    expert = torch.tensor([[0], [1], [0], [1]])
+    routing = Routing.from_choices(expert, torch.ones(4, 1), num_experts=2)
+    for step in (2, -1):
+        with pytest.raises(ValueError, match=r"^tokens: got slice.*expected a slice of step 1"):
+            routing.select(slice(None, None, step))

@@ -48,3 +48,22 @@ def test_features_are_as_wide_as_the_router_was_told() -> None:
     assert seen.size(1) == router_width(parts, node=3, neighbors=3)
     assert seen[1, 3:6].tolist() == [0.5, 0.5, 0]  # the mean over its in-edges, from 0 and 1
     assert seen[:, 6].tolist() == torch.tensor([1.0, 2.0, 0.0]).log1p().tolist()
+
+
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [("expert_choice", {}), ("multi_centroid", {"choice": "experts"})],
+)
+def test_graphs_never_compete(router: str, options: dict[str, Any]) -> None:
+    """By a threshold, tokens decide alone in evaluation, but compete in training."""
+    layer = MoEConv(
+        "gcn",
+        4,
+        8,
+        num_experts=4,
+        router=router,
+        router_kwargs={"inference": "threshold", **options},
+        router_input="graph",
+    )
+    with pytest.raises(ValueError, match=r"^router_input: got 'graph' with .*tokens choose"):
+        layer(torch.randn(12, 4), torch.randint(12, (2, 30)), batch=torch.arange(12) // 3)

@@ -61,3 +61,15 @@ def test_projections_are_drawn_with_the_inverse_root_of_the_width() -> None:
     router.reset_parameters()
     for projection in (router.projection_DE, router.removed_DR):
         assert float(projection.std()) == pytest.approx(0.05, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_an_assignment_is_copied(dtype: torch.dtype) -> None:
+    given = torch.tensor([0, 1, 0, 1], dtype=dtype)
+    router = OracleRouter(3, num_experts=2, assignment=given)
+    router.load_state_dict({"assignment_T": torch.ones(4, dtype=torch.int64)})
+    assert router(torch.ones(4, 3)).load.tolist() == [0, 4]
+    assert given.tolist() == [0, 1, 0, 1]
+    given.zero_()
+    router.reset_parameters()
+    assert router(torch.ones(4, 3)).load.tolist() == [2, 2]
