@@ -380,6 +380,11 @@ def _moe_conv(
 
     in_channels, out_channels = _conv_widths(name, conv, width)
     refuse_functions("model", name, conv)
+    if next(conv.parameters(), None) is None:
+        raise ValueError(
+            f"model: got {name}, a {type(conv).__name__} without parameters, expected convs whose "
+            "copies could differ"
+        )
     is_frozen = not any(parameter.requires_grad for parameter in conv.parameters())
     copied = copy.deepcopy(conv)
     if is_frozen:

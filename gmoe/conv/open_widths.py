@@ -66,7 +66,12 @@ class OpenWidths(LateState):
                 stacklevel=4,
             )
         with torch.inference_mode(False):  # the parameters are for training too
-            self._build(in_channels, widths)
+            try:
+                self._build(in_channels, widths)
+            except BaseException:
+                for part in ("transform", "experts", "router", "shared_expert", "gain"):
+                    setattr(self, part, None)  # the layer stays open
+                raise
             unbuilt = self.unbuilt
             del self.unbuilt
             self.to(unbuilt.device, unbuilt.dtype)

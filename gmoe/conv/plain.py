@@ -78,7 +78,8 @@ def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     normless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
     normless.flow = "source_to_target"
     normless.normalize = False
-    return normless(x, edge_index, edge_weight)[: graph.num_dst]
+    # Norms are not computed in half precision, messages are.
+    return normless(x, edge_index, edge_weight.to(x.dtype))[: graph.num_dst]
 
 
 def run_gat(conv: Conv, x: Tensor, graph: Graph) -> Tensor:

@@ -15,7 +15,7 @@ from timm.layers.mlp import GlobalResponseNormMlp, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
-from torch_geometric.nn import GCN, GATConv, GCNConv, GINConv, SimpleConv
+from torch_geometric.nn import GCN, GATConv, GCNConv, GINConv, MessagePassing, SimpleConv
 from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
@@ -388,3 +388,18 @@ def test_refuses_and_leaves_the_model_alone(
     with pytest.raises(ValueError, match=f"^{message}"):
         moefy(model, **options)
     assert dict(model.named_modules()) == before
+
+
+class Weightless(MessagePassing):
+    """A conv with widths, and nothing to learn."""
+
+    in_channels = out_channels = 4
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.propagate(edge_index, x=x)
+
+
+def test_a_conv_without_parameters_is_refused_by_its_name() -> None:
+    model = nn.ModuleDict({"conv": Weightless()})
+    with pytest.raises(ValueError, match=r"^model: got conv, a Weightless without parameters"):
+        moefy(model, num_experts=2, targets="conv")

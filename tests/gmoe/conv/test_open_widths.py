@@ -94,3 +94,13 @@ def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
     lazy[0](x, edge_index)
     lazy.load_state_dict(state)
     assert torch.equal(lazy[0](x, edge_index), built(x, edge_index))
+
+
+def test_a_call_that_fails_leaves_the_widths_open() -> None:
+    x, edge_index = graph()
+    lazy = layer("gcn", -1, router_kwargs={"temperatur": 1}, start="shared")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^router_kwargs: got .*temperatur"):
+            lazy(x, edge_index)
+    assert lazy.state_dict() == {}
+    assert lazy.experts is lazy.shared_expert is lazy.gain is None

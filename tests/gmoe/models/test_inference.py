@@ -235,3 +235,16 @@ def test_arguments_that_do_not_fit(stored: StoredGraph, tmp_path: Path) -> None:
     for one, given, options, message in calls:
         with pytest.raises(ValueError, match=message):
             one.inference(given, **options)
+
+
+@pytest.mark.parametrize("router", [None, "token_choice"])
+def test_in_half_precision_layers_without_experts_stay_in_it(router: Any) -> None:
+    """Norms have float32 at least, messages the type of the features."""
+    torch.manual_seed(0)
+    data = Data(x=torch.randn(20, 8).bfloat16(), edge_index=torch.randint(20, (2, 60)))
+    model = GNNMoE(8, 16, 3, num_layers=3, conv="gcn", router=router).bfloat16().eval()
+    with torch.no_grad():
+        expected = model(data.x, data.edge_index)
+    found = model.inference(data)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
