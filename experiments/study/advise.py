@@ -21,6 +21,7 @@ splits without a difference are a no; fewer are not.
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import statistics
 import sys
@@ -265,6 +266,9 @@ def advise(
     """
     base = replace(base_of(preset), data_root=data_root, progress=sys.stderr.isatty())
     check(budget > 0, "budget", budget, "minutes above 0")
+    check(width is None or width > 0, "width", width, "at least 1")
+    fits = not out.exists() or (out.is_dir() and os.access(out, os.W_OK))
+    check(fits, "out", out, "a folder that can be written to")
     check(
         metric is None or preset == "graph",
         "metric",
@@ -311,6 +315,8 @@ def ask(base: GraphConfig, out: Path) -> tuple[list[str], bool]:
     if answer.expert is not None:
         keep_regimes(out, answer.expert)
         lines.append(f"the expert of each node: {out / 'regimes.npy'}")
+    else:  # an earlier answer's
+        (out / "regimes.npy").unlink(missing_ok=True)
     return lines, True
 
 
@@ -365,10 +371,11 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
         return lines, found
     setting = comparison.better()
     step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
-    share = 100 * more.mean / comparison.difference("dense-4x", "dense", more.n).mean
+    wider = comparison.difference("dense-4x", "dense", more.n).mean
+    share = f"; {100 * more.mean / wider:.0f} % of the headroom" if wider > 0 else ""
     lines.append(
-        f"experts ({setting}): {gain}, against a dense model of their active FLOPs; {share:.0f} % "
-        f"of the headroom, at {step:.2f} times the dense model's step"
+        f"experts ({setting}): {gain}, against a dense model of their active FLOPs{share}, at "
+        f"{step:.2f} times the dense model's step"
     )
     use = f"use them: {command(comparison.arms[setting])}"
     found |= {"experts": vars(gain), "setting": setting, "step": step}

@@ -50,12 +50,13 @@ class Linear(nn.Module):
 class Dense(nn.Module):
     """A linear model and a hidden layer beside it, which begins at zero.
 
-    The hidden layer sees the first columns, or all of them.
+    It has ``width`` columns, the first of them those of ``base``, as which it begins. The hidden
+    layer sees the first ``seen`` columns, or all of them.
     """
 
-    def __init__(self, base: Linear, hidden: int, seen: int | None = None) -> None:
+    def __init__(self, base: Linear, width: int, hidden: int, seen: int | None = None) -> None:
         super().__init__()
-        width, classes = base.layer.in_features, base.layer.out_features
+        classes = base.layer.out_features
         self.linear = Linear(width, classes, base).layer
         self.seen = width if seen is None else seen
         last = nn.Linear(hidden, classes)

@@ -3,12 +3,13 @@
 It starts from one linear model on ``[x, Ax, A^2 x]``. Three questions follow:
 
 1. **Inputs.** Is something missing that a dense model can be given? The same model, given one by
-   one: reverse edges, walked features (more hops), positions (a diffusion map), and diffused
-   training labels, of which no training node sees its own.
+   one: the degree, reverse edges, walked features (more hops), positions (a diffusion map), and
+   diffused training labels, of which no training node sees its own. The degree is given to a wide
+   dense model, too: messages do not carry it, and a rule may be bent in it.
 2. **Rules.** Do nodes follow several rules? A mixture of E linear experts, gated by a view of the
    node. It has to beat the one linear model, the same given that view, the same given the best
-   input, a wide dense model (one bent rule looks like several straight ones), and the mixture
-   itself on a shuffled view (a mixture is an ensemble too).
+   input, wide dense models without and with the degree (one bent rule looks like several straight
+   ones), and the mixture itself on a shuffled view (a mixture is an ensemble too).
 3. **Width.** Is a wider model better? A dense model beside one four times as wide.
 
 Validation selects the input and the view. The test set is read once, at the end, over several
@@ -67,6 +68,7 @@ POSITION_SCALE = 3
 """Rows of positions that a gate sees have this length."""
 
 INPUTS = {
+    "degree": "its degree",
     "reverse": "reverse edges",
     "walked": "walked features (3 to 8 hops)",
     "positions": "positions (a diffusion map)",
@@ -90,6 +92,7 @@ CONTROLS = {
     "input": "the same, given the best input",
     "wide": "a wide dense model",
     "bent": "one whose hidden layer sees the node alone",
+    "degree and wide": "a wide dense model, given the degree",
     "shuffled": "these experts on other nodes' views",
 }
 """What a mixture has to beat."""
@@ -290,6 +293,7 @@ class Survey:
         if not self.walks.has_edges:
             return {}
         found = {
+            "degree": self.degree(),
             "walked": views.walked(self.walks.incoming, self.x, (3, 4, 6, 8)),
             "positions": views.positions(self.walks),
         }
@@ -297,6 +301,10 @@ class Survey:
             along = views.walked(self.given.incoming, self.x, (1, 2))
             found["reverse"] = np.hstack([along, views.reverse(self.given, self.x)])
         return found
+
+    def degree(self) -> Array:
+        """(N, 2) logarithms of the number of edges into a node, and of its neighbors."""
+        return np.log1p(np.stack([self.walks.in_degree, self.walks.num_neighbors], axis=1))
 
     def inputs(self, split: int) -> dict[str, Array]:
         """What the linear model of a split may be given, the cheapest first."""
@@ -340,8 +348,8 @@ class Survey:
         elif name == "evidence":
             found = self.evidence(split)
         else:
-            degree = np.log1p(np.stack([walks.in_degree, walks.num_neighbors], axis=1))
-            found = beside(walks.incoming @ self.x if name == "neighbors" else degree).numpy()
+            given = walks.incoming @ self.x if name == "neighbors" else self.degree()
+            found = beside(given).numpy()
         return torch.as_tensor(found, dtype=torch.float32)
 
     def evidence(self, split: int) -> Array:
@@ -407,19 +415,24 @@ class Survey:
         """Fit dense models of two widths, which begin as the linear one.
 
         One bent rule of a node's own features looks like several straight ones, and among the
-        columns of neighbors a hidden layer that sees all may miss it: the last one sees no others.
+        columns of neighbors a hidden layer that sees all may miss it: one sees no others. The last
+        one sees the degree, too.
         """
         hidden, own = self.nodes.hidden, self.x.shape[1]
+        with_degree = self.columns
+        if self.walks.has_edges:
+            with_degree = beside(self.columns, self.degree())
         for split, base in zip(self.splits, self.models, strict=True):
-            for name, width, seen in (
-                ("narrow", hidden, None),
-                ("wide", 4 * hidden, None),
-                ("bent", 4 * hidden, own),
+            for name, columns, width, seen in (
+                ("narrow", self.columns, hidden, None),
+                ("wide", self.columns, 4 * hidden, None),
+                ("bent", self.columns, 4 * hidden, own),
+                ("degree and wide", with_degree, 4 * hidden, None),
             ):
                 torch.manual_seed(split)
-                model = Dense(base, width, seen)
-                self.fit(split, model, self.columns, rate=SLOW, steps=LONG)
-                self.keep(name, model, self.columns)
+                model = Dense(base, columns.size(1), width, seen)
+                self.fit(split, model, columns, rate=SLOW, steps=LONG)
+                self.keep(name, model, columns)
 
     # -- The answer
 
@@ -434,6 +447,8 @@ class Survey:
             "rules": min(controls.values(), key=lambda each: each.low),
             "width": self.gain("wide", "narrow", "test"),
             "bent": self.gain("bent", "wide", "test"),
+            "degree": self.gain("degree and wide", "wide", "test"),
+            "hidden": self.gain("wide", "one", "test"),
         }
         if "one way" in self.log_p:
             gains["both ways"] = self.gain("one", "one way", "test")
@@ -443,6 +458,11 @@ class Survey:
         if chosen is not None and gains["inputs"].is_worth:
             kind, choice = "inputs", chosen
             line = f"give the dense model {given}: {gains['inputs']}"
+        if gains["degree"].is_worth and (
+            kind == "nothing" or gains["degree"].mean > gains["inputs"].mean
+        ):
+            kind, choice = "inputs", "degree"
+            line = f"give the dense model {INPUTS['degree']}: {gains['degree']} over a wide one"
         if gains["rules"].is_worth:
             kind, choice = "rules", view
             line = (
@@ -481,6 +501,8 @@ class Survey:
             for log_p, rows in zip(self.log_p["one"], nodes.splits, strict=True)
         ]
         name = "x, Ax, A²x" if self.walks.has_edges else "x (there are no edges)"
+        if nodes.x.shape[1] > WIDEST:
+            name += f" ({WIDEST} principal components of x)"
         lines = [f"one linear model on {name}: {statistics.fmean(scores):.2f} {nodes.metric}"]
         if "one way" in self.log_p:
             lines.append(f"  over the same without reverse edges: {gains['both ways']}")
@@ -501,5 +523,9 @@ class Survey:
             f"  by {view}, over {what}: test {controls[control]}"
             for control, what in CONTROLS.items()
         ]
-        lines.append(f"a dense model {4 * hidden} wide over {hidden} wide: test {gains['width']}")
+        lines += [
+            f"a dense model {4 * hidden} wide over {hidden} wide: test {gains['width']}",
+            f"  over the linear model: test {gains['hidden']}",
+            f"  given the degree, over itself: test {gains['degree']}",
+        ]
         return lines

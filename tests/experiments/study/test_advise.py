@@ -154,7 +154,8 @@ def test_questions_come_first_and_point_to_the_comparison(
     answer, *figures, more = capsys.readouterr().out.splitlines()
     assert answer.startswith("nothing: ")
     assert figures[0].startswith("one linear model on x, Ax, A²x: 9")
-    assert figures[-1].startswith("a dense model 32 wide over 8 wide: test ")
+    assert figures[-3].startswith("a dense model 32 wide over 8 wide: test ")
+    assert figures[-1].startswith("  given the degree, over itself: test ")
     assert more.endswith(
         f"advise digits-graph --out {tmp_path} --data-root data --compare --width 8"
     )
@@ -177,6 +178,26 @@ def test_where_rules_differ_the_expert_of_each_node_is_kept(
     main(["concept-4-32-communities", "--out", str(tmp_path)])
     assert np.load(tmp_path / "regimes.npy").tolist() == [1, 0, 2]
     assert capsys.readouterr().out.splitlines()[0] == "rules differ"
+    nothing = replace(said, kind="nothing", expert=None)
+    monkeypatch.setattr(Survey, "answer", lambda _: nothing)
+    main(["concept-4-32-communities", "--out", str(tmp_path)])
+    assert not (tmp_path / "regimes.npy").exists()  # it would be an earlier answer's
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--width 0", "width: got 0, expected at least 1"),
+        ("--budget 0", "budget: got 0.0, expected minutes above 0"),
+        ("--out file", "out: got file, expected a folder that can be written to"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_at_once(
+    args: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert message in refused(["digits-graph", "--out", "new", *args.split()], capsys, main)
 
 
 def test_what_no_question_fits_is_compared_at_once(

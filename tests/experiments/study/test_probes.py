@@ -28,7 +28,7 @@ def test_all_models_begin_as_the_linear_one() -> None:
     with torch.no_grad():
         expected = base(x)
         assert Linear(7, 3, base)(wide).allclose(expected, atol=1e-6)
-        assert Dense(base, 8)(x).allclose(expected, atol=1e-6)
+        assert Dense(base, x.size(1), 8)(x).allclose(expected, atol=1e-6)
         mixture = Mixture(base, 5, clustered(view, 3))
         assert mixture(x, x, view).allclose(expected, atol=1e-6)
         assert mixture(x, x, view).exp().sum(1).allclose(torch.ones(400))

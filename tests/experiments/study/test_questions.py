@@ -94,6 +94,28 @@ def bent_rule_among_columns(draw: np.random.Generator) -> Nodes:
     return nodes(x, edges, (x[:, 0] * x[:, 1] > 0).astype(int), seed=5, hidden=64)
 
 
+def of_degree(draw: np.random.Generator, is_bent: bool) -> Nodes:
+    """How many neighbors a node has says it all: whether they are many, or neither many nor few."""
+    share = draw.pareto(1.5, 4_000) + 0.3
+    source, target = draw.choice(4_000, (2, 16_000), p=share / share.sum())
+    pairs = np.stack([source, target])[:, source != target]
+    edges = np.unique(np.hstack([pairs, pairs[::-1]]), axis=1)
+    degree = np.bincount(edges[1], minlength=4_000)
+    few, half, many = np.quantile(degree, [0.3, 0.5, 0.75])
+    y = (few < degree) & (degree <= many) if is_bent else degree > half
+    return nodes(draw.standard_normal((4_000, 12)), edges, y.astype(int), seed=6, hidden=16)
+
+
+def of_many_neighbors(draw: np.random.Generator) -> Nodes:
+    """A rule that is straight in the degree."""
+    return of_degree(draw, is_bent=False)
+
+
+def of_a_band_of_degrees(draw: np.random.Generator) -> Nodes:
+    """One rule that is bent in the degree: experts by degree look like several."""
+    return of_degree(draw, is_bent=True)
+
+
 def in_places(draw: np.random.Generator) -> Nodes:
     """Regimes that are places: most edges stay inside."""
     return several_rules(draw, 0.95)
@@ -141,6 +163,8 @@ def test_what_is_plain_is_answered(
         pytest.param(ancestors_of_three_steps, "inputs", {"walked"}, id="walked"),
         pytest.param(bent_rule, "width", {None}, id="width"),
         pytest.param(bent_rule_among_columns, "width", {None}, id="bent"),
+        pytest.param(of_many_neighbors, "inputs", {"degree"}, id="degree"),
+        pytest.param(of_a_band_of_degrees, "inputs", {"degree"}, id="band-of-degrees"),
     ],
 )
 def test_the_answer_is_what_was_planted(
