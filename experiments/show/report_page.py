@@ -34,6 +34,7 @@ from experiments.train.routing_stats import (
 )
 from experiments.train.run_folder import RunFolder, read_run
 from experiments.train.scores import mean_std, scored, unit
+from experiments.train.user_code import code_of, frames_of, raised
 from gmoe import record_routing
 from gmoe.plot import expert_load, expert_maps, patch_weights
 
@@ -169,8 +170,8 @@ def write_report(
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
     _results(page, runs)
-    for data in dict.fromkeys(map(data_of, runs)):
-        of_data = [run for run in runs if data_of(run) == data]
+    for data, metric in dict.fromkeys((data_of(run), run.summary["metric"]) for run in runs):
+        of_data = [run for run in runs if (data_of(run), run.summary["metric"]) == (data, metric)]
         if len(of_data) > 1:
             page.heading(f"{data}: test score over cost")
             page.figures([scores_over_flops(of_data)], OVER_FLOPS)
@@ -185,9 +186,8 @@ def write_report(
 
 def data_of(run: RunFolder) -> str:
     """What its data are called; files of one's own go by their content too."""
-    return " ".join(
-        filter(None, (run.science.get("file", run.config.dataset), run.science.get("digest")))
-    )
+    name = run.config.data or run.science.get("file", run.config.dataset)
+    return " ".join(filter(None, (name, run.science.get("digest"))))
 
 
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:
@@ -232,9 +232,10 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
 
 
 def dense_beside(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
-    """The first dense run of the same data and seeds."""
+    """The first dense run of the same data, seeds and metric."""
     for other in runs:
         is_same = data_of(other) == data_of(run) and other.config.seeds == run.config.seeds
+        is_same &= other.summary["metric"] == run.summary["metric"]
         if is_same and other.config.router == "dense" and other is not run:
             return other
     return None
@@ -274,6 +275,11 @@ def _routing(page: Page, run: RunFolder) -> str:
                 layer |= {f"ami_{name}": [value] for name, value in found.items()}
     except (FileNotFoundError, ValueError) as error:
         missing = f"Not drawn: {error}"
+    except Exception as error:
+        code = code_of(run.config)
+        if not frames_of(error, *code):  # a fault of ours
+            raise
+        missing = f"Not drawn: {raised(error, *code)}"
     page.heading(f"{run.name}: routing")
     page.figures(
         [expert_load(run.history, xlabel="epoch")],

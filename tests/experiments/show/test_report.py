@@ -21,7 +21,13 @@ import torch
 from experiments.show import patches
 from experiments.show.nodes import bin_names, neighborhoods
 from experiments.show.report import main
-from experiments.show.report_page import Page, scores_over_flops, shares
+from experiments.show.report_page import (
+    Page,
+    data_of,
+    dense_beside,
+    scores_over_flops,
+    shares,
+)
 from experiments.study import ensemble
 from experiments.train.command import parse
 from experiments.train.loop import run
@@ -274,6 +280,28 @@ def test_code_that_lies_elsewhere_is_run_as_before(foreign: Path) -> None:
     (foreign / "own_parts.py").write_text("raise AssertionError")
     renamed(foreign, f"{own_parts.__name__}:FirstBits")
     main(["runs/foreign", "--out", "page"])
+
+
+def test_code_that_fails_leaves_a_note_on_the_page(foreign: Path) -> None:
+    """A router that was edited since; the rest of the page is made."""
+    renamed(foreign, "runs/mine.py:Edited")
+    code = f"from {own_parts.__name__} import FirstBits\n\nclass Edited(FirstBits):\n"
+    Path("runs/mine.py").write_text(code + "    def route(self, *_):\n        raise KeyError(3)\n")
+    main(["runs/foreign", "--out", "page"])
+    words = words_of(Path("page/index.html"))
+    assert "Not drawn: KeyError: 3 (" in words
+    assert "mine.py, line 5)" in words
+
+
+def test_runs_of_other_metrics_or_functions_are_not_compared(runs: Path, tmp_path: Path) -> None:
+    both = [read_run(runs / name) for name in ("graph", "graph-dense")]
+    run_, dense = both
+    assert dense_beside(run_, both) is dense
+    other = replace(dense, summary={**dense.summary, "metric": "roc_auc"})
+    assert dense_beside(run_, [run_, other]) is None
+    own = replace(dense, config=replace(dense.config, data="mine.py:load"))
+    assert data_of(own) != data_of(dense)
+    assert dense_beside(run_, [run_, own]) is None
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
