@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.show.tables import Line, extremes, known, markdown
+from experiments.train.results import short_commit
 from experiments.train.scores import mean_std
 
 
@@ -179,5 +180,5 @@ def measured_on(where: dict[str, Any], device: str) -> str:
         f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric")
     )
     place = where["cpu"] if device == "cpu" else where["gpu"]
-    commit = "" if where["commit"] is None else f"; commit {where['commit'][:7]}"
+    commit = "" if where["commit"] is None else f"; commit {short_commit(where)}"
     return f"{place}, {where['threads']} thread{'s' * (where['threads'] > 1)}; {versions}{commit}."

@@ -238,6 +238,8 @@ class RunConfig:
         values = {name: value for name, value in asdict(self).items() if name not in WHERE}
         if self.world == 1:  # with more, draws are others
             del values["devices"], values["nodes"]
+        if self.workers and getattr(self, "sampling", None) == "neighbor":  # which draw them
+            values["workers"] = self.workers
         found: dict[str, Any] = json.loads(json.dumps(values | {"options": self.options.given()}))
         return found
 
@@ -403,7 +405,7 @@ WHERE = frozenset(
         "jobs",
     }
 )
-"""Options that no number depends on."""
+"""Options that no number depends on; but for ``workers``, where these draw neighborhoods."""
 OF_MODEL = frozenset(
     {
         "router",

@@ -25,7 +25,7 @@ from experiments.train.logs import Logs
 from experiments.train.predictions import has_predictions, keep_predictions
 from experiments.train.processes import from_first, make_fabric
 from experiments.train.progress import Progress
-from experiments.train.results import Result, Summary, write_json
+from experiments.train.results import Result, Summary, commit, write_json
 from experiments.train.routing_stats import routing_summary
 from experiments.train.run_folder import begin, so_far
 from experiments.train.summary import summarize
@@ -40,6 +40,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> Summary:
     what it does. What cannot be run is a ``ValueError``; SIGINT and SIGTERM raise
     :class:`InterruptedRunError` when the folder holds what was trained.
     """
+    commit()  # read it now: others may commit while this trains
     fabric = make_fabric(config)  # before data are read
     shown = config.progress and fabric.is_global_zero
     if shown:  # what gmoe logs of long work, as k-means of centroids is
@@ -182,7 +183,9 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
                 config.epochs,
                 f"loss {row['loss']:.3f}, best {reached.best_val:.4f}",
             )
-            checkpoint.save() if reached.epochs == config.epochs else checkpoint.tick()
+            if reached.epochs == config.epochs:
+                checkpoint.save()
+            checkpoint.tick()  # a signal may have come while an epoch ended
     logs.close()
     progress.finish(config.epochs)
     if len(reached.curve["val"]) > 1 and len(set(reached.curve["val"])) == 1:

@@ -7,6 +7,8 @@ import os
 import platform
 import statistics
 import subprocess
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,15 +77,32 @@ def spread(values: list[float]) -> Spread:
     return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
 
 
-def environment() -> dict[str, Any]:
-    """Commit, hardware and versions."""
+@cache
+def commit() -> str:
+    """The commit of the code, with ``-dirty`` if files differ from it; empty if there is none.
+
+    It is read once: a run that asks when it begins states the code that it has loaded, whatever
+    is committed meanwhile.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        found = ""
+        return ""
+    return found.strip()
+
+
+def short_commit(where: Mapping[str, Any]) -> str:
+    """The commit of an :func:`environment` for a table, with a ``+`` if files differed from it."""
+    name = (where["commit"] or "–")[:7]
+    return f"{name}+" if where.get("dirty") else name
+
+
+def environment() -> dict[str, Any]:
+    """Commit, hardware and versions."""
+    found = commit()
     info = Path("/proc/cpuinfo")
     models = (
         [line for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -99,8 +118,8 @@ def environment() -> dict[str, Any]:
         "numpy",
     )
     return {
-        "commit": found.strip().removesuffix("-dirty") or None,
-        "dirty": found.strip().endswith("-dirty"),
+        "commit": found.removesuffix("-dirty") or None,
+        "dirty": found.endswith("-dirty"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),

@@ -102,7 +102,7 @@ def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tup
     pairs = {
         name: (other.get(name), value) for name, value in vars(config).items() if name not in WHERE
     }
-    pairs |= {name: (there.get(name), here.get(name)) for name in RECORDS}
+    pairs |= {name: (there.get(name), here.get(name)) for name in (*RECORDS, "workers")}
     return {name: (theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours}
 
 
@@ -194,7 +194,7 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
             data_root = (
                 Path(read_json(where, dict[str, str]).get("data_root", "data"))
                 if where.exists()
-                else Path()
+                else Path("data")
             )
             data_root = data_root if data_root.exists() else Path("data")
         config, layers = read_options(path, data_root), len(summary["routing"])

@@ -96,6 +96,39 @@ def test_a_run_stopped_three_times_equals_one_in_one_go(
     assert_same(tmp_path / "whole", cut)
 
 
+def test_a_signal_while_the_last_epoch_ends_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is stopped before the test set is read, and is whole when it goes on."""
+    end_epoch, args = Training.end_epoch, ["digits-graph", *QUICK, "--seeds", "0"]
+
+    def interrupted(training: Training, seed: int) -> Any:
+        row = end_epoch(training, seed)
+        if training.reached.epochs == training.config.epochs:
+            signal.raise_signal(signal.SIGTERM)
+        return row
+
+    monkeypatch.setattr(Training, "end_epoch", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main([*args, "--out", str(tmp_path / "cut")])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "cut" / "seed-0" / "result.json").exists()
+    monkeypatch.setattr(Training, "end_epoch", end_epoch)
+    main([*args, "--out", str(tmp_path / "cut"), "--resume"])
+    main([*args, "--out", str(tmp_path / "whole")])
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_processes_that_draw_neighborhoods_are_part_of_a_run(tmp_path: Path, capsys: Any) -> None:
+    sampled = ["digits-graph", *QUICK, "--seeds", "0", "--sampling", "neighbor"]
+    sampled += ["--fanout", "2", "2", "--out", str(tmp_path / "run")]
+    main(sampled)
+    again = [*sampled, "--seeds", "0", "1", "--resume", "--workers", "2"]
+    assert "workers" in refused(again, capsys)
+    whole = parse(["digits-graph", "--workers", "2"])
+    assert "workers" not in whole.science()
+
+
 def test_a_process_that_is_killed_loses_a_minute_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
