@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from experiments.study import routers
 from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.files import read_json, replacing
+from experiments.train.results import short_commit
 from experiments.train.scores import interval, percent
 from experiments.train.user_code import file_of, load_conv, load_object
 from gmoe.conv.kinds import factory_of
@@ -81,13 +83,16 @@ def own_row(router: str | None, conv: str | None, k: int | None) -> Own:
         found = load_object("router", router)
         fits = isinstance(found, type) and issubclass(found, gmoe.Router)
         check(fits, "router", repr(router), "a subclass of gmoe.Router")
+        kinds = inspect.signature(found).parameters.values()
+        takes_k = any(each.name == "k" or each.kind is each.VAR_KEYWORD for each in kinds)
+        check(takes_k or k in (None, 1), "k", k, f"1: {router} has no argument k")
         row = f"own-{_called(router)}"
         labels.append(router.rpartition(":")[2])
     if conv is not None:
         factory_of(load_conv(conv))
         suffix += f"+{_called(conv) if ':' in conv else conv}"
         labels.append(f"conv {conv.rpartition(':')[2]}")
-    if k is not None:
+    if k not in (None, 1):  # of which the table's cells are
         suffix += f"+k{k}"
         labels.append(f"K = {k}")
     if router is None:
@@ -232,7 +237,7 @@ def strangers(own: Own, cells: routers.Cells) -> list[str]:
 
 def _version(cell: Mapping[str, Any]) -> str:
     environment = cell["environment"]
-    commit = (environment["commit"] or "an unknown commit")[:7]
+    commit = short_commit(environment) if environment["commit"] else "an unknown commit"
     return f"{commit}, torch {environment['versions']['torch']}"
 
 

@@ -60,6 +60,7 @@ def write_planted(
     check_choice("name", name, SIZES)
     most, given = SIZES[name][2], zip((nodes, edges, classes), SIZES[name][:3], strict=True)
     nodes, edges, classes = [usual if own is None else own for own, usual in given]
+    check(seed >= 0, "seed", seed, "at least 0")
     check(2 <= classes <= most, "classes", classes, f"2 to {most}")
     least = max(100, classes, int(1 / min(SIZES[name][4])) + 1)  # no part is empty
     check(nodes >= least, "nodes", nodes, f"at least {least}")

@@ -31,6 +31,7 @@ from experiments.train.presets import (
     SMALL_VIT,
     TEN,
 )
+from experiments.train.results import short_commit
 from experiments.train.scores import mean_std, percent, shown
 
 THREE = (0, 1, 2)
@@ -267,5 +268,5 @@ def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
         "live experts": extremes(alive, ".3g") if alive else "–",
         "share": extremes([share["mean"] for share in routed["share"]], ".2f") if routed else "–",
         "off": percent(routed["off"]) if routed else "–",
-        "commit": (cell["environment"]["commit"] or "–")[:7],
+        "commit": short_commit(cell["environment"]),
     }

@@ -108,7 +108,7 @@ def grid(
         "dense-4x": Variant(name="dense-4x", label="dense, four times as wide", config=wide),
     }
     for router, e, k in product(routers, experts, ks):
-        fixed = router in ("uniform", "oracle")
+        fixed = router in ("uniform", "oracle", "soft_slots")
         if router != "dense" and (fixed or k <= e):
             name = f"{router.replace('_', '-')}-e{e}" + ("" if fixed else f"-k{k}")
             label = f"`{router}`, E={e}" + ("" if fixed else f", K={k}")

@@ -426,10 +426,15 @@ def run_all(
 
 
 def refusal(variant: str, own: RunConfig, held: Mapping[str, Any], where: Path) -> str:
-    """Why a result that is there is not that of a variant; empty if it is."""
+    """Why a result that is there is not that of a variant; empty if it is.
+
+    Where the data are not here, they cannot differ.
+    """
     from experiments.train.run_folder import differences_of
 
     for option, (other, value) in differences_of(own, held).items():
+        if option == "digest" and value is None:
+            continue
         there = f"{where} holds {variant} with {option}={other!r}"
         return f"results: {there}, expected {value!r}; choose other folders by --results and --runs"
     return ""

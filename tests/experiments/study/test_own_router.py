@@ -268,6 +268,21 @@ def test_a_row_is_called_after_the_class_and_what_its_file_holds() -> None:
     assert by_module.label == "FirstBits"
 
 
+ONE = """
+import gmoe
+
+class One(gmoe.RandomRouter):
+    def __init__(self, dim, *, num_experts):
+        super().__init__(dim, num_experts=num_experts)
+"""
+
+
+def test_one_expert_a_token_is_what_the_tables_cells_have() -> None:
+    name = f"{own_parts.__name__}:FirstBits"
+    assert own_row(name, None, 1) == replace(own_row(name, None, None), k=1)
+    assert own_row(name, None, 2).suffix == "+k2"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -283,12 +298,14 @@ def test_a_row_is_called_after_the_class_and_what_its_file_holds() -> None:
         ("--router mine.py:Half --rows dense", "rows: got dense, expected none with --router"),
         ("--router mine.py:Half --columns corra", "columns: got corra, expected some of"),
         ("--k 2", "k: got 2, expected none without --router or --conv"),
+        ("--router fixed.py:One --k 2", "k: got 2, expected 1: fixed.py:One has no argument k"),
     ],
 )
 def test_what_cannot_be_a_row_is_refused_before_anything_is_trained(
     args: str, message: str, sweep: Callable[..., None], capsys: Any
 ) -> None:
     Path("raises.py").write_text("\n1 / 0\n")
+    Path("fixed.py").write_text(ONE)
     assert message in refused(["routers", *args.split()], capsys, main)
     assert not Path("runs").exists()
 

@@ -16,8 +16,8 @@ import pytest
 
 import gmoe
 from experiments.study import sweep as command
-from experiments.study.studies import RECORDED, Study, Variant, recorded
-from experiments.study.sweep import GridConfig, SweepConfig, main, make_study
+from experiments.study.studies import RECORDED, Study, Variant, grid, recorded
+from experiments.study.sweep import GridConfig, SweepConfig, main, make_study, refusal
 from experiments.train import loop
 from experiments.train.config import (
     GraphConfig,
@@ -27,6 +27,7 @@ from experiments.train.config import (
     RunConfig,
 )
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
+from experiments.train.run_folder import described
 
 BASE = replace(DIGITS_GRAPH, epochs=1, seeds=(0,), hidden=4)
 DENSE = Variant(name="dense", label="dense", config=replace(BASE, router="dense"))
@@ -140,6 +141,22 @@ def test_a_grid_of_routers_experts_and_k() -> None:
     own = {"experts": 4, "k": 2, "router": "random", "seeds": (5,), "data_root": Path("a")}
     assert variants["random-e4-k2"].config == replace(DIGITS, **own)  # type: ignore[arg-type]
     assert variants["dense-4x"].config.hidden == 4 * DIGITS.hidden
+
+
+def test_a_router_that_takes_no_k_has_one_variant() -> None:
+    study = grid("digits", ("soft_slots", "random"), (4,), (1, 2))
+    names = [variant.name for variant in study.variants]
+    assert names[2:] == ["soft-slots-e4", "random-e4-k1", "random-e4-k2"]
+
+
+def test_results_are_finished_where_their_data_are_not_here(tmp_path: Path) -> None:
+    """What is not here cannot differ; what is here may not."""
+    config = replace(PRESETS["graph"][1], data_root=tmp_path / "mine.npz")
+    held = described(config) | {"digest": "0123456789abcdef"}
+    assert refusal("dense", config, held, tmp_path) == ""
+    (tmp_path / "mine.npz").write_bytes(b"other data")
+    assert "with digest='0123456789abcdef'" in refusal("dense", config, held, tmp_path)
+    assert "with lr=" in refusal("dense", replace(config, lr=9.0), held, tmp_path)
 
 
 STUDIED: dict[str, RunConfig] = {
