@@ -8,7 +8,7 @@ variants before theirs:
   and its neighbors} x {noise on the selection that is constant, that falls to zero over the
   first half of training, none}. K = 1 with weight 1 (straight-through), E = 8, balance by a
   bias. On images there is a router in each layer and no neighbor, so 9 arms.
-- **Variants**, added when every arm had lost 6 to 16 points on Cora: of the best two, four
+- **Variants**, added when every balanced arm had lost 5 to 18 points on Cora: of the best two, four
   experts, top-2, no balance, Gumbel sampling, ten times the pooled gradient, copies tied for a
   part of training, differences by a gain, of rank 4, with weight decay; and no balance in all
   places, the best of these.
