@@ -458,17 +458,17 @@ class Survey:
         if chosen is not None and gains["inputs"].is_worth:
             kind, choice = "inputs", chosen
             line = f"give the dense model {given}: {gains['inputs']}"
-        if gains["degree"].is_worth and (
-            kind == "nothing" or gains["degree"].mean > gains["inputs"].mean
-        ):
-            kind, choice = "inputs", "degree"
-            line = f"give the dense model {INPUTS['degree']}: {gains['degree']} over a wide one"
         if gains["rules"].is_worth:
             kind, choice = "rules", view
             line = (
                 f"rules differ: route by {VIEWS[view]}: {controls['one']} over a linear model, "
                 f"{gains['rules']} over the closest control"
             )
+        # One rule that is bent in the degree: experts by degree may add a little to it.
+        others = [gains[name].mean for name in ("inputs", "rules") if gains[name].is_worth]
+        if gains["degree"].is_worth and gains["degree"].mean > max(others, default=0.0):
+            kind, choice = "inputs", "degree"
+            line = f"give the dense model {INPUTS['degree']}: {gains['degree']} over a wide one"
         if kind == "nothing" and gains["width"].is_worth:
             kind, line = "width", "width helps, experts may: try the default"
             line += f": {gains['width']}"

@@ -73,8 +73,8 @@ CORA = replace(SMALL, dataset="cora", hidden=16, residual="none")
 0.7 %, dense 71.3 ± 0.7 %."""
 
 GRAPH = replace(SMALL, dataset="graph", conv=("sage",), dropout=0.2, weight_decay=0.0, seeds=THREE)
-"""Of facebook.npz (22,470 pages, 4 classes, 5 of its 10 stratified splits): 93.0 ± 0.4 %, dense 92.6 ±
-0.4 %."""
+"""Of facebook.npz (22,470 pages, 4 classes, 5 of its 10 stratified splits): 93.0 ± 0.4 %, dense
+92.6 ± 0.4 %."""
 
 DEEP: dict[str, Any] = {"conv": ("sage",), "residual": "linear", "dropout": 0.2, "eval_every": 5}
 
