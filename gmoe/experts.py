@@ -128,6 +128,10 @@ class LinearExperts(Experts):
         if self.bias is not None and bias is not None:
             self.bias[expert] = bias
 
+    def of_expert(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """Views of an expert's weight, (O, I) as ``nn.Linear`` has it, and of its bias."""
+        return self.weight[expert].T, None if self.bias is None else self.bias[expert]
+
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         if self.num_experts == 1:  # all rows are this expert's
             bias = None if self.bias is None else self.bias[0]

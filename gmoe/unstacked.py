@@ -43,9 +43,27 @@ class UnstackedLinears(Experts):
         self.linears = nn.ModuleList(linears)
         self.train(experts.training)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         for linear in self.linears:
             linear.reset_parameters()  # type: ignore[operator]
+            for parameter in linear.parameters() if self.zero_init else ():
+                parameter.zero_()
+
+    def of_expert(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """An expert's weight, (O, I), and its bias.
+
+        Raises:
+            ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
+        """
+        change = self.replaced()
+        if change is not None:
+            raise ValueError(
+                f"experts: got some with {change}, expected plain nn.Linears, whose weights can be "
+                "read and drawn anew"
+            )
+        linear: Any = self.linears[expert]
+        return linear.weight, linear.bias
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         loads = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
@@ -126,17 +144,25 @@ def unstack(model: Model) -> Model:
         >>> vit = gmoe.unstack(vit)
         >>> vit = torch.ao.quantization.quantize_dynamic(vit, {nn.Linear})
     """
+    for name, module in _stacked(model):  # before anything is changed
+        change = change_of(module)
+        if change is not None or type(module) is not LinearExperts:
+            got = change or f"a class of its own, {type(module).__name__}"
+            raise ValueError(f"model: got {name} with {got}, expected plain stacked layers")
     model = fold(model)
-    unstacked: dict[LinearExperts, UnstackedLinears] = {}
-    for name, module in model.named_modules():
-        # What attention does to edge features is part of its products, and never called.
-        if isinstance(module, LinearExperts) and name.rpartition(".")[2] != "lin_edge":
-            change = change_of(module)
-            if change is not None or type(module) is not LinearExperts:
-                got = change or f"a class of its own, {type(module).__name__}"
-                raise ValueError(f"model: got {name} with {got}, expected plain stacked layers")
-            unstacked[module] = UnstackedLinears(module)
-    return _replaced(model, unstacked)
+    return _replaced(model, {module: UnstackedLinears(module) for _, module in _stacked(model)})
+
+
+def _stacked(model: nn.Module) -> list[tuple[str, LinearExperts]]:
+    """The stacked layers that experts call, by name.
+
+    What attention does to edge features is part of its products, and never called.
+    """
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LinearExperts) and name.rpartition(".")[2] != "lin_edge"
+    ]
 
 
 def restack(model: Model) -> Model:

@@ -24,7 +24,16 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import must_be_called
-from gmoe.conv.base import Conv, Parts, StackedExperts, all_of, is_plain, stacked
+from gmoe.conv.base import (
+    Biases,
+    Columns,
+    Conv,
+    Parts,
+    StackedExperts,
+    all_of,
+    is_plain,
+    stacked,
+)
 from gmoe.conv.call import Call
 from gmoe.conv.convs import FilterName, MLPConv
 from gmoe.conv.graph import Graph
@@ -158,11 +167,14 @@ class LinearAggregation(AggregateOnce):
         return self.widths[0]
 
     def parts(self, conv: Conv) -> Parts:
-        weights = [linear.weight for linear in self.transforms(conv)]
-        stacked_weights = self.linear.weight.transpose(1, 2).split(self.widths, dim=2)
-        parts: Parts = list(zip(stacked_weights, weights, strict=True))
-        if self.linear.bias is not None:
-            parts.append((self.linear.bias, self.bias(conv)))
+        parts: Parts = []
+        end = 0
+        for linear, width in zip(self.transforms(conv), self.widths, strict=True):
+            start, end = end, end + width
+            parts.append((Columns(self.linear, start, end), linear.weight))
+        bias = self.bias(conv)
+        if bias is not None:
+            parts.append((Biases(self.linear), bias))
         return parts
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
@@ -282,9 +294,9 @@ class FilterExperts(StackedExperts):
         )
 
     def parts(self, conv: Conv) -> Parts:
-        parts: Parts = [(self.linear.weight.transpose(1, 2), conv.lin.weight)]
-        if self.linear.bias is not None:
-            parts.append((self.linear.bias, conv.bias))
+        parts: Parts = [(Columns(self.linear, 0, self.linear.in_features), conv.lin.weight)]
+        if conv.bias is not None:
+            parts.append((Biases(self.linear), conv.bias))
         return parts
 
     @property

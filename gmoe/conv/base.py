@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -29,7 +30,33 @@ which :class:`MessagePassing` does not declare."""
 
 Parts: TypeAlias = list[tuple[Any, Any]]
 """What is stacked, and what it is stacked from: pairs of (``LinearExperts``, linear layer) or of
-(stacked tensor, tensor)."""
+(stacked tensor, tensor); in place of a stacked tensor, what gives an expert's by ``stack[expert]``.
+"""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of the experts' weights, where several linear layers are stacked as one."""
+
+    linear: Any
+    first: int
+    last: int
+
+    def __getitem__(self, expert: int) -> Tensor:
+        weight: Tensor = self.linear.of_expert(expert)[0]
+        return weight[:, self.first : self.last]
+
+
+@dataclass(frozen=True)
+class Biases:
+    """The biases of stacked linear layers."""
+
+    linear: Any
+
+    def __getitem__(self, expert: int) -> Tensor:
+        bias: Tensor = self.linear.of_expert(expert)[1]
+        return bias
+
 
 MakeConv = Callable[[int], MessagePassing]
 """Makes a fresh conv for the expert of that index."""
@@ -184,10 +211,11 @@ class StackedExperts(ConvExperts):
     def _tensors(self, conv: Conv, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of an expert's place among the stacked tensors, and the conv's own tensor."""
         for stack, part in self.parts(conv):
-            if isinstance(stack, LinearExperts):
-                yield stack.weight[expert].T, part.weight
-                if stack.bias is not None:
-                    yield stack.bias[expert], part.bias
+            if isinstance(stack, nn.Module):  # LinearExperts, or what gmoe.unstack makes of them
+                weight, bias = stack.of_expert(expert)  # type: ignore[operator]
+                yield weight, part.weight
+                if bias is not None:
+                    yield bias, part.bias
             else:
                 yield stack[expert], part
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -308,9 +308,13 @@ class HeteroMoEConv(MoELayer):
         first = next(self.experts.parameters())
         dense.to_empty(device=first.device).to(first.dtype)
         factor = 1 if self.gain is None else GAIN_SCALE * self.gain
-        for name, parameter in dense.named_parameters():
-            one = self.experts.get_parameter(name)[index] * factor
-            parameter.copy_(one.T if one.dim() == 2 else one)
+        for name, linear in dense.named_modules():
+            if isinstance(linear, nn.Linear):
+                stacked: Any = self.experts.get_submodule(name)
+                weight, bias = stacked.of_expert(index)
+                linear.weight.copy_(weight * factor)
+                if bias is not None:
+                    linear.bias.copy_(bias * factor)
         return dense.train(self.training)
 
     def forward(

@@ -175,3 +175,62 @@ def test_hetero_layers_are_unstacked() -> None:
 def test_experts_that_share_a_base_are_folded() -> None:
     model = gmoe.unstack(moefied(start="copies"))
     assert not any(isinstance(part, FromBase) for part in gmoe.restack(model).modules())
+
+
+@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+@pytest.mark.parametrize("conv", CONVS)
+def test_an_unstacked_layer_gives_its_experts_and_is_drawn_anew(conv: str, start: str) -> None:
+    if start == "copies" and isinstance(CONVS[conv], list):
+        pytest.skip("convs of several kinds are no copies")
+    layer = conv_layer(CONVS[conv], start, "token_choice", 1)
+    expected = [layer.expert(expert)(X, EDGES) for expert in range(EXPERTS)]
+    gmoe.unstack(layer)
+    for expert, out in enumerate(expected):
+        assert_same(layer.expert(expert)(X, EDGES), out)
+    before = copy.deepcopy(layer.experts.state_dict())
+    layer.reset_parameters()
+    assert any(not value.equal(before[name]) for name, value in layer.experts.state_dict().items())
+    expected = [layer.expert(expert)(X, EDGES) for expert in range(EXPERTS)]
+    gmoe.restack(layer)
+    for expert, out in enumerate(expected):
+        assert_same(layer.expert(expert)(X, EDGES), out)
+
+
+def test_an_unstacked_hetero_layer_gives_its_experts() -> None:
+    torch.manual_seed(0)
+    metadata = (["a", "b"], [("a", "to", "b"), ("b", "rev", "a")])
+    layer = gmoe.HeteroMoEConv(WIDTH, 5, metadata, num_experts=EXPERTS, start="shared")
+    assert layer.gain is not None
+    nn.init.ones_(layer.gain)
+    x, edges = {"a": X.float(), "b": X.float()}, dict.fromkeys(metadata[1], EDGES)
+    expected = [layer.expert(expert)(x, edges)["a"] for expert in range(EXPERTS)]
+    gmoe.unstack(layer)
+    for expert, out in enumerate(expected):
+        assert_same(layer.expert(expert)(x, edges)["a"], out)
+
+
+def test_what_starts_at_zero_is_drawn_as_zero() -> None:
+    experts = gmoe.MLPExperts(4, 8, 4, num_experts=2, zero_init=True)
+    gmoe.unstack(experts)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.add_(1)
+    experts.reset_parameters()
+    assert not experts(torch.randn(6, 4), torch.tensor([3, 6], dtype=torch.int32)).any()
+
+
+def test_experts_that_became_something_else_are_named() -> None:
+    layer = conv_layer("gcn", "plain", "token_choice", 1)
+    gmoe.unstack(layer)
+    layer.experts.linear.linears[1] = nn.Sequential(layer.experts.linear.linears[1])
+    for call in (layer.reset_parameters, lambda: layer.expert(0)):
+        with pytest.raises(ValueError, match=r"^experts: got some with a .*Sequential, expected"):
+            call()
+
+
+def test_a_refused_unstack_changes_nothing() -> None:
+    layer = conv_layer("gcn", "copies", "token_choice", 1)
+    layer.experts.differences.linear.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"^model: got .* with .*hook"):
+        gmoe.unstack(layer)
+    assert isinstance(layer.experts, FromBase)
