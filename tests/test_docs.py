@@ -6,7 +6,6 @@ The API page has every public name.
 from __future__ import annotations
 
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +197,8 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     above, below = sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)
     assert (above, below, len(gains)) == (2, 1, 9)
     said = (
-        "token choice is above a dense model of *equal FLOPs* on two data sets of nine (on facebook "
-        "barely), below on one, and not told apart on six"
+        "token choice is above a dense model of *equal FLOPs* on two data sets of nine (on "
+        "facebook barely), below on one, and not told apart on six"
     )
     assert said in in_a_line(README)
 
