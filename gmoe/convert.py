@@ -127,6 +127,8 @@ def moefy(
     if isinstance(router, Router):
         raise ValueError("router: got an instance for several layers, expected a name or a factory")
     check_start(start)
+    if every is not None and blocks is not None:
+        raise ValueError(f"every: got {every} beside blocks={blocks}, expected one of the two")
     if start == "copies" and not upcycle:
         raise ValueError("upcycle: got False, expected True with start='copies'")
 

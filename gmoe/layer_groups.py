@@ -53,8 +53,10 @@ class Group:
         if self.router is not None:
             parts.append(self.router)
         _register_convs()
-        # First on copies: an error in the middle would leave half a model.
-        for part in copy.deepcopy(list(dict.fromkeys(parts))):
+        # First on copies: an error in the middle would leave half a model. A group of processes
+        # cannot be copied.
+        processes = getattr(self.router, "process_group", None)
+        for part in copy.deepcopy(list(dict.fromkeys(parts)), {id(processes): processes}):
             keep_experts(part, kept)
         for layer in self.layers.values():
             if hasattr(layer, "edge_names_before"):

@@ -148,6 +148,8 @@ def check_routers(groups: Sequence[Group]) -> None:
     owners: dict[nn.Module, Group] = {}
     for group in groups:
         for name, layer in group.layers.items():
+            if layer.experts is None:
+                raise ValueError(f"model: got {name}, whose widths are open: call it once before")
             if group.router is None:
                 raise ValueError(
                     f"model: got {named([name])}, a {type(layer).__name__} without one router "

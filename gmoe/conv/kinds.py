@@ -115,7 +115,13 @@ def _with_mlp(
         raise ValueError(
             f"nn: got a network, expected nothing: omit it for a two-layer MLP; or {OWN_NETWORK}"
         )
-    width = in_channels if isinstance(in_channels, int) else in_channels[0]
+    widths = (in_channels,) if isinstance(in_channels, int) else in_channels
+    if len({*widths}) > 1:
+        raise ValueError(
+            f"in_channels: got {in_channels}, expected one width: {cls.__name__} adds nodes to "
+            "their neighbors"
+        )
+    width = widths[0]
     network = pyg.MLP([width, out_channels, out_channels], norm=None)
     return cls(network, *args, **kwargs)
 

@@ -490,6 +490,11 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             self._refuse_two_sets()
         if x_dst is not None:
             return x_src, x_dst
+        if self.transform is not None:
+            raise ValueError(
+                "x: got no destination nodes, expected source and destination nodes, since "
+                "shared_transform would make its bias of zeros"
+            )
         readers = {
             type(conv).__name__
             for conv in self._all_convs()

@@ -84,7 +84,8 @@ def build_router(
     if not isinstance(kwargs, Mapping | None):
         raise ValueError(f"router_kwargs: got {kwargs!r}, expected a dictionary of arguments")
     kwargs = dict(kwargs or {})
-    if SoftSlots in (router, type(router)):
+    is_soft = isinstance(router, type) and issubclass(router, SoftSlots)
+    if is_soft or isinstance(router, SoftSlots):
         raise ValueError("router: got SoftSlots, expected another: its slots are for gmoe.SoftMoE")
 
     if isinstance(router, Router):

@@ -266,7 +266,7 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     """(T, H) votes, if each node spreads one vote over its out-neighbors and itself; O(edges).
 
     Every node counts itself once, whether or not the graph has self-loops; parallel edges count
-    once each. Scores come from :func:`gmoe.conv.edges.dot`, which holds no (M, d) tensor.
+    once each. Scores come from :func:`gmoe.conv.sums.dot`, which holds no (M, d) tensor.
 
     Args:
         q_THd: queries, already divided by sqrt(d); H may be 1 if all heads share them.

@@ -65,10 +65,11 @@ class Router(nn.Module, ABC):
         experts_per_token: average number of experts per token; compute scales with it.
         process_group: under ``torch.distributed``, losses and counters cover the tokens of all
             processes in this group; ``None`` (default) is the group of all processes. In training
-            with gradients, a forward runs one collective (one more for a z-loss), so every process
-            has to call the router. The forward of a reentrant checkpoint has no gradients and runs
-            none. Where tokens compete (expert choice, votes, capacities), they compete inside a
-            process. A router with its own group can be neither copied nor pickled.
+            with gradients, a forward runs one collective for a balance or a threshold, and one for
+            each further loss, so every process has to call the router. The forward of a reentrant
+            checkpoint has no gradients and runs none. Where tokens compete (expert choice, votes,
+            capacities), they compete inside a process. A router with its own group can be neither
+            copied nor pickled.
         sums_to_one: each token's weights sum to 1 by construction, whatever the values, so that
             copies of one layer give what that layer gives (default ``False``).
         removed: parameters that score the experts which :func:`gmoe.prune` has taken away: a

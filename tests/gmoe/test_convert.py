@@ -403,3 +403,8 @@ def test_a_conv_without_parameters_is_refused_by_its_name() -> None:
     model = nn.ModuleDict({"conv": Weightless()})
     with pytest.raises(ValueError, match=r"^model: got conv, a Weightless without parameters"):
         moefy(model, num_experts=2, targets="conv")
+
+
+def test_blocks_are_chosen_in_one_way() -> None:
+    with pytest.raises(ValueError, match=r"^every: got 2 beside blocks=\[0\], expected one"):
+        moefy(nn.Module(), every=2, blocks=[0])

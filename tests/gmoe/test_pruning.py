@@ -224,3 +224,30 @@ def test_data_that_do_not_reach_a_layer_are_refused(change: Any) -> None:
     with pytest.raises(ValueError, match=r"^data: got some on which the router of second does not"):
         change(model, torch.randn(9, 8))
     assert [layer.num_experts for layer in (model.first, model.second)] == [4, 4]
+
+
+class Processes:
+    """As a group of processes, it cannot be copied."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle a group of processes")
+
+
+def test_a_router_with_its_own_processes_is_pruned() -> None:
+    torch.manual_seed(0)
+    router, experts = TokenChoice(8, num_experts=4), gmoe.MLPExperts(8, 16, 8, num_experts=4)
+    layer = gmoe.MoE(router, experts).eval()
+    router.process_group = Processes()  # type: ignore[assignment]
+    x = torch.randn(50, 8)
+    expected = layer(x)
+    gmoe.prune(layer, x, keep=4)
+    assert_same(layer(x), expected)
+    gmoe.prune(layer, x, keep=2)
+    assert layer.num_experts == 2
+    assert isinstance(layer.router.process_group, Processes)
+
+
+def test_a_layer_of_open_widths_is_pruned_after_its_first_call() -> None:
+    layer = MoEConv("gcn", -1, 4, num_experts=3)
+    with pytest.raises(ValueError, match=r"whose widths are open: call it once before"):
+        gmoe.prune(layer, (X, torch.zeros(2, 0, dtype=torch.int64)))

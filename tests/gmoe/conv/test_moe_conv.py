@@ -19,7 +19,13 @@ from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import MoEConv, TokenChoice, fold
 from tests.contract import Halved, opened
-from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, routing_of
+from tests.gmoe.conv.masked import (
+    GRAPHS,
+    features,
+    mean_of_in_edges,
+    random_graph,
+    routing_of,
+)
 from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
 
 NODES, WIDTH, EXPERTS = 8, 4, 3
@@ -384,3 +390,18 @@ def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any], start:
     expected = moe(x, edge_index, **edge_args)
     compiled = torch.compile(moe, backend="aot_eager")
     torch.testing.assert_close(compiled(x, edge_index, **edge_args), expected)
+
+
+def test_zeros_in_place_of_destinations_are_refused_where_they_would_not_add_zero() -> None:
+    options: Any = {"num_experts": 2, "start": "plain"}
+    x, edges = torch.randn(6, 8), random_graph(6, 4, 12)
+    MoEConv("sage", (8, 8), 4, **options)((x, None), edges, size=(6, 4))
+    layer = MoEConv("sage", (8, 8), 4, shared_transform=True, **options)
+    with pytest.raises(ValueError, match=r"^x: got no destination nodes, .*shared_transform"):
+        layer((x, None), edges, size=(6, 4))
+
+
+@pytest.mark.parametrize("conv", ["gin", "gine"])
+def test_a_conv_that_adds_nodes_to_their_neighbors_takes_one_width(conv: str) -> None:
+    with pytest.raises(ValueError, match=r"^in_channels: got \(8, 4\), expected one width: GIN"):
+        MoEConv(conv, (8, 4), 8, num_experts=2)

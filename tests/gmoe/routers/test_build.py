@@ -135,3 +135,13 @@ def test_a_layer_lets_a_router_of_its_own_refuse_nan(build: Any, router: Any) ->
         layer = build(router=router, check_finite=check_finite)
         built = [module for module in layer.modules() if isinstance(module, Router)]
         assert [module.check_finite for module in built] == [check_finite]
+
+
+class MySlots(SoftSlots):
+    """Soft routing, by a class of one's own."""
+
+
+@pytest.mark.parametrize("router", [MySlots, MySlots(4, num_experts=2)])
+def test_soft_routing_of_ones_own_is_for_soft_layers(router: Any) -> None:
+    with pytest.raises(ValueError, match=r"^router: got SoftSlots, expected another"):
+        build_router(router, 4, num_experts=2, k=1)
