@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gmoe._torch import in_transform, is_batched, is_tracing, untraced
+from gmoe._torch import in_backward, in_transform, is_batched, is_tracing, untraced
 
 UNSUPPORTED = (
     "torch.jit.trace, torch.func transforms (grad, vmap, jvp, …) and batches of gradients "
@@ -78,6 +78,19 @@ def operator(
         return run
 
     return register
+
+
+def _truth(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.bool, device=like.device)
+
+
+@operator(fake=_truth)
+def outside_backward(like: Tensor) -> Tensor:
+    """A truth value on the device of ``like``: whether this runs outside of a backward pass.
+
+    Compiled code asks :func:`in_backward` once, when it is traced; this asks at each run.
+    """
+    return torch.full((), not in_backward(), device=like.device)
 
 
 def first_order(backward: Callable[..., Value]) -> Callable[..., Value]:

@@ -48,20 +48,6 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@torch.library.custom_op("gmoe::outside_backward", mutates_args=())
-def outside_backward(like: Tensor) -> Tensor:
-    """A truth value on the device of ``like``: whether this runs outside of a backward pass.
-
-    Compiled code asks :func:`in_backward` once, when it is traced; this asks at each run.
-    """
-    return torch.full((), not in_backward(), device=like.device)
-
-
-@outside_backward.register_fake
-def _(like: Tensor) -> Tensor:
-    return torch.empty((), dtype=torch.bool, device=like.device)
-
-
 # kernels ------------------------------------------------------------------------------------------
 
 row_pointers = torch._convert_indices_from_coo_to_csr

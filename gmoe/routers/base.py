@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gmoe._autograd import outside_backward
 from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
-from gmoe._torch import in_backward, in_transform, outside_backward
+from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
 from gmoe.routers.groups import to_members

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmoe._autograd import first_order, lazy, operator, refuse_transforms
+from gmoe._autograd import first_order, lazy, operator, outside_backward, refuse_transforms
 
 
 class Double(torch.autograd.Function):
@@ -79,3 +79,18 @@ def test_a_lazy_property_is_computed_once() -> None:
     counts = Counts()
     assert (counts.value, counts.value) == (1, 1)
     assert Counts().value == 1
+
+
+def test_compiled_code_learns_at_each_run_whether_it_runs_in_a_backward_pass() -> None:
+    seen = []
+
+    def run(x: Tensor) -> Tensor:
+        return torch.where(outside_backward(x), x, -x)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    x = torch.ones(2, requires_grad=True)
+    y = x.clone()
+    y.register_hook(lambda grad: seen.append(compiled(grad)))
+    assert compiled(torch.ones(2)).tolist() == [1, 1]
+    y.sum().backward()
+    assert seen[0].tolist() == [-1, -1]

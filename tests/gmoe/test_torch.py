@@ -90,21 +90,6 @@ def test_a_checkpoint_recomputes_in_the_backward() -> None:
     assert seen == [False, True]
 
 
-def test_compiled_code_learns_at_each_run_whether_it_runs_in_a_backward_pass() -> None:
-    seen = []
-
-    def run(x: Tensor) -> Tensor:
-        return torch.where(_torch.outside_backward(x), x, -x)
-
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    x = torch.ones(2, requires_grad=True)
-    y = x.clone()
-    y.register_hook(lambda grad: seen.append(compiled(grad)))
-    assert compiled(torch.ones(2)).tolist() == [1, 1]
-    y.sum().backward()
-    assert seen[0].tolist() == [-1, -1]
-
-
 def test_row_pointers_and_rows_follow_from_each_other() -> None:
     row, ptr = torch.tensor([0, 0, 2]), torch.tensor([0, 2, 2, 3, 3])
     assert _torch.row_pointers(row, 4).equal(ptr)
