@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gmoe
-from experiments.study.molecules import ARMS, BESIDE, COLUMNS, gains, runs, table
+from experiments.study.molecules import ARMS, BESIDE, COLUMNS, Column, gains, runs, table
 from experiments.study.sweep import main
 from experiments.train.build import build_model, costs_of
 from experiments.train.data.load import load_tasks
@@ -19,14 +19,16 @@ from tests.experiments.molecule_data import write_set
 
 def test_every_arm_is_run_on_every_set_on_one_recipe() -> None:
     found = runs((), Path("data"))
-    assert len(found) == len(ARMS) * len(COLUMNS) == 50
+    assert len(found) == len(ARMS) * len(COLUMNS) == 60
     for name, config in found.items():
         column, _, arm = name.partition("/")
-        is_long = column == "molbace-100"
+        is_long = column.startswith("molbace-100")
         assert config.dataset == ("ogbg-molbace" if is_long else f"ogbg-{column}")
-        assert config.seeds == COLUMNS[column]
+        assert config.seeds == COLUMNS[column].seeds
         recipe = (config.hidden, config.layers, config.epochs, config.lr, config.batch_size)
         assert recipe == (64, 5, 100 if is_long else 20, 0.001, 32), arm
+    of_molbace = [COLUMNS[column].seeds for column in ("molbace-100", "molbace-100-fresh")]
+    assert not set(of_molbace[0]) & set(of_molbace[1])
     with pytest.raises(ValueError, match="columns: got 'cora', expected one of molbace"):
         runs(["cora"], Path("data"))
 
@@ -94,7 +96,7 @@ def test_the_sweep_runs_them_and_finds_them_again(
         if arm in ("dense", "graph")
     }
     monkeypatch.setattr(molecules, "ARMS", tiny)
-    monkeypatch.setattr(molecules, "COLUMNS", {"molesol": (0,)})
+    monkeypatch.setattr(molecules, "COLUMNS", {"molesol": Column("ogbg-molesol", (0,), 1)})
     args = ["molecules", "--data-root", str(tmp_path / "data"), "--results", str(tmp_path)]
     args += ["--runs", str(tmp_path / "runs"), "--no-progress"]
     for _ in range(2):
