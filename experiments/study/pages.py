@@ -21,6 +21,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,35 @@ from experiments.benchmark.tables import benchmark_table
 from experiments.show.tables import pair_table, preset_table, study_table
 from experiments.study import curves, molecules, starts
 from experiments.study.routers import cell_tables, domain_table, gain_table, read_cells
+from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
 
+KINDS = (
+    *("table", "pairs", "presets", "benchmark", "swap", "cells", "gains", "domains", "map"),
+    *("arms", "confirmed", "curves", "molecules"),
+)
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|domains|map|arms|confirmed"
-    r"|curves|molecules): (?P<study>[\w-]+)"
+    rf"(<!-- (?P<kind>{'|'.join(KINDS)}): (?P<study>[\w-]+)"
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
 
 
+OTHERS = ("end", "figure", "mutants", "versions", "breaks")
+"""The marks that other commands fill in."""
+
+
+def check_marks(page: str) -> None:
+    """Refuse a mark that nothing fills in, and one without an end: both would stay as they are."""
+    words = re.findall(r"<!-- (\w+)", page)
+    for word, following in pairwise([*words, ""]):
+        check_choice("mark", word, (*KINDS, *OTHERS))
+        check(word == "end" or following == "end", "mark", word, "<!-- end --> behind it")
+
+
 def render(page: str, results: Path = RESULTS) -> str:
     """The page with all its tables generated anew."""
+    check_marks(page)
 
     from experiments.study.regime_map import map_table  # and so torch, which --help does without
 
@@ -70,7 +88,7 @@ def render(page: str, results: Path = RESULTS) -> str:
         try:
             content = read_folder(path) if read_folder else read_json(path, dict[str, Any])
             made = makers.get(match["kind"], benchmark_table)(content, *only)
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})"
             ) from error
