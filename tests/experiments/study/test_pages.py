@@ -28,7 +28,7 @@ def test_marks_that_nothing_fills_in_are_refused(tmp_path: Path) -> None:
     """They would stay as they are, or take the page away up to the next end."""
     good = "<!-- table: digits -->\n<!-- end -->\n"
     for bad, message in (
-        ("<!-- tabel: mosaic -->\n<!-- end -->\n", "mark: got tabel, expected one of table"),
+        ("<!-- tabel: mosaic -->\n<!-- end -->\n", "mark: got 'tabel', expected one of table"),
         ("<!-- table: mosaic -->\n", "mark: got table, expected <!-- end --> behind it"),
     ):
         (tmp_path / "page.md").write_text(bad + good)
