@@ -423,8 +423,9 @@ def _start_of(
 ) -> Start:
     """How all layers start; the arguments are those of :class:`GNNMoE`.
 
-    ``None`` is copies only where one decision serves all layers and the convs are stacked, so that
-    copies share a base: in the study of starts, copies were safe only there.
+    ``None`` is copies only where one decision serves all layers and convs of that class are
+    stacked, so that copies share a base: in the study of starts, copies were safe only there. An
+    option may still keep a conv from being stacked; its copies then start as the dense layer, too.
     """
     start = conv_kwargs.get("start")
     kinds = kinds_of(conv, num_experts)
