@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.show.tables import Line, extremes, known, markdown
-from experiments.train.results import short_commit
+from experiments.show.tables import Line, extremes, known, markdown, short_commit
 from experiments.train.scores import mean_std
 
 

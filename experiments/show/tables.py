@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from experiments.train.checks import check
@@ -167,3 +167,9 @@ def headroom(
     return (
         "no headroom" if room <= 2 * max(low["std"], high["std"]) else f"{100 * gain / room:.0f} %"
     )
+
+
+def short_commit(where: Mapping[str, Any]) -> str:
+    """The commit of a result's environment, with a ``+`` if files differed from it."""
+    name = (where["commit"] or "–")[:7]
+    return f"{name}+" if where.get("dirty") else name

@@ -25,12 +25,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import gmoe
-from experiments.show.tables import markdown
+from experiments.show.tables import markdown, short_commit
 from experiments.study import routers
 from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.files import read_json, replacing
-from experiments.train.results import short_commit
 from experiments.train.scores import interval, percent
 from experiments.train.user_code import file_of, load_conv, load_object
 from gmoe.conv.kinds import factory_of

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from experiments.show.tables import Line, extremes, markdown
+from experiments.show.tables import Line, extremes, markdown, short_commit
 from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.files import read_json
@@ -31,7 +31,6 @@ from experiments.train.presets import (
     SMALL_VIT,
     TEN,
 )
-from experiments.train.results import short_commit
 from experiments.train.scores import mean_std, percent, shown
 
 THREE = (0, 1, 2)

@@ -7,7 +7,6 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -92,12 +91,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return found.strip()
-
-
-def short_commit(where: Mapping[str, Any]) -> str:
-    """The commit of an :func:`environment` for a table, with a ``+`` if files differed from it."""
-    name = (where["commit"] or "–")[:7]
-    return f"{name}+" if where.get("dirty") else name
 
 
 def environment() -> dict[str, Any]:

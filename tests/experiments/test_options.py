@@ -107,7 +107,7 @@ MAINS = {name: command.main for name, command in COMMANDS.items()}
         ("train digits-graph --k 9", "k: got 9, expected at most num_experts=8"),
         ("train digits-graph --equal flops", "equal: got flops, expected none, or router='dense'"),
         (
-            "train digits-graph --equal flops --router dense --model OWN:sage",
+            "train digits-graph --equal flops --model OWN:sage",
             "equal: got flops, expected none, or",
         ),
         ("train mosaic --router uniform --k 3", "k: got 3 with router='uniform', expected 1"),

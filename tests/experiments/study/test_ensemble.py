@@ -39,7 +39,8 @@ OWN = "tests.experiments.own_parts"
 
 def run(data: Path, out: Path, *args: str, name: str = "ogbn-arxiv") -> dict[str, Any]:
     """The summary of a short run of two seeds."""
-    return quick(out, "--data-root", str(data), "--hidden", "8", *args, preset=name, seeds="0 1")
+    width = () if "--model" in args else ("--hidden", "8")
+    return quick(out, "--data-root", str(data), *width, *args, preset=name, seeds="0 1")
 
 
 def predicted(run: Path, seed: int) -> torch.Tensor:
