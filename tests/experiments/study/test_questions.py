@@ -136,9 +136,6 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     ("make", "kind", "choices"),
     [
         pytest.param(in_places, "rules", {"positions", "rule", "evidence"}, id="regimes"),
-        pytest.param(
-            class_of_those_with_a_common_target, "inputs", {"reverse"}, id="reverse-edges"
-        ),
     ],
 )
 def test_what_is_plain_is_answered(

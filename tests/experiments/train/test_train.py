@@ -279,7 +279,8 @@ def test_dense_models_of_equal_cost(equal: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.* runs on the whole graph for every expert")
 def test_a_matched_model_is_as_wide_however_often_it_is_built() -> None:
     """GAT's FLOPs follow from the routing, which each draw of its MoE has another of."""
-    config = parse(["digits-graph", "--router", "dense", "--equal", "flops", "--conv", "gat"])
+    args = "digits-graph --router dense --equal flops --conv gat --hidden 8 --experts 4"
+    config = parse(args.split())
     task = load_tasks(config)(0)
     widths, costs, twins = set(), list[Any](), set()
     for seed in range(5):
@@ -293,7 +294,7 @@ def test_a_matched_model_is_as_wide_however_often_it_is_built() -> None:
         widths |= {model.hidden_channels, build_model(config, task).hidden_channels}
     assert (len(twins), len(widths)) == (5, 1)
     assert costs == costs[:1] * 5
-    assert costs[0]["flops"] == pytest.approx(sum(twins) / 5, rel=0.02)
+    assert costs[0]["flops"] == pytest.approx(sum(twins) / 5, rel=0.05)
     assert costs[0]["matched"] == pytest.approx(5 * costs[0]["flops"] / sum(twins))
 
 

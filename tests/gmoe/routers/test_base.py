@@ -462,11 +462,14 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize(
     "router",
     [
-        TokenChoice(D, num_experts=E, noise=False),
-        TokenChoice(D, num_experts=E, k=2, noise=False),
-        ExpertChoice(D, num_experts=E, inference="threshold"),
+        pytest.param(TokenChoice(D, num_experts=E, noise=False), id="bias"),
+        pytest.param(
+            TokenChoice(D, num_experts=E, k=2, noise=False),
+            id="bias of two",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(ExpertChoice(D, num_experts=E, inference="threshold"), id="threshold"),
     ],
-    ids=["bias", "bias of two", "threshold"],
 )
 def test_a_compiled_forward_that_runs_again_moves_no_counter(router: Router, order: str) -> None:
     """It computes what it computed, from counters that its own step has moved since."""
