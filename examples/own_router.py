@@ -48,8 +48,8 @@ if args.fast:
 
 # %%
 # The router. ``route`` gets flat tokens in float32, with autocast off. ``is_training_step`` is
-# false in evaluation, and when a checkpoint recomputes a forward; ``move`` keeps to that in
-# compiled code, too. So the bias moves once a step.
+# false in evaluation, and when a checkpoint recomputes a forward. ``update_counter`` keeps to that
+# in compiled code, too, so that the bias moves once a step.
 class SigmoidRouter(gmoe.Router):
     """Sigmoid gates, and a bias per expert that evens out the load."""
 
@@ -74,7 +74,7 @@ class SigmoidRouter(gmoe.Router):
         training_step = self.is_training_step()
         if training_step:  # more to those who had less than the mean
             step_E = (self.last_load_E.mean() - self.last_load_E).sign()
-            self.move(self.bias_E, self.bias_E + self.bias_rate * step_E)
+            self.update_counter(self.bias_E, self.bias_E + self.bias_rate * step_E)
         expert_TK = (gate_TE.detach() + self.bias_E).topk(self.k).indices
         weight_TK = gate_TE.gather(1, expert_TK)
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
@@ -82,7 +82,7 @@ class SigmoidRouter(gmoe.Router):
             expert_TK, weight_TK, num_experts=self.num_experts, scores=gate_TE
         )
         if training_step:
-            self.move(self.last_load_E, routing.load)
+            self.update_counter(self.last_load_E, routing.load)
         return routing
 
 

@@ -80,11 +80,7 @@ def operator(
     return register
 
 
-def _truth(like: Tensor) -> Tensor:
-    return torch.empty((), dtype=torch.bool, device=like.device)
-
-
-@operator(fake=_truth)
+@operator(fake=lambda like: like.new_empty((), dtype=torch.bool))
 def outside_backward(like: Tensor) -> Tensor:
     """A truth value on the device of ``like``: whether this runs outside of a backward pass.
 

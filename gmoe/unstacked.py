@@ -56,12 +56,7 @@ class UnstackedLinears(Experts):
         Raises:
             ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
         """
-        change = self.replaced()
-        if change is not None:
-            raise ValueError(
-                f"experts: got some with {change}, expected plain nn.Linears, whose weights can be "
-                "read and drawn anew"
-            )
+        self._refuse_replaced("experts: got some", "only their weights can be read and drawn anew")
         linear: Any = self.linears[expert]
         return linear.weight, linear.bias
 
@@ -81,18 +76,20 @@ class UnstackedLinears(Experts):
                 return change
         return None
 
+    def _refuse_replaced(self, got: str, hint: str) -> None:
+        """Raise a ``ValueError`` if some layer is more or other than a plain ``nn.Linear``."""
+        change = self.replaced()
+        if change is not None:
+            raise ValueError(f"{got} with {change}, expected plain nn.Linears: {hint}")
+
     def restacked(self) -> LinearExperts:
         """The stacked layers again, with the values of now.
 
         Raises:
             ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
         """
-        change = self.replaced()
-        if change is not None:
-            raise ValueError(
-                f"model: got experts with {change}, expected plain nn.Linears: merge adapters "
-                "before (PEFT: merge_and_unload); quantized weights cannot be stacked again"
-            )
+        hint = "merge adapters before (PEFT: merge_and_unload); quantized weights cannot be stacked"
+        self._refuse_replaced("model: got experts", f"{hint} again")
         linears: list[Any] = list(self.linears)
         first = linears[0]
         with torch.device("meta"):

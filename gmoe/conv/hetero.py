@@ -121,8 +121,9 @@ class RelationalConv(nn.Module):
             raise ValueError(
                 f"edge_index_dict: got {[*edge_index_dict]}, expected {self.edge_types}"
             )
+        dtype = dtype_of(self)
         for name, width in self.in_channels.items():
-            check_features(name, x_dict.get(name), width, dtype_of(self))
+            check_features(name, x_dict.get(name), width, dtype)
         parts = {name: [x_dict[name]] for name in self.relations_into}
         for name, relations in self.relations_into.items():
             for relation in relations:

@@ -73,8 +73,8 @@ class BalancedRouter(Router):
         """
         is_step = self.is_training_step()
         if is_step:
-            self.move(self.bias_E, self.next_bias_E)
-            self.move(self.mean_D, self.next_mean_D)
+            self.update_counter(self.bias_E, self.next_bias_E)
+            self.update_counter(self.mean_D, self.next_mean_D)
         logits_TE = self.centered(x_TD, gate)
         if is_step:
             self._store_next(x_TD.detach(), logits_TE.detach())
@@ -127,5 +127,5 @@ class BalancedRouter(Router):
 
         # 5. Keep the old values if anything is NaN or infinite.
         finite = torch.linalg.vector_norm(means, torch.inf) < torch.inf
-        self.move(self.next_bias_E, torch.where(finite, bias_E, self.bias_E))
-        self.move(self.next_mean_D, torch.where(finite, mean_D, self.mean_D))
+        self.update_counter(self.next_bias_E, torch.where(finite, bias_E, self.bias_E))
+        self.update_counter(self.next_mean_D, torch.where(finite, mean_D, self.mean_D))

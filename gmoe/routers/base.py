@@ -243,13 +243,13 @@ class Router(nn.Module, ABC):
         return square / num_tokens.clamp(min=1)
 
     def is_training_step(self) -> bool:
-        """True if this forward may move the counters, by :meth:`move`.
+        """True if this forward may move the counters, by :meth:`update_counter`.
 
         It may in training, but not when a checkpoint recomputes the forward in the backward pass.
         """
         return self.training and (torch.compiler.is_compiling() or not in_backward())
 
-    def move(self, counter: Tensor, value: Tensor) -> None:
+    def update_counter(self, counter: Tensor, value: Tensor) -> None:
         """Write a counter's new value, in a training step.
 
         One compiled forward runs in the step and, under checkpointing, again in the backward pass:

@@ -238,12 +238,12 @@ class ExpertSelection(nn.Module):
         # 3. Move the means: the first ten steps count evenly.
         num_groups_all, *sums = router.summed(last_EB.new_full((), num_groups), *sums)
         is_valid = (num_groups_all > 0) & torch.cat(sums).isfinite().all()
-        router.move(self.steps, self.steps + is_valid)
+        router.update_counter(self.steps, self.steps + is_valid)
         share = (1.0 / self.steps.clamp(min=1)).clamp(min=MOMENTUM)
         for mean_E, sum_E in zip(means, sums, strict=True):
             step_E = sum_E / num_groups_all
             moved_E = mean_E + share.to(mean_E.dtype) * (step_E - mean_E)
-            router.move(mean_E, torch.where(is_valid, moved_E, mean_E))
+            router.update_counter(mean_E, torch.where(is_valid, moved_E, mean_E))
 
     def extra_repr(self) -> str:
         return (
