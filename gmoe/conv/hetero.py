@@ -75,15 +75,15 @@ class RelationalConv(nn.Module):
         linear: Callable[..., nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
-        node_types, self.edge_types = checked_metadata(metadata)
-        wanted = node_types if out_types is None else out_types
-        if not wanted or not set(wanted) <= set(node_types):
-            raise ValueError(f"out_types: got {out_types}, expected some of {node_types}")
+        self.node_types, self.edge_types = checked_metadata(metadata)
+        wanted = self.node_types if out_types is None else out_types
+        if not wanted or not set(wanted) <= set(self.node_types):
+            raise ValueError(f"out_types: got {out_types}, expected some of {self.node_types}")
 
         # Which relations end in which type, and which types' features are needed.
         self.relations_into: dict[NodeType, list[EdgeType]] = {
             name: [relation for relation in self.edge_types if relation[-1] == name]
-            for name in node_types
+            for name in self.node_types
             if name in wanted
         }
         relations = [relation for into in self.relations_into.values() for relation in into]
@@ -328,7 +328,7 @@ class HeteroMoEConv(MoELayer):
     ) -> NodeOutputs | tuple[NodeOutputs, dict[NodeType, Routing]]:
         """Route and run; see the class."""
         refuse_transforms()
-        check_batches(batch_dict, x_dict)
+        check_batches(batch_dict, self.experts.node_types)
         out: NodeOutputs = {}
         routings: dict[NodeType, Routing] = {}
         for name, parts in self.experts.parts(x_dict, edge_index_dict).items():
@@ -411,8 +411,8 @@ def check_features(
         raise ValueError(f"{name}: got {x.dtype}, expected {dtype}, the type of the weights")
 
 
-def check_batches(batch_dict: NodeTensors | None, nodes: Mapping[NodeType, object]) -> None:
-    """Refuse the graphs of nodes that are not there: a misspelt type would not be separated."""
-    unknown = [*(batch_dict or {}).keys() - nodes.keys()]
+def check_batches(batch_dict: NodeTensors | None, node_types: Sequence[NodeType]) -> None:
+    """Refuse the graphs of an unknown type of nodes: a misspelt type would not be separated."""
+    unknown = [name for name in batch_dict or {} if name not in node_types]
     if unknown:
-        raise ValueError(f"batch_dict: got {unknown[0]!r}, expected some of {[*nodes]}")
+        raise ValueError(f"batch_dict: got {unknown[0]!r}, expected some of {node_types}")

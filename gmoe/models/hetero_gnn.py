@@ -192,7 +192,8 @@ class HeteroGNNMoE(nn.Module):
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
         refuse_transforms()
         h_dict = self._inputs(x_dict, n_id_dict)
-        hetero.check_batches(batch_dict, {**x_dict, **h_dict})
+        output: Any = self.convs[-1]
+        hetero.check_batches(batch_dict, output.node_types)
 
         # Sort the edges once for all layers. Relations of types that no layer needs are not read.
         graphs: dict[EdgeType, Adj | Graph] = {}
@@ -235,7 +236,8 @@ class HeteroGNNMoE(nn.Module):
             return h
         norms: Any = self.norms[layer]
         norm = norms[name]
-        h = norm(h, batch) if self.norm_takes_batch else norm(h)
+        # PyG's norms count the graphs by the last node of all, and fail where there is none.
+        h = norm(h, batch) if self.norm_takes_batch and len(h) else norm(h)
         return self.dropout(self.act(h))
 
     inference = inference

@@ -143,6 +143,33 @@ def test_graphs_of_a_batch_are_separate() -> None:
         assert_same(together[name], torch.cat([y[name] for y in alone]))
 
 
+def test_the_graphs_of_types_that_the_target_does_not_need_are_taken() -> None:
+    """``batch.batch_dict`` has all types, though those without features may not even be inputs."""
+    metadata = ([*DATA.node_types, "venue"], [*DATA.edge_types, ("paper", "in", "venue")])
+    sizes = {**DATA.num_nodes_dict, "venue": 2}
+    torch.manual_seed(0)
+    gnn = HeteroGNNMoE({"paper": IN}, HIDDEN, OUT, metadata, target="paper", num_nodes_dict=sizes)
+    groups = {name: torch.zeros(n, dtype=torch.long) for name, n in sizes.items()}
+    gnn = gnn.double().eval()
+    assert_same(call(gnn, batch_dict=groups), call(gnn))
+    conv = gnn.convs[0]
+    h = {name: features(n, HIDDEN) for name, n in COUNTS.items()}
+    assert_same(
+        conv(h, DATA.edge_index_dict, batch_dict=groups)["paper"],
+        conv(h, DATA.edge_index_dict)["paper"],
+    )
+
+
+def test_a_type_of_a_batch_may_have_no_node() -> None:
+    """PyG's own norms fail there."""
+    data = mag({**COUNTS, "institution": 0, "author": 0})
+    groups = {name: torch.arange(n) // 5 for name, n in data.num_nodes_dict.items()}
+    for norm in ("graph_norm", "layer_norm"):
+        gnn = model(data, norm=norm, num_layers=3, target=None)
+        call(gnn, data, batch_dict=groups)["paper"].sum().backward()
+        assert_same(gnn.inference(data), call(gnn, data))
+
+
 def test_sizes_may_be_integers_of_numpy() -> None:
     size: Any = np.int64
     counts = {"num_layers": size(3), "num_experts": size(EXPERTS), "every": size(1)}
