@@ -33,7 +33,7 @@ from experiments.train.routing_stats import (
     values_of,
 )
 from experiments.train.run_folder import RunFolder, read_run
-from experiments.train.scores import mean_std, scored, unit
+from experiments.train.scores import differences, form_of, mean_std, scored, unit
 from experiments.train.user_code import code_of, frames_of, raised
 from gmoe import record_routing
 from gmoe.plot import expert_load, expert_maps, patch_weights
@@ -246,10 +246,9 @@ def above_dense(run: RunFolder, runs: Sequence[RunFolder]) -> str:
     dense = dense_beside(run, runs)
     if dense is None:
         return "–"
-    tests = (run.summary["test"]["values"], dense.summary["test"]["values"])
-    is_error = run.summary["metric"] in ERRORS
-    factor, form = (1, "+.4f") if is_error else (100, "+.2f")
-    return mean_std([factor * (a - b) for a, b in zip(*tests, strict=True)], form)
+    metric = run.summary["metric"]
+    values = differences(metric, run.summary["test"]["values"], dense.summary["test"]["values"])
+    return mean_std(values, form_of(metric))
 
 
 def _routing(page: Page, run: RunFolder) -> str:

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from experiments.train.checks import check
-from experiments.train.scores import mean_std, percent, scored, shown, unit
+from experiments.train.scores import (
+    differences,
+    form_of,
+    gains,
+    mean_std,
+    percent,
+    scored,
+    shown,
+    unit,
+)
 
 Line: TypeAlias = dict[str, str]
 """A line of a table, by column."""
@@ -124,15 +133,14 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
             f"{pair!r}, whose variants have other seeds each",
             "the same",
         )
-        found = [
-            100 * (a - b)
-            for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)
-        ]
+        metric, tests = one["metric"], (one["test"]["values"], other["test"]["values"])
+        found, form = differences(metric, *tests), form_of(metric)
+        better = sum(value > 0 for value in gains(metric, *tests))
         line = {
             "variant": one["label"],
             "minus": other["label"],
-            "mean difference ± std of differences": mean_std(found, "+.2f"),
-            "better in": f"{sum(value > 0 for value in found)} of {len(found)}",
+            "mean difference ± std of differences": mean_std(found, form),
+            "better in": f"{better} of {len(found)}",
         }
         if chosen_on:
             without = (
@@ -141,7 +149,7 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
             rest = [
                 value for value, seed in zip(found, seeds, strict=True) if seed not in chosen_on
             ]
-            line[without] = mean_std(rest, "+.2f")
+            line[without] = mean_std(rest, form)
         lines.append(line)
     return markdown(lines, left=["minus"])
 

@@ -48,6 +48,7 @@ from experiments.train.config import (
 from experiments.train.data.on_disk import fit_to_disk, stored_folder
 from experiments.train.files import read_json, replacing
 from experiments.train.presets import MOSAIC, PRESETS, command
+from experiments.train.scores import gains
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,10 +202,10 @@ class Comparison:
 
     def difference(self, one: str, other: str, most: int = MOST) -> Difference:
         """Of two arms, over the seeds that both have."""
-        pairs = zip(
-            *(self.summaries[arm]["test"]["values"][:most] for arm in (one, other)), strict=False
-        )
-        return judge([100 * (a - b) for a, b in pairs])
+        ours, theirs = (self.summaries[arm]["test"]["values"] for arm in (one, other))
+        common = min(len(ours), len(theirs), most)
+        metric = self.summaries[one]["metric"]
+        return judge(gains(metric, ours[:common], theirs[:common]))
 
     def step_ratio(self, arm: str) -> float:
         """The time of a training step over the dense model's."""

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.show.tables import markdown
+from experiments.train import scores
 from experiments.train.checks import check_choice
-from experiments.train.config import ERRORS, MoleculeConfig, RouterOptions
+from experiments.train.config import MoleculeConfig, RouterOptions
 from experiments.train.presets import MOLECULES
-from experiments.train.scores import mean_std, scored
+from experiments.train.scores import form_of, mean_std, scored
 
 FIVE, FRESH, THREE = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (0, 1, 2)
 
@@ -104,14 +105,9 @@ def runs(columns: Sequence[str], root: Path) -> dict[str, MoleculeConfig]:
 
 
 def gains(known: Mapping[str, Any], arm: str) -> list[float]:
-    """By seed, how much better an arm is than the dense model of its FLOPs.
-
-    In points, or as an error's decrease.
-    """
+    """By seed, how much better an arm is than the dense model of its FLOPs."""
     ours, theirs = known[arm], known[BESIDE[arm]]
-    sign = -1 if ours["metric"] in ERRORS else 100
-    pairs = zip(ours["test"]["values"], theirs["test"]["values"], strict=True)
-    return [sign * (one - other) for one, other in pairs]
+    return scores.gains(ours["metric"], ours["test"]["values"], theirs["test"]["values"])
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -122,7 +118,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             if arm not in known:
                 continue
             summary = known[arm]
-            is_error = summary["metric"] in ERRORS
             has_pair = BESIDE.get(arm) in known
             dense = known.get("dense")
             lines.append(
@@ -133,7 +128,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                     "n": str(summary["test"]["n"]),
                     "test": scored(summary["metric"], summary["test"]),
                     "better than equal FLOPs by": mean_std(
-                        gains(known, arm), "+.4f" if is_error else "+.2f"
+                        gains(known, arm), form_of(summary["metric"])
                     )
                     if has_pair
                     else "–",

@@ -24,7 +24,7 @@ from experiments.train.data.made import CONCEPT_SHOWN
 from experiments.train.files import read_json
 from experiments.train.presets import MOSAIC
 from experiments.train.run_folder import differences_of
-from experiments.train.scores import mean_std
+from experiments.train.scores import differences, mean_std
 
 PLACES = ((4, 512), (8, 512), (4, 128))
 """Numbers of regimes, and training labels in each."""
@@ -78,7 +78,7 @@ def gains(found: Mapping[str, Any]) -> dict[tuple[Any, ...], list[float]]:
     tests = {tuple(entry[axis] for axis in AXES): entry["test"] for entry in found["places"]}
     dense = {key[:-1]: test for key, test in tests.items() if key[-1] == "dense-flops"}
     return {
-        key: [100 * (a - b) for a, b in zip(test, dense[key[:-1]], strict=True)]
+        key: differences("accuracy", test, dense[key[:-1]])
         for key, test in tests.items()
         if key[:-1] in dense
     }

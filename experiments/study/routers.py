@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from experiments.show.tables import Line, extremes, markdown, short_commit
+from experiments.train import scores
 from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.files import read_json
@@ -31,7 +32,7 @@ from experiments.train.presets import (
     SMALL_VIT,
     TEN,
 )
-from experiments.train.scores import mean_std, percent, shown
+from experiments.train.scores import form_of, mean_std, percent, shown
 
 THREE = (0, 1, 2)
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -195,13 +196,12 @@ def difference(cell: dict[str, Any], other: dict[str, Any] | None) -> str:
     """The mean ± std of the difference on the test set, seed by seed."""
     if other is None or cell["config"]["seeds"] != other["config"]["seeds"]:
         return "–"
-    return mean_std(differences(cell, other), "+.2f")
+    return mean_std(differences(cell, other), form_of(cell["metric"]))
 
 
 def differences(cell: dict[str, Any], other: dict[str, Any]) -> list[float]:
     """By seed the difference on the test set, in points, of cells that have the same seeds."""
-    pairs = zip(cell["test"]["values"], other["test"]["values"], strict=True)
-    return [100 * (a - b) for a, b in pairs]
+    return scores.differences(cell["metric"], cell["test"]["values"], other["test"]["values"])
 
 
 def gain_table(cells: Cells, columns: Sequence[str]) -> str:

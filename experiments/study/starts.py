@@ -41,6 +41,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.show.tables import markdown
+from experiments.train import scores
 from experiments.train.config import GraphConfig, ImageConfig, RunConfig
 from experiments.train.files import read_json
 from experiments.train.presets import CORA, DIGITS, DIGITS_GRAPH, GRAPH, MINESWEEPER, MOSAIC
@@ -168,8 +169,8 @@ def read_confirmed(folder: Path) -> dict[str, dict[str, Any]]:
 
 def differences(known: Mapping[str, Any], arm: str, other: str, part: str) -> list[float]:
     """Points between two runs on one column, seed by seed."""
-    pairs = zip(known[arm][part]["values"], known[other][part]["values"], strict=True)
-    return [100 * (ours - theirs) for ours, theirs in pairs]
+    ours, theirs = known[arm], known[other]
+    return scores.differences(ours["metric"], ours[part]["values"], theirs[part]["values"])
 
 
 def gain(known: Mapping[str, Any], arm: str) -> float:

@@ -43,19 +43,31 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def paired(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """The mean difference of scores seed by seed, and its interval from two seeds on.
+def differences(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Seed by seed, our score minus theirs: in points, or as an error is."""
+    factor = 1 if metric in ERRORS else 100
+    return [factor * (one - other) for one, other in zip(ours, theirs, strict=True)]
 
-    In points; of errors, of which less is better, as it is.
-    """
-    is_error = metric in ERRORS
-    factor, form, name = (1, "+.4f", metric) if is_error else (100, "+.2f", "points")
-    values = [factor * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    text = f"{statistics.fmean(values):{form}} {name}"
+
+def gains(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Seed by seed, how much better our score is: in points, or as an error's decrease."""
+    sign = -1 if metric in ERRORS else 1
+    return [sign * value for value in differences(metric, ours, theirs)]
+
+
+def form_of(metric: str) -> str:
+    """How a difference is written."""
+    return "+.4f" if metric in ERRORS else "+.2f"
+
+
+def paired(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The mean difference of scores seed by seed, and its interval from two seeds on."""
+    values, form = differences(metric, ours, theirs), form_of(metric)
+    text = f"{statistics.fmean(values):{form}} {metric if metric in ERRORS else 'points'}"
     if len(values) > 1:
         low, high = interval(values)
         text += f" (95 % interval {low:{form}} to {high:{form}})"
-    better = sum(value < 0 if is_error else value > 0 for value in values)
+    better = sum(value > 0 for value in gains(metric, ours, theirs))
     return f"{text}, n = {len(values)}, better on {better} of {len(values)} seeds"
 
 

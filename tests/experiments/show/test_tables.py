@@ -54,6 +54,10 @@ def test_pairs_are_compared_seed_by_seed() -> None:
     assert pair_table(pairs, ["one/two"]).splitlines()[2:] == [
         "| one | two | +0.67 ± 2.52 | 2 of 3 |"
     ]
+    errors = {**pairs, "variants": [{**run, "metric": "rmse"} for run in pairs["variants"]]}
+    assert pair_table(errors, ["one/two"]).splitlines()[2:] == [
+        "| one | two | +0.0067 ± 0.0252 | 1 of 3 |"  # of errors, less is better
+    ]
     for pair, message in (
         ("one", "expected VARIANT/OTHER of one"),
         ("one/x", "VARIANT"),

@@ -65,7 +65,7 @@ def test_arms_and_their_variants_are_ranked_and_controls_and_random_twins_are_no
 
 def validated(value: float) -> dict[str, Any]:
     """The summary of two seeds of a score."""
-    return {"val": {"values": [value, value], "mean": value}}
+    return {"metric": "accuracy", "val": {"values": [value, value], "mean": value}}
 
 
 def test_arms_are_ranked_by_their_mean_gain_in_validation_over_the_weighed_columns() -> None:
@@ -96,7 +96,8 @@ def test_arms_are_ranked_by_their_mean_gain_in_validation_over_the_weighed_colum
 
 def test_an_arm_passes_unless_it_is_surely_worse() -> None:
     def run(values: list[float]) -> dict[str, Any]:
-        return {"test": {"values": values, "mean": sum(values) / len(values)}, "flops": 100}
+        test = {"values": values, "mean": sum(values) / len(values)}
+        return {"metric": "accuracy", "test": test, "flops": 100}
 
     dense = [0.80, 0.81, 0.82, 0.83]
     known = {
