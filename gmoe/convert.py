@@ -23,17 +23,10 @@ from gmoe.dispatch import Backend
 from gmoe.experts import Experts
 from gmoe.from_base import ExpertsFromBase, FromBase
 from gmoe.hub import recorded, refuse_save_pretrained
-from gmoe.moe import (
-    MoE,
-    MoELayer,
-    Start,
-    build_layer_router,
-    check_start,
-    choose_blocks,
-    refuse_unknown,
-)
+from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing
+from gmoe.start import Start, build_layer_router, check_start
 
 
 def moefy(
@@ -49,7 +42,6 @@ def moefy(
     start: Start | None = None,
     router_kwargs: Mapping[str, object] | None = None,
     backend: Backend = "auto",
-    **unknown: object,
 ) -> nn.Module:
     r"""Add experts to a transformer's MLPs or a GNN's convs.
 
@@ -123,7 +115,6 @@ def moefy(
         >>> vit = moefy(vit, blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
-    refuse_unknown("moefy", unknown)
     if isinstance(router, Router):
         raise ValueError("router: got an instance for several layers, expected a name or a factory")
     check_start(start)

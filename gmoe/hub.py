@@ -156,9 +156,8 @@ class HubMixin:
             if saved["model"] != cls.__name__:
                 raise ValueError(f"model: got {saved['model']}, expected {cls.__name__}")
             build: Callable[..., Model] = cls
-            given = _with_start(saved["arguments"])
-            check_sizes(given, state)
-            model = build(**(given | arguments))
+            check_sizes(saved["arguments"], state)
+            model = build(**(saved["arguments"] | arguments))
         except Exception as error:  # a file from the network may hold anything
             raise ValueError(
                 f"{config}: got {type(error).__name__}: {in_short(error)}, expected what "
@@ -262,25 +261,6 @@ def check_sizes(arguments: Mapping[str, object], state: Mapping[str, Tensor]) ->
             check_sizes({f"{name}.{place}": part for place, part in enumerate(value)}, state)
         elif isinstance(value, int) and abs(value) > most:
             raise ValueError(f"{name}: got {value}, expected at most {most}")
-
-
-def _with_start(arguments: Mapping[str, object]) -> dict[str, object]:
-    """The arguments of a saved model, with ``start`` in place of the two that it has replaced.
-
-    Raises:
-        ValueError: a shared expert without a dense start: such layers no longer exist.
-    """
-    current = dict(arguments)
-    if "shared_expert" not in current and "dense_start" not in current:
-        return current
-    shared = current.pop("shared_expert", True)
-    dense_start = current.pop("dense_start", True)
-    if shared is not False and not (shared is True and dense_start):
-        raise ValueError(
-            f"shared_expert: got {shared!r} with dense_start={dense_start!r}, expected False, or "
-            "True with dense_start=True: other layers no longer exist"
-        )
-    return current | {"start": "shared" if shared else "plain"}
 
 
 def recorded(

@@ -6,220 +6,15 @@ Shapes: T tokens, D in features, O out features, E experts, K experts per token,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_choice, check_counts
+from gmoe._checks import check, check_counts
 from gmoe.experts import Experts
-from gmoe.routers import ROUTERS, Router, RouterLike, SoftRouting, SoftSlots, build_router
+from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing, checked_routing
-
-Start: TypeAlias = Literal["copies", "shared", "plain"]
-"""How a layer with experts starts.
-
-- ``"copies"``: all experts start as one dense layer, and nothing runs beside them. The first
-  forward is the dense layer's, since a token's weights sum to 1: other routers are refused.
-- ``"shared"``: a shared expert, which is the dense layer, runs on every token; what the routed
-  experts add starts at zero.
-- ``"plain"``: independent experts, and nothing beside them.
-"""
-
-OF_BALANCE = ("balance", "balance_coef", "bias_rate", "noise")
-"""Arguments of token choice that say how its load is kept even, or how it explores."""
-
-REMOVED = ("shared_expert", "dense_start")
-"""Arguments that ``start`` has replaced."""
-
-
-def check_start(start: Start | None) -> Start:
-    """Return the start, ``"shared"`` for ``None``.
-
-    Raises:
-        ValueError: an unknown start.
-    """
-    if start is None:
-        return "shared"
-    check_choice("start", start, Start)
-    return start
-
-
-def start_of_convs(
-    start: Start | None,
-    kinds: Sequence[object],
-    shared_transform: bool,
-    router: RouterLike | None,
-    k: int,
-    router_kwargs: Mapping[str, object] | None,
-) -> Start:
-    """Return the start of experts that are convs; ``None`` follows the router.
-
-    Copies cost the FLOPs of the dense layer, but need weights that sum to 1. So ``None`` is
-    ``"copies"`` for a router that is sure to give these, and ``"shared"`` for all others. A factory
-    of your own is not called to find out: beside it, ``None`` is ``"shared"``.
-
-    Args:
-        start: what the caller said.
-        kinds: the kind of each expert. Different ones cannot be copies.
-        shared_transform: see :class:`gmoe.MoEConv`; copies would not start as the dense layer.
-        router, k, router_kwargs: of the layer; ``None`` if each call passes a routing.
-
-    Raises:
-        ValueError: an unknown start, or copies that cannot be; and as
-            :func:`gmoe.routers.build_router`.
-    """
-    can_be_copies = not shared_transform and kinds.count(kinds[0]) == len(kinds)
-    if start == "copies" and not can_be_copies:
-        raise ValueError(
-            "start: got 'copies' for several kinds or a shared transform, expected 'shared' or "
-            "'plain'"
-        )
-    if start is not None or router is None or not can_be_copies:
-        return check_start(start)
-    if isinstance(router, Router):
-        return "copies" if router.sums_to_one else "shared"
-    if router not in [*ROUTERS, *ROUTERS.values()]:  # a factory: to call it may have effects
-        return "shared"
-    kwargs = _kwargs_for_copies(router, k, router_kwargs)
-    # Whether the weights sum to 1 follows from the options: any width will do, without values.
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = build_router(router, dim=1, num_experts=len(kinds), k=k, kwargs=kwargs)
-    return "copies" if built.sums_to_one else "shared"
-
-
-def build_layer_router(
-    start: Start,
-    router: RouterLike,
-    dim: int,
-    num_experts: int,
-    k: int,
-    kwargs: Mapping[str, object] | None,
-) -> Router:
-    """Build the router of a layer, by defaults that suit how the layer starts.
-
-    With ``start="copies"``, a router that a name builds has weights that sum to 1, and token choice
-    does not balance its load: experts without tokens cost nothing there, since all began as the
-    same layer. Where nothing is gained by several experts, it may leave all tokens to one, which is
-    the dense layer. An argument in ``kwargs`` goes first; a class, a factory or an instance is left
-    as it is.
-
-    Raises:
-        ValueError: ``start="copies"``, and a router whose weights need not sum to 1 for each token;
-            and as :func:`gmoe.routers.build_router`.
-    """
-    if start != "copies":
-        return build_router(router, dim, num_experts=num_experts, k=k, kwargs=kwargs)
-    built = build_router(
-        router, dim, num_experts=num_experts, k=k, kwargs=_kwargs_for_copies(router, k, kwargs)
-    )
-    if not built.sums_to_one:
-        raise ValueError(
-            f"start: got 'copies' with {type(built).__name__}(k={built.k}, "
-            f"weight={built.weight!r}), expected a router whose weights of a token sum to 1 "
-            "(weight='straight_through' at k=1, 'normalized' above, no capacity, tokens that "
-            "choose), or start='shared'"
-        )
-    return built
-
-
-def _kwargs_for_copies(
-    router: RouterLike, k: int, kwargs: Mapping[str, object] | None
-) -> Mapping[str, object] | None:
-    """Return a router's arguments, with the defaults that copies give to a router given by name."""
-    if not isinstance(kwargs, Mapping | None):  # build_router refuses it
-        return kwargs
-    kwargs = dict(kwargs or {})
-    defaults: dict[str, Any] = {}
-    if router in ("token_choice", "multi_centroid") and k == 1:
-        takes_more = kwargs.get("top_p") is not None
-        defaults["weight"] = "normalized" if takes_more else "straight_through"
-    # The noise is that of the balanced router, which explores; a caller who says anything of
-    # balance or noise gets what the router makes of it.
-    if router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
-        defaults |= {"balance": None, "noise": "spread"}
-    return defaults | kwargs
-
-
-def refuse_removed(arguments: Iterable[str]) -> None:
-    """Refuse arguments that no longer exist, and name the one that replaces them.
-
-    Raises:
-        ValueError: one of :data:`REMOVED`.
-    """
-    for name in arguments:
-        if name in REMOVED:
-            raise ValueError(
-                f"{name}: got a removed argument, expected start='shared' (a shared expert, a "
-                "dense start), 'copies' or 'plain' (no shared expert) in its place"
-            )
-
-
-def refuse_unknown(caller: str, arguments: Mapping[str, object]) -> None:
-    """Refuse the keyword arguments that ``caller`` does not have.
-
-    Raises:
-        ValueError: an argument that ``start`` has replaced.
-        TypeError: any other, as Python raises it.
-    """
-    refuse_removed(arguments)
-    if arguments:
-        raise TypeError(f"{caller}() got an unexpected keyword argument {next(iter(arguments))!r}")
-
-
-def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -> list[int]:
-    """Return the numbers of the blocks or layers that become MoE, in order.
-
-    Args:
-        count: how many blocks there are.
-        every: n; block ``i`` is chosen if ``i % n == n - 1``.
-        blocks: the numbers themselves, instead of ``every``; -1 is the last block.
-
-    Raises:
-        ValueError: no block, a number out of range, or one that is given twice.
-    """
-    check_counts(every=every)
-    if blocks is None:
-        if every > count:
-            raise ValueError(
-                f"every: got {every}, expected at most {count}, the number of blocks or hidden "
-                "layers (with jk, all)"
-            )
-        return list(range(every - 1, count, every))
-    try:
-        chosen = sorted({range(count)[block] for block in blocks})  # a set: -1 may name a block too
-    except (IndexError, TypeError):
-        chosen = []
-    if not chosen or len(chosen) != len(blocks):
-        raise ValueError(
-            f"blocks: got {blocks}, expected some of {-count} to {count - 1}, each once"
-        )
-    return chosen
-
-
-@contextmanager
-def drawn_apart(from_dense: bool) -> Iterator[None]:
-    """Keep torch's global generators untouched inside, so that dense layers get the same values.
-
-    Experts and routers are drawn in here, from a seed of their own: with the same global seed, the
-    dense layers that follow are those of a model without experts.
-
-    Args:
-        from_dense: the layer starts as a dense one, which was drawn before. A plain layer
-            (``False``) draws from the global generators.
-    """
-    if not from_dense:
-        yield
-        return
-    device = torch.get_default_device()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        yield
 
 
 class MoELayer(nn.Module, ABC):
@@ -390,3 +185,33 @@ class SoftMoE(_Mixture):
         out_RO = self.experts(slots_RD, routing.slot_offsets)
         y = routing.combine(out_RO).unflatten(0, x.shape[:-1])
         return (y, routing) if return_routing else y
+
+
+def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -> list[int]:
+    """Return the numbers of the blocks or layers that become MoE, in order.
+
+    Args:
+        count: how many blocks there are.
+        every: n; block ``i`` is chosen if ``i % n == n - 1``.
+        blocks: the numbers themselves, instead of ``every``; -1 is the last block.
+
+    Raises:
+        ValueError: no block, a number out of range, or one that is given twice.
+    """
+    check_counts(every=every)
+    if blocks is None:
+        if every > count:
+            raise ValueError(
+                f"every: got {every}, expected at most {count}, the number of blocks or hidden "
+                "layers (with jk, all)"
+            )
+        return list(range(every - 1, count, every))
+    try:
+        chosen = sorted({range(count)[block] for block in blocks})  # a set: -1 may name a block too
+    except (IndexError, TypeError):
+        chosen = []
+    if not chosen or len(chosen) != len(blocks):
+        raise ValueError(
+            f"blocks: got {blocks}, expected some of {-count} to {count - 1}, each once"
+        )
+    return chosen

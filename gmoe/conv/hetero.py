@@ -23,16 +23,10 @@ from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
-from gmoe.moe import (
-    MoELayer,
-    Start,
-    build_layer_router,
-    check_start,
-    drawn_apart,
-    refuse_unknown,
-)
+from gmoe.moe import MoELayer
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing
+from gmoe.start import Start, build_layer_router, check_start, drawn_apart
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
 RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
@@ -233,9 +227,7 @@ class HeteroMoEConv(MoELayer):
         router_kwargs: Mapping[str, object] | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
-        **unknown: object,
     ) -> None:
-        refuse_unknown("HeteroMoEConv", unknown)
         super().__init__(num_experts=num_experts, k=k)
         self.make_dense = partial(
             RelationalConv, in_channels, out_channels, metadata, out_types=out_types

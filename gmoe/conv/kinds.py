@@ -23,7 +23,6 @@ from gmoe.conv.base import StackedExperts
 from gmoe.conv.convs import FilterConv, MLPConv
 from gmoe.conv.graph import Graph
 from gmoe.conv.plain import run_filter, run_gat, run_gcn
-from gmoe.moe import refuse_removed
 from gmoe.routers import ROUTERS
 
 ConvFactory: TypeAlias = Callable[..., MessagePassing]
@@ -337,7 +336,6 @@ class Make:
 
 def _check_option(option: str, value: object, factory: ConvFactory) -> None:
     """Refuse a keyword argument that, by their signatures, neither layer nor conv has."""
-    refuse_removed([option])
     parameters = inspect.signature(factory).parameters
     names = set(parameters)
     cls = class_of(factory)

@@ -54,9 +54,10 @@ from gmoe.conv.router_input import (
     router_width,
 )
 from gmoe.dispatch import Backend
-from gmoe.moe import MoELayer, Start, build_layer_router, drawn_apart, start_of_convs
+from gmoe.moe import MoELayer
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routing
+from gmoe.start import Start, build_layer_router, drawn_apart, start_of_convs
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
-from gmoe.moe import Start
 from gmoe.routers import Router, RouterLike
 from gmoe.routers.expert_choice import ExpertSelection
 from gmoe.routing import Routing
+from gmoe.start import Start
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "graph"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]

@@ -52,16 +52,10 @@ from gmoe.models.parts import (
     reset_parameters,
     residual_of,
 )
-from gmoe.moe import (
-    Start,
-    build_layer_router,
-    check_start,
-    choose_blocks,
-    drawn_apart,
-    start_of_convs,
-)
+from gmoe.moe import choose_blocks
 from gmoe.routers import ROUTERS, Router, RouterLike, let_check_finite
 from gmoe.routing import Routing
+from gmoe.start import Start, build_layer_router, check_start, drawn_apart, start_of_convs
 
 Stored = TypeVar("Stored")
 """A graph on disk, in place of the features of all nodes."""

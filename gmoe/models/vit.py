@@ -20,9 +20,10 @@ from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
-from gmoe.moe import MoE, Start, check_start, drawn_apart, refuse_unknown
+from gmoe.moe import MoE
 from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing, record_routing
+from gmoe.start import Start, check_start, drawn_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +111,11 @@ class ViTMoE(HubMixin, VisionTransformer):
         dropout: float = 0.0,
         router_kwargs: Mapping[str, object] | None = None,
         backend: Backend = "auto",
-        **unknown: object,
     ) -> None:
-        refuse_unknown("ViTMoE", unknown)
         if isinstance(size, ViTSize):  # recorded as numbers, since JSON has no ViTSize
             size = asdict(size)
         start = check_start(start)
-        config = recorded(locals(), "unknown", ROUTERS)
+        config = recorded(locals(), known=ROUTERS)
         if not isinstance(size, Mapping) and size not in SIZES:
             raise ValueError(f"size: got {size!r}, expected a ViTSize or one of {sorted(SIZES)}")
         sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])

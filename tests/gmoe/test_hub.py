@@ -128,25 +128,6 @@ def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
         gmoe.GNNMoE.from_pretrained(tmp_path, hidden_channels=12)
 
 
-@pytest.mark.parametrize(("shared_expert", "start"), [(True, "shared"), (False, "plain")])
-def test_a_model_saved_in_former_words_loads_as_it_was(
-    shared_expert: bool, start: Any, tmp_path: Path
-) -> None:
-    model = gmoe.GNNMoE(16, 8, 3, start=start).double().eval()
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["arguments"].pop("start") == start
-    config["arguments"] |= {"shared_expert": shared_expert, "dense_start": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path), X, EDGES)
-    config["arguments"] |= {"shared_expert": True, "dense_start": False}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"config\.json: .*shared_expert: got True with dense_start=False"
-    ):
-        gmoe.GNNMoE.from_pretrained(tmp_path)
-
-
 def check_refused(folder: Path, model: Any, name: str) -> None:
     """One of two types of error, and the file in its message, which is one line."""
     where = re.escape(str(folder / name))

@@ -21,7 +21,6 @@ import gmoe
 from gmoe import (
     FilterConv,
     GNNMoE,
-    HeteroGNNMoE,
     HeteroMoEConv,
     MLPConv,
     MoEConv,
@@ -32,7 +31,7 @@ from gmoe import (
 )
 from gmoe.from_base import FromBase
 from gmoe.models.vit import ViTMoE, ViTSize
-from gmoe.moe import start_of_convs
+from gmoe.start import start_of_convs
 from tests.gmoe.conv.masked import GRAPHS, features, random_graph, routing_of
 from tests.gmoe.conv.test_experts import ids
 from tests.gmoe.models.test_gnn import assert_same
@@ -200,37 +199,6 @@ def test_copies_of_open_widths_are_filled_in_by_the_first_call() -> None:
     x = features(NODES, WIDTH).float()
     layer.eval()(x, EDGES)
     torch.testing.assert_close(layer(x, EDGES), layer.expert(0)(x, EDGES))
-
-
-METADATA = (["a"], [("a", "to", "a")])
-
-
-@pytest.mark.parametrize("name", ["shared_expert", "dense_start"])
-@pytest.mark.parametrize(
-    "build",
-    [
-        partial(MoEConv, GCNConv, WIDTH, WIDTH),
-        partial(GNNMoE, WIDTH, WIDTH, WIDTH),
-        partial(HeteroMoEConv, WIDTH, WIDTH, METADATA),
-        partial(HeteroGNNMoE, WIDTH, WIDTH, WIDTH, METADATA),
-        partial(ViTMoE, SMALL_VIT),
-        lambda **options: moefy(ViTMoE(SMALL_VIT, router=None), **options),
-    ],
-    ids=["MoEConv", "GNNMoE", "HeteroMoEConv", "HeteroGNNMoE", "ViTMoE", "moefy"],
-)
-def test_arguments_that_start_replaced_name_it(build: Callable[..., Any], name: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^{name}: got a removed argument, expected start='shared'"
-    ):
-        build(**{name: False})
-
-
-def test_an_unknown_argument_is_a_type_error_as_ever() -> None:
-    for build in (partial(ViTMoE, SMALL_VIT), partial(HeteroMoEConv, WIDTH, WIDTH, METADATA)):
-        with pytest.raises(
-            TypeError, match=r"\(\) got an unexpected keyword argument 'num_expert'"
-        ):
-            build(num_expert=3)
 
 
 def test_copies_learn_apart() -> None:
@@ -659,4 +627,5 @@ def test_mlps_and_relations_have_a_shared_expert_by_default() -> None:
     layers += [part for part in ViTMoE(SMALL_VIT).modules() if isinstance(part, gmoe.MoE)]
     assert layers
     assert all(layer.shared_expert is not None for layer in layers)
-    assert HeteroMoEConv(WIDTH, WIDTH, METADATA).shared_expert is not None
+    hetero = HeteroMoEConv(WIDTH, WIDTH, (["a"], [("a", "to", "a")]))
+    assert hetero.shared_expert is not None

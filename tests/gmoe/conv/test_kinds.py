@@ -236,10 +236,6 @@ TURNED = partial(pyg.SAGEConv, flow="target_to_source")
             "out_channels: got 8, but <lambda> gives 3",
         ),
         (lambda *_: pyg.APPNP(2, 0.1), {}, "out_channels: got 8, but <lambda> gives 4"),
-        *(
-            ("gcn", {name: True}, f"^{name}: got a removed argument")
-            for name in ("shared_expert", "dense_start")
-        ),
         (
             "gcn",
             {"start": "dense"},
