@@ -280,11 +280,13 @@ def redraw(c: Config, module: nn.Module) -> None:
             nn.init.constant_(value, Random(c.number).choice((-1.0, 0.5, 2.0)))
         elif leaf == "running_var":
             nn.init.uniform_(value, 0.5, 2.0, generator=generator)
-        elif value.is_floating_point() and not leaf.startswith("next_"):
+        elif value.is_floating_point():
+            # Also what the next step starts with: the mean of a single token's step is the token,
+            # and its logits are what rounding leaves of zero.
             of_experts = re.search(r"(^|\.)experts\.", name)
             is_parameter = isinstance(value, nn.Parameter)
             std = 0.4 if of_experts else 0.3 if is_parameter else 0.2
-            nn.init.normal_(value, -1.0 if leaf == "threshold_E" else 0.0, std, generator)
+            nn.init.normal_(value, -1.0 if leaf.endswith("threshold_E") else 0.0, std, generator)
 
 
 # What a call gets
