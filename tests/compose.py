@@ -15,13 +15,11 @@ import pickle
 import re
 import sys
 import tempfile
-import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -38,6 +36,7 @@ from gmoe._checks import parameters_of
 from gmoe.conv import sums as sums_module
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.kinds import by_name, class_of, kind_of, of_pyg
+from tests.composer import Composer, Outcome, compare, flip
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
 
@@ -226,19 +225,7 @@ class Config:
     low: str
 
 
-class Outcome(NamedTuple):
-    """``"equal"`` up to a difference, ``"refused"`` or ``"failed"``."""
-
-    difference: float
-    kind: str
-    message: str = ""
-
-
 # Drawing: what would be nonsense is left out
-
-
-def flip(random: Random, probability: float = 0.5) -> bool:
-    return random.random() < probability
 
 
 def some(random: Random, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -860,29 +847,6 @@ def gradients(module: Any, convs: Mapping[str, list[Any]] | None) -> dict[str, A
     return found
 
 
-def compare(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float = TOLERANCE
-) -> Outcome:
-    """What an option leaves unused has no gradient in the definition; NaN is as far as can be.
-
-    Differences are relative where values exceed 1. In deep models gradients reach 1e6, and the
-    definition itself moves by more than the tolerance if its input changes in the last digit.
-    """
-    assert ours.keys() == theirs.keys(), f"{sorted(ours)} and {sorted(theirs)}"
-    found = Outcome(0.0, "equal")
-    for name, expected in theirs.items():
-        if expected is not None:
-            assert ours[name].shape == expected.shape, name
-            scale = float(expected.abs().max().clamp(min=1)) if expected.numel() else 1.0
-            difference = (
-                float((ours[name] - expected).abs().max()) / scale if expected.numel() else 0.0
-            )
-            difference = difference if difference == difference else torch.inf
-            kind = "equal" if difference <= tolerance else "failed"
-            found = max(found, Outcome(difference, kind, name))
-    return found
-
-
 def compute(c: Config) -> Outcome:
     """Build, run, and compare with the definition."""
     module = build(c)
@@ -905,11 +869,14 @@ def compute(c: Config) -> Outcome:
     else:
         y, routings, convs = by_hand(twin, c, theirs)
     results.append(finish(y, routings, theirs, twin, convs))
-    found = compare(results[0], results[1])
+    found = compare(results[0], results[1], TOLERANCE)
     if found.kind == "equal" and c.way in OTHER_WAYS:
         with torch.no_grad():
             found = max(
-                found, compare({c.way: OTHER_WAYS[c.way](c, module, given)}, {c.way: y.detach()})
+                found,
+                compare(
+                    {c.way: OTHER_WAYS[c.way](c, module, given)}, {c.way: y.detach()}, TOLERANCE
+                ),
             )
     return (
         max(found, in_low_precision(c, module, routings[0]))
@@ -1026,40 +993,7 @@ def run(number: int) -> Outcome:
             return Outcome(torch.inf, kind, message)
 
 
-def show(number: int) -> str:
-    """The configuration and its outcome."""
-    c, (difference, kind, message) = draw(number), run(number)
-    lines = [f"{field.name:12} {getattr(c, field.name)}" for field in fields(c)]
-    return "\n".join([*lines, f"{kind:12} {message} ({difference:.1e})"])
-
-
-def main(first: int, last: int | None = None) -> int:
-    """Print a number, or a range's progress and summary; 1 if some number failed."""
-    torch.set_num_threads(1)
-    numbers = range(first, first + 1 if last is None else last)
-    counts, begin, failures = Counter[tuple[str, str]](), time.perf_counter(), []
-    for done, number in enumerate(numbers, 1):
-        c, (difference, kind, message) = draw(number), run(number)
-        counts.update((name, kind) for name in {c.way, *(part.name for part in c.kinds)} | {"all"})
-        if kind == "failed":
-            failures.append(number)
-            kinds = "+".join(part.name for part in c.kinds)
-            print(f"{number} {c.way} {kinds} {message[:200]} ({difference:.1e})", flush=True)
-        if done % 500 == 0:
-            print(f"{done} of {len(numbers)}", file=sys.stderr, flush=True)
-    if last is None:
-        print(show(first))
-        return int(bool(failures))
-    for name in sorted({name for name, _ in counts}):
-        print(
-            f"{name:16}",
-            *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed")),
-        )
-    seconds = time.perf_counter() - begin
-    each = 1000 * seconds / len(numbers)
-    print(f"{len(numbers)} numbers, {each:.0f} ms each; failed: {failures or 'none'}")
-    return int(bool(failures))
-
+COMPOSER = Composer("compose", draw, run, lambda c: {c.way, *(kind.name for kind in c.kinds)})
 
 if __name__ == "__main__":
-    raise SystemExit(main(*map(int, sys.argv[1:])))
+    raise SystemExit(COMPOSER.main(*map(int, sys.argv[1:])))

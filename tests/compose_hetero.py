@@ -18,13 +18,11 @@ import pickle
 import re
 import sys
 import tempfile
-import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
@@ -36,7 +34,8 @@ from torch_geometric.nn import LayerNorm
 
 import gmoe
 from gmoe import Graph, HeteroGNNMoE, HeteroMoEConv, RelationalConv, Routing
-from tests.compose import ROUTERS, SPARSE, Outcome, compare, flip, some
+from tests.compose import ROUTERS, SPARSE, TOLERANCE, some
+from tests.composer import Composer, Outcome, compare, flip
 from tests.gmoe.conv import masked as ref
 
 EdgeType = tuple[str, str, str]
@@ -601,6 +600,7 @@ def require_equal(what: str, ours: Any, theirs: Any) -> None:
     found = compare(
         {name: y.detach() for name, y in outputs_of(ours).items()},
         {name: y.detach() for name, y in outputs_of(theirs).items()},
+        TOLERANCE,
     )
     if found.kind != "equal":
         raise AssertionError(f"{what}: {found.message} differs by {found.difference:.1e}")
@@ -636,7 +636,7 @@ def compute(c: Config) -> Outcome:
     if "x changed in place" in c.before:
         change(theirs)
     y, routings = define(c, twin, theirs)
-    outcome = compare(found, finish(y, routings, theirs, twin))
+    outcome = compare(found, finish(y, routings, theirs, twin), TOLERANCE)
     if outcome.kind != "equal":
         return outcome
     if c.low:
@@ -735,36 +735,11 @@ def run(number: int) -> Outcome:
             return Outcome(torch.inf, kind, f"{type(error).__name__}: {error}")
 
 
-def show(number: int) -> str:
-    """The configuration and its outcome."""
-    c, (difference, kind, message) = draw(number), run(number)
-    lines = [f"{field.name:12} {getattr(c, field.name)}" for field in fields(c)]
-    return "\n".join([*lines, f"{kind:12} {message} ({difference:.1e})"])
+def traits(c: Config) -> set[str]:
+    return {c.way, *c.before, c.after, *(relation.form for relation in c.relations)}
 
 
-def main(first: int, last: int | None = None) -> int:
-    """Print a number, or a range's progress and summary; 1 if some number failed."""
-    torch.set_num_threads(1)
-    if last is None:
-        print(show(first))
-        return int(run(first).kind == "failed")
-    counts, failures, begin = Counter[tuple[str, str]](), [], time.perf_counter()
-    for number in range(first, last):
-        c, (_, kind, message) = draw(number), run(number)
-        names = {"all", c.way, *c.before, c.after, *(relation.form for relation in c.relations)}
-        counts.update((name, kind) for name in names)
-        if kind == "failed":
-            failures.append(number)
-            print(f"{number} {c.way} {message[:200]}", flush=True)
-        if (number - first) % 500 == 499:
-            print(f"{number - first + 1} of {last - first}", file=sys.stderr, flush=True)
-    for name in sorted({name for name, _ in counts}):
-        outcomes = (f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed"))
-        print(f"{name:22}", *outcomes)
-    each = 1000 * (time.perf_counter() - begin) / (last - first)
-    print(f"{last - first} numbers, {each:.0f} ms each; failed: {failures or 'none'}")
-    return int(bool(failures))
-
+COMPOSER = Composer("compose_hetero", draw, run, traits)
 
 if __name__ == "__main__":
-    raise SystemExit(main(*map(int, sys.argv[1:])))
+    raise SystemExit(COMPOSER.main(*map(int, sys.argv[1:])))

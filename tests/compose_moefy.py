@@ -16,11 +16,9 @@ import pickle
 import re
 import sys
 import tempfile
-import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -32,6 +30,7 @@ from torch.nn.utils import parametrizations, prune
 
 import gmoe
 from gmoe.moe import MoELayer
+from tests.composer import Composer, Outcome
 from tests.gmoe.conv.masked import default_float64
 
 TOLERANCE = 1e-9
@@ -506,8 +505,8 @@ def may_refuse(c: Config, message: str) -> bool:
     return c.change not in PLAIN
 
 
-def run(number: int) -> tuple[str, str]:
-    """``equal``, ``refused`` or ``failed``, and the message."""
+def run(number: int) -> Outcome:
+    """A number's outcome; an error is a refusal only if the number can get it."""
     with warnings.catch_warnings(), default_float64():
         warnings.simplefilter("ignore")
         c = draw(number)
@@ -518,40 +517,15 @@ def run(number: int) -> tuple[str, str]:
             is_own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
             is_own &= re.match(r"\w+: got .*expected", str(error), re.DOTALL) is not None
             is_refusal = is_own and may_refuse(c, str(error))
-            return "refused" if is_refusal else "failed", message
-    return "equal", ""
+            return Outcome(torch.inf, "refused" if is_refusal else "failed", message)
+    return Outcome(0.0, "equal")
 
 
-def show(number: int) -> str:
-    """The configuration and its outcome."""
-    c = draw(number)
-    lines = [f"{field.name:15} {getattr(c, field.name)}" for field in fields(c)]
-    return "\n".join([*lines, " ".join(run(number))])
+def traits(c: Config) -> set[str]:
+    return {c.change, c.after, str(c.options["start"]), c.options["router"]}
 
 
-def main(first: int, last: int | None = None) -> int:
-    """Print a number, or a range's progress and summary; 1 if some number failed."""
-    torch.set_num_threads(1)
-    if last is None:
-        print(show(first))
-        return int(run(first)[0] == "failed")
-    counts, failures, begin = Counter[tuple[str, str]](), [], time.perf_counter()
-    for number in range(first, last):
-        c, (outcome, message) = draw(number), run(number)
-        names = (c.change, c.after, str(c.options["start"]), c.options["router"], "all")
-        counts.update((name, outcome) for name in names)
-        if outcome == "failed":
-            failures.append(number)
-            print(f"{number} {c.change}, {c.options['start']}: {message[:300]}", flush=True)
-        if (number - first) % 500 == 499:
-            print(f"{number - first + 1} of {last - first}", file=sys.stderr, flush=True)
-    for name in sorted({name for name, _ in counts}):
-        outcomes = (f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed"))
-        print(f"{name:22}", *outcomes)
-    each = 1000 * (time.perf_counter() - begin) / (last - first)
-    print(f"{last - first} numbers, {each:.0f} ms each; failed: {failures or 'none'}")
-    return int(bool(failures))
-
+COMPOSER = Composer("compose_moefy", draw, run, traits)
 
 if __name__ == "__main__":
-    raise SystemExit(main(*map(int, sys.argv[1:])))
+    raise SystemExit(COMPOSER.main(*map(int, sys.argv[1:])))

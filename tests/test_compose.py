@@ -10,29 +10,19 @@ import pytest
 
 import gmoe
 from tests import compose
-
-CHUNK = 25
-
-
-def check(first: int) -> None:
-    """25 numbers, of which nearly all compute."""
-    kinds = Counter[str]()
-    for number in range(first, first + CHUNK):
-        found = compose.run(number)
-        kinds[found.kind] += 1
-        assert found.kind != "failed", f"python -m tests.compose {number}: {found.message}"
-    assert kinds["equal"] >= 0.7 * CHUNK
+from tests.compose import COMPOSER
+from tests.composer import CHUNK, Outcome
 
 
 @pytest.mark.parametrize("first", range(0, 300, CHUNK))
 def test_numbers(first: int) -> None:
-    check(first)
+    COMPOSER.check(first, equal=0.7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(300, 20_000, CHUNK))
 def test_more_numbers(first: int) -> None:
-    check(first)
+    COMPOSER.check(first, equal=0.7)
 
 
 def test_an_unequal_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,12 +37,12 @@ def test_a_raw_error_fails_and_a_refusal_does_not(monkeypatch: pytest.MonkeyPatc
         (ValueError("k: got 9, expected at most 3"), "refused"),
     ):
 
-        def raises(c: compose.Config, error: Exception = error) -> compose.Outcome:
+        def raises(c: compose.Config, error: Exception = error) -> Outcome:
             raise error
 
         monkeypatch.setattr(compose, "compute", raises)
         assert compose.run(0).kind == kind
-        assert compose.main(0, 2) == (kind == "failed")
+        assert COMPOSER.main(0, 2) == (kind == "failed")
 
 
 def test_defaults_are_drawn_of_layers_and_of_models() -> None:

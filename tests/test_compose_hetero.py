@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,30 +10,19 @@ from gmoe import Graph, Routing
 from gmoe.conv import hetero
 from gmoe.dispatch import combine
 from tests import compose_hetero
-from tests.compose import Outcome
-
-CHUNK = 25
-
-
-def check(first: int) -> None:
-    """25 numbers, of which nearly all compute."""
-    kinds = Counter[str]()
-    for number in range(first, first + CHUNK):
-        found = compose_hetero.run(number)
-        kinds[found.kind] += 1
-        assert found.kind != "failed", f"python -m tests.compose_hetero {number}: {found.message}"
-    assert kinds["equal"] >= 0.7 * CHUNK
+from tests.compose_hetero import COMPOSER
+from tests.composer import CHUNK, Outcome
 
 
 @pytest.mark.parametrize("first", range(0, 100, CHUNK))
 def test_numbers(first: int) -> None:
-    check(first)
+    COMPOSER.check(first, equal=0.7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(100, 20_000, CHUNK))
 def test_more_numbers(first: int) -> None:
-    check(first)
+    COMPOSER.check(first, equal=0.7)
 
 
 def fails(number: int) -> bool:
@@ -72,7 +59,7 @@ def test_a_raw_error_fails_and_a_refusal_needs_a_reason(monkeypatch: pytest.Monk
 
         monkeypatch.setattr(compose_hetero, "compute", raises)
         assert compose_hetero.run(number).kind == kind
-        assert compose_hetero.main(number, number + 1) == (kind == "failed")
+        assert COMPOSER.main(number, number + 1) == (kind == "failed")
 
 
 def test_the_definition_is_by_hand() -> None:

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
 import gmoe
 from tests import compose_moefy
-
-CHUNK = 25
-
-
-def check(first: int) -> None:
-    """25 numbers, of which many compute."""
-    kinds = Counter[str]()
-    for number in range(first, first + CHUNK):
-        kind, message = compose_moefy.run(number)
-        kinds[kind] += 1
-        assert kind != "failed", f"python -m tests.compose_moefy {number}: {message}"
-    assert kinds["equal"] >= 0.3 * CHUNK
+from tests.compose_moefy import COMPOSER
+from tests.composer import CHUNK
 
 
 @pytest.mark.parametrize("first", range(0, 50, CHUNK))
 def test_numbers(first: int) -> None:
-    check(first)
+    COMPOSER.check(first, equal=0.3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(50, 5_000, CHUNK))
 def test_more_numbers(first: int) -> None:
-    check(first)
+    COMPOSER.check(first, equal=0.3)
 
 
 def test_another_definition_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compose_moefy, "without_parameters", lambda _, x: x)
     outcomes = [compose_moefy.run(number) for number in range(20)]
-    assert any("DifferentError" in message for kind, message in outcomes if kind == "failed")
+    assert any("DifferentError" in one.message for one in outcomes if one.kind == "failed")
 
 
 def test_a_refusal_of_a_plain_mlp_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,5 +33,5 @@ def test_a_refusal_of_a_plain_mlp_fails(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(gmoe, "moefy", refuse)
     kinds = {compose_moefy.draw(number).change: compose_moefy.run(number) for number in range(40)}
-    assert kinds["nothing"][0] == "failed"
-    assert kinds["residual"][0] == "refused"
+    assert kinds["nothing"].kind == "failed"
+    assert kinds["residual"].kind == "refused"
