@@ -401,6 +401,26 @@ def test_compiled_sums_follow_what_was_changed_in_place(name: str) -> None:
     torch.testing.assert_close(compiled(x, graph), layer(x, edge_index, **given))
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("name", ["GCN", "GATv2, edge features"])
+@COMPILES_GRAPHS
+def test_a_graph_of_a_sparse_matrix_is_taken(name: str, learned: bool) -> None:
+    """Its values are factors, or rows of features; both also where they need gradients."""
+    layer = made(name)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    (x, edge_index), _ = inputs(name, 30)
+    matrix = edge_index.flip(0).unique(dim=1)
+    shape = (matrix.size(1), WIDTH) if "features" in name else (matrix.size(1),)
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(0)).requires_grad_(learned)
+    found = []
+    for call in (layer, compiled):
+        values.grad = None
+        size = (30, 30, *shape[1:])
+        graph = Graph(torch.sparse_coo_tensor(matrix, values, size, is_coalesced=True), 30)
+        found.append([*trained(call, layer, x, graph), values.grad])
+    torch.testing.assert_close(found[1], found[0])
+
+
 @COMPILES_GRAPHS
 def test_edges_outside_the_nodes_are_refused_in_compiled_code() -> None:
     layer = made("GCN")

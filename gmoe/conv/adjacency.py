@@ -95,9 +95,12 @@ def read_sparse(matrix: Tensor | SparseTensor, num_src: int, num_dst: int, flow:
         if matrix.layout != torch.sparse_csr:
             # A copy: PyG would mark a COO matrix as coalesced in place.
             matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
-        ptr = matrix.crow_indices().long()
-        src = matrix.col_indices().long()
+        # Compiled code takes no views of a sparse matrix. Without the view, detached values still
+        # show by their version that somebody wrote to the matrix.
+        ptr = matrix.crow_indices().detach().long()
+        src = matrix.col_indices().detach().long()
         values = matrix.values()
+        values = values.clone() if values.requires_grad else values.detach()
     dst = rows_of_pointers(ptr, src)[0]
     # CSR is sorted by row already.
     order = torch.arange(src.numel(), device=src.device)

@@ -99,6 +99,8 @@ class Graph:
         self.x = x
         self.flow = flow
         self.is_sparse = is_sparse(edge_index)
+        # Known here, since compiled code may not look at a sparse matrix.
+        self.is_sparse_tensor = isinstance(edge_index, SparseTensor)
         self.edge_weight = edge_weight
         self.edge_attr = edge_attr
         self._kept: dict[tuple[object, ...], KeptResult[Any]] = {}
@@ -228,7 +230,7 @@ class Graph:
         """
         factor = self.edge_weight if by == "weight" else None
         # In convs without edge weights, PyG reads the values of torch.sparse, not of SparseTensor.
-        has_values = by == "values" and not isinstance(self.adj, SparseTensor)
+        has_values = by == "values" and not self.is_sparse_tensor
         if factor is None and (by == "weight" or has_values):
             factor = self.matrix_values
         return sum_matrix(self.edges, factor, mean=mean, dtype=dtype)
@@ -249,7 +251,7 @@ class Graph:
         # not. A torch.sparse matrix keeps its own loops and gets another one at each node;
         # elsewhere one loop replaces those of a node, and in an edge list it keeps their weight.
         fill = 2.0 if improved and (factor is not None or self.is_sparse) else 1.0
-        is_torch_sparse = self.is_sparse and isinstance(self.adj, Tensor)
+        is_torch_sparse = self.is_sparse and not self.is_sparse_tensor
         scale = None
         if self.scale_of is not None:  # a part: the degrees are those of the whole graph
             scale = self.scale_of(improved=improved, loops=loops, dtype=dtype)
