@@ -18,6 +18,11 @@ UNSUPPORTED = (
 )
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; torch has none for the meta device, and fails if it is asked."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 LIBRARY = torch.library.Library("gmoe", "DEF")
 """Where torch finds the operators of :func:`operator`."""
 

@@ -185,16 +185,19 @@ def _imported_pyg() -> ModuleType | None:
 
 def _candidates(model: nn.Module, targets: str | Sequence[str] | None) -> _Candidates:
     """The convs of a PyG model, the MLPs of a transformer, or what ``targets`` match."""
-    if targets is not None:
-        return _Candidates(_outermost(_matches(model, targets)), every=1)
     pyg = _imported_pyg()
-    if pyg is not None and isinstance(model, pyg.models.basic_gnn.BasicGNN):
+    is_gnn = pyg is not None and isinstance(model, pyg.models.basic_gnn.BasicGNN)
+    widths: dict[str, int] = {}
+    if is_gnn:
+        gnn: Any = model
+        widths = {f"convs.{i}": gnn.hidden_channels for i in range(gnn.num_layers)}
+        widths["convs.0"] = gnn.in_channels
+    if targets is not None:
+        return _Candidates(_outermost(_matches(model, targets)), every=1, widths=widths)
+    if is_gnn:
         # With jumping knowledge a linear layer is the output, and all convs are hidden layers.
-        num_hidden = model.num_layers if model.jk_mode is not None else model.num_layers - 1
-        widths = {f"convs.{i}": model.hidden_channels for i in range(num_hidden)}
-        if num_hidden > 0:
-            widths["convs.0"] = model.in_channels
-        return _Candidates(list(widths), every=1, widths=widths)
+        num_hidden = gnn.num_layers if gnn.jk_mode is not None else gnn.num_layers - 1
+        return _Candidates([*widths][:num_hidden], every=1, widths=widths)
     return _Candidates(_outermost(_mlps(model)), every=2)
 
 

@@ -145,12 +145,14 @@ def densify_like(model: nn.Module, group: Group, names: Sequence[str]) -> nn.Mod
     Raises:
         ValueError: a layer that has no dense module.
     """
-    for name in names:
-        layer = group.layers[name]
+    for layer, places in _names_of(group).items():
+        dense_places = [name for name in places if name in names]
+        if not dense_places:
+            continue
         candidate = _candidate(layer, group.router, torch.zeros(layer.num_experts))
         if candidate.module is None:
-            raise ValueError(f"model: got {name}: {candidate.reason}")
-        model = _put(model, [name], candidate.module)
+            raise ValueError(f"model: got {dense_places[0]}: {candidate.reason}")
+        model = _put(model, dense_places, candidate.module)
     _drop_unused_router(group)
     return model
 

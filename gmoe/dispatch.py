@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from gmoe._autograd import first_order, operator
+from gmoe._autograd import autocasts, first_order, operator
 from gmoe._checks import check_choice
 from gmoe._torch import is_watched
 from gmoe.padded import blocks_of, grouped_mm, grouped_outer, padded_mm, padded_outer
@@ -152,7 +152,7 @@ def grouped_linear(
     if backend not in get_args(Backend):  # asked here, too, to save a call for each layer
         check_choice("backend", backend, Backend)
     # 1. The dtype, which follows autocast as that of nn.Linear does.
-    if torch.is_autocast_enabled(x_PI.device.type) and x_PI.dtype != torch.float64:
+    if autocasts(x_PI.device) and x_PI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_PI.device.type)
         x_PI = x_PI.to(dtype)
         weight_EIO = weight_EIO.to(dtype)

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from gmoe._checks import check_counts
 from gmoe.routers import Router
-from gmoe.routing import Routing
+from gmoe.routing import Routing, as_list
 
 PER_EXPERT = ("load", "weight")
 """States and figures with one value per expert; the others have one per layer."""
@@ -105,7 +105,7 @@ class RoutingStats(Metric):
     @torch.no_grad()
     def update(self, routings: Routing | Sequence[Routing]) -> None:
         """Count the routings of one forward pass."""
-        layers = [routings] if isinstance(routings, Routing) else list(routings)
+        layers = as_list(routings)
         num_experts = tuple(routing.num_experts for routing in layers)
         if num_experts != self.num_experts:
             raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._calls import evaluating
-from gmoe._checks import check_counts, naming_extras
+from gmoe._checks import check_counts, described, naming_extras
 from gmoe.routing import Routing, record_routing
 
 with naming_extras():
@@ -59,8 +59,9 @@ def patch_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
 
     The model is torchvision's, timm's or any other whose tokens are the patches row by row, with at
     most 16 class and register tokens before them, or the grids of a Swin, which halve from stage to
-    stage. The patch size is the kernel of the first convolution whose kernel is its stride. The
-    model runs in evaluation mode without gradients.
+    stage. Tokens behind the patches are taken for patches. The patch size is the kernel of the
+    first convolution whose kernel is its stride. The model runs in evaluation mode without
+    gradients.
 
     Args:
         model: a model that holds MoE layers.
@@ -133,6 +134,9 @@ def expert_maps(
     if (mean is None) != (std is None):
         raise ValueError(f"mean, std: got {mean}, {std}, expected both or none")
     images = _batch_of(images)
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and [*torch.as_tensor(values).shape] not in ([1], [images.size(1)]):
+            raise ValueError(f"{name}: got {values}, expected a number for each channel")
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"titles: got {titles}, expected {len(images)} of them")
     weights = patch_weights(model, images)
@@ -194,7 +198,8 @@ def _grid(tokens: float, h: int, w: int) -> tuple[int, int] | None:
         return h, w
     while h * w > max(tokens, 1):
         h, w = (h + 1) // 2, (w + 1) // 2
-    return (h, w) if h * w == tokens else None
+    # A single token beside several patches is a class token's, as in the last layers of CaiT.
+    return (h, w) if h * w == tokens > 1 else None
 
 
 def _to_rgb(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
@@ -253,8 +258,12 @@ def expert_load(
         >>> expert_load(history).savefig("load.png")
     """
     steps = []
+    if isinstance(history, Routing | Mapping):
+        raise ValueError(f"history: got {described(history)}, expected a list, an entry a step")
     for entry in history:
         layers = [entry] if isinstance(entry, Routing) else entry
+        if isinstance(layers, Mapping):
+            raise ValueError("history: got an entry that is a dictionary, expected its values()")
         steps.append([_load(layer) for layer in layers])
     sizes = {tuple(map(len, step)) for step in steps}
     if len(sizes) != 1 or sizes == {()}:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmoe._autograd import first_order, operator, refuse_second_order
+from gmoe._autograd import autocasts, first_order, operator, refuse_second_order
 from gmoe._torch import is_watched
 from gmoe.dispatch import (
     AT_ONCE,
@@ -72,7 +72,7 @@ def routed_linear(
 
     # 2. The dtype, which follows autocast.
     dtype = weight_EIO.dtype
-    if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
+    if autocasts(parts[0].device) and parts[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     parts = [part.to(dtype) for part in parts]
     weight_EIO = weight_EIO.to(dtype)

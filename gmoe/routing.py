@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import InitVar, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class Routing:
     detached: bool = False
     slot: Tensor | None = None
     validate: InitVar[bool] = True
+
+    mixes_tokens: ClassVar[bool] = False
+    """Experts see mixtures of tokens, so that the pairs do not say what to compute."""
 
     def __post_init__(self, validate: bool) -> None:
         if not validate:
@@ -262,10 +265,16 @@ class Routing:
             experts: distinct experts; ``experts[i]`` becomes expert ``i``. ``None`` for all.
 
         Raises:
-            ValueError: no expert, or a slice of another step than 1.
+            ValueError: no expert, one that is not there or that is given twice; a slice of another
+                step than 1.
         """
-        if experts is not None and not len(experts):
-            raise ValueError("experts: got none, expected at least one")
+        if experts is not None:
+            numbers = {*experts} & {*range(self.num_experts)}
+            if not numbers or len(numbers) != len(experts):
+                raise ValueError(
+                    f"experts: got {list(experts)}, expected distinct ones of "
+                    f"0..{self.num_experts - 1}, at least one"
+                )
         rows = slice(None) if tokens is None else tokens
         start, stop, step = rows.indices(self.num_tokens)
         check(step == 1, "tokens", tokens, "a slice of step 1")
@@ -376,12 +385,40 @@ def checked_routing(routing: Routing | None, num_tokens: int, num_experts: int) 
         raise ValueError(
             "routing: got None, expected a Routing, since the layer was built with router=None"
         )
-    has_tokens = getattr(routing, "num_tokens", None) == num_tokens
-    if not has_tokens or routing.num_experts != num_experts:
+    is_fitting = isinstance(routing, Routing) and routing.num_tokens == num_tokens
+    if not is_fitting or routing.mixes_tokens or routing.num_experts != num_experts:
         raise ValueError(
-            f"routing: got {routing!r}, expected {num_tokens} tokens and {num_experts} experts"
+            f"routing: got {routing!r}, expected a Routing of {num_tokens} tokens and "
+            f"{num_experts} experts"
         )
     return routing
+
+
+def checked_routings(routings: object, number: int, owner: str) -> list[Routing]:
+    """The decisions of an earlier call of a model, one for each ``owner``.
+
+    Raises:
+        ValueError: something else than a list of so many.
+    """
+    given = [*routings] if isinstance(routings, Sequence) else []
+    is_list = isinstance(routings, Sequence) and all(isinstance(one, Routing) for one in given)
+    if not is_list or len(given) != number:
+        got = len(given) if is_list else described(routings)
+        raise ValueError(
+            f"routings: got {got}, expected a list of {number} Routings, one a {owner}"
+        )
+    return given
+
+
+def as_list(routings: Routing | Iterable[Routing]) -> list[Routing]:
+    """The routings of one or several layers.
+
+    Raises:
+        ValueError: a dictionary, of whose keys nothing can be read.
+    """
+    if isinstance(routings, Mapping):
+        raise ValueError("routings: got a dictionary, expected its values()")
+    return [routings] if isinstance(routings, Routing) else list(routings)
 
 
 def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
@@ -399,9 +436,7 @@ def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
     Example:
         >>> loss = F.cross_entropy(logits, y) + gmoe.aux_loss(routings)
     """
-    if isinstance(routings, Mapping):
-        raise ValueError("routings: got a dictionary, expected its values()")
-    routings = [routings] if isinstance(routings, Routing) else list(routings)
+    routings = as_list(routings)
     if torch.is_grad_enabled() and any(routing.detached for routing in routings):
         warnings.warn(
             "aux_loss: got losses without a gradient from a layer in training, which ran under "

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Batch, arguments_of, finite, largest_difference, outputs_of
-from gmoe._checks import check_at_least, check_counts, in_short, naming_extras
+from gmoe._checks import check, check_at_least, check_counts, described, in_short, naming_extras
 from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
@@ -91,6 +91,8 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
         >>> gmoe.save(vit, "folder", images[:2])
         >>> vit = gmoe.load("folder", base=timm.create_model("vit_tiny_patch16_224"))
     """
+    check(isinstance(model, nn.Module), "model", described(model), "a module")
+    check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     with naming_extras():
         from safetensors.torch import save_file
     layers = {name: asdict(layer) for name, layer in _layers_of(model).items()}
@@ -138,6 +140,8 @@ def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.
         ValueError: a file that is damaged; a base of another class or size; outputs that differ.
             The message names the file.
     """
+    check(isinstance(base, nn.Module), "base", described(base), "a module")
+    check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     check_at_least(0, tolerance=tolerance)
     folder = Path(folder)
     layers = _read_layers(folder / LAYERS, base)

@@ -34,9 +34,9 @@ class Graph:
 
     Pass it instead of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order,
     degrees, normalization and transpose are computed once. If you set ``x``, ``edge_weight`` or
-    ``edge_attr`` anew or write to them (not by ``.data``), sums and norms follow. The edges are
-    fixed: do not write to ``edge_index``. A plain ``edge_index`` is converted at each call of a
-    layer or model.
+    ``edge_attr`` anew or write to them, sums and norms follow: not by ``.data``, nor through an
+    array of NumPy that shares the memory, which leave no trace. The edges are fixed: do not write
+    to ``edge_index``. A plain ``edge_index`` is converted at each call of a layer or model.
 
     Args:
         edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or

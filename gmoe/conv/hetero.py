@@ -16,7 +16,7 @@ from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
-from gmoe._autograd import refuse_transforms
+from gmoe._autograd import autocasts, refuse_transforms
 from gmoe._checks import check_counts, described
 from gmoe._torch import dtype_of
 from gmoe.conv.base import GAIN_SCALE
@@ -398,8 +398,7 @@ def check_features(
         raise ValueError(
             f"{name}: got {got}, expected dense floats of shape (number of nodes, {width})"
         )
-    casts = torch.is_autocast_enabled(x.device.type)
-    if dtype is not None and x.dtype != dtype and not casts:
+    if dtype is not None and x.dtype != dtype and not autocasts(x.device):
         raise ValueError(f"{name}: got {x.dtype}, expected {dtype}, the type of the weights")
 
 

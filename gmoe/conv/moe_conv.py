@@ -22,7 +22,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.typing import Adj
 
-from gmoe._autograd import refuse_transforms
+from gmoe._autograd import autocasts, refuse_transforms
 from gmoe._checks import (
     check_choice,
     check_counts,
@@ -453,7 +453,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
                     f"x: got {described(nodes)}, {nodes.layout}, expected dense floats of shape "
                     f"(nodes, {width}); graphs side by side are one graph, see batch="
                 )
-        if torch.is_autocast_enabled(x_src.device.type):
+        if autocasts(x_src.device):
             return
         # Stacked experts take one dtype, as PyG's layers do.
         dtype = self.experts.dtype

@@ -54,7 +54,7 @@ from gmoe.models.parts import (
 )
 from gmoe.moe import choose_blocks
 from gmoe.routers import ROUTERS, Router, RouterLike, let_check_finite
-from gmoe.routing import Routing
+from gmoe.routing import Routing, checked_routings
 from gmoe.start import Start, build_layer_router, check_start, drawn_apart, start_of_convs
 
 Stored = TypeVar("Stored")
@@ -293,7 +293,9 @@ class GNNMoE(HubMixin, nn.Module):
             )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
 
-        given = [] if routings is None else self._one_for_each_router(routings)
+        layers = sum(isinstance(conv, MoEConv) for conv in self.convs)
+        routers = layers if self.shared_router is None else 1
+        given = [] if routings is None else checked_routings(routings, routers, "router")
         is_shared = self.shared_router is not None
         decision = given[0] if given and is_shared else self.route_once(x, graph, batch)
         used = [] if decision is None else [decision]
@@ -323,14 +325,6 @@ class GNNMoE(HubMixin, nn.Module):
 
         x = self.run_layers(x, run_layer)
         return (x, used) if return_routing else x
-
-    def _one_for_each_router(self, routings: Sequence[Routing]) -> Sequence[Routing]:
-        """The routings of an earlier call; those of other numbers are refused."""
-        layers = sum(isinstance(conv, MoEConv) for conv in self.convs)
-        number = layers if self.shared_router is None else 1
-        if len(routings) != number:
-            raise ValueError(f"routings: got {len(routings)}, expected {number}, one a router")
-        return routings
 
     # The next three are also the steps of inference, which runs a layer part by part.
 

@@ -22,7 +22,7 @@ from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
 from gmoe.moe import MoE
 from gmoe.routers import ROUTERS, RouterLike
-from gmoe.routing import Routing, record_routing
+from gmoe.routing import Routing, checked_routings, record_routing
 from gmoe.start import Start, check_start, drawn_apart
 
 
@@ -170,7 +170,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         layers = [layer for layer in self.modules() if isinstance(layer, MoE)]
         recording: AbstractContextManager[list[Routing]] = nullcontext([])
         if routings is not None:
-            recording = _giving(layers, list(routings))
+            recording = _giving(layers, checked_routings(routings, len(layers), "layer"))
         elif return_routing and layers:
             recording = record_routing(self.encoder)
         with recording as used:
@@ -181,8 +181,6 @@ class ViTMoE(HubMixin, VisionTransformer):
 @contextmanager
 def _giving(layers: Sequence[MoE], routings: list[Routing]) -> Iterator[list[Routing]]:
     """Give each layer its routing in calls of this thread, which torchvision's blocks cannot."""
-    if len(routings) != len(layers):
-        raise ValueError(f"routings: got {len(routings)}, expected {len(layers)}, one a layer")
     thread = threading.get_ident()
 
     def give(routing: Routing, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gmoe._autograd import outside_backward
+from gmoe._autograd import autocasts, outside_backward
 from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
@@ -162,8 +162,8 @@ class Router(nn.Module, ABC):
 
         # In half precision two close logits round to a tie, and probabilities underflow.
         x_TD = x_TD.to(torch.promote_types(x.dtype, torch.float32))
-        autocasts = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if autocasts else nullcontext():
+        is_on = autocasts(x.device)
+        with torch.autocast(x.device.type, enabled=False) if is_on else nullcontext():
             routing = self.route(x_TD, group, edge_index)
 
         shape = (x_TD.size(0), self.num_experts)

@@ -8,6 +8,7 @@ number of its groups and T the number of tokens in each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class SoftRouting(Routing):
     dispatch_TES: Tensor
     combine_TES: Tensor
     groups: Groups
+
+    mixes_tokens: ClassVar[bool] = True
 
     @property
     def slot_offsets(self) -> Tensor:

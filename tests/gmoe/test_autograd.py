@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gmoe
 from gmoe._autograd import first_order, lazy, operator, outside_backward, refuse_transforms
 
 
@@ -94,3 +95,14 @@ def test_compiled_code_learns_at_each_run_whether_it_runs_in_a_backward_pass() -
     assert compiled(torch.ones(2)).tolist() == [1, 1]
     y.sum().backward()
     assert seen[0].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("conv", ["gcn", "gat"])
+def test_shapes_are_found_on_the_meta_device(conv: str) -> None:
+    """Which has no autocast to ask for."""
+    with torch.device("meta"):
+        gnn = gmoe.GNNMoE(5, 8, 3, conv=conv, num_experts=4)
+        moe = gmoe.MoE(gmoe.TokenChoice(5, num_experts=4), gmoe.MLPExperts(5, 8, 2, num_experts=4))
+        x, edge_index = torch.ones(7, 5), torch.zeros(2, 9, dtype=torch.long)
+    assert gnn(x, edge_index).shape == (7, 3)
+    assert moe(x).shape == (7, 2)

@@ -90,5 +90,8 @@ def test_other_layers_are_refused() -> None:
     for experts, routings in ((3, [routing, routing]), (4, routing)):
         with pytest.raises(ValueError, match=r"routings: got layers of \(3,"):
             RoutingStats(num_experts=experts).update(routings)
+    by_type: Any = {"paper": routing}
+    with pytest.raises(ValueError, match=r"^routings: got a dictionary, expected its values"):
+        RoutingStats(num_experts=3).update(by_type)
     with pytest.raises(ValueError, match="model: got Linear without a router"):
         RoutingStats.of(nn.Linear(2, 2))

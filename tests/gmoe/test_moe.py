@@ -53,9 +53,10 @@ def test_a_routing_of_other_tokens_or_experts_is_refused() -> None:
         (layer.router(x[:5]), "5 tokens, 3 experts"),
         (TokenChoice(D, num_experts=4)(x), "6 tokens, 4 experts"),
         (torch.ones(6, E), "tensor"),
+        (SoftSlots(D, num_experts=E, slots=2)(x), "SoftRouting"),
     ):
         with pytest.raises(
-            ValueError, match=rf"^routing: got (?s:.*){got}(?s:.*), expected 6 tokens and 3 experts"
+            ValueError, match=rf"^routing: got (?s:.*){got}(?s:.*), expected a Routing of 6 tokens"
         ):
             layer(x, routing=routing)
 

@@ -109,6 +109,8 @@ def test_compiled_models_of_any_dtype_are_drawn() -> None:
         (torch.zeros(3, 3, 12), {}, "images"),
         (IMAGE, {"model": nn.Identity()}, "model"),
         (IMAGE, {"mean": (0.5,)}, "mean"),
+        (IMAGE, {"mean": (0.5, 0.5), "std": (0.5, 0.5)}, "mean: got .* a number for each channel"),
+        (IMAGE, {"mean": (0.5,), "std": 0.5}, "std: got 0.5, expected a number for each channel"),
         (IMAGE, {"titles": ["one", "two"]}, "titles"),
     ],
 )
@@ -197,7 +199,7 @@ def test_one_step_is_drawn_as_bars() -> None:
 
 def test_bad_histories_are_refused() -> None:
     one, other = of_assignment(torch.zeros(5).long(), 2), of_assignment(torch.zeros(5).long(), 3)
-    histories: list[Any] = [[], [[]], [one, other], [[one], [one, one]]]
+    histories: list[Any] = [[], [[]], [one, other], [[one], [one, one]], one, [{"paper": one}]]
     for history in histories:
         with pytest.raises(ValueError, match="history"):
             expert_load(history)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -331,8 +332,13 @@ def test_select_of_a_slice_that_ends_before_it_starts_is_empty() -> None:
         selected = routing.select(empty)
         assert selected.num_tokens == 0
         assert selected.load.tolist() == [0, 0, 0, 0]
-    with pytest.raises(ValueError, match=r"^experts: got none, expected at least one"):
-        routing.select(experts=[])
+
+
+@pytest.mark.parametrize("experts", [[], [0, 0], [-1], [1, 4]])
+def test_select_refuses_experts_that_are_not_distinct_or_not_there(experts: list[int]) -> None:
+    routing = Routing.from_choices(torch.tensor([[0], [3]]), torch.ones(2, 1), num_experts=4)
+    with pytest.raises(ValueError, match=rf"^experts: got {re.escape(str(experts))}, expected dis"):
+        routing.select(experts=experts)
 
 
 def test_a_part_of_a_routing_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:

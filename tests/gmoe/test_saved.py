@@ -179,6 +179,30 @@ def test_a_module_that_is_used_twice_comes_back(tmp_path: Path) -> None:
     assert loaded.blocks[3].mlp is loaded.blocks[1].mlp
 
 
+def test_a_dense_module_that_is_used_twice_stays_one(tmp_path: Path) -> None:
+    def base() -> Any:
+        vit = BASES["timm"]()
+        vit.blocks[3].mlp = vit.blocks[1].mlp
+        return vit
+
+    model: Any = gmoe.densify(gmoe.moefy(base(), num_experts=2, start="copies")).model
+    loaded = check_comes_back(model, base(), images(), tmp_path)
+    assert model.blocks[3].mlp is model.blocks[1].mlp
+    assert loaded.blocks[3].mlp is loaded.blocks[1].mlp
+
+
+@pytest.mark.filterwarnings("ignore:EdgeConv runs on the whole graph")
+def test_convs_whose_widths_only_the_gnn_knows_come_back(tmp_path: Path) -> None:
+    """An EdgeConv has no ``in_channels``, and its first matrix is twice as wide."""
+
+    def base() -> Any:
+        return pyg.models.EdgeCNN(WIDTH, 4, 3, 2).double().eval()
+
+    for targets in (None, "convs.[01]"):
+        model = moved(gmoe.moefy(base(), targets=targets, num_experts=2))
+        check_comes_back(model, base(), (X, EDGES), tmp_path)
+
+
 def test_the_dtypes_of_the_file_come_back(tmp_path: Path) -> None:
     model = made("timm").bfloat16()
     inputs = images().bfloat16()
@@ -261,6 +285,10 @@ def test_inputs_and_models_that_are_none_are_refused(tmp_path: Path) -> None:
         gmoe.save(model, tmp_path / "model", 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^inputs: got some for which the model returns NaN"):
         gmoe.save(model, tmp_path / "model", (X * torch.nan, EDGES))
+    unordered: Any = gmoe.load, gmoe.save
+    for call in unordered:
+        with pytest.raises(ValueError, match=r"^(base|model): got .*Path, expected a module"):
+            call(*((model, tmp_path) if call is gmoe.load else (tmp_path, model)))
     with pytest.raises(ValueError, match=r"^tolerance: got nan, expected a number of at least 0"):
         gmoe.load(tmp_path, base=model, tolerance=math.nan)
 

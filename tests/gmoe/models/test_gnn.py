@@ -124,9 +124,16 @@ def test_routings_are_replayed_without_asking_a_router(shared_router: bool) -> N
 def test_routings_of_other_numbers_are_refused(shared_router: bool) -> None:
     gnn, (x, edge_index) = model(shared_router=shared_router).eval(), graph()
     _, routings = gnn(x, edge_index, return_routing=True)
-    with pytest.raises(ValueError, match=f"^routings: got 0, expected {len(routings)}"):
-        gnn(x, edge_index, routings=[])
-    with pytest.raises(ValueError, match=r"^routing: got .*8 tokens.*, expected 9 tokens"):
+    for given, got in (
+        ([], "0"),
+        ([None] * len(routings), "list"),
+        (routings[0], "Routing"),
+        (dict(enumerate(routings)), "dict"),
+    ):
+        expected = f"expected a list of {len(routings)} Routings, one a router"
+        with pytest.raises(ValueError, match=f"^routings: got {got}, {expected}"):
+            gnn(x, edge_index, routings=given)
+    with pytest.raises(ValueError, match=r"^routing: got .*8 tokens.*, expected .* 9 tokens"):
         gnn(torch.cat([x, x[:1]]), edge_index, routings=routings)
 
 

@@ -57,9 +57,10 @@ def test_routings_are_replayed_without_asking_a_router() -> None:
     assert torch.equal(replayed, logits)
     assert [*map(id, used)] == [*map(id, routings)]
     assert not torch.allclose(model(images), logits)
-    with pytest.raises(ValueError, match=r"^routings: got 1, expected 2"):
-        model(images, routings=routings[:1])
-    with pytest.raises(ValueError, match=r"^routing: got .*34 tokens.*, expected 51 tokens"):
+    for given, got in ((routings[:1], "1"), (routings[0], "Routing"), ([None, None], "list")):
+        with pytest.raises(ValueError, match=f"^routings: got {got}, expected a list of 2 "):
+            model(images, routings=given)
+    with pytest.raises(ValueError, match=r"^routing: got .*34 tokens.*, expected .* 51 tokens"):
         model(torch.randn(3, 3, 8, 8), routings=routings)
 
 
