@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -108,6 +109,7 @@ def neighbor_loader(
     kwargs["input_time"] = input_time
     kwargs["batch_size"] = batch_size
     options = _sampling(replace, disjoint, time_attr, temporal_strategy)
+    _check_generator(kwargs)
     if _is_pygs(backend, data):
         return NeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
     _pop_pygs_own("NeighborLoader", kwargs)
@@ -211,6 +213,7 @@ def link_neighbor_loader(
     kwargs["edge_label_index"] = links if isinstance(data, Data) else (kind, links)
     kwargs |= {"neg_sampling": negatives, "batch_size": batch_size}
     options = _sampling(replace, disjoint, time_attr, temporal_strategy)
+    _check_generator(kwargs)
     if _is_pygs(backend, data):
         return LinkNeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
     _pop_pygs_own("LinkNeighborLoader", kwargs)
@@ -237,6 +240,26 @@ def _is_pygs(backend: SamplerBackend, data: Graphs) -> bool:
     check_choice("backend", backend, SamplerBackend)
     is_for_pyg = torch_geometric.typing.WITH_PYG_LIB and not isinstance(data, StoredGraph)
     return backend == "pyg" or (backend == "auto" and is_for_pyg)
+
+
+def _check_generator(kwargs: Mapping[str, Any]) -> None:
+    """Refuse a generator beside workers that are not forked.
+
+    They get a copy of the loader, to which PyG binds what collects a batch, and torch cannot send a
+    generator to them.
+    """
+    if kwargs.get("generator") is None or not kwargs.get("num_workers"):
+        return
+    method = kwargs.get("multiprocessing_context")
+    if method is not None and not isinstance(method, str):
+        method = method.get_start_method()
+    default = multiprocessing.get_all_start_methods()[0]
+    method = method or multiprocessing.get_start_method(allow_none=True) or default
+    if method != "fork":
+        raise ValueError(
+            f"generator: got one beside workers that start by {method!r}, expected None, or "
+            "multiprocessing_context='fork': seed torch's own generator before the loop"
+        )
 
 
 def _stores(data: Graphs) -> Any:

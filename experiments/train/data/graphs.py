@@ -167,7 +167,7 @@ def neighborhoods(
     """
     rank, world = shard
     target, rows = nodes if isinstance(nodes, tuple) else (None, nodes)
-    drawn: Iterable[Any] = neighbor_loader(
+    loader = neighbor_loader(
         data,
         list(config.fanout),
         input_nodes=nodes,
@@ -175,13 +175,16 @@ def neighborhoods(
             whole.tensor_split(world)[rank].tolist()
             for whole in order_of(len(rows), seed).split(batch_size)
         ],
-        generator=None
-        if seed is None
-        else torch.Generator().manual_seed(seed + (rank << 50)),  # the workers' draws
         num_workers=config.workers,
         is_sorted=True,
     )
-    for batch in drawn:
+    # Workers are seeded here. A generator of the loader's own would do the same, but torch cannot
+    # send one to workers of a process that was not forked, such as those of ``jobs``.
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed + (rank << 50))
+        batches = iter(loader)
+    for batch in batches:
         seeds = batch if target is None else batch[target]
         if target is None:
             inputs = _inputs(batch, batch.edge_index)

@@ -111,3 +111,13 @@ def test_a_signal_ends_all_processes_which_save(
     assert not list(tmp_path.glob("seed-*/result.json"))
     train.main([*ARGS, "--no-progress", "--resume", "--out", str(tmp_path)])
     assert_same(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_seeds_side_by_side_may_have_workers_that_draw_neighborhoods(tmp_path: Path) -> None:
+    """Workers of a process that was not forked are not forked, either."""
+    sampled = ["--sampling", "neighbor", "--fanout", "3", "2", "--batch-size", "300"]
+    args = [*ARGS, *sampled, "--evaluation", "full", "--epochs", "2", "--workers", "1"]
+    for jobs_at_once in ("1", "2"):
+        train.main([*args, "--jobs", jobs_at_once, "--out", str(tmp_path / jobs_at_once)])
+    assert_same(tmp_path / "1", tmp_path / "2")

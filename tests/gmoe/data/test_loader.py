@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -163,6 +165,19 @@ def test_pygs_defaults_ask_for_nothing() -> None:
         torch.manual_seed(0)
         loader = neighbor_loader(full_graph(), [3], batch_size=5, backend="gmoe", **options)
         assert torch.equal(next(iter(loader)).e_id, plain.e_id)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_generator_that_cannot_be_sent_to_workers_is_refused(method: str) -> None:
+    data = Data(x=torch.ones(9, 1), edge_index=torch.zeros(2, 3, dtype=torch.long))
+    links = partial(link_neighbor_loader, edge_label_index=torch.zeros(2, 3, dtype=torch.long))
+    for make in (neighbor_loader, links):
+        options: dict[str, Any] = {"generator": torch.Generator(), "num_workers": 1}
+        for context in (method, multiprocessing.get_context(method)):
+            with pytest.raises(ValueError, match=f"^generator: got one beside .* '{method}'"):
+                make(data, [2], multiprocessing_context=context, **options)
+        make(data, [2], multiprocessing_context="fork", **options)
+        make(data, [2], generator=torch.Generator())
 
 
 def test_an_unknown_backend() -> None:
