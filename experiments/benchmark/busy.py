@@ -50,8 +50,7 @@ class BusyBenchmark(Benchmark):
 
     def measured(self) -> dict[str, Any]:
         """By layer and company ``wall`` and ``cpu``, and ``ratio`` of these to those alone."""
-        check_counts(threads=self.threads, nodes=self.nodes, edges=self.edges)
-        check_counts(width=self.width, out=self.out)
+        check_counts(threads=self.threads)
         there = cores_of_process()
         enough = f"at least {self.threads} cores"
         check(len(there) >= self.threads, "threads", f"{self.threads} on {len(there)}", enough)

@@ -29,7 +29,7 @@ from experiments.benchmark.layers import power_law_graph
 from experiments.benchmark.measure import Benchmark, Step, layer_step, take_turns
 from experiments.train.results import write_json
 from gmoe import MoEConv
-from gmoe._checks import check_choice, check_counts
+from gmoe._checks import check_choice
 from gmoe.conv.kinds import factory_of
 
 Kind = Literal["gcn", "sage", "gin", "gat", "vit"]
@@ -104,9 +104,6 @@ class CompileBenchmark(Benchmark):
         over the compiled dense layer's; of compiled ones ``graph``, whole or in how many
         pieces, and ``compilation``, in seconds."""
         check_choice("device", self.device, ("cpu",))
-        check_counts(images=self.images)
-        for threads in self.thread_counts:
-            check_counts(thread_counts=threads)
         for nodes in self.nodes:
             check_choice("nodes", nodes, SIZES)
         found: dict[str, Any] = {}

@@ -36,7 +36,8 @@ def power_law_graph(nodes: int, edges: int | None = None) -> tuple[Tensor, Tenso
 
     Uniform nodes cite others by weights of a power law (exponent 2.7), in both directions.
     """
-    edges = edges or nodes * 1_166_243 // 169_343  # as many a node as in ogbn-arxiv
+    if edges is None:
+        edges = nodes * 1_166_243 // 169_343  # as many a node as in ogbn-arxiv
     cited = torch.multinomial(torch.rand(nodes).pow(-1 / 1.7), edges, replacement=True)
     edge_index = to_undirected(
         torch.stack([cited, torch.randint(nodes, (edges,))]), num_nodes=nodes

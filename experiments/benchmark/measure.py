@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import gmoe
 from experiments.train.results import environment, write_json
-from gmoe._checks import check_counts
+from gmoe._checks import check, check_at_least, check_counts
 
 Step = Callable[[], object]
 Steps = Mapping[str, Step]
@@ -41,12 +41,30 @@ class Measurement:
     """Where to write the figures."""
 
     def run(self) -> dict[str, Any]:
-        """Measure, write the figures if there is where to, and return those of each variant."""
+        """Measure, write the figures if there is where to, and return those of each variant.
+
+        Raises:
+            ValueError: an option of which nothing can be measured, or a file that is a folder.
+        """
+        self.check_options()
         seed_everything(0)
         found = self.measured()
         if self.json is not None:
             write_json(self.json, self.content(found))
         return found
+
+    def check_options(self) -> None:
+        """Refuse numbers that are not positive, and lists without an entry."""
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            check(value != (), name, "nothing", "at least one")
+            for entry in value if isinstance(value, tuple) else (value,):
+                if name == "threads":
+                    check_at_least(0, threads=entry)
+                elif isinstance(entry, int) and not isinstance(entry, bool):
+                    check_counts(**{name: entry})
+        is_folder = self.json is not None and self.json.is_dir()
+        check(not is_folder, "json", self.json, "a file, not a folder")
 
     def measured(self) -> dict[str, Any]:
         """The figures of each variant."""
@@ -68,10 +86,6 @@ class Benchmark(Measurement):
 
     repeats: int = 7
     """Timed runs of each variant."""
-
-    def run(self) -> dict[str, Any]:
-        check_counts(repeats=self.repeats)
-        return super().run()
 
     def measured(self) -> dict[str, Any]:
         """By variant ``wall`` and ``cpu``, see :func:`take_turns`; ``flops`` of one run;

@@ -206,7 +206,9 @@ def test_a_call_is_compared_with_dense_ones_by_percentiles(tmp_path: Path) -> No
 def test_percentiles_are_those_of_the_calls() -> None:
     found = latency.percentiles([float(value) for value in range(1, 101)])
     assert (found["median"], found["min"], found["max"]) == (50.5, 1.0, 100.0)
-    assert found["p95"] == pytest.approx(95.95)
+    assert found["p95"] == 95
+    assert latency.percentiles([3.0, 1.0, 2.0])["p95"] == 3
+    assert latency.percentiles([3.0])["p95"] == 3
 
 
 def test_a_form_that_gives_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +221,31 @@ def test_onnx_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"^forms: got 'onnx' without onnxruntime"):
         latency.LatencyBenchmark().measured()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("conv --nodes 0", "nodes: got 0, expected at least 1"),
+        ("conv --nodes 50 --edges 0", "edges: got 0, expected at least 1"),
+        ("conv --threads -1", "threads: got -1, expected a number of at least 0"),
+        ("ffn --tokens 0", "tokens: got 0, expected at least 1"),
+        ("ffn --ks", "ks: got nothing, expected at least one"),
+        ("ffn --experts 4 0", "experts: got 0, expected at least 1"),
+        ("router --tokens -1", "tokens: got -1, expected at least 1"),
+        ("vit --batch 0", "batch: got 0, expected at least 1"),
+        ("vote --repeats 0", "repeats: got 0, expected at least 1"),
+        ("latency --rows", "rows: got nothing, expected at least one"),
+        ("latency --json .", "json: got ., expected a file, not a folder"),
+        ("stored --folder nowhere", "folder: got nowhere, expected one that experiments.convert"),
+    ],
+)
+def test_options_of_which_nothing_can_be_measured_are_refused(
+    command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert said in capsys.readouterr().err
 
 
 def test_stored_benchmark(tmp_path: Path) -> None:
