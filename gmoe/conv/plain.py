@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmoe._torch import untraced
 from gmoe.conv.base import Conv
 from gmoe.conv.graph import Graph
 
@@ -19,7 +20,7 @@ from gmoe.conv.graph import Graph
 def run(conv: Conv, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
     """(T, O) PyG's conv on a graph."""
     x = (x_src, x_dst) if _are_two(graph, x_src, x_dst) else x_src
-    return conv(x, graph.adj, **graph.args_for(conv))[: graph.num_dst]
+    return _called(conv, graph, x)[: graph.num_dst]
 
 
 def run_on(conv: Conv, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
@@ -34,7 +35,19 @@ def run_on(conv: Conv, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor
         destinations = nodes if is_aligned else part.destinations
         assert destinations is not None  # a part has them
         x = (x, x_dst.index_select(0, destinations))
-    return conv(x, part.adj, **part.args_for(conv))[: token.numel()]
+    return _called(conv, part, x)[: token.numel()]
+
+
+def _called(conv: Conv, graph: Graph, x: Any) -> Tensor:
+    """What the conv makes of a graph's features."""
+    if graph.is_sparse and torch.compiler.is_compiling():
+        return _called_eagerly(conv, graph, x)
+    return conv(x, graph.adj, **graph.args_for(conv))
+
+
+@untraced  # torch's compiler fails on views of a sparse matrix inside of PyG's code
+def _called_eagerly(conv: Conv, graph: Graph, x: Any) -> Tensor:
+    return conv(x, graph.adj, **graph.args_for(conv))
 
 
 def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
