@@ -21,7 +21,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -117,6 +117,9 @@ class Nodes:
     hidden: int = 16
 
 
+Kind: TypeAlias = Literal["inputs", "rules", "width", "nothing"]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the data want, in one line, and the figures behind it.
@@ -124,8 +127,8 @@ class Answer:
     ``gains`` are of the test set. ``expert`` is that of each node where rules differ.
     """
 
-    kind: Literal["inputs", "rules", "width", "nothing"]
-    choice: str | None  # a key of INPUTS or of VIEWS
+    kind: Kind
+    choice: str | None  # a key of INPUTS or of VIEWS, or "one way"
     line: str
     figures: list[str]
     gains: dict[str, Gain] = field(repr=False)
@@ -452,32 +455,8 @@ class Survey:
         }
         if "one way" in self.log_p:
             gains["both ways"] = self.gain("one", "one way", "test")
-        given = "" if chosen is None else self.input_name(chosen)
-        kind: Literal["inputs", "rules", "width", "nothing"] = "nothing"
-        choice, line = None, f"nothing: no input, rules or width are surely worth {WORTH} points"
-        if chosen is not None and gains["inputs"].is_worth:
-            kind, choice = "inputs", chosen
-            line = f"give the dense model {given}: {gains['inputs']}"
-        if gains["rules"].is_worth:
-            kind, choice = "rules", view
-            line = (
-                f"rules differ: route by {VIEWS[view]}: {controls['one']} over a linear model, "
-                f"{gains['rules']} over the closest control"
-            )
-        # One rule that is bent in the degree: experts by degree may add a little to it.
-        others = [gains[name].mean for name in ("inputs", "rules") if gains[name].is_worth]
-        if gains["degree"].is_worth and gains["degree"].mean > max(others, default=0.0):
-            kind, choice = "inputs", "degree"
-            line = f"give the dense model {INPUTS['degree']}: {gains['degree']} over a wide one"
-        if kind == "nothing" and gains["width"].is_worth:
-            kind, line = "width", "width helps, experts may: try the default"
-            line += f": {gains['width']}"
-        if kind == "nothing" and gains["bent"].is_worth:
-            kind, line = "width", "give the dense model a hidden layer on the node's own features"
-            line += f": {gains['bent']} over one that sees the neighbors, too"
-        if kind == "nothing" and "one way" in self.log_p and gains["both ways"].is_worth:
-            kind, choice = "inputs", "reverse"
-            line = f"give the dense model reverse edges, as this preset does: {gains['both ways']}"
+            gains["one way"] = self.gain("one way", "one", "test")
+        kind, choice, line = self.largest(chosen, view, gains, controls)
         return Answer(
             kind=kind,
             choice=choice,
@@ -486,6 +465,49 @@ class Survey:
             gains=gains,
             expert=expert if kind == "rules" else None,
         )
+
+    def largest(
+        self, chosen: str | None, view: str, gains: dict[str, Gain], controls: dict[str, Gain]
+    ) -> tuple[Kind, str | None, str]:
+        """The kind, the choice and the line of the largest gain; see :class:`Answer`."""
+        # 1. An input, or rules; more than these, the degree or edges of one direction.
+        found: tuple[Kind, str | None, str] | None = None
+        if chosen is not None and gains["inputs"].is_worth:
+            line = f"give the dense model {self.input_name(chosen)}: {gains['inputs']}"
+            found = "inputs", chosen, line
+        if gains["rules"].is_worth:
+            line = (
+                f"rules differ: route by {VIEWS[view]}: {controls['one']} over a linear model, "
+                f"{gains['rules']} over the closest control"
+            )
+            found = "rules", view, line
+        best = max((gains[of].mean for of in ("inputs", "rules") if gains[of].is_worth), default=0)
+        # One rule that is bent in the degree: experts by degree may add a little to it.
+        if gains["degree"].is_worth and gains["degree"].mean > best:
+            line = f"give the dense model {INPUTS['degree']}: {gains['degree']} over a wide one"
+            found, best = ("inputs", "degree", line), gains["degree"].mean
+        one_way = gains.get("one way")
+        if one_way is not None and one_way.is_worth and one_way.mean > best:
+            line = f"keep edges in one direction (--no-undirected): {one_way} over both directions"
+            found = "inputs", "one way", line
+        if found is not None:
+            return found
+
+        # 2. Else width, a hidden layer of its own for the node, or what the preset does already.
+        if gains["width"].is_worth:
+            line = f"width helps, experts may: try the default: {gains['width']}"
+            return "width", None, line
+        if gains["bent"].is_worth:
+            line = "give the dense model a hidden layer on the node's own features"
+            return "width", None, f"{line}: {gains['bent']} over one that sees the neighbors, too"
+        if "both ways" in gains and gains["both ways"].is_worth:
+            line = f"give the dense model reverse edges, as this preset does: {gains['both ways']}"
+            return "inputs", "reverse", line
+        beyond = ""
+        if gains["hidden"].is_worth:
+            beyond = f" beyond a hidden layer ({gains['hidden']} over a linear model)"
+        line = f"nothing{beyond}: no input, rules or width are surely worth {WORTH} points"
+        return "nothing", None, line
 
     def input_name(self, name: str) -> str:
         """An input in words."""

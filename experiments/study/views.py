@@ -43,7 +43,8 @@ class Walks:
         either.setdiag(1)
         self.neighbors = either.tocsr().astype(np.float32)
         self.both = _rows_to_1(self.neighbors)
-        self.is_directed = bool((adjacency != adjacency.T).nnz)
+        is_edge = adjacency > 0  # an edge may be there twice in one of its directions
+        self.is_directed = bool((is_edge != is_edge.T).nnz)
 
     @property
     def num_neighbors(self) -> Array:

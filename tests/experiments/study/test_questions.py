@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from experiments.study import questions
+from experiments.study.probes import Gain
 from experiments.study.questions import Answer, Nodes, Survey, features, nodes_of, redrawn
 from experiments.train.data.task import Splits
 from experiments.train.presets import DIGITS_GRAPH
@@ -235,6 +238,42 @@ def test_words_keep_their_scale_and_no_column_counts_ten_times_the_others() -> N
     assert found.std(axis=0).max() / np.median(found.std(axis=0)) < 11
     few = questions.features(words[:, :5])
     assert few.std(axis=0) == pytest.approx(np.ones(5), abs=1e-4)
+
+
+NOTHING = Gain(0.1, -0.4, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("worth", "choice", "said"),
+    [
+        ({"inputs": 4.0}, "walked", r"give the dense model walked: \+4.00"),
+        ({"inputs": 4.0, "rules": 1.0}, "node", "rules differ"),
+        ({"inputs": 4.0, "rules": 1.0, "degree": 3.0}, "node", "rules differ"),
+        ({"inputs": 4.0, "rules": 1.0, "degree": 5.0}, "degree", "give the dense model its degree"),
+        ({"inputs": 4.0, "one way": 9.0}, "one way", r"keep edges in one direction \(--no-undir"),
+        ({"inputs": 4.0, "one way": 3.0}, "walked", "give the dense model walked"),
+        ({"width": 2.0, "hidden": 9.0, "bent": 5.0}, None, r"width helps, .*: \+2.00"),
+        ({"bent": 5.0, "hidden": 9.0}, None, "give the dense model a hidden layer on the node's"),
+        ({"both ways": 2.0, "hidden": 9.0}, "reverse", "give the dense model reverse edges, as"),
+        (
+            {"hidden": 46.9},
+            None,
+            r"nothing beyond a hidden layer \(\+46.90 points ",
+        ),
+        ({}, None, "nothing: no input"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+def test_the_largest_gain_is_the_answer(
+    worth: dict[str, float], choice: str | None, said: str
+) -> None:
+    names = ("inputs", "rules", "width", "bent", "degree", "hidden", "both ways", "one way")
+    gains = dict.fromkeys(names, NOTHING)
+    gains |= {name: Gain(mean, mean - 0.5, mean + 0.5) for name, mean in worth.items()}
+    survey: Any = SimpleNamespace(input_name=lambda name: name)
+    _, found, line = Survey.largest(survey, "walked", "node", gains, {"one": NOTHING})
+    assert found == choice
+    assert re.match(said, line), line
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ def test_a_step_takes_the_mean_over_sources_of_edges() -> None:
 
 def test_edges_in_both_directions_have_no_direction_and_loops_are_no_edges() -> None:
     assert not Walks(np.array([[0, 1], [1, 0]]), 2).is_directed
+    assert not Walks(np.array([[0, 0, 1], [1, 1, 0]]), 2).is_directed  # twice in one direction
     assert not Walks(np.array([[0, 1], [0, 1]]), 2).has_edges
 
 
