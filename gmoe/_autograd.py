@@ -49,7 +49,7 @@ class lazy(Generic[Value]):  # noqa: N801
 
 
 def operator(
-    fake: Callable[..., object],
+    fake: Callable[..., object], *, has_plain_form: bool = True
 ) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
     """Make a kernel an operator of torch.
 
@@ -59,6 +59,8 @@ def operator(
 
     Args:
         fake: called like the kernel, gives empty results of the right shapes.
+        has_plain_form: ``torch.export`` gets the kernel, and so does ``torch.compile`` of torch
+            2.10, which takes itself for the former.
     """
 
     def register(kernel: Callable[..., Value]) -> Callable[..., Value]:
@@ -72,7 +74,7 @@ def operator(
         dispatched = getattr(torch.ops.gmoe, name).default
 
         def run(x: Tensor, *inputs: object) -> Value:
-            if torch.compiler.is_exporting():
+            if has_plain_form and torch.compiler.is_exporting():
                 return kernel(x, *inputs)
             has_values = type(x) in (Tensor, nn.Parameter) and not x.is_meta
             is_traced = torch.compiler.is_compiling() or is_tracing()
@@ -85,7 +87,7 @@ def operator(
     return register
 
 
-@operator(fake=lambda like: like.new_empty((), dtype=torch.bool))
+@operator(fake=lambda like: like.new_empty((), dtype=torch.bool), has_plain_form=False)
 def outside_backward(like: Tensor) -> Tensor:
     """A truth value on the device of ``like``: whether this runs outside of a backward pass.
 

@@ -57,7 +57,7 @@ BRANCHES = {
 QUESTIONS = re.compile(r"\.is_cuda\b|\.is_cpu\b|\bdevice(\.type)? (==|!=|in) \W*(cuda|cpu)\b")
 """What must not be left of them."""
 
-IN_CONSTRUCTORS = ("moe.py",)
+IN_CONSTRUCTORS = ("start.py",)
 """Files that ask for a device where layers are built, not where they run."""
 
 COPY = "counted.py"

@@ -38,6 +38,14 @@ COMMANDS: dict[str, Any] = {
 MAINS = {name: command.main for name, command in COMMANDS.items()}
 
 
+@pytest.fixture(autouse=True)
+def forget_unknown_options() -> None:
+    """tyro before 1.0 repeats those of earlier calls in the same process."""
+    formatter: Any = sys.modules.get("tyro._argparse_formatter")
+    if hasattr(formatter, "global_unrecognized_arg_and_prog"):
+        formatter.global_unrecognized_arg_and_prog = []
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
