@@ -45,6 +45,8 @@ HIDDEN = 4
 """The width of a model's hidden layers, and of its embeddings."""
 NAMES = ("paper", "author", "a.b", "type", "two words", "keys")
 """Types of nodes; some are no attributes of Python, or are already one of a module."""
+OF_A_DENSE_MODEL = ("num_layers", "norm", "residual", "act", "router")
+"""The options of a model that its dense baseline has, too."""
 WAYS = ("dense", *("layer",) * 4, *("forward",) * 2, *("inference",) * 2, "sampled")
 FORMS = (*("plain",) * 6, *ref.FORMS, "absent")
 BEFORE = (
@@ -157,15 +159,13 @@ def draw_router(random: Random, way: str, start: str | None, k: int) -> dict[str
 
 def draw_model(random: Random, way: str) -> dict[str, Any]:
     """The options of a model beside its layers'."""
-    norms: list[Any] = [
-        None,
-        None,
-        "by node",
-        *(() if way == "sampled" else ("layer_norm", "graph_norm")),
-    ]
+    norms: list[str | None] = [None, None, "by node"]
     if way != "sampled":
-        norms.append("batch_norm")
-    options = {"num_layers": random.choice((2, 2, 3, 4)), "norm": random.choice(norms)}
+        norms += ["layer_norm", "graph_norm", "batch_norm"]
+    options: dict[str, Any] = {
+        "num_layers": random.choice((2, 2, 3, 4)),
+        "norm": random.choice(norms),
+    }
     options |= some(random, {"residual": ("none", "linear"), "act": ("elu", None)})
     if options["num_layers"] == 4 and flip(random):
         options["every"] = 2
@@ -225,9 +225,6 @@ def draw(number: int) -> Config:
         after=random.choice(AFTER),
         low=random.choice(("float32", "bfloat16")) if way == "layer" and flip(random, 0.15) else "",
     )
-
-
-OF_A_DENSE_MODEL = ("num_layers", "norm", "residual", "act", "router")
 
 
 # Building
