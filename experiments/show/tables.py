@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from experiments.train.checks import check
+from experiments.train.config import ERRORS
 from experiments.train.scores import (
     differences,
     form_of,
@@ -162,7 +163,7 @@ def extremes(values: Sequence[float], form: str) -> str:
 def headroom(
     variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None
 ) -> str:
-    """(variant - dense) / (dense four times as wide - dense).
+    """(variant - dense) / (dense four times as wide - dense), of how much better each is.
 
     Only where the denominator is known and more than twice the spread.
     """
@@ -171,7 +172,9 @@ def headroom(
     low, high = narrow["test"], wide["test"]
     if low["std"] is None or high["std"] is None:
         return "–"
-    room, gain = high["mean"] - low["mean"], variant["test"]["mean"] - low["mean"]
+    sign = -1 if variant["metric"] in ERRORS else 1  # of errors, less is better
+    room = sign * (high["mean"] - low["mean"])
+    gain = sign * (variant["test"]["mean"] - low["mean"])
     return (
         "no headroom" if room <= 2 * max(low["std"], high["std"]) else f"{100 * gain / room:.0f} %"
     )

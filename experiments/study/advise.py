@@ -194,8 +194,9 @@ class Comparison:
         for n in range(1, MOST + 1):
             if not self.turn(names, n):
                 break
-            found = self.difference(better(), other)
-            print(f"{better()} - {other}: {found}", file=sys.stderr)
+            before, found = found, self.difference(better(), other)
+            if before is None or found.n > before.n:  # a run that goes on has several turns at once
+                print(f"{better()} - {other}: {found}", file=sys.stderr)
             if found.verdict != "inconclusive":
                 break
         return found

@@ -16,6 +16,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import CorrectAndSmooth
 
 from experiments.train.build import fails_by_layer
+from experiments.train.checks import check
 from experiments.train.config import ERRORS, GraphConfig, MoleculeConfig
 from experiments.train.data.task import Split, Task
 from experiments.train.files import naming, replacing
@@ -131,8 +132,13 @@ def score(task: Task, probability: Tensor, part: Split) -> float:
 
 def mean_of(files: Sequence[Path]) -> Tensor:
     """(N, classes) the mean of the probabilities in some files."""
-    total = torch.zeros(())
+    found: list[Tensor] = []
     for file in files:
         with naming(file):
-            total = total + load_file(file)["probability"]
-    return total / len(files)
+            found.append(load_file(file)["probability"])
+            shape, expected = tuple(found[-1].shape), tuple(found[0].shape)
+            check(
+                shape == expected, "probability", f"shape {shape}", f"{expected}, as in the first"
+            )
+            check(bool(found[-1].isfinite().all()), "probability", "NaN or infinity", "numbers")
+    return torch.stack(found).mean(dim=0)

@@ -47,7 +47,7 @@ PROPERTIES = {
     "ami_degree": ("degree", "AMI"),
     "ami_homophily": ("local homophily", "AMI"),
     "ami_element": ("element", "AMI"),
-    "ami_ring": ("being in a ring", "AMI"),
+    "ami_ring": ("ring membership", "AMI"),
 }
 """What experts may follow, by the figure that measures it."""
 

@@ -294,9 +294,10 @@ def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContext
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam or AdamW.
 
-    No weight decay on biases, norms, temperatures, centroids, class tokens and positions.
+    No weight decay on biases, norms, temperatures, centroids, class tokens, positions and the
+    embedding that a conv of molecules adds for the node itself, of one conv or of many.
     """
-    spared = ("bias", "centroid", "log_temperature", "class_token", "pos_embedding")
+    spared = ("bias", "centroid", "log_temperature", "class_token", "pos_embedding", "root")
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -46,16 +46,9 @@ RELEASE = {
     "node-label.npz": {"y": "node_label"},
 }
 """The arrays of its archives, by what they are here."""
-TURNED = [
-    [destination, source]
-    for source, destination in (
-        ("source", "target"),
-        ("source", "destination"),
-        ("src", "dst"),
-        ("from", "to"),
-    )
-]
-"""Names of columns that stand the other way round."""
+SOURCES = ("source", "src", "from")
+TARGETS = ("target", "destination", "dst", "to")
+"""Names of columns: where a target's comes first, they stand the other way round."""
 SCRATCH = "scratch"
 """A folder in DIR.new for what is unpacked and sorted; it says whose DIR.new is."""
 SPILL = 10  # bytes of disk that an edge takes while DuckDB sorts it: 8 and some
@@ -318,12 +311,12 @@ def _open_table(connection: Any, path: Path) -> None:
         options = (
             "auto_detect=false, delim=',', quote='\"', columns={'s': 'VARCHAR', 'd': 'VARCHAR'}"
         )
-        first = f"SELECT s, d FROM read_csv('{quoted}', {options}, header=false) LIMIT 1"
-        row = connection.execute(first).fetchone()
-        check(row, "edges", f"no rows in {path}", "one at least")
-        has_names = not any(map(_is_number, row))
+        first = f"SELECT s, d FROM read_csv('{quoted}', {options}, header=false) LIMIT 2"
+        rows = connection.execute(first).fetchall()
+        has_names = bool(rows) and not any(map(_is_number, rows[0]))
+        check(len(rows) > has_names, "edges", f"no rows in {path}", "one at least")
         table = f"read_csv('{quoted}', {options}, header={has_names})"
-        names = row if has_names else ()
+        names = rows[0] if has_names else ()
     columns = connection.sql(f"SELECT * FROM {table}").columns
     if path.suffix == ".parquet":
         names = columns
@@ -338,7 +331,8 @@ def _open_table(connection: Any, path: Path) -> None:
         "ELSE error(concat('got node ', {0})) END"
     )
     ends = f"{whole.format('s')} AS s, {whole.format('d')} AS d"
-    is_turned = [str(name).strip().lower() for name in names] in TURNED
+    first_name, second_name = [str(name).strip().lower() for name in names] or ("", "")
+    is_turned = first_name in TARGETS and second_name in SOURCES
     order = "d, s" if is_turned else "s, d"
     connection.execute(f"CREATE VIEW edges AS SELECT {ends} FROM {table} AS given ({order})")
 

@@ -183,10 +183,13 @@ def read_table(
         lines = csv.reader(
             stack.enter_context(opened(table, "rt", newline="", encoding="utf-8-sig"))
         )
-        header = next(lines, [])
-        lower = [column.strip().lower() for column in header]
+        header = [column.strip() for column in next(lines, [])]
+        lower = [column.lower() for column in header]
         check("smiles" in lower, "the header", ", ".join(header[:9]), "a column named smiles")
-        labels = LABELS.get(name, [c for c in header if c.strip().lower() not in OTHERS])
+        for column in ("smiles", *LABELS.get(name, ())):
+            count = (lower if column == "smiles" else header).count(column)
+            check(count < 2, "the header", f"{column} {count} times", "each column once")
+        labels = LABELS.get(name, [column for column in header if column.lower() not in OTHERS])
         missing = [label for label in labels if label not in header]
         check(not missing, "the header", ", ".join(header[:9]), f"{', '.join(missing)}, of {name}")
         tasks = int(published(name)["num tasks"])

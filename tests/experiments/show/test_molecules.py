@@ -97,5 +97,5 @@ def test_without_rdkit_the_report_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
     words = words_of(tmp_path / "report" / "index.html")
     assert "which is not installed: pip install rdkit" in words
-    assert re.search(r"follow the (element|degree|being in a ring)|do not follow", words)
+    assert re.search(r"follow the (element|degree|ring membership)|do not follow", words)
     assert report_page.DRAWN["atoms"] not in words

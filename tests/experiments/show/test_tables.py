@@ -47,6 +47,14 @@ def test_headroom() -> None:
         ]
 
 
+def test_headroom_of_errors_is_what_they_lose() -> None:
+    for wide, moe, recovered in ((1.0, 0.9, "150 %"), (1.4, 1.6, "no headroom")):
+        runs = [("dense", 1.2), ("dense-4x", wide), ("moe", moe)]
+        errors = [{**variant(name, [value] * 2), "metric": "rmse"} for name, value in runs]
+        last = study_table(study(*errors)).splitlines()[-1]
+        assert last.split(" | ")[5] == f"{recovered} |"
+
+
 def test_pairs_are_compared_seed_by_seed() -> None:
     pairs = study(
         variant("one", [0.5, 0.6, 0.7]), variant("two", [0.49, 0.62, 0.67]), variant("other", [0.5])

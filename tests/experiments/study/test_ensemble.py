@@ -20,6 +20,7 @@ from experiments.study import ensemble
 from experiments.study.planted import write_planted
 from experiments.train.config import PAPERS
 from experiments.train.data.ogb import OGBMetric, load_ogb
+from experiments.train.predictions import mean_of
 from tests.experiments.command import quick, refused
 
 
@@ -215,3 +216,21 @@ def test_metrics_are_ogbs_to_the_last_digit(name: str) -> None:
         metric.compute().item()
         == evaluator.eval({"y_true": y, "y_pred": predicted})[evaluator.eval_metric]
     )
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (torch.zeros(5, 1), r"probability: got shape \(5, 1\), expected \(5, 3\), as in the first"),
+        (torch.full((5, 3), torch.nan), "probability: got NaN or infinity, expected numbers"),
+    ],
+)
+def test_predictions_that_do_not_fit_each_other_are_named(
+    other: torch.Tensor, said: str, tmp_path: Path
+) -> None:
+    files = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    for file, probability in zip(files, (torch.ones(5, 3), other), strict=True):
+        save_file({"probability": probability}, file)
+    with pytest.raises(ValueError, match=rf"^{files[1]}: cannot be read \({said}"):
+        mean_of(files)
+    assert torch.equal(mean_of(files[:1] * 2), torch.ones(5, 3))

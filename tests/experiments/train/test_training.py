@@ -14,8 +14,9 @@ from lightning_fabric import Fabric
 
 from experiments.train.build import build_model
 from experiments.train.data.load import load_tasks
+from experiments.train.molecule_gnn import BondGCNConv, MoleculeGNN
 from experiments.train.presets import DIGITS
-from experiments.train.training import WARMUP, learning_rate, set_up
+from experiments.train.training import WARMUP, learning_rate, make_optimizer, set_up
 from tests.experiments.command import quick, rows
 
 SMALL = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=300, epochs=2, progress=False)
@@ -37,6 +38,17 @@ def test_cosine_warms_up_by_steps_and_ends_near_zero() -> None:
     assert all(a > b for a, b in itertools.pairwise(factors[warm:]))
     assert 0 < factors[-1] < 0.01
     assert learning_rate(replace(SMALL, schedule="constant"), 3, 50) == 1.0
+
+
+@pytest.mark.parametrize("router", [None, "token_choice"])
+def test_what_the_dense_model_does_not_decay_its_experts_do_not(router: Any) -> None:
+    model = MoleculeGNN(8, 1, 2, conv=BondGCNConv, router=router)
+    optimizer = make_optimizer(replace(SMALL, weight_decay=0.1), model)
+    decayed, spared = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    roots = {id(value) for name, value in model.named_parameters() if name.endswith("root")}
+    weights = {id(value) for name, value in model.named_parameters() if name.endswith("weight")}
+    assert roots <= spared
+    assert decayed & weights
 
 
 def test_steps_follow_the_schedule_and_clip_gradients() -> None:

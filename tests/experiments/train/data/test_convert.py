@@ -127,6 +127,13 @@ FORMS: dict[str, tuple[str, Any]] = {
         "e.csv",
         "Target, source\n" + "".join(f"{end},{start}\n" for start, end in EDGES.T),
     ),
+    **{
+        f"csv of {end} and {start}": (
+            "e.csv",
+            f"{end},{start}\n" + "".join(f"{b},{a}\n" for a, b in EDGES.T),
+        )
+        for end, start in (("dst", "source"), ("to", "src"), ("destination", "from"))
+    },
     "parquet": ("e.parquet", None),
 }
 
@@ -189,10 +196,14 @@ def test_broken_edges_are_named(name: str, content: Any, message: str, tmp_path:
     is_refused(message, tmp_path, content, name)
 
 
-@pytest.mark.parametrize("text", ["1;2\n3;4\n", "1,2\n-1,3\n", "1,2\n3," + "9" * 2**20 + "\n"])
+@pytest.mark.parametrize(
+    "text", ["source,target\n", "1;2\n3;4\n", "1,2\n-1,3\n", "1,2\n3," + "9" * 2**20 + "\n"]
+)
 def test_broken_tables_are_named(text: str, tmp_path: Path) -> None:
     """In a line that shows no more of them than a terminal does."""
-    with pytest.raises(ValueError, match=rf"^{tmp_path / 'e.csv'}: ") as caught:
+    with pytest.raises(
+        ValueError, match=rf"^(edges: got no rows in )?{tmp_path / 'e.csv'}"
+    ) as caught:
         run(tmp_path, text, "e.csv")
     assert len(str(caught.value)) < 2_000
 

@@ -159,6 +159,21 @@ def test_a_table_that_does_not_fit_is_named(
     assert not list(tmp_path.glob("data/*"))
 
 
+@pytest.mark.parametrize("header", ["smiles,HIV_active,HIV_active", "smiles,HIV_active,SMILES"])
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path, header: str) -> None:
+    table = tmp_path / "hiv.csv"
+    table.write_text("\n".join([header, *["C,1,0"] * 10]))
+    with pytest.raises(ValueError, match=r"the header: got (smiles|HIV_active) 2 times, expected"):
+        molecules(table, tmp_path / "data")
+
+
+def test_blanks_around_the_names_of_columns_do_not_count(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "hiv.csv")
+    table.write_text(table.read_text().replace("HIV_active", " HIV_active ", 1))
+    molecules(table, tmp_path)
+    assert (tmp_path / "ogbg_molhiv" / "RELEASE_v1.txt").exists()
+
+
 def test_too_few_molecules_half_a_file_and_a_folder_that_is_there_are_refused(
     root: Path, tmp_path: Path
 ) -> None:
