@@ -62,7 +62,9 @@ def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     expert_P = expert_at(ends_E, row_P)
     place_P = row_P + (block_starts_E * size - starts_E).index_select(0, expert_P)
     # The most blocks that there can be; those that are left over count as the last expert's.
-    block_N = torch.arange(num_rows // size + num_experts, device=offsets_E.device)
+    # Of an unknown number there is more than one, since torch.export would fix whether there is.
+    spare = num_experts if isinstance(num_rows, int) else max(num_experts, 2)
+    block_N = torch.arange(num_rows // size + spare, device=offsets_E.device)
     expert_N = expert_at(block_ends_E, block_N).clamp_(max=num_experts - 1)
     return Blocks(place_P, expert_N, size)
 

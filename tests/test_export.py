@@ -176,6 +176,22 @@ def test_a_model_is_exported_for_any_number_of_images_nodes_and_edges(name: str)
         close(run(*args), model, args)
 
 
+@pytest.mark.parametrize("conv", ["gcn", "gatv2"])
+def test_one_expert_is_exported_for_small_graphs_and_large_ones(conv: str) -> None:
+    """Its rows are one block on a small graph, and several on a large one."""
+    torch.manual_seed(0)
+    model = MoEConv(conv, WIDTH, WIDTH, num_experts=1).eval()
+
+    def graph(nodes: int, edges: int) -> Args:
+        return torch.randn(nodes, WIDTH), torch.randint(nodes, (2, edges))
+
+    args = graph(5, 9)
+    run = torch.export.export(model, args, dynamic_shapes=any_size(args)).module()
+    for size in ((300, 2_000), (20, 70), (4, 6), (1, 1)):
+        args = graph(*size)
+        close(run(*args), model, args)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_onnxruntime_gives_what_the_model_gives_on_any_size(name: str) -> None:

@@ -15,7 +15,7 @@ from torch_geometric.sampler import NegativeSampling
 from torch_geometric.sampler.base import SubgraphType
 from torch_geometric.typing import EdgeType, NodeType
 
-from gmoe._checks import INTEGERS, check_choice, check_range, described
+from gmoe._checks import INTEGERS, check, check_choice, check_counts, check_range, described
 from gmoe.data.sampler import NODES, Fanouts, NeighborSampler, count_nodes
 from gmoe.data.stored import StoredGraph, node_index
 from gmoe.data.temporal import TemporalStrategy
@@ -109,6 +109,7 @@ def neighbor_loader(
     kwargs["input_time"] = input_time
     kwargs["batch_size"] = batch_size
     options = _sampling(replace, disjoint, time_attr, temporal_strategy)
+    check_counts(batch_size=batch_size)
     _check_generator(kwargs)
     if _is_pygs(backend, data):
         return NeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
@@ -213,6 +214,7 @@ def link_neighbor_loader(
     kwargs["edge_label_index"] = links if isinstance(data, Data) else (kind, links)
     kwargs |= {"neg_sampling": negatives, "batch_size": batch_size}
     options = _sampling(replace, disjoint, time_attr, temporal_strategy)
+    check_counts(batch_size=batch_size)
     _check_generator(kwargs)
     if _is_pygs(backend, data):
         return LinkNeighborLoader(_stores(data), num_neighbors, **options, **kwargs)
@@ -227,6 +229,7 @@ def _sampling(
     replace: bool, disjoint: bool, time_attr: str | None, temporal_strategy: TemporalStrategy
 ) -> dict[str, Any]:
     """What PyG's sampler and ours are told by the same names."""
+    check(isinstance(replace, bool), "replace", repr(replace), "True or False")
     return {
         "replace": replace,
         "disjoint": disjoint,

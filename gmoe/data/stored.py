@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 from torch_geometric.data import EdgeAttr, FeatureStore, GraphStore, TensorAttr
 from torch_geometric.data.graph_store import EdgeLayout
 
-from gmoe._checks import INTEGERS, check_choice, check_range, described, in_short
+from gmoe._checks import INTEGERS, check, check_choice, check_range, described, in_short
 from gmoe._torch import shared_storage
 
 SPLITS = ("train", "val", "test")
@@ -231,8 +231,14 @@ class StoredGraph(FeatureStore, GraphStore):
         return rows
 
     def in_edges(self, nodes: slice) -> tuple[Tensor, Tensor]:
-        """Sources and destinations, int64, of all in-edges of a range of nodes."""
-        first, last, _ = nodes.indices(self.num_nodes)
+        """Sources and destinations, int64, of all in-edges of a range of nodes.
+
+        Raises:
+            ValueError: a slice of another step than 1.
+        """
+        first, last, step = nodes.indices(self.num_nodes)
+        check(step == 1, "nodes", nodes, "a slice of step 1")
+        last = max(first, last)  # an empty slice, as Python has it
         start = self.start[first : last + 1]
         source = self.source[int(start[0]) : int(start[-1])].long()
         return source, torch.arange(first, last).repeat_interleave(start.diff())

@@ -162,6 +162,22 @@ def test_a_folded_pruned_and_partly_dense_model_comes_back(
     check_comes_back(model, BASES[base](), inputs, tmp_path / "dense")
 
 
+def test_a_class_is_saved_by_its_name_unless_copies_give_that_other_defaults(
+    tmp_path: Path,
+) -> None:
+    def made(start: Any) -> Any:
+        options: dict[str, Any] = {"num_experts": 3, "k": 2, "start": start}
+        return moved(gmoe.moefy(BASES["timm"](), router=gmoe.TokenChoice, **options))
+
+    check_comes_back(made("shared"), BASES["timm"](), images(), tmp_path)
+    said = "router: got the class TokenChoice, expected 'token_choice' to be saved"
+    with pytest.raises(ValueError, match=said):
+        gmoe.save(made("copies"), tmp_path / "copies")
+    gnn = gmoe.GNNMoE(WIDTH, 8, 3, num_layers=3, router=gmoe.TokenChoice, k=2)
+    with pytest.raises(ValueError, match=said):
+        gnn.save_pretrained(tmp_path / "gnn")
+
+
 def test_layers_of_several_calls_come_back(tmp_path: Path) -> None:
     model = gmoe.moefy(BASES["timm"](), blocks=[1], num_experts=2, start="copies")
     model = moved(gmoe.moefy(model, blocks=[3], num_experts=3, router="random"))

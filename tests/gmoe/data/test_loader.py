@@ -180,6 +180,20 @@ def test_a_generator_that_cannot_be_sent_to_workers_is_refused(method: str) -> N
         make(data, [2], generator=torch.Generator())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": None}, "batch_size: got None, expected a whole number"),
+        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"replace": "no"}, "replace: got 'no', expected True or False"),
+    ],
+)
+def test_batches_of_no_size_are_refused(options: dict[str, Any], said: str) -> None:
+    data = Data(x=torch.ones(9, 1), edge_index=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=f"^{said}"):
+        neighbor_loader(data, [1], **options)
+
+
 def test_an_unknown_backend() -> None:
     with pytest.raises(ValueError, match="backend"):
         neighbor_loader(full_graph(), [3], backend="cugraph")  # type: ignore[arg-type]

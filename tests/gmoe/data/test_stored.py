@@ -77,9 +77,18 @@ def test_it_hands_out_what_was_stored(tmp_path: Path, half: bool) -> None:
     row, start = stored.get_edge_index(None, "csc")
     assert torch.equal(row, data.edge_index[0])
     assert torch.equal(torch.arange(NODES).repeat_interleave(start.diff()), data.edge_index[1])
-    for nodes in (slice(None), slice(0, 0), slice(3, 20), slice(NODES, NODES), slice(9, 10)):
+    for nodes in (
+        slice(None),
+        slice(0, 0),
+        slice(3, 20),
+        slice(NODES, NODES),
+        slice(9, 10),
+        slice(7, 5),
+    ):
         into = torch.isin(data.edge_index[1], torch.arange(NODES)[nodes])
         assert torch.equal(torch.stack(stored.in_edges(nodes)), data.edge_index[:, into])
+    with pytest.raises(ValueError, match=r"^nodes: got slice\(0, 4, 2\), expected a slice of step"):
+        stored.in_edges(slice(0, 4, 2))
 
 
 def test_a_pickle_is_a_path(folder: Path) -> None:
