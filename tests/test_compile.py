@@ -402,7 +402,9 @@ def test_compiled_sums_follow_what_was_changed_in_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("name", ["GCN", "GATv2, edge features", pytest.param("FiLM", marks=SLOW)])
+@pytest.mark.parametrize(
+    "name", ["GCN", *(pytest.param(name, marks=SLOW) for name in ("GATv2, edge features", "FiLM"))]
+)
 @COMPILES_GRAPHS
 def test_a_graph_of_a_sparse_matrix_is_taken(name: str, learned: bool) -> None:
     """Its values are factors, or rows of features; both also where they need gradients.
