@@ -77,7 +77,7 @@ class GridConfig(SweepConfig):
     experts: tuple[int, ...] = (8,)
     """Numbers of experts, E."""
     ks: tuple[int, ...] = (1, 2)
-    """Experts per token, K."""
+    """Experts per token, K; of an E, larger ones are left out."""
     seeds: tuple[int, ...] | None = None
     """The seeds; by default those of the preset."""
 
