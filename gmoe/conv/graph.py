@@ -9,7 +9,6 @@ edges, D width, F edge features; of a part: n destinations, S sources.
 
 from __future__ import annotations
 
-import copy
 from numbers import Integral
 from typing import Any, Literal
 
@@ -148,7 +147,11 @@ class Graph:
 
     def _copy(self, **changes: object) -> Graph:
         """The same graph with other attributes, without anything that was computed."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        # One by one: compiled code may not touch a sparse matrix that the copy does without.
+        for name in vars(self):
+            if name not in changes and name != "_kept":
+                setattr(other, name, getattr(self, name))
         vars(other).update(changes, _kept={})
         return other
 
