@@ -17,16 +17,15 @@ UNSUPPORTED = (
     "the module in Python"
 )
 
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on; torch has none for the meta device, and fails if it is asked."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
 LIBRARY = torch.library.Library("gmoe", "DEF")
 """Where torch finds the operators of :func:`operator`."""
 
 Value = TypeVar("Value")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; torch has none for the meta device, and fails if it is asked."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 class lazy(Generic[Value]):  # noqa: N801

@@ -24,9 +24,9 @@ from gmoe.experts import Experts
 from gmoe.from_base import ExpertsFromBase, FromBase
 from gmoe.hub import recorded, refuse_save_pretrained
 from gmoe.moe import MoE, MoELayer, choose_blocks
-from gmoe.routers import ROUTERS, Router, RouterLike
+from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
-from gmoe.start import Start, build_layer_router, check_start
+from gmoe.start import Start, build_layer_router, check_start, saved_by_name
 
 
 def moefy(
@@ -154,7 +154,9 @@ def moefy(
 
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
-        layer.moefied = recorded(options, known=ROUTERS)
+        # Without a start, convs may have become copies, by the router.
+        could_be = check_start(start) if isinstance(layer, MoE) else start or "copies"
+        layer.moefied = recorded(options, known=saved_by_name(could_be, k, router_kwargs))
     for name, module in modules.items():
         model.set_submodule(name, layers[module])
     refuse_save_pretrained(model)

@@ -298,10 +298,4 @@ def recorded(
                 f"{name}: got {error}, expected names, numbers, lists or dicts of them, or a class "
                 "that has a name, to be saved"
             )
-    router, name = arguments.get("router"), config.get("router")
-    if isinstance(router, type) and isinstance(name, str) and config.get("start") == "copies":
-        config["router"] = ValueError(
-            f"router: got the class {router.__name__}, expected {name!r} to be saved: copies give "
-            "a name other defaults than a class"
-        )
     return config

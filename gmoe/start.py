@@ -136,6 +136,20 @@ def _kwargs_for_copies(
     return defaults | kwargs
 
 
+def saved_by_name(
+    start: Start, k: int, router_kwargs: Mapping[str, object] | None
+) -> dict[str, Any]:
+    """Return the classes of routers that come back as they were if their name is saved.
+
+    Among copies, a name has defaults that its class has not.
+    """
+    return {
+        name: router
+        for name, router in ROUTERS.items()
+        if start != "copies" or _kwargs_for_copies(name, k, router_kwargs) == (router_kwargs or {})
+    }
+
+
 @contextmanager
 def drawn_apart(from_dense: bool) -> Iterator[None]:
     """Keep torch's global generators untouched inside, so that dense layers get the same values.

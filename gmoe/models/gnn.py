@@ -53,9 +53,16 @@ from gmoe.models.parts import (
     residual_of,
 )
 from gmoe.moe import choose_blocks
-from gmoe.routers import ROUTERS, Router, RouterLike, let_check_finite
+from gmoe.routers import Router, RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routings
-from gmoe.start import Start, build_layer_router, check_start, drawn_apart, start_of_convs
+from gmoe.start import (
+    Start,
+    build_layer_router,
+    check_start,
+    drawn_apart,
+    saved_by_name,
+    start_of_convs,
+)
 
 Stored = TypeVar("Stored")
 """A graph on disk, in place of the features of all nodes."""
@@ -150,7 +157,11 @@ class GNNMoE(HubMixin, nn.Module):
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
         router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router)
-        config = recorded(locals(), "conv_kwargs", by_name() | ROUTERS)
+        config = recorded(
+            locals(),
+            "conv_kwargs",
+            by_name() | saved_by_name(conv_kwargs["start"], k, conv_kwargs.get("router_kwargs")),
+        )
         check_counts(
             in_channels=in_channels,
             hidden_channels=hidden_channels,

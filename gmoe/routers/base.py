@@ -162,8 +162,8 @@ class Router(nn.Module, ABC):
 
         # In half precision two close logits round to a tie, and probabilities underflow.
         x_TD = x_TD.to(torch.promote_types(x.dtype, torch.float32))
-        is_on = autocasts(x.device)
-        with torch.autocast(x.device.type, enabled=False) if is_on else nullcontext():
+        has_autocast = autocasts(x.device)
+        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
             routing = self.route(x_TD, group, edge_index)
 
         shape = (x_TD.size(0), self.num_experts)

@@ -165,17 +165,20 @@ def test_a_folded_pruned_and_partly_dense_model_comes_back(
 def test_a_class_is_saved_by_its_name_unless_copies_give_that_other_defaults(
     tmp_path: Path,
 ) -> None:
-    def made(start: Any) -> Any:
+    def made(router: Any, start: Any) -> Any:
         options: dict[str, Any] = {"num_experts": 3, "k": 2, "start": start}
-        return moved(gmoe.moefy(BASES["timm"](), router=gmoe.TokenChoice, **options))
+        return moved(gmoe.moefy(BASES["timm"](), router=router, **options))
 
-    check_comes_back(made("shared"), BASES["timm"](), images(), tmp_path)
-    said = "router: got the class TokenChoice, expected 'token_choice' to be saved"
+    for router, start in ((gmoe.TokenChoice, None), (gmoe.RandomRouter, "copies")):
+        check_comes_back(made(router, start), BASES["timm"](), images(), tmp_path / router.__name__)
+    said = "router: got TokenChoice, expected names"
     with pytest.raises(ValueError, match=said):
-        gmoe.save(made("copies"), tmp_path / "copies")
-    gnn = gmoe.GNNMoE(WIDTH, 8, 3, num_layers=3, router=gmoe.TokenChoice, k=2)
+        gmoe.save(made(gmoe.TokenChoice, "copies"), tmp_path / "copies")
+    with pytest.raises(ValueError, match=said):  # without a start, convs would become copies
+        gmoe.save(gmoe.moefy(gnn("GCN"), router=gmoe.TokenChoice, k=2), tmp_path / "copies")
+    own = gmoe.GNNMoE(WIDTH, 8, 3, num_layers=3, router=gmoe.TokenChoice, k=2)
     with pytest.raises(ValueError, match=said):
-        gnn.save_pretrained(tmp_path / "gnn")
+        own.save_pretrained(tmp_path / "own")
 
 
 def test_layers_of_several_calls_come_back(tmp_path: Path) -> None:
