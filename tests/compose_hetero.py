@@ -18,7 +18,6 @@ import pickle
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -35,7 +34,7 @@ from torch_geometric.nn import LayerNorm
 import gmoe
 from gmoe import Graph, HeteroGNNMoE, HeteroMoEConv, RelationalConv, Routing
 from tests.compose import ROUTERS, SPARSE, TOLERANCE, some
-from tests.composer import Composer, Outcome, compare, flip
+from tests.composer import Composer, Outcome, compare, flip, judged
 from tests.gmoe.conv import masked as ref
 
 EdgeType = tuple[str, str, str]
@@ -719,17 +718,8 @@ def may_refuse(c: Config, message: str) -> bool:
 
 
 def run(number: int) -> Outcome:
-    """A number's outcome; an error is a refusal only in the library's own words."""
-    with warnings.catch_warnings(), ref.default_float64():
-        warnings.simplefilter("ignore")
-        c = draw(number)
-        try:
-            return compute(c)
-        except Exception as error:
-            is_own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
-            is_own &= re.match(r"[\w., ]+: got .*expected", str(error), re.DOTALL) is not None
-            kind = "refused" if is_own and may_refuse(c, str(error)) else "failed"
-            return Outcome(torch.inf, kind, f"{type(error).__name__}: {error}")
+    """A number's outcome."""
+    return judged(draw, compute, may_refuse, number)
 
 
 def traits(c: Config) -> set[str]:

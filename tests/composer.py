@@ -7,8 +7,10 @@ apart.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -16,6 +18,11 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
+
+from tests.gmoe.conv.masked import default_float64
+
+OWN_WORDS = re.compile(r"[\w., ]+: got .*(expected|but)|inference: ", re.DOTALL)
+"""How gmoe's refusals begin, and what they say."""
 
 CHUNK = 25
 """How many numbers one test runs."""
@@ -54,6 +61,33 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float
         kind = "equal" if difference <= tolerance else "failed"
         found = max(found, Outcome(difference, kind, name))
     return found
+
+
+def judged(
+    draw: Callable[[int], Any],
+    compute: Callable[[Any], Outcome],
+    may_refuse: Callable[[Any, str], bool],
+    number: int,
+) -> Outcome:
+    """What a number comes to; an error is a refusal only in gmoe's own words.
+
+    Args:
+        draw: see :class:`Composer`.
+        compute: compares a configuration with its definition.
+        may_refuse: whether a refusal is one that the configuration can get.
+        number: which is drawn.
+    """
+    with warnings.catch_warnings(), default_float64():
+        warnings.simplefilter("ignore")
+        c = draw(number)
+        try:
+            return compute(c)
+        except Exception as error:
+            text = str(error)
+            is_own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
+            is_own &= OWN_WORDS.match(text) is not None
+            kind = "refused" if is_own and may_refuse(c, text) else "failed"
+            return Outcome(torch.inf, kind, f"{type(error).__name__}: {text}")
 
 
 class Composer(NamedTuple):
