@@ -31,7 +31,7 @@ from gmoe import (
     moefy,
     record_routing,
 )
-from gmoe.plot import expert_load, expert_maps, palette, patch_weights
+from gmoe.plot import _grid, expert_load, expert_maps, palette, patch_weights
 
 SIZE = ViTSize(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
 IMAGE = torch.zeros(3, 12, 12)
@@ -203,3 +203,10 @@ def test_bad_histories_are_refused() -> None:
     for history in histories:
         with pytest.raises(ValueError, match="history"):
             expert_load(history)
+
+
+def test_a_class_token_alone_is_no_grid_of_one_patch() -> None:
+    """As in the last layers of CaiT; an image of one patch has one."""
+    assert _grid(1, 14, 14) is None
+    assert _grid(1, 1, 1) == (1, 1)
+    assert _grid(4, 14, 14) == (2, 2)
