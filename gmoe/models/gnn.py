@@ -157,11 +157,7 @@ class GNNMoE(HubMixin, nn.Module):
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
         router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router)
-        config = recorded(
-            locals(),
-            "conv_kwargs",
-            by_name() | saved_by_name(conv_kwargs["start"], k, conv_kwargs.get("router_kwargs")),
-        )
+        config = recorded(locals(), "conv_kwargs", _named_classes(k, conv_kwargs))
         check_counts(
             in_channels=in_channels,
             hidden_channels=hidden_channels,
@@ -410,6 +406,11 @@ class GNNMoE(HubMixin, nn.Module):
             f"{self.out_channels}, num_layers={self.num_layers}, "
             f"shared_router={self.shared_router is not None})"
         )
+
+
+def _named_classes(k: int, conv_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of convs and routers that a model is saved with by their names."""
+    return by_name() | saved_by_name(conv_kwargs["start"], k, conv_kwargs.get("router_kwargs"))
 
 
 def _start_of(
