@@ -24,7 +24,7 @@ import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -201,21 +201,21 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def quiet(path: Path) -> Iterator[None]:
-    """What is printed goes to a file, that of libraries in C as well."""
+    """What is printed goes to a file: that of Python, wherever it goes now, and of libraries in C.
+
+    Under pytest, ``sys.stderr`` is not where the second descriptor leads.
+    """
     kept = os.dup(1), os.dup(2)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with path.open("wb") as file:
+    with path.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, old in enumerate(kept, 1):
-            os.dup2(old, number)
-            os.close(old)
+        try:
+            yield
+        finally:
+            file.flush()
+            for number, old in enumerate(kept, 1):
+                os.dup2(old, number)
+                os.close(old)
 
 
 # Children ----------------------------------------------------------------------------------------
