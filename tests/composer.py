@@ -132,7 +132,10 @@ class Composer(NamedTuple):
         return int(bool(failures))
 
     def check(self, first: int, equal: float) -> None:
-        """For a test: no number of a chunk fails, and a share of them at least is equal."""
+        """For a test: no number of a chunk fails, and a share of them at least is equal.
+
+        Among hundreds of chunks, a few have far fewer equal numbers than the mean.
+        """
         kinds = Counter[str]()
         for number in range(first, first + CHUNK):
             outcome = self.run(number)

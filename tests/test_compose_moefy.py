@@ -18,7 +18,7 @@ def test_numbers(first: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(50, 5_000, CHUNK))
 def test_more_numbers(first: int) -> None:
-    COMPOSER.check(first, equal=0.2)  # six of ten are equal, and few chunks have as few as 7 of 25
+    COMPOSER.check(first, equal=0.2)
 
 
 def test_another_definition_fails(monkeypatch: pytest.MonkeyPatch) -> None:
