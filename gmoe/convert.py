@@ -65,8 +65,11 @@ def moefy(
     ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Dropout is kept, and so are norms before the linear
     layers. The MLP is read by what it computes: it runs once on random tokens, and the order in
     which its parts are called counts, not the order of their names. An MLP sees
-    (B, ..., D): the tokens of an image, in a row or in a grid, are one group. Padding is part of
-    the group, so it takes up places where experts choose.
+    (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row or in a
+    grid, or those of a window where a model folds windows into the first dimension. Padding is
+    part of the group, so it takes up places where experts choose. The rows of (T, D), such as
+    pooled images or the nodes of a batch of graphs, are one group: under a router whose tokens
+    compete (:attr:`Router.by_token` is false) what a row gets depends on the others.
 
     Args:
         model: the dense model.
@@ -262,7 +265,10 @@ def _check_convertible(name: str, module: nn.Module) -> None:
 
 
 class TokenMoE(MoE):
-    """A MoE on (B, ..., D), where each of the B entries is a group: all tokens of an image."""
+    """A MoE on (B, ..., D), where each of the B entries is a group: all tokens of an image.
+
+    The rows of (T, D) are one group, as in :class:`MoE`.
+    """
 
     def forward(
         self,

@@ -375,7 +375,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(GCNConv(-1, 4)), {"targets": "0"}, "model"),
     *((timm_vit, {"every": every}, "every") for every in (0, 4)),
     (timm_vit, {"router": TokenChoice(16, num_experts=8)}, "router"),
-    *((timm_vit, {"blocks": blocks}, "blocks") for blocks in (3, [], [0, -3], [3], [1.0])),
+    *((timm_vit, {"blocks": blocks}, "blocks") for blocks in (3, [], [0, -3], [3], [1.0], [True])),
 ]
 
 
