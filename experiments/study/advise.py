@@ -125,6 +125,9 @@ class Comparison:
     """Arms in turns, a seed (and so a split) after the other, as long as the budget lasts."""
 
     def __init__(self, base: RunConfig, out: Path, seconds: float) -> None:
+        asked = out / "questions.json"
+        answer = read_json(asked, dict[str, Any]) if asked.exists() else {}
+        self.rules_differ = answer.get("kind") == "rules"
         self.arms = {
             name: replace(arm, out=out / name, resume=True) for name, arm in arms_of(base).items()
         }
@@ -225,7 +228,7 @@ class Comparison:
 SAID = {"yes": "headroom", "no": "no headroom", "inconclusive": "headroom inconclusive"}
 ADVICE = {
     "no": "do not use experts",
-    "inconclusive": "inconclusive: run more splits; the same command goes on where it stopped",
+    "inconclusive": "inconclusive: the time is up; the same command goes on where it stopped",
 }
 
 
@@ -249,6 +252,7 @@ def advise(
     data_root: Path = Path("data"),
     metric: Literal["accuracy", "roc_auc"] | None = None,
     width: int | None = None,
+    undirected: bool = True,
     budget: float = 30.0,
     compare: bool = False,
 ) -> None:
@@ -262,6 +266,8 @@ def advise(
         data_root: the file of your graph, or the root folder of the data.
         metric: of your own graph (default accuracy).
         width: of the dense model's hidden layers; by default the preset's.
+        undirected: train on the reverse of each edge, too, where the preset does;
+            `--no-undirected` keeps edges in one direction.
         budget: minutes, in which another turn of all arms has to fit.
         compare: train dense models and experts, and write a report. Of images that is all there
             is.
@@ -279,22 +285,29 @@ def advise(
     )
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    if not undirected:
+        if not isinstance(base, GraphConfig):
+            raise ValueError(f"undirected: got False for {preset}, expected a preset of nodes")
+        base = replace(base, undirected=False)
     base = fit_to_disk(base)
     if isinstance(base, GraphConfig) and not compare:
-        lines, is_asked = ask(base, out)
+        lines, choice = ask(base, out)
         print("\n".join(lines), flush=True)
-        if is_asked:
+        if choice is not None:
             words = [preset, "--out", out, "--data-root", data_root, "--compare"]
             for name, value in {"--metric": metric, "--width": width}.items():
                 words += [] if value is None else [name, value]
+            words += ["--no-undirected"] if choice == "one way" or not undirected else []
             again = f"python -m experiments.advise {shlex.join(map(str, words))}"
             print(f"to train dense models and experts on it (half an hour): {again}")
             return
     compare_with_experts(base, out, budget)
 
 
-def ask(base: GraphConfig, out: Path) -> tuple[list[str], bool]:
-    """Ask what the nodes want; the answer and its figures, and whether there is one.
+def ask(base: GraphConfig, out: Path) -> tuple[list[str], str | None]:
+    """Ask what the nodes want: the lines to print, and what the answer names.
+
+    ``None`` if no question was asked, the empty string if the answer names nothing.
 
     ``questions.json`` holds it, and ``regimes.npy`` the expert of each node where rules differ.
     """
@@ -305,7 +318,7 @@ def ask(base: GraphConfig, out: Path) -> tuple[list[str], bool]:
     with redirect_stdout(sys.stderr):  # what loaders say on the way
         nodes = "the graph stays on disk" if stored_folder(base) else nodes_of(base)
     if isinstance(nodes, str):
-        return [f"no questions asked: {nodes}"], False
+        return [f"no questions asked: {nodes}"], None
     answer = Survey(nodes).answer()
     found = {"kind": answer.kind, "choice": answer.choice, "line": answer.line}
     gains = {name: vars(gain) for name, gain in answer.gains.items()}
@@ -319,7 +332,7 @@ def ask(base: GraphConfig, out: Path) -> tuple[list[str], bool]:
         lines.append(f"the expert of each node: {out / 'regimes.npy'}")
     else:  # an earlier answer's
         (out / "regimes.npy").unlink(missing_ok=True)
-    return lines, True
+    return lines, answer.choice or ""
 
 
 def keep_regimes(out: Path, expert: Tensor) -> None:
@@ -361,16 +374,15 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     assert room is not None
     lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
     found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
-    gain = (
-        comparison.told((matched, first, second), comparison.better, matched)
-        if room.verdict == "yes"
-        else None
-    )
+    gain = None
+    if room.verdict == "yes" or comparison.rules_differ:
+        gain = comparison.told((matched, first, second), comparison.better, matched)
     if gain is None:
-        why = "they need headroom" if room.verdict == "no" or room.n == MOST else "no time was left"
-        what = ADVICE["no" if room.verdict == "no" else "inconclusive"]
-        lines += [f"experts: not tried, since {why}", what]
-        return lines, found
+        needs = {"no": "they need headroom", "inconclusive": "headroom is not sure"}
+        why = "no time is left" if comparison.rules_differ else needs.get(room.verdict)
+        lines += [f"experts: not tried, since {why or 'no time is left'}"]
+        is_no = room.verdict == "no" and not comparison.rules_differ
+        return [*lines, ADVICE["no" if is_no else "inconclusive"]], found
     setting = comparison.better()
     step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
     wider = comparison.difference("dense-4x", "dense", more.n).mean
@@ -380,8 +392,11 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
         f"{step:.2f} times the dense model's step"
     )
     use = f"use them: {command(comparison.arms[setting])}"
+    last = ADVICE.get(gain.verdict, use)
+    if gain.verdict == "no" and comparison.rules_differ:
+        last = "do not use these two settings: rules differ, so route by regimes.npy"
     found |= {"experts": vars(gain), "setting": setting, "step": step}
-    return [*lines, ADVICE.get(gain.verdict, use)], found
+    return [*lines, last], found
 
 
 main = program("advise", advise, __doc__)

@@ -100,7 +100,7 @@ def test_three_lines(
         assert found["setting"] in advise.arms_of(PRESETS[name][1])
     else:
         assert tried == ["dense", "dense-4x"]
-        expected = {"no": "do not use experts", "inconclusive": "inconclusive: run more splits"}
+        expected = {"no": "do not use experts", "inconclusive": "inconclusive: the time is up"}
         assert third.startswith(expected[headroom])
     assert first in Path("out/index.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
@@ -141,7 +141,7 @@ def test_the_budget_ends_it(
 ) -> None:
     """One turn is made, and the next that would not fit is not."""
     main(["digits-graph", "--out", str(tmp_path), "--budget", "0.001", "--width", "2", "--compare"])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("inconclusive: run more splits")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("inconclusive: the time is up")
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
@@ -182,6 +182,68 @@ def test_where_rules_differ_the_expert_of_each_node_is_kept(
     monkeypatch.setattr(Survey, "answer", lambda _: nothing)
     main(["concept-4-32-communities", "--out", str(tmp_path)])
     assert not (tmp_path / "regimes.npy").exists()  # it would be an earlier answer's
+
+
+@pytest.mark.parametrize(
+    ("rules_differ", "verdicts", "lines"),
+    [
+        (False, "no", ["experts: not tried, since they need headroom", "do not use experts"]),
+        (False, "yes", ["experts: not tried, since no time is left", "inconclusive: the time is"]),
+        (False, "inconclusive", ["experts: not tried, since headroom is not sure", "inconclusive"]),
+        (True, "no", ["experts: not tried, since no time is left", "inconclusive: the time is"]),
+        (True, "no no", ["experts (route-once): ", "do not use these two settings: rules differ"]),
+        (True, "no yes", ["experts (route-once): ", "use them: python -m experiments.train"]),
+        (False, "yes no", ["experts (route-once): ", "do not use experts"]),
+    ],
+)
+def test_no_headroom_says_nothing_of_experts_where_rules_differ(
+    rules_differ: bool, verdicts: str, lines: list[str], tmp_path: Path
+) -> None:
+    """Verdicts of the dense models and, if there is time, of experts."""
+    answer = {"kind": "rules" if rules_differ else "nothing"}
+    (tmp_path / "questions.json").write_text(json.dumps(answer))
+    found: Any = [
+        advise.Difference(mean=1.0, interval=None, n=10, verdict=verdict)  # type: ignore[arg-type]
+        for verdict in verdicts.split()
+    ]
+
+    class Told(advise.Comparison):
+        def foretell(self, names: Any) -> None: ...
+
+        def told(self, *_: Any) -> Any:
+            return found.pop(0) if found else None
+
+        def difference(self, *_: Any) -> Any:
+            return advise.Difference(mean=1.0, interval=None, n=10, verdict="yes")
+
+        def step_ratio(self, arm: str) -> float:
+            return 2.0
+
+        def better(self) -> str:
+            return "route-once"
+
+    (_, *said), _ = advise.advice(Told(DIGITS_GRAPH, tmp_path, 60))
+    assert all(map(str.startswith, said, lines)), said
+
+
+@pytest.mark.parametrize("args", [[], ["--no-undirected"]])
+def test_edges_in_one_direction_are_what_is_compared_then(
+    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from experiments.study.questions import Answer, Survey
+
+    choice = None if args else "one way"
+    said = Answer(kind="inputs", choice=choice, line="one", figures=[], gains={}, expert=None)
+    monkeypatch.setattr(Survey, "answer", lambda _: said)
+    main(["concept-4-32-communities", "--out", str(tmp_path), *args])
+    printed = capsys.readouterr().out.splitlines()[-1].partition("experiments.advise ")[2]
+    assert printed.endswith("--compare --no-undirected")
+    bases: list[Any] = []
+    monkeypatch.setattr(advise, "compare_with_experts", lambda base, *_: bases.append(base))
+    main(printed.split())
+    assert [base.undirected for base in bases] == [False]
+    message = "undirected: got False for digits, expected a preset of nodes"
+    assert message in refused(["digits", "--out", str(tmp_path), "--no-undirected"], capsys, main)
 
 
 @pytest.mark.parametrize(
