@@ -19,6 +19,7 @@ from torch_geometric import seed_everything
 from tqdm import tqdm
 
 import gmoe
+from experiments.benchmark.tables import measured_on
 from experiments.train.results import environment, write_json
 from gmoe._checks import check, check_at_least, check_counts
 
@@ -78,6 +79,10 @@ class Measurement:
             if name not in ("json", "data_root", "folder")
         }
         return {"config": settings, "variants": found, "environment": environment()}
+
+    def measured_on(self, found: dict[str, Any]) -> str:
+        """A line for below the figures: hardware, versions, commit."""
+        return measured_on(environment(), self.device)
 
 
 @dataclass(frozen=True, kw_only=True)

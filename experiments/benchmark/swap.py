@@ -9,7 +9,7 @@ import copy
 import itertools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -41,7 +41,7 @@ from experiments.train.progress import Progress
 from experiments.train.results import environment, write_json
 from experiments.train.routing_stats import noting_added, switched_off, switches
 from experiments.train.training import attention_kernel, make_optimizer, set_up
-from gmoe._checks import check_choice, check_counts
+from gmoe._checks import check, check_choice
 from gmoe.conv.kinds import factory_of
 
 Arm = Literal[
@@ -368,13 +368,17 @@ class SwapBenchmark(Benchmark):
         """By row ``runs`` by arm and ``time`` of a step.
 
         A folder beside the file holds what is not finished.
+
+        Raises:
+            ValueError: see :meth:`Measurement.run`; a file of another number of threads, on which
+                rounding and times depend.
         """
+        replace(self, repeats=self.repeats or 1).check_options()
         for name in self.rows:
             check_choice("rows", name, ROWS)
-        check_counts(seeds=self.seeds)
         # Two processes would overwrite each other's runs
         with _alone(self.json):
-            found = read_json(self.json, dict[str, Any])["variants"] if self.json.exists() else {}
+            found = self.kept()
             for name in self.rows:
                 (problem, config, others), row = ROWS[name], found.setdefault(name, {"runs": {}})
                 root = self.data_root / config.data_root
@@ -390,10 +394,47 @@ class SwapBenchmark(Benchmark):
                     )
                     write_json(self.json, self.content(found))
                     shutil.rmtree(part, ignore_errors=True)
-                if self.repeats and not row.get("time"):
-                    row["time"] = step_times(name, config, self.repeats)
+                timed = [arm for arm in arms if arm not in ("random", "oracle", "k-means")]
+                if self.repeats and self.lacks_times(row, timed):
+                    row["time"] = step_times(name, config, timed, self.repeats)
                     write_json(self.json, self.content(found))
         return found
+
+    def kept(self) -> dict[str, Any]:
+        """What the file has, by row."""
+        if not self.json.exists():
+            return {}
+        there = read_json(self.json, dict[str, Any])
+        threads = there["config"]["threads"]
+        check(
+            threads == self.threads,
+            "threads",
+            self.threads,
+            f"{threads}, as in {self.json}, or another --json",
+        )
+        found: dict[str, Any] = there["variants"]
+        return found
+
+    def lacks_times(self, row: dict[str, Any], arms: Sequence[Arm]) -> bool:
+        """True if a row has no times of some arms, or of another number of repeats."""
+        times = row.get("time", {})
+        return any(
+            arm not in times or len(times[arm]["wall"]["values"]) != self.repeats for arm in arms
+        )
+
+    def content(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The content of the file: of the settings, those that are of all its figures."""
+        content = super().content(found)
+        content["config"] = {name: content["config"][name] for name in ("device", "threads")}
+        return content
+
+    def measured_on(self, found: dict[str, Any]) -> str:
+        """Also the commits of runs that were kept from earlier commands."""
+        runs = (run for row in found.values() for arm in row["runs"].values() for run in arm)
+        of_runs = {str(run["commit"])[:7] for run in runs}
+        line = super().measured_on(found)
+        earlier = sorted(of_runs - {str(environment()["commit"])[:7]})
+        return f"{line} Some runs are of {', '.join(earlier)}." if earlier else line
 
 
 def _alone(file: Path) -> AbstractContextManager[Any]:
@@ -467,18 +508,12 @@ def width_of(arm: Arm, name: str, config: Config) -> int:
     )
 
 
-def step_times(name: str, config: Config, repeats: int) -> dict[str, Any]:
-    """Seconds of a training step in turns, see :func:`take_turns`.
+def step_times(name: str, config: Config, arms: Sequence[Arm], repeats: int) -> dict[str, Any]:
+    """Seconds of a training step of some arms in turns, see :func:`take_turns`.
 
     ``layers`` is how many layers have experts.
     """
-    kind, _, others = ROWS[name]
-    problem = kind(config, 0)
-    arms: list[Arm] = [
-        "dense",
-        "moe",
-        *(arm for arm in others if arm not in ("random", "oracle", "k-means")),
-    ]
+    problem = ROWS[name][0](config, 0)
     models = {arm: problem.drawn(arm, width_of(arm, name, config)) for arm in arms}
     steps = {
         str(arm): partial(problem.step, model, problem.optimizer(model))

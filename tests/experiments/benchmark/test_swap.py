@@ -117,7 +117,7 @@ def test_the_selected_epoch_is_tested(
 
 
 def test_finished_runs_are_kept_and_others_added(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     path, trained = tmp_path / "swap.json", list[tuple[str, int]]()
     train_arm, (problem, config, arms) = swap.train_arm, ROWS["cora-gcn"]
@@ -137,7 +137,7 @@ def test_finished_runs_are_kept_and_others_added(
         return dict(json.loads(path.read_text())["variants"]["cora-gcn"])
 
     monkeypatch.setattr(swap, "train_arm", counted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run("--seeds", "1")
     kept = json.loads(path.read_text())["variants"]["cora-gcn"]["runs"]
     row = run("--seeds", "1")
@@ -153,6 +153,37 @@ def test_finished_runs_are_kept_and_others_added(
     with FileLock(tmp_path / "swap.lock"), pytest.raises(SystemExit):  # of another process
         run("--seeds", "3")
     assert trained == []
+
+    # Figures keep what they were measured with.
+    assert run("--repeats", "2", "--seeds", "1")["time"] != row["time"]
+    found = json.loads(path.read_text())
+    assert found["config"] == {"device": "cpu", "threads": 1}
+    found["variants"]["cora-gcn"]["runs"]["dense"][0]["commit"] = "deadbeef00"
+    path.write_text(json.dumps(found))
+    capsys.readouterr()
+    run("--repeats", "0", "--seeds", "1")
+    assert capsys.readouterr().out.strip().endswith("Some runs are of deadbee.")
+    with pytest.raises(SystemExit):
+        run("--threads", "2")
+    message = f"threads: got 2, expected 1, as in {path}, or another --json"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--repeats -1", "repeats: got -1"),
+        ("--threads -1", "threads: got -1"),
+        ("--rows", "rows: got nothing, expected at least one"),
+        ("--seeds 0", "seeds: got 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(
+    options: str, message: str, tmp_path: Path, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["swap", "--json", str(tmp_path / "swap.json"), *options.split()])
+    assert message in capsys.readouterr().err
 
 
 def test_the_matched_model_has_the_flops(root: Path) -> None:
