@@ -197,6 +197,7 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
                 else Path("data")
             )
             data_root = data_root if data_root.exists() else Path("data")
+        check_same(path, science, summary["config"])
         config, layers = read_options(path, data_root), len(summary["routing"])
         if not trust:
             check_trusted(config, folder)
@@ -212,6 +213,17 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
     return RunFolder(
         folder=folder, name=name, config=config, science=science, summary=summary, history=history
     )
+
+
+def check_same(path: Path, science: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Refuse a configuration that is not the one of which the scores are.
+
+    Names of code (``file.py:Name``) may differ: it may lie elsewhere by now.
+    """
+    for name in sorted(science.keys() | trained.keys()):
+        got, expected = (options.get(name, "nothing") for options in (science, trained))
+        is_same = got == expected or ":" in str(got)
+        check(is_same, f"{path}: {name}", got, f"{expected}, as in summary.json")
 
 
 def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
