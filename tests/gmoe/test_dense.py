@@ -105,7 +105,9 @@ def test_data_is_read_once_and_equal_infinities_do_not_count() -> None:
 @pytest.mark.parametrize("data", [None, (X, EDGES)], ids=["plain", "data"])
 def test_unstacked_convs_stay_with_the_line_to_call(kind: str, data: Any) -> None:
     layer = gmoe.unstack(conv_layer(kind, "copies", "token_choice", 1))
-    assert "gmoe.restack before" in str(gmoe.densify(layer, data))
+    folded = gmoe.densify(layer, data)
+    assert "gmoe.restack before" in str(folded)
+    assert [(one.is_dense, one.change) for one in folded.layers] == [(False, None)]
 
 
 def test_a_gnn_that_routes_once_becomes_dense_and_trains() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gmoe import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
+from gmoe.losses import expected_load
 
 PROBS = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9]], dtype=torch.float64)
 
@@ -63,6 +64,7 @@ def test_load_loss_at_two_experts_a_token() -> None:
     load = torch.tensor([phi(2), phi(1), phi(-1)], dtype=torch.float64)
     torch.testing.assert_close(load_loss(clean, noisy, std, 2), cv_squared(load))
     assert load_loss(clean, noisy, std, 3) == 0  # K = E: every load is T
+    assert expected_load(clean, noisy, std, 3).tolist() == [1, 1, 1]
 
 
 def test_switch_loss() -> None:

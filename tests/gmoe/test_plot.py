@@ -31,7 +31,7 @@ from gmoe import (
     moefy,
     record_routing,
 )
-from gmoe.plot import _grid, expert_load, expert_maps, palette, patch_weights
+from gmoe.plot import _grid, _tint, _to_rgb, expert_load, expert_maps, palette, patch_weights
 
 SIZE = ViTSize(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
 IMAGE = torch.zeros(3, 12, 12)
@@ -161,8 +161,26 @@ def test_tints_by_hand() -> None:
     ):
         assert np.allclose(pixels(figure, 1)[place], 0.4 * 0.5 + 0.6 * color, atol=1e-6)
     assert figure.axes[0].get_ylabel() == "gray"
+    assert [axis.get_title() for axis in figure.axes] == ["", "MoE layer 1"]
+    (legend,) = figure.legends
+    assert len(legend.legend_handles) == 2  # experts
     stretched = expert_maps(Fixed(), torch.arange(16.0).view(1, 4, 4))
     assert np.allclose(pixels(stretched, 0)[..., 0].ravel(), np.arange(16) / 15)
+    both = torch.arange(16.0).view(1, 1, 4, 4) * torch.tensor([1.0, 9.0])[:, None, None, None]
+    assert torch.allclose(*_to_rgb(both, None, None))  # each image by itself
+
+
+def test_a_grid_that_a_stage_has_merged_covers_the_picture() -> None:
+    """One place of 2 x 4 pixels that were patches of 1 x 2."""
+    weight_hwE = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    tinted = _tint(torch.zeros(3, 2, 8), weight_hwE, (1, 2))
+    for columns, expert in ((slice(0, 4), 0), (slice(4, 8), 1)):
+        color = 0.6 * torch.tensor(palette(num_experts=2)[expert])[:, None, None]
+        torch.testing.assert_close(tinted[..., columns], color.expand(3, 2, 4))
+
+
+def test_many_experts_have_as_many_colors() -> None:
+    assert len(set(palette(num_experts=30))) == 30
 
 
 def test_loads_of_routings_and_of_stats_are_the_same() -> None:
@@ -177,7 +195,9 @@ def test_loads_of_routings_and_of_stats_are_the_same() -> None:
         stats.update(layers)
         counted.append(stats.compute())
     for history in (steps, counted):
-        for axis in expert_load(history).axes[:2]:
+        figure = expert_load(history)
+        assert [len(legend.legend_handles) for legend in figure.legends] == [2]
+        for axis in figure.axes[:2]:
             first, second = axis.collections
             points = {
                 tuple(point)
@@ -190,7 +210,11 @@ def test_loads_of_routings_and_of_stats_are_the_same() -> None:
 
 
 def test_one_step_is_drawn_as_bars() -> None:
-    (axis,) = expert_load([of_assignment(torch.tensor([0, 0, 0, 2]), 3)]).axes
+    figure = expert_load([of_assignment(torch.tensor([0, 0, 0, 2]), 3)])
+    (axis,) = figure.axes
+    assert not figure.legends  # experts stand below their bars
+    colors = [tuple(bar.get_facecolor()[:3]) for bar in axis.patches]
+    assert colors == palette(num_experts=3)
     assert [bar.get_height() for bar in axis.patches] == [0.75, 0.0, 0.25]  # type: ignore[attr-defined]
     stats = RoutingStats(num_experts=[1])  # whose figures of a single expert are scalars
     stats.update(of_assignment(torch.tensor([0]), 1))

@@ -155,6 +155,12 @@ def test_from_choices_refuses(expert: list[Any], weight: list[Any], name: str) -
         )
 
 
+def test_of_doubled_rows_the_first_is_named() -> None:
+    expert_TK = torch.tensor([[0, 1], [2, 2], [1, 1]])
+    with pytest.raises(ValueError, match=r"^expert_TK: got a row \[2, 2\], expected distinct"):
+        Routing.from_choices(expert_TK, torch.ones(3, 2), num_experts=3)
+
+
 def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> None:
     expert, weight = (
         torch.tensor([[0, 1], [1, 2], [0, 2]]),

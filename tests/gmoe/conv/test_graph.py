@@ -295,6 +295,14 @@ def test_a_weight_that_is_set_anew_has_to_fit() -> None:
         MoEConv("gcn", 4, 4, num_experts=2)(torch.randn(6, 4), graph)
 
 
+def test_what_a_graph_is_made_with_has_to_fit() -> None:
+    edge_index = random_graph(6, 6, 20)
+    with pytest.raises(ValueError, match=r"^edge_weight: got shape \(21,"):
+        Graph(edge_index, 6, edge_weight=torch.rand(21))
+    with pytest.raises(ValueError, match=r"^edge_attr: got shape \(21, 2"):
+        Graph(edge_index, 6, edge_attr=torch.rand(21, 2))
+
+
 def test_the_first_edges_keep_their_weights_and_features() -> None:
     edge_index, weight, attr = random_graph(6, 6, 20), torch.rand(20), torch.randn(20, 2)
     first = Graph(edge_index, 6, edge_weight=weight, edge_attr=attr).first(6, 12)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric import nn as pyg
 
 from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
@@ -212,6 +212,23 @@ OTHER_FORWARD: list[tuple[Any, str]] = [
     (pyg.HypergraphConv, r"one of \(x, edge_index"),
 ]
 TURNED = partial(pyg.SAGEConv, flow="target_to_source")
+
+
+class Renamed(pyg.SAGEConv):
+    """Names nodes and edges as it likes."""
+
+    def forward(self, nodes: Any, links: Any) -> Tensor:
+        out: Tensor = super().forward(nodes, links)
+        return out
+
+
+def test_a_conv_of_ones_own_may_name_nodes_and_edges_as_it_likes() -> None:
+    x, edges = torch.randn(9, 2), random_graph(9, 9, 30)
+    torch.manual_seed(0)
+    expected = Renamed(2, 8)
+    torch.manual_seed(0)
+    layer = MoEConv(Renamed, 2, 8, num_experts=3, start="copies", local=True)
+    torch.testing.assert_close(layer(x, edges), expected(x, edges))
 
 
 @pytest.mark.parametrize(

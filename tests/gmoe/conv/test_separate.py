@@ -44,6 +44,13 @@ def test_a_local_conv_sees_its_own_nodes_and_any_other_the_whole_graph(
     assert sum(seen) == rows
 
 
+def test_an_export_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, expert_N = experts(is_local=True), torch.arange(N) % 3
+    expected = run(layer, EDGES, expert_N)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(run(layer, EDGES, expert_N), expected)
+
+
 def test_convs_that_are_not_local_are_listed_as_too_far() -> None:
     assert experts(is_local=True).too_far == []
     assert len(experts(is_local=False).too_far) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -178,6 +179,26 @@ def test_a_generator_that_cannot_be_sent_to_workers_is_refused(method: str) -> N
                 make(data, [2], multiprocessing_context=context, **options)
         make(data, [2], multiprocessing_context="fork", **options)
         make(data, [2], generator=torch.Generator())
+
+
+@pytest.mark.parametrize("default", ["fork", "spawn"])
+def test_without_a_context_workers_start_as_python_starts_them(
+    default: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data(x=torch.ones(9, 1), edge_index=torch.zeros(2, 3, dtype=torch.long))
+    methods = [default, "forkserver"]
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
+    monkeypatch.setattr(
+        multiprocessing, "get_start_method", lambda allow_none: None if allow_none else "unset"
+    )
+    refused = pytest.raises(ValueError, match="workers that start by 'spawn'")
+    with nullcontext() if default == "fork" else refused:
+        neighbor_loader(data, [2], generator=torch.Generator(), num_workers=1)
+
+
+def test_a_tensor_that_only_pyg_takes_is_named_by_its_shape() -> None:
+    with pytest.raises(ValueError, match=r"^weight_attr: got shape \(3,\) of torch"):
+        neighbor_loader(full_graph(), [3], backend="gmoe", weight_attr=torch.ones(3))
 
 
 @pytest.mark.parametrize(

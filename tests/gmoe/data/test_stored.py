@@ -217,6 +217,27 @@ def test_rows_refuse_what_is_neither_ids_nor_a_mask(folder: Path, index: Any) ->
         StoredGraph(folder).rows("x", index)
 
 
+def test_rows_are_no_views_of_the_file(folder: Path) -> None:
+    stored = StoredGraph(folder)
+    for index in (slice(0, 2), torch.tensor([0, 1])):
+        rows = stored.rows("x", index)
+        expected = rows.clone()
+        rows.zero_()
+        assert torch.equal(stored.rows("x", index), expected)
+
+
+def test_a_worker_shares_no_more_memory_than_the_rows_take(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = StoredGraph(folder)
+    expected = stored.rows("x", torch.tensor([3, 1]))
+    monkeypatch.setattr("gmoe.data.stored.get_worker_info", object)
+    shared = stored.rows("x", torch.tensor([3, 1]))
+    assert shared.is_shared()
+    assert torch.equal(shared, expected)
+    assert shared.untyped_storage().nbytes() == 2 * 4 * 4  # rows, columns, bytes
+
+
 def test_rows_take_ids_of_any_integer_type(folder: Path) -> None:
     stored = StoredGraph(folder)
     expected = stored.rows("x", torch.tensor([3, 1]))

@@ -170,6 +170,9 @@ def test_heads_of_a_partial_are_those_of_the_model(jk: str | None, router: str |
         for conv in (one, [one] * EXPERTS):
             found = model(conv=conv, jk=jk, router=router)
             assert_same(found(x, edge_index), expected(x, edge_index))
+    of_both: list[Any] = [partial(GATConv, heads=2, concat=False), "gcn"]
+    mixed = model(conv=of_both, num_experts=None, jk=jk, router=router)
+    assert mixed.convs[0].out_channels == HIDDEN  # not divided where kinds disagree
     averaged: Any = model(conv=partial(GATConv, concat=False), heads=2, jk=jk, router=None)
     assert averaged.convs[0].out_channels == HIDDEN
     with pytest.raises(ValueError, match=r"hidden_channels: got 6, expected a multiple of heads=4"):

@@ -27,7 +27,7 @@ from gmoe import (
     TokenChoice,
 )
 from gmoe.routers import AttentionVote, ExpertChoice, Groups
-from gmoe.routers.base import SHORT, log_softmax
+from gmoe.routers.base import SHORT, log_softmax, pair_weights
 from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges, group_lists
 
 D, E = 5, 3
@@ -163,6 +163,20 @@ def test_any_groups_and_capacities_equal_naive(
     case = Case(case.name, case.router, {**case.options, "capacity_factor": factor})
     x, layer = tokens((len(ids), D), seed=len(ids)), make_layer(case, len(ids), k)
     assert_same_as_naive(layer, tied(layer, x) if ties else x, torch.tensor(ids, dtype=dtype))
+
+
+def test_weights_of_tiny_gates_sum_to_one() -> None:
+    """They are relative to a token's best pair: exp(-200) is zero in float32."""
+    log_gate_P, token_P = torch.tensor([-200.0, -201.0, -300.0]), torch.tensor([0, 0, 1])
+    found = pair_weights("normalized", log_gate_P, token_P, 2)
+    best = 1 / (1 + math.exp(-1))
+    torch.testing.assert_close(found, torch.tensor([best, 1 - best, 1.0]))
+
+
+def test_a_router_refuses_a_transform_of_torch_func() -> None:
+    router = TokenChoice(D, num_experts=E)
+    with pytest.raises(RuntimeError, match=r"^torch.func transforms"):
+        torch.func.vmap(lambda x: router(x).weight_P)(torch.randn(2, 4, D))
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["one_group", "ragged"])

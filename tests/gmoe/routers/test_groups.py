@@ -53,6 +53,9 @@ def test_a_capacity_is_rounded_up_but_not_for_a_rounding_error() -> None:
     capacity = Groups.of(RAGGED, 6).capacity(0.5)
     assert isinstance(capacity, torch.Tensor)
     assert capacity.tolist() == [1, 2, 1]
+    least = Groups.of(RAGGED, 6).capacity(0.0)
+    assert isinstance(least, torch.Tensor)
+    assert least.tolist() == [1, 1, 1]
 
 
 def test_an_expert_takes_the_best_tokens_of_each_group_and_of_ties_the_first() -> None:

@@ -91,6 +91,13 @@ def test_equals_the_dense_formula_with_gradients(name: str, slots: int) -> None:
     assert all(grad.isfinite().all() for grad in grads)
 
 
+def test_slots_start_at_the_size_of_one_row() -> None:
+    """A normal distribution whose D values have a norm of about 1."""
+    torch.manual_seed(0)
+    phi = SoftSlots(64, num_experts=8, slots=8).phi
+    assert float(phi.std()) == pytest.approx(1 / 8, rel=0.05)
+
+
 def test_the_record_holds_all_pairs() -> None:
     routing = SoftSlots(D, num_experts=E, slots=2)(torch.randn(2, 6, D))
     assert routing.load.tolist() == [12] * E
