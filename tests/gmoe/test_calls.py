@@ -79,6 +79,7 @@ def test_the_change_is_relative_to_what_came_out_before() -> None:
     assert relative_change(before, before) == 0.0
     assert relative_change([torch.zeros(2)], [torch.ones(2)]) == math.inf
     assert relative_change([torch.zeros(2)], [torch.zeros(2)]) == 0.0
+    assert largest_difference([torch.empty(0)], [torch.empty(0)]) == 0.0
 
 
 def test_the_same_infinity_twice_is_no_difference() -> None:

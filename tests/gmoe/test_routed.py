@@ -91,6 +91,19 @@ def test_routed_linear_is_the_mixture(
     torch.testing.assert_close(values, before, atol=0, rtol=0)
 
 
+@each_backend
+@pytest.mark.parametrize("at_once", [False, True])
+def test_gradients_of_gradients_are_refused_in_every_way(
+    backend: Backend, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gmoe.routed._is_best_at_once", lambda *_: at_once)
+    weight = features(4, 5, 3).requires_grad_()
+    routing = Routing.from_choices(torch.arange(8)[:, None] % 4, features(8, 1), num_experts=4)
+    out = routed_linear([features(8, 5)], weight, None, routing, backend)
+    with pytest.raises(RuntimeError, match=r"^create_graph: got True"):
+        torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+
+
 def test_routed_linear_is_of_the_type_of_its_weights() -> None:
     x, weight, routing = (
         features(5, 5).bfloat16(),

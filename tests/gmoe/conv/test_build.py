@@ -174,6 +174,24 @@ def test_convs_of_a_list_that_hold_different_values_are_not_one_stack(what: str)
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
 
 
+class Hidden(Scaled):
+    """The same, of an attribute that is nobody else's."""
+
+    def __init__(self, held: float) -> None:
+        super().__init__(1.0)
+        self._factor = held
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs) * self._factor
+
+
+def test_convs_of_a_list_that_differ_in_a_private_attribute_are_not_one_stack() -> None:
+    convs = [lambda i, o, held=held: pyg.SAGEConv(i, o, aggr=Hidden(held)) for held in (1.0, 2.0)]
+    layer = MoEConv(convs, 4, 4, start="plain").double()
+    assert len(layer.experts.groups) == 2
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+
+
 def test_convs_of_a_list_that_differ_in_a_numpy_bool_are_not_one_stack() -> None:
     convs = [partial(pyg.SAGEConv, normalize=np.bool_(normalize)) for normalize in (False, True)]
     layer = MoEConv(convs, 4, 4, start="plain").double()

@@ -295,6 +295,25 @@ def test_a_weight_that_is_set_anew_has_to_fit() -> None:
         MoEConv("gcn", 4, 4, num_experts=2)(torch.randn(6, 4), graph)
 
 
+@pytest.mark.parametrize("form", ["edges", "weights", "matrix", "matrix of ones"])
+def test_improved_loops_weigh_what_they_weigh_in_pyg(form: str) -> None:
+    """Two, but one in an edge list without weights."""
+    edge_index, x = random_graph(6, 6, 12), features(6, 4).float()
+    weight = torch.rand(edge_index.size(1)) + 0.5
+    values = weight if form == "matrix" else torch.ones_like(weight)
+    edges: Any = edge_index
+    if "matrix" in form:
+        edges = (
+            torch.sparse_coo_tensor(edge_index.flip(0), values, (6, 6)).coalesce().to_sparse_csr()
+        )
+    args = (weight,) if form == "weights" else ()
+    torch.manual_seed(0)
+    dense = GCNConv(4, 3, improved=True)
+    torch.manual_seed(0)
+    layer = MoEConv("gcn", 4, 3, improved=True, num_experts=2, start="copies")
+    torch.testing.assert_close(layer(x, edges, *args), dense(x, edges, *args))
+
+
 def test_what_a_graph_is_made_with_has_to_fit() -> None:
     edge_index = random_graph(6, 6, 20)
     with pytest.raises(ValueError, match=r"^edge_weight: got shape \(21,"):

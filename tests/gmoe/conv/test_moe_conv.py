@@ -392,6 +392,15 @@ def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any], start:
     torch.testing.assert_close(compiled(x, edge_index, **edge_args), expected)
 
 
+@pytest.mark.parametrize("start", ["plain", "shared"])
+def test_a_shared_transform_is_as_wide_as_the_conv_asks(start: Any) -> None:
+    """Two heads side by side give twice the width that is asked for."""
+    options: Any = {"heads": 2, "num_experts": 2, "start": start, "shared_transform": True}
+    layer: Any = MoEConv("gat", 12, 3, **options)
+    assert layer.transform[-1].out_features == 6
+    assert layer(torch.randn(6, 12), random_graph(6, 6, 12)).shape == (6, 6)
+
+
 def test_zeros_in_place_of_destinations_are_refused_where_they_would_not_add_zero() -> None:
     options: Any = {"num_experts": 2, "start": "plain"}
     x, edges = torch.randn(6, 8), random_graph(6, 4, 12)

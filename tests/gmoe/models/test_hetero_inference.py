@@ -80,11 +80,14 @@ def test_it_holds_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("make", [neighbor_loader, link_neighbor_loader])
-def test_of_a_loader_the_graph_and_the_batch_size_are_taken(make: Any) -> None:
+def test_of_a_loader_the_graph_and_the_batch_size_are_taken(make: Any, capsys: Any) -> None:
     gnn = trained()
     seeds = "paper" if make is neighbor_loader else ("paper", "cites", "paper")
     loader = make(DATA, [1], seeds, batch_size=4, backend="gmoe")
+    assert_same(gnn.inference(loader), call(gnn))
+    assert not capsys.readouterr().err
     assert_same(gnn.inference(loader, progress_bar=True), call(gnn))
+    assert "paper" in capsys.readouterr().err
 
 
 def test_graphs_of_a_batch_are_separate() -> None:
