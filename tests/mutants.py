@@ -39,6 +39,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.metadata import version
 from importlib.util import spec_from_file_location
@@ -60,126 +61,54 @@ FILE = ROOT / "results" / "mutants.json"
 PAGE = ROOT / "docs" / "trust.md"
 MARKS = ("<!-- mutants -->", "<!-- end -->")
 KEPT = ROOT / "build" / "mutants-measured.pickle"
-SEED = 20261130
-SIZE = 600
+SEED = 20261201
+SIZE = 1000
 
-MODULES = (
-    "gmoe/convert.py",
-    "gmoe/dispatch.py",
-    "gmoe/hub.py",
-    "gmoe/losses.py",
-    "gmoe/padded.py",
-    "gmoe/places.py",
-    "gmoe/routed.py",
-    "gmoe/routing.py",
-    *(
-        f"gmoe/conv/{name}.py"
-        for name in ("additive", "adjacency", "aggregate", "attention", "edges")
-    ),
-    *(f"gmoe/conv/{name}.py" for name in ("graph", "kept", "kinds", "matrix", "sums")),
-    *(f"gmoe/routers/{name}.py" for name in ("__init__", "attention_vote", "balance", "base")),
-    *(f"gmoe/routers/{name}.py" for name in ("baselines", "expert_choice", "groups")),
-    *(f"gmoe/routers/{name}.py" for name in ("multi_centroid", "soft", "token_choice")),
+IN_CONV = "additive adjacency aggregate attention edges graph kept kinds matrix sums"
+IN_GMOE = "convert dispatch hub losses padded places routed routing routers"
+ROOMS = tuple(f"gmoe/conv/{name}" for name in IN_CONV.split()) + tuple(
+    f"gmoe/{name}" for name in IN_GMOE.split()
 )
-"""What is mutated: the mathematics, and what decides which of it runs."""
+"""The mathematics, and what decides which of it runs: a score of their own."""
 
-CUT = {
-    "gmoe/conv/attention.py": "gmoe/conv/additive.py",
-    "gmoe/conv/edges.py": "gmoe/conv/sums.py",
-    "gmoe/dispatch.py": "gmoe/routed.py",
-}
-"""Files that were cut in two after the sample was drawn, and where the rest of each stands."""
+MODULES = tuple(
+    sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "gmoe").rglob("*.py")
+        if path.name != "__init__.py" or path.parent.name == "routers"
+    )
+)
+"""What is mutated: all of gmoe but the ``__init__`` files that only name what others define."""
 
-NAMES = "convert dispatch experts hub losses padded places pruning routed routing signatures start"
+NAMES = "compile compose compose_hetero compose_moefy contract export loss_curves saved_models"
 TESTS = (
-    "tests/gmoe/routers",
-    "tests/gmoe/conv",
-    *(f"tests/gmoe/test_{name}.py" for name in NAMES.split()),
-    "tests/test_export.py",  # what runs in exported models alone
+    "tests/gmoe",
+    "tests/vision",
+    *(f"tests/test_{name}.py" for name in NAMES.split()),
+    *(f"tests/test_{name}.py" for name in ("stateful", "support", "training_loops")),
 )
-"""What may notice."""
+"""What may notice: the default tests of the library, without those of commands and pages."""
 
 OPTIONS = (
     *("-o", "addopts=", "-m", "not slow", "-q", "-s"),
     *("--import-mode=importlib", "-p", "no:cacheprovider"),
+    "--ignore=tests/gmoe/test_distributed.py",
 )
-"""Those of pyproject.toml are replaced: no workers."""
+"""Those of pyproject.toml are replaced: no workers, and no processes that would run without the
+mutant."""
 
 OTHER_SECONDS = 8.0
 """How long the tests beside the mirrored file may take for one mutant, as measured without it."""
 
 NOTICED = ("killed", "crashed", "timeout")
 
-OF_A_MATRIX = "of a matrix, the last dimension is the second"
-OF_CONVS = "the convs of a stack have the same options"
-EQUIVALENT = {
-    9: OF_A_MATRIX,
-    55: OF_A_MATRIX,
-    104: "of the legal values, only `copies` is as early in the alphabet",
-    165: "of four dimensions, the third is the last but one",
-    173: "the parts of the tokens lie on one device",
-    235: OF_A_MATRIX,
-    285: "the parts of the tokens have as many rows each",
-    333: OF_A_MATRIX,
-    367: "of the legal values, only `shared` is as late in the alphabet",
-    381: OF_A_MATRIX,
-    394: OF_CONVS,
-    435: OF_A_MATRIX,
-    473: "of the legal values, only `threshold` is as late in the alphabet",
-    509: "E * M * (M - 1) pairs are none or at least two",
-    511: OF_A_MATRIX,
-    513: OF_CONVS,
-    598: "of the legal values, only `source_to_target` is as early in the alphabet",
-    599: "of truth values, the product is the conjunction",
-}
+EQUIVALENT: dict[int, str] = {}
 """Mutants, by their number, that compute the same under every legal value; and why.
 
 They are excused.
 """
 
-SLOWER = "only slower"
-BY_NAME = "an option could be given by position, too"
-OF_A_CLASS = "it is called by its class, which gives the plain function"
-OF_A_VECTOR = "of a vector, the last dimension is the first"
-EQUALLY_LONG = "both are equally long by construction"
-ON_CUDA = "only on CUDA"
-IN_ONNX = "only in ONNX, whose tests are slow ones"
-UNSEEN = {
-    17: "nobody writes to it",
-    25: "it takes torch's warning, and is thrown away",
-    35: SLOWER,
-    37: IN_ONNX,
-    80: BY_NAME,
-    98: BY_NAME,
-    126: SLOWER,
-    132: SLOWER,
-    147: OF_A_CLASS,
-    153: ON_CUDA,
-    228: SLOWER,
-    234: EQUALLY_LONG,
-    242: BY_NAME,
-    247: OF_A_VECTOR,
-    253: OF_A_CLASS,
-    255: SLOWER,
-    305: OF_A_VECTOR,
-    315: SLOWER,
-    335: "only how the file is indented",
-    364: EQUALLY_LONG,
-    371: OF_A_VECTOR,
-    378: OF_A_CLASS,
-    393: OF_A_CLASS,
-    396: EQUALLY_LONG,
-    408: ON_CUDA,
-    424: OF_A_CLASS,
-    447: "how many tokens a check looks at",
-    471: OF_A_CLASS,
-    508: "a type, which nobody calls",
-    518: SLOWER,
-    552: "of a list of one, the last is the first",
-    556: "GIN takes ends of one width",
-    564: SLOWER,
-    596: IN_ONNX,
-}
+UNSEEN: dict[int, str] = {}
 """Why no test sees the other survivors, which count."""
 
 
@@ -204,16 +133,6 @@ class Mutant(NamedTuple):
             return None
         start = min(found, key=lambda i: abs(i + 1 - self.line))
         return "".join([*lines[:start], *self.after, *lines[start + size :]])
-
-
-def located(mutant: Mutant, root: Path = ROOT) -> tuple[str, str, str] | None:
-    """The file that has the lines now, its source, and the mutated source; None if none has."""
-    for file in (mutant.file, CUT.get(mutant.file, mutant.file)):
-        original = (root / file).read_text()
-        mutated = mutant.source(original)
-        if mutated is not None:
-            return file, original, mutated
-    return None
 
 
 def unseen(node: ast.AST) -> ast.expr | ast.stmt | None:
@@ -343,26 +262,32 @@ def changed(old: CodeType, new: CodeType) -> Iterator[tuple[CodeType, CodeType]]
 
 def functions() -> list[FunctionType]:
     """Those of the modules, wherever they are held."""
+    gc.unfreeze()  # tests/conftest.py freezes what was collected, which gc then no longer lists
     paths = {str(ROOT / file) for file in MODULES}
     found = (thing for thing in gc.get_objects() if isinstance(thing, FunctionType))
     return [function for function in found if function.__code__.co_filename in paths]
 
 
 def swap(held: Iterable[FunctionType], path: Path, mutated: str) -> None:
-    """Give the functions of an imported module their mutated code."""
+    """Give the functions of an imported module their mutated code; an error if none has it."""
     old = compile(path.read_text(), str(path), "exec", dont_inherit=True)
     fresh = dict(changed(old, compile(mutated, str(path), "exec", dont_inherit=True)))
-    for function in held:
-        if function.__code__ in fresh:
-            function.__code__ = fresh[function.__code__]
+    found = [function for function in held if function.__code__ in fresh]
+    for function in found:
+        function.__code__ = fresh[function.__code__]
+    if not found:
+        raise ValueError(f"{path}: no function has the code of the mutant")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 class Mutated(SourceFileLoader):
     """Loads one module from another source; a finder of itself."""
 
     def __init__(self, path: Path, source: str) -> None:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        super().__init__(name, str(path))
+        super().__init__(module_of(path), str(path))
         self.source = source
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
@@ -442,7 +367,8 @@ def measured_before() -> dict[str, Measured]:
 def mirrored(file: str) -> str:
     """The test file of a module; of a package, that of what it builds."""
     path = Path("tests") / file
-    return str(path.with_name("test_" + path.name.replace("__init__", "build")))
+    name = path.name.replace("__init__", "build").removeprefix("_")
+    return str(path.with_name(f"test_{name}"))
 
 
 def reach(source: str, line: int) -> tuple[range, bool]:
@@ -590,6 +516,8 @@ class Runner:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if session.testsfailed:
             raise session.Interrupted("the tests cannot be collected")
+        for file in MODULES:  # some are imported where a function needs them
+            import_module(module_of(ROOT / file))
         self.imports.stop()
         self.items = {item.nodeid: item for item in session.items}
         self.measured = measured_before()
@@ -617,10 +545,11 @@ class Runner:
         return True
 
     def run(self, mutant: Mutant) -> Outcome:
-        found = located(mutant)
-        if found is None:
+        file = mutant.file
+        original = (ROOT / file).read_text() if (ROOT / file).exists() else ""
+        mutated = mutant.source(original)
+        if mutated is None:
             return Outcome("gone")
-        file, original, mutated = found
         pairs = zip(original.splitlines(), mutated.splitlines(), strict=False)
         line = next(i for i, (old, new) in enumerate(pairs, 1) if old != new)
         lines, in_body = reach(original, line)
@@ -661,10 +590,10 @@ def write(record: dict[str, Any]) -> None:
 
 
 def pending(record: dict[str, Any], again: bool) -> list[dict[str, Any]]:
-    """Those to run: the ones that have no outcome, or that survived last."""
+    """Those to run: the ones that have no outcome but an error of this tool, or that survived."""
     if not again:
-        return [entry for entry in record["mutants"] if "first" not in entry]
-    return [entry for entry in record["mutants"] if last(entry) in ("survived", "error")]
+        return [entry for entry in record["mutants"] if last(entry) in (None, "error")]
+    return [entry for entry in record["mutants"] if last(entry) == "survived"]
 
 
 def last(entry: dict[str, Any]) -> str | None:
@@ -695,7 +624,10 @@ def report(record: dict[str, Any]) -> str:
     """Both scores, by folder, and the survivors: what the page says."""
     ran = [entry for entry in record["mutants"] if "first" in entry]
     real = [entry for entry in ran if entry["number"] not in EQUIVALENT]
-    folders = sorted({folder_of(entry) for entry in real})
+    files = {entry["file"] for entry in real}
+    groups = {"all": files, "routing, dispatch, aggregation": files.intersection(rooms())}
+    for folder in sorted({folder_of(file) for file in files}):
+        groups[folder] = {file for file in files if folder_of(file) == folder}
     gone = sum(last(entry) == "gone" for entry in real)
     lines = [
         f"{len(ran)} of a sample of {len(record['mutants'])} mutants have run, drawn with seed "
@@ -705,8 +637,8 @@ def report(record: dict[str, Any]) -> str:
         "| | before tests were written for mutants | after |",
         "|---|---|---|",
     ]
-    for name in ("all", *folders):
-        some = [entry for entry in real if name in ("all", folder_of(entry))]
+    for name, files in groups.items():
+        some = [entry for entry in real if entry["file"] in files]
         first = [entry["first"]["outcome"] for entry in some]
         ran_again = any("again" in entry for entry in some)
         now = (
@@ -728,8 +660,13 @@ def report(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def folder_of(entry: dict[str, Any]) -> str:
-    return str(Path(entry["file"]).parent)
+def rooms() -> list[str]:
+    """The modules of :data:`ROOMS`, each a file or all files of a folder."""
+    return [file for file in MODULES if {file.removesuffix(".py"), folder_of(file)} & {*ROOMS}]
+
+
+def folder_of(file: str) -> str:
+    return str(Path(file).parent)
 
 
 def cell(lines: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from gmoe import losses
+from gmoe.routers import TokenChoice
 from tests import mutants
 from tests.mutants import (
     EQUIVALENT,
@@ -113,16 +115,6 @@ def test_of_equal_lines_the_nearest_is_the_mutants() -> None:
     assert Mutant("file", "", 3, ["a = 1\n"], ["a = 2\n"]).source(source) == "a = 1\nb = 2\na = 2\n"
 
 
-def test_a_mutant_is_found_in_the_other_half_of_a_file_that_was_cut(tmp_path: Path) -> None:
-    first, second = next(iter(mutants.CUT.items()))
-    for file in (first, second):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("a = 1\n" if file == first else "b = 1\n")
-    changed = Mutant(first, "", 9, ["b = 1\n"], ["b = 2\n"])
-    assert mutants.located(changed, tmp_path) == (second, "b = 1\n", "b = 2\n")
-    assert mutants.located(changed._replace(before=["c = 1\n"]), tmp_path) is None
-
-
 @pytest.mark.parametrize(
     ("before", "after", "expected"), [("2 * x", "2 + x", (5, 9)), ("y * 3", "y + 3", (6, 6))]
 )
@@ -143,6 +135,15 @@ def test_functions_that_are_held_already_get_the_mutated_code(
     mutants.swap(held, path, mutated)
     assert (held[0](3), held[1](3)) == expected
     assert path.read_text() == SOURCE
+    with pytest.raises(ValueError, match="no function has the code of the mutant"):
+        mutants.swap([], path, mutated)
+
+
+def test_functions_are_found_after_the_suite_has_frozen_what_it_collected() -> None:
+    found = mutants.functions()
+    assert losses.z_loss in found
+    assert TokenChoice.forward in found
+    assert line_of not in found
 
 
 def test_an_import_loads_the_mutant_and_leaves_the_file_alone() -> None:
@@ -242,8 +243,15 @@ def test_every_module_has_a_mirrored_test_among_those_that_run(file: str) -> Non
     assert path.startswith(mutants.TESTS)
 
 
+def test_rooms_are_files_and_folders() -> None:
+    found = {Path(file).parent / Path(file).stem for file in mutants.rooms()}
+    assert {room for room in mutants.ROOMS if Path(room) not in found} == {"gmoe/routers"}
+    assert Path("gmoe/routers/soft") in found
+    assert Path("gmoe/plot") not in found
+
+
 def entry(number: int, first: str, again: str | None = None) -> dict[str, Any]:
-    found: dict[str, Any] = {"number": number, "file": "gmoe/a.py", "line": 3}
+    found: dict[str, Any] = {"number": number, "file": "gmoe/losses.py", "line": 3}
     found |= {"before": ["a | b\n"], "after": ["a & b\n"], "first": {"outcome": first}}
     return found | ({"again": {"outcome": again}} if again else {})
 
@@ -264,7 +272,7 @@ def test_a_report_has_both_scores_and_lists_who_still_survives(
     assert "4 of a sample of 5 mutants have run, drawn with seed 7 from 99 places; 1 of" in text
     assert "| all | 33.3% (6.1% to 79.2%) of 3: " in text
     assert "| 66.7% (20.8% to 93.9%) of 3: 2 killed, 1 survived |" in text
-    assert [line.split()[1] for line in text.splitlines() if "gmoe/a.py" in line] == ["2", "3"]
+    assert [line.split()[1] for line in text.splitlines() if "gmoe/losses.py" in line] == ["2", "3"]
     assert "`a \\| b` → `a & b` | only slower |" in text
     assert "`a \\| b` → `a & b` | **excused**: a and b are equal |" in text
 
