@@ -43,6 +43,11 @@ def moe(
     )
 
 
+def test_counting_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert count_flops(nn.Linear(D, O), torch.ones(T, D)) == 2 * T * D * O
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("router", "k", "kwargs", "per_token"),
     [
