@@ -175,9 +175,9 @@ def headroom(
     sign = -1 if variant["metric"] in ERRORS else 1  # of errors, less is better
     room = sign * (high["mean"] - low["mean"])
     gain = sign * (variant["test"]["mean"] - low["mean"])
-    return (
-        "no headroom" if room <= 2 * max(low["std"], high["std"]) else f"{100 * gain / room:.0f} %"
-    )
+    if room <= 2 * max(low["std"], high["std"]):
+        return "no headroom"
+    return f"{round(100 * gain / room)} %"
 
 
 def short_commit(where: Mapping[str, Any]) -> str:

@@ -386,7 +386,7 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     setting = comparison.better()
     step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
     wider = comparison.difference("dense-4x", "dense", more.n).mean
-    share = f"; {100 * more.mean / wider:.0f} % of the headroom" if wider > 0 else ""
+    share = f"; {round(100 * more.mean / wider)} % of the headroom" if wider > 0 else ""
     lines.append(
         f"experts ({setting}): {gain}, against a dense model of their active FLOPs{share}, at "
         f"{step:.2f} times the dense model's step"
