@@ -43,6 +43,12 @@ def moe(
     )
 
 
+def test_a_sampled_product_costs_what_its_entries_cost() -> None:
+    pattern = torch.eye(3, 4).to_sparse_csr()
+    factors = torch.ones(3, 7), torch.ones(7, 4)
+    assert count_flops(torch.sparse.sampled_addmm, pattern, *factors) == 2 * 3 * 7
+
+
 def test_counting_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert count_flops(nn.Linear(D, O), torch.ones(T, D)) == 2 * T * D * O
     assert capsys.readouterr() == ("", "")

@@ -170,6 +170,11 @@ def test_tints_by_hand() -> None:
     assert torch.allclose(*_to_rgb(both, None, None))  # each image by itself
 
 
+def test_the_legend_has_every_expert() -> None:
+    (legend,) = expert_maps(ViTMoE(SIZE, num_experts=5), IMAGE).legends
+    assert len(legend.legend_handles) == 5  # beside grids of 3 x 3 patches
+
+
 def test_a_grid_that_a_stage_has_merged_covers_the_picture() -> None:
     """One place of 2 x 4 pixels that were patches of 1 x 2."""
     weight_hwE = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
