@@ -19,6 +19,10 @@ def test_edges_are_in_the_order_of_receivers_and_then_as_given(nodes: int) -> No
     found = Edges.sorted(torch.arange(9), receiver, 9, nodes)
     assert found.order.tolist() == found.sender.tolist() == [3, 8, 2, 5, 7, 1, 6, 0, 4]
     assert found.ptr[[0, 1, 2, -2, -1]].tolist() == [0, 2, 4, 7, 9]
+    # Among few, torch's sort keeps the order of equals without being asked to.
+    many = torch.arange(300) * 7 % 3
+    expected = sorted(range(300), key=many.tolist().__getitem__)
+    assert Edges.sorted(torch.arange(300), many, 300, nodes).order.tolist() == expected
 
 
 def test_operators_keep_torchs_rules() -> None:
