@@ -88,7 +88,7 @@ def weights_sum_to_one(router: Any) -> bool:
     """True if a token's weights sum to 1: by construction, or since there is a single expert."""
     if router is None:
         return False
-    is_softmax_of_one = isinstance(router, TokenChoice | RandomRouter) and router.num_experts == 1
+    is_softmax_of_one = type(router) in (TokenChoice, RandomRouter) and router.num_experts == 1
     counts_removed = getattr(router, "removed_DR", router.removed) is not None
     return router.sums_to_one or (is_softmax_of_one and not counts_removed)
 
@@ -113,7 +113,7 @@ def candidate_of_tokens(layer: MoE, load_E: Tensor) -> Candidate:
     experts: Any = layer.experts
     if isinstance(experts, FromBase):
         experts = copy.deepcopy(experts).folded()
-    if not isinstance(experts, MLPExperts | LinearExperts):
+    if type(experts) not in (MLPExperts, LinearExperts):  # a subclass may compute something else
         name = type(experts).__name__
         return Candidate(None, f"{name} is not folded: MLPExperts and LinearExperts are")
     parts = [experts.up, experts.down] if isinstance(experts, MLPExperts) else [experts]

@@ -17,7 +17,7 @@ from torch import nn
 
 from gmoe.moe import MoELayer
 from gmoe.routers import Router
-from gmoe.shrink import Kept, keep_experts
+from gmoe.shrink import Kept, shrink
 
 
 @dataclass
@@ -57,12 +57,12 @@ class Group:
         # cannot be copied.
         processes = getattr(self.router, "process_group", None)
         for part in copy.deepcopy(list(dict.fromkeys(parts)), {id(processes): processes}):
-            keep_experts(part, kept)
+            shrink(part, kept)
         for layer in self.layers.values():
             if hasattr(layer, "edge_names_before"):
                 layer.edge_names_before = layer.edge_names
         for part in dict.fromkeys(parts):
-            keep_experts(part, kept)
+            shrink(part, kept)
         for layer in dict.fromkeys(self.layers.values()):
             before = layer.kept or range(layer.num_experts)
             layer.kept = tuple(before[expert] for expert in kept)

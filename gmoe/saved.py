@@ -28,6 +28,7 @@ from gmoe._checks import check, check_at_least, check_counts, described, in_shor
 from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
+from gmoe.experts import Experts
 from gmoe.from_base import FromBase, fold
 from gmoe.hub import check_sizes, read_weights
 from gmoe.layer_groups import groups_of
@@ -252,7 +253,11 @@ def _check_parts(name: str, layer: MoELayer) -> None:
             )
         # The convs that run one by one, and norms and activations, are those of the base.
         has_parameters = any(True for _ in part.parameters(recurse=False))
-        if has_parameters and not _is_known(part) and ".members." not in path:
+        if (
+            (has_parameters or isinstance(part, Experts))
+            and not _is_known(part)
+            and ".members." not in path
+        ):
             raise ValueError(
                 f"model: got {path}, a {type(part).__name__}, expected experts as they were built; "
                 f"{_BY_HAND}"

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from gmoe._checks import change_of
-from gmoe.experts import LinearExperts, MLPExperts
+from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.from_base import ExpertsFromBase
 from gmoe.routers import (
     AttentionVote,
@@ -41,11 +41,29 @@ def keep_experts(part: Any, kept: Kept) -> None:
     Raises:
         ValueError: a class for which nobody registered what to do.
     """
-    raise ValueError(
+    raise _refused(part)
+
+
+def _refused(part: Any) -> ValueError:
+    return ValueError(
         f"model: got {type(part).__name__}, of which no expert can be taken away, expected routers "
         "and experts of gmoe; of a class of your own, register "
         "gmoe.shrink.keep_experts; call gmoe.restack before, if parts are nn.Linears"
     )
+
+
+def shrink(part: Any, kept: Kept) -> None:
+    """:func:`keep_experts`, but nothing is known of a subclass of a router or of experts.
+
+    It may compute something else, of weights that its base does not have.
+
+    Raises:
+        ValueError: see :func:`keep_experts`.
+    """
+    is_own = isinstance(part, Router | Experts) and type(part) not in keep_experts.registry
+    if is_own and not is_parametrized(part):  # of which take() says more
+        raise _refused(part)
+    keep_experts(part, kept)
 
 
 def take(module: nn.Module, name: str, kept: Kept, dim: int = 0) -> None:
@@ -80,14 +98,14 @@ def _linear_experts(experts: LinearExperts, kept: Kept) -> None:
 
 @keep_experts.register
 def _mlp_experts(experts: MLPExperts, kept: Kept) -> None:
-    keep_experts(experts.up, kept)
-    keep_experts(experts.down, kept)
+    shrink(experts.up, kept)
+    shrink(experts.down, kept)
     experts.num_experts = len(kept)
 
 
 @keep_experts.register
 def _experts_from_base(experts: ExpertsFromBase, kept: Kept) -> None:
-    keep_experts(experts.differences, kept)
+    shrink(experts.differences, kept)
     experts.num_experts = len(kept)
 
 

@@ -460,12 +460,15 @@ def _named(name: str) -> ConvFactory:
     Raises:
         ValueError: an unknown name.
     """
+
+    def plain(text: str) -> str:
+        return text.lower().replace("_", "").removesuffix("conv")
+
     convs = by_name()
-    factories = {known.replace("_", ""): factory for known, factory in convs.items()}
-    plain = name.lower().replace("_", "").removesuffix("conv")
-    if plain not in factories:
+    factories = {plain(known): factory for known, factory in convs.items()}
+    if plain(name) not in factories:
         check_choice("conv", name, sorted(convs))
-    return factories[plain]
+    return factories[plain(name)]
 
 
 def kinds_of(conv: ConvLike, num_experts: int | None) -> list[str | ConvFactory]:

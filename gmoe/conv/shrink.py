@@ -12,7 +12,7 @@ from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.kinds import Make
 from gmoe.conv.separate import SeparateExperts
 from gmoe.experts import LinearExperts
-from gmoe.shrink import Kept, keep_experts, take
+from gmoe.shrink import Kept, keep_experts, shrink, take
 
 
 @keep_experts.register
@@ -20,7 +20,7 @@ def _stacked(experts: StackedExperts, kept: Kept) -> None:
     # Of a stack, each tensor has a row for each expert.
     for part in experts.modules():
         if isinstance(part, LinearExperts):
-            keep_experts(part, kept)
+            shrink(part, kept)
             continue
         names = [name for name, _ in part.named_parameters(recurse=False)]
         names += [name for name, _ in part.named_buffers(recurse=False)]

@@ -259,6 +259,12 @@ class Router(nn.Module, ABC):
             value = torch.where(outside_backward(counter), value, counter)
         counter.copy_(value)
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Keep counters and frozen projections in float32 at least, whatever the default dtype."""
+        super().register_buffer(
+            name, None if tensor is None else at_least_float32(tensor), persistent
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Keep counters and frozen projections in float32 at least when the module is cast.
 
@@ -268,8 +274,7 @@ class Router(nn.Module, ABC):
 
         def cast(old: Tensor) -> Tensor:
             new = fn(old)
-            is_half = new.is_floating_point() and new.dtype.itemsize < 4
-            if id(old) not in buffer_ids or not is_half:
+            if id(old) not in buffer_ids or at_least_float32(new) is new:
                 return new
             if old.is_meta:  # it has no values to keep
                 return new.float()
@@ -279,6 +284,12 @@ class Router(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, k={self.k}, weight={self.weight!r}"
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """The tensor itself, or one of half precision in float32."""
+    is_half = value.is_floating_point() and value.dtype.itemsize < 4
+    return value.float() if is_half else value
 
 
 def _best(ranked_TE: Tensor, k: int) -> Tensor:

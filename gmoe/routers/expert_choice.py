@@ -15,6 +15,7 @@ from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.routers.base import (
     Router,
     Weighting,
+    at_least_float32,
     float_linear,
     log_softmax_beside,
     pair_weights,
@@ -140,10 +141,10 @@ class ExpertSelection(nn.Module):
         self.normalize = normalize
         self.inference = inference
         if inference == "threshold":
-            self.register_buffer("threshold_E", torch.zeros(num_experts))
+            self.register_buffer("threshold_E", at_least_float32(torch.zeros(num_experts)))
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
             if normalize == "tokens":
-                self.register_buffer("log_scale_E", torch.zeros(num_experts))
+                self.register_buffer("log_scale_E", at_least_float32(torch.zeros(num_experts)))
 
     def reset_parameters(self) -> None:
         """Forget the running means."""

@@ -133,6 +133,25 @@ def test_a_moefied_gnn_gets_its_convs_back() -> None:
     assert_same(model(X, EDGES), dense(X, EDGES))
 
 
+class Residual(gmoe.MLPExperts):
+    """Experts of one's own that add what they see."""
+
+    def rows(self, x_PI: Tensor, offsets: Tensor) -> Tensor:
+        return x_PI + super().rows(x_PI, offsets)
+
+
+class Doubled(gmoe.TokenChoice):
+    """A router of one's own, whose weights need not sum to 1."""
+
+
+def test_subclasses_are_not_taken_for_their_bases() -> None:
+    own = gmoe.MoE(gmoe.TokenChoice(WIDTH, num_experts=1), Residual(WIDTH, 6, WIDTH, num_experts=1))
+    assert "Residual is not folded" in str(gmoe.densify(nn.Sequential(own)))
+    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=1)
+    doubled = gmoe.MoE(Doubled(WIDTH, num_experts=1, weight="score"), experts)
+    assert not gmoe.densify(nn.Sequential(doubled)).layers[0].is_dense
+
+
 def test_what_cannot_be_folded_is_named() -> None:
     experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
     soft = gmoe.SoftMoE(gmoe.SoftSlots(WIDTH, num_experts=EXPERTS), experts)

@@ -288,6 +288,13 @@ def test_parts_that_were_replaced_are_refused(tmp_path: Path) -> None:
     def set_up(model: Any) -> None:
         model.blocks[1].mlp.experts.up = nn.Bilinear(16, 2, 24)
 
+    def set_experts(model: Any) -> None:
+        class Own(gmoe.MLPExperts):
+            """Has no weights beyond its base's, and may compute something else."""
+
+        model.blocks[1].mlp.experts = Own(16, 12, 16, num_experts=2)
+
+    refused(set_experts, r"^model: got blocks\.1\.mlp\.experts, a Own")
     refused(set_router, r"^router: got Mine in blocks\.1\.mlp")
     refused(set_up, "a Bilinear, expected experts as they were built")
     refused(gmoe.unstack, r"gmoe\.restack\(model\) before")

@@ -115,6 +115,30 @@ def test_a_router_of_your_own_says_how_it_is_pruned() -> None:
     assert_same(layer(X), expected)
 
 
+class Residual(gmoe.MLPExperts):
+    """Experts of one's own that add what they see."""
+
+    def rows(self, x_PI: Tensor, offsets: Tensor) -> Tensor:
+        return x_PI + super().rows(x_PI, offsets)
+
+
+class Tempered(gmoe.TokenChoice):
+    """A router of one's own with another weight for each expert."""
+
+
+@pytest.mark.parametrize("own", [Residual, Tempered])
+def test_nothing_is_known_of_subclasses(own: Any) -> None:
+    """They may compute something else, of weights that their base does not have."""
+    experts: Any = Residual if own is Residual else gmoe.MLPExperts
+    router: Any = Tempered if own is Tempered else gmoe.TokenChoice
+    layer = gmoe.MoE(
+        router(WIDTH, num_experts=EXPERTS), experts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
+    )
+    with pytest.raises(ValueError, match=f"^model: got {own.__name__}, of which no expert"):
+        gmoe.prune(layer, torch.randn(9, WIDTH), keep=2)
+    assert layer.num_experts == EXPERTS
+
+
 def test_dead_experts_of_an_oracle_go() -> None:
     layer = gmoe.MoE(
         gmoe.OracleRouter(WIDTH, num_experts=EXPERTS, assignment=torch.tensor([2, 2, 5, 7, 5])),

@@ -103,6 +103,19 @@ def of_one_width(cls: Any, in_channels: Any, out_channels: int, **options: Any) 
     return cls(in_channels, **options)
 
 
+@pytest.mark.parametrize("name", ["my_conv", "MySage", "mysage", "My_Sage_Conv"])
+def test_a_name_of_ones_own_is_found_as_it_is_written(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(pyg.SAGEConv):
+        """A conv of one's own."""
+
+    monkeypatch.setitem(KINDS, Own, Kind(is_local=True, names={name: {}}))
+    for asked in (name, name.upper()):
+        layer = MoEConv(asked, 3, 4, num_experts=2, start="plain")
+        assert isinstance(layer.experts.convs()[0], Own)
+
+
 def test_a_row_may_be_added_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"custom": {}, "custom_sum": {"aggr": "sum"}}
     monkeypatch.setitem(KINDS, OwnConv, Kind(is_local=True, adapt=of_one_width, names=names))

@@ -25,6 +25,7 @@ from gmoe import (
     Router,
     SoftSlots,
     TokenChoice,
+    build_router,
 )
 from gmoe.routers import AttentionVote, ExpertChoice, Groups
 from gmoe.routers.base import SHORT, log_softmax, pair_weights
@@ -163,6 +164,29 @@ def test_any_groups_and_capacities_equal_naive(
     case = Case(case.name, case.router, {**case.options, "capacity_factor": factor})
     x, layer = tokens((len(ids), D), seed=len(ids)), make_layer(case, len(ids), k)
     assert_same_as_naive(layer, tied(layer, x) if ties else x, torch.tensor(ids, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("token_choice", {}),
+        ("expert_choice", {"inference": "threshold", "normalize": "tokens"}),
+        ("multi_centroid", {}),
+        ("random", {}),
+    ],
+)
+def test_counters_are_float32_under_a_default_of_half_precision(
+    name: str, kwargs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        router = build_router(name, D, num_experts=E, k=1, kwargs=kwargs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in router.parameters()} <= {dtype}
+    assert {b.dtype for b in router.buffers()} <= {torch.float32, torch.long}
+    assert len(list(router.buffers())) > 0
 
 
 def test_weights_of_tiny_gates_sum_to_one() -> None:
