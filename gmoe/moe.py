@@ -56,6 +56,11 @@ class _Mixture(MoELayer):
             raise ValueError(
                 f"router: got {router!r}, expected an instance, which build_router makes of a name"
             )
+        if not hasattr(experts, "num_experts"):
+            raise ValueError(
+                f"experts: got {type(experts).__name__}, expected gmoe.Experts: MLPExperts, "
+                "LinearExperts or your own"
+            )
         if router.num_experts != experts.num_experts or router.dim != experts.in_features:
             raise ValueError(
                 f"experts: got num_experts={experts.num_experts}, "

@@ -209,8 +209,8 @@ def _to_rgb(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
         high = images.amax((1, 2, 3), keepdim=True)
         images = (images - low) / (high - low).clamp(min=1e-12)
     else:
-        std_C11 = torch.tensor(std)[:, None, None]
-        mean_C11 = torch.tensor(mean)[:, None, None]
+        std_C11 = torch.as_tensor(std, dtype=torch.float32)[:, None, None]
+        mean_C11 = torch.as_tensor(mean, dtype=torch.float32)[:, None, None]
         images = images * std_C11 + mean_C11
     return images.clamp(0, 1).expand(-1, 3, -1, -1)
 

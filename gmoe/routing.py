@@ -414,11 +414,16 @@ def as_list(routings: Routing | Iterable[Routing]) -> list[Routing]:
     """The routings of one or several layers.
 
     Raises:
-        ValueError: a dictionary, of whose keys nothing can be read.
+        ValueError: a dictionary, of whose keys nothing can be read; what is no routing.
     """
     if isinstance(routings, Mapping):
         raise ValueError("routings: got a dictionary, expected its values()")
-    return [routings] if isinstance(routings, Routing) else list(routings)
+    found = list(routings) if isinstance(routings, Iterable) else [routings]
+    for routing in found:
+        if not isinstance(routing, Routing):
+            name = type(routing).__name__
+            raise ValueError(f"routings: got {name}, expected a Routing, or one of each layer")
+    return found
 
 
 def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
@@ -469,11 +474,13 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """
     routings: list[Routing] = []
     thread = threading.get_ident()
+    is_open = True
 
     @untraced
     def keep(_: nn.Module, __: Any, routing: Routing) -> None:
-        # A user's own module may have a method `route` that gives something else.
-        if not isinstance(routing, Routing) or threading.get_ident() != thread:
+        # A user's own module may have a method `route` that gives something else. A copy of the
+        # model that is made inside the block keeps the hook.
+        if not isinstance(routing, Routing) or threading.get_ident() != thread or not is_open:
             return
         # In a backward pass, checkpointing runs the forward again.
         if not in_backward():
@@ -483,7 +490,10 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
         for module in model.modules():
             if hasattr(type(module), "route"):  # a router, or what stands in for one
                 stack.callback(module.register_forward_hook(keep).remove)
-        yield routings
+        try:
+            yield routings
+        finally:
+            is_open = False
         if not routings:
             raise RuntimeError(
                 "record_routing: nothing was recorded; run a model that holds MoE layers inside "

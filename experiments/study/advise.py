@@ -39,6 +39,7 @@ import tyro
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.config import (
+    RECORDS,
     GraphConfig,
     HeteroConfig,
     MoleculeConfig,
@@ -121,13 +122,29 @@ def arms_of(base: RunConfig) -> dict[str, RunConfig]:
     return arms | {"dense-flops": replace(first, **matched)} | settings
 
 
+def data_of(config: RunConfig) -> dict[str, Any]:
+    """What tells one data set from another."""
+    from experiments.train.run_folder import described
+
+    found = described(config)
+    return {name: found.get(name) for name in ("dataset", *RECORDS)}
+
+
+def answer_of(base: RunConfig, out: Path) -> dict[str, Any]:
+    """What questions about these data were answered in a folder, if they were."""
+    path = out / "questions.json"
+    answer = read_json(path, dict[str, Any]) if path.exists() else {}
+    if answer and answer.get("data") != data_of(base):
+        print(f"{path} is of other data, and not read", file=sys.stderr)
+        return {}
+    return answer
+
+
 class Comparison:
     """Arms in turns, a seed (and so a split) after the other, as long as the budget lasts."""
 
     def __init__(self, base: RunConfig, out: Path, seconds: float) -> None:
-        asked = out / "questions.json"
-        answer = read_json(asked, dict[str, Any]) if asked.exists() else {}
-        self.rules_differ = answer.get("kind") == "rules"
+        self.rules_differ = answer_of(base, out).get("kind") == "rules"
         self.arms = {
             name: replace(arm, out=out / name, resume=True) for name, arm in arms_of(base).items()
         }
@@ -324,7 +341,9 @@ def ask(base: GraphConfig, out: Path) -> tuple[list[str], str | None]:
     gains = {name: vars(gain) for name, gain in answer.gains.items()}
     write_json(
         out / "questions.json",
-        found | {"figures": answer.figures, "gains": gains, "environment": environment()},
+        found
+        | {"figures": answer.figures, "gains": gains}
+        | {"data": data_of(base), "environment": environment()},
     )
     lines = [answer.line, *answer.figures]
     if answer.expert is not None:

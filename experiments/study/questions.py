@@ -80,7 +80,7 @@ APART = "edge directions, kept apart"
 VIEWS = {
     "positions": "positions",
     "rule": "rule (which classes of node and neighbors go together)",
-    "evidence": "rule (which expert is right at other training nodes nearby)",
+    "evidence": "evidence (which expert is right at other training nodes nearby)",
     "node": "the node's own features (--router-input node, the default)",
     "neighbors": "the mean of its neighbors (--router-input neighbors)",
     "degree": "its degree (--router-input degree)",

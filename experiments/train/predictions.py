@@ -118,7 +118,8 @@ def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
     # PyG divides 0 by 0 where no training node has an error
     right = right.where(right.isfinite(), probability)
     found: Tensor = post.smooth(right, y[mask], mask, edges)
-    return found
+    # Its rows do not sum to 1, of which an ensemble would take the mean.
+    return found / found.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)
 
 
 def score(task: Task, probability: Tensor, part: Split) -> float:

@@ -6,6 +6,7 @@ Shapes: T tokens, D width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ from gmoe import (
 )
 
 D, E = 5, 3
+
+
+@pytest.mark.parametrize("layer", [MoE, SoftMoE])
+def test_what_is_no_experts_is_refused(layer: Any) -> None:
+    slots: Any = SoftSlots if layer is SoftMoE else ExpertChoice
+    with pytest.raises(ValueError, match=r"^experts: got ModuleList, expected gmoe\.Experts"):
+        layer(slots(D, num_experts=E), nn.ModuleList([nn.Linear(D, 4)] * E))
 
 
 def test_a_shared_expert_is_added() -> None:

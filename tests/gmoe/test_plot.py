@@ -168,6 +168,9 @@ def test_tints_by_hand() -> None:
     assert np.allclose(pixels(stretched, 0)[..., 0].ravel(), np.arange(16) / 15)
     both = torch.arange(16.0).view(1, 1, 4, 4) * torch.tensor([1.0, 9.0])[:, None, None, None]
     assert torch.allclose(*_to_rgb(both, None, None))  # each image by itself
+    numbers: Any = np.array([0.25])  # of float64
+    figure = expert_maps(Fixed(), IMAGE[:1, :4, :4], mean=numbers, std=numbers)
+    assert np.allclose(pixels(figure, 0), 0.25)
 
 
 def test_the_legend_has_every_expert() -> None:

@@ -5,6 +5,7 @@ Shapes: T tokens, E experts, K experts a token, P pairs.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -271,6 +272,22 @@ def test_routings_are_recorded_in_order_while_the_block_lasts() -> None:
     assert [routing.num_tokens for routing in routings] == [6, 6, 2, 2]
     assert [routing.num_tokens for routing in inner] == [6, 2]
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_copy_made_inside_the_block_records_only_while_it_lasts() -> None:
+    model = TokenChoice(4, num_experts=2)
+    with record_routing(model) as routings:
+        twin = copy.deepcopy(model)
+        twin(torch.randn(3, 4))
+    assert len(routings) == 1
+    twin(torch.randn(3, 4))
+    assert len(routings) == 1
+
+
+@pytest.mark.parametrize("wrong", [None, [[]], ["routing"], torch.ones(2)], ids=str)
+def test_losses_are_those_of_routings(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"^routings: got \w+, expected a Routing, or one of each"):
+        aux_loss(wrong)
 
 
 def test_a_block_that_recorded_nothing_is_refused() -> None:

@@ -245,7 +245,7 @@ def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, A
 
     From ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header).
     """
-    split, seen = {}, np.zeros(nodes, np.int8)
+    split, seen = {}, np.zeros(nodes, bool)
     for part, path in ((part, files[part]) for part in PARTS if part in files):
         ids = read_npy(path) if path.suffix == ".npy" else read_csv(path, header=None).to_numpy()
         fits = ids.dtype.kind in "iu" and ids.size == len(ids)
@@ -254,13 +254,11 @@ def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, A
         low, high = (ids.min(), ids.max()) if len(ids) else (0, 0)
         legal = f"0 to {nodes - 1}"
         check(0 <= low <= high < nodes, str(path), f"nodes {low} to {high}", legal)
-        np.add.at(seen, ids, 1)
-        check(
-            np.max(seen) < 2,
-            str(path),
-            f"node {np.argmax(seen)} twice, or in an earlier part too",
-            "it once",
-        )
+        ascending = np.sort(ids)
+        again = np.concatenate([ascending[1:][np.diff(ascending) == 0], ids[seen[ids]]])
+        got = f"node {again.min() if len(again) else ''} twice, or in an earlier part too"
+        check(not len(again), str(path), got, "it once")
+        seen[ids] = True
         write_npy(folder / f"{part}.npy", ids)
     return split
 
@@ -297,7 +295,9 @@ def sorted_keys(
         # Then comes advice on DuckDB's own settings; a line that it shows may be the whole file
         why = " ".join(line[:LONGEST] for line in str(error).split("\n")[:3])
         where = edges if isinstance(edges, Path) else "edges"
-        raise ValueError(f"{where}: {why} (memory: {memory:g} GB)") from error
+        of_values = isinstance(error, duckdb.InvalidInputException)
+        room = "" if of_values else f" (memory: {memory:g} GB)"
+        raise ValueError(f"{where}: {why}{room}") from error
 
 
 def _open_table(connection: Any, path: Path) -> None:
@@ -328,7 +328,7 @@ def _open_table(connection: Any, path: Path) -> None:
     )
     whole = (
         "CASE WHEN trim({0}::VARCHAR) SIMILAR TO '[0-9]+' THEN {0}::BIGINT "
-        "ELSE error(concat('got node ', {0})) END"
+        "ELSE error(concat('got node ', {0}, ', expected whole numbers from 0')) END"
     )
     ends = f"{whole.format('s')} AS s, {whole.format('d')} AS d"
     first_name, second_name = [str(name).strip().lower() for name in names] or ("", "")

@@ -269,7 +269,7 @@ def _read_folder(folder: Path) -> Data:
             )
         data.edge_index = torch.from_numpy(ends.astype(np.int64))
         if "weight" in edges:
-            data.edge_weight = _numbers(edges["weight"])
+            data.edge_weight = _numbers(edges["weight"], most_names=0)
     return data
 
 
@@ -295,15 +295,18 @@ def _read_table(path: Path, needed: tuple[str, ...], text: tuple[str, ...]) -> p
     return table
 
 
-def _numbers(column: pd.Series[Any]) -> Tensor:
-    """(rows, 1) of a column of numbers; of one that has none, one-hot."""
+def _numbers(column: pd.Series[Any], most_names: int = MOST_CATEGORIES) -> Tensor:
+    """(rows, 1) of a column of numbers; one-hot of one that has none and few enough names."""
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
-    if np.isnan(numbers).all() and column.notna().all() and column.nunique() <= MOST_CATEGORIES:
+    has_names = bool(np.isnan(numbers).all()) and 0 < column.nunique() <= most_names
+    if has_names and column.notna().all():
         return torch.from_numpy(pd.get_dummies(column, dtype=float).to_numpy(copy=True))
     if not np.isfinite(numbers).all():
-        row = int(np.argmin(np.isfinite(numbers)))
+        # Of names alone, it is an empty cell that is wrong.
+        is_wrong = column.isna().to_numpy() if has_names else ~np.isfinite(numbers)
+        row = int(np.argmax(is_wrong))
+        or_names = f", or at most {most_names} names alone" if most_names else ""
         raise ValueError(
-            f"row {row} has {column.name!r}={str(column[row])!r}, expected numbers alone, "
-            f"or at most {MOST_CATEGORIES} names alone"
+            f"row {row} has {column.name!r}={str(column[row])!r}, expected numbers alone{or_names}"
         )
     return torch.from_numpy(numbers.copy())[:, None]

@@ -170,6 +170,25 @@ def test_finished_runs_are_kept_and_others_added(
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        {"config": {"device": "cpu", "threads": 1, "tokens": 64}, "variants": {}},
+        {"config": {"device": "cpu", "threads": 1}, "variants": {"naive": {}}},
+        {"variants": {}},
+    ],
+)
+def test_a_file_of_something_else_is_left_as_it_is(
+    content: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        main(["swap", "--json", str(path)])
+    assert f"json: got {path}, of something else" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == content
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--repeats -1", "repeats: got -1"),

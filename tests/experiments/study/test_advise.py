@@ -200,7 +200,8 @@ def test_no_headroom_says_nothing_of_experts_where_rules_differ(
     rules_differ: bool, verdicts: str, lines: list[str], tmp_path: Path
 ) -> None:
     """Verdicts of the dense models and, if there is time, of experts."""
-    answer = {"kind": "rules" if rules_differ else "nothing"}
+    data = advise.data_of(DIGITS_GRAPH)
+    answer = {"kind": "rules" if rules_differ else "nothing", "data": data}
     (tmp_path / "questions.json").write_text(json.dumps(answer))
     found: Any = [
         advise.Difference(mean=1.0, interval=None, n=10, verdict=verdict)  # type: ignore[arg-type]
@@ -224,6 +225,16 @@ def test_no_headroom_says_nothing_of_experts_where_rules_differ(
 
     (_, *said), _ = advise.advice(Told(DIGITS_GRAPH, tmp_path, 60))
     assert all(map(str.startswith, said, lines)), said
+
+
+def test_answers_about_other_data_are_not_read(tmp_path: Path, capsys: Any) -> None:
+    answer = {"kind": "rules", "data": advise.data_of(DIGITS_GRAPH)}
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(answer))
+    wider = replace(DIGITS_GRAPH, hidden=64)
+    assert advise.answer_of(wider, tmp_path) == answer
+    assert advise.answer_of(replace(DIGITS_GRAPH, dataset="mosaic"), tmp_path) == {}
+    assert f"{path} is of other data, and not read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [[], ["--no-undirected"]])

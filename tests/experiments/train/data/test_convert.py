@@ -169,7 +169,7 @@ def test_all_forms_of_edges_agree(form: str, tmp_path: Path) -> None:
         ("e.csv", "0,1\n1,2,3\n3,4\n", "Line: 2 .*Found: 3"),  # skipped
         ("e.csv", "0,1\n1\n", "Line: 2 .*Found: 1"),  # skipped
         ("e.csv", "0,1\n" * 300_000 + "1,2,3\n", "Line: 300001"),
-        ("e.csv", "1,2\n2.5,1\n", "got node 2.5"),  # 3
+        ("e.csv", "1,2\n2.5,1\n", "got node 2.5, expected whole numbers from 0"),  # 3
         ("e.csv", "2.5,3.5\n1,2\n", "got node 2.5"),  # a header
         ("e.csv", "1,2\n-1,2\n", "got node -1"),  # taken
         ("e.csv", "1,2\n3,\n", "got node"),
@@ -238,6 +238,8 @@ def test_parquet_of_other_columns_and_one_cut_off(tmp_path: Path) -> None:
             r"val\.npy: got node 2 twice, or in an earlier part",
         ),
         ({"val": np.array([0.5])}, "expected a column of node numbers"),
+        ({"val": np.repeat(np.arange(3), 200)}, r"val\.npy: got node 0 twice"),
+        ({"val": np.repeat([1, 0], [22, 128])}, r"val\.npy: got node 0 twice"),  # a mask
     ],
 )
 def test_wrong_arrays_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -229,6 +229,22 @@ def test_a_wrong_csv(tmp_path: Path) -> None:
         (folder / file).write_text(whole)
 
 
+def test_a_wrong_cell_of_a_csv_is_named_by_its_row(tmp_path: Path) -> None:
+    kind = ["red", "blue", *["red"] * (NODES - 2)]
+    kind[3] = ""
+    edges = len(arrays()["edges"])
+    cases: list[tuple[dict[str, list[Any]], str]] = [
+        ({"kind": kind}, "row 3 has 'kind'='nan', expected numbers alone, or at most 100 names"),
+        ({"weight": ["heavy"] * edges}, "row 0 has 'weight'='heavy', expected numbers alone\\)"),
+        ({"weight": [1.0, "x", *[1.0] * (edges - 2)]}, "row 1 has 'weight'='x', expected numbers"),
+    ]
+    for number, (columns, message) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(ValueError, match=message):
+            own_graph(write_csv(folder, arrays(), None, **columns))
+
+
 def test_the_metric_is_that_of_the_command_line(tmp_path: Path) -> None:
     path = write_npz(tmp_path)
     with pytest.raises(ValueError, match="metric: got 'roc_auc' for 3 classes"):
