@@ -129,7 +129,8 @@ def grouped_linear(
         x_PI: rows sorted by expert.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
-        offsets_E: (E,) int32 cumulative ends; the last is P.
+        offsets_E: (E,) int32 cumulative ends, ascending; the last is P. A load is no cumulative
+            sum: nobody looks at the values.
         backend: all give the same result and gradients, if the weights are finite.
 
             - ``"loop"``: one matmul per expert, written in place; of few rows (``FEW_ROWS``),
@@ -147,10 +148,13 @@ def grouped_linear(
     Follows autocast as ``nn.Linear`` does. Can be differentiated once.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend; ``offsets`` of another number of experts.
     """
     if backend not in get_args(Backend):  # asked here, too, to save a call for each layer
         check_choice("backend", backend, Backend)
+    if offsets_E.shape != weight_EIO.shape[:1]:
+        legal = f"one end for each of {len(weight_EIO)} experts"
+        raise ValueError(f"offsets: got shape {tuple(offsets_E.shape)}, expected {legal}")
     # 1. The dtype, which follows autocast as that of nn.Linear does.
     if autocasts(x_PI.device) and x_PI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_PI.device.type)

@@ -46,7 +46,8 @@ def count_flops(model: Callable[..., object], *args: object, **kwargs: object) -
     Also counts grouped products, attention on the CPU, and sums over messages (one per element,
     whether by ``index_add``, ``scatter_add`` or a sparse product). Routed experts count with the
     tokens that they are given: outside of this function, a small layer may run all its experts on
-    all tokens instead, which takes more FLOPs and less time.
+    all tokens instead, which takes more FLOPs and less time. With ``backend="padded"`` the zeros
+    that fill blocks count, too.
 
     Args:
         model: a model or function, called as ``model(*args, **kwargs)``.

@@ -216,5 +216,9 @@ def test_watched_rows_take_a_product_for_each_expert_whose_flops_count() -> None
 
 def test_an_unknown_backend_is_refused() -> None:
     backend: Any = "fast"
+    with pytest.raises(
+        ValueError, match=r"^offsets: got shape \(2,\), expected one end for each of 3"
+    ):
+        grouped_linear(torch.ones(4, 5), torch.ones(3, 5, 2), None, torch.tensor([2, 4]))
     with pytest.raises(ValueError, match=r"^backend: got 'fast', expected one of 'auto'"):
         grouped_linear(torch.ones(1, 2), torch.ones(1, 2, 2), None, ends([1]), backend)
