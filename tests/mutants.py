@@ -115,7 +115,6 @@ UNWRITTEN = "nobody writes to it"
 A_SIZE = "a size that is a matter of taste"
 A_TRIAL = "which numbers a trial takes"
 A_HINT = "which of two similar names a hint takes"
-A_STABLE_SORT = "torch's sort on the CPU is stable anyway"
 EQUIVALENT: dict[int, str] = {
     43: OF_A_MATRIX,
     64: "a layer has one expert at least",
@@ -168,7 +167,6 @@ UNSEEN: dict[int, str] = {
     309: UNWRITTEN,
     316: "no argument of PyG's convs is given by position alone",
     362: A_HINT,
-    367: A_STABLE_SORT,
     380: ON_CUDA,
     392: EQUALLY_LONG,
     394: "only of graphs of two billion nodes",
