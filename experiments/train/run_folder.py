@@ -222,7 +222,7 @@ def check_same(path: Path, science: dict[str, Any], trained: dict[str, Any]) -> 
     """
     for name in sorted(science.keys() | trained.keys()):
         got, expected = (options.get(name, "nothing") for options in (science, trained))
-        is_same = got == expected or ":" in str(got)
+        is_same = got == expected or (isinstance(got, str | list) and ":" in str(got))
         check(is_same, f"{path}: {name}", got, f"{expected}, as in summary.json")
 
 

@@ -172,8 +172,8 @@ def test_finished_runs_are_kept_and_others_added(
 @pytest.mark.parametrize(
     "content",
     [
-        {"config": {"device": "cpu", "threads": 1, "tokens": 64}, "variants": {}},
-        {"config": {"device": "cpu", "threads": 1}, "variants": {"naive": {}}},
+        {"config": {"device": "cpu", "threads": 1, "tokens": 64}, "variants": {"naive": {}}},
+        {"config": {"names": []}, "variants": {}},
         {"variants": {}},
     ],
 )
