@@ -212,9 +212,9 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -
             )
         return list(range(every - 1, count, every))
     try:
-        chosen = sorted({range(count)[block] for block in blocks})  # a set: -1 may name a block too
-        if any(isinstance(block, bool) for block in blocks):  # True is no block 1
-            chosen = []
+        # A set, since -1 may name a block too; True is no block 1.
+        numbers = (block for block in blocks if not isinstance(block, bool))
+        chosen = sorted({range(count)[block] for block in numbers})
     except (IndexError, TypeError):
         chosen = []
     if not chosen or len(chosen) != len(blocks):

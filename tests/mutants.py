@@ -4,7 +4,7 @@
 the tests that reach it, and writes ``results/mutants.json`` after every one; it continues where
 it was stopped. ``--survivors`` runs those that survived again, for tests written since: both
 scores are kept. Either writes ``docs/trust.md`` at its end; ``--report`` does that alone. Needs
-``pip install "gmoe[mutants]"``; takes hours.
+``pip install "gmoe[mutants]"``; takes an hour of one core.
 
 A *place* is a token of the code that a family of cosmic-ray's operators changes, such as one
 ``+`` or one number. The sample is a random order of all places, with one of each place's mutants

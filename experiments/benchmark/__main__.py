@@ -5,7 +5,6 @@ Ratios are those of medians in one run; of ``compile``, of minima.
 
 from __future__ import annotations
 
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import tyro
 
 from experiments.train.checks import check_choice
-from experiments.train.command_line import fail
+from experiments.train.command_line import fail, stop
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
@@ -96,8 +95,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        stop()
     print(pd.DataFrame(benchmark_lines(found)).to_string(index=False))
     print(config.measured_on(found))
 

@@ -405,16 +405,14 @@ class SwapBenchmark(Benchmark):
         if not self.json.exists():
             return {}
         there = read_json(self.json, dict[str, Any])
-        settings, found = there.get("config"), there.get("variants")
-        is_ours = isinstance(settings, dict) and {"device", "threads"} <= {*settings}
-        is_ours = is_ours and isinstance(found, dict) and {*found} <= {*ROWS}
+        settings: dict[str, Any] = there.get("config") or {}
+        found: dict[str, Any] = there.get("variants") or {}
+        is_ours = {"device", "threads"} <= {*settings} and {*found} <= {*ROWS}
         check(is_ours, "json", f"{self.json}, of something else", "a file of swap, or a new one")
         for name in ("device", "threads"):
-            value, then = getattr(self, name), there["config"][name]
-            legal = f"{then}, as in {self.json}, or another --json"
-            check(value == then, name, value, legal)
-        kept: dict[str, Any] = there["variants"]
-        return kept
+            value, then = getattr(self, name), settings[name]
+            check(value == then, name, value, f"{then}, as in {self.json}, or another --json")
+        return found
 
     def lacks_times(self, row: dict[str, Any], arms: Sequence[Arm]) -> bool:
         """True if a row has no times of some arms, or of another number of repeats."""

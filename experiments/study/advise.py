@@ -393,15 +393,13 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     assert room is not None
     lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
     found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
-    gain = None
-    if room.verdict == "yes" or comparison.rules_differ:
-        gain = comparison.told((matched, first, second), comparison.better, matched)
+    if room.verdict != "yes" and not comparison.rules_differ:
+        why = "they need headroom" if room.verdict == "no" else "headroom is not sure"
+        return [*lines, f"experts: not tried, since {why}", ADVICE[room.verdict]], found
+    gain = comparison.told((matched, first, second), comparison.better, matched)
     if gain is None:
-        needs = {"no": "they need headroom", "inconclusive": "headroom is not sure"}
-        why = "no time is left" if comparison.rules_differ else needs.get(room.verdict)
-        lines += [f"experts: not tried, since {why or 'no time is left'}"]
-        is_no = room.verdict == "no" and not comparison.rules_differ
-        return [*lines, ADVICE["no" if is_no else "inconclusive"]], found
+        why = "no time is left"
+        return [*lines, f"experts: not tried, since {why}", ADVICE["inconclusive"]], found
     setting = comparison.better()
     step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
     wider = comparison.difference("dense-4x", "dense", more.n).mean

@@ -22,6 +22,12 @@ def fail(error: Exception, where: str = "") -> NoReturn:
     sys.exit(2)
 
 
+def stop() -> NoReturn:
+    """End the command as somebody wished who pressed Ctrl-C."""
+    print("stopped", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+
+
 def program(
     name: str, function: Callable[..., Any], about: str | None, extra: str = "convert"
 ) -> Callable[..., Any]:
@@ -41,8 +47,7 @@ def program(
         except (ValueError, OSError, ImportError) as error:
             fail(error)
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            stop()
 
     return main
 

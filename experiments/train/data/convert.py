@@ -256,8 +256,9 @@ def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, A
         check(0 <= low <= high < nodes, str(path), f"nodes {low} to {high}", legal)
         ascending = np.sort(ids)
         again = np.concatenate([ascending[1:][np.diff(ascending) == 0], ids[seen[ids]]])
-        got = f"node {again.min() if len(again) else ''} twice, or in an earlier part too"
-        check(not len(again), str(path), got, "it once")
+        if len(again):
+            got = f"node {again.min()} twice, or in an earlier part too"
+            raise ValueError(f"{path}: got {got}, expected it once")
         seen[ids] = True
         write_npy(folder / f"{part}.npy", ids)
     return split
