@@ -22,7 +22,7 @@ from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
 from gmoe.experts import Experts
 from gmoe.from_base import ExpertsFromBase, FromBase
-from gmoe.hub import recorded, refuse_save_pretrained
+from gmoe.hub import recorded, save_with_experts
 from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
@@ -162,7 +162,7 @@ def moefy(
         layer.moefied = recorded(options, known=saved_by_name(could_be, k, router_kwargs))
     for name, module in modules.items():
         model.set_submodule(name, layers[module])
-    refuse_save_pretrained(model)
+    save_with_experts(model)
     return model
 
 

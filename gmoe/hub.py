@@ -11,8 +11,12 @@ Importing this module takes torch alone; saving and loading import the rest.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import re
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -32,6 +36,9 @@ Model = TypeVar("Model", bound="HubMixin")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+ONE_FILE = "50GB"
+"""The largest file of weights, as in transformers."""
+
 SMALL = 10_000
 """A size that is taken as it is, however few weights there are."""
 
@@ -195,10 +202,12 @@ class HubMixin:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
 
-class RefusesToSave:
+class SavesExperts:
     """Stands in for the ``save_pretrained`` of a model of another library that has experts.
 
-    Its files would say nothing of the experts, and the dense model would come back.
+    The class's own files would say nothing of the experts, and the dense model would come back.
+    Models of transformers are written as :func:`gmoe.save` writes them; ``Trainer`` and
+    ``push_to_hub`` call this, too. Others are refused.
 
     Args:
         model: the model, whose class has the method.
@@ -207,27 +216,130 @@ class RefusesToSave:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def __call__(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Refuse, or save as the class does once no layer has experts.
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        max_shard_size: int | str = ONE_FILE,
+        **options: Any,
+    ) -> Any:
+        """Save with the experts, or as the class does once no layer has any.
+
+        Args:
+            save_directory: where to write; created if it does not exist.
+            is_main_process: false for a process that writes nothing.
+            state_dict: the weights, if they are not those of the model (default: the model's own).
+            max_shard_size: the largest file of weights, in bytes or as ``"5GB"``.
+            **options: those of the class, for a model without experts.
 
         Raises:
-            ValueError: the model has experts.
+            ValueError: experts in a model of a library other than transformers, adapters beside
+                experts, or an option that changes the files; what :func:`gmoe.save` refuses.
         """
-        if any(isinstance(part, MoELayer) for part in self.model.modules()):
+        given = {"is_main_process": is_main_process, "state_dict": state_dict}
+        if not any(isinstance(part, MoELayer) for part in self.model.modules()):
+            sized = {} if max_shard_size == ONE_FILE else {"max_shard_size": max_shard_size}
+            save: Any = type(self.model).save_pretrained
+            return save(self.model, save_directory, **given, **sized, **options)
+        name = type(self.model).__name__
+        if not is_of_transformers(self.model):
             raise ValueError(
-                f"save_pretrained: got a {type(self.model).__name__} with layers of experts, which "
-                f"from_pretrained would leave out, expected gmoe.save(model, {str(folder)!r})"
+                f"save_pretrained: got a {name} with layers of experts, which from_pretrained "
+                f"would leave out, expected gmoe.save(model, {str(save_directory)!r})"
             )
-        save: Any = type(self.model).save_pretrained
-        return save(self.model, folder, *args, **kwargs)
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"save_pretrained: got a {name} with adapters beside experts, of which "
+                "transformers would save the adapters alone, expected them merged"
+            )
+        for option, value in options.items():
+            if value and option not in WITHOUT_EFFECT:
+                raise ValueError(f"{option}: got {value!r}, expected none: the model has experts")
+        if not is_main_process:
+            return None
+        from gmoe.saved import LAYERS, write  # which imports this module
+
+        folder = write(self.model, save_directory, state=state_dict, max_shard_size=max_shard_size)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            # Trainer pushes the folder above, to which it copies only the files that it knows.
+            shutil.copy(folder / LAYERS, folder.parent)
+        return folder
 
 
-def refuse_save_pretrained(model: Any) -> None:
-    """Let ``save_pretrained`` of other libraries refuse a model that has experts now."""
+WITHOUT_EFFECT = ("safe_serialization", "save_original_format", "save_peft_format", "token")
+"""Options of ``save_pretrained`` that change nothing in what gmoe writes."""
+
+EXPLAINED = "none: the model has experts, read it with gmoe.load(folder)"
+"""Stands in ``config.json`` where ``from_pretrained`` looks for the file of the weights.
+
+It is the end of transformers' error. Without it a dense model would come back, with a warning.
+"""
+
+
+def is_of_transformers(model: object) -> bool:
+    """Whether it is a model of transformers; that there is one implies that it was imported."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def write_config(model: Any, folder: Path) -> None:
+    """Write the configuration of a model of transformers that has experts.
+
+    Plain ``from_pretrained`` of the folder raises, by the class and by ``AutoModel``.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    path = folder / CONFIG
+    saved = json.loads(path.read_text()) | {"transformers_weights": EXPLAINED}
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def build_from_config(name: str, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """The dense model that :func:`write_config` described, with any values.
+
+    No code runs from the folder: the class is looked up in transformers.
+
+    Args:
+        name: of its class.
+        folder: holds the configuration.
+        state: the weights, which limit the sizes.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise ValueError(
+            f"base: got None, expected the dense model, a {name}: the folder has no {CONFIG} of "
+            "transformers, to build it from"
+        )
+    import transformers
+
+    build = getattr(transformers, name, None)
+    if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
+        raise ValueError(f"base: got None, expected a {name}, which is no model of transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_sizes(config.to_dict(), state)
+        vars(config).pop("transformers_weights", None)
+        built: nn.Module = build(config)
+    except Exception as error:  # a file from the network may hold anything
+        raise ValueError(
+            f"{path}: got {type(error).__name__}: {in_short(error)}, expected the configuration "
+            f"of a {name}"
+        ) from error
+    return built
+
+
+def save_with_experts(model: Any) -> None:
+    """Let ``save_pretrained`` of other libraries keep, or refuse, the experts of a model."""
     for part in model.modules():
         is_other = hasattr(type(part), "save_pretrained") and not isinstance(part, HubMixin)
         if is_other and any(isinstance(layer, MoELayer) for layer in part.modules()):
-            part.save_pretrained = RefusesToSave(part)
+            part.save_pretrained = SavesExperts(part)
 
 
 def read_weights(path: Path, writer: str) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
 """Save a model with experts that was made from somebody else's dense model, and load it again.
 
-A folder holds three files, none of which is code:
+A folder holds these files, none of which is code:
 
 - ``gmoe.json``: which layers have experts, and how they were made;
-- ``model.safetensors``: all weights of the model;
-- ``receipt.safetensors``: what the model gave for one input, if there was one.
+- ``model.safetensors``: all weights of the model, or an index of several such files;
+- ``receipt.safetensors``: what the model gave for one input, if there was one;
+- ``config.json``: the configuration of a model of transformers.
 
 :class:`gmoe.GNNMoE` and :class:`gmoe.ViTMoE` know how they are built, and need no base: they have
 ``save_pretrained`` (:mod:`gmoe.hub`). Once layers of theirs were pruned or folded, they are saved
@@ -30,7 +31,14 @@ from gmoe.convert import moefy
 from gmoe.dense import densify_like
 from gmoe.experts import Experts
 from gmoe.from_base import FromBase, fold
-from gmoe.hub import check_sizes, read_weights
+from gmoe.hub import (
+    ONE_FILE,
+    build_from_config,
+    check_sizes,
+    is_of_transformers,
+    read_weights,
+    write_config,
+)
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.routers import ROUTERS
@@ -38,6 +46,8 @@ from gmoe.unstacked import UnstackedLinears
 
 LAYERS = "gmoe.json"
 WEIGHTS = "model.safetensors"
+SHARD = "model{suffix}.safetensors"
+INDEX = "model.safetensors.index.json"
 RECEIPT = "receipt.safetensors"
 
 FORMAT = 1
@@ -70,7 +80,8 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
 
     It takes models of timm, Hugging Face's transformers, PyG and your own that :func:`gmoe.moefy`
     has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and :func:`gmoe.densify`, which
-    may leave no experts. The dense model itself is not described: :func:`load` gets it as ``base``.
+    may leave no experts. The dense model itself is described only if it is of transformers, whose
+    ``save_pretrained`` and ``Trainer`` write the same files; else :func:`load` gets it as ``base``.
 
     Args:
         model: the model.
@@ -92,12 +103,31 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
         >>> gmoe.save(vit, "folder", images[:2])
         >>> vit = gmoe.load("folder", base=timm.create_model("vit_tiny_patch16_224"))
     """
+    return write(model, folder, inputs=inputs)
+
+
+def write(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    inputs: Batch | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    max_shard_size: int | str = ONE_FILE,
+) -> Path:
+    """What :func:`save` does.
+
+    Args:
+        model, folder, inputs: see :func:`save`.
+        state: the weights (default: those of the model).
+        max_shard_size: the largest file of weights, in bytes or as ``"5GB"``.
+    """
     check(isinstance(model, nn.Module), "model", described(model), "a module")
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     with naming_extras():
+        from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
     layers = {name: asdict(layer) for name, layer in _layers_of(model).items()}
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -105,29 +135,46 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
                 "layers are quantized"
             )
     receipt = {} if inputs is None else _receipt_of(model, inputs)
+    weights = _saveable(state)
+    shards = split_torch_state_dict_into_shards(
+        weights, filename_pattern=SHARD, max_shard_size=max_shard_size
+    )
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    description = {"format": FORMAT, "model": type(model).__name__, "layers": layers}
-    # Of an earlier model, and the last to come: where this is cut off, the folder holds no model.
+    # Of an earlier model; and this file is the last to come: cut off, the folder holds no model.
     (folder / LAYERS).unlink(missing_ok=True)
-    save_file(_saveable(state), folder / WEIGHTS, metadata={"format": "pt"})
+    earlier = folder.glob(SHARD.format(suffix="-*-of-*"))
+    for path in [*earlier, folder / WEIGHTS, folder / INDEX, folder / RECEIPT]:
+        path.unlink(missing_ok=True)
+    has_config = is_of_transformers(model)
+    if has_config:
+        write_config(model, folder)
+    # Older versions of transformers, and accelerate, refuse a format that they do not know.
+    metadata = {"format": "gmoe" if has_config else "pt"}
+    for name, keys in shards.filename_to_tensors.items():
+        save_file({key: weights[key] for key in keys}, folder / name, metadata=metadata)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     if receipt:
         save_file(_saveable(receipt), folder / RECEIPT)
-    else:
-        (folder / RECEIPT).unlink(missing_ok=True)  # of an earlier model
+    description = {"format": FORMAT, "model": type(model).__name__, "layers": layers}
     (folder / LAYERS).write_text(json.dumps(description, indent=2) + "\n")
     return folder
 
 
-def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.Module:
+def load(
+    folder: str | Path, base: nn.Module | None = None, *, tolerance: float = 1e-4
+) -> nn.Module:
     """Make a dense model into the one that :func:`save` wrote.
 
     Args:
-        folder: what :func:`save` wrote.
+        folder: what :func:`save` wrote, or ``save_pretrained`` or the ``Trainer`` of transformers.
         base: the dense model, built as it was before :func:`gmoe.moefy`; its weights do not matter.
             It is changed in place, so throw it away after an error. Of buffers that no state holds
-            (rotary frequencies, say), the base's dtype counts.
+            (rotary frequencies, say), the base's dtype counts. ``None`` (default) for a model of
+            transformers, which is built from the folder's ``config.json``.
         tolerance: the largest difference of the outputs on the inputs that were saved, as a share
             of the largest output (default 1e-4, for float32; say 0.02 for bfloat16 on another
             device).
@@ -141,12 +188,14 @@ def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.
         ValueError: a file that is damaged; a base of another class or size; outputs that differ.
             The message names the file.
     """
-    check(isinstance(base, nn.Module), "base", described(base), "a module")
+    check(base is None or isinstance(base, nn.Module), "base", described(base), "a module")
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     check_at_least(0, tolerance=tolerance)
     folder = Path(folder)
-    layers = _read_layers(folder / LAYERS, base)
-    state = read_weights(folder / WEIGHTS, "gmoe.save")
+    name, layers = _read_layers(folder / LAYERS, base)
+    state = _read_state(folder)
+    if base is None:
+        base = build_from_config(name, folder, state)
     try:
         for layer in layers.values():
             check_sizes(layer.moefied or {}, state)
@@ -269,8 +318,8 @@ def _is_known(part: nn.Module) -> bool:
     return type(part).__module__.partition(".")[0] == "gmoe"
 
 
-def _read_layers(path: Path, base: nn.Module) -> dict[str, SavedLayer]:
-    """Read and check the description of the layers.
+def _read_layers(path: Path, base: nn.Module | None) -> tuple[str, dict[str, SavedLayer]]:
+    """Read and check the class of the model and the description of its layers.
 
     Raises:
         ValueError: anything but what :func:`save` writes, or for a base of another class.
@@ -280,9 +329,10 @@ def _read_layers(path: Path, base: nn.Module) -> dict[str, SavedLayer]:
         found = json.loads(text)
         if found["format"] != FORMAT:
             raise ValueError(f"format: got {found['format']!r}, expected {FORMAT}")
-        if found["model"] != type(base).__name__:
-            raise ValueError(f"base: got a {type(base).__name__}, expected {found['model']!r}")
-        return {str(name): _checked(layer) for name, layer in found["layers"].items()}
+        model = str(found["model"])
+        if base is not None and model != type(base).__name__:
+            raise ValueError(f"base: got a {type(base).__name__}, expected {model!r}")
+        return model, {str(name): _checked(layer) for name, layer in found["layers"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: got {type(error).__name__}: {in_short(error)}, expected what gmoe.save writes"
@@ -348,6 +398,30 @@ def _rebuilt(base: nn.Module, layers: Mapping[str, SavedLayer]) -> nn.Module:
 
 
 # weights and receipts -----------------------------------------------------------------------------
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    """All weights, which are in one file or in those that an index lists.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: one that is damaged, or an index that names a file elsewhere.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return read_weights(folder / WEIGHTS, "gmoe.save")
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        for name in names:
+            check(Path(name).name == name, "weight_map", name, "a file of the folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: got {type(error).__name__}: {in_short(error)}, expected what gmoe.save writes"
+        ) from error
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state |= read_weights(folder / name, "gmoe.save")
+    return state
 
 
 def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

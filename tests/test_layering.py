@@ -41,8 +41,8 @@ LAZY = {
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
     **dict.fromkeys(("gmoe.dense", "gmoe.layer_groups"), ("gmoe.conv",)),
     "gmoe.routers.attention_vote": ("gmoe.conv", "torch_geometric"),
-    "gmoe.hub": ("huggingface_hub", "safetensors"),
-    "gmoe.saved": ("safetensors",),
+    "gmoe.hub": ("huggingface_hub", "safetensors", "transformers"),
+    "gmoe.saved": ("huggingface_hub", "safetensors"),
 }
 """Who may import what of it inside of functions, or for the type checker."""
 

@@ -444,15 +444,36 @@ def test_damaged_weights_are_an_error_that_names_the_file(tmp_path: Path) -> Non
 # save_pretrained of transformers -----------------------------------------------------------------
 
 
-def test_save_pretrained_refuses_a_moefied_model_with_the_line_to_call(tmp_path: Path) -> None:
+def test_save_pretrained_of_copies_and_pickles_keeps_the_experts(tmp_path: Path) -> None:
+    """The method belongs to the copy, whose weights it writes."""
     model: Any = made("transformers ViT")
-    for refused in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(ValueError, match=r"expected gmoe\.save\(model, '.*/hf'\)"):
-            refused.save_pretrained(tmp_path / "hf")
+    inputs = inputs_of("transformers ViT")
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     listed: Any = nn.ModuleList([model])[0]
-    with pytest.raises(ValueError, match=r"gmoe\.save"):
-        listed.save_pretrained(str(tmp_path / "hf"))
-    assert not (tmp_path / "hf").exists()
+    for number, saved in enumerate((model, moved(copied), moved(pickled), listed)):
+        saved.save_pretrained(tmp_path / str(number))
+        again = gmoe.load(tmp_path / str(number))
+        assert torch.equal(run(again, inputs), run(saved, inputs))
+    assert not torch.equal(run(copied, inputs), run(model, inputs))
+
+
+class OfAnotherLibrary(nn.Module):
+    """A model whose way of saving knows nothing of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = timm_vit(2)
+
+    def save_pretrained(self, folder: str) -> str:
+        """As ``PyTorchModelHubMixin`` and diffusers have it."""
+        return folder
+
+
+def test_save_pretrained_of_other_libraries_is_refused_with_the_line_to_call() -> None:
+    model: Any = gmoe.moefy(OfAnotherLibrary(), num_experts=2)
+    for refused in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match=r"expected gmoe\.save\(model, 'nowhere'\)"):
+            refused.save_pretrained("nowhere")
 
 
 def test_save_pretrained_works_again_once_all_layers_are_dense(tmp_path: Path) -> None:
