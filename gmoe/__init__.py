@@ -22,7 +22,15 @@ from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
 from gmoe.from_base import fold
-from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
+from gmoe.losses import (
+    attach_aux_loss,
+    cv_squared,
+    importance_loss,
+    load_loss,
+    separation_loss,
+    switch_loss,
+    z_loss,
+)
 from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.pruning import prune
 from gmoe.routers import (
@@ -92,6 +100,7 @@ __all__ = [
     "ViTSize",
     "__version__",
     "active_parameters",
+    "attach_aux_loss",
     "aux_loss",
     "build_router",
     "combine",

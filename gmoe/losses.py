@@ -1,4 +1,4 @@
-"""Auxiliary losses of routers.
+"""Auxiliary losses of routers: what they are, and how they get into what is trained.
 
 Shapes: T tokens, E experts, K experts per token, M centroids per expert, N centroids of all
 experts, D width.
@@ -9,9 +9,18 @@ All losses are computed over all tokens of the call, and are 0 if there are none
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gmoe._checks import check, check_positive, described
+from gmoe._torch import in_backward
+from gmoe.routing import AuxLoss, Routing
 
 
 def cv_squared(value_E: Tensor) -> Tensor:
@@ -94,3 +103,128 @@ def separation_loss(centroids_EMD: Tensor) -> Tensor:
     within = (overlap_NN * within_NN).sum() / max(pairs_within, 1)
     across = (overlap_NN * across_NN).sum() / max(pairs_across, 1)
     return within + across
+
+
+# in any trainer -----------------------------------------------------------------------------------
+
+
+def attach_aux_loss(model: nn.Module, scale: float | Callable[[], float] = 1.0) -> AttachedLosses:
+    """Train the auxiliary losses of a model's routers in any trainer, without a line in its loop.
+
+    In training, each backward pass of the model's own loss gives the losses their gradient, too,
+    as in Megatron and torchtitan. The loss that the trainer logs stays the model's own. Losses in a
+    :class:`gmoe.Routing` then have values and no gradient: adding :func:`gmoe.aux_loss` on top
+    changes nothing. Each forward in training needs one backward pass. A copy of the model
+    that was made before is not attached, one that is made later is.
+
+    Args:
+        model: any model that holds routers; attach before it is compiled or wrapped.
+        scale: what the trainer multiplies the loss by before its backward pass: one over
+            the batches whose gradients it accumulates (default 1), times the scale of a
+            ``GradScaler``. A function is asked in each backward pass.
+
+    Returns:
+        A handle: ``scale`` may be set anew, ``remove()`` detaches.
+
+    Raises:
+        ValueError: no router in the model; a scale that is not positive; in a forward under
+            autocast to float16, whose gradients a ``GradScaler`` multiplies, a number as scale.
+
+    Example:
+        >>> gmoe.attach_aux_loss(model, scale=1 / arguments.gradient_accumulation_steps)
+        >>> Trainer(model=model, args=arguments, train_dataset=images).train()
+    """
+    check(isinstance(model, nn.Module), "model", described(model), "a module")
+    if not callable(scale):
+        check_positive("scale", scale)
+    routers = [module for module in model.modules() if hasattr(type(module), "route")]
+    check(routers, "model", f"{type(model).__name__} without a router", "at least one")
+    attached = AttachedLosses(scale)
+    attached.handles = [router.register_forward_hook(attached) for router in routers]
+    return attached
+
+
+class AttachedLosses:
+    """What :func:`attach_aux_loss` returns."""
+
+    def __init__(self, scale: float | Callable[[], float]) -> None:
+        self.scale = scale
+        self.handles: list[Any] = []
+
+    def __call__(self, router: nn.Module, _: Any, routing: Routing) -> Routing | None:
+        """Hang the losses on the weights, after a router's forward."""
+        if not (isinstance(routing, Routing) and routing.losses and router.training):
+            return None
+        device = routing.weight.device.type
+        is_scaled = torch.is_autocast_enabled(device) and not callable(self.scale)
+        if is_scaled and torch.get_autocast_dtype(device) == torch.float16:
+            raise ValueError(
+                f"scale: got {self.scale} under autocast to float16, expected a function that "
+                "gives the scale of the GradScaler, over the number of accumulated batches"
+            )
+        weight, loss = routing.weight, routing.aux_loss
+        if loss.requires_grad:
+            weight = _WithLoss.apply(weight, loss, self)
+        losses = {
+            name: AuxLoss(value.detach(), coefficient)
+            for name, (value, coefficient) in routing.losses.items()
+        }
+        return replace(routing, weight=weight, losses=losses, detached=False, validate=False)
+
+    def remove(self) -> None:
+        """Detach the losses."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class _WithLoss(torch.autograd.Function):
+    """The weights as they are. Their backward pass is also that of a loss, times a scale."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_P: Tensor, loss: Tensor, attached: AttachedLosses) -> Tensor:
+        ctx.attached, ctx.device, ctx.dtype = attached, loss.device, loss.dtype
+        return weight_P.view_as(weight_P)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        scale = ctx.attached.scale
+        value = float(scale() if callable(scale) else scale)
+        return grads[0], torch.full((), value, device=ctx.device, dtype=ctx.dtype), None
+
+
+class LossWatch:
+    """Warns once if the losses of a router train nothing, since nobody adds them.
+
+    Attributes:
+        passed: what the gradient of the last step went through, ``"weights"`` and ``"losses"``;
+            ``None`` if there are no losses to watch.
+    """
+
+    def __init__(self) -> None:
+        self.passed: set[str] | None = None
+        self.has_warned = False
+
+    def follow(self, routing: Routing) -> None:
+        """Judge the step before, and watch the gradients of this one."""
+        if self.has_warned:
+            return
+        if not in_backward():  # there, checkpointing runs the forward of the same step again
+            if self.passed == {"weights"}:
+                self._warn(routing)
+            self.passed = None
+        losses = [loss.value for loss in routing.losses.values() if loss.value.requires_grad]
+        if self.passed is not None or not losses or not routing.weight.requires_grad:
+            return
+        passed = self.passed = set()
+        routing.weight.register_hook(lambda _: passed.add("weights"))
+        for loss in losses:
+            loss.register_hook(lambda _: passed.add("losses"))
+
+    def _warn(self, routing: Routing) -> None:
+        self.has_warned = True
+        warnings.warn(
+            f"aux_loss: got losses of routers ({', '.join(routing.losses)}) that the last training "
+            "step did not train, expected loss + gmoe.aux_loss(routings), or "
+            "gmoe.attach_aux_loss(model) once, before training",
+            stacklevel=3,
+        )

@@ -19,7 +19,7 @@ from gmoe._autograd import autocasts, outside_backward
 from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
-from gmoe.losses import square_sum
+from gmoe.losses import LossWatch, square_sum
 from gmoe.routers.groups import to_members
 from gmoe.routing import Routing
 
@@ -119,6 +119,7 @@ class Router(nn.Module, ABC):
         self.experts_per_token = float(k)
         self.process_group: dist.ProcessGroup | None = None
         self.removed: Any = None
+        self.loss_watch = LossWatch()
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -176,6 +177,8 @@ class Router(nn.Module, ABC):
         # Losses that were computed without gradients train nothing: aux_loss warns about them.
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True, validate=False)
+        if routing.losses and self.training and not torch.compiler.is_compiling():
+            self.loss_watch.follow(routing)
         return routing if members is None else to_members(routing, members)
 
     def _check_input(self, x: Tensor, batch: Tensor | None) -> None:

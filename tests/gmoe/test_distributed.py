@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import Batch, Data
 
-from gmoe import GNNMoE, MLPExperts, MoE, Router, RoutingStats, aux_loss
+from gmoe import GNNMoE, MLPExperts, MoE, Router, RoutingStats, attach_aux_loss, aux_loss
 from gmoe.distributed import world_size, world_sum
 from gmoe.routers import AttentionVote, ExpertChoice, MultiCentroid, TokenChoice
 
@@ -129,6 +129,10 @@ CASES: dict[
 }
 
 
+ATTACHED = ("switch", "bias-k2-z", "multi_centroid", "gnn-shared-router")
+"""The cases whose losses are also trained without a line in the loop."""
+
+
 def split(items: list[Any], rank: int, size: int, step: int) -> list[Any]:
     """A rank's part: the first rank has one item more than its share.
 
@@ -142,11 +146,18 @@ def split(items: list[Any], rank: int, size: int, step: int) -> list[Any]:
 
 
 def trained(
-    case: str, rank: int, size: int, *, empty: bool = False, sharded: bool = False
+    case: str,
+    rank: int,
+    size: int,
+    *,
+    empty: bool = False,
+    sharded: bool = False,
+    attached: bool = False,
 ) -> dict[str, Any]:
     """The gradients of the first step, and the state after twenty of SGD.
 
-    ``empty``: the first process has all items. ``sharded``: by FSDP2 instead of DDP.
+    ``empty``: the first process has all items. ``sharded``: by FSDP2 instead of DDP. ``attached``:
+    the losses of the routers flow by themselves.
     """
     build, data, run = CASES[case]
     torch.manual_seed(0)
@@ -155,6 +166,8 @@ def trained(
         nn.init.constant_(gain, 0.5)  # so that all gradients are there from the first step on
     for difference in (p for name, p in model.named_parameters() if ".differences." in name):
         nn.init.normal_(difference, std=0.3)
+    if attached:
+        attach_aux_loss(model)
     wrapped = (
         fully_shard(model) if sharded else DistributedDataParallel(model) if size > 1 else model
     )
@@ -179,7 +192,7 @@ def trained(
             size / world_sum(torch.tensor(float(len(y)), dtype=torch.float64))
         )
         routings = routings if isinstance(routings, list) else [routings]
-        (loss + (aux_loss(routings) if routings else 0)).backward()
+        (loss + (aux_loss(routings) if routings and not attached else 0)).backward()
         if step == 0:
             first = {
                 name: whole(p.grad).clone()
@@ -211,6 +224,9 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
         found = {name: trained(name, rank, size) for name in names}
         found["empty"] = trained("bias-k2-z", rank, size, empty=True)
         found["sharded"] = trained("bias-k2-z", rank, size, sharded=True)
+        for name in ATTACHED:
+            found[f"{name}, attached"] = trained(name, rank, size, attached=True)
+        found["attached and sharded"] = trained("switch", rank, size, sharded=True, attached=True)
         found["alone"] = alone(rank)
         found["stats"] = counted(rank, size)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -256,6 +272,8 @@ def compare(size: int, folder: Path) -> None:
     with NO_NOISE:
         expected = {name: trained(name, 0, 1) for name in names}
         expected["empty"] = expected["sharded"] = expected["bias-k2-z"]
+    expected |= {f"{name}, attached": expected[name] for name in ATTACHED}
+    expected["attached and sharded"] = expected["switch"]
     expected["stats"] = counted(0, 1)
     expected["alone"] = {"first": {}, "state": {"mean": torch.zeros(D), "size": torch.tensor(size)}}
     for name, wanted in expected.items():
