@@ -7,10 +7,11 @@ Graphs: ``conv.edges`` and ``conv.graph`` (edges, sorted once), ``conv.call`` an
 runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the layer), ``models.gnn``. Images:
 ``_mlps``, ``convert``, ``models.vit``. After training: ``from_base``, ``layer_groups``, ``shrink``,
 ``pruning``, ``candidates``, ``dense``, ``unstacked``, ``saved``, ``hub``. Sampling and graphs on
-disk: ``data``. ``losses``, ``metrics``, ``flops``, ``distributed`` and ``plot`` at any time.
+disk: ``data``. At any time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``,
+``plot``.
 
-Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics or
-matplotlib are imported on first use.
+Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics,
+matplotlib, transformers or lightning are imported on first use.
 """
 
 import importlib
@@ -52,6 +53,8 @@ from gmoe.unstacked import restack, unstack
 
 if TYPE_CHECKING:
     import gmoe.plot as plot
+    from gmoe.callbacks.lightning import LightningHealth
+    from gmoe.callbacks.trainer import TrainerHealth
     from gmoe.conv.convs import FilterConv, MLPConv
     from gmoe.conv.graph import Graph
     from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
@@ -59,7 +62,7 @@ if TYPE_CHECKING:
     from gmoe.data.loader import link_neighbor_loader, neighbor_loader
     from gmoe.data.sampler import NeighborSampler
     from gmoe.data.stored import StoredGraph
-    from gmoe.metrics import RoutingStats
+    from gmoe.metrics import RoutingStats, expert_health
     from gmoe.models.gnn import GNNMoE
     from gmoe.models.hetero_gnn import HeteroGNNMoE
     from gmoe.models.vit import ViTMoE, ViTSize
@@ -77,6 +80,7 @@ __all__ = [
     "Graph",
     "HeteroGNNMoE",
     "HeteroMoEConv",
+    "LightningHealth",
     "LinearExperts",
     "MLPConv",
     "MLPExperts",
@@ -95,6 +99,7 @@ __all__ = [
     "SoftSlots",
     "StoredGraph",
     "TokenChoice",
+    "TrainerHealth",
     "UniformRouter",
     "ViTMoE",
     "ViTSize",
@@ -108,6 +113,7 @@ __all__ = [
     "cv_squared",
     "densify",
     "dispatch",
+    "expert_health",
     "fold",
     "grouped_linear",
     "importance_loss",
@@ -140,6 +146,9 @@ _LAZY = {
     "NeighborSampler": "gmoe.data.sampler",
     "StoredGraph": "gmoe.data.stored",
     "RoutingStats": "gmoe.metrics",
+    "expert_health": "gmoe.metrics",
+    "LightningHealth": "gmoe.callbacks.lightning",
+    "TrainerHealth": "gmoe.callbacks.trainer",
     "GNNMoE": "gmoe.models.gnn",
     "HeteroGNNMoE": "gmoe.models.hetero_gnn",
     "ViTMoE": "gmoe.models.vit",

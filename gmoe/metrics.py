@@ -1,18 +1,22 @@
-"""Routing statistics as a torchmetrics metric.
+"""Routing statistics as a torchmetrics metric, and the health of experts that follows from them.
 
 Shapes: L layers, E experts, T tokens, P (token, expert) pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from gmoe._checks import check_counts
+from gmoe._checks import check, check_counts
+from gmoe._torch import in_backward, untraced
 from gmoe.routers import Router
 from gmoe.routing import Routing, as_list
 
@@ -148,3 +152,187 @@ class RoutingStats(Metric):
                 }
             )
         return figures
+
+
+# health -------------------------------------------------------------------------------------------
+
+COLLAPSED = 0.9
+"""Experts have collapsed if a quarter of them, or K if that is more, has this share of the load."""
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """How evenly the experts of one layer are used.
+
+    Args:
+        name: of the layer.
+        load: of each expert, its load over the even share: 1 is even, E is all of it.
+        dead: number of experts without a token.
+        entropy: mean entropy of the tokens' scores, in nats.
+        experts_per_token: K on average.
+    """
+
+    name: str
+    load: tuple[float, ...]
+    dead: int
+    entropy: float
+    experts_per_token: float
+
+    @property
+    def busiest(self) -> tuple[int, float]:
+        """The least number of experts that have nearly all of the load; and their share of it."""
+        shares = sorted((load / len(self.load) for load in self.load), reverse=True)
+        number = next((n for n in range(1, len(shares)) if sum(shares[:n]) >= COLLAPSED), None)
+        return (len(shares), 1.0) if number is None else (number, sum(shares[:number]))
+
+    @property
+    def has_collapsed(self) -> bool:
+        """True if a few experts have nearly all of the load."""
+        few = max(len(self.load) // 4, math.ceil(self.experts_per_token - 1e-6), 1)
+        return self.busiest[0] <= few and self.busiest[0] < len(self.load)
+
+
+@dataclass(frozen=True)
+class ExpertHealth:
+    """How evenly the experts of a model are used; see :func:`expert_health`.
+
+    Args:
+        layers: one for each layer.
+    """
+
+    layers: tuple[LayerHealth, ...]
+
+    def figures(self) -> dict[str, float]:
+        """Numbers to log, by names such as ``experts/blocks.1.mlp/max_load``.
+
+        They are ``max_load`` and ``min_load``, of the busiest and of the idlest expert over the
+        even share; ``dead`` and ``entropy``.
+        """
+        found: dict[str, float] = {}
+        for layer in self.layers:
+            found |= {
+                f"experts/{layer.name}/max_load": max(layer.load),
+                f"experts/{layer.name}/min_load": min(layer.load),
+                f"experts/{layer.name}/dead": float(layer.dead),
+                f"experts/{layer.name}/entropy": layer.entropy,
+            }
+        return found
+
+    @property
+    def advice(self) -> str | None:
+        """What to do if experts collapsed, in one sentence; ``None`` if they did not."""
+        collapsed = [layer for layer in self.layers if layer.has_collapsed]
+        if not collapsed:
+            return None
+        worst = min(collapsed, key=lambda layer: layer.busiest[0])
+        number, share = worst.busiest
+        also = len(collapsed) - 1
+        return (
+            f"{number} of {len(worst.load)} experts {'has' if number == 1 else 'have'} {share:.0%} "
+            f"of the load in {worst.name}{f', and {also} more layers are alike' if also else ''}: "
+            "balance them with router_kwargs={'balance': 'bias'} (the default) and a higher "
+            "'bias_rate', let experts choose tokens with router='expert_choice', or take fewer."
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{layer.name}: load {min(layer.load):.2f} to {max(layer.load):.2f} of the even share, "
+            f"{layer.dead} of {len(layer.load)} experts dead, entropy {layer.entropy:.2f} nats"
+            for layer in self.layers
+        ]
+        return "\n".join(lines if self.advice is None else [*lines, self.advice])
+
+
+def expert_health(
+    routings: Routing | Sequence[Routing] | RoutingStats, names: Sequence[str] | None = None
+) -> ExpertHealth:
+    """How evenly experts are used: load, dead experts and entropy by layer, and what to do.
+
+    Trainers have callbacks for it: :class:`gmoe.TrainerHealth`, :class:`gmoe.LightningHealth`.
+
+    Args:
+        routings: of one forward pass, as :class:`RoutingStats` takes them; or one that counted
+            several.
+        names: of the layers (default: their numbers).
+
+    Raises:
+        ValueError: no routing, or names for another number of layers.
+
+    Example:
+        >>> with gmoe.record_routing(model) as routings:
+        ...     loss = F.cross_entropy(model(images), labels)
+        >>> health = gmoe.expert_health(routings)
+        >>> print(health)
+        >>> wandb.log(health.figures())
+    """
+    stats = routings
+    if not isinstance(stats, RoutingStats):
+        layers = as_list(stats)
+        check(layers, "routings", "none", "at least one")
+        stats = RoutingStats(num_experts=[layer.num_experts for layer in layers])
+        stats.to(layers[0].token.device).update(layers)
+    found = stats.compute()
+    names = [str(number) for number in range(len(found))] if names is None else names
+    check(len(names) == len(found), "names", f"{len(names)}", f"{len(found)}, one for each layer")
+    return ExpertHealth(
+        tuple(
+            LayerHealth(
+                name,
+                tuple((layer["load"].reshape(-1) * layer["load"].numel()).tolist()),
+                int(layer["dead"]),
+                float(layer["entropy"]),
+                float(layer["experts_per_token"]),
+            )
+            for name, layer in zip(names, found, strict=True)
+        )
+    )
+
+
+class HealthMonitor:
+    """Counts what the routers of a model decide in training, for callbacks of trainers.
+
+    It counts in the thread that made it, and not what checkpointing runs again. Each router may be
+    called any number of times.
+
+    Args:
+        model: any model that holds routers.
+
+    Raises:
+        ValueError: it holds none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.stats: dict[str, RoutingStats] = {}
+        self.handles: list[Any] = []
+        for path, module in model.named_modules():
+            if isinstance(module, Router):
+                name = path.removesuffix("router").removesuffix(".") or "model"
+                self.stats[name] = RoutingStats(num_experts=module.num_experts)
+                hook = self._counter(self.stats[name])
+                self.handles.append(module.register_forward_hook(hook))
+        check(self.stats, "model", f"{type(model).__name__} without a router", "at least one")
+
+    @staticmethod
+    def _counter(stats: RoutingStats) -> Callable[..., None]:
+        """A hook that counts the routings of one router."""
+        thread = threading.get_ident()
+
+        @untraced
+        def count(router: nn.Module, _: Any, routing: Routing) -> None:
+            if router.training and not in_backward() and threading.get_ident() == thread:
+                stats.to(routing.token.device).update(routing)
+
+        return count
+
+    def collect(self) -> ExpertHealth:
+        """The health since the last call, over all processes, each of which has to call this."""
+        layers: list[LayerHealth] = []
+        for name, stats in self.stats.items():
+            layers += expert_health(stats, [name]).layers
+            stats.reset()
+        return ExpertHealth(tuple(layers))
+
+    def remove(self) -> None:
+        """Count no more."""
+        for handle in self.handles:
+            handle.remove()

@@ -31,6 +31,8 @@ ROOMS: dict[str, frozenset[str]] = {
         PYG,
     ),
     "gmoe.metrics": frozenset({"torchmetrics"}),
+    "gmoe.callbacks.lightning": frozenset({"lightning", "torchmetrics"}),
+    "gmoe.callbacks.trainer": frozenset({"transformers", "torchmetrics"}),
     "gmoe.models.vit": frozenset({"torchvision"}),
     "gmoe.plot": frozenset({"matplotlib"}),
 }

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import gmoe
 from tests.test_docs import blocks
@@ -28,11 +32,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return names
 
 
-def a_batch() -> dict[str, Tensor]:
-    drawn = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(6, 3, 8, 8, generator=drawn), "labels": torch.arange(6)}
-
-
 def parts(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The model's own loss of a batch, and the losses of its routers."""
     with gmoe.record_routing(model) as routings:
@@ -42,32 +41,9 @@ def parts(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def trainer_of(page: Page, model: nn.Module, folder: Path, **options: Any) -> Any:
     options = {"output_dir": str(folder), "save_strategy": "no", "report_to": "none", **options}
-    arguments = page["TrainingArguments"](**options)
-    return page["MoETrainer"](model=model, args=arguments, train_dataset=page["images"])
-
-
-def test_the_trainers_loss_has_the_balance_loss_in_it(page: Page, tmp_path: Path) -> None:
-    model = page["Classifier"]().train()
-    trainer = trainer_of(page, model, tmp_path)
-    own, balance = parts(model, a_batch())
-    assert balance > 0.01
-    torch.testing.assert_close(page["Trainer"].compute_loss(trainer, model, a_batch()), own)
-    torch.testing.assert_close(trainer.compute_loss(model, a_batch()), own + balance)
-
-
-def test_an_evaluation_has_the_models_own_loss(page: Page, tmp_path: Path) -> None:
-    model = page["Classifier"]().eval()
-    trainer = trainer_of(page, model, tmp_path)
-    loss, outputs = trainer.compute_loss(model, a_batch(), return_outputs=True)
-    own, balance = parts(model, a_batch())
-    assert balance > 0.01
-    torch.testing.assert_close(loss, own)
-    assert outputs["logits"].shape == (6, 10)
-
-
-def test_the_default_balance_adds_nothing(page: Page) -> None:
-    _, balance = parts(page["Classifier"](balance="bias").train(), a_batch())
-    assert balance == 0
+    arguments = page["TrainingArguments"](**options, use_cpu=True, disable_tqdm=True)
+    images = page["images"]
+    return page["Trainer"](model=model, args=arguments, train_dataset=images, eval_dataset=images)
 
 
 class OfAllItems(nn.Module):
@@ -83,24 +59,111 @@ class OfAllItems(nn.Module):
         return {**outputs, "loss": loss / kwargs.get("num_items_in_batch", len(labels))}
 
 
-@pytest.mark.parametrize("of_all_items", [False, True])
-def test_accumulated_batches_train_their_mean_loss(
-    of_all_items: bool, page: Page, tmp_path: Path
+class Checkpointed(nn.Module):
+    """A classifier that runs again in the backward pass."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+        """As the classifier does."""
+        checkpoint = torch.utils.checkpoint.checkpoint
+        return checkpoint(self.classifier, pixel_values, labels, use_reentrant=False)
+
+
+def by_trainer(page: Page, model: Any, folder: Path, accumulated: int) -> None:
+    """One step of plain gradient descent."""
+    options = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    sizes = {"max_steps": 1, "per_device_train_batch_size": 8, "max_grad_norm": 0.0}
+    trainer = trainer_of(
+        page, model, folder, **options, **sizes, gradient_accumulation_steps=accumulated
+    )
+    trainer.train()
+
+
+def by_accelerate(page: Page, model: Any, folder: Path, accumulated: int) -> None:
+    """The same."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    images = page["images"][: 8 * accumulated]
+    model, optimizer, loader = accelerator.prepare(
+        model, optimizer, DataLoader(images, batch_size=8)
+    )
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Lit(L.LightningModule):
+    """Knows nothing of the routers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The model's own loss."""
+        loss: Tensor = self.model(**batch)["loss"]
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Plain gradient descent."""
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def by_lightning(page: Page, model: Any, folder: Path, accumulated: int) -> None:
+    """The same."""
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(
+        max_steps=1, accumulate_grad_batches=accumulated, accelerator="cpu", **quiet
+    )
+    trainer.fit(Lit(model), DataLoader(page["images"], batch_size=8))
+
+
+LOOPS: dict[str, Callable[..., None]] = {
+    "Trainer": by_trainer,
+    "accelerate": by_accelerate,
+    "Lightning": by_lightning,
+}
+MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": lambda classifier: classifier,
+    "checkpointed": Checkpointed,
+    "of all items": OfAllItems,
+}
+
+
+PAIRS = [
+    ("Trainer", "of all items"),
+    *((loop, kind) for loop in LOOPS for kind in list(MODELS)[:2]),
+]
+"""Loops and models; only Trainer tells a model how many items there are."""
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+@pytest.mark.parametrize(("loop", "kind"), PAIRS)
+def test_a_step_trains_the_mean_of_the_batches_with_their_losses(
+    loop: str, kind: str, accumulated: int, page: Page, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = OfAllItems(page["Classifier"]()) if of_all_items else page["Classifier"]()
+    model = MODELS[kind](page["Classifier"]()).train()
     before, seen = copy.deepcopy(model), list[dict[str, Tensor]]()
     model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
-    # one step of plain gradient descent
-    options = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
-    sizes = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-    trainer_of(page, model, tmp_path, **options, **sizes, max_grad_norm=0.0, use_cpu=True).train()
+    gmoe.attach_aux_loss(model, scale=1 / accumulated)
+    LOOPS[loop](page, model, tmp_path, accumulated)
 
-    assert len(seen) == 2
+    assert len(seen) == accumulated
     for batch in seen:
-        batch = {name: batch[name] for name in ("pixel_values", "labels")}
-        own, balance = parts(before.train(), batch)
-        ((own + balance) / 2).backward()
+        own, balance = parts(before, {name: batch[name] for name in ("pixel_values", "labels")})
+        assert balance > 0.01
+        ((own + balance) / accumulated).backward()
     after = dict(model.named_parameters())
     for name, parameter in before.named_parameters():
         assert parameter.grad is not None, name
@@ -109,10 +172,31 @@ def test_accumulated_batches_train_their_mean_loss(
     assert all(grad.abs().max() > 0 for grad in gates if grad is not None)
 
 
-def test_lightnings_loss_has_the_balance_loss_in_it(page: Page) -> None:
-    classifier, batch = page["Classifier"]().train(), a_batch()
-    own, balance = parts(classifier, batch)
-    module = page["LitClassifier"](classifier.vit)
-    loss = module.training_step((batch["pixel_values"], batch["labels"]), 0)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_that_forgets_the_losses_is_told(loop: str, page: Page, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = page["Classifier"]().train()
+    LOOPS[loop](page, model, tmp_path, 1)
+    with pytest.warns(UserWarning, match=r"gmoe\.attach_aux_loss\(model\) once"):
+        LOOPS[loop](page, model, tmp_path, 1)
+
+
+def test_an_evaluation_has_the_models_own_loss(page: Page, tmp_path: Path) -> None:
+    model = page["Classifier"]()
+    gmoe.attach_aux_loss(model)
+    found = trainer_of(page, model, tmp_path, per_device_eval_batch_size=32).evaluate()
+    (batch,) = DataLoader(page["images"], batch_size=32)
+    own, balance = parts(model.eval(), batch)
     assert balance > 0.01
-    torch.testing.assert_close(loss, own + balance)
+    assert found["eval_loss"] == pytest.approx(own.item(), rel=1e-4)
+
+
+def test_the_default_balance_adds_nothing(page: Page) -> None:
+    (batch,) = DataLoader(page["images"], batch_size=32)
+    _, balance = parts(page["Classifier"](balance="bias").train(), batch)
+    assert balance == 0
+
+
+def test_the_page_logs_the_health_of_experts(page: Page) -> None:
+    assert all("experts/" in name for name in page["figures"])
+    assert any("experts/" in name for name in page["trainer"].callback_metrics)

@@ -15,8 +15,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from gmoe import ROUTERS, Routing, RoutingStats, build_router
+from gmoe import (
+    ROUTERS,
+    MLPExperts,
+    MoE,
+    Routing,
+    RoutingStats,
+    build_router,
+    expert_health,
+    record_routing,
+)
+from gmoe.metrics import ExpertHealth, HealthMonitor, LayerHealth
 
 
 def counted_slowly(routings: list[Routing]) -> dict[str, Any]:
@@ -95,3 +106,124 @@ def test_other_layers_are_refused() -> None:
         RoutingStats(num_experts=3).update(by_type)
     with pytest.raises(ValueError, match="model: got Linear without a router"):
         RoutingStats.of(nn.Linear(2, 2))
+
+
+# health -------------------------------------------------------------------------------------------
+
+
+def routed(expert_TK: list[list[int]], num_experts: int = 8) -> Routing:
+    expert = torch.tensor(expert_TK)
+    return Routing.from_choices(expert, torch.ones(expert.shape), num_experts=num_experts)
+
+
+def test_health_on_numbers_worked_by_hand() -> None:
+    # 3 of 4 tokens to the first of 4 experts, 1 to the last: shares 3/4 and 1/4, of 1/4 each
+    health = expert_health(routed([[0], [0], [3], [0]], num_experts=4), ["blocks.1.mlp"])
+    (layer,) = health.layers
+    assert layer.load == (3.0, 0.0, 0.0, 1.0)
+    assert (layer.dead, layer.experts_per_token) == (2, 1.0)
+    assert health.figures() == {
+        "experts/blocks.1.mlp/max_load": 3.0,
+        "experts/blocks.1.mlp/min_load": 0.0,
+        "experts/blocks.1.mlp/dead": 2.0,
+        "experts/blocks.1.mlp/entropy": 0.0,
+    }
+    assert str(health).startswith("blocks.1.mlp: load 0.00 to 3.00 of the even share, 2 of 4 ")
+
+
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name not in ("soft", "oracle")])
+def test_health_is_that_of_a_slow_count(router: str) -> None:
+    torch.manual_seed(0)
+    built = build_router(router, 5, num_experts=4, k=2)
+    routings = [built(torch.randn(9, 5)), built(torch.randn(6, 5))]
+    slow = counted_slowly(routings)
+    stats = RoutingStats(num_experts=4)
+    for routing in routings:
+        stats.update(routing)
+    (layer,) = expert_health(stats).layers
+    assert layer.load == pytest.approx([4 * share for share in slow["load"]], abs=1e-5)
+    assert (layer.name, layer.dead) == ("0", slow["dead"])
+    assert layer.entropy == pytest.approx(slow["entropy"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("load", "k", "said"),
+    [
+        ([8, 0, 0, 0, 0, 0, 0, 0], 1, "1 of 8 experts has 100% of the load"),
+        ([4, 4, 0, 0, 0, 0, 0, 0], 1, "2 of 8 experts have 100% of the load"),
+        ([4, 4, 0, 0, 0, 0, 0, 0], 2, "2 of 8 experts have 100% of the load"),
+        ([3.8, 0.2, 0, 0], 1, "1 of 4 experts has 95% of the load"),
+        ([1, 1, 0, 0], 1, None),
+        ([4, 3.5, 0.5, 0, 0, 0, 0, 0], 1, "2 of 8 experts have 94% of the load"),
+        ([4, 3, 1, 0, 0, 0, 0, 0], 1, None),
+        ([2.7, 2.7, 2.6, 0, 0, 0, 0, 0], 3, "3 of 8 experts have 100% of the load"),
+        ([1, 1, 1, 1], 1, None),
+        ([1, 1], 2, None),
+        ([2, 0], 1, "1 of 2 experts has 100% of the load"),
+        ([1], 1, None),
+        ([0, 0, 0, 0], 0, None),
+    ],
+)
+def test_advice_is_one_sentence_where_a_few_experts_have_the_load(
+    load: list[float], k: float, said: str | None
+) -> None:
+    total = sum(load) or 1
+    even = tuple(len(load) * part / total for part in load)
+    layer = LayerHealth("a", even, sum(part == 0 for part in load), 0.0, k)
+    advice = ExpertHealth((layer,)).advice
+    if said is None:
+        assert advice is None
+        return
+    assert advice is not None
+    assert advice.startswith(f"{said} in a: balance them ")
+    assert advice.count(". ") == 0
+    assert "bias_rate" in advice
+    assert str(ExpertHealth((layer,))).endswith(advice)
+    assert "in a, and 1 more layers are alike:" in str(ExpertHealth((layer, layer)).advice)
+
+
+def test_health_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^routings: got none, expected at least one"):
+        expert_health([])
+    with pytest.raises(ValueError, match=r"^names: got 2, expected 1"):
+        expert_health(routed([[0]]), ["a", "b"])
+    with pytest.raises(ValueError, match=r"^model: got Linear without a router"):
+        HealthMonitor(nn.Linear(2, 2))
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, and one that runs again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("first", "second"):
+            router = build_router("token_choice", 5, num_experts=4, k=1)
+            self.add_module(name, MoE(router, MLPExperts(5, 6, 5, num_experts=4)))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(self.first(x))
+        return checkpoint(self.second, x, use_reentrant=False)
+
+
+def test_a_monitor_counts_each_call_in_training_once() -> None:
+    torch.manual_seed(0)
+    model: Any = Twice()
+    monitor = HealthMonitor(model)
+    x = torch.randn(7, 5, requires_grad=True)
+    with record_routing(model) as routings:
+        model(x).sum().backward()
+    model.eval()(x)  # an evaluation does not count
+    first, second = monitor.collect().layers
+    assert (first.name, second.name) == ("first", "second")
+    for layer, recorded in ((first, routings[:2]), (second, routings[2:])):
+        slow = counted_slowly(recorded)
+        assert layer.load == pytest.approx([4 * share for share in slow["load"]], abs=1e-5)
+    # From then on anew, and no more at all once it was removed.
+    with record_routing(model.train()) as routings:
+        model(x)
+    (again, _) = monitor.collect().layers
+    slow = counted_slowly(routings[:2])
+    assert again.load == pytest.approx([4 * share for share in slow["load"]], abs=1e-5)
+    monitor.remove()
+    model(x)
+    assert not any(stats.update_called for stats in monitor.stats.values())

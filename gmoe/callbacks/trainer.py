@@ -1,0 +1,60 @@
+"""The health of experts, where transformers' ``Trainer`` logs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from transformers import TrainerCallback
+
+from gmoe.metrics import HealthMonitor
+
+
+class TrainerHealth(TrainerCallback):
+    """Log how evenly experts are used wherever transformers' ``Trainer`` logs its loss.
+
+    The figures are those of :meth:`gmoe.metrics.ExpertHealth.figures`, over all training since the
+    last log and over all processes. If a few experts have nearly all of the load, a warning says
+    once what to do.
+
+    Args:
+        trainer: the trainer, through whose ``log`` the figures go.
+
+    Example:
+        >>> trainer = Trainer(model=model, args=arguments, train_dataset=images)
+        >>> trainer.add_callback(gmoe.TrainerHealth(trainer))
+        >>> trainer.train()
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.monitor: HealthMonitor | None = None
+        self.has_advised = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to count; see :class:`gmoe.metrics.HealthMonitor`."""
+        self._stop()  # of a training that was cut off
+        self.monitor = HealthMonitor(kwargs["model"])
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the health behind the training's loss.
+
+        By now other callbacks have the loss already, so that this is a log of its own, which comes
+        here again, without a loss.
+        """
+        if self.monitor is None or "loss" not in kwargs["logs"]:
+            return
+        health = self.monitor.collect()
+        self.trainer.log(health.figures())
+        if health.advice is not None and not self.has_advised and state.is_world_process_zero:
+            self.has_advised = True
+            warnings.warn(health.advice, stacklevel=2)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count no more."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.monitor is not None:
+            self.monitor.remove()
+        self.monitor = None
