@@ -14,10 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from gmoe import MLPExperts, MoE, Router, RoutingStats, build_router
 from tests.contract import CASES, CLAUSES, GROUPS, Case, assert_alike, host_syncs, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:aux_loss. got losses of routers")
-"""Most checks train what a layer gives, and nothing else."""
-
-
 UNBROKEN = ("token_choice", "multi_centroid", "random", "uniform", "linear", "shared")
 """``MoE`` with these is one graph for ``torch.compile``."""
 
