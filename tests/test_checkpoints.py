@@ -152,6 +152,14 @@ def test_options_that_would_change_the_files_are_refused(tmp_path: Path) -> None
     check_comes_back(model, tmp_path / "model")
 
 
+def test_the_weights_that_trainer_gathered_are_written(tmp_path: Path) -> None:
+    """Of a model in several processes it passes them."""
+    model, gathered = upcycled(), moved(upcycled())
+    model.save_pretrained(tmp_path, state_dict=gathered.state_dict())
+    check_comes_back(gathered, tmp_path)
+    assert not torch.equal(run(gathered), run(model))
+
+
 def test_adapters_beside_experts_are_refused(tmp_path: Path) -> None:
     model = upcycled()
     model._hf_peft_config_loaded = True  # as ``add_adapter`` sets it

@@ -237,6 +237,17 @@ def test_attached_losses_pass_checkpoints(reentrant: bool) -> None:
     assert_same(gradients(attached), gradients(added))
 
 
+def test_attached_losses_can_be_logged_under_reentrant_checkpoints() -> None:
+    """They train in the backward pass, so that ``aux_loss`` has nothing to warn of."""
+    model = model_of()
+    attach_aux_loss(model)
+    with record_routing(model) as routings:
+        checkpoint(model, images().requires_grad_(), use_reentrant=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert aux_loss(routings) > 0
+
+
 def test_attached_losses_are_compiled() -> None:
     added, attached = model_of(), model_of()
     backward(added, images(), adds=True)
