@@ -212,10 +212,14 @@ def test_a_monitor_counts_each_call_in_training_once() -> None:
     x = torch.randn(7, 5, requires_grad=True)
     with record_routing(model) as routings:
         model(x).sum().backward()
-    model.eval()(x)  # an evaluation does not count
+        model(x.detach().flip(1))  # weighs the other half where the first counts double
+    model.eval()(x.flip(1))  # an evaluation does not count
     first, second = monitor.collect().layers
     assert (first.name, second.name) == ("first", "second")
-    for layer, recorded in ((first, routings[:2]), (second, routings[2:])):
+    for layer, recorded in (
+        (first, [routings[place] for place in (0, 1, 3, 4)]),
+        (second, [routings[place] for place in (2, 5)]),
+    ):
         slow = counted_slowly(recorded)
         assert layer.load == pytest.approx([4 * share for share in slow["load"]], abs=1e-5)
     # From then on anew, and no more at all once it was removed.
