@@ -94,7 +94,7 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
         The folder.
 
     Raises:
-        ImportError: ``safetensors`` is not installed.
+        ImportError: ``safetensors`` or ``huggingface_hub`` is not installed.
         ValueError: a router or experts of a class of your own, parts that were replaced (LoRA,
             quantized, unstacked layers): no code runs from a file, and the message says what to do;
             inputs that are no tensors, or of which the model makes NaN.

@@ -294,13 +294,14 @@ def test_the_best_model_comes_back_at_the_end(tmp_path: Path) -> None:
     trainer.compute_metrics = lambda _: {"score": -trainer.state.global_step}
     first: dict[str, Tensor] = {}
 
-    def keep(*_: Any, **__: Any) -> None:
-        if trainer.state.global_step == 2:
-            first.update(weights_of(trainer.model))
+    class Keep(hf.TrainerCallback):
+        """Keeps the weights of the checkpoint that will be the best."""
 
-    callback = hf.TrainerCallback()
-    callback.on_save = keep
-    trainer.add_callback(callback)
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                first.update(weights_of(kwargs["model"]))
+
+    trainer.add_callback(Keep())
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     assert first.keys() == trainer.model.state_dict().keys()

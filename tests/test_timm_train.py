@@ -96,7 +96,7 @@ def test_the_optimizer_has_each_parameter_once(
     layer_decay: float | None,
 ) -> None:
     model = create()
-    options = {"weight_decay": 0.05, "layer_decay": layer_decay}
+    options: dict[str, Any] = {"weight_decay": 0.05, "layer_decay": layer_decay}
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, **options)
     decay = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]

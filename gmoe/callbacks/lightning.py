@@ -39,7 +39,8 @@ class LightningHealth(Callback):
     ) -> None:
         """Log the health after every so many steps, each of which may take several batches."""
         step = trainer.global_step
-        every: int = trainer.log_every_n_steps  # 0 where it logs nothing
+        # Lightning sets it without declaring it, to 0 where it logs nothing.
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.monitor is None or not every or step < self.logged_step + every:
             return
         self.logged_step = step

@@ -194,6 +194,9 @@ def test_health_of_nothing_is_refused() -> None:
 class Twice(nn.Module):
     """A layer that runs twice, and one that runs again in the backward pass."""
 
+    first: Any
+    second: Any
+
     def __init__(self) -> None:
         super().__init__()
         for name in ("first", "second"):

@@ -111,7 +111,7 @@ def test_it_says_once_what_to_do_about_a_collapse(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = gmoe.moefy(build("ViT"), num_experts=8, router_kwargs={"balance": None, "noise": False})
     for part in model.modules():
-        if isinstance(part, gmoe.Router):
+        if isinstance(part, gmoe.TokenChoice):
             nn.init.zeros_(part.gate.weight)  # ties go to the first expert
             part.requires_grad_(False)
     trainer = trainer_of(model, tmp_path, logging_steps=1)
