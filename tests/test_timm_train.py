@@ -81,10 +81,10 @@ def test_the_factory_is_found_by_its_name_and_starts_as_the_dense_model() -> Non
 def test_pretrained_weights_are_upcycled(tmp_path: Path) -> None:
     """As ``--pretrained --pretrained-path`` has it, which draws the head anew."""
     torch.manual_seed(1)
-    dense = timm.create_model("vit_tiny_patch16_224", **SIZES).eval()
+    dense: Any = timm.create_model("vit_tiny_patch16_224", **SIZES).eval()
     torch.save(dense.state_dict(), tmp_path / "dense.pth")
     overlay = {"file": str(tmp_path / "dense.pth"), "num_classes": -1}
-    model = timm.create_model("vit_tiny_moe", True, pretrained_cfg_overlay=overlay, **SIZES)
+    model: Any = timm.create_model("vit_tiny_moe", True, pretrained_cfg_overlay=overlay, **SIZES)
     images, _ = next(batches())
     expected = dense.forward_features(images)
     assert torch.equal(model.eval().forward_features(images), expected)

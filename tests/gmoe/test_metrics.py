@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import threading
 from typing import Any
 
 import numpy as np
@@ -234,3 +235,15 @@ def test_a_monitor_counts_each_call_in_training_once() -> None:
     monitor.remove()
     model(x)
     assert not any(stats.update_called for stats in monitor.stats.values())
+
+
+def test_a_monitor_counts_its_own_thread_alone() -> None:
+    """Replicas of ``DataParallel`` run in others, and would write to the same counts at once."""
+    model: Any = Twice()
+    monitor = HealthMonitor(model)
+    thread = threading.Thread(target=model, args=(torch.randn(7, 5),))
+    thread.start()
+    thread.join()
+    assert not any(stats.update_called for stats in monitor.stats.values())
+    model(torch.randn(7, 5))
+    assert all(stats.update_called for stats in monitor.stats.values())
