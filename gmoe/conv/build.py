@@ -5,22 +5,24 @@ Shapes: N nodes and M edges of the small graph on which a conv is tried.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import change_of, parameters_of
-from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
+from gmoe._verify import SCALES, comparable, is_option, move_, probe_copy, rows_are_equal
+from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, to_one
+from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import Make, base_kind_of, kind_of, name_of
+from gmoe.conv.kinds import Make, base_kind_of, is_of_library, kind_of, name_of
 from gmoe.conv.plain import run, run_on
 from gmoe.conv.separate import SeparateExperts
 from gmoe.dispatch import Backend
@@ -48,7 +50,7 @@ def build_experts(
         convs = [make(expert) for expert in range(len(make.kinds))]
     # One trial a kind: it tells the output width, and whether the conv is local.
     trials = {
-        id(kind): Trial(conv, make.in_channels)
+        id(kind): Trial(conv, make.in_channels, is_of_library(kind))
         for kind, conv in zip(make.kinds, convs, strict=True)
     }
     widths = [trial.width for trial in trials.values()]
@@ -56,9 +58,15 @@ def build_experts(
 
     # Experts that can be stacked together form a group; all that cannot be stacked form another.
     members_of: dict[Stack | None, list[int]] = {}
+    stacks_right: dict[Stack | None, bool] = {None: True}
     for expert, conv in enumerate(convs):
         stack = _stack_of(conv) if local is None else None
-        members_of.setdefault(stack, []).append(expert)
+        trial = trials[id(make.kinds[expert])]
+        # Convs of the library compute by construction what their stack does. A user's may have been
+        # changed after they were built: one of each form is tried.
+        if stack not in stacks_right:
+            stacks_right[stack] = trial.is_of_library or trial.equals(stack)
+        members_of.setdefault(stack if stacks_right[stack] else None, []).append(expert)
     groups: list[ConvExperts] = []
     for stack, members in members_of.items():
         group_convs = [convs[expert] for expert in members]
@@ -111,10 +119,6 @@ def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequenc
 
 # which convs are stacked together -----------------------------------------------------------------
 
-KEPT_BY_MODULES = frozenset(vars(nn.Module()))
-"""What every module holds: its mode, and tables of its parameters, buffers, parts and hooks."""
-
-
 Stack: TypeAlias = tuple[type[StackedExperts], frozenset[Hashable], tuple[Hashable, ...]]
 """A class of stacked experts; the options and the shapes that its convs have in common."""
 
@@ -139,12 +143,12 @@ def _stack_of(conv: MessagePassing) -> Stack | None:
         if part is not conv and part not in aggregation and not _is_known(part):
             return None
         for key, value in vars(part).items():
-            if _is_option(key) and not (part is conv and key in stack.may_differ):
-                options.append((name, type(part), key, _comparable(value)))
+            if is_option(key) and not (part is conv and key in stack.may_differ):
+                options.append((name, type(part), key, comparable(value)))
         # An aggregation's buffers are part of what it computes. A GIN's buffer, eps, is stacked.
         if part in aggregation:
             for key, value in part.named_buffers(recurse=False):
-                options.append((name, key, _comparable(value)))
+                options.append((name, key, comparable(value)))
         for key, value in part.named_parameters(recurse=False):
             shapes.append((name, key, value.shape))
     # A set: a copy may list its attributes in another order.
@@ -161,34 +165,6 @@ def _is_known(part: nn.Module) -> bool:
     package = type(part).__module__.partition(".")[0]
     has_parameters = any(True for _ in part.parameters(recurse=False))
     return package in ("torch", "torch_geometric") and not has_parameters
-
-
-def _is_option(key: str) -> bool:
-    """True for an attribute that says what a conv or a part of it computes."""
-    # Parameters, buffers and parts are compared one by one; hooks are PyG's own.
-    is_table_of_hooks = key.startswith("_") and "_hooks" in key
-    return not (key in KEPT_BY_MODULES or is_table_of_hooks or key == "inspector")
-
-
-def _comparable(value: object) -> Hashable:
-    """Equal for values that surely mean the same; any other value equals only itself."""
-    if isinstance(value, Tensor) and not value.is_meta:
-        return Tensor, value.dtype, value.shape, tuple(value.detach().flatten().tolist())
-    if isinstance(value, np.ndarray):
-        return np.ndarray, value.dtype.str, value.shape, value.tobytes()
-    if isinstance(value, np.generic):
-        return type(value), value.item()
-    if isinstance(value, dict):
-        items = tuple((_comparable(key), _comparable(item)) for key, item in value.items())
-        return type(value), items
-    if isinstance(value, set | frozenset):
-        return type(value), frozenset(map(_comparable, value))
-    if isinstance(value, tuple | list):
-        return type(value), tuple(map(_comparable, value))
-    plain = bool | int | float | complex | str | bytes | torch.dtype | torch.device | None
-    if isinstance(value, plain):
-        return type(value), value
-    return type(value), id(value)
 
 
 # what a conv does, found out by running it --------------------------------------------------------
@@ -220,16 +196,18 @@ class Outcome(NamedTuple):
 class Trial:
     """A run of a conv on a small random graph with self-loops, parallel edges, isolated nodes.
 
-    What runs is a float64 copy, without dropout, and in training mode, so that batch norm shows.
-    It runs once, when its outcome is first asked for.
+    What runs is a float64 copy with other weights, without dropout, and in training mode, so that
+    batch norm shows. It runs once, when its outcome is first asked for.
 
     Args:
         conv: the conv; it is not changed.
         in_channels: its widths.
+        is_of_library: gmoe built it from a class that it knows, so that nobody has changed it.
     """
 
     conv: MessagePassing
     in_channels: int | tuple[int, int]
+    is_of_library: bool = False
 
     @cached_property
     def outcome(self) -> Outcome:
@@ -238,6 +216,7 @@ class Trial:
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 conv = probe_copy(self.conv)
+                move_(conv)
                 generator = torch.Generator().manual_seed(0)
                 graph, x_src, x_dst = self._inputs(generator)
                 # 1. On the whole graph.
@@ -257,6 +236,28 @@ class Trial:
         except Exception as error:
             # A conv may ask for anything: edge features, regular graphs, other packages.
             return Outcome(width, False, f"fails on a small random graph: {error}")
+
+    def equals(self, stack: Stack) -> bool:
+        """True if a stack of the conv gives its outputs, and has as many trained parameters."""
+        try:
+            with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                conv = probe_copy(self.conv)
+                move_(conv)
+                experts = stack[0]([conv], lambda _: copy.deepcopy(conv), "loop")
+                # Tied weights, or a weight that is a buffer, would be trained by themselves.
+                if _num_trained(experts) != _num_trained(conv):
+                    return False
+                graph, x_src, x_dst = self._inputs(torch.Generator().manual_seed(0))
+                for scale in SCALES:
+                    scaled_src = scale * x_src
+                    scaled_dst = scaled_src if x_dst is x_src else scale * x_dst
+                    call = Call(graph, scaled_src, scaled_dst)
+                    for is_training in (True, False):
+                        if not _run_alike(conv.train(is_training), experts, call):
+                            return False
+                return True
+        except Exception:  # a conv that was changed may lack what a stack reads, or not run
+            return False
 
     def _inputs(self, generator: torch.Generator) -> tuple[Graph, Tensor, Tensor]:
         """The graph, and the features (N, D) of its sources and destinations."""
@@ -284,8 +285,9 @@ class Trial:
     @property
     def width(self) -> int | None:
         """Columns of the output; ``None`` if unknown."""
-        # A conv that can be stacked is one that we know: nothing has to run.
-        if hasattr(self.conv, "out_channels") and _stack_of(self.conv) is not None:
+        # A conv of the library that can be stacked is one that we know: nothing has to run.
+        is_known = self.is_of_library and hasattr(self.conv, "out_channels")
+        if is_known and _stack_of(self.conv) is not None:
             has_wide_heads = getattr(self.conv, "concat", False)
             heads = self.conv.heads if has_wide_heads else 1
             return int(self.conv.out_channels * heads)
@@ -310,3 +312,16 @@ class Trial:
                 f"local: got True, but {type(self.conv).__name__} {why}, expected None or False"
             )
         return is_local
+
+
+def _num_trained(module: nn.Module) -> int:
+    """The numbers that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _run_alike(conv: MessagePassing, experts: StackedExperts, call: Call) -> bool:
+    """True if a conv, and an expert made from it, give the same rows in the conv's mode."""
+    expected = run(conv, call.graph, call.x_src, call.x_dst)
+    experts.train(conv.training)
+    call = call.with_aggregate(experts.aggregate(call))
+    return rows_are_equal(experts(call, to_one(call.x_dst)), expected)

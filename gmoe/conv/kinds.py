@@ -417,6 +417,17 @@ def class_of(factory: object) -> type:
     return inner if isinstance(inner, type) else object
 
 
+def is_of_library(kind: str | ConvFactory) -> bool:
+    """True for a name, or a class of :data:`KINDS`, with options or without: gmoe builds the conv.
+
+    A user's factory, or one of copies, may have changed a conv after it was built.
+    """
+    if isinstance(kind, str):
+        return True
+    cls = kind.func if isinstance(kind, partial) else kind
+    return isinstance(cls, type) and cls in KINDS
+
+
 def factory_of(conv: str | ConvFactory) -> ConvFactory:
     """A factory ``(in_channels, out_channels, *args, **kwargs) -> conv`` from a name or class.
 

@@ -10,9 +10,10 @@ from torch import nn
 from torch_geometric import nn as pyg
 
 from gmoe import LinearExperts, MoEConv
+from gmoe._verify import probe_copy
 from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.attention import AttentionExperts
-from gmoe.conv.base import MixedExperts, is_plain, probe_copy, refuse_far, to_one
+from gmoe.conv.base import MixedExperts, is_plain, refuse_far, to_one
 
 WIDTH = 4
 
