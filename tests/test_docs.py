@@ -6,7 +6,9 @@ The API page has every public name.
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from experiments.study.routers import differences, read_cells
 from experiments.train.files import read_json
 from experiments.train.presets import PRESETS
 from experiments.train.scores import interval
+from tests.mutants import symbols
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
@@ -151,6 +154,50 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE) if anchor else []
         slugs = {re.sub(r"[^a-z -]", "", heading.lower()).replace(" ", "-") for heading in headings}
         assert anchor in slugs | {""}, link
+
+
+FOLDERS = "gmoe|vision|experiments|tests|docs|examples"
+REFERRING = [*pages(), ROOT / "CONTRIBUTING.md", ROOT / "tests" / "compose.md"]
+
+
+def stale(text: str) -> list[str]:
+    """What a page refers to in the code that is not there, and references by line number."""
+    found = re.findall(r"[\w/]+\.py:\d+", text)
+    paths = rf"\b((?:{FOLDERS})/[\w/]+\.py)(?::([A-Za-z_]\w*(?:\.\w+)*))?"
+    for path, symbol in re.findall(paths, text):
+        if not (ROOT / path).exists():
+            found.append(path)
+        elif symbol and symbol not in dict(symbols((ROOT / path).read_text())):
+            found.append(f"{path}:{symbol}")
+    for module in re.findall(rf"python -m ((?:{FOLDERS})(?:\.\w+)*)", text):
+        if not find_spec(module):
+            found.append(f"python -m {module}")
+    for name in set(re.findall(r"\bgmoe(?:\.[A-Za-z_]\w*)+", text)) - {"gmoe.json"}:
+        try:
+            resolve_name(name)
+        except (ImportError, AttributeError):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("page", REFERRING, ids=lambda page: page.name)
+def test_what_a_page_refers_to_is_there(page: Path) -> None:
+    """If a mutant's symbol is not there any more, run ``python -m tests.mutants --report``."""
+    assert stale(page.read_text()) == []
+
+
+def test_a_reference_that_leads_nowhere_is_found() -> None:
+    assert stale("`gmoe/losses.py:z_loss`, `gmoe.aux_loss`, `python -m tests.fuzz 0 9`") == []
+    text = "`gmoe/losses.py:12`, `gmoe/lost.py`, `gmoe/losses.py:y_loss`, `gmoe/moe.py:MoE.mix`"
+    text += ", `python -m tests.lost`, `gmoe.conv.lost` and `gmoe.y_loss()`"
+    found = ["gmoe/losses.py:12", "gmoe/lost.py", "gmoe/losses.py:y_loss", "gmoe/moe.py:MoE.mix"]
+    found += ["python -m tests.lost", "gmoe.conv.lost", "gmoe.y_loss"]
+    assert sorted(stale(text)) == sorted(found)
+
+
+def test_survivors_of_the_mutants_are_named_by_symbol() -> None:
+    rows = re.findall(r"^\| \d+ \| `[\w/]+\.py:[A-Za-z_]", (DOCS / "trust.md").read_text(), re.M)
+    assert len(rows) > 50
 
 
 def in_a_line(page: str) -> str:
