@@ -17,6 +17,7 @@ from PIL import Image
 import gmoe
 from docs.check_links import broken
 from docs.plots.__main__ import every_drawing, pages, render
+from docs.plots.gallery import ORDER, place
 from docs.plots.results import Gain
 from docs.plots.style import FIGURES, save
 from docs.plots.swap import swaps
@@ -109,6 +110,16 @@ def test_every_example_has_a_thumbnail() -> None:
     assert {draw.__name__ for draw in THUMBNAILS} == {
         path.stem for path in (ROOT / "examples").glob("*.py")
     }
+
+
+def test_the_gallery_is_in_the_order_of_use() -> None:
+    names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert sorted(names, key=place) == [f"{name}.py" for name in ORDER]
+    assert ORDER[:2] == ("swap_pyg_conv", "upcycle_timm_vit")
+    assert ORDER[-2:] == ("shrink_and_save", "hub_save_load")
+    conf = (DOCS / "conf.py").read_text()
+    assert '"within_subsection_order": "docs.plots.gallery.place"' in conf
+    assert tuple(re.findall(r"\]\(examples/(\w+)\.py\)", README)) == ORDER
 
 
 def test_the_install_page_has_the_versions_of_the_package() -> None:
