@@ -86,7 +86,7 @@ def drawings(results: Path) -> list[Drawing]:
     verdicts = by_verdict({column: known[DEFAULT][0] for column, known in found.items()})
     costs = [known[DEFAULT][1] for known in found.values()]
     alt = (
-        f"Points above the dense model ({wide}), with 95 % intervals, by graph. Experts by default, "
-        f"at {min(costs):.1f} to {max(costs):.1f} times the dense FLOPs: {verdicts}."
+        f"Points above the dense model ({wide}), with 95 % intervals, by graph. Experts by "
+        f"default, at {min(costs):.1f} to {max(costs):.1f} times the dense FLOPs: {verdicts}."
     )
     return [Drawing("starts", numbers(found, wide), alt, lambda theme: draw(found, wide, theme))]
