@@ -5,6 +5,8 @@ The API page has every public name.
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -145,7 +147,8 @@ def test_the_citation_is_that_of_the_file() -> None:
 
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.sub(r"```python\n.*?```", "", README, flags=re.DOTALL)
+MARKED = re.compile(r"^ *```[\w{].*?^ *```", re.DOTALL | re.MULTILINE)
+COMMANDS = MARKED.sub("", README)
 FIRST_SCREEN = README[: README.index("\n## ")]
 
 
@@ -207,6 +210,46 @@ def test_the_readme_says_of_devices_and_types_what_the_project_says() -> None:
     relaxed = re.findall(r"^(?:disallow|warn)_\w+ = false", settings, re.MULTILINE)
     assert ("mypy-strict" in README) <= (not relaxed)
     assert "not with the total E, except in attention" in in_a_line(README)
+
+
+def test_the_index_has_a_way_in_for_each_role() -> None:
+    page = (DOCS / "index.md").read_text()
+    rows = re.findall(
+        r"^\| (a GNN|a ViT|molecules|a question .*|a service .*) \| (.*) \|$", page, re.M
+    )
+    assert len(rows) == 5
+    assert all("](" in row for _, row in rows)
+    assert "](auto_examples/index)" in page[: page.index("```{toctree}")]
+    assert blocks("index.md") == SNIPPETS[:1]  # with its imports
+    assert in_a_line(page).index("From a clone") < in_a_line(page).index("pip install")
+
+
+def undefined(code: str) -> set[str]:
+    """Names that some Python uses, and neither imports nor assigns."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    known = {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return {name.id for name in names} - known
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_code_on_a_page_that_is_not_run_defines_what_it_uses(page: Path) -> None:
+    """Marked as Python, it is run, and would fail; without a mark, it may need files."""
+    for block in re.findall(r"^```\n(.*?)^```", MARKED.sub("", page.read_text()), re.M | re.S):
+        try:
+            is_code = any(isinstance(node, ast.Call) for node in ast.walk(ast.parse(block)))
+        except SyntaxError:
+            continue  # commands, or what they print
+        assert not (is_code and undefined(block)), block
+
+
+def test_the_line_that_builds_the_site_does_not_train_the_examples() -> None:
+    for page in pages():
+        for line in re.findall(r"sphinx-build .*", page.read_text()):
+            assert "-D plot_gallery=0" in line, page
 
 
 CLAIM = re.compile(
