@@ -63,8 +63,10 @@ def moefy(
     An MLP is linear, activation, linear: in a ``Sequential`` as torchvision's, or as timm's
     ``Mlp``; or gated, with one layer twice as wide or two before the last (timm's ``GluMlp`` and
     ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Dropout is kept, and so are norms before the linear
-    layers. The MLP is read by what it computes: it runs once on random tokens, and the order in
-    which its parts are called counts, not the order of their names. An MLP sees
+    layers. The MLP is read by what it computes: a copy runs once on random tokens, and the order in
+    which its parts are called counts, not the order of their names. An expert built from it is
+    compared with the copy: other weights, inputs of scales 1 to 1,000, evaluation and training. An
+    MLP sees
     (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row or in a
     grid, or those of a window where a model folds windows into the first dimension. Padding is
     part of the group, so it takes up places where experts choose. The rows of (T, D), such as
@@ -97,8 +99,7 @@ def moefy(
               sparse upcycling (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The
               model starts as the dense one, since a token's weights sum to 1; other routers are
               refused (``router.sums_to_one``). Token choice by name has weights of 1 at K = 1 and
-              does not balance its load, as in :class:`MoEConv`. Random tokens verify that the
-              copies compute what the MLP does.
+              does not balance its load, as in :class:`MoEConv`.
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
@@ -108,10 +109,13 @@ def moefy(
 
     Raises:
         ValueError: no such blocks or targets, fewer than ``every``, or an argument out of range; an
-            MLP of another form, or without values (on the meta device); with copies or plain
-            experts, one that computes something other than its parts suggest, or one that is more
-            than its weights: a parametrized weight (weight norm, spectral norm, pruning), hooks,
-            linear layers of a custom class (LoRA, quantized).
+            MLP of another form, or without values (on the meta device); a module that the model
+            also keeps outside of its modules, in a list for example. With copies or plain experts,
+            and for convs, also one that is tied to another layer. With copies or plain experts, an
+            MLP that computes something other than its parts suggest (a residual, a clamp, a scale),
+            whose weights are tied or frozen in part, or that is more than its weights: a
+            parametrized weight (weight norm, spectral norm, pruning), hooks, buffers, linear layers
+            of a custom class (LoRA, quantized).
 
     Example:
         >>> vit = timm.create_model("vit_tiny_patch16_224")

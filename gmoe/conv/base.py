@@ -226,8 +226,18 @@ class StackedExperts(ConvExperts):
     def fill(self, convs: Sequence[MessagePassing]) -> None:
         """Copy the parameters of each expert's conv."""
         for expert, conv in enumerate(convs):
-            for place, value in self._tensors(conv, expert):
-                place.copy_(value)
+            self._fill_one(expert, conv)
+
+    def _fill_one(self, expert: int, conv: MessagePassing) -> None:
+        for place, value in self._tensors(conv, expert):
+            place.copy_(value)
+
+    @torch.no_grad()
+    def draw(self, conv: MessagePassing, experts: Iterable[int]) -> None:
+        """Draw the parameters of these experts, each by a reset of this conv."""
+        for expert in experts:
+            conv.reset_parameters()
+            self._fill_one(expert, conv)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -237,13 +247,10 @@ class StackedExperts(ConvExperts):
         self.fill([conv] * self.num_experts)
 
     def reset_parameters(self) -> None:
-        # Draw each expert once, as a conv's own reset does: what a conv draws when it is built is
-        # thrown away.
+        # What a conv draws when it is built is thrown away.
         with torch.random.fork_rng(devices=[]):
-            convs = [self.make(expert) for expert in range(self.num_experts)]
-        for conv in convs:
-            conv.reset_parameters()
-        self.fill(convs)
+            conv = self.make(0)
+        self.draw(conv, range(self.num_experts))
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:

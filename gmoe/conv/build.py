@@ -22,17 +22,14 @@ from gmoe._verify import SCALES, comparable, is_option, move_, probe_copy, rows_
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, to_one
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import Make, base_kind_of, is_of_library, kind_of, name_of
+from gmoe.conv.kinds import Make, are_alike, base_kind_of, is_of_library, kind_of, name_of
 from gmoe.conv.plain import run, run_on
 from gmoe.conv.separate import SeparateExperts
 from gmoe.dispatch import Backend
 
 
 def build_experts(
-    make: Make,
-    local: bool | None,
-    backend: Backend,
-    convs: Sequence[MessagePassing] | None = None,
+    make: Make, local: bool | None, backend: Backend, copied: MessagePassing | None = None
 ) -> ConvExperts:
     """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
 
@@ -40,23 +37,42 @@ def build_experts(
         make: makes the conv of an expert.
         local: see :class:`gmoe.MoEConv`.
         backend: of the grouped product.
-        convs: those of all experts, if they are made already.
+        copied: the conv as whose copies all experts start; ``None`` to draw each by itself.
 
     Raises:
         ValueError: ``local=True`` for a conv that is not local; convs that share parameters;
             output widths or flows that differ.
     """
-    if convs is None:
-        convs = [make(expert) for expert in range(len(make.kinds))]
+    num_experts = len(make.kinds)
+    first = make(0) if copied is None else copied
+    # Convs of one class, and copies of one conv, are alike: one of them is enough for a stack.
+    if local is None and (copied is not None or are_alike(make.kinds)):
+        trial = Trial(first, make.in_channels, is_of_library(make.kinds[0]))
+        if trial.stack is not None:
+            # A class that gmoe knows has the width that it was asked for.
+            _check_together(make, [first], [] if trial.is_of_library else [trial.width])
+            experts = trial.stack[0]([first] * num_experts, make, backend)
+            if copied is None and trial.is_of_library:
+                experts.draw(first, range(1, num_experts))
+            return experts
+    if copied is None:
+        return _grouped(make, local, backend, [first, *map(make, range(1, num_experts))])
+    return _grouped(
+        make, local, backend, [first, *(copy.deepcopy(first) for _ in range(1, num_experts))]
+    )
+
+
+def _grouped(
+    make: Make, local: bool | None, backend: Backend, convs: Sequence[MessagePassing]
+) -> ConvExperts:
+    """Experts of these convs: those that can be stacked together form a group, the rest another."""
     # One trial a kind: it tells the output width, and whether the conv is local.
     trials = {
         id(kind): Trial(conv, make.in_channels, is_of_library(kind))
         for kind, conv in zip(make.kinds, convs, strict=True)
     }
-    widths = [trial.width for trial in trials.values()]
-    _check_together(make, convs, [width for width in widths if width is not None])
+    _check_together(make, convs, [trial.width for trial in trials.values()])
 
-    # Experts that can be stacked together form a group; all that cannot be stacked form another.
     members_of: dict[Stack | None, list[int]] = {}
     stacks_right: dict[Stack | None, bool] = {None: True}
     for expert, conv in enumerate(convs):
@@ -84,19 +100,22 @@ def build_experts(
                 f"{names} runs on the whole graph for every expert, so that its cost follows "
                 "num_experts, not k; if its output at a node follows from the node's in-edges "
                 "alone, pass local=True",
-                stacklevel=4,
+                stacklevel=5,
             )
     return groups[0] if len(groups) == 1 else MixedExperts(groups, list(members_of.values()))
 
 
-def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequence[int]) -> None:
+def _check_together(
+    make: Make, convs: Sequence[MessagePassing], widths_of_kinds: Sequence[int | None]
+) -> None:
     """Refuse convs that do not go together.
 
     Args:
         make: made the convs.
         convs: the conv of each expert.
-        widths: the known widths of their outputs.
+        widths_of_kinds: the widths of their outputs; ``None`` where it is unknown.
     """
+    widths = [width for width in widths_of_kinds if width is not None]
     ids = [id(parameter) for conv in convs for parameter in conv.parameters()]
     if len(ids) != len(set(ids)):
         raise ValueError(
@@ -237,6 +256,14 @@ class Trial:
             # A conv may ask for anything: edge features, regular graphs, other packages.
             return Outcome(width, False, f"fails on a small random graph: {error}")
 
+    @cached_property
+    def stack(self) -> Stack | None:
+        """How the conv is stacked; ``None`` if a stack would compute something else."""
+        stack = _stack_of(self.conv)
+        if stack is None or self.is_of_library or self.equals(stack):
+            return stack
+        return None
+
     def equals(self, stack: Stack) -> bool:
         """True if a stack of the conv gives its outputs, and has as many trained parameters."""
         try:
@@ -285,9 +312,8 @@ class Trial:
     @property
     def width(self) -> int | None:
         """Columns of the output; ``None`` if unknown."""
-        # A conv of the library that can be stacked is one that we know: nothing has to run.
-        is_known = self.is_of_library and hasattr(self.conv, "out_channels")
-        if is_known and _stack_of(self.conv) is not None:
+        # A conv that can be stacked is one that we know: nothing has to run.
+        if hasattr(self.conv, "out_channels") and self.stack is not None:
             has_wide_heads = getattr(self.conv, "concat", False)
             heads = self.conv.heads if has_wide_heads else 1
             return int(self.conv.out_channels * heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -381,3 +381,34 @@ def test_a_conv_that_was_changed_after_it_was_built_runs_by_itself(build: Any) -
     torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
     trained = sum(parameter.numel() for parameter in conv.parameters())
     assert sum(parameter.numel() for parameter in layer.experts.parameters()) == 2 * trained
+
+
+@pytest.mark.parametrize("start", ["copies", "shared", "plain"])
+def test_a_layer_of_a_class_builds_two_convs_at_most(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are alike: the experts' parameters are drawn by resets of one conv."""
+    built: list[None] = []
+    init = pyg.GCNConv.__init__
+
+    @wraps(init)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        built.append(None)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(pyg.GCNConv, "__init__", counted)
+    layer: Any = MoEConv(pyg.GCNConv, 4, 4, num_experts=8, start=start)
+    assert len(built) <= 2
+    weights = {tuple(layer.expert(index).lin.weight.flatten().tolist()) for index in range(8)}
+    assert len(weights) == (1 if start == "copies" else 8)
+
+
+def test_experts_of_one_class_are_drawn_as_its_reset_draws_them() -> None:
+    torch.manual_seed(0)
+    layer: Any = MoEConv(pyg.SAGEConv, 64, 64, num_experts=4, start="plain")
+    dense = pyg.SAGEConv(64, 64)
+    for name in ("lin_l.weight", "lin_r.weight"):
+        expected = dense.get_parameter(name).std()
+        for index in range(4):
+            drawn = layer.expert(index).get_parameter(name)
+            torch.testing.assert_close(drawn.std(), expected, rtol=0.1, atol=0.0)
