@@ -60,7 +60,7 @@ sphinx_gallery_conf = {
     "write_computation_times": False,  # a page that loads scripts from other sites
     "download_all_examples": False,
     "show_signature": False,
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "docs.plots.gallery.place",
 }
 
 

@@ -1,8 +1,8 @@
 """Read a dense MLP by what it computes, to build experts of the same form.
 
-It is run once on random tokens. The order in which its parts are called tells which linear layer is
-the first and which the last, and where norms and dropouts stand; numbers tell the activation and
-the gate.
+A copy with other weights is run once on random tokens. The order in which its parts are called
+tells which linear layer is the first and which the last, and where norms and dropouts stand;
+numbers tell the activation and the gate. An expert of that form is then compared with the copy.
 
 Shapes: I in, H hidden features of an MLP, O out features of a linear layer.
 """
@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._torch import forward_hooks, parameter_names
+from gmoe._verify import ROUNDING, SCALES, form_of, move_, rows_are_equal
 from gmoe.dispatch import Backend
 from gmoe.experts import MLPExperts
 
@@ -71,7 +72,6 @@ class DenseMLP:
         input_norm: before the first layer, or ``None``.
         hidden_norm: before the last layer, or ``None``.
         dropout: probabilities of dropping a hidden unit, and an output.
-        like: a weight of the MLP, for the dtype and the device of the experts.
     """
 
     ups: Sequence[nn.Linear]
@@ -82,7 +82,6 @@ class DenseMLP:
     input_norm: nn.Module | None
     hidden_norm: nn.Module | None
     dropout: tuple[float, float]
-    like: Tensor
 
     @torch.no_grad()
     def experts(
@@ -101,8 +100,6 @@ class DenseMLP:
         if self.gate_is_second:  # the gate of an expert is the first half: swap the halves
             up_weight = up_weight.roll(len(up_weight) // 2, dims=0)
             up_bias = up_bias.roll(len(up_bias) // 2, dims=0)
-        with_bias = [*self.ups, self.down, self.input_norm, self.hidden_norm]
-        has_bias = any(getattr(part, "bias", None) is not None for part in with_bias)
         experts = MLPExperts(
             up_weight.size(1),
             down_weight.size(1),
@@ -111,29 +108,72 @@ class DenseMLP:
             activation=copy.deepcopy(self.activation),
             glu=self.glu,
             dropout=self.dropout,
-            bias=has_bias,
+            bias=(_have_bias(*self.ups, self.input_norm), _have_bias(self.down, self.hidden_norm)),
             input_norm=_without_parameters(self.input_norm),
             hidden_norm=_without_parameters(self.hidden_norm),
             zero_init=zero_init,
             backend=backend,
         )
-        experts.to(self.like)
+        # Read once: a parametrized weight is computed at each access, and some change by it.
+        experts.to(next(self.ups[0].parameters()).detach())
         if upcycle:
             experts.up.copy_(slice(None), up_weight.T, up_bias)
             if not zero_init:
                 experts.down.copy_(slice(None), down_weight.T, down_bias)
         return experts
 
+    def among(self, mlp: nn.Module, other: nn.Module) -> DenseMLP:
+        """The same roles in another MLP of the same form: its parts of the same names.
 
-def read_mlp(name: str, mlp: nn.Module) -> DenseMLP:
+        Args:
+            mlp: holds these parts.
+            other: may be a copy of it.
+        """
+        parts = dict(zip(mlp.modules(), other.modules(), strict=True))
+
+        def part(here: Any) -> Any:
+            # A function is no part, and neither is an identity that stands for no activation.
+            return parts.get(here, here) if isinstance(here, nn.Module) else here
+
+        return replace(
+            self,
+            ups=[part(up) for up in self.ups],
+            down=part(self.down),
+            activation=part(self.activation),
+            input_norm=part(self.input_norm),
+            hidden_norm=part(self.hidden_norm),
+        )
+
+
+Forms: TypeAlias = dict[Hashable, tuple[nn.Module, DenseMLP]]
+"""An MLP and its roles, by the form of the MLP and by whether experts replace it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of an MLP: its tokens (..., D), its output, and the calls of its parts in order."""
+
+    tokens: Tensor
+    output: Tensor
+    calls: list[PartCall]
+
+
+def read_mlp(
+    name: str, mlp: nn.Module, *, is_replaced: bool = False, forms: Forms | None = None
+) -> DenseMLP:
     """Find the role of each part of an MLP by running a copy of it once on random tokens.
 
     The order in which the parts are called counts, not the order in which they are registered. An
     activation that is called as a function, and the gate of a gated MLP, are found by the numbers.
+    An expert with these roles must then give the same numbers.
 
     Args:
         name: of the MLP in its model, for errors.
         mlp: the module, which is left as it is.
+        is_replaced: experts replace the MLP (default ``False``), so that all it computes must be
+            theirs: what follows the last linear layer, training mode, and all its parameters.
+        forms: the MLPs that were read before, to which this one is added (default ``None``). An MLP
+            of a known form has its roles.
 
     Raises:
         ValueError: a module that does not run on tokens alone, or that is not linear, activation,
@@ -144,21 +184,28 @@ def read_mlp(name: str, mlp: nn.Module) -> DenseMLP:
         raise _refused(f"{name}, a {type(mlp).__name__} without linear layers")
     kinds = ", ".join(type(part).__name__ for part in _parts(mlp))
     got = f"{name}, a {type(mlp).__name__} of ({kinds})"
-    # Read once: a parametrized weight is computed at each access, and spectral norm changes by it.
-    like = next(linears[0].parameters()).detach()
-    with torch.no_grad(), _copy_to_run(mlp) as copied:
-        calls = _trial_calls(got, copied)
-        return _roles(got, copied, calls, like)
+    form = form_of(mlp), is_replaced
+    forms = {} if forms is None else forms
+    if form not in forms:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _copy_to_run(mlp) as copied:
+            trial = _run_once(got, copied)
+            roles = _roles(got, copied, trial.calls)
+            _check_expert(got, copied, roles, trial, is_replaced)
+            forms[form] = mlp, roles.among(copied, mlp)
+    known, roles = forms[form]
+    dense = roles.among(known, mlp)
+    if is_replaced:
+        _check_parameters(name, mlp, dense)
+    return dense
 
 
-def _roles(got: str, mlp: nn.Module, calls: Sequence[PartCall], like: Tensor) -> DenseMLP:
+def _roles(got: str, mlp: nn.Module, calls: Sequence[PartCall]) -> DenseMLP:
     """The roles of the parts.
 
     Args:
         got: what the MLP is, for errors.
         mlp: the MLP that was run.
         calls: of its parts, in order.
-        like: see :class:`DenseMLP`.
     """
     # 1. The linear layers: the last one, and one or two (if gated) before it.
     linears = [call for call in calls if isinstance(call.part, nn.Linear)]
@@ -203,8 +250,109 @@ def _roles(got: str, mlp: nn.Module, calls: Sequence[PartCall], like: Tensor) ->
         input_norm=input_norms[0] if input_norms else None,
         hidden_norm=hidden_norms[0] if hidden_norms else None,
         dropout=(_dropout(behind_ups), _dropout(after)),
-        like=like,
     )
+
+
+# the expert beside the MLP ------------------------------------------------------------------------
+
+
+def _check_expert(
+    got: str, mlp: nn.Module, roles: DenseMLP, trial: Trial, is_replaced: bool
+) -> None:
+    """Refuse an MLP if an expert with these roles gives other numbers.
+
+    Args:
+        got: what the MLP is, for errors.
+        mlp: the copy that was run.
+        roles: its parts.
+        trial: the run.
+        is_replaced: see :func:`read_mlp`.
+    """
+    expert = roles.experts(1, upcycle=True, zero_init=False, backend="loop").eval()
+    # Beside a shared expert, which the MLP stays, what follows the last linear layer is left to it.
+    [down] = [call for call in trial.calls if call.part is roles.down]
+    _check_equal(got, expert, trial.tokens, trial.output if is_replaced else down.output)
+    if not is_replaced:
+        return
+    # In training mode, without dropouts: experts have them as well.
+    for part in (*mlp.modules(), *expert.modules()):
+        part.train()
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    before = torch.get_rng_state()
+    output = mlp(trial.tokens.clone())
+    if not torch.equal(torch.get_rng_state(), before):  # a dropout that is a function
+        raise _refused(f"{got}, which draws random numbers in training; or start='shared'")
+    _check_equal(got, expert, trial.tokens, output)
+
+
+def _check_equal(got: str, expert: MLPExperts, tokens: Tensor, expected: Tensor) -> None:
+    """Refuse an expert that gives other numbers than an MLP gave.
+
+    Args:
+        got: what the MLP is, for errors.
+        expert: one expert.
+        tokens: (..., I).
+        expected: (..., O) what the MLP gave for them.
+    """
+    # In two halves: an expert does not see the tokens of the others.
+    halves = tokens.flatten(0, -2).chunk(2)
+    try:
+        actual = torch.cat([expert(half, torch.tensor([len(half)])) for half in halves])
+    except Exception as error:  # a part of the MLP, on rows, may raise anything
+        raise _refused(f"{got}, whose parts fail on rows of tokens ({error})") from error
+    if actual.numel() == expected.numel():  # an MLP may fold dimensions
+        actual = actual.view_as(expected)
+    if not rows_are_equal(actual, expected, _rounding(expected)):
+        raise _refused(
+            f"{got}, which computes something else than its parts suggest; or start='shared' for "
+            "an MLP with more behind its last layer"
+        )
+
+
+def _check_parameters(name: str, mlp: nn.Module, dense: DenseMLP) -> None:
+    """Refuse an MLP that experts cannot replace, since their parameters are not all that it has.
+
+    Raises:
+        ValueError: parameters that no role has, under two names, or frozen in part; buffers.
+    """
+    parts = [*dense.ups, dense.down, dense.input_norm, dense.hidden_norm]
+    read = {id(p) for part in parts if part is not None for p in part.parameters()}
+    named = list(mlp.named_parameters(remove_duplicate=False))
+    ids = [id(parameter) for _, parameter in named]
+    kept = "keep it with start='shared'"
+    for place, (path, parameter) in enumerate(named):
+        if id(parameter) not in read:
+            raise ValueError(
+                f"model: got {name}.{path}, expected no parameters but of layers that "
+                f"experts have; {kept}"
+            )
+        if id(parameter) in ids[:place]:
+            first = named[ids.index(id(parameter))][0]
+            raise ValueError(
+                f"model: got {name}.{path}, which is {first} as well, expected a "
+                f"parameter for each layer: experts would not share it; {kept}"
+            )
+    if len({up.bias is None for up in dense.ups}) > 1:
+        raise ValueError(
+            f"model: got {name} with a gate or a value that has no bias, expected a "
+            f"bias in both or in none: experts would train it; {kept}"
+        )
+    if len({parameter.requires_grad for _, parameter in named}) > 1:
+        frozen = [path for path, parameter in named if not parameter.requires_grad]
+        raise ValueError(
+            f"model: got {name} with {frozen[0]} frozen, expected all of its "
+            f"parameters to be frozen, or none; {kept}"
+        )
+    buffers = [path for path, _ in mlp.named_buffers()]
+    if buffers:
+        raise ValueError(
+            f"model: got {name} with the buffer {buffers[0]}, expected none, since "
+            f"experts would not have it; {kept}"
+        )
+
+
+# how an MLP is run --------------------------------------------------------------------------------
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -225,7 +373,8 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_norm(part: nn.Module) -> bool:
-    return hasattr(part, "normalized_shape")
+    """True for a norm of each token; one of more dimensions mixes them."""
+    return len(getattr(part, "normalized_shape", ())) == 1
 
 
 def _is_activation(part: nn.Module) -> bool:
@@ -234,11 +383,11 @@ def _is_activation(part: nn.Module) -> bool:
 
 @contextmanager
 def _copy_to_run(mlp: nn.Module) -> Iterator[nn.Module]:
-    """A copy of the MLP in evaluation mode and in float64 on the CPU.
+    """A copy of the MLP in evaluation mode and in float64 on the CPU, with other weights.
 
     It keeps torch's own hooks (pruning, weight norm) and drops all others. A module that cannot be
-    copied, such as one with torch's old weight norm, is run itself; its buffers and modes are
-    restored afterwards.
+    copied, such as one with torch's old weight norm, is run itself with its own weights; its
+    buffers and modes are restored afterwards.
     """
     try:
         copied = copy.deepcopy(mlp).cpu().double().eval()
@@ -258,33 +407,36 @@ def _copy_to_run(mlp: nn.Module) -> Iterator[nn.Module]:
             for key, hook in list(table.items()):
                 if not str(getattr(type(hook), "__module__", "")).startswith("torch."):
                     del table[key]
+    move_(copied)
     yield copied
 
 
-def _trial_calls(got: str, mlp: nn.Module) -> list[PartCall]:
-    """The calls of the parts, in order, when the MLP runs on a few random tokens."""
+def _run_once(got: str, mlp: nn.Module) -> Trial:
+    """Run an MLP on a few random tokens of several scales, and note the calls of its parts."""
     linears = [part for part in _parts(mlp) if isinstance(part, nn.Linear)]
     # The width is unknown: of two layers I x H and H x I either may be the first. Try both, and
     # tokens in two dimensions or one.
     widths = dict.fromkeys(part.in_features for part in linears)  # a set that keeps the order
+    scales = torch.tensor(SCALES, device="cpu")[:, None]
     failures = []
     for width in widths:
-        for rows in ((2, 3), (6,)):
+        for shape in ((2, len(SCALES)), (2 * len(SCALES),)):
             generator = torch.Generator().manual_seed(0)
-            tokens = torch.randn((*rows, width), device="cpu", generator=generator)
-            tokens = tokens.to(linears[0].weight)
+            tokens = torch.randn(2, len(SCALES), width, device="cpu", generator=generator)
+            tokens = (tokens * scales).view(*shape, width).to(linears[0].weight)
             calls: list[PartCall] = []
             try:
                 with ExitStack() as stack:
-                    stack.enter_context(torch.random.fork_rng(devices=[]))
                     for part in dict.fromkeys(_parts(mlp)):
                         hook = part.register_forward_hook(_recorder(calls), with_kwargs=True)
                         stack.callback(hook.remove)
-                    mlp(tokens)
+                    output = mlp(tokens.clone())
             except Exception as error:  # a user's module may raise anything
                 failures.append(f"{type(error).__name__}: {error}")
                 continue
-            return calls
+            if isinstance(output, Tensor):
+                return Trial(tokens, output, calls)
+            failures.append(f"it returns a {type(output).__name__}")
     raise _refused(f"{got}, which fails on tokens alone ({failures[0]})")
 
 
@@ -349,19 +501,23 @@ def _activation(
         for gate_is_second in (False, True) if glu else (False,):
             gate, *others = reversed(halves) if gate_is_second else halves
             ours = activation(gate.clone())
+            if ours.shape != gate.shape:
+                continue
             for other in others:
                 ours = ours * other
-            if _is_close(ours, hidden):
+            if rows_are_equal(ours, hidden, _rounding(hidden)):
                 return activation, gate_is_second
     raise _refused(f"{got}, whose activation is not a known one")
 
 
-def _is_close(ours: Tensor, theirs: Tensor) -> bool:
-    """True for equal numbers, up to the rounding of an MLP that could not be copied to float64."""
-    if ours.shape != theirs.shape:
-        return False
-    rounding = 1e-9 if theirs.dtype == torch.float64 else 1e-2
-    return bool((ours - theirs).abs().max() <= rounding * theirs.abs().max())
+def _rounding(values: Tensor) -> float:
+    """The rounding of an MLP's numbers: more where it could not be copied to float64."""
+    return ROUNDING if values.dtype == torch.float64 else 1e-2
+
+
+def _have_bias(*parts: nn.Module | None) -> bool:
+    """True if one of these layers and norms adds a bias."""
+    return any(getattr(part, "bias", None) is not None for part in parts)
 
 
 def _dropout(calls: Sequence[PartCall]) -> float:
@@ -374,7 +530,7 @@ def _folded(linears: Sequence[nn.Linear], norm: nn.Module | None) -> tuple[Tenso
 
     The norm's scale and shift become part of the weight and the bias.
     """
-    weight = torch.cat([part.weight for part in linears])
+    weight = linears[0].weight if len(linears) == 1 else torch.cat([p.weight for p in linears])
     biases: list[Tensor] = []
     for part in linears:
         no_bias = weight.new_zeros(len(part.weight))

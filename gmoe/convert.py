@@ -13,12 +13,12 @@ from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gmoe._checks import change_of, refuse_functions
-from gmoe._mlps import read_mlp
+from gmoe._mlps import Forms, read_mlp
+from gmoe._verify import is_option
 from gmoe.dispatch import Backend
 from gmoe.experts import Experts
 from gmoe.from_base import ExpertsFromBase, FromBase
@@ -63,8 +63,10 @@ def moefy(
     An MLP is linear, activation, linear: in a ``Sequential`` as torchvision's, or as timm's
     ``Mlp``; or gated, with one layer twice as wide or two before the last (timm's ``GluMlp`` and
     ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Dropout is kept, and so are norms before the linear
-    layers. The MLP is read by what it computes: it runs once on random tokens, and the order in
-    which its parts are called counts, not the order of their names. An MLP sees
+    layers. The MLP is read by what it computes: a copy runs once on random tokens, and the order in
+    which its parts are called counts, not the order of their names. An expert built from it is
+    compared with the copy: other weights, inputs of scales 1 to 1,000, evaluation and training. An
+    MLP sees
     (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row or in a
     grid, or those of a window where a model folds windows into the first dimension. Padding is
     part of the group, so it takes up places where experts choose. The rows of (T, D), such as
@@ -97,8 +99,7 @@ def moefy(
               sparse upcycling (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The
               model starts as the dense one, since a token's weights sum to 1; other routers are
               refused (``router.sums_to_one``). Token choice by name has weights of 1 at K = 1 and
-              does not balance its load, as in :class:`MoEConv`. Random tokens verify that the
-              copies compute what the MLP does.
+              does not balance its load, as in :class:`MoEConv`.
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
@@ -108,10 +109,13 @@ def moefy(
 
     Raises:
         ValueError: no such blocks or targets, fewer than ``every``, or an argument out of range; an
-            MLP of another form, or without values (on the meta device); with copies or plain
-            experts, one that computes something other than its parts suggest, or one that is more
-            than its weights: a parametrized weight (weight norm, spectral norm, pruning), hooks,
-            linear layers of a custom class (LoRA, quantized).
+            MLP of another form, or without values (on the meta device); a module that the model
+            also keeps outside of its modules, in a list for example. With copies or plain experts,
+            and for convs, also one that is tied to another layer. With copies or plain experts, an
+            MLP that computes something other than its parts suggest (a residual, a clamp, a scale),
+            whose weights are tied or frozen in part, or that is more than its weights: a
+            parametrized weight (weight norm, spectral norm, pruning), hooks, buffers, linear layers
+            of a custom class (LoRA, quantized).
 
     Example:
         >>> vit = timm.create_model("vit_tiny_patch16_224")
@@ -132,6 +136,7 @@ def moefy(
         every = candidates.every
     chosen = choose_blocks(len(candidates.names), every, blocks)
     modules = {candidates.names[i]: model.get_submodule(candidates.names[i]) for i in chosen}
+    names_of = _names_of(model)
 
     # 2. Build all MoE layers before changing any: an error leaves the model as it was.
     options: dict[str, Any] = {
@@ -145,23 +150,28 @@ def moefy(
     }
     pyg = _imported_pyg()
     layers: dict[nn.Module, MoELayer] = {}
+    forms: Forms = {}
     for name, module in modules.items():
         _check_convertible(name, module)
+        _refuse_hidden(name, module, model)
         if module in layers:  # A module that is used twice becomes one layer that is used twice.
             continue
         if pyg is not None and isinstance(module, pyg.MessagePassing):
             width = candidates.widths.get(name)
+            _refuse_shared_parts(name, module, names_of)
             layers[module] = _moe_conv(name, module, width=width, **options)
         else:
-            layers[module] = _moe(name, module, **options)
+            if start in ("copies", "plain"):  # a shared expert is the module itself
+                _refuse_shared_parts(name, module, names_of)
+            layers[module] = _moe(name, module, forms=forms, **options)
 
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
-        # Without a start, convs may have become copies, by the router.
-        could_be = check_start(start) if isinstance(layer, MoE) else start or "copies"
-        layer.moefied = recorded(options, known=saved_by_name(could_be, k, router_kwargs))
-    for name, module in modules.items():
-        model.set_submodule(name, layers[module])
+        known = saved_by_name(check_start(start), k, router_kwargs)
+        layer.moefied = recorded(options, known=known)
+    for module, layer in layers.items():
+        for name in names_of[module]:
+            model.set_submodule(name, layer)
     save_with_experts(model)
     return model
 
@@ -261,6 +271,72 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         )
 
 
+def _names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of each module: one that a forward calls may be registered under another as well.
+
+    PyG's SchNet has the network of each filter under two names.
+    """
+    names_of: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(module, []).append(name)
+    return names_of
+
+
+def _refuse_shared_parts(
+    name: str, module: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]
+) -> None:
+    """Refuse a module whose parts or parameters the rest of the model has as well.
+
+    Experts are copies, which would no longer be tied to the rest.
+
+    Args:
+        name: of the module, for errors.
+        module: what experts replace.
+        names_of: all names of each module of the model.
+    """
+    inside = set(module.modules())
+    starts = tuple(f"{own}." for own in names_of[module])
+    owners: dict[nn.Parameter, list[str]] = {}
+    for part, names in names_of.items():
+        for key, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            if part not in inside:
+                owners.setdefault(parameter, []).append(f"{names[0]}.{key}".lstrip("."))
+    for path, parameter in module.named_parameters(prefix=name):
+        if parameter in owners:
+            raise ValueError(
+                f"model: got {path}, which is {owners[parameter][0]} as well, expected parameters "
+                "of this layer alone: experts would not be tied to the rest of the model"
+            )
+    for part in inside - {module}:
+        if next(part.parameters(recurse=False), None) is None:
+            continue  # an activation may be anywhere
+        outside = [other for other in names_of[part] if not other.startswith(starts)]
+        if outside:
+            raise ValueError(
+                f"model: got {name} with a part that is {outside[0]} as well, expected parts of "
+                "this layer alone: experts would not be tied to the rest of the model"
+            )
+
+
+def _refuse_hidden(name: str, module: nn.Module, model: nn.Module) -> None:
+    """Refuse a module that a part of the model also keeps where ``named_modules`` does not look.
+
+    A list of Python's, or a bound method, would go on to hold and call the dense module.
+    """
+    for path, part in model.named_modules():
+        for key, value in vars(part).items():
+            if not is_option(key):
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            held = [*values] if isinstance(value, dict | list | tuple | set) else [value]
+            if any(item is module or getattr(item, "__self__", None) is module for item in held):
+                raise ValueError(
+                    f"model: got {name}, which {path or 'the model'} also keeps as its {key}, "
+                    "outside of its modules, expected a module of the model alone: what is kept "
+                    "there would go on to run"
+                )
+
+
 # MLPs ---------------------------------------------------------------------------------------------
 
 
@@ -301,13 +377,14 @@ def _moe(
     upcycle: bool,
     start: Start | None,
     backend: Backend,
+    forms: Forms,
 ) -> MoE:
-    """The MoE layer that replaces an MLP."""
+    """The MoE layer that replaces an MLP; ``forms`` are those read before."""
     start = check_start(start)
-    dense = read_mlp(name, mlp)
     copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
-        _check_nothing_is_lost(name, mlp, copied)
+        _check_nothing_is_lost(name, mlp)
+    dense = read_mlp(name, mlp, is_replaced=start != "shared", forms=forms)
     zero_init = start == "shared"  # the shared expert alone is the dense model
     stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
     built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)
@@ -323,14 +400,8 @@ def _moe(
     return layer
 
 
-def _check_nothing_is_lost(name: str, mlp: nn.Module, copied: bool) -> None:
-    """Refuse an MLP whose experts would not compute the same function.
-
-    Args:
-        name: of the MLP in its model, for errors.
-        mlp: the dense MLP.
-        copied: experts are copies of the MLP; then one is compared with it on random tokens.
-    """
+def _check_nothing_is_lost(name: str, mlp: nn.Module) -> None:
+    """Refuse an MLP that is more than its weights, which experts would not run."""
     for path, part in mlp.named_modules(prefix=name):
         change = change_of(part)
         if change is not None:
@@ -338,29 +409,6 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, copied: bool) -> None:
                 f"model: got {path} with {change}, expected a plain MLP, since experts would not "
                 "run it; keep it with start='shared'"
             )
-    if not copied:
-        return
-    dense = copy.deepcopy(mlp).cpu().double()  # Not every device has doubles.
-    for part in dense.modules():
-        if isinstance(part, nn.Dropout):  # Experts have the same dropouts: leave them out here.
-            part.p = 0.0
-    with torch.device("cpu"):
-        copies = read_mlp(name, dense).experts(1, upcycle=True, zero_init=False, backend="loop")
-        copies.eval()
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randn(2, 3, copies.in_features, dtype=torch.float64, generator=generator)
-        actual = copies(tokens.flatten(0, 1), torch.tensor([6]))
-        # In training mode, which exposes a dropout that is a function, not a module.
-        expected = dense.train()(tokens)
-    same = expected.numel() == actual.numel() and torch.allclose(
-        expected.view_as(actual), actual, atol=1e-8
-    )
-    if not same:
-        raise ValueError(
-            f"model: got {name}, a {type(mlp).__name__} that computes something else than its "
-            "parts suggest, expected one that computes linear, activation, linear of each token; "
-            "or start='shared'"
-        )
 
 
 # Convs --------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class MLPExperts(Experts):
         glu: gate the hidden layer (default ``False``).
         dropout: probability of dropping a hidden unit, and an output; or the two of them (default
             0).
-        bias: learn biases (default ``True``).
+        bias: learn biases (default ``True``); or of the first layer and of the second.
         input_norm: a module on the rows (P, I) before the first layer (default ``None``). All
             experts share it, so it should have no parameters: an expert's own scale and shift can
             be part of its next layer.
@@ -182,7 +182,7 @@ class MLPExperts(Experts):
         activation: Activation = "gelu",
         glu: bool = False,
         dropout: float | tuple[float, float] = 0.0,
-        bias: bool = True,
+        bias: bool | tuple[bool, bool] = True,
         input_norm: nn.Module | None = None,
         hidden_norm: nn.Module | None = None,
         zero_init: bool = False,
@@ -199,9 +199,10 @@ class MLPExperts(Experts):
         self.hidden_features = hidden_features
         self.activation: Callable[[Tensor], Tensor] = function
         self.glu = glu
-        linear = partial(LinearExperts, num_experts=num_experts, bias=bias, backend=backend)
-        self.up = linear(in_features, 2 * hidden_features if glu else hidden_features)
-        self.down = linear(hidden_features, out_features, zero_init=zero_init)
+        linear = partial(LinearExperts, num_experts=num_experts, backend=backend)
+        of_up, of_down = bias if isinstance(bias, tuple) else (bias, bias)
+        self.up = linear(in_features, 2 * hidden_features if glu else hidden_features, bias=of_up)
+        self.down = linear(hidden_features, out_features, bias=of_down, zero_init=zero_init)
         hidden, output = dropout if isinstance(dropout, tuple) else (dropout, dropout)
         self.hidden_dropout = nn.Dropout(hidden)
         self.output_dropout = nn.Dropout(output)

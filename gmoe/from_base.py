@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gmoe._torch import with_tensors
+from gmoe._torch import backward_hooks, forward_hooks, with_tensors
 from gmoe.experts import Experts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -94,7 +94,7 @@ class FromBase(nn.Module):
         """Run the experts on what their class takes."""
         if torch.compiler.is_compiling():
             return self._run_in_place(args)
-        if _is_patched(self.differences):
+        if _may_see_itself(self.differences):
             with ONE_THREAD:
                 return self._run_in_place(args)
         # Another thread may be running the module, which stays as it is.
@@ -104,8 +104,8 @@ class FromBase(nn.Module):
     def _run_in_place(self, args: tuple[Any, ...]) -> Tensor:
         """Run the differences themselves, with the sums in place of their parameters meanwhile.
 
-        The compiler traces that, and a function that a user put in place of a method may hold the
-        module: such a function would pass over a copy.
+        The compiler traces that. What a user put on a module, or in place of a part of it, may hold
+        the module or write to it: it would pass over a copy, or lose what it wrote.
         """
         sums = {name: base + difference for name, difference, base in self._pairs()}
         return functional_call(self.differences, sums, args)
@@ -152,13 +152,21 @@ class ExpertsFromBase(FromBase, Experts):
         return self(x_PI, offsets_E)
 
 
-def _is_patched(module: nn.Module) -> bool:
-    """True if an object has a function of its own in place of a method of its class."""
-    return any(
-        callable(value) and isfunction(getattr(type(part), name, None))
-        for part in module.modules()
-        for name, value in vars(part).items()
-    )
+def _may_see_itself(module: nn.Module) -> bool:
+    """True if users' code may read or write the module itself, or a part of it.
+
+    That is a hook, a function of an object in place of a method of its class, or a part of a class
+    of the user's own.
+    """
+    for part in module.modules():
+        if type(part).__module__.partition(".")[0] not in ("gmoe", "torch", "torch_geometric"):
+            return True
+        if any((*forward_hooks(part), *backward_hooks(part))):
+            return True
+        for name, value in vars(part).items():
+            if callable(value) and isfunction(getattr(type(part), name, None)):
+                return True
+    return False
 
 
 def fold(model: Model) -> Model:

@@ -498,6 +498,8 @@ def may_refuse(c: Config, message: str) -> bool:
         return start == "copies"
     if message.startswith("every: got"):
         return "every" not in c.options or c.options["every"] > c.num_blocks
+    if "with a gate or a value that has no bias" in message:
+        return start in ("copies", "plain")
     if message.startswith(("k: got", "weight: got", "normalize: got", "top_p: got")):
         return True
     return c.change not in PLAIN

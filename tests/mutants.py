@@ -343,6 +343,40 @@ def sample(seed: int, size: int) -> tuple[int, list[Mutant]]:
     return len(order), mutants
 
 
+def symbols(source: str) -> Iterator[tuple[str, range]]:
+    """Functions, classes, and names that a module or a class assigns, from the outside in.
+
+    Each with its dotted name and its lines, decorators included.
+    """
+
+    def inside(parent: ast.AST, prefix: str) -> Iterator[tuple[str, range]]:
+        assigns = isinstance(parent, ast.Module | ast.ClassDef)
+        for node in ast.iter_child_nodes(parent):
+            names, within = list[str](), prefix
+            first = getattr(node, "lineno", 0)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names, within = [node.name], f"{prefix}{node.name}."
+                first = min([first, *(decorator.lineno for decorator in node.decorator_list)])
+            elif assigns and isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+            for name in names:
+                yield prefix + name, range(first, (getattr(node, "end_lineno", 0) or first) + 1)
+            yield from inside(node, within)
+
+    yield from inside(ast.parse(source), "")
+
+
+def symbol_of(mutant: Mutant, source: str) -> str:
+    """The innermost symbol that a mutant changes, by which the page refers to it.
+
+    Line numbers would be wrong after the next change of the file.
+    """
+    # A mutant that takes a decorator may begin in the blank lines above it.
+    line = mutant.line + len(mutant.before) - 1
+    return [name for name, lines in symbols(source) if line in lines][-1]
+
+
 # ------------------------------------------------------------------------------------- running
 
 
@@ -764,10 +798,19 @@ def report(record: dict[str, Any]) -> str:
             if number in EQUIVALENT:
                 why = f"**excused**: {EQUIVALENT[number]}"
             lines.append(
-                f"| {number} | `{entry['file']}:{entry['line']}` | "
+                f"| {number} | {where(entry)} | "
                 f"`{cell(entry['before'])}` → `{cell(entry['after'])}` | {why} |"
             )
     return "\n".join(lines)
+
+
+def where(entry: dict[str, Any]) -> str:
+    """The file and the symbol of a mutant; the file alone where that symbol is gone."""
+    path = ROOT / entry["file"]
+    source = path.read_text() if path.exists() else ""
+    if any(name == entry["symbol"] for name, _ in symbols(source)):
+        return f"`{entry['file']}:{entry['symbol']}`"
+    return f"`{entry['file']}`, code that is gone"
 
 
 def rooms() -> list[str]:
@@ -794,7 +837,10 @@ def on_page(page: str, text: str) -> str:
 def draw() -> dict[str, Any]:
     """A record of the sample, in which nothing has run."""
     total, mutants = sample(SEED, SIZE)
-    entries = [{"number": i, **mutant._asdict()} for i, mutant in enumerate(mutants)]
+    entries = [
+        {"number": i, **mutant._asdict(), "symbol": symbol_of(mutant, sources()[mutant.file])}
+        for i, mutant in enumerate(mutants)
+    ]
     versions = {name: version(name) for name in ("cosmic-ray", "coverage", "pytest", "hypothesis")}
     return {
         "seed": SEED,

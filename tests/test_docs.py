@@ -5,8 +5,13 @@ The API page has every public name.
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,6 +20,7 @@ from PIL import Image
 import gmoe
 from docs.check_links import broken
 from docs.plots.__main__ import every_drawing, pages, render
+from docs.plots.gallery import ORDER, place
 from docs.plots.results import Gain
 from docs.plots.style import FIGURES, save
 from docs.plots.swap import swaps
@@ -22,8 +28,9 @@ from docs.thumbnails import THUMBNAILS
 from experiments.study import starts
 from experiments.study.routers import differences, read_cells
 from experiments.train.files import read_json
-from experiments.train.presets import PRESETS
+from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
 from experiments.train.scores import interval
+from tests.mutants import symbols
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
@@ -109,6 +116,16 @@ def test_every_example_has_a_thumbnail() -> None:
     }
 
 
+def test_the_gallery_is_in_the_order_of_use() -> None:
+    names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert sorted(names, key=place) == [f"{name}.py" for name in ORDER]
+    assert ORDER[:2] == ("swap_pyg_conv", "upcycle_timm_vit")
+    assert ORDER[-2:] == ("shrink_and_save", "hub_save_load")
+    conf = (DOCS / "conf.py").read_text()
+    assert '"within_subsection_order": "docs.plots.gallery.place"' in conf
+    assert tuple(re.findall(r"\]\(examples/(\w+)\.py\)", README)) == ORDER
+
+
 def test_the_install_page_has_the_versions_of_the_package() -> None:
     package = (ROOT / "pyproject.toml").read_text()
     page = (DOCS / "install.md").read_text()
@@ -130,9 +147,126 @@ def test_the_citation_is_that_of_the_file() -> None:
     assert f"version = {{{gmoe.__version__}}}" in page
 
 
-@pytest.mark.parametrize(
-    "snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["swap", "upcycle"]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MARKED = re.compile(r"^ *```[\w{].*?^ *```", re.DOTALL | re.MULTILINE)
+COMMANDS = MARKED.sub("", README)
+FIRST_SCREEN = README[: README.index("\n## ")]
+
+
+def test_the_first_screen_shows_code_before_it_claims_anything() -> None:
+    """What it is, two lines of code, one picture, four bullets of one number each, four doors."""
+    code, picture = FIRST_SCREEN.index("```python"), FIRST_SCREEN.index("](docs/figures/")
+    bullets = re.findall(r"^- \*\*(?:.|\n  )+", FIRST_SCREEN, re.MULTILINE)
+    claims, notes = bullets[:4], bullets[4:]
+    assert code < picture < FIRST_SCREEN.index(claims[0])
+    assert FIRST_SCREEN[:code].count("\n") < 12
+    assert len(re.findall(r"^(?:conv|vit) = ", SNIPPETS[0], re.MULTILINE)) == 2
+    assert FIRST_SCREEN.count("](docs/figures/") + FIRST_SCREEN.count("<picture>") == 1
+    assert FIRST_SCREEN.index(claims[3]) < FIRST_SCREEN.index("| you have | use |")
+    for claim in claims:
+        assert len(re.findall(r"(?<![\w.-])\d[\d.e-]*", claim)) <= 1, claim
+    doors = re.findall(r"^\| .* \| `(\w+)\(", FIRST_SCREEN, re.MULTILINE)
+    assert doors == ["MoEConv", "GNNMoE", "moefy", "MoE"]
+    assert [note.split("**")[1] for note in notes] == ["ONNX:", "LoRA:", "GPUs:"]
+    assert len(FIRST_SCREEN.split()) < 450
+
+
+def test_the_first_command_shows_experts_at_work() -> None:
+    """``.ci/run`` runs the two set-up commands to the letter, so both stand at a line's start."""
+    first = re.findall(r"^```\n(.*?)^```", COMMANDS, re.DOTALL | re.MULTILINE)[0]
+    command = 'pip install -e ".[experiments]" && python -m experiments.train mosaic'
+    assert first == f"{command}\n"
+    assert re.findall("^pip install -e .*$", README, re.MULTILINE) == [
+        command,
+        'pip install -e ".[test]" && python -m pytest',
+    ]
+    assert "grep -E '^pip install -e ' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_first_command_ends_as_the_readme_says() -> None:
+    variants = read_json(RESULTS / "presets.json", dict[str, Any])["variants"]
+    found = {run["variant"]: run for run in variants}
+    moe, dense = found["mosaic-moe"], found["mosaic-dense"]
+    assert list(MOSAIC.seeds) == moe["config"]["seeds"] == [0, 1, 2, 3, 4]
+    assert "This trains five seeds" in README
+    scores = [f"{100 * run['test']['mean']:.2f}" for run in (moe, dense)]
+    said = f"It ends at {scores[0]} % test accuracy, where the dense model has {scores[1]} %"
+    assert said in in_a_line(README)
+    routing = moe["routing"][0]
+    assert {8 - dead for dead in routing["dead"]["values"]} == {7, 8}
+    assert routing["nmi"]["mean"] > 0.5
+    assert "seven or eight of the eight experts are used and follow" in in_a_line(README)
+
+    seeds = len(DIGITS_GRAPH.seeds)
+    for name in ("digits-graph-moe", "digits-graph-dense"):
+        assert f"{100 * fmean(found[name]['test']['values'][:seeds]):.1f}" == "98.6", name
+    assert "both models end at 98.6 %" in in_a_line(README)
+
+
+def test_the_readme_says_of_devices_and_types_what_the_project_says() -> None:
+    on_gpu = "we never ran anything on a GPU" not in (DOCS / "support.md").read_text()
+    assert ("not been run on a GPU yet" in in_a_line(README)) is not on_gpu
+    assert ("CPU or GPU" in README) <= on_gpu
+    settings = (ROOT / "pyproject.toml").read_text().partition("[tool.mypy]")[2].partition("[[")[0]
+    relaxed = re.findall(r"^(?:disallow|warn)_\w+ = false", settings, re.MULTILINE)
+    assert ("mypy-strict" in README) <= (not relaxed)
+    assert "not with the total E, except in attention" in in_a_line(README)
+
+
+def test_the_index_has_a_way_in_for_each_role() -> None:
+    page = (DOCS / "index.md").read_text()
+    rows = re.findall(
+        r"^\| (a GNN|a ViT|molecules|a question .*|a service .*) \| (.*) \|$", page, re.M
+    )
+    assert len(rows) == 5
+    assert all("](" in row for _, row in rows)
+    assert "](auto_examples/index)" in page[: page.index("```{toctree}")]
+    assert blocks("index.md") == SNIPPETS[:1]  # with its imports
+    assert in_a_line(page).index("From a clone") < in_a_line(page).index("pip install")
+
+
+def undefined(code: str) -> set[str]:
+    """Names that some Python uses, and neither imports nor assigns."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    known = {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return {name.id for name in names} - known
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_code_on_a_page_that_is_not_run_defines_what_it_uses(page: Path) -> None:
+    """Marked as Python, it is run, and would fail; without a mark, it may need files."""
+    for block in re.findall(r"^```\n(.*?)^```", MARKED.sub("", page.read_text()), re.M | re.S):
+        try:
+            is_code = any(isinstance(node, ast.Call) for node in ast.walk(ast.parse(block)))
+        except SyntaxError:
+            continue  # commands, or what they print
+        assert not (is_code and undefined(block)), block
+
+
+def test_the_line_that_builds_the_site_does_not_train_the_examples() -> None:
+    for page in pages():
+        for line in re.findall(r"sphinx-build .*", page.read_text()):
+            assert "-D plot_gallery=0" in line, page
+
+
+CLAIM = re.compile(
+    r"(?:gain|above)[^.]*\bon four\b[^.]*\b(?:lose|below)[^.]*\bnone\b|\+0\.98|one on minesweeper"
 )
+"""Four graphs of seven, or minesweeper's part of that, which stands at one width alone."""
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_a_claim_of_gains_names_the_width(page: Path) -> None:
+    for paragraph in re.split(r"\n\n|\n(?:- |\d+\. )", page.read_text()):
+        if "|---" not in paragraph and CLAIM.search(in_a_line(paragraph)):
+            assert "16 wide" in in_a_line(paragraph), paragraph
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["first screen", "swap", "upcycle"])
 def test_a_snippet_of_the_readme_runs_and_prints_what_it_says(
     snippet: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +278,7 @@ def test_a_snippet_of_the_readme_runs_and_prints_what_it_says(
 
 def test_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r'(?:\]\(|src="|srcset=")([^):"]+)[)"]', README)
-    assert {"docs/figures/routers-dark.png", "#does-it-help"} <= set(links)
+    assert {"docs/figures/routers-dark.png", "docs/serving.md#export"} <= set(links)
     for link in links:
         path, _, anchor = link.partition("#")
         page = ROOT / (path or "README.md")
@@ -154,13 +288,60 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         assert anchor in slugs | {""}, link
 
 
+FOLDERS = "gmoe|vision|experiments|tests|docs|examples"
+REFERRING = [*pages(), ROOT / "CONTRIBUTING.md", ROOT / "tests" / "compose.md"]
+
+
+def stale(text: str) -> list[str]:
+    """What a page refers to in the code that is not there, and references by line number."""
+    found = re.findall(r"[\w/]+\.py:\d+", text)
+    paths = rf"\b((?:{FOLDERS})/[\w/]+\.py)(?::([A-Za-z_]\w*(?:\.\w+)*))?"
+    for path, symbol in re.findall(paths, text):
+        if not (ROOT / path).exists():
+            found.append(path)
+        elif symbol and symbol not in dict(symbols((ROOT / path).read_text())):
+            found.append(f"{path}:{symbol}")
+    for module in re.findall(rf"python -m ((?:{FOLDERS})(?:\.\w+)*)", text):
+        if not find_spec(module):
+            found.append(f"python -m {module}")
+    for name in set(re.findall(r"\bgmoe(?:\.[A-Za-z_]\w*)+", text)) - {"gmoe.json"}:
+        try:
+            resolve_name(name)
+        except (ImportError, AttributeError):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("page", REFERRING, ids=lambda page: page.name)
+def test_what_a_page_refers_to_is_there(page: Path) -> None:
+    """If a mutant's symbol is not there any more, run ``python -m tests.mutants --report``."""
+    assert stale(page.read_text()) == []
+
+
+def test_a_reference_that_leads_nowhere_is_found() -> None:
+    assert stale("`gmoe/losses.py:z_loss`, `gmoe.aux_loss`, `python -m tests.fuzz 0 9`") == []
+    text = "`gmoe/losses.py:12`, `gmoe/lost.py`, `gmoe/losses.py:y_loss`, `gmoe/moe.py:MoE.mix`"
+    text += ", `python -m tests.lost`, `gmoe.conv.lost` and `gmoe.y_loss()`"
+    found = ["gmoe/losses.py:12", "gmoe/lost.py", "gmoe/losses.py:y_loss", "gmoe/moe.py:MoE.mix"]
+    found += ["python -m tests.lost", "gmoe.conv.lost", "gmoe.y_loss"]
+    assert sorted(stale(text)) == sorted(found)
+
+
+def test_survivors_of_the_mutants_are_named_by_symbol() -> None:
+    rows = re.findall(r"^\| \d+ \| `[\w/]+\.py:[A-Za-z_]", (DOCS / "trust.md").read_text(), re.M)
+    assert len(rows) > 50
+
+
 def in_a_line(page: str) -> str:
     """The text of a page, however its lines are broken."""
     return " ".join(page.split())
 
 
 def test_the_headline_of_the_readme_is_true_by_default() -> None:
-    """No preset ends below its dense model's spread; on fresh seeds four gain and none loses."""
+    """No preset ends below its dense model's spread; on fresh seeds four gain and none loses.
+
+    The latter beside dense models of the same width, which is named.
+    """
     variants = read_json(RESULTS / "presets.json", dict[str, Any])["variants"]
     tests = {run["variant"]: run["test"] for run in variants}
     # Some planted graphs were not run again when copies became the default of convs.
@@ -176,7 +357,12 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
         assert moe["mean"] >= dense["mean"] - dense["std"], name
     assert len(over_seeds) == 8
     assert {tests[name]["n"] for name in over_seeds} == {3, 5, 10}
-    said = "Of eight presets that were trained with every default (3 to 10 seeds), none ends below"
+    configs = {run["variant"]: run["config"] for run in variants}
+    wide = [configs[name]["hidden"] for name in over_seeds]
+    said = (
+        f"None of eight presets trained with every default ({min(wide)} to {max(wide)} wide, 3 to "
+        "10 seeds) ends more than one standard deviation below its dense model"
+    )
     assert said in in_a_line(README)
 
     confirmed = starts.read_confirmed(RESULTS / "starts-confirmed")
@@ -189,7 +375,17 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     assert len(intervals) == 7
     assert sum(low > 0 for low, _ in intervals) == 4
     assert all(high > 0 for _, high in intervals)
-    said = "experts that are routed once gain on four, by up to ten points, and lose on none"
+    wide_of = {
+        column: {run["config"]["hidden"] for run in known.values()}
+        for column, known in confirmed.items()
+        if once in known
+    }
+    assert wide_of.pop("digits-graph") == {32}
+    assert set().union(*(wide - {None} for wide in wide_of.values())) >= {16}
+    said = (
+        "On seven graphs (16 wide, digits-graph 32; ten seeds or splits each) they gain on four "
+        "and lose on none, beside a dense model of the same width"
+    )
     assert said in in_a_line(README)
 
     cells = read_cells(RESULTS / "routers").values()
@@ -198,8 +394,8 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     above, below = sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)
     assert (above, below, len(gains)) == (2, 1, 9)
     said = (
-        "token choice is above a dense model of *equal FLOPs* on two data sets of nine (on "
-        "facebook barely), below on one, and not told apart on six"
+        "Token choice beats a dense model of equal FLOPs on two of nine data sets (barely on "
+        "facebook) and loses on one; the other six are within noise"
     )
     assert said in in_a_line(README)
 
@@ -260,7 +456,7 @@ def test_every_figure_is_on_a_page() -> None:
 
 
 def test_a_figure_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="figure: got starts in README"):
+    with pytest.raises(ValueError, match="figure: got routers in README"):
         render(ROOT / "README.md", {"swap": DRAWINGS["swap"]})
 
 

@@ -103,6 +103,27 @@ def test_a_drawn_mutant_is_one_that_python_takes_without_a_warning() -> None:
     assert found.source(source) == 'same = name != "value"\n'
 
 
+@pytest.mark.parametrize(
+    ("text", "symbol"),
+    [
+        ("LIMIT = 3", "LIMIT"),
+        ("def twice", "twice"),
+        ("2 * x", "twice"),
+        ("factor = 3", "Thrice.factor"),
+        ("@staticmethod", "Thrice.of"),
+        ("return product", "Thrice.of"),
+        ("y * 3", "Thrice.of.product"),
+    ],
+)
+def test_a_mutant_is_named_by_what_holds_it(text: str, symbol: str) -> None:
+    lines = SOURCE.splitlines(keepends=True)
+    changed = Mutant("file", "", line_of(text), [lines[line_of(text) - 1]], [])
+    assert mutants.symbol_of(changed, SOURCE) == symbol
+    # One that takes a decorator begins in the blank line above.
+    above = changed._replace(line=changed.line - 1, before=["\n", *changed.before])
+    assert mutants.symbol_of(above, SOURCE) == symbol
+
+
 def test_a_mutant_is_found_where_its_line_has_moved() -> None:
     changed = mutant("2 * x", "3 * x")
     moved = "# A comment.\n" + SOURCE
@@ -252,6 +273,7 @@ def test_rooms_are_files_and_folders() -> None:
 
 def entry(number: int, first: str, again: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"number": number, "file": "gmoe/losses.py", "line": 3}
+    found["symbol"] = "z_loss"
     found |= {"before": ["a | b\n"], "after": ["a & b\n"], "first": {"outcome": first}}
     return found | ({"again": {"outcome": again}} if again else {})
 
@@ -272,9 +294,19 @@ def test_a_report_has_both_scores_and_lists_who_still_survives(
     assert "4 of a sample of 5 mutants have run, drawn with seed 7 from 99 places; 1 of" in text
     assert "| all | 33.3% (6.1% to 79.2%) of 3: " in text
     assert "| 66.7% (20.8% to 93.9%) of 3: 2 killed, 1 survived |" in text
-    assert [line.split()[1] for line in text.splitlines() if "gmoe/losses.py" in line] == ["2", "3"]
+    rows = [line.split()[1:4] for line in text.splitlines() if "gmoe/losses.py" in line]
+    assert rows == [[number, "|", "`gmoe/losses.py:z_loss`"] for number in ("2", "3")]
     assert "`a \\| b` → `a & b` | only slower |" in text
     assert "`a \\| b` → `a & b` | **excused**: a and b are equal |" in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"symbol": "y_loss"}, {"file": "gmoe/lost.py"}], ids=["symbol", "file"]
+)
+def test_a_report_does_not_refer_to_what_is_gone(change: dict[str, str]) -> None:
+    survivor = entry(1, "survived") | change
+    text = mutants.report({"seed": 7, "places": 99, "mutants": [survivor]})
+    assert f"| 1 | `{survivor['file']}`, code that is gone |" in text
 
 
 def test_a_second_score_is_that_of_survivors_that_ran_again() -> None:

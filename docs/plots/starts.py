@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mode
 from typing import TypeAlias
 
 from matplotlib.figure import Figure
@@ -42,16 +43,25 @@ def gains(folder: Path) -> Found:
     return dict(sorted(found.items(), key=lambda entry: -entry[1][DEFAULT][0].mean))
 
 
-def numbers(found: Found) -> str:
+def widths(folder: Path) -> str:
+    """How wide the dense models are: the width of most graphs, then the graphs of another one."""
+    known = read_confirmed(folder)
+    wide = {column: known[column]["dense"]["config"]["hidden"] for column in gains(folder)}
+    usual = mode(wide.values())
+    others = [f"{column} {width}" for column, width in wide.items() if width != usual]
+    return ", ".join([f"{usual} wide", *others])
+
+
+def numbers(found: Found, wide: str) -> str:
     """Whatever is drawn, as text."""
-    lines = []
+    lines = [wide]
     for column, known in found.items():
         shown = (f"{model} {gain} at {flops:.2f} x" for model, (gain, flops) in known.items())
         lines.append(f"{column}: {', '.join(shown)}")
     return "\n".join(lines)
 
 
-def draw(found: Found, theme: Theme) -> Figure:
+def draw(found: Found, wide: str, theme: Theme) -> Figure:
     """A line a graph, a dot a model; 0 is the dense model."""
     figure = Figure(figsize=(5.4, 5))
     axis = figure.subplots()
@@ -63,7 +73,7 @@ def draw(found: Found, theme: Theme) -> Figure:
             offset = 0.22 * (number - 1)
             dot(axis, place + offset, known[model][0], colors[number], markers[number], label=label)
     rows(axis, [f"{column} (planted)" if column in PLANTED else column for column in found])
-    difference_axis(axis, theme, "points above the dense model")
+    difference_axis(axis, theme, f"points above the dense model ({wide})")
     legend_above(figure, axis, columns=1)
     figure.tight_layout(rect=(0, 0, 1, 0.86))
     return figure
@@ -71,11 +81,12 @@ def draw(found: Found, theme: Theme) -> Figure:
 
 def drawings(results: Path) -> list[Drawing]:
     """One figure."""
-    found = gains(results / "starts-confirmed")
+    folder = results / "starts-confirmed"
+    found, wide = gains(folder), widths(folder)
     verdicts = by_verdict({column: known[DEFAULT][0] for column, known in found.items()})
     costs = [known[DEFAULT][1] for known in found.values()]
     alt = (
-        "Points above the dense model, with 95 % intervals, by graph. Experts by default, at "
-        f"{min(costs):.1f} to {max(costs):.1f} times the dense FLOPs: {verdicts}."
+        f"Points above the dense model ({wide}), with 95 % intervals, by graph. Experts by "
+        f"default, at {min(costs):.1f} to {max(costs):.1f} times the dense FLOPs: {verdicts}."
     )
-    return [Drawing("starts", numbers(found), alt, lambda theme: draw(found, theme))]
+    return [Drawing("starts", numbers(found, wide), alt, lambda theme: draw(found, wide, theme))]

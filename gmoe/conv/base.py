@@ -6,7 +6,6 @@ experts, P pairs.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,6 +163,7 @@ class StackedExperts(ConvExperts):
         self.num_experts = len(convs)
         self.flow = convs[0].flow
         self.build(convs, backend)  # reads num_experts
+        self.to(dtype=dtype_of(convs[0]))  # before they are filled: float64 convs are not rounded
         self.fill(convs)
 
     def named_modules(
@@ -226,8 +226,18 @@ class StackedExperts(ConvExperts):
     def fill(self, convs: Sequence[MessagePassing]) -> None:
         """Copy the parameters of each expert's conv."""
         for expert, conv in enumerate(convs):
-            for place, value in self._tensors(conv, expert):
-                place.copy_(value)
+            self._fill_one(expert, conv)
+
+    def _fill_one(self, expert: int, conv: MessagePassing) -> None:
+        for place, value in self._tensors(conv, expert):
+            place.copy_(value)
+
+    @torch.no_grad()
+    def draw(self, conv: MessagePassing, experts: Iterable[int]) -> None:
+        """Draw the parameters of these experts, each by a reset of this conv."""
+        for expert in experts:
+            conv.reset_parameters()
+            self._fill_one(expert, conv)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -237,13 +247,10 @@ class StackedExperts(ConvExperts):
         self.fill([conv] * self.num_experts)
 
     def reset_parameters(self) -> None:
-        # Draw each expert once, as a conv's own reset does: what a conv draws when it is built is
-        # thrown away.
+        # What a conv draws when it is built is thrown away.
         with torch.random.fork_rng(devices=[]):
-            convs = [self.make(expert) for expert in range(self.num_experts)]
-        for conv in convs:
-            conv.reset_parameters()
-        self.fill(convs)
+            conv = self.make(0)
+        self.draw(conv, range(self.num_experts))
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:
@@ -370,28 +377,3 @@ def times(factor: Tensor, conv: nn.Module, args: Any, out: Any) -> Any:
     if isinstance(out, tuple):
         return out[0] * factor.to(out[0]), *out[1:]
     return out * factor.to(out)
-
-
-def probe_copy(module: nn.Module) -> Any:
-    """A copy to be tried out: float64, on the CPU, in training mode and without dropout.
-
-    On the meta device a module has no values: its copy gets random ones.
-    """
-    probe: Any = copy.deepcopy(module)
-    if any(value.is_meta for value in (*probe.parameters(), *probe.buffers())):
-        probe = probe.to_empty(device="cpu")
-        generator = torch.Generator().manual_seed(0)
-        for parameter in probe.parameters():
-            nn.init.normal_(parameter, generator=generator)
-        for buffer in probe.buffers():
-            buffer.fill_(1)
-    probe = probe.cpu().double().train()
-    for part in probe.modules():
-        rate = getattr(part, "dropout", None)  # PyG's layers: a number, or one for each layer
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        elif isinstance(rate, float):
-            part.dropout = 0.0
-        elif isinstance(rate, list):
-            part.dropout = [0.0] * len(rate)
-    return probe

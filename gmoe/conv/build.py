@@ -5,32 +5,31 @@ Shapes: N nodes and M edges of the small graph on which a conv is tried.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import change_of, parameters_of
-from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
+from gmoe._verify import SCALES, comparable, is_option, move_, probe_copy, rows_are_equal
+from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, to_one
+from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import Make, base_kind_of, kind_of, name_of
+from gmoe.conv.kinds import Make, are_alike, base_kind_of, is_of_library, kind_of, name_of
 from gmoe.conv.plain import run, run_on
 from gmoe.conv.separate import SeparateExperts
 from gmoe.dispatch import Backend
 
 
 def build_experts(
-    make: Make,
-    local: bool | None,
-    backend: Backend,
-    convs: Sequence[MessagePassing] | None = None,
+    make: Make, local: bool | None, backend: Backend, copied: MessagePassing | None = None
 ) -> ConvExperts:
     """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
 
@@ -38,27 +37,52 @@ def build_experts(
         make: makes the conv of an expert.
         local: see :class:`gmoe.MoEConv`.
         backend: of the grouped product.
-        convs: those of all experts, if they are made already.
+        copied: the conv as whose copies all experts start; ``None`` to draw each by itself.
 
     Raises:
         ValueError: ``local=True`` for a conv that is not local; convs that share parameters;
             output widths or flows that differ.
     """
-    if convs is None:
-        convs = [make(expert) for expert in range(len(make.kinds))]
+    num_experts = len(make.kinds)
+    first = make(0) if copied is None else copied
+    # Convs of one class, and copies of one conv, are alike: one of them is enough for a stack.
+    if local is None and (copied is not None or are_alike(make.kinds)):
+        trial = Trial(first, make.in_channels, is_of_library(make.kinds[0]))
+        if trial.stack is not None:
+            # A class that gmoe knows has the width that it was asked for.
+            _check_together(make, [first], [] if trial.is_of_library else [trial.width])
+            experts = trial.stack[0]([first] * num_experts, make, backend)
+            if copied is None and trial.is_of_library:
+                experts.draw(first, range(1, num_experts))
+            return experts
+    if copied is None:
+        return _grouped(make, local, backend, [first, *map(make, range(1, num_experts))])
+    return _grouped(
+        make, local, backend, [first, *(copy.deepcopy(first) for _ in range(1, num_experts))]
+    )
+
+
+def _grouped(
+    make: Make, local: bool | None, backend: Backend, convs: Sequence[MessagePassing]
+) -> ConvExperts:
+    """Experts of these convs: those that can be stacked together form a group, the rest another."""
     # One trial a kind: it tells the output width, and whether the conv is local.
     trials = {
-        id(kind): Trial(conv, make.in_channels)
+        id(kind): Trial(conv, make.in_channels, is_of_library(kind))
         for kind, conv in zip(make.kinds, convs, strict=True)
     }
-    widths = [trial.width for trial in trials.values()]
-    _check_together(make, convs, [width for width in widths if width is not None])
+    _check_together(make, convs, [trial.width for trial in trials.values()])
 
-    # Experts that can be stacked together form a group; all that cannot be stacked form another.
     members_of: dict[Stack | None, list[int]] = {}
+    stacks_right: dict[Stack | None, bool] = {None: True}
     for expert, conv in enumerate(convs):
         stack = _stack_of(conv) if local is None else None
-        members_of.setdefault(stack, []).append(expert)
+        trial = trials[id(make.kinds[expert])]
+        # Convs of the library compute by construction what their stack does. A user's may have been
+        # changed after they were built: one of each form is tried.
+        if stack not in stacks_right:
+            stacks_right[stack] = trial.is_of_library or trial.equals(stack)
+        members_of.setdefault(stack if stacks_right[stack] else None, []).append(expert)
     groups: list[ConvExperts] = []
     for stack, members in members_of.items():
         group_convs = [convs[expert] for expert in members]
@@ -76,19 +100,22 @@ def build_experts(
                 f"{names} runs on the whole graph for every expert, so that its cost follows "
                 "num_experts, not k; if its output at a node follows from the node's in-edges "
                 "alone, pass local=True",
-                stacklevel=4,
+                stacklevel=5,
             )
     return groups[0] if len(groups) == 1 else MixedExperts(groups, list(members_of.values()))
 
 
-def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequence[int]) -> None:
+def _check_together(
+    make: Make, convs: Sequence[MessagePassing], widths_of_kinds: Sequence[int | None]
+) -> None:
     """Refuse convs that do not go together.
 
     Args:
         make: made the convs.
         convs: the conv of each expert.
-        widths: the known widths of their outputs.
+        widths_of_kinds: the widths of their outputs; ``None`` where it is unknown.
     """
+    widths = [width for width in widths_of_kinds if width is not None]
     ids = [id(parameter) for conv in convs for parameter in conv.parameters()]
     if len(ids) != len(set(ids)):
         raise ValueError(
@@ -110,10 +137,6 @@ def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequenc
 
 
 # which convs are stacked together -----------------------------------------------------------------
-
-KEPT_BY_MODULES = frozenset(vars(nn.Module()))
-"""What every module holds: its mode, and tables of its parameters, buffers, parts and hooks."""
-
 
 Stack: TypeAlias = tuple[type[StackedExperts], frozenset[Hashable], tuple[Hashable, ...]]
 """A class of stacked experts; the options and the shapes that its convs have in common."""
@@ -139,12 +162,12 @@ def _stack_of(conv: MessagePassing) -> Stack | None:
         if part is not conv and part not in aggregation and not _is_known(part):
             return None
         for key, value in vars(part).items():
-            if _is_option(key) and not (part is conv and key in stack.may_differ):
-                options.append((name, type(part), key, _comparable(value)))
+            if is_option(key) and not (part is conv and key in stack.may_differ):
+                options.append((name, type(part), key, comparable(value)))
         # An aggregation's buffers are part of what it computes. A GIN's buffer, eps, is stacked.
         if part in aggregation:
             for key, value in part.named_buffers(recurse=False):
-                options.append((name, key, _comparable(value)))
+                options.append((name, key, comparable(value)))
         for key, value in part.named_parameters(recurse=False):
             shapes.append((name, key, value.shape))
     # A set: a copy may list its attributes in another order.
@@ -161,34 +184,6 @@ def _is_known(part: nn.Module) -> bool:
     package = type(part).__module__.partition(".")[0]
     has_parameters = any(True for _ in part.parameters(recurse=False))
     return package in ("torch", "torch_geometric") and not has_parameters
-
-
-def _is_option(key: str) -> bool:
-    """True for an attribute that says what a conv or a part of it computes."""
-    # Parameters, buffers and parts are compared one by one; hooks are PyG's own.
-    is_table_of_hooks = key.startswith("_") and "_hooks" in key
-    return not (key in KEPT_BY_MODULES or is_table_of_hooks or key == "inspector")
-
-
-def _comparable(value: object) -> Hashable:
-    """Equal for values that surely mean the same; any other value equals only itself."""
-    if isinstance(value, Tensor) and not value.is_meta:
-        return Tensor, value.dtype, value.shape, tuple(value.detach().flatten().tolist())
-    if isinstance(value, np.ndarray):
-        return np.ndarray, value.dtype.str, value.shape, value.tobytes()
-    if isinstance(value, np.generic):
-        return type(value), value.item()
-    if isinstance(value, dict):
-        items = tuple((_comparable(key), _comparable(item)) for key, item in value.items())
-        return type(value), items
-    if isinstance(value, set | frozenset):
-        return type(value), frozenset(map(_comparable, value))
-    if isinstance(value, tuple | list):
-        return type(value), tuple(map(_comparable, value))
-    plain = bool | int | float | complex | str | bytes | torch.dtype | torch.device | None
-    if isinstance(value, plain):
-        return type(value), value
-    return type(value), id(value)
 
 
 # what a conv does, found out by running it --------------------------------------------------------
@@ -220,16 +215,18 @@ class Outcome(NamedTuple):
 class Trial:
     """A run of a conv on a small random graph with self-loops, parallel edges, isolated nodes.
 
-    What runs is a float64 copy, without dropout, and in training mode, so that batch norm shows.
-    It runs once, when its outcome is first asked for.
+    What runs is a float64 copy with other weights, without dropout, and in training mode, so that
+    batch norm shows. It runs once, when its outcome is first asked for.
 
     Args:
         conv: the conv; it is not changed.
         in_channels: its widths.
+        is_of_library: gmoe built it from a class that it knows, so that nobody has changed it.
     """
 
     conv: MessagePassing
     in_channels: int | tuple[int, int]
+    is_of_library: bool = False
 
     @cached_property
     def outcome(self) -> Outcome:
@@ -238,6 +235,7 @@ class Trial:
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 conv = probe_copy(self.conv)
+                move_(conv)
                 generator = torch.Generator().manual_seed(0)
                 graph, x_src, x_dst = self._inputs(generator)
                 # 1. On the whole graph.
@@ -257,6 +255,36 @@ class Trial:
         except Exception as error:
             # A conv may ask for anything: edge features, regular graphs, other packages.
             return Outcome(width, False, f"fails on a small random graph: {error}")
+
+    @cached_property
+    def stack(self) -> Stack | None:
+        """How the conv is stacked; ``None`` if a stack would compute something else."""
+        stack = _stack_of(self.conv)
+        if stack is None or self.is_of_library or self.equals(stack):
+            return stack
+        return None
+
+    def equals(self, stack: Stack) -> bool:
+        """True if a stack of the conv gives its outputs, and has as many trained parameters."""
+        try:
+            with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                conv = probe_copy(self.conv)
+                move_(conv)
+                experts = stack[0]([conv], lambda _: copy.deepcopy(conv), "loop")
+                # Tied weights, or a weight that is a buffer, would be trained by themselves.
+                if _num_trained(experts) != _num_trained(conv):
+                    return False
+                graph, x_src, x_dst = self._inputs(torch.Generator().manual_seed(0))
+                for scale in SCALES:
+                    scaled_src = scale * x_src
+                    scaled_dst = scaled_src if x_dst is x_src else scale * x_dst
+                    call = Call(graph, scaled_src, scaled_dst)
+                    for is_training in (True, False):
+                        if not _run_alike(conv.train(is_training), experts, call):
+                            return False
+                return True
+        except Exception:  # a conv that was changed may lack what a stack reads, or not run
+            return False
 
     def _inputs(self, generator: torch.Generator) -> tuple[Graph, Tensor, Tensor]:
         """The graph, and the features (N, D) of its sources and destinations."""
@@ -285,7 +313,7 @@ class Trial:
     def width(self) -> int | None:
         """Columns of the output; ``None`` if unknown."""
         # A conv that can be stacked is one that we know: nothing has to run.
-        if hasattr(self.conv, "out_channels") and _stack_of(self.conv) is not None:
+        if hasattr(self.conv, "out_channels") and self.stack is not None:
             has_wide_heads = getattr(self.conv, "concat", False)
             heads = self.conv.heads if has_wide_heads else 1
             return int(self.conv.out_channels * heads)
@@ -310,3 +338,16 @@ class Trial:
                 f"local: got True, but {type(self.conv).__name__} {why}, expected None or False"
             )
         return is_local
+
+
+def _num_trained(module: nn.Module) -> int:
+    """The numbers that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _run_alike(conv: MessagePassing, experts: StackedExperts, call: Call) -> bool:
+    """True if a conv, and an expert made from it, give the same rows in the conv's mode."""
+    expected = run(conv, call.graph, call.x_src, call.x_dst)
+    experts.train(conv.training)
+    call = call.with_aggregate(experts.aggregate(call))
+    return rows_are_equal(experts(call, to_one(call.x_dst)), expected)

@@ -417,6 +417,27 @@ def class_of(factory: object) -> type:
     return inner if isinstance(inner, type) else object
 
 
+def is_of_library(kind: str | ConvFactory) -> bool:
+    """True for a name, or a class of :data:`KINDS`, with options or without: gmoe builds the conv.
+
+    A user's factory, or one of copies, may have changed a conv after it was built.
+    """
+    if isinstance(kind, str):
+        return True
+    cls = kind.func if isinstance(kind, partial) else kind
+    return isinstance(cls, type) and cls in KINDS
+
+
+def are_alike(kinds: Sequence[str | ConvFactory]) -> bool:
+    """True for convs that differ in the values of their parameters alone.
+
+    A user's factory may make another conv at each call.
+    """
+    kind = kinds[0]
+    is_one = all(other == kind for other in kinds)
+    return is_one and (is_of_library(kind) or isinstance(kind, CopyOf))
+
+
 def factory_of(conv: str | ConvFactory) -> ConvFactory:
     """A factory ``(in_channels, out_channels, *args, **kwargs) -> conv`` from a name or class.
 

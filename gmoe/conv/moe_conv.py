@@ -9,7 +9,6 @@ In :meth:`MoEConv.forward`, ``call`` holds the features that the layer was calle
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -273,10 +272,9 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             # 2. The routed experts.
             if self.start == "copies":
                 refuse_functions("conv", type(dense).__name__, dense)
-                copies = [copy.deepcopy(dense) for _ in range(self.num_experts)]
-                experts = build_experts(make_routed, options.local, options.backend, copies)
+                experts = build_experts(make_routed, options.local, options.backend, dense)
                 if isinstance(experts, StackedExperts):
-                    base = build_experts(make_dense, options.local, options.backend, [dense])
+                    base = build_experts(make_dense, options.local, options.backend, dense)
                     experts = ConvsFromBase(base, experts)
                 self.experts = experts
             else:
@@ -290,7 +288,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             # 4. The shared expert, and the gain of what is added to it.
             if self.start == "shared":
                 self.shared_expert = build_experts(
-                    make_dense, options.local, options.backend, [dense]
+                    make_dense, options.local, options.backend, dense
                 )
                 self.gain = nn.Parameter(torch.zeros(1))
 

@@ -123,12 +123,13 @@ class Llama(nn.Module):
 class Dropping(nn.Module):
     """An MLP with a dropout that is a function, not a module."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float = 0.5) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = plain_mlp()
+        self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.dropout(self.act(self.fc1(x)), 0.5, self.training))
+        out: Tensor = self.fc2(F.dropout(self.act(self.fc1(x)), self.rate, self.training))
         return out
 
 

@@ -408,3 +408,191 @@ def test_a_conv_without_parameters_is_refused_by_its_name() -> None:
 def test_blocks_are_chosen_in_one_way() -> None:
     with pytest.raises(ValueError, match=r"^every: got 2 beside blocks=\[0\], expected one"):
         moefy(nn.Module(), every=2, blocks=[0])
+
+
+# What is more than it was read as
+
+
+class Gated(nn.Module):
+    """An MLP with a scale that starts at one, and a shift in a buffer that starts at zero."""
+
+    def __init__(self, of_scale: bool) -> None:
+        super().__init__()
+        self.up, self.act, self.down = plain_mlp()
+        if of_scale:
+            self.scale = nn.Parameter(torch.ones(8))
+        else:
+            self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.act(self.up(x))) * self.scale
+        return out
+
+
+class ByFunction(nn.Module):
+    """An MLP that calls functions around its layers."""
+
+    def __init__(
+        self, activation: Callable[[Tensor], Tensor], norm: bool = False, residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.up, _, self.down = plain_mlp()
+        self.norm = nn.LayerNorm(12) if norm else nn.Identity()
+        self.function = activation
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.function(self.norm(self.up(x))))
+        return x + out if self.residual else out
+
+
+def tied_mlp() -> Any:
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    mlp[2].weight = mlp[0].weight
+    return mlp
+
+
+def partly_frozen_mlp() -> Any:
+    mlp = plain_mlp()
+    mlp[0].weight.requires_grad_(False)
+    return mlp
+
+
+def with_buffer() -> Any:
+    mlp = plain_mlp()
+    mlp.register_buffer("seen", torch.zeros(1))
+    return mlp
+
+
+LOST: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a clamp at six": (lambda: ByFunction(F.relu6), "activation is not a known one"),
+    "a clamp at fifty": (
+        lambda: ByFunction(lambda x: x.relu().clamp(max=50.0)),
+        "activation is not a known one",
+    ),
+    "a residual": (lambda: ByFunction(F.gelu, residual=True), "computes something else"),
+    "a norm before a function": (lambda: ByFunction(F.gelu, norm=True), "computes something else"),
+    "a scale of ones": (partial(Gated, of_scale=True), "computes something else"),
+    "a buffer of ones": (partial(Gated, of_scale=False), "computes something else"),
+    "a buffer that nothing reads": (with_buffer, "with the buffer seen"),
+    "tied weights": (tied_mlp, "2.weight, which is 0.weight as well"),
+    "a frozen layer": (partly_frozen_mlp, "with 0.weight frozen"),
+    "a dropout of one in a hundred": (
+        partial(Dropping, 0.01),
+        "which draws random numbers in training",
+    ),
+    "a norm over tokens": (
+        lambda: nn.Sequential(*plain_mlp()[:2], nn.LayerNorm((4, 12)), plain_mlp()[2]),
+        "a Sequential of",
+    ),
+}
+
+
+@pytest.mark.parametrize("start", ["copies", "plain"])
+@pytest.mark.parametrize("form", LOST)
+def test_experts_do_not_replace_an_mlp_that_is_more_than_they_are(form: str, start: Any) -> None:
+    build, message = LOST[form]
+    with pytest.raises(ValueError, match=rf"^model: got 0\.mlp.*{message}"):
+        moefy(stack(build().double()), every=1, num_experts=2, start=start)
+
+
+@pytest.mark.parametrize("start", ["copies", "shared"])
+def test_a_first_layer_of_zeros_does_not_hide_the_activation(start: Any) -> None:
+    mlp = ByFunction(F.relu)
+    nn.init.zeros_(mlp.up.weight)
+    nn.init.zeros_(mlp.up.bias)
+    layer: Any = moefy(stack(mlp), every=1, num_experts=2, start=start)[0].mlp  # type: ignore[index]
+    experts = getattr(layer.experts, "differences", layer.experts)
+    x = torch.tensor([-0.5, 0.0, 0.5])
+    assert torch.equal(experts.activation(x), x.relu())
+
+
+def test_an_mlp_keeps_the_biases_that_it_has() -> None:
+    mlp = Mlp(8, 12, bias=(True, False))
+    layer = moefy(stack(mlp), every=1, num_experts=2, start="copies")[0].mlp  # type: ignore[index]
+    assert layer.experts.base.up.bias is not None
+    assert layer.experts.base.down.bias is None
+
+
+class Network(nn.Module):
+    """A module that has its MLP under two names, and calls it by the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = plain_mlp().double()
+        self.filter = nn.ModuleDict({"network": self.mlp})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.filter["network"](x)
+        return out
+
+
+@pytest.mark.parametrize("start", ["copies", "shared", "plain"])
+def test_all_names_of_a_module_are_replaced(start: Any) -> None:
+    model: Any = moefy(Network(), targets="mlp", num_experts=2, start=start)
+    with record_routing(model) as routings:
+        model(torch.randn(3, 8, dtype=torch.float64))
+    assert model.mlp is model.filter["network"]
+    assert len(routings) == 1
+
+
+class Listed(nn.Module):
+    """A model that also keeps its MLP in a plain list, or a method of it."""
+
+    def __init__(self, keep: Callable[[Any], object]) -> None:
+        super().__init__()
+        self.mlp = plain_mlp()
+        self.kept = keep(self.mlp)
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda mlp: [mlp], lambda mlp: {"first": mlp}, lambda mlp: mlp.forward]
+)
+def test_a_module_that_is_also_kept_outside_of_the_modules_is_refused(keep: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^model: got mlp, which the model also keeps as its kept"
+    ):
+        moefy(Listed(keep), targets="mlp", num_experts=2)
+
+
+def test_weights_that_are_tied_to_another_layer_are_refused_where_they_would_be_copied() -> None:
+    model: Any = stack(plain_mlp(), plain_mlp())
+    model[1].mlp[0].weight = model[0].mlp[0].weight
+    with pytest.raises(ValueError, match=r"^model: got 0\.mlp\.0\.weight, which is 1\.mlp\.0"):
+        moefy(model, every=1, num_experts=2, start="copies")
+    moefy(model, every=1, num_experts=2)  # the shared experts are the layers themselves
+    assert model[1].mlp.shared_expert[0].weight is model[0].mlp.shared_expert[0].weight
+
+
+def test_convs_tied_to_each_other_are_refused() -> None:
+    model = GCN(4, 4, 3, 4)
+    model.convs[1].lin.weight = model.convs[0].lin.weight
+    with pytest.raises(ValueError, match=r"^model: got convs\.0\.lin\.weight, which is convs\.1"):
+        moefy(model, num_experts=2)
+
+
+def test_convs_in_float64_are_not_rounded() -> None:
+    torch.manual_seed(0)
+    model = GCN(4, 4, 2, 4).double()
+    weight = model.convs[0].lin.weight.clone()
+    layer: Any = moefy(model, num_experts=2).convs[0]
+    assert torch.equal(layer.expert(0).lin.weight, weight)
+
+
+def test_an_activation_may_be_shared_by_layers() -> None:
+    model = GCN(4, 4, 3, 4)  # all layers have the model's own activation
+    model.convs[0].act = model.act
+    assert isinstance(moefy(model, num_experts=2).convs[0], MoEConv)
+
+
+def test_a_part_of_a_layer_that_another_module_has_too_is_refused() -> None:
+    model: Any = nn.ModuleDict({"mlp": plain_mlp()})
+    model["first"] = model["mlp"][0]
+    with pytest.raises(ValueError, match=r"^model: got mlp with a part that is first as well"):
+        moefy(model, targets="mlp", num_experts=2, start="copies")
+
+
+def test_a_class_of_routers_is_saved_by_its_name_whether_or_not_the_start_is_spelled_out() -> None:
+    for start in (None, "shared"):
+        layer: Any = moefy(GCN(4, 4, 2, 4), router=TokenChoice, num_experts=2, start=start).convs[0]
+        assert layer.moefied["router"] == "token_choice"

@@ -245,3 +245,43 @@ def test_a_parametrized_base_is_refused_since_it_is_added_and_not_called() -> No
     parametrizations.weight_norm(layer.experts.base.linear)
     with pytest.raises(ValueError, match=r"^experts: got a base with parameters .*gmoe.fold"):
         layer(features(NODES, WIDTH), EDGES)
+
+
+def test_a_hook_on_a_part_of_copies_sees_that_part() -> None:
+    layer = trained()
+    part = layer.experts.differences.linear
+    seen: list[Any] = []
+
+    def hook(module: Any, _: Any, out: Any) -> None:
+        seen.append(module)
+        module.last = out
+        module.calls = getattr(module, "calls", 0) + 1
+
+    part.register_forward_hook(hook)
+    for _ in range(2):
+        layer(features(NODES, WIDTH), EDGES)
+    assert seen == [part, part]
+    assert part.calls == 2
+
+
+class Counting(nn.Module):
+    """An activation that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x.relu()
+
+
+def test_a_part_of_copies_keeps_what_it_writes_to_itself() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 6), Counting(), nn.Linear(6, 4))
+    model = gmoe.moefy(nn.ModuleDict({"mlp": mlp}), targets="mlp", num_experts=2, start="copies")
+    layer: Any = model["mlp"]  # type: ignore[index]
+    activation = layer.experts.differences.activation
+    before = activation.calls
+    for _ in range(2):
+        layer(torch.randn(5, 4))
+    assert activation.calls == before + 2

@@ -10,9 +10,10 @@ from torch import nn
 from torch_geometric import nn as pyg
 
 from gmoe import LinearExperts, MoEConv
+from gmoe._verify import probe_copy
 from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.attention import AttentionExperts
-from gmoe.conv.base import MixedExperts, is_plain, probe_copy, refuse_far, to_one
+from gmoe.conv.base import MixedExperts, is_plain, refuse_far, to_one
 
 WIDTH = 4
 
@@ -62,8 +63,8 @@ def test_experts_of_several_kinds_are_given_by_their_place_in_the_list() -> None
     assert [type(conv) for conv in mixed.too_far] == [pyg.TAGConv]
 
 
-def test_copies_that_hold_something_of_their_own_are_groups_that_become_one_conv() -> None:
-    """An object that a conv holds is copied with it, and no copy equals another."""
+def test_copies_of_a_conv_that_holds_an_object_are_one_stack() -> None:
+    """No copy of the object equals another, but all experts are copies of one conv."""
 
     def noted(i: int, o: int) -> pyg.GCNConv:
         conv = pyg.GCNConv(i, o)
@@ -71,7 +72,7 @@ def test_copies_that_hold_something_of_their_own_are_groups_that_become_one_conv
         return conv
 
     layer: Any = MoEConv(noted, WIDTH, WIDTH, num_experts=3, start="copies")
-    assert isinstance(layer.experts, MixedExperts)
+    assert not isinstance(layer.experts, MixedExperts)
     layer.reset_parameters()
     weights = [layer.expert(index).lin.weight for index in range(3)]
     assert torch.equal(weights[0], weights[1])

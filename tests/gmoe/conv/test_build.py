@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import Aggregation, MessagePassing
 
 from gmoe import MLPConv, MoEConv, moefy
+from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
 
 WIDTH = 8
@@ -331,3 +332,83 @@ def test_trying_a_conv_out_leaves_it_alone() -> None:
     MoEConv(lambda *_: conv, 4, 4, num_experts=1, local=False, start="plain")
     assert (conv.training, network[2].p) == (False, 0.5)
     assert all(torch.equal(value, before[name]) for name, value in conv.state_dict().items())
+
+
+def of_other_aggregation() -> Any:
+    conv = pyg.SAGEConv(4, 4)
+    conv.aggr_module = pyg.aggr.MaxAggregation()  # conv.aggr still says "mean"
+    return conv
+
+
+def with_an_activation_at_the_end() -> Any:
+    network = pyg.MLP([4, 4, 4], norm=None)
+    network.plain_last = False
+    network.norms.append(nn.Identity())
+    return pyg.GINConv(network)
+
+
+def with_tied_weights() -> Any:
+    conv = pyg.SAGEConv(4, 4)
+    conv.lin_r.weight = conv.lin_l.weight
+    return conv
+
+
+def with_a_buffer_as_weight() -> Any:
+    conv = pyg.SAGEConv(4, 4)
+    weight = conv.lin_r.weight.detach()
+    del conv.lin_r.weight
+    conv.lin_r.register_buffer("weight", weight)
+    return conv
+
+
+CHANGED = [
+    of_other_aggregation,
+    with_an_activation_at_the_end,
+    with_tied_weights,
+    with_a_buffer_as_weight,
+]
+
+
+@pytest.mark.parametrize("build", CHANGED, ids=lambda build: build.__name__)
+def test_a_conv_that_was_changed_after_it_was_built_runs_by_itself(build: Any) -> None:
+    torch.manual_seed(0)
+    conv = build().double()
+    model = nn.ModuleDict({"conv": conv})
+    layer: Any = moefy(model, targets="conv", num_experts=2, start="copies")["conv"]
+    x = torch.randn(6, 4, dtype=torch.float64)
+    edge_index = torch.tensor([[0, 1, 2, 3, 4, 0, 2], [1, 2, 3, 4, 5, 5, 5]])
+    assert isinstance(layer.experts, SeparateExperts)
+    torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
+    trained = sum(parameter.numel() for parameter in conv.parameters())
+    assert sum(parameter.numel() for parameter in layer.experts.parameters()) == 2 * trained
+
+
+@pytest.mark.parametrize("start", ["copies", "shared", "plain"])
+def test_a_layer_of_a_class_builds_two_convs_at_most(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are alike: the experts' parameters are drawn by resets of one conv."""
+    built: list[None] = []
+    init = pyg.GCNConv.__init__
+
+    @wraps(init)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        built.append(None)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(pyg.GCNConv, "__init__", counted)
+    layer: Any = MoEConv(pyg.GCNConv, 4, 4, num_experts=8, start=start)
+    assert len(built) <= 2
+    weights = {tuple(layer.expert(index).lin.weight.flatten().tolist()) for index in range(8)}
+    assert len(weights) == (1 if start == "copies" else 8)
+
+
+def test_experts_of_one_class_are_drawn_as_its_reset_draws_them() -> None:
+    torch.manual_seed(0)
+    layer: Any = MoEConv(pyg.SAGEConv, 64, 64, num_experts=4, start="plain")
+    dense = pyg.SAGEConv(64, 64)
+    for name in ("lin_l.weight", "lin_r.weight"):
+        expected = dense.get_parameter(name).std()
+        for index in range(4):
+            drawn = layer.expert(index).get_parameter(name)
+            torch.testing.assert_close(drawn.std(), expected, rtol=0.1, atol=0.0)
