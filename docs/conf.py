@@ -48,6 +48,7 @@ napoleon_custom_sections = ["Shapes"]
 nitpicky = True  # a reference that leads nowhere is a warning, but for those to other projects
 nitpick_ignore_regex = [
     ("py:.*", r"(abc|torch|torch_geometric|torchmetrics|torchvision|huggingface_hub)\..*"),
+    ("py:class", r"(lightning|transformers)\..*"),
     ("py:class", r"gmoe\.conv\.open_widths\.OpenWidths"),  # a base that is not public
 ]
 

@@ -194,7 +194,7 @@ class LayerHealth:
 
 @dataclass(frozen=True)
 class ExpertHealth:
-    """How evenly the experts of a model are used; see :func:`expert_health`.
+    """How evenly the experts of a model are used; see :func:`gmoe.expert_health`.
 
     Args:
         layers: one for each layer.

@@ -29,7 +29,7 @@ class LightningHealth(Callback):
         self.has_advised = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count; see :class:`gmoe.metrics.HealthMonitor`."""
+        """Begin to count; see ``gmoe.metrics.HealthMonitor``."""
         self._stop()  # of a training that was cut off
         self.monitor = HealthMonitor(pl_module)
         self.logged_step = trainer.global_step

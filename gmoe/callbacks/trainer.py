@@ -32,7 +32,7 @@ class TrainerHealth(TrainerCallback):
         self.has_advised = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to count; see :class:`gmoe.metrics.HealthMonitor`."""
+        """Begin to count; see ``gmoe.metrics.HealthMonitor``."""
         self._stop()  # of a training that was cut off
         self.monitor = HealthMonitor(kwargs["model"])
 
