@@ -119,6 +119,9 @@ class GNNMoE(HubMixin, nn.Module):
         - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True``
           (one per MoE layer; one in all with ``shared_router``).
         - ``routings``: such a list, of an earlier call on the same nodes; no router is asked.
+        - ``num_sampled_nodes_per_hop``, ``num_sampled_edges_per_hop``: of a sampled batch, as in
+          PyG: later layers leave out what no longer reaches the seeds. Where experts choose, they
+          choose among the nodes that are left.
 
     Raises:
         ValueError: no layer would be a MoE; a router instance for several layers; a conv whose
@@ -277,6 +280,16 @@ class GNNMoE(HubMixin, nn.Module):
             edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow
         )
 
+    def _check_trimming(self, num_sampled_nodes_per_hop: list[int]) -> None:
+        """Refuse to trim where a later layer routes by the mean of all nodes of a graph."""
+        is_routed_later = any(isinstance(conv, MoEConv) for conv in self.convs[1:])
+        if "graph" in self.router_input and self.shared_router is None and is_routed_later:
+            raise ValueError(
+                f"num_sampled_nodes_per_hop: got {num_sampled_nodes_per_hop} with "
+                "router_input='graph' and a router in each layer, expected None, or "
+                "shared_router=True: a later layer would route by the mean of fewer nodes"
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -302,6 +315,8 @@ class GNNMoE(HubMixin, nn.Module):
 
         layers = sum(isinstance(conv, MoEConv) for conv in self.convs)
         routers = layers if self.shared_router is None else 1
+        if num_sampled_nodes_per_hop is not None and routings is None:
+            self._check_trimming(num_sampled_nodes_per_hop)
         given = [] if routings is None else checked_routings(routings, routers, "router")
         is_shared = self.shared_router is not None
         decision = given[0] if given and is_shared else self.route_once(x, graph, batch)
