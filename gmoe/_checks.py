@@ -212,6 +212,37 @@ def change_of(module: nn.Module) -> str | None:
     return None
 
 
+def changed_option(module: nn.Module, built: nn.Module) -> tuple[str, object, object] | None:
+    """An option of a module that is not what it was built with.
+
+    Options are the numbers, words and flags that a module and its parts keep as attributes, but for
+    those that change no output.
+
+    Args:
+        module: the module.
+        built: one that was built like it, and left so. Of parts that it lacks nothing is said.
+
+    Returns:
+        The option's name, its value and the value that it was built with; ``None`` if there is no
+        such option.
+    """
+    parts = dict(built.named_modules())
+    for path, part in module.named_modules():
+        options = vars(parts[path]) if path in parts else {}
+        for name, value in vars(part).items():
+            before = options.get(name)
+            if name.startswith("_") or name in ("training", "check_finite") or value == before:
+                continue
+            if name not in options or not isinstance(value, Real | str | None):
+                continue
+            is_number = isinstance(value, Real) and isinstance(before, Real)
+            # Pruned in steps or at once, routers have the same factors, but for rounding.
+            if is_number and math.isclose(float(value), float(before), rel_tol=1e-9):
+                continue
+            return f"{path}.{name}".lstrip("."), value, before
+    return None
+
+
 def refuse_functions(argument: str, name: str, conv: nn.Module) -> None:
     """Refuse a conv with a function in place of a method, where experts would be copies of it.
 

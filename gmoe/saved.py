@@ -24,7 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Batch, arguments_of, finite, largest_difference, outputs_of
-from gmoe._checks import check, check_at_least, check_counts, described, in_short, naming_extras
+from gmoe._checks import (
+    changed_option,
+    check,
+    check_at_least,
+    check_counts,
+    described,
+    in_short,
+    naming_extras,
+)
 from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
@@ -33,7 +41,9 @@ from gmoe.from_base import FromBase, fold
 from gmoe.hub import check_sizes, read_weights
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
-from gmoe.routers import ROUTERS
+from gmoe.routers import ROUTERS, Router
+from gmoe.shrink import shrink
+from gmoe.start import build_layer_router, check_start
 from gmoe.unstacked import UnstackedLinears
 
 LAYERS = "gmoe.json"
@@ -84,8 +94,9 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
 
     Raises:
         ImportError: ``safetensors`` is not installed.
-        ValueError: a router or experts of a class of your own, parts that were replaced (LoRA,
-            quantized, unstacked layers): no code runs from a file, and the message says what to do;
+        ValueError: an option of a router that was changed after :func:`gmoe.moefy`; a router or
+            experts of a class of your own, parts that were replaced (LoRA, quantized, unstacked
+            layers): no code runs from a file, and the message says what to do;
             inputs that are no tensors, or of which the model makes NaN.
 
     Example:
@@ -239,6 +250,13 @@ def _check_parts(name: str, layer: MoELayer) -> None:
                 f"router: got {type(router).__name__} in {name}, expected "
                 f"{layer.moefied['router']!r}, with which the layer was made; {_BY_HAND}"
             )
+        changed = changed_option(router, _router_as_loaded(layer, router.dim))
+        if changed is not None:
+            option, value, before = changed
+            raise ValueError(
+                f"{option}: got {value!r} of the router of {name}, expected {before!r}, with which "
+                "the layer was made: give it to moefy, in router_kwargs"
+            )
     for path, part in layer.experts.named_modules(prefix=f"{name}.experts"):
         if isinstance(part, UnstackedLinears):
             replaced = part.replaced()
@@ -262,6 +280,19 @@ def _check_parts(name: str, layer: MoELayer) -> None:
                 f"model: got {path}, a {type(part).__name__}, expected experts as they were built; "
                 f"{_BY_HAND}"
             )
+
+
+def _router_as_loaded(layer: MoELayer, dim: int) -> Router:
+    """The router that :func:`load` would build for a layer, without values."""
+    made: Any = layer.moefied
+    start = getattr(layer, "start", None) or check_start(made["start"])  # convs keep theirs
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        built = build_layer_router(
+            start, made["router"], dim, made["num_experts"], made["k"], made["router_kwargs"]
+        )
+        if layer.kept is not None:
+            shrink(built, layer.kept)
+    return built
 
 
 def _is_known(part: nn.Module) -> bool:
