@@ -267,3 +267,30 @@ def refuse_functions(argument: str, name: str, conv: nn.Module) -> None:
                 f"{argument}: got {path} with a function as its {', '.join(patched)}, expected a "
                 "conv whose methods are those of a class, since experts are copies of it"
             )
+
+
+def refuse_computed(argument: str, name: str, conv: nn.Module) -> None:
+    """Refuse a conv with a weight that a hook computes anew in each call: torch copies no such.
+
+    Args:
+        argument: which the conv was given as.
+        name: of the conv.
+        conv: any module.
+
+    Raises:
+        ValueError: a weight under ``torch.nn.utils.prune``, or under one of torch's norms of
+            weights that are no parametrizations, on the conv or on a part of it.
+    """
+    for path, part in conv.named_modules(prefix=name):
+        parameters = dict(part.named_parameters(recurse=False))
+        for key, value in vars(part).items():
+            if not isinstance(value, Tensor):
+                continue
+            # What a spectral norm computes has a gradient from the first call on.
+            source = parameters.get(f"{key}_orig", value)
+            if value.grad_fn is not None or source.requires_grad:
+                raise ValueError(
+                    f"{argument}: got {path} with a {key} that a hook computes, as those of "
+                    "torch.nn.utils.prune do, expected a parameter or a parametrization, since "
+                    f"experts are copied: torch.nn.utils.prune.remove(module, {key!r}) before"
+                )

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gmoe._checks import change_of, refuse_functions
+from gmoe._checks import change_of, refuse_computed, refuse_functions
 from gmoe._mlps import Forms, read_mlp
 from gmoe._verify import is_option
 from gmoe.dispatch import Backend
@@ -432,6 +432,7 @@ def _moe_conv(
 
     in_channels, out_channels = _conv_widths(name, conv, width)
     refuse_functions("model", name, conv)
+    refuse_computed("model", name, conv)
     if next(conv.parameters(), None) is None:
         raise ValueError(
             f"model: got {name}, a {type(conv).__name__} without parameters, expected convs whose "

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import check_choice, check_counts, nearest
+from gmoe._checks import check_choice, check_counts, nearest, refuse_computed
 from gmoe.conv import aggregate, attention
 from gmoe.conv.base import StackedExperts
 from gmoe.conv.convs import FilterConv, MLPConv
@@ -331,6 +331,7 @@ class Make:
                 f"({error}); expected {expected}"
             ) from error
         _check_forward(conv)
+        refuse_computed("conv", name, conv)
         return conv
 
 
