@@ -35,19 +35,26 @@ STRENGTH = 0.6
 MOST_PREFIX_TOKENS = 16
 """Most class and register tokens before an image's patches; more suggest another patch size."""
 
+TABLEAU = {"tab10": (7,), "tab20": (14, 15)}
+"""Tableau's palettes, and which of their colors are gray."""
+
 
 def palette(*, num_experts: int) -> list[tuple[float, float, float]]:
     """Give each expert an RGB color: from Tableau's 10 or 20, or hues at equal distances.
+
+    None is gray, which stands for what has no expert.
 
     Example:
         >>> red, green, blue = palette(num_experts=8)[3]
     """
     check_counts(num_experts=num_experts)
-    if num_experts > 20:
-        colors = colormaps["hsv"]([expert / num_experts for expert in range(num_experts)])
+    for name, grays in TABLEAU.items():
+        indices = [index for index in range(colormaps[name].N) if index not in grays]
+        if num_experts <= len(indices):
+            colors = colormaps[name](indices[:num_experts])
+            break
     else:
-        name = "tab10" if num_experts <= 10 else "tab20"
-        colors = colormaps[name](range(num_experts))
+        colors = colormaps["hsv"]([expert / num_experts for expert in range(num_experts)])
     return [(red, green, blue) for red, green, blue, _ in colors.tolist()]
 
 
