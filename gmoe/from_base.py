@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gmoe._checks import check_module
 from gmoe._torch import backward_hooks, forward_hooks, with_tensors
 from gmoe.experts import Experts
 
@@ -201,6 +202,7 @@ def fold(model: Model) -> Model:
     Returns:
         The model; what replaces it, if the model itself is such experts.
     """
+    check_module("model", model)
     if isinstance(model, FromBase):
         return model.folded()  # type: ignore[return-value]
     folded: dict[FromBase, nn.Module] = {}  # two layers may share their experts

@@ -29,9 +29,11 @@ from gmoe._checks import (
     check,
     check_at_least,
     check_counts,
+    check_module,
     described,
     in_short,
     naming_extras,
+    says_what_misfits,
 )
 from gmoe.candidates import MLP
 from gmoe.convert import moefy
@@ -75,6 +77,7 @@ OPTIONS = ("num_experts", "k", "router", "router_kwargs", "upcycle", "start", "b
 """The arguments of :func:`gmoe.moefy` that a file may hold."""
 
 
+@says_what_misfits
 def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> Path:
     """Write a moefied model to a folder: how its layers were made, and all its weights.
 
@@ -103,7 +106,7 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
         >>> gmoe.save(vit, "folder", images[:2])
         >>> vit = gmoe.load("folder", base=timm.create_model("vit_tiny_patch16_224"))
     """
-    check(isinstance(model, nn.Module), "model", described(model), "a module")
+    check_module("model", model)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     with naming_extras():
         from safetensors.torch import save_file
@@ -131,6 +134,7 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
     return folder
 
 
+@says_what_misfits
 def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.Module:
     """Make a dense model into the one that :func:`save` wrote.
 
@@ -152,7 +156,7 @@ def load(folder: str | Path, base: nn.Module, *, tolerance: float = 1e-4) -> nn.
         ValueError: a file that is damaged; a base of another class or size; outputs that differ.
             The message names the file.
     """
-    check(isinstance(base, nn.Module), "base", described(base), "a module")
+    check_module("base", base)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     check_at_least(0, tolerance=tolerance)
     folder = Path(folder)

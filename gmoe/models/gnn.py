@@ -17,7 +17,7 @@ from torch_geometric.nn import JumpingKnowledge, MessagePassing
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts, parameters_of
+from gmoe._checks import check_choice, check_counts, parameters_of, says_what_misfits
 from gmoe.conv.build import Trial
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
@@ -27,6 +27,7 @@ from gmoe.conv.kinds import (
     Make,
     base_kind_of,
     by_name,
+    check_option,
     class_of,
     factory_of,
     kind_of,
@@ -133,6 +134,7 @@ class GNNMoE(HubMixin, nn.Module):
         >>> loss = F.cross_entropy(logits, y) + gmoe.aux_loss(routings)
     """
 
+    @says_what_misfits
     def __init__(
         self,
         in_channels: int,
@@ -188,6 +190,7 @@ class GNNMoE(HubMixin, nn.Module):
 
         # 2. Sort the arguments: those of MoEConv, and those that are left for its convs.
         moe_kwargs = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
+        _check_options(conv, conv_kwargs)
         self.local = moe_kwargs.get("local")
         moe_kwargs["num_experts"] = len(kinds_of(conv, num_experts))
         moe_kwargs["k"] = k
@@ -426,6 +429,15 @@ class GNNMoE(HubMixin, nn.Module):
 def _named_classes(k: int, conv_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The classes of convs and routers that a model is saved with by their names."""
     return by_name() | saved_by_name(conv_kwargs["start"], k, conv_kwargs.get("router_kwargs"))
+
+
+def _check_options(conv: ConvLike, conv_kwargs: Mapping[str, object]) -> None:
+    """Refuse what is an argument of neither the model nor its layers nor their convs."""
+    kind = kinds_of(conv, None)[0]  # of several kinds, the layers check the others
+    for option, value in conv_kwargs.items():
+        check_option(
+            option, value, factory_of(kind), "GNNMoE", inspect.signature(GNNMoE).parameters
+        )
 
 
 def _start_of(
