@@ -139,7 +139,9 @@ def check_choice(name: str, value: object, legal: Any, also_called: Mapping[str,
 def check_module(name: str, value: object) -> None:
     """Refuse what is no module, such as the name of one or its class."""
     if not isinstance(value, nn.Module):
-        got = f"the class {value.__name__}" if isinstance(value, type) else shown(value)
+        got = shown(value) if isinstance(value, str) else described(value)
+        if isinstance(value, type):
+            got = f"the class {value.__name__}"
         raise ValueError(f"{name}: got {got}, expected a module: an instance of nn.Module")
 
 
@@ -298,17 +300,22 @@ def changed_option(module: nn.Module, built: nn.Module) -> tuple[str, object, ob
     for path, part in module.named_modules():
         options = vars(parts[path]) if path in parts else {}
         for name, value in vars(part).items():
-            before = options.get(name)
-            if name.startswith("_") or name in ("training", "check_finite") or value == before:
+            is_kept = name in options and name not in ("training", "check_finite")
+            if name.startswith("_") or not is_kept or not isinstance(value, Real | str | None):
                 continue
-            if name not in options or not isinstance(value, Real | str | None):
-                continue
-            is_number = isinstance(value, Real) and isinstance(before, Real)
-            # Pruned in steps or at once, routers have the same factors, but for rounding.
-            if is_number and math.isclose(float(value), float(before), rel_tol=1e-9):
-                continue
-            return f"{path}.{name}".lstrip("."), value, before
+            if not _is_same(value, options[name]):
+                return f"{path}.{name}".lstrip("."), value, options[name]
     return None
+
+
+def _is_same(value: object, before: object) -> bool:
+    """True for equal words, and for numbers that are equal but for rounding.
+
+    Routers that were pruned in steps have other factors than those pruned at once, by rounding.
+    """
+    if isinstance(value, Real) and isinstance(before, Real):
+        return math.isclose(value, before, rel_tol=1e-9)
+    return type(value) is type(before) and value == before
 
 
 def refuse_functions(argument: str, name: str, conv: nn.Module) -> None:

@@ -149,7 +149,7 @@ MOEFIED: dict[str, partial[nn.Module]] = {
 BASES: dict[str, Callable[[], nn.Module]] = {
     name: partial(make.args[0], IN, HIDDEN, LAYERS, OUT) for name, make in MOEFIED.items()
 }
-MODELS = {**GNNS, **HETERO, **NETS, **MOEFIED}
+MODELS: dict[str, Callable[[], nn.Module]] = {**GNNS, **HETERO, **NETS, **MOEFIED}
 
 
 def built(name: str) -> Any:
@@ -229,7 +229,7 @@ def trimmed(name: str, form: str, _: Path) -> Tensor:
 def saved(name: str, form: str, folder: Path) -> Tensor:
     model = built(name)
     if name in GNNS:
-        again = GNNMoE.from_pretrained(model.save_pretrained(folder))
+        again: nn.Module = GNNMoE.from_pretrained(model.save_pretrained(folder))
     else:
         base = BASES[name]() if name in BASES else MODELS[name]()
         again = gmoe.load(gmoe.save(model, folder), base)

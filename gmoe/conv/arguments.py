@@ -19,13 +19,13 @@ from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, ConvFactory, factory_of
 
 
-def check_widths_given(
+def given_widths(
     kinds: Iterable[str | ConvFactory],
     in_channels: object,
     out_channels: object,
     conv_kwargs: Mapping[str, object],
-) -> None:
-    """Refuse a layer without widths, and say what was meant: a conv's own call has other ones.
+) -> tuple[Any, Any]:
+    """The widths of a layer, which must be given; and say what else was meant if they are not.
 
     Args:
         kinds: the kind of each expert.
@@ -46,6 +46,7 @@ def check_widths_given(
         if value is None:
             hint = f", beside {networks[0]}; {OWN_NETWORK}" if networks else ""
             raise ValueError(f"{name}: got nothing, expected a whole number{hint}")
+    return in_channels, out_channels
 
 
 def two_widths(in_channels: object) -> tuple[int, int]:

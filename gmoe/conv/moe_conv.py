@@ -32,7 +32,7 @@ from gmoe._checks import (
 from gmoe.conv.arguments import (
     by_position,
     check_attention,
-    check_widths_given,
+    given_widths,
     num_destinations,
     refuse_hook,
     refuse_unknown_in_call,
@@ -204,7 +204,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
-        check_widths_given(kinds, in_channels, out_channels, conv_kwargs)
+        in_channels, out_channels = given_widths(kinds, in_channels, out_channels, conv_kwargs)
         check_counts(k=k, out_channels=out_channels)
         if k > len(kinds):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")

@@ -135,7 +135,7 @@ def test_an_option_of_a_router_that_was_changed_is_refused(make: Any, tmp_path: 
     """The configuration would not hold it."""
     model = make(router="expert_choice", start="shared")
     model.save_pretrained(tmp_path)
-    router = next(part for part in model.modules() if isinstance(part, gmoe.Router))
+    router: Any = next(part for part in model.modules() if isinstance(part, gmoe.Router))
     router.selection.capacity_factor = 2.0
     with pytest.raises(ValueError, match=r"^selection\.capacity_factor: got 2\.0 of "):
         model.save_pretrained(tmp_path)

@@ -308,7 +308,7 @@ def test_every_option_of_a_router_that_was_changed_is_refused(
         for group in groups_of(model):
             group.keep(kept)
     gmoe.save(model, tmp_path)
-    layer = next(part for part in model.modules() if isinstance(part, gmoe.MoELayer))
+    layer: Any = next(part for part in model.modules() if isinstance(part, gmoe.MoELayer))
     changes = options_of(layer.router)
     assert len(changes) > 5
     for part, name in changes:
