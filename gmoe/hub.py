@@ -122,10 +122,11 @@ class HubMixin:
                 f"says ({first} ...), expected the model as it was built; with layers that were "
                 "pruned or folded to dense ones, gmoe.save(model, folder)"
             ) from error
+        parts = dict(built.named_modules())
         for path, router in model.named_modules():
             changed = None
-            if isinstance(router, Router):
-                changed = changed_option(router, built.get_submodule(path))
+            if isinstance(router, Router) and path in parts:
+                changed = changed_option(router, parts[path])
             if changed is not None:
                 option, value, before = changed
                 raise ValueError(
