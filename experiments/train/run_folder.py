@@ -112,6 +112,9 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
     A ``ValueError`` if another run lies there.
     """
     folder = config.folder()
+    # Or Fabric finds no place for the checkpoint, after the training
+    is_path = "::" not in str(folder.absolute())
+    check(is_path, "out", folder, "a path without '::', which fsspec takes for several")
     path, summary = folder / "config.json", folder / "summary.json"
     if not path.exists():
         return None, {}

@@ -27,7 +27,7 @@ from experiments.train.scores import interval, paired
 from experiments.train.training import Training
 from experiments.train.user_code import load_object
 from tests.experiments import own_parts
-from tests.experiments.command import QUICK, quick, rows
+from tests.experiments.command import QUICK, quick, refused, rows
 from tests.experiments.molecule_data import write_set
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import write_raw
@@ -377,3 +377,12 @@ def test_tensorboard_gets_figures_and_routing(tmp_path: Path) -> None:
         events.Tags()["scalars"]
     )
     assert [event.step for event in events.Scalars("val")] == [0, 1, 2]
+
+
+def test_a_folder_that_no_checkpoint_can_be_written_to_is_refused_before_training(
+    tmp_path: Path, capsys: Any
+) -> None:
+    error = refused(["digits-graph", *QUICK, "--out", str(tmp_path / "a::b")], capsys, main)
+    assert "out: got " in error
+    assert "expected a path without '::'" in error
+    assert not list(tmp_path.iterdir())
