@@ -183,8 +183,7 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
     """Read a run folder; a ``ValueError`` names the file that is missing or broken.
 
     ``data_root`` is where the data of the run are here (default: where it was trained on them,
-    or ``data``). Without ``trust``, a run whose router, model or data are code in the folder
-    itself is refused.
+    or ``data``). Without ``trust``, a run is refused whose ``config.json`` names code.
     """
     check_finished(folder)
     path, where = folder / "config.json", folder / "where.json"
@@ -203,7 +202,7 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
         check_same(path, science, summary["config"])
         config, layers = read_options(path, data_root), len(summary["routing"])
         if not trust:
-            check_trusted(config, folder)
+            check_trusted(config, path)
         history = (
             _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers)
             if layers
