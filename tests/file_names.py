@@ -17,7 +17,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import chdir
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -306,6 +306,17 @@ def decoys(name: str) -> list[str]:
     return [one for one in found if one not in ("", ".", "..", name) and "/" not in one]
 
 
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Relative paths are of this folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 # Cases -------------------------------------------------------------------------------------------
 
 
@@ -378,7 +389,7 @@ class Workshop:
         path = Path(case.folder, case.name)
         try:
             with (
-                chdir(input_),
+                working_in(input_),
                 mock.patch.dict(os.environ, {"HOME": str(home)}),
                 quiet(self.base / "said"),
             ):

@@ -170,13 +170,17 @@ def write_report(
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
     _results(page, runs)
-    for data, metric in dict.fromkeys((data_of(run), run.summary["metric"]) for run in runs):
+    groups = dict.fromkeys((data_of(run), run.summary["metric"]) for run in runs)
+    names = [name for name, *_ in {data: None for data, _ in groups}]
+    for data, metric in groups:
+        # Digests where names alone do not tell data apart
+        title = data[0] if names.count(data[0]) == 1 else " ".join(filter(None, data))
         of_data = [run for run in runs if (data_of(run), run.summary["metric"]) == (data, metric)]
         if len(of_data) > 1:
-            page.heading(f"{data}: test score over cost")
+            page.heading(f"{title}: test score over cost")
             page.figures([scores_over_flops(of_data)], OVER_FLOPS)
         if curves := learning_curves(of_data):
-            page.heading(f"{data}: learning curves")
+            page.heading(f"{title}: learning curves")
             page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
     page.extend(routing)
     page.write(path)
@@ -184,10 +188,10 @@ def write_report(
     return failed
 
 
-def data_of(run: RunFolder) -> str:
-    """What its data are called; files of one's own go by their content too."""
+def data_of(run: RunFolder) -> tuple[str, ...]:
+    """What its data are called, and what ``config.json`` knows of their content."""
     name = run.config.data or run.science.get("file", run.config.dataset)
-    return " ".join(filter(None, (name, run.science.get("digest"))))
+    return (name, run.science.get("digest") or "", run.science.get("contents") or "")
 
 
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:

@@ -39,7 +39,6 @@ import tyro
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.config import (
-    RECORDS,
     GraphConfig,
     HeteroConfig,
     MoleculeConfig,
@@ -127,7 +126,7 @@ def data_of(config: RunConfig) -> dict[str, Any]:
     from experiments.train.run_folder import described
 
     found = described(config)
-    return {name: found.get(name) for name in ("dataset", *RECORDS)}
+    return {name: found.get(name) for name in ("dataset", "file", "digest")}
 
 
 def answer_of(base: RunConfig, out: Path) -> dict[str, Any]:

@@ -446,7 +446,7 @@ def refusal(variant: str, own: RunConfig, held: Mapping[str, Any], where: Path) 
     from experiments.train.run_folder import differences_of
 
     for option, (other, value) in differences_of(own, held).items():
-        if option == "digest" and value is None:
+        if option in ("digest", "contents") and value is None:
             continue
         there = f"{where} holds {variant} with {option}={other!r}"
         return f"results: {there}, expected {value!r}; choose other folders by --results and --runs"
