@@ -269,7 +269,11 @@ def _routing(page: Page, run: RunFolder) -> str:
             names |= bins
             maps.append(drawn)
         else:
-            shown, maps = _patches(run, task) if task.kind == "image" else _atoms(run, task)
+            if task.kind == "image":
+                shown, maps = _patches(run, task)
+            else:
+                shown, maps, values = _atoms(run, task)
+                names |= values
             for layer, (weight, known) in zip(layers, shown, strict=True):
                 expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
                 found = alignment(
@@ -319,12 +323,13 @@ def _routing(page: Page, run: RunFolder) -> str:
     return in_words(layers, run.config.experts)
 
 
-def _atoms(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
-    """By MoE layer, the atoms of validation molecules; and drawings of some."""
+def _atoms(
+    run: RunFolder, task: Task
+) -> tuple[list[Tokens], list[Figure], dict[str, Sequence[str]]]:
+    """By MoE layer, the atoms of validation molecules; drawings of some; and names of values."""
     from experiments.show.molecules import atoms_of  # ogb, which others do without
 
-    found: tuple[list[Tokens], list[Figure]] = atoms_of(run, task)
-    return found
+    return atoms_of(run, task)
 
 
 def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:
