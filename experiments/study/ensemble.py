@@ -55,6 +55,8 @@ def ensemble(
     check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
     for run in found:
         print(f"{run.folder}: {submission(run.summary)}")
+        if before := run.summary.get("uncorrected"):
+            print(f"{run.folder}, without C&S: {submission({**run.summary, **before})}")
     files = [
         run.folder / f"seed-{seed}" / "predictions.safetensors"
         for run in found

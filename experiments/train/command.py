@@ -150,7 +150,10 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
 
     metric = summary["metric"]
     name = f"{metric}{unit(metric)}"
-    scores = pd.DataFrame({f"{split} {name}": summary[split] for split in ("val", "test")}).T
+    found = {f"{split} {name}": summary[split] for split in ("val", "test")}
+    before = summary.get("uncorrected", {})
+    found |= {f"{split} {name}, without C&S": figures for split, figures in before.items()}
+    scores = pd.DataFrame(found).T
     factor, form = (1, "{:.4f}") if metric in ERRORS else (100, "{:.2f}")
     scores[["mean", "std"]] = factor * scores[["mean", "std"]].astype(float)
     print(scores[["mean", "std", "n"]].to_string(float_format=form.format, na_rep="–"))
@@ -162,16 +165,17 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
     elif line := dense_line(config, summary):
         print(f"\n{line}")
     if summary["routing"]:
-        print(f"\nrouting: {in_words(values_of(summary['routing']), config.experts)}")
+        layers = values_of(summary["routing"])
+        print(f"\nrouting: {in_words(layers, config.experts)}")
         folders = [config.folder(), *([] if dense is None else [dense_beside(config).folder()])]
         words = [*map(str, folders), *["--trust"] * bool(code_of(config))]
         print(f"what experts follow: python -m experiments.report {shlex.join(words)}")
         print("\nrouting, by MoE layer")
-        layers = [
+        means = [
             {name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]
         ]
         print(
-            pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(
+            pd.DataFrame(means, index=range(1, len(means) + 1)).T.to_string(
                 float_format="{:.3f}".format
             )
         )

@@ -34,6 +34,7 @@ class Summary(TypedDict):
     metric: str
     val: Spread
     test: Spread
+    uncorrected: NotRequired[dict[str, Spread]]  # val and test before correct-and-smooth
     best_epoch: Spread
     seconds: Spread
     peak_memory: NotRequired[int | None]  # of the GPU, MiB
@@ -57,6 +58,7 @@ class Result(TypedDict):
     metric: str
     val: float
     test: float
+    uncorrected: NotRequired[dict[str, float]]  # val and test before correct-and-smooth
     best_epoch: int
     seconds: float
     peak_memory: int | None

@@ -41,6 +41,11 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
         "config": described(config),
         "environment": environment(),
     }
+    if all("uncorrected" in result for result in results):  # which older ones lack
+        found["uncorrected"] = {
+            part: spread([result["uncorrected"][part] for result in results])
+            for part in ("val", "test")
+        }
     return found
 
 
