@@ -23,6 +23,7 @@ from experiments.show.nodes import bin_names, draw_nodes
 from experiments.train.config import ERRORS
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import replacing
+from experiments.train.results import flops_of
 from experiments.train.routing_stats import (
     IN_WORDS,
     PROPERTIES,
@@ -212,7 +213,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
                 run, runs
             ),
             "seeds": str(run.summary["test"]["n"]),
-            "active MFLOPs": f"{run.summary['flops'] / 1e6:,.1f}",
+            "active MFLOPs": "{:,.1f} {}".format(*mflops_of(run)),
             "parameters": f"{run.summary['parameters']:,}",
             "active parameters": f"{run.summary['active_parameters']:,}",
             "seconds a seed": f"{run.summary['seconds']['mean']:,.1f}",
@@ -233,6 +234,12 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "experts add, train one with --router dense, and give both to the report.",
             "note",
         )
+
+
+def mflops_of(run: RunFolder) -> tuple[float, str]:
+    """Its active FLOPs in millions, and what of."""
+    flops, each = flops_of(run.summary)
+    return flops / 1e6, each
 
 
 def dense_beside(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
@@ -394,22 +401,25 @@ def scores_over_flops(runs: Sequence[RunFolder]) -> Figure:
     """The test scores of runs on the same data over their active FLOPs."""
     metric = runs[0].summary["metric"]
     factor = 1 if metric in ERRORS else 100
+    costs = [mflops_of(run) for run in runs]
+    if len({each for _, each in costs}) > 1:  # beside an older run
+        costs = [(run.summary["flops"] / 1e6, "per forward pass") for run in runs]
+    mflops = [value for value, _ in costs]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    for run in runs:
+    for run, cost in zip(runs, mflops, strict=True):
         test = run.summary["test"]
         axis.errorbar(
-            run.summary["flops"] / 1e6,
+            cost,
             factor * test["mean"],
             yerr=factor * (test["std"] or 0.0),
             fmt="s" if run.config.router == "dense" else "o",
             capsize=3,
             label=f"{run.name} (n = {test['n']})",
         )
-    flops = [run.summary["flops"] for run in runs]
-    if max(flops) > 3 * min(flops):
+    if max(mflops) > 3 * min(mflops):
         axis.set_xscale("log")
-    axis.set(xlabel="active MFLOPs of a forward", ylabel=f"test {metric}{unit(metric)}")
+    axis.set(xlabel=f"active MFLOPs {costs[0][1]}", ylabel=f"test {metric}{unit(metric)}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     return figure

@@ -146,6 +146,7 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
     """
     import pandas as pd
 
+    from experiments.train.results import flops_of
     from experiments.train.routing_stats import in_words, values_of
 
     metric = summary["metric"]
@@ -179,9 +180,10 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
                 float_format="{:.3f}".format
             )
         )
+    flops, each = flops_of(summary)
     print(
         f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and "
-        f"{summary['flops']:,} FLOPs active in a forward pass; {summary['seconds']['mean']:.1f} s "
+        f"{flops:,.0f} FLOPs active {each}; {summary['seconds']['mean']:.1f} s "
         f"a seed; written to {config.folder()}"
     )
 

@@ -32,6 +32,7 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
         "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
         # Which differ where they follow from the routing
         "flops": round(statistics.fmean(result["flops"] for result in results)),
+        "images": first.get("images"),
         **{name: first[name] for name in costs},
         "routing": [_spreads(layers) for layers in zip(*routings, strict=True)],
         "curve": {

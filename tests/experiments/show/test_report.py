@@ -109,6 +109,14 @@ def test_scores_lie_over_the_active_flops(runs: Path) -> None:
         score = 100 * one.summary["test"]["mean"]
         assert line.get_xydata().tolist() == [[one.summary["flops"] / 1e6, pytest.approx(score)]]
         assert line.get_marker() == ("s" if one.config.router == "dense" else "o")
+    assert axis.get_xlabel() == "active MFLOPs per forward pass"
+    image = read_run(runs / "images")
+    assert scores_over_flops([image]).axes[0].get_xlabel() == "active MFLOPs per image"
+    older: Any = {name: value for name, value in image.summary.items() if name != "images"}
+    (axis,) = scores_over_flops([image, replace(image, summary=older)]).axes
+    assert axis.get_xlabel() == "active MFLOPs per forward pass"
+    one, other = (bar[0].get_xdata().tolist() for bar in axis.containers)  # type: ignore[union-attr]
+    assert one == other == [image.summary["flops"] / 1e6]
 
 
 def test_a_broken_run_is_named_and_the_others_are_reported(

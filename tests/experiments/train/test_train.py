@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from experiments.show.report import main as report
 from experiments.train.build import build_model, build_twin, costs_of, example, flops
 from experiments.train.command import dense_line, main, parse
 from experiments.train.config import GraphConfig
@@ -386,3 +387,23 @@ def test_a_folder_that_no_checkpoint_can_be_written_to_is_refused_before_trainin
     assert "out: got " in error
     assert "expected a path without '::'" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_flops_of_images_are_those_of_one_image(tmp_path: Path, capsys: Any) -> None:
+    """However many are in a batch; of graphs, they are those of a forward pass."""
+    write_images(tmp_path / "data", train=20)
+    options = ["--data-root", str(tmp_path / "data"), "--hidden", "4", "--experts", "2"]
+    seen = []
+    for size in (4, 8):
+        folder = tmp_path / f"run-{size}"
+        summary = quick(folder, *options, "--batch-size", str(size), preset="images")
+        assert summary["images"] == size
+        (found,) = re.findall(r"([\d,]+) FLOPs active per image;", capsys.readouterr().out)
+        seen.append(int(found.replace(",", "")))
+        assert seen[-1] == round(summary["flops"] / size)
+    report([str(folder), "--out", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert f"{seen[-1] / 1e6:,.1f} per image" in page
+    assert seen[0] == pytest.approx(seen[1], rel=0.02)
+    assert quick(tmp_path / "graph")["images"] is None
+    assert "FLOPs active per forward pass;" in capsys.readouterr().out
