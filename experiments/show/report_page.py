@@ -27,6 +27,7 @@ from experiments.train.results import flops_of
 from experiments.train.routing_stats import (
     IN_WORDS,
     PROPERTIES,
+    advice,
     alignment,
     in_words,
     node_properties,
@@ -168,6 +169,8 @@ def write_report(
     for run in runs:
         if run.history:
             page.text(f"{run.name}: {_routing(routing, run)}", "lead")
+            if line := advice(values_of(run.summary["routing"]), run.config):
+                page.text(f"{run.name}: {line}", "warn")
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
     _results(page, runs)

@@ -147,7 +147,7 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
     import pandas as pd
 
     from experiments.train.results import flops_of
-    from experiments.train.routing_stats import in_words, values_of
+    from experiments.train.routing_stats import advice, in_words, values_of
 
     metric = summary["metric"]
     name = f"{metric}{unit(metric)}"
@@ -168,6 +168,8 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
     if summary["routing"]:
         layers = values_of(summary["routing"])
         print(f"\nrouting: {in_words(layers, config.experts)}")
+        if line := advice(layers, config):
+            print(line)
         folders = [config.folder(), *([] if dense is None else [dense_beside(config).folder()])]
         words = [*map(str, folders), *["--trust"] * bool(code_of(config))]
         print(f"what experts follow: python -m experiments.report {shlex.join(words)}")
