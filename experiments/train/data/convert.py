@@ -22,7 +22,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -284,12 +284,10 @@ def sorted_keys(
         SELECT d * {nodes} + s AS key FROM checked
         {"" if directed else f"UNION ALL SELECT s * {nodes} + d FROM checked"} ORDER BY key"""
     try:
-        with (
-            edges.open("rb") if isinstance(edges, Path) else nullcontext() as table,
-            duckdb.connect(config=settings) as connection,
-        ):
-            if table is not None:
-                _open_table(connection, table)
+        with ExitStack() as stack:
+            connection = stack.enter_context(duckdb.connect(config=settings))
+            if isinstance(edges, Path):
+                _open_table(connection, stack.enter_context(edges.open("rb")))
             else:
                 connection.register("given", {"s": edges[0], "d": edges[1]})
                 connection.execute(
