@@ -75,7 +75,8 @@ def moved(write: Callable[..., Path], path: Path, seed: int) -> None:
 
 
 def read_own(path: Path) -> Any:
-    return load_tasks(GraphConfig(dataset="graph", data_root=path))(0).graph.x.tolist()
+    graph: Any = load_tasks(GraphConfig(dataset="graph", data_root=path))(0).graph
+    return graph.x.tolist()
 
 
 def make_edges(path: Path, seed: int) -> None:
@@ -120,7 +121,8 @@ def read_features(path: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         data = write_npz(Path(folder), arrays(seed=2))
         config = GraphConfig(dataset="digits-graph", data_root=data, features=str(path))
-        return load_tasks(config)(0).graph.x.tolist()
+        graph: Any = load_tasks(config)(0).graph
+        return graph.x.tolist()
 
 
 def make_features(path: Path, seed: int) -> None:

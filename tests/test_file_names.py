@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -49,8 +50,9 @@ def test_a_reader_that_goes_elsewhere_is_found(
     other: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(path: Path) -> str:
-        (found,) = path if isinstance(path := other(path), list) else (path,)
-        return Path(found).read_text()
+        found: Any = other(path)
+        (gone,) = found if isinstance(found, list) else (found,)
+        return Path(gone).read_text()
 
     monkeypatch.setitem(SUBJECTS, "made", Subject(make_code, read))
     cases = file_names.run(range(300), ["made"])

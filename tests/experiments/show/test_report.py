@@ -115,7 +115,7 @@ def test_scores_lie_over_the_active_flops(runs: Path) -> None:
     older: Any = {name: value for name, value in image.summary.items() if name != "images"}
     (axis,) = scores_over_flops([image, replace(image, summary=older)]).axes
     assert axis.get_xlabel() == "active MFLOPs per forward pass"
-    one, other = (bar[0].get_xdata().tolist() for bar in axis.containers)  # type: ignore[union-attr]
+    one, other = (bar[0].get_xdata().tolist() for bar in axis.containers)
     assert one == other == [image.summary["flops"] / 1e6]
 
 

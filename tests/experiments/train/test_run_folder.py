@@ -26,7 +26,8 @@ def own(form: str, folder: Path) -> RunConfig:
 
 def with_features(folder: Path) -> RunConfig:
     np.save(folder / "features.npy", np.ones((4, 2)))
-    return replace(PRESETS["cora"][1], features=str(folder / "features.npy"))
+    cora: Any = PRESETS["cora"][1]
+    return replace(cora, features=str(folder / "features.npy"))
 
 
 def images(preset: str, write: Callable[[Path], object], folder: Path) -> RunConfig:
