@@ -95,7 +95,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             line = {
                 "graph": column,
                 "arm": label,
-                f"test {summary['metric']} (%)": percent(summary["test"]),
+                "metric": summary["metric"],
+                "test (%)": percent(summary["test"]),
                 "n": str(summary["test"]["n"]),
                 "× FLOPs": f"{summary['flops'] / known['dense']['flops']:.2f}",
                 **dict.fromkeys(("− dense", "better in", "− dense, validation"), "–"),
@@ -114,4 +115,4 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                     beside = differences(known, "experts", arm, "test")
                     line["experts − this"] = with_interval(beside)
             lines.append(line)
-    return markdown(lines, left=("arm", "verdict")) if lines else "no arm is finished yet"
+    return markdown(lines, left=("arm", "metric", "verdict")) if lines else "no arm is finished yet"

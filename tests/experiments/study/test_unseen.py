@@ -60,10 +60,10 @@ def test_the_table_has_a_line_an_arm_and_the_verdict_beside_the_experts() -> Non
         "tolokers": {"experts": summary(110, 0.38, 0.40)},  # its dense model is not finished
     }
     _, _, dense, experts, random = table(results).splitlines()
-    assert dense == "| chameleon | dense | 42.00 ± 1.00 | 3 | 1.00 | – | – | – | – | – |"
+    assert dense == "| chameleon | dense | accuracy | 42.00 ± 1.00 | 3 | 1.00 | – | – | – | – | – |"
     beside = "-1.67 (-3.10 to -0.23)"
     assert experts == (
-        "| chameleon | experts, the default | 40.33 ± 1.00 | 3 | 1.10 | "
+        "| chameleon | experts, the default | accuracy | 40.33 ± 1.00 | 3 | 1.10 | "
         f"{beside} | 0 of 3 | {beside} | – | loss |"
     )
     assert random.endswith("| 0 of 3 | -0.67 (-2.10 to +0.77) | -1.00 (-3.48 to +1.48) | – |")
