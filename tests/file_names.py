@@ -338,6 +338,7 @@ def draw(number: int, subjects: Iterable[str] = tuple(SUBJECTS)) -> Case:
     folder = drawn.choice([odd_name(drawn), "folder", "folder" if alone == "." else alone])
     name = odd_name(drawn) + SUBJECTS[subject].suffix
     is_absolute = drawn.random() < 0.3 or (subject in EXPANDED and folder == "~")
+    is_absolute |= folder.startswith("-")  # or it is an option
     return Case(subject, folder, name, is_absolute)
 
 

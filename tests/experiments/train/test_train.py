@@ -380,6 +380,16 @@ def test_tensorboard_gets_figures_and_routing(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("val")] == [0, 1, 2]
 
 
+def test_a_run_in_a_folder_called_as_an_address_is_written_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = f"file:{tmp_path}/elsewhere/"  # not absolute, and so a folder of this one
+    quick(Path(elsewhere))
+    assert (tmp_path / elsewhere / "seed-0" / "checkpoint" / "state.ckpt").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_folder_that_no_checkpoint_can_be_written_to_is_refused_before_training(
     tmp_path: Path, capsys: Any
 ) -> None:
