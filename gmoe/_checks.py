@@ -5,16 +5,20 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from gmoe._torch import backward_hooks, forward_hooks, parameter_names
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 EXTRAS = {
     "torch_geometric": "graph",
@@ -132,6 +136,72 @@ def check_choice(name: str, value: object, legal: Any, also_called: Mapping[str,
     raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}{hint}")
 
 
+def check_module(name: str, value: object) -> None:
+    """Refuse what is no module, such as the name of one or its class."""
+    if not isinstance(value, nn.Module):
+        got = shown(value) if isinstance(value, str) else described(value)
+        if isinstance(value, type):
+            got = f"the class {value.__name__}"
+        raise ValueError(f"{name}: got {got}, expected a module: an instance of nn.Module")
+
+
+def shown(value: object) -> str:
+    """A value for a message: a tensor's shape, or else the value itself, in short."""
+    return described(value) if isinstance(value, Tensor) else in_short(repr(value), 60)
+
+
+def says_what_misfits(call: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Let Python's errors about the arguments of a call name them, and what was meant.
+
+    A call that Python takes is not looked at.
+    """
+
+    @wraps(call)
+    def explained(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return call(*args, **kwargs)
+        except TypeError:
+            misfit = _misfit(call, args, kwargs)
+            if misfit is None:  # the error comes from inside of the call
+                raise
+        raise TypeError(misfit)
+
+    return explained
+
+
+def _misfit(
+    call: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> str | None:
+    """Why Python cannot call a function so; ``None`` if it can."""
+    all_parameters = inspect.signature(call).parameters.values()
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in all_parameters)
+    parameters = [one for one in all_parameters if one.kind is not one.VAR_KEYWORD]
+    in_order = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    # A method's first argument is no argument to its caller.
+    is_method = bool(in_order) and in_order[0].name == "self"
+    names = [one.name for one in parameters[is_method:]]
+
+    for name, value in kwargs.items():
+        if name not in names and not takes_any:
+            legal = ", ".join(names)
+            hint = nearest(name, names)
+            return f"{name}: got {shown(value)}, expected one of the arguments {legal}{hint}"
+    if len(args) > len(in_order):
+        ordered = ", ".join(names[: len(in_order) - is_method])
+        return (
+            f"{call.__qualname__.removesuffix('.__init__')}: got {len(args) - is_method} arguments "
+            f"by position, expected at most {len(in_order) - is_method} ({ordered}): give others "
+            "by name, and several values of one as a tuple"
+        )
+    for place, one in enumerate(parameters):
+        is_given = place < len(args) and one in in_order
+        if is_given and one.name in kwargs:
+            return f"{one.name}: got it by position and by name, expected it once"
+        if not is_given and one.name not in kwargs and one.default is one.empty:
+            return f"{one.name}: got nothing, expected {one.annotation}"
+    return None
+
+
 def nearest(value: object, legal: Iterable[object]) -> str:
     """The end of a message: the legal name most similar to an unknown one, if one is similar."""
     unknown = str(value)[:LONGEST_NAME].lower()
@@ -212,6 +282,42 @@ def change_of(module: nn.Module) -> str | None:
     return None
 
 
+def changed_option(module: nn.Module, built: nn.Module) -> tuple[str, object, object] | None:
+    """An option of a module that is not what it was built with.
+
+    Options are the numbers, words and flags that a module and its parts keep as attributes, but for
+    those that change no output.
+
+    Args:
+        module: the module.
+        built: one that was built like it, and left so. Of parts that it lacks nothing is said.
+
+    Returns:
+        The option's name, its value and the value that it was built with; ``None`` if there is no
+        such option.
+    """
+    parts = dict(built.named_modules())
+    for path, part in module.named_modules():
+        options = vars(parts[path]) if path in parts else {}
+        for name, value in vars(part).items():
+            is_kept = name in options and name not in ("training", "check_finite")
+            if name.startswith("_") or not is_kept or not isinstance(value, Real | str | None):
+                continue
+            if not _is_same(value, options[name]):
+                return f"{path}.{name}".lstrip("."), value, options[name]
+    return None
+
+
+def _is_same(value: object, before: object) -> bool:
+    """True for equal words, and for numbers that are equal but for rounding.
+
+    Routers that were pruned in steps have other factors than those pruned at once, by rounding.
+    """
+    if isinstance(value, Real) and isinstance(before, Real):
+        return math.isclose(value, before, rel_tol=1e-9)
+    return type(value) is type(before) and value == before
+
+
 def refuse_functions(argument: str, name: str, conv: nn.Module) -> None:
     """Refuse a conv with a function in place of a method, where experts would be copies of it.
 
@@ -236,3 +342,30 @@ def refuse_functions(argument: str, name: str, conv: nn.Module) -> None:
                 f"{argument}: got {path} with a function as its {', '.join(patched)}, expected a "
                 "conv whose methods are those of a class, since experts are copies of it"
             )
+
+
+def refuse_computed(argument: str, name: str, conv: nn.Module) -> None:
+    """Refuse a conv with a weight that a hook computes anew in each call: torch copies no such.
+
+    Args:
+        argument: which the conv was given as.
+        name: of the conv.
+        conv: any module.
+
+    Raises:
+        ValueError: a weight under ``torch.nn.utils.prune``, or under one of torch's norms of
+            weights that are no parametrizations, on the conv or on a part of it.
+    """
+    for path, part in conv.named_modules(prefix=name):
+        parameters = dict(part.named_parameters(recurse=False))
+        for key, value in vars(part).items():
+            if not isinstance(value, Tensor):
+                continue
+            # What a spectral norm computes has a gradient from the first call on.
+            source = parameters.get(f"{key}_orig", value)
+            if value.grad_fn is not None or source.requires_grad:
+                raise ValueError(
+                    f"{argument}: got {path} with a {key} that a hook computes, as those of "
+                    "torch.nn.utils.prune do, expected a parameter or a parametrization, since "
+                    f"experts are copied: torch.nn.utils.prune.remove(module, {key!r}) before"
+                )

@@ -28,8 +28,8 @@ from gmoe.experts import MLPExperts
 
 LEGAL = (
     "linear layers with one activation without parameters between them, gated or not, at most a "
-    "norm before each, and dropouts behind the activation and at the end; there are no experts of "
-    "convolutions: name MLPs by `targets`; wrap layers (LoRA, quantization) after moefy, not before"
+    "norm before each, and dropouts behind the activation and at the end; wrap layers "
+    "(LoRA, quantization) after moefy, not before"
 )
 
 FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -180,6 +180,12 @@ def read_mlp(
             linear.
     """
     linears = [part for part in _parts(mlp) if isinstance(part, nn.Linear)]
+    if any(isinstance(part, nn.Conv1d | nn.Conv2d) for part in _parts(mlp)) and not linears:
+        raise ValueError(
+            f"model: got {name}, a {type(mlp).__name__} of convolutions, of which there are no "
+            "experts, expected linear layers (of timm's ConvNeXt, conv_mlp=False); no `targets` "
+            "help"
+        )
     if not linears:
         raise _refused(f"{name}, a {type(mlp).__name__} without linear layers")
     kinds = ", ".join(type(part).__name__ for part in _parts(mlp))

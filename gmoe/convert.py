@@ -16,7 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gmoe._checks import change_of, refuse_functions
+from gmoe._checks import (
+    change_of,
+    check_module,
+    refuse_computed,
+    refuse_functions,
+    says_what_misfits,
+)
 from gmoe._mlps import Forms, read_mlp
 from gmoe._verify import is_option
 from gmoe.dispatch import Backend
@@ -29,6 +35,7 @@ from gmoe.routing import Routing
 from gmoe.start import Start, build_layer_router, check_start, saved_by_name
 
 
+@says_what_misfits
 def moefy(
     model: nn.Module,
     every: int | None = None,
@@ -122,6 +129,7 @@ def moefy(
         >>> vit = moefy(vit, blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
+    check_module("model", model)
     if isinstance(router, Router):
         raise ValueError("router: got an instance for several layers, expected a name or a factory")
     check_start(start)
@@ -232,11 +240,26 @@ def _mlps(model: nn.Module) -> list[str]:
                 names.append(f"{name}.{key}.mlp".lstrip("."))
     if not names:
         raise ValueError(
-            f"model: got {type(model).__name__}, expected a transformer with blocks that hold an "
-            "`mlp`, such as timm's VisionTransformer, or a PyG BasicGNN; or `targets`, patterns of "
-            "the names of MLPs or convs"
+            f"model: got {type(model).__name__}, {_lacks_mlps(model)}, expected a transformer with "
+            "blocks that hold an `mlp`, such as timm's VisionTransformer, or a PyG BasicGNN; or "
+            "`targets`, patterns of the names of MLPs or convs"
         )
     return names
+
+
+def _lacks_mlps(model: nn.Module) -> str:
+    """Why a model has no MLP that is found by itself, for an error."""
+    others = {
+        name.rpartition(".")[2]
+        for name, part in model.named_modules()
+        if "mlp" in name.rpartition(".")[2].lower() and not isinstance(part, nn.ModuleList)
+    }
+    if others:
+        return f"in which not all blocks have one: it has {', '.join(sorted(others))}"
+    num_convs = sum(isinstance(part, nn.Conv2d) for part in model.modules())
+    if num_convs > sum(isinstance(part, nn.Linear) for part in model.modules()):
+        return "whose layers are convolutions, of which there are no experts"
+    return "which has no blocks with MLPs"
 
 
 def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -432,6 +455,7 @@ def _moe_conv(
 
     in_channels, out_channels = _conv_widths(name, conv, width)
     refuse_functions("model", name, conv)
+    refuse_computed("model", name, conv)
     if next(conv.parameters(), None) is None:
         raise ValueError(
             f"model: got {name}, a {type(conv).__name__} without parameters, expected convs whose "
@@ -475,7 +499,7 @@ def _conv_widths(
         out_channels = Trial(conv, in_channels).width
     if not out_channels:
         raise ValueError(
-            f"model: got {name}, a {type(conv).__name__} of unknown widths, expected in_channels "
-            "and out_channels"
+            f"model: got {name}, a {type(conv).__name__} of unknown widths, expected one with the "
+            "attributes in_channels and out_channels: set them in its __init__"
         )
     return in_channels, out_channels

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Data, batches_of, outputs_of, relative_change
-from gmoe._checks import check_at_least
+from gmoe._checks import check_at_least, check_module, says_what_misfits
 from gmoe.candidates import Candidate, candidate_of_tokens
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.moe import MoE, MoELayer
@@ -60,6 +60,7 @@ class Densified(NamedTuple):
         return "\n".join(map(str, self.layers))
 
 
+@says_what_misfits
 def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.01) -> Densified:
     r"""Fold layers of experts back to dense ones where that changes nothing, or little.
 
@@ -98,6 +99,7 @@ def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.
         >>> folded = gmoe.densify(vit, images)
         >>> print(folded)
     """
+    check_module("model", model)
     check_at_least(0, tolerance=tolerance)
     groups = groups_of(model)
     if not groups:

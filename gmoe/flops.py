@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from gmoe._checks import check_at_least, check_counts, check_positive
+from gmoe._checks import check, check_at_least, check_counts, check_module, check_positive, shown
 from gmoe._torch import given_tensors, num_stored
 from gmoe.moe import MoELayer
 
@@ -30,6 +30,7 @@ def active_parameters(model: nn.Module) -> int:
     Args:
         model: any model.
     """
+    check_module("model", model)
     share: dict[nn.Parameter, float] = {}
     for layer in model.modules():
         if isinstance(layer, MoELayer):
@@ -52,6 +53,7 @@ def count_flops(model: Callable[..., object], *args: object, **kwargs: object) -
     Args:
         model: a model or function, called as ``model(*args, **kwargs)``.
     """
+    check(callable(model), "model", shown(model), "a model or function")
     with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
         model(*args, **kwargs)
     return counter.get_total_flops()
@@ -77,6 +79,7 @@ def match_width(
     Raises:
         ValueError: no width in range comes within ``tolerance``; the message names the nearest.
     """
+    check(callable(cost), "cost", shown(cost), "a function of a width")
     check_positive("target", target)
     check_counts(start=start, stop=stop)
     check_at_least(start, stop=stop)

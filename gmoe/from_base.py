@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gmoe._checks import check_module
 from gmoe._torch import backward_hooks, forward_hooks, with_tensors
 from gmoe.experts import Experts
 
@@ -98,7 +99,9 @@ class FromBase(nn.Module):
             with ONE_THREAD:
                 return self._run_in_place(args)
         # Another thread may be running the module, which stays as it is.
-        sums = {id(difference): base + difference for _, difference, base in self._pairs()}
+        sums = {
+            id(difference): _sum(name, base, difference) for name, difference, base in self._pairs()
+        }
         return with_tensors(self.differences, sums)(*args)
 
     def _run_in_place(self, args: tuple[Any, ...]) -> Tensor:
@@ -107,7 +110,7 @@ class FromBase(nn.Module):
         The compiler traces that. What a user put on a module, or in place of a part of it, may hold
         the module or write to it: it would pass over a copy, or lose what it wrote.
         """
-        sums = {name: base + difference for name, difference, base in self._pairs()}
+        sums = {name: _sum(name, base, difference) for name, difference, base in self._pairs()}
         return functional_call(self.differences, sums, args)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
@@ -169,6 +172,21 @@ def _may_see_itself(module: nn.Module) -> bool:
     return False
 
 
+def _sum(name: str, base: Tensor, difference: Tensor) -> Tensor:
+    """The weights of all experts.
+
+    Raises:
+        ValueError: weights that ``fully_shard`` has not gathered, since their module is not called.
+    """
+    for part, weight in (("base", base), ("differences", difference)):
+        if hasattr(weight, "placements"):  # a DTensor; gathered weights are tensors
+            raise ValueError(
+                f"experts: got {name} of the {part} in shards, expected fully_shard of the experts "
+                "or of a module around them: the base and the differences are added, not called"
+            )
+    return base + difference
+
+
 def fold(model: Model) -> Model:
     """Make the experts of a model independent: add each base to its differences, in place.
 
@@ -184,6 +202,7 @@ def fold(model: Model) -> Model:
     Returns:
         The model; what replaces it, if the model itself is such experts.
     """
+    check_module("model", model)
     if isinstance(model, FromBase):
         return model.folded()  # type: ignore[return-value]
     folded: dict[FromBase, nn.Module] = {}  # two layers may share their experts

@@ -27,9 +27,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import in_short, naming_extras
+from gmoe._checks import changed_option, in_short, naming_extras
 from gmoe.flops import active_parameters
 from gmoe.moe import MoELayer
+from gmoe.routers import Router
 
 Model = TypeVar("Model", bound="HubMixin")
 
@@ -114,7 +115,7 @@ class HubMixin:
         return folder
 
     def _check_fits(self) -> None:
-        """Refuse a model whose weights a model that its configuration builds would not take."""
+        """Refuse a model of other weights or router options than its configuration builds."""
         model: Any = self
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model has given them when it was built
@@ -128,6 +129,17 @@ class HubMixin:
                 f"says ({first} ...), expected the model as it was built; with layers that were "
                 "pruned or folded to dense ones, gmoe.save(model, folder)"
             ) from error
+        parts = dict(built.named_modules())
+        for path, router in model.named_modules():
+            changed = None
+            if isinstance(router, Router) and path in parts:
+                changed = changed_option(router, parts[path])
+            if changed is not None:
+                option, value, before = changed
+                raise ValueError(
+                    f"{option}: got {value!r} of {path}, expected {before!r}, with which the model "
+                    "was built: give it to the model, in router_kwargs"
+                )
 
     @classmethod
     def from_pretrained(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_counts
+from gmoe._checks import check, check_counts, shown
 from gmoe.experts import Experts
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing, checked_routing
@@ -52,9 +52,10 @@ class _Mixture(MoELayer):
     """A layer that holds a router, and experts of the router's number and width."""
 
     def __init__(self, router: Router, experts: Experts) -> None:
-        if not hasattr(router, "num_experts"):
+        if not hasattr(router, "num_experts") or not hasattr(router, "dim"):
             raise ValueError(
-                f"router: got {router!r}, expected an instance, which build_router makes of a name"
+                f"router: got {shown(router)}, expected an instance, which build_router makes of a "
+                "name"
             )
         if not hasattr(experts, "num_experts"):
             raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._calls import evaluating
-from gmoe._checks import check_counts, described, naming_extras
+from gmoe._checks import check, check_counts, check_module, described, naming_extras, shown
 from gmoe.routing import Routing, record_routing
 
 with naming_extras():
@@ -35,19 +35,26 @@ STRENGTH = 0.6
 MOST_PREFIX_TOKENS = 16
 """Most class and register tokens before an image's patches; more suggest another patch size."""
 
+TABLEAU = {"tab10": (7,), "tab20": (14, 15)}
+"""Tableau's palettes, and which of their colors are gray."""
+
 
 def palette(*, num_experts: int) -> list[tuple[float, float, float]]:
     """Give each expert an RGB color: from Tableau's 10 or 20, or hues at equal distances.
+
+    None is gray, which stands for what has no expert.
 
     Example:
         >>> red, green, blue = palette(num_experts=8)[3]
     """
     check_counts(num_experts=num_experts)
-    if num_experts > 20:
-        colors = colormaps["hsv"]([expert / num_experts for expert in range(num_experts)])
+    for name, grays in TABLEAU.items():
+        indices = [index for index in range(colormaps[name].N) if index not in grays]
+        if num_experts <= len(indices):
+            colors = colormaps[name](indices[:num_experts])
+            break
     else:
-        name = "tab10" if num_experts <= 10 else "tab20"
-        colors = colormaps[name](range(num_experts))
+        colors = colormaps["hsv"]([expert / num_experts for expert in range(num_experts)])
     return [(red, green, blue) for red, green, blue, _ in colors.tolist()]
 
 
@@ -82,6 +89,7 @@ def patch_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
         >>> [weight.shape for weight in patch_weights(model, torch.rand(2, 3, 32, 32))]
         [torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8])]
     """
+    check_module("model", model)
     images = _batch_of(images)
     patch_height, patch_width = _patch_size(model)
     h, w = images.size(2) // patch_height, images.size(3) // patch_width
@@ -164,6 +172,7 @@ def expert_maps(
 
 def _batch_of(images: Tensor) -> Tensor:
     """(B, C, H, W) the images, one image as a batch of one."""
+    check(isinstance(images, Tensor), "images", shown(images), "a tensor")
     batch = images[None] if images.dim() == 3 else images
     if batch.dim() != 4 or batch.size(1) not in (1, 3) or not len(batch):
         raise ValueError(
@@ -258,7 +267,7 @@ def expert_load(
         >>> expert_load(history).savefig("load.png")
     """
     steps = []
-    if isinstance(history, Routing | Mapping):
+    if not isinstance(history, Sequence) or isinstance(history, str):
         raise ValueError(f"history: got {described(history)}, expected a list, an entry a step")
     for entry in history:
         layers = [entry] if isinstance(entry, Routing) else entry

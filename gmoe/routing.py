@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import lazy
-from gmoe._checks import INTEGERS, check, check_range, described, readable
+from gmoe._checks import INTEGERS, check, check_module, check_range, described, readable
 from gmoe._torch import in_backward, untraced
 
 
@@ -472,6 +472,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
         ...     loss = F.cross_entropy(vit(images), labels)
         >>> loss = loss + gmoe.aux_loss(routings)
     """
+    check_module("model", model)
     routings: list[Routing] = []
     thread = threading.get_ident()
     is_open = True

@@ -25,7 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Batch, arguments_of, finite, largest_difference, outputs_of
-from gmoe._checks import check, check_at_least, check_counts, described, in_short, naming_extras
+from gmoe._checks import (
+    changed_option,
+    check,
+    check_at_least,
+    check_counts,
+    check_module,
+    described,
+    in_short,
+    naming_extras,
+    says_what_misfits,
+)
 from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
@@ -41,7 +51,9 @@ from gmoe.hub import (
 )
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
-from gmoe.routers import ROUTERS
+from gmoe.routers import ROUTERS, Router
+from gmoe.shrink import shrink
+from gmoe.start import build_layer_router, check_start
 from gmoe.unstacked import UnstackedLinears
 
 LAYERS = "gmoe.json"
@@ -75,6 +87,7 @@ OPTIONS = ("num_experts", "k", "router", "router_kwargs", "upcycle", "start", "b
 """The arguments of :func:`gmoe.moefy` that a file may hold."""
 
 
+@says_what_misfits
 def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> Path:
     """Write a moefied model to a folder: how its layers were made, and all its weights.
 
@@ -95,8 +108,9 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
 
     Raises:
         ImportError: ``safetensors`` or ``huggingface_hub`` is not installed.
-        ValueError: a router or experts of a class of your own, parts that were replaced (LoRA,
-            quantized, unstacked layers): no code runs from a file, and the message says what to do;
+        ValueError: an option of a router that was changed after :func:`gmoe.moefy`; a router or
+            experts of a class of your own, parts that were replaced (LoRA, quantized, unstacked
+            layers): no code runs from a file, and the message says what to do;
             inputs that are no tensors, or of which the model makes NaN.
 
     Example:
@@ -121,7 +135,7 @@ def write(
         state: the weights (default: those of the model).
         max_shard_size: the largest file of weights, in bytes or as ``"5GB"``.
     """
-    check(isinstance(model, nn.Module), "model", described(model), "a module")
+    check_module("model", model)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     with naming_extras():
         from huggingface_hub import split_torch_state_dict_into_shards
@@ -164,6 +178,7 @@ def write(
     return folder
 
 
+@says_what_misfits
 def load(
     folder: str | Path, base: nn.Module | None = None, *, tolerance: float = 1e-4
 ) -> nn.Module:
@@ -188,7 +203,8 @@ def load(
         ValueError: a file that is damaged; a base of another class or size; outputs that differ.
             The message names the file.
     """
-    check(base is None or isinstance(base, nn.Module), "base", described(base), "a module")
+    if base is not None:
+        check_module("base", base)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     check_at_least(0, tolerance=tolerance)
     folder = Path(folder)
@@ -288,6 +304,13 @@ def _check_parts(name: str, layer: MoELayer) -> None:
                 f"router: got {type(router).__name__} in {name}, expected "
                 f"{layer.moefied['router']!r}, with which the layer was made; {_BY_HAND}"
             )
+        changed = changed_option(router, _router_as_loaded(layer, router.dim))
+        if changed is not None:
+            option, value, before = changed
+            raise ValueError(
+                f"{option}: got {value!r} of the router of {name}, expected {before!r}, with which "
+                "the layer was made: give it to moefy, in router_kwargs"
+            )
     for path, part in layer.experts.named_modules(prefix=f"{name}.experts"):
         if isinstance(part, UnstackedLinears):
             replaced = part.replaced()
@@ -311,6 +334,19 @@ def _check_parts(name: str, layer: MoELayer) -> None:
                 f"model: got {path}, a {type(part).__name__}, expected experts as they were built; "
                 f"{_BY_HAND}"
             )
+
+
+def _router_as_loaded(layer: MoELayer, dim: int) -> Router:
+    """The router that :func:`load` would build for a layer, without values."""
+    made: Any = layer.moefied
+    start = getattr(layer, "start", None) or check_start(made["start"])  # convs keep theirs
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        built = build_layer_router(
+            start, made["router"], dim, made["num_experts"], made["k"], made["router_kwargs"]
+        )
+        if layer.kept is not None:
+            shrink(built, layer.kept)
+    return built
 
 
 def _is_known(part: nn.Module) -> bool:

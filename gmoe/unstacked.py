@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import change_of
+from gmoe._checks import change_of, check_module
 from gmoe.experts import Experts, LinearExperts
 from gmoe.from_base import fold
 
@@ -141,6 +141,7 @@ def unstack(model: Model) -> Model:
         >>> vit = gmoe.unstack(vit)
         >>> vit = torch.ao.quantization.quantize_dynamic(vit, {nn.Linear})
     """
+    check_module("model", model)
     for name, module in _stacked(model):  # before anything is changed
         change = change_of(module)
         if change is not None or type(module) is not LinearExperts:
@@ -174,6 +175,7 @@ def restack(model: Model) -> Model:
     Raises:
         ValueError: linear layers that were replaced (quantized, LoRA), parametrized or hooked.
     """
+    check_module("model", model)
     stacked = {
         module: module.restacked()
         for module in model.modules()

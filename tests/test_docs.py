@@ -278,7 +278,12 @@ def test_a_snippet_of_the_readme_runs_and_prints_what_it_says(
 
 def test_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r'(?:\]\(|src="|srcset=")([^):"]+)[)"]', README)
-    assert {"docs/figures/routers-dark.png", "docs/serving.md#export"} <= set(links)
+    expected = {
+        "docs/figures/routers-dark.png",
+        "docs/serving.md#export",
+        "docs/lab/unseen-graphs.md",
+    }
+    assert expected <= set(links)
     for link in links:
         path, _, anchor = link.partition("#")
         page = ROOT / (path or "README.md")

@@ -175,6 +175,7 @@ Listing = tuple[tuple[str, ...], list[str], Tensor]
 
 def _listing(folder: Path, expected: tuple[str, ...] = ()) -> Listing:
     """The images of a folder by class, none of which is empty, in torchvision's order."""
+    folder = folder.absolute()  # or torchvision takes a folder "~" for the user's home
     visible = (
         [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     )

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torch_geometric.utils import degree
 
+from experiments.show.nodes import bin_names
 from experiments.train.data.molecules import MoleculeBatches
 from experiments.train.data.task import Task
 from experiments.train.files import read_csv
@@ -25,14 +26,26 @@ from experiments.train.routing_stats import quantile_bins
 from experiments.train.run_folder import RunFolder
 from gmoe.plot import palette
 
+TABLE = (
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se "
+    "Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy "
+    "Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf "
+    "Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og other"
+)
+SYMBOLS = tuple(TABLE.split())
+"""Elements in the order of ``ogb``'s first feature of an atom, and what is none of these."""
 DRAWN, MOST = 8, 512
 """Molecules that are drawn, and of which the figures are."""
 COLUMNS = 4
 """Molecules side by side."""
 
 
-def atoms_of(run: RunFolder, task: Task) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], Any]:
-    """By MoE layer, (T, E) the weights of atoms and what they may follow; and drawings.
+Atoms = tuple[list[tuple[Tensor, dict[str, Tensor]]], list[Figure], dict[str, Sequence[str]]]
+
+
+def atoms_of(run: RunFolder, task: Task) -> Atoms:
+    """By MoE layer, (T, E) the weights of atoms and what they may follow; drawings; and by property
+    the names of its values.
 
     The atoms are those of validation molecules.
 
@@ -53,10 +66,16 @@ def atoms_of(run: RunFolder, task: Task) -> tuple[list[tuple[Tensor, dict[str, T
     with torch.no_grad():
         _, routings = model(*inputs, return_routing=True)
     x, edge_index, _, molecule, _ = inputs
+    bonds = degree(edge_index[1], len(x))
     known = {
         "ami_element": quantile_bins(x[:, 0]),
-        "ami_degree": quantile_bins(degree(edge_index[1], len(x))),
+        "ami_degree": quantile_bins(bonds),
         "ami_ring": x[:, 8],
+    }
+    names: dict[str, Sequence[str]] = {
+        "ami_element": element_names(x[:, 0], known["ami_element"]),
+        "ami_degree": bin_names(bonds, known["ami_degree"], is_share=False),
+        "ami_ring": ("in none", "in a ring"),
     }
     drawn = rows[:DRAWN].tolist()
     smiles = _smiles(run.config.data_root / run.config.dataset.replace("-", "_"), drawn)
@@ -66,7 +85,15 @@ def atoms_of(run: RunFolder, task: Task) -> tuple[list[tuple[Tensor, dict[str, T
         experts = [routing.top_expert[molecule == number].tolist() for number in range(len(drawn))]
         figures.append(drawing(smiles, experts, routing.num_experts, titles))
     shown = [(routing.to_dense(), known) for routing in routings]
-    return shown, [figure for figure in figures if figure is not None]
+    return shown, [figure for figure in figures if figure is not None], names
+
+
+def element_names(element_T: Tensor, bin_T: Tensor) -> list[str]:
+    """The symbols of the elements in each bin, as ``"C"`` or ``"Cl, Br"``."""
+    return [
+        ", ".join(SYMBOLS[number] for number in element_T[bin_T == one].unique().tolist())
+        for one in range(int(bin_T.max()) + 1)
+    ]
 
 
 def _smiles(folder: Path, rows: Sequence[int]) -> list[str]:

@@ -35,7 +35,8 @@ def patches(
         images: images.
         out: folder of the pictures.
         data_root: root folder of the run's data. By default where it was trained on them.
-        trust: import code also from the run's own folder. It can do whatever you can.
+        trust: import the router, conv, model and data that the run's config.json names, where
+            they are code. It can do whatever you can.
     """
     check(images, "images", "none", "at least one")
     check_finished(run)

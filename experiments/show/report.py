@@ -33,7 +33,8 @@ def report(
         out: folder of the page.
         data_root: root folder of the data; of your own graph its file or folder, or the folder
             that holds it. By default where each run was trained on them.
-        trust: import code also from a run's own folder. It can do whatever you can.
+        trust: import the router, conv, model and data that a run's config.json names, where
+            they are code. It can do whatever you can.
     """
     check_finished(*runs)
     from experiments.show.report_page import write_report  # and so torch, which --help does without

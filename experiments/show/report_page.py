@@ -23,9 +23,11 @@ from experiments.show.nodes import bin_names, draw_nodes
 from experiments.train.config import ERRORS
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import replacing
+from experiments.train.results import flops_of
 from experiments.train.routing_stats import (
     IN_WORDS,
     PROPERTIES,
+    advice,
     alignment,
     in_words,
     node_properties,
@@ -167,16 +169,22 @@ def write_report(
     for run in runs:
         if run.history:
             page.text(f"{run.name}: {_routing(routing, run)}", "lead")
+            if line := advice(values_of(run.summary["routing"]), run.config):
+                page.text(f"{run.name}: {line}", "warn")
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
     _results(page, runs)
-    for data, metric in dict.fromkeys((data_of(run), run.summary["metric"]) for run in runs):
+    groups = dict.fromkeys((data_of(run), run.summary["metric"]) for run in runs)
+    names = [name for name, *_ in {data: None for data, _ in groups}]
+    for data, metric in groups:
+        # Digests where names alone do not tell data apart
+        title = data[0] if names.count(data[0]) == 1 else " ".join(filter(None, data))
         of_data = [run for run in runs if (data_of(run), run.summary["metric"]) == (data, metric)]
         if len(of_data) > 1:
-            page.heading(f"{data}: test score over cost")
+            page.heading(f"{title}: test score over cost")
             page.figures([scores_over_flops(of_data)], OVER_FLOPS)
         if curves := learning_curves(of_data):
-            page.heading(f"{data}: learning curves")
+            page.heading(f"{title}: learning curves")
             page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
     page.extend(routing)
     page.write(path)
@@ -184,10 +192,10 @@ def write_report(
     return failed
 
 
-def data_of(run: RunFolder) -> str:
-    """What its data are called; files of one's own go by their content too."""
+def data_of(run: RunFolder) -> tuple[str, ...]:
+    """What its data are called, and what ``config.json`` knows of their content."""
     name = run.config.data or run.science.get("file", run.config.dataset)
-    return " ".join(filter(None, (name, run.science.get("digest"))))
+    return (name, run.science.get("digest") or "", run.science.get("contents") or "")
 
 
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:
@@ -208,7 +216,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
                 run, runs
             ),
             "seeds": str(run.summary["test"]["n"]),
-            "active MFLOPs": f"{run.summary['flops'] / 1e6:,.1f}",
+            "active MFLOPs": "{:,.1f} {}".format(*mflops_of(run)),
             "parameters": f"{run.summary['parameters']:,}",
             "active parameters": f"{run.summary['active_parameters']:,}",
             "seconds a seed": f"{run.summary['seconds']['mean']:,.1f}",
@@ -229,6 +237,12 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "experts add, train one with --router dense, and give both to the report.",
             "note",
         )
+
+
+def mflops_of(run: RunFolder) -> tuple[float, str]:
+    """Its active FLOPs in millions, and what of."""
+    flops, each = flops_of(run.summary)
+    return flops / 1e6, each
 
 
 def dense_beside(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
@@ -265,7 +279,11 @@ def _routing(page: Page, run: RunFolder) -> str:
             names |= bins
             maps.append(drawn)
         else:
-            shown, maps = _patches(run, task) if task.kind == "image" else _atoms(run, task)
+            if task.kind == "image":
+                shown, maps = _patches(run, task)
+            else:
+                shown, maps, values = _atoms(run, task)
+                names |= values
             for layer, (weight, known) in zip(layers, shown, strict=True):
                 expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
                 found = alignment(
@@ -315,12 +333,13 @@ def _routing(page: Page, run: RunFolder) -> str:
     return in_words(layers, run.config.experts)
 
 
-def _atoms(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
-    """By MoE layer, the atoms of validation molecules; and drawings of some."""
+def _atoms(
+    run: RunFolder, task: Task
+) -> tuple[list[Tokens], list[Figure], dict[str, Sequence[str]]]:
+    """By MoE layer, the atoms of validation molecules; drawings of some; and names of values."""
     from experiments.show.molecules import atoms_of  # ogb, which others do without
 
-    found: tuple[list[Tokens], list[Figure]] = atoms_of(run, task)
-    return found
+    return atoms_of(run, task)
 
 
 def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:
@@ -385,22 +404,25 @@ def scores_over_flops(runs: Sequence[RunFolder]) -> Figure:
     """The test scores of runs on the same data over their active FLOPs."""
     metric = runs[0].summary["metric"]
     factor = 1 if metric in ERRORS else 100
+    costs = [mflops_of(run) for run in runs]
+    if len({each for _, each in costs}) > 1:  # beside an older run
+        costs = [(run.summary["flops"] / 1e6, "per forward pass") for run in runs]
+    mflops = [value for value, _ in costs]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    for run in runs:
+    for run, cost in zip(runs, mflops, strict=True):
         test = run.summary["test"]
         axis.errorbar(
-            run.summary["flops"] / 1e6,
+            cost,
             factor * test["mean"],
             yerr=factor * (test["std"] or 0.0),
             fmt="s" if run.config.router == "dense" else "o",
             capsize=3,
             label=f"{run.name} (n = {test['n']})",
         )
-    flops = [run.summary["flops"] for run in runs]
-    if max(flops) > 3 * min(flops):
+    if max(mflops) > 3 * min(mflops):
         axis.set_xscale("log")
-    axis.set(xlabel="active MFLOPs of a forward", ylabel=f"test {metric}{unit(metric)}")
+    axis.set(xlabel=f"active MFLOPs {costs[0][1]}", ylabel=f"test {metric}{unit(metric)}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     return figure

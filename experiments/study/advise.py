@@ -39,7 +39,6 @@ import tyro
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.config import (
-    RECORDS,
     GraphConfig,
     HeteroConfig,
     MoleculeConfig,
@@ -127,7 +126,7 @@ def data_of(config: RunConfig) -> dict[str, Any]:
     from experiments.train.run_folder import described
 
     found = described(config)
-    return {name: found.get(name) for name in ("dataset", *RECORDS)}
+    return {name: found.get(name) for name in ("dataset", "file", "digest")}
 
 
 def answer_of(base: RunConfig, out: Path) -> dict[str, Any]:
@@ -272,6 +271,7 @@ def advise(
     undirected: bool = True,
     budget: float = 30.0,
     compare: bool = False,
+    offline: bool = False,
 ) -> None:
     """Print what the data want, or, with ``--compare``, whether experts pay.
 
@@ -288,8 +288,11 @@ def advise(
         budget: minutes, in which another turn of all arms has to fit.
         compare: train dense models and experts, and write a report. Of images that is all there
             is.
+        offline: download nothing; an error says what is missing.
     """
-    base = replace(base_of(preset), data_root=data_root, progress=sys.stderr.isatty())
+    base = replace(
+        base_of(preset), data_root=data_root, offline=offline, progress=sys.stderr.isatty()
+    )
     check(budget > 0, "budget", budget, "minutes above 0")
     check(width is None or width > 0, "width", width, "at least 1")
     fits = not out.exists() or (out.is_dir() and os.access(out, os.W_OK))
@@ -314,6 +317,7 @@ def advise(
             words = [preset, "--out", out, "--data-root", data_root, "--compare"]
             for name, value in {"--metric": metric, "--width": width}.items():
                 words += [] if value is None else [name, value]
+            words += ["--offline"] if offline else []
             words += ["--no-undirected"] if choice == "one way" or not undirected else []
             again = f"python -m experiments.advise {shlex.join(map(str, words))}"
             print(f"to train dense models and experts on it (half an hour): {again}")

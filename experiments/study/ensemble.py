@@ -31,7 +31,8 @@ def ensemble(
     Args:
         runs: run folders of one data set.
         data_root: root folder of the data; by default where they were trained on them.
-        trust: import code also from a run's own folder. It can do whatever you can.
+        trust: import the router, conv, model and data that a run's config.json names, where
+            they are code. It can do whatever you can.
     """
     folders = [run.resolve() for run in runs]
     twice = [str(run) for run in runs if folders.count(run.resolve()) > 1]
@@ -54,6 +55,8 @@ def ensemble(
     check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
     for run in found:
         print(f"{run.folder}: {submission(run.summary)}")
+        if before := run.summary.get("uncorrected"):
+            print(f"{run.folder}, without C&S: {submission({**run.summary, **before})}")
     files = [
         run.folder / f"seed-{seed}" / "predictions.safetensors"
         for run in found

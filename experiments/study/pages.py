@@ -12,7 +12,7 @@ wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its
 ``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``,
 ``<!-- confirmed: starts-confirmed -->`` that of its second stage, ``<!-- curves: curves -->``
 that of ``experiments.sweep curves``, ``<!-- molecules: molecules -->`` that of
-``experiments.sweep molecules``.
+``experiments.sweep molecules``, ``<!-- unseen: unseen -->`` that of ``experiments.sweep unseen``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import tyro
 
 from experiments.benchmark.tables import benchmark_table
 from experiments.show.tables import pair_table, preset_table, study_table
-from experiments.study import curves, molecules, starts
+from experiments.study import curves, molecules, starts, unseen
 from experiments.study.routers import cell_tables, domain_table, gain_table, read_cells
 from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
 
 KINDS = (
     *("table", "pairs", "presets", "benchmark", "swap", "cells", "gains", "domains", "map"),
-    *("arms", "confirmed", "curves", "molecules"),
+    *("arms", "confirmed", "curves", "molecules", "unseen"),
 )
 MARKED = re.compile(
     rf"(<!-- (?P<kind>{'|'.join(KINDS)}): (?P<study>[\w-]+)"
@@ -75,10 +75,12 @@ def render(page: str, results: Path = RESULTS) -> str:
         "confirmed": starts.confirmed_table,
         "curves": curves.table,
         "molecules": molecules.table,
+        "unseen": unseen.table,
     }
     readers = {"cells": read_cells, "gains": read_cells, "domains": read_cells}
     readers |= {"arms": starts.read_results, "curves": starts.read_results}
     readers["molecules"] = partial(starts.read_results, columns=tuple(molecules.COLUMNS))
+    readers["unseen"] = partial(starts.read_results, columns=tuple(unseen.COLUMNS))
     readers["confirmed"] = starts.read_confirmed
 
     def table(match: re.Match[str]) -> str:

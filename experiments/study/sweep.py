@@ -105,11 +105,11 @@ class RoutersConfig(SweepConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnsConfig(SweepConfig):
-    """Columns of a study of starts, of the curves over FLOPs or of molecules, and where they go."""
+    """Columns of a study of starts, curves, molecules or unseen graphs, and where they go."""
 
     data_root: Path = Path("data")
-    """Folder of planetoid, heterophilous and facebook.npz, or of ogbg_mol..., each as its loader
-    reads it."""
+    """Folder of planetoid, heterophilous and facebook.npz, of ogbg_mol..., or of
+    chameleon_filtered.npz and tolokers.npz, each as its loader reads it."""
     columns: tuple[str, ...] = ()
     """Data sets; by default all."""
 
@@ -137,6 +137,10 @@ STUDIES["curves"] = (
 )
 STUDIES["molecules"] = (
     "Experts on OGB's molecules, by atom and by molecule, beside GMoE rebuilt.",
+    ColumnsConfig(),
+)
+STUDIES["unseen"] = (
+    "The recipe for your own graph on two graphs on which nothing was chosen.",
     ColumnsConfig(),
 )
 
@@ -310,6 +314,15 @@ def sweep_molecules(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
     return table(results), failed
 
 
+def sweep_unseen(config: ColumnsConfig) -> tuple[str, dict[str, str]]:
+    """Run the arms that have no file: the table, and by arm why it could not be run."""
+    from experiments.study.unseen import COLUMNS, runs, table
+
+    todo = runs(config.columns, config.data_root)
+    results, failed = run_columns("unseen", todo, config, tuple(COLUMNS))
+    return table(results), failed
+
+
 def run_columns(
     name: str,
     todo: Mapping[str, RunConfig],
@@ -433,7 +446,7 @@ def refusal(variant: str, own: RunConfig, held: Mapping[str, Any], where: Path) 
     from experiments.train.run_folder import differences_of
 
     for option, (other, value) in differences_of(own, held).items():
-        if option == "digest" and value is None:
+        if option in ("digest", "contents") and value is None:
             continue
         there = f"{where} holds {variant} with {option}={other!r}"
         return f"results: {there}, expected {value!r}; choose other folders by --results and --runs"
@@ -470,6 +483,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 "starts": sweep_starts,
                 "curves": sweep_curves,
                 "molecules": sweep_molecules,
+                "unseen": sweep_unseen,
             }
             table, failed = of_columns[study](config)
         elif study == "map":

@@ -103,8 +103,9 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
     """
     if config.model is not None:
         _check_logits(config.model, model, config, task)
+    inputs = example(config, task)
     try:
-        active = flops(model, example(config, task))
+        active = flops(model, inputs)
     except (TypeError, RuntimeError, AssertionError, AttributeError) as error:
         if not isinstance(config, GraphConfig | MoleculeConfig) or config.model is not None:
             raise
@@ -122,6 +123,7 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
         matched = cost_by(config, task)(model) / cost_of_twin(config, task)
     return {
         "flops": active,
+        "images": len(inputs[0]) if isinstance(config, ImageConfig) else None,
         "parameters": num_parameters(model),
         "active_parameters": gmoe.active_parameters(model),
         "matched": matched,

@@ -49,7 +49,8 @@ class Checkpoint:
         state = self.state()
         self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.path):
-            self.fabric.save(self.folder / "state.new", state)
+            # Absolute, or fsspec takes a folder "file:" for the begin of an address
+            self.fabric.save((self.folder / "state.new").absolute(), state)
         if self.fabric.is_global_zero:
             best = {name: value.contiguous() for name, value in state["best"].items()}
             with writing(self.folder / "best.safetensors"):

@@ -33,7 +33,7 @@ from experiments.train.presets import PRESETS, command
 from experiments.train.saved import read_options
 from experiments.train.scores import paired, scored, unit
 from experiments.train.signals import interrupt
-from experiments.train.user_code import check_trusted
+from experiments.train.user_code import check_trusted, code_of
 
 if TYPE_CHECKING:
     from experiments.train.results import Summary
@@ -68,8 +68,8 @@ COMMON = (
 """The options that ``--help`` shows of a preset."""
 MORE = """--compare trains the dense model of the same seeds too, and prints the paired difference.
 --help-all shows all options: of data, model, routers, recipe, devices and logs."""
-FILES = """--config FILE begins with the options of a JSON file. Where it is the config.json of a
-run, code in the run folder itself is imported with --trust only.
+FILES = """--config FILE begins with the options of a JSON file, such as the config.json of a run.
+Code that the file names is imported with --trust only; options of the command line are trusted.
 
 --compare trains the dense model of the same seeds too, in the folder RUN-dense, and prints the
 paired difference on the test set with its 95 % interval."""
@@ -103,9 +103,11 @@ def parse(args: Sequence[str]) -> RunConfig:
     read = partial(tyro.cli, type(base), args=args, prog=prog, description=about, default=base)
     asks = not shows_all and not {"-h", "--help"}.isdisjoint(args)
     config = with_short_help(read, COMMON, MORE) if asks else read()
-    if file is not None and Path(file).name == "config.json" and not trusted:
-        check_trusted(config, Path(file).parent)
     named = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if file is not None and not trusted:
+        # Not values, of which one may be called as an option is
+        given = {arg[2:].replace("-", "_") for arg in named if arg.startswith("--")}
+        check_trusted(config, Path(file), given)
     if config.equal is None and "--equal-to" in named:  # a value may be the default: args tell
         got = f"{config.equal_to!r} with router={config.router!r} and no --equal"
         legal = "--router dense --equal flops (or parameters) with it"
@@ -144,11 +146,15 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
     """
     import pandas as pd
 
-    from experiments.train.routing_stats import in_words, values_of
+    from experiments.train.results import flops_of
+    from experiments.train.routing_stats import advice, in_words, values_of
 
     metric = summary["metric"]
     name = f"{metric}{unit(metric)}"
-    scores = pd.DataFrame({f"{split} {name}": summary[split] for split in ("val", "test")}).T
+    found = {f"{split} {name}": summary[split] for split in ("val", "test")}
+    before = summary.get("uncorrected", {})
+    found |= {f"{split} {name}, without C&S": figures for split, figures in before.items()}
+    scores = pd.DataFrame(found).T
     factor, form = (1, "{:.4f}") if metric in ERRORS else (100, "{:.2f}")
     scores[["mean", "std"]] = factor * scores[["mean", "std"]].astype(float)
     print(scores[["mean", "std", "n"]].to_string(float_format=form.format, na_rep="–"))
@@ -160,22 +166,26 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
     elif line := dense_line(config, summary):
         print(f"\n{line}")
     if summary["routing"]:
-        print(f"\nrouting: {in_words(values_of(summary['routing']), config.experts)}")
+        layers = values_of(summary["routing"])
+        print(f"\nrouting: {in_words(layers, config.experts)}")
+        if line := advice(layers, config):
+            print(line)
         folders = [config.folder(), *([] if dense is None else [dense_beside(config).folder()])]
-        named = shlex.join(map(str, folders))
-        print(f"what experts follow: python -m experiments.report {named}")
+        words = [*map(str, folders), *["--trust"] * bool(code_of(config))]
+        print(f"what experts follow: python -m experiments.report {shlex.join(words)}")
         print("\nrouting, by MoE layer")
-        layers = [
+        means = [
             {name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]
         ]
         print(
-            pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(
+            pd.DataFrame(means, index=range(1, len(means) + 1)).T.to_string(
                 float_format="{:.3f}".format
             )
         )
+    flops, each = flops_of(summary)
     print(
         f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and "
-        f"{summary['flops']:,} FLOPs active in a forward pass; {summary['seconds']['mean']:.1f} s "
+        f"{flops:,.0f} FLOPs active {each}; {summary['seconds']['mean']:.1f} s "
         f"a seed; written to {config.folder()}"
     )
 

@@ -436,9 +436,9 @@ OF_MODEL = frozenset(
 
 ``conv`` says what a model is called with, too.
 """
-RECORDS = ("file", "digest")
+RECORDS = ("file", "digest", "contents")
 """What ``config.json`` holds beside the options: the name of your own graph's file, a digest of
-your own data."""
+your own data, and where that is of the names and sizes of images, one of what they contain."""
 
 
 def config_class(dataset: str) -> type[RunConfig]:

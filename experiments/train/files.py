@@ -119,13 +119,14 @@ def read_csv(path: Path, **options: Any) -> Any:
     """Read a table of at least one row by ``pandas.read_csv`` and its options."""
     import pandas as pd
 
-    with naming(path):
-        opened: Any = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rb") as file:
-            first = re.split(rb"[\r\n]", file.read(1 << 20), maxsplit=1)[0]
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with naming(path), opened(path, "rb") as file:
+        first = re.split(rb"[\r\n]", file.read(1 << 20), maxsplit=1)[0]
         if first.count(b",") >= MOST_COLUMNS:
             raise ValueError(f"more than {MOST_COLUMNS} columns; as many features fit into .npz")
-        table = pd.read_csv(path, **options)
+        file.seek(0)
+        # Not by its name, in which pandas takes a folder "~" for the user's home
+        table = pd.read_csv(file, **options)
         if table.empty or not isinstance(table.index, pd.RangeIndex):
             raise ValueError("has no rows, or more fields in a row than in the header")
         return table

@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 
 from experiments.train.build import build_model, costs_of, init_centroids
 from experiments.train.checkpoint import Checkpoint
-from experiments.train.config import RunConfig
+from experiments.train.config import GraphConfig, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import naming
@@ -101,6 +101,7 @@ def train_seed(
     # Runs it once, and so refuses what cannot run before anything is written
     costs = costs_of(model, config, task)
     keeps = has_predictions(config, model, task)
+    corrects = isinstance(config, GraphConfig) and config.correct_and_smooth
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
@@ -109,6 +110,7 @@ def train_seed(
             reached = fit(training, seed, folder, progress)
             test, routings = training.evaluate("test")
             val = reached.best_val
+            uncorrected = {"val": val, "test": test}
             if keeps:
                 val, test = from_first(
                     fabric, lambda: keep_predictions(training, folder, (val, test))
@@ -119,6 +121,7 @@ def train_seed(
             "metric": task.metric_name,
             "val": val,
             "test": test,
+            **({"uncorrected": uncorrected} if corrects else {}),
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
             "peak_memory": torch.cuda.max_memory_allocated(fabric.device) // 2**20

@@ -310,7 +310,7 @@ def differing_options(config: RunConfig, preset: RunConfig) -> list[str]:
     for option in fields(config):
         name, value, usual = option.name, getattr(config, option.name), getattr(preset, option.name)
         flag = f"--{name.replace('_', '-')}"
-        if value == usual or (name in WHERE and name != "data_root"):
+        if value == usual or (name in WHERE and name not in ("data_root", "offline")):
             continue
         if name == "options":
             for own, given in vars(value).items():

@@ -34,10 +34,12 @@ class Summary(TypedDict):
     metric: str
     val: Spread
     test: Spread
+    uncorrected: NotRequired[dict[str, Spread]]  # val and test before correct-and-smooth
     best_epoch: Spread
     seconds: Spread
     peak_memory: NotRequired[int | None]  # of the GPU, MiB
     flops: int  # before training, the mean over seeds; of older runs the first seed's
+    images: NotRequired[int | None]  # in the batch that these are of
     parameters: int
     active_parameters: int
     matched: NotRequired[float | None]
@@ -57,10 +59,12 @@ class Result(TypedDict):
     metric: str
     val: float
     test: float
+    uncorrected: NotRequired[dict[str, float]]  # val and test before correct-and-smooth
     best_epoch: int
     seconds: float
     peak_memory: int | None
     flops: int
+    images: NotRequired[int | None]  # in the batch that these are of
     parameters: int
     active_parameters: int
     matched: float | None
@@ -68,6 +72,14 @@ class Result(TypedDict):
     steps: int
     routing: list[dict[str, Any]]
     curve: dict[str, list[float]]
+
+
+def flops_of(summary: Summary) -> tuple[float, str]:
+    """Active FLOPs per image, or of anything else, and of older runs, per forward pass."""
+    images = summary.get("images")
+    if images is None:
+        return summary["flops"], "per forward pass"
+    return summary["flops"] / images, "per image"
 
 
 def spread(values: list[float]) -> Spread:

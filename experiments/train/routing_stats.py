@@ -19,6 +19,7 @@ from torch_geometric.utils import degree, remove_self_loops, scatter
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
 from experiments.train.build import SoftMLP
+from experiments.train.config import RunConfig
 from experiments.train.data.task import Task
 from gmoe import MoE, MoEConv, Routing, RoutingStats
 from gmoe.from_base import FromBase
@@ -30,6 +31,9 @@ BINS = 8
 
 BALANCED, MISSED, LOOSELY, FOLLOWED = 2.0, 0.01, 0.1, 0.3
 """What :func:`in_words` calls balanced, mentions as missed, calls loosely followed and followed."""
+
+COLLAPSED = 0.9
+"""The share of the pairs from which on :func:`advice` says that an expert has nearly all."""
 
 IN_WORDS = (
     "An expert is used if it gets a token. Experts are balanced if all are used and none takes "
@@ -232,6 +236,31 @@ def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> s
     *names, last = [name for key, (name, _) in PROPERTIES.items() if key in known]
     others = f"{', '.join(names)} or " if names else ""
     return f"{text}; they do not follow {others}{last} ({measure} at most {value:.2f})"
+
+
+def advice(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -> str:
+    """What to do where few experts have nearly all tokens, in one sentence; else nothing.
+
+    Few are a quarter of them, or K if that is more; ``layers`` are those of :func:`in_words`.
+    """
+    total = int(max(max(layer.get("experts", [config.experts])) for layer in layers))
+    used = total - int(max(dead for layer in layers for dead in layer["dead"]))
+    peak = max(
+        (peak for layer in layers for peak in layer.get("max_over_mean_load", [])), default=1
+    )
+    if peak >= COLLAPSED * total:  # the others get a few tokens
+        used = 1
+    if total == 1 or used >= total or used > max(total // 4, config.k):
+        return ""
+    takes, more = ("takes" if used == 1 else "take"), "--router expert_choice"
+    if config.router == "token_choice" and config.options.balance != "bias":
+        more = f"--balance bias or {more}"
+    if config.model is not None:
+        more = "a balance in your model's router"
+    return (
+        f"{used} of {total} experts {takes} nearly all tokens, as a dense layer does: train with "
+        f"{more} to use the others, and if that gains nothing, take --router dense."
+    )
 
 
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:

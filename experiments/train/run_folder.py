@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,14 @@ def described(config: RunConfig) -> dict[str, Any]:
             (root / part for part in IMAGE_FOLDERS[config.dataset] if (root / part).is_dir()), root
         )
         files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
+        there = list[tuple[Path, int, int]]()
         for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
             if (base / file).is_file():
-                digest.update(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n"))
+                state = (base / file).stat()
+                there.append((base / file, state.st_size, state.st_mtime_ns))
+                digest.update(os.fsencode(f"{file.as_posix()} {state.st_size}\n"))
+        if there:
+            found["contents"] = contents_of(tuple(there))
     elif config.dataset.startswith("ogbn-"):
         planted = root / config.dataset.replace("-", "_") / "PLANTED.txt"
         digest.update(planted.read_bytes() if planted.exists() else b"")
@@ -91,6 +97,20 @@ def described(config: RunConfig) -> dict[str, Any]:
             digest.update(file.read_bytes())
     has_data = digest.digest() != hashlib.sha256().digest()
     return found | {"digest": digest.hexdigest()[:16] if has_data else None}
+
+
+@lru_cache(maxsize=2)
+def contents_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """A digest of what files contain, of which sizes and times of writing are given.
+
+    A run asks for it several times, and reads them again only where one was written meanwhile.
+    """
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()[:16]
 
 
 def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -102,7 +122,11 @@ def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tup
     pairs = {
         name: (other.get(name), value) for name, value in vars(config).items() if name not in WHERE
     }
-    pairs |= {name: (there.get(name), here.get(name)) for name in (*RECORDS, "workers")}
+    pairs |= {
+        name: (there.get(name), here.get(name))
+        for name in (*RECORDS, "workers")
+        if name != "contents" or name in there  # which older runs lack
+    }
     return {name: (theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours}
 
 
@@ -112,6 +136,9 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
     A ``ValueError`` if another run lies there.
     """
     folder = config.folder()
+    # Or Fabric finds no place for the checkpoint, after the training
+    is_path = "::" not in str(folder.absolute())
+    check(is_path, "out", folder, "a path without '::', which fsspec takes for several")
     path, summary = folder / "config.json", folder / "summary.json"
     if not path.exists():
         return None, {}
@@ -160,7 +187,7 @@ class RunFolder:
 
     def load_task(self) -> Task:
         """The data, as the first seed saw them; an error where others or none are there."""
-        if described(self.config).get("digest") != self.science.get("digest"):
+        if {"digest", "contents"} & differences_of(self.config, self.science).keys():
             where = f"{self.config.data_root}: has not the data that {self.folder} was trained on"
             raise ValueError(f"{where}; give another --data-root")
         return load_tasks(self.config)(self.config.seeds[0])
@@ -180,8 +207,7 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
     """Read a run folder; a ``ValueError`` names the file that is missing or broken.
 
     ``data_root`` is where the data of the run are here (default: where it was trained on them,
-    or ``data``). Without ``trust``, a run whose router, model or data are code in the folder
-    itself is refused.
+    or ``data``). Without ``trust``, a run is refused whose ``config.json`` names code.
     """
     check_finished(folder)
     path, where = folder / "config.json", folder / "where.json"
@@ -200,7 +226,7 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
         check_same(path, science, summary["config"])
         config, layers = read_options(path, data_root), len(summary["routing"])
         if not trust:
-            check_trusted(config, folder)
+            check_trusted(config, path)
         history = (
             _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers)
             if layers

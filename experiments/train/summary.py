@@ -32,6 +32,7 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
         "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
         # Which differ where they follow from the routing
         "flops": round(statistics.fmean(result["flops"] for result in results)),
+        "images": first.get("images"),
         **{name: first[name] for name in costs},
         "routing": [_spreads(layers) for layers in zip(*routings, strict=True)],
         "curve": {
@@ -41,6 +42,11 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
         "config": described(config),
         "environment": environment(),
     }
+    if all("uncorrected" in result for result in results):  # which older ones lack
+        found["uncorrected"] = {
+            part: spread([result["uncorrected"][part] for result in results])
+            for part in ("val", "test")
+        }
     return found
 
 

@@ -1,15 +1,14 @@
-"""Code that the user names: found, and refused where somebody else may have put it."""
+"""Code that the user names: found, and refused where a file names it."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import pkgutil
 import re
 import sys
 import traceback
+from collections.abc import Collection
 from functools import cache
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,16 +65,15 @@ def raised(error: Exception, *names: str) -> str:
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
-def check_trusted(config: RunConfig, folder: Path) -> None:
-    """Refuse a run whose folder holds the code that its configuration names.
+def check_trusted(config: RunConfig, file: Path, given: Collection[str] = ()) -> None:
+    """Refuse code that a file names, wherever it lies, but for options that are ``given``.
 
-    Somebody else may have put it there, and it would run with all rights of the user.
+    Somebody else may have written the file, and the code would run with all rights of the user.
     """
     for option, name in _named(config):
-        if name is not None and ":" in name and _code_lies_in(name.rpartition(":")[0], folder):
-            legal = "code that lies elsewhere, or --trust after you read it"
-            got = f"{name!r}, code in the run folder {folder}"
-            raise ValueError(f"{option}: got {got}, expected {legal}")
+        if name is not None and ":" in name and option not in given:
+            got = f"{name!r}, code that {file} names"
+            raise ValueError(f"{option}: got {got}, expected --trust after you read that code")
 
 
 def _named(config: RunConfig) -> list[tuple[str, str | None]]:
@@ -84,24 +82,6 @@ def _named(config: RunConfig) -> list[tuple[str, str | None]]:
         (option, getattr(config, option)) for option in ("router", "equal_to", "model", "data")
     ]
     return found + [("conv", conv) for conv in getattr(config, "conv", ())]
-
-
-def _code_lies_in(where: str, folder: Path) -> bool:
-    """Whether a file, or a module or a package that it is in, would be imported from a folder."""
-    paths = [Path(where)]
-    if not where.endswith(".py"):
-        parts, paths = where.split("."), []
-        for entry, depth in product(sys.path, range(1, len(parts) + 1)):
-            place = Path(entry, *parts[:depth])  # a package, or a file of this name
-            paths += [place] if place.exists() else []
-            paths += place.parent.glob(f"{place.name}.*")
-    inside = [Path(os.path.abspath(folder)), folder.resolve()]  # a link may lead in or out
-    return any(
-        way.is_relative_to(one)
-        for path in paths
-        for way in (Path(os.path.abspath(path)), path.resolve())
-        for one in inside
-    )
 
 
 @cache

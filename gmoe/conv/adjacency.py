@@ -80,8 +80,13 @@ def read_sparse(matrix: Tensor | SparseTensor, num_src: int, num_dst: int, flow:
     """The edges from a matrix, whose rows are the destinations.
 
     Raises:
-        ValueError: a matrix of another shape, or another flow than PyG's default.
+        ValueError: a matrix of another shape, or another flow than PyG's default; a matrix in an
+            exported model, which torch does not trace.
     """
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "torch.export: got a sparse matrix, expected edge_index of shape (2, number of edges)"
+        )
     shape = (matrix.size(0), matrix.size(1))
     nodes = (num_dst, num_src)
     if shape != nodes or flow != "source_to_target":

@@ -16,6 +16,37 @@ from torch_geometric.utils import is_sparse
 from gmoe._checks import check_counts, nearest, parameters_of
 from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.graph import Graph
+from gmoe.conv.kinds import OWN_NETWORK, ConvFactory, factory_of
+
+
+def given_widths(
+    kinds: Iterable[str | ConvFactory],
+    in_channels: object,
+    out_channels: object,
+    conv_kwargs: Mapping[str, object],
+) -> tuple[Any, Any]:
+    """The widths of a layer, which must be given; and say what else was meant if they are not.
+
+    Args:
+        kinds: the kind of each expert.
+        in_channels: of the layer; ``None`` if it was not given.
+        out_channels: likewise.
+        conv_kwargs: the arguments of the convs.
+
+    Raises:
+        ValueError: an instance for a kind; a network, or nothing, for a width.
+    """
+    for kind in kinds:
+        factory_of(kind)  # says what to give in place of an instance
+    networks = [name for name, value in conv_kwargs.items() if isinstance(value, nn.Module)]
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if isinstance(value, nn.Module):
+            got = type(value).__name__
+            raise ValueError(f"{name}: got a {got}, expected a whole number; {OWN_NETWORK}")
+        if value is None:
+            hint = f", beside {networks[0]}; {OWN_NETWORK}" if networks else ""
+            raise ValueError(f"{name}: got nothing, expected a whole number{hint}")
+    return in_channels, out_channels
 
 
 def two_widths(in_channels: object) -> tuple[int, int]:

@@ -56,7 +56,7 @@ class FilterConv(MessagePassing):
         bias: bool = True,
     ) -> None:
         check_choice("filter", filter, FilterName)
-        check_counts(hops=hops)
+        check_counts(in_channels=in_channels, out_channels=out_channels, hops=hops)
         if filter == "identity" and hops > 1:
             raise ValueError(f"hops: got {hops} with filter='identity', expected 1")
         super().__init__(aggr="add")
@@ -124,10 +124,12 @@ class MLPConv(MessagePassing):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        width = in_channels[1] if isinstance(in_channels, tuple | list) else in_channels
+        hidden = out_channels if hidden_channels is None else hidden_channels
+        check_counts(in_channels=width, out_channels=out_channels, hidden_channels=hidden)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.hidden_channels = out_channels if hidden_channels is None else hidden_channels
-        width = in_channels if isinstance(in_channels, int) else in_channels[1]
+        self.hidden_channels = hidden
         self.up = nn.Linear(width, self.hidden_channels, bias=bias)
         self.down = nn.Linear(self.hidden_channels, out_channels, bias=bias)
 

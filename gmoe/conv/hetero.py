@@ -17,7 +17,7 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import autocasts, refuse_transforms
-from gmoe._checks import check_counts, described
+from gmoe._checks import check_counts, described, says_what_misfits, shown
 from gmoe._torch import dtype_of
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.graph import Graph
@@ -59,6 +59,7 @@ class RelationalConv(nn.Module):
         ValueError: metadata, widths or edges that do not fit.
     """
 
+    @says_what_misfits
     def __init__(
         self,
         in_channels: int | Mapping[NodeType, int],
@@ -213,6 +214,7 @@ class HeteroMoEConv(MoELayer):
         >>> loss = task_loss(h_dict) + gmoe.aux_loss(routings.values())
     """
 
+    @says_what_misfits
     def __init__(
         self,
         in_channels: int | Mapping[NodeType, int],
@@ -367,8 +369,14 @@ def checked_metadata(metadata: Metadata) -> tuple[list[NodeType], list[EdgeType]
     """The node types, and the edge types between them.
 
     Raises:
-        ValueError: no node types; a type that occurs twice; an edge type between unknown types.
+        ValueError: no node types; a type that occurs twice; an edge type between unknown types;
+            something else.
     """
+    if not isinstance(metadata, tuple | list) or len(metadata) != 2:
+        raise ValueError(
+            f"metadata: got {shown(metadata)}, expected node types and edge types, as "
+            "data.metadata() gives them, behind in_channels and out_channels"
+        )
     node_types = list(metadata[0])
     edge_types = [tuple(edge_type) for edge_type in metadata[1]]
     is_unique = len({*node_types, *edge_types}) == len(node_types) + len(edge_types)

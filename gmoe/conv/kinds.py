@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import check_choice, check_counts, nearest
+from gmoe._checks import check_choice, check_counts, nearest, refuse_computed
 from gmoe.conv import aggregate, attention
 from gmoe.conv.base import StackedExperts
 from gmoe.conv.convs import FilterConv, MLPConv
@@ -319,7 +319,7 @@ class Make:
                     f"num_experts={value}"
                 )
         for option, value in kwargs.items():
-            _check_option(option, value, factory)
+            check_option(option, value, factory)
         try:
             conv = factory(*args, **kwargs)
         except (TypeError, AttributeError, AssertionError) as error:
@@ -331,11 +331,26 @@ class Make:
                 f"({error}); expected {expected}"
             ) from error
         _check_forward(conv)
+        refuse_computed("conv", name, conv)
         return conv
 
 
-def _check_option(option: str, value: object, factory: ConvFactory) -> None:
-    """Refuse a keyword argument that, by their signatures, neither layer nor conv has."""
+def check_option(
+    option: str,
+    value: object,
+    factory: ConvFactory,
+    owner: str = "MoEConv",
+    of_owner: Iterable[str] = (),
+) -> None:
+    """Refuse a keyword argument that, by their signatures, neither layer nor conv has.
+
+    Args:
+        option: its name.
+        value: its value.
+        factory: makes the conv.
+        owner: what was called with it.
+        of_owner: arguments of that, beside those of a layer, suggested if one is mistyped.
+    """
     parameters = inspect.signature(factory).parameters
     names = set(parameters)
     cls = class_of(factory)
@@ -350,9 +365,9 @@ def _check_option(option: str, value: object, factory: ConvFactory) -> None:
     if any(option in inspect.signature(router).parameters for router in ROUTERS.values()):
         hint = f"; a router's options are given as router_kwargs={{{option!r}: ...}}"
     else:
-        hint = nearest(option, (*sorted(names), *OPTIONS))
+        hint = nearest(option, (*sorted(names), *OPTIONS, *of_owner))
     raise ValueError(
-        f"{option}: got {value!r}, expected an argument of MoEConv or of {name_of(factory)}{hint}"
+        f"{option}: got {value!r}, expected an argument of {owner} or of {name_of(factory)}{hint}"
     )
 
 
@@ -455,7 +470,8 @@ def factory_of(conv: str | ConvFactory) -> ConvFactory:
             f"conv: got an instance of {name}, expected the class, {name}, or a factory "
             "(in_channels, out_channels) -> conv that makes a new one for each expert"
         )
-    if not callable(conv):
+    is_other_class = isinstance(conv, type) and not issubclass(conv, nn.Module)
+    if not callable(conv) or is_other_class:
         raise ValueError(f"conv: got {conv!r}, expected {CONV_VALUES}")
     cls = conv
     options: Mapping[str, object] = {}

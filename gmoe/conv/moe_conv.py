@@ -32,6 +32,7 @@ from gmoe._checks import (
 from gmoe.conv.arguments import (
     by_position,
     check_attention,
+    given_widths,
     num_destinations,
     refuse_hook,
     refuse_unknown_in_call,
@@ -43,7 +44,7 @@ from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.call import Call
 from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import OWN_NETWORK, ConvLike, Make, kind_of, kinds_of
+from gmoe.conv.kinds import ConvLike, Make, kind_of, kinds_of
 from gmoe.conv.open_widths import OpenWidths
 from gmoe.conv.router_input import (
     RouterInput,
@@ -187,7 +188,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
     def __init__(
         self,
         conv: ConvLike,
-        in_channels: int | tuple[int, int],
+        in_channels: int | tuple[int, int] | None = None,
         out_channels: int | None = None,
         *conv_args: Any,
         num_experts: int | None = None,
@@ -202,12 +203,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        if isinstance(in_channels, nn.Module):
-            name = type(in_channels).__name__
-            raise ValueError(f"in_channels: got a {name}, expected a whole number; {OWN_NETWORK}")
-        if out_channels is None:
-            raise ValueError("out_channels: got nothing, expected a whole number")
         kinds = kinds_of(conv, num_experts)
+        in_channels, out_channels = given_widths(kinds, in_channels, out_channels, conv_kwargs)
         check_counts(k=k, out_channels=out_channels)
         if k > len(kinds):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")

@@ -25,7 +25,7 @@ from torch_geometric.sampler import (
 from torch_geometric.sampler.neighbor_sampler import edge_sample, node_sample
 from torch_geometric.typing import EdgeType, NodeType
 
-from gmoe._checks import check_choice, described, is_whole
+from gmoe._checks import check_choice, described, is_whole, shown
 from gmoe.conv.graph import Graph
 from gmoe.data.positions import SeparatePositions, SharedPositions
 from gmoe.data.stored import StoredGraph, check_nodes
@@ -447,6 +447,11 @@ def _subsets(size_L: Tensor, k: int) -> Tensor:
 
 def count_nodes(store: Data | NodeStorage | StoredGraph) -> int:
     """The number of nodes of a graph or of a type, which PyG cannot always tell."""
-    if store.num_nodes is None:
-        raise ValueError(f"data: got {store} without a number of nodes, expected num_nodes")
-    return int(store.num_nodes)
+    # A class has a property, not a number.
+    number = None if isinstance(store, type) else getattr(store, "num_nodes", None)
+    if number is None:
+        raise ValueError(
+            f"data: got {shown(store)} without a number of nodes, expected a graph of PyG's or a "
+            "StoredGraph, with num_nodes"
+        )
+    return int(number)

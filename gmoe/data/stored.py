@@ -102,6 +102,7 @@ class StoredGraph(FeatureStore, GraphStore):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
+        check(isinstance(folder, str | Path), "folder", described(folder), "a path")
         self.folder = Path(folder).absolute()
         path = self.folder / "graph.json"
         try:

@@ -17,7 +17,7 @@ from torch_geometric.nn import JumpingKnowledge, MessagePassing
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts, parameters_of
+from gmoe._checks import check_choice, check_counts, parameters_of, says_what_misfits
 from gmoe.conv.build import Trial
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
@@ -27,6 +27,7 @@ from gmoe.conv.kinds import (
     Make,
     base_kind_of,
     by_name,
+    check_option,
     class_of,
     factory_of,
     kind_of,
@@ -119,6 +120,9 @@ class GNNMoE(HubMixin, nn.Module):
         - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True``
           (one per MoE layer; one in all with ``shared_router``).
         - ``routings``: such a list, of an earlier call on the same nodes; no router is asked.
+        - ``num_sampled_nodes_per_hop``, ``num_sampled_edges_per_hop``: of a sampled batch, as in
+          PyG: later layers leave out what no longer reaches the seeds. Where experts choose, they
+          choose among the nodes that are left.
 
     Raises:
         ValueError: no layer would be a MoE; a router instance for several layers; a conv whose
@@ -130,6 +134,7 @@ class GNNMoE(HubMixin, nn.Module):
         >>> loss = F.cross_entropy(logits, y) + gmoe.aux_loss(routings)
     """
 
+    @says_what_misfits
     def __init__(
         self,
         in_channels: int,
@@ -185,6 +190,7 @@ class GNNMoE(HubMixin, nn.Module):
 
         # 2. Sort the arguments: those of MoEConv, and those that are left for its convs.
         moe_kwargs = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
+        _check_options(conv, conv_kwargs)
         self.local = moe_kwargs.get("local")
         moe_kwargs["num_experts"] = len(kinds_of(conv, num_experts))
         moe_kwargs["k"] = k
@@ -277,6 +283,16 @@ class GNNMoE(HubMixin, nn.Module):
             edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow
         )
 
+    def _check_trimming(self, num_sampled_nodes_per_hop: list[int]) -> None:
+        """Refuse to trim where a later layer routes by the mean of all nodes of a graph."""
+        is_routed_later = any(isinstance(conv, MoEConv) for conv in self.convs[1:])
+        if "graph" in self.router_input and self.shared_router is None and is_routed_later:
+            raise ValueError(
+                f"num_sampled_nodes_per_hop: got {num_sampled_nodes_per_hop} with "
+                "router_input='graph' and a router in each layer, expected None, or "
+                "shared_router=True: a later layer would route by the mean of fewer nodes"
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -302,6 +318,8 @@ class GNNMoE(HubMixin, nn.Module):
 
         layers = sum(isinstance(conv, MoEConv) for conv in self.convs)
         routers = layers if self.shared_router is None else 1
+        if num_sampled_nodes_per_hop is not None and routings is None:
+            self._check_trimming(num_sampled_nodes_per_hop)
         given = [] if routings is None else checked_routings(routings, routers, "router")
         is_shared = self.shared_router is not None
         decision = given[0] if given and is_shared else self.route_once(x, graph, batch)
@@ -411,6 +429,15 @@ class GNNMoE(HubMixin, nn.Module):
 def _named_classes(k: int, conv_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The classes of convs and routers that a model is saved with by their names."""
     return by_name() | saved_by_name(conv_kwargs["start"], k, conv_kwargs.get("router_kwargs"))
+
+
+def _check_options(conv: ConvLike, conv_kwargs: Mapping[str, object]) -> None:
+    """Refuse what is an argument of neither the model nor its layers nor their convs."""
+    kind = kinds_of(conv, None)[0]  # of several kinds, the layers check the others
+    for option, value in conv_kwargs.items():
+        check_option(
+            option, value, factory_of(kind), "GNNMoE", inspect.signature(GNNMoE).parameters
+        )
 
 
 def _start_of(

@@ -6,6 +6,7 @@ Shapes: N nodes of a type, D width, E experts, K experts per node.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,7 +17,16 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import INTEGERS, check_counts, check_range, described, parameters_of
+from gmoe._checks import (
+    INTEGERS,
+    check_counts,
+    check_range,
+    described,
+    nearest,
+    parameters_of,
+    says_what_misfits,
+    shown,
+)
 from gmoe._torch import dtype_of
 from gmoe.conv import hetero
 from gmoe.conv.graph import Graph
@@ -98,6 +108,7 @@ class HeteroGNNMoE(nn.Module):
         >>> loss = F.cross_entropy(logits, data["paper"].y) + gmoe.aux_loss(routings)
     """
 
+    @says_what_misfits
     def __init__(
         self,
         in_channels: int | Mapping[NodeType, int],
@@ -116,6 +127,7 @@ class HeteroGNNMoE(nn.Module):
         residual: Residual = "identity",
         **moe_kwargs: Any,
     ) -> None:
+        _check_options(moe_kwargs)
         check_counts(hidden_channels=hidden_channels, num_layers=num_layers)
         if isinstance(router, Router):
             raise ValueError(
@@ -286,6 +298,20 @@ class NodeEmbedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
+
+
+def _check_options(moe_kwargs: Mapping[str, object]) -> None:
+    """Refuse what is no option of a layer: without experts, no layer would ask for it."""
+    parameters = inspect.signature(HeteroMoEConv).parameters.values()
+    of_layers = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY} - {"out_types"}
+    for name, value in moe_kwargs.items():
+        if name not in of_layers:
+            own = inspect.signature(HeteroGNNMoE).parameters
+            hint = nearest(name, sorted({*own, *of_layers}))
+            raise ValueError(
+                f"{name}: got {shown(value)}, expected an argument of HeteroGNNMoE or of "
+                f"HeteroMoEConv{hint}"
+            )
 
 
 def _types_by_depth(

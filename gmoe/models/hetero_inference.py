@@ -18,6 +18,7 @@ from tqdm import tqdm
 from gmoe._checks import check_counts
 from gmoe.conv.graph import Graph
 from gmoe.conv.hetero import HeteroMoEConv, graph_of
+from gmoe.models.inference import stored_edges
 from gmoe.routing import Routing
 
 
@@ -39,8 +40,8 @@ def inference(
 
     Args:
         loader: a graph; or a loader, whose graph and batch size are used, but not its sampler. The
-            graph has ``edge_index`` of the model's relations, ``x`` of the types with features, and
-            ``batch`` if it is a ``Batch``.
+            graph has ``edge_index`` or ``adj_t`` of the model's relations, ``x`` of the types with
+            features, and ``batch`` if it is a ``Batch``.
         device: where chunks are computed (default: where the model is); the features of all nodes
             stay on the CPU.
         progress_bar: show one (default ``False``).
@@ -51,8 +52,9 @@ def inference(
         What :meth:`forward` returns, the logits on the CPU.
 
     Raises:
-        ValueError: no ``HeteroData``; relations that the model does not know; another number of
-            nodes than the model has embeddings; features that do not fit.
+        ValueError: no ``HeteroData``; relations that the model does not know, without edges, or
+            with both ``edge_index`` and ``adj_t``; another number of nodes than the model has
+            embeddings; features that do not fit.
     """
     data = loader if isinstance(loader, HeteroData) else getattr(loader, "data", loader)
     if not isinstance(data, HeteroData):
@@ -130,10 +132,10 @@ class _LayerByLayer:
         # Sort the edges once for all layers; those that no layer needs are not read.
         for relation in self.model.convs[-1].edge_types:
             if {relation[0], relation[-1]} <= h_dict.keys():
-                none = torch.empty(2, 0, dtype=torch.long)
-                store = self.data[relation] if relation in self.data.edge_types else {}
-                edge_index = store["edge_index"].cpu() if "edge_index" in store else none
-                self.graphs[relation] = graph_of(relation, edge_index, h_dict)
+                edges: Any = torch.empty(2, 0, dtype=torch.long)  # of an absent relation
+                if relation in self.data.edge_types:
+                    edges = stored_edges(self.data[relation], relation).cpu()
+                self.graphs[relation] = graph_of(relation, edges, h_dict)
         return h_dict
 
     def layer(self, layer: int, h_dict: dict[NodeType, Tensor]) -> dict[NodeType, Tensor]:

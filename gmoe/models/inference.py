@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import BatchNorm, LayerNorm
+from torch_geometric.typing import Adj
 from tqdm import tqdm
 
 from gmoe._checks import check_counts
@@ -84,8 +85,7 @@ def inference(
 
     Args:
         loader: a graph; or a node loader, whose graph and batch size are used, but not its sampler.
-            A graph in memory has ``x``, ``edge_index``, and, if the convs take them,
-            ``edge_weight``, ``edge_attr`` and ``batch``. Or a stored graph.
+    X
         device: where chunks are computed (default: where the model is); the features of all nodes
             stay on the CPU.
         progress_bar: show one (default ``False``).
@@ -99,7 +99,8 @@ def inference(
     Raises:
         ValueError: for a stored graph, no ``folder``; ``return_routing``, which would take memory
             for all nodes; a model in training; a router, norm, ``jk``, ``flow`` or number of hops
-            that needs all nodes at once, by name. A graph in memory with a ``folder``.
+            that needs all nodes at once, by name. A graph in memory with a ``folder``, or with
+            both ``edge_index`` and ``adj_t``.
         RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
     """
     data = loader if isinstance(loader, Data | StoredGraph) else getattr(loader, "data", loader)
@@ -114,9 +115,10 @@ def inference(
     if not isinstance(data, StoredGraph):
         if folder is not None:
             raise ValueError(f"folder: got {str(folder)!r} for a graph in memory, expected None")
-        if not isinstance(data, Data) or data.x is None or data.edge_index is None:
+        if not isinstance(data, Data) or data.x is None:
             raise ValueError(
-                f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index"
+                f"loader: got one over {type(data).__name__}, expected a Data with x, and with "
+                "edge_index or adj_t"
             )
         run = InMemory(model, data, device, batch_size, progress_bar)
         logits = model.run_layers(run.features, run.layer)
@@ -141,6 +143,24 @@ def inference(
         # Replacing is atomic: a reader opens the old file or the new one, and keeps what it opened.
         stored_run.last_file.replace(folder / "logits.npy")
     return logits
+
+
+def stored_edges(store: Any, name: object = "the graph") -> Adj:
+    """The edges that a graph or one of its relations holds, in the form in which it holds them.
+
+    Args:
+        store: the graph or the relation.
+        name: of it, for an error.
+
+    Raises:
+        ValueError: none; or two forms, which may be of different edges.
+    """
+    forms = [name for name in ("edge_index", "adj_t") if store.get(name) is not None]
+    if len(forms) != 1:
+        got = " and ".join(forms) or "neither"
+        raise ValueError(f"loader: got {got} in {name}, expected edge_index or adj_t")
+    edges: Adj = store[forms[0]]
+    return edges
 
 
 class _LayerByLayer(ABC):
@@ -200,7 +220,7 @@ class InMemory(_LayerByLayer):
             name: data.get(name) if model._takes(name) else None
             for name in ("edge_weight", "edge_attr")
         }
-        self.graph: Graph = model._graph(data.x, data.edge_index, **edge_args).to("cpu")
+        self.graph: Graph = model._graph(data.x, stored_edges(data), **edge_args).to("cpu")
         super().__init__(model, self.graph.num_dst, device, batch_size, progress_bar)
         self.features: Tensor = data.x.cpu()
         self.batch = None if data.get("batch") is None else data.batch.to(device)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gmoe._checks import check_counts
+from gmoe._checks import check_counts, says_what_misfits
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -98,6 +98,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         >>> loss = F.cross_entropy(logits, labels) + gmoe.aux_loss(routings)
     """
 
+    @says_what_misfits
     def __init__(
         self,
         size: ViTSize | Mapping[str, int] | int,

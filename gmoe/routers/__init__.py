@@ -103,7 +103,8 @@ def build_router(
     if isinstance(router, str):
         check_choice("router", router, ROUTERS, ALSO_CALLED)
         router = ROUTERS[router]
-    if not callable(router):
+    is_other_class = isinstance(router, type) and not issubclass(router, Router)
+    if not callable(router) or is_other_class:
         raise ValueError(f"router: got {router!r}, expected a name, a factory or an instance")
     signature = inspect.signature(router)
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
@@ -285,3 +290,51 @@ def test_a_part_of_copies_keeps_what_it_writes_to_itself() -> None:
     for _ in range(2):
         layer(torch.randn(5, 4))
     assert activation.calls == before + 2
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    meeting = tmp_path_factory.mktemp("gloo") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def experts_of_mlps() -> Any:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(WIDTH, 6), nn.GELU(), nn.Linear(6, WIDTH))
+    model = nn.ModuleDict({"mlp": mlp})
+    return gmoe.moefy(model, targets="mlp", num_experts=EXPERTS, start="copies")["mlp"]  # type: ignore[index]
+
+
+SHARDED: dict[str, Any] = {
+    **{kind: partial(trained, kind) for kind in ("gcn", "sage", "gat", "gin")},
+    "MLP": experts_of_mlps,
+}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("name", SHARDED)
+def test_each_part_is_run_in_shards_or_refused(name: str) -> None:
+    """What holds a base or a difference alone is refused: nothing calls it, and gathers it."""
+    whole = SHARDED[name]().eval()
+    x = features(NODES, WIDTH).to(next(whole.parameters()))
+    args = (x,) if name == "MLP" else (x, EDGES)
+    expected = whole(*args)
+    paths = [path for path, part in whole.named_modules() if any(True for _ in part.parameters())]
+    refused = []
+    for path in paths:
+        layer = SHARDED[name]().eval()
+        fully_shard(layer.get_submodule(path), mesh=init_device_mesh("cpu", (1,)))
+        if path.startswith(("experts.base", "experts.differences")):
+            refused.append(path)
+            with pytest.raises(ValueError, match=r"^experts: got [\w.]+ of the \w+ in shards"):
+                layer(*args)
+            continue
+        y = layer(*args)
+        torch.testing.assert_close(y, expected)
+        y.sum().backward()
+    assert {"", "experts", "router"} <= set(paths) - set(refused)
+    assert len(refused) >= 4

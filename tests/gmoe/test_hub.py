@@ -128,6 +128,19 @@ def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
         gmoe.GNNMoE.from_pretrained(tmp_path, hidden_channels=12)
 
 
+@pytest.mark.parametrize(
+    "make", [partial(GNN, shared_router=True), partial(GNN, num_layers=3), partial(gmoe.ViTMoE, 8)]
+)
+def test_an_option_of_a_router_that_was_changed_is_refused(make: Any, tmp_path: Path) -> None:
+    """The configuration would not hold it."""
+    model = make(router="expert_choice", start="shared")
+    model.save_pretrained(tmp_path)
+    router: Any = next(part for part in model.modules() if isinstance(part, gmoe.Router))
+    router.selection.capacity_factor = 2.0
+    with pytest.raises(ValueError, match=r"^selection\.capacity_factor: got 2\.0 of "):
+        model.save_pretrained(tmp_path)
+
+
 def check_refused(folder: Path, model: Any, name: str) -> None:
     """One of two types of error, and the file in its message, which is one line."""
     where = re.escape(str(folder / name))

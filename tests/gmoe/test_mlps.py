@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a norm in front of the activation": (NormBeforeActivation, "a NormBeforeActivation of"),
     "a part that experts lack": (lambda: GlobalResponseNormMlp(8, 12), "a GlobalResponseNormMlp"),
-    "convolutions": (lambda: Mlp(8, 12, use_conv=True), "a Mlp without linear layers"),
+    "convolutions": (lambda: Mlp(8, 12, use_conv=True), "a Mlp of convolutions"),
     "an unknown activation": (Sine, "a Sine .* whose activation is not a known one"),
     "two arguments": (TwoArguments, "a TwoArguments .* which fails on tokens alone"),
 }

@@ -191,6 +191,14 @@ def test_many_experts_have_as_many_colors() -> None:
     assert len(set(palette(num_experts=30))) == 30
 
 
+def test_no_expert_is_gray_and_no_two_are_alike() -> None:
+    """Gray stands for what has no expert, in every figure."""
+    for num_experts in range(1, 257):
+        colors = palette(num_experts=num_experts)
+        assert len(set(colors)) == num_experts
+        assert min(max(color) - min(color) for color in colors) > 0.14  # pale violet
+
+
 def test_loads_of_routings_and_of_stats_are_the_same() -> None:
     """Three steps in which 1/5, 2/5 and 3/5 of the tokens go to the first expert."""
     steps = [

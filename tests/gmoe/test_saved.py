@@ -275,6 +275,54 @@ def test_a_router_without_a_name_is_refused(router: Any, tmp_path: Path) -> None
     assert not (tmp_path / "model").exists()
 
 
+def options_of(router: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The attributes that may say what a router does: of it and of its parts."""
+    return [
+        (part, name)
+        for part in router.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float | str | None)
+        and not name.startswith("_")
+        and name not in ("training", "process_group")
+        and name != "dim"  # with another one, the router takes no tokens
+    ]
+
+
+def another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return f"not {value}"
+    return 0.5 if value is None else value + 1
+
+
+@pytest.mark.parametrize("kept", [None, [0, 2]], ids=["whole", "pruned"])
+@pytest.mark.parametrize("base", ["timm", "PyG GraphSAGE"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_of_a_router_that_was_changed_is_refused(
+    options: str, base: str, kept: list[int] | None, tmp_path: Path
+) -> None:
+    """Each by itself; the file would not hold it."""
+    model = made(base, **OPTIONS[options])
+    if kept is not None:
+        for group in groups_of(model):
+            group.keep(kept)
+    gmoe.save(model, tmp_path)
+    layer: Any = next(part for part in model.modules() if isinstance(part, gmoe.MoELayer))
+    changes = options_of(layer.router)
+    assert len(changes) > 5
+    for part, name in changes:
+        before = getattr(part, name)
+        setattr(part, name, another(before))
+        if name == "check_finite":  # it changes no output
+            gmoe.save(model, tmp_path)
+        else:
+            with pytest.raises(ValueError, match=rf"^(\w+\.)*{name}: got {another(before)!r} of"):
+                gmoe.save(model, tmp_path)
+        setattr(part, name, before)
+    gmoe.save(model, tmp_path)
+
+
 def test_parts_that_were_replaced_are_refused(tmp_path: Path) -> None:
     def refused(change: Callable[[Any], Any], words: str) -> None:
         model: Any = gmoe.moefy(timm_vit(2), num_experts=2)

@@ -25,6 +25,7 @@ from tests.vision.made_images import (
     write_cifar,
     write_folder,
     write_imagenette,
+    write_images,
     write_pacs,
 )
 from vision import FileImages, MemoryImages, images, load_images, split_images
@@ -262,3 +263,14 @@ def test_pacs_that_is_not_whole_is_named(tmp_path: Path) -> None:
     (tmp_path / "sketch").mkdir()
     with pytest.raises(ValueError, match=r"photo: got class folders elephant, .* expected dog"):
         load_images("pacs", tmp_path)
+
+
+def test_images_in_a_folder_called_home_are_read_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for root, size in (("home/mine", 8), ("~/mine", 12)):
+        write_images(tmp_path / root, train=4, test=1, size=size)
+    data = load_images("images", Path("~/mine"))
+    assert data.train.get(torch.arange(1)).shape == (1, 3, 12, 12)

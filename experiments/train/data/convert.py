@@ -182,6 +182,9 @@ def convert(
             not enough memory or disk.
     """
     check(memory > 0, "memory", memory, "gigabytes, more than 0")
+    # Or its scratch would lie elsewhere
+    is_plain = "\\" not in str(to.absolute())
+    check(is_plain, "to", to, "a path without a backslash, which DuckDB takes for a slash")
     given = {"x": x, "y": y, "train": train, "val": val, "test": test}
     files, source = {name: path for name, path in given.items() if path is not None}, graph
     with building(to) as folder:
@@ -270,7 +273,9 @@ def sorted_keys(
     """Each edge as one number, destination * N + source, in ascending order; sorted by DuckDB."""
     import duckdb
 
-    settings: dict[str, Any] = {"memory_limit": f"{memory}GB", "temp_directory": str(scratch)}
+    # Absolute, or DuckDB would take a folder "~" for the user's home
+    spilled = str(scratch.absolute())
+    settings: dict[str, Any] = {"memory_limit": f"{memory}GB", "temp_directory": spilled}
     settings["preserve_insertion_order"] = False
     legal = f"s BETWEEN 0 AND {nodes - 1} AND d BETWEEN 0 AND {nodes - 1}"
     wrong = f"error(concat('got edge (', s, ', ', d, '), expected nodes 0 to {nodes - 1}'))"
@@ -279,17 +284,18 @@ def sorted_keys(
         SELECT d * {nodes} + s AS key FROM checked
         {"" if directed else f"UNION ALL SELECT s * {nodes} + d FROM checked"} ORDER BY key"""
     try:
-        with duckdb.connect(scratch / "edges.duckdb", config=settings) as connection:
+        with ExitStack() as stack:
+            connection = stack.enter_context(duckdb.connect(config=settings))
             if isinstance(edges, Path):
-                _open_table(connection, edges)
+                _open_table(connection, stack.enter_context(edges.open("rb")))
             else:
                 connection.register("given", {"s": edges[0], "d": edges[1]})
                 connection.execute(
                     "CREATE TEMP VIEW edges AS SELECT s::BIGINT AS s, d::BIGINT AS d FROM given"
                 )
             connection.execute(query)
-            while len(table := connection.fetch_df_chunk(512)):  # of 2,048 rows each
-                yield table["key"].to_numpy()
+            while len(rows := connection.fetch_df_chunk(512)):  # of 2,048 rows each
+                yield rows["key"].to_numpy()
     except RuntimeError as error:  # DuckDB's Ctrl-C
         raise KeyboardInterrupt from error
     except duckdb.Error as error:
@@ -301,22 +307,24 @@ def sorted_keys(
         raise ValueError(f"{where}: {why}{room}") from error
 
 
-def _open_table(connection: Any, path: Path) -> None:
-    """Make a table's two columns the view ``edges``.
+def _open_table(connection: Any, file: Any) -> None:
+    """Make the two columns of a table, an open file, the view ``edges``.
 
-    DuckDB guesses nothing: it would skip lines, and round numbers.
+    DuckDB guesses nothing: it would skip lines, and round numbers. Nor does it see the file's name,
+    which it would take as a pattern, and the folders' as columns (``year=2020``).
     """
-    quoted = str(path).replace("'", "''")
-    table = f"read_parquet('{quoted}')"
+    path = Path(file.name)
+    opened = f"/dev/fd/{file.fileno()}"
+    table = f"read_parquet('{opened}')"
     if path.suffix == ".csv":
         options = (
             "auto_detect=false, delim=',', quote='\"', columns={'s': 'VARCHAR', 'd': 'VARCHAR'}"
         )
-        first = f"SELECT s, d FROM read_csv('{quoted}', {options}, header=false) LIMIT 2"
+        first = f"SELECT s, d FROM read_csv('{opened}', {options}, header=false) LIMIT 2"
         rows = connection.execute(first).fetchall()
         has_names = bool(rows) and not any(map(_is_number, rows[0]))
         check(len(rows) > has_names, "edges", f"no rows in {path}", "one at least")
-        table = f"read_csv('{quoted}', {options}, header={has_names})"
+        table = f"read_csv('{opened}', {options}, header={has_names})"
         names = rows[0] if has_names else ()
     columns = connection.sql(f"SELECT * FROM {table}").columns
     if path.suffix == ".parquet":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.convert import main as convert
 from experiments.show import molecules, report_page
@@ -64,6 +65,39 @@ def test_the_report_draws_molecules_in_the_colors_of_experts(
         assert max(map(max, experts)) < num_experts == 3
         if "graph" in options:
             assert len(set(experts[0])) == 1
+
+
+def test_elements_go_by_their_symbols(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OGB numbers them, one by one or, of many, several in a bin."""
+    from ogb.utils.features import allowable_features
+
+    numbers = allowable_features["possible_atomic_num_list"]
+    assert len(molecules.SYMBOLS) == len(numbers)
+    assert molecules.SYMBOLS[numbers.index(6)] == "C"
+    assert molecules.SYMBOLS[numbers.index(118)] == "Og"
+    element = torch.tensor([numbers.index(number) for number in (6, 17, 7, 35, 6)])
+    names = molecules.element_names(element, torch.tensor([0, 1, 0, 1, 0]))
+    assert names == ["C, N", "Cl, Br"]
+    maps = dict[str, Any]()
+    draw = report_page.share_map
+    monkeypatch.setattr(
+        report_page,
+        "share_map",
+        lambda *given: maps.update({given[2]: given[3]}) or draw(*given),
+    )
+    quick(tmp_path / "run", "--data-root", str(data), *SMALL, preset="ogbg-molfreesolv")
+    main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    assert set(maps["element"]) <= set(molecules.SYMBOLS)
+    assert maps["ring membership"] == ("in none", "in a ring")
+    assert all(name.isdecimal() for name in maps["degree"])
+
+
+@pytest.mark.parametrize("number", [1, 6, 17, 79, 118])
+def test_symbols_are_those_of_rdkit(number: int) -> None:
+    chem = pytest.importorskip("rdkit.Chem")
+    assert molecules.SYMBOLS[number - 1] == chem.GetPeriodicTable().GetElementSymbol(number)
 
 
 def test_a_drawing_has_the_color_of_each_expert_of_an_atom(data: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,12 +31,13 @@ from experiments.show.report_page import (
     shares,
 )
 from experiments.study import ensemble
+from experiments.train.command import main as train
 from experiments.train.command import parse
 from experiments.train.loop import run
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
 from experiments.train.results import write_json
 from experiments.train.run_folder import read_run
-from experiments.train.user_code import _load_file, check_trusted
+from experiments.train.user_code import _load_file, check_trusted, load_object
 from tests.experiments import own_parts
 from tests.experiments.command import refused
 from tests.experiments.pyg_data import platonov
@@ -106,6 +109,14 @@ def test_scores_lie_over_the_active_flops(runs: Path) -> None:
         score = 100 * one.summary["test"]["mean"]
         assert line.get_xydata().tolist() == [[one.summary["flops"] / 1e6, pytest.approx(score)]]
         assert line.get_marker() == ("s" if one.config.router == "dense" else "o")
+    assert axis.get_xlabel() == "active MFLOPs per forward pass"
+    image = read_run(runs / "images")
+    assert scores_over_flops([image]).axes[0].get_xlabel() == "active MFLOPs per image"
+    older: Any = {name: value for name, value in image.summary.items() if name != "images"}
+    (axis,) = scores_over_flops([image, replace(image, summary=older)]).axes
+    assert axis.get_xlabel() == "active MFLOPs per forward pass"
+    one, other = (bar[0].get_xdata().tolist() for bar in axis.containers)
+    assert one == other == [image.summary["flops"] / 1e6]
 
 
 def test_a_broken_run_is_named_and_the_others_are_reported(
@@ -235,23 +246,58 @@ def renamed(folder: Path, name: str) -> None:
     """Give the router of a run another name, of the same code."""
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"router": name})
+    forget_code()
+
+
+def forget_code() -> None:
+    """What is named next is imported anew."""
     _load_file.cache_clear()
+    for name in ("evil", "package", "runs.foreign.evil", "runs.foreign", "runs"):
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
 
 
-REFUSED = "code in the run folder runs/foreign, expected code that lies elsewhere, or --trust"
+REFUSED = "code that runs/foreign/config.json names, expected --trust after you read that code"
+
+LAYOUTS = {
+    "in the folder": ("runs/foreign/evil.py", "runs/foreign/evil.py:FirstBits"),
+    "in the folder, a module": ("runs/foreign/evil.py", "runs.foreign.evil:FirstBits"),
+    "beside it": ("runs/evil.py", "runs/evil.py:FirstBits"),
+    "above it": ("evil.py", "runs/../evil.py:FirstBits"),
+    "in a folder of its own": ("code/net.py", "code/net.py:FirstBits"),
+    "where Python looks": ("evil.py", "evil:FirstBits"),
+    "in a package": ("package/__init__.py", "package:FirstBits"),
+    "by its whole path": ("elsewhere/evil.py", "{here}/elsewhere/evil.py:FirstBits"),
+}
+"""Where code lies, and the name that a file gives it."""
 
 
-@pytest.mark.parametrize("name", ["runs/foreign/evil.py:FirstBits", "runs.foreign.evil:FirstBits"])
-@pytest.mark.parametrize("link", [False, True])
-def test_code_in_a_run_folder_is_refused_and_not_run(
-    name: str, link: bool, foreign: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """By every command that makes the model again: as a file or a module, and through a link."""
+@pytest.fixture(params=[False, True], ids=["", "by a link"])
+def layout(
+    request: Any, foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], tuple[Path, str]]:
+    """Puts the router of a run elsewhere, and names it in a ``config.json``."""
     monkeypatch.syspath_prepend(Path.cwd())
-    if link:
-        shutil.move(foreign, "elsewhere")
-        foreign.symlink_to(Path("elsewhere").resolve())
-    renamed(foreign, name)
+
+    def put(where: str) -> tuple[Path, str]:
+        path, name = LAYOUTS[where]
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(foreign / "evil.py", path)
+        if request.param:
+            shutil.move(foreign, "linked")
+            foreign.symlink_to(Path("linked").resolve())
+        renamed(foreign, name := name.format(here=Path.cwd()))
+        return foreign, name
+
+    return put
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+def test_code_that_a_run_folder_names_is_refused_and_not_run(
+    where: str, layout: Callable[[str], tuple[Path, str]], capsys: Any
+) -> None:
+    """By every command that makes the model again, wherever the code lies."""
+    _, name = layout(where)
     commands: dict[str, tuple[Any, list[str]]] = {
         "report": (main, ["--out", "page"]),
         "patches": (patches.main, ["--images", "x.png"]),
@@ -262,17 +308,35 @@ def test_code_in_a_run_folder_is_refused_and_not_run(
         assert f"router: got '{name}', {REFUSED}" in error
     again = ["--config", "runs/foreign/config.json", "--out", "again"]
     assert f"router: got '{name}', {REFUSED}" in refused(again, capsys)
+    shutil.copy("runs/foreign/config.json", "settings.json")
+    again = ["--config", "settings.json", "--out", "router"]  # a value, and no option
+    assert "code that settings.json names" in refused(again, capsys)
     assert not Path("trace").exists()
     assert parse([*again, "--router", "random"]).router == "random"
 
 
-@pytest.mark.parametrize("option", ["equal_to", "conv"])
+@pytest.mark.parametrize("where", LAYOUTS)
+def test_code_that_the_command_line_names_is_run(
+    where: str, layout: Callable[[str], tuple[Path, str]]
+) -> None:
+    """The same code, or with --trust, wherever it lies."""
+    folder, name = layout(where)
+    for args in (["--router", name], [f"--router={name}"], ["--trust"]):
+        config = parse(["--config", f"{folder}/config.json", *args])
+        assert load_object("router", config.router) is not None
+        assert Path("trace").exists()
+        Path("trace").unlink()
+        forget_code()
+
+
+@pytest.mark.parametrize("option", ["equal_to", "conv", "model", "data", "router"])
 def test_every_option_that_names_code_is_looked_at(option: str, tmp_path: Path) -> None:
     name = str(tmp_path / "evil.py:Any")
     changes: dict[str, Any] = {option: (name,) if option == "conv" else name}
     config = replace(PRESETS["cora"][1], **changes)
-    with pytest.raises(ValueError, match=f"{option}: got .* code in the run folder"):
-        check_trusted(config, tmp_path)
+    with pytest.raises(ValueError, match=f"{option}: got .* code that config.json names"):
+        check_trusted(config, Path("config.json"))
+    check_trusted(config, Path("config.json"), given=[option])
 
 
 def test_trusted_code_is_run(foreign: Path) -> None:
@@ -280,19 +344,16 @@ def test_trusted_code_is_run(foreign: Path) -> None:
     main(["runs/foreign", "--out", "page", "--trust"])
     assert Path("trace").exists()
     assert "Not drawn" not in words_of(Path("page/index.html"))
-    config = parse(["--config", "runs/foreign/config.json", "--trust"])
-    assert config.router == "runs/foreign/evil.py:FirstBits"
 
 
-def test_code_that_lies_elsewhere_is_run_as_before(foreign: Path) -> None:
-    """Beside the folder; or in a package, though a file in the folder has the same name."""
-    shutil.move(foreign / "evil.py", "runs/mine.py")
-    renamed(foreign, "runs/mine.py:FirstBits")
-    main(["runs/foreign", "--out", "page"])
-    assert Path("trace").exists()
-    (foreign / "own_parts.py").write_text("raise AssertionError")
-    renamed(foreign, f"{own_parts.__name__}:FirstBits")
-    main(["runs/foreign", "--out", "page"])
+def test_the_hint_behind_a_run_of_ones_own_code_is_a_command_that_works(
+    foreign: Path, capsys: Any
+) -> None:
+    options = ["--router", "runs/foreign/evil.py:FirstBits", "--out", "mine", "--seeds", "0"]
+    train(["digits-graph", "--epochs", "1", "--no-progress", *options])
+    hint = "python -m experiments.report mine --trust"
+    assert f"what experts follow: {hint}\n" in capsys.readouterr().out
+    main([*hint.split()[3:], "--out", "page"])
 
 
 def test_code_that_fails_leaves_a_note_on_the_page(foreign: Path) -> None:
@@ -300,7 +361,7 @@ def test_code_that_fails_leaves_a_note_on_the_page(foreign: Path) -> None:
     renamed(foreign, "runs/mine.py:Edited")
     code = f"from {own_parts.__name__} import FirstBits\n\nclass Edited(FirstBits):\n"
     Path("runs/mine.py").write_text(code + "    def route(self, *_):\n        raise KeyError(3)\n")
-    main(["runs/foreign", "--out", "page"])
+    main(["runs/foreign", "--out", "page", "--trust"])
     words = words_of(Path("page/index.html"))
     assert "Not drawn: KeyError: 3 (" in words
     assert "mine.py, line 5)" in words

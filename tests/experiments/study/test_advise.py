@@ -16,7 +16,7 @@ from experiments.study import advise
 from experiments.study.advise import judge, main
 from experiments.train.config import RunConfig
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
-from tests.experiments.command import refused
+from tests.experiments.command import quick, refused
 
 
 @pytest.mark.parametrize(
@@ -282,3 +282,30 @@ def test_what_no_question_fits_is_compared_at_once(
     why, compared = capsys.readouterr().out.splitlines()
     assert why.startswith("no questions asked: the graph has more than 100 nodes")
     assert compared == "compared"
+
+
+@pytest.mark.parametrize("args", [["cora"], ["cora", "--compare"], ["cifar10"]])
+def test_offline_downloads_nothing_and_says_what_is_missing(
+    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def connected(*_: Any, **__: Any) -> None:
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr("socket.socket.connect", connected)
+    root = ["--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    error = refused([*args, *root, "--offline"], capsys, main)
+    assert "offline" in error
+    assert str(tmp_path / "data") in error
+
+
+def test_commands_that_are_printed_stay_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Of advise, and of a run that names its dense model."""
+    monkeypatch.setattr("experiments.study.questions.SPLITS", 2)
+    main(["digits-graph", "--out", str(tmp_path / "advice"), "--width", "8", "--offline"])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert "--offline" in last.split()
+    quick(tmp_path / "run", "--offline")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "to compare: " in line]
+    assert [line.split()[-1] for line in lines] == ["--offline"]

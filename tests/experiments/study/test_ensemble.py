@@ -5,6 +5,7 @@ Features of one's own, correction and smoothing, predictions of every node, ense
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,36 @@ def test_correct_and_smooth_is_the_papers(data: Path, tmp_path: Path) -> None:
     test = graph.splits(0)["test"]
     accuracy = (after[test].argmax(dim=1) == graph.data.y[test]).double().mean().item()
     assert accuracy == pytest.approx(smoothed["test"]["values"][1])
+
+
+def test_a_leaderboard_gets_two_lines(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Without and with correcting and smoothing, in the results, on the terminal, by ensemble."""
+    plain = run(data, tmp_path / "plain")
+    smoothed = run(data, tmp_path / "smooth", "--correct-and-smooth")
+    said = capsys.readouterr().out
+    assert "uncorrected" not in plain
+    for part in ("val", "test"):
+        assert smoothed["uncorrected"][part] == plain[part]
+        by_seed = [
+            json.loads((tmp_path / "smooth" / f"seed-{seed}" / "result.json").read_text())
+            for seed in (0, 1)
+        ]
+        assert [one["uncorrected"][part] for one in by_seed] == plain[part]["values"]
+        assert [one[part] for one in by_seed] == smoothed[part]["values"]
+        assert f"{part} accuracy (%), without C&S" in said
+    assert smoothed["test"] != plain["test"]
+    ensemble.main([str(tmp_path / "smooth")])
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "2 seeds" in line]
+    assert first.startswith(f"{tmp_path / 'smooth'}: test {100 * smoothed['test']['mean']:.2f} ± ")
+    start = f"{tmp_path / 'smooth'}, without C&S: test {100 * plain['test']['mean']:.2f} ± "
+    assert second.startswith(start)
+    # And where a run goes on that an older version began.
+    path = tmp_path / "smooth" / "seed-0" / "result.json"
+    older = json.loads(path.read_text())
+    del older["uncorrected"]
+    path.write_text(json.dumps(older))
+    (tmp_path / "smooth" / "summary.json").unlink()
+    assert "uncorrected" not in run(data, tmp_path / "smooth", "--correct-and-smooth", "--resume")
 
 
 def test_features_of_ones_own(

@@ -254,3 +254,14 @@ def test_other_compression_is_refused(tmp_path: Path) -> None:
         archive.writestr("x.npy", bytes(100))
     with pytest.raises(ValueError, match="x is encrypted or compressed"):
         read_npz(tmp_path / "a.npz")
+
+
+def test_a_table_in_a_folder_called_home_is_read_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, text in (("home", "a\n1\n"), ("here/~", "a\n2\n")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "mine.csv").write_text(text)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    assert read_csv(Path("~/mine.csv"))["a"].tolist() == [2]

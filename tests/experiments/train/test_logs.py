@@ -25,3 +25,14 @@ def test_what_is_no_log_is_named(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{path}: [^\n]+$"):
         Log(path, keep=1)
     assert path.read_bytes() == content
+
+
+def test_a_log_in_a_folder_called_as_an_address_is_written_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("file:/log.csv")
+    path.parent.mkdir()
+    for keep in (0, 1):
+        Log(path, keep=keep).write([{"epoch": keep, "loss": 0.5}])
+    assert (tmp_path / path).read_text() == "epoch,loss\n0,0.5\n1,0.5\n"

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Data
 
-from experiments.train.routing_stats import alignment, in_words, node_properties, quantile_bins
+from experiments.show.report import main as report
+from experiments.train.command import parse
+from experiments.train.config import RouterOptions, RunConfig
+from experiments.train.presets import PRESETS
+from experiments.train.routing_stats import (
+    advice,
+    alignment,
+    in_words,
+    node_properties,
+    quantile_bins,
+)
+from tests.experiments.command import quick
 
 
 def test_properties_of_a_small_graph() -> None:
@@ -106,3 +121,55 @@ EVEN = "8 of 8 experts used, balanced (the busiest takes 1.0 times an even share
 )
 def test_routing_in_words(layers: list[dict[str, list[float]]], words: str) -> None:
     assert in_words(layers, 8) == words
+
+
+TOKEN = replace(PRESETS["digits-graph"][1], router="token_choice")
+
+
+@pytest.mark.parametrize(
+    ("layers", "config", "words"),
+    [
+        ([layer()], TOKEN, None),
+        ([layer(dead=[5])], TOKEN, None),
+        ([layer(dead=[0, 6])], TOKEN, "2 of 8 experts take nearly all tokens"),
+        ([layer(), layer(dead=[7])], TOKEN, "1 of 8 experts takes nearly all tokens"),
+        # The others get a few tokens
+        ([layer(max_over_mean_load=[7.3])], TOKEN, "1 of 8 experts takes nearly all tokens"),
+        ([layer(max_over_mean_load=[7.1])], TOKEN, None),
+        ([layer(4, dead=[2])], replace(TOKEN, k=2), "2 of 4 experts take nearly all tokens"),
+        ([layer(2)], replace(TOKEN, k=2), None),
+        ([layer(1)], TOKEN, None),
+        ([{"dead": [7.0], "coverage": [1.0]}], TOKEN, "1 of 8 experts takes nearly all tokens"),
+    ],
+)
+def test_advice_where_few_experts_have_all_tokens(
+    layers: list[dict[str, list[float]]], config: RunConfig, words: str | None
+) -> None:
+    found = advice(layers, config)
+    assert found.startswith(words) if words else found == ""
+    assert found.count(".") == (1 if words else 0)
+
+
+def test_advice_names_options_that_the_run_can_take() -> None:
+    layers = [layer(dead=[7])]
+    assert "train with --balance bias or --router expert_choice to use" in advice(layers, TOKEN)
+    balanced = replace(TOKEN, options=RouterOptions(balance="bias"))
+    assert "train with --router expert_choice to use" in advice(layers, balanced)
+    assert "train with --router expert_choice to use" in advice(
+        layers, replace(TOKEN, router="random")
+    )
+    own = replace(TOKEN, model="mine.py:make")
+    assert "train with a balance in your model's router to use" in advice(layers, own)
+    for args in (["--balance", "bias"], ["--router", "expert_choice"], ["--router", "dense"]):
+        parse(["digits-graph", *args])
+
+
+def test_the_terminal_and_the_report_say_what_to_do(tmp_path: Path, capsys: Any) -> None:
+    """Experts of digits-graph collapse by default, and do not with the advice followed."""
+    line = "1 of 8 experts takes nearly all tokens, as a dense layer does: train with --balance"
+    quick(tmp_path / "run", "--epochs", "60")
+    assert line in capsys.readouterr().out
+    report([str(tmp_path / "run"), "--out", str(tmp_path / "page")])
+    assert line in (tmp_path / "page" / "index.html").read_text()
+    quick(tmp_path / "balanced", "--epochs", "60", "--balance", "bias")
+    assert "nearly all tokens" not in capsys.readouterr().out

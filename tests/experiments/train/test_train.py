@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from experiments.show.report import main as report
 from experiments.train.build import build_model, build_twin, costs_of, example, flops
 from experiments.train.command import dense_line, main, parse
 from experiments.train.config import GraphConfig
@@ -27,7 +28,7 @@ from experiments.train.scores import interval, paired
 from experiments.train.training import Training
 from experiments.train.user_code import load_object
 from tests.experiments import own_parts
-from tests.experiments.command import QUICK, quick, rows
+from tests.experiments.command import QUICK, quick, refused, rows
 from tests.experiments.molecule_data import write_set
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import write_raw
@@ -377,3 +378,42 @@ def test_tensorboard_gets_figures_and_routing(tmp_path: Path) -> None:
         events.Tags()["scalars"]
     )
     assert [event.step for event in events.Scalars("val")] == [0, 1, 2]
+
+
+def test_a_run_in_a_folder_called_as_an_address_is_written_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = f"file:{tmp_path}/elsewhere/"  # not absolute, and so a folder of this one
+    quick(Path(elsewhere))
+    assert (tmp_path / elsewhere / "seed-0" / "checkpoint" / "state.ckpt").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_folder_that_no_checkpoint_can_be_written_to_is_refused_before_training(
+    tmp_path: Path, capsys: Any
+) -> None:
+    error = refused(["digits-graph", *QUICK, "--out", str(tmp_path / "a::b")], capsys, main)
+    assert "out: got " in error
+    assert "expected a path without '::'" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_flops_of_images_are_those_of_one_image(tmp_path: Path, capsys: Any) -> None:
+    """However many are in a batch; of graphs, they are those of a forward pass."""
+    write_images(tmp_path / "data", train=20)
+    options = ["--data-root", str(tmp_path / "data"), "--hidden", "4", "--experts", "2"]
+    seen = []
+    for size in (4, 8):
+        folder = tmp_path / f"run-{size}"
+        summary = quick(folder, *options, "--batch-size", str(size), preset="images")
+        assert summary["images"] == size
+        (found,) = re.findall(r"([\d,]+) FLOPs active per image;", capsys.readouterr().out)
+        seen.append(int(found.replace(",", "")))
+        assert seen[-1] == round(summary["flops"] / size)
+    report([str(folder), "--out", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert f"{seen[-1] / 1e6:,.1f} per image" in page
+    assert seen[0] == pytest.approx(seen[1], rel=0.02)
+    assert quick(tmp_path / "graph")["images"] is None
+    assert "FLOPs active per forward pass;" in capsys.readouterr().out

@@ -6,6 +6,7 @@ The contract of all layers is in ``tests/contract.py``.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GATConv, GraphConv, SAGEConv
+from torch_geometric.nn import GATConv, GraphConv, MessagePassing, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
-from gmoe import MoEConv, TokenChoice, fold
+from gmoe import MoEConv, TokenChoice, fold, moefy
 from tests.contract import Halved, opened
 from tests.gmoe.conv.masked import (
     GRAPHS,
@@ -414,3 +416,57 @@ def test_zeros_in_place_of_destinations_are_refused_where_they_would_not_add_zer
 def test_a_conv_that_adds_nodes_to_their_neighbors_takes_one_width(conv: str) -> None:
     with pytest.raises(ValueError, match=r"^in_channels: got \(8, 4\), expected one width: GIN"):
         MoEConv(conv, (8, 4), 8, num_experts=2)
+
+
+REPARAMETRIZED: dict[str, Callable[[nn.Module], object]] = {
+    "pruned": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "pruned bias": lambda linear: prune.l1_unstructured(linear, "bias", 0.5),
+    "pruned rows": lambda linear: prune.ln_structured(linear, "weight", 0.5, n=2, dim=0),
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "pruned for good": lambda linear: prune.remove(
+        prune.l1_unstructured(linear, "weight", 0.5), "weight"
+    ),
+    "pruned, frozen": lambda linear: prune.l1_unstructured(
+        linear.requires_grad_(False), "weight", 0.5
+    ),
+    "parametrized weight_norm": parametrizations.weight_norm,
+    "parametrized spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+HOOKED = ("pruned", "pruned bias", "pruned rows", "weight_norm", "spectral_norm")
+
+
+def reparametrized(name: str, in_channels: int, out_channels: int) -> MessagePassing:
+    torch.manual_seed(0)
+    conv = SAGEConv(in_channels, out_channels)
+    REPARAMETRIZED[name](conv.lin_l)
+    return conv
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated", "ignore:.*runs on the whole")
+@pytest.mark.parametrize("by", ["MoEConv", "moefy"])
+@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+@pytest.mark.parametrize("name", REPARAMETRIZED)
+def test_a_reparametrized_conv_is_run_as_it_is_or_refused(name: str, start: Any, by: str) -> None:
+    """All of torch's ways to compute a weight from others; what is taken can be copied, too."""
+    x, edge_index = features(8, 4).float(), GRAPHS["mixed"][1]
+    dense = reparametrized(name, 4, 6).eval()
+    parent = nn.ModuleDict({"conv": reparametrized(name, 4, 6)})
+
+    def build() -> nn.Module:
+        if by == "MoEConv":
+            return MoEConv(partial(reparametrized, name), 4, 6, start=start)
+        return moefy(parent, targets="conv", start=start)["conv"]  # type: ignore[index]
+
+    if name in HOOKED:
+        message = rf"^(conv|model): got \w+\.lin_l with a {'bias' if 'bias' in name else 'weight'} "
+        with pytest.raises(ValueError, match=message):
+            build()
+        return
+    layer = build().eval()
+    y = layer(x, edge_index)
+    if start != "plain":
+        torch.testing.assert_close(y, dense(x, edge_index))
+    y.sum().backward()
+    torch.testing.assert_close(copy.deepcopy(layer)(x, edge_index), y)

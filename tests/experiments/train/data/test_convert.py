@@ -341,3 +341,29 @@ def test_broken_releases_are_refused(tmp_path: Path) -> None:
     ):
         (data.parents[1] / name).write_bytes(content)
         is_refused(rf"^{data.parents[1] / name}: ")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("name", "decoy"), [("e[1]", "e1"), ("e*", "ex"), ("e?", "ex"), ("year=2020/e", "e")]
+)
+def test_a_table_is_read_by_its_name_and_not_as_a_pattern(
+    name: str, decoy: str, suffix: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((NODES, 1)))
+    for stem, edge in ((decoy, (3, 4)), (name, (1, 2))):
+        path = tmp_path / f"{stem}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if suffix == ".csv":
+            path.write_text(f"{edge[0]},{edge[1]}\n")
+        else:
+            duckdb.execute(f"COPY (SELECT {edge[0]}, {edge[1]}) TO '{path}'")
+    convert(str(path), tmp_path / "out", x=tmp_path / "x.npy", directed=True)
+    expected = [[1] if node == 2 else [] for node in range(NODES)]
+    assert rows(tmp_path / "out") == expected
+
+
+def test_a_folder_that_duckdb_would_take_for_another_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^to: got .*a\\b, expected a path without a backslash"):
+        convert("edges.csv", tmp_path / "a\\b")
+    assert not list(tmp_path.iterdir())

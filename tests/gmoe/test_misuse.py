@@ -1,0 +1,395 @@
+"""Public callables called wrongly: the error names the argument, or suggests the right name.
+
+Each call of the table is right; a misuse changes one thing in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch_geometric.data import Data
+from torch_geometric.nn import GCN, GCNConv, GINConv, MessagePassing
+
+import gmoe
+import gmoe.plot
+from tests.gmoe.data.stored_files import store
+
+WIDTH, EXPERTS = 4, 2
+METADATA = (["a", "b"], [("a", "to", "b")])
+X = torch.randn(6, WIDTH)
+EDGES = torch.randint(6, (2, 12))
+GRAPH = Data(x=X, edge_index=EDGES)
+ROUTING = gmoe.Routing.from_choices(
+    torch.tensor([[0], [1], [0]]), torch.ones(3, 1), num_experts=EXPERTS
+)
+
+
+def dense() -> GCN:
+    return GCN(WIDTH, WIDTH, 2, 3)
+
+
+def moefied() -> nn.Module:
+    return gmoe.moefy(dense(), num_experts=EXPERTS)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def stored(folder: Path) -> Path:
+    store(folder / "graph", GRAPH)
+    return folder / "graph"
+
+
+def experts(**sizes: Any) -> Any:
+    return {"num_experts": EXPERTS, **sizes}
+
+
+CALLS: dict[str, Callable[[Path], Call]] = {
+    "AttentionVote": lambda _: ((WIDTH,), experts()),
+    "AuxLoss": lambda _: ((torch.ones(()), 0.1), {}),
+    "ExpertChoice": lambda _: ((WIDTH,), experts()),
+    "FilterConv": lambda _: ((WIDTH, WIDTH), {"hops": 2}),
+    "GNNMoE": lambda _: ((WIDTH, 8, 3), {"num_layers": 2, **experts()}),
+    "Graph": lambda _: ((EDGES, 6), {"flow": "source_to_target"}),
+    "HeteroGNNMoE": lambda _: ((WIDTH, 8, 3, METADATA), {"num_layers": 2, **experts()}),
+    "HeteroMoEConv": lambda _: ((WIDTH, 8, METADATA), experts()),
+    "LinearExperts": lambda _: ((WIDTH, 8), experts()),
+    "MLPConv": lambda _: ((WIDTH, 8), {"hidden_channels": 8}),
+    "MLPExperts": lambda _: ((WIDTH, 8, WIDTH), experts()),
+    "MoE": lambda _: (
+        (gmoe.TokenChoice(WIDTH, **experts()), gmoe.MLPExperts(WIDTH, 8, WIDTH, **experts())),
+        {"shared_expert": None},
+    ),
+    "MoEConv": lambda _: (("gcn", WIDTH, 8), experts()),
+    "MultiCentroid": lambda _: ((WIDTH,), experts()),
+    "NeighborSampler": lambda _: ((GRAPH, [2, 2]), {"disjoint": False}),
+    "OracleRouter": lambda _: ((WIDTH,), experts(assignment=torch.zeros(6, dtype=torch.long))),
+    "RandomRouter": lambda _: ((WIDTH,), experts()),
+    "RelationalConv": lambda _: ((WIDTH, 8, METADATA), {"out_types": None}),
+    "RoutingStats": lambda _: ((), experts()),
+    "StoredGraph": lambda folder: ((stored(folder),), {}),
+    "SoftMoE": lambda _: (
+        (gmoe.SoftSlots(WIDTH, **experts()), gmoe.MLPExperts(WIDTH, 8, WIDTH, **experts())),
+        {},
+    ),
+    "SoftSlots": lambda _: ((WIDTH,), experts()),
+    "TokenChoice": lambda _: ((WIDTH,), experts()),
+    "UniformRouter": lambda _: ((WIDTH,), experts()),
+    "ViTMoE": lambda _: ((8, 10), experts()),
+    "ViTSize": lambda _: (
+        (),
+        {
+            "image_size": 8,
+            "patch_size": 4,
+            "num_layers": 2,
+            "num_heads": 2,
+            "hidden_dim": 8,
+            "mlp_dim": 8,
+        },
+    ),
+    "active_parameters": lambda _: ((moefied(),), {}),
+    "aux_loss": lambda _: ((ROUTING,), {}),
+    "build_router": lambda _: (("random", WIDTH), experts(k=1)),
+    "combine": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
+    "count_flops": lambda _: ((moefied(), X, EDGES), {}),
+    "cv_squared": lambda _: ((torch.ones(3),), {}),
+    "densify": lambda _: ((moefied(), (X, EDGES)), {"tolerance": 0.1}),
+    "dispatch": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
+    "fold": lambda _: ((moefied(),), {}),
+    "grouped_linear": lambda _: (
+        (torch.ones(3, WIDTH), torch.ones(EXPERTS, WIDTH, 8), None, torch.tensor([2, 3])),
+        {"backend": "auto"},
+    ),
+    "importance_loss": lambda _: ((torch.full((3, EXPERTS), 0.5),), {}),
+    "link_neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
+    "load": lambda folder: (
+        (gmoe.save(moefied(), folder), dense()),
+        {"tolerance": 0.1},
+    ),
+    "load_loss": lambda _: (
+        (torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2), 1),
+        {},
+    ),
+    "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
+    "moefy": lambda _: ((dense(), 1), experts()),
+    "neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
+    "prune": lambda _: ((moefied(), (X, EDGES)), {"keep": 1}),
+    "record_routing": lambda _: ((moefied(),), {}),
+    "restack": lambda _: ((moefied(),), {}),
+    "save": lambda folder: ((moefied(), folder), {"inputs": (X, EDGES)}),
+    "separation_loss": lambda _: ((torch.randn(2, 3, WIDTH),), {}),
+    "switch_loss": lambda _: ((torch.full((3, EXPERTS), 0.5), torch.ones(EXPERTS)), {}),
+    "unstack": lambda _: ((moefied(),), {}),
+    "z_loss": lambda _: ((torch.ones(3, EXPERTS),), {}),
+    "plot.expert_load": lambda _: (([ROUTING],), {"xlabel": "step"}),
+    "plot.palette": lambda _: ((), experts()),
+    "plot.expert_maps": lambda _: (
+        (gmoe.ViTMoE(8, **experts()), torch.rand(1, 3, 8, 8)),
+        {"titles": ["one"]},
+    ),
+    "plot.patch_weights": lambda _: ((gmoe.ViTMoE(8, **experts()), torch.rand(1, 3, 8, 8)), {}),
+}
+
+ABSTRACT = {"Experts", "MoELayer", "Router"}
+OF_TENSORS = {
+    "AuxLoss",
+    "Routing",
+    "combine",
+    "cv_squared",
+    "dispatch",
+    "grouped_linear",
+    "importance_loss",
+    "load_loss",
+    "separation_loss",
+    "switch_loss",
+    "z_loss",
+}
+"""Of these, torch itself reports what is no tensor."""
+DOORS = {
+    "GNNMoE",
+    "HeteroGNNMoE",
+    "HeteroMoEConv",
+    "MoEConv",
+    "RelationalConv",
+    "ViTMoE",
+    "densify",
+    "load",
+    "moefy",
+    "prune",
+    "save",
+}
+"""Where people begin: these suggest the right name."""
+TAKEN = {
+    ("GNNMoE", "the first two swapped"),  # two widths
+    ("HeteroGNNMoE", "the first two swapped"),
+    ("HeteroMoEConv", "the first two swapped"),
+    ("LinearExperts", "the first two swapped"),
+    ("MLPConv", "the first two swapped"),
+    ("MLPExperts", "the first two swapped"),
+    ("FilterConv", "the first two swapped"),
+    ("RelationalConv", "the first two swapped"),
+    ("count_flops", "the class of model"),  # a class can be called
+    ("densify", "None for data"),
+    ("match_width", "the class of cost"),
+    ("moefy", "None for every"),
+    ("save", "a word for folder"),
+    ("load", "a word for folder"),
+    ("StoredGraph", "a word for folder"),
+}
+"""What is right, too, or fails for another reason than its type."""
+
+
+def found(name: str) -> Callable[..., Any]:
+    value: Any = gmoe
+    for part in name.split("."):
+        value = getattr(value, part)
+    call: Callable[..., Any] = value
+    return call
+
+
+def error_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    try:
+        result = found(name)(*args, **kwargs)
+        if name == "record_routing":  # its checks run inside the block
+            result.__enter__()
+    except Exception as error:
+        return error
+    return None
+
+
+def parameters(name: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(found(name)).parameters.values())
+
+
+def test_the_table_has_all_public_callables() -> None:
+    public = {name for name in gmoe.__all__ if callable(getattr(gmoe, name))} - {"plot"}
+    public |= {f"plot.{name}" for name in gmoe.plot.__all__}
+    assert public - ABSTRACT - {"Routing"} == set(CALLS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_of_the_table_is_right(name: str, tmp_path: Path) -> None:
+    assert error_of(name, *CALLS[name](tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - OF_TENSORS))
+def test_an_argument_of_another_type_is_named(name: str, tmp_path: Path) -> None:
+    """A word, a class for its instance, nothing, anything; and two arguments in the wrong order."""
+    args, kwargs = CALLS[name](tmp_path)
+    names = [one.name for one in parameters(name)]
+    misuses: dict[str, tuple[Any, ...]] = {}
+    for place, value in enumerate(args[: 1 if name == "count_flops" else None]):
+        for what, other in (
+            ("a word", "vit_tiny"),
+            ("the class", type(value)),
+            ("None", None),
+            ("anything", object()),
+        ):
+            between = "of" if what == "the class" else "for"
+            misuses[f"{what} {between} {names[place]}"] = (*args[:place], other, *args[place + 1 :])
+    if len(args) > 1:
+        misuses["the first two swapped"] = (args[1], args[0], *args[2:])
+    for what, wrong in misuses.items():
+        if (name, what) in TAKEN:
+            continue
+        error = error_of(name, wrong, kwargs)
+        assert isinstance(error, ValueError), f"{what}: {error!r}"
+        is_named = any(re.match(rf"{key}\b[^:]*: got", str(error)) for key in names)
+        assert is_named or re.match(r"in_features\b.*: got", str(error)), f"{what}: {error!r}"
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"count_flops"}))
+def test_a_misspelled_and_a_missing_argument_are_named(name: str, tmp_path: Path) -> None:
+    args, kwargs = CALLS[name](tmp_path)
+    for key, value in kwargs.items():
+        others = {one: kwargs[one] for one in kwargs if one != key}
+        error = error_of(name, args, {**others, key[:-1]: value})
+        assert isinstance(error, ValueError | TypeError), repr(error)
+        assert key[:-1] in str(error)
+        assert name not in DOORS or f"did you mean {key!r}" in str(error), repr(error)
+    in_order = [one for one in parameters(name) if one.kind is one.POSITIONAL_OR_KEYWORD]
+    required = [one.name for one in in_order if one.default is one.empty]
+    for place, key in enumerate(required):
+        error = error_of(name, args[:place], kwargs)
+        assert isinstance(error, ValueError | TypeError), repr(error)
+        assert key in str(error), repr(error)
+
+
+@pytest.mark.parametrize("name", sorted(DOORS - {"MoEConv"}))
+def test_too_many_arguments_by_position_are_counted(name: str, tmp_path: Path) -> None:
+    """Those of MoEConv are its conv's."""
+    args, _ = CALLS[name](tmp_path)
+    with pytest.raises(TypeError, match=rf"^{name}: got 12 arguments by position, .* at most"):
+        found(name)(*args, *[None] * (12 - len(args)))
+
+
+# What people tried --------------------------------------------------------------------------------
+
+
+class OwnConv(MessagePassing):
+    """A conv that keeps its widths to itself."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(2 * in_channels, out_channels)
+
+    def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        return self.propagate(edge_index, x=x)
+
+    def message(self, x_i: torch.Tensor, x_j: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.lin(torch.cat([x_i, x_j], dim=-1))
+        return out
+
+
+def mixer() -> nn.Module:
+    return timm.models.MlpMixer(img_size=16, patch_size=8, num_blocks=1, embed_dim=8)
+
+
+def convnext() -> nn.Module:
+    return timm.models.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), conv_mlp=True)
+
+
+NETWORK = nn.Linear(WIDTH, WIDTH)
+TRIED: dict[str, tuple[Callable[[], Any], str]] = {
+    "an instance of a conv": (
+        lambda: gmoe.MoEConv(GCNConv(8, 8)),
+        r"conv: got an instance of GCNConv, expected the class",
+    ),
+    "a network for GIN": (
+        lambda: gmoe.MoEConv(GINConv, nn=NETWORK),
+        r"in_channels: got nothing, .*nn; pass a factory",
+    ),
+    "num_expert": (
+        lambda: gmoe.moefy(dense(), num_expert=4),  # type: ignore[call-arg]
+        r"num_expert: got 4, .*; did you mean 'num_experts'\?",
+    ),
+    "num_layer": (
+        lambda: gmoe.GNNMoE(4, 8, 3, num_layer=3),
+        r"num_layer: got 3, .*; did you mean 'num_layers'\?",
+    ),
+    "num_layer of a dense model": (
+        lambda: gmoe.HeteroGNNMoE(4, 8, 3, METADATA, num_layer=3, router=None),
+        r"num_layer: got 3, .*; did you mean 'num_layers'\?",
+    ),
+    "no widths": (
+        lambda: gmoe.GNNMoE(num_layers=3),  # type: ignore[call-arg]
+        r"in_channels: got nothing",
+    ),
+    "a name for a model": (
+        lambda: gmoe.moefy("vit_tiny"),  # type: ignore[arg-type]
+        r"model: got 'vit_tiny', expected a module",
+    ),
+    "a class for a model": (
+        lambda: gmoe.moefy(GCN),
+        r"model: got the class GCN, expected a module",
+    ),
+    "no size": (
+        lambda: gmoe.ViTMoE(num_classes=10),  # type: ignore[call-arg]
+        r"size: got nothing",
+    ),
+    "timm's name of the size": (
+        lambda: gmoe.ViTMoE(img_size=32),  # type: ignore[call-arg]
+        r"img_size: got 32, .*; did you mean 'size'\?",
+    ),
+    "metadata first": (
+        lambda: gmoe.HeteroMoEConv(METADATA, 64, 64),  # type: ignore[arg-type]
+        r"metadata: got 64, .* behind in_channels and out_channels",
+    ),
+    "several inputs": (
+        lambda: gmoe.save(moefied(), "unused", X, EDGES),  # type: ignore[call-arg]
+        r"save: got 4 arguments by position, .*inputs\): .* as a tuple",
+    ),
+    "a Mixer": (
+        lambda: gmoe.moefy(mixer()),
+        r"model: got MlpMixer, .* it has mlp_channels, mlp_tokens, .*`targets`",
+    ),
+    "a ConvNeXt": (
+        lambda: gmoe.moefy(convnext()),
+        r"model: got stages\.1\.blocks\.0\.mlp, .* convolutions, .* conv_mlp=False",
+    ),
+    "a ResNet": (
+        lambda: gmoe.moefy(torchvision.models.resnet18()),
+        r"model: got ResNet, whose layers are convolutions",
+    ),
+    "a conv without widths": (
+        lambda: gmoe.moefy(nn.ModuleDict({"c": OwnConv(4, 8)}), targets="c"),
+        r"model: got c, a OwnConv .* attributes in_channels and out_channels",
+    ),
+    "a class of no conv": (lambda: gmoe.MoEConv(str, 4, 8), r"conv: got <class 'str'>"),
+}
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_what_people_tried_says_what_to_do(name: str) -> None:
+    call, message = TRIED[name]
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        call()
+
+
+def test_what_the_message_says_of_a_mixer_works() -> None:
+    model = mixer().eval()
+    images = torch.randn(2, 3, 16, 16)
+    before = model(images)
+    gmoe.moefy(model, targets="blocks.*.mlp_channels", num_experts=EXPERTS)
+    torch.testing.assert_close(model(images), before)
+    assert any(isinstance(part, gmoe.MoELayer) for part in model.modules())
+
+
+def test_an_error_inside_of_a_call_stays_as_it_is() -> None:
+    """Only Python's own errors about the arguments are said anew."""
+
+    def router(dim: int, num_experts: int) -> Any:
+        raise TypeError("of the router")
+
+    with pytest.raises(TypeError, match=r"^of the router$"):
+        gmoe.ViTMoE(8, router=router, num_experts=EXPERTS)
