@@ -23,7 +23,7 @@ from experiments.train.config import RunConfig
 from experiments.train.data.task import Task
 from gmoe import MoE, MoEConv, Routing, RoutingStats
 from gmoe.from_base import FromBase
-from gmoe.metrics import PER_EXPERT
+from gmoe.metrics import COLLAPSED, PER_EXPERT
 
 BINS = 8
 """At most so many degrees, and shares of homophily, are told apart."""
@@ -31,9 +31,6 @@ BINS = 8
 
 BALANCED, MISSED, LOOSELY, FOLLOWED = 2.0, 0.01, 0.1, 0.3
 """What :func:`in_words` calls balanced, mentions as missed, calls loosely followed and followed."""
-
-COLLAPSED = 0.9
-"""The share of the pairs from which on :func:`advice` says that an expert has nearly all."""
 
 IN_WORDS = (
     "An expert is used if it gets a token. Experts are balanced if all are used and none takes "
