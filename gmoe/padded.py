@@ -98,7 +98,8 @@ def grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
 def grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     """(E, I, O) the gradient of the weights, by torch's kernel."""
     padded_EIO = F.grouped_mm(_aligned(x_PI.contiguous()).T, _aligned(grad_PO), offs=offsets_E)
-    grad_EIO = padded_EIO[:, : x_PI.size(1), : grad_PO.size(1)]
+    # Contiguous, as compiled code expects of each operator: not a part of the padded product.
+    grad_EIO = padded_EIO[:, : x_PI.size(1), : grad_PO.size(1)].contiguous()
     if not grad_EIO.is_cuda:
         return grad_EIO
     # The kernel of CUDA leaves anything in the place of an expert without rows.

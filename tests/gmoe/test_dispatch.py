@@ -87,15 +87,6 @@ def test_strided_rows(backend: Backend) -> None:
     torch.testing.assert_close(grouped_linear(x, weight, None, ends([1, 3]), backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["loop", "padded"])
-def test_operators_keep_torchs_rules(backend: Backend) -> None:
-    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
-    offsets, weight = ends([1, 0, 9, 2]), features(4, 3, 5)
-    rows, y = features(12, 3), features(12, 5)
-    torch.library.opcheck(torch.ops.gmoe.grouped_product.default, (rows, weight, offsets, backend))
-    torch.library.opcheck(torch.ops.gmoe.grouped_outer_product.default, (rows, y, offsets, backend))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_biases_are_summed_in_float32(dtype: torch.dtype) -> None:
     """A sum of ones in bfloat16 stops at 256."""

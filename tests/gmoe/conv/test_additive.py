@@ -28,15 +28,6 @@ def scored(with_edges: bool, slope: float = 0.2) -> tuple[Any, ...]:
     return *ends, *of_edges, attention, slope, sender, receiver, offsets
 
 
-@pytest.mark.parametrize("with_edges", [False, True])
-def test_operators_keep_torchs_rules(with_edges: bool) -> None:
-    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
-    inputs = scored(with_edges)
-    grad = features(MESSAGES, HEADS)
-    torch.library.opcheck(torch.ops.gmoe.score_additively.default, inputs)
-    torch.library.opcheck(torch.ops.gmoe.score_additively_backward.default, (grad, *inputs))
-
-
 def in_mixed_blocks(offsets: Tensor, number: int, _: Tensor) -> Iterator[additive._MixedBlock]:
     """Blocks of seven messages, as off the CPU."""
     for start in range(0, number, 7):

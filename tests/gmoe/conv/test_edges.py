@@ -9,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmoe.conv.edges import Edges, check_nodes, renumber
-from tests.gmoe.conv.masked import random_graph
 
 
 @pytest.mark.parametrize("nodes", [2**16, 2**16 + 1])
@@ -23,22 +22,6 @@ def test_edges_are_in_the_order_of_receivers_and_then_as_given(nodes: int) -> No
     many = torch.arange(300) * 7 % 3
     expected = sorted(range(300), key=many.tolist().__getitem__)
     assert Edges.sorted(torch.arange(300), many, 300, nodes).order.tolist() == expected
-
-
-def test_operators_keep_torchs_rules() -> None:
-    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
-    sender, receiver = random_graph(7, 9, 30)
-    edges = Edges.sorted(sender, receiver, 7, 9)
-    ends = (edges.ptr, edges.sender, edges.receiver)
-    some = torch.tensor([3, 0, 8, 3])
-    number = int(edges.degree[some].sum())
-    for name, inputs in (
-        ("sort_edges", (sender, receiver, 7, 9, False)),
-        ("find_messages", (edges.ptr, some, number)),
-        ("find_messages", (edges.ptr, some, None)),
-        ("add_loops", (*ends, 7)),
-    ):
-        torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
 
 
 def test_loops_are_the_last_messages_of_their_receivers() -> None:

@@ -17,21 +17,6 @@ from gmoe.conv.sums import add_ends, blocks, dot, softmax, to_messages, weighted
 from tests.gmoe.conv.masked import features, random_graph
 
 
-def test_operators_keep_torchs_rules() -> None:
-    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
-    sender, receiver = random_graph(7, 9, 30)
-    edges = Edges.sorted(sender, receiver, 7, 9)
-    ends = (edges.ptr, edges.sender, edges.receiver)
-    weight = features(30, 2)
-    value = features(7, 2, 3)
-    for name, inputs in {
-        "sum_messages": (weight, value, *ends, None),
-        "multiply_ends": (features(9, 2, 3), value, *ends),
-        "sum_values": (weight, edges.ptr, edges.receiver, None),
-    }.items():
-        torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
-
-
 def test_low_precision_is_summed_in_float32() -> None:
     """A sum of ones in bfloat16 stops at 256."""
     to_one = torch.zeros(1000, dtype=torch.long)

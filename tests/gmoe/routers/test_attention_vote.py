@@ -119,16 +119,6 @@ def test_autocast_leaves_votes_alone_and_no_warning_reaches_the_user() -> None:
     torch.testing.assert_close(found.mean(0), torch.ones(3))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_operators_keep_torchs_rules(masked: bool) -> None:
-    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
-    query, key, mask = torch.randn(2, 1, 7, 3), torch.randn(2, 4, 7, 3), torch.rand(2, 7) < 0.7
-    values = (query, key, mask if masked else None)
-    votes, log_sum = torch.ops.gmoe.vote_by_blocks(*values)
-    torch.library.opcheck(torch.ops.gmoe.vote_by_blocks.default, values)
-    torch.library.opcheck(torch.ops.gmoe.vote_by_blocks_backward.default, (votes, *values, log_sum))
-
-
 def test_voters_are_cut_into_nearly_equal_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", 2 * 3 * 10 * 4)
     q_BHSd, k_BHSd = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)

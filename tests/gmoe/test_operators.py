@@ -1,0 +1,511 @@
+"""Every operator of gmoe gives what its fake kernel says, on each road that the kernel takes.
+
+Compiled code believes the fake kernel. Inductor stops where strides differ; other compilers read
+the wrong numbers.
+
+Shapes: P rows sorted by expert, T tokens, E experts, U senders, R receivers, M messages, H heads.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence, Set
+from importlib import import_module
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.profiler import ProfilerActivity, profile
+
+import gmoe
+from gmoe.conv.edges import RADIX_RECEIVERS, Edges
+from tests.gmoe.conv.masked import features, random_graph
+from tests.gmoe.conv.test_additive import in_mixed_blocks
+from tests.gmoe.kernels import ends
+
+WIDTHS = (1, 7, 8, 17)
+"""One, a width that does not fill 16 bytes, one that does, and more than that."""
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOW = (torch.bfloat16, torch.float16)
+
+EXPERTS, HEADS = 4, 2
+LOADS = (0.2, 0.0, 0.5)
+"""Shares of the first experts; the second has no rows."""
+
+Args = tuple[Any, ...]
+
+
+class Road(NamedTuple):
+    """A way through a kernel."""
+
+    args: Callable[[int, torch.dtype], Args]
+    """The arguments, by width and dtype, of a size that takes this road."""
+    takes: str = ""
+    """An operator of torch that runs on this road alone; none if the kernel has one road."""
+    leaves: str = ""
+    """One that runs on the other roads alone."""
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    """Those that take this road."""
+    patches: Mapping[str, object] = {}
+    """What a test replaces to get there: roads of other devices."""
+
+
+# products -----------------------------------------------------------------------------------------
+
+
+def rows(number: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(P, I) rows sorted by expert, and (E,) where each expert's rows end."""
+    loads = [int(share * number) for share in LOADS]
+    offsets = ends([*loads, number - sum(loads)])
+    return features(number, width).to(dtype), offsets
+
+
+def few(_: int) -> int:
+    return 12
+
+
+def some(width: int) -> int:
+    """Too many for one product of all experts (``FEW_ROWS``), by the inputs."""
+    return 2**12 // width + 9
+
+
+def many(width: int) -> int:
+    """Too many for torch's own loop (``AT_ONCE``)."""
+    return 2**17 // width + 9
+
+
+def none(_: int) -> int:
+    return 0
+
+
+def multiplied(
+    number: Callable[[int], int], backend: str, transposed: bool = False
+) -> Callable[[int, torch.dtype], Args]:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        x, offsets = rows(number(width), width, dtype)
+        weight = features(EXPERTS, width, width).to(dtype)
+        if transposed:  # as in the backward
+            weight = features(EXPERTS, width, width).to(dtype).transpose(1, 2)
+        return x, weight, offsets, backend
+
+    return args
+
+
+def multiplied_out(
+    number: Callable[[int], int], backend: str
+) -> Callable[[int, torch.dtype], Args]:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        x, offsets = rows(number(width), width, dtype)
+        grad = features(number(width), width).to(dtype)
+        return x, grad, offsets, backend
+
+    return args
+
+
+def products(make: Callable[..., Callable[[int, torch.dtype], Args]]) -> dict[str, Road]:
+    """The roads of products of rows and of their gradients."""
+    single = (torch.float32,)
+    double = (torch.float64,)
+    return {
+        "padded": Road(make(some, "padded"), "bmm"),
+        "grouped": Road(make(some, "grouped"), "_grouped_mm", dtypes=(*single, *LOW)),
+        "grouped, no rows": Road(make(none, "grouped"), leaves="_grouped_mm"),
+        "one product": Road(make(few, "loop"), "index_copy", "_grouped_mm"),
+        "torch's own loop": Road(make(some, "loop"), "_grouped_mm", dtypes=single),
+        "loop, many rows": Road(make(many, "loop"), "tensor_split", dtypes=single),
+        "loop": Road(make(some, "loop"), "tensor_split", dtypes=(*double, *LOW)),
+    }
+
+
+# from tokens to tokens ----------------------------------------------------------------------------
+
+
+def routed(places: bool, bias: bool, parts: int) -> Callable[[int, torch.dtype], Args]:
+    """What both operators take: weight, bias, gate, parts, token, offsets, place."""
+
+    def args(width: int, dtype: torch.dtype) -> Args:
+        num_rows = 40
+        _, offsets = rows(num_rows, 1, dtype)
+        token = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+        return (
+            features(EXPERTS, parts * width, width).to(dtype),
+            features(EXPERTS, width).to(dtype) if bias else None,
+            features(num_rows).to(dtype),
+            [features(num_rows, width, seed=part).to(dtype) for part in range(parts)],
+            token,
+            offsets,
+            token.argsort() if places else None,
+        )
+
+    return args
+
+
+def forward(places: bool, keeps_rows: bool, bias: bool = True, parts: int = 2) -> Any:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        return *routed(places, bias, parts)(width, dtype), keeps_rows
+
+    return args
+
+
+def backward(
+    places: bool, needs: tuple[bool, bool, bool], bias: bool = True, parts: int = 2
+) -> Any:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        values = routed(places, bias, parts)(width, dtype)
+        num_rows = len(values[4])
+        grad, y = (features(num_rows, width, seed=seed).to(dtype) for seed in (3, 4))
+        return grad, y, *values, [*needs, *([True] * parts)]
+
+    return args
+
+
+# along edges --------------------------------------------------------------------------------------
+
+U, R, M = 7, 9, 30
+
+
+def edges_of(number: int = M, receivers: int = R) -> Edges:
+    return Edges.sorted(*random_graph(U, receivers, number), U, receivers)
+
+
+def sums(heads: int, shared: bool, number: int = M, mixed: bool = False, sent: bool = False) -> Any:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        edges = edges_of(number)
+        other = torch.float32 if mixed else dtype
+        order = edges.order if sent else None
+        weight = features(number, heads).to(other)
+        value = features(U, 1 if shared else heads, width).to(dtype)
+        return weight, value, edges.ptr, edges.sender, edges.receiver, order
+
+    return args
+
+
+def values(number: int = M, sent: bool = False) -> Any:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        edges = edges_of(number)
+        order = edges.order if sent else None
+        return features(number, width).to(dtype), edges.ptr, edges.receiver, order
+
+    return args
+
+
+def ends_product(heads: int, shared: bool, number: int = M, receivers: int = R) -> Any:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        edges = edges_of(number, receivers)
+        query = features(receivers, heads, width).to(dtype)
+        key = features(U, 1 if shared else heads, width).to(dtype)
+        return query, key, edges.ptr, edges.sender, edges.receiver
+
+    return args
+
+
+def scores(with_edges: bool, heads: int = HEADS) -> Callable[[int, torch.dtype], Args]:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        num_pairs, num_messages = 5, 20
+        sender = torch.arange(num_messages) * 3 % U
+        receiver = torch.arange(num_messages) * num_pairs // num_messages
+        _, offsets = rows(num_messages, 1, dtype)
+        of_edges: Args = (None, None)
+        if with_edges:
+            of_edges = features(num_messages, width), features(EXPERTS, width, width)
+        floats = (
+            features(U, width),
+            features(num_pairs, width),
+            *of_edges,
+            features(EXPERTS, width, heads),
+        )
+        return *(x if x is None else x.to(dtype) for x in floats), 0.2, sender, receiver, offsets
+
+    return args
+
+
+def grad_of(args: Any, heads: int = HEADS) -> Callable[[int, torch.dtype], Args]:
+    """The arguments of the backward, given those of the scores."""
+
+    def with_grad(width: int, dtype: torch.dtype) -> Args:
+        given = args(width, dtype)
+        return features(len(given[6]), heads).to(dtype), *given
+
+    return with_grad
+
+
+def votes(masked: bool, shared: bool) -> Callable[[int, torch.dtype], Args]:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        query = features(2, 1 if shared else HEADS, 9, width).to(dtype)
+        key = features(2, HEADS, 9, width, seed=1).to(dtype)
+        mask = torch.arange(18).view(2, 9) % 4 > 0
+        return query, key, mask if masked else None
+
+    return args
+
+
+def votes_grad(masked: bool, shared: bool) -> Callable[[int, torch.dtype], Args]:
+    def args(width: int, dtype: torch.dtype) -> Args:
+        given = votes(masked, shared)(width, dtype)
+        grad, log_sum = torch.ops.gmoe.vote_by_blocks(*given)
+        return grad, *given, log_sum
+
+    return args
+
+
+# whole numbers: neither width nor dtype -----------------------------------------------------------
+
+
+def whole(make: Callable[[], Args]) -> Callable[[int, torch.dtype], Args]:
+    return lambda *_: make()
+
+
+def sorting(receivers: int) -> Any:
+    return whole(lambda: (*random_graph(U, receivers, M), U, receivers, True))
+
+
+def finding(known: bool) -> Any:
+    def args() -> Args:
+        edges, some = edges_of(), torch.tensor([3, 0, 8, 3])
+        return edges.ptr, some, int(edges.degree[some].sum()) if known else None
+
+    return whole(args)
+
+
+def loops() -> Args:
+    edges = edges_of()
+    return edges.ptr, edges.sender, edges.receiver, U
+
+
+def finding_rows(number: int | None) -> Any:
+    expert = torch.arange(M) * 2 // M + 1
+    return whole(lambda: (expert, random_graph(U, R, M)[0], EXPERTS, U, number))
+
+
+# every road ---------------------------------------------------------------------------------------
+
+GPU_SUMS = {"gmoe.conv.sums.SPARSE_DEVICES": ()}
+GPU_SCORES = {"gmoe.conv.additive._blocks": in_mixed_blocks}
+SMALL_BLOCKS = {"gmoe.routers.attention_vote.BLOCK_ELEMENTS": 100}
+ALL, EXPERTS_ONLY = (True, True, True), (False, True, True)
+
+ROADS: dict[str, dict[str, Road]] = {
+    "grouped_product": {
+        **products(multiplied),
+        "padded, transposed": Road(multiplied(some, "padded", transposed=True), "bmm"),
+        "loop, transposed": Road(multiplied(many, "loop", transposed=True), "tensor_split"),
+    },
+    "grouped_outer_product": products(multiplied_out),
+    "routed_linear": {
+        "added": Road(forward(False, True), "index_add_"),
+        "added, rows forgotten": Road(forward(False, False), "index_add_"),
+        "fetched": Road(forward(True, True), leaves="index_add_"),
+        "fetched, rows forgotten": Road(forward(True, False), leaves="index_add_"),
+        "one part without a bias": Road(forward(True, True, False, 1), leaves="addmm_"),
+    },
+    "routed_linear_backward": {
+        "added": Road(backward(False, ALL), "index_add_"),
+        "fetched": Road(backward(True, ALL), leaves="index_add_"),
+        "gates without gradients": Road(backward(True, EXPERTS_ONLY), leaves="linalg_vecdot"),
+        "one part without a bias": Road(backward(True, (True, True, False), False, 1)),
+    },
+    "sum_messages": {
+        "one head": Road(sums(1, False), "embedding_bag", "stack"),
+        "two heads": Road(sums(2, False), "stack"),
+        "shared by heads": Road(sums(2, True), "stack"),
+        "sent": Road(sums(2, False, sent=True), "embedding_bag"),
+        "two dtypes": Road(sums(1, False, mixed=True), "embedding_bag", dtypes=LOW),
+        "no messages": Road(sums(1, False, 0), leaves="embedding_bag"),
+        "GPU, one head": Road(sums(1, False), "index_add_", patches=GPU_SUMS),
+        "GPU, two heads": Road(sums(2, True), "index_add_", patches=GPU_SUMS),
+    },
+    "sum_values": {
+        "received": Road(values(), "embedding_bag"),
+        "sent": Road(values(sent=True), "embedding_bag"),
+        "no messages": Road(values(0), "index_add_"),
+        "GPU": Road(values(sent=True), "index_add_", patches=GPU_SUMS),
+    },
+    "multiply_ends": {
+        "one head": Road(ends_product(1, False), "sparse_sampled_addmm"),
+        "two heads": Road(ends_product(2, False), "sparse_sampled_addmm"),
+        "shared by heads": Road(ends_product(2, True), "sparse_sampled_addmm"),
+        "more messages than cells": Road(ends_product(2, True, 90), leaves="sparse_sampled_addmm"),
+        "GPU": Road(ends_product(2, False), leaves="sparse_sampled_addmm", patches=GPU_SUMS),
+    },
+    "score_additively": {
+        "no edge features": Road(scores(False), leaves="bmm"),
+        "edge features": Road(scores(True), leaves="bmm"),
+        "one head": Road(scores(True, 1), leaves="bmm"),
+        "GPU": Road(scores(True), "bmm", patches=GPU_SCORES),
+    },
+    "score_additively_backward": {
+        "no edge features": Road(grad_of(scores(False)), leaves="bmm"),
+        "edge features": Road(grad_of(scores(True)), leaves="bmm"),
+        "one head": Road(grad_of(scores(True, 1), 1), leaves="bmm"),
+        "GPU": Road(grad_of(scores(True)), "bmm", patches=GPU_SCORES),
+    },
+    "vote_by_blocks": {
+        "all vote": Road(votes(False, False), leaves="bitwise_not"),
+        "some vote": Road(votes(True, False), "bitwise_not"),
+        "shared queries": Road(votes(True, True), "bitwise_not"),
+        "blocks": Road(votes(True, False), "bitwise_not", patches=SMALL_BLOCKS),
+    },
+    "vote_by_blocks_backward": {
+        "all vote": Road(votes_grad(False, False), leaves="bitwise_not"),
+        "some vote": Road(votes_grad(True, False), "bitwise_not"),
+        "shared queries": Road(votes_grad(True, True), "bitwise_not"),
+        "blocks": Road(votes_grad(True, False), "bitwise_not", patches=SMALL_BLOCKS),
+    },
+    "sort_edges": {
+        "by NumPy": Road(sorting(RADIX_RECEIVERS), leaves="argsort"),
+        "by torch": Road(sorting(RADIX_RECEIVERS + 1), "argsort"),
+    },
+    "find_messages": {
+        "a known number": Road(finding(True)),
+        "any number": Road(finding(False)),
+    },
+    "find_rows": {
+        "a known number": Road(finding_rows(M), leaves="nonzero"),
+        "any number": Road(finding_rows(None), "nonzero"),
+    },
+    "add_loops": {"all": Road(whole(loops))},
+    "outside_backward": {"all": Road(lambda width, dtype: (features(3, width).to(dtype),))},
+}
+"""By operator and the name of the road."""
+
+WHOLE = {"sort_edges", "find_messages", "find_rows", "add_loops"}
+"""Operators of whole numbers, without a width."""
+SIZED = {"grouped_product", "grouped_outer_product"}
+"""Operators whose road depends on the sizes and the dtype."""
+
+
+def registered() -> set[str]:
+    """The operators that torch knows once all of gmoe is imported."""
+    for module in pkgutil.walk_packages(gmoe.__path__, "gmoe."):
+        import_module(module.name)
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("gmoe::") for name in names if name.startswith("gmoe::")}
+
+
+def cases(every: Set[str], rest: Sequence[pytest.MarkDecorator] | None = None) -> list[Any]:
+    """Operator, road, width and dtype.
+
+    Args:
+        every: operators of which each width and dtype is a case; of others, one for each road.
+        rest: marks of all widths and dtypes that are left; ``None`` to leave them out.
+    """
+    found = []
+    for name, roads in ROADS.items():
+        for label, road in roads.items():
+            one = (7, torch.float32 if torch.float32 in road.dtypes else road.dtypes[0])
+            for width, dtype in product(WIDTHS, road.dtypes):
+                is_one = (width, dtype) == one
+                if not is_one and (name in WHOLE or (name not in every and rest is None)):
+                    continue
+                marks = () if is_one or name in every else rest
+                case = f"{name}, {label}, {width}, {str(dtype).removeprefix('torch.')}"
+                found.append(pytest.param(name, road, width, dtype, marks=marks, id=case))
+    return found
+
+
+def each(*given: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("name", "road", "width", "dtype"), cases(*given))
+
+
+def patched(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, value in road.patches.items():
+        monkeypatch.setattr(place, value)
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.gmoe, name).default
+
+
+def outputs(found: object) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)  # type: ignore[call-overload]
+
+
+def faked(name: str, args: Args) -> list[Tensor]:
+    """What the fake kernel gives."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = torch.utils._pytree.tree_map_only(
+        Tensor, lambda x: mode.from_tensor(x, static_shapes=True), args
+    )
+    with mode:
+        return outputs(operator(name)(*fakes))
+
+
+def test_every_operator_has_cases() -> None:
+    assert registered() == set(ROADS)
+
+
+@each(set(ROADS))
+def test_what_an_operator_returns_lies_as_its_fake_says(
+    name: str, road: Road, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(road, monkeypatch)
+    args = road.args(width, dtype)
+    found, expected = outputs(operator(name)(*args)), faked(name, args)
+    assert len(found) == len(expected)
+    for ours, fake in zip(found, expected, strict=True):
+        assert ours.is_contiguous()
+        assert (ours.dtype, ours.device, ours.stride()) == (fake.dtype, fake.device, fake.stride())
+        is_known = [isinstance(size, int) for size in fake.shape]  # else it follows the data
+        assert [size for size, known in zip(ours.shape, is_known, strict=True) if known] == [
+            size for size in fake.shape if isinstance(size, int)
+        ]
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same numbers, the last dimension first in memory."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same numbers, with a gap behind each; gmoe makes offsets (int32) itself, without gaps."""
+    return x if x.dtype == torch.int32 else torch.stack([x, x], dim=-1)[..., 0]
+
+
+def repeated(x: Tensor) -> Tensor:
+    """The first row everywhere, in one place: as the gradient of a sum lies."""
+    return x[:1].expand_as(x) if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("layout", [transposed, spread, repeated])
+@each(set())
+def test_what_an_operator_returns_does_not_lie_as_its_inputs(
+    name: str,
+    road: Road,
+    width: int,
+    dtype: torch.dtype,
+    layout: Callable[[Tensor], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patched(road, monkeypatch)
+    args = torch.utils._pytree.tree_map_only(Tensor, layout, road.args(width, dtype))
+    found = outputs(operator(name)(*args))
+    assert [x.stride() for x in found] == [x.stride() for x in faked(name, args)]
+    assert [x.is_contiguous() for x in found] == [True] * len(found)
+    plain = torch.utils._pytree.tree_map_only(Tensor, Tensor.contiguous, args)
+    torch.testing.assert_close(found, outputs(operator(name)(*plain)), atol=1e-3, rtol=1e-3)
+
+
+@each(SIZED)
+def test_a_size_takes_its_road(
+    name: str, road: Road, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(road, monkeypatch)
+    args = road.args(width, dtype)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        operator(name)(*args)
+    ran = {event.key.removeprefix("aten::") for event in profiled.key_averages()}
+    assert not road.takes or road.takes in ran
+    assert not road.leaves or road.leaves not in ran
+
+
+@each(set(), [pytest.mark.slow])
+def test_operators_keep_torchs_rules(
+    name: str, road: Road, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
+    patched(road, monkeypatch)
+    torch.library.opcheck(operator(name), road.args(width, dtype))
