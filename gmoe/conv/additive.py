@@ -108,7 +108,11 @@ def _score_additively(
     return score_MH.to(dtype)
 
 
-@operator(fake=lambda _, *rest: [torch.empty_like(t) for t in rest[:5] if t is not None])
+def _empty_gradients(_: Tensor, *inputs: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in inputs[:5] if t is not None]
+
+
+@operator(fake=_empty_gradients)
 def _score_additively_backward(
     grad_MH: Tensor,
     source_UO: Tensor,
@@ -125,7 +129,7 @@ def _score_additively_backward(
     inputs = (source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
     *rows, att_EOH = _exact(*inputs)
     grad_MH = grad_MH.to(att_EOH.dtype)
-    grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (*rows, att_EOH)]
+    grads: list[Any] = [None if t is None else t.new_zeros(t.shape) for t in (*rows, att_EOH)]
     grad_source, grad_target, grad_edge, grad_weight, grad_att = grads
     for block in _blocks(offsets, len(sender), att_EOH):
         # The sums are computed anew: they take more memory than all else.
