@@ -22,10 +22,16 @@ BLOCK = 16
 
 
 class Blocks(NamedTuple):
-    """Rows sorted by expert, laid out in N blocks of B rows, each of one expert."""
+    """Rows sorted by expert, laid out in N blocks of B rows, each of one expert.
 
-    place_P: Tensor
-    """(P,) int64, the place of each row among the N * B."""
+    Rows are written and read by two numbers, not by one among N * B: to view blocks as rows,
+    torch.export would ask how N and B are related, and fix the answer for a named batch size.
+    """
+
+    block_P: Tensor
+    """(P,) int64, the block of each row."""
+    slot_P: Tensor
+    """(P,) int64, the place of each row in its block."""
     expert_N: Tensor
     """(N,) int64, the expert of each block; the last blocks may hold no rows."""
     size: int
@@ -33,8 +39,12 @@ class Blocks(NamedTuple):
 
     def filled(self, x_PI: Tensor) -> Tensor:
         """(N, B, I) the rows in their blocks, and zeros elsewhere."""
-        zeros = x_PI.new_zeros(self.expert_N.size(0) * self.size, x_PI.size(1))
-        return zeros.index_copy_(0, self.place_P, x_PI).unflatten(0, (-1, self.size))
+        zeros = x_PI.new_zeros(self.expert_N.size(0), self.size, x_PI.size(1))
+        return zeros.index_put_((self.block_P, self.slot_P), x_PI)
+
+    def rows(self, y_NBO: Tensor) -> Tensor:
+        """(P, O) the rows of the blocks, in their order before."""
+        return y_NBO[self.block_P, self.slot_P]
 
     def sum_by_expert(self, value_NO: Tensor, num_experts: int) -> Tensor:
         """(E, O) sums over the blocks of each expert, in a fixed order on any device."""
@@ -60,13 +70,14 @@ def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     # A row moves with its expert: from where the expert's rows start to where its blocks start.
     row_P = torch.arange(num_rows, device=offsets_E.device)
     expert_P = expert_at(ends_E, row_P)
-    place_P = row_P + (block_starts_E * size - starts_E).index_select(0, expert_P)
+    rank_P = row_P - starts_E.index_select(0, expert_P)
+    block_P = block_starts_E.index_select(0, expert_P) + rank_P // size
     # The most blocks that there can be; those that are left over count as the last expert's.
     # Of an unknown number there is more than one, since torch.export would fix whether there is.
     spare = num_experts if isinstance(num_rows, int) else max(num_experts, 2)
     block_N = torch.arange(num_rows // size + spare, device=offsets_E.device)
     expert_N = expert_at(block_ends_E, block_N).clamp_(max=num_experts - 1)
-    return Blocks(place_P, expert_N, size)
+    return Blocks(block_P, rank_P % size, expert_N, size)
 
 
 def padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
@@ -78,7 +89,7 @@ def padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     else:
         weight_NIO = weight_EIO.index_select(0, blocks.expert_N)
     y_NBO = torch.bmm(blocks.filled(x_PI), weight_NIO)
-    return y_NBO.flatten(0, 1).index_select(0, blocks.place_P)
+    return blocks.rows(y_NBO)
 
 
 def padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:

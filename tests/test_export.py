@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -119,11 +120,18 @@ SHORT = (
 """Cases of the default suite; the others are slow together."""
 
 
-def every_case() -> list[Any]:
-    return [
-        pytest.param(name, marks=() if name in SHORT else pytest.mark.slow, id=name)
-        for name in CASES
-    ]
+def cases(argument: str, quick: Iterable[Any], names: Iterable[Any]) -> pytest.MarkDecorator:
+    """Cases of an argument and :data:`DIMS`, of which the default suite has the quick ones."""
+    return pytest.mark.parametrize(
+        (argument, "way"),
+        [
+            pytest.param(
+                name, way, marks=() if name in quick and way == STRICT else pytest.mark.slow
+            )
+            for name in names
+            for way in DIMS
+        ],
+    )
 
 
 def built(name: str) -> nn.Module:
@@ -153,9 +161,21 @@ def call(name: str, index: int) -> Args:
     return (torch.randn(nodes // 6, 3, side, side),)
 
 
-def any_size(args: Args) -> tuple[dict[int, Any], ...]:
-    """Any number of rows; and of edges, the columns of integers."""
-    return tuple({0 if x.is_floating_point() else 1: Dim.DYNAMIC} for x in args)
+DIMS: dict[str, Callable[[str], Any]] = {
+    "DYNAMIC": lambda _: Dim.DYNAMIC,
+    "AUTO": lambda _: Dim.AUTO,
+    "named": Dim,
+    "named, with bounds": lambda name: Dim(name, min=2, max=64 if name == "rows" else 4096),
+}
+"""The ways in which torch's users say that a size is any."""
+STRICT = "named, with bounds"
+"""The one that asks for most: no guard on a size may hold for a part of its range alone."""
+
+
+def any_size(args: Args, way: str = "DYNAMIC") -> tuple[dict[int, Any], ...]:
+    """Any number of rows; and of edges, the columns of integers and the weights behind them."""
+    rows, edges = DIMS[way]("rows"), DIMS[way]("edges")
+    return {0: rows}, *({1: edges} if x.dim() == 2 else {0: edges} for x in args[1:])
 
 
 def close(found: Tensor, model: nn.Module, args: Args) -> None:
@@ -163,16 +183,39 @@ def close(found: Tensor, model: nn.Module, args: Args) -> None:
         torch.testing.assert_close(found, model(*args), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", every_case())
-def test_a_model_is_exported_for_any_number_of_images_nodes_and_edges(name: str) -> None:
+@cases("name", SHORT, CASES)
+def test_a_model_is_exported_for_any_number_of_images_nodes_and_edges(name: str, way: str) -> None:
     model = built(name)
     args = call(name, 0)
-    exported = torch.export.export(model, args, dynamic_shapes=any_size(args))
+    exported = torch.export.export(model, args, dynamic_shapes=any_size(args, way))
     # Other runtimes know torch's operators only.
     assert not [node for node in exported.graph.nodes if "gmoe" in str(node.target)]
     run = exported.module()
     for index in range(len(SIZES)):
         args = call(name, index)
+        close(run(*args), model, args)
+
+
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
+@cases("patches", (4, 196), (4, 196))
+def test_a_vit_of_few_tokens_or_many_is_exported_for_any_number_of_images(
+    router: str, patches: int, way: str
+) -> None:
+    """Of many tokens, the blocks of experts are larger than the least."""
+    torch.manual_seed(0)
+    side = 8 * math.isqrt(patches)
+    vit = timm.models.VisionTransformer(
+        img_size=side, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5
+    )
+    model = moefy(vit, num_experts=4, router=router, start="shared").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    images = torch.randn(3, 3, side, side)
+    shapes = any_size((images,), way)
+    run = torch.export.export(model, (images,), dynamic_shapes=shapes).module()
+    for number in (3, 2, 5, 17, 64) if patches == 4 else (3, 2, 7):
+        args = (torch.randn(number, 3, side, side),)
         close(run(*args), model, args)
 
 

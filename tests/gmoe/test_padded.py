@@ -17,8 +17,10 @@ def test_blocks_hold_each_row_once_and_rows_of_one_expert(loads: list[int]) -> N
     num_rows, num_experts = sum(loads), len(loads)
     blocks = blocks_of(ends(loads), num_rows)
     expert_P = torch.arange(num_experts).repeat_interleave(torch.tensor(loads))
-    assert len(blocks.place_P.unique()) == num_rows
-    assert torch.equal(blocks.expert_N[blocks.place_P // blocks.size], expert_P)
+    places = torch.stack([blocks.block_P, blocks.slot_P], dim=1)
+    assert len(places.unique(dim=0)) == num_rows
+    assert not num_rows or (places[:, 1].min() >= 0 and places[:, 1].max() < blocks.size)
+    assert torch.equal(blocks.expert_N[blocks.block_P], expert_P)
     assert torch.equal(blocks.expert_N, blocks.expert_N.sort().values)
     assert len(blocks.expert_N) <= 5 * num_experts  # copies of an expert's weights
     assert len(blocks.expert_N) * blocks.size <= num_rows + num_experts * max(
