@@ -24,6 +24,7 @@ from gmoe.conv.additive import additive_scores
 from gmoe.conv.attention_weights import weights_by_edge
 from gmoe.conv.base import Conv, Parts, StackedExperts, is_plain, stacked
 from gmoe.conv.call import Call
+from gmoe.conv.exported import cast
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
 from gmoe.conv.sums import add_ends, dot, softmax, to_messages, weighted_sum
@@ -133,6 +134,12 @@ class AttentionExperts(StackedExperts):
 
     def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
         """(U, O) each row, transformed by its expert."""
+        if messages.has_all_rows and is_plain(linear):
+            # Each expert has all sources: nothing is gathered, and no block is filled up.
+            y_ENO = cast(x_src, linear.weight.dtype) @ linear.weight
+            if linear.bias is not None:
+                y_ENO = y_ENO + linear.bias[:, None]
+            return y_ENO.flatten(0, 1)
         return linear(messages.of_rows(x_src), messages.row_offsets)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:
@@ -163,7 +170,7 @@ class AttentionExperts(StackedExperts):
             is_replaced_M = messages.of_edges(messages.graph.is_replaced)
             score_MH = score_MH.masked_fill(is_replaced_M[:, None], -torch.inf)
         exact = torch.promote_types(score_MH.dtype, torch.float32)
-        alpha_MH = softmax(score_MH.to(exact), messages.from_sources).to(score_MH.dtype)
+        alpha_MH = cast(softmax(cast(score_MH, exact), messages.from_sources), score_MH.dtype)
         dropped_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
         returned_MH = dropped_MH if self.returns_dropped else alpha_MH
         mask = messages.graph.mask
@@ -239,14 +246,14 @@ class GATExperts(AttentionExperts):
             score_MH = score_MH + self._product(edge_MF, edge_EFH, messages.message_offsets)
 
         # 3. Softmax over each pair's messages, and the weighted sum.
-        score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
+        score_MH = F.leaky_relu(cast(score_MH, self.att_src.dtype), self.prototype.negative_slope)
         alpha_MH, returned_MH = self._attention(score_MH, messages)
         if not sums_inputs:
             return weighted_sum(alpha_MH, value_UHC, messages.from_rows), returned_MH
         sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_sources)
         weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
         sum_PO = self._head_by_head(sum_PHI, weight_EIHC, messages.pair_offsets)
-        return sum_PO.to(alpha_MH.dtype), returned_MH
+        return cast(sum_PO, alpha_MH.dtype), returned_MH
 
     def _scores(self, value_UHC: Tensor, att_U1HC: Tensor) -> Tensor:
         """(U, H) each row times its expert's attention vector."""

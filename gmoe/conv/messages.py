@@ -129,7 +129,7 @@ class Messages:
         """The sources that each expert transforms."""
         num_experts, num_sources = self.routing.num_experts, self.graph.num_src
         number = None
-        if torch.compiler.is_exporting():
+        if self.has_all_rows:
             return _all_rows(num_experts, num_sources, self.source)
         if self.source.device.type != "cpu":
             # At most each message has a row of its own, and each expert all sources. The host knows
@@ -142,6 +142,11 @@ class Messages:
         """The messages from the rows to the pairs."""
         row_M = self.rows.place[self.expert, self.source]
         return self.edges_from(row_M, self.rows.source.size(0))
+
+    @property
+    def has_all_rows(self) -> bool:
+        """True if there is a row for each expert and source, in this order."""
+        return torch.compiler.is_exporting()
 
     @property
     def row_offsets(self) -> Tensor:

@@ -19,6 +19,7 @@ from torch_geometric.utils import segment
 from gmoe._autograd import first_order, operator
 from gmoe.conv import exported
 from gmoe.conv.edges import Edges
+from gmoe.conv.exported import cast
 
 # Once a process, torch warns that sparse CSR matrices are in beta. Make one here, so that users do
 # not get the warning from a layer.
@@ -271,9 +272,9 @@ def _sum_messages(
     exact = torch.promote_types(dtype, torch.float32)
     num_receivers = ptr.numel() - 1
     if torch.compiler.is_exporting():
-        weight_MH, value_UGC = weight_MH.to(exact), value_UGC.to(exact)
-        sum_RHC = exported.sum_messages(weight_MH, value_UGC, sender, receiver, num_receivers)
-        return sum_RHC.to(dtype)
+        weight_MH, value_UGC = cast(weight_MH, exact), cast(value_UGC, exact)
+        sum_RHC = exported.sum_messages(weight_MH, value_UGC, ptr, sender, receiver)
+        return cast(sum_RHC, dtype)
     weights = weight_MH.to(exact).T.contiguous()
     values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
     sums: list[Tensor] = []
@@ -314,13 +315,13 @@ def _sum_values(value_MH: Tensor, ptr: Tensor, receiver: Tensor, order: Tensor |
     If an order is given, message ``m`` has the values ``order[m]``.
     """
     dtype = value_MH.dtype
-    value_MH = value_MH.to(torch.promote_types(dtype, torch.float32))
+    value_MH = cast(value_MH, torch.promote_types(dtype, torch.float32))
     is_plain = torch.compiler.is_exporting() or value_MH.device.type not in SPARSE_DEVICES
     if is_plain or not len(receiver):
         if order is not None:
             value_MH = value_MH.index_select(0, order)
         zeros = value_MH.new_zeros(ptr.numel() - 1, value_MH.size(1))
-        return zeros.index_add_(0, receiver, value_MH).to(dtype)
+        return cast(zeros.index_add_(0, receiver, value_MH), dtype)
     if order is None:
         order = torch.arange(len(receiver), device=receiver.device)
     # mode 0: sum
@@ -347,8 +348,8 @@ def _multiply_ends(
     size = (ptr.numel() - 1, key_UGC.size(0))
     num_messages = sender.numel()
     if torch.compiler.is_exporting():
-        query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
-        return exported.multiply_ends(query_RHC, key_UGC, sender, receiver).to(dtype)
+        query_RHC, key_UGC = cast(query_RHC, exact), cast(key_UGC, exact)
+        return cast(exported.multiply_ends(query_RHC, key_UGC, sender, receiver), dtype)
     # torch cuts a matrix down to as many entries as it has cells.
     fits_matrix = num_messages <= size[0] * size[1]
     queries = query_RHC.to(exact).unbind(1)

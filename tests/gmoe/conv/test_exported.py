@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from gmoe.conv import edges, exported, sums
@@ -30,7 +31,11 @@ def test_positions_skip_parts_that_are_empty() -> None:
     assert exported.positions(ends, 5).tolist() == [1, 1, 3, 3, 3]
 
 
-def test_sums_products_and_the_largest_are_those_of_the_kernels() -> None:
+@pytest.mark.parametrize("for_onnx", [False, True])
+def test_sums_products_and_the_largest_are_those_of_the_kernels(
+    for_onnx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: for_onnx)
     graph = drawn()
     weight_MH = torch.randn(EDGES, HEADS)
     ends = graph.sender, graph.receiver
@@ -38,7 +43,7 @@ def test_sums_products_and_the_largest_are_those_of_the_kernels() -> None:
         value_UGC = torch.randn(SENDERS, heads, WIDTH)
         query_RHC = torch.randn(RECEIVERS, HEADS, WIDTH)
         torch.testing.assert_close(
-            exported.sum_messages(weight_MH, value_UGC, *ends, RECEIVERS),
+            exported.sum_messages(weight_MH, value_UGC, graph.ptr, *ends),
             sums.weighted_sum(weight_MH, value_UGC, graph),
         )
         torch.testing.assert_close(
