@@ -71,13 +71,15 @@ def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     row_P = torch.arange(num_rows, device=offsets_E.device)
     expert_P = expert_at(ends_E, row_P)
     rank_P = row_P - starts_E.index_select(0, expert_P)
-    block_P = block_starts_E.index_select(0, expert_P) + rank_P // size
+    full_P = rank_P // size  # the blocks of its expert before its own
+    block_P = block_starts_E.index_select(0, expert_P) + full_P
+    slot_P = rank_P - full_P * size  # ONNX has no remainder by a size that is not known
     # The most blocks that there can be; those that are left over count as the last expert's.
     # Of an unknown number there is more than one, since torch.export would fix whether there is.
     spare = num_experts if isinstance(num_rows, int) else max(num_experts, 2)
     block_N = torch.arange(num_rows // size + spare, device=offsets_E.device)
     expert_N = expert_at(block_ends_E, block_N).clamp_(max=num_experts - 1)
-    return Blocks(block_P, rank_P % size, expert_N, size)
+    return Blocks(block_P, slot_P, expert_N, size)
 
 
 def padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
