@@ -489,10 +489,10 @@ class Layers(nn.Module):
 
 
 def learned(
-    model: nn.Module, call: Any, steps: Sequence[tuple[Args, Tensor, Tensor]], **options: float
+    model: nn.Module, call: Any, steps: Sequence[tuple[Args, Tensor, Tensor]]
 ) -> list[float]:
     """The losses of some steps, each of arguments, classes and what counts; then of evaluation."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
     losses = []
     for seed, ((args, of_edges), classes, is_trained) in enumerate(steps):
         torch.manual_seed(seed)
@@ -517,10 +517,10 @@ def assert_learns_alike(
     import torch._inductor.config as inductor  # slow to import
 
     twin = copy.deepcopy(model)
-    expected = learned(model, model, steps, weight_decay=5e-4)
+    expected = learned(model, model, steps)
     config: Any = inductor
     with config.patch(fallback_random=True):  # or dropout would be drawn by kernels of its own
-        found = learned(twin, torch.compile(twin, **options), steps, weight_decay=5e-4)
+        found = learned(twin, torch.compile(twin, **options), steps)
     assert expected[0] != expected[-2]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -538,7 +538,7 @@ def node_steps(number: int, **of_edges: Tensor) -> list[Any]:
 @pytest.mark.parametrize("name", KINDS)
 @COMPILES_GRAPHS
 def test_inductor_trains_two_layers_of_widths_that_do_not_fill_16_bytes(name: str) -> None:
-    options = {"conv": name.split(",")[0], "num_experts": 4} | KINDS[name]
+    options: dict[str, Any] = {"conv": name.split(",")[0], "num_experts": 4} | KINDS[name]
     torch.manual_seed(0)
     widths = ((INPUTS, HIDDEN), (HIDDEN, CLASSES))
     model = Layers([MoEConv(in_channels=i, out_channels=o, **options) for i, o in widths])
@@ -618,7 +618,7 @@ def test_inductor_trains_the_gin_of_pygs_examples(conv: Any) -> None:
                 y=torch.tensor([number % CLASSES]),
             )
         )
-    steps = []
+    steps: list[Any] = []
     for size in (GRAPHS, GRAPHS - 1, GRAPHS + 1):
         batch = Batch.from_data_list([graphs.pop() for _ in range(size)])
         args = (batch.x, batch.edge_index, batch.batch, batch.num_graphs)

@@ -9,7 +9,7 @@ Shapes: P rows sorted by expert, T tokens, E experts, U senders, R receivers, M 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from importlib import import_module
 from itertools import product
 from typing import Any, NamedTuple
@@ -169,7 +169,8 @@ U, R, M = 7, 9, 30
 
 
 def edges_of(number: int = M, receivers: int = R) -> Edges:
-    return Edges.sorted(*random_graph(U, receivers, number), U, receivers)
+    sender, receiver = random_graph(U, receivers, number)
+    return Edges.sorted(sender, receiver, U, receivers)
 
 
 def sums(heads: int, shared: bool, number: int = M, mixed: bool = False, sent: bool = False) -> Any:
@@ -386,7 +387,7 @@ def registered() -> set[str]:
     return {name.removeprefix("gmoe::") for name in names if name.startswith("gmoe::")}
 
 
-def cases(every: Set[str], rest: Sequence[pytest.MarkDecorator] | None = None) -> list[Any]:
+def cases(every: Set[str], rest: list[pytest.MarkDecorator] | None = None) -> list[Any]:
     """Operator, road, width and dtype.
 
     Args:
@@ -401,7 +402,7 @@ def cases(every: Set[str], rest: Sequence[pytest.MarkDecorator] | None = None) -
                 is_one = (width, dtype) == one
                 if not is_one and (name in WHOLE or (name not in every and rest is None)):
                     continue
-                marks = () if is_one or name in every else rest
+                marks = () if is_one or name in every or rest is None else rest
                 case = f"{name}, {label}, {width}, {str(dtype).removeprefix('torch.')}"
                 found.append(pytest.param(name, road, width, dtype, marks=marks, id=case))
     return found
