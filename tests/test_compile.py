@@ -464,7 +464,7 @@ GRAPHS = 24
 
 KINDS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "mlp")},
-    "gine": {"edge_dim": INPUTS},
+    "gine": {},
     "filters": {"conv": ["identity", "low_pass", "high_pass", "two_hop"], "num_experts": None},
     **{f"{name}, edge features": {"edge_dim": INPUTS} for name in ("gat", "gatv2", "transformer")},
     "sage, copies": {"start": "copies"},
@@ -475,17 +475,19 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Layers(nn.Module):
-    """A conv after the other."""
+    """A conv after the other; GINE gets as many edge features as there are of nodes."""
 
-    def __init__(self, convs: Sequence[nn.Module]) -> None:
+    def __init__(self, convs: Sequence[nn.Module], adds_edges: bool) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
+        self.adds_edges = adds_edges
 
     def forward(self, x: Tensor, edge_index: Tensor, **of_edges: Tensor) -> Tensor:
-        *first, last = self.convs
-        for conv in first:
-            x = conv(x, edge_index, **of_edges).relu()
-        return last(x, edge_index, **of_edges)
+        for conv in self.convs:
+            if self.adds_edges:
+                of_edges = {name: value[:, : x.size(1)] for name, value in of_edges.items()}
+            x = conv(x.relu(), edge_index, **of_edges)
+        return x
 
 
 def learned(
@@ -541,9 +543,13 @@ def test_inductor_trains_two_layers_of_widths_that_do_not_fill_16_bytes(name: st
     options: dict[str, Any] = {"conv": name.split(",")[0], "num_experts": 4} | KINDS[name]
     torch.manual_seed(0)
     widths = ((INPUTS, HIDDEN), (HIDDEN, CLASSES))
-    model = Layers([MoEConv(in_channels=i, out_channels=o, **options) for i, o in widths])
+    model = Layers(
+        [MoEConv(in_channels=i, out_channels=o, **options) for i, o in widths], name == "gine"
+    )
     edges = EDGES_OF_A_NODE * NODES
-    of_edges = {"edge_attr": torch.randn(edges, INPUTS)} if "edge_dim" in options else {}
+    of_edges = (
+        {"edge_attr": torch.randn(edges, INPUTS)} if "edge_dim" in options or name == "gine" else {}
+    )
     assert_learns_alike(model, node_steps(3, **of_edges), fullgraph=True)
 
 
