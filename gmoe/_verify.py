@@ -61,11 +61,11 @@ def move_(module: nn.Module) -> None:
         if parameter.is_floating_point():
             scale = parameter.size(-1) ** -0.5 if parameter.dim() > 1 else 0.3
             step = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter += step.normal_(0.0, scale, generator=generator).to(parameter.device)
+            parameter.add_(step.normal_(0.0, scale, generator=generator).to(parameter.device))
     for buffer in module.buffers():
         if buffer.is_floating_point():
             step = torch.empty(buffer.shape, dtype=torch.float32, device="cpu")
-            buffer += step.uniform_(0.25, 0.75, generator=generator).to(buffer.device)
+            buffer.add_(step.uniform_(0.25, 0.75, generator=generator).to(buffer.device))
 
 
 def rows_are_equal(ours: Tensor, theirs: Tensor, rounding: float = ROUNDING) -> bool:

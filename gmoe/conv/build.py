@@ -74,15 +74,17 @@ def _grouped(
     _check_together(make, convs, [trial.width for trial in trials.values()])
 
     members_of: dict[Stack | None, list[int]] = {}
-    stacks_right: dict[Stack | None, bool] = {None: True}
+    is_right: dict[Stack, bool] = {}
     for expert, conv in enumerate(convs):
         stack = _stack_of(conv) if local is None else None
         trial = trials[id(make.kinds[expert])]
         # Convs of the library compute by construction what their stack does. A user's may have been
         # changed after they were built: one of each form is tried.
-        if stack not in stacks_right:
-            stacks_right[stack] = trial.is_of_library or trial.equals(stack)
-        members_of.setdefault(stack if stacks_right[stack] else None, []).append(expert)
+        if stack is not None and stack not in is_right:
+            is_right[stack] = trial.is_of_library or trial.equals(stack)
+        if stack is not None and not is_right[stack]:
+            stack = None
+        members_of.setdefault(stack, []).append(expert)
     groups: list[ConvExperts] = []
     for stack, members in members_of.items():
         group_convs = [convs[expert] for expert in members]

@@ -155,13 +155,12 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 def is_random(module: nn.Module) -> bool:
     """True if a module drops numbers in training, which experts do with other draws."""
-    rates = [getattr(part, "dropout", 0) for part in module.modules()]
-    rates += [part.p for part in module.modules() if isinstance(part, nn.Dropout)]
-    return any(
-        rate if not isinstance(rate, list | nn.Module) else rate != [] and any(rate)
-        for rate in rates
-        if not isinstance(rate, nn.Module)
-    )
+    for part in module.modules():
+        rate: Any = part.p if isinstance(part, nn.Dropout) else getattr(part, "dropout", 0.0)
+        rates = rate if isinstance(rate, list) else [rate]
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return True
+    return False
 
 
 def try_change(

@@ -575,14 +575,16 @@ def test_convs_in_float64_are_not_rounded() -> None:
     torch.manual_seed(0)
     model = GCN(4, 4, 2, 4).double()
     weight = model.convs[0].lin.weight.clone()
-    layer: Any = moefy(model, num_experts=2).convs[0]
+    moe: Any = moefy(model, num_experts=2)
+    layer = moe.convs[0]
     assert torch.equal(layer.expert(0).lin.weight, weight)
 
 
 def test_an_activation_may_be_shared_by_layers() -> None:
     model = GCN(4, 4, 3, 4)  # all layers have the model's own activation
     model.convs[0].act = model.act
-    assert isinstance(moefy(model, num_experts=2).convs[0], MoEConv)
+    moefy(model, num_experts=2)
+    assert isinstance(model.convs[0], MoEConv)
 
 
 def test_a_part_of_a_layer_that_another_module_has_too_is_refused() -> None:
@@ -594,5 +596,5 @@ def test_a_part_of_a_layer_that_another_module_has_too_is_refused() -> None:
 
 def test_a_class_of_routers_is_saved_by_its_name_whether_or_not_the_start_is_spelled_out() -> None:
     for start in (None, "shared"):
-        layer: Any = moefy(GCN(4, 4, 2, 4), router=TokenChoice, num_experts=2, start=start).convs[0]
-        assert layer.moefied["router"] == "token_choice"
+        model: Any = moefy(GCN(4, 4, 2, 4), router=TokenChoice, num_experts=2, start=start)
+        assert model.convs[0].moefied["router"] == "token_choice"

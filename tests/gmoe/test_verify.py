@@ -13,7 +13,7 @@ from gmoe._verify import comparable, form_of, move_, probe_copy, rows_are_equal
 
 
 def test_all_parameters_and_buffers_are_moved_alike_in_copies() -> None:
-    norm = nn.BatchNorm1d(3)
+    norm: Any = nn.BatchNorm1d(3)
     one, other = copy.deepcopy(norm), copy.deepcopy(norm)
     move_(one)
     move_(other)

@@ -374,7 +374,8 @@ def test_a_conv_that_was_changed_after_it_was_built_runs_by_itself(build: Any) -
     torch.manual_seed(0)
     conv = build().double()
     model = nn.ModuleDict({"conv": conv})
-    layer: Any = moefy(model, targets="conv", num_experts=2, start="copies")["conv"]
+    moe: Any = moefy(model, targets="conv", num_experts=2, start="copies")
+    layer = moe["conv"]
     x = torch.randn(6, 4, dtype=torch.float64)
     edge_index = torch.tensor([[0, 1, 2, 3, 4, 0, 2], [1, 2, 3, 4, 5, 5, 5]])
     assert isinstance(layer.experts, SeparateExperts)
