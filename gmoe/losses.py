@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check, check_positive, described
+from gmoe._checks import check, check_module, check_positive
 from gmoe._torch import in_backward
 from gmoe.routing import AuxLoss, Routing
 
@@ -134,7 +134,7 @@ def attach_aux_loss(model: nn.Module, scale: float | Callable[[], float] = 1.0) 
         >>> gmoe.attach_aux_loss(model, scale=1 / arguments.gradient_accumulation_steps)
         >>> Trainer(model=model, args=arguments, train_dataset=images).train()
     """
-    check(isinstance(model, nn.Module), "model", described(model), "a module")
+    check_module("model", model)
     if not callable(scale):
         check_positive("scale", scale)
     routers = [module for module in model.modules() if hasattr(type(module), "route")]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
+from gmoe._checks import check, shown
 from gmoe.metrics import HealthMonitor
 
 
@@ -20,13 +21,17 @@ class TrainerHealth(TrainerCallback):
     Args:
         trainer: the trainer, through whose ``log`` the figures go.
 
+    Raises:
+        ValueError: something other than a trainer.
+
     Example:
         >>> trainer = Trainer(model=model, args=arguments, train_dataset=images)
         >>> trainer.add_callback(gmoe.TrainerHealth(trainer))
         >>> trainer.train()
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
+        check(isinstance(trainer, Trainer), "trainer", shown(trainer), "a Trainer of transformers")
         self.trainer = trainer
         self.monitor: HealthMonitor | None = None
         self.has_advised = False

@@ -18,6 +18,7 @@ import torchvision
 from torch import nn
 from torch_geometric.data import Data
 from torch_geometric.nn import GCN, GCNConv, GINConv, MessagePassing
+from transformers import Trainer
 
 import gmoe
 import gmoe.plot
@@ -62,6 +63,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "Graph": lambda _: ((EDGES, 6), {"flow": "source_to_target"}),
     "HeteroGNNMoE": lambda _: ((WIDTH, 8, 3, METADATA), {"num_layers": 2, **experts()}),
     "HeteroMoEConv": lambda _: ((WIDTH, 8, METADATA), experts()),
+    "LightningHealth": lambda _: ((), {}),
     "LinearExperts": lambda _: ((WIDTH, 8), experts()),
     "MLPConv": lambda _: ((WIDTH, 8), {"hidden_channels": 8}),
     "MLPExperts": lambda _: ((WIDTH, 8, WIDTH), experts()),
@@ -83,6 +85,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     "SoftSlots": lambda _: ((WIDTH,), experts()),
     "TokenChoice": lambda _: ((WIDTH,), experts()),
+    "TrainerHealth": lambda _: ((object.__new__(Trainer),), {}),
     "UniformRouter": lambda _: ((WIDTH,), experts()),
     "ViTMoE": lambda _: ((8, 10), experts()),
     "ViTSize": lambda _: (
@@ -97,6 +100,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         },
     ),
     "active_parameters": lambda _: ((moefied(),), {}),
+    "attach_aux_loss": lambda _: ((moefied(),), {"scale": 0.5}),
     "aux_loss": lambda _: ((ROUTING,), {}),
     "build_router": lambda _: (("random", WIDTH), experts(k=1)),
     "combine": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
@@ -104,6 +108,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "cv_squared": lambda _: ((torch.ones(3),), {}),
     "densify": lambda _: ((moefied(), (X, EDGES)), {"tolerance": 0.1}),
     "dispatch": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
+    "expert_health": lambda _: (([ROUTING],), {"names": ["one"]}),
     "fold": lambda _: ((moefied(),), {}),
     "grouped_linear": lambda _: (
         (torch.ones(3, WIDTH), torch.ones(EXPERTS, WIDTH, 8), None, torch.tensor([2, 3])),

@@ -436,7 +436,8 @@ def faked(name: str, args: Args) -> list[Tensor]:
 
 
 def test_every_operator_has_cases() -> None:
-    assert registered() == set(ROADS)
+    """But for one that a test of the decorator registers, in this process perhaps."""
+    assert registered() - {"triple_for_a_test"} == set(ROADS)
 
 
 @each(set(ROADS))
