@@ -81,7 +81,8 @@ def moefy(
     compete (:attr:`Router.by_token` is false) what a row gets depends on the others.
 
     Args:
-        model: the dense model.
+        model: the dense model. Of transformers, the whole one: a classifier around an encoder that
+            was given here does not know of the experts, and saves itself as a dense model.
         every: n; block, target or layer ``i`` becomes MoE if ``i % n == n - 1`` (default 2 for a
             transformer, 1 for ``targets`` and for a GNN, whose output layer stays dense).
         k: K, experts per token (default 1).
@@ -348,16 +349,21 @@ def _refuse_hidden(name: str, module: nn.Module, model: nn.Module) -> None:
     """
     for path, part in model.named_modules():
         for key, value in vars(part).items():
-            if not is_option(key):
-                continue
-            values = value.values() if isinstance(value, dict) else value
-            held = [*values] if isinstance(value, dict | list | tuple | set) else [value]
-            if any(item is module or getattr(item, "__self__", None) is module for item in held):
+            if is_option(key) and _holds(value, module):
                 raise ValueError(
                     f"model: got {name}, which {path or 'the model'} also keeps as its {key}, "
                     "outside of its modules, expected a module of the model alone: what is kept "
                     "there would go on to run"
                 )
+
+
+def _holds(value: object, module: nn.Module) -> bool:
+    """True for the module, a method of it, and plain containers of those, at any depth."""
+    if isinstance(value, dict):
+        return any(_holds(item, module) for item in value.values())
+    if isinstance(value, list | tuple | set):
+        return any(_holds(item, module) for item in value)
+    return value is module or getattr(value, "__self__", None) is module
 
 
 # MLPs ---------------------------------------------------------------------------------------------

@@ -212,8 +212,14 @@ class LossWatch:
             if self.passed == {"weights"}:
                 self._warn(routing)
             self.passed = None
-        losses = [loss.value for loss in routing.losses.values() if loss.value.requires_grad]
+        losses = [
+            loss.value
+            for loss in routing.losses.values()
+            if loss.value.requires_grad and loss.coefficient != 0
+        ]
         if self.passed is not None or not losses or not routing.weight.requires_grad:
+            return
+        if routing.num_experts == 1:  # nothing to balance
             return
         passed = self.passed = set()
         routing.weight.register_hook(lambda _: passed.add("weights"))

@@ -255,6 +255,12 @@ def expert_health(
             several.
         names: of the layers (default: their numbers).
 
+    Returns:
+        ``str(health)`` is a line for each layer and the advice. ``health.layers`` has, for each,
+        ``load`` over the even share (1 for all experts if they are balanced), ``dead`` experts, and
+        ``entropy``, the mean of the tokens' scores in nats; ``health.figures()`` the same as numbers by name, for
+        a logger; ``health.advice`` a sentence if a few experts have nearly all of the load.
+
     Raises:
         ValueError: no routing, or names for another number of layers.
 
@@ -306,7 +312,7 @@ class HealthMonitor:
         self.handles: list[Any] = []
         for path, module in model.named_modules():
             if isinstance(module, Router):
-                name = path.removesuffix("router").removesuffix(".") or "model"
+                name = path.removesuffix(".router") if path != "router" else "model"
                 self.stats[name] = RoutingStats(num_experts=module.num_experts)
                 hook = self._counter(self.stats[name])
                 self.handles.append(module.register_forward_hook(hook))

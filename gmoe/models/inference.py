@@ -85,7 +85,6 @@ def inference(
 
     Args:
         loader: a graph; or a node loader, whose graph and batch size are used, but not its sampler.
-    X
         device: where chunks are computed (default: where the model is); the features of all nodes
             stay on the CPU.
         progress_bar: show one (default ``False``).

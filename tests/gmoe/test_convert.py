@@ -546,7 +546,13 @@ class Listed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "keep", [lambda mlp: [mlp], lambda mlp: {"first": mlp}, lambda mlp: mlp.forward]
+    "keep",
+    [
+        lambda mlp: [mlp],
+        lambda mlp: {"first": mlp},
+        lambda mlp: mlp.forward,
+        lambda mlp: [(nn.Identity(), mlp)],
+    ],
 )
 def test_a_module_that_is_also_kept_outside_of_the_modules_is_refused(keep: Any) -> None:
     with pytest.raises(

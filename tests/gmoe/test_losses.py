@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmoe import (
+    TokenChoice,
     attach_aux_loss,
     aux_loss,
     cv_squared,
@@ -430,3 +431,13 @@ def test_several_layers_tell_it_once_under_the_usual_filters() -> None:
         for _ in range(3):
             script(model)
     assert sum("attach_aux_loss" in str(warning.message) for warning in found) == 1
+
+
+@pytest.mark.parametrize("options", [{"num_experts": 1}, {"balance_coef": 0.0}])
+def test_a_loss_without_a_gradient_is_not_missed(options: dict[str, Any]) -> None:
+    sizes = {"num_experts": 4, "balance": "switch"} | options
+    router = TokenChoice(4, **sizes).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            router(torch.randn(6, 4)).weight.sum().backward()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers.mlp import GlobalResponseNormMlp, Mlp
+from timm.layers import LayerNormFp32, RmsNormFp32
+from timm.layers.mlp import GlobalResponseNormMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -133,3 +134,13 @@ def test_an_mlp_of_another_form_is_refused_by_its_name(form: str) -> None:
 
 def test_a_dropout_that_is_a_function_does_not_hide_the_activation() -> None:
     assert isinstance(read_mlp("mlp", Dropping().train()).activation, nn.GELU)
+
+
+@pytest.mark.parametrize("norm", [LayerNormFp32, RmsNormFp32])
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_norm_that_computes_in_float32_is_read(norm: Any, is_replaced: bool) -> None:
+    mlp = SwiGLU(8, 12, norm_layer=norm)
+    x = torch.randn(6, 8)
+    dense = read_mlp("mlp", mlp, is_replaced=is_replaced)
+    experts = dense.experts(2, upcycle=True, zero_init=False, backend="loop")
+    torch.testing.assert_close(experts(x, torch.tensor([3, 6])), mlp(x))
