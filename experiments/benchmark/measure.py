@@ -165,13 +165,33 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return int(torch.cuda.max_memory_allocated(device)) - before
+    return max(itertools.accumulate(_memory_changes(step), initial=0))
+
+
+def kept_bytes(forward: Step, device: torch.device) -> int:
+    """The memory that a forward pass leaves behind while its result is alive.
+
+    Its backward pass needs it.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        result = forward()
+        kept = int(torch.cuda.memory_allocated(device)) - before
+        del result
+        return kept
+    return sum(_memory_changes(forward))
+
+
+def _memory_changes(step: Step) -> list[int]:
+    """Bytes that a run on the CPU takes and frees, in order; its result stays alive."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
+        result = step()
+    del result
     events = profiled.profiler.kineto_results.events()
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
     )
-    return max(itertools.accumulate((size for _, size in changes), initial=0))
+    return [size for _, size in changes]
 
 
 def spread(values: list[float]) -> dict[str, Any]:
