@@ -1,0 +1,368 @@
+"""Models as people train them: PyG's and timm's own, and ours in their place, on the same inputs.
+
+Data are made: random graphs, molecules and images of the sizes that the rows name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric import seed_everything
+from torch_geometric.data import Batch
+from torch_geometric.datasets import FakeDataset
+from torch_geometric.nn import GAT, GCN, GIN, GCNConv, GraphSAGE, global_mean_pool
+
+import gmoe
+from experiments.benchmark.layers import power_law_graph
+from experiments.benchmark.measure import wait_for
+from gmoe import GNNMoE, Graph, MoEConv, TokenChoice
+from gmoe.conv.kinds import factory_of
+
+EXPERTS = 8
+"""E of every layer with experts; K is 1."""
+
+HEADS = 8
+"""Of GAT, whose heads share the hidden width."""
+
+LEARNING_RATE = 1e-3
+
+WARMUP = 3
+"""Rounds that are not timed."""
+
+WHOLE_MODELS: dict[str, type[nn.Module]] = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT}
+"""PyG's own models, by the name that GNNMoE has for their conv."""
+
+
+class Variant(NamedTuple):
+    """A model, and the loss of one step of its training."""
+
+    model: nn.Module
+    loss: Callable[[nn.Module], Tensor]
+
+
+Row = dict[str, Variant]
+"""Models that are compared with the first of them."""
+
+
+class NodeTask(NamedTuple):
+    """A graph whose nodes have labels, and the widths of the models on it."""
+
+    nodes: int
+    citations: int
+    """Edges, before the reverse of each is added."""
+    features: int
+    hidden: int
+    classes: int
+    layers: int
+    labeled: int
+    """Nodes in the loss."""
+    dropout: float = 0.0
+
+
+CORA = NodeTask(2_708, 5_278, 1_433, 64, 7, layers=2, labeled=140, dropout=0.5)
+EXAMPLE = CORA._replace(hidden=16)
+ARXIV = NodeTask(169_343, 1_166_243, 128, 128, 40, layers=3, labeled=90_941, dropout=0.5)
+SMALL = NodeTask(30, 60, 16, 64, 4, layers=3, labeled=30)
+
+
+class MadeNodes(NamedTuple):
+    """Random features, edges and labels."""
+
+    x: Tensor
+    edge_index: Tensor
+    target: Tensor
+
+    def adjacencies(self) -> dict[str, Any]:
+        """Both forms in which ours take the edges: as they are, or as a graph that keeps sums."""
+        graph = Graph(self.edge_index, len(self.x), x=self.x)
+        return {"edge_index": self.edge_index, "Graph": graph}
+
+    def loss(self, adjacency: Any, model: nn.Module) -> Tensor:
+        """Cross-entropy of the labeled nodes, which are the first."""
+        logits = model(self.x, adjacency)
+        return F.cross_entropy(logits[: len(self.target)], self.target)
+
+
+def made_nodes(task: NodeTask) -> MadeNodes:
+    """Draw a graph of a task's size."""
+    edge_index, _ = power_law_graph(task.nodes, task.citations)
+    x = torch.randn(task.nodes, task.features)
+    return MadeNodes(x, edge_index, torch.randint(task.classes, (task.labeled,)))
+
+
+def node_row(kind: str, task: NodeTask) -> Row:
+    """PyG's model of a kind, and GNNMoE."""
+    data = made_nodes(task)
+    widths = (task.features, task.hidden)
+    options: dict[str, Any] = {"dropout": task.dropout}
+    if kind == "gat":
+        options["heads"] = HEADS
+    own = WHOLE_MODELS[kind](*widths, task.layers, task.classes, **options)
+    ours = GNNMoE(*widths, task.classes, task.layers, conv=kind, num_experts=EXPERTS, **options)
+    row = {"PyG": Variant(own, partial(data.loss, data.edge_index))}
+    for form, adjacency in data.adjacencies().items():
+        row[f"gmoe, {form}"] = Variant(copy.deepcopy(ours), partial(data.loss, adjacency))
+    return row
+
+
+class TwoLayers(nn.Module):
+    """The model of PyG's examples/gcn.py."""
+
+    def __init__(self, conv: Callable[..., nn.Module], task: NodeTask) -> None:
+        super().__init__()
+        self.conv1 = conv(task.features, task.hidden, cached=True)
+        self.conv2 = conv(task.hidden, task.classes, cached=True)
+        self.dropout = nn.Dropout(task.dropout)
+
+    def forward(self, x: Tensor, adjacency: Any) -> Tensor:
+        """(N, C) logits."""
+        h = self.conv1(self.dropout(x), adjacency).relu()
+        return self.conv2(self.dropout(h), adjacency)
+
+
+def example_row(task: NodeTask) -> Row:
+    """PyG's examples/gcn.py, and the same with the class of its layers swapped."""
+    data = made_nodes(task)
+    own = TwoLayers(GCNConv, task)
+    swapped = TwoLayers(partial(MoEConv, GCNConv, num_experts=EXPERTS), task)
+    row = {"PyG": Variant(own, partial(data.loss, data.edge_index))}
+    for form, adjacency in data.adjacencies().items():
+        row[f"gmoe, {form}"] = Variant(copy.deepcopy(swapped), partial(data.loss, adjacency))
+    return row
+
+
+class MoleculeTask(NamedTuple):
+    """A batch of molecules, and the model on it."""
+
+    molecules: int
+    width: int
+    layers: int
+
+
+MOLECULES = MoleculeTask(128, 300, 5)
+ATOM_TYPES, BOND_TYPES = 120, 22
+
+
+class MoleculeModel(nn.Module):
+    """The usual model of molecules: embeddings, residuals, batch norms, a mean over the atoms.
+
+    A ``router`` decides for all layers at once, by the atoms.
+    """
+
+    def __init__(self, kind: str, task: MoleculeTask, router: TokenChoice | None) -> None:
+        super().__init__()
+        width = task.width
+        if router is None:
+            conv: Callable[[], nn.Module] = partial(factory_of(kind), width, width)
+        else:
+            options: dict[str, Any] = {"router": None, "start": "copies"}
+            conv = partial(MoEConv, kind, width, width, num_experts=EXPERTS, **options)
+        self.atoms = nn.Embedding(ATOM_TYPES, width)
+        self.router = router
+        self.convs = nn.ModuleList(conv() for _ in range(task.layers))
+        bonded = self.convs if kind == "gine" else ()
+        self.bonds = nn.ModuleList(nn.Embedding(BOND_TYPES, width) for _ in bonded)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(task.layers))
+        self.dropout = nn.Dropout(0.5)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, atom: Tensor, bond: Tensor, adjacency: Any, batch: Tensor) -> Tensor:
+        """(molecules, 1) logits, of types of atoms and bonds."""
+        h = self.atoms(atom)
+        shared = {} if self.router is None else {"routing": self.router(h)}
+        of_layers = [{"edge_attr": bonds(bond)} for bonds in self.bonds]
+        if not of_layers:
+            of_layers = [{} for _ in self.convs]
+        for conv, of_edges, norm in zip(self.convs, of_layers, self.norms, strict=True):
+            h = h + self.dropout(norm(conv(h, adjacency, **of_edges, **shared)).relu())
+        return self.out(global_mean_pool(h, batch))
+
+
+def molecule_row(kind: str, task: MoleculeTask) -> Row:
+    """PyG's convs on a batch of molecules, and experts in their place, routed once."""
+    made = FakeDataset(num_graphs=task.molecules, avg_num_nodes=25, avg_degree=2.2)
+    batch = Batch.from_data_list(list(made)).to(torch.get_default_device())
+    edge_index, molecule = batch.edge_index, batch.batch
+    atom = torch.randint(ATOM_TYPES, molecule.shape)
+    bond = torch.randint(BOND_TYPES, edge_index.shape[1:])
+    target = torch.randint(2, (task.molecules, 1)).float()
+
+    def loss(adjacency: Callable[[], Any], model: nn.Module) -> Tensor:
+        logits = model(atom, bond, adjacency(), molecule)
+        return F.binary_cross_entropy_with_logits(logits, target)
+
+    def plain() -> Tensor:
+        return edge_index
+
+    def graph() -> Graph:
+        # In each step: a loader gives other molecules each time.
+        return Graph(edge_index, len(atom))
+
+    # As GNNMoE routes copies.
+    options: dict[str, Any] = {"weight": "straight_through", "balance": None, "noise": "spread"}
+    router = TokenChoice(task.width, num_experts=EXPERTS, **options)
+    ours = MoleculeModel(kind, task, router)
+    return {
+        "PyG": Variant(MoleculeModel(kind, task, None), partial(loss, plain)),
+        "gmoe, edge_index": Variant(ours, partial(loss, plain)),
+        "gmoe, Graph": Variant(copy.deepcopy(ours), partial(loss, graph)),
+    }
+
+
+class SampledTask(NamedTuple):
+    """A batch of sampled neighbors: what each hop adds, nearest first, and the widths."""
+
+    nodes: tuple[int, int, int]
+    """Seeds, and the nodes of each hop."""
+    edges: tuple[int, int]
+    features: int
+    hidden: int
+    classes: int
+
+
+SAMPLED = SampledTask((512, 4_600, 25_000), (5_000, 42_000), 100, 256, 47)
+
+
+def sampled_row(task: SampledTask) -> Row:
+    """PyG's GraphSAGE on a batch that NeighborLoader gives, trimmed a layer, and GNNMoE."""
+    seeds, near, _ = task.nodes
+    seen = (seeds + near, sum(task.nodes))
+    heard = ((0, seeds), (seeds, seeds + near))
+    hops = [
+        torch.stack([torch.randint(sources, (edges,)), torch.randint(first, last, (edges,))])
+        for edges, sources, (first, last) in zip(task.edges, seen, heard, strict=True)
+    ]
+    edge_index = torch.cat(hops, dim=1)
+    x = torch.randn(sum(task.nodes), task.features)
+    target = torch.randint(task.classes, (seeds,))
+    trim = {
+        "num_sampled_nodes_per_hop": list(task.nodes),
+        "num_sampled_edges_per_hop": list(task.edges),
+    }
+
+    def loss(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(x, edge_index, **trim)[:seeds], target)
+
+    widths = (task.features, task.hidden)
+    own = GraphSAGE(*widths, 2, task.classes)
+    ours = GNNMoE(*widths, task.classes, 2, conv="sage", num_experts=EXPERTS)
+    return {"PyG": Variant(own, loss), "gmoe, edge_index": Variant(ours, loss)}
+
+
+def vit_row(name: str, batch: int) -> Row:
+    """A ViT of timm's, and the same with experts in every second block, in both starts."""
+    import timm  # which graphs do without
+
+    own: Any = timm.create_model(name)
+    images = torch.randn(batch, *own.default_cfg["input_size"])
+    target = torch.randint(own.num_classes, (batch,))
+
+    def loss(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(images), target)
+
+    def with_experts(**options: Any) -> Variant:
+        return Variant(gmoe.moefy(copy.deepcopy(own), num_experts=EXPERTS, **options), loss)
+
+    return {
+        "timm": Variant(own, loss),
+        "gmoe, moefy": with_experts(),
+        "gmoe, moefy, plain": with_experts(start="plain"),
+    }
+
+
+ROWS: dict[str, Callable[[], Row]] = {
+    **{f"cora-{kind}": partial(node_row, kind, CORA) for kind in WHOLE_MODELS},
+    "example-gcn": partial(example_row, EXAMPLE),
+    **{f"molecules-{kind}": partial(molecule_row, kind, MOLECULES) for kind in ("gine", "gcn")},
+    "sampled-sage": partial(sampled_row, SAMPLED),
+    "vit-tiny": partial(vit_row, "vit_tiny_patch16_224", 4),
+    **{f"small-{kind}": partial(node_row, kind, SMALL) for kind in WHOLE_MODELS},
+    "arxiv-gcn": partial(node_row, "gcn", ARXIV),
+}
+"""What is trained, by the name of the command line."""
+
+
+def build_row(name: str, device: torch.device) -> Row:
+    """The models of a row, drawn from a fixed seed; the first, PyG's or timm's own, twice."""
+    seed_everything(0)
+    with device:
+        row = ROWS[name]()
+    own, first = next(iter(row.items()))
+    again = first._replace(model=copy.deepcopy(first.model))
+    return {own: first, f"{own} again": again, **row}
+
+
+class Times(NamedTuple):
+    """Seconds of a training step, and of its parts; the forward pass has the loss."""
+
+    forward: float
+    backward: float
+    optimizer: float
+    step: float
+
+
+class Timed(Protocol):
+    """What trains one step a call, and notes how long it took."""
+
+    times: list[Times]
+
+    def __call__(self) -> None:
+        """Run one step."""
+
+
+class Training:
+    """A model with Adam in its fused form; a call is one step, which leaves no gradients behind.
+
+    Times are of the CPU, of all threads; on other devices those of a clock.
+    """
+
+    def __init__(self, variant: Variant, device: torch.device) -> None:
+        self.model = variant.model.train()
+        self.loss = variant.loss
+        self.device = device
+        self.optimizer = torch.optim.Adam(self.model.parameters(), LEARNING_RATE, fused=True)
+        self.times: list[Times] = []
+
+    def forward(self) -> Tensor:
+        """The loss of a step."""
+        return self.loss(self.model)
+
+    def __call__(self) -> None:
+        """Run one step."""
+        start = self._now()
+        loss = self.forward()
+        computed = self._now()
+        loss.backward()
+        derived = self._now()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = self._now()
+        parts = (computed - start, derived - computed, end - derived)
+        self.times.append(Times(*parts, step=end - start))
+
+    def _now(self) -> float:
+        wait_for(self.device)
+        return time.process_time() if self.device.type == "cpu" else time.perf_counter()
+
+
+def enough_repeats(trainings: Iterable[Timed], repeats: int, seconds: float) -> int:
+    """So many, or more where they take less than these seconds: minima of quick steps need it."""
+    one_round = 0.0
+    for training in trainings:
+        training()  # the first is slow
+        training()
+        one_round += training.times[-1].step
+    return max(repeats, math.ceil(seconds / one_round))
+
+
+def least(training: Timed, repeats: int) -> Times:
+    """The fastest step, and the fastest of each part, among the last so many."""
+    return Times(*(min(of_part) for of_part in zip(*training.times[-repeats:], strict=True)))
