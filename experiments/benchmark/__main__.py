@@ -1,6 +1,6 @@
 """``python -m experiments.benchmark NAME [options]``: variants take turns.
 
-Ratios are those of medians in one run; of ``compile``, of minima.
+Ratios are those of medians in one run; of ``step`` and ``compile``, of minima.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "busy.BusyBenchmark",
     ),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", "layers.VoteBenchmark"),
+    "step": (
+        "Training steps of whole models beside PyG's and timm's own, optimizer included.",
+        "step.StepBenchmark",
+    ),
     "train": (
         "Where an epoch's time goes: data, forward, backward, optimizer, rest.",
         "train.TrainBenchmark",

@@ -27,6 +27,8 @@ def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
         return [gpu_line(name, variant) for name, variant in variants.items()]
     if any("p95" in variant.get("wall", {}) for variant in variants.values()):
         return known([latency_line(name, variant) for name, variant in variants.items()])
+    if any("least" in variant for variant in variants.values()):
+        return known([step_line(name, variant) for name, variant in variants.items()])
     if any("grown" in variant for variant in variants.values()):
         return [serve_line(name, variant) for name, variant in variants.items()]
     if any("resident" in variant for variant in variants.values()):
@@ -43,6 +45,31 @@ def memory_line(name: str, variant: Mapping[str, Any]) -> Line:
         "process (MiB)": f"{resident / 2**20:,.0f}",
         "×": f"{resident / alive:.2f}" if alive else "–",
     }
+
+
+def step_line(name: str, variant: Mapping[str, Any]) -> Line:
+    """A training step: the least times of it and its parts, and memory.
+
+    Ratios are to the first of the row.
+    """
+    least, ratio = variant["least"], variant["ratio"]
+    line = {
+        "variant": name,
+        "step (ms)": f"{1000 * least['step']:,.1f}",
+        "×": f"{ratio['step']:.2f}",
+    }
+    for part in ("forward", "backward", "optimizer"):
+        line[part] = f"{1000 * least[part]:,.1f}"
+    line["× before"], line["noise"] = "–", "–"
+    if "before" in variant:
+        line["× before"] = f"{variant['before']['ratio']:.2f}"
+        line["noise"] = f"{variant['before']['noise']:.2f}"
+    line["kept (MiB)"], line["peak (MiB)"], line["× peak"] = "–", "–", "–"
+    if "memory" in variant:
+        line["kept (MiB)"] = f"{variant['kept'] / 2**20:,.1f}"
+        line["peak (MiB)"] = f"{variant['memory'] / 2**20:,.1f}"
+        line["× peak"] = f"{ratio['memory']:.2f}"
+    return line
 
 
 def serve_line(name: str, variant: Mapping[str, Any]) -> Line:
