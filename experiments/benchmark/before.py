@@ -139,10 +139,10 @@ def ask(process: Connection, name: str) -> Any:
     Raises:
         ValueError: the process has ended.
     """
-    process.send(name)
     try:
+        process.send(name)
         return process.recv()
-    except EOFError as error:
+    except (EOFError, ConnectionError) as error:
         raise ValueError(
             f"before: got a checkout whose process ended at {name!r}, expected an answer"
         ) from error
