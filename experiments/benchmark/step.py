@@ -92,14 +92,14 @@ class StepBenchmark(Measurement):
         trainings = {variant: Training(made, device) for variant, made in row.items()}
         compare_all = partial(compare, repeats=self.repeats, seconds=self.seconds, device=device)
         found = compare_all(trainings)
-        own, again, *_ = row
+        own = next(iter(row))
         for variant in row if self.compiled else ():
-            if variant == again:
+            if variant == f"{own} again":
                 continue
             # torch remembers by code object what it could not compile, and models of a row share
             # their code: each is compiled as if it were the only one.
             torch.compiler.reset()
-            model = torch.compile(copy.deepcopy(row[variant].model))
+            model: Any = torch.compile(copy.deepcopy(row[variant].model))
             compiled = Training(Variant(model, row[variant].loss), device)
             pair = compare_all({own: trainings[own], "compiled": compiled})
             found[f"{variant}, compiled"] = pair["compiled"]

@@ -39,7 +39,7 @@ def test_a_process_runs_the_steps_that_it_is_asked_for(monkeypatch: pytest.Monke
     with served() as process:
         assert ask(process, "commit") == commit()
         names = ask(process, "row tiny")
-        assert names == ["PyG", "PyG again", "gmoe, edge_index", "gmoe, Graph"]
+        assert names == ["PyG", "gmoe, edge_index", "PyG again", "gmoe, Graph"]
         forward, backward, optimizer, step = ask(process, "gmoe, Graph")
         assert forward + backward + optimizer == pytest.approx(step)
         assert min(forward, backward, optimizer) > 0

@@ -21,7 +21,7 @@ from experiments.benchmark.tables import benchmark_lines
 
 CPU = torch.device("cpu")
 TINY = NodeTask(20, 30, 6, 8, 3, layers=2, labeled=10)
-NAMES = ["PyG", "PyG again", "gmoe, edge_index", "gmoe, Graph"]
+NAMES = ["PyG", "gmoe, edge_index", "PyG again", "gmoe, Graph"]
 MEBI = 2**20
 
 
