@@ -69,12 +69,13 @@ def compared_with(
         other = ask(processes["before"], "commit")
 
         def compare(row: str) -> dict[str, Any]:
+            # 1. Build the models of the row in all processes.
             trainings: dict[str, dict[str, Elsewhere]] = {}
             for name, process in processes.items():
                 trainings[name] = {
                     variant: Elsewhere(process, variant) for variant in ask(process, f"row {row}")
                 }
-            # A model that one of the checkouts lacks is compared with nothing.
+            # 2. Let them take turns. What one of the checkouts lacks is compared with nothing.
             shared = [variant for variant in trainings["now"] if variant in trainings["before"]]
             turns = {
                 f"{variant}, {name}": of_place[variant]
@@ -83,6 +84,7 @@ def compared_with(
             }
             enough = enough_repeats(turns.values(), repeats, seconds)
             take_turns(turns, enough, CPU, warmup=WARMUP)
+            # 3. Compare the fastest steps.
             found = {}
             for variant in shared:
                 now, before, again = (

@@ -67,10 +67,36 @@ class NodeTask(NamedTuple):
     dropout: float = 0.0
 
 
-CORA = NodeTask(2_708, 5_278, 1_433, 64, 7, layers=2, labeled=140, dropout=0.5)
+CORA = NodeTask(
+    nodes=2_708,
+    citations=5_278,
+    features=1_433,
+    hidden=64,
+    classes=7,
+    layers=2,
+    labeled=140,
+    dropout=0.5,
+)
 EXAMPLE = CORA._replace(hidden=16)
-ARXIV = NodeTask(169_343, 1_166_243, 128, 128, 40, layers=3, labeled=90_941, dropout=0.5)
-SMALL = NodeTask(30, 60, 16, 64, 4, layers=3, labeled=30)
+ARXIV = NodeTask(
+    nodes=169_343,
+    citations=1_166_243,
+    features=128,
+    hidden=128,
+    classes=40,
+    layers=3,
+    labeled=90_941,
+    dropout=0.5,
+)
+SMALL = NodeTask(
+    nodes=30,
+    citations=60,
+    features=16,
+    hidden=64,
+    classes=4,
+    layers=3,
+    labeled=30,
+)
 
 
 class MadeNodes(NamedTuple):
@@ -105,6 +131,7 @@ def node_row(kind: str, task: NodeTask) -> Row:
     options: dict[str, Any] = {"dropout": task.dropout}
     if kind == "gat":
         options["heads"] = HEADS
+    # Both take the same arguments, but in another order.
     own = WHOLE_MODELS[kind](*widths, task.layers, task.classes, **options)
     ours = GNNMoE(*widths, task.classes, task.layers, conv=kind, num_experts=EXPERTS, **options)
     row = {"PyG": Variant(own, partial(data.loss, data.edge_index))}
@@ -118,6 +145,7 @@ class TwoLayers(nn.Module):
 
     def __init__(self, conv: Callable[..., nn.Module], task: NodeTask) -> None:
         super().__init__()
+        # PyG's convs keep the normalized edges; experts keep those of a Graph.
         self.conv1 = conv(task.features, task.hidden, cached=True)
         self.conv2 = conv(task.hidden, task.classes, cached=True)
         self.dropout = nn.Dropout(task.dropout)
@@ -160,14 +188,15 @@ class MoleculeModel(nn.Module):
     def __init__(self, kind: str, task: MoleculeTask, router: TokenChoice | None) -> None:
         super().__init__()
         width = task.width
-        if router is None:
-            conv: Callable[[], nn.Module] = partial(factory_of(kind), width, width)
-        else:
+        conv: Callable[[], nn.Module] = partial(factory_of(kind), width, width)
+        if router is not None:
+            # Its routing is handed to each layer, which then needs no router.
             options: dict[str, Any] = {"router": None, "start": "copies"}
             conv = partial(MoEConv, kind, width, width, num_experts=EXPERTS, **options)
         self.atoms = nn.Embedding(ATOM_TYPES, width)
         self.router = router
         self.convs = nn.ModuleList(conv() for _ in range(task.layers))
+        # Only GINE sees bonds: other convs would leave these embeddings without gradients.
         bonded = self.convs if kind == "gine" else ()
         self.bonds = nn.ModuleList(nn.Embedding(BOND_TYPES, width) for _ in bonded)
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(task.layers))
@@ -189,6 +218,7 @@ class MoleculeModel(nn.Module):
 def molecule_row(kind: str, task: MoleculeTask) -> Row:
     """PyG's convs on a batch of molecules, and experts in their place, routed once."""
     made = FakeDataset(num_graphs=task.molecules, avg_num_nodes=25, avg_degree=2.2)
+    # Drawn on the CPU, whatever the device that the caller has chosen.
     batch = Batch.from_data_list(list(made)).to(torch.get_default_device())
     edge_index, molecule = batch.edge_index, batch.batch
     atom = torch.randint(ATOM_TYPES, molecule.shape)
@@ -228,19 +258,33 @@ class SampledTask(NamedTuple):
     classes: int
 
 
-SAMPLED = SampledTask((512, 4_600, 25_000), (5_000, 42_000), 100, 256, 47)
+SAMPLED = SampledTask(
+    nodes=(512, 4_600, 25_000),
+    edges=(5_000, 42_000),
+    features=100,
+    hidden=256,
+    classes=47,
+)
 
 
 def sampled_row(task: SampledTask) -> Row:
     """PyG's GraphSAGE on a batch that NeighborLoader gives, trimmed a layer, and GNNMoE."""
     seeds, near, _ = task.nodes
-    seen = (seeds + near, sum(task.nodes))
-    heard = ((0, seeds), (seeds, seeds + near))
-    hops = [
-        torch.stack([torch.randint(sources, (edges,)), torch.randint(first, last, (edges,))])
-        for edges, sources, (first, last) in zip(task.edges, seen, heard, strict=True)
-    ]
-    edge_index = torch.cat(hops, dim=1)
+    first, second = task.edges
+    # Edges of a hop go from all nodes that were seen by then to those of the hop before it.
+    source = torch.cat(
+        [
+            torch.randint(seeds + near, (first,)),
+            torch.randint(sum(task.nodes), (second,)),
+        ]
+    )
+    destination = torch.cat(
+        [
+            torch.randint(seeds, (first,)),
+            torch.randint(seeds, seeds + near, (second,)),
+        ]
+    )
+    edge_index = torch.stack([source, destination])
     x = torch.randn(sum(task.nodes), task.features)
     target = torch.randint(task.classes, (seeds,))
     trim = {
@@ -255,6 +299,7 @@ def sampled_row(task: SampledTask) -> Row:
         return edge_index
 
     def graph() -> Graph:
+        # In each step, as above.
         return Graph(edge_index, len(x))
 
     widths = (task.features, task.hidden)
@@ -371,7 +416,8 @@ def enough_repeats(trainings: Iterable[Timed], repeats: int, seconds: float) -> 
     """So many, or more where they take less than these seconds: minima of quick steps need it."""
     one_round = 0.0
     for training in trainings:
-        training()  # the first is slow
+        # The first step is slow: it meets cold caches, and makes Adam's moments.
+        training()
         training()
         one_round += training.times[-1].step
     return max(repeats, math.ceil(seconds / one_round))

@@ -108,6 +108,7 @@ class StepBenchmark(Measurement):
     def content(self, found: dict[str, Any]) -> dict[str, Any]:
         """The content of the file, with the load of the machine in the last minutes."""
         content = super().content(found)
+        # A folder of this machine; figures name its commit.
         del content["config"]["before"]
         return content | {"load": os.getloadavg()}
 
@@ -126,12 +127,13 @@ def compare(
     for name, training in trainings.items():
         figures, parameters = found[name], training.model.parameters()
         for clock in ("wall", "cpu"):
-            del figures[clock]["values"]  # hundreds
+            del figures[clock]["values"]  # of quick models hundreds
         figures["repeats"] = enough
         figures["least"] = least(training, enough)._asdict()
         figures["parameters"] = sum(parameter.numel() for parameter in parameters)
         figures["memory"] = peak_bytes(training, device)
         figures["kept"] = kept_bytes(training.forward, device)
+    # The models of a row differ in what they compute: ratios say what a swap costs.
     base = found[next(iter(trainings))]
     for figures in found.values():
         of_parts = {part: figures["least"][part] / base["least"][part] for part in Times._fields}

@@ -15,10 +15,10 @@ import pytest
 
 from experiments.benchmark import before
 from experiments.benchmark.before import HERE, ask, compared_with, process_of, serve
-from experiments.benchmark.models import ROWS, NodeTask, node_row
+from experiments.benchmark.models import ROWS, SMALL, node_row
 from experiments.train.results import commit
 
-TINY = NodeTask(20, 30, 6, 8, 3, layers=2, labeled=10)
+TINY = SMALL._replace(features=6, hidden=8, layers=2)
 
 
 @contextmanager

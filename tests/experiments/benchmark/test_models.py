@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from experiments.benchmark import models
 from experiments.benchmark.models import (
     ROWS,
+    SMALL,
     MoleculeTask,
-    NodeTask,
     Row,
     SampledTask,
     Training,
@@ -32,15 +32,14 @@ from experiments.benchmark.models import (
 from gmoe import GNNMoE, Graph, MoE, MoEConv
 
 CPU = torch.device("cpu")
-TINY = NodeTask(20, 30, 6, 8, 3, layers=2, labeled=10, dropout=0.5)
+TINY = SMALL._replace(features=6, hidden=8, layers=2, labeled=10, dropout=0.5)
+MOLECULES = MoleculeTask(molecules=3, width=8, layers=2)
+SAMPLED = SampledTask(nodes=(4, 6, 9), edges=(8, 12), features=5, hidden=8, classes=3)
 TINY_ROWS: dict[str, Callable[[], Row]] = {
     **{f"nodes-{kind}": partial(node_row, kind, TINY) for kind in models.WHOLE_MODELS},
     "example": partial(example_row, TINY),
-    **{
-        f"molecules-{kind}": partial(molecule_row, kind, MoleculeTask(3, 8, 2))
-        for kind in ("gine", "gcn")
-    },
-    "sampled": partial(sampled_row, SampledTask((4, 6, 9), (8, 12), 5, 8, 3)),
+    **{f"molecules-{kind}": partial(molecule_row, kind, MOLECULES) for kind in ("gine", "gcn")},
+    "sampled": partial(sampled_row, SAMPLED),
     "vit": partial(vit_row, "test_vit", 1),
 }
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from experiments.benchmark import step
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.measure import kept_bytes
-from experiments.benchmark.models import ROWS, NodeTask, Row, Training, Variant, node_row
+from experiments.benchmark.models import ROWS, SMALL, Row, Training, Variant, node_row
 from experiments.benchmark.tables import benchmark_lines
 
 CPU = torch.device("cpu")
-TINY = NodeTask(20, 30, 6, 8, 3, layers=2, labeled=10)
+TINY = SMALL._replace(features=6, hidden=8, layers=2)
 NAMES = ["PyG", "gmoe, edge_index", "PyG again", "gmoe, Graph"]
 MEBI = 2**20
 
