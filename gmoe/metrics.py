@@ -258,8 +258,9 @@ def expert_health(
     Returns:
         ``str(health)`` is a line for each layer and the advice. ``health.layers`` has, for each,
         ``load`` over the even share (1 for all experts if they are balanced), ``dead`` experts, and
-        ``entropy``, the mean of the tokens' scores in nats; ``health.figures()`` the same as numbers by name, for
-        a logger; ``health.advice`` a sentence if a few experts have nearly all of the load.
+        ``entropy``, the mean of the tokens' scores in nats; ``health.figures()`` the same as
+        numbers by name, for a logger; ``health.advice`` a sentence if a few experts have nearly all
+        of the load.
 
     Raises:
         ValueError: no routing, or names for another number of layers.

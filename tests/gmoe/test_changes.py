@@ -257,6 +257,8 @@ def test_experts_of_a_conv_that_was_changed(name: str, convert: Any) -> None:
     if name == "GINE":
         generator = torch.Generator().manual_seed(4)
         inputs.append(torch.randn(36, 8, dtype=torch.float64, generator=generator))
-    assert try_change(build, UNCHANGED, convert, *inputs) == "equal"
+    # A CGConv does not say its widths by the usual names: moefy refuses it and asks for them.
+    expected = "refused" if name == "CG" and convert is not plain else "equal"
+    assert try_change(build, UNCHANGED, convert, *inputs) == expected
     for change in changes_of(build()):
         try_change(build, change, convert, *inputs)
