@@ -1,6 +1,6 @@
-"""What a layer with experts can be folded to: a dense module, and why.
+"""What a layer with experts can be folded to: a dense module, and whether it equals the layer.
 
-Shapes: E experts, T tokens, I in, H hidden, O out features.
+Shapes: I in, O out features.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from gmoe.routers import RandomRouter, TokenChoice
 
 
 class MLP(nn.Module):
-    """One expert of :class:`MLPExperts` by itself, with ``nn.Linear`` layers.
+    """The first expert of :class:`MLPExperts` by itself, with ``nn.Linear`` layers.
 
     Args:
         experts: the experts.
-        share_E: (E,) sums to 1: the weights are this mean of the experts'.
 
     Shapes:
         (..., I) to (..., O).
@@ -32,10 +31,10 @@ class MLP(nn.Module):
     moefied: dict[str, Any] | None = None
     """The arguments of :func:`gmoe.moefy` that made the layer, for :func:`gmoe.save`."""
 
-    def __init__(self, experts: MLPExperts, share_E: Tensor) -> None:
+    def __init__(self, experts: MLPExperts) -> None:
         super().__init__()
-        self.up = linear_of(experts.up, share_E)
-        self.down = linear_of(experts.down, share_E)
+        self.up = linear_of(experts.up)
+        self.down = linear_of(experts.down)
         self.glu = experts.glu
         self.activation = copy.deepcopy(experts.activation)
         self.input_norm = copy.deepcopy(experts.input_norm)
@@ -57,26 +56,23 @@ class MLP(nn.Module):
 
 
 @torch.no_grad()
-def linear_of(experts: LinearExperts, share_E: Tensor) -> nn.Linear:
-    """A mean of stacked linear layers."""
-    share_E = share_E.to(experts.weight)
+def linear_of(experts: LinearExperts) -> nn.Linear:
+    """The first of stacked linear layers."""
+    weight, bias = experts.of_expert(0)
     linear: Any = nn.Linear(experts.in_features, experts.out_features, device="meta")
-    weight = torch.einsum("e,eio->oi", share_E, experts.weight).contiguous()
-    linear.weight = nn.Parameter(weight)
-    linear.bias = None
-    if experts.bias is not None:
-        linear.bias = nn.Parameter(share_E @ experts.bias)
+    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    linear.bias = None if bias is None else nn.Parameter(bias.clone())
     return linear.requires_grad_(experts.weight.requires_grad)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A dense module that may replace a layer.
+    """A dense module of the form that may replace a layer.
 
     Args:
         module: the dense module; ``None`` if there is none.
-        reason: why it equals the layer, what it is, or why there is none.
-        is_exact: it equals the layer by construction.
+        reason: why it equals the layer, or why it does not.
+        is_exact: it equals the layer.
     """
 
     module: nn.Module | None
@@ -99,16 +95,7 @@ def are_equal(experts: nn.Module) -> bool:
     return all(bool((value == value[:1]).all()) for value in values)
 
 
-def mean_share(num_experts: int, load_E: Tensor, are_same: bool) -> Tensor:
-    """(E,) how much of each expert goes into the dense layer: by load, or only the first."""
-    if are_same or not load_E.any():
-        share_E = torch.zeros(num_experts, dtype=torch.float64)
-        share_E[0] = 1.0
-        return share_E
-    return load_E
-
-
-def candidate_of_tokens(layer: MoE, load_E: Tensor) -> Candidate:
+def candidate_of_tokens(layer: MoE) -> Candidate:
     """The dense module of a layer on tokens."""
     experts: Any = layer.experts
     if isinstance(experts, FromBase):
@@ -123,31 +110,30 @@ def candidate_of_tokens(layer: MoE, load_E: Tensor) -> Candidate:
     if layer.shared_expert is not None:
         # Two MLPs side by side are no MLP of their size: the dense module is the shared one.
         is_nothing = not any(bool(value.any()) for value in parts[-1].parameters())
-        reason = "routed experts that are zero" if is_nothing else "the shared expert alone"
+        reason = "routed experts that are zero" if is_nothing else "experts beside a shared one"
         return Candidate(layer.shared_expert, reason, is_nothing)
 
-    is_one = experts.num_experts == 1
-    are_same = is_one or are_equal(experts)
-    share_E = mean_share(experts.num_experts, load_E, are_same)
     dense: Any
     if isinstance(experts, MLPExperts):
-        dense = MLP(experts, share_E)
+        dense = MLP(experts)
         dense.moefied = layer.moefied
     else:
-        dense = linear_of(experts, share_E)
-    return Candidate(dense, *reason_of(is_one, are_same, weights_sum_to_one(layer.router)))
+        dense = linear_of(experts)
+    are_same = experts.num_experts == 1 or are_equal(experts)
+    return Candidate(dense, *verdict_of(experts.num_experts, are_same, layer.router))
 
 
-def reason_of(is_one: bool, are_same: bool, sums_to_one: bool) -> tuple[str, bool]:
-    """What the mean of experts is, and whether it equals their mixture.
+def verdict_of(num_experts: int, are_same: bool, router: Any) -> tuple[str, bool]:
+    """What the experts of a layer are, and whether the first of them equals their mixture.
 
     Args:
-        is_one: there is a single expert.
+        num_experts: E.
         are_same: all experts are equal.
-        sums_to_one: a token's weights sum to 1.
+        router: of the layer; ``None`` if each call passes a routing.
     """
-    if is_one:
-        return "one expert is left", sums_to_one
-    if are_same:
-        return "equal experts", sums_to_one
-    return "the mean of the experts by load", False
+    if not are_same:
+        return "experts that differ", False
+    reason = "one expert is left" if num_experts == 1 else "equal experts"
+    if weights_sum_to_one(router):
+        return reason, True
+    return f"{reason}, whose weights do not always sum to 1", False

@@ -1,25 +1,18 @@
-"""Fold layers of experts back into dense ones.
-
-Shapes: E experts.
-"""
+"""Fold layers of experts back into dense ones that equal them."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gmoe._calls import Data, batches_of, outputs_of, relative_change
-from gmoe._checks import check_at_least, check_module, says_what_misfits
+from gmoe._checks import check_module, says_what_misfits
 from gmoe.candidates import Candidate, candidate_of_tokens
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.moe import MoE, MoELayer
-from gmoe.pruning import counting, refuse_unseen, share
 
 
 @dataclass(frozen=True)
@@ -30,19 +23,15 @@ class DensifiedLayer:
         names: of the layer in the model.
         is_dense: it was folded.
         reason: why, or why not.
-        change: the relative change of the model's outputs on the data, with this layer folded and
-            those before it that were; ``None`` if nothing was run.
     """
 
     names: tuple[str, ...]
     is_dense: bool
     reason: str
-    change: float | None
 
     def __str__(self) -> str:
         verdict = "dense" if self.is_dense else "stays"
-        change = "" if self.change is None else f", relative change {self.change:.2g}"
-        return f"{named(self.names)}: {verdict} ({self.reason}{change})"
+        return f"{named(self.names)}: {verdict} ({self.reason})"
 
 
 class Densified(NamedTuple):
@@ -61,82 +50,45 @@ class Densified(NamedTuple):
 
 
 @says_what_misfits
-def densify(model: nn.Module, data: Data | None = None, *, tolerance: float = 0.01) -> Densified:
-    r"""Fold layers of experts back to dense ones where that changes nothing, or little.
+def densify(model: nn.Module) -> Densified:
+    r"""Fold layers of experts back to dense ones where that changes nothing, up to rounding.
 
-    Without data, a layer is folded where its dense module equals it:
+    A layer is folded where a dense module equals it:
 
-    - one expert is left whose weight is 1, or all experts are equal and a token's weights sum to
-      1. Beside a shared expert only for convs that are linear in their weights (GCN, SAGE,
-      GraphConv, filters): their weights are added;
+    - one expert is left, or all experts are equal; and a token's weights sum to 1. Beside a shared
+      expert only for convs that are linear in their weights (GCN, SAGE, GraphConv, filters): their
+      weights are added;
     - the routed part is zero: the gain of a conv, or the last map of all experts of an MLP.
-
-    With data, other layers are folded too, one after the other in the model's order, as long as
-    the outputs y of the model change little:
-
-    .. math::
-        \|y_{\mathrm{folded}} - y\| \le \mathrm{tolerance} \cdot \|y\|
-
-    where y are all outputs on the data, in evaluation, before any layer was folded. A layer with a
-    shared expert is folded to that expert (plus the routed ones' mean by load for convs that are
-    linear in their weights), one without to the mean of its experts by load.
 
     A dense module takes what the one that :func:`moefy` replaced took: no ``batch=``, and no
     ``return_routing=``.
 
     Args:
         model: any model with :class:`MoE` or :class:`MoEConv` layers. It is changed in place.
-        data: what the model is called with; see :func:`gmoe.prune` (default ``None``).
-        tolerance: see above (default 0.01).
 
     Returns:
         The model, and for each layer whether it was folded and why. Printed, it is a table.
 
     Raises:
-        ValueError: no layer with experts; data of which the model gives no floats.
+        ValueError: no layer with experts.
 
     Example:
-        >>> folded = gmoe.densify(vit, images)
+        >>> folded = gmoe.densify(vit)
         >>> print(folded)
     """
     check_module("model", model)
-    check_at_least(0, tolerance=tolerance)
     groups = groups_of(model)
     if not groups:
         raise ValueError(
             f"model: got {type(model).__name__} without layers of experts, expected some"
         )
-    batches = None if data is None else batches_of(data)
-    before: Sequence[Tensor] = []
-    with counting(groups) as counts:
-        if batches is not None:
-            before = outputs_of(model, batches)
-    if batches is not None:
-        refuse_unseen(groups, counts)
-
-    def change_of_outputs(changed: nn.Module) -> float | None:
-        return None if batches is None else relative_change(before, outputs_of(changed, batches))
-
     layers = []
-    for group, count in zip(groups, counts, strict=True):
+    for group in groups:
         for layer, names in _names_of(group).items():
-            candidate = _candidate(layer, group.router, share(count.pairs_E))
-            reason = candidate.reason
-            if candidate.module is None:
-                layers.append(DensifiedLayer(names, is_dense=False, reason=reason, change=None))
-                continue
-            model = _put(model, names, candidate.module)
-            try:
-                change = change_of_outputs(model)
-            except Exception as error:  # of the user's model, which may be any
-                # It may pass what a layer of experts takes, such as batch=, or read its attributes.
-                change = math.inf
-                reason = f"{reason}, with which the model fails: {error}"
-            is_small = change is not None and change <= tolerance
-            is_dense = change != math.inf and (candidate.is_exact or is_small)
-            if not is_dense:
-                model = _put(model, names, layer)
-            layers.append(DensifiedLayer(names, is_dense, reason, change))
+            candidate = _candidate(layer, group.router)
+            if candidate.is_exact and candidate.module is not None:
+                model = _put(model, names, candidate.module)
+            layers.append(DensifiedLayer(names, candidate.is_exact, candidate.reason))
         _drop_unused_router(group)
     return Densified(model, layers)
 
@@ -151,7 +103,7 @@ def densify_like(model: nn.Module, group: Group, names: Sequence[str]) -> nn.Mod
         dense_places = [name for name in places if name in names]
         if not dense_places:
             continue
-        candidate = _candidate(layer, group.router, torch.zeros(layer.num_experts))
+        candidate = _candidate(layer, group.router)
         if candidate.module is None:
             raise ValueError(f"model: got {dense_places[0]}: {candidate.reason}")
         model = _put(model, dense_places, candidate.module)
@@ -159,16 +111,16 @@ def densify_like(model: nn.Module, group: Group, names: Sequence[str]) -> nn.Mod
     return model
 
 
-def _candidate(layer: MoELayer, router: Any, load_E: Tensor) -> Candidate:
+def _candidate(layer: MoELayer, router: Any) -> Candidate:
     """The dense module that a layer can be folded to."""
     if isinstance(layer, MoE):
-        return candidate_of_tokens(layer, load_E)
+        return candidate_of_tokens(layer)
     if "gmoe.conv.moe_conv" in sys.modules:
         from gmoe.conv.dense import candidate_of
         from gmoe.conv.moe_conv import MoEConv
 
         if isinstance(layer, MoEConv):
-            return candidate_of(layer, router, load_E)
+            return candidate_of(layer, router)
     return Candidate(None, f"{type(layer).__name__} is not folded: MoE and MoEConv are")
 
 

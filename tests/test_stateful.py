@@ -229,15 +229,12 @@ class History(RuleBasedStateMachine):
             self.model = gmoe.restack(self.model)
         self.is_unstacked = False
 
-    @rule(tolerance=st.sampled_from([None, 0.5, 10.0]))
+    @rule()
     @precondition(lambda self: not self.is_unstacked and self.has_experts())
-    def densify(self, tolerance: float | None) -> None:
-        """Make layers dense whose experts are equal; with data also those that are worth little."""
-        if tolerance is None:
-            with self.same_outputs():
-                self.model = gmoe.densify(self.model).model
-        else:
-            self.model = gmoe.densify(self.model, self.data(), tolerance=tolerance).model
+    def densify(self) -> None:
+        """Make layers dense whose experts are equal, or add nothing."""
+        with self.same_outputs():
+            self.model = gmoe.densify(self.model).model
         self.is_rebuilt = True
 
     @rule(seed=SEEDS)

@@ -1,7 +1,4 @@
-"""Fold a MoEConv back to a dense conv; see :mod:`gmoe.dense`.
-
-Shapes: E experts.
-"""
+"""Fold a MoEConv back to a dense conv; see :mod:`gmoe.dense`."""
 
 from __future__ import annotations
 
@@ -9,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gmoe.candidates import Candidate, are_equal, mean_share, reason_of, weights_sum_to_one
+from gmoe.candidates import Candidate, are_equal, verdict_of
 from gmoe.conv.aggregate import FilterExperts, LinearAggregation
 from gmoe.conv.base import GAIN_SCALE, MixedExperts, StackedExperts
 from gmoe.conv.from_base import ConvsFromBase
@@ -19,7 +15,7 @@ from gmoe.conv.moe_conv import MoEConv
 from gmoe.unstacked import UnstackedLinears
 
 
-def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
+def candidate_of(layer: MoEConv, router: Any) -> Candidate:
     """The dense conv that a layer can be folded to."""
     experts: Any = layer.experts
     if experts is None:
@@ -28,20 +24,17 @@ def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
         return Candidate(None, "its experts see a shared transform of the nodes")
     if any(isinstance(part, UnstackedLinears) for part in layer.modules()):
         return Candidate(None, "parts of its experts were replaced: gmoe.restack before")
-    # Several kinds of convs have no mean.
     kinds = [layer._make.kinds[expert] for expert in layer.kept or range(layer.num_experts)]
     is_one_kind = kinds.count(kinds[0]) == len(kinds)
-    is_one = layer.num_experts == 1
-    are_same = is_one or (is_one_kind and _have_same_values(experts))
-    share_E = mean_share(layer.num_experts, load_E, are_same)
-    reason, is_exact = reason_of(is_one, are_same, weights_sum_to_one(router))
+    are_same = layer.num_experts == 1 or (is_one_kind and _have_same_values(experts))
+    reason, is_exact = verdict_of(layer.num_experts, are_same, router)
     part = experts if layer.shared_expert is None else layer.shared_expert
     learns = any(parameter.requires_grad for parameter in part.parameters())
 
     if layer.shared_expert is None:
         if not is_one_kind:
-            return Candidate(None, "convs of several kinds have no mean")
-        return Candidate(_mean(experts, share_E).requires_grad_(learns), reason, is_exact)
+            return Candidate(None, "convs of several kinds")
+        return Candidate(experts.expert(0).requires_grad_(learns), reason, is_exact)
 
     shared = layer.shared_expert.expert(0).requires_grad_(learns)
     if not layer.gain.any():
@@ -49,8 +42,10 @@ def candidate_of(layer: MoEConv, router: Any, load_E: Tensor) -> Candidate:
     # What is linear in its weights can be added to the shared conv.
     is_of_kind = is_one_kind and kinds[0] == layer._make.kinds[0]
     if not (_are_linear(experts) and is_of_kind and layer.transform is None):
-        return Candidate(shared, "the shared expert alone")
-    added = _mean(experts, share_E)
+        return Candidate(shared, "experts beside a shared one")
+    if not is_exact:
+        return Candidate(shared, reason)
+    added = experts.expert(0)
     with torch.no_grad():
         for place, value in zip(shared.parameters(), added.parameters(), strict=True):
             place.add_(value, alpha=float(GAIN_SCALE * layer.gain))
@@ -78,19 +73,3 @@ def _have_same_values(experts: Any) -> bool:
         for state in states[1:]
         for one, other in zip(states[0], state, strict=True)
     )
-
-
-@torch.no_grad()
-def _mean(experts: Any, share_E: Tensor) -> Any:
-    """A conv whose parameters are the mean of the experts' by these shares."""
-    indices = share_E.nonzero().flatten().tolist()
-    dense = experts.expert(indices[0])
-    if len(indices) == 1:
-        return dense
-    for value in dense.parameters():
-        value.mul_(share_E[indices[0]].item())
-    for index in indices[1:]:
-        parameters = experts.expert(index).parameters()
-        for place, value in zip(dense.parameters(), parameters, strict=True):
-            place.add_(value, alpha=share_E[index].item())
-    return dense

@@ -9,21 +9,8 @@ import torch
 from torch import nn
 
 import gmoe
-from gmoe.candidates import (
-    are_equal,
-    candidate_of_tokens,
-    mean_share,
-    reason_of,
-    weights_sum_to_one,
-)
+from gmoe.candidates import are_equal, candidate_of_tokens, verdict_of, weights_sum_to_one
 from tests.gmoe.shrunk import EXPERTS, WIDTH, X, assert_same
-
-
-def test_a_mean_of_experts_is_by_load_unless_one_is_enough() -> None:
-    load_E = torch.tensor([0.25, 0.0, 0.75], dtype=torch.float64)
-    assert torch.equal(mean_share(3, load_E, are_same=False), load_E)
-    for load, are_same in ((load_E, True), (torch.zeros(3), False)):
-        assert mean_share(3, load, are_same).tolist() == [1, 0, 0]
 
 
 def test_experts_are_equal_by_their_values_only() -> None:
@@ -64,16 +51,32 @@ def test_a_softmax_that_still_counts_removed_experts_does_not_sum_to_one() -> No
     assert not weights_sum_to_one(layer.router)
 
 
-def test_reasons_say_what_the_dense_module_is_and_whether_it_equals_the_layer() -> None:
-    assert reason_of(True, True, True) == ("one expert is left", True)
-    assert reason_of(False, True, False) == ("equal experts", False)
-    assert reason_of(False, False, True) == ("the mean of the experts by load", False)
+@pytest.mark.parametrize(
+    ("num_experts", "are_same", "router", "expected"),
+    [
+        (1, True, gmoe.UniformRouter(WIDTH, num_experts=1), ("one expert is left", True)),
+        (2, True, gmoe.UniformRouter(WIDTH, num_experts=2), ("equal experts", True)),
+        (2, False, gmoe.UniformRouter(WIDTH, num_experts=2), ("experts that differ", False)),
+        (2, True, None, ("equal experts, whose weights do not always sum to 1", False)),
+        (1, True, None, ("one expert is left, whose weights do not always sum to 1", False)),
+    ],
+)
+def test_a_verdict_says_what_experts_are_and_whether_one_equals_all(
+    num_experts: int, are_same: bool, router: Any, expected: tuple[str, bool]
+) -> None:
+    assert verdict_of(num_experts, are_same, router) == expected
 
 
-def test_the_mean_of_linear_experts_by_load_is_the_mean_of_their_outputs() -> None:
+def test_experts_that_differ_are_no_dense_layer_however_little() -> None:
     experts = gmoe.LinearExperts(WIDTH, 3, num_experts=2).double()
+    with torch.no_grad():
+        for value in experts.parameters():
+            value[1] = value[0]
     layer = gmoe.MoE(gmoe.UniformRouter(WIDTH, num_experts=2), experts).double()
-    found = candidate_of_tokens(layer, torch.tensor([0.5, 0.5]))
+    found = candidate_of_tokens(layer)
     assert type(found.module) is nn.Linear
-    assert not found.is_exact  # by construction it is not: the router might weigh otherwise
+    assert found.is_exact
     assert_same(found.module(X), layer(X))
+    with torch.no_grad():
+        experts.weight[1, 0, 0] += 1e-9
+    assert not candidate_of_tokens(layer).is_exact

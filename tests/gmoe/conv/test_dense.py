@@ -11,7 +11,6 @@ from torch_geometric import nn as pyg
 
 import gmoe
 from gmoe import MoEConv
-from gmoe.conv.dense import _mean as mean_of
 from gmoe.from_base import FromBase
 from gmoe.layer_groups import groups_of
 from tests.gmoe.shrunk import (
@@ -69,7 +68,7 @@ def test_convs_that_cannot_be_added_stay(conv: str) -> None:
     groups_of(layer)[0].keep((3,))
     folded = gmoe.densify(layer)
     assert folded.model is layer
-    assert str(folded) == "the model itself: stays (the shared expert alone)"
+    assert str(folded) == "the model itself: stays (experts beside a shared one)"
 
 
 @pytest.mark.parametrize("start", ["shared", "plain"])
@@ -117,14 +116,11 @@ def test_equal_experts_whose_weights_are_scores_stay() -> None:
 
 
 @pytest.mark.parametrize("conv", LINEAR)
-def test_convs_that_are_added_count_by_their_shares(conv: str) -> None:
-    experts: Any = conv_layer(conv, "plain", "token_choice", 1).experts
-    share_E = torch.tensor([0.0, 0.25, 0.75, *[0.0] * (experts.num_experts - 3)])
-    found = dict(mean_of(experts, share_E).named_parameters())
-    one, other = (dict(experts.expert(index).named_parameters()) for index in (1, 2))
-    assert found.keys() == one.keys()
-    for name, value in found.items():
-        assert_same(value, 0.25 * one[name] + 0.75 * other[name])
+def test_convs_that_differ_are_not_added(conv: str) -> None:
+    layer = conv_layer(conv, "shared", "token_choice", 1, **STRAIGHT)
+    folded = gmoe.densify(layer)
+    assert folded.model is layer
+    assert str(folded) == "the model itself: stays (experts that differ)"
 
 
 def test_convs_of_several_kinds_are_folded_if_one_is_left() -> None:
