@@ -81,12 +81,11 @@ class Candidate:
 
 
 def weights_sum_to_one(router: Any) -> bool:
-    """True if a token's weights sum to 1: by construction, or since there is a single expert."""
+    """True if a token's weights sum to 1: by construction, or as the softmax of one score."""
     if router is None:
         return False
-    is_softmax_of_one = type(router) in (TokenChoice, RandomRouter) and router.num_experts == 1
-    counts_removed = getattr(router, "removed_DR", router.removed) is not None
-    return router.sums_to_one or (is_softmax_of_one and not counts_removed)
+    is_softmax_of_one = type(router) in (TokenChoice, RandomRouter) and router.num_scored == 1
+    return router.sums_to_one or is_softmax_of_one
 
 
 def are_equal(experts: nn.Module) -> bool:

@@ -78,12 +78,17 @@ def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None
         I_e = \sum_{(t, e) \in \mathrm{pairs}} s_{te} \Big/ \sum_{\mathrm{pairs}} s
 
     Experts without a token on the data always go, as long as K experts stay. If only such experts
-    go, the outputs on the data stay the same, up to rounding: where weights depend on a softmax
-    over all experts, the router goes on counting those that were removed, see
-    :attr:`gmoe.Router.removed`. Tokens of other removed experts go to their next best ones.
+    go, the outputs on the data stay the same, up to rounding: the router scores all experts as
+    before, and chooses among those that stay; see :meth:`gmoe.Router.keep`. Tokens of other removed
+    experts go to their next best ones.
 
-    Columns of the router, thresholds and the biases that balance the load shrink along. Parameters
-    are new ones: make a new optimizer. Experts that share a base stay so.
+    The experts that stay are numbered anew, in their order: E of the layer, of its router and of
+    its routings, the columns of :class:`RoutingStats` and of plots are theirs alone.
+    ``kept`` of a layer has their numbers before. Each expert that chooses takes as many tokens as
+    before.
+
+    The stack of experts, thresholds and the biases that balance the load shrink along. Parameters
+    of experts are new ones: make a new optimizer. Experts that share a base stay so.
 
     Args:
         model: any model with :class:`MoE` or :class:`MoEConv` layers, from :func:`moefy`,

@@ -73,6 +73,8 @@ class AttentionVote(Router):
         ValueError: an argument out of range, or ``scope="neighbors"`` without ``edge_index``.
     """
 
+    experts_choose = True
+
     def __init__(
         self,
         dim: int,
@@ -113,7 +115,10 @@ class AttentionVote(Router):
         # 1. Queries, divided by sqrt(d) here and not in the scores, which are larger; and keys.
         q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim))
         q_THd = q_THd / math.sqrt(self.head_dim)
-        k_TEd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
+        if not self.shared_queries:
+            q_THd = self.of_alive(q_THd, dim=1)
+        k_TAd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
+        k_TEd = self.of_alive(k_TAd, dim=1)
 
         # 2. Votes among neighbors, or among all tokens of a group.
         if self.scope == "neighbors":
@@ -127,7 +132,7 @@ class AttentionVote(Router):
                 votes_TE = batch.add(votes_TE, votes_BES.transpose(1, 2))
 
         # 3. The tokens with the most votes.
-        share = self.capacity_factor * self.k / self.num_experts
+        share = self.capacity_factor * self.k / self.num_scored
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
         token_P, offsets_E, log_gate_P = groups.best_pairs(
             votes_TE, log_gate_TE, share, along_tokens=True

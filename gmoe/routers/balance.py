@@ -1,6 +1,6 @@
 """Balance the load by a bias per expert.
 
-Shapes: T tokens, D width, E experts, K experts per token.
+Shapes: T tokens, D width, A experts with those that were pruned, E without, K experts per token.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class BalancedRouter(Router):
             self.register_buffer(f"{prefix}mean_D", torch.zeros(dim))
 
     def centered_step(self, x_TD: Tensor, gate: nn.Module) -> Tensor:
-        """(T, E) the logits of the centered tokens, to which the selection adds ``bias_E``.
+        """(T, A) the logits of the centered tokens, to which the selection adds ``bias_E``.
 
         A training step first applies what the last step counted, then stores what it counts itself.
         A step with a NaN or infinite token changes nothing.
@@ -75,13 +75,13 @@ class BalancedRouter(Router):
         if is_step:
             self.update_counter(self.bias_E, self.next_bias_E)
             self.update_counter(self.mean_D, self.next_mean_D)
-        logits_TE = self.centered(x_TD, gate)
+        logits_TA = self.centered(x_TD, gate)
         if is_step:
-            self._store_next(x_TD.detach(), logits_TE.detach())
-        return logits_TE
+            self._store_next(x_TD.detach(), self.of_alive(logits_TA.detach()))
+        return logits_TA
 
     def centered(self, x_TD: Tensor, gate: nn.Module) -> Tensor:
-        """(T, E) a linear layer of the tokens minus their running mean."""
+        """(T, A) a linear layer of the tokens minus their running mean."""
         # Keep this as a sum. Inductor stores the result of a sum for the backward pass, but would
         # read a copy of the buffer again there, when the buffer holds a later step's mean.
         zeros_D = torch.zeros_like(self.mean_D)

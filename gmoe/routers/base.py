@@ -1,6 +1,7 @@
 """The abstract router: the checks, weights and sums over processes that all routers share.
 
-Shapes: T tokens, D width, E experts, K experts per token, P (token, expert) pairs.
+Shapes: T tokens, D width, A experts with those that were pruned, E without, K experts per token, P
+(token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -73,9 +74,11 @@ class Router(nn.Module, ABC):
             copied nor pickled.
         sums_to_one: each token's weights sum to 1 by construction, whatever the values, so that
             copies of one layer give what that layer gives (default ``False``).
-        removed: parameters that score the experts which :func:`gmoe.prune` has taken away: a
-            softmax still counts them, so that the weights of the others stay as they were.
-            ``None`` if there are none, or if no weight depends on them.
+        num_scored: A, the experts that the router was built with and scores. :func:`gmoe.prune`
+            leaves E of them to choose from; see :meth:`keep`.
+        alive_E: the numbers of these among the scored ones; ``None`` if none was pruned.
+        experts_choose: each expert takes so many tokens, whatever other experts take (default
+            ``False``: each token takes so many experts).
         by_token: in evaluation, a token's experts follow from that token alone, so that a graph on
             disk can be routed a part at a time (default ``False``).
 
@@ -97,6 +100,8 @@ class Router(nn.Module, ABC):
 
     by_token = False
     sums_to_one = False
+    experts_choose = False
+    alive_E: Tensor | None
 
     def __init__(
         self, dim: int, *, num_experts: int, k: int = 1, weight: Weighting | None = None
@@ -113,17 +118,61 @@ class Router(nn.Module, ABC):
             )
         self.dim = dim
         self.num_experts = num_experts
+        self.num_scored = num_experts
         self.k = k
         self.weight = weight
         self.check_finite = False
         self.experts_per_token = float(k)
         self.process_group: dist.ProcessGroup | None = None
-        self.removed: Any = None
         self.loss_watch = LossWatch()
+        self.register_buffer("alive_E", None)
+        self._kept: tuple[int, ...] = ()  # what alive_E loses on the meta device
 
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the parameters anew and forget all counters."""
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Choose among some experts alone from now on, which are numbered anew.
+
+        All experts are still scored: a softmax over all of them, and the weights that follow from
+        it, stay as they were. What is kept for each expert that may be chosen, buffers whose names
+        end in ``_E``, shrinks along.
+
+        Args:
+            kept: the experts that stay, ascending.
+        """
+        tensors = [*self.parameters(), *self.buffers()]
+        device = tensors[0].device if tensors else None
+        before = self._alive_numbers()
+        self._kept = tuple(before[expert] for expert in kept)
+        self.alive_E = torch.tensor(self._kept, device=device)
+        for part in self.modules():
+            for name, rows_E in list(part.named_buffers(recurse=False)):
+                if name.endswith("_E") and name != "alive_E":
+                    setattr(part, name, rows_E[list(kept)])
+        # Where experts choose, each takes what it took; a token takes K of those that are left.
+        if self.experts_choose:
+            self.experts_per_token *= len(kept) / self.num_experts
+        self.experts_per_token = min(self.experts_per_token, float(len(kept)))
+        self.num_experts = len(kept)
+
+    def _alive_numbers(self) -> Sequence[int]:
+        """The numbers of the experts that may be chosen, among the scored ones."""
+        if self.alive_E is None:
+            return range(self.num_scored)
+        if self.alive_E.is_meta:
+            return self._kept
+        numbers: list[int] = self.alive_E.tolist()
+        return numbers
+
+    def of_alive(self, value: Tensor, dim: int = -1) -> Tensor:
+        """Of values of all scored experts, those of the experts that may be chosen.
+
+        Choose among these: whatever the scores are, the choice cannot fall on an expert that is
+        gone, as it could among equal ones of which some are masked.
+        """
+        return value if self.alive_E is None else value.index_select(dim, self.alive_E)
 
     @abstractmethod
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
@@ -277,6 +326,8 @@ class Router(nn.Module, ABC):
 
         def cast(old: Tensor) -> Tensor:
             new = fn(old)
+            if old is self.alive_E and old.is_meta:  # its values are known
+                return torch.tensor(self._kept, device=new.device)
             if id(old) not in buffer_ids or at_least_float32(new) is new:
                 return new
             if old.is_meta:  # it has no values to keep
@@ -341,12 +392,6 @@ def log_softmax(logits_TE: Tensor) -> Tensor:
     if logits_TE.device.type == "cpu" and logits_TE.size(1) < SHORT:
         return logits_TE.T.log_softmax(dim=0).T
     return logits_TE.log_softmax(dim=-1)
-
-
-def log_softmax_beside(logits_TE: Tensor, removed_TR: Tensor) -> Tensor:
-    """(T, E) the logarithms of the probabilities, among E experts and R that nobody can choose."""
-    all_TN = torch.cat([logits_TE, removed_TR], dim=-1)
-    return all_TN.log_softmax(dim=-1)[:, : logits_TE.size(1)]
 
 
 def straight_through(log_gate: Tensor) -> Tensor:

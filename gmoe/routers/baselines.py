@@ -1,15 +1,17 @@
 """Baselines: random, uniform and oracle routing.
 
-Shapes: T tokens, D width, E experts, K experts per token.
+Shapes: T tokens, D width, A experts with those that were pruned, E without, K experts per token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gmoe._checks import INTEGERS, check_range, described
-from gmoe.routers.base import Router, Weighting, log_softmax, log_softmax_beside
+from gmoe.routers.base import Router, Weighting, log_softmax
 from gmoe.routing import Routing
 
 
@@ -40,8 +42,7 @@ class RandomRouter(Router):
 
     by_token = True
     projection_DE: Tensor
-    removed_DR: Tensor | None
-    """What ``removed`` is in other routers."""
+    """(D, A), also of experts that were pruned."""
 
     def __init__(
         self, dim: int, *, num_experts: int, k: int = 1, weight: Weighting | None = None
@@ -51,22 +52,15 @@ class RandomRouter(Router):
         super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         self.sums_to_one = self._picks_sum_to_one
         self.register_buffer("projection_DE", torch.empty(dim, num_experts))
-        self.register_buffer("removed_DR", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.projection_DE.normal_(std=self.dim**-0.5)
-        if self.removed_DR is not None:
-            self.removed_DR.normal_(std=self.dim**-0.5)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        logits_TE = x_TD @ self.projection_DE.to(x_TD.dtype)
-        if self.removed_DR is None:
-            log_probs_TE = log_softmax(logits_TE)
-        else:
-            removed_TR = x_TD @ self.removed_DR.to(x_TD.dtype)
-            log_probs_TE = log_softmax_beside(logits_TE, removed_TR)
-        expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
+        logits_TA = x_TD @ self.projection_DE.to(x_TD.dtype)
+        log_probs_TE = self.of_alive(log_softmax(logits_TA))
+        expert_TK, weight_TK = self._top_k(self.of_alive(logits_TA), log_probs_TE)
         return Routing.from_choices(
             expert_TK,
             weight_TK,
@@ -95,6 +89,10 @@ class UniformRouter(Router):
 
     def reset_parameters(self) -> None:
         """Nothing to draw."""
+
+    def keep(self, kept: Sequence[int]) -> None:
+        super().keep(kept)
+        self.k = len(kept)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((x_TD.size(0), self.num_experts), 1.0 / self.num_experts)
@@ -134,6 +132,24 @@ class OracleRouter(Router):
 
     def reset_parameters(self) -> None:
         self.assignment_T.copy_(self.assignment)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """See :meth:`Router.keep`.
+
+        Raises:
+            ValueError: tokens are assigned to an expert that would go.
+        """
+        place_E = torch.full((self.num_experts,), -1, device=self.assignment_T.device)
+        place_E[list(kept)] = torch.arange(len(kept), device=place_E.device)
+        assignment_T = place_E[self.assignment_T]
+        if (assignment_T < 0).any():
+            raise ValueError(
+                "keep: got experts to remove to which the oracle assigns tokens, expected only "
+                "experts without a token"
+            )
+        super().keep(kept)
+        self.assignment = assignment_T.cpu()
+        self.assignment_T = assignment_T
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         num_assigned = len(self.assignment_T)

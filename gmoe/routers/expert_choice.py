@@ -1,6 +1,7 @@
 """Expert choice: each expert picks its top-C tokens.
 
-Shapes: T tokens, D width, E experts, C capacity, B groups, P (token, expert) pairs.
+Shapes: T tokens, D width, A experts with those that were pruned, E without, C capacity, B groups, P
+(token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from gmoe.routers.base import (
     Weighting,
     at_least_float32,
     float_linear,
-    log_softmax_beside,
     pair_weights,
     reset_linear,
 )
@@ -71,6 +71,8 @@ class ExpertChoice(Router):
         RuntimeError: threshold inference before the first training step.
     """
 
+    experts_choose = True
+
     def __init__(
         self,
         dim: int,
@@ -96,23 +98,21 @@ class ExpertChoice(Router):
 
     def reset_parameters(self) -> None:
         reset_linear(self.gate, self.init_scale)
-        if self.removed is not None:
-            reset_linear(self.removed, self.init_scale)
         self.selection.reset_parameters()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        logits_TE = float_linear(x_TD, self.gate)
+        logits_TA = float_linear(x_TD, self.gate)
         losses = {}
         if self.z_coef > 0:
-            losses["z"] = AuxLoss(self.z_loss(logits_TE), self.z_coef)
-        removed_TR = None if self.removed is None else float_linear(x_TD, self.removed)
-        return self.selection(self, logits_TE, group, losses, removed_TR)
+            losses["z"] = AuxLoss(self.z_loss(self.of_alive(logits_TA)), self.z_coef)
+        return self.selection(self, logits_TA, group, losses)
 
 
 class ExpertSelection(nn.Module):
     """Each expert takes its C best tokens of a group, or in evaluation those above a threshold.
 
-    ``C = clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)``.
+    ``C = clamp(ceil(capacity_factor * K * T_group / A), 1, T_group)``: an expert takes as many when
+    others are pruned.
 
     For threshold inference it keeps running means for each expert: of the logarithm of the lowest
     score that it took (the *threshold*), and, if gates are normalized over tokens, of the logarithm
@@ -154,29 +154,23 @@ class ExpertSelection(nn.Module):
     def forward(
         self,
         router: Router,
-        logits_TE: Tensor,
+        logits_TA: Tensor,
         group: Tensor | int,
         losses: Mapping[str, AuxLoss],
-        removed_TR: Tensor | None = None,
     ) -> Routing:
         """Select the pairs, and move the running means.
 
         Args:
-            router: the router, for its weighting and its process group.
-            logits_TE: the logits.
+            router: the router, for its experts, its weighting and its process group.
+            logits_TA: the logits.
             group: the tokens that compete, see :meth:`gmoe.routers.Router.route`.
             losses: auxiliary losses, which the routing passes on.
-            removed_TR: logits of experts that were pruned, for a softmax over experts.
         """
-        num_tokens = logits_TE.size(0)
+        num_tokens = logits_TA.size(0)
         along_tokens = self.normalize == "tokens"
         # Inside a group, the softmax over tokens ranks them as the logits do.
-        if along_tokens:
-            ranked_TE = logits_TE
-        elif removed_TR is None:
-            ranked_TE = logits_TE.log_softmax(dim=-1)
-        else:
-            ranked_TE = log_softmax_beside(logits_TE, removed_TR)
+        ranked_TA = logits_TA if along_tokens else logits_TA.log_softmax(dim=-1)
+        ranked_TE = router.of_alive(ranked_TA)
         log_scores_TE = ranked_TE
 
         if self.inference == "threshold" and not self.training:
@@ -187,14 +181,14 @@ class ExpertSelection(nn.Module):
                     "step or a loaded state first"
                 )
             if along_tokens:
-                log_scores_TE = logits_TE - self.log_scale_E
+                log_scores_TE = ranked_TE - self.log_scale_E
             token_P, offsets_E = pairs_of_mask((ranked_TE >= self.threshold_E).T)
             log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
         else:
             groups = Groups.of(group, num_tokens)
             if along_tokens:
-                log_scores_TE = logits_TE - groups.logsumexp(logits_TE)
-            share = self.capacity_factor * router.k / router.num_experts
+                log_scores_TE = ranked_TE - groups.logsumexp(ranked_TE)
+            share = self.capacity_factor * router.k / router.num_scored
             token_P, offsets_E, log_gate_P = groups.best_pairs(
                 ranked_TE, log_scores_TE, share, along_tokens
             )

@@ -1,7 +1,7 @@
 """Multi-centroid routing: an expert has several centroids, and the nearest one counts.
 
-Shapes: T tokens, D width, E experts, M centroids per expert, N centroids of all experts, or
-clusters of k-means.
+Shapes: T tokens, D width, A experts with those that were pruned, E without, M centroids per expert,
+N centroids of all experts, or clusters of k-means.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gmoe._checks import check, check_at_least, check_choice, check_counts, check_positive
 from gmoe.losses import separation_loss
-from gmoe.routers.base import Router, Weighting, log_softmax_beside
+from gmoe.routers.base import Router, Weighting
 from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
 from gmoe.routing import AuxLoss, Routing
 
@@ -104,6 +104,7 @@ class MultiCentroid(Router):
         self.register_buffer("center_D", torch.zeros(dim))
         selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
         self.selection = selection if choice == "experts" else None
+        self.experts_choose = choice == "experts"
         self.by_token = choice == "tokens" or inference == "threshold"
         self.sums_to_one = choice == "tokens" and self._picks_sum_to_one
         if choice == "experts":
@@ -112,8 +113,6 @@ class MultiCentroid(Router):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.centroid)
-        if self.removed is not None:
-            nn.init.normal_(self.removed)
         nn.init.constant_(self.log_temperature, math.log(self.temperature))
         self.center_D.zero_()
         if self.selection is not None:
@@ -149,7 +148,7 @@ class MultiCentroid(Router):
         # A cluster for each expert, and inside it a cluster for each centroid.
         generator = torch.Generator(unit_TD.device).manual_seed(seed)
         center_ED, owner_T = kmeans(unit_TD, self.num_experts, generator)
-        for expert in range(self.num_experts):
+        for expert, row in enumerate(self._alive_numbers()):
             mine_TD = unit_TD[owner_T == expert]
             if len(mine_TD) == 0:  # fewer distinct tokens than experts
                 mine_TD = center_ED[expert][None]
@@ -157,39 +156,30 @@ class MultiCentroid(Router):
             center_ND, _ = kmeans(mine_TD, num_clusters, generator)
             # An expert with fewer tokens than centroids repeats its centers.
             repeated_M = torch.arange(self.num_centroids) % num_clusters
-            self.centroid[expert] = center_ND[repeated_M]
+            self.centroid[row] = center_ND[repeated_M]
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         # 1. Cosines of tokens and centroids. The product is divided by the norms of the tokens, so
         # that no (T, D) unit vectors are held.
-        centroid: Tensor = self.centroid
-        if self.removed is not None:
-            centroid = torch.cat([centroid, self.removed])
-        unit_ND = F.normalize(centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
+        unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
         centered_TD = x_TD - self.center_D.to(x_TD.dtype)
         norm_T1 = torch.linalg.vector_norm(centered_TD, dim=-1, keepdim=True).clamp(min=EPS)
         cosine_TN = (centered_TD @ unit_ND.T) / norm_T1
 
         # 2. The nearest centroid of each expert, over the temperature.
-        cosine_TEM = cosine_TN.unflatten(-1, (len(centroid), -1))
+        cosine_TAM = cosine_TN.unflatten(-1, (self.num_scored, -1))
         inverse_temperature = (-self.log_temperature.to(cosine_TN.dtype)).exp()
-        logits_TE = cosine_TEM.amax(dim=-1) * inverse_temperature
-
-        removed_TR = None
-        if self.removed is not None:
-            logits_TE, removed_TR = logits_TE.tensor_split([self.num_experts], dim=-1)
+        logits_TA = cosine_TAM.amax(dim=-1) * inverse_temperature
 
         # 3. Experts or tokens choose.
         losses = {}
         if self.separation_coef > 0:
-            losses["separation"] = AuxLoss(separation_loss(self.centroid), self.separation_coef)
+            centroid_EMD = self.of_alive(self.centroid, dim=0)
+            losses["separation"] = AuxLoss(separation_loss(centroid_EMD), self.separation_coef)
         if self.selection is not None:
-            return self.selection(self, logits_TE, group, losses, removed_TR)
-        if removed_TR is None:
-            log_probs_TE = logits_TE.log_softmax(dim=-1)
-        else:
-            log_probs_TE = log_softmax_beside(logits_TE, removed_TR)
-        expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
+            return self.selection(self, logits_TA, group, losses)
+        log_probs_TE = self.of_alive(logits_TA.log_softmax(dim=-1))
+        expert_TK, weight_TK = self._top_k(self.of_alive(logits_TA), log_probs_TE)
         return Routing.from_choices(
             expert_TK,
             weight_TK,

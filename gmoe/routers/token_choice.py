@@ -1,6 +1,7 @@
 """Token choice: each token picks its top-K experts.
 
-Shapes: T tokens, D width, E experts, K experts per token, P (token, expert) pairs.
+Shapes: T tokens, D width, A experts with those that were pruned, E without, K experts per token, P
+(token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from gmoe.routers.base import (
     Weighting,
     float_linear,
     log_softmax,
-    log_softmax_beside,
     pair_weights,
     reset_linear,
 )
@@ -160,37 +160,37 @@ class TokenChoice(BalancedRouter):
 
     def reset_parameters(self) -> None:
         reset_linear(self.gate, self.init_scale)
-        if self.removed is not None:
-            reset_linear(self.removed, self.init_scale)
         if self.noise is not None:
             nn.init.zeros_(self.noise.weight)
-        for buffer in self.buffers(recurse=False):
-            buffer.zero_()
+        for name, counter in self.named_buffers(recurse=False):
+            if name != "alive_E":
+                counter.zero_()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         biased = self.balance == "bias"
 
         # 1. Score the experts; with a bias, from centered tokens.
-        clean_TE = self.centered_step(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
+        clean_TA = self.centered_step(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
 
         # 2. In training, add noise, so that experts which nobody chooses get a chance.
-        std_TE = self._noise_std(x_TD, clean_TE)
-        logits_TE = clean_TE
-        if self.training and std_TE is not None:
-            logits_TE = torch.addcmul(clean_TE, _normal_like(clean_TE), std_TE)
+        std_TA = self._noise_std(x_TD, clean_TA)
+        logits_TA = clean_TA
+        if self.training and std_TA is not None:
+            logits_TA = torch.addcmul(clean_TA, _normal_like(clean_TA), std_TA)
 
         # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
         # the choice, not for the weights.
-        log_probs_TE = self._log_probs(x_TD, logits_TE)
+        log_probs_TE = self.of_alive(log_softmax(logits_TA))
+        clean_TE, logits_TE = self.of_alive(clean_TA), self.of_alive(logits_TA)
         ranked_TE = logits_TE + self.bias_E if biased else logits_TE
         if self.top_p is not None:
             expert_TE, is_taken_TE = self._until_probable(ranked_TE, log_probs_TE, self.top_p)
-            losses = self._losses(clean_TE, logits_TE, std_TE, expert_TE, is_taken_TE)
+            losses = self._losses(clean_TE, logits_TE, std_TA, expert_TE, is_taken_TE)
             chosen_TE = torch.zeros_like(is_taken_TE).scatter(1, expert_TE, is_taken_TE)
             return self._of_pairs(*pairs_of_mask(chosen_TE.T), log_probs_TE, losses)
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
 
-        losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK)
+        losses = self._losses(clean_TE, logits_TE, std_TA, expert_TK)
         if self.training and self.capacity_factor is not None:
             groups = Groups.of(group, len(x_TD))
             return self._within_capacity(expert_TK, log_probs_TE, groups, losses)
@@ -203,25 +203,16 @@ class TokenChoice(BalancedRouter):
             validate=False,
         )
 
-    def _log_probs(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
-        """(T, E) the logarithms of the probabilities; see :attr:`gmoe.Router.removed`."""
-        if self.removed is None:
-            return log_softmax(logits_TE)
-        is_centered = self.balance == "bias"
-        score = self.centered if is_centered else float_linear
-        removed_TR = score(x_TD, self.removed)
-        return log_softmax_beside(logits_TE, removed_TR)
-
-    def _noise_std(self, x_TD: Tensor, clean_TE: Tensor) -> Tensor | None:
-        """(T, E), or a scalar for all pairs: the standard deviation of the noise; or ``None``."""
+    def _noise_std(self, x_TD: Tensor, clean_TA: Tensor) -> Tensor | None:
+        """(T, A), or a scalar for all pairs: the standard deviation of the noise; or ``None``."""
         if self.noise is not None:
             return F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
         if not (self.by_spread and self.training and len(x_TD)):
             return None
         # The spread over the tokens, all experts together; four times as fast as var(dim=0).
-        clean_TE = clean_TE.detach()
-        centered_TE = clean_TE - clean_TE.mean(dim=0)
-        std = torch.linalg.vector_norm(centered_TE) * centered_TE.numel() ** -0.5
+        clean_TA = clean_TA.detach()
+        centered_TA = clean_TA - clean_TA.mean(dim=0)
+        std = torch.linalg.vector_norm(centered_TA) * centered_TA.numel() ** -0.5
         # A NaN or infinite token must not become the noise of all others.
         return std.nan_to_num(posinf=0.0)
 
@@ -276,7 +267,7 @@ class TokenChoice(BalancedRouter):
         self,
         clean_TE: Tensor,
         logits_TE: Tensor,
-        std_TE: Tensor | None,
+        std_TA: Tensor | None,
         expert_TK: Tensor,
         is_taken_TK: Tensor | None = None,
     ) -> dict[str, AuxLoss]:
@@ -285,14 +276,14 @@ class TokenChoice(BalancedRouter):
         Args:
             clean_TE: the logits without noise.
             logits_TE: the logits.
-            std_TE: the standard deviation of the noise.
+            std_TA: the standard deviation of the noise.
             expert_TK: experts of each token.
             is_taken_TK: which of them it takes; all by default.
         """
         losses: dict[str, AuxLoss] = {}
-        if self.balance == "importance_load" and std_TE is not None:
+        if self.balance == "importance_load" and std_TA is not None:
             importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
-            load_E = expected_load(clean_TE, logits_TE, std_TE, self.k)
+            load_E = expected_load(clean_TE, logits_TE, self.of_alive(std_TA), self.k)
             importance_E, load_E = self.summed(importance_E, load_E)
             losses["importance"] = AuxLoss(cv_squared(importance_E), self.balance_coef)
             losses["load"] = AuxLoss(cv_squared(load_E), self.balance_coef)

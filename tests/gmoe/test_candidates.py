@@ -41,7 +41,7 @@ def test_weights_of_a_token_sum_to_one_by_construction(router: Any, expected: bo
     assert weights_sum_to_one(router) is expected
 
 
-def test_a_softmax_that_still_counts_removed_experts_does_not_sum_to_one() -> None:
+def test_a_softmax_over_experts_that_are_gone_does_not_sum_to_one() -> None:
     layer: Any = gmoe.MoE(
         gmoe.TokenChoice(WIDTH, num_experts=EXPERTS),
         gmoe.LinearExperts(WIDTH, 3, num_experts=EXPERTS),

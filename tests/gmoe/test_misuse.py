@@ -106,7 +106,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "combine": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
     "count_flops": lambda _: ((moefied(), X, EDGES), {}),
     "cv_squared": lambda _: ((torch.ones(3),), {}),
-    "densify": lambda _: ((moefied(), (X, EDGES)), {"tolerance": 0.1}),
+    "densify": lambda _: ((moefied(),), {}),
     "dispatch": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
     "expert_health": lambda _: (([ROUTING],), {"names": ["one"]}),
     "fold": lambda _: ((moefied(),), {}),
@@ -183,7 +183,6 @@ TAKEN = {
     ("FilterConv", "the first two swapped"),
     ("RelationalConv", "the first two swapped"),
     ("count_flops", "the class of model"),  # a class can be called
-    ("densify", "None for data"),
     ("match_width", "the class of cost"),
     ("moefy", "None for every"),
     ("save", "a word for folder"),

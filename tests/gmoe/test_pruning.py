@@ -135,6 +135,19 @@ def test_a_shared_router_and_its_layers_shrink_together() -> None:
     model.train()(X, EDGES).square().sum().backward()
 
 
+def test_statistics_know_those_that_are_left() -> None:
+    model = moefied()
+    gmoe.prune(model, images(8), keep=[2, 3])
+    stats = gmoe.RoutingStats.of(model)
+    with gmoe.record_routing(model) as routings:
+        model(images(8))
+    stats.update(routings)
+    figures = stats.compute()
+    assert [len(figure["load"]) for figure in figures] == [2, 3]
+    assert all(float(figure["load"].sum()) == pytest.approx(1) for figure in figures)
+    assert all(routing.scores.size(1) == routing.num_experts for routing in routings)
+
+
 def test_balance_goes_on_after_pruning() -> None:
     """The bias of kept experts, and steps of training that move it."""
     torch.manual_seed(0)

@@ -26,18 +26,18 @@ from tests.gmoe.shrunk import (
 from tests.gmoe.test_convert import images
 
 
-def test_weights_of_a_softmax_would_change_without_the_removed_columns() -> None:
-    """So the router keeps them; of other weightings it does not."""
+def test_a_softmax_counts_the_experts_that_are_gone() -> None:
+    """The gate stays as it is, so that no weight changes."""
     layer = conv_layer("gcn", "plain", "token_choice", 1)
-    expected = layer(X, EDGES)
+    expected, before = layer(X, EDGES, return_routing=True)
+    gate = layer.router.gate.weight.clone()
     gmoe.prune(layer, (X, EDGES))
-    assert_same(layer(X, EDGES), expected)
-    removed, layer.router.removed = layer.router.removed, None
-    assert len(removed.weight) == EXPERTS - layer.num_experts
-    assert not torch.allclose(layer(X, EDGES), expected)
-    straight = conv_layer("gcn", "plain", "token_choice", 1, weight="straight_through")
-    gmoe.prune(straight, (X, EDGES))
-    assert straight.router.removed is None
+    found, after = layer(X, EDGES, return_routing=True)
+    assert_same(found, expected)
+    assert torch.equal(layer.router.gate.weight, gate)
+    assert layer.router.alive_E.tolist() == list(layer.kept)
+    assert_same(after.scores, before.scores[:, layer.kept])
+    assert bool((after.scores.sum(dim=1) < 0.99).any())
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_kept_experts_take_and_weigh_stays(
     ).double()
     layer(X)  # in training, for thresholds
     layer = moved(layer)
-    by_token = router in ("token_choice", "random") or options == {"weight": "score"}
+    by_token = not layer.router.experts_choose
     _, before = layer(X, return_routing=True)
     kept = (1, 2, 4, 6)
     (group,) = groups_of(layer)
@@ -75,7 +75,15 @@ def test_what_kept_experts_take_and_weigh_stays(
     _, after = layer(X, return_routing=True)
     assert_has(layer, len(kept))
     assert_same(after.scores, before.scores[:, kept])
-    if not by_token:
+    if by_token:  # the best of those that stay, with the weights that they had
+        scores_TK, expert_TK = before.scores[:, kept].topk(k)
+        assert_same(
+            after.to_dense(), torch.zeros_like(after.scores).scatter(1, expert_TK, scores_TK)
+        )
+        assert layer.experts_per_token == k
+    else:
+        assert torch.equal(after.load, before.load[list(kept)])
+        assert layer.experts_per_token == k * len(kept) / EXPERTS
         dense_TE = before.to_dense()[:, kept]
         along_tokens = router == "attention_vote" or options.get("normalize") == "tokens"
         if along_tokens:  # weights are relative to the mean of all chosen pairs
@@ -83,6 +91,79 @@ def test_what_kept_experts_take_and_weigh_stays(
         assert_same(after.to_dense(), dense_TE)
     layer.train()
     (layer(X).square().sum() + gmoe.aux_loss(layer(X, return_routing=True)[1])).backward()
+
+
+CHOSEN_BY: dict[str, dict[str, Any]] = {
+    "token_choice": {},
+    "expert_choice": {"inference": "threshold"},
+    "attention_vote": {"head_dim": 4},
+    "multi_centroid": {},
+    "random": {},
+    "uniform": {},
+}
+"""Routers, each with an option that gives it a buffer of each expert, if it has one."""
+
+
+def pruned_layer(router: str, kept: tuple[int, ...] = (1, 2, 6), options: Any = None) -> Any:
+    torch.manual_seed(0)
+    options = CHOSEN_BY[router] if options is None else options
+    layer = gmoe.MoE(
+        gmoe.build_router(router, WIDTH, num_experts=EXPERTS, k=1, kwargs=options),
+        gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
+    ).double()
+    layer(X)
+    groups_of(layer)[0].keep(kept)
+    return layer.eval()
+
+
+@pytest.mark.parametrize("router", CHOSEN_BY)
+def test_what_scores_stays_whole_and_a_state_says_who_is_left(router: str) -> None:
+    layer, other = pruned_layer(router), pruned_layer(router, (0, 3, 5))
+    options = CHOSEN_BY[router]
+    whole = gmoe.ROUTERS[router](WIDTH, num_experts=EXPERTS, **options)
+    assert {name: value.shape for name, value in layer.router.named_parameters()} == {
+        name: value.shape for name, value in whole.named_parameters()
+    }
+    other.load_state_dict(layer.state_dict())
+    assert other.router.alive_E.tolist() == [1, 2, 6]
+    assert_same(other(X), layer(X))
+    groups_of(other)[0].keep((0, 2))
+    assert other.router.alive_E.tolist() == [1, 6]
+    with pytest.raises(RuntimeError, match="alive_E"):
+        whole.load_state_dict(layer.router.state_dict())
+
+
+@pytest.mark.parametrize("router", CHOSEN_BY)
+def test_a_pruned_router_is_drawn_anew_where_its_values_were_lost(router: str) -> None:
+    layer = pruned_layer(router)
+    layer.to("meta").to_empty(device="cpu").reset_parameters()
+    assert layer.router.alive_E.tolist() == [1, 2, 6]
+    _, routing = layer.train()(X, return_routing=True)
+    assert routing.num_experts == 3
+
+
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "attention_vote"])
+def test_a_pruned_layer_is_compiled_and_exported(router: str) -> None:
+    layer = pruned_layer(router, options={})
+    expected = layer(X)
+    assert_same(torch.compile(layer, fullgraph=True, backend="eager")(X), expected)
+    assert_same(torch.export.export(layer, (X,)).module()(X), expected)
+
+
+def test_capacity_is_not_edited() -> None:
+    """An expert takes as many tokens as it took, since its share is of all that are scored."""
+    for router in ("expert_choice", "attention_vote"):
+        layer = pruned_layer(router)
+        owner = layer.router if router == "attention_vote" else layer.router.selection
+        assert owner.capacity_factor == 1.0
+
+
+def test_centroids_of_experts_that_are_gone_stay_where_they_were() -> None:
+    router = pruned_layer("multi_centroid").router
+    before = router.centroid.clone()
+    router.init_from_data(torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(0)))
+    has_moved = (router.centroid != before).flatten(1).any(dim=1)
+    assert has_moved.nonzero().flatten().tolist() == [1, 2, 6]
 
 
 class Counted(gmoe.Router):
@@ -107,12 +188,27 @@ def _counted(router: Counted, kept: Any) -> None:
     router.num_experts = len(kept)
 
 
-def test_a_router_of_your_own_says_how_it_is_pruned() -> None:
+class Masked(Counted):
+    """The same, which chooses among those that are left of what it scores."""
+
+    def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
+        expert_T1 = self.of_alive(self.score_E).argmax().expand(len(x_TD), 1)
+        return gmoe.Routing.from_choices(
+            expert_T1, x_TD.new_ones(expert_T1.shape), num_experts=self.num_experts
+        )
+
+
+keep_experts.register(Masked, gmoe.Router.keep)
+
+
+@pytest.mark.parametrize("own", [Counted, Masked])
+def test_a_router_of_your_own_says_how_it_is_pruned(own: Any) -> None:
     experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
-    layer = gmoe.MoE(Counted(WIDTH, num_experts=EXPERTS), experts).double()
+    layer: Any = gmoe.MoE(own(WIDTH, num_experts=EXPERTS), experts).double()
     expected = layer(X)
-    assert gmoe.prune(layer, X).layers[0].kept == (EXPERTS - 1,)
+    assert gmoe.prune(layer, X, keep=3).layers[0].kept == (EXPERTS - 1,)
     assert_same(layer(X), expected)
+    assert len(layer.router.score_E) == (EXPERTS if own is Masked else 1)
 
 
 class Residual(gmoe.MLPExperts):
@@ -159,6 +255,7 @@ def test_uniform_experts_are_averaged_over_those_that_stay() -> None:
     gmoe.prune(layer, X, keep=2)
     _, routing = layer(X, return_routing=True)
     assert_same(routing.to_dense(), torch.full((NODES, 2), 0.5, dtype=torch.float64))
+    assert layer.k == layer.router.k == layer.experts_per_token == 2
 
 
 def test_pruning_twice_is_pruning_once() -> None:
@@ -169,5 +266,6 @@ def test_pruning_twice_is_pruning_once() -> None:
             for kept in steps:
                 group.keep(kept)
     assert_same(twice(x), once(x))
-    (layer, *_) = [part for part in twice.modules() if isinstance(part, gmoe.MoE)]
+    layer: Any = next(part for part in twice.modules() if isinstance(part, gmoe.MoE))
     assert layer.kept == (1, 4)
+    assert layer.router.alive_E.tolist() == [1, 4]
