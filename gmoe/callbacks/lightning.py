@@ -14,7 +14,7 @@ from gmoe.metrics import HealthMonitor
 class LightningHealth(Callback):
     """Log how evenly experts are used, every ``log_every_n_steps`` of Lightning's trainer.
 
-    The figures are those of :meth:`gmoe.metrics.ExpertHealth.figures`, over all training since the
+    The figures are those of :func:`gmoe.expert_health`, over all training since the
     last log and over all processes. They go to all loggers and to ``trainer.callback_metrics``. If
     a few experts have nearly all of the load, a warning says once what to do.
 

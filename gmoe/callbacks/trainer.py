@@ -14,7 +14,7 @@ from gmoe.metrics import HealthMonitor
 class TrainerHealth(TrainerCallback):
     """Log how evenly experts are used wherever transformers' ``Trainer`` logs its loss.
 
-    The figures are those of :meth:`gmoe.metrics.ExpertHealth.figures`, over all training since the
+    The figures are those of :func:`gmoe.expert_health`, over all training since the
     last log and over all processes. If a few experts have nearly all of the load, a warning says
     once what to do.
 
