@@ -106,19 +106,18 @@ class Edges:
         """
         return _find_messages(self.ptr, receivers, number)
 
-    def with_loops(self, number: int) -> tuple[Edges, Tensor]:
-        """The edges and a loop at each of the first nodes.
+    @lazy
+    def looped(self) -> tuple[Edges, Tensor]:
+        """The edges and a loop at each node that is sender and receiver.
 
         How many loops there were depends on the data. They stay, so that the host does not wait for
         their number, and are marked.
-
-        Args:
-            number: of nodes that get a loop.
 
         Returns:
             The edges, whose ``order`` counts those there were, then the loops; and which of them
             are loops that a new one replaces.
         """
+        number = min(self.num_senders, self.num_receivers)
         with torch.inference_mode(False):  # a graph keeps the result, for training too
             ptr, sender, receiver, order = _add_loops(self.ptr, self.sender, self.receiver, number)
             is_replaced = (sender == receiver) & (order < self.sender.numel())
@@ -219,7 +218,7 @@ def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[T
 def _add_loops(
     ptr: Tensor, sender: Tensor, receiver: Tensor, number: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :meth:`Edges.with_loops`.
+    """See :meth:`Edges.looped`.
 
     A receiver's loop becomes its last message: nothing has to be sorted.
     """

@@ -278,7 +278,7 @@ class Graph:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
         num_loops = min(self.num_src, self.num_dst)
-        edges, is_replaced = self.edges.with_loops(num_loops)
+        edges, is_replaced = self.edges.looped
         sender, receiver = self.edges.sender, self.edges.receiver
         node = torch.arange(num_loops, device=sender.device)
         ends = torch.stack([torch.cat([sender, node]), torch.cat([receiver, node])])

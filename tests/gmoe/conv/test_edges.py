@@ -27,8 +27,8 @@ def test_edges_are_in_the_order_of_receivers_and_then_as_given(nodes: int) -> No
 def test_loops_are_the_last_messages_of_their_receivers() -> None:
     """As if all edges had been sorted anew; the loops there were are marked."""
     sender, receiver = torch.tensor([[4, 0, 1, 1, 2, 4, 0], [0, 0, 1, 2, 2, 2, 3]])
-    found, is_replaced = Edges.sorted(sender, receiver, 5, 4).with_loops(3)
-    ends = torch.cat([sender, torch.arange(3)]), torch.cat([receiver, torch.arange(3)])
+    found, is_replaced = Edges.sorted(sender, receiver, 5, 4).looped
+    ends = torch.cat([sender, torch.arange(4)]), torch.cat([receiver, torch.arange(4)])
     expected = Edges.sorted(*ends, 5, 4)
     assert sorted(found.order[is_replaced].tolist()) == [1, 2, 4]
     for name in ("ptr", "sender", "receiver", "order"):
