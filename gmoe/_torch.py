@@ -69,11 +69,6 @@ shared_storage = torch.UntypedStorage._new_shared
 # what tensors and modules hold --------------------------------------------------------------------
 
 
-def version_of(value: Tensor) -> int:
-    """How often a tensor was written to, by autograd's own count."""
-    return value._version
-
-
 def num_stored(value: Tensor) -> int:
     """The number of values of a sparse tensor, also of one that is not coalesced."""
     return value._nnz()

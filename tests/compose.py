@@ -736,6 +736,14 @@ def change(given: Given) -> None:
             value.mul_(-1.5)
 
 
+def told_of_the_change(given: Given) -> Given:
+    """A graph is frozen: another is made for features that changed, unless they learn."""
+    graph = given.adj
+    if not isinstance(graph, Graph) or graph.x is None or graph.x.requires_grad:
+        return given
+    return given._replace(adj=graph.with_x(graph.x))
+
+
 def _check_rest(module: Any, c: Config, before: Mapping[str, Tensor], routing: Routing) -> None:
     """Raise if a NaN token, the last one, changed another token's decision.
 
@@ -855,6 +863,8 @@ def compute(c: Config) -> Outcome:
     with as_on_gpus if c.as_on_gpus else nullcontext():
         for before in c.before:
             module = go_through(module, c, given, before)
+            if before == "x changed in place":
+                given = told_of_the_change(given)
         twin.load_state_dict(module.state_dict())
         y, routings = call(module, c, given)
         results = [finish(y, routings, given, module, None)]

@@ -537,6 +537,19 @@ def change(given: Given) -> None:
         x.mul_(-1.5)
 
 
+def told_of_the_change(given: Given) -> Given:
+    """A graph is frozen: another is made for features that changed, unless they learn."""
+    adjs = {
+        name: adj.with_x(adj.x) if isinstance(adj, Graph) and not _learns(adj.x) else adj
+        for name, adj in given.edge_index_dict.items()
+    }
+    return given._replace(edge_index_dict=adjs)
+
+
+def _learns(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
+
+
 def go_on(c: Config, module: Any, given: Given) -> Any:
     """What the module goes through at the end; outputs should stay."""
     if c.after == "deepcopy":
@@ -627,6 +640,8 @@ def compute(c: Config) -> Outcome:
     given, theirs = given_of(c, c.number), given_of(c, c.number)
     for before in c.before:
         module = go_through(c, module, given, before)
+        if before == "x changed in place":
+            given = told_of_the_change(given)
     twin = copy.deepcopy(module)
     found = finish(*call(c, module, given), given, module)
     if "x changed in place" in c.before:

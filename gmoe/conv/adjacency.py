@@ -100,8 +100,7 @@ def read_sparse(matrix: Tensor | SparseTensor, num_src: int, num_dst: int, flow:
         if matrix.layout != torch.sparse_csr:
             # A copy: PyG would mark a COO matrix as coalesced in place.
             matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
-        # Compiled code takes no views of a sparse matrix. Without the view, detached values still
-        # show by their version that somebody wrote to the matrix.
+        # Detached, since compiled code takes no views of a sparse matrix.
         ptr = matrix.crow_indices().detach().long()
         src = matrix.col_indices().detach().long()
         values = matrix.values()

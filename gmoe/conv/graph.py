@@ -9,8 +9,10 @@ edges, D width, F edge features; of a part: n destinations, S sources.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import partial
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,23 +21,27 @@ from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, is_sparse
 
 from gmoe._checks import check_choice, parameters_of
-from gmoe._torch import row_pointers
+from gmoe._torch import is_watched, row_pointers
 from gmoe.conv.adjacency import adjacency_like, check_edge_args, read_edge_index, read_sparse
 from gmoe.conv.edges import Edges, renumber
-from gmoe.conv.kept import KeptResult, once
 from gmoe.conv.matrix import Matrix, ScaleOf, normalized_matrix, sum_matrix
 
 FLOWS = ("source_to_target", "target_to_source")
+
+Result = TypeVar("Result")
 
 
 class Graph:
     """Validate and sort a graph once, for all layers and calls.
 
     Pass it instead of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order,
-    degrees, normalization and transpose are computed once. If you set ``x``, ``edge_weight`` or
-    ``edge_attr`` anew or write to them, sums and norms follow: not by ``.data``, nor through an
-    array of NumPy that shares the memory, which leave no trace. The edges are fixed: do not write
-    to ``edge_index``. A plain ``edge_index`` is converted at each call of a layer or model.
+    degrees, normalization and transpose are computed once. A plain ``edge_index`` is converted at
+    each call of a layer or model.
+
+    A graph is frozen, and so are the tensors that it was made with: do not write to them.
+    :meth:`with_x` and :meth:`with_weights` give the same graph with other features or edge
+    arguments, and sort nothing. What follows from a tensor that needs a gradient is computed at
+    each call.
 
     Args:
         edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or
@@ -48,15 +54,11 @@ class Graph:
         flow: PyG's ``flow``, that of the convs: which row of ``edge_index`` holds the destinations
             (default ``"source_to_target"``).
 
-    Attributes:
-        adj: the edges as given; integers are int64.
-        edge_index: (2, M) sources and destinations in the order given.
-        matrix_values: (M,) or (M, F) the values of a sparse matrix in that order.
-
     Raises:
         ValueError: edges outside the nodes (CPU tensors), an ``EdgeIndex`` or a matrix of other
             nodes, or an edge argument with another number of rows; numbers of nodes that are not
             whole numbers, an unknown flow, or another flow than the default for a matrix.
+        AttributeError: an attribute of a graph is set.
 
     Example:
         >>> graph = gmoe.Graph(data.edge_index, data.num_nodes, x=data.x)
@@ -64,17 +66,43 @@ class Graph:
         ...     logits = model(data.x, graph)
     """
 
-    mask: Tensor | None = None
-    """(M,) an explainer's factors on the messages, in the order given."""
-    is_replaced: Tensor | None = None
-    """(M,) whether an added loop replaces the edge of ``edges``, which then has no message."""
+    adj: Adj
+    """The edges as given; integers are int64."""
+    edge_index: Tensor
+    """(2, M) sources and destinations in the order given."""
+    edges: Edges
+    """The same, sorted by destination."""
+    matrix_values: Tensor | None
+    """(M,) or (M, F) the values of a sparse matrix in the order given."""
+    flow: str
+    """PyG's ``flow``, which ``adj`` has."""
+    num_src: int
+    """N_src."""
+    num_dst: int
+    """N_dst."""
     num_rows: int
     """The rows of ``adj``: N_dst; in a part also one more, or all its nodes if it is square."""
-    scale_of: ScaleOf | None = None
+    is_sparse: bool
+    """Whether ``adj`` is a sparse matrix."""
+    is_sparse_tensor: bool
+    """Whether it is a ``SparseTensor``; compiled code may not look at ``adj`` to find out."""
+    x: Tensor | None
+    """(N_src, D) the features whose sums are kept."""
+    edge_weight: Tensor | None
+    """(M,) in the order given."""
+    edge_attr: Tensor | None
+    """(M, F) in the order given."""
+    mask: Tensor | None
+    """(M,) an explainer's factors on the messages, in the order given."""
+    is_replaced: Tensor | None
+    """(M,) whether an added loop replaces the edge of ``edges``, which then has no message."""
+    scale_of: ScaleOf | None
     """In a part, the (N,) scale of its nodes in the whole graph."""
-    destinations: Tensor | None = None
+    destinations: Tensor | None
     """In a part, the places of its n destinations in the whole graph, and of the extra one if no
     edge ends in them; see :meth:`part`."""
+    kept: dict[Hashable, Any]
+    """What follows from all this, once it was computed; see :meth:`_once`."""
 
     def __init__(
         self,
@@ -93,29 +121,71 @@ class Graph:
             raise ValueError(
                 f"num_nodes: got {num_nodes!r}, expected a whole number, or two of them"
             )
-        self.num_src, self.num_dst = sizes
-        self.num_rows = self.num_dst
-        self.x = x
-        self.flow = flow
-        self.is_sparse = is_sparse(edge_index)
-        # Known here, since compiled code may not look at a sparse matrix.
-        self.is_sparse_tensor = isinstance(edge_index, SparseTensor)
-        self.edge_weight = edge_weight
-        self.edge_attr = edge_attr
-        self._kept: dict[tuple[object, ...], KeptResult[Any]] = {}
-        if self.is_sparse:
-            adjacency = read_sparse(edge_index, self.num_src, self.num_dst, flow)
-        else:
-            adjacency = read_edge_index(edge_index, self.num_src, self.num_dst, flow)
-        self.adj = adjacency.adj
-        self.edge_index = adjacency.edge_index
-        self.matrix_values = adjacency.values
-        self.edges = adjacency.edges
-        if edge_weight is not None or edge_attr is not None:
-            self._check_args()
+        num_src, num_dst = sizes
+        has_matrix = is_sparse(edge_index)
+        read = read_sparse if has_matrix else read_edge_index
+        adjacency = read(edge_index, num_src, num_dst, flow)
+        check_edge_args(edge_weight, edge_attr, adjacency.edge_index.size(1), has_matrix)
+        vars(self).update(
+            adj=adjacency.adj,
+            edge_index=adjacency.edge_index,
+            edges=adjacency.edges,
+            matrix_values=adjacency.values,
+            flow=flow,
+            num_src=num_src,
+            num_dst=num_dst,
+            num_rows=num_dst,
+            is_sparse=has_matrix,
+            is_sparse_tensor=isinstance(edge_index, SparseTensor),
+            x=x,
+            edge_weight=edge_weight,
+            edge_attr=edge_attr,
+            mask=None,
+            is_replaced=None,
+            scale_of=None,
+            destinations=None,
+            kept={},
+        )
 
-    def _check_args(self) -> None:
-        check_edge_args(self.edge_weight, self.edge_attr, self.num_edges, self.is_sparse)
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"{name}: got an assignment, expected none, since a Graph is frozen: with_x and "
+            "with_weights give another one"
+        )
+
+    def _with(self, **changes: Any) -> Graph:
+        """The same graph with other attributes; it shares what the sorted edges keep."""
+        changes["kept"] = {}
+        # Compiled code may not touch a sparse matrix that the new graph does without.
+        same = {name: getattr(self, name) for name in vars(self) if name not in changes}
+        other = object.__new__(Graph)
+        vars(other).update(same, **changes)
+        return other
+
+    def with_weights(
+        self, edge_weight: Tensor | None = None, edge_attr: Tensor | None = None
+    ) -> Graph:
+        """The same graph with other edge arguments, in the order of the edges as given.
+
+        Args:
+            edge_weight: (M,); ``None`` (default) leaves the graph's own.
+            edge_attr: (M, F), likewise.
+
+        Raises:
+            ValueError: an argument with another number of rows than M.
+        """
+        edge_weight = self.edge_weight if edge_weight is None else edge_weight
+        edge_attr = self.edge_attr if edge_attr is None else edge_attr
+        check_edge_args(edge_weight, edge_attr, self.num_edges, self.is_sparse)
+        return self._with(edge_weight=edge_weight, edge_attr=edge_attr)
+
+    def with_x(self, x: Tensor | None) -> Graph:
+        """The same graph for other features, whose sums are kept in turn.
+
+        Args:
+            x: (N_src, D); ``None`` to keep no sums.
+        """
+        return self._with(x=x)
 
     def fitting(
         self,
@@ -138,22 +208,7 @@ class Graph:
             )
         if edge_weight is None and edge_attr is None:
             return self
-        other = self._copy(
-            edge_weight=self.edge_weight if edge_weight is None else edge_weight,
-            edge_attr=self.edge_attr if edge_attr is None else edge_attr,
-        )
-        other._check_args()
-        return other
-
-    def _copy(self, **changes: object) -> Graph:
-        """The same graph with other attributes, without anything that was computed."""
-        other = object.__new__(type(self))
-        # One by one: compiled code may not touch a sparse matrix that the copy does without.
-        for name in vars(self):
-            if name not in changes and name != "_kept":
-                setattr(other, name, getattr(self, name))
-        vars(other).update(changes, _kept={})
-        return other
+        return self.with_weights(edge_weight, edge_attr)
 
     def explained(self, conv: MessagePassing) -> Graph:
         """The same graph with the factors that an explainer of this conv puts on its messages.
@@ -169,11 +224,7 @@ class Graph:
                 f"explain: got {got}, expected one of the {self.num_edges} edges: GNNExplainer, "
                 "PGExplainer and CaptumExplainer work"
             )
-        return self._copy(mask=mask.sigmoid() if conv._apply_sigmoid else mask)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is kept: a copy's tensors count their versions anew."""
-        return {**vars(self), "_kept": {}}
+        return self._with(mask=mask.sigmoid() if conv._apply_sigmoid else mask)
 
     def to(self, device: torch.device | str) -> Graph:
         """Move the graph to a device; returns itself if it is there already."""
@@ -182,7 +233,7 @@ class Graph:
         moved = {
             name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")
         }
-        return self._copy(**moved)
+        return self._with(**moved)
 
     @property
     def num_edges(self) -> int:
@@ -213,13 +264,39 @@ class Graph:
         return self.product(self.summing(by=by, mean=True, dtype=x_src.dtype), x_src)
 
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
-        """(N_dst, D) A x, in the type of ``x_src``.
+        """(N_dst, D) A x, in the type of ``x_src``; do not write to it.
 
-        The product with the graph's own ``x`` is computed once, as long as neither changes.
+        The product with the graph's own ``x`` is computed once, unless it can learn.
         """
-        return matrix.times(x_src, self.mask, keep=x_src is self.x)
+        if x_src is self.x and not matrix.learns and self.mask is None:
+            return self._once(matrix, partial(matrix.times, x_src), x_src)
+        return matrix.times(x_src, self.mask)
 
-    @once
+    def _once(
+        self, what: Hashable, compute: Callable[[], Result], *sources: Tensor | None
+    ) -> Result:
+        """The result of a function that is called once for this graph.
+
+        Args:
+            what: names the result.
+            compute: gives it.
+            sources: what it follows from, beside the edges. If one of them needs a gradient, the
+                result is computed at each call, and an earlier one is forgotten.
+        """
+        # Fake tensors have no values, counters want to see each operator, and compiled code would
+        # be compiled again once there is a result.
+        if torch.compiler.is_compiling() or is_watched():
+            return compute()
+        if any(source is not None and source.requires_grad for source in sources):
+            self.kept.pop(what, None)
+            return compute()
+        result: Result | None = self.kept.get(what)
+        if result is None:
+            with torch.inference_mode(False):  # for training too, whatever the first call's mode
+                result = compute()
+            self.kept[what] = result
+        return result
+
     def summing(
         self, *, by: Literal["weight", "values"] | None, mean: bool, dtype: torch.dtype
     ) -> Matrix:
@@ -236,9 +313,9 @@ class Graph:
         has_values = by == "values" and not self.is_sparse_tensor
         if factor is None and (by == "weight" or has_values):
             factor = self.matrix_values
-        return sum_matrix(self.edges, factor, mean=mean, dtype=dtype)
+        make = partial(sum_matrix, self.edges, factor, mean=mean, dtype=dtype)
+        return self._once(("sum", by, mean, dtype), make, factor)
 
-    @once
     def normalized(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Matrix:
         r"""The matrix :math:`D^{-1/2} (A + I) D^{-1/2}` of PyG's ``GCNConv``.
 
@@ -258,7 +335,8 @@ class Graph:
         scale = None
         if self.scale_of is not None:  # a part: the degrees are those of the whole graph
             scale = self.scale_of(improved=improved, loops=loops, dtype=dtype)
-        return normalized_matrix(
+        make = partial(
+            normalized_matrix,
             self.edges,
             factor,
             loop_weight=fill if loops else None,
@@ -267,8 +345,8 @@ class Graph:
             scale=scale,
             dtype=dtype,
         )
+        return self._once(("norm", fill if loops else None, dtype), make, factor, scale)
 
-    @once
     def with_loops(self, *, fill_value: float | Tensor | str) -> Graph:
         """The graph with one loop at each node that is source and destination.
 
@@ -277,6 +355,12 @@ class Graph:
         Args:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
+        fill = fill_value if isinstance(fill_value, Tensor) else None
+        sources = (self.edge_attr, self.matrix_values, self.mask, fill)
+        return self._once(("loops", fill_value), partial(self._with_loops, fill_value), *sources)
+
+    def _with_loops(self, fill_value: float | Tensor | str) -> Graph:
+        """See :meth:`with_loops`."""
         num_loops = min(self.num_src, self.num_dst)
         edges, is_replaced = self.edges.looped
         sender, receiver = self.edges.sender, self.edges.receiver
@@ -299,21 +383,21 @@ class Graph:
         if self.mask is not None:  # no explainer masks added loops: see MessagePassing
             mask = self.mask[self.edges.order]
             mask = torch.cat([mask, mask.new_ones(num_loops)])
-        return self._copy(
-            edges=edges,
-            is_replaced=is_replaced,
-            edge_index=ends,
+        return self._with(
             adj=ends,
-            edge_attr=attr,
-            mask=mask,
+            edge_index=ends,
+            edges=edges,
+            matrix_values=None,
+            flow=FLOWS[0],
+            num_rows=self.num_dst,
+            is_sparse=False,
             x=None,
             edge_weight=None,
-            matrix_values=None,
-            is_sparse=False,
-            flow="source_to_target",
+            edge_attr=attr,
+            mask=mask,
+            is_replaced=is_replaced,
             scale_of=None,
             destinations=None,
-            num_rows=self.num_dst,
         )
 
     def args_for(self, conv: MessagePassing) -> dict[str, Tensor]:
@@ -377,7 +461,7 @@ class Graph:
             assert whole.scale is not None
             return whole.scale.index_select(0, nodes)
 
-        part = self._copy(
+        part = self._with(
             **edge_args,
             num_src=len(nodes),
             num_dst=num_dst,
@@ -400,7 +484,7 @@ class Graph:
         Args:
             scale_of: gives the norms of the nodes in the larger graph.
         """
-        return self._copy(num_rows=self.num_src, scale_of=scale_of)
+        return self._with(num_rows=self.num_src, scale_of=scale_of)
 
     def first(self, nodes: int, edges: int) -> Graph:
         """The first nodes and the first edges as given.

@@ -11,9 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gmoe._torch import is_watched
 from gmoe.conv.edges import Edges
-from gmoe.conv.kept import KeptResult, versions_of
 from gmoe.conv.sums import weighted_sum
 
 
@@ -34,53 +32,25 @@ class Matrix:
         diagonal: (N_dst,) further entries, for loops that are not among the edges; the destinations
             are then the first of the sources.
         scale: (N,) the factors of rows and columns that normalized it, if it is normalized.
+        learns: whether it follows from weights that need a gradient, also under ``no_grad``.
     """
 
     edges: Edges
     weight: Tensor
     diagonal: Tensor | None = None
     scale: Tensor | None = None
-    kept_product: KeptResult[Tensor] | None = None
-    """The last product that was kept; see :meth:`times`."""
+    learns: bool = False
 
-    def times(self, x: Tensor, mask: Tensor | None = None, *, keep: bool = False) -> Tensor:
+    def times(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N_dst, D) A x, in the type of ``x``.
 
         Args:
             x: (N_src, D) features.
             mask: (M,) factors on the messages, in the order of the edges as given.
-            keep: keep the product, and return it until ``x`` or the product itself changes. It is
-                computed all the same if a gradient flows through it (default ``False``).
         """
         weight = self.weight
         if mask is not None:
             weight = weight * mask.index_select(0, self.edges.order)
-        can_keep = (
-            keep
-            and not (x.requires_grad or weight.requires_grad)
-            # Compiled code and tensors of inference mode have no versions, by which a change shows.
-            and not (torch.compiler.is_compiling() or x.is_inference())
-            # Fake tensors have no values, and counters want to see the product.
-            and not is_watched()
-        )
-        if not can_keep:
-            if keep:
-                # Optimizers may write to what they train without a trace in its version.
-                self.kept_product = None
-            return self._times(weight, x)
-
-        kept = self.kept_product
-        if kept is not None and kept.is_fresh((x, kept.result)):
-            return kept.result
-        # What is kept is for training too, whatever the mode of the first call.
-        with torch.inference_mode(False):
-            y = self._times(weight, x)
-        # The result is a source, too: a caller may have written to it.
-        self.kept_product = KeptResult((x, y), versions_of((x, y)), y)
-        return y
-
-    def _times(self, weight: Tensor, x: Tensor) -> Tensor:
-        """(N_dst, D) the product, with these entries in place of the matrix's own."""
         y = weighted_sum(weight[:, None], x[:, None], self.edges)
         if self.diagonal is not None:
             loop_source = x[: self.edges.num_receivers, None]
@@ -106,7 +76,7 @@ def sum_matrix(edges: Edges, factor: Tensor | None, *, mean: bool, dtype: torch.
         weight = torch.ones_like(edges.sender, dtype=exact)
     if factor is not None and factor.dim() == 1:
         weight = weight * factor.index_select(0, edges.order)
-    return Matrix(edges, weight)
+    return Matrix(edges, weight, learns=_learns(factor))
 
 
 def normalized_matrix(
@@ -159,4 +129,9 @@ def normalized_matrix(
     weight = scale.index_select(0, edges.receiver) * weight
     weight = weight * scale.index_select(0, edges.sender)
     scaled = None if loop_weight is None else scale[:num_dst].square() * diagonal
-    return Matrix(edges, weight, scaled, scale)
+    return Matrix(edges, weight, scaled, scale, _learns(factor))
+
+
+def _learns(factor: Tensor | None) -> bool:
+    """Whether the weights of the edges need a gradient."""
+    return factor is not None and factor.requires_grad

@@ -115,13 +115,6 @@ def test_a_shared_storage_is_in_shared_memory() -> None:
     assert storage.is_shared()
 
 
-def test_the_version_of_a_tensor_counts_writes() -> None:
-    value = torch.ones(2)
-    before = _torch.version_of(value)
-    value.add_(1)
-    assert _torch.version_of(value) == before + 1
-
-
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_the_stored_values_of_a_sparse_tensor_are_counted(layout: torch.layout) -> None:
     assert _torch.num_stored(torch.eye(3).to_sparse(layout=layout)) == 3

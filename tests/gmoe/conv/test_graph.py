@@ -5,9 +5,9 @@ Its order, loops, norms, parts and sums are compared in ``tests/compose.py``.
 
 from __future__ import annotations
 
-import ast
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +16,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader
 from torch_geometric.nn import GCNConv
 
-import gmoe
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
 from gmoe.conv.edges import Edges
 from gmoe.conv.sums import _WeightedSum
@@ -106,22 +110,28 @@ def test_flops_are_those_of_a_first_call() -> None:
     assert count_flops(model, x, graph) == first
 
 
-@pytest.mark.parametrize(
-    "change", [lambda x, _: x.add_(1), lambda _, y: y.add_(1)], ids=["features", "sums"]
-)
-def test_sums_are_kept_until_something_changes_in_place(change: Callable[..., Any]) -> None:
+def test_sums_of_the_features_are_those_of_the_graph_that_has_them() -> None:
     x = features(9, 2)
     graph = Graph(EDGES, 9, x=x)
     found = graph.mean(x)
     assert graph.mean(x) is found
-    change(x, found)
-    torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, EDGES))
+    other = graph.with_x(2 * x)
+    assert other.x is not None
+    torch.testing.assert_close(other.mean(other.x), 2 * found)
+    assert other.edges is graph.edges
+    assert graph.mean(x) is found
+    bare = graph.with_x(None)
+    assert bare.mean(x) is not bare.mean(x)
 
 
-def test_features_made_in_inference_mode_are_summed_anew() -> None:
+def test_sums_of_features_made_in_inference_mode_are_for_training_too() -> None:
     with torch.inference_mode():
         x = features(9, 4)
-    torch.testing.assert_close(Graph(EDGES, 9, x=x).mean(x), mean_of_in_edges(x, EDGES))
+        graph = Graph(EDGES, 9, x=x)
+        found = graph.mean(x)
+    assert graph.mean(x) is found
+    assert not found.is_inference()
+    torch.testing.assert_close(found, mean_of_in_edges(x, EDGES))
 
 
 @pytest.mark.parametrize(
@@ -129,10 +139,58 @@ def test_features_made_in_inference_mode_are_summed_anew() -> None:
 )
 def test_a_graph_that_keeps_sums_can_be_copied(copied: Callable[[Graph], Graph]) -> None:
     x = features(9, 2)
+    graph = Graph(EDGES, 9, x=x, edge_weight=features(30).abs())
+    layer = MoEConv("gcn", 2, 4, num_experts=2).double().eval()
+    layer(x, graph)
+    twin = copied(graph)
+    assert twin.x is not None
+    assert twin.edge_weight is not None
+    for given in (x, twin.x, 2 * x):
+        assert torch.equal(layer(given, twin), layer(given, graph))
+    turned = twin.with_weights(twin.edge_weight.flip(0))
+    expected = layer(x, EDGES, features(30).abs().flip(0))
+    torch.testing.assert_close(layer(twin.x, turned), expected)
+
+
+def test_a_graph_passes_through_a_loader_that_pins_memory() -> None:
+    """It reaches the main process by a pickle, and is pinned where there is a GPU."""
+    x = features(9, 2)
+    graphs = [Graph(EDGES, 9, x=x)]
+    graphs[0].mean(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a GPU, torch says that it pins nothing
+        loader = DataLoader(graphs, None, num_workers=1, pin_memory=True)  # type: ignore[arg-type]
+        (found,) = loader
+    torch.testing.assert_close(found.mean(found.x), mean_of_in_edges(x, EDGES))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_fully_sharded_layer_takes_a_graph_as_it_is(tmp_path: Path) -> None:
+    """FSDP casts the tensors among the arguments; those of a graph it leaves alone."""
+    x = features(9, 4).float()
+    graph = Graph(EDGES, 9, x=x, edge_weight=features(30).abs().float())
+    layer = MoEConv("gcn", 4, 4, num_experts=2)
+    layer(x, graph)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        mesh = init_device_mesh("cpu", (1,))
+        found = fully_shard(copy.deepcopy(layer), mesh=mesh, mp_policy=policy)(x, graph)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found, layer.bfloat16()(x.bfloat16(), graph))
+    assert graph.x is x
+
+
+def test_fake_tensors_leave_nothing_in_a_graph() -> None:
+    """A graph that a shape was asked of computes what a new one does."""
+    layer = MoEConv("gcn", 4, 4, num_experts=2)
+    x = features(9, 4).float()
     graph = Graph(EDGES, 9, x=x)
-    graph.mean(x)
-    for given in (x, 2 * x):
-        assert torch.equal(copied(graph).mean(given), graph.mean(given))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        graph.mean(x)
+        graph.normalized(improved=False, loops=True, dtype=x.dtype)
+    torch.testing.assert_close(layer(x, graph), layer(x, EDGES))
 
 
 def test_threads_may_share_a_graph() -> None:
@@ -186,23 +244,66 @@ def test_an_unknown_flow_is_refused() -> None:
         Graph(PLAIN, 9, flow="x")
 
 
-GMOE = Path(gmoe.__file__).parent
-
-
-def test_nobody_else_sets_the_attributes_of_a_graph() -> None:
-    attributes = set(vars(Graph(PLAIN, 2))) | {"mask", "scale_of", "destinations"}
-    written = [
-        f"{path.relative_to(GMOE)}: {ast.unparse(node)}"
-        for path in GMOE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Store)
-        and isinstance(node.value, ast.Name)
-        # Others set attributes of the same names on themselves.
-        and node.value.id not in ("self", "ctx")
-        and node.attr in attributes - {"flow"}  # a conv has a flow, too
+def derived_graphs() -> list[Graph]:
+    """One graph, and all that are made of it."""
+    graph = Graph(EDGES, 9, x=features(9, 4), edge_weight=features(30).abs())
+    conv: Any = GCNConv(2, 2)
+    conv._edge_mask = features(30)
+    return [
+        graph,
+        graph.with_weights(features(30, seed=1).abs()),
+        graph.with_x(None),
+        graph.with_loops(fill_value="mean"),
+        graph.part(torch.tensor([3, 0]))[1],
+        graph.explained(conv),
+        graph.to("meta"),
+        graph.first(9, 12),
+        pickle.loads(pickle.dumps(graph)),
     ]
-    assert written == []
+
+
+def test_a_graph_is_frozen_and_so_is_what_is_made_of_it() -> None:
+    for graph in derived_graphs():
+        before = dict(vars(graph))
+        for name in (*before, "another"):
+            with pytest.raises(AttributeError, match=rf"^{name}: got an assignment.* with_x and"):
+                setattr(graph, name, None)
+        assert vars(graph).keys() == before.keys()
+        assert all(value is before[name] for name, value in vars(graph).items())
+
+
+def test_graphs_do_not_share_what_follows_from_their_values() -> None:
+    """An explainer's mask, other weights, loops of other features: each graph keeps its own."""
+    attr = features(30, 2)
+    graph = Graph(EDGES, 9, x=features(9, 4), edge_weight=features(30).abs(), edge_attr=attr)
+    conv: Any = GCNConv(2, 2)
+    conv._edge_mask = features(30, seed=3)
+    norm: dict[str, Any] = {"improved": False, "loops": True, "dtype": torch.double}
+    looped = graph.with_loops(fill_value="mean")
+    assert graph.with_loops(fill_value="mean") is looped
+    assert graph.normalized(**norm) is graph.normalized(**norm)
+    explained = graph.explained(conv).with_loops(fill_value="mean")
+    assert explained.mask is not None
+    assert looped.mask is None
+    assert graph.with_loops(fill_value="mean") is looped
+    weight = features(30, seed=1).abs()
+    expected = Graph(EDGES, 9, edge_weight=weight).normalized(**norm)
+    assert torch.equal(graph.with_weights(weight).normalized(**norm).weight, expected.weight)
+    other = graph.with_weights(edge_attr=2 * attr).with_loops(fill_value="mean")
+    assert torch.equal(other.edge_attr, 2 * looped.edge_attr)  # type: ignore[operator, arg-type]
+
+
+def test_graphs_share_the_order_the_transpose_and_the_loops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = features(9, 4).requires_grad_()
+    graph = Graph(EDGES, 9)
+    layer = MoEConv("gat", 4, 4, num_experts=2, edge_dim=2).double()
+    calls = watched(monkeypatch, Edges, "sorted")
+    for seed in range(3):
+        layer(x, graph, edge_attr=features(30, 2, seed=seed)).sum().backward()
+    assert len(calls) == 4  # once of the graph, and of the messages of each routing
+    assert graph.with_weights(features(30)).edges.looped is graph.edges.looped
 
 
 def test_a_graph_that_does_not_fit_the_layer_is_refused() -> None:
@@ -234,17 +335,18 @@ def test_a_graph_that_does_not_fit_the_layer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["x", "edge_weight"])
-def test_sums_follow_what_is_set_anew(name: str) -> None:
+def test_sums_are_those_of_the_values_that_a_graph_is_given(name: str) -> None:
     layer = MoEConv("gcn", 4, 4, num_experts=2)
     edge_index = random_graph(6, 6, 20)
     old: dict[str, Any] = {"x": torch.randn(6, 4), "edge_weight": torch.rand(20)}
     new = old | {name: torch.rand_like(old[name])}
     graph = Graph(edge_index, 6, **old)
-    layer(old["x"], graph)
-    setattr(graph, name, new[name])
+    before = layer(old["x"], graph)
+    other = graph.with_x(new["x"]).with_weights(new["edge_weight"])
     torch.testing.assert_close(
-        layer(new["x"], graph), layer(new["x"], edge_index, new["edge_weight"])
+        layer(new["x"], other), layer(new["x"], edge_index, new["edge_weight"])
     )
+    assert torch.equal(layer(old["x"], graph), before)
 
 
 def test_sums_follow_a_weight_that_was_learned_and_frozen_again() -> None:
@@ -259,40 +361,54 @@ def test_sums_follow_a_weight_that_was_learned_and_frozen_again() -> None:
     torch.testing.assert_close(layer(x, graph), layer(x, edge_index, weight))
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["x", "edge_weight", "edge_attr"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_nothing_is_kept_that_follows_from_what_learns(name: str, fused: bool, mode: Any) -> None:
+    """Whatever the mode of the first call; a fused optimizer leaves no trace in a tensor."""
+    conv: Any = "gat" if name == "edge_attr" else "gcn"
+    options: Any = {"edge_dim": 2} if name == "edge_attr" else {}
+    layer = MoEConv(conv, 4, 4, num_experts=2, **options)
+    x, args = torch.randn(6, 4), {"edge_weight": torch.rand(20), "edge_attr": torch.rand(20, 2)}
+    args = {one: value for one, value in args.items() if one == name}
+    value = {"x": x, **args}[name].requires_grad_()
+    edge_index = random_graph(6, 6, 20)
+    graph = Graph(edge_index, 6, x=x, **args)  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam([value], lr=0.5, fused=fused)
+    with mode():
+        layer(x, graph)
+    layer(x, graph).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer(x, graph), layer(x, edge_index, **args))
+
+
 @pytest.mark.parametrize("name", ["x", "edge_weight"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_sums_follow_what_an_optimizer_wrote(name: str, fused: bool) -> None:
-    """A fused optimizer leaves no trace in a tensor's version."""
+def test_sums_of_what_learned_for_a_while_are_forgotten(name: str, fused: bool) -> None:
     layer = MoEConv("gcn", 4, 4, num_experts=2)
     edge_index = random_graph(6, 6, 20)
     given: dict[str, Any] = {"x": torch.randn(6, 4), "edge_weight": torch.rand(20)}
+    if name == "x":
+        del given["edge_weight"]
     graph = Graph(edge_index, 6, **given)
-    layer(given["x"], graph)  # keeps what follows from them as they are
-    optimizer = torch.optim.Adam([given[name].requires_grad_()], lr=1e-2, fused=fused)
-    layer(given["x"], graph).square().sum().backward()
+    x = given.pop("x")
+    layer(x, graph)  # keeps what follows from them as they are
+    value = given.get(name, x).requires_grad_()
+    optimizer = torch.optim.Adam([value], lr=0.5, fused=fused)
+    layer(x, graph).square().sum().backward()
     optimizer.step()
-    given[name].requires_grad_(False)
-    torch.testing.assert_close(
-        layer(given["x"], graph), layer(given["x"], edge_index, given["edge_weight"])
-    )
+    value.requires_grad_(False)
+    torch.testing.assert_close(layer(x, graph), layer(x, edge_index, **given))
 
 
-def test_sums_follow_a_weight_of_inference_mode() -> None:
-    layer = MoEConv("gcn", 4, 4, num_experts=2)
-    edge_index, x = random_graph(6, 6, 20), torch.randn(6, 4)
-    with torch.inference_mode():
-        weight = torch.rand(20)
-        graph = Graph(edge_index, 6, edge_weight=weight)
-        layer(x, graph)
-        weight.mul_(torch.rand(20))
-        torch.testing.assert_close(layer(x, graph), layer(x, edge_index, weight))
-
-
-def test_a_weight_that_is_set_anew_has_to_fit() -> None:
-    graph = Graph(random_graph(6, 6, 20), 6)
-    graph.edge_weight = torch.rand(21)
-    with pytest.raises(ValueError, match=r"^edge_weight: got shape \(21,\)"):
-        MoEConv("gcn", 4, 4, num_experts=2)(torch.randn(6, 4), graph)
+@pytest.mark.parametrize("name", ["edge_weight", "edge_attr"])
+def test_other_edge_arguments_have_to_fit(name: str) -> None:
+    graph: Any = Graph(random_graph(6, 6, 20), 6)
+    with pytest.raises(ValueError, match=rf"^{name}: got shape \(21,\)"):
+        graph.with_weights(**{name: torch.rand(21)})
+    matrix = torch.sparse_csr_tensor(torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.ones(2))
+    with pytest.raises(ValueError, match=r"^edge_weight: got a tensor, expected None"):
+        Graph(matrix, 2).with_weights(torch.rand(2))
 
 
 @pytest.mark.parametrize("form", ["edges", "weights", "matrix", "matrix of ones"])
@@ -358,20 +474,3 @@ def test_an_explainer_without_a_factor_for_each_edge_is_refused(mask: Tensor | N
     conv._edge_mask = mask
     with pytest.raises(ValueError, match=r"^explain: got .* expected one of the 30 edges"):
         Graph(EDGES, 9).explained(conv)
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_keeps_nothing_of_the_graph_it_was_made_from(how: str) -> None:
-    """A copied tensor counts its versions anew, so that old and new ones may agree."""
-    torch.manual_seed(0)
-    edges, weight = random_graph(10, 10, 30), torch.rand(30)
-    weight.mul_(2).add_(1)
-    graph = Graph(edges, 10, edge_weight=weight)
-    conv, x = MoEConv("gcn", 4, 4, num_experts=2).eval(), torch.randn(10, 4)
-    conv(x, graph)
-    twin = copy.deepcopy(graph) if how == "deepcopy" else pickle.loads(pickle.dumps(graph))
-    own: Any = twin.edge_weight
-    while own._version < weight._version:
-        own.mul_(torch.rand(30))
-    expected = conv(x, Graph(edges, 10, edge_weight=own))
-    torch.testing.assert_close(conv(x, twin), expected)

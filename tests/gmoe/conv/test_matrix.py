@@ -1,4 +1,4 @@
-"""Matrices of sums: their entries against dense ones, and when their product is kept.
+"""Matrices of sums: their entries against dense ones.
 
 ``tests/compose.py`` compares them within whole layers.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmoe.conv.edges import Edges
-from gmoe.conv.matrix import Matrix, normalized_matrix, sum_matrix
+from gmoe.conv.matrix import normalized_matrix, sum_matrix
 from tests.gmoe.conv.masked import features, mean_of_in_edges, random_graph
 
 N = 9
@@ -104,30 +104,21 @@ def test_norms_of_low_precision_are_summed_in_float32(dtype: torch.dtype) -> Non
     assert float(matrix.scale[0]) == pytest.approx(1000**-0.5)
 
 
-def mean_matrix() -> Matrix:
-    return sum_matrix(EDGES, None, mean=True, dtype=torch.double)
-
-
-def test_a_product_is_kept_until_its_features_change() -> None:
-    matrix = mean_matrix()
-    x = features(N, 4)
-    first = matrix.times(x, keep=True)
-    assert matrix.times(x, keep=True) is first
-    x.add_(1)
-    torch.testing.assert_close(matrix.times(x, keep=True), mean_of_in_edges(x, EDGE_INDEX))
-
-
-def test_a_product_with_a_gradient_is_not_kept() -> None:
-    matrix = mean_matrix()
-    x = features(N, 4)
-    matrix.times(x, keep=True)
-    matrix.times(x.requires_grad_(), keep=True)
-    assert matrix.kept_product is None
-
-
-def test_other_features_leave_the_kept_product() -> None:
-    matrix = mean_matrix()
-    x = features(N, 4)
-    first = matrix.times(x, keep=True)
-    matrix.times(2 * x)
-    assert matrix.times(x, keep=True) is first
+def test_a_matrix_knows_whether_its_weights_learn() -> None:
+    """Also where no gradient is recorded, since they may change all the same."""
+    weight = torch.ones(30)
+    for learns in (False, True):
+        factor = weight.clone().requires_grad_(learns)
+        with torch.no_grad():
+            summing = sum_matrix(EDGES, factor, mean=True, dtype=torch.float)
+            norms = normalized_matrix(
+                EDGES,
+                factor,
+                loop_weight=None,
+                replace_loops=False,
+                keep_loop_weights=False,
+                scale=None,
+                dtype=torch.float,
+            )
+        assert summing.learns is norms.learns is learns
+    assert not sum_matrix(EDGES, None, mean=True, dtype=torch.float).learns
