@@ -175,7 +175,8 @@ def test_a_fully_sharded_layer_takes_a_graph_as_it_is(tmp_path: Path) -> None:
     try:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
         mesh = init_device_mesh("cpu", (1,))
-        found = fully_shard(copy.deepcopy(layer), mesh=mesh, mp_policy=policy)(x, graph)
+        sharded: Any = fully_shard(copy.deepcopy(layer), mesh=mesh, mp_policy=policy)
+        found = sharded(x, graph)
     finally:
         dist.destroy_process_group()
     torch.testing.assert_close(found, layer.bfloat16()(x.bfloat16(), graph))
