@@ -155,11 +155,11 @@ def test_a_graph_that_keeps_sums_can_be_copied(copied: Callable[[Graph], Graph])
 def test_a_graph_passes_through_a_loader_that_pins_memory() -> None:
     """It reaches the main process by a pickle, and is pinned where there is a GPU."""
     x = features(9, 2)
-    graphs = [Graph(EDGES, 9, x=x)]
+    graphs: Any = [Graph(EDGES, 9, x=x)]
     graphs[0].mean(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without a GPU, torch says that it pins nothing
-        loader = DataLoader(graphs, None, num_workers=1, pin_memory=True)  # type: ignore[arg-type]
+        loader: Any = DataLoader(graphs, None, num_workers=1, pin_memory=True)
         (found,) = loader
     torch.testing.assert_close(found.mean(found.x), mean_of_in_edges(x, EDGES))
 
@@ -370,12 +370,12 @@ def test_nothing_is_kept_that_follows_from_what_learns(name: str, fused: bool, m
     conv: Any = "gat" if name == "edge_attr" else "gcn"
     options: Any = {"edge_dim": 2} if name == "edge_attr" else {}
     layer = MoEConv(conv, 4, 4, num_experts=2, **options)
-    x, args = torch.randn(6, 4), {"edge_weight": torch.rand(20), "edge_attr": torch.rand(20, 2)}
+    x, args = torch.randn(6, 4), {"edge_weight": torch.rand(20) + 1, "edge_attr": torch.rand(20, 2)}
     args = {one: value for one, value in args.items() if one == name}
     value = {"x": x, **args}[name].requires_grad_()
     edge_index = random_graph(6, 6, 20)
     graph = Graph(edge_index, 6, x=x, **args)  # type: ignore[arg-type]
-    optimizer = torch.optim.Adam([value], lr=0.5, fused=fused)
+    optimizer = torch.optim.Adam([value], lr=0.1, fused=fused)
     with mode():
         layer(x, graph)
     layer(x, graph).square().sum().backward()
@@ -388,14 +388,14 @@ def test_nothing_is_kept_that_follows_from_what_learns(name: str, fused: bool, m
 def test_sums_of_what_learned_for_a_while_are_forgotten(name: str, fused: bool) -> None:
     layer = MoEConv("gcn", 4, 4, num_experts=2)
     edge_index = random_graph(6, 6, 20)
-    given: dict[str, Any] = {"x": torch.randn(6, 4), "edge_weight": torch.rand(20)}
+    given: dict[str, Any] = {"x": torch.randn(6, 4), "edge_weight": torch.rand(20) + 1}
     if name == "x":
         del given["edge_weight"]
     graph = Graph(edge_index, 6, **given)
     x = given.pop("x")
     layer(x, graph)  # keeps what follows from them as they are
     value = given.get(name, x).requires_grad_()
-    optimizer = torch.optim.Adam([value], lr=0.5, fused=fused)
+    optimizer = torch.optim.Adam([value], lr=0.1, fused=fused)
     layer(x, graph).square().sum().backward()
     optimizer.step()
     value.requires_grad_(False)
