@@ -435,7 +435,7 @@ def test_several_layers_tell_it_once_under_the_usual_filters() -> None:
 
 @pytest.mark.parametrize("options", [{"num_experts": 1}, {"balance_coef": 0.0}])
 def test_a_loss_without_a_gradient_is_not_missed(options: dict[str, Any]) -> None:
-    sizes = {"num_experts": 4, "balance": "switch"} | options
+    sizes: dict[str, Any] = {"num_experts": 4, "balance": "switch"} | options
     router = TokenChoice(4, **sizes).train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
