@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from gmoe.convert import moefy
 from gmoe.dense import densify
-from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
 from gmoe.from_base import fold
@@ -33,6 +32,7 @@ from gmoe.losses import (
     z_loss,
 )
 from gmoe.moe import MoE, MoELayer, SoftMoE
+from gmoe.products import combine, dispatch, grouped_linear
 from gmoe.pruning import prune
 from gmoe.routers import (
     ROUTERS,

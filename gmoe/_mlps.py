@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from gmoe._torch import forward_hooks, parameter_names
 from gmoe._verify import ROUNDING, SCALES, form_of, move_, rows_are_equal
-from gmoe.dispatch import Backend
 from gmoe.experts import MLPExperts
+from gmoe.products import Backend
 
 LEGAL = (
     "linear layers with one activation without parameters between them, gated or not, at most a "

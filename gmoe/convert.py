@@ -25,11 +25,11 @@ from gmoe._checks import (
 )
 from gmoe._mlps import Forms, read_mlp
 from gmoe._verify import is_option
-from gmoe.dispatch import Backend
 from gmoe.experts import Experts
 from gmoe.from_base import ExpertsFromBase, FromBase
 from gmoe.hub import recorded, save_with_experts
 from gmoe.moe import MoE, MoELayer, choose_blocks
+from gmoe.products import Backend
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
 from gmoe.start import Start, build_layer_router, check_start, saved_by_name

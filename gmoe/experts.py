@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import check_choice, check_counts
-from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
+from gmoe.products import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]

@@ -45,10 +45,10 @@ def count_flops(model: Callable[..., object], *args: object, **kwargs: object) -
     For a training step: ``count_flops(lambda: model(x).sum().backward())``.
 
     Also counts grouped products, attention on the CPU, and sums over messages (one per element,
-    whether by ``index_add``, ``scatter_add`` or a sparse product). Routed experts count with the
-    tokens that they are given: outside of this function, a small layer may run all its experts on
-    all tokens instead, which takes more FLOPs and less time. With ``backend="padded"`` the zeros
-    that fill blocks count, too.
+    whether by ``index_add``, ``scatter_add`` or a sparse product). What runs is what counts, on the
+    road that a call takes outside of this function, too: on a CPU, routed experts count with the
+    tokens that they are given. Zeros count that fill blocks with ``backend="padded"``, and so on
+    most GPUs by default, or widths with ``"grouped"``. A token with one expert has no sum.
 
     Args:
         model: a model or function, called as ``model(*args, **kwargs)``.

@@ -103,14 +103,20 @@ def padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
 
 def grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     """(P, O) rows times the weight of their expert, by torch's kernel."""
+    out_features = weight_EIO.size(2)
+    # The kernel wants weights whose rows or columns lie side by side.
+    if not (weight_EIO.is_contiguous() or weight_EIO.mT.is_contiguous()):
+        weight_EIO = weight_EIO.contiguous()
     y_PO = F.grouped_mm(_aligned(x_PI.contiguous()), _aligned(weight_EIO, 2), offs=offsets_E)
-    is_padded = y_PO.size(1) > weight_EIO.size(2)
-    return y_PO[:, : weight_EIO.size(2)].clone() if is_padded else y_PO
+    is_padded = y_PO.size(1) > out_features
+    return y_PO[:, :out_features].clone() if is_padded else y_PO
 
 
 def grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     """(E, I, O) the gradient of the weights, by torch's kernel."""
-    padded_EIO = F.grouped_mm(_aligned(x_PI.contiguous()).T, _aligned(grad_PO), offs=offsets_E)
+    padded_EIO = F.grouped_mm(
+        _aligned(x_PI.contiguous()).T, _aligned(grad_PO.contiguous()), offs=offsets_E
+    )
     # Contiguous, as compiled code expects of each operator: not a part of the padded product.
     grad_EIO = padded_EIO[:, : x_PI.size(1), : grad_PO.size(1)].contiguous()
     if not grad_EIO.is_cuda:
@@ -118,6 +124,17 @@ def grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     # The kernel of CUDA leaves anything in the place of an expert without rows.
     has_rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) > 0
     return torch.where(has_rows_E[:, None, None], grad_EIO, 0.0)
+
+
+def has_own_loop(x_PI: Tensor, out_features: int) -> bool:
+    """True if torch's own loop over experts, that of a CPU, takes rows and weights as they are.
+
+    It takes 0.4 to 1.0 of the time of Python's, with 4 to 64 experts of 16 to 512 features; with
+    weights that are padded first, up to 17 times as long.
+    """
+    step = 16 // x_PI.element_size()
+    fits = x_PI.size(1) % step == 0 and out_features % step == 0
+    return fits and x_PI.dtype != torch.float64 and x_PI.device.type == "cpu"
 
 
 def _aligned(x: Tensor, dims: int = 1) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gmoe._autograd import first_order
-from gmoe._torch import is_watched
 from gmoe.padded import sum_at
 from gmoe.routing import Routing
 
@@ -25,7 +24,7 @@ def uses_places(x: Tensor, routing: Routing) -> bool:
     On a GPU, that needs no atomic adds. On a CPU, a sum of several pairs would read all of them
     again; but where each token has one pair, its row takes half of the time of an addition.
     """
-    return (x.is_cuda or has_one_pair_each(routing)) and not is_watched()
+    return x.is_cuda or has_one_pair_each(routing)
 
 
 def has_one_pair_each(routing: Routing) -> bool:

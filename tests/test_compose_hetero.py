@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gmoe import Graph, Routing
 from gmoe.conv import hetero
-from gmoe.dispatch import combine
+from gmoe.products import combine
 from tests import compose_hetero
 from tests.compose_hetero import COMPOSER
 from tests.composer import CHUNK, Outcome

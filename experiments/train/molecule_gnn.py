@@ -28,7 +28,7 @@ from gmoe.conv.base import StackedExperts
 from gmoe.conv.call import Call
 from gmoe.conv.kinds import KINDS, Kind, class_of, factory_of
 from gmoe.conv.messages import Messages, Rows, find_rows
-from gmoe.dispatch import combine
+from gmoe.products import combine
 from gmoe.routing import Routing
 
 without_update_check()

@@ -38,9 +38,8 @@ from gmoe.conv.call import Call
 from gmoe.conv.convs import FilterName, MLPConv
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
-from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
-from gmoe.routed import routed_linear
+from gmoe.products import Backend, combine, dispatch, routed_linear
 from gmoe.routing import Routing
 
 MakeMatrix: TypeAlias = Callable[..., Matrix]

@@ -28,8 +28,8 @@ from gmoe.conv.exported import cast
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
 from gmoe.conv.sums import add_ends, dot, softmax, to_messages, weighted_sum
-from gmoe.dispatch import Backend, combine, grouped_linear
 from gmoe.experts import LinearExperts
+from gmoe.products import Backend, combine, grouped_linear
 from gmoe.routing import Routing
 
 

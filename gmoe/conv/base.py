@@ -19,8 +19,8 @@ from torch_geometric.nn.dense.linear import Linear
 from gmoe._checks import must_be_called
 from gmoe._torch import dtype_of
 from gmoe.conv.call import Call
-from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
+from gmoe.products import Backend
 from gmoe.routing import Routing
 
 Conv: TypeAlias = Any

@@ -25,7 +25,7 @@ from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import Make, are_alike, base_kind_of, is_of_library, kind_of, name_of
 from gmoe.conv.plain import run, run_on
 from gmoe.conv.separate import SeparateExperts
-from gmoe.dispatch import Backend
+from gmoe.products import Backend
 
 
 def build_experts(

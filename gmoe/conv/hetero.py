@@ -21,9 +21,9 @@ from gmoe._checks import check_counts, described, says_what_misfits, shown
 from gmoe._torch import dtype_of
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.graph import Graph
-from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoELayer
+from gmoe.products import Backend, combine, dispatch
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing
 from gmoe.start import Start, build_layer_router, check_start, drawn_apart

@@ -16,7 +16,7 @@ from gmoe._autograd import lazy, operator
 from gmoe.conv.edges import Edges
 from gmoe.conv.graph import Graph
 from gmoe.conv.sums import to_messages
-from gmoe.dispatch import dispatch
+from gmoe.products import dispatch
 from gmoe.routing import Routing
 
 

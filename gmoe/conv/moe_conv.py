@@ -53,8 +53,8 @@ from gmoe.conv.router_input import (
     router_parts,
     router_width,
 )
-from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer
+from gmoe.products import Backend
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routing
 from gmoe.start import Start, build_layer_router, drawn_apart, start_of_convs

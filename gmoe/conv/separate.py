@@ -20,7 +20,7 @@ from gmoe.conv.base import Conv, ConvExperts, tokens_of
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.plain import run, run_on
-from gmoe.dispatch import combine
+from gmoe.products import combine
 from gmoe.routing import Routing
 
 

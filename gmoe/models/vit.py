@@ -17,10 +17,10 @@ from torchvision.models import VisionTransformer
 
 from gmoe._checks import check_counts, says_what_misfits
 from gmoe.convert import moefy
-from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
 from gmoe.moe import MoE
+from gmoe.products import Backend
 from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing, checked_routings, record_routing
 from gmoe.start import Start, check_start, drawn_apart

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe import Experts, LinearExperts, MLPExperts, combine, dispatch
-from gmoe.dispatch import Backend
+from gmoe.products import Backend
 from tests.gmoe.conv.masked import features, routing_of
 from tests.gmoe.reference import naive_expert
 

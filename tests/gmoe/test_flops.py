@@ -111,10 +111,25 @@ def planted(experts: nn.Module) -> MoE:
 )
 def test_flops_of_moe(backend: Any, rows: int) -> None:
     layer = planted(MLPExperts(D, 16, O, num_experts=E, backend=backend))
-    added = T * O  # the weighted sum, one add an element
-    assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O) + added
+    # A token of one pair fetches its row: nothing is added.
+    assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O)
     gate, product = 2 * T * D * E, 2 * 2 * T * D * O
-    assert count_flops(moe(k=2), torch.randn(T, D)) == gate + product + 2 * added
+    added = 2 * T * O  # the weighted sum, one add an element
+    assert count_flops(moe(k=2), torch.randn(T, D)) == gate + product + added
+
+
+@pytest.mark.parametrize("most", [2**17, -1], ids=["at once", "expert by expert"])
+@pytest.mark.parametrize("width", [4, 7], ids=["fills 16 bytes", "does not"])
+def test_flops_of_a_conv_are_those_of_its_roads(
+    most: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each computes a token's own experts only, in columns of no other width."""
+    monkeypatch.setattr("gmoe.products.AT_ONCE", most)
+    layer = MoEConv("gcn", D, width, num_experts=E, router=None, normalize=False, start="plain")
+    routing = OracleRouter(D, num_experts=E, assignment=ASSIGNMENT)(torch.randn(T, D))
+    edge_index, _, edges = sparse_graph()
+    call = partial(layer, routing=routing)
+    assert count_flops(call, torch.randn(T, D), edge_index) == edges * D + 2 * T * D * width
 
 
 def test_flops_are_those_of_the_experts_that_tokens_take() -> None:
@@ -131,18 +146,17 @@ def stepped(call: Any) -> Any:
     return lambda *args: call(*args).sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
-def test_flops_of_the_backward_pass(backend: Any) -> None:
+@pytest.mark.parametrize(
+    ("backend", "adds_biases"),
+    [("loop", True), ("grouped", False)],  # their gradient is an index_add, or a sum over blocks
+)
+def test_flops_of_the_backward_pass(backend: Any, adds_biases: bool) -> None:
     x = torch.randn(T, D, requires_grad=True)
-    # The gradient of the gather is an index_add
-    products, sums = (
-        2 * T * (D * 16 + 16 * O),
-        T * O + T * D,
-    )
+    products = 2 * T * (D * 16 + 16 * O)
     experts = MLPExperts(D, 16, O, num_experts=E, backend=backend)
-    biases = T * (16 + O)  # their gradient is an index_add
-    assert count_flops(stepped(planted(experts)), x) == 3 * products + sums + biases
-    assert count_flops(stepped(planted(experts.requires_grad_(False))), x) == 2 * products + sums
+    biases = adds_biases * T * (16 + O)
+    assert count_flops(stepped(planted(experts)), x) == 3 * products + biases
+    assert count_flops(stepped(planted(experts.requires_grad_(False))), x) == 2 * products
 
 
 def sparse_graph() -> tuple[Tensor, Tensor, int]:

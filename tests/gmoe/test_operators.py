@@ -64,18 +64,8 @@ def rows(number: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return features(number, width).to(dtype), offsets
 
 
-def few(_: int) -> int:
-    return 12
-
-
-def some(width: int) -> int:
-    """Too many for one product of all experts (``FEW_ROWS``), by the inputs."""
-    return 2**12 // width + 9
-
-
-def many(width: int) -> int:
-    """Too many for torch's own loop (``AT_ONCE``)."""
-    return 2**17 // width + 9
+def some(_: int) -> int:
+    return 50
 
 
 def none(_: int) -> int:
@@ -114,10 +104,9 @@ def products(make: Callable[..., Callable[[int, torch.dtype], Args]]) -> dict[st
         "padded": Road(make(some, "padded"), "bmm"),
         "grouped": Road(make(some, "grouped"), "_grouped_mm", dtypes=(*single, *LOW)),
         "grouped, no rows": Road(make(none, "grouped"), leaves="_grouped_mm"),
-        "one product": Road(make(few, "loop"), "index_copy", "_grouped_mm"),
-        "torch's own loop": Road(make(some, "loop"), "_grouped_mm", dtypes=single),
-        "loop, many rows": Road(make(many, "loop"), "tensor_split", dtypes=single),
-        "loop": Road(make(some, "loop"), "tensor_split", dtypes=(*double, *LOW)),
+        "loop": Road(make(some, "loop"), "tensor_split", dtypes=double),
+        # In torch's own loop, where widths fill 16 bytes.
+        "loop, of any width": Road(make(some, "loop"), dtypes=(*single, *LOW)),
     }
 
 
@@ -284,6 +273,7 @@ def finding_rows(number: int | None) -> Any:
 
 # every road ---------------------------------------------------------------------------------------
 
+BY_EXPERT = {"gmoe.products.AT_ONCE": -1}
 GPU_SUMS = {"gmoe.conv.sums.SPARSE_DEVICES": ()}
 GPU_SCORES = {"gmoe.conv.additive._blocks": in_mixed_blocks}
 SMALL_BLOCKS = {"gmoe.routers.attention_vote.BLOCK_ELEMENTS": 100}
@@ -293,21 +283,33 @@ ROADS: dict[str, dict[str, Road]] = {
     "grouped_product": {
         **products(multiplied),
         "padded, transposed": Road(multiplied(some, "padded", transposed=True), "bmm"),
-        "loop, transposed": Road(multiplied(many, "loop", transposed=True), "tensor_split"),
+        "loop, transposed": Road(multiplied(some, "loop", transposed=True)),
     },
     "grouped_outer_product": products(multiplied_out),
     "routed_linear": {
-        "added": Road(forward(False, True), "index_add_"),
-        "added, rows forgotten": Road(forward(False, False), "index_add_"),
+        "added": Road(forward(False, True), "index_add_", "addmm_"),
+        "added, rows forgotten": Road(forward(False, False), "index_add_", "addmm_"),
         "fetched": Road(forward(True, True), leaves="index_add_"),
         "fetched, rows forgotten": Road(forward(True, False), leaves="index_add_"),
-        "one part without a bias": Road(forward(True, True, False, 1), leaves="addmm_"),
+        "one part without a bias": Road(forward(True, True, False, 1), leaves="cat"),
+        "by expert, added": Road(forward(False, True), "addmm_", patches=BY_EXPERT),
+        "by expert, rows forgotten": Road(forward(False, False), "addmm_", patches=BY_EXPERT),
+        "by expert, fetched": Road(forward(True, True), "addmm_", "index_add_", patches=BY_EXPERT),
+        "by expert, one part": Road(forward(True, True, False, 1), "mm", patches=BY_EXPERT),
     },
     "routed_linear_backward": {
         "added": Road(backward(False, ALL), "index_add_"),
-        "fetched": Road(backward(True, ALL), leaves="index_add_"),
+        "fetched": Road(backward(True, ALL), "cat"),
         "gates without gradients": Road(backward(True, EXPERTS_ONLY), leaves="linalg_vecdot"),
         "one part without a bias": Road(backward(True, (True, True, False), False, 1)),
+        "by expert, added": Road(backward(False, ALL), "index_add_", "cat", patches=BY_EXPERT),
+        "by expert, fetched": Road(backward(True, ALL), leaves="cat", patches=BY_EXPERT),
+        "by expert, gates without gradients": Road(
+            backward(True, EXPERTS_ONLY), leaves="linalg_vecdot", patches=BY_EXPERT
+        ),
+        "by expert, one part": Road(
+            backward(True, (True, True, False), False, 1), leaves="cat", patches=BY_EXPERT
+        ),
     },
     "sum_messages": {
         "one head": Road(sums(1, False), "embedding_bag", "stack"),
@@ -375,8 +377,8 @@ ROADS: dict[str, dict[str, Road]] = {
 
 WHOLE = {"sort_edges", "find_messages", "find_rows", "add_loops"}
 """Operators of whole numbers, without a width."""
-SIZED = {"grouped_product", "grouped_outer_product"}
-"""Operators whose road depends on the sizes and the dtype."""
+SIZED = {"grouped_product", "grouped_outer_product", "routed_linear", "routed_linear_backward"}
+"""Operators whose road depends on the sizes, the dtype, or what is asked for."""
 
 
 def registered() -> set[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 
 from gmoe import MoEConv
-from gmoe.dispatch import combine, dispatch
 from gmoe.places import ToPairs, ToTokens, places_of
+from gmoe.products import combine, dispatch
 from gmoe.routing import Routing
 from tests.gmoe.conv.masked import features
 from tests.gmoe.kernels import Noted, gradients, routings
@@ -43,8 +41,7 @@ def test_compiled_code_takes_rows_of_tokens_of_one_pair() -> None:
     torch.testing.assert_close(compiled(x, edge_index), layer(x, edge_index))
 
 
-def test_nothing_is_added_to_tokens_of_one_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("gmoe.places"), "is_watched", lambda: False)
+def test_nothing_is_added_to_tokens_of_one_pair() -> None:
     (one_each, _, _, _, any_number) = routings()
     for routing, adds in ((one_each, False), (any_number, True)):
         x_TI = features(9, 3).requires_grad_()

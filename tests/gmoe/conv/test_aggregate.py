@@ -16,7 +16,7 @@ from torch_geometric import nn as pyg
 from gmoe import Graph, MoEConv
 from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.call import Call
-from gmoe.dispatch import grouped_linear
+from gmoe.products import grouped_linear
 from gmoe.routing import Routing
 from tests.gmoe.conv.masked import features, random_graph
 

@@ -1,0 +1,526 @@
+"""Tokens to experts and back: where tokens move, and which kernel multiplies them.
+
+Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs sorted by expert, I in, O
+out features, N blocks of B rows.
+
+A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`combine`; or all
+three in one, :func:`routed_linear`, as experts on graphs do. The kernels are operators of torch
+(``torch.ops.gmoe``), opaque to ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from gmoe._autograd import autocasts, first_order, operator
+from gmoe._checks import check_choice
+from gmoe.padded import (
+    blocks_of,
+    grouped_mm,
+    grouped_outer,
+    has_own_loop,
+    padded_mm,
+    padded_outer,
+)
+from gmoe.places import ToPairs, ToTokens, has_one_pair_each, places_of, uses_places
+from gmoe.routing import Routing, expert_at, expert_of_pairs
+
+Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
+Kernel: TypeAlias = Literal["grouped", "padded", "loop"]
+
+AT_ONCE = 2**17
+"""Up to so many inputs, T * I, :func:`routed_linear` moves the rows of all experts at once.
+
+More are faster expert by expert, in rows that fit the caches.
+"""
+
+GROUPED = (9, 10)
+"""Major compute capabilities for which ``torch.nn.functional.grouped_mm`` has a kernel."""
+
+
+def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
+    """Gather the token of each pair, expert by expert: (P, I)."""
+    if uses_places(x_TI, routing):
+        return ToPairs.apply(x_TI, routing.token, places_of(routing.slot))
+    return x_TI.index_select(0, routing.token)
+
+
+def combine(y_PO: Tensor, routing: Routing) -> Tensor:
+    r"""Sum the experts' outputs (P, O) over each token's pairs, by weight: (T, O).
+
+    .. math:: y_t = \sum_{e} w_{te} f_e(x_t)
+
+    A token without pairs gets zero.
+    """
+    weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
+    if uses_places(y_PO, routing):
+        return ToTokens.apply(
+            weighted_PO, routing.token, places_of(routing.slot), routing.num_tokens
+        )
+    zero_TO = weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1))
+    return zero_TO.index_add_(0, routing.token, weighted_PO)
+
+
+def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Kernel:
+    """The backend of :func:`grouped_linear` that ``"auto"`` stands for.
+
+    ``"loop"`` on a CPU. On CUDA, a backend without host syncs: ``"grouped"`` if torch has a kernel
+    of its own (bfloat16 on capability 9 and 10 in torch 2.10 to 2.13; elsewhere torch copies the
+    offsets to the host, waits for them, and loops), else ``"padded"``.
+
+    Args:
+        dtype: of rows and weights, after autocast.
+        capability: of the CUDA device; ``None`` on another device.
+    """
+    if capability is None:
+        return "loop"
+    if dtype == torch.bfloat16 and capability[0] in GROUPED:
+        return "grouped"
+    return "padded"
+
+
+def _kernel_for(x: Tensor, backend: Backend) -> Kernel:
+    """The kernel that multiplies rows of the dtype and on the device of ``x``."""
+    if torch.compiler.is_exporting():
+        return "padded"  # the one whose operators other runtimes know, on any device
+    if backend == "auto":
+        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+        return kernel_of(x.dtype, capability)
+    if backend == "grouped" and x.dtype == torch.float64:
+        return "loop"
+    return backend
+
+
+def grouped_linear(
+    x_PI: Tensor,
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    offsets_E: Tensor,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Apply expert ``e``'s linear layer to the rows ``offsets[e - 1]:offsets[e]``: (P, O).
+
+    Args:
+        x_PI: rows sorted by expert.
+        weight_EIO: stacked weights.
+        bias_EO: stacked biases, or ``None``.
+        offsets_E: (E,) int32 cumulative ends, ascending; the last is P. A load is no cumulative
+            sum: nobody looks at the values.
+        backend: all give the same result and gradients, if the weights are finite.
+
+            - ``"loop"``: one matmul per expert, written in place; on a CPU by torch's own loop
+              if the widths fill 16 bytes and the dtype is not float64. One host sync.
+            - ``"padded"``: one ``bmm`` over blocks of rows; the last block of each expert is filled
+              up with zeros. No host sync, whatever the dtype and device; up to five copies of the
+              weights, and up to a quarter more rows.
+            - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync if torch has a kernel
+              for it (bfloat16 on recent CUDA devices), else a loop of torch's own. float64, which
+              it refuses, runs as ``"loop"``; widths that its alignment rule refuses are padded with
+              zeros.
+            - ``"auto"`` (default): ``"loop"`` on the CPU; on CUDA, a backend without host syncs,
+              see ``gmoe.products.kernel_of``.
+
+    Follows autocast as ``nn.Linear`` does. Can be differentiated once.
+
+    Raises:
+        ValueError: an unknown backend; ``offsets`` of another number of experts.
+    """
+    if backend not in get_args(Backend):  # asked here, too, to save a call for each layer
+        check_choice("backend", backend, Backend)
+    if offsets_E.shape != weight_EIO.shape[:1]:
+        legal = f"one end for each of {len(weight_EIO)} experts"
+        raise ValueError(f"offsets: got shape {tuple(offsets_E.shape)}, expected {legal}")
+    # 1. The dtype, which follows autocast as that of nn.Linear does.
+    if autocasts(x_PI.device) and x_PI.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x_PI.device.type)
+        x_PI = x_PI.to(dtype)
+        weight_EIO = weight_EIO.to(dtype)
+
+    # 2. The kernel.
+    kernel = _kernel_for(x_PI, backend)
+    y_PO = _GroupedLinear.apply(kernel, offsets_E, x_PI, weight_EIO)
+
+    # 3. The bias. Beside a kernel without host syncs, its gradient needs no atomic adds; beside
+    # the loop, it is made of plain operators.
+    if bias_EO is None:
+        return y_PO
+    if kernel != "loop":
+        return y_PO.add_(_ExpertBias.apply(bias_EO, offsets_E, x_PI.size(0), y_PO.dtype))
+    rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
+    # In float32 at least: its gradient is a sum over many rows.
+    exact_EO = bias_EO.to(torch.promote_types(bias_EO.dtype, torch.float32))
+    bias_PO = exact_EO.repeat_interleave(rows_E, dim=0, output_size=len(x_PI))
+    return y_PO.add_(bias_PO.to(y_PO.dtype))
+
+
+def routed_linear(
+    parts: Sequence[Tensor],
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    routing: Routing,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""(T, O) the mixture of E linear layers: gather, grouped product and weighted scatter.
+
+    .. math:: y_t = \sum_e w_{te} (x_t W_e + b_e)
+
+    On a CPU, the loop backend takes all three steps in one: for all experts at once or, where there
+    are many inputs (``gmoe.products.AT_ONCE``), for one expert after the other, so that neither the
+    rows nor the weighted outputs of all pairs are in memory at once. The result follows autocast.
+
+    Args:
+        parts: the tokens: one or several tensors (T, .) whose columns stand side by side.
+        weight_EIO: stacked weights.
+        bias_EO: stacked biases, or ``None``.
+        routing: the pairs and their weights.
+        backend: see :func:`grouped_linear`.
+    """
+    # 1. The dtype, which follows autocast.
+    device = parts[0].device
+    dtype = weight_EIO.dtype
+    if autocasts(device) and parts[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    parts = [part.to(dtype) for part in parts]
+
+    # 2. On a GPU, and by a kernel that is not the loop: one step after the other.
+    if parts[0].is_cuda or _kernel_for(parts[0], backend) != "loop":
+        x_TI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        x_PI = dispatch(x_TI, routing)
+        y_PO = grouped_linear(x_PI, weight_EIO, bias_EO, routing.offsets, backend)
+        return combine(y_PO, routing)
+
+    # 3. Else all three steps in one.
+    place_T = places_of(routing.slot) if has_one_pair_each(routing) else None
+    return _RoutedLinear.apply(
+        routing.token,
+        routing.offsets,
+        place_T,
+        routing.weight.to(dtype),
+        weight_EIO.to(dtype),
+        bias_EO,
+        *parts,
+    )
+
+
+# rows sorted by expert ----------------------------------------------------------------------------
+
+
+@operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    """(P, O) rows (P, I) times the weight (E, I, O) of their expert."""
+    if backend == "padded":
+        return padded_mm(x, weight, offsets)
+    if len(x) and (backend == "grouped" or has_own_loop(x, weight.size(2))):
+        return grouped_mm(x, weight, offsets)
+    y_PO = x.new_empty(len(x), weight.size(2))
+    ends = offsets[:-1].tolist()  # one host sync
+    by_expert = zip(x.tensor_split(ends), weight, y_PO.tensor_split(ends), strict=True)
+    for rows, weight_IO, y in by_expert:
+        torch.mm(rows, weight_IO, out=y)
+    return y_PO
+
+
+@operator(fake=lambda x, grad, offsets, *_: x.new_empty(len(offsets), x.size(1), grad.size(1)))
+def grouped_outer_product(x: Tensor, grad: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
+    if backend == "padded":
+        return padded_outer(x, grad, offsets)
+    if len(x) and (backend == "grouped" or has_own_loop(x, grad.size(1))):
+        return grouped_outer(x, grad, offsets)
+    grad_EIO = x.new_empty(len(offsets), x.size(1), grad.size(1))
+    ends = offsets[:-1].tolist()  # one host sync
+    by_expert = zip(x.tensor_split(ends), grad.tensor_split(ends), grad_EIO, strict=True)
+    for rows, grad_rows, grad_IO in by_expert:
+        torch.mm(rows.T, grad_rows, out=grad_IO)  # zero if the expert has no rows
+    return grad_EIO
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, offsets: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(x, weight, offsets)
+        return grouped_product(x, weight, offsets, backend)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, offsets = ctx.saved_tensors
+        *_, needs_x, needs_weight = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_x = None
+        grad_weight = None
+        if needs_x:
+            grad_x = grouped_product(grad, weight.transpose(1, 2), offsets, ctx.backend)
+        if needs_weight:
+            grad_weight = grouped_outer_product(x, grad, offsets, ctx.backend)
+        return None, None, grad_x, grad_weight
+
+
+class _ExpertBias(torch.autograd.Function):
+    """(P, O) the bias of each row's expert.
+
+    Its gradient is summed in float32 at least, without atomic adds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, bias_EO: Tensor, offsets_E: Tensor, num_rows: int, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(offsets_E)
+        ctx.bias_dtype = bias_EO.dtype
+        row_P = torch.arange(num_rows, device=offsets_E.device)
+        expert_P = expert_at(offsets_E.long(), row_P)
+        return bias_EO.to(dtype).index_select(0, expert_P)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_PO: Tensor) -> Any:
+        (offsets_E,) = ctx.saved_tensors
+        blocks = blocks_of(offsets_E, len(grad_PO))
+        exact = torch.promote_types(grad_PO.dtype, torch.float32)
+        grad_NO = blocks.filled(grad_PO).sum(dim=1, dtype=exact)
+        return blocks.sum_by_expert(grad_NO, len(offsets_E)).to(ctx.bias_dtype), None, None, None
+
+
+# from tokens to tokens ----------------------------------------------------------------------------
+
+
+def _are_few(parts: Sequence[Tensor], weight: Tensor) -> bool:
+    """True if the rows of all experts are best moved at once; see :data:`AT_ONCE`."""
+    return len(parts[0]) * weight.size(1) <= AT_ONCE
+
+
+def _empty_routed(
+    weight: Tensor, _: Any, __: Any, parts: Sequence[Tensor], token: Tensor, *rest: Any
+) -> Any:
+    keeps_rows = rest[-1]
+    num_rows = token.size(0) if keeps_rows else 0
+    out_features = weight.size(2)
+    out = weight.new_empty(parts[0].size(0), out_features)
+    return out, weight.new_empty(num_rows, out_features)
+
+
+@operator(fake=_empty_routed)
+def _routed_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    parts: Sequence[Tensor],
+    token: Tensor,
+    offsets: Tensor,
+    place: Tensor | None,
+    keeps_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    """(T, O) the sums, and (P, O) the experts' outputs before they are weighted.
+
+    The latter has no rows unless ``keeps_rows``. ``place`` (T,) is the place of each token's pair,
+    where each token has one: its row is fetched from there. To add rows to their tokens takes two
+    to three times as long, and zeros to add to.
+    """
+    adds_rows = place is None
+    sum_TO = weight.new_zeros(len(parts[0]) if adds_rows else 0, weight.size(2))
+    if _are_few(parts, weight):
+        # 1. The rows of all experts at once.
+        x_PI = _gathered(parts, token)
+        y_PO = grouped_product(x_PI, weight, offsets, "loop")
+        if bias is not None:
+            y_PO += bias.index_select(0, expert_of_pairs(offsets, token))
+        if adds_rows:
+            sum_TO.index_add_(0, token, y_PO * gate[:, None])
+    else:
+        # 2. Or one expert after the other, in rows that nothing keeps unless they are asked for.
+        y_PO = weight.new_empty(len(token) if keeps_rows or not adds_rows else 0, weight.size(2))
+        ends = offsets[:-1].tolist()  # one host sync
+        by_expert = zip(
+            token.tensor_split(ends),
+            gate[:, None].tensor_split(ends),
+            y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight),
+            _by_part(weight, parts),
+            strict=True,
+        )
+        for expert, (tokens, gates, rows, weights) in enumerate(by_expert):
+            # x W is the sum over the parts of x, each times its rows of W.
+            y = torch.mm(parts[0].index_select(0, tokens), weights[0], out=rows)
+            for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
+                y.addmm_(x.index_select(0, tokens), weight_IO)
+            if bias is not None:
+                y += bias[expert]
+            if adds_rows:
+                sum_TO.index_add_(0, tokens, y * gates)
+    out_TO = sum_TO
+    if place is not None:
+        out_TO = y_PO.index_select(0, place).mul_(gate.index_select(0, place)[:, None])
+    return out_TO, y_PO if keeps_rows else y_PO.new_empty(0, y_PO.size(1))
+
+
+def _empty_gradients(
+    _: Any, __: Any, weight: Tensor, bias: Any, gate: Tensor, parts: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    values = (gate, weight, bias, *parts)
+    needs = rest[-1]
+    return [
+        value.new_empty(value.shape) for value, needed in zip(values, needs, strict=True) if needed
+    ]
+
+
+@operator(fake=_empty_gradients)
+def _routed_linear_backward(
+    grad: Tensor,
+    y_PO: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    parts: Sequence[Tensor],
+    token: Tensor,
+    offsets: Tensor,
+    place: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of gate, weight, bias and parts, of those that need one."""
+    backward = _backward_at_once if _are_few(parts, weight) else _backward_by_expert
+    found = backward(grad, y_PO, weight, bias, gate, parts, token, offsets, place, needs)
+    return [grad for grad in found if grad is not None]
+
+
+def _backward_at_once(
+    grad: Tensor,
+    y_PO: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    parts: Sequence[Tensor],
+    token: Tensor,
+    offsets: Tensor,
+    place: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of gate, weight, bias and parts, from the rows of all experts."""
+    needs_gate, needs_weight, needs_bias, *needs_parts = needs
+    grad_gate = grad_weight = grad_bias = None
+    grad_parts: list[Tensor | None] = [None] * len(parts)
+    grad_PO = grad.index_select(0, token)
+    if needs_gate:
+        grad_gate = torch.linalg.vecdot(grad_PO, y_PO)
+    grad_PO.mul_(gate[:, None])
+    if needs_weight:
+        grad_weight = grouped_outer_product(_gathered(parts, token), grad_PO, offsets, "loop")
+    if bias is not None and needs_bias:
+        # In float32 at least: a sum over many rows.
+        exact_PO = grad_PO.to(torch.promote_types(grad_PO.dtype, torch.float32))
+        zeros_EO = exact_PO.new_zeros(bias.shape)
+        grad_bias = zeros_EO.index_add_(0, expert_of_pairs(offsets, token), exact_PO)
+        grad_bias = grad_bias.to(bias.dtype)
+    if any(needs_parts):
+        grad_PI = grouped_product(grad_PO, weight.transpose(1, 2), offsets, "loop")
+        widths = [part.size(1) for part in parts]
+        for number, rows in enumerate(grad_PI.split(widths, dim=1)):
+            if not needs_parts[number]:
+                continue
+            if place is None:
+                zeros = rows.new_zeros(parts[number].shape)
+                grad_parts[number] = zeros.index_add_(0, token, rows)
+            else:
+                grad_parts[number] = rows.index_select(0, place)
+    return [grad_gate, grad_weight, grad_bias, *grad_parts]
+
+
+def _backward_by_expert(
+    grad: Tensor,
+    y_PO: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    parts: Sequence[Tensor],
+    token: Tensor,
+    offsets: Tensor,
+    place: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The same from one expert after the other, whose rows are all that is in memory."""
+    values: tuple[Any, ...] = (gate, weight, bias)
+    grad_gate, grad_weight, grad_bias = (
+        value.new_empty(value.shape) if needed else None
+        for value, needed in zip(values, needs[:3], strict=True)
+    )
+    # A row for each token, to which those of its pairs are added; or, where each token has one
+    # pair, a row for each pair.
+    new = Tensor.new_zeros if place is None else Tensor.new_empty
+    grad_parts = [
+        new(part, part.shape) if needed else None
+        for part, needed in zip(parts, needs[3:], strict=True)
+    ]
+    ends = offsets[:-1].tolist()  # one host sync
+    # If the gate needs no gradient, nothing is written to the gate's place in the loop.
+    by_expert = zip(
+        token.tensor_split(ends),
+        gate[:, None].tensor_split(ends),
+        y_PO.tensor_split(ends),
+        (gate if grad_gate is None else grad_gate).tensor_split(ends),
+        strict=True,
+    )
+    weights = _by_part(weight, parts)
+    grad_weights = weights if grad_weight is None else _by_part(grad_weight, parts)
+    grad_rows = [None if rows is None else rows.tensor_split(ends) for rows in grad_parts]
+    for expert, (tokens, gates, y, grad_gates) in enumerate(by_expert):
+        grad_y = grad.index_select(0, tokens)
+        if grad_gate is not None:
+            torch.linalg.vecdot(grad_y, y, out=grad_gates)
+        grad_y.mul_(gates)
+        if grad_bias is not None:
+            torch.sum(grad_y, dim=0, out=grad_bias[expert])
+        for part, x in enumerate(parts):
+            if grad_weight is not None:
+                torch.mm(x.index_select(0, tokens).T, grad_y, out=grad_weights[expert][part])
+            grad_x, rows = grad_parts[part], grad_rows[part]
+            if grad_x is None or rows is None:
+                continue
+            weight_OI = weights[expert][part].T
+            if place is None:
+                grad_x.index_add_(0, tokens, grad_y @ weight_OI)
+            else:
+                torch.mm(grad_y, weight_OI, out=rows[expert])
+    if place is not None:
+        grad_parts = [None if rows is None else rows.index_select(0, place) for rows in grad_parts]
+    return [grad_gate, grad_weight, grad_bias, *grad_parts]
+
+
+class _RoutedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, offsets: Tensor, place: Tensor | None, *values: Any
+    ) -> Tensor:
+        gate, weight, bias, *parts = values
+        # The gate's gradient needs the experts' outputs before they are weighted.
+        needs_gate = ctx.needs_input_grad[3]
+        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, place, needs_gate)
+        ctx.save_for_backward(token, offsets, place, y_PO, *values)
+        return out_TO
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        token, offsets, place, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        grads = iter(
+            _routed_linear_backward(
+                grad, y_PO, weight, bias, gate, parts, token, offsets, place, needs
+            )
+        )
+        return None, None, None, *(next(grads) if needed else None for needed in needs)
+
+
+def _by_part(weight_EIO: Tensor, parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """For each expert, the weight of each part of the input."""
+    widths = [part.size(1) for part in parts]
+    return list(zip(*(part.unbind() for part in weight_EIO.split(widths, dim=1)), strict=True))
+
+
+def _gathered(parts: Sequence[Tensor], token: Tensor) -> Tensor:
+    """(P, I) the tokens of all pairs, their parts side by side."""
+    rows = [part.index_select(0, token) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
