@@ -1,6 +1,6 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
-Read the files in this order. Core: ``routing`` (which expert handles which token), ``dispatch``
+Read the files in this order. Core: ``routing`` (which expert handles which token), ``products``
 (where tokens move), ``experts``, ``moe`` (the layer), ``routers.base``, ``routers.token_choice``.
 Graphs: ``conv.edges`` and ``conv.graph`` (edges, sorted once), ``conv.call`` and ``conv.base``
 (what experts get and promise), ``conv.aggregate``, ``conv.kinds`` and ``conv.build`` (which class

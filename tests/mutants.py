@@ -65,7 +65,7 @@ SEED = 20261201
 SIZE = 1000
 
 IN_CONV = "additive adjacency aggregate attention edges graph kinds matrix sums"
-IN_GMOE = "convert dispatch hub losses padded places routed routing routers"
+IN_GMOE = "convert hub losses padded places products routing routers"
 ROOMS = tuple(f"gmoe/conv/{name}" for name in IN_CONV.split()) + tuple(
     f"gmoe/{name}" for name in IN_GMOE.split()
 )

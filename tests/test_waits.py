@@ -145,5 +145,5 @@ def test_a_question_for_a_device_that_nobody_answers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(BRANCHES, r"\.is_cuda\b")
-    with pytest.raises(ValueError, match=r"BRANCHES: got '.is_cuda' in dispatch.py"):
+    with pytest.raises(ValueError, match=r"BRANCHES: got '.is_cuda' in \w+\.py"):
         copy_with_cuda_branches(tmp_path)

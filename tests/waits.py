@@ -45,8 +45,6 @@ class Found(NamedTuple):
 
 BRANCHES = {
     r"\.is_cuda\b": ".is_floating_point()",
-    r"\bdevice == \"cuda\"": "True",
-    r"(?<!\.)\bdevice == \"cpu\"": "False",
     r"[\w.]*\bdevice\.type == \"cpu\"": "False",
     r"[\w.]*\bdevice\.type != \"cpu\"": "True",
     r"torch\._C\._len_torch_dispatch_stack\(\)": "0",  # the operators' mode is no count of FLOPs
