@@ -103,13 +103,10 @@ def padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
 
 def grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     """(P, O) rows times the weight of their expert, by torch's kernel."""
-    out_features = weight_EIO.size(2)
-    # The kernel wants weights whose rows or columns lie side by side.
-    if not (weight_EIO.is_contiguous() or weight_EIO.mT.is_contiguous()):
-        weight_EIO = weight_EIO.contiguous()
-    y_PO = F.grouped_mm(_aligned(x_PI.contiguous()), _aligned(weight_EIO, 2), offs=offsets_E)
-    is_padded = y_PO.size(1) > out_features
-    return y_PO[:, :out_features].clone() if is_padded else y_PO
+    weight = _aligned(packed(weight_EIO), 2)
+    y_PO = F.grouped_mm(_aligned(x_PI.contiguous()), weight, offs=offsets_E)
+    is_padded = y_PO.size(1) > weight_EIO.size(2)
+    return y_PO[:, : weight_EIO.size(2)].clone() if is_padded else y_PO
 
 
 def grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
@@ -124,6 +121,12 @@ def grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     # The kernel of CUDA leaves anything in the place of an expert without rows.
     has_rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) > 0
     return torch.where(has_rows_E[:, None, None], grad_EIO, 0.0)
+
+
+def packed(weight_EIO: Tensor) -> Tensor:
+    """The same weights, each one's rows or columns side by side, as torch's kernel wants them."""
+    is_packed = weight_EIO.is_contiguous() or weight_EIO.mT.is_contiguous()
+    return weight_EIO if is_packed else weight_EIO.contiguous()
 
 
 def has_own_loop(x_PI: Tensor, out_features: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gmoe._autograd import autocasts, first_order, operator
 from gmoe._checks import check_choice
@@ -23,6 +24,7 @@ from gmoe.padded import (
     grouped_mm,
     grouped_outer,
     has_own_loop,
+    packed,
     padded_mm,
     padded_outer,
 )
@@ -214,8 +216,10 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
     """(P, O) rows (P, I) times the weight (E, I, O) of their expert."""
     if backend == "padded":
         return padded_mm(x, weight, offsets)
-    if len(x) and (backend == "grouped" or has_own_loop(x, weight.size(2))):
+    if backend == "grouped" and len(x):
         return grouped_mm(x, weight, offsets)
+    if has_own_loop(x, weight.size(2)):
+        return F.grouped_mm(x.contiguous(), packed(weight), offs=offsets)
     y_PO = x.new_empty(len(x), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
     by_expert = zip(x.tensor_split(ends), weight, y_PO.tensor_split(ends), strict=True)
@@ -229,8 +233,10 @@ def grouped_outer_product(x: Tensor, grad: Tensor, offsets: Tensor, backend: str
     """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
     if backend == "padded":
         return padded_outer(x, grad, offsets)
-    if len(x) and (backend == "grouped" or has_own_loop(x, grad.size(1))):
+    if backend == "grouped" and len(x):
         return grouped_outer(x, grad, offsets)
+    if has_own_loop(x, grad.size(1)):
+        return F.grouped_mm(x.contiguous().T, grad.contiguous(), offs=offsets)
     grad_EIO = x.new_empty(len(offsets), x.size(1), grad.size(1))
     ends = offsets[:-1].tolist()  # one host sync
     by_expert = zip(x.tensor_split(ends), grad.tensor_split(ends), grad_EIO, strict=True)
