@@ -104,7 +104,7 @@ def padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
 def grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     """(P, O) rows times the weight of their expert, by torch's kernel."""
     weight = _aligned(packed(weight_EIO), 2)
-    y_PO = F.grouped_mm(_aligned(x_PI.contiguous()), weight, offs=offsets_E)
+    y_PO = F.grouped_mm(_aligned(x_PI.contiguous()), weight, offs=offsets_E.int())
     is_padded = y_PO.size(1) > weight_EIO.size(2)
     return y_PO[:, : weight_EIO.size(2)].clone() if is_padded else y_PO
 
@@ -112,7 +112,7 @@ def grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
 def grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     """(E, I, O) the gradient of the weights, by torch's kernel."""
     padded_EIO = F.grouped_mm(
-        _aligned(x_PI.contiguous()).T, _aligned(grad_PO.contiguous()), offs=offsets_E
+        _aligned(x_PI.contiguous()).T, _aligned(grad_PO.contiguous()), offs=offsets_E.int()
     )
     # Contiguous, as compiled code expects of each operator: not a part of the padded product.
     grad_EIO = padded_EIO[:, : x_PI.size(1), : grad_PO.size(1)].contiguous()

@@ -219,7 +219,7 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
     if backend == "grouped" and len(x):
         return grouped_mm(x, weight, offsets)
     if has_own_loop(x, weight.size(2)):
-        return F.grouped_mm(x.contiguous(), packed(weight), offs=offsets)
+        return F.grouped_mm(x.contiguous(), packed(weight), offs=offsets.int())
     y_PO = x.new_empty(len(x), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
     by_expert = zip(x.tensor_split(ends), weight, y_PO.tensor_split(ends), strict=True)
@@ -236,7 +236,7 @@ def grouped_outer_product(x: Tensor, grad: Tensor, offsets: Tensor, backend: str
     if backend == "grouped" and len(x):
         return grouped_outer(x, grad, offsets)
     if has_own_loop(x, grad.size(1)):
-        return F.grouped_mm(x.contiguous().T, grad.contiguous(), offs=offsets)
+        return F.grouped_mm(x.contiguous().T, grad.contiguous(), offs=offsets.int())
     grad_EIO = x.new_empty(len(offsets), x.size(1), grad.size(1))
     ends = offsets[:-1].tolist()  # one host sync
     by_expert = zip(x.tensor_split(ends), grad.tensor_split(ends), grad_EIO, strict=True)

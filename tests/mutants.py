@@ -805,11 +805,13 @@ def report(record: dict[str, Any]) -> str:
 
 
 def where(entry: dict[str, Any]) -> str:
-    """The file and the symbol of a mutant; the file alone where that symbol is gone."""
+    """The file and the symbol of a mutant; the file alone where its symbol is gone, or it is."""
     path = ROOT / entry["file"]
     source = path.read_text() if path.exists() else ""
     if any(name == entry["symbol"] for name, _ in symbols(source)):
         return f"`{entry['file']}:{entry['symbol']}`"
+    if not path.exists():
+        return f"{path.stem}, a file that is gone"
     return f"`{entry['file']}`, code that is gone"
 
 
