@@ -148,10 +148,13 @@ def test_torchs_own_loop_takes_rows_that_need_no_padding_however_many(
 def test_weights_may_lie_in_any_way(backend: Backend, weight: Tensor) -> None:
     """torch's own loop wants rows or columns side by side, each from a multiple of 16 bytes."""
     x, weight = features(5, 8).float(), weight.float()
-    found, expected = (
-        [y := grouped_linear(x, leaf, None, ends([3, 2]), backend), *gradients(y, [leaf])]
-        for leaf in (weight.requires_grad_(), weight.detach().contiguous().requires_grad_())
-    )
+
+    def output_and_gradient(leaf: Tensor) -> list[Tensor]:
+        y = grouped_linear(x, leaf, None, ends([3, 2]), backend)
+        return [y, *gradients(y, [leaf])]
+
+    found = output_and_gradient(weight.requires_grad_())
+    expected = output_and_gradient(weight.detach().contiguous().requires_grad_())
     torch.testing.assert_close(found, expected)
 
 
