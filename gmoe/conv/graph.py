@@ -102,7 +102,7 @@ class Graph:
     """In a part, the places of its n destinations in the whole graph, and of the extra one if no
     edge ends in them; see :meth:`part`."""
     kept: dict[Hashable, Any]
-    """What follows from all this, once it was computed; see :meth:`_once`."""
+    """What follows from all this, once it was computed."""
 
     def __init__(
         self,
