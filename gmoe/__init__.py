@@ -5,7 +5,7 @@ Read the files in this order. Core: ``routing`` (which expert handles which toke
 Graphs: ``conv.edges`` and ``conv.graph`` (edges, sorted once), ``conv.call`` and ``conv.base``
 (what experts get and promise), ``conv.aggregate``, ``conv.kinds`` and ``conv.build`` (which class
 runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the layer), ``models.gnn``. Images:
-``_mlps``, ``convert``, ``models.vit``. After training: ``from_base``, ``layer_groups``, ``shrink``,
+``_mlps``, ``convert``, ``models.vit``. After training: ``stack``, ``layer_groups``, ``shrink``,
 ``pruning``, ``candidates``, ``dense``, ``unstacked``, ``saved``, ``hub``. Sampling and graphs on
 disk: ``data``. At any time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``,
 ``plot``.
@@ -21,7 +21,6 @@ from gmoe.convert import moefy
 from gmoe.dense import densify
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
-from gmoe.from_base import fold
 from gmoe.losses import (
     attach_aux_loss,
     cv_squared,
@@ -49,6 +48,7 @@ from gmoe.routers import (
 )
 from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
 from gmoe.saved import load, save
+from gmoe.stack import fold
 from gmoe.unstacked import restack, unstack
 
 if TYPE_CHECKING:

@@ -263,8 +263,9 @@ def change_of(module: nn.Module) -> str | None:
             continue
         for hook in table.values():
             function = getattr(hook, "hook", hook)  # torch wraps hooks on states
-            # PyG's own layers have hooks on their states.
-            if not str(getattr(function, "__module__", "")).startswith("torch_geometric."):
+            # PyG's own layers, and stacks, have hooks on their states.
+            owner = str(getattr(function, "__module__", "")).partition(".")[0]
+            if owner not in ("gmoe", "torch_geometric"):
                 return "hooks"
     patched = [
         name for name in vars(module) if inspect.isfunction(getattr(type(module), name, None))

@@ -25,6 +25,7 @@ from gmoe._torch import forward_hooks, parameter_names
 from gmoe._verify import ROUNDING, SCALES, form_of, move_, rows_are_equal
 from gmoe.experts import MLPExperts
 from gmoe.products import Backend
+from gmoe.stack import become
 
 LEGAL = (
     "linear layers with one activation without parameters between them, gated or not, at most a "
@@ -120,9 +121,9 @@ class DenseMLP:
         # Read once: a parametrized weight is computed at each access, and some change by it.
         experts.to(next(self.ups[0].parameters()).detach())
         if upcycle:
-            experts.up.copy_(slice(None), up_weight.T, up_bias)
+            become(experts.up, {"weight": up_weight, "bias": up_bias})
             if not zero_init:
-                experts.down.copy_(slice(None), down_weight.T, down_bias)
+                become(experts.down, {"weight": down_weight, "bias": down_bias})
         return experts
 
     def among(self, mlp: nn.Module, other: nn.Module) -> DenseMLP:

@@ -7,7 +7,7 @@ Two uses cannot be here: :class:`gmoe.Router` overrides ``nn.Module._apply``, an
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,30 +103,6 @@ def given_tensors(formula: Callable[..., int]) -> Callable[..., int]:
 
 
 # modules -----------------------------------------------------------------------------------------
-
-
-def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """A shallow copy of a module that computes with other tensors; the module is left as it is.
-
-    Args:
-        module: its buffers, hooks and options are those of the copy, too.
-        tensors: by the ``id`` of a parameter, what the copy has in its place.
-
-    ``torch.func.functional_call`` writes to the module meanwhile, which other threads would see.
-    """
-    copied = object.__new__(type(module))
-    copied.__dict__ = {
-        **vars(module),
-        "_parameters": {
-            name: tensors.get(id(parameter), parameter)
-            for name, parameter in module._parameters.items()
-        },
-        "_modules": {
-            name: None if child is None else with_tensors(child, tensors)
-            for name, child in module._modules.items()
-        },
-    }
-    return copied
 
 
 def dtype_of(module: nn.Module) -> torch.dtype | None:

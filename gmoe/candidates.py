@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gmoe.experts import LinearExperts, MLPExperts
-from gmoe.from_base import FromBase
 from gmoe.moe import MoE
 from gmoe.routers import RandomRouter, TokenChoice
+from gmoe.stack import are_equal
 
 
 class MLP(nn.Module):
@@ -58,11 +58,11 @@ class MLP(nn.Module):
 @torch.no_grad()
 def linear_of(experts: LinearExperts) -> nn.Linear:
     """The first of stacked linear layers."""
-    weight, bias = experts.of_expert(0)
+    weight, bias = experts.weight[0], None if experts.bias is None else experts.bias[0]
     linear: Any = nn.Linear(experts.in_features, experts.out_features, device="meta")
-    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    linear.weight = nn.Parameter(weight.clone())
     linear.bias = None if bias is None else nn.Parameter(bias.clone())
-    return linear.requires_grad_(experts.weight.requires_grad)
+    return linear.requires_grad_(any(value.requires_grad for value in experts.parameters()))
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,9 @@ def weights_sum_to_one(router: Any) -> bool:
     return router.sums_to_one or is_softmax_of_one
 
 
-def are_equal(experts: nn.Module) -> bool:
-    """True if all experts have the same values; their parameters and buffers are stacked."""
-    values = [*experts.parameters(), *experts.buffers()]
-    return all(bool((value == value[:1]).all()) for value in values)
-
-
 def candidate_of_tokens(layer: MoE) -> Candidate:
     """The dense module of a layer on tokens."""
     experts: Any = layer.experts
-    if isinstance(experts, FromBase):
-        experts = copy.deepcopy(experts).folded()
     if type(experts) not in (MLPExperts, LinearExperts):  # a subclass may compute something else
         name = type(experts).__name__
         return Candidate(None, f"{name} is not folded: MLPExperts and LinearExperts are")

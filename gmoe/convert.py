@@ -25,13 +25,12 @@ from gmoe._checks import (
 )
 from gmoe._mlps import Forms, read_mlp
 from gmoe._verify import is_option
-from gmoe.experts import Experts
-from gmoe.from_base import ExpertsFromBase, FromBase
 from gmoe.hub import recorded, save_with_experts
 from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.products import Backend
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
+from gmoe.stack import base_parameters, share_base
 from gmoe.start import Start, build_layer_router, check_start, saved_by_name
 
 
@@ -102,7 +101,7 @@ def moefy(
               starts at zero: the last layer of an MLP's experts, or the gain of a :class:`MoEConv`.
             - ``"copies"``: the experts start as the dense layer and replace it. It is the base of
               their weights, to which each expert adds a difference that starts at zero, see
-              ``gmoe.from_base.FromBase``: if it was frozen, the base stays frozen and the
+              ``gmoe.stack``: if it was frozen, the base stays frozen and the
               differences train. :func:`gmoe.fold` right after makes them independent, which is
               sparse upcycling (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The
               model starts as the dense one, since a token's weights sum to 1; other routers are
@@ -417,13 +416,13 @@ def _moe(
     zero_init = start == "shared"  # the shared expert alone is the dense model
     stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
     built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)
-    experts: Experts = stacked
     if start == "copies":
-        base = dense.experts(1, copied, zero_init=False, backend=backend)
-        base.requires_grad_(any(parameter.requires_grad for parameter in mlp.parameters()))
-        experts = ExpertsFromBase(base, stacked)
-    layer = TokenMoE(built, experts)
-    layer.to(stacked.up.weight).train(mlp.training)
+        share_base(stacked)
+        is_trained = any(parameter.requires_grad for parameter in mlp.parameters())
+        for base in base_parameters(stacked):
+            base.requires_grad_(is_trained)
+    layer = TokenMoE(built, stacked)
+    layer.to(next(stacked.parameters())).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.
     layer.shared_expert = mlp if start == "shared" else None
     return layer
@@ -476,8 +475,9 @@ def _moe_conv(
     layer = MoEConv(CopyOf(copied), in_channels, out_channels, start=start, **options)
     if is_frozen and layer.shared_expert is not None:
         layer.shared_expert.requires_grad_(False)
-    if is_frozen and isinstance(layer.experts, FromBase):
-        layer.experts.base.requires_grad_(False)
+    if is_frozen:
+        for base in base_parameters(layer.experts):
+            base.requires_grad_(False)
     if start == "plain" or not upcycle:
         layer.experts.reset_parameters()
     return layer.to(next(conv.parameters())).train(conv.training)

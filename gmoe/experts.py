@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gmoe._checks import check_choice, check_counts
 from gmoe.products import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
+from gmoe.stack import Stack, become, fill, routed_parameters
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
@@ -60,14 +61,14 @@ class Experts(nn.Module, ABC):
         return combine(y_PO, routing)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of which a token uses those of its own experts."""
-        return self.parameters()
+        """The parameters of which a token uses those of its own experts: all but a base's."""
+        return routed_parameters(self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, num_experts={self.num_experts}"
 
 
-class LinearExperts(Experts):
+class LinearExperts(Experts, Stack):
     """One linear layer per expert, initialized as E separate ``nn.Linear`` layers are.
 
     Args:
@@ -79,11 +80,12 @@ class LinearExperts(Experts):
         backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Attributes:
-        weight: (E, I, O).
+        weight: (E, O, I).
         bias: (E, O) or ``None``.
     """
 
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -99,44 +101,44 @@ class LinearExperts(Experts):
         check_choice("backend", backend, Backend)
         self.zero_init = zero_init
         self.backend = backend
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+        self.add("weight", nn.Parameter(torch.empty(out_features, in_features)), num_experts)
+        one_bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.add("bias", one_bias, num_experts)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Draw each layer as ``nn.Linear`` does; of layers with a base, the base."""
+        if next(self.parameters()).is_meta:  # there are no values
+            return
         if self.zero_init:
             for parameter in self.parameters():
                 parameter.zero_()
             return
         # One by one: nn.Linear's scale depends on the fan-in, which it would misread in a stacked
         # tensor.
+        if self.names_with_base:
+            become(self, self._drawn())
+            return
         for expert in range(self.num_experts):
-            linear = nn.Linear(
-                self.in_features,
-                self.out_features,
-                self.bias is not None,
-                device=self.weight.device,
-                dtype=self.weight.dtype,
-            )
-            self.copy_(expert, linear.weight.T, linear.bias)
+            fill(self, expert, self._drawn())
 
-    @torch.no_grad()
-    def copy_(self, expert: int | slice, weight: Tensor, bias: Tensor | None) -> None:
-        """Copy a weight (I, O) and a bias (O,) to one expert, or to several."""
-        self.weight[expert] = weight
-        if self.bias is not None and bias is not None:
-            self.bias[expert] = bias
-
-    def of_expert(self, expert: int) -> tuple[Tensor, Tensor | None]:
-        """Views of an expert's weight, (O, I) as ``nn.Linear`` has it, and of its bias."""
-        return self.weight[expert].T, None if self.bias is None else self.bias[expert]
+    def _drawn(self) -> dict[str, Tensor]:
+        """The tensors of a new ``nn.Linear``."""
+        like = next(self.parameters())
+        return nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=like.device,
+            dtype=like.dtype,
+        ).state_dict()
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias  # with a base, a sum at each read
         if self.num_experts == 1:  # all rows are this expert's
-            bias = None if self.bias is None else self.bias[0]
-            return F.linear(x_PI.to(self.weight.dtype), self.weight[0].T, bias)
-        return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
+            return F.linear(x_PI.to(weight.dtype), weight[0], None if bias is None else bias[0])
+        return grouped_linear(x_PI, weight.mT, bias, offsets_E, self.backend)
 
 
 class MLPExperts(Experts):

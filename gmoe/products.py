@@ -161,7 +161,7 @@ def grouped_linear(
 
 def routed_linear(
     parts: Sequence[Tensor],
-    weight_EIO: Tensor,
+    weights: Sequence[Tensor],
     bias_EO: Tensor | None,
     routing: Routing,
     backend: Backend = "auto",
@@ -175,24 +175,25 @@ def routed_linear(
     rows nor the weighted outputs of all pairs are in memory at once. The result follows autocast.
 
     Args:
-        parts: the tokens: one or several tensors (T, .) whose columns stand side by side.
-        weight_EIO: stacked weights.
+        parts: the tokens: one or several tensors (T, I), whose products are added.
+        weights: the stacked weights of each part, (E, O, I) as ``nn.Linear`` has them.
         bias_EO: stacked biases, or ``None``.
         routing: the pairs and their weights.
         backend: see :func:`grouped_linear`.
     """
     # 1. The dtype, which follows autocast.
     device = parts[0].device
-    dtype = weight_EIO.dtype
+    dtype = weights[0].dtype
     if autocasts(device) and parts[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     parts = [part.to(dtype) for part in parts]
 
     # 2. On a GPU, and by a kernel that is not the loop: one step after the other.
     if parts[0].is_cuda or _kernel_for(parts[0], backend) != "loop":
-        x_TI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        x_PI = dispatch(x_TI, routing)
-        y_PO = grouped_linear(x_PI, weight_EIO, bias_EO, routing.offsets, backend)
+        rows = [dispatch(part, routing) for part in parts]
+        y_PO = grouped_linear(rows[0], weights[0].mT, bias_EO, routing.offsets, backend)
+        for x_PI, weight_EOI in zip(rows[1:], weights[1:], strict=True):
+            y_PO = y_PO + grouped_linear(x_PI, weight_EOI.mT, None, routing.offsets, backend)
         return combine(y_PO, routing)
 
     # 3. Else all three steps in one.
@@ -202,8 +203,8 @@ def routed_linear(
         routing.offsets,
         place_T,
         routing.weight.to(dtype),
-        weight_EIO.to(dtype),
         bias_EO,
+        *(weight_EOI.to(dtype) for weight_EOI in weights),
         *parts,
     )
 
@@ -261,9 +262,10 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = None
         grad_weight = None
         if needs_x:
-            grad_x = grouped_product(grad, weight.transpose(1, 2), offsets, ctx.backend)
+            grad_x = grouped_product(grad, weight.mT, offsets, ctx.backend)
         if needs_weight:
-            grad_weight = grouped_outer_product(x, grad, offsets, ctx.backend)
+            # In memory as nn.Linear has it, (E, O, I): a stacked layer's gradient is not copied.
+            grad_weight = grouped_outer_product(grad, x, offsets, ctx.backend).mT
         return None, None, grad_x, grad_weight
 
 
@@ -296,26 +298,24 @@ class _ExpertBias(torch.autograd.Function):
 # from tokens to tokens ----------------------------------------------------------------------------
 
 
-def _are_few(parts: Sequence[Tensor], weight: Tensor) -> bool:
+def _are_few(parts: Sequence[Tensor]) -> bool:
     """True if the rows of all experts are best moved at once; see :data:`AT_ONCE`."""
-    return len(parts[0]) * weight.size(1) <= AT_ONCE
+    return sum(part.numel() for part in parts) <= AT_ONCE
 
 
-def _empty_routed(
-    weight: Tensor, _: Any, __: Any, parts: Sequence[Tensor], token: Tensor, *rest: Any
-) -> Any:
-    keeps_rows = rest[-1]
+def _empty_routed(gate: Tensor, _: Any, weights: Sequence[Tensor], *rest: Any) -> Any:
+    parts, token, _, _, keeps_rows = rest
+    out_features = weights[0].size(1)
     num_rows = token.size(0) if keeps_rows else 0
-    out_features = weight.size(2)
-    out = weight.new_empty(parts[0].size(0), out_features)
-    return out, weight.new_empty(num_rows, out_features)
+    out = gate.new_empty(parts[0].size(0), out_features)
+    return out, gate.new_empty(num_rows, out_features)
 
 
 @operator(fake=_empty_routed)
 def _routed_linear(
-    weight: Tensor,
-    bias: Tensor | None,
     gate: Tensor,
+    bias: Tensor | None,
+    weights: Sequence[Tensor],
     parts: Sequence[Tensor],
     token: Tensor,
     offsets: Tensor,
@@ -329,31 +329,36 @@ def _routed_linear(
     to three times as long, and zeros to add to.
     """
     adds_rows = place is None
-    sum_TO = weight.new_zeros(len(parts[0]) if adds_rows else 0, weight.size(2))
-    if _are_few(parts, weight):
+    width = weights[0].size(1)
+    sum_TO = gate.new_zeros(len(parts[0]) if adds_rows else 0, width)
+    if _are_few(parts):
         # 1. The rows of all experts at once.
-        x_PI = _gathered(parts, token)
-        y_PO = grouped_product(x_PI, weight, offsets, "loop")
+        products = [
+            grouped_product(part.index_select(0, token), weight.mT, offsets, "loop")
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+        y_PO = products[0]
+        for product_PO in products[1:]:
+            y_PO += product_PO
         if bias is not None:
             y_PO += bias.index_select(0, expert_of_pairs(offsets, token))
         if adds_rows:
             sum_TO.index_add_(0, token, y_PO * gate[:, None])
     else:
         # 2. Or one expert after the other, in rows that nothing keeps unless they are asked for.
-        y_PO = weight.new_empty(len(token) if keeps_rows or not adds_rows else 0, weight.size(2))
+        y_PO = gate.new_empty(len(token) if keeps_rows or not adds_rows else 0, width)
         ends = offsets[:-1].tolist()  # one host sync
         by_expert = zip(
             token.tensor_split(ends),
             gate[:, None].tensor_split(ends),
-            y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight),
-            _by_part(weight, parts),
+            y_PO.tensor_split(ends) if len(y_PO) else [None] * len(offsets),
+            zip(*weights, strict=True),
             strict=True,
         )
-        for expert, (tokens, gates, rows, weights) in enumerate(by_expert):
-            # x W is the sum over the parts of x, each times its rows of W.
-            y = torch.mm(parts[0].index_select(0, tokens), weights[0], out=rows)
-            for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
-                y.addmm_(x.index_select(0, tokens), weight_IO)
+        for expert, (tokens, gates, rows, of_parts) in enumerate(by_expert):
+            y = torch.mm(parts[0].index_select(0, tokens), of_parts[0].T, out=rows)
+            for x, weight_OI in zip(parts[1:], of_parts[1:], strict=True):
+                y.addmm_(x.index_select(0, tokens), weight_OI.T)
             if bias is not None:
                 y += bias[expert]
             if adds_rows:
@@ -361,14 +366,14 @@ def _routed_linear(
     out_TO = sum_TO
     if place is not None:
         out_TO = y_PO.index_select(0, place).mul_(gate.index_select(0, place)[:, None])
-    return out_TO, y_PO if keeps_rows else y_PO.new_empty(0, y_PO.size(1))
+    return out_TO, y_PO if keeps_rows else y_PO.new_empty(0, width)
 
 
 def _empty_gradients(
-    _: Any, __: Any, weight: Tensor, bias: Any, gate: Tensor, parts: Sequence[Tensor], *rest: Any
+    _: Any, __: Any, gate: Tensor, bias: Any, weights: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
-    values = (gate, weight, bias, *parts)
-    needs = rest[-1]
+    parts, *_, needs = rest
+    values = (gate, bias, *weights, *parts)
     return [
         value.new_empty(value.shape) for value, needed in zip(values, needs, strict=True) if needed
     ]
@@ -378,69 +383,69 @@ def _empty_gradients(
 def _routed_linear_backward(
     grad: Tensor,
     y_PO: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     gate: Tensor,
+    bias: Tensor | None,
+    weights: Sequence[Tensor],
     parts: Sequence[Tensor],
     token: Tensor,
     offsets: Tensor,
     place: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of gate, weight, bias and parts, of those that need one."""
-    backward = _backward_at_once if _are_few(parts, weight) else _backward_by_expert
-    found = backward(grad, y_PO, weight, bias, gate, parts, token, offsets, place, needs)
+    """The gradients of gate, bias, weights and parts, of those that need one."""
+    backward = _backward_at_once if _are_few(parts) else _backward_by_expert
+    found = backward(grad, y_PO, gate, bias, weights, parts, token, offsets, place, needs)
     return [grad for grad in found if grad is not None]
 
 
 def _backward_at_once(
     grad: Tensor,
     y_PO: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     gate: Tensor,
+    bias: Tensor | None,
+    weights: Sequence[Tensor],
     parts: Sequence[Tensor],
     token: Tensor,
     offsets: Tensor,
     place: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of gate, weight, bias and parts, from the rows of all experts."""
-    needs_gate, needs_weight, needs_bias, *needs_parts = needs
-    grad_gate = grad_weight = grad_bias = None
+    """The gradients of gate, bias, weights and parts, from the rows of all experts."""
+    needs_gate, needs_bias, *needs_each = needs
+    needs_weights, needs_parts = needs_each[: len(parts)], needs_each[len(parts) :]
+    grad_gate = grad_bias = None
+    grad_weights: list[Tensor | None] = [None] * len(parts)
     grad_parts: list[Tensor | None] = [None] * len(parts)
     grad_PO = grad.index_select(0, token)
     if needs_gate:
         grad_gate = torch.linalg.vecdot(grad_PO, y_PO)
     grad_PO.mul_(gate[:, None])
-    if needs_weight:
-        grad_weight = grouped_outer_product(_gathered(parts, token), grad_PO, offsets, "loop")
     if bias is not None and needs_bias:
         # In float32 at least: a sum over many rows.
         exact_PO = grad_PO.to(torch.promote_types(grad_PO.dtype, torch.float32))
         zeros_EO = exact_PO.new_zeros(bias.shape)
         grad_bias = zeros_EO.index_add_(0, expert_of_pairs(offsets, token), exact_PO)
         grad_bias = grad_bias.to(bias.dtype)
-    if any(needs_parts):
-        grad_PI = grouped_product(grad_PO, weight.transpose(1, 2), offsets, "loop")
-        widths = [part.size(1) for part in parts]
-        for number, rows in enumerate(grad_PI.split(widths, dim=1)):
-            if not needs_parts[number]:
-                continue
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        if needs_weights[number]:
+            rows_PI = part.index_select(0, token)
+            grad_weights[number] = grouped_outer_product(grad_PO, rows_PI, offsets, "loop")
+        if needs_parts[number]:
+            grad_PI = grouped_product(grad_PO, weight, offsets, "loop")
             if place is None:
-                zeros = rows.new_zeros(parts[number].shape)
-                grad_parts[number] = zeros.index_add_(0, token, rows)
+                zeros = part.new_zeros(part.shape)
+                grad_parts[number] = zeros.index_add_(0, token, grad_PI)
             else:
-                grad_parts[number] = rows.index_select(0, place)
-    return [grad_gate, grad_weight, grad_bias, *grad_parts]
+                grad_parts[number] = grad_PI.index_select(0, place)
+    return [grad_gate, grad_bias, *grad_weights, *grad_parts]
 
 
 def _backward_by_expert(
     grad: Tensor,
     y_PO: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     gate: Tensor,
+    bias: Tensor | None,
+    weights: Sequence[Tensor],
     parts: Sequence[Tensor],
     token: Tensor,
     offsets: Tensor,
@@ -448,17 +453,20 @@ def _backward_by_expert(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The same from one expert after the other, whose rows are all that is in memory."""
-    values: tuple[Any, ...] = (gate, weight, bias)
-    grad_gate, grad_weight, grad_bias = (
-        value.new_empty(value.shape) if needed else None
-        for value, needed in zip(values, needs[:3], strict=True)
-    )
+    needs_gate, needs_bias, *needs_each = needs
+    needs_weights, needs_parts = needs_each[: len(parts)], needs_each[len(parts) :]
+    grad_gate = gate.new_empty(gate.shape) if needs_gate else None
+    grad_bias = bias.new_empty(bias.shape) if bias is not None and needs_bias else None
+    grad_weights = [
+        weight.new_empty(weight.shape) if needed else None
+        for weight, needed in zip(weights, needs_weights, strict=True)
+    ]
     # A row for each token, to which those of its pairs are added; or, where each token has one
     # pair, a row for each pair.
     new = Tensor.new_zeros if place is None else Tensor.new_empty
     grad_parts = [
         new(part, part.shape) if needed else None
-        for part, needed in zip(parts, needs[3:], strict=True)
+        for part, needed in zip(parts, needs_parts, strict=True)
     ]
     ends = offsets[:-1].tolist()  # one host sync
     # If the gate needs no gradient, nothing is written to the gate's place in the loop.
@@ -469,8 +477,6 @@ def _backward_by_expert(
         (gate if grad_gate is None else grad_gate).tensor_split(ends),
         strict=True,
     )
-    weights = _by_part(weight, parts)
-    grad_weights = weights if grad_weight is None else _by_part(grad_weight, parts)
     grad_rows = [None if rows is None else rows.tensor_split(ends) for rows in grad_parts]
     for expert, (tokens, gates, y, grad_gates) in enumerate(by_expert):
         grad_y = grad.index_select(0, tokens)
@@ -480,19 +486,19 @@ def _backward_by_expert(
         if grad_bias is not None:
             torch.sum(grad_y, dim=0, out=grad_bias[expert])
         for part, x in enumerate(parts):
+            grad_weight, grad_x, rows = grad_weights[part], grad_parts[part], grad_rows[part]
             if grad_weight is not None:
-                torch.mm(x.index_select(0, tokens).T, grad_y, out=grad_weights[expert][part])
-            grad_x, rows = grad_parts[part], grad_rows[part]
+                torch.mm(grad_y.T, x.index_select(0, tokens), out=grad_weight[expert])
             if grad_x is None or rows is None:
                 continue
-            weight_OI = weights[expert][part].T
+            weight_OI = weights[part][expert]
             if place is None:
                 grad_x.index_add_(0, tokens, grad_y @ weight_OI)
             else:
                 torch.mm(grad_y, weight_OI, out=rows[expert])
     if place is not None:
         grad_parts = [None if rows is None else rows.index_select(0, place) for rows in grad_parts]
-    return [grad_gate, grad_weight, grad_bias, *grad_parts]
+    return [grad_gate, grad_bias, *grad_weights, *grad_parts]
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -500,33 +506,25 @@ class _RoutedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, token: Tensor, offsets: Tensor, place: Tensor | None, *values: Any
     ) -> Tensor:
-        gate, weight, bias, *parts = values
+        gate, bias, weights, parts = _sorted(values)
         # The gate's gradient needs the experts' outputs before they are weighted.
         needs_gate = ctx.needs_input_grad[3]
-        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, place, needs_gate)
+        out_TO, y_PO = _routed_linear(gate, bias, weights, parts, token, offsets, place, needs_gate)
         ctx.save_for_backward(token, offsets, place, y_PO, *values)
         return out_TO
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
-        token, offsets, place, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
+        token, offsets, place, y_PO, *values = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
         grads = iter(
-            _routed_linear_backward(
-                grad, y_PO, weight, bias, gate, parts, token, offsets, place, needs
-            )
+            _routed_linear_backward(grad, y_PO, *_sorted(values), token, offsets, place, needs)
         )
         return None, None, None, *(next(grads) if needed else None for needed in needs)
 
 
-def _by_part(weight_EIO: Tensor, parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """For each expert, the weight of each part of the input."""
-    widths = [part.size(1) for part in parts]
-    return list(zip(*(part.unbind() for part in weight_EIO.split(widths, dim=1)), strict=True))
-
-
-def _gathered(parts: Sequence[Tensor], token: Tensor) -> Tensor:
-    """(P, I) the tokens of all pairs, their parts side by side."""
-    rows = [part.index_select(0, token) for part in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+def _sorted(values: Sequence[Any]) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+    """Gate, bias, the weights, and as many parts."""
+    gate, bias, *rest = values
+    return gate, bias, rest[: len(rest) // 2], rest[len(rest) // 2 :]

@@ -40,7 +40,6 @@ from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
 from gmoe.experts import Experts
-from gmoe.from_base import FromBase, fold
 from gmoe.hub import (
     ONE_FILE,
     build_from_config,
@@ -53,6 +52,7 @@ from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.routers import ROUTERS, Router
 from gmoe.shrink import shrink
+from gmoe.stack import fold, has_base
 from gmoe.start import build_layer_router, check_start
 from gmoe.unstacked import UnstackedLinears
 
@@ -280,7 +280,7 @@ def _layers_of(model: nn.Module) -> dict[str, SavedLayer]:
         start = getattr(layer, "start", None) if moefied is None else moefied["start"]
         layers[name] = SavedLayer(
             moefied,
-            folded=start == "copies" and not isinstance(layer.experts, FromBase),
+            folded=start == "copies" and not has_base(layer.experts),
             kept=None if layer.kept is None else list(layer.kept),
             dense=False,
         )
@@ -419,7 +419,7 @@ def _rebuilt(base: nn.Module, layers: Mapping[str, SavedLayer]) -> nn.Module:
         saved = {name: layers[name] for name in group.layers if name in layers}
         for name, description in saved.items():
             if description.folded:
-                group.layers[name].experts = fold(group.layers[name].experts)
+                fold(group.layers[name].experts)
         kept = next((description.kept for description in saved.values()), None)
         if kept is not None:
             if any(description.kept != kept for description in saved.values()):

@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
 
-import torch
-from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from gmoe.experts import Experts, LinearExperts, MLPExperts
-from gmoe.from_base import ExpertsFromBase
 from gmoe.routers import ROUTERS, OracleRouter, Router
 
 Kept = Sequence[int]
@@ -55,46 +52,18 @@ def shrink(part: Any, kept: Kept) -> None:
     keep_experts(part, kept)
 
 
-def take(module: nn.Module, name: str, kept: Kept) -> None:
-    """Keep some rows of a parameter or a buffer, one for each expert; ``None`` stays.
-
-    Raises:
-        ValueError: a parametrized module, whose values are computed from others.
-    """
-    old = getattr(module, name)
-    if old is None:
-        return
-    if is_parametrized(module):
-        raise ValueError(
-            f"model: got {type(module).__name__} with a parametrized {name}, expected a plain one: "
-            "remove the parametrization before"
-        )
-    new = old.detach().index_select(0, torch.tensor(kept, device=old.device))
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    setattr(module, name, new)
-
-
 # experts ------------------------------------------------------------------------------------------
 
 
 @keep_experts.register
 def _linear_experts(experts: LinearExperts, kept: Kept) -> None:
-    take(experts, "weight", kept)
-    take(experts, "bias", kept)
-    experts.num_experts = len(kept)
+    experts.keep(kept)
 
 
 @keep_experts.register
 def _mlp_experts(experts: MLPExperts, kept: Kept) -> None:
     shrink(experts.up, kept)
     shrink(experts.down, kept)
-    experts.num_experts = len(kept)
-
-
-@keep_experts.register
-def _experts_from_base(experts: ExpertsFromBase, kept: Kept) -> None:
-    shrink(experts.differences, kept)
     experts.num_experts = len(kept)
 
 

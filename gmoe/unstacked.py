@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from gmoe._checks import change_of, check_module
 from gmoe.experts import Experts, LinearExperts
-from gmoe.from_base import fold
+from gmoe.stack import Stack, fold
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class UnstackedLinears(Experts):
+class UnstackedLinears(Experts, Stack):
     """One ``nn.Linear`` for each expert, run one after the other on the expert's rows.
 
     You may replace each of ``linears`` by any module that is called with rows.
@@ -30,15 +30,15 @@ class UnstackedLinears(Experts):
         super().__init__(experts.in_features, experts.out_features, num_experts=experts.num_experts)
         self.backend = experts.backend
         self.zero_init = experts.zero_init
+        self.names = list(experts.names)
         linears = []
         for expert in range(experts.num_experts):
             linear: Any = nn.Linear(self.in_features, self.out_features, device="meta")
-            weight = experts.weight[expert].T.detach().clone(memory_format=torch.contiguous_format)
-            linear.weight = nn.Parameter(weight, requires_grad=experts.weight.requires_grad)
             linear.bias = None
-            if experts.bias is not None:
-                bias = experts.bias[expert].detach().clone()
-                linear.bias = nn.Parameter(bias, requires_grad=experts.bias.requires_grad)
+            for name in self.names:
+                stored = experts.stored(name)
+                value = stored[expert].detach().clone()
+                setattr(linear, name, nn.Parameter(value, requires_grad=stored.requires_grad))
             linears.append(linear)
         self.linears = nn.ModuleList(linears)
         self.train(experts.training)
@@ -50,15 +50,27 @@ class UnstackedLinears(Experts):
             for parameter in linear.parameters() if self.zero_init else ():
                 parameter.zero_()
 
-    def of_expert(self, expert: int) -> tuple[Tensor, Tensor | None]:
-        """An expert's weight, (O, I), and its bias.
+    def stored(self, name: str) -> Any:
+        """There is no tensor of all experts.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "model: got experts that are unstacked, expected stacked ones: call gmoe.restack before"
+        )
+
+    def of(self, name: str, expert: int) -> Tensor:
+        return self.place(name, expert)
+
+    def place(self, name: str, expert: int) -> Tensor:
+        """An expert's weight or bias.
 
         Raises:
             ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
         """
         self._refuse_replaced("experts: got some", "only their weights can be read and drawn anew")
-        linear: Any = self.linears[expert]
-        return linear.weight, linear.bias
+        return self.linears[expert].get_parameter(name)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         loads = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
@@ -101,13 +113,9 @@ class UnstackedLinears(Experts):
                 zero_init=self.zero_init,
                 backend=self.backend,
             )
-        for name in ("weight", "bias"):
+        for name in experts.names:
             parts = [getattr(linear, name) for linear in linears]
-            if parts[0] is None:
-                continue
             values = torch.stack([part.detach() for part in parts])
-            if name == "weight":
-                values = values.transpose(1, 2).contiguous()
             learns = any(part.requires_grad for part in parts)
             setattr(experts, name, nn.Parameter(values, requires_grad=learns))
         return experts.train(self.training)

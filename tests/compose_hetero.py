@@ -388,7 +388,7 @@ def dense_out(conv: Any, name: str, h: Mapping[str, Tensor], given: Given, exper
         if expert is None:
             return F.linear(x, linear.weight, linear.bias)
         bias = 0.0 if linear.bias is None else linear.bias[expert]
-        return x @ linear.weight[expert] + bias
+        return x @ linear.weight[expert].T + bias
 
     out = mapped(conv.root[name], h[name])
     for relation in conv.edge_types:

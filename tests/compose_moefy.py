@@ -338,15 +338,8 @@ def weights_of(experts: Any, expert: int) -> list[Any]:
     found = list[Tensor | None]()
     for layer in ("up", "down"):
         for name in ("weight", "bias"):
-            if hasattr(experts, "base"):
-                base, more = (
-                    getattr(getattr(part, layer), name)
-                    for part in (experts.base, experts.differences)
-                )
-                found.append(None if base is None else base[0] + more[expert])
-            else:
-                value = getattr(getattr(experts, layer), name)
-                found.append(None if value is None else value[expert])
+            value = getattr(getattr(experts, layer), name)
+            found.append(None if value is None else value[expert])
     return found
 
 
@@ -361,12 +354,12 @@ def by_hand(c: Config, layer: Any, x: Tensor, routing: gmoe.Routing) -> Tensor:
         pairs = slice(ends[expert], ends[expert + 1])
         token_P = routing.token[pairs]
         up, up_bias, down, down_bias = weights_of(layer.experts, expert)
-        u_PU = without_parameters(norms.part("norm"), x_TD[token_P]) @ up
+        u_PU = without_parameters(norms.part("norm"), x_TD[token_P]) @ up.T
         u_PU = u_PU if up_bias is None else u_PU + up_bias
         h_PH = act(u_PU[:, : c.hidden])
         if c.gate != "none":  # whichever half the MLP gates by, an expert's first half is the gate
             h_PH = h_PH * u_PU[:, c.hidden :]
-        y_PD = without_parameters(norms.part("hidden_norm"), h_PH) @ down
+        y_PD = without_parameters(norms.part("hidden_norm"), h_PH) @ down.T
         y_PD = y_PD if down_bias is None else y_PD + down_bias
         y_TD = y_TD.index_add(0, token_P, y_PD * routing.weight[pairs, None])
     y = y_TD.view(x.shape)

@@ -45,7 +45,6 @@ from gmoe import (
     record_routing,
 )
 from gmoe.conv.base import ConvExperts, MixedExperts
-from gmoe.from_base import FromBase
 
 D, E, K = 8, 8, 2
 SIZES = (7, 3, 5)
@@ -212,10 +211,10 @@ def moefied() -> nn.Module:
 
 def opened(model: nn.Module) -> Any:
     """With experts that give more than zero, as they do at the start, and copies that differ."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("_difference"):
+            nn.init.normal_(parameter, std=0.3)
     for layer in model.modules():
-        if isinstance(layer, FromBase):
-            for difference in layer.differences.parameters():
-                nn.init.normal_(difference, std=0.3)
         if isinstance(layer, MoEConv | HeteroMoEConv) and layer.gain is not None:
             nn.init.constant_(layer.gain, 0.5)
         if isinstance(layer, MLPExperts):

@@ -29,6 +29,7 @@ from torch_geometric.nn import summary, to_hetero
 from torchvision.models import VisionTransformer
 
 import gmoe
+from gmoe.stack import become, tensors_of
 from tests import contract
 from tests.contract import CASES, METADATA, Case, outcome, rows, run
 from tests.gmoe.conv.test_pyg import Two
@@ -139,9 +140,8 @@ def becomes_dense(case: Case) -> str | None:
     """Where experts are equal, or add nothing to a shared one."""
     layer, call = case.make().eval(), case.call()
     for part in layer.modules():
-        if isinstance(part, gmoe.LinearExperts):
-            for value in part.parameters():
-                value.data[:] = value.data[:1].clone()
+        if isinstance(part, gmoe.MoELayer):
+            become(part.experts, tensors_of(part.experts, 0))
         if isinstance(part, gmoe.MoELayer) and getattr(part, "gain", None) is not None:
             nn.init.zeros_(part.gain)  # type: ignore[arg-type]
         elif isinstance(part, gmoe.MoE) and part.shared_expert is not None:

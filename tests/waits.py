@@ -220,14 +220,12 @@ def results() -> Results:
 
 def opened(model: nn.Module) -> nn.Module:
     """Let routed experts that start at zero count in the output, and copies differ."""
-    from gmoe.from_base import FromBase
-
     for part in model.modules():
         if isinstance(gain := getattr(part, "gain", None), nn.Parameter):
             nn.init.constant_(gain, 0.5)
-        if isinstance(part, FromBase):
-            for difference in part.differences.parameters():
-                nn.init.normal_(difference, std=0.3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_difference"):
+            nn.init.normal_(parameter, std=0.3)
     return model
 
 

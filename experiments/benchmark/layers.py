@@ -109,8 +109,8 @@ class NonzeroLoop(nn.Module):
         y_TD = torch.zeros_like(x_TD)
         for e in range(self.experts.num_experts):
             token = weight_TE[:, e].nonzero().squeeze(1)
-            h = self.experts.activation(F.linear(x_TD[token], up.weight[e].T, up.bias[e]))
-            h = F.linear(h, down.weight[e].T, down.bias[e])
+            h = self.experts.activation(F.linear(x_TD[token], up.weight[e], up.bias[e]))
+            h = F.linear(h, down.weight[e], down.bias[e])
             y_TD = y_TD.to(h.dtype).index_add(
                 0, token, h * weight_TE[token, e].to(h.dtype)[:, None]
             )
@@ -133,8 +133,8 @@ def mixtral(layer: MoE, implementation: str) -> nn.Module:
     config._experts_implementation = implementation
     block: Any = module.MixtralSparseMoeBlock(config)
     block.gate.weight.copy_(layer.get_parameter("router.gate.weight"))
-    block.experts.gate_up_proj.copy_(experts.up.weight.transpose(1, 2))
-    block.experts.down_proj.copy_(experts.down.weight.transpose(1, 2))
+    block.experts.gate_up_proj.copy_(experts.up.weight)
+    block.experts.down_proj.copy_(experts.down.weight)
     # It takes and gives (B, T, D)
     block.register_forward_pre_hook(lambda _, args: (args[0][None],))
     block.register_forward_hook(lambda _, __, y: (y if isinstance(y, Tensor) else y[0])[0])

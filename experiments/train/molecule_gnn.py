@@ -6,7 +6,7 @@ Shapes: N atoms, M bonds (both directions), G molecules, D width, L labels, E ex
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -83,16 +83,7 @@ class BondGCNConv(MessagePassing):
 class BondGCNExperts(StackedExperts):
     """E BondGCNConvs of which each atom runs its own: K messages a bond."""
 
-    def build(self, convs: Sequence[Any], backend: Any) -> None:
-        self.prototype = BondGCNConv(1, 1)  # whose arguments and flow count
-        out_channels, in_channels = convs[0].lin.weight.shape
-        self.lin = gmoe.LinearExperts(
-            in_channels, out_channels, num_experts=len(convs), backend=backend
-        )
-        self.root = nn.Parameter(torch.empty(len(convs), out_channels))
-
-    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        return [(self.root, conv.root), (self.lin, conv.lin)]
+    parts = ("root", "lin")
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
         graph, x_src = call.graph, call.x_src

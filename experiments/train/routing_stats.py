@@ -22,8 +22,8 @@ from experiments.train.build import SoftMLP
 from experiments.train.config import RunConfig
 from experiments.train.data.task import Task
 from gmoe import MoE, MoEConv, Routing, RoutingStats
-from gmoe.from_base import FromBase
 from gmoe.metrics import COLLAPSED, PER_EXPERT
+from gmoe.stack import has_base, routed_parameters
 
 BINS = 8
 """At most so many degrees, and shares of homophily, are told apart."""
@@ -271,8 +271,8 @@ def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
         layer for layer in model.modules() if isinstance(layer, MoEConv | MoE | SoftMLP)
     ]
     for layer in layers:
-        if isinstance(layer.experts, FromBase):
-            found[layer] = list(layer.experts.differences.parameters())
+        if has_base(layer.experts):
+            found[layer] = list(routed_parameters(layer.experts))
         elif isinstance(layer, MoEConv):
             if layer.gain is not None:
                 found[layer] = [layer.gain]

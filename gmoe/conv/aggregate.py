@@ -10,10 +10,9 @@ experts: a layer computes it once, and experts transform the rows of their token
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +23,11 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import must_be_called
-from gmoe.conv.base import (
-    Biases,
-    Columns,
-    Conv,
-    Parts,
-    StackedExperts,
-    all_of,
-    is_plain,
-    stacked,
-)
+from gmoe.conv.base import Conv, StackedExperts, all_of, is_plain
 from gmoe.conv.call import Call
-from gmoe.conv.convs import FilterName, MLPConv
+from gmoe.conv.convs import FilterName
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
-from gmoe.experts import LinearExperts
 from gmoe.products import Backend, combine, dispatch, routed_linear
 from gmoe.routing import Routing
 
@@ -60,6 +49,8 @@ class AggregateOnce(StackedExperts):
     edge_index, size=...)`` with the edge arguments it takes. If the messages of a subclass are more
     than rows times a weight, its :meth:`matrix_maker` returns ``None``: a product would lose the
     rest.
+
+    The first of a subclass's ``parts`` transforms the aggregate.
     """
 
     weighted_by: Literal["weight", "values"] = "values"
@@ -71,27 +62,16 @@ class AggregateOnce(StackedExperts):
         return next(conv.aggr_module.parameters(), None) is None
 
     def build(self, convs: Sequence[Conv], backend: Backend) -> None:
+        super().build(convs, backend)
         self.make_matrix = self.matrix_maker(convs[0])
-        self.prototype = copy.deepcopy(convs[0])
-        self.prototype.flow = "source_to_target"  # as edges run inside a graph
-        self.strip(self.prototype)
+        # The first part transforms what was aggregated: without it, the prototype aggregates.
+        setattr(self.prototype, self.parts[0], nn.Identity())
 
     def matrix_maker(self, conv: Conv) -> MakeMatrix | None:
         """How the matrix of a conv's aggregation is made; ``None`` if it is not a product."""
         if conv.aggr not in ("add", "sum", "mean"):
             return None
         return partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean")
-
-    @abstractmethod
-    def strip(self, conv: Conv) -> None:
-        """Take the transform out of a conv, in place: what is left is the aggregation alone.
-
-        ``build`` calls it once, on a copy of the first conv, which becomes the prototype.
-        Afterwards the conv has no parameters. Unless :meth:`matrix_maker` makes a matrix of all
-        convs of the class, ``conv((x, None), edge_index, size=...)`` with the edge arguments it
-        takes then gives what :meth:`aggregate` gives: without the linear maps, the root's
-        features, the bias and the norm of the output.
-        """
 
     def aggregate(self, call: Call) -> Tensor | None:
         if self.make_matrix is None:
@@ -123,141 +103,103 @@ class AggregateOnce(StackedExperts):
 class LinearAggregation(AggregateOnce):
     """One linear map per expert of the aggregate and, if the conv uses them, the root's features.
 
-    The two maps lie in one weight (E, I, O): the rows of the aggregate come first.
+    The first two ``parts`` are these layers, or the first layer and a bias.
     """
-
-    linears: tuple[str, ...]
-    """The conv's linear layers: of the aggregate, and of the root if it has one."""
-
-    def has_root(self, conv: Conv) -> bool:
-        """True if the conv transforms the features of the node itself, too."""
-        return True
 
     def has_output_norm(self, conv: Conv) -> bool:
         """True if the conv normalizes the rows of its output."""
         return False
 
-    def transforms(self, conv: Conv) -> list[Linear]:
-        """The linear layers of a conv: of the aggregate, and of the root."""
-        names = self.linears if self.root else self.linears[:1]
-        return [getattr(conv, name) for name in names]
-
-    def bias(self, conv: Conv) -> Tensor | None:
-        """The bias of a conv, or of the linear layer of its aggregate."""
-        return getattr(conv, "bias", getattr(conv, self.linears[0]).bias)
-
     def build(self, convs: Sequence[Conv], backend: Backend) -> None:
         super().build(convs, backend)
-        first = convs[0]
-        self.root = self.has_root(first)
-        self.normalize = self.has_output_norm(first)
-        weights = [linear.weight for linear in self.transforms(first)]
-        self.widths = [weight.size(1) for weight in weights]
-        self.linear = LinearExperts(
-            sum(self.widths),
-            weights[0].size(0),
-            num_experts=len(convs),
-            bias=self.bias(first) is not None,
-            backend=backend,
-        )
+        self.normalize = self.has_output_norm(convs[0])
+        self.width: int = self.layers()[0].in_features
+
+    def layers(self) -> list[Any]:
+        """The linear layer of the aggregate, and of the root if it has one."""
+        parts = [getattr(self, name) for name in self.parts]
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    def bias_of(self, layers: Sequence[Any]) -> Tensor | None:
+        """(E, O) the bias of the convs, or of the layers of their aggregates."""
+        bias: Tensor | None = self.bias if "bias" in self.parts else layers[0].bias
+        return bias
 
     @property
     def aggregate_width(self) -> int:
-        return self.widths[0]
-
-    def parts(self, conv: Conv) -> Parts:
-        parts: Parts = []
-        end = 0
-        for linear, width in zip(self.transforms(conv), self.widths, strict=True):
-            start, end = end, end + width
-            parts.append((Columns(self.linear, start, end), linear.weight))
-        bias = self.bias(conv)
-        if bias is not None:
-            parts.append((Biases(self.linear), bias))
-        return parts
+        return self.width
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
         assert call.aggregate is not None  # these experts share one
-        inputs = [call.aggregate, call.x_dst] if self.root else [call.aggregate]
-        linear = self.linear
-        if not self.normalize and is_plain(linear):
-            return routed_linear(inputs, linear.weight, linear.bias, routing, linear.backend)
-        x_PI = dispatch(torch.cat(inputs, dim=-1), routing)
-        y_PO = linear(x_PI, routing.offsets)
+        inputs = [call.aggregate, call.x_dst]
+        layers = self.layers()
+        if not self.normalize and all(map(is_plain, layers)):
+            weights = [layer.weight for layer in layers]
+            bias_EO = self.bias_of(layers)
+            parts = inputs[: len(layers)]
+            return routed_linear(parts, weights, bias_EO, routing, layers[0].backend)
+        y_PO = layers[0](dispatch(inputs[0], routing), routing.offsets)
+        if len(layers) == 2:
+            y_PO = y_PO + layers[1](dispatch(inputs[1], routing), routing.offsets)
+        if "bias" in self.names:
+            y_PO = y_PO + self.bias.index_select(0, routing.expert)
         if self.normalize:
             y_PO = F.normalize(y_PO, p=2.0, dim=-1)
         return combine(y_PO, routing)
 
     def on_all(self, call: Call) -> Tensor:
-        linear = self.linear
-        if self.normalize or must_be_called(self) or not is_plain(linear):
+        layers = self.layers()
+        if self.normalize or must_be_called(self) or not all(map(is_plain, layers)):
             return super().on_all(call)
         assert call.aggregate is not None  # these experts share one
-        # The two maps one after the other, without a copy of their inputs side by side.
-        dtype = linear.weight.dtype
-        bias = None if linear.bias is None else linear.bias[0]
-        of_aggregate, of_root = linear.weight[0].T.tensor_split([self.aggregate_width], dim=1)
-        out = F.linear(call.aggregate.to(dtype), of_aggregate, bias)
-        if self.root:
-            out.add_(F.linear(call.x_dst.to(dtype), of_root))
+        weights = [layer.weight[0] for layer in layers]
+        bias_EO = self.bias_of(layers)
+        bias = None if bias_EO is None else bias_EO[0]
+        out = F.linear(call.aggregate.to(weights[0].dtype), weights[0], bias)
+        if len(layers) == 2:
+            out.add_(F.linear(call.x_dst.to(weights[1].dtype), weights[1]))
         return out
 
 
 class GCNExperts(LinearAggregation):
     """GCN: x' = (D^-1/2 (A + I) D^-1/2 x) W_e + b_e."""
 
-    linears = ("lin",)
+    parts = ("lin", "bias")
     weighted_by = "weight"
 
     @staticmethod
     def accepts(conv: Conv) -> bool:
         return conv.aggr in ("add", "sum")  # it transforms first: the aggregation must be linear
 
-    def has_root(self, conv: Conv) -> bool:
-        return False
-
     def matrix_maker(self, conv: Conv) -> MakeMatrix | None:
         if conv.normalize:
             return partial(Graph.normalized, improved=conv.improved, loops=conv.add_self_loops)
         return super().matrix_maker(conv)
 
-    def strip(self, conv: Conv) -> None:
-        conv.lin = nn.Identity()
-        conv.bias = None
-
 
 class SAGEExperts(LinearAggregation):
     """SAGE: x' = aggr_j(x_j) W_e + x_i V_e + b_e, optionally normalized."""
 
-    linears = ("lin_l", "lin_r")
+    parts = ("lin_l", "lin_r")
 
     @staticmethod
     def accepts(conv: Conv) -> bool:
         return not conv.project and AggregateOnce.accepts(conv)
 
-    def has_root(self, conv: Conv) -> bool:
-        return bool(conv.root_weight)
-
     def has_output_norm(self, conv: Conv) -> bool:
         return bool(conv.normalize)
 
-    def strip(self, conv: Conv) -> None:
-        conv.lin_l = nn.Identity()
-        if conv.root_weight:
-            del conv.lin_r
-        conv.root_weight = False
-        conv.normalize = False
+    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
+        super().build(convs, backend)
+        self.prototype.root_weight = False
+        self.prototype.normalize = False
 
 
 class GraphConvExperts(LinearAggregation):
     """GraphConv: x' = aggr_j(w_ji x_j) W_e + x_i V_e + b_e."""
 
-    linears = ("lin_rel", "lin_root")
+    parts = ("lin_rel", "lin_root")
     weighted_by = "weight"
-
-    def strip(self, conv: Conv) -> None:
-        conv.lin_rel = nn.Identity()
-        del conv.lin_root
 
 
 class FilterExperts(StackedExperts):
@@ -268,6 +210,7 @@ class FilterExperts(StackedExperts):
     :class:`LinearAggregation`, not under it.
     """
 
+    parts = ("lin", "bias")
     may_differ = frozenset({"filter", "hops"})
 
     @staticmethod
@@ -275,28 +218,10 @@ class FilterExperts(StackedExperts):
         return conv.aggr in ("add", "sum")
 
     def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        first = convs[0]
-        # Only its `hop` runs.
-        self.prototype = copy.deepcopy(first)
-        self.prototype.flow = "source_to_target"  # as edges run inside a graph
-        self.prototype.lin = nn.Identity()
-        self.prototype.bias = None
+        super().build(convs, backend)  # of the prototype, only its `hop` runs
         self.filters = [(conv.filter, conv.hops) for conv in convs]
         self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
-        out_channels, in_channels = first.lin.weight.shape
-        self.linear = LinearExperts(
-            in_channels,
-            out_channels,
-            num_experts=len(convs),
-            bias=first.bias is not None,
-            backend=backend,
-        )
-
-    def parts(self, conv: Conv) -> Parts:
-        parts: Parts = [(Columns(self.linear, 0, self.linear.in_features), conv.lin.weight)]
-        if conv.bias is not None:
-            parts.append((Biases(self.linear), conv.bias))
-        return parts
+        self.width: int = convs[0].in_channels
 
     @property
     def too_far(self) -> list[MessagePassing]:
@@ -312,7 +237,7 @@ class FilterExperts(StackedExperts):
     @property
     def aggregate_width(self) -> int | None:
         # Without powers, the router sees the mean over in-edges.
-        return self.hops * self.linear.in_features if self.hops else None
+        return self.hops * self.width if self.hops else None
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
         # 1. All tokens after each filter that occurs.
@@ -333,7 +258,10 @@ class FilterExperts(StackedExperts):
             filtered_RI = torch.cat(filtered, dim=1).view(-1, call.x_dst.size(1))
             rows_PI = filtered_RI.index_select(0, row_P)
         # 3. Its linear map.
-        return combine(self.linear(rows_PI, routing.offsets), routing)
+        y_PO = self.lin(rows_PI, routing.offsets)
+        if self.bias is not None:
+            y_PO = y_PO + self.bias.index_select(0, routing.expert)
+        return combine(y_PO, routing)
 
     def _filtered(self, name: FilterName, hops: int, call: Call) -> Tensor:
         """(T, I) the tokens after a filter."""
@@ -351,7 +279,7 @@ class GINExperts(AggregateOnce):
     The networks have two linear layers with a ReLU between them.
     """
 
-    eps_E1: Tensor
+    parts = ("nn", "eps")
 
     @staticmethod
     def accepts(conv: Conv) -> bool:
@@ -360,26 +288,9 @@ class GINExperts(AggregateOnce):
         dropout = getattr(conv.nn, "dropout", [])
         return AggregateOnce.accepts(conv) and network in MLPS and not any(dropout)
 
-    def strip(self, conv: Conv) -> None:
-        conv.nn = nn.Identity()
-        del conv.eps  # it scales the root, which is left out
-
-    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        super().build(convs, backend)
-        up, down = _linears(convs[0])
-        self.up = stacked(up, len(convs), backend)
-        self.down = stacked(down, len(convs), backend)
-        eps_E1 = torch.stack([conv.eps.detach().view(1) for conv in convs])
-        is_learned = isinstance(convs[0].eps, nn.Parameter)
-        self.eps_E1 = nn.Parameter(eps_E1) if is_learned else nn.Buffer(eps_E1)
-
-    def parts(self, conv: Conv) -> Parts:
-        up, down = _linears(conv)
-        return [(self.eps_E1, conv.eps), (self.up, up), (self.down, down)]
-
     def forward(self, call: Call, routing: Routing) -> Tensor:
         assert call.aggregate is not None  # these experts share one
-        scale_P1 = (1 + self.eps_E1).index_select(0, routing.expert)
+        scale_P1 = (1 + self.eps).index_select(0, routing.expert)
         aggregate_PI = dispatch(call.aggregate, routing)
         root_PI = dispatch(call.x_dst, routing)
         rows_PI = aggregate_PI.addcmul_(root_PI, scale_P1)
@@ -389,18 +300,14 @@ class GINExperts(AggregateOnce):
         if must_be_called(self):
             return super().on_all(call)
         assert call.aggregate is not None  # these experts share one
-        rows_TI = call.aggregate.addcmul(call.x_dst, 1 + self.eps_E1)
+        rows_TI = call.aggregate.addcmul(call.x_dst, 1 + self.eps)
         return self._network(rows_TI, all_of(call.x_dst))
 
     def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         """(P, O) each expert's network on its rows."""
-        hidden_PH = self.up(x_PI, offsets_E).relu()
-        return self.down(hidden_PH, offsets_E)
-
-
-def _linears(conv: Conv) -> list[nn.Linear | Linear]:
-    """The two linear layers of a GIN's network."""
-    return [part for part in conv.nn.modules() if isinstance(part, nn.Linear | Linear)]
+        is_sequential = isinstance(self.nn, nn.Sequential)
+        up, down = (self.nn[0], self.nn[2]) if is_sequential else self.nn.lins
+        return down(up(x_PI, offsets_E).relu(), offsets_E)
 
 
 class GINEExperts(GINExperts):
@@ -420,15 +327,7 @@ class GINEExperts(GINExperts):
 class MLPConvExperts(StackedExperts):
     """E MLPConvs as stacked linear layers."""
 
-    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        self.prototype = MLPConv(1, 1)
-        self.prototype.up = nn.Identity()
-        self.prototype.down = nn.Identity()
-        self.up = stacked(convs[0].up, len(convs), backend)
-        self.down = stacked(convs[0].down, len(convs), backend)
-
-    def parts(self, conv: Conv) -> Parts:
-        return [(self.up, conv.up), (self.down, conv.down)]
+    parts = ("up", "down")
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
         hidden_PH = self.up(dispatch(call.x_dst, routing), routing.offsets).relu()

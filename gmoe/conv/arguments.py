@@ -151,15 +151,14 @@ def check_attention(experts: Any) -> None:
     """Refuse to return attention weights of experts that have none, or that run in other ways.
 
     Args:
-        experts: those of a layer, which may share a base.
+        experts: those of a layer.
     """
-    stacked = getattr(experts, "differences", experts)
-    if isinstance(stacked, AttentionExperts):
+    if isinstance(experts, AttentionExperts):
         return
     names = ", ".join(sorted({type(conv).__name__ for conv in experts.convs()}))
     raise ValueError(
         f"return_attention_weights: got True with experts of {names}, which run as "
-        f"{type(stacked).__name__}, expected stacked experts of one of GATConv, GATv2Conv and "
+        f"{type(experts).__name__}, expected stacked experts of one of GATConv, GATv2Conv and "
         "TransformerConv"
     )
 

@@ -9,20 +9,19 @@ A layer transforms U rows, sends M messages from rows to pairs, and sums over ea
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._checks import must_be_called
 from gmoe.conv.additive import additive_scores
 from gmoe.conv.attention_weights import weights_by_edge
-from gmoe.conv.base import Conv, Parts, StackedExperts, is_plain, stacked
+from gmoe.conv.base import Conv, StackedExperts, is_plain
 from gmoe.conv.call import Call
 from gmoe.conv.exported import cast
 from gmoe.conv.graph import Graph
@@ -39,20 +38,10 @@ class AttentionExperts(StackedExperts):
     A source is transformed once for each expert that needs it, all in one grouped product. Scores,
     softmax and sums run over the in-edges of each (token, expert) pair.
 
-    The linear layers of the PyG class are :class:`LinearExperts` under PyG's names; its other
-    parameters are stacked, (E, ...), under theirs.
     """
 
-    layers: tuple[str, ...]
-    """Names of the conv's linear layers."""
-    vectors: tuple[str, ...]
-    """Names of its other parameters."""
     returns_dropped = True
     """Whether the conv returns its attention weights after dropout."""
-
-    if TYPE_CHECKING:  # a stacked layer or parameter; None if the options leave it out
-
-        def __getattr__(self, name: str) -> Any: ...
 
     @staticmethod
     def accepts(conv: Conv) -> bool:
@@ -61,36 +50,11 @@ class AttentionExperts(StackedExperts):
         is_sum = conv.aggr in ("add", "sum")
         return is_sum and conv.decomposed_layers == 1 and not has_turned_loops
 
-    def linears(self, conv: Conv) -> dict[str, Any]:
-        """The linear layers that the options of a conv leave in use, by name."""
-        layers: dict[str, Any] = {}
-        for name in self.layers:
-            layer = getattr(conv, name, None)
-            # One layer may stand for both ends, under two names.
-            if layer is not None and layer not in layers.values():
-                layers[name] = layer
-        return layers
-
-    def parts(self, conv: Conv) -> Parts:
-        stacks = {name: getattr(self, name) for name in (*self.layers, *self.vectors)}
-        return [(stack, getattr(conv, name)) for name, stack in stacks.items() if stack is not None]
-
     def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        first = convs[0]
+        super().build(convs, backend)
         self.backend = backend
-        self.heads = first.heads
-        self.width = first.out_channels
-        self.prototype = copy.deepcopy(first)
-        for name in (*self.layers, *self.vectors):
-            setattr(self.prototype, name, None)
-            setattr(self, name, None)
-        for name, layer in self.linears(first).items():
-            setattr(self, name, stacked(layer, len(convs), backend))
-        for name in self.vectors:
-            vector = getattr(first, name)
-            if vector is not None:
-                empty = vector.detach().new_empty(len(convs), *vector.shape)
-                setattr(self, name, nn.Parameter(empty))
+        self.heads = convs[0].heads
+        self.width = convs[0].out_channels
 
     def forward(
         self, call: Call, routing: Routing, return_attention_weights: bool | None = None
@@ -130,15 +94,17 @@ class AttentionExperts(StackedExperts):
         """(P, O) with the residual and the bias."""
         if self.res is not None:
             y_PO = y_PO + self.res(messages.of_pairs(x_dst), messages.pair_offsets)
-        return y_PO if self.bias is None else y_PO + messages.at_pairs(self.bias)
+        bias_EO = self.bias
+        return y_PO if bias_EO is None else y_PO + messages.at_pairs(bias_EO)
 
     def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
         """(U, O) each row, transformed by its expert."""
         if messages.has_all_rows and is_plain(linear):
             # Each expert has all sources: nothing is gathered, and no block is filled up.
-            y_ENO = cast(x_src, linear.weight.dtype) @ linear.weight
-            if linear.bias is not None:
-                y_ENO = y_ENO + linear.bias[:, None]
+            weight_EOI, bias_EO = linear.weight, linear.bias
+            y_ENO = cast(x_src, weight_EOI.dtype) @ weight_EOI.mT
+            if bias_EO is not None:
+                y_ENO = y_ENO + bias_EO[:, None]
             return y_ENO.flatten(0, 1)
         return linear(messages.of_rows(x_src), messages.row_offsets)
 
@@ -210,8 +176,17 @@ class GATExperts(AttentionExperts):
     then transformed; the scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`.
     """
 
-    layers = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
-    vectors = ("att_src", "att_dst", "att_edge", "bias")
+    parts = (
+        "lin",
+        "lin_src",
+        "lin_dst",
+        "lin_edge",
+        "res",
+        "att_src",
+        "att_dst",
+        "att_edge",
+        "bias",
+    )
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
         lin_src = self.lin_src if self.lin is None else self.lin
@@ -219,16 +194,19 @@ class GATExperts(AttentionExperts):
         sums_inputs = lin_src.in_features <= self.width and is_plain(lin_src) and is_plain(lin_dst)
 
         # 1. The part of the scores that each end of a message gives.
+        att_src_E1HC = self.att_src
         if sums_inputs:
-            source_NEH = self._folded_scores(x_src, lin_src, self.att_src)
-            target_TEH = self._folded_scores(x_dst, lin_dst, self.att_dst)
+            weight_EOI = lin_src.weight
+            of_target_EOI = weight_EOI if lin_dst is lin_src else lin_dst.weight
+            source_NEH = self._folded_scores(x_src, weight_EOI, att_src_E1HC)
+            target_TEH = self._folded_scores(x_dst, of_target_EOI, self.att_dst)
             from_target_PH = messages.by_token(target_TEH)
             # Not by add_ends, which would sort the messages by source and expert in the backward.
             from_source_MH = messages.by_source(source_NEH)
             score_MH = from_source_MH + to_messages(from_target_PH, messages.ptr, messages.pair)
         else:
             value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
-            from_source_UH = self._scores(value_UHC, messages.at_rows(self.att_src))
+            from_source_UH = self._scores(value_UHC, messages.at_rows(att_src_E1HC))
             is_one_map = x_src is x_dst and lin_src is lin_dst
             if is_one_map and self.prototype.add_self_loops:
                 # The loop of its token makes each pair a row, which is transformed already.
@@ -242,16 +220,17 @@ class GATExperts(AttentionExperts):
         # 2. The part that the edge gives.
         edge_MF = None if self.lin_edge is None else self._edge_attr(messages)
         if edge_MF is not None:
-            edge_EFH = self._folded(self.lin_edge, self.att_edge)
+            edge_EFH = self._folded(self.lin_edge.weight, self.att_edge)
             score_MH = score_MH + self._product(edge_MF, edge_EFH, messages.message_offsets)
 
         # 3. Softmax over each pair's messages, and the weighted sum.
-        score_MH = F.leaky_relu(cast(score_MH, self.att_src.dtype), self.prototype.negative_slope)
+        score_MH = cast(score_MH, att_src_E1HC.dtype)
+        score_MH = F.leaky_relu(score_MH, self.prototype.negative_slope)
         alpha_MH, returned_MH = self._attention(score_MH, messages)
         if not sums_inputs:
             return weighted_sum(alpha_MH, value_UHC, messages.from_rows), returned_MH
         sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_sources)
-        weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
+        weight_EIHC = weight_EOI.mT.unflatten(2, (self.heads, self.width))
         sum_PO = self._head_by_head(sum_PHI, weight_EIHC, messages.pair_offsets)
         return cast(sum_PO, alpha_MH.dtype), returned_MH
 
@@ -259,15 +238,17 @@ class GATExperts(AttentionExperts):
         """(U, H) each row times its expert's attention vector."""
         return (value_UHC * att_U1HC.squeeze(1)).sum(dim=-1)
 
-    def _folded_scores(self, x_NI: Tensor, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
+    def _folded_scores(self, x_NI: Tensor, weight_EOI: Tensor, att_E1HC: Tensor) -> Tensor:
         """(N, E, H) the same from the inputs, for each node and each expert in one product."""
-        folded_IEH = self._folded(layer, att_E1HC).transpose(0, 1)
+        folded_IEH = self._folded(weight_EOI, att_E1HC).transpose(0, 1)
         score_NF = x_NI @ folded_IEH.flatten(1)
         return score_NF.view(-1, self.num_experts, self.heads)
 
-    def _folded(self, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
-        """(E, I, H) the layer and the attention vector in one."""
-        return (layer.weight.unflatten(2, (self.heads, self.width)) * att_E1HC).sum(dim=-1)
+    def _folded(self, weight_EOI: Tensor, att_E1HC: Tensor) -> Tensor:
+        """(E, I, H) a layer and the attention vector in one."""
+        weight_EHCI = weight_EOI.unflatten(1, (self.heads, self.width))
+        att_EHC1 = att_E1HC.squeeze(1)[..., None]
+        return (weight_EHCI * att_EHC1).sum(dim=2).mT
 
 
 class TransformerExperts(AttentionExperts):
@@ -278,15 +259,11 @@ class TransformerExperts(AttentionExperts):
     \cdot e` and :math:`\sum \alpha U e = U \sum \alpha e`.
     """
 
-    layers = ("lin_query", "lin_key", "lin_value", "lin_edge", "lin_skip", "lin_beta")
-    vectors = ()
+    parts = ("lin_query", "lin_key", "lin_value", "lin_edge", "lin_skip", "lin_beta")
     returns_dropped = False
 
-    def linears(self, conv: Conv) -> dict[str, Any]:
-        layers = super().linears(conv)
-        if not conv.root_weight:  # PyG makes the layer all the same
-            del layers["lin_skip"]
-        return layers
+    def is_used(self, name: str, conv: Conv) -> bool:
+        return name != "lin_skip" or bool(conv.root_weight)  # PyG makes it all the same
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
         offsets_E = messages.pair_offsets
@@ -307,7 +284,7 @@ class TransformerExperts(AttentionExperts):
             return weighted_sum(alpha_MH, value_UHC, messages.from_rows), returned_MH
 
         # 2. What the edges add to the scores: each message is sent by its edge, too.
-        edge_EFHC = self.lin_edge.weight.unflatten(2, (self.heads, self.width))
+        edge_EFHC = self.lin_edge.weight.mT.unflatten(2, (self.heads, self.width))
         edge_M1F = edge_MF[:, None].to(query_PHC.dtype)
         message_M = torch.arange(edge_MF.size(0), device=edge_MF.device)
         from_edges = messages.edges_from(message_M, edge_MF.size(0))
@@ -337,18 +314,18 @@ class GATv2Experts(AttentionExperts):
     :math:`W x_j`.
     """
 
-    layers = ("lin_l", "lin_r", "lin_edge", "res")
-    vectors = ("att", "bias")
+    parts = ("lin_l", "lin_r", "lin_edge", "res", "att", "bias")
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
         lin_r = self.lin_l if self.lin_r is None else self.lin_r
         source_UO = self._rows(self.lin_l, x_src, messages)
         target_PO = lin_r(messages.of_pairs(x_dst), messages.pair_offsets)
         edge_MF = self._edge_attr(messages)
-        edge_EFO = None if edge_MF is None else self.lin_edge.weight
+        edge_EFO = None if edge_MF is None else self.lin_edge.weight.mT
         # Each head's vector in that head's column: one product gives the scores of all heads.
-        is_head_HH = self.att.new_ones(self.heads).diag()
-        att_EOH = (self.att.squeeze(1)[..., None] * is_head_HH[:, None]).flatten(1, 2)
+        att_EHC = self.att.squeeze(1)
+        is_head_HH = att_EHC.new_ones(self.heads).diag()
+        att_EOH = (att_EHC[..., None] * is_head_HH[:, None]).flatten(1, 2)
         score_MH = additive_scores(
             source_UO,
             target_PO,

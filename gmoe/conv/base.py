@@ -6,9 +6,9 @@ experts, P pairs.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -22,40 +22,11 @@ from gmoe.conv.call import Call
 from gmoe.experts import LinearExperts
 from gmoe.products import Backend
 from gmoe.routing import Routing
+from gmoe.stack import Stack, become, fill, has_base, paths_in, routed_parameters, tensors_of
 
 Conv: TypeAlias = Any
 """A conv of a kind that an experts' class knows: it reads layers of the conv, such as ``conv.lin``,
 which :class:`MessagePassing` does not declare."""
-
-Parts: TypeAlias = list[tuple[Any, Any]]
-"""What is stacked, and what it is stacked from: pairs of (``LinearExperts``, linear layer) or of
-(stacked tensor, tensor); in place of a stacked tensor, what gives an expert's by ``stack[expert]``.
-"""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Some columns of the experts' weights, where several linear layers are stacked as one."""
-
-    linear: Any
-    first: int
-    last: int
-
-    def __getitem__(self, expert: int) -> Tensor:
-        weight: Tensor = self.linear.of_expert(expert)[0]
-        return weight[:, self.first : self.last]
-
-
-@dataclass(frozen=True)
-class Biases:
-    """The biases of stacked linear layers."""
-
-    linear: Any
-
-    def __getitem__(self, expert: int) -> Tensor:
-        bias: Tensor = self.linear.of_expert(expert)[1]
-        return bias
-
 
 MakeConv = Callable[[int], MessagePassing]
 """Makes a fresh conv for the expert of that index."""
@@ -109,8 +80,8 @@ class ConvExperts(nn.Module, ABC):
         return None
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of which a token uses those of its own experts."""
-        return self.parameters()
+        """The parameters of which a token uses those of its own experts: all but a base's."""
+        return routed_parameters(self)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -139,12 +110,13 @@ class ConvExperts(nn.Module, ABC):
         """Make every expert a copy of this conv, which must be of their kind."""
 
 
-class StackedExperts(ConvExperts):
+class StackedExperts(ConvExperts, Stack):
     """E convs of one class and the same options, their parameters stacked.
 
-    A subclass implements three methods: ``build`` makes the stacked parameters, ``parts`` pairs
-    them with those of a conv, and ``forward`` runs them. Filling, resetting and ``expert`` follow
-    from ``parts``.
+    A subclass names its :attr:`parts` and implements ``forward``; filling, resetting and ``expert``
+    follow. Each part is an attribute under PyG's name: a tensor of the conv as one (E, ...), a
+    linear layer as :class:`LinearExperts`, a network of layers as the same network of those, and
+    ``None`` where the options of the convs leave a part out.
 
     Args:
         convs: the E convs.
@@ -152,19 +124,23 @@ class StackedExperts(ConvExperts):
         backend: of the grouped product.
     """
 
-    prototype: Conv
-    """A conv without parameters, whose options are those of all experts."""
+    parts: tuple[str, ...]
+    """The names of a conv's layers and tensors that are stacked: of all that have parameters."""
     may_differ: frozenset[str] = frozenset()
     """Attributes in which the convs of a stack may differ. All others are equal."""
+    prototype: Conv
+    """A conv without these parts, whose options are those of all experts."""
 
     def __init__(self, convs: Sequence[MessagePassing], make: MakeConv, backend: Backend) -> None:
         super().__init__()
         self.make = make
         self.num_experts = len(convs)
         self.flow = convs[0].flow
-        self.build(convs, backend)  # reads num_experts
+        self.build(convs, backend)
+        self.paths = paths_in(self)
         self.to(dtype=dtype_of(convs[0]))  # before they are filled: float64 convs are not rounded
-        self.fill(convs)
+        for expert, conv in enumerate(convs):
+            fill(self, expert, tensors_in(conv))
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -191,76 +167,86 @@ class StackedExperts(ConvExperts):
         """True if a conv with these options can be stacked in this class."""
         return True
 
-    @abstractmethod
     def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        """Make ``prototype``, and room for the stacked parameters.
+        """Make room for the stacked parts, and the prototype of the first conv.
 
-        The constructor calls it once, with ``num_experts`` and ``flow`` already set. The values of
-        the parameters do not matter: ``fill`` copies them from the convs afterwards. The convs
-        must stay as they are.
+        The constructor calls it once, with ``num_experts`` and ``flow`` already set, and fills the
+        parts afterwards. The convs must stay as they are.
 
         Args:
             convs: the E convs, which agree in their options and in the shapes of their parameters.
             backend: of the grouped product.
         """
-
-    @abstractmethod
-    def parts(self, conv: Conv) -> Parts:
-        """What is stacked, and what it is stacked from in this conv."""
-
-    def _tensors(self, conv: Conv, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of an expert's place among the stacked tensors, and the conv's own tensor."""
-        for stack, part in self.parts(conv):
-            if isinstance(stack, nn.Module):  # LinearExperts, or what gmoe.unstack makes of them
-                weight, bias = stack.of_expert(expert)  # type: ignore[operator]
-                yield weight, part.weight
-                if bias is not None:
-                    yield bias, part.bias
+        self.prototype = copy.deepcopy(convs[0])
+        self.prototype.flow = "source_to_target"  # as edges run inside a graph
+        layers: list[nn.Module] = []
+        for name in self.parts:
+            part = getattr(convs[0], name, None) if self.is_used(name, convs[0]) else None
+            if not isinstance(part, nn.Module):
+                self.add(name, part, self.num_experts)
+            elif part in layers:  # one layer may stand for both ends, under two names
+                setattr(self, name, None)
             else:
-                yield stack[expert], part
+                setattr(self, name, stacked(part, self.num_experts, backend))
+                layers.append(part)
+            setattr(self.prototype, name, None)
+
+    def is_used(self, name: str, conv: Conv) -> bool:
+        """False for a part that a conv has, but never runs."""
+        return True
 
     def convs(self) -> list[MessagePassing]:
         return [self.prototype]
 
-    @torch.no_grad()
-    def fill(self, convs: Sequence[MessagePassing]) -> None:
-        """Copy the parameters of each expert's conv."""
-        for expert, conv in enumerate(convs):
-            self._fill_one(expert, conv)
-
-    def _fill_one(self, expert: int, conv: MessagePassing) -> None:
-        for place, value in self._tensors(conv, expert):
-            place.copy_(value)
-
-    @torch.no_grad()
     def draw(self, conv: MessagePassing, experts: Iterable[int]) -> None:
         """Draw the parameters of these experts, each by a reset of this conv."""
         for expert in experts:
             conv.reset_parameters()
-            self._fill_one(expert, conv)
+            fill(self, expert, tensors_in(conv))
 
     @property
     def dtype(self) -> torch.dtype | None:
         return dtype_of(self)
 
     def become(self, conv: MessagePassing) -> None:
-        self.fill([conv] * self.num_experts)
+        become(self, tensors_in(conv))
 
     def reset_parameters(self) -> None:
         # What a conv draws when it is built is thrown away.
         with torch.random.fork_rng(devices=[]):
             conv = self.make(0)
-        self.draw(conv, range(self.num_experts))
+        if has_base(self):
+            conv.reset_parameters()
+            self.become(conv)
+        else:
+            self.draw(conv, range(self.num_experts))
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:
+        """A detached copy of one expert as a plain PyG conv.
+
+        Raises:
+            ValueError: a part was replaced by one with other parameters, such as an adapter's.
+        """
+        values = tensors_of(self, index)
+        if [*values] != self.paths:
+            raise ValueError(
+                f"experts: got parameters {', '.join(values)}, expected {', '.join(self.paths)}: "
+                "merge adapters and remove parametrizations before an expert is taken out"
+            )
         like = next(self.parameters())
         # Looking at an expert must not change what is drawn next.
         with torch.random.fork_rng(devices=[]):
             conv = self.make(index).to(like)
-        for place, value in self._tensors(conv, index):
-            value.copy_(place)
+        places = tensors_in(conv)
+        for path, value in values.items():
+            places[path].copy_(value)
         return conv.train(self.training)
+
+
+def tensors_in(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module, by path."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def to_one(x_TD: Tensor) -> Routing:
@@ -276,16 +262,24 @@ def all_of(x_TD: Tensor) -> Tensor:
     return x_TD.new_full((1,), x_TD.size(0), dtype=torch.int32)
 
 
-def stacked(linear: nn.Linear | Linear, num_experts: int, backend: Backend) -> LinearExperts:
-    """Stack a linear layer of this one's shape for each expert."""
-    out_features, in_features = linear.weight.shape
-    return LinearExperts(
-        in_features,
-        out_features,
-        num_experts=num_experts,
-        bias=linear.bias is not None,
-        backend=backend,
-    )
+def stacked(module: nn.Module, num_experts: int, backend: Backend) -> nn.Module:
+    """A linear layer stacked, without values; or a copy of a network with its layers stacked."""
+    if isinstance(module, nn.Linear | Linear):
+        out_features, in_features = module.weight.shape
+        with torch.device("meta"):  # nothing is drawn
+            layer = LinearExperts(
+                in_features,
+                out_features,
+                num_experts=num_experts,
+                bias=module.bias is not None,
+                backend=backend,
+            )
+        return layer.to_empty(device=torch.get_default_device())
+    network = copy.deepcopy(module)
+    for path, part in list(module.named_modules()):
+        if isinstance(part, nn.Linear | Linear):
+            network.set_submodule(path, stacked(part, num_experts, backend))
+    return network
 
 
 def is_plain(linear: nn.Module) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from gmoe.candidates import Candidate, are_equal, verdict_of
+from gmoe.candidates import Candidate, verdict_of
 from gmoe.conv.aggregate import FilterExperts, LinearAggregation
 from gmoe.conv.base import GAIN_SCALE, MixedExperts, StackedExperts
-from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.moe_conv import MoEConv
+from gmoe.stack import are_equal
 from gmoe.unstacked import UnstackedLinears
 
 
@@ -61,8 +61,6 @@ def _are_linear(experts: Any) -> bool:
 
 def _have_same_values(experts: Any) -> bool:
     """True if all experts, which are of one kind, have the same values."""
-    if isinstance(experts, ConvsFromBase):
-        experts = experts.differences
     if isinstance(experts, StackedExperts):
         return are_equal(experts)
     if isinstance(experts, MixedExperts):

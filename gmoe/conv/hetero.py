@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from gmoe.moe import MoELayer
 from gmoe.products import Backend, combine, dispatch
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing
+from gmoe.stack import become, tensors_of
 from gmoe.start import Start, build_layer_router, check_start, drawn_apart
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
@@ -261,7 +262,7 @@ class HeteroMoEConv(MoELayer):
                 self.k = built.k
                 self.experts_per_token = built.experts_per_token
         if self.start == "copies" and dense is not None:
-            self._become(dense)
+            become(self.experts, dict(dense.named_parameters()))
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -270,19 +271,11 @@ class HeteroMoEConv(MoELayer):
         if self.start == "copies":
             dense = self.expert(0)
             reset(dense)
-            self._become(dense)
+            become(self.experts, dict(dense.named_parameters()))
         with drawn_apart(self.start != "plain"):
             if self.start != "copies":
                 reset(self.experts)
             reset(self.routers)
-
-    @torch.no_grad()
-    def _become(self, dense: RelationalConv) -> None:
-        """Make every expert a copy of a dense layer."""
-        for name, parameter in dense.named_parameters():
-            # nn.Linear holds (O, D) weights, stacked experts (E, D, O); biases are (O,) and (E, O).
-            one = parameter.T if parameter.dim() == 2 else parameter
-            self.experts.get_parameter(name).copy_(one)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
@@ -303,13 +296,8 @@ class HeteroMoEConv(MoELayer):
         first = next(self.experts.parameters())
         dense.to_empty(device=first.device).to(first.dtype)
         factor = 1 if self.gain is None else GAIN_SCALE * self.gain
-        for name, linear in dense.named_modules():
-            if isinstance(linear, nn.Linear):
-                stacked: Any = self.experts.get_submodule(name)
-                weight, bias = stacked.of_expert(index)
-                linear.weight.copy_(weight * factor)
-                if bias is not None:
-                    linear.bias.copy_(bias * factor)
+        for path, value in tensors_of(self.experts, index).items():
+            dense.get_parameter(path).copy_(value * factor)
         return dense.train(self.training)
 
     def forward(

@@ -39,10 +39,9 @@ from gmoe.conv.arguments import (
     two_widths,
 )
 from gmoe.conv.attention_weights import AttentionWeights
-from gmoe.conv.base import GAIN_SCALE, StackedExperts, times
+from gmoe.conv.base import GAIN_SCALE, times
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.call import Call
-from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import ConvLike, Make, kind_of, kinds_of
 from gmoe.conv.open_widths import OpenWidths
@@ -57,6 +56,7 @@ from gmoe.moe import MoELayer
 from gmoe.products import Backend
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routing
+from gmoe.stack import share_base
 from gmoe.start import Start, build_layer_router, drawn_apart, start_of_convs
 
 
@@ -133,7 +133,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
 
             - ``"copies"``: all experts start as one conv, and nothing runs beside them: at the
               FLOPs of one, if they aggregate once. The weights of expert e are a base, which all
-              nodes train, and a difference that starts at zero, see ``gmoe.from_base.FromBase``;
+              nodes train, and a difference that starts at zero, see ``gmoe.stack``;
               :func:`gmoe.fold` makes the experts independent. Convs that run one by one are
               independent from the start. The first forward is the conv's, since a node's weights
               sum to 1; other routers are refused (``router.sums_to_one``). Token choice by name
@@ -269,11 +269,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             # 2. The routed experts.
             if self.start == "copies":
                 refuse_functions("conv", type(dense).__name__, dense)
-                experts = build_experts(make_routed, options.local, options.backend, dense)
-                if isinstance(experts, StackedExperts):
-                    base = build_experts(make_dense, options.local, options.backend, dense)
-                    experts = ConvsFromBase(base, experts)
-                self.experts = experts
+                self.experts = build_experts(make_routed, options.local, options.backend, dense)
+                share_base(self.experts)
             else:
                 self.experts = build_experts(make_routed, options.local, options.backend)
             self.flow = self.experts.flow

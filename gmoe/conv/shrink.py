@@ -8,35 +8,20 @@ from torch import nn
 
 from gmoe.conv.aggregate import FilterExperts
 from gmoe.conv.base import MixedExperts, StackedExperts
-from gmoe.conv.from_base import ConvsFromBase
 from gmoe.conv.kinds import Make
 from gmoe.conv.separate import SeparateExperts
-from gmoe.experts import LinearExperts
-from gmoe.shrink import Kept, keep_experts, shrink, take
+from gmoe.shrink import Kept, keep_experts
+from gmoe.stack import keep
 
 
 @keep_experts.register
 def _stacked(experts: StackedExperts, kept: Kept) -> None:
-    # Of a stack, each tensor has a row for each expert.
-    for part in experts.modules():
-        if isinstance(part, LinearExperts):
-            shrink(part, kept)
-            continue
-        names = [name for name, _ in part.named_parameters(recurse=False)]
-        names += [name for name, _ in part.named_buffers(recurse=False)]
-        if names and part is not experts:
-            raise ValueError(
-                f"model: got experts with a {type(part).__name__} in place of a part, expected "
-                "stacked linear layers as they were built; call gmoe.restack before"
-            )
-        for name in names:
-            take(part, name, kept)
+    keep(experts, kept)
     if isinstance(experts.make, Make):
         experts.make = replace(experts.make, kinds=[experts.make.kinds[expert] for expert in kept])
     if isinstance(experts, FilterExperts):
         # All powers stay: the router may see them.
         experts.filters = [experts.filters[expert] for expert in kept]
-    experts.num_experts = len(kept)
 
 
 @keep_experts.register
@@ -58,8 +43,3 @@ def _mixed(experts: MixedExperts, kept: Kept) -> None:
         members.append(tuple(kept.index(indices[place]) for place in places))
     experts.groups = nn.ModuleList(groups)
     experts.members = members
-
-
-@keep_experts.register
-def _from_base(experts: ConvsFromBase, kept: Kept) -> None:
-    keep_experts(experts.differences, kept)

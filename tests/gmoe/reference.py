@@ -520,7 +520,7 @@ def naive_route(
 
 
 def naive_linear(linear: LinearExperts, expert: int, x_I: Tensor) -> Tensor:
-    y_O = x_I @ linear.weight[expert]
+    y_O = x_I @ linear.weight[expert].T
     return y_O if linear.bias is None else y_O + linear.bias[expert]
 
 

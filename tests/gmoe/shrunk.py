@@ -10,7 +10,6 @@ from torch_geometric.nn import GATConv
 
 import gmoe
 from gmoe import MoEConv
-from gmoe.from_base import FromBase
 from tests.gmoe.test_convert import timm_vit
 
 WIDTH, EXPERTS, NODES = 4, 8, 5
@@ -83,10 +82,9 @@ def assert_has(layer: Any, number: int) -> None:
     """The layer, its router and all stacked tensors have this number of experts."""
     assert layer.num_experts == number
     assert layer.router.num_experts == number
-    routed = layer.experts.differences if isinstance(layer.experts, FromBase) else layer.experts
-    for part in routed.modules():
+    for part in layer.experts.modules():
         if isinstance(part, gmoe.LinearExperts):
-            assert len(part.weight) == part.num_experts
+            assert len(part.weight) == part.num_experts == len(part.stored("weight"))
 
 
 def has_experts(model: nn.Module) -> bool:

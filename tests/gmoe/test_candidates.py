@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import gmoe
-from gmoe.candidates import are_equal, candidate_of_tokens, verdict_of, weights_sum_to_one
+from gmoe.candidates import candidate_of_tokens, verdict_of, weights_sum_to_one
+from gmoe.stack import are_equal
 from tests.gmoe.shrunk import EXPERTS, WIDTH, X, assert_same
 
 

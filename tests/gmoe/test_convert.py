@@ -270,7 +270,7 @@ def test_a_frozen_model_stays_frozen_but_for_what_is_new(
         f"{name}." for name, module in model.named_modules() if isinstance(module, MoE | MoEConv)
     )
     for name, parameter in model.named_parameters():
-        is_of_dense = ".shared_expert." in name or ".experts.base." in name
+        is_of_dense = ".shared_expert." in name or name.endswith("_base")
         assert parameter.requires_grad == (name.startswith(layers) and not is_of_dense), name
 
 
@@ -510,8 +510,8 @@ def test_a_first_layer_of_zeros_does_not_hide_the_activation(start: Any) -> None
 def test_an_mlp_keeps_the_biases_that_it_has() -> None:
     mlp = Mlp(8, 12, bias=(True, False))
     layer = moefy(stack(mlp), every=1, num_experts=2, start="copies")[0].mlp  # type: ignore[index]
-    assert layer.experts.base.up.bias is not None
-    assert layer.experts.base.down.bias is None
+    assert layer.experts.up.bias is not None
+    assert layer.experts.down.bias is None
 
 
 class Network(nn.Module):

@@ -62,7 +62,7 @@ def test_experts_that_add_something_stay_however_little(start: Any) -> None:
     model: Any = moefied(start=start)
     with torch.no_grad():
         weak = model.blocks[0].mlp.experts
-        of_expert = weak.differences.parameters() if start == "copies" else weak.down.parameters()
+        of_expert = weak.routed_parameters() if start == "copies" else weak.down.parameters()
         for parameter in of_expert:
             parameter *= 1e-9
     expected = model(images())

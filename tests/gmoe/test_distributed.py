@@ -164,7 +164,7 @@ def trained(
     model: Any = build().double()
     for gain in (p for name, p in model.named_parameters() if name.endswith("gain")):
         nn.init.constant_(gain, 0.5)  # so that all gradients are there from the first step on
-    for difference in (p for name, p in model.named_parameters() if ".differences." in name):
+    for difference in (p for name, p in model.named_parameters() if name.endswith("_difference")):
         nn.init.normal_(difference, std=0.3)
     if attached:
         attach_aux_loss(model)

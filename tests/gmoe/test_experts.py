@@ -118,7 +118,7 @@ def test_initialized_as_separate_linears() -> None:
     linears = [nn.Linear(6, 4) for _ in range(5)]
     torch.manual_seed(0)
     experts = LinearExperts(6, 4, num_experts=5)
-    assert torch.equal(experts.weight, torch.stack([linear.weight.T for linear in linears]))
+    assert torch.equal(experts.weight, torch.stack([linear.weight for linear in linears]))
     assert experts.bias is not None
     assert torch.equal(experts.bias, torch.stack([linear.bias for linear in linears]))
 

@@ -82,9 +82,8 @@ def test_active_parameters_are_those_of_a_token(
         for start in ("shared", None)  # the default is copies for some of the routers
     ]
     for layer in (moe(router, k, **kwargs), *layers):
-        are_copies = getattr(layer, "start", None) == "copies"
-        experts = layer.experts.differences if are_copies else layer.experts
-        every, routed = (sum(p.numel() for p in part.parameters()) for part in (layer, experts))
+        every = sum(p.numel() for p in layer.parameters())
+        routed = sum(p.numel() for p in layer.routed_parameters())
         assert active_parameters(layer) == every - routed * (E - per_token) / E
 
 

@@ -114,16 +114,16 @@ def products(make: Callable[..., Callable[[int, torch.dtype], Args]]) -> dict[st
 
 
 def routed(places: bool, bias: bool, parts: int) -> Callable[[int, torch.dtype], Args]:
-    """What both operators take: weight, bias, gate, parts, token, offsets, place."""
+    """What both operators take: gate, bias, weights, parts, token, offsets, place."""
 
     def args(width: int, dtype: torch.dtype) -> Args:
         num_rows = 40
         _, offsets = rows(num_rows, 1, dtype)
         token = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
         return (
-            features(EXPERTS, parts * width, width).to(dtype),
-            features(EXPERTS, width).to(dtype) if bias else None,
             features(num_rows).to(dtype),
+            features(EXPERTS, width).to(dtype) if bias else None,
+            [features(EXPERTS, width, width, seed=part).to(dtype) for part in range(parts)],
             [features(num_rows, width, seed=part).to(dtype) for part in range(parts)],
             token,
             offsets,
@@ -147,7 +147,9 @@ def backward(
         values = routed(places, bias, parts)(width, dtype)
         num_rows = len(values[4])
         grad, y = (features(num_rows, width, seed=seed).to(dtype) for seed in (3, 4))
-        return grad, y, *values, [*needs, *([True] * parts)]
+        needs_gate, needs_bias, needs_weights = needs
+        of_parts = [needs_weights] * parts + [True] * parts
+        return grad, y, *values, [needs_gate, needs_bias, *of_parts]
 
     return args
 
@@ -291,7 +293,7 @@ ROADS: dict[str, dict[str, Road]] = {
         "added, rows forgotten": Road(forward(False, False), "index_add_", "addmm_"),
         "fetched": Road(forward(True, True), leaves="index_add_"),
         "fetched, rows forgotten": Road(forward(True, False), leaves="index_add_"),
-        "one part without a bias": Road(forward(True, True, False, 1), leaves="cat"),
+        "one part without a bias": Road(forward(True, True, False, 1), leaves="index_add_"),
         "by expert, added": Road(forward(False, True), "addmm_", patches=BY_EXPERT),
         "by expert, rows forgotten": Road(forward(False, False), "addmm_", patches=BY_EXPERT),
         "by expert, fetched": Road(forward(True, True), "addmm_", "index_add_", patches=BY_EXPERT),
@@ -299,16 +301,16 @@ ROADS: dict[str, dict[str, Road]] = {
     },
     "routed_linear_backward": {
         "added": Road(backward(False, ALL), "index_add_"),
-        "fetched": Road(backward(True, ALL), "cat"),
+        "fetched": Road(backward(True, ALL), "index_add_"),
         "gates without gradients": Road(backward(True, EXPERTS_ONLY), leaves="linalg_vecdot"),
-        "one part without a bias": Road(backward(True, (True, True, False), False, 1)),
-        "by expert, added": Road(backward(False, ALL), "index_add_", "cat", patches=BY_EXPERT),
-        "by expert, fetched": Road(backward(True, ALL), leaves="cat", patches=BY_EXPERT),
+        "one part without a bias": Road(backward(True, (True, False, True), False, 1)),
+        "by expert, added": Road(backward(False, ALL), "sum", patches=BY_EXPERT),
+        "by expert, fetched": Road(backward(True, ALL), leaves="index_add_", patches=BY_EXPERT),
         "by expert, gates without gradients": Road(
             backward(True, EXPERTS_ONLY), leaves="linalg_vecdot", patches=BY_EXPERT
         ),
         "by expert, one part": Road(
-            backward(True, (True, True, False), False, 1), leaves="cat", patches=BY_EXPERT
+            backward(True, (True, False, True), False, 1), "mm", patches=BY_EXPERT
         ),
     },
     "sum_messages": {

@@ -257,15 +257,19 @@ def test_routed_linear_is_the_mixture(
     """Outputs, and gradients of all but a frozen input; the caller's tensors stay as they are."""
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < share
     gate = (features(tokens, experts, seed=seed + 9) * chosen).requires_grad_(frozen < 5)
-    shapes = [(experts, sum(widths), 3), (experts, 3), *((tokens, width) for width in widths)]
+    shapes: list[tuple[int, ...]] = [(experts, 3)]
+    shapes += [(tokens, width) for width in widths]
+    shapes += [(experts, 3, width) for width in widths]
     values = [
         features(*shape, seed=seed + i).requires_grad_(i != frozen)
         for i, shape in enumerate(shapes)
     ]
     before = [value.detach().clone() for value in values]
-    weight, bias_EO, *parts = values
-    ours = routed_linear(parts, weight, bias_EO if bias else None, routing_of(gate), backend)
-    of_each = torch.einsum("ti,eio->teo", torch.cat(parts, dim=1), weight) + bias * bias_EO
+    bias_EO, *rest = values
+    parts, weights = rest[: len(widths)], rest[len(widths) :]
+    ours = routed_linear(parts, weights, bias_EO if bias else None, routing_of(gate), backend)
+    weight = torch.cat(weights, dim=2)
+    of_each = torch.einsum("ti,eoi->teo", torch.cat(parts, dim=1), weight) + bias * bias_EO
     theirs = torch.einsum("te,teo->to", gate, of_each)
     # where a weight is no pair's, the formula's gradient is not zero
     leaves = [value for value in [*values, *([gate] if share == 1 else [])] if value.requires_grad]
@@ -282,9 +286,9 @@ def test_gradients_of_gradients_are_refused_in_every_way(
     backend: Backend, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gmoe.products.AT_ONCE", 2**17 if at_once else -1)
-    weight = features(4, 5, 3).requires_grad_()
+    weight = features(4, 3, 5).requires_grad_()
     routing = Routing.from_choices(torch.arange(8)[:, None] % 4, features(8, 1), num_experts=4)
-    out = routed_linear([features(8, 5)], weight, None, routing, backend)
+    out = routed_linear([features(8, 5)], [weight], None, routing, backend)
     with pytest.raises(RuntimeError, match=r"^create_graph: got True"):
         torch.autograd.grad(out.square().sum(), weight, create_graph=True)
 
@@ -292,15 +296,15 @@ def test_gradients_of_gradients_are_refused_in_every_way(
 def test_routed_linear_is_of_the_type_of_its_weights() -> None:
     x, weight, routing = (
         features(5, 5).bfloat16(),
-        features(2, 5, 3).float(),
+        features(2, 3, 5).float(),
         routing_of(torch.ones(5, 2)),
     )
-    assert routed_linear([x], weight, None, routing).dtype == torch.float32
+    assert routed_linear([x], [weight], None, routing).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("frozen", range(6))
+@pytest.mark.parametrize("frozen", range(7))
 @pytest.mark.parametrize("k", [1, 3])
 def test_rows_that_move_at_once_give_what_the_loop_gives(
     dtype: torch.dtype, bias: bool, frozen: int, k: int, monkeypatch: pytest.MonkeyPatch
@@ -309,18 +313,19 @@ def test_rows_that_move_at_once_give_what_the_loop_gives(
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(40, 3, generator=generator).topk(k).indices
     routing = Routing.from_choices(chosen, features(40, k).to(dtype), num_experts=4)
-    shapes = [(40, 5), (40, 2), (4, 7, 5), (4, 5), (40 * k,)]
+    shapes = [(40, 5), (40, 2), (4, 5, 5), (4, 5, 2), (4, 5), (40 * k,)]
     leaves = [
         features(*shape, seed=i).to(dtype).requires_grad_(i != frozen)
         for i, shape in enumerate(shapes)
     ]
-    *parts, weight, bias_EO, gate = leaves
+    parts, weights = leaves[:2], leaves[2:4]
+    bias_EO, gate = leaves[4:]
     routing = replace(routing, weight=gate)
     found = []
     for most in (40 * 7, 40 * 7 - 1):  # the inputs, and less than those
         monkeypatch.setattr("gmoe.products.AT_ONCE", most)
         with Noted() as noted:
-            y = routed_linear(parts, weight, bias_EO if bias else None, routing)
+            y = routed_linear(parts, weights, bias_EO if bias else None, routing)
             found.append([y, *gradients(y, [leaf for leaf in leaves if leaf.requires_grad])])
         assert ("addmm_" in noted.names) == (most < 40 * 7)  # the second part of an expert's input
     near = 1e-12 if dtype == torch.float64 else 1e-5
@@ -336,10 +341,10 @@ def test_a_mixture_in_one_call_compiles(
     monkeypatch.setattr("gmoe.products.AT_ONCE", most)
     routing = routings()[which]
     routing = replace(routing, weight=routing.weight.float())
-    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((9, 8), (4, 8, 4), (4, 4))]
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((9, 8), (4, 4, 8), (4, 4))]
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return routed_linear([x], weight, bias, routing)
+        return routed_linear([x], [weight], bias, routing)
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     outputs = [run(*leaves) for run in (compiled, layer)]
@@ -352,9 +357,9 @@ def test_tokens_of_one_pair_fetch_their_rows(most: int, monkeypatch: pytest.Monk
     """They get the same bits as tokens to which rows are added, and nothing is added to them."""
     monkeypatch.setattr("gmoe.products.AT_ONCE", most)
     (one_each, *_) = routings()
-    shapes = [(9, 5), (9, 2), (4, 7, 5)]
+    shapes = [(9, 5), (9, 2), (4, 5, 5), (4, 5, 2)]
     leaves = [features(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
-    x, neighbors, experts = leaves
+    x, neighbors, *experts = leaves
     bias = features(4, 5)  # whose gradient would be a sum over rows
     weight = features(9).requires_grad_()
     found = []

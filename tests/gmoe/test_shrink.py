@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gmoe
 from gmoe.layer_groups import groups_of
-from gmoe.shrink import keep_experts, take
+from gmoe.shrink import keep_experts
 from tests.gmoe.shrunk import (
     EDGES,
     EXPERTS,
@@ -184,7 +184,7 @@ class Counted(gmoe.Router):
 
 @keep_experts.register
 def _counted(router: Counted, kept: Any) -> None:
-    take(router, "score_E", kept)
+    router.score_E = nn.Parameter(router.score_E.detach()[list(kept)])
     router.num_experts = len(kept)
 
 

@@ -29,8 +29,8 @@ from gmoe import (
     TokenChoice,
     moefy,
 )
-from gmoe.from_base import FromBase
 from gmoe.models.vit import ViTMoE, ViTSize
+from gmoe.stack import base_parameters, has_base
 from gmoe.start import start_of_convs
 from tests.gmoe.conv.masked import GRAPHS, features, random_graph, routing_of
 from tests.gmoe.conv.test_experts import ids
@@ -206,7 +206,7 @@ def test_copies_learn_apart() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(features(NODES, WIDTH), EDGES).sin().sum().backward()
     optimizer.step()
-    weights = gmoe.fold(layer).experts.linear.weight
+    weights = gmoe.fold(layer).experts.lin.weight
     assert not torch.equal(weights[0], weights[1])
 
 
@@ -346,8 +346,8 @@ def test_experts_follow_the_seed_and_differ() -> None:
 def test_a_base_and_its_router_follow_the_seed_and_differ_from_layer_to_layer() -> None:
     build = partial(MoEConv, "gcn", 4, 4, start="copies")
     layers = [drawn(lambda: nn.ModuleList([build(), build()]), seed)[0] for seed in (3, 3, 4)]
-    for name in ("experts.base.linear", "router.gate"):
-        first, again, other = ([x.get_submodule(name).weight for x in pair] for pair in layers)
+    for name in ("experts.lin.weight_base", "router.gate.weight"):
+        first, again, other = ([x.get_parameter(name) for x in pair] for pair in layers)
         assert all(map(torch.equal, first, again))
         assert len({weight.flatten()[0].item() for weight in (*first, *other)}) == 4
 
@@ -496,7 +496,7 @@ def test_the_default_of_convs_that_run_one_by_one_is_shared() -> None:
 
 def test_copies_of_convs_that_run_one_by_one_are_independent() -> None:
     layer: Any = MoEConv("le", WIDTH, WIDTH, num_experts=3, start="copies")
-    assert not any(isinstance(part, FromBase) for part in layer.modules())
+    assert not has_base(layer)
     assert gmoe.fold(layer) is layer
 
 
@@ -617,8 +617,8 @@ def test_a_conv_in_a_model_starts_as_before_whatever_was_put_on_it(
     torch.testing.assert_close(layer.eval()(x, EDGES), dense.eval()(x, EDGES))
     if start == "copies":
         is_frozen = not next(dense.parameters()).requires_grad
-        assert {p.requires_grad for p in layer.experts.base.parameters()} == {not is_frozen}
-        assert all(p.requires_grad for p in layer.experts.differences.parameters())
+        assert {p.requires_grad for p in base_parameters(layer.experts)} == {not is_frozen}
+        assert all(p.requires_grad for p in layer.routed_parameters())
 
 
 def test_mlps_and_relations_have_a_shared_expert_by_default() -> None:

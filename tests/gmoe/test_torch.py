@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,23 +166,6 @@ def private_uses(source: str) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
             names = (*str(node.module).split("."), *(alias.name for alias in node.names))
             yield from (name for name in names if name.startswith("_"))
-
-
-def test_a_copy_with_other_tensors_computes_with_them_and_leaves_the_module_as_it_is() -> None:
-    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.LSTM(3, 2)).eval()
-    x = torch.randn(4, 2)
-    parameters = list(module.parameters())
-    sums = {id(parameter): parameter + 1 for parameter in parameters}
-    copied = _torch.with_tensors(module, sums)
-    twin = copy.deepcopy(module)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.add_(1)
-    before = module(x)[0]
-    torch.testing.assert_close(copied(x)[0], twin(x)[0])
-    assert torch.equal(module(x)[0], before)
-    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
-    assert copied.get_submodule("1").running_mean is module.get_submodule("1").running_mean
 
 
 def test_the_dtype_of_a_module_is_that_of_its_first_floating_point_parameter() -> None:

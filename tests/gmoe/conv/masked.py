@@ -18,7 +18,6 @@ from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 from gmoe import MoEConv, Routing
 from gmoe._checks import parameters_of
 from gmoe.conv.base import GAIN_SCALE
-from gmoe.from_base import FromBase
 
 Features = Tensor | tuple[Tensor, Tensor]
 Size = tuple[int, int]
@@ -173,28 +172,17 @@ def as_convs(experts: Any, num_experts: int) -> list[dict[str, Tensor]]:
 
     If experts share a base, they are those of the differences, and the base's must be their sum.
     """
-    if isinstance(experts, FromBase):
-        assert_base_gets_the_sum(experts)
-        return as_convs(experts.differences, num_experts)
     twin = copy.deepcopy(experts)
     with torch.no_grad():
         for mine, own in zip(twin.parameters(), experts.parameters(), strict=True):
             mine.copy_(torch.full_like(own, torch.nan) if own.grad is None else own.grad)
+        of = dict(twin.named_parameters())
+        for name, value in of.items():
+            if name.endswith("_base"):
+                summed = of[name.removesuffix("_base") + "_difference"].sum(dim=0)
+                torch.testing.assert_close(value, summed, rtol=1e-9, atol=1e-9, equal_nan=True)
+                value.zero_()
     return [dict(twin.expert(index).named_parameters()) for index in range(num_experts)]
-
-
-def assert_base_gets_the_sum(experts: FromBase) -> None:
-    """The gradient of each of the base's parameters is the sum over experts of the differences'."""
-    bases = list(experts.base.parameters())
-    sums = [torch.zeros_like(base) for base in bases]
-    for index, difference in enumerate(experts.differences.parameters()):
-        place = index % len(bases)
-        grad = torch.zeros_like(difference) if difference.grad is None else difference.grad
-        # Stacked, (E, ...), or of a conv on its own.
-        sums[place] += grad.sum(dim=0, keepdim=True) if grad.shape != sums[place].shape else grad
-    for base, summed in zip(bases, sums, strict=True):
-        own = torch.zeros_like(base) if base.grad is None else base.grad
-        torch.testing.assert_close(own, summed, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 def assert_equals_masked(

@@ -11,8 +11,8 @@ from torch_geometric import nn as pyg
 
 import gmoe
 from gmoe import MoEConv
-from gmoe.from_base import FromBase
 from gmoe.layer_groups import groups_of
+from gmoe.stack import become, tensors_of
 from tests.gmoe.shrunk import (
     CONVS,
     EDGES,
@@ -31,10 +31,7 @@ LINEAR = ("gcn", "sage", "filter")
 
 def equal(layer: Any, first: int = 0) -> Any:
     """The layer with experts of the same values."""
-    routed = layer.experts.differences if isinstance(layer.experts, FromBase) else layer.experts
-    with torch.no_grad():
-        for parameter in routed.parameters():
-            parameter.copy_(parameter[first : first + 1].expand_as(parameter))
+    become(layer.experts, tensors_of(layer.experts, first))
     return layer
 
 

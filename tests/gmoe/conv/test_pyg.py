@@ -232,7 +232,7 @@ def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
     moe(x, edges)
     for name, conv in plain.named_modules():
         if isinstance(conv, SAGEConv):
-            moe.get_submodule(name).experts.fill([conv] * 4)
+            moe.get_submodule(name).experts.become(conv)
     found = moe(x, edges)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)

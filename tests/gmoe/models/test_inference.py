@@ -55,7 +55,7 @@ def trained(**kwargs: Any) -> GNNMoE:
         for name, value in model.named_parameters():
             if name.endswith("gain"):
                 value.fill_(3.0)
-            if ".differences." in name:
+            if name.endswith("_difference"):
                 value.normal_(std=0.3)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Experts that share a base: W_e = W_0 + D_e. Shapes: N nodes, E experts."""
+"""Stacked tensors of experts, with and without a base. Shapes: N nodes, E experts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrize, prune
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
 import gmoe
 from gmoe import GNNMoE, MoEConv
-from gmoe.from_base import FromBase
-from tests.gmoe.conv.masked import GRAPHS, features
+from gmoe.conv.base import tensors_in
+from gmoe.stack import base_parameters, fill, has_base, tensors_of
+from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features
 from tests.gmoe.conv.test_experts import ids
 from tests.gmoe.models.test_gnn import assert_same
 
@@ -46,9 +47,55 @@ def trained(conv: Any = GCNConv, **options: Any) -> Any:
     torch.manual_seed(1)
     layer = MoEConv(conv, WIDTH, WIDTH, num_experts=EXPERTS, start="copies", **options).double()
     with torch.no_grad():
-        for parameter in layer.experts.differences.parameters():
+        for parameter in layer.routed_parameters():
             parameter.normal_(std=0.3)
     return layer
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=ids)
+@pytest.mark.parametrize("start", ["plain", "copies"])
+def test_the_state_of_experts_is_that_of_a_conv_with_e_in_front(start: Any, conv: Any) -> None:
+    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=EXPERTS, start=start).double()
+    stacked = gmoe.fold(layer).experts.state_dict()
+    for expert in range(EXPERTS):
+        own = layer.experts.expert(expert).state_dict()
+        assert stacked.keys() == own.keys()
+        assert all(torch.equal(value, stacked[name][expert]) for name, value in own.items())
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=ids)
+def test_outputs_and_gradients_are_those_of_the_sums(conv: Any) -> None:
+    assert_equals_masked(trained(conv).eval(), features(NODES, WIDTH), EDGES)
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=ids)
+def test_an_expert_is_filled_and_read_with_and_without_a_base(conv: Any) -> None:
+    layer = trained(conv)
+    given = layer.experts.expert(2)
+    for parameter in given.parameters():
+        nn.init.normal_(parameter)
+    others = tensors_of(layer.experts, 0)
+    for stacked in (layer.experts, gmoe.fold(copy.deepcopy(layer)).experts):
+        fill(stacked, 2, tensors_in(given))
+        for name, value in tensors_in(stacked.expert(2)).items():
+            torch.testing.assert_close(value, tensors_in(given)[name])
+        for name, value in tensors_of(stacked, 0).items():
+            torch.testing.assert_close(value, others[name])
+
+
+def test_the_base_takes_the_state_of_a_dense_conv() -> None:
+    dense = GCNConv(WIDTH, WIDTH).double()
+    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS, start="copies").double()
+    layer.experts.become(dense)
+    x = features(NODES, WIDTH)
+    assert_same(layer.eval()(x, EDGES), dense(x, EDGES))
+
+
+def test_a_tensor_that_is_a_sum_is_read_and_not_written_to() -> None:
+    linear = trained().experts.lin
+    assert_same(linear.weight, linear.weight_base + linear.weight_difference)
+    assert not linear.weight.is_leaf
+    assert "weight" not in dict(linear.named_parameters())
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=ids)
@@ -62,7 +109,7 @@ def test_a_folded_layer_gives_the_same(conv: Any) -> None:
 
     folded = gmoe.fold(layer)
     assert folded is layer
-    assert not any(isinstance(part, FromBase) for part in folded.modules())
+    assert not has_base(folded)
     assert_same(folded(x, EDGES), expected)
     for index, of_expert in enumerate(experts):
         assert_same(folded.expert(index)(x, EDGES), of_expert)
@@ -70,7 +117,7 @@ def test_a_folded_layer_gives_the_same(conv: Any) -> None:
     assert after * (EXPERTS + 1) == before * EXPERTS
 
     # Its state is that of differences from a base of zeros.
-    nn.init.normal_(next(unfolded.experts.base.parameters()))
+    nn.init.normal_(next(base_parameters(unfolded)))
     unfolded.load_state_dict(folded.state_dict())
     assert_same(unfolded(x, EDGES), expected)
 
@@ -101,30 +148,36 @@ class Scaled(nn.Module):
         return 0.5 * weight
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("how", ["pruned", "parametrized", "parametrized everywhere"])
-def test_a_changed_part_is_refused_unless_the_layer_is_folded_before(how: str, bias: bool) -> None:
-    """It would be applied to the sum with the base."""
-    layer = trained(SAGEConv, bias=bias)
-    for changed in (layer, gmoe.fold(copy.deepcopy(layer))):
-        stacked = getattr(changed.experts, "differences", changed.experts)
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_a_sum_cannot_be_changed_and_its_parts_can(how: str) -> None:
+    """What computes with an expert's weights would compute with a difference alone."""
+
+    def change(linear: nn.Module, name: str) -> None:
         if how == "pruned":
-            prune.identity(stacked.linear, "weight")
+            prune.l1_unstructured(linear, name, 0.5)
         else:
-            names = ["weight", "bias"] if how.endswith("everywhere") and bias else ["weight"]
-            for name in names:
-                parametrize.register_parametrization(stacked.linear, name, Scaled())
-        if changed is not layer:
-            changed(features(NODES, WIDTH), EDGES)
-            continue
-        with pytest.raises(ValueError, match=r"^experts: got differences with .*gmoe.fold"):
-            layer(features(NODES, WIDTH), EDGES)
+            parametrize.register_parametrization(linear, name, Scaled())
+
+    x = features(NODES, WIDTH)
+    layer = trained()
+    with pytest.raises((ValueError, TypeError), match="weight"):  # torch's
+        change(copy.deepcopy(layer).experts.lin, "weight")
+    folded = gmoe.fold(copy.deepcopy(layer))
+    change(folded.experts.lin, "weight")
+    change(layer.experts.lin, "weight_difference")
+    linear = layer.experts.lin
+    assert_same(linear.weight, linear.weight_base + linear.weight_difference)
+    for changed in (layer, folded):
+        changed(x, EDGES).sum().backward()
+    with pytest.raises(ValueError, match="parametrized weight, expected a plain one"):
+        gmoe.fold(layer)
 
 
-@pytest.mark.parametrize("frozen", ["base", "differences"])
+@pytest.mark.parametrize("frozen", ["base", "difference"])
 def test_folded_experts_learn_if_either_part_did(frozen: str) -> None:
     layer = trained()
-    getattr(layer.experts, frozen).requires_grad_(False)
+    for name, parameter in layer.experts.named_parameters():
+        parameter.requires_grad_(not name.endswith(f"_{frozen}"))
     gmoe.fold(layer)
     assert all(parameter.requires_grad for parameter in layer.experts.parameters())
 
@@ -149,19 +202,20 @@ def test_a_step_of_gradient_descent_is_one_with_pooled_gradients() -> None:
     for model in (layer, independent):
         torch.manual_seed(0)
         model(x, EDGES).sin().sum().backward()
-    weight = independent.experts.linear.weight
+    weight = independent.experts.lin.weight
     with torch.no_grad():
         moved = weight - 0.1 * (weight.grad + weight.grad.sum(dim=0))
     torch.optim.SGD(layer.experts.parameters(), lr=0.1).step()
     gmoe.fold(layer)
-    assert_same(layer.experts.linear.weight, moved)
+    assert_same(layer.experts.lin.weight, moved)
 
 
 def test_a_frozen_base_leaves_the_differences_to_learn() -> None:
     layer = trained()
-    layer.experts.base.requires_grad_(False)
+    for parameter in base_parameters(layer):
+        parameter.requires_grad_(False)
     layer(features(NODES, WIDTH), EDGES).sum().backward()
-    assert all(parameter.grad is None for parameter in layer.experts.base.parameters())
+    assert all(parameter.grad is None for parameter in base_parameters(layer))
     assert all(parameter.grad is not None for parameter in layer.routed_parameters())
 
 
@@ -194,14 +248,6 @@ def test_a_copy_and_a_pickle_give_the_same() -> None:
         assert torch.equal(other(x, EDGES), layer(x, EDGES))
 
 
-def test_a_hook_on_a_part_of_the_differences_is_called() -> None:
-    layer = trained()
-    called = []
-    layer.experts.differences.linear.register_forward_hook(lambda *_: called.append(True))
-    layer(features(NODES, WIDTH), EDGES)
-    assert called
-
-
 class Adapted(nn.Module):
     """A layer and weights beside it, as a library for fine-tuning wraps one."""
 
@@ -214,21 +260,20 @@ class Adapted(nn.Module):
         return self.layer(*args) + self.added
 
 
-@pytest.mark.parametrize("part", ["base", "differences"])
-def test_a_part_with_more_weights_is_refused_unless_the_layer_is_folded_before(part: str) -> None:
-    """Its weights would be added to the wrong ones."""
+def test_a_part_of_copies_may_be_wrapped() -> None:
+    """Whatever runs around it, the part itself adds the base."""
     layer = trained().eval()
     x = features(NODES, WIDTH)
     expected = layer(x, EDGES)
-    experts = layer.experts.get_submodule(part)
-    experts.linear = Adapted(experts.linear).double()
-    for call in (lambda: layer(x, EDGES), lambda: gmoe.fold(layer)):
-        with pytest.raises(ValueError, match=r"^experts: got .* gmoe.fold\(model\) before"):
-            call()
-    experts.linear = experts.linear.layer
-    folded = gmoe.fold(layer)
-    folded.experts.linear = Adapted(folded.experts.linear).double()
-    assert_same(folded(x, EDGES), expected)
+    layer.experts.lin = Adapted(layer.experts.lin).double()
+    assert_same(layer(x, EDGES), expected)
+    with pytest.raises(ValueError, match=r"^experts: got parameters .*lin.layer.weight.*adapters"):
+        layer.expert(0)
+    with torch.no_grad():
+        layer.experts.lin.added.fill_(1)
+    adapted = layer(x, EDGES)
+    assert not torch.equal(adapted, expected)
+    assert_same(gmoe.fold(layer)(x, EDGES), adapted)
 
 
 def test_a_patched_layer_runs_and_leaves_its_weights_as_they_are() -> None:
@@ -236,25 +281,18 @@ def test_a_patched_layer_runs_and_leaves_its_weights_as_they_are() -> None:
     layer = trained().eval()
     x = features(NODES, WIDTH)
     expected = layer(x, EDGES)
-    linear = layer.experts.differences.linear
-    forward, weight = linear.forward, linear.weight
+    linear = layer.experts.lin
+    forward, difference = linear.forward, linear.weight_difference
     linear.forward = lambda *args: forward(*args)
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: layer(x, EDGES), range(50)))
     assert all(torch.equal(result, expected) for result in results)
-    assert linear.weight is weight
-
-
-def test_a_parametrized_base_is_refused_since_it_is_added_and_not_called() -> None:
-    layer = trained()
-    parametrizations.weight_norm(layer.experts.base.linear)
-    with pytest.raises(ValueError, match=r"^experts: got a base with parameters .*gmoe.fold"):
-        layer(features(NODES, WIDTH), EDGES)
+    assert linear.weight_difference is difference
 
 
 def test_a_hook_on_a_part_of_copies_sees_that_part() -> None:
     layer = trained()
-    part = layer.experts.differences.linear
+    part = layer.experts.lin
     seen: list[Any] = []
 
     def hook(module: Any, _: Any, out: Any) -> None:
@@ -285,7 +323,7 @@ def test_a_part_of_copies_keeps_what_it_writes_to_itself() -> None:
     mlp = nn.Sequential(nn.Linear(4, 6), Counting(), nn.Linear(6, 4))
     model = gmoe.moefy(nn.ModuleDict({"mlp": mlp}), targets="mlp", num_experts=2, start="copies")
     layer: Any = model["mlp"]  # type: ignore[index]
-    activation = layer.experts.differences.activation
+    activation = layer.experts.activation
     before = activation.calls
     for _ in range(2):
         layer(torch.randn(5, 4))
@@ -317,24 +355,22 @@ SHARDED: dict[str, Any] = {
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("name", SHARDED)
-def test_each_part_is_run_in_shards_or_refused(name: str) -> None:
-    """What holds a base or a difference alone is refused: nothing calls it, and gathers it."""
+def test_each_part_is_run_in_shards(name: str) -> None:
     whole = SHARDED[name]().eval()
     x = features(NODES, WIDTH).to(next(whole.parameters()))
     args = (x,) if name == "MLP" else (x, EDGES)
     expected = whole(*args)
     paths = [path for path, part in whole.named_modules() if any(True for _ in part.parameters())]
-    refused = []
     for path in paths:
         layer = SHARDED[name]().eval()
+        if isinstance(layer.get_submodule(path), nn.ModuleList):  # torch refuses it
+            continue
         fully_shard(layer.get_submodule(path), mesh=init_device_mesh("cpu", (1,)))
-        if path.startswith(("experts.base", "experts.differences")):
-            refused.append(path)
-            with pytest.raises(ValueError, match=r"^experts: got [\w.]+ of the \w+ in shards"):
+        if path == "experts.nn":  # GIN's network holds the layers; nobody calls it
+            with pytest.raises(RuntimeError, match="sharded"):
                 layer(*args)
             continue
         y = layer(*args)
         torch.testing.assert_close(y, expected)
         y.sum().backward()
-    assert {"", "experts", "router"} <= set(paths) - set(refused)
-    assert len(refused) >= 4
+    assert {"", "experts", "router"} <= set(paths)
