@@ -7,7 +7,7 @@ the first layer (H, or 2 H if it is gated).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -59,6 +59,22 @@ class Experts(nn.Module, ABC):
         x_PI = dispatch(x, routing)
         y_PO = self.rows(x_PI, routing.offsets)
         return combine(y_PO, routing)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Take all other experts away, in place; those that stay are numbered anew.
+
+        :func:`gmoe.prune` calls it. A class of your own needs one of its own to be pruned.
+
+        Args:
+            kept: the experts that stay, ascending.
+
+        Raises:
+            ValueError: a class that has none; parts that are parametrized, or were replaced.
+        """
+        raise ValueError(
+            f"model: got {type(self).__name__}, of which no expert can be taken away, expected "
+            "experts of gmoe, or of a class with a method keep(kept) of its own"
+        )
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of which a token uses those of its own experts: all but a base's."""
@@ -133,6 +149,9 @@ class LinearExperts(Experts, Stack):
             device=like.device,
             dtype=like.dtype,
         ).state_dict()
+
+    def keep(self, kept: Sequence[int]) -> None:
+        Stack.keep(self, kept)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # with a base, a sum at each read
@@ -214,6 +233,16 @@ class MLPExperts(Experts):
     def reset_parameters(self) -> None:
         self.up.reset_parameters()
         self.down.reset_parameters()
+
+    def keep(self, kept: Sequence[int]) -> None:
+        for part in (self.up, self.down):
+            if not isinstance(part, LinearExperts):
+                raise ValueError(
+                    f"model: got experts with a {type(part).__name__} in place of a part, expected "
+                    "stacked linear layers as they were built; call gmoe.restack before"
+                )
+            part.keep(kept)
+        self.num_experts = len(kept)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         u_PU = self.up(self.input_norm(x_PI), offsets_E)

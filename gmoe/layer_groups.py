@@ -7,17 +7,19 @@ layers, has to see them together.
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.moe import MoELayer
-from gmoe.routers import Router
-from gmoe.shrink import Kept, shrink
+from gmoe.routers import ROUTERS, OracleRouter, Router
+
+OF_GMOE = (*ROUTERS.values(), OracleRouter, LinearExperts, MLPExperts)
+"""The routers and experts of which an expert can be taken away."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Group:
     def num_experts(self) -> int:
         return next(iter(self.layers.values())).num_experts
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: Sequence[int]) -> None:
         """Take all other experts away from the router and its layers.
 
         Raises:
@@ -52,17 +54,16 @@ class Group:
         parts = [layer.experts for layer in self.layers.values()]
         if self.router is not None:
             parts.append(self.router)
-        _register_convs()
         # First on copies: an error in the middle would leave half a model. A group of processes
         # cannot be copied.
         processes = getattr(self.router, "process_group", None)
         for part in copy.deepcopy(list(dict.fromkeys(parts)), {id(processes): processes}):
-            shrink(part, kept)
+            _keep(part, kept)
         for layer in self.layers.values():
             if hasattr(layer, "edge_names_before"):
                 layer.edge_names_before = layer.edge_names
         for part in dict.fromkeys(parts):
-            shrink(part, kept)
+            _keep(part, kept)
         for layer in dict.fromkeys(self.layers.values()):
             before = layer.kept or range(layer.num_experts)
             layer.kept = tuple(before[expert] for expert in kept)
@@ -74,10 +75,20 @@ class Group:
                 layer.experts_per_token = self.router.experts_per_token
 
 
-def _register_convs() -> None:
-    """Register experts that are convs, if there can be any: somebody imported their classes."""
-    if "gmoe.conv.base" in sys.modules:
-        importlib.import_module("gmoe.conv.shrink")
+def _keep(part: Any, kept: Sequence[int]) -> None:
+    """Take experts away from a router or from experts.
+
+    A subclass of either may compute something else, of weights that its base does not have: it
+    needs a ``keep`` of its own.
+    """
+    is_own = isinstance(part, Router | Experts) and not is_parametrized(part)
+    if is_own and type(part) not in OF_GMOE and "keep" not in vars(type(part)):
+        raise ValueError(
+            f"model: got {type(part).__name__}, of which no expert can be taken away, expected "
+            "routers and experts of gmoe, or a class with a method keep(kept) of its own; call "
+            "gmoe.restack before, if parts are nn.Linears"
+        )
+    part.keep(kept)
 
 
 def named(names: Iterable[str]) -> str:

@@ -111,7 +111,7 @@ def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None
     Raises:
         ValueError: no layer with experts; one without a router, such as a
             :class:`HeteroMoEConv`; experts or routers of a class of your own, see
-            :func:`gmoe.shrink.keep_experts`; parts that are parametrized; ``keep`` out of range.
+            :meth:`gmoe.Experts.keep`; parts that are parametrized; ``keep`` out of range.
 
     Example:
         >>> pruned = gmoe.prune(vit, images, keep=0.5)

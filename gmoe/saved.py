@@ -51,7 +51,6 @@ from gmoe.hub import (
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.routers import ROUTERS, Router
-from gmoe.shrink import shrink
 from gmoe.stack import fold, has_base
 from gmoe.start import build_layer_router, check_start
 from gmoe.unstacked import UnstackedLinears
@@ -345,7 +344,7 @@ def _router_as_loaded(layer: MoELayer, dim: int) -> Router:
             start, made["router"], dim, made["num_experts"], made["k"], made["router_kwargs"]
         )
         if layer.kept is not None:
-            shrink(built, layer.kept)
+            built.keep(layer.kept)
     return built
 
 

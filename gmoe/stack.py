@@ -125,10 +125,14 @@ class Stack(nn.Module):
             self.register_parameter(name, stored)
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Take all other experts away; see :func:`keep`."""
+        """Take all other experts away; those that stay are numbered anew.
+
+        Raises:
+            ValueError: a parametrized tensor.
+        """
         for name in self.names:
             stored = self.stored(name)
-            rows = stored.index_select(0, torch.tensor(kept, device=stored.device))
+            rows = stored.detach().index_select(0, torch.tensor(kept, device=stored.device))
             if isinstance(stored, nn.Parameter):
                 rows = nn.Parameter(rows, requires_grad=stored.requires_grad)
             setattr(self, name + DIFFERENCE if name in self.names_with_base else name, rows)
@@ -226,23 +230,6 @@ def routed_parameters(experts: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of which a token uses those of its own experts: all but the bases."""
     bases = set(base_parameters(experts))
     return (parameter for parameter in experts.parameters() if parameter not in bases)
-
-
-@torch.no_grad()
-def keep(experts: nn.Module, kept: Sequence[int]) -> None:
-    """Take all other experts out of their stacks; those that stay are numbered anew.
-
-    Raises:
-        ValueError: a part in place of a stack, or a parametrized one.
-    """
-    for part in experts.modules():
-        if isinstance(part, Stack):
-            part.keep(kept)
-        elif any(True for _ in part.parameters(recurse=False)):
-            raise ValueError(
-                f"model: got experts with a {type(part).__name__} in place of a part, expected "
-                "stacked linear layers as they were built; call gmoe.restack before"
-            )
 
 
 def are_equal(experts: nn.Module) -> bool:

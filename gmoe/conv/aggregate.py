@@ -223,6 +223,11 @@ class FilterExperts(StackedExperts):
         self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
         self.width: int = convs[0].in_channels
 
+    def keep(self, kept: Sequence[int]) -> None:
+        super().keep(kept)
+        # All powers stay: the router may see them.
+        self.filters = [self.filters[expert] for expert in kept]
+
     @property
     def too_far(self) -> list[MessagePassing]:
         return [self.prototype] if self.hops > 1 else []

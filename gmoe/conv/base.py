@@ -22,7 +22,16 @@ from gmoe.conv.call import Call
 from gmoe.experts import LinearExperts
 from gmoe.products import Backend
 from gmoe.routing import Routing
-from gmoe.stack import Stack, become, fill, has_base, paths_in, routed_parameters, tensors_of
+from gmoe.stack import (
+    Stack,
+    become,
+    fill,
+    has_base,
+    paths_in,
+    routed_parameters,
+    stacks_in,
+    tensors_of,
+)
 
 Conv: TypeAlias = Any
 """A conv of a kind that an experts' class knows: it reads layers of the conv, such as ``conv.lin``,
@@ -108,6 +117,17 @@ class ConvExperts(nn.Module, ABC):
     @abstractmethod
     def become(self, conv: MessagePassing) -> None:
         """Make every expert a copy of this conv, which must be of their kind."""
+
+    @abstractmethod
+    def keep(self, kept: Sequence[int]) -> None:
+        """Take all other experts away, in place; those that stay are numbered anew.
+
+        Args:
+            kept: the experts that stay, ascending.
+
+        Raises:
+            ValueError: parts that are parametrized, or were replaced.
+        """
 
 
 class StackedExperts(ConvExperts, Stack):
@@ -210,6 +230,18 @@ class StackedExperts(ConvExperts, Stack):
 
     def become(self, conv: MessagePassing) -> None:
         become(self, tensors_in(conv))
+
+    def keep(self, kept: Sequence[int]) -> None:
+        for part in self.modules():
+            has_parameters = any(True for _ in part.parameters(recurse=False))
+            if has_parameters and not isinstance(part, Stack):
+                raise ValueError(
+                    f"model: got experts with a {type(part).__name__} in place of a part, expected "
+                    "stacked layers as they were built; call gmoe.restack before"
+                )
+        for _, stack in stacks_in(self):
+            Stack.keep(stack, kept)
+        self.make = self.make.keep(kept)
 
     def reset_parameters(self) -> None:
         # What a conv draws when it is built is thrown away.
@@ -320,6 +352,18 @@ class MixedExperts(ConvExperts):
     def become(self, conv: MessagePassing) -> None:
         for group in self.groups:
             group.become(conv)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        groups = []
+        members = []
+        for group, indices in zip(self.groups, self.members, strict=True):
+            places = [place for place, expert in enumerate(indices) if expert in kept]
+            if places:
+                group.keep(places)
+                groups.append(group)
+                members.append(tuple(kept.index(indices[place]) for place in places))
+        self.groups = nn.ModuleList(groups)
+        self.members = members
 
     def expert(self, index: int) -> MessagePassing:
         for group, indices in zip(self.groups, self.members, strict=True):

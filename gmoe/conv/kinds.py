@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -296,6 +296,10 @@ class Make:
     out_channels: int
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
+
+    def keep(self, kept: Sequence[int]) -> Make:
+        """What makes the convs of some experts, which are numbered anew."""
+        return replace(self, kinds=[self.kinds[expert] for expert in kept])
 
     def __call__(self, expert: int) -> MessagePassing:
         factory = factory_of(self.kinds[expert])

@@ -52,6 +52,10 @@ class SeparateExperts(ConvExperts):
         for member in self.members:
             member.load_state_dict(conv.state_dict())
 
+    def keep(self, kept: Sequence[int]) -> None:
+        self.members = nn.ModuleList(self.members[expert] for expert in kept)
+        self.is_local = [self.is_local[expert] for expert in kept]
+
     def expert(self, index: int) -> MessagePassing:
         conv = copy.deepcopy(self.members[index])
         conv.zero_grad()  # deepcopy copies gradients too

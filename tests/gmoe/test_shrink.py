@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import gmoe
 from gmoe.layer_groups import groups_of
-from gmoe.shrink import keep_experts
 from tests.gmoe.shrunk import (
     EDGES,
     EXPERTS,
@@ -175,6 +174,10 @@ class Counted(gmoe.Router):
 
     def reset_parameters(self) -> None: ...
 
+    def keep(self, kept: Any) -> None:
+        self.score_E = nn.Parameter(self.score_E.detach()[list(kept)])
+        self.num_experts = len(kept)
+
     def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
         expert_T1 = self.score_E.argmax().expand(len(x_TD), 1)
         return gmoe.Routing.from_choices(
@@ -182,23 +185,17 @@ class Counted(gmoe.Router):
         )
 
 
-@keep_experts.register
-def _counted(router: Counted, kept: Any) -> None:
-    router.score_E = nn.Parameter(router.score_E.detach()[list(kept)])
-    router.num_experts = len(kept)
-
-
 class Masked(Counted):
     """The same, which chooses among those that are left of what it scores."""
+
+    def keep(self, kept: Any) -> None:
+        gmoe.Router.keep(self, kept)
 
     def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
         expert_T1 = self.of_alive(self.score_E).argmax().expand(len(x_TD), 1)
         return gmoe.Routing.from_choices(
             expert_T1, x_TD.new_ones(expert_T1.shape), num_experts=self.num_experts
         )
-
-
-keep_experts.register(Masked, gmoe.Router.keep)
 
 
 @pytest.mark.parametrize("own", [Counted, Masked])
