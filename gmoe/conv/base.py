@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,15 @@ Conv: TypeAlias = Any
 """A conv of a kind that an experts' class knows: it reads layers of the conv, such as ``conv.lin``,
 which :class:`MessagePassing` does not declare."""
 
-MakeConv = Callable[[int], MessagePassing]
-"""Makes a fresh conv for the expert of that index."""
+
+class MakeConv(Protocol):
+    """Makes a fresh conv for the expert of an index; see :class:`gmoe.conv.kinds.Make`."""
+
+    def __call__(self, expert: int) -> MessagePassing: ...
+
+    def keep(self, kept: Sequence[int]) -> MakeConv:
+        """What makes the convs of some experts, which are numbered anew."""
+
 
 GAIN_SCALE = 0.1
 """Factor of the gain of routed experts, which starts at zero beside a shared expert.

@@ -22,7 +22,7 @@ from gmoe._verify import SCALES, comparable, is_option, move_, probe_copy, rows_
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, to_one
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import Make, are_alike, base_kind_of, is_of_library, kind_of, name_of
+from gmoe.conv.kinds import CopyOf, Make, are_alike, base_kind_of, is_of_library, kind_of, name_of
 from gmoe.conv.plain import run, run_on
 from gmoe.conv.separate import SeparateExperts
 from gmoe.products import Backend
@@ -272,7 +272,9 @@ class Trial:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 conv = probe_copy(self.conv)
                 move_(conv)
-                experts = stack[0]([conv], lambda _: copy.deepcopy(conv), "loop")
+                experts = stack[0](
+                    [conv], Make([CopyOf(conv)], self.in_channels, 1, (), {}), "loop"
+                )
                 # Tied weights, or a weight that is a buffer, would be trained by themselves.
                 if _num_trained(experts) != _num_trained(conv):
                     return False
