@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gmoe._torch import in_backward, in_transform, is_batched, is_tracing, untraced
+from gmoe.portable import exported_as
 
 UNSUPPORTED = (
     "torch.jit.trace, torch.func transforms (grad, vmap, jvp, …) and batches of gradients "
@@ -47,19 +48,11 @@ class lazy(Generic[Value]):  # noqa: N801
         return result
 
 
-def operator(
-    fake: Callable[..., object], *, has_plain_form: bool = True
-) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
-    """Make a kernel an operator of torch.
-
-    Plain tensors go to the kernel itself: torch's dispatcher takes longer than the products of a
-    small graph. ``torch.export`` gets what the kernel is made of, since other runtimes do not know
-    gmoe's operators: the kernel must then use plain ones of torch, on sizes that are not known.
+def opaque(fake: Callable[..., object]) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
+    """Make a kernel an operator of torch, which compilers do not look into.
 
     Args:
         fake: called like the kernel, gives empty results of the right shapes.
-        has_plain_form: ``torch.export`` gets the kernel, and so does ``torch.compile`` of torch
-            2.10, which takes itself for the former.
     """
 
     def register(kernel: Callable[..., Value]) -> Callable[..., Value]:
@@ -70,23 +63,46 @@ def operator(
         # them the kernel needs one: where a graph breaks, the compiler must not look inside it.
         LIBRARY.impl(name, untraced(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"gmoe::{name}", fake, lib=LIBRARY)
-        dispatched = getattr(torch.ops.gmoe, name).default
+        dispatched: Callable[..., Value] = getattr(torch.ops.gmoe, name).default
+        return dispatched
+
+    return register
+
+
+def operator(
+    fake: Callable[..., object], portable: Callable[..., Value] | None = None
+) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
+    """Make a kernel an operator of torch, in whose place an exported model has a portable form.
+
+    Plain tensors go to the kernel itself: torch's dispatcher takes longer than the products of a
+    small graph. Other runtimes do not know gmoe's operators.
+
+    Args:
+        fake: called like the kernel, gives empty results of the right shapes.
+        portable: called like the kernel, gives the same results by plain operators of torch, on
+            sizes that are not known. ``None`` (default) is the kernel, if it does so itself.
+    """
+
+    def register(kernel: Callable[..., Value]) -> Callable[..., Value]:
+        dispatched = opaque(fake)(kernel)
+
+        @exported_as(portable or kernel)
+        def run_traced(*inputs: object) -> Value:
+            return dispatched(*inputs)
 
         def run(x: Tensor, *inputs: object) -> Value:
-            if has_plain_form and torch.compiler.is_exporting():
-                return kernel(x, *inputs)
             has_values = type(x) in (Tensor, nn.Parameter) and not x.is_meta
             is_traced = torch.compiler.is_compiling() or is_tracing()
             if has_values and not is_traced:
                 return kernel(x, *inputs)
-            return dispatched(x, *inputs)
+            return run_traced(x, *inputs)
 
         return run
 
     return register
 
 
-@operator(fake=lambda like: like.new_empty((), dtype=torch.bool), has_plain_form=False)
+@opaque(fake=lambda like: like.new_empty((), dtype=torch.bool))
 def outside_backward(like: Tensor) -> Tensor:
     """A truth value on the device of ``like``: whether this runs outside of a backward pass.
 

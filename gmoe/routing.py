@@ -15,9 +15,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gmoe import portable
 from gmoe._autograd import lazy
 from gmoe._checks import INTEGERS, check, check_module, check_range, described, readable
 from gmoe._torch import in_backward, untraced
+from gmoe.portable import exported_as
 
 
 class AuxLoss(NamedTuple):
@@ -160,10 +162,7 @@ class Routing:
         # Sort the choices by expert. The sort is stable: an expert's tokens ascend.
         expert_P, slot_P = stable_sort(expert_TK.reshape(-1))
         experts_E = torch.arange(num_experts, device=expert_P.device)
-        if torch.compiler.is_exporting():  # ONNX cannot search
-            offsets_E = (expert_P[:, None] <= experts_E).sum(dim=0).to(torch.int32)
-        else:
-            offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
+        offsets_E = search(expert_P, experts_E, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
         token_P = slot_P if k == 1 else slot_P // max(k, 1)
         return Routing(
@@ -337,20 +336,20 @@ def expert_of_pairs(offsets_E: Tensor, token_P: Tensor) -> Tensor:
 
 def expert_at(offsets_E: Tensor, place: Tensor) -> Tensor:
     """int64, the expert that has each place, given the cumulative ends of the experts' places."""
-    if torch.compiler.is_exporting():  # ONNX cannot search
-        return (place[:, None] >= offsets_E).sum(dim=1)
-    return torch.searchsorted(offsets_E, place, right=True)
+    return search(offsets_E, place)
 
 
+@exported_as(portable.search)
+def search(ascending: Tensor, value: Tensor, *, out_int32: bool = False) -> Tensor:
+    """How many of ascending numbers are at most each value."""
+    return torch.searchsorted(ascending, value, right=True, out_int32=out_int32)
+
+
+@exported_as(portable.stable_sort)
 def stable_sort(value: Tensor) -> tuple[Tensor, Tensor]:
     """Integers in ascending order, equal ones in the order given; and where each one stood."""
-    if not torch.compiler.is_exporting():
-        ascending, order = value.sort(stable=True)
-        return ascending, order
-    # ONNX has no stable sort. Numbers that all differ need none.
-    number = value.size(0)
-    _, order = (value * number + torch.arange(number, device=value.device)).sort()
-    return value.index_select(0, order), order
+    ascending, order = value.sort(stable=True)
+    return ascending, order
 
 
 def _check_choices(

@@ -15,6 +15,7 @@ from torch_geometric.typing import Adj, SparseTensor
 from gmoe._checks import INTEGERS, described
 from gmoe._torch import rows_of_pointers
 from gmoe.conv.edges import Edges
+from gmoe.portable import refuse_in_export
 
 
 class Adjacency(NamedTuple):
@@ -83,10 +84,7 @@ def read_sparse(matrix: Tensor | SparseTensor, num_src: int, num_dst: int, flow:
         ValueError: a matrix of another shape, or another flow than PyG's default; a matrix in an
             exported model, which torch does not trace.
     """
-    if torch.compiler.is_exporting():
-        raise ValueError(
-            "torch.export: got a sparse matrix, expected edge_index of shape (2, number of edges)"
-        )
+    refuse_in_export("a sparse matrix", "edge_index of shape (2, number of edges)")
     shape = (matrix.size(0), matrix.size(1))
     nodes = (num_dst, num_src)
     if shape != nodes or flow != "source_to_target":

@@ -18,18 +18,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmoe import portable
 from gmoe._checks import must_be_called
 from gmoe.conv.additive import additive_scores
 from gmoe.conv.attention_weights import weights_by_edge
 from gmoe.conv.base import Conv, StackedExperts, is_plain
 from gmoe.conv.call import Call
-from gmoe.conv.exported import cast
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
 from gmoe.conv.sums import add_ends, dot, softmax, to_messages, weighted_sum
 from gmoe.experts import LinearExperts
+from gmoe.portable import cast, exported_as
 from gmoe.products import Backend, combine, grouped_linear
 from gmoe.routing import Routing
+
+
+def _all_rows(
+    _: AttentionExperts, linear: LinearExperts, x_src: Tensor, messages: Messages
+) -> Tensor:
+    """(U, O) each row, transformed by its expert, where each expert has a row for each source."""
+    if is_plain(linear):
+        return portable.multiply_by_all(x_src, linear.weight, linear.bias)
+    return linear(messages.of_rows(x_src), messages.row_offsets)
 
 
 class AttentionExperts(StackedExperts):
@@ -97,15 +107,9 @@ class AttentionExperts(StackedExperts):
         bias_EO = self.bias
         return y_PO if bias_EO is None else y_PO + messages.at_pairs(bias_EO)
 
+    @exported_as(_all_rows)
     def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
         """(U, O) each row, transformed by its expert."""
-        if messages.has_all_rows and is_plain(linear):
-            # Each expert has all sources: nothing is gathered, and no block is filled up.
-            weight_EOI, bias_EO = linear.weight, linear.bias
-            y_ENO = cast(x_src, weight_EOI.dtype) @ weight_EOI.mT
-            if bias_EO is not None:
-                y_ENO = y_ENO + bias_EO[:, None]
-            return y_ENO.flatten(0, 1)
         return linear(messages.of_rows(x_src), messages.row_offsets)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gmoe import portable
 from gmoe._autograd import lazy, operator
 from gmoe._torch import assert_async, row_pointers
-from gmoe.conv import exported
+from gmoe.portable import exported_as
 
 RADIX_RECEIVERS = 2**16
 """Up to so many receivers, NumPy's radix sort takes a tenth to a half of torch's time."""
@@ -159,7 +160,7 @@ def _empty_edges(
     return receiver.new_empty(num_receivers + 1), *(torch.empty_like(sender) for _ in range(3))
 
 
-@operator(fake=_empty_edges)
+@operator(fake=_empty_edges, portable=portable.sort_edges)
 def _sort_edges(
     sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int, validate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -167,8 +168,6 @@ def _sort_edges(
 
     Checks them first, inside the operator, so that compiled code keeps the check.
     """
-    if torch.compiler.is_exporting():
-        return exported.sort_edges(sender, receiver, num_receivers)
     if validate:
         check_nodes(sender, num_senders)
         check_nodes(receiver, num_receivers)
@@ -198,15 +197,18 @@ def _find_messages(
     first = ptr.index_select(0, receivers)
     degree = ptr.index_select(0, receivers + 1) - first
     starts = torch.cat([ptr.new_zeros(1), degree.cumsum(0)])
-    if number is not None and torch.compiler.is_exporting():
-        position = exported.positions(starts[1:], number)
-    else:
-        place = torch.arange(receivers.size(0), device=ptr.device)
-        position = place.repeat_interleave(degree, output_size=number)
+    position = _positions(degree, number)
     # A receiver's messages are consecutive, in the graph and here: their numbers differ by a shift.
     shift = (first - starts[:-1]).index_select(0, position)
     message = torch.arange(position.size(0), device=ptr.device) + shift
     return message, position, starts
+
+
+@exported_as(portable.positions)
+def _positions(size: Tensor, number: int | None) -> Tensor:
+    """(number,) the part in which each place lies, given the sizes of the parts."""
+    part = torch.arange(size.size(0), device=size.device)
+    return part.repeat_interleave(size, output_size=number)
 
 
 def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[Tensor, ...]:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmoe import portable
 from gmoe._autograd import lazy, operator
 from gmoe.conv.edges import Edges
 from gmoe.conv.graph import Graph
 from gmoe.conv.sums import to_messages
+from gmoe.portable import exported_as
 from gmoe.products import dispatch
 from gmoe.routing import Routing
 
@@ -71,15 +73,17 @@ def find_rows(
     return row_expert, row_source, offsets, rows_up_to.view_as(is_row) - 1
 
 
-def _all_rows(num_experts: int, num_sources: int, like: Tensor) -> Rows:
-    """A row for each expert and source: an exported model cannot ask which ones have a message."""
-    expert_E1 = torch.arange(num_experts, device=like.device)[:, None]
-    source_N = torch.arange(num_sources, device=like.device)
-    place_EN = expert_E1 * num_sources + source_N
-    expert = expert_E1.expand_as(place_EN).reshape(-1)
-    source = source_N.expand_as(place_EN).reshape(-1)
-    ends_E = (expert_E1.view(-1) + 1) * num_sources
-    return Rows(expert, source, ends_E.to(torch.int32), place_EN)
+@exported_as(portable.all_rows)
+def _rows_of(
+    expert: Tensor, source: Tensor, num_experts: int, num_sources: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The :class:`Rows` of messages, by as few host syncs as the device takes."""
+    number = None
+    if source.device.type != "cpu":
+        # At most each message has a row of its own, and each expert all sources. The host knows
+        # that; for the number itself it would wait.
+        number = min(len(source), num_experts * num_sources)
+    return find_rows(expert, source, num_experts, num_sources, number)
 
 
 class Messages:
@@ -128,25 +132,13 @@ class Messages:
     def rows(self) -> Rows:
         """The sources that each expert transforms."""
         num_experts, num_sources = self.routing.num_experts, self.graph.num_src
-        number = None
-        if self.has_all_rows:
-            return _all_rows(num_experts, num_sources, self.source)
-        if self.source.device.type != "cpu":
-            # At most each message has a row of its own, and each expert all sources. The host knows
-            # that; for the number itself it would wait.
-            number = min(len(self.source), num_experts * num_sources)
-        return Rows(*find_rows(self.expert, self.source, num_experts, num_sources, number))
+        return Rows(*_rows_of(self.expert, self.source, num_experts, num_sources))
 
     @lazy
     def from_rows(self) -> Edges:
         """The messages from the rows to the pairs."""
         row_M = self.rows.place[self.expert, self.source]
         return self.edges_from(row_M, self.rows.source.size(0))
-
-    @property
-    def has_all_rows(self) -> bool:
-        """True if there is a row for each expert and source, in this order."""
-        return torch.compiler.is_exporting()
 
     @property
     def row_offsets(self) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmoe import portable
 from gmoe._torch import untraced
 from gmoe.conv.base import Conv
 from gmoe.conv.graph import Graph
+from gmoe.portable import exported_as
 
 
 def run(conv: Conv, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
@@ -64,7 +66,13 @@ def _sizes_must_not_follow(conv: Conv, x: Tensor) -> bool:
     That is off the CPU, where the host would wait for the size, and in an exported model. Not under
     an explainer, which counts the edges that PyG's conv is given.
     """
-    return (x.device.type != "cpu" or torch.compiler.is_exporting()) and not conv.explain
+    return not (_is_read_at_once(x) or conv.explain)
+
+
+@exported_as(portable.reads_nothing)
+def _is_read_at_once(x: Tensor) -> bool:
+    """True where the host does not wait for values."""
+    return x.device.type == "cpu"
 
 
 def run_filter(conv: Conv, x: Tensor, graph: Graph) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
+from gmoe.portable import refuse_in_export
 from gmoe.routers import Router, RouterLike
 from gmoe.routers.expert_choice import ExpertSelection
 from gmoe.routing import Routing
@@ -130,11 +131,10 @@ def route_nodes(
     """
     if "graph" not in parts:
         return router(seen_TD, batch, edge_index)
-    if torch.compiler.is_exporting():
-        raise ValueError(
-            "torch.export: got router_input='graph', expected a router that sees nodes: how many "
-            "graphs there are follows the data"
-        )
+    refuse_in_export(
+        "router_input='graph'",
+        "a router that sees nodes: how many graphs there are follows the data",
+    )
     chooses = isinstance(getattr(router, "selection", None), ExpertSelection)
     if chooses or not router.by_token:
         raise ValueError(

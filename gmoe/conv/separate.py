@@ -20,8 +20,16 @@ from gmoe.conv.base import Conv, ConvExperts, tokens_of
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.plain import run, run_on
+from gmoe.portable import exported_as
 from gmoe.products import combine
 from gmoe.routing import Routing
+
+
+def _run_all_on_all(experts: SeparateExperts, call: Call, routing: Routing) -> Tensor:
+    """(T, O) the same of every conv at every token: nobody knows who will have tokens."""
+    graph, x_src, x_dst, _ = call
+    all_TEO = torch.stack([run(conv, graph, x_src, x_dst) for conv in experts.members], dim=1)
+    return (all_TEO * routing.to_dense()[..., None]).sum(dim=1)
 
 
 class SeparateExperts(ConvExperts):
@@ -64,11 +72,9 @@ class SeparateExperts(ConvExperts):
     def convs(self) -> list[MessagePassing]:
         return list(self.members)
 
+    @exported_as(_run_all_on_all)
     def forward(self, call: Call, routing: Routing) -> Tensor:
         graph, x_src, x_dst, _ = call
-        if torch.compiler.is_exporting():  # nobody knows who will have tokens: run all on all
-            all_TEO = torch.stack([run(conv, graph, x_src, x_dst) for conv in self.members], dim=1)
-            return (all_TEO * routing.to_dense()[..., None]).sum(dim=1)
         outputs: list[Tensor] = []
         idle: list[Tensor] = []  # parameters of experts without a token
         for conv, local, token in zip(self.members, self.is_local, tokens_of(routing), strict=True):

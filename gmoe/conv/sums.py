@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import segment
 
+from gmoe import portable
 from gmoe._autograd import first_order, operator
-from gmoe.conv import exported
 from gmoe.conv.edges import Edges
-from gmoe.conv.exported import cast
+from gmoe.portable import exported_as
 
 # Once a process, torch warns that sparse CSR matrices are in beta. Make one here, so that users do
 # not get the warning from a layer.
@@ -128,13 +128,13 @@ def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[s
         yield slice(first, min(first + step, end))
 
 
+@exported_as(portable.prepare_nothing)
 def _transpose_where_compiled(edges: Edges) -> None:
     """Compiled code: make ``edges.transpose`` in the forward, since a backward could not keep it.
 
     The compiler drops the sort again where no gradient needs it.
     """
-    has_backward = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    if has_backward and torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and torch.compiler.is_compiling():
         _ = edges.transpose
 
 
@@ -221,10 +221,7 @@ class _ToMessages(torch.autograd.Function):
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, score_MH: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
-            largest_RH = exported.largest(score_MH, receiver, ptr.size(0) - 1)
-        else:
-            largest_RH = segment(score_MH, ptr, reduce="max")
+        largest_RH = _largest(score_MH, ptr, receiver)
         exp_MH = (score_MH - largest_RH.index_select(0, receiver)).exp_()
         sum_RH = _sum_values(exp_MH, ptr, receiver, None)
         alpha_MH = exp_MH / sum_RH.index_select(0, receiver)
@@ -238,6 +235,13 @@ class _Softmax(torch.autograd.Function):
         product_MH = grad_MH * alpha_MH
         mean_RH = _sum_values(product_MH, ptr, receiver, None)
         return product_MH - alpha_MH * mean_RH.index_select(0, receiver), None, None
+
+
+@exported_as(portable.largest)
+def _largest(score_MH: Tensor, ptr: Tensor, _: Tensor) -> Tensor:
+    """(R, H) the largest of each receiver's messages."""
+    largest_RH: Tensor = segment(score_MH, ptr, reduce="max")
+    return largest_RH
 
 
 def _sum_sent(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
@@ -255,7 +259,7 @@ def _empty_sums(weight_MH: Tensor, value_UGC: Tensor, ptr: Tensor, *_: Any) -> T
     return value_UGC.new_empty(shape, dtype=dtype)
 
 
-@operator(fake=_empty_sums)
+@operator(fake=_empty_sums, portable=portable.sum_messages)
 def _sum_messages(
     weight_MH: Tensor,
     value_UGC: Tensor,
@@ -271,10 +275,6 @@ def _sum_messages(
     dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
     exact = torch.promote_types(dtype, torch.float32)
     num_receivers = ptr.numel() - 1
-    if torch.compiler.is_exporting():
-        weight_MH, value_UGC = cast(weight_MH, exact), cast(value_UGC, exact)
-        sum_RHC = exported.sum_messages(weight_MH, value_UGC, ptr, sender, receiver)
-        return cast(sum_RHC, dtype)
     weights = weight_MH.to(exact).T.contiguous()
     values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
     sums: list[Tensor] = []
@@ -308,20 +308,16 @@ def _empty_sums_of_values(value_MH: Tensor, ptr: Tensor, *_: Any) -> Tensor:
     return value_MH.new_empty(ptr.size(0) - 1, value_MH.size(1))
 
 
-@operator(fake=_empty_sums_of_values)
+@operator(fake=_empty_sums_of_values, portable=portable.sum_values)
 def _sum_values(value_MH: Tensor, ptr: Tensor, receiver: Tensor, order: Tensor | None) -> Tensor:
     """(R, H) the sum of each receiver's messages, one after the other, in float32 at least.
 
     If an order is given, message ``m`` has the values ``order[m]``.
     """
+    if value_MH.device.type not in SPARSE_DEVICES or not len(receiver):
+        return portable.sum_values(value_MH, ptr, receiver, order)
     dtype = value_MH.dtype
-    value_MH = cast(value_MH, torch.promote_types(dtype, torch.float32))
-    is_plain = torch.compiler.is_exporting() or value_MH.device.type not in SPARSE_DEVICES
-    if is_plain or not len(receiver):
-        if order is not None:
-            value_MH = value_MH.index_select(0, order)
-        zeros = value_MH.new_zeros(ptr.numel() - 1, value_MH.size(1))
-        return cast(zeros.index_add_(0, receiver, value_MH), dtype)
+    value_MH = value_MH.to(torch.promote_types(dtype, torch.float32))
     if order is None:
         order = torch.arange(len(receiver), device=receiver.device)
     # mode 0: sum
@@ -338,7 +334,7 @@ def _empty_products(
     return query_RHC.new_empty(sender.size(0), query_RHC.size(1), dtype=dtype)
 
 
-@operator(fake=_empty_products)
+@operator(fake=_empty_products, portable=portable.multiply_ends)
 def _multiply_ends(
     query_RHC: Tensor, key_UGC: Tensor, ptr: Tensor, sender: Tensor, receiver: Tensor
 ) -> Tensor:
@@ -347,9 +343,6 @@ def _multiply_ends(
     exact = torch.promote_types(dtype, torch.float32)
     size = (ptr.numel() - 1, key_UGC.size(0))
     num_messages = sender.numel()
-    if torch.compiler.is_exporting():
-        query_RHC, key_UGC = cast(query_RHC, exact), cast(key_UGC, exact)
-        return cast(exported.multiply_ends(query_RHC, key_UGC, sender, receiver), dtype)
     # torch cuts a matrix down to as many entries as it has cells.
     fits_matrix = num_messages <= size[0] * size[1]
     queries = query_RHC.to(exact).unbind(1)

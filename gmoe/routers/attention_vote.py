@@ -13,8 +13,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from gmoe import portable
 from gmoe._autograd import first_order, operator
 from gmoe._checks import check_choice, check_counts, check_positive
+from gmoe.portable import exported_as
 from gmoe.routers.base import (
     Router,
     Weighting,
@@ -144,6 +146,7 @@ class AttentionVote(Router):
         return f"{super().extra_repr()}, shared_queries={self.shared_queries}, scope={self.scope!r}"
 
 
+@exported_as(portable.group_votes)
 def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -> Tensor:
     """(B, H, S) the votes that each token gets from its group; exact, in O(S) memory.
 
@@ -153,14 +156,8 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
         mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
     """
     is_large = k_BHSd.size(2) > KEPT_PER_WIDTH * k_BHSd.size(3)
-    if is_large and not torch.compiler.is_exporting():
-        return _Votes.apply(q_BHSd, k_BHSd, mask_BS)
-    scores_BHSS = q_BHSd @ k_BHSd.transpose(-1, -2)
-    if mask_BS is None:
-        return scores_BHSS.softmax(dim=-1).sum(dim=2)
-    scores_BHSS = scores_BHSS.masked_fill_(~mask_BS[:, None, None], -torch.inf)  # gets no votes
-    shares_BHSS = scores_BHSS.softmax(dim=-1)
-    return (shares_BHSS * mask_BS[:, None, :, None]).sum(dim=2)
+    vote = _Votes.apply if is_large else portable.group_votes
+    return vote(q_BHSd, k_BHSd, mask_BS)
 
 
 def _empty_votes(_: Tensor, k_BHSd: Tensor, *__: Any) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gmoe import portable
 from gmoe._autograd import autocasts, outside_backward
 from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
 from gmoe.losses import LossWatch, square_sum
+from gmoe.portable import exported_as
 from gmoe.routers.groups import to_members
 from gmoe.routing import Routing
 
@@ -346,16 +348,10 @@ def at_least_float32(value: Tensor) -> Tensor:
     return value.float() if is_half else value
 
 
+@exported_as(portable.top_k)
 def _best(ranked_TE: Tensor, k: int) -> Tensor:
     """(T, K) the best experts of each token, ties to the lowest index."""
-    if not torch.compiler.is_exporting():
-        return ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, :k]
-    # ONNX has no stable sort: take the first of the best, K times.
-    experts: list[Tensor] = []
-    for _ in range(k):
-        experts.append(ranked_TE.argmax(dim=-1, keepdim=True))
-        ranked_TE = ranked_TE.scatter(1, experts[-1], -torch.inf)
-    return torch.cat(experts, dim=1)
+    return ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
 def pair_weights(

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmoe import portable
 from gmoe._torch import is_tracing
+from gmoe.portable import exported_as, refuse_in_export
 from gmoe.routing import Routing, expert_of_pairs
 
 
@@ -86,12 +88,11 @@ class Groups:
         """
         # torch.jit.trace makes a tensor without dimensions of the size.
         is_size = not isinstance(group, Tensor) or group.dim() == 0
-        if torch.compiler.is_exporting() and not isinstance(group, int):
-            got = "a batch vector" if isinstance(group, Tensor) else "groups of any size"
-            raise ValueError(
-                f"torch.export: got {got}, expected groups of a fixed size, x of shape (any number "
-                "of groups, tokens, width): an expert that chooses takes a share of a group; or a "
-                "router whose tokens choose"
+        if not isinstance(group, int):
+            refuse_in_export(
+                "a batch vector" if isinstance(group, Tensor) else "groups of any size",
+                "groups of a fixed size, x of shape (any number of groups, tokens, width): an "
+                "expert that chooses takes a share of a group; or a router whose tokens choose",
             )
         if is_size or not num_tokens:
             size = int(group) if num_tokens else 0
@@ -173,8 +174,7 @@ class Groups:
             capacity: C, for all groups or (B,).
         """
         scores_TE = torch.where(scores_TE.isnan(), torch.inf, scores_TE)
-        # ONNX's runtime cannot add bytes.
-        dtype = torch.int32 if torch.compiler.is_exporting() else torch.uint8
+        dtype = _dtype_of_marks()
         chosen_TE = torch.zeros_like(scores_TE, dtype=dtype)
         for batch in self.batches(scores_TE.device):
             scores_BES = batch.take(scores_TE, padding=-torch.inf).transpose(1, 2).contiguous()
@@ -283,18 +283,29 @@ def drop_over_capacity(
 
 
 def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:
-    """The pairs at which ``mask`` is true; no host sync if their number is known."""
-    if num_pairs is not None and torch.compiler.is_exporting():
-        # ONNX finds no fixed number of places: sort each expert's tokens in front of all others.
-        num_experts, num_tokens = mask_ET.shape
-        token_T = torch.arange(num_tokens, device=mask_ET.device)
-        first_ET = torch.where(mask_ET, token_T, num_tokens).sort(dim=1).values
-        token_P = first_ET[:, : num_pairs // num_experts].reshape(-1)
-    elif num_pairs is None:  # a capacity dropped some: one host sync for the size of the result
+    """The pairs at which ``mask`` is true.
+
+    Args:
+        mask_ET: the tokens that each expert takes.
+        num_pairs: P, where each expert takes as many: no host sync.
+    """
+    if num_pairs is None:  # a capacity dropped some: one host sync for the size of the result
         token_P = mask_ET.nonzero()[:, 1].contiguous()
     else:
-        token_P = torch.nonzero_static(mask_ET, size=num_pairs)[:, 1].contiguous()
+        token_P = _true_columns(mask_ET, num_pairs)
     return token_P, mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
+
+
+@exported_as(portable.true_columns)
+def _true_columns(mask_ET: Tensor, num_pairs: int) -> Tensor:
+    """(P,) the columns of the true cells, row by row."""
+    return torch.nonzero_static(mask_ET, size=num_pairs)[:, 1].contiguous()
+
+
+@exported_as(portable.dtype_of_marks)
+def _dtype_of_marks() -> torch.dtype:
+    """Of truth values that are added."""
+    return torch.uint8
 
 
 def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:

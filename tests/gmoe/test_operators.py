@@ -440,8 +440,9 @@ def faked(name: str, args: Args) -> list[Tensor]:
 
 
 def test_every_operator_has_cases() -> None:
-    """But for one that a test of the decorator registers, in this process perhaps."""
-    assert registered() - {"triple_for_a_test"} == set(ROADS)
+    """But for those that tests of the decorator register, in this process perhaps."""
+    of_tests = {name for name in registered() if name.endswith("_for_a_test")}
+    assert registered() - of_tests == set(ROADS)
 
 
 @each(set(ROADS))

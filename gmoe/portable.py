@@ -1,0 +1,274 @@
+"""What a model that is exported computes, and what it refuses: the only file that asks.
+
+A kernel names its portable form in ``@operator(portable=...)``, any other function in
+``@exported_as(...)``. A form is made of operators that any runtime has: no loop over values, no
+check of them, no size that follows from them, and no sparse format. One that runs modules stands
+beside the function that it replaces; it, too, is made of what is here.
+
+Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs, B groups, S tokens of a
+group, d head width; M messages, U senders, N sources, R receivers, H heads, G heads of the senders
+(H, or 1 that all heads share), C width, I in, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Inputs = ParamSpec("Inputs")
+Value = TypeVar("Value")
+
+# who asks -----------------------------------------------------------------------------------------
+
+
+def exported_as(
+    form: Callable[..., Value],
+) -> Callable[[Callable[Inputs, Value]], Callable[Inputs, Value]]:
+    """Run a portable form in place of a function in a model that is exported.
+
+    The compiler of torch 2.10 takes itself for an export: there, too, the form is what runs.
+
+    Args:
+        form: called like the function, gives the same result.
+    """
+
+    def replace(function: Callable[Inputs, Value]) -> Callable[Inputs, Value]:
+        @wraps(function)
+        def run(*args: Inputs.args, **options: Inputs.kwargs) -> Value:
+            if torch.compiler.is_exporting():
+                return form(*args, **options)
+            return function(*args, **options)
+
+        return run
+
+    return replace
+
+
+def refuse_in_export(got: str, expected: str) -> None:
+    """Refuse what has no portable form.
+
+    Args:
+        got: what the exported model would have to compute.
+        expected: what it can.
+
+    Raises:
+        ValueError: the model is exported.
+    """
+    if torch.compiler.is_exporting():
+        raise ValueError(f"torch.export: got {got}, expected {expected}")
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``; ``torch.export`` would keep a cast that changes nothing, and check it."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+# what the host does not know ----------------------------------------------------------------------
+
+
+def reads_nothing(_: Tensor) -> bool:
+    """False: no values can be read, so that no size may follow from them."""
+    return False
+
+
+def prepare_nothing(*_: object) -> None:
+    """Do nothing: there is no backward to prepare."""
+
+
+# choices ------------------------------------------------------------------------------------------
+
+
+def search(ascending: Tensor, value: Tensor, *, out_int32: bool = False) -> Tensor:
+    """How many of ascending numbers are at most each value, ``searchsorted(right=True)``.
+
+    ONNX cannot search.
+    """
+    number = (ascending <= value[:, None]).sum(dim=1)
+    return number.to(torch.int32) if out_int32 else number
+
+
+def stable_sort(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers in ascending order, equal ones in the order given; and where each one stood.
+
+    ONNX has no stable sort, so that what is sorted has no equals.
+    """
+    number = value.size(0)
+    _, order = (value * number + torch.arange(number, device=value.device)).sort()
+    return value.index_select(0, order), order
+
+
+def top_k(ranked_TE: Tensor, k: int) -> Tensor:
+    """(T, K) the best experts of each token, ties to the lowest index.
+
+    ONNX has no stable sort: take the first of the best, K times.
+    """
+    experts: list[Tensor] = []
+    for _ in range(k):
+        experts.append(ranked_TE.argmax(dim=-1, keepdim=True))
+        ranked_TE = ranked_TE.scatter(1, experts[-1], -torch.inf)
+    return torch.cat(experts, dim=1)
+
+
+def true_columns(mask_ET: Tensor, num_pairs: int) -> Tensor:
+    """(P,) the columns of the true cells, row by row; each row has the same number of them.
+
+    ONNX finds no fixed number of places: sort each row's columns in front of all others.
+    """
+    num_experts, num_tokens = mask_ET.shape
+    token_T = torch.arange(num_tokens, device=mask_ET.device)
+    first_ET = torch.where(mask_ET, token_T, num_tokens).sort(dim=1).values
+    return first_ET[:, : num_pairs // num_experts].reshape(-1)
+
+
+def dtype_of_marks() -> torch.dtype:
+    """Of truth values that are added: ONNX's runtime cannot add bytes."""
+    return torch.int32
+
+
+def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+    """(B, H, S) the votes that each token gets from its group, by all (B, H, S, S) scores at once.
+
+    Args:
+        q_BHSd: queries, already divided by sqrt(d); H may be 1 if all heads share them.
+        k_BHSd: keys.
+        mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
+    """
+    scores_BHSS = q_BHSd @ k_BHSd.transpose(-1, -2)
+    if mask_BS is None:
+        return scores_BHSS.softmax(dim=-1).sum(dim=2)
+    scores_BHSS = scores_BHSS.masked_fill_(~mask_BS[:, None, None], -torch.inf)  # gets no votes
+    shares_BHSS = scores_BHSS.softmax(dim=-1)
+    return (shares_BHSS * mask_BS[:, None, :, None]).sum(dim=2)
+
+
+# products -----------------------------------------------------------------------------------------
+
+
+def kernel(*_: object) -> str:
+    """The kernel of grouped products whose operators other runtimes know, on any device."""
+    return "padded"
+
+
+def multiply_by_all(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+    """(E N, O) all rows times each expert's weight, expert by expert; no block is filled up."""
+    y_ENO = cast(x_NI, weight_EOI.dtype) @ weight_EOI.mT
+    if bias_EO is not None:
+        y_ENO = y_ENO + bias_EO[:, None]
+    return y_ENO.flatten(0, 1)
+
+
+# edges and messages -------------------------------------------------------------------------------
+
+
+def counts(index: Tensor, size: int) -> Tensor:
+    """(size,) how often each of 0..size-1 occurs."""
+    return index.new_zeros(size).index_add(0, index, torch.ones_like(index))
+
+
+def positions(size: Tensor, number: int | None) -> Tensor:
+    """(number,) the part in which each place lies, given the sizes of the parts.
+
+    That is the number of parts that end up to the place. Where the sum of the sizes is not known,
+    ``torch.export`` makes a size of it; ONNX cannot.
+    """
+    if number is None:
+        part = torch.arange(size.size(0), device=size.device)
+        return part.repeat_interleave(size)
+    return counts(size.cumsum(0), number + 1)[:-1].cumsum(0)
+
+
+def sort_edges(
+    sender: Tensor, receiver: Tensor, _: int, num_receivers: int, __: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row pointers, senders, receivers and order of the edges by receiver; equals stay in order.
+
+    ONNX has no stable sort, so that what is sorted has no equals.
+    """
+    number = receiver.size(0)
+    place = torch.arange(number, device=receiver.device)
+    order = (receiver * number + place).argsort()
+    ends_R = counts(receiver, num_receivers).cumsum(0)
+    ptr = torch.cat([ends_R.new_zeros(1), ends_R])
+    return ptr, sender.index_select(0, order), receiver.index_select(0, order), order
+
+
+def all_rows(
+    _: Tensor, source: Tensor, num_experts: int, num_sources: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A row for each expert and source: nobody can ask which ones have a message.
+
+    Returns:
+        The experts and sources of the rows, (E,) the cumulative ends of each expert's rows, and
+        (E, N) the place of each expert and source among the rows.
+    """
+    expert_E1 = torch.arange(num_experts, device=source.device)[:, None]
+    source_N = torch.arange(num_sources, device=source.device)
+    place_EN = expert_E1 * num_sources + source_N
+    expert = expert_E1.expand_as(place_EN).reshape(-1)
+    sources = source_N.expand_as(place_EN).reshape(-1)
+    ends_E = (expert_E1.view(-1) + 1) * num_sources
+    return expert, sources, ends_E.to(torch.int32), place_EN
+
+
+def largest(score_MH: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+    """(R, H) the largest of each receiver's messages."""
+    none_RH = score_MH.new_full((ptr.size(0) - 1, score_MH.size(1)), -torch.inf)
+    return none_RH.scatter_reduce(0, receiver[:, None].expand_as(score_MH), score_MH, "amax")
+
+
+def sum_messages(
+    weight_MH: Tensor,
+    value_UGC: Tensor,
+    ptr: Tensor,
+    sender: Tensor,
+    receiver: Tensor,
+    order: Tensor | None,
+) -> Tensor:
+    """(R, H, C) the weighted sum of each receiver's messages, in float32 at least.
+
+    On a CPU, bags of rows take a fraction of the time: no row for each message is written. ONNX
+    has none.
+    """
+    dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    weight_MH, value_UGC = cast(weight_MH, exact), cast(value_UGC, exact)
+    if order is not None:
+        weight_MH = weight_MH.index_select(0, order)
+    if torch.onnx.is_in_onnx_export() or value_UGC.device.type != "cpu":
+        message_MHC = value_UGC.index_select(0, sender) * weight_MH[..., None]
+        zero_RHC = message_MHC.new_zeros(ptr.size(0) - 1, *message_MHC.shape[1:])
+        return cast(zero_RHC.index_add(0, receiver, message_MHC), dtype)
+    value_UHC = value_UGC.expand(-1, weight_MH.size(1), -1)
+    sums = [
+        F.embedding_bag(
+            sender, value_UC, ptr, mode="sum", per_sample_weights=weight_M, include_last_offset=True
+        )
+        for weight_M, value_UC in zip(weight_MH.unbind(1), value_UHC.unbind(1), strict=True)
+    ]
+    return cast(torch.stack(sums, dim=1), dtype)
+
+
+def sum_values(value_MH: Tensor, ptr: Tensor, receiver: Tensor, order: Tensor | None) -> Tensor:
+    """(R, H) the sum of each receiver's messages, in float32 at least."""
+    dtype = value_MH.dtype
+    value_MH = cast(value_MH, torch.promote_types(dtype, torch.float32))
+    if order is not None:
+        value_MH = value_MH.index_select(0, order)
+    zeros_RH = value_MH.new_zeros(ptr.size(0) - 1, value_MH.size(1))
+    return cast(zeros_RH.index_add_(0, receiver, value_MH), dtype)
+
+
+def multiply_ends(
+    query_RHC: Tensor, key_UGC: Tensor, _: Tensor, sender: Tensor, receiver: Tensor
+) -> Tensor:
+    """(M, H) the dot product of the two ends of each message, in float32 at least."""
+    dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    query_MHC = cast(query_RHC, exact).index_select(0, receiver)
+    product_MHC = query_MHC * cast(key_UGC, exact).index_select(0, sender)
+    return cast(product_MHC.sum(dim=-1), dtype)
