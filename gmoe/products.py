@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmoe import portable
 from gmoe._autograd import autocasts, first_order, operator
 from gmoe._checks import check_choice
 from gmoe.padded import (
@@ -29,6 +30,7 @@ from gmoe.padded import (
     padded_outer,
 )
 from gmoe.places import ToPairs, ToTokens, has_one_pair_each, places_of, uses_places
+from gmoe.portable import exported_as
 from gmoe.routing import Routing, expert_at, expert_of_pairs
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
@@ -85,10 +87,9 @@ def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Kernel:
     return "padded"
 
 
+@exported_as(portable.kernel)
 def _kernel_for(x: Tensor, backend: Backend) -> Kernel:
     """The kernel that multiplies rows of the dtype and on the device of ``x``."""
-    if torch.compiler.is_exporting():
-        return "padded"  # the one whose operators other runtimes know, on any device
     if backend == "auto":
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
         return kernel_of(x.dtype, capability)
