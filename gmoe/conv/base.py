@@ -20,6 +20,7 @@ from gmoe._checks import must_be_called
 from gmoe._torch import dtype_of
 from gmoe.conv.call import Call
 from gmoe.experts import LinearExperts
+from gmoe.portable import refuse_in_export
 from gmoe.products import Backend
 from gmoe.routing import Routing
 from gmoe.stack import (
@@ -379,11 +380,10 @@ class MixedExperts(ConvExperts):
         raise ValueError(f"index: got {index}, expected that of an expert")
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
-        if torch.compiler.is_exporting():
-            raise ValueError(
-                "torch.export: got experts of several kinds, expected one kind: how many pairs "
-                "each kind has is a size that follows the data"
-            )
+        refuse_in_export(
+            "experts of several kinds",
+            "one kind: how many pairs each kind has is a size that follows the data",
+        )
         outputs = []
         for group, indices in zip(self.groups, self.members, strict=True):
             # Each kind of conv has an aggregate of its own.
