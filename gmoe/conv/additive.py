@@ -18,6 +18,7 @@ from gmoe._autograd import first_order, operator
 from gmoe.conv.messages import Messages
 from gmoe.conv.sums import blocks
 from gmoe.padded import padded_mm, padded_outer
+from gmoe.portable import exported_as
 
 
 def additive_scores(
@@ -203,6 +204,12 @@ class _MixedBlock(NamedTuple):
             sum_EIO += padded_outer(x_BI, grad_BO, self.offsets)
 
 
+def _one_block(offsets: Tensor, number: int, _: Tensor) -> Iterator[_MixedBlock]:
+    """All messages: of an unknown number, nobody knows how many blocks there will be."""
+    yield _MixedBlock(slice(0, number), offsets)
+
+
+@exported_as(_one_block)
 def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | _MixedBlock]:
     """The messages in blocks: each of one expert, or of any, where the host would wait for ends.
 
@@ -212,9 +219,6 @@ def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | 
         att_EOH: one of the weights.
     """
     width, device = att_EOH.size(1), att_EOH.device
-    if torch.compiler.is_exporting():  # nobody knows how many blocks there will be
-        yield _MixedBlock(slice(0, number), offsets)
-        return
     if device.type != "cpu":
         for place in blocks(0, number, width, device):
             ends = offsets.clamp(place.start, place.stop) - place.start
