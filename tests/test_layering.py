@@ -51,6 +51,9 @@ LAZY = {
 EXPERIMENTS = ("train", "show", "benchmark", "study")
 """The rooms of the experiments: each may import those before it, and itself."""
 
+EXPORT_WORDS = frozenset({"exported_as", "refuse_in_export"})
+"""What a file says that has a portable form, or none; it does not ask when that matters."""
+
 SOURCES = sorted(
     path for folder in ("gmoe", "vision", "experiments") for path in (ROOT / folder).rglob("*.py")
 )
@@ -207,14 +210,49 @@ def test_a_circle_is_found_inside_of_functions_and_for_types() -> None:
     assert circle(sources | {"a.table": "from a import parts"}) == []
 
 
+def words_of_exports(source: str) -> set[str]:
+    """The names in a source that speak of exports, but for the two by which a file may say so."""
+    words = {
+        word
+        for node in ast.walk(ast.parse(source))
+        for field in ("id", "attr", "arg", "name", "value")
+        if isinstance(word := getattr(node, field, None), str) and word.isidentifier()
+    }
+    return {word for word in words if "export" in word or "onnx" in word} - EXPORT_WORDS
+
+
+FILES = [path for path in SOURCES if path.is_relative_to(ROOT / "gmoe")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_one_file_asks_whether_a_model_is_exported(path: Path) -> None:
+    """No other hands the answer down either, by a flag or an argument."""
+    words = words_of_exports(path.read_text())
+    assert bool(words) == (module_of(path) == "gmoe.portable"), words
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("if torch.compiler.is_exporting(): pass", {"is_exporting"}),
+        ("from torch.compiler import is_exporting as asks", {"is_exporting"}),
+        ("if getattr(torch.compiler, 'is_exporting')(): pass", {"is_exporting"}),
+        ("if torch.onnx.is_in_onnx_export(): pass", {"onnx", "is_in_onnx_export"}),
+        ("def f(x, exported): pass", {"exported"}),
+        ("f(x, exported=True)", {"exported"}),
+        ("@exported_as(portable.f)\ndef f():\n    'What torch.export gets.'", set()),
+        ("from gmoe.portable import refuse_in_export\nrefuse_in_export('this', 'that')", set()),
+    ],
+)
+def test_the_rule_of_exports_itself(source: str, words: set[str]) -> None:
+    assert words_of_exports(source) == words
+
+
 def run(script: str) -> str:
     """What a new interpreter prints."""
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-
-
-FILES = [path for path in SOURCES if path.is_relative_to(ROOT / "gmoe")]
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
