@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,10 @@ from gmoe.data.stored import StoredGraph, create_npy
 from gmoe.routers import Router
 from gmoe.routing import Routing
 
-if TYPE_CHECKING:
-    from gmoe.models.gnn import GNNMoE
-
 
 @overload
 def inference(
-    model: GNNMoE,
+    model: Any,
     loader: NodeLoader | Data | StoredGraph,
     device: torch.device | str | None = ...,
     *,
@@ -50,7 +47,7 @@ def inference(
 
 @overload
 def inference(
-    model: GNNMoE,
+    model: Any,
     loader: NodeLoader | Data | StoredGraph,
     device: torch.device | str | None = ...,
     *,
@@ -63,7 +60,7 @@ def inference(
 
 @torch.no_grad()
 def inference(
-    model: GNNMoE,
+    model: Any,
     loader: NodeLoader | Data | StoredGraph,
     device: torch.device | str | None = None,
     *,
@@ -175,7 +172,7 @@ class _LayerByLayer(ABC):
 
     def __init__(
         self,
-        model: GNNMoE,
+        model: Any,
         num_nodes: int,
         device: torch.device,
         batch_size: int,
@@ -213,7 +210,7 @@ class InMemory(_LayerByLayer):
     """
 
     def __init__(
-        self, model: GNNMoE, data: Data, device: torch.device, batch_size: int, progress_bar: bool
+        self, model: Any, data: Data, device: torch.device, batch_size: int, progress_bar: bool
     ) -> None:
         edge_args = {
             name: data.get(name) if model._takes(name) else None
@@ -283,7 +280,7 @@ class OnDisk(_LayerByLayer):
 
     def __init__(
         self,
-        model: GNNMoE,
+        model: Any,
         graph: StoredGraph,
         device: torch.device,
         batch_size: int,
@@ -349,7 +346,7 @@ class OnDisk(_LayerByLayer):
         return num_loops
 
 
-def _check_hops(model: GNNMoE) -> None:
+def _check_hops(model: Any) -> None:
     """Refuse convs that look further than one hop: a part holds no more."""
     for layer, conv in enumerate(model.convs):
         if isinstance(conv, MoEConv):
@@ -360,7 +357,7 @@ def _check_hops(model: GNNMoE) -> None:
             refuse_far([conv])
 
 
-def _check_stored(model: GNNMoE, graph: StoredGraph) -> None:
+def _check_stored(model: Any, graph: StoredGraph) -> None:
     """Refuse models that cannot be computed one part of a stored graph at a time."""
     if not graph.num_nodes:
         raise ValueError("loader: got no nodes, expected at least one")
