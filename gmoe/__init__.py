@@ -1,8 +1,9 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
 Read the files in this order. Core: ``routing`` (which expert handles which token), ``products``
-(where tokens move), ``experts``, ``moe`` (the layer), ``routers.base``, ``routers.token_choice``.
-Graphs: ``conv.edges`` and ``conv.graph`` (edges, sorted once), ``conv.call`` and ``conv.base``
+(where tokens move), ``experts``, ``moe`` (the layer), ``routers.base``, ``routers.token_choice``;
+``portable`` (what an exported model has in place of kernels). Graphs: ``edges``, ``sums`` and
+``conv.graph`` (edges, sorted once, and sums along them), ``conv.call`` and ``conv.base``
 (what experts get and promise), ``conv.aggregate``, ``conv.kinds`` and ``conv.build`` (which class
 runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the layer), ``models.gnn``. Images:
 ``_mlps``, ``convert``, ``models.vit``. After training: ``stack``, ``layer_groups``,

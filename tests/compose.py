@@ -31,8 +31,8 @@ from torch_geometric.data import Data
 from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 
 from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
+from gmoe import sums as sums_module
 from gmoe._checks import parameters_of
-from gmoe.conv import sums as sums_module
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.kinds import by_name, class_of, kind_of, of_pyg
 from tests.composer import Composer, Outcome, compare, flip, judged

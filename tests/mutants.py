@@ -64,8 +64,8 @@ KEPT = ROOT / "build" / "mutants-measured.pickle"
 SEED = 20261201
 SIZE = 1000
 
-IN_CONV = "additive adjacency aggregate attention edges graph kinds matrix sums"
-IN_GMOE = "convert hub losses padded places products routing routers"
+IN_CONV = "additive adjacency aggregate attention graph kinds matrix"
+IN_GMOE = "convert edges hub losses padded places products routing routers sums"
 ROOMS = tuple(f"gmoe/conv/{name}" for name in IN_CONV.split()) + tuple(
     f"gmoe/{name}" for name in IN_GMOE.split()
 )

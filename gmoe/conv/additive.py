@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from gmoe._autograd import first_order, operator
 from gmoe.conv.messages import Messages
-from gmoe.conv.sums import blocks
 from gmoe.padded import padded_mm, padded_outer
 from gmoe.portable import exported_as
+from gmoe.sums import blocks
 
 
 def additive_scores(

@@ -14,7 +14,7 @@ from torch_geometric.typing import Adj, SparseTensor
 
 from gmoe._checks import INTEGERS, described
 from gmoe._torch import rows_of_pointers
-from gmoe.conv.edges import Edges
+from gmoe.edges import Edges
 from gmoe.portable import refuse_in_export
 
 

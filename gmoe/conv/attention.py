@@ -26,11 +26,11 @@ from gmoe.conv.base import Conv, StackedExperts, is_plain
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import DenseMessages, Messages
-from gmoe.conv.sums import add_ends, dot, softmax, to_messages, weighted_sum
 from gmoe.experts import LinearExperts
 from gmoe.portable import cast, exported_as
 from gmoe.products import Backend, combine, grouped_linear
 from gmoe.routing import Routing
+from gmoe.sums import add_ends, dot, softmax, to_messages, weighted_sum
 
 
 def _all_rows(

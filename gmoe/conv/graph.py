@@ -1,7 +1,7 @@
 """The graph of message passing: a graph that is checked and sorted once, or a part of one.
 
 :mod:`gmoe.conv.adjacency` reads its edges, :mod:`gmoe.conv.matrix` has the norms and sums, and
-:mod:`gmoe.conv.edges` the kernels.
+:mod:`gmoe.edges` the kernels.
 
 Shapes: N_src sources, N_dst destinations (the tokens), N both where they are one set of nodes, M
 edges, D width, F edge features; of a part: n destinations, S sources.
@@ -23,8 +23,8 @@ from torch_geometric.utils import add_self_loops, is_sparse
 from gmoe._checks import check_choice, parameters_of
 from gmoe._torch import is_watched, row_pointers
 from gmoe.conv.adjacency import adjacency_like, check_edge_args, read_edge_index, read_sparse
-from gmoe.conv.edges import Edges, renumber
 from gmoe.conv.matrix import Matrix, ScaleOf, normalized_matrix, sum_matrix
+from gmoe.edges import Edges, renumber
 
 FLOWS = ("source_to_target", "target_to_source")
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gmoe.conv.edges import Edges
-from gmoe.conv.sums import weighted_sum
+from gmoe.edges import Edges
+from gmoe.sums import weighted_sum
 
 
 class ScaleOf(Protocol):

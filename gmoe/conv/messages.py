@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from gmoe import portable
 from gmoe._autograd import lazy, operator
-from gmoe.conv.edges import Edges
 from gmoe.conv.graph import Graph
-from gmoe.conv.sums import to_messages
+from gmoe.edges import Edges
 from gmoe.portable import exported_as
 from gmoe.products import dispatch
 from gmoe.routing import Routing
+from gmoe.sums import to_messages
 
 
 class Rows(NamedTuple):

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from gmoe._checks import check_counts
 from gmoe.conv.base import refuse_far
 from gmoe.conv.build import looks_one_hop
-from gmoe.conv.edges import renumber
 from gmoe.conv.graph import Graph
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.router_input import route_nodes
 from gmoe.data.stored import StoredGraph, create_npy
+from gmoe.edges import renumber
 from gmoe.routers import Router
 from gmoe.routing import Routing
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gmoe import portable
 from gmoe._autograd import first_order, operator
 from gmoe._checks import check_choice, check_counts, check_positive
+from gmoe.edges import Edges
 from gmoe.portable import exported_as
 from gmoe.routers.base import (
     Router,
@@ -27,6 +28,7 @@ from gmoe.routers.base import (
 )
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
+from gmoe.sums import dot, softmax
 
 Scope: TypeAlias = Literal["group", "neighbors"]
 
@@ -62,8 +64,7 @@ class AttentionVote(Router):
             keys, E + 1 projections instead of 2E.
         scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory
             forward and backward. ``"neighbors"``: a node spreads its vote over its out-neighbors
-            and itself, O(edges); needs ``edge_index`` and torch_geometric. Experts choose inside
-            groups either way.
+            and itself, O(edges); needs ``edge_index``. Experts choose inside groups either way.
         head_dim: d, the width of queries and keys (default 32).
         init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): large
             features make the softmax sharp, and one that is sharp from the start hardly learns.
@@ -268,19 +269,13 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     """(T, H) votes, if each node spreads one vote over its out-neighbors and itself; O(edges).
 
     Every node counts itself once, whether or not the graph has self-loops; parallel edges count
-    once each. Scores come from :func:`gmoe.conv.sums.dot`, which holds no (M, d) tensor.
+    once each. Scores come from :func:`gmoe.sums.dot`, which holds no (M, d) tensor.
 
     Args:
         q_THd: queries, already divided by sqrt(d); H may be 1 if all heads share them.
         k_THd: keys.
         edge_index: (2, num_edges) from voters to the nodes that they vote for.
     """
-    # Not at the head of the file: gmoe.routers needs torch only, and users of graphs have PyG.
-    from torch_geometric.utils import softmax
-
-    from gmoe.conv.edges import Edges
-    from gmoe.conv.sums import dot
-
     num_tokens = len(k_THd)
     voter_M, chosen_M = edge_index
     every_T = torch.arange(num_tokens, device=k_THd.device)
@@ -290,5 +285,5 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     is_second_M = (edges.sender == edges.receiver) & (edges.order < len(voter_M))
     score_MH = dot(q_THd.expand_as(k_THd), k_THd, edges)
     score_MH = score_MH.masked_fill(is_second_M[:, None], -torch.inf)
-    share_MH = softmax(score_MH, ptr=edges.ptr)
+    share_MH = softmax(score_MH, edges)
     return k_THd.new_zeros(k_THd.shape[:2]).index_add(0, edges.sender, share_MH)

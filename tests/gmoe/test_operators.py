@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import ProfilerActivity, profile
 
 import gmoe
-from gmoe.conv.edges import RADIX_RECEIVERS, Edges
+from gmoe.edges import RADIX_RECEIVERS, Edges
 from tests.gmoe.conv.masked import features, random_graph
 from tests.gmoe.conv.test_additive import in_mixed_blocks
 from tests.gmoe.kernels import ends
@@ -276,7 +276,7 @@ def finding_rows(number: int | None) -> Any:
 # every road ---------------------------------------------------------------------------------------
 
 BY_EXPERT = {"gmoe.products.AT_ONCE": -1}
-GPU_SUMS = {"gmoe.conv.sums.SPARSE_DEVICES": ()}
+GPU_SUMS = {"gmoe.sums.SPARSE_DEVICES": ()}
 GPU_SCORES = {"gmoe.conv.additive._blocks": in_mixed_blocks}
 SMALL_BLOCKS = {"gmoe.routers.attention_vote.BLOCK_ELEMENTS": 100}
 ALL, EXPERTS_ONLY = (True, True, True), (False, True, True)

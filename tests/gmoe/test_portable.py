@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gmoe import portable, products, routing
+from gmoe import edges, portable, products, routing, sums
 from gmoe._autograd import operator
-from gmoe.conv import edges, plain, sums
+from gmoe.conv import plain
 from gmoe.portable import exported_as, refuse_in_export
 from gmoe.routers import attention_vote, base, groups
 

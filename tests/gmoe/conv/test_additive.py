@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmoe.conv import additive, sums
+from gmoe import sums
+from gmoe.conv import additive
 from tests.gmoe.conv.masked import features
 
 EXPERTS, ROWS, PAIRS, MESSAGES, WIDTH, HEADS = 3, 7, 5, 20, 4, 2

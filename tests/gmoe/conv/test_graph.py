@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from torch_geometric.nn import GCNConv
 
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
-from gmoe.conv.edges import Edges
-from gmoe.conv.sums import _WeightedSum
+from gmoe.edges import Edges
+from gmoe.sums import _WeightedSum
 from tests.gmoe.conv.masked import features, mean_of_in_edges, random_graph
 
 EDGES = random_graph(9, 9, 30)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmoe.conv.edges import Edges
 from gmoe.conv.matrix import normalized_matrix, sum_matrix
+from gmoe.edges import Edges
 from tests.gmoe.conv.masked import features, mean_of_in_edges, random_graph
 
 N = 9

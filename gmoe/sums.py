@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch_geometric.utils import segment
 
 from gmoe import portable
 from gmoe._autograd import first_order, operator
-from gmoe.conv.edges import Edges
+from gmoe.edges import Edges
 from gmoe.portable import exported_as
 
 # Once a process, torch warns that sparse CSR matrices are in beta. Make one here, so that users do
@@ -240,8 +239,7 @@ class _Softmax(torch.autograd.Function):
 @exported_as(portable.largest)
 def _largest(score_MH: Tensor, ptr: Tensor, _: Tensor) -> Tensor:
     """(R, H) the largest of each receiver's messages."""
-    largest_RH: Tensor = segment(score_MH, ptr, reduce="max")
-    return largest_RH
+    return torch.segment_reduce(score_MH, "max", offsets=ptr)
 
 
 def _sum_sent(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmoe.conv.edges import Edges, check_nodes, renumber
+from gmoe.edges import Edges, check_nodes, renumber
 
 
 @pytest.mark.parametrize("nodes", [2**16, 2**16 + 1])

@@ -1,4 +1,4 @@
-"""Messages along edges: the one place where edges are sorted. Sums are in :mod:`gmoe.conv.sums`.
+"""Messages along edges: the one place where edges are sorted. Sums are in :mod:`gmoe.sums`.
 
 Shapes: M edges or messages, U senders, R receivers.
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,6 +171,8 @@ def _sort_edges(
         check_nodes(sender, num_senders)
         check_nodes(receiver, num_receivers)
     if receiver.device.type == "cpu" and num_receivers <= RADIX_RECEIVERS:
+        import numpy as np  # which nothing but this needs
+
         short = receiver.numpy().astype(np.uint16)  # NumPy sorts 16 bits by radix
         order = torch.from_numpy(short.argsort(kind="stable"))
     else:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.utils import softmax as pyg_softmax
 
-from gmoe.conv import sums as module
-from gmoe.conv.edges import Edges
-from gmoe.conv.sums import add_ends, blocks, dot, softmax, to_messages, weighted_sum
+from gmoe import sums as module
+from gmoe.edges import Edges
+from gmoe.sums import add_ends, blocks, dot, softmax, to_messages, weighted_sum
 from tests.gmoe.conv.masked import features, random_graph
 
 
