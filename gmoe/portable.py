@@ -173,28 +173,22 @@ def counts(index: Tensor, size: int) -> Tensor:
 def positions(size: Tensor, number: int | None) -> Tensor:
     """(number,) the part in which each place lies, given the sizes of the parts.
 
-    That is the number of parts that end up to the place. Where the sum of the sizes is not known,
+    That is the number of parts that end up to the place. Where the number of places is not known,
     ``torch.export`` makes a size of it; ONNX cannot.
     """
     if number is None:
-        part = torch.arange(size.size(0), device=size.device)
-        return part.repeat_interleave(size)
+        return torch.arange(size.size(0), device=size.device).repeat_interleave(size)
     return counts(size.cumsum(0), number + 1)[:-1].cumsum(0)
 
 
 def sort_edges(
     sender: Tensor, receiver: Tensor, _: int, num_receivers: int, __: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row pointers, senders, receivers and order of the edges by receiver; equals stay in order.
-
-    ONNX has no stable sort, so that what is sorted has no equals.
-    """
-    number = receiver.size(0)
-    place = torch.arange(number, device=receiver.device)
-    order = (receiver * number + place).argsort()
+    """Row pointers, senders, receivers and order of the edges by receiver; equals stay in order."""
+    by_receiver, order = stable_sort(receiver)
     ends_R = counts(receiver, num_receivers).cumsum(0)
     ptr = torch.cat([ends_R.new_zeros(1), ends_R])
-    return ptr, sender.index_select(0, order), receiver.index_select(0, order), order
+    return ptr, sender.index_select(0, order), by_receiver, order
 
 
 def all_rows(

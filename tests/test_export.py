@@ -268,8 +268,10 @@ def test_experts_that_choose_are_refused_for_a_batch_vector() -> None:
         torch.export.export(layer, args)
 
 
-def test_experts_that_choose_are_exported_for_a_fixed_number_of_nodes() -> None:
-    layer = conv("gcn", router="expert_choice").eval()
+@pytest.mark.parametrize("kind", ["gcn", "gat"])
+def test_experts_that_choose_are_exported_for_a_fixed_number_of_nodes(kind: str) -> None:
+    """A node has any number of experts, so that no one knows the number of GAT's messages."""
+    layer = conv(kind, router="expert_choice").eval()
     x = torch.randn(20, WIDTH)
     shapes = (None, {1: Dim.DYNAMIC})
     args = (x, torch.randint(20, (2, 70)))

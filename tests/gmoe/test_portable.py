@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from gmoe import edges, portable, products, routing, sums
 from gmoe._autograd import operator
@@ -147,6 +148,18 @@ def test_a_form_gives_what_the_function_gives(
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: for_onnx)
     function, form, args = EQUAL[name]()
     torch.testing.assert_close(form(*args), function(*args))
+
+
+@pytest.mark.parametrize("for_onnx", [False, True])
+def test_sums_are_bags_of_rows_where_the_runtime_has_them(
+    for_onnx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: for_onnx)
+    _, form, args = sums_of_messages(HEADS, torch.float32, is_ordered=False)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        form(*args)
+    ran = {event.key for event in seen.key_averages()}
+    assert ("aten::embedding_bag" in ran) != for_onnx
 
 
 def test_a_search_gives_the_dtype_that_is_asked_for() -> None:
