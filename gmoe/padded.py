@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._torch import index_put
+from gmoe.portable import larger_size, with_spare
 from gmoe.routing import expert_at
 
 BLOCK = 16
@@ -60,9 +61,7 @@ def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     """
     num_experts = len(offsets_E)
     quarter = (num_rows + 4 * num_experts - 1) // (4 * num_experts)
-    # torch.export knows no number of rows, and by max would fix which one is larger. Of numbers
-    # that it knows, the compiler of torch 2.10 takes max alone.
-    size = max(BLOCK, quarter) if isinstance(quarter, int) else torch.sym_max(BLOCK, quarter)
+    size = larger_size(BLOCK, quarter)
     ends_E = offsets_E.long()
     starts_E = F.pad(ends_E, (1, -1))
     block_ends_E = ((ends_E - starts_E + (size - 1)) // size).cumsum(0)
@@ -75,9 +74,8 @@ def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     block_P = block_starts_E.index_select(0, expert_P) + full_P
     slot_P = rank_P - full_P * size  # ONNX has no remainder by a size that is not known
     # The most blocks that there can be; those that are left over count as the last expert's.
-    # Of an unknown number there is more than one, since torch.export would fix whether there is.
-    spare = num_experts if isinstance(num_rows, int) else max(num_experts, 2)
-    block_N = torch.arange(num_rows // size + spare, device=offsets_E.device)
+    num_blocks = with_spare(num_rows // size, num_experts)
+    block_N = torch.arange(num_blocks, device=offsets_E.device)
     expert_N = expert_at(block_ends_E, block_N).clamp_(max=num_experts - 1)
     return Blocks(block_P, slot_P, expert_N, size)
 

@@ -76,6 +76,23 @@ def reads_nothing(_: Tensor) -> bool:
     return False
 
 
+def larger_size(least: int, size: int) -> int:
+    """The larger one of two sizes.
+
+    Of a size that is not known, ``torch.export`` would fix by ``max`` which one is larger. Of one
+    that is, the compiler of torch 2.10 takes ``max`` alone.
+    """
+    return max(least, size) if isinstance(size, int) else torch.sym_max(least, size)
+
+
+def with_spare(size: int, spare: int) -> int:
+    """A size and so many more; two more at least, if the size is not known.
+
+    ``torch.export`` would fix whether the sum is more than one.
+    """
+    return size + (spare if isinstance(size, int) else max(spare, 2))
+
+
 def prepare_nothing(*_: object) -> None:
     """Do nothing: there is no backward to prepare."""
 

@@ -188,6 +188,7 @@ def test_all_rows_hold_each_expert_and_source_in_order() -> None:
 def test_each_form_is_tested_here() -> None:
     """Helpers are called by forms; the backward of a model that is exported is not prepared."""
     helpers = {"exported_as", "refuse_in_export", "cast", "counts", "prepare_nothing", "all_rows"}
+    helpers |= {"larger_size", "with_spare"}
     mine = {
         name
         for name, function in getmembers(portable, isfunction)
@@ -195,6 +196,18 @@ def test_each_form_is_tested_here() -> None:
     }
     tested = {name.split(",")[0] for name in EQUAL} | CHOICES.keys()
     assert mine == tested | helpers
+
+
+def test_sizes_that_are_not_known_stay_open() -> None:
+    class Sizes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            larger = portable.larger_size(16, x.size(0))
+            return x.new_ones(portable.with_spare(larger, 1))
+
+    assert (portable.larger_size(16, 3), portable.with_spare(3, 1)) == (16, 4)
+    rows = torch.export.Dim("rows", min=1, max=64)
+    run = torch.export.export(Sizes(), (torch.zeros(20),), dynamic_shapes=({0: rows},)).module()
+    assert [len(run(torch.zeros(number))) for number in (1, 20, 64)] == [18, 22, 66]
 
 
 # who asks -----------------------------------------------------------------------------------------
