@@ -70,7 +70,7 @@ def opaque(fake: Callable[..., object]) -> Callable[[Callable[..., Value]], Call
 
 
 def operator(
-    fake: Callable[..., object], portable: Callable[..., Value] | None = None
+    fake: Callable[..., object], portable: Callable[..., Any] | None = None
 ) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
     """Make a kernel an operator of torch, in whose place an exported model has a portable form.
 

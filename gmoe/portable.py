@@ -68,12 +68,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-# what the host does not know ----------------------------------------------------------------------
-
-
-def reads_nothing(_: Tensor) -> bool:
-    """False: no values can be read, so that no size may follow from them."""
-    return False
+# sizes that are not known -------------------------------------------------------------------------
 
 
 def larger_size(least: int, size: int) -> int:
@@ -91,10 +86,6 @@ def with_spare(size: int, spare: int) -> int:
     ``torch.export`` would fix whether the sum is more than one.
     """
     return size + (spare if isinstance(size, int) else max(spare, 2))
-
-
-def prepare_nothing(*_: object) -> None:
-    """Do nothing: there is no backward to prepare."""
 
 
 # choices ------------------------------------------------------------------------------------------

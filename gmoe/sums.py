@@ -127,7 +127,7 @@ def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[s
         yield slice(first, min(first + step, end))
 
 
-@exported_as(portable.prepare_nothing)
+@exported_as(lambda _: None)  # an exported model has no backward
 def _transpose_where_compiled(edges: Edges) -> None:
     """Compiled code: make ``edges.transpose`` in the forward, since a backward could not keep it.
 

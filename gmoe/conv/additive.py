@@ -204,7 +204,7 @@ class _MixedBlock(NamedTuple):
             sum_EIO += padded_outer(x_BI, grad_BO, self.offsets)
 
 
-def _one_block(offsets: Tensor, number: int, _: Tensor) -> Iterator[_MixedBlock]:
+def _one_block(offsets: Tensor, number: int, _: Tensor) -> Iterator[_Block | _MixedBlock]:
     """All messages: of an unknown number, nobody knows how many blocks there will be."""
     yield _MixedBlock(slice(0, number), offsets)
 

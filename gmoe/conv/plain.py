@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmoe import portable
 from gmoe._torch import untraced
 from gmoe.conv.base import Conv
 from gmoe.conv.graph import Graph
@@ -60,19 +59,14 @@ def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
 # convs that are run in a way of their own ---------------------------------------------------------
 
 
+@exported_as(lambda conv, _: not conv.explain)
 def _sizes_must_not_follow(conv: Conv, x: Tensor) -> bool:
     """True where no size may follow from the data, and PyG's conv has one that does.
 
     That is off the CPU, where the host would wait for the size, and in an exported model. Not under
     an explainer, which counts the edges that PyG's conv is given.
     """
-    return not (_is_read_at_once(x) or conv.explain)
-
-
-@exported_as(portable.reads_nothing)
-def _is_read_at_once(x: Tensor) -> bool:
-    """True where the host does not wait for values."""
-    return x.device.type == "cpu"
+    return x.device.type != "cpu" and not conv.explain
 
 
 def run_filter(conv: Conv, x: Tensor, graph: Graph) -> Tensor:

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from gmoe import edges, portable, products, routing, sums
 from gmoe._autograd import operator
-from gmoe.conv import plain
 from gmoe.portable import exported_as, refuse_in_export
 from gmoe.routers import attention_vote, base, groups
 
@@ -135,7 +134,6 @@ EQUAL: dict[str, Callable[[], Both]] = {
 CHOICES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], Any, Any]] = {
     "kernel": (products._kernel_for, (torch.empty(0), "auto"), "loop", "padded"),
     "dtype_of_marks": (groups._dtype_of_marks, (), torch.uint8, torch.int32),
-    "reads_nothing": (plain._is_read_at_once, (torch.empty(0),), True, False),
 }
 """Functions that choose something else in an export: what they give, and what there."""
 
@@ -186,16 +184,16 @@ def test_all_rows_hold_each_expert_and_source_in_order() -> None:
 
 
 def test_each_form_is_tested_here() -> None:
-    """Helpers are called by forms; the backward of a model that is exported is not prepared."""
-    helpers = {"exported_as", "refuse_in_export", "cast", "counts", "prepare_nothing", "all_rows"}
-    helpers |= {"larger_size", "with_spare"}
+    """All rows are other ones than the function finds, and have a test of their own."""
+    others = {"exported_as", "refuse_in_export", "cast", "counts", "all_rows"}
+    others |= {"larger_size", "with_spare"}
     mine = {
         name
         for name, function in getmembers(portable, isfunction)
         if function.__module__ == portable.__name__
     }
     tested = {name.split(",")[0] for name in EQUAL} | CHOICES.keys()
-    assert mine == tested | helpers
+    assert mine == tested | others
 
 
 def test_sizes_that_are_not_known_stay_open() -> None:
