@@ -31,7 +31,7 @@ from gmoe.products import Backend
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
 from gmoe.stack import base_parameters, share_base
-from gmoe.start import Start, build_layer_router, check_start, saved_by_name
+from gmoe.start import Start, build_layer_router, resolved_start, saved_by_name
 
 
 @says_what_misfits
@@ -132,7 +132,7 @@ def moefy(
     check_module("model", model)
     if isinstance(router, Router):
         raise ValueError("router: got an instance for several layers, expected a name or a factory")
-    check_start(start)
+    start = resolved_start(start)
     if every is not None and blocks is not None:
         raise ValueError(f"every: got {every} beside blocks={blocks}, expected one of the two")
     if start == "copies" and not upcycle:
@@ -169,13 +169,13 @@ def moefy(
             _refuse_shared_parts(name, module, names_of)
             layers[module] = _moe_conv(name, module, width=width, **options)
         else:
-            if start in ("copies", "plain"):  # a shared expert is the module itself
+            if start != "shared":  # a shared expert is the module itself
                 _refuse_shared_parts(name, module, names_of)
             layers[module] = _moe(name, module, forms=forms, **options)
 
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
-        known = saved_by_name(check_start(start), k, router_kwargs)
+        known = saved_by_name(layer.start, k, router_kwargs)
         layer.moefied = recorded(options, known=known)
     for module, layer in layers.items():
         for name in names_of[module]:
@@ -403,12 +403,11 @@ def _moe(
     router: RouterLike,
     router_kwargs: Mapping[str, object] | None,
     upcycle: bool,
-    start: Start | None,
+    start: Start,
     backend: Backend,
     forms: Forms,
 ) -> MoE:
     """The MoE layer that replaces an MLP; ``forms`` are those read before."""
-    start = check_start(start)
     copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
         _check_nothing_is_lost(name, mlp)
@@ -422,6 +421,7 @@ def _moe(
         for base in base_parameters(stacked):
             base.requires_grad_(is_trained)
     layer = TokenMoE(built, stacked)
+    layer.start = start
     layer.to(next(stacked.parameters())).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.
     layer.shared_expert = mlp if start == "shared" else None
@@ -448,7 +448,7 @@ def _moe_conv(
     *,
     width: int | None,
     upcycle: bool,
-    start: Start | None,
+    start: Start,
     **options: Any,
 ) -> MoELayer:
     """The MoE layer that replaces a PyG conv: its copies are the experts and the shared expert.

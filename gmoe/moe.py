@@ -15,6 +15,7 @@ from gmoe._checks import check, check_counts, shown
 from gmoe.experts import Experts
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing, checked_routing
+from gmoe.start import Start
 
 
 class MoELayer(nn.Module, ABC):
@@ -27,6 +28,8 @@ class MoELayer(nn.Module, ABC):
     Attributes:
         router: the layer's own, or ``None`` if each call passes a :class:`Routing`.
         experts_per_token: average number of experts per token.
+        start: how the layer started, see :func:`gmoe.moefy`; ``"plain"`` for a :class:`MoE` that
+            you built, of which nobody else knows.
         kept: the numbers that the experts had before others were pruned; ``None`` for all of them.
         moefied: the arguments of :func:`gmoe.moefy` that made the layer, for :func:`gmoe.save`;
             ``None`` for a layer that you built.
@@ -34,6 +37,7 @@ class MoELayer(nn.Module, ABC):
 
     router: Router | None
     experts: Any
+    start: Start = "plain"
     kept: tuple[int, ...] | None = None
     moefied: dict[str, Any] | None = None
 

@@ -52,7 +52,7 @@ from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.routers import ROUTERS, Router
 from gmoe.stack import fold, has_base
-from gmoe.start import build_layer_router, check_start
+from gmoe.start import build_layer_router
 from gmoe.unstacked import UnstackedLinears
 
 LAYERS = "gmoe.json"
@@ -276,10 +276,9 @@ def _layers_of(model: nn.Module) -> dict[str, SavedLayer]:
                 layers[name] = SavedLayer(moefied, folded=False, kept=None, dense=True)
             continue
         _check_parts(name, layer)
-        start = getattr(layer, "start", None) if moefied is None else moefied["start"]
         layers[name] = SavedLayer(
             moefied,
-            folded=start == "copies" and not has_base(layer.experts),
+            folded=layer.start == "copies" and not has_base(layer.experts),
             kept=None if layer.kept is None else list(layer.kept),
             dense=False,
         )
@@ -338,10 +337,14 @@ def _check_parts(name: str, layer: MoELayer) -> None:
 def _router_as_loaded(layer: MoELayer, dim: int) -> Router:
     """The router that :func:`load` would build for a layer, without values."""
     made: Any = layer.moefied
-    start = getattr(layer, "start", None) or check_start(made["start"])  # convs keep theirs
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         built = build_layer_router(
-            start, made["router"], dim, made["num_experts"], made["k"], made["router_kwargs"]
+            layer.start,
+            made["router"],
+            dim,
+            made["num_experts"],
+            made["k"],
+            made["router_kwargs"],
         )
         if layer.kept is not None:
             built.keep(layer.kept)

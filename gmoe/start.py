@@ -28,59 +28,59 @@ OF_BALANCE = ("balance", "balance_coef", "bias_rate", "noise")
 """Arguments of token choice that say how its load is kept even, or how it explores."""
 
 
-def check_start(start: Start | None) -> Start:
-    """Return the start, ``"shared"`` for ``None``.
-
-    Raises:
-        ValueError: an unknown start.
-    """
-    if start is None:
-        return "shared"
-    check_choice("start", start, Start)
-    return start
-
-
-def start_of_convs(
+def resolved_start(
     start: Start | None,
-    kinds: Sequence[object],
-    shared_transform: bool,
-    router: RouterLike | None,
-    k: int,
-    router_kwargs: Mapping[str, object] | None,
+    kinds: Sequence[object] = (),
+    *,
+    shared_transform: bool = False,
+    router: RouterLike | None = None,
+    k: int = 1,
+    router_kwargs: Mapping[str, object] | None = None,
 ) -> Start:
-    """Return the start of experts that are convs; ``None`` follows the router.
+    """Decide how a layer starts: the only place that knows what ``None`` means.
 
-    Copies cost the FLOPs of the dense layer, but need weights that sum to 1. So ``None`` is
-    ``"copies"`` for a router that is sure to give these, and ``"shared"`` for all others. A factory
-    of your own is not called to find out: beside it, ``None`` is ``"shared"``.
+    ``None`` is ``"shared"``, unless it is to follow a router: then it is ``"copies"`` if that
+    router is sure to give weights that sum to 1, at the FLOPs of the dense layer. A factory of your
+    own is not called to find out: beside it, ``None`` is ``"shared"``.
 
     Args:
         start: what the caller said.
-        kinds: the kind of each expert. Different ones cannot be copies.
+        kinds: the kind of each expert, if they are convs. Different ones cannot be copies.
         shared_transform: see :class:`gmoe.MoEConv`; copies would not start as the dense layer.
-        router, k, router_kwargs: of the layer; ``None`` if each call passes a routing.
+        router: the router that ``None`` follows; ``None`` if it follows none.
+        k, router_kwargs: of that router.
 
     Raises:
         ValueError: an unknown start, or copies that cannot be; and as
             :func:`gmoe.routers.build_router`.
     """
-    can_be_copies = not shared_transform and kinds.count(kinds[0]) == len(kinds)
+    can_be_copies = not shared_transform and all(kind == kinds[0] for kind in kinds)
     if start == "copies" and not can_be_copies:
         raise ValueError(
             "start: got 'copies' for several kinds or a shared transform, expected 'shared' or "
             "'plain'"
         )
-    if start is not None or router is None or not can_be_copies:
-        return check_start(start)
-    if isinstance(router, Router):
-        return "copies" if router.sums_to_one else "shared"
-    if router not in [*ROUTERS, *ROUTERS.values()]:  # a factory: to call it may have effects
+    if start is not None:
+        check_choice("start", start, Start)
+        return start
+    if router is None or not can_be_copies:
         return "shared"
+    return "copies" if _sums_to_one(router, len(kinds), k, router_kwargs) else "shared"
+
+
+def _sums_to_one(
+    router: RouterLike, num_experts: int, k: int, router_kwargs: Mapping[str, object] | None
+) -> bool:
+    """True if a router is sure to give each token weights that sum to 1."""
+    if isinstance(router, Router):
+        return router.sums_to_one
+    if router not in [*ROUTERS, *ROUTERS.values()]:  # a factory: to call it may have effects
+        return False
     kwargs = _kwargs_for_copies(router, k, router_kwargs)
     # Whether the weights sum to 1 follows from the options: any width will do, without values.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = build_router(router, dim=1, num_experts=len(kinds), k=k, kwargs=kwargs)
-    return "copies" if built.sums_to_one else "shared"
+        built = build_router(router, dim=1, num_experts=num_experts, k=k, kwargs=kwargs)
+    return built.sums_to_one
 
 
 def build_layer_router(

@@ -27,7 +27,7 @@ from gmoe.products import Backend, combine, dispatch
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing
 from gmoe.stack import become, tensors_of
-from gmoe.start import Start, build_layer_router, check_start, drawn_apart
+from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
 RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
@@ -235,7 +235,7 @@ class HeteroMoEConv(MoELayer):
         self.make_dense = partial(
             RelationalConv, in_channels, out_channels, metadata, out_types=out_types
         )
-        self.start = check_start(start)
+        self.start = resolved_start(start)
 
         # 1. The dense layer: the shared expert, or what the copies start as.
         dense = None if self.start == "plain" else self.make_dense()

@@ -57,7 +57,7 @@ from gmoe.products import Backend
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routing
 from gmoe.stack import share_base
-from gmoe.start import Start, build_layer_router, drawn_apart, start_of_convs
+from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         self._widths = widths
         self.out_channels = out_channels
         self._make = Make(kinds, in_channels, out_channels, conv_args, conv_kwargs)
-        # By itself a layer starts beside a shared expert, whatever its router.
-        self.start = start_of_convs(
-            start or "shared", kinds, shared_transform, router, k, router_kwargs
-        )
+        # By itself a layer starts beside a shared expert: its start follows no router.
+        self.start = resolved_start(start, kinds, shared_transform=shared_transform)
         self.router_input = router_parts(router_input, self.start, router)
         self._options = _BuildOptions(
             router, router_kwargs, check_finite, shared_transform, local, backend

@@ -59,10 +59,9 @@ from gmoe.routing import Routing, checked_routings
 from gmoe.start import (
     Start,
     build_layer_router,
-    check_start,
     drawn_apart,
+    resolved_start,
     saved_by_name,
-    start_of_convs,
 )
 
 Stored = TypeVar("Stored")
@@ -454,17 +453,15 @@ def _start_of(
     stacked, so that copies share a base: in the study of starts, copies were safe only there. An
     option may still keep a conv from being stacked; its copies then start as the dense layer, too.
     """
-    start = conv_kwargs.get("start")
     kinds = kinds_of(conv, num_experts)
-    if shared_router is False or kind_of(class_of(factory_of(kinds[0]))).stack is None:
-        start = check_start(start)
-    return start_of_convs(
-        start,
+    are_stacked = kind_of(class_of(factory_of(kinds[0]))).stack is not None
+    return resolved_start(
+        conv_kwargs.get("start"),
         kinds,
-        conv_kwargs.get("shared_transform", False),
-        router,
-        k,
-        conv_kwargs.get("router_kwargs"),
+        shared_transform=conv_kwargs.get("shared_transform", False),
+        router=router if are_stacked and shared_router is not False else None,
+        k=k,
+        router_kwargs=conv_kwargs.get("router_kwargs"),
     )
 
 

@@ -23,7 +23,7 @@ from gmoe.moe import MoE
 from gmoe.products import Backend
 from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing, checked_routings, record_routing
-from gmoe.start import Start, check_start, drawn_apart
+from gmoe.start import Start, drawn_apart, resolved_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class ViTMoE(HubMixin, VisionTransformer):
     ) -> None:
         if isinstance(size, ViTSize):  # recorded as numbers, since JSON has no ViTSize
             size = asdict(size)
-        start = check_start(start)
+        start = resolved_start(start)
         config = recorded(locals(), known=ROUTERS)
         if not isinstance(size, Mapping) and size not in SIZES:
             raise ValueError(f"size: got {size!r}, expected a ViTSize or one of {sorted(SIZES)}")

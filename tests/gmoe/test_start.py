@@ -31,7 +31,7 @@ from gmoe import (
 )
 from gmoe.models.vit import ViTMoE, ViTSize
 from gmoe.stack import base_parameters, has_base
-from gmoe.start import start_of_convs
+from gmoe.start import resolved_start
 from tests.gmoe.conv.masked import GRAPHS, features, random_graph, routing_of
 from tests.gmoe.conv.test_experts import ids
 from tests.gmoe.models.test_gnn import assert_same
@@ -521,8 +521,8 @@ def test_the_default_draws_no_number() -> None:
         for kwargs, start in cases:
             torch.manual_seed(0)
             before = torch.get_rng_state()
-            found = start_of_convs(None, ["gcn"] * 3, False, router, 2, kwargs)
-            assert found == start
+            options: Any = {"router": router, "k": 2, "router_kwargs": kwargs}
+            assert resolved_start(None, ["gcn"] * 3, **options) == start
             assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -629,3 +629,41 @@ def test_mlps_and_relations_have_a_shared_expert_by_default() -> None:
     assert all(layer.shared_expert is not None for layer in layers)
     hetero = HeteroMoEConv(WIDTH, WIDTH, (["a"], [("a", "to", "a")]))
     assert hetero.shared_expert is not None
+
+
+def of_vit(**options: Any) -> Any:
+    return ViTMoE(SMALL_VIT, router="token_choice", num_experts=3, **options)
+
+
+def of_hetero(**options: Any) -> Any:
+    return HeteroMoEConv(WIDTH, WIDTH, (["a"], [("a", "to", "a")]), num_experts=3, **options)
+
+
+DOORS: dict[str, tuple[Callable[..., Any], str]] = {
+    "MoEConv": (partial(MoEConv, GCNConv, WIDTH, WIDTH, num_experts=3), "shared"),
+    "GNNMoE": (partial(GNNMoE, WIDTH, WIDTH, 2, 2, num_experts=3), "copies"),
+    "HeteroMoEConv": (of_hetero, "shared"),
+    "ViTMoE": (of_vit, "shared"),
+    "moefy, MLPs": (lambda **options: moefy(ViTMoE(SMALL_VIT, router=None), **options), "shared"),
+    "moefy, convs": (
+        lambda **options: moefy(nn.Sequential(GCNConv(WIDTH, WIDTH)), targets="0", **options),
+        "shared",
+    ),
+}
+"""What builds layers, and how they start if nobody says."""
+
+
+@pytest.mark.parametrize("start", [None, "copies", "shared", "plain"])
+@pytest.mark.parametrize("door", DOORS)
+def test_every_layer_knows_how_it_started(door: str, start: Any) -> None:
+    build, default = DOORS[door]
+    layers = [part for part in build(start=start).modules() if isinstance(part, gmoe.MoELayer)]
+    assert layers
+    assert {layer.start for layer in layers} == {start or default}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_refuses_an_unknown_start(door: str) -> None:
+    build, _ = DOORS[door]
+    with pytest.raises(ValueError, match=r"^start: got 'warm', expected one of 'copies', 'shared'"):
+        build(start="warm")
