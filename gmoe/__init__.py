@@ -7,7 +7,7 @@ Read the files in this order. Core: ``routing`` (which expert handles which toke
 (what experts get and promise), ``conv.aggregate``, ``conv.kinds`` and ``conv.build`` (which class
 runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the layer), ``models.gnn``. Images:
 ``_mlps``, ``convert``, ``models.vit``. After training: ``stack``, ``layer_groups``,
-``pruning``, ``candidates``, ``dense``, ``unstacked``, ``saved``, ``hub``. Sampling and graphs on
+``pruning``, ``candidates``, ``dense``, ``unstacked``, ``folder``, ``saved``. Sampling and graphs on
 disk: ``data``. At any time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``,
 ``plot``.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.moe import MoE
+from gmoe.recorded import Recorded
 from gmoe.routers import RandomRouter, TokenChoice
 from gmoe.stack import are_equal
 
@@ -28,7 +29,7 @@ class MLP(nn.Module):
         (..., I) to (..., O).
     """
 
-    moefied: dict[str, Any] | None = None
+    moefied: Recorded | None = None
     """The arguments of :func:`gmoe.moefy` that made the layer, for :func:`gmoe.save`."""
 
     def __init__(self, experts: MLPExperts) -> None:

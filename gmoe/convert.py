@@ -25,9 +25,10 @@ from gmoe._checks import (
 )
 from gmoe._mlps import Forms, read_mlp
 from gmoe._verify import is_option
-from gmoe.hub import recorded, save_with_experts
+from gmoe.folder import save_with_experts
 from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.products import Backend
+from gmoe.recorded import Recorded
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
 from gmoe.stack import base_parameters, share_base
@@ -176,7 +177,7 @@ def moefy(
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
         known = saved_by_name(layer.start, k, router_kwargs)
-        layer.moefied = recorded(options, known=known)
+        layer.moefied = Recorded.of(options, known)
     for module, layer in layers.items():
         for name in names_of[module]:
             model.set_submodule(name, layer)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gmoe._checks import check, check_counts, shown
 from gmoe.experts import Experts
+from gmoe.recorded import Recorded
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing, checked_routing
 from gmoe.start import Start
@@ -39,7 +40,7 @@ class MoELayer(nn.Module, ABC):
     experts: Any
     start: Start = "plain"
     kept: tuple[int, ...] | None = None
-    moefied: dict[str, Any] | None = None
+    moefied: Recorded | None = None
 
     def __init__(self, *, num_experts: int, k: int = 1) -> None:
         super().__init__()

@@ -1,99 +1,79 @@
-"""Save a model with experts that was made from somebody else's dense model, and load it again.
+"""Save a model with experts to a folder, and load it again.
 
-A folder holds these files, none of which is code:
+There are two doors, which write and read the same folders (:mod:`gmoe.folder`):
 
-- ``gmoe.json``: which layers have experts, and how they were made;
-- ``model.safetensors``: all weights of the model, or an index of several such files;
-- ``receipt.safetensors``: what the model gave for one input, if there was one;
-- ``config.json``: the configuration of a model of transformers.
-
-:class:`gmoe.GNNMoE` and :class:`gmoe.ViTMoE` know how they are built, and need no base: they have
-``save_pretrained`` (:mod:`gmoe.hub`). Once layers of theirs were pruned or folded, they are saved
-here, too.
+- :func:`save` and :func:`load` take any model. A dense model of somebody else's, which
+  :func:`gmoe.moefy` has changed, has to be built by the caller, as ``base``;
+- :class:`gmoe.GNNMoE` and :class:`gmoe.ViTMoE` know how they are built: their base is their own
+  constructor, and ``save_pretrained`` is :func:`save`.
 """
 
 from __future__ import annotations
 
 import glob
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Batch, arguments_of, finite, largest_difference, outputs_of
 from gmoe._checks import (
-    changed_option,
     check,
     check_at_least,
-    check_counts,
     check_module,
     described,
-    in_short,
     naming_extras,
     says_what_misfits,
 )
-from gmoe.candidates import MLP
 from gmoe.convert import moefy
 from gmoe.dense import densify_like
-from gmoe.experts import Experts
-from gmoe.hub import (
-    ONE_FILE,
+from gmoe.folder import (
+    BY_HAND,
+    CONFIG,
+    RECEIPT,
+    WEIGHTS,
+    WRITTEN,
+    Edits,
+    Spec,
     build_from_config,
-    check_sizes,
-    is_of_transformers,
-    read_weights,
-    write_config,
+    naming,
+    read,
+    read_tensors,
+    refuse_other,
+    saveable,
+    spec_of,
+    write,
 )
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
-from gmoe.routers import ROUTERS, Router
-from gmoe.stack import fold, has_base
-from gmoe.start import build_layer_router
-from gmoe.unstacked import UnstackedLinears
+from gmoe.recorded import BuildsItself
+from gmoe.routers import Router
+from gmoe.stack import fold
 
-LAYERS = "gmoe.json"
-WEIGHTS = "model.safetensors"
-SHARD = "model{suffix}.safetensors"
-INDEX = "model.safetensors.index.json"
-RECEIPT = "receipt.safetensors"
+Model = TypeVar("Model", bound="HubMixin")
 
-FORMAT = 1
-"""The version of the files; a reader refuses others."""
-
-
-@dataclass(frozen=True)
-class SavedLayer:
-    """How a layer was made, as it stands in the file.
-
-    Args:
-        moefied: the arguments of :func:`gmoe.moefy`; ``None`` for a layer that the base has itself.
-        folded: the base of its experts was added to them, see :func:`gmoe.fold`.
-        kept: the experts that stayed when others were pruned; ``None`` for all.
-        dense: it was folded back to one MLP, see :func:`gmoe.densify`.
-    """
-
-    moefied: dict[str, Any] | None
-    folded: bool
-    kept: list[int] | None
-    dense: bool
-
-
-OPTIONS = ("num_experts", "k", "router", "router_kwargs", "upcycle", "start", "backend")
-"""The arguments of :func:`gmoe.moefy` that a file may hold."""
+OWN = {
+    "GNNMoE": "gmoe.models.gnn",
+    "ViTMoE": "gmoe.models.vit",
+}
+"""The modules of the classes that a folder may name to be built."""
 
 
 @says_what_misfits
 def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> Path:
-    """Write a moefied model to a folder: how its layers were made, and all its weights.
+    """Write a model with experts to a folder: how it was made, and all its weights.
 
-    It takes models of timm, Hugging Face's transformers, PyG and your own that :func:`gmoe.moefy`
-    has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and :func:`gmoe.densify`, which
-    may leave no experts. The dense model itself is described only if it is of transformers, whose
-    ``save_pretrained`` and ``Trainer`` write the same files; else :func:`load` gets it as ``base``.
+    It takes gmoe's own models, and models of timm, Hugging Face's transformers, PyG and your own
+    that :func:`gmoe.moefy` has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and
+    :func:`gmoe.densify`, which may leave no experts. Of the latter, the dense model itself is
+    described only if it is of transformers, whose ``save_pretrained`` and ``Trainer`` write the
+    same files; else :func:`load` gets it as ``base``.
 
     Args:
         model: the model.
@@ -107,7 +87,7 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
 
     Raises:
         ImportError: ``safetensors`` or ``huggingface_hub`` is not installed.
-        ValueError: an option of a router that was changed after :func:`gmoe.moefy`; a router or
+        ValueError: an option of a router that was changed after the model was made; a router or
             experts of a class of your own, parts that were replaced (LoRA, quantized, unstacked
             layers): no code runs from a file, and the message says what to do;
             inputs that are no tensors, or of which the model makes NaN.
@@ -116,79 +96,30 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
         >>> gmoe.save(vit, "folder", images[:2])
         >>> vit = gmoe.load("folder", base=timm.create_model("vit_tiny_patch16_224"))
     """
-    return write(model, folder, inputs=inputs)
-
-
-def write(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    inputs: Batch | None = None,
-    state: Mapping[str, Tensor] | None = None,
-    max_shard_size: int | str = ONE_FILE,
-) -> Path:
-    """What :func:`save` does.
-
-    Args:
-        model, folder, inputs: see :func:`save`.
-        state: the weights (default: those of the model).
-        max_shard_size: the largest file of weights, in bytes or as ``"5GB"``.
-    """
     check_module("model", model)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
-    with naming_extras():
-        from huggingface_hub import split_torch_state_dict_into_shards
-        from safetensors.torch import save_file
-    layers = {name: asdict(layer) for name, layer in _layers_of(model).items()}
-    state = model.state_dict() if state is None else state
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"model: got {name}, a {type(value).__name__}, expected tensors: save before "
-                "layers are quantized"
-            )
-    receipt = {} if inputs is None else _receipt_of(model, inputs)
-    weights = _saveable(state)
-    shards = split_torch_state_dict_into_shards(
-        weights, filename_pattern=SHARD, max_shard_size=max_shard_size
-    )
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Of an earlier model; and this file is the last to come: cut off, the folder holds no model.
-    (folder / LAYERS).unlink(missing_ok=True)
-    earlier = folder.glob(SHARD.format(suffix="-*-of-*"))
-    for path in [*earlier, folder / WEIGHTS, folder / INDEX, folder / RECEIPT]:
-        path.unlink(missing_ok=True)
-    has_config = is_of_transformers(model)
-    if has_config:
-        write_config(model, folder)
-    # Older versions of transformers, and accelerate, refuse a format that they do not know.
-    metadata = {"format": "gmoe" if has_config else "pt"}
-    for name, keys in shards.filename_to_tensors.items():
-        save_file({key: weights[key] for key in keys}, folder / name, metadata=metadata)
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    if receipt:
-        save_file(_saveable(receipt), folder / RECEIPT)
-    description = {"format": FORMAT, "model": type(model).__name__, "layers": layers}
-    (folder / LAYERS).write_text(json.dumps(description, indent=2) + "\n")
-    return folder
+    # Of a model of gmoe's own with an argument that no file holds, the caller builds the base.
+    builds_itself = isinstance(model, HubMixin) and not model.recorded.unsavable
+    spec = spec_of(model, model.config if builds_itself else None)
+    if builds_itself:
+        _check_is_built_so(model, spec)
+    weights = saveable(model.state_dict())
+    receipt = {} if inputs is None else saveable(_receipt_of(model, inputs))
+    return write(model, folder, spec, weights, receipt=receipt)
 
 
 @says_what_misfits
 def load(
     folder: str | Path, base: nn.Module | None = None, *, tolerance: float = 1e-4
 ) -> nn.Module:
-    """Make a dense model into the one that :func:`save` wrote.
+    """Build the model that :func:`save` wrote.
 
     Args:
         folder: what :func:`save` wrote, or ``save_pretrained`` or the ``Trainer`` of transformers.
         base: the dense model, built as it was before :func:`gmoe.moefy`; its weights do not matter.
             It is changed in place, so throw it away after an error. Of buffers that no state holds
-            (rotary frequencies, say), the base's dtype counts. ``None`` (default) for a model of
-            transformers, which is built from the folder's ``config.json``.
+            (rotary frequencies, say), the base's dtype counts. ``None`` (default) for gmoe's own
+            models and for those of transformers, which are built from the folder's ``config.json``.
         tolerance: the largest difference of the outputs on the inputs that were saved, as a share
             of the largest output (default 1e-4, for float32; say 0.02 for bfloat16 on another
             device).
@@ -207,32 +138,10 @@ def load(
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     check_at_least(0, tolerance=tolerance)
     folder = Path(folder)
-    name, layers = _read_layers(folder / LAYERS, base)
-    state = _read_state(folder)
+    spec, state = read(folder)
     if base is None:
-        base = build_from_config(name, folder, state)
-    try:
-        for layer in layers.values():
-            check_sizes(layer.moefied or {}, state)
-        model = _rebuilt(base, layers)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{folder / LAYERS}: got {in_short(error)}, expected layers that can be made of the "
-            "base"
-        ) from error
-    try:
-        for name, value in model.state_dict(keep_vars=True).items():
-            saved = state.get(name, value)
-            if saved.dtype != value.dtype:
-                value.data = value.data.to(saved.dtype)
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS}: got {in_short(error)}, expected the weights of the layers in "
-            f"{LAYERS} and of the base"
-        ) from error
-    model.eval()
-
+        base = _base_of(spec, folder, state)
+    model = _made(base, spec, folder, state)
     if (folder / RECEIPT).exists():
         difference, largest = _compared(model, folder)
         if not difference <= tolerance * largest:
@@ -257,151 +166,128 @@ def receipt(model: nn.Module, folder: str | Path) -> float:
     return _compared(model, Path(folder))[0]
 
 
-# how layers were made -----------------------------------------------------------------------------
+class HubMixin(BuildsItself):
+    """Give a model ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+
+    The files are those of ``huggingface_hub.PyTorchModelHubMixin``: ``config.json``,
+    ``model.safetensors`` and a card, ``README.md``. That mixin is not the base class here, for two
+    reasons: every model would require ``huggingface_hub``, and it silently leaves out arguments
+    that JSON cannot hold (a router's class, a list with a factory), so that another model comes
+    back. See ``gmoe.recorded.BuildsItself`` for what a subclass has to do.
+    """
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write configuration, weights and card, and return the folder; see :func:`gmoe.save`.
+
+        Args:
+            folder: where to write; created if it does not exist.
+
+        Raises:
+            ImportError: ``safetensors`` or ``huggingface_hub`` is not installed.
+            ValueError: an argument that has no form in JSON and no name: a function, a ``partial``,
+                an instance, your own class; a subclass that does not record its arguments; what
+                :func:`gmoe.save` refuses.
+        """
+        assert isinstance(self, nn.Module)
+        for reason in self.recorded.unsavable.values():
+            raise ValueError(reason)
+        return save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model], folder: str | Path, *, revision: str | None = None, **arguments: object
+    ) -> Model:
+        """Build a saved model in evaluation mode on the CPU, with the dtypes of the saved weights.
+
+        Args:
+            folder: a folder, or the name of a repository on the Hub, ``"owner/name"``; log in first
+                to load a private one (``hf auth login``, or ``HF_TOKEN``).
+            revision: a branch, tag or commit of the repository.
+            **arguments: arguments of the constructor in place of the saved ones.
+
+        Raises:
+            ImportError: ``safetensors`` is not installed, or, for a repository,
+                ``huggingface_hub``.
+            FileNotFoundError: a file is missing.
+            ValueError: a file that is damaged or holds another class; weights that do not fit the
+                configuration. The message names the file.
+        """
+        if not Path(folder).is_dir():
+            with naming_extras():
+                from huggingface_hub import snapshot_download
+            patterns = [CONFIG, "model*.safetensors*"]
+            folder = snapshot_download(str(folder), revision=revision, allow_patterns=patterns)
+        folder = Path(folder)
+        spec, state = read(folder)
+        build: Any = cls
+        with naming(folder / spec.file, f"{WRITTEN} of a {cls.__name__}"):
+            check(spec.model == cls.__name__, "model", spec.model, cls.__name__)
+            base = build(**((spec.arguments or {}) | arguments))
+        made: Any = _made(base, spec, folder, state)
+        return made
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
+        """Upload what :meth:`save_pretrained` writes, and return the commit's URL.
+
+        Creates the repository if it does not exist.
+
+        Args:
+            repo_id: the repository's name, ``"owner/name"``.
+            private: make a new repository private (default: the owner's setting).
+
+        Raises:
+            ImportError: ``huggingface_hub`` or ``safetensors`` is not installed.
+            ValueError: as :meth:`save_pretrained`, before anything is uploaded.
+        """
+        with naming_extras():
+            from huggingface_hub import HfApi
+        api = HfApi()
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
 
-def _layers_of(model: nn.Module) -> dict[str, SavedLayer]:
-    """How each layer with experts, or MLP that was one, was made."""
-    layers = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, MoELayer | MLP):
-            continue
-        moefied = layer.moefied
-        if moefied is not None:
-            for value in moefied.values():
-                if isinstance(value, ValueError):
-                    raise ValueError(f"{value}; {_BY_HAND}")
-        if isinstance(layer, MLP):
-            if moefied is not None:
-                layers[name] = SavedLayer(moefied, folded=False, kept=None, dense=True)
-            continue
-        _check_parts(name, layer)
-        layers[name] = SavedLayer(
-            moefied,
-            folded=layer.start == "copies" and not has_base(layer.experts),
-            kept=None if layer.kept is None else list(layer.kept),
-            dense=False,
-        )
-    return layers
+# from a spec to a model ---------------------------------------------------------------------------
 
 
-_BY_HAND = (
-    "no code runs from a file: torch.save(model.state_dict(), path), and to load it, moefy the "
-    "base in the same way and call load_state_dict"
-)
-"""What to do with a model that cannot be saved."""
-
-
-def _check_parts(name: str, layer: MoELayer) -> None:
-    """Refuse a router or experts of classes that a file cannot name."""
-    router = getattr(layer, "router", None)
-    if router is not None and layer.moefied is not None:
-        built = ROUTERS[layer.moefied["router"]]
-        if isinstance(built, type) and type(router) is not built:
-            raise ValueError(
-                f"router: got {type(router).__name__} in {name}, expected "
-                f"{layer.moefied['router']!r}, with which the layer was made; {_BY_HAND}"
-            )
-        changed = changed_option(router, _router_as_loaded(layer, router.dim))
-        if changed is not None:
-            option, value, before = changed
-            raise ValueError(
-                f"{option}: got {value!r} of the router of {name}, expected {before!r}, with which "
-                "the layer was made: give it to moefy, in router_kwargs"
-            )
-    for path, part in layer.experts.named_modules(prefix=f"{name}.experts"):
-        if isinstance(part, UnstackedLinears):
-            replaced = part.replaced()
-            if replaced is not None:
-                raise ValueError(
-                    f"model: got {path} with {replaced}, expected experts as they were "
-                    f"built; {_BY_HAND}"
-                )
-            raise ValueError(
-                f"model: got {path}, unstacked layers, expected stacked ones: gmoe.restack(model) "
-                "before it is saved, gmoe.unstack(model) after it is loaded"
-            )
-        # The convs that run one by one, and norms and activations, are those of the base.
-        has_parameters = any(True for _ in part.parameters(recurse=False))
-        if (
-            (has_parameters or isinstance(part, Experts))
-            and not _is_known(part)
-            and ".members." not in path
-        ):
-            raise ValueError(
-                f"model: got {path}, a {type(part).__name__}, expected experts as they were built; "
-                f"{_BY_HAND}"
-            )
-
-
-def _router_as_loaded(layer: MoELayer, dim: int) -> Router:
-    """The router that :func:`load` would build for a layer, without values."""
-    made: Any = layer.moefied
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = build_layer_router(
-            layer.start,
-            made["router"],
-            dim,
-            made["num_experts"],
-            made["k"],
-            made["router_kwargs"],
-        )
-        if layer.kept is not None:
-            built.keep(layer.kept)
-    return built
-
-
-def _is_known(part: nn.Module) -> bool:
-    """True for a class of gmoe's."""
-    return type(part).__module__.partition(".")[0] == "gmoe"
-
-
-def _read_layers(path: Path, base: nn.Module | None) -> tuple[str, dict[str, SavedLayer]]:
-    """Read and check the class of the model and the description of its layers.
+def _base_of(spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """The base that a folder describes by itself, with any values.
 
     Raises:
-        ValueError: anything but what :func:`save` writes, or for a base of another class.
+        ValueError: it describes none.
     """
-    text = path.read_bytes()
-    try:
-        found = json.loads(text)
-        if found["format"] != FORMAT:
-            raise ValueError(f"format: got {found['format']!r}, expected {FORMAT}")
-        model = str(found["model"])
-        if base is not None and model != type(base).__name__:
-            raise ValueError(f"base: got a {type(base).__name__}, expected {model!r}")
-        return model, {str(name): _checked(layer) for name, layer in found["layers"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    if spec.arguments is None:
+        return build_from_config(spec.model, folder, state)
+    if spec.model not in OWN:
         raise ValueError(
-            f"{path}: got {type(error).__name__}: {in_short(error)}, expected what gmoe.save writes"
-        ) from error
+            f"base: got None, expected a {spec.model}, which is no class of gmoe: "
+            f"{spec.model}.from_pretrained(folder)"
+        )
+    with naming_extras():
+        build: Callable[..., nn.Module] = getattr(
+            importlib.import_module(OWN[spec.model]), spec.model
+        )
+    with naming(folder / spec.file, WRITTEN):
+        return build(**spec.arguments)
 
 
-def _checked(layer: Any) -> SavedLayer:
-    """A layer of the file, if all of it has the types that it should have."""
-    legal = {field.name for field in fields(SavedLayer)}
-    if set(layer) != legal:
-        raise ValueError(f"layers: got one with {sorted(layer)}, expected {sorted(legal)}")
-    saved = SavedLayer(**layer)
-    moefied = saved.moefied
-    if moefied is not None:
-        has_router = isinstance(moefied.get("router"), str) and moefied["router"] in ROUTERS
-        if set(moefied) != set(OPTIONS) or not has_router:
-            raise ValueError(
-                f"moefied: got {moefied}, expected {', '.join(OPTIONS)}, with a router of "
-                f"{', '.join(ROUTERS)}"
-            )
-        check_counts(num_experts=moefied["num_experts"], k=moefied["k"])
-    kept = saved.kept
-    if kept is not None and not all(type(expert) is int for expert in kept):
-        raise ValueError(f"kept: got {kept}, expected numbers of experts")
-    for name in ("folded", "dense"):
-        if not isinstance(getattr(saved, name), bool):
-            raise ValueError(f"{name}: got {getattr(saved, name)!r}, expected true or false")
-    return saved
+def _made(base: nn.Module, spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """The model that a folder holds, made of its base."""
+    with naming(folder / spec.file, "layers that can be made of the base"):
+        if spec.model != type(base).__name__:
+            raise ValueError(f"base: got a {type(base).__name__}, expected {spec.model!r}")
+        model = _edited(base, spec.layers)
+    with naming(folder / WEIGHTS, f"the weights of the base and its layers in {spec.file}"):
+        for name, value in model.state_dict(keep_vars=True).items():
+            saved = state.get(name, value)
+            if saved.dtype != value.dtype:
+                value.data = value.data.to(saved.dtype)
+        model.load_state_dict(state)
+    return model.eval()
 
 
-def _rebuilt(base: nn.Module, layers: Mapping[str, SavedLayer]) -> nn.Module:
+def _edited(base: nn.Module, layers: Mapping[str, Edits]) -> nn.Module:
     """Make the layers of the base again, with any values."""
     # 1. moefy, once for all layers that were made with the same arguments.
     made: list[tuple[dict[str, Any], list[str]]] = []
@@ -419,12 +305,12 @@ def _rebuilt(base: nn.Module, layers: Mapping[str, SavedLayer]) -> nn.Module:
     # 2. fold, prune and densify.
     for group in groups_of(base):
         saved = {name: layers[name] for name in group.layers if name in layers}
-        for name, description in saved.items():
-            if description.folded:
+        for name, edits in saved.items():
+            if edits.folded:
                 fold(group.layers[name].experts)
-        kept = next((description.kept for description in saved.values()), None)
+        kept = next((edits.kept for edits in saved.values()), None)
         if kept is not None:
-            if any(description.kept != kept for description in saved.values()):
+            if any(edits.kept != kept for edits in saved.values()):
                 raise ValueError(
                     f"kept: got {kept} for some of {', '.join(group.layers)}, expected the same "
                     "for all, which share a router"
@@ -435,36 +321,42 @@ def _rebuilt(base: nn.Module, layers: Mapping[str, SavedLayer]) -> nn.Module:
     return base
 
 
-# weights and receipts -----------------------------------------------------------------------------
-
-
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    """All weights, which are in one file or in those that an index lists.
+def _check_is_built_so(model: nn.Module, spec: Spec) -> None:
+    """Refuse a model of gmoe's own that is not what a reader of its folder builds.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: one that is damaged, or an index that names a file elsewhere.
+        ValueError: a subclass that does not record its arguments; other weights, parts of experts,
+            or options of routers.
     """
-    path = folder / INDEX
-    if not path.exists():
-        return read_weights(folder / WEIGHTS, "gmoe.save")
+    name = type(model).__name__
+    arguments = spec.arguments or {}
     try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        for name in names:
-            check(Path(name).name == name, "weight_map", name, "a file of the folder")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        inspect.signature(type(model)).bind(**arguments)
+    except TypeError as error:
         raise ValueError(
-            f"{path}: got {type(error).__name__}: {in_short(error)}, expected what gmoe.save writes"
+            f"model: got a {name} ({error}), expected one that records its own arguments"
         ) from error
-    state: dict[str, Tensor] = {}
-    for name in names:
-        state |= read_weights(folder / name, "gmoe.save")
-    return state
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model has given them when it was built
+        built = _edited(type(model)(**arguments), spec.layers)
+    try:
+        built.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(
+            f"model: got a {name} with other weights than its constructor makes ({first} ...), "
+            f"expected the model as it was built, pruned, folded or made dense; {BY_HAND}"
+        ) from error
+    parts = dict(built.named_modules())
+    for path, part in model.named_modules():
+        if isinstance(part, Router):
+            refuse_other(path, part, parts.get(path))
+        elif isinstance(part, MoELayer):
+            for inner, expert in part.experts.named_modules(prefix=f"{path}.experts"):
+                refuse_other(inner, expert, parts.get(inner))
 
 
-def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Clones, since safetensors refuses tensors that share their memory, as tied layers do."""
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+# receipts -----------------------------------------------------------------------------------------
 
 
 def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
@@ -488,9 +380,9 @@ def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
 def _compared(model: nn.Module, folder: Path) -> tuple[float, float]:
     """The largest difference of a model's outputs from the saved ones; and the largest of these."""
     device = next(model.parameters()).device
-    read = read_weights(folder / RECEIPT, "gmoe.save")
-    saved = {name: value.to(device) for name, value in read.items()}
-    try:
+    path = folder / RECEIPT
+    saved = {name: value.to(device) for name, value in read_tensors(path).items()}
+    with naming(path, "inputs that the model takes"):
         args = _numbered(saved, "args")
         kwargs = {
             name.removeprefix("kwargs."): value
@@ -504,11 +396,6 @@ def _compared(model: nn.Module, folder: Path) -> tuple[float, float]:
             (float(part.abs().max()) for part in map(finite, before) if len(part)), default=0.0
         )
         return largest_difference(before, after), largest
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"{folder / RECEIPT}: got {type(error).__name__}: {in_short(error)}, expected inputs "
-            "that the model takes, as gmoe.save writes them"
-        ) from error
 
 
 def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> list[Tensor]:

@@ -65,7 +65,7 @@ SEED = 20261201
 SIZE = 1000
 
 IN_CONV = "additive adjacency aggregate attention graph kinds matrix"
-IN_GMOE = "convert edges hub losses padded places products routing routers sums"
+IN_GMOE = "convert edges folder losses padded places products routing routers sums"
 ROOMS = tuple(f"gmoe/conv/{name}" for name in IN_CONV.split()) + tuple(
     f"gmoe/{name}" for name in IN_GMOE.split()
 )

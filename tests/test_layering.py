@@ -43,8 +43,8 @@ LAZY = {
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
     **dict.fromkeys(("gmoe.dense", "gmoe.layer_groups"), ("gmoe.conv",)),
     "gmoe.edges": ("numpy",),
-    "gmoe.hub": ("huggingface_hub", "safetensors", "transformers"),
-    "gmoe.saved": ("huggingface_hub", "safetensors"),
+    "gmoe.folder": ("huggingface_hub", "safetensors", "transformers"),
+    "gmoe.saved": ("huggingface_hub",),
 }
 """Who may import what of it inside of functions, or for the type checker."""
 

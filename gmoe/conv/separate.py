@@ -42,6 +42,9 @@ class SeparateExperts(ConvExperts):
         local: for each of them, whether it is local.
     """
 
+    holds_any_conv = True
+    """Its parts may be of any class: they are copies of somebody's conv."""
+
     def __init__(self, convs: Sequence[MessagePassing], local: Sequence[bool]) -> None:
         super().__init__()
         self.members: Any = nn.ModuleList(convs)

@@ -42,7 +42,6 @@ from gmoe.conv.router_input import (
     router_parts,
     router_width,
 )
-from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.models.parts import (
     Activation,
@@ -54,8 +53,10 @@ from gmoe.models.parts import (
     residual_of,
 )
 from gmoe.moe import choose_blocks
+from gmoe.recorded import Recorded, given_to
 from gmoe.routers import Router, RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routings
+from gmoe.saved import HubMixin
 from gmoe.start import (
     Start,
     build_layer_router,
@@ -156,12 +157,10 @@ class GNNMoE(HubMixin, nn.Module):
         residual: Residual = "identity",
         **conv_kwargs: Any,
     ) -> None:
-        # Resolve the defaults first: what is recorded is saved with the model.
         conv_kwargs["start"] = _start_of(conv, num_experts, router, k, shared_router, conv_kwargs)
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
         router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router)
-        config = recorded(locals(), "conv_kwargs", _named_classes(k, conv_kwargs))
         check_counts(
             in_channels=in_channels,
             hidden_channels=hidden_channels,
@@ -170,7 +169,8 @@ class GNNMoE(HubMixin, nn.Module):
         )
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
-        self.config = config
+        # The defaults are resolved by now: a file says what they were.
+        self.recorded = Recorded.of(given_to(GNNMoE, locals()), _named_classes(k, conv_kwargs))
         # Plain ints: NumPy's are counts too, but torch and PyG do not take them everywhere.
         self.in_channels = in_channels = int(in_channels)
         self.hidden_channels = hidden_channels = int(hidden_channels)

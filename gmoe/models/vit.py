@@ -18,11 +18,12 @@ from torchvision.models import VisionTransformer
 from gmoe._checks import check_counts, says_what_misfits
 from gmoe.convert import moefy
 from gmoe.experts import LinearExperts
-from gmoe.hub import HubMixin, recorded
 from gmoe.moe import MoE
 from gmoe.products import Backend
+from gmoe.recorded import Recorded, given_to
 from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing, checked_routings, record_routing
+from gmoe.saved import HubMixin
 from gmoe.start import Start, drawn_apart, resolved_start
 
 
@@ -116,7 +117,6 @@ class ViTMoE(HubMixin, VisionTransformer):
         if isinstance(size, ViTSize):  # recorded as numbers, since JSON has no ViTSize
             size = asdict(size)
         start = resolved_start(start)
-        config = recorded(locals(), known=ROUTERS)
         if not isinstance(size, Mapping) and size not in SIZES:
             raise ValueError(f"size: got {size!r}, expected a ViTSize or one of {sorted(SIZES)}")
         sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])
@@ -127,7 +127,7 @@ class ViTMoE(HubMixin, VisionTransformer):
                     f"{whole}: got {sizes[whole]}, expected a multiple of {part}={sizes[part]}"
                 )
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
-        self.config = config
+        self.recorded = Recorded.of(given_to(ViTMoE, locals()), ROUTERS)
         if router is None:
             return
         with drawn_apart(start != "plain"):

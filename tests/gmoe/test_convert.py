@@ -603,4 +603,4 @@ def test_a_part_of_a_layer_that_another_module_has_too_is_refused() -> None:
 def test_a_class_of_routers_is_saved_by_its_name_whether_or_not_the_start_is_spelled_out() -> None:
     for start in (None, "shared"):
         model: Any = moefy(GCN(4, 4, 2, 4), router=TokenChoice, num_experts=2, start=start)
-        assert model.convs[0].moefied["router"] == "token_choice"
+        assert model.convs[0].moefied.values["router"] == "token_choice"

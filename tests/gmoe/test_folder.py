@@ -1,4 +1,4 @@
-"""Models saved to a folder, loaded again, and pushed."""
+"""Folders of models: what is in them, and what happens to those that are damaged."""
 
 from __future__ import annotations
 
@@ -16,28 +16,12 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch import nn
-from torch_geometric.nn import GCNConv, SAGEConv
+from torch_geometric.nn import SAGEConv
 
 import gmoe
-from gmoe.hub import recorded
-from gmoe.routers import TokenChoice
 
 X, EDGES = torch.randn(40, 16, dtype=torch.float64), torch.randint(40, (2, 160))
 IMAGES = torch.randn(4, 1, 8, 8, dtype=torch.float64)
-
-
-class MyRouter(TokenChoice):
-    """Somebody's own."""
-
-
-class Narrow(gmoe.GNNMoE):
-    """A subclass that records its own arguments."""
-
-    def __init__(self, in_channels: int, conv: Any = "gcn") -> None:
-        config = recorded(locals())
-        super().__init__(in_channels, 8, 3, conv=conv)
-        self.config = config
 
 
 GNN = partial(gmoe.GNNMoE, 16, 8, 3)
@@ -95,30 +79,6 @@ def test_a_model_comes_back(build: Any, options: dict[str, Any], tmp_path: Path)
     moved(model, *inputs)
     assert model.save_pretrained(tmp_path / "model") == tmp_path / "model"
     check_same(model, type(model).from_pretrained(tmp_path / "model"), *inputs)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("router", MyRouter),
-        ("router", TokenChoice(16, num_experts=8)),
-        ("conv", ["gcn", lambda a, b: GCNConv(a, b)]),
-        ("act", nn.ReLU()),
-        ("improved", float("inf")),
-    ],
-)
-def test_an_argument_without_a_name_is_refused(argument: str, value: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"^{argument}: got"):
-        GNN(**{argument: value}).save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-def test_a_subclass_records_its_own_arguments(tmp_path: Path) -> None:
-    model = Narrow(16, conv="sage").double().eval()
-    model.save_pretrained(tmp_path)
-    check_same(model, Narrow.from_pretrained(tmp_path), X, EDGES)
-    with pytest.raises(ValueError, match=r"config\.json"):
-        gmoe.GNNMoE.from_pretrained(tmp_path)
 
 
 def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
@@ -233,7 +193,7 @@ def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert (name, revision, allow_patterns) == (
             "me/digits",
             "v1",
-            ["config.json", "model.safetensors"],
+            ["config.json", "model*.safetensors*"],
         )
         return str(tmp_path)
 

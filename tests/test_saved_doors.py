@@ -1,0 +1,200 @@
+"""Every model of every kind, whatever was done to it, through every door to a folder and back.
+
+A model has the same outputs again, or is refused by a message that names the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn.models import GCN
+from torchvision.models import VisionTransformer
+
+import gmoe
+from gmoe.layer_groups import groups_of
+from gmoe.moe import MoELayer
+from tests.gmoe.shrunk import moved
+
+EXPERTS, WIDTH = 4, 6
+VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 4,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "mlp_dim": 12,
+}
+NODES = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0))
+EDGES = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 2], [1, 2, 3, 4, 5, 6, 0, 3, 5]])
+IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+RELATION = ("a", "to", "a")
+
+OPTIONS = {"num_experts": EXPERTS, "start": "copies", "k": 2}
+
+
+def hetero() -> nn.Module:
+    return gmoe.HeteroGNNMoE(WIDTH, 8, 3, (["a"], [RELATION]), 3, **OPTIONS)
+
+
+OWN: dict[str, Callable[[], nn.Module]] = {
+    "GNNMoE": lambda: gmoe.GNNMoE(WIDTH, 8, 3, 3, conv="sage", **OPTIONS),
+    "GNNMoE, a router a layer": lambda: gmoe.GNNMoE(
+        WIDTH, 8, 3, 3, conv="gat", shared_router=False, **OPTIONS
+    ),
+    "ViTMoE": lambda: gmoe.ViTMoE(VIT, 3, "token_choice", **OPTIONS),
+}
+"""Models that know how they are built."""
+
+DENSE: dict[str, Callable[[], nn.Module]] = {
+    "PyG GCN": lambda: GCN(WIDTH, 8, 3, 3),
+    "torchvision ViT": lambda: VisionTransformer(**VIT, num_classes=3),
+}
+"""What becomes a model with experts, and is its base."""
+
+BASES = {**OWN, "HeteroGNNMoE": hetero, **DENSE}
+"""What ``gmoe.load`` takes as the base of each model."""
+
+
+def folded(model: nn.Module) -> nn.Module:
+    return gmoe.fold(model)
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    for group in groups_of(model):
+        group.keep((0, 1, 3))
+        group.keep((0, 2))
+    return model
+
+
+def densified(model: nn.Module) -> nn.Module:
+    """Of the layers that a single expert is left of, which are those of the first router."""
+    groups_of(model)[0].keep((1,))
+    for router in [part for part in model.modules() if isinstance(part, gmoe.Router)]:
+        assert router.num_experts in (1, EXPERTS)
+    before = sum(isinstance(part, MoELayer) for part in model.modules())
+    again: nn.Module = gmoe.densify(model).model
+    assert sum(isinstance(part, MoELayer) for part in again.modules()) < before
+    return again
+
+
+STATES: dict[str, Callable[[Any], Any]] = {
+    "as built": lambda model: model,
+    "folded": folded,
+    "pruned": pruned,
+    "folded, then pruned": lambda model: pruned(folded(model)),
+    "pruned, then folded": lambda model: folded(pruned(model)),
+    "densified": densified,
+    "in bfloat16": lambda model: model.bfloat16(),
+    "pruned, in bfloat16": lambda model: pruned(model).bfloat16(),
+}
+
+SAVE: dict[str, Callable[[Any, Path], Path]] = {
+    "gmoe.save": gmoe.save,
+    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
+}
+LOAD: dict[str, Callable[[Any, Path, Any], Any]] = {
+    "gmoe.load": lambda _model, folder, _base: gmoe.load(folder),
+    "gmoe.load, with a base": lambda _model, folder, base: gmoe.load(folder, base),
+    "from_pretrained": lambda model, folder, _base: type(model).from_pretrained(folder),
+}
+
+
+def built(name: str) -> nn.Module:
+    """With experts that differ."""
+    torch.manual_seed(0)
+    model = BASES[name]()
+    if name in DENSE:
+        model = gmoe.moefy(model, **OPTIONS)
+    result: nn.Module = moved(model)
+    return result
+
+
+def logits(name: str, model: Any) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    x = (IMAGES if "ViT" in name else NODES).to(dtype)
+    with torch.no_grad():
+        if "ViT" in name:
+            found = model(x)
+        elif "Hetero" in name:
+            found = model({"a": x}, {RELATION: EDGES})["a"]
+        else:
+            found = model(x, EDGES)
+    result: Tensor = found
+    return result
+
+
+def check_same(name: str, model: nn.Module, again: nn.Module) -> None:
+    assert type(again) is type(model)
+    assert torch.equal(logits(name, again), logits(name, model))
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype, key
+        assert torch.equal(value, after[key]), key
+
+
+@pytest.mark.parametrize("load", LOAD)
+@pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_of_gmoe_comes_back_through_every_door(
+    name: str, state: str, save: str, load: str, tmp_path: Path
+) -> None:
+    model = STATES[state](built(name))
+    again = LOAD[load](model, SAVE[save](model, tmp_path), OWN[name]())
+    check_same(name, model, again)
+    assert again.config == model.config
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", DENSE)
+def test_a_moefied_model_comes_back_on_its_base(name: str, state: str, tmp_path: Path) -> None:
+    model = STATES[state](built(name))
+    gmoe.save(model, tmp_path)
+    check_same(name, model, gmoe.load(tmp_path, DENSE[name]()))
+    with pytest.raises(ValueError, match=rf"^base: got None, .*a {type(model).__name__}"):
+        gmoe.load(tmp_path)
+
+
+@pytest.mark.parametrize("state", ["as built", "folded", "in bfloat16"])
+def test_a_heterogeneous_model_comes_back_on_its_base(state: str, tmp_path: Path) -> None:
+    model = STATES[state](built("HeteroGNNMoE"))
+    gmoe.save(model, tmp_path)
+    check_same("HeteroGNNMoE", model, gmoe.load(tmp_path, hetero()))
+    with pytest.raises(ValueError, match=r"^base: got None, .*a HeteroGNNMoE"):
+        gmoe.load(tmp_path)
+
+
+def test_a_heterogeneous_model_is_neither_pruned_nor_densified() -> None:
+    model = built("HeteroGNNMoE")
+    with pytest.raises(ValueError, match="without one router of its own"):
+        gmoe.prune(model, ({"a": NODES}, {RELATION: EDGES}))
+    assert "HeteroMoEConv is not folded" in str(gmoe.densify(model))
+
+
+def test_a_model_that_a_file_cannot_describe_comes_back_on_its_base(tmp_path: Path) -> None:
+    """It has no other door."""
+    build = partial(gmoe.GNNMoE, WIDTH, 8, 3, 3, act=nn.Tanh(), **OPTIONS)
+    model = pruned(moved(build()))
+    with pytest.raises(ValueError, match=r"^act: got an instance of Tanh"):
+        model.save_pretrained(tmp_path / "hub")  # type: ignore[operator]
+    assert not (tmp_path / "hub").exists()
+    gmoe.save(model, tmp_path)
+    check_same("GNNMoE", model, gmoe.load(tmp_path, build()))
+    with pytest.raises(ValueError, match=r"^base: got None, .*a GNNMoE"):
+        gmoe.load(tmp_path)
+
+
+def test_a_model_of_gmoe_that_was_moefied_comes_back(tmp_path: Path) -> None:
+    """Its constructor builds the dense model, the edits the experts."""
+    torch.manual_seed(0)
+    model: Any = moved(gmoe.moefy(gmoe.ViTMoE(VIT, 3, None), **OPTIONS))
+    model.save_pretrained(tmp_path)
+    check_same("ViTMoE", model, gmoe.load(tmp_path))
+    check_same("ViTMoE", model, gmoe.ViTMoE.from_pretrained(tmp_path))
