@@ -127,23 +127,16 @@ class Spec:
 
 
 def spec_of(model: nn.Module, arguments: dict[str, Any] | None = None) -> Spec:
-    """How a model was made.
-
-    Args:
-        model: the model.
-        arguments: of its constructor, if that is to build the base.
-
-    Raises:
-        ValueError: a layer whose making a file cannot say, or that was changed since.
-    """
+    """How a model was made; ``arguments`` are those of its constructor if that builds the base."""
     layers = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, MoELayer | MLP):
             continue
-        made = layer.moefied
-        for reason in {} if made is None else made.unsavable.values():
-            raise ValueError(f"{reason}; {BY_HAND}")
-        moefied = None if made is None else made.values
+        moefied = None
+        if layer.moefied is not None:
+            moefied = layer.moefied.values
+            for reason in layer.moefied.unsavable.values():
+                raise ValueError(f"{reason}; {BY_HAND}")
         if isinstance(layer, MoELayer):
             _refuse_unstacked(name, layer)
             if arguments is None:  # else the whole model is compared with one that is built anew
@@ -151,13 +144,13 @@ def spec_of(model: nn.Module, arguments: dict[str, Any] | None = None) -> Spec:
                 _check_router(name, layer)
             kept = None if layer.kept is None else list(layer.kept)
             layers[name] = Edits(moefied, is_folded(layer), kept, dense=False)
-        elif made is not None:
+        elif moefied is not None:
             layers[name] = Edits(moefied, folded=False, kept=None, dense=True)
     return Spec(type(model).__name__, arguments, layers)
 
 
 def is_folded(layer: MoELayer) -> bool:
-    """True if experts that started as copies share no base."""
+    """True if experts started as copies, and share no base (any more)."""
     return layer.start == "copies" and not has_base(layer.experts)
 
 
@@ -205,13 +198,7 @@ def _check_router(name: str, layer: MoELayer) -> None:
 
 
 def refuse_other(path: str, part: nn.Module, built: nn.Module | None) -> None:
-    """Refuse a part of another class than was built, and a router with other options.
-
-    Args:
-        path: of the part, for an error.
-        part: the part.
-        built: the one that a reader of the folder builds; ``None`` if it builds none.
-    """
+    """Refuse a part of another class than a reader builds there, or a router of other options."""
     if built is None or type(part) is not type(built):
         expected = "none" if built is None else f"a {type(built).__name__}"
         raise ValueError(
@@ -239,14 +226,12 @@ def write(
     receipt: Mapping[str, Tensor] = {},
     max_shard_size: int | str = ONE_FILE,
 ) -> Path:
-    """Write a model to a folder, and return it.
+    """Write a model to a folder, which is created if it does not exist, and return the folder.
 
     Args:
-        model: the model.
-        folder: where to write; created if it does not exist.
+        model, folder: the model, and where to write.
         spec: see :func:`spec_of`.
-        weights: see :func:`saveable`.
-        receipt: inputs and outputs by name (default: none).
+        weights, receipt: tensors by name; see :func:`saveable`.
         max_shard_size: the largest file of weights, in bytes or as ``"5GB"``.
     """
     with naming_extras():
@@ -258,12 +243,11 @@ def write(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
-    # 1. The files of an earlier model go. Those that say what the model is go first, and come last:
-    # cut off in between, the folder holds no model.
-    earlier = folder.glob(SHARD.format(suffix="-*-of-*"))
-    for name in (LAYERS, CONFIG, WEIGHTS, INDEX, RECEIPT):
+    # 1. The files of an earlier model go. What says what the model is goes first, and comes last:
+    # cut off in between, the folder holds no model. A config.json of others stays.
+    for name in (LAYERS, spec.file, WEIGHTS, INDEX, RECEIPT):
         (folder / name).unlink(missing_ok=True)
-    for path in earlier:
+    for path in folder.glob(SHARD.format(suffix="-*-of-*")):
         path.unlink()
 
     # 2. What describes the model to others.
@@ -295,11 +279,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def saveable(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Clones, since safetensors refuses tensors that share their memory, as tied layers do.
-
-    Raises:
-        ValueError: what is no tensor.
-    """
+    """Clones, since safetensors refuses tensors that share their memory, as tied layers do."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -314,9 +294,11 @@ def saveable(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @contextmanager
 def naming(path: Path, expected: str) -> Iterator[None]:
-    """Name the file in whatever error its contents cause: those may be anything."""
+    """Name the file in whatever error its contents cause, which may be anything."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{path}: got {type(error).__name__}: {in_short(error)}, expected {expected}"
@@ -324,19 +306,14 @@ def naming(path: Path, expected: str) -> Iterator[None]:
 
 
 def read(folder: Path) -> tuple[Spec, dict[str, Tensor]]:
-    """What a folder says of its model, and all weights.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: one that is damaged. The message names it.
-    """
+    """What a folder says of its model, and all weights."""
     path = folder / LAYERS
     if not path.exists():
         path = folder / CONFIG
-    text = path.read_bytes()
+    with naming(path, WRITTEN):
+        spec = _checked(json.loads(path.read_bytes()))
     state = _read_state(folder)
     with naming(path, WRITTEN):
-        spec = _checked(json.loads(text))
         check_sizes(spec.arguments or {}, state)
         for layer in spec.layers.values():
             check_sizes(layer.moefied or {}, state)
@@ -393,21 +370,11 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
-    """
+    """The tensors in a file."""
     with naming_extras():
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
-    try:
+    with naming(path, WRITTEN):
         return load_file(path)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: got {in_short(error)}, expected {WRITTEN}") from error
 
 
 # models of transformers ---------------------------------------------------------------------------
@@ -447,12 +414,8 @@ def _write_config(model: Any, folder: Path) -> None:
 def build_from_config(name: str, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
     """The dense model of transformers that a folder describes, with any values.
 
-    No code runs from the folder: the class is looked up in transformers.
-
-    Args:
-        name: of its class.
-        folder: holds the configuration.
-        state: the weights, which limit the sizes.
+    No code runs from the folder: the class is looked up in transformers by its name. The weights
+    limit the sizes.
     """
     path = folder / CONFIG
     if not path.exists():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import glob
 import importlib
-import inspect
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +28,7 @@ from gmoe._checks import (
     check_at_least,
     check_module,
     described,
+    in_short,
     naming_extras,
     says_what_misfits,
 )
@@ -252,11 +253,7 @@ class HubMixin(BuildsItself):
 
 
 def _base_of(spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
-    """The base that a folder describes by itself, with any values.
-
-    Raises:
-        ValueError: it describes none.
-    """
+    """The base that a folder describes by itself, with any values."""
     if spec.arguments is None:
         return build_from_config(spec.model, folder, state)
     if spec.model not in OWN:
@@ -290,62 +287,45 @@ def _made(base: nn.Module, spec: Spec, folder: Path, state: Mapping[str, Tensor]
 def _edited(base: nn.Module, layers: Mapping[str, Edits]) -> nn.Module:
     """Make the layers of the base again, with any values."""
     # 1. moefy, once for all layers that were made with the same arguments.
-    made: list[tuple[dict[str, Any], list[str]]] = []
-    for name, layer in layers.items():
-        if layer.moefied is None or isinstance(base.get_submodule(name), MoELayer):
-            continue
-        names = next((names for arguments, names in made if arguments == layer.moefied), None)
-        if names is None:
-            names = []
-            made.append((layer.moefied, names))
-        names.append(name)
-    for arguments, names in made:
-        moefy(base, targets=[glob.escape(name) for name in names], **arguments)
+    targets: dict[str, list[str]] = {}
+    for name, edits in layers.items():
+        if edits.moefied is not None and not isinstance(base.get_submodule(name), MoELayer):
+            targets.setdefault(json.dumps(edits.moefied), []).append(glob.escape(name))
+    for arguments, names in targets.items():
+        moefy(base, targets=names, **json.loads(arguments))
 
     # 2. fold, prune and densify.
-    for group in groups_of(base):
+    groups = groups_of(base)
+    unknown = layers.keys() - {name for group in groups for name in group.layers}
+    check(not unknown, "layers", sorted(unknown), "those of the model that have experts")
+    for group in groups:
         saved = {name: layers[name] for name in group.layers if name in layers}
         for name, edits in saved.items():
             if edits.folded:
                 fold(group.layers[name].experts)
-        kept = next((edits.kept for edits in saved.values()), None)
-        if kept is not None:
-            if any(edits.kept != kept for edits in saved.values()):
-                raise ValueError(
-                    f"kept: got {kept} for some of {', '.join(group.layers)}, expected the same "
-                    "for all, which share a router"
-                )
-            group.keep(kept)
+        kept = [edits.kept for edits in saved.values()]
+        if any(kept[0] != others for others in kept):
+            where = ", ".join(group.layers)
+            raise ValueError(f"kept: got {kept} of {where}, expected one list: they share a router")
+        if kept and kept[0] is not None:
+            group.keep(kept[0])
         dense = [name for name in group.layers if name not in saved or saved[name].dense]
         base = densify_like(base, group, dense)
     return base
 
 
 def _check_is_built_so(model: nn.Module, spec: Spec) -> None:
-    """Refuse a model of gmoe's own that is not what a reader of its folder builds.
-
-    Raises:
-        ValueError: a subclass that does not record its arguments; other weights, parts of experts,
-            or options of routers.
-    """
-    name = type(model).__name__
-    arguments = spec.arguments or {}
+    """Refuse a model of gmoe's own that is not what a reader of its folder builds."""
     try:
-        inspect.signature(type(model)).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"model: got a {name} ({error}), expected one that records its own arguments"
-        ) from error
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the model has given them when it was built
-        built = _edited(type(model)(**arguments), spec.layers)
-    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model has given them when it was built
+            built = _edited(type(model)(**(spec.arguments or {})), spec.layers)
         built.load_state_dict(model.state_dict())
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"model: got a {name} with other weights than its constructor makes ({first} ...), "
-            f"expected the model as it was built, pruned, folded or made dense; {BY_HAND}"
+            f"model: got a {spec.model} that its recorded arguments do not make "
+            f"({in_short(error, 200)}), expected it as it was built, pruned, folded or made dense, "
+            f"of a class that records its own arguments; {BY_HAND}"
         ) from error
     parts = dict(built.named_modules())
     for path, part in model.named_modules():

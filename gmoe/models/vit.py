@@ -21,10 +21,10 @@ from gmoe.experts import LinearExperts
 from gmoe.moe import MoE
 from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
-from gmoe.routers import ROUTERS, RouterLike
+from gmoe.routers import RouterLike
 from gmoe.routing import Routing, checked_routings, record_routing
 from gmoe.saved import HubMixin
-from gmoe.start import Start, drawn_apart, resolved_start
+from gmoe.start import Start, drawn_apart, resolved_start, saved_by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,9 @@ class ViTMoE(HubMixin, VisionTransformer):
                     f"{whole}: got {sizes[whole]}, expected a multiple of {part}={sizes[part]}"
                 )
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
-        self.recorded = Recorded.of(given_to(ViTMoE, locals()), ROUTERS)
+        self.recorded = Recorded.of(
+            given_to(ViTMoE, locals()), saved_by_name(start, k, router_kwargs)
+        )
         if router is None:
             return
         with drawn_apart(start != "plain"):

@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch_geometric.nn import SAGEConv
+from torch_geometric.nn.models import GCN
 
 import gmoe
+from gmoe.folder import saveable, spec_of, write
 
 X, EDGES = torch.randn(40, 16, dtype=torch.float64), torch.randint(40, (2, 160))
 IMAGES = torch.randn(4, 1, 8, 8, dtype=torch.float64)
@@ -199,3 +201,105 @@ def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert isinstance(gmoe.ViTMoE.from_pretrained("me/digits", revision="v1"), gmoe.ViTMoE)
+
+
+@pytest.mark.parametrize("name", ["system", "plot", "save", "GNNMoE.__init__", "Router", "GCN"])
+def test_a_class_that_gmoe_does_not_build_is_never_looked_up(name: str, tmp_path: Path) -> None:
+    path = gmoe.GNNMoE(4, 4, 2, num_experts=2).save_pretrained(tmp_path) / "config.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"model": name}))
+    said = rf"^base: got None, expected a {re.escape(name)}, which is no class of gmoe"
+    with pytest.raises(ValueError, match=said):
+        gmoe.load(tmp_path)
+    with pytest.raises(ValueError, match=rf"config\.json: got .*model: got {re.escape(name)}"):
+        gmoe.GNNMoE.from_pretrained(tmp_path)
+
+
+def edits(**changes: Any) -> Callable[[Any], Any]:
+    def edited(found: Any) -> Any:
+        found["layers"]["convs.0"] |= changes
+        return found
+
+    return edited
+
+
+TAMPERED: dict[str, Callable[[Any], Any]] = {
+    "an earlier format": lambda found: {key: found[key] for key in ("model", "arguments")},
+    "arguments of a list": lambda found: found | {"arguments": [1]},
+    "an unknown argument": lambda found: found | {"arguments": found["arguments"] | {"more": 1}},
+    "experts without end": lambda found: (
+        found | {"arguments": found["arguments"] | {"router_kwargs": {"num_experts": 2**40}}}
+    ),
+    "layers of a list": lambda found: found | {"layers": [1]},
+    "a layer that is not there": lambda found: (
+        found | {"layers": {"convs.9": found["layers"]["convs.0"]}}
+    ),
+    "experts that are not there": edits(kept=[0, 9]),
+    "no experts": edits(kept=[]),
+    "experts that two layers disagree on": edits(kept=[0]),
+    "a word for a truth": edits(folded="yes"),
+    "another key": edits(code="print()"),
+    "more made of it": edits(moefied={"router": "os.system"}),
+}
+
+
+@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
+def test_a_tampered_configuration_is_named_by_both_doors(
+    tamper: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    model = gmoe.GNNMoE(4, 4, 2, 3, num_experts=2)
+    path = model.save_pretrained(tmp_path) / "config.json"
+    found = json.loads(path.read_text())
+    assert len(found["layers"]) == 2
+    path.write_text(json.dumps(tamper(found)))
+    check_refused(tmp_path, gmoe.GNNMoE, "config.json")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: got "):
+        gmoe.load(tmp_path)
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """Only those that it writes are taken away."""
+    for name in ("config.json", "README.md", "model.bin"):
+        (tmp_path / name).write_text("mine")
+    gmoe.save(gmoe.moefy(GCN(16, 8, 2, 3), num_experts=2), tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.read_bytes() == b"mine"} == {
+        "config.json",
+        "README.md",
+        "model.bin",
+    }
+    assert gmoe.load(tmp_path, GCN(16, 8, 2, 3))
+
+
+def test_a_folder_holds_the_model_that_was_saved_last(tmp_path: Path) -> None:
+    """Whichever kinds of models were saved to it before."""
+    base = GCN(16, 8, 2, 3)
+    moefied = gmoe.moefy(GCN(16, 8, 2, 3), num_experts=2)
+    own = gmoe.GNNMoE(16, 8, 3, num_experts=2)
+    for model, args in ((own, ()), (moefied, (base,)), (own, ())):
+        gmoe.save(model, tmp_path)
+        assert type(gmoe.load(tmp_path, *args)) is type(model)
+
+
+def test_a_folder_that_was_cut_off_holds_no_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither the new one nor the one before."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    model = gmoe.GNNMoE(16, 8, 3, num_experts=2)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        gmoe.load(tmp_path)
+
+
+def test_own_models_come_back_from_several_files(tmp_path: Path) -> None:
+    model = gmoe.GNNMoE(16, 8, 3, num_experts=2).double().eval()
+    spec = spec_of(model, model.config)
+    write(model, tmp_path, spec, saveable(model.state_dict()), max_shard_size="2KB")
+    assert len([*tmp_path.glob("model-*.safetensors")]) > 1
+    check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path), X, EDGES)

@@ -119,3 +119,49 @@ def test_a_subclass_records_its_own_arguments(tmp_path: Path) -> None:
     assert loaded.config == model.config == {"in_channels": 16, "conv": "sage"}
     with pytest.raises(ValueError, match=r"config\.json"):
         gmoe.GNNMoE.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^base: got None, .*Narrow\.from_pretrained\(folder\)"):
+        gmoe.load(tmp_path)
+    assert torch.equal(
+        gmoe.load(tmp_path, Narrow(16, conv="sage").double())(X, EDGES), model(X, EDGES)
+    )
+
+
+def test_a_subclass_that_does_not_record_its_arguments_is_refused(tmp_path: Path) -> None:
+    class Silent(gmoe.GNNMoE):
+        def __init__(self, width: int) -> None:
+            super().__init__(width, 8, 3)
+
+    with pytest.raises(ValueError, match=r"^model: got a Silent .*records its own arguments"):
+        Silent(16).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_parts_of_a_model_of_gmoe_that_were_replaced_are_refused(tmp_path: Path) -> None:
+    class Own(gmoe.MLPExperts):
+        """Has no weights beyond its base's, and may compute something else."""
+
+    def first(model: Any) -> Any:
+        return next(part for part in model.modules() if isinstance(part, gmoe.MoE))
+
+    def set_class(model: Any) -> None:
+        first(model).experts.__class__ = Own
+
+    def set_activation(model: Any) -> None:
+        first(model).experts.activation = nn.ReLU()
+
+    def set_router(model: Any) -> None:
+        first(model).router.__class__ = MyRouter
+
+    changes: dict[str, Any] = {
+        "experts, a Own": set_class,
+        "activation, a ReLU": set_activation,
+        "router, a MyRouter": set_router,
+        "unstacked layers, expected .*gmoe.restack": gmoe.unstack,
+    }
+    for said, change in changes.items():
+        model = gmoe.ViTMoE(8, router="token_choice", num_experts=2)
+        change(model)
+        for save in (model.save_pretrained, partial(gmoe.save, model)):
+            with pytest.raises(ValueError, match=rf"^model: got \S+\.?({said}| with {said})"):
+                save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
