@@ -174,9 +174,9 @@ class History(RuleBasedStateMachine):
         self.model.load_state_dict(other.state_dict())
 
     @rule()
-    @precondition(lambda self: not self.is_rebuilt)
+    @precondition(lambda self: not self.is_unstacked)
     def save_and_load_by_the_hub(self) -> None:
-        """As ``save_pretrained`` and ``from_pretrained`` do."""
+        """As ``save_pretrained`` and ``from_pretrained`` do, whatever was done to it before."""
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             loaded = type(self.model).from_pretrained(folder)
