@@ -74,7 +74,8 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
     that :func:`gmoe.moefy` has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and
     :func:`gmoe.densify`, which may leave no experts. Of the latter, the dense model itself is
     described only if it is of transformers, whose ``save_pretrained`` and ``Trainer`` write the
-    same files; else :func:`load` gets it as ``base``.
+    same files; else :func:`load` gets it as ``base``, and so it does for a model of gmoe's own with
+    an argument that no file holds, such as an activation of your own.
 
     Args:
         model: the model.
@@ -99,11 +100,12 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
     """
     check_module("model", model)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
-    # Of a model of gmoe's own with an argument that no file holds, the caller builds the base.
-    builds_itself = isinstance(model, HubMixin) and not model.recorded.unsavable
-    spec = spec_of(model, model.config if builds_itself else None)
-    if builds_itself:
-        _check_is_built_so(model, spec)
+    arguments = None  # of a constructor that builds the base; else the caller does
+    if isinstance(model, HubMixin) and not model.recorded.unsavable:
+        arguments = model.config
+    spec = spec_of(model, arguments)
+    if arguments is not None:
+        _check_is_built_so(model, arguments, spec)
     weights = saveable(model.state_dict())
     receipt = {} if inputs is None else saveable(_receipt_of(model, inputs))
     return write(model, folder, spec, weights, receipt=receipt)
@@ -314,12 +316,12 @@ def _edited(base: nn.Module, layers: Mapping[str, Edits]) -> nn.Module:
     return base
 
 
-def _check_is_built_so(model: nn.Module, spec: Spec) -> None:
+def _check_is_built_so(model: nn.Module, arguments: dict[str, Any], spec: Spec) -> None:
     """Refuse a model of gmoe's own that is not what a reader of its folder builds."""
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model has given them when it was built
-            built = _edited(type(model)(**(spec.arguments or {})), spec.layers)
+            built = _edited(type(model)(**arguments), spec.layers)
         built.load_state_dict(model.state_dict())
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(

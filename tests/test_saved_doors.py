@@ -34,8 +34,9 @@ NODES = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0))
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 2], [1, 2, 3, 4, 5, 6, 0, 3, 5]])
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 RELATION = ("a", "to", "a")
+HETERO_INPUTS: Any = {"a": NODES}, {RELATION: EDGES}
 
-OPTIONS = {"num_experts": EXPERTS, "start": "copies", "k": 2}
+OPTIONS: dict[str, Any] = {"num_experts": EXPERTS, "start": "copies", "k": 2}
 
 
 def hetero() -> nn.Module:
@@ -174,7 +175,7 @@ def test_a_heterogeneous_model_comes_back_on_its_base(state: str, tmp_path: Path
 def test_a_heterogeneous_model_is_neither_pruned_nor_densified() -> None:
     model = built("HeteroGNNMoE")
     with pytest.raises(ValueError, match="without one router of its own"):
-        gmoe.prune(model, ({"a": NODES}, {RELATION: EDGES}))
+        gmoe.prune(model, HETERO_INPUTS)
     assert "HeteroMoEConv is not folded" in str(gmoe.densify(model))
 
 

@@ -339,6 +339,11 @@ def test_parts_that_were_replaced_are_refused(tmp_path: Path) -> None:
 
         model.blocks[1].mlp.experts = Own(16, 12, 16, num_experts=2)
 
+    def set_members(model: Any) -> None:
+        """Under the name that convs have which run one by one."""
+        model.blocks[1].mlp.experts.members = nn.Sequential(nn.Linear(2, 2))
+
+    refused(set_members, r"^model: got blocks\.1\.mlp\.experts\.members\.0, a Linear")
     refused(set_experts, r"^model: got blocks\.1\.mlp\.experts, a Own")
     refused(set_router, r"^model: got blocks\.1\.mlp\.router, a Mine")
     refused(set_up, "a Bilinear, expected experts as they were built")
