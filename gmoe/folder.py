@@ -138,6 +138,8 @@ def spec_of(model: nn.Module, arguments: dict[str, Any] | None = None) -> Spec:
             for reason in layer.moefied.unsavable.values():
                 raise ValueError(f"{reason}; {BY_HAND}")
         if isinstance(layer, MoELayer):
+            if layer.experts is None:
+                raise ValueError(f"model: got {name}, whose widths are open: call it once before")
             _refuse_unstacked(name, layer)
             if arguments is None:  # else the whole model is compared with one that is built anew
                 _check_experts(name, layer)

@@ -353,6 +353,13 @@ def test_parts_that_were_replaced_are_refused(tmp_path: Path) -> None:
     refused(lambda model: quantize_dynamic(gmoe.unstack(model), {nn.Linear}), unstacked_first)
 
 
+def test_a_layer_whose_widths_are_open_is_refused_by_name(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"conv": gmoe.MoEConv("gcn", -1, 4)})
+    with pytest.raises(ValueError, match=r"^model: got conv, whose widths are open: call it once"):
+        gmoe.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_inputs_and_models_that_are_none_are_refused(tmp_path: Path) -> None:
     model = made("PyG GCN")
     with pytest.raises(ValueError, match=r"^inputs: got int as args\.2"):
