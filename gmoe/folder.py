@@ -444,9 +444,6 @@ class SavesExperts:
     The class's own files would say nothing of the experts, and the dense model would come back.
     Models of transformers are written as :func:`gmoe.save` writes them; ``Trainer`` and
     ``push_to_hub`` call this, too. Others are refused.
-
-    Args:
-        model: the model, whose class has the method.
     """
 
     def __init__(self, model: Any) -> None:
@@ -463,16 +460,8 @@ class SavesExperts:
     ) -> Any:
         """Save with the experts, or as the class does once no layer has any.
 
-        Args:
-            save_directory: where to write; created if it does not exist.
-            is_main_process: false for a process that writes nothing.
-            state_dict: the weights, if they are not those of the model (default: the model's own).
-            max_shard_size: the largest file of weights, in bytes or as ``"5GB"``.
-            **options: those of the class, for a model without experts.
-
-        Raises:
-            ValueError: experts in a model of a library other than transformers, adapters beside
-                experts, or an option that changes the files; what :func:`gmoe.save` refuses.
+        Arguments are those of transformers; refused are options that would change the files,
+        adapters beside experts, and what :func:`gmoe.save` refuses.
         """
         given = {"is_main_process": is_main_process, "state_dict": state_dict}
         if not any(isinstance(part, MoELayer) for part in self.model.modules()):

@@ -14,7 +14,7 @@ import glob
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -59,10 +59,7 @@ from gmoe.stack import fold
 
 Model = TypeVar("Model", bound="HubMixin")
 
-OWN = {
-    "GNNMoE": "gmoe.models.gnn",
-    "ViTMoE": "gmoe.models.vit",
-}
+OWN = {"GNNMoE": "gmoe.models.gnn", "ViTMoE": "gmoe.models.vit"}
 """The modules of the classes that a folder may name to be built."""
 
 
@@ -264,11 +261,10 @@ def _base_of(spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module
             f"{spec.model}.from_pretrained(folder)"
         )
     with naming_extras():
-        build: Callable[..., nn.Module] = getattr(
-            importlib.import_module(OWN[spec.model]), spec.model
-        )
+        module = importlib.import_module(OWN[spec.model])
     with naming(folder / spec.file, WRITTEN):
-        return build(**spec.arguments)
+        built: nn.Module = getattr(module, spec.model)(**spec.arguments)
+    return built
 
 
 def _made(base: nn.Module, spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
