@@ -6,9 +6,10 @@ Read the files in this order. Core: ``routing`` (which expert handles which toke
 ``conv.graph`` (edges, sorted once, and sums along them), ``conv.call`` and ``conv.base``
 (what experts get and promise), ``conv.aggregate``, ``conv.kinds`` and ``conv.build`` (which class
 runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the layer), ``models.gnn``. Images:
-``_mlps``, ``convert``, ``models.vit``. After training: ``stack``, ``layer_groups``, ``pruning``,
-``candidates``, ``dense``, ``unstacked``, ``recorded``, ``folder``, ``saved``. Sampling and graphs
-on disk: ``data``. At any time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``,
+``mlps``, ``_read_mlp``, ``convert``, ``models.vit``. After training: ``stack``, ``layer_groups``,
+``pruning``, ``candidates``, ``dense``, ``unstacked``, ``recorded``, ``folder``, ``saved``. Sampling
+and graphs on disk: ``data``. At any time: ``losses``, ``metrics``, ``callbacks``, ``flops``,
+``distributed``,
 ``plot``.
 
 Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics,

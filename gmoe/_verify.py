@@ -1,18 +1,21 @@
 """Compare what is built from somebody's module with the module itself.
 
-Both are copied to float64 on the CPU. Their parameters and buffers are moved at random, so that
-what starts as an identity (a scale of ones, a bias of zeros) shows. Inputs of several scales show
+Both are built from a copy in float64 on the CPU with other parameters and buffers, so that what
+starts as an identity (a scale of ones, a bias of zeros) shows. Inputs of several scales show
 functions that differ only far from zero, such as clamps.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from gmoe._torch import forward_hooks
 
 SCALES = (1.0, 10.0, 100.0, 1000.0)
 """Scales of the inputs on which a module and what was built from it are compared."""
@@ -20,52 +23,117 @@ SCALES = (1.0, 10.0, 100.0, 1000.0)
 ROUNDING = 1e-9
 """Largest difference of two rows in float64, relative to the largest number in the row."""
 
+SHIFT = 7
+"""Between the rows of a matrix of random numbers that takes the memory of a few rows."""
+
 KEPT_BY_MODULES = frozenset(vars(nn.Module()))
 """What every module holds: its mode, and tables of its parameters, buffers, parts and hooks."""
 
 
-def probe_copy(module: nn.Module) -> Any:
-    """A copy to be tried out: float64, on the CPU, in training mode and without dropout.
+class Sieve(nn.Module):
+    """Stands for a dropout: if it is on, it drops the same features in each call, else none.
 
-    On the meta device a module has no values: its copy gets random ones.
+    Args:
+        p: the probability that the dropout drops a number.
     """
-    probe: Any = copy.deepcopy(module)
-    if any(value.is_meta for value in (*probe.parameters(), *probe.buffers())):
-        probe = probe.to_empty(device="cpu")
-        generator = torch.Generator().manual_seed(0)
-        for parameter in probe.parameters():
-            nn.init.normal_(parameter, generator=generator)
-        for buffer in probe.buffers():
-            buffer.fill_(1)
-    probe = probe.cpu().double().train()
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.is_on = False
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Dropout has)
+        """Drop every second feature, and double the others."""
+        if not self.is_on:
+            return input
+        return input * (2 * (torch.arange(input.size(-1), device="cpu") % 2))
+
+
+def moved_copy(module: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU, in evaluation, with other numbers in little memory.
+
+    It has sieves in the place of dropouts, and no forward hooks but torch's own, which compute
+    weights (pruning, weight norm).
+    """
+    generator = torch.Generator().manual_seed(0)
+    # What deepcopy finds here by its id counts as copied.
+    copied: dict[int, Any] = {}
+    for part in module.modules():
+        if _is_dropout(part):
+            copied[id(part)] = Sieve(part.p)
+        for table in forward_hooks(part):
+            own = [(key, hook) for key, hook in table.items() if _is_of_torch(hook)]
+            copied[id(table)] = OrderedDict(own)
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                # A hook computed it. Torch refuses to copy it, and the hook computes it anew.
+                copied[id(value)] = value.detach().clone()
+    for parameter in module.parameters():
+        moved = _moved(parameter, generator)
+        copied[id(parameter)] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        copied[id(buffer)] = _grown(buffer, generator)
+    return copy.deepcopy(module, copied).eval()
+
+
+def probe_copy(module: nn.Module) -> Any:
+    """A moved copy in training mode, without the dropout that PyG's layers have as a number."""
+    probe = moved_copy(module).train()
+    part: Any
     for part in probe.modules():
-        rate = getattr(part, "dropout", None)  # PyG's layers: a number, or one for each layer
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        elif isinstance(rate, float):
+        rate = getattr(part, "dropout", None)
+        if isinstance(rate, float):
             part.dropout = 0.0
-        elif isinstance(rate, list):
+        elif isinstance(rate, list):  # a number for each layer
             part.dropout = [0.0] * len(rate)
     return probe
 
 
-@torch.no_grad()
-def move_(module: nn.Module) -> None:
-    """Move all parameters and buffers of floating-point numbers at random, in place.
+def _moved(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Other numbers for a parameter, in float64 on the CPU: vectors move, matrices are drawn anew.
 
-    Matrices move by the scale of their fan-in. Buffers grow, since some, such as a variance, must
-    stay positive.
+    A matrix takes the memory of a few rows: each row begins :data:`SHIFT` numbers after the one
+    before. In full, those of an MLP in float64 would take twice its memory.
     """
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            scale = parameter.size(-1) ** -0.5 if parameter.dim() > 1 else 0.3
-            step = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter.add_(step.normal_(0.0, scale, generator=generator).to(parameter.device))
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            step = torch.empty(buffer.shape, dtype=torch.float32, device="cpu")
-            buffer.add_(step.uniform_(0.25, 0.75, generator=generator).to(buffer.device))
+    value = _value_of(parameter)
+    if not value.is_floating_point():
+        return value.clone()
+    if value.dim() < 2 or value.numel() == 0:
+        return value.double() + 0.3 * _normal(value.shape, generator)
+    columns = value.size(-1)
+    rows = value.numel() // columns
+    # By the fan-in, so that outputs are as large as inputs.
+    numbers = columns**-0.5 * _normal((SHIFT * (rows - 1) + columns,), generator)
+    return numbers.as_strided((rows, columns), (SHIFT, 1)).view(value.shape)
+
+
+def _grown(buffer: Tensor, generator: torch.Generator) -> Tensor:
+    """Larger numbers for a buffer: some, such as a variance, must stay positive."""
+    value = _value_of(buffer)
+    if not value.is_floating_point():
+        return value.clone()
+    step = torch.empty(value.shape, dtype=torch.float64, device="cpu")
+    return value.double() + step.uniform_(0.25, 0.75, generator=generator)
+
+
+def _value_of(tensor: Tensor) -> Tensor:
+    """The values on the CPU; zeros for those on the meta device, where there are none."""
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach().cpu()
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
+
+
+def _is_dropout(part: nn.Module) -> TypeGuard[nn.Dropout]:
+    """True for a dropout that does nothing else."""
+    is_plain = type(part).forward is nn.Dropout.forward and "forward" not in vars(part)
+    return isinstance(part, nn.Dropout) and is_plain
+
+
+def _is_of_torch(hook: object) -> bool:
+    """True for a hook of torch's own (pruning, weight norm)."""
+    return type(hook).__module__.startswith("torch.")
 
 
 def rows_are_equal(ours: Tensor, theirs: Tensor, rounding: float = ROUNDING) -> bool:

@@ -23,7 +23,7 @@ from gmoe._checks import (
     refuse_functions,
     says_what_misfits,
 )
-from gmoe._mlps import Forms, read_mlp
+from gmoe._read_mlp import Readers, read_mlp
 from gmoe._verify import is_option
 from gmoe.folder import save_with_experts
 from gmoe.moe import MoE, MoELayer, choose_blocks
@@ -70,13 +70,13 @@ def moefy(
     An MLP is linear, activation, linear: in a ``Sequential`` as torchvision's, or as timm's
     ``Mlp``; or gated, with one layer twice as wide or two before the last (timm's ``GluMlp`` and
     ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Dropout is kept, and so are norms before the linear
-    layers. The MLP is read by what it computes: a copy runs once on random tokens, and the order in
-    which its parts are called counts, not the order of their names. An expert built from it is
-    compared with the copy: other weights, inputs of scales 1 to 1,000, evaluation and training. An
-    MLP sees
-    (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row or in a
-    grid, or those of a window where a model folds windows into the first dimension. Padding is
-    part of the group, so it takes up places where experts choose. The rows of (T, D), such as
+    layers. Which part has which role is tried on a copy, by what it computes: with other weights,
+    inputs of scales 1 to 1,000, in evaluation and training. :func:`gmoe.mlps.register` tells the
+    roles in a class of your own.
+
+    An MLP sees (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row
+    or in a grid, or those of a window where a model folds windows into the first dimension. Padding
+    is part of the group, so it takes up places where experts choose. The rows of (T, D), such as
     pooled images or the nodes of a batch of graphs, are one group: under a router whose tokens
     compete (:attr:`Router.by_token` is false) what a row gets depends on the others.
 
@@ -159,7 +159,7 @@ def moefy(
     }
     pyg = _imported_pyg()
     layers: dict[nn.Module, MoELayer] = {}
-    forms: Forms = {}
+    readers: Readers = {}
     for name, module in modules.items():
         _check_convertible(name, module)
         _refuse_hidden(name, module, model)
@@ -172,7 +172,7 @@ def moefy(
         else:
             if start != "shared":  # a shared expert is the module itself
                 _refuse_shared_parts(name, module, names_of)
-            layers[module] = _moe(name, module, forms=forms, **options)
+            layers[module] = _moe(name, module, readers=readers, **options)
 
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
@@ -406,13 +406,13 @@ def _moe(
     upcycle: bool,
     start: Start,
     backend: Backend,
-    forms: Forms,
+    readers: Readers,
 ) -> MoE:
-    """The MoE layer that replaces an MLP; ``forms`` are those read before."""
+    """The MoE layer that replaces an MLP; ``readers`` are of those read before."""
     copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
         _check_nothing_is_lost(name, mlp)
-    dense = read_mlp(name, mlp, is_replaced=start != "shared", forms=forms)
+    dense = read_mlp(name, mlp, is_replaced=start != "shared", readers=readers)
     zero_init = start == "shared"  # the shared expert alone is the dense model
     stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
     built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)

@@ -18,7 +18,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import change_of, parameters_of
-from gmoe._verify import SCALES, comparable, is_option, move_, probe_copy, rows_are_equal
+from gmoe._verify import SCALES, comparable, is_option, probe_copy, rows_are_equal
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, to_one
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
@@ -237,7 +237,6 @@ class Trial:
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 conv = probe_copy(self.conv)
-                move_(conv)
                 generator = torch.Generator().manual_seed(0)
                 graph, x_src, x_dst = self._inputs(generator)
                 # 1. On the whole graph.
@@ -271,7 +270,6 @@ class Trial:
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 conv = probe_copy(self.conv)
-                move_(conv)
                 experts = stack[0](
                     [conv], Make([CopyOf(conv)], self.in_channels, 1, (), {}), "loop"
                 )

@@ -1,146 +1,168 @@
-"""Dense MLPs are read by what they compute, and experts of their form give the same numbers."""
+"""Forms of MLPs of a user's own classes, which are told and verified."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from timm.layers import LayerNormFp32, RmsNormFp32
-from timm.layers.mlp import GlobalResponseNormMlp, Mlp, SwiGLU
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from transformers.models.gpt2 import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from gmoe._mlps import read_mlp
-from gmoe.experts import MLPExperts
-from tests.gmoe.mlps import (
-    FORMS,
-    GEGLU,
-    CalledByKeyword,
-    Dropping,
-    GateCalledLast,
-    Llama,
-    NormBeforeActivation,
-    RowsOnly,
-    TwoArguments,
-    plain_mlp,
-)
+import gmoe
+from gmoe import mlps
+from gmoe.mlps import MLPForm, register
+from tests.gmoe.mlps import CalledByKeyword
 
 
-def copies_of(mlp: nn.Module) -> MLPExperts:
-    """Two experts that are copies of an MLP."""
-    return read_mlp("mlp", mlp).experts(2, upcycle=True, zero_init=False, backend="loop")
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_experts_are_copies_of_mlps_of_many_forms(form: str) -> None:
-    torch.manual_seed(0)
-    mlp: Any = FORMS[form]().double()
-    for parameter in mlp.parameters():
-        nn.init.normal_(parameter)
-    experts = copies_of(mlp)
-    x = torch.randn(6, experts.in_features, dtype=torch.float64)
-    y = experts(x, torch.tensor([2, 6]))  # two tokens for one expert, four for the other
-    torch.testing.assert_close(y, mlp(x), rtol=0, atol=1e-8)
-    y.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in experts.parameters())
-
-
-def test_the_first_and_the_last_layer_are_told_by_the_order_of_their_calls() -> None:
-    mlp = GateCalledLast()
-    dense = read_mlp("mlp", mlp)
-    assert [dense.down.in_features, dense.down.out_features] == [12, 8]
-    assert dense.glu
-    assert dense.gate_is_second
-
-
-@pytest.mark.parametrize("mlp", [plain_mlp(), Llama(), GEGLU()], ids=lambda mlp: type(mlp).__name__)
-def test_a_gated_mlp_is_told_by_its_widths(mlp: nn.Module) -> None:
-    assert read_mlp("mlp", mlp).glu == (not isinstance(mlp, nn.Sequential))
-
-
-@pytest.mark.parametrize(
-    ("order", "rates"),
-    [
-        (("up", "activation", "drop", "down", "drop"), (0.5, 0.5)),
-        (("up", "activation", "down", "drop"), (0.0, 0.5)),
-        (("up", "activation", "down"), (0.0, 0.0)),
-    ],
-)
-def test_dropout_stays_where_it_is(order: tuple[str, ...], rates: tuple[float, float]) -> None:
-    up, activation, down = plain_mlp()
-    parts = {"up": up, "activation": activation, "down": down, "drop": nn.Dropout(0.5)}
-    mlp = nn.Sequential(*(parts[name] for name in order))
-    assert read_mlp("mlp", mlp).dropout == rates
-
-
-def test_an_mlp_of_rows_alone_is_read() -> None:
-    mlp = RowsOnly()
-    x = torch.randn(6, 8)
-    torch.testing.assert_close(copies_of(mlp)(x, torch.tensor([3, 6])), mlp(x))
-
-
-def test_reading_an_mlp_leaves_it_as_it_is() -> None:
-    """Spectral norm moves its buffers at each call in training, and a hook may count."""
-    calls: list[None] = []
-    mlp = plain_mlp().train()
-    parametrizations.spectral_norm(mlp[0])
-    mlp[2].register_forward_pre_hook(lambda *_: calls.append(None))
-    before = copy.deepcopy(mlp.state_dict())
-    read_mlp("mlp", mlp)
-    assert calls == []
-    assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
-    assert all(part.training for part in mlp.modules())
-
-
-def test_the_last_layers_may_start_at_zero() -> None:
-    experts = read_mlp("mlp", plain_mlp()).experts(2, upcycle=True, zero_init=True, backend="loop")
-    assert experts.up.weight.all()
-    assert not experts.down.weight.any()
+@pytest.fixture(autouse=True)
+def nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlps, "READERS", {})
 
 
 class Sine(CalledByKeyword):
-    """An activation that is not among the known ones."""
+    """An MLP whose activation nobody else has, and with a dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.fc1(x).sin())
+        out: Tensor = self.fc2(self.drop(self.fc1(x).sin()))
         return out
 
 
-REFUSED: dict[str, tuple[Any, str]] = {
-    "no linear layer": (nn.ReLU, "a ReLU without linear layers"),
-    "an activation at the end": (lambda: nn.Sequential(*plain_mlp(), nn.ReLU()), "a Sequential of"),
-    "a norm at the end": (lambda: nn.Sequential(*plain_mlp(), nn.LayerNorm(8)), "a Sequential of"),
-    "a dropout first": (lambda: nn.Sequential(nn.Dropout(0.5), *plain_mlp()), "a Sequential of"),
-    "an activation with parameters": (
-        lambda: nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8)),
-        "a Sequential of",
+class Cosine(Sine):
+    """It inherits from another one, and computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.drop(self.fc1(x).cos()))
+        return out
+
+
+def form_of(mlp: Any) -> MLPForm:
+    return MLPForm([mlp.fc1], mlp.fc2, torch.sin, hidden_dropouts=[mlp.drop])
+
+
+def moefied(mlp: nn.Module, **options: Any) -> Any:
+    """The layer that replaces an MLP."""
+    model = gmoe.moefy(nn.Sequential(copy.deepcopy(mlp)), targets="0", num_experts=2, **options)
+    return model[0]  # type: ignore[index]
+
+
+COPIES = {"start": "copies", "k": 2}
+
+
+@pytest.mark.parametrize("options", [{}, COPIES], ids=["shared", "copies"])
+def test_an_mlp_of_ones_own_class_is_converted_once_it_is_registered(
+    options: dict[str, Any],
+) -> None:
+    mlp = Sine().double().eval()
+    with pytest.raises(ValueError, match=r"^model: got 0, a Sine .*see gmoe\.mlps\.register"):
+        moefied(mlp, **options)
+    register(Sine, form_of)
+    layer = moefied(mlp, **options)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), mlp(x), rtol=0, atol=1e-10)
+    experts = layer.experts
+    assert experts.hidden_dropout.p == 0.5
+
+
+def test_each_mlp_of_a_registered_class_has_its_own_experts() -> None:
+    register(Sine, form_of)
+    dense = nn.ModuleList([Sine(), Sine()]).eval()
+    model: Any = gmoe.moefy(copy.deepcopy(dense), targets="*", num_experts=2, **COPIES)  # type: ignore[arg-type]
+    x = torch.randn(2, 5, 8)
+    for layer, mlp in zip(model, dense, strict=True):
+        torch.testing.assert_close(layer(x), mlp(x))
+
+
+WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "an activation": (
+        lambda mlp: MLPForm([mlp.fc1], mlp.fc2, torch.cos, hidden_dropouts=[mlp.drop]),
+        "model: got 0, a Sine .* computes something else",
     ),
-    "a norm in front of the activation": (NormBeforeActivation, "a NormBeforeActivation of"),
-    "a part that experts lack": (lambda: GlobalResponseNormMlp(8, 12), "a GlobalResponseNormMlp"),
-    "convolutions": (lambda: Mlp(8, 12, use_conv=True), "a Mlp of convolutions"),
-    "an unknown activation": (Sine, "a Sine .* whose activation is not a known one"),
-    "two arguments": (TwoArguments, "a TwoArguments .* which fails on tokens alone"),
+    "layers": (
+        lambda mlp: MLPForm([mlp.fc2], mlp.fc1, torch.sin, hidden_dropouts=[mlp.drop]),
+        "model: got 0, a Sine .* fails on tokens alone",
+    ),
+    "a dropout": (
+        lambda mlp: MLPForm([mlp.fc1], mlp.fc2, torch.sin, output_dropouts=[mlp.drop]),
+        "model: got 0, a Sine .* drops numbers in another place",
+    ),
+    "no dropout": (
+        lambda mlp: MLPForm([mlp.fc1], mlp.fc2, torch.sin),
+        "model: got 0, a Sine .* drops numbers in another place",
+    ),
+    "no form": (lambda mlp: (mlp.fc1, mlp.fc2), "read: got .* for 0, a Sine .*, expected an MLPF"),
 }
 
 
-@pytest.mark.parametrize("form", REFUSED)
-def test_an_mlp_of_another_form_is_refused_by_its_name(form: str) -> None:
-    build, got = REFUSED[form]
-    with pytest.raises(ValueError, match=rf"^model: got 0\.mlp, {got}.*, expected linear layers"):
-        read_mlp("0.mlp", build())
+@pytest.mark.parametrize("start", ["shared", "copies"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_form_is_refused(wrong: str, start: str) -> None:
+    read, message = WRONG[wrong]
+    register(Sine, read)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        moefied(Sine(), start=start, k=2)
 
 
-def test_a_dropout_that_is_a_function_does_not_hide_the_activation() -> None:
-    assert isinstance(read_mlp("mlp", Dropping().train()).activation, nn.GELU)
+def test_a_class_that_inherits_is_verified_by_itself() -> None:
+    register(Sine, form_of)
+    with pytest.raises(ValueError, match=r"^model: got 0, a Cosine .* computes something else"):
+        moefied(Cosine())
 
 
-@pytest.mark.parametrize("norm", [LayerNormFp32, RmsNormFp32])
-@pytest.mark.parametrize("is_replaced", [True, False])
-def test_a_norm_that_computes_in_float32_is_read(norm: Any, is_replaced: bool) -> None:
-    mlp = SwiGLU(8, 12, norm_layer=norm)
-    x = torch.randn(6, 8)
-    dense = read_mlp("mlp", mlp, is_replaced=is_replaced)
-    experts = dense.experts(2, upcycle=True, zero_init=False, backend="loop")
-    torch.testing.assert_close(experts(x, torch.tensor([3, 6])), mlp(x))
+def test_linear_layers_may_be_made_of_other_parts() -> None:
+    """GPT-2 has layers of its own, with weights (I, O)."""
+
+    def linear(conv: Any) -> nn.Linear:
+        made = nn.Linear(*conv.weight.shape)
+        made.weight = nn.Parameter(conv.weight.T)
+        made.bias = conv.bias
+        return made
+
+    def read(mlp: Any) -> MLPForm:
+        output_dropouts = [mlp.dropout]
+        ups, down = [linear(mlp.c_fc)], linear(mlp.c_proj)
+        return MLPForm(ups, down, mlp.act, output_dropouts=output_dropouts)
+
+    mlp = GPT2MLP(24, GPT2Config(n_embd=8)).double().eval()
+    with pytest.raises(ValueError, match=r"^model: got 0, a GPT2MLP without linear layers"):
+        moefied(mlp)
+    register(GPT2MLP, read)
+    layer = moefied(mlp)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert torch.equal(layer(x), mlp(x))
+    torch.testing.assert_close(layer.experts.up.bias[1], mlp.c_fc.bias)
+    nn.init.normal_(layer.experts.down.weight)
+    assert not torch.equal(layer(x), mlp(x))
+
+
+def test_what_is_registered_is_a_class_and_a_function() -> None:
+    with pytest.raises(ValueError, match=r"^read: got 3, expected a function"):
+        register(Sine, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^mlp_class: got 'Sine', expected a class of modules"):
+        register("Sine", form_of)  # type: ignore[arg-type]
+    assert mlps.READERS == {}
+
+
+def test_a_form_has_one_first_layer_or_two() -> None:
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"^ups: got {count} layers, expected one, or two"):
+            MLPForm([nn.Linear(2, 2)] * count, nn.Linear(2, 2), torch.sin)
+
+
+def test_the_gate_may_be_either_half_of_the_first_layers() -> None:
+    gate, value, down = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 4)
+    x = torch.randn(8, 4)
+    expected = down(gate(x).sigmoid() * value(x))
+    first = MLPForm([gate, value], down, torch.sigmoid)
+    second = MLPForm([value, gate], down, torch.sigmoid, gate_is_second=True)
+    for form in (first, second):
+        torch.testing.assert_close(form.output(x), expected)
+        experts = form.experts(1, upcycle=True, zero_init=False, backend="loop")
+        torch.testing.assert_close(experts(x, torch.tensor([8])), expected)

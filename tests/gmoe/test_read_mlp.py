@@ -1,0 +1,313 @@
+"""Dense MLPs are read by trial, and experts of their form give the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import LayerNormFp32, RmsNormFp32
+from timm.layers.mlp import GlobalResponseNormMlp, Mlp, SwiGLU
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from gmoe._read_mlp import FUNCTIONS, Readers, _candidates, read_mlp
+from gmoe._verify import moved_copy
+from gmoe.experts import MLPExperts
+from tests.gmoe.mlps import (
+    FORMS,
+    GEGLU,
+    CalledByKeyword,
+    Dropping,
+    GateCalledLast,
+    Llama,
+    NormBeforeActivation,
+    RowsOnly,
+    TwoArguments,
+    plain_mlp,
+)
+
+
+def copies_of(mlp: nn.Module) -> MLPExperts:
+    """Two experts that are copies of an MLP."""
+    return read_mlp("mlp", mlp).experts(2, upcycle=True, zero_init=False, backend="loop")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_are_copies_of_mlps_of_many_forms(form: str) -> None:
+    torch.manual_seed(0)
+    mlp: Any = FORMS[form]().double()
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter)
+    experts = copies_of(mlp)
+    x = torch.randn(6, experts.in_features, dtype=torch.float64)
+    y = experts(x, torch.tensor([2, 6]))  # two tokens for one expert, four for the other
+    torch.testing.assert_close(y, mlp(x), rtol=0, atol=1e-8)
+    y.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in experts.parameters())
+
+
+def test_the_roles_of_layers_are_told_by_what_they_compute() -> None:
+    mlp = GateCalledLast()
+    form = read_mlp("mlp", mlp)
+    assert [*form.ups, form.down] == [mlp.gate, mlp.up, mlp.down]
+    assert form.glu
+
+
+@pytest.mark.parametrize("mlp", [plain_mlp(), Llama(), GEGLU()], ids=lambda mlp: type(mlp).__name__)
+def test_a_gated_mlp_is_told_by_its_widths(mlp: nn.Module) -> None:
+    assert read_mlp("mlp", mlp).glu == (not isinstance(mlp, nn.Sequential))
+
+
+@pytest.mark.parametrize(
+    ("order", "rates"),
+    [
+        (("up", "activation", "drop", "down", "drop"), (0.5, 0.5)),
+        (("up", "activation", "down", "drop"), (0.0, 0.5)),
+        (("up", "activation", "down"), (0.0, 0.0)),
+    ],
+)
+def test_dropout_stays_where_it_is(order: tuple[str, ...], rates: tuple[float, float]) -> None:
+    up, activation, down = plain_mlp()
+    parts = {"up": up, "activation": activation, "down": down, "drop": nn.Dropout(0.5)}
+    mlp = nn.Sequential(*(parts[name] for name in order))
+    assert read_mlp("mlp", mlp).dropout == rates
+
+
+def test_an_mlp_of_rows_alone_is_read() -> None:
+    mlp = RowsOnly()
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(copies_of(mlp)(x, torch.tensor([3, 6])), mlp(x))
+
+
+def test_reading_an_mlp_leaves_it_as_it_is() -> None:
+    """Spectral norm moves its buffers at each call in training, and a hook may count."""
+    calls: list[None] = []
+    mlp = plain_mlp().train()
+    parametrizations.spectral_norm(mlp[0])
+    mlp[2].register_forward_pre_hook(lambda *_: calls.append(None))
+    before = copy.deepcopy(mlp.state_dict())
+    read_mlp("mlp", mlp)
+    assert calls == []
+    assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
+    assert all(part.training for part in mlp.modules())
+
+
+def test_the_last_layers_may_start_at_zero() -> None:
+    experts = read_mlp("mlp", plain_mlp()).experts(2, upcycle=True, zero_init=True, backend="loop")
+    assert experts.up.weight.all()
+    assert not experts.down.weight.any()
+
+
+def test_one_norm_may_stand_in_both_places() -> None:
+    norm = nn.LayerNorm(8)
+    form = read_mlp("mlp", nn.Sequential(norm, nn.Linear(8, 8), nn.GELU(), norm, nn.Linear(8, 8)))
+    assert form.input_norm is norm
+    assert form.hidden_norm is norm
+
+
+class Around(CalledByKeyword):
+    """An MLP with a function behind its last layer, and a dropout behind that."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.function(x, super().forward(x)))
+
+
+def test_what_follows_the_last_layer_is_left_to_a_shared_expert() -> None:
+    mlp = Around(lambda _, y: 0.5 * y)
+    form = read_mlp("mlp", mlp)
+    assert [*form.ups, form.down] == [mlp.fc1, mlp.fc2]
+    assert form.dropout == pytest.approx((0.0, 0.2))
+    with pytest.raises(ValueError, match=r"^model: got mlp, .*start='shared' for one with more"):
+        read_mlp("mlp", mlp, is_replaced=True)
+
+
+def test_a_last_layer_that_does_not_matter_is_none() -> None:
+    with pytest.raises(ValueError, match=r"^model: got mlp, .* computes something else"):
+        read_mlp("mlp", Around(lambda x, y: x + 0.0 * y))
+
+
+DROPOUTS_ELSEWHERE: dict[str, Callable[[], list[nn.Module]]] = {
+    "first": lambda: [nn.Dropout(0.5), *plain_mlp()],
+    "before the activation": lambda: [nn.Linear(8, 12), nn.Dropout(0.5), *plain_mlp()[1:]],
+    "behind the norm": lambda: [
+        *plain_mlp()[:2],
+        nn.LayerNorm(12),
+        nn.Dropout(0.5),
+        nn.Linear(12, 8),
+    ],
+}
+
+
+@pytest.mark.parametrize("place", DROPOUTS_ELSEWHERE)
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_dropout_in_a_place_that_experts_lack_is_refused(place: str, is_replaced: bool) -> None:
+    mlp = nn.Sequential(*DROPOUTS_ELSEWHERE[place]())
+    with pytest.raises(ValueError, match=r"^model: got mlp, .* drops numbers in another place"):
+        read_mlp("mlp", mlp, is_replaced=is_replaced)
+
+
+def test_a_dropout_that_drops_nothing_may_stand_anywhere() -> None:
+    mlp = nn.Sequential(nn.Dropout(0.0), *plain_mlp())
+    assert read_mlp("mlp", mlp, is_replaced=True).dropout == (0.0, 0.0)
+
+
+def test_a_dropout_that_is_never_called_has_no_place() -> None:
+    mlp = CalledByKeyword()
+    mlp.drop = nn.Dropout(0.5)
+    assert read_mlp("mlp", mlp).dropout == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("dim", [-2, 0, 1])
+def test_an_activation_that_mixes_tokens_is_refused(dim: int) -> None:
+    mlp = nn.Sequential(nn.Linear(8, 12), nn.Softmax(dim=dim), nn.Linear(12, 8))
+    with pytest.raises(ValueError, match=r"^model: got mlp, .* computes something else"):
+        read_mlp("mlp", mlp)
+
+
+def test_an_activation_that_mixes_rows_is_refused_where_an_mlp_takes_rows_alone() -> None:
+    mlp = RowsOnly()
+    mlp.act = nn.Softmax(dim=0)
+    with pytest.raises(ValueError, match=r"^model: got mlp, .* computes something else"):
+        read_mlp("mlp", mlp)
+
+
+class LouderInTraining(CalledByKeyword):
+    """It computes something else in training, without random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return 2.0 * out if self.training else out
+
+
+def test_an_mlp_that_differs_in_training_stays_as_the_shared_expert() -> None:
+    mlp = LouderInTraining()
+    assert [*read_mlp("mlp", mlp).ups] == [mlp.fc1]
+    with pytest.raises(ValueError, match=r"^model: got mlp, .* something else in training"):
+        read_mlp("mlp", mlp, is_replaced=True)
+
+
+class TwoNorms(CalledByKeyword):
+    """Two norms of one width, registered in another order than they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last = nn.LayerNorm(8)
+        self.first = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.last(F.gelu(self.fc1(self.first(x)))))
+        return out
+
+
+def test_two_norms_are_told_by_what_they_compute() -> None:
+    mlp = TwoNorms()
+    form = read_mlp("mlp", mlp, is_replaced=True)
+    assert form.input_norm is mlp.first
+    assert form.hidden_norm is mlp.last
+
+
+@pytest.mark.parametrize("name", ["act", "activation", "act_fn"])
+def test_an_activation_may_be_a_function_that_the_mlp_keeps(name: str) -> None:
+    class Keeping(CalledByKeyword):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc2(getattr(self, name)(self.fc1(x)))
+            return out
+
+    mlp = Keeping()
+    setattr(mlp, name, F.softplus)
+    assert read_mlp("mlp", mlp).activation is F.softplus
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_few_forms_are_tried(form: str) -> None:
+    assert len(list(_candidates(moved_copy(FORMS[form]())))) <= 3 * len(FUNCTIONS)
+
+
+def test_a_function_of_an_unknown_name_is_not_called() -> None:
+    calls: list[Tensor] = []
+    mlp: Any = CalledByKeyword()
+    mlp.collect = calls.append
+    read_mlp("mlp", mlp)
+    assert calls == []
+
+
+def test_mlps_of_one_form_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = plain_mlp(), plain_mlp()
+    readers: Readers = {}
+    read_mlp("first", first, readers=readers)
+    monkeypatch.setattr("gmoe._read_mlp.Trial", None)
+    form = read_mlp("second", second, readers=readers)
+    assert [*form.ups, form.activation, form.down] == [*second]
+
+
+class Sine(CalledByKeyword):
+    """An activation that is not among the known ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.fc1(x).sin())
+        return out
+
+
+class Pair(CalledByKeyword):
+    """It gives more than tokens."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def locked_mlp() -> nn.Module:
+    mlp = plain_mlp()
+    mlp.lock = threading.Lock()
+    return mlp
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no linear layer": (nn.ReLU, "a ReLU without linear layers"),
+    "an activation at the end": (lambda: nn.Sequential(*plain_mlp(), nn.ReLU()), "a Sequential of"),
+    "a norm at the end": (lambda: nn.Sequential(*plain_mlp(), nn.LayerNorm(8)), "a Sequential of"),
+    "a dropout first": (lambda: nn.Sequential(nn.Dropout(0.5), *plain_mlp()), "a Sequential of"),
+    "an activation with parameters": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8)),
+        "a Sequential of",
+    ),
+    "a norm in front of the activation": (NormBeforeActivation, "a NormBeforeActivation of"),
+    "a part that experts lack": (lambda: GlobalResponseNormMlp(8, 12), "a GlobalResponseNormMlp"),
+    "convolutions": (lambda: Mlp(8, 12, use_conv=True), "a Mlp of convolutions"),
+    "an unknown activation": (Sine, "a Sine .* whose activation is not a known one"),
+    "two arguments": (TwoArguments, "a TwoArguments .* which fails on tokens alone"),
+    "two outputs": (Pair, "a Pair .* which fails on tokens alone .it returns a tuple"),
+    "no copy": (locked_mlp, "a Sequential .* which cannot be copied"),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_an_mlp_of_another_form_is_refused_by_its_name(form: str) -> None:
+    build, got = REFUSED[form]
+    with pytest.raises(ValueError, match=rf"^model: got 0\.mlp, {got}.*, expected linear layers"):
+        read_mlp("0.mlp", build())
+
+
+def test_a_dropout_that_is_a_function_does_not_hide_the_activation() -> None:
+    assert isinstance(read_mlp("mlp", Dropping().train()).activation, nn.GELU)
+
+
+@pytest.mark.parametrize("norm", [LayerNormFp32, RmsNormFp32])
+@pytest.mark.parametrize("is_replaced", [True, False])
+@pytest.mark.parametrize("width", [8, 256])
+def test_a_norm_that_computes_in_float32_is_read(norm: Any, is_replaced: bool, width: int) -> None:
+    mlp = SwiGLU(width, 2 * width, norm_layer=norm)
+    x = torch.randn(6, width)
+    dense = read_mlp("mlp", mlp, is_replaced=is_replaced)
+    experts = dense.experts(2, upcycle=True, zero_init=False, backend="loop")
+    torch.testing.assert_close(experts(x, torch.tensor([3, 6])), mlp(x))
