@@ -9,7 +9,6 @@ experts: a layer computes it once, and experts transform the rows of their token
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric import nn as pyg
-from torch_geometric.explain.algorithm.utils import set_masks
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
@@ -26,6 +24,7 @@ from gmoe._checks import must_be_called
 from gmoe.conv.base import Conv, StackedExperts, all_of, is_plain
 from gmoe.conv.call import Call
 from gmoe.conv.convs import FilterName
+from gmoe.conv.explain import with_mask
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
 from gmoe.products import Backend, combine, dispatch, routed_linear
@@ -85,8 +84,7 @@ class AggregateOnce(StackedExperts):
         x_src = call.x_src
         conv = self.prototype
         if graph.mask is not None:
-            conv = copy.copy(conv)  # another thread may be running it
-            set_masks(conv, graph.mask, graph.edge_index, apply_sigmoid=False)
+            conv = with_mask(conv, graph.mask, graph.edge_index)
         adj = graph.edge_index
         x = x_src
         if graph.is_sparse:

@@ -161,14 +161,3 @@ def check_attention(experts: Any) -> None:
         f"{type(experts).__name__}, expected stacked experts of one of GATConv, GATv2Conv and "
         "TransformerConv"
     )
-
-
-def refuse_hook(layer: nn.Module, hook: Any) -> NoReturn:
-    """Refuse hooks of message passing, such as AttentionExplainer's: nothing would call them.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        f"hook: got {hook}, expected none on a MoEConv, which sends no messages itself"
-    )

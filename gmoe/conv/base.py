@@ -19,6 +19,7 @@ from torch_geometric.nn.dense.linear import Linear
 from gmoe._checks import must_be_called
 from gmoe._torch import dtype_of
 from gmoe.conv.call import Call
+from gmoe.conv.explain import HidesPrototype
 from gmoe.experts import LinearExperts
 from gmoe.portable import refuse_in_export
 from gmoe.products import Backend
@@ -138,7 +139,7 @@ class ConvExperts(nn.Module, ABC):
         """
 
 
-class StackedExperts(ConvExperts, Stack):
+class StackedExperts(HidesPrototype, ConvExperts, Stack):
     """E convs of one class and the same options, their parameters stacked.
 
     A subclass names its :attr:`parts` and implements ``forward``; filling, resetting and ``expert``
@@ -169,26 +170,6 @@ class StackedExperts(ConvExperts, Stack):
         self.to(dtype=dtype_of(convs[0]))  # before they are filled: float64 convs are not rounded
         for expert, conv in enumerate(convs):
             fill(self, expert, tensors_in(conv))
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """All modules but the prototype.
-
-        Explainers count a hop for each MessagePassing module, and the layer is one already. The
-        prototype has no parameters; ``to``, ``train`` and ``state_dict``, which go by children,
-        reach it.
-        """
-        memo = set() if memo is None else memo
-        if self in memo:
-            return
-        if remove_duplicate:
-            memo.add(self)
-        yield prefix, self
-        for name, module in self.named_children():
-            if name != "prototype":
-                path = f"{prefix}.{name}" if prefix else name
-                yield from module.named_modules(memo, path, remove_duplicate)
 
     @staticmethod
     def accepts(conv: Conv) -> bool:

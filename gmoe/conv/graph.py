@@ -23,6 +23,7 @@ from torch_geometric.utils import add_self_loops, is_sparse
 from gmoe._checks import check_choice, parameters_of
 from gmoe._torch import is_watched, row_pointers
 from gmoe.conv.adjacency import adjacency_like, check_edge_args, read_edge_index, read_sparse
+from gmoe.conv.explain import mask_of
 from gmoe.conv.matrix import Matrix, ScaleOf, normalized_matrix, sum_matrix
 from gmoe.edges import Edges, renumber
 
@@ -211,20 +212,8 @@ class Graph:
         return self.with_weights(edge_weight, edge_attr)
 
     def explained(self, conv: MessagePassing) -> Graph:
-        """The same graph with the factors that an explainer of this conv puts on its messages.
-
-        Raises:
-            ValueError: an explainer that looks at single messages: convs that aggregate in one
-                product do not have them.
-        """
-        mask = conv._edge_mask
-        if not isinstance(mask, Tensor) or mask.shape != (self.num_edges,):
-            got = getattr(mask, "shape", "an explainer without a mask")
-            raise ValueError(
-                f"explain: got {got}, expected one of the {self.num_edges} edges: GNNExplainer, "
-                "PGExplainer and CaptumExplainer work"
-            )
-        return self._with(mask=mask.sigmoid() if conv._apply_sigmoid else mask)
+        """The same graph with an explainer's factors on its messages; see :func:`mask_of`."""
+        return self._with(mask=mask_of(conv, self.num_edges))
 
     def to(self, device: torch.device | str) -> Graph:
         """Move the graph to a device; returns itself if it is there already."""

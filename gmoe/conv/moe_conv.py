@@ -34,7 +34,6 @@ from gmoe.conv.arguments import (
     check_attention,
     given_widths,
     num_destinations,
-    refuse_hook,
     refuse_unknown_in_call,
     two_widths,
 )
@@ -42,6 +41,7 @@ from gmoe.conv.attention_weights import AttentionWeights
 from gmoe.conv.base import GAIN_SCALE, times
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.call import Call
+from gmoe.conv.explain import sends_no_messages
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import ConvLike, Make, kind_of, kinds_of
 from gmoe.conv.open_widths import OpenWidths
@@ -72,6 +72,7 @@ class _BuildOptions:
     backend: Backend
 
 
+@sends_no_messages
 class MoEConv(OpenWidths, MoELayer, MessagePassing):
     r"""Run K of E graph convolutions per node; a drop-in for a PyG conv.
 
@@ -524,17 +525,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
                 raise ValueError(
                     f"{name}: got a tensor, expected None: the conv takes {sorted(taken) or 'none'}"
                 )
-
-    register_propagate_forward_pre_hook = refuse_hook
-    register_propagate_forward_hook = refuse_hook
-    register_message_forward_pre_hook = refuse_hook
-    register_message_forward_hook = refuse_hook
-    register_aggregate_forward_pre_hook = refuse_hook
-    register_aggregate_forward_hook = refuse_hook
-    register_message_and_aggregate_forward_pre_hook = refuse_hook
-    register_message_and_aggregate_forward_hook = refuse_hook
-    register_edge_update_forward_pre_hook = refuse_hook
-    register_edge_update_forward_hook = refuse_hook
 
     def _all_convs(self) -> list[MessagePassing]:
         return [conv for part in self.parts() for conv in part.convs()]
