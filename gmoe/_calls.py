@@ -33,7 +33,7 @@ def arguments_of(batch: Any, name: str = "data") -> tuple[tuple[Any, ...], dict[
     )
 
 
-def batches_of(data: Data) -> list[Any]:
+def batches_of(data: Data, name: str = "data") -> list[Any]:
     """The batches of the data; one batch by itself becomes a list of it.
 
     They are read once: an iterator has no second time, and a loader may give others then.
@@ -43,7 +43,7 @@ def batches_of(data: Data) -> list[Any]:
     """
     if not isinstance(data, Iterable):
         got = type(data).__name__
-        raise ValueError(f"data: got {got}, expected a batch, or several, such as a list")
+        raise ValueError(f"{name}: got {got}, expected a batch, or several, such as a list")
     batches = [data] if isinstance(data, Tensor | tuple | Mapping) else list(data)
     if not batches:
         raise ValueError("data: got none, expected at least one batch")
@@ -83,7 +83,7 @@ def outputs_of(model: nn.Module, data: Data, name: str = "data") -> list[Tensor]
     """
     found: list[Tensor] = []
     with evaluating(model), torch.random.fork_rng(devices=[]):
-        for batch in batches_of(data):
+        for batch in batches_of(data, name):
             args, kwargs = arguments_of(batch)
             torch.default_generator.manual_seed(0)
             found += _floats(model(*args, **kwargs))

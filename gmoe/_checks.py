@@ -70,7 +70,7 @@ def is_whole(value: object) -> bool:
 
 
 def check_at_least(least: float, **values: float) -> None:
-    """Refuse arguments, by name, below ``least``, and what is no number."""
+    """Refuse arguments, by name, below ``least``, and non-numbers."""
     for name, value in values.items():
         is_number = isinstance(value, Real)
         check(is_number and value >= least, name, repr(value), f"a number of at least {least}")
@@ -84,13 +84,13 @@ def check_counts(**values: int) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse ``value <= 0``, infinity, and what is no number."""
+    """Refuse ``value <= 0``, infinity, and non-numbers."""
     is_number = isinstance(value, Real)
     check(is_number and 0 < value < math.inf, name, repr(value), "a positive number")
 
 
 def in_short(said: object, most: int = 500) -> str:
-    """What is said, in one line of at most so many characters: a file may be one long line."""
+    """Shorten a text to one line of at most ``most`` characters: a file may be one long line."""
     text = " ".join(str(said)[: 4 * most].split())
     return text if len(text) <= most else f"{text[:most]} …"
 

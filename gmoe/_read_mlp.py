@@ -384,7 +384,7 @@ def _is_of_float32(norm: Any) -> bool:
 
 
 def _lost(mlp: nn.Module, form: MLPForm) -> Iterator[tuple[str, str]]:
-    """What an MLP has and experts in its place would not, and what they can replace."""
+    """Yield what experts in an MLP's place would lose, as (got, expected) for an error."""
     read: set[int] = set()
     for part in (*form.ups, form.down, form.input_norm, form.hidden_norm):
         if part is not None:

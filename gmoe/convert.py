@@ -71,8 +71,8 @@ def moefy(
     ``Mlp``; or gated, with one layer twice as wide or two before the last (timm's ``GluMlp`` and
     ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Dropout is kept, and so are norms before the linear
     layers. Which part has which role is tried on a copy, by what it computes: with other weights,
-    inputs of scales 1 to 1,000, in evaluation and training. :func:`gmoe.mlps.register` tells the
-    roles in a class of your own.
+    inputs of scales 1 to 1,000, in evaluation and, if experts replace it, in training.
+    :func:`gmoe.mlps.register` tells the roles in a class of your own.
 
     An MLP sees (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row
     or in a grid, or those of a window where a model folds windows into the first dimension. Padding

@@ -19,7 +19,7 @@ from gmoe._torch import assert_async, row_pointers
 from gmoe.portable import exported_as
 
 RADIX_RECEIVERS = 2**16
-"""Up to so many receivers, NumPy's radix sort takes a tenth to a half of torch's time."""
+"""Up to this many receivers, NumPy's radix sort takes a tenth to a half of torch's time."""
 
 
 @dataclass(eq=False)
@@ -171,7 +171,7 @@ def _sort_edges(
         check_nodes(sender, num_senders)
         check_nodes(receiver, num_receivers)
     if receiver.device.type == "cpu" and num_receivers <= RADIX_RECEIVERS:
-        import numpy as np  # which nothing but this needs
+        import numpy as np  # here, to keep the import of gmoe light
 
         short = receiver.numpy().astype(np.uint16)  # NumPy sorts 16 bits by radix
         order = torch.from_numpy(short.argsort(kind="stable"))

@@ -235,12 +235,15 @@ class MLPExperts(Experts):
         self.down.reset_parameters()
 
     def keep(self, kept: Sequence[int]) -> None:
-        for part in (self.up, self.down):
+        parts = [self.up, self.down]
+        for part in parts:
             if not isinstance(part, LinearExperts):
                 raise ValueError(
                     f"model: got experts with a {type(part).__name__} in place of a part, expected "
                     "stacked linear layers as they were built; call gmoe.restack before"
                 )
+            part.check_stored()
+        for part in parts:
             part.keep(kept)
         self.num_experts = len(kept)
 

@@ -246,11 +246,14 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
 
     # 1. The files of an earlier model go. What says what the model is goes first, and comes last:
-    # cut off in between, the folder holds no model. A config.json of others stays.
+    # cut off in between, the folder holds no model. A card and a config.json of others stay.
     for name in (LAYERS, spec.file, WEIGHTS, INDEX, RECEIPT):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob(SHARD.format(suffix="-*-of-*")):
         path.unlink()
+    for name in (CARD, CONFIG):
+        if _is_ours(folder / name):
+            (folder / name).unlink()
 
     # 2. What describes the model to others.
     has_config = is_of_transformers(model)
@@ -274,6 +277,20 @@ def write(
         save_file(dict(receipt), folder / RECEIPT)
     _write_json(folder / spec.file, {"format": FORMAT, **asdict(spec)})
     return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """True for the card or the configuration of a model of gmoe's own."""
+    if not path.exists():
+        return False
+    text = path.read_text(errors="replace")
+    if path.name == CARD:
+        return text.startswith(CARD_TEXT.partition("# ")[0])
+    try:
+        written = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(written, dict) and written.keys() == {"format", *Spec.__dataclass_fields__}
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -85,8 +85,9 @@ def _keep(part: Any, kept: Sequence[int]) -> None:
     if is_own and type(part) not in OF_GMOE and "keep" not in vars(type(part)):
         raise ValueError(
             f"model: got {type(part).__name__}, of which no expert can be taken away, expected "
-            "routers and experts of gmoe, or a class with a method keep(kept) of its own; call "
-            "gmoe.restack before, if parts are nn.Linears"
+            "routers and experts of gmoe, or a class with a method keep(kept) of its own (a router "
+            "that calls Router.keep chooses among self.of_alive(scores)); call gmoe.restack "
+            "before, if parts are nn.Linears"
         )
     part.keep(kept)
 

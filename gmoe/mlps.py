@@ -182,7 +182,7 @@ def register(mlp_class: type[MLP], read: Callable[[MLP], MLPForm]) -> None:
 
 
 def registered(mlp: nn.Module) -> Read | None:
-    """How an MLP is read whose class, or one that it inherits from, is registered."""
+    """Return the function that reads an MLP's class, or one of its bases, if there is one."""
     for mlp_class in type(mlp).__mro__:
         if mlp_class in READERS:
             return READERS[mlp_class]

@@ -55,9 +55,9 @@ class Blocks(NamedTuple):
 def blocks_of(offsets_E: Tensor, num_rows: int) -> Blocks:
     """Lay rows out in blocks, by sizes that the host knows: nothing is read from the device.
 
-    A block has a quarter of an expert's mean load. There are at most 4 E full blocks, and E that
-    are filled up with zeros: the weights are copied five times at most, and at most a quarter of
-    the rows is added.
+    A block has a quarter of an expert's mean load, and ``BLOCK`` rows at least. There are at most
+    4 E full blocks, and E that are filled up with zeros: the weights are copied five times at most,
+    and a quarter of the rows is added, or ``BLOCK`` rows for each expert.
     """
     num_experts = len(offsets_E)
     quarter = (num_rows + 4 * num_experts - 1) // (4 * num_experts)

@@ -11,7 +11,7 @@ three in one, :func:`routed_linear`, as experts on graphs do. The kernels are op
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -111,15 +111,15 @@ def grouped_linear(
         x_PI: rows sorted by expert.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
-        offsets_E: (E,) int32 cumulative ends, ascending; the last is P. A load is no cumulative
-            sum: nobody looks at the values.
+        offsets_E: (E,) int32 cumulative ends, ascending; the last is P. Pass ends, not loads: the
+            values are not checked.
         backend: all give the same result and gradients, if the weights are finite.
 
             - ``"loop"``: one matmul per expert, written in place; on a CPU by torch's own loop
               if the widths fill 16 bytes and the dtype is not float64. One host sync.
             - ``"padded"``: one ``bmm`` over blocks of rows; the last block of each expert is filled
               up with zeros. No host sync, whatever the dtype and device; up to five copies of the
-              weights, and up to a quarter more rows.
+              weights, and up to a quarter more rows, or 16 for each expert.
             - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync if torch has a kernel
               for it (bfloat16 on recent CUDA devices), else a loop of torch's own. float64, which
               it refuses, runs as ``"loop"``; widths that its alignment rule refuses are padded with
@@ -132,8 +132,7 @@ def grouped_linear(
     Raises:
         ValueError: an unknown backend; ``offsets`` of another number of experts.
     """
-    if backend not in get_args(Backend):  # asked here, too, to save a call for each layer
-        check_choice("backend", backend, Backend)
+    check_choice("backend", backend, Backend)
     if offsets_E.shape != weight_EIO.shape[:1]:
         legal = f"one end for each of {len(weight_EIO)} experts"
         raise ValueError(f"offsets: got shape {tuple(offsets_E.shape)}, expected {legal}")

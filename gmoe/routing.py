@@ -413,7 +413,7 @@ def as_list(routings: Routing | Iterable[Routing]) -> list[Routing]:
     """The routings of one or several layers.
 
     Raises:
-        ValueError: a dictionary, of whose keys nothing can be read; what is no routing.
+        ValueError: a dictionary, or an item that is not a :class:`Routing`.
     """
     if isinstance(routings, Mapping):
         raise ValueError("routings: got a dictionary, expected its values()")

@@ -69,10 +69,10 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
 
     It takes gmoe's own models, and models of timm, Hugging Face's transformers, PyG and your own
     that :func:`gmoe.moefy` has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and
-    :func:`gmoe.densify`, which may leave no experts. Of the latter, the dense model itself is
-    described only if it is of transformers, whose ``save_pretrained`` and ``Trainer`` write the
-    same files; else :func:`load` gets it as ``base``, and so it does for a model of gmoe's own with
-    an argument that no file holds, such as an activation of your own.
+    :func:`gmoe.densify`, which may leave no experts. The dense model itself is described only for
+    gmoe's own models and those of transformers, whose ``save_pretrained`` and ``Trainer`` write the
+    same files. For all others, and for a model of gmoe's own with an argument that JSON cannot
+    hold, such as an activation of your own, pass it to :func:`load` as ``base``.
 
     Args:
         model: the model.

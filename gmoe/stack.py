@@ -90,6 +90,11 @@ class Stack(nn.Module):
             )
         return own[place]
 
+    def check_stored(self) -> None:
+        """Refuse tensors that are computed from others; see :meth:`stored`."""
+        for name in self.names:
+            self.stored(name)
+
     def of(self, name: str, expert: int) -> Tensor:
         """An expert's tensor."""
         value: Tensor = getattr(self, name)[expert]
@@ -206,7 +211,7 @@ def become(experts: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def share_base(experts: nn.Module) -> None:
-    """Give experts a base, the first of them: differences are what the others have more."""
+    """Give experts a base, the first of them; the difference of each is that expert minus it."""
     for _, stack in stacks_in(experts):
         stack.share_base()
 

@@ -129,8 +129,8 @@ def _kwargs_for_copies(
     if router in ("token_choice", "multi_centroid") and k == 1:
         takes_more = kwargs.get("top_p") is not None
         defaults["weight"] = "normalized" if takes_more else "straight_through"
-    # The noise is that of the balanced router, which explores; a caller who says anything of
-    # balance or noise gets what the router makes of it.
+    # The noise is that of the balanced router, which explores. Explicit arguments about balance or
+    # noise are passed through unchanged.
     if router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
         defaults |= {"balance": None, "noise": "spread"}
     return defaults | kwargs

@@ -205,7 +205,7 @@ class _MixedBlock(NamedTuple):
 
 
 def _one_block(offsets: Tensor, number: int, _: Tensor) -> Iterator[_Block | _MixedBlock]:
-    """All messages: of an unknown number, nobody knows how many blocks there will be."""
+    """One block of all messages, whose number an export does not know."""
     yield _MixedBlock(slice(0, number), offsets)
 
 

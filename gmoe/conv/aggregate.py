@@ -10,6 +10,7 @@ experts: a layer computes it once, and experts transform the rows of their token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +21,7 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
+from gmoe._autograd import autocasts
 from gmoe._checks import must_be_called
 from gmoe.conv.base import Conv, StackedExperts, all_of, is_plain
 from gmoe.conv.call import Call
@@ -91,8 +93,8 @@ class AggregateOnce(StackedExperts):
             adj = graph.adj
             # Sparse products have no kernels for half precision.
             x = x_src.to(torch.promote_types(x_src.dtype, torch.float32))
-        autocasts = torch.is_autocast_enabled() and not graph.is_sparse
-        with torch.autocast(x_src.device.type, enabled=autocasts):
+        stops_autocast = graph.is_sparse and autocasts(x_src.device)
+        with torch.autocast(x.device.type, enabled=False) if stops_autocast else nullcontext():
             size = (graph.num_src, graph.num_rows)
             out = conv((x, None), adj, **graph.args_for(conv), size=size)
         return out[: graph.num_dst].to(x_src.dtype)
@@ -139,7 +141,7 @@ class LinearAggregation(AggregateOnce):
         y_PO = layers[0](dispatch(inputs[0], routing), routing.offsets)
         if len(layers) == 2:
             y_PO = y_PO + layers[1](dispatch(inputs[1], routing), routing.offsets)
-        if "bias" in self.names:
+        if "bias" in self.parts and self.bias is not None:
             y_PO = y_PO + self.bias.index_select(0, routing.expert)
         if self.normalize:
             y_PO = F.normalize(y_PO, p=2.0, dim=-1)

@@ -25,7 +25,7 @@ def given_widths(
     out_channels: object,
     conv_kwargs: Mapping[str, object],
 ) -> tuple[Any, Any]:
-    """The widths of a layer, which must be given; and say what else was meant if they are not.
+    """Return the widths of a layer, or say what is missing and what may have been meant.
 
     Args:
         kinds: the kind of each expert.

@@ -228,7 +228,10 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
                     f"model: got experts with a {type(part).__name__} in place of a part, expected "
                     "stacked layers as they were built; call gmoe.restack before"
                 )
-        for _, stack in stacks_in(self):
+        stacks = [stack for _, stack in stacks_in(self)]
+        for stack in stacks:
+            stack.check_stored()
+        for stack in stacks:
             Stack.keep(stack, kept)
         self.make = self.make.keep(kept)
 

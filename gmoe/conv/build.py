@@ -48,10 +48,10 @@ def build_experts(
     # Convs of one class, and copies of one conv, are alike: one of them is enough for a stack.
     if local is None and (copied is not None or are_alike(make.kinds)):
         trial = Trial(first, make.in_channels, is_of_library(make.kinds[0]))
-        if trial.stack is not None:
+        if trial.form is not None:
             # A class that gmoe knows has the width that it was asked for.
             _check_together(make, [first], [] if trial.is_of_library else [trial.width])
-            experts = trial.stack[0]([first] * num_experts, make, backend)
+            experts = trial.form[0]([first] * num_experts, make, backend)
             if copied is None and trial.is_of_library:
                 experts.draw(first, range(1, num_experts))
             return experts
@@ -73,24 +73,24 @@ def _grouped(
     }
     _check_together(make, convs, [trial.width for trial in trials.values()])
 
-    members_of: dict[Stack | None, list[int]] = {}
-    is_right: dict[Stack, bool] = {}
+    members_of: dict[Form | None, list[int]] = {}
+    is_right: dict[Form, bool] = {}
     for expert, conv in enumerate(convs):
-        stack = _stack_of(conv) if local is None else None
+        form = _form_of(conv) if local is None else None
         trial = trials[id(make.kinds[expert])]
         # Convs of the library compute by construction what their stack does. A user's may have been
         # changed after they were built: one of each form is tried.
-        if stack is not None and stack not in is_right:
-            is_right[stack] = trial.is_of_library or trial.equals(stack)
-        if stack is not None and not is_right[stack]:
-            stack = None
-        members_of.setdefault(stack, []).append(expert)
+        if form is not None and form not in is_right:
+            is_right[form] = trial.is_of_library or trial.equals(form)
+        if form is not None and not is_right[form]:
+            form = None
+        members_of.setdefault(form, []).append(expert)
     groups: list[ConvExperts] = []
-    for stack, members in members_of.items():
+    for form, members in members_of.items():
         group_convs = [convs[expert] for expert in members]
         group_kinds = [make.kinds[expert] for expert in members]
-        if stack is not None:
-            stacked_class = stack[0]
+        if form is not None:
+            stacked_class = form[0]
             groups.append(stacked_class(group_convs, replace(make, kinds=group_kinds), backend))
             continue
         are_local = [trials[id(kind)].takes_local_path(local) for kind in group_kinds]
@@ -140,11 +140,11 @@ def _check_together(
 
 # which convs are stacked together -----------------------------------------------------------------
 
-Stack: TypeAlias = tuple[type[StackedExperts], frozenset[Hashable], tuple[Hashable, ...]]
+Form: TypeAlias = tuple[type[StackedExperts], frozenset[Hashable], tuple[Hashable, ...]]
 """A class of stacked experts; the options and the shapes that its convs have in common."""
 
 
-def _stack_of(conv: MessagePassing) -> Stack | None:
+def _form_of(conv: MessagePassing) -> Form | None:
     """A class of stacked experts, and all that must be equal in a stack; or ``None``.
 
     Stacking must not lose what a user put on a conv: hooks, parametrizations, frozen parameters,
@@ -258,21 +258,19 @@ class Trial:
             return Outcome(width, False, f"fails on a small random graph: {error}")
 
     @cached_property
-    def stack(self) -> Stack | None:
+    def form(self) -> Form | None:
         """How the conv is stacked; ``None`` if a stack would compute something else."""
-        stack = _stack_of(self.conv)
-        if stack is None or self.is_of_library or self.equals(stack):
-            return stack
+        form = _form_of(self.conv)
+        if form is None or self.is_of_library or self.equals(form):
+            return form
         return None
 
-    def equals(self, stack: Stack) -> bool:
-        """True if a stack of the conv gives its outputs, and has as many trained parameters."""
+    def equals(self, form: Form) -> bool:
+        """True if such a stack gives the conv's outputs, and has as many trained parameters."""
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 conv = probe_copy(self.conv)
-                experts = stack[0](
-                    [conv], Make([CopyOf(conv)], self.in_channels, 1, (), {}), "loop"
-                )
+                experts = form[0]([conv], Make([CopyOf(conv)], self.in_channels, 1, (), {}), "loop")
                 # Tied weights, or a weight that is a buffer, would be trained by themselves.
                 if _num_trained(experts) != _num_trained(conv):
                     return False
@@ -315,7 +313,7 @@ class Trial:
     def width(self) -> int | None:
         """Columns of the output; ``None`` if unknown."""
         # A conv that can be stacked is one that we know: nothing has to run.
-        if hasattr(self.conv, "out_channels") and self.stack is not None:
+        if hasattr(self.conv, "out_channels") and self.form is not None:
             has_wide_heads = getattr(self.conv, "concat", False)
             heads = self.conv.heads if has_wide_heads else 1
             return int(self.conv.out_channels * heads)

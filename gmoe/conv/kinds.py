@@ -75,15 +75,15 @@ class Kind:
     Args:
         stack: how the experts of the class are stacked; ``None`` to run them one by one.
         is_local: the output at a node depends only on its in-edges and their ends, under most
-            options. Each layer verifies it all the same when it is built.
+            options. A layer that runs convs one by one verifies it when it is built.
         takes_two_sets: sources and destinations may be two sets of nodes.
         needs_destinations: destinations must have features. Others take them for zeros.
         adapt: builds a conv of a class that is not built as ``cls(in_channels, out_channels, ...)``
             from these arguments, see :data:`ConvFactory`; called with the class before them.
         hops: how far the output at a node looks, apart from degrees, given the conv; ``None`` to
             find it out by a :class:`gmoe.conv.build.Trial`.
-        run: runs a conv without experts on a graph or on a part of one, where it needs the norms of
-            the whole graph; ``None`` for a conv that needs none.
+        run: runs a conv without experts on a graph or on a part of one, where it needs norms of the
+            whole graph, or has sizes that follow the data; ``None`` for PyG's own forward.
         edge_width: the width of the edge features that a conv takes, or ``None`` if it takes none;
             called with the conv and the width of its sources.
         multiplies, adds_loops: for callers that choose the form of the edges; gmoe reads neither.

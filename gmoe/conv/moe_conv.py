@@ -43,7 +43,7 @@ from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.call import Call
 from gmoe.conv.explain import sends_no_messages
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import ConvLike, Make, kind_of, kinds_of
+from gmoe.conv.kinds import ConvLike, Make, is_of_library, kind_of, kinds_of
 from gmoe.conv.open_widths import OpenWidths
 from gmoe.conv.router_input import (
     RouterInput,
@@ -103,7 +103,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
       with E.
 
     A node without an expert gets zero from the routed experts. ``create_graph=True`` is
-    refused; compiled layers leave that to torch.
+    refused; in compiled layers, torch decides.
     ``to_hetero`` and lazy widths (``in_channels=-1``) work; explainers' edge masks act on the
     experts' messages, and on the router only by the sum over neighbors that it may see.
 
@@ -154,8 +154,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             both run the convs one by one. ``None`` (default) uses the local path for classes known
             to be local.
         backend: see :func:`gmoe.grouped_linear`.
-        check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync). Of
-            an instance, set ``router.check_finite``.
+        check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync).
+            For a router instance, set ``router.check_finite``.
         **conv_kwargs: further arguments of every conv.
 
     Shapes:
@@ -255,7 +255,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             make_routed = make
             routed_widths = widths
             if options.shared_transform:
-                width = Trial(dense or make(0), in_channels).width or self.out_channels
+                trial = Trial(dense or make(0), in_channels, is_of_library(make.kinds[0]))
+                width = trial.width or self.out_channels
                 routed_widths = width, width
                 make_routed = replace(
                     make, in_channels=width if isinstance(in_channels, int) else routed_widths

@@ -63,7 +63,7 @@ class OpenWidths(LateState):
                 f"{type(self).__name__}: this call fills in the width that was -1, and makes the "
                 "parameters: an optimizer that was made before does not train them. Call the model "
                 "under torch.no_grad() first",
-                stacklevel=4,
+                stacklevel=5,
             )
         with torch.inference_mode(False):  # the parameters are for training too
             try:

@@ -101,7 +101,8 @@ def run_gat(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a GAT or GATv2 without experts.
 
     PyG's conv removes the loops that there are before it adds its own, so that the number of edges
-    follows from the data. Where it must not, these loops move to one more node, which nobody hears.
+    follows from the data. Where it must not, these loops move to one more node, from which no other
+    gets messages.
     """
     moves_loops = conv.add_self_loops and graph.attr is None and _sizes_must_not_follow(conv, x)
     if not moves_loops:

@@ -26,7 +26,7 @@ from gmoe.routing import Routing
 
 
 def _run_all_on_all(experts: SeparateExperts, call: Call, routing: Routing) -> Tensor:
-    """(T, O) the same of every conv at every token: nobody knows who will have tokens."""
+    """(T, O) the same, each conv at every token: an export does not know the loads of experts."""
     graph, x_src, x_dst, _ = call
     all_TEO = torch.stack([run(conv, graph, x_src, x_dst) for conv in experts.members], dim=1)
     return (all_TEO * routing.to_dense()[..., None]).sum(dim=1)

@@ -143,7 +143,16 @@ class Router(nn.Module, ABC):
 
         Args:
             kept: the experts that stay, ascending.
+
+        Raises:
+            ValueError: numbers of no experts, or fewer than K.
         """
+        is_legal = [*kept] == sorted({*kept} & {*range(self.num_experts)})
+        if not is_legal or len(kept) < self.k:
+            raise ValueError(
+                f"kept: got {[*kept]}, expected k={self.k} or more of 0 to "
+                f"{self.num_experts - 1}, ascending"
+            )
         tensors = [*self.parameters(), *self.buffers()]
         device = tensors[0].device if tensors else None
         before = self._alive_numbers()
@@ -169,7 +178,7 @@ class Router(nn.Module, ABC):
         return numbers
 
     def of_alive(self, value: Tensor, dim: int = -1) -> Tensor:
-        """Of values of all scored experts, those of the experts that may be chosen.
+        """Select the columns of the experts that may be chosen from those of all scored ones.
 
         Choose among these: whatever the scores are, the choice cannot fall on an expert that is
         gone, as it could among equal ones of which some are masked.

@@ -91,8 +91,8 @@ class UniformRouter(Router):
         """Nothing to draw."""
 
     def keep(self, kept: Sequence[int]) -> None:
+        self.k = len(kept)  # all of them
         super().keep(kept)
-        self.k = len(kept)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((x_TD.size(0), self.num_experts), 1.0 / self.num_experts)

@@ -304,7 +304,7 @@ def _true_columns(mask_ET: Tensor, num_pairs: int) -> Tensor:
 
 @exported_as(portable.dtype_of_marks)
 def _dtype_of_marks() -> torch.dtype:
-    """Of truth values that are added."""
+    """The dtype in which Boolean marks are added."""
     return torch.uint8
 
 

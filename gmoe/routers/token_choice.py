@@ -116,6 +116,8 @@ class TokenChoice(BalancedRouter):
     ) -> None:
         weight = weight or ("normalized" if k >= 2 else "score")
         biased = balance == "bias"
+        if bias_rate is None:
+            raise ValueError("bias_rate: got None, expected a number; balance=None has no bias")
         super().__init__(
             dim,
             num_experts=num_experts,
@@ -222,7 +224,7 @@ class TokenChoice(BalancedRouter):
         """Route without the pairs over capacity; the weights are those of the remaining pairs."""
         probs_TE = log_probs_TE.exp()
         num_tokens = len(log_probs_TE)
-        share = (self.capacity_factor or 1.0) * self.k / self.num_experts
+        share = (self.capacity_factor or 1.0) * self.k / self.num_scored
         token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, share)
         # Not by bincount, for which the host waits.
         kept_T = token_P.new_zeros(num_tokens).index_add(0, token_P, torch.ones_like(token_P))

@@ -303,3 +303,11 @@ def test_own_models_come_back_from_several_files(tmp_path: Path) -> None:
     write(model, tmp_path, spec, saveable(model.state_dict()), max_shard_size="2KB")
     assert len([*tmp_path.glob("model-*.safetensors")]) > 1
     check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path), X, EDGES)
+
+
+def test_another_model_leaves_no_card_or_configuration_of_an_earlier_one(tmp_path: Path) -> None:
+    GNN().save_pretrained(tmp_path)
+    gmoe.save(gmoe.moefy(GCN(16, 8, 2), num_experts=2), tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    assert not (tmp_path / "config.json").exists()
+    assert isinstance(gmoe.load(tmp_path, GCN(16, 8, 2)), GCN)

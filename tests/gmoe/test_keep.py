@@ -255,6 +255,37 @@ def test_uniform_experts_are_averaged_over_those_that_stay() -> None:
     assert layer.k == layer.router.k == layer.experts_per_token == 2
 
 
+@pytest.mark.parametrize("kept", [(0,), (2, 1), (0, EXPERTS), (1, 1), ()], ids=str)
+def test_a_router_keeps_k_experts_at_least_and_each_once(kept: Any) -> None:
+    router = gmoe.TokenChoice(WIDTH, num_experts=EXPERTS, k=2)
+    with pytest.raises(ValueError, match=r"^kept: got .* expected k=2 or more of 0 to"):
+        router.keep(kept)
+    assert router.num_experts == EXPERTS
+    assert router.alive_E is None
+
+
+def test_a_capacity_in_training_stays_as_it_was() -> None:
+    """Of all tokens, an expert takes the share that it took among all experts."""
+    router = gmoe.TokenChoice(WIDTH, num_experts=8, capacity_factor=1.0, balance=None).double()
+    x = torch.ones(80, WIDTH, dtype=torch.float64)  # all choose one expert
+    before = router(x).load.max()
+    router.keep((*range(4),))
+    assert router(x).load.max() == before == 10
+
+
+def test_experts_with_a_part_that_cannot_be_cut_are_left_whole() -> None:
+    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
+    experts.down = nn.Identity()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^model: got experts with a Identity in place"):
+        experts.keep((0, 1))
+    assert experts.up.num_experts == len(experts.up.weight) == EXPERTS
+    other = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
+    nn.utils.parametrize.register_parametrization(other.down, "weight", nn.Identity())
+    with pytest.raises(ValueError, match="parametrized weight"):
+        other.keep((0, 1))
+    assert len(other.up.weight) == EXPERTS
+
+
 def test_pruning_twice_is_pruning_once() -> None:
     x = images(2)
     once, twice = moefied(), moefied()

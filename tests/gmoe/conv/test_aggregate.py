@@ -102,3 +102,17 @@ def test_a_filter_of_several_hops_looks_too_far_for_one_layer_at_a_time(
     conv: str, num_far: int
 ) -> None:
     assert len(MoEConv(conv, WIDTH, OUT, num_experts=2).experts.too_far) == num_far
+
+
+@pytest.mark.parametrize("conv", ["sage", "gin", "graph"])
+def test_an_aggregation_of_pygs_runs_on_the_meta_device_and_under_autocast(conv: str) -> None:
+    with torch.device("meta"):
+        layer = MoEConv(conv, WIDTH, OUT, num_experts=2, aggr="max")
+        out = layer(torch.empty(NODES, WIDTH), torch.empty(2, EDGES, dtype=torch.int64))
+    assert out.shape == (NODES, OUT)
+    torch.manual_seed(0)
+    layer = MoEConv(conv, WIDTH, OUT, num_experts=2, aggr="max").eval()
+    x, edge_index = features(NODES, WIDTH).float(), random_graph(NODES, NODES, EDGES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = layer(x, edge_index)
+    torch.testing.assert_close(low.float(), layer(x, edge_index), rtol=0.1, atol=0.1)

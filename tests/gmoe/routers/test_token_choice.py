@@ -96,6 +96,7 @@ def test_by_probability_a_router_that_is_sure_of_nothing_takes_most() -> None:
         ({"top_p": 0.5, "capacity_factor": 1.0}, "top_p: got 0.5, expected None beside"),
         ({"top_p": 0.5, "balance": "importance_load"}, "top_p: got 0.5, expected None beside"),
         ({"entropy_coef": -1.0}, "entropy_coef: got -1.0"),
+        ({"bias_rate": None}, "bias_rate: got None, expected a number; balance=None has no bias"),
     ],
 )
 def test_probabilities_and_what_does_not_go_with_them_are_refused(
