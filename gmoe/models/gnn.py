@@ -315,19 +315,16 @@ class GNNMoE(HubMixin, nn.Module):
             )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
 
-        layers = sum(isinstance(conv, MoEConv) for conv in self.convs)
-        routers = layers if self.shared_router is None else 1
         if num_sampled_nodes_per_hop is not None and routings is None:
             self._check_trimming(num_sampled_nodes_per_hop)
-        given = [] if routings is None else checked_routings(routings, routers, "router")
+        decisions = self._decisions(x, graph, batch, routings)
         is_shared = self.shared_router is not None
-        decision = given[0] if given and is_shared else self.route_once(x, graph, batch)
-        used = [] if decision is None else [decision]
+        used = [decision for decision in decisions[:1] if decision is not None and is_shared]
 
         def run_layer(layer: int, x: Tensor) -> Tensor:
             part = graph
             part_batch = batch
-            part_decision = decision
+            decision = decisions[layer]
             if (
                 layer
                 and num_sampled_nodes_per_hop is not None
@@ -336,19 +333,34 @@ class GNNMoE(HubMixin, nn.Module):
                 # Trim a sampled graph: what its last hops found no longer reaches the seeds.
                 x = x[: sum(num_sampled_nodes_per_hop[:-layer])]
                 part = graph.first(len(x), sum(num_sampled_edges_per_hop[:-layer]))
-                if batch is not None:
-                    part_batch = batch[: len(x)]
-                if decision is not None:
-                    part_decision = decision.select(slice(0, len(x)))
-            if len(used) < len(given):
-                part_decision = given[len(used)]
-            x, routing = self.convolve(layer, x, part, part_batch, part_decision)
-            if routing is not None and decision is None:
+                part_batch = None if batch is None else batch[: len(x)]
+                if decision is not None and is_shared:
+                    decision = decision.select(slice(0, len(x)))
+            x, routing = self.convolve(layer, x, part, part_batch, decision)
+            if routing is not None and not is_shared:
                 used.append(routing)
             return self.activate(layer, x, part_batch, batch_size)
 
         x = self.run_layers(x, run_layer)
         return (x, used) if return_routing else x
+
+    def _decisions(
+        self, x: Tensor, graph: Graph, batch: Tensor | None, routings: Sequence[Routing] | None
+    ) -> list[Routing | None]:
+        """The routing of each layer that is known before it runs: a replay's, or the shared one.
+
+        ``None`` for a layer that decides itself, or has no experts.
+        """
+        have_experts = [isinstance(conv, MoEConv) for conv in self.convs]
+        is_shared = self.shared_router is not None
+        given: list[Routing] = []
+        if routings is not None:
+            given = checked_routings(routings, 1 if is_shared else sum(have_experts), "router")
+        if is_shared:
+            decision = given[0] if given else self.route_once(x, graph, batch)
+            return [decision] * self.num_layers
+        turns = iter(given)
+        return [next(turns, None) if has_experts else None for has_experts in have_experts]
 
     # The next three are also the steps of inference, which runs a layer part by part.
 
