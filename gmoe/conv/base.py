@@ -144,8 +144,8 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
 
     A subclass names its :attr:`parts` and implements ``forward``; filling, resetting and ``expert``
     follow. Each part is an attribute under PyG's name: a tensor of the conv as one (E, ...), a
-    linear layer as :class:`LinearExperts`, a network of layers as the same network of those, and
-    ``None`` where the options of the convs leave a part out.
+    linear layer as :class:`gmoe.LinearExperts`, a network of layers as the same network of those,
+    and ``None`` where the options of the convs leave a part out.
 
     Args:
         convs: the E convs.
@@ -154,7 +154,7 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
     """
 
     parts: tuple[str, ...]
-    """The names of a conv's layers and tensors that are stacked: of all that have parameters."""
+    """Names of the layers and tensors of a conv that are stacked, all that have parameters."""
     may_differ: frozenset[str] = frozenset()
     """Attributes in which the convs of a stack may differ. All others are equal."""
     prototype: Conv

@@ -212,7 +212,7 @@ class Graph:
         return self.with_weights(edge_weight, edge_attr)
 
     def explained(self, conv: MessagePassing) -> Graph:
-        """The same graph with an explainer's factors on its messages; see :func:`mask_of`."""
+        """The same graph with an explainer's factors on its messages."""
         return self._with(mask=mask_of(conv, self.num_edges))
 
     def to(self, device: torch.device | str) -> Graph:
