@@ -80,7 +80,7 @@ MODULES = tuple(
 )
 """What is mutated: all of gmoe but the ``__init__`` files that only name what others define."""
 
-NAMES = "compile compose compose_hetero compose_moefy contract export loss_curves saved_models"
+NAMES = "compile compose contract export loss_curves saved_models"
 TESTS = (
     "tests/gmoe",
     "tests/vision",

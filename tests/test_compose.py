@@ -1,53 +1,185 @@
-"""Random configurations equal their definition, or are refused in the library's own words."""
+"""Random cases equal their definition, or are refused in the library's own words, with a reason."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import gmoe
-from tests import compose
-from tests.compose import COMPOSER
-from tests.composer import CHUNK, Outcome
+from gmoe import Graph, Routing
+from gmoe.conv import hetero as hetero_convs
+from gmoe.products import combine
+from tests.compose import graphs, hetero, moefy, steps
+from tests.compose.__main__ import TARGETS, main
+from tests.compose.calls import source
+from tests.compose.frame import CHUNK, DifferentError, Target, require_equal
+from tests.gmoe.conv.masked import default_float64
+from tests.torch_versions import COMPILES_GRAPHS
+
+GRAPHS, HETERO, MOEFY, COMPILE = TARGETS.values()
+MORE = {"graphs": (300, 20_000), "hetero": (100, 20_000), "moefy": (50, 5_000)}
+"""By default all numbers before the first run; the slow tests run the rest."""
 
 
-@pytest.mark.parametrize("first", range(0, 300, CHUNK))
-def test_numbers(first: int) -> None:
-    COMPOSER.check(first, equal=0.7)
+def kinds_of(target: Target, numbers: int) -> Counter[str]:
+    """How many numbers came to what."""
+    return Counter(target.run(target.of(number)).kind for number in range(numbers))
+
+
+def messages_of(target: Target, numbers: int) -> list[str]:
+    """What is said of the numbers that fail."""
+    outcomes = [target.run(target.of(number)) for number in range(numbers)]
+    return [outcome.message for outcome in outcomes if outcome.kind == "failed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [(name, first) for name, (last, _) in MORE.items() for first in range(0, last, CHUNK)],
+)
+def test_numbers(name: str, first: int) -> None:
+    TARGETS[name].check(first)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(300, 20_000, CHUNK))
-def test_more_numbers(first: int) -> None:
-    COMPOSER.check(first, equal=0.5)
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [(name, first) for name, numbers in MORE.items() for first in range(*numbers, CHUNK)],
+)
+def test_more_numbers(name: str, first: int) -> None:
+    TARGETS[name].check(first)
 
 
-def test_an_unequal_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "GAIN_SCALE", 0.123)
-    found = [compose.run(number) for number in range(20)]
-    assert any(outcome.kind == "failed" for outcome in found)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 100, CHUNK))
+@COMPILES_GRAPHS
+def test_numbers_compiled(first: int) -> None:
+    COMPILE.check(first)
 
 
-def test_a_raw_error_fails_and_a_refusal_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for error, kind in (
-        (IndexError("3"), "failed"),
-        (ValueError("k: got 9, expected at most 3"), "refused"),
+# The frame can fail
+
+
+def test_equal_means_values_shapes_and_names() -> None:
+    ones = torch.ones(2).double()
+    require_equal("y", {"y": ones, "unused": ones}, {"y": ones + 1e-12, "unused": None}, 1e-10)
+    for other in (ones + 1e-9, torch.ones(2, 1), torch.full((2,), torch.nan)):
+        with pytest.raises(DifferentError, match="y, y: "):
+            require_equal("y", {"y": ones}, {"y": other}, 1e-10)
+    with pytest.raises(AssertionError, match="z"):
+        require_equal("y", {"y": ones}, {"z": ones}, 1e-10)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_raw_error_fails_and_a_refusal_needs_a_reason(
+    target: Target, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A refusal that the case cannot get is a failure, too."""
+    starts = [target.of(number).options.get("start") for number in range(100)]
+    refusal = ValueError("start: got 'copies' with a router, expected another")
+    for error, number, kind in (
+        (IndexError("3"), starts.index("copies"), "failed"),
+        (refusal, starts.index("copies"), "refused"),
+        (refusal, starts.index("plain"), "failed"),
     ):
 
-        def raises(c: compose.Config, error: Exception = error) -> Outcome:
+        def raises(self: Target, case: Any, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(compose, "compute", raises)
-        assert compose.run(0).kind == kind
-        assert COMPOSER.main(0, 2) == (kind == "failed")
+        monkeypatch.setattr(type(target), "compute", raises)
+        assert target.run(target.of(number)).kind == kind
+        for numbers in ([number], [number, number + 1]):
+            assert main([target.name, *map(str, numbers)]) == (kind == "failed")
+        assert f"{target.name} {number}: {kind}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", [GRAPHS, HETERO, MOEFY], ids=MORE)
+def test_a_printed_case_can_be_pasted(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the same case and the same module, and runs to the same outcome."""
+    number = next(number for number in range(9) if target.run(target.of(number)).kind == "equal")
+    case, script, pasted = target.of(number), target.show(number), dict[str, Any]()
+    with default_float64():
+        expected = target.build(case).state_dict()
+        exec(script, pasted)
+    assert source(pasted["case"]) == source(case)
+    require_equal("the module", pasted["module"].state_dict(), expected, 0.0)
+    assert "Outcome(kind='equal'" in capsys.readouterr().out
+
+
+def test_a_graph_with_an_unequal_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "GAIN_SCALE", 0.123)
+    assert kinds_of(GRAPHS, 20)["failed"]
+
+
+def test_a_default_that_becomes_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "default_start", lambda *_: "plain")
+    found = messages_of(GRAPHS, 40)
+    assert any("start=None became {'shared'}" in message for message in found)
+
+
+def test_a_mean_that_forgets_the_values_of_a_matrix_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    mean = Graph.mean
+    monkeypatch.setattr(Graph, "mean", lambda self, x, **_: mean(self, x))
+    assert kinds_of(HETERO, 40)["failed"]
+
+
+def test_a_wrong_gradient_of_several_types_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def combined(y: Tensor, routing: Routing) -> Tensor:
+        return combine(y + (y - y.detach()) / 100, routing)
+
+    monkeypatch.setattr(hetero_convs, "combine", combined)
+    assert kinds_of(HETERO, 40)["failed"]
+
+
+def test_another_definition_of_an_mlp_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moefy, "without_parameters", lambda _, x: x)
+    assert any("DifferentError: the definition" in one for one in messages_of(MOEFY, 20))
+
+
+def test_a_refusal_of_a_plain_mlp_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moefied(*_: object, **__: object) -> None:
+        raise ValueError("model: got an MLP, expected another")
+
+    monkeypatch.setattr(gmoe, "moefy", moefied)
+    cases = {case.change: case for case in map(MOEFY.of, range(40))}
+    assert MOEFY.run(cases["nothing"]).kind == "failed"
+    assert MOEFY.run(cases["residual"]).kind == "refused"
+
+
+def test_a_compiler_that_computes_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(module: torch.nn.Module, **_: object) -> object:
+        module.register_forward_hook(lambda _, __, y: (1.001 * y[0], *y[1:]))
+        return module
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert kinds_of(COMPILE, 5)["failed"] >= 3
+
+
+@pytest.mark.parametrize("name", ["graphs", "hetero", "moefy"])
+def test_a_copy_that_changes_the_output_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after the call that counts is compared."""
+
+    def fold(module: torch.nn.Module) -> torch.nn.Module:
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+        return module
+
+    monkeypatch.setitem(steps.COPIES, "fold", fold)
+    target = TARGETS[name]
+    cases = [case for case in map(target.of, range(100)) if case.after == "fold"]
+    assert any("after fold, y" in target.run(case).message for case in cases)
+
+
+# What is drawn
 
 
 def test_defaults_are_drawn_of_layers_and_of_models() -> None:
-    """And leave what a number is: its start is the one that the default becomes."""
-    drawn = [compose.draw(number) for number in range(300)]
+    drawn = [GRAPHS.of(number) for number in range(300)]
     started = Counter(c.start for c in drawn if c.options["start"] is None)
     assert started.keys() == {"copies", "shared"}
     models = [c for c in drawn if c.way != "layer"]
@@ -55,10 +187,20 @@ def test_defaults_are_drawn_of_layers_and_of_models() -> None:
     assert min(routers["copies"], routers["shared"]) > 0
 
 
-def test_a_default_that_becomes_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "default_start", lambda *_: "plain")
-    found = [compose.run(number) for number in range(40)]
-    assert any("start=None became {'shared'}" in outcome.message for outcome in found)
+def test_the_mean_of_several_types_is_by_hand() -> None:
+    """One paper that two authors wrote, one of them twice as much: a mean by values."""
+    writes = ("author", "writes", "paper")
+    given = hetero.Given(
+        x_dict={},
+        edge_index_dict={},
+        batch_dict=None,
+        n_id_dict=None,
+        values={writes: torch.tensor([1.0, 2.0]).double()},
+        ends={writes: torch.tensor([[0, 2], [1, 1]])},
+        counts={"author": 3, "paper": 2},
+    )
+    expected = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.0, 1.0]])
+    torch.testing.assert_close(given.mean_matrix(writes).float(), expected)
 
 
 def test_the_page_names_code_that_exists() -> None:
@@ -67,6 +209,6 @@ def test_the_page_names_code_that_exists() -> None:
     assert len(where) > 20
     for cell in where:
         path, *names = re.findall(r"`([^`]+)`", cell)
-        source = (Path(gmoe.__file__).parent / path).read_text()
+        source_of = (Path(gmoe.__file__).parent / path).read_text()
         for name in re.findall(r"[A-Za-z_]\w+", " ".join(names)):
-            assert name in source, (path, name)
+            assert name in source_of, (path, name)

@@ -1,0 +1,153 @@
+"""What targets draw in common: options, routers, and how layers of experts start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from gmoe import Router, Routing
+
+EXPERTS = 3
+BACKENDS = ("auto", "auto", "grouped", "padded", "loop")
+STARTS = ("shared", "plain", "copies")
+
+
+def flip(random: Random, probability: float = 0.5) -> bool:
+    return random.random() < probability
+
+
+def some(random: Random, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Some of the options, each with one of its values."""
+    return {name: random.choice(values) for name, values in choices.items() if flip(random)}
+
+
+def without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+class Sigmoids(Router):
+    """A router of somebody else's."""
+
+    def __init__(self, dim: int, *, num_experts: int, k: int = 1) -> None:
+        super().__init__(dim, num_experts=num_experts, k=k)
+        self.lin = nn.Linear(dim, num_experts)
+
+    def reset_parameters(self) -> None:
+        self.lin.reset_parameters()
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        weight_TK, expert_TK = self.lin(x_TD).sigmoid().topk(self.k, dim=-1)
+        return Routing.from_choices(expert_TK, weight_TK, num_experts=self.num_experts)
+
+
+BY_EXPERTS = {
+    "capacity_factor": (0.6, 1.3, 2.0),
+    "normalize": ("experts", "tokens"),
+    "inference": ("threshold",),
+}
+ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
+    "token_choice": {
+        "balance": ("bias", "importance_load", "switch", None),
+        "noise": (True, "spread"),
+        "z_coef": (0.1,),
+        "capacity_factor": (0.75, 1.5),
+        "init_scale": (1.0,),
+    },
+    "expert_choice": {**BY_EXPERTS, "z_coef": (0.1,)},
+    "attention_vote": {
+        "shared_queries": (True,),
+        "capacity_factor": (0.6,),
+        "scope": ("neighbors",),
+    },
+    "multi_centroid": {"num_centroids": (1, 2), "choice": ("experts",), **BY_EXPERTS},
+    "random": {},
+    "uniform": {},
+    Sigmoids: {},
+}
+OF_TOKENS = ("token_choice", "token_choice", "multi_centroid", "random", "uniform")
+"""Routers whose weights of a token can sum to 1, as copies need, and that decide token by token."""
+
+DROPS = ("capacity_factor", "choice", "normalize", "inference")
+"""Options by which a token may have no expert."""
+
+
+def draw_router(
+    random: Random,
+    names: Sequence[Any],
+    *,
+    start: str | None,
+    k: int,
+    left_out: Collection[str] = (),
+    misfits: float = 0.1,
+) -> tuple[Any, dict[str, Any]]:
+    """A router and its options.
+
+    Args:
+        random: what is drawn from.
+        names: the routers, the frequent ones several times.
+        start: copies need a router whose weights of a token sum to 1.
+        k: experts per token.
+        left_out: options that mean nothing here.
+        misfits: how many are drawn that gmoe should refuse.
+    """
+    may_misfit = flip(random, misfits)
+    as_copies = start == "copies" and not may_misfit
+    if as_copies:
+        names = [name for name in OF_TOKENS if name in names] + [None] * (None in names)
+    router = random.choice(names)
+    options = without(some(random, ROUTERS.get(router, {})), *left_out)
+    if options.get("balance") == "importance_load":
+        options["noise"] = True
+    has_weight = router not in ("uniform", Sigmoids, None)
+    if has_weight and flip(random):
+        fits = k > 1 or may_misfit
+        options["weight"] = random.choice(
+            ("score", "straight_through", *(["normalized"] if fits else []))
+        )
+    if as_copies:
+        options = without(options, *DROPS)
+        if has_weight:
+            options["weight"] = "normalized" if k > 1 else "straight_through"
+    if router == "token_choice" and flip(random, 0.1):
+        options = top_p(options, as_copies, may_misfit)
+    return router, options
+
+
+def top_p(options: Mapping[str, Any], as_copies: bool, may_misfit: bool) -> dict[str, Any]:
+    """The options of token choice by probability mass, which most others do not go with."""
+    found = {**options, "top_p": 0.6, "entropy_coef": 0.1}
+    if may_misfit:
+        return found
+    if found.get("balance") == "importance_load":
+        found["balance"] = "switch"
+    if as_copies:
+        found["weight"] = "normalized"
+    return without(found, "capacity_factor")
+
+
+class Reason(NamedTuple):
+    """A refusal that a case can get: how its message begins, and of which cases."""
+
+    pattern: str
+    fits: Callable[[Any], bool]
+
+
+def of_router(case: Any, option: str) -> Any:
+    """An option of a case's router."""
+    return (case.options.get("router_kwargs") or {}).get(option)
+
+
+def chooses_by_tokens(case: Any) -> bool:
+    return case.options["router"] == "multi_centroid" and of_router(case, "choice") != "experts"
+
+
+REASONS = (
+    Reason("start: got 'copies' with", lambda case: case.options["start"] == "copies"),
+    Reason(r"(capacity_factor|inference|normalize): got .* beside choice=", chooses_by_tokens),
+    Reason("weight: got 'normalized' with k=1", lambda case: case.options["k"] == 1),
+    Reason("top_p: got", lambda case: of_router(case, "top_p") is not None),
+)
+"""Why a case of any target may be refused; a refusal for another reason is a failure."""

@@ -1,0 +1,758 @@
+"""Layers and models of one type of nodes: a ``MoEConv`` or a ``GNNMoE`` on a graph.
+
+The definition of a layer: each expert a PyG conv on the whole graph, masked by the routing. That of
+a model: layer by layer of its own parts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import CGConv, LayerNorm, PNAConv
+
+import gmoe
+from gmoe import GNNMoE, Graph, MoEConv, Routing, StoredGraph, neighbor_loader
+from gmoe import sums as sums_module
+from gmoe._checks import parameters_of
+from gmoe.conv.base import GAIN_SCALE
+from gmoe.conv.kinds import by_name, class_of, kind_of, of_pyg
+from tests.compose import drawing, steps
+from tests.compose.calls import Call
+from tests.compose.drawing import EXPERTS, Reason, flip, some, without
+from tests.compose.frame import Case, Output, Target
+from tests.gmoe.conv import masked as ref
+from tests.gmoe.data.stored_files import store
+
+# PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
+for name in ("sage", "graph", "gin"):
+    by_name()[name](1, 1)
+
+WIDTH, EDGE_DIM = 4, 3
+FLAGS, SPARSE = (False, True), ("coo", "csr")
+PLAIN = ("plain", "int32", "not contiguous")
+OTHER_WAYS = ("forward", "forward", "inference", "sampled", "disk")
+BY_PARTS = ("sampled", "disk")
+"""Ways that compute a part of the nodes at a time: what looks at all nodes is not drawn."""
+
+HEADS = {"heads": (1, 2), "concat": FLAGS, "bias": FLAGS}
+GAT = {**HEADS, "add_self_loops": FLAGS, "residual": FLAGS, "negative_slope": (0.7,)}
+FIXED: dict[str, dict[str, Any]] = {
+    "pna": {
+        "aggregators": ["mean", "max", "std"],
+        "scalers": ["identity", "amplification"],
+        "deg": torch.tensor([1, 3, 2]),
+    },
+    **{key: {"K": 2} for key in ("cheb", "tag", "sg")},
+}
+"""Options that a kind needs."""
+
+
+class Spec(NamedTuple):
+    """What the composer knows of a kind of conv."""
+
+    edges: str = ""
+    """The edge argument that it takes."""
+    two: str = ""
+    """The widths that its two sets of nodes may have: ``"any"`` or ``"one"``."""
+    options: Mapping[str, Sequence[Any]] = {}
+    """Further options, and their values."""
+    dim: str = "edge_dim"
+    """The name of its option for the width of edge features."""
+    sparse: bool = True
+    """It takes sparse matrices."""
+    in_models: bool = True
+    """Models may have it."""
+
+
+WITH_LOOPS = Spec("edge_weight", options={"add_self_loops": FLAGS})
+KINDS: dict[str, Spec] = {
+    "gcn": Spec(
+        "edge_weight",
+        options={"improved": FLAGS, "add_self_loops": FLAGS, "aggr": ("add", "add", "mean")},
+    ),
+    "sage": Spec(
+        "",
+        "any",
+        {"aggr": ("mean", "max", "sum", ["mean", "max"]), "root_weight": FLAGS, "normalize": FLAGS},
+    ),
+    "graph": Spec("edge_weight", "any", {"aggr": ("add", "mean", "max"), "bias": FLAGS}),
+    "gin": Spec("", "one", {"train_eps": FLAGS, "eps": (0.5, -0.3), "aggr": ("mean", "max")}),
+    "gine": Spec("edge_attr", "one", {"train_eps": FLAGS, "eps": (0.5, -0.3)}),
+    "gat": Spec("edge_attr", "any", GAT),
+    "gatv2": Spec("edge_attr", "any", {**GAT, "share_weights": FLAGS}),
+    "transformer": Spec("edge_attr", "any", {**HEADS, "beta": FLAGS, "root_weight": FLAGS}),
+    **dict.fromkeys(("low_pass", "high_pass", "two_hop"), WITH_LOOPS),
+    "filter": Spec(
+        "edge_weight", options={"hops": (1, 3), "filter": ("low_pass", "high_pass"), "bias": FLAGS}
+    ),
+    "identity": Spec(),
+    "mlp": Spec("", "any", {"hidden_channels": (3,)}),
+    "le": Spec("edge_weight", "one"),
+    "film": Spec(),
+    "resgatedgraph": Spec("edge_attr", "any", {"root_weight": FLAGS}),
+    "general": Spec(
+        "edge_attr",
+        "one",
+        {"attention": FLAGS, "heads": (2,), "l2_normalize": FLAGS},
+        "in_edge_channels",
+    ),
+    "feast": Spec("", "one", sparse=False),
+    "mf": Spec("", "any", sparse=False),
+    "clustergcn": Spec(sparse=False),
+    "simple": Spec("", "one", {"aggr": ("sum", "max")}, in_models=False),
+    "cg": Spec("edge_attr", options={"aggr": ("mean", "max")}, dim="dim", in_models=False),
+    "pna": Spec("edge_attr", in_models=False),
+    **dict.fromkeys(("tag", "sg"), Spec("edge_weight", in_models=False)),
+    "cheb": Spec("edge_weight", sparse=False, in_models=False),
+}
+OFTEN = tuple(KINDS)[: tuple(KINDS).index("le")]
+OF_ONE_WIDTH = ("simple", "cg", "gine")
+STACKED = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")
+"""Kinds of which a model's layers start as copies by default, if they are given by name."""
+
+
+class Kind(NamedTuple):
+    """A kind of conv with options."""
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def spec(self) -> Spec:
+        return KINDS[self.name]
+
+    @property
+    def conv(self) -> Any:
+        """The class of a plain conv."""
+        return class_of(by_name()[self.name])
+
+    @property
+    def as_argument(self) -> Any:
+        """As a layer takes it."""
+        made: Any = {"cg": CGConv, "pna": PNAConv}.get(self.name) or by_name()[self.name]
+        return partial(made, **self.options) if self.options else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Case):
+    """A MoEConv (``way="layer"``) or a GNNMoE, its input, and what both go through."""
+
+    two: bool
+    """The edges lead from one set of nodes to another."""
+    alone: bool
+    """The second set has no features."""
+    form: str
+    graph: str
+    sizes: tuple[int, int]
+    edges: int
+    edge_dim: int | None
+    kinds: tuple[Kind, ...]
+    start: str
+    """What ``start=None`` of the options should become."""
+    partials: bool
+    """Kinds are given with their options, not as options of the layer."""
+    widths: tuple[int, int, int]
+    """Of sources, destinations and outputs: of a model, of hidden layers."""
+    edge_args: tuple[str, ...]
+    values: str
+    in_graph: tuple[str, ...]
+    learned: tuple[str, ...]
+    options: dict[str, Any]
+    batch: int
+    positional: bool
+    as_on_gpus: bool
+
+    @property
+    def num_experts(self) -> int:
+        return EXPERTS if len(self.kinds) == 1 else len(self.kinds)
+
+    @property
+    def flows(self) -> set[str]:
+        return {kind.options.get("flow", "source_to_target") for kind in self.kinds}
+
+
+# Drawing: what would be nonsense is left out
+
+
+def draw_graph(random: Random, way: str) -> dict[str, Any]:
+    """The edges and their form; two sets of nodes, the second one perhaps without features."""
+    two = way == "layer" and flip(random, 0.2)
+    form = "plain" if way in BY_PARTS else random.choice(["plain"] * 6 + list(ref.FORMS))
+    # Of several loops GCN keeps the last one's weight
+    is_simple = form not in PLAIN or way == "sampled"
+    sizes = (random.randint(1, 9), random.randint(1, 9)) if two else (random.randint(2, 14),) * 2
+    if form in SPARSE:  # else PyG fails to make loops of a matrix's values
+        sizes = (max(sizes), min(sizes))
+    graph = "simple" if is_simple else "random"
+    edges = random.choice((0, 5, 20, 30) if not is_simple else (5, 20, 30))
+    if not two and not is_simple and flip(random, 0.35):
+        graph = random.choice(list(ref.GRAPHS))
+        sizes, edges = (ref.GRAPHS[graph][0],) * 2, ref.GRAPHS[graph][1].size(1)
+    return {
+        "two": two,
+        "alone": two and flip(random, 0.3),
+        "form": form,
+        "graph": graph,
+        "sizes": sizes,
+        "edges": edges,
+    }
+
+
+def draw_kind(random: Random, name: str, found: Mapping[str, Any], alike: bool) -> Kind:
+    """One kind; ``alike``: outputs are as wide as asked for."""
+    spec, edge_dim = KINDS[name], found["edge_dim"]
+    options = some(random, spec.options) | FIXED.get(name, {})
+    if name == "gcn" and flip(random, 0.1):
+        options |= {"normalize": False, "add_self_loops": False}
+    if "concat" in spec.options and alike:
+        options["concat"] = False
+    takes_features = spec.edges == "edge_attr" and edge_dim is not None
+    if takes_features and (name != "gine" or edge_dim == EDGE_DIM):
+        options[spec.dim] = edge_dim
+    if spec.options.get("residual") and edge_dim is not None:
+        has_few = found["sizes"][0] < found["sizes"][1]  # then PyG fails to reduce
+        options["fill_value"] = random.choice(
+            (0.5, 2.0) if has_few else ("mean", "max", "add", 0.5)
+        )
+    may_turn = found["form"] in PLAIN and not found["two"] and found["way"] not in BY_PARTS
+    if may_turn and of_pyg(class_of(by_name()[name])) and flip(random, 0.1):
+        options["flow"] = "target_to_source"
+    return Kind(name, options)
+
+
+def fits(name: str, found: Mapping[str, Any]) -> bool:
+    """True if a kind takes what else is drawn."""
+    spec, has_features = KINDS[name], found["edge_dim"] is not None
+    is_sparse = found["form"] in SPARSE
+    if is_sparse and not (spec.sparse and (not has_features or "heads" in spec.options)):
+        return False  # rows of values, which attention takes
+    if found["two"] and not spec.two:
+        return False
+    if found["alone"] and kind_of(class_of(by_name()[name])).needs_destinations:
+        return False
+    if name in ("gine", "cg") and not has_features:
+        return False
+    if found["way"] == "disk" and name in ("two_hop", "filter"):
+        return False
+    return found["way"] == "layer" or spec.in_models
+
+
+def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A kind for all experts or a list, and how they start.
+
+    Either all kinds that take edge features get them, or none does.
+    """
+    way = found["way"]
+    has_features = way != "disk" and flip(random)
+    edge_dim = random.choice((EDGE_DIM, EDGE_DIM, WIDTH)) if has_features else None
+    found = {**found, "edge_dim": edge_dim}
+    pool = [name for name in (OFTEN if flip(random, 0.7) else KINDS) if fits(name, found)]
+    names = random.choices(pool or ["gat"], k=random.choice((1, 1, 2, 3)))
+    several = len(names) > 1
+    partials = several or names == ["mlp"] or flip(random)
+    alike = several or (way != "layer" and partials)
+    starts = ("shared", "shared", "plain", *([] if several else ["copies"]))
+    return {
+        "edge_dim": edge_dim,
+        "kinds": tuple(draw_kind(random, name, found, alike) for name in names),
+        "start": random.choice(starts),
+        "partials": partials,
+    }
+
+
+def draw_widths(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    kinds, width = found["kinds"], random.choice((WIDTH, WIDTH, 9))
+    if any(kind.name in OF_ONE_WIDTH for kind in kinds):
+        return {"widths": (WIDTH,) * 3}
+    is_same = any(kind.spec.two == "one" or kind.options.get("share_weights") for kind in kinds)
+    of_destinations = 6 if found["two"] and not is_same else width
+    return {"widths": (width, of_destinations, random.choice((WIDTH, 2, 6)))}
+
+
+def draw_edge_args(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Which edge arguments there are, where they are given, and which need gradients."""
+    is_sparse, has_features = found["form"] in SPARSE, found["edge_dim"] is not None
+    takes = {kind.spec.edges for kind in found["kinds"]}
+    takes = set() if is_sparse or found["way"] == "disk" else takes
+    args = ["edge_weight"] if "edge_weight" in takes and flip(random, 0.7) else []
+    args += ["edge_attr"] if "edge_attr" in takes and has_features else []
+    values = ("rows" if has_features else random.choice(("ones", "some"))) if is_sparse else ""
+    wraps = found["way"] not in BY_PARTS and flip(random, 0.6)
+    held = [name for name in ("x", *args) if flip(random, 0.7)]
+    learned = tuple(name for name in ("x", "edge_weight", "edge_attr") if flip(random, 0.7))
+    in_graph = ("Graph", *held) if wraps else ()
+    return {"edge_args": tuple(args), "values": values, "in_graph": in_graph, "learned": learned}
+
+
+def draw_routing(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The router, what it sees, and K; without a router, each call gets weights."""
+    kinds, way = found["kinds"], found["way"]
+    k = random.randint(1, len(kinds) if len(kinds) > 1 else EXPERTS)
+    names = drawing.OF_TOKENS if way in BY_PARTS else ["token_choice", *drawing.ROUTERS]
+    names = [*names, None] if way == "layer" else names
+    by_parts = found["two"] or way in BY_PARTS
+    left_out = ("scope", "choice") if by_parts else ()
+    start = found["start"]
+    router, options = drawing.draw_router(
+        random, names, start=start, k=k, left_out=left_out, misfits=0.0
+    )
+    sees = tuple(part for part in ("node", "neighbors", "degree") if flip(random, 0.4)) or ("node",)
+    return {"k": k, "router": router, "router_kwargs": options, "router_input": sees}
+
+
+def draw_model(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model beside its experts'."""
+    layers, by_parts = random.choice((1, 2, 2, 3, 6)), found["way"] in BY_PARTS
+    jks = (None, None, "last", *([] if found["way"] == "disk" else ["cat", "max", "lstm"]))
+    norms: list[dict[str, Any]] = [{}, {}, {"norm": "by node"}]
+    if found["sizes"][0] > 1:  # one row has no variance
+        norms.append({"norm": "batch_norm"})
+    if not by_parts:
+        norms += [{"norm": "graph_norm"}, {"norm": "layer_norm"}]
+    choices = {"residual": ("none", "linear"), "act": ("elu",)}
+    deep = {"every": (2,)} if layers > 2 else {}
+    return {
+        "num_layers": layers,
+        "jk": "last" if layers == 1 else random.choice(jks),
+        "shared_router": flip(random, 0.4),
+        **random.choice(norms),
+        **some(random, {**choices, **deep}),
+    }
+
+
+def default_start(found: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+    """What ``start=None`` becomes; ``None`` where that is not predicted.
+
+    A layer starts beside a shared expert, and so do those of a model with a router in each. A model
+    that routes once starts as copies of one kind, where a node's weights sum to 1.
+    """
+    if found["way"] == "layer" or not options["shared_router"]:
+        return "shared"
+    router, kwargs = options["router"], options["router_kwargs"]
+    tokens_choose = {
+        "token_choice": "capacity_factor" not in kwargs,
+        "multi_centroid": kwargs.get("choice") != "experts",
+        "random": True,
+        "uniform": True,
+    }
+    to_one = "straight_through" if options["k"] == 1 else "normalized"
+    sums_to_one = tokens_choose.get(router, False) and kwargs.get("weight", to_one) == to_one
+    if not sums_to_one:
+        return "shared"
+    if len(found["kinds"]) > 1:  # a list of one kind may be copies
+        return "shared" if len({kind.name for kind in found["kinds"]}) > 1 else None
+    is_named = found["kinds"][0].name in STACKED and not found["partials"]
+    return "copies" if is_named else None
+
+
+def left_to_defaults(random: Random, found: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Some options in the words of the default, where that means what was drawn."""
+    left: dict[str, Any] = {}
+    if found["start"] == default_start(found, options) and flip(random, 0.6):
+        left["start"] = None
+    is_default = options.get("shared_router") == (found["start"] == "copies")
+    says_start = "start" not in left or found["start"] == "copies"
+    if found["way"] != "layer" and is_default and says_start and flip(random, 0.6):
+        left["shared_router"] = None
+    if found["start"] == "copies" and flip(random):  # by default their weights sum to 1
+        left["router_kwargs"] = without(options["router_kwargs"], "weight")
+    return left
+
+
+def draw_options(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the layer or model beside those of its convs."""
+    options = {**draw_routing(random, found), "start": found["start"]}
+    options["backend"] = random.choice(drawing.BACKENDS)
+    classes = [kind.conv for kind in found["kinds"]]
+    if found["way"] == "layer":
+        keeps_width = any(kind.name in OF_ONE_WIDTH for kind in found["kinds"])
+        maps = not keeps_width and found["start"] != "copies"
+        options["shared_transform"] = maps and flip(random, 0.15)
+    else:
+        options |= draw_model(random, found)
+    if all(kind_of(cls).is_local and of_pyg(cls) for cls in classes):  # each conv on its own
+        both = found["way"] in ("layer", "forward")
+        options |= some(random, {"local": FLAGS if both else (True,)})
+    return options | left_to_defaults(random, found, options)
+
+
+# Arguments of a call
+
+
+class Given(NamedTuple):
+    """What a call gets: ``adj`` for the module and, in the same order, ``plain`` for PyG."""
+
+    x: tuple[Tensor, Tensor | None]
+    adj: Any
+    plain: Tensor
+    args: dict[str, Tensor]
+    batch: Tensor | None
+    weight_TE: Tensor | None
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        x_src, x_dst = self.x
+        ends = {"x": x_src} if x_dst is None or x_dst is x_src else {"x": x_src, "x_dst": x_dst}
+        return ends | self.args | ({} if self.weight_TE is None else {"weight_TE": self.weight_TE})
+
+
+def edges_of(c: Config, seed: int) -> Tensor:
+    """The edges of a seed, plain."""
+    if c.graph in ref.GRAPHS:
+        return ref.GRAPHS[c.graph][1]
+    edges = ref.random_graph(*c.sizes, c.edges, seed)
+    if c.graph != "simple":
+        return edges
+    edges = edges.unique(dim=1)
+    # PyG adds to a matrix's loops between two sets
+    edges = edges[:, edges[0] != edges[1]] if c.two else edges
+    order = torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(seed))
+    return edges[:, order]
+
+
+def given_of(c: Config, seed: int, dtype: torch.dtype) -> Given:
+    """Fresh arguments of a seed."""
+
+    def leaf(*shape: int, of: int = seed) -> Tensor:
+        return ref.features(*shape, seed=of).float().to(dtype)
+
+    edges = edges_of(c, seed)
+    number, width = edges.size(1), c.edge_dim or 1
+    adj: Any
+    if c.form in SPARSE:
+        value = leaf(number, *((width,) if c.values == "rows" else ())).abs() + 0.1
+        value = torch.ones_like(value) if c.values == "ones" else value
+        make: Callable[..., Any] = ref.FORMS[c.form]
+        adj, plain = (
+            make(edges, c.sizes, value),
+            ref.csr(edges, c.sizes, value),
+        )  # PyG writes to coo
+    else:
+        adj = edges if c.form == "plain" else ref.FORMS[c.form](edges, c.sizes)
+        plain = (adj.as_tensor() if c.form.startswith("Edge") else adj).long()
+    every = {"edge_weight": leaf(number).abs() + 0.1, "edge_attr": leaf(number, width)}
+    args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
+    x_src, x_dst = (
+        leaf(*shape).requires_grad_("x" in c.learned)
+        for shape in zip(c.sizes, c.widths[:2], strict=True)
+    )
+    if c.in_graph:
+        held = {name: value for name, value in {"x": x_src, **args}.items() if name in c.in_graph}
+        # Of several flows, all are refused
+        adj = Graph(adj, c.sizes, flow=min(c.flows), **held)
+    takes_batch = c.batch and c.way in ("layer", "forward", "inference")
+    weight_TE = None
+    if c.options["router"] is None:
+        # All tokens have all experts, some have some, or none has any
+        least, shape = Random(seed).choice((0.0, 0.7, 0.7, 9.0)), (c.sizes[1], c.num_experts)
+        weight_TE = leaf(*shape, of=3) * (leaf(*shape, of=4).abs() < least)
+    return Given(
+        x=(x_src, None if c.alone else x_dst if c.two else x_src),
+        adj=adj,
+        plain=plain,
+        args=args,
+        batch=torch.arange(c.sizes[1]) * 7 % 3 * 2 if takes_batch else None,
+        weight_TE=None if weight_TE is None else weight_TE.requires_grad_(),
+    )
+
+
+def call(c: Config, module: Any, given: Given) -> Output:
+    """Output and routings."""
+    options: dict[str, Any] = without(given.args, *c.in_graph)
+    if c.alone:
+        options["size"] = c.sizes
+    if given.weight_TE is not None:
+        options["routing"] = ref.routing_of(given.weight_TE)
+    x = given.x if c.two else given.x[0]
+    first = [options.pop(name, None) for name in given.args] if c.positional else []
+    y, found = module(x, given.adj, *first, **options, batch=given.batch, return_routing=True)
+    return Output({"y": y}, [found] if isinstance(found, Routing) else found)
+
+
+# The definition
+
+
+def define_layer(
+    layer: MoEConv, c: Config, x: Any, given: Given, routing: Routing
+) -> tuple[Tensor, list[Any]]:
+    """Each expert a PyG conv on the whole graph, masked by the routing; and these convs."""
+    adj = given.plain
+    convs = [layer.experts.expert(index) for index in range(layer.num_experts)]
+    always = [] if layer.shared_expert is None else [layer.shared_expert.expert(0)]
+    args, u = {**given.args, **({"size": c.sizes} if c.alone else {})}, x
+    if layer.transform is not None:
+        pair = x if isinstance(x, tuple) else (x, x)
+        x_dst = pair[0].new_zeros(c.sizes[1], c.widths[1]) if pair[1] is None else pair[1]
+        u_dst = layer.transform[-1](x_dst)
+        u = (layer.transform[0](pair[0]), u_dst) if isinstance(x, tuple) else u_dst
+    y = ref.masked(convs, u, adj, routing, **args)
+    y = y if layer.gain is None else GAIN_SCALE * layer.gain * y
+    if always:
+        y = y + ref.masked(always, x, adj, ref.routing_of(torch.ones_like(y[:, :1])), **args)
+    return y, [*convs, *always]
+
+
+def define_model(model: GNNMoE, c: Config, given: Given) -> Output:
+    """Layer by layer of its own parts."""
+    x, convs = given.x[0], {}
+    decision, graph = None, Graph(given.plain, x.size(0), flow=model.flow)
+    if model.shared_router is not None:
+        router_input = model.shared_router_input(x, graph)
+        decision = model.shared_router(router_input, given.batch, graph.edge_index)
+    routings = [] if decision is None else [decision]
+    xs = []
+    for layer, conv in enumerate(model.convs):
+        if isinstance(conv, MoEConv):
+            own: Any = {key: value for key, value in given.args.items() if key in conv.edge_names}
+            how = {"batch": given.batch, "routing": decision, "return_routing": True}
+            routing = conv(x, given.plain, **own, **how)[1]
+            out, convs[f"convs.{layer}"] = define_layer(conv, c, x, given, routing)
+            routings += [routing] if decision is None else []
+        else:
+            takes = parameters_of(conv)
+            own = {key: value for key, value in given.args.items() if key in takes}
+            out = conv(x, given.plain, **own)
+        out = out + model.residuals[layer](x) if layer < len(model.residuals) else out
+        if layer < model.num_layers - 1 or model.jk_mode is not None:
+            norm = model.norms[layer]
+            takes_groups = "batch" in inspect.signature(norm.forward).parameters
+            out = model.act(norm(out, *((given.batch, None) if takes_groups else ())))
+        x = out
+        xs.append(x)
+    x = model.jk(xs) if hasattr(model, "jk") else x
+    return Output({"y": model.lin(x) if hasattr(model, "lin") else x}, routings, convs)
+
+
+def gradients(module: nn.Module, convs: Mapping[str, list[Any]] | None) -> dict[str, Any]:
+    """Gradients by the names of plain convs' parameters.
+
+    Those of ``convs``, by layer; else those of the stacked experts of the module.
+    """
+    found: dict[str, Any] = {}
+    for key, value in module.named_parameters():
+        if not re.match(r"(convs\.\d+\.)?(experts|shared_expert)\.", key):
+            found[key] = ref.gradient(value)
+    for place, layer in module.named_modules():
+        if not isinstance(layer, MoEConv):
+            continue
+        if convs is None:
+            own = ref.as_convs(layer.experts, layer.num_experts)
+            own += [] if layer.shared_expert is None else ref.as_convs(layer.shared_expert, 1)
+        else:
+            own = [{key: p.grad for key, p in conv.named_parameters()} for conv in convs[place]]
+        for index, part in enumerate(own):
+            found |= {f"{place}.{index}.{key}": value for key, value in part.items()}
+    return found
+
+
+# Steps and ways of graphs alone
+
+
+def nan_token(c: Config, module: Any, given: Given) -> None:
+    """Raise if a NaN token, the last one, changed another token's decision.
+
+    Or if it changed what the router had planned.
+    """
+    before = {key: value.clone() for key, value in module.named_buffers()}
+    x = given.x[0].detach().clone()
+    x[-1] = torch.nan
+    x_dst = x if given.x[1] is given.x[0] else given.x[1]
+    torch.manual_seed(c.seed)
+    routing = call(c, module, given._replace(x=(x, x_dst))).routings[0]
+    options, seen = c.options["router_kwargs"], c.options["router_input"]
+    if c.way != "layer" or c.two or "node" not in seen:
+        return
+    for key, value in module.named_buffers():
+        planned = key.replace("router.", "router.next_")
+        kept = before[planned if c.training and planned in before else key]
+        if key.startswith("router.") and not torch.equal(value, kept):
+            raise AssertionError(f"{key} changed in a step that was not finite")
+    decides_alone = c.options["router"] == "token_choice" and "capacity_factor" not in options
+    weight_TE = routing.to_dense()
+    if decides_alone and seen == ("node",) and not weight_TE[:-1].isfinite().all():
+        raise AssertionError("a token's weights are not finite because of another one")
+
+
+def other_edge_arguments(c: Config, module: Any, given: Given) -> None:
+    """Call with the same graph that has other weights or features."""
+    if not given.args or not c.in_graph:
+        return
+    args = {key: value.detach() * 1.5 for key, value in given.args.items()}
+    weight, attr = args.get("edge_weight"), args.get("edge_attr")
+    sizes = given.adj.num_src, given.adj.num_rows
+    graph = given.adj.fitting(sizes, given.adj.flow, weight, attr)
+    torch.manual_seed(c.seed)
+    call(c, module, given._replace(adj=graph, args={}))
+
+
+def prune(c: Config, module: Any, given: Given) -> Any:
+    """The module without the experts that have no tokens."""
+    args = {"x": given.x if c.two else given.x[0], "edge_index": given.adj, "batch": given.batch}
+    args |= without(given.args, *c.in_graph)
+    args |= {"size": c.sizes} if c.alone else {}
+    return gmoe.prune(module, args).model
+
+
+def inference(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
+    """Layer by layer in chunks."""
+    args = without(given.args, *c.in_graph)
+    args |= {} if given.batch is None else {"batch": given.batch}
+    data = Data(x=given.x[0], edge_index=given.adj, **args)
+    return {"y": model.inference(data, batch_size=c.batch)}
+
+
+def sampled(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
+    """With all neighbors of so many hops that the degrees of all that count are whole."""
+    data = Data(x=given.x[0], edge_index=given.adj, **given.args)
+    found, hops = [], [-1] * (3 * model.num_layers + 3)
+    for part in neighbor_loader(data, hops, batch_size=c.batch, backend="gmoe"):
+        own: Any = {key: part[key] for key in given.args}
+        if c.seed % 2 and len(own) < 2:
+            own["num_sampled_nodes_per_hop"] = part.num_sampled_nodes
+            own["num_sampled_edges_per_hop"] = part.num_sampled_edges
+        found.append(model(part.x, part.edge_index, **own)[: part.batch_size])
+    return {"y": torch.cat(found)}
+
+
+def from_disk(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
+    """Layer by layer, the graph and the embeddings on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        store(Path(folder, "graph"), Data(x=given.x[0].detach(), edge_index=given.adj))
+        stored = StoredGraph(Path(folder, "graph"))
+        y: Tensor = model.inference(stored, batch_size=c.batch, folder=Path(folder, "out"))
+        return {"y": y.clone()}
+
+
+def check_defaults(c: Config, module: nn.Module) -> None:
+    """Raise where what was left to the defaults became something else than what was drawn."""
+    found = {part.start for part in module.modules() if isinstance(part, MoEConv)}
+    if found - {c.start}:
+        raise AssertionError(f"start={c.options['start']} became {found}, not {c.start!r}")
+    if isinstance(module, GNNMoE) and c.options["shared_router"] is None:
+        is_one = module.shared_router is not None
+        if is_one != (c.start == "copies"):
+            raise AssertionError(f"shared_router=None became {is_one} with start={c.start!r}")
+
+
+class Graphs(Target):
+    """Random layers and models."""
+
+    name = "graphs"
+    share = 0.6
+    other_ways: ClassVar = {"inference": inference, "sampled": sampled, "disk": from_disk}
+    own_before: ClassVar = {"NaN token": nan_token, "other edge arguments": other_edge_arguments}
+    own_after: ClassVar = {"prune": prune}
+    reasons = (
+        Reason("conv: got experts of flows", lambda c: len(c.flows) > 1),
+        Reason("conv: got FeaStConv, which cannot be built", lambda c: c.two),
+        Reason("x: got no destination nodes", lambda c: c.alone and c.options["shared_transform"]),
+        Reason("inference: .* looks further than one hop", lambda c: c.way == "inference"),
+        # Of a model, it is another option than of GAT
+        Reason("residual: got", lambda c: c.way != "layer" and not c.partials),
+    )
+
+    def draw(self, random: Random) -> Config:
+        way = random.choice(("layer",) * 20 + OTHER_WAYS)
+        found: dict[str, Any] = {"seed": random.getrandbits(30), "way": way}
+        found |= draw_graph(random, way)
+        for dimension in (draw_kinds, draw_widths, draw_edge_args):
+            found |= dimension(random, found)
+        options = draw_options(random, found)
+        names, kinds = found["edge_args"], found["kinds"]
+        needs_destinations = any(kind_of(kind.conv).needs_destinations for kind in kinds)
+        takes_first = way == "layer" and len(kinds) == 1 and names == (kinds[0].spec.edges,)
+        has_groups = way in ("sampled", "disk", "inference") or flip(random, 0.3)
+        # "mf" fails under autocast
+        lowers = found["form"] in PLAIN and all(kind.name != "mf" for kind in kinds)
+        lowers = lowers and way == "layer" and flip(random, 0.15)
+        left_out = {"inference_mode"} if found["form"].startswith("Edge") else set()  # PyG fails
+        if way == "disk":  # which keeps what float32 holds
+            left_out.add("x changed in place")
+        has_router = options["router"] is not None
+        ends = [step for step in steps.AFTER if has_router or step != "prune"]
+        return Config(
+            **{**found, "alone": found["alone"] and not needs_destinations},
+            options=options,
+            batch=random.choice((1, 3, 7, 100)) * has_groups,
+            training=way in ("layer", "forward") and flip(random, 0.6),
+            before=steps.draw_before(random, *self.own_before, left_out=left_out),
+            after=random.choice(ends) if flip(random, 0.3) else "nothing",
+            positional=takes_first and flip(random, 0.3),
+            as_on_gpus=flip(random, 0.25),
+            low=random.choice(("float32", "bfloat16")) if lowers else "",
+        )
+
+    def traits(self, case: Config) -> Collection[str]:
+        return {case.way, *(kind.name for kind in case.kinds), *case.before, case.after}
+
+    def module_of(self, case: Config) -> Call:
+        made = [kind.as_argument if case.partials else kind.name for kind in case.kinds]
+        several = len(made) > 1
+        own = {} if case.partials else case.kinds[0].options
+        options = {"conv": made if several else made[0], **case.options, **own}
+        options["num_experts"] = None if several else EXPERTS
+        if case.way == "layer":
+            widths: Any = case.widths[:2] if case.two else case.widths[0]
+            return Call(MoEConv, in_channels=widths, out_channels=case.widths[2], **options)
+        hidden = 2 * (case.widths[2] // 2)
+        if options.get("norm") == "by node":
+            options["norm"] = Call(LayerNorm, hidden, mode="node")
+        widths = {"in_channels": case.widths[0], "hidden_channels": hidden, "out_channels": 3}
+        return Call(GNNMoE, **widths, **options)
+
+    def build(self, case: Config) -> Any:
+        module = super().build(case)
+        check_defaults(case, module)
+        return module
+
+    def redraw(self, case: Config, module: nn.Module) -> None:
+        """Reset all parameters first."""
+        for parameter in module.double().parameters():
+            nn.init.constant_(parameter, torch.nan)
+        module.reset_parameters()
+        if any(value.isnan().any() for value in module.parameters()):
+            raise AssertionError("reset_parameters left a parameter as it was")
+        super().redraw(case, module)
+
+    def given_of(self, case: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
+        return given_of(case, seed, dtype)
+
+    def call(self, case: Config, module: Any, given: Given) -> Output:
+        return call(case, module, given)
+
+    def define(self, case: Config, module: Any, given: Given) -> Output:
+        if isinstance(module, GNNMoE):
+            return define_model(module, case, given)
+        routing = call(case, module, given).routings[0]
+        x = given.x if case.two else given.x[0]
+        y, convs = define_layer(module, case, x, given, routing)
+        return Output({"y": y}, [routing], {"": convs})
+
+    def gradients(self, module: nn.Module, convs: Any) -> dict[str, Any]:
+        return gradients(module, convs)
+
+    def change(self, given: Given) -> Given:
+        steps.change_in_place(x for key, x in given.leaves.items() if key.startswith("x"))
+        return given._replace(adj=steps.told_of_the_change(given.adj))
+
+    def with_routings(self, module: nn.Module, given: Given, weights: list[Tensor]) -> Given:
+        return given._replace(weight_TE=weights[0])
+
+    def environment(self, case: Config) -> AbstractContextManager[Any]:
+        if not case.as_on_gpus:
+            return nullcontext()
+        # Small blocks, no products
+        return mock.patch.multiple(sums_module, SPARSE_DEVICES=(), NUMBERS=20)

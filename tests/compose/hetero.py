@@ -1,0 +1,519 @@
+"""Relational layers and models, on graphs of several types of nodes.
+
+A case is a ``RelationalConv``, a ``HeteroMoEConv`` or a ``HeteroGNNMoE``. The definition: dense
+matrices of means, and one expert after another on all nodes.
+
+Shapes: N nodes of a type, M edges of a relation, D and O width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.data import HeteroData
+from torch_geometric.nn import LayerNorm
+
+import gmoe
+from gmoe import Graph, HeteroGNNMoE, HeteroMoEConv, RelationalConv, Routing
+from gmoe.conv.base import GAIN_SCALE
+from tests.compose import drawing, steps
+from tests.compose.calls import Call
+from tests.compose.drawing import EXPERTS, Reason, flip, some
+from tests.compose.frame import Case, Output, Target, require_equal
+from tests.gmoe.conv import masked as ref
+
+EdgeType = tuple[str, str, str]
+
+HIDDEN = 4
+"""The width of a model's hidden layers, and of its embeddings."""
+NAMES = ("paper", "author", "a.b", "type", "two words", "keys")
+"""Types of nodes; some are no attributes of Python, or are already one of a module."""
+OF_A_DENSE_MODEL = ("num_layers", "norm", "residual", "act", "router")
+"""The options of a model that its dense baseline has, too."""
+WAYS = ("dense", *("layer",) * 4, *("forward",) * 2, *("inference",) * 2, "sampled")
+SPARSE = ("coo", "csr")
+FORMS = (*("plain",) * 6, *ref.FORMS, "absent")
+
+
+class Relation(NamedTuple):
+    """Edges of a type, and how they are given."""
+
+    name: EdgeType
+    form: str
+    num_edges: int
+    in_graph: tuple[str, ...]
+    """What a ``Graph`` holds: nothing if there is none."""
+    learned: bool
+    """The values of a sparse matrix need gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Case):
+    """A module, its input, and what both go through."""
+
+    counts: Mapping[str, int]
+    """How many nodes a call has of each type."""
+    widths: Mapping[str, int]
+    """Widths of features; a type that a model embeds has none."""
+    one_width: bool
+    """The width is given as one number."""
+    relations: tuple[Relation, ...]
+    learned: tuple[str, ...]
+    """Types whose features need gradients."""
+    grouped: tuple[str, ...]
+    """Types whose nodes are of several graphs."""
+    out_types: tuple[str, ...] | None
+    target: str | None
+    options: Mapping[str, Any]
+    is_numbered: bool
+    """The call has some of the nodes that the model has embeddings for."""
+
+    @property
+    def metadata(self) -> tuple[list[str], list[EdgeType]]:
+        return [*self.counts], [relation.name for relation in self.relations]
+
+    @property
+    def as_argument(self) -> Any:
+        """The widths as a module takes them."""
+        return next(iter(self.widths.values())) if self.one_width else dict(self.widths)
+
+    @property
+    def number_of_all(self) -> dict[str, int]:
+        """How many nodes of each type there are; a mini-batch has some of them."""
+        more = 3 if self.is_numbered else 0
+        return {name: count + more for name, count in self.counts.items()}
+
+
+# Drawing: what would be nonsense is left out
+
+
+def draw_relations(random: Random, names: Sequence[str], way: str) -> tuple[Relation, ...]:
+    """Up to six edge types; of a mini-batch and of chunks, edges are plain."""
+    is_plain = way in ("sampled", "inference")
+    found: dict[EdgeType, Relation] = {}
+    for _ in range(random.randint(0, 6)):
+        verb = random.choice(("to", "cites", "to.from"))
+        name = (random.choice(names), verb, random.choice(names))
+        form = random.choice(("plain", "absent") if way == "inference" else FORMS)
+        form = "plain" if way == "sampled" else form
+        wraps = form != "absent" and not is_plain and flip(random, 0.3)
+        in_graph = ("Graph", *(["x"] if flip(random) else [])) if wraps else ()
+        num_edges = random.choice((0, 1, 5, 20, 30))
+        found[name] = Relation(name, form, num_edges, in_graph, form in SPARSE and flip(random))
+    return tuple(found.values())
+
+
+def draw_routing(random: Random, way: str) -> dict[str, Any]:
+    """K, the start, the router and its options; in a mini-batch, tokens decide alone."""
+    k, start = random.randint(1, EXPERTS), random.choice((None, *drawing.STARTS))
+    names = ["token_choice", "token_choice", *drawing.ROUTERS]
+    left_out = ["scope"] if flip(random, 0.9) else []  # edges do not reach a router of one type
+    if way == "sampled":
+        names = ["token_choice", "multi_centroid", "uniform"]
+        left_out = ["scope", "choice", "capacity_factor"]
+    router, options = drawing.draw_router(random, names, start=start, k=k, left_out=left_out)
+    return {
+        "num_experts": EXPERTS,
+        "k": k,
+        "start": start,
+        "router": router,
+        "router_kwargs": options or None,
+        "backend": random.choice(drawing.BACKENDS),
+    }
+
+
+def draw_model(random: Random, way: str) -> dict[str, Any]:
+    """The options of a model beside its layers'."""
+    norms: list[str | None] = [None, None, "by node"]
+    if way != "sampled":
+        norms += ["layer_norm", "graph_norm", "batch_norm"]
+    layers = random.choice((2, 2, 3, 4))
+    options: dict[str, Any] = {"num_layers": layers, "norm": random.choice(norms)}
+    options |= some(random, {"residual": ("none", "linear"), "act": ("elu", None)})
+    if layers == 4 and flip(random):
+        options["every"] = 2
+    if flip(random, 0.1):
+        options["router"] = None
+    return options
+
+
+def draw_types(random: Random, way: str) -> dict[str, Any]:
+    """The types of nodes and the relations between them."""
+    is_model = way not in ("dense", "layer")
+    names = random.sample(NAMES, random.randint(1, 4))
+    counts = {name: random.choice((0, 1, 2, 5, 9)) for name in names}
+    if way == "sampled":
+        counts = {name: max(count, 1) for name, count in counts.items()}
+    one_width, width = flip(random, 0.3), random.choice((3, 4, 8))
+    widths = {name: width if one_width else random.choice((2, 3, 4, 8)) for name in names}
+    if is_model and not one_width:
+        widths = {name: size for name, size in widths.items() if flip(random, 0.7)}
+    target = random.choice((None, *names)) if is_model else None
+    out_types = None
+    if not is_model and flip(random, 0.4):
+        out_types = tuple(random.sample(names, random.randint(1, len(names))))
+    return {
+        "counts": counts,
+        "widths": widths,
+        "one_width": one_width,
+        "relations": draw_relations(random, names, way),
+        "learned": tuple(name for name in names if flip(random, 0.7)),
+        "grouped": tuple(name for name in names if way != "sampled" and flip(random, 0.3)),
+        "out_types": out_types,
+        "target": target or (names[0] if way == "sampled" else None),
+    }
+
+
+# Arguments of a call
+
+
+class Given(NamedTuple):
+    """The arguments of a call, and the same edges as dense matrices."""
+
+    x_dict: dict[str, Tensor]
+    edge_index_dict: dict[EdgeType, Any]
+    batch_dict: dict[str, Tensor] | None
+    n_id_dict: dict[str, Tensor] | None
+    values: dict[EdgeType, Tensor]
+    """Those of the sparse matrices."""
+    ends: dict[EdgeType, Tensor]
+    """(2, M) of all relations that are there."""
+    counts: Mapping[str, int]
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        of_x = {f"x of {name}": x for name, x in self.x_dict.items()}
+        return of_x | {f"values of {name}": value for name, value in self.values.items()}
+
+    def mean_matrix(self, relation: EdgeType) -> Tensor:
+        """(N_dst, N_src): the product with features is their mean, weighed by the values."""
+        source, destination = self.ends[relation]
+        num_src, num_dst = self.counts[relation[0]], self.counts[relation[-1]]
+        values = self.values.get(relation, torch.ones(len(source), dtype=torch.float64))
+        sums = torch.zeros(num_dst, num_src, dtype=torch.float64)
+        sums = sums.index_put((destination, source), values, accumulate=True)
+        return sums / destination.bincount(minlength=num_dst).clamp(min=1)[:, None]
+
+
+def given_of(c: Config, seed: int, dtype: torch.dtype) -> Given:
+    """Fresh leaves of a seed."""
+
+    def leaf(*shape: int, of: int) -> Tensor:
+        return ref.features(*shape, seed=seed + of).float().to(dtype)
+
+    x_dict = {
+        name: leaf(c.counts[name], width, of=i).requires_grad_(name in c.learned)
+        for i, (name, width) in enumerate(c.widths.items())
+    }
+    edge_index_dict, values, ends = {}, {}, {}
+    for i, (name, form, num_edges, in_graph, learned) in enumerate(c.relations):
+        if form == "absent":
+            continue
+        size = (c.counts[name[0]], c.counts[name[-1]])
+        edges = ref.random_graph(*size, num_edges if min(size) else 0, seed + i)
+        adj: Any = edges
+        if form in SPARSE:
+            edges = edges.unique(dim=1)
+            # Sorted as a matrix holds them
+            edges = edges[:, (edges[1] * max(size[0], 1) + edges[0]).argsort()]
+            value = leaf(edges.size(1), of=50 + i).abs() + 0.1
+            values[name] = value.requires_grad_(learned)
+            make: Callable[..., Any] = ref.FORMS[form]
+            adj = make(edges, size, value)
+        elif form != "plain":
+            adj = ref.FORMS[form](edges, size)
+        ends[name] = edges
+        if in_graph:
+            adj = Graph(adj, size, x=x_dict.get(name[0]) if "x" in in_graph else None)
+        edge_index_dict[name] = adj
+    order = Random(seed).sample(sorted(edge_index_dict), len(edge_index_dict))
+    numbers = {
+        name: torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+        for name, number in c.number_of_all.items()
+    }
+    return Given(
+        x_dict=x_dict,
+        edge_index_dict={name: edge_index_dict[name] for name in order},
+        batch_dict={name: torch.arange(c.counts[name]) * 7 % 3 * 2 for name in c.grouped} or None,
+        n_id_dict={name: numbers[name][: c.counts[name]] for name in numbers}
+        if c.is_numbered
+        else None,
+        values=values,
+        ends=ends,
+        counts=c.counts,
+    )
+
+
+# The definition
+
+
+def needed(c: Config, num_layers: int) -> list[list[str]]:
+    """The types that a model needs as input, and after each layer."""
+    types = [{c.target} if c.target is not None else set(c.counts)]
+    for _ in range(num_layers):
+        sources = {r.name[0] for r in c.relations if r.name[-1] in types[0]}
+        types.insert(0, types[0] | sources)
+    return [[name for name in c.counts if name in some_types] for some_types in types]
+
+
+def dense_out(conv: Any, name: str, h: Mapping[str, Tensor], given: Given, expert: Any) -> Tensor:
+    """(N, O) of one relational layer: a plain one (``expert=None``), or one expert of a stack."""
+
+    def mapped(linear: Any, x: Tensor) -> Tensor:
+        if expert is None:
+            return F.linear(x, linear.weight, linear.bias)
+        bias = 0.0 if linear.bias is None else linear.bias[expert]
+        return x @ linear.weight[expert].T + bias
+
+    out = mapped(conv.root[name], h[name])
+    for relation in conv.edge_types:
+        if relation[-1] == name and relation in given.ends:
+            mean = given.mean_matrix(relation) @ h[relation[0]]
+            out = out + mapped(conv.relation[relation], mean)
+    return out
+
+
+def layer_out(
+    conv: Any, types: Sequence[str], h: Mapping[str, Tensor], given: Given
+) -> tuple[dict[str, Tensor], dict[str, Routing]]:
+    """The output of each type, and the routings of a mixture."""
+    if isinstance(conv, RelationalConv):
+        return {name: dense_out(conv, name, h, given, None) for name in types}, {}
+    out, routings = {}, {}
+    for name in types:
+        batch = (given.batch_dict or {}).get(name)
+        routings[name] = conv.routers[name](h[name], batch)
+        weight_NE = routings[name].to_dense()
+        out[name] = sum(
+            weight_NE[:, e, None] * dense_out(conv.experts, name, h, given, e)
+            for e in range(conv.num_experts)
+        )
+        if conv.gain is not None:
+            always = dense_out(conv.shared_expert, name, h, given, None)
+            out[name] = always + GAIN_SCALE * conv.gain * out[name]
+    return out, routings
+
+
+def inputs_of(c: Config, model: Any, given: Given, types: Sequence[str]) -> dict[str, Tensor]:
+    """(N, D) of each type: features, mapped to one width if there are several, or embeddings."""
+    h = {}
+    has_one_width = len({c.widths.get(name, HIDDEN) for name in types}) == 1
+    for name in types:
+        if name in c.widths:
+            x = given.x_dict[name]
+            h[name] = x if has_one_width else model.lin_in[name](x)
+        else:
+            weight = model.embeddings[name].weight
+            h[name] = weight if given.n_id_dict is None else weight[given.n_id_dict[name]]
+    return h
+
+
+def model_out(c: Config, model: Any, given: Given) -> Output:
+    """Output and routings of a model, layer by layer of its own parts."""
+    inputs, *types_after = needed(c, len(model.convs))
+    h = inputs_of(c, model, given, inputs)
+    # PyG's norms by this name take the graphs, and count them by the last node of all.
+    takes_graphs = c.options["norm"] in ("layer_norm", "graph_norm", "by node")
+    found: list[Routing] = []
+    for layer, conv in enumerate(model.convs):
+        out, routings = layer_out(conv, types_after[layer], h, given)
+        found += routings.values()
+        if layer < len(model.convs) - 1:
+            norms = model.norms[layer]
+            assert len({*norms.values()}) == len(norms), "types share a norm"
+            for name, y in out.items():
+                if c.options.get("residual") != "none":
+                    y = y + model.residuals[layer][name](h[name])
+                batch = (given.batch_dict or {}).get(name)
+                groups = (batch,) if takes_graphs and c.counts[name] else ()
+                out[name] = model.act(norms[name](y, *groups))
+        h = out
+    return Output(outputs_of(h if c.target is None else h[c.target]), found)
+
+
+def outputs_of(y: Any) -> dict[str, Tensor]:
+    return {"y": y} if isinstance(y, Tensor) else {f"y of {name}": out for name, out in y.items()}
+
+
+# Steps and ways of heterogeneous graphs alone
+
+
+def has_experts(module: nn.Module) -> bool:
+    return any(isinstance(part, HeteroMoEConv) for part in module.modules())
+
+
+def prune(c: Config, module: Any, given: Given) -> Any:
+    """Raise if it is not refused; it should change nothing then."""
+    if not has_experts(module):
+        return module
+    try:
+        gmoe.prune(module, (given.x_dict, given.edge_index_dict))
+    except ValueError as error:
+        if "HeteroMoEConv without one router" not in str(error):
+            raise
+        return module
+    raise AssertionError("gmoe.prune: a type of layer without one router was not refused")
+
+
+def densify(c: Config, module: Any, given: Given) -> Any:
+    return gmoe.densify(module).model if has_experts(module) else module
+
+
+def check_experts(c: Config, module: Any, given: Given) -> Any:
+    """Raise if ``expert()`` is another dense layer than the one in the stack."""
+    if not isinstance(module, HeteroMoEConv):
+        return module
+    factor = 1.0 if module.gain is None else GAIN_SCALE * module.gain
+    for e in range(module.num_experts):
+        y_dict = module.expert(e)(given.x_dict, given.edge_index_dict)
+        theirs = {
+            name: factor * dense_out(module.experts, name, given.x_dict, given, e)
+            for name in y_dict
+        }
+        require_equal(f"expert {e}", y_dict, theirs, Hetero.tolerance)
+    return module
+
+
+def data_of(c: Config, given: Given) -> HeteroData:
+    """The graph; types without features have their number of nodes alone."""
+    data = HeteroData()
+    for name, count in c.counts.items():
+        data[name].num_nodes = count
+        data[name].n_id = torch.arange(count)
+        if name in given.x_dict:
+            data[name].x = given.x_dict[name]
+        if given.batch_dict and name in given.batch_dict:
+            data[name].batch = given.batch_dict[name]
+    for relation, edges in given.edge_index_dict.items():
+        data[relation].edge_index = edges
+    return data
+
+
+def inference(c: Config, model: HeteroGNNMoE, given: Given) -> dict[str, Tensor]:
+    """Layer by layer in chunks."""
+    batch_size = Random(c.seed).choice((1, 2, 3, 100))
+    return outputs_of(model.inference(data_of(c, given), batch_size=batch_size))
+
+
+def sampled(c: Config, model: HeteroGNNMoE, given: Given) -> dict[str, Tensor]:
+    """With all neighbors of so many hops that the degrees of all that count are whole."""
+    data, found = data_of(c, given), []
+    hops = [-1] * (len(model.convs) + 1)
+    for part in gmoe.neighbor_loader(data, hops, c.target, batch_size=3, backend="gmoe"):
+        x_dict, edge_index_dict = part.collect("x", True), part.collect("edge_index", True)
+        y = model(x_dict, edge_index_dict, part.collect("n_id"))
+        found.append(y[: part[c.target].batch_size])
+    return {"y": torch.cat(found)}
+
+
+class Hetero(Target):
+    """Random relational layers and models."""
+
+    name = "hetero"
+    share = 0.5
+    other_ways: ClassVar = {"inference": inference, "sampled": sampled}
+    own_before: ClassVar = {"reset_parameters": lambda c, module, _: Hetero().reset(c, module)}
+    own_after: ClassVar = {"prune": prune, "densify": densify, "expert": check_experts}
+    reasons = (
+        Reason("edge_index: got None", lambda c: drawing.of_router(c, "scope") == "neighbors"),
+    )
+
+    def draw(self, random: Random) -> Config:
+        way = random.choice(WAYS)
+        types = draw_types(random, way)
+        options = {} if way == "dense" else draw_routing(random, way)
+        if way not in ("dense", "layer"):
+            options |= draw_model(random, way)
+            if options["router"] is None:
+                options = {key: options[key] for key in options if key in OF_A_DENSE_MODEL}
+        embeds = len(types["widths"]) < len(types["counts"])
+        is_low = way == "layer" and flip(random, 0.15)
+        return Config(
+            seed=random.getrandbits(30),
+            way=way,
+            **types,
+            options=options,
+            is_numbered=way == "forward" and embeds and flip(random),
+            training=way in ("layer", "forward") and flip(random, 0.6),
+            before=steps.draw_before(random, "reset_parameters"),
+            after=random.choice((*steps.AFTER, "expert")),
+            low=random.choice(("float32", "bfloat16")) if is_low else "",
+        )
+
+    def traits(self, case: Config) -> Collection[str]:
+        forms = (relation.form for relation in case.relations)
+        return {case.way, *case.before, case.after, *forms}
+
+    def module_of(self, case: Config, dense: bool = False) -> Call:
+        """The module, or the dense one that it replaces."""
+        widths, metadata, options = case.as_argument, case.metadata, dict(case.options)
+        if case.way == "dense" or (dense and case.way == "layer"):
+            return Call(RelationalConv, widths, 3, metadata, out_types=case.out_types)
+        if case.way == "layer":
+            return Call(HeteroMoEConv, widths, 3, metadata, out_types=case.out_types, **options)
+        if options["norm"] == "by node":
+            options["norm"] = Call(LayerNorm, HIDDEN, mode="node")
+        if dense:
+            options = {name: options[name] for name in OF_A_DENSE_MODEL if name in options}
+            options["router"] = None
+        options |= {"target": case.target, "num_nodes_dict": case.number_of_all}
+        return Call(HeteroGNNMoE, widths, HIDDEN, 2, metadata, **options)
+
+    def given_of(self, case: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
+        return given_of(case, seed, dtype)
+
+    def reset(self, case: Config, module: Any) -> None:
+        module.reset_parameters()
+        self.redraw(case, module)
+
+    def check_start(self, case: Config) -> None:
+        """Raise if a new module is not the dense one that the same seed draws."""
+        module, start = self.build(case), case.options.get("start")
+        if start == "plain" or not has_experts(module):
+            return
+        given = self.given_of(case, case.seed)
+        torch.manual_seed(case.seed)
+        dense = self.module_of(case, dense=True).made()
+        ours, theirs = (self.seeded(self.call, case, part, given) for part in (module, dense))
+        dropped = any(routing.dropped_T is not None for routing in ours.routings)
+        if start == "copies" and dropped:
+            raise AssertionError("copies that drop tokens were not refused")
+        require_equal("the start", ours.detached, theirs.detached, self.tolerance)
+
+    def call(self, case: Config, module: Any, given: Given) -> Output:
+        if isinstance(module, RelationalConv):
+            return Output(outputs_of(module(given.x_dict, given.edge_index_dict)), [])
+        options: dict[str, Any] = {"batch_dict": given.batch_dict, "return_routing": True}
+        if isinstance(module, HeteroGNNMoE) and case.is_numbered:
+            options["n_id_dict"] = given.n_id_dict
+        y, found = module(given.x_dict, given.edge_index_dict, **options)
+        return Output(outputs_of(y), [*(found.values() if isinstance(found, dict) else found)])
+
+    def define(self, case: Config, module: Any, given: Given) -> Output:
+        if isinstance(module, HeteroGNNMoE):
+            return model_out(case, module, given)
+        types = [name for name in case.counts if name in (case.out_types or case.counts)]
+        out, routings = layer_out(module, types, given.x_dict, given)
+        return Output(outputs_of(out), [*routings.values()])
+
+    def has_shared_graph(self, given: Given) -> bool:
+        """A matrix of values that need gradients is made once, outside of the calls."""
+        return any(value.requires_grad for value in given.values.values())
+
+    def change(self, given: Given) -> Given:
+        steps.change_in_place(given.x_dict.values())
+        adjs = given.edge_index_dict.items()
+        told = {name: steps.told_of_the_change(adj) for name, adj in adjs}
+        return given._replace(edge_index_dict=told)
+
+    def with_routings(self, module: Any, given: Given, weights: list[Tensor]) -> Given:
+        for router, weight_NE in zip(module.routers.values(), weights, strict=True):
+            routing = ref.routing_of(weight_NE)
+            router.register_forward_hook(lambda *_, routing=routing: routing)
+        return given

@@ -1,0 +1,94 @@
+"""What a module goes through, before the call that counts and after it; once for all targets."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gmoe
+from gmoe import Graph
+
+BEFORE = (
+    *("no_grad", "inference_mode", "step", "other thread", "other input"),
+    *("deepcopy", "pickle", "x changed in place"),
+)
+"""What every target's module may have been through, and its input."""
+
+AFTER = (
+    *("nothing", "deepcopy", "pickle", "state dict", "save", "fold", "unstack", "restack"),
+    *("densify", "prune"),
+)
+
+
+def draw_before(random: Random, *own: str, left_out: Collection[str] = ()) -> tuple[str, ...]:
+    """Up to two steps: of all targets, and of one target alone."""
+    known = [step for step in (*BEFORE, *own) if step not in left_out]
+    return tuple(random.sample(known, random.choice((0, 1, 1, 2))))
+
+
+def in_mode(step: str, call: Callable[[], Any]) -> Any:
+    """What the call gives under a step's mode, or in another thread."""
+    if step == "other thread":
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(call).result()
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    with modes.get(step, nullcontext)():
+        return call()
+
+
+def through_state_dict(module: nn.Module, build: Callable[[], Any]) -> Any:
+    other = build().train(module.training)
+    other.load_state_dict(module.state_dict())
+    return other
+
+
+def through_files(module: nn.Module, build: Callable[[], Any], inputs: Any = None) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        gmoe.save(module, folder, inputs)
+        return gmoe.load(folder, base=build()).train(module.training)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda module: module,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "fold": gmoe.fold,
+    "unstack": gmoe.unstack,
+    "restack": lambda module: gmoe.restack(gmoe.unstack(module)),
+    "densify": lambda module: gmoe.densify(module).model,
+}
+"""What gives a module of the same outputs, by the module alone."""
+
+
+REBUILT: dict[str, Callable[[Any, Callable[[], Any]], Any]] = {
+    "state dict": through_state_dict,
+    "save": through_files,
+}
+"""The same by a new module, too."""
+
+
+def zero_gradients(module: nn.Module, leaves: Iterable[Tensor]) -> None:
+    for leaf in (*leaves, *module.parameters()):
+        leaf.grad = None
+
+
+@torch.no_grad()
+def change_in_place(features: Iterable[Tensor]) -> None:
+    for x in features:
+        x.mul_(-1.5)
+
+
+def told_of_the_change(adj: Any) -> Any:
+    """A graph is frozen: another is made for features that changed, unless they learn."""
+    if not isinstance(adj, Graph) or adj.x is None or adj.x.requires_grad:
+        return adj
+    return adj.with_x(adj.x)
