@@ -77,23 +77,22 @@ DROPS = ("capacity_factor", "choice", "normalize", "inference")
 def draw_router(
     random: Random,
     names: Sequence[Any],
-    *,
     start: str | None,
-    k: int,
+    most: int = EXPERTS,
     left_out: Collection[str] = (),
     misfits: float = 0.1,
-) -> tuple[Any, dict[str, Any]]:
-    """A router and its options.
+) -> dict[str, Any]:
+    """The options of a layer that say how it routes: K, the router and its options, the backend.
 
     Args:
         random: what is drawn from.
         names: the routers, the frequent ones several times.
         start: copies need a router whose weights of a token sum to 1.
-        k: experts per token.
+        most: of K, experts per token.
         left_out: options that mean nothing here.
         misfits: how many are drawn that gmoe should refuse.
     """
-    may_misfit = flip(random, misfits)
+    k, may_misfit = random.randint(1, most), flip(random, misfits)
     as_copies = start == "copies" and not may_misfit
     if as_copies:
         names = [name for name in OF_TOKENS if name in names] + [None] * (None in names)
@@ -113,7 +112,12 @@ def draw_router(
             options["weight"] = "normalized" if k > 1 else "straight_through"
     if router == "token_choice" and flip(random, 0.1):
         options = top_p(options, as_copies, may_misfit)
-    return router, options
+    return {
+        "k": k,
+        "router": router,
+        "router_kwargs": options,
+        "backend": random.choice(BACKENDS),
+    }
 
 
 def top_p(options: Mapping[str, Any], as_copies: bool, may_misfit: bool) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from gmoe import Routing
 from tests.compose.calls import Call, script_of
 from tests.compose.drawing import REASONS, Reason
-from tests.compose.steps import COPIES, REBUILT, in_mode, zero_gradients
+from tests.compose.steps import AFTER, BEFORE, COPIES, REBUILT, in_mode, zero_gradients
 from tests.gmoe.conv import masked as ref
 
 OWN_WORDS = re.compile(r"[\w., ]+: got .*(expected|but)|inference: ", re.DOTALL)
@@ -78,21 +78,31 @@ def require_equal(
             raise DifferentError(f"{what}, {name}: differs by {difference:.1e}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Case:
-    """What all targets draw; a subclass has what one target draws."""
+    """What all targets draw; a subclass has what one target draws. Each part has a default."""
 
     seed: int
     """Of parameters, inputs and noise."""
-    way: str = "moefied"
+    way: str = ""
     """Which module runs, or in which other way it gives its output."""
-    training: bool
-    before: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    """As the library takes them."""
+    training: bool = False
+    before: tuple[str, ...] = ()
     """What module and input have been through before the call that counts."""
-    after: str
+    after: str = "nothing"
     """What the module goes through after it."""
     low: str = ""
     """A low precision to compare with, if any."""
+
+    def __repr__(self) -> str:
+        """The case as a call, without what is as by default."""
+        default = type(self)(seed=self.seed)
+        drawn = {one.name: getattr(self, one.name) for one in fields(self)}
+        is_drawn = [name for name in drawn if repr(drawn[name]) != repr(getattr(default, name))]
+        shown = [f"{name}={drawn[name]!r}" for name in ["seed", *is_drawn]]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class Output(NamedTuple):
@@ -185,6 +195,13 @@ class Target:
         return False
 
     # What the frame does
+
+    def draw_steps(self, random: Random, case: Any, left_out: Collection[str]) -> None:
+        """What a case goes through: up to two steps before, and one after."""
+        before = [step for step in (*BEFORE, *self.own_before) if step not in left_out]
+        case.before = tuple(random.sample(before, random.choice((0, 1, 1, 2))))
+        after = dict.fromkeys((*AFTER, *self.own_after))
+        case.after = random.choice([step for step in after if step not in left_out])
 
     def build(self, case: Any) -> Any:
         """The module as it starts."""

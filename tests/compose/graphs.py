@@ -43,10 +43,7 @@ for name in ("sage", "graph", "gin"):
 WIDTH, EDGE_DIM = 4, 3
 FLAGS, SPARSE = (False, True), ("coo", "csr")
 PLAIN = ("plain", "int32", "not contiguous")
-OTHER_WAYS = ("forward", "forward", "inference", "sampled", "disk")
-BY_PARTS = ("sampled", "disk")
-"""Ways that compute a part of the nodes at a time: what looks at all nodes is not drawn."""
-
+WAYS = (*("layer",) * 20, "forward", "forward", "inference", "sampled", "disk")
 HEADS = {"heads": (1, 2), "concat": FLAGS, "bias": FLAGS}
 GAT = {**HEADS, "add_self_loops": FLAGS, "residual": FLAGS, "negative_slope": (0.7,)}
 FIXED: dict[str, dict[str, Any]] = {
@@ -146,34 +143,33 @@ class Kind(NamedTuple):
         return partial(made, **self.options) if self.options else self.name
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Config(Case):
     """A MoEConv (``way="layer"``) or a GNNMoE, its input, and what both go through."""
 
-    two: bool
+    two: bool = False
     """The edges lead from one set of nodes to another."""
-    alone: bool
+    alone: bool = False
     """The second set has no features."""
-    form: str
-    graph: str
-    sizes: tuple[int, int]
-    edges: int
-    edge_dim: int | None
-    kinds: tuple[Kind, ...]
-    start: str
+    form: str = "plain"
+    graph: str = "random"
+    sizes: tuple[int, int] = (6, 6)
+    edges: int = 20
+    edge_dim: int | None = None
+    kinds: tuple[Kind, ...] = (Kind("gcn", {}),)
+    start: str = "shared"
     """What ``start=None`` of the options should become."""
-    partials: bool
+    partials: bool = False
     """Kinds are given with their options, not as options of the layer."""
-    widths: tuple[int, int, int]
+    widths: tuple[int, int, int] = (WIDTH, WIDTH, WIDTH)
     """Of sources, destinations and outputs: of a model, of hidden layers."""
-    edge_args: tuple[str, ...]
-    values: str
-    in_graph: tuple[str, ...]
-    learned: tuple[str, ...]
-    options: dict[str, Any]
-    batch: int
-    positional: bool
-    as_on_gpus: bool
+    edge_args: tuple[str, ...] = ()
+    values: str = ""
+    in_graph: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
+    batch: int = 0
+    positional: bool = False
+    as_on_gpus: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -183,210 +179,189 @@ class Config(Case):
     def flows(self) -> set[str]:
         return {kind.options.get("flow", "source_to_target") for kind in self.kinds}
 
+    @property
+    def is_sparse(self) -> bool:
+        return self.form in SPARSE
 
-# Drawing: what would be nonsense is left out
+    @property
+    def by_parts(self) -> bool:
+        """A part of the nodes is computed at a time: what looks at all of them is not drawn."""
+        return self.way in ("sampled", "disk")
 
 
-def draw_graph(random: Random, way: str) -> dict[str, Any]:
+# Drawing: each function sets what it draws; what would be nonsense is left out
+
+
+def draw_graph(random: Random, c: Config) -> None:
     """The edges and their form; two sets of nodes, the second one perhaps without features."""
-    two = way == "layer" and flip(random, 0.2)
-    form = "plain" if way in BY_PARTS else random.choice(["plain"] * 6 + list(ref.FORMS))
+    c.two = c.way == "layer" and flip(random, 0.2)
+    c.form = "plain" if c.by_parts else random.choice(["plain"] * 6 + list(ref.FORMS))
     # Of several loops GCN keeps the last one's weight
-    is_simple = form not in PLAIN or way == "sampled"
-    sizes = (random.randint(1, 9), random.randint(1, 9)) if two else (random.randint(2, 14),) * 2
-    if form in SPARSE:  # else PyG fails to make loops of a matrix's values
-        sizes = (max(sizes), min(sizes))
-    graph = "simple" if is_simple else "random"
-    edges = random.choice((0, 5, 20, 30) if not is_simple else (5, 20, 30))
-    if not two and not is_simple and flip(random, 0.35):
-        graph = random.choice(list(ref.GRAPHS))
-        sizes, edges = (ref.GRAPHS[graph][0],) * 2, ref.GRAPHS[graph][1].size(1)
-    return {
-        "two": two,
-        "alone": two and flip(random, 0.3),
-        "form": form,
-        "graph": graph,
-        "sizes": sizes,
-        "edges": edges,
-    }
+    is_simple = c.form not in PLAIN or c.way == "sampled"
+    c.sizes = (
+        (random.randint(1, 9), random.randint(1, 9)) if c.two else (random.randint(2, 14),) * 2
+    )
+    if c.is_sparse:  # else PyG fails to make loops of a matrix's values
+        c.sizes = (max(c.sizes), min(c.sizes))
+    c.graph = "simple" if is_simple else "random"
+    c.edges = random.choice((5, 20, 30) if is_simple else (0, 5, 20, 30))
+    if not c.two and not is_simple and flip(random, 0.35):
+        c.graph = random.choice(list(ref.GRAPHS))
+        c.sizes, c.edges = (ref.GRAPHS[c.graph][0],) * 2, ref.GRAPHS[c.graph][1].size(1)
+    c.alone = c.two and flip(random, 0.3)
 
 
-def draw_kind(random: Random, name: str, found: Mapping[str, Any], alike: bool) -> Kind:
+def draw_kind(random: Random, name: str, c: Config, alike: bool) -> Kind:
     """One kind; ``alike``: outputs are as wide as asked for."""
-    spec, edge_dim = KINDS[name], found["edge_dim"]
-    options = some(random, spec.options) | FIXED.get(name, {})
+    spec = KINDS[name]
+    kind = Kind(name, some(random, spec.options) | FIXED.get(name, {}))
     if name == "gcn" and flip(random, 0.1):
-        options |= {"normalize": False, "add_self_loops": False}
+        kind.options.update(normalize=False, add_self_loops=False)
     if "concat" in spec.options and alike:
-        options["concat"] = False
-    takes_features = spec.edges == "edge_attr" and edge_dim is not None
-    if takes_features and (name != "gine" or edge_dim == EDGE_DIM):
-        options[spec.dim] = edge_dim
-    if spec.options.get("residual") and edge_dim is not None:
-        has_few = found["sizes"][0] < found["sizes"][1]  # then PyG fails to reduce
-        options["fill_value"] = random.choice(
-            (0.5, 2.0) if has_few else ("mean", "max", "add", 0.5)
-        )
-    may_turn = found["form"] in PLAIN and not found["two"] and found["way"] not in BY_PARTS
-    if may_turn and of_pyg(class_of(by_name()[name])) and flip(random, 0.1):
-        options["flow"] = "target_to_source"
-    return Kind(name, options)
+        kind.options["concat"] = False
+    takes_features = spec.edges == "edge_attr" and c.edge_dim is not None
+    if takes_features and (name != "gine" or c.edge_dim == EDGE_DIM):
+        kind.options[spec.dim] = c.edge_dim
+    if spec.options.get("residual") and c.edge_dim is not None:
+        numbers, reductions = (0.5, 2.0), ("mean", "max", "add", 0.5)
+        # Of few sources, PyG fails to reduce
+        fills = numbers if c.sizes[0] < c.sizes[1] else reductions
+        kind.options["fill_value"] = random.choice(fills)
+    may_turn = c.form in PLAIN and not c.two and not c.by_parts and of_pyg(kind.conv)
+    if may_turn and flip(random, 0.1):
+        kind.options["flow"] = "target_to_source"
+    return kind
 
 
-def fits(name: str, found: Mapping[str, Any]) -> bool:
+def fits(name: str, c: Config) -> bool:
     """True if a kind takes what else is drawn."""
-    spec, has_features = KINDS[name], found["edge_dim"] is not None
-    is_sparse = found["form"] in SPARSE
-    if is_sparse and not (spec.sparse and (not has_features or "heads" in spec.options)):
+    spec, has_features = KINDS[name], c.edge_dim is not None
+    if c.is_sparse and not (spec.sparse and (not has_features or "heads" in spec.options)):
         return False  # rows of values, which attention takes
-    if found["two"] and not spec.two:
+    if c.two and not spec.two:
         return False
-    if found["alone"] and kind_of(class_of(by_name()[name])).needs_destinations:
+    if c.alone and kind_of(Kind(name, {}).conv).needs_destinations:
         return False
     if name in ("gine", "cg") and not has_features:
         return False
-    if found["way"] == "disk" and name in ("two_hop", "filter"):
+    if c.way == "disk" and name in ("two_hop", "filter"):
         return False
-    return found["way"] == "layer" or spec.in_models
+    return c.way == "layer" or spec.in_models
 
 
-def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+def draw_kinds(random: Random, c: Config) -> None:
     """A kind for all experts or a list, and how they start.
 
     Either all kinds that take edge features get them, or none does.
     """
-    way = found["way"]
-    has_features = way != "disk" and flip(random)
-    edge_dim = random.choice((EDGE_DIM, EDGE_DIM, WIDTH)) if has_features else None
-    found = {**found, "edge_dim": edge_dim}
-    pool = [name for name in (OFTEN if flip(random, 0.7) else KINDS) if fits(name, found)]
+    has_features = c.way != "disk" and flip(random)
+    c.edge_dim = random.choice((EDGE_DIM, EDGE_DIM, WIDTH)) if has_features else None
+    pool = [name for name in (OFTEN if flip(random, 0.7) else KINDS) if fits(name, c)]
     names = random.choices(pool or ["gat"], k=random.choice((1, 1, 2, 3)))
     several = len(names) > 1
-    partials = several or names == ["mlp"] or flip(random)
-    alike = several or (way != "layer" and partials)
-    starts = ("shared", "shared", "plain", *([] if several else ["copies"]))
-    return {
-        "edge_dim": edge_dim,
-        "kinds": tuple(draw_kind(random, name, found, alike) for name in names),
-        "start": random.choice(starts),
-        "partials": partials,
-    }
+    c.partials = several or names == ["mlp"] or flip(random)
+    alike = several or (c.way != "layer" and c.partials)
+    c.kinds = tuple(draw_kind(random, name, c, alike) for name in names)
+    c.start = random.choice(("shared", "shared", "plain", *([] if several else ["copies"])))
+    width = random.choice((WIDTH, WIDTH, 9))
+    is_same = any(kind.spec.two == "one" or kind.options.get("share_weights") for kind in c.kinds)
+    of_destinations = 6 if c.two and not is_same else width
+    if not any(kind.name in OF_ONE_WIDTH for kind in c.kinds):
+        c.widths = (width, of_destinations, random.choice((WIDTH, 2, 6)))
 
 
-def draw_widths(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
-    kinds, width = found["kinds"], random.choice((WIDTH, WIDTH, 9))
-    if any(kind.name in OF_ONE_WIDTH for kind in kinds):
-        return {"widths": (WIDTH,) * 3}
-    is_same = any(kind.spec.two == "one" or kind.options.get("share_weights") for kind in kinds)
-    of_destinations = 6 if found["two"] and not is_same else width
-    return {"widths": (width, of_destinations, random.choice((WIDTH, 2, 6)))}
-
-
-def draw_edge_args(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+def draw_edge_args(random: Random, c: Config) -> None:
     """Which edge arguments there are, where they are given, and which need gradients."""
-    is_sparse, has_features = found["form"] in SPARSE, found["edge_dim"] is not None
-    takes = {kind.spec.edges for kind in found["kinds"]}
-    takes = set() if is_sparse or found["way"] == "disk" else takes
-    args = ["edge_weight"] if "edge_weight" in takes and flip(random, 0.7) else []
-    args += ["edge_attr"] if "edge_attr" in takes and has_features else []
-    values = ("rows" if has_features else random.choice(("ones", "some"))) if is_sparse else ""
-    wraps = found["way"] not in BY_PARTS and flip(random, 0.6)
-    held = [name for name in ("x", *args) if flip(random, 0.7)]
-    learned = tuple(name for name in ("x", "edge_weight", "edge_attr") if flip(random, 0.7))
-    in_graph = ("Graph", *held) if wraps else ()
-    return {"edge_args": tuple(args), "values": values, "in_graph": in_graph, "learned": learned}
+    takes = {kind.spec.edges for kind in c.kinds}
+    takes = set() if c.is_sparse or c.way == "disk" else takes
+    if "edge_weight" in takes and flip(random, 0.7):
+        c.edge_args += ("edge_weight",)
+    if "edge_attr" in takes and c.edge_dim is not None:
+        c.edge_args += ("edge_attr",)
+    if c.is_sparse:
+        c.values = random.choice(("ones", "some")) if c.edge_dim is None else "rows"
+    if not c.by_parts and flip(random, 0.6):
+        c.in_graph = ("Graph", *(name for name in ("x", *c.edge_args) if flip(random, 0.7)))
+    c.learned = tuple(name for name in ("x", "edge_weight", "edge_attr") if flip(random, 0.7))
 
 
-def draw_routing(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The router, what it sees, and K; without a router, each call gets weights."""
-    kinds, way = found["kinds"], found["way"]
-    k = random.randint(1, len(kinds) if len(kinds) > 1 else EXPERTS)
-    names = drawing.OF_TOKENS if way in BY_PARTS else ["token_choice", *drawing.ROUTERS]
-    names = [*names, None] if way == "layer" else names
-    by_parts = found["two"] or way in BY_PARTS
-    left_out = ("scope", "choice") if by_parts else ()
-    start = found["start"]
-    router, options = drawing.draw_router(
-        random, names, start=start, k=k, left_out=left_out, misfits=0.0
-    )
-    sees = tuple(part for part in ("node", "neighbors", "degree") if flip(random, 0.4)) or ("node",)
-    return {"k": k, "router": router, "router_kwargs": options, "router_input": sees}
+def draw_options(random: Random, c: Config) -> None:
+    """The options of the layer or model beside those of its convs.
+
+    Without a router, each call gets weights.
+    """
+    several = len(c.kinds) > 1
+    names = drawing.OF_TOKENS if c.by_parts else ("token_choice", *drawing.ROUTERS)
+    names = (*names, None) if c.way == "layer" else names
+    left_out = ("scope", "choice") if c.two or c.by_parts else ()
+    most = len(c.kinds) if several else EXPERTS
+    c.options = drawing.draw_router(random, names, c.start, most, left_out, misfits=0.0)
+    sees = tuple(part for part in ("node", "neighbors", "degree") if flip(random, 0.4))
+    c.options |= {"router_input": sees or ("node",), "start": c.start}
+    if c.way == "layer":
+        keeps_width = any(kind.name in OF_ONE_WIDTH for kind in c.kinds)
+        maps = not keeps_width and c.start != "copies"
+        c.options["shared_transform"] = maps and flip(random, 0.15)
+    else:
+        draw_model(random, c)
+    if all(kind_of(kind.conv).is_local and of_pyg(kind.conv) for kind in c.kinds):
+        both = c.way in ("layer", "forward")
+        c.options |= some(random, {"local": FLAGS if both else (True,)})
+    leave_to_defaults(random, c)
 
 
-def draw_model(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+def draw_model(random: Random, c: Config) -> None:
     """The options of a model beside its experts'."""
-    layers, by_parts = random.choice((1, 2, 2, 3, 6)), found["way"] in BY_PARTS
-    jks = (None, None, "last", *([] if found["way"] == "disk" else ["cat", "max", "lstm"]))
+    layers = random.choice((1, 2, 2, 3, 6))
+    jks = (None, None, "last", *([] if c.way == "disk" else ["cat", "max", "lstm"]))
     norms: list[dict[str, Any]] = [{}, {}, {"norm": "by node"}]
-    if found["sizes"][0] > 1:  # one row has no variance
+    if c.sizes[0] > 1:  # one row has no variance
         norms.append({"norm": "batch_norm"})
-    if not by_parts:
+    if not c.by_parts:
         norms += [{"norm": "graph_norm"}, {"norm": "layer_norm"}]
     choices = {"residual": ("none", "linear"), "act": ("elu",)}
     deep = {"every": (2,)} if layers > 2 else {}
-    return {
-        "num_layers": layers,
-        "jk": "last" if layers == 1 else random.choice(jks),
-        "shared_router": flip(random, 0.4),
-        **random.choice(norms),
-        **some(random, {**choices, **deep}),
-    }
+    c.options["num_layers"] = layers
+    c.options["jk"] = "last" if layers == 1 else random.choice(jks)
+    c.options["shared_router"] = flip(random, 0.4)
+    c.options |= random.choice(norms) | some(random, {**choices, **deep})
 
 
-def default_start(found: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+def default_start(c: Config) -> str | None:
     """What ``start=None`` becomes; ``None`` where that is not predicted.
 
     A layer starts beside a shared expert, and so do those of a model with a router in each. A model
     that routes once starts as copies of one kind, where a node's weights sum to 1.
     """
-    if found["way"] == "layer" or not options["shared_router"]:
+    if c.way == "layer" or not c.options["shared_router"]:
         return "shared"
-    router, kwargs = options["router"], options["router_kwargs"]
+    router, kwargs = c.options["router"], c.options["router_kwargs"]
     tokens_choose = {
         "token_choice": "capacity_factor" not in kwargs,
         "multi_centroid": kwargs.get("choice") != "experts",
         "random": True,
         "uniform": True,
     }
-    to_one = "straight_through" if options["k"] == 1 else "normalized"
-    sums_to_one = tokens_choose.get(router, False) and kwargs.get("weight", to_one) == to_one
-    if not sums_to_one:
+    to_one = "straight_through" if c.options["k"] == 1 else "normalized"
+    if not tokens_choose.get(router) or kwargs.get("weight", to_one) != to_one:
         return "shared"
-    if len(found["kinds"]) > 1:  # a list of one kind may be copies
-        return "shared" if len({kind.name for kind in found["kinds"]}) > 1 else None
-    is_named = found["kinds"][0].name in STACKED and not found["partials"]
+    if len(c.kinds) > 1:  # a list of one kind may be copies
+        return "shared" if len({kind.name for kind in c.kinds}) > 1 else None
+    is_named = c.kinds[0].name in STACKED and not c.partials
     return "copies" if is_named else None
 
 
-def left_to_defaults(random: Random, found: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    """Some options in the words of the default, where that means what was drawn."""
-    left: dict[str, Any] = {}
-    if found["start"] == default_start(found, options) and flip(random, 0.6):
-        left["start"] = None
-    is_default = options.get("shared_router") == (found["start"] == "copies")
-    says_start = "start" not in left or found["start"] == "copies"
-    if found["way"] != "layer" and is_default and says_start and flip(random, 0.6):
-        left["shared_router"] = None
-    if found["start"] == "copies" and flip(random):  # by default their weights sum to 1
-        left["router_kwargs"] = without(options["router_kwargs"], "weight")
-    return left
-
-
-def draw_options(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the layer or model beside those of its convs."""
-    options = {**draw_routing(random, found), "start": found["start"]}
-    options["backend"] = random.choice(drawing.BACKENDS)
-    classes = [kind.conv for kind in found["kinds"]]
-    if found["way"] == "layer":
-        keeps_width = any(kind.name in OF_ONE_WIDTH for kind in found["kinds"])
-        maps = not keeps_width and found["start"] != "copies"
-        options["shared_transform"] = maps and flip(random, 0.15)
-    else:
-        options |= draw_model(random, found)
-    if all(kind_of(cls).is_local and of_pyg(cls) for cls in classes):  # each conv on its own
-        both = found["way"] in ("layer", "forward")
-        options |= some(random, {"local": FLAGS if both else (True,)})
-    return options | left_to_defaults(random, found, options)
+def leave_to_defaults(random: Random, c: Config) -> None:
+    """Say some options by the default, where that means what was drawn."""
+    is_copies, options = c.start == "copies", c.options
+    says_start = c.start != default_start(c) or flip(random, 0.4)
+    if not says_start:
+        options["start"] = None
+    is_default = options.get("shared_router") == is_copies and c.way != "layer"
+    if is_default and (says_start or is_copies) and flip(random, 0.6):
+        options["shared_router"] = None
+    if is_copies and flip(random):  # by default their weights sum to 1
+        options["router_kwargs"] = without(options["router_kwargs"], "weight")
 
 
 # Arguments of a call
@@ -423,7 +398,7 @@ def edges_of(c: Config, seed: int) -> Tensor:
     return edges[:, order]
 
 
-def given_of(c: Config, seed: int, dtype: torch.dtype) -> Given:
+def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     """Fresh arguments of a seed."""
 
     def leaf(*shape: int, of: int = seed) -> Tensor:
@@ -652,6 +627,9 @@ class Graphs(Target):
 
     name = "graphs"
     share = 0.6
+    given_of = staticmethod(given_of)
+    call = staticmethod(call)
+    gradients = staticmethod(gradients)
     other_ways: ClassVar = {"inference": inference, "sampled": sampled, "disk": from_disk}
     own_before: ClassVar = {"NaN token": nan_token, "other edge arguments": other_edge_arguments}
     own_after: ClassVar = {"prune": prune}
@@ -665,35 +643,26 @@ class Graphs(Target):
     )
 
     def draw(self, random: Random) -> Config:
-        way = random.choice(("layer",) * 20 + OTHER_WAYS)
-        found: dict[str, Any] = {"seed": random.getrandbits(30), "way": way}
-        found |= draw_graph(random, way)
-        for dimension in (draw_kinds, draw_widths, draw_edge_args):
-            found |= dimension(random, found)
-        options = draw_options(random, found)
-        names, kinds = found["edge_args"], found["kinds"]
-        needs_destinations = any(kind_of(kind.conv).needs_destinations for kind in kinds)
-        takes_first = way == "layer" and len(kinds) == 1 and names == (kinds[0].spec.edges,)
-        has_groups = way in ("sampled", "disk", "inference") or flip(random, 0.3)
+        c = Config(seed=random.getrandbits(30), way=random.choice(WAYS))
+        for draw in (draw_graph, draw_kinds, draw_edge_args, draw_options):
+            draw(random, c)
+        c.alone &= not any(kind_of(kind.conv).needs_destinations for kind in c.kinds)
+        if c.way in ("sampled", "disk", "inference") or flip(random, 0.3):
+            c.batch = random.choice((1, 3, 7, 100))
+        c.training = c.way in ("layer", "forward") and flip(random, 0.6)
+        takes_first = len(c.kinds) == 1 and c.edge_args == (c.kinds[0].spec.edges,)
+        c.positional = c.way == "layer" and takes_first and flip(random, 0.3)
+        c.as_on_gpus = flip(random, 0.25)
+        fails = {"inference_mode"} if c.form.startswith("Edge") else set()  # of PyG
+        fails |= {"x changed in place"} if c.way == "disk" else set()  # which holds float32
+        fails |= {"prune"} if c.options["router"] is None else set()
+        self.draw_steps(random, c, fails)
+        c.after = c.after if flip(random, 0.3) else "nothing"
         # "mf" fails under autocast
-        lowers = found["form"] in PLAIN and all(kind.name != "mf" for kind in kinds)
-        lowers = lowers and way == "layer" and flip(random, 0.15)
-        left_out = {"inference_mode"} if found["form"].startswith("Edge") else set()  # PyG fails
-        if way == "disk":  # which keeps what float32 holds
-            left_out.add("x changed in place")
-        has_router = options["router"] is not None
-        ends = [step for step in steps.AFTER if has_router or step != "prune"]
-        return Config(
-            **{**found, "alone": found["alone"] and not needs_destinations},
-            options=options,
-            batch=random.choice((1, 3, 7, 100)) * has_groups,
-            training=way in ("layer", "forward") and flip(random, 0.6),
-            before=steps.draw_before(random, *self.own_before, left_out=left_out),
-            after=random.choice(ends) if flip(random, 0.3) else "nothing",
-            positional=takes_first and flip(random, 0.3),
-            as_on_gpus=flip(random, 0.25),
-            low=random.choice(("float32", "bfloat16")) if lowers else "",
-        )
+        lowers = c.form in PLAIN and all(kind.name != "mf" for kind in c.kinds)
+        if lowers and c.way == "layer" and flip(random, 0.15):
+            c.low = random.choice(("float32", "bfloat16"))
+        return c
 
     def traits(self, case: Config) -> Collection[str]:
         return {case.way, *(kind.name for kind in case.kinds), *case.before, case.after}
@@ -727,12 +696,6 @@ class Graphs(Target):
             raise AssertionError("reset_parameters left a parameter as it was")
         super().redraw(case, module)
 
-    def given_of(self, case: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
-        return given_of(case, seed, dtype)
-
-    def call(self, case: Config, module: Any, given: Given) -> Output:
-        return call(case, module, given)
-
     def define(self, case: Config, module: Any, given: Given) -> Output:
         if isinstance(module, GNNMoE):
             return define_model(module, case, given)
@@ -740,9 +703,6 @@ class Graphs(Target):
         x = given.x if case.two else given.x[0]
         y, convs = define_layer(module, case, x, given, routing)
         return Output({"y": y}, [routing], {"": convs})
-
-    def gradients(self, module: nn.Module, convs: Any) -> dict[str, Any]:
-        return gradients(module, convs)
 
     def change(self, given: Given) -> Given:
         steps.change_in_place(x for key, x in given.leaves.items() if key.startswith("x"))

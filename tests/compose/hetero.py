@@ -9,7 +9,7 @@ Shapes: N nodes of a type, M edges of a relation, D and O width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
@@ -53,26 +53,29 @@ class Relation(NamedTuple):
     """The values of a sparse matrix need gradients."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Config(Case):
     """A module, its input, and what both go through."""
 
-    counts: Mapping[str, int]
+    counts: dict[str, int] = field(default_factory=dict)
     """How many nodes a call has of each type."""
-    widths: Mapping[str, int]
+    widths: dict[str, int] = field(default_factory=dict)
     """Widths of features; a type that a model embeds has none."""
-    one_width: bool
+    one_width: bool = False
     """The width is given as one number."""
-    relations: tuple[Relation, ...]
-    learned: tuple[str, ...]
+    relations: tuple[Relation, ...] = ()
+    learned: tuple[str, ...] = ()
     """Types whose features need gradients."""
-    grouped: tuple[str, ...]
+    grouped: tuple[str, ...] = ()
     """Types whose nodes are of several graphs."""
-    out_types: tuple[str, ...] | None
-    target: str | None
-    options: Mapping[str, Any]
-    is_numbered: bool
+    out_types: tuple[str, ...] | None = None
+    target: str | None = None
+    is_numbered: bool = False
     """The call has some of the nodes that the model has embeddings for."""
+
+    @property
+    def is_model(self) -> bool:
+        return self.way not in ("dense", "layer")
 
     @property
     def metadata(self) -> tuple[list[str], list[EdgeType]]:
@@ -93,81 +96,61 @@ class Config(Case):
 # Drawing: what would be nonsense is left out
 
 
-def draw_relations(random: Random, names: Sequence[str], way: str) -> tuple[Relation, ...]:
+def draw_types(random: Random, c: Config) -> None:
+    """The types of nodes, their features, and what is computed."""
+    names = random.sample(NAMES, random.randint(1, 4))
+    few = 1 if c.way == "sampled" else 0
+    c.counts = {name: max(random.choice((0, 1, 2, 5, 9)), few) for name in names}
+    c.one_width, width = flip(random, 0.3), random.choice((3, 4, 8))
+    c.widths = {name: width if c.one_width else random.choice((2, 3, 4, 8)) for name in names}
+    if c.is_model:
+        c.target = random.choice((None, *names)) or (names[0] if c.way == "sampled" else None)
+        embeds = 0.0 if c.one_width else 0.3
+        c.widths = {name: size for name, size in c.widths.items() if not flip(random, embeds)}
+    elif flip(random, 0.4):
+        c.out_types = tuple(random.sample(names, random.randint(1, len(names))))
+    c.learned = tuple(name for name in names if flip(random, 0.7))
+    c.grouped = tuple(name for name in names if c.way != "sampled" and flip(random, 0.3))
+
+
+def draw_relations(random: Random, c: Config) -> None:
     """Up to six edge types; of a mini-batch and of chunks, edges are plain."""
-    is_plain = way in ("sampled", "inference")
+    is_plain, names = c.way in ("sampled", "inference"), list(c.counts)
     found: dict[EdgeType, Relation] = {}
     for _ in range(random.randint(0, 6)):
         verb = random.choice(("to", "cites", "to.from"))
         name = (random.choice(names), verb, random.choice(names))
-        form = random.choice(("plain", "absent") if way == "inference" else FORMS)
-        form = "plain" if way == "sampled" else form
+        form = random.choice(("plain", "absent") if c.way == "inference" else FORMS)
+        form = "plain" if c.way == "sampled" else form
         wraps = form != "absent" and not is_plain and flip(random, 0.3)
         in_graph = ("Graph", *(["x"] if flip(random) else [])) if wraps else ()
         num_edges = random.choice((0, 1, 5, 20, 30))
         found[name] = Relation(name, form, num_edges, in_graph, form in SPARSE and flip(random))
-    return tuple(found.values())
+    c.relations = tuple(found.values())
 
 
-def draw_routing(random: Random, way: str) -> dict[str, Any]:
-    """K, the start, the router and its options; in a mini-batch, tokens decide alone."""
-    k, start = random.randint(1, EXPERTS), random.choice((None, *drawing.STARTS))
-    names = ["token_choice", "token_choice", *drawing.ROUTERS]
-    left_out = ["scope"] if flip(random, 0.9) else []  # edges do not reach a router of one type
-    if way == "sampled":
-        names = ["token_choice", "multi_centroid", "uniform"]
-        left_out = ["scope", "choice", "capacity_factor"]
-    router, options = drawing.draw_router(random, names, start=start, k=k, left_out=left_out)
-    return {
-        "num_experts": EXPERTS,
-        "k": k,
-        "start": start,
-        "router": router,
-        "router_kwargs": options or None,
-        "backend": random.choice(drawing.BACKENDS),
-    }
-
-
-def draw_model(random: Random, way: str) -> dict[str, Any]:
-    """The options of a model beside its layers'."""
-    norms: list[str | None] = [None, None, "by node"]
-    if way != "sampled":
-        norms += ["layer_norm", "graph_norm", "batch_norm"]
+def draw_options(random: Random, c: Config) -> None:
+    """The start, the router and its options; in a mini-batch, tokens decide alone."""
+    start = random.choice((None, *drawing.STARTS))
+    names: tuple[Any, ...] = ("token_choice", "token_choice", *drawing.ROUTERS)
+    left_out = ("scope",) if flip(random, 0.9) else ()  # edges do not reach a router of one type
+    if c.way == "sampled":
+        names = ("token_choice", "multi_centroid", "uniform")
+        left_out = ("scope", "choice", "capacity_factor")
+    c.options = drawing.draw_router(random, names, start, left_out=left_out)
+    c.options |= {"num_experts": EXPERTS, "start": start}
+    if not c.is_model:
+        return
+    norms = [None, None, "by node"]
+    norms += [] if c.way == "sampled" else ["layer_norm", "graph_norm", "batch_norm"]
     layers = random.choice((2, 2, 3, 4))
-    options: dict[str, Any] = {"num_layers": layers, "norm": random.choice(norms)}
-    options |= some(random, {"residual": ("none", "linear"), "act": ("elu", None)})
+    c.options |= {"num_layers": layers, "norm": random.choice(norms)}
+    c.options |= some(random, {"residual": ("none", "linear"), "act": ("elu", None)})
     if layers == 4 and flip(random):
-        options["every"] = 2
+        c.options["every"] = 2
     if flip(random, 0.1):
-        options["router"] = None
-    return options
-
-
-def draw_types(random: Random, way: str) -> dict[str, Any]:
-    """The types of nodes and the relations between them."""
-    is_model = way not in ("dense", "layer")
-    names = random.sample(NAMES, random.randint(1, 4))
-    counts = {name: random.choice((0, 1, 2, 5, 9)) for name in names}
-    if way == "sampled":
-        counts = {name: max(count, 1) for name, count in counts.items()}
-    one_width, width = flip(random, 0.3), random.choice((3, 4, 8))
-    widths = {name: width if one_width else random.choice((2, 3, 4, 8)) for name in names}
-    if is_model and not one_width:
-        widths = {name: size for name, size in widths.items() if flip(random, 0.7)}
-    target = random.choice((None, *names)) if is_model else None
-    out_types = None
-    if not is_model and flip(random, 0.4):
-        out_types = tuple(random.sample(names, random.randint(1, len(names))))
-    return {
-        "counts": counts,
-        "widths": widths,
-        "one_width": one_width,
-        "relations": draw_relations(random, names, way),
-        "learned": tuple(name for name in names if flip(random, 0.7)),
-        "grouped": tuple(name for name in names if way != "sampled" and flip(random, 0.3)),
-        "out_types": out_types,
-        "target": target or (names[0] if way == "sampled" else None),
-    }
+        c.options = {key: c.options[key] for key in OF_A_DENSE_MODEL if key in c.options}
+        c.options["router"] = None
 
 
 # Arguments of a call
@@ -201,7 +184,7 @@ class Given(NamedTuple):
         return sums / destination.bincount(minlength=num_dst).clamp(min=1)[:, None]
 
 
-def given_of(c: Config, seed: int, dtype: torch.dtype) -> Given:
+def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     """Fresh leaves of a seed."""
 
     def leaf(*shape: int, of: int) -> Tensor:
@@ -380,6 +363,12 @@ def check_experts(c: Config, module: Any, given: Given) -> Any:
     return module
 
 
+def reset(c: Config, module: Any, given: Given) -> None:
+    """Take the parameters of the start, and then others."""
+    module.reset_parameters()
+    Hetero().redraw(c, module)
+
+
 def data_of(c: Config, given: Given) -> HeteroData:
     """The graph; types without features have their number of nodes alone."""
     data = HeteroData()
@@ -416,35 +405,26 @@ class Hetero(Target):
     """Random relational layers and models."""
 
     name = "hetero"
-    share = 0.5
+    given_of = staticmethod(given_of)
     other_ways: ClassVar = {"inference": inference, "sampled": sampled}
-    own_before: ClassVar = {"reset_parameters": lambda c, module, _: Hetero().reset(c, module)}
+    own_before: ClassVar = {"reset_parameters": reset}
     own_after: ClassVar = {"prune": prune, "densify": densify, "expert": check_experts}
     reasons = (
         Reason("edge_index: got None", lambda c: drawing.of_router(c, "scope") == "neighbors"),
     )
 
     def draw(self, random: Random) -> Config:
-        way = random.choice(WAYS)
-        types = draw_types(random, way)
-        options = {} if way == "dense" else draw_routing(random, way)
-        if way not in ("dense", "layer"):
-            options |= draw_model(random, way)
-            if options["router"] is None:
-                options = {key: options[key] for key in options if key in OF_A_DENSE_MODEL}
-        embeds = len(types["widths"]) < len(types["counts"])
-        is_low = way == "layer" and flip(random, 0.15)
-        return Config(
-            seed=random.getrandbits(30),
-            way=way,
-            **types,
-            options=options,
-            is_numbered=way == "forward" and embeds and flip(random),
-            training=way in ("layer", "forward") and flip(random, 0.6),
-            before=steps.draw_before(random, "reset_parameters"),
-            after=random.choice((*steps.AFTER, "expert")),
-            low=random.choice(("float32", "bfloat16")) if is_low else "",
-        )
+        c = Config(seed=random.getrandbits(30), way=random.choice(WAYS))
+        draw_types(random, c)
+        draw_relations(random, c)
+        if c.way != "dense":
+            draw_options(random, c)
+        c.is_numbered = c.way == "forward" and len(c.widths) < len(c.counts) and flip(random)
+        c.training = c.way in ("layer", "forward") and flip(random, 0.6)
+        self.draw_steps(random, c, ())
+        if c.way == "layer" and flip(random, 0.15):
+            c.low = random.choice(("float32", "bfloat16"))
+        return c
 
     def traits(self, case: Config) -> Collection[str]:
         forms = (relation.form for relation in case.relations)
@@ -464,13 +444,6 @@ class Hetero(Target):
             options["router"] = None
         options |= {"target": case.target, "num_nodes_dict": case.number_of_all}
         return Call(HeteroGNNMoE, widths, HIDDEN, 2, metadata, **options)
-
-    def given_of(self, case: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
-        return given_of(case, seed, dtype)
-
-    def reset(self, case: Config, module: Any) -> None:
-        module.reset_parameters()
-        self.redraw(case, module)
 
     def check_start(self, case: Config) -> None:
         """Raise if a new module is not the dense one that the same seed draws."""

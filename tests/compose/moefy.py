@@ -9,7 +9,7 @@ Shapes: T tokens, D width, H hidden features, E experts, P pairs.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -68,29 +68,69 @@ class Named(nn.Linear):
     """A linear layer of a user's class that computes what ``nn.Linear`` does."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Config(Case):
     """A dense model, its input, and what both go through."""
 
-    width: int
-    hidden: int
-    gate: str
-    gate_is_second: bool
-    activation: str
-    calls_function: bool
-    input_norm: str
-    hidden_norm: str
-    biases: tuple[bool, bool, bool]
-    dropout: tuple[float, float]
-    order: tuple[int, ...]
+    width: int = 4
+    hidden: int = 5
+    gate: str = "none"
+    gate_is_second: bool = False
+    activation: str = "gelu"
+    calls_function: bool = False
+    input_norm: str = "none"
+    hidden_norm: str = "none"
+    biases: tuple[bool, bool, bool] = (True, True, True)
+    dropout: tuple[float, float] = (0.0, 0.0)
+    order: tuple[int, ...] = tuple(range(8))
     """In which the parts are registered."""
-    nested: bool
-    change: str
-    num_blocks: int
-    shape: tuple[int, ...]
+    nested: bool = False
+    change: str = "nothing"
+    num_blocks: int = 2
+    shape: tuple[int, ...] = (2, 5)
     """Of the tokens, without D."""
-    used_twice: bool
-    options: Mapping[str, Any]
+    used_twice: bool = False
+
+
+# Drawing
+
+
+def draw_mlp(random: Random, c: Config) -> None:
+    c.width = random.choice((4, 6))
+    c.hidden = random.choice((c.width, 5, 8))
+    c.gate, c.gate_is_second = random.choice(GATES), flip(random)
+    c.activation, c.calls_function = random.choice(list(ACTIVATIONS)), flip(random, 0.4)
+    c.input_norm = random.choice(("none", "none", *NORMS))
+    c.hidden_norm = random.choice(("none", "none", *NORMS))
+    c.biases = (flip(random, 0.7), flip(random, 0.7), flip(random, 0.7))
+    if not c.training:
+        c.dropout = (random.choice((0.0, 0.3)), random.choice((0.0, 0.3)))
+    c.order = tuple(random.sample(range(8), 8))
+    c.nested = flip(random, 0.3)
+
+
+def draw_options(random: Random, c: Config) -> None:
+    """The options of ``moefy``."""
+    start = random.choice((None, *drawing.STARTS, "copies"))
+    # A class of one's own is not saved.
+    named = [router for router in drawing.ROUTERS if isinstance(router, str)]
+    names = ("token_choice", "token_choice", *named)
+    # Before there are thresholds, a first call in evaluation is refused.
+    left_out = ("scope",) if c.training else ("scope", "inference")
+    c.options = drawing.draw_router(random, names, start, left_out=left_out)
+    c.options |= {"num_experts": EXPERTS, "start": start}
+    if c.options["router"] == "uniform":
+        c.options["k"] = EXPERTS
+    if start != "copies":
+        c.options["upcycle"] = flip(random, 0.7)
+    where = random.choice(("every", "blocks", "default"))
+    if where == "every":
+        c.options["every"] = random.randint(1, c.num_blocks)
+    elif where == "blocks":
+        count = random.randint(1, c.num_blocks)
+        c.options["blocks"] = random.sample(range(-c.num_blocks, 0), count)
+    if flip(random, 0.3):
+        c.options["targets"] = "*.mlp"
 
 
 # The dense model
@@ -317,65 +357,18 @@ class Moefy(Target):
     )
 
     def draw(self, random: Random) -> Config:
-        width, change = random.choice((4, 6)), random.choice(CHANGES)
-        num_blocks, training = random.randint(2, 4), flip(random, 0.3)
+        c = Config(seed=random.getrandbits(30), change=random.choice(CHANGES))
+        c.num_blocks, c.used_twice = random.randint(2, 4), flip(random, 0.15)
+        c.shape = random.choice(((2, 5), (1, 7), (3, 1), (2, 2, 3), (1, 3, 1)))
         # In training these two change from call to call.
-        training = training and change not in ("dropout as a function", "spectral norm")
-        rates = (0.0, 0.0) if training else (random.choice((0.0, 0.3)), random.choice((0.0, 0.3)))
-        left_out = {"deepcopy"} if change == "pruned" else set()  # torch refuses these itself
-        left_out |= {"pickle"} if change.endswith(" norm") else set()
-        return Config(
-            seed=random.getrandbits(30),
-            width=width,
-            hidden=random.choice((width, 5, 8)),
-            gate=random.choice(GATES),
-            gate_is_second=flip(random),
-            activation=random.choice(list(ACTIVATIONS)),
-            calls_function=flip(random, 0.4),
-            input_norm=random.choice(("none", "none", *NORMS)),
-            hidden_norm=random.choice(("none", "none", *NORMS)),
-            biases=(flip(random, 0.7), flip(random, 0.7), flip(random, 0.7)),
-            dropout=rates,
-            order=tuple(random.sample(range(8), 8)),
-            nested=flip(random, 0.3),
-            change=change,
-            num_blocks=num_blocks,
-            shape=random.choice(((2, 5), (1, 7), (3, 1), (2, 2, 3), (1, 3, 1))),
-            used_twice=flip(random, 0.15),
-            training=training,
-            options=self.draw_options(random, num_blocks, training),
-            before=steps.draw_before(random, left_out=left_out),
-            after=random.choice([step for step in steps.AFTER if step not in left_out]),
-        )
-
-    def draw_options(self, random: Random, num_blocks: int, training: bool) -> dict[str, Any]:
-        """The options of ``moefy``."""
-        start = random.choice((None, *drawing.STARTS, "copies"))
-        k = random.choice((1, 1, 2, EXPERTS))
-        # A class of one's own is not saved.
-        named = [router for router in drawing.ROUTERS if isinstance(router, str)]
-        names = ["token_choice", "token_choice", *named]
-        # Before there are thresholds, a first call in evaluation is refused.
-        left_out = ["scope"] if training else ["scope", "inference"]
-        router, kwargs = drawing.draw_router(random, names, start=start, k=k, left_out=left_out)
-        options: dict[str, Any] = {
-            "router": router,
-            "router_kwargs": kwargs,
-            "num_experts": EXPERTS,
-            "k": EXPERTS if router == "uniform" else k,
-            "start": start,
-            "backend": random.choice(drawing.BACKENDS),
-        }
-        if start != "copies":
-            options["upcycle"] = flip(random, 0.7)
-        where = random.choice(("every", "blocks", "default"))
-        if where == "every":
-            options["every"] = random.randint(1, num_blocks)
-        elif where == "blocks":
-            options["blocks"] = random.sample(range(-num_blocks, 0), random.randint(1, num_blocks))
-        if flip(random, 0.3):
-            options["targets"] = "*.mlp"
-        return options
+        changes = c.change in ("dropout as a function", "spectral norm")
+        c.training = not changes and flip(random, 0.3)
+        draw_mlp(random, c)
+        draw_options(random, c)
+        fails = {"deepcopy"} if c.change == "pruned" else set()  # torch refuses these itself
+        fails |= {"pickle"} if c.change.endswith(" norm") else set()
+        self.draw_steps(random, c, fails)
+        return c
 
     def traits(self, case: Config) -> Collection[str]:
         options = case.options

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from random import Random
 from typing import Any
 
 import torch
@@ -27,12 +26,6 @@ AFTER = (
     *("nothing", "deepcopy", "pickle", "state dict", "save", "fold", "unstack", "restack"),
     *("densify", "prune"),
 )
-
-
-def draw_before(random: Random, *own: str, left_out: Collection[str] = ()) -> tuple[str, ...]:
-    """Up to two steps: of all targets, and of one target alone."""
-    known = [step for step in (*BEFORE, *own) if step not in left_out]
-    return tuple(random.sample(known, random.choice((0, 1, 1, 2))))
 
 
 def in_mode(step: str, call: Callable[[], Any]) -> Any:

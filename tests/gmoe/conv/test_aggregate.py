@@ -1,6 +1,6 @@
 """The one aggregation that experts share is that of the conv itself.
 
-Experts are compared with PyG's convs in ``test_experts.py``, and composed in ``tests/compose.py``.
+Experts are compared with PyG's convs in ``test_experts.py``, and composed in ``tests/compose``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Filters and MLPs in the place of convs.
 
-``tests/compose.py`` compares experts of them with masked convs.
+``tests/compose`` compares experts of them with masked convs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whichever way the experts are run, the layer equals E separate PyG convs masked by the routing.
 
-``tests/compose.py`` draws kinds, options, graphs and routings at random; here is what it does not
+``tests/compose`` draws kinds, options, graphs and routings at random; here is what it does not
 draw.
 """
 

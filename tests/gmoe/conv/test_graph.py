@@ -1,6 +1,6 @@
 """The graph object: forms, flow, what it computes once and for which call, and what it refuses.
 
-Its order, loops, norms, parts and sums are compared in ``tests/compose.py``.
+Its order, loops, norms, parts and sums are compared in ``tests/compose``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Matrices of sums: their entries against dense ones.
 
-``tests/compose.py`` compares them within whole layers.
+``tests/compose`` compares them within whole layers.
 """
 
 from __future__ import annotations

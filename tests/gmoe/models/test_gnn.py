@@ -1,6 +1,6 @@
 """GNNMoE: its layers and routers, its inference, and dense GNNs turned into one.
 
-``tests/compose.py`` compares forward, inference and sampled batches with a composition of masked
+``tests/compose`` compares forward, inference and sampled batches with a composition of masked
 layers.
 """
 
