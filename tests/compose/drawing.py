@@ -6,11 +6,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gmoe import Router, Routing
+from tests.gmoe.conv import masked as ref
 
 EXPERTS = 3
+SPARSE = ("coo", "csr")
 BACKENDS = ("auto", "auto", "grouped", "padded", "loop")
 STARTS = ("shared", "plain", "copies")
 
@@ -26,6 +29,17 @@ def some(random: Random, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]
 
 def without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names}
+
+
+def in_form(form: str, edges: Tensor, size: tuple[int, int], value: Tensor | None = None) -> Any:
+    """Edges as a call may get them; the values are those of a sparse matrix."""
+    make: Any = (lambda edges, _: edges) if form == "plain" else ref.FORMS[form]
+    return make(edges, size, value) if form in SPARSE else make(edges, size)
+
+
+def groups_of(num_nodes: int) -> Tensor:
+    """A ``batch`` of three graphs in no order, whose numbers leave some out."""
+    return torch.arange(num_nodes) * 7 % 3 * 2
 
 
 class Sigmoids(Router):

@@ -148,7 +148,7 @@ class Target:
     own_after: ClassVar[Mapping[str, Callable[[Any, Any, Any], Any]]] = {}
 
     def draw(self, random: Random) -> Any:
-        """A case, a frozen dataclass that holds the fields of :class:`Case`."""
+        """A case, a :class:`Case` of the target."""
         raise NotImplementedError
 
     def traits(self, case: Any) -> Iterable[str]:
@@ -171,8 +171,9 @@ class Target:
         """The same by definition, from the module's own parts."""
         raise NotImplementedError
 
-    def check_start(self, case: Any) -> None:
-        """Raise if a new module is not what it should start as."""
+    def dense(self, case: Any) -> Any:
+        """The dense module that a new one should start as, by the same seed; if there is one."""
+        return None
 
     def change(self, given: Any) -> Any:
         """The arguments after their features changed in place."""
@@ -272,6 +273,19 @@ class Target:
         if case.way in self.other_ways or case.after != "nothing":
             with torch.no_grad():
                 self.check_same_after(case, module.eval(), given)
+
+    def check_start(self, case: Any) -> None:
+        """Raise if a new module is not the dense one that it replaces."""
+        start = case.options.get("start")
+        torch.manual_seed(case.seed)
+        dense = None if start == "plain" else self.dense(case)
+        if dense is None:
+            return
+        module, given = self.build(case), self.given_of(case, case.seed)
+        ours, theirs = (self.seeded(self.call, case, one, given) for one in (module, dense))
+        if start == "copies" and any(one.dropped_T is not None for one in ours.routings):
+            raise AssertionError("copies that drop tokens were not refused")
+        require_equal("the start", ours.detached, theirs.detached, self.tolerance)
 
     def check_same_after(self, case: Any, module: Any, given: Any) -> None:
         """Raise if another way gives another output, or if what comes after changes it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.kinds import by_name, class_of, kind_of, of_pyg
 from tests.compose import drawing, steps
 from tests.compose.calls import Call
-from tests.compose.drawing import EXPERTS, Reason, flip, some, without
+from tests.compose.drawing import EXPERTS, SPARSE, Reason, flip, some, without
 from tests.compose.frame import Case, Output, Target
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
@@ -41,7 +41,7 @@ for name in ("sage", "graph", "gin"):
     by_name()[name](1, 1)
 
 WIDTH, EDGE_DIM = 4, 3
-FLAGS, SPARSE = (False, True), ("coo", "csr")
+FLAGS = (False, True)
 PLAIN = ("plain", "int32", "not contiguous")
 WAYS = (*("layer",) * 20, "forward", "forward", "inference", "sampled", "disk")
 HEADS = {"heads": (1, 2), "concat": FLAGS, "bias": FLAGS}
@@ -406,17 +406,14 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
 
     edges = edges_of(c, seed)
     number, width = edges.size(1), c.edge_dim or 1
-    adj: Any
-    if c.form in SPARSE:
+    value = None
+    if c.is_sparse:
         value = leaf(number, *((width,) if c.values == "rows" else ())).abs() + 0.1
         value = torch.ones_like(value) if c.values == "ones" else value
-        make: Callable[..., Any] = ref.FORMS[c.form]
-        adj, plain = (
-            make(edges, c.sizes, value),
-            ref.csr(edges, c.sizes, value),
-        )  # PyG writes to coo
+    adj = drawing.in_form(c.form, edges, c.sizes, value)
+    if c.is_sparse:
+        plain = ref.csr(edges, c.sizes, value)  # PyG writes to coo
     else:
-        adj = edges if c.form == "plain" else ref.FORMS[c.form](edges, c.sizes)
         plain = (adj.as_tensor() if c.form.startswith("Edge") else adj).long()
     every = {"edge_weight": leaf(number).abs() + 0.1, "edge_attr": leaf(number, width)}
     args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
@@ -439,7 +436,7 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         adj=adj,
         plain=plain,
         args=args,
-        batch=torch.arange(c.sizes[1]) * 7 % 3 * 2 if takes_batch else None,
+        batch=drawing.groups_of(c.sizes[1]) if takes_batch else None,
         weight_TE=None if weight_TE is None else weight_TE.requires_grad_(),
     )
 

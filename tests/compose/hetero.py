@@ -8,7 +8,7 @@ Shapes: N nodes of a type, M edges of a relation, D and O width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar, NamedTuple
@@ -24,7 +24,7 @@ from gmoe import Graph, HeteroGNNMoE, HeteroMoEConv, RelationalConv, Routing
 from gmoe.conv.base import GAIN_SCALE
 from tests.compose import drawing, steps
 from tests.compose.calls import Call
-from tests.compose.drawing import EXPERTS, Reason, flip, some
+from tests.compose.drawing import EXPERTS, SPARSE, Reason, flip, some
 from tests.compose.frame import Case, Output, Target, require_equal
 from tests.gmoe.conv import masked as ref
 
@@ -37,7 +37,6 @@ NAMES = ("paper", "author", "a.b", "type", "two words", "keys")
 OF_A_DENSE_MODEL = ("num_layers", "norm", "residual", "act", "router")
 """The options of a model that its dense baseline has, too."""
 WAYS = ("dense", *("layer",) * 4, *("forward",) * 2, *("inference",) * 2, "sampled")
-SPARSE = ("coo", "csr")
 FORMS = (*("plain",) * 6, *ref.FORMS, "absent")
 
 
@@ -200,17 +199,14 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
             continue
         size = (c.counts[name[0]], c.counts[name[-1]])
         edges = ref.random_graph(*size, num_edges if min(size) else 0, seed + i)
-        adj: Any = edges
+        value = None
         if form in SPARSE:
             edges = edges.unique(dim=1)
             # Sorted as a matrix holds them
             edges = edges[:, (edges[1] * max(size[0], 1) + edges[0]).argsort()]
-            value = leaf(edges.size(1), of=50 + i).abs() + 0.1
-            values[name] = value.requires_grad_(learned)
-            make: Callable[..., Any] = ref.FORMS[form]
-            adj = make(edges, size, value)
-        elif form != "plain":
-            adj = ref.FORMS[form](edges, size)
+            value = (leaf(edges.size(1), of=50 + i).abs() + 0.1).requires_grad_(learned)
+            values[name] = value
+        adj = drawing.in_form(form, edges, size, value)
         ends[name] = edges
         if in_graph:
             adj = Graph(adj, size, x=x_dict.get(name[0]) if "x" in in_graph else None)
@@ -223,7 +219,7 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     return Given(
         x_dict=x_dict,
         edge_index_dict={name: edge_index_dict[name] for name in order},
-        batch_dict={name: torch.arange(c.counts[name]) * 7 % 3 * 2 for name in c.grouped} or None,
+        batch_dict={name: drawing.groups_of(c.counts[name]) for name in c.grouped} or None,
         n_id_dict={name: numbers[name][: c.counts[name]] for name in numbers}
         if c.is_numbered
         else None,
@@ -445,19 +441,9 @@ class Hetero(Target):
         options |= {"target": case.target, "num_nodes_dict": case.number_of_all}
         return Call(HeteroGNNMoE, widths, HIDDEN, 2, metadata, **options)
 
-    def check_start(self, case: Config) -> None:
-        """Raise if a new module is not the dense one that the same seed draws."""
-        module, start = self.build(case), case.options.get("start")
-        if start == "plain" or not has_experts(module):
-            return
-        given = self.given_of(case, case.seed)
-        torch.manual_seed(case.seed)
-        dense = self.module_of(case, dense=True).made()
-        ours, theirs = (self.seeded(self.call, case, part, given) for part in (module, dense))
-        dropped = any(routing.dropped_T is not None for routing in ours.routings)
-        if start == "copies" and dropped:
-            raise AssertionError("copies that drop tokens were not refused")
-        require_equal("the start", ours.detached, theirs.detached, self.tolerance)
+    def dense(self, case: Config) -> Any:
+        is_dense = case.way == "dense" or case.options["router"] is None
+        return None if is_dense else self.module_of(case, dense=True).made()
 
     def call(self, case: Config, module: Any, given: Given) -> Output:
         if isinstance(module, RelationalConv):
