@@ -102,7 +102,9 @@ def test_a_raw_error_fails_and_a_refusal_needs_a_reason(
 def test_a_printed_case_can_be_pasted(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     """It is the same case and the same module, and runs to the same outcome."""
     number = next(number for number in range(9) if target.run(target.of(number)).kind == "equal")
-    case, script, pasted = target.of(number), target.show(number), dict[str, Any]()
+    case = target.of(number)
+    script = target.show(number)
+    pasted = dict[str, Any]()
     with default_float64():
         expected = target.build(case).state_dict()
         exec(script, pasted)

@@ -27,7 +27,8 @@ KINDS = ("equal", "refused", "failed")
 
 def run_range(target: Target, numbers: range) -> int:
     """Print the failures, and what came of each trait; how many numbers failed."""
-    counts, failures = Counter[tuple[str, str]](), list[int]()
+    counts = Counter[tuple[str, str]]()
+    failures = list[int]()
     begin = time.perf_counter()
     for done, number in enumerate(numbers, 1):
         case = target.of(number)
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str]) -> int:
     """Print a number, or run a range; 1 if some number failed."""
     torch.set_num_threads(1)
     name, *numbers = arguments if arguments[0] in TARGETS else ("graphs", *arguments)
-    target, (first, *last) = TARGETS[name], map(int, numbers)
+    target = TARGETS[name]
+    (first, *last) = map(int, numbers)
     if not last:
         print(target.show(first))
         return int(target.run(target.of(first)).kind == "failed")

@@ -13,7 +13,9 @@ class Call:
     """A function and its arguments, some of which may be calls."""
 
     def __init__(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
-        self.function, self.args, self.options = function, args, options
+        self.function = function
+        self.args = args
+        self.options = options
 
     def made(self) -> Any:
         """What the call gives, each time anew."""
@@ -38,7 +40,8 @@ def source(value: Any) -> str:
 
 def script_of(target: Any, case: Any, module: Call) -> str:
     """Python that makes the module as gmoe is called, and that runs the case again."""
-    drawn, homes = source(case), sorted({type(case).__module__, type(target).__module__})
+    drawn = source(case)
+    homes = sorted({type(case).__module__, type(target).__module__})
     return "\n".join(
         [
             "import functools, gmoe, tests.compose.drawing, torch, torch_geometric",

@@ -53,8 +53,10 @@ class Compiled(Graphs):
     def compute(self, case: Config) -> None:
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # or it tells of each break
         module = self.ready(case)
+        # Two modules, since each step moves the counters.
         twin = copy.deepcopy(module)
         expected = self.steps(case, module, module)
+        # Else a limit of recompilations ends in eager code, which equals itself.
         torch.compiler.reset()
         try:
             found = self.steps(case, twin, torch.compile(twin, backend=BACKEND))

@@ -106,14 +106,17 @@ def draw_router(
         left_out: options that mean nothing here.
         misfits: how many are drawn that gmoe should refuse.
     """
-    k, may_misfit = random.randint(1, most), flip(random, misfits)
+    k = random.randint(1, most)
+    may_misfit = flip(random, misfits)
     as_copies = start == "copies" and not may_misfit
     if as_copies:
         names = [name for name in OF_TOKENS if name in names] + [None] * (None in names)
     router = random.choice(names)
     options = without(some(random, ROUTERS.get(router, {})), *left_out)
     if options.get("balance") == "importance_load":
+        # The loss of the load needs noise.
         options["noise"] = True
+    # These have one rule for weights.
     has_weight = router not in ("uniform", Sigmoids, None)
     if has_weight and flip(random):
         fits = k > 1 or may_misfit
@@ -140,6 +143,7 @@ def top_p(options: Mapping[str, Any], as_copies: bool, may_misfit: bool) -> dict
     if may_misfit:
         return found
     if found.get("balance") == "importance_load":
+        # gmoe refuses importance_load beside it.
         found["balance"] = "switch"
     if as_copies:
         found["weight"] = "normalized"

@@ -65,6 +65,7 @@ def require_equal(
     """
     assert ours.keys() == theirs.keys(), f"{what}: {sorted(ours)} and {sorted(theirs)}"
     for name, expected in theirs.items():
+        # What an option leaves unused has no gradient in the definition.
         if expected is None:
             continue
         shapes = (tuple(ours[name].shape), tuple(expected.shape))
@@ -74,6 +75,7 @@ def require_equal(
             continue
         scale = float(expected.abs().max().clamp(min=1))
         difference = float((ours[name] - expected).abs().max()) / scale
+        # Not greater than: NaN is neither.
         if not difference <= tolerance:
             raise DifferentError(f"{what}, {name}: differs by {difference:.1e}")
 
@@ -98,6 +100,7 @@ class Case:
 
     def __repr__(self) -> str:
         """The case as a call, without what is as by default."""
+        # Values that hold tensors have no equality of their own.
         default = type(self)(seed=self.seed)
         drawn = {one.name: getattr(self, one.name) for one in fields(self)}
         is_drawn = [name for name in drawn if repr(drawn[name]) != repr(getattr(default, name))]
@@ -119,6 +122,7 @@ class Output(NamedTuple):
     def backward(self, retain_graph: bool = False) -> None:
         """Of a sum of all outputs, each with a factor of its own, and of all losses of routers."""
         terms = [(y * ref.features(*y.shape, seed=5)).sum() for y in self.y.values()]
+        # Of routers, too: a gradient that only a loss has would go unseen.
         loss = torch.stack([*terms, *(routing.aux_loss for routing in self.routings)]).sum()
         if loss.requires_grad:
             loss.backward(retain_graph=retain_graph)
@@ -225,7 +229,9 @@ class Target:
                 nn.init.uniform_(value, 0.5, 2.0, generator=generator)
             elif value.is_floating_point() and not leaf.startswith("avg_deg"):  # of PNA's graphs
                 of_experts = re.search(r"(^|\.)experts\.", name)
+                # Experts differ most, so that a token in the wrong one is seen.
                 std = 0.4 if of_experts else 0.3 if isinstance(value, nn.Parameter) else 0.2
+                # Low thresholds: most tokens pass, and some do not.
                 mean = -1.0 if leaf.endswith("threshold_E") else 0.0
                 nn.init.normal_(value, mean, std, generator)
 
@@ -254,7 +260,8 @@ class Target:
     def compute(self, case: Any) -> None:
         """Raise what is wrong with a case."""
         self.check_start(case)
-        module, given = self.ready(case), self.given_of(case, case.seed)
+        module = self.ready(case)
+        given = self.given_of(case, case.seed)
         theirs = self.given_of(case, case.seed)
         # A new module that takes the state alone: nothing that the other keeps can reach it.
         twin = self.ready(case)
@@ -263,6 +270,7 @@ class Target:
                 module, given = self.go_through(case, module, given, step)
             twin.load_state_dict(module.state_dict())
             ours = self.found(case, module, given, self.seeded(self.call, case, module, given))
+        # The definition sees what the module sees: the features as they are now.
         if "x changed in place" in case.before:
             theirs = self.change(theirs)
         defined = self.seeded(self.define, case, twin, theirs)
@@ -281,7 +289,8 @@ class Target:
         dense = None if start == "plain" else self.dense(case)
         if dense is None:
             return
-        module, given = self.build(case), self.given_of(case, case.seed)
+        module = self.build(case)
+        given = self.given_of(case, case.seed)
         ours, theirs = (self.seeded(self.call, case, one, given) for one in (module, dense))
         if start == "copies" and any(one.dropped_T is not None for one in ours.routings):
             raise AssertionError("copies that drop tokens were not refused")
@@ -293,6 +302,7 @@ class Target:
         if case.way in self.other_ways:
             y = self.other_ways[case.way](case, module, given)
             require_equal(case.way, y, last, self.tolerance)
+        # A file or a fresh build may come back in training mode.
         module = self.go_on(case, module, given).eval()
         y = self.seeded(self.call, case, module, given).y
         require_equal(f"after {case.after}", y, last, self.tolerance)
@@ -307,6 +317,7 @@ class Target:
             if step == "step":
                 output.backward(retain_graph=self.has_shared_graph(given))
         module = COPIES[step](module) if step in COPIES else module
+        # After the copy: it has to follow, too.
         given = self.change(given) if step == "x changed in place" else given
         zero_gradients(module, given.leaves.values())
         return module, given
@@ -327,10 +338,12 @@ class Target:
         found = []
         for dtype in (torch.float32, torch.float64):
             torch.set_default_dtype(dtype)  # of what PyG makes; :meth:`run` sets it back
+            # A copy, since the module goes on in float64 afterwards.
             copied = COPIES["deepcopy"](module).to(dtype)
             weights = [routing.to_dense().detach().to(dtype) for routing in routings]
             given = self.given_of(case, case.seed, dtype)
             given = self.with_routings(copied, given, [w.requires_grad_() for w in weights])
+            # Both run in the same routing: a choice between two experts may turn in low precision.
             is_half = case.low == "bfloat16" and dtype == torch.float32
             with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
                 output = self.seeded(self.call, case, copied, given)
@@ -356,6 +369,7 @@ class Target:
                 self.compute(case)
             except Exception as error:
                 text = str(error)
+                # A KeyError in the right words would still be an accident.
                 is_own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
                 is_own &= OWN_WORDS.match(text) is not None
                 kind = "refused" if is_own and self.may_refuse(case, text) else "failed"

@@ -40,7 +40,8 @@ from tests.gmoe.data.stored_files import store
 for name in ("sage", "graph", "gin"):
     by_name()[name](1, 1)
 
-WIDTH, EDGE_DIM = 4, 3
+WIDTH = 4
+EDGE_DIM = 3
 FLAGS = (False, True)
 PLAIN = ("plain", "int32", "not contiguous")
 WAYS = (*("layer",) * 20, "forward", "forward", "inference", "sampled", "disk")
@@ -204,10 +205,12 @@ def draw_graph(random: Random, c: Config) -> None:
     if c.is_sparse:  # else PyG fails to make loops of a matrix's values
         c.sizes = (max(c.sizes), min(c.sizes))
     c.graph = "simple" if is_simple else "random"
+    # Samplers and matrices of PyG need an edge.
     c.edges = random.choice((5, 20, 30) if is_simple else (0, 5, 20, 30))
     if not c.two and not is_simple and flip(random, 0.35):
         c.graph = random.choice(list(ref.GRAPHS))
-        c.sizes, c.edges = (ref.GRAPHS[c.graph][0],) * 2, ref.GRAPHS[c.graph][1].size(1)
+        c.sizes = (ref.GRAPHS[c.graph][0],) * 2
+        c.edges = ref.GRAPHS[c.graph][1].size(1)
     c.alone = c.two and flip(random, 0.3)
 
 
@@ -216,17 +219,22 @@ def draw_kind(random: Random, name: str, c: Config, alike: bool) -> Kind:
     spec = KINDS[name]
     kind = Kind(name, some(random, spec.options) | FIXED.get(name, {}))
     if name == "gcn" and flip(random, 0.1):
+        # PyG adds loops where it normalizes alone.
         kind.options.update(normalize=False, add_self_loops=False)
+    # Concatenated heads are wider than asked for.
     if "concat" in spec.options and alike:
         kind.options["concat"] = False
+    # Without edge_dim, GINE wants features of the width of the nodes.
     takes_features = spec.edges == "edge_attr" and c.edge_dim is not None
     if takes_features and (name != "gine" or c.edge_dim == EDGE_DIM):
         kind.options[spec.dim] = c.edge_dim
     if spec.options.get("residual") and c.edge_dim is not None:
-        numbers, reductions = (0.5, 2.0), ("mean", "max", "add", 0.5)
+        numbers = (0.5, 2.0)
+        reductions = ("mean", "max", "add", 0.5)
         # Of few sources, PyG fails to reduce
         fills = numbers if c.sizes[0] < c.sizes[1] else reductions
         kind.options["fill_value"] = random.choice(fills)
+    # Matrices have one flow, and so do samplers and files.
     may_turn = c.form in PLAIN and not c.two and not c.by_parts and of_pyg(kind.conv)
     if may_turn and flip(random, 0.1):
         kind.options["flow"] = "target_to_source"
@@ -235,7 +243,8 @@ def draw_kind(random: Random, name: str, c: Config, alike: bool) -> Kind:
 
 def fits(name: str, c: Config) -> bool:
     """True if a kind takes what else is drawn."""
-    spec, has_features = KINDS[name], c.edge_dim is not None
+    spec = KINDS[name]
+    has_features = c.edge_dim is not None
     if c.is_sparse and not (spec.sparse and (not has_features or "heads" in spec.options)):
         return False  # rows of values, which attention takes
     if c.two and not spec.two:
@@ -256,14 +265,17 @@ def draw_kinds(random: Random, c: Config) -> None:
     """
     has_features = c.way != "disk" and flip(random)
     c.edge_dim = random.choice((EDGE_DIM, EDGE_DIM, WIDTH)) if has_features else None
+    # Stacked kinds have most of the code; the rest run one by one.
     pool = [name for name in (OFTEN if flip(random, 0.7) else KINDS) if fits(name, c)]
     names = random.choices(pool or ["gat"], k=random.choice((1, 1, 2, 3)))
     several = len(names) > 1
     c.partials = several or names == ["mlp"] or flip(random)
     alike = several or (c.way != "layer" and c.partials)
     c.kinds = tuple(draw_kind(random, name, c, alike) for name in names)
+    # Different convs are no copies of one.
     c.start = random.choice(("shared", "shared", "plain", *([] if several else ["copies"])))
     width = random.choice((WIDTH, WIDTH, 9))
+    # One map for both ends needs one width.
     is_same = any(kind.spec.two == "one" or kind.options.get("share_weights") for kind in c.kinds)
     of_destinations = 6 if c.two and not is_same else width
     if not any(kind.name in OF_ONE_WIDTH for kind in c.kinds):
@@ -273,6 +285,7 @@ def draw_kinds(random: Random, c: Config) -> None:
 def draw_edge_args(random: Random, c: Config) -> None:
     """Which edge arguments there are, where they are given, and which need gradients."""
     takes = {kind.spec.edges for kind in c.kinds}
+    # A matrix holds its weights; StoredGraph has none.
     takes = set() if c.is_sparse or c.way == "disk" else takes
     if "edge_weight" in takes and flip(random, 0.7):
         c.edge_args += ("edge_weight",)
@@ -293,6 +306,7 @@ def draw_options(random: Random, c: Config) -> None:
     several = len(c.kinds) > 1
     names = drawing.OF_TOKENS if c.by_parts else ("token_choice", *drawing.ROUTERS)
     names = (*names, None) if c.way == "layer" else names
+    # Groups and neighbors are those of one whole set of nodes.
     left_out = ("scope", "choice") if c.two or c.by_parts else ()
     most = len(c.kinds) if several else EXPERTS
     c.options = drawing.draw_router(random, names, c.start, most, left_out, misfits=0.0)
@@ -300,10 +314,12 @@ def draw_options(random: Random, c: Config) -> None:
     c.options |= {"router_input": sees or ("node",), "start": c.start}
     if c.way == "layer":
         keeps_width = any(kind.name in OF_ONE_WIDTH for kind in c.kinds)
+        # A map before the experts would not be the dense conv's.
         maps = not keeps_width and c.start != "copies"
         c.options["shared_transform"] = maps and flip(random, 0.15)
     else:
         draw_model(random, c)
+    # Where a conv looks further, local=True would be a lie.
     if all(kind_of(kind.conv).is_local and of_pyg(kind.conv) for kind in c.kinds):
         both = c.way in ("layer", "forward")
         c.options |= some(random, {"local": FLAGS if both else (True,)})
@@ -320,6 +336,7 @@ def draw_model(random: Random, c: Config) -> None:
     if not c.by_parts:
         norms += [{"norm": "graph_norm"}, {"norm": "layer_norm"}]
     choices = {"residual": ("none", "linear"), "act": ("elu",)}
+    # Of one or two layers, no second one is left to choose.
     deep = {"every": (2,)} if layers > 2 else {}
     c.options["num_layers"] = layers
     c.options["jk"] = "last" if layers == 1 else random.choice(jks)
@@ -335,7 +352,8 @@ def default_start(c: Config) -> str | None:
     """
     if c.way == "layer" or not c.options["shared_router"]:
         return "shared"
-    router, kwargs = c.options["router"], c.options["router_kwargs"]
+    router = c.options["router"]
+    kwargs = c.options["router_kwargs"]
     tokens_choose = {
         "token_choice": "capacity_factor" not in kwargs,
         "multi_centroid": kwargs.get("choice") != "experts",
@@ -353,7 +371,8 @@ def default_start(c: Config) -> str | None:
 
 def leave_to_defaults(random: Random, c: Config) -> None:
     """Say some options by the default, where that means what was drawn."""
-    is_copies, options = c.start == "copies", c.options
+    is_copies = c.start == "copies"
+    options = c.options
     says_start = c.start != default_start(c) or flip(random, 0.4)
     if not says_start:
         options["start"] = None
@@ -394,6 +413,7 @@ def edges_of(c: Config, seed: int) -> Tensor:
     edges = edges.unique(dim=1)
     # PyG adds to a matrix's loops between two sets
     edges = edges[:, edges[0] != edges[1]] if c.two else edges
+    # Sorted edges would hide who relies on their order.
     order = torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(seed))
     return edges[:, order]
 
@@ -405,7 +425,8 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         return ref.features(*shape, seed=of).float().to(dtype)
 
     edges = edges_of(c, seed)
-    number, width = edges.size(1), c.edge_dim or 1
+    number = edges.size(1)
+    width = c.edge_dim or 1
     value = None
     if c.is_sparse:
         value = leaf(number, *((width,) if c.values == "rows" else ())).abs() + 0.1
@@ -429,7 +450,8 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     weight_TE = None
     if c.options["router"] is None:
         # All tokens have all experts, some have some, or none has any
-        least, shape = Random(seed).choice((0.0, 0.7, 0.7, 9.0)), (c.sizes[1], c.num_experts)
+        least = Random(seed).choice((0.0, 0.7, 0.7, 9.0))
+        shape = (c.sizes[1], c.num_experts)
         weight_TE = leaf(*shape, of=3) * (leaf(*shape, of=4).abs() < least)
     return Given(
         x=(x_src, None if c.alone else x_dst if c.two else x_src),
@@ -449,6 +471,7 @@ def call(c: Config, module: Any, given: Given) -> Output:
     if given.weight_TE is not None:
         options["routing"] = ref.routing_of(given.weight_TE)
     x = given.x if c.two else given.x[0]
+    # PyG's convs take their edge argument by position, too.
     first = [options.pop(name, None) for name in given.args] if c.positional else []
     y, found = module(x, given.adj, *first, **options, batch=given.batch, return_routing=True)
     return Output({"y": y}, [found] if isinstance(found, Routing) else found)
@@ -464,9 +487,11 @@ def define_layer(
     adj = given.plain
     convs = [layer.experts.expert(index) for index in range(layer.num_experts)]
     always = [] if layer.shared_expert is None else [layer.shared_expert.expert(0)]
-    args, u = {**given.args, **({"size": c.sizes} if c.alone else {})}, x
+    args = {**given.args, **({"size": c.sizes} if c.alone else {})}
+    u = x
     if layer.transform is not None:
         pair = x if isinstance(x, tuple) else (x, x)
+        # Destinations without features are mapped from zeros.
         x_dst = pair[0].new_zeros(c.sizes[1], c.widths[1]) if pair[1] is None else pair[1]
         u_dst = layer.transform[-1](x_dst)
         u = (layer.transform[0](pair[0]), u_dst) if isinstance(x, tuple) else u_dst
@@ -479,8 +504,10 @@ def define_layer(
 
 def define_model(model: GNNMoE, c: Config, given: Given) -> Output:
     """Layer by layer of its own parts."""
-    x, convs = given.x[0], {}
-    decision, graph = None, Graph(given.plain, x.size(0), flow=model.flow)
+    x = given.x[0]
+    convs = {}
+    decision = None
+    graph = Graph(given.plain, x.size(0), flow=model.flow)
     if model.shared_router is not None:
         router_input = model.shared_router_input(x, graph)
         decision = model.shared_router(router_input, given.batch, graph.edge_index)
@@ -540,11 +567,13 @@ def nan_token(c: Config, module: Any, given: Given) -> None:
     """
     before = {key: value.clone() for key, value in module.named_buffers()}
     x = given.x[0].detach().clone()
+    # The last node, which has no out-edges in a random graph.
     x[-1] = torch.nan
     x_dst = x if given.x[1] is given.x[0] else given.x[1]
     torch.manual_seed(c.seed)
     routing = call(c, module, given._replace(x=(x, x_dst))).routings[0]
-    options, seen = c.options["router_kwargs"], c.options["router_input"]
+    options = c.options["router_kwargs"]
+    seen = c.options["router_input"]
     if c.way != "layer" or c.two or "node" not in seen:
         return
     for key, value in module.named_buffers():
@@ -563,7 +592,8 @@ def other_edge_arguments(c: Config, module: Any, given: Given) -> None:
     if not given.args or not c.in_graph:
         return
     args = {key: value.detach() * 1.5 for key, value in given.args.items()}
-    weight, attr = args.get("edge_weight"), args.get("edge_attr")
+    weight = args.get("edge_weight")
+    attr = args.get("edge_attr")
     sizes = given.adj.num_src, given.adj.num_rows
     graph = given.adj.fitting(sizes, given.adj.flow, weight, attr)
     torch.manual_seed(c.seed)
@@ -589,9 +619,11 @@ def inference(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
 def sampled(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
     """With all neighbors of so many hops that the degrees of all that count are whole."""
     data = Data(x=given.x[0], edge_index=given.adj, **given.args)
-    found, hops = [], [-1] * (3 * model.num_layers + 3)
+    found = []
+    hops = [-1] * (3 * model.num_layers + 3)
     for part in neighbor_loader(data, hops, batch_size=c.batch, backend="gmoe"):
         own: Any = {key: part[key] for key in given.args}
+        # PyG's trimming of layers, which takes one edge argument at most.
         if c.seed % 2 and len(own) < 2:
             own["num_sampled_nodes_per_hop"] = part.num_sampled_nodes
             own["num_sampled_edges_per_hop"] = part.num_sampled_edges
@@ -686,6 +718,7 @@ class Graphs(Target):
 
     def redraw(self, case: Config, module: nn.Module) -> None:
         """Reset all parameters first."""
+        # What a reset leaves out stays NaN, and is seen.
         for parameter in module.double().parameters():
             nn.init.constant_(parameter, torch.nan)
         module.reset_parameters()

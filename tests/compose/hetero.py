@@ -98,12 +98,15 @@ class Config(Case):
 def draw_types(random: Random, c: Config) -> None:
     """The types of nodes, their features, and what is computed."""
     names = random.sample(NAMES, random.randint(1, 4))
+    # A sampler starts from a node.
     few = 1 if c.way == "sampled" else 0
     c.counts = {name: max(random.choice((0, 1, 2, 5, 9)), few) for name in names}
-    c.one_width, width = flip(random, 0.3), random.choice((3, 4, 8))
+    c.one_width = flip(random, 0.3)
+    width = random.choice((3, 4, 8))
     c.widths = {name: width if c.one_width else random.choice((2, 3, 4, 8)) for name in names}
     if c.is_model:
         c.target = random.choice((None, *names)) or (names[0] if c.way == "sampled" else None)
+        # A model embeds types without features; one number is the width of all.
         embeds = 0.0 if c.one_width else 0.3
         c.widths = {name: size for name, size in c.widths.items() if not flip(random, embeds)}
     elif flip(random, 0.4):
@@ -114,7 +117,8 @@ def draw_types(random: Random, c: Config) -> None:
 
 def draw_relations(random: Random, c: Config) -> None:
     """Up to six edge types; of a mini-batch and of chunks, edges are plain."""
-    is_plain, names = c.way in ("sampled", "inference"), list(c.counts)
+    is_plain = c.way in ("sampled", "inference")
+    names = list(c.counts)
     found: dict[EdgeType, Relation] = {}
     for _ in range(random.randint(0, 6)):
         verb = random.choice(("to", "cites", "to.from"))
@@ -141,12 +145,14 @@ def draw_options(random: Random, c: Config) -> None:
     if not c.is_model:
         return
     norms = [None, None, "by node"]
+    # Norms over all nodes differ in a mini-batch.
     norms += [] if c.way == "sampled" else ["layer_norm", "graph_norm", "batch_norm"]
     layers = random.choice((2, 2, 3, 4))
     c.options |= {"num_layers": layers, "norm": random.choice(norms)}
     c.options |= some(random, {"residual": ("none", "linear"), "act": ("elu", None)})
     if layers == 4 and flip(random):
         c.options["every"] = 2
+    # A dense model of the same class.
     if flip(random, 0.1):
         c.options = {key: c.options[key] for key in OF_A_DENSE_MODEL if key in c.options}
         c.options["router"] = None
@@ -176,7 +182,8 @@ class Given(NamedTuple):
     def mean_matrix(self, relation: EdgeType) -> Tensor:
         """(N_dst, N_src): the product with features is their mean, weighed by the values."""
         source, destination = self.ends[relation]
-        num_src, num_dst = self.counts[relation[0]], self.counts[relation[-1]]
+        num_src = self.counts[relation[0]]
+        num_dst = self.counts[relation[-1]]
         values = self.values.get(relation, torch.ones(len(source), dtype=torch.float64))
         sums = torch.zeros(num_dst, num_src, dtype=torch.float64)
         sums = sums.index_put((destination, source), values, accumulate=True)
@@ -193,7 +200,9 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         name: leaf(c.counts[name], width, of=i).requires_grad_(name in c.learned)
         for i, (name, width) in enumerate(c.widths.items())
     }
-    edge_index_dict, values, ends = {}, {}, {}
+    edge_index_dict = {}
+    values = {}
+    ends = {}
     for i, (name, form, num_edges, in_graph, learned) in enumerate(c.relations):
         if form == "absent":
             continue
@@ -211,6 +220,7 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         if in_graph:
             adj = Graph(adj, size, x=x_dict.get(name[0]) if "x" in in_graph else None)
         edge_index_dict[name] = adj
+    # The order of a dictionary means nothing.
     order = Random(seed).sample(sorted(edge_index_dict), len(edge_index_dict))
     numbers = {
         name: torch.randperm(number, generator=torch.Generator().manual_seed(seed))
@@ -264,7 +274,8 @@ def layer_out(
     """The output of each type, and the routings of a mixture."""
     if isinstance(conv, RelationalConv):
         return {name: dense_out(conv, name, h, given, None) for name in types}, {}
-    out, routings = {}, {}
+    out = {}
+    routings = {}
     for name in types:
         batch = (given.batch_dict or {}).get(name)
         routings[name] = conv.routers[name](h[name], batch)
@@ -348,6 +359,7 @@ def check_experts(c: Config, module: Any, given: Given) -> Any:
     """Raise if ``expert()`` is another dense layer than the one in the stack."""
     if not isinstance(module, HeteroMoEConv):
         return module
+    # A shared expert is added once, not by each.
     factor = 1.0 if module.gain is None else GAIN_SCALE * module.gain
     for e in range(module.num_experts):
         y_dict = module.expert(e)(given.x_dict, given.edge_index_dict)
@@ -388,10 +400,13 @@ def inference(c: Config, model: HeteroGNNMoE, given: Given) -> dict[str, Tensor]
 
 def sampled(c: Config, model: HeteroGNNMoE, given: Given) -> dict[str, Tensor]:
     """With all neighbors of so many hops that the degrees of all that count are whole."""
-    data, found = data_of(c, given), []
+    data = data_of(c, given)
+    found = []
+    # One more than there are layers: all degrees are whole.
     hops = [-1] * (len(model.convs) + 1)
     for part in gmoe.neighbor_loader(data, hops, c.target, batch_size=3, backend="gmoe"):
-        x_dict, edge_index_dict = part.collect("x", True), part.collect("edge_index", True)
+        x_dict = part.collect("x", True)
+        edge_index_dict = part.collect("edge_index", True)
         y = model(x_dict, edge_index_dict, part.collect("n_id"))
         found.append(y[: part[c.target].batch_size])
     return {"y": torch.cat(found)}
@@ -428,7 +443,9 @@ class Hetero(Target):
 
     def module_of(self, case: Config, dense: bool = False) -> Call:
         """The module, or the dense one that it replaces."""
-        widths, metadata, options = case.as_argument, case.metadata, dict(case.options)
+        widths = case.as_argument
+        metadata = case.metadata
+        options = dict(case.options)
         if case.way == "dense" or (dense and case.way == "layer"):
             return Call(RelationalConv, widths, 3, metadata, out_types=case.out_types)
         if case.way == "layer":

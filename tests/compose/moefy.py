@@ -98,8 +98,10 @@ class Config(Case):
 def draw_mlp(random: Random, c: Config) -> None:
     c.width = random.choice((4, 6))
     c.hidden = random.choice((c.width, 5, 8))
-    c.gate, c.gate_is_second = random.choice(GATES), flip(random)
-    c.activation, c.calls_function = random.choice(list(ACTIVATIONS)), flip(random, 0.4)
+    c.gate = random.choice(GATES)
+    c.gate_is_second = flip(random)
+    c.activation = random.choice(list(ACTIVATIONS))
+    c.calls_function = flip(random, 0.4)
     c.input_norm = random.choice(("none", "none", *NORMS))
     c.hidden_norm = random.choice(("none", "none", *NORMS))
     c.biases = (flip(random, 0.7), flip(random, 0.7), flip(random, 0.7))
@@ -119,8 +121,10 @@ def draw_options(random: Random, c: Config) -> None:
     left_out = ("scope",) if c.training else ("scope", "inference")
     c.options = drawing.draw_router(random, names, start, left_out=left_out)
     c.options |= {"num_experts": EXPERTS, "start": start}
+    # It averages all experts.
     if c.options["router"] == "uniform":
         c.options["k"] = EXPERTS
+    # Copies take the MLP's weights, whatever upcycle says.
     if start != "copies":
         c.options["upcycle"] = flip(random, 0.7)
     where = random.choice(("every", "blocks", "default"))
@@ -142,6 +146,7 @@ class DrawnMLP(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.c = c
+        # Packed gates are halves of one layer.
         columns = 2 * c.hidden if c.gate in ("halves", "nn.GLU") else c.hidden
         linear = Named if c.change == "subclass of nn.Linear" else nn.Linear
         linear = Doubled if c.change == "own linear" else linear
@@ -163,9 +168,11 @@ class DrawnMLP(nn.Module):
         if c.nested:
             self.inner: Any = nn.ModuleDict()
         for place in c.order:
-            name, part = names[place], parts[names[place]]
+            name = names[place]
+            part = parts[names[place]]
             if part is None:
                 continue
+            # Names that say nothing of the roles.
             if c.nested and name in ("up", "drop"):
                 self.inner[name] = part
             else:
@@ -176,6 +183,7 @@ class DrawnMLP(nn.Module):
             self.third = nn.Linear(c.width, c.width)
         if c.change == "constant added":
             self.register_buffer("constant", torch.ones(c.width))
+        # Biases and norms start at values that would hide their absence.
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.7)
 
@@ -199,6 +207,7 @@ class DrawnMLP(nn.Module):
             h = u * act(other) if c.gate_is_second else act(u) * other
         elif c.gate == "halves":
             first, second = u.chunk(2, dim=-1)
+            # In-place activations may not write to a view.
             h = first * act(second.clone()) if c.gate_is_second else act(first.clone()) * second
         else:
             h = act(u)
@@ -226,7 +235,9 @@ class Scale:
 
 def change(mlp: DrawnMLP) -> None:
     """What a user did to the MLP before."""
-    up, down, what = mlp.part("up"), mlp.part("down"), mlp.c.change
+    up = mlp.part("up")
+    down = mlp.part("down")
+    what = mlp.c.change
     if what == "frozen":
         mlp.requires_grad_(False)
     elif what == "hook that reads":
@@ -294,7 +305,8 @@ def weights_of(experts: Any, expert: int) -> list[Any]:
 
 def by_hand(c: Config, layer: Any, x: Tensor, routing: gmoe.Routing) -> Tensor:
     """One expert after another on its tokens, by the formula of the case's MLP."""
-    norm, hidden_norm = NORMS[c.input_norm](c.width), NORMS[c.hidden_norm](c.hidden)
+    norm = NORMS[c.input_norm](c.width)
+    hidden_norm = NORMS[c.hidden_norm](c.hidden)
     act = torch.sigmoid if c.gate == "nn.GLU" else ACTIVATIONS[c.activation][1]
     x_TD = x.reshape(-1, c.width)
     y_TD = torch.zeros_like(x_TD)
@@ -358,7 +370,8 @@ class Moefy(Target):
 
     def draw(self, random: Random) -> Config:
         c = Config(seed=random.getrandbits(30), change=random.choice(CHANGES))
-        c.num_blocks, c.used_twice = random.randint(2, 4), flip(random, 0.15)
+        c.num_blocks = random.randint(2, 4)
+        c.used_twice = flip(random, 0.15)
         c.shape = random.choice(((2, 5), (1, 7), (3, 1), (2, 2, 3), (1, 3, 1)))
         # In training these two change from call to call.
         changes = c.change in ("dropout as a function", "spectral norm")
@@ -410,6 +423,7 @@ class Moefy(Target):
             _, routing = type(layer).forward(layer, x, return_routing=True)
             return by_hand(case, layer, x, routing)
 
+        # An attribute of the layer, which the blocks that share it all find.
         for layer in layers_of(module):
             layer.forward = partial(forward, layer)
         return self.call(case, module, given)
