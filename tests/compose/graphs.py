@@ -487,7 +487,7 @@ def define_layer(
     adj = given.plain
     convs = [layer.experts.expert(index) for index in range(layer.num_experts)]
     always = [] if layer.shared_expert is None else [layer.shared_expert.expert(0)]
-    args = {**given.args, **({"size": c.sizes} if c.alone else {})}
+    args: Any = {**given.args, **({"size": c.sizes} if c.alone else {})}
     u = x
     if layer.transform is not None:
         pair = x if isinstance(x, tuple) else (x, x)
@@ -656,9 +656,9 @@ class Graphs(Target):
 
     name = "graphs"
     share = 0.6
-    given_of = staticmethod(given_of)
-    call = staticmethod(call)
-    gradients = staticmethod(gradients)
+    given_of: ClassVar[Any] = staticmethod(given_of)
+    call: ClassVar[Any] = staticmethod(call)
+    gradients: ClassVar[Any] = staticmethod(gradients)
     other_ways: ClassVar = {"inference": inference, "sampled": sampled, "disk": from_disk}
     own_before: ClassVar = {"NaN token": nan_token, "other edge arguments": other_edge_arguments}
     own_after: ClassVar = {"prune": prune}
@@ -716,7 +716,7 @@ class Graphs(Target):
         check_defaults(case, module)
         return module
 
-    def redraw(self, case: Config, module: nn.Module) -> None:
+    def redraw(self, case: Config, module: Any) -> None:
         """Reset all parameters first."""
         # What a reset leaves out stays NaN, and is seen.
         for parameter in module.double().parameters():

@@ -136,7 +136,9 @@ def draw_options(random: Random, c: Config) -> None:
     """The start, the router and its options; in a mini-batch, tokens decide alone."""
     start = random.choice((None, *drawing.STARTS))
     names: tuple[Any, ...] = ("token_choice", "token_choice", *drawing.ROUTERS)
-    left_out = ("scope",) if flip(random, 0.9) else ()  # edges do not reach a router of one type
+    left_out: tuple[str, ...] = (
+        ("scope",) if flip(random, 0.9) else ()
+    )  # edges do not reach a router of one type
     if c.way == "sampled":
         names = ("token_choice", "multi_centroid", "uniform")
         left_out = ("scope", "choice", "capacity_factor")
@@ -416,7 +418,7 @@ class Hetero(Target):
     """Random relational layers and models."""
 
     name = "hetero"
-    given_of = staticmethod(given_of)
+    given_of: ClassVar[Any] = staticmethod(given_of)
     other_ways: ClassVar = {"inference": inference, "sampled": sampled}
     own_before: ClassVar = {"reset_parameters": reset}
     own_after: ClassVar = {"prune": prune, "densify": densify, "expert": check_experts}

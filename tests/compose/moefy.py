@@ -124,7 +124,7 @@ def draw_options(random: Random, c: Config) -> None:
     # It averages all experts.
     if c.options["router"] == "uniform":
         c.options["k"] = EXPERTS
-    # Copies take the MLP's weights, whatever upcycle says.
+    # Copies take the weights of the MLP: upcycle=False is refused.
     if start != "copies":
         c.options["upcycle"] = flip(random, 0.7)
     where = random.choice(("every", "blocks", "default"))
