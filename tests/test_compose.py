@@ -204,7 +204,7 @@ def test_the_mean_of_several_types_is_by_hand() -> None:
 def test_the_page_names_code_that_exists() -> None:
     page = (Path(__file__).parent / "compose.md").read_text()
     where = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")][1:]
-    assert len(where) > 20
+    assert len(where) > 15
     for cell in where:
         path, *names = re.findall(r"`([^`]+)`", cell)
         source_of = (Path(gmoe.__file__).parent / path).read_text()
