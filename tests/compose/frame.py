@@ -241,6 +241,10 @@ class Target:
         self.redraw(case, module)
         return module.train(case.training)
 
+    def twin(self, case: Any, module: Any) -> Any:
+        """A second module, which has been through nothing."""
+        return COPIES["deepcopy"](module)
+
     def seeded(self, run: Callable[[Any, Any, Any], Output], *args: Any) -> Output:
         """A call under the seed of the noise."""
         torch.manual_seed(args[0].seed)
@@ -263,8 +267,8 @@ class Target:
         module = self.ready(case)
         given = self.given_of(case, case.seed)
         theirs = self.given_of(case, case.seed)
-        # A new module that takes the state alone: nothing that the other keeps can reach it.
-        twin = self.ready(case)
+        # It takes the state alone: nothing that the other keeps later can reach it.
+        twin = self.twin(case, module)
         with self.environment(case):
             for step in case.before:
                 module, given = self.go_through(case, module, given, step)

@@ -409,6 +409,10 @@ class Moefy(Target):
             require_equal("the dense model after a refusal", *states, self.tolerance)
             raise
 
+    def twin(self, case: Config, module: nn.Module) -> Any:
+        """Another one, since torch does not copy weights that it pruned."""
+        return self.ready(case)
+
     def call(self, case: Config, module: nn.Module, given: Given) -> Output:
         if not layers_of(module):
             return Output({"y": module(given.x)}, [])
