@@ -672,6 +672,7 @@ class Graphs(Target):
         Reason("conv: got FeaStConv, which cannot be built", lambda c: c.two),
         Reason("x: got no destination nodes", lambda c: c.alone and c.options["shared_transform"]),
         Reason("inference: .* looks further than one hop", lambda c: c.way in LAYER_WISE),
+        Reason("model: got Sigmoids, of which no expert", lambda c: c.after == "prune"),
         # PyG averages the features of loops over the wrong row then
         Reason("local: got True", lambda c: c.has_turned_features),
         # Of a model, it is another option than of GAT
