@@ -19,6 +19,7 @@ from torchvision.models import VisionTransformer
 import gmoe
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
+from gmoe.stack import become, tensors_of
 from tests.gmoe.shrunk import moved
 
 EXPERTS, WIDTH = 4, 6
@@ -74,10 +75,9 @@ def pruned(model: nn.Module) -> nn.Module:
 
 
 def densified(model: nn.Module) -> nn.Module:
-    """Of the layers that a single expert is left of, which are those of the first router."""
-    groups_of(model)[0].keep((1,))
-    for router in [part for part in model.modules() if isinstance(part, gmoe.Router)]:
-        assert router.num_experts in (1, EXPERTS)
+    """Of the layers of the first router, whose experts are made equal."""
+    for layer in groups_of(model)[0].layers.values():
+        become(layer.experts, tensors_of(layer.experts, 0))
     before = sum(isinstance(part, MoELayer) for part in model.modules())
     again: nn.Module = gmoe.densify(model).model
     assert sum(isinstance(part, MoELayer) for part in again.modules()) < before
