@@ -151,6 +151,9 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
         convs: the E convs.
         make: makes such a conv.
         backend: of the grouped product.
+
+    Raises:
+        ValueError: the convs have a parameter that no part names: nothing would train it.
     """
 
     parts: tuple[str, ...]
@@ -166,6 +169,12 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
         self.num_experts = len(convs)
         self.flow = convs[0].flow
         self.build(convs, backend)
+        forgotten = [name for name, _ in self.prototype.named_parameters()]
+        if forgotten:
+            raise ValueError(
+                f"parts: got {self.parts} in {type(self).__name__}, expected parts that hold all "
+                f"parameters of {type(convs[0]).__name__}, {', '.join(forgotten)} too"
+            )
         self.paths = paths_in(self)
         self.to(dtype=dtype_of(convs[0]))  # before they are filled: float64 convs are not rounded
         for expert, conv in enumerate(convs):

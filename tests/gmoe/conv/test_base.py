@@ -13,7 +13,8 @@ from gmoe import LinearExperts, MoEConv
 from gmoe._verify import probe_copy
 from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.attention import AttentionExperts
-from gmoe.conv.base import MixedExperts, is_plain, refuse_far, to_one
+from gmoe.conv.base import MixedExperts, StackedExperts, is_plain, refuse_far, to_one
+from gmoe.conv.kinds import Make
 
 WIDTH = 4
 
@@ -122,3 +123,21 @@ def test_a_stack_that_lacks_its_forward_is_not_built(cls: Any) -> None:
     """As told where it is built, not where it first runs."""
     with pytest.raises(TypeError, match="abstract"):
         cls([pyg.GCNConv(2, 2)], None, "auto")
+
+
+class Forgetful(StackedExperts):
+    """Experts whose author forgot the map of the root."""
+
+    parts = ("lin_rel",)
+
+    def forward(self, call: Any, routing: Any) -> Any: ...
+
+
+def test_a_parameter_that_no_part_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden in the prototype, it would be neither trained nor saved by its name."""
+    convs = [pyg.GraphConv(2, 2)]
+    make = Make([pyg.GraphConv], 2, 2, (), {})
+    with pytest.raises(ValueError, match=r"^parts: got .*Forgetful, expected .*lin_root.weight"):
+        Forgetful(convs, make, "auto")
+    monkeypatch.setattr(Forgetful, "parts", ("lin_rel", "lin_root"))
+    assert Forgetful(convs, make, "auto").paths[-1] == "lin_root.weight"
