@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gmoe._torch import in_backward, in_transform, is_batched, is_tracing, untraced
 from gmoe.portable import exported_as
@@ -111,38 +110,51 @@ def outside_backward(like: Tensor) -> Tensor:
     return torch.full((), not in_backward(), device=like.device)
 
 
-def first_order(backward: Callable[..., Value]) -> Callable[..., Value]:
-    """A ``backward`` that cannot be differentiated, and says so.
+def unbatched(backward: Callable[..., Value]) -> Callable[..., Value]:
+    """A ``backward`` that takes one gradient: a batch of them can crash torch's kernels.
 
-    torch's ``once_differentiable`` alone is not enough: ``torch.autograd.grad(...,
-    create_graph=True)`` would go on, and silently lose parts of the second-order gradient.
+    Write it closed under differentiation, since ``create_graph=True`` differentiates it again: of
+    plain operators and of functions that have such a backward themselves, or by
+    :func:`gradients_of`.
 
     Raises:
-        RuntimeError: in a backward pass with ``create_graph=True``, or of a batch of gradients.
+        RuntimeError: for a batch of gradients.
     """
-    once = once_differentiable(backward)
 
     def checked(ctx: object, *grads: Tensor) -> Value:
-        refuse_second_order()
-        # Batched gradients can crash torch's kernels.
         if not torch.compiler.is_compiling() and any(map(is_batched, grads)):
             raise RuntimeError(UNSUPPORTED)
-        return once(ctx, *grads)
+        return backward(ctx, *grads)
 
     return checked
 
 
-def refuse_second_order(*_: object) -> None:
-    """Refuse ``create_graph=True``: called in a backward pass, or as the hook of a tensor.
+def gradients_of(
+    plain: Callable[..., Tensor],
+    values: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a kernel in a backward pass that is differentiated itself.
 
-    Raises:
-        RuntimeError: in a backward pass with ``create_graph=True``.
+    A kernel's own backward works in place, block by block, and cannot be differentiated. In a pass
+    with ``create_graph=True``, differentiate its plain form on the inputs that were saved.
+
+    Args:
+        plain: the kernel's function by operators that can be differentiated twice.
+        values: the inputs.
+        needs: which of them need a gradient.
+        grad: the gradient of the output.
+
+    Returns:
+        A gradient for each value, ``None`` for those that need none.
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph: got True, expected False, since gmoe's layers can be differentiated "
-            "once only"
-        )
+    # A new view of each, so that a value that was computed from another one does not pass its
+    # gradient on here.
+    views = [value if value is None else value.view_as(value) for value in values]
+    wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(plain(*views), wanted, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
 
 
 def refuse_transforms() -> None:

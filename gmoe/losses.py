@@ -114,8 +114,9 @@ def attach_aux_loss(model: nn.Module, scale: float | Callable[[], float] = 1.0) 
     In training, each backward pass of the model's own loss gives the losses their gradient, too,
     as in Megatron and torchtitan. The loss that the trainer logs stays the model's own. Losses in a
     :class:`gmoe.Routing` then have values and no gradient: adding :func:`gmoe.aux_loss` on top
-    changes nothing. Each forward in training needs one backward pass. A copy of the model
-    that was made before is not attached, one that is made later is.
+    changes nothing. Each forward in training needs one backward pass; those with
+    ``create_graph=True``, as of forces or a gradient penalty, come before it and add nothing. A
+    copy of the model that was made before is not attached, one that is made later is.
 
     Args:
         model: any model that holds routers; attach before it is compiled or wrapped.
@@ -178,7 +179,11 @@ class AttachedLosses:
 
 
 class _WithLoss(torch.autograd.Function):
-    """The weights as they are. Their backward pass is also that of a loss, times a scale."""
+    """The weights as they are. Their backward pass is also that of a loss, times a scale.
+
+    A pass that is differentiated itself, as of forces or a gradient penalty, is not the training
+    step's: the loss is not added there.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight_P: Tensor, loss: Tensor, attached: AttachedLosses) -> Tensor:
@@ -187,6 +192,8 @@ class _WithLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            return grads[0], None, None
         scale = ctx.attached.scale
         value = float(scale() if callable(scale) else scale)
         return grads[0], torch.full((), value, device=ctx.device, dtype=ctx.dtype), None

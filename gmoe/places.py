@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmoe._autograd import first_order
+from gmoe._autograd import unbatched
 from gmoe.padded import sum_at
 from gmoe.routing import Routing
 
@@ -42,7 +42,7 @@ class ToPairs(torch.autograd.Function):
         return x_TI.index_select(0, token_P)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_PI: Tensor) -> Any:
         token_P, place_P = ctx.saved_tensors
         return _sum_by_token(grad_PI, token_P, place_P, ctx.num_tokens), None, None
@@ -59,7 +59,7 @@ class ToTokens(torch.autograd.Function):
         return _sum_by_token(y_PO, token_P, place_P, num_tokens)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_TO: Tensor) -> Any:
         (token_P,) = ctx.saved_tensors
         return grad_TO.index_select(0, token_P), None, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe import portable
-from gmoe._autograd import autocasts, first_order, operator
+from gmoe._autograd import autocasts, gradients_of, operator, unbatched
 from gmoe._checks import check_choice
 from gmoe.padded import (
     blocks_of,
@@ -127,7 +127,7 @@ def grouped_linear(
             - ``"auto"`` (default): ``"loop"`` on the CPU; on CUDA, a backend without host syncs,
               see ``gmoe.products.kernel_of``.
 
-    Follows autocast as ``nn.Linear`` does. Can be differentiated once.
+    Follows autocast as ``nn.Linear`` does.
 
     Raises:
         ValueError: an unknown backend; ``offsets`` of another number of experts.
@@ -254,7 +254,7 @@ class _GroupedLinear(torch.autograd.Function):
         return grouped_product(x, weight, offsets, backend)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, offsets = ctx.saved_tensors
         *_, needs_x, needs_weight = ctx.needs_input_grad
@@ -262,11 +262,37 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = None
         grad_weight = None
         if needs_x:
-            grad_x = grouped_product(grad, weight.mT, offsets, ctx.backend)
+            grad_x = _GroupedLinear.apply(ctx.backend, offsets, grad, weight.mT)
         if needs_weight:
             # In memory as nn.Linear has it, (E, O, I): a stacked layer's gradient is not copied.
-            grad_weight = grouped_outer_product(grad, x, offsets, ctx.backend).mT
+            grad_weight = _GroupedOuter.apply(ctx.backend, offsets, grad, x).mT
         return None, None, grad_x, grad_weight
+
+
+class _GroupedOuter(torch.autograd.Function):
+    """(E, I, O) the sums over each expert's rows of their outer products.
+
+    It and :class:`_GroupedLinear` are each other's gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, offsets: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(x, y, offsets)
+        return grouped_outer_product(x, y, offsets, backend)
+
+    @staticmethod
+    @unbatched
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y, offsets = ctx.saved_tensors
+        *_, needs_x, needs_y = ctx.needs_input_grad
+        grad_x = None
+        grad_y = None
+        if needs_x:
+            grad_x = _GroupedLinear.apply(ctx.backend, offsets, y, grad.mT)
+        if needs_y:
+            grad_y = _GroupedLinear.apply(ctx.backend, offsets, x, grad)
+        return None, None, grad_x, grad_y
 
 
 class _ExpertBias(torch.autograd.Function):
@@ -286,7 +312,7 @@ class _ExpertBias(torch.autograd.Function):
         return bias_EO.to(dtype).index_select(0, expert_P)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_PO: Tensor) -> Any:
         (offsets_E,) = ctx.saved_tensors
         blocks = blocks_of(offsets_E, len(grad_PO))
@@ -514,14 +540,34 @@ class _RoutedLinear(torch.autograd.Function):
         return out_TO
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad: Tensor) -> Any:
         token, offsets, place, y_PO, *values = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():  # this pass is differentiated itself
+
+            def plain(*views: Tensor) -> Tensor:
+                return _linear_by_steps(token, offsets, *views)
+
+            return None, None, None, *gradients_of(plain, values, needs, grad)
         grads = iter(
             _routed_linear_backward(grad, y_PO, *_sorted(values), token, offsets, place, needs)
         )
         return None, None, None, *(next(grads) if needed else None for needed in needs)
+
+
+def _linear_by_steps(token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
+    """What :class:`_RoutedLinear` computes, of functions that can be differentiated twice."""
+    gate, bias, weights, parts = _sorted(values)
+    products = [
+        _GroupedLinear.apply("loop", offsets, part.index_select(0, token), weight.mT)
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+    y_PO: Tensor = sum(products[1:], start=products[0])
+    if bias is not None:
+        y_PO = y_PO + bias.index_select(0, expert_of_pairs(offsets, token))
+    zeros_TO = y_PO.new_zeros(len(parts[0]), y_PO.size(1))
+    return zeros_TO.index_add(0, token, y_PO * gate[:, None])
 
 
 def _sorted(values: Sequence[Any]) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:

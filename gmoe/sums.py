@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gmoe import portable
-from gmoe._autograd import first_order, operator
+from gmoe._autograd import operator, unbatched
 from gmoe.edges import Edges
 from gmoe.portable import exported_as
 
@@ -41,8 +41,6 @@ def weighted_sum(weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
 
     .. math:: y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}
 
-    Can be differentiated once.
-
     Args:
         weight_MH: (M, H) the messages' weights.
         value_UGC: (U, H, C) the senders' values, or (U, 1, C) if all heads share them.
@@ -56,8 +54,6 @@ def dot(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     r"""(M, H) the dot product of the two ends of each message.
 
     .. math:: s_{mh} = q_{r(m) h} \cdot k_{u(m) h}
-
-    Can be differentiated once.
 
     Args:
         query_RHC: (R, H, C) the receivers' queries.
@@ -73,7 +69,7 @@ def add_ends(sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
 
     .. math:: s_{mh} = a_{u(m) h} + b_{r(m) h}
 
-    Can be differentiated once. The gradients are sums in the order of the messages: those of plain
+    The gradients are sums in the order of the messages: those of plain
     indexing sort their index first, on all threads.
 
     Args:
@@ -88,7 +84,7 @@ def add_ends(sent_UH: Tensor, received_RH: Tensor, edges: Edges) -> Tensor:
 def to_messages(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
     """(M, ...) what the receiver of each message has.
 
-    Can be differentiated once. The gradient is a sum in the order of the messages, see
+    The gradient is a sum in the order of the messages, see
     :func:`add_ends`.
 
     Args:
@@ -102,7 +98,7 @@ def to_messages(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
 def softmax(score_MH: Tensor, edges: Edges) -> Tensor:
     r"""(M, H) the softmax over each receiver's messages.
 
-    Can be differentiated once. PyG's takes twice as many operators, and three times in the
+    PyG's takes twice as many operators, and three times in the
     backward.
 
     Args:
@@ -138,6 +134,8 @@ def _transpose_where_compiled(edges: Edges) -> None:
 
 
 class _WeightedSum(torch.autograd.Function):
+    """Its gradients are a :class:`_Dot` and a sum along the edges that are sent back."""
+
     @staticmethod
     def forward(ctx: Any, weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
         ctx.save_for_backward(weight_MH, value_UGC)
@@ -145,18 +143,15 @@ class _WeightedSum(torch.autograd.Function):
         return _sum_messages(weight_MH, value_UGC, edges.ptr, edges.sender, edges.receiver, None)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_RHC: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight_MH, value_UGC = ctx.saved_tensors
-        edges = ctx.edges
         grad_weight = None
         grad_value = None
         if ctx.needs_input_grad[0]:
-            grad_weight = _multiply_ends(
-                grad_RHC, value_UGC, edges.ptr, edges.sender, edges.receiver
-            )
+            grad_weight = _Dot.apply(grad_RHC, value_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
-            grad_value = _sum_sent(weight_MH, grad_RHC, edges).sum_to_size(value_UGC.shape)
+            grad_value = _sum_sent(weight_MH, grad_RHC, ctx.edges).sum_to_size(value_UGC.shape)
         return grad_weight, grad_value, None
 
 
@@ -168,18 +163,15 @@ class _Dot(torch.autograd.Function):
         return _multiply_ends(query_RHC, key_UGC, edges.ptr, edges.sender, edges.receiver)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         query_RHC, key_UGC = ctx.saved_tensors
-        edges = ctx.edges
         grad_query = None
         grad_key = None
         if ctx.needs_input_grad[0]:
-            grad_query = _sum_messages(
-                grad_MH, key_UGC, edges.ptr, edges.sender, edges.receiver, None
-            )
+            grad_query = _WeightedSum.apply(grad_MH, key_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
-            grad_key = _sum_sent(grad_MH, query_RHC, edges).sum_to_size(key_UGC.shape)
+            grad_key = _sum_sent(grad_MH, query_RHC, ctx.edges).sum_to_size(key_UGC.shape)
         return grad_query, grad_key, None
 
 
@@ -191,16 +183,16 @@ class _AddEnds(torch.autograd.Function):
         return sent_MH + received_RH.index_select(0, edges.receiver)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         edges = ctx.edges
         grad_sent = None
         grad_received = None
         if ctx.needs_input_grad[0]:
             back = edges.transpose
-            grad_sent = _sum_values(grad_MH, back.ptr, back.receiver, back.order)
+            grad_sent = _SumValues.apply(grad_MH, back.ptr, back.receiver, back.order)
         if ctx.needs_input_grad[1]:
-            grad_received = _sum_values(grad_MH, edges.ptr, edges.receiver, None)
+            grad_received = _SumValues.apply(grad_MH, edges.ptr, edges.receiver, None)
         return grad_sent, grad_received, None
 
 
@@ -211,10 +203,28 @@ class _ToMessages(torch.autograd.Function):
         return value_R.index_select(0, receiver)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
-        sum_R = _sum_values(grad_M.flatten(1), *ctx.saved_tensors, None)
+        sum_R = _SumValues.apply(grad_M.flatten(1), *ctx.saved_tensors, None)
         return sum_R.unflatten(1, grad_M.shape[1:]), None, None
+
+
+class _SumValues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value_MH: Tensor, ptr: Tensor, receiver: Tensor, order: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(ptr, receiver, order)
+        return _sum_values(value_MH, ptr, receiver, order)
+
+    @staticmethod
+    @unbatched
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
+        ptr, receiver, order = ctx.saved_tensors
+        grad_MH = _ToMessages.apply(grad_RH, ptr, receiver)
+        if order is not None:
+            grad_MH = torch.empty_like(grad_MH).index_copy(0, order, grad_MH)
+        return grad_MH, None, None, None
 
 
 class _Softmax(torch.autograd.Function):
@@ -228,12 +238,12 @@ class _Softmax(torch.autograd.Function):
         return alpha_MH
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, None, None]:
         alpha_MH, ptr, receiver = ctx.saved_tensors
         product_MH = grad_MH * alpha_MH
-        mean_RH = _sum_values(product_MH, ptr, receiver, None)
-        return product_MH - alpha_MH * mean_RH.index_select(0, receiver), None, None
+        mean_RH = _SumValues.apply(product_MH, ptr, receiver, None)
+        return product_MH - alpha_MH * _ToMessages.apply(mean_RH, ptr, receiver), None, None
 
 
 @exported_as(portable.largest)
@@ -245,6 +255,8 @@ def _largest(score_MH: Tensor, ptr: Tensor, _: Tensor) -> Tensor:
 def _sum_sent(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
     """(U, H, C) the weighted sum, over each sender's messages, of their receivers' values."""
     back = edges.transpose
+    if torch.is_grad_enabled():  # in a backward pass that is differentiated itself
+        return _WeightedSum.apply(weight_MH.index_select(0, back.order), value_RHC, back)
     return _sum_messages(weight_MH, value_RHC, back.ptr, back.sender, back.receiver, back.order)
 
 

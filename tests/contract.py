@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
@@ -47,6 +48,7 @@ from gmoe import (
 from gmoe.conv.base import ConvExperts, MixedExperts
 
 D, E, K = 8, 8, 2
+FINE = torch.float64
 SIZES = (7, 3, 5)
 """Nodes or tokens of each group.
 
@@ -233,6 +235,13 @@ NO_RESET = {
     "starts_on_the_meta_device": "torchvision's models are built with values; see reset_parameters"
 }
 
+DETACHED = {
+    "is_differentiated_twice": "weights are over a detached mean, which differences do not hold"
+}
+REPEATED_LOOPS = {
+    "is_differentiated_twice": "as in PyG, each of a node's loops gets the gradient of the last"
+}
+
 ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "token_choice": ("token_choice", {}),
     "token_choice noisy": ("token_choice", {"balance": "importance_load", "capacity_factor": 1.0}),
@@ -277,7 +286,11 @@ def hetero(**kwargs: Any) -> HeteroMoEConv:
 
 CASES = [
     *(
-        Case(f"MoE {name}", partial(mlps, router, **options))
+        Case(
+            f"MoE {name}",
+            partial(mlps, router, **options),
+            exempt=DETACHED if name in ("expert_choice tokens", "attention_vote") else {},
+        )
         for name, (router, options) in ROUTERS.items()
     ),
     Case(
@@ -312,6 +325,7 @@ CASES = [
         "MoEConv gcn full",
         partial(conv, "gcn", router_input=("node", "neighbors", "degree"), start="shared"),
         weighted_graphs,
+        REPEATED_LOOPS,
     ),
     Case(
         "MoEConv sage narrow",
@@ -532,6 +546,47 @@ def is_checkpointed(case: Case, device: str) -> None:
             assert_alike(dict(one.named_buffers()), dict(other.named_buffers()))
 
 
+def is_differentiated_twice(case: Case, device: str) -> None:
+    """The gradient's own gradient, along a direction, is what its differences say."""
+    layer, call = case.make(device, FINE).eval(), case.call(device=device, dtype=FINE)
+    leaves: list[Tensor] = []
+
+    def leaf(value: Tensor) -> Tensor:
+        if value.is_floating_point():
+            leaves.append(value.requires_grad_())
+        return value
+
+    tree_map_only(Tensor, leaf, (call.args, call.kwargs))
+    leaves += layer.parameters()
+    torch.manual_seed(4)
+    with torch.no_grad():  # away from experts that are equal, or give zero
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    probe = [torch.randn_like(value) for value in leaves]
+    step = [torch.randn_like(value) for value in leaves]
+
+    def slope(create_graph: bool) -> Tensor:
+        """The gradient of the output's squares, along the probe."""
+        with sdpa_kernel(SDPBackend.MATH):  # torch's other kernels have no second gradients
+            y = run(layer, call)
+        gradients = torch.autograd.grad(
+            y.square().sum(), leaves, create_graph=create_graph, materialize_grads=True
+        )
+        return torch.stack([(a * b).sum() for a, b in zip(gradients, probe, strict=True)]).sum()
+
+    second = torch.autograd.grad(slope(True), leaves, materialize_grads=True)
+    found = torch.stack([(a * b).sum() for a, b in zip(second, step, strict=True)]).sum()
+    size = 1e-6
+    sides: list[Tensor] = []
+    for moved in (size, -2 * size):
+        with torch.no_grad():
+            torch._foreach_add_(leaves, step, alpha=moved)
+        sides.append(slope(False))
+    assert bool(found.abs() > 1e-3)
+    expected = (sides[0] - sides[1]) / (2 * size)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def runs_without_gradients(case: Case, device: str) -> None:
     layer, call = case.make(device).eval(), case.call(device=device)
     expected = run(layer, call)
@@ -680,6 +735,7 @@ CLAUSES: list[Callable[[Case, str], None]] = [
     gives_starved_experts_zero_gradients,
     computes_in_float64,
     is_checkpointed,
+    is_differentiated_twice,
     runs_without_gradients,
     starts_on_the_meta_device,
     is_deterministic,

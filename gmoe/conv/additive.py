@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmoe._autograd import first_order, operator
+from gmoe._autograd import gradients_of, operator, unbatched
 from gmoe.conv.messages import Messages
 from gmoe.padded import padded_mm, padded_outer
 from gmoe.portable import exported_as
+from gmoe.products import grouped_linear
 from gmoe.sums import blocks
 
 
@@ -32,8 +33,7 @@ def additive_scores(
 ) -> Tensor:
     r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`.
 
-    Computed by blocks of messages, so that no row for each message is kept. Can be differentiated
-    once.
+    Computed by blocks of messages, so that no row for each message is kept.
 
     Args:
         source_UO: transformed rows of the senders.
@@ -67,14 +67,39 @@ class _AdditiveScores(torch.autograd.Function):
         return _score_additively(*inputs)
 
     @staticmethod
-    @first_order
+    @unbatched
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
         *weights, sender, receiver, offsets = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this pass is differentiated itself
+
+            def plain(*views: Any) -> Tensor:
+                return _score_by_messages(*views, ctx.negative_slope, sender, receiver, offsets)
+
+            needs = ctx.needs_input_grad[: len(weights)]
+            return *gradients_of(plain, weights, needs, grad_MH), None, None, None, None
         grad_source, grad_target, *grads_of_edges, grad_att = _score_additively_backward(
             grad_MH, *weights, ctx.negative_slope, sender, receiver, offsets
         )
         grad_edge, grad_weight = grads_of_edges or (None, None)
         return grad_source, grad_target, grad_edge, grad_weight, grad_att, None, None, None, None
+
+
+def _score_by_messages(
+    source_UO: Tensor,
+    target_PO: Tensor,
+    edge_MF: Tensor | None,
+    edge_EFO: Tensor | None,
+    att_EOH: Tensor,
+    negative_slope: float,
+    sender: Tensor,
+    receiver: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """(M, H) the scores, of functions that can be differentiated twice; keeps a row a message."""
+    sum_MO = source_UO.index_select(0, sender) + target_PO.index_select(0, receiver)
+    if edge_MF is not None and edge_EFO is not None:
+        sum_MO = sum_MO + grouped_linear(edge_MF, edge_EFO, None, offsets)
+    return grouped_linear(F.leaky_relu(sum_MO, negative_slope), att_EOH, None, offsets)
 
 
 def _empty_scores(*inputs: Any) -> Tensor:

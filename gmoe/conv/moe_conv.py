@@ -102,8 +102,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
     - anything else runs on the whole graph for each expert, with a warning that its cost grows
       with E.
 
-    A node without an expert gets zero from the routed experts. ``create_graph=True`` is
-    refused; in compiled layers, torch decides.
+    A node without an expert gets zero from the routed experts. The layer can be differentiated
+    twice (``create_graph=True``), as forces need; compiled, it cannot: torch refuses.
     ``to_hetero`` and lazy widths (``in_channels=-1``) work; explainers' edge masks act on the
     experts' messages, and on the router only by the sum over neighbors that it may see.
 

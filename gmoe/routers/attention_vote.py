@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe import portable
-from gmoe._autograd import first_order, operator
+from gmoe._autograd import gradients_of, operator, unbatched
 from gmoe._checks import check_choice, check_counts, check_positive
 from gmoe.edges import Edges
 from gmoe.portable import exported_as
@@ -235,9 +235,17 @@ class _Votes(torch.autograd.Function):
         return votes_BHS
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None]:
+    @unbatched
+    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         q_BHSd, k_BHSd, mask_BS, log_sum_BHS = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this pass is differentiated itself
+
+            def plain(*queries_and_keys: Tensor) -> Tensor:
+                return portable.group_votes(*queries_and_keys, mask_BS)
+
+            needs = ctx.needs_input_grad[:2]
+            grad_q, grad_k = gradients_of(plain, (q_BHSd, k_BHSd), needs, grad_BHS)
+            return grad_q, grad_k, None
         grad_q, grad_k = _vote_by_blocks_backward(grad_BHS, q_BHSd, k_BHSd, mask_BS, log_sum_BHS)
         return grad_q.sum_to_size(q_BHSd.shape), grad_k, None  # summed over heads that share
 

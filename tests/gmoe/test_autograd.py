@@ -9,18 +9,35 @@ import torch
 from torch import Tensor
 
 import gmoe
-from gmoe._autograd import first_order, lazy, operator, outside_backward, refuse_transforms
+from gmoe._autograd import (
+    gradients_of,
+    lazy,
+    operator,
+    outside_backward,
+    refuse_transforms,
+    unbatched,
+)
 
 
-class Double(torch.autograd.Function):
+class Product(torch.autograd.Function):
+    """Of two tensors, one of which may be missing; its backward works in place."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
+    def forward(ctx: Any, x: Tensor, y: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x.clone() if y is None else x * y
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
+    @unbatched
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients_of(Product.plain, (x, y), ctx.needs_input_grad, grad)
+        return grad.clone() if y is None else grad.clone().mul_(y), None if y is None else grad * x
+
+    @staticmethod
+    def plain(x: Tensor, y: Tensor | None) -> Tensor:
+        return x.clone() if y is None else x * y
 
 
 @operator(fake=lambda x: x.new_empty(x.shape))
@@ -28,18 +45,28 @@ def _triple_for_a_test(x: Tensor) -> Tensor:
     return 3 * x
 
 
-def test_the_first_gradient_passes_and_a_second_one_is_refused() -> None:
-    x = torch.ones(2, requires_grad=True)
-    (grad,) = torch.autograd.grad(Double.apply(x).sum(), x)
-    assert grad.tolist() == [2, 2]
-    with pytest.raises(RuntimeError, match="create_graph: got True"):
-        torch.autograd.grad(Double.apply(x).sum(), x, create_graph=True)
+def test_the_gradients_of_a_plain_form_can_be_differentiated_again() -> None:
+    x, y = torch.randn(2, 3, 2, dtype=torch.double).unbind()
+    x.requires_grad_()
+    assert torch.autograd.gradgradcheck(Product.apply, (x, y.requires_grad_()))
+    assert torch.autograd.gradgradcheck(lambda x: Product.apply(x.sin(), None), (x,))
+    assert torch.autograd.gradgradcheck(lambda y: Product.apply(x.detach(), y), (y,))
 
 
-def test_a_batch_of_gradients_is_refused() -> None:
+def test_a_value_that_follows_from_another_one_does_not_pass_its_gradient_on_twice() -> None:
+    x = torch.tensor([2.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(Product.apply(x, x.square()), x, create_graph=True)
+    assert grad.tolist() == [12]  # 3 x²
+    assert torch.autograd.grad(grad, x)[0].tolist() == [12]  # 6 x
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_batch_of_gradients_is_refused(create_graph: bool) -> None:
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(RuntimeError, match="batches of gradients"):
-        torch.autograd.functional.jacobian(Double.apply, x, vectorize=True)
+        torch.autograd.functional.jacobian(
+            lambda x: Product.apply(x, None), x, create_graph=create_graph, vectorize=True
+        )
 
 
 def test_a_transform_of_torch_func_is_refused() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from gmoe import (
@@ -273,6 +274,23 @@ def test_a_scale_is_that_of_accumulated_batches(is_function: bool) -> None:
         handle.scale = share
     backward(added, images(), adds=True, share=share)
     backward(attached, images(), adds=False, share=share)
+    assert_same(gradients(attached), gradients(added))
+
+
+def test_a_pass_that_is_differentiated_itself_adds_no_attached_loss() -> None:
+    """As forces do: the loss of a gradient of the output."""
+    added, attached = model_of(), model_of()
+    attach_aux_loss(attached)
+    slopes = []
+    for model in (added, attached):
+        torch.manual_seed(7)
+        with record_routing(model) as routings, sdpa_kernel(SDPBackend.MATH):
+            pixels = images().requires_grad_()
+            energy = model(pixels).square().sum()
+        (slope,) = torch.autograd.grad(energy, pixels, create_graph=True)
+        slopes.append(slope.detach())
+        (slope.square().sum() + aux_loss(routings)).backward()
+    torch.testing.assert_close(slopes[1], slopes[0])
     assert_same(gradients(attached), gradients(added))
 
 

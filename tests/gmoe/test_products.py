@@ -282,15 +282,30 @@ def test_routed_linear_is_the_mixture(
 
 @each_backend
 @pytest.mark.parametrize("at_once", [False, True])
-def test_gradients_of_gradients_are_refused_in_every_way(
-    backend: Backend, at_once: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_second_and_third_gradients_are_those_of_the_mixture(
+    backend: Backend, at_once: bool, k: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An expert without tokens has zero."""
     monkeypatch.setattr("gmoe.products.AT_ONCE", 2**17 if at_once else -1)
-    weight = features(4, 3, 5).requires_grad_()
-    routing = Routing.from_choices(torch.arange(8)[:, None] % 4, features(8, 1), num_experts=4)
-    out = routed_linear([features(8, 5)], [weight], None, routing, backend)
-    with pytest.raises(RuntimeError, match=r"^create_graph: got True"):
-        torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+    expert_TK = (torch.arange(6)[:, None] + torch.arange(k)) % 3
+    leaves = [features(6, k), features(6, 2), features(6, 1), features(4, 3, 2), features(4, 3, 1)]
+    if has_bias:
+        leaves.append(features(4, 3))
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def run(gate: Tensor, x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, *bias: Tensor) -> Any:
+        routing = Routing.from_choices(expert_TK, gate.sigmoid(), num_experts=4)
+        weights = [of_x.sin(), of_y]
+        return routed_linear([x.sin(), y], weights, *(bias or [None]), routing, backend).square()
+
+    def differentiate(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(*leaves).sum(), leaves, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(differentiate, leaves, fast_mode=True)
 
 
 def test_routed_linear_is_of_the_type_of_its_weights() -> None:

@@ -137,18 +137,30 @@ def test_blocks_on_a_gpu_are_larger_than_the_caches_of_a_cpu(device: str, number
 
 
 @pytest.mark.parametrize(
-    "compute",
+    ("compute", "shapes"),
     [
-        lambda x, edges: weighted_sum(x.new_ones(5, 1), x, edges),
-        lambda x, edges: dot(x.new_ones(4, 1, 3), x, edges),
-        lambda x, edges: add_ends(x[:, 0], x.new_ones(4, 3), edges),
-        lambda x, edges: to_messages(x[:4], edges.ptr, edges.receiver),
-        lambda x, edges: softmax(x[:, 0], edges),
+        (weighted_sum, [(5, 2), (6, 2, 3)]),
+        (weighted_sum, [(5, 2), (6, 1, 3)]),
+        (dot, [(4, 2, 3), (6, 2, 3)]),
+        (dot, [(4, 2, 3), (6, 1, 3)]),
+        (add_ends, [(6, 2), (4, 2)]),
+        (lambda x, edges: to_messages(x, edges.ptr, edges.receiver), [(4, 2, 3)]),
+        (softmax, [(5, 2)]),
     ],
-    ids=["weighted_sum", "dot", "add_ends", "to_messages", "softmax"],
+    ids=["sum", "shared sum", "dot", "shared dot", "ends", "messages", "softmax"],
 )
-def test_a_second_gradient_is_refused(compute: Callable[[Tensor, Edges], Tensor]) -> None:
-    edges = Edges.sorted(torch.arange(5), torch.tensor([2, 0, 2, 1, 2]), 5, 4)
-    x = features(5, 1, 3).requires_grad_()
-    with pytest.raises(RuntimeError, match="create_graph: got True"):
-        torch.autograd.grad(compute(x, edges).sum(), x, create_graph=True)
+def test_second_and_third_gradients_are_those_of_the_sums(
+    compute: Callable[..., Tensor], shapes: list[tuple[int, ...]]
+) -> None:
+    """Receiver 3 has no messages; sender 4 sends two, and sender 5 none."""
+    edges = Edges.sorted(torch.tensor([4, 0, 4, 1, 2]), torch.tensor([2, 0, 2, 1, 2]), 6, 4)
+    leaves = [features(*shape).requires_grad_() for shape in shapes]
+
+    def run(*leaves: Tensor) -> Tensor:
+        return compute(*(leaf.sin() for leaf in leaves), edges).square()
+
+    def differentiate(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(*leaves).sum(), leaves, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(differentiate, leaves, fast_mode=True)

@@ -71,9 +71,15 @@ def test_on_the_cpu_a_block_is_of_one_expert_and_fits_its_caches(
     assert places == [range(6), range(6, 10), range(10, 16), range(16, 20)]
 
 
-def test_a_second_gradient_is_refused() -> None:
-    source, *rest = scored(with_edges=False)
-    source.requires_grad_()
-    scores: Any = additive._AdditiveScores.apply(source, *rest)
-    with pytest.raises(RuntimeError, match="create_graph: got True"):
-        torch.autograd.grad(scores.sum(), source, create_graph=True)
+@pytest.mark.parametrize("with_edges", [False, True])
+def test_second_gradients_are_those_of_the_scores(with_edges: bool) -> None:
+    inputs = scored(with_edges=with_edges)
+    *values, slope, sender, receiver, offsets = inputs
+    leaves = [value for value in values if value is not None]
+
+    def run(*leaves: Tensor) -> Any:
+        given = iter(leaves)
+        used = (None if value is None else next(given) for value in values)
+        return additive._AdditiveScores.apply(*used, slope, sender, receiver, offsets).square()
+
+    assert torch.autograd.gradgradcheck(run, [leaf.requires_grad_() for leaf in leaves])

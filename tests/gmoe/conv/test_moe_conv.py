@@ -468,3 +468,37 @@ def test_a_reparametrized_conv_is_run_as_it_is_or_refused(name: str, start: Any,
         torch.testing.assert_close(y, dense(x, edge_index))
     y.sum().backward()
     torch.testing.assert_close(copy.deepcopy(layer)(x, edge_index), y)
+
+
+@pytest.mark.parametrize(
+    ("conv", "options", "edges"),
+    [
+        ("gcn", {}, {"edge_weight": (12,)}),
+        ("graph", {"router_input": ("node", "neighbors")}, {"edge_weight": (12,)}),
+        ("gin", {"start": "shared"}, {}),
+        ("gine", {"edge_dim": 3}, {"edge_attr": (12, 3)}),
+        ("gat", {"edge_dim": 3}, {"edge_attr": (12, 3)}),
+        ("gatv2", {"edge_dim": 3}, {"edge_attr": (12, 3)}),
+        ("transformer", {"edge_dim": 3}, {"edge_attr": (12, 3)}),
+        ("gcn", {"backend": "padded"}, {"edge_weight": (12,)}),
+        ("gat", {"backend": "grouped"}, {}),
+    ],
+    ids=str,
+)
+def test_second_gradients_are_those_of_nodes_and_edges(
+    conv: str, options: dict[str, Any], edges: dict[str, tuple[int, ...]]
+) -> None:
+    torch.manual_seed(0)
+    layer = MoEConv(conv, 4, 3, num_experts=3, k=2, **options).double().eval()
+    for parameter in layer.parameters():  # away from experts that are equal
+        nn.init.normal_(parameter, std=0.5)
+    edge_index = torch.stack([torch.arange(12) % 7, (torch.arange(12) * 5 + 1) % 6])
+    x = torch.randn(7, 4, dtype=torch.double, requires_grad=True)
+    of_edges = [torch.rand(shape, dtype=torch.double) for shape in edges.values()]
+
+    def run(x: Tensor, *of_edges: Tensor) -> Tensor:
+        return layer(x, edge_index, **dict(zip(edges, of_edges, strict=True)))
+
+    leaves = [x, *(values.requires_grad_() for values in of_edges)]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)

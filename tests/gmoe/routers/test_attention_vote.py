@@ -136,3 +136,18 @@ def test_experts_per_token_are_at_most_all_experts() -> None:
         for factor in (0.5, 1.5, 3.0)
     ]
     assert found == [1.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_votes_by_blocks_have_the_second_gradients_of_all_votes(
+    heads: int, is_masked: bool
+) -> None:
+    q = torch.randn(3, heads, 5, 4, dtype=DTYPE, requires_grad=True)
+    k = torch.randn(3, 2, 5, 4, dtype=DTYPE, requires_grad=True)
+    mask = torch.arange(5) < torch.tensor([[5], [3], [1]]) if is_masked else None
+
+    def run(q: Tensor, k: Tensor) -> Any:
+        return attention_vote._Votes.apply(q.sin(), k.sin(), mask).square()
+
+    assert torch.autograd.gradgradcheck(run, (q, k), fast_mode=True)
