@@ -152,7 +152,9 @@ def gradients_of(
     # A new view of each, so that a value that was computed from another one does not pass its
     # gradient on here.
     views = [value if value is None else value.view_as(value) for value in values]
-    wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
+    wanted = [
+        view for view, needed in zip(views, needs, strict=True) if needed and view is not None
+    ]
     found = iter(torch.autograd.grad(plain(*views), wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in needs)
 
