@@ -73,13 +73,8 @@ class _AdditiveScores(torch.autograd.Function):
         if torch.is_grad_enabled():  # this pass is differentiated itself
 
             def plain(*views: Any) -> Tensor:
-                return _score_by_messages(
-                    *views,
-                    negative_slope=ctx.negative_slope,
-                    sender=sender,
-                    receiver=receiver,
-                    offsets=offsets,
-                )
+                inputs = (*views, ctx.negative_slope, sender, receiver, offsets)
+                return _score_by_messages(*inputs)
 
             needs = ctx.needs_input_grad[: len(weights)]
             return *gradients_of(plain, weights, needs, grad_MH), None, None, None, None

@@ -240,8 +240,8 @@ class _Votes(torch.autograd.Function):
         q_BHSd, k_BHSd, mask_BS, log_sum_BHS = ctx.saved_tensors
         if torch.is_grad_enabled():  # this pass is differentiated itself
 
-            def plain(*queries_and_keys: Tensor) -> Tensor:
-                return portable.group_votes(*queries_and_keys, mask_BS)
+            def plain(q_BHSd: Tensor, k_BHSd: Tensor) -> Tensor:
+                return portable.group_votes(q_BHSd, k_BHSd, mask_BS)
 
             needs = ctx.needs_input_grad[:2]
             grad_q, grad_k = gradients_of(plain, (q_BHSd, k_BHSd), needs, grad_BHS)
