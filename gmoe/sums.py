@@ -95,6 +95,17 @@ def to_messages(value_R: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
     return _ToMessages.apply(value_R, ptr, receiver)
 
 
+def sum_to_receivers(value_MH: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:
+    """(R, H) the sum of each receiver's messages; :func:`to_messages` sends it back.
+
+    Args:
+        value_MH: (M, H) of the messages.
+        ptr: (R + 1,) where the messages of each receiver start.
+        receiver: (M,) in 0..R-1, ascending.
+    """
+    return _SumValues.apply(value_MH, ptr, receiver, None)
+
+
 def softmax(score_MH: Tensor, edges: Edges) -> Tensor:
     r"""(M, H) the softmax over each receiver's messages.
 

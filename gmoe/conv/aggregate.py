@@ -17,9 +17,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
-from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._autograd import autocasts
 from gmoe._checks import must_be_called
@@ -29,17 +27,12 @@ from gmoe.conv.convs import FilterName
 from gmoe.conv.explain import with_mask
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
+from gmoe.conv.network import can_be_stacked, run_network
 from gmoe.products import Backend, combine, dispatch, routed_linear
 from gmoe.routing import Routing
 
 MakeMatrix: TypeAlias = Callable[..., Matrix]
 """Called as ``make_matrix(graph, dtype=...)``, gives the A of a sum A x over in-edges."""
-
-MLPS = (
-    [pyg.MLP, nn.ReLU, nn.ModuleList, Linear, Linear, nn.ModuleList, nn.Identity],
-    [nn.Sequential, nn.Linear, nn.ReLU, nn.Linear],
-)
-"""The modules of the networks that GIN's experts stack: PyG's MLP without norm, or a Sequential."""
 
 
 class AggregateOnce(StackedExperts):
@@ -281,17 +274,15 @@ class FilterExperts(StackedExperts):
 class GINExperts(AggregateOnce):
     """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)).
 
-    The networks have two linear layers with a ReLU between them.
+    The networks are PyG's MLPs or ``nn.Sequential``s of linear layers, batch norms, activations and
+    dropouts. Each expert has batch norms of its own, over its own rows.
     """
 
     parts = ("nn", "eps")
 
     @staticmethod
     def accepts(conv: Conv) -> bool:
-        # The first two modules are the conv and its aggregation; then comes its network.
-        network = [type(part) for part in conv.modules()][2:]
-        dropout = getattr(conv.nn, "dropout", [])
-        return AggregateOnce.accepts(conv) and network in MLPS and not any(dropout)
+        return AggregateOnce.accepts(conv) and can_be_stacked(conv.nn)
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
         assert call.aggregate is not None  # these experts share one
@@ -299,20 +290,14 @@ class GINExperts(AggregateOnce):
         aggregate_PI = dispatch(call.aggregate, routing)
         root_PI = dispatch(call.x_dst, routing)
         rows_PI = aggregate_PI.addcmul_(root_PI, scale_P1)
-        return combine(self._network(rows_PI, routing.offsets), routing)
+        return combine(run_network(self.nn, rows_PI, routing.offsets), routing)
 
     def on_all(self, call: Call) -> Tensor:
         if must_be_called(self):
             return super().on_all(call)
         assert call.aggregate is not None  # these experts share one
         rows_TI = call.aggregate.addcmul(call.x_dst, 1 + self.eps)
-        return self._network(rows_TI, all_of(call.x_dst))
-
-    def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        """(P, O) each expert's network on its rows."""
-        is_sequential = isinstance(self.nn, nn.Sequential)
-        up, down = (self.nn[0], self.nn[2]) if is_sequential else self.nn.lins
-        return down(up(x_PI, offsets_E).relu(), offsets_E)
+        return run_network(self.nn, rows_TI, all_of(call.x_dst))
 
 
 class GINEExperts(GINExperts):

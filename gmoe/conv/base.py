@@ -14,12 +14,12 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
-from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import must_be_called
 from gmoe._torch import dtype_of
 from gmoe.conv.call import Call
 from gmoe.conv.explain import HidesPrototype
+from gmoe.conv.network import stacked
 from gmoe.experts import LinearExperts
 from gmoe.portable import refuse_in_export
 from gmoe.products import Backend
@@ -293,26 +293,6 @@ def to_one(x_TD: Tensor) -> Routing:
 def all_of(x_TD: Tensor) -> Tensor:
     """(1,) the offsets of a single expert that has all tokens."""
     return x_TD.new_full((1,), x_TD.size(0), dtype=torch.int32)
-
-
-def stacked(module: nn.Module, num_experts: int, backend: Backend) -> nn.Module:
-    """A linear layer stacked, without values; or a copy of a network with its layers stacked."""
-    if isinstance(module, nn.Linear | Linear):
-        out_features, in_features = module.weight.shape
-        with torch.device("meta"):  # nothing is drawn
-            layer = LinearExperts(
-                in_features,
-                out_features,
-                num_experts=num_experts,
-                bias=module.bias is not None,
-                backend=backend,
-            )
-        return layer.to_empty(device=torch.get_default_device())
-    network = copy.deepcopy(module)
-    for path, part in list(module.named_modules()):
-        if isinstance(part, nn.Linear | Linear):
-            network.set_submodule(path, stacked(part, num_experts, backend))
-    return network
 
 
 def is_plain(linear: nn.Module) -> bool:

@@ -179,9 +179,9 @@ def _form_of(conv: MessagePassing) -> Form | None:
 def _is_known(part: nn.Module) -> bool:
     """True for a part of a conv that stacks can read.
 
-    That is a linear layer, or a module of torch's or PyG's without parameters.
+    That is a linear layer, a batch norm, or a module of torch's or PyG's without parameters.
     """
-    if type(part) in (nn.Linear, Linear):
+    if type(part) in (nn.Linear, Linear, nn.BatchNorm1d):
         return True
     package = type(part).__module__.partition(".")[0]
     has_parameters = any(True for _ in part.parameters(recurse=False))

@@ -93,7 +93,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
     scales with the K experts a node uses, not with the total E:
 
     - GCN, SAGE, GraphConv, GIN, GINE without ``edge_dim`` and filters aggregate once, then run each
-      row's experts;
+      row's experts. A batch norm in GIN's network is each expert's own, over the rows that the
+      expert gets: in training a swap differs from the dense conv by that;
     - GAT, GATv2 and TransformerConv send K messages per edge. They transform each (source, expert)
       pair that an edge needs, at most min(K · edges, E · N): on dense graphs this part grows
       with E;

@@ -340,13 +340,6 @@ def of_other_aggregation() -> Any:
     return conv
 
 
-def with_an_activation_at_the_end() -> Any:
-    network = pyg.MLP([4, 4, 4], norm=None)
-    network.plain_last = False
-    network.norms.append(nn.Identity())
-    return pyg.GINConv(network)
-
-
 def with_tied_weights() -> Any:
     conv = pyg.SAGEConv(4, 4)
     conv.lin_r.weight = conv.lin_l.weight
@@ -363,7 +356,6 @@ def with_a_buffer_as_weight() -> Any:
 
 CHANGED = [
     of_other_aggregation,
-    with_an_activation_at_the_end,
     with_tied_weights,
     with_a_buffer_as_weight,
 ]

@@ -68,7 +68,7 @@ LOCAL: list[Case] = [
 ]
 FULL: list[Case] = [
     *(("tag", {"K": 2}), ("sage", {"local": False})),
-    (lambda i, o: GINConv(nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o))), {}),
+    (lambda i, o: GINConv(nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o, momentum=None))), {}),
 ]
 LISTS: list[Case] = [
     (["graph", partial(GATConv, edge_dim=EDGE_DIM, fill_value=2.0), "le"], {}),
