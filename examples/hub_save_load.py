@@ -45,7 +45,7 @@ images, labels = torch.tensor(digits.images).float()[:, None] / 8 - 1, torch.ten
 model = gmoe.ViTMoE(
     8, router="expert_choice", num_experts=4, router_kwargs={"inference": "threshold"}
 )
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
 for _ in range(args.epochs):
     for batch in torch.randperm(1400).split(64):
         optimizer.zero_grad()

@@ -94,7 +94,7 @@ torch.manual_seed(0)
 model = gmoe.GNNMoE(
     128, 64, 40, num_layers=3, conv="sage", router="token_choice", num_experts=8, k=1, dropout=0.3
 )
-optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.005, fused=True)
 loader = gmoe.neighbor_loader(
     data, [15, 10, 5], input_nodes=data.train, batch_size=512, shuffle=True
 )

@@ -104,7 +104,7 @@ graph = gmoe.Graph(data.edge_index, data.num_nodes)  # sorted once, not in every
 # The same model with a built-in router, with this one, and with random experts.
 def train(router: RouterLike) -> tuple[float, gmoe.Routing]:
     model = gmoe.GNNMoE(64, 32, 10, conv="sage", router=router, num_experts=8, k=2, dropout=0.5)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4, fused=True)
     best_val, test = 0.0, 0.0
     for _ in range(args.epochs):
         optimizer.zero_grad()

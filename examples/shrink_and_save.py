@@ -59,7 +59,7 @@ def build() -> nn.Module:
 # Train it.
 torch.manual_seed(args.seed)
 model = gmoe.moefy(build(), start="copies", every=1, num_experts=8)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
 for _ in range(args.epochs):
     for batch in train[torch.randperm(len(train))].split(64):
         optimizer.zero_grad()

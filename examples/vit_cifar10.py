@@ -76,7 +76,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def fit(model: nn.Module) -> nn.Module:
     images, labels = train_set
     batches = -(-len(train) // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 1e-3, total_steps=args.epochs * batches
     )
