@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmoe._checks import must_be_called
 from gmoe._torch import untraced
 from gmoe.conv.base import Conv
 from gmoe.conv.graph import Graph
@@ -69,6 +70,12 @@ def _sizes_must_not_follow(conv: Conv, x: Tensor) -> bool:
     return x.device.type != "cpu" and not conv.explain
 
 
+@exported_as(lambda: False)
+def _is_compiled() -> bool:
+    """True in compiled code: it cannot copy a conv, and ends a graph where a size follows."""
+    return torch.compiler.is_compiling()
+
+
 def run_filter(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a FilterConv without experts: it reads the norms from the graph itself."""
     return conv(x, graph)[: graph.num_dst]
@@ -80,21 +87,30 @@ def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     PyG's conv gets its norms ready-made on a part of a graph, where they are those of the whole
     graph; and where PyG would count the loops that there are.
     """
-    gets_norms = graph.scale_of is not None or _sizes_must_not_follow(conv, x)
+    is_part = graph.scale_of is not None
+    gets_norms = is_part or _is_compiled() or _sizes_must_not_follow(conv, x)
     if not (conv.normalize and gets_norms):
         return run(conv, graph, x, x)
     matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
-    edge_index = torch.stack([matrix.edges.sender, matrix.edges.receiver])
+    sender, receiver = matrix.edges.sender, matrix.edges.receiver
     edge_weight = matrix.weight
     if matrix.diagonal is not None:  # the self-loops, which the matrix holds apart
         node = torch.arange(graph.num_dst, device=x.device)
-        edge_index = torch.cat([edge_index, node.expand(2, -1)], dim=1)
+        sender, receiver = torch.cat([sender, node]), torch.cat([receiver, node])
         edge_weight = torch.cat([edge_weight, matrix.diagonal])
-    normless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
-    normless.flow = "source_to_target"
-    normless.normalize = False
     # Norms are not computed in half precision, messages are.
-    return normless(x, edge_index, edge_weight.to(x.dtype))[: graph.num_dst]
+    edge_weight = edge_weight.to(x.dtype)
+    if must_be_called(conv):
+        normless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
+        normless.flow = "source_to_target"
+        normless.normalize = False
+        return normless(x, torch.stack([sender, receiver]), edge_weight)[: graph.num_dst]
+    # The conv's own steps: a copy cannot be made in compiled code.
+    ends = (sender, receiver) if conv.flow == "source_to_target" else (receiver, sender)
+    out = conv.propagate(torch.stack(ends), x=conv.lin(x), edge_weight=edge_weight)
+    if conv.bias is not None:
+        out = out + conv.bias
+    return out[: graph.num_dst]
 
 
 def run_gat(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
@@ -105,7 +121,7 @@ def run_gat(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     gets messages.
     """
     moves_loops = conv.add_self_loops and graph.attr is None and _sizes_must_not_follow(conv, x)
-    if not moves_loops:
+    if not moves_loops or _is_compiled():
         return run(conv, graph, x, x)
     num_nodes = x.size(0)
     sender, receiver = graph.edges.sender, graph.edges.receiver

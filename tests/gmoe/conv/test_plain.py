@@ -88,3 +88,40 @@ def test_a_gat_whose_edges_must_not_be_counted_gives_what_pygs_gives(
         torch.testing.assert_close(*gradients)
         assert sizes == {edge_index.size(1) + (N if plain.add_self_loops else 0)}
         assert plain.flow == flow
+
+
+@pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
+@pytest.mark.parametrize("options", [{}, {"improved": True}, {"bias": False}], ids=str)
+def test_a_compiled_gcn_is_one_graph_and_gives_what_pygs_gives(
+    flow: str, options: dict[str, Any]
+) -> None:
+    torch._dynamo.reset()
+    edge_index = random_graph(N, N, 40)
+    with default_float64():
+        conv, x = pyg.GCNConv(WIDTH, 3, flow=flow, **options), torch.randn(N, WIDTH)
+        weight = torch.rand(edge_index.size(1))
+        graph = Graph(edge_index, N, edge_weight=weight, flow=flow)
+        compiled = torch.compile(run_gcn, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = compiled(conv, x, graph)
+        torch.testing.assert_close(found, conv(x, edge_index, weight))
+    assert torch._dynamo.explain(run_gcn)(conv, x, graph).graph_break_count == 0
+
+
+def test_a_gcn_with_a_hook_is_called_on_a_part_too() -> None:
+    conv: Any = pyg.GCNConv(WIDTH, 3)
+    nodes, part = Graph(random_graph(N, N, 40), N).part(TOKEN)
+    x = torch.randn(N, WIDTH)[nodes]
+    plain = run_gcn(conv, x, part)
+    conv.register_forward_hook(lambda *args: 2 * args[2])
+    torch.testing.assert_close(run_gcn(conv, x, part), 2 * plain)
+
+
+def test_a_gat_whose_edges_must_not_be_counted_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: compiled code cannot copy a conv."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("gmoe.conv.plain._sizes_must_not_follow", lambda *_: True)
+    conv, x = pyg.GATConv(WIDTH, 3), torch.randn(N, WIDTH)
+    edge_index = random_graph(N, N, 40)
+    compiled = torch.compile(run_gat, backend="aot_eager")
+    torch.testing.assert_close(compiled(conv, x, Graph(edge_index, N)), conv(x, edge_index))
