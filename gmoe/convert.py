@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from gmoe._checks import (
     change_of,
+    check,
     check_module,
     refuse_computed,
     refuse_functions,
@@ -25,14 +26,18 @@ from gmoe._checks import (
 )
 from gmoe._read_mlp import Readers, read_mlp
 from gmoe._verify import is_option
+from gmoe.experts import Experts, LinearExperts
 from gmoe.folder import save_with_experts
 from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.products import Backend
 from gmoe.recorded import Recorded
-from gmoe.routers import Router, RouterLike
+from gmoe.routers import ByType, Router, RouterLike, read_router
 from gmoe.routing import Routing
-from gmoe.stack import base_parameters, share_base
+from gmoe.stack import base_parameters, become, share_base
 from gmoe.start import Start, build_layer_router, resolved_start, saved_by_name
+
+DEFAULT_EXPERTS = 8
+"""E, unless the router's values say how many experts there are."""
 
 
 @says_what_misfits
@@ -42,7 +47,7 @@ def moefy(
     *,
     k: int = 1,
     router: RouterLike = "token_choice",
-    num_experts: int = 8,
+    num_experts: int = DEFAULT_EXPERTS,
     upcycle: bool = True,
     targets: str | Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
@@ -67,9 +72,10 @@ def moefy(
     - In a PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ..., without ``targets``, all convs except
       that of the output layer become MoE.
 
-    An MLP is linear, activation, linear: in a ``Sequential`` as torchvision's, or as timm's
-    ``Mlp``; or gated, with one layer twice as wide or two before the last (timm's ``GluMlp`` and
-    ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Dropout is kept, and so are norms before the linear
+    A single ``nn.Linear`` that ``targets`` names becomes E of them. An MLP is linear, activation,
+    linear: in a ``Sequential`` as torchvision's, or as timm's ``Mlp``; or gated, with one layer
+    twice as wide or two before the last (timm's ``GluMlp`` and ``SwiGLU``, Llama's ``w1``, ``w2``,
+    ``w3``). Dropout is kept, and so are norms before the linear
     layers. Which part has which role is tried on a copy, by what it computes: with other weights,
     inputs of scales 1 to 1,000, in evaluation and, if experts replace it, in training.
     :func:`gmoe.mlps.register` tells the roles in a class of your own.
@@ -86,8 +92,10 @@ def moefy(
         every: n; block, target or layer ``i`` becomes MoE if ``i % n == n - 1`` (default 2 for a
             transformer, 1 for ``targets`` and for a GNN, whose output layer stays dense).
         k: K, experts per token (default 1).
-        router: a name or factory (default ``"token_choice"``); each layer gets its own router.
-        num_experts: E (default 8).
+        router: a name or factory (default ``"token_choice"``); each layer gets its own router. Or
+            :class:`gmoe.routers.ByType`: tokens go to the expert of their type, which the model is
+            called with.
+        num_experts: E (default 8; by type, the number of types).
         upcycle: with ``start="shared"``, the routed experts begin as copies of the dense layer
             (default); ``False`` draws them anew. The last layer of an MLP's experts starts at zero
             either way.
@@ -133,6 +141,15 @@ def moefy(
     check_module("model", model)
     if isinstance(router, Router):
         raise ValueError("router: got an instance for several layers, expected a name or a factory")
+    router = read_router(router)
+    if isinstance(router, ByType):
+        check(
+            num_experts in (DEFAULT_EXPERTS, len(router.values)),
+            "num_experts",
+            num_experts,
+            f"{len(router.values)}, one for each value of the router",
+        )
+        num_experts = len(router.values)
     start = resolved_start(start)
     if every is not None and blocks is not None:
         raise ValueError(f"every: got {every} beside blocks={blocks}, expected one of the two")
@@ -181,6 +198,8 @@ def moefy(
     for module, layer in layers.items():
         for name in names_of[module]:
             model.set_submodule(name, layer)
+    if isinstance(router, ByType):
+        router.attach(model, takes_others=start == "shared")
     save_with_experts(model)
     return model
 
@@ -412,9 +431,13 @@ def _moe(
     copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
         _check_nothing_is_lost(name, mlp)
-    dense = read_mlp(name, mlp, is_replaced=start != "shared", readers=readers)
     zero_init = start == "shared"  # the shared expert alone is the dense model
-    stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
+    stacked: Experts
+    if _is_linear(mlp):
+        stacked = _linears(mlp, num_experts, copied, zero_init=zero_init, backend=backend)
+    else:
+        dense = read_mlp(name, mlp, is_replaced=start != "shared", readers=readers)
+        stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
     built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)
     if start == "copies":
         share_base(stacked)
@@ -427,6 +450,32 @@ def _moe(
     # The MLP joins last, so that its parts keep their own types and modes.
     layer.shared_expert = mlp if start == "shared" else None
     return layer
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """True for a single linear layer, torch's or PyG's."""
+    pyg = _imported_pyg()
+    return isinstance(module, nn.Linear) or (pyg is not None and isinstance(module, pyg.Linear))
+
+
+def _linears(
+    linear: Any, num_experts: int, upcycle: bool, zero_init: bool, backend: Backend
+) -> LinearExperts:
+    """Experts of a single linear layer; see :meth:`gmoe.mlps.MLPForm.experts`."""
+    weight = linear.weight.detach()
+    out_features, in_features = weight.shape
+    experts = LinearExperts(
+        in_features,
+        out_features,
+        num_experts=num_experts,
+        bias=linear.bias is not None,
+        zero_init=zero_init,
+        backend=backend,
+    )
+    experts.to(weight)
+    if upcycle and not zero_init:
+        become(experts, {"weight": weight, "bias": linear.bias})
+    return experts
 
 
 def _check_nothing_is_lost(name: str, mlp: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -33,12 +33,14 @@ class Recorded:
             known: classes and factories that stand in a file by their names.
         """
 
-        def encode(value: object) -> str | int | float:
+        def encode(value: object) -> str | int | float | dict[str, Any]:
             if isinstance(value, Real):  # a number of NumPy's
                 return int(value) if isinstance(value, Integral) else float(value)
             for name, registered in known.items():
                 if value is registered:
                     return name
+            if is_dataclass(value) and not isinstance(value, type):
+                return asdict(value)
             raise TypeError(
                 getattr(value, "__qualname__", f"an instance of {type(value).__name__}")
             )

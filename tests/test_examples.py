@@ -35,7 +35,7 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
     here = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=here)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"test accuracy +\d+\.\d", done.stdout), done.stdout
+    assert re.search(r"test (accuracy|error of a force) +\d+\.\d", done.stdout), done.stdout
     assert not any(tmp_path.iterdir())  # it leaves nothing behind, and downloads nothing
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from gmoe._checks import check_choice
 from gmoe.routers.attention_vote import AttentionVote
 from gmoe.routers.base import Router, Weighting
 from gmoe.routers.baselines import OracleRouter, RandomRouter, UniformRouter
+from gmoe.routers.by_type import ByType
 from gmoe.routers.expert_choice import ExpertChoice
 from gmoe.routers.groups import Groups
 from gmoe.routers.multi_centroid import MultiCentroid
@@ -20,6 +21,7 @@ from gmoe.routers.token_choice import TokenChoice
 __all__ = [
     "ROUTERS",
     "AttentionVote",
+    "ByType",
     "ExpertChoice",
     "Groups",
     "MultiCentroid",
@@ -84,6 +86,7 @@ def build_router(
     if not isinstance(kwargs, Mapping | None):
         raise ValueError(f"router_kwargs: got {kwargs!r}, expected a dictionary of arguments")
     kwargs = dict(kwargs or {})
+    router = read_router(router)
     is_soft = isinstance(router, type) and issubclass(router, SoftSlots)
     if is_soft or isinstance(router, SoftSlots):
         raise ValueError("router: got SoftSlots, expected another: its slots are for gmoe.SoftMoE")
@@ -133,6 +136,11 @@ def build_router(
             f"router: got a factory that returned {type(built).__name__}, expected a Router"
         )
     return built
+
+
+def read_router(router: Any) -> Any:
+    """A :class:`ByType` from its arguments, as a file has it; anything else stays as it is."""
+    return ByType(**router) if isinstance(router, Mapping) else router
 
 
 def let_check_finite(built: Router, router: RouterLike) -> None:

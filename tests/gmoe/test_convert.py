@@ -15,11 +15,11 @@ from timm.layers.mlp import GlobalResponseNormMlp, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
-from torch_geometric.nn import GCN, GATConv, GCNConv, GINConv, MessagePassing, SimpleConv
+from torch_geometric.nn import GCN, GATConv, GCNConv, GINConv, Linear, MessagePassing, SimpleConv
 from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
-from gmoe import MoE, MoEConv, TokenChoice, fold, moefy, record_routing
+from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, fold, moefy, record_routing
 from tests.gmoe.mlps import (
     FORMS,
     Dropping,
@@ -370,7 +370,6 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: stack(plain_mlp().to("meta")), {"every": 1}, "model"),
     (gnn, {"targets": [CONVS, "lin*"]}, "targets: got 'lin"),
     (gnn, {"targets": []}, "targets"),
-    (lambda: stack(Llama()), {"targets": "0.mlp.w1"}, "model"),
     (lambda: nn.Sequential(SimpleConv()), {"targets": "0"}, "model"),
     (lambda: nn.Sequential(GCNConv(-1, 4)), {"targets": "0"}, "model"),
     *((timm_vit, {"every": every}, "every") for every in (0, 4)),
@@ -604,3 +603,27 @@ def test_a_class_of_routers_is_saved_by_its_name_whether_or_not_the_start_is_spe
     for start in (None, "shared"):
         model: Any = moefy(GCN(4, 4, 2, 4), router=TokenChoice, num_experts=2, start=start)
         assert model.convs[0].moefied.values["router"] == "token_choice"
+
+
+@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+@pytest.mark.parametrize("linear", [nn.Linear(8, 6), nn.Linear(8, 6, bias=False), Linear(8, 6)])
+def test_a_single_linear_layer_becomes_experts_of_one_layer(linear: Any, start: Any) -> None:
+    dense = nn.Sequential(nn.Tanh(), copy.deepcopy(linear)).double()
+    moe: Any = moefy(copy.deepcopy(dense), targets="1", start=start, num_experts=4)
+    x = torch.randn(5, 8, dtype=torch.double)
+    if start == "plain":
+        weight = moe[1].experts.weight
+        assert not torch.equal(weight[0], weight[1])
+    else:
+        torch.testing.assert_close(moe(x), dense(x))
+    assert isinstance(moe[1].experts, LinearExperts)
+    assert (moe[1].experts.bias is None) == (linear.bias is None)
+    moe(x).square().sum().backward()
+    assert any(bool(p.grad.any()) for p in moe[1].experts.parameters() if p.grad is not None)
+
+
+def test_a_single_linear_layer_that_is_more_than_its_weights_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match="^model: got 0 with a parametrized weight"):
+        moefy(model, targets="0", start="copies")

@@ -1,0 +1,255 @@
+"""Routing by a type that the model is called with, such as the element of an atom.
+
+Shapes: T tokens, E experts, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gmoe._checks import INTEGERS, check, check_module, described, is_whole, readable
+from gmoe._torch import assert_async, forward_hooks, in_backward
+from gmoe.routers.base import Router
+from gmoe.routing import Routing
+
+Key: TypeAlias = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ByType:
+    """A router for all layers of a model: each token goes to the expert of its type, by weight 1.
+
+    Pass it to :func:`gmoe.moefy`. The types are an argument of the model's ``forward``. They are
+    read once in each call of the model, and all layers share the one decision. It depends neither
+    on features nor on positions, so that the model stays as smooth as the dense one; nothing has
+    to be balanced, and ``num_experts`` is the number of values.
+
+    In a model of your own layers, use it as the factory of their routers, and call :meth:`attach`
+    once. Compile the whole model, not a part of it.
+
+    Args:
+        argument: the name of the argument; it holds an integer for each token.
+        values: the type of each expert. A token of another type goes to no expert: beside a shared
+            expert that is the shared one alone, else it is an error.
+
+    Raises:
+        ValueError: no name, or values that are no distinct integers.
+
+    Example:
+        >>> by_element = gmoe.routers.ByType("z", [1, 6, 7, 8, 9, 16, 17])
+        >>> model = gmoe.moefy(SchNet(), targets="interactions.*.lin", router=by_element,
+        ...                    start="copies")
+        >>> energy = model(z, pos, batch)
+    """
+
+    argument: str
+    values: Sequence[int]
+
+    def __post_init__(self) -> None:
+        check(
+            isinstance(self.argument, str) and self.argument.isidentifier(),
+            "argument",
+            repr(self.argument),
+            "the name of an argument of the model's forward",
+        )
+        is_legal = len(self.values) > 0 and all(map(is_whole, self.values))
+        check(
+            is_legal and len({*self.values}) == len(self.values),
+            "values",
+            repr(self.values),
+            "distinct integers, one for each expert",
+        )
+        object.__setattr__(self, "values", tuple(map(int, self.values)))
+
+    @property
+    def key(self) -> Key:
+        """What a decision is kept under."""
+        return self.argument, tuple(self.values)
+
+    def __call__(self, dim: int, *, num_experts: int) -> TypeRouter:
+        """Build the router of one layer."""
+        expected = len(self.values)
+        check(num_experts == expected, "num_experts", num_experts, f"{expected}, one a value")
+        return TypeRouter(dim, self)
+
+    def attach(self, model: nn.Module, *, takes_others: bool = False) -> None:
+        """Let a model read the types in each call, once; :func:`gmoe.moefy` does so itself.
+
+        Args:
+            model: the module whose ``forward`` has the argument.
+            takes_others: leave tokens of other types to shared experts (default ``False``: refuse
+                them).
+
+        Raises:
+            ValueError: a model without such an argument.
+        """
+        check_module("model", model)
+        names = [*inspect.signature(model.forward).parameters]
+        check(
+            self.argument in names,
+            "argument",
+            repr(self.argument),
+            f"an argument of {type(model).__name__}.forward: {', '.join(names)}",
+        )
+        decide = _Decide(self, names.index(self.argument), takes_others)
+        before, _ = forward_hooks(model)
+        if decide in before.values():
+            return
+        model.register_forward_pre_hook(decide, with_kwargs=True)
+        model.register_forward_hook(_Forget(self), always_call=True)
+
+    def routing(self, type_T: Any, takes_others: bool) -> Routing:
+        """The decision for tokens of these types.
+
+        Raises:
+            ValueError: no integers; types without an expert (CPU tensors).
+        """
+        if not isinstance(type_T, Tensor) or type_T.dtype not in INTEGERS:
+            got = described(type_T)
+            raise ValueError(f"{self.argument}: got {got}, expected integers, one for each token")
+        type_T = type_T.reshape(-1)
+        values_E = torch.tensor(self.values, device=type_T.device)
+        is_type_TE = type_T[:, None] == values_E
+        is_known_T = is_type_TE.any(dim=1)
+        if not takes_others:
+            self._check_known(type_T, is_known_T)
+        # A token of another type gets the first expert by weight 0: how many there are depends on
+        # the data, and nothing should wait for it.
+        return Routing.from_choices(
+            is_type_TE.int().argmax(dim=1, keepdim=True),
+            is_known_T.float()[:, None],
+            num_experts=len(self.values),
+            scores=is_type_TE.float(),
+            validate=False,
+        )
+
+    def _check_known(self, type_T: Tensor, is_known_T: Tensor) -> None:
+        """Refuse types without an expert."""
+        legal = f"some of {list(self.values)}"
+        if not readable(type_T):
+            assert_async(is_known_T.all(), f"{self.argument}: got other types, expected {legal}")
+        elif not is_known_T.all():
+            others = sorted({*type_T[~is_known_T].tolist()})
+            raise ValueError(
+                f"{self.argument}: got types {others} without an expert, expected {legal}; or "
+                "start='shared', which leaves them to the shared expert"
+            )
+
+
+class TypeRouter(Router):
+    """The router of one layer under :class:`ByType`: it takes the decision of the model's call.
+
+    Args:
+        dim: D, the width of the tokens.
+        by_type: the argument and its values.
+
+    Raises:
+        ValueError: in a call, another number of tokens than types; no call of the model around it.
+    """
+
+    by_token = True
+    sums_to_one = True
+
+    def __init__(self, dim: int, by_type: ByType) -> None:
+        super().__init__(dim, num_experts=len(by_type.values), k=1)
+        self.by_type = by_type
+        self._recent: list[Routing] = []
+        self._was_recomputed = False
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw."""
+
+    def keep(self, kept: Sequence[int]) -> None:
+        raise ValueError(
+            f"kept: got {[*kept]}, expected all experts: each is the only one of its type"
+        )
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        name = self.by_type.argument
+        routing = self._decision()
+        if routing.num_tokens != len(x_TD):
+            raise ValueError(
+                f"{name}: got {routing.num_tokens} types, expected one for each of {len(x_TD)} "
+                "tokens of the layer"
+            )
+        return routing
+
+    def _decision(self) -> Routing:
+        """That of the call around; or, where a checkpoint recomputes a forward, of that forward."""
+        held = _held().get(self.by_type.key)
+        if torch.compiler.is_compiling() and held:
+            return held[-1]
+        if held:
+            self._remember(held[-1])
+            return held[-1]
+        if in_backward() and self._recent:
+            self._was_recomputed = True
+            if len(self._recent) > 1:
+                raise RuntimeError(
+                    f"{self.by_type.argument}: got several forward passes before the backward pass "
+                    "of a checkpointed model, expected a backward pass after each"
+                )
+            return self._recent[0]
+        raise RuntimeError(
+            f"{self.by_type.argument}: got a call of a layer alone, expected a call of the whole "
+            "model, to which ByType.attach was applied (and of which no part alone is compiled)"
+        )
+
+    def _remember(self, routing: Routing) -> None:
+        """Keep the decision for checkpoints that recompute this forward in the backward pass."""
+        if in_backward() or not torch.is_grad_enabled():
+            return
+        if self._was_recomputed:
+            self._recent.clear()
+            self._was_recomputed = False
+        if not any(routing is one for one in self._recent):
+            self._recent = [*self._recent[-1:], routing]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_recent": []}
+
+
+_BY_THREAD = threading.local()
+_COMPILED: dict[Key, list[Routing]] = {}
+
+
+def _held() -> dict[Key, list[Routing]]:
+    """The decisions of the calls that this thread is in, the innermost last."""
+    if torch.compiler.is_compiling():  # which knows of no threads, and traces one at a time
+        return _COMPILED
+    held: dict[Key, list[Routing]] = _BY_THREAD.__dict__.setdefault("held", {})
+    return held
+
+
+@dataclass(frozen=True)
+class _Decide:
+    """Decide at the start of a model's forward, as a hook of it."""
+
+    by_type: ByType
+    place: int
+    takes_others: bool
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        name = self.by_type.argument
+        type_T = args[self.place] if self.place < len(args) else kwargs.get(name)
+        routing = self.by_type.routing(type_T, self.takes_others)
+        _held().setdefault(self.by_type.key, []).append(routing)
+
+
+@dataclass(frozen=True)
+class _Forget:
+    """Forget the decision at the end of the forward, also of one that failed."""
+
+    by_type: ByType
+
+    def __call__(self, _: nn.Module, args: object, output: object) -> None:
+        held = _held().get(self.by_type.key)
+        if held:
+            held.pop()

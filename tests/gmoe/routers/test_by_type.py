@@ -1,0 +1,249 @@
+"""Routing by a type that the model is called with."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import gmoe
+from gmoe.routers import ByType
+
+ELEMENTS = [1, 6, 8]
+WIDTH, ATOMS = 4, 9
+
+
+class Atomwise(nn.Module):
+    """Two layers on atoms, and a sum over molecules."""
+
+    def __init__(self, checkpoints: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 5)
+        self.second = nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 5))
+        self.checkpoints = checkpoints
+
+    def forward(self, x: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
+        h = self.first(x).tanh()
+        h = checkpoint(self.second, h, use_reentrant=False) if self.checkpoints else self.second(h)
+        return scale * h
+
+
+def model_of(start: Any = "copies", **options: Any) -> Any:
+    torch.manual_seed(0)
+    dense = Atomwise(**options)
+    by_element = ByType("z", ELEMENTS)
+    return gmoe.moefy(dense, targets=["first", "second"], router=by_element, start=start).double()
+
+
+def trained(model: Any) -> Any:
+    """With experts that differ."""
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def atoms(seed: int = 0, others: bool = False) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    types = torch.tensor([*ELEMENTS, 35] if others else ELEMENTS)
+    z = types[torch.randint(len(types), (ATOMS,), generator=generator)]
+    return torch.randn(ATOMS, WIDTH, dtype=torch.double, generator=generator), z
+
+
+def naive(model: Any, x: Tensor, z: Tensor) -> Tensor:
+    """Each atom by itself, through the weights of its element."""
+    rows: list[Tensor] = []
+    for row, element in zip(x, z.tolist(), strict=True):
+        expert = ELEMENTS.index(element)
+        experts = model.first.experts
+        h = torch.tanh(experts.weight[expert] @ row + experts.bias[expert])
+        up, down = model.second.experts.up, model.second.experts.down
+        h = nn.functional.silu(up.weight[expert] @ h + up.bias[expert])
+        rows.append(down.weight[expert] @ h + down.bias[expert])
+    return torch.stack(rows)
+
+
+def test_each_token_goes_to_the_expert_of_its_type() -> None:
+    model, (x, z) = trained(model_of()), atoms()
+    x.requires_grad_()
+    leaves = [x, *model.parameters()]
+    found, expected = model(x, z), naive(model, x, z)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(model(x=x, z=z, scale=2.0), 2 * expected)
+
+
+@pytest.mark.parametrize("start", ["copies", "shared"])
+def test_a_model_starts_as_the_dense_one(start: str) -> None:
+    torch.manual_seed(0)
+    dense = Atomwise().double()
+    x, z = atoms()
+    torch.testing.assert_close(model_of(start)(x, z), dense(x, z))
+
+
+def test_all_layers_share_one_decision() -> None:
+    model, (x, z) = model_of(), atoms()
+    with gmoe.record_routing(model) as routings:
+        model(x, z)
+    assert len(routings) == 2
+    assert routings[0] is routings[1]
+    assert routings[0].load.tolist() == [int((z == element).sum()) for element in ELEMENTS]
+
+
+def test_other_types_are_left_to_a_shared_expert() -> None:
+    model, (x, z) = trained(model_of("shared")), atoms(others=True)
+    others = z == 35
+    assert others.any()
+    y = model(x, z)
+    h = model.first.shared_expert(x[others]).tanh()
+    torch.testing.assert_close(y[others], model.second.shared_expert(h))
+    assert not torch.allclose(
+        y[~others], model.second.shared_expert(model.first.shared_expert(x[~others]).tanh())
+    )
+
+
+def test_other_types_are_refused_without_a_shared_expert() -> None:
+    x, z = atoms(others=True)
+    with pytest.raises(ValueError, match=r"^z: got types \[35\] without an expert, expected some"):
+        model_of()(x, z)
+    x, z = atoms()
+    model = model_of()
+    model(x, z)  # the call that failed left nothing behind
+    with pytest.raises(RuntimeError, match="z: got a call of a layer alone"):
+        model.first(x)
+
+
+@pytest.mark.parametrize(
+    ("z", "message"),
+    [
+        (torch.ones(ATOMS), r"z: got shape \(9,\) of torch.float32, expected integers"),
+        (torch.ones(3, dtype=torch.long), "z: got 3 types, expected one for each of 9 tokens"),
+        (None, "z: got NoneType, expected integers"),
+    ],
+)
+def test_types_that_do_not_fit_are_refused(z: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_of()(atoms()[0], z)
+
+
+def test_a_nested_call_has_a_decision_of_its_own() -> None:
+    inner = trained(model_of())
+    (x, z), (other_x, other_z) = atoms(), atoms(1)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = copy.deepcopy(inner.first), inner
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            before = self.inner(other_x, other_z)
+            return torch.cat([before, self.first(x)])
+
+    outer = Outer()
+    ByType("z", ELEMENTS).attach(outer)
+    found = outer(x, z)
+    torch.testing.assert_close(found[:ATOMS], inner(other_x, other_z))
+    experts = inner.first.experts
+    expert = torch.tensor([ELEMENTS.index(element) for element in z.tolist()])
+    expected = torch.einsum("ti,toi->to", x, experts.weight[expert]) + experts.bias[expert]
+    torch.testing.assert_close(found[ATOMS:], expected)
+
+
+def test_checkpoints_recompute_with_the_types_of_their_forward() -> None:
+    plain, saving = trained(model_of()), trained(model_of(checkpoints=True))
+    saving.load_state_dict(plain.state_dict())
+    for seed in range(3):
+        for model in (plain, saving):
+            model(*atoms(seed)).square().sum().backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_checkpoints_of_two_forwards_are_not_mixed_up() -> None:
+    model = trained(model_of(checkpoints=True))
+    loss = model(*atoms(0)).square().sum() + model(*atoms(1)).square().sum()
+    with pytest.raises(RuntimeError, match="z: got several forward passes before the backward"):
+        loss.backward()
+
+
+def test_threads_have_decisions_of_their_own() -> None:
+    model = trained(model_of()).eval()
+    calls = [atoms(seed) for seed in range(16)]
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda call: _without_gradients(model, *call), calls))
+    torch.testing.assert_close(found, expected)
+
+
+def _without_gradients(model: Any, x: Tensor, z: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x, z)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_models_route_by_type(fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    model = trained(model_of())
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=fullgraph)
+    for seed in range(2):
+        call = atoms(seed)
+        found, expected = compiled(*call), model(*call)
+        torch.testing.assert_close(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_copies_pickles_and_files_route_by_type(tmp_path: Path) -> None:
+    model, call = trained(model_of()), atoms()
+    expected = model(*call)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(*call), expected)
+    gmoe.save(model, tmp_path / "saved")
+    loaded: Any = gmoe.load(tmp_path / "saved", base=Atomwise().double())
+    torch.testing.assert_close(loaded(*call), expected)
+
+
+def test_folded_models_and_forces_route_by_type() -> None:
+    model, (x, z) = trained(model_of()), atoms()
+    expected = model(x, z)
+    torch.testing.assert_close(gmoe.fold(model)(x, z), expected)
+    x.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: model(x, z).square(), x, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ByType("2z", ELEMENTS), "argument: got '2z', expected the name of an argument"),
+        (lambda: ByType("z", []), r"values: got \[\], expected distinct integers"),
+        (lambda: ByType("z", [1, 1]), r"values: got \[1, 1\], expected distinct integers"),
+        (lambda: ByType("z", [1.5]), r"values: got \[1.5\], expected distinct integers"),  # type: ignore[list-item]
+        (
+            lambda: gmoe.moefy(Atomwise(), targets="first", router=ByType("element", [1])),
+            r"argument: got 'element', expected an argument of Atomwise.forward: x, z, scale",
+        ),
+        (
+            lambda: gmoe.moefy(Atomwise(), targets="first", num_experts=4, router=ByType("z", [1])),
+            "num_experts: got 4, expected 1, one for each value of the router",
+        ),
+        (
+            lambda: gmoe.prune(model_of(), atoms(), keep=1),
+            "kept: got .* expected all experts: each is the only one of its type",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
