@@ -140,10 +140,15 @@ def has_own_loop(x_PI: Tensor, out_features: int) -> bool:
 
 
 def _aligned(x: Tensor, dims: int = 1) -> Tensor:
-    """Pad the last dimensions with zeros to multiples of 16 bytes."""
+    """Pad the last dimensions with zeros to multiples of 16 bytes, and start at such an address.
+
+    A part of a flat buffer, as FSDP2 keeps parameters, may start anywhere.
+    """
     step = 16 // x.element_size()
     pads = [pad for width in reversed(x.shape[-dims:]) for pad in (0, -width % step)]
-    return F.pad(x, pads) if any(pads) else x
+    if any(pads):
+        return F.pad(x, pads)
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def sum_at(index: Tensor, values: Tensor, size: int) -> Tensor:

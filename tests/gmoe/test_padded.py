@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from gmoe import grouped_linear
 from gmoe.padded import blocks_of
+from gmoe.products import Backend
 from tests.gmoe.kernels import ends
 
 
@@ -43,3 +45,28 @@ def test_what_fills_a_block_up_meets_no_other_expert() -> None:
 @pytest.mark.parametrize(("rows", "size"), [(10, 16), (1023, 64), (1024, 64), (1025, 65)])
 def test_a_block_has_a_quarter_of_an_experts_mean_load_rounded_up(rows: int, size: int) -> None:
     assert blocks_of(ends([rows, 0, 0, 0]), rows).size == size
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_tensors_may_start_at_any_address(
+    backend: Backend, offset: int, is_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's kernel wants those of 16 bytes; parts of a flat buffer start anywhere."""
+    starts: list[int] = []
+    kernel = F.grouped_mm
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        starts.extend(part.data_ptr() % 16 for part in (x, weight))
+        return kernel(x, weight, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", noted)
+    flat = torch.randn(offset + 2 * 8 * 4 + 6 * 8)
+    weight = flat[offset:][: 2 * 8 * 4]
+    weight = weight.view(2, 4, 8).mT if is_transposed else weight.view(2, 8, 4)
+    x = flat[offset + 2 * 8 * 4 :].view(6, 8).requires_grad_()
+    y = grouped_linear(x, weight, None, ends([4, 2]), backend)
+    torch.testing.assert_close(y, torch.cat([x[:4] @ weight[0], x[4:] @ weight[1]]))
+    y.square().sum().backward()
+    assert backend == "loop" or {*starts} == {0}
