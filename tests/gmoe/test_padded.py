@@ -57,9 +57,9 @@ def test_tensors_may_start_at_any_address(
     starts: list[int] = []
     kernel = F.grouped_mm
 
-    def noted(x: torch.Tensor, weight: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+    def noted(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
         starts.extend(part.data_ptr() % 16 for part in (x, weight))
-        return kernel(x, weight, **options)
+        return kernel(x, weight, offs=offs)
 
     monkeypatch.setattr(F, "grouped_mm", noted)
     flat = torch.randn(offset + 2 * 8 * 4 + 6 * 8)
