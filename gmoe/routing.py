@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -257,7 +257,8 @@ class Routing:
     def select(self, tokens: slice | None = None, experts: Sequence[int] | None = None) -> Routing:
         """Restrict the routing to some tokens, some experts, or both, renumbered; the losses stay.
 
-        The first call of a routing costs a host sync, and each slice of tokens costs one more.
+        A slice of tokens that have K experts each costs no host sync. Else the first call of a
+        routing costs one, and each slice one more.
 
         Args:
             tokens: a slice of step 1; its cost is that of the pairs it holds. ``None`` for all.
@@ -281,6 +282,8 @@ class Routing:
         is_whole = (start, stop) == (0, self.num_tokens)
         if is_whole and experts is None:
             return self
+        if self.slot is not None and experts is None:
+            return self._between(start, stop)
 
         # 1. The pairs of each expert: all of them, or those of the slice, which lie in a row since
         # an expert's tokens ascend.
@@ -320,6 +323,30 @@ class Routing:
             self.detached,
             validate=False,
         )
+
+    def _between(self, start: int, stop: int) -> Routing:
+        """The routing of some tokens in a row, each of which has K experts."""
+        k = self.token.size(0) // self.num_tokens
+        pair_P = self._pair_of_slot[start * k : stop * k]
+        expert_TK = expert_at(self.offsets, pair_P).view(-1, k)
+        weight_TK = self.weight.index_select(0, pair_P).view(-1, k)
+        part = Routing.from_choices(
+            expert_TK,
+            weight_TK,
+            num_experts=self.num_experts,
+            scores=self.scores[start:stop],
+            losses=self.losses,
+            validate=False,
+        )
+        dropped_T = None if self.dropped_T is None else self.dropped_T[start:stop]
+        return replace(part, dropped_T=dropped_T, detached=self.detached, validate=False)
+
+    @lazy
+    def _pair_of_slot(self) -> Tensor:
+        """(P,) the pair in each slot."""
+        assert self.slot is not None
+        pair_P = torch.arange(self.slot.size(0), device=self.slot.device)
+        return torch.empty_like(self.slot).scatter_(0, self.slot, pair_P)
 
     @lazy
     def _spans(self) -> list[tuple[int, int]]:

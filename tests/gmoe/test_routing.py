@@ -62,7 +62,7 @@ def test_derived_properties() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=9), data=st.data())
-def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None:
+def test_parts_of_a_routing(mask: list[list[bool]], data: Any) -> None:
     chosen_TE = torch.tensor(mask, dtype=torch.bool).view(-1, 3)
     _, token = chosen_TE.T.nonzero().T
     offsets = chosen_TE.sum(dim=0).cumsum(0).to(torch.int32)
@@ -119,7 +119,7 @@ def test_no_tokens() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), num_tokens=st.integers(0, 7), k=st.integers(1, 4))
 def test_from_choices_puts_each_weight_at_its_pair(
-    data: st.DataObject, num_tokens: int, k: int
+    data: Any, num_tokens: int, k: int
 ) -> None:
     rows = [data.draw(st.permutations(range(4)))[:k] for _ in range(num_tokens)]
     expert = torch.tensor(rows, dtype=torch.int32).view(num_tokens, k)
@@ -376,3 +376,22 @@ def test_a_slice_with_a_step_is_refused() -> None:
     for step in (2, -1):
         with pytest.raises(ValueError, match=r"^tokens: got slice.*expected a slice of step 1"):
             routing.select(slice(None, None, step))
+
+
+@given(data=st.data(), k=st.integers(1, 3), num_tokens=st.integers(1, 9))
+def test_a_slice_of_tokens_of_k_experts_keeps_their_slots(
+    data: Any, k: int, num_tokens: int
+) -> None:
+    start = data.draw(st.integers(0, num_tokens))
+    stop = data.draw(st.integers(start, num_tokens))
+    expert_TK = torch.rand(num_tokens, 4).argsort(dim=1)[:, :k]
+    weight_TK = torch.rand(num_tokens, k, requires_grad=True)
+    whole = Routing.from_choices(expert_TK, weight_TK, num_experts=4)
+    part = whole.select(slice(start, stop))
+    assert torch.equal(part.to_dense(), whole.to_dense()[start:stop])
+    dataclasses.replace(part, validate=True)
+    if start < stop:
+        assert part.slot is not None
+        (grad_TK,) = torch.autograd.grad(part.weight.sum(), weight_TK)
+        assert grad_TK[start:stop].eq(1).all()
+        assert grad_TK.sum() == (stop - start) * k
