@@ -50,8 +50,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from experiments.benchmark import swap
-from experiments.study import measured, questions, regime_map, routers
+from experiments.study import measured, questions, routers
 from experiments.train import checkpoint, jobs
 from experiments.train.presets import DIGITS_GRAPH, PRESETS
 from tests.experiments.molecule_data import write_table
@@ -108,13 +107,6 @@ COMMANDS: dict[str, Command] = {
         "experiments.sweep",
         "routers --router tests/experiments/own_parts.py:FirstBits --columns digits-graph "
         "--no-progress --runs {out}/runs --results {out}/results",
-    ),
-    "sweep-map": Command(
-        "experiments.sweep", "map --no-progress --runs {out}/runs --results {out}/results"
-    ),
-    "swap": Command(
-        "experiments.benchmark.__main__",
-        "swap --rows mosaic --seeds 1 --repeats 0 --json {out}/swap.json",
     ),
     "benchmark": Command(
         "experiments.benchmark.__main__",
@@ -486,15 +478,10 @@ def shrink_studies() -> None:
     """Make studies those of few epochs, in this process."""
     small = replace(DIGITS_GRAPH, epochs=2, hidden=8, seeds=(0, 1))
     PRESETS["digits-graph"] = ("", small)
-    routers.COLUMNS = {"digits-graph": small}
+    routers.TABLE = replace(routers.TABLE, columns={"digits-graph": small})
     measured.step_times = lambda *_: {}
-    problem, config, _ = swap.ROWS["mosaic"]
-    swap.ROWS["mosaic"] = (problem, replace(config, epochs=3), ())
     told = questions.Answer("rules", None, "a line", ["a figure"], {}, torch.arange(500) % 3)
     setattr(questions.Survey, "answer", lambda _: told)  # noqa: B010 (mypy)
-    places = list(regime_map.places())[:2]
-    few = [(place, replace(own, epochs=3, seeds=(0,))) for place, own in places]
-    regime_map.places = lambda: iter(few)
 
 
 def prepare(name: str, out: Path) -> None:

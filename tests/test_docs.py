@@ -21,15 +21,15 @@ import gmoe
 from docs.check_links import broken
 from docs.plots.__main__ import every_drawing, pages, render
 from docs.plots.gallery import ORDER, place
-from docs.plots.results import Gain
 from docs.plots.style import FIGURES, save
 from docs.plots.swap import swaps
 from docs.thumbnails import THUMBNAILS
-from experiments.study import starts
-from experiments.study.routers import differences, read_cells
+from experiments.show.cells import differences
+from experiments.show.closed.starts import read_confirmed
+from experiments.study.routers import read_table
 from experiments.train.files import read_json
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
-from experiments.train.scores import interval
+from experiments.train.scores import Difference
 from tests.mutants import symbols
 
 ROOT = Path(__file__).parent.parent
@@ -370,16 +370,14 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     )
     assert said in in_a_line(README)
 
-    confirmed = starts.read_confirmed(RESULTS / "starts-confirmed")
+    confirmed = read_confirmed(RESULTS / "starts-confirmed")
     once = "difference-once-node-constant-unbalanced"
-    intervals = [
-        interval(starts.differences(known, once, "dense", "test"))
+    sides = [
+        Difference.of(differences(known[once], known["dense"])).side
         for known in confirmed.values()
         if once in known
     ]
-    assert len(intervals) == 7
-    assert sum(low > 0 for low, _ in intervals) == 4
-    assert all(high > 0 for _, high in intervals)
+    assert sorted(sides) == ["above"] * 4 + ["level"] * 3
     wide_of = {
         column: {run["config"]["hidden"] for run in known.values()}
         for column, known in confirmed.items()
@@ -393,11 +391,11 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
     )
     assert said in in_a_line(README)
 
-    cells = read_cells(RESULTS / "routers").values()
-    gains = [differences(rows["token-choice"], rows["dense-flops"]) for rows in cells]
-    intervals = [interval(gain) for gain in gains]
-    above, below = sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)
-    assert (above, below, len(gains)) == (2, 1, 9)
+    sides = [
+        Difference.of(differences(rows["token-choice"], rows["dense-flops"])).side
+        for rows in read_table(RESULTS / "routers").values()
+    ]
+    assert sorted(sides) == ["above"] * 2 + ["below"] + ["level"] * 6
     said = (
         "Token choice beats a dense model of equal FLOPs on two of nine data sets (barely on "
         "facebook) and loses on one; the other six are within noise"
@@ -465,16 +463,10 @@ def test_a_figure_that_is_not_there_is_refused() -> None:
         render(ROOT / "README.md", {"swap": DRAWINGS["swap"]})
 
 
-def test_an_interval_that_leaves_out_zero_is_a_verdict() -> None:
-    assert Gain.of([1.0, 1.1, 0.9]).verdict == "above"
-    assert Gain.of([-1.0, -1.1, -0.9]).verdict == "below"
-    assert Gain.of([1.0, -1.1, 0.2]).verdict == "level"
-
-
 def test_the_swap_says_its_verdict_first() -> None:
     gains = {name: gain for name, (gain, _) in swaps(RESULTS / "swap.json").items()}
     names = {
-        verdict: [name for name, gain in gains.items() if gain.verdict == verdict]
+        verdict: [name for name, gain in gains.items() if gain.side == verdict]
         for verdict in ("above", "below", "level")
     }
     assert names["above"] == ["mosaic", "minesweeper", "facebook-sage"]

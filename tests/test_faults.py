@@ -6,7 +6,6 @@ Quick cases of what ``python -m tests.faults`` has found, and that it can find; 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,12 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import gmoe
-from experiments.benchmark import swap
 from experiments.show.report_page import Page
-from experiments.study import regime_map, sweep
 from experiments.study.advise import keep_regimes
 from experiments.study.pages import update
-from experiments.study.studies import Study, Variant
 from experiments.train import predictions
 from experiments.train.build import build_model
 from experiments.train.command import parse
@@ -212,72 +208,6 @@ def test_a_folder_on_a_full_disk_is_named(tmp_path: Path) -> None:
     ):
         raise full
     assert list(tmp_path.iterdir()) == []
-
-
-def test_two_sweeps_at_once_keep_each_others_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second begins and ends while the first trains."""
-    monkeypatch.setitem(sweep.STUDIES, "tiny", ("", sweep.SweepConfig()))
-    train = sweep.run_all
-
-    def start(name: str) -> None:
-        variant = Variant(name=name, label=name, config=BASE)
-        study = Study(about="a test", variants=(variant,))
-        monkeypatch.setattr(sweep, "recorded", lambda *_: study)
-        out = ["--runs", str(tmp_path / name), "--results", str(tmp_path), "--no-progress"]
-        sweep.main(["tiny", *out])
-
-    def two(*args: Any) -> Any:
-        monkeypatch.setattr(sweep, "run_all", train)
-        start("second")
-        return train(*args)
-
-    monkeypatch.setattr(sweep, "run_all", two)
-    start("first")
-    found = json.loads((tmp_path / "tiny.json").read_text())
-    assert {variant["variant"] for variant in found["variants"]} == {"first", "second"}
-
-
-def test_two_sweeps_of_the_map_keep_each_others_places(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = replace(regime_map.BASE, epochs=1, eval_every=1, seeds=(0,), hidden=4)
-    monkeypatch.setattr(regime_map, "BASE", small)
-    monkeypatch.setattr(regime_map, "PLACES", ((2, 8),))
-    monkeypatch.setattr(regime_map, "WAYS", ("communities",))
-    first, second = list(regime_map.places())[:2]
-    train = sweep.run_all
-
-    def start(place: Any) -> None:
-        monkeypatch.setattr(regime_map, "places", lambda: iter([place]))
-        monkeypatch.setattr(regime_map, "map_table", str)
-        out = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"]
-        sweep.main(["map", *out])
-
-    def two(*args: Any) -> Any:
-        monkeypatch.setattr(sweep, "run_all", train)
-        start(second)
-        return train(*args)
-
-    monkeypatch.setattr(sweep, "run_all", two)
-    start(first)
-    found = json.loads((tmp_path / "regime-map-concept.json").read_text())["places"]
-    assert [{axis: entry[axis] for axis in regime_map.AXES} for entry in found] == [
-        second[0],
-        first[0],
-    ]
-
-
-def test_a_map_without_a_place_says_so() -> None:
-    found = regime_map.map_table({"config": regime_map.BASE.science(), "places": []})
-    assert found == "no place is finished yet"
-
-
-def test_a_swap_that_runs_twice_says_so(tmp_path: Path) -> None:
-    file = tmp_path / "swap.json"
-    with swap._alone(file), pytest.raises(ValueError, match=rf"^json: {file} is being written by"):
-        swap._alone(file)
 
 
 # That the faults are noticed

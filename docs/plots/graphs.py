@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
 
-from docs.plots.results import Gain, cell_differences, read_file
+from docs.plots.results import Difference, differences, read_file
 from docs.plots.style import Drawing, Theme, by_verdict, difference_axis, dot, rows
 
 K_MEANS = "multi-centroid-k1-kmeans-shared-expert"
@@ -37,7 +37,7 @@ PAIRS = {
 }
 """By study, what is compared: a variant, and what is taken from it."""
 
-Found: TypeAlias = dict[str, dict[str, Gain]]
+Found: TypeAlias = dict[str, dict[str, Difference]]
 """By graph and comparison the difference."""
 
 
@@ -50,7 +50,7 @@ def gains(results: Path) -> Found:
             for variant in read_file(results / f"{study}.json")["variants"]
         }
         found[study.partition("-")[0]] = {
-            label: Gain.of(cell_differences(variants[one], variants[other]))
+            label: Difference.of(differences(variants[one], variants[other]))
             for label, (one, other) in pairs.items()
         }
     return found

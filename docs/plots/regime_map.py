@@ -51,7 +51,7 @@ def draw_panel(axis: Axes, found: Found, place: tuple[int, int], theme: Theme) -
             for value in found.get((*place, way, model), [])
         ]
         if points:
-            label = MAP_MODELS[model][0]
+            label = MAP_MODELS[model]
             axis.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=label)
     axis.axhline(0, color=theme.gray, linewidth=1)
     axis.set_xticks(range(len(WAYS)), WAYS)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
-from docs.plots.results import ROWS, Gain, cell_differences, read_cells
+from docs.plots.results import ROWS, Difference, differences, read_table
 from docs.plots.style import Drawing, Theme, by_verdict, difference_axis, dot, legend_above, rows
 
 BASE = "dense-flops"
@@ -23,17 +23,17 @@ SHORT = {
 PANELS = 4
 """Data sets side by side in the long figure."""
 
-Gains: TypeAlias = dict[str, dict[str, Gain]]
+Gains: TypeAlias = dict[str, dict[str, Difference]]
 """By column and row of the table the difference to the dense model of equal FLOPs."""
 
 
 def gains(folder: Path) -> Gains:
     """What is finished, in the order of the table."""
     found: Gains = {}
-    for column, cells in read_cells(folder).items():
+    for column, cells in read_table(folder).items():
         base = cells[BASE]
         known = {row: cell for row, cell in cells.items() if row != BASE}
-        found[column] = {row: Gain.of(cell_differences(cell, base)) for row, cell in known.items()}
+        found[column] = {row: Difference.of(differences(cell, base)) for row, cell in known.items()}
     return found
 
 
@@ -93,7 +93,7 @@ def draw_long(found: Gains, theme: Theme) -> Figure:
         axis.set_visible(False)
     for axis in panels[max(len(found) - PANELS, 0) : len(found)]:
         axis.tick_params(labelbottom=True)  # also where nothing is below
-    rows(panels[0], [ROWS[row][0] for row in shown])
+    rows(panels[0], [ROWS[row].label for row in shown])
     for axis in panels:
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
-from docs.plots.results import Gain, read_confirmed, start_differences
+from docs.plots.results import Difference, differences, read_confirmed
 from docs.plots.style import Drawing, Theme, by_verdict, difference_axis, dot, legend_above, rows
 
 MODELS = {
@@ -24,7 +24,7 @@ DEFAULT = next(iter(MODELS))
 PLANTED = ("mosaic", "concept")
 """Graphs that were made so that experts can help."""
 
-Found: TypeAlias = dict[str, dict[str, tuple[Gain, float]]]
+Found: TypeAlias = dict[str, dict[str, tuple[Difference, float]]]
 """By graph and model the difference to the dense model, and active FLOPs as a multiple of its."""
 
 
@@ -35,7 +35,7 @@ def gains(folder: Path) -> Found:
         if set(MODELS) <= set(known):
             found[column] = {
                 model: (
-                    Gain.of(start_differences(known, model, "dense", "test")),
+                    Difference.of(differences(known[model], known["dense"])),
                     known[model]["flops"] / known["dense"]["flops"],
                 )
                 for model in MODELS

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from docs.plots.results import Gain
+from docs.plots.results import Difference
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = ROOT / "docs" / "figures"
@@ -98,7 +98,7 @@ def _is_inside(value: float, limits: tuple[float, float]) -> bool:
     return limits[0] <= value <= limits[1]
 
 
-def dot(axis: Axes, place: float, gain: Gain, color: str, marker: str, **more: Any) -> Any:
+def dot(axis: Axes, place: float, gain: Difference, color: str, marker: str, **more: Any) -> Any:
     """A mean and its interval, at a place from the top."""
     return axis.errorbar(
         gain.mean,
@@ -127,11 +127,11 @@ def legend_above(figure: Figure, axis: Axes, columns: int) -> None:
     figure.legend(known.values(), known.keys(), loc="upper center", ncols=columns)
 
 
-def by_verdict(gains: dict[str, Gain]) -> str:
+def by_verdict(gains: dict[str, Difference]) -> str:
     """Which are above 0, which below, and which are level with it, as words."""
     said = []
     for verdict in ("above", "below", "level"):
-        names = [name for name, gain in gains.items() if gain.verdict == verdict]
+        names = [name for name, gain in gains.items() if gain.side == verdict]
         if names:
             said.append(f"{verdict} on {_listed(names)}")
     return ", ".join(said)

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 from experiments.train.checks import check
 from experiments.train.config import ERRORS
 from experiments.train.scores import (
+    Difference,
+    better_in,
     differences,
     form_of,
-    gains,
     mean_std,
     percent,
     scored,
@@ -58,39 +59,49 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
     routed = f"AMI of expert and {', '.join(name[4:] for name in followed)}; mean of layers"
     if "nmi" in names:
         routed = "NMI of expert and region, layer by layer"
+    controls = [variants[name] for name in study.get("controls", ()) if name in variants]
     lines = []
     for variant in map(variants.__getitem__, only or variants):
-        found = [shown(layer["nmi"], ".3f") for layer in variant["routing"] if "nmi" in layer]
+        metric = variant["metric"]
+        shares = [shown(layer["nmi"], ".3f") for layer in variant["routing"] if "nmi" in layer]
         if "nmi" not in names:
             means = (
                 [layer[name]["mean"] for layer in variant["routing"] if name in layer]
                 for name in followed
             )
-            found = [f"{statistics.fmean(values):.2f}" for values in means if values]
-        lines.append(
-            {
-                "variant": variant["label"],
-                f"test {variant['metric']}{unit(variant['metric'])}": scored(
-                    variant["metric"], variant["test"]
-                ),
-                "n": str(variant["test"]["n"]),
-                "active FLOPs": "–"
-                if narrow is None
-                else f"{variant['flops'] / narrow['flops']:.2f}×",
-                "parameters": f"{variant['parameters']:,}",
-                "headroom recovered": headroom(variant, narrow, wide),
-                routed: ", ".join(found) or "–",
-            }
-        )
+            shares = [f"{statistics.fmean(values):.2f}" for values in means if values]
+        line = {
+            study.get("column", "variant"): variant["label"],
+            f"test {metric}{unit(metric)}": scored(metric, variant["test"]),
+            "n": str(variant["test"]["n"]),
+            "active FLOPs": "–" if narrow is None else f"{variant['flops'] / narrow['flops']:.2f}×",
+            "parameters": f"{variant['parameters']:,}",
+        }
+        for control in controls:
+            line[f"− {control['label']}"] = beside(variant, control)
+        line["headroom recovered"] = headroom(variant, narrow, wide)
+        line[routed] = ", ".join(shares) or "–"
+        lines.append(line)
     return markdown(known(lines), left=[routed]) if lines else "No variant is finished."
 
 
-def preset_table(found: dict[str, Any]) -> str:
+def beside(variant: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    """The mean difference to a control of the same seeds, its interval, and on how many of these
+    the variant is better."""
+    if variant is control or variant["config"]["seeds"] != control["config"]["seeds"]:
+        return "–"
+    metric = variant["metric"]
+    tests = (variant["test"]["values"], control["test"]["values"])
+    difference = Difference.of(differences(metric, *tests))
+    return f"{difference.text(form_of(metric))}, {better_in(metric, *tests)}"
+
+
+def preset_table(presets: dict[str, Any]) -> str:
     """One line a preset: its dense model, and what it trains by default.
 
     Of experts also how many of a layer took a token.
     """
-    runs = {variant["variant"]: variant for variant in found["variants"]}
+    runs = {variant["variant"]: variant for variant in presets["variants"]}
     lines = []
     for name, moe in (
         (name.removesuffix("-moe"), run) for name, run in runs.items() if name.endswith("-moe")
@@ -124,8 +135,8 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
     lines = []
     for pair in pairs:
         names = pair.split("/")
-        fits = len(names) == 2 and set(names) <= set(variants)
-        check(fits, "pairs", repr(pair), f"VARIANT/OTHER of {', '.join(variants)}")
+        is_pair = len(names) == 2 and set(names) <= set(variants)
+        check(is_pair, "pairs", repr(pair), f"VARIANT/OTHER of {', '.join(variants)}")
         one, other = (variants[name] for name in names)
         seeds = one["config"]["seeds"]
         check(
@@ -134,21 +145,22 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
             f"{pair!r}, whose variants have other seeds each",
             "the same",
         )
-        metric, tests = one["metric"], (one["test"]["values"], other["test"]["values"])
-        found, form = differences(metric, *tests), form_of(metric)
-        better = sum(value > 0 for value in gains(metric, *tests))
+        metric = one["metric"]
+        form = form_of(metric)
+        tests = (one["test"]["values"], other["test"]["values"])
+        of_seeds = differences(metric, *tests)
         line = {
             "variant": one["label"],
             "minus": other["label"],
-            "mean difference ± std of differences": mean_std(found, form),
-            "better in": f"{better} of {len(found)}",
+            "mean difference ± std of differences": mean_std(of_seeds, form),
+            "better in": better_in(metric, *tests),
         }
         if chosen_on:
             without = (
                 f"without seeds {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
             )
             rest = [
-                value for value, seed in zip(found, seeds, strict=True) if seed not in chosen_on
+                value for value, seed in zip(of_seeds, seeds, strict=True) if seed not in chosen_on
             ]
             line[without] = mean_std(rest, form)
         lines.append(line)

@@ -48,7 +48,7 @@ from experiments.train.config import (
 from experiments.train.data.on_disk import fit_to_disk, stored_folder
 from experiments.train.files import read_json, replacing
 from experiments.train.presets import MOSAIC, PRESETS, command
-from experiments.train.scores import gains
+from experiments.train.scores import Difference, gains
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ PLANTED = ("concept-", "regimes-")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Judged:
     """A mean of paired differences on the test set, in points, its interval, and what it says."""
 
     mean: float
@@ -76,25 +76,22 @@ class Difference:
         return f"{self.mean:+.2f} points{interval}, n = {self.n}"
 
 
-def judge(differences: Sequence[float]) -> Difference:
+def judge(differences: Sequence[float]) -> Judged:
     """What paired differences say; see the module."""
-    from scipy.stats import t
-
-    n, mean = len(differences), statistics.fmean(differences)
-    if n < LEAST or (n < MOST and min(differences) == max(differences)):  # no spread to judge by
-        return Difference(mean=mean, interval=None, n=n, verdict="inconclusive")
-    half = (
-        float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
-    )
-    low, high = mean - half, mean + half
+    n = len(differences)
+    mean = statistics.fmean(differences)
+    has_no_spread = min(differences) == max(differences)
+    if n < LEAST or (n < MOST and has_no_spread):
+        return Judged(mean=mean, interval=None, n=n, verdict="inconclusive")
+    difference = Difference.of(differences, confidence=0.95 if n >= MOST else 0.99)
     verdict: Verdict = "inconclusive"
-    if high < WORTH:
+    if difference.high < WORTH:
         verdict = "no"
-    elif low > 0:
+    elif difference.low > 0:
         verdict = "yes"
     elif n >= MOST:
         verdict = "no"
-    return Difference(mean=mean, interval=(low, high), n=n, verdict=verdict)
+    return Judged(mean=mean, interval=(difference.low, difference.high), n=n, verdict=verdict)
 
 
 def arms_of(base: RunConfig) -> dict[str, RunConfig]:
@@ -202,9 +199,7 @@ class Comparison:
         self.longest = max(self.longest, time.monotonic() - begun)
         return True
 
-    def told(
-        self, names: Sequence[str], better: Callable[[], str], other: str
-    ) -> Difference | None:
+    def told(self, names: Sequence[str], better: Callable[[], str], other: str) -> Judged | None:
         """The difference of two arms, after as many turns as it takes to tell.
 
         None where there was no time for one.
@@ -220,7 +215,7 @@ class Comparison:
                 break
         return found
 
-    def difference(self, one: str, other: str, most: int = MOST) -> Difference:
+    def difference(self, one: str, other: str, most: int = MOST) -> Judged:
         """Of two arms, over the seeds that both have."""
         ours, theirs = (self.summaries[arm]["test"]["values"] for arm in (one, other))
         common = min(len(ours), len(theirs), most)

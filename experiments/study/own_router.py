@@ -19,18 +19,18 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 
 import gmoe
+from experiments.show.cells import Cells, differences, read_cells
 from experiments.show.tables import markdown, short_commit
 from experiments.study import routers
 from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
-from experiments.train.files import read_json, replacing
-from experiments.train.scores import interval, percent
+from experiments.train.files import replacing
+from experiments.train.scores import Difference, percent
 from experiments.train.user_code import file_of, load_conv, load_object
 from gmoe.conv.kinds import factory_of
 
@@ -75,14 +75,16 @@ def own_row(router: str | None, conv: str | None, k: int | None) -> Own:
     Raises:
         ValueError: it cannot be imported, raises, or is no router or conv.
     """
-    row, labels, suffix = DEFAULT, list[str](), ""
+    row = DEFAULT
+    labels = list[str]()
+    suffix = ""
     if router is not None:
         legal = "FILE.py:Class or package.module:Class; routers of the table are --rows"
         check(all(router.rpartition(":")), "router", repr(router), legal)
-        found = load_object("router", router)
-        fits = isinstance(found, type) and issubclass(found, gmoe.Router)
-        check(fits, "router", repr(router), "a subclass of gmoe.Router")
-        kinds = inspect.signature(found).parameters.values()
+        made = load_object("router", router)
+        is_router = isinstance(made, type) and issubclass(made, gmoe.Router)
+        check(is_router, "router", repr(router), "a subclass of gmoe.Router")
+        kinds = inspect.signature(made).parameters.values()
         takes_k = any(each.name == "k" or each.kind is each.VAR_KEYWORD for each in kinds)
         check(takes_k or k in (None, 1), "k", k, f"1: {router} has no argument k")
         row = f"own-{_called(router)}"
@@ -95,7 +97,7 @@ def own_row(router: str | None, conv: str | None, k: int | None) -> Own:
         suffix += f"+k{k}"
         labels.append(f"K = {k}")
     if router is None:
-        labels.insert(0, routers.ROWS[row][0])
+        labels.insert(0, routers.TABLE.rows[row].label)
     return Own(router=router, conv=conv, k=k, row=row, suffix=suffix, label=", ".join(labels))
 
 
@@ -111,36 +113,32 @@ def own_cells(own: Own, columns: Sequence[str], root: Path) -> dict[str, dict[st
     Raises:
         ValueError: an unknown column, or a conv for images.
     """
-    names = columns or [name for name in SHORT if name in routers.COLUMNS]
+    known = routers.TABLE.columns
+    names = columns or [name for name in SHORT if name in known]
     if own.conv is not None and not columns:
-        names = [name for name in names if isinstance(routers.COLUMNS[name], GraphConfig)]
-    found = dict[str, dict[str, RunConfig]]()
+        names = [name for name in names if isinstance(known[name], GraphConfig)]
+    by_column = dict[str, dict[str, RunConfig]]()
     for cell, config in routers.cells(names, CONTROLS, root).items():
         column, _, row = cell.partition("/")
         if own.conv is not None:
-            fits = isinstance(config, GraphConfig)
-            check(fits, "conv", f"{own.conv!r} for {column}", "columns of graphs")
+            is_graph = isinstance(config, GraphConfig)
+            check(is_graph, "conv", f"{own.conv!r} for {column}", "columns of graphs")
             config = replace(config, conv=(own.conv,))  # type: ignore[call-arg]  # of graphs
         if own.k is not None:
             config = replace(config, k=own.k)
-        found.setdefault(own.column(column), {})[row] = config
+        by_column.setdefault(own.column(column), {})[row] = config
     if own.router is not None:
-        for rows in found.values():
+        for rows in by_column.values():
             rows[own.row] = replace(rows[DEFAULT], router=own.router, options=RouterOptions())
             rows[own.matched] = replace(rows[DENSE], equal_to=own.router)
-    return found
+    return by_column
 
 
-def read_row(own: Own, folder: Path) -> routers.Cells:
+def read_row(own: Own, folder: Path) -> Cells:
     """The finished cells of the row and its controls, by column, of columns that have the row."""
-    found: routers.Cells = {}
-    for column in map(own.column, routers.COLUMNS):
-        paths = {row: folder / column / f"{row}.json" for row in (own.row, own.matched, *CONTROLS)}
-        if paths[own.row].exists():
-            found[column] = {
-                row: read_json(path, dict[str, Any]) for row, path in paths.items() if path.exists()
-            }
-    return found
+    columns = [own.column(name) for name in routers.TABLE.columns]
+    cells = read_cells(folder, columns, (own.row, own.matched, *CONTROLS))
+    return {column: rows for column, rows in cells.items() if own.row in rows}
 
 
 def costs_other_flops(own: Own, cells: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -167,17 +165,12 @@ class Comparison:
     @property
     def label(self) -> str:
         """What the control is called."""
-        return routers.ROWS[self.control][0]
+        return label_of(self.control)
 
     @property
-    def mean(self) -> float:
-        """Of the differences."""
-        return fmean(self.differences)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 %, by Student's t."""
-        return interval(self.differences)
+    def difference(self) -> Difference:
+        """Their mean and its 95 % interval."""
+        return Difference.of(self.differences)
 
     @property
     def better(self) -> int:
@@ -185,20 +178,25 @@ class Comparison:
         return sum(value > 0 for value in self.differences)
 
     def __str__(self) -> str:
-        low, high = self.interval
-        seeds = f"{self.better} of {len(self.differences)}"
-        return f"{self.mean:+.2f} ({low:+.2f} to {high:+.2f}), {seeds}"
+        return f"{self.difference}, {self.better} of {len(self.differences)}"
 
 
-def compare(own: Own, cells: routers.Cells) -> tuple[list[Comparison], list[str]]:
+def label_of(control: str) -> str:
+    """What a control is called."""
+    return routers.TABLE.rows[control].label
+
+
+def compare(own: Own, cells: Cells) -> tuple[list[Comparison], list[str]]:
     """All that can be compared, and in words what cannot."""
-    found, missing = list[Comparison](), list[str]()
+    compared = list[Comparison]()
+    missing = list[str]()
     for column, rows in cells.items():
         for control in CONTROLS:
             if control == own.row:
                 continue
             taken = own.matched if control == DENSE and costs_other_flops(own, rows) else control
-            mine, other = rows[own.row], rows.get(taken)
+            mine = rows[own.row]
+            other = rows.get(taken)
             seeds = mine["config"]["seeds"]
             if other is None:
                 missing.append(f"{column}: not compared with {taken}, which is not there")
@@ -211,27 +209,27 @@ def compare(own: Own, cells: routers.Cells) -> tuple[list[Comparison], list[str]
                 one = Comparison(
                     column=column,
                     control=control,
-                    differences=routers.differences(mine, other),
+                    differences=differences(mine, other),
                     row_test=mine["test"],
                     control_test=other["test"],
                     metric=mine["metric"],
                     flops=mine["flops"] / other["flops"],
                 )
-                found.append(one)
-    return found, missing
+                compared.append(one)
+    return compared, missing
 
 
-def strangers(own: Own, cells: routers.Cells) -> list[str]:
+def strangers(own: Own, cells: Cells) -> list[str]:
     """Controls that another version of the code has trained, in words."""
-    found = []
+    said = []
     for column, rows in cells.items():
         here = _version(rows[own.row])
         others = {row: _version(cell) for row, cell in rows.items()}
         names = [row for row, version in others.items() if version != here]
         if names:
             what = "; ".join(f"{row} of {others[row]}" for row in names)
-            found.append(f"{column}: the row was trained by {here}, reused: {what}")
-    return found
+            said.append(f"{column}: the row was trained by {here}, reused: {what}")
+    return said
 
 
 def _version(cell: Mapping[str, Any]) -> str:
@@ -240,39 +238,40 @@ def _version(cell: Mapping[str, Any]) -> str:
     return f"{commit}, torch {environment['versions']['torch']}"
 
 
-def row_table(own: Own, found: Sequence[Comparison]) -> str:
+def row_table(own: Own, compared: Sequence[Comparison]) -> str:
     """In Markdown: a line a column, the mean difference to each control, its interval, and on how
     many seeds it is above 0."""
     lines = []
-    for column, of_column in _by_column(found).items():
+    for column, of_column in _by_column(compared).items():
         test = percent(next(iter(of_column.values())).row_test)
         line = {"data": column, f"{own.label}, test (%)": test}
         for control in CONTROLS:
             if control != own.row:
                 one = of_column.get(control)
-                line[f"− {routers.ROWS[control][0]} (points)"] = "–" if one is None else str(one)
+                line[f"− {label_of(control)} (points)"] = "–" if one is None else str(one)
         dense = of_column.get(DENSE)
         line["× its FLOPs"] = "–" if dense is None else f"{dense.flops:.2f}"
         lines.append(line)
     return markdown(lines) if lines else "No cell of the row is finished."
 
 
-def _by_column(found: Sequence[Comparison]) -> dict[str, dict[str, Comparison]]:
+def _by_column(compared: Sequence[Comparison]) -> dict[str, dict[str, Comparison]]:
     """By column and control."""
     columns = dict[str, dict[str, Comparison]]()
-    for one in found:
+    for one in compared:
         columns.setdefault(one.column, {})[one.control] = one
     return columns
 
 
-def row_csv(found: Sequence[Comparison]) -> str:
+def row_csv(compared: Sequence[Comparison]) -> str:
     """A line a column and control; the last field has the differences by seed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = "data,minus,mean,low,high,n,better,metric,test,control_test,flops_ratio,by_seed"
     writer.writerow(head.split(","))
-    for one in found:
-        figures = [one.mean, *one.interval]
+    for one in compared:
+        difference = one.difference
+        figures = [difference.mean, difference.low, difference.high]
         tests = [100 * test["mean"] for test in (one.row_test, one.control_test)]
         by_seed = " ".join(f"{value:.4f}" for value in one.differences)
         line = [one.column, one.label, *(f"{value:.4f}" for value in figures)]
@@ -282,10 +281,10 @@ def row_csv(found: Sequence[Comparison]) -> str:
     return text.getvalue()
 
 
-def row_latex(own: Own, found: Sequence[Comparison]) -> str:
+def row_latex(own: Own, compared: Sequence[Comparison]) -> str:
     """A ``tabular`` for ``booktabs``: points above each control, with 95 % intervals."""
     controls = [control for control in CONTROLS if control != own.row]
-    head = " & ".join(f"$-$ {routers.ROWS[control][0]}" for control in controls)
+    head = " & ".join(f"$-$ {label_of(control)}" for control in controls)
     lines = [
         f"% {own.label}: points on the test set, mean over seeds [95 % interval, Student's t]",
         rf"\begin{{tabular}}{{l{'r' * len(controls)}}}",
@@ -293,21 +292,22 @@ def row_latex(own: Own, found: Sequence[Comparison]) -> str:
         rf"data & {head} \\",
         r"\midrule",
     ]
-    for column, of_column in _by_column(found).items():
+    for column, of_column in _by_column(compared).items():
         seeds = len(next(iter(of_column.values())).differences)
         fields = [f"{column.replace('_', chr(92) + '_')} ($n = {seeds}$)"]
         for control in controls:
             fields.append("--")
             if one := of_column.get(control):
-                low, high = one.interval
-                fields[-1] = f"${one.mean:+.2f}$ $[{low:+.2f}, {high:+.2f}]$"
+                difference = one.difference
+                interval = f"[{difference.low:+.2f}, {difference.high:+.2f}]"
+                fields[-1] = f"${difference.mean:+.2f}$ ${interval}$"
         lines.append(" & ".join(fields) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def row_figure(own: Own, found: Sequence[Comparison]) -> Figure:
+def row_figure(own: Own, compared: Sequence[Comparison]) -> Figure:
     """A panel a column, a line a control: mean difference and 95 % interval."""
-    columns = _by_column(found)
+    columns = _by_column(compared)
     controls = [control for control in CONTROLS if control != own.row]
     across = min(len(columns), 4)
     down = -(-len(columns) // across)
@@ -317,12 +317,12 @@ def row_figure(own: Own, found: Sequence[Comparison]) -> Figure:
         axis.axvline(0, color="#6e7781", linewidth=1)
         for place, control in enumerate(controls):
             if one := of_column.get(control):
-                low, high = one.interval
-                error = [[one.mean - low], [high - one.mean]]
-                axis.errorbar(one.mean, place, xerr=error, fmt="o", color="#0969da")
+                mean = one.difference.mean
+                error = [[mean - one.difference.low], [one.difference.high - mean]]
+                axis.errorbar(mean, place, xerr=error, fmt="o", color="#0969da")
         seeds = len(next(iter(of_column.values())).differences)
         axis.set_title(f"{column}, n = {seeds}", fontsize=10)
-        axis.set_yticks(range(len(controls)), [routers.ROWS[control][0] for control in controls])
+        axis.set_yticks(range(len(controls)), [label_of(control) for control in controls])
         axis.set_ylim(len(controls) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -333,12 +333,12 @@ def row_figure(own: Own, found: Sequence[Comparison]) -> Figure:
     return figure
 
 
-def write_row(own: Own, found: Sequence[Comparison], folder: Path) -> list[Path]:
+def write_row(own: Own, compared: Sequence[Comparison], folder: Path) -> list[Path]:
     """Write table and figure in a folder: CSV, LaTeX, PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {"csv": row_csv(found), "tex": row_latex(own, found)}
+    texts = {"csv": row_csv(compared), "tex": row_latex(own, compared)}
     paths = [folder / f"{own.file}.{kind}" for kind in (*texts, "png", "svg")]
-    figure = row_figure(own, found)
+    figure = row_figure(own, compared)
     for path in paths:
         kind = path.suffix[1:]
         with replacing(path) as fresh:

@@ -9,10 +9,9 @@ wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its
 ``<!-- cells: routers: COLUMN -->`` a column of it, and
 ``<!-- gains: routers: COLUMN COLUMN -->`` what the default router gains in some columns, and
 ``<!-- domains: routers: COLUMN -->`` how its rows do on each domain of its images.
-``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``,
-``<!-- confirmed: starts-confirmed -->`` that of its second stage, ``<!-- curves: curves -->``
-that of ``experiments.sweep curves``, ``<!-- molecules: molecules -->`` that of
-``experiments.sweep molecules``, ``<!-- unseen: unseen -->`` that of ``experiments.sweep unseen``.
+``<!-- study: NAME -->`` is what ``experiments.sweep FILE.py:STUDY`` wrote into ``results/NAME``, a
+table a column, ``<!-- study: NAME: COLUMN -->`` a column of it. Closed studies have their own:
+``map``, ``arms``, ``confirmed``, ``curves``, ``molecules`` and ``unseen``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,23 +26,48 @@ from typing import Any
 import tyro
 
 from experiments.benchmark.tables import benchmark_table
+from experiments.show.cells import read_study, study_tables
+from experiments.show.closed import curves, molecules, regime_map, starts, unseen
+from experiments.show.closed.results import read_results
 from experiments.show.tables import pair_table, preset_table, study_table
-from experiments.study import curves, molecules, starts, unseen
-from experiments.study.routers import cell_tables, domain_table, gain_table, read_cells
+from experiments.study.routers import cell_tables, domain_table, gain_table, read_table
 from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
 
-KINDS = (
-    *("table", "pairs", "presets", "benchmark", "swap", "cells", "gains", "domains", "map"),
-    *("arms", "confirmed", "curves", "molecules", "unseen"),
-)
+MAKERS: dict[str, Callable[..., str]] = {
+    "table": study_table,
+    "pairs": pair_table,
+    "presets": preset_table,
+    "cells": cell_tables,
+    "gains": gain_table,
+    "domains": domain_table,
+    "study": study_tables,
+    "map": regime_map.map_table,
+    "arms": starts.table,
+    "confirmed": starts.confirmed_table,
+    "curves": curves.table,
+    "molecules": molecules.table,
+    "unseen": unseen.table,
+}
+"""What makes a table, by its mark; those of benchmarks are left."""
+FOLDERS: dict[str, Callable[[Path], Any]] = {
+    "cells": read_table,
+    "gains": read_table,
+    "domains": read_table,
+    "study": read_study,
+    "arms": read_results,
+    "confirmed": starts.read_confirmed,
+    "curves": read_results,
+    "molecules": read_results,
+    "unseen": read_results,
+}
+"""What reads the results of a mark that lie in a folder; others are a file."""
+KINDS = (*MAKERS, "benchmark", "swap")
 MARKED = re.compile(
     rf"(<!-- (?P<kind>{'|'.join(KINDS)}): (?P<study>[\w-]+)"
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
-
-
 OTHERS = ("end", "figure", "mutants", "versions", "breaks")
 """The marks that other commands fill in."""
 
@@ -61,39 +84,17 @@ def render(page: str, results: Path = RESULTS) -> str:
     """The page with all its tables generated anew."""
     check_marks(page)
 
-    from experiments.study.regime_map import map_table  # and so torch, which --help does without
-
-    makers: dict[str, Callable[..., str]] = {
-        "table": study_table,
-        "pairs": pair_table,
-        "presets": preset_table,
-        "map": map_table,
-        "cells": cell_tables,
-        "gains": gain_table,
-        "domains": domain_table,
-        "arms": starts.table,
-        "confirmed": starts.confirmed_table,
-        "curves": curves.table,
-        "molecules": molecules.table,
-        "unseen": unseen.table,
-    }
-    readers = {"cells": read_cells, "gains": read_cells, "domains": read_cells}
-    readers |= {"arms": starts.read_results, "curves": starts.read_results}
-    readers["molecules"] = partial(starts.read_results, columns=tuple(molecules.COLUMNS))
-    readers["unseen"] = partial(starts.read_results, columns=tuple(unseen.COLUMNS))
-    readers["confirmed"] = starts.read_confirmed
-
     def table(match: re.Match[str]) -> str:
-        read_folder = readers.get(match["kind"])
-        path = results / match["study"] if read_folder else results / f"{match['study']}.json"
+        kind = match["kind"]
+        path = results / match["study"]
+        if kind not in FOLDERS:
+            path = path.with_suffix(".json")
         only = [] if match["variants"] is None else [match["variants"].split()]
         try:
-            content = read_folder(path) if read_folder else read_json(path, dict[str, Any])
-            made = makers.get(match["kind"], benchmark_table)(content, *only)
+            content = FOLDERS[kind](path) if kind in FOLDERS else read_json(path, dict[str, Any])
+            made = MAKERS.get(kind, benchmark_table)(content, *only)
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(
-                f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})"
-            ) from error
+            raise ValueError(f"{path}: lacks what the mark '{kind}' shows ({error!r})") from error
         return f"{match[1]}{made}\n{match[5]}"
 
     return MARKED.sub(table, page)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.train.data.task import Split, Splits
+from experiments.train.scores import Difference
 
 WORTH = 0.5
 """Points that are worth having."""
@@ -188,13 +189,9 @@ def _share_below(values: Tensor, others: Tensor) -> Tensor:
     return (sides[0] + sides[1]).double() / 2 / len(others)
 
 
-@dataclass(frozen=True)
-class Gain:
+@dataclass(frozen=True, kw_only=True)
+class Gain(Difference):
     """A mean of paired differences, in points, and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
 
     @property
     def is_worth(self) -> bool:
@@ -219,9 +216,8 @@ def gain(
     part, and that over nodes, of which the same may be tested in several splits. Where splits
     test different nodes this counts the nodes twice: the interval is wide rather than narrow.
     """
-    from scipy.stats import t
-
-    differences, by_node = [], torch.zeros(len(y), dtype=torch.float64)
+    differences = list[float]()
+    by_node = torch.zeros(len(y), dtype=torch.float64)
     for a, b, rows in zip(ours, theirs, splits, strict=True):
         (a_score, a_node), (b_score, b_node) = (
             score(metric, log_p[rows[part]], y[rows[part]]) for log_p in (a, b)
@@ -230,5 +226,4 @@ def gain(
         by_node[rows[part]] += (a_node - b_node) / len(splits)
     n = len(splits)
     variance = statistics.variance(differences) / n + float(by_node.square().sum())
-    mean, half = statistics.fmean(differences), float(t.ppf(0.975, n - 1)) * variance**0.5
-    return Gain(mean, mean - half, mean + half)
+    return Gain.around(statistics.fmean(differences), variance, n)

@@ -11,16 +11,14 @@ fits; two rows keep scale and shape apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from experiments.show.cells import Cells, differences, read_cells
 from experiments.show.tables import Line, extremes, markdown, short_commit
-from experiments.train import scores
-from experiments.train.checks import check
+from experiments.study.studies import Row, Study
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
-from experiments.train.files import read_json
 from experiments.train.presets import (
     ARXIV,
     DIGITS,
@@ -35,32 +33,36 @@ from experiments.train.presets import (
 from experiments.train.scores import form_of, mean_std, percent, shown
 
 THREE = (0, 1, 2)
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("dense", {"router": "dense"}),
-    "dense-flops": (
-        "dense, equal active FLOPs",
-        {"router": "dense", "equal": "flops", "equal_to": "token_choice"},
+ROWS: dict[str, Row] = {
+    "dense": Row(label="dense", changes={"router": "dense"}),
+    "dense-flops": Row(
+        label="dense, equal active FLOPs",
+        changes={"router": "dense", "equal": "flops", "equal_to": "token_choice"},
     ),
-    "dense-parameters": (
-        "dense, equal parameters",
-        {"router": "dense", "equal": "parameters", "equal_to": "token_choice"},
+    "dense-parameters": Row(
+        label="dense, equal parameters",
+        changes={"router": "dense", "equal": "parameters", "equal_to": "token_choice"},
     ),
-    "token-choice": ("token choice", {"router": "token_choice"}),
-    "weight-1": (
-        "token choice, weights of 1",
-        {"router": "token_choice", "options": RouterOptions(weight="straight_through")},
+    "token-choice": Row(label="token choice", changes={"router": "token_choice"}),
+    "weight-1": Row(
+        label="token choice, weights of 1",
+        changes={"router": "token_choice", "options": RouterOptions(weight="straight_through")},
     ),
-    "copies": ("token choice, copies", {"router": "token_choice", "start": "copies"}),
-    "expert-choice": ("expert choice", {"router": "expert_choice"}),
-    "attention-vote": ("attention votes", {"router": "attention_vote"}),
-    "multi-centroid": ("multi-centroid, learned", {"router": "multi_centroid"}),
-    "k-means": ("multi-centroid, k-means", {"router": "multi_centroid", "kmeans_init": True}),
-    "soft-slots": ("soft slots", {"router": "soft_slots"}),
-    "oracle": ("told the domain", {"router": "oracle"}),
-    "random": ("frozen random", {"router": "random"}),
-    "uniform": ("uniform average", {"router": "uniform"}),
+    "copies": Row(
+        label="token choice, copies", changes={"router": "token_choice", "start": "copies"}
+    ),
+    "expert-choice": Row(label="expert choice", changes={"router": "expert_choice"}),
+    "attention-vote": Row(label="attention votes", changes={"router": "attention_vote"}),
+    "multi-centroid": Row(label="multi-centroid, learned", changes={"router": "multi_centroid"}),
+    "k-means": Row(
+        label="multi-centroid, k-means", changes={"router": "multi_centroid", "kmeans_init": True}
+    ),
+    "soft-slots": Row(label="soft slots", changes={"router": "soft_slots"}),
+    "oracle": Row(label="told the domain", changes={"router": "oracle"}),
+    "random": Row(label="frozen random", changes={"router": "random"}),
+    "uniform": Row(label="uniform average", changes={"router": "uniform"}),
 }
-"""Each row's label, and what it changes. Dense models of equal cost are matched to token choice."""
+"""The rows. Dense models of equal cost are matched to token choice."""
 
 COLUMNS: dict[str, RunConfig] = {
     "digits": replace(DIGITS, seeds=TEN),
@@ -110,64 +112,60 @@ as imagenette, so that its 18 runs take 45 core-minutes: at 96 wide a step took 
 LONG = ("cifar10", "imagenette")
 LEFT_OUT = ("dense-parameters", "k-means", "soft-slots", "uniform")
 """Rows that the long columns leave out."""
-ARMS = {
+ONLY = {
     "pacs": ("dense", "dense-flops", "token-choice", "expert-choice", "oracle", "random"),
 }
 """Columns that have some rows alone. No other column has the oracle."""
 
 
-def has_cell(column: str, row: str) -> bool:
-    """True if a column has a row."""
-    if column in ARMS:
-        return row in ARMS[column]
-    if isinstance(COLUMNS[column], GraphConfig) and row == "soft-slots":
-        return False
-    return row != "oracle" and not (column in LONG and row in LEFT_OUT)
+@dataclass(frozen=True, kw_only=True)
+class RoutersTable(Study):
+    """The same routers on images and graphs: what a column leaves out, or has in another form."""
+
+    def has_cell(self, column: str, row: str) -> bool:
+        """True if a column has a row."""
+        if column in ONLY:
+            return row in ONLY[column]
+        if isinstance(self.columns[column], GraphConfig) and row == "soft-slots":
+            return False
+        return row != "oracle" and not (column in LONG and row in LEFT_OUT)
+
+    def config(self, column: str, row: str) -> RunConfig | None:
+        """The configuration of a cell; ``None`` where the column leaves out the row."""
+        if not self.has_cell(column, row):
+            return None
+        base = self.columns[column]
+        changes = dict(self.rows[row].changes)
+        if changes["router"] != "dense" or "equal" in changes:  # a dense one equals that shape
+            changes.setdefault("start", "shared")
+        if isinstance(base, GraphConfig):
+            if row == "copies":
+                changes["shared_router"] = False
+            if row == "attention-vote":  # votes of all nodes for all would be N x N
+                changes["options"] = RouterOptions(scope="neighbors")
+        return replace(base, **changes)
+
+
+TABLE = RoutersTable(
+    name="routers",
+    about="The same routers and controls on images and graphs; nothing was tuned for a row.",
+    columns=COLUMNS,
+    rows=ROWS,
+    controls=("dense-flops",),
+)
 
 
 def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, RunConfig]:
-    """The cells of some columns and rows: ``COLUMN/ROW`` and configuration.
-
-    Where none are named, all.
-    """
-    for kind, names, known in (("columns", columns, COLUMNS), ("rows", rows, ROWS)):
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(
-                f"{kind}: got {', '.join(unknown)}, expected some of {', '.join(known)}"
-            )
-    found = {}
-    for column, row in product(columns or COLUMNS, rows or ROWS):
-        base = COLUMNS[column]
-        on_graph = isinstance(base, GraphConfig)
-        if not has_cell(column, row):
-            continue
-        changes = dict(ROWS[row][1])
-        if changes["router"] != "dense" or "equal" in changes:  # a dense one equals that shape
-            changes.setdefault("start", "shared")
-        if on_graph and row == "copies":
-            changes["shared_router"] = False
-        config = replace(base, **changes, data_root=root / base.data_root)
-        if on_graph and row == "attention-vote":  # votes of all nodes for all would be N x N
-            config = replace(config, options=RouterOptions(scope="neighbors"))
-        found[f"{column}/{row}"] = config
-    check(found, "rows", ", ".join(rows), f"some that {', '.join(columns)} has")
-    return found
-
-
-Cells: TypeAlias = dict[str, dict[str, dict[str, Any]]]
-"""The content of the files of ``experiments.sweep routers``, by column and row."""
-
-
-def read_cells(folder: Path) -> Cells:
-    """All that there are, in the order of rows and columns."""
-    files = {column: {row: folder / column / f"{row}.json" for row in ROWS} for column in COLUMNS}
-    found = {
-        column: {
-            row: read_json(path, dict[str, Any]) for row, path in rows.items() if path.exists()
-        }
-        for column, rows in files.items()
+    """The cells of some columns and rows, by default of all, with data inside a root folder."""
+    return {
+        cell: replace(config, data_root=root / config.data_root)
+        for cell, config in TABLE.cells(columns, rows).items()
     }
-    return {column: rows for column, rows in found.items() if rows}
+
+
+def read_table(folder: Path) -> Cells:
+    """The finished cells, in the order of columns and rows."""
+    return read_cells(folder, TABLE.columns, TABLE.rows)
 
 
 def cell_tables(cells: Cells, columns: Sequence[str] = ()) -> str:
@@ -178,10 +176,10 @@ def cell_tables(cells: Cells, columns: Sequence[str] = ()) -> str:
             markdown([cell_line(row, cells[column]) for row in cells[column]]) for column in columns
         )
     lines = []
-    for row, (label, _) in ROWS.items():
+    for row, own in ROWS.items():
         if not any(row in rows for rows in cells.values()):
             continue
-        line = {"test − equal FLOPs (points)": label}
+        line = {"test − equal FLOPs (points)": own.label}
         for column, rows in cells.items():
             line[column] = (
                 "–" if row not in rows else difference(rows[row], rows.get("dense-flops"))
@@ -199,11 +197,6 @@ def difference(cell: dict[str, Any], other: dict[str, Any] | None) -> str:
     return mean_std(differences(cell, other), form_of(cell["metric"]))
 
 
-def differences(cell: dict[str, Any], other: dict[str, Any]) -> list[float]:
-    """By seed the difference on the test set, in points, of cells that have the same seeds."""
-    return scores.differences(cell["metric"], cell["test"]["values"], other["test"]["values"])
-
-
 def gain_table(cells: Cells, columns: Sequence[str]) -> str:
     """One line a column: what token choice adds to a dense model of its FLOPs, and what a dense
     model of its parameters does."""
@@ -211,9 +204,9 @@ def gain_table(cells: Cells, columns: Sequence[str]) -> str:
     lines = []
     for column in columns:
         score = 100 * cells[column][base]["test"]["mean"]
-        line = {"test (points)": column, ROWS[base][0]: f"{score:.2f}"}
+        line = {"test (points)": column, ROWS[base].label: f"{score:.2f}"}
         for row in ("token-choice", "dense-parameters"):
-            line[ROWS[row][0]] = difference(cells[column][row], cells[column][base])
+            line[ROWS[row].label] = difference(cells[column][row], cells[column][base])
         lines.append(line)
     return markdown(lines)
 
@@ -229,7 +222,7 @@ def domain_table(cells: Cells, columns: Sequence[str]) -> str:
             layers = [layer["ami_domain"] for layer in cell["routing"]]
             lines.append(
                 {
-                    "row": ROWS[row][0],
+                    "row": ROWS[row].label,
                     **{
                         f"{domain} (%)": percent(accuracy)
                         for domain, accuracy in cell["domains"]["accuracy"].items()
@@ -248,11 +241,13 @@ def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
 
     Of routed experts how many are alive, their share of the output, and the test without them.
     """
-    cell, dense, routed = cells[row], cells.get("dense", cells[row]), cells[row]["routed"]
+    cell = cells[row]
+    dense = cells.get("dense", cell)
+    routed = cell["routed"]
     time = {arm: values["wall"]["median"] for arm, values in cell["time"].items()}
     alive = [cell["config"]["experts"] - layer["dead"]["mean"] for layer in cell["routing"]]
     return {
-        "row": ROWS[row][0],
+        "row": ROWS[row].label,
         f"test {cell['metric']} (%)": percent(cell["test"]),
         "n": str(cell["test"]["n"]),
         "− equal FLOPs": "–"

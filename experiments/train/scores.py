@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from math import sqrt
-from typing import Any
+from math import inf, sqrt
+from typing import Any, Literal, TypeVar
 
 from experiments.train.config import ERRORS
+
+D = TypeVar("D", bound="Difference")
 
 
 def mean_std(values: Sequence[float], form: str = ".2f") -> str:
@@ -34,13 +37,50 @@ def shown(figures: Mapping[str, Any], form: str = ".2f", factor: int = 1) -> str
 percent = partial(shown, factor=100)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean, by Student's t."""
-    from scipy.stats import t
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The mean of paired differences, with its interval by Student's t.
 
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / sqrt(len(values))
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
+    One difference has no spread: its interval reaches from minus infinity to infinity.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls: type[D], values: Sequence[float], confidence: float = 0.95) -> D:
+        """What differences say, seed by seed or split by split."""
+        n = len(values)
+        variance = statistics.variance(values) / n if n > 1 else inf
+        return cls.around(statistics.fmean(values), variance, n, confidence)
+
+    @classmethod
+    def around(cls: type[D], mean: float, variance: float, n: int, confidence: float = 0.95) -> D:
+        """A mean whose own variance is known from ``n`` differences."""
+        from scipy.stats import t
+
+        half = inf
+        if n > 1:
+            half = float(t.ppf((1 + confidence) / 2, n - 1)) * sqrt(variance)
+        return cls(mean=mean, low=mean - half, high=mean + half, n=n)
+
+    @property
+    def side(self) -> Literal["above", "below", "level"]:
+        """``"above"`` or ``"below"`` 0 if the whole interval is, else ``"level"``."""
+        if self.low > 0:
+            return "above"
+        return "below" if self.high < 0 else "level"
+
+    def text(self, form: str = "+.2f") -> str:
+        """The mean, and its interval in parentheses, if it is one of several differences."""
+        if self.n == 1:
+            return f"{self.mean:{form}}"
+        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 def differences(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -60,15 +100,20 @@ def form_of(metric: str) -> str:
     return "+.4f" if metric in ERRORS else "+.2f"
 
 
+def better_in(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """On how many seeds our score is the better one."""
+    found = gains(metric, ours, theirs)
+    return f"{sum(value > 0 for value in found)} of {len(found)}"
+
+
 def paired(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
     """The mean difference of scores seed by seed, and its interval from two seeds on."""
-    values, form = differences(metric, ours, theirs), form_of(metric)
-    text = f"{statistics.fmean(values):{form}} {metric if metric in ERRORS else 'points'}"
-    if len(values) > 1:
-        low, high = interval(values)
-        text += f" (95 % interval {low:{form}} to {high:{form}})"
-    better = sum(value > 0 for value in gains(metric, ours, theirs))
-    return f"{text}, n = {len(values)}, better on {better} of {len(values)} seeds"
+    found = Difference.of(differences(metric, ours, theirs))
+    form = form_of(metric)
+    text = f"{found.mean:{form}} {metric if metric in ERRORS else 'points'}"
+    if found.n > 1:
+        text += f" (95 % interval {found.low:{form}} to {found.high:{form}})"
+    return f"{text}, n = {found.n}, better on {better_in(metric, ours, theirs)} seeds"
 
 
 def scored(metric: str, figures: Mapping[str, Any]) -> str:

@@ -103,7 +103,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 
     No step is timed, which the tests of the table do.
     """
-    monkeypatch.setattr(routers, "COLUMNS", SMALL)
+    monkeypatch.setattr(routers, "TABLE", replace(routers.TABLE, columns=SMALL))
     monkeypatch.setattr(measured, "step_times", lambda *_: {})
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(MINE)
@@ -195,9 +195,8 @@ def test_a_control_of_another_recipe_is_named_and_not_compared(
     sweep: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     sweep("--rows", "random")
-    monkeypatch.setattr(
-        routers, "COLUMNS", {"digits-graph": replace(SMALL["digits-graph"], epochs=1)}
-    )
+    other = {"digits-graph": replace(SMALL["digits-graph"], epochs=1)}
+    monkeypatch.setattr(routers, "TABLE", replace(routers.TABLE, columns=other))
     with pytest.raises(SystemExit) as stop:
         sweep("--router", "mine.py:Half")
     assert stop.value.code == 1

@@ -87,8 +87,9 @@ def test_the_interval_covers_a_difference_that_is_not_there(metric: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("found", "is_worth"),
-    [(Gain(2, 1, 3), True), (Gain(2, -1, 5), False), (Gain(0.2, 0.1, 0.3), False)],
+    ("mean", "low", "is_worth"), [(2.0, 1.0, True), (2.0, -1.0, False), (0.2, 0.1, False)]
 )
-def test_a_gain_is_worth_having_above_zero_and_half_a_point(found: Gain, is_worth: bool) -> None:
-    assert found.is_worth == is_worth
+def test_a_gain_is_worth_having_above_zero_and_half_a_point(
+    mean: float, low: float, is_worth: bool
+) -> None:
+    assert Gain(mean=mean, low=low, high=2 * mean - low, n=5).is_worth == is_worth

@@ -240,7 +240,7 @@ def test_words_keep_their_scale_and_no_column_counts_ten_times_the_others() -> N
     assert few.std(axis=0) == pytest.approx(np.ones(5), abs=1e-4)
 
 
-NOTHING = Gain(0.1, -0.4, 0.6)
+NOTHING = Gain(mean=0.1, low=-0.4, high=0.6, n=5)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,9 @@ def test_the_largest_gain_is_the_answer(
 ) -> None:
     names = ("inputs", "rules", "width", "bent", "degree", "hidden", "both ways", "one way")
     gains = dict.fromkeys(names, NOTHING)
-    gains |= {name: Gain(mean, mean - 0.5, mean + 0.5) for name, mean in worth.items()}
+    gains |= {
+        name: Gain(mean=mean, low=mean - 0.5, high=mean + 0.5, n=5) for name, mean in worth.items()
+    }
     survey: Any = SimpleNamespace(input_name=lambda name: name)
     _, found, line = Survey.largest(survey, "walked", "node", gains, {"one": NOTHING})
     assert found == choice

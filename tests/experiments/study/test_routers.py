@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.show.cells import Cells
 from experiments.study import routers
 from experiments.study.measured import measured
-from experiments.study.routers import Cells, cell_tables, gain_table, read_cells
+from experiments.study.routers import TABLE, cell_tables, gain_table, read_table
 from experiments.study.sweep import main
 from experiments.train.build import build_model
 from experiments.train.config import ImageConfig
@@ -31,7 +32,7 @@ ROWS = ("dense", "dense-flops", "token-choice")
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run small cells."""
-    monkeypatch.setattr(routers, "COLUMNS", SMALL)
+    monkeypatch.setattr(routers, "TABLE", replace(TABLE, columns=SMALL))
 
     def run(*args: str, rows: tuple[str, ...] = ROWS) -> None:
         folders = ("--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress")
@@ -47,7 +48,7 @@ def test_cells_are_measured_once(sweep: Callable[..., None], tmp_path: Path, cap
     """
     sweep("--columns", "digits-graph")
     assert "token choice" in capsys.readouterr().out
-    cells = read_cells(tmp_path / "routers")
+    cells = read_table(tmp_path / "routers")
     cell, dense = cells["digits-graph"]["token-choice"], cells["digits-graph"]["dense"]
     assert dense["routed"] is None
     assert dense["test"]["n"] == cell["routed"]["off"]["n"] == 2
@@ -59,7 +60,7 @@ def test_cells_are_measured_once(sweep: Callable[..., None], tmp_path: Path, cap
     (tmp_path / "routers" / "digits-graph" / "dense.json").unlink()
     sweep("--columns", "digits-graph")  # from its run folder
     assert path.stat().st_mtime_ns == before
-    assert read_cells(tmp_path / "routers")["digits-graph"]["dense"]["test"] == dense["test"]
+    assert read_table(tmp_path / "routers")["digits-graph"]["dense"]["test"] == dense["test"]
 
 
 def test_a_row_without_a_cell_is_left_out() -> None:
@@ -79,9 +80,8 @@ def test_another_recipe_is_refused(
     sweep: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     sweep("--columns", "digits-graph", rows=("dense",))
-    monkeypatch.setattr(
-        routers, "COLUMNS", {"digits-graph": replace(SMALL["digits-graph"], hidden=9)}
-    )
+    other = {"digits-graph": replace(SMALL["digits-graph"], hidden=9)}
+    monkeypatch.setattr(routers, "TABLE", replace(TABLE, columns=other))
     with pytest.raises(SystemExit):
         sweep("--columns", "digits-graph", rows=("dense",))
     assert "hidden=8" in capsys.readouterr().err

@@ -1,11 +1,7 @@
-"""Sweeps skip what is finished.
-
-Their variants say all that they rely on, presets leave it to the library.
-"""
+"""Sweeps skip what is finished, name what cannot be run, and show it beside its controls."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,52 +10,56 @@ from typing import Any
 
 import pytest
 
-import gmoe
-from experiments.study import sweep as command
-from experiments.study.studies import RECORDED, Study, Variant, grid, recorded
-from experiments.study.sweep import GridConfig, SweepConfig, main, make_study, refusal
+from experiments.show.cells import read_study
+from experiments.study.pages import render
+from experiments.study.running import refusal
+from experiments.study.studies import Study
+from experiments.study.sweep import main
 from experiments.train import loop
-from experiments.train.config import (
-    GraphConfig,
-    HeteroConfig,
-    ImageConfig,
-    MoleculeConfig,
-    RunConfig,
-)
-from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
+from experiments.train.presets import DIGITS_GRAPH, PRESETS
 from experiments.train.run_folder import described
+from tests.experiments.command import refused
 
-BASE = replace(DIGITS_GRAPH, epochs=1, seeds=(0,), hidden=4)
-DENSE = Variant(name="dense", label="dense", config=replace(BASE, router="dense"))
-WIDE = Variant(name="dense-4x", label="wide", config=replace(BASE, router="dense", hidden=16))
-MOE = Variant(name="moe", label="MoE", config=replace(BASE, seeds=(3, 1)))
-WRONG = replace(WIDE, config=replace(WIDE.config, kmeans_init=True))
+MINE = """
+from dataclasses import replace
+
+from experiments.study.studies import Row, Study
+from experiments.train.presets import DIGITS_GRAPH
+
+STUDY = Study(
+    name="tiny",
+    about="a test",
+    columns={"digits-graph": replace(DIGITS_GRAPH, epochs=1, seeds=(3, 1), hidden=4)},
+    rows={
+        "moe": Row(label="experts"),
+        "dense": Row(label="dense", changes={"router": "dense"}),
+        "dense-4x": Row(label="wide", changes={"router": "dense", "hidden": 16}),
+    },
+    controls=("dense",),
+)
+WRONG = replace(
+    STUDY,
+    rows={**STUDY.rows, "wrong": Row(label="?", changes={"router": "dense", "kmeans_init": True})},
+)
+FASTER = replace(STUDY, columns={"digits-graph": replace(STUDY.columns["digits-graph"], lr=0.5)})
+"""
 
 
 @pytest.fixture
-def run_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a study of some variants; its results."""
-    monkeypatch.setitem(command.STUDIES, "tiny", ("", SweepConfig()))
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the command in a folder of its own, which holds mine.py."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
 
-    def run(
-        *variants: Variant, to: Path = tmp_path, runs: str = "runs", args: tuple[str, ...] = ()
-    ) -> Any:
-        monkeypatch.setattr(
-            command, "recorded", lambda *_: Study(about="a test", variants=variants)
-        )
-        main(["tiny", "--runs", str(to / runs), "--results", str(to), *args])
-        return json.loads((to / "tiny.json").read_text())
+    def run(study: str, *args: str) -> None:
+        main([f"mine.py:{study}", "--no-progress", *args])
 
     return run
 
 
-def test_finished_variants_are_skipped(
-    run_study: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run_study(WIDE, DENSE)
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is trained from here on, by row and seed."""
     ran = list[str]()
     train_seed = loop.train_seed
 
@@ -68,51 +68,83 @@ def test_finished_variants_are_skipped(
         return train_seed(fabric, config, *rest)
 
     monkeypatch.setattr(loop, "train_seed", watch)
-    found = run_study(DENSE, WIDE, MOE)
-    assert [variant["variant"] for variant in found["variants"]] == ["dense", "dense-4x", "moe"]
-    assert "| MoE |" in capsys.readouterr().out
-    assert run_study(MOE, DENSE, runs="elsewhere") == found
-    assert not (tmp_path / "elsewhere").exists()
+    return ran
+
+
+def test_a_study_of_your_own_is_shown_beside_its_control(
+    sweep: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep("STUDY")
+    head, _, experts, dense, _ = capsys.readouterr().out.splitlines()
+    columns = dict(zip(head.split(" | "), experts.split(" | "), strict=True))
+    assert columns["| digits-graph"] == "| experts"
+    cells = read_study(Path("results", "tiny"))["cells"]["digits-graph"]
+    ours, theirs = (cells[row]["test"]["values"] for row in ("moe", "dense"))
+    points = [100 * (one - other) for one, other in zip(ours, theirs, strict=True)]
+    assert columns["− dense"].startswith(f"{sum(points) / 2:+.2f} (")
+    assert columns["− dense"].endswith(f"{sum(value > 0 for value in points)} of 2")
+    assert dense.split(" | ")[5] == "–"
+    assert [*cells] == ["moe", "dense", "dense-4x"]
+
+
+def test_a_page_shows_a_study_without_its_code(sweep: Callable[..., None]) -> None:
+    sweep("STUDY", "--rows", "dense", "moe")
+    Path("mine.py").unlink()
+    whole = "<!-- study: tiny -->\n<!-- end -->"
+    page = render(whole, Path("results"))
+    of_column = render(whole.replace("tiny", "tiny: digits-graph"), Path("results"))
+    assert of_column.partition("\n")[2] == page.partition("\n")[2]
+    assert "| experts |" in page
+    assert "| dense |" in page
+    with pytest.raises(ValueError, match="columns: got 'sea', expected one of digits-graph"):
+        render("<!-- study: tiny: sea -->\n<!-- end -->", Path("results"))
+
+
+def test_finished_cells_are_skipped(
+    sweep: Callable[..., None],
+    trained: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sweep("STUDY", "--rows", "dense-4x", "dense")
+    trained.clear()
+    sweep("STUDY")
+    assert trained == ["moe 3", "moe 1"]
+    sweep("STUDY", "--runs", "elsewhere")
+    assert not Path("elsewhere").exists()
     with pytest.raises(SystemExit):
-        run_study(replace(DENSE, config=replace(DENSE.config, lr=0.5)), runs="elsewhere")
-    assert "tiny.json holds dense with lr=0.01, expected 0.5" in " ".join(
-        capsys.readouterr().err.split()
-    )
-    assert ran == ["moe 3", "moe 1"]
+        sweep("FASTER", "--runs", "elsewhere")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds digits-graph/moe with lr=0.01, expected 0.5" in said
+    assert trained == ["moe 3", "moe 1"]
 
 
 @pytest.mark.slow
 def test_processes_give_what_one_gives(
-    run_study: Callable[..., Any], tmp_path: Path, capsys: Any
+    sweep: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A variant that cannot be run is named.
+    """A cell that cannot be run is named.
 
     Of the others all that is written is the same, but for the clock.
     """
-    found = list[dict[str, Any]]()
+    by_jobs = list[dict[str, Any]]()
     for jobs in ("1", "2"):
-        root = tmp_path / jobs
+        folders = ("--runs", f"{jobs}/runs", "--results", f"{jobs}/results")
         with pytest.raises(SystemExit) as stopped:
-            run_study(DENSE, WRONG, MOE, to=root, args=("--jobs", jobs))
+            sweep("WRONG", "--jobs", jobs, *folders)
         assert stopped.value.code == 1
         shown = capsys.readouterr()
-        assert "| MoE |" in shown.out
-        why = (
-            "kmeans_init"
-            if jobs == "1"
-            else "seed 0 ended with status 2: error: kmeans_init: got True"
-        )
-        assert f"dense-4x: {why}" in shown.err
-        assert (jobs == "2") is ("4 of 4 seeds ended" in shown.err)
-        found.append(
+        assert "| experts |" in shown.out
+        why = "seed 3 ended with status 2: error: kmeans_init" if jobs == "2" else "kmeans_init"
+        assert f"digits-graph/wrong: {why}: got True" in shown.err
+        by_jobs.append(
             {
-                str(path.relative_to(root)): content_of(path)
-                for path in root.rglob("*")
+                str(path.relative_to(jobs)): content_of(path)
+                for path in Path(jobs).rglob("*")
                 if path.is_file()
             }
         )
-    assert found[0] == found[1]
-    assert len(found[0]) > 12
+    assert by_jobs[0] == by_jobs[1]
+    assert len(by_jobs[0]) > 12
 
 
 def content_of(path: Path) -> Any:
@@ -126,27 +158,20 @@ def content_of(path: Path) -> Any:
     return path.read_bytes() if path.suffix == ".safetensors" else None
 
 
-def test_a_grid_of_routers_experts_and_k() -> None:
-    config = GridConfig(
-        preset="digits",
-        routers=("random", "uniform", "random"),
-        experts=(1, 4),
-        data_root=Path("a"),
-    )
-    name, study = make_study("grid", replace(config, seeds=(5,)))
-    variants = {variant.name: variant for variant in study.variants}
-    assert (name, variants["random-e4-k2"].label) == ("grid-digits", "`random`, E=4, K=2")
-    routed = ["random-e1-k1", "random-e4-k1", "random-e4-k2", "uniform-e1", "uniform-e4"]
-    assert list(variants) == ["dense", "dense-4x", *routed]
-    own = {"experts": 4, "k": 2, "router": "random", "seeds": (5,), "data_root": Path("a")}
-    assert variants["random-e4-k2"].config == replace(DIGITS, **own)  # type: ignore[arg-type]
-    assert variants["dense-4x"].config.hidden == 4 * DIGITS.hidden
-
-
-def test_a_router_that_takes_no_k_has_one_variant() -> None:
-    study = grid("digits", ("soft_slots", "random"), (4,), (1, 2))
-    names = [variant.name for variant in study.variants]
-    assert names[2:] == ["soft-slots-e4", "random-e4-k1", "random-e4-k2"]
+def test_a_grid_keeps_the_rows_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own come first."""
+    small = replace(DIGITS_GRAPH, epochs=1, hidden=4)
+    monkeypatch.setitem(PRESETS, "digits-graph", ("", small))
+    monkeypatch.chdir(tmp_path)
+    for router in ("uniform", "random"):
+        args = ["grid", "--preset", "digits-graph", "--routers", router, "--experts", "2"]
+        main([*args, "--ks", "1", "--seeds", "0", "--no-progress"])
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    labels = [line.split(" | ")[0] for line in lines]
+    wide = "| dense, four times as wide"
+    assert labels == ["| dense", wide, "| `random`, E=2, K=1", "| `uniform`, E=2"]
 
 
 def test_results_are_finished_where_their_data_are_not_here(tmp_path: Path) -> None:
@@ -159,53 +184,31 @@ def test_results_are_finished_where_their_data_are_not_here(tmp_path: Path) -> N
     assert "with lr=" in refusal("dense", replace(config, lr=9.0), held, tmp_path)
 
 
-STUDIED: dict[str, RunConfig] = {
-    f"{name}/{variant.name}": variant.config
-    for name in RECORDED
-    for variant in recorded(name, Path()).variants
-}
-
-
-@pytest.mark.parametrize("name", STUDIED)
-def test_studies_leave_nothing_to_the_library(name: str) -> None:
-    config = STUDIED[name]
-    # Of a matched model, what it is matched to
-    router = config.router if config.equal is None else config.equal_to
-    made = gmoe.OracleRouter if router == "oracle" else gmoe.ROUTERS.get(router)
-    takes = (
-        set() if made is None else {"weight", "balance"} & inspect.signature(made).parameters.keys()
-    )
-    assert takes <= config.options.given().keys()
-    layers = {"start"} | ({"router_input"} if isinstance(config, GraphConfig) else set())
-    assert config.layer_options().keys() == layers
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_leave_routing_to_the_library(name: str) -> None:
-    config = PRESETS[name][1]
-    assert config.layer_options() == config.options.given() == {}
-    models = {
-        ImageConfig: gmoe.ViTMoE,
-        HeteroConfig: gmoe.HeteroGNNMoE,
-        GraphConfig: gmoe.GNNMoE,
-        MoleculeConfig: gmoe.GNNMoE,
-    }
-    (model,) = (model for kind, model in models.items() if isinstance(config, kind))
-    default = inspect.signature(model).parameters["router"].default
-    assert (config.router, config.equal_to) == (default, default)
-
-
 @pytest.mark.parametrize(
-    ("study", "expected"),
+    ("args", "message"),
     [
-        ("curves", "columns: got nowhere, expected some of mosaic, minesweeper, facebook, digits"),
-        ("starts", "columns: got nowhere, expected some of digits-graph, "),
-        ("routers", "columns: got nowhere, expected some of digits, cifar10, "),
+        ("mine.py:STUDY --columns sea", "columns: got sea, expected some of digits-graph"),
+        ("mine.py:STUDY --rows five", "rows: got five, expected some of moe, dense, dense-4x"),
+        ("mine.py:Row", "study: got 'mine.py:Row', expected an experiments.study.studies.Study"),
+        ("mine.py:NOTHING", "study: got 'mine.py:NOTHING', which cannot be imported"),
+        ("routers --columns sea", "columns: got sea, expected some of digits, cifar10, "),
     ],
 )
-def test_each_study_by_columns_runs_its_own(
-    study: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_no_study_is_refused_before_anything_is_trained(
+    args: str, message: str, sweep: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        main([study, "--columns", "nowhere", "--results", str(tmp_path)])
-    assert expected in " ".join(capsys.readouterr().err.split())
+    assert message in refused(args.split(), capsys, main)
+    assert not Path("runs").exists()
+
+
+def test_a_study_is_what_its_module_shows() -> None:
+    """The example in the docstring of the module is one."""
+    from experiments.study import studies
+
+    assert studies.__doc__ is not None
+    code = studies.__doc__.partition("::\n")[2].partition("\n``python")[0]
+    names: dict[str, Any] = {}
+    exec("\n".join(line[4:] for line in code.splitlines()), names)
+    study = names["STUDY"]
+    assert isinstance(study, Study)
+    assert len(study.cells()) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import gmoe
 from experiments.study import ensemble
+from experiments.train.build import build_model, costs_of
 from experiments.train.command import main, parse
-from experiments.train.config import MoleculeConfig, dense_of
+from experiments.train.config import MoleculeConfig, RouterOptions, dense_of
+from experiments.train.data.load import load_tasks
 from experiments.train.data.molecules import load_molecules
 from experiments.train.data.published import without_update_check
 from experiments.train.data.smiles import FILES
@@ -132,6 +136,31 @@ def test_dense_models_are_matched_and_shown(
     assert "dense model, to compare: python -m experiments.train ogbg-molesol" in out
     saved = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert saved["digest"] is not None
+
+
+def test_gmoe_is_rebuilt_from_parts(data: Path) -> None:
+    """Experts of one hop, which see the bonds, and of two; noisy top-4 in each layer."""
+    options = "--conv gcn two_hop --k 4 --start plain --shared-router False --noise True"
+    options += f" --balance importance_load --data-root {data}"
+    config = parse(["ogbg-molesol", *SMALL, *options.split()])
+    task = load_tasks(config)(0)
+    model: Any = build_model(config, task)
+    first = next(part for part in model.modules() if isinstance(part, gmoe.MoEConv))
+    assert isinstance(first.router, gmoe.TokenChoice)
+    assert (first.router.balance, first.router.k) == ("importance_load", 4)
+    assert model.shared_router is None
+    kinds = [type(first.expert(expert)).__name__ for expert in range(2)]
+    assert kinds == ["BondGCNConv", "FilterConv"]
+    of_default = replace(config, conv=("gcn",), k=1, start=None, hidden=16, experts=8)
+    of_default = replace(of_default, shared_router=None, options=RouterOptions())
+    by_molecule = replace(of_default, router_input=("graph",))
+    dense = replace(of_default, router="dense")
+    flops = [
+        costs_of(build_model(one, task), one, task)["flops"]
+        for one in (dense, by_molecule, of_default)
+    ]
+    # A molecule's atoms share their expert, so that no atom is transformed twice.
+    assert flops[1] < 1.1 * flops[0] < flops[2]
 
 
 def test_other_files_are_another_run(data: Path, tmp_path: Path, capsys: Any) -> None:

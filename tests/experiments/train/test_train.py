@@ -24,7 +24,7 @@ from experiments.train.config import GraphConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.files import RESULTS
 from experiments.train.presets import PRESETS, command
-from experiments.train.scores import interval, paired
+from experiments.train.scores import Difference
 from experiments.train.training import Training
 from experiments.train.user_code import load_object
 from tests.experiments import own_parts
@@ -92,8 +92,9 @@ def test_compare_trains_the_dense_model_of_the_same_seeds(tmp_path: Path, capsys
     assert (dense["config"]["router"], dense["config"]["seeds"]) == ("dense", [0, 1, 2])
     ours, theirs = (found["test"]["values"] for found in (summary, dense))
     points = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    low, high = interval(points)
-    line = f"experts − dense: {fmean(points):+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
+    found = Difference.of(points)
+    line = f"experts − dense: {fmean(points):+.2f} points (95 % interval "
+    line += f"{found.low:+.2f} to {found.high:+.2f})"
     assert line in said
     assert f"n = 3, better on {sum(value > 0 for value in points)} of 3 seeds" in said
     assert "dense model, to compare" not in said
@@ -112,17 +113,6 @@ def test_compare_refuses_the_folder_of_another_run_before_it_trains(
         quick(tmp_path / "run", "--compare", "--jobs", jobs)
     assert "run-dense holds a run with router='random', expected 'dense'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_one_seed_has_a_difference_and_no_interval() -> None:
-    assert paired("accuracy", [0.5], [0.4]) == "+10.00 points, n = 1, better on 1 of 1 seeds"
-
-
-def test_less_of_an_error_is_better() -> None:
-    """It is not a share, and has no points."""
-    said = paired("rmse", [0.5, 0.75], [0.75, 1.0])
-    assert said.startswith("-0.2500 rmse (95 % interval -0.2500 to -0.2500)")
-    assert said.endswith("n = 2, better on 2 of 2 seeds")
 
 
 def test_the_dense_model_on_file_is_that_of_the_docs() -> None:

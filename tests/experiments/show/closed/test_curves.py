@@ -1,31 +1,16 @@
-"""Curves of test scores over FLOPs: what is run, and what lies above the dense curve."""
+"""Curves of test scores over FLOPs: what lies above the dense curve."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.study.curves import DRAWN, Point, above_dense, curves, points, table
+from experiments.show.closed.curves import Point, above_dense, curves, table
 
 
 def summary(flops: int, *scores: float) -> dict[str, Any]:
     return {"flops": flops, "test": {"values": scores}}
-
-
-def test_every_model_is_run_at_several_widths() -> None:
-    found = points((), Path("data"))
-    assert {name.partition("/")[0] for name in found} == set(DRAWN)
-    assert len(found) == 13 * len(DRAWN)
-    copies: Any = found["minesweeper/differences-32"]
-    assert (copies.start, copies.hidden, copies.seeds) == ("copies", 32, (0, 1, 2))
-    assert copies.shared_router is True
-    assert found["digits/shared-8"].start == "shared"
-    assert found["mosaic/dense-96"].router == "dense"
-    expected = r"^columns: got cora, expected some of mosaic, minesweeper, facebook, digits$"
-    with pytest.raises(ValueError, match=expected):
-        points(["cora"], Path("data"))
 
 
 def test_the_dense_curve_is_straight_over_the_log_of_flops() -> None:

@@ -1,0 +1,74 @@
+"""The cells of a study: a file ``COLUMN/ROW.json`` each, in a folder of the study's name.
+
+A column is a recipe on a data set, a row a model that is compared with others on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from experiments.show.tables import study_table
+from experiments.train import scores
+from experiments.train.checks import check_choice
+from experiments.train.files import read_json
+
+Cells: TypeAlias = dict[str, dict[str, dict[str, Any]]]
+"""By column and row, the summary of a run."""
+
+
+def read_cells(folder: Path, columns: Iterable[str], rows: Iterable[str] | None = None) -> Cells:
+    """The finished cells of some columns and rows, in this order; by default all rows, by file."""
+    cells: Cells = {}
+    for column in columns:
+        names = rows
+        if names is None:
+            names = [path.stem for path in sorted((folder / column).glob("*.json"))]
+        paths = {row: folder / column / f"{row}.json" for row in names}
+        finished = {
+            row: read_json(path, dict[str, Any]) for row, path in paths.items() if path.exists()
+        }
+        if finished:
+            cells[column] = finished
+    return cells
+
+
+def differences(
+    cell: Mapping[str, Any], other: Mapping[str, Any], part: str = "test"
+) -> list[float]:
+    """Seed by seed, a cell's score minus another's, in points, of cells that have the same seeds.
+
+    Of errors it is the difference as it is.
+    """
+    return scores.differences(cell["metric"], cell[part]["values"], other[part]["values"])
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """What ``study.json`` says of a study, and its finished ``cells``, also of other rows."""
+    study = read_json(folder / "study.json", dict[str, Any])
+    place = {row: number for number, row in enumerate(study["rows"])}
+    cells = {
+        column: dict(sorted(rows.items(), key=lambda row: place.get(row[0], len(place))))
+        for column, rows in read_cells(folder, study["columns"]).items()
+    }
+    return study | {"cells": cells}
+
+
+def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
+    """A table a column, or one for each of ``only``: a line a row, beside the controls."""
+    columns = study["cells"]
+    for column in only:
+        check_choice("columns", column, columns)
+    controls = study["controls"]
+    tables = []
+    for column in only or columns:
+        content = {
+            "variants": [{"variant": row, **cell} for row, cell in columns[column].items()],
+            "reference": controls[0] if controls else "dense",
+            "wide": "dense-4x",
+            "controls": controls,
+            "column": column,
+        }
+        tables.append(study_table(content))
+    return "\n\n".join(tables) if tables else "No cell is finished."

@@ -1,0 +1,105 @@
+"""Run the cells of a study that have no file yet, and go on where it was cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.train.config import RunConfig
+from experiments.train.files import read_json
+from experiments.train.user_code import code_of, raised
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Where a study goes."""
+
+    runs: Path | None = None
+    """Folder of the run folders; by default runs/STUDY, or runs/grid-PRESET."""
+    results: Path = Path("results")
+    """Folder of the result files: STUDY/COLUMN/ROW.json."""
+    jobs: int = 1
+    """Seeds of cells that are trained at once, each in a process.
+    They share torch's threads."""
+    progress: bool = True
+    """Report progress: a bar, or where the output is a file, a line every few epochs."""
+
+
+def run_cells(
+    name: str,
+    cells: Mapping[str, RunConfig],
+    config: SweepConfig,
+    more: Callable[[str, RunConfig], dict[str, Any]],
+) -> dict[str, str]:
+    """Run the cells of a study that have no file, and return by cell why it could not be run.
+
+    A cell's file holds the summary of its run, and what ``more`` says of it.
+
+    Raises:
+        ValueError: a file that holds a cell of another configuration.
+    """
+    from experiments.train.jobs import train_apart
+    from experiments.train.loop import run
+    from experiments.train.progress import Progress
+    from experiments.train.results import write_json
+
+    folder = config.results / name
+    runs = config.runs if config.runs is not None else Path("runs") / name
+    held = held_cells(cells, folder)
+    todo = list[tuple[str, RunConfig]]()
+    failed = dict[str, str]()
+    for cell, given in cells.items():
+        own = replace(
+            given, out=runs / cell, resume=True, progress=config.progress, jobs=config.jobs
+        )
+        if cell not in held:
+            todo.append((cell, own))
+        elif why := refusal(cell, own, held[cell], folder):
+            raise ValueError(why)
+    epochs = sum(len(own.seeds) * own.epochs for _, own in todo)
+    progress = Progress(epochs, config.progress and config.jobs == 1)
+    with closing(train_apart([own for _, own in todo])) as ready:
+        for place, why in ready:
+            cell, own = todo[place]
+            try:
+                if why:
+                    raise ValueError(why)
+                summary = run(own, progress)
+                write_json(folder / f"{cell}.json", {**summary, **more(cell, own)})
+            except Exception as error:  # of this cell; the others go on
+                is_told = isinstance(error, ValueError | OSError)
+                code = code_of(own)
+                if not is_told and not code:
+                    raise
+                failed[cell] = str(error) if is_told else raised(error, *code)
+                progress.skip(len(own.seeds) * own.epochs)
+                progress.finish(len(own.seeds) * own.epochs)
+    return failed
+
+
+def held_cells(cells: Mapping[str, RunConfig], folder: Path) -> dict[str, Any]:
+    """Of the cells that have a file, by name, the configuration that it holds."""
+    paths = {cell: folder / f"{cell}.json" for cell in cells}
+    return {
+        cell: read_json(path, dict[str, Any])["config"]
+        for cell, path in paths.items()
+        if path.exists()
+    }
+
+
+def refusal(cell: str, own: RunConfig, held: Mapping[str, Any], folder: Path) -> str:
+    """Why a file that is there is not that of a cell; empty if it is.
+
+    Where the data are not here, they cannot differ.
+    """
+    from experiments.train.run_folder import differences_of
+
+    for option, (other, value) in differences_of(own, held).items():
+        if option in ("digest", "contents") and value is None:
+            continue
+        there = f"{folder} holds {cell} with {option}={other!r}"
+        return f"results: {there}, expected {value!r}; choose other folders by --results and --runs"
+    return ""

@@ -1,0 +1,77 @@
+"""A study: its cells, what is refused of it, and a grid."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import gmoe
+from experiments.study.studies import Row, Study, grid
+from experiments.train.config import GraphConfig, HeteroConfig, ImageConfig, MoleculeConfig
+from experiments.train.presets import DIGITS, DIGITS_GRAPH, MOSAIC, PRESETS
+
+STUDY = Study(
+    name="small",
+    about="a test",
+    columns={"digits-graph": DIGITS_GRAPH, "mosaic": replace(MOSAIC, seeds=(7, 8))},
+    rows={
+        "dense": Row(label="dense", changes={"router": "dense"}),
+        "four": Row(label="four experts", changes={"experts": 4}),
+        "default": Row(label="the default"),
+    },
+    controls=("dense",),
+)
+
+
+def test_a_cell_is_the_recipe_of_its_column_with_the_changes_of_its_row() -> None:
+    cells = STUDY.cells()
+    assert list(cells) == [
+        f"{column}/{row}" for column in STUDY.columns for row in ("dense", "four", "default")
+    ]
+    assert cells["mosaic/four"] == replace(MOSAIC, seeds=(7, 8), experts=4)
+    assert cells["digits-graph/default"] == DIGITS_GRAPH
+    assert list(STUDY.cells(["mosaic"], ["four", "dense"])) == ["mosaic/four", "mosaic/dense"]
+
+
+def test_what_a_study_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^columns: got sea, expected some of digits-graph, mo"):
+        STUDY.cells(["mosaic", "sea"])
+    with pytest.raises(ValueError, match=r"^rows: got five, expected some of dense, four, default"):
+        STUDY.cells(rows=["five"])
+    with pytest.raises(ValueError, match=r"^controls: got 'wide', expected one of dense, four"):
+        replace(STUDY, controls=("wide",))
+
+
+def test_a_grid_of_routers_experts_and_k() -> None:
+    changes = {"seeds": (5,), "data_root": Path("a")}
+    study = grid("digits", ("random", "uniform", "random"), (1, 4), (1, 2), **changes)
+    assert (study.name, study.rows["random-e4-k2"].label) == ("grid-digits", "`random`, E=4, K=2")
+    routed = ["random-e1-k1", "random-e4-k1", "random-e4-k2", "uniform-e1", "uniform-e4"]
+    assert sorted(study.rows) == sorted(["dense", "dense-4x", *routed])
+    cells = study.cells()
+    own = {"experts": 4, "k": 2, "router": "random", "seeds": (5,), "data_root": Path("a")}
+    assert cells["digits/random-e4-k2"] == replace(DIGITS, **own)  # type: ignore[arg-type]
+    assert cells["digits/dense-4x"].hidden == 4 * DIGITS.hidden
+
+
+def test_a_router_that_takes_no_k_has_one_row() -> None:
+    study = grid("digits", ("soft_slots", "random"), (4,), (1, 2))
+    assert list(study.rows)[2:] == ["soft-slots-e4", "random-e4-k1", "random-e4-k2"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_leave_routing_to_the_library(name: str) -> None:
+    config = PRESETS[name][1]
+    assert config.layer_options() == config.options.given() == {}
+    models = {
+        ImageConfig: gmoe.ViTMoE,
+        HeteroConfig: gmoe.HeteroGNNMoE,
+        GraphConfig: gmoe.GNNMoE,
+        MoleculeConfig: gmoe.GNNMoE,
+    }
+    (model,) = (model for kind, model in models.items() if isinstance(config, kind))
+    default = inspect.signature(model).parameters["router"].default
+    assert (config.router, config.equal_to) == (default, default)
