@@ -1,7 +1,7 @@
 """Swaps of one class in models that exist: what they gain, and how long a step takes.
 
-``results/swap.json`` is what ``python -m experiments.benchmark swap`` wrote; ``docs/lab/swap.md``
-has the table.
+``results/swap.json`` is what the benchmark ``swap`` wrote, at the tag ``lab-2026-12``;
+``docs/lab/swap.md`` has the table.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from docs.plots.results import Gain, read_file
+from docs.plots.results import Difference, read_file
 from docs.plots.style import Drawing, Theme, by_verdict, difference_axis, dot, rows
 
-Swaps: TypeAlias = dict[str, tuple[Gain, float]]
+Swaps: TypeAlias = dict[str, tuple[Difference, float]]
 """By row the difference to the dense model, and the step as a multiple of its."""
 
 
@@ -25,7 +25,7 @@ def swaps(path: Path) -> Swaps:
     for name, row in read_file(path)["variants"].items():
         dense, moe = (_by_seed(row["runs"][model]) for model in ("dense", "moe"))
         both = sorted(set(dense) & set(moe))
-        gain = Gain.of([100 * (moe[seed] - dense[seed]) for seed in both])
+        gain = Difference.of([100 * (moe[seed] - dense[seed]) for seed in both])
         walls = [row["time"][model]["wall"]["median"] for model in ("moe", "dense")]
         found[name] = gain, walls[0] / walls[1]
     return dict(sorted(found.items(), key=lambda entry: -entry[1][0].mean))

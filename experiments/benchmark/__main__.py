@@ -33,15 +33,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "Where an epoch's time goes: data, forward, backward, optimizer, rest.",
         "train.TrainBenchmark",
     ),
-    "molecules": (
-        "Four layers on a batch of molecules, forward and backward.",
-        "layers.MoleculesBenchmark",
-    ),
     "stored": ("Neighbor sampling from disk beside memory.", "train.StoredBenchmark"),
-    "swap": (
-        "Dense layers and gmoe's defaults in their place: accuracy, time of a step.",
-        "swap.SwapBenchmark",
-    ),
     "vit": (
         "A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.",
         "layers.VitBenchmark",
@@ -49,10 +41,6 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "compile": (
         "A layer under torch.compile, forward and backward; dense layers too.",
         "compiled.CompileBenchmark",
-    ),
-    "latency": (
-        "One call without gradients: eager, compiled, by onnxruntime.",
-        "latency.LatencyBenchmark",
     ),
     "memory": (
         "The peak of the process's memory in a step, beside what tensors hold at once.",
@@ -73,7 +61,8 @@ asked for."""
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    given = sys.argv[1:] if args is None else args
+    name, *rest = given or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__, *(f"  {name:<12}{line}" for name, (line, _) in BENCHMARKS.items()), sep="\n")
         sys.exit()
@@ -95,13 +84,13 @@ def main(args: Sequence[str] | None = None) -> None:
         "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
     )
     try:
-        found = config.run()
+        variants = config.run()
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         stop()
-    print(pd.DataFrame(benchmark_lines(found)).to_string(index=False))
-    print(config.measured_on(found))
+    print(pd.DataFrame(benchmark_lines(variants)).to_string(index=False))
+    print(config.measured_on(variants))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -17,14 +17,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric.data import Batch
-from torch_geometric.datasets import FakeDataset
-from torch_geometric.nn import GATConv, HeteroLinear, Sequential
+from torch_geometric.nn import GATConv, HeteroLinear
 from torch_geometric.utils import to_torch_csr_tensor, to_undirected
 
 from experiments.benchmark.measure import Benchmark, Step, Steps, check_equal, layer_step
 from gmoe import AttentionVote, MLPExperts, MoE, MoEConv, TokenChoice, build_router
-from gmoe.conv.kinds import factory_of
 
 NODE, TOKEN = 128, 192
 """D of a node and of a token, whose MLPs have an H of 4 D; gated ones two thirds of it, and so
@@ -198,35 +195,6 @@ class ConvBenchmark(Benchmark):
                     timed[f"{kind} {name}"] = other = make(layer)
                     check_equal(kind, other(*inputs), layer(*inputs))
             yield {f"{name}, {form}": layer_step(layer, inputs) for name, layer in timed.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoleculesBenchmark(Benchmark):
-    """Four GINE layers of 64 on 128 molecules, and gmoe's defaults in their place.
-
-    As in PyG's molecule examples.
-    """
-
-    def groups(self) -> Iterator[Steps]:
-        molecules = FakeDataset(
-            num_graphs=128, avg_num_nodes=25, avg_degree=2.2, num_channels=64, edge_dim=64
-        )
-        batch = Batch.from_data_list(list(molecules)).to(self.device)
-        inputs = (
-            torch.randn(batch.num_nodes, 64, requires_grad=True),
-            batch.edge_index,
-            batch.edge_attr,
-        )
-
-        def step(conv: Callable[..., nn.Module]) -> Step:
-            parts = [
-                part
-                for _ in range(4)
-                for part in ((conv(64, 64), "x, edge_index, edge_attr -> x"), nn.ReLU())
-            ]
-            return layer_step(Sequential("x, edge_index, edge_attr", parts), inputs)
-
-        yield {"dense": step(factory_of("gine")), "MoEConv": step(partial(MoEConv, "gine"))}
 
 
 @dataclass(frozen=True, kw_only=True)

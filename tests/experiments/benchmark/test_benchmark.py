@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 
-from experiments.benchmark import busy, compiled, gpu, latency, layers, measure, train
+from experiments.benchmark import busy, compiled, gpu, layers, measure, train
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.tables import benchmark_lines
 from experiments.train.data.load import load_tasks
@@ -95,7 +95,6 @@ def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[
             ["loop with nonzero", "loop", "padded", "grouped", "with a shared expert"],
             marks=pytest.mark.slow,
         ),
-        ("molecules", "dense", ["MoEConv"]),
     ],
 )
 def test_variants_and_their_ratios(
@@ -181,48 +180,6 @@ def test_more_threads_than_cores_are_refused() -> None:
         busy.BusyBenchmark(threads=4096).measured()
 
 
-SMALL_CALL = "latency --nodes 20 --edges 30 --width 4 --threads 1"
-
-
-def test_a_call_is_compared_with_dense_ones_by_percentiles(tmp_path: Path) -> None:
-    """Eager alone: compilers take longer than a test should."""
-    threads = torch.get_num_threads()
-    rows, file = ("gcn", "sage model"), tmp_path / "found.json"
-    options = ["--forms", "eager", "--repeats", "3", "--json", str(file)]
-    main([*SMALL_CALL.split(), "--rows", *rows, *options])
-    torch.set_num_threads(threads)
-    found = json.loads(file.read_text())["variants"]
-    models = ("dense", "copies", "copies, folded")
-    assert [*found] == [f"{row}, {model}, eager" for row in rows for model in models]
-    for name, figures in found.items():
-        dense = found[f"{name.partition(', ')[0]}, dense, eager"]
-        assert figures["ratio in form"]["cpu"] == figures["cpu"]["median"] / dense["cpu"]["median"]
-        assert "ratio" not in figures  # to a compiled one
-        assert figures["wall"]["min"] <= figures["wall"]["median"] <= figures["wall"]["max"]
-    line = benchmark_lines(found)[0]
-    assert (line["× dense in this form (CPU)"], "× compiled dense (CPU)" in line) == ("1.00", False)
-
-
-def test_percentiles_are_those_of_the_calls() -> None:
-    found = latency.percentiles([float(value) for value in range(1, 101)])
-    assert (found["median"], found["min"], found["max"]) == (50.5, 1.0, 100.0)
-    assert found["p95"] == 95
-    assert latency.percentiles([3.0, 1.0, 2.0])["p95"] == 3
-    assert latency.percentiles([3.0])["p95"] == 3
-
-
-def test_a_form_that_gives_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "compiled_call", lambda model: lambda *x: -model(*x))
-    with pytest.raises(AssertionError, match="and gmoe differ"):
-        main([*SMALL_CALL.split(), "--rows", "gcn", "--forms", "compiled"])
-
-
-def test_onnx_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"^forms: got 'onnx' without onnxruntime"):
-        latency.LatencyBenchmark().measured()
-
-
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -235,8 +192,8 @@ def test_onnx_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         ("router --tokens -1", "tokens: got -1, expected at least 1"),
         ("vit --batch 0", "batch: got 0, expected at least 1"),
         ("vote --repeats 0", "repeats: got 0, expected at least 1"),
-        ("latency --rows", "rows: got nothing, expected at least one"),
-        ("latency --json .", "json: got ., expected a file, not a folder"),
+        ("step --rows", "rows: got nothing, expected at least one"),
+        ("conv --json .", "json: got ., expected a file, not a folder"),
         ("stored --folder nowhere", "folder: got nowhere, expected one that experiments.convert"),
     ],
 )
