@@ -79,7 +79,6 @@ APART = "edge directions, kept apart"
 """``reverse`` where the dense model has the reverse of every edge already."""
 VIEWS = {
     "positions": "positions",
-    "rule": "rule (which classes of node and neighbors go together)",
     "evidence": "evidence (which expert is right at other training nodes nearby)",
     "node": "the node's own features (--router-input node, the default)",
     "neighbors": "the mean of its neighbors (--router-input neighbors)",
@@ -140,7 +139,8 @@ def nodes_of(config: GraphConfig) -> Nodes | str:
     # Edges as they are given, and as a list
     load = load_tasks(replace(config, undirected=False, adjacency="edge_index"))
     tasks = [load(seed) for seed in range(SPLITS)]
-    data, splits = cast(Data, tasks[0].graph), [cast(Splits, task.split) for task in tasks]
+    data = cast(Data, tasks[0].graph)
+    splits = [cast(Splits, task.split) for task in tasks]
     if data is None or data.num_nodes > MOST_NODES:
         return f"the graph has more than {MOST_NODES:,} nodes, or stays on disk"
     if data.y.dim() > 1:
@@ -171,7 +171,8 @@ def features(x: Array) -> Array:
     x = x - x.mean(axis=0)
     deviation = x.std(axis=0)
     varies = deviation > 1e-6 * largest  # a constant is rounded to less
-    x, deviation = x[:, varies], deviation[varies]
+    x = x[:, varies]
+    deviation = deviation[varies]
     if not x.shape[1]:  # nothing tells one node from another
         return np.zeros((len(x), 1), np.float32)
     if x.shape[1] <= WIDEST:
@@ -182,9 +183,9 @@ def features(x: Array) -> Array:
 
 def beside(*blocks: Array | Tensor) -> Tensor:
     """Blocks of columns side by side, centered, each at one scale: mean square 1."""
-    found = [torch.as_tensor(np.asarray(block), dtype=torch.float32) for block in blocks]
-    found = [block - block.mean(dim=0) for block in found if block.numel()]
-    return torch.cat([block / block.square().mean().sqrt().clamp_min(1e-6) for block in found], 1)
+    columns = [torch.as_tensor(np.asarray(block), dtype=torch.float32) for block in blocks]
+    columns = [block - block.mean(dim=0) for block in columns if block.numel()]
+    return torch.cat([block / block.square().mean().sqrt().clamp_min(1e-6) for block in columns], 1)
 
 
 def redrawn(splits: Sequence[Splits], y: Tensor) -> list[Splits]:
@@ -192,9 +193,9 @@ def redrawn(splits: Sequence[Splits], y: Tensor) -> list[Splits]:
 
     They are drawn by class, as many as before, and the test nodes stay.
     """
-    found: list[Splits] = []
+    different: list[Splits] = []
     for number, rows in enumerate(splits):
-        if any(torch.equal(rows["train"], other["train"]) for other in found):
+        if any(torch.equal(rows["train"], other["train"]) for other in different):
             pool = torch.cat([rows["train"], rows["val"]])
             draw = torch.Generator().manual_seed(number)
             pool = pool[torch.randperm(len(pool), generator=draw)]
@@ -203,8 +204,8 @@ def redrawn(splits: Sequence[Splits], y: Tensor) -> list[Splits]:
             share = torch.arange(len(pool) + 1) * len(rows["train"]) // len(pool)
             is_train = share.diff() > 0
             rows = {"train": pool[is_train], "val": pool[~is_train], "test": rows["test"]}
-        found.append(rows)
-    return found
+        different.append(rows)
+    return different
 
 
 def fewer(rows: Splits) -> Splits:
@@ -224,7 +225,8 @@ class Survey:
     """
 
     def __init__(self, nodes: Nodes) -> None:
-        self.nodes, self.rows = nodes, [fewer(rows) for rows in nodes.splits]
+        self.nodes = nodes
+        self.rows = [fewer(rows) for rows in nodes.splits]
         self.given = self.walks = Walks(nodes.edge_index, len(nodes.x))
         if nodes.undirected and self.given.is_directed:
             both = np.hstack([nodes.edge_index, nodes.edge_index[::-1]])
@@ -271,7 +273,9 @@ class Survey:
         steps: int = MOST,
     ) -> float:
         """Fit a model to a split, and return its validation likelihood."""
-        y, rows, decay = self.nodes.y, self.rows[split], self.decay[split]
+        y = self.nodes.y
+        rows = self.rows[split]
+        decay = self.decay[split]
         return fit(model, inputs, y, rows, steps, rate=rate, decay=decay)
 
     def mixture(self, split: int, view: Tensor) -> tuple[Mixture, float]:
@@ -295,15 +299,15 @@ class Survey:
         """The inputs that are the same on all splits."""
         if not self.walks.has_edges:
             return {}
-        found = {
+        inputs = {
             "degree": self.degree(),
             "walked": views.walked(self.walks.incoming, self.x, (3, 4, 6, 8)),
             "positions": views.positions(self.walks),
         }
         if self.given.is_directed:
             along = views.walked(self.given.incoming, self.x, (1, 2))
-            found["reverse"] = np.hstack([along, views.reverse(self.given, self.x)])
-        return found
+            inputs["reverse"] = np.hstack([along, views.reverse(self.given, self.x)])
+        return inputs
 
     def degree(self) -> Array:
         """(N, 2) logarithms of the number of edges into a node, and of its neighbors."""
@@ -313,10 +317,11 @@ class Survey:
         """What the linear model of a split may be given, the cheapest first."""
         if not self.walks.has_edges:
             return {}
-        y, train = self.nodes.y.numpy(), self.nodes.splits[split]["train"].numpy()
+        y = self.nodes.y.numpy()
+        train = self.nodes.splits[split]["train"].numpy()
         labels = views.diffused_labels(self.walks, y, train, self.nodes.classes)
-        found = self.fixed | {"labels": labels}
-        return {name: found[name] for name in INPUTS if name in found}
+        given = self.fixed | {"labels": labels}
+        return {name: given[name] for name in INPUTS if name in given}
 
     def ask_inputs(self) -> str | None:
         """Return the input that validates best; of several within WORTH of it, the cheapest."""
@@ -341,19 +346,17 @@ class Survey:
         """What the gate of a split sees; without columns where there is nothing to see."""
         walks = self.walks
         if name == "node":
-            found = self.x
+            seen = self.x
         elif not walks.has_edges:
-            found = self.x[:, :0]
+            seen = self.x[:, :0]
         elif name == "positions":
-            found = POSITION_SCALE * self.fixed["positions"]
-        elif name == "rule":
-            found = views.rule_by_predictions(walks, self.log_p["start"][split].exp().numpy())
+            seen = POSITION_SCALE * self.fixed["positions"]
         elif name == "evidence":
-            found = self.evidence(split)
+            seen = self.evidence(split)
         else:
             given = walks.incoming @ self.x if name == "neighbors" else self.degree()
-            found = beside(given).numpy()
-        return torch.as_tensor(found, dtype=torch.float32)
+            seen = beside(given).numpy()
+        return torch.as_tensor(seen, dtype=torch.float32)
 
     def evidence(self, split: int) -> Array:
         """Smooth EM: how well each expert does at other training nodes nearby.
@@ -361,8 +364,11 @@ class Survey:
         It begins with clusters of what a linear model would learn around a node. In turns the
         experts learn, gated by the view, and their log-likelihoods, diffused, are the view.
         """
-        y, rows, experts = self.nodes.y, self.rows[split], self.nodes.experts
-        train, decay = rows["train"], self.decay[split]
+        y = self.nodes.y
+        rows = self.rows[split]
+        experts = self.nodes.experts
+        train = rows["train"]
+        decay = self.decay[split]
         residual = -self.log_p["start"][split].exp()
         residual[train, y[train]] += 1
         near = beside(self.x, self.walks.incoming @ self.x).numpy()
@@ -370,7 +376,8 @@ class Survey:
         seen = torch.from_numpy(start)
         view = F.one_hot(clustered(seen, experts)(seen).argmax(1), experts).float()
         model = Mixture(self.models[split], self.narrow.size(1), nn.Linear(experts, experts))
-        best, found = float("inf"), start
+        best = float("inf")
+        best_view = start
         for _ in range(ROUNDS):
             with torch.no_grad():
                 model.gate.weight.copy_(2 * torch.eye(experts))
@@ -378,9 +385,10 @@ class Survey:
             inputs = (self.columns, self.narrow, view)
             reached = fit(model, inputs, y, rows, INNER, rate=FAST, decay=decay, is_stopped=False)
             if reached < best:
-                best, found = reached, view.numpy()
+                best = reached
+                best_view = view.numpy()
             view = self.right_nearby(model, train)
-        return found
+        return best_view
 
     @torch.no_grad()
     def right_nearby(self, model: Mixture, train: Tensor) -> Tensor:
@@ -421,7 +429,8 @@ class Survey:
         columns of neighbors a hidden layer that sees all may miss it: one sees no others. The last
         one sees the degree, too.
         """
-        hidden, own = self.nodes.hidden, self.x.shape[1]
+        hidden = self.nodes.hidden
+        own = self.x.shape[1]
         with_degree = self.columns
         if self.walks.has_edges:
             with_degree = beside(self.columns, self.degree())
@@ -471,27 +480,28 @@ class Survey:
     ) -> tuple[Kind, str | None, str]:
         """The kind, the choice and the line of the largest gain; see :class:`Answer`."""
         # 1. An input, or rules; more than these, the degree or edges of one direction.
-        found: tuple[Kind, str | None, str] | None = None
+        largest: tuple[Kind, str | None, str] | None = None
         if chosen is not None and gains["inputs"].is_worth:
             line = f"give the dense model {self.input_name(chosen)}: {gains['inputs']}"
-            found = "inputs", chosen, line
+            largest = "inputs", chosen, line
         if gains["rules"].is_worth:
             line = (
                 f"rules differ: route by {VIEWS[view]}: {controls['one']} over a linear model, "
                 f"{gains['rules']} over the closest control"
             )
-            found = "rules", view, line
+            largest = "rules", view, line
         best = max((gains[of].mean for of in ("inputs", "rules") if gains[of].is_worth), default=0)
         # One rule that is bent in the degree: experts by degree may add a little to it.
         if gains["degree"].is_worth and gains["degree"].mean > best:
             line = f"give the dense model {INPUTS['degree']}: {gains['degree']} over a wide one"
-            found, best = ("inputs", "degree", line), gains["degree"].mean
+            largest = ("inputs", "degree", line)
+            best = gains["degree"].mean
         one_way = gains.get("one way")
         if one_way is not None and one_way.is_worth and one_way.mean > best:
             line = f"keep edges in one direction (--no-undirected): {one_way} over both directions"
-            found = "inputs", "one way", line
-        if found is not None:
-            return found
+            largest = "inputs", "one way", line
+        if largest is not None:
+            return largest
 
         # 2. Else width, a hidden layer of its own for the node, or what the preset does already.
         if gains["width"].is_worth:
@@ -517,7 +527,8 @@ class Survey:
         self, chosen: str | None, view: str, controls: dict[str, Gain], gains: dict[str, Gain]
     ) -> list[str]:
         """What an answer rests on, a line each."""
-        nodes, hidden = self.nodes, self.nodes.hidden
+        nodes = self.nodes
+        hidden = self.nodes.hidden
         scores = [
             score(nodes.metric, log_p[rows["test"]], nodes.y[rows["test"]])[0]
             for log_p, rows in zip(self.log_p["one"], nodes.splits, strict=True)

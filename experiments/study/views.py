@@ -33,7 +33,8 @@ class Walks:
 
     def __init__(self, edge_index: Array, num_nodes: int) -> None:
         source, target = edge_index
-        ones, shape = np.ones(len(source), np.float32), (num_nodes, num_nodes)
+        ones = np.ones(len(source), np.float32)
+        shape = (num_nodes, num_nodes)
         adjacency = sparse.csr_matrix((ones, (target, source)), shape)
         self.in_degree = np.asarray(adjacency.sum(axis=1)).ravel()
         self.incoming = _rows_to_1(adjacency)
@@ -64,12 +65,13 @@ def _rows_to_1(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
 
 def walked(step: sparse.csr_matrix, x: Array, steps: Sequence[int]) -> Array:
     """Features after some numbers of steps, side by side."""
-    found, here = [], x
+    after_steps = []
+    here = x
     for number in range(1, max(steps) + 1):
         here = step @ here
         if number in steps:
-            found.append(here)
-    return np.hstack(found)
+            after_steps.append(here)
+    return np.hstack(after_steps)
 
 
 def reverse(walks: Walks, x: Array) -> Array:
@@ -77,7 +79,8 @@ def reverse(walks: Walks, x: Array) -> Array:
 
     The mean over targets, and over the nodes with which a node shares a target, or a source.
     """
-    back, here = walks.outgoing @ x, walks.incoming @ x
+    back = walks.outgoing @ x
+    here = walks.incoming @ x
     return np.hstack([back, walks.outgoing @ back, walks.outgoing @ here, walks.incoming @ back])
 
 
@@ -90,9 +93,9 @@ def positions(walks: Walks, power: int = 16) -> Array:
     _, component = connected_components(walks.neighbors, directed=False)
     size = np.bincount(component)[component]
     inside = np.flatnonzero(size >= max(2, SMALLEST * len(size)))
-    found = np.zeros((len(size), POSITIONS), np.float32)
+    rows = np.zeros((len(size), POSITIONS), np.float32)
     if len(inside) <= POSITIONS:
-        return found
+        return rows
     degree = np.asarray(walks.neighbors.sum(axis=1)).ravel()[inside]
     scale = sparse.diags(degree**-0.5).astype(np.float32)
     symmetric = scale @ walks.neighbors[inside][:, inside] @ scale
@@ -100,8 +103,8 @@ def positions(walks: Walks, power: int = 16) -> Array:
         symmetric, POSITIONS, n_iter=16, power_iteration_normalizer="QR", random_state=0
     )
     map_ = vector * (value / value[0]) ** power / degree[:, None] ** 0.5
-    found[inside] = map_ / np.maximum(np.linalg.norm(map_, axis=1, keepdims=True), 1e-9)
-    return found
+    rows[inside] = map_ / np.maximum(np.linalg.norm(map_, axis=1, keepdims=True), 1e-9)
+    return rows
 
 
 def diffused(
@@ -118,7 +121,8 @@ def diffused(
     ``values`` has a row for each of ``train``. No training node gets its own: it gets the means
     of all other parts of the training nodes, as other nodes get those of all.
     """
-    num_nodes, width = step.shape[0], values.shape[1]
+    num_nodes = step.shape[0]
+    width = values.shape[1]
     fold = np.random.default_rng(seed).permutation(len(train)) % folds
     # A block of columns for each fold that is left out, and one for none
     carried = np.zeros((num_nodes, folds + 1, width + 1), np.float32)
@@ -129,15 +133,16 @@ def diffused(
     prior = prior[:, :width] / np.maximum(prior[:, width:], 1)
     block = np.full(num_nodes, folds)
     block[train] = fold
-    found, nodes = [], np.arange(num_nodes)
+    after_steps = []
+    nodes = np.arange(num_nodes)
     flat = carried.reshape(num_nodes, -1)
     for number in range(1, max(steps) + 1):
         flat = step @ flat
         if number in steps:
             mine = flat.reshape(num_nodes, folds + 1, width + 1)[nodes, block]
             weak = 1e-3  # where no label comes, the mean of all labels stands
-            found.append((mine[:, :width] + weak * prior[block]) / (mine[:, width:] + weak))
-    return np.hstack(found)
+            after_steps.append((mine[:, :width] + weak * prior[block]) / (mine[:, width:] + weak))
+    return np.hstack(after_steps)
 
 
 def diffused_labels(walks: Walks, y: Array, train: Array, num_classes: int) -> Array:
@@ -146,40 +151,29 @@ def diffused_labels(walks: Walks, y: Array, train: Array, num_classes: int) -> A
     Where edges have a direction, also among the sources of a node's edges.
     """
     classes = np.eye(num_classes, dtype=np.float32)[y[train]]
-    found = [diffused(walks.both, classes, train, (1, 2, 4, 8))]
+    shares = [diffused(walks.both, classes, train, (1, 2, 4, 8))]
     if walks.is_directed:
-        found.append(diffused(walks.incoming, classes, train, (1,)))
-    return np.hstack(found)
-
-
-def rule_by_predictions(walks: Walks, probability: Array) -> Array:
-    """How a linear model's classes and those of the neighbors go together around a node."""
-    pairs = _outer(probability, walks.incoming @ probability)
-    return _principal(walked(walks.both, pairs, (8,)))
+        shares.append(diffused(walks.incoming, classes, train, (1,)))
+    return np.hstack(shares)
 
 
 def rule_by_gradients(walks: Walks, residual: Array, x: Array, train: Array) -> Array:
     """What a linear model would learn around a node: its gradients at other training nodes."""
     gradients = _outer(residual[train], x[train])
-    return _principal(diffused(walks.both, gradients, train, (8,), folds=2))
+    nearby = narrowed(diffused(walks.both, gradients, train, (8,), folds=2), POSITIONS)
+    return nearby / max(float(nearby.std()), 1e-9)
 
 
 def _outer(a: Array, b: Array) -> Array:
     """(N, .) products of all columns; of more than ``SIGNATURE``, a random projection."""
     width = a.shape[1] * b.shape[1]
     draw = np.random.default_rng(0).standard_normal((width, SIGNATURE), np.float32)
-    found = list[Array]()
+    products = list[Array]()
     for start in range(0, len(a), 10_000):  # all products at once may be a thousand columns
         some = slice(start, start + 10_000)
         pairs = (a[some, :, None] * b[some, None, :]).reshape(-1, width)
-        found.append(pairs if width <= SIGNATURE else pairs @ (draw / SIGNATURE**0.5))
-    return np.concatenate(found).astype(np.float32)
-
-
-def _principal(x: Array, most: int = POSITIONS) -> Array:
-    """Principal components, at one scale for all."""
-    found = narrowed(x, most)
-    return found / max(float(found.std()), 1e-9)
+        products.append(pairs if width <= SIGNATURE else pairs @ (draw / SIGNATURE**0.5))
+    return np.concatenate(products).astype(np.float32)
 
 
 def narrowed(x: Array, most: int) -> Array:

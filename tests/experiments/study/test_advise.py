@@ -80,7 +80,7 @@ def test_three_lines(
     """Experts are tried where there is headroom; the same command reads what is there."""
     judged = advise.judge
 
-    def told(differences: list[float]) -> advise.Difference:
+    def told(differences: list[float]) -> advise.Judged:
         verdict: advise.Verdict = headroom if len(differences) == 2 else "inconclusive"
         return replace(judged(differences), verdict=verdict)
 
@@ -204,7 +204,7 @@ def test_no_headroom_says_nothing_of_experts_where_rules_differ(
     answer = {"kind": "rules" if rules_differ else "nothing", "data": data}
     (tmp_path / "questions.json").write_text(json.dumps(answer))
     found: Any = [
-        advise.Difference(mean=1.0, interval=None, n=10, verdict=verdict)  # type: ignore[arg-type]
+        advise.Judged(mean=1.0, interval=None, n=10, verdict=verdict)  # type: ignore[arg-type]
         for verdict in verdicts.split()
     ]
 
@@ -215,7 +215,7 @@ def test_no_headroom_says_nothing_of_experts_where_rules_differ(
             return found.pop(0) if found else None
 
         def difference(self, *_: Any) -> Any:
-            return advise.Difference(mean=1.0, interval=None, n=10, verdict="yes")
+            return advise.Judged(mean=1.0, interval=None, n=10, verdict="yes")
 
         def step_ratio(self, arm: str) -> float:
             return 2.0

@@ -138,7 +138,7 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "choices"),
     [
-        pytest.param(in_places, "rules", {"positions", "rule", "evidence"}, id="regimes"),
+        pytest.param(in_places, "rules", {"positions", "evidence"}, id="regimes"),
     ],
 )
 def test_what_is_plain_is_answered(
@@ -154,7 +154,7 @@ def test_what_is_plain_is_answered(
 @pytest.mark.parametrize(
     ("make", "kind", "choices"),
     [
-        pytest.param(in_places, "rules", {"positions", "rule", "evidence"}, id="regimes"),
+        pytest.param(in_places, "rules", {"positions", "evidence"}, id="regimes"),
         pytest.param(hidden, "nothing", {None}, id="hidden-regimes"),
         pytest.param(labels_of_small_groups, "inputs", {"labels"}, id="labels"),
         pytest.param(
