@@ -90,7 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         stop()
     print(pd.DataFrame(benchmark_lines(variants)).to_string(index=False))
-    print(config.measured_on(variants))
+    print(config.measured_on())
 
 
 if __name__ == "__main__":

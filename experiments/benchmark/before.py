@@ -85,13 +85,17 @@ def compared_with(
             enough = enough_repeats(turns.values(), repeats, seconds)
             take_turns(turns, enough, CPU, warmup=WARMUP)
             # 3. Compare the fastest steps.
-            found = {}
+            by_variant = {}
             for variant in shared:
                 now, before, again = (
                     least(turns[f"{variant}, {name}"], enough).step for name in places
                 )
-                found[variant] = {"ratio": now / before, "noise": again / before, "commit": other}
-            return found
+                by_variant[variant] = {
+                    "ratio": now / before,
+                    "noise": again / before,
+                    "commit": other,
+                }
+            return by_variant
 
         yield compare
 

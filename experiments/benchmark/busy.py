@@ -54,7 +54,8 @@ class BusyBenchmark(Benchmark):
         there = cores_of_process()
         enough = f"at least {self.threads} cores"
         check(len(there) >= self.threads, "threads", f"{self.threads} on {len(there)}", enough)
-        cores, steps = there[: self.threads], self._steps()
+        cores = there[: self.threads]
+        steps = self._steps()
         times: dict[str, dict[str, list[float]]] = {
             f"{name}, {company}": {"wall": [], "cpu": []}
             for name in steps
@@ -65,17 +66,17 @@ class BusyBenchmark(Benchmark):
                 self._add(times, "alone", steps)
                 with neighbor_on(cores[0]):
                     self._add(times, "a core taken", steps)
-        found: dict[str, Any] = {
+        by_variant: dict[str, Any] = {
             name: {clock: spread(values) for clock, values in of.items()}
             for name, of in times.items()
         }
-        for name, figures in found.items():
-            alone = found[f"{name.partition(', ')[0]}, alone"]
+        for name, figures in by_variant.items():
+            alone = by_variant[f"{name.partition(', ')[0]}, alone"]
             figures["ratio"] = {
                 clock: figures[clock]["median"] / alone[clock]["median"]
                 for clock in ("wall", "cpu")
             }
-        return found
+        return by_variant
 
     def _steps(self) -> Steps:
         edge_index, _ = power_law_graph(self.nodes, self.edges)

@@ -106,7 +106,7 @@ class CompileBenchmark(Benchmark):
         check_choice("device", self.device, ("cpu",))
         for nodes in self.nodes:
             check_choice("nodes", nodes, SIZES)
-        found: dict[str, Any] = {}
+        by_variant: dict[str, Any] = {}
         for allocator in self.allocators:
             for threads in self.thread_counts:
                 # glibc reads these when a process starts, and so does OpenMP its threads.
@@ -115,10 +115,10 @@ class CompileBenchmark(Benchmark):
                     patch.dict(os.environ, setting),
                     ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
                 ):
-                    found |= process.submit(measure_setting, self, threads, allocator).result()
+                    by_variant |= process.submit(measure_setting, self, threads, allocator).result()
                 if self.json is not None:  # a setting may take an hour
-                    write_json(self.json, self.content(found))
-        return found
+                    write_json(self.json, self.content(by_variant))
+        return by_variant
 
 
 def measure_setting(config: CompileBenchmark, threads: int, allocator: Allocator) -> dict[str, Any]:
@@ -126,11 +126,11 @@ def measure_setting(config: CompileBenchmark, threads: int, allocator: Allocator
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly")
     seed_everything(0)
-    found: dict[str, Any] = {}
+    by_variant: dict[str, Any] = {}
     for row, layers, inputs in rows_of(config):
         name = f"{row}, {threads} thread{'s' * (threads > 1)}, {allocator} allocator"
-        found |= measure_row(name, layers, inputs, config.repeats)
-    return found
+        by_variant |= measure_row(name, layers, inputs, config.repeats)
+    return by_variant
 
 
 def rows_of(config: CompileBenchmark) -> Iterator[tuple[str, list[nn.Module], tuple[Any, ...]]]:
@@ -168,38 +168,41 @@ def measure_row(
 ) -> dict[str, Any]:
     """Compile and time the layers of a row; say what came out."""
     torch.compiler.reset()  # rows must not share the limit of recompiles
-    steps, compiled = dict[str, Step](), dict[str, Compiled]()
+    steps = dict[str, Step]()
+    compiled = dict[str, Compiled]()
     for layer_name, layer in zip(LAYERS, layers, strict=True):
         steps[f"{layer_name}, eager"] = layer_step(layer, inputs)
         compiled[layer_name] = made = compile_step(layer, inputs)
         steps[f"{layer_name}, compiled {made.graph}"] = made.step
     times = take_turns(steps, repeats, torch.device("cpu"), warmup=3)
     base = times[f"dense, compiled {compiled['dense'].graph}"]
-    found: dict[str, Any] = {}
+    by_variant: dict[str, Any] = {}
     for variant, clocks in times.items():
         ratio = {clock: times["min"] / base[clock]["min"] for clock, times in clocks.items()}
-        found[f"{name}: {variant}"] = {**clocks, "ratio": ratio}
+        by_variant[f"{name}: {variant}"] = {**clocks, "ratio": ratio}
         milliseconds = 1000 * clocks["cpu"]["min"]
         tqdm.write(
             f"{name}: {variant}: {milliseconds:,.2f} ms CPU, {ratio['cpu']:.2f} × compiled dense",
             file=sys.stderr,
         )
     for layer_name, made in compiled.items():
-        figures = found[f"{name}: {layer_name}, compiled {made.graph}"]
+        figures = by_variant[f"{name}: {layer_name}, compiled {made.graph}"]
         figures |= {"graph": made.graph, "compilation": made.seconds}
-    return found
+    return by_variant
 
 
 def compile_step(layer: nn.Module, inputs: tuple[Any, ...]) -> Compiled:
     """Compile a layer as one graph, or, where torch cannot, in pieces; and run it once."""
-    graph, started = "whole", time.perf_counter()
+    graph = "whole"
+    started = time.perf_counter()
     try:
         step = compiled_step(layer, inputs, fullgraph=True)
     except torch._dynamo.exc.Unsupported:
         # Explaining resets torch's compiler: warm-up rounds compile the layers before this one
         # again.
         breaks = torch._dynamo.explain(layer)(*inputs).graph_break_count
-        graph, started = f"in pieces ({breaks} break{'s' * (breaks > 1)})", time.perf_counter()
+        graph = f"in pieces ({breaks} break{'s' * (breaks > 1)})"
+        started = time.perf_counter()
         step = compiled_step(layer, inputs, fullgraph=False)
     return Compiled(step, graph, time.perf_counter() - started)
 

@@ -162,15 +162,16 @@ class GpuBenchmark(Benchmark):
             "a machine that has one, or --device cpu (a dry run)",
         )
         timed = inputs_of(self.nodes, self.tokens, self.images)
-        found: dict[str, Any] = {}
+        by_variant: dict[str, Any] = {}
         for name in tqdm(self.rows, desc="rows"):
             for variant, figures in self._row(name, timed):
-                found[variant] = figures
+                by_variant[variant] = figures
                 tqdm.write(f"{variant}: {summary(figures)}", file=sys.stderr)
-        return found
+        return by_variant
 
     def _row(self, name: str, timed: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
-        row, device = ROWS[name](), torch.device(self.device)
+        row = ROWS[name]()
+        device = torch.device(self.device)
         for precision in ("fp32", "bf16"):
             figures: dict[str, Any] = {}
             # On unknown hardware one layer that fails must not cost the other rows.
@@ -219,8 +220,9 @@ def compared(row: Row, device: torch.device) -> dict[str, Any]:
 
     In evaluation, where routers draw no noise: the two devices have different generators.
     """
-    model, inputs = opened(row.moe()).eval(), getattr(inputs_of(**COMPARED), row.takes)
-    found: dict[str, Any] = {}
+    model = opened(row.moe()).eval()
+    inputs = getattr(inputs_of(**COMPARED), row.takes)
+    by_dtype: dict[str, Any] = {}
     for dtype, tolerance in TOLERANCES.items():
         outputs = run(model, inputs, torch.device("cpu"), dtype)
         # By default torch rounds the inputs of convolutions on a GPU, as of a ViT's patches, to
@@ -236,11 +238,11 @@ def compared(row: Row, device: torch.device) -> dict[str, Any]:
         off = [float((a - b).abs().max()) for a, b in pairs]
         figures = {"output": off[0] / scales[0], "gradients": max(off[1:]) / scales[1]}
         within = all(figure <= tolerance for figure in figures.values())
-        found[str(dtype).removeprefix("torch.")] = figures | {
+        by_dtype[str(dtype).removeprefix("torch.")] = figures | {
             "within": within,
             "tolerance": tolerance,
         }
-    return found
+    return by_dtype
 
 
 def run(
@@ -250,7 +252,8 @@ def run(
 
     The gradients are those of its input and parameters.
     """
-    model, inputs = copy.deepcopy(model).to(device, dtype), on(device, inputs, dtype)
+    model = copy.deepcopy(model).to(device, dtype)
+    inputs = on(device, inputs, dtype)
     y = model(*inputs)
     # The same numbers on all devices, and no two alike: a sum would hide much.
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).to(device))
@@ -266,7 +269,8 @@ def measured_row(
     layers = {"dense": row.dense().to(device), "moe": opened(row.moe()).to(device)}
     steps = {name: layer_step(layer, inputs, bf16=bf16) for name, layer in layers.items()}
     times = take_turns(steps, repeats, device, warmup=3)
-    moe, dense = times["moe"], times["dense"]
+    moe = times["moe"]
+    dense = times["dense"]
     ratio = {clock: moe[clock]["median"] / dense[clock]["median"] for clock in moe}
     waits = {
         "waits": waits_of(steps["moe"], device),

@@ -79,7 +79,8 @@ class Grouped(nn.Module):
         self.linear.weight = nn.Parameter(torch.stack([expert.lin.weight.T for expert in experts]))
         self.linear.bias = nn.Parameter(torch.stack([expert.bias for expert in experts]))
         self.conv = experts[0]
-        self.conv.lin, self.conv.bias = nn.Identity(), None
+        self.conv.lin = nn.Identity()
+        self.conv.bias = None
 
     def forward(self, x: Tensor, adj: Any) -> Tensor:
         """(N, D) the weighted sum of each node's experts."""
@@ -101,7 +102,9 @@ class NonzeroLoop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As :class:`gmoe.MoE`."""
-        weight_TE, (up, down) = self.router(x).to_dense(), (self.experts.up, self.experts.down)
+        weight_TE = self.router(x).to_dense()
+        up = self.experts.up
+        down = self.experts.down
         x_TD = x.reshape(-1, x.size(-1))
         y_TD = torch.zeros_like(x_TD)
         for e in range(self.experts.num_experts):
@@ -120,10 +123,8 @@ def mixtral(layer: MoE, implementation: str) -> nn.Module:
 
     For gated SiLU experts.
     """
-    module, experts = (
-        import_module("transformers.models.mixtral.modeling_mixtral"),
-        cast(Any, layer.experts),
-    )
+    module = import_module("transformers.models.mixtral.modeling_mixtral")
+    experts = cast(Any, layer.experts)
     sizes = {"hidden_size": experts.in_features, "intermediate_size": experts.hidden_features}
     sizes |= {"num_local_experts": experts.num_experts, "num_experts_per_tok": layer.k}
     config = module.MixtralConfig(**sizes, hidden_act="silu")
@@ -140,7 +141,8 @@ def mixtral(layer: MoE, implementation: str) -> nn.Module:
 
 def naive_votes(router: AttentionVote, x: Tensor) -> Tensor:
     """(T, E) the votes of attention as they are written down: a (T, T) matrix an expert."""
-    maps, heads = (router.query, router.key), (router.num_experts, router.head_dim)
+    maps = (router.query, router.key)
+    heads = (router.num_experts, router.head_dim)
     q_ETd, k_ETd = (linear(x).unflatten(-1, heads).transpose(0, 1) for linear in maps)
     return (q_ETd @ k_ETd.transpose(1, 2) / math.sqrt(router.head_dim)).softmax(dim=-1).sum(dim=1).T
 
@@ -239,10 +241,8 @@ class FFNBenchmark(Benchmark):
             # Sums to 1, as others' do
             return MoE(router, MLPExperts(TOKEN, hidden, TOKEN, num_experts=e, **options))
 
-        plain, gated = (
-            layer(4 * TOKEN),
-            layer(8 * TOKEN // 3, activation="silu", glu=True, bias=False),
-        )
+        plain = layer(4 * TOKEN)
+        gated = layer(8 * TOKEN // 3, activation="silu", glu=True, bias=False)
         pairs = {
             "gmoe auto": (plain, plain),
             "loop with nonzero": (NonzeroLoop(plain), plain),
@@ -270,7 +270,8 @@ class VitBenchmark(Benchmark):
     def groups(self) -> Iterator[Steps]:
         from gmoe.models.vit import ViTMoE, ViTSize  # torchvision, which graphs do without
 
-        images, labels = torch.randn(self.batch, 3, 32, 32), torch.randint(10, (self.batch,))
+        images = torch.randn(self.batch, 3, 32, 32)
+        labels = torch.randint(10, (self.batch,))
 
         def loss(model: nn.Module, images: Tensor) -> Tensor:
             return F.cross_entropy(model(images), labels)
@@ -319,7 +320,8 @@ class RouterBenchmark(Benchmark):
 
     def groups(self) -> Iterator[Steps]:
         convs = self.layer == "conv"
-        tokens, width = self.tokens or (169_343 if convs else 8192), NODE if convs else TOKEN
+        tokens = self.tokens or (169_343 if convs else 8192)
+        width = NODE if convs else TOKEN
         x = torch.randn(tokens, width, requires_grad=True)
         inputs = (x, power_law_graph(tokens)[1]) if convs else (x,)
         for k in self.ks:
@@ -332,7 +334,8 @@ class RouterBenchmark(Benchmark):
                         build_router(name, width, num_experts=8, k=k),
                         MLPExperts(width, 4 * width, width, num_experts=8),
                     )
-                step, route = layer_step(layer, inputs), route_step(layer.router, x)
+                step = layer_step(layer, inputs)
+                route = route_step(layer.router, x)
                 yield {f"layer, {name} K={k}": step, f"router, {name} K={k}": route}
 
 
@@ -350,10 +353,8 @@ class VoteBenchmark(Benchmark):
 
     def groups(self) -> Iterator[Steps]:
         edge_index, _ = power_law_graph(self.tokens)
-        x, neighbors = (
-            torch.randn(self.tokens, NODE, requires_grad=True),
-            AttentionVote(NODE, num_experts=8, scope="neighbors"),
-        )
+        x = torch.randn(self.tokens, NODE, requires_grad=True)
+        neighbors = AttentionVote(NODE, num_experts=8, scope="neighbors")
         steps = {"GATConv": layer_step(GATConv(NODE, NODE), (x, edge_index))}
         if self.group:
             vote = AttentionVote(NODE, num_experts=8)

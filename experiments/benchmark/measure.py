@@ -49,10 +49,10 @@ class Measurement:
         """
         self.check_options()
         seed_everything(0)
-        found = self.measured()
+        variants = self.measured()
         if self.json is not None:
-            write_json(self.json, self.content(found))
-        return found
+            write_json(self.json, self.content(variants))
+        return variants
 
     def check_options(self) -> None:
         """Refuse numbers that are not positive, and lists without an entry."""
@@ -71,16 +71,16 @@ class Measurement:
         """The figures of each variant."""
         raise NotImplementedError
 
-    def content(self, found: dict[str, Any]) -> dict[str, Any]:
+    def content(self, variants: dict[str, Any]) -> dict[str, Any]:
         """The content of the file."""
         settings = {
             name: value
             for name, value in asdict(self).items()
             if name not in ("json", "data_root", "folder")
         }
-        return {"config": settings, "variants": found, "environment": environment()}
+        return {"config": settings, "variants": variants, "environment": environment()}
 
-    def measured_on(self, found: dict[str, Any]) -> str:
+    def measured_on(self) -> str:
         """A line for below the figures: hardware, versions, commit."""
         return measured_on(environment(), self.device)
 
@@ -100,25 +100,25 @@ class Benchmark(Measurement):
         with device:
             groups = list(self.groups())
         steps = {name: step for group in groups for name, step in group.items()}
-        found = take_turns(steps, self.repeats, device)
+        by_variant = take_turns(steps, self.repeats, device)
         for name, step in tqdm(steps.items(), desc="costs", leave=False):
             # FLOPs are counted operator by operator, which compiled code does not show
             with torch.compiler.set_stance("force_eager"):
                 flops = gmoe.count_flops(step)
-            found[name] |= {"flops": flops, "memory": peak_bytes(step, device)}
+            by_variant[name] |= {"flops": flops, "memory": peak_bytes(step, device)}
         for group in groups:
-            base = found[next(iter(group))]
+            base = by_variant[next(iter(group))]
             for name in group:
                 clocks = {
-                    clock: found[name][clock]["median"] / base[clock]["median"]
+                    clock: by_variant[name][clock]["median"] / base[clock]["median"]
                     for clock in ("wall", "cpu")
                 }
                 costs = {
-                    of: found[name][of] / base[of] if base[of] else None
+                    of: by_variant[name][of] / base[of] if base[of] else None
                     for of in ("flops", "memory")
                 }
-                found[name]["ratio"] = clocks | costs
-        return found
+                by_variant[name]["ratio"] = clocks | costs
+        return by_variant
 
     def groups(self) -> Iterator[Steps]:
         """What is compared, made on the device.
@@ -144,7 +144,8 @@ def take_turns(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             wait_for(device)
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             steps[name]()
             wait_for(device)
             if turn >= warmup:
@@ -233,8 +234,8 @@ def layer_step(
 
 
 @torch.no_grad()
-def check_equal(name: str, found: Tensor, expected: Tensor) -> None:
+def check_equal(name: str, got: Tensor, expected: Tensor) -> None:
     """Refuse a variant that does not compute what it is compared with, up to rounding."""
     assert_close(
-        found, expected, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name} and gmoe differ: {text}"
+        got, expected, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name} and gmoe differ: {text}"
     )

@@ -62,13 +62,13 @@ class MemoryBenchmark(Measurement):
     def measured(self) -> dict[str, Any]:
         """By variant ``alive`` and ``resident``, bytes beyond those before the step."""
         check_memory_is_known()
-        found = {}
+        by_variant = {}
         for row in self.rows:
             check_choice("rows", row, Row)
             for variant, make in self._variants(row).items():
-                found[variant] = in_new_process(measure, make, self.threads)
-                print(f"{variant}: {found[variant]}", flush=True)
-        return found
+                by_variant[variant] = in_new_process(measure, make, self.threads)
+                print(f"{variant}: {by_variant[variant]}", flush=True)
+        return by_variant
 
     def _variants(self, row: Row) -> dict[str, Callable[[], Step]]:
         """What makes the step of each variant of a row, in the process that runs it."""
@@ -119,15 +119,16 @@ class ServeBenchmark(Measurement):
         of the second tenth of the time to that of the last."""
         check_positive("minutes", self.minutes)
         check_memory_is_known()
-        found = {}
+        by_variant = {}
         for kind in self.kinds:
             args = (kind, self.width, self.clients, 60 * self.minutes, self.threads)
             calls, held = in_new_process(serve, *args)
             tenth = max(len(held) // 10, 1)
-            early, late = held[tenth : 2 * tenth] or held, held[-tenth:]
+            early = held[tenth : 2 * tenth] or held
+            late = held[-tenth:]
             grown = statistics.median(late) - statistics.median(early)
-            found[f"{kind} model"] = {"calls": calls, "resident": held, "grown": grown}
-        return found
+            by_variant[f"{kind} model"] = {"calls": calls, "resident": held, "grown": grown}
+        return by_variant
 
 
 def serve(
@@ -205,7 +206,8 @@ def forget_peak() -> None:
 def conv_step(nodes: int, edges: int, width: int, kind: str, form: str) -> Step:
     """Forward and backward of a layer; ``form`` is "dense", "experts", or a router's name."""
     data = random_graph(nodes, edges, width)
-    x, edge_index = data.x.requires_grad_(), data.edge_index  # a hidden layer
+    x = data.x.requires_grad_()  # a hidden layer
+    edge_index = data.edge_index
     if form == "dense":
         conv: Any = factory_of(kind)(width, width)
         return lambda: conv(x, edge_index).sum().backward()

@@ -220,7 +220,8 @@ def molecule_row(kind: str, task: MoleculeTask) -> Row:
     made = FakeDataset(num_graphs=task.molecules, avg_num_nodes=25, avg_degree=2.2)
     # Drawn on the CPU, whatever the device that the caller has chosen.
     batch = Batch.from_data_list(list(made)).to(torch.get_default_device())
-    edge_index, molecule = batch.edge_index, batch.batch
+    edge_index = batch.edge_index
+    molecule = batch.batch
     atom = torch.randint(ATOM_TYPES, molecule.shape)
     bond = torch.randint(BOND_TYPES, edge_index.shape[1:])
     target = torch.randint(2, (task.molecules, 1)).float()

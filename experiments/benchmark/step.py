@@ -71,7 +71,7 @@ class StepBenchmark(Measurement):
         if self.before is not None:
             check(self.device == "cpu", "device", self.device, "'cpu' with --before")
             checkouts = compared_with(self.before, self.threads, self.repeats, self.seconds)
-        found: dict[str, Any] = {}
+        by_variant: dict[str, Any] = {}
         with checkouts as compare_with_before:
             for name in tqdm(self.rows, desc="rows"):
                 of_row = self._row(name)
@@ -79,11 +79,11 @@ class StepBenchmark(Measurement):
                     for variant, ratios in compare_with_before(name).items():
                         of_row[variant]["before"] = ratios
                 for variant, figures in of_row.items():
-                    found[f"{name}, {variant}"] = figures
+                    by_variant[f"{name}, {variant}"] = figures
                     tqdm.write(f"{name}, {variant}: {summary(figures)}", file=sys.stderr)
                 if self.json is not None:  # all rows may take an hour
-                    write_json(self.json, self.content(found))
-        return found
+                    write_json(self.json, self.content(by_variant))
+        return by_variant
 
     def _row(self, name: str) -> dict[str, dict[str, Any]]:
         """What is found of a row, by model."""
@@ -91,7 +91,7 @@ class StepBenchmark(Measurement):
         row = build_row(name, device)
         trainings = {variant: Training(made, device) for variant, made in row.items()}
         compare_all = partial(compare, repeats=self.repeats, seconds=self.seconds, device=device)
-        found = compare_all(trainings)
+        by_variant = compare_all(trainings)
         own = next(iter(row))
         for variant in row if self.compiled else ():
             if variant == f"{own} again":
@@ -102,12 +102,12 @@ class StepBenchmark(Measurement):
             model: Any = torch.compile(copy.deepcopy(row[variant].model))
             compiled = Training(Variant(model, row[variant].loss), device)
             pair = compare_all({own: trainings[own], "compiled": compiled})
-            found[f"{variant}, compiled"] = pair["compiled"]
-        return found
+            by_variant[f"{variant}, compiled"] = pair["compiled"]
+        return by_variant
 
-    def content(self, found: dict[str, Any]) -> dict[str, Any]:
+    def content(self, variants: dict[str, Any]) -> dict[str, Any]:
         """The content of the file, with the load of the machine in the last minutes."""
-        content = super().content(found)
+        content = super().content(variants)
         # A folder of this machine; figures name its commit.
         del content["config"]["before"]
         return content | {"load": os.getloadavg()}
@@ -123,9 +123,10 @@ def compare(
     the backward pass.
     """
     enough = enough_repeats(trainings.values(), repeats, seconds)
-    found = take_turns(trainings, enough, device, warmup=WARMUP)
+    by_variant = take_turns(trainings, enough, device, warmup=WARMUP)
     for name, training in trainings.items():
-        figures, parameters = found[name], training.model.parameters()
+        figures = by_variant[name]
+        parameters = training.model.parameters()
         for clock in ("wall", "cpu"):
             del figures[clock]["values"]  # of quick models hundreds
         figures["repeats"] = enough
@@ -134,12 +135,12 @@ def compare(
         figures["memory"] = peak_bytes(training, device)
         figures["kept"] = kept_bytes(training.forward, device)
     # The models of a row differ in what they compute: ratios say what a swap costs.
-    base = found[next(iter(trainings))]
-    for figures in found.values():
+    base = by_variant[next(iter(trainings))]
+    for figures in by_variant.values():
         of_parts = {part: figures["least"][part] / base["least"][part] for part in Times._fields}
         of_costs = {cost: figures[cost] / base[cost] for cost in ("parameters", "memory", "kept")}
         figures["ratio"] = of_parts | of_costs
-    return found
+    return by_variant
 
 
 def summary(figures: Mapping[str, Any]) -> str:

@@ -10,10 +10,12 @@ from experiments.show.tables import Line, extremes, known, markdown, short_commi
 from experiments.train.scores import mean_std
 
 
-def benchmark_table(found: dict[str, Any]) -> str:
+def benchmark_table(results: dict[str, Any]) -> str:
     """What a benchmark found, and where."""
-    table = markdown(benchmark_lines(found["variants"]))
-    return f"{table}\n\n{measured_on(found['environment'], found['config'].get('device', 'cpu'))}"
+    table = markdown(benchmark_lines(results["variants"]))
+    return (
+        f"{table}\n\n{measured_on(results['environment'], results['config'].get('device', 'cpu'))}"
+    )
 
 
 def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
@@ -38,7 +40,8 @@ def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
 
 def memory_line(name: str, variant: Mapping[str, Any]) -> Line:
     """A step: what tensors hold at most, and the process beyond what it had before."""
-    alive, resident = variant["alive"], variant["resident"]
+    alive = variant["alive"]
+    resident = variant["resident"]
     return {
         "variant": name,
         "tensors (MiB)": f"{alive / 2**20:,.0f}",
@@ -52,7 +55,8 @@ def step_line(name: str, variant: Mapping[str, Any]) -> Line:
 
     Ratios are to the first of the row.
     """
-    least, ratio = variant["least"], variant["ratio"]
+    least = variant["least"]
+    ratio = variant["ratio"]
     line = {
         "variant": name,
         "step (ms)": f"{1000 * least['step']:,.1f}",
@@ -60,11 +64,14 @@ def step_line(name: str, variant: Mapping[str, Any]) -> Line:
     }
     for part in ("forward", "backward", "optimizer"):
         line[part] = f"{1000 * least[part]:,.1f}"
-    line["× before"], line["noise"] = "–", "–"
+    line["× before"] = "–"
+    line["noise"] = "–"
     if "before" in variant:
         line["× before"] = f"{variant['before']['ratio']:.2f}"
         line["noise"] = f"{variant['before']['noise']:.2f}"
-    line["kept (MiB)"], line["peak (MiB)"], line["× peak"] = "–", "–", "–"
+    line["kept (MiB)"] = "–"
+    line["peak (MiB)"] = "–"
+    line["× peak"] = "–"
     if "memory" in variant:
         line["kept (MiB)"] = f"{variant['kept'] / 2**20:,.1f}"
         line["peak (MiB)"] = f"{variant['memory'] / 2**20:,.1f}"
@@ -95,7 +102,8 @@ def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
         return line | {
             f"{part} (%)": f"{100 * share:.1f}" for part, share in variant["share"].items()
         }
-    wall, ratio = {key: 1000 * value for key, value in variant["wall"].items()}, variant["ratio"]
+    wall = {key: 1000 * value for key, value in variant["wall"].items()}
+    ratio = variant["ratio"]
     return {
         "variant": name,
         "wall (ms)": f"{wall['median']:,.1f}",
@@ -159,10 +167,8 @@ def swap_line(row: Mapping[str, Any]) -> Line:
         "ok": "–",
     }
     if both:
-        difference, std = (
-            statistics.fmean(moe) - statistics.fmean(dense),
-            statistics.stdev(dense) if both[1:] else 0.0,
-        )
+        difference = statistics.fmean(moe) - statistics.fmean(dense)
+        std = statistics.stdev(dense) if both[1:] else 0.0
         line |= {"moe − dense": f"{difference:+.2f}", "ok": "ok" if difference >= -std else "no"}
     arms = ("copies", "shared", "dense-flops", "random", "oracle", "k-means", "shared-transform")
     for arm in arms:

@@ -61,7 +61,9 @@ class TrainBenchmark(Benchmark):
             device=self.device,
             epochs=self.repeats + 1,
         )
-        task, fabric, epochs = load_tasks(config)(0), make_fabric(config), []
+        task = load_tasks(config)(0)
+        fabric = make_fabric(config)
+        epochs = []
         fabric.seed_everything(0, verbose=False)
         with set_up(fabric, build_model(config, task), config, task) as training:
             for epoch in range(config.epochs):
@@ -70,7 +72,8 @@ class TrainBenchmark(Benchmark):
                         training.step(batch, len(batch.target))
                 epochs.append(parts)
         timed = sorted(epochs[1:], key=lambda parts: sum(parts.values()))
-        parts, walls = timed[(len(timed) - 1) // 2], [sum(parts.values()) for parts in epochs[1:]]
+        walls = [sum(parts.values()) for parts in epochs[1:]]
+        parts = timed[(len(timed) - 1) // 2]
         share = {part: seconds / sum(parts.values()) for part, seconds in parts.items()}
         batches = training.epoch.batches // config.epochs
         return {"wall": spread(walls), "batches": batches, "parts": parts, "share": share}
@@ -84,7 +87,9 @@ def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
     calls the backward pass, the optimizer with clipping and schedule.
     """
     seconds = dict.fromkeys(("data", "forward", "backward", "optimizer", "rest"), 0.0)
-    fabric, draw, last = training.fabric, training.batches, time.perf_counter()
+    fabric = training.fabric
+    draw = training.batches
+    last = time.perf_counter()
 
     def mark(part: str) -> None:
         nonlocal last
@@ -96,9 +101,9 @@ def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
     def marked(call: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
         def marked_call(*args: Any) -> Any:
             mark(before)
-            found = call(*args)
+            result = call(*args)
             mark(after)
-            return found
+            return result
 
         return marked_call
 
@@ -139,10 +144,8 @@ class StoredBenchmark(Benchmark):
         memory = Data(
             x=disk.rows("x", slice(None)), edge_index=torch.stack(disk.in_edges(slice(None)))
         )
-        seeds, places = (
-            torch.randint(disk.num_nodes, (self.batches * 1024,)),
-            {"memory": memory, "disk": disk},
-        )
+        seeds = torch.randint(disk.num_nodes, (self.batches * 1024,))
+        places = {"memory": memory, "disk": disk}
         for workers in (0, 2):
             options: dict[str, Any] = {
                 "batch_size": 1024,

@@ -41,15 +41,16 @@ def neighborhoods(edge_index: Tensor, num_nodes: int, most: int = MOST_NODES) ->
 def _around(start: Tensor, edge_index: Tensor, num_nodes: int, most: int) -> Tensor:
     """The nodes nearest to one, hop by hop."""
     source, destination = edge_index
-    found, is_inside = start.view(1), torch.zeros(num_nodes, dtype=torch.bool)
-    while len(found) < most:
-        is_inside[found] = True
+    reached = start.view(1)
+    is_inside = torch.zeros(num_nodes, dtype=torch.bool)
+    while len(reached) < most:
+        is_inside[reached] = True
         near = torch.cat([destination[is_inside[source]], source[is_inside[destination]]]).unique()
         new = near[~is_inside[near]]
         if len(new) == 0:
             break
-        found = torch.cat([found, new])[:most]
-    return found
+        reached = torch.cat([reached, new])[:most]
+    return reached
 
 
 def draw_nodes(edge_index: Tensor, num_nodes: int, values: Mapping[str, Tensor]) -> Figure:
@@ -98,7 +99,8 @@ def bin_names(value: Tensor, which: Tensor, is_share: bool) -> list[str]:
         if len(inside) == 0:  # all of it is left out
             names.append("–")
             continue
-        low, high = inside.min().item(), inside.max().item()
+        low = inside.min().item()
+        high = inside.max().item()
         if low < 0:
             names.append("no neighbors")
             continue

@@ -46,13 +46,13 @@ def patches(
     from gmoe.plot import expert_maps
     from vision.sources import decode
 
-    found = read_run(run, data_root, trust)
-    task = found.load_task()
-    if task.kind != "image" or not found.history:
+    folder = read_run(run, data_root, trust)
+    task = folder.load_task()
+    if task.kind != "image" or not folder.history:
         raise ValueError(
             f"run: got {run}, a dense model or one of graphs, expected an image model with experts"
         )
-    model = found.load_model(task)
+    model = folder.load_model(task)
     mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
     seen = [decode(str(path), task.in_channels).float() / 255 for path in images]
     batch = torch.stack(

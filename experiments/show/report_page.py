@@ -112,10 +112,8 @@ class Page(list[str]):
         for figure in figures:
             content = io.BytesIO()
             figure.savefig(content, format="png", dpi=150)
-            data, width = (
-                base64.b64encode(content.getvalue()).decode(),
-                round(96 * figure.get_figwidth()),
-            )
+            data = base64.b64encode(content.getvalue()).decode()
+            width = round(96 * figure.get_figwidth())
             images.append(
                 f'<img width="{width}" alt="{escape(caption)}" src="data:image/png;base64,{data}">'
             )
@@ -151,7 +149,8 @@ def write_report(
     warnings.filterwarnings(
         "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
     )
-    runs, failed = list[RunFolder](), list[str]()
+    runs = list[RunFolder]()
+    failed = list[str]()
     for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
             runs.append(read_run(folder, data_root, trust))
@@ -163,7 +162,8 @@ def write_report(
     runs = [
         replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs
     ]
-    page, routing = Page(), Page()
+    page = Page()
+    routing = Page()
     for line in first:
         page.text(line, "lead")
     for run in runs:
@@ -267,8 +267,12 @@ def above_dense(run: RunFolder, runs: Sequence[RunFolder]) -> str:
 
 def _routing(page: Page, run: RunFolder) -> str:
     """Write a run's section, and say the most important of it in a sentence."""
-    seed, missing, maps, shown = run.config.seeds[0], "", list[Figure](), list[Tokens]()
-    tokens, names = "nodes", dict[str, Sequence[str]]()
+    seed = run.config.seeds[0]
+    missing = ""
+    maps = list[Figure]()
+    shown = list[Tokens]()
+    tokens = "nodes"
+    names = dict[str, Sequence[str]]()
     layers = values_of(run.summary["routing"])
     try:
         task = run.load_task()
@@ -286,10 +290,10 @@ def _routing(page: Page, run: RunFolder) -> str:
                 names |= values
             for layer, (weight, known) in zip(layers, shown, strict=True):
                 expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
-                found = alignment(
+                alignments = alignment(
                     expert, {name.removeprefix("ami_"): value for name, value in known.items()}
                 )
-                layer |= {f"ami_{name}": [value] for name, value in found.items()}
+                layer |= {f"ami_{name}": [value] for name, value in alignments.items()}
     except (FileNotFoundError, ValueError) as error:
         missing = f"Not drawn: {error}"
     except Exception as error:
@@ -347,7 +351,8 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
     from experiments.train.told_domain import tell_domains  # torchvision, which graphs do without
 
     model = run.load_model(task)
-    batches, weights = list[Batch](), list[list[Tensor]]()
+    batches = list[Batch]()
+    weights = list[list[Tensor]]()
     for batch in task.loader("val", 128, 0):  # shuffled, since they may lie class by class
         batches.append(batch)
         tell_domains(model, batch.domain)
@@ -383,7 +388,8 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, 
     graph = task.graph
     if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
         raise ValueError("the graph is heterogeneous, or the run was evaluated in batches")
-    model, (batch,) = run.load_model(task), task.loader("test", run.config.batch_size, None)
+    model = run.load_model(task)
+    (batch,) = task.loader("test", run.config.batch_size, None)
     with torch.no_grad(), record_routing(model) as routings:
         model(*batch.inputs)
     known = {} if task.planted is None else {"nmi": task.planted}
@@ -443,7 +449,8 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
         for run in runs:
             curve: Any = run.summary.get("curve", {"epoch": []})  # of older runs there is none
             if len(curve["epoch"]) > 1:
-                epoch, values = curve["epoch"], factor * np.array(curve[name])
+                epoch = curve["epoch"]
+                values = factor * np.array(curve[name])
                 (line,) = axis.plot(
                     epoch, values.mean(axis=0), label=f"{run.name} (n = {len(values)})"
                 )

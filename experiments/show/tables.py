@@ -51,7 +51,8 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
     variants = {variant["variant"]: variant for variant in study["variants"]}
     missing = [name for name in only if name not in variants]
     check(not missing, "only", ", ".join(missing), f"some of {', '.join(variants)}")
-    narrow, wide = variants.get(study["reference"]), variants.get(study["wide"])
+    narrow = variants.get(study["reference"])
+    wide = variants.get(study["wide"])
     names = {
         name for variant in study["variants"] for layer in variant["routing"] for name in layer
     }
@@ -106,7 +107,8 @@ def preset_table(presets: dict[str, Any]) -> str:
     for name, moe in (
         (name.removesuffix("-moe"), run) for name, run in runs.items() if name.endswith("-moe")
     ):
-        dense, experts = runs[f"{name}-dense"], moe["config"]["experts"]
+        dense = runs[f"{name}-dense"]
+        experts = moe["config"]["experts"]
         alive = [experts - layer["dead"]["mean"] for layer in moe["routing"]]
         lines.append(
             {
@@ -181,7 +183,8 @@ def headroom(
     """
     if narrow is None or wide is None or variant is narrow or variant is wide:
         return "–"
-    low, high = narrow["test"], wide["test"]
+    low = narrow["test"]
+    high = wide["test"]
     if low["std"] is None or high["std"] is None:
         return "–"
     sign = -1 if variant["metric"] in ERRORS else 1  # of errors, less is better

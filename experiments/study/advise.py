@@ -122,8 +122,8 @@ def data_of(config: RunConfig) -> dict[str, Any]:
     """What tells one data set from another."""
     from experiments.train.run_folder import described
 
-    found = described(config)
-    return {name: found.get(name) for name in ("dataset", "file", "digest")}
+    description = described(config)
+    return {name: description.get(name) for name in ("dataset", "file", "digest")}
 
 
 def answer_of(base: RunConfig, out: Path) -> dict[str, Any]:
@@ -152,7 +152,8 @@ class Comparison:
         """Say how long the first turn of some arms takes, if it is not finished."""
         if all((self.arms[name].folder() / "summary.json").exists() for name in names):
             return
-        seconds, epochs = self.seconds_of(names), self.arms[names[0]].epochs
+        seconds = self.seconds_of(names)
+        epochs = self.arms[names[0]].epochs
         length = f"{seconds / 60:.1f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
         first = f"the first turn ({' and '.join(names)}, {epochs} epochs on one split)"
         print(f"{first} takes about {length}", file=sys.stderr, flush=True)
@@ -166,7 +167,8 @@ class Comparison:
         from experiments.train.training import set_up
 
         config = self.arms[names[0]]  # the others have the same data
-        task, fabric = load_tasks(config)(0), make_fabric(config)
+        task = load_tasks(config)(0)
+        fabric = make_fabric(config)
         calls: dict[str, Callable[[], object]] = {}
         times_each: dict[str, float] = {}
         with ExitStack() as stack:
@@ -204,16 +206,19 @@ class Comparison:
 
         None where there was no time for one.
         """
-        found = None
+        judged = None
         for n in range(1, MOST + 1):
             if not self.turn(names, n):
                 break
-            before, found = found, self.difference(better(), other)
-            if before is None or found.n > before.n:  # a run that goes on has several turns at once
-                print(f"{better()} - {other}: {found}", file=sys.stderr)
-            if found.verdict != "inconclusive":
+            before = judged
+            judged = self.difference(better(), other)
+            if (
+                before is None or judged.n > before.n
+            ):  # a run that goes on has several turns at once
+                print(f"{better()} - {other}: {judged}", file=sys.stderr)
+            if judged.verdict != "inconclusive":
                 break
-        return found
+        return judged
 
     def difference(self, one: str, other: str, most: int = MOST) -> Judged:
         """Of two arms, over the seeds that both have."""
@@ -336,11 +341,11 @@ def ask(base: GraphConfig, out: Path) -> tuple[list[str], str | None]:
     if isinstance(nodes, str):
         return [f"no questions asked: {nodes}"], None
     answer = Survey(nodes).answer()
-    found = {"kind": answer.kind, "choice": answer.choice, "line": answer.line}
+    content = {"kind": answer.kind, "choice": answer.choice, "line": answer.line}
     gains = {name: vars(gain) for name, gain in answer.gains.items()}
     write_json(
         out / "questions.json",
-        found
+        content
         | {"figures": answer.figures, "gains": gains}
         | {"data": data_of(base), "environment": environment()},
     )
@@ -377,8 +382,8 @@ def compare_with_experts(base: RunConfig, out: Path, budget: float) -> None:
 
     comparison = Comparison(base, out, 60 * budget)
     with redirect_stdout(sys.stderr):  # what runs say on the way
-        lines, found = advice(comparison)
-        write_json(out / "advice.json", {"lines": lines, **found})
+        lines, figures = advice(comparison)
+        write_json(out / "advice.json", {"lines": lines, **figures})
         folders = [comparison.arms[name].folder() for name in comparison.summaries]
         write_report(folders, out / "index.html", base.data_root, lines)
     print("\n".join(lines))
@@ -391,16 +396,22 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     room = comparison.told(("dense", "dense-4x"), lambda: "dense-4x", "dense")
     assert room is not None
     lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
-    found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
+    figures: dict[str, Any] = {
+        "headroom": vars(room),
+        "experts": None,
+        "setting": None,
+        "step": None,
+    }
     if room.verdict != "yes" and not comparison.rules_differ:
         why = "they need headroom" if room.verdict == "no" else "headroom is not sure"
-        return [*lines, f"experts: not tried, since {why}", ADVICE[room.verdict]], found
+        return [*lines, f"experts: not tried, since {why}", ADVICE[room.verdict]], figures
     gain = comparison.told((matched, first, second), comparison.better, matched)
     if gain is None:
         why = "no time is left"
-        return [*lines, f"experts: not tried, since {why}", ADVICE["inconclusive"]], found
+        return [*lines, f"experts: not tried, since {why}", ADVICE["inconclusive"]], figures
     setting = comparison.better()
-    step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
+    step = comparison.step_ratio(setting)
+    more = comparison.difference(setting, "dense")
     wider = comparison.difference("dense-4x", "dense", more.n).mean
     share = f"; {round(100 * more.mean / wider)} % of the headroom" if wider > 0 else ""
     lines.append(
@@ -411,8 +422,8 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     last = ADVICE.get(gain.verdict, use)
     if gain.verdict == "no" and comparison.rules_differ:
         last = "do not use these two settings: rules differ, so route by regimes.npy"
-    found |= {"experts": vars(gain), "setting": setting, "step": step}
-    return [*lines, last], found
+    figures |= {"experts": vars(gain), "setting": setting, "step": step}
+    return [*lines, last], figures
 
 
 main = program("advise", advise, __doc__)

@@ -48,18 +48,18 @@ def ensemble(
         "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
     )
     data_root = data_root or read_run(runs[0], None, trust).config.data_root  # all on the same data
-    found = [read_run(folder, data_root, trust) for folder in runs]
-    sets = sorted({run.config.dataset for run in found})
+    read = [read_run(folder, data_root, trust) for folder in runs]
+    sets = sorted({run.config.dataset for run in read})
     # Of others, each seed may test where another one trains
     one = len(sets) == 1 and sets[0].startswith(("ogbn-", "ogbg-"))
     check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
-    for run in found:
+    for run in read:
         print(f"{run.folder}: {submission(run.summary)}")
         if before := run.summary.get("uncorrected"):
             print(f"{run.folder}, without C&S: {submission({**run.summary, **before})}")
     files = [
         run.folder / f"seed-{seed}" / "predictions.safetensors"
-        for run in found
+        for run in read
         for seed in run.config.seeds
     ]
     if missing := [str(file) for file in files if not file.exists()]:
@@ -67,7 +67,7 @@ def ensemble(
             f"{missing[0]}: is missing; runs on OGB's molecules, or its sets of one node type in "
             "memory, can write it"
         )
-    for run in reversed(found):  # an error where it was trained on others
+    for run in reversed(read):  # an error where it was trained on others
         task = run.load_task()
     probability = mean_of(files)
     metric = task.metric_name
@@ -80,7 +80,8 @@ def ensemble(
 
 def submission(summary: Any) -> str:
     """Test and validation, mean ± sample standard deviation over seeds, parameters, hardware."""
-    where, n = summary["environment"], summary["test"]["n"]
+    where = summary["environment"]
+    n = summary["test"]["n"]
     test, val = (scored(summary["metric"], summary[part]) for part in ("test", "val"))
     line = f"test {test}, validation {val}, {n} seeds"
     line += f"; {summary['parameters']:,} parameters; {where['gpu'] or where['cpu']}"

@@ -32,9 +32,9 @@ def measured(config: RunConfig) -> dict[str, Any]:
     does on each.
     """
     task_of = load_tasks(config)
-    found = [routed_part(config, task_of(seed), seed) for seed in config.seeds]
-    shares = [spread(list(values)) for values in zip(*(share for _, share in found), strict=True)]
-    routed = {"off": spread([off for off, _ in found]), "share": shares} if shares else None
+    by_seed = [routed_part(config, task_of(seed), seed) for seed in config.seeds]
+    shares = [spread(list(values)) for values in zip(*(share for _, share in by_seed), strict=True)]
+    routed = {"off": spread([off for off, _ in by_seed]), "share": shares} if shares else None
     part = {"routed": routed, "time": step_times(config, task_of(config.seeds[0]))}
     if task_of(config.seeds[0]).domains:
         part["domains"] = on_domains(config, task_of)
@@ -52,7 +52,8 @@ def trained(config: RunConfig, task: Task, seed: int) -> nn.Module:
 @torch.no_grad()
 def on_domains(config: RunConfig, task_of: Callable[[int], Task]) -> dict[str, Any]:
     """The accuracy on the test images of each domain, and how well mean colors tell the domain."""
-    task, by_seed = task_of(config.seeds[0]), list[Tensor]()
+    task = task_of(config.seeds[0])
+    by_seed = list[Tensor]()
     for seed in config.seeds:
         model = trained(config, task_of(seed), seed).eval()
         batches = task_of(seed).loader("test", config.batch_size, None)

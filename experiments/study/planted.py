@@ -58,7 +58,8 @@ def write_planted(
         seed: the same one writes the same graph.
     """
     check_choice("name", name, SIZES)
-    most, given = SIZES[name][2], zip((nodes, edges, classes), SIZES[name][:3], strict=True)
+    most = SIZES[name][2]
+    given = zip((nodes, edges, classes), SIZES[name][:3], strict=True)
     nodes, edges, classes = [usual if own is None else own for own, usual in given]
     check(seed >= 0, "seed", seed, "at least 0")
     check(2 <= classes <= most, "classes", classes, f"2 to {most}")
@@ -91,10 +92,8 @@ def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[st
     }
     popularity = np.arange(1, classes + 1) ** -0.5
     rest = rng.choice(classes, size=nodes - classes, p=popularity / popularity.sum())
-    community, regime = (
-        rng.permutation([*range(classes), *rest]),
-        rng.choice(4, size=nodes, p=REGIMES),
-    )
+    community = rng.permutation([*range(classes), *rest])
+    regime = rng.choice(4, size=nodes, p=REGIMES)
     x = rng.standard_normal((nodes, features), dtype=np.float32)
     center = rng.standard_normal((classes, features), dtype=np.float32) * np.float32(
         3 / features**0.5
@@ -141,7 +140,8 @@ def _mag(rng: Any, held: dict[Any, Any], venue: Array, citations: int) -> dict[s
     """
     from experiments.train.data.ogb import RELATIONS
 
-    papers, kinds = len(venue), int(venue.max()) + 1
+    papers = len(venue)
+    kinds = int(venue.max()) + 1
     count = {
         "author": papers * 3 // 2,
         "field_of_study": papers // 12,
@@ -164,9 +164,11 @@ def _mag(rng: Any, held: dict[Any, Any], venue: Array, citations: int) -> dict[s
 
 def links(rng: Any, source: Array, destination: Array, edges: int) -> Array:
     """(2, edges) between nodes of these communities; a few destinations have most of them."""
-    order, size = np.argsort(destination, kind="stable"), np.bincount(destination)
-    first, found = np.cumsum(size) - size, np.empty((2, edges), np.int64)
-    for ends in np.split(found, range(PIECE, edges, PIECE), axis=1):
+    order = np.argsort(destination, kind="stable")
+    size = np.bincount(destination)
+    first = np.cumsum(size) - size
+    edge_index = np.empty((2, edges), np.int64)
+    for ends in np.split(edge_index, range(PIECE, edges, PIECE), axis=1):
         count = ends.shape[1]
         ends[0] = rng.integers(len(source), size=count)
         anyone = destination[rng.integers(len(destination), size=count)]
@@ -174,7 +176,7 @@ def links(rng: Any, source: Array, destination: Array, edges: int) -> Array:
         ends[1] = order[
             first[community] + (rng.random(count) ** 3 * size[community]).astype(np.int64)
         ]
-    return found
+    return edge_index
 
 
 def _simple(pairs: Array, undirected: bool = False) -> Array:

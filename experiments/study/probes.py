@@ -86,7 +86,8 @@ class Mixture(nn.Module):
 
     def by_expert(self, columns_NF: Tensor, narrow_NF: Tensor) -> Tensor:
         """(N, E, C) log-probabilities of each expert."""
-        weight, bias = self.own[..., :-1].flatten(0, 1), self.own[..., -1].flatten()
+        weight = self.own[..., :-1].flatten(0, 1)
+        bias = self.own[..., -1].flatten()
         own = F.linear(narrow_NF, weight, bias).view(-1, *self.own.shape[:2])
         return (self.shared(columns_NF)[:, None] + own).log_softmax(2)
 
@@ -105,9 +106,9 @@ def clustered(view_NF: Tensor, experts: int) -> nn.Linear:
     with threadpool_limits(1), warnings.catch_warnings():  # draws would follow the threads
         # Of fewer distinct rows than clusters some stay empty
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(experts, n_init=3, random_state=0).fit(view_NF.numpy())
-    centers = torch.from_numpy(found.cluster_centers_).float()
-    sharpness = view_NF.numel() / max(found.inertia_, 1e-6 * view_NF.numel())
+        clusters = KMeans(experts, n_init=3, random_state=0).fit(view_NF.numpy())
+    centers = torch.from_numpy(clusters.cluster_centers_).float()
+    sharpness = view_NF.numel() / max(clusters.inertia_, 1e-6 * view_NF.numel())
     gate = nn.Linear(view_NF.size(1), experts)
     with torch.no_grad():
         gate.weight.copy_(sharpness * centers)
@@ -137,13 +138,16 @@ def fit(
     others = [value for name, value in model.named_parameters() if name != "own"]
     groups = [{"params": others, "weight_decay": decay}, {"params": own, "weight_decay": OWN_DECAY}]
     optimizer = torch.optim.Adam(groups, lr=rate)
-    best, best_step, state = float("inf"), 0, model.state_dict()
+    best = float("inf")
+    best_step = 0
+    state = model.state_dict()
     for step in range(steps + 1):
         if step == steps or (is_stopped and step % EVERY == 0):
             with torch.no_grad():
                 validated = float(F.nll_loss(model(*val), y[rows["val"]]))
             if validated < best:
-                best, best_step = validated, step
+                best = validated
+                best_step = step
                 state = {name: value.clone() for name, value in model.state_dict().items()}
         if is_stopped and step - best_step >= PATIENCE * EVERY:
             break
@@ -158,8 +162,8 @@ def fit(
 @torch.no_grad()
 def told(model: nn.Module, *inputs: Tensor) -> Tensor:
     """(N, C) log-probabilities of all nodes."""
-    found: Tensor = model(*inputs)
-    return found
+    log_p_NC: Tensor = model(*inputs)
+    return log_p_NC
 
 
 def score(metric: str, log_p_NC: Tensor, y: Tensor) -> tuple[float, Tensor]:
@@ -172,7 +176,8 @@ def score(metric: str, log_p_NC: Tensor, y: Tensor) -> tuple[float, Tensor]:
         right = (log_p_NC.argmax(1) == y).double()
         return 100 * float(right.mean()), 100 * (right - right.mean()) / len(right)
     margin = (log_p_NC[:, 1] - log_p_NC[:, 0]).double()
-    positive, negative = margin[y == 1], margin[y == 0]
+    positive = margin[y == 1]
+    negative = margin[y == 0]
     influence = torch.zeros_like(margin)
     above = _share_below(positive, negative)
     below = 1 - _share_below(negative, positive)

@@ -142,7 +142,7 @@ def test_gmoe_is_rebuilt_from_parts(data: Path) -> None:
     """Experts of one hop, which see the bonds, and of two; noisy top-4 in each layer."""
     options = "--conv gcn two_hop --k 4 --start plain --shared-router False --noise True"
     options += f" --balance importance_load --data-root {data}"
-    config = parse(["ogbg-molesol", *SMALL, *options.split()])
+    config: Any = parse(["ogbg-molesol", *SMALL, *options.split()])
     task = load_tasks(config)(0)
     model: Any = build_model(config, task)
     first = next(part for part in model.modules() if isinstance(part, gmoe.MoEConv))
