@@ -12,12 +12,10 @@ import pytest
 
 from experiments.show.cells import read_study
 from experiments.study.pages import render
-from experiments.study.running import refusal
 from experiments.study.studies import Study
 from experiments.study.sweep import main
 from experiments.train import loop
 from experiments.train.presets import DIGITS_GRAPH, PRESETS
-from experiments.train.run_folder import described
 from tests.experiments.command import refused
 
 MINE = """
@@ -172,16 +170,6 @@ def test_a_grid_keeps_the_rows_of_an_earlier_one(
     labels = [line.split(" | ")[0] for line in lines]
     wide = "| dense, four times as wide"
     assert labels == ["| dense", wide, "| `random`, E=2, K=1", "| `uniform`, E=2"]
-
-
-def test_results_are_finished_where_their_data_are_not_here(tmp_path: Path) -> None:
-    """What is not here cannot differ; what is here may not."""
-    config = replace(PRESETS["graph"][1], data_root=tmp_path / "mine.npz")
-    held = described(config) | {"digest": "0123456789abcdef"}
-    assert refusal("dense", config, held, tmp_path) == ""
-    (tmp_path / "mine.npz").write_bytes(b"other data")
-    assert "with digest='0123456789abcdef'" in refusal("dense", config, held, tmp_path)
-    assert "with lr=" in refusal("dense", replace(config, lr=9.0), held, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""The cells of a study: what is read, in which order, and the tables of its columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.show.cells import differences, read_cells, read_study, study_tables
+from tests.experiments.show.test_tables import variant
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A study of two columns; ``later`` is a row of an earlier sweep."""
+    study = {"columns": ["b", "a", "c"], "rows": ["moe", "dense"], "controls": ["dense"]}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    cells = {
+        "a": [variant("dense", [0.5, 0.6])],
+        "b": [
+            variant("dense", [0.5, 0.6], flops=10),
+            variant("later", [0.9]),
+            variant("moe", [0.6, 0.8], flops=20),
+        ],
+    }
+    for column, rows in cells.items():
+        (tmp_path / column).mkdir()
+        for row in rows:
+            (tmp_path / column / f"{row['variant']}.json").write_text(json.dumps(row))
+    return tmp_path
+
+
+def test_finished_cells_are_read_in_the_order_of_columns_and_rows(folder: Path) -> None:
+    cells = read_cells(folder, ["b", "a", "c"], ["moe", "dense"])
+    assert {column: list(rows) for column, rows in cells.items()} == {
+        "b": ["moe", "dense"],
+        "a": ["dense"],
+    }
+    assert list(read_cells(folder, ["b"])["b"]) == ["dense", "later", "moe"]
+    assert differences(cells["b"]["moe"], cells["b"]["dense"]) == pytest.approx([10, 20])
+
+
+def test_rows_that_the_study_does_not_name_come_last(folder: Path) -> None:
+    assert list(read_study(folder)["cells"]["b"]) == ["moe", "dense", "later"]
+
+
+def test_a_row_is_compared_with_the_control_of_its_seeds(folder: Path) -> None:
+    tables = study_tables(read_study(folder))
+    of_b, of_a = tables.split("\n\n")
+    assert study_tables(read_study(folder), ["a"]) == of_a
+    head, _, *lines = of_b.splitlines()
+    moe, dense, later = (
+        dict(zip(head.strip("| ").split(" | "), line.strip("| ").split(" | "), strict=True))
+        for line in lines
+    )
+    assert moe["− dense"].startswith("+15.00 (-48.53 to +78.53), 2 of 2")
+    assert moe["active FLOPs"] == "2.00×"
+    assert dense["− dense"] == later["− dense"] == "–"
+    with pytest.raises(ValueError, match=r"^columns: got 'sea', expected one of b, a"):
+        study_tables(read_study(folder), ["sea"])
+
+
+def test_a_study_without_a_cell_says_so() -> None:
+    study: dict[str, Any] = {"columns": [], "rows": [], "controls": [], "cells": {}}
+    assert study_tables(study) == "No cell is finished."
