@@ -1,26 +1,9 @@
 """Studies: rows on columns, fixed before the first of them is run.
 
 A column is a recipe on a data set, with its seeds. A row is a model on it: what it changes of the
-recipe. Rows are compared seed by seed with those that are controls. A study of your own is a file::
-
-    from dataclasses import replace
-
-    from experiments.study.studies import Row, Study
-    from experiments.train.presets import DIGITS_GRAPH, MOSAIC
-
-    STUDY = Study(
-        name="experts",
-        about="Do more experts help? Nothing was tuned for a row.",
-        columns={"mosaic": replace(MOSAIC, seeds=(0, 1, 2)), "digits-graph": DIGITS_GRAPH},
-        rows={
-            "dense": Row(label="dense", changes={"router": "dense"}),
-            "four": Row(label="four experts", changes={"experts": 4}),
-            "sixteen": Row(label="sixteen experts", changes={"experts": 16}),
-        },
-        controls=("dense",),
-    )
-
-``python -m experiments.sweep FILE.py:STUDY`` runs it. Another column or row is another entry.
+recipe. Rows are compared seed by seed with those that are controls. A study of your own is a file
+with a :class:`Study`, which ``python -m experiments.sweep FILE.py:NAME`` runs;
+``docs/tutorials/command-line.md`` shows one.
 """
 
 from __future__ import annotations

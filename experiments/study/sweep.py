@@ -6,7 +6,7 @@
     python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic facebook
 
 ``FILE.py:NAME`` (or ``package.module:NAME``) is a study of your own, which
-``experiments/study/studies.py`` shows how to write. ``grid`` is a preset over routers, numbers of
+``docs/tutorials/command-line.md`` shows how to write. ``grid`` is a preset over routers, numbers of
 experts and experts per token. Every cell is a run folder; finished cells are skipped and an
 unfinished one goes on, so that a study may be cut off at any time and started again. After every
 cell, ``results/STUDY/COLUMN/ROW.json`` holds it; what is there is finished also where the run

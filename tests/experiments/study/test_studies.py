@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,23 @@ def test_presets_leave_routing_to_the_library(name: str) -> None:
     (model,) = (model for kind, model in models.items() if isinstance(config, kind))
     default = inspect.signature(model).parameters["router"].default
     assert (config.router, config.equal_to) == (default, default)
+
+
+def test_the_study_of_the_docs_runs_as_it_stands_and_takes_a_column_and_a_row_more() -> None:
+    page = Path(__file__).parents[3] / "docs" / "tutorials" / "command-line.md"
+    code = page.read_text().partition("# mine.py\n")[2].partition("\n```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    study = names["STUDY"]
+    assert isinstance(study, Study)
+    assert list(study.cells()) == [
+        f"{column}/{row}"
+        for column in ("mosaic", "digits-graph")
+        for row in ("dense", "four", "sixteen")
+    ]
+    column = '"digits-graph": DIGITS_GRAPH'
+    row = '"sixteen": Row('
+    more = code.replace(column, f'"own": MOSAIC, {column}')
+    more = more.replace(row, f'"two": Row(label="two", changes={{"k": 2}}), {row}')
+    exec(more, names)
+    assert len(names["STUDY"].cells()) == 3 * 4

@@ -12,7 +12,6 @@ import pytest
 
 from experiments.show.cells import read_study
 from experiments.study.pages import render
-from experiments.study.studies import Study
 from experiments.study.sweep import main
 from experiments.train import loop
 from experiments.train.presets import DIGITS_GRAPH, PRESETS
@@ -187,16 +186,3 @@ def test_what_is_no_study_is_refused_before_anything_is_trained(
 ) -> None:
     assert message in refused(args.split(), capsys, main)
     assert not Path("runs").exists()
-
-
-def test_a_study_is_what_its_module_shows() -> None:
-    """The example in the docstring of the module is one."""
-    from experiments.study import studies
-
-    assert studies.__doc__ is not None
-    code = studies.__doc__.partition("::\n")[2].partition("\n``python")[0]
-    names: dict[str, Any] = {}
-    exec("\n".join(line[4:] for line in code.splitlines()), names)
-    study = names["STUDY"]
-    assert isinstance(study, Study)
-    assert len(study.cells()) == 6
