@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from experiments.study.worth import WORTH
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.config import (
@@ -54,8 +55,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Verdict = Literal["yes", "no", "inconclusive"]
-LEAST, MOST, WORTH = 3, 10, 0.5
-"""Splits that an answer takes at least and at most, and the points that are worth having."""
+LEAST, MOST = 3, 10
+"""Splits that an answer takes at least and at most."""
 
 
 PLANTED = ("concept-", "regimes-")

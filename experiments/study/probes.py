@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from sklearn.cluster import KMeans
@@ -20,11 +19,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.study.worth import Gain
 from experiments.train.data.task import Split, Splits
-from experiments.train.scores import Difference
 
-WORTH = 0.5
-"""Points that are worth having."""
 OWN_DECAY = 1e-2
 """Weight decay of what an expert has to itself."""
 MOST, EVERY, PATIENCE = 120, 3, 10
@@ -192,19 +189,6 @@ def _share_below(values: Tensor, others: Tensor) -> Tensor:
     order = others.sort().values
     sides = [torch.searchsorted(order, values, right=right) for right in (False, True)]
     return (sides[0] + sides[1]).double() / 2 / len(others)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gain(Difference):
-    """A mean of paired differences, in points, and its 95 % interval."""
-
-    @property
-    def is_worth(self) -> bool:
-        """Whether it is above 0, and worth having."""
-        return self.low > 0 and self.mean >= WORTH
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} points [{self.low:+.2f}, {self.high:+.2f}]"
 
 
 def gain(

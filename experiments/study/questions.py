@@ -32,9 +32,7 @@ from torch_geometric.data import Data
 from experiments.study import views
 from experiments.study.probes import (
     MOST,
-    WORTH,
     Dense,
-    Gain,
     Linear,
     Mixture,
     clustered,
@@ -44,6 +42,7 @@ from experiments.study.probes import (
     told,
 )
 from experiments.study.views import Array, Walks
+from experiments.study.worth import WORTH, Gain
 from experiments.train.config import GraphConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Split, Splits

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from experiments.study.probes import Dense, Gain, Linear, Mixture, clustered, fit, gain, score
+from experiments.study.probes import Dense, Linear, Mixture, clustered, fit, gain, score
 from experiments.train.data.task import Splits
 
 
@@ -84,12 +84,3 @@ def test_the_interval_covers_a_difference_that_is_not_there(metric: str) -> None
         found = gain(metric, [ours] * 5, [theirs] * 5, y, splits, "test")
         covered += found.low <= 0 <= found.high
     assert covered >= 93
-
-
-@pytest.mark.parametrize(
-    ("mean", "low", "is_worth"), [(2.0, 1.0, True), (2.0, -1.0, False), (0.2, 0.1, False)]
-)
-def test_a_gain_is_worth_having_above_zero_and_half_a_point(
-    mean: float, low: float, is_worth: bool
-) -> None:
-    assert Gain(mean=mean, low=low, high=2 * mean - low, n=5).is_worth == is_worth

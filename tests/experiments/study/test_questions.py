@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from experiments.study import questions
-from experiments.study.probes import Gain
 from experiments.study.questions import Answer, Nodes, Survey, features, nodes_of, redrawn
+from experiments.study.worth import Gain
 from experiments.train.data.task import Splits
 from experiments.train.presets import DIGITS_GRAPH
 
