@@ -23,9 +23,10 @@ from torch_geometric.utils import to_torch_csr_tensor, to_undirected
 from experiments.benchmark.measure import Benchmark, Step, Steps, check_equal, layer_step
 from gmoe import AttentionVote, MLPExperts, MoE, MoEConv, TokenChoice, build_router
 
-NODE, TOKEN = 128, 192
-"""D of a node and of a token, whose MLPs have an H of 4 D; gated ones two thirds of it, and so
-the same FLOPs."""
+NODE = 128
+"""D of a node."""
+TOKEN = 192
+"""D of a token, whose MLPs have an H of 4 D; gated ones two thirds of it, and so the same FLOPs."""
 
 
 def power_law_graph(nodes: int, edges: int | None = None) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,9 @@ from gmoe.conv.kinds import factory_of
 from gmoe.models.inference import inference
 
 STATUS = Path("/proc/self/status")
-BATCH, PIXELS, CLASSES = 128, 32, 10
+BATCH = 128
+PIXELS = 32
+CLASSES = 10
 
 KINDS = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "two_hop", "mlp", "le")
 """Every kind whose experts are stacked, but GINE, which sums as GIN does; and LEConv, whose experts

@@ -176,7 +176,8 @@ class MoleculeTask(NamedTuple):
 
 
 MOLECULES = MoleculeTask(128, 300, 5)
-ATOM_TYPES, BOND_TYPES = 120, 22
+ATOM_TYPES = 120
+BOND_TYPES = 22
 
 
 class MoleculeModel(nn.Module):

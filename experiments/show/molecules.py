@@ -34,8 +34,10 @@ TABLE = (
 )
 SYMBOLS = tuple(TABLE.split())
 """Elements in the order of ``ogb``'s first feature of an atom, and what is none of these."""
-DRAWN, MOST = 8, 512
-"""Molecules that are drawn, and of which the figures are."""
+DRAWN = 8
+"""Molecules that are drawn."""
+MOST = 512
+"""Molecules of which the figures are."""
 COLUMNS = 4
 """Molecules side by side."""
 

@@ -17,8 +17,10 @@ from experiments.train.checks import check
 from experiments.train.command_line import program
 from experiments.train.files import check_finished, replacing
 
-ROWS, DPI = 12, 160
-"""Images a page: with so many dots an inch it is at most 3,500 pixels high."""
+ROWS = 12
+"""Images a page."""
+DPI = 160
+"""Dots an inch: a page is at most 3,500 pixels high."""
 
 
 def patches(

@@ -55,8 +55,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Verdict = Literal["yes", "no", "inconclusive"]
-LEAST, MOST = 3, 10
-"""Splits that an answer takes at least and at most."""
+LEAST = 3
+"""Splits that an answer takes at least."""
+MOST = 10
+"""Splits that an answer takes at most."""
 
 
 PLANTED = ("concept-", "regimes-")
@@ -296,8 +298,8 @@ def advise(
     )
     check(budget > 0, "budget", budget, "minutes above 0")
     check(width is None or width > 0, "width", width, "at least 1")
-    fits = not out.exists() or (out.is_dir() and os.access(out, os.W_OK))
-    check(fits, "out", out, "a folder that can be written to")
+    is_writable = not out.exists() or (out.is_dir() and os.access(out, os.W_OK))
+    check(is_writable, "out", out, "a folder that can be written to")
     check(
         metric is None or preset == "graph",
         "metric",

@@ -51,8 +51,9 @@ def ensemble(
     read = [read_run(folder, data_root, trust) for folder in runs]
     sets = sorted({run.config.dataset for run in read})
     # Of others, each seed may test where another one trains
-    one = len(sets) == 1 and sets[0].startswith(("ogbn-", "ogbg-"))
-    check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
+    is_one_of_ogb = len(sets) == 1 and sets[0].startswith(("ogbn-", "ogbg-"))
+    got = f"those of {', '.join(sets) or 'none'}"
+    check(is_one_of_ogb, "runs", got, "runs of one of OGB's data sets")
     for run in read:
         print(f"{run.folder}: {submission(run.summary)}")
         if before := run.summary.get("uncorrected"):

@@ -34,7 +34,9 @@ from experiments.train.scores import Difference, percent
 from experiments.train.user_code import file_of, load_conv, load_object
 from gmoe.conv.kinds import factory_of
 
-DENSE, DEFAULT, RANDOM = CONTROLS = ("dense-flops", "token-choice", "random")
+DENSE = "dense-flops"
+DEFAULT = "token-choice"
+CONTROLS = (DENSE, DEFAULT, "random")
 """What a row is compared with, by the names of their rows."""
 SHORT = ("digits", "digits-graph", "mosaic")
 """The columns that need no files, which are taken where none are named."""

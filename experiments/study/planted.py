@@ -32,8 +32,12 @@ SIZES: dict[str, tuple[int, int, int, int, tuple[float, ...]]] = {
 }
 """Nodes, edges and communities by default, features, and the shares of OGB's train, val and
 test."""
-REGIMES, HOMOPHILY, NOISE = (0.4, 0.2, 0.2, 0.2), 0.65, 0.15
-"""Shares of nodes in a regime, of edges inside a community, and of nodes with a random label."""
+REGIMES = (0.4, 0.2, 0.2, 0.2)
+"""Shares of nodes in each regime."""
+HOMOPHILY = 0.65
+"""Share of edges inside a community."""
+NOISE = 0.15
+"""Share of nodes with a random label."""
 PIECE = 1 << 20
 
 

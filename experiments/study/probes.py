@@ -24,8 +24,12 @@ from experiments.train.data.task import Split, Splits
 
 OWN_DECAY = 1e-2
 """Weight decay of what an expert has to itself."""
-MOST, EVERY, PATIENCE = 120, 3, 10
-"""Steps at most, steps between validations, and validations without gain that end a fit."""
+MOST = 120
+"""Steps at most."""
+EVERY = 3
+"""Steps between validations."""
+PATIENCE = 10
+"""Validations without gain that end a fit."""
 
 
 class Linear(nn.Module):

@@ -47,22 +47,31 @@ from experiments.train.config import GraphConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Split, Splits
 
-SPLITS, FEWEST, MOST_NODES = 5, 30, 300_000
-"""Splits; nodes in a part of a split at least; nodes of a graph at most."""
+SPLITS = 5
+FEWEST = 30
+"""Nodes in a part of a split at least."""
+MOST_NODES = 300_000
+"""Nodes of a graph at most."""
 MOST_ROWS = 5_000
 """Nodes that models are fitted to, and those that they are validated on, at most."""
-WIDEST, NARROW = 128, 96
-"""Columns of the features, and columns that each expert has weights of its own for, at most."""
+WIDEST = 128
+"""Columns of the features at most."""
+NARROW = 96
+"""Columns that each expert has weights of its own for, at most."""
 FIRST = 300
 """Steps of the first linear model at most; others begin as it."""
-FAST, SLOW = 0.03, 0.01
-"""Learning rates: of what begins at zero or is gated, and of columns beside fitted ones."""
+FAST = 0.03
+"""Learning rate of what begins at zero or is gated."""
+SLOW = 0.01
+"""Learning rate of columns beside fitted ones."""
 LONG = 600
 """Steps of a dense model at most: a hidden layer is slower than experts that k-means starts."""
 DECAYS = (1e-3, 1e-2)
 """Weight decays, of which validation takes one by split."""
-ROUNDS, INNER = 8, 8
-"""Of expectation-maximization: views of the gate, and steps on each."""
+ROUNDS = 8
+"""Views of the gate in expectation-maximization."""
+INNER = 8
+"""Steps on each of them."""
 POSITION_SCALE = 3
 """Rows of positions that a gate sees have this length."""
 

@@ -15,8 +15,10 @@ from sklearn.utils.extmath import randomized_svd
 
 Array: TypeAlias = np.ndarray
 
-POSITIONS, SIGNATURE = 32, 64
-"""Columns of a diffusion map; columns that outer products are projected to."""
+POSITIONS = 32
+"""Columns of a diffusion map."""
+SIGNATURE = 64
+"""Columns that outer products are projected to."""
 FOLDS = 10
 """Parts of the training nodes: each gets the labels of the others."""
 SMALLEST = 0.01
