@@ -14,6 +14,11 @@ The labels are those of a pair potential made here, whose depth and length depen
     pip install "gmoe[graph]"
     python examples/forces.py          # minutes on one core
     python examples/forces.py --fast   # seconds
+
+One seed takes 3 minutes of a core for each, beside other jobs, and prints::
+
+    SchNet     test error of a force 0.0130, 221 s
+    by element test error of a force 0.0113, 170 s
 """
 
 # %%
