@@ -118,9 +118,7 @@ def test_no_tokens() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), num_tokens=st.integers(0, 7), k=st.integers(1, 4))
-def test_from_choices_puts_each_weight_at_its_pair(
-    data: Any, num_tokens: int, k: int
-) -> None:
+def test_from_choices_puts_each_weight_at_its_pair(data: Any, num_tokens: int, k: int) -> None:
     rows = [data.draw(st.permutations(range(4)))[:k] for _ in range(num_tokens)]
     expert = torch.tensor(rows, dtype=torch.int32).view(num_tokens, k)
     weight = torch.rand(num_tokens, k, requires_grad=True)
