@@ -247,3 +247,24 @@ def test_folded_models_and_forces_route_by_type() -> None:
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("router", "jumps"), [(ByType("z", ELEMENTS), False), ("token_choice", True)]
+)
+def test_a_model_that_is_routed_by_type_is_as_smooth_as_its_layers(
+    router: Any, jumps: bool
+) -> None:
+    """The largest step of the output along a path, over the mean one."""
+    torch.manual_seed(0)
+    model = trained(
+        gmoe.moefy(
+            Atomwise(), targets=["first", "second"], router=router, num_experts=len(ELEMENTS)
+        )
+    ).double()
+    (x, z), (other_x, _) = atoms(), atoms(1)
+    path = [x + t * (other_x - x) for t in torch.linspace(0, 1, 2000).tolist()]
+    with torch.no_grad():
+        energies = torch.stack([model.eval()(x, z).sum() for x in path])
+    steps = energies.diff().abs()
+    assert (steps.max() > 20 * steps.mean()) == jumps
