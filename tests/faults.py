@@ -123,11 +123,11 @@ COMMANDS: dict[str, Command] = {
     "tables": Command("experiments.tables", "--pages {out}/page.md"),
     "advise": Command("experiments.advise", "digits-graph --out {out}"),
     "convert": Command(
-        "experiments.convert",
+        "experiments.convert.__main__",
         "{data}/edges.npy --x {data}/x.npy --y {data}/y.npy --train {data}/train.npy "
         "--to {out}/stored",
     ),
-    "molecules": Command("experiments.convert", "molecules {data}/HIV.csv --out {out}"),
+    "molecules": Command("experiments.convert.__main__", "molecules {data}/HIV.csv --out {out}"),
     "planted": Command("experiments.planted", "ogbn-mag --nodes 400 --edges 900 --root {out}"),
 }
 ONE = ("kill", "operation", "full", "read-only", "error", "clock", "twice")

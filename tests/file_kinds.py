@@ -24,16 +24,16 @@ from torch_geometric.nn.models import GCN
 from torchvision.datasets import Imagenette
 
 import gmoe
+from experiments.convert.graph import convert
+from experiments.convert.smiles import molecules
 from experiments.show.report_page import write_report
 from experiments.study.planted import write_planted
 from experiments.train.command import main, parse
 from experiments.train.config import PAPERS, GraphConfig, ImageConfig, MoleculeConfig
-from experiments.train.data.convert import convert
 from experiments.train.data.graphs import directed, graph_task
 from experiments.train.data.load import load_tasks
 from experiments.train.data.ogb import load_ogb
 from experiments.train.data.own_graph import own_graph
-from experiments.train.data.smiles import molecules
 from experiments.train.data.task import GraphData, Split, Task
 from experiments.train.logs import Log
 from experiments.train.predictions import mean_of

@@ -32,11 +32,11 @@ import torch
 from torch_geometric.data import Data
 
 import gmoe
+from experiments.convert.graph import convert
 from experiments.show.report_page import write_report
 from experiments.study.planted import write_planted
 from experiments.train.command import main as train
 from experiments.train.config import GraphConfig, ImageConfig, MoleculeConfig
-from experiments.train.data.convert import convert
 from experiments.train.data.load import load_tasks
 from experiments.train.data.ogb import load_ogb
 from experiments.train.predictions import mean_of

@@ -23,19 +23,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import gmoe
-from experiments.show.report_page import Page
-from experiments.study.advise import keep_regimes
-from experiments.study.pages import update
-from experiments.train import predictions
-from experiments.train.build import build_model
-from experiments.train.command import parse
-from experiments.train.data.convert import (
+from experiments.convert.graph import (
     SCRATCH,
     building,
     write_edges,
     write_features,
     write_npy,
 )
+from experiments.show.report_page import Page
+from experiments.study.advise import keep_regimes
+from experiments.study.pages import update
+from experiments.train import predictions
+from experiments.train.build import build_model
+from experiments.train.command import parse
 from experiments.train.loop import run
 from experiments.train.presets import DIGITS_GRAPH
 from experiments.train.results import write_json

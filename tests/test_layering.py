@@ -48,7 +48,7 @@ LAZY = {
 }
 """Who may import what of it inside of functions, or for the type checker."""
 
-EXPERIMENTS = ("train", "show", "benchmark", "study")
+EXPERIMENTS = ("train", "convert", "show", "benchmark", "study")
 """The rooms of the experiments: each may import those before it, and itself."""
 
 EXPORT_WORDS = frozenset({"exported_as", "refuse_in_export"})

@@ -21,7 +21,7 @@ from torch_geometric.data import Data
 
 from experiments.benchmark.layers import power_law_graph
 from experiments.benchmark.measure import Measurement, Step, peak_bytes
-from experiments.train.data.convert import convert
+from experiments.convert.graph import convert
 from gmoe import ROUTERS, GNNMoE, Graph, MoEConv, StoredGraph, aux_loss
 from gmoe._checks import check_choice, check_positive
 from gmoe.conv.kinds import factory_of

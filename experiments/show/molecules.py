@@ -121,7 +121,7 @@ def drawing(
         from rdkit.Chem import Draw
     except ModuleNotFoundError:
         return None
-    from experiments.train.data.smiles import parsed
+    from experiments.convert.smiles import parsed
 
     colors = [*palette(num_experts=num_experts), (0.8, 0.8, 0.8)]
     lines = -(-len(smiles) // COLUMNS)

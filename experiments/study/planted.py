@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from experiments.convert.graph import Array, building
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.config import PAPERS
-from experiments.train.data.convert import Array, building
 from experiments.train.files import writing
 
 SIZES: dict[str, tuple[int, int, int, int, tuple[float, ...]]] = {

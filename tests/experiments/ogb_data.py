@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.convert.graph import convert
 from experiments.study.planted import write_planted
 from experiments.train.config import PAPERS
-from experiments.train.data.convert import convert
 from experiments.train.data.ogb import MEGABYTES
 from experiments.train.data.on_disk import STORED
 

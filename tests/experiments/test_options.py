@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from experiments import advise, convert, ensemble, patches, planted, report, sweep
+from experiments import advise, ensemble, patches, planted, report, sweep
 from experiments.benchmark import __main__ as benchmark
+from experiments.convert import __main__ as convert
 from experiments.train import command as train
 from experiments.train.command import COMMON
 from experiments.train.presets import PRESETS

@@ -4,5 +4,5 @@ task       What training needs: batches, splits, metric, loss.
 load       The sets by name.
 graphs     From a graph to batches: made (drawn here), named (PyG's), ogb, own_graph.
 images     Images as tasks.
-on_disk    Graphs that stay on disk: convert writes them, stored trains on them.
+on_disk    Graphs that stay on disk, as experiments.convert writes them: stored trains on them.
 """

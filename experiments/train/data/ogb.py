@@ -1,7 +1,7 @@
 """Four of OGB's node data sets (Hu et al., 2020): fetched whole, read from OGB's own files, OGB's
 own metric.
 
-The fifth, ogbn-papers100M, stays on disk: see :mod:`experiments.train.data.convert`. The files
+The fifth, ogbn-papers100M, stays on disk: see :mod:`experiments.convert.graph`. The files
 are read here, not by ``ogb``'s loader, which asks questions by ``input()`` and unpickles what
 it finds.
 """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.convert import main as convert
+from experiments.convert.__main__ import main as convert
 from experiments.show import molecules, report_page
 from experiments.show.report import main
 from gmoe.plot import palette

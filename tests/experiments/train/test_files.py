@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from safetensors.torch import save, save_file
 
+from experiments.convert import graph
 from experiments.show.report_page import Page
 from experiments.study import planted
 from experiments.train.checkpoint import Checkpoint
-from experiments.train.data import convert
 from experiments.train.data.own_graph import own_graph
 from experiments.train.files import (
     load_weights,
@@ -129,9 +129,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.json": lambda path: write_json(path, LARGE.tolist()),
     "a.csv": lambda path: Log(path, keep=0).write([{"loss": loss} for loss in LARGE[:, 0]]),
     "a.html": Page(["<p>"] * 1_000).write,
-    "a.npy": lambda path: convert.write_npy(path, LARGE),
-    "x.npy": lambda path: convert.write_features(path, LARGE, LARGE.dtype, "x"),
-    "source.npy": lambda path: convert.write_edges([MANY], path.parent, len(MANY), directed=True),
+    "a.npy": lambda path: graph.write_npy(path, LARGE),
+    "x.npy": lambda path: graph.write_features(path, LARGE, LARGE.dtype, "x"),
+    "source.npy": lambda path: graph.write_edges([MANY], path.parent, len(MANY), directed=True),
     "a.csv.gz": lambda path: planted._write(path, LARGE),
     "a.npz": lambda path: planted._write(path, {"x": LARGE}),
     "state.ckpt": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
@@ -149,7 +149,7 @@ def test_a_full_disk_names_the_file(name: str, tmp_path: Path, monkeypatch: Any)
 
 def test_a_file_that_cannot_be_opened_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=f"^[^:]*: '{tmp_path / 'none' / 'a.npy'}'$"):
-        convert.write_npy(tmp_path / "none" / "a.npy", LARGE)
+        graph.write_npy(tmp_path / "none" / "a.npy", LARGE)
 
 
 def test_whole_files_come_back(tmp_path: Path) -> None:

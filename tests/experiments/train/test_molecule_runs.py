@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import gmoe
+from experiments.convert.smiles import FILES
 from experiments.study import ensemble
 from experiments.train.build import build_model, costs_of
 from experiments.train.command import main, parse
@@ -19,7 +20,6 @@ from experiments.train.config import MoleculeConfig, RouterOptions, dense_of
 from experiments.train.data.load import load_tasks
 from experiments.train.data.molecules import load_molecules
 from experiments.train.data.published import without_update_check
-from experiments.train.data.smiles import FILES
 from experiments.train.presets import PRESETS
 from experiments.train.training import is_better
 from tests.experiments.command import QUICK, quick, refused, run_until

@@ -17,8 +17,8 @@ from experiments.train.data.load import load_tasks
 from experiments.train.data.on_disk import STORED
 from experiments.train.presets import PRESETS
 from tests.experiments.command import quick, refused
+from tests.experiments.convert.test_graph import run
 from tests.experiments.ogb_data import plant_papers
-from tests.experiments.train.data.test_convert import run
 
 
 @pytest.fixture(scope="module")

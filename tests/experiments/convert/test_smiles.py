@@ -22,7 +22,7 @@ from ogb.utils import smiles2graph  # noqa: E402
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr  # noqa: E402
 from torch_geometric.data.storage import GlobalStorage  # noqa: E402
 
-from experiments.train.data.smiles import (  # noqa: E402
+from experiments.convert.smiles import (  # noqa: E402
     molecules,
     name_of,
     parsed,

@@ -1,6 +1,6 @@
 """Bring data into a form to train from: a graph on disk, or molecules from tables of SMILES.
 
-The commands of :mod:`experiments.train.data.convert` and :mod:`experiments.train.data.smiles`.
+The commands of :mod:`experiments.convert.graph` and :mod:`experiments.convert.smiles`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments.train.data import convert, smiles
+from experiments.convert import graph, smiles
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -17,7 +17,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if given[:1] == ["molecules"]:
         smiles.main(given[1:])
     else:
-        convert.main(given)
+        graph.main(given)
 
 
 if __name__ == "__main__":

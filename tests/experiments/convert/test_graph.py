@@ -26,9 +26,9 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from torch_geometric.utils import to_undirected
 
+from experiments.convert.graph import CLASSES, building, convert, main, write_edges
 from experiments.study.planted import write_planted
 from experiments.train.config import PAPERS
-from experiments.train.data.convert import CLASSES, building, convert, main, write_edges
 from gmoe import StoredGraph
 from tests.experiments.command import refused
 
@@ -251,7 +251,7 @@ def test_a_full_disk_is_found_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
     monkeypatch.setattr(
-        "experiments.train.data.convert.sorted_keys", lambda *_, **__: pytest.fail("written")
+        "experiments.convert.graph.sorted_keys", lambda *_, **__: pytest.fail("written")
     )
     is_refused("to: got 0.00 GB to write, expected at most", tmp_path, EDGES)
 
@@ -271,13 +271,13 @@ def test_folders_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 KILLED = """
 import os, signal, sys
-from experiments.train.data import convert
+from experiments.convert import graph
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(convert.Path if sys.argv[1] == "rename" else convert, sys.argv.pop(1), die)
-convert.main()
+setattr(graph.Path if sys.argv[1] == "rename" else graph, sys.argv.pop(1), die)
+graph.main()
 """
 
 

@@ -22,9 +22,9 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
+from experiments.convert.graph import building
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
-from experiments.train.data.convert import building
 from experiments.train.data.published import published, without_update_check
 from experiments.train.files import naming
 
