@@ -30,7 +30,7 @@ from experiments.show.report_page import write_report
 from experiments.study.planted import write_planted
 from experiments.train.command import main, parse
 from experiments.train.config import PAPERS, GraphConfig, ImageConfig, MoleculeConfig
-from experiments.train.data.graphs import directed, graph_task
+from experiments.train.data.graphs import graph_task, with_features
 from experiments.train.data.load import load_tasks
 from experiments.train.data.ogb import load_ogb
 from experiments.train.data.own_graph import own_graph
@@ -85,7 +85,7 @@ def use_graph(graph: GraphData, dataset: str = "graph", **options: Any) -> None:
     sampled: dict[str, Any] = {"sampling": "neighbor", "fanout": (2, 2), "evaluation": "sampled"}
     for more in ({}, sampled):
         config = GraphConfig(dataset=dataset, **options, **more)
-        use(graph_task(directed(graph, config), config, 0))
+        use(graph_task(graph, config, 0))
 
 
 def use_stored(folder: Path) -> None:
@@ -117,7 +117,7 @@ def write_features(folder: Path) -> None:
 
 def read_features(folder: Path) -> None:
     features = str(folder / "features.npy")
-    use_graph(own_graph(folder / "mine.npz"), "made", features=features)
+    use_graph(with_features(own_graph(folder / "mine.npz"), features), "made")
 
 
 def write_stored(folder: Path) -> None:

@@ -49,7 +49,7 @@ LARGE = np.random.default_rng(0).standard_normal((1_000, 3))
 REPLACED: dict[str, Callable[[Path], object]] = {
     "a.json": lambda path: write_json(path, LARGE.tolist()),
     "index.html": Page(["<p>"] * 1_000).write,
-    "predictions.safetensors": lambda path: predictions._keep(path.parent, torch.tensor(LARGE)),
+    "predictions.safetensors": lambda path: predictions.write(path.parent, torch.tensor(LARGE)),
     "regimes.npy": lambda path: keep_regimes(path.parent, torch.arange(1_000)),
 }
 LAST: dict[str, Callable[[Path], object]] = {

@@ -14,11 +14,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from experiments.benchmark.measure import take_turns
-from experiments.train.build import build_model, example
+from experiments.train.build import build_model
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
 from experiments.train.files import load_weights
+from experiments.train.kinds import kind_of
 from experiments.train.processes import make_fabric
 from experiments.train.results import spread
 from experiments.train.routing_stats import noting_added, switched_off, switches
@@ -115,7 +116,8 @@ def step_times(config: RunConfig, task: Task, repeats: int = 15) -> dict[str, An
         for name, (own, adjacency) in kinds.items():
             own = replace(own, adjacency=adjacency)
             arms[name] = (own, load_tasks(own)(config.seeds[0]))
-        if not example(*arms["dense-csr"])[1].is_sparse_csr:
+        own, data = arms["dense-csr"]
+        if not kind_of(own).example(data)[1].is_sparse_csr:
             del arms["dense-csr"]
     fabric = make_fabric(config)
     with ExitStack() as stack:

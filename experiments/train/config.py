@@ -6,6 +6,7 @@ The command line is made of them. Imports nothing heavy, so that ``--help`` come
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -189,19 +190,29 @@ class RunConfig:
 
     def _check_processes(self) -> None:
         """Refuse what several processes cannot share."""
-        machines = f"{self.devices} x {self.nodes} nodes for {self.dataset} with full batches"
-        check(
-            getattr(self, "sampling", None) != "full",
-            "devices",
-            machines,
-            "one: a whole graph is one batch, which cannot be split; sample it, "
-            "or train seeds side by side by --jobs N",
-        )
         jobs = f"{self.jobs} with {self.world} processes a seed (devices x nodes)"
         check(self.jobs == 1, "jobs", jobs, 1)
         legal = f"a multiple of devices x nodes = {self.world}"
         legal += ": it is that of all processes together"
         check(self.batch_size % self.world == 0, "batch_size", self.batch_size, legal)
+
+    # What only some kinds of data have; the classes below answer for theirs.
+
+    def convs(self) -> tuple[str, ...]:
+        """The convs by name, of a model that has some."""
+        return ()
+
+    def evaluates_whole(self) -> bool:
+        """Whether validation is one computation, which several processes cannot share."""
+        return False
+
+    def evaluates_by_layer(self) -> bool:
+        """Whether the model is evaluated layer by layer, in pieces."""
+        return False
+
+    def draws_in_workers(self) -> bool:
+        """Whether the number of ``workers`` changes what is drawn."""
+        return False
 
     @property
     def world(self) -> int:
@@ -238,10 +249,10 @@ class RunConfig:
         values = {name: value for name, value in asdict(self).items() if name not in WHERE}
         if self.world == 1:  # with more, draws are others
             del values["devices"], values["nodes"]
-        if self.workers and getattr(self, "sampling", None) == "neighbor":  # which draw them
+        if self.workers and self.draws_in_workers():
             values["workers"] = self.workers
-        found: dict[str, Any] = json.loads(json.dumps(values | {"options": self.options.given()}))
-        return found
+        science: dict[str, Any] = json.loads(json.dumps(values | {"options": self.options.given()}))
+        return science
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,11 +276,30 @@ class NodeConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = self.fanout and min(self.fanout) >= -1
+        are_numbers = self.fanout and min(self.fanout) >= -1
         is_used = self.sampling == "neighbor" or self.fanout == FANOUT
         got = f"{self.fanout} with sampling={self.sampling!r}"
         legal = "numbers from -1 (all), with sampling='neighbor'"
-        check(fits and is_used, "fanout", got, legal)
+        check(are_numbers and is_used, "fanout", got, legal)
+
+    def _check_processes(self) -> None:
+        check(
+            self.sampling != "full",
+            "devices",
+            f"{self.devices} x {self.nodes} nodes for {self.dataset} with full batches",
+            "one: a whole graph is one batch, which cannot be split; sample it, "
+            "or train seeds side by side by --jobs N",
+        )
+        super()._check_processes()
+
+    def evaluates_whole(self) -> bool:
+        return self.evaluation != "sampled"
+
+    def evaluates_by_layer(self) -> bool:
+        return self.evaluation == "layerwise"
+
+    def draws_in_workers(self) -> bool:
+        return self.sampling == "neighbor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +341,9 @@ class GraphConfig(NodeConfig):
         legal = f"none for {self.dataset}, which has its own"
         check(self.features is None or not is_own, "features", repr(self.features), legal)
 
+    def convs(self) -> tuple[str, ...]:
+        return self.conv
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeteroConfig(NodeConfig):
@@ -348,6 +381,9 @@ class MoleculeConfig(RunConfig):
         check(self.conv, "conv", "none", "at least one")
         legal = f"none for {self.dataset}; your own molecules are files in OGB's layout"
         check(self.data is None, "data", repr(self.data), legal)
+
+    def convs(self) -> tuple[str, ...]:
+        return self.conv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,9 +495,21 @@ OF_EXPERTS = (
 
 def dense_of(config: RunConfig) -> RunConfig:
     """The run of the dense model that stands where the one with experts does."""
-    usual = type(config)(dataset=config.dataset)
-    changes = {name: getattr(usual, name) for name in OF_EXPERTS if hasattr(usual, name)}
-    # Of several kinds of experts a dense model takes the first.
-    if isinstance(config, GraphConfig | MoleculeConfig):
-        changes["conv"] = config.conv[:1]
+    changes = usual(config, OF_EXPERTS)
+    if config.convs():  # of several kinds of experts a dense model takes the first
+        changes["conv"] = config.convs()[:1]
     return replace(config, router="dense", **changes)
+
+
+def moe_of(config: RunConfig) -> RunConfig:
+    """The run of the MoE that a dense model is matched to by ``equal``."""
+    router = config.equal_to
+    legal = "a router, since a dense model equals itself"
+    check(router != "dense", "equal_to", repr(router), legal)
+    return replace(config, router=router, **usual(config, ("equal", "mlp_scale")))
+
+
+def usual(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
+    """The defaults of some options, as far as the kind of data has these."""
+    defaults = type(config)(dataset=config.dataset)
+    return {name: getattr(defaults, name) for name in names if hasattr(defaults, name)}

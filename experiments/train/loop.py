@@ -17,12 +17,13 @@ from lightning_fabric import Fabric
 
 from experiments.train.build import build_model, costs_of, init_centroids
 from experiments.train.checkpoint import Checkpoint
-from experiments.train.config import GraphConfig, RunConfig
+from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import naming
+from experiments.train.kinds import kind_of
 from experiments.train.logs import Logs
-from experiments.train.predictions import has_predictions, keep_predictions
+from experiments.train.predictions import keep_predictions
 from experiments.train.processes import from_first, make_fabric
 from experiments.train.progress import Progress
 from experiments.train.results import Result, Summary, commit, write_json
@@ -100,8 +101,8 @@ def train_seed(
         )
     # Runs it once, and so refuses what cannot run before anything is written
     costs = costs_of(model, config, task)
-    keeps = has_predictions(config, model, task)
-    corrects = isinstance(config, GraphConfig) and config.correct_and_smooth
+    kind = kind_of(config)
+    keeps = kind.keeps_predictions(model, task)
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
@@ -113,7 +114,7 @@ def train_seed(
             uncorrected = {"val": val, "test": test}
             if keeps:
                 val, test = from_first(
-                    fabric, lambda: keep_predictions(training, folder, (val, test))
+                    fabric, lambda: keep_predictions(kind, training, folder, (val, test))
                 )
         result: Any = {
             "seed": seed,
@@ -121,7 +122,7 @@ def train_seed(
             "metric": task.metric_name,
             "val": val,
             "test": test,
-            **({"uncorrected": uncorrected} if corrects else {}),
+            **({"uncorrected": uncorrected} if kind.corrects() else {}),
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
             "peak_memory": torch.cuda.max_memory_allocated(fabric.device) // 2**20

@@ -18,9 +18,9 @@ from torch_geometric.data import Data
 from torch_geometric.utils import degree, remove_self_loops, scatter
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
-from experiments.train.build import SoftMLP
 from experiments.train.config import RunConfig
 from experiments.train.data.task import Task
+from experiments.train.soft_mlp import SoftMLP
 from gmoe import MoE, MoEConv, Routing, RoutingStats
 from gmoe.metrics import COLLAPSED, PER_EXPERT
 from gmoe.stack import has_base, routed_parameters

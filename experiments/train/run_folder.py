@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from experiments.train.config import RECORDS, WHERE, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
 from experiments.train.files import check_finished, load_weights, read_csv, read_json
+from experiments.train.kinds import kind_of
 from experiments.train.results import Result, Summary, write_json
 from experiments.train.saved import read_options, restore
 from experiments.train.user_code import check_trusted
@@ -50,67 +48,18 @@ def _is_taken(folder: Path) -> bool:
     return folder.exists() and any(folder.iterdir())
 
 
-IMAGE_FOLDERS = {
-    "cifar10": ("cifar-10-batches-py", "cifar10", ""),
-    "imagenette": ("imagenette2-160", ""),
-    "pacs": ("PACS", "pacs-64", ""),
-    "images": ("",),
-}
-"""Where files of images lie, which may be any; of other sets the published ones are read, or
-refused."""
-
-
 def described(config: RunConfig) -> dict[str, Any]:
     """The configuration as ``config.json`` holds it.
 
     That is what numbers depend on, and a digest of data that may differ.
     """
-    found, root, digest = config.science(), config.data_root, hashlib.sha256()
+    science = config.science()
     if config.data is not None:
-        return found
-    if features := getattr(config, "features", None):
-        digest.update(Path(features).read_bytes())
-    if config.dataset == "graph":
-        found["file"] = root.name
-        for file in (
-            sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
-        ):
-            digest.update(file.read_bytes() if file.exists() else b"")
-    elif config.dataset in IMAGE_FOLDERS:
-        base = next(
-            (root / part for part in IMAGE_FOLDERS[config.dataset] if (root / part).is_dir()), root
-        )
-        files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
-        there = list[tuple[Path, int, int]]()
-        for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
-            if (base / file).is_file():
-                state = (base / file).stat()
-                there.append((base / file, state.st_size, state.st_mtime_ns))
-                digest.update(os.fsencode(f"{file.as_posix()} {state.st_size}\n"))
-        if there:
-            found["contents"] = contents_of(tuple(there))
-    elif config.dataset.startswith("ogbn-"):
-        planted = root / config.dataset.replace("-", "_") / "PLANTED.txt"
-        digest.update(planted.read_bytes() if planted.exists() else b"")
-    elif config.dataset.startswith("ogbg-"):  # OGB's, or converted, by some version of RDKit
-        for file in sorted(root.glob(f"{config.dataset.replace('-', '_')}/RELEASE*.txt")):
-            digest.update(file.read_bytes())
-    has_data = digest.digest() != hashlib.sha256().digest()
-    return found | {"digest": digest.hexdigest()[:16] if has_data else None}
-
-
-@lru_cache(maxsize=2)
-def contents_of(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """A digest of what files contain, of which sizes and times of writing are given.
-
-    A run asks for it several times, and reads them again only where one was written meanwhile.
-    """
+        return science
     digest = hashlib.sha256()
-    for path, _, _ in files:
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()[:16]
+    noted = kind_of(config).note_data(digest)
+    has_data = digest.digest() != hashlib.sha256().digest()
+    return science | noted | {"digest": digest.hexdigest()[:16] if has_data else None}
 
 
 def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

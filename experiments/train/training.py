@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 import gmoe
-from experiments.train.config import ERRORS, GraphConfig, NodeConfig, RunConfig
+from experiments.train.config import ERRORS, RunConfig
 from experiments.train.data.task import Batch, Split, Task
 from experiments.train.epoch import Epoch
 from experiments.train.processes import of_all, share
@@ -62,7 +62,9 @@ class Training:
     task: Task
 
     def __post_init__(self) -> None:
-        self.reached, self.epoch, self.best = Reached(), Epoch(self.lr), self.weights()
+        self.reached = Reached()
+        self.epoch = Epoch(self.lr)
+        self.best = self.weights()
         self.rng = get_rng()
         # When ``reached.seconds`` was counted last
         self.clock = time.perf_counter()
@@ -135,30 +137,41 @@ class Training:
 
         The rows of metrics.csv and routing.csv.
         """
-        config, reached, epoch = self.config, self.reached, self.reached.epochs
+        config = self.config
+        reached = self.reached
+        epoch = reached.epochs
         row: dict[str, Any] = {
             "epoch": epoch,
             "lr": self.epoch.lr,
             **self.epoch.means(),
             "val": None,
         }
-        _check_finite("loss", row["loss"], seed, epoch, config)
+        self._check_finite("loss", row["loss"], epoch, seed)
         reached.epochs += 1
         if reached.epochs == config.epochs or reached.epochs % config.eval_every == 0:
             row["val"] = self.evaluate("val")[0]
-            _check_finite(self.task.metric_name, row["val"], seed, epoch, config)
-            for figure, value in (
-                ("epoch", reached.epochs),
-                ("loss", row["loss"]),
-                ("val", row["val"]),
-            ):
+            self._check_finite(self.task.metric_name, row["val"], epoch, seed)
+            measured = {"epoch": reached.epochs, "loss": row["loss"], "val": row["val"]}
+            for figure, value in measured.items():
                 reached.curve[figure].append(round(value, 5))
             if is_better(self.task.metric_name, row["val"], reached.best_val):
-                reached.best_val, reached.best_epoch, self.best = row["val"], epoch, self.weights()
+                reached.best_val = row["val"]
+                reached.best_epoch = epoch
+                self.best = self.weights()
         self.count_seconds()
         layers = routing_rows(self.epoch.stats)
-        self.epoch, self.rng = Epoch(self.lr), get_rng()
+        self.epoch = Epoch(self.lr)
+        self.rng = get_rng()
         return row | {"seconds": reached.seconds}, layers
+
+    def _check_finite(self, name: str, value: float, epoch: int, seed: int) -> None:
+        """Refuse a loss or a score that is no number."""
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the "
+                f"training diverged (lr={self.config.lr}, clip_norm={self.config.clip_norm}), or "
+                "the data hold values that are not finite"
+            )
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
@@ -167,57 +180,62 @@ class Training:
         Of several processes the first one evaluates whole graphs and the test set, whose
         routings it alone returns; the batches of validation are shared out, and have none.
         """
-        task, config = self.task, self.config
-        alone = split == "test" or (
-            isinstance(config, NodeConfig) and config.evaluation != "sampled"
-        )
+        alone = split == "test" or self.config.evaluates_whole()
         share(self.model.module.buffers())  # batch norms have counted what each process saw
-        value, routings = 0.0, list[list[Routing]]()
+        value = 0.0
+        routings: list[list[Routing]] = []
         if self.fabric.is_global_zero or not alone:
             self.model.eval()
-            metric = task.metric().to(self.fabric.device)
+            metric = self.task.metric().to(self.fabric.device)
             if alone:
                 metric.distributed_available_fn = lambda: False
-            if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
+            if self.config.evaluates_by_layer():
                 routings.append(self._by_layer(split, metric))
             else:
-                for batch in (
-                    task.loader(split, config.batch_size, None)
-                    if alone
-                    else self.batches(split, None)
-                ):
-                    batch = self.fabric.to_device(batch)
-                    logits = batch.counted(self.forward(batch.inputs))
-                    if len(logits):
-                        metric.update(logits, batch.target)
-                    if alone:  # nobody reads those of validation, of which there may be millions
-                        routings.append(list(self.routings))
+                self._by_batch(split, metric, routings if alone else None)
             value = float(metric.compute())
         return self.fabric.broadcast(value), routings
 
+    def _by_batch(self, split: Split, metric: Metric, routings: list[list[Routing]] | None) -> None:
+        """Update the metric batch by batch.
+
+        Where ``routings`` are noted, the process is alone and takes whole batches; nobody reads
+        those of validation, of which there may be millions.
+        """
+        if routings is None:
+            batches = self.batches(split, None)
+        else:
+            batches = self.task.loader(split, self.config.batch_size, None)
+        for batch in batches:
+            batch = self.fabric.to_device(batch)
+            logits = batch.counted(self.forward(batch.inputs))
+            if len(logits):
+                metric.update(logits, batch.target)
+            if routings is not None:
+                routings.append(list(self.routings))
+
     def _by_layer(self, split: Split, metric: Metric) -> list[Routing]:
         """The same logits, layer by layer in pieces."""
-        graph, device = self.task.graph, self.fabric.device
-        assert graph is not None
+        assert self.task.graph is not None
         assert self.task.split is not None
         logits, routings = self.inference()
         rows = self.task.split[split]
-        metric.update(logits[rows].to(device), graph.y[rows].to(device))
+        device = self.fabric.device
+        metric.update(logits[rows].to(device), self.task.graph.y[rows].to(device))
         return routings
 
     def inference(self) -> tuple[Tensor, list[Routing]]:
         """The logits of all nodes, layer by layer, and the routings."""
         graph: Any = self.task.graph
-        device, size = self.fabric.device, self.config.batch_size
         if self.config.precision == "64-true":
             graph = copy.copy(graph).apply(
                 lambda value: value.double() if value.is_floating_point() else value
             )
         with self.fabric.autocast():
-            found: tuple[Tensor, list[Routing]] = self.model.module.inference(
-                graph, device, batch_size=size, return_routing=True
+            logits, routings = self.model.module.inference(
+                graph, self.fabric.device, batch_size=self.config.batch_size, return_routing=True
             )
-        return found
+        return logits, routings
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights."""
@@ -245,7 +263,8 @@ class Training:
         """Go on from :meth:`state`."""
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
-        self.reached, self.best = Reached(**state["reached"]), state["best"]
+        self.reached = Reached(**state["reached"])
+        self.best = state["best"]
         own = state["processes"][self.fabric.global_rank]
         self.epoch.load(own["epoch"], self.fabric.device)
         self.rng = own["rng"]
@@ -265,7 +284,9 @@ def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> I
     with recording as routings, attention_kernel(fabric.device, config):
         ready, optimizer = fabric.setup(model, make_optimizer(config, model))
         steps = config.epochs * task.steps(config.batch_size)
-        scheduler = LambdaLR(optimizer.optimizer, lambda step: learning_rate(config, step, steps))
+        scheduler = LambdaLR(
+            optimizer.optimizer, lambda step: learning_rate(config.schedule, step, steps)
+        )
         yield Training(fabric, ready, optimizer, scheduler, routings, config, task)
 
 
@@ -314,9 +335,9 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     )
 
 
-def learning_rate(config: RunConfig, step: int, steps: int) -> float:
+def learning_rate(schedule: Literal["constant", "cosine"], step: int, steps: int) -> float:
     """The factor of the learning rate at a step of ``steps``."""
-    if config.schedule == "constant":
+    if schedule == "constant":
         return 1.0
     warmup = round(WARMUP * steps)
     if step < warmup:
@@ -340,12 +361,3 @@ def is_better(metric: str, value: float, best: float) -> bool:
     if math.isnan(best):
         return True
     return value < best if metric in ERRORS else value > best
-
-
-def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:
-    if not math.isfinite(value):
-        raise ValueError(
-            f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the training "
-            f"diverged (lr={config.lr}, clip_norm={config.clip_norm}), or the data hold values "
-            "that are not finite"
-        )

@@ -78,10 +78,13 @@ def check_trusted(config: RunConfig, file: Path, given: Collection[str] = ()) ->
 
 def _named(config: RunConfig) -> list[tuple[str, str | None]]:
     """The options that may name code of the user, each with its value."""
-    found = [
-        (option, getattr(config, option)) for option in ("router", "equal_to", "model", "data")
+    return [
+        ("router", config.router),
+        ("equal_to", config.equal_to),
+        ("model", config.model),
+        ("data", config.data),
+        *(("conv", conv) for conv in config.convs()),
     ]
-    return found + [("conv", conv) for conv in getattr(config, "conv", ())]
 
 
 @cache

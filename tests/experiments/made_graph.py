@@ -61,7 +61,7 @@ def make_config(**changes: Any) -> GraphConfig:
 
 
 def make_task(config: GraphConfig | HeteroConfig, graph: GraphData | None = None) -> Task:
-    return graph_task(directed(graph or make_graph(), config), config, 0)
+    return graph_task(directed(graph or make_graph(), config.undirected), config, 0)
 
 
 def model_of(config: GraphConfig, task: Task) -> nn.Module:

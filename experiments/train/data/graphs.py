@@ -35,53 +35,45 @@ from gmoe.data.loader import neighbor_loader
 MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
 
 
-def directed(graph: GraphData, config: Any) -> GraphData:
-    """The graph, in both directions if the run asks for it, with features of its own; an edge
-    there twice gets the mean of its weights."""
-    if file := getattr(config, "features", None):
-        found = read_npy(Path(file))
-        legal = (
-            found.ndim == 2
-            and len(found) == graph.data.num_nodes
-            and found.shape[1]
-            and found.dtype.kind in "fiub"
-        )
-        x = torch.from_numpy(found.astype("float32")) if legal else torch.empty(0)
-        got = f"{found.dtype} of shape {found.shape}, or values that are not finite"
-        check(
-            len(x) and x.isfinite().all(),
-            file,
-            got,
-            f"finite numbers ({graph.data.num_nodes}, width)",
-        )
-        graph.data.x = x
-    return (
-        replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if config.undirected else graph
-    )
+def with_features(graph: GraphData, file: str) -> GraphData:
+    """The graph with the features in a ``.npy`` file, (nodes, width), in place of its own."""
+    features = read_npy(Path(file))
+    nodes = graph.data.num_nodes
+    is_table = features.ndim == 2 and len(features) == nodes and features.shape[1] > 0
+    is_table = is_table and features.dtype.kind in "fiub"
+    x = torch.from_numpy(features.astype("float32")) if is_table else torch.empty(0)
+    got = f"{features.dtype} of shape {features.shape}, or values that are not finite"
+    legal = f"finite numbers ({nodes}, width)"
+    check(is_table and bool(x.isfinite().all()), file, got, legal)
+    graph.data.x = x
+    return graph
+
+
+def directed(graph: GraphData, undirected: bool) -> GraphData:
+    """The graph, in both directions if asked for; an edge there twice gets the mean of its
+    weights."""
+    return replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if undirected else graph
 
 
 def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
     """Node classification on the split of a seed."""
-    split, data, hetero = graph.splits(seed), graph.data, graph.target is not None
+    split = graph.splits(seed)
+    data: Any = graph.data
+    labels = (data if graph.target is None else data[graph.target]).y
     if graph.metric_name == "roc_auc" and graph.metric is None:
-        y = (data[graph.target] if hetero else data).y
-        one = [part for part in ("val", "test") if len(y[split[part]].unique()) < 2]
-        check(
-            not one,
-            "metric",
-            f"'roc_auc' with nodes of one class only in {' and '.join(one)}",
-            "both classes there",
-        )
+        one = [part for part in ("val", "test") if len(labels[split[part]].unique()) < 2]
+        got = f"'roc_auc' with nodes of one class only in {' and '.join(one)}"
+        check(not one, "metric", got, "both classes there")
     batches = GraphBatches(graph, config, split)
-    widths = (
-        {kind: data[kind].x.size(1) if "x" in data[kind] else None for kind in data.node_types}
-        if hetero
-        else {}
-    )
+    widths: Any
+    if graph.target is None:
+        widths = _width(data)
+    else:
+        widths = {kind: _width(data[kind]) for kind in data.node_types}
     return Task(
         name=graph.name,
-        kind="hetero" if hetero else "graph",
-        in_channels=widths if hetero else data.x.size(1),
+        kind="graph" if graph.target is None else "hetero",
+        in_channels=widths,
         num_classes=graph.num_outputs,
         metric_name=graph.metric_name,
         metric=graph.metric or make_metric(graph.metric_name, graph.num_outputs),
@@ -93,6 +85,11 @@ def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
         target=graph.target,
         planted=graph.planted,
     )
+
+
+def _width(store: Any) -> int | None:
+    """The width of the features, if there are any."""
+    return store.x.size(1) if "x" in store else None
 
 
 class GraphBatches:

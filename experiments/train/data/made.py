@@ -12,7 +12,6 @@ from sklearn.neighbors import kneighbors_graph
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch_geometric.data import Data
 
-from experiments.train.config import RunConfig
 from experiments.train.data.task import GraphData, Splits
 from gmoe._checks import check
 
@@ -33,7 +32,7 @@ def digits_split(labels: np.ndarray) -> Splits:
     }
 
 
-def digits_graph(config: RunConfig) -> GraphData:
+def digits_graph() -> GraphData:
     """scikit-learn's 1,797 handwritten digits (8x8, 10 classes; UCI, CC BY 4.0) as nodes.
 
     An edge, in both directions, where either is among the other's 10 nearest neighbors.
@@ -46,7 +45,7 @@ def digits_graph(config: RunConfig) -> GraphData:
     return GraphData(name="digits-graph", data=data, splits=lambda _: split, num_outputs=10)
 
 
-def mosaic(config: RunConfig) -> GraphData:
+def mosaic() -> GraphData:
     """8,000 nodes in 8 regions; a neighbor's class tells a node's own, by a permutation that each
     region has.
 
@@ -64,23 +63,21 @@ SHOWN = {"features": 3.0, "neighbors": 0.5, "nothing": 0.0}
 says little, but the mean of ten neighbors does."""
 
 
-def regimes(config: RunConfig) -> GraphData:
+def regimes(name: str) -> GraphData:
     """``regimes-R-L-SHOWN``: :func:`mosaic` with R regimes, L training labels in each, and SHOWN
     of :data:`SHOWN`.
 
     1,000 nodes a regime, at least 4,000, and ten edges a node; what is not trained on is half
     validation, half test.
     """
-    match = re.fullmatch(r"regimes-([1-9]\d?)-([1-9]\d{0,2})-(\w+)", config.dataset)
+    match = re.fullmatch(r"regimes-([1-9]\d?)-([1-9]\d{0,2})-(\w+)", name)
     legal = (
         f"regimes-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN one of {', '.join(SHOWN)}"
     )
     count, labels, shown = match.groups() if match else ("0", "0", "")
-    check(shown in SHOWN and int(labels) <= 800, "dataset", repr(config.dataset), legal)
+    check(shown in SHOWN and int(labels) <= 800, "dataset", repr(name), legal)
     regions, nodes = int(count), max(4_000, 1_000 * int(count))
-    return _regions(
-        config.dataset, nodes, regions, labels=regions * int(labels), shown=SHOWN[shown]
-    )
+    return _regions(name, nodes, regions, labels=regions * int(labels), shown=SHOWN[shown])
 
 
 def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.0) -> GraphData:
@@ -135,7 +132,7 @@ INSIDE, CELLS = 0.7, 6
 of the plane where they are patches."""
 
 
-def concept(config: RunConfig) -> GraphData:
+def concept(name: str) -> GraphData:
     """``concept-R-L-SHOWN``: R regimes, each with a rule of its own that turns neighbors' features
     into a label.
 
@@ -154,11 +151,11 @@ def concept(config: RunConfig) -> GraphData:
     ``concept-R-L-SHOWN-told`` is the same graph, and 3 x the regime, one-hot, in R more features.
     """
     pattern = rf"concept-([1-9]\d?)-([1-9]\d{{0,2}})-({'|'.join(CONCEPT_SHOWN)})(-told)?"
-    match = re.fullmatch(pattern, config.dataset)
+    match = re.fullmatch(pattern, name)
     legal = "concept-R-L-SHOWN, perhaps with -told behind, R from 1 to 99, L from 1 to 800, SHOWN "
     if match is None or int(match[2]) > 800:
         raise ValueError(
-            f"dataset: got {config.dataset!r}, expected {legal}one of {', '.join(CONCEPT_SHOWN)}"
+            f"dataset: got {name!r}, expected {legal}one of {', '.join(CONCEPT_SHOWN)}"
         )
     regimes, labels, shown = int(match[1]), int(match[1]) * int(match[2]), match[3]
     nodes, classes = max(4_000, 1_000 * regimes), CONCEPT_CLASSES
@@ -190,7 +187,7 @@ def concept(config: RunConfig) -> GraphData:
     if match[4]:
         x = np.hstack([x, 3 * np.eye(regimes)[regime]])
     return GraphData(
-        name=config.dataset,
+        name=name,
         data=_data(x, edges, label),
         splits=lambda _: {"train": train, "val": val, "test": test},
         num_outputs=classes,
@@ -227,3 +224,9 @@ def _data(x: np.ndarray, edges: np.ndarray, y: np.ndarray) -> Data:
         edge_index=torch.from_numpy(edges).long(),
         y=torch.from_numpy(y).long(),
     )
+
+
+GRAPHS = {"digits-graph": digits_graph, "mosaic": mosaic}
+"""The graphs by name."""
+FAMILIES = {"regimes": regimes, "concept": concept}
+"""Graphs that a name describes, by how it begins."""

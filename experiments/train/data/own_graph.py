@@ -18,7 +18,6 @@ from torch_geometric.data import Data, HeteroData
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
 
-from experiments.train.config import GraphConfig, HeteroConfig, RunConfig
 from experiments.train.data.graphs import MASKS, check_graph, fixed_splits, stratified_splits
 from experiments.train.data.task import GraphData, MetricName
 from experiments.train.files import naming, read_csv, read_npz, read_tensors
@@ -41,26 +40,17 @@ MOST_CATEGORIES = 100
 """Names that a column of features may have: each becomes a feature."""
 
 
-def configured(config: GraphConfig | HeteroConfig) -> GraphData:
-    """The graph of a run, at its data root."""
-    if isinstance(config, GraphConfig):
-        return own_graph(config.data_root, config.metric)
-    raise ValueError(
-        "data: got None for hetero, expected package.module:function that returns a PyG HeteroData"
-    )
-
-
-def own_object(found: Any, config: RunConfig) -> GraphData:
-    """What a user's function made, as a data set."""
-    kinds: dict[type, type] = {GraphConfig: Data, HeteroConfig: HeteroData}
+def graph_from(
+    made: Any, legal_class: type, preset: str, name: str, metric: MetricName | None = None
+) -> GraphData:
+    """What a user's function made for a preset, as a data set; ``name`` is the function's."""
     legal = (
         "a Data for the preset graph, a HeteroData for hetero, or pairs of images and labels for "
         "images"
     )
-    fits = isinstance(found, kinds.get(type(config), ()))
-    check(fits, "data", f"a {type(found).__name__} for {config.dataset}", legal)
-    name = config.data or config.dataset
-    return graph_of(found.cpu(), name, name, getattr(config, "metric", None))
+    is_graph = isinstance(made, legal_class)
+    check(is_graph, "data", f"a {type(made).__name__} for {preset}", legal)
+    return graph_of(made.cpu(), name, name, metric)
 
 
 def own_graph(path: Path, metric: MetricName | None = None, name: str | None = None) -> GraphData:

@@ -18,11 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.show.report import main as report
-from experiments.train.build import build_model, build_twin, costs_of, example, flops
+from experiments.train.build import build_model, build_twin, costs_of, flops
 from experiments.train.command import dense_line, main, parse
 from experiments.train.config import GraphConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.files import RESULTS
+from experiments.train.kinds import kind_of
 from experiments.train.presets import PRESETS, command
 from experiments.train.scores import Difference
 from experiments.train.training import Training
@@ -276,7 +277,7 @@ def test_a_matched_model_is_as_wide_however_often_it_is_built() -> None:
     widths, costs, twins = set(), list[Any](), set()
     for seed in range(5):
         torch.manual_seed(seed)
-        twins.add(flops(build_twin(config, task), example(config, task)))
+        twins.add(flops(build_twin(config, task), kind_of(config).example(task)))
         torch.manual_seed(seed)
         model: Any = build_model(config, task)
         before = torch.get_rng_state()

@@ -273,9 +273,9 @@ def test_weights_reach_the_convs_that_take_them(
 
 def test_directions() -> None:
     graph = make_graph(weights=True)
-    assert directed(graph, make_config()) is graph
+    assert directed(graph, undirected=False) is graph
     before = graph.data.edge_index.clone()
-    data = directed(graph, make_config(undirected=True)).data
+    data = directed(graph, undirected=True).data
     assert torch.equal(graph.data.edge_index, before)  # the next run begins with the same
     pairs = list(map(tuple, data.edge_index.T.tolist()))
     given = set(map(tuple, before.T.tolist()))

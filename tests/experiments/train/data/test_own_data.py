@@ -5,6 +5,7 @@ A graph in files, and graphs and images that a function returns (``--data module
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torchvision.datasets import FakeData
 from experiments.train.config import GraphConfig, HeteroConfig, ImageConfig
 from experiments.train.data.images import own_images
 from experiments.train.data.load import load_tasks
-from experiments.train.data.own_graph import own_graph, own_object
+from experiments.train.data.own_graph import own_graph
+from experiments.train.kinds.graphs import Graphs, HeteroGraphs
 from tests.experiments.command import quick
 from tests.experiments.user_data import (
     FORMS,
@@ -320,13 +322,13 @@ def test_command_line(preset: str, function: str, args: list[str], tmp_path: Pat
 
 
 def test_a_heterogeneous_graph() -> None:
-    graph = own_object(make_hetero(), HETERO)
+    graph = HeteroGraphs(HETERO).own(make_hetero())
     assert (graph.target, graph.num_outputs) == ("paper", 3)
     assert graph.data.node_types == ["paper", "author"]
     assert [len(part) for part in graph.splits(0).values()] == [24, 8, 8]
     part = torch.arange(40) % 3
     masks = {f"{name}_mask": part == i for i, name in enumerate(("train", "val", "test"))}
-    graph = own_object(make_hetero(**masks), HETERO)
+    graph = HeteroGraphs(HETERO).own(make_hetero(**masks))
     assert graph.splits(5)["val"].tolist() == (part == 1).nonzero().view(-1).tolist()
 
 
@@ -364,6 +366,13 @@ def test_datasets_of_pil_images() -> None:
     assert next(iter(task.loader("test", 8, None))).inputs[0].shape == (8, 3, 8, 8)
 
 
+OWN: dict[type, Callable[[Any, Any], object]] = {
+    GraphConfig: lambda made, config: Graphs(config).own(made),
+    HeteroConfig: lambda made, config: HeteroGraphs(config).own(made),
+    ImageConfig: own_images,
+}
+
+
 @pytest.mark.parametrize(
     ("found", "config", "message"),
     [
@@ -395,4 +404,4 @@ def test_datasets_of_pil_images() -> None:
 )
 def test_anything_else_is_refused_by_name(found: Any, config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        (own_images if config is IMAGES else own_object)(found, config)
+        OWN[type(config)](found, config)

@@ -1,0 +1,206 @@
+"""Nodes of a graph, of one node type or of several: GNNs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data, HeteroData
+
+import gmoe
+from experiments.train.config import GraphConfig, HeteroConfig, NodeConfig
+from experiments.train.data import made
+from experiments.train.data.graphs import directed, graph_task, with_features
+from experiments.train.data.named import load_graph
+from experiments.train.data.on_disk import stored_folder
+from experiments.train.data.own_graph import graph_from, own_graph
+from experiments.train.data.stored import stored_task
+from experiments.train.data.task import GraphData, Task
+from experiments.train.kinds.base import GNNKind
+from experiments.train.predictions import corrected
+from experiments.train.training import Training
+from experiments.train.user_code import load_conv, load_object
+from gmoe._checks import check
+
+Config = TypeVar("Config", bound=NodeConfig)
+
+
+class Nodes(GNNKind[Config]):
+    """Nodes of a graph: what both kinds of graphs share."""
+
+    def tasks(self) -> Callable[[int], Task]:
+        if self.config.data is None:
+            graph = self.named()
+        else:
+            graph = self.own(load_object("data", self.config.data)())
+        return partial(graph_task, directed(graph, self.config.undirected), self.config)
+
+    @abstractmethod
+    def named(self) -> GraphData:
+        """The graph that the data set's name means, its edges as they are given."""
+
+    @abstractmethod
+    def own(self, made_by_user: Any) -> GraphData:
+        """What a user's function returned, as a data set."""
+
+    def note_data(self, digest: Any) -> dict[str, Any]:
+        if self.config.dataset.startswith("ogbn-"):
+            folder = self.config.data_root / self.config.dataset.replace("-", "_")
+            planted = folder / "PLANTED.txt"
+            digest.update(planted.read_bytes() if planted.exists() else b"")
+        return {}
+
+
+class Graphs(Nodes[GraphConfig]):
+    """Nodes of a graph of one node type, in a ``GNNMoE``."""
+
+    def tasks(self) -> Callable[[int], Task]:
+        if self.config.data is None and stored_folder(self.config) is not None:
+            task = stored_task(self.config)
+            return lambda _: task
+        return super().tasks()
+
+    def named(self) -> GraphData:
+        name = self.config.dataset
+        family = name.partition("-")[0]
+        if name == "graph":
+            return own_graph(self.config.data_root, self.config.metric)
+        if name in made.GRAPHS:
+            graph = made.GRAPHS[name]()
+        elif family in made.FAMILIES:
+            graph = made.FAMILIES[family](name)
+        else:
+            graph = load_graph(self.config)
+        features = self.config.features
+        return graph if features is None else with_features(graph, features)
+
+    def own(self, made_by_user: Any) -> GraphData:
+        config = self.config
+        name = config.data or config.dataset
+        return graph_from(made_by_user, Data, config.dataset, name, config.metric)
+
+    def note_data(self, digest: Any) -> dict[str, Any]:
+        root = self.config.data_root
+        if self.config.features is not None:
+            digest.update(Path(self.config.features).read_bytes())
+        if self.config.dataset != "graph":
+            return super().note_data(digest)
+        files = [root]
+        if root.is_dir():
+            files = sorted([*root.glob("*.csv"), *root.glob("graph.json")])
+        for file in files:
+            digest.update(file.read_bytes() if file.exists() else b"")
+        return {"file": root.name}
+
+    def model(self, task: Task) -> nn.Module:
+        config = self.config
+        router, router_kwargs = self.router(task)
+        options = self.layer_options(router_kwargs)
+        if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
+            # There is one graph only: for the dense model, whose convs are PyG's
+            options["cached"] = True
+        names = self.conv_of_experts()
+        return gmoe.GNNMoE(
+            task.in_channels,
+            config.hidden,
+            task.num_classes,
+            config.layers,
+            conv=load_conv(names) if isinstance(names, str) else list(map(load_conv, names)),
+            router=router,
+            shared_router=config.shared_router,
+            jk=config.jk,
+            input_dropout=config.input_dropout,
+            **options,
+        )
+
+    def check_evaluation(self, model: nn.Module, task: Task) -> None:
+        if self.config.evaluates_by_layer():
+            why = fails_by_layer(model, task.graph)
+            check(not why, "evaluation", f"'layerwise' ({why})", "'full' or 'sampled'")
+
+    def keeps_predictions(self, model: nn.Module, task: Task) -> bool:
+        """Of OGB's sets in memory, and where they are corrected.
+
+        A model has predictions of all nodes that sees the whole graph, or runs by layers.
+        """
+        if not (self.corrects() or self.config.dataset.startswith("ogbn-")):
+            return False
+        graph = task.graph
+        is_possible = graph is not None
+        if self.config.evaluation != "full":
+            is_possible = is_possible and not fails_by_layer(model, graph)
+        if self.corrects() and not (is_possible and graph is not None and graph.y.dim() == 1):
+            raise ValueError(
+                f"correct_and_smooth: got True for {task.name}, expected False: it takes one class "
+                "a node, a graph in memory, and layer-wise inference or evaluation='full'"
+            )
+        return is_possible
+
+    def corrects(self) -> bool:
+        return self.config.correct_and_smooth
+
+    @torch.no_grad()
+    def predicted(self, training: Training) -> Tensor:
+        task = training.task
+        assert task.graph is not None
+        training.model.eval()
+        if self.config.evaluation == "full":
+            (batch,) = task.loader("test", self.config.batch_size, None)
+            logits = training.forward(training.fabric.to_device(batch).inputs)
+        else:
+            logits, _ = training.inference()
+        y = task.graph.y.to(logits.device)
+        probability = logits.float().softmax(dim=-1) if y.dim() == 1 else logits.float().sigmoid()
+        return corrected(probability, y, task) if self.corrects() else probability
+
+
+class HeteroGraphs(Nodes[HeteroConfig]):
+    """Nodes of one type in a heterogeneous graph, in a ``HeteroGNNMoE``."""
+
+    def named(self) -> GraphData:
+        if self.config.dataset == "hetero":
+            legal = "package.module:function that returns a PyG HeteroData"
+            raise ValueError(f"data: got None for hetero, expected {legal}")
+        return load_graph(self.config)
+
+    def own(self, made_by_user: Any) -> GraphData:
+        name = self.config.data or self.config.dataset
+        return graph_from(made_by_user, HeteroData, self.config.dataset, name)
+
+    def sizes(self, task: Task) -> list[Any]:
+        assert task.graph is not None
+        return [*super().sizes(task), task.graph.metadata()]
+
+    def model(self, task: Task) -> nn.Module:
+        router, router_kwargs = self.router(task)
+        graph: Any = task.graph
+        return gmoe.HeteroGNNMoE(
+            {kind: width for kind, width in task.in_channels.items() if width is not None},
+            self.config.hidden,
+            task.num_classes,
+            graph.metadata(),
+            self.config.layers,
+            router,
+            target=task.target,
+            num_nodes_dict=graph.num_nodes_dict,
+            **self.layer_options(router_kwargs),
+        )
+
+
+def fails_by_layer(model: Any, graph: Any) -> str:
+    """Why a model has no layer-wise inference of a graph, tried on a node of it.
+
+    Empty if it has.
+    """
+    try:
+        model.eval().inference(graph.subgraph(torch.tensor([0])), batch_size=1, return_routing=True)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return str(error)
+    finally:
+        model.train()
+    return ""

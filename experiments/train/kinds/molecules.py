@@ -1,0 +1,68 @@
+"""OGB's molecules, a graph each: a GNN as OGB's examples build it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.train.config import ERRORS, MoleculeConfig
+from experiments.train.data.molecules import molecule_task
+from experiments.train.data.task import Task
+from experiments.train.kinds.base import GNNKind
+from experiments.train.training import Training
+
+
+class MoleculeSets(GNNKind[MoleculeConfig]):
+    """Labels of molecules, in a ``MoleculeGNN``."""
+
+    def tasks(self) -> Callable[[int], Task]:
+        task = molecule_task(self.config)
+        return lambda _: task
+
+    def note_data(self, digest: Any) -> dict[str, Any]:
+        """OGB's files, or converted by some version of RDKit."""
+        folder = self.config.dataset.replace("-", "_")
+        for file in sorted(self.config.data_root.glob(f"{folder}/RELEASE*.txt")):
+            digest.update(file.read_bytes())
+        return {}
+
+    def model(self, task: Task) -> nn.Module:
+        # ogb takes long, and a finished run that is only read has no model
+        from experiments.train.molecule_gnn import MoleculeGNN, conv_of
+
+        config = self.config
+        router, router_kwargs = self.router(task)
+        convs = {name: conv_of(name, config.hidden) for name in config.conv}
+        names = self.conv_of_experts()
+        return MoleculeGNN(
+            config.hidden,
+            task.num_classes,
+            config.layers,
+            conv=convs[names] if isinstance(names, str) else [convs[name] for name in names],
+            router=router,
+            shared_router=config.shared_router,
+            virtual_node=config.virtual_node,
+            pool=config.pool,
+            input_dropout=config.input_dropout,
+            **self.layer_options(router_kwargs),
+        )
+
+    def keeps_predictions(self, model: nn.Module, task: Task) -> bool:
+        return True
+
+    @torch.no_grad()
+    def predicted(self, training: Training) -> Tensor:
+        """(G, labels) of all molecules, NaN of those in no part of the split."""
+        task = training.task
+        assert task.labels is not None
+        assert task.split is not None
+        training.model.eval()
+        logits = torch.full_like(task.labels, torch.nan)
+        for part, rows in task.split.items():
+            batches = task.loader(part, self.config.batch_size, None)
+            of_part = [training.forward(training.fabric.to_device(b).inputs).cpu() for b in batches]
+            logits[rows] = torch.cat(of_part).float()
+        return logits if task.metric_name in ERRORS else logits.sigmoid()
