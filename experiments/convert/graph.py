@@ -69,15 +69,11 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
     }
     for archive, arrays in RELEASE.items():
         path = folder / "raw" / archive
-        check(
-            path.is_file(), "from", f"no {path}", "OGB's papers100M-bin.zip (56 GB) unzipped there"
-        )
+        legal = "OGB's papers100M-bin.zip (56 GB) unzipped there"
+        check(path.is_file(), "from", f"no {path}", legal)
         with naming(path), zipfile.ZipFile(path) as file:
-            check_space(
-                scratch,
-                sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values()),
-                str(path),
-            )
+            unpacked = sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values())
+            check_space(scratch, unpacked, str(path))
             for name, array in arrays.items():
                 with writing(scratch / f"{array}.npy"):
                     files[name] = Path(file.extract(f"{array}.npy", scratch))
@@ -89,12 +85,8 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
 def check_space(folder: Path, needed: int, what: str = "to") -> None:
     """Refuse a disk that is too full."""
     free = shutil.disk_usage(folder).free
-    check(
-        needed <= free,
-        what,
-        f"{needed / 1e9:.2f} GB to write",
-        f"at most the {free / 1e9:.2f} GB free at {folder}",
-    )
+    legal = f"at most the {free / 1e9:.2f} GB free at {folder}"
+    check(needed <= free, what, f"{needed / 1e9:.2f} GB to write", legal)
 
 
 @contextmanager
@@ -110,13 +102,9 @@ def building(to: Path, option: str = "to") -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{option}: another process is writing {folder}") from error
-        fits = not any(folder.iterdir()) or (folder / SCRATCH).exists()
-        check(
-            fits,
-            option,
-            f"files of another program in {folder}",
-            "none, or those of a run that was cut off",
-        )
+        is_ours = not any(folder.iterdir()) or (folder / SCRATCH).exists()
+        legal = "none, or those of a run that was cut off"
+        check(is_ours, option, f"files of another program in {folder}", legal)
         stack.callback(_remove, folder)
         _empty(folder)
         (folder / SCRATCH).mkdir(exist_ok=True)
@@ -186,19 +174,20 @@ def convert(
     is_plain = "\\" not in str(to.absolute())
     check(is_plain, "to", to, "a path without a backslash, which DuckDB takes for a slash")
     given = {"x": x, "y": y, "train": train, "val": val, "test": test}
-    files, source = {name: path for name, path in given.items() if path is not None}, graph
+    files = {name: path for name, path in given.items() if path is not None}
+    source = graph
     with building(to) as folder:
         if graph == PAPERS:
-            check(
-                not files, ", ".join(files), f"arrays for {PAPERS}", "none; the release has its own"
-            )
+            legal = "none; the release has its own"
+            check(not files, ", ".join(files), f"arrays for {PAPERS}", legal)
             source, files = papers(root, folder / SCRATCH)
         edges = read_edges(files.get("edges", Path(graph)))
         check("x" in files, "x", None, "a .npy file with a row of features for each node")
         features = read_npy(files["x"], memory_map=True)
-        fits, nodes = features.ndim == 2 and 0 not in features.shape, len(features)
+        nodes = len(features)
+        is_table = features.ndim == 2 and 0 not in features.shape
         legal = "(nodes, features), one of each at least"
-        check(fits, str(files["x"]), f"shape {features.shape}", legal)
+        check(is_table, str(files["x"]), f"shape {features.shape}", legal)
         split = write_split(files, folder, nodes)
         num_classes = write_labels(files, split, folder, nodes) if "y" in files else None
         num_edges = 0 if isinstance(edges, Path) else edges.size // (2 if directed else 1)
@@ -226,20 +215,15 @@ def convert(
 
 def read_edges(path: Path) -> Array | Path:
     """(2, M) edges, mapped; or a table, which DuckDB reads."""
-    fits = path.suffix in (".npy", ".csv", ".parquet") and path.is_file()
-    check(fits, "graph", path, f"{PAPERS}, or a file, .npy, .csv or .parquet")
+    is_known = path.suffix in (".npy", ".csv", ".parquet") and path.is_file()
+    check(is_known, "graph", path, f"{PAPERS}, or a file, .npy, .csv or .parquet")
     if path.suffix != ".npy":
         return path
     edges = read_npy(path, memory_map=True)
-    fits = (
-        edges.ndim == 2 and 2 in edges.shape and edges.dtype.kind in "iu" and edges.dtype.isnative
-    )
-    check(
-        fits,
-        "edges",
-        f"shape {edges.shape} of {edges.dtype.str}",
-        "(2, M) or (M, 2) native integers",
-    )
+    are_pairs = edges.ndim == 2 and 2 in edges.shape
+    are_integers = edges.dtype.kind in "iu" and edges.dtype.isnative
+    got = f"shape {edges.shape} of {edges.dtype.str}"
+    check(are_pairs and are_integers, "edges", got, "(2, M) or (M, 2) native integers")
     return edges if len(edges) == 2 else edges.T
 
 
@@ -248,11 +232,12 @@ def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, A
 
     From ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header).
     """
-    split, seen = {}, np.zeros(nodes, bool)
+    split = {}
+    seen = np.zeros(nodes, bool)
     for part, path in ((part, files[part]) for part in PARTS if part in files):
         ids = read_npy(path) if path.suffix == ".npy" else read_csv(path, header=None).to_numpy()
-        fits = ids.dtype.kind in "iu" and ids.size == len(ids)
-        check(fits, str(path), f"shape {ids.shape} of {ids.dtype}", "a column of node numbers")
+        is_column = ids.dtype.kind in "iu" and ids.size == len(ids)
+        check(is_column, str(path), f"shape {ids.shape} of {ids.dtype}", "a column of node numbers")
         split[part] = ids = ids.reshape(-1).astype(np.int64)
         low, high = (ids.min(), ids.max()) if len(ids) else (0, 0)
         legal = f"0 to {nodes - 1}"
@@ -329,12 +314,8 @@ def _open_table(connection: Any, file: Any) -> None:
     columns = connection.sql(f"SELECT * FROM {table}").columns
     if path.suffix == ".parquet":
         names = columns
-    check(
-        len(columns) == 2,
-        "edges",
-        f"columns {', '.join(columns)} in {path}",
-        "two, source and destination",
-    )
+    got = f"columns {', '.join(columns)} in {path}"
+    check(len(columns) == 2, "edges", got, "two, source and destination")
     whole = (
         "CASE WHEN trim({0}::VARCHAR) SIMILAR TO '[0-9]+' THEN {0}::BIGINT "
         "ELSE error(concat('got node ', {0}, ', expected whole numbers from 0')) END"
@@ -357,12 +338,11 @@ def _is_number(text: str | None) -> bool:
 
 def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bool) -> int:
     """Write ``source.npy`` and ``start.npy``, and return the number of edges."""
-    start, last, dtype = (
-        np.zeros(nodes + 1, np.int64),
-        -1,
-        np.dtype(np.int32 if nodes < 2**31 else np.int64),
-    )
-    path, bar = folder / "source.npy", tqdm(desc="edges", unit_scale=True, disable=None)
+    start = np.zeros(nodes + 1, np.int64)
+    last = -1
+    dtype = np.dtype(np.int32 if nodes < 2**31 else np.int64)
+    path = folder / "source.npy"
+    bar = tqdm(desc="edges", unit_scale=True, disable=None)
     with writing(path), path.open("wb") as file, bar:
         write_header(file, dtype, (0,))
         for piece in keys:
@@ -391,13 +371,9 @@ def write_features(path: Path, x: Array, dtype: np.dtype[Any], where: str) -> No
             with np.errstate(over="ignore"):
                 cast = x[begin : begin + size].astype(dtype)
             good = np.isfinite(cast).all(axis=1)
-            row, most = begin + int(np.argmin(good)), np.finfo(dtype).max
-            check(
-                good.all(),
-                where,
-                f"{np.abs(x[row]).max():g} in row {row}",
-                f"finite numbers up to {most:g}",
-            )
+            row = begin + int(np.argmin(good))
+            got = f"{np.abs(x[row]).max():g} in row {row}"
+            check(good.all(), where, got, f"finite numbers up to {np.finfo(dtype).max:g}")
             write_numbers(file, cast)
 
 
@@ -424,19 +400,17 @@ def write_header(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Non
 
 def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, nodes: int) -> int:
     """Write ``y.npy``, with -1 for NaN, and return the number of classes."""
-    where, below = str(files["y"]), CLASSES if "edges" in files else 2**31
+    where = str(files["y"])
+    below = CLASSES if "edges" in files else 2**31
     y = read_npy(files["y"])
-    check(
-        y.shape in ((nodes,), (nodes, 1)),
-        where,
-        f"shape {y.shape}",
-        f"({nodes},), a label for each row of x",
-    )
+    legal = f"({nodes},), a label for each row of x"
+    check(y.shape in ((nodes,), (nodes, 1)), where, f"shape {y.shape}", legal)
     y = np.where(np.isnan(y), -1, y).reshape(-1)
-    low, high = y.min(), y.max()
-    fits = low >= -1 and high < below and (y % 1 == 0).all()
+    low = y.min()
+    high = y.max()
+    are_labels = low >= -1 and high < below and (y % 1 == 0).all()
     legal = f"whole numbers below {below}, and -1 or NaN for none"
-    check(fits, where, f"{low:g} to {high:g}", legal)
+    check(are_labels, where, f"{low:g} to {high:g}", legal)
     for part, ids in split.items():
         check((y[ids] >= 0).all(), where, f"a node of {part} without a label", "0 or more")
     write_npy(folder / "y.npy", y.astype(np.min_scalar_type(min(-1, -1 - int(high)))))
@@ -445,7 +419,8 @@ def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, 
 
 def described(path: Path) -> dict[str, Any]:
     """What ``graph.json`` says of an array."""
-    array, digest = np.load(path, mmap_mode="r"), hashlib.sha256(np.memmap(path, mode="r").data)
+    array = np.load(path, mmap_mode="r")
+    digest = hashlib.sha256(np.memmap(path, mode="r").data)
     return {
         "file": path.name,
         "dtype": str(array.dtype),

@@ -75,7 +75,8 @@ class Figures:
 
     def report(self) -> str:
         """The figures in lines."""
-        count, task = len(self.labels), published(self.name)
+        count = len(self.labels)
+        task = published(self.name)
         lines = [
             f"{self.name}: {count:,} molecules, {self.atoms / count:.1f} atoms and "
             f"{self.bonds / count:.1f} bonds on average"
@@ -114,9 +115,9 @@ def molecules(
     name = name_of(table) if name is None else name
     check_choice("name", name, FILES)
     with building(out / name.replace("-", "_"), "out") as folder:
-        found = write_molecules(table, name, folder)
-    print(found.report())
-    return found
+        figures = write_molecules(table, name, folder)
+    print(figures.report())
+    return figures
 
 
 def name_of(table: Path) -> str:
@@ -132,7 +133,8 @@ def write_molecules(table: Path, name: str, folder: Path) -> Figures:
     """Write the files of a set, molecule by molecule, then the split."""
     from rdkit import Chem, rdBase
 
-    found, scaffolds = Figures(name), defaultdict[str, list[int]](list)
+    figures = Figures(name)
+    scaffolds = defaultdict[str, list[int]](list)
     said = published(name)
     is_binary = said["task type"] == "binary classification"
     with ExitStack() as stack:
@@ -156,22 +158,22 @@ def write_molecules(table: Path, name: str, folder: Path) -> Figures:
             )
             mapping.writerow([*texts, smiles, row])
             if not is_sane:
-                found.unsanitized.append((row, smiles))
+                figures.unsanitized.append((row, smiles))
             scaffolds[scaffold_of(molecule)].append(row)
-            found.atoms += len(node_features)
-            found.bonds += len(edges)
-            found.labels.append(labels)
-        check(found.labels, str(table), "no molecules", "one a line")
-    found.split = scaffold_split(scaffolds.values(), len(found.labels))
-    got = f"{len(found.labels)} molecules of {len(scaffolds)} scaffolds"
-    check(all(found.split.values()), str(table), got, "more: a part of the split is empty")
+            figures.atoms += len(node_features)
+            figures.bonds += len(edges)
+            figures.labels.append(labels)
+        check(figures.labels, str(table), "no molecules", "one a line")
+    figures.split = scaffold_split(scaffolds.values(), len(figures.labels))
+    got = f"{len(figures.labels)} molecules of {len(scaffolds)} scaffolds"
+    check(all(figures.split.values()), str(table), got, "more: a part of the split is empty")
     with ExitStack() as stack:
-        for part, members in found.split.items():
+        for part, members in figures.split.items():
             path = folder / "split" / said["split"] / f"{part}.csv.gz"
             _csv(path, stack).writerows([member] for member in sorted(members))  # as OGB's are
     release = f"Made from {table.name} by experiments.convert, RDKit {Chem.rdBase.rdkitVersion}\n"
     (folder / f"RELEASE_v{said['version']}.txt").write_text(release)
-    return found
+    return figures
 
 
 def read_table(
@@ -281,8 +283,9 @@ def _label(text: str, row: int, is_binary: bool) -> float:
     except ValueError:
         value = math.inf
     legal = "0, 1 or nothing" if is_binary else "a number or nothing"
-    fits = not math.isinf(value) and (not is_binary or math.isnan(value) or value in (0, 1))
-    check(fits, f"row {row}", f"the label {text!r}", legal)
+    is_class = math.isnan(value) or value in (0, 1)
+    is_label = not math.isinf(value) and (is_class or not is_binary)
+    check(is_label, f"row {row}", f"the label {text!r}", legal)
     return value
 
 

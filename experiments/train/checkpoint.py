@@ -32,7 +32,9 @@ class Checkpoint:
     """
 
     def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
-        self.fabric, self.folder, self.state = fabric, folder, state
+        self.fabric = fabric
+        self.folder = folder
+        self.state = state
         self.path = folder / "state.ckpt"
         self.signal: int | None = None
         self._before: dict[int, Any] = {}

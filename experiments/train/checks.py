@@ -32,9 +32,9 @@ LEAST = dict.fromkeys(FROM_0, 0) | dict.fromkeys(FROM_1, 1)
 """The smallest legal values."""
 
 
-def check(fits: object, name: str, got: object, expected: object) -> None:
-    """Refuse what does not fit; as gmoe's, without torch."""
-    if not fits:
+def check(is_legal: object, name: str, got: object, expected: object) -> None:
+    """Refuse what is not legal; as gmoe's, without torch."""
+    if not is_legal:
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
@@ -53,8 +53,8 @@ def check_first(name: str, args: Sequence[str], legal: Iterable[str]) -> None:
 def nearest(got: str, legal: Iterable[str]) -> str:
     """The end of a message: the legal name that an unknown one is like, if there is one."""
     # No more of it: a broken file may hold a word of megabytes
-    found = difflib.get_close_matches(got[:100], legal, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    close = difflib.get_close_matches(got[:100], legal, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_object(option: str, value: str | None, known: Sequence[str] = ()) -> None:
@@ -85,5 +85,6 @@ def check_installed(option: str, packages: Iterable[str]) -> None:
 
 def check_seeds(seeds: Sequence[int]) -> None:
     """Refuse none, seeds that come twice, and what is no seed of torch's generators."""
-    fits = 0 < len(set(seeds)) == len(seeds) and 0 <= min(seeds) <= max(seeds) < 2**32
-    check(fits, "seeds", seeds, "one number or more from 0 to 2**32 - 1, each once")
+    are_distinct = 0 < len(set(seeds)) == len(seeds)
+    are_legal = are_distinct and 0 <= min(seeds) <= max(seeds) < 2**32
+    check(are_legal, "seeds", seeds, "one number or more from 0 to 2**32 - 1, each once")

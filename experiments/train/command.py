@@ -151,10 +151,10 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
 
     metric = summary["metric"]
     name = f"{metric}{unit(metric)}"
-    found = {f"{split} {name}": summary[split] for split in ("val", "test")}
-    before = summary.get("uncorrected", {})
-    found |= {f"{split} {name}, without C&S": figures for split, figures in before.items()}
-    scores = pd.DataFrame(found).T
+    figures = {f"{split} {name}": summary[split] for split in ("val", "test")}
+    for split, before in summary.get("uncorrected", {}).items():
+        figures[f"{split} {name}, without C&S"] = before
+    scores = pd.DataFrame(figures).T
     factor, form = (1, "{:.4f}") if metric in ERRORS else (100, "{:.2f}")
     scores[["mean", "std"]] = factor * scores[["mean", "std"]].astype(float)
     print(scores[["mean", "std", "n"]].to_string(float_format=form.format, na_rep="–"))
@@ -170,8 +170,11 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None = None) -> N
         print(f"\nrouting: {in_words(layers, config.experts)}")
         if line := advice(layers, config):
             print(line)
-        folders = [config.folder(), *([] if dense is None else [dense_beside(config).folder()])]
-        words = [*map(str, folders), *["--trust"] * bool(code_of(config))]
+        words = [str(config.folder())]
+        if dense is not None:
+            words.append(str(dense_beside(config).folder()))
+        if code_of(config):
+            words.append("--trust")
         print(f"what experts follow: python -m experiments.report {shlex.join(words)}")
         print("\nrouting, by MoE layer")
         means = [
@@ -201,10 +204,12 @@ def dense_line(config: RunConfig, summary: Summary) -> str:
     has_preset = any(own.dataset == config.dataset for _, own in PRESETS.values())
     if config.router == "dense" or config.model is not None or not has_preset:
         return ""
-    dense, file = dense_of(config), RESULTS / "presets.json"
+    dense = dense_of(config)
+    file = RESULTS / "presets.json"
     metric = summary["metric"]
     for row in read_json(file, dict[str, Any])["variants"]:
-        there, test = row["config"], row["test"]
+        there = row["config"]
+        test = row["test"]
         same_data = there["dataset"] == config.dataset and "planted" not in row["label"]
         if same_data and differences_of(dense, there).keys() <= {"seeds"}:
             score = f"test {metric}{unit(metric)} {scored(metric, test)}, {test['n']} seeds"

@@ -74,7 +74,8 @@ def with_short_help(parse: Callable[[], T], options: Collection[str], more: str)
 
 def shortened(text: str, options: Collection[str]) -> str:
     """A help text in tyro's boxes, with the named options only; a box without any goes."""
-    kept, is_wanted = [], True
+    kept = []
+    is_wanted = True
     for line in text.splitlines():
         if flag := re.match(r"│ (?:-\w, )?--([\w-]+)", line):
             is_wanted = flag[1] in options

@@ -62,8 +62,8 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
         if "error" in first.get("ctx", {}):  # a check of the dataclass itself
             raise ValueError(str(first["ctx"]["error"])[:LONGEST]) from error
         where = ".".join(map(str, first["loc"][1:]))
-        found = f"{where:.100}: got {first['input']!r:.80}, " if where else ""
-        raise ValueError(f"{found}{first['msg'][0].lower()}{first['msg'][1:]}") from error
+        got = f"{where:.100}: got {first['input']!r:.80}, " if where else ""
+        raise ValueError(f"{got}{first['msg'][0].lower()}{first['msg'][1:]}") from error
     return value
 
 

@@ -57,7 +57,8 @@ def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None
         return
     threads = max(torch.get_num_threads() // jobs, 1)
     torch.set_num_threads(threads)  # which the summaries name
-    todo, loaded = list[tuple[int, int]](), set[Any]()
+    todo: list[tuple[int, int]] = []
+    loaded: set[Any] = set()
     for place, config in enumerate(configs):
         try:
             summary, results = so_far(config)
@@ -73,8 +74,10 @@ def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None
         if not missing:
             yield place, ""
         todo += [(place, seed) for seed in missing]
-    number, left = len(todo), Counter(place for place, _ in todo)
-    failed, running = defaultdict[int, list[str]](list), dict[Any, Job]()
+    number = len(todo)
+    left = Counter(place for place, _ in todo)
+    failed = defaultdict[int, list[str]](list)
+    running: dict[Any, Job] = {}
     try:
         while todo or running:
             while todo and len(running) < jobs:

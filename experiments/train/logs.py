@@ -54,12 +54,11 @@ class Logs:
 
     @rank_zero_only
     def __init__(self, folder: Path, config: RunConfig, keep: int) -> None:
-        self.metrics, self.routing = (
-            Log(folder / "metrics.csv", keep),
-            Log(folder / "routing.csv", keep),
-        )
+        self.metrics = Log(folder / "metrics.csv", keep)
+        self.routing = Log(folder / "routing.csv", keep)
         self.tensorboard = self.wandb = None
-        name, options = f"{folder.parent.name}-{folder.name}", config.science()
+        name = f"{folder.parent.name}-{folder.name}"
+        options = config.science()
         if "tensorboard" in config.logger:
             purge = keep or None
             self.tensorboard = TensorBoardLogger(

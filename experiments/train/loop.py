@@ -157,13 +157,15 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
 
     Leaves the model with the weights that validation selects.
     """
-    config, steps = training.config, training.task.steps(training.config.batch_size)
+    config = training.config
+    steps = training.task.steps(config.batch_size)
     checkpoint = Checkpoint(training.fabric, folder / "checkpoint", training.state)
     loaded = checkpoint.load()
     if loaded is not None:
         with naming(checkpoint.path):  # a state of another model, or of none
             training.load(loaded)
-    reached, name = training.reached, f"{folder.parent.name} seed {seed}"
+    reached = training.reached
+    name = f"{folder.parent.name} seed {seed}"
     progress.skip(reached.epochs + training.epoch.batches / steps)
     logs = Logs(folder, config, keep=reached.epochs)
     training.clock = time.perf_counter()

@@ -74,7 +74,8 @@ class BondGCNConv(MessagePassing):
         graph = given if isinstance(given, gmoe.Graph) else gmoe.Graph(given, len(x))
         graph = graph.fitting((len(x), len(x)), self.flow, edge_attr=edge_attr)
         matrix = graph.normalized(improved=False, loops=True, dtype=x.dtype)
-        edges, h = graph.edges, self.lin(x)
+        edges = graph.edges
+        h = self.lin(x)
         sent = (h.index_select(0, edges.sender) + graph.attr).relu()
         own = (h[: graph.num_dst] + self.root).relu() * _column(matrix.diagonal, h)
         return own.index_add(0, edges.receiver, sent * _column(matrix.weight, h))
@@ -86,9 +87,11 @@ class BondGCNExperts(StackedExperts):
     parts = ("root", "lin")
 
     def forward(self, call: Call, routing: Routing) -> Tensor:
-        graph, x_src = call.graph, call.x_src
+        graph = call.graph
+        x_src = call.x_src
         matrix = graph.normalized(improved=False, loops=True, dtype=x_src.dtype)
-        messages, attr = Messages(graph, routing), graph.attr
+        messages = Messages(graph, routing)
+        attr = graph.attr
         assert attr is not None
         assert matrix.diagonal is not None
         # 1. Transform each atom once for every expert that needs it: its own, and its neighbors'.
@@ -189,8 +192,8 @@ class VirtualNode(nn.Module):
         if layer == len(self.networks):
             return node_GD
         heard = node_GD + global_add_pool(x, batch, len(node_GD))
-        found: Tensor = self.networks[layer](heard)
-        return found
+        node: Tensor = self.networks[layer](heard)
+        return node
 
 
 class MoleculeGNN(gmoe.GNNMoE):
@@ -270,5 +273,7 @@ class MoleculeGNN(gmoe.GNNMoE):
         """Norm, activation and dropout; as OGB's, without the activation behind the last layer."""
         norm = self.norms[layer]
         x = norm(x, batch, batch_size) if self.norm_takes_batch else norm(x)
-        found: Tensor = self.dropout(x if layer == self.num_layers - 1 else self.act(x))
-        return found
+        if layer < self.num_layers - 1:
+            x = self.act(x)
+        dropped: Tensor = self.dropout(x)
+        return dropped

@@ -20,7 +20,8 @@ from experiments.train.config import (
     RunConfig,
 )
 
-THREE, TEN = (0, 1, 2), tuple(range(10))
+THREE = (0, 1, 2)
+TEN = tuple(range(10))
 VIT: dict[str, Any] = {"every": 2, "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.05}
 
 DIGITS = ImageConfig(
@@ -308,7 +309,9 @@ def differing_options(config: RunConfig, preset: RunConfig) -> list[str]:
     """The words on a command line that make a preset a configuration of the same data set."""
     words = list[str]()
     for option in fields(config):
-        name, value, usual = option.name, getattr(config, option.name), getattr(preset, option.name)
+        name = option.name
+        value = getattr(config, name)
+        usual = getattr(preset, name)
         flag = f"--{name.replace('_', '-')}"
         if value == usual or (name in WHERE and name not in ("data_root", "offline")):
             continue

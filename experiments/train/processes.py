@@ -61,8 +61,8 @@ def make_fabric(config: RunConfig) -> Fabric:
 
 def from_first(fabric: Fabric, call: Callable[[], T]) -> T:
     """What ``call`` returns in the first process, which alone calls it."""
-    found: Any = call() if fabric.is_global_zero else None
-    return fabric.broadcast(found)
+    value: Any = call() if fabric.is_global_zero else None
+    return fabric.broadcast(value)
 
 
 def of_all(value: Any) -> list[Any]:

@@ -17,7 +17,9 @@ class Progress(tqdm):
     """
 
     def __init__(self, epochs: float, shown: bool = True) -> None:
-        self.epochs, self.done, self.initial = epochs, 0.0, 0.0
+        self.epochs = epochs
+        self.done = 0.0
+        self.initial = 0.0
         self.in_terminal = sys.stderr.isatty()
         super().__init__(
             total=epochs,

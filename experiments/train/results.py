@@ -97,23 +97,20 @@ def commit() -> str:
     """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.strip()
+    return described.strip()
 
 
 def environment() -> dict[str, Any]:
     """Commit, hardware and versions."""
-    found = commit()
+    state = commit()
     info = Path("/proc/cpuinfo")
-    models = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line for line in lines if line.startswith("model name")]
     packages = (
         "torch",
         "torch-geometric",
@@ -123,8 +120,8 @@ def environment() -> dict[str, Any]:
         "numpy",
     )
     return {
-        "commit": found.removesuffix("-dirty") or None,
-        "dirty": found.endswith("-dirty"),
+        "commit": state.removesuffix("-dirty") or None,
+        "dirty": state.endswith("-dirty"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),

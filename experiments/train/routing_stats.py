@@ -29,8 +29,11 @@ BINS = 8
 """At most so many degrees, and shares of homophily, are told apart."""
 
 
-BALANCED, MISSED, LOOSELY, FOLLOWED = 2.0, 0.01, 0.1, 0.3
-"""What :func:`in_words` calls balanced, mentions as missed, calls loosely followed and followed."""
+# What :func:`in_words` calls balanced, mentions as missed, calls loosely followed and followed
+BALANCED = 2.0
+MISSED = 0.01
+LOOSELY = 0.1
+FOLLOWED = 0.3
 
 IN_WORDS = (
     "An expert is used if it gets a token. Experts are balanced if all are used and none takes "
@@ -67,7 +70,8 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
     stats = RoutingStats(num_experts=experts, sync_on_compute=False).to(routings[0][0].token.device)
     for batch in routings:
         stats.update(batch)
-    layers, graph = _rounded(stats), task.graph
+    layers = _rounded(stats)
+    graph = task.graph
     if task.tested:
         for number, layer in enumerate(layers):
             expert = torch.cat([batch[number].top_expert.cpu() for batch in routings])
@@ -130,11 +134,11 @@ def node_properties(data: Data) -> dict[str, Tensor]:
     is not known is -1.
     """
     values = node_values(data)
-    found = {"degree": quantile_bins(values["degree"])}
+    properties = {"degree": quantile_bins(values["degree"])}
     if "homophily" in values:
-        found["homophily"] = quantile_bins(values["homophily"]).where(data.y >= 0, -1)
-        found["label"] = data.y.clamp(min=-1)
-    return found
+        properties["homophily"] = quantile_bins(values["homophily"]).where(data.y >= 0, -1)
+        properties["label"] = data.y.clamp(min=-1)
+    return properties
 
 
 def node_values(data: Data) -> dict[str, Tensor]:
@@ -143,15 +147,16 @@ def node_values(data: Data) -> dict[str, Tensor]:
     That is the share of in-neighbors of the same label, -1 without neighbors.
     """
     source, destination = remove_self_loops(data.edge_index)[0]
-    found = {"degree": degree(destination, data.num_nodes)}
+    values = {"degree": degree(destination, data.num_nodes)}
     if data.y is not None and data.y.dim() == 1:
         labeled = (data.y[source] >= 0) & (data.y[destination] >= 0)
-        source, destination = source[labeled], destination[labeled]
+        source = source[labeled]
+        destination = destination[labeled]
         same = (data.y[source] == data.y[destination]).float()
         share = scatter(same, destination, dim_size=data.num_nodes, reduce="mean")
         has_neighbors = degree(destination, data.num_nodes) > 0
-        found["homophily"] = share.where(has_neighbors, -1.0)
-    return found
+        values["homophily"] = share.where(has_neighbors, -1.0)
+    return values
 
 
 def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
@@ -174,8 +179,8 @@ def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) 
     shuffled = assignment[
         torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))
     ]
-    found = {name: ami(assignment, value) for name, value in properties.items()}
-    return found | {
+    followed = {name: ami(assignment, value) for name, value in properties.items()}
+    return followed | {
         "shuffled": max((ami(shuffled, value) for value in properties.values()), key=abs)
     }
 
@@ -186,7 +191,8 @@ def ami(assignment: Tensor, value: Tensor) -> float:
     0 where one is constant.
     """
     known = value >= 0
-    assignment, value = assignment[known], value[known]
+    assignment = assignment[known]
+    value = value[known]
     if len(assignment.unique()) < 2 or len(value.unique()) < 2:
         return 0.0
     return float(adjusted_mutual_info_score(assignment.numpy(), value.numpy()))
@@ -249,7 +255,8 @@ def advice(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -
         used = 1
     if total == 1 or used >= total or used > max(total // 4, config.k):
         return ""
-    takes, more = ("takes" if used == 1 else "take"), "--router expert_choice"
+    takes = "takes" if used == 1 else "take"
+    more = "--router expert_choice"
     if config.router == "token_choice" and config.options.balance != "bias":
         more = f"--balance bias or {more}"
     if config.model is not None:
@@ -266,19 +273,19 @@ def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
     Of copies that is their differences from the base; beside a shared expert, of a conv the
     gain, of MLPs their last layers. Layers that do not start as the dense one are left out.
     """
-    found = dict[nn.Module, list[nn.Parameter]]()
+    by_layer: dict[nn.Module, list[nn.Parameter]] = {}
     layers: list[Any] = [
         layer for layer in model.modules() if isinstance(layer, MoEConv | MoE | SoftMLP)
     ]
     for layer in layers:
         if has_base(layer.experts):
-            found[layer] = list(routed_parameters(layer.experts))
+            by_layer[layer] = list(routed_parameters(layer.experts))
         elif isinstance(layer, MoEConv):
             if layer.gain is not None:
-                found[layer] = [layer.gain]
+                by_layer[layer] = [layer.gain]
         elif isinstance(layer, SoftMLP) or layer.shared_expert is not None:
-            found[layer] = list(layer.experts.down.parameters())
-    return found
+            by_layer[layer] = list(layer.experts.down.parameters())
+    return by_layer
 
 
 def switched_off(model: Any) -> Any:

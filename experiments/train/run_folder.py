@@ -67,7 +67,8 @@ def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tup
 
     ``there`` is what :func:`described` returned.
     """
-    other, here = vars(restore(there, config.data_root)), described(config)
+    other = vars(restore(there, config.data_root))
+    here = described(config)
     pairs = {
         name: (other.get(name), value) for name, value in vars(config).items() if name not in WHERE
     }
@@ -88,7 +89,8 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
     # Or Fabric finds no place for the checkpoint, after the training
     is_path = "::" not in str(folder.absolute())
     check(is_path, "out", folder, "a path without '::', which fsspec takes for several")
-    path, summary = folder / "config.json", folder / "summary.json"
+    path = folder / "config.json"
+    summary = folder / "summary.json"
     if not path.exists():
         return None, {}
     differences = differences_of(config, read_json(path, dict[str, Any]))
@@ -101,10 +103,10 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
             "folder"
         )
     if not is_more and summary.exists():
-        found = read_json(summary, Summary)
+        finished = read_json(summary, Summary)
         # One of fewer seeds may have ended since, in another process
-        if set(found["config"]["seeds"]) == set(config.seeds):
-            return found, {}
+        if set(finished["config"]["seeds"]) == set(config.seeds):
+            return finished, {}
     results = {seed: folder / f"seed-{seed}" / "result.json" for seed in config.seeds}
     return None, {
         seed: read_json(result, Result) for seed, result in results.items() if result.exists()
@@ -159,28 +161,20 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
     or ``data``). Without ``trust``, a run is refused whose ``config.json`` names code.
     """
     check_finished(folder)
-    path, where = folder / "config.json", folder / "where.json"
+    path = folder / "config.json"
     try:
-        summary, science = (
-            read_json(folder / "summary.json", Summary),
-            read_json(path, dict[str, Any]),
-        )
+        summary = read_json(folder / "summary.json", Summary)
+        science = read_json(path, dict[str, Any])
         if data_root is None:
-            data_root = (
-                Path(read_json(where, dict[str, str]).get("data_root", "data"))
-                if where.exists()
-                else Path("data")
-            )
-            data_root = data_root if data_root.exists() else Path("data")
+            data_root = _data_root(folder / "where.json")
         check_same(path, science, summary["config"])
-        config, layers = read_options(path, data_root), len(summary["routing"])
+        config = read_options(path, data_root)
         if not trust:
             check_trusted(config, path)
-        history = (
-            _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers)
-            if layers
-            else []
-        )
+        history: list[list[dict[str, Tensor]]] = []
+        if layers := len(summary["routing"]):
+            routing = folder / f"seed-{config.seeds[0]}" / "routing.csv"
+            history = _history(routing, config.epochs, layers)
     except FileNotFoundError as error:
         legal = "the folder of a finished run"
         raise ValueError(f"{error.filename}: is missing, expected {legal}") from error
@@ -188,6 +182,14 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
     return RunFolder(
         folder=folder, name=name, config=config, science=science, summary=summary, history=history
     )
+
+
+def _data_root(where: Path) -> Path:
+    """Where the data lay as a run was trained, if they still do; else ``data``."""
+    if not where.exists():
+        return Path("data")
+    data_root = Path(read_json(where, dict[str, str]).get("data_root", "data"))
+    return data_root if data_root.exists() else Path("data")
 
 
 def check_same(path: Path, science: dict[str, Any], trained: dict[str, Any]) -> None:
@@ -203,11 +205,7 @@ def check_same(path: Path, science: dict[str, Any], trained: dict[str, Any]) -> 
 
 def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
     table = read_csv(path, dtype=float, index_col=False).filter(like="load_")
-    check(
-        len(table) == epochs * layers,
-        str(path),
-        f"{len(table)} rows",
-        f"{epochs} an MoE layer, one an epoch",
-    )
+    legal = f"{epochs} an MoE layer, one an epoch"
+    check(len(table) == epochs * layers, str(path), f"{len(table)} rows", legal)
     loads = [{"load": torch.tensor(row.dropna().to_numpy())} for _, row in table.iterrows()]
     return [loads[row : row + layers] for row in range(0, len(loads), layers)]

@@ -22,8 +22,8 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
         ValueError: an unknown option, or a value that is not legal.
     """
     name = science.get("dataset")
-    fits = isinstance(name, str) and len(name) <= 100
-    check(fits, "dataset", f"{name!r:.100}", "the name of one")
+    is_name = isinstance(name, str) and len(name) <= 100
+    check(is_name, "dataset", f"{name!r:.100}", "the name of one")
     given = {option: value for option, value in science.items() if option not in RECORDS}
     file = str(science.get("file", data_root.name))
     root = data_root if file == data_root.name else data_root / file

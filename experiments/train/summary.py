@@ -23,10 +23,10 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
     costs = ("parameters", "active_parameters", "matched", "hidden", "steps")
     routings = [result["routing"] for result in results]
     figures = [[sorted(layer) for layer in layers] for layers in routings]
-    fits = all(other == figures[0] for other in figures)
+    are_same = all(other == figures[0] for other in figures)
     got = "results of seeds with other MoE layers, or other figures of these"
-    check(fits, str(config.folder()), got, "the same in each seed-N/result.json")
-    found: Any = {
+    check(are_same, str(config.folder()), got, "the same in each seed-N/result.json")
+    summary: Any = {
         "metric": first["metric"],
         **{name: spread([result[name] for result in results]) for name in spreads},
         "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
@@ -43,11 +43,11 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
         "environment": environment(),
     }
     if all("uncorrected" in result for result in results):  # which older ones lack
-        found["uncorrected"] = {
+        summary["uncorrected"] = {
             part: spread([result["uncorrected"][part] for result in results])
             for part in ("val", "test")
         }
-    return found
+    return summary
 
 
 def _spreads(layers: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:

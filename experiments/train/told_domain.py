@@ -29,8 +29,8 @@ class DomainRouter(gmoe.Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> gmoe.Routing:
         told = 0 if self.domain_B is None else len(self.domain_B)
-        fits = told and len(x_TD) % told == 0
-        check(fits, "domain", f"those of {told} images for {len(x_TD)} tokens", "one an image")
+        is_whole = told > 0 and len(x_TD) % told == 0
+        check(is_whole, "domain", f"those of {told} images for {len(x_TD)} tokens", "one an image")
         assert self.domain_B is not None
         expert_T1 = self.domain_B.repeat_interleave(len(x_TD) // told)[:, None]
         weight_T1 = torch.ones_like(expert_T1, dtype=x_TD.dtype)

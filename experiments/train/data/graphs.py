@@ -96,7 +96,9 @@ class GraphBatches:
     """The batches of a graph in the split of a seed."""
 
     def __init__(self, graph: GraphData, config: Any, split: Splits) -> None:
-        self.config, self.split, self.target = config, split, graph.target
+        self.config = config
+        self.split = split
+        self.target = graph.target
         data: Any = graph.data
         if graph.target is None:
             data = Data(
@@ -138,14 +140,16 @@ class GraphBatches:
         self, rows: Tensor, batch_size: int, seed: int | None, shard: Shard
     ) -> Iterator[Batch]:
         """Subgraphs of random nodes, of which ``rows`` count."""
-        (rank, world), nodes = shard, self.data.num_nodes
+        rank, world = shard
+        nodes = self.data.num_nodes
         member = torch.zeros(nodes, dtype=torch.bool)
         member[rows] = True
         count = -(-nodes // batch_size)
         for whole in order_of(nodes, seed).split(-(-nodes // count)):
             if member[whole].any():  # on all processes, or on none
                 mine = whole.tensor_split(world)[rank]
-                batch, counted = self.data.subgraph(mine), member[mine].nonzero().view(-1)
+                batch = self.data.subgraph(mine)
+                counted = member[mine].nonzero().view(-1)
                 yield Batch(_inputs(batch, batch.edge_index), batch.y[counted], counted)
 
 
@@ -202,11 +206,9 @@ def neighborhoods(
 
 def _inputs(part: Any, adj: Tensor) -> tuple[Any, ...]:
     """What the model is called with; a matrix holds the weights itself."""
-    return (
-        (part.x, adj)
-        if part.edge_weight is None or adj.is_sparse_csr
-        else (part.x, adj, part.edge_weight)
-    )
+    if part.edge_weight is None or adj.is_sparse_csr:
+        return part.x, adj
+    return part.x, adj, part.edge_weight
 
 
 def order_of(count: int, seed: int | None) -> Tensor:
@@ -250,7 +252,8 @@ def adjacency(config: GraphConfig, data: Data) -> Tensor:
         and (data.edge_weight is None or len(set(weighs_edges(config))) == 1)
         and not (adds_loops and contains_self_loops(data.edge_index))
     ):
-        ends, size = data.edge_index.flip([0]), (data.num_nodes, data.num_nodes)
+        ends = data.edge_index.flip([0])
+        size = (data.num_nodes, data.num_nodes)
         matrix = to_torch_csr_tensor(ends, edge_attr=data.edge_weight, size=size)
         if matrix.values().numel() == data.num_edges:
             return matrix
@@ -276,7 +279,8 @@ class TwoClassAUROC(BinaryAUROC):
         self.target.append(target.cpu())
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        margin, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        margin = dim_zero_cat(self.preds)
+        target = dim_zero_cat(self.target)
         if margin.isnan().any():
             return margin.new_tensor(torch.nan)
         values, rank = margin.unique(return_inverse=True)
@@ -287,12 +291,8 @@ def make_metric(name: MetricName, num_classes: int) -> Callable[[], Metric]:
     """A factory of the metric; ``"roc_auc"`` takes two classes."""
     if name == "accuracy":
         return partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
-    check(
-        num_classes == 2,
-        "metric",
-        f"'roc_auc' for {num_classes} classes",
-        "'accuracy' (roc_auc takes two)",
-    )
+    got = f"'roc_auc' for {num_classes} classes"
+    check(num_classes == 2, "metric", got, "'accuracy' (roc_auc takes two)")
     return TwoClassAUROC
 
 
@@ -343,44 +343,29 @@ def check_graph(where: str, data: Any, target: str | None = None) -> None:
     """
     store = data if target is None else data[target]
     for x in [data.x] if target is None else data.collect("x", allow_empty=True).values():
-        fits = x.dim() == 2 and x.size(1) > 0 and x.isfinite().all()
-        check(fits, where, f"features of shape {tuple(x.shape)}", "finite numbers (nodes, width)")
+        is_table = x.dim() == 2 and x.size(1) > 0
+        got = f"features of shape {tuple(x.shape)}"
+        check(is_table and x.isfinite().all(), where, got, "finite numbers (nodes, width)")
     try:
         data.validate()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     masks = [store[mask] for mask in MASKS.values() if mask in store]
     for value in (store.y, *masks):
-        fits = value.dim() in (1, 2) and len(value) == store.num_nodes
-        check(
-            fits,
-            where,
-            f"y or a mask of shape {tuple(value.shape)}",
-            f"a row for each of {store.num_nodes} nodes",
-        )
+        has_rows = value.dim() in (1, 2) and len(value) == store.num_nodes
+        got = f"y or a mask of shape {tuple(value.shape)}"
+        check(has_rows, where, got, f"a row for each of {store.num_nodes} nodes")
     if not masks:
-        check(
-            (store.y >= 0).sum() >= 5,
-            where,
-            "fewer than 5 nodes with a label",
-            "5 or more, or masks",
-        )
+        has_labels = (store.y >= 0).sum() >= 5
+        check(has_labels, where, "fewer than 5 nodes with a label", "5 or more, or masks")
         return
     splits = max(mask[0].numel() for mask in masks)
-    fits = all(mask.dim() == 1 or mask.size(1) == splits for mask in masks)
-    check(fits, where, "masks of different numbers of splits", "as many in each")
+    are_alike = all(mask.dim() == 1 or mask.size(1) == splits for mask in masks)
+    check(are_alike, where, "masks of different numbers of splits", "as many in each")
     # (parts, N, S)
     table = torch.stack([mask.view(len(mask), -1).expand(-1, splits) for mask in masks])
-    check(
-        table.any(dim=1).all(),
-        where,
-        "a split without nodes in one part",
-        "some in train, val and test",
-    )
+    has_nodes = table.any(dim=1).all()
+    check(has_nodes, where, "a split without nodes in one part", "some in train, val and test")
     check(table.sum(dim=0).max() <= 1, where, "a node in two parts of a split", "each in one")
-    check(
-        (store.y[table.any(dim=2).any(dim=0)] >= 0).all(),
-        where,
-        "a negative label in a split",
-        "0 or more",
-    )
+    labels = store.y[table.any(dim=2).any(dim=0)]
+    check((labels >= 0).all(), where, "a negative label in a split", "0 or more")

@@ -52,23 +52,22 @@ def digits(config: ImageConfig) -> Task:
 
     See :func:`experiments.train.data.made.digits_graph`.
     """
-    found = load_digits()
-    images, labels = (
-        torch.from_numpy(found.images).float()[:, None] / 16.0,
-        torch.from_numpy(found.target).long(),
-    )
-    split, size = digits_split(found.target), config.image_size or 8
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float()[:, None] / 16.0
+    labels = torch.from_numpy(bunch.target).long()
+    size = config.image_size or 8
     parts: dict[str, Any] = {
-        part: MemoryImages(images[rows], labels[rows], size) for part, rows in split.items()
+        part: MemoryImages(images[rows], labels[rows], size)
+        for part, rows in digits_split(bunch.target).items()
     }
     train = parts["train"].images
-    mean, std, classes = (
-        (float(train.mean()),),
-        (float(train.std()),),
-        tuple(map(str, found.target_names)),
-    )
     data = ImageData(
-        name="digits", classes=classes, mean=mean, std=std, note="scikit-learn's", **parts
+        name="digits",
+        classes=tuple(map(str, bunch.target_names)),
+        mean=(float(train.mean()),),
+        std=(float(train.std()),),
+        note="scikit-learn's",
+        **parts,
     )
     return image_task(data, config)
 
@@ -132,7 +131,6 @@ def classes_of(source: ImageSource) -> Tensor:
     return source.labels[:, 0] if source.labels.dim() == 2 else source.labels
 
 
-# Fmt: skip
 def _load(
     data: ImageData,
     sources: dict[Split, ImageSource],
@@ -144,11 +142,18 @@ def _load(
     shard: Shard = (0, 1),
 ) -> Iterator[Batch]:
     """The batches of a part; the router that is told the domain gets it as an input."""
+    augment = make_augment(config.augment, data.train.image_size) if part == "train" else None
     drawn = batches(
-        sources[part], split[part], batch_size, mean=data.mean, std=data.std,
-        augment=make_augment(config.augment, data.train.image_size) if part == "train" else None,
-        seed=seed, workers=config.workers, shard=shard,
-    )  # fmt: skip
+        sources[part],
+        split[part],
+        batch_size,
+        mean=data.mean,
+        std=data.std,
+        augment=augment,
+        seed=seed,
+        workers=config.workers,
+        shard=shard,
+    )
     for images, labels in drawn:
         if not data.domains:
             yield Batch((images,), labels)
@@ -158,7 +163,7 @@ def _load(
         yield Batch(inputs, target, domain=domain)
 
 
-def own_images(found: Any, config: ImageConfig) -> Task:
+def own_images(made: Any, config: ImageConfig) -> Task:
     """A task of images that a user's function made.
 
     It gives ``(train, test)`` or ``(train, val, test)``, each a torch ``Dataset`` of (image,
@@ -169,29 +174,27 @@ def own_images(found: Any, config: ImageConfig) -> Task:
     legal = (
         "(train, test) or (train, val, test), each a Dataset of (image, class), or (images, labels)"
     )
-    fits = isinstance(found, tuple | list) and len(found) in (2, 3)
-    check(fits, "data", f"a {type(found).__name__} for {config.dataset}", legal)
-    names = ("train", "test") if len(found) == 2 else ("train", "val", "test")
-    parts = {
-        part: _images(f"data: {part}", value) for part, value in zip(names, found, strict=True)
-    }
+    is_parts = isinstance(made, tuple | list) and len(made) in (2, 3)
+    check(is_parts, "data", f"a {type(made).__name__} for {config.dataset}", legal)
+    names = ("train", "test") if len(made) == 2 else ("train", "val", "test")
+    parts = {part: _images(f"data: {part}", value) for part, value in zip(names, made, strict=True)}
     images, labels = parts["train"]
-    channels, classes = images.size(1), int(labels.max()) + 1
+    channels = images.size(1)
+    classes = int(labels.max()) + 1
     for part, (others, numbers) in parts.items():
-        fits = others.shape[1:] == images.shape[1:] and others.dtype == images.dtype
-        check(fits, f"data: {part}", "images of another size or type than train", "one")
-        fits = 0 <= int(numbers.min()) <= int(numbers.max()) < classes
-        check(fits, f"data: {part}", "labels that train has not", f"0 to {classes - 1}")
-    mean, std = (0.0,) * channels, (1.0,) * channels
+        is_alike = others.shape[1:] == images.shape[1:] and others.dtype == images.dtype
+        check(is_alike, f"data: {part}", "images of another size or type than train", "one")
+        is_known = 0 <= int(numbers.min()) <= int(numbers.max()) < classes
+        check(is_known, f"data: {part}", "labels that train has not", f"0 to {classes - 1}")
+    mean = (0.0,) * channels
+    std = (1.0,) * channels
     if images.dtype == torch.uint8:
         flat = images.transpose(0, 1).reshape(channels, -1).double() / 255
-        mean, std = (
-            tuple(flat.mean(dim=1).tolist()),
-            tuple(flat.std(dim=1).clamp(min=1e-6).tolist()),
-        )
+        mean = tuple(flat.mean(dim=1).tolist())
+        std = tuple(flat.std(dim=1).clamp(min=1e-6).tolist())
     size = config.image_size or images.size(-1)
     sources: dict[str, Any] = {part: MemoryImages(*pair, size) for part, pair in parts.items()}
-    shown = tuple(map(str, getattr(found[0], "classes", range(classes))))[:classes]
+    shown = tuple(map(str, getattr(made[0], "classes", range(classes))))[:classes]
     name = config.data or config.dataset
     data = ImageData(
         name=name, classes=shown, mean=mean, std=std, note="by your function", **sources
@@ -199,44 +202,33 @@ def own_images(found: Any, config: ImageConfig) -> Task:
     return image_task(data, config)
 
 
-def _images(where: str, found: Any) -> tuple[Tensor, Tensor]:
+def _images(where: str, part: Any) -> tuple[Tensor, Tensor]:
     """(N, C, S, S) images, uint8 or float32, and (N,) classes."""
     try:
-        if isinstance(found, Dataset):
-            data: Any = found
-            pairs = [
-                (to_image(image), int(label))
-                for image, label in (data[row] for row in range(len(data)))
-            ]
-            images, labels = (
-                torch.stack([image for image, _ in pairs]),
-                torch.tensor([label for _, label in pairs]),
-            )
+        if isinstance(part, Dataset):
+            data: Any = part
+            rows = [data[row] for row in range(len(data))]
+            images = torch.stack([to_image(image) for image, _ in rows])
+            labels = torch.tensor([int(label) for _, label in rows])
         else:
-            images, labels = map(torch.as_tensor, found)
+            images, labels = map(torch.as_tensor, part)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{where} is a {type(found).__name__} that cannot be taken as images of one size and "
+            f"{where} is a {type(part).__name__} that cannot be taken as images of one size and "
             f"classes ({error}), expected a Dataset of (image, class) or (images, labels)"
         ) from error
     images = images.float() if images.is_floating_point() else images
-    fits = (
+    are_squares = (
         images.dim() == 4
         and len(images) > 0
         and images.size(1) in (1, 3)
         and images.size(2) == images.size(3)
     )
-    fits = fits and images.dtype in (torch.uint8, torch.float32) and bool(images.isfinite().all())
-    check(
-        fits,
-        where,
-        f"images {images.dtype} {tuple(images.shape)}",
-        "uint8 or finite float (N, 1 or 3, S, S)",
-    )
-    fits = (
-        labels.shape == (len(images),)
-        and not labels.is_floating_point()
-        and labels.dtype != torch.bool
-    )
-    check(fits, where, f"labels {labels.dtype} {tuple(labels.shape)}", "an integer an image")
+    are_numbers = images.dtype in (torch.uint8, torch.float32) and bool(images.isfinite().all())
+    got = f"images {images.dtype} {tuple(images.shape)}"
+    legal = "uint8 or finite float (N, 1 or 3, S, S)"
+    check(are_squares and are_numbers, where, got, legal)
+    are_integers = not labels.is_floating_point() and labels.dtype != torch.bool
+    got = f"labels {labels.dtype} {tuple(labels.shape)}"
+    check(are_integers and labels.shape == (len(images),), where, got, "an integer an image")
     return images, labels.long()

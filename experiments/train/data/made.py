@@ -15,8 +15,11 @@ from torch_geometric.data import Data
 from experiments.train.data.task import GraphData, Splits
 from gmoe._checks import check
 
-NODES, REGIONS, CLASSES, FEATURES = 8_000, 8, 16, 32
-"""Of mosaic."""
+# Of mosaic
+NODES = 8_000
+REGIONS = 8
+CLASSES = 16
+FEATURES = 32
 
 
 def digits_split(labels: np.ndarray) -> Splits:
@@ -40,7 +43,8 @@ def digits_graph() -> GraphData:
     digits = load_digits()
     with threadpool_limits(1):  # neighbors of equal distance would follow the number of threads
         near = kneighbors_graph(digits.data, n_neighbors=10, include_self=False)
-    edges, split = np.stack(near.maximum(near.T).nonzero()), digits_split(digits.target)
+    edges = np.stack(near.maximum(near.T).nonzero())
+    split = digits_split(digits.target)
     data = _data(digits.data / 16.0, edges, digits.target)
     return GraphData(name="digits-graph", data=data, splits=lambda _: split, num_outputs=10)
 
@@ -76,17 +80,18 @@ def regimes(name: str) -> GraphData:
     )
     count, labels, shown = match.groups() if match else ("0", "0", "")
     check(shown in SHOWN and int(labels) <= 800, "dataset", repr(name), legal)
-    regions, nodes = int(count), max(4_000, 1_000 * int(count))
+    regions = int(count)
+    nodes = max(4_000, 1_000 * regions)
     return _regions(name, nodes, regions, labels=regions * int(labels), shown=SHOWN[shown])
 
 
 def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.0) -> GraphData:
-    classes, edges = CLASSES, 10 * nodes
+    edges = 10 * nodes
     # Its streams are frozen, unlike those of numpy's newer generators
     rng = np.random.RandomState(0)
     region = rng.permutation(np.arange(nodes) % regions)
-    label = rng.randint(classes, size=nodes)
-    class_center = rng.standard_normal((classes, FEATURES))
+    label = rng.randint(CLASSES, size=nodes)
+    class_center = rng.standard_normal((CLASSES, FEATURES))
     region_center = rng.standard_normal((regions, FEATURES))
     x = (
         class_center[label]
@@ -95,15 +100,15 @@ def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.
     )
 
     permutation = np.stack(
-        [np.arange(classes), *(rng.permutation(classes) for _ in range(regions - 1))]
+        [np.arange(CLASSES), *(rng.permutation(CLASSES) for _ in range(regions - 1))]
     )
     destination = rng.randint(nodes, size=edges)
     source_label = permutation[region[destination], label[destination]]
     stray = rng.uniform(size=edges) < 0.15
-    source_label[stray] = rng.randint(classes, size=int(stray.sum()))
+    source_label[stray] = rng.randint(CLASSES, size=int(stray.sum()))
     source = np.empty(edges, dtype=np.int64)
     for r in range(regions):
-        for c in range(classes):
+        for c in range(CLASSES):
             wanted = (region[destination] == r) & (source_label == c)
             source[wanted] = rng.choice(
                 np.flatnonzero((region == r) & (label == c)), size=int(wanted.sum())
@@ -117,19 +122,22 @@ def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.
         name=name,
         data=_data(x, np.stack([source, destination]), label),
         splits=lambda _: {"train": train, "val": val, "test": test},
-        num_outputs=classes,
+        num_outputs=CLASSES,
         planted=torch.from_numpy(region).long(),
     )
 
 
-CONCEPT_CLASSES, CONCEPT_FEATURES, SIGN_FEATURES = 8, 16, 8
-"""Of concept graphs: classes, features that the label follows from, and features that show the
-regime."""
+CONCEPT_CLASSES = 8
+CONCEPT_FEATURES = 16
+"""Of concept graphs: features that the label follows from."""
+SIGN_FEATURES = 8
+"""Of concept graphs: features that show the regime."""
 CONCEPT_SHOWN = ("features", "communities", "patches", "nothing")
 """How a concept graph's regimes show."""
-INSIDE, CELLS = 0.7, 6
-"""Share of edges from a node's own regime where regimes are communities, and cells along a side
-of the plane where they are patches."""
+INSIDE = 0.7
+"""Share of edges from a node's own regime, where regimes are communities."""
+CELLS = 6
+"""Cells along a side of the plane, where regimes are patches."""
 
 
 def concept(name: str) -> GraphData:
@@ -157,8 +165,10 @@ def concept(name: str) -> GraphData:
         raise ValueError(
             f"dataset: got {name!r}, expected {legal}one of {', '.join(CONCEPT_SHOWN)}"
         )
-    regimes, labels, shown = int(match[1]), int(match[1]) * int(match[2]), match[3]
-    nodes, classes = max(4_000, 1_000 * regimes), CONCEPT_CLASSES
+    regimes = int(match[1])
+    labels = regimes * int(match[2])
+    shown = match[3]
+    nodes = max(4_000, 1_000 * regimes)
 
     # Its streams are frozen, unlike those of numpy's newer generators
     rng = np.random.RandomState(0)
@@ -168,14 +178,14 @@ def concept(name: str) -> GraphData:
     np.add.at(received, edges[1], x[edges[0]])
     received /= np.sqrt(np.maximum(degree, 1))[:, None]
 
-    own_rule = rng.standard_normal((CONCEPT_FEATURES, classes))
-    regime_rules = rng.standard_normal((regimes, CONCEPT_FEATURES, classes))
+    own_rule = rng.standard_normal((CONCEPT_FEATURES, CONCEPT_CLASSES))
+    regime_rules = rng.standard_normal((regimes, CONCEPT_FEATURES, CONCEPT_CLASSES))
     scores = x @ own_rule
     for one in range(regimes):
         scores[regime == one] += received[regime == one] @ regime_rules[one]
     label = scores.argmax(axis=1)
     is_random = rng.uniform(size=nodes) < 0.05
-    label[is_random] = rng.randint(classes, size=int(is_random.sum()))
+    label[is_random] = rng.randint(CONCEPT_CLASSES, size=int(is_random.sum()))
     if shown == "features":
         centers = rng.standard_normal((regimes, SIGN_FEATURES))
         x = np.hstack([x, 3 * centers[regime] + 3 * rng.standard_normal((nodes, SIGN_FEATURES))])
@@ -190,7 +200,7 @@ def concept(name: str) -> GraphData:
         name=name,
         data=_data(x, edges, label),
         splits=lambda _: {"train": train, "val": val, "test": test},
-        num_outputs=classes,
+        num_outputs=CONCEPT_CLASSES,
         planted=torch.from_numpy(regime).long(),
     )
 

@@ -54,12 +54,12 @@ def files_of(name: str) -> dict[Any, str]:
         "edges": "num-edge-list",
         "y": "graph-label",
     }
-    found: dict[Any, str] = {of: f"raw/{file}.csv.gz" for of, file in raw.items()}
-    found["release"] = f"RELEASE_v{said['version']}.txt"
+    files: dict[Any, str] = {of: f"raw/{file}.csv.gz" for of, file in raw.items()}
+    files["release"] = f"RELEASE_v{said['version']}.txt"
     for part in get_args(Split):
         file = "valid" if part == "val" else part
-        found[part] = f"split/{said['split']}/{file}.csv.gz"
-    return found
+        files[part] = f"split/{said['split']}/{file}.csv.gz"
+    return files
 
 
 def load_molecules(name: str, root: Path, *, offline: bool = False) -> Molecules:
@@ -74,16 +74,19 @@ def load_molecules(name: str, root: Path, *, offline: bool = False) -> Molecules
     """
     files = files_of(name)
     folder = provide(name, root.expanduser(), files, MEGABYTES, offline, True)
-    found = kept_tensors(name, folder, files, _read)
-    graphs = []
-    parts = (
-        found["x"].split(found["nodes"].tolist()),
-        found["edge_index"].split(found["edges"].tolist(), dim=1),
-        found["edge_attr"].split(found["edges"].tolist()),
+    tensors = kept_tensors(name, folder, files, _read)
+    nodes = tensors["nodes"].tolist()
+    edges = tensors["edges"].tolist()
+    parts = zip(
+        tensors["x"].split(nodes),
+        tensors["edge_index"].split(edges, dim=1),
+        tensors["edge_attr"].split(edges),
+        strict=True,
     )
-    for x, edge_index, edge_attr in zip(*parts, strict=True):
-        graphs.append(Data(x=x, edge_index=edge_index, edge_attr=edge_attr))
-    return Molecules(name=name, graphs=graphs, y=found["y"], split=found["split"])
+    graphs = [
+        Data(x=x, edge_index=edge_index, edge_attr=edge_attr) for x, edge_index, edge_attr in parts
+    ]
+    return Molecules(name=name, graphs=graphs, y=tensors["y"], split=tensors["split"])
 
 
 def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
@@ -95,7 +98,8 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
     most = np.iinfo(np.int32).max
     nodes = table(files["nodes"], None, [most]).view(-1)
     check(nodes.min() > 0, str(files["nodes"]), "a graph without nodes", "one or more in each")
-    graphs, total = len(nodes), int(nodes.sum())
+    graphs = len(nodes)
+    total = int(nodes.sum())
     edges = table(files["edges"], graphs, [most]).view(-1)
     ends = table(files["edge"], int(edges.sum()), [int(nodes.max())] * 2)
     inside = (ends < nodes.repeat_interleave(edges)[:, None]).all(dim=1)
@@ -125,11 +129,15 @@ def _labels(path: Path, graphs: int, tasks: int, kind: str) -> Tensor:
     y = read_csv(path, header=None, dtype=np.float64).to_numpy()
     known = y[~np.isnan(y)]
     is_binary = kind == "binary classification"
-    fits = y.shape == (graphs, tasks) and np.isfinite(known).all()
-    if is_binary:
-        fits &= np.isin(known, (0, 1)).all()
+    is_table = y.shape == (graphs, tasks) and bool(np.isfinite(known).all())
+    has_labels = not is_binary or bool(np.isin(known, (0, 1)).all())
     legal = "0, 1 or nothing" if is_binary else "numbers or nothing"
-    check(fits, str(path), f"a table of shape {y.shape}", f"({graphs}, {tasks}) of {legal}")
+    check(
+        is_table and has_labels,
+        str(path),
+        f"a table of shape {y.shape}",
+        f"({graphs}, {tasks}) of {legal}",
+    )
     return torch.from_numpy(y.astype(np.float32))
 
 

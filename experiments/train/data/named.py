@@ -74,8 +74,10 @@ class PyGSet:
         data = dataset.get(0)
         check_graph(str(folder), data)  # as in the files: a sum over a row spreads NaN
         data = data if dataset.transform is None else dataset.transform(data)
-        data.x, data.y = data.x.float(), data.y.long()
-        classes, splits = int(data.y.max()) + 1, partial(self.splits, data)
+        data.x = data.x.float()
+        data.y = data.y.long()
+        classes = int(data.y.max()) + 1
+        splits = partial(self.splits, data)
         with naming(folder):  # drawn splits need some nodes of each class
             splits(0)
         return GraphData(
@@ -144,7 +146,8 @@ FILTERED = ("chameleon-filtered", "squirrel-filtered")
 
 def load_graph(config: GraphConfig | HeteroConfig) -> GraphData:
     """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, with files in the data root."""
-    name, root = config.dataset, config.data_root
+    name = config.dataset
+    root = config.data_root
     if name in PYG:
         return PYG[name].load(name, root, config.offline)
     if name in FILTERED:
@@ -199,9 +202,9 @@ def _check(path: Path) -> None:
             if re.search(rb"[^\d.\t,\n]|[\d.]{6}", table) or not table.endswith(b"\n"):
                 raise ValueError("not a whole table of numbers below 100,000")
         else:
-            found = read_pickle(path)
-            if isinstance(found, csr_matrix):
-                _check_matrix(found, becomes_dense=True)
+            unpickled = read_pickle(path)
+            if isinstance(unpickled, csr_matrix):
+                _check_matrix(unpickled, becomes_dense=True)
 
 
 def _check_matrix(matrix: csr_matrix, becomes_dense: bool) -> None:

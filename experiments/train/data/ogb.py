@@ -47,23 +47,22 @@ def files_of(name: str) -> dict[Any, str]:
 
     Relations have two, and proteins the features of edges.
     """
-    said, mag = published(name), name == "ogbn-mag"
+    said = published(name)
+    mag = name == "ogbn-mag"
     raw = "raw/{0}/paper/{0}.csv.gz" if mag else "raw/{0}.csv.gz"
     split = f"split/{said['split']}/paper" if mag else f"split/{said['split']}"
-    found: dict[Any, str] = {
+    files: dict[Any, str] = {
         "release": f"RELEASE_v{said['version']}.txt",
         "x": raw.format("edge-feat" if name == "ogbn-proteins" else "node-feat"),
         "y": raw.format("node-label"),
         "nodes": f"raw/num-node-{'dict' if mag else 'list'}.csv.gz",
     }
-    found |= {part: f"{split}/{part.replace('val', 'valid')}.csv.gz" for part in get_args(Split)}
+    files |= {part: f"{split}/{part.replace('val', 'valid')}.csv.gz" for part in get_args(Split)}
     for relation in RELATIONS if mag else ("",):
         folder = f"raw/relations/{'___'.join(relation)}" if relation else "raw"
-        found[relation, "edge"], found[relation, "edges"] = (
-            f"{folder}/edge.csv.gz",
-            f"{folder}/num-edge-list.csv.gz",
-        )
-    return found
+        files[relation, "edge"] = f"{folder}/edge.csv.gz"
+        files[relation, "edges"] = f"{folder}/num-edge-list.csv.gz"
+    return files
 
 
 def load_ogb(
@@ -77,27 +76,26 @@ def load_ogb(
     papers alone have ``x`` and ``y``. Missing files that may not or cannot be downloaded are a
     ``FileNotFoundError``, broken ones a ``ValueError``.
     """
-    check(
-        name in MEGABYTES,
-        "name",
-        repr(name),
-        f"one of {', '.join(MEGABYTES)}; ogbn-papers100M stays on disk",
-    )
-    files, megabytes = files_of(name), MEGABYTES[name]
-    folder = provide(name, root.expanduser(), files, megabytes, offline, allow_large_downloads)
-    hetero, tasks = name == "ogbn-mag", int(published(name)["num tasks"])
+    legal = f"one of {', '.join(MEGABYTES)}; ogbn-papers100M stays on disk"
+    check(name in MEGABYTES, "name", repr(name), legal)
+    files = files_of(name)
+    root = root.expanduser()
+    folder = provide(name, root, files, MEGABYTES[name], offline, allow_large_downloads)
+    hetero = name == "ogbn-mag"
+    tasks = int(published(name)["num tasks"])
     if (folder / "PLANTED.txt").exists():
         print(f"{name}: a planted graph, not OGB's ({folder / 'PLANTED.txt'})", flush=True)
-    found = kept_tensors(name, folder, files, _read)
+    tensors = kept_tensors(name, folder, files, _read)
+    split = tensors["split"]
     with naming(folder):  # kept tensors are not read as strictly as OGB's files
-        data = HeteroData(found["graph"]) if hetero else Data.from_dict(found["graph"])
+        data = HeteroData(tensors["graph"]) if hetero else Data.from_dict(tensors["graph"])
         data.validate()
         # Refuses nodes that are not there
-        (data["paper"] if hetero else data).y[torch.cat([*found["split"].values()])]
+        (data["paper"] if hetero else data).y[torch.cat([*split.values()])]
     return GraphData(
         name=name,
         data=data,
-        splits=lambda _: found["split"],
+        splits=lambda _: split,
         metric=partial(OGBMetric, name),
         metric_name="accuracy" if tasks == 1 else "roc_auc",
         num_outputs=int(published(name)["num classes"]) if tasks == 1 else tasks,
@@ -124,13 +122,10 @@ def provide(
 
         archive = Path(said["url"]).name
         # As ogb
-        fits = offline or allow_large_downloads or megabytes <= 1_000 or (root / archive).exists()
-        check(
-            fits,
-            name,
-            f"no {folder}",
-            f"OGB's {archive} ({megabytes} MB) in {root}, or --allow-large-downloads",
-        )
+        is_small = allow_large_downloads or megabytes <= 1_000
+        legal = f"OGB's {archive} ({megabytes} MB) in {root}, or --allow-large-downloads"
+        has_archive = (root / archive).exists()
+        check(offline or is_small or has_archive, name, f"no {folder}", legal)
         # Without a file in it, as ogb leaves it where a download failed
         shutil.rmtree(folder, ignore_errors=True)
         unpacked(
@@ -161,26 +156,24 @@ def kept_tensors(
     What the last run kept of it is taken where the files have the same sizes.
     """
     files = {of: folder / file for of, file in names.items()}
-    path, sizes = (
-        folder / "processed" / "tensors.pt",
-        [file.stat().st_size for file in files.values()],
-    )
+    path = folder / "processed" / "tensors.pt"
+    sizes = [file.stat().st_size for file in files.values()]
     known = read_tensors(path) if path.exists() else None
     if isinstance(known, dict) and known.get("sizes") == sizes:
         return known
     print(f"{name}: reading the files in {folder}", flush=True)
-    found = {"sizes": sizes, **read(name, files)}
+    tensors = {"sizes": sizes, **read(name, files)}
     try:
         path.parent.mkdir(exist_ok=True)
         with TemporaryDirectory(dir=path.parent) as scratch:
-            torch.save(found, Path(scratch) / path.name)
+            torch.save(tensors, Path(scratch) / path.name)
             (Path(scratch) / path.name).replace(path)
     except (OSError, RuntimeError) as error:  # the latter is torch's, of a full disk
         print(
             f"{name}: the next run reads them again, since they cannot be kept ({error})",
             flush=True,
         )
-    return found
+    return tensors
 
 
 def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
@@ -237,28 +230,26 @@ def _counts(path: Path) -> dict[Any, Any]:
     got = f"columns {', '.join(map(str, counts)):.200}"
     check(kinds == sorted(map(str, counts)), str(path), got, ", ".join(kinds))
     first = {kind: counts[kind][0] for kind in kinds}
-    fits = all(counts[kind].dtype.kind == "i" and 0 < first[kind] < 2**31 for kind in kinds)
+    are_counts = all(counts[kind].dtype.kind == "i" and 0 < first[kind] < 2**31 for kind in kinds)
     got = f"{', '.join(map(str, first.values())):.200}"
-    check(fits, str(path), got, "whole numbers of nodes, from 1 to 2**31 - 1")
+    check(are_counts, str(path), got, "whole numbers of nodes, from 1 to 2**31 - 1")
     return {kind: {"num_nodes": int(count)} for kind, count in first.items()}
 
 
 def table(path: Path, rows: int | None, below: Sequence[int] | None = None) -> Tensor:
     """(rows, columns) float32; or int64 from 0 to what each column stays ``below``."""
     values = read_csv(path, header=None, dtype=np.float64).to_numpy()
-    low, high = values.min(axis=0), values.max(axis=0)  # NaN where there is one
-    legal = rows in (None, len(values)) and bool(np.isfinite([low, high]).all())
-    wanted = (
-        "finite numbers"
-        if below is None
-        else f"{len(below)} whole numbers from 0 to {max(below) - 1}"
-    )
+    low = values.min(axis=0)  # NaN where there is one
+    high = values.max(axis=0)
+    is_wanted = rows in (None, len(values)) and bool(np.isfinite([low, high]).all())
+    wanted = "finite numbers"
     if below is not None:
-        legal &= len(low) == len(below) and bool(
-            ((low >= 0) & (high < below)).all() and (values % 1 == 0).all()
-        )
+        wanted = f"{len(below)} whole numbers from 0 to {max(below) - 1}"
+        is_wanted = is_wanted and len(low) == len(below)
+        is_wanted = is_wanted and bool(((low >= 0) & (high < below)).all())
+        is_wanted = is_wanted and bool((values % 1 == 0).all())
     got = f"{len(values)} rows of {len(low)} numbers from {low.min():g} to {high.max():g}"
-    check(legal, str(path), got, f"{'any' if rows is None else rows} rows of {wanted}")
+    check(is_wanted, str(path), got, f"{'any' if rows is None else rows} rows of {wanted}")
     return torch.from_numpy(values.astype(np.float32 if below is None else np.int64))
 
 
@@ -286,11 +277,13 @@ class OGBMetric(Metric):
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Take in the logits of some nodes or graphs."""
-        logits, is_by_class = logits.detach(), self._evaluator.eval_metric == "acc"
-        self.prediction.append(
-            logits.argmax(dim=1, keepdim=True) if is_by_class else logits.float()
-        )
-        self.target.append(target.view(-1, 1) if is_by_class else target)
+        logits = logits.detach()
+        if self._evaluator.eval_metric == "acc":
+            self.prediction.append(logits.argmax(dim=1, keepdim=True))
+            self.target.append(target.view(-1, 1))
+        else:
+            self.prediction.append(logits.float())
+            self.target.append(target)
 
     def compute(self) -> Tensor:
         """The metric over everything since the last reset."""

@@ -77,12 +77,8 @@ def own_graph(path: Path, metric: MetricName | None = None, name: str | None = N
         )
     readers = {"folder": _read_folder, ".npz": _read_npz, ".pt": _read_pt}
     kind = "folder" if (path / "nodes.csv").is_file() else path.suffix
-    check(
-        kind in readers,
-        "data_root",
-        path,
-        "FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv",
-    )
+    legal = "FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv"
+    check(kind in readers, "data_root", path, legal)
     return graph_of(readers[kind](path), name or path.stem, str(path), metric)
 
 
@@ -98,45 +94,27 @@ def graph_of(
     target = None
     if isinstance(data, HeteroData):
         labeled = [kind for kind in data.node_types if "y" in data[kind]]
-        check(
-            len(labeled) == 1,
-            where,
-            f"y of {', '.join(labeled) or 'no node type'}",
-            "one of one node type",
-        )
+        got = f"y of {', '.join(labeled) or 'no node type'}"
+        check(len(labeled) == 1, where, got, "one of one node type")
         target = labeled[0]
     given: Any = data if target is None else data[target]
     masks = [mask for mask in MASKS.values() if mask in given]
     missing = [key for key in NEEDED if key not in given and target is None]
     missing += [mask for mask in MASKS.values() if masks and mask not in masks]
-    check(
-        not missing,
-        where,
-        f"no {', '.join(missing)}",
-        f"{', '.join(NEEDED)}, and all masks or none",
-    )
+    legal = f"{', '.join(NEEDED)}, and all masks or none"
+    check(not missing, where, f"no {', '.join(missing)}", legal)
     data = _kept(data, where)
     check_graph(where, data, target)
     store = data if target is None else data[target]
     classes = int(store.y.max()) + 1
-    check(
-        2 <= classes <= len(store.y),
-        where,
-        f"{classes - 1} as the largest label",
-        f"1 to {len(store.y) - 1}",
-    )
+    got = f"{classes - 1} as the largest label"
+    check(2 <= classes <= len(store.y), where, got, f"1 to {len(store.y) - 1}")
     labels = store.y[store.y >= 0].unique().tolist()
-    check(
-        len(labels) > 1,
-        where,
-        f"no label but {labels} (those below 0 are none)",
-        "two classes or more",
-    )
-    how = (
-        f"{store.train_mask[0].numel()} split(s) by its masks"
-        if masks
-        else "each seed splits it 60/20/20 by class"
-    )
+    got = f"no label but {labels} (those below 0 are none)"
+    check(len(labels) > 1, where, got, "two classes or more")
+    how = "each seed splits it 60/20/20 by class"
+    if masks:
+        how = f"{store.train_mask[0].numel()} split(s) by its masks"
     size = (
         f"{data.num_nodes:,} nodes, {data.num_edges:,} edges, {store.num_features:,} features, "
         f"{classes} classes"
@@ -155,19 +133,23 @@ def graph_of(
 def _kept(data: Any, where: str) -> Any:
     """What is used of a graph, as the types that models take."""
     kept = type(data)()
-    for part, store in (
-        [(None, data)] if isinstance(data, Data) else [*data.node_items(), *data.edge_items()]
-    ):
+    parts: list[tuple[Any, Any]] = [(None, data)]
+    names = list(NAMES)
+    if isinstance(data, HeteroData):
+        parts = [*data.node_items(), *data.edge_items()]
+        names.remove("edge_weight")
+    for part, store in parts:
         into = kept if part is None else kept[part]
-        for key in NAMES if part is None else [key for key in NAMES if key != "edge_weight"]:
+        for key in names:
             if key in store:
                 into[key] = _converted(f"{where}: {key}", key, store[key])
         if isinstance(part, str):
             into.num_nodes = store.num_nodes
     if "edge_weight" in kept:
-        weight, edges = kept.edge_weight, kept.edge_index.shape[-1:]
-        fits = weight.shape == edges and weight.isfinite().all()
-        check(fits, where, f"edge_weight of shape {tuple(weight.shape)}", "a finite number an edge")
+        weight = kept.edge_weight
+        is_an_edge = weight.shape == kept.edge_index.shape[-1:]
+        got = f"edge_weight of shape {tuple(weight.shape)}"
+        check(is_an_edge and weight.isfinite().all(), where, got, "a finite number an edge")
     return kept
 
 
@@ -175,19 +157,23 @@ def _converted(where: str, key: str, value: Any) -> Tensor:
     """One tensor of a graph, as models take it."""
     if isinstance(value, EdgeIndex):
         value = value.as_tensor()
-    fits = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
-    check(fits, where, f"a {type(value).__name__}", "a dense tensor of real numbers")
-    fits = key != "y" or (value.dim() > 0 and value.numel() == len(value))
-    check(fits, where, f"shape {tuple(value.shape)}", "a label a node")
-    value = value.flatten() if key in ("y", "edge_weight") else value
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+    got = f"a {type(value).__name__}"
+    check(is_dense and not value.is_complex(), where, got, "a dense tensor of real numbers")
+    is_a_column = value.dim() > 0 and value.numel() == len(value)
+    check(key != "y" or is_a_column, where, f"shape {tuple(value.shape)}", "a label a node")
+    if key in ("y", "edge_weight"):
+        value = value.flatten()
     if key in ("x", "edge_weight"):
         return value.float().contiguous()
     # NaN is not equal to itself
-    fits = not value.is_floating_point() or (value == value.trunc()).all()
-    check(fits, where, "other numbers", "whole numbers")
-    fits = key not in MASKS.values() or ((value == 0) | (value == 1)).all()
-    check(fits, where, "other values than 0 and 1", "a mask")
-    return (value.bool() if key in MASKS.values() else value.long()).contiguous()
+    are_whole = not value.is_floating_point() or (value == value.trunc()).all()
+    check(are_whole, where, "other numbers", "whole numbers")
+    if key not in MASKS.values():
+        return value.long().contiguous()
+    is_mask = ((value == 0) | (value == 1)).all()
+    check(is_mask, where, "other values than 0 and 1", "a mask")
+    return value.bool().contiguous()
 
 
 def _read_npz(path: Path) -> Data:
@@ -199,28 +185,22 @@ def _read_npz(path: Path) -> Data:
         for key in keys:
             kind = {"b": "bool", "f": "float64" if arrays[key].dtype.itemsize > 4 else "float32"}
             value = torch.from_numpy(arrays[key].astype(kind.get(arrays[key].dtype.kind, "int64")))
-            data[name] = (
-                value.T
-                if value.dim() == 2 and (key == "edges" or key.endswith("_masks"))
-                else value
-            )
+            is_turned = value.dim() == 2 and (key == "edges" or key.endswith("_masks"))
+            data[name] = value.T if is_turned else value
     return data
 
 
 def _read_pt(path: Path) -> Data:
     with naming(path):
-        found = read_tensors(path, DATA)
-        check(isinstance(found, Data), str(path), f"a {type(found).__name__}", "a PyG Data")
-        data = Data.from_dict({name: found[name] for name in NAMES if name in found})
+        saved = read_tensors(path, DATA)
+        check(isinstance(saved, Data), str(path), f"a {type(saved).__name__}", "a PyG Data")
+        data = Data.from_dict({name: saved[name] for name in NAMES if name in saved})
         for name, value in data.to_dict().items():
             if isinstance(value, Tensor) and value.layout == torch.strided:
-                fits = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-                check(
-                    fits,
-                    str(path),
-                    f"{value.numel()} numbers as {name}",
-                    "as many as the file holds",
-                )
+                size = value.numel() * value.element_size()
+                got = f"{value.numel()} numbers as {name}"
+                is_held = size <= value.untyped_storage().nbytes()
+                check(is_held, str(path), got, "as many as the file holds")
     return data
 
 
@@ -242,12 +222,8 @@ def _read_folder(folder: Path) -> Data:
             print(f"{folder.stem}: labels are {', '.join(shown)}", flush=True)
         if "split" in nodes:
             splits = nodes["split"].fillna("none").str.lower().replace({"valid": "val"})
-            check(
-                splits.isin([*MASKS, "none"]).all(),
-                "split",
-                set(splits),
-                "train, val, test or nothing",
-            )
+            legal = "train, val, test or nothing"
+            check(splits.isin([*MASKS, "none"]).all(), "split", set(splits), legal)
             for part, mask in MASKS.items():
                 data[mask] = torch.from_numpy((splits == part).to_numpy(copy=True))
     with naming(folder / "edges.csv"):
@@ -274,12 +250,8 @@ def _read_table(path: Path, needed: tuple[str, ...], text: tuple[str, ...]) -> p
         encoding="utf-8-sig",
     )
     columns = [str(column) for column in table]
-    check(
-        {*needed} <= {*columns},
-        str(path),
-        f"columns {', '.join(columns)}",
-        f"{', '.join(needed)} among them",
-    )
+    got = f"columns {', '.join(columns)}"
+    check({*needed} <= {*columns}, str(path), got, f"{', '.join(needed)} among them")
     is_named = not any(column.startswith("Unnamed: ") for column in columns)
     check(is_named, str(path), "a column without a name", "none (pandas: to_csv(index=False))")
     return table

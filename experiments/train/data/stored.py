@@ -37,39 +37,34 @@ def stored_task(config: GraphConfig) -> Task:
             f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} "
             f"--from {config.data_root} --to {folder} --half, or give another --data-root"
         )
-    for name, legal in {"sampling": "neighbor", "evaluation": "sampled"}.items():
-        got = getattr(config, name)
-        check(
-            got == legal, name, f"{got!r} for {folder}", f"{legal!r}, since the graph stays on disk"
-        )
+    for name, got, wanted in (
+        ("sampling", config.sampling, "neighbor"),
+        ("evaluation", config.evaluation, "sampled"),
+    ):
+        legal = f"{wanted!r}, since the graph stays on disk"
+        check(got == wanted, name, f"{got!r} for {folder}", legal)
     graph = StoredGraph(folder)
-    said, got = graph.info, config.undirected
+    said = graph.info
     missing = [name for name in ("y", *get_args(Split)) if name not in said["arrays"]]
-    check(
-        not missing,
-        "data_root",
-        f"no {', '.join(missing)} in {folder}",
-        "them; convert again, and give them",
-    )
+    legal = "them; convert again, and give them"
+    check(not missing, "data_root", f"no {', '.join(missing)} in {folder}", legal)
     for name, kind in SAID.items():
         value = said.get(name)
         where = str(folder / "graph.json")
         check(type(value) is kind, where, f"{name}={value!r:.80}", f"of type {kind.__name__}")
-    check(
-        got is said["undirected"],
-        "undirected",
-        f"{got} for {folder}",
-        f"{said['undirected']}, as it was converted",
-    )
+    undirected = config.undirected
+    legal = f"{said['undirected']}, as it was converted"
+    check(undirected is said["undirected"], "undirected", f"{undirected} for {folder}", legal)
     split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
     stored = [("source", graph.source)] if graph.num_edges <= CHECKED else []
     for name, ids in (*split.items(), *stored):
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
-        fits, last = 0 <= low <= high < graph.num_nodes, graph.num_nodes - 1
-        check(fits, f"{folder / name}.npy", f"nodes {low} to {high}", f"0 to {last}")
+        is_inside = 0 <= low <= high < graph.num_nodes
+        legal = f"0 to {graph.num_nodes - 1}"
+        check(is_inside, f"{folder / name}.npy", f"nodes {low} to {high}", legal)
     _check_classes(graph, split)
-    fits = not stored or bool((graph.start.diff() >= 0).all())
-    check(fits, f"{folder / 'start'}.npy", "falling values", "values that never fall")
+    never_falls = not stored or bool((graph.start.diff() >= 0).all())
+    check(never_falls, f"{folder / 'start'}.npy", "falling values", "values that never fall")
     if said["source"].startswith("Not OGB's"):
         print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
 
@@ -78,7 +73,8 @@ def stored_task(config: GraphConfig) -> Task:
     ) -> Iterator[Batch]:
         return neighborhoods(graph, config, split[part], batch_size, seed, shard)
 
-    metric_name, classes = config.metric or "accuracy", said["num_classes"]
+    metric_name = config.metric or "accuracy"
+    classes = said["num_classes"]
     return Task(
         name=said["name"],
         kind="graph",
@@ -98,13 +94,15 @@ def stored_task(config: GraphConfig) -> Task:
 def _check_classes(graph: StoredGraph, split: Splits) -> None:
     """Refuse labels beyond the number of classes, and a number that is merely claimed."""
     classes = graph.info["num_classes"]
-    where, legal = str(graph.folder / "graph.json"), f"2 to {graph.num_nodes}"
+    where = str(graph.folder / "graph.json")
+    legal = f"2 to {graph.num_nodes}"
     check(2 <= classes <= graph.num_nodes, where, f"num_classes={classes}", legal)
     for part, ids in split.items():
         y = graph.rows("y", ids)
-        fits = y.dim() == 1 and not y.is_floating_point() and len(y) > 0
+        are_classes = y.dim() == 1 and not y.is_floating_point() and len(y) > 0
         got = f"labels of {part}, {y.dtype} of shape {tuple(y.shape)}"
-        check(fits, str(graph.folder / "y.npy"), got, "a class of each node, and some nodes")
-        low, high = int(y.min()), int(y.max())
+        check(are_classes, str(graph.folder / "y.npy"), got, "a class of each node, and some nodes")
+        low = int(y.min())
+        high = int(y.max())
         got = f"labels of {part} from {low} to {high}"
         check(0 <= low <= high < classes, str(graph.folder / "y.npy"), got, f"0 to {classes - 1}")
