@@ -26,7 +26,6 @@ from vision import (
     ImageSource,
     MemoryImages,
     batches,
-    load_images,
     make_augment,
     split_images,
 )
@@ -36,18 +35,7 @@ VAL_SHARE = 0.1
 own."""
 
 
-def image_set(config: ImageConfig) -> Task:
-    """``cifar10``, ``cifar100``, ``imagenette``, ``pacs``, or ``images``, a folder of your own.
-
-    See :func:`vision.load_images`.
-    """
-    data = load_images(
-        config.dataset, config.data_root, image_size=config.image_size, offline=config.offline
-    )
-    return image_task(data, config)
-
-
-def digits(config: ImageConfig) -> Task:
+def digits(image_size: int | None) -> ImageData:
     """scikit-learn's digits, standardized over the training set.
 
     See :func:`experiments.train.data.made.digits_graph`.
@@ -55,13 +43,13 @@ def digits(config: ImageConfig) -> Task:
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] / 16.0
     labels = torch.from_numpy(bunch.target).long()
-    size = config.image_size or 8
+    size = image_size or 8
     parts: dict[str, Any] = {
         part: MemoryImages(images[rows], labels[rows], size)
         for part, rows in digits_split(bunch.target).items()
     }
     train = parts["train"].images
-    data = ImageData(
+    return ImageData(
         name="digits",
         classes=tuple(map(str, bunch.target_names)),
         mean=(float(train.mean()),),
@@ -69,7 +57,6 @@ def digits(config: ImageConfig) -> Task:
         note="scikit-learn's",
         **parts,
     )
-    return image_task(data, config)
 
 
 def image_task(data: ImageData, config: ImageConfig) -> Task:
@@ -77,34 +64,11 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
 
     The test images are read once.
     """
-    sources: dict[Split, ImageSource] = {
-        "train": data.train,
-        "val": data.val or data.train,
-        "test": data.test,
-    }
-    split = {part: torch.arange(len(source.labels)) for part, source in sources.items()}
-    if data.val is None:
-        split["train"], split["val"] = split_images(data.train.labels, VAL_SHARE, seed=0)
-    print(
-        f"{data.name}: {' + '.join(str(len(rows)) for rows in split.values())} images; {data.note}",
-        flush=True,
-    )
-    for part, rows in split.items():
-        seen = set(classes_of(sources[part])[rows].tolist())
-        least = 2 if part == "train" else 1
-        check(
-            len(seen) >= least,
-            data.name,
-            f"images of {len(seen)} classes in {part}",
-            f"at least {least}",
-        )
-        missing = [name for label, name in enumerate(data.classes) if label not in seen]
-        if missing:
-            print(
-                f"{data.name}: {part} has no image of {len(missing)} classes: "
-                f"{', '.join(missing[:5])}",
-                flush=True,
-            )
+    loader = ImageBatches(data, config)
+    sizes = " + ".join(str(len(rows)) for rows in loader.split.values())
+    print(f"{data.name}: {sizes} images; {data.note}", flush=True)
+    for part in loader.split:
+        _check_classes(data, part, loader.classes(part))
     tested = {}
     if data.domains:
         tested = {"label": data.test.labels[:, 0], "domain": data.test.labels[:, 1]}
@@ -115,8 +79,8 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
         num_classes=len(data.classes),
         metric_name="accuracy",
         metric=partial(MulticlassAccuracy, num_classes=len(data.classes), average="micro"),
-        loader=partial(_load, data, sources, split, config),
-        steps=lambda batch_size: -(-len(split["train"]) // batch_size),
+        loader=loader,
+        steps=loader.steps,
         loss=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
         classes=data.classes,
         domains=data.domains,
@@ -126,45 +90,75 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
     )
 
 
-def classes_of(source: ImageSource) -> Tensor:
-    """(N,) the classes of images, whose labels may hold their domains, too."""
-    return source.labels[:, 0] if source.labels.dim() == 2 else source.labels
+class ImageBatches:
+    """The batches of a set of images."""
+
+    def __init__(self, data: ImageData, config: ImageConfig) -> None:
+        self.data = data
+        self.config = config
+        self.sources: dict[Split, ImageSource] = {
+            "train": data.train,
+            "val": data.val or data.train,
+            "test": data.test,
+        }
+        self.split: Splits = {
+            part: torch.arange(len(source.labels)) for part, source in self.sources.items()
+        }
+        if data.val is None:
+            train, val = split_images(data.train.labels, VAL_SHARE, seed=0)
+            self.split["train"] = train
+            self.split["val"] = val
+
+    def steps(self, batch_size: int) -> int:
+        """How many training batches an epoch has."""
+        return -(-len(self.split["train"]) // batch_size)
+
+    def classes(self, part: Split) -> Tensor:
+        """(N,) the class of each image of a part; labels may hold their domains, too."""
+        labels = self.sources[part].labels[self.split[part]]
+        return labels[:, 0] if self.data.domains else labels
+
+    def __call__(
+        self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
+    ) -> Iterator[Batch]:
+        """The batches of a part; the router that is told the domain gets it as an input."""
+        augment = None
+        if part == "train":
+            augment = make_augment(self.config.augment, self.data.train.image_size)
+        drawn = batches(
+            self.sources[part],
+            self.split[part],
+            batch_size,
+            mean=self.data.mean,
+            std=self.data.std,
+            augment=augment,
+            seed=seed,
+            workers=self.config.workers,
+            shard=shard,
+        )
+        for images, labels in drawn:
+            if not self.data.domains:
+                yield Batch((images,), labels)
+                continue
+            target, domain = labels.unbind(dim=1)
+            inputs = (images, domain) if self.config.router == "oracle" else (images,)
+            yield Batch(inputs, target, domain=domain)
 
 
-def _load(
-    data: ImageData,
-    sources: dict[Split, ImageSource],
-    split: Splits,
-    config: Any,
-    part: Split,
-    batch_size: int,
-    seed: int | None,
-    shard: Shard = (0, 1),
-) -> Iterator[Batch]:
-    """The batches of a part; the router that is told the domain gets it as an input."""
-    augment = make_augment(config.augment, data.train.image_size) if part == "train" else None
-    drawn = batches(
-        sources[part],
-        split[part],
-        batch_size,
-        mean=data.mean,
-        std=data.std,
-        augment=augment,
-        seed=seed,
-        workers=config.workers,
-        shard=shard,
-    )
-    for images, labels in drawn:
-        if not data.domains:
-            yield Batch((images,), labels)
-            continue
-        target, domain = labels.unbind(dim=1)
-        inputs = (images, domain) if config.router == "oracle" else (images,)
-        yield Batch(inputs, target, domain=domain)
+def _check_classes(data: ImageData, part: Split, classes: Tensor) -> None:
+    """Refuse a part without images, or training images of one class; say which classes lack."""
+    seen = set(classes.tolist())
+    least = 2 if part == "train" else 1
+    got = f"images of {len(seen)} classes in {part}"
+    check(len(seen) >= least, data.name, got, f"at least {least}")
+    missing = [name for label, name in enumerate(data.classes) if label not in seen]
+    if missing:
+        names = ", ".join(missing[:5])
+        print(f"{data.name}: {part} has no image of {len(missing)} classes: {names}", flush=True)
 
 
-def own_images(made: Any, config: ImageConfig) -> Task:
-    """A task of images that a user's function made.
+def own_images(made: Any, preset: str, name: str, image_size: int | None) -> ImageData:
+    """Images that a user's function made for a preset; ``name`` is the function's.
 
     It gives ``(train, test)`` or ``(train, val, test)``, each a torch ``Dataset`` of (image,
     class), or a pair of images (N, C, S, S), C = 1 or 3, and classes (N,). Images are uint8 or
@@ -175,7 +169,7 @@ def own_images(made: Any, config: ImageConfig) -> Task:
         "(train, test) or (train, val, test), each a Dataset of (image, class), or (images, labels)"
     )
     is_parts = isinstance(made, tuple | list) and len(made) in (2, 3)
-    check(is_parts, "data", f"a {type(made).__name__} for {config.dataset}", legal)
+    check(is_parts, "data", f"a {type(made).__name__} for {preset}", legal)
     names = ("train", "test") if len(made) == 2 else ("train", "val", "test")
     parts = {part: _images(f"data: {part}", value) for part, value in zip(names, made, strict=True)}
     images, labels = parts["train"]
@@ -192,14 +186,12 @@ def own_images(made: Any, config: ImageConfig) -> Task:
         flat = images.transpose(0, 1).reshape(channels, -1).double() / 255
         mean = tuple(flat.mean(dim=1).tolist())
         std = tuple(flat.std(dim=1).clamp(min=1e-6).tolist())
-    size = config.image_size or images.size(-1)
+    size = image_size or images.size(-1)
     sources: dict[str, Any] = {part: MemoryImages(*pair, size) for part, pair in parts.items()}
     shown = tuple(map(str, getattr(made[0], "classes", range(classes))))[:classes]
-    name = config.data or config.dataset
-    data = ImageData(
+    return ImageData(
         name=name, classes=shown, mean=mean, std=std, note="by your function", **sources
     )
-    return image_task(data, config)
 
 
 def _images(where: str, part: Any) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from torch_geometric.data import Batch as PyGBatch
 from torch_geometric.data import Data
 
-from experiments.train.config import MoleculeConfig
 from experiments.train.data.graphs import order_of
 from experiments.train.data.ogb import OGBMetric, kept_tensors, provide, table
 from experiments.train.data.published import published, without_update_check
@@ -141,16 +140,16 @@ def _labels(path: Path, graphs: int, tasks: int, kind: str) -> Tensor:
     return torch.from_numpy(y.astype(np.float32))
 
 
-def molecule_task(config: MoleculeConfig) -> Task:
+def molecule_task(name: str, root: Path, *, offline: bool = False) -> Task:
     """Train on some molecules, validate and test on those of other scaffolds."""
-    data = load_molecules(config.dataset, config.data_root, offline=config.offline)
+    data = load_molecules(name, root, offline=offline)
     batches = MoleculeBatches(data)
     said = published(data.name)
     is_binary = said["task type"] == "binary classification"
     for part in ("val", "test") if is_binary else ():
         y = data.y[data.split[part]]
         has_both = ((y == 0).any(dim=0) & (y == 1).any(dim=0)).any()
-        where = str(config.data_root / data.name.replace("-", "_"))
+        where = str(root / data.name.replace("-", "_"))
         check(has_both, where, f"no label with both classes in {part}", "one or more")
     return Task(
         name=data.name,

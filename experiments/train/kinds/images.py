@@ -15,7 +15,7 @@ from torch import nn
 
 import gmoe
 from experiments.train.config import ImageConfig
-from experiments.train.data.images import digits, image_set, own_images
+from experiments.train.data.images import digits, image_task, own_images
 from experiments.train.data.task import Task
 from experiments.train.kinds.base import Kind
 from experiments.train.soft_mlp import SoftMLP
@@ -23,6 +23,7 @@ from experiments.train.told_domain import DomainRouter, DomainViT
 from experiments.train.user_code import load_object
 from gmoe._checks import check
 from gmoe.models.vit import SIZES, ViTSize
+from vision import ImageData, load_images
 
 FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar10", ""),
@@ -40,12 +41,24 @@ class Images(Kind[ImageConfig]):
     def tasks(self) -> Callable[[int], Task]:
         config = self.config
         if config.data is not None:
-            task = own_images(load_object("data", config.data)(), config)
+            data = self.own(load_object("data", config.data)())
         elif config.dataset == "digits":
-            task = digits(config)
+            data = digits(config.image_size)
         else:
-            task = image_set(config)
+            data = load_images(
+                config.dataset,
+                config.data_root,
+                image_size=config.image_size,
+                offline=config.offline,
+            )
+        task = image_task(data, config)
         return lambda _: task
+
+    def own(self, made_by_user: Any) -> ImageData:
+        """What a user's function returned, as a data set."""
+        config = self.config
+        name = config.data or config.dataset
+        return own_images(made_by_user, config.dataset, name, config.image_size)
 
     def note_data(self, digest: Any) -> dict[str, Any]:
         """Names and sizes; beside the digest, what the files contain."""

@@ -19,7 +19,8 @@ class MoleculeSets(GNNKind[MoleculeConfig]):
     """Labels of molecules, in a ``MoleculeGNN``."""
 
     def tasks(self) -> Callable[[int], Task]:
-        task = molecule_task(self.config)
+        config = self.config
+        task = molecule_task(config.dataset, config.data_root, offline=config.offline)
         return lambda _: task
 
     def note_data(self, digest: Any) -> dict[str, Any]:

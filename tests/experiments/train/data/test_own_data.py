@@ -16,10 +16,12 @@ from torch_geometric.data import Data, HeteroData
 from torchvision.datasets import FakeData
 
 from experiments.train.config import GraphConfig, HeteroConfig, ImageConfig
-from experiments.train.data.images import own_images
+from experiments.train.data.images import image_task
 from experiments.train.data.load import load_tasks
 from experiments.train.data.own_graph import own_graph
+from experiments.train.data.task import Task
 from experiments.train.kinds.graphs import Graphs, HeteroGraphs
+from experiments.train.kinds.images import Images
 from tests.experiments.command import quick
 from tests.experiments.user_data import (
     FORMS,
@@ -332,9 +334,14 @@ def test_a_heterogeneous_graph() -> None:
     assert graph.splits(5)["val"].tolist() == (part == 1).nonzero().view(-1).tolist()
 
 
+def task_of(made: Any, **options: Any) -> Task:
+    config = ImageConfig(dataset="images", **options)
+    return image_task(Images(config).own(made), config)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_standardized_over_training(channels: int) -> None:
-    task = own_images((make_images(40, channels), make_images(9, channels)), IMAGES)
+    task = task_of((make_images(40, channels), make_images(9, channels)))
     sizes = {
         part: sum(len(batch.target) for batch in task.loader(part, 8, None))
         for part in ("train", "val", "test")
@@ -354,14 +361,14 @@ def test_floats_are_seen_as_they_are_and_val_is_taken() -> None:
         (images[rows].numpy(), labels[rows].numpy())
         for rows in (slice(6), slice(6, 9), slice(9, 12))
     ]
-    (batch,) = own_images(parts, IMAGES).loader("val", 8, None)
+    (batch,) = task_of(parts).loader("val", 8, None)
     torch.testing.assert_close(batch.inputs[0], images[6:9].float())
 
 
 def test_datasets_of_pil_images() -> None:
     fake = FakeData(30, (3, 16, 16), 4)
     fake.classes = list("abcd")
-    task = own_images((fake, fake), ImageConfig(dataset="images", image_size=8))
+    task = task_of((fake, fake), image_size=8)
     assert (task.classes, task.in_channels) == (("a", "b", "c", "d"), 8)
     assert next(iter(task.loader("test", 8, None))).inputs[0].shape == (8, 3, 8, 8)
 
@@ -369,7 +376,7 @@ def test_datasets_of_pil_images() -> None:
 OWN: dict[type, Callable[[Any, Any], object]] = {
     GraphConfig: lambda made, config: Graphs(config).own(made),
     HeteroConfig: lambda made, config: HeteroGraphs(config).own(made),
-    ImageConfig: own_images,
+    ImageConfig: lambda made, _: task_of(made),
 }
 
 
