@@ -88,11 +88,13 @@ def cost_of_twin(config: RunConfig, task: Task) -> float:
 
 def build_twin(config: RunConfig, task: Task) -> nn.Module:
     """The MoE that a dense baseline is matched to."""
-    moe = moe_of(config)
+    router = config.equal_to
+    legal = "a router, since a dense model equals itself"
+    check(router != "dense", "equal_to", repr(router), legal)
     try:
-        return kind_of(moe).model(task)
+        return kind_of(moe_of(config)).model(task)
     except ValueError as error:
-        raise ValueError(f"{error} (of the MoE with equal_to={moe.router!r})") from error
+        raise ValueError(f"{error} (of the MoE with equal_to={router!r})") from error
 
 
 def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:

@@ -503,10 +503,7 @@ def dense_of(config: RunConfig) -> RunConfig:
 
 def moe_of(config: RunConfig) -> RunConfig:
     """The run of the MoE that a dense model is matched to by ``equal``."""
-    router = config.equal_to
-    legal = "a router, since a dense model equals itself"
-    check(router != "dense", "equal_to", repr(router), legal)
-    return replace(config, router=router, **usual(config, ("equal", "mlp_scale")))
+    return replace(config, router=config.equal_to, **usual(config, ("equal", "mlp_scale")))
 
 
 def usual(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
