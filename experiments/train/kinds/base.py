@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -29,6 +29,9 @@ class Kind(ABC, Generic[Config]):
     Args:
         config: the options of the run, of which each kind has a class of its own.
     """
+
+    has_slots: ClassVar = False
+    """Whether there are models with the router ``soft_slots``."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -88,15 +91,17 @@ class Kind(ABC, Generic[Config]):
         """
         raise NotImplementedError
 
-    def layer_options(self, router_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The options that all of gmoe's models take."""
+    def model_options(self, task: Task) -> dict[str, Any]:
+        """The options that all of gmoe's models take, their router among them."""
         config = self.config
+        router, router_kwargs = self.router(task)
         return {
+            "router": router,
+            "router_kwargs": router_kwargs,
             "num_experts": config.experts,
             "k": config.k,
             "every": config.every,
             "dropout": config.dropout,
-            "router_kwargs": router_kwargs,
             **config.layer_options(),
         }
 
@@ -106,7 +111,8 @@ class Kind(ABC, Generic[Config]):
         given = self.config.options.given()
         if name in ("dense", "soft_slots"):
             check(not given, "options", f"{given} with router={name!r}", "none")
-            self.check_slots(task)
+            legal = "another, or images"
+            check(name == "dense" or self.has_slots, "router", f"{name!r} for {task.name}", legal)
             return None, {}
         router: Any = name
         if ":" in name:
@@ -126,11 +132,6 @@ class Kind(ABC, Generic[Config]):
             given["balance"] = None
         return router, given
 
-    def check_slots(self, task: Task) -> None:
-        """Refuse ``soft_slots``, which images alone have."""
-        router = self.config.router
-        check(router == "dense", "router", f"{router!r} for {task.name}", "another, or images")
-
     def oracle(self, task: Task) -> Callable[..., gmoe.Router]:
         """The router that knows the right expert of each token, where the data say it."""
         if task.planted is None:
@@ -145,8 +146,8 @@ class Kind(ABC, Generic[Config]):
 class GNNKind(Kind[GNNConfig]):
     """A kind of data whose models are GNNs."""
 
-    def layer_options(self, router_kwargs: dict[str, Any]) -> dict[str, Any]:
-        return super().layer_options(router_kwargs) | {
+    def model_options(self, task: Task) -> dict[str, Any]:
+        return super().model_options(task) | {
             "norm": self.config.norm,
             "residual": self.config.residual,
             "check_finite": self.config.check_finite,

@@ -99,8 +99,7 @@ class Graphs(Nodes[GraphConfig]):
 
     def model(self, task: Task) -> nn.Module:
         config = self.config
-        router, router_kwargs = self.router(task)
-        options = self.layer_options(router_kwargs)
+        options = self.model_options(task)
         if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
             # There is one graph only: for the dense model, whose convs are PyG's
             options["cached"] = True
@@ -111,7 +110,6 @@ class Graphs(Nodes[GraphConfig]):
             task.num_classes,
             config.layers,
             conv=load_conv(names) if isinstance(names, str) else list(map(load_conv, names)),
-            router=router,
             shared_router=config.shared_router,
             jk=config.jk,
             input_dropout=config.input_dropout,
@@ -177,7 +175,6 @@ class HeteroGraphs(Nodes[HeteroConfig]):
         return [*super().sizes(task), task.graph.metadata()]
 
     def model(self, task: Task) -> nn.Module:
-        router, router_kwargs = self.router(task)
         graph: Any = task.graph
         return gmoe.HeteroGNNMoE(
             {kind: width for kind, width in task.in_channels.items() if width is not None},
@@ -185,10 +182,9 @@ class HeteroGraphs(Nodes[HeteroConfig]):
             task.num_classes,
             graph.metadata(),
             self.config.layers,
-            router,
             target=task.target,
             num_nodes_dict=graph.num_nodes_dict,
-            **self.layer_options(router_kwargs),
+            **self.model_options(task),
         )
 
 

@@ -38,6 +38,8 @@ refused."""
 class Images(Kind[ImageConfig]):
     """Images, in a ``ViTMoE``."""
 
+    has_slots = True
+
     def tasks(self) -> Callable[[int], Task]:
         config = self.config
         if config.data is not None:
@@ -78,11 +80,10 @@ class Images(Kind[ImageConfig]):
 
     def model(self, task: Task) -> nn.Module:
         config = self.config
-        router, router_kwargs = self.router(task)
+        options = self.model_options(task)
         size = self.vit_size(task.in_channels)
-        options = self.layer_options(router_kwargs)
         model_class = DomainViT if config.router == "oracle" else gmoe.ViTMoE
-        model: Any = model_class(size, task.num_classes, router, **options)
+        model: Any = model_class(size, task.num_classes, **options)
         for module in model.modules():
             if isinstance(module, gmoe.Router):
                 module.check_finite = config.check_finite
@@ -118,9 +119,6 @@ class Images(Kind[ImageConfig]):
 
     def num_images(self, inputs: tuple[Any, ...]) -> int | None:
         return len(inputs[0])
-
-    def check_slots(self, task: Task) -> None:
-        """Images have ``soft_slots``, too."""
 
     def oracle(self, task: Task) -> Callable[..., gmoe.Router]:
         """The router that is told the domain of each image."""

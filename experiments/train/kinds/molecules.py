@@ -35,7 +35,6 @@ class MoleculeSets(GNNKind[MoleculeConfig]):
         from experiments.train.molecule_gnn import MoleculeGNN, conv_of
 
         config = self.config
-        router, router_kwargs = self.router(task)
         convs = {name: conv_of(name, config.hidden) for name in config.conv}
         names = self.conv_of_experts()
         return MoleculeGNN(
@@ -43,12 +42,11 @@ class MoleculeSets(GNNKind[MoleculeConfig]):
             task.num_classes,
             config.layers,
             conv=convs[names] if isinstance(names, str) else [convs[name] for name in names],
-            router=router,
             shared_router=config.shared_router,
             virtual_node=config.virtual_node,
             pool=config.pool,
             input_dropout=config.input_dropout,
-            **self.layer_options(router_kwargs),
+            **self.model_options(task),
         )
 
     def keeps_predictions(self, model: nn.Module, task: Task) -> bool:

@@ -29,7 +29,9 @@ def test_nothing_asks_a_run_for_its_kind(path: Path) -> None:
 
 
 def test_a_question_is_found() -> None:
-    source = "def model(config):\n    if isinstance(config, GraphConfig | ImageConfig):\n        pass"
+    source = (
+        "def model(config):\n    if isinstance(config, GraphConfig | ImageConfig):\n        pass"
+    )
     assert questions(source) == ["isinstance(config, GraphConfig | ImageConfig)"]
 
 
