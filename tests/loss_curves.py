@@ -1,4 +1,4 @@
-"""Loss curves of six short trainings, which a change that computes the same leaves alone.
+"""Loss curves of seven short trainings, which a change that computes the same leaves alone.
 
 Each is twenty steps of a preset on data that ships with the dependencies, in float64 on one thread;
 dropout, noise and balance are those of the preset. ``tests/loss_curves.json`` holds the curves, and
@@ -29,6 +29,7 @@ FILE = Path(__file__).with_suffix(".json")
 CURVES: dict[str, RunConfig] = {
     "images, experts choose": DIGITS,
     "images, tokens choose, copies": replace(DIGITS, router="token_choice", start="copies"),
+    "images, slots beside the MLP": replace(DIGITS, router="soft_slots"),
     "a graph, routed once, copies": DIGITS_GRAPH,
     "attention, a router a layer": replace(
         DIGITS_GRAPH, conv=("gat",), shared_router=False, start="shared", k=2
