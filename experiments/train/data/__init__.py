@@ -1,7 +1,7 @@
 """The data sets, and what training needs of one.
 
 task       What training needs: batches, splits, metric, loss.
-load       The sets by name.
+load       The data set of a run.
 graphs     From a graph to batches: made (drawn here), named (PyG's), ogb, own_graph.
 images     Images as tasks.
 on_disk    Graphs that stay on disk, as experiments.convert writes them: stored trains on them.

@@ -24,7 +24,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
-from experiments.train.config import GraphConfig, HeteroConfig
+from experiments.train.config import GraphConfig, NodeConfig, RunConfig
 from experiments.train.data.task import Batch, GraphData, MetricName, Shard, Split, Splits, Task
 from experiments.train.files import read_npy
 from experiments.train.user_code import load_conv
@@ -55,7 +55,7 @@ def directed(graph: GraphData, undirected: bool) -> GraphData:
     return replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if undirected else graph
 
 
-def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
+def graph_task(graph: GraphData, config: NodeConfig, seed: int) -> Task:
     """Node classification on the split of a seed."""
     split = graph.splits(seed)
     data: Any = graph.data
@@ -95,8 +95,8 @@ def _width(store: Any) -> int | None:
 class GraphBatches:
     """The batches of a graph in the split of a seed."""
 
-    def __init__(self, graph: GraphData, config: Any, split: Splits) -> None:
-        self.config = config
+    def __init__(self, graph: GraphData, config: NodeConfig, split: Splits) -> None:
+        self.config: Any = config  # of one node type, a GraphConfig
         self.split = split
         self.target = graph.target
         data: Any = graph.data
@@ -106,11 +106,11 @@ class GraphBatches:
             )
             if data.edge_weight is not None and not any(weighs_edges(config)):
                 warnings.warn(
-                    f"edge_weight: {graph.name} has some, {', '.join(config.conv)} takes none",
+                    f"edge_weight: {graph.name} has some, {', '.join(config.convs())} takes none",
                     stacklevel=3,
                 )
                 del data.edge_weight
-            self.whole = _inputs(data, adjacency(config, data))
+            self.whole = _inputs(data, adjacency(self.config, data))
         else:
             self.whole = (data.collect("x"), data.edge_index_dict)
         self.data = data.sort(sort_by_row=False) if config.sampling == "neighbor" else data
@@ -155,7 +155,7 @@ class GraphBatches:
 
 def neighborhoods(
     data: Any,
-    config: GraphConfig | HeteroConfig,
+    config: NodeConfig,
     nodes: Any,
     batch_size: int,
     seed: int | None,
@@ -221,9 +221,9 @@ def order_of(count: int, seed: int | None) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def weighs_edges(config: GraphConfig) -> list[bool]:
+def weighs_edges(config: RunConfig) -> list[bool]:
     """Whether each kind of conv of the run takes edge weights."""
-    convs = config.conv[:1] if config.router == "dense" else config.conv
+    convs = config.convs()[:1] if config.router == "dense" else config.convs()
     classes: list[Any] = [class_of(factory_of(load_conv(conv))) for conv in convs]
     return ["edge_weight" in inspect.signature(cls.forward).parameters for cls in classes]
 

@@ -20,7 +20,7 @@ from torch_geometric import datasets
 from torch_geometric.transforms import NormalizeFeatures
 
 from experiments.train.checks import check
-from experiments.train.config import GraphConfig, HeteroConfig
+from experiments.train.config import NodeConfig
 from experiments.train.data.graphs import MASKS, check_graph, fixed_splits, per_class_splits
 from experiments.train.data.task import GraphData, MetricName, Splits
 from experiments.train.files import naming, read_json, read_npz, read_pickle
@@ -144,7 +144,7 @@ FILTERED = ("chameleon-filtered", "squirrel-filtered")
 ``chameleon_filtered.npz`` in the data root, from yandex-research/heterophilous-graphs."""
 
 
-def load_graph(config: GraphConfig | HeteroConfig) -> GraphData:
+def load_graph(config: NodeConfig) -> GraphData:
     """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, with files in the data root."""
     name = config.dataset
     root = config.data_root
