@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gmoe
 from experiments.train.config import RouterOptions, RunConfig, moe_of
-from experiments.train.data.task import Task
+from experiments.train.data.task import Batch, Task
 from experiments.train.kinds import kind_of
 from experiments.train.user_code import code_of, frames_of, load_object
 from gmoe._checks import check, described
@@ -104,7 +104,8 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
     """
     kind = kind_of(config)
     if config.model is not None:
-        _check_logits(config.model, model, config, task)
+        batch = next(iter(task.loader("train", config.batch_size, None)))
+        _check_logits(config.model, model, batch, task.num_classes)
     inputs = kind.example(task)
     try:
         active = flops(model, inputs)
@@ -131,18 +132,17 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
     }
 
 
-def _check_logits(name: str, model: nn.Module, config: RunConfig, task: Task) -> None:
+def _check_logits(name: str, model: nn.Module, batch: Batch, num_classes: int) -> None:
     """Refuse a user's model that gives anything but a row of logits for each row of a batch."""
-    batch = next(iter(task.loader("train", config.batch_size, None)))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         logits = copy.deepcopy(model).train()(*batch.inputs)
     is_table = isinstance(logits, Tensor) and logits.dim() == 2
-    has_columns = is_table and logits.size(1) == task.num_classes
+    has_columns = is_table and logits.size(1) == num_classes
     try:
         has_rows = has_columns and len(batch.counted(logits)) == len(batch.target)
     except IndexError:
         has_rows = False
-    legal = f"logits, {task.num_classes} columns, a row for each node, graph or image"
+    legal = f"logits, {num_classes} columns, a row for each node, graph or image"
     check(has_rows, "model", f"{name}, which gives {described(logits)}", legal)
 
 

@@ -28,7 +28,7 @@ from experiments.train.processes import from_first, make_fabric
 from experiments.train.progress import Progress
 from experiments.train.results import Result, Summary, commit, write_json
 from experiments.train.routing_stats import routing_summary
-from experiments.train.run_folder import begin, so_far
+from experiments.train.run_folder import begin, described, so_far
 from experiments.train.summary import summarize
 from experiments.train.training import Reached, Training, get_rng, set_rng, set_up
 
@@ -57,7 +57,10 @@ def run(config: RunConfig, progress: Progress | None = None) -> Summary:
             fabric, config, [seed for seed in config.seeds if seed not in results], progress
         )
         summary = from_first(
-            fabric, lambda: summarize(config, [results[seed] for seed in config.seeds])
+            fabric,
+            lambda: summarize(
+                config.folder(), described(config), [results[seed] for seed in config.seeds]
+            ),
         )
         write_json(config.folder() / "summary.json", summary)
     return summary

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.train.checks import check
-from experiments.train.config import RunConfig
 from experiments.train.results import Spread, Summary, environment, spread
-from experiments.train.run_folder import described
 from gmoe.metrics import PER_EXPERT
 
 
-def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summary:
-    """Mean, sample standard deviation and n over the seeds.
+def summarize(
+    folder: Path, science: dict[str, Any], results: Sequence[Mapping[str, Any]]
+) -> Summary:
+    """Mean, sample standard deviation and n over the seeds of the run in a folder.
 
-    With all that it takes to repeat the run.
+    With all that it takes to repeat the run: ``science`` is its ``config.json``.
     """
     first = results[0]
     spreads = ("val", "test", "best_epoch", "seconds")
@@ -25,7 +26,7 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
     figures = [[sorted(layer) for layer in layers] for layers in routings]
     are_same = all(other == figures[0] for other in figures)
     got = "results of seeds with other MoE layers, or other figures of these"
-    check(are_same, str(config.folder()), got, "the same in each seed-N/result.json")
+    check(are_same, str(folder), got, "the same in each seed-N/result.json")
     summary: Any = {
         "metric": first["metric"],
         **{name: spread([result[name] for result in results]) for name in spreads},
@@ -39,7 +40,7 @@ def summarize(config: RunConfig, results: Sequence[Mapping[str, Any]]) -> Summar
             "epoch": first["curve"]["epoch"],
             **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
         },
-        "config": described(config),
+        "config": science,
         "environment": environment(),
     }
     if all("uncorrected" in result for result in results):  # which older ones lack

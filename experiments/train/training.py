@@ -281,7 +281,7 @@ def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> I
     recording: AbstractContextManager[list[Routing]] = (
         _recorded(fabric, model) if has_experts else nullcontext([])
     )
-    with recording as routings, attention_kernel(fabric.device, config):
+    with recording as routings, attention_kernel(fabric.device, config.precision):
         ready, optimizer = fabric.setup(model, make_optimizer(config, model))
         steps = config.epochs * task.steps(config.batch_size)
         scheduler = LambdaLR(
@@ -301,13 +301,13 @@ def _recorded(fabric: Fabric, model: nn.Module) -> Iterator[list[Routing]]:
             raise
 
 
-def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContextManager[None]:
+def attention_kernel(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """torch's choice of kernel for attention, but plain products in bf16 on the CPU.
 
     There the backward of the fused kernel takes three times what it takes in fp32: 40 % of a
     step of a ViT on CIFAR-10.
     """
-    if device.type == "cpu" and config.precision == "bf16-mixed":
+    if device.type == "cpu" and precision == "bf16-mixed":
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 

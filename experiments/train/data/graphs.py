@@ -95,8 +95,8 @@ def _width(store: Any) -> int | None:
 class GraphBatches:
     """The batches of a graph in the split of a seed."""
 
-    def __init__(self, graph: GraphData, config: NodeConfig, split: Splits) -> None:
-        self.config: Any = config  # of one node type, a GraphConfig
+    def __init__(self, graph: GraphData, config: Any, split: Splits) -> None:
+        self.config = config  # of a graph of one node type, a GraphConfig
         self.split = split
         self.target = graph.target
         data: Any = graph.data
@@ -110,7 +110,7 @@ class GraphBatches:
                     stacklevel=3,
                 )
                 del data.edge_weight
-            self.whole = _inputs(data, adjacency(self.config, data))
+            self.whole = _inputs(data, adjacency(config, data))
         else:
             self.whole = (data.collect("x"), data.edge_index_dict)
         self.data = data.sort(sort_by_row=False) if config.sampling == "neighbor" else data

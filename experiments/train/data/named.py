@@ -20,7 +20,6 @@ from torch_geometric import datasets
 from torch_geometric.transforms import NormalizeFeatures
 
 from experiments.train.checks import check
-from experiments.train.config import NodeConfig
 from experiments.train.data.graphs import MASKS, check_graph, fixed_splits, per_class_splits
 from experiments.train.data.task import GraphData, MetricName, Splits
 from experiments.train.files import naming, read_json, read_npz, read_pickle
@@ -144,27 +143,21 @@ FILTERED = ("chameleon-filtered", "squirrel-filtered")
 ``chameleon_filtered.npz`` in the data root, from yandex-research/heterophilous-graphs."""
 
 
-def load_graph(config: NodeConfig) -> GraphData:
+def load_graph(
+    name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False
+) -> GraphData:
     """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, with files in the data root."""
-    name = config.dataset
-    root = config.data_root
     if name in PYG:
-        return PYG[name].load(name, root, config.offline)
+        return PYG[name].load(name, root, offline)
     if name in FILTERED:
         from experiments.train.data.own_graph import own_graph
 
         return own_graph(root / f"{name.replace('-', '_')}.npz", name=name)
-    check(
-        name.startswith("ogbn-"),
-        "dataset",
-        repr(name),
-        f"one of {', '.join([*PYG, *FILTERED])}, or one of OGB's",
-    )
+    legal = f"one of {', '.join([*PYG, *FILTERED])}, or one of OGB's"
+    check(name.startswith("ogbn-"), "dataset", repr(name), legal)
     from experiments.train.data.ogb import load_ogb
 
-    return load_ogb(
-        name, root, offline=config.offline, allow_large_downloads=config.allow_large_downloads
-    )
+    return load_ogb(name, root, offline=offline, allow_large_downloads=allow_large_downloads)
 
 
 ARRAYS = [

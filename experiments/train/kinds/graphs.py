@@ -40,9 +40,15 @@ class Nodes(GNNKind[Config]):
             graph = self.own(load_object("data", self.config.data)())
         return partial(graph_task, directed(graph, self.config.undirected), self.config)
 
-    @abstractmethod
     def named(self) -> GraphData:
         """The graph that the data set's name means, its edges as they are given."""
+        config = self.config
+        return load_graph(
+            config.dataset,
+            config.data_root,
+            offline=config.offline,
+            allow_large_downloads=config.allow_large_downloads,
+        )
 
     @abstractmethod
     def own(self, made_by_user: Any) -> GraphData:
@@ -75,7 +81,7 @@ class Graphs(Nodes[GraphConfig]):
         elif family in made.FAMILIES:
             graph = made.FAMILIES[family](name)
         else:
-            graph = load_graph(self.config)
+            graph = super().named()
         features = self.config.features
         return graph if features is None else with_features(graph, features)
 
@@ -164,7 +170,7 @@ class HeteroGraphs(Nodes[HeteroConfig]):
         if self.config.dataset == "hetero":
             legal = "package.module:function that returns a PyG HeteroData"
             raise ValueError(f"data: got None for hetero, expected {legal}")
-        return load_graph(self.config)
+        return super().named()
 
     def own(self, made_by_user: Any) -> GraphData:
         name = self.config.data or self.config.dataset

@@ -312,7 +312,7 @@ def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
     """Papers whose first feature is their number."""
     root = tmp_path_factory.mktemp("ogb")
     write_planted("ogbn-mag", root, 130, 400, 5)
-    graph = load_graph(mag_config(data_root=root, offline=True))
+    graph = load_graph("ogbn-mag", root, offline=True)
     graph.data["paper"].x[:, 0] = torch.arange(130)
     return graph
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.datasets import actor
 
-from experiments.train.config import GraphConfig
 from experiments.train.data.graphs import MASKS, per_class_splits, stratified_splits
 from experiments.train.data.named import FILTERED, PYG, load_graph
 from experiments.train.data.task import GraphData
@@ -31,7 +30,7 @@ ONE_WAY = {"actor", *FILTERED}
 
 
 def load(name: str, root: Path, offline: bool = True) -> GraphData:
-    return load_graph(GraphConfig(dataset=name, data_root=root, offline=offline))
+    return load_graph(name, root, offline=offline)
 
 
 def pairs(edge_index: Tensor) -> set[tuple[int, int]]:
