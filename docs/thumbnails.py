@@ -122,6 +122,17 @@ def hub_save_load() -> list[str]:
     return [*drawn, line(196, 110, 224, 110, arrow=True, width=2)]
 
 
+def forces() -> list[str]:
+    """A molecule, its atoms colored by element, and what pulls at them."""
+    atoms = (((110, 140), RED), ((170, 90), BLUE), ((230, 140), RED), ((170, 165), ORANGE))
+    drawn = [line(170, 90, *place, width=3) for place, color in atoms if color != BLUE]
+    for (left, top), color in atoms:
+        right, bottom = left + 0.5 * (left - 170), top + 0.7 * (top - 122)
+        drawn.append(line(left, top, right, bottom, color, arrow=True, width=4))
+        drawn.append(dot(left, top, color, r=15))
+    return drawn
+
+
 def recommender() -> list[str]:
     """Links between users and items, some of which are past."""
     drawn = []
@@ -150,6 +161,7 @@ def shrink_and_save() -> list[str]:
 
 
 THUMBNAILS: tuple[Callable[[], list[str]], ...] = (
+    forces,
     hub_save_load,
     lightning_module,
     molecules,

@@ -15,7 +15,7 @@ The labels are those of a pair potential made here, whose depth and length depen
     python examples/forces.py          # minutes on one core
     python examples/forces.py --fast   # seconds
 
-One seed takes 3 minutes of a core for each, beside other jobs, and prints::
+One seed of each takes 3 minutes of a core, beside other jobs, and prints::
 
     SchNet     test error of a force 0.0130, 221 s
     by element test error of a force 0.0113, 170 s
@@ -34,10 +34,9 @@ import gmoe
 from gmoe.routers import ByType
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=1500)
 parser.add_argument("--fast", action="store_true", help="seconds")
 args = parser.parse_args()
-steps = 20 if args.fast else args.steps
+steps = 20 if args.fast else 1500
 
 ELEMENTS = torch.tensor([1, 6, 7, 8])
 ATOMS = 8
@@ -125,3 +124,5 @@ for name, build in (("SchNet", schnet), ("by element", by_element)):
     start = time.perf_counter()
     error = train(build())
     print(f"{name:10} test error of a force {error:.4f}, {time.perf_counter() - start:.0f} s")
+
+# sphinx_gallery_thumbnail_path = "figures/examples/forces.svg"

@@ -9,6 +9,7 @@ ORDER = (
     "swap_pyg_conv",
     "upcycle_timm_vit",
     "molecules",
+    "forces",
     "ogbn_arxiv",
     "recommender",
     "vit_cifar10",

@@ -296,10 +296,12 @@ def test_second_and_third_gradients_are_those_of_the_mixture(
     for leaf in leaves:
         leaf.requires_grad_()
 
-    def run(gate: Tensor, x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, *bias: Tensor) -> Any:
+    def run(*leaves: Tensor) -> Any:
+        gate, x, y, of_x, of_y = leaves[:5]
+        bias = leaves[5] if has_bias else None
         routing = Routing.from_choices(expert_TK, gate.sigmoid(), num_experts=4)
         weights = [of_x.sin(), of_y]
-        return routed_linear([x.sin(), y], weights, *(bias or [None]), routing, backend).square()
+        return routed_linear([x.sin(), y], weights, bias, routing, backend).square()
 
     def differentiate(*leaves: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(run(*leaves).sum(), leaves, create_graph=True)
