@@ -72,13 +72,14 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
 def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Kernel:
     """The backend of :func:`grouped_linear` that ``"auto"`` stands for.
 
-    ``"loop"`` on a CPU. On CUDA, a backend without host syncs: ``"grouped"`` if torch has a kernel
-    of its own (bfloat16 on capability 9 and 10 in torch 2.10 to 2.13; elsewhere torch copies the
-    offsets to the host, waits for them, and loops), else ``"padded"``.
+    ``"loop"`` on a CPU. Elsewhere, a backend without host syncs. On CUDA: ``"grouped"`` if torch
+    has a kernel of its own (bfloat16 on capability 9 and 10 in torch 2.10 to 2.13; elsewhere torch
+    copies the offsets to the host, waits for them, and loops), else ``"padded"``. On other accelerators
+    (``"xpu"``, ``"mps"``) it is ``"padded"``.
 
     Args:
         dtype: of rows and weights, after autocast.
-        capability: of the CUDA device; ``None`` on another device.
+        capability: of the CUDA device; (0, 0) on another accelerator; ``None`` on a CPU.
     """
     if capability is None:
         return "loop"
@@ -91,7 +92,11 @@ def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Kernel:
 def _kernel_for(x: Tensor, backend: Backend) -> Kernel:
     """The kernel that multiplies rows of the dtype and on the device of ``x``."""
     if backend == "auto":
-        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+        capability: tuple[int, int] | None = None
+        if x.is_cuda:
+            capability = torch.cuda.get_device_capability(x.device)
+        elif x.device.type not in ("cpu", "meta"):
+            capability = (0, 0)
         return kernel_of(x.dtype, capability)
     if backend == "grouped" and x.dtype == torch.float64:
         return "loop"
@@ -124,7 +129,7 @@ def grouped_linear(
               for it (bfloat16 on recent CUDA devices), else a loop of torch's own. float64, which
               it refuses, runs as ``"loop"``; widths that its alignment rule refuses are padded with
               zeros.
-            - ``"auto"`` (default): ``"loop"`` on the CPU; on CUDA, a backend without host syncs,
+            - ``"auto"`` (default): ``"loop"`` on the CPU; elsewhere a backend without host syncs,
               see ``gmoe.products.kernel_of``.
 
     Follows autocast as ``nn.Linear`` does.

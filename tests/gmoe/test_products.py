@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, P pairs sorted by expert, I in, H hidden, O out.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -18,6 +19,7 @@ from gmoe import grouped_linear
 from gmoe.places import ToPairs, ToTokens, places_of
 from gmoe.products import (
     Backend,
+    _kernel_for,
     grouped_outer_product,
     grouped_product,
     kernel_of,
@@ -174,6 +176,7 @@ def test_weights_may_lie_in_any_way(backend: Backend, weight: Tensor) -> None:
         ((8, 0), torch.bfloat16, "padded"),
         ((8, 9), torch.float32, "padded"),
         ((12, 0), torch.bfloat16, "padded"),
+        ((0, 0), torch.bfloat16, "padded"),  # another accelerator
     ],
     ids=str,
 )
@@ -181,6 +184,15 @@ def test_on_cuda_auto_is_what_waits_for_nothing(
     capability: tuple[int, int] | None, dtype: torch.dtype, kernel: str
 ) -> None:
     assert kernel_of(dtype, capability) == kernel
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel"),
+    [("cpu", "loop"), ("meta", "loop"), ("xpu", "padded"), ("mps", "padded")],
+)
+def test_off_the_cpu_auto_does_not_wait(device: str, kernel: str) -> None:
+    like: Any = SimpleNamespace(device=torch.device(device), is_cuda=False, dtype=torch.float32)
+    assert _kernel_for(like, "auto") == kernel
 
 
 def test_no_sum_on_cuda_is_by_atomic_adds() -> None:
