@@ -74,8 +74,8 @@ def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Kernel:
 
     ``"loop"`` on a CPU. Elsewhere, a backend without host syncs. On CUDA: ``"grouped"`` if torch
     has a kernel of its own (bfloat16 on capability 9 and 10 in torch 2.10 to 2.13; elsewhere torch
-    copies the offsets to the host, waits for them, and loops), else ``"padded"``. On other accelerators
-    (``"xpu"``, ``"mps"``) it is ``"padded"``.
+    copies the offsets to the host, waits for them, and loops), else ``"padded"``. On other
+    accelerators (``"xpu"``, ``"mps"``) it is ``"padded"``.
 
     Args:
         dtype: of rows and weights, after autocast.
