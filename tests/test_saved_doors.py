@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch_geometric.nn.models import GCN
 from torchvision.models import VisionTransformer
@@ -20,6 +21,7 @@ import gmoe
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.stack import become, tensors_of
+from tests.experiments.command import full_disk
 from tests.gmoe.shrunk import moved
 
 EXPERTS, WIDTH = 4, 6
@@ -200,3 +202,26 @@ def test_a_model_of_gmoe_that_was_moefied_comes_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     check_same("ViTMoE", model, gmoe.load(tmp_path))
     check_same("ViTMoE", model, gmoe.ViTMoE.from_pretrained(tmp_path))
+
+
+def save_by_gmoe(model: Any, folder: Path) -> None:
+    gmoe.save(model, folder)
+
+
+def save_by_itself(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save", [save_by_gmoe, save_by_itself])
+def test_a_model_whose_saving_is_cut_off_is_no_mixture(
+    save: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
+    """Else an earlier one's weights would meet this one's configuration."""
+    first, second = (gmoe.GNNMoE(8, 16, 4, k=k, start="plain") for k in (1, 2))
+    save(first, tmp_path)
+    assert isinstance(gmoe.load(tmp_path), gmoe.GNNMoE)
+    with full_disk(), pytest.raises((OSError, SafetensorError)):
+        save(second, tmp_path)
+    for load in (gmoe.load, gmoe.GNNMoE.from_pretrained):
+        with pytest.raises((ValueError, OSError)):
+            load(tmp_path)

@@ -1,0 +1,80 @@
+"""A disk that is full: the file is named, and what was there before stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.convert.graph import building, write_edges, write_features, write_npy
+from experiments.show.report_page import Page
+from experiments.study.advise import keep_regimes
+from experiments.study.pages import update
+from experiments.train import predictions
+from experiments.train.results import write_json
+from tests.experiments.command import QUICK, full_disk, refused
+
+LARGE = np.random.default_rng(0).standard_normal((1_000, 3))
+REPLACED: dict[str, Callable[[Path], object]] = {
+    "a.json": lambda path: write_json(path, LARGE.tolist()),
+    "index.html": Page(["<p>"] * 1_000).write,
+    "predictions.safetensors": lambda path: predictions.write(path.parent, torch.tensor(LARGE)),
+    "regimes.npy": lambda path: keep_regimes(path.parent, torch.arange(1_000)),
+}
+LAST: dict[str, Callable[[Path], object]] = {
+    "regimes.npy": lambda path: keep_regimes(path.parent, torch.arange(400)),
+    "a.npy": lambda path: write_npy(path, np.arange(400)),
+    "x.npy": lambda path: write_features(path, np.ones((400, 2)), np.dtype(np.float32), "x"),
+    "source.npy": lambda path: write_edges([np.arange(800)], path.parent, 800, directed=True),
+}
+"""Writers of arrays of less than 4 kB, or of such an end."""
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_full_disk_leaves_the_file_that_was_there(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("of before")
+    with full_disk(), pytest.raises(OSError, match=f"^{path}: cannot be written"):
+        REPLACED[name](path)
+    assert path.read_text() == "of before"
+    assert list(tmp_path.iterdir()) == [path]
+    REPLACED[name](path)
+    assert path.stat().st_size > 2_000
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_an_array_whose_end_finds_no_room_is_named(name: str, tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError, match=f"^{tmp_path / name}: cannot be written"):
+        LAST[name](tmp_path / name)
+
+
+def test_a_full_disk_leaves_the_page_of_the_docs(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text := "By hand.\n<!-- presets: presets -->\n<!-- end -->\n" + "." * 2_000)
+    with full_disk(), pytest.raises(SystemExit, match=rf"^error: {page}: .*cannot be written"):
+        update((page,))
+    assert page.read_text() == text
+
+
+def test_a_run_on_a_full_disk_says_how_it_goes_on(tmp_path: Path, capsys: Any) -> None:
+    command = ["digits-graph", *QUICK, "--seeds", "0", "--out", str(tmp_path / "run")]
+    with full_disk(10_000):
+        said = refused(command, capsys)
+    assert "state.ckpt: cannot be written (" in said
+    assert "; continue with: python -m experiments.train digits-graph" in said
+
+
+def test_a_folder_on_a_full_disk_is_named(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(OSError, match=rf"^{tmp_path / 'to.new'}: cannot be written \(.*No space"),
+        building(tmp_path / "to"),
+    ):
+        raise full
+    assert list(tmp_path.iterdir()) == []
