@@ -1,0 +1,117 @@
+"""A training step of every layer, and how often a GPU would have to wait in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gmoe import (
+    GNNMoE,
+    Graph,
+    MLPExperts,
+    MoE,
+    MoEConv,
+    SoftMoE,
+    SoftSlots,
+    build_router,
+)
+
+WIDTH, NODES, NUM_EDGES, EXPERTS = 64, 60, 240, 8
+
+
+class Step(NamedTuple):
+    """A layer, its arguments, and how often its training step waits for a GPU."""
+
+    layer: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Any, ...]]
+    waits: int = 0
+
+
+def features() -> torch.Tensor:
+    return torch.randn(NODES, WIDTH, requires_grad=True)
+
+
+def edges() -> tuple[Any, ...]:
+    return features(), torch.randint(NODES, (2, NUM_EDGES))
+
+
+def weighted_edges() -> tuple[Any, ...]:
+    return *edges(), torch.rand(NUM_EDGES)
+
+
+def graph() -> tuple[Any, ...]:
+    x, edge_index = edges()
+    return x, Graph(edge_index, NODES)
+
+
+def images() -> tuple[Any, ...]:
+    return (torch.randn(2, 30, WIDTH, requires_grad=True),)
+
+
+def ragged() -> tuple[Any, ...]:
+    """Tokens of two graphs of other sizes."""
+    return features(), torch.tensor([0] * 25 + [1] * 35)
+
+
+def mixture(router: str, **kwargs: Any) -> nn.Module:
+    built = build_router(router, WIDTH, num_experts=EXPERTS, k=2, kwargs=kwargs)
+    return MoE(built, MLPExperts(WIDTH, 2 * WIDTH, WIDTH, num_experts=EXPERTS))
+
+
+def soft_mixture() -> nn.Module:
+    slots = SoftSlots(WIDTH, num_experts=EXPERTS, slots=2)
+    return SoftMoE(slots, MLPExperts(WIDTH, 2 * WIDTH, WIDTH, num_experts=EXPERTS))
+
+
+def conv(name: Any, **options: Any) -> Callable[[], nn.Module]:
+    return partial(MoEConv, name, WIDTH, WIDTH, **options)
+
+
+def model(**options: Any) -> Callable[[], nn.Module]:
+    return partial(GNNMoE, WIDTH, WIDTH, 5, 3, **options)
+
+
+def of_start(words: str, start: str) -> dict[str, Step]:
+    """The steps of graph layers that start in one way."""
+    names = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")
+    return {
+        **{f"{name}{words}": Step(conv(name, start=start), edges) for name in names},
+        f"gcn on a Graph{words}": Step(conv("gcn", start=start), graph),
+        f"gat on a Graph{words}": Step(conv("gat", start=start), graph),
+        f"gcn, weighted edges{words}": Step(conv("gcn", start=start), weighted_edges),
+        f"GNNMoE{words}": Step(model(start=start), edges),
+    }
+
+
+ROUTERS = ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform")
+BY_CHOICE = {"router": "expert_choice", "start": "shared"}
+FILTERS = ["identity", "low_pass", "high_pass", "low_pass"]
+
+STEPS: dict[str, Step] = {
+    **of_start("", "shared"),
+    **of_start(", copies", "copies"),
+    "gat, expert_choice": Step(conv("gat", **BY_CHOICE), edges, waits=1),
+    "gatv2, expert_choice": Step(conv("gatv2", **BY_CHOICE), edges, waits=1),
+    "GNNMoE of gat": Step(model(conv="gat"), edges),
+    "filters": Step(conv(FILTERS), edges),
+    "mixed kinds": Step(conv(["gcn", "sage", "gin", "graph"]), edges, waits=1),
+    **{f"MoE, {name}": Step(partial(mixture, name), images) for name in ROUTERS},
+    "MoE, importance and load": Step(
+        partial(mixture, "token_choice", balance="importance_load"), images
+    ),
+    "MoE, switch and z": Step(
+        partial(mixture, "token_choice", balance="switch", z_coef=0.1), images
+    ),
+    "MoE, capacity": Step(partial(mixture, "token_choice", capacity_factor=1.0), images, waits=1),
+    "MoE, top_p": Step(
+        partial(mixture, "token_choice", top_p=0.5, entropy_coef=0.1), images, waits=1
+    ),
+    "MoE, threshold": Step(partial(mixture, "expert_choice", inference="threshold"), images),
+    "MoE, token_choice on a batch": Step(partial(mixture, "token_choice"), ragged),
+    "SoftMoE": Step(soft_mixture, images),
+}
+"""By name; forward and backward, in float32 on a GPU of capability 8.0."""
