@@ -30,7 +30,7 @@ from experiments.study.routers import read_table
 from experiments.train.files import read_json
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
 from experiments.train.scores import Difference
-from tests.mutants import symbols
+from tests.helpers.symbols import symbols
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
@@ -293,7 +293,7 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         assert anchor in slugs | {""}, link
 
 
-FOLDERS = "gmoe|vision|experiments|tests|docs|examples"
+FOLDERS = "gmoe|vision|experiments|tests|tools|docs|examples"
 REFERRING = [*pages(), ROOT / "CONTRIBUTING.md", ROOT / "tests" / "compose.md"]
 
 
@@ -319,12 +319,12 @@ def stale(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", REFERRING, ids=lambda page: page.name)
 def test_what_a_page_refers_to_is_there(page: Path) -> None:
-    """If a mutant's symbol is not there any more, run ``python -m tests.mutants --report``."""
+    """If a mutant's symbol is not there any more, run ``python -m tools.trust mutants report``."""
     assert stale(page.read_text()) == []
 
 
 def test_a_reference_that_leads_nowhere_is_found() -> None:
-    assert stale("`gmoe/losses.py:z_loss`, `gmoe.aux_loss`, `python -m tests.fuzz 0 9`") == []
+    assert stale("`gmoe/losses.py:z_loss`, `gmoe.aux_loss`, `python -m tools.trust fuzz 0 9`") == []
     text = "`gmoe/losses.py:12`, `gmoe/lost.py`, `gmoe/losses.py:y_loss`, `gmoe/moe.py:MoE.mix`"
     text += ", `python -m tests.lost`, `gmoe.conv.lost` and `gmoe.y_loss()`"
     found = ["gmoe/losses.py:12", "gmoe/lost.py", "gmoe/losses.py:y_loss", "gmoe/moe.py:MoE.mix"]

@@ -128,8 +128,9 @@ def upward(module: str, found: Import) -> bool:
             return top not in {"torch", *sys.stdlib_module_names, *needs(module)}
         return name == "gmoe" or not needs(name) <= needs(module)
     if inside(module, "vision"):
-        return top in ("torch_geometric", "experiments", "tests", "ogb") or bool(needs(name) & PYG)
-    return top == "tests" or (top == "experiments" and upstairs(module, name))
+        others = ("torch_geometric", "experiments", "tests", "tools", "ogb")
+        return top in others or bool(needs(name) & PYG)
+    return top in ("tests", "tools") or (top == "experiments" and upstairs(module, name))
 
 
 def upstairs(module: str, name: str) -> bool:
@@ -182,6 +183,7 @@ def test_no_upward_import(path: Path) -> None:
         ("gmoe", "if TYPE_CHECKING:\n    from gmoe.conv.moe_conv import MoEConv", False),
         ("vision.vit", "import gmoe\ngmoe.MoEConv", True),
         ("experiments.sweep", "from tests import contract", True),
+        ("experiments.sweep", "from tools.trust import fuzz", True),
         ("experiments.sweep", "from experiments.study.sweep import main", False),
         ("experiments.study.advise", "from experiments.show.report_page import Page", False),
         ("experiments.show.tables", "def f():\n    from experiments.study import starts", True),
@@ -192,6 +194,17 @@ def test_no_upward_import(path: Path) -> None:
 )
 def test_the_rule_itself(module: str, source: str, bad: bool) -> None:
     assert any(upward(module, name) for name in imports(source)) == bad
+
+
+def test_no_test_imports_from_the_tools() -> None:
+    """The machines take helpers from the tests, and run them."""
+    found = {
+        str(path.relative_to(ROOT)): name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name, _ in imports(path.read_text())
+        if inside(name, "tools")
+    }
+    assert found == {}
 
 
 @pytest.mark.parametrize("package", ["gmoe", "experiments"])

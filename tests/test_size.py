@@ -25,7 +25,7 @@ import gmoe
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = Path(gmoe.__file__).parent
-FOLDERS = ("gmoe", "vision", "experiments", "examples", "tests", "docs")
+FOLDERS = ("gmoe", "vision", "experiments", "examples", "tests", "tools", "docs")
 
 FUNCTION_LINES = 80
 """Lines of code that a function may have, docstrings and comments not counted."""

@@ -32,6 +32,7 @@ from experiments.train.command import main, parse
 from experiments.train.config import PAPERS, GraphConfig, ImageConfig, MoleculeConfig
 from experiments.train.data.graphs import graph_task, with_features
 from experiments.train.data.load import load_tasks
+from experiments.train.data.named import load_graph
 from experiments.train.data.ogb import load_ogb
 from experiments.train.data.own_graph import own_graph
 from experiments.train.data.task import GraphData, Split, Task
@@ -40,7 +41,6 @@ from experiments.train.predictions import mean_of
 from experiments.train.run_folder import read_run
 from tests.experiments.molecule_data import write_set, write_table
 from tests.experiments.pyg_data import write_raw
-from tests.experiments.train.data.test_named import load
 from tests.experiments.user_data import FORMS, write_npz
 from tests.gmoe.data.stored_files import store
 from tests.vision.made_images import pack, write_imagenette, write_images
@@ -105,9 +105,13 @@ def own(form: str) -> Kind:
     return Kind(FORMS[form], lambda folder: use_graph(own_graph(next(folder.glob("mine*")))))
 
 
+def read_named(name: str, folder: Path) -> None:
+    use_graph(load_graph(GraphConfig(dataset=name, data_root=folder, offline=True)))
+
+
 def named(name: str) -> Kind:
     """One of PyG's data sets, from its raw files."""
-    return Kind(partial(write_raw, name), lambda folder: use_graph(load(name, folder)), weight=3)
+    return Kind(partial(write_raw, name), partial(read_named, name), weight=3)
 
 
 def write_features(folder: Path) -> None:

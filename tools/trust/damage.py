@@ -260,7 +260,7 @@ def in_json(random: Random, raw: bytes, around: Around) -> bytes:
 
 
 def names_code(random: Random, raw: bytes, around: Around) -> bytes:
-    """An option names code that lies in the run folder, see ``tests.file_kinds``."""
+    """An option names code that lies in the run folder, see ``file_kinds.py``."""
     found = json.loads(raw)
     if not isinstance(found, dict) or "router" not in found:
         return in_json(random, raw, around)

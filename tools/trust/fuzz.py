@@ -1,8 +1,9 @@
-"""Broken files are read, or refused in one clear line: ``python -m tests.fuzz FIRST LAST``.
+"""Broken files are read, or refused in one clear line.
 
 A number is one damaged input: its kind of file, which of its files, and what was done to it
-(:mod:`tests.damage`) follow from ``random.Random(number)``. A number alone shows that input, and
-keeps its folder. Whole files are made once, by the code under test (:mod:`tests.file_kinds`).
+(:mod:`tools.trust.damage`) follow from ``random.Random(number)``. A number alone shows that input,
+and keeps its folder. Whole files are made once, by the code under test
+(:mod:`tools.trust.file_kinds`).
 
 An input passes if it is read and can be used, or if it ends in one error of a declared class that
 names the file, within ``SECONDS`` of the processor and ``MEMORY``; nothing may be written outside
@@ -17,13 +18,12 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,9 +32,12 @@ from typing import NamedTuple
 
 import torch
 
-from tests.damage import Around, damage
-from tests.file_kinds import KINDS, Kind
+from tools.trust.damage import Around, damage
+from tools.trust.file_kinds import KINDS, Kind
+from tools.trust.numbers import parse
 
+EVERY = 10_000
+"""Numbers of a run without arguments; half an hour of one core."""
 SECONDS = 5
 """Of the processor, for one input."""
 WAIT = 60
@@ -329,19 +332,21 @@ def run(
             shutil.rmtree(base)
 
 
-def main(first: int, last: int | None = None, *only: str) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Print a number, or a range's progress and summary; 1 if some input failed."""
     torch.set_num_threads(1)
-    begin, failures = time.perf_counter(), []
-    counts, times = defaultdict[str, Counter[str]](Counter), defaultdict[str, float](float)
+    given = parse("fuzz", __doc__, EVERY, KINDS, arguments)
+    begin = time.perf_counter()
+    failures = list[int]()
+    counts = defaultdict[str, Counter[str]](Counter)
+    times = defaultdict[str, float](float)
     behind = Counter[str]()
-    numbers = range(first, first + 1 if last is None else last)
-    is_alone = last is None
-    for number, name, what, found in run(numbers, only or tuple(KINDS), keep=is_alone):
+    kinds = given.only or tuple(KINDS)
+    for number, name, what, found in run(given.numbers, kinds, keep=given.is_alone):
         counts[name][found.kind] += 1
         times[name] += found.seconds
         behind[found.cause] += found.kind == "refused"
-        if found.kind == "failed" or is_alone:
+        if found.kind == "failed" or given.is_alone:
             print(f"{number} {name}: {what}: {found.kind} {found.message}", flush=True)
         failures += [number] if found.kind == "failed" else []
     for name, count in sorted(counts.items()):
@@ -349,11 +354,5 @@ def main(first: int, last: int | None = None, *only: str) -> int:
         print(f"{name:22}", *line, f"{1000 * times[name] / count.total():5.0f} ms each")
     print("behind refusals:", ", ".join(f"{name} {n}" for name, n in behind.most_common() if n))
     seconds = time.perf_counter() - begin
-    print(f"{len(numbers)} inputs, {seconds:.0f} s; failed: {failures or 'none'}")
+    print(f"{len(given.numbers)} inputs, {seconds:.0f} s; failed: {failures or 'none'}")
     return int(bool(failures))
-
-
-if __name__ == "__main__":
-    start, *others = sys.argv[1:]
-    end = int(others[0]) if others else None
-    raise SystemExit(main(int(start), end, *others[1:]))

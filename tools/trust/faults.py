@@ -1,8 +1,7 @@
-"""One fault at a time: a number is a command that writes files, and what befalls it.
+"""One fault at a time befalls a command that writes files: a number is a command and a moment.
 
-``python -m tests.faults 17`` shows a number, ``python -m tests.faults 0 320`` runs a range, and
-``python -m tests.faults 0 320 kill trains`` those
-of one fault and of training runs. The command is killed at a moment of its
+``faults 0 320`` runs a range, ``faults 0 320 kill trains`` those of one fault and of training runs.
+Without arguments each command meets each fault once. The command is killed at a moment of its
 run or before one of its file operations, its disk is full or cannot be written, an operation
 fails, its clock goes back, or it runs twice at once. Then the same command, with ``--resume`` for
 a training run, has to give the files of a run that nothing befell: metrics, predictions and
@@ -37,7 +36,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -55,6 +54,7 @@ from experiments.train import checkpoint, jobs
 from experiments.train.presets import DIGITS_GRAPH, PRESETS
 from tests.experiments.molecule_data import write_table
 from tests.vision.made_images import write_images
+from tools.trust.numbers import parse
 
 LIMIT = 600.0
 """Seconds after which a command hangs."""
@@ -636,29 +636,28 @@ def last_line(said: str) -> str:
     return next(iter(reversed(said.strip().splitlines())), "")
 
 
-def main(first: int, last: int | None = None, *only: str) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run a number, or a range, and count; 1 if some number failed."""
     torch.set_num_threads(1)
+    names = (*COMMANDS, *ONE, "trains", "writes")
+    given = parse("faults", __doc__, len(PAIRS), names, arguments)
     for module in LATE:
         import_module(module)
-    counts, failed, begin = Counter[tuple[str, str]](), list[int](), time.monotonic()
-    for number in range(first, first + 1 if last is None else last):
+    counts = Counter[tuple[str, str]]()
+    failed = list[int]()
+    begin = time.monotonic()
+    for number in given.numbers:
         name, fault, _ = draw(number)
-        if not {*only} <= {name, fault, "trains" if COMMANDS[name].trains else "writes"}:
+        if not {*given.only} <= {name, fault, "trains" if COMMANDS[name].trains else "writes"}:
             continue
         found = run(number)
         counts[fault, found.kind] += 1
         if found.kind == "failed":
             failed.append(number)
-        if found.kind == "failed" or last is None:
+        if found.kind == "failed" or given.is_alone:
             print(f"{number} {name} {fault}: {found.kind}: {found.message}", flush=True)
     for (fault, kind), count in sorted(counts.items()):
         print(f"{fault:12} {kind:10} {count}")
     minutes = (time.monotonic() - begin) / 60
     print(f"{sum(counts.values())} faults in {minutes:.0f} min; failed: {failed or 'none'}")
     return int(bool(failed))
-
-
-if __name__ == "__main__":
-    first, *rest = sys.argv[1:]
-    raise SystemExit(main(int(first), int(rest[0]) if rest else None, *rest[1:]))

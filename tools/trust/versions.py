@@ -1,8 +1,8 @@
 """The default tests on the oldest versions that pyproject.toml allows, and on the newest.
 
-``python -m tests.versions`` makes both environments under ``build/versions`` (some gigabytes, since
+``versions`` makes both environments under ``build/versions`` (some gigabytes, since
 the index has torch with CUDA), runs the tests in each, writes ``results/versions.json`` and the
-table of ``docs/trust.md``. ``python -m tests.versions oldest -n 1 -k routing`` does one, with
+table of ``docs/trust.md``. ``versions oldest -n 1 -k routing`` does one, with
 options for pytest; its result is printed and not kept. Needs `uv <https://docs.astral.sh/uv/>`_,
 which finds or brings the Pythons.
 """
@@ -12,17 +12,16 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from tools.trust import page
+from tools.trust.page import ROOT
+
 FILE = ROOT / "results" / "versions.json"
-PAGE = ROOT / "docs" / "trust.md"
-MARKS = ("<!-- versions -->", "<!-- end -->")
 FOLDER = ROOT / "build" / "versions"
 
 ENVIRONMENTS = {"oldest": ("3.10", "lowest-direct"), "newest": ("3.13", "highest")}
@@ -67,7 +66,8 @@ def counts(output: str) -> dict[str, int]:
 def run(name: str, options: Sequence[str]) -> dict[str, Any]:
     """Run the tests in an environment; what came out."""
     command = [str(python_of(name)), "-m", "pytest", "-q", *options]
-    begin, lines = time.perf_counter(), list[str]()
+    begin = time.perf_counter()
+    lines = list[str]()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)
@@ -102,13 +102,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the table on its page."""
-    before, rest = PAGE.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1], 1)[1]
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line says; 1 if a test failed."""
     names = [name for name in ENVIRONMENTS if name in arguments[:1]] or list(ENVIRONMENTS)
@@ -123,9 +116,5 @@ def main(arguments: Sequence[str]) -> int:
             results[name] = found
             results = {key: results[key] for key in ENVIRONMENTS if key in results}
             FILE.write_text(json.dumps(results, indent=1) + "\n")
-            write_page(results)
+            page.write("versions", table(results))
     return int(has_failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

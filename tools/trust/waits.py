@@ -1,7 +1,5 @@
 """How often a training step on a GPU would wait for the GPU, counted on a CPU.
 
-``python -m tests.waits`` prints where.
-
 A copy of gmoe takes the branches of CUDA on tensors of the CPU, in a process of its own. It notes
 each operator that on CUDA must know values before Python goes on. It also notes what the step
 computes, to compare it with the CPU's own branches.
@@ -13,7 +11,9 @@ layers are left out. Nothing here replaces a run on a GPU (``python -m experimen
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tools.trust.page import ROOT
 
 Results = dict[str, list[Tensor]]
 """By layer: its output in training, and the gradients of its input and parameters; in float64."""
@@ -57,9 +59,6 @@ QUESTIONS = re.compile(r"\.is_cuda\b|\.is_cpu\b|\bdevice(\.type)? (==|!=|in) \W*
 
 IN_CONSTRUCTORS = ("start.py",)
 """Files that ask for a device where layers are built, not where they run."""
-
-COPY = "counted.py"
-"""Name of this file where it runs beside that copy."""
 
 CAPABILITY = (8, 0)
 """Of the GPU that is played: one for which torch has no grouped product."""
@@ -105,8 +104,12 @@ def on_cuda_branches() -> Found:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_with_cuda_branches(folder)
-        command = [sys.executable, shutil.copy(__file__, folder / COPY)]
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        # From that folder the copy is imported, all else from here.
+        command = [sys.executable, "-c", "from tools.trust.waits import count; count()"]
+        paths = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+        ran = subprocess.run(
+            command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False
+        )
         if ran.returncode:
             raise RuntimeError(ran.stderr)
         return Found(
@@ -120,7 +123,7 @@ def copy_with_cuda_branches(folder: Path) -> None:
     Raises:
         ValueError: a question that is put in other words, so that nobody answers it.
     """
-    source = Path(__file__).parents[1] / "gmoe"
+    source = ROOT / "gmoe"
     shutil.copytree(source, folder / "gmoe", ignore=shutil.ignore_patterns("__pycache__"))
     for path in (folder / "gmoe").rglob("*.py"):
         if path.name in IN_CONSTRUCTORS:
@@ -230,74 +233,14 @@ def opened(model: nn.Module) -> nn.Module:
 
 
 def layers() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
-    """Name, layer and inputs of each layer."""
-    for name, layer, inputs in drawn():
-        yield name, opened(layer), inputs
+    """Name, layer and inputs of each step."""
+    from tests.helpers.steps import STEPS
+
+    for name, step in STEPS.items():
+        yield name, opened(step.layer()), step.inputs()
 
 
-def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
-    """The same as they are drawn."""
-    from gmoe import GNNMoE, Graph, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, build_router
-
-    x, edge_index = torch.randn(60, 64, requires_grad=True), torch.randint(60, (2, 240))
-    edges, graph = (x, edge_index), (x, Graph(edge_index, 60))
-    starts: dict[str, Any] = {"": "shared", ", copies": "copies"}
-    for words, start in starts.items():
-        for conv in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer"):
-            yield f"{conv}{words}", MoEConv(conv, 64, 64, start=start), edges
-        for conv in ("gcn", "gat"):
-            yield f"{conv} on a Graph{words}", MoEConv(conv, 64, 64, start=start), graph
-        weighted = MoEConv("gcn", 64, 64, start=start)
-        yield f"gcn, weighted edges{words}", weighted, (*edges, torch.rand(240))
-        yield f"GNNMoE{words}", GNNMoE(64, 64, 5, 3, start=start), edges
-    for conv in ("gat", "gatv2"):
-        layer = MoEConv(conv, 64, 64, router="expert_choice", start="shared")
-        yield f"{conv}, expert_choice", layer, edges
-    yield "GNNMoE of gat", GNNMoE(64, 64, 5, 3, conv="gat"), edges
-    filters = ["identity", "low_pass", "high_pass", "low_pass"]
-    yield "filters", MoEConv(filters, 64, 64), edges
-    mixed = ["gcn", "sage", "gin", "graph"]
-    yield "mixed kinds", MoEConv(mixed, 64, 64), edges
-    images = (torch.randn(2, 30, 64, requires_grad=True),)
-
-    def mlps() -> MLPExperts:
-        return MLPExperts(64, 128, 64, num_experts=8)
-
-    for router in (
-        "token_choice",
-        "expert_choice",
-        "attention_vote",
-        "multi_centroid",
-        "random",
-        "uniform",
-    ):
-        yield f"MoE, {router}", MoE(build_router(router, 64, num_experts=8, k=2), mlps()), images
-    balances: dict[str, dict[str, Any]] = {
-        "importance and load": {"balance": "importance_load"},
-        "switch and z": {"balance": "switch", "z_coef": 0.1},
-        "capacity": {"capacity_factor": 1.0},
-        "top_p": {"top_p": 0.5, "entropy_coef": 0.1},
-    }
-    for name, options in balances.items():
-        yield (
-            f"MoE, {name}",
-            MoE(build_router("token_choice", 64, num_experts=8, k=2, kwargs=options), mlps()),
-            images,
-        )
-    threshold = build_router(
-        "expert_choice", 64, num_experts=8, k=2, kwargs={"inference": "threshold"}
-    )
-    yield "MoE, threshold", MoE(threshold, mlps()), images
-    ragged = (x, torch.tensor([0] * 25 + [1] * 35))
-    yield (
-        "MoE, token_choice on a batch",
-        MoE(build_router("token_choice", 64, num_experts=8, k=2), mlps()),
-        ragged,
-    )
-    yield "SoftMoE", SoftMoE(SoftSlots(64, num_experts=8, slots=2), mlps()), images
-
-
-def main() -> None:
+def count() -> None:
     """Write what is found of all layers into the working directory."""
     warnings.simplefilter("ignore")
     torch.cuda.get_device_capability = lambda *_: CAPABILITY
@@ -307,13 +250,34 @@ def main() -> None:
     torch.save(results(), "results.pt")
 
 
-if __name__ == "__main__":
-    if Path(__file__).name == COPY:
-        main()
-    else:
-        for layer, places in on_cuda_branches().waits.items():
-            print(
-                f"{layer}: {sum(places.values())}",
-                *(f"  {n} x {at}" for at, n in places.items()),
-                sep="\n",
-            )
+def different(found: Results, expected: Results) -> dict[str, str]:
+    """By layer, how the branches of CUDA compute something else than those of the CPU."""
+    wrong = {}
+    for name, tensors in expected.items():
+        try:
+            torch.testing.assert_close(found[name], tensors, atol=1e-10, rtol=1e-10)
+        except AssertionError as error:
+            wrong[name] = str(error).partition("\n")[0]
+    return wrong
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print where each step waits; 1 if one waits more or less often than its table says.
+
+    Also 1 if the branches of CUDA compute something else.
+    """
+    from tests.helpers.steps import STEPS
+
+    parser = argparse.ArgumentParser(prog="python -m tools.trust waits", description=__doc__)
+    parser.parse_args(arguments)
+    found = on_cuda_branches()
+    wrong = different(found.results, results())
+    for name, places in found.waits.items():
+        waits = sum(places.values())
+        if waits != STEPS[name].waits:
+            wrong[name] = f"waits {waits} times, expected {STEPS[name].waits}"
+        print(f"{name}: {waits}", *(f"  {n} x {at}" for at, n in places.items()), sep="\n")
+    for name, why in wrong.items():
+        print(f"wrong: {name}: {why}")
+    print(f"{len(found.waits)} steps; wrong: {len(wrong)}")
+    return int(bool(wrong))
