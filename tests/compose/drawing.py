@@ -113,6 +113,9 @@ def draw_router(
         names = [name for name in OF_TOKENS if name in names] + [None] * (None in names)
     router = random.choice(names)
     options = without(some(random, ROUTERS.get(router, {})), *left_out)
+    if router == "multi_centroid" and options.get("choice") != "experts":
+        # Tokens choose, and these are refused.
+        options = without(options, *BY_EXPERTS)
     if options.get("balance") == "importance_load":
         # The loss of the load needs noise.
         options["noise"] = True
@@ -157,19 +160,9 @@ class Reason(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-def of_router(case: Any, option: str) -> Any:
-    """An option of a case's router."""
-    return (case.options.get("router_kwargs") or {}).get(option)
-
-
-def chooses_by_tokens(case: Any) -> bool:
-    return case.options["router"] == "multi_centroid" and of_router(case, "choice") != "experts"
-
-
 REASONS = (
     Reason("start: got 'copies' with", lambda case: case.options["start"] == "copies"),
-    Reason(r"(capacity_factor|inference|normalize): got .* beside choice=", chooses_by_tokens),
     Reason("weight: got 'normalized' with k=1", lambda case: case.options["k"] == 1),
-    Reason("top_p: got", lambda case: of_router(case, "top_p") is not None),
+    Reason("top_p: got", lambda case: "top_p" in case.options.get("router_kwargs", {})),
 )
 """Why a case of any target may be refused; a refusal for another reason is a failure."""

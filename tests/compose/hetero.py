@@ -24,7 +24,7 @@ from gmoe import Graph, HeteroGNNMoE, HeteroMoEConv, RelationalConv, Routing
 from gmoe.conv.base import GAIN_SCALE
 from tests.compose import drawing, steps
 from tests.compose.calls import Call
-from tests.compose.drawing import EXPERTS, SPARSE, Reason, flip, some
+from tests.compose.drawing import EXPERTS, SPARSE, flip, some
 from tests.compose.frame import Case, Output, Target, require_equal
 from tests.gmoe.conv import masked as ref
 
@@ -136,9 +136,8 @@ def draw_options(random: Random, c: Config) -> None:
     """The start, the router and its options; in a mini-batch, tokens decide alone."""
     start = random.choice((None, *drawing.STARTS))
     names: tuple[Any, ...] = ("token_choice", "token_choice", *drawing.ROUTERS)
-    left_out: tuple[str, ...] = (
-        ("scope",) if flip(random, 0.9) else ()
-    )  # edges do not reach a router of one type
+    # Edges do not reach a router of one type.
+    left_out: tuple[str, ...] = ("scope",)
     if c.way == "sampled":
         names = ("token_choice", "multi_centroid", "uniform")
         left_out = ("scope", "choice", "capacity_factor")
@@ -340,19 +339,6 @@ def has_experts(module: nn.Module) -> bool:
     return any(isinstance(part, HeteroMoEConv) for part in module.modules())
 
 
-def prune(c: Config, module: Any, given: Given) -> Any:
-    """Raise if it is not refused; it should change nothing then."""
-    if not has_experts(module):
-        return module
-    try:
-        gmoe.prune(module, (given.x_dict, given.edge_index_dict))
-    except ValueError as error:
-        if "HeteroMoEConv without one router" not in str(error):
-            raise
-        return module
-    raise AssertionError("gmoe.prune: a type of layer without one router was not refused")
-
-
 def densify(c: Config, module: Any, given: Given) -> Any:
     return gmoe.densify(module).model if has_experts(module) else module
 
@@ -421,10 +407,7 @@ class Hetero(Target):
     given_of: ClassVar[Any] = staticmethod(given_of)
     other_ways: ClassVar = {"inference": inference, "sampled": sampled}
     own_before: ClassVar = {"reset_parameters": reset}
-    own_after: ClassVar = {"prune": prune, "densify": densify, "expert": check_experts}
-    reasons = (
-        Reason("edge_index: got None", lambda c: drawing.of_router(c, "scope") == "neighbors"),
-    )
+    own_after: ClassVar = {"densify": densify, "expert": check_experts}
 
     def draw(self, random: Random) -> Config:
         c = Config(seed=random.getrandbits(30), way=random.choice(WAYS))
@@ -434,7 +417,8 @@ class Hetero(Target):
             draw_options(random, c)
         c.is_numbered = c.way == "forward" and len(c.widths) < len(c.counts) and flip(random)
         c.training = c.way in ("layer", "forward") and flip(random, 0.6)
-        self.draw_steps(random, c, ())
+        # Without one router of their own, layers are not pruned.
+        self.draw_steps(random, c, ("prune",))
         if c.way == "layer" and flip(random, 0.15):
             c.low = random.choice(("float32", "bfloat16"))
         return c
