@@ -171,16 +171,24 @@ def write_kept(folder: Path) -> None:
     load_ogb("ogbn-arxiv", folder, offline=True)
 
 
+def write_pairs(path: Path, rng: np.random.Generator, nodes: int) -> None:
+    """A table of 300 edges, in the format that the suffix says."""
+    edges = pd.DataFrame(rng.integers(0, nodes, size=(300, 2)), columns=["source", "target"])
+    if path.suffix == ".npy":
+        np.save(path, edges.to_numpy())
+    elif path.suffix == ".csv":
+        edges.to_csv(path, index=False)
+    else:
+        import duckdb
+
+        with duckdb.connect() as connection:
+            connection.register("given", edges)
+            connection.execute(f"COPY given TO '{path}' (FORMAT parquet)")
+
+
 def write_edges(suffix: str, folder: Path) -> None:
     rng = np.random.default_rng(0)
-    edges = pd.DataFrame(rng.integers(0, 50, size=(300, 2)), columns=["source", "target"])
-    edges_as = {".csv": partial(edges.to_csv, index=False), ".parquet": edges.to_parquet}
-    if suffix == ".npy":
-        np.save(folder / "edges.npy", edges.to_numpy())
-    elif suffix == ".parquet" and not _has_pyarrow():
-        _parquet_by_duckdb(edges, folder / "edges.parquet")
-    else:
-        edges_as[suffix](folder / f"edges{suffix}")
+    write_pairs(folder / f"edges{suffix}", rng, nodes=50)
     arrays = {"x": rng.normal(size=(50, 4)), "y": rng.integers(0, 3, 50).astype(float)}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -370,20 +378,6 @@ def read_predictions(folder: Path) -> None:
     found = mean_of(sorted(folder.glob("*.safetensors")))
     assert found.shape == (20, 3)
     assert found.is_floating_point()
-
-
-def _has_pyarrow() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("pyarrow") is not None
-
-
-def _parquet_by_duckdb(table: pd.DataFrame, path: Path) -> None:
-    import duckdb
-
-    with duckdb.connect() as connection:
-        connection.register("given", table)
-        connection.execute(f"COPY given TO '{path}' (FORMAT parquet)")
 
 
 OGB: Iterable[str] = ("ogbn-arxiv", "ogbn-proteins", "ogbn-mag")

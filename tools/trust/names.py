@@ -26,7 +26,6 @@ from unittest import mock
 from urllib.parse import unquote
 
 import numpy as np
-import pandas as pd
 import torch
 from torch_geometric.data import Data
 
@@ -45,7 +44,7 @@ from tests.experiments.molecule_data import write_set
 from tests.experiments.user_data import arrays, write_csv, write_npz, write_pt
 from tests.gmoe.data.stored_files import store
 from tests.vision.made_images import write_photo
-from tools.trust.file_kinds import EDGES, QUICK, X, dense_model, hub_model
+from tools.trust.file_kinds import EDGES, QUICK, X, dense_model, hub_model, write_pairs
 from tools.trust.fuzz import quiet
 from tools.trust.numbers import parse
 
@@ -82,18 +81,7 @@ def read_own(path: Path) -> Any:
 
 
 def make_edges(path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    edges = pd.DataFrame(rng.integers(0, NODES, size=(300, 2)), columns=["source", "target"])
-    if path.suffix == ".npy":
-        np.save(path, edges.to_numpy())
-    elif path.suffix == ".csv":
-        edges.to_csv(path, index=False)
-    else:
-        import duckdb
-
-        with duckdb.connect() as connection:
-            connection.register("given", edges)
-            connection.execute(f"COPY given TO '{path}' (FORMAT parquet)")
+    write_pairs(path, np.random.default_rng(seed), NODES)
 
 
 def make_numbers(path: Path, seed: int) -> None:
