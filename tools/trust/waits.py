@@ -257,7 +257,7 @@ def different(found: Results, expected: Results) -> dict[str, str]:
         try:
             torch.testing.assert_close(found[name], tensors, atol=1e-10, rtol=1e-10)
         except AssertionError as error:
-            wrong[name] = str(error).partition("\n")[0]
+            wrong[name] = " ".join(str(error).split())
     return wrong
 
 
