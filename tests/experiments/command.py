@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from experiments.train.command import main
+from experiments.train.results import commit
 from experiments.train.training import Training
 
 QUICK = ["--epochs", "3", "--no-progress"]
@@ -64,6 +65,8 @@ def run_until(
 @contextmanager
 def full_disk(room: int = 2_000) -> Iterator[None]:
     """No file grows beyond ``room`` bytes; the error is a full disk's, but for its number."""
+    # Read now: git would be stopped while it writes the index, and leave the checkout locked.
+    commit()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:

@@ -52,6 +52,7 @@ from safetensors import safe_open
 from experiments.study import measured, questions, routers
 from experiments.train import checkpoint, jobs
 from experiments.train.presets import DIGITS_GRAPH, PRESETS
+from experiments.train.results import commit
 from tests.experiments.molecule_data import write_table
 from tests.vision.made_images import write_images
 from tools.trust.numbers import parse
@@ -643,6 +644,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parse("faults", __doc__, len(PAIRS), names, arguments)
     for module in LATE:
         import_module(module)
+    # Read now: a git that is killed in a command would leave this checkout locked.
+    commit()
     counts = Counter[tuple[str, str]]()
     failed = list[int]()
     begin = time.monotonic()
