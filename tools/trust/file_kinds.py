@@ -106,7 +106,7 @@ def own(form: str) -> Kind:
 
 
 def read_named(name: str, folder: Path) -> None:
-    use_graph(load_graph(GraphConfig(dataset=name, data_root=folder, offline=True)))
+    use_graph(load_graph(name, folder, offline=True))
 
 
 def named(name: str) -> Kind:
