@@ -115,8 +115,8 @@ class ByType:
             got = described(type_T)
             raise ValueError(f"{self.argument}: got {got}, expected integers, one for each token")
         type_T = type_T.reshape(-1)
-        values_E = torch.tensor(self.values, device=type_T.device)
-        is_type_TE = type_T[:, None] == values_E
+        # One by one: a list of values would be copied to the device, for which the host waits.
+        is_type_TE = torch.stack([type_T == value for value in self.values], dim=1)
         is_known_T = is_type_TE.any(dim=1)
         if not takes_others:
             self._check_known(type_T, is_known_T)

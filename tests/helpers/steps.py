@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch_geometric.nn import MLP, GINConv
 
 from gmoe import (
     GNNMoE,
@@ -18,7 +19,9 @@ from gmoe import (
     SoftMoE,
     SoftSlots,
     build_router,
+    moefy,
 )
+from gmoe.routers import ByType
 
 WIDTH, NODES, NUM_EDGES, EXPERTS = 64, 60, 240, 8
 
@@ -75,6 +78,56 @@ def model(**options: Any) -> Callable[[], nn.Module]:
     return partial(GNNMoE, WIDTH, WIDTH, 5, 3, **options)
 
 
+class Trimmed(nn.Module):
+    """A model on a sampled batch: each layer computes the nodes that the next one needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = model()()
+
+    def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> Any:
+        return self.model(
+            x,
+            edge_index,
+            num_sampled_nodes_per_hop=[10, 15, 15, 20],
+            num_sampled_edges_per_hop=[80, 80, 80],
+        )
+
+
+def sampled_edges() -> tuple[Any, ...]:
+    """Edges hop by hop, from nodes that a hop adds to those of the hop before."""
+    place = torch.arange(80)
+    hops = [(10 + place % 15, place % 10), (25 + place % 15, 10 + place % 15)]
+    hops.append((40 + place % 20, 25 + place % 15))
+    return features(), torch.cat([torch.stack(ends) for ends in hops], dim=1)
+
+
+class Typed(nn.Module):
+    """Two layers that are routed by the types of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lins = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> Any:
+        return self.lins(x)
+
+
+def by_type() -> nn.Module:
+    device = torch.get_default_device()
+    with torch.device("cpu"):  # experts start as layers with values
+        model = moefy(Typed(), targets=["lins.0", "lins.2"], router=ByType("z", [1, 6, 7, 8]))
+    return model.to(device)
+
+
+def types() -> tuple[Any, ...]:
+    return features(), torch.arange(NODES) % 9
+
+
+def gin_with_norms() -> nn.Module:
+    return MoEConv(lambda i, o: GINConv(MLP([i, o, o])), WIDTH, WIDTH)
+
+
 def of_start(words: str, start: str) -> dict[str, Step]:
     """The steps of graph layers that start in one way."""
     names = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")
@@ -97,6 +150,9 @@ STEPS: dict[str, Step] = {
     "gat, expert_choice": Step(conv("gat", **BY_CHOICE), edges, waits=1),
     "gatv2, expert_choice": Step(conv("gatv2", **BY_CHOICE), edges, waits=1),
     "GNNMoE of gat": Step(model(conv="gat"), edges),
+    "GNNMoE, trimmed": Step(Trimmed, sampled_edges),
+    "gin with batch norms": Step(gin_with_norms, edges),
+    "layers by type": Step(by_type, types),
     "filters": Step(conv(FILTERS), edges),
     "mixed kinds": Step(conv(["gcn", "sage", "gin", "graph"]), edges, waits=1),
     **{f"MoE, {name}": Step(partial(mixture, name), images) for name in ROUTERS},
