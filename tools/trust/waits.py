@@ -1,8 +1,9 @@
 """How often a training step on a GPU would wait for the GPU, counted on a CPU.
 
 A copy of gmoe takes the branches of CUDA on tensors of the CPU, in a process of its own. It notes
-each operator that on CUDA must know values before Python goes on. It also notes what the step
-computes, to compare it with the CPU's own branches.
+each operator that on CUDA must know values before Python goes on, how many operators would start
+kernels, and which of them torch has no CUDA kernel for. It also notes what the step computes, to
+compare it with the CPU's own branches.
 
 What waits inside an operator of torch is known by name only. Tensors that stay on the host on
 purpose (the sizes of groups, if experts choose in a ragged batch) look like the others, so such
@@ -42,6 +43,10 @@ class Found(NamedTuple):
 
     waits: dict[str, dict[str, int]]
     """By layer: how often a step waits, by operator and line of code."""
+    launches: dict[str, int]
+    """By layer: the operators of a step that compute something; views do not."""
+    without_kernel: list[str]
+    """Operators of all layers for which torch has no CUDA kernel."""
     results: Results
 
 
@@ -112,9 +117,8 @@ def on_cuda_branches() -> Found:
         )
         if ran.returncode:
             raise RuntimeError(ran.stderr)
-        return Found(
-            json.loads((folder / "waits.json").read_text()), torch.load(folder / "results.pt")
-        )
+        counted = json.loads((folder / "waits.json").read_text())
+        return Found(**counted, results=torch.load(folder / "results.pt"))
 
 
 def copy_with_cuda_branches(folder: Path) -> None:
@@ -162,18 +166,35 @@ class Calls(TorchFunctionMode):
 
 
 class Operators(TorchDispatchMode):
-    """Note operators that wait."""
+    """Note operators that wait, and all that compute something."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
         self.found = found
+        self.launched: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).rpartition(".")[0]
         masked = name in INDEXING and any(is_mask(index) for index in args[1])
         if name in OPERATORS or masked:
             self.found[f"{name.removeprefix('aten.')} at {place()}"] += 1
+        if not func.is_view:
+            self.launched[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def has_cuda_kernel(name: str) -> bool:
+    """True for an operator of gmoe, and one whose CUDA kernel torch's headers list.
+
+    They come with torch's CPU build, too.
+    """
+    space, _, name = name.partition(".")
+    # The headers have an operator in place, or with an out, under the name of the plain one.
+    plain = name.rstrip("_") if not name.startswith("__") else name
+    folder = Path(torch.__file__).parent / "include" / "ATen" / "ops"
+    kinds = ("cuda", "compositeexplicitautograd", "compositeimplicitautograd")
+    headers = [folder / f"{one}_{kind}_dispatch.h" for one in (name, plain) for kind in kinds]
+    return space != "aten" or any(header.exists() for header in headers)
 
 
 def is_mask(index: Any) -> bool:
@@ -190,13 +211,13 @@ def place() -> str:
     return "autograd"
 
 
-def step_waits(model: nn.Module, *inputs: Any) -> dict[str, int]:
-    """The waits of a training step that is not the first."""
+def step_counts(model: nn.Module, *inputs: Any) -> tuple[dict[str, int], Counter[str]]:
+    """The waits of a training step that is not the first, and what it launches."""
     model.train()(*inputs)
     found: Counter[str] = Counter()
-    with Calls(found), Operators(found):
+    with Calls(found), Operators(found) as operators:
         model(*inputs).sum().backward()
-    return dict(found)
+    return dict(found), operators.launched
 
 
 def step_results(model: nn.Module, *inputs: Any) -> list[Tensor]:
@@ -245,8 +266,14 @@ def count() -> None:
     warnings.simplefilter("ignore")
     torch.cuda.get_device_capability = lambda *_: CAPABILITY
     torch.manual_seed(0)
-    waits = {name: step_waits(layer, *inputs) for name, layer, inputs in layers()}
-    Path("waits.json").write_text(json.dumps(waits))
+    counts = {name: step_counts(layer, *inputs) for name, layer, inputs in layers()}
+    names = {operator for _, launched in counts.values() for operator in launched}
+    counted = {
+        "waits": {name: waits for name, (waits, _) in counts.items()},
+        "launches": {name: launched.total() for name, (_, launched) in counts.items()},
+        "without_kernel": sorted(name for name in names if not has_cuda_kernel(name)),
+    }
+    Path("waits.json").write_text(json.dumps(counted))
     torch.save(results(), "results.pt")
 
 
@@ -264,7 +291,7 @@ def different(found: Results, expected: Results) -> dict[str, str]:
 def main(arguments: Sequence[str]) -> int:
     """Print where each step waits; 1 if one waits more or less often than its table says.
 
-    Also 1 if the branches of CUDA compute something else.
+    Also 1 if the branches of CUDA compute something else, or call what has no CUDA kernel.
     """
     from tests.helpers.steps import STEPS
 
@@ -276,7 +303,11 @@ def main(arguments: Sequence[str]) -> int:
         waits = sum(places.values())
         if waits != STEPS[name].waits:
             wrong[name] = f"waits {waits} times, expected {STEPS[name].waits}"
-        print(f"{name}: {waits}", *(f"  {n} x {at}" for at, n in places.items()), sep="\n")
+        print(f"{name}: {waits} waits, {found.launches[name]} launches")
+        for at, number in places.items():
+            print(f"  {number} x {at}")
+    for operator in found.without_kernel:
+        wrong[operator] = "torch has no CUDA kernel for it"
     for name, why in wrong.items():
         print(f"wrong: {name}: {why}")
     print(f"{len(found.waits)} steps; wrong: {len(wrong)}")
