@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import gmoe
-from tests.gmoe.shrunk import moved
 from tests.gmoe.test_huggingface import MODELS, build, run
+from tests.helpers.shrunk import moved
 
 MESSAGE = r"expert.*gmoe\.load\(folder\)"
 SHARDED = "20KB"

@@ -20,7 +20,7 @@ from tests.compose import graphs, hetero, moefy, steps
 from tests.compose.__main__ import TARGETS, main
 from tests.compose.calls import source
 from tests.compose.frame import CHUNK, DifferentError, Target, require_equal
-from tests.gmoe.conv.masked import default_float64
+from tests.helpers.masked import default_float64
 from tests.torch_versions import COMPILES_GRAPHS
 
 GRAPHS, HETERO, MOEFY, COMPILE = TARGETS.values()

@@ -21,8 +21,8 @@ import gmoe
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
 from gmoe.stack import become, tensors_of
-from tests.experiments.command import full_disk
-from tests.gmoe.shrunk import moved
+from tests.helpers.command import full_disk
+from tests.helpers.shrunk import moved
 
 EXPERTS, WIDTH = 4, 6
 VIT = {

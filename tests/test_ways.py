@@ -23,7 +23,7 @@ from torch_geometric.utils import trim_to_layer
 
 import gmoe
 from gmoe import GNNMoE, HeteroGNNMoE, MoEConv, moefy, neighbor_loader
-from tests.gmoe.conv.masked import coo, csr, features, simple_graph
+from tests.helpers.masked import coo, csr, features, simple_graph
 
 NODES, AUTHORS, IN, HIDDEN, OUT, EXPERTS, LAYERS = 40, 9, 4, 6, 3, 3, 3
 SEEDS = 4

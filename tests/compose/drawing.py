@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe import Router, Routing
-from tests.gmoe.conv import masked as ref
+from tests.helpers import masked as ref
 
 EXPERTS = 3
 SPARSE = ("coo", "csr")

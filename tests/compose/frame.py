@@ -32,7 +32,7 @@ from gmoe import Routing
 from tests.compose.calls import Call, script_of
 from tests.compose.drawing import REASONS, Reason
 from tests.compose.steps import AFTER, BEFORE, COPIES, REBUILT, in_mode, zero_gradients
-from tests.gmoe.conv import masked as ref
+from tests.helpers import masked as ref
 
 OWN_WORDS = re.compile(r"[\w., ]+: got .*(expected|but)|inference: ", re.DOTALL)
 """How gmoe's refusals begin, and what they say."""

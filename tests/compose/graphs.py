@@ -33,8 +33,8 @@ from tests.compose import drawing, steps
 from tests.compose.calls import Call
 from tests.compose.drawing import EXPERTS, SPARSE, Reason, flip, some, without
 from tests.compose.frame import Case, Output, Target
-from tests.gmoe.conv import masked as ref
-from tests.gmoe.data.stored_files import store
+from tests.helpers import masked as ref
+from tests.helpers.stored_files import store
 
 # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
 for name in ("sage", "graph", "gin"):

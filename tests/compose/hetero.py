@@ -26,7 +26,7 @@ from tests.compose import drawing, steps
 from tests.compose.calls import Call
 from tests.compose.drawing import EXPERTS, SPARSE, flip, some
 from tests.compose.frame import Case, Output, Target, require_equal
-from tests.gmoe.conv import masked as ref
+from tests.helpers import masked as ref
 
 EdgeType = tuple[str, str, str]
 

@@ -18,7 +18,7 @@ from experiments.study.advise import keep_regimes
 from experiments.study.pages import update
 from experiments.train import predictions
 from experiments.train.results import write_json
-from tests.experiments.command import QUICK, full_disk, refused
+from tests.helpers.command import QUICK, full_disk, refused
 
 LARGE = np.random.default_rng(0).standard_normal((1_000, 3))
 REPLACED: dict[str, Callable[[Path], object]] = {

@@ -21,8 +21,8 @@ from experiments.convert import __main__ as convert
 from experiments.train import command as train
 from experiments.train.command import COMMON
 from experiments.train.presets import PRESETS
-from tests.experiments import own_parts
-from tests.experiments.command import QUICK, refused
+from tests.helpers import own_parts
+from tests.helpers.command import QUICK, refused
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = {
@@ -127,7 +127,7 @@ def forget_unknown_options() -> None:
         ("train mosaic --router dense --equal flops --equal-to tokens", "equal_to: got 'tokens'"),
         (
             "train digits-graph --conv OWN:Nothing",
-            "conv: got 'tests.experiments.own_parts:Nothing'",
+            "conv: got 'tests.helpers.own_parts:Nothing'",
         ),
         ("train digits --router dense --equal flops --equal-to oracle", "with equal_to='oracle')"),
         ("train digits-graph --trust", "trust: got True, expected it with --config FILE only"),

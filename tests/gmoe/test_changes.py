@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch_geometric import nn as pyg
 
 import gmoe
-from tests.gmoe.changes import Change, changes_of
-from tests.gmoe.mlps import FORMS, NormBeforeActivation
+from tests.helpers.changes import Change, changes_of
+from tests.helpers.mlps import FORMS, NormBeforeActivation
 
 SCALES = (1.0, 100.0)
 

@@ -20,14 +20,7 @@ from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, fold, moefy, record_routing
-from tests.gmoe.mlps import (
-    FORMS,
-    Dropping,
-    Llama,
-    NormBeforeActivation,
-    TwoArguments,
-    plain_mlp,
-)
+from tests.helpers.mlps import FORMS, Dropping, Llama, NormBeforeActivation, TwoArguments, plain_mlp
 
 STRAIGHT = {"weight": "straight_through", "balance": None}
 """Of token choice, so that copies of one MLP give what it gives, always the same."""

@@ -15,7 +15,8 @@ from torch_geometric.nn import GCNConv
 import gmoe
 from gmoe.candidates import MLP
 from gmoe.layer_groups import groups_of
-from tests.gmoe.shrunk import (
+from tests.gmoe.test_convert import images, timm_vit
+from tests.helpers.shrunk import (
     EDGES,
     EXPERTS,
     WIDTH,
@@ -26,7 +27,6 @@ from tests.gmoe.shrunk import (
     moefied,
     moved,
 )
-from tests.gmoe.test_convert import images, timm_vit
 
 
 @pytest.mark.parametrize("mlp", [None, GluMlp, SwiGLU])

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from gmoe import Experts, LinearExperts, MLPExperts, combine, dispatch
 from gmoe.products import Backend
-from tests.gmoe.conv.masked import features, routing_of
-from tests.gmoe.reference import naive_expert
+from tests.helpers.masked import features, routing_of
+from tests.helpers.reference import naive_expert
 
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
 OWNER = [0, 0, 2, 2, 2]

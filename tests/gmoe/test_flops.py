@@ -27,7 +27,7 @@ from gmoe import (
     count_flops,
     match_width,
 )
-from tests.gmoe.conv.masked import random_graph, routing_of
+from tests.helpers.masked import random_graph, routing_of
 
 T, D, O, E = 10, 8, 4, 4  # noqa: E741
 LINEAR = D * O + O

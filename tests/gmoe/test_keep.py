@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import gmoe
 from gmoe.layer_groups import groups_of
-from tests.gmoe.shrunk import (
+from tests.gmoe.test_convert import images
+from tests.helpers.shrunk import (
     EDGES,
     EXPERTS,
     NODES,
@@ -22,7 +23,6 @@ from tests.gmoe.shrunk import (
     moefied,
     moved,
 )
-from tests.gmoe.test_convert import images
 
 
 def test_a_softmax_counts_the_experts_that_are_gone() -> None:

@@ -22,7 +22,7 @@ from transformers import Trainer
 
 import gmoe
 import gmoe.plot
-from tests.gmoe.data.stored_files import store
+from tests.helpers.stored_files import store
 
 WIDTH, EXPERTS = 4, 2
 METADATA = (["a", "b"], [("a", "to", "b")])

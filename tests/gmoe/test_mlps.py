@@ -15,7 +15,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 import gmoe
 from gmoe import mlps
 from gmoe.mlps import MLPForm, register
-from tests.gmoe.mlps import CalledByKeyword
+from tests.helpers.mlps import CalledByKeyword
 
 
 @pytest.fixture(autouse=True)

@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import gmoe
 from gmoe.edges import RADIX_RECEIVERS, Edges
-from tests.gmoe.conv.masked import features, random_graph
 from tests.gmoe.conv.test_additive import in_mixed_blocks
-from tests.gmoe.kernels import ends
+from tests.helpers.kernels import ends
+from tests.helpers.masked import features, random_graph
 
 WIDTHS = (1, 7, 8, 17)
 """One, a width that does not fill 16 bytes, one that does, and more than that."""

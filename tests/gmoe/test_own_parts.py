@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gmoe.conv.kinds import KINDS
-from tests.gmoe.conv.masked import assert_equals_masked
+from tests.helpers.masked import assert_equals_masked
 
 PAGE = Path(__file__).parents[2] / "docs" / "your-own-router.md"
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gmoe import grouped_linear
 from gmoe.padded import blocks_of
 from gmoe.products import Backend
-from tests.gmoe.kernels import ends
+from tests.helpers.kernels import ends
 
 
 @given(loads=st.lists(st.integers(0, 90), min_size=1, max_size=6))

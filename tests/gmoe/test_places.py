@@ -10,8 +10,8 @@ from gmoe import MoEConv
 from gmoe.places import ToPairs, ToTokens, places_of
 from gmoe.products import combine, dispatch
 from gmoe.routing import Routing
-from tests.gmoe.conv.masked import features
-from tests.gmoe.kernels import Noted, gradients, routings
+from tests.helpers.kernels import Noted, gradients, routings
+from tests.helpers.masked import features
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from gmoe.products import (
     routed_linear,
 )
 from gmoe.routing import Routing
-from tests.gmoe.conv.masked import features, routing_of
-from tests.gmoe.kernels import Noted, ends, gradients, routings
+from tests.helpers.kernels import Noted, ends, gradients, routings
+from tests.helpers.masked import features, routing_of
 
 each_backend = pytest.mark.parametrize("backend", get_args(Backend))
 

@@ -17,7 +17,8 @@ import gmoe
 from gmoe import MoEConv
 from gmoe.layer_groups import groups_of
 from gmoe.routers import TokenChoice
-from tests.gmoe.shrunk import (
+from tests.gmoe.test_convert import images
+from tests.helpers.shrunk import (
     BY_TOKEN,
     EDGES,
     EXPERTS,
@@ -29,7 +30,6 @@ from tests.gmoe.shrunk import (
     moefied,
     moved,
 )
-from tests.gmoe.test_convert import images
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from gmoe._read_mlp import FUNCTIONS, Readers, _candidates, read_mlp
 from gmoe._verify import moved_copy
 from gmoe.experts import MLPExperts
-from tests.gmoe.mlps import (
+from tests.helpers.mlps import (
     FORMS,
     GEGLU,
     CalledByKeyword,

@@ -22,10 +22,10 @@ from torch_geometric import nn as pyg
 import gmoe
 from gmoe.layer_groups import groups_of
 from gmoe.saved import receipt
-from tests.gmoe.shrunk import EDGES, WIDTH, X, moved
 from tests.gmoe.test_convert import images, timm_vit, torchvision_vit
 from tests.gmoe.test_huggingface import build
 from tests.gmoe.test_pruning import Mine
+from tests.helpers.shrunk import EDGES, WIDTH, X, moved
 
 
 class MaskFirst(nn.Module):

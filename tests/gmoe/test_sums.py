@@ -14,7 +14,7 @@ from torch_geometric.utils import softmax as pyg_softmax
 from gmoe import sums as module
 from gmoe.edges import Edges
 from gmoe.sums import add_ends, blocks, dot, softmax, to_messages, weighted_sum
-from tests.gmoe.conv.masked import features, random_graph
+from tests.helpers.masked import features, random_graph
 
 
 def test_low_precision_is_summed_in_float32() -> None:

@@ -17,17 +17,8 @@ import gmoe
 from gmoe.layer_groups import groups_of
 from gmoe.stack import has_base
 from gmoe.unstacked import UnstackedLinears
-from tests.gmoe.shrunk import (
-    CONVS,
-    EDGES,
-    EXPERTS,
-    WIDTH,
-    X,
-    assert_same,
-    conv_layer,
-    moefied,
-)
 from tests.gmoe.test_convert import images
+from tests.helpers.shrunk import CONVS, EDGES, EXPERTS, WIDTH, X, assert_same, conv_layer, moefied
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.vision.made_images import cut, write_photo
+from tests.helpers.made_images import cut, write_photo
 from vision.batches import batches, make_augment
 from vision.sources import FileImages, ImageSource, MemoryImages
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette, utils
 
-from tests.vision.made_images import (
+from tests.helpers.made_images import (
     SHADE,
     cut,
     expected,

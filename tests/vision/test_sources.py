@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from tests.vision.made_images import write_photo
+from tests.helpers.made_images import write_photo
 from vision.sources import FileImages, MemoryImages, decode
 
 RGB = (204, 102, 51)  # of the web palette

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.experiments.user_data import Evil
+from tests.helpers.user_data import Evil
 
 HUGE = 2**40
 """What headers claim: no machine of ours has as much."""

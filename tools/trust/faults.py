@@ -53,8 +53,8 @@ from experiments.study import measured, questions, routers
 from experiments.train import checkpoint, jobs
 from experiments.train.presets import DIGITS_GRAPH, PRESETS
 from experiments.train.results import commit
-from tests.experiments.molecule_data import write_table
-from tests.vision.made_images import write_images
+from tests.helpers.made_images import write_images
+from tests.helpers.molecule_data import write_table
 from tools.trust.numbers import parse
 
 LIMIT = 600.0
@@ -106,7 +106,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "sweep-own": Command(
         "experiments.sweep",
-        "routers --router tests/experiments/own_parts.py:FirstBits --columns digits-graph "
+        "routers --router tests/helpers/own_parts.py:FirstBits --columns digits-graph "
         "--no-progress --runs {out}/runs --results {out}/results",
     ),
     "benchmark": Command(

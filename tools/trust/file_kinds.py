@@ -39,11 +39,11 @@ from experiments.train.data.task import GraphData, Split, Task
 from experiments.train.logs import Log
 from experiments.train.predictions import mean_of
 from experiments.train.run_folder import read_run
-from tests.experiments.molecule_data import write_set, write_table
-from tests.experiments.pyg_data import write_raw
-from tests.experiments.user_data import FORMS, write_npz
-from tests.gmoe.data.stored_files import store
-from tests.vision.made_images import pack, write_imagenette, write_images
+from tests.helpers.made_images import pack, write_imagenette, write_images
+from tests.helpers.molecule_data import write_set, write_table
+from tests.helpers.pyg_data import write_raw
+from tests.helpers.stored_files import store
+from tests.helpers.user_data import FORMS, write_npz
 
 QUICK = ["--hidden", "4", "--experts", "2", "--no-progress", "--device", "cpu"]
 

@@ -40,10 +40,10 @@ from experiments.train.data.ogb import load_ogb
 from experiments.train.predictions import mean_of
 from experiments.train.run_folder import read_run
 from experiments.train.user_code import load_object
-from tests.experiments.molecule_data import write_set
-from tests.experiments.user_data import arrays, write_csv, write_npz, write_pt
-from tests.gmoe.data.stored_files import store
-from tests.vision.made_images import write_photo
+from tests.helpers.made_images import write_photo
+from tests.helpers.molecule_data import write_set
+from tests.helpers.stored_files import store
+from tests.helpers.user_data import arrays, write_csv, write_npz, write_pt
 from tools.trust.file_kinds import EDGES, QUICK, X, dense_model, hub_model, write_pairs
 from tools.trust.fuzz import quiet
 from tools.trust.numbers import parse

@@ -25,7 +25,7 @@ from experiments.train.data.load import load_tasks
 from experiments.train.presets import PRESETS
 from gmoe import MoE
 from gmoe.conv.kinds import factory_of
-from tests.gmoe.data.stored_files import store
+from tests.helpers.stored_files import store
 
 CPU = torch.device("cpu")
 CONV = "conv --nodes 60 --edges 150"

@@ -30,7 +30,7 @@ from experiments.convert.graph import CLASSES, building, convert, main, write_ed
 from experiments.study.planted import write_planted
 from experiments.train.config import PAPERS
 from gmoe import StoredGraph
-from tests.experiments.command import refused
+from tests.helpers.command import refused
 
 NODES = 150
 EDGES = np.random.default_rng(0).integers(1, NODES - 1, size=(2, 700))

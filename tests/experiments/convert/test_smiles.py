@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.train.data.published import without_update_check
-from tests.experiments.molecule_data import TEN, write_table
+from tests.helpers.molecule_data import TEN, write_table
 
 without_update_check()
 Chem = pytest.importorskip("rdkit.Chem")

@@ -38,10 +38,10 @@ from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
 from experiments.train.results import write_json
 from experiments.train.run_folder import read_run
 from experiments.train.user_code import _load_file, check_trusted, load_object
-from tests.experiments import own_parts
-from tests.experiments.command import refused
-from tests.experiments.pyg_data import platonov
-from tests.vision.made_images import cut, write_photo
+from tests.helpers import own_parts
+from tests.helpers.command import refused
+from tests.helpers.made_images import cut, write_photo
+from tests.helpers.pyg_data import platonov
 
 GRAPH = replace(DIGITS_GRAPH, epochs=2, hidden=8, experts=3, progress=False, seeds=(0, 1))
 IMAGES = replace(

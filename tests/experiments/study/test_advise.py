@@ -16,7 +16,7 @@ from experiments.study import advise
 from experiments.study.advise import judge, main
 from experiments.train.config import RunConfig
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, PRESETS
-from tests.experiments.command import quick, refused
+from tests.helpers.command import quick, refused
 
 
 @pytest.mark.parametrize(

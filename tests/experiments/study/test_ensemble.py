@@ -22,7 +22,7 @@ from experiments.study.planted import write_planted
 from experiments.train.config import PAPERS
 from experiments.train.data.ogb import OGBMetric, load_ogb
 from experiments.train.predictions import mean_of
-from tests.experiments.command import quick, refused
+from tests.helpers.command import quick, refused
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SAMPLED = ("--sampling", "neighbor", "--fanout", "2", "2", "2", "--evaluation", "sampled")
-OWN = "tests.experiments.own_parts"
+OWN = "tests.helpers.own_parts"
 
 
 def run(data: Path, out: Path, *args: str, name: str = "ogbn-arxiv") -> dict[str, Any]:

@@ -19,8 +19,8 @@ from experiments.train import loop
 from experiments.train.build import build_model, costs_of
 from experiments.train.data.load import load_tasks
 from experiments.train.presets import DIGITS, DIGITS_GRAPH
-from tests.experiments import own_parts
-from tests.experiments.command import refused
+from tests.helpers import own_parts
+from tests.helpers.command import refused
 
 SMALL = {
     "digits": replace(DIGITS, epochs=1, batch_size=256, dim=16, hidden=16, layers=2, seeds=(0, 1)),

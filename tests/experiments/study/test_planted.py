@@ -14,7 +14,7 @@ from torch_geometric.utils import is_undirected, scatter
 from experiments.study.planted import SIZES, main, write_planted
 from experiments.train.config import PAPERS
 from experiments.train.data.ogb import load_ogb
-from tests.experiments.command import refused
+from tests.helpers.command import refused
 
 NODES, EDGES, CLASSES = 3_000, 24_000, 8
 

@@ -15,7 +15,7 @@ from experiments.study.pages import render
 from experiments.study.sweep import main
 from experiments.train import loop
 from experiments.train.presets import DIGITS_GRAPH, PRESETS
-from tests.experiments.command import refused
+from tests.helpers.command import refused
 
 MINE = """
 from dataclasses import replace

@@ -22,8 +22,8 @@ from experiments.train.loop import run
 from experiments.train.results import write_json
 from experiments.train.run_folder import begin, so_far
 from experiments.train.training import set_up
-from tests.experiments.command import QUICK
-from tests.experiments.made_graph import make_config, make_task
+from tests.helpers.command import QUICK
+from tests.helpers.made_graph import make_config, make_task
 
 
 def test_a_run_that_is_killed_inside_its_last_checkpoint(

@@ -26,9 +26,9 @@ from experiments.train.data.task import Task
 from experiments.train.loop import run, train_seed
 from experiments.train.run_folder import read_run
 from experiments.train.training import Training
-from tests.experiments.command import QUICK, full_disk, quick, refused, rows, run_until
-from tests.experiments.ogb_data import plant_papers
-from tests.vision.made_images import write_images
+from tests.helpers.command import QUICK, full_disk, quick, refused, rows, run_until
+from tests.helpers.made_images import write_images
+from tests.helpers.ogb_data import plant_papers
 
 TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --batch-size 8"
 AUGMENTED = "--augment standard --dropout 0.1 --noise True"

@@ -27,7 +27,7 @@ from experiments.train.routing_stats import (
     quantile_bins,
     switched_off,
 )
-from tests.experiments.command import quick
+from tests.helpers.command import quick
 
 
 def test_properties_of_a_small_graph() -> None:

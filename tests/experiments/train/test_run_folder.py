@@ -15,9 +15,9 @@ from experiments.train.command import main
 from experiments.train.config import RunConfig
 from experiments.train.presets import PRESETS
 from experiments.train.run_folder import described, differences_of
-from tests.experiments.command import quick, refused
-from tests.experiments.user_data import FORMS
-from tests.vision.made_images import write_imagenette, write_images, write_pacs
+from tests.helpers.command import quick, refused
+from tests.helpers.made_images import write_imagenette, write_images, write_pacs
+from tests.helpers.user_data import FORMS
 
 
 def own(form: str, folder: Path) -> RunConfig:

@@ -19,7 +19,7 @@ from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
 from experiments.train.presets import PACS
 from tests.experiments.show.test_report import words_of
-from tests.vision.made_images import write_pacs
+from tests.helpers.made_images import write_pacs
 from vision.images import DOMAINS
 
 SMALL = replace(

@@ -28,12 +28,12 @@ from experiments.train.presets import PRESETS, command
 from experiments.train.scores import Difference
 from experiments.train.training import Training
 from experiments.train.user_code import load_object
-from tests.experiments import own_parts
-from tests.experiments.command import QUICK, quick, refused, rows
-from tests.experiments.molecule_data import write_set
-from tests.experiments.ogb_data import plant
-from tests.experiments.pyg_data import write_raw
-from tests.vision.made_images import write_cifar, write_imagenette, write_images, write_pacs
+from tests.helpers import own_parts
+from tests.helpers.command import QUICK, quick, refused, rows
+from tests.helpers.made_images import write_cifar, write_imagenette, write_images, write_pacs
+from tests.helpers.molecule_data import write_set
+from tests.helpers.ogb_data import plant
+from tests.helpers.pyg_data import write_raw
 
 
 def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from experiments.train.data.load import load_tasks
 from experiments.train.molecule_gnn import BondGCNConv, MoleculeGNN
 from experiments.train.presets import DIGITS
 from experiments.train.training import WARMUP, learning_rate, make_optimizer, set_up
-from tests.experiments.command import quick, rows
+from tests.helpers.command import quick, rows
 
 SMALL = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=300, epochs=2, progress=False)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmoe import sums
 from gmoe.conv import additive
-from tests.gmoe.conv.masked import features
+from tests.helpers.masked import features
 
 EXPERTS, ROWS, PAIRS, MESSAGES, WIDTH, HEADS = 3, 7, 5, 20, 4, 2
 

@@ -12,7 +12,7 @@ from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
 
 from gmoe import Graph
 from gmoe.conv.adjacency import adjacency_like, read_edge_index, read_sparse
-from tests.gmoe.conv.masked import csr, features
+from tests.helpers.masked import csr, features
 
 PLAIN = torch.tensor([[0, 1, 2, 0], [1, 0, 1, 2]])
 """Edges among three nodes."""

@@ -17,7 +17,7 @@ from gmoe import Graph, MoEConv
 from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.call import Call
 from gmoe.routing import Routing
-from tests.gmoe.conv.masked import features, random_graph
+from tests.helpers.masked import features, random_graph
 
 NODES, EDGES, WIDTH, OUT = 7, 20, 4, 3
 

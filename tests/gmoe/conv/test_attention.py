@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gmoe import MoEConv
-from tests.gmoe.conv.masked import assert_equals_masked, features, random_graph
+from tests.helpers.masked import assert_equals_masked, features, random_graph
 
 
 @pytest.mark.parametrize("start", ["copies", "shared"])

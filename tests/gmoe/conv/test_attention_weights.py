@@ -12,7 +12,7 @@ from torch_geometric.explain.algorithm.utils import set_masks
 from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
 
 from gmoe import Graph, MoEConv, fold
-from tests.gmoe.conv.masked import (
+from tests.helpers.masked import (
     GRAPHS,
     csr,
     features,

@@ -16,7 +16,7 @@ from torch_geometric.nn import Aggregation, MessagePassing
 
 from gmoe import MLPConv, MoEConv, moefy
 from gmoe.conv.separate import SeparateExperts
-from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
+from tests.helpers.masked import GRAPHS, assert_equals_masked, features, random_graph
 
 WIDTH = 8
 

@@ -12,7 +12,7 @@ import torch
 from torch_geometric.nn import GCNConv
 
 from gmoe import FilterConv, Graph, MLPConv
-from tests.gmoe.conv.masked import GRAPHS, coo, features, simple_graph
+from tests.helpers.masked import GRAPHS, coo, features, simple_graph
 
 NODES, WIDTH = 7, 4
 

@@ -13,7 +13,7 @@ import gmoe
 from gmoe import MoEConv
 from gmoe.layer_groups import groups_of
 from gmoe.stack import become, tensors_of
-from tests.gmoe.shrunk import (
+from tests.helpers.shrunk import (
     CONVS,
     EDGES,
     STRAIGHT,

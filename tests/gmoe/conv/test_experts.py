@@ -20,7 +20,7 @@ from gmoe.conv.aggregate import AggregateOnce, FilterExperts, MLPConvExperts
 from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.call import Call
 from gmoe.conv.separate import SeparateExperts
-from tests.gmoe.conv.masked import (
+from tests.helpers.masked import (
     GRAPHS,
     assert_equals_masked,
     features,

@@ -11,7 +11,7 @@ from torch_geometric.nn import GCNConv, MessagePassing
 
 from gmoe import MoEConv
 from gmoe.conv.explain import mask_of, with_mask
-from tests.gmoe.conv.masked import features
+from tests.helpers.masked import features
 
 EDGES = torch.tensor([[0, 1, 2, 2], [1, 2, 0, 1]])
 STEPS = ("propagate", "message", "aggregate", "message_and_aggregate", "edge_update")

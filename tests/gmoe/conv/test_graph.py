@@ -27,7 +27,7 @@ from torch_geometric.nn import GCNConv
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
 from gmoe.edges import Edges
 from gmoe.sums import _WeightedSum
-from tests.gmoe.conv.masked import features, mean_of_in_edges, random_graph
+from tests.helpers.masked import features, mean_of_in_edges, random_graph
 
 EDGES = random_graph(9, 9, 30)
 

@@ -25,7 +25,7 @@ from gmoe import (
     active_parameters,
     count_flops,
 )
-from tests.gmoe.conv.hetero_reference import (
+from tests.helpers.hetero_reference import (
     COUNTS,
     METADATA,
     OUT,
@@ -38,7 +38,7 @@ from tests.gmoe.conv.hetero_reference import (
     edges,
     nodes,
 )
-from tests.gmoe.conv.masked import csr, features, gradient, routing_of
+from tests.helpers.masked import csr, features, gradient, routing_of
 
 EXPERTS, WIDTH = 3, 4
 TYPES, RELATIONS = METADATA

@@ -8,7 +8,7 @@ import torch
 import gmoe
 from gmoe import MoEConv
 from gmoe.layer_groups import groups_of
-from tests.gmoe.shrunk import (
+from tests.helpers.shrunk import (
     BY_TOKEN,
     CONVS,
     EDGES,

@@ -23,7 +23,7 @@ from gmoe.conv.kinds import (
     kinds_of,
     name_of,
 )
-from tests.gmoe.conv.masked import random_graph
+from tests.helpers.masked import random_graph
 
 WIDTH = 8
 SHARED: Any = pyg.GINConv(nn.Linear(4, 4))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmoe.conv.matrix import normalized_matrix, sum_matrix
 from gmoe.edges import Edges
-from tests.gmoe.conv.masked import features, mean_of_in_edges, random_graph
+from tests.helpers.masked import features, mean_of_in_edges, random_graph
 
 N = 9
 EDGE_INDEX = random_graph(N, N, 30)

@@ -15,7 +15,7 @@ from gmoe.conv import messages
 from gmoe.conv.base import StackedExperts
 from gmoe.conv.call import Call
 from gmoe.conv.messages import Messages
-from tests.gmoe.conv.masked import GRAPHS, default_float64, random_graph
+from tests.helpers.masked import GRAPHS, default_float64, random_graph
 
 EXPERTS, SOURCES, MESSAGES, WIDTH = 4, 6, 20, 3
 NODES, EDGES = GRAPHS["mixed"]

@@ -21,14 +21,8 @@ from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import MoEConv, TokenChoice, fold, moefy
 from tests.contract import Halved, opened
-from tests.gmoe.conv.masked import (
-    GRAPHS,
-    features,
-    mean_of_in_edges,
-    random_graph,
-    routing_of,
-)
 from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
+from tests.helpers.masked import GRAPHS, features, mean_of_in_edges, random_graph, routing_of
 
 NODES, WIDTH, EXPERTS = 8, 4, 3
 

@@ -12,7 +12,7 @@ from torch_geometric import nn as pyg
 from gmoe import FilterConv, Graph
 from gmoe.conv.kinds import base_kind_of
 from gmoe.conv.plain import run, run_gat, run_gcn, run_on
-from tests.gmoe.conv.masked import default_float64, random_graph
+from tests.helpers.masked import default_float64, random_graph
 
 N, WIDTH = 12, 4
 TOKEN = torch.tensor([2, 7, 3])

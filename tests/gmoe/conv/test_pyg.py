@@ -33,8 +33,8 @@ from torch_geometric.utils import to_torch_csc_tensor
 from gmoe import GNNMoE, Graph, MoEConv, fold
 from gmoe.conv.kinds import OPTIONS
 from tests.contract import opened
-from tests.gmoe.conv.masked import assert_equals_masked, csr, features, random_graph
 from tests.gmoe.conv.test_moe_conv import NODES, WIDTH, graph
+from tests.helpers.masked import assert_equals_masked, csr, features, random_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 

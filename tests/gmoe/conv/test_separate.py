@@ -12,7 +12,7 @@ from torch_geometric import nn as pyg
 from gmoe import Graph, Routing
 from gmoe.conv.call import Call
 from gmoe.conv.separate import SeparateExperts
-from tests.gmoe.conv.masked import random_graph
+from tests.helpers.masked import random_graph
 
 N, WIDTH = 9, 4
 EDGES = random_graph(N, N, 30)

@@ -14,9 +14,9 @@ from torch_geometric.sampler import NegativeSampling
 
 from gmoe import StoredGraph, link_neighbor_loader
 from gmoe.data.loader import SamplerBackend
-from tests.gmoe.data.sampled import draw, graph, hetero_graph
-from tests.gmoe.data.stored_files import store
 from tests.gmoe.data.test_loader import each_backend
+from tests.helpers.sampled import draw, graph, hetero_graph
+from tests.helpers.stored_files import store
 
 NODES, EDGES = 40, 300
 WRITES = ("author", "writes", "paper")

@@ -17,7 +17,7 @@ from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.sampler.base import SubgraphType
 
 from gmoe.data.loader import SamplerBackend, link_neighbor_loader, neighbor_loader
-from tests.gmoe.data.sampled import graph, hetero_graph
+from tests.helpers.sampled import graph, hetero_graph
 
 NODES, EDGES = 40, 300
 

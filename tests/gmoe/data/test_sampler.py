@@ -20,7 +20,7 @@ from torch_geometric.sampler import NodeSamplerInput
 
 import gmoe.data.sampler
 from gmoe.data.sampler import NeighborSampler
-from tests.gmoe.data.sampled import check, draw, graph, hetero_graph, hetero_sample, sample, star
+from tests.helpers.sampled import check, draw, graph, hetero_graph, hetero_sample, sample, star
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -21,8 +21,8 @@ from torch_geometric.sampler import NodeSamplerInput
 
 import gmoe.data.stored
 from gmoe import GNNMoE, NeighborSampler, StoredGraph, neighbor_loader
-from tests.gmoe.data.sampled import draw, graph
-from tests.gmoe.data.stored_files import store, write
+from tests.helpers.sampled import draw, graph
+from tests.helpers.stored_files import store, write
 
 NODES, EDGES, LARGE, WIDTH = 60, 400, 500_000, 128
 

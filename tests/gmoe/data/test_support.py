@@ -11,8 +11,8 @@ import torch
 from torch_geometric.data import Data, HeteroData
 
 from gmoe import StoredGraph, link_neighbor_loader, neighbor_loader
-from tests.gmoe.data.sampled import graph, hetero_graph
-from tests.gmoe.data.stored_files import store
+from tests.helpers.sampled import graph, hetero_graph
+from tests.helpers.stored_files import store
 
 PAGE = (Path(__file__).parents[3] / "docs" / "support.md").read_text()
 TABLE = PAGE.split("## Mini-batches without pyg-lib")[1].split("\n## ")[0]

@@ -16,8 +16,8 @@ from torch_geometric.data import Data, HeteroData
 from torch_geometric.sampler import EdgeSamplerInput, NegativeSampling, NodeSamplerInput
 
 from gmoe.data.sampler import NeighborSampler
-from tests.gmoe.data.sampled import draw, graph
 from tests.gmoe.data.test_sampler import within
+from tests.helpers.sampled import draw, graph
 
 RATES, LIKES = ("user", "rates", "item"), ("item", "liked by", "user")
 

@@ -27,7 +27,7 @@ from torch_geometric.nn import (
 )
 
 from gmoe import GNNMoE, Graph, MoEConv, MultiCentroid, TokenChoice, moefy
-from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges
+from tests.helpers.masked import GRAPHS, csr, features, mean_of_in_edges
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3
 shared_routers = pytest.mark.parametrize(

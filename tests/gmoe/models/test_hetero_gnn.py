@@ -19,8 +19,8 @@ from torch_geometric.nn import LayerNorm
 from gmoe import TokenChoice, aux_loss, neighbor_loader
 from gmoe.conv.hetero import HeteroMoEConv
 from gmoe.models.hetero_gnn import HeteroGNNMoE
-from tests.gmoe.conv.masked import features, random_graph
 from tests.gmoe.models.test_gnn import assert_same
+from tests.helpers.masked import features, random_graph
 
 IN, HIDDEN, OUT, EXPERTS = 4, 6, 5, 3
 COUNTS = {"paper": 12, "author": 9, "institution": 4, "field_of_study": 5}

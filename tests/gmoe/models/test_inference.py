@@ -19,9 +19,9 @@ from torch_geometric.loader import NodeLoader
 
 from gmoe import GNNMoE, NeighborSampler, Routing, StoredGraph, TokenChoice, neighbor_loader
 from tests.gmoe.conv.test_build import GatedSum
-from tests.gmoe.data.sampled import graph
-from tests.gmoe.data.stored_files import store
 from tests.gmoe.models.test_gnn import assert_same
+from tests.helpers.sampled import graph
+from tests.helpers.stored_files import store
 
 NODES, OUT = 41, 5
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from gmoe import AttentionVote, LinearExperts, MoE
 from gmoe.routers import attention_vote
-from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges
+from tests.helpers.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges
 
 VOTES = [case for case in CASES if case.router is AttentionVote]
 RAGGED = torch.tensor([5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2])

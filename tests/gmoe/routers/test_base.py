@@ -29,7 +29,14 @@ from gmoe import (
 )
 from gmoe.routers import AttentionVote, ExpertChoice, Groups
 from gmoe.routers.base import SHORT, log_softmax, pair_weights
-from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges, group_lists
+from tests.helpers.reference import (
+    CASES,
+    DTYPE,
+    Case,
+    assert_same_as_naive,
+    graph_edges,
+    group_lists,
+)
 
 D, E = 5, 3
 

@@ -22,8 +22,8 @@ from experiments.train.data.load import load_tasks
 from experiments.train.data.made import CLASSES, REGIONS
 from experiments.train.data.task import Split
 from experiments.train.presets import PRESETS
-from tests.experiments.command import quick
-from tests.vision.made_images import write_images
+from tests.helpers.command import quick
+from tests.helpers.made_images import write_images
 
 MOSAIC_SUM, MOSAIC_EDGES = -33198.47108442287, 15371898316
 """Of the features, and of the sources times their position modulo 97: figures under results/

@@ -27,7 +27,7 @@ from experiments.train.data.graphs import TwoClassAUROC, directed
 from experiments.train.data.named import load_graph
 from experiments.train.data.task import GraphData, Split, Task
 from experiments.train.training import set_up
-from tests.experiments.made_graph import (
+from tests.helpers.made_graph import (
     NODES,
     PARTS,
     double,

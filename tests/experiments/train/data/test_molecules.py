@@ -21,7 +21,7 @@ from experiments.train.data.molecules import (
 )
 from experiments.train.data.ogb import OGBMetric
 from experiments.train.data.published import published, without_update_check
-from tests.experiments.molecule_data import write_set
+from tests.helpers.molecule_data import write_set
 
 without_update_check()
 from ogb.graphproppred import Evaluator  # noqa: E402

@@ -21,8 +21,8 @@ from torch_geometric.datasets import actor
 from experiments.train.data.graphs import MASKS, per_class_splits, stratified_splits
 from experiments.train.data.named import FILTERED, PYG, load_graph
 from experiments.train.data.task import GraphData
-from tests.experiments.pyg_data import CLASSES, NODES, write_raw
-from tests.experiments.user_data import Evil
+from tests.helpers.pyg_data import CLASSES, NODES, write_raw
+from tests.helpers.user_data import Evil
 
 BY_ROC_AUC = {"minesweeper", "tolokers", "questions"}
 ONE_WAY = {"actor", *FILTERED}

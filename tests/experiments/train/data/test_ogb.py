@@ -19,8 +19,8 @@ from torchvision.datasets import utils
 
 from experiments.train.data import ogb
 from experiments.train.data.ogb import OGBMetric, files_of, load_ogb
-from tests.experiments.ogb_data import NAMES, NODES, numbers, plant, write
-from tests.experiments.user_data import Evil
+from tests.helpers.ogb_data import NAMES, NODES, numbers, plant, write
+from tests.helpers.user_data import Evil
 
 sys.modules["outdated"] = None  # type: ignore[assignment]  # or ogb asks the network for a newer ogb
 read_graph_pyg = pytest.importorskip("ogb.io.read_graph_pyg")

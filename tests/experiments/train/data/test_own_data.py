@@ -22,8 +22,8 @@ from experiments.train.data.own_graph import own_graph
 from experiments.train.data.task import Task
 from experiments.train.kinds.graphs import Graphs, HeteroGraphs
 from experiments.train.kinds.images import Images
-from tests.experiments.command import quick
-from tests.experiments.user_data import (
+from tests.helpers.command import quick
+from tests.helpers.user_data import (
     FORMS,
     NODES,
     SPLITS,

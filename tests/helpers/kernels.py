@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmoe.routing import Routing
-from tests.gmoe.conv.masked import features, routing_of
+from tests.helpers.masked import features, routing_of
 
 
 def ends(loads: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch_geometric.nn import HeteroConv, SAGEConv
 from gmoe import Routing, aux_loss
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
-from tests.gmoe.conv.masked import features, gradient, random_graph
+from tests.helpers.masked import features, gradient, random_graph
 
 EdgeType = tuple[str, str, str]
 Nodes = dict[str, Tensor]
