@@ -410,6 +410,18 @@ def assert_alike(found: Mapping[str, Tensor | None], expected: Mapping[str, Tens
         torch.testing.assert_close(found[name], value, msg=partial("{}: {}".format, name))
 
 
+def assert_compiles(
+    case: Case, calls: Sequence[Sequence[int]] = (GROUPS, [0, 2]), **options: Any
+) -> None:
+    """Outputs and gradients, of two calls of other sizes, equal those without."""
+    torch.compiler.reset()
+    layer = case.make()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, **options)
+    for groups in calls:
+        assert_alike(train(twin, case.call(groups), compiled), train(layer, case.call(groups)))
+
+
 def of_expert(experts: nn.Module, expert: int, num_experts: int) -> Iterator[Tensor | None]:
     """The gradients of one expert's parameters, stacked with the others' or on their own."""
     if isinstance(experts, MixedExperts):

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import gmoe
-from tests.gmoe.test_huggingface import MODELS, build, run
+from tests.helpers.huggingface import MODELS, build, run
 from tests.helpers.shrunk import moved
 
 MESSAGE = r"expert.*gmoe\.load\(folder\)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from gmoe import MLPExperts, MoE, Router, RoutingStats, build_router
-from tests.contract import CASES, CLAUSES, GROUPS, Case, assert_alike, host_syncs, train
+from tests.contract import (
+    CASES,
+    CLAUSES,
+    Case,
+    assert_alike,
+    assert_compiles,
+    host_syncs,
+)
 
 UNBROKEN = ("token_choice", "multi_centroid", "random", "uniform", "linear", "shared")
 """``MoE`` with these is one graph for ``torch.compile``."""
@@ -79,18 +86,6 @@ def test_counters_advance_once_under_reentrant_checkpointing(case: Case) -> None
     for one, other in zip(twin.modules(), layer.modules(), strict=True):
         if isinstance(one, Router):  # batch norm's statistics move with every forward
             assert_alike(dict(one.named_buffers()), dict(other.named_buffers()))
-
-
-def assert_compiles(
-    case: Case, calls: Sequence[Sequence[int]] = (GROUPS, [0, 2]), **options: Any
-) -> None:
-    """Outputs and gradients, of two calls of other sizes, equal those without."""
-    torch.compiler.reset()
-    layer = case.make()
-    twin = copy.deepcopy(layer)
-    compiled = torch.compile(twin, **options)
-    for groups in calls:
-        assert_alike(train(twin, case.call(groups), compiled), train(layer, case.call(groups)))
 
 
 QUICK_TO_COMPILE = ("MoE token_choice", "MoE linear")

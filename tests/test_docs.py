@@ -30,10 +30,11 @@ from experiments.study.routers import read_table
 from experiments.train.files import read_json
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
 from experiments.train.scores import Difference
+from tests.helpers.pages import DOCS, blocks
 from tests.helpers.symbols import symbols
 
 ROOT = Path(__file__).parent.parent
-DOCS, RESULTS = ROOT / "docs", ROOT / "results"
+RESULTS = ROOT / "results"
 README = (ROOT / "README.md").read_text()
 DRAWINGS = every_drawing()
 EXECUTED = sorted(
@@ -45,14 +46,6 @@ EXECUTED = sorted(
 """
 EXECUTED.remove("your-own-router.md")
 EXECUTED.remove("timm-train.md")  # a script, which ``tests/test_timm_train.py`` imports
-
-
-def blocks(page: str) -> list[str]:
-    """The Python blocks of a page, those in lists without their indentation."""
-    found = re.findall(
-        r"^( *)```python\n(.*?)^ *```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
-    )
-    return [re.sub(f"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
 
 
 @pytest.mark.parametrize("page", EXECUTED)

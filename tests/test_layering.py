@@ -264,6 +264,35 @@ def test_the_rule_of_exports_itself(source: str, words: set[str]) -> None:
     assert words_of_exports(source) == words
 
 
+def imported_tests(source: str) -> list[str]:
+    """The tests that a file imports: what files of tests share is in ``tests/helpers``."""
+    return [
+        name
+        for name, _ in imports(source)
+        if inside(name, "tests") and any(part.startswith("test_") for part in name.split("."))
+    ]
+
+
+def test_no_test_is_imported() -> None:
+    files = (ROOT / "tests").rglob("*.py")
+    found = {module_of(path): imported_tests(path.read_text()) for path in files}
+    assert not {module: names for module, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("source", "number"),
+    [
+        ("from tests.gmoe.test_gnn import model", 1),
+        ("from tests.gmoe import test_gnn, test_moe", 2),
+        ("def f():\n    import tests.test_docs", 1),
+        ("from tests.helpers.masked import masked", 0),
+        ("from tests import contract", 0),
+    ],
+)
+def test_the_rule_of_tests_itself(source: str, number: int) -> None:
+    assert len(imported_tests(source)) == number
+
+
 def run(script: str) -> str:
     """What a new interpreter prints."""
     return subprocess.run(

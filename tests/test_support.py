@@ -32,9 +32,8 @@ from torchvision.models import VisionTransformer
 import gmoe
 from gmoe.stack import become, tensors_of
 from tests import contract
-from tests.contract import CASES, METADATA, Case, outcome, rows, run
-from tests.gmoe.conv.test_pyg import Two
-from tests.test_contract import assert_compiles
+from tests.contract import CASES, METADATA, Case, assert_compiles, outcome, rows, run
+from tests.helpers.conv_cases import Two
 from tests.torch_versions import COMPILES_GRAPHS, EXPORTS_GRAPHS
 
 LAYERS = {

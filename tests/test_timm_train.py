@@ -24,7 +24,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
 import gmoe
-from tests.test_docs import blocks
+from tests.helpers.pages import blocks
 
 SIZES: dict[str, Any] = {
     "num_classes": 10,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import gmoe
-from tests.test_docs import blocks
+from tests.helpers.pages import blocks
 
 Page = dict[str, Any]
 """The names that the page defines."""

@@ -11,7 +11,8 @@ from torch import nn
 import gmoe
 from gmoe.candidates import candidate_of_tokens, verdict_of, weights_sum_to_one
 from gmoe.stack import are_equal
-from tests.helpers.shrunk import EXPERTS, WIDTH, X, assert_same
+from tests.helpers.equal import assert_same
+from tests.helpers.shrunk import EXPERTS, WIDTH, X
 
 
 def test_experts_are_equal_by_their_values_only() -> None:

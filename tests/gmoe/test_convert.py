@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from timm.layers.mlp import GlobalResponseNormMlp, Mlp
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, fold, moefy, record_routing
 from tests.helpers.mlps import FORMS, Dropping, Llama, NormBeforeActivation, TwoArguments, plain_mlp
+from tests.helpers.vits import images, timm_vit, torchvision_vit
 
 STRAIGHT = {"weight": "straight_through", "balance": None}
 """Of token choice, so that copies of one MLP give what it gives, always the same."""
@@ -38,38 +38,9 @@ def plain(model: Any, **options: Any) -> Any:
     return moefy(model, start="copies", **options)
 
 
-def torchvision_vit(layers: int = 3) -> VisionTransformer:
-    torch.manual_seed(0)
-    vit = VisionTransformer(8, 4, layers, 2, 16, 24, num_classes=5)
-    # Torchvision's starts at zero, under which all models are equal
-    nn.init.normal_(vit.heads.head.weight)
-    return vit.double().eval()
-
-
-def timm_vit(layers: int = 3, **kwargs: Any) -> Any:
-    torch.manual_seed(0)
-    sizes: Any = {
-        "img_size": 8,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depth": layers,
-        "num_heads": 2,
-        "num_classes": 5,
-    }
-    vit: Any = timm.models.VisionTransformer(**sizes, **kwargs)
-    nn.init.normal_(vit.head.weight)
-    return vit.double().eval()
-
-
 def mlps(vit: Any) -> list[Any]:
     blocks = vit.encoder.layers if isinstance(vit, VisionTransformer) else vit.blocks
     return [block.mlp for block in blocks]
-
-
-def images(count: int = 3) -> Tensor:
-    return torch.randn(
-        count, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
 
 
 def assert_same(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:

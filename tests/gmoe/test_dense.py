@@ -15,18 +15,9 @@ from torch_geometric.nn import GCNConv
 import gmoe
 from gmoe.candidates import MLP
 from gmoe.layer_groups import groups_of
-from tests.gmoe.test_convert import images, timm_vit
-from tests.helpers.shrunk import (
-    EDGES,
-    EXPERTS,
-    WIDTH,
-    X,
-    assert_same,
-    conv_layer,
-    has_experts,
-    moefied,
-    moved,
-)
+from tests.helpers.equal import assert_same
+from tests.helpers.shrunk import EDGES, EXPERTS, WIDTH, X, conv_layer, has_experts, moefied, moved
+from tests.helpers.vits import images, timm_vit
 
 
 @pytest.mark.parametrize("mlp", [None, GluMlp, SwiGLU])

@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers as hf
-from torch import Tensor
 
 from gmoe import MoE, moefy, record_routing
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
-WITH_HIDDEN: dict[str, Any] = SIZES | {"intermediate_size": 24}
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "ViT": lambda: hf.ViTForImageClassification(hf.ViTConfig(**WITH_HIDDEN)),
-    "DeiT": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**WITH_HIDDEN)),
-    "DINOv2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES, mlp_ratio=2)),
-    "DINOv2, gated": lambda: hf.Dinov2Model(
-        hf.Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True)
-    ),
-    "CLIP": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**WITH_HIDDEN)),
-    "SigLIP": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**WITH_HIDDEN)),
-    "BEiT": lambda: hf.BeitForImageClassification(hf.BeitConfig(**WITH_HIDDEN)),
-    "ViTMAE": lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**WITH_HIDDEN, mask_ratio=0.0)),
-}
-
-
-def build(name: str) -> Any:
-    torch.manual_seed(0)
-    return MODELS[name]().eval()
-
-
-def run(model: Any) -> Tensor:
-    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(2)  # ViTMAE shuffles the patches
-    out: Tensor = model(images)[0]
-    return out
+from tests.helpers.huggingface import MODELS, build, run
 
 
 @pytest.mark.parametrize("targets", [None, "*.mlp"])

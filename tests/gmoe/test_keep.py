@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gmoe
 from gmoe.layer_groups import groups_of
-from tests.gmoe.test_convert import images
+from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
     EDGES,
     EXPERTS,
@@ -18,11 +18,11 @@ from tests.helpers.shrunk import (
     WIDTH,
     X,
     assert_has,
-    assert_same,
     conv_layer,
     moefied,
     moved,
 )
+from tests.helpers.vits import images
 
 
 def test_a_softmax_counts_the_experts_that_are_gone() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 import gmoe
 from gmoe.layer_groups import groups_of, named
-from tests.helpers.shrunk import EDGES, EXPERTS, WIDTH, X, assert_same
+from tests.helpers.equal import assert_same
+from tests.helpers.shrunk import EDGES, EXPERTS, WIDTH, X
 
 
 def token_layer(router: gmoe.Router | None = None) -> gmoe.MoE:

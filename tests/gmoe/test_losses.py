@@ -34,8 +34,8 @@ from gmoe import (
     z_loss,
 )
 from gmoe.losses import expected_load
-from tests.gmoe.test_convert import timm_vit
 from tests.helpers.shrunk import moved
+from tests.helpers.vits import timm_vit
 
 PROBS = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9]], dtype=torch.float64)
 

@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gmoe
 from gmoe.edges import RADIX_RECEIVERS, Edges
-from tests.gmoe.conv.test_additive import in_mixed_blocks
-from tests.helpers.kernels import ends
+from tests.helpers.kernels import ends, in_mixed_blocks
 from tests.helpers.masked import features, random_graph
 
 WIDTHS = (1, 7, 8, 17)

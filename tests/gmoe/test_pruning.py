@@ -17,19 +17,20 @@ import gmoe
 from gmoe import MoEConv
 from gmoe.layer_groups import groups_of
 from gmoe.routers import TokenChoice
-from tests.gmoe.test_convert import images
+from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
     BY_TOKEN,
     EDGES,
     EXPERTS,
     NODES,
     WIDTH,
+    Mine,
     X,
-    assert_same,
     conv_layer,
     moefied,
     moved,
 )
+from tests.helpers.vits import images
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -164,18 +165,6 @@ def test_balance_goes_on_after_pruning() -> None:
     for _ in range(3):
         layer(X, EDGES).square().sum().backward()
     assert router.next_bias_E.isfinite().all()
-
-
-class Mine(gmoe.Router):
-    """Somebody's own."""
-
-    def reset_parameters(self) -> None: ...
-
-    def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
-        zeros_T1 = torch.zeros(len(x_TD), 1, dtype=torch.long)
-        return gmoe.Routing.from_choices(
-            zeros_T1, x_TD.new_ones(len(x_TD), 1), num_experts=self.num_experts
-        )
 
 
 def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:

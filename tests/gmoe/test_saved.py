@@ -22,10 +22,9 @@ from torch_geometric import nn as pyg
 import gmoe
 from gmoe.layer_groups import groups_of
 from gmoe.saved import receipt
-from tests.gmoe.test_convert import images, timm_vit, torchvision_vit
-from tests.gmoe.test_huggingface import build
-from tests.gmoe.test_pruning import Mine
-from tests.helpers.shrunk import EDGES, WIDTH, X, moved
+from tests.helpers.huggingface import build
+from tests.helpers.shrunk import EDGES, WIDTH, Mine, X, moved
+from tests.helpers.vits import images, timm_vit, torchvision_vit
 
 
 class MaskFirst(nn.Module):

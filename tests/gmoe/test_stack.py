@@ -24,8 +24,8 @@ import gmoe
 from gmoe import GNNMoE, MoEConv
 from gmoe.conv.base import tensors_in
 from gmoe.stack import base_parameters, fill, has_base, tensors_of
-from tests.gmoe.conv.test_experts import ids
-from tests.gmoe.models.test_gnn import assert_same
+from tests.helpers.conv_cases import ids
+from tests.helpers.equal import assert_same
 from tests.helpers.masked import GRAPHS, assert_equals_masked, features
 
 NODES, EDGES = GRAPHS["mixed"]

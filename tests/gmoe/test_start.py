@@ -32,8 +32,8 @@ from gmoe import (
 from gmoe.models.vit import ViTMoE, ViTSize
 from gmoe.stack import base_parameters, has_base
 from gmoe.start import resolved_start
-from tests.gmoe.conv.test_experts import ids
-from tests.gmoe.models.test_gnn import assert_same
+from tests.helpers.conv_cases import ids
+from tests.helpers.equal import assert_same
 from tests.helpers.masked import GRAPHS, features, random_graph, routing_of
 
 NODES, EDGES = GRAPHS["mixed"]

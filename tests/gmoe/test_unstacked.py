@@ -17,8 +17,9 @@ import gmoe
 from gmoe.layer_groups import groups_of
 from gmoe.stack import has_base
 from gmoe.unstacked import UnstackedLinears
-from tests.gmoe.test_convert import images
-from tests.helpers.shrunk import CONVS, EDGES, EXPERTS, WIDTH, X, assert_same, conv_layer, moefied
+from tests.helpers.equal import assert_same
+from tests.helpers.shrunk import CONVS, EDGES, EXPERTS, WIDTH, X, conv_layer, moefied
+from tests.helpers.vits import images
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

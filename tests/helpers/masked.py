@@ -271,3 +271,21 @@ def assert_equals_masked(
         if value.numel()
     }
     assert all(difference <= 1e-10 for difference in far.values()), f"largest differences: {far}"
+
+
+def weighted(layer: Any, x: Tensor, edge_index: Tensor, weight_TE: Tensor) -> Tensor:
+    """All experts on the whole batch, each times the weights of its nodes."""
+    out = sum(
+        weight_TE[:, e : e + 1] * layer.expert(e)(x, edge_index) for e in range(layer.num_experts)
+    )
+    assert isinstance(out, Tensor)
+    if layer.shared_expert is not None:
+        out = out + layer.shared_expert.expert(0)(x, edge_index)
+    return out
+
+
+def redrawn(model: Any) -> Any:
+    """The model with random weights, in which no expert is a copy and no gain is zero."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return model.double().eval()

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from experiments.train.data.named import PYG, PyGSet
+from experiments.train.data.named import PYG, PyGSet, load_graph
+from experiments.train.data.task import GraphData
 
 Array = NDArray[Any]
 NODES, FEATURES, CLASSES, EDGES, SPLITS = 120, 5, 2, 200, 10
@@ -168,3 +169,8 @@ def actor(folder: Path, given: PyGSet) -> Raw:
     for split, file in enumerate(given.files[2:]):
         np.savez(folder / file, **{f"{part}_mask": mask[split] for part, mask in parts.items()})
     return Raw(folder, x, y, edges, parts)
+
+
+def load(name: str, root: Path, offline: bool = True) -> GraphData:
+    """A data set by name, as the command reads it."""
+    return load_graph(name, root, offline=offline)

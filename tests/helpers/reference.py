@@ -585,3 +585,28 @@ def assert_same_as_naive(
     actual = gradients((y * cotangent).sum() + routing.aux_loss, [x, *parameters])
     for name, a, w in zip(["x", *names], actual, wanted, strict=True):
         close(a, w, f"gradient of {name}")
+
+
+D = 5
+
+INPUTS: dict[str, tuple[tuple[int, ...], list[int] | None]] = {
+    "one_group": ((11, D), None),
+    "leading": ((3, 4, D), None),
+    "two_leading": ((2, 2, 3, D), None),
+    "ragged": (
+        (11, D),
+        [5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2],
+    ),  # unsorted, with gaps, and a group of one
+    "ragged_sorted": ((9, D), [0, 0, 0, 0, 0, 1, 3, 3, 3]),
+    "equal_unsorted": ((12, D), [7, 1, 4, 4, 1, 7, 7, 4, 1, 1, 4, 7]),
+    "leading_and_batch": ((2, 5, D), [0, 1, 1, 0, 2, 2, 2, 1, 0, 0]),
+    "one_token": ((1, D), None),
+    "groups_of_one": ((4, 1, D), None),
+}
+
+
+def with_gate(router: TokenChoice, weight_ED: list[list[float]]) -> TokenChoice:
+    """The router with this gate."""
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.tensor(weight_ED))
+    return router

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 import torch
+import torch_geometric.typing
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.sampler import HeteroSamplerOutput, NodeSamplerInput, SamplerOutput
@@ -121,3 +124,19 @@ def hetero_sample(
     out = sampler.sample_from_nodes(NodeSamplerInput(None, torch.tensor(seeds), input_type=kind))
     assert isinstance(out, HeteroSamplerOutput)
     return out
+
+
+needs_pyg_lib = pytest.mark.skipif(
+    not torch_geometric.typing.WITH_PYG_LIB, reason="pyg-lib is not installed"
+)
+
+each_backend = pytest.mark.parametrize(
+    "backend", ["gmoe", pytest.param("pyg", marks=needs_pyg_lib)]
+)
+
+
+def within(count: Tensor | int, trials: int, share: float) -> Tensor:
+    """True where a binomial count is within 5 standard deviations of its mean."""
+    return (torch.as_tensor(count) - trials * share).abs() <= 5 * math.sqrt(
+        trials * share * (1 - share)
+    ) + 1e-9

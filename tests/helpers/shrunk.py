@@ -10,16 +10,11 @@ from torch_geometric.nn import GATConv
 
 import gmoe
 from gmoe import MoEConv
-from tests.gmoe.test_convert import timm_vit
+from tests.helpers.vits import timm_vit
 
 WIDTH, EXPERTS, NODES = 4, 8, 5
-
-
 X = torch.randn(NODES, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 0, 2], [1, 2, 3, 4, 0, 2, 0]])
-
 
 CONVS: dict[str, Any] = {
     "gcn": "gcn",
@@ -74,10 +69,6 @@ def moefied(**options: Any) -> Any:
     return moved(gmoe.moefy(timm_vit(2), every=1, num_experts=EXPERTS, **options))
 
 
-def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 def assert_has(layer: Any, number: int) -> None:
     """The layer, its router and all stacked tensors have this number of experts."""
     assert layer.num_experts == number
@@ -89,3 +80,15 @@ def assert_has(layer: Any, number: int) -> None:
 
 def has_experts(model: nn.Module) -> bool:
     return any(isinstance(part, gmoe.MoELayer) for part in model.modules())
+
+
+class Mine(gmoe.Router):
+    """Somebody's own."""
+
+    def reset_parameters(self) -> None: ...
+
+    def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
+        zeros_T1 = torch.zeros(len(x_TD), 1, dtype=torch.long)
+        return gmoe.Routing.from_choices(
+            zeros_T1, x_TD.new_ones(len(x_TD), 1), num_experts=self.num_experts
+        )

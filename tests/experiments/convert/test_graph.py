@@ -31,8 +31,8 @@ from experiments.study.planted import write_planted
 from experiments.train.config import PAPERS
 from gmoe import StoredGraph
 from tests.helpers.command import refused
+from tests.helpers.converted import NODES, run
 
-NODES = 150
 EDGES = np.random.default_rng(0).integers(1, NODES - 1, size=(2, 700))
 LABELED = 3_000
 """Nodes of a planted ogbn-papers100M, so that each part of its split has some."""
@@ -60,20 +60,6 @@ def rows(folder: Path) -> list[list[int]]:
     return [
         graph.source[begin:end].tolist() for begin, end in itertools.pairwise(graph.start.tolist())
     ]
-
-
-def run(folder: Path, edges: Any, name: str = "e.npy", nodes: int = NODES, **options: Any) -> Path:
-    """Convert edges, an array or a text; arrays among the options go through files."""
-    for part, array in {"x": np.ones((nodes, 2)), **options}.items():
-        if isinstance(array, np.ndarray):
-            np.save(folder / f"{part}.npy", array)
-            options[part] = folder / f"{part}.npy"
-    if isinstance(edges, np.ndarray):
-        np.save(folder / name, edges)
-    elif edges is not None:
-        (folder / name).write_text(edges, newline="")
-    convert(str(folder / name), folder / "out", **options)
-    return folder / "out"
 
 
 def is_refused(message: str, folder: Path, edges: Any, name: str = "e.npy", **options: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.show.cells import differences, read_cells, read_study, study_tables
-from tests.experiments.show.test_tables import variant
+from tests.helpers.run_folders import variant
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from experiments.convert.__main__ import main as convert
 from experiments.show import molecules, report_page
 from experiments.show.report import main
 from gmoe.plot import palette
-from tests.experiments.show.test_report import words_of
 from tests.helpers.command import quick
 from tests.helpers.molecule_data import TEN, write_set, write_table
+from tests.helpers.pages import words_of
 
 SMALL = ("--hidden", "8", "--layers", "2", "--batch-size", "4", "--experts", "3")
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from html import unescape
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from experiments.train.user_code import _load_file, check_trusted, load_object
 from tests.helpers import own_parts
 from tests.helpers.command import refused
 from tests.helpers.made_images import cut, write_photo
+from tests.helpers.pages import words_of
 from tests.helpers.pyg_data import platonov
 
 GRAPH = replace(DIGITS_GRAPH, epochs=2, hidden=8, experts=3, progress=False, seeds=(0, 1))
@@ -60,11 +60,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     run(replace(IMAGES, router="token_choice", out=root / "images"))
     return root
-
-
-def words_of(path: Path) -> str:
-    """The text of a page."""
-    return unescape(re.sub("<[^>]*>", "\n", path.read_text(encoding="utf-8")))
 
 
 def test_report_of_graphs_and_images(

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import pytest
 
 from experiments.show.tables import pair_table, study_table
-
-
-def variant(name: str, values: list[float], flops: int = 1, layers: Any = ()) -> dict[str, Any]:
-    std = statistics.stdev(values) if len(values) > 1 else None
-    test = {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
-    return {
-        "variant": name,
-        "label": name,
-        "metric": "accuracy",
-        "test": test,
-        "flops": flops,
-        "parameters": 1234,
-        "routing": layers,
-        "config": {"seeds": list(range(len(values)))},
-    }
+from tests.helpers.run_folders import variant
 
 
 def study(*variants: dict[str, Any]) -> dict[str, Any]:

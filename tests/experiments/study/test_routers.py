@@ -20,7 +20,7 @@ from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
 from experiments.train.presets import DIGITS, DIGITS_GRAPH
-from tests.experiments.show.test_tables import variant
+from tests.helpers.run_folders import variant
 
 SMALL = {
     "digits": replace(DIGITS, epochs=1, hidden=16, seeds=(0, 1)),

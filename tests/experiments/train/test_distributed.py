@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from experiments.study.planted import write_planted
 from experiments.train.command import main
-from tests.experiments.train.test_resume import assert_same
 from tests.helpers.command import refused, rows, run_until
 from tests.helpers.made_graph import make_config, make_task
 from tests.helpers.made_images import write_images
+from tests.helpers.run_folders import assert_same
 
 ROOT = Path(__file__).parents[3]
 TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --experts 4"

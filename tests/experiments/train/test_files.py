@@ -43,10 +43,9 @@ from experiments.train.files import (
 from experiments.train.logs import Log
 from experiments.train.results import write_json
 from experiments.train.saved import read_options
-from tests.experiments.train.data.test_named import load
 from tests.helpers.command import full_disk
 from tests.helpers.made_images import write_images
-from tests.helpers.pyg_data import write_raw
+from tests.helpers.pyg_data import load, write_raw
 from tests.helpers.user_data import FORMS
 from vision import load_images
 

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.train import command as train
 from experiments.train import jobs
-from tests.experiments.train.test_resume import assert_same
+from tests.helpers.run_folders import assert_same
 
 ARGS = [
     "digits-graph",

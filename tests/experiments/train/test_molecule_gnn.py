@@ -12,7 +12,7 @@ from torch_geometric.utils import degree
 
 import gmoe
 from experiments.train.molecule_gnn import BondGCNConv, MoleculeGNN, conv_of, ogb_gin
-from tests.gmoe.conv.test_graph_routing import masked, moved
+from tests.helpers.masked import redrawn, weighted
 
 BATCH = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 3, 3])
 """The molecule of each atom; the third has one atom."""
@@ -101,7 +101,7 @@ def test_the_gin_is_that_of_the_ogb_examples() -> None:
 def test_stacked_experts_are_masked_convs(start: Any, k: int) -> None:
     x = torch.randn(len(BATCH), 5, dtype=torch.float64, requires_grad=True)
     bonds = torch.randn(BONDS.size(1), 7, dtype=torch.float64, requires_grad=True)
-    layer = moved(gmoe.MoEConv(BondGCNConv, 5, 7, num_experts=4, k=k, start=start))
+    layer = redrawn(gmoe.MoEConv(BondGCNConv, 5, 7, num_experts=4, k=k, start=start))
 
     class Bonded(nn.Module):  # a conv with its bonds, as ``masked`` calls it
         def __init__(self, conv: Any) -> None:
@@ -120,7 +120,7 @@ def test_stacked_experts_are_masked_convs(start: Any, k: int) -> None:
             return Bonded(layer.expert(index))
 
     out, routing = layer(x, BONDS, edge_attr=bonds, return_routing=True)
-    expected = masked(BondedLayer(), x, BONDS, routing.to_dense())
+    expected = weighted(BondedLayer(), x, BONDS, routing.to_dense())
     if layer.shared_expert is not None:
         expected = expected + layer.shared_expert.expert(0)(x, BONDS, bonds)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)

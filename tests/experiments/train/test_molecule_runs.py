@@ -22,9 +22,9 @@ from experiments.train.data.molecules import load_molecules
 from experiments.train.data.published import without_update_check
 from experiments.train.presets import PRESETS
 from experiments.train.training import is_better
-from tests.experiments.train.test_resume import assert_same
 from tests.helpers.command import QUICK, quick, refused, run_until
 from tests.helpers.molecule_data import write_set
+from tests.helpers.run_folders import assert_same
 
 without_update_check()
 from ogb.graphproppred import Evaluator  # noqa: E402

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from experiments.train import checkpoint
 from experiments.train.command import main, parse
@@ -29,6 +28,7 @@ from experiments.train.training import Training
 from tests.helpers.command import QUICK, full_disk, quick, refused, rows, run_until
 from tests.helpers.made_images import write_images
 from tests.helpers.ogb_data import plant_papers
+from tests.helpers.run_folders import assert_same
 
 TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --batch-size 8"
 AUGMENTED = "--augment standard --dropout 0.1 --noise True"
@@ -49,25 +49,6 @@ RUNS: dict[str, str] = {
     "stored": f"{PAPERS} --hidden 16 --experts 2 --batch-size 40 --fanout 5 3 2",
 }
 """One batch an epoch (graph to votes), or several; everything that draws or remembers."""
-
-
-def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
-    """Curves, logs, results and weights of two run folders.
-
-    Between processes the last bits of weights may differ.
-    """
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, resumed)]
-    for name in ("val", "test", "best_epoch", "curve", "routing", "config"):
-        assert summaries[0][name] == summaries[1][name], name
-    for seed in (path.name for path in whole.glob("seed-*")):
-        weights = [
-            load_file(folder / seed / "checkpoint" / "best.safetensors")
-            for folder in (whole, resumed)
-        ]
-        torch.testing.assert_close(*weights, rtol=0 if exact else 1.3e-6, atol=0 if exact else 1e-5)
-        for name in ("metrics.csv", "routing.csv") if exact else ():
-            number = int(seed.removeprefix("seed-"))
-            assert rows(whole, name, number) == rows(resumed, name, number)
 
 
 @pytest.mark.parametrize("name", RUNS)

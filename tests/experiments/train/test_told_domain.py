@@ -18,8 +18,8 @@ from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
 from experiments.train.presets import PACS
-from tests.experiments.show.test_report import words_of
 from tests.helpers.made_images import write_pacs
+from tests.helpers.pages import words_of
 from vision.images import DOMAINS
 
 SMALL = replace(

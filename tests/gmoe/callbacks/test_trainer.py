@@ -12,7 +12,7 @@ import transformers as hf
 from torch import nn
 
 import gmoe
-from tests.gmoe.test_huggingface import build
+from tests.helpers.huggingface import build
 
 STEPS = 4
 

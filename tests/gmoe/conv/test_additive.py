@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from gmoe import sums
 from gmoe.conv import additive
+from tests.helpers.kernels import in_mixed_blocks
 from tests.helpers.masked import features
 
 EXPERTS, ROWS, PAIRS, MESSAGES, WIDTH, HEADS = 3, 7, 5, 20, 4, 2
@@ -27,13 +27,6 @@ def scored(with_edges: bool, slope: float = 0.2) -> tuple[Any, ...]:
     offsets = expert.bincount(minlength=EXPERTS).cumsum(0).to(torch.int32)
     attention = features(EXPERTS, WIDTH, HEADS)
     return *ends, *of_edges, attention, slope, sender, receiver, offsets
-
-
-def in_mixed_blocks(offsets: Tensor, number: int, _: Tensor) -> Iterator[additive._MixedBlock]:
-    """Blocks of seven messages, as off the CPU."""
-    for start in range(0, number, 7):
-        place = slice(start, min(start + 7, number))
-        yield additive._MixedBlock(place, offsets.clamp(place.start, place.stop) - place.start)
 
 
 @pytest.mark.parametrize(("with_edges", "slope"), [(False, 0.2), (True, 0.2), (True, -0.5)])

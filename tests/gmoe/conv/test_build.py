@@ -16,6 +16,7 @@ from torch_geometric.nn import Aggregation, MessagePassing
 
 from gmoe import MLPConv, MoEConv, moefy
 from gmoe.conv.separate import SeparateExperts
+from tests.helpers.conv_cases import GatedSum
 from tests.helpers.masked import GRAPHS, assert_equals_masked, features, random_graph
 
 WIDTH = 8
@@ -215,26 +216,6 @@ def test_what_a_factory_adds_survives(kind: Any) -> None:
     assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (
         2 if kind is frozen else 0
     )
-
-
-class GatedSum(MessagePassing):
-    """Local: a sum over in-edges, gated by both ends."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(aggr="add")
-        self.lin = nn.Linear(in_channels, out_channels)
-        self.gate = nn.Linear(2 * in_channels, 1)
-
-    def reset_parameters(self) -> None:
-        self.lin.reset_parameters()
-        self.gate.reset_parameters()
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        out: Tensor = self.propagate(edge_index, x=x)
-        return out
-
-    def message(self, x_i: Tensor, x_j: Tensor) -> Tensor:
-        return torch.sigmoid(self.gate(torch.cat([x_i, x_j], dim=-1))) * self.lin(x_j)
 
 
 class TwoHops(GatedSum):

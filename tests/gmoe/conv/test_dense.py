@@ -13,17 +13,8 @@ import gmoe
 from gmoe import MoEConv
 from gmoe.layer_groups import groups_of
 from gmoe.stack import become, tensors_of
-from tests.helpers.shrunk import (
-    CONVS,
-    EDGES,
-    STRAIGHT,
-    WIDTH,
-    X,
-    assert_same,
-    conv_layer,
-    has_experts,
-    moved,
-)
+from tests.helpers.equal import assert_same
+from tests.helpers.shrunk import CONVS, EDGES, STRAIGHT, WIDTH, X, conv_layer, has_experts, moved
 
 LINEAR = ("gcn", "sage", "filter")
 """Kinds whose convs can be added."""

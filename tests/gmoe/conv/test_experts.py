@@ -6,7 +6,6 @@ draw.
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from gmoe.conv.aggregate import AggregateOnce, FilterExperts, MLPConvExperts
 from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.call import Call
 from gmoe.conv.separate import SeparateExperts
+from tests.helpers.conv_cases import AGGREGATE_ONCE, ATTENTION, EDGE_DIM, SOME, WIDTH, Case, ids
 from tests.helpers.masked import (
     GRAPHS,
     assert_equals_masked,
@@ -32,27 +32,8 @@ from tests.helpers.masked import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 
-WIDTH, EDGE_DIM = 4, 3
-FILL = torch.tensor([1.0, -1.0, 2.0])
 NODES, EDGES = GRAPHS["mixed"]
-Case = tuple[Any, dict[str, Any]]
 
-AGGREGATE_ONCE: list[Case] = [
-    *(
-        ("gcn", {"improved": True, "cached": True, "bias": False}),
-        ("graph", {"aggr": "mean"}),
-        ("sage", {}),
-    ),
-    ("sage", {"aggr": ["mean", "max"], "root_weight": False, "normalize": True}),
-    *(("gin", {"train_eps": True, "eps": 0.5}), ("gine", {})),
-]
-ATTENTION: list[Case] = [
-    ("gat", {"heads": 2, "concat": False, "residual": True, "add_self_loops": False}),
-    ("gat", {"edge_dim": EDGE_DIM, "fill_value": FILL}),
-    ("gatv2", {"heads": 2, "edge_dim": EDGE_DIM, "fill_value": FILL}),
-    *(("gatv2", {"share_weights": True, "bias": False}), ("transformer", {"root_weight": False})),
-    ("transformer", {"heads": 2, "beta": True, "concat": False, "edge_dim": EDGE_DIM}),
-]
 LOCAL: list[Case] = [
     ("sage", {"project": True}),
     (
@@ -77,27 +58,10 @@ LISTS: list[Case] = [
 ]
 ALL = [*AGGREGATE_ONCE, *ATTENTION, *LOCAL, *FULL, *LISTS]
 
-SOME: list[Case] = [
-    *(
-        ("gcn", {}),
-        ("gin", {}),
-        ("gat", {"heads": 2}),
-        ("sage", {"project": True}),
-        ("tag", {"K": 2}),
-    ),
-    *((["low_pass", "high_pass", "two_hop"], {}), (["gcn", "gat", "le"], {})),
-]
-"""One of each way to run experts."""
-
 
 TURNED = [(conv, {**kwargs, "flow": "target_to_source"}) for conv, kwargs in SOME[:5]]
 TURNED += [("gatv2", {"share_weights": True, "flow": "target_to_source"})]
 """PyG's GATv2Conv then swaps lin_l and lin_r under any mask, unless they are one: ours does not."""
-
-
-def ids(value: Any) -> str:
-    """An id that all workers of pytest agree on."""
-    return re.sub(r" at 0x\w+", "", str(value))
 
 
 def build(

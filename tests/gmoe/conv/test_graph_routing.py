@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gmoe import GNNMoE, Graph, MoEConv, TokenChoice, aux_loss
+from tests.helpers.masked import redrawn, weighted
 
 GROUP = torch.tensor([7, 2, 7, 2, 2, 9, 7, 9, 2, 7, 9, 4, 4, 7])
 """The graph of each node: unsorted, with gaps, of different sizes."""
@@ -35,24 +36,6 @@ def weights(router: Any, x: Tensor, batch: Tensor | None) -> Tensor:
     return torch.stack(rows)
 
 
-def masked(layer: Any, x: Tensor, edge_index: Tensor, weight_TE: Tensor) -> Tensor:
-    """All experts on the whole batch, each times the weights of its nodes."""
-    out = sum(
-        weight_TE[:, e : e + 1] * layer.expert(e)(x, edge_index) for e in range(layer.num_experts)
-    )
-    assert isinstance(out, Tensor)
-    if layer.shared_expert is not None:
-        out = out + layer.shared_expert.expert(0)(x, edge_index)
-    return out
-
-
-def moved(model: Any) -> Any:
-    """The model with random weights, in which no expert is a copy and no gain is zero."""
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.7)
-    return model.double().eval()
-
-
 def assert_same(model: Any, x: Tensor, out: Tensor, expected: Tensor) -> None:
     """Equal outputs, and equal gradients of the nodes and of the routers."""
     seen = [x, *(p for name, p in model.named_parameters() if "gate" in name)]
@@ -70,11 +53,11 @@ def test_a_layer_routes_the_mean_node_of_each_graph(conv: Any, start: Any, batch
         pytest.skip("kinds that differ are no copies")
     x, edge_index = nodes_and_edges()
     count = len(conv) if isinstance(conv, list) else 4
-    layer = moved(MoEConv(conv, 6, 5, num_experts=count, router_input="graph", start=start))
+    layer = redrawn(MoEConv(conv, 6, 5, num_experts=count, router_input="graph", start=start))
     out, routing = layer(x, edge_index, batch=batch, return_routing=True)
     weight_TE = weights(layer.router, x, batch)
     torch.testing.assert_close(routing.to_dense(), weight_TE)
-    assert_same(layer, x, out, masked(layer, x, edge_index, weight_TE))
+    assert_same(layer, x, out, weighted(layer, x, edge_index, weight_TE))
 
 
 @pytest.mark.parametrize("start", ["copies", "shared", "plain"])
@@ -86,13 +69,13 @@ def test_a_model_routes_graphs_once_or_in_each_layer(
     x, edge_index = nodes_and_edges()
     options: dict[str, Any] = {"router_input": "graph", "jk": "last", "conv": conv, "k": 2}
     options |= {"shared_router": shared_router, "start": start, "num_experts": 4}
-    model = moved(GNNMoE(6, 8, 3, 2, **options))
+    model = redrawn(GNNMoE(6, 8, 3, 2, **options))
     h, decided = x, None
     if shared_router:
         decided = weights(model.shared_router, x, GROUP)
     for layer, residual in zip(model.convs, model.residuals, strict=True):
         weight_TE = weights(layer.router, h, GROUP) if decided is None else decided
-        h = (masked(layer, h, edge_index, weight_TE) + residual(h)).relu()
+        h = (weighted(layer, h, edge_index, weight_TE) + residual(h)).relu()
     out = model(x, edge_index, batch=GROUP)
     assert_same(model, x, out, model.lin(h))
     # Layer by layer in pieces, whose graphs are cut apart.

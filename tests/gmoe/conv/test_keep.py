@@ -8,6 +8,7 @@ import torch
 import gmoe
 from gmoe import MoEConv
 from gmoe.layer_groups import groups_of
+from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
     BY_TOKEN,
     CONVS,
@@ -17,7 +18,6 @@ from tests.helpers.shrunk import (
     WIDTH,
     X,
     assert_has,
-    assert_same,
     conv_layer,
     moved,
 )

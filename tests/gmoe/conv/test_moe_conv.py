@@ -21,19 +21,15 @@ from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import MoEConv, TokenChoice, fold, moefy
 from tests.contract import Halved, opened
-from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
+from tests.helpers.conv_cases import AGGREGATE_ONCE, ATTENTION, NODES, SOME, WIDTH, graph, ids
 from tests.helpers.masked import GRAPHS, features, mean_of_in_edges, random_graph, routing_of
 
-NODES, WIDTH, EXPERTS = 8, 4, 3
+EXPERTS = 3
 
 
 def layer(conv: Any = "gcn", **kwargs: Any) -> MoEConv:
     torch.manual_seed(0)
     return MoEConv(conv, WIDTH, WIDTH, **{"num_experts": EXPERTS, "start": "plain", **kwargs})
-
-
-def graph() -> tuple[Tensor, Tensor]:
-    return features(NODES, WIDTH).float(), GRAPHS["mixed"][1]
 
 
 def test_neighbors_vote_along_the_edges() -> None:

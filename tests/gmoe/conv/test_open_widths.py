@@ -14,8 +14,7 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.contract import opened
-from tests.gmoe.conv.test_moe_conv import WIDTH, graph
-from tests.gmoe.conv.test_pyg import KINDS, layer
+from tests.helpers.conv_cases import KINDS, WIDTH, graph, layer
 from tests.helpers.masked import features, random_graph
 
 pytestmark = [

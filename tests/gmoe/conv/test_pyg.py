@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch_geometric.explain import ExplainerAlgorithm
 from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 from torch_geometric.nn import (
@@ -33,17 +33,10 @@ from torch_geometric.utils import to_torch_csc_tensor
 from gmoe import GNNMoE, Graph, MoEConv, fold
 from gmoe.conv.kinds import OPTIONS
 from tests.contract import opened
-from tests.gmoe.conv.test_moe_conv import NODES, WIDTH, graph
+from tests.helpers.conv_cases import KINDS, NODES, WIDTH, Two, graph, layer
 from tests.helpers.masked import assert_equals_masked, csr, features, random_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-
-KINDS: list[Any] = ["gcn", "gin", "gat", "le", "filter", "mlp", ["gcn", "gat", "le"]]
-
-
-def layer(conv: Any = "gcn", in_channels: Any = WIDTH, **kwargs: Any) -> MoEConv:
-    torch.manual_seed(0)
-    return MoEConv(conv, in_channels, WIDTH, **{"num_experts": 3, **kwargs})
 
 
 def test_the_convs_own_arguments_come_by_position() -> None:
@@ -204,20 +197,6 @@ def test_forward_takes_what_the_conv_takes_by_position() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             layer(conv)(x, edge_index, weight, **given)
-
-
-class Two(nn.Module):
-    """Two layers, as in PyG's tutorials, with experts or without.
-
-    Those with experts equal the dense ones, since their gains are zero.
-    """
-
-    def __init__(self, make: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = make(), make()
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Any:
-        return self.conv2(self.conv1(x, edge_index).relu(), edge_index)
 
 
 def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:

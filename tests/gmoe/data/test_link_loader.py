@@ -14,8 +14,7 @@ from torch_geometric.sampler import NegativeSampling
 
 from gmoe import StoredGraph, link_neighbor_loader
 from gmoe.data.loader import SamplerBackend
-from tests.gmoe.data.test_loader import each_backend
-from tests.helpers.sampled import draw, graph, hetero_graph
+from tests.helpers.sampled import draw, each_backend, graph, hetero_graph
 from tests.helpers.stored_files import store
 
 NODES, EDGES = 40, 300

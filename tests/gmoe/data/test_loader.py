@@ -17,16 +17,9 @@ from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.sampler.base import SubgraphType
 
 from gmoe.data.loader import SamplerBackend, link_neighbor_loader, neighbor_loader
-from tests.helpers.sampled import graph, hetero_graph
+from tests.helpers.sampled import each_backend, graph, hetero_graph
 
 NODES, EDGES = 40, 300
-
-needs_pyg_lib = pytest.mark.skipif(
-    not torch_geometric.typing.WITH_PYG_LIB, reason="pyg-lib is not installed"
-)
-each_backend = pytest.mark.parametrize(
-    "backend", ["gmoe", pytest.param("pyg", marks=needs_pyg_lib)]
-)
 
 
 def full_graph() -> Data:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections import Counter
 from itertools import combinations
@@ -12,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import LinkLoader
@@ -20,7 +18,16 @@ from torch_geometric.sampler import NodeSamplerInput
 
 import gmoe.data.sampler
 from gmoe.data.sampler import NeighborSampler
-from tests.helpers.sampled import check, draw, graph, hetero_graph, hetero_sample, sample, star
+from tests.helpers.sampled import (
+    check,
+    draw,
+    graph,
+    hetero_graph,
+    hetero_sample,
+    sample,
+    star,
+    within,
+)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -57,13 +64,6 @@ def test_hetero_output_is_a_sampled_subgraph(fanouts: Any, replace: bool) -> Non
 
 
 # equally likely draws; a node that is n times a seed draws n times
-
-
-def within(count: Tensor | int, trials: int, share: float) -> Tensor:
-    """True where a binomial count is within 5 standard deviations of its mean."""
-    return (torch.as_tensor(count) - trials * share).abs() <= 5 * math.sqrt(
-        trials * share * (1 - share)
-    ) + 1e-9
 
 
 @pytest.mark.parametrize("k", [1, 3, 4])

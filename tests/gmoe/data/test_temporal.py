@@ -16,8 +16,7 @@ from torch_geometric.data import Data, HeteroData
 from torch_geometric.sampler import EdgeSamplerInput, NegativeSampling, NodeSamplerInput
 
 from gmoe.data.sampler import NeighborSampler
-from tests.gmoe.data.test_sampler import within
-from tests.helpers.sampled import draw, graph
+from tests.helpers.sampled import draw, graph, within
 
 RATES, LIKES = ("user", "rates", "item"), ("item", "liked by", "user")
 

@@ -27,6 +27,7 @@ from torch_geometric.nn import (
 )
 
 from gmoe import GNNMoE, Graph, MoEConv, MultiCentroid, TokenChoice, moefy
+from tests.helpers.equal import assert_same
 from tests.helpers.masked import GRAPHS, csr, features, mean_of_in_edges
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3
@@ -53,10 +54,6 @@ def model(**kwargs: Any) -> GNNMoE:
 
 def graph() -> tuple[Tensor, Tensor]:
     return features(NODES, IN), GRAPHS["mixed"][1]
-
-
-def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch_geometric.data import Batch, Data
 
 from gmoe import HeteroGNNMoE, link_neighbor_loader, neighbor_loader
 from gmoe.conv.hetero import RelationalConv
-from tests.gmoe.models.test_gnn import assert_same
-from tests.gmoe.models.test_hetero_gnn import COUNTS, DATA, IN, OUT, call, mag, model
+from tests.helpers.equal import assert_same
+from tests.helpers.mag import COUNTS, DATA, IN, OUT, call, mag, model
 from tests.helpers.masked import features
 
 

@@ -18,8 +18,8 @@ from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
 
 from gmoe import GNNMoE, NeighborSampler, Routing, StoredGraph, TokenChoice, neighbor_loader
-from tests.gmoe.conv.test_build import GatedSum
-from tests.gmoe.models.test_gnn import assert_same
+from tests.helpers.conv_cases import GatedSum
+from tests.helpers.equal import assert_same
 from tests.helpers.sampled import graph
 from tests.helpers.stored_files import store
 

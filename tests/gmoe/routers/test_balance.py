@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gmoe import TokenChoice
-from tests.gmoe.routers.test_token_choice import with_gate
+from tests.helpers.reference import with_gate
 
 
 def test_bias_by_hand() -> None:

@@ -32,28 +32,16 @@ from gmoe.routers.base import SHORT, log_softmax, pair_weights
 from tests.helpers.reference import (
     CASES,
     DTYPE,
+    INPUTS,
     Case,
+    D,
     assert_same_as_naive,
     graph_edges,
     group_lists,
 )
 
-D, E = 5, 3
+E = 3
 
-INPUTS: dict[str, tuple[tuple[int, ...], list[int] | None]] = {
-    "one_group": ((11, D), None),
-    "leading": ((3, 4, D), None),
-    "two_leading": ((2, 2, 3, D), None),
-    "ragged": (
-        (11, D),
-        [5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2],
-    ),  # unsorted, with gaps, and a group of one
-    "ragged_sorted": ((9, D), [0, 0, 0, 0, 0, 1, 3, 3, 3]),
-    "equal_unsorted": ((12, D), [7, 1, 4, 4, 1, 7, 7, 4, 1, 1, 4, 7]),
-    "leading_and_batch": ((2, 5, D), [0, 1, 1, 0, 2, 2, 2, 1, 0, 0]),
-    "one_token": ((1, D), None),
-    "groups_of_one": ((4, 1, D), None),
-}
 
 GROUPED = [case for case in CASES if not case.needs_edges]  # degrees set equal rows apart
 

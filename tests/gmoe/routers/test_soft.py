@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from gmoe import SoftSlots
 from gmoe.routers import SoftRouting
-from tests.gmoe.routers.test_base import INPUTS
-from tests.helpers.reference import group_lists
+from tests.helpers.reference import INPUTS, group_lists
 
 D, E, O = 5, 3, 4  # noqa: E741
 

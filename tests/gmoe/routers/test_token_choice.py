@@ -8,12 +8,7 @@ import pytest
 import torch
 
 from gmoe import LinearExperts, MoE, MoEConv, TokenChoice
-
-
-def with_gate(router: TokenChoice, weight_ED: list[list[float]]) -> TokenChoice:
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.tensor(weight_ED))
-    return router
+from tests.helpers.reference import with_gate
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])

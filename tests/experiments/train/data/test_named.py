@@ -19,18 +19,13 @@ from torch_geometric.data import Data
 from torch_geometric.datasets import actor
 
 from experiments.train.data.graphs import MASKS, per_class_splits, stratified_splits
-from experiments.train.data.named import FILTERED, PYG, load_graph
-from experiments.train.data.task import GraphData
-from tests.helpers.pyg_data import CLASSES, NODES, write_raw
+from experiments.train.data.named import FILTERED, PYG
+from tests.helpers.pyg_data import CLASSES, NODES, load, write_raw
 from tests.helpers.user_data import Evil
 
 BY_ROC_AUC = {"minesweeper", "tolokers", "questions"}
 ONE_WAY = {"actor", *FILTERED}
 """Of these the edges stay as they are."""
-
-
-def load(name: str, root: Path, offline: bool = True) -> GraphData:
-    return load_graph(name, root, offline=offline)
 
 
 def pairs(edge_index: Tensor) -> set[tuple[int, int]]:

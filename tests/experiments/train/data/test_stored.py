@@ -16,8 +16,8 @@ from experiments.train.config import PAPERS, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.on_disk import STORED
 from experiments.train.presets import PRESETS
-from tests.experiments.convert.test_graph import run
 from tests.helpers.command import quick, refused
+from tests.helpers.converted import run
 from tests.helpers.ogb_data import plant_papers
 
 
