@@ -224,17 +224,25 @@ def test_many_images_are_drawn_on_pages(runs: Path, tmp_path: Path, capsys: Any)
     np.testing.assert_array_equal(pages[-1], alone)
 
 
-@pytest.fixture
-def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def trained_foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose router is a file in it, which leaves a trace where it is imported."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs" / "foreign"
+    root = tmp_path_factory.mktemp("foreign")
+    folder = root / "runs" / "foreign"
     folder.mkdir(parents=True)
     code = f"from {own_parts.__name__} import FirstBits\nopen('trace', 'w')\n"
     (folder / "evil.py").write_text(code)
-    run(replace(GRAPH, router="runs/foreign/evil.py:FirstBits", out=folder, resume=True))
-    Path("trace").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        run(replace(GRAPH, router="runs/foreign/evil.py:FirstBits", out=folder, resume=True))
     return folder
+
+
+@pytest.fixture
+def foreign(trained_foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(trained_foreign, tmp_path / "runs" / "foreign")
 
 
 def renamed(folder: Path, name: str) -> None:
