@@ -9,7 +9,7 @@ Shapes: P rows sorted by expert, T tokens, E experts, U senders, R receivers, M 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from itertools import product
 from typing import Any, NamedTuple
@@ -26,8 +26,10 @@ from gmoe.edges import RADIX_RECEIVERS, Edges
 from tests.helpers.kernels import ends, in_mixed_blocks
 from tests.helpers.masked import features, random_graph
 
-WIDTHS = (1, 7, 8, 17)
-"""One, a width that does not fill 16 bytes, one that does, and more than that."""
+WIDTHS = (7, 8)
+"""A width that does not fill 16 bytes, and one that does."""
+OTHER_WIDTHS = (1, 17)
+"""One column, and more than fill 16 bytes."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW = (torch.bfloat16, torch.float16)
 
@@ -36,6 +38,7 @@ LOADS = (0.2, 0.0, 0.5)
 """Shares of the first experts; the second has no rows."""
 
 Args = tuple[Any, ...]
+Size = tuple[int, torch.dtype]
 
 
 class Road(NamedTuple):
@@ -390,29 +393,27 @@ def registered() -> set[str]:
     return {name.removeprefix("gmoe::") for name in names if name.startswith("gmoe::")}
 
 
-def cases(every: Set[str], rest: list[pytest.MarkDecorator] | None = None) -> list[Any]:
-    """Operator, road, width and dtype.
-
-    Args:
-        every: operators of which each width and dtype is a case; of others, one for each road.
-        rest: marks of all widths and dtypes that are left; ``None`` to leave them out.
-    """
-    found = []
-    for name, roads in ROADS.items():
-        for label, road in roads.items():
-            one = (7, torch.float32 if torch.float32 in road.dtypes else road.dtypes[0])
-            for width, dtype in product(WIDTHS, road.dtypes):
-                is_one = (width, dtype) == one
-                if not is_one and (name in WHOLE or (name not in every and rest is None)):
-                    continue
-                marks = () if is_one or name in every or rest is None else rest
-                case = f"{name}, {label}, {width}, {str(dtype).removeprefix('torch.')}"
-                found.append(pytest.param(name, road, width, dtype, marks=marks, id=case))
-    return found
+each_road = pytest.mark.parametrize(
+    ("name", "road"),
+    [
+        pytest.param(name, road, id=f"{name}, {label}")
+        for name, roads in ROADS.items()
+        for label, road in roads.items()
+    ],
+)
 
 
-def each(*given: Any) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("name", "road", "width", "dtype"), cases(*given))
+def one_size(road: Road) -> Size:
+    """The width and the dtype that stand for all."""
+    return 7, torch.float32 if torch.float32 in road.dtypes else road.dtypes[0]
+
+
+def sizes(name: str, road: Road) -> list[Size]:
+    """The widths of a road in every dtype, and the other widths in one."""
+    if name in WHOLE:
+        return [one_size(road)]
+    _, dtype = one_size(road)
+    return [*product(WIDTHS, road.dtypes), *product(OTHER_WIDTHS, [dtype])]
 
 
 def patched(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,21 +445,29 @@ def test_every_operator_has_cases() -> None:
     assert registered() - of_tests == set(ROADS)
 
 
-@each(set(ROADS))
+def assert_lies_as(ours: Tensor, fake: Tensor, size: Size) -> None:
+    """A tensor has dtype, device, strides and shape of the fake one."""
+    assert ours.is_contiguous(), size
+    of_ours = (ours.dtype, ours.device, ours.stride())
+    assert of_ours == (fake.dtype, fake.device, fake.stride()), size
+    assert ours.dim() == fake.dim(), size
+    for number, expected in zip(ours.shape, fake.shape, strict=True):
+        # A symbol stands for a number that follows the data.
+        assert not isinstance(expected, int) or number == expected, size
+
+
+@each_road
 def test_what_an_operator_returns_lies_as_its_fake_says(
-    name: str, road: Road, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, road: Road, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the widths and dtypes that it takes."""
     patched(road, monkeypatch)
-    args = road.args(width, dtype)
-    found, expected = outputs(operator(name)(*args)), faked(name, args)
-    assert len(found) == len(expected)
-    for ours, fake in zip(found, expected, strict=True):
-        assert ours.is_contiguous()
-        assert (ours.dtype, ours.device, ours.stride()) == (fake.dtype, fake.device, fake.stride())
-        is_known = [isinstance(size, int) for size in fake.shape]  # else it follows the data
-        assert [size for size, known in zip(ours.shape, is_known, strict=True) if known] == [
-            size for size in fake.shape if isinstance(size, int)
-        ]
+    for size in sizes(name, road):
+        args = road.args(*size)
+        found, expected = outputs(operator(name)(*args)), faked(name, args)
+        assert len(found) == len(expected), size
+        for ours, fake in zip(found, expected, strict=True):
+            assert_lies_as(ours, fake, size)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -477,17 +486,12 @@ def repeated(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [transposed, spread, repeated])
-@each(set())
+@each_road
 def test_what_an_operator_returns_does_not_lie_as_its_inputs(
-    name: str,
-    road: Road,
-    width: int,
-    dtype: torch.dtype,
-    layout: Callable[[Tensor], Tensor],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, road: Road, layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patched(road, monkeypatch)
-    args = torch.utils._pytree.tree_map_only(Tensor, layout, road.args(width, dtype))
+    args = torch.utils._pytree.tree_map_only(Tensor, layout, road.args(*one_size(road)))
     found = outputs(operator(name)(*args))
     assert [x.stride() for x in found] == [x.stride() for x in faked(name, args)]
     assert [x.is_contiguous() for x in found] == [True] * len(found)
@@ -495,23 +499,42 @@ def test_what_an_operator_returns_does_not_lie_as_its_inputs(
     torch.testing.assert_close(found, outputs(operator(name)(*plain)), atol=1e-3, rtol=1e-3)
 
 
-@each(SIZED)
-def test_a_size_takes_its_road(
-    name: str, road: Road, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@each_road
+def test_a_size_takes_its_road(name: str, road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size is asked where sizes tell the roads apart."""
     patched(road, monkeypatch)
-    args = road.args(width, dtype)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        operator(name)(*args)
-    ran = {event.key.removeprefix("aten::") for event in profiled.key_averages()}
-    assert not road.takes or road.takes in ran
-    assert not road.leaves or road.leaves not in ran
+    for size in product(WIDTHS, road.dtypes) if name in SIZED else [one_size(road)]:
+        args = road.args(*size)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            operator(name)(*args)
+        ran = {event.key.removeprefix("aten::") for event in profiled.key_averages()}
+        assert not road.takes or road.takes in ran, size
+        assert not road.leaves or road.leaves not in ran, size
 
 
-@each(set(), [pytest.mark.slow])
+@each_road
 def test_operators_keep_torchs_rules(
-    name: str, road: Road, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, road: Road, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
+    """Schema and fake kernel are what the kernel does."""
     patched(road, monkeypatch)
-    torch.library.opcheck(operator(name), road.args(width, dtype))
+    rules = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator(name), road.args(*one_size(road)), test_utils=rules)
+
+
+@pytest.mark.parametrize("name", ROADS)
+def test_operators_are_traced(name: str) -> None:
+    """Forward and backward, of sizes that are symbols."""
+    road, *_ = ROADS[name].values()
+    args = road.args(*one_size(road))
+    torch.library.opcheck(operator(name), args, test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.slow
+@each_road
+def test_operators_keep_all_of_torchs_rules_at_every_size(
+    name: str, road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(road, monkeypatch)
+    for size in sizes(name, road):
+        torch.library.opcheck(operator(name), road.args(*size))
