@@ -639,7 +639,7 @@ def is_deterministic(case: Case, device: str) -> None:
 
 def serves_two_threads(case: Case, device: str) -> None:
     layer = case.make(device).eval()
-    calls = [case.call([group], device) for group in GROUPS] * 4
+    calls = [case.call([group], device) for group in GROUPS] * 2
     expected = [run(layer, call) for call in calls]
     with ThreadPoolExecutor(2) as pool:
         for found, wanted in zip(pool.map(partial(run, layer), calls), expected, strict=True):

@@ -24,11 +24,9 @@ from tests.contract import (
 UNBROKEN = ("token_choice", "multi_centroid", "random", "uniform", "linear", "shared")
 """``MoE`` with these is one graph for ``torch.compile``."""
 
-cuda = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+# Without a GPU its cases are not collected: they are as many as those of the CPU.
+GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
+each_device = pytest.mark.parametrize("device", ["cpu", *GPUS])
 
 
 def named(*names: str) -> list[Case]:
