@@ -293,7 +293,8 @@ ENTRIES = [
     (name, way, form)
     for way, (_, names) in WAYS.items()
     for name in names
-    for form in FORMS
+    # A model that came back is the forward's, whatever its edges.
+    for form in (["edge_index"] if way == "saved" else FORMS)
     if not left_to_pyg(name, way, form)
 ]
 EXPORTED = ("GNNMoE, gcn", "HeteroGNNMoE", "MoEConv, sage")

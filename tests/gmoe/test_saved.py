@@ -120,8 +120,14 @@ def check_comes_back(model: Any, base: Any, inputs: Any, tmp_path: Path) -> Any:
     return loaded
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("options", ["defaults", "copies"])
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        *((base, "copies") for base in BASES),
+        # Beside a shared expert: one of each family; the next test has two more.
+        *((base, "defaults") for base in ("torchvision", "transformers CLIP", "PyG PNA")),
+    ],
+)
 def test_a_model_comes_back(base: str, options: str, tmp_path: Path) -> None:
     model = made(base, **OPTIONS[options])
     check_comes_back(model, BASES[base](), inputs_of(base), tmp_path)
@@ -292,8 +298,11 @@ def another(value: Any) -> Any:
     return 0.5 if value is None else value + 1
 
 
-@pytest.mark.parametrize("kept", [None, [0, 2]], ids=["whole", "pruned"])
-@pytest.mark.parametrize("base", ["timm", "PyG GraphSAGE"])
+@pytest.mark.parametrize(
+    ("base", "kept"),
+    [("timm", None), ("PyG GraphSAGE", [0, 2])],
+    ids=["of MLPs", "of convs, pruned"],
+)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_of_a_router_that_was_changed_is_refused(
     options: str, base: str, kept: list[int] | None, tmp_path: Path
