@@ -107,11 +107,10 @@ WEIGHTED: dict[str, Make] = {
 }
 """Graphs with edge weights and two loops at each node, of which GCN takes the last one's weight."""
 CASES = {**TOKENS, **GROUPS, **IMAGES, **GRAPHS, **WEIGHTED}
+ROUTERS = ("token_choice", "expert_choice")
 SHORT = (
     "MoE, token_choice, K=2",
-    "ViTMoE, expert_choice",
     "timm, copies",
-    "GNNMoE, gcn, copies, K=1",
     "GNNMoE, sage, shared, K=2",
     "MoEConv, gin, copies, K=2",
     "MoEConv, gat, shared, K=2",
@@ -196,12 +195,15 @@ def test_a_model_is_exported_for_any_number_of_images_nodes_and_edges(name: str,
         close(run(*args), model, args)
 
 
-@pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
-@cases("patches", (4, 196), (4, 196))
+FEW_AND_MANY = [(router, patches) for router in ROUTERS for patches in (4, 196)]
+
+
+@cases("tokens", [("expert_choice", 4), ("token_choice", 196)], FEW_AND_MANY)
 def test_a_vit_of_few_tokens_or_many_is_exported_for_any_number_of_images(
-    router: str, patches: int, way: str
+    tokens: tuple[str, int], way: str
 ) -> None:
     """Of many tokens, the blocks of experts are larger than the least."""
+    router, patches = tokens
     torch.manual_seed(0)
     side = 8 * math.isqrt(patches)
     vit = timm.models.VisionTransformer(
@@ -219,7 +221,7 @@ def test_a_vit_of_few_tokens_or_many_is_exported_for_any_number_of_images(
         close(run(*args), model, args)
 
 
-@pytest.mark.parametrize("conv", ["gcn", "gatv2"])
+@pytest.mark.parametrize("conv", ["gcn", pytest.param("gatv2", marks=pytest.mark.slow)])
 def test_one_expert_is_exported_for_small_graphs_and_large_ones(conv: str) -> None:
     """Its rows are one block on a small graph, and several on a large one."""
     torch.manual_seed(0)

@@ -368,12 +368,23 @@ STRONGER = {
 """Rows of which a ``yes`` implies one here, too."""
 
 
+ELSEWHERE = {
+    *(
+        ("`torch.export` of a batch of any size", column)
+        for column in LAYERS
+        if "Hetero" not in column
+    ),
+    ("`torch.compile(fullgraph=True)`", "`MoEConv`"),
+}
+"""Cells whose layers the default tests of ``test_export.py`` and ``test_compile.py`` have."""
+
+
 def cells() -> Iterator[Any]:
-    """The cells to test: by default not what another implies, and of ONNX one layer."""
+    """The cells to test: by default not what another implies, or another file tests at length."""
     says = table()
     for (row, column), said in says.items():
         is_implied = said == "yes" == says.get((STRONGER.get(row, ""), column))
-        is_long = row.startswith("ONNX") and column != "`MoE`"
+        is_long = row.startswith("ONNX") or (row, column) in ELSEWHERE
         marks = [pytest.mark.slow] * (is_implied or is_long)
         if column in GRAPHS:
             marks += [COMPILES_GRAPHS] * row.startswith("`torch.compile")

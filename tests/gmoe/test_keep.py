@@ -141,7 +141,14 @@ def test_a_pruned_router_is_drawn_anew_where_its_values_were_lost(router: str) -
     assert routing.num_experts == 3
 
 
-@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "attention_vote"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        "token_choice",
+        pytest.param("expert_choice", marks=pytest.mark.slow),
+        pytest.param("attention_vote", marks=pytest.mark.slow),
+    ],
+)
 def test_a_pruned_layer_is_compiled_and_exported(router: str) -> None:
     layer = pruned_layer(router, options={})
     expected = layer(X)

@@ -365,10 +365,10 @@ def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
 @pytest.mark.parametrize(
     ("conv", "kwargs"),
     [
-        ("gine", {}),
-        ("sage", {"aggr": "max"}),
+        pytest.param("gine", {}, marks=pytest.mark.slow),
+        pytest.param("sage", {"aggr": "max"}, marks=pytest.mark.slow),
         ("sage", {"aggr": ["mean", "max"]}),
-        ("graph", {"aggr": "std"}),
+        pytest.param("graph", {"aggr": "std"}, marks=pytest.mark.slow),
     ],
     ids=ids,
 )
