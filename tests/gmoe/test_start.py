@@ -118,9 +118,18 @@ NOT_ONE: dict[str, dict[str, Any]] = {
 }
 
 
+OF_ONE_KIND = [conv for conv in CONVS if not isinstance(conv, list)]
+
+
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("router", SUMS_TO_ONE)
-@pytest.mark.parametrize("conv", [conv for conv in CONVS if not isinstance(conv, list)], ids=ids)
+@pytest.mark.parametrize(
+    ("conv", "router"),
+    [
+        *((conv, "token choice, K = 2") for conv in OF_ONE_KIND),
+        *((GCNConv, router) for router in SUMS_TO_ONE if router != "token choice, K = 2"),
+    ],
+    ids=ids,
+)
 def test_copies_give_what_their_conv_gives(conv: Any, router: str) -> None:
     """With the same seed, in training too.
 

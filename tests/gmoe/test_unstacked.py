@@ -33,12 +33,20 @@ def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
-@pytest.mark.parametrize("conv", CONVS)
+STARTED = [
+    (conv, start)
+    for conv in CONVS
+    for start in ("shared", "copies", "plain")
+    # Convs of several kinds are no copies.
+    if start != "copies" or not isinstance(CONVS[conv], list)
+]
+
+
+@pytest.mark.parametrize(
+    ("conv", "start", "k"),
+    [*((*started, 2) for started in STARTED), ("gat", "copies", 1), ("several kinds", "shared", 1)],
+)
 def test_unstacked_convs_give_the_same_and_are_stacked_again(conv: str, start: str, k: int) -> None:
-    if start == "copies" and isinstance(CONVS[conv], list):
-        pytest.skip("convs of several kinds are no copies")
     layer = conv_layer(CONVS[conv], start, "token_choice", k)
     expected = layer(X, EDGES)
     state = gmoe.fold(copy.deepcopy(layer)).state_dict()
@@ -169,11 +177,8 @@ def test_experts_that_share_a_base_are_folded() -> None:
     assert not has_base(gmoe.restack(model))
 
 
-@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
-@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize(("conv", "start"), STARTED)
 def test_an_unstacked_layer_gives_its_experts_and_is_drawn_anew(conv: str, start: str) -> None:
-    if start == "copies" and isinstance(CONVS[conv], list):
-        pytest.skip("convs of several kinds are no copies")
     layer = conv_layer(CONVS[conv], start, "token_choice", 1)
     expected = [layer.expert(expert)(X, EDGES) for expert in range(EXPERTS)]
     gmoe.unstack(layer)

@@ -60,9 +60,11 @@ def test_a_layer_routes_the_mean_node_of_each_graph(conv: Any, start: Any, batch
     assert_same(layer, x, out, weighted(layer, x, edge_index, weight_TE))
 
 
-@pytest.mark.parametrize("start", ["copies", "shared", "plain"])
+@pytest.mark.parametrize(
+    ("conv", "start"),
+    [("gcn", "copies"), ("sage", "shared"), ("gat", "plain"), ("res_gated_graph", "shared")],
+)
 @pytest.mark.parametrize("shared_router", [True, False], ids=["one router", "a router a layer"])
-@pytest.mark.parametrize("conv", KINDS[:5])
 def test_a_model_routes_graphs_once_or_in_each_layer(
     conv: str, shared_router: bool, start: Any
 ) -> None:

@@ -22,23 +22,25 @@ from tests.helpers.shrunk import (
     moved,
 )
 
+ROUTED = [(router, k) for router in BY_TOKEN for k in (1, 2)]
 
-@pytest.mark.parametrize(
-    ("router", "k"),
-    [
-        # A frozen random router chooses two as it chooses one.
-        pytest.param(router, k, marks=[pytest.mark.slow] * ((router, k) == ("random", 2)))
-        for router in BY_TOKEN
-        for k in (1, 2)
-    ],
-)
-@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
-@pytest.mark.parametrize("conv", CONVS)
+DEAD = [
+    *(
+        (conv, start, "token_choice", 1)
+        for conv in CONVS
+        for start in ("shared", "copies", "plain")
+        # Convs of several kinds are no copies.
+        if start != "copies" or not isinstance(CONVS[conv], list)
+    ),
+    # What a router learns and how many it picks, of each form in which experts are kept.
+    *((conv, "shared", *routed) for conv in ("gat", "several kinds") for routed in ROUTED[1:]),
+]
+
+
+@pytest.mark.parametrize(("conv", "start", "router", "k"), DEAD)
 def test_without_dead_experts_a_conv_gives_the_same(
     conv: str, start: str, router: str, k: int
 ) -> None:
-    if start == "copies" and isinstance(CONVS[conv], list):
-        pytest.skip("convs of several kinds are no copies")
     layer = conv_layer(CONVS[conv], start, router, k, **BY_TOKEN[router])
     x = X[: NODES // k + 1]  # too few tokens for all experts
     edges = EDGES[:, EDGES.amax(dim=0) < len(x)]

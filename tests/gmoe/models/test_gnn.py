@@ -156,8 +156,7 @@ def test_heads_divide_the_hidden_width(jk: str | None) -> None:
         model(conv="gat", heads=4)
 
 
-@pytest.mark.parametrize("router", ["token_choice", None])
-@pytest.mark.parametrize("jk", [None, "cat"])
+@pytest.mark.parametrize(("jk", "router"), [(None, "token_choice"), ("cat", None)])
 def test_heads_of_a_partial_are_those_of_the_model(jk: str | None, router: str | None) -> None:
     """The same weights and logits, of a kind and of a list whose kinds agree."""
     x, edge_index = graph()
