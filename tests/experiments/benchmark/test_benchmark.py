@@ -83,7 +83,7 @@ def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[
         ),
         (f"{CONV} --conv gat --ks 1", "dense, edge_index", ["masked E=8 K=1, edge_index"]),
         (
-            f"{FFN} --experts 2 4",
+            f"{FFN} --experts 2 4 --ks 2",
             "dense K=2, fp32",
             ["gmoe auto E=4 K=2, bf16", "gmoe gated E=2 K=2, fp32"],
         ),
