@@ -86,8 +86,8 @@ def test_counters_advance_once_under_reentrant_checkpointing(case: Case) -> None
             assert_alike(dict(one.named_buffers()), dict(other.named_buffers()))
 
 
-QUICK_TO_COMPILE = ("MoE token_choice", "MoE linear")
-"""Cases that the default tests compile as one graph."""
+QUICK_TO_COMPILE = ("MoE linear",)
+"""What the default tests compile as one graph, beside token choice by inductor."""
 
 
 def assert_compiles_whole(case: Case, backend: str) -> None:
