@@ -369,7 +369,7 @@ def warned(model: Any, loop: Callable[[Any], object]) -> int:
     """How often a training of four steps says that losses are not trained."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with warnings.catch_warnings(record=True) as found:
-        warnings.resetwarnings()
+        warnings.simplefilter("always")  # the filter would hide what is told again
         for _ in range(4):
             loop(model)
             optimizer.step()
