@@ -61,6 +61,7 @@ def test_unstacked_convs_give_the_same_and_are_stacked_again(conv: str, start: s
     again = layer.state_dict()
     assert state.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in state.items())
+    assert all(parameter.requires_grad for parameter in layer.parameters())
     stacked = gradients(layer, layer(X, EDGES))
     assert_same(found["router.gate.weight"], stacked["router.gate.weight"])
     for name, gradient in stacked.items():
