@@ -221,7 +221,7 @@ def test_a_vit_of_few_tokens_or_many_is_exported_for_any_number_of_images(
         close(run(*args), model, args)
 
 
-@pytest.mark.parametrize("conv", ["gcn", pytest.param("gatv2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("conv", [pytest.param("gcn", marks=pytest.mark.slow), "gatv2"])
 def test_one_expert_is_exported_for_small_graphs_and_large_ones(conv: str) -> None:
     """Its rows are one block on a small graph, and several on a large one."""
     torch.manual_seed(0)
