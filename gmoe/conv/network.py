@@ -28,12 +28,23 @@ ACTIVATIONS = (
 )
 """What acts on each number by itself, without parameters."""
 
+OF_ONE = (*ACTIVATIONS, nn.Dropout)
+"""Layers that treat the rows of all experts alike."""
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, pyg.MLP, pyg.BatchNorm)
+"""What only holds layers."""
+
 
 def can_be_stacked(network: nn.Module) -> bool:
     """True for a network of linear layers, batch norms, activations and dropouts in a row."""
-    layers = list(_layers(network))
-    has_linear = any(isinstance(layer, nn.Linear | Linear) for layer in layers)
-    return has_linear and all(_is_of_one(layer) or _has_stack(layer) for layer in layers)
+    # Exact types: a subclass may compute something else.
+    kinds = (*CONTAINERS, *OF_ONE, nn.Linear, Linear, nn.BatchNorm1d)
+    norms = [part for part in network.modules() if isinstance(part, nn.BatchNorm1d)]
+    return (
+        all(type(part) in kinds for part in network.modules())
+        and any(isinstance(part, nn.Linear | Linear) for part in network.modules())
+        and all(norm.track_running_stats and norm.momentum is not None for norm in norms)
+    )
 
 
 def stacked(module: nn.Module, num_experts: int, backend: Backend) -> nn.Module:
@@ -62,16 +73,17 @@ def run_network(network: nn.Module, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
     """(P, O) each expert's network on its rows, given a network whose layers are stacked."""
     for layer in _layers(network):
         # What somebody put in the place of a stacked layer is called as that layer is.
-        x_PI = layer(x_PI) if _is_of_one(layer) else layer(x_PI, offsets_E)
+        is_of_one = isinstance(layer, (*OF_ONE, partial))
+        x_PI = layer(x_PI) if is_of_one else layer(x_PI, offsets_E)
     return x_PI
 
 
 def _layers(network: Any) -> Iterator[Any]:
-    """What runs in a network, one layer after the other."""
-    if type(network) is nn.Sequential:
+    """What runs in a network, one layer after the other; its parts may be sharded or wrapped."""
+    if isinstance(network, nn.Sequential):
         for layer in network:
             yield from _layers(layer)
-    elif type(network) is pyg.MLP:
+    elif isinstance(network, pyg.MLP):
         numbered = enumerate(zip(network.lins, network.dropout, strict=True))
         for number, (linear, dropout) in numbered:
             yield linear
@@ -81,22 +93,10 @@ def _layers(network: Any) -> Iterator[Any]:
                 yield from [*act, *norm] if network.act_first else [*norm, *act]
             if dropout:
                 yield partial(F.dropout, p=dropout, training=network.training)
-    elif type(network) is pyg.BatchNorm:
+    elif isinstance(network, pyg.BatchNorm):
         yield network.module
     else:
         yield network
-
-
-def _is_of_one(layer: object) -> bool:
-    """True for a layer that treats the rows of all experts alike."""
-    return type(layer) in (*ACTIVATIONS, nn.Dropout, partial)
-
-
-def _has_stack(layer: object) -> bool:
-    """True for a layer of one expert that is stacked."""
-    if type(layer) is nn.BatchNorm1d:
-        return layer.track_running_stats and layer.momentum is not None
-    return type(layer) in (nn.Linear, Linear)
 
 
 class BatchNormExperts(Stack):
