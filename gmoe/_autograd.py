@@ -159,6 +159,22 @@ def gradients_of(
     return tuple(next(found) if needed else None for needed in needs)
 
 
+def refuse_second_order(_: Tensor) -> None:
+    """Refuse a backward pass that is differentiated itself, as a hook of a sparse matrix's values.
+
+    The gradients of torch's sparse matrices have none, and torch does not say so: a part of the
+    second gradient would be missing.
+
+    Raises:
+        RuntimeError: in a backward pass with ``create_graph=True``.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph: got True with a sparse matrix whose values need a gradient, expected "
+            "edge_index of shape (2, number of edges) and edge_weight"
+        )
+
+
 def refuse_transforms() -> None:
     """Refuse what a layer on a graph cannot be put into.
 

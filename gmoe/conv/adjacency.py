@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.typing import Adj, SparseTensor
 
+from gmoe._autograd import refuse_second_order
 from gmoe._checks import INTEGERS, described
 from gmoe._torch import rows_of_pointers
 from gmoe.edges import Edges
@@ -103,6 +104,8 @@ def read_sparse(matrix: Tensor | SparseTensor, num_src: int, num_dst: int, flow:
         src = matrix.col_indices().detach().long()
         values = matrix.values()
         values = values.clone() if values.requires_grad else values.detach()
+        if values.requires_grad:  # not the copy in inference mode
+            values.register_hook(refuse_second_order)
     dst = rows_of_pointers(ptr, src)[0]
     # CSR is sorted by row already.
     order = torch.arange(src.numel(), device=src.device)

@@ -123,7 +123,9 @@ def normalized_matrix(
     # 3. D^-1/2.
     if scale is None:
         degree = diagonal.index_add(0, edges.receiver, weight)
-        scale = degree.pow(-0.5).nan_to_num(nan=torch.nan, posinf=0.0)
+        # The power of zero has an infinite slope, which a second gradient would multiply by zero.
+        is_zero = degree == 0
+        scale = degree.masked_fill(is_zero, 1.0).pow(-0.5).masked_fill(is_zero, 0.0)
     else:
         scale = scale.to(weight.device)
     weight = scale.index_select(0, edges.receiver) * weight

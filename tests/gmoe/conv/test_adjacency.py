@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
 
-from gmoe import Graph
+from gmoe import Graph, MoEConv
 from gmoe.conv.adjacency import adjacency_like, read_edge_index, read_sparse
 from tests.helpers.masked import csr, features
 
@@ -123,3 +123,17 @@ def test_edges_that_do_not_fit_the_nodes_or_their_arguments_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Graph(edges, sizes, **kwargs)
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_second_gradients_of_a_matrix_that_learns_are_refused(layout: str) -> None:
+    """torch's sparse matrices lose them without a word."""
+    values = torch.rand(4, dtype=torch.double, requires_grad=True)
+    matrix = torch.sparse_coo_tensor(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 2]]), values, (3, 3))
+    x = torch.rand(3, 2, dtype=torch.double, requires_grad=True)
+    layer = MoEConv("sage", 2, 2, num_experts=2).double()
+    y = layer(x, matrix if layout == "coo" else matrix.coalesce().to_sparse_csr())
+    (grad,) = torch.autograd.grad(y.sum(), values, retain_graph=True)
+    assert grad.any()
+    with pytest.raises(RuntimeError, match="create_graph: got True with a sparse matrix"):
+        torch.autograd.grad(y.sum(), [x, values], create_graph=True)

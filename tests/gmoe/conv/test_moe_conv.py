@@ -492,3 +492,16 @@ def test_second_gradients_are_those_of_nodes_and_edges(
     leaves = [x, *(values.requires_grad_() for values in of_edges)]
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+def test_second_gradients_are_finite_where_no_weight_reaches_a_node() -> None:
+    """The norm of such a node is a power of zero."""
+    torch.manual_seed(0)
+    layer = MoEConv("gcn", 3, 2, num_experts=2, add_self_loops=False).double()
+    edge_index = torch.tensor([[0, 1], [1, 0]])  # the third node has no edge
+    x = torch.randn(3, 3, dtype=torch.double, requires_grad=True)
+    weight = torch.rand(2, dtype=torch.double, requires_grad=True)
+    y = layer(x, edge_index, edge_weight=weight).square().sum()
+    first = torch.autograd.grad(y, [x, weight], create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, weight])
+    assert all(bool(value.isfinite().all()) for value in second)
