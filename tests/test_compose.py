@@ -24,7 +24,7 @@ from tests.helpers.masked import default_float64
 from tests.torch_versions import COMPILES_GRAPHS
 
 GRAPHS, HETERO, MOEFY, COMPILE = TARGETS.values()
-MORE = {"graphs": (300, 20_000), "hetero": (100, 20_000), "moefy": (50, 5_000)}
+MORE = {"graphs": (150, 20_000), "hetero": (100, 20_000), "moefy": (50, 5_000)}
 """By default all numbers before the first run; the slow tests run the rest."""
 
 

@@ -298,6 +298,7 @@ def test_offline_downloads_nothing_and_says_what_is_missing(
     assert str(tmp_path / "data") in error
 
 
+@pytest.mark.slow
 def test_commands_that_are_printed_stay_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

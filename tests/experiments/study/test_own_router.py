@@ -143,6 +143,7 @@ def table(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_row_is_compared_with_its_controls_seed_by_seed(
     sweep: Callable[..., None], capsys: Any
 ) -> None:

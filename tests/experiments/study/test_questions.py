@@ -135,6 +135,7 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(questions, "SPLITS", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "kind", "choices"),
     [
@@ -185,6 +186,7 @@ def assert_answers(
         assert torch.minimum(even, odd).sum() < 0.1 * COUNT
 
 
+@pytest.mark.slow
 def test_two_classes_are_judged_by_the_area_under_the_roc_curve(few_splits: None) -> None:
     given = bent_rule(np.random.default_rng(9), count=1_000)
     answer = Survey(replace(given, metric="roc_auc")).answer()

@@ -41,6 +41,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return run
 
 
+@pytest.mark.slow
 def test_cells_are_measured_once(sweep: Callable[..., None], tmp_path: Path, capsys: Any) -> None:
     """A cell holds the summary, the part of the routed experts and step times.
 
@@ -87,9 +88,8 @@ def test_another_recipe_is_refused(
     assert "hidden=8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "row", ["token-choice", pytest.param("soft-slots", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["token-choice", "soft-slots"])
 def test_experts_that_were_not_trained_add_nothing(row: str, tmp_path: Path) -> None:
     """At a learning rate of 0 their share is 0, and the test set says the same without them."""
     (config,) = routers.cells(("digits",), (row,), tmp_path).values()

@@ -263,8 +263,8 @@ def test_a_model_that_is_routed_by_type_is_as_smooth_as_its_layers(
         )
     ).double()
     (x, z), (other_x, _) = atoms(), atoms(1)
-    path = [x + t * (other_x - x) for t in torch.linspace(0, 1, 2000).tolist()]
+    path = [x + t * (other_x - x) for t in torch.linspace(0, 1, 400).tolist()]
     with torch.no_grad():
         energies = torch.stack([model.eval()(x, z).sum() for x in path])
     steps = energies.diff().abs()
-    assert (steps.max() > 20 * steps.mean()) == jumps
+    assert (steps.max() > 10 * steps.mean()) == jumps
