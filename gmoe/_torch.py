@@ -48,6 +48,10 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+"""True in a backward pass that keeps its graph, so that another pass may go through it."""
+
+
 # kernels ------------------------------------------------------------------------------------------
 
 row_pointers = torch._convert_indices_from_coo_to_csr

@@ -530,7 +530,14 @@ def _moe_conv(
             base.requires_grad_(False)
     if start == "plain" or not upcycle:
         layer.experts.reset_parameters()
-    return layer.to(next(conv.parameters())).train(conv.training)
+    layer.to(next(conv.parameters()))
+    if all(part.training == conv.training for part in conv.modules()):
+        return layer.train(conv.training)
+    # A part that somebody put into another mode, such as a frozen batch norm, stays in it.
+    layer.training = conv.training
+    if layer.router is not None:
+        layer.router.train(conv.training)
+    return layer
 
 
 def _conv_widths(

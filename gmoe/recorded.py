@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -40,7 +40,7 @@ class Recorded:
                 if value is registered:
                     return name
             if is_dataclass(value) and not isinstance(value, type):
-                return asdict(value)
+                return {one.name: getattr(value, one.name) for one in fields(value) if one.init}
             raise TypeError(
                 getattr(value, "__qualname__", f"an instance of {type(value).__name__}")
             )

@@ -8,13 +8,14 @@ B messages in a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmoe._autograd import gradients_of, operator, unbatched
+from gmoe._autograd import autocasts, gradients_of, operator, unbatched
 from gmoe.conv.messages import Messages
 from gmoe.padded import padded_mm, padded_outer
 from gmoe.portable import exported_as
@@ -96,11 +97,21 @@ def _score_by_messages(
     receiver: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    """(M, H) the scores, of functions that can be differentiated twice; keeps a row a message."""
-    sum_MO = source_UO.index_select(0, sender) + target_PO.index_select(0, receiver)
-    if edge_MF is not None and edge_EFO is not None:
-        sum_MO = sum_MO + grouped_linear(edge_MF, edge_EFO, None, offsets)
-    return grouped_linear(F.leaky_relu(sum_MO, negative_slope), att_EOH, None, offsets)
+    """(M, H) the scores, of functions that can be differentiated twice; keeps a row a message.
+
+    In float32 at least, with autocast off, as the kernel computes them.
+    """
+    dtype = att_EOH.dtype
+    source_UO, target_PO, edge_MF, edge_EFO, att_EOH = _exact(
+        source_UO, target_PO, edge_MF, edge_EFO, att_EOH
+    )
+    has_autocast = autocasts(att_EOH.device)
+    with torch.autocast(att_EOH.device.type, enabled=False) if has_autocast else nullcontext():
+        sum_MO = source_UO.index_select(0, sender) + target_PO.index_select(0, receiver)
+        if edge_MF is not None and edge_EFO is not None:
+            sum_MO = sum_MO + grouped_linear(edge_MF, edge_EFO, None, offsets)
+        leaky_MO = F.leaky_relu(sum_MO, negative_slope)
+        return grouped_linear(leaky_MO, att_EOH, None, offsets).to(dtype)
 
 
 def _empty_scores(*inputs: Any) -> Tensor:

@@ -148,10 +148,12 @@ def _form_of(conv: MessagePassing) -> Form | None:
     """A class of stacked experts, and all that must be equal in a stack; or ``None``.
 
     Stacking must not lose what a user put on a conv: hooks, parametrizations, frozen parameters,
-    linear layers of another class, methods of an instance.
+    linear layers of another class, methods of an instance, parts in another mode.
     """
     stack = kind_of(type(conv)).stack
     if stack is None or not all(p.requires_grad for p in conv.parameters()):
+        return None
+    if any(part.training != conv.training for part in conv.modules()):
         return None
     if any(change_of(part) is not None for part in conv.modules()) or not stack.accepts(conv):
         return None

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch_geometric import nn as pyg
 from torch_geometric.nn.dense.linear import Linear
 
+from gmoe._verify import Sieve
 from gmoe.experts import LinearExperts
 from gmoe.products import Backend
 from gmoe.routing import expert_at
@@ -70,10 +71,14 @@ def stacked(module: nn.Module, num_experts: int, backend: Backend) -> nn.Module:
 
 
 def run_network(network: nn.Module, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-    """(P, O) each expert's network on its rows, given a network whose layers are stacked."""
+    """(P, O) each expert's network on its rows, given a network whose layers are stacked.
+
+    Its layers are called, what holds them is not: hooks belong on layers.
+    """
     for layer in _layers(network):
-        # What somebody put in the place of a stacked layer is called as that layer is.
-        is_of_one = isinstance(layer, (*OF_ONE, partial))
+        # What somebody put in the place of a stacked layer is called as that layer is. Sieves stand
+        # for dropouts in a trial.
+        is_of_one = isinstance(layer, (*OF_ONE, Sieve, partial))
         x_PI = layer(x_PI) if is_of_one else layer(x_PI, offsets_E)
     return x_PI
 

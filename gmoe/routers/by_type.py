@@ -8,14 +8,14 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gmoe._checks import INTEGERS, check, check_module, described, is_whole, readable
-from gmoe._torch import assert_async, forward_hooks, in_backward
+from gmoe._torch import assert_async, forward_hooks, in_backward, keeps_graph, untraced
 from gmoe.routers.base import Router
 from gmoe.routing import Routing
 
@@ -51,6 +51,7 @@ class ByType:
 
     argument: str
     values: Sequence[int]
+    _others: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check(
@@ -60,6 +61,7 @@ class ByType:
             "the name of an argument of the model's forward",
         )
         is_legal = len(self.values) > 0 and all(map(is_whole, self.values))
+        is_legal = is_legal and all(-(2**63) <= value < 2**63 for value in self.values)
         check(
             is_legal and len({*self.values}) == len(self.values),
             "values",
@@ -67,6 +69,9 @@ class ByType:
             "distinct integers, one for each expert",
         )
         object.__setattr__(self, "values", tuple(map(int, self.values)))
+        # Once: compiled code takes no text that it would have to put together.
+        others = f"{self.argument}: got other types, expected some of {[*self.values]}"
+        object.__setattr__(self, "_others", others)
 
     @property
     def key(self) -> Key:
@@ -91,14 +96,18 @@ class ByType:
             ValueError: a model without such an argument.
         """
         check_module("model", model)
-        names = [*inspect.signature(model.forward).parameters]
+        parameters = inspect.signature(model.forward).parameters
+        found = parameters.get(self.argument)
         check(
-            self.argument in names,
+            found is not None and found.kind not in (found.VAR_POSITIONAL, found.VAR_KEYWORD),
             "argument",
             repr(self.argument),
-            f"an argument of {type(model).__name__}.forward: {', '.join(names)}",
+            f"an argument of {type(model).__name__}.forward: {', '.join(parameters)}",
         )
-        decide = _Decide(self, names.index(self.argument), takes_others)
+        assert found is not None
+        place = None if found.kind is found.KEYWORD_ONLY else [*parameters].index(self.argument)
+        default = None if found.default is found.empty else found.default
+        decide = _Decide(self, place, default, takes_others)
         before, _ = forward_hooks(model)
         if decide in before.values():
             return
@@ -114,7 +123,7 @@ class ByType:
         if not isinstance(type_T, Tensor) or type_T.dtype not in INTEGERS:
             got = described(type_T)
             raise ValueError(f"{self.argument}: got {got}, expected integers, one for each token")
-        type_T = type_T.reshape(-1)
+        type_T = type_T.reshape(-1).long()  # of narrow integers, 255 may be -1
         # One by one: a list of values would be copied to the device, for which the host waits.
         is_type_TE = torch.stack([type_T == value for value in self.values], dim=1)
         is_known_T = is_type_TE.any(dim=1)
@@ -132,14 +141,13 @@ class ByType:
 
     def _check_known(self, type_T: Tensor, is_known_T: Tensor) -> None:
         """Refuse types without an expert."""
-        legal = f"some of {list(self.values)}"
         if not readable(type_T):
-            assert_async(is_known_T.all(), f"{self.argument}: got other types, expected {legal}")
+            assert_async(is_known_T.all(), self._others)
         elif not is_known_T.all():
             others = sorted({*type_T[~is_known_T].tolist()})
             raise ValueError(
-                f"{self.argument}: got types {others} without an expert, expected {legal}; or "
-                "start='shared', which leaves them to the shared expert"
+                f"{self.argument}: got types {others} without an expert, expected some of "
+                f"{[*self.values]}; or start='shared', which leaves them to the shared expert"
             )
 
 
@@ -181,16 +189,22 @@ class TypeRouter(Router):
             )
         return routing
 
+    def train(self, mode: bool = True) -> TypeRouter:
+        self._recent.clear()  # of passes that nobody will differentiate now
+        super().train(mode)
+        return self
+
     def _decision(self) -> Routing:
         """That of the call around; or, where a checkpoint recomputes a forward, of that forward."""
-        held = _held().get(self.by_type.key)
-        if torch.compiler.is_compiling() and held:
-            return held[-1]
+        held = _held(self.by_type)
         if held:
-            self._remember(held[-1])
-            return held[-1]
+            decision = held[-1]
+            if not torch.compiler.is_compiling():
+                self._remember(decision)
+            return decision.routing
         if in_backward() and self._recent:
-            self._was_recomputed = True
+            # A graph that is kept may be recomputed once more, after other forward passes.
+            self._was_recomputed |= not keeps_graph()
             if len(self._recent) > 1:
                 raise RuntimeError(
                     f"{self.by_type.argument}: got several forward passes before the backward pass "
@@ -202,45 +216,82 @@ class TypeRouter(Router):
             "model, to which ByType.attach was applied (and of which no part alone is compiled)"
         )
 
-    def _remember(self, routing: Routing) -> None:
+    def _remember(self, decision: _Decision) -> None:
         """Keep the decision for checkpoints that recompute this forward in the backward pass."""
-        if in_backward() or not torch.is_grad_enabled():
+        if in_backward() or not decision.has_gradients:
             return
         if self._was_recomputed:
             self._recent.clear()
             self._was_recomputed = False
-        if not any(routing is one for one in self._recent):
-            self._recent = [*self._recent[-1:], routing]
+        if not any(decision.routing is one for one in self._recent):
+            self._recent = [*self._recent[-1:], decision.routing]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_recent": []}
 
 
+# the decision of a call -----------------------------------------------------------------------
+
+
+class _Decision(NamedTuple):
+    """What was decided for a call of a model."""
+
+    routing: Routing
+    has_gradients: bool
+    """The model was called with gradients on, even if a reentrant checkpoint turns them off."""
+
+
 _BY_THREAD = threading.local()
-_COMPILED: dict[Key, list[Routing]] = {}
+_COMPILED: dict[Key, list[_Decision]] = {}
+"""Of a call that is being traced: a compiler knows of no threads, and traces one at a time."""
 
 
-def _held() -> dict[Key, list[Routing]]:
+def _held(by_type: ByType) -> list[_Decision]:
     """The decisions of the calls that this thread is in, the innermost last."""
-    if torch.compiler.is_compiling():  # which knows of no threads, and traces one at a time
-        return _COMPILED
-    held: dict[Key, list[Routing]] = _BY_THREAD.__dict__.setdefault("held", {})
-    return held
+    compiled = _COMPILED.setdefault(by_type.key, [])
+    if torch.compiler.is_compiling():
+        return compiled
+    of_thread: dict[Key, list[_Decision]] = _BY_THREAD.__dict__.setdefault("held", {})
+    # A part that is left out of compiled code is inside a call that is compiled.
+    return of_thread.setdefault(by_type.key, []) or compiled
+
+
+@untraced
+def _forget_eagerly(by_type: ByType) -> None:
+    """Forget a decision that was made before the compiler gave up on the start of a call."""
+    held = _held(by_type)
+    if held:
+        held.pop()
 
 
 @dataclass(frozen=True)
 class _Decide:
-    """Decide at the start of a model's forward, as a hook of it."""
+    """Decide at the start of a model's forward, as a hook of it.
+
+    Args:
+        by_type: the argument and its values.
+        place: of the argument among those by position; ``None`` for one by name alone.
+        default: its default in the signature.
+        takes_others: see :meth:`ByType.attach`.
+    """
 
     by_type: ByType
-    place: int
+    place: int | None
+    default: Any
     takes_others: bool
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        name = self.by_type.argument
-        type_T = args[self.place] if self.place < len(args) else kwargs.get(name)
+        if self.place is not None and self.place < len(args):
+            type_T = args[self.place]
+        else:
+            type_T = kwargs.get(self.by_type.argument, self.default)
         routing = self.by_type.routing(type_T, self.takes_others)
-        _held().setdefault(self.by_type.key, []).append(routing)
+        decision = _Decision(routing, torch.is_grad_enabled())
+        if torch.compiler.is_compiling():
+            _COMPILED.setdefault(self.by_type.key, []).append(decision)
+        else:
+            held = _BY_THREAD.__dict__.setdefault("held", {})
+            held.setdefault(self.by_type.key, []).append(decision)
 
 
 @dataclass(frozen=True)
@@ -250,6 +301,8 @@ class _Forget:
     by_type: ByType
 
     def __call__(self, _: nn.Module, args: object, output: object) -> None:
-        held = _held().get(self.by_type.key)
+        held = _held(self.by_type)
         if held:
             held.pop()
+        elif torch.compiler.is_compiling():
+            _forget_eagerly(self.by_type)

@@ -503,5 +503,6 @@ def test_second_gradients_are_finite_where_no_weight_reaches_a_node() -> None:
     weight = torch.rand(2, dtype=torch.double, requires_grad=True)
     y = layer(x, edge_index, edge_weight=weight).square().sum()
     first = torch.autograd.grad(y, [x, weight], create_graph=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, weight])
+    size = torch.stack([gradient.square().sum() for gradient in first]).sum()
+    second = torch.autograd.grad(size, [x, weight])
     assert all(bool(value.isfinite().all()) for value in second)

@@ -30,6 +30,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "one in another": lambda: nn.Sequential(
         nn.Sequential(nn.Linear(WIDTH, 6), BatchNorm(6, momentum=0.3)), nn.ReLU(), MLP([6, 5])
     ),
+    "a dropout": lambda: nn.Sequential(
+        nn.Linear(WIDTH, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.0), nn.Linear(6, 5)
+    ),
     "a last activation": lambda: nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh()),
     "a norm without weights": lambda: nn.Sequential(
         nn.Linear(WIDTH, 5), nn.BatchNorm1d(5, affine=False, eps=0.1)
@@ -195,3 +198,28 @@ def test_batch_norms_compile_in_one_graph() -> None:
     compiled = torch.compile(norms[0], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, offsets), norms[1](x, offsets))
     torch.testing.assert_close(norms[0].state_dict(), norms[1].state_dict())
+
+
+def test_a_dropout_that_drops_is_stacked() -> None:
+    network = nn.Sequential(nn.Linear(WIDTH, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 5))
+    dense = GINConv(network)
+    model: Any = nn.ModuleDict({"conv": copy.deepcopy(dense)})
+    layer = gmoe.moefy(model, targets="conv", num_experts=2, start="copies")["conv"]
+    assert isinstance(layer.experts, GINExperts)
+    x = torch.rand(NODES, WIDTH)
+    assert not torch.equal(layer(x, EDGES), layer(x, EDGES))
+    torch.testing.assert_close(layer.eval()(x, EDGES), dense.eval()(x, EDGES))
+
+
+def test_a_norm_that_was_put_into_evaluation_stays_there() -> None:
+    dense: Any = nn.ModuleDict({"conv": GINConv(MLP([WIDTH, 6, 5]))})
+    norm: Any = dense["conv"].nn.norms[0]
+    nn.init.uniform_(norm.module.running_mean)
+    norm.eval()
+    model: Any = copy.deepcopy(dense)
+    with pytest.warns(UserWarning, match="GINConv runs on the whole graph"):
+        gmoe.moefy(model, targets="conv", num_experts=2, start="copies")
+    layer = model["conv"]
+    assert layer.training
+    x = torch.rand(NODES, WIDTH)
+    torch.testing.assert_close(layer(x, EDGES), dense["conv"](x, EDGES))

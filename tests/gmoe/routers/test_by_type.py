@@ -174,6 +174,76 @@ def test_checkpoints_of_two_forwards_are_not_mixed_up() -> None:
         loss.backward()
 
 
+def test_forces_of_two_checkpointed_forwards_are_not_mixed_up() -> None:
+    """The first backward pass keeps its graph, for the second one."""
+    model = trained(model_of(checkpoints=True))
+
+    def loss(seed: int) -> Tensor:
+        x, z = atoms(seed)
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(model(x, z).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    first = loss(0)
+    with pytest.raises(RuntimeError, match="z: got several forward passes before the backward"):
+        (first + loss(1)).backward()
+
+
+def test_forces_of_a_checkpointed_forward_train_as_without() -> None:
+    plain, saving = trained(model_of()), trained(model_of(checkpoints=True))
+    saving.load_state_dict(plain.state_dict())
+    for seed in range(2):
+        for model in (plain, saving):
+            x, z = atoms(seed)
+            x.requires_grad_()
+            (slope,) = torch.autograd.grad(model(x, z).sum(), x, create_graph=True)
+            slope.square().sum().backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_reentrant_checkpoints_recompute_with_the_types_of_their_forward() -> None:
+    class Reentrant(Atomwise):
+        def forward(self, x: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
+            return checkpoint(self.second, self.first(x).tanh(), use_reentrant=True)
+
+    plain, saving = trained(model_of()), trained(model_of())
+    saving.load_state_dict(plain.state_dict())
+    saving.__class__ = Reentrant
+    for model in (plain, saving):
+        model(*atoms()).square().sum().backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_forward_that_was_thrown_away_is_forgotten_in_training_mode() -> None:
+    model = trained(model_of(checkpoints=True))
+    model.eval()(*atoms(1))  # with gradients on
+    model.train()(*atoms(0)).sum().backward()
+
+
+def test_types_may_be_given_by_name_alone_have_a_default_and_be_narrow() -> None:
+    usual = atoms()[1]
+
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, 5)
+
+        def forward(self, x: Tensor, *others: Tensor, z: Tensor = usual) -> Tensor:
+            return self.first(x)
+
+    model: Any = trained(gmoe.moefy(ByName(), targets="first", router=ByType("z", ELEMENTS)))
+    x, z = atoms()
+    expected = model.double()(x, z=z)
+    torch.testing.assert_close(model(x, atoms(1)[1]), expected)
+    torch.testing.assert_close(model(x, z=z.to(torch.uint8)), expected)
+    with pytest.raises(ValueError, match=r"z: got types \[255\] without an expert"):
+        ByType("z", [-1, 1]).routing(torch.tensor([255, 1], dtype=torch.uint8), False)
+    with pytest.raises(ValueError, match=r"values: got .* expected distinct integers"):
+        ByType("z", [2**70])
+
+
 def test_threads_have_decisions_of_their_own() -> None:
     model = trained(model_of()).eval()
     calls = [atoms(seed) for seed in range(16)]
@@ -203,6 +273,28 @@ def test_compiled_models_route_by_type(fullgraph: bool) -> None:
         expected.square().sum().backward()
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_several_sets_of_types_compile_in_one_process() -> None:
+    torch._dynamo.reset()
+    for elements in ([1, 6, 8], [1, 6, 7], [1, 2, 3]):
+        torch.manual_seed(0)
+        model = trained(gmoe.moefy(Atomwise(), targets="first", router=ByType("z", elements)))
+        z = torch.tensor(elements * 3)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        x = torch.randn(ATOMS, WIDTH)
+        torch.testing.assert_close(compiled(x, z), model(x, z))
+
+
+def test_nothing_is_left_of_calls_that_the_compiler_gave_up_on() -> None:
+    torch._dynamo.reset()
+    model = model_of("shared").float()
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for number in range(3, 9):
+            compiled(torch.randn(number, WIDTH), torch.ones(number, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="z: got a call of a layer alone"):
+        model.first(torch.randn(8, WIDTH))
 
 
 def test_copies_pickles_and_files_route_by_type(tmp_path: Path) -> None:
