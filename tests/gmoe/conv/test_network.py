@@ -204,7 +204,8 @@ def test_a_dropout_that_drops_is_stacked() -> None:
     network = nn.Sequential(nn.Linear(WIDTH, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 5))
     dense = GINConv(network)
     model: Any = nn.ModuleDict({"conv": copy.deepcopy(dense)})
-    layer = gmoe.moefy(model, targets="conv", num_experts=2, start="copies")["conv"]
+    gmoe.moefy(model, targets="conv", num_experts=2, start="copies")
+    layer = model["conv"]
     assert isinstance(layer.experts, GINExperts)
     x = torch.rand(NODES, WIDTH)
     assert not torch.equal(layer(x, EDGES), layer(x, EDGES))
