@@ -57,7 +57,8 @@ def moefy(
 ) -> nn.Module:
     r"""Add experts to a transformer's MLPs or a GNN's convs.
 
-    The first forward stays what it is, unless ``start="plain"``. By default (``start="shared"``):
+    The first forward stays what it is, unless ``start="plain"``, or in training where a conv has
+    batch norms, which each expert then has over its own rows. By default (``start="shared"``):
 
     .. math::
         y_t = \mathrm{mlp}(x_t) + \sum_e w_{te} f_e(x_t), \qquad f_e = 0 \text{ at the start}
