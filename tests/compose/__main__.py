@@ -48,8 +48,12 @@ def run_range(target: Target, numbers: range) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a number, or run a range; 1 if some number failed."""
+    has_target = bool(arguments) and arguments[0] in TARGETS
+    name, *numbers = arguments if has_target else ("graphs", *arguments)
+    if not numbers or {"-h", "--help"} & {*numbers}:
+        print(__doc__)
+        return 0
     torch.set_num_threads(1)
-    name, *numbers = arguments if arguments[0] in TARGETS else ("graphs", *arguments)
     target = TARGETS[name]
     (first, *last) = map(int, numbers)
     if not last:

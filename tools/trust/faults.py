@@ -1,12 +1,12 @@
 """One fault at a time befalls a command that writes files: a number is a command and a moment.
 
 ``faults 0 320`` runs a range, ``faults 0 320 kill trains`` those of one fault and of training runs.
-Without arguments each command meets each fault once. The command is killed at a moment of its
-run or before one of its file operations, its disk is full or cannot be written, an operation
-fails, its clock goes back, or it runs twice at once. Then the same command, with ``--resume`` for
-a training run, has to give the files of a run that nothing befell: metrics, predictions and
-weights to the bit. Else the command has to end by one line that names a file. What fails is a
-bug, of the commands or of this file.
+Without arguments each command meets each fault at least once. The command is killed at a moment of
+its run or before one of its file operations, its disk is full or cannot be written, an operation
+fails, its clock goes back, or it runs twice at once. Then the same command, with ``--resume`` for a
+training run, has to give the files of a run that nothing befell: metrics, predictions and weights
+to the bit. Else the command has to end by one line that names a file. What fails is a bug, of the
+commands or of this file.
 
 Each command is a fork of this process, which has imported everything. Linux only. A full disk and
 a disk that is mounted read-only need the right to mount; without it, files may not grow, and the
@@ -661,6 +661,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{number} {name} {fault}: {found.kind}: {found.message}", flush=True)
     for (fault, kind), count in sorted(counts.items()):
         print(f"{fault:12} {kind:10} {count}")
+    if not counts:
+        raise SystemExit("faults: no number has all these names")
     minutes = (time.monotonic() - begin) / 60
     print(f"{sum(counts.values())} faults in {minutes:.0f} min; failed: {failed or 'none'}")
     return int(bool(failed))

@@ -26,9 +26,12 @@ def parse(
     """Read ``[FIRST [LAST]] [NAME ...]``: one number, a range, or all from 0 to ``every``."""
     parser = argparse.ArgumentParser(prog=f"python -m tools.trust {machine}", description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("first", nargs="?", type=int, help="one number, or where a range begins")
+    about_first = "one number, or where a range begins; needed before names"
+    parser.add_argument("first", nargs="?", type=int, help=about_first)
     parser.add_argument("last", nargs="?", type=int, help="the number behind the range")
-    parser.add_argument("only", nargs="*", metavar="NAME", help=", ".join(names))
+    # Some names have commas.
+    listed = ", ".join(map(repr, names))
+    parser.add_argument("only", nargs="*", metavar="NAME", help=listed)
     args = parser.parse_args(arguments)
     if unknown := sorted({*args.only} - {*names}):
         parser.error(f"NAME: got {unknown}, expected some of {sorted(names)}")

@@ -104,6 +104,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line says; 1 if a test failed."""
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
     names = [name for name in ENVIRONMENTS if name in arguments[:1]] or list(ENVIRONMENTS)
     options = [word for word in arguments if word not in ENVIRONMENTS]
     results = json.loads(FILE.read_text()) if FILE.exists() else {}
