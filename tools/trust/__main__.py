@@ -34,7 +34,7 @@ MACHINES = {
     "mutants": Machine("mutants.command", "the faults that the tests notice; half an hour"),
     "versions": Machine("versions", "the tests on old and new versions; half an hour, needs uv"),
 }
-"""In the order in which they run: the quickest first."""
+"""In the order in which they run."""
 
 
 def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:

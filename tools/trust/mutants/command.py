@@ -7,7 +7,7 @@ the recorded one; ``mutants --size 20`` draws a smaller one.
 after each mutant. ``mutants survivors`` runs those that survived again, for tests written since:
 both scores are kept. Either writes ``docs/trust.md`` at its end; ``mutants report`` does that
 alone, and ``mutants check`` fails if the page says something else. Needs
-``pip install "gmoe[trust]"``.
+``pip install -e ".[trust]"``.
 """
 
 from __future__ import annotations
