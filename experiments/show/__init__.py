@@ -1,6 +1,9 @@
 """Show: tables, pages and pictures of finished runs.
 
-tables   Tables in Markdown; cells are those of a study, closed has the tables of closed ones.
-report   One page from finished runs, made by report_page.
-patches  Which expert takes which patch of your images.
+tables            Tables in Markdown.
+cells             Reads the cells of a study.
+report            One page from finished runs, made by report_page.
+nodes, molecules  What the report draws.
+patches           Which expert takes which patch of your images.
+closed            Tables of closed studies.
 """

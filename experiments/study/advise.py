@@ -224,7 +224,7 @@ class Comparison:
         return judged
 
     def difference(self, one: str, other: str, most: int = MOST) -> Judged:
-        """Of two arms, over the seeds that both have."""
+        """The difference of two arms over the seeds that both have."""
         ours, theirs = (self.summaries[arm]["test"]["values"] for arm in (one, other))
         common = min(len(ours), len(theirs), most)
         metric = self.summaries[one]["metric"]
@@ -252,7 +252,7 @@ ADVICE = {
 
 
 def base_of(preset: str) -> RunConfig:
-    """The configuration of a preset, or of a planted graph that ``sweep`` knows by name."""
+    """The configuration of a preset, or of a planted graph, by its name."""
     presets = {name: config for name, (_, config) in PRESETS.items()}
     legal = [
         name

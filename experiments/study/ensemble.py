@@ -50,7 +50,7 @@ def ensemble(
     data_root = data_root or read_run(runs[0], None, trust).config.data_root  # all on the same data
     read = [read_run(folder, data_root, trust) for folder in runs]
     sets = sorted({run.config.dataset for run in read})
-    # Of others, each seed may test where another one trains
+    # On other data sets, one seed may test on what another trains on.
     is_one_of_ogb = len(sets) == 1 and sets[0].startswith(("ogbn-", "ogbg-"))
     got = f"those of {', '.join(sets) or 'none'}"
     check(is_one_of_ogb, "runs", got, "runs of one of OGB's data sets")

@@ -27,7 +27,7 @@ from experiments.train.training import set_up
 
 
 def measured(config: RunConfig) -> dict[str, Any]:
-    """Of a finished run, what a cell holds beside its summary.
+    """What the cell of a finished run holds beside its summary.
 
     That is what the routed experts add, and step times; of images of several domains also how it
     does on each.

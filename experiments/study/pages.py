@@ -3,8 +3,9 @@
 A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from
 ``results/STUDY.json``. With ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants
 only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->`` compares variants seed by seed.
-``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what ``experiments.benchmark``
-wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
+``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote, and
+``<!-- swap: swap -->`` what its closed benchmark ``swap`` did; ``<!-- presets: NAME -->`` has
+runs of ``experiments.train``, each beside its dense model.
 ``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
 ``<!-- cells: routers: COLUMN -->`` a column of it, and
 ``<!-- gains: routers: COLUMN COLUMN -->`` what the default router gains in some columns, and

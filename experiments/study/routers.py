@@ -239,7 +239,7 @@ def domain_table(cells: Cells, columns: Sequence[str]) -> str:
 def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
     """A cell in full.
 
-    Of routed experts how many are alive, their share of the output, and the test without them.
+    The number of live experts, their share of the output, and the test score without them.
     """
     cell = cells[row]
     dense = cells.get("dense", cell)

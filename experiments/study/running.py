@@ -81,7 +81,7 @@ def run_cells(
 
 
 def held_cells(cells: Mapping[str, RunConfig], folder: Path) -> dict[str, Any]:
-    """Of the cells that have a file, by name, the configuration that it holds."""
+    """The configuration that each cell's file holds, by name, for cells that have a file."""
     paths = {cell: folder / f"{cell}.json" for cell in cells}
     return {
         cell: read_json(path, dict[str, Any])["config"]

@@ -155,7 +155,7 @@ def num_parameters(model: nn.Module) -> int:
 def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Active FLOPs of one forward pass in training mode.
 
-    Of a copy, since it moves counters and fills convs' caches.
+    Counted on a copy, since a pass moves counters and fills convs' caches.
     """
     return gmoe.count_flops(copy.deepcopy(model).train(), *inputs)
 

@@ -120,7 +120,7 @@ class Output(NamedTuple):
         return {name: y.detach() for name, y in self.y.items()}
 
     def backward(self, retain_graph: bool = False) -> None:
-        """Of a sum of all outputs, each with a factor of its own, and of all losses of routers."""
+        """Backpropagate a weighted sum of all outputs and all losses of routers."""
         terms = [(y * ref.features(*y.shape, seed=5)).sum() for y in self.y.values()]
         # Of routers, too: a gradient that only a loss has would go unseen.
         loss = torch.stack([*terms, *(routing.aux_loss for routing in self.routings)]).sum()

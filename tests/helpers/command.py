@@ -30,7 +30,7 @@ def quick(out: Path, *args: str, preset: str = "digits-graph", seeds: str = "0")
 
 
 def rows(folder: Path, name: str = "metrics.csv", seed: int = 0) -> list[dict[str, str]]:
-    """Of a log, without the clock."""
+    """The rows of a log, without the clock."""
     with (folder / f"seed-{seed}" / name).open() as file:
         return [
             {key: value for key, value in row.items() if key != "seconds"}

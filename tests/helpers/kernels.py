@@ -30,7 +30,7 @@ def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 
 
 def routings() -> list[Routing]:
-    """Of tokens that have K pairs each, and of tokens that have any number."""
+    """Routings of tokens with K pairs each, and with any number."""
     generator = torch.Generator().manual_seed(0)
     chosen = [torch.rand(9, 4, generator=generator).topk(k).indices for k in (1, 3, 0)]
     weights = [torch.rand(9, k, generator=generator, dtype=torch.float64) for k in (1, 3, 0)]

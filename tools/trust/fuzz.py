@@ -315,7 +315,7 @@ def outcomes(
 def run(
     numbers: Iterable[int], kinds: Collection[str] = tuple(KINDS), keep: bool = False
 ) -> Iterator[tuple[int, str, str, Outcome]]:
-    """Of each number its kind, what is damaged, and what became of it, kind by kind."""
+    """Each number with its kind, what is damaged, and what became of it, kind by kind."""
     by_kind = defaultdict[str, list[int]](list)
     for number in numbers:
         by_kind[draw(number, kinds).name].append(number)

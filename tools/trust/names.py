@@ -3,7 +3,8 @@
 A number is one thing that is read (:data:`SUBJECTS`) under an odd name in an oddly named folder.
 Beside it lie decoys: whole files with other content, under the names that a program would go to
 which takes the name for a pattern, an address, an escape, a home folder or a list. The reader must
-find what it finds under a plain name. Refused is what no checkpoint can be written to.
+find what it finds under a plain name. The only paths that may be refused are those to which no
+checkpoint can be written.
 """
 
 from __future__ import annotations
@@ -399,7 +400,7 @@ class Workshop:
 def run(
     numbers: Iterable[int], subjects: Iterable[str] = tuple(SUBJECTS)
 ) -> Iterator[tuple[int, Case, str]]:
-    """Of each number its case, and what became of it."""
+    """Each number with its case, and what became of it."""
     with tempfile.TemporaryDirectory(prefix="names-") as base:
         shop = Workshop(Path(base))
         for number in numbers:

@@ -128,9 +128,9 @@ class Graphs(Nodes[GraphConfig]):
             check(not why, "evaluation", f"'layerwise' ({why})", "'full' or 'sampled'")
 
     def keeps_predictions(self, model: nn.Module, task: Task) -> bool:
-        """Of OGB's sets in memory, and where they are corrected.
+        """OGB's sets in memory, and runs whose predictions are corrected, keep them.
 
-        A model has predictions of all nodes that sees the whole graph, or runs by layers.
+        Only a model that sees the whole graph, or runs by layers, predicts all nodes.
         """
         if not (self.corrects() or self.config.dataset.startswith("ogbn-")):
             return False
