@@ -21,11 +21,11 @@ import gmoe
 from docs.check_links import broken
 from docs.plots.__main__ import every_drawing, pages, render
 from docs.plots.gallery import ORDER, place
+from docs.plots.results import read_confirmed
 from docs.plots.style import FIGURES, save
 from docs.plots.swap import swaps
 from docs.thumbnails import THUMBNAILS
 from experiments.show.cells import differences
-from experiments.show.closed.starts import read_confirmed
 from experiments.study.routers import read_table
 from experiments.train.files import read_json
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS

@@ -1,19 +1,25 @@
 """Test scores over active FLOPs: a panel a data set, a line a model, a point a width.
 
-``results/curves`` holds a file a data set, model and width; ``docs/lab/starts.md`` has the table.
+``results/curves/COLUMN/MODEL-WIDTH.json`` holds a point; ``docs/lab/starts.md`` has the table. A
+point of a MoE says something for experts where it lies above the *dense curve*: above what a dense
+model of the same FLOPs reaches by width alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import log
 from pathlib import Path
-from statistics import stdev
-from typing import TypeAlias
+from statistics import fmean, stdev
+from typing import Any, TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from docs.plots.results import Point, above_dense, curves, mean_std, read_results
+from docs.plots.results import mean_std, read_starts
 from docs.plots.style import Drawing, Theme, legend_above
 
 NAMES = {
@@ -24,8 +30,52 @@ NAMES = {
 }
 MARKERS = {"dense": "D", "shared": "s", "copies": "o", "differences": "^"}
 
+
+@dataclass(frozen=True)
+class Point:
+    """One model of one width: active FLOPs of a forward, and test scores in percent by seed."""
+
+    width: int
+    flops: int
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Of the scores."""
+        return fmean(self.scores)
+
+
 Lines: TypeAlias = dict[str, dict[str, list[Point]]]
 """By column and model, the points."""
+
+
+def curves(results: Mapping[str, Mapping[str, Any]]) -> Lines:
+    """By column and model the finished points, cheapest first."""
+    by_column: Lines = {}
+    for column, known in results.items():
+        lines: dict[str, list[Point]] = {}
+        for name, summary in known.items():
+            model, _, width = name.rpartition("-")
+            scores = tuple(100 * value for value in summary["test"]["values"])
+            lines.setdefault(model, []).append(Point(int(width), summary["flops"], scores))
+        by_column[column] = {
+            model: sorted(lines[model], key=lambda point: point.flops)
+            for model in NAMES
+            if model in lines
+        }
+    return by_column
+
+
+def above_dense(point: Point, dense: Sequence[Point]) -> float | None:
+    """Points above the dense curve, which is straight between its points over the log of FLOPs.
+
+    ``None`` where the curve does not reach.
+    """
+    for left, right in pairwise(dense):
+        if left.flops <= point.flops <= right.flops:
+            share = log(point.flops / left.flops) / log(right.flops / left.flops)
+            return point.mean - (left.mean + share * (right.mean - left.mean))
+    return None
 
 
 def numbers(found: Lines) -> str:
@@ -101,7 +151,7 @@ def said_of(column: str, models: dict[str, list[Point]]) -> str:
 
 def drawings(results: Path) -> list[Drawing]:
     """One figure of all that is finished."""
-    found = curves(read_results(results / "curves"))
+    found = curves(read_starts(results / "curves"))
     said = "; ".join(said_of(column, models) for column, models in found.items())
     alt = (
         "Test score over active MFLOPs, a line a model, a point a width. Height of the default "

@@ -13,11 +13,22 @@ from typing import Any, TypeAlias
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from docs.plots.results import MAP_MODELS, PLACES, WAYS, read_file, regime_gains
+from docs.plots.results import read_file
 from docs.plots.style import Drawing, Theme, legend_above
 
+PLACES = ((4, 512), (8, 512), (4, 128))
+"""Numbers of regimes, and training labels in each."""
+WAYS = ("features", "communities", "patches", "nothing")
+"""How a regime shows."""
+MODELS = {
+    "reverse": "dense, reverse edges",
+    "told": "dense, told the regime",
+    "experts": "experts (default)",
+    "oracle": "experts, told the regime",
+}
+"""The models that are drawn, and what each is called."""
 MARKERS = {"reverse": "v", "told": "s", "experts": "o", "oracle": "x"}
-"""The models that are drawn."""
+AXES = ("regimes", "labels", "shown", "model")
 
 Found: TypeAlias = dict[tuple[Any, ...], list[float]]
 """By number of regimes, labels, way to show and model: points above equal FLOPs, by seed."""
@@ -25,8 +36,13 @@ Found: TypeAlias = dict[tuple[Any, ...], list[float]]
 
 def finished(path: Path) -> Found:
     """What is drawn of what is finished."""
+    places = read_file(path)["places"]
+    tests = {tuple(entry[axis] for axis in AXES): entry["test"] for entry in places}
+    dense = {key[:-1]: test for key, test in tests.items() if key[-1] == "dense-flops"}
     return {
-        key: values for key, values in regime_gains(read_file(path)).items() if key[-1] in MARKERS
+        key: [100 * (ours - theirs) for ours, theirs in zip(test, dense[key[:-1]], strict=True)]
+        for key, test in tests.items()
+        if key[-1] in MODELS and key[:-1] in dense
     }
 
 
@@ -51,7 +67,7 @@ def draw_panel(axis: Axes, found: Found, place: tuple[int, int], theme: Theme) -
             for value in found.get((*place, way, model), [])
         ]
         if points:
-            label = MAP_MODELS[model]
+            label = MODELS[model]
             axis.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=label)
     axis.axhline(0, color=theme.gray, linewidth=1)
     axis.set_xticks(range(len(WAYS)), WAYS)

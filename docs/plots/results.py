@@ -5,36 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.show.cells import differences
-from experiments.show.closed.curves import Point, above_dense, curves
-from experiments.show.closed.regime_map import MODELS as MAP_MODELS
-from experiments.show.closed.regime_map import PLACES, WAYS
-from experiments.show.closed.regime_map import gains as regime_gains
-from experiments.show.closed.results import read_results
-from experiments.show.closed.starts import read_confirmed
+from experiments.show.cells import Cells, differences, read_cells
 from experiments.study.routers import ROWS, read_table
 from experiments.train.files import read_json
 from experiments.train.scores import Difference, mean_std
 
 __all__ = [
-    "MAP_MODELS",
-    "PLACES",
     "ROWS",
-    "WAYS",
     "Difference",
-    "Point",
-    "above_dense",
-    "curves",
     "differences",
     "mean_std",
     "read_confirmed",
     "read_file",
-    "read_results",
+    "read_starts",
     "read_table",
-    "regime_gains",
 ]
+
+COLUMNS = (
+    "digits-graph",
+    "cora",
+    "citeseer",
+    "mosaic",
+    "concept",
+    "minesweeper",
+    "facebook",
+    "digits",
+)
+"""The columns of the study of starts and of its curves, in the order of their tables."""
+
+IN_TABLE = {
+    "dense": "dense",
+    "dense-flops": "dense-flops",
+    "shared": "token-choice",
+    "difference-layer-node-constant-unbalanced": "copies",
+}
+"""Runs of the columns that the table of routers confirms, and their cells there."""
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """The content of a result file."""
     return read_json(path, dict[str, Any])
+
+
+def read_starts(folder: Path) -> Cells:
+    """The cells of a part of the study of starts, by its folder."""
+    return read_cells(folder, COLUMNS)
+
+
+def read_confirmed(folder: Path) -> Cells:
+    """What the study of starts confirmed: by column and run, the summary.
+
+    cifar10 and imagenette are here if they have all runs in the table of routers.
+    """
+    confirmed = read_starts(folder)
+    of_routers = read_cells(folder.parent / "routers", ("cifar10", "imagenette"), IN_TABLE.values())
+    for column, cells in of_routers.items():
+        if len(cells) == len(IN_TABLE):
+            confirmed[column] = {run: cells[cell] for run, cell in IN_TABLE.items()}
+    return confirmed

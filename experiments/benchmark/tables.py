@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.show.tables import Line, extremes, known, markdown, short_commit
-from experiments.train.scores import mean_std
+from experiments.show.tables import Line, known, markdown, short_commit
 
 
 def benchmark_table(results: dict[str, Any]) -> str:
@@ -21,14 +19,10 @@ def benchmark_table(results: dict[str, Any]) -> str:
 def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
     """One line a variant: times, ratios to the reference, memory.
 
-    Of ``train``, shares; of ``swap``, accuracies; of ``latency``, percentiles.
+    Of ``train``, shares of its parts.
     """
-    if any("runs" in variant for variant in variants.values()):
-        return known([{"": name} | swap_line(row) for name, row in variants.items()])
     if any("waits" in variant or "error" in variant for variant in variants.values()):
         return [gpu_line(name, variant) for name, variant in variants.items()]
-    if any("p95" in variant.get("wall", {}) for variant in variants.values()):
-        return known([latency_line(name, variant) for name, variant in variants.items()])
     if any("least" in variant for variant in variants.values()):
         return known([step_line(name, variant) for name, variant in variants.items()])
     if any("grown" in variant for variant in variants.values()):
@@ -116,23 +110,6 @@ def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
     }
 
 
-def latency_line(name: str, variant: Mapping[str, Any]) -> Line:
-    """A call: medians, 95th percentiles, and CPU times over those of dense ones.
-
-    On one thread, CPU time is what the call takes where nothing else runs.
-    """
-    line = {"variant": name}
-    for clock, unit in (("wall", "ms"), ("cpu", "ms CPU")):
-        for percentile, key in (("p50", "median"), ("p95", "p95")):
-            line[f"{percentile} ({unit})"] = f"{1000 * variant[clock][key]:.2f}"
-    for column, key in (
-        ("× compiled dense (CPU)", "ratio"),
-        ("× dense in this form (CPU)", "ratio in form"),
-    ):
-        line[column] = f"{variant[key]['cpu']:.2f}" if key in variant else "–"
-    return line
-
-
 def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
     """A layer on a GPU: times, waits of a step, whether results are the CPU's.
 
@@ -147,60 +124,6 @@ def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
     moe, dense = (1000 * of["median"] for of in (variant["wall"], variant["dense"]["wall"]))
     times = {"moe (ms)": f"{moe:.2f}", "dense (ms)": f"{dense:.2f}", "×": f"{moe / dense:.2f}"}
     return line | times | {"waits": str(sum(variant["waits"].values()))}
-
-
-def swap_line(row: Mapping[str, Any]) -> Line:
-    """Dense and MoE of the seeds that both have, and the other arms, with their number of seeds if
-    it is less; ok is a MoE whose mean is no less than a standard deviation below the dense
-    one's."""
-    runs: dict[str, dict[int, Any]] = {
-        arm: {run["seed"]: run for run in of} for arm, of in row["runs"].items()
-    }
-    moes = runs.get("moe", {})
-    both = sorted(set(runs.get("dense", {})) & set(moes))
-    dense, moe = ([100 * runs[arm][seed]["test"] for seed in both] for arm in ("dense", "moe"))
-    line = {
-        "n": str(len(both) or "–"),
-        "dense": mean_std(dense),
-        "moe": mean_std(moe),
-        "moe − dense": "–",
-        "ok": "–",
-    }
-    if both:
-        difference = statistics.fmean(moe) - statistics.fmean(dense)
-        std = statistics.stdev(dense) if both[1:] else 0.0
-        line |= {"moe − dense": f"{difference:+.2f}", "ok": "ok" if difference >= -std else "no"}
-    arms = ("copies", "shared", "dense-flops", "random", "oracle", "k-means", "shared-transform")
-    for arm in arms:
-        tests = [100 * run["test"] for run in runs.get(arm, {}).values()]
-        line[arm] = mean_std(tests) + (f" ({len(tests)})" if 0 < len(tests) < len(both) else "")
-    with_shared = runs.get("shared", moes)  # which is the default but for a GNN that routes once
-    line["shared-off"] = mean_std(
-        [100 * run["off"] for run in with_shared.values() if "off" in run]
-    )
-    for name, form, shown in (("share", ".2f", with_shared), ("live", ".3g", moes)):
-        by_layer = zip(*(run[name] for run in shown.values() if name in run), strict=True)
-        means = [statistics.fmean(layer) for layer in by_layer]
-        line[name] = (
-            extremes(means, form)
-            if len(means) > 3
-            else " ".join(f"{mean:{form}}" for mean in means) or "–"
-        )
-    line |= dict.fromkeys(("ms dense / moe / flops", "×", "× shared-transform", "+ms a layer"), "–")
-    if times := row.get("time"):
-        ms = {
-            arm: 1000 * time["wall"]["median"]
-            for arm, time in times.items()
-            if isinstance(time, dict)
-        }
-        line["ms dense / moe / flops"] = " / ".join(
-            f"{ms[arm]:.1f}" if arm in ms else "–" for arm in ("dense", "moe", "dense-flops")
-        )
-        for column, arm in (("×", "moe"), ("× shared-transform", "shared-transform")):
-            line[column] = f"{ms[arm] / ms['dense']:.2f}" if arm in ms else "–"
-        if "moe" in ms:
-            line["+ms a layer"] = f"{(ms['moe'] - ms['dense']) / times['layers']:.1f}"
-    return line
 
 
 def measured_on(where: dict[str, Any], device: str) -> str:

@@ -5,5 +5,4 @@ cells             Reads the cells of a study.
 report            One page from finished runs, made by report_page.
 nodes, molecules  What the report draws.
 patches           Which expert takes which patch of your images.
-closed            Tables of closed studies.
 """

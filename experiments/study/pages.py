@@ -4,15 +4,13 @@ A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is gen
 ``results/STUDY.json``. With ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants
 only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->`` compares variants seed by seed.
 ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote, and
-``<!-- swap: swap -->`` what its closed benchmark ``swap`` did; ``<!-- presets: NAME -->`` has
-runs of ``experiments.train``, each beside its dense model.
+``<!-- presets: NAME -->`` has runs of ``experiments.train``, each beside its dense model.
 ``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
 ``<!-- cells: routers: COLUMN -->`` a column of it, and
 ``<!-- gains: routers: COLUMN COLUMN -->`` what the default router gains in some columns, and
 ``<!-- domains: routers: COLUMN -->`` how its rows do on each domain of its images.
 ``<!-- study: NAME -->`` is what ``experiments.sweep FILE.py:STUDY`` wrote into ``results/NAME``, a
-table a column, ``<!-- study: NAME: COLUMN -->`` a column of it. Closed studies have their own:
-``map``, ``arms``, ``confirmed``, ``curves``, ``molecules`` and ``unseen``.
+table a column, ``<!-- study: NAME: COLUMN -->`` a column of it.
 """
 
 from __future__ import annotations
@@ -28,8 +26,6 @@ import tyro
 
 from experiments.benchmark.tables import benchmark_table
 from experiments.show.cells import read_study, study_tables
-from experiments.show.closed import curves, molecules, regime_map, starts, unseen
-from experiments.show.closed.results import read_results
 from experiments.show.tables import pair_table, preset_table, study_table
 from experiments.study.routers import cell_tables, domain_table, gain_table, read_table
 from experiments.train.checks import check, check_choice
@@ -43,29 +39,18 @@ MAKERS: dict[str, Callable[..., str]] = {
     "gains": gain_table,
     "domains": domain_table,
     "study": study_tables,
-    "map": regime_map.map_table,
-    "arms": starts.table,
-    "confirmed": starts.confirmed_table,
-    "curves": curves.table,
-    "molecules": molecules.table,
-    "unseen": unseen.table,
+    "benchmark": benchmark_table,
 }
-"""What makes a table, by its mark; those of benchmarks are left."""
+"""What makes a table, by its mark."""
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "cells": read_table,
     "gains": read_table,
     "domains": read_table,
     "study": read_study,
-    "arms": read_results,
-    "confirmed": starts.read_confirmed,
-    "curves": read_results,
-    "molecules": read_results,
-    "unseen": read_results,
 }
 """What reads the results of a mark that lie in a folder; others are a file."""
-KINDS = (*MAKERS, "benchmark", "swap")
 MARKED = re.compile(
-    rf"(<!-- (?P<kind>{'|'.join(KINDS)}): (?P<study>[\w-]+)"
+    rf"(<!-- (?P<kind>{'|'.join(MAKERS)}): (?P<study>[\w-]+)"
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -77,7 +62,7 @@ def check_marks(page: str) -> None:
     """Refuse a mark that nothing fills in, and one without an end: both would stay as they are."""
     words = re.findall(r"<!-- (\w+)", page)
     for word, following in pairwise([*words, ""]):
-        check_choice("mark", word, (*KINDS, *OTHERS))
+        check_choice("mark", word, (*MAKERS, *OTHERS))
         check(word == "end" or following == "end", "mark", word, "<!-- end --> behind it")
 
 
@@ -93,7 +78,7 @@ def render(page: str, results: Path = RESULTS) -> str:
         only = [] if match["variants"] is None else [match["variants"].split()]
         try:
             content = FOLDERS[kind](path) if kind in FOLDERS else read_json(path, dict[str, Any])
-            made = MAKERS.get(kind, benchmark_table)(content, *only)
+            made = MAKERS[kind](content, *only)
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path}: lacks what the mark '{kind}' shows ({error!r})") from error
         return f"{match[1]}{made}\n{match[5]}"

@@ -41,7 +41,7 @@ def test_marks_that_nothing_fills_in_are_refused(tmp_path: Path) -> None:
     [
         ("table: nothing", r"No such file.*nothing\.json"),
         ("table: digits: nobody", "only: got nobody, expected"),
-        ("swap: mosaic", r"results/mosaic\.json: lacks what the mark 'swap' shows .AttributeError"),
+        ("benchmark: mosaic", r"results/mosaic\.json: lacks .* 'benchmark' shows .AttributeError"),
         ("pairs: benchmark-conv: a/b", r"results/benchmark-conv\.json: lacks .* .TypeError"),
         ("table: presets", r"results/presets\.json: lacks .* .KeyError.'reference'"),
         ("gains: routers: nowhere", r"results/routers: lacks .* 'gains' shows .KeyError.'nowhere'"),
