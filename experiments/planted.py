@@ -1,6 +1,6 @@
-"""Write a planted graph in OGB's layout: the command of :mod:`experiments.study.planted`."""
+"""Write a planted graph in OGB's layout: the command of :mod:`experiments.convert.planted`."""
 
-from experiments.study.planted import main
+from experiments.convert.planted import main
 
 if __name__ == "__main__":
     main()

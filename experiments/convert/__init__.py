@@ -1,5 +1,6 @@
 """Bring data into a form to train from: ``python -m experiments.convert``.
 
-graph   A graph larger than memory as a folder on disk; DuckDB sorts its edges.
-smiles  Tables of SMILES as OGB's molecule sets; RDKit reads them.
+graph    A graph larger than memory as a folder on disk; DuckDB sorts its edges.
+smiles   Tables of SMILES as OGB's molecule sets; RDKit reads them.
+planted  Graphs in OGB's layouts, for where OGB's own cannot be had: ``experiments.planted``.
 """

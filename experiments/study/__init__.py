@@ -7,5 +7,4 @@ routers   The table of routers; own_router is your row in it, measured what a ce
 pages     Puts the tables of studies and benchmarks into the docs.
 advise    Asks your own data what they want (questions, by models of probes, on what views
           tell of a node), and compares dense models with experts until the answer is clear.
-planted   Makes data for studies; ensemble scores runs together.
 """

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.convert.graph import convert
-from experiments.study.planted import write_planted
+from experiments.convert.planted import write_planted
 from experiments.train.config import PAPERS
 from experiments.train.data.ogb import MEGABYTES
 from experiments.train.data.on_disk import STORED

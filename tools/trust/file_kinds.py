@@ -25,9 +25,9 @@ from torchvision.datasets import Imagenette
 
 import gmoe
 from experiments.convert.graph import convert
+from experiments.convert.planted import write_planted
 from experiments.convert.smiles import molecules
 from experiments.show.report_page import write_report
-from experiments.study.planted import write_planted
 from experiments.train.command import main, parse
 from experiments.train.config import PAPERS, GraphConfig, ImageConfig, MoleculeConfig
 from experiments.train.data.graphs import graph_task, with_features

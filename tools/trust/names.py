@@ -32,8 +32,8 @@ from torch_geometric.data import Data
 
 import gmoe
 from experiments.convert.graph import convert
+from experiments.convert.planted import write_planted
 from experiments.show.report_page import write_report
-from experiments.study.planted import write_planted
 from experiments.train.command import main as train
 from experiments.train.config import GraphConfig, ImageConfig, MoleculeConfig
 from experiments.train.data.load import load_tasks

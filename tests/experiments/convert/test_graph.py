@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch_geometric.utils import to_undirected
 
 from experiments.convert.graph import CLASSES, building, convert, main, write_edges
-from experiments.study.planted import write_planted
+from experiments.convert.planted import write_planted
 from experiments.train.config import PAPERS
 from gmoe import StoredGraph
 from tests.helpers.command import refused

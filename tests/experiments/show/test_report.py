@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.show import patches
+from experiments.show import ensemble, patches
 from experiments.show.nodes import bin_names, neighborhoods
 from experiments.show.report import main
 from experiments.show.report_page import (
@@ -29,7 +29,6 @@ from experiments.show.report_page import (
     scores_over_flops,
     shares,
 )
-from experiments.study import ensemble
 from experiments.train.command import main as train
 from experiments.train.command import parse
 from experiments.train.loop import run

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from experiments.study.planted import write_planted
+from experiments.convert.planted import write_planted
 from experiments.train.command import main
 from tests.helpers.command import refused, rows, run_until
 from tests.helpers.made_graph import make_config, make_task

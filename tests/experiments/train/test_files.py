@@ -25,9 +25,8 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from safetensors.torch import save, save_file
 
-from experiments.convert import graph
+from experiments.convert import graph, planted
 from experiments.show.report_page import Page
-from experiments.study import planted
 from experiments.train.checkpoint import Checkpoint
 from experiments.train.data.own_graph import own_graph
 from experiments.train.files import (

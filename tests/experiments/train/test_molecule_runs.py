@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import gmoe
 from experiments.convert.smiles import FILES
-from experiments.study import ensemble
+from experiments.show import ensemble
 from experiments.train.build import build_model, costs_of
 from experiments.train.command import main, parse
 from experiments.train.config import MoleculeConfig, RouterOptions, dense_of

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_geometric.data import HeteroData
 from torch_geometric.utils import add_self_loops
 
-from experiments.study.planted import write_planted
+from experiments.convert.planted import write_planted
 from experiments.train.build import build_model
 from experiments.train.config import HeteroConfig
 from experiments.train.data.graphs import TwoClassAUROC, directed

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch_geometric.utils import is_undirected, scatter
 
-from experiments.study.planted import SIZES, main, write_planted
+from experiments.convert.planted import SIZES, main, write_planted
 from experiments.train.config import PAPERS
 from experiments.train.data.ogb import load_ogb
 from tests.helpers.command import refused

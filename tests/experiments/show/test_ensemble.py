@@ -17,8 +17,8 @@ from ogb.nodeproppred import Evaluator
 from safetensors.torch import load_file, save_file
 from torch_geometric.nn import LabelPropagation
 
-from experiments.study import ensemble
-from experiments.study.planted import write_planted
+from experiments.convert.planted import write_planted
+from experiments.show import ensemble
 from experiments.train.config import PAPERS
 from experiments.train.data.ogb import OGBMetric, load_ogb
 from experiments.train.predictions import mean_of
