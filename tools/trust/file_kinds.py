@@ -380,6 +380,8 @@ def read_predictions(folder: Path) -> None:
     assert found.is_floating_point()
 
 
+ALL_BUT_README = "*[!d]"
+"""The files of a model on the hub, without README.md: this is its only one that ends with a d."""
 OGB: Iterable[str] = ("ogbn-arxiv", "ogbn-proteins", "ogbn-mag")
 RAW = ("citeseer", "amazon-photo", "wikics", "roman-empire", "actor")
 KINDS: dict[str, Kind] = {
@@ -405,8 +407,8 @@ KINDS: dict[str, Kind] = {
     "Imagenette's archive": Kind(
         write_imagenette_archive, partial(read_photos, name="imagenette", size=8), weight=3
     ),
-    "hub, GNN": Kind(lambda folder: hub_model().save_pretrained(folder), read_hub, "*[!d]"),
-    "hub, ViT": Kind(write_vit, read_vit, "*[!d]", 6),
+    "hub, GNN": Kind(lambda folder: hub_model().save_pretrained(folder), read_hub, ALL_BUT_README),
+    "hub, ViT": Kind(write_vit, read_vit, ALL_BUT_README, 6),
     "moefied": Kind(write_moefied, read_moefied, weight=14),
     "config": Kind(write_config, read_config, "*.json", 14),
     "run": Kind(write_run, read_finished, "run/**/*", 14),

@@ -43,12 +43,18 @@ if TYPE_CHECKING:
 
 KEPT = ROOT / "build" / "mutants-measured.pickle"
 
-NAMES = "compile compose contract export loss_curves saved_models"
 TESTS = (
     "tests/gmoe",
     "tests/vision",
-    *(f"tests/test_{name}.py" for name in NAMES.split()),
-    *(f"tests/test_{name}.py" for name in ("stateful", "support", "training_loops")),
+    "tests/test_compile.py",
+    "tests/test_compose.py",
+    "tests/test_contract.py",
+    "tests/test_export.py",
+    "tests/test_loss_curves.py",
+    "tests/test_saved_models.py",
+    "tests/test_stateful.py",
+    "tests/test_support.py",
+    "tests/test_training_loops.py",
 )
 """What may notice: the default tests of the library, without those of commands and pages."""
 
