@@ -20,6 +20,7 @@ from tests.compose import graphs, hetero, moefy, steps
 from tests.compose.__main__ import TARGETS, main
 from tests.compose.calls import source
 from tests.compose.frame import CHUNK, DifferentError, Target, require_equal
+from tests.compose.twice import twice
 from tests.helpers.masked import default_float64
 from tests.torch_versions import COMPILES_GRAPHS
 
@@ -49,6 +50,15 @@ def test_numbers(name: str, first: int) -> None:
 )
 def test_more_numbers(name: str, first: int) -> None:
     TARGETS[name].check(first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("number", range(0, 400, 4))
+def test_second_gradients_are_those_of_the_definition(name: str, number: int) -> None:
+    target = twice(TARGETS[name])
+    outcomes = [target.run(target.of(one)) for one in range(number, number + 4)]
+    assert [outcome.message for outcome in outcomes if outcome.kind == "failed"] == []
 
 
 @pytest.mark.slow
