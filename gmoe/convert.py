@@ -76,9 +76,9 @@ def moefy(
     A single ``nn.Linear`` that ``targets`` names becomes E of them. An MLP is linear, activation,
     linear: in a ``Sequential`` as torchvision's, or as timm's ``Mlp``; or gated, with one layer
     twice as wide or two before the last (timm's ``GluMlp`` and ``SwiGLU``, Llama's ``w1``, ``w2``,
-    ``w3``). Dropout is kept, and so are norms before the linear
-    layers. Which part has which role is tried on a copy, by what it computes: with other weights,
-    inputs of scales 1 to 1,000, in evaluation and, if experts replace it, in training.
+    ``w3``). Dropout is kept, and so are norms before the linear layers. Which part has which role
+    is tried on a copy, by what it computes: with other weights, inputs of scales 1 to 1,000, in
+    evaluation and, if experts replace it, in training.
     :func:`gmoe.mlps.register` tells the roles in a class of your own.
 
     An MLP sees (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row
@@ -464,16 +464,9 @@ def _linears(
 ) -> LinearExperts:
     """Experts of a single linear layer; see :meth:`gmoe.mlps.MLPForm.experts`."""
     weight = linear.weight.detach()
-    out_features, in_features = weight.shape
-    experts = LinearExperts(
-        in_features,
-        out_features,
-        num_experts=num_experts,
-        bias=linear.bias is not None,
-        zero_init=zero_init,
-        backend=backend,
-    )
-    experts.to(weight)
+    experts = LinearExperts.like(
+        linear, num_experts=num_experts, zero_init=zero_init, backend=backend
+    ).to(weight)
     if upcycle and not zero_init:
         become(experts, {"weight": weight, "bias": linear.bias})
     return experts

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,17 @@ class LinearExperts(Experts, Stack):
         one_bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.add("bias", one_bias, num_experts)
         self.reset_parameters()
+
+    @classmethod
+    def like(cls, linear: Any, **options: Any) -> LinearExperts:
+        """Experts of the sizes of one linear layer, drawn anew.
+
+        Args:
+            linear: torch's or PyG's.
+            options: ``num_experts``, and as the class takes them.
+        """
+        out_features, in_features = linear.weight.shape
+        return cls(in_features, out_features, bias=linear.bias is not None, **options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -86,25 +86,14 @@ class _AdditiveScores(torch.autograd.Function):
         return grad_source, grad_target, grad_edge, grad_weight, grad_att, None, None, None, None
 
 
-def _score_by_messages(
-    source_UO: Tensor,
-    target_PO: Tensor,
-    edge_MF: Tensor | None,
-    edge_EFO: Tensor | None,
-    att_EOH: Tensor,
-    negative_slope: float,
-    sender: Tensor,
-    receiver: Tensor,
-    offsets: Tensor,
-) -> Tensor:
-    """(M, H) the scores, of functions that can be differentiated twice; keeps a row a message.
+def _score_by_messages(*inputs: Any) -> Tensor:
+    """(M, H) what :func:`_score_additively` gives, by functions that can be differentiated twice.
 
-    In float32 at least, with autocast off, as the kernel computes them.
+    Keeps a row for each message. In float32 at least, with autocast off, as the kernel computes.
     """
-    dtype = att_EOH.dtype
-    source_UO, target_PO, edge_MF, edge_EFO, att_EOH = _exact(
-        source_UO, target_PO, edge_MF, edge_EFO, att_EOH
-    )
+    *weights, negative_slope, sender, receiver, offsets = inputs
+    dtype = weights[-1].dtype
+    source_UO, target_PO, edge_MF, edge_EFO, att_EOH = _exact(*weights)
     has_autocast = autocasts(att_EOH.device)
     with torch.autocast(att_EOH.device.type, enabled=False) if has_autocast else nullcontext():
         sum_MO = source_UO.index_select(0, sender) + target_PO.index_select(0, receiver)

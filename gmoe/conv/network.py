@@ -51,15 +51,8 @@ def can_be_stacked(network: nn.Module) -> bool:
 def stacked(module: nn.Module, num_experts: int, backend: Backend) -> nn.Module:
     """A layer stacked, without values; or a copy of a network with its layers stacked."""
     if isinstance(module, nn.Linear | Linear):
-        out_features, in_features = module.weight.shape
         with torch.device("meta"):  # nothing is drawn
-            layer = LinearExperts(
-                in_features,
-                out_features,
-                num_experts=num_experts,
-                bias=module.bias is not None,
-                backend=backend,
-            )
+            layer = LinearExperts.like(module, num_experts=num_experts, backend=backend)
         return layer.to_empty(device=torch.get_default_device())
     if isinstance(module, nn.BatchNorm1d):
         return BatchNormExperts(module, num_experts)

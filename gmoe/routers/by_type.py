@@ -246,14 +246,18 @@ _COMPILED: dict[Key, list[_Decision]] = {}
 """Of a call that is being traced: a compiler knows of no threads, and traces one at a time."""
 
 
-def _held(by_type: ByType) -> list[_Decision]:
-    """The decisions of the calls that this thread is in, the innermost last."""
-    compiled = _COMPILED.setdefault(by_type.key, [])
+def _store() -> dict[Key, list[_Decision]]:
+    """Where the decisions of running calls are: those of this thread, or of what is traced."""
     if torch.compiler.is_compiling():
-        return compiled
-    of_thread: dict[Key, list[_Decision]] = _BY_THREAD.__dict__.setdefault("held", {})
+        return _COMPILED
+    held: dict[Key, list[_Decision]] = _BY_THREAD.__dict__.setdefault("held", {})
+    return held
+
+
+def _held(by_type: ByType) -> list[_Decision]:
+    """The decisions of the calls around, the innermost last."""
     # A part that is left out of compiled code is inside a call that is compiled.
-    return of_thread.setdefault(by_type.key, []) or compiled
+    return _store().get(by_type.key) or _COMPILED.get(by_type.key, [])
 
 
 @untraced
@@ -287,11 +291,7 @@ class _Decide:
             type_T = kwargs.get(self.by_type.argument, self.default)
         routing = self.by_type.routing(type_T, self.takes_others)
         decision = _Decision(routing, torch.is_grad_enabled())
-        if torch.compiler.is_compiling():
-            _COMPILED.setdefault(self.by_type.key, []).append(decision)
-        else:
-            held = _BY_THREAD.__dict__.setdefault("held", {})
-            held.setdefault(self.by_type.key, []).append(decision)
+        _store().setdefault(self.by_type.key, []).append(decision)
 
 
 @dataclass(frozen=True)
