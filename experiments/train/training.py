@@ -313,7 +313,7 @@ def attention_kernel(device: torch.device, precision: str) -> AbstractContextMan
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam or AdamW.
+    """Adam or AdamW, in the fused form: experts have many parameters, each updated in each step.
 
     No weight decay on biases, norms, temperatures, centroids, class tokens, positions and the
     embedding that a conv of molecules adds for the node itself, of one conv or of many.
@@ -331,7 +331,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
         {"params": plain, "weight_decay": 0.0},
     ]
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
-        groups, lr=config.lr
+        groups, lr=config.lr, fused=True
     )
 
 
