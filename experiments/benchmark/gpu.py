@@ -1,12 +1,13 @@
-"""What anybody with a CUDA device can find out in ten minutes: are results those of the CPU, does
-a training step wait for the device, and how long does it take beside a dense layer?
+"""What anybody with a CUDA device can find out by one command, in one file to send back.
+
+Are results those of the CPU, in every way in which people run layers; does a training step wait for
+the device; how long does it take beside a dense layer, and that of a whole model beside PyG's?
 
 It was written without such a device: nothing in this project was ever run on one by its authors.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections import Counter
@@ -24,6 +25,10 @@ from tqdm import tqdm
 
 from experiments.benchmark.layers import NODE, TOKEN, power_law_graph
 from experiments.benchmark.measure import Benchmark, Step, layer_step, take_turns, wait_for
+from experiments.benchmark.step import StepBenchmark
+from experiments.benchmark.step import summary as step_summary
+from experiments.benchmark.tables import said_of
+from experiments.benchmark.ways import compared_ways, differences, on, run
 from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, build_router
 from gmoe._checks import check, check_choice
 from gmoe.conv.kinds import factory_of
@@ -130,9 +135,10 @@ ROWS: dict[str, Callable[[], Row]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GpuBenchmark(Benchmark):
-    """Layers and models on a CUDA device: equal to the CPU (float64, float32), waits of a training
-    step as the profiler counts them, and its time beside PyG's conv or timm's MLP. `--device
-    cpu` is a dry run."""
+    """Layers and models on a CUDA device: equal to the CPU (float64, float32, second gradients) and
+    to themselves (compiled, captured, bfloat16, FSDP2), waits of a training step as the profiler
+    counts them, its time beside PyG's conv or timm's MLP, and whole models beside theirs. Send the
+    file of `--json` back to us. `--device cpu` is a dry run."""
 
     device: Literal["cpu", "cuda", "mps"] = "cuda"
     """Device."""
@@ -145,7 +151,11 @@ class GpuBenchmark(Benchmark):
     images: int = 64
     """Images that are timed."""
     repeats: int = 15
-    """Timed steps of each layer, after three that are not."""
+    """Timed steps of each layer and whole model, after three that are not."""
+    ways: bool = True
+    """Compare each layer compiled, captured, in bfloat16, sharded and differentiated twice."""
+    models: bool = True
+    """Time training steps of whole models, too: the rows of `benchmark step`."""
 
     def measured(self) -> dict[str, Any]:
         """By row and precision ``wall`` and ``cpu`` of the layer, their ``ratio`` to the dense
@@ -167,7 +177,20 @@ class GpuBenchmark(Benchmark):
             for variant, figures in self._row(name, timed):
                 by_variant[variant] = figures
                 tqdm.write(f"{variant}: {summary(figures)}", file=sys.stderr)
+        steps = StepBenchmark(device=self.device, repeats=self.repeats, seconds=0)
+        for name in tqdm(steps.rows if self.models else (), desc="models"):
+            for variant, figures in self._models(steps, name):
+                by_variant[variant] = figures
+                tqdm.write(f"{variant}: {step_summary(figures)}", file=sys.stderr)
         return by_variant
+
+    def _models(self, steps: StepBenchmark, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Training steps of the whole models of a row."""
+        try:
+            for variant, figures in steps.of_row(name).items():
+                yield f"{name}, {variant}", figures
+        except Exception as error:
+            yield name, {"error": f"{type(error).__name__}: {error}"}
 
     def _row(self, name: str, timed: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
         row = ROWS[name]()
@@ -177,7 +200,12 @@ class GpuBenchmark(Benchmark):
             # On unknown hardware one layer that fails must not cost the other rows.
             try:
                 if precision == "fp32":
-                    figures["equal"] = compared(row, device)
+                    # In evaluation, where routers draw no noise: generators differ by device.
+                    model = opened(row.moe()).eval()
+                    inputs = getattr(inputs_of(**COMPARED), row.takes)
+                    figures["equal"] = compared(model, inputs, device)
+                    if self.ways:
+                        figures["ways"] = compared_ways(model, inputs, device)
                 figures |= measured_row(row, timed, device, self.repeats, bf16=precision == "bf16")
             except Exception as error:
                 figures["error"] = f"{type(error).__name__}: {error}"
@@ -189,16 +217,6 @@ def inputs_of(nodes: int, tokens: int, images: int) -> Inputs:
     edge_index, _ = power_law_graph(nodes, 5 * nodes)
     graph = (torch.randn(nodes, NODE), edge_index)
     return Inputs(graph, (torch.randn(tokens, TOKEN),), (torch.randn(images, 3, 32, 32),))
-
-
-def on(device: torch.device, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Copies on the device; floats in the dtype, and the first with a gradient."""
-    values = [
-        value.to(device, dtype if value.is_floating_point() else None, copy=True)
-        for value in inputs
-    ]
-    values[0].requires_grad_()
-    return tuple(values)
 
 
 @torch.no_grad()
@@ -214,14 +232,9 @@ def opened(model: nn.Module) -> nn.Module:
     return model
 
 
-def compared(row: Row, device: torch.device) -> dict[str, Any]:
+def compared(model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device) -> dict[str, Any]:
     """By dtype the largest differences of outputs and gradients from the CPU's, and whether they
-    are within bounds.
-
-    In evaluation, where routers draw no noise: the two devices have different generators.
-    """
-    model = opened(row.moe()).eval()
-    inputs = getattr(inputs_of(**COMPARED), row.takes)
+    are within bounds."""
     by_dtype: dict[str, Any] = {}
     for dtype, tolerance in TOLERANCES.items():
         outputs = run(model, inputs, torch.device("cpu"), dtype)
@@ -229,36 +242,8 @@ def compared(row: Row, device: torch.device) -> dict[str, Any]:
         # ten bits.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             others = run(model, inputs, device, dtype)
-        pairs = zip(outputs, others, strict=True)
-        # The output first; the gradients after it are taken together.
-        scales = [
-            float(outputs[0].abs().max()),
-            max(float(grad.abs().max()) for grad in outputs[1:]),
-        ]
-        off = [float((a - b).abs().max()) for a, b in pairs]
-        figures = {"output": off[0] / scales[0], "gradients": max(off[1:]) / scales[1]}
-        within = all(figure <= tolerance for figure in figures.values())
-        by_dtype[str(dtype).removeprefix("torch.")] = figures | {
-            "within": within,
-            "tolerance": tolerance,
-        }
+        by_dtype[str(dtype).removeprefix("torch.")] = differences(outputs, others, tolerance)
     return by_dtype
-
-
-def run(
-    model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype
-) -> list[Tensor]:
-    """Run a copy of the model on a device; return output and gradients on the CPU.
-
-    The gradients are those of its input and parameters.
-    """
-    model = copy.deepcopy(model).to(device, dtype)
-    inputs = on(device, inputs, dtype)
-    y = model(*inputs)
-    # The same numbers on all devices, and no two alike: a sum would hide much.
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).to(device))
-    gradients = [value.grad for value in (inputs[0], *model.parameters())]
-    return [value.detach().cpu() for value in (y, *gradients) if value is not None]
 
 
 def measured_row(
@@ -325,8 +310,6 @@ def summary(figures: dict[str, Any]) -> str:
         f"{figures['ratio']['wall']:.2f} × dense",
     ]
     parts.append(f"{sum(figures['waits'].values())} waits")
-    parts += [
-        f"{dtype} {'equal' if of['within'] else 'NOT EQUAL'}"
-        for dtype, of in figures.get("equal", {}).items()
-    ]
+    compared = figures.get("equal", {}) | figures.get("ways", {})
+    parts += [f"{name} {said_of(of)}" for name, of in compared.items()]
     return ", ".join(parts)

@@ -74,7 +74,7 @@ class StepBenchmark(Measurement):
         by_variant: dict[str, Any] = {}
         with checkouts as compare_with_before:
             for name in tqdm(self.rows, desc="rows"):
-                of_row = self._row(name)
+                of_row = self.of_row(name)
                 if compare_with_before is not None:
                     for variant, ratios in compare_with_before(name).items():
                         of_row[variant]["before"] = ratios
@@ -85,7 +85,7 @@ class StepBenchmark(Measurement):
                     write_json(self.json, self.content(by_variant))
         return by_variant
 
-    def _row(self, name: str) -> dict[str, dict[str, Any]]:
+    def of_row(self, name: str) -> dict[str, dict[str, Any]]:
         """What is found of a row, by model."""
         device = torch.device(self.device)
         row = build_row(name, device)

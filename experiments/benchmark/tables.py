@@ -7,6 +7,10 @@ from typing import Any
 
 from experiments.show.tables import Line, known, markdown, short_commit
 
+DTYPES = ("float64", "float32")
+WAYS = ("compiled", "captured", "bf16", "sharded", "twice")
+"""What a layer on a GPU is compared in: with the CPU, and with itself run in another way."""
+
 
 def benchmark_table(results: dict[str, Any]) -> str:
     """What a benchmark found, and where."""
@@ -22,7 +26,7 @@ def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
     Of ``train``, shares of its parts.
     """
     if any("waits" in variant or "error" in variant for variant in variants.values()):
-        return [gpu_line(name, variant) for name, variant in variants.items()]
+        return known([gpu_line(name, variant) for name, variant in variants.items()])
     if any("least" in variant for variant in variants.values()):
         return known([step_line(name, variant) for name, variant in variants.items()])
     if any("grown" in variant for variant in variants.values()):
@@ -111,19 +115,39 @@ def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
 
 
 def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
-    """A layer on a GPU: times, waits of a step, whether results are the CPU's.
+    """A layer on a GPU: times, waits of a step, what it was compared with.
 
-    Or only why it failed.
+    Of a whole model the time of a step, beside the first of its row; of what fails, why.
     """
-    columns = ("moe (ms)", "dense (ms)", "×", "waits", "float64", "float32", "error")
+    columns = ("moe (ms)", "dense (ms)", "×", "waits", *DTYPES, *WAYS, "error")
     line = {"variant": name} | dict.fromkeys(columns, "–")
-    for dtype, of in variant.get("equal", {}).items():
-        line[dtype] = "equal" if of["within"] else "NOT EQUAL"
+    compared = variant.get("equal", {}) | variant.get("ways", {})
+    if "least" in variant:
+        step, ratio = variant["least"]["step"], variant["ratio"]["step"]
+        line |= _times(step, step / ratio)
+    elif "wall" in variant:
+        line |= _times(variant["wall"]["median"], variant["dense"]["wall"]["median"])
+        line["waits"] = str(sum(variant["waits"].values()))
+    line |= {way: said_of(of) for way, of in compared.items()}
     if "error" in variant:
-        return line | {"error": variant["error"].partition("\n")[0]}
-    moe, dense = (1000 * of["median"] for of in (variant["wall"], variant["dense"]["wall"]))
-    times = {"moe (ms)": f"{moe:.2f}", "dense (ms)": f"{dense:.2f}", "×": f"{moe / dense:.2f}"}
-    return line | times | {"waits": str(sum(variant["waits"].values()))}
+        line["error"] = variant["error"].partition("\n")[0]
+    return line
+
+
+def _times(moe: float, dense: float) -> Line:
+    """Two times in milliseconds, and their ratio."""
+    return {
+        "moe (ms)": f"{1000 * moe:.2f}",
+        "dense (ms)": f"{1000 * dense:.2f}",
+        "×": f"{moe / dense:.2f}",
+    }
+
+
+def said_of(compared: Mapping[str, Any]) -> str:
+    """What a comparison found, in two words at most."""
+    if "error" in compared:
+        return "fails"
+    return "equal" if compared["within"] else "NOT EQUAL"
 
 
 def measured_on(where: dict[str, Any], device: str) -> str:

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 
-from experiments.benchmark import busy, compiled, gpu, layers, measure, train
+from experiments.benchmark import busy, compiled, gpu, layers, measure, train, ways
 from experiments.benchmark.__main__ import main
-from experiments.benchmark.tables import benchmark_lines
+from experiments.benchmark.step import StepBenchmark
+from experiments.benchmark.tables import DTYPES, WAYS, benchmark_lines
 from experiments.train.data.load import load_tasks
 from experiments.train.presets import PRESETS
 from gmoe import MoE
@@ -313,15 +314,19 @@ def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
 # on a GPU, dry ------------------------------------------------------------------------------------
 
 DRY = "gpu --device cpu --nodes 40 --tokens 32 --images 2"
+LAYERS = f"{DRY} --no-ways --no-models"
 
 
 @pytest.mark.slow
 def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
     found = found_by(DRY, tmp_path)
-    assert list(found) == [
-        f"{row}, {precision}" for row in gpu.ROWS for precision in ("fp32", "bf16")
-    ]
-    for name, figures in found.items():
+    layers = [f"{row}, {precision}" for row in gpu.ROWS for precision in ("fp32", "bf16")]
+    models = list(found)[len(layers) :]
+    assert list(found)[: len(layers)] == layers
+    assert {name.partition(", ")[0] for name in models} == set(StepBenchmark().rows)
+    assert all(found[name]["ratio"]["step"] > 0 for name in models)
+    for name in layers:
+        figures = found[name]
         assert "error" not in figures, (name, figures)
         assert figures["waits"] == {}  # of which a CPU has none
         assert (
@@ -329,11 +334,13 @@ def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
             == figures["wall"]["median"] / figures["dense"]["wall"]["median"]
         )
         if name.endswith("fp32"):
-            assert all(of["within"] for of in figures["equal"].values()), (name, figures["equal"])
+            compared = figures["equal"] | figures["ways"]
+            assert set(compared) == {*DTYPES, *WAYS} - {"captured"}
+            assert all(of["within"] for of in compared.values()), (name, compared)
 
 
 def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu.run
+    right = ways.run
 
     def wrong(*args: Any) -> list[Tensor]:
         values = right(*args)
@@ -342,7 +349,8 @@ def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatc
 
     errors = itertools.cycle([0, 1])  # the CPU's come first
     monkeypatch.setattr(gpu, "run", wrong)
-    equal = gpu.compared(gpu.ROWS["gcn"](), CPU)
+    model = gpu.opened(gpu.ROWS["gcn"]().moe()).eval()
+    equal = gpu.compared(model, gpu.inputs_of(**gpu.COMPARED).graph, CPU)
     assert equal["float64"] == pytest.approx(
         {"output": 0, "gradients": 1e-3, "within": False, "tolerance": 1e-9}
     )
@@ -358,7 +366,7 @@ def test_a_row_that_fails_costs_no_other_row(
         raise RuntimeError("out of memory\nsomewhere")
 
     monkeypatch.setitem(gpu.ROWS, "gcn", lambda: gpu.Row("graph", gpu.ROWS["sage"]().moe, fails))
-    found = found_by(f"{DRY} --rows gcn sage", tmp_path)
+    found = found_by(f"{LAYERS} --rows gcn sage", tmp_path)
     assert found["gcn, bf16"] == {"error": "RuntimeError: out of memory\nsomewhere"}
     assert "wall" in found["sage, bf16"]
     assert [line["error"] for line in benchmark_lines(found)][1:] == [
@@ -366,6 +374,33 @@ def test_a_row_that_fails_costs_no_other_row(
         "–",
         "–",
     ]
+
+
+@pytest.mark.parametrize("way", ["bf16", "sharded", "twice"])
+def test_a_way_to_run_a_layer_is_compared(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "WAYS", {way: ways.WAYS[way]} if way in ways.WAYS else {})
+    model = gpu.opened(gpu.ROWS["sage"]().moe()).eval()
+    inputs = gpu.inputs_of(nodes=30, tokens=1, images=1).graph
+    found = ways.compared_ways(model, inputs, CPU)
+    assert found[way]["within"], found
+    assert found[way]["tolerance"] <= 0.1
+
+
+def test_a_way_that_differs_or_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(ways.Autocast):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return 2 * super().forward(*inputs)
+
+    def fails(_: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(ways, "WAYS", {"bf16": (Doubled, 0.1), "sharded": (fails, 1e-4)})
+    model = gpu.opened(gpu.ROWS["sage"]().moe()).eval()
+    found = ways.compared_ways(model, gpu.inputs_of(nodes=30, tokens=1, images=1).graph, CPU)
+    assert found["sharded"] == {"error": "RuntimeError: no such kernel"}
+    assert found["twice"]["within"]
+    (line,) = benchmark_lines({"sage, fp32": {"ways": found, "error": "none"}})
+    assert (line["bf16"], line["sharded"], line["twice"]) == ("NOT EQUAL", "fails", "equal")
 
 
 def test_waits_are_counted_by_name_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

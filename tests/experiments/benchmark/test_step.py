@@ -96,7 +96,7 @@ def test_a_compiled_model_stands_beside_the_first_of_its_own_turns(
 
     monkeypatch.setattr(step, "compare", compare)
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    step.StepBenchmark(rows=("tiny",), compiled=True)._row("tiny")
+    step.StepBenchmark(rows=("tiny",), compiled=True).of_row("tiny")
     assert pairs == [NAMES, *[["PyG", "compiled"]] * 3]
 
 
