@@ -394,6 +394,21 @@ def test_a_graph_that_is_given_again_is_not_compiled_again(name: str) -> None:
     assert graphs_made() <= 2
 
 
+@pytest.mark.parametrize("prepared", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.parametrize("conv", ["gcn", *(pytest.param(n, marks=SLOW) for n in ("sage", "gin"))])
+@COMPILES_GRAPHS
+def test_a_model_is_not_compiled_again_for_batches_of_other_sizes(
+    conv: str, prepared: bool
+) -> None:
+    """By the line that everybody types, with ``dynamic=True``."""
+    model = GNNMoE(WIDTH, WIDTH, 4, 3, conv=conv, num_experts=4, dropout=0.1)
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    for nodes in (30, 41, 57, 80, 33):
+        args, _ = inputs(conv, nodes, prepared)
+        compiled(*args).sum().backward()
+    assert graphs_made() == 1
+
+
 def test_compiled_sums_follow_what_was_changed_in_place() -> None:
     """Also those that the graph has kept from an eager call."""
     layer = made("GCN").eval()

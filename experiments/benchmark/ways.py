@@ -35,11 +35,10 @@ class Autocast(nn.Module):
         return y.float()
 
 
-def sharded(model: nn.Module) -> nn.Module:
+def sharded(model: nn.Module) -> Any:
     """The model under FSDP2, in a group of one process."""
     device = next(model.parameters()).device
-    wrapped: nn.Module = fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
-    return wrapped
+    return fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
 
 
 WAYS: dict[str, tuple[Callable[[nn.Module], Any], float]] = {
