@@ -105,8 +105,8 @@ class GNNMoE(HubMixin, nn.Module):
             norm).
         jk: ``"cat"``, ``"max"``, ``"lstm"``, or ``"last"``, a plain output projection (default
             ``None``).
-        residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always,
-            or ``"none"``. The output layer has none.
+        residual: what is added to the output of a hidden layer: its input, where widths are equal
+            (``"identity"``, default), a linear map of it (``"linear"``), or nothing (``"none"``).
         **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. By default, layers
             have ``start="copies"`` if they are routed once, their convs are of one kind that is
             stacked (GCN, SAGE, GIN, GAT, ...), and the router is one of ``gmoe.ROUTERS``, or an
@@ -219,10 +219,11 @@ class GNNMoE(HubMixin, nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.input_dropout = nn.Dropout(input_dropout)
         self._build_output()
-        added = [] if residual == "none" else widths[:num_hidden]
-        self.residuals = nn.ModuleList(
-            residual_of(residual, width, hidden_channels) for width in added
-        )
+        self.residuals = nn.ModuleDict()
+        for layer, width in enumerate(widths[:num_hidden]):
+            added = residual_of(residual, width, hidden_channels)
+            if added is not None:
+                self.residuals[str(layer)] = added
         # The last module: saved optimizers go by the order of parameters.
         self.shared_router = built_router
 
@@ -408,8 +409,8 @@ class GNNMoE(HubMixin, nn.Module):
             run_kind = base_kind_of(type(conv)).run
             out = run(conv, graph, x, x) if run_kind is None else run_kind(conv, x, graph)
             routing = None
-        if layer < len(self.residuals):
-            out = out + self.residuals[layer](x[: out.size(0)])
+        if str(layer) in self.residuals:
+            out = out + self.residuals[str(layer)](x[: out.size(0)])
         return out, routing
 
     def activate(

@@ -77,8 +77,7 @@ class HeteroGNNMoE(nn.Module):
             layer.
         dropout: default 0.
         act, norm: see :class:`GNNMoE` (defaults: relu, no norm). Each node type has its own norms.
-        residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always,
-            or ``"none"``. The output layer has none.
+        residual: see :class:`GNNMoE`.
         **moe_kwargs: further arguments of :class:`HeteroMoEConv`, such as ``num_experts`` and
             ``k``.
 
@@ -178,9 +177,9 @@ class HeteroGNNMoE(nn.Module):
         for layer, types in enumerate(types_of[:-1]):
             conv = moe if layer in moe_layers else RelationalConv
             self.convs.append(conv(width, hidden_channels, metadata, out_types=types))
-            added = [] if residual == "none" else types
+            added = {name: residual_of(residual, width, hidden_channels) for name in types}
             self.residuals.append(
-                ModuleDict({name: residual_of(residual, width, hidden_channels) for name in added})
+                ModuleDict({name: part for name, part in added.items() if part is not None})
             )
             self.norms.append(ModuleDict({name: copy.deepcopy(norm_layer) for name in types}))
             width = hidden_channels
@@ -233,10 +232,7 @@ class HeteroGNNMoE(nn.Module):
     # The next two are also the steps of inference, which runs a layer part by part.
 
     def add_residual(self, layer: int, name: NodeType, out: Tensor, x: Tensor) -> Tensor:
-        """(T, O) a layer's output for some nodes of a type, plus the residual of (T, D) its input.
-
-        The output layer has none.
-        """
+        """(T, O) a layer's output for nodes of a type, plus the residual of (T, D) its input."""
         if layer == len(self.residuals):
             return out
         residuals: Any = self.residuals[layer]

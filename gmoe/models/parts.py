@@ -65,9 +65,13 @@ def norm_of(norm: Norm, width: int) -> nn.Module:
     return layer
 
 
-def residual_of(residual: Residual, width: int, out: int) -> nn.Module:
-    """Return the map from a hidden layer's input (N, width) to what is added to its output."""
+def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:
+    """Return the map from a hidden layer's input (N, width) to what is added to its output.
+
+    ``None`` if nothing is added. Raw features are wide: a linear map of them would cost as much as
+    the conv, so that only ``"linear"`` has one.
+    """
     check_choice("residual", residual, Residual)
-    if residual == "identity" and width == out:
-        return nn.Identity()
-    return nn.Linear(width, out)
+    if residual == "linear":
+        return nn.Linear(width, out)
+    return nn.Identity() if residual == "identity" and width == out else None

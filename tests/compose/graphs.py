@@ -529,8 +529,12 @@ def define_model(model: GNNMoE, c: Config, given: Given) -> Output:
             takes = parameters_of(conv)
             own = {key: value for key, value in given.args.items() if key in takes}
             out = conv(x, given.plain, **own)
-        out = out + model.residuals[layer](x) if layer < len(model.residuals) else out
         if layer < model.num_layers - 1 or model.jk_mode is not None:
+            residual = c.options.get("residual", "identity")
+            if residual == "linear":
+                out = out + model.residuals[str(layer)](x)
+            elif residual == "identity" and x.shape == out.shape:
+                out = out + x
             norm = model.norms[layer]
             takes_groups = "batch" in inspect.signature(norm.forward).parameters
             out = model.act(norm(out, *((given.batch, None) if takes_groups else ())))

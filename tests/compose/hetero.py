@@ -319,8 +319,11 @@ def model_out(c: Config, model: Any, given: Given) -> Output:
             norms = model.norms[layer]
             assert len({*norms.values()}) == len(norms), "types share a norm"
             for name, y in out.items():
-                if c.options.get("residual") != "none":
+                residual = c.options.get("residual", "identity")
+                if residual == "linear":
                     y = y + model.residuals[layer][name](h[name])
+                elif residual == "identity" and h[name].shape == y.shape:
+                    y = y + h[name]
                 batch = (given.batch_dict or {}).get(name)
                 groups = (batch,) if takes_graphs and c.counts[name] else ()
                 out[name] = model.act(norms[name](y, *groups))

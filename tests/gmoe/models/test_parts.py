@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -46,12 +47,14 @@ def test_what_is_no_norm_of_a_width_is_refused(norm: Any) -> None:
     ("residual", "out", "expected"),
     [
         ("identity", 8, nn.Identity),
-        ("identity", 4, nn.Linear),
+        ("identity", 4, NoneType),
         ("linear", 8, nn.Linear),
+        ("linear", 4, nn.Linear),
+        ("none", 8, NoneType),
     ],
 )
-def test_a_residual_is_linear_if_asked_for_or_where_widths_differ(
-    residual: Any, out: int, expected: type[nn.Module]
+def test_a_residual_is_the_input_where_widths_are_equal_or_linear_if_asked_for(
+    residual: Any, out: int, expected: type[Any]
 ) -> None:
     assert isinstance(residual_of(residual, 8, out), expected)
 
