@@ -29,6 +29,18 @@ class AuxLoss(NamedTuple):
     coefficient: float
 
 
+class GroupWeights(NamedTuple):
+    """A decision for groups of tokens, such as the graphs of a batch or images.
+
+    Args:
+        weight_GE: (G, E) the weight of each expert in each group; 0 if it is not chosen.
+        group_T: (T,) int64, the group of each token.
+    """
+
+    weight_GE: Tensor
+    group_T: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Which expert handles which token: sparse (token, expert) pairs, ready for a grouped GEMM.
@@ -51,6 +63,9 @@ class Routing:
         slot: (P,) int64, only if each token has the same number K of pairs: ``token * K + j``, each
             once. It makes a GPU faster, and changes no result (default ``None``). Set it to
             ``None`` where you drop or reorder the pairs of a routing.
+        by_group: if all tokens of a group have the same pairs and weights, the decision for each
+            group, from which those of its tokens follow; ``mix="weights"`` needs it (default
+            ``None``).
         validate: check the tensors (default ``True``); pass ``False`` if they are right by
             construction.
 
@@ -69,6 +84,7 @@ class Routing:
     dropped_T: Tensor | None = None
     detached: bool = False
     slot: Tensor | None = None
+    by_group: GroupWeights | None = None
     validate: InitVar[bool] = True
 
     mixes_tokens: ClassVar[bool] = False
@@ -282,8 +298,10 @@ class Routing:
         is_whole = (start, stop) == (0, self.num_tokens)
         if is_whole and experts is None:
             return self
+        by_group = self._groups_of(slice(start, stop), experts)
         if self.slot is not None and experts is None:
-            return self._between(start, stop)
+            part = self.of_tokens(torch.arange(start, stop, device=self.token.device))
+            return replace(part, by_group=by_group, validate=False)
 
         # 1. The pairs of each expert: all of them, or those of the slice, which lie in a row since
         # an expert's tokens ascend.
@@ -321,25 +339,41 @@ class Routing:
             self.losses,
             None if self.dropped_T is None else self.dropped_T[rows],
             self.detached,
+            by_group=by_group,
             validate=False,
         )
 
-    def _between(self, start: int, stop: int) -> Routing:
-        """The routing of some tokens in a row, each of which has K experts."""
-        k = self.token.size(0) // self.num_tokens
-        pair_P = self._pair_of_slot[start * k : stop * k]
-        expert_TK = expert_at(self.offsets, pair_P).view(-1, k)
-        weight_TK = self.weight.index_select(0, pair_P).view(-1, k)
+    def of_tokens(self, row_M: Tensor) -> Routing:
+        """The routing of some tokens, each any number of times; every token has K experts.
+
+        Args:
+            row_M: (M,) the token of each of the new ones.
+        """
+        k = self.token.size(0) // max(self.num_tokens, 1)
+        pair_TK = self._pair_of_slot.view(self.num_tokens, k)
+        pair_P = pair_TK.index_select(0, row_M).view(-1)
+        expert_MK = expert_at(self.offsets, pair_P).view(len(row_M), k)
+        weight_MK = self.weight.index_select(0, pair_P).view(len(row_M), k)
         part = Routing.from_choices(
-            expert_TK,
-            weight_TK,
+            expert_MK,
+            weight_MK,
             num_experts=self.num_experts,
-            scores=self.scores[start:stop],
+            scores=self.scores.index_select(0, row_M),
             losses=self.losses,
             validate=False,
         )
-        dropped_T = None if self.dropped_T is None else self.dropped_T[start:stop]
-        return replace(part, dropped_T=dropped_T, detached=self.detached, validate=False)
+        dropped_M = None if self.dropped_T is None else self.dropped_T.index_select(0, row_M)
+        return replace(part, dropped_T=dropped_M, detached=self.detached, validate=False)
+
+    def _groups_of(self, rows: slice, experts: Sequence[int] | None) -> GroupWeights | None:
+        """The decision for the groups of some tokens, with some experts."""
+        if self.by_group is None:
+            return None
+        weight_GE, group_T = self.by_group
+        if experts is not None:
+            # One by one, as above.
+            weight_GE = torch.stack([weight_GE[:, expert] for expert in experts], dim=1)
+        return GroupWeights(weight_GE, group_T[rows])
 
     @lazy
     def _pair_of_slot(self) -> Tensor:

@@ -22,7 +22,7 @@ from gmoe._checks import INTEGERS, check, check_choice, check_counts, described,
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
 from gmoe.losses import LossWatch, square_sum
-from gmoe.portable import exported_as
+from gmoe.portable import exported_as, refuse_in_export
 from gmoe.routers.groups import to_members
 from gmoe.routing import Routing
 
@@ -240,6 +240,51 @@ class Router(nn.Module, ABC):
         if routing.losses and self.training and not torch.compiler.is_compiling():
             self.loss_watch.follow(routing)
         return routing if members is None else to_members(routing, members)
+
+    def route_groups(self, x: Tensor, batch: Tensor | None, router_input: str) -> Routing:
+        """Decide once for each group, such as a graph or an image, by the mean of its tokens.
+
+        A group is then one token, and a group of its own: noise, losses and counters are those of
+        groups, and groups do not compete.
+
+        Args:
+            x: (..., T, D) tokens.
+            batch: as in :class:`Router`.
+            router_input: what the layer calls a group, for errors.
+
+        Returns:
+            The routing of all tokens, with :attr:`Routing.by_group`.
+
+        Raises:
+            ValueError: a router in which experts choose.
+        """
+        if self.experts_choose or not self.by_token:
+            raise ValueError(
+                f"router_input: got {router_input!r} with {type(self).__name__}, expected a router "
+                f"in which tokens choose (by_token=True): {router_input}s do not compete"
+            )
+        self._check_input(x, batch)
+        # Sums of many tokens would round in half precision.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if batch is not None or x.dim() == 2:
+            refuse_in_export(
+                f"router_input={router_input!r}",
+                "a router that sees each token, or groups of one size, x of shape (groups, tokens, "
+                "width): how many groups there are follows the data",
+            )
+        if batch is None:  # equal groups, one after the other
+            size = x.size(-2)
+            # Without tokens, there is no group.
+            mean_GD = wide.mean(dim=-2).reshape(-1, self.dim)[: None if size else 0]
+            group_T = torch.arange(len(mean_GD), device=x.device).repeat_interleave(size)
+        else:
+            groups_G, group_T = torch.unique(batch.reshape(-1), return_inverse=True)
+            total_GD = wide.new_zeros(len(groups_G), self.dim)
+            total_GD = total_GD.index_add(0, group_T, wide.reshape(-1, self.dim))
+            mean_GD = total_GD / group_T.bincount(minlength=len(groups_G))[:, None]
+        own_G = torch.arange(len(mean_GD), device=x.device)
+        routing: Routing = self(mean_GD, own_G, members=group_T)
+        return routing
 
     def _check_input(self, x: Tensor, batch: Tensor | None) -> None:
         """Refuse tokens of another width, and a batch vector that does not fit them."""

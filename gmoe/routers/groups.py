@@ -17,7 +17,7 @@ from torch import Tensor
 from gmoe import portable
 from gmoe._torch import is_tracing
 from gmoe.portable import exported_as, refuse_in_export
-from gmoe.routing import Routing, expert_of_pairs
+from gmoe.routing import GroupWeights, Routing, expert_of_pairs
 
 
 class GroupBatch(NamedTuple):
@@ -235,10 +235,13 @@ def to_members(routing: Routing, token_M: Tensor) -> Routing:
         routing: of T tokens.
         token_M: (M,) the token of each member.
     """
+    by_group = GroupWeights(routing.to_dense(), token_M)
+    if routing.slot is not None:  # each token has K experts
+        return replace(routing.of_tokens(token_M), by_group=by_group, validate=False)
     chosen_TE = torch.zeros_like(routing.scores, dtype=torch.bool)
     chosen_TE[routing.token, routing.expert] = True
     token_P, offsets_E = pairs_of_mask(chosen_TE.index_select(0, token_M).T)
-    weight_ME = routing.to_dense().index_select(0, token_M)
+    weight_ME = by_group.weight_GE.index_select(0, token_M)
     return replace(
         routing,
         token=token_P,
@@ -247,7 +250,7 @@ def to_members(routing: Routing, token_M: Tensor) -> Routing:
         scores=routing.scores.index_select(0, token_M),
         num_tokens=len(token_M),
         dropped_T=None if routing.dropped_T is None else routing.dropped_T.index_select(0, token_M),
-        slot=None,
+        by_group=by_group,
         validate=False,
     )
 
