@@ -88,6 +88,38 @@ def forward_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...
     return module._forward_pre_hooks, module._forward_hooks
 
 
+def remove_forward_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Remove the hooks of some classes; their handles may be gone, or those of a model copied."""
+    before = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    after = (
+        module._forward_hooks,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
+    for hooks, *options in (before, after):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, kinds):
+                for table in (hooks, *options):
+                    table.pop(key, None)
+
+
+def shallow_copy(module: nn.Module, of_part: Callable[[nn.Module], nn.Module]) -> Any:
+    """A copy that shares hooks, options and tensors with a module, and has other parts.
+
+    torch.compile follows it, which it does not with ``copy.copy``.
+
+    Args:
+        module: the module.
+        of_part: gives what stands in place of a part.
+    """
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__["_modules"] = {
+        name: None if part is None else of_part(part) for name, part in module._modules.items()
+    }
+    return copied
+
+
 def backward_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
     """The tables of the hooks before and after a backward."""
     return module._backward_pre_hooks, module._backward_hooks

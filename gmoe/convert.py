@@ -28,13 +28,14 @@ from gmoe._read_mlp import Readers, read_mlp
 from gmoe._verify import is_option
 from gmoe.experts import Experts, LinearExperts
 from gmoe.folder import save_with_experts
-from gmoe.moe import MoE, MoELayer, choose_blocks
+from gmoe.mixed_weights import Mix
+from gmoe.moe import MoE, MoELayer, TokenInput, choose_blocks
 from gmoe.products import Backend
 from gmoe.recorded import Recorded
 from gmoe.routers import ByType, Router, RouterLike, read_router
 from gmoe.routing import Routing
 from gmoe.stack import base_parameters, become, share_base
-from gmoe.start import Start, build_layer_router, resolved_start, saved_by_name
+from gmoe.start import Start, build_layer_router, chosen_k, resolved_start, saved_by_name
 
 DEFAULT_EXPERTS = 8
 """E, unless the router's values say how many experts there are."""
@@ -52,6 +53,8 @@ def moefy(
     targets: str | Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
     start: Start | None = None,
+    router_input: Any = None,
+    mix: Mix = "outputs",
     router_kwargs: Mapping[str, object] | None = None,
     backend: Backend = "auto",
 ) -> nn.Module:
@@ -118,6 +121,10 @@ def moefy(
               refused (``router.sums_to_one``). Token choice by name has weights of 1 at K = 1 and
               does not balance its load, as in :class:`MoEConv`.
             - ``"plain"``: independent experts of the same form, drawn anew.
+        router_input: what the routers see: of MLPs ``"token"`` or ``"image"``, see :class:`MoE`; of
+            convs see :class:`MoEConv`. By default (``None``) as there.
+        mix: what is mixed: the ``"outputs"`` of K experts (default), or the ``"weights"`` of all,
+            see :class:`MoE`.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
@@ -152,6 +159,7 @@ def moefy(
         )
         num_experts = len(router.values)
     start = resolved_start(start)
+    k = chosen_k(mix, k, num_experts, None)
     if every is not None and blocks is not None:
         raise ValueError(f"every: got {every} beside blocks={blocks}, expected one of the two")
     if start == "copies" and not upcycle:
@@ -173,6 +181,8 @@ def moefy(
         "router_kwargs": router_kwargs,
         "upcycle": upcycle,
         "start": start,
+        "router_input": router_input,
+        "mix": mix,
         "backend": backend,
     }
     pyg = _imported_pyg()
@@ -194,7 +204,7 @@ def moefy(
 
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
-        known = saved_by_name(layer.start, k, router_kwargs)
+        known = saved_by_name(layer.start, mix, k, router_kwargs)
         layer.moefied = Recorded.of(options, known)
     for module, layer in layers.items():
         for name in names_of[module]:
@@ -410,6 +420,11 @@ class TokenMoE(MoE):
             )
         # (B, H, W, D) grids, as Swins have them, become rows of tokens: (B, H * W, D).
         rows = x.flatten(1, -2) if x.dim() > 3 else x
+        if self.router_input == "image" and rows.dim() == 2 and routing is None:
+            raise ValueError(
+                f"x: got {tuple(x.shape)}, rows of nobody knows which images, expected "
+                "(images, ..., width), or router_input='token'; of graphs, ByType with batch="
+            )
         y, routing = super().forward(rows, routing=routing, return_routing=True)
         y = y.view(*x.shape[:-1], y.size(-1))
         return (y, routing) if return_routing else y
@@ -425,6 +440,8 @@ def _moe(
     router_kwargs: Mapping[str, object] | None,
     upcycle: bool,
     start: Start,
+    router_input: TokenInput | None,
+    mix: Mix,
     backend: Backend,
     readers: Readers,
 ) -> MoE:
@@ -439,13 +456,15 @@ def _moe(
     else:
         dense = read_mlp(name, mlp, is_replaced=start != "shared", readers=readers)
         stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
-    built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)
+    built = build_layer_router(
+        start, router, stacked.in_features, num_experts, k, router_kwargs, mix
+    )
     if start == "copies":
         share_base(stacked)
         is_trained = any(parameter.requires_grad for parameter in mlp.parameters())
         for base in base_parameters(stacked):
             base.requires_grad_(is_trained)
-    layer = TokenMoE(built, stacked)
+    layer = TokenMoE(built, stacked, router_input=router_input, mix=mix)
     layer.start = start
     layer.to(next(stacked.parameters())).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.

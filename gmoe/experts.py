@@ -166,7 +166,7 @@ class LinearExperts(Experts, Stack):
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # with a base, a sum at each read
-        if self.num_experts == 1:  # all rows are this expert's
+        if len(weight) == 1:  # all rows are this expert's
             return F.linear(x_PI.to(weight.dtype), weight[0], None if bias is None else bias[0])
         return grouped_linear(x_PI, weight.mT, bias, offsets_E, self.backend)
 

@@ -101,8 +101,11 @@ class Edits:
     dense: bool
 
 
-MOEFIED = ("num_experts", "k", "router", "router_kwargs", "upcycle", "start", "backend")
-"""The arguments of :func:`gmoe.moefy` that a file may hold."""
+MOEFIED = (
+    *("num_experts", "k", "router", "router_kwargs", "upcycle", "start", "backend"),
+    *("router_input", "mix"),
+)
+"""The arguments of :func:`gmoe.moefy` that a file may hold; files of 0.1.0 lack the last two."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +353,8 @@ def _checked(found: Any) -> Spec:
         edits = Edits(**saved)
         if edits.moefied is not None:
             got = sorted(edits.moefied)
-            check(got == sorted(MOEFIED), "moefied", got, ", ".join(MOEFIED))
+            is_legal = {*MOEFIED[:-2]} <= {*got} <= {*MOEFIED}
+            check(is_legal, "moefied", got, ", ".join(MOEFIED))
         for key in ("folded", "dense"):
             value = getattr(edits, key)
             check(isinstance(value, bool), key, repr(value), "true or false")

@@ -71,8 +71,7 @@ class Group:
             layer.k = min(layer.k, len(kept))
             layer.experts_per_token = min(layer.experts_per_token, float(len(kept)))
             if self.router is not None:
-                layer.k = self.router.k
-                layer.experts_per_token = self.router.experts_per_token
+                layer.take_costs(self.router)
 
 
 def _keep(part: Any, kept: Sequence[int]) -> None:

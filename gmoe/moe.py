@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_counts, shown
+from gmoe._checks import check, check_choice, check_counts, shown
 from gmoe.experts import Experts
+from gmoe.mixed_weights import Mix, check_mixable, mixed_by_group
 from gmoe.recorded import Recorded
 from gmoe.routers import Router, SoftRouting, SoftSlots
+from gmoe.routers.by_type import TypeRouter
 from gmoe.routing import Routing, checked_routing
 from gmoe.start import Start
+
+TokenInput: TypeAlias = Literal["token", "image"]
+"""What the router of a layer on tokens sees: each token, or the mean of a group's."""
 
 
 class MoELayer(nn.Module, ABC):
@@ -29,6 +34,7 @@ class MoELayer(nn.Module, ABC):
     Attributes:
         router: the layer's own, or ``None`` if each call passes a :class:`Routing`.
         experts_per_token: average number of experts per token.
+        mix: what the layer mixes, ``"outputs"`` or ``"weights"``; see :class:`MoE`.
         start: how the layer started, see :func:`gmoe.moefy`; ``"plain"`` for a :class:`MoE` that
             you built, of which nobody else knows.
         kept: the numbers that the experts had before others were pruned; ``None`` for all of them.
@@ -38,6 +44,7 @@ class MoELayer(nn.Module, ABC):
 
     router: Router | None
     experts: Any
+    mix: Mix = "outputs"
     start: Start = "plain"
     kept: tuple[int, ...] | None = None
     moefied: Recorded | None = None
@@ -48,6 +55,11 @@ class MoELayer(nn.Module, ABC):
         self.k = k
         self.experts_per_token = float(k)
 
+    def take_costs(self, router: Router) -> None:
+        """Cost what the router that serves the layer says; of mixed weights, one expert."""
+        self.k = router.k
+        self.experts_per_token = 1.0 if self.mix == "weights" else router.experts_per_token
+
     @abstractmethod
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of all E experts; a token uses ``experts_per_token / E`` of them."""
@@ -56,7 +68,7 @@ class MoELayer(nn.Module, ABC):
 class _Mixture(MoELayer):
     """A layer that holds a router, and experts of the router's number and width."""
 
-    def __init__(self, router: Router, experts: Experts) -> None:
+    def __init__(self, router: Router, experts: Experts, mix: Mix = "outputs") -> None:
         if not hasattr(router, "num_experts") or not hasattr(router, "dim"):
             raise ValueError(
                 f"router: got {shown(router)}, expected an instance, which build_router makes of a "
@@ -73,8 +85,9 @@ class _Mixture(MoELayer):
                 f"in_features={experts.in_features}, expected those of the router, "
                 f"num_experts={router.num_experts}, dim={router.dim}"
             )
-        super().__init__(num_experts=experts.num_experts, k=router.k)
-        self.experts_per_token = router.experts_per_token
+        super().__init__(num_experts=experts.num_experts)
+        self.mix = mix
+        self.take_costs(router)
         self.router = router
         self.experts = experts
 
@@ -98,11 +111,24 @@ class MoE(_Mixture):
     residual. With experts that start at zero (``MLPExperts(zero_init=True)``), the first forward
     is that of the shared expert s.
 
+    With ``mix="weights"``, a group g of tokens, such as an image or a molecule, has one decision,
+    and its tokens run a single expert, whose weights are mixed. It costs what one expert costs, all
+    experts learn from every token, and nothing has to be balanced. This is the mixture of linear
+    experts of `UMA <https://arxiv.org/abs/2506.23971>`_ (Wood et al., 2025):
+
+    .. math::
+        y_t = s(x_t) + f(x_t; W_{g(t)}), \qquad W_g = \sum_e w_{ge} W_e
+
     Args:
-        router: assigns tokens to experts.
+        router: assigns tokens to experts. To mix weights, let it choose all E.
         experts: the stacked experts, as many as the router expects.
         shared_expert: a module that runs on every token with weight 1 and is added (default
             ``None``).
+        router_input: what the router sees: each ``"token"``; or the ``"image"``, the mean of a
+            group's tokens, class and register tokens too: all of them then go to the same experts,
+            and balance, noise and losses count images. By default (``None``) the token; with mixed
+            weights the image, unless the router is by type.
+        mix: what is mixed: the ``"outputs"`` of K experts (default), or the ``"weights"``.
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in
@@ -112,7 +138,9 @@ class MoE(_Mixture):
         - ``routing``: a decision made elsewhere, such as an earlier call's; no router is asked.
 
     Raises:
-        ValueError: E or D of router and experts differ; a routing of other tokens or experts.
+        ValueError: E or D of router and experts differ; a routing of other tokens or experts;
+            experts whose weights cannot be mixed, or mixed weights without a decision for each
+            group.
 
     Example:
         >>> experts = MLPExperts(128, 512, 128, num_experts=8)
@@ -123,13 +151,27 @@ class MoE(_Mixture):
     router: Router
 
     def __init__(
-        self, router: Router, experts: Experts, shared_expert: nn.Module | None = None
+        self,
+        router: Router,
+        experts: Experts,
+        shared_expert: nn.Module | None = None,
+        *,
+        router_input: TokenInput | None = None,
+        mix: Mix = "outputs",
     ) -> None:
         if isinstance(router, SoftSlots):
             raise ValueError(
                 "router: got SoftSlots, whose slots mix tokens, expected SoftMoE around it"
             )
-        super().__init__(router, experts)
+        check_choice("mix", mix, Mix)
+        if router_input is None:
+            is_by_group = mix == "weights" and not isinstance(router, TypeRouter)
+            router_input = "image" if is_by_group else "token"
+        check_choice("router_input", router_input, TokenInput)
+        super().__init__(router, experts, mix)
+        if mix == "weights":
+            check_mixable(experts)
+        self.router_input = router_input
         self.shared_expert = shared_expert
 
     def forward(
@@ -144,11 +186,16 @@ class MoE(_Mixture):
         """Route and run; see the class."""
         # Experts see flat tokens (T, D): groups matter to the router only.
         x_TD = x.reshape(-1, x.size(-1))
-        if routing is None:
-            routing = self.router(x, batch, edge_index)
-        else:
+        if routing is not None:
             routing = checked_routing(routing, x_TD.size(0), self.num_experts)
-        y = self.experts(x_TD, routing).unflatten(0, x.shape[:-1])
+        elif self.router_input == "image":
+            routing = self.router.route_groups(x, batch, "image")
+        else:
+            routing = self.router(x, batch, edge_index)
+        experts, of_experts = self.experts, routing
+        if self.mix == "weights":
+            experts, of_experts = mixed_by_group(self.experts, routing)
+        y = experts(x_TD, of_experts).unflatten(0, x.shape[:-1])
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
         return (y, routing) if return_routing else y

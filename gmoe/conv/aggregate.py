@@ -216,6 +216,14 @@ class FilterExperts(StackedExperts):
         self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
         self.width: int = convs[0].in_channels
 
+    def check_mixable(self) -> None:
+        if len({*self.filters}) > 1:
+            raise ValueError(
+                f"mix: got 'weights' with filters {self.filters}, expected the same one in all "
+                "experts, or mix='outputs'"
+            )
+        super().check_mixable()
+
     def keep(self, kept: Sequence[int]) -> None:
         super().keep(kept)
         # All powers stay: the router may see them.

@@ -45,6 +45,7 @@ OPTIONS = (
     "router",
     "k",
     "router_input",
+    "mix",
     "start",
     "shared_transform",
     "router_kwargs",

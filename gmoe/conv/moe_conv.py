@@ -52,12 +52,13 @@ from gmoe.conv.router_input import (
     router_parts,
     router_width,
 )
+from gmoe.mixed_weights import Mix, mixed_by_group
 from gmoe.moe import MoELayer
 from gmoe.products import Backend
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routing
 from gmoe.stack import share_base
-from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
+from gmoe.start import Start, build_layer_router, chosen_k, drawn_apart, resolved_start
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,10 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             (log(1 + in-degree)), or several; or the ``"graph"``, the mean of its nodes, so that
             all nodes of a graph (by ``batch``) go to the same experts. By default (``None``) the
             node and its neighbors for copies, unless the router is an instance, and the node
-            beside a shared expert.
+            beside a shared expert; to mix weights the graph, unless the router is by type.
+        mix: what is mixed: the ``"outputs"`` of K experts (default); or the ``"weights"`` of all
+            for each graph, see :class:`gmoe.MoE`, at the cost of one conv. For convs of one kind
+            that is stacked, without batch norms; K is then E.
         start: how the layer starts (default ``"shared"``; :class:`GNNMoE` has another).
 
             - ``"copies"``: all experts start as one conv, and nothing runs beside them: at the
@@ -197,6 +201,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         router: RouterLike | None = "token_choice",
         k: int = 1,
         router_input: RouterInput | None = None,
+        mix: Mix = "outputs",
         start: Start | None = None,
         shared_transform: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
@@ -208,6 +213,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         kinds = kinds_of(conv, num_experts)
         in_channels, out_channels = given_widths(kinds, in_channels, out_channels, conv_kwargs)
         check_counts(k=k, out_channels=out_channels)
+        k = chosen_k(mix, k, len(kinds), router)
         if k > len(kinds):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
@@ -223,7 +229,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         self._make = Make(kinds, in_channels, out_channels, conv_args, conv_kwargs)
         # By itself a layer starts beside a shared expert: its start follows no router.
         self.start = resolved_start(start, kinds, shared_transform=shared_transform)
-        self.router_input = router_parts(router_input, self.start, router)
+        self.mix = mix
+        self.router_input = router_parts(router_input, self.start, router, mix=mix)
         self._options = _BuildOptions(
             router, router_kwargs, check_finite, shared_transform, local, backend
         )
@@ -275,6 +282,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             else:
                 self.experts = build_experts(make_routed, options.local, options.backend)
             self.flow = self.experts.flow
+            if self.mix == "weights":
+                self.experts.check_mixable()
 
             # 3. The router.
             if options.router is not None:
@@ -293,12 +302,11 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         neighbors = self.experts.aggregate_width or widths[0]
         dim = router_width(self.router_input, widths[1], neighbors)
         self.router = build_layer_router(
-            self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs
+            self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs, self.mix
         )
         if self._options.check_finite:
             let_check_finite(self.router, router)
-        self.k = self.router.k
-        self.experts_per_token = self.router.experts_per_token
+        self.take_costs(self.router)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -407,10 +415,13 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
 
         # 4. Run each destination's experts, and add them to the shared expert.
         attention: AttentionWeights | None = None
+        experts, of_experts = self.experts, routing
+        if self.mix == "weights":
+            experts, of_experts = mixed_by_group(self.experts, routing)
         if return_attention_weights:
-            y, attention = self.experts(routed_call, routing, True)
+            y, attention = experts(routed_call, of_experts, True)
         else:
-            y = self.experts(routed_call, routing)
+            y = experts(routed_call, of_experts)
         if self.shared_expert is not None:
             if self.transform is None:
                 # Of the experts' kind, and called with the same features: if they share an

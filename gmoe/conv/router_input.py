@@ -1,6 +1,6 @@
 """What the router of a graph layer sees: a node, its neighbors, its degree, or the whole graph.
 
-Shapes: T tokens (destinations), G graphs, D width, E experts, P pairs.
+Shapes: T tokens (destinations), D width.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
-from gmoe.portable import refuse_in_export
-from gmoe.routers import Router, RouterLike
-from gmoe.routers.expert_choice import ExpertSelection
+from gmoe.mixed_weights import Mix
+from gmoe.routers import ByType, Router, RouterLike
 from gmoe.routing import Routing
 from gmoe.start import Start
 
@@ -32,6 +31,7 @@ def router_parts(
     start: Start,
     router: RouterLike | None,
     is_shared: bool = False,
+    mix: Mix = "outputs",
 ) -> tuple[RouterPart, ...]:
     """The parts of what the router of a layer sees, in a fixed order.
 
@@ -43,10 +43,13 @@ def router_parts(
         router: of the layer, ``None`` if it has none.
         is_shared: the router decides for all layers of a model, not for one: then ``None`` is the
             node.
+        mix: of the layer. To mix weights, ``None`` is the graph, unless the router is by type.
 
     Raises:
         ValueError: an unknown part, or none; the graph beside other parts.
     """
+    if router_input is None and mix == "weights" and not isinstance(router, ByType):
+        return ("graph",)
     if router_input is None:
         is_built_here = router is not None and not isinstance(router, Router)
         sees_both = start == "copies" and is_built_here and not is_shared
@@ -116,9 +119,6 @@ def route_nodes(
 ) -> Routing:
     """Route tokens; of a router that sees whole graphs, each graph once, for all its nodes.
 
-    A graph is then one token, and a group of its own: noise, losses and counters are those of
-    graphs, and graphs do not compete.
-
     Args:
         router: the router of a layer, or of all layers.
         parts: what it sees.
@@ -129,25 +129,6 @@ def route_nodes(
     Raises:
         ValueError: a router that sees graphs, and in which experts choose.
     """
-    if "graph" not in parts:
-        return router(seen_TD, batch, edge_index)
-    refuse_in_export(
-        "router_input='graph'",
-        "a router that sees nodes: how many graphs there are follows the data",
-    )
-    chooses = isinstance(getattr(router, "selection", None), ExpertSelection)
-    if chooses or not router.by_token:
-        raise ValueError(
-            f"router_input: got 'graph' with {type(router).__name__}, expected a router in which "
-            "tokens choose (by_token=True): graphs do not compete"
-        )
-    router._check_input(seen_TD, batch)
-    if batch is None:
-        batch = torch.zeros(len(seen_TD), dtype=torch.int64, device=seen_TD.device)
-    graphs_G, graph_T = torch.unique(batch, return_inverse=True)
-    # Sums of many nodes would round in half precision.
-    wide_TD = seen_TD.to(torch.promote_types(seen_TD.dtype, torch.float32))
-    total_GD = wide_TD.new_zeros(len(graphs_G), wide_TD.size(1)).index_add(0, graph_T, wide_TD)
-    size_G = graph_T.bincount(minlength=len(graphs_G))
-    own_G = torch.arange(len(graphs_G), device=graph_T.device)
-    return router(total_GD / size_G[:, None], own_G, members=graph_T)
+    if "graph" in parts:
+        return router.route_groups(seen_TD, batch, "graph")
+    return router(seen_TD, batch, edge_index)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ from gmoe.conv.router_input import (
     router_parts,
     router_width,
 )
+from gmoe.mixed_weights import Mix
 from gmoe.models.inference import inference
 from gmoe.models.parts import (
     Activation,
@@ -60,6 +61,7 @@ from gmoe.saved import HubMixin
 from gmoe.start import (
     Start,
     build_layer_router,
+    chosen_k,
     drawn_apart,
     resolved_start,
     saved_by_name,
@@ -96,7 +98,8 @@ class GNNMoE(HubMixin, nn.Module):
         router_input: what routers see: the ``"node"``, its ``"neighbors"``, its ``"degree"``, or
             several of them; or the ``"graph"``, the mean of its nodes by ``batch``: all of them
             then go to the same experts. By default (``None``) the node; of copies with a router in
-            each layer the node and its neighbors.
+            each layer the node and its neighbors; to mix weights (``mix="weights"``, see
+            :class:`MoEConv`) the graph.
         every: layer ``i`` is a MoEConv if ``i % every == every - 1`` (default 1), except for the
             output layer.
         dropout: default 0.
@@ -157,10 +160,13 @@ class GNNMoE(HubMixin, nn.Module):
         residual: Residual = "identity",
         **conv_kwargs: Any,
     ) -> None:
+        num_kinds = len(kinds_of(conv, num_experts))
+        mix: Mix = conv_kwargs.get("mix", "outputs")
+        k = chosen_k(mix, k, num_kinds, router)
         conv_kwargs["start"] = _start_of(conv, num_experts, router, k, shared_router, conv_kwargs)
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
-        router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router)
+        router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router, mix)
         check_counts(
             in_channels=in_channels,
             hidden_channels=hidden_channels,
@@ -181,17 +187,13 @@ class GNNMoE(HubMixin, nn.Module):
 
         # 1. Which layers are MoE. Without jumping knowledge the last conv is the output layer.
         num_hidden = num_layers - 1 if jk is None else num_layers
-        moe_layers = [] if router is None else choose_blocks(num_hidden, every)
-        if isinstance(router, Router) and len(moe_layers) > 1 and not shared_router:
-            raise ValueError(
-                "router: got an instance for several layers, expected a name or a factory"
-            )
+        moe_layers = _moe_layers(router, shared_router, num_hidden, every)
 
         # 2. Sort the arguments: those of MoEConv, and those that are left for its convs.
         moe_kwargs = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
         _check_options(conv, conv_kwargs)
         self.local = moe_kwargs.get("local")
-        moe_kwargs["num_experts"] = len(kinds_of(conv, num_experts))
+        moe_kwargs["num_experts"] = num_kinds
         moe_kwargs["k"] = k
         moe_kwargs["router_input"] = self.router_input
         built_router = None
@@ -208,7 +210,9 @@ class GNNMoE(HubMixin, nn.Module):
             layer_kwargs = moe_kwargs if layer in moe_layers else None
             self.convs.append(_build_conv(conv, width, out, is_hidden, layer_kwargs, conv_kwargs))
         if built_router is not None:
-            _take_costs(built_router, [conv for conv in self.convs if isinstance(conv, MoEConv)])
+            for layer_conv in self.convs:
+                if isinstance(layer_conv, MoEConv):
+                    layer_conv.take_costs(built_router)
         self.flow = str(self.convs[0].flow)
 
         # 4. Activation, norms and dropouts, the output layer, and the residual maps.
@@ -440,7 +444,20 @@ class GNNMoE(HubMixin, nn.Module):
 
 def _named_classes(k: int, conv_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The classes of convs and routers that a model is saved with by their names."""
-    return by_name() | saved_by_name(conv_kwargs["start"], k, conv_kwargs.get("router_kwargs"))
+    mix = conv_kwargs.get("mix", "outputs")
+    return by_name() | saved_by_name(conv_kwargs["start"], mix, k, conv_kwargs.get("router_kwargs"))
+
+
+def _moe_layers(
+    router: RouterLike | None, shared_router: bool, num_hidden: int, every: int
+) -> list[int]:
+    """The numbers of the layers that are MoE; the arguments are those of :class:`GNNMoE`."""
+    if router is None:
+        return []
+    chosen = choose_blocks(num_hidden, every)
+    if isinstance(router, Router) and len(chosen) > 1 and not shared_router:
+        raise ValueError("router: got an instance for several layers, expected a name or a factory")
+    return chosen
 
 
 def _check_options(conv: ConvLike, conv_kwargs: Mapping[str, object]) -> None:
@@ -474,15 +491,9 @@ def _start_of(
         shared_transform=conv_kwargs.get("shared_transform", False),
         router=router if are_stacked and shared_router is not False else None,
         k=k,
+        mix=conv_kwargs.get("mix", "outputs"),
         router_kwargs=conv_kwargs.get("router_kwargs"),
     )
-
-
-def _take_costs(router: Router, layers: Iterable[MoEConv]) -> None:
-    """Let layers cost what their common router says: it is no part of them."""
-    for layer in layers:
-        layer.k = router.k
-        layer.experts_per_token = router.experts_per_token
 
 
 def _build_shared_router(
@@ -495,7 +506,13 @@ def _build_shared_router(
     start = moe_kwargs["start"]
     with drawn_apart(start != "plain"):
         built = build_layer_router(
-            start, router, dim, num_experts, k, moe_kwargs.get("router_kwargs")
+            start,
+            router,
+            dim,
+            num_experts,
+            k,
+            moe_kwargs.get("router_kwargs"),
+            moe_kwargs.get("mix", "outputs"),
         )
     if moe_kwargs.get("check_finite", False):
         let_check_finite(built, router)

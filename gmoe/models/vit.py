@@ -18,7 +18,8 @@ from torchvision.models import VisionTransformer
 from gmoe._checks import check_counts, says_what_misfits
 from gmoe.convert import moefy
 from gmoe.experts import LinearExperts
-from gmoe.moe import MoE
+from gmoe.mixed_weights import Mix
+from gmoe.moe import MoE, TokenInput
 from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
 from gmoe.routers import RouterLike
@@ -80,6 +81,9 @@ class ViTMoE(HubMixin, VisionTransformer):
             all experts start as copies of the dense MLP. ``"plain"``: independent experts. With the
             first two, the outputs of a new model equal those of the dense one (``router=None``)
             with the same seed.
+        router_input: what routers see: each ``"token"``, or the ``"image"``, which is then routed
+            once in each layer; see :class:`MoE`.
+        mix: what is mixed, ``"outputs"`` (default) or ``"weights"``; see :class:`MoE`.
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
@@ -110,6 +114,8 @@ class ViTMoE(HubMixin, VisionTransformer):
         k: int = 1,
         every: int = 2,
         start: Start | None = None,
+        router_input: TokenInput | None = None,
+        mix: Mix = "outputs",
         dropout: float = 0.0,
         router_kwargs: Mapping[str, object] | None = None,
         backend: Backend = "auto",
@@ -128,7 +134,7 @@ class ViTMoE(HubMixin, VisionTransformer):
                 )
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
         self.recorded = Recorded.of(
-            given_to(ViTMoE, locals()), saved_by_name(start, k, router_kwargs)
+            given_to(ViTMoE, locals()), saved_by_name(start, mix, k, router_kwargs)
         )
         if router is None:
             return
@@ -141,6 +147,8 @@ class ViTMoE(HubMixin, VisionTransformer):
                 num_experts=num_experts,
                 upcycle=start != "shared",
                 start=start,
+                router_input=router_input,
+                mix=mix,
                 router_kwargs=router_kwargs,
                 backend=backend,
             )
