@@ -1,6 +1,6 @@
 """Routing by a type that the model is called with, such as the element of an atom.
 
-Shapes: T tokens, E experts, D width.
+Shapes: T tokens, G groups, E experts, D width.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import INTEGERS, check, check_module, described, is_whole, readable
-from gmoe._torch import assert_async, forward_hooks, in_backward, keeps_graph, untraced
+from gmoe._torch import (
+    assert_async,
+    forward_hooks,
+    in_backward,
+    keeps_graph,
+    remove_forward_hooks,
+    untraced,
+)
 from gmoe.routers.base import Router
+from gmoe.routers.groups import to_members
 from gmoe.routing import Routing
 
-Key: TypeAlias = tuple[str, tuple[int, ...]]
+Key: TypeAlias = tuple[str, tuple[int, ...], str | None]
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,17 @@ class ByType:
     In a model of your own layers, use it as the factory of their routers, and call :meth:`attach`
     once. Compile the whole model, not a part of it.
 
+    With ``batch``, a group of tokens, such as a molecule, is routed by its composition: all its
+    tokens go to all experts, whose weights are the shares of their types in the group. That is what
+    ``mix="weights"`` needs; to mix outputs it costs E times one expert.
+
     Args:
         argument: the name of the argument; it holds an integer for each token.
         values: the type of each expert. A token of another type goes to no expert: beside a shared
             expert that is the shared one alone, else it is an error.
+        batch: the name of the argument that holds the group of each token, PyG's ``batch``; if the
+            model is called with ``None``, all tokens are one group. ``None`` (default) routes each
+            token by itself.
 
     Raises:
         ValueError: no name, or values that are no distinct integers.
@@ -51,15 +66,18 @@ class ByType:
 
     argument: str
     values: Sequence[int]
+    batch: str | None = None
     _others: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.argument, str) and self.argument.isidentifier(),
-            "argument",
-            repr(self.argument),
-            "the name of an argument of the model's forward",
-        )
+        for name, value in (("argument", self.argument), ("batch", self.batch)):
+            check(
+                (isinstance(value, str) and value.isidentifier())
+                or (name, value) == ("batch", None),
+                name,
+                repr(value),
+                "the name of an argument of the model's forward",
+            )
         is_legal = len(self.values) > 0 and all(map(is_whole, self.values))
         is_legal = is_legal and all(-(2**63) <= value < 2**63 for value in self.values)
         check(
@@ -76,7 +94,7 @@ class ByType:
     @property
     def key(self) -> Key:
         """What a decision is kept under."""
-        return self.argument, tuple(self.values)
+        return self.argument, tuple(self.values), self.batch
 
     def __call__(self, dim: int, *, num_experts: int) -> TypeRouter:
         """Build the router of one layer."""
@@ -96,26 +114,17 @@ class ByType:
             ValueError: a model without such an argument.
         """
         check_module("model", model)
-        parameters = inspect.signature(model.forward).parameters
-        found = parameters.get(self.argument)
-        check(
-            found is not None and found.kind not in (found.VAR_POSITIONAL, found.VAR_KEYWORD),
-            "argument",
-            repr(self.argument),
-            f"an argument of {type(model).__name__}.forward: {', '.join(parameters)}",
-        )
-        assert found is not None
-        place = None if found.kind is found.KEYWORD_ONLY else [*parameters].index(self.argument)
-        default = None if found.default is found.empty else found.default
-        decide = _Decide(self, place, default, takes_others)
+        types = _Argument.of("argument", self.argument, model)
+        groups = None if self.batch is None else _Argument.of("batch", self.batch, model)
+        decide = _Decide(self, types, groups, takes_others)
         before, _ = forward_hooks(model)
         if decide in before.values():
             return
         model.register_forward_pre_hook(decide, with_kwargs=True)
         model.register_forward_hook(_Forget(self), always_call=True)
 
-    def routing(self, type_T: Any, takes_others: bool) -> Routing:
-        """The decision for tokens of these types.
+    def routing(self, type_T: Any, takes_others: bool, batch_T: Any = None) -> Routing:
+        """The decision for tokens of these types, and of these groups.
 
         Raises:
             ValueError: no integers; types without an expert (CPU tensors).
@@ -129,6 +138,8 @@ class ByType:
         is_known_T = is_type_TE.any(dim=1)
         if not takes_others:
             self._check_known(type_T, is_known_T)
+        if self.batch is not None:
+            return self._of_composition(is_type_TE, batch_T)
         # A token of another type gets the first expert by weight 0: how many there are depends on
         # the data, and nothing should wait for it.
         return Routing.from_choices(
@@ -138,6 +149,31 @@ class ByType:
             scores=is_type_TE.float(),
             validate=False,
         )
+
+    def _of_composition(self, is_type_TE: Tensor, batch_T: Any) -> Routing:
+        """All experts for each token, by the shares of the types in its group."""
+        num_tokens, num_experts = is_type_TE.shape
+        if batch_T is None:
+            batch_T = is_type_TE.new_zeros(num_tokens, dtype=torch.int64)
+        is_fitting = isinstance(batch_T, Tensor) and batch_T.numel() == num_tokens
+        if not is_fitting or batch_T.dtype not in INTEGERS:
+            raise ValueError(
+                f"{self.batch}: got {described(batch_T)}, expected integers, the group of each of "
+                f"{num_tokens} tokens"
+            )
+        _, group_T, size_G = torch.unique(
+            batch_T.reshape(-1), return_inverse=True, return_counts=True
+        )
+        # Shares that sum to 1 in double precision, too, which this device may not have.
+        dtype = torch.float32 if is_type_TE.device.type == "mps" else torch.float64
+        count_GE = is_type_TE.new_zeros(len(size_G), num_experts, dtype=dtype)
+        count_GE = count_GE.index_add(0, group_T, is_type_TE.to(dtype))
+        share_GE = count_GE / size_G[:, None]
+        expert_GE = torch.arange(num_experts, device=group_T.device).expand_as(share_GE)
+        of_groups = Routing.from_choices(
+            expert_GE, share_GE, num_experts=num_experts, scores=share_GE, validate=False
+        )
+        return to_members(of_groups, group_T)
 
     def _check_known(self, type_T: Tensor, is_known_T: Tensor) -> None:
         """Refuse types without an expert."""
@@ -166,7 +202,10 @@ class TypeRouter(Router):
     sums_to_one = True
 
     def __init__(self, dim: int, by_type: ByType) -> None:
-        super().__init__(dim, num_experts=len(by_type.values), k=1)
+        num_experts = len(by_type.values)
+        super().__init__(
+            dim, num_experts=num_experts, k=1 if by_type.batch is None else num_experts
+        )
         self.by_type = by_type
         self._recent: list[Routing] = []
         self._was_recomputed = False
@@ -230,6 +269,11 @@ class TypeRouter(Router):
         return {**vars(self), "_recent": []}
 
 
+def detach(model: nn.Module) -> None:
+    """Let a model that has no layers by type anymore read no types."""
+    remove_forward_hooks(model, (_Decide, _Forget))
+
+
 # the decision of a call -----------------------------------------------------------------------
 
 
@@ -268,28 +312,65 @@ def _forget_eagerly(by_type: ByType) -> None:
         held.pop()
 
 
+class _Argument(NamedTuple):
+    """An argument of a model's forward."""
+
+    name: str
+    place: int | None
+    """Among those by position; ``None`` for one by name alone."""
+    default: Any
+
+    @classmethod
+    def of(cls, label: str, name: str, model: nn.Module) -> _Argument:
+        """Look an argument up in the signature of a model.
+
+        Args:
+            label: what the user calls it, for an error.
+            name: of the argument.
+            model: the module whose ``forward`` has it.
+
+        Raises:
+            ValueError: a model without such an argument.
+        """
+        parameters = inspect.signature(model.forward).parameters
+        found = parameters.get(name)
+        check(
+            found is not None and found.kind not in (found.VAR_POSITIONAL, found.VAR_KEYWORD),
+            label,
+            repr(name),
+            f"an argument of {type(model).__name__}.forward: {', '.join(parameters)}",
+        )
+        assert found is not None
+        place = None if found.kind is found.KEYWORD_ONLY else [*parameters].index(name)
+        return cls(name, place, None if found.default is found.empty else found.default)
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Its value in a call."""
+        if self.place is not None and self.place < len(args):
+            return args[self.place]
+        return kwargs.get(self.name, self.default)
+
+
 @dataclass(frozen=True)
 class _Decide:
     """Decide at the start of a model's forward, as a hook of it.
 
     Args:
-        by_type: the argument and its values.
-        place: of the argument among those by position; ``None`` for one by name alone.
-        default: its default in the signature.
+        by_type: the arguments and the values.
+        types: the argument that holds the types.
+        groups: the one that holds the groups, if there is one.
         takes_others: see :meth:`ByType.attach`.
     """
 
     by_type: ByType
-    place: int | None
-    default: Any
+    types: _Argument
+    groups: _Argument | None
     takes_others: bool
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.place is not None and self.place < len(args):
-            type_T = args[self.place]
-        else:
-            type_T = kwargs.get(self.by_type.argument, self.default)
-        routing = self.by_type.routing(type_T, self.takes_others)
+        type_T = self.types.given(args, kwargs)
+        batch_T = None if self.groups is None else self.groups.given(args, kwargs)
+        routing = self.by_type.routing(type_T, self.takes_others, batch_T)
         decision = _Decision(routing, torch.is_grad_enabled())
         _store().setdefault(self.by_type.key, []).append(decision)
 

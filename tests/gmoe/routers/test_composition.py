@@ -1,0 +1,134 @@
+"""``ByType(..., batch=)``: a group is routed by the shares of the types in it."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gmoe
+from gmoe import MoE, record_routing
+from gmoe.routers import ByType
+
+VALUES = [1, 6, 8]
+Z = torch.tensor([8, 6, 1, 6, 1, 8, 6])
+BATCH = torch.tensor([4, 0, 4, 0, 4, 0, 2])
+SHARES = {4: [2 / 3, 0, 1 / 3], 0: [0, 2 / 3, 1 / 3], 2: [0, 1, 0]}
+"""Of each group, the share of each type, counted by hand."""
+
+
+class Net(nn.Module):
+    """Two linear layers on atoms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(4, 4)
+        self.lin2 = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, z: Tensor, *, batch: Tensor | None = None) -> Tensor:
+        out: Tensor = self.lin2(self.lin1(x).tanh())
+        return out
+
+
+def net(**options: Any) -> Any:
+    torch.manual_seed(0)
+    router = ByType("z", VALUES, batch="batch")
+    options = {"start": "copies", "mix": "weights"} | options
+    model = gmoe.moefy(Net().double(), targets="lin*", router=router, **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "difference" in name:
+                parameter.normal_()
+    return model
+
+
+def features() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(len(Z), 4, dtype=torch.float64, generator=generator, requires_grad=True)
+
+
+def shares() -> Tensor:
+    return torch.tensor([SHARES[int(group)] for group in BATCH], dtype=torch.float64)
+
+
+def test_the_weights_are_the_shares_of_the_types() -> None:
+    routing = ByType("z", VALUES, batch="batch").routing(Z, False, BATCH)
+    torch.testing.assert_close(routing.to_dense(), shares(), rtol=0, atol=1e-15)
+    assert routing.by_group is not None
+    weight_GE, group_T = routing.by_group
+    torch.testing.assert_close(weight_GE[group_T], shares(), rtol=0, atol=1e-15)
+    one = ByType("z", VALUES, batch="batch").routing(Z, False)
+    assert one.by_group is not None
+    torch.testing.assert_close(one.by_group.weight_GE, torch.tensor([[2, 3, 2]]).double() / 7)
+
+
+def test_tokens_of_other_types_lower_the_shares() -> None:
+    z = torch.tensor([1, 9, 1, 6])
+    batch = torch.tensor([0, 0, 1, 1])
+    routing = ByType("z", [1, 6], batch="batch").routing(z, True, batch)
+    expected = torch.tensor([[0.5, 0], [0.5, 0], [0.5, 0.5], [0.5, 0.5]]).double()
+    torch.testing.assert_close(routing.to_dense(), expected)
+
+
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+def test_a_moefied_model_mixes_by_composition(mix: Any) -> None:
+    model = net(mix=mix)
+    x = features()
+    out = model(x, Z, batch=BATCH)
+
+    def layer(moe: MoE, x: Tensor) -> Tensor:
+        experts: Any = moe.experts
+        weight_TE = shares()
+        y_TEO = torch.einsum("ti,eoi->teo", x, experts.weight) + experts.bias
+        return torch.einsum("te,teo->to", weight_TE, y_TEO)
+
+    expected = layer(model.lin2, layer(model.lin1, x).tanh())
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    values = [x, *model.parameters()]
+    found = torch.autograd.grad(out.square().sum(), values)
+    wanted = torch.autograd.grad(expected.square().sum(), values)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+
+
+def test_all_layers_share_the_decision_and_start_as_the_dense_model(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    dense = Net().double()
+    x = features()
+    expected = dense(x, Z)
+    router = ByType("z", VALUES, batch="batch")
+    model: Any = gmoe.moefy(dense, targets="lin*", router=router, start="copies", mix="weights")
+    with record_routing(model) as routings:
+        torch.testing.assert_close(model(x, Z, batch=BATCH), expected, rtol=0, atol=1e-12)
+    assert routings[0] is routings[1]
+    assert model.lin1.router_input == "token"
+    trained = net()
+    copied = pickle.loads(pickle.dumps(trained))
+    torch.testing.assert_close(copied(x, Z, batch=BATCH), trained(x, Z, batch=BATCH))
+    gmoe.save(trained, tmp_path)
+    loaded: Any = gmoe.load(tmp_path, Net().double())
+    torch.testing.assert_close(loaded(x, Z, batch=BATCH), trained.eval()(x, Z, batch=BATCH))
+
+
+def test_compiled_it_is_the_same() -> None:
+    model = net()
+    x = features()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, Z, batch=BATCH), model(x, Z, batch=BATCH))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch: got '1', expected the name of an argument"):
+        ByType("z", VALUES, batch="1")
+    with pytest.raises(ValueError, match="batch: got 'group', expected an argument of Net"):
+        ByType("z", VALUES, batch="group").attach(Net())
+    for batch in (BATCH[:3], BATCH.float(), 3):
+        with pytest.raises(ValueError, match=r"^batch: got .*, expected integers, the group of"):
+            net()(features(), Z, batch=batch)
+    without: Any = gmoe.moefy(
+        Net().double(), targets="lin*", router=ByType("z", VALUES), start="copies", mix="weights"
+    )
+    with pytest.raises(ValueError, match=r"^routing: got a decision for each token, .* batch="):
+        without(features(), Z)
