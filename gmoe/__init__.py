@@ -1,15 +1,15 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
 Read the main files in this order. Core: ``routing`` (which expert handles which token),
-``products`` (where tokens move), ``experts``, ``moe`` (the layer), ``routers.base``,
-``routers.token_choice``; ``portable`` (what an exported model has in place of kernels). Graphs:
-``edges``, ``sums`` and ``conv.graph`` (edges, sorted once, and sums along them), ``conv.call`` and
-``conv.base`` (what experts get and promise), ``conv.aggregate``, ``conv.kinds`` and ``conv.build``
-(which class runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the layer), ``models.gnn``.
-Images: ``mlps``, ``_read_mlp``, ``convert``, ``models.vit``. After training: ``stack``,
-``layer_groups``, ``pruning``, ``candidates``, ``dense``, ``unstacked``, ``recorded``, ``folder``,
-``saved``. Sampling and graphs on disk: ``data``. At any time: ``losses``, ``metrics``,
-``callbacks``, ``flops``, ``distributed``, ``plot``.
+``products`` (where tokens move), ``experts``, ``mixed_weights``, ``moe`` (the layer),
+``routers.base``, ``routers.token_choice``; ``portable`` (what an exported model has in place of
+kernels). Graphs: ``edges``, ``sums`` and ``conv.graph`` (edges, sorted once, and sums along them),
+``conv.call`` and ``conv.base`` (what experts get and promise), ``conv.aggregate``, ``conv.kinds``
+and ``conv.build`` (which class runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the
+layer), ``models.gnn``. Images: ``mlps``, ``_read_mlp``, ``convert``, ``models.vit``. After
+training: ``stack``, ``layer_groups``, ``pruning``, ``candidates``, ``dense``, ``merging``,
+``unstacked``, ``recorded``, ``folder``, ``saved``. Sampling and graphs on disk: ``data``. At any
+time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``, ``plot``.
 
 Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics,
 matplotlib, transformers or lightning are imported on first use.
@@ -31,6 +31,7 @@ from gmoe.losses import (
     switch_loss,
     z_loss,
 )
+from gmoe.merging import merge
 from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.products import combine, dispatch, grouped_linear
 from gmoe.pruning import prune
@@ -122,6 +123,7 @@ __all__ = [
     "load",
     "load_loss",
     "match_width",
+    "merge",
     "moefy",
     "neighbor_loader",
     "plot",

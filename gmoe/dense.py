@@ -13,6 +13,7 @@ from gmoe._checks import check_module, says_what_misfits
 from gmoe.candidates import Candidate, candidate_of_tokens
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.moe import MoE, MoELayer
+from gmoe.routers.by_type import detach
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def densify(model: nn.Module) -> Densified:
                 model = _put(model, names, candidate.module)
             layers.append(DensifiedLayer(names, candidate.is_exact, candidate.reason))
         _drop_unused_router(group)
+    if not groups_of(model):
+        detach(model)
     return Densified(model, layers)
 
 
