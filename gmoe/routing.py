@@ -192,6 +192,35 @@ class Routing:
             validate=validate,
         )
 
+    @staticmethod
+    def to_all(
+        weight_TE: Tensor,
+        *,
+        scores: Tensor | None = None,
+        losses: Mapping[str, AuxLoss] | None = None,
+    ) -> Routing:
+        """Route each token to all experts: there is nothing to sort.
+
+        Args:
+            weight_TE: (T, E) the weight of each pair; differentiable.
+            scores: (T, E) the router's score of every pair; by default the weights.
+            losses: auxiliary losses by name.
+        """
+        num_tokens, num_experts = weight_TE.shape
+        token_T = torch.arange(num_tokens, device=weight_TE.device)
+        last_E = torch.arange(1, num_experts + 1, dtype=torch.int32, device=weight_TE.device)
+        expert_E1 = last_E.long()[:, None] - 1
+        return Routing(
+            token_T.repeat(num_experts),
+            last_E * num_tokens,
+            weight_TE.T.reshape(-1),
+            weight_TE.detach() if scores is None else scores,
+            num_tokens,
+            losses or {},
+            slot=(token_T * num_experts + expert_E1).view(-1),
+            validate=False,
+        )
+
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
         if type(self.offsets) is not Tensor or self.offsets.is_meta:  # no values to show
@@ -350,18 +379,21 @@ class Routing:
             row_M: (M,) the token of each of the new ones.
         """
         k = self.token.size(0) // max(self.num_tokens, 1)
-        pair_TK = self._pair_of_slot.view(self.num_tokens, k)
-        pair_P = pair_TK.index_select(0, row_M).view(-1)
-        expert_MK = expert_at(self.offsets, pair_P).view(len(row_M), k)
-        weight_MK = self.weight.index_select(0, pair_P).view(len(row_M), k)
-        part = Routing.from_choices(
-            expert_MK,
-            weight_MK,
-            num_experts=self.num_experts,
-            scores=self.scores.index_select(0, row_M),
-            losses=self.losses,
-            validate=False,
-        )
+        scores_ME = self.scores.index_select(0, row_M)
+        if k == self.num_experts:
+            weight_ME = self.to_dense().index_select(0, row_M)
+            part = Routing.to_all(weight_ME, scores=scores_ME, losses=self.losses)
+        else:
+            pair_TK = self._pair_of_slot.view(self.num_tokens, k)
+            pair_P = pair_TK.index_select(0, row_M).view(-1)
+            part = Routing.from_choices(
+                expert_at(self.offsets, pair_P).view(len(row_M), k),
+                self.weight.index_select(0, pair_P).view(len(row_M), k),
+                num_experts=self.num_experts,
+                scores=scores_ME,
+                losses=self.losses,
+                validate=False,
+            )
         dropped_M = None if self.dropped_T is None else self.dropped_T.index_select(0, row_M)
         return replace(part, dropped_T=dropped_M, detached=self.detached, validate=False)
 

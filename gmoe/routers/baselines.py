@@ -96,10 +96,7 @@ class UniformRouter(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((x_TD.size(0), self.num_experts), 1.0 / self.num_experts)
-        experts_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.size(0), -1)
-        return Routing.from_choices(
-            experts_TE, scores_TE, num_experts=self.num_experts, scores=scores_TE, validate=False
-        )
+        return Routing.to_all(scores_TE)
 
 
 class OracleRouter(Router):

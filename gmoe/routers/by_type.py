@@ -168,12 +168,7 @@ class ByType:
         dtype = torch.float32 if is_type_TE.device.type == "mps" else torch.float64
         count_GE = is_type_TE.new_zeros(len(size_G), num_experts, dtype=dtype)
         count_GE = count_GE.index_add(0, group_T, is_type_TE.to(dtype))
-        share_GE = count_GE / size_G[:, None]
-        expert_GE = torch.arange(num_experts, device=group_T.device).expand_as(share_GE)
-        of_groups = Routing.from_choices(
-            expert_GE, share_GE, num_experts=num_experts, scores=share_GE, validate=False
-        )
-        return to_members(of_groups, group_T)
+        return to_members(Routing.to_all(count_GE / size_G[:, None]), group_T)
 
     def _check_known(self, type_T: Tensor, is_known_T: Tensor) -> None:
         """Refuse types without an expert."""
