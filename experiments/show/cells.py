@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from experiments.show.tables import study_table
 from experiments.train import scores
 from experiments.train.checks import check_choice
+from experiments.train.config import ERRORS
 from experiments.train.files import read_json
 
 Cells: TypeAlias = dict[str, dict[str, dict[str, Any]]]
@@ -63,12 +64,50 @@ def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
     controls = study["controls"]
     tables = []
     for column in only or columns:
+        variants = [{"variant": row, **cell} for row, cell in columns[column].items()]
         content = {
-            "variants": [{"variant": row, **cell} for row, cell in columns[column].items()],
+            "variants": variants + chosen_by_validation(variants, study.get("chosen", {})),
             "reference": controls[0] if controls else "dense",
             "wide": "dense-4x",
             "controls": controls,
             "column": column,
+            "published": {
+                cell.partition("/")[2]: figure
+                for cell, figure in study.get("published", {}).items()
+                if cell.startswith(f"{column}/")
+            },
+            "shows_minutes": "hours" in study,
         }
         tables.append(study_table(content))
-    return "\n\n".join(tables) if tables else "No cell is finished."
+    if not tables:
+        tables = ["No cell is finished."]
+    return "\n\n".join([*tables, *not_run(study, only)])
+
+
+def chosen_by_validation(
+    variants: Sequence[Mapping[str, Any]], choices: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
+    """A row for each choice whose rows are all finished: the one that validates best, again."""
+    by_row = {variant["variant"]: variant for variant in variants}
+    chosen = []
+    for name, rows in choices.items():
+        if not by_row.keys() >= set(rows):
+            continue
+        finished = [by_row[row] for row in rows]
+        of_errors = finished[0]["metric"] in ERRORS
+        best = (min if of_errors else max)(finished, key=lambda variant: variant["val"]["mean"])
+        label = f"{name} by validation: {best['label']}"
+        chosen.append({**best, "variant": name, "label": label})
+    return chosen
+
+
+def not_run(study: Mapping[str, Any], only: Sequence[str]) -> list[str]:
+    """The cells that have a price and no result, in a sentence; nothing if there is none."""
+    labels = study.get("labels", {})
+    missing = []
+    for cell, hours in study.get("hours", {}).items():
+        column, _, row = cell.partition("/")
+        is_shown = column in (only or study["columns"])
+        if is_shown and row not in study["cells"].get(column, {}):
+            missing.append(f"{column}: {labels[row]}, not run, {hours:g} hours")
+    return ["\n".join(f"- {line}" for line in missing)] if missing else []

@@ -75,8 +75,10 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
             study.get("column", "variant"): variant["label"],
             f"test {metric}{unit(metric)}": scored(metric, variant["test"]),
             "n": str(variant["test"]["n"]),
+            "published": study.get("published", {}).get(variant["variant"], "–"),
             "active FLOPs": "–" if narrow is None else f"{variant['flops'] / narrow['flops']:.2f}×",
             "parameters": f"{variant['parameters']:,}",
+            "minutes": f"{_minutes(variant):.1f}" if study.get("shows_minutes") else "–",
         }
         for control in controls:
             line[f"− {control['label']}"] = beside(variant, control)
@@ -84,6 +86,11 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
         line[routed] = ", ".join(shares) or "–"
         lines.append(line)
     return markdown(known(lines), left=[routed]) if lines else "No variant is finished."
+
+
+def _minutes(variant: Mapping[str, Any]) -> float:
+    """The time that all seeds took, one after the other."""
+    return sum(variant["seconds"]["values"]) / 60
 
 
 def beside(variant: Mapping[str, Any], control: Mapping[str, Any]) -> str:

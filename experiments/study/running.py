@@ -24,6 +24,9 @@ class SweepConfig:
     jobs: int = 1
     """Seeds of cells that are trained at once, each in a process.
     They share torch's threads."""
+    budget: float | None = None
+    """Core-hours for the cells that have no file, by the prices of the study.
+    What does not fit into the rest of it is left out, and named with its price."""
     progress: bool = True
     """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
@@ -88,6 +91,26 @@ def held_cells(cells: Mapping[str, RunConfig], folder: Path) -> dict[str, Any]:
         for cell, path in paths.items()
         if path.exists()
     }
+
+
+def affordable(
+    cells: Mapping[str, RunConfig], hours: Mapping[str, float], budget: float | None, folder: Path
+) -> dict[str, RunConfig]:
+    """The cells that are finished or fit into a budget, each into what those before it leave.
+
+    A cell without a price costs nothing.
+    """
+    if budget is None:
+        return dict(cells)
+    held = held_cells(cells, folder)
+    left = budget
+    taken = dict[str, RunConfig]()
+    for cell, config in cells.items():
+        price = 0.0 if cell in held else hours.get(cell, 0.0)
+        if price <= left:
+            taken[cell] = config
+            left -= price
+    return taken
 
 
 def refusal(cell: str, own: RunConfig, held: Mapping[str, Any], folder: Path) -> str:

@@ -26,7 +26,7 @@ import tyro
 
 from experiments.show.cells import read_study, study_tables
 from experiments.study import routers
-from experiments.study.running import SweepConfig, held_cells, refusal, run_cells
+from experiments.study.running import SweepConfig, affordable, held_cells, refusal, run_cells
 from experiments.study.studies import Study, grid
 from experiments.train.checks import check, check_first
 from experiments.train.command_line import fail
@@ -104,8 +104,9 @@ def sweep_study(
     """Run the cells that have no file: the tables, and by cell why it could not be run."""
     from experiments.train.results import write_json
 
-    cells = study.cells(columns, rows)
     folder = config.results / study.name
+    cells = study.cells(columns, rows)
+    cells = affordable(cells, study.hours(), config.budget, folder)
     write_json(folder / "study.json", study.described())
 
     def label(cell: str, _: RunConfig) -> dict[str, Any]:

@@ -65,3 +65,28 @@ def test_a_row_is_compared_with_the_control_of_its_seeds(folder: Path) -> None:
 def test_a_study_without_a_cell_says_so() -> None:
     study: dict[str, Any] = {"columns": [], "rows": [], "controls": [], "cells": {}}
     assert study_tables(study) == "No cell is finished."
+
+
+def test_prices_choices_and_published_figures_stand_beside_a_cell(folder: Path) -> None:
+    path = folder / "study.json"
+    study = json.loads(path.read_text()) | {
+        "labels": {"moe": "experts", "dense": "the dense model"},
+        "chosen": {"Best": ["moe", "dense"], "Open": ["moe", "four"]},
+        "published": {"b/dense": "51.0 ± 2.0", "b/Best": "60.0"},
+        "hours": {"b/moe": 1.0, "a/moe": 0.25, "c/dense": 12.5},
+    }
+    path.write_text(json.dumps(study))
+    for cell, val in {"b/moe": 0.6, "b/dense": 0.7, "b/later": 0.9, "a/dense": 0.7}.items():
+        file = folder / f"{cell}.json"
+        figures = {"val": {"mean": val}, "seconds": {"values": [60, 90]}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | figures))
+    *tables, missing = study_tables(read_study(folder)).split("\n\n")
+    assert [table.count("published") for table in tables] == [1, 0]
+    *_, dense, _, best = tables[0].splitlines()
+    assert "| 51.0 ± 2.0 |" in dense
+    assert "| 2.5 |" in dense  # minutes of both seeds
+    # Validation chooses the dense model, whose test score is the lower one
+    assert best.startswith("| Best by validation: dense | 55.00 ")
+    assert "| 60.0 |" in best
+    assert missing == "- a: experts, not run, 0.25 hours\n- c: the dense model, not run, 12.5 hours"
+    assert study_tables(read_study(folder), ["a"]).endswith("\n\n- a: experts, not run, 0.25 hours")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.study.running import refusal
+from experiments.study.running import affordable, refusal
 from experiments.train.presets import PRESETS
+from experiments.train.results import write_json
 from experiments.train.run_folder import described
 
 
@@ -18,3 +19,14 @@ def test_results_are_finished_where_their_data_are_not_here(tmp_path: Path) -> N
     (tmp_path / "mine.npz").write_bytes(b"other data")
     assert "with digest='0123456789abcdef'" in refusal("dense", config, held, tmp_path)
     assert "with lr=" in refusal("dense", replace(config, lr=9.0), held, tmp_path)
+
+
+def test_a_budget_takes_cells_in_turn_as_far_as_it_reaches(tmp_path: Path) -> None:
+    """A finished cell costs nothing, nor does one that was not timed."""
+    config = PRESETS["digits-graph"][1]
+    cells = dict.fromkeys(["a/done", "a/long", "a/short", "a/free", "a/other"], config)
+    hours = {"a/done": 9.0, "a/long": 3.0, "a/short": 1.5, "a/other": 1.0}
+    write_json(tmp_path / "a" / "done.json", {"config": {}})
+    assert list(affordable(cells, hours, 2.0, tmp_path)) == ["a/done", "a/short", "a/free"]
+    assert list(affordable(cells, hours, 2.5, tmp_path))[-1] == "a/other"
+    assert affordable(cells, hours, None, tmp_path) == cells
