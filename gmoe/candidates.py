@@ -89,8 +89,8 @@ def weights_sum_to_one(router: Any) -> bool:
     return router.sums_to_one or is_softmax_of_one
 
 
-def candidate_of_tokens(layer: MoE) -> Candidate:
-    """The dense module of a layer on tokens."""
+def candidate_of_tokens(layer: MoE, router: Any) -> Candidate:
+    """The dense module of a layer on tokens, which a router serves that may not be its own."""
     experts: Any = layer.experts
     if type(experts) not in (MLPExperts, LinearExperts):  # a subclass may compute something else
         name = type(experts).__name__
@@ -112,7 +112,7 @@ def candidate_of_tokens(layer: MoE) -> Candidate:
     else:
         dense = linear_of(experts)
     are_same = experts.num_experts == 1 or are_equal(experts)
-    return Candidate(dense, *verdict_of(experts.num_experts, are_same, layer.router))
+    return Candidate(dense, *verdict_of(experts.num_experts, are_same, router))
 
 
 def verdict_of(num_experts: int, are_same: bool, router: Any) -> tuple[str, bool]:

@@ -446,6 +446,35 @@ def _moe(
     readers: Readers,
 ) -> MoE:
     """The MoE layer that replaces an MLP; ``readers`` are of those read before."""
+    stacked = experts_of(name, mlp, num_experts, start, upcycle, backend, readers)
+    built = build_layer_router(
+        start, router, stacked.in_features, num_experts, k, router_kwargs, mix
+    )
+    layer = TokenMoE(built, stacked, router_input=router_input, mix=mix)
+    layer.start = start
+    layer.to(next(stacked.parameters())).train(mlp.training)
+    # The MLP joins last, so that its parts keep their own types and modes.
+    layer.shared_expert = mlp if start == "shared" else None
+    return layer
+
+
+def experts_of(
+    name: str,
+    mlp: nn.Module,
+    num_experts: int,
+    start: Start,
+    upcycle: bool,
+    backend: Backend,
+    readers: Readers | None = None,
+) -> Experts:
+    """The experts that replace an MLP, or with ``start="shared"`` run beside it.
+
+    Args:
+        name: of the MLP in its model, for errors.
+        mlp: an MLP, or a single linear layer.
+        num_experts, start, upcycle, backend: as :func:`moefy` takes them.
+        readers: of MLPs that were read before.
+    """
     copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
         _check_nothing_is_lost(name, mlp)
@@ -456,20 +485,12 @@ def _moe(
     else:
         dense = read_mlp(name, mlp, is_replaced=start != "shared", readers=readers)
         stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
-    built = build_layer_router(
-        start, router, stacked.in_features, num_experts, k, router_kwargs, mix
-    )
     if start == "copies":
         share_base(stacked)
         is_trained = any(parameter.requires_grad for parameter in mlp.parameters())
         for base in base_parameters(stacked):
             base.requires_grad_(is_trained)
-    layer = TokenMoE(built, stacked, router_input=router_input, mix=mix)
-    layer.start = start
-    layer.to(next(stacked.parameters())).train(mlp.training)
-    # The MLP joins last, so that its parts keep their own types and modes.
-    layer.shared_expert = mlp if start == "shared" else None
-    return layer
+    return stacked
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -117,7 +117,7 @@ def densify_like(model: nn.Module, group: Group, names: Sequence[str]) -> nn.Mod
 def _candidate(layer: MoELayer, router: Any) -> Candidate:
     """The dense module that a layer can be folded to."""
     if isinstance(layer, MoE):
-        return candidate_of_tokens(layer)
+        return candidate_of_tokens(layer, router)
     if "gmoe.conv.moe_conv" in sys.modules:
         from gmoe.conv.dense import candidate_of
         from gmoe.conv.moe_conv import MoEConv

@@ -66,10 +66,11 @@ class MoELayer(nn.Module, ABC):
 
 
 class _Mixture(MoELayer):
-    """A layer that holds a router, and experts of the router's number and width."""
+    """A layer that holds experts, and a router of their number and width, or none."""
 
-    def __init__(self, router: Router, experts: Experts, mix: Mix = "outputs") -> None:
-        if not hasattr(router, "num_experts") or not hasattr(router, "dim"):
+    def __init__(self, router: Router | None, experts: Experts, mix: Mix = "outputs") -> None:
+        has_sizes = hasattr(router, "num_experts") and hasattr(router, "dim")
+        if router is not None and not has_sizes:
             raise ValueError(
                 f"router: got {shown(router)}, expected an instance, which build_router makes of a "
                 "name"
@@ -79,7 +80,10 @@ class _Mixture(MoELayer):
                 f"experts: got {type(experts).__name__}, expected gmoe.Experts: MLPExperts, "
                 "LinearExperts or your own"
             )
-        if router.num_experts != experts.num_experts or router.dim != experts.in_features:
+        if router is not None and (router.num_experts, router.dim) != (
+            experts.num_experts,
+            experts.in_features,
+        ):
             raise ValueError(
                 f"experts: got num_experts={experts.num_experts}, "
                 f"in_features={experts.in_features}, expected those of the router, "
@@ -87,7 +91,8 @@ class _Mixture(MoELayer):
             )
         super().__init__(num_experts=experts.num_experts)
         self.mix = mix
-        self.take_costs(router)
+        if router is not None:
+            self.take_costs(router)
         self.router = router
         self.experts = experts
 
@@ -120,7 +125,8 @@ class MoE(_Mixture):
         y_t = s(x_t) + f(x_t; W_{g(t)}), \qquad W_g = \sum_e w_{ge} W_e
 
     Args:
-        router: assigns tokens to experts. To mix weights, let it choose all E.
+        router: assigns tokens to experts; ``None`` if every call passes ``routing=``. To mix
+            weights, let it choose all E.
         experts: the stacked experts, as many as the router expects.
         shared_expert: a module that runs on every token with weight 1 and is added (default
             ``None``).
@@ -148,11 +154,9 @@ class MoE(_Mixture):
         >>> y = layer(x)
     """
 
-    router: Router
-
     def __init__(
         self,
-        router: Router,
+        router: Router | None,
         experts: Experts,
         shared_expert: nn.Module | None = None,
         *,
@@ -186,7 +190,7 @@ class MoE(_Mixture):
         """Route and run; see the class."""
         # Experts see flat tokens (T, D): groups matter to the router only.
         x_TD = x.reshape(-1, x.size(-1))
-        if routing is not None:
+        if routing is not None or self.router is None:
             routing = checked_routing(routing, x_TD.size(0), self.num_experts)
         elif self.router_input == "image":
             routing = self.router.route_groups(x, batch, "image")

@@ -75,10 +75,10 @@ def test_experts_that_differ_are_no_dense_layer_however_little() -> None:
         for value in experts.parameters():
             value[1] = value[0]
     layer = gmoe.MoE(gmoe.UniformRouter(WIDTH, num_experts=2), experts).double()
-    found = candidate_of_tokens(layer)
+    found = candidate_of_tokens(layer, layer.router)
     assert type(found.module) is nn.Linear
     assert found.is_exact
     assert_same(found.module(X), layer(X))
     with torch.no_grad():
         experts.weight[1, 0, 0] += 1e-9
-    assert not candidate_of_tokens(layer).is_exact
+    assert not candidate_of_tokens(layer, layer.router).is_exact

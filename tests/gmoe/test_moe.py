@@ -119,3 +119,16 @@ def test_a_dense_start_is_the_shared_expert_and_learns_from_the_second_step(rout
         optimizer.step()
     learned = {name: p.grad for name, p in layer.named_parameters()}
     assert all(grad is not None and grad.any() for grad in learned.values()), learned
+
+
+def test_a_layer_without_a_router_takes_the_decisions_of_its_calls() -> None:
+    experts = MLPExperts(4, 6, 3, num_experts=2)
+    router = TokenChoice(4, num_experts=2)
+    x = torch.randn(5, 4)
+    routing = router(x)
+    layer = MoE(None, experts)
+    assert torch.equal(layer(x, routing=routing), MoE(router, experts)(x, routing=routing))
+    with pytest.raises(ValueError, match=r"^routing: got None, expected a Routing"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"^routing: got .*, expected a Routing of 4 tokens"):
+        layer(x[:4], routing=routing)
