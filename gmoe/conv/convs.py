@@ -1,4 +1,4 @@
-"""Convs for experts that PyG does not have: filters, and MLPs that need no neighbors.
+"""Convs that PyG does not have: filters, MLPs that need no neighbors, and sums without weights.
 
 Shapes: N nodes, M edges, D width.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
-from gmoe._checks import check_choice, check_counts
+from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv.graph import Graph
 
+BareName: TypeAlias = Literal["gcn", "sage"]
 FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
 
 
@@ -141,3 +143,51 @@ class MLPConv(MessagePassing):
     def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Adj | None = None) -> Tensor:
         x_dst = x if isinstance(x, Tensor) else x[1]
         return self.down(self.up(x_dst).relu())
+
+
+class BareConv(MessagePassing):
+    r"""What a GCN or SAGE sums over neighbors, without weights: for blocks whose weights follow.
+
+    ``"gcn"``: :math:`\hat A X` with :math:`\hat A = D^{-1/2} (A + I) D^{-1/2}`; ``"sage"``:
+    :math:`[x_i, \mathrm{mean}_{j \to i}\, x_j]`. The modules of `Platonov et al., 2023
+    <https://arxiv.org/abs/2302.11640>`_ are these and a feed-forward part behind them, see ``ffn``
+    of :class:`gmoe.GNNMoE`.
+
+    Args:
+        in_channels: width of the nodes.
+        out_channels: the same.
+        of: ``"gcn"`` (default) or ``"sage"``.
+
+    Shapes:
+        - ``x``: (N, in_channels); ``edge_index`` as for ``GCNConv``, or a :class:`gmoe.Graph`;
+          ``edge_weight``: (M,).
+        - returns (N, in_channels), of SAGE (N, 2 in_channels).
+
+    Raises:
+        ValueError: another name, or another width than that of the nodes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, of: BareName = "gcn") -> None:
+        check_choice("of", of, BareName)
+        check_counts(in_channels=in_channels, out_channels=out_channels)
+        legal = f"in_channels={in_channels}, since there are no weights"
+        check(out_channels == in_channels, "out_channels", out_channels, legal)
+        super().__init__()
+        self.of = of
+        self.in_channels = in_channels
+
+    def forward(
+        self, x: Tensor, edge_index: Adj | Graph, edge_weight: Tensor | None = None
+    ) -> Tensor:
+        graph = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, x.size(0))
+        graph = graph.fitting((x.size(0), x.size(0)), self.flow, edge_weight)
+        if self.explain:
+            graph = graph.explained(self)
+        if self.of == "sage":
+            mean = graph.product(graph.summing(by="weight", mean=True, dtype=x.dtype), x)
+            return torch.cat([x[: mean.size(0)], mean], dim=-1)
+        matrix = graph.normalized(improved=False, loops=True, dtype=x.dtype)
+        return graph.product(matrix, x)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_channels}, {self.of!r})"

@@ -20,7 +20,7 @@ from torch_geometric.nn import MessagePassing
 from gmoe._checks import check_choice, check_counts, nearest, refuse_computed
 from gmoe.conv import aggregate, attention
 from gmoe.conv.base import StackedExperts
-from gmoe.conv.convs import FilterConv, MLPConv
+from gmoe.conv.convs import BareConv, FilterConv, MLPConv
 from gmoe.conv.graph import Graph
 from gmoe.conv.plain import run_filter, run_gat, run_gcn
 from gmoe.routers import ROUTERS
@@ -162,6 +162,14 @@ def _gine_edge_width(conv: MessagePassing, source_width: int) -> int:
 
 
 KINDS: dict[type[MessagePassing], Kind] = {
+    BareConv: Kind(
+        takes_two_sets=False,
+        hops=_one_hop,
+        run=run_filter,
+        multiplies=True,
+        adds_loops=True,
+        names={"bare_gcn": {}, "bare_sage": {"of": "sage"}},
+    ),
     FilterConv: Kind(
         stack=aggregate.FilterExperts,
         takes_two_sets=False,

@@ -77,7 +77,7 @@ def _is_compiled() -> bool:
 
 
 def run_filter(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
-    """(T, O) a FilterConv without experts: it reads the norms from the graph itself."""
+    """(T, O) a conv of gmoe without experts: it reads the norms from the graph itself."""
     return conv(x, graph)[: graph.num_dst]
 
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch_geometric.nn import GCNConv
+from torch import nn
+from torch_geometric.nn import GCNConv, SimpleConv
 
 from gmoe import FilterConv, Graph, MLPConv
+from gmoe.conv.convs import BareConv
+from tests.helpers.equal import assert_same
 from tests.helpers.masked import GRAPHS, coo, features, simple_graph
 
 NODES, WIDTH = 7, 4
@@ -59,3 +62,32 @@ def test_mlp_conv_is_an_mlp_of_the_destinations() -> None:
 def test_bad_arguments(bad: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got"):
         FilterConv(WIDTH, 3, **bad)
+
+
+@pytest.mark.parametrize("of", ["gcn", "sage"])
+def test_a_bare_conv_is_pygs_without_its_weights(of: str) -> None:
+    """Also on a matrix, with edge weights, and by gradients of the nodes."""
+    x, edge_index = features(NODES, WIDTH).requires_grad_(), simple_graph(NODES, NODES, loops=False)
+    weight = features(edge_index.size(1), seed=2).abs()
+    bare = BareConv(WIDTH, WIDTH, of)  # type: ignore[arg-type]
+    if of == "gcn":
+        pyg: Any = GCNConv(WIDTH, WIDTH, bias=False).double()
+        nn.init.eye_(pyg.lin.weight)
+    else:
+        pyg = SimpleConv("mean", combine_root="cat")
+    pairs = [
+        (bare(x, edge_index, weight), pyg(x, edge_index, weight)),
+        (bare(x, edge_index), pyg(x, edge_index)),
+        (bare(x, coo(edge_index, (NODES, NODES))), pyg(x, edge_index)),
+    ]
+    for found, expected in pairs:
+        assert_same(found, expected)
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+        assert_same(*grads)
+
+
+def test_a_bare_conv_keeps_its_width() -> None:
+    with pytest.raises(ValueError, match="out_channels: got 5, expected in_channels=4"):
+        BareConv(4, 5)
+    with pytest.raises(ValueError, match="of: got 'gat'"):
+        BareConv(4, 4, "gat")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from torch_geometric import nn as pyg
 
 from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
 from gmoe.conv.build import Trial
+from gmoe.conv.convs import BareConv
 from gmoe.conv.kinds import (
     KINDS,
     UNKNOWN,
@@ -306,7 +307,11 @@ def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None
 
 
 def test_gcn_and_filters_add_loops_and_no_other_kind_does() -> None:
-    assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {pyg.GCNConv, FilterConv}
+    assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {
+        pyg.GCNConv,
+        FilterConv,
+        BareConv,
+    }
     assert kind_of(pyg.SGConv) is UNKNOWN
 
 
