@@ -22,10 +22,12 @@ ROOMS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("gmoe.conv", "gmoe.data"), PYG),
     **dict.fromkeys(
         (
+            "gmoe.models.blocks",
             "gmoe.models.gnn",
             "gmoe.models.hetero_gnn",
             "gmoe.models.hetero_inference",
             "gmoe.models.inference",
+            "gmoe.models.layers",
             "gmoe.models.parts",
         ),
         PYG,

@@ -8,29 +8,23 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import JumpingKnowledge, MessagePassing
+from torch_geometric.nn import JumpingKnowledge
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_choice, check_counts, parameters_of, says_what_misfits
-from gmoe.conv.build import Trial
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
     OPTIONS,
-    ConvFactory,
     ConvLike,
-    Make,
     base_kind_of,
     by_name,
     check_option,
-    class_of,
     factory_of,
-    kind_of,
     kinds_of,
 )
 from gmoe.conv.moe_conv import MoEConv
@@ -40,11 +34,13 @@ from gmoe.conv.router_input import (
     route_nodes,
     router_features,
     router_parts,
-    router_width,
 )
 from gmoe.mixed_weights import Mix
+from gmoe.models.blocks import block_norm_of, build_block, check_blocks
 from gmoe.models.inference import inference
+from gmoe.models.layers import build_conv, build_shared_router, start_of, take_costs
 from gmoe.models.parts import (
+    FFN,
     Activation,
     Norm,
     Residual,
@@ -53,17 +49,13 @@ from gmoe.models.parts import (
     reset_parameters,
     residual_of,
 )
-from gmoe.moe import choose_blocks
+from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.recorded import Recorded, given_to
-from gmoe.routers import Router, RouterLike, let_check_finite
+from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing, checked_routings
 from gmoe.saved import HubMixin
 from gmoe.start import (
-    Start,
-    build_layer_router,
     chosen_k,
-    drawn_apart,
-    resolved_start,
     saved_by_name,
 )
 
@@ -80,6 +72,13 @@ class GNNMoE(HubMixin, nn.Module):
 
     The output layer is dense: with ``jk=None`` the last layer is a plain conv, otherwise a linear
     layer follows the last conv.
+
+    With ``ffn``, layers are pre-norm residual blocks with a feed-forward part instead, between
+    linear layers, as in `Platonov et al., 2023 <https://arxiv.org/abs/2302.11640>`_ and in graph
+    transformers:
+
+    .. math::
+        h^{(l+1)} = h^{(l)} + \mathrm{FFN}(\mathrm{conv}(\mathrm{norm}(h^{(l)}), A))
 
     Args:
         in_channels: width of the input.
@@ -110,6 +109,12 @@ class GNNMoE(HubMixin, nn.Module):
             ``None``).
         residual: what is added to the output of a hidden layer: its input, where widths are equal
             (``"identity"``, default), a linear map of it (``"linear"``), or nothing (``"none"``).
+        ffn: build blocks with a feed-forward part (default ``None``): an MLP as wide as the hidden
+            layers, with dropout and ``act``. ``"dense"``: the experts are those of the convs.
+            ``"experts"``: convs are plain, and in place of the MLP there is a :class:`MoE` of them,
+            as :func:`moefy` has it in a ViT; a router in each block sees what the conv gives. The
+            conv may give any number of columns. ``norm`` is by default a ``nn.LayerNorm``, and has
+            to treat each node by itself; another follows the last block.
         **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. By default, layers
             have ``start="copies"`` if they are routed once, their convs are of one kind that is
             stacked (GCN, SAGE, GIN, GAT, ...), and the router is one of ``gmoe.ROUTERS``, or an
@@ -129,7 +134,8 @@ class GNNMoE(HubMixin, nn.Module):
 
     Raises:
         ValueError: no layer would be a MoE; a router instance for several layers; a conv whose
-            output is not as wide as its layer; whatever :class:`MoEConv` refuses.
+            output is not as wide as its layer; with ``ffn``, ``jk`` other than ``"last"``, or
+            another residual than the identity; whatever :class:`MoEConv` refuses.
 
     Example:
         >>> model = GNNMoE(128, 256, 40, num_layers=3, conv="gcn", router="token_choice")
@@ -158,15 +164,21 @@ class GNNMoE(HubMixin, nn.Module):
         norm: Norm = None,
         jk: str | None = None,
         residual: Residual = "identity",
+        ffn: FFN | None = None,
         **conv_kwargs: Any,
     ) -> None:
         num_kinds = len(kinds_of(conv, num_experts))
         mix: Mix = conv_kwargs.get("mix", "outputs")
         k = chosen_k(mix, k, num_kinds, router)
-        conv_kwargs["start"] = _start_of(conv, num_experts, router, k, shared_router, conv_kwargs)
+        conv_kwargs["start"] = start_of(
+            conv, num_experts, router, k, shared_router, ffn, conv_kwargs
+        )
         if shared_router is None:
             shared_router = router is not None and conv_kwargs["start"] == "copies"
-        router_input = router_parts(router_input, conv_kwargs["start"], router, shared_router, mix)
+        routes_blocks = ffn == "experts" and not shared_router  # each block by what its conv gives
+        router_input = router_parts(
+            router_input, conv_kwargs["start"], router, shared_router or routes_blocks, mix
+        )
         check_counts(
             in_channels=in_channels,
             hidden_channels=hidden_channels,
@@ -174,6 +186,7 @@ class GNNMoE(HubMixin, nn.Module):
             num_layers=num_layers,
         )
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
+        check_blocks(ffn, conv, jk, residual, router_input if routes_blocks else None)
         super().__init__()
         # The defaults are resolved by now: a file says what they were.
         self.recorded = Recorded.of(given_to(GNNMoE, locals()), _named_classes(k, conv_kwargs))
@@ -182,7 +195,8 @@ class GNNMoE(HubMixin, nn.Module):
         self.hidden_channels = hidden_channels = int(hidden_channels)
         self.out_channels = out_channels = int(out_channels)
         self.num_layers = num_layers = int(num_layers)
-        self.jk_mode = jk
+        # Behind blocks, there is a linear layer in any case.
+        self.jk_mode = jk = jk if ffn is None else "last"
         self.router_input = router_input
 
         # 1. Which layers are MoE. Without jumping knowledge the last conv is the output layer.
@@ -190,46 +204,73 @@ class GNNMoE(HubMixin, nn.Module):
         moe_layers = _moe_layers(router, shared_router, num_hidden, every)
 
         # 2. Sort the arguments: those of MoEConv, and those that are left for its convs.
-        moe_kwargs = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
-        _check_options(conv, conv_kwargs)
+        moe_kwargs = _taken_from(conv_kwargs, conv)
         self.local = moe_kwargs.get("local")
-        moe_kwargs["num_experts"] = num_kinds
-        moe_kwargs["k"] = k
-        moe_kwargs["router_input"] = self.router_input
+        moe_kwargs |= {"num_experts": num_kinds, "k": k, "router_input": router_input}
         built_router = None
         if router is not None and shared_router and moe_layers:
-            built_router = _build_shared_router(router, in_channels, moe_kwargs)
+            built_router = build_shared_router(router, in_channels, moe_kwargs)
         moe_kwargs["router"] = None if shared_router else router
 
-        # 3. The convs.
-        widths = [in_channels, *[hidden_channels] * (num_layers - 1)]
+        # 3. The convs, and what is behind them in a block.
+        self.act = activation_of(act)
+        self.input = None if ffn is None else nn.Linear(in_channels, hidden_channels)
         self.convs = nn.ModuleList()
-        for layer, width in enumerate(widths):
-            is_hidden = layer < num_hidden
-            out = hidden_channels if is_hidden else out_channels
-            layer_kwargs = moe_kwargs if layer in moe_layers else None
-            self.convs.append(_build_conv(conv, width, out, is_hidden, layer_kwargs, conv_kwargs))
+        self.ffns = nn.ModuleList()
+        for layer in range(num_layers):
+            # No arguments of experts for a layer without them.
+            own = moe_kwargs if layer in moe_layers else None
+            self._add_layer(conv, layer < num_hidden, own, conv_kwargs, ffn, dropout)
         if built_router is not None:
-            for layer_conv in self.convs:
-                if isinstance(layer_conv, MoEConv):
-                    layer_conv.take_costs(built_router)
+            take_costs(built_router, [*self.convs, *self.ffns])
         self.flow = str(self.convs[0].flow)
 
-        # 4. Activation, norms and dropouts, the output layer, and the residual maps.
-        self.act = activation_of(act)
-        norm_layer = norm_of(norm, hidden_channels)
-        self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_hidden))
-        self.norm_takes_batch = "batch" in parameters_of(norm_layer)
+        # 4. Norms and dropouts, the output layer, and the residual maps.
+        self._build_norms(norm, ffn, num_hidden)
         self.dropout = nn.Dropout(dropout)
         self.input_dropout = nn.Dropout(input_dropout)
         self._build_output()
-        self.residuals = nn.ModuleDict()
-        for layer, width in enumerate(widths[:num_hidden]):
-            added = residual_of(residual, width, hidden_channels)
-            if added is not None:
-                self.residuals[str(layer)] = added
+        self._build_residuals("none" if ffn is not None else residual, num_hidden)
         # The last module: saved optimizers go by the order of parameters.
         self.shared_router = built_router
+
+    def _add_layer(
+        self,
+        conv: ConvLike,
+        is_hidden: bool,
+        moe_kwargs: Mapping[str, Any] | None,
+        conv_kwargs: Mapping[str, Any],
+        ffn: FFN | None,
+        dropout: float,
+    ) -> None:
+        """Build the next conv, and in a block what is behind it; see :func:`build_conv`."""
+        if ffn is None:
+            width = self.hidden_channels if len(self.convs) else self.in_channels
+            out = self.hidden_channels if is_hidden else self.out_channels
+            self.convs.append(build_conv(conv, width, out, is_hidden, moe_kwargs, conv_kwargs))
+            return
+        built, part = build_block(
+            ffn, conv, self.hidden_channels, dropout, self.act, moe_kwargs, conv_kwargs
+        )
+        self.convs.append(built)
+        self.ffns.append(part)
+
+    def _build_norms(self, norm: Norm, ffn: FFN | None, num_hidden: int) -> None:
+        """Build the norm of each hidden layer; with blocks, one follows the last of them."""
+        make = norm_of if ffn is None else block_norm_of
+        layer = make(norm, self.hidden_channels)
+        number = num_hidden if ffn is None else num_hidden + 1
+        self.norms = nn.ModuleList(copy.deepcopy(layer) for _ in range(number))
+        self.norm_takes_batch = "batch" in parameters_of(layer)
+
+    def _build_residuals(self, residual: Residual, num_hidden: int) -> None:
+        """Build the residual maps of the hidden layers; blocks have their own residuals."""
+        widths = [self.in_channels, *[self.hidden_channels] * (num_hidden - 1)]
+        self.residuals = nn.ModuleDict()
+        for layer, width in enumerate(widths[:num_hidden]):
+            added = residual_of(residual, width, self.hidden_channels)
+            if added is not None:
+                self.residuals[str(layer)] = added
 
     def _build_output(self) -> None:
         """Build the output layer behind the convs; with ``jk=None`` the last conv is the output."""
@@ -260,6 +301,11 @@ class GNNMoE(HubMixin, nn.Module):
         seen = self.shared_router_input(x, graph)
         return route_nodes(self.shared_router, self.router_input, seen, batch, graph.edge_index)
 
+    def has_experts(self, layer: int) -> bool:
+        """True if a layer has experts: its conv, or the feed-forward part of its block."""
+        parts = [self.convs[layer], *self.ffns[layer : layer + 1]]
+        return any(isinstance(part, MoELayer) for part in parts)
+
     def _takes(self, name: str) -> bool:
         """True if at least one conv takes this edge argument."""
         for conv in self.convs:
@@ -289,7 +335,7 @@ class GNNMoE(HubMixin, nn.Module):
 
     def _check_trimming(self, num_sampled_nodes_per_hop: list[int]) -> None:
         """Refuse to trim where a later layer routes by the mean of all nodes of a graph."""
-        is_routed_later = any(isinstance(conv, MoEConv) for conv in self.convs[1:])
+        is_routed_later = any(self.has_experts(layer) for layer in range(1, self.num_layers))
         if "graph" in self.router_input and self.shared_router is None and is_routed_later:
             raise ValueError(
                 f"num_sampled_nodes_per_hop: got {num_sampled_nodes_per_hop} with "
@@ -341,10 +387,14 @@ class GNNMoE(HubMixin, nn.Module):
                 part_batch = None if batch is None else batch[: len(x)]
                 if decision is not None and is_shared:
                     decision = decision.select(slice(0, len(x)))
-            x, routing = self.convolve(layer, x, part, part_batch, decision)
-            if routing is not None and not is_shared:
-                used.append(routing)
-            return self.activate(layer, x, part_batch, batch_size)
+            x = self.enter(x) if layer == 0 else x
+            out, of_conv = self.convolve(layer, x, part, part_batch, decision)
+            x, of_block = self.finish(
+                layer, x, out, part_batch, batch_size, decision, part.edge_index
+            )
+            if not is_shared:
+                used.extend(routing for routing in (of_conv, of_block) if routing is not None)
+            return x
 
         x = self.run_layers(x, run_layer)
         return (x, used) if return_routing else x
@@ -356,7 +406,7 @@ class GNNMoE(HubMixin, nn.Module):
 
         ``None`` for a layer that decides itself, or has no experts.
         """
-        have_experts = [isinstance(conv, MoEConv) for conv in self.convs]
+        have_experts = [self.has_experts(layer) for layer in range(self.num_layers)]
         is_shared = self.shared_router is not None
         given: list[Routing] = []
         if routings is not None:
@@ -367,7 +417,7 @@ class GNNMoE(HubMixin, nn.Module):
         turns = iter(given)
         return [next(turns, None) if has_experts else None for has_experts in have_experts]
 
-    # The next three are also the steps of inference, which runs a layer part by part.
+    # The next ones are also the steps of inference, which runs a layer part by part.
 
     def run_layers(
         self, x: Tensor | Stored, run_layer: Callable[[int, Tensor | Stored], Tensor]
@@ -394,10 +444,21 @@ class GNNMoE(HubMixin, nn.Module):
         joined = self.jk([hidden[:num_nodes].to(device) for hidden in outputs])
         return self.lin(joined).to(output.device)
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What the first layer sees of the features: in a model of blocks, a linear layer's output.
+
+        ``act`` follows, behind dropout.
+        """
+        if self.input is None:
+            return x
+        return self.act(self.dropout(self.input(x)))
+
     def convolve(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
         """A layer's conv plus its residual at the graph's destinations; and the routing of a MoE.
+
+        In a block, the norm is before the conv, and the residual comes after it, in :meth:`finish`.
 
         Args:
             layer: the number of the layer.
@@ -407,6 +468,8 @@ class GNNMoE(HubMixin, nn.Module):
             routing: a shared router's decision, or ``None`` to let the layer decide.
         """
         conv = self.convs[layer]
+        if self.ffns:
+            x = self.norms[layer](x)
         if isinstance(conv, MoEConv):
             out, routing = conv(x, graph, batch=batch, routing=routing, return_routing=True)
         else:
@@ -430,6 +493,54 @@ class GNNMoE(HubMixin, nn.Module):
         if self.jk_mode == "last" and layer == self.num_layers - 1:
             x = self.lin(x)
         return x
+
+    def feed_forward(
+        self,
+        layer: int,
+        x: Tensor,
+        out: Tensor,
+        batch: Tensor | None = None,
+        routing: Routing | None = None,
+        edge_index: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """The rest of a block: its feed-forward part, and the residual; and the routing of a MoE.
+
+        Args:
+            layer: the number of the block.
+            x: (N, D) its input.
+            out: (n, C) the output of its conv at the n destinations, the first of the N nodes.
+            batch: (n,) the graph of each destination, or ``None``.
+            routing: a decision for these, or ``None`` to let the block decide.
+            edge_index: the edges among them, or ``None``.
+        """
+        part = self.ffns[layer]
+        if not isinstance(part, MoE):
+            return x[: out.size(0)] + part(out), None
+        if routing is None and part.router is not None:
+            routing = route_nodes(part.router, self.router_input, out, batch, edge_index)
+        return x[: out.size(0)] + part(out, routing=routing), routing
+
+    def finish(
+        self,
+        layer: int,
+        x: Tensor,
+        out: Tensor,
+        batch: Tensor | None = None,
+        batch_size: int | None = None,
+        routing: Routing | None = None,
+        edge_index: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """What follows the conv of a layer: :meth:`activate`, or the rest of a block.
+
+        The output layer behind the last block is a norm and a linear layer. The arguments are
+        those of :meth:`feed_forward`.
+        """
+        if not self.ffns:
+            return self.activate(layer, out, batch, batch_size), None
+        x, routing = self.feed_forward(layer, x, out, batch, routing, edge_index)
+        if layer == self.num_layers - 1:
+            x = self.lin(self.norms[-1](x))
+        return x, routing
 
     inference = inference
     reset_parameters = reset_parameters
@@ -460,130 +571,15 @@ def _moe_layers(
     return chosen
 
 
-def _check_options(conv: ConvLike, conv_kwargs: Mapping[str, object]) -> None:
-    """Refuse what is an argument of neither the model nor its layers nor their convs."""
+def _taken_from(conv_kwargs: dict[str, Any], conv: ConvLike) -> dict[str, Any]:
+    """Take the arguments of layers with experts away from those of convs.
+
+    What is an argument of neither, nor of the model, is refused.
+    """
+    moe_kwargs = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
     kind = kinds_of(conv, None)[0]  # of several kinds, the layers check the others
     for option, value in conv_kwargs.items():
         check_option(
             option, value, factory_of(kind), "GNNMoE", inspect.signature(GNNMoE).parameters
         )
-
-
-def _start_of(
-    conv: ConvLike,
-    num_experts: int | None,
-    router: RouterLike | None,
-    k: int,
-    shared_router: bool | None,
-    conv_kwargs: Mapping[str, Any],
-) -> Start:
-    """How all layers start; the arguments are those of :class:`GNNMoE`.
-
-    ``None`` is copies only where one decision serves all layers and convs of that class are
-    stacked, so that copies share a base: in the study of starts, copies were safe only there. An
-    option may still keep a conv from being stacked; its copies then start as the dense layer, too.
-    """
-    kinds = kinds_of(conv, num_experts)
-    are_stacked = kind_of(class_of(factory_of(kinds[0]))).stack is not None
-    return resolved_start(
-        conv_kwargs.get("start"),
-        kinds,
-        shared_transform=conv_kwargs.get("shared_transform", False),
-        router=router if are_stacked and shared_router is not False else None,
-        k=k,
-        mix=conv_kwargs.get("mix", "outputs"),
-        router_kwargs=conv_kwargs.get("router_kwargs"),
-    )
-
-
-def _build_shared_router(
-    router: RouterLike, in_channels: int, moe_kwargs: Mapping[str, Any]
-) -> Router:
-    """Build the router that decides for all layers, from the raw features."""
-    dim = router_width(moe_kwargs["router_input"], in_channels, in_channels)
-    num_experts = moe_kwargs["num_experts"]
-    k = moe_kwargs["k"]
-    start = moe_kwargs["start"]
-    with drawn_apart(start != "plain"):
-        built = build_layer_router(
-            start,
-            router,
-            dim,
-            num_experts,
-            k,
-            moe_kwargs.get("router_kwargs"),
-            moe_kwargs.get("mix", "outputs"),
-        )
-    if moe_kwargs.get("check_finite", False):
-        let_check_finite(built, router)
-    return built
-
-
-def _build_conv(
-    conv: ConvLike,
-    width: int,
-    out: int,
-    is_hidden: bool,
-    moe_kwargs: Mapping[str, Any] | None,
-    conv_kwargs: Mapping[str, Any],
-) -> MoEConv | MessagePassing:
-    """Build the conv of a layer, with experts or plain.
-
-    Args:
-        conv: as :class:`GNNMoE` takes it: a kind of conv, or several.
-        width: columns of the layer's input.
-        out: columns of the layer's output.
-        is_hidden: a hidden layer, whose heads are concatenated; the output layer averages them.
-        moe_kwargs: arguments of :class:`MoEConv`; ``None`` for a plain conv.
-        conv_kwargs: arguments of the convs.
-    """
-    kinds = kinds_of(conv, None)
-    if moe_kwargs is None:
-        kinds = kinds[:1]  # of several kinds, the plain conv is of the first
-    options = dict(conv_kwargs)
-    out_channels = out  # what the conv is asked for: the columns of a single head, if concatenated
-    heads, concat = _heads(kinds, options)
-    if heads > 1 and "concat" in inspect.signature(factory_of(kinds[0])).parameters:
-        options["concat"] = is_hidden and concat
-        if options["concat"]:
-            if out % heads:
-                raise ValueError(
-                    f"hidden_channels: got {out}, expected a multiple of heads={heads}"
-                )
-            out_channels = out // heads
-    if moe_kwargs is None:
-        built = Make(kinds, width, out_channels, (), options)(0)
-        _check_width(built, width, out_channels, out)
-    else:
-        built = MoEConv(conv, width, out_channels, **moe_kwargs, **options)
-        # A transform in front of the experts may change the width that they see.
-        seen = width if built.transform is None else built.transform[-1].out_features
-        _check_width(built.experts.expert(0), seen, out_channels, out)
-    return built
-
-
-def _heads(kinds: Sequence[str | ConvFactory], options: Mapping[str, Any]) -> tuple[int, bool]:
-    """The number of heads, and whether they are concatenated: from arguments and from partials.
-
-    One head for kinds that disagree: the layer's width is then not divided among heads.
-    """
-    settings = set()
-    for kind in kinds:
-        bound = kind.keywords if isinstance(kind, partial) else {}
-        arguments = {**bound, **options}
-        settings.add((arguments.get("heads", 1), arguments.get("concat", True)))
-    return settings.pop() if len(settings) == 1 else (1, True)
-
-
-def _check_width(conv: MessagePassing, in_channels: int, out_channels: int, out: int) -> None:
-    """Refuse a conv that does not give its layer's ``out`` columns when asked for ``out_channels``.
-
-    It is run once on a small graph; what does not run there is let through.
-    """
-    columns = Trial(conv, in_channels).width
-    if columns not in (None, out):
-        raise ValueError(
-            f"conv: got {type(conv).__name__}, which gives {columns} columns for "
-            f"out_channels={out_channels}, expected {out}; of several heads, heads= as an argument "
-            "of the model, or concat=False"
-        )
+    return moe_kwargs

@@ -13,10 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
-from torch_geometric.nn import BatchNorm, LayerNorm
 from torch_geometric.typing import Adj
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.router_input import route_nodes
 from gmoe.data.stored import StoredGraph, create_npy
 from gmoe.edges import renumber
+from gmoe.models.parts import is_by_row
 from gmoe.routers import Router
 from gmoe.routing import Routing
 
@@ -223,27 +223,47 @@ class InMemory(_LayerByLayer):
         self.routings: list[Routing] = []
 
     def layer(self, layer: int, x: Tensor) -> Tensor:
-        # 1. Decide for all nodes at once; a shared router decides only before its first MoE layer.
-        is_moe = isinstance(self.model.convs[layer], MoEConv)
-        if is_moe and (self.model.shared_router is None or not self.routings):
-            self.routings.append(self.route(layer, x))
+        model = self.model
+        has_blocks = len(model.ffns) > 0
+        if layer == 0 and has_blocks:
+            x = torch.cat(
+                [model.enter(x[rows].to(self.device)).cpu() for rows in self.ranges("Input")]
+            )
+
+        # 1. Decide for all nodes at once: a shared router before its first MoE layer, that of a
+        # conv with experts before each. Experts behind a conv see its output, and decide in 3.
+        decision = None
+        is_moe = model.has_experts(layer)
+        if is_moe and model.shared_router is not None and self.routings:
+            decision = self.routings[-1]
+        elif is_moe and (
+            model.shared_router is not None or isinstance(model.convs[layer], MoEConv)
+        ):
+            decision = self.route(layer, x)
+            self.routings.append(decision)
 
         # 2. Conv and residual, part by part.
         out = torch.empty(0)
         for rows, nodes, graph in self.parts(f"Layer {layer + 1}"):
-            routing = self.routings[-1].select(rows) if is_moe else None
-            out_part, _ = self.model.convolve(layer, self.rows(x, nodes), graph, None, routing)
+            routing = None if decision is None else decision.select(rows)
+            out_part, _ = model.convolve(layer, self.rows(x, nodes), graph, None, routing)
             if rows.start == 0:  # now the width is known
                 out = out_part.new_empty((self.num_nodes, out_part.size(1)), device="cpu")
             out[rows] = out_part.cpu()
 
-        # 3. Norm and activation on all nodes at once, since some norms look at all of them.
-        return self.model.activate(layer, out.to(self.device), self.batch).cpu()
+        # 3. The rest on all nodes at once, since some norms and routers look at all of them.
+        x = x.to(self.device) if has_blocks else x
+        edge_index = self.graph.edge_index.to(self.device)
+        x, routing = model.finish(
+            layer, x, out.to(self.device), self.batch, routing=decision, edge_index=edge_index
+        )
+        if routing is not None and decision is None:
+            self.routings.append(routing)
+        return x.cpu()
 
     def route(self, layer: int, x: Tensor) -> Routing:
         """Route all nodes, by what the router of a layer, or the shared one, sees of them."""
         conv = self.model.convs[layer]
-        assert isinstance(conv, MoEConv)
         shared = self.model.shared_router
         seen = []
         for _, nodes, graph in self.parts("Routing"):
@@ -294,15 +314,18 @@ class OnDisk(_LayerByLayer):
 
     def layer(self, layer: int, x: Tensor | StoredGraph) -> Tensor:
         model = self.model
-        is_moe = isinstance(model.convs[layer], MoEConv)
+        is_moe = model.has_experts(layer)
         out = torch.empty(0)
         for rows, nodes, graph in self.parts(f"Layer {layer + 1}"):
             routing = None  # the layer's own router decides
             if is_moe and model.shared_router is not None:
                 seen = model.shared_router_input(self.rows(self.graph, nodes), graph)
                 routing = model.shared_router(seen)
-            out_part, _ = model.convolve(layer, self.rows(x, nodes), graph, None, routing)
-            out_part = model.activate(layer, out_part)
+            x_part = self.rows(x, nodes)
+            if layer == 0:
+                x_part = model.enter(x_part)
+            out_part, _ = model.convolve(layer, x_part, graph, None, routing)
+            out_part, _ = model.finish(layer, x_part, out_part, routing=routing)
             if rows.start == 0:  # now the width is known
                 self.last_file = self.folder / f"hidden-{layer % 2}.npy"
                 shape = (self.num_nodes, out_part.size(1))
@@ -352,7 +375,8 @@ def _check_hops(model: Any) -> None:
         if isinstance(conv, MoEConv):
             refuse_far(far for part in conv.parts() for far in part.too_far)
             continue
-        width = model.hidden_channels if layer else model.in_channels
+        is_raw = layer == 0 and not len(model.ffns)
+        width = model.in_channels if is_raw else model.hidden_channels
         if not looks_one_hop(conv, width, model.local or None):
             refuse_far([conv])
 
@@ -377,7 +401,7 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
             f"flow: got {model.flow!r}, expected 'source_to_target': in-edges are stored"
         )
     for norm in model.norms:
-        if not _is_by_row(norm):
+        if not is_by_row(norm):
             raise ValueError(
                 f"norm: got {type(norm).__name__}, expected one by row: batch norm, "
                 "LayerNorm(mode='node') or none"
@@ -393,13 +417,3 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
                 f"router: got {type(router).__name__}, expected one that decides token by token: "
                 "token choice, random, uniform, centroids, or inference='threshold'"
             )
-
-
-def _is_by_row(norm: nn.Module) -> bool:
-    """True if a norm treats each row by itself in evaluation."""
-    plain = norm.module if isinstance(norm, BatchNorm) else norm
-    if isinstance(plain, nn.Identity | nn.LayerNorm):
-        return True
-    if isinstance(plain, LayerNorm):
-        return plain.mode == "node"
-    return isinstance(plain, nn.BatchNorm1d) and plain.track_running_stats

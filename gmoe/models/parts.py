@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
+from torch_geometric.nn import BatchNorm, LayerNorm
 from torch_geometric.nn.inits import reset
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 
 from gmoe._checks import check_choice
 
+FFN: TypeAlias = Literal["dense", "experts"]
+"""What a block has behind its conv: an MLP, or a MoE of MLPs."""
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 Activation: TypeAlias = str | Callable[[Tensor], Tensor] | None
 """A name, a function or a module; ``None`` for none."""
@@ -75,3 +78,13 @@ def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:
     if residual == "linear":
         return nn.Linear(width, out)
     return nn.Identity() if residual == "identity" and width == out else None
+
+
+def is_by_row(norm: nn.Module) -> bool:
+    """True if a norm treats each row by itself in evaluation."""
+    plain = norm.module if isinstance(norm, BatchNorm) else norm
+    if isinstance(plain, nn.Identity | nn.LayerNorm):
+        return True
+    if isinstance(plain, LayerNorm):
+        return plain.mode == "node"
+    return isinstance(plain, nn.BatchNorm1d) and plain.track_running_stats

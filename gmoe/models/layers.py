@@ -1,0 +1,175 @@
+"""How the layers of a GNN are built: their convs, with experts or plain, and a common router.
+
+Shapes: D width, E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch_geometric.nn import MessagePassing
+
+from gmoe.conv.build import Trial
+from gmoe.conv.kinds import (
+    ConvFactory,
+    ConvLike,
+    Make,
+    class_of,
+    factory_of,
+    kind_of,
+    kinds_of,
+)
+from gmoe.conv.moe_conv import MoEConv
+from gmoe.conv.router_input import router_width
+from gmoe.models.parts import FFN
+from gmoe.moe import MoELayer
+from gmoe.routers import Router, RouterLike, let_check_finite
+from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
+
+
+def start_of(
+    conv: ConvLike,
+    num_experts: int | None,
+    router: RouterLike | None,
+    k: int,
+    shared_router: bool | None,
+    ffn: FFN | None,
+    conv_kwargs: Mapping[str, Any],
+) -> Start:
+    """How all layers start; the arguments are those of :class:`GNNMoE`.
+
+    ``None`` is copies only where one decision serves all layers and their experts are stacked, as
+    MLPs and convs of some classes are, so that copies share a base: in the study of starts, copies
+    were safe only there. An option may still keep a conv from being stacked; its copies then start
+    as the dense layer, too.
+    """
+    kinds = kinds_of(conv, num_experts)
+    are_mlps = ffn == "experts"
+    are_stacked = are_mlps or kind_of(class_of(factory_of(kinds[0]))).stack is not None
+    return resolved_start(
+        conv_kwargs.get("start"),
+        kinds,
+        shared_transform=conv_kwargs.get("shared_transform", False),
+        router=router if are_stacked and shared_router is not False else None,
+        k=k,
+        mix=conv_kwargs.get("mix", "outputs"),
+        router_kwargs=conv_kwargs.get("router_kwargs"),
+    )
+
+
+def build_conv(
+    conv: ConvLike,
+    width: int,
+    out: int,
+    is_hidden: bool,
+    moe_kwargs: Mapping[str, Any] | None,
+    conv_kwargs: Mapping[str, Any],
+    is_free: bool = False,
+) -> MoEConv | MessagePassing:
+    """Build the conv of a layer, with experts or plain.
+
+    Args:
+        conv: as :class:`GNNMoE` takes it: a kind of conv, or several.
+        width: columns of the layer's input.
+        out: columns of the layer's output.
+        is_hidden: a hidden layer, whose heads are concatenated; the output layer averages them.
+        moe_kwargs: arguments of :class:`MoEConv`; ``None`` for a plain conv.
+        conv_kwargs: arguments of the convs.
+        is_free: the conv may give any number of columns; by default it is refused unless it gives
+            ``out``, or does not run on a small graph.
+    """
+    kinds = kinds_of(conv, None)
+    if moe_kwargs is None:
+        kinds = kinds[:1]  # of several kinds, the plain conv is of the first
+    options = dict(conv_kwargs)
+    out_channels = out  # what the conv is asked for: the columns of a single head, if concatenated
+    heads, concat = _heads(kinds, options)
+    if heads > 1 and "concat" in inspect.signature(factory_of(kinds[0])).parameters:
+        options["concat"] = is_hidden and concat
+        if options["concat"]:
+            if out % heads:
+                raise ValueError(
+                    f"hidden_channels: got {out}, expected a multiple of heads={heads}"
+                )
+            out_channels = out // heads
+    built: Any
+    if moe_kwargs is None:
+        built = Make(kinds, width, out_channels, (), options)(0)
+    else:
+        built = MoEConv(conv, width, out_channels, **moe_kwargs, **options)
+    columns = None if is_free else columns_of(built, width)
+    if columns not in (None, out):
+        name = type(built.experts.expert(0) if moe_kwargs is not None else built).__name__
+        raise ValueError(
+            f"conv: got {name}, which gives {columns} columns for out_channels={out_channels}, "
+            f"expected {out}; of several heads, heads= as an argument of the model, or concat=False"
+        )
+    return built
+
+
+def _heads(kinds: Sequence[str | ConvFactory], options: Mapping[str, Any]) -> tuple[int, bool]:
+    """The number of heads, and whether they are concatenated: from arguments and from partials.
+
+    One head for kinds that disagree: the layer's width is then not divided among heads.
+    """
+    settings = set()
+    for kind in kinds:
+        bound = kind.keywords if isinstance(kind, partial) else {}
+        arguments = {**bound, **options}
+        settings.add((arguments.get("heads", 1), arguments.get("concat", True)))
+    return settings.pop() if len(settings) == 1 else (1, True)
+
+
+def columns_of(conv: Any, width: int) -> int | None:
+    """Columns that a conv gives, with experts or plain; ``None`` if it does not run.
+
+    It is run once on a small graph.
+
+    Args:
+        conv: the conv.
+        width: columns of its input.
+    """
+    if isinstance(conv, MoEConv):
+        # A transform in front of the experts may change the width that they see.
+        width = width if conv.transform is None else conv.transform[-1].out_features
+        conv = conv.experts.expert(0)
+    return Trial(conv, width).width
+
+
+def take_costs(router: Router, parts: Iterable[nn.Module]) -> None:
+    """Let layers with experts cost what their common router says: it is no part of them.
+
+    Args:
+        router: the common one.
+        parts: the layers; those without experts are passed over.
+    """
+    for part in parts:
+        if isinstance(part, MoELayer):
+            part.take_costs(router)
+
+
+def build_shared_router(
+    router: RouterLike, in_channels: int, moe_kwargs: Mapping[str, Any]
+) -> Router:
+    """Build the router that decides for all layers, from the raw features."""
+    dim = router_width(moe_kwargs["router_input"], in_channels, in_channels)
+    num_experts = moe_kwargs["num_experts"]
+    k = moe_kwargs["k"]
+    start = moe_kwargs["start"]
+    with drawn_apart(start != "plain"):
+        built = build_layer_router(
+            start,
+            router,
+            dim,
+            num_experts,
+            k,
+            moe_kwargs.get("router_kwargs"),
+            moe_kwargs.get("mix", "outputs"),
+        )
+    if moe_kwargs.get("check_finite", False):
+        let_check_finite(built, router)
+    return built

@@ -1,0 +1,337 @@
+"""Blocks with a feed-forward part, beside the models of the paper and a mixture by masks."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.data import Data
+
+import gmoe
+from gmoe import GNNMoE, MoE, MoEConv, StoredGraph, TokenChoice
+from gmoe.models.blocks import DropThenAct
+from tests.helpers.equal import assert_same
+from tests.helpers.masked import features, simple_graph
+from tests.helpers.stored_files import store
+
+NODES, IN, HIDDEN, OUT, BLOCKS, EXPERTS = 9, 4, 6, 3, 2, 3
+EDGES = simple_graph(NODES, NODES, loops=False)
+BOTH_WAYS = torch.cat([EDGES, EDGES.flip(0)], dim=1).unique(dim=1)
+"""As the paper has its graphs: undirected, without loops and parallel edges."""
+WAYS = {
+    "one decision": {},
+    "a router a block": {"shared_router": False},
+    "a shared expert": {"start": "shared"},
+    "plain, experts choose": {"start": "plain", "router": "expert_choice"},
+    "two experts a node": {"k": 2, "router_kwargs": {"weight": "normalized"}},
+}
+ways = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+
+
+def model(**options: Any) -> GNNMoE:
+    """Blocks with experts that differ; without noise, which would differ from call to call."""
+    torch.manual_seed(0)
+    options = {"ffn": "experts", "act": "gelu", "num_experts": EXPERTS, **options}
+    if options.get("router", "token_choice") == "token_choice":
+        kwargs = options.get("router_kwargs", {})
+        options["router_kwargs"] = {"balance": None, "noise": False, **kwargs}
+    gnn = GNNMoE(IN, HIDDEN, OUT, BLOCKS, **options).double()
+    with torch.no_grad():
+        for name, value in gnn.named_parameters():
+            if name.endswith("_difference") or "experts.down" in name:
+                value.normal_(std=0.5)
+    return gnn
+
+
+# the paper's models -------------------------------------------------------------------------------
+
+
+class PaperFeedForward(nn.Module):
+    """``FeedForwardModule`` of the paper's ``modules.py``."""
+
+    def __init__(self, in_width: int, dropout: float) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_width, HIDDEN)
+        self.dropout_1 = nn.Dropout(dropout)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(HIDDEN, HIDDEN)
+        self.dropout_2 = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.dropout_1(self.linear_1(x)))
+        return self.dropout_2(self.linear_2(x))
+
+
+class PaperModel(nn.Module):
+    """``Model`` of the paper's ``model.py``, with sums by dense matrices in place of DGL's."""
+
+    def __init__(self, name: str, dropout: float) -> None:
+        super().__init__()
+        self.name = name
+        self.input_linear = nn.Linear(IN, HIDDEN)
+        self.dropout = nn.Dropout(dropout)
+        self.act = nn.GELU()
+        width = HIDDEN if name == "GCN" else 2 * HIDDEN
+        self.normalizations = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(BLOCKS))
+        self.modules_ = nn.ModuleList(PaperFeedForward(width, dropout) for _ in range(BLOCKS))
+        self.output_normalization = nn.LayerNorm(HIDDEN)
+        self.output_linear = nn.Linear(HIDDEN, OUT)
+
+    def aggregate(self, adjacency: Tensor, x: Tensor) -> Tensor:
+        if self.name == "SAGE":
+            mean = adjacency @ x / adjacency.sum(dim=1, keepdim=True).clamp(min=1)
+            return torch.cat([x, mean], dim=1)
+        looped = adjacency + torch.eye(NODES, dtype=x.dtype)
+        degrees = looped.sum(dim=0)
+        return (looped / (degrees[:, None] * degrees[None]) ** 0.5) @ x
+
+    def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
+        x = self.act(self.dropout(self.input_linear(x)))
+        for normalization, module in zip(self.normalizations, self.modules_, strict=True):
+            x = x + module(self.aggregate(adjacency, normalization(x)))
+        return self.output_linear(self.output_normalization(x))
+
+    def pairs(self, gnn: GNNMoE) -> list[tuple[nn.Module, nn.Module]]:
+        """Each layer with parameters, and ours in its place."""
+        ffns: Any = gnn.ffns
+        return [
+            (self.input_linear, gnn.input),
+            *zip(self.normalizations, gnn.norms, strict=False),
+            *((own.linear_1, ffn[0]) for own, ffn in zip(self.modules_, ffns, strict=True)),
+            *((own.linear_2, ffn[2]) for own, ffn in zip(self.modules_, ffns, strict=True)),
+            (self.output_normalization, gnn.norms[-1]),
+            (self.output_linear, gnn.lin),
+        ]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", ["GCN", "SAGE"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_dense_model_is_that_of_the_paper(name: str, training: bool) -> None:
+    """With the same weights, also with its dropouts: outputs, and gradients of all weights."""
+    paper = PaperModel(name, dropout=0.4).double().train(training)
+    ours = model(router=None, conv=f"bare_{name.lower()}", dropout=0.4).train(training)
+    for theirs, own in paper.pairs(ours):
+        own.load_state_dict(theirs.state_dict())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in paper.parameters())
+    adjacency = torch.zeros(NODES, NODES, dtype=torch.float64)
+    adjacency[BOTH_WAYS[1], BOTH_WAYS[0]] = 1
+    x = features(NODES, IN)
+    outputs = []
+    for call in (partial(paper, adjacency, x), partial(ours, x, BOTH_WAYS)):
+        torch.manual_seed(1)
+        outputs.append(call())
+        outputs[-1].square().sum().backward()
+    assert_same(*outputs)
+    for theirs, own in paper.pairs(ours):
+        for one, other in zip(theirs.parameters(), own.parameters(), strict=True):
+            assert_same(one.grad, other.grad)  # type: ignore[arg-type]
+
+
+# experts ------------------------------------------------------------------------------------------
+
+
+def by_masks(gnn: GNNMoE, x: Tensor, convs: Any, routings: list[gmoe.Routing]) -> Tensor:
+    """All experts on all nodes, weighted by what the routings say."""
+    h = gnn.act(gnn.input(x))  # type: ignore[misc]
+    for layer in range(BLOCKS):
+        part: Any = gnn.ffns[layer]
+        rows = convs[layer](gnn.norms[layer](h), EDGES)
+        weight_TE = routings[-1 if len(routings) == 1 else layer].to_dense()
+        up, down = part.experts.up, part.experts.down
+        h = h + sum(
+            weight_TE[:, [e]]
+            * F.linear(
+                F.gelu(F.linear(rows, up.weight[e], up.bias[e])), down.weight[e], down.bias[e]
+            )
+            for e in range(EXPERTS)
+        )
+        if part.shared_expert is not None:
+            h = h + part.shared_expert(rows)
+    logits: Tensor = gnn.lin(gnn.norms[-1](h))
+    return logits
+
+
+@ways
+@pytest.mark.parametrize("conv", ["bare_sage", "sage", "gat"])
+def test_experts_of_a_block_are_a_mixture_by_masks(conv: str, options: dict[str, Any]) -> None:
+    gnn = model(conv=conv, **options)
+    x = features(NODES, IN).requires_grad_()
+    logits, routings = gnn(x, EDGES, return_routing=True)
+    assert len(routings) == (1 if gnn.shared_router is not None else BLOCKS)
+    weights = [x, *gnn.parameters()]
+    expected = by_masks(gnn, x, gnn.convs, routings)
+    assert_same(logits, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(logits.square().sum(), weights, retain_graph=True, allow_unused=True),
+        torch.autograd.grad(expected.square().sum(), weights, allow_unused=True),
+        strict=True,
+    ):
+        # Experts without a node have zero gradients, by masks too
+        assert (found is None) == (wanted is None)
+        assert found is None or wanted is None or torch.allclose(found, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("start", ["copies", "shared"])
+@pytest.mark.parametrize("ffn", ["experts", "dense"])
+def test_it_starts_as_the_dense_model(start: str, ffn: str) -> None:
+    x = features(NODES, IN).float()
+    logits = []
+    for router in (None, "token_choice"):
+        torch.manual_seed(3)
+        gnn = GNNMoE(IN, HIDDEN, OUT, BLOCKS, router=router, start=start, ffn=ffn, conv="sage")  # type: ignore[arg-type]
+        logits.append(gnn.eval()(x, EDGES))
+    torch.testing.assert_close(*logits)
+
+
+def test_where_the_experts_are() -> None:
+    in_ffn, in_conv = model(), model(ffn="dense", conv="sage")
+    assert [type(part) for part in in_ffn.ffns] == [MoE] * BLOCKS
+    assert not any(isinstance(conv, MoEConv) for conv in in_ffn.convs)
+    assert all(isinstance(conv, MoEConv) for conv in in_conv.convs)
+    assert not any(isinstance(part, MoE) for part in in_conv.ffns)
+    assert [type(part).__name__ for part in model(every=2).ffns] == ["Sequential", "MoE"]
+
+
+# with all that a GNNMoE does ----------------------------------------------------------------------
+
+
+@ways
+def test_inference_equals_the_forward(options: dict[str, Any]) -> None:
+    gnn = model(conv="bare_gcn", **options).eval()
+    data = Data(x=features(NODES, IN), edge_index=EDGES)
+    logits, routings = gnn(data.x, EDGES, return_routing=True)
+    found, again = gnn.inference(data, batch_size=4, return_routing=True)
+    assert_same(found, logits)
+    for one, other in zip(again, routings, strict=True):
+        assert_same(one.to_dense(), other.to_dense())
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_router": False}, {"router": None}], ids=str)
+def test_inference_of_a_graph_on_disk(tmp_path: Path, options: dict[str, Any]) -> None:
+    gnn = model(conv="bare_sage", **options).eval()
+    data = Data(x=features(NODES, IN), edge_index=EDGES)
+    store(tmp_path / "graph", data)
+    stored = StoredGraph(tmp_path / "graph")
+    data.x = torch.from_numpy(stored.rows("x", torch.arange(NODES)).numpy()).double()
+    found = gnn.inference(stored, batch_size=4, folder=tmp_path / "out")
+    torch.testing.assert_close(found, gnn(data.x, EDGES), rtol=1e-5, atol=1e-6)
+
+
+@ways
+def test_graphs_of_a_batch_do_not_compete(options: dict[str, Any]) -> None:
+    """Two graphs side by side are what each is by itself."""
+    gnn = model(**options).eval()
+    x = features(2 * NODES, IN)
+    batch = torch.arange(2).repeat_interleave(NODES)
+    both = gnn(x, torch.cat([EDGES, EDGES + NODES], dim=1), batch=batch)
+    assert_same(both, torch.cat([gnn(x[batch == graph], EDGES) for graph in range(2)]))
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
+def test_a_router_that_sees_graphs_sends_each_to_one_expert(options: dict[str, Any]) -> None:
+    gnn = model(router_input="graph", **options)
+    batch = torch.arange(3).repeat_interleave(3)
+    _, routings = gnn(features(NODES, IN), EDGES, batch=batch, return_routing=True)
+    for routing in routings:
+        choice = routing.to_dense().argmax(dim=1)
+        assert torch.equal(choice, choice[::3].repeat_interleave(3))
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
+def test_trimming_a_sampled_graph_does_not_change_the_seeds(options: dict[str, Any]) -> None:
+    edge_index = torch.tensor([[3, 4, 5, 1, 6, 7, 8], [0, 0, 1, 2, 3, 4, 5]])
+    hops = {"num_sampled_nodes_per_hop": [3, 3, 3], "num_sampled_edges_per_hop": [4, 3]}
+    x = features(NODES, IN)
+    gnn = model(conv="sage", **options).eval()
+    assert_same(gnn(x, edge_index, **hops)[:3], gnn(x, edge_index)[:3])
+
+
+@ways
+def test_routings_are_replayed(options: dict[str, Any]) -> None:
+    gnn, x = model(**options).eval(), features(NODES, IN)
+    logits, routings = gnn(x, EDGES, return_routing=True)
+    for router in [part for part in gnn.modules() if isinstance(part, TokenChoice)]:
+        router.gate.weight.data.neg_()
+    assert_same(gnn(x, EDGES, routings=routings), logits)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shared_router": False}, {"ffn": "dense", "conv": "sage"}], ids=str
+)
+def test_it_is_folded_pruned_and_saved(tmp_path: Path, options: dict[str, Any]) -> None:
+    gnn, x = model(**options).eval(), features(NODES, IN)
+    logits = gnn(x, EDGES)
+    assert_same(gmoe.fold(gnn)(x, EDGES), logits)
+    pruned = gmoe.prune(gnn, (x, EDGES))
+    assert pruned.change < 1e-10
+    gmoe.save(gnn, tmp_path / "saved", (x, EDGES))
+    assert_same(gmoe.load(tmp_path / "saved")(x, EDGES), logits)
+
+
+def test_equal_experts_are_folded_to_the_mlp() -> None:
+    gnn, x = model(), features(NODES, IN)
+    for name, value in gnn.named_parameters():
+        if name.endswith("_difference"):
+            nn.init.zeros_(value)
+    gnn.eval()
+    logits = gnn(x, EDGES)
+    folded = gmoe.densify(gnn)
+    assert all(layer.is_dense for layer in folded.layers), folded
+    assert_same(gnn(x, EDGES), logits)
+    assert gnn.shared_router is None
+
+
+def test_a_dense_model_of_blocks_is_moefied() -> None:
+    gnn, x = model(router=None, dropout=0.3).eval(), features(NODES, IN)
+    logits = gnn(x, EDGES)
+    gmoe.moefy(gnn, targets="ffns.*", num_experts=EXPERTS, start="copies")
+    assert_same(gnn(x, EDGES), logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
+def test_it_is_compiled(options: dict[str, Any]) -> None:
+    gnn, x = model(conv="bare_sage", **options).eval().float(), features(NODES, IN).float()
+    expected = gnn(x, EDGES)
+    torch.testing.assert_close(torch.compile(gnn)(x, EDGES), expected, rtol=1e-4, atol=1e-5)
+
+
+# what is refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ffn": "both"}, "ffn: got 'both'"),
+        ({"jk": "cat"}, "jk: got 'cat' with ffn='experts'"),
+        ({"residual": "none"}, "residual: got 'none' with ffn='experts'"),
+        ({"norm": "graph_norm"}, "norm: got GraphNorm in blocks, expected one by row"),
+        ({"conv": ["gcn", "sage", "gat"]}, "conv: got several with ffn='experts'"),
+        ({"shared_transform": True}, "shared_transform: got True with ffn='experts'"),
+        ({"local": True, "conv": "sage"}, "local: got True with ffn='experts'"),
+        ({"ffn": "dense", "conv": "bare_gcn"}, "conv: got 'bare_gcn' with ffn='dense'"),
+        (
+            {"shared_router": False, "router_input": ("node", "degree")},
+            "router_input: got .'node', 'degree'. with ffn='experts'",
+        ),
+        ({"router": TokenChoice(HIDDEN, num_experts=EXPERTS)}, "router: got an instance"),
+    ],
+    ids=str,
+)
+def test_what_blocks_do_not_have_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        model(**options)
+
+
+def test_an_activation_keeps_no_weights_of_others() -> None:
+    act = nn.PReLU()
+    part = DropThenAct(0.0, act)
+    assert part.act is not act
+    x = features(3, 2).float()
+    assert_same(part(x), copy.deepcopy(act)(x))
