@@ -23,6 +23,7 @@ from experiments.train.checks import (
 
 RouterInput = Literal["node", "neighbors", "degree", "graph"]
 Pool = Literal["mean", "sum", "max"]
+FFN = Literal["dense", "experts"]
 
 RouterName = Literal[
     "dense",
@@ -319,6 +320,11 @@ class GraphConfig(NodeConfig):
     With `last`, all convs may hold experts and a linear layer is the output."""
     input_dropout: float = 0.0
     """Dropout of the input features."""
+    ffn: FFN | None = None
+    """Pre-norm residual blocks with a feed-forward part behind each conv: an MLP (`dense`), and
+    experts in the convs; or `experts` in place of the MLP."""
+    act: str = "relu"
+    """The activation, by PyTorch's name."""
     adjacency: Literal["auto", "edge_index"] = "auto"
     """Full-batch: how edges are given.
     auto takes CSR where all convs run on it and treat edge weights alike."""
@@ -375,6 +381,10 @@ class MoleculeConfig(RunConfig):
     """How atoms become a molecule."""
     input_dropout: float = 0.0
     """Dropout of the atoms' embeddings."""
+    ffn: FFN | None = None
+    """Pre-norm residual blocks, as for graphs; with `--residual identity --norm None`."""
+    act: str = "relu"
+    """The activation, by PyTorch's name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -459,6 +469,8 @@ OF_MODEL = frozenset(
         "shared_router",
         "jk",
         "input_dropout",
+        "ffn",
+        "act",
         "virtual_node",
         "pool",
         "mlp_scale",

@@ -119,6 +119,8 @@ class Graphs(Nodes[GraphConfig]):
             shared_router=config.shared_router,
             jk=config.jk,
             input_dropout=config.input_dropout,
+            ffn=config.ffn,
+            act=config.act,
             **options,
         )
 
