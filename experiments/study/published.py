@@ -1,31 +1,72 @@
 """Studies beside published figures.
 
     python -m experiments.sweep experiments.study.published:MOLECULES --budget 1
+    python -m experiments.sweep experiments.study.published:CRITICAL_LOOK --rows sage-1
 
-``MOLECULES`` has OGB's GCN on six of its molecule sets. What is asked, the rule by which a gain
-counts, and what was seen before are in ``docs/lab/published.md``.
+``MOLECULES`` has OGB's GCN and GIN on six of its molecule sets; ``CRITICAL_LOOK`` the models of
+Platonov et al. (2023) on three graphs. In both, experts stand beside the dense models. What is
+asked, the rule by which a gain counts, and where published figures come from are in
+``docs/lab/published.md``. Data are in ``data``: OGB's folders, ``chameleon_filtered.npz``, and
+PyG's folders of the others in ``data/heterophilous``.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from experiments.study.studies import Row, Study
+from experiments.train.presets import CRITICAL_LOOK as RECIPE
 from experiments.train.presets import MOLECULES as OGB_GCN
 
 DATA = Path("data")
-"""Holds the molecules as OGB's folders."""
+DEPTHS = (1, 2, 3, 4, 5)
+
+
+def expert_rows(name: str, label: str, **shape: Any) -> dict[str, Row]:
+    """The dense model of a shape, the same with eight experts, and what these must be better than.
+
+    Args:
+        name: what the names of rows begin with.
+        label: what their labels end with.
+        **shape: options of the shape, which all rows have.
+    """
+    dense = {"router": "dense", **shape}
+    routed = {"router": "token_choice", **shape}
+    changes = {
+        "dense": dense,
+        "experts": routed,
+        "frozen random router": {**shape, "router": "random"},
+        "one expert": {**routed, "experts": 1},
+        "dense, equal FLOPs": {**dense, "equal": "flops"},
+        "dense, equal parameters": {**dense, "equal": "parameters"},
+    }
+    ends = ("", "-experts", "-random", "-one", "-flops", "-parameters")
+    return {
+        f"{name}{end}": Row(label=f"{kind}, {label}", changes=own)
+        for end, (kind, own) in zip(ends, changes.items(), strict=True)
+    }
+
 
 MOLECULES = Study(
     name="published-molecules",
-    about="OGB's GCN on its own split, in its own recipe; nothing was tuned for a row.",
+    about="OGB's GCN and GIN on its own split, in its own recipe; nothing was tuned for a row.",
     columns={
         name: replace(OGB_GCN, dataset=f"ogbg-{name}", data_root=DATA)
         for name in ("molfreesolv", "molesol", "molbbbp", "molclintox", "molbace", "molsider")
+    }
+    | {
+        "molbace-virtual-node": replace(
+            OGB_GCN, dataset="ogbg-molbace", virtual_node=True, data_root=DATA
+        )
     },
-    rows={"gcn": Row(label="GCN, dense", changes={"router": "dense"})},
-    controls=("gcn",),
+    rows={
+        **expert_rows("gcn", "GCN"),
+        "gin": Row(label="dense, GIN", changes={"router": "dense", "conv": ("gin",)}),
+        **expert_rows("block", "block", ffn="experts", norm=None, residual="identity"),
+    },
+    controls=("gcn", "block"),
     published={
         "molfreesolv/gcn": "2.640 ± 0.239",
         "molesol/gcn": "1.114 ± 0.036",
@@ -33,10 +74,60 @@ MOLECULES = Study(
     },
     seconds={
         "molfreesolv/gcn": 0.7,
+        "molfreesolv/gcn-experts": 1.4,
+        "molfreesolv/gcn-random": 1.4,
+        "molfreesolv/block": 1.0,
+        "molfreesolv/block-experts": 2.4,
+        "molfreesolv/block-random": 2.4,
         "molesol/gcn": 1.6,
         "molbbbp/gcn": 5.5,
         "molclintox/gcn": 4.2,
         "molbace/gcn": 6.2,
+        "molbace/block": 9.0,
+        "molbace/block-experts": 14.0,
+        "molbace/block-random": 14.0,
         "molsider/gcn": 7.4,
+    },
+)
+
+CRITICAL_LOOK = Study(
+    name="published-graphs",
+    about="The models of the critical look at heterophily in its own recipe; depth is chosen by "
+    "validation, nothing else was tuned for a row.",
+    columns={
+        "chameleon": replace(RECIPE, dataset="chameleon-filtered", data_root=DATA),
+        "minesweeper": replace(RECIPE, dataset="minesweeper", data_root=DATA / "heterophilous"),
+        "tolokers": replace(RECIPE, dataset="tolokers", data_root=DATA / "heterophilous"),
+    },
+    rows={
+        name: row
+        for conv in ("sage", "gcn")
+        for depth in DEPTHS
+        for name, row in expert_rows(
+            f"{conv}-{depth}",
+            f"{conv.upper()}, {depth} {'block' if depth == 1 else 'blocks'}",
+            conv=(f"bare_{conv}",),
+            layers=depth,
+        ).items()
+    },
+    controls=("sage-1",),
+    chosen={
+        f"{conv.upper()}, depth": tuple(f"{conv}-{depth}" for depth in DEPTHS)
+        for conv in ("sage", "gcn")
+    },
+    published={
+        "minesweeper/GCN, depth": "89.75 ± 0.52",
+        "minesweeper/SAGE, depth": "93.51 ± 0.57",
+        "tolokers/GCN, depth": "83.64 ± 0.67",
+        "tolokers/SAGE, depth": "82.43 ± 0.44",
+        "chameleon/GCN, depth": "40.89 ± 4.12",
+        "chameleon/SAGE, depth": "37.77 ± 4.14",
+    },
+    seconds={
+        "chameleon/sage-1": 0.2,
+        "chameleon/sage-2": 0.26,
+        "chameleon/gcn-1": 0.19,
+        "chameleon/sage-2-experts": 0.7,
+        "minesweeper/sage-5": 6.5,
     },
 )
