@@ -13,14 +13,18 @@ from torch import Tensor
 
 from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
+from gmoe.conv.structure import COLUMNS, structure
 from gmoe.mixed_weights import Mix
 from gmoe.routers import ByType, Router, RouterLike
 from gmoe.routing import Routing
 from gmoe.start import Start
 
-RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "graph"]
+RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "structure", "graph"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
-"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several; or ``"graph"``.
+"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), ``"structure"``, or several; or
+``"graph"``.
+
+Structure is degrees, and how unlike its neighbors a node is, see :func:`gmoe.conv.structure`.
 
 The graph, by itself, is the mean of the nodes of each graph of a batch: all of them go to the same
 experts."""
@@ -60,8 +64,8 @@ def router_parts(
         check_choice("router_input", name, RouterPart)
     if not named:
         raise ValueError(
-            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'; "
-            "or 'graph'"
+            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree', "
+            "'structure'; or 'graph'"
         )
     if "graph" in named and set(named) != {"graph"}:
         raise ValueError(
@@ -78,7 +82,8 @@ def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
         node: width of the nodes.
         neighbors: width of their neighbors' aggregate.
     """
-    widths = {"node": node, "neighbors": neighbors, "degree": 1, "graph": node}
+    widths = {"node": node, "neighbors": neighbors, "degree": 1, "structure": COLUMNS}
+    widths["graph"] = node
     return sum(widths[part] for part in parts)
 
 
@@ -105,6 +110,8 @@ def router_features(
     if "degree" in parts:
         degree_T = graph.edges.degree.to(x_dst.device, x_dst.dtype)
         columns["degree"] = degree_T.log1p()[:, None]
+    if "structure" in parts:
+        columns["structure"] = structure(x_dst, graph)
     if len(parts) == 1:
         return columns[parts[0]]
     return torch.cat([columns[part] for part in parts], dim=-1)

@@ -266,7 +266,12 @@ class InMemory(_LayerByLayer):
         conv = self.model.convs[layer]
         shared = self.model.shared_router
         seen = []
-        for _, nodes, graph in self.parts("Routing"):
+        parts = conv.router_input if shared is None else self.model.router_input
+        pieces = self.parts("Routing")
+        if "structure" in parts:  # two hops far: of all nodes at once
+            nodes = torch.arange(self.num_nodes)
+            pieces = iter([(slice(None), nodes, self.graph.to(self.device))])
+        for _, nodes, graph in pieces:
             if shared is None:
                 seen.append(conv.router_features(self.rows(x, nodes), graph))
             else:
@@ -274,7 +279,6 @@ class InMemory(_LayerByLayer):
                 seen.append(self.model.shared_router_input(raw, graph))
         router = conv.router if shared is None else shared
         assert router is not None  # a layer without a router of its own needs a shared one
-        parts = conv.router_input if shared is None else self.model.router_input
         edge_index = self.graph.edge_index.to(self.device)
         return route_nodes(router, parts, torch.cat(seen), self.batch, edge_index)
 
@@ -406,9 +410,10 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
                 f"norm: got {type(norm).__name__}, expected one by row: batch norm, "
                 "LayerNorm(mode='node') or none"
             )
-    if "graph" in model.router_input:
+    wide = [part for part in model.router_input if part in ("graph", "structure")]
+    if wide:
         raise ValueError(
-            "router_input: got 'graph', expected 'node', 'neighbors' or 'degree': a part of a "
+            f"router_input: got {wide[0]!r}, expected 'node', 'neighbors' or 'degree': a part of a "
             "stored graph does not know the whole"
         )
     for router in model.modules():
