@@ -21,7 +21,7 @@ from experiments.train.checks import (
     check_seeds,
 )
 
-RouterInput = Literal["node", "neighbors", "degree", "graph"]
+RouterInput = Literal["node", "neighbors", "degree", "structure", "graph"]
 Pool = Literal["mean", "sum", "max"]
 FFN = Literal["dense", "experts"]
 
@@ -312,7 +312,7 @@ class GraphConfig(NodeConfig):
     Your own: `package.module:Class` or `FILE.py:Class`."""
     router_input: tuple[RouterInput, ...] | None = None
     """What the router sees: the node (the default), the mean of its neighbors, log-degree.
-    Or the graph, by itself."""
+    Structure is degrees, and how unlike its neighbors a node is. Or the graph, by itself."""
     shared_router: bool | None = None
     """One decision for all layers, or one in each; by default one where layers start as copies."""
     jk: Literal["last", "cat", "max"] | None = None
@@ -330,6 +330,8 @@ class GraphConfig(NodeConfig):
     auto takes CSR where all convs run on it and treat edge weights alike."""
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of your own graph: the metric (default accuracy)."""
+    inputs: Literal["structure"] | None = None
+    """Give the model the six columns of `--router-input structure` beside the features."""
     features: str | None = None
     """Of a named set: a .npy file of (nodes, width) numbers in place of its features.
     For example those of GIANT or TAPE."""
@@ -511,6 +513,25 @@ def dense_of(config: RunConfig) -> RunConfig:
     if config.convs():  # of several kinds of experts a dense model takes the first
         changes["conv"] = config.convs()[:1]
     return replace(config, router="dense", **changes)
+
+
+def controls_of(config: RunConfig) -> dict[str, RunConfig]:
+    """What a run with experts is compared with, by the end of the folder's name.
+
+    That is the dense model. Where structure is an input, of the router or of the model, it is also
+    the dense model that is given it, a frozen random router, and one expert.
+    """
+    dense = dense_of(config)
+    seen = getattr(config, "router_input", None) or ()
+    if not isinstance(config, GraphConfig) or "structure" not in (config.inputs, *seen):
+        return {"dense": dense}
+    assert isinstance(dense, GraphConfig)
+    return {
+        "dense": replace(dense, inputs=None),
+        "dense-structure": replace(dense, inputs="structure"),
+        "random": replace(config, router="random", options=RouterOptions()),
+        "one-expert": replace(config, experts=1, k=1),
+    }
 
 
 def moe_of(config: RunConfig) -> RunConfig:

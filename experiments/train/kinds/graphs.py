@@ -15,7 +15,7 @@ from torch_geometric.data import Data, HeteroData
 import gmoe
 from experiments.train.config import GraphConfig, HeteroConfig, NodeConfig
 from experiments.train.data import made
-from experiments.train.data.graphs import directed, graph_task, with_features
+from experiments.train.data.graphs import directed, graph_task, with_features, with_structure
 from experiments.train.data.named import load_graph
 from experiments.train.data.on_disk import stored_folder
 from experiments.train.data.own_graph import graph_from, own_graph
@@ -34,11 +34,15 @@ class Nodes(GNNKind[Config]):
     """Nodes of a graph: what both kinds of graphs share."""
 
     def tasks(self) -> Callable[[int], Task]:
+        return partial(graph_task, self.whole(), self.config)
+
+    def whole(self) -> GraphData:
+        """The graph that models see, with the reverse of its edges where that is asked for."""
         if self.config.data is None:
             graph = self.named()
         else:
             graph = self.own(load_object("data", self.config.data)())
-        return partial(graph_task, directed(graph, self.config.undirected), self.config)
+        return directed(graph, self.config.undirected)
 
     def named(self) -> GraphData:
         """The graph that the data set's name means, its edges as they are given."""
@@ -67,6 +71,8 @@ class Graphs(Nodes[GraphConfig]):
 
     def tasks(self) -> Callable[[int], Task]:
         if self.config.data is None and stored_folder(self.config) is not None:
+            inputs = self.config.inputs
+            check(inputs is None, "inputs", repr(inputs), "none for a graph that stays on disk")
             task = stored_task(self.config)
             return lambda _: task
         return super().tasks()
@@ -84,6 +90,10 @@ class Graphs(Nodes[GraphConfig]):
             graph = super().named()
         features = self.config.features
         return graph if features is None else with_features(graph, features)
+
+    def whole(self) -> GraphData:
+        graph = super().whole()
+        return graph if self.config.inputs is None else with_structure(graph)
 
     def own(self, made_by_user: Any) -> GraphData:
         config = self.config
