@@ -6,11 +6,14 @@ is a model whose layers see them, too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import SAGEConv
 from torch_geometric.typing import Adj
 
+from gmoe import Graph
 from gmoe.models.parts import Norm, Residual, norm_of, residual_of
 
 
@@ -53,14 +56,18 @@ class InputAgain(nn.Module):
 
     def forward(self, x: Tensor, edge_index: Adj, *edge_args: Tensor) -> Tensor:
         """(N, out_channels) the logits."""
+        graph = Graph(edge_index, len(x))  # sorted once for all layers
         h = x
-        for layer, conv in enumerate(self.convs):
-            out: Tensor = conv(torch.cat([h, x], dim=1) if layer else x, edge_index)
-            if layer == len(self.norms):
-                return out
-            out = self.norms[layer](out + self.residuals[layer](h))
-            h = self.dropout(out.relu())
-        raise AssertionError("the last layer has no norm")
+        for layer, norm in enumerate(self.norms):
+            out = self._convolve(layer, h, x, graph) + self.residuals[layer](h)
+            h = self.dropout(norm(out).relu())
+        return self._convolve(len(self.norms), h, x, graph)
+
+    def _convolve(self, layer: int, h: Tensor, x: Tensor, graph: Graph) -> Tensor:
+        conv: Any = self.convs[layer]
+        seen = torch.cat([h, x], dim=1) if layer else x
+        out: Tensor = conv.lin_l(graph.mean(seen)) + conv.lin_r(seen)
+        return out
 
 
 def facebook(in_channels: int, out_channels: int) -> InputAgain:

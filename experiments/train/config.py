@@ -215,6 +215,10 @@ class RunConfig:
         """Whether the number of ``workers`` changes what is drawn."""
         return False
 
+    def sees_structure(self) -> bool:
+        """Whether the structure around a node is an input, of the model or of its router."""
+        return False
+
     @property
     def world(self) -> int:
         """Processes, of all machines."""
@@ -351,6 +355,9 @@ class GraphConfig(NodeConfig):
 
     def convs(self) -> tuple[str, ...]:
         return self.conv
+
+    def sees_structure(self) -> bool:
+        return "structure" in (self.inputs, *(self.router_input or ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -522,13 +529,11 @@ def controls_of(config: RunConfig) -> dict[str, RunConfig]:
     the dense model that is given it, a frozen random router, and one expert.
     """
     dense = dense_of(config)
-    seen = getattr(config, "router_input", None) or ()
-    if not isinstance(config, GraphConfig) or "structure" not in (config.inputs, *seen):
+    if not config.sees_structure():
         return {"dense": dense}
-    assert isinstance(dense, GraphConfig)
     return {
-        "dense": replace(dense, inputs=None),
-        "dense-structure": replace(dense, inputs="structure"),
+        "dense": replace(dense, inputs=None),  # type: ignore[call-arg]  # of graphs
+        "dense-structure": replace(dense, inputs="structure"),  # type: ignore[call-arg]
         "random": replace(config, router="random", options=RouterOptions()),
         "one-expert": replace(config, experts=1, k=1),
     }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments.train import config as configs
 from experiments.train.config import RunConfig
+from experiments.train.data.graphs import graph_task
 from experiments.train.kinds import KINDS, kind_of
 from experiments.train.presets import PRESETS
+from tests.helpers.made_graph import make_graph
 
 FOLDER = Path(configs.__file__).parent
 SOURCES = sorted(FOLDER.rglob("*.py"))
@@ -44,3 +48,20 @@ def test_every_preset_has_a_kind(name: str) -> None:
 def test_every_kind_has_a_preset() -> None:
     kinds: set[type[RunConfig]] = {type(config) for _, config in PRESETS.values()}
     assert kinds == set(KINDS)
+
+
+@pytest.mark.parametrize("conv", ["bare_sage", "bare_gcn"])
+def test_the_critical_look_has_the_parameters_of_its_code(conv: str) -> None:
+    """Two linear layers and a norm a block, an input layer, a last norm and an output layer."""
+    preset = PRESETS["chameleon-filtered-critical-look"][1]
+    graph = make_graph()
+    changes: dict[str, Any] = {"router": "dense", "conv": (conv,), "layers": 3, "hidden": 10}
+    config = replace(preset, **changes)
+    model = kind_of(config).model(graph_task(graph, config, 0))  # type: ignore[arg-type]
+    width = int(conv == "bare_sage") + 1
+    block = (10 * width * 10 + 10) + (10 * 10 + 10) + 2 * 10
+    in_channels = graph.data.num_features
+    rest = (in_channels * 10 + 10) + 2 * 10 + (10 * graph.num_outputs + graph.num_outputs)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3 * block + rest
+    recipe = (config.optimizer, config.lr, config.weight_decay, config.epochs, config.eval_every)
+    assert recipe == ("adamw", 3e-5, 0.0, 1000, 1)

@@ -275,7 +275,7 @@ def test_every_preset_runs_on_tiny_files(
     elif preset.startswith("ogbg-"):
         write_set(root, preset)
     elif root != ogb_root:
-        write_raw(preset, root)
+        write_raw(PRESETS[preset][1].dataset, root)
     args = (
         "--data-root",
         str(root),
