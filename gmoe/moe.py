@@ -154,6 +154,8 @@ class MoE(_Mixture):
         >>> y = layer(x)
     """
 
+    router: Any  # a Router, or None
+
     def __init__(
         self,
         router: Router | None,

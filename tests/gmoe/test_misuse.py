@@ -180,6 +180,7 @@ TAKEN = {
     ("LinearExperts", "the first two swapped"),
     ("MLPConv", "the first two swapped"),
     ("MLPExperts", "the first two swapped"),
+    ("MoE", "None for router"),  # whose calls are told their routing
     ("FilterConv", "the first two swapped"),
     ("RelationalConv", "the first two swapped"),
     ("count_flops", "the class of model"),  # a class can be called

@@ -201,7 +201,8 @@ def test_blocks_of_molecules(virtual_node: bool, shared_router: bool | None) -> 
     logits = []
     for router in (None, "token_choice"):
         torch.manual_seed(0)
-        own = {} if router is None else {"shared_router": shared_router, "num_experts": 3}
+        own: dict[str, Any] = {"shared_router": shared_router, "num_experts": 3}
+        own = {} if router is None else own
         model = MoleculeGNN(8, 2, 3, router=router, **options, **own).double().eval()
         if virtual_node:
             nn.init.constant_(model.virtual_node.start, 0.3)  # type: ignore[union-attr]

@@ -97,17 +97,16 @@ class PaperModel(nn.Module):
             x = x + module(self.aggregate(adjacency, normalization(x)))
         return self.output_linear(self.output_normalization(x))
 
-    def pairs(self, gnn: GNNMoE) -> list[tuple[nn.Module, nn.Module]]:
+    def pairs(self, gnn: Any) -> list[tuple[nn.Module, nn.Module]]:
         """Each layer with parameters, and ours in its place."""
-        ffns: Any = gnn.ffns
-        return [
-            (self.input_linear, gnn.input),
-            *zip(self.normalizations, gnn.norms, strict=False),
-            *((own.linear_1, ffn[0]) for own, ffn in zip(self.modules_, ffns, strict=True)),
-            *((own.linear_2, ffn[2]) for own, ffn in zip(self.modules_, ffns, strict=True)),
-            (self.output_normalization, gnn.norms[-1]),
-            (self.output_linear, gnn.lin),
-        ]  # type: ignore[list-item]
+        parts: list[tuple[Any, Any]] = [(self.input_linear, gnn.input)]
+        for layer, module in enumerate(self.modules_):
+            theirs: Any = module
+            parts.append((self.normalizations[layer], gnn.norms[layer]))
+            parts.append((theirs.linear_1, gnn.ffns[layer][0]))
+            parts.append((theirs.linear_2, gnn.ffns[layer][2]))
+        parts.append((self.output_normalization, gnn.norms[-1]))
+        return [*parts, (self.output_linear, gnn.lin)]
 
 
 @pytest.mark.parametrize("name", ["GCN", "SAGE"])
