@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ class SweepConfig:
     They share torch's threads."""
     budget: float | None = None
     """Core-hours for the cells that have no file, by the prices of the study.
-    What does not fit into the rest of it is left out, and named with its price."""
+    What does not fit into the rest of it, or has no price, is left out; prices are printed."""
     progress: bool = True
     """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
@@ -98,7 +99,7 @@ def affordable(
 ) -> dict[str, RunConfig]:
     """The cells that are finished or fit into a budget, each into what those before it leave.
 
-    A cell without a price costs nothing.
+    A cell without a price was not timed, and fits into none.
     """
     if budget is None:
         return dict(cells)
@@ -106,7 +107,7 @@ def affordable(
     left = budget
     taken = dict[str, RunConfig]()
     for cell, config in cells.items():
-        price = 0.0 if cell in held else hours.get(cell, 0.0)
+        price = 0.0 if cell in held else hours.get(cell, math.inf)
         if price <= left:
             taken[cell] = config
             left -= price

@@ -24,7 +24,7 @@ RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
 """``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), ``"structure"``, or several; or
 ``"graph"``.
 
-Structure is degrees, and how unlike its neighbors a node is, see :func:`gmoe.conv.structure`.
+Structure is degrees, and how unlike its neighbors a node is, see ``gmoe.conv.structure``.
 
 The graph, by itself, is the mean of the nodes of each graph of a batch: all of them go to the same
 experts."""

@@ -22,11 +22,11 @@ def test_results_are_finished_where_their_data_are_not_here(tmp_path: Path) -> N
 
 
 def test_a_budget_takes_cells_in_turn_as_far_as_it_reaches(tmp_path: Path) -> None:
-    """A finished cell costs nothing, nor does one that was not timed."""
+    """A finished cell costs nothing; one that was not timed is in no budget."""
     config = PRESETS["digits-graph"][1]
-    cells = dict.fromkeys(["a/done", "a/long", "a/short", "a/free", "a/other"], config)
+    cells = dict.fromkeys(["a/done", "a/long", "a/short", "a/unknown", "a/other"], config)
     hours = {"a/done": 9.0, "a/long": 3.0, "a/short": 1.5, "a/other": 1.0}
     write_json(tmp_path / "a" / "done.json", {"config": {}})
-    assert list(affordable(cells, hours, 2.0, tmp_path)) == ["a/done", "a/short", "a/free"]
+    assert list(affordable(cells, hours, 2.0, tmp_path)) == ["a/done", "a/short"]
     assert list(affordable(cells, hours, 2.5, tmp_path))[-1] == "a/other"
     assert affordable(cells, hours, None, tmp_path) == cells
