@@ -109,5 +109,7 @@ def not_run(study: Mapping[str, Any], only: Sequence[str]) -> list[str]:
         column, _, row = cell.partition("/")
         is_shown = column in (only or study["columns"])
         if is_shown and row not in study["cells"].get(column, {}):
-            missing.append(f"{column}: {labels[row]}, not run, {hours:g} hours")
+            figure = study["published"].get(cell)
+            beside = "" if figure is None else f" (published: {figure})"
+            missing.append(f"{column}: {labels[row]}{beside}, not run, {hours:g} hours")
     return ["\n".join(f"- {line}" for line in missing)] if missing else []

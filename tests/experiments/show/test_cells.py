@@ -72,7 +72,7 @@ def test_prices_choices_and_published_figures_stand_beside_a_cell(folder: Path) 
     study = json.loads(path.read_text()) | {
         "labels": {"moe": "experts", "dense": "the dense model"},
         "chosen": {"Best": ["moe", "dense"], "Open": ["moe", "four"]},
-        "published": {"b/dense": "51.0 ± 2.0", "b/Best": "60.0"},
+        "published": {"b/dense": "51.0 ± 2.0", "b/Best": "60.0", "a/moe": "70.0"},
         "hours": {"b/moe": 1.0, "a/moe": 0.25, "c/dense": 12.5},
     }
     path.write_text(json.dumps(study))
@@ -88,5 +88,6 @@ def test_prices_choices_and_published_figures_stand_beside_a_cell(folder: Path) 
     # Validation chooses the dense model, whose test score is the lower one
     assert best.startswith("| Best by validation: dense | 55.00 ")
     assert "| 60.0 |" in best
-    assert missing == "- a: experts, not run, 0.25 hours\n- c: the dense model, not run, 12.5 hours"
-    assert study_tables(read_study(folder), ["a"]).endswith("\n\n- a: experts, not run, 0.25 hours")
+    of_a = "- a: experts (published: 70.0), not run, 0.25 hours"
+    assert missing == f"{of_a}\n- c: the dense model, not run, 12.5 hours"
+    assert study_tables(read_study(folder), ["a"]).endswith(f"\n\n{of_a}")
