@@ -467,13 +467,9 @@ def experts_of(
     backend: Backend,
     readers: Readers | None = None,
 ) -> Experts:
-    """The experts that replace an MLP, or with ``start="shared"`` run beside it.
+    """The experts that replace an MLP or linear layer, or with ``start="shared"`` run beside it.
 
-    Args:
-        name: of the MLP in its model, for errors.
-        mlp: an MLP, or a single linear layer.
-        num_experts, start, upcycle, backend: as :func:`moefy` takes them.
-        readers: of MLPs that were read before.
+    ``name`` is for errors, and ``readers`` are of those read before.
     """
     copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":

@@ -30,6 +30,8 @@ WAYS = {
     "a shared expert": {"start": "shared"},
     "plain, experts choose": {"start": "plain", "router": "expert_choice"},
     "two experts a node": {"k": 2, "router_kwargs": {"weight": "normalized"}},
+    "mixed weights": {"mix": "weights", "k": 1},
+    "mixed weights, a router a block": {"mix": "weights", "shared_router": False},
 }
 ways = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 
@@ -143,13 +145,20 @@ def by_masks(gnn: GNNMoE, x: Tensor, convs: Any, routings: list[gmoe.Routing]) -
         rows = convs[layer](gnn.norms[layer](h), EDGES)
         weight_TE = routings[-1 if len(routings) == 1 else layer].to_dense()
         up, down = part.experts.up, part.experts.down
-        h = h + sum(
-            weight_TE[:, [e]]
-            * F.linear(
-                F.gelu(F.linear(rows, up.weight[e], up.bias[e])), down.weight[e], down.bias[e]
+        if part.mix == "weights":  # an MLP a node; those of a graph are the same
+            hidden = F.gelu(
+                torch.einsum("te,ehc,tc->th", weight_TE, up.weight, rows) + weight_TE @ up.bias
             )
-            for e in range(EXPERTS)
-        )
+            mixed = torch.einsum("te,eoh,th->to", weight_TE, down.weight, hidden)
+            h = h + mixed + weight_TE @ down.bias
+        else:
+            h = h + sum(
+                weight_TE[:, [e]]
+                * F.linear(
+                    F.gelu(F.linear(rows, up.weight[e], up.bias[e])), down.weight[e], down.bias[e]
+                )
+                for e in range(EXPERTS)
+            )
         if part.shared_expert is not None:
             h = h + part.shared_expert(rows)
     logits: Tensor = gnn.lin(gnn.norms[-1](h))
