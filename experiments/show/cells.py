@@ -76,7 +76,7 @@ def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
                 for cell, figure in study.get("published", {}).items()
                 if cell.startswith(f"{column}/")
             },
-            "shows_minutes": "hours" in study,
+            "shows_minutes": bool(study.get("hours")),
         }
         tables.append(study_table(content))
     if not tables:

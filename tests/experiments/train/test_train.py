@@ -133,7 +133,7 @@ def test_structure_is_compared_with_all_that_may_gain_as_much(
     }
     width = summary["config"]["hidden"]
     parameters = [found[name]["parameters"] for name in ("dense", "dense-structure")]
-    assert parameters[1] - parameters[0] == 6 * width
+    assert parameters[1] - parameters[0] == 2 * 6 * width  # of the conv, and of the residual
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
