@@ -90,17 +90,20 @@ def forward_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...
 
 def remove_forward_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
     """Remove the hooks of some classes; their handles may be gone, or those of a model copied."""
-    before = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
-    after = (
+    before: list[dict[int, Any]] = [
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+    ]
+    after: list[dict[int, Any]] = [
         module._forward_hooks,
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
-    )
-    for hooks, *options in (before, after):
-        for key, hook in list(hooks.items()):
-            if isinstance(hook, kinds):
-                for table in (hooks, *options):
-                    table.pop(key, None)
+    ]
+    for tables in (before, after):
+        found = [key for key, hook in tables[0].items() if isinstance(hook, kinds)]
+        for key in found:
+            for table in tables:
+                table.pop(key, None)
 
 
 def shallow_copy(module: nn.Module, of_part: Callable[[nn.Module], nn.Module]) -> Any:

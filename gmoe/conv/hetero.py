@@ -129,7 +129,7 @@ class RelationalConv(nn.Module):
                 parts[name].append(graph.mean(x_src, by="values"))
         return parts
 
-    def mix(self, node_type: NodeType, parts: Sequence[Tensor], *args: Tensor) -> Tensor:
+    def from_parts(self, node_type: NodeType, parts: Sequence[Tensor], *args: Tensor) -> Tensor:
         """(T, O) the sum of the maps of a node type's parts.
 
         Args:
@@ -147,7 +147,7 @@ class RelationalConv(nn.Module):
     ) -> dict[NodeType, Tensor]:
         """(T, O) of each node type."""
         return {
-            name: self.mix(name, parts)
+            name: self.from_parts(name, parts)
             for name, parts in self.parts(x_dict, edge_index_dict).items()
         }
 
@@ -317,10 +317,10 @@ class HeteroMoEConv(MoELayer):
             batch = (batch_dict or {}).get(name)
             routing = self.routers[name](parts[0], batch)
             routings[name] = routing
-            out[name] = self.mix(name, parts, routing)
+            out[name] = self.from_parts(name, parts, routing)
         return (out, routings) if return_routing else out
 
-    def mix(self, node_type: NodeType, parts: Sequence[Tensor], routing: Routing) -> Tensor:
+    def from_parts(self, node_type: NodeType, parts: Sequence[Tensor], routing: Routing) -> Tensor:
         """(T, O) the sum of the experts of each token, and of the shared expert.
 
         Args:
@@ -330,11 +330,11 @@ class HeteroMoEConv(MoELayer):
         """
         # Gather each part's rows by expert, one grouped product a part, scatter back by weight.
         rows_PD = [dispatch(part, routing) for part in parts]
-        y = combine(self.experts.mix(node_type, rows_PD, routing.offsets), routing)
+        y = combine(self.experts.from_parts(node_type, rows_PD, routing.offsets), routing)
         if self.gain is not None:
             y = (GAIN_SCALE * self.gain).to(y.dtype) * y
         if self.shared_expert is not None:
-            y = self.shared_expert.mix(node_type, parts) + y
+            y = self.shared_expert.from_parts(node_type, parts) + y
         return y
 
 

@@ -156,7 +156,7 @@ class _LayerByLayer:
                 x = h_dict[name][rows].to(self.device)
                 parts = [x, *(self.mean(relation, rows, h_dict) for relation in relations)]
                 routing = (self.routings[-1].select(rows),) if is_moe else ()
-                out = conv.mix(name, parts, *routing)
+                out = conv.from_parts(name, parts, *routing)
                 outs.append(self.model.add_residual(layer, name, out, x).cpu())
 
             # 3. Norm and activation on all nodes at once, since some norms look at all of them.

@@ -71,9 +71,10 @@ def linear(stacked: Any, x: Tensor, weight_E: Tensor) -> Tensor:
 def defined(moe: MoE, x: Tensor, group: Tensor) -> Tensor:
     """(T, O) the definition, token by token: route the group's mean, mix, and run."""
     out = []
+    gate: Any = moe.router.gate
     for token in range(len(x)):
         mean = x[group == group[token]].mean(dim=0)
-        weight_E = moe.router.gate(mean).softmax(dim=0)
+        weight_E = gate(mean).softmax(dim=0)
         stacked: Any = moe.experts
         if isinstance(stacked, LinearExperts):
             y = linear(stacked, x[token], weight_E)

@@ -35,8 +35,8 @@ def nodes_and_edges() -> tuple[Tensor, Tensor]:
 
 
 def layer(conv: Any, **options: Any) -> Any:
-    options = {"num_experts": E, "mix": "weights", "start": "plain"} | options
-    return redrawn(MoEConv(conv, D, OUT, **options))
+    defaults: dict[str, Any] = {"num_experts": E, "mix": "weights", "start": "plain"}
+    return redrawn(MoEConv(conv, D, OUT, **(defaults | options)))
 
 
 def mixture(experts: Any, weight_E: Tensor) -> dict[str, Tensor]:

@@ -68,13 +68,13 @@ def test_it_equals_the_forward(kwargs: dict[str, Any], batch_size: int) -> None:
 def test_it_holds_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """No map of a layer sees more rows than a chunk has."""
     seen = []
-    mix = RelationalConv.mix
+    from_parts = RelationalConv.from_parts
 
     def watched(conv: Any, name: str, parts: Any, *args: Any) -> Tensor:
         seen.append(max(map(len, parts)))
-        return mix(conv, name, parts, *args)
+        return from_parts(conv, name, parts, *args)
 
-    monkeypatch.setattr(RelationalConv, "mix", watched)
+    monkeypatch.setattr(RelationalConv, "from_parts", watched)
     trained().inference(DATA, batch_size=2)
     assert max(seen) == 2
 
