@@ -192,7 +192,7 @@ def _check_router(name: str, layer: MoELayer) -> None:
     if router is None or layer.moefied is None:
         return
     made = layer.moefied.values
-    options = made["num_experts"], made["k"], made["router_kwargs"]
+    options = made["num_experts"], made["k"], made["router_kwargs"], layer.mix
     dim = getattr(router, "dim", 1)
     # As it is built when the model is loaded, without values.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):

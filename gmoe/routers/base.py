@@ -253,16 +253,12 @@ class Router(nn.Module, ABC):
             router_input: what the layer calls a group, for errors.
 
         Returns:
-            The routing of all tokens, with :attr:`Routing.by_group`.
+            The routing of all tokens, with ``by_group``.
 
         Raises:
             ValueError: a router in which experts choose.
         """
-        if self.experts_choose or not self.by_token:
-            raise ValueError(
-                f"router_input: got {router_input!r} with {type(self).__name__}, expected a router "
-                f"in which tokens choose (by_token=True): {router_input}s do not compete"
-            )
+        self.refuse_competition(router_input)
         self._check_input(x, batch)
         # Sums of many tokens would round in half precision.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -285,6 +281,18 @@ class Router(nn.Module, ABC):
         own_G = torch.arange(len(mean_GD), device=x.device)
         routing: Routing = self(mean_GD, own_G, members=group_T)
         return routing
+
+    def refuse_competition(self, router_input: str) -> None:
+        """Refuse to decide for groups, if experts choose among tokens.
+
+        Raises:
+            ValueError: the class of the router.
+        """
+        if self.experts_choose or not self.by_token:
+            raise ValueError(
+                f"router_input: got {router_input!r} with {type(self).__name__}, expected a router "
+                f"in which tokens choose (by_token=True): {router_input}s do not compete"
+            )
 
     def _check_input(self, x: Tensor, batch: Tensor | None) -> None:
         """Refuse tokens of another width, and a batch vector that does not fit them."""

@@ -1,0 +1,167 @@
+"""``router_input="image"``: all tokens of an image go to the experts of their mean."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+import gmoe
+from gmoe import ExpertChoice, MLPExperts, MoE, TokenChoice, ViTMoE, aux_loss, record_routing
+from gmoe.models.vit import ViTSize
+from tests.helpers.vits import images, timm_vit, torchvision_vit
+
+E, D = 4, 6
+TINY = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24)
+
+
+def moe(**options: Any) -> MoE:
+    torch.manual_seed(0)
+    router = TokenChoice(D, num_experts=E, init_scale=3.0, **options)
+    return MoE(router, MLPExperts(D, 5, 3, num_experts=E), router_input="image").double()
+
+
+def tokens(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, D, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def huggingface_vit() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"image_size": 8, "patch_size": 4, "hidden_size": 16}
+    sizes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    return ViTForImageClassification(ViTConfig(**sizes, num_labels=5)).double().eval()
+
+
+MODELS: dict[str, Any] = {
+    "torchvision": torchvision_vit,
+    "timm": timm_vit,
+    "timm with registers": lambda: timm_vit(class_token=True, reg_tokens=2),
+    "timm without a class token": lambda: timm_vit(class_token=False, global_pool="avg"),
+    "transformers": huggingface_vit,
+}
+
+
+def logits(model: Any, x: Tensor) -> Tensor:
+    out = model(x)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+@pytest.mark.parametrize("k", [1, 2, E])
+def test_an_image_is_routed_by_its_mean(k: int) -> None:
+    layer = moe(k=k, balance=None, weight="score")
+    x = tokens(3, 5)
+    out, routing = layer(x, return_routing=True)
+    weight_BE = layer.router(x.mean(dim=1)).to_dense()
+    weight_TE = weight_BE.repeat_interleave(5, dim=0)
+    torch.testing.assert_close(routing.to_dense(), weight_TE)
+    assert routing.by_group is not None
+    torch.testing.assert_close(routing.by_group.weight_GE, weight_BE)
+    told = MoE(layer.router, layer.experts)
+    every = torch.arange(E).expand(15, -1)
+    given = gmoe.Routing.from_choices(every, weight_TE, num_experts=E)
+    expected = told(x, routing=given)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    values = [x, *layer.parameters()]
+    found = torch.autograd.grad(out.square().sum(), values)
+    wanted = torch.autograd.grad(expected.square().sum(), values)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("balance", ["bias", "switch", "importance_load"])
+def test_balance_and_losses_count_images(balance: Any) -> None:
+    layer = moe(balance=balance, capacity_factor=1.0, z_coef=0.1)
+    twin: Any = copy.deepcopy(layer.router)
+    x = tokens(7, 5)
+    torch.manual_seed(2)
+    _, routing = layer(x, return_routing=True)
+    torch.manual_seed(2)
+    of_images = twin(x.mean(dim=1), torch.arange(7))
+    torch.testing.assert_close(aux_loss(routing), aux_loss(of_images))
+    assert routing.losses.keys() == of_images.losses.keys()
+    assert int(routing.dropped) == 0
+    torch.testing.assert_close(dict(layer.router.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_images_do_not_see_each_other_and_padding_is_part_of_one() -> None:
+    layer = moe(balance=None)
+    x = tokens(3, 5)
+    torch.testing.assert_close(layer(x[1:2]), layer(x)[1:2])
+    padded = nn.functional.pad(x, (0, 0, 0, 5))
+    _, routing = layer(padded, return_routing=True)
+    mean = layer.router(x.mean(dim=1) / 2)
+    assert torch.equal(routing.top_expert.view(3, 10)[:, 0], mean.top_expert)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("start", ["shared", "copies"])
+def test_all_tokens_of_an_image_go_to_the_same_experts(name: str, start: Any) -> None:
+    dense = MODELS[name]()
+    x = images(6)
+    expected = logits(dense, x)
+    model = gmoe.moefy(dense, every=1, num_experts=E, start=start, router_input="image")
+    with record_routing(model) as routings:
+        torch.testing.assert_close(logits(model, x), expected, rtol=0, atol=1e-10)
+    assert len(routings) == 3
+    for routing in routings:
+        expert_BT = routing.top_expert.view(6, -1)
+        assert torch.equal(expert_BT, expert_BT[:, :1].expand_as(expert_BT))
+
+
+@pytest.mark.parametrize("mix", ["outputs", "weights"])
+def test_a_model_is_saved_loaded_and_compiled(mix: Any, tmp_path: Any) -> None:
+    options: dict[str, Any] = {"router": "token_choice", "start": "plain", "router_input": "image"}
+    torch.manual_seed(0)
+    model = ViTMoE(TINY, 5, num_experts=E, mix=mix, **options).eval()
+    nn.init.normal_(model.heads.head.weight)
+    x = images().float()
+    expected, routings = model(x, return_routing=True)
+    gmoe.save(model, tmp_path / "vit")
+    loaded: Any = gmoe.load(tmp_path / "vit")
+    torch.testing.assert_close(loaded.eval()(x), expected)
+    torch.testing.assert_close(model(x, routings=routings), expected)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+    moefied = gmoe.moefy(timm_vit(), num_experts=E, mix=mix, start="copies", router_input="image")
+    gmoe.save(moefied, tmp_path / "timm")
+    again = gmoe.load(tmp_path / "timm", base=timm_vit())
+    torch.testing.assert_close(again(images()), moefied(images()))
+
+
+def test_a_decision_may_come_from_features_of_the_users() -> None:
+    """A view of the images, such as their mean color, and one decision for all blocks."""
+    torch.manual_seed(0)
+    model = ViTMoE(TINY, 5, "token_choice", num_experts=E, start="plain")
+    nn.init.normal_(model.heads.head.weight)
+    router = TokenChoice(3, num_experts=E, balance=None)
+    x = images().float()
+    image_T = torch.arange(len(x)).repeat_interleave(5)
+    routing = router(x.mean(dim=(2, 3)), torch.arange(len(x)), members=image_T)
+    out, used = model(x, routings=[routing, routing], return_routing=True)
+    assert used[0] is used[1] is routing
+    out.square().sum().backward()
+    assert router.gate.weight.grad is not None
+    assert router.gate.weight.grad.any()
+
+
+def test_an_image_level_layer_is_exported() -> None:
+    layer = moe(k=2).eval()
+    x = tokens(3, 5).detach()
+    run = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(run(x), layer(x))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    experts = MLPExperts(D, 5, 3, num_experts=E)
+    with pytest.raises(ValueError, match=r"router_input: got 'image' with ExpertChoice, .* images"):
+        MoE(ExpertChoice(D, num_experts=E), experts, router_input="image")
+    with pytest.raises(ValueError, match="router_input: got 'graph', expected one of"):
+        MoE(TokenChoice(D, num_experts=E), experts, router_input="graph")  # type: ignore[arg-type]
+    model: Any = gmoe.moefy(timm_vit(), num_experts=E, router_input="image")
+    with pytest.raises(ValueError, match=r"x: got \(3, 16\), rows of nobody knows which images"):
+        model.blocks[1].mlp(torch.zeros(3, 16, dtype=torch.float64))
