@@ -24,7 +24,7 @@ from gmoe.conv.graph import Graph
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoELayer
 from gmoe.products import Backend, combine, dispatch
-from gmoe.routers import RouterLike, let_check_finite
+from gmoe.routers import ByType, RouterLike, let_check_finite
 from gmoe.routing import Routing
 from gmoe.stack import become, tensors_of
 from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
@@ -165,7 +165,9 @@ class HeteroMoEConv(MoELayer):
     gain g starts at zero, so that with the same seed a new layer equals the ``RelationalConv`` that
     it replaces. A layer with ``start="copies"`` or ``"plain"`` has neither of them.
 
-    Each node type has its own router, which sees the type's features, and its own experts: a
+    Types are routed by the structure itself: node types and relations have weights of their own in
+    every expert, and in the dense layer, so that :class:`gmoe.routers.ByType` is refused. Each node
+    type has its own router, which sees the type's features, and its own experts: a
     mixture of linear layers on :math:`x_i` and the means. Outputs and gradients equal those of E
     relational layers that run on the whole graph and are masked. Each relation is averaged once,
     and compute scales with K, not E. You may replace parts of ``experts``, as in
@@ -231,6 +233,12 @@ class HeteroMoEConv(MoELayer):
         backend: Backend = "auto",
         check_finite: bool = False,
     ) -> None:
+        if isinstance(router, ByType):
+            raise ValueError(
+                "router: got ByType, expected a router that decides inside a node type: node types "
+                "and relations have weights of their own already; of data.to_homogeneous(), moefy "
+                "routes nodes by 'node_type' and edges by 'edge_type'"
+            )
         super().__init__(num_experts=num_experts, k=k)
         self.make_dense = partial(
             RelationalConv, in_channels, out_channels, metadata, out_types=out_types

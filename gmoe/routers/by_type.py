@@ -39,6 +39,10 @@ class ByType:
     on features nor on positions, so that the model stays as smooth as the dense one; nothing has
     to be balanced, and ``num_experts`` is the number of values.
 
+    Tokens may be nodes or edges: a linear layer on the nodes of ``data.to_homogeneous()``, routed
+    by its ``node_type``, or one on messages, by ``edge_type``, is PyG's ``HeteroLinear``. Layers
+    for ``HeteroData`` have weights for each type already.
+
     In a model of your own layers, use it as the factory of their routers, and call :meth:`attach`
     once. Compile the whole model, not a part of it.
 

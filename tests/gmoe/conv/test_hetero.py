@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
+from torch_geometric.nn import HeteroLinear
 
+import gmoe
 from gmoe import (
     ROUTERS,
     Graph,
@@ -25,6 +27,7 @@ from gmoe import (
     active_parameters,
     count_flops,
 )
+from gmoe.routers import ByType
 from tests.helpers.hetero_reference import (
     COUNTS,
     METADATA,
@@ -216,12 +219,56 @@ def test_sizes_may_be_integers_of_numpy() -> None:
         ({"out_types": ["book"]}, "out_types"),
         ({"out_channels": 0}, "out_channels"),
         ({"router": TokenChoice(WIDTH, num_experts=EXPERTS), "router_kwargs": None}, "router"),
+        (
+            {"router": ByType("node_type", range(EXPERTS)), "router_kwargs": None},
+            "router: got ByType",
+        ),
     ],
     ids=str,
 )
 def test_errors_of_the_constructor(kwargs: dict[str, Any], argument: str) -> None:
     with pytest.raises(ValueError, match=rf"^{argument}"):
         layer(**kwargs)
+
+
+class Typed(nn.Module):
+    """Messages by the type of their edge, and roots by the type of their node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = nn.Linear(WIDTH, OUT)
+        self.message = nn.Linear(WIDTH, OUT)
+
+    def forward(
+        self, x: Tensor, edge_index: Tensor, node_type: Tensor, edge_type: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        source, target = edge_index
+        message = self.message(x[source])
+        return self.root(x).index_add(0, target, message), message
+
+
+def test_types_of_homogeneous_data_are_routed_as_pygs_hetero_linear() -> None:
+    x = features(9, WIDTH)
+    edge_index = torch.tensor([[0, 1, 2, 3, 8, 5], [1, 0, 4, 4, 2, 5]])
+    node_type = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
+    edge_type = torch.tensor([1, 1, 0, 1, 0, 0])
+    model: Any = Typed().double()
+    gmoe.moefy(model, targets="root", router=ByType("node_type", range(3)), start="plain")
+    gmoe.moefy(model, targets="message", router=ByType("edge_type", range(2)), start="plain")
+    out, message = model(x, edge_index, node_type, edge_type)
+
+    def typed(experts: Any, rows: Tensor, of_row: Tensor) -> Tensor:
+        linear = HeteroLinear(WIDTH, OUT, len(experts.weight)).double()
+        with torch.no_grad():
+            linear.weight.copy_(experts.weight.mT)
+            linear.bias.copy_(experts.bias)
+        result: Tensor = linear(rows, of_row)
+        return result
+
+    expected = typed(model.message.experts, x[edge_index[0]], edge_type)
+    torch.testing.assert_close(message, expected)
+    root = typed(model.root.experts, x, node_type)
+    torch.testing.assert_close(out, root.index_add(0, edge_index[1], expected))
 
 
 OTHER = Graph(torch.zeros(2, 0, dtype=torch.long), (5, 8))
