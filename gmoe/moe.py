@@ -174,7 +174,7 @@ class MoE(_Mixture):
             is_by_group = mix == "weights" and not isinstance(router, TypeRouter)
             router_input = "image" if is_by_group else "token"
         check_choice("router_input", router_input, TokenInput)
-        if router_input == "image":
+        if router is not None and router_input == "image":
             router.refuse_competition(router_input)
         super().__init__(router, experts, mix)
         if mix == "weights":

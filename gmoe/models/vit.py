@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -22,7 +23,7 @@ from gmoe.mixed_weights import Mix
 from gmoe.moe import MoE, TokenInput
 from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
-from gmoe.routers import RouterLike
+from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing, checked_routings, record_routing
 from gmoe.saved import HubMixin
 from gmoe.start import Start, drawn_apart, resolved_start, saved_by_name
@@ -81,8 +82,11 @@ class ViTMoE(HubMixin, VisionTransformer):
             all experts start as copies of the dense MLP. ``"plain"``: independent experts. With the
             first two, the outputs of a new model equal those of the dense one (``router=None``)
             with the same seed.
-        router_input: what routers see: each ``"token"``, or the ``"image"``, which is then routed
-            once in each layer; see :class:`MoE`.
+        router_input: what routers see: each ``"token"``, or the ``"image"``, the mean of its
+            tokens; see :class:`MoE`.
+        shared_router: route once for all layers, by the tokens that enter the first block
+            (``True``), as :class:`GNNMoE` does, or let each layer route by its own input
+            (``False``, default).
         mix: what is mixed, ``"outputs"`` (default) or ``"weights"``; see :class:`MoE`.
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
@@ -91,7 +95,8 @@ class ViTMoE(HubMixin, VisionTransformer):
     Shapes:
         - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.
         - returns (B, num_classes), and the list of :class:`gmoe.Routing` with
-          ``return_routing=True``, empty if dense.
+          ``return_routing=True`` (one per MoE layer; one in all with ``shared_router``), empty if
+          dense.
         - ``routings``: such a list, of an earlier call on as many images; no router is asked.
 
     Raises:
@@ -115,6 +120,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         every: int = 2,
         start: Start | None = None,
         router_input: TokenInput | None = None,
+        shared_router: bool = False,
         mix: Mix = "outputs",
         dropout: float = 0.0,
         router_kwargs: Mapping[str, object] | None = None,
@@ -136,6 +142,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         self.recorded = Recorded.of(
             given_to(ViTMoE, locals()), saved_by_name(start, mix, k, router_kwargs)
         )
+        self.shared_router: Router | None = None
         if router is None:
             return
         with drawn_apart(start != "plain"):
@@ -154,6 +161,16 @@ class ViTMoE(HubMixin, VisionTransformer):
             )
             if start != "copies":
                 self._init_experts()
+        if shared_router:
+            # The first layer's, which is as wide as all others.
+            layers = self._layers()
+            self.shared_router = layers[0].router
+            for layer in layers:
+                layer.router = None
+
+    def _layers(self) -> list[MoE]:
+        """The layers with experts, in order."""
+        return [layer for layer in self.modules() if isinstance(layer, MoE)]
 
     def _init_experts(self) -> None:
         """Draw the experts as torchvision draws the MLPs of the dense model."""
@@ -178,15 +195,38 @@ class ViTMoE(HubMixin, VisionTransformer):
             raise ValueError(
                 f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})"
             )
-        layers = [layer for layer in self.modules() if isinstance(layer, MoE)]
+        # As torchvision's forward: gray becomes RGB, and a class token joins the patches.
+        x = self._process_input(images.expand(-1, 3, -1, -1))
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        layers = self._layers()
+        is_shared = self.shared_router is not None
         recording: AbstractContextManager[list[Routing]] = nullcontext([])
         if routings is not None:
-            recording = _giving(layers, checked_routings(routings, len(layers), "layer"))
+            number = 1 if is_shared else len(layers)
+            given = checked_routings(routings, number, "router" if is_shared else "layer")
+            recording = _giving(layers, given * len(layers) if is_shared else given)
+        elif is_shared:
+            recording = _giving(layers, [self.route_once(x)] * len(layers))
         elif return_routing and layers:
             recording = record_routing(self.encoder)
         with recording as used:
-            logits = super().forward(images.expand(-1, 3, -1, -1))  # gray becomes RGB
-        return (logits, used) if return_routing else logits
+            logits: Tensor = self.heads(self.encoder(x)[:, 0])
+        if not return_routing:
+            return logits
+        return logits, used[:1] if is_shared else used
+
+    def route_once(self, x: Tensor) -> Routing:
+        """Decide once for all layers, with a shared router.
+
+        Args:
+            x: (B, T, D) the class token and the patches, before their positions are added.
+        """
+        assert self.shared_router is not None
+        x = x + self.encoder.pos_embedding
+        if self._layers()[0].router_input == "image":
+            return self.shared_router.route_groups(x, None, "image")
+        routing: Routing = self.shared_router(x)
+        return routing
 
 
 @contextmanager

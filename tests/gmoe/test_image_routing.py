@@ -34,7 +34,8 @@ def huggingface_vit() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"image_size": 8, "patch_size": 4, "hidden_size": 16}
     sizes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-    return ViTForImageClassification(ViTConfig(**sizes, num_labels=5)).double().eval()
+    sizes["num_labels"] = 5
+    return ViTForImageClassification(ViTConfig(**sizes)).double().eval()
 
 
 MODELS: dict[str, Any] = {
@@ -165,3 +166,76 @@ def test_what_does_not_fit_is_refused() -> None:
     model: Any = gmoe.moefy(timm_vit(), num_experts=E, router_input="image")
     with pytest.raises(ValueError, match=r"x: got \(3, 16\), rows of nobody knows which images"):
         model.blocks[1].mlp(torch.zeros(3, 16, dtype=torch.float64))
+
+
+def shared(**options: Any) -> ViTMoE:
+    torch.manual_seed(0)
+    options = {"router": "token_choice", "start": "plain", "router_input": "image"} | options
+    model = ViTMoE(TINY, 5, num_experts=E, shared_router=True, **options)
+    nn.init.normal_(model.heads.head.weight)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("router_input", ["image", "token"])
+@pytest.mark.parametrize("mix", ["outputs", "weights"])
+def test_one_router_decides_for_all_layers(router_input: Any, mix: Any) -> None:
+    if (router_input, mix) == ("token", "weights"):
+        pytest.skip("a token by itself has no weights of its own")
+    model = shared(router_input=router_input, mix=mix)
+    x = images()
+    out, routings = model(x, return_routing=True)
+    assert len(routings) == 1
+    # By hand: the tokens that enter the first block, and the decision given to both layers.
+    patches = model.conv_proj(x).flatten(2).transpose(1, 2)
+    tokens = torch.cat([model.class_token.expand(3, -1, -1), patches], dim=1)
+    tokens = tokens + model.encoder.pos_embedding
+    router: Any = model.shared_router
+    weight_TE = router(tokens).to_dense()
+    if router_input == "image":
+        weight_TE = router(tokens.mean(dim=1)).to_dense().repeat_interleave(5, dim=0)
+    torch.testing.assert_close(routings[0].to_dense(), weight_TE)
+    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    found: list[gmoe.Routing] = []
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda _, __, kwargs, ___: found.append(kwargs["routing"]), with_kwargs=True
+        )
+    torch.testing.assert_close(model(x, routings=routings), out)
+    assert found == [routings[0], routings[0]]
+    out.square().sum().backward()
+    assert router.gate.weight.grad.any()
+    with pytest.raises(ValueError, match="routings: got 2, expected a list of 1 Routings, one a"):
+        model(x, routings=routings * 2)
+    with pytest.raises(ValueError, match=r"routing: got None, expected a Routing"):
+        layers[0](tokens)
+
+
+@pytest.mark.parametrize("start", ["copies", "shared"])
+def test_with_a_shared_router_a_new_model_is_the_dense_one(start: Any) -> None:
+    model = shared(start=start)
+    torch.manual_seed(0)
+    dense = ViTMoE(TINY, 5, None)
+    nn.init.normal_(dense.heads.head.weight)
+    x = images()
+    torch.testing.assert_close(model(x), dense.double().eval()(x), rtol=0, atol=1e-10)
+
+
+def test_a_shared_router_is_saved_pruned_merged_and_compiled(tmp_path: Any) -> None:
+    model = shared()
+    x = images()
+    expected = model(x)
+    gmoe.save(model, tmp_path)
+    loaded: Any = gmoe.load(tmp_path)
+    assert not any(layer.router for layer in loaded.modules() if isinstance(layer, MoE))
+    torch.testing.assert_close(loaded.double().eval()(x), expected)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(compiled(x + 1), model(x + 1))
+    pruned = gmoe.prune(loaded, x)
+    assert len(pruned.layers) == 1
+    assert len(pruned.layers[0].names) == 2
+    torch.testing.assert_close(pruned.model(x), expected)
+    mixed = shared(mix="weights")
+    dense: Any = gmoe.merge(mixed, x[:1])
+    assert dense.shared_router is None
+    torch.testing.assert_close(dense(x[:1]), mixed(x[:1]), rtol=0, atol=1e-11)
