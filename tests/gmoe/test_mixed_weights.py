@@ -202,6 +202,25 @@ def test_folded_it_stays_and_unstacked_it_is_refused_until_it_is_stacked_again()
     torch.testing.assert_close(restack(moe)(x, BATCH), before, rtol=0, atol=1e-12)
 
 
+def test_along_a_path_mixed_weights_do_not_jump_as_a_choice_does() -> None:
+    """The largest step of the output, over the mean step, where the choice changes on the way."""
+    mixed_layer = layer("mlp")
+    hard_router = TokenChoice(D, num_experts=E, balance=None, weight="straight_through")
+    hard_router.gate = mixed_layer.router.gate
+    hard = MoE(hard_router, mixed_layer.experts, router_input="image").double()
+    start, end = tokens(2, 5).detach()
+    path = torch.linspace(0, 1, 400, dtype=torch.float64)[:, None, None]
+    images = start + path * (end - start)
+    _, routing = hard(images, return_routing=True)
+    assert len(routing.top_expert.unique()) > 1
+    largest = []
+    for moe in (mixed_layer, hard):
+        steps = moe(images).sum(dim=(1, 2)).diff().abs()
+        largest.append(float(steps.max() / steps.mean()))
+    assert largest[0] < 5
+    assert largest[1] > 20
+
+
 def test_hooks_run_and_nothing_on_the_experts_changes() -> None:
     moe: Any = layer("mlp", base=True)
     x = tokens(len(BATCH))

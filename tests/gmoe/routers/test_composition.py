@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gmoe
 from gmoe import MoE, record_routing
@@ -110,6 +111,32 @@ def test_all_layers_share_the_decision_and_start_as_the_dense_model(tmp_path: An
     gmoe.save(trained, tmp_path)
     loaded: Any = gmoe.load(tmp_path, Net().double())
     torch.testing.assert_close(loaded(x, Z, batch=BATCH), trained.eval()(x, Z, batch=BATCH))
+
+
+class Checkpointed(Net):
+    """Net whose first layer is computed again in the backward pass."""
+
+    use_reentrant = False
+
+    def forward(self, x: Tensor, z: Tensor, *, batch: Tensor | None = None) -> Tensor:
+        h = checkpoint(self.lin1, x, use_reentrant=self.use_reentrant)
+        out: Tensor = self.lin2(h.tanh())
+        return out
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_compute_with_the_same_shares(use_reentrant: bool) -> None:
+    plain = net()
+    model = Checkpointed()
+    model.use_reentrant = use_reentrant
+    router = ByType("z", VALUES, batch="batch")
+    gmoe.moefy(model.double(), targets="lin*", router=router, start="copies", mix="weights")
+    model.load_state_dict(plain.state_dict())
+    x = features()
+    for one in (plain, model):
+        one(x, Z, batch=BATCH).square().sum().backward()
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_compiled_it_is_the_same_for_any_number_of_groups() -> None:
