@@ -1,0 +1,364 @@
+"""Write configurations of molecules with energies and forces, from tables of SMILES.
+
+    python -m experiments.convert forces ESOL.csv.gz FreeSolv.csv.gz --out forces.npz
+
+Each molecule gets conformers by RDKit (ETKDG, then UFF), whose atoms are moved at random by 0.02 to
+0.1 Å, and GFN2-xTB energies and forces by tblite (Bannwarth et al., 2019). A configuration of 15
+atoms takes about 25 ms of a core, most of it for the conformer. All follows from the SMILES and the
+seed, so that no data need to be passed on: this command is the data set.
+
+Molecules are split by what they are, whichever tables name them. Those of more than 16 atoms, and
+of more than four elements, are test sets of their own; of the others one in ten is for validation
+and one in ten for the test. ``experiments.sweep forces`` trains on the file.
+
+It needs RDKit and tblite (pip install rdkit tblite, the extra ``forces``).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import tyro
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from experiments.train.checks import check
+from experiments.train.command_line import program
+from experiments.train.data.forces import ELEMENTS, PARTS, Part
+from experiments.train.files import naming, replacing
+
+FEWEST_ATOMS = 3
+TRAINED_ATOMS = 16
+MOST_ATOMS = 20
+"""Molecules have so many atoms; above ``TRAINED_ATOMS`` they are the part ``larger``."""
+TRAINED_ELEMENTS = 4
+"""Molecules of more different elements are the part ``elements``."""
+JITTER = (0.02, 0.1)
+"""Å: the standard deviation of the moves of a configuration is drawn between these."""
+LARGEST_FORCE = 25.0
+"""eV/Å: configurations with more have atoms inside each other, and are left out."""
+BOHR = 0.529177210903
+HARTREE = 27.211386245988
+"""In Å and eV (CODATA 2018)."""
+
+Record: TypeAlias = dict[str, Any]
+"""A molecule: ``smiles``, and either the ``reason`` why it was refused or its configurations."""
+
+
+@dataclass
+class Written:
+    """What is in the file."""
+
+    configurations: dict[Part, int]
+    molecules: dict[Part, int]
+    refused: dict[str, list[str]] = field(default_factory=dict)
+    """By reason, the SMILES of those that are not in the file."""
+    left_out: int = 0
+    """Configurations with too large forces."""
+
+    def report(self) -> str:
+        """The figures in lines, the first three molecules for each reason."""
+        lines = [
+            f"{part}: {self.configurations[part]:,} configurations of "
+            f"{self.molecules[part]:,} molecules"
+            for part in PARTS
+        ]
+        lines.append(f"left out: {self.left_out:,} configurations of forces above {LARGEST_FORCE}")
+        for reason, names in sorted(self.refused.items(), key=lambda pair: -len(pair[1])):
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            lines.append(f"refused, {reason}: {len(names):,} ({shown})")
+        return "\n".join(lines)
+
+
+def forces(
+    tables: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    out: Path = Path("forces.npz"),
+    molecules: int = 1000,
+    each: int = 4,
+    seed: int = 0,
+) -> Written:
+    """Write configurations of the molecules of tables, with GFN2-xTB energies and forces.
+
+    Neutral closed-shell molecules of 3 to 20 atoms are taken, of H, C, N, O, F, P, S, Cl and Br;
+    the file names all others that were met, with the reason. A command that was cut off goes on
+    from OUT.part.
+
+    Args:
+        tables: .csv or .csv.gz with a column ``smiles``, or text with a SMILES in each line.
+        out: the file, a numpy archive.
+        molecules: of each table at most; which ones, follows from a digest of their SMILES.
+        each: configurations of a molecule.
+        seed: of conformers and moves.
+
+    Raises:
+        ValueError: a table without SMILES or that cannot be read; numbers below 1; a part file of
+            other options; no molecule for a part.
+        ModuleNotFoundError: RDKit or tblite is missing.
+    """
+    import rdkit  # noqa: F401  # before anything is written
+    import tblite.interface  # noqa: F401
+
+    check(tables, "tables", "none", "one or more")
+    for name, number in (("molecules", molecules), ("each", each)):
+        check(number >= 1, name, number, "at least 1")
+    check(not out.exists(), "out", f"{out}, which is there already", "another, or delete it")
+    options = {
+        "each": each,
+        "seed": seed,
+        "versions": {name: version(name) for name in ("rdkit", "tblite")},
+    }
+    with Journal(out.with_name(f"{out.name}.part"), options) as journal:
+        kept = dict[str, Record]()
+        for table in tables:
+            kept |= of_table(table, molecules, each, seed, journal, kept)
+        written = write(out, kept, options)
+    journal.path.unlink()
+    print(written.report())
+    return written
+
+
+def of_table(
+    table: Path,
+    molecules: int,
+    each: int,
+    seed: int,
+    journal: Journal,
+    kept: Mapping[str, Record],
+) -> dict[str, Record]:
+    """The records of a table's molecules, which no table before has."""
+    records = dict[str, Record]()
+    taken = 0
+    progress = tqdm(desc=table.name, total=molecules, unit=" mol", disable=None)
+    with progress, threadpool_limits(1):  # of so few atoms, threads only wait for each other
+        for smiles in canonical(table):
+            if taken == molecules:
+                break
+            if smiles in kept or smiles in records:
+                continue
+            if smiles not in journal.records:
+                journal.add(labeled(smiles, each, seed))
+            records[smiles] = journal.records[smiles]
+            if "reason" not in records[smiles]:
+                taken += 1
+                progress.update()
+    return records
+
+
+def canonical(table: Path) -> list[str]:
+    """RDKit's SMILES of a table, ordered by digest, so that any number of them is a fair draw."""
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        texts = read_smiles(table)
+        found = [(text, Chem.MolFromSmiles(text)) for text in texts]
+    names = {text if one is None else Chem.MolToSmiles(one) for text, one in found}
+    return sorted(names, key=digest)
+
+
+def read_smiles(table: Path) -> Iterator[str]:
+    """The SMILES of a .csv by its header, or of a text line by line."""
+    with naming(table):
+        opened: Any = gzip.open if table.suffix == ".gz" else open
+        with opened(table, "rt", newline="", encoding="utf-8-sig") as file:
+            if table.name.removesuffix(".gz").endswith(".csv"):
+                lines = csv.DictReader(file)
+                names = [
+                    name for name in lines.fieldnames or () if name.strip().lower() == "smiles"
+                ]
+                got = ", ".join((lines.fieldnames or ["nothing"])[:9])
+                check(len(names) == 1, "the header", got, "a column named smiles")
+                texts = (line[names[0]] or "" for line in lines)
+            else:
+                texts = (next(iter(line.split()), "") for line in file)
+            yield from filter(None, map(str.strip, texts))
+
+
+def digest(smiles: str) -> int:
+    """A number that follows from the SMILES alone."""
+    return int.from_bytes(hashlib.sha256(smiles.encode()).digest()[:8], "big")
+
+
+def part_of(smiles: str, z: Sequence[int]) -> Part:
+    """The part of the split that a molecule belongs to."""
+    if len(z) > TRAINED_ATOMS:
+        return "larger"
+    if len({*z}) > TRAINED_ELEMENTS:
+        return "elements"
+    of_tenth: dict[int, Part] = {0: "test", 1: "val"}
+    return of_tenth.get(digest(smiles) % 10, "train")
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+
+def labeled(smiles: str, each: int, seed: int) -> Record:
+    """The configurations of a molecule, with energies (eV) and forces (eV/Å)."""
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+        if molecule is None:
+            return {"smiles": smiles, "reason": "no SMILES that RDKit reads"}
+        molecule = Chem.AddHs(molecule)
+        reason = why_not(molecule) or embed(molecule, each, seed)
+    if reason:
+        return {"smiles": smiles, "reason": reason}
+    z = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    draws = np.random.default_rng([seed, digest(smiles)])
+    record: Record = {"smiles": smiles, "z": z, "pos": [], "energy": [], "force": []}
+    for conformer in molecule.GetConformers():
+        pos = conformer.GetPositions()
+        pos = pos + draws.uniform(*JITTER) * draws.normal(size=pos.shape)
+        try:
+            energy, force = singlepoint(np.array(z), pos)
+        except RuntimeError as error:  # tblite's, where it does not converge
+            return {"smiles": smiles, "reason": f"tblite: {' '.join(str(error).split())}"}
+        if np.abs(force).max() <= LARGEST_FORCE:
+            record["pos"].append(pos.tolist())
+            record["energy"].append(energy)
+            record["force"].append(force.tolist())
+    return record | {"left_out": molecule.GetNumConformers() - len(record["energy"])}
+
+
+def why_not(molecule: Any) -> str:
+    """Why a molecule with its hydrogens is not taken; empty if it is."""
+    from rdkit import Chem
+
+    atoms = molecule.GetAtoms()
+    if len(Chem.GetMolFrags(molecule)) > 1:
+        return "several molecules"
+    if not FEWEST_ATOMS <= len(atoms) <= MOST_ATOMS:
+        return f"not {FEWEST_ATOMS} to {MOST_ATOMS} atoms"
+    if not {atom.GetAtomicNum() for atom in atoms} <= {*ELEMENTS}:
+        return "another element"
+    if Chem.GetFormalCharge(molecule) or any(atom.GetNumRadicalElectrons() for atom in atoms):
+        return "an ion or a radical"
+    return ""
+
+
+def embed(molecule: Any, each: int, seed: int) -> str:
+    """Give a molecule ``each`` conformers; returns why there are none."""
+    from rdkit.Chem import AllChem
+
+    if not AllChem.UFFHasAllMoleculeParams(molecule):
+        return "UFF lacks parameters"
+    AllChem.EmbedMultipleConfs(molecule, each, randomSeed=seed)
+    if molecule.GetNumConformers() < each:
+        return "no conformers by RDKit"
+    AllChem.UFFOptimizeMoleculeConfs(molecule)
+    return ""
+
+
+def singlepoint(z: Any, pos: Any) -> tuple[float, Any]:
+    """GFN2-xTB energy (eV) and forces (eV/Å) at positions in Å."""
+    from tblite.interface import Calculator
+
+    calculator = Calculator("GFN2-xTB", z, pos / BOHR)
+    calculator.set("verbosity", 0)
+    result = calculator.singlepoint()
+    return float(result.get("energy")) * HARTREE, -result.get("gradient") * (HARTREE / BOHR)
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """What was computed so far: a line a molecule, after one with the options.
+
+    Args:
+        path: the file; a last line that was cut off is dropped.
+        options: what all lines follow from.
+
+    Raises:
+        ValueError: a file of other options.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
+        self.path = path
+        self.records = dict[str, Record]()
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+        if whole:
+            head, *lines = whole.split(b"\n")
+            with naming(path):
+                there = json.loads(head)
+                self.records = {record["smiles"]: record for record in map(json.loads, lines)}
+            legal = f"{options}; delete it, or choose another --out"
+            check(there == options, str(path), there, legal)
+            os.truncate(path, len(whole) + 1)
+            self.file = path.open("ab")
+        else:
+            self.file = path.open("wb")
+            self.file.write(json.dumps(options).encode() + b"\n")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, record: Record) -> None:
+        """Write a molecule."""
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+        self.records[record["smiles"]] = record
+
+
+def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> Written:
+    """Write the archive."""
+    refused = defaultdict[str, list[str]](list)
+    records = list[Record]()
+    for smiles, record in kept.items():
+        if "reason" in record:
+            refused[record["reason"]].append(smiles)
+        else:
+            records.append(record)
+    got = f"{len(refused)} reasons to refuse all molecules"
+    check(records, "tables", got, "a molecule that can be taken")
+    parts = [part_of(record["smiles"], record["z"]) for record in records]
+    count = [len(record["energy"]) for record in records]
+    arrays = {
+        "part": np.repeat([PARTS.index(part) for part in parts], count),
+        "molecule": np.repeat(np.arange(len(records)), count),
+        "atoms": np.repeat([len(record["z"]) for record in records], count),
+        "energy": np.concatenate([record["energy"] for record in records]),
+        "z": np.concatenate(
+            [record["z"] * number for record, number in zip(records, count, strict=True)]
+        ),
+        **{
+            name: np.concatenate([np.reshape(record[name], (-1, 3)) for record in records])
+            for name in ("pos", "force")
+        },
+    }
+    texts = {
+        "smiles": [record["smiles"] for record in records],
+        "refused": [smiles for names in refused.values() for smiles in names],
+        "reason": [reason for reason, names in refused.items() for _ in names],
+        "made": f"experiments.convert forces, GFN2-xTB, {json.dumps(options)}",
+    }
+    with replacing(out) as fresh, fresh.open("wb") as file:
+        np.savez_compressed(
+            file, **arrays, **{name: np.array(text) for name, text in texts.items()}
+        )
+    return Written(
+        configurations={
+            part: sum(n for n, other in zip(count, parts, strict=True) if other == part)
+            for part in PARTS
+        },
+        molecules={part: parts.count(part) for part in PARTS},
+        refused=dict(refused),
+        left_out=sum(record["left_out"] for record in records),
+    )
+
+
+main = program("convert forces", forces, __doc__, extra="forces")

@@ -1,0 +1,183 @@
+"""Configurations of molecules with energies and forces, as ``experiments.convert forces`` writes.
+
+Shapes: C configurations, A atoms of all of them, M molecules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.train.checks import check
+from experiments.train.files import read_npz
+
+ELEMENTS = (1, 6, 7, 8, 9, 15, 16, 17, 35)
+"""Atomic numbers of H, C, N, O, F, P, S, Cl and Br, of which the molecules are."""
+Part: TypeAlias = Literal["train", "val", "test", "larger", "elements"]
+"""Of the split by molecule. The last two are further test sets, of what training never sees:
+molecules of more atoms, and molecules of more different elements."""
+PARTS: tuple[Part, ...] = get_args(Part)
+WIDTHS = {
+    "part": (), "molecule": (), "atoms": (), "energy": (), "z": (), "pos": (3,), "force": (3,)
+}  # fmt: skip
+"""The arrays of numbers, and the shape of a row of each."""
+
+
+class Molecules(NamedTuple):
+    """Configurations side by side, as a model is called with them."""
+
+    z: Tensor
+    """(A,) atomic numbers."""
+    pos: Tensor
+    """(A, 3) in Å."""
+    batch: Tensor
+    """(A,) the configuration of each atom, from 0, ascending."""
+    shuffled: Tensor
+    """(A,) atomic numbers of other atoms of the same molecule."""
+    energy: Tensor
+    """(C,) in eV, less the mean energies of the atoms."""
+    force: Tensor
+    """(A, 3) in eV/Å."""
+
+    @property
+    def atoms(self) -> Tensor:
+        """(C,) atoms of each configuration."""
+        return torch.bincount(self.batch, minlength=len(self.energy))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configurations:
+    """All configurations of a file.
+
+    From the energies a least-squares fit by elements is taken off, made on the training part: what
+    is left is what a model has to learn.
+    """
+
+    molecules: Molecules
+    start: Tensor
+    """(C + 1,) the first atom of each configuration, and the number of atoms."""
+    rows: dict[Part, Tensor]
+    """The configurations of each part, in the order of the file."""
+    energy_scale: float
+    """Spread of the energy of an atom, on the training part."""
+    force_scale: float
+    """Spread of a component of the forces there."""
+    digest: str
+    """Of all numbers of the file."""
+
+    def batch(self, rows: Tensor) -> Molecules:
+        """Some configurations, in this order."""
+        start = self.start[rows]
+        count = self.start[rows + 1] - start
+        first = count.cumsum(0) - count
+        batch = torch.arange(len(rows)).repeat_interleave(count)
+        atom = torch.arange(len(batch)) + (start - first)[batch]
+        every = self.molecules
+        return Molecules(
+            every.z[atom],
+            every.pos[atom],
+            batch,
+            every.shuffled[atom],
+            every.energy[rows],
+            every.force[atom],
+        )
+
+    def batches(self, part: Part, size: int) -> Iterator[Molecules]:
+        """All configurations of a part."""
+        for rows in self.rows[part].split(size):
+            yield self.batch(rows)
+
+
+def read_configurations(path: Path, train: int | None = None) -> Configurations:
+    """Read a file of ``experiments.convert forces``.
+
+    Args:
+        path: the file.
+        train: train on so many configurations of the training part, the first ones (default: all).
+
+    Raises:
+        ValueError: a broken file; fewer training configurations; a part without any.
+    """
+    arrays = read_npz(path, WIDTHS)
+    missing = [name for name in WIDTHS if name not in arrays]
+    check(not missing, str(path), f"no {', '.join(missing)}", "what experiments.convert writes")
+    configurations, atoms = (len(arrays[name]) for name in ("energy", "z"))
+    for name, width in WIDTHS.items():
+        expected = (atoms if name in ("z", "pos", "force") else configurations, *width)
+        found = arrays[name].shape
+        check(found == expected, str(path), f"{name} of shape {found}", f"{expected}")
+    count = torch.from_numpy(arrays["atoms"].astype(np.int64))
+    check(int(count.sum()) == atoms, str(path), f"{int(count.sum())} atoms", f"{atoms}, as z has")
+    digest = hashlib.sha256()
+    for name in WIDTHS:
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+
+    part = torch.from_numpy(arrays["part"].astype(np.int64))
+    rows: dict[Part, Tensor] = {
+        name: (part == number).nonzero()[:, 0] for number, name in enumerate(PARTS)
+    }
+    for name, of_part in rows.items():
+        check(len(of_part), str(path), f"no configurations of the part {name}", "some")
+    if train is not None:
+        there = len(rows["train"])
+        check(there >= train, str(path), f"{there} training configurations", f"{train} or more")
+        rows["train"] = rows["train"][:train]
+
+    z = torch.from_numpy(arrays["z"].astype(np.int64))
+    batch = torch.arange(configurations).repeat_interleave(count)
+    is_element = z[:, None] == torch.tensor(ELEMENTS)
+    others = sorted({*z[~is_element.any(dim=1)].tolist()})
+    check(not others, str(path), f"elements {others}", f"some of {[*ELEMENTS]}")
+    composition = torch.zeros(configurations, len(ELEMENTS), dtype=torch.float64)
+    composition.index_add_(0, batch, is_element.double())
+    energy = torch.from_numpy(arrays["energy"].astype(np.float64))
+    fitted = rows["train"]
+    by_element = torch.linalg.lstsq(composition[fitted], energy[fitted, None], driver="gelsd")
+    energy = energy - (composition @ by_element.solution)[:, 0]
+    force = torch.from_numpy(arrays["force"].astype(np.float32))
+    is_fitted = torch.zeros(configurations, dtype=torch.bool)
+    is_fitted[fitted] = True
+    molecules = Molecules(
+        z,
+        torch.from_numpy(arrays["pos"].astype(np.float32)),
+        batch,
+        shuffled(z, batch, torch.from_numpy(arrays["molecule"].astype(np.int64))[batch]),
+        energy.float(),
+        force,
+    )
+    return Configurations(
+        molecules=molecules,
+        start=torch.cat([count.new_zeros(1), count.cumsum(0)]),
+        rows=rows,
+        energy_scale=float((energy / count)[fitted].std()),
+        force_scale=float(force[is_fitted[batch]].std()),
+        digest=digest.hexdigest()[:16],
+    )
+
+
+def shuffled(z: Tensor, batch: Tensor, molecule: Tensor) -> Tensor:
+    """(A,) the elements of each configuration in another order, the same for a molecule always.
+
+    A control of what is routed by element: experts have the same loads, molecule by molecule, and
+    an atom keeps its expert along every path, but the expert says nothing about the atom.
+
+    Args:
+        z: (A,) atomic numbers.
+        batch: (A,) the configuration of each atom, ascending.
+        molecule: (A,) the molecule of each atom.
+    """
+    # The number of an atom in its molecule, and a draw that follows from both alone.
+    first = torch.searchsorted(batch, batch)
+    place = torch.arange(len(z)) - first
+    draw = torch.rand(
+        int(molecule.max()) + 1, int(place.max()) + 1, generator=torch.Generator().manual_seed(0)
+    )[molecule, place]
+    order = torch.argsort(batch.double() + draw.double() * 0.999)  # inside each configuration
+    return z[order]
