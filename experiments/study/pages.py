@@ -11,6 +11,7 @@ only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->`` compares variants seed by s
 ``<!-- domains: routers: COLUMN -->`` how its rows do on each domain of its images.
 ``<!-- study: NAME -->`` is what ``experiments.sweep FILE.py:STUDY`` wrote into ``results/NAME``, a
 table a column, ``<!-- study: NAME: COLUMN -->`` a column of it.
+``<!-- forces: forces -->`` is what ``experiments.sweep forces`` wrote, and what it did not run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tyro
 from experiments.benchmark.tables import benchmark_table
 from experiments.show.cells import read_study, study_tables
 from experiments.show.tables import pair_table, preset_table, study_table
+from experiments.study.forces import forces_tables, read_forces
 from experiments.study.routers import cell_tables, domain_table, gain_table, read_table
 from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
@@ -39,6 +41,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "gains": gain_table,
     "domains": domain_table,
     "study": study_tables,
+    "forces": forces_tables,
     "benchmark": benchmark_table,
 }
 """What makes a table, by its mark."""
@@ -47,6 +50,7 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
     "gains": read_table,
     "domains": read_table,
     "study": read_study,
+    "forces": read_forces,
 }
 """What reads the results of a mark that lie in a folder; others are a file."""
 MARKED = re.compile(

@@ -4,6 +4,7 @@
     python -m experiments.sweep grid --preset minesweeper --routers random --experts 4 8 --ks 1 2
     python -m experiments.sweep grid --preset cora --routers token_choice --jobs 8
     python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic facebook
+    python -m experiments.sweep forces --data forces.npz --hours 1
 
 ``FILE.py:NAME`` (or ``package.module:NAME``) is a study of your own, which
 ``docs/tutorials/command-line.md`` shows how to write. ``grid`` is a preset over routers, numbers of
@@ -26,6 +27,7 @@ import tyro
 
 from experiments.show.cells import read_study, study_tables
 from experiments.study import routers
+from experiments.study.forces import ForcesConfig, run_forces
 from experiments.study.running import SweepConfig, affordable, held_cells, refusal, run_cells
 from experiments.study.studies import Study, grid
 from experiments.train.checks import check, check_first
@@ -89,11 +91,15 @@ class RoutersConfig(CellsConfig):
     """With --router or --conv: experts per token of the row and its controls, by default 1."""
 
 
-STUDIES: dict[str, tuple[str, SweepConfig]] = {
+STUDIES: dict[str, tuple[str, SweepConfig | ForcesConfig]] = {
     "grid": ("A preset over routers, numbers of experts and experts per token.", GridConfig()),
     "routers": (
         "One table: the same routers on images and on graphs, a cell a file.",
         RoutersConfig(),
+    ),
+    "forces": (
+        "Forces of molecules by experts of each element, beside dense models and controls.",
+        ForcesConfig(),
     ),
 }
 
@@ -191,7 +197,7 @@ def sweep_own(config: RoutersConfig) -> tuple[str, dict[str, str]]:
     return "\n".join(lines), failed
 
 
-def parse(args: Sequence[str]) -> tuple[str, SweepConfig]:
+def parse(args: Sequence[str]) -> tuple[str, SweepConfig | ForcesConfig]:
     """The study that the command line names, and where it goes."""
     if args and (args[0] in STUDIES or ":" in args[0]):
         study, *rest = args
@@ -205,8 +211,10 @@ def parse(args: Sequence[str]) -> tuple[str, SweepConfig]:
     raise AssertionError("the help, or what is missing, has ended the command")
 
 
-def run_study(name: str, config: SweepConfig) -> tuple[str, dict[str, str]]:
+def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[str, str]]:
     """Run the study that the command line named: its table, and by cell why it could not be run."""
+    if isinstance(config, ForcesConfig):
+        return run_forces(config)
     if isinstance(config, RoutersConfig):
         is_own = config.router is not None or config.conv is not None
         return sweep_own(config) if is_own else sweep_routers(config)

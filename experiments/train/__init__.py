@@ -6,6 +6,7 @@ kinds          What differs by kind of data: graphs, molecules, images; a class 
 data           The data sets; files reads each kind of file.
 build          The model, its costs, dense models of equal cost; processes are those that train it.
 loop           From seeds to batches: training (the step), epoch, progress, jobs.
+potential      Energies and forces, which the loop does not train.
 run_folder     What a run leaves: summary, results, logs, checkpoint, predictions.
 routing_stats  What the routing of a run follows; scores are figures as text.
 """

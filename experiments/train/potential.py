@@ -1,0 +1,151 @@
+"""A potential in training: energies of molecules, and forces as their gradients.
+
+PyG's ``SchNet``, and what training in :mod:`experiments.train.training` does not have: a loss of
+gradients, which is differentiated twice, a length in steps, and two errors instead of a score.
+
+Shapes: C configurations, A atoms of all of them, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch_geometric.nn import SchNet
+
+from experiments.train.data.forces import Configurations, Molecules, Part
+
+CUTOFF = 5.0
+"""Å: atoms beyond do not see each other."""
+INTERACTIONS = 3
+GAUSSIANS = 24
+ENERGY_WEIGHT = 0.3
+"""Of the energies in the loss, beside forces of weight 1."""
+WARMUP = 100
+"""Steps in which the step size rises."""
+CLIP_NORM = 5.0
+EVALUATED = 64
+"""Configurations in a batch of an evaluation."""
+
+
+class Potential(SchNet):
+    """PyG's SchNet of three interactions.
+
+    Args:
+        width: D, of atoms and filters.
+        energy_scale: of the energy of an atom, by which the output is multiplied.
+
+    Shapes:
+        - ``z``, ``batch``: (A,) elements, and configuration of each atom; ``pos``: (A, 3) in Å.
+        - ``shuffled``: (A,) elements of other atoms, which only a router may read.
+        - returns (C,) energies.
+    """
+
+    def __init__(self, width: int, energy_scale: float) -> None:
+        super().__init__(
+            width,
+            width,
+            num_interactions=INTERACTIONS,
+            num_gaussians=GAUSSIANS,
+            cutoff=CUTOFF,
+            interaction_graph=neighbors,
+            mean=0.0,
+            std=energy_scale,
+        )
+
+    def forward(self, z: Tensor, pos: Tensor, batch: Tensor, shuffled: Tensor) -> Tensor:
+        """The energies; see the class."""
+        energy: Tensor = super().forward(z, pos, batch)[:, 0]
+        return energy
+
+
+def neighbors(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of atoms of a molecule that are near, and their distances.
+
+    PyG's own needs a package that pip does not have.
+    """
+    is_pair = (batch[:, None] == batch) & ~torch.eye(len(pos), dtype=torch.bool)
+    edge_index = is_pair.nonzero().T
+    distance = (pos[edge_index[0]] - pos[edge_index[1]]).norm(dim=-1)
+    is_near = distance < CUTOFF
+    return edge_index[:, is_near], distance[is_near]
+
+
+def predict(model: nn.Module, given: Molecules) -> tuple[Tensor, Tensor]:
+    """(C,) energies and (A, 3) forces; in training these can be differentiated again."""
+    pos = given.pos.clone().requires_grad_()
+    energy = model(given.z, pos, given.batch, given.shuffled)
+    (slope,) = torch.autograd.grad(energy.sum(), pos, create_graph=model.training)
+    return energy, -slope
+
+
+def loss_of(model: nn.Module, given: Molecules, data: Configurations) -> Tensor:
+    """The squared error of forces, and with ``ENERGY_WEIGHT`` that of the energy of an atom."""
+    energy, force = predict(model, given)
+    of_force = (force - given.force).square().mean() / data.force_scale**2
+    of_energy = ((energy - given.energy) / given.atoms).square().mean() / data.energy_scale**2
+    return of_force + ENERGY_WEIGHT * of_energy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a potential is trained; the same for all models that are compared."""
+
+    width: int
+    """D, of the dense model."""
+    train: int
+    """Configurations to train on."""
+    steps: int
+    batch_size: int
+
+
+def factor(step: int, steps: int) -> float:
+    """Of the step size at a step: it rises, then falls to 0 along a cosine."""
+    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def train(
+    model: nn.Module, data: Configurations, recipe: Recipe, *, lr: float, seed: int
+) -> Iterator[int]:
+    """Train in place, and yield the number of each step that is done."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    schedule = LambdaLR(optimizer, lambda step: factor(step, recipe.steps))
+    model.train()
+    for step, given in enumerate(batches(data, recipe, seed), start=1):
+        optimizer.zero_grad()
+        loss_of(model, given, data).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        schedule.step()
+        yield step
+
+
+def batches(data: Configurations, recipe: Recipe, seed: int) -> Iterator[Molecules]:
+    """One for each step: pass after pass over the training part, shuffled, in whole batches."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = data.rows["train"]
+    whole = len(rows) // recipe.batch_size
+    left = recipe.steps
+    while left:
+        order = torch.randperm(len(rows), generator=generator)
+        for place in order.split(recipe.batch_size)[: min(whole, left)]:
+            yield data.batch(rows[place])
+            left -= 1
+
+
+def errors(model: nn.Module, data: Configurations, part: Part) -> dict[str, float]:
+    """Mean absolute errors of forces (meV/Å, of components) and energies (meV an atom)."""
+    model.eval()
+    of_force = of_energy = 0.0
+    components = configurations = 0
+    for given in data.batches(part, EVALUATED):
+        energy, force = predict(model, given)
+        of_force += float((force - given.force).abs().sum())
+        of_energy += float(((energy.detach() - given.energy).abs() / given.atoms).sum())
+        components += force.numel()
+        configurations += len(energy)
+    return {"force": 1000 * of_force / components, "energy": 1000 * of_energy / configurations}
