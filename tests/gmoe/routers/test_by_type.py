@@ -360,3 +360,74 @@ def test_a_model_that_is_routed_by_type_is_as_smooth_as_its_layers(
         energies = torch.stack([model.eval()(x, z).sum() for x in path])
     steps = energies.diff().abs()
     assert (steps.max() > 10 * steps.mean()) == jumps
+
+
+# Along a path ----------------------------------------------------------------------------------
+
+
+class Potential(nn.Module):
+    """Energies of molecules: layers on what each atom sees of the others by their distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.mix = nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, z: Tensor, pos: Tensor) -> Tensor:
+        """(B,) for (B, A) elements and (B, A, 3) positions."""
+        distance = (pos[:, :, None] - pos[:, None]).norm(dim=-1)
+        near = torch.exp(-distance) * (1 - torch.eye(pos.size(1), dtype=pos.dtype))
+        h = self.embedding(z)
+        h = h + (near @ self.mix(h)).tanh()
+        energy: Tensor = self.out(h + self.mlp(h)).sum(dim=(1, 2))
+        return energy
+
+
+def largest_step(seed: int, num_experts: int = 3, **options: Any) -> float:
+    """The largest change of energy between neighboring points of a path, over the mean change."""
+    torch.manual_seed(seed)
+    model = gmoe.moefy(Potential(), targets=["mix", "mlp"], num_experts=num_experts, **options)
+    model = model.double().eval()
+    for name, parameter in model.named_parameters():
+        if "experts" in name or "router" in name:  # which start alike, or nearly so
+            nn.init.normal_(parameter, std=0.3 if "experts" in name else 1.0)
+    start, move = torch.randn(2, 5, 3, dtype=torch.double)
+    share = torch.linspace(0, 1, 1001, dtype=torch.double)[:, None, None]
+    z = torch.tensor([1, 6, 8, 6, 1]).expand(len(share), -1)
+    with torch.no_grad():
+        steps = model(z, start + share * move).diff().abs()
+    return float(steps.max() / steps.mean())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router": ByType("z", ELEMENTS), "start": "copies"},
+        {"router": ByType("z", ELEMENTS), "start": "shared"},
+        {"router": ByType("z", ELEMENTS), "start": "plain"},
+        {"router": "uniform", "start": "copies"},
+        {"k": 3, "start": "copies"},
+        {"k": 3, "start": "shared"},
+    ],
+    ids=["type copies", "type shared", "type plain", "uniform", "soft copies", "soft shared"],
+)
+def test_an_energy_does_not_jump_where_routing_does_not(options: dict[str, Any]) -> None:
+    for seed in range(4):
+        assert largest_step(seed, **options) < 6  # a curve's own
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": "copies"},
+        {"start": "shared"},
+        {"router": "expert_choice"},
+        {"router": "attention_vote"},
+        {"router": "multi_centroid"},
+    ],
+    ids=["top-1 copies", "top-1 shared", "expert choice", "attention vote", "multi-centroid"],
+)
+def test_an_energy_jumps_where_a_router_sees_positions(options: dict[str, Any]) -> None:
+    assert max(largest_step(seed, **options) for seed in range(4)) > 50
