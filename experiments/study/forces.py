@@ -140,10 +140,10 @@ ARMS = {
         build=partial(experts, router=BY_ELEMENT, start="plain"),
         cost=1.5,
     ),
-    "output": Arm(
-        label="experts by element, output layers only",
-        build=partial(experts, targets=("lin1", "lin2"), router=BY_ELEMENT, start="copies"),
-        cost=1.2,
+    "top1": Arm(
+        label="learned top-1",
+        build=partial(experts, num_experts=len(ELEMENTS)),
+        cost=1.8,
     ),
     "soft": Arm(
         label="soft mixture, learned",
@@ -156,17 +156,17 @@ ARMS = {
         ),
         cost=2.2,
     ),
-    "top1": Arm(
-        label="learned top-1",
-        build=partial(experts, num_experts=len(ELEMENTS)),
-        cost=1.8,
+    "output": Arm(
+        label="experts by element, output layers only",
+        build=partial(experts, targets=("lin1", "lin2"), router=BY_ELEMENT, start="copies"),
+        cost=1.2,
     ),
     "dense-parameters": Arm(label="dense, equal parameters", build=of_equal_parameters, cost=2.5),
 }
 """All arms, in the order in which they run."""
 CONTROLS = ("dense", "scale-shift")
 FIRST = ("dense", "scale-shift", "element", "shuffled")
-"""Arms of which all seeds run before any other arm."""
+"""Arms that run together, a seed of each in turn; the others follow one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class Column:
 
 COLUMNS = {
     "small": Column(
-        recipe=Recipe(width=32, train=4_000, steps=1_200, batch_size=16),
+        recipe=Recipe(width=32, train=4_000, steps=1_000, batch_size=16),
         seeds=(0, 1, 2),
         seconds=50,
     ),
@@ -365,7 +365,7 @@ def missing_runs(
 ) -> Iterator[tuple[Cell, float, int]]:
     """What is to run next, as long as whoever asks runs it."""
     first = [cells[arm] for arm in FIRST if arm in cells]
-    for group in (first, [cell for cell in cells.values() if cell not in first]):
+    for group in (first, *([cell] for cell in cells.values() if cell not in first)):
         for cell in group:
             while (lr := next_rate(cell.sweep())) is not None:
                 yield cell, lr, seeds[0]
