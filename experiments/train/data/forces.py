@@ -24,6 +24,8 @@ Part: TypeAlias = Literal["train", "val", "test", "larger", "elements"]
 """Of the split by molecule. The last two are further test sets, of what training never sees:
 molecules of more atoms, and molecules of more different elements."""
 PARTS: tuple[Part, ...] = get_args(Part)
+MOST_EVALUATED = 500
+"""Configurations of a part that are evaluated; of more, some that are spread over the file."""
 WIDTHS = {
     "part": (), "molecule": (), "atoms": (), "energy": (), "z": (), "pos": (3,), "force": (3,)
 }  # fmt: skip
@@ -64,7 +66,7 @@ class Configurations:
     start: Tensor
     """(C + 1,) the first atom of each configuration, and the number of atoms."""
     rows: dict[Part, Tensor]
-    """The configurations of each part, in the order of the file."""
+    """The configurations of each part that count, in the order of the file."""
     energy_scale: float
     """Spread of the energy of an atom, on the training part."""
     force_scale: float
@@ -100,7 +102,7 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
 
     Args:
         path: the file.
-        train: train on so many configurations of the training part, the first ones (default: all).
+        train: train on so many configurations, spread over the file (default: on all).
 
     Raises:
         ValueError: a broken file; fewer training configurations; a part without any.
@@ -128,7 +130,9 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
     if train is not None:
         there = len(rows["train"])
         check(there >= train, str(path), f"{there} training configurations", f"{train} or more")
-        rows["train"] = rows["train"][:train]
+        rows["train"] = evenly(rows["train"], train)
+    for name in PARTS[1:]:
+        rows[name] = evenly(rows[name], min(len(rows[name]), MOST_EVALUATED))
 
     z = torch.from_numpy(arrays["z"].astype(np.int64))
     batch = torch.arange(configurations).repeat_interleave(count)
@@ -160,6 +164,11 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
         force_scale=float(force[is_fitted[batch]].std()),
         digest=digest.hexdigest()[:16],
     )
+
+
+def evenly(rows: Tensor, count: int) -> Tensor:
+    """``count`` of the rows, from the first to the last: a file has a table after the other."""
+    return rows[torch.arange(count) * len(rows) // count]
 
 
 def shuffled(z: Tensor, batch: Tensor, molecule: Tensor) -> Tensor:

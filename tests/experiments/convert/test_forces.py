@@ -1,0 +1,178 @@
+"""From SMILES to configurations: labels by xTB, a split by molecule, and a run that was cut off."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rdkit")
+
+from experiments.convert import forces as module
+from experiments.convert.forces import Journal, canonical, forces, main, part_of, singlepoint
+from experiments.train.data.forces import PARTS
+from tests.helpers.command import refused
+
+NAMES = ["O", "C", "CO", "CCO", "C=O", "CN", "CCN", "CS", "CF", "CCl", "CC(=O)O", "CC#N", "NC=O"]
+LARGE = "CCCCCC"  # 20 atoms
+MIXED = "FC(Cl)C=O"  # of five elements
+REFUSED = {
+    "CCCCCCC": "not 3 to 20 atoms",
+    "[Cl-].[Na+]": "several molecules",
+    "C[NH3+]": "an ion or a radical",
+    "[CH2]C": "an ion or a radical",
+    "CI": "another element",
+    "C(": "no SMILES that RDKit reads",
+}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "names.csv"
+    lines = ["name,SMILES", *(f"x,{smiles}" for smiles in [*NAMES, LARGE, MIXED, *REFUSED])]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def springs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Atoms on springs in place of xTB, where only the file is looked at; counts the calls."""
+    calls = list[int]()
+
+    def singlepoint(z: Any, pos: Any) -> tuple[float, Any]:
+        calls.append(len(z))
+        return float((pos**2).sum()), -2 * pos
+
+    pytest.importorskip("tblite")
+    monkeypatch.setattr(module, "singlepoint", singlepoint)
+    return calls
+
+
+def test_forces_are_the_slopes_of_the_energy() -> None:
+    pytest.importorskip("tblite")
+    z = np.array([8, 1, 1])
+    pos = np.array([[0.0, 0.0, 0.0], [0.96, 0.1, 0.0], [-0.2, 0.93, 0.05]])
+    energy, force = singlepoint(z, pos)
+    assert energy == pytest.approx(-5.07 * 27.2114, rel=0.002)  # GFN2-xTB's of water
+    step = 1e-4
+    for atom, axis in np.ndindex(*pos.shape):
+        move = np.zeros_like(pos)
+        move[atom, axis] = step
+        slope = (singlepoint(z, pos + move)[0] - singlepoint(z, pos - move)[0]) / (2 * step)
+        assert force[atom, axis] == pytest.approx(-slope, abs=2e-4)
+
+
+def test_a_file_holds_what_the_calculator_says(table: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tblite")
+    out = tmp_path / "forces.npz"
+    written = forces((table,), out, each=2)
+    found = np.load(out)
+    start = np.concatenate([[0], found["atoms"].cumsum()])
+    for row in (0, len(found["energy"]) - 1):
+        atoms = slice(start[row], start[row + 1])
+        energy, force = singlepoint(found["z"][atoms], found["pos"][atoms])
+        assert found["energy"][row] == pytest.approx(energy, abs=1e-9)
+        np.testing.assert_allclose(found["force"][atoms], force, atol=1e-9)
+    assert sum(written.configurations.values()) == len(found["energy"])
+    assert sum(written.configurations.values()) + written.left_out == 2 * len(found["smiles"])
+
+
+def test_refused_molecules_are_named_with_the_reason(
+    table: Path, tmp_path: Path, springs: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "forces.npz"
+    forces((table,), out, each=1)
+    found = np.load(out)
+    assert dict(zip(found["refused"], found["reason"], strict=True)) == REFUSED
+    assert "refused, an ion or a radical: 2 (" in capsys.readouterr().out
+
+
+def test_a_molecule_is_in_one_part_whatever_table_names_it(
+    table: Path, tmp_path: Path, springs: list[int]
+) -> None:
+    again = tmp_path / "again.txt"
+    again.write_text("\n".join([LARGE, MIXED, *reversed(NAMES[4:])]))
+    found = []
+    for number, tables in enumerate(((table,), (again, table))):
+        out = tmp_path / f"{number}.npz"
+        forces(tables, out, each=3)
+        found.append(np.load(out))
+    parts = [
+        {smiles: {*file["part"][file["molecule"] == row]} for row, smiles in enumerate(names)}
+        for file in found
+        for names in [file["smiles"]]
+    ]
+    assert parts[0] == parts[1]
+    assert len(parts[0]) == len(NAMES) + 2  # a molecule of both tables is there once
+    assert parts[0][LARGE] == {PARTS.index("larger")}
+    assert parts[0][MIXED] == {PARTS.index("elements")}
+    assert all(len(one) == 1 for one in parts[0].values())
+    assert {part_of(smiles, [1, 6]) for smiles in NAMES} == {"train", "val", "test"}
+
+
+def test_a_command_that_was_cut_off_goes_on_where_it_was(
+    table: Path, tmp_path: Path, springs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "whole.npz"
+    forces((table,), whole, each=2)
+    calls = len(springs)
+    out = tmp_path / "cut.npz"
+    labeled = module.labeled
+    done = list[str]()
+
+    def cut(smiles: str, each: int, seed: int) -> Any:
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(smiles)
+        return labeled(smiles, each, seed)
+
+    springs.clear()
+    monkeypatch.setattr(module, "labeled", cut)
+    with pytest.raises(KeyboardInterrupt):
+        forces((table,), out, each=2)
+    assert not out.exists()
+    part = tmp_path / "cut.npz.part"
+    part.write_bytes(part.read_bytes() + b'{"smiles": "half of a li')
+    monkeypatch.setattr(module, "labeled", labeled)
+    forces((table,), out, each=2)
+    assert len(springs) == calls  # none twice
+    assert not part.exists()
+    one, other = np.load(whole), np.load(out)
+    assert one.files == other.files
+    for name in one.files:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_part_file_of_other_options_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.part"
+    with Journal(path, {"each": 1}) as journal:
+        journal.add({"smiles": "C", "reason": "none"})
+    assert json.loads(path.read_text().splitlines()[1])["smiles"] == "C"
+    with pytest.raises(ValueError, match=r"expected \{'each': 2\}"):
+        Journal(path, {"each": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("a,b\n1,2\n", "the header: got a, b"), ("", "the header: got nothing")],
+)
+def test_a_table_without_smiles_is_refused(text: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=what):
+        canonical(path)
+
+
+def test_a_package_that_is_missing_is_named(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tblite.interface", None)
+    monkeypatch.chdir(table.parent)
+    said = refused([str(table)], capsys, main)
+    assert "tblite" in said
+    assert "pip install -e '.[forces]'" in said
+    assert not list(table.parent.glob("forces*"))
