@@ -350,6 +350,8 @@ def run_forces(config: ForcesConfig) -> tuple[str, dict[str, str]]:
         cells = {
             arm: Cell(column=name, arm=arm, data=data, folder=config.runs) for arm in column.arms
         }
+        for cell in cells.values():  # of a command that was cut off behind a run
+            write_cell(cell, config.results)
         for cell, lr, seed in missing_runs(cells, column.seeds):
             hours = (time.monotonic() - begun) / 3600
             if config.hours is not None and hours + cell.price > config.hours:

@@ -19,7 +19,7 @@ from tests.helpers.command import refused
 
 NAMES = ["O", "C", "CO", "CCO", "C=O", "CN", "CCN", "CS", "CF", "CCl", "CC(=O)O", "CC#N", "NC=O"]
 LARGE = "CCCCCC"  # 20 atoms
-MIXED = "FC(Cl)C=O"  # of five elements
+MIXED = "O=CC(F)Cl"  # of five elements
 REFUSED = {
     "CCCCCCC": "not 3 to 20 atoms",
     "[Cl-].[Na+]": "several molecules",

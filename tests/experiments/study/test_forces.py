@@ -1,0 +1,302 @@
+"""The study of forces: its arms, its sweep by validation, and a run that was cut off."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gmoe
+from experiments.study import forces
+from experiments.study.forces import (
+    ARMS,
+    ATOMWISE,
+    BY_ELEMENT,
+    RATES,
+    Cell,
+    Column,
+    ForcesConfig,
+    change,
+    experts,
+    flops_of_atom,
+    forces_tables,
+    next_rate,
+    not_run,
+    read_forces,
+    run_forces,
+)
+from experiments.study.pages import render
+from experiments.study.sweep import main
+from experiments.train.build import num_parameters
+from experiments.train.data.forces import Configurations, Molecules, read_configurations
+from experiments.train.potential import Potential, Recipe, errors, loss_of
+from tests.helpers.forces_data import write_configurations
+
+WIDTH = 8
+TINY = Column(
+    recipe=Recipe(width=WIDTH, train=18, steps=2, batch_size=4),
+    seeds=(3, 5),
+    seconds=3600,
+    arms=("dense", "element"),
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Configurations:
+    return read_configurations(write_configurations(tmp_path / "forces.npz"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, data: Configurations, monkeypatch: pytest.MonkeyPatch) -> ForcesConfig:
+    """Of a plan with one tiny column."""
+    monkeypatch.setattr(forces, "COLUMNS", {"tiny": TINY})
+    return ForcesConfig(
+        data=tmp_path / "forces.npz", runs=tmp_path / "runs", results=tmp_path / "results"
+    )
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
+    """Which runs are trained from here on: arm, step size and seed."""
+    found = list[tuple[str, float, int]]()
+    run = Cell.run
+
+    def noted(cell: Cell, lr: float, seed: int) -> None:
+        run(cell, lr, seed)
+        found.append((cell.arm, lr, seed))
+
+    monkeypatch.setattr(Cell, "run", noted)
+    return found
+
+
+def build(arm: str, data: Configurations, width: int = WIDTH) -> nn.Module:
+    torch.manual_seed(0)
+    return ARMS[arm].build(width, data.energy_scale).eval()
+
+
+def energy_of(model: nn.Module, given: Molecules) -> Tensor:
+    return model(given.z, given.pos, given.batch, given.shuffled).detach()
+
+
+# Arms ---------------------------------------------------------------------------------------------
+
+
+def test_arms_start_as_the_dense_model_but_for_networks_of_their_own(data: Configurations) -> None:
+    given = data.batch(data.rows["test"])
+    dense = energy_of(build("dense", data), given)
+    same = {
+        arm: torch.allclose(found, dense, rtol=1e-4, atol=1e-5)
+        for arm in ARMS
+        if (found := energy_of(build(arm, data), given)).shape == dense.shape
+    }
+    assert [arm for arm, is_same in same.items() if not is_same] == [
+        "dense-time",
+        "own",
+        "dense-parameters",
+    ]
+
+
+def test_experts_are_in_all_linear_layers_on_atoms(data: Configurations) -> None:
+    def layers(arm: str, kind: type[nn.Module]) -> int:
+        return sum(isinstance(module, kind) for module in build(arm, data).modules())
+
+    assert layers("element", gmoe.MoE) == 3 * 3 + 2
+    assert layers("scale-shift", forces.ScaleShift) == 3 * 3 + 2
+    assert layers("output", gmoe.MoE) == 2
+
+
+def test_experts_by_element_take_the_dense_flops_and_others_match_what_they_say(
+    data: Configurations,
+) -> None:
+    flops = {arm: flops_of_atom(build(arm, data, 32), data) for arm in ARMS}
+    for arm in ("scale-shift", "element", "shuffled", "own", "output"):
+        assert flops[arm] == flops["dense"]
+    for arm in ("dense-time", "soft", "top1", "dense-parameters"):
+        assert flops[arm] > 1.1 * flops["dense"]
+    parameters = [num_parameters(build(arm, data, 32)) for arm in ("element", "dense-parameters")]
+    assert parameters[0] == pytest.approx(parameters[1], rel=0.05)
+
+
+def test_a_scale_and_a_shift_are_those_of_the_element(data: Configurations) -> None:
+    given = data.batch(data.rows["test"])
+    model = build("scale-shift", data)
+    layer: Any = model.lin1
+    nn.init.normal_(layer.scale)
+    nn.init.normal_(layer.shift)
+    seen = dict[str, Tensor]()
+    layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    energy_of(model, given)
+    for atom, element in enumerate(given.z.tolist()):
+        place = BY_ELEMENT.values.index(element)
+        y = layer.linear(seen["x"][atom])
+        expected = y * (1 + layer.scale[place]) + layer.shift[place]
+        torch.testing.assert_close(seen["out"][atom], expected)
+
+
+def test_a_shared_expert_beside_linear_ones_trains_as_a_base_does(data: Configurations) -> None:
+    """Which is why the plan has no such arm."""
+    ends = []
+    given = data.batch(data.rows["test"])
+    given = Molecules(*(one.double() if one.is_floating_point() else one for one in given))
+    for start in ("copies", "shared"):
+        torch.manual_seed(0)
+        model = experts(WIDTH, data.energy_scale, router=BY_ELEMENT, start=start).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss_of(model.train(), given, data).backward()
+            optimizer.step()
+        ends.append(energy_of(model.eval(), given))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
+
+
+def test_the_control_is_routed_by_the_shuffled_elements(data: Configurations) -> None:
+    given = data.batch(data.rows["test"])
+    with gmoe.record_routing(model := build("shuffled", data)) as routings:
+        energy_of(model, given)
+    expected = [BY_ELEMENT.values.index(element) for element in given.shuffled.tolist()]
+    assert routings[0].scores.argmax(dim=1).tolist() == expected
+    assert len({id(routing) for routing in routings}) == 1
+
+
+# The sweep ----------------------------------------------------------------------------------------
+
+
+def test_a_sweep_goes_on_as_long_as_the_best_is_at_an_end() -> None:
+    sweep = dict[float, float]()
+    for lr in RATES:
+        assert next_rate(sweep) == lr
+        sweep[lr] = abs(math.log(lr / RATES[1]))
+    assert next_rate(sweep) is None  # the best lies inside
+    for best, following in ((RATES[0], RATES[0] / 2), (RATES[-1], RATES[-1] * 2)):
+        sweep = {lr: abs(math.log(lr / best)) for lr in RATES}
+        assert next_rate(sweep) == following
+    sweep = {lr: -lr for lr in (*RATES, RATES[-1] * 2)}
+    assert next_rate(sweep) == RATES[-1] * 4
+    assert next_rate({**sweep, RATES[-1] * 4: -1.0}) is None  # enough
+
+
+def test_validation_chooses_and_the_test_is_read_once_a_seed(
+    config: ForcesConfig, ran: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[str]()
+
+    def noted(model: nn.Module, data: Configurations, part: Any) -> dict[str, float]:
+        read.append(part)
+        return errors(model, data, part)
+
+    monkeypatch.setattr(forces, "errors", noted)
+    text, failed = run_forces(config)
+    assert not failed
+    assert read.count("val") == len(ran)
+    for part in ("test", "larger", "elements"):
+        assert read.count(part) == len(TINY.arms) * len(TINY.seeds)
+    cell = read_forces(config.results / "forces")["tiny"]["element"]
+    assert f"{cell['lr']:g}" == min(cell["sweep"], key=cell["sweep"].__getitem__)
+    assert [run for run in ran if run[0] == "element"][-1] == ("element", cell["lr"], 5)
+    held = json.loads(
+        (config.runs / "tiny/element" / f"lr-{cell['lr']:g}-seed-5" / "result.json").read_text()
+    )
+    assert cell["test"]["force"]["values"][1] == held["test"]["force"]
+    assert text.count("\n| ") == len(TINY.arms) + 1
+    assert "not run" not in text
+
+
+@pytest.mark.parametrize("cut_at", [4, -1])
+def test_what_is_finished_is_not_run_again(
+    cut_at: int, config: ForcesConfig, ran: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run_forces(replace(config, runs=config.runs / "whole", results=config.runs / "w"))
+    expected = list(ran)
+    last = expected[cut_at]
+    ran.clear()
+    write = forces.write_cell
+
+    def cut(cell: Cell, results: Path) -> None:
+        if ran and ran[-1] == last:
+            raise KeyboardInterrupt
+        write(cell, results)
+
+    monkeypatch.setattr(forces, "write_cell", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_forces(config)
+    monkeypatch.setattr(forces, "write_cell", write)
+    text, _ = run_forces(config)
+    assert ran == expected
+
+    def figures(table: str) -> list[str]:  # all but the seconds
+        return [line.rpartition(" | ")[0] for line in table.splitlines() if line.startswith("|")]
+
+    assert figures(text) == figures(whole)
+
+
+def test_runs_of_other_data_are_refused(config: ForcesConfig, data: Configurations) -> None:
+    Cell(column="tiny", arm="dense", data=data, folder=config.runs).run(RATES[0], TINY.seeds[0])
+    write_configurations(config.data, molecules=30)
+    with pytest.raises(ValueError, match=r"digest.*choose another --runs"):
+        run_forces(config)
+
+
+def test_a_budget_leaves_out_runs_and_says_what_they_cost(
+    config: ForcesConfig, ran: list[Any]
+) -> None:
+    text, _ = run_forces(replace(config, hours=0.0))
+    assert not ran
+    runs = len(RATES) + len(TINY.seeds) - 1
+    hours = {arm: runs * ARMS[arm].cost * TINY.recipe.steps / 1000 for arm in TINY.arms}
+    assert text == not_run("tiny", {})
+    assert f"not run, {sum(hours.values()):.1f} hours of a core (dense {hours['dense']:.1f}" in text
+
+
+def test_a_file_with_too_few_configurations_is_named(
+    config: ForcesConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = replace(TINY, recipe=replace(TINY.recipe, train=1000))
+    monkeypatch.setattr(forces, "COLUMNS", {"more": more})
+    text, failed = run_forces(config)
+    assert "1000 or more" in failed["more"]
+    assert "`more`: not run" in text
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def test_a_change_is_the_mean_of_ratios_of_the_same_seeds() -> None:
+    arm = {"seeds": [0, 1, 2], "test": {"force": {"values": [90.0, 80.0, 85.0]}}}
+    control = {"seeds": [1, 2, 0], "test": {"force": {"values": [100.0, 100.0, 100.0]}}}
+    logs = torch.tensor([0.9, 0.8, 0.85]).double().log()
+    half = 4.302653 * logs.std() / 3**0.5
+    mean, low, high = (
+        100 * math.expm1(x) for x in (logs.mean(), logs.mean() - half, logs.mean() + half)
+    )
+    expected = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    assert change(arm, control, "test", "force") == expected
+    one = {"seeds": [1], "test": {"force": {"values": [80.0]}}}
+    assert change(one, control, "test", "force") == "-20.0"
+    assert change(arm, arm, "test", "force") == "–"
+
+
+def test_the_command_runs_the_study_and_a_page_shows_it(
+    config: ForcesConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", str(config.data), "--runs", str(config.runs)]
+    main(["forces", *given, "--results", str(config.results)])
+    text = capsys.readouterr().out.strip()
+    assert "| experts by element, W₀ + Δ |" in text
+    page = "<!-- forces: forces -->\nold\n<!-- end -->\n"
+    assert render(page, config.results) == f"<!-- forces: forces -->\n{text}\n<!-- end -->\n"
+    with pytest.raises(ValueError, match="columns"):
+        forces_tables({}, ["no"])
+
+
+def test_the_names_of_layers_are_those_of_the_patterns(data: Configurations) -> None:
+    names = forces.atomwise(Potential(WIDTH, data.energy_scale))
+    assert len(names) == 11
+    moe = experts(WIDTH, data.energy_scale, router=BY_ELEMENT, start="copies", targets=ATOMWISE)
+    assert [name for name, module in moe.named_modules() if isinstance(module, gmoe.MoE)] == names

@@ -1,0 +1,92 @@
+"""Files of configurations: energies less those of atoms, batches, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.train.data.forces import PARTS, evenly, read_configurations
+from tests.helpers.forces_data import KINDS, write_configurations
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_configurations(tmp_path / "forces.npz")
+
+
+def test_energies_are_those_that_elements_do_not_explain(path: Path) -> None:
+    raw, data = np.load(path), read_configurations(path)
+    start = [0, *raw["atoms"].cumsum()]
+    composition = np.array(
+        [[(raw["z"][begin:end] == kind).sum() for kind in KINDS] for begin, end in pairwise(start)]
+    )
+    train = raw["part"] == PARTS.index("train")
+    fit = np.linalg.lstsq(composition[train], raw["energy"][train], rcond=None)[0]
+    expected = raw["energy"] - composition @ fit
+    np.testing.assert_allclose(data.molecules.energy, expected, atol=1e-4)
+    per_atom = expected[train] / raw["atoms"][train]
+    assert data.energy_scale == pytest.approx(per_atom.std(ddof=1))
+    of_train = raw["force"][np.repeat(train, raw["atoms"])]
+    assert data.force_scale == pytest.approx(of_train.std(ddof=1))
+
+
+def test_a_batch_has_the_atoms_of_its_configurations_in_order(path: Path) -> None:
+    raw, data = np.load(path), read_configurations(path)
+    start = [0, *raw["atoms"].cumsum()]
+    rows = [7, 2, 30]
+    found = data.batch(torch.tensor(rows))
+    for name in ("z", "pos", "force"):
+        expected = np.concatenate([raw[name][start[row] : start[row + 1]] for row in rows])
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-6)
+    assert found.batch.tolist() == np.repeat(range(3), raw["atoms"][rows]).tolist()
+    assert found.atoms.tolist() == raw["atoms"][rows].tolist()
+    assert found.energy.tolist() == data.molecules.energy[rows].tolist()
+
+
+def test_shuffled_elements_are_in_another_order_that_is_that_of_the_molecule(path: Path) -> None:
+    raw, data = np.load(path), read_configurations(path)
+    of_molecule = dict[int, list[int]]()
+    for row, molecule in enumerate(raw["molecule"]):
+        one = data.batch(torch.tensor([row]))
+        assert sorted(one.shuffled.tolist()) == sorted(one.z.tolist())
+        assert of_molecule.setdefault(molecule, one.shuffled.tolist()) == one.shuffled.tolist()
+    assert (data.molecules.shuffled != data.molecules.z).float().mean() > 0.3
+
+
+def test_parts_are_spread_over_the_file(path: Path) -> None:
+    every, some = read_configurations(path), read_configurations(path, train=9)
+    assert set(some.rows["train"].tolist()) < set(every.rows["train"].tolist())
+    assert some.rows["test"].tolist() == every.rows["test"].tolist()
+    assert len(some.rows["train"]) == 9
+    assert evenly(torch.arange(10), 4).tolist() == [0, 2, 5, 7]
+    assert [len(batch.energy) for batch in every.batches("val", 3)] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"force": None}, "no force"),
+        ({"part": np.zeros(3, int)}, r"part of shape \(3,\)"),
+        ({"atoms": np.full(40, 2)}, "80 atoms"),
+        ({"part": np.zeros(40, int)}, "no configurations of the part val"),
+    ],
+)
+def test_a_broken_file_is_refused(changes: dict[str, Any], what: str, tmp_path: Path) -> None:
+    path = write_configurations(tmp_path / "forces.npz", **changes)
+    with pytest.raises(ValueError, match=what):
+        read_configurations(path)
+
+
+def test_an_unknown_element_and_too_few_configurations_are_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="training configurations, expected 1000 or more"):
+        read_configurations(path, train=1000)
+    arrays = dict(np.load(path))
+    arrays["z"][0] = 92
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"elements \[92\]"):
+        read_configurations(path)
