@@ -50,6 +50,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "Threads that serve one model for minutes: does memory grow?",
         "memory.ServeBenchmark",
     ),
+    "forces": (
+        "Experts by element beside PyG's HeteroLinear: a layer, and a step on forces.",
+        "forces.ForcesBenchmark",
+    ),
     "gpu": (
         "A CUDA device: equal to the CPU, waits, and times beside dense layers.",
         "gpu.GpuBenchmark",

@@ -30,7 +30,7 @@ from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import tyro
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from experiments.train.checks import check
@@ -249,14 +249,14 @@ def why_not(molecule: Any) -> str:
 
 def embed(molecule: Any, each: int, seed: int) -> str:
     """Give a molecule ``each`` conformers; returns why there are none."""
-    from rdkit.Chem import AllChem
+    from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
-    if not AllChem.UFFHasAllMoleculeParams(molecule):
+    if not rdForceFieldHelpers.UFFHasAllMoleculeParams(molecule):
         return "UFF lacks parameters"
-    AllChem.EmbedMultipleConfs(molecule, each, randomSeed=seed)
+    rdDistGeom.EmbedMultipleConfs(molecule, each, randomSeed=seed)
     if molecule.GetNumConformers() < each:
         return "no conformers by RDKit"
-    AllChem.UFFOptimizeMoleculeConfs(molecule)
+    rdForceFieldHelpers.UFFOptimizeMoleculeConfs(molecule)
     return ""
 
 
@@ -327,7 +327,7 @@ def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> 
     check(records, "tables", got, "a molecule that can be taken")
     parts = [part_of(record["smiles"], record["z"]) for record in records]
     count = [len(record["energy"]) for record in records]
-    arrays = {
+    arrays: dict[str, Any] = {
         "part": np.repeat([PARTS.index(part) for part in parts], count),
         "molecule": np.repeat(np.arange(len(records)), count),
         "atoms": np.repeat([len(record["z"]) for record in records], count),
@@ -340,16 +340,14 @@ def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> 
             for name in ("pos", "force")
         },
     }
-    texts = {
-        "smiles": [record["smiles"] for record in records],
-        "refused": [smiles for names in refused.values() for smiles in names],
-        "reason": [reason for reason, names in refused.items() for _ in names],
-        "made": f"experiments.convert forces, GFN2-xTB, {json.dumps(options)}",
+    arrays |= {
+        "smiles": np.array([record["smiles"] for record in records]),
+        "refused": np.array([smiles for names in refused.values() for smiles in names]),
+        "reason": np.array([reason for reason, names in refused.items() for _ in names]),
+        "made": np.array(f"experiments.convert forces, GFN2-xTB, {json.dumps(options)}"),
     }
     with replacing(out) as fresh, fresh.open("wb") as file:
-        np.savez_compressed(
-            file, **arrays, **{name: np.array(text) for name, text in texts.items()}
-        )
+        np.savez_compressed(file, **arrays)
     return Written(
         configurations={
             part: sum(n for n, other in zip(count, parts, strict=True) if other == part)

@@ -33,7 +33,7 @@ from experiments.train.build import num_parameters
 from experiments.train.checks import check, check_choice
 from experiments.train.data.forces import ELEMENTS, Configurations, Part, read_configurations
 from experiments.train.files import read_json, replacing
-from experiments.train.potential import Potential, Recipe, errors, train
+from experiments.train.potential import ATOMWISE, Potential, Recipe, errors, train
 from experiments.train.results import environment, spread, write_json
 from experiments.train.scores import Difference, shown
 from gmoe.routers import ByType
@@ -42,8 +42,6 @@ RATES = (4e-3, 8e-3, 1.6e-2)
 """Step sizes of the sweep, to begin with."""
 MOST_RATES = 5
 TESTS: tuple[Part, ...] = ("test", "larger", "elements")
-ATOMWISE = ("interactions.*.conv.lin*", "interactions.*.lin", "lin1", "lin2")
-"""SchNet's linear layers on atoms: all but those of its filters, which see distances."""
 BY_ELEMENT = ByType("z", ELEMENTS)
 
 
@@ -75,7 +73,7 @@ def scale_shift(width: int, energy_scale: float) -> nn.Module:
     """SchNet with a scale and a shift by element after each linear layer on atoms."""
     model = Potential(width, energy_scale)
     for name in atomwise(model):
-        model.set_submodule(name, ScaleShift(model.get_submodule(name)))  # type: ignore[arg-type]
+        model.set_submodule(name, ScaleShift(model.get_submodule(name)))
     BY_ELEMENT.attach(model)
     return model
 
@@ -420,7 +418,7 @@ def change(arm: Mapping[str, Any], control: Mapping[str, Any], part: Part, error
     if arm is control:
         return "–"
     ours, theirs = (
-        dict(zip(cell["seeds"], cell[part][error]["values"], strict=True))
+        dict[int, float](zip(cell["seeds"], cell[part][error]["values"], strict=True))
         for cell in (arm, control)
     )
     ratios = [math.log(ours[seed] / theirs[seed]) for seed in ours if seed in theirs]

@@ -19,6 +19,8 @@ from torch_geometric.nn import SchNet
 
 from experiments.train.data.forces import Configurations, Molecules, Part
 
+ATOMWISE = ("interactions.*.conv.lin*", "interactions.*.lin", "lin1", "lin2")
+"""SchNet's linear layers on atoms: all but those of its filters, which see distances."""
 CUTOFF = 5.0
 """Å: atoms beyond do not see each other."""
 INTERACTIONS = 3

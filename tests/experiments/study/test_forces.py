@@ -16,7 +16,6 @@ import gmoe
 from experiments.study import forces
 from experiments.study.forces import (
     ARMS,
-    ATOMWISE,
     BY_ELEMENT,
     RATES,
     Cell,
@@ -35,7 +34,7 @@ from experiments.study.pages import render
 from experiments.study.sweep import main
 from experiments.train.build import num_parameters
 from experiments.train.data.forces import Configurations, Molecules, read_configurations
-from experiments.train.potential import Potential, Recipe, errors, loss_of
+from experiments.train.potential import ATOMWISE, Potential, Recipe, errors, loss_of
 from tests.helpers.forces_data import write_configurations
 
 WIDTH = 8
