@@ -17,6 +17,7 @@ BROUGHT = {
     "torch_geometric": r"gmoe\[graph",
     "torchvision": r"gmoe\[vision",
     "torchmetrics": r"gmoe\[(graph|vision)",
+    "ase": r" ase\b",
     "lightning": "lightning",
     "ogb": "ogb",
     "sklearn": "scikit-learn",

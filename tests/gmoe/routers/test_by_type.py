@@ -385,14 +385,19 @@ class Potential(nn.Module):
         return energy
 
 
-def largest_step(seed: int, num_experts: int = 3, **options: Any) -> float:
-    """The largest change of energy between neighboring points of a path, over the mean change."""
+def potential_of(seed: int, num_experts: int = 3, **options: Any) -> nn.Module:
+    """The potential with experts and routers that differ, which start alike or nearly so."""
     torch.manual_seed(seed)
     model = gmoe.moefy(Potential(), targets=["mix", "mlp"], num_experts=num_experts, **options)
-    model = model.double().eval()
     for name, parameter in model.named_parameters():
-        if "experts" in name or "router" in name:  # which start alike, or nearly so
+        if "experts" in name or "router" in name:
             nn.init.normal_(parameter, std=0.3 if "experts" in name else 1.0)
+    return model.double().eval()
+
+
+def largest_step(seed: int, **options: Any) -> float:
+    """The largest change of energy between neighboring points of a path, over the mean change."""
+    model = potential_of(seed, **options)
     start, move = torch.randn(2, 5, 3, dtype=torch.double)
     share = torch.linspace(0, 1, 1001, dtype=torch.double)[:, None, None]
     z = torch.tensor([1, 6, 8, 6, 1]).expand(len(share), -1)
@@ -431,3 +436,23 @@ def test_an_energy_does_not_jump_where_routing_does_not(options: dict[str, Any])
 )
 def test_an_energy_jumps_where_a_router_sees_positions(options: dict[str, Any]) -> None:
     assert max(largest_step(seed, **options) for seed in range(4)) > 50
+
+
+def slope_error(**options: Any) -> float:
+    """How far the gradient of the energy is from its slope, over the largest slope."""
+    model = potential_of(seed=1, **options)
+    z = torch.tensor([[1, 6, 8, 6, 1]])
+    pos = torch.randn(1, 5, 3, dtype=torch.double, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(z, pos).sum(), pos)
+    move = 1e-6 * torch.eye(15, dtype=torch.double).view(15, 5, 3)
+    with torch.no_grad():
+        ends = [model(z.expand(15, -1), pos + sign * move) for sign in (1, -1)]
+    slope = ((ends[0] - ends[1]) / 2e-6).view_as(gradient)
+    return float((gradient - slope).abs().max() / slope.abs().max())
+
+
+def test_forces_are_slopes_of_the_energy_but_where_weights_are_straight_through() -> None:
+    """A weight of 1 whose gradient is that of a probability: forces have a part too much."""
+    for options in ({"router": ByType("z", ELEMENTS), "start": "copies"}, {"k": 3}, {}):
+        assert slope_error(**options) < 1e-6
+    assert slope_error(start="copies") > 0.1
