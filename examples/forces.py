@@ -9,9 +9,11 @@ positions: energies stay smooth, and ASE, if it is there, relaxes a molecule on 
     pip install "gmoe[graph]" ase
     python examples/forces.py  # minutes on one core; with --fast seconds
 
-The labels are those of a pair potential made here. One seed prints::
+The labels are those of a pair potential made here. One seed, a minute of CPU time, prints::
 
-    TO BE FILLED
+    SchNet     test error of a force 0.0395
+    by element test error of a force 0.0298
+    relaxed from a true energy of -10.451 to -14.919
 """
 
 # %%
