@@ -2,9 +2,8 @@
 Forces: experts by element
 ==========================
 
-PyG's ``SchNet`` learns energies, and forces as their gradients, with an expert for each element.
-:class:`gmoe.routers.ByType` reads the elements from the argument ``z`` of the model, never from
-positions: energies stay smooth, and ASE, if it is there, relaxes a molecule on them. ::
+PyG's ``SchNet`` learns energies and forces with an expert for each element, which are read from the
+argument ``z`` of the model: energies stay smooth, and ASE, if it is there, relaxes a molecule. ::
 
     pip install "gmoe[graph]" ase
     python examples/forces.py  # minutes on one core; with --fast seconds
@@ -106,9 +105,9 @@ if importlib.util.find_spec("ase"):
     import ase.optimize
 
     class Learned(ase.calculators.calculator.Calculator):
-        implemented_properties = ("energy", "forces")
+        implemented_properties = ["energy", "forces"]  # noqa: RUF012  # ASE's form
 
-        def calculate(self, atoms, properties, changes):  # type: ignore[no-untyped-def]
+        def calculate(self, atoms=None, properties=None, system_changes=None):  # type: ignore[no-untyped-def]
             place = torch.tensor(atoms.positions[None], dtype=torch.float)
             energy, force = predict(model, torch.tensor(atoms.numbers[None]), place)
             self.results = {"energy": energy.item(), "forces": force[0].double().numpy()}

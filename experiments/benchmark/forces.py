@@ -107,7 +107,7 @@ def force_steps(width: int, z: Tensor, pos: Tensor, batch: Tensor) -> Steps:
     base = gmoe.moefy(Potential(width, 1.0), targets=ATOMWISE, router=by_element, start="copies")
     given = (z, pos, batch, z)
     check_equal("HeteroLinear", theirs(*given), ours(*given))
-    models = {
+    models: dict[str, nn.Module] = {
         "dense": Potential(width, 1.0),
         "by element": ours,
         "by element, W_0 + D": base,

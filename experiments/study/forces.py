@@ -417,16 +417,19 @@ def change(arm: Mapping[str, Any], control: Mapping[str, Any], part: Part, error
     """
     if arm is control:
         return "–"
-    ours, theirs = (
-        dict[int, float](zip(cell["seeds"], cell[part][error]["values"], strict=True))
-        for cell in (arm, control)
-    )
+    ours = by_seed(arm, part, error)
+    theirs = by_seed(control, part, error)
     ratios = [math.log(ours[seed] / theirs[seed]) for seed in ours if seed in theirs]
     found = Difference.of(ratios)
     mean, low, high = (100 * math.expm1(value) for value in (found.mean, found.low, found.high))
     if found.n == 1:
         return f"{mean:+.1f}"
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def by_seed(arm: Mapping[str, Any], part: Part, error: str) -> dict[int, float]:
+    """The errors of an arm."""
+    return dict(zip(arm["seeds"], arm[part][error]["values"], strict=True))
 
 
 def forces_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
