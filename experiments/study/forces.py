@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import gmoe
 from experiments.show.cells import read_cells
@@ -262,11 +263,18 @@ class Cell:
         return figures
 
     def sweep(self) -> dict[float, float]:
-        """By step size, the error of forces in validation, of finished runs of the first seed."""
+        """By step size, the error of forces in validation, of finished runs of the first seed.
+
+        It is infinite where the training diverged.
+        """
         first = COLUMNS[self.column].seeds[0]
         tried = [RATES[0] * 2**power for power in range(-MOST_RATES, MOST_RATES + len(RATES))]
         held = {lr: self.held(lr, first) for lr in tried}
-        return {lr: run["val"]["force"] for lr, run in held.items() if run is not None}
+        return {
+            lr: math.inf if run["val"] is None else run["val"]["force"]
+            for lr, run in held.items()
+            if run is not None
+        }
 
     def model(self, seed: int) -> nn.Module:
         """The model of a seed before training."""
@@ -279,35 +287,43 @@ class Cell:
         recipe = COLUMNS[self.column].recipe
         model = self.model(seed)
         flops = flops_of_atom(model, self.data)
+        folder = self.run_folder(lr, seed)
+        steps = train(model, self.data, recipe, lr=lr, seed=seed)
         before = time.process_time()
-        for _ in train(model, self.data, recipe, lr=lr, seed=seed):
+        for _ in tqdm(steps, str(folder), recipe.steps, leave=False, disable=None):
             pass
         seconds = time.process_time() - before
+        val = errors(model, self.data, "val")
         figures = {
             "config": self.config,
             "lr": lr,
             "seed": seed,
-            "val": errors(model, self.data, "val"),
+            "val": val if all(map(math.isfinite, val.values())) else None,
             "seconds": round(seconds, 2),
             "flops": flops,
             "parameters": num_parameters(model),
             "environment": environment(),
         }
-        folder = self.run_folder(lr, seed)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "weights.safetensors") as fresh:
             save_model(model, str(fresh))
         write_json(folder / "result.json", figures)
 
     def tested(self, lr: float, seed: int) -> dict[str, Any]:
-        """The figures of a finished run with those of the test parts, which are read once."""
+        """The figures of a finished run with those of the test parts, which are read once.
+
+        Raises:
+            ValueError: it diverged.
+        """
         figures = self.held(lr, seed)
         assert figures is not None
+        folder = self.run_folder(lr, seed)
+        check(figures["val"] is not None, str(folder), "a training that diverged", "finite errors")
         if "test" not in figures:
             model = self.model(seed)
-            load_model(model, self.run_folder(lr, seed) / "weights.safetensors")
+            load_model(model, folder / "weights.safetensors")
             figures |= {part: errors(model, self.data, part) for part in TESTS}
-            write_json(self.run_folder(lr, seed) / "result.json", figures)
+            write_json(folder / "result.json", figures)
         return figures
 
 
@@ -364,8 +380,8 @@ def missing_runs(
     cells: Mapping[str, Cell], seeds: Sequence[int]
 ) -> Iterator[tuple[Cell, float, int]]:
     """What is to run next, as long as whoever asks runs it."""
-    first = [cells[arm] for arm in FIRST if arm in cells]
-    for group in (first, *([cell] for cell in cells.values() if cell not in first)):
+    first = [cell for arm, cell in cells.items() if arm in FIRST]
+    for group in (first, *([cell] for arm, cell in cells.items() if arm not in FIRST)):
         for cell in group:
             while (lr := next_rate(cell.sweep())) is not None:
                 yield cell, lr, seeds[0]
@@ -387,7 +403,10 @@ def write_cell(cell: Cell, results: Path) -> None:
     summary = {
         "label": ARMS[cell.arm].label,
         "lr": lr,
-        "sweep": {f"{tried:g}": value for tried, value in sorted(sweep.items())},
+        "sweep": {
+            f"{tried:g}": value if math.isfinite(value) else None
+            for tried, value in sorted(sweep.items())
+        },
         "seeds": seeds,
         **{
             part: {name: spread([run[part][name] for run in runs]) for name in ("force", "energy")}
@@ -429,7 +448,9 @@ def change(arm: Mapping[str, Any], control: Mapping[str, Any], part: Part, error
 
 def by_seed(arm: Mapping[str, Any], part: Part, error: str) -> dict[int, float]:
     """The errors of an arm."""
-    return dict(zip(arm["seeds"], arm[part][error]["values"], strict=True))
+    seeds: list[int] = arm["seeds"]
+    values: list[float] = arm[part][error]["values"]
+    return dict(zip(seeds, values, strict=True))
 
 
 def forces_table(arms: Mapping[str, Mapping[str, Any]]) -> str:

@@ -235,6 +235,24 @@ def test_what_is_finished_is_not_run_again(
     assert figures(text) == figures(whole)
 
 
+def test_a_step_size_that_diverges_is_not_chosen(
+    config: ForcesConfig, data: Configurations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(model: nn.Module, data: Configurations, part: Any) -> dict[str, float]:
+        found = errors(model, data, part)
+        return dict.fromkeys(found, math.nan)
+
+    cell = Cell(column="tiny", arm="dense", data=data, folder=config.runs)
+    for lr in RATES:
+        monkeypatch.setattr(forces, "errors", diverged if lr > RATES[0] else errors)
+        cell.run(lr, TINY.seeds[0])
+    assert list(cell.sweep().values())[1:] == [math.inf, math.inf]
+    assert forces.chosen_rate(cell.sweep()) == RATES[0]
+    assert next_rate(cell.sweep()) == RATES[0] / 2
+    with pytest.raises(ValueError, match="diverged"):
+        cell.tested(RATES[1], TINY.seeds[0])
+
+
 def test_runs_of_other_data_are_refused(config: ForcesConfig, data: Configurations) -> None:
     Cell(column="tiny", arm="dense", data=data, folder=config.runs).run(RATES[0], TINY.seeds[0])
     write_configurations(config.data, molecules=30)
