@@ -491,8 +491,8 @@ def not_run(column: str, arms: Mapping[str, Mapping[str, Any]]) -> str:
             missing[name] = runs * plan.price(name)
     if not missing:
         return ""
-    each = ", ".join(f"{ARMS[name].label} {hours:.1f}" for name, hours in missing.items())
-    return f"`{column}`: not run, {sum(missing.values()):.1f} hours of a core ({each})."
+    each = "; ".join(f"{ARMS[name].label} {hours:.2f}" for name, hours in missing.items())
+    return f"`{column}`: not run, {sum(missing.values()):.2f} hours of a core ({each})."
 
 
 def forces_tables(

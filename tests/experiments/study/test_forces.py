@@ -268,7 +268,7 @@ def test_a_budget_leaves_out_runs_and_says_what_they_cost(
     runs = len(RATES) + len(TINY.seeds) - 1
     hours = {arm: runs * ARMS[arm].cost * TINY.recipe.steps / 1000 for arm in TINY.arms}
     assert text == not_run("tiny", {})
-    assert f"not run, {sum(hours.values()):.1f} hours of a core (dense {hours['dense']:.1f}" in text
+    assert f"not run, {sum(hours.values()):.2f} hours of a core (dense {hours['dense']:.2f}" in text
 
 
 def test_a_file_with_too_few_configurations_is_named(
