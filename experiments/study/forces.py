@@ -139,6 +139,16 @@ ARMS = {
         build=partial(experts, router=BY_ELEMENT, start="plain"),
         cost=1.5,
     ),
+    "mixed": Arm(
+        label="weights mixed by composition",
+        build=partial(
+            experts,
+            router=ByType("z", ELEMENTS, batch="batch"),
+            start="copies",
+            mix="weights",
+        ),
+        cost=2.0,
+    ),
     "top1": Arm(
         label="learned top-1",
         build=partial(experts, num_experts=len(ELEMENTS)),

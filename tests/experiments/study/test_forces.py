@@ -116,7 +116,7 @@ def test_experts_by_element_take_the_dense_flops_and_others_match_what_they_say(
     flops = {arm: flops_of_atom(build(arm, data, 32), data) for arm in ARMS}
     for arm in ("scale-shift", "element", "shuffled", "own", "output"):
         assert flops[arm] == flops["dense"]
-    for arm in ("dense-time", "soft", "top1", "dense-parameters"):
+    for arm in ("dense-time", "mixed", "soft", "top1", "dense-parameters"):
         assert flops[arm] > 1.1 * flops["dense"]
     parameters = [num_parameters(build(arm, data, 32)) for arm in ("element", "dense-parameters")]
     assert parameters[0] == pytest.approx(parameters[1], rel=0.05)
