@@ -410,7 +410,7 @@ def write_cell(cell: Cell, results: Path) -> None:
     lr = chosen_rate(sweep)
     seeds = [seed for seed in COLUMNS[cell.column].seeds if cell.held(lr, seed) is not None]
     runs = [cell.tested(lr, seed) for seed in seeds]
-    summary = {
+    summary: dict[str, Any] = {
         "label": ARMS[cell.arm].label,
         "lr": lr,
         "sweep": {
