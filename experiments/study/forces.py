@@ -231,8 +231,8 @@ class ForcesConfig:
     """Folder of single runs: figures and weights."""
     results: Path = Path("results")
     """Folder of the result files: forces/COLUMN/ARM.json."""
-    hours: float | None = None
-    """Begin no run that would end later, by its price (default: run everything)."""
+    budget: float | None = None
+    """Core-hours: begin no run that would end later, by its price (default: run everything)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +378,7 @@ def run_forces(config: ForcesConfig) -> tuple[str, dict[str, str]]:
             write_cell(cell, config.results)
         for cell, lr, seed in missing_runs(cells, column.seeds):
             hours = (time.monotonic() - begun) / 3600
-            if config.hours is not None and hours + cell.price > config.hours:
+            if config.budget is not None and hours + cell.price > config.budget:
                 break
             cell.run(lr, seed)
             print(f"{name}/{cell.arm}, step size {lr:g}, seed {seed}", file=sys.stderr, flush=True)

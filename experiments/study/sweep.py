@@ -4,7 +4,7 @@
     python -m experiments.sweep grid --preset minesweeper --routers random --experts 4 8 --ks 1 2
     python -m experiments.sweep grid --preset cora --routers token_choice --jobs 8
     python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic facebook
-    python -m experiments.sweep forces --data forces.npz --hours 1
+    python -m experiments.sweep forces --data forces.npz --budget 1
 
 ``FILE.py:NAME`` (or ``package.module:NAME``) is a study of your own, which
 ``docs/tutorials/command-line.md`` shows how to write. ``grid`` is a preset over routers, numbers of

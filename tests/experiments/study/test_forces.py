@@ -263,7 +263,7 @@ def test_runs_of_other_data_are_refused(config: ForcesConfig, data: Configuratio
 def test_a_budget_leaves_out_runs_and_says_what_they_cost(
     config: ForcesConfig, ran: list[Any]
 ) -> None:
-    text, _ = run_forces(replace(config, hours=0.0))
+    text, _ = run_forces(replace(config, budget=0.0))
     assert not ran
     runs = len(RATES) + len(TINY.seeds) - 1
     hours = {arm: runs * ARMS[arm].cost * TINY.recipe.steps / 1000 for arm in TINY.arms}
