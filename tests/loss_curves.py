@@ -64,7 +64,7 @@ def losses(name: str) -> list[float]:
             found = []
             with set_up(fabric, model, config, task) as training:
                 for _, batch in zip(range(STEPS), batches(config, task), strict=False):
-                    values = training.update(batch, len(batch.target))
+                    ((values, _, _),) = training.update(batch, len(batch.target))
                     found.append((values["loss"] + values["aux"]).item())
             return found
     finally:

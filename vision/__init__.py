@@ -1,18 +1,15 @@
-"""Image data: files, splits, augmentation, batches."""
+"""The image side of the experiments, top to bottom; README.md has the tour.
 
-from vision.batches import AugmentKind, batches, make_augment
-from vision.images import ImageData, load_images, split_images
-from vision.sources import FileImages, ImageSource, MemoryImages, decode
-
-__all__ = [
-    "AugmentKind",
-    "FileImages",
-    "ImageData",
-    "ImageSource",
-    "MemoryImages",
-    "batches",
-    "decode",
-    "load_images",
-    "make_augment",
-    "split_images",
-]
+recipe      The options of a training on images, by timm's names.
+datasets    Data sets, and folders of images, a folder a class.
+own_images  Images that a user's function makes.
+archives    Archives, unpacked or downloaded.
+sources     Images in memory or in files, of any size and shape, and how models see them.
+augment     Crops, flips, RandAugment, erasing; mixup and CutMix.
+batches     One epoch.
+models      The model of a run: gmoe's ViTs, and timm's with experts in the place of MLPs.
+soft_mlp    Soft experts beside an MLP.
+told_domain Experts that are told the domain of an image.
+weights     Learning rates by part and by layer, frozen parts, the average of weights.
+maps        Which expert takes which patch.
+"""

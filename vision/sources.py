@@ -1,21 +1,64 @@
 """Where images come from: memory, or files decoded on demand.
 
-Shapes: N images, B of them, S height and width.
+Shapes: N images, B of them, S height and width of what models see, H x W of an image as it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image of any size and shape becomes one of S x S pixels.
+
+    As timm and torchvision do it at test time: the shorter side is resized to S / crop_pct, rounded
+    down, and the center is taken.
+
+    Args:
+        image_size: S.
+        crop_pct: share of the shorter side that the center takes (default 1).
+        interpolation: of the resizing, antialiased (default ``"bilinear"``).
+    """
+
+    image_size: int
+    crop_pct: float = 1.0
+    interpolation: Interpolation = "bilinear"
+
+    @property
+    def shorter_side(self) -> int:
+        """What the shorter side of an image is resized to."""
+        return math.floor(self.image_size / self.crop_pct)
+
+    def of(self, images: Tensor) -> Tensor:
+        """(..., C, S, S) of images (..., C, H, W)."""
+        if images.shape[-2:] == (self.image_size, self.image_size) and self.crop_pct == 1:
+            return images
+        mode = InterpolationMode(self.interpolation)
+        resized = F.resize(images, [self.shorter_side], interpolation=mode, antialias=True)
+        return F.center_crop(resized, [self.image_size, self.image_size])
+
+    def of_file(self, path: str) -> Tensor:
+        """An image file as (3, S, S) uint8; for errors see :func:`read`."""
+        image = read(path, least=2 * self.shorter_side)
+        if image.size != (self.image_size, self.image_size) or self.crop_pct != 1:
+            mode = InterpolationMode(self.interpolation)
+            image = F.resize(image, [self.shorter_side], interpolation=mode)
+            image = F.center_crop(image, [self.image_size, self.image_size])
+        return F.pil_to_tensor(image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,82 +68,91 @@ class MemoryImages:
     Args:
         images: (N, C, H, H), C = 1 or 3, uint8, or float32 that models are to see as it is.
         labels: (N,) int64 classes; (N, 2) classes and domains, where images are of several.
-        image_size: S; images of another size are resized when they are taken, not in memory.
     """
 
     images: Tensor
     labels: Tensor
-    image_size: int
 
-    def get(self, index: Tensor) -> Tensor:
-        """The images ``index``, (B,) int64: a (B, C, S, S) tensor, new in memory."""
-        images = self.images[index]
-        if self.image_size != images.size(-1):
-            images = F.resize(images, [self.image_size, self.image_size], antialias=True)
-        return images
+    def get(self, index: Tensor, view: View) -> Tensor:
+        """The images ``index``, (B,) int64, as a view has them: (B, C, S, S), new in memory."""
+        return view.of(self.images[index])
+
+    def original(self, number: int, least: int) -> Tensor:
+        """One image, (C, H, H), as it is."""
+        return self.images[number]
 
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
-    """Images in N files, decoded each time that they are taken, see :func:`decode`."""
+    """Images in N files, decoded each time that they are taken."""
 
     paths: list[str]
     labels: Tensor
-    image_size: int
 
-    def get(self, index: Tensor) -> Tensor:
-        """The images ``index``, (B,) int64: a (B, 3, S, S) uint8 tensor.
+    def get(self, index: Tensor, view: View) -> Tensor:
+        """The images ``index``, (B,) int64, as a view has them: (B, 3, S, S) uint8.
 
         Raises:
             ValueError: a file is no image that can be read; names it.
         """
-        images = torch.empty(len(index), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        images = torch.empty(len(index), 3, view.image_size, view.image_size, dtype=torch.uint8)
         for row, number in enumerate(index.tolist()):
-            images[row] = decode(self.paths[number], self.image_size)
+            images[row] = view.of_file(self.paths[number])
         return images
+
+    def original(self, number: int, least: int) -> Image.Image:
+        """One image, of any size; of a large JPEG at least ``least`` pixels a side."""
+        return read(self.paths[number], least)
 
 
 ImageSource: TypeAlias = MemoryImages | FileImages
 
 
-def decode(path: str, image_size: int) -> Tensor:
-    """An image file as (3, S, S) uint8.
+def read(path: str, least: int) -> Image.Image:
+    """An image file in RGB, of any size and shape.
 
     Gray, palette, RGBA and CMYK images become RGB. Alpha channels and orientation tags are ignored,
-    as in torchvision. What is not S x S is resized by its shorter side (bilinear, antialiased),
-    then center-cropped.
+    as in torchvision.
+
+    Args:
+        path: the file.
+        least: pixels; a JPEG of twice as many a side or more is decoded at a half, a quarter or an
+            eighth.
 
     Raises:
         ValueError: the file is not an image that can be read, or not one of 8 bits a channel.
     """
-    side = (image_size, image_size)
     with _opened(path) as file:
         if file.mode[0] in "IF":
             raise ValueError(f"pixels of mode {file.mode}, expected 8 bits a channel")
-        # A large JPEG is decoded at a half, a quarter or an eighth
-        file.draft(None, (2 * image_size, 2 * image_size))
-        image = file.convert("RGB")
-        if image.size != side:
-            image = ImageOps.fit(image, side, Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        file.draft(None, (least, least))
+        return file.convert("RGB")
 
 
-def decode_all(paths: Sequence[str], image_size: int) -> Tensor:
+def decode_all(paths: Sequence[str], view: View) -> Tensor:
     """N image files as (N, 3, S, S) uint8, by as many threads as torch has."""
-    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+    images = torch.empty(len(paths), 3, view.image_size, view.image_size, dtype=torch.uint8)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for row, image in enumerate(pool.map(decode, paths, [image_size] * len(paths))):
+        for row, image in enumerate(pool.map(view.of_file, paths)):
             images[row] = image
     return images
 
 
-def common_size(paths: Sequence[str]) -> int:
-    """Height and width of images that are all squares of one size.
-
-    Reads only the heads of the files.
+def check_all(paths: Sequence[str]) -> None:
+    """Decode every file once, large JPEGs at an eighth, by as many threads as torch has.
 
     Raises:
-        ValueError: they are not, with the first that differs.
+        ValueError: the first file that is no image that can be read.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(lambda path: read(path, least=1).size, paths):
+            pass
+
+
+def common_size(paths: Sequence[str]) -> int | None:
+    """Height and width of images that are all squares of one size; else ``None``.
+
+    Reads only the heads of the files.
     """
     first = 0
     for path in paths:
@@ -108,10 +160,7 @@ def common_size(paths: Sequence[str]) -> int:
             width, height = file.size
         first = first or width
         if (width, height) != (first, first):
-            raise ValueError(
-                "image_size: got None, expected a number of pixels, for the images are not all "
-                f"squares of one size: {path} is {width} x {height}"
-            )
+            return None
     return first
 
 

@@ -46,7 +46,7 @@ def patches(
 
     from experiments.train.run_folder import read_run
     from gmoe.plot import expert_maps
-    from vision.sources import decode
+    from vision.sources import View
 
     folder = read_run(run, data_root, trust)
     task = folder.load_task()
@@ -56,7 +56,8 @@ def patches(
         )
     model = folder.load_model(task)
     mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
-    seen = [decode(str(path), task.in_channels).float() / 255 for path in images]
+    view = View(task.in_channels)
+    seen = [view.of_file(str(path)).float() / 255 for path in images]
     batch = torch.stack(
         [((one.mean(0, keepdim=True) if len(mean) == 1 else one) - mean) / std for one in seen]
     )

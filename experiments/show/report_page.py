@@ -348,7 +348,7 @@ def _atoms(
 
 def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:
     """By MoE layer, the patches of validation images; and maps of images, each of another class."""
-    from experiments.train.told_domain import tell_domains  # torchvision, which graphs do without
+    from vision.told_domain import tell_domains  # torchvision, which graphs do without
 
     model = run.load_model(task)
     batches = list[Batch]()

@@ -180,7 +180,7 @@ class Comparison:
                 training = stack.enter_context(set_up(fabric, build_model(arm, task), arm, task))
                 batch = fabric.to_device(next(iter(task.loader("train", arm.batch_size, 0))))
                 calls[f"{name}: step"] = partial(training.update, batch, len(batch.target))
-                times_each[f"{name}: step"] = arm.epochs * task.steps(arm.batch_size)
+                times_each[f"{name}: step"] = arm.epochs * task.steps(arm.step_size)
                 if getattr(arm, "sampling", "") == "full":
                     calls[f"{name}: validation"] = partial(training.evaluate, "val")
                     times_each[f"{name}: validation"] = arm.epochs / arm.eval_every

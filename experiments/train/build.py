@@ -32,7 +32,7 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     is_baseline = config.router == "dense" and config.model is None
     legal = "none, or router='dense' and no model of your own"
     check(config.equal is None or is_baseline, "equal", config.equal, legal)
-    if config.model is not None:
+    if config.model is not None and not config.own_models():
         return _own_model(config.model, kind_of(config).sizes(task))
     if config.equal is not None:
         config = widened(config, task)
@@ -128,7 +128,7 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
         "active_parameters": gmoe.active_parameters(model),
         "matched": matched,
         "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
-        "steps": task.steps(config.batch_size),
+        "steps": task.steps(config.step_size),
     }
 
 

@@ -8,9 +8,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-SHARES = ("label_smoothing", "dropout", "input_dropout")
+SHARES = ("label_smoothing", "dropout", "input_dropout", "drop_path", "model_ema_decay")
 """Options from 0 to less than 1."""
-FROM_0 = (*SHARES, "mlp_scale", "clip_norm", "weight_decay", "lr", "workers")
+FROM_0 = (
+    *SHARES,
+    "mlp_scale",
+    "clip_norm",
+    "weight_decay",
+    "lr",
+    "workers",
+    "reprob",
+    "mixup",
+    "cutmix",
+)
 FROM_1 = (
     "experts",
     "k",
@@ -27,6 +37,7 @@ FROM_1 = (
     "devices",
     "nodes",
     "jobs",
+    "grad_accum_steps",
 )
 LEAST = dict.fromkeys(FROM_0, 0) | dict.fromkeys(FROM_1, 1)
 """The smallest legal values."""

@@ -29,6 +29,7 @@ from experiments.train.command_line import fail, with_short_help
 from experiments.train.config import (
     ERRORS,
     OF_MODEL,
+    OF_VIT,
     PAPERS,
     RunConfig,
     controls_of,
@@ -125,7 +126,8 @@ def parse(args: Sequence[str]) -> RunConfig:
         options = {
             arg: arg.removeprefix("--").removeprefix("no-").replace("-", "_") for arg in named
         }
-        passed = sorted(arg for arg, option in options.items() if option in OF_MODEL)
+        others = OF_VIT if config.own_models() else OF_MODEL
+        passed = sorted(arg for arg, option in options.items() if option in others)
         got = f"{config.model} and {', '.join(passed)}"
         check(not passed, "model", got, "none of these options beside a model of your own")
     return config
@@ -141,7 +143,7 @@ def _take(args: Sequence[str], *names: str, **kind: Any) -> tuple[Any, list[str]
 
 def controls_beside(config: RunConfig) -> dict[str, RunConfig]:
     """The runs beside one with experts, for ``--compare``; the first is the dense model's."""
-    is_ours = config.router != "dense" and config.model is None
+    is_ours = config.router != "dense" and (config.model is None or config.own_models())
     got = f"router={config.router!r} and model={config.model!r}"
     check(is_ours, "compare", got, "a router, and no model of your own")
     folder = config.folder()

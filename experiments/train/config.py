@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import tyro
 
@@ -20,6 +20,10 @@ from experiments.train.checks import (
     check_object,
     check_seeds,
 )
+from vision.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
 
 RouterInput = Literal["node", "neighbors", "degree", "structure", "graph"]
 Pool = Literal["mean", "sum", "max"]
@@ -178,7 +182,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_object("router", self.router, get_args(RouterName))
         check_object("equal_to", self.equal_to, get_args(RouterName))
-        check_object("model", self.model)
+        check_object("model", self.model, self.own_models())
         check_object("data", self.data)
         check_numbers(asdict(self) | self.options.given())
         check_installed("logger", self.logger)
@@ -203,6 +207,10 @@ class RunConfig:
         """The convs by name, of a model that has some."""
         return ()
 
+    def own_models(self) -> tuple[str, ...]:
+        """The model by name, where it is a library's and no code of the user."""
+        return ()
+
     def evaluates_whole(self) -> bool:
         """Whether validation is one computation, which several processes cannot share."""
         return False
@@ -218,6 +226,25 @@ class RunConfig:
     def sees_structure(self) -> bool:
         """Whether the structure around a node is an input, of the model or of its router."""
         return False
+
+    @property
+    def step_size(self) -> int:
+        """Rows of a step of the optimizer, of all processes together."""
+        return self.batch_size
+
+    @property
+    def warmup_epochs(self) -> float | None:
+        """Epochs of warmup, where they are given."""
+        return None
+
+    @property
+    def model_ema_decay(self) -> float:
+        """Decay of the average of weights; 0 if there is none."""
+        return 0.0
+
+    def lr_factors(self, model: nn.Module) -> dict[str, float]:
+        """By what the learning rate of some parameters is multiplied, by name; 0 freezes them."""
+        return {}
 
     @property
     def world(self) -> int:
@@ -409,6 +436,16 @@ class MoleculeConfig(RunConfig):
 class ImageConfig(RunConfig):
     """Patches of images, in a ViT."""
 
+    model: str | None = None
+    """A model of timm, `timm/NAME`, with experts in the place of MLPs.
+    Or your own: a function, named as a router is, of the image size and the number of classes."""
+    model_kwargs: tuple[str, ...] = ()
+    """Of a model of timm: its own arguments, as patch_size=8 embed_dim=96 depth=6 num_heads=3."""
+    checkpoint: str | None = None
+    """Of a model of timm: a file of weights of the dense model, .safetensors or .pth.
+    Experts start from its MLPs. A head of another number of classes is drawn anew."""
+    blocks: tuple[int, ...] = ()
+    """Of a model of timm: the blocks that hold experts, in place of `every`; -1 is the last."""
     router: str = "expert_choice"
     equal_to: str = "expert_choice"
     mlp_scale: float = 1.0
@@ -421,10 +458,16 @@ class ImageConfig(RunConfig):
     vit_heads: int | None = None
     """Attention heads; by default those of the size's preset."""
     label_smoothing: float = 0.0
+    """timm's smoothing."""
     image_size: int | None = None
-    """Height and width that images are brought to; by default the data set's."""
+    """Height and width that images are brought to; by default the data set's.
+    Of a model of timm, the model's."""
+    held_out: str | None = None
+    """PACS: the domain that is tested on, and not trained on; by default a part of each is."""
     augment: Literal["none", "standard"] = "none"
-    """Random crops and flips."""
+    """Random crops and flips, of images that were brought to one size."""
+    recipe: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
+    """The recipe of images, by timm's names."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -438,8 +481,73 @@ class ImageConfig(RunConfig):
             "'neighbors'",
             "'group': images have no edges",
         )
+        self._check_recipe()
+        self._check_timm()
+
+    def _check_recipe(self) -> None:
+        """Refuse a recipe that is none."""
+        recipe = self.recipe
+        check_numbers(asdict(recipe))
+        recipe.factors()
+        check_installed("aa", () if recipe.aa is None else ("timm",))
+        check(0 < recipe.crop_pct <= 1, "crop_pct", recipe.crop_pct, "more than 0, at most 1")
+        check(recipe.reprob <= 1, "reprob", recipe.reprob, "at most 1")
+        low, high = recipe.scale or (1.0, 1.0)
+        check(0 < low <= high <= 1, "scale", recipe.scale, "two shares, 0 < LOW <= HIGH <= 1")
+        decay = 1.0 if recipe.layer_decay is None else recipe.layer_decay
+        check(0 < decay <= 1, "layer_decay", decay, "more than 0, at most 1")
+        warmup = recipe.warmup_epochs
+        is_used = warmup is None or (self.schedule == "cosine" and 0 <= warmup <= self.epochs)
+        got = f"{warmup} with schedule={self.schedule!r} and {self.epochs} epochs"
+        check(is_used, "warmup_epochs", got, "0 to all, with schedule='cosine'")
+        tells = self.router != "oracle" or not recipe.mixes()
+        legal = "another recipe: a mixed image is of two domains"
+        check(tells, "router", "'oracle' with mixup or cutmix", legal)
+
+    def _check_timm(self) -> None:
+        """Refuse options of a model of timm without one, and with one those of a ViT of gmoe."""
+        if self.timm_model is not None:
+            check_installed("model", ("timm",))
+            check(self.equal is None, "equal", self.equal, "none with a model of timm")
+            check(self.router != "soft_slots", "router", "'soft_slots'", "another, with timm's")
+            legal = "KEY=VALUE, as embed_dim=96"
+            for argument in self.model_kwargs:
+                check(argument.partition("=")[2], "model_kwargs", repr(argument), legal)
+            return
+        for name in ("model_kwargs", "checkpoint", "blocks"):
+            value = getattr(self, name)
+            check(not value, name, value, "none, without --model timm/NAME")
+
+    @property
+    def timm_model(self) -> str | None:
+        """The name by which timm knows the model, if it is one of timm's."""
+        if self.model is None or ":" in self.model or not self.model.startswith(TIMM):
+            return None
+        return self.model.removeprefix(TIMM)
+
+    def own_models(self) -> tuple[str, ...]:
+        return () if self.timm_model is None else (str(self.model),)
+
+    @property
+    def step_size(self) -> int:
+        return self.batch_size * self.recipe.grad_accum_steps
+
+    @property
+    def warmup_epochs(self) -> float | None:
+        return self.recipe.warmup_epochs
+
+    @property
+    def model_ema_decay(self) -> float:
+        return self.recipe.model_ema_decay
+
+    def lr_factors(self, model: nn.Module) -> dict[str, float]:
+        from vision.weights import lr_factors  # and torch with it
+
+        return lr_factors(model, self.recipe, are_all_needed=self.router != "dense")
 
 
+TIMM = "timm/"
+"""What the names of timm's models begin with."""
 HETERO = ("ogbn-mag", "hetero")
 IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "pacs", "images")
 """Data sets of each kind; all others are graphs, but OGB's molecules, ``ogbg-mol...``."""
@@ -493,6 +601,8 @@ OF_MODEL = frozenset(
 
 ``conv`` says what a model is called with, too.
 """
+OF_VIT = frozenset({"hidden", "layers", "dropout", "mlp_scale", "patch", "dim", "vit_heads"})
+"""Those of them that a model of timm has none of: its ``model_kwargs`` say it."""
 RECORDS = ("file", "digest", "contents")
 """What ``config.json`` holds beside the options: the name of your own graph's file, a digest of
 your own data, and where that is of the names and sizes of images, one of what they contain."""
@@ -509,7 +619,7 @@ def config_class(dataset: str) -> type[RunConfig]:
 
 OF_EXPERTS = (
     "experts", "k", "start", "kmeans_init", "options", "equal", "equal_to",
-    "router_input", "shared_router",
+    "router_input", "shared_router", "blocks",
 )  # fmt: skip
 """Options that a dense model has no use for."""
 

@@ -22,7 +22,7 @@ class Epoch:
         self.stats: RoutingStats | None = None
 
     def add(self, values: dict[str, Tensor], routings: list[Routing], rows: int) -> None:
-        """One step's losses, and what it routed."""
+        """The losses of a step, or of a part of it, and what was routed."""
         if routings:
             if self.stats is None:
                 self.stats = RoutingStats(
@@ -32,7 +32,6 @@ class Epoch:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach() * rows
         self.count += rows
-        self.batches += 1
 
     def means(self) -> dict[str, float]:
         """Means of the losses by name, over all processes.

@@ -125,6 +125,7 @@ def train_seed(
             "metric": task.metric_name,
             "val": val,
             "test": test,
+            **training.beside,
             **({"uncorrected": uncorrected} if kind.corrects() else {}),
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
@@ -161,7 +162,7 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
     Leaves the model with the weights that validation selects.
     """
     config = training.config
-    steps = training.task.steps(config.batch_size)
+    steps = training.task.steps(config.step_size)
     checkpoint = Checkpoint(training.fabric, folder / "checkpoint", training.state)
     loaded = checkpoint.load()
     if loaded is not None:

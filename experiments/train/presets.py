@@ -19,6 +19,7 @@ from experiments.train.config import (
     MoleculeConfig,
     RunConfig,
 )
+from vision.recipe import Recipe
 
 THREE = (0, 1, 2)
 TEN = tuple(range(10))
@@ -230,7 +231,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     ),
     "images": (
         "Images of your own: --data-root DIR with CLASS/*, or train/CLASS/* and test/CLASS/*.",
-        replace(CIFAR10, dataset="images"),
+        replace(CIFAR10, dataset="images", recipe=Recipe(scale=(0.35, 1.0))),
     ),
     "digits-graph": (
         "The same digits as nodes of a 10-nearest-neighbor graph; a 2-layer GCN.",
@@ -333,11 +334,17 @@ def differing_options(config: RunConfig, preset: RunConfig) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if value == usual or (name in WHERE and name not in ("data_root", "offline")):
             continue
-        if name == "options":
+        if name in ("options", "recipe"):
             for own, given in vars(value).items():
-                words += [] if given is None else [f"--{own.replace('_', '-')}", str(given)]
+                if given != getattr(usual, own):
+                    words += [f"--{own.replace('_', '-')}", *_words(given)]
         elif option.type == "bool":
             words.append(flag if value else f"--no-{flag.removeprefix('--')}")
         else:
-            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+            words += [flag, *_words(value)]
     return words
+
+
+def _words(value: Any) -> list[str]:
+    """A value as the words after an option."""
+    return list(map(str, value if isinstance(value, tuple) else [value]))

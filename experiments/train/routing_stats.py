@@ -20,10 +20,10 @@ from torchmetrics.functional.clustering import normalized_mutual_info_score
 
 from experiments.train.config import RunConfig
 from experiments.train.data.task import Task
-from experiments.train.soft_mlp import SoftMLP
 from gmoe import MoE, MoEConv, Routing, RoutingStats
 from gmoe.metrics import COLLAPSED, PER_EXPERT
 from gmoe.stack import has_base, routed_parameters
+from vision.soft_mlp import SoftMLP
 
 BINS = 8
 """At most so many degrees, and shares of homophily, are told apart."""

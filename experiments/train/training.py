@@ -24,9 +24,10 @@ from experiments.train.epoch import Epoch
 from experiments.train.processes import of_all, share
 from experiments.train.routing_stats import routing_rows
 from gmoe import Router, Routing
+from vision.weights import WeightAverage, weights_of
 
 WARMUP = 0.1
-"""Share of the steps that warm up, of the cosine schedule."""
+"""Share of the steps that warm up, of the cosine schedule, where no epochs are given."""
 
 
 @dataclass
@@ -64,15 +65,20 @@ class Training:
     def __post_init__(self) -> None:
         self.reached = Reached()
         self.epoch = Epoch(self.lr)
-        self.best = self.weights()
+        self.best = weights_of(self.model)
+        decay = self.config.model_ema_decay
+        self.average = WeightAverage(self.model, decay) if decay else None
+        # Of the last evaluation: further figures by name, of the task's ``beside``
+        self.beside: dict[str, float] = {}
         self.rng = get_rng()
         # When ``reached.seconds`` was counted last
         self.clock = time.perf_counter()
 
     def batches(self, split: Split, seed: int | None) -> Iterable[Batch]:
-        """This process's slices of the batches of an epoch."""
+        """This process's slices of the batches of an epoch; of training, all of a step at once."""
+        size = self.config.step_size if split == "train" else self.config.batch_size
         return self.task.loader(
-            split, self.config.batch_size, seed, (self.fabric.global_rank, self.fabric.world_size)
+            split, size, seed, (self.fabric.global_rank, self.fabric.world_size)
         )
 
     def forward(self, inputs: tuple[Any, ...]) -> Tensor:
@@ -92,39 +98,63 @@ class Training:
 
     @property
     def lr(self) -> float:
-        """Of the step to come."""
-        return float(self.scheduler.get_last_lr()[0])
+        """Of the step to come, where no factor of a part changes it."""
+        (factor, *_) = self.scheduler.lr_lambdas
+        return self.config.lr * float(factor(self.scheduler.last_epoch))
 
     def step(self, batch: Batch, total: int) -> None:
         """Train on this process's part of a batch, and add to what the epoch has summed.
 
         All parts of the batch have ``total`` rows.
         """
-        losses = self.update(batch, total)
-        self.epoch.add(losses, self.routings, len(batch.target))
+        for losses, routings, rows in self.update(batch, total):
+            self.epoch.add(losses, routings, rows)
+        self.epoch.batches += 1
 
-    def update(self, batch: Batch, total: int) -> dict[str, Tensor]:
-        """Take one step of the optimizer, as :meth:`step` does, and return the losses by name.
+    def update(
+        self, batch: Batch, total: int
+    ) -> list[tuple[dict[str, Tensor], list[Routing], int]]:
+        """Take one step of the optimizer, as :meth:`step` does.
 
         Everything that times a training step calls this.
+
+        Returns:
+            for each part of the batch whose gradients are added up: the losses by name, what was
+            routed, and the rows.
         """
         if not self.model.training:  # an evaluation came before
             self.model.train()
-        rows = len(batch.target)
-        share_of_mean = rows * self.fabric.world_size / total
         batch = self.fabric.to_device(batch)
         self.optimizer.zero_grad()
-        logits = batch.counted(self.forward(batch.inputs))
-        loss = self.task.loss(logits, batch.target) if rows else logits.sum()
-        aux = gmoe.aux_loss(self.routings).to(loss.device)
-        # DDP takes the mean of the processes' gradients
-        self.fabric.backward(share_of_mean * loss + aux)
+        parts = batch.parts(self.config.step_size // self.config.batch_size)
+        done = []
+        for number, part in enumerate(parts, start=1):
+            with self.fabric.no_backward_sync(self.model, enabled=number < len(parts)):
+                losses = self._gradients(part, len(batch.target), total)
+            done.append((losses, list(self.routings), len(part.target)))
         if norm := self.config.clip_norm:
             self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False
             )
         self.optimizer.step()
         self.scheduler.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        return done
+
+    def _gradients(self, part: Batch, rows: int, total: int) -> dict[str, Tensor]:
+        """Add the gradients of a part to what is there, and return the losses by name.
+
+        ``rows`` are those of the whole batch in this process, and ``total`` in all of them.
+        """
+        own = len(part.target)
+        logits = part.counted(self.forward(part.inputs))
+        loss = self.task.loss(logits, part.target) if own else logits.sum()
+        aux = gmoe.aux_loss(self.routings).to(loss.device)
+        # DDP takes the mean of the processes' gradients
+        share_of_mean = own * self.fabric.world_size / total
+        share_of_batch = own / rows if own != rows else 1
+        self.fabric.backward(share_of_mean * loss + share_of_batch * aux)
         named = {
             f"{name}_{layer}": value.value
             for layer, routing in enumerate(self.routings)
@@ -149,15 +179,20 @@ class Training:
         self._check_finite("loss", row["loss"], epoch, seed)
         reached.epochs += 1
         if reached.epochs == config.epochs or reached.epochs % config.eval_every == 0:
-            row["val"] = self.evaluate("val")[0]
-            self._check_finite(self.task.metric_name, row["val"], epoch, seed)
+            averaged: AbstractContextManager[None] = nullcontext()
+            if self.average is not None:
+                share(self.model.module.buffers())
+                averaged = self.average.given_to(self.model)
+            with averaged:
+                row["val"] = self.evaluate("val")[0]
+                self._check_finite(self.task.metric_name, row["val"], epoch, seed)
+                if is_better(self.task.metric_name, row["val"], reached.best_val):
+                    reached.best_val = row["val"]
+                    reached.best_epoch = epoch
+                    self.best = weights_of(self.model)
             measured = {"epoch": reached.epochs, "loss": row["loss"], "val": row["val"]}
             for figure, value in measured.items():
                 reached.curve[figure].append(round(value, 5))
-            if is_better(self.task.metric_name, row["val"], reached.best_val):
-                reached.best_val = row["val"]
-                reached.best_epoch = epoch
-                self.best = self.weights()
         self.count_seconds()
         layers = routing_rows(self.epoch.stats)
         self.epoch = Epoch(self.lr)
@@ -187,17 +222,22 @@ class Training:
         if self.fabric.is_global_zero or not alone:
             self.model.eval()
             metric = self.task.metric().to(self.fabric.device)
-            if alone:
-                metric.distributed_available_fn = lambda: False
+            further = self.task.beside if split == "test" else {}
+            beside = {name: make().to(self.fabric.device) for name, make in further.items()}
+            for each in (metric, *beside.values()) if alone else ():
+                each.distributed_available_fn = lambda: False
             if self.config.evaluates_by_layer():
                 routings.append(self._by_layer(split, metric))
             else:
-                self._by_batch(split, metric, routings if alone else None)
+                self._by_batch(split, [metric, *beside.values()], routings if alone else None)
             value = float(metric.compute())
+            self.beside = {name: float(other.compute()) for name, other in beside.items()}
         return self.fabric.broadcast(value), routings
 
-    def _by_batch(self, split: Split, metric: Metric, routings: list[list[Routing]] | None) -> None:
-        """Update the metric batch by batch.
+    def _by_batch(
+        self, split: Split, metrics: list[Metric], routings: list[list[Routing]] | None
+    ) -> None:
+        """Update the metrics batch by batch.
 
         Where ``routings`` are noted, the process is alone and takes whole batches; nobody reads
         those of validation, of which there may be millions.
@@ -209,7 +249,7 @@ class Training:
         for batch in batches:
             batch = self.fabric.to_device(batch)
             logits = batch.counted(self.forward(batch.inputs))
-            if len(logits):
+            for metric in metrics if len(logits) else ():
                 metric.update(logits, batch.target)
             if routings is not None:
                 routings.append(list(self.routings))
@@ -237,10 +277,6 @@ class Training:
             )
         return logits, routings
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of the weights."""
-        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-
     def count_seconds(self) -> None:
         """Add what has passed."""
         now = time.perf_counter()
@@ -256,6 +292,7 @@ class Training:
             "scheduler": self.scheduler,
             "reached": asdict(self.reached),
             "best": self.best,
+            "average": None if self.average is None else self.average.weights,
             "processes": of_all({"rng": self.rng, "epoch": self.epoch.state()}),
         }
 
@@ -265,6 +302,8 @@ class Training:
             getattr(self, name).load_state_dict(state[name])
         self.reached = Reached(**state["reached"])
         self.best = state["best"]
+        if self.average is not None:
+            self.average.weights = self.fabric.to_device(state["average"])
         own = state["processes"][self.fabric.global_rank]
         self.epoch.load(own["epoch"], self.fabric.device)
         self.rng = own["rng"]
@@ -283,9 +322,12 @@ def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> I
     )
     with recording as routings, attention_kernel(fabric.device, config.precision):
         ready, optimizer = fabric.setup(model, make_optimizer(config, model))
-        steps = config.epochs * task.steps(config.batch_size)
+        epoch = task.steps(config.step_size)
+        steps = config.epochs * epoch
+        epochs = config.warmup_epochs
+        warmup = round(WARMUP * steps if epochs is None else epochs * epoch)
         scheduler = LambdaLR(
-            optimizer.optimizer, lambda step: learning_rate(config.schedule, step, steps)
+            optimizer.optimizer, lambda step: learning_rate(config.schedule, step, steps, warmup)
         )
         yield Training(fabric, ready, optimizer, scheduler, routings, config, task)
 
@@ -315,31 +357,44 @@ def attention_kernel(device: torch.device, precision: str) -> AbstractContextMan
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam or AdamW, in the fused form: experts have many parameters, each updated in each step.
 
+    A part may have a learning rate of its own; frozen ones have none.
+
     No weight decay on biases, norms, temperatures, centroids, class tokens, positions and the
     embedding that a conv of molecules adds for the node itself, of one conv or of many.
     """
-    spared = ("bias", "centroid", "log_temperature", "class_token", "pos_embedding", "root")
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    spared = {"bias", "centroid", "log_temperature", "class_token", "pos_embedding", "root"}
+    # What timm's models name, such as the class token
+    spared |= {name.rsplit(".", 1)[-1] for name in getattr(model, "no_weight_decay", set)()}
+    factors = config.lr_factors(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in model.named_parameters():
         # A gain is decayed, toward the dense model: it scales weights that are
         leaf = name.rsplit(".", 1)[-1]
         spare = (parameter.dim() < 2 and leaf != "gain") or leaf in spared
-        (plain if spare else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        factor = factors.get(name, 1.0)
+        if factor == 0:
+            parameter.requires_grad_(False)
+            continue
+        groups.setdefault((factor, spare), []).append(parameter)
+    options = [
+        {
+            "params": parameters,
+            "lr": factor * config.lr,
+            "weight_decay": 0.0 if spare else config.weight_decay,
+        }
+        for (factor, spare), parameters in groups.items()
     ]
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
-        groups, lr=config.lr, fused=True
+        options, lr=config.lr, fused=True
     )
 
 
-def learning_rate(schedule: Literal["constant", "cosine"], step: int, steps: int) -> float:
-    """The factor of the learning rate at a step of ``steps``."""
+def learning_rate(
+    schedule: Literal["constant", "cosine"], step: int, steps: int, warmup: int
+) -> float:
+    """The factor of the learning rate at a step of ``steps``, the first ``warmup`` of them."""
     if schedule == "constant":
         return 1.0
-    warmup = round(WARMUP * steps)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))

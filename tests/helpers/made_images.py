@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, Imagenette
 
-from vision import ImageSource
-from vision.images import DOMAINS, PACS_CLASSES
+from vision.datasets import DOMAINS, PACS_CLASSES
+from vision.sources import ImageSource, View
 
 SHADE = 20
 """Images of the n-th class are of the color (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
@@ -130,7 +130,7 @@ def cut(path: Path) -> Path:
 
 def shades(source: ImageSource) -> list[list[int]]:
     """(label, red) of each image."""
-    images = source.get(torch.arange(len(source.labels)))
+    images = source.get(torch.arange(len(source.labels)), View(8))
     return [
         [int(label), int(image[0, 0, 0])]
         for label, image in zip(source.labels, images, strict=True)

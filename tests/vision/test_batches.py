@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers.made_images import cut, write_photo
-from vision.batches import batches, make_augment
-from vision.sources import FileImages, ImageSource, MemoryImages
+from vision.augment import make_augment
+from vision.batches import batches
+from vision.recipe import Recipe
+from vision.sources import FileImages, ImageSource, MemoryImages, View
 
-CONSTANTS: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
-RANDOM: dict[str, Any] = {"augment": make_augment("standard", 16), "seed": 3}
+MEAN = (0.4, 0.5, 0.6)
+CONSTANTS: dict[str, Any] = {"view": View(16), "mean": MEAN, "std": (0.2, 0.3, 0.4)}
+RANDOM: dict[str, Any] = {"augment": make_augment("standard", 16, Recipe(), MEAN), "seed": 3}
 
 
 @pytest.fixture(scope="module", params=["memory", "files"])
@@ -25,11 +28,11 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     paths = [
         str(write_photo(root / f"{number}.png", (16, 16), seed=number)) for number in range(11)
     ]
-    files = FileImages(paths, torch.arange(11), 16)
+    files = FileImages(paths, torch.arange(11))
     return (
         files
         if request.param == "files"
-        else MemoryImages(files.get(torch.arange(11)), files.labels, 16)
+        else MemoryImages(files.get(torch.arange(11), View(16)), files.labels)
     )
 
 
@@ -45,7 +48,7 @@ def assert_whole(found: list[tuple[Tensor, Tensor]], source: ImageSource) -> Non
     """The images that the labels say, normalized."""
     mean, std = (torch.tensor(CONSTANTS[name]).view(3, 1, 1) for name in ("mean", "std"))
     images, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    torch.testing.assert_close(images, (source.get(labels).float() / 255 - mean) / std)
+    torch.testing.assert_close(images, (source.get(labels, View(16)).float() / 255 - mean) / std)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,7 +107,7 @@ def test_global_generators_stay_as_they_were(source: ImageSource, workers: int) 
 def test_a_broken_image_is_named(workers: int, tmp_path: Path) -> None:
     paths = [write_photo(tmp_path / f"{number}.jpg", (16, 16)) for number in range(6)]
     cut(paths[5])
-    source = FileImages([str(path) for path in paths], torch.arange(6), 16)
+    source = FileImages([str(path) for path in paths], torch.arange(6))
     epochs = batches(source, torch.arange(6), 4, **CONSTANTS, workers=workers)
     assert len(next(epochs)[0]) == 4
     with pytest.raises(ValueError, match=rf"^{paths[5]}: cannot be read"):
@@ -120,12 +123,12 @@ def test_shards_are_slices_of_the_same_batches(source: ImageSource, world: int) 
 
 
 def test_small_images_are_cropped_and_flipped() -> None:
-    augment = make_augment("standard", 32)
+    augment = make_augment("standard", 32, Recipe(), MEAN)
     assert augment is not None
-    assert make_augment("none", 32) is None
+    assert make_augment("none", 32, Recipe(), MEAN) is None
     torch.manual_seed(0)
     ramp = torch.arange(1, 33, dtype=torch.uint8).expand(3, 32, 32)  # of columns
-    rows = torch.stack([augment(ramp)[0, 16] for _ in range(300)]).int()
+    rows = torch.stack([augment.change(ramp)[0, 16] for _ in range(300)]).int()
     is_flipped = rows[:, 20] < rows[:, 10]
     shifts = torch.where(is_flipped[:, None], rows.flip(1), rows)[:, 16] - 17
     assert shifts.unique().tolist() == list(range(-4, 5))  # padding 32 // 8

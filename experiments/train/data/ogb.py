@@ -118,7 +118,7 @@ def provide(
     folder = root / name.replace("-", "_")
     said = published(name)
     if not any(path.is_file() for path in folder.rglob("*")):
-        from vision.images import unpacked
+        from vision.archives import unpacked
 
         archive = Path(said["url"]).name
         # As ogb

@@ -34,6 +34,18 @@ class Batch(NamedTuple):
         """The logits that loss and metric count."""
         return logits if self.rows is None else logits[self.rows]
 
+    def parts(self, number: int) -> list[Batch]:
+        """The batch in as even parts; it is whole where a call needs more than its rows."""
+        if number == 1:
+            return [self]
+        inputs = [value.tensor_split(number) for value in self.inputs]
+        target = self.target.tensor_split(number)
+        return [
+            Batch(tuple(value[part] for value in inputs), target[part])
+            for part in range(number)
+            if part == 0 or len(target[part])
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -54,6 +66,8 @@ class Task:
     # Is updated with (logits, target); higher is better, in 0..1, unless it is one of ERRORS
     metric: Callable[[], Metric]
     loader: Callable[..., Iterable[Batch]]
+    # Further metrics of the test set, by name
+    beside: Mapping[str, Callable[[], Metric]] = field(default_factory=dict)
     steps: Callable[[int], int] = lambda _: 1  # training batches in an epoch, by batch size
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy  # of (logits, target), in training
     # The whole graph, for models that need more of it than batches hold

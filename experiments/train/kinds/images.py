@@ -1,4 +1,4 @@
-"""Images, in a ViT."""
+"""Images, in a ViT; what they are and how models see them is in ``vision``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from torch import nn
 
 import gmoe
 from experiments.train.config import ImageConfig
-from experiments.train.data.images import digits, image_task, own_images
+from experiments.train.data.images import digits, image_task
 from experiments.train.data.task import Task
 from experiments.train.kinds.base import Kind
-from experiments.train.soft_mlp import SoftMLP
-from experiments.train.told_domain import DomainRouter, DomainViT
 from experiments.train.user_code import load_object
 from gmoe._checks import check
-from gmoe.models.vit import SIZES, ViTSize
-from vision import ImageData, load_images
+from vision.datasets import ImageData, load_images
+from vision.models import TimmModel, add_drop_path, vit_size
+from vision.own_images import own_images
+from vision.soft_mlp import SoftMLP
+from vision.told_domain import DomainRouter, DomainViT
 
 FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar10", ""),
@@ -36,25 +37,47 @@ refused."""
 
 
 class Images(Kind[ImageConfig]):
-    """Images, in a ``ViTMoE``."""
+    """Images, in a ``ViTMoE`` or in a model of timm."""
 
     has_slots = True
 
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__(config)
+        self.timm = None
+        if config.timm_model is not None:
+            self.timm = TimmModel(
+                name=config.timm_model,
+                arguments=config.model_kwargs,
+                checkpoint=None if config.checkpoint is None else Path(config.checkpoint),
+            )
+
     def tasks(self) -> Callable[[int], Task]:
+        task = image_task(self.data(), self.config)
+        return lambda _: task
+
+    def data(self) -> ImageData:
+        """The data set, of the size and range that the model sees."""
         config = self.config
+        image_size = config.image_size
+        if image_size is None and self.timm is not None:
+            image_size = self.timm.image_size
         if config.data is not None:
             data = self.own(load_object("data", config.data)())
         elif config.dataset == "digits":
-            data = digits(config.image_size)
+            data = digits(image_size)
         else:
             data = load_images(
                 config.dataset,
                 config.data_root,
-                image_size=config.image_size,
+                image_size=image_size,
+                recipe=config.recipe,
+                held_out=config.held_out,
                 offline=config.offline,
             )
-        task = image_task(data, config)
-        return lambda _: task
+        if self.timm is not None and len(data.mean) == 3:
+            known = self.timm.pretrained
+            data = replace(data, mean=known.mean, std=known.std)
+        return data
 
     def own(self, made_by_user: Any) -> ImageData:
         """What a user's function returned, as a data set."""
@@ -63,30 +86,38 @@ class Images(Kind[ImageConfig]):
         return own_images(made_by_user, config.dataset, name, config.image_size)
 
     def note_data(self, digest: Any) -> dict[str, Any]:
-        """Names and sizes; beside the digest, what the files contain."""
-        root = self.config.data_root
-        if self.config.dataset not in FOLDERS:
-            return {}
-        folders = [root / part for part in FOLDERS[self.config.dataset]]
-        base = next((folder for folder in folders if folder.is_dir()), root)
-        files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
+        """Names and sizes; beside the digest, what the files contain, the weights to start from
+        with them."""
+        config = self.config
         there = list[tuple[Path, int, int]]()
-        for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
-            if (base / file).is_file():
-                state = (base / file).stat()
-                there.append((base / file, state.st_size, state.st_mtime_ns))
-                digest.update(os.fsencode(f"{file.as_posix()} {state.st_size}\n"))
+        if config.dataset in FOLDERS:
+            folders = [config.data_root / part for part in FOLDERS[config.dataset]]
+            base = next((folder for folder in folders if folder.is_dir()), config.data_root)
+            files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
+            for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
+                if (base / file).is_file():
+                    there.append(state_of(base / file))
+                    digest.update(os.fsencode(f"{file.as_posix()} {there[-1][1]}\n"))
+        if config.checkpoint is not None and Path(config.checkpoint).is_file():
+            there.append(state_of(Path(config.checkpoint)))
         return {"contents": contents_of(tuple(there))} if there else {}
 
     def model(self, task: Task) -> nn.Module:
+        if self.timm is not None:
+            return self.of_timm(self.timm, task)
         config = self.config
         options = self.model_options(task)
-        size = self.vit_size(task.in_channels)
+        size = vit_size(
+            task.in_channels,
+            patch_size=config.patch,
+            hidden_dim=config.dim,
+            num_heads=config.vit_heads,
+            mlp_dim=config.hidden,
+            num_layers=config.layers,
+        )
         model_class = DomainViT if config.router == "oracle" else gmoe.ViTMoE
         model: Any = model_class(size, task.num_classes, **options)
-        for module in model.modules():
-            if isinstance(module, gmoe.Router):
-                module.check_finite = config.check_finite
+        set_check_finite(model, config.check_finite)
         # The blocks that hold experts, or would
         blocks = model.encoder.layers[config.every - 1 :: config.every]
         if config.router == "soft_slots":
@@ -95,27 +126,33 @@ class Images(Kind[ImageConfig]):
         if config.mlp_scale != 1:
             for block in blocks:
                 block.mlp.register_forward_hook(lambda *call: config.mlp_scale * call[-1])
+        if config.recipe.drop_path:
+            add_drop_path(model, config.recipe.drop_path)
         built: nn.Module = model
         return built
 
-    def vit_size(self, image_size: int) -> ViTSize:
-        """The sizes of the ViT: those of the image size's preset, but for what is given.
-
-        Without a preset, all of them.
-        """
+    def of_timm(self, timm: TimmModel, task: Task) -> nn.Module:
+        """A model of timm, with experts in the place of MLPs unless it is to be dense."""
         config = self.config
-        given = {
-            "patch_size": config.patch,
-            "hidden_dim": config.dim,
-            "num_heads": config.vit_heads,
-        }
-        sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        sizes |= {"mlp_dim": config.hidden, "num_layers": config.layers}
-        if image_size in SIZES:
-            return replace(SIZES[image_size], **sizes)
-        legal = f"patch, dim and vit_heads with it, or one of {sorted(SIZES)}"
-        check(None not in given.values(), "image_size", image_size, legal)
-        return ViTSize(image_size=image_size, **sizes)
+        legal = "another, with a model of timm, which is told no domain"
+        check(config.router != "oracle", "router", "'oracle'", legal)
+        router, router_kwargs = self.router(task)
+        drop_path = config.recipe.drop_path
+        model = timm.made(task.in_channels, len(task.mean), task.num_classes, drop_path)
+        if router is None:
+            return model
+        model = gmoe.moefy(
+            model,
+            None if config.blocks else config.every,
+            blocks=config.blocks or None,
+            router=router,
+            router_kwargs=router_kwargs,
+            num_experts=config.experts,
+            k=config.k,
+            start=config.start,
+        )
+        set_check_finite(model, config.check_finite)
+        return model
 
     def num_images(self, inputs: tuple[Any, ...]) -> int | None:
         return len(inputs[0])
@@ -129,6 +166,19 @@ class Images(Kind[ImageConfig]):
         legal = f"{number}, one for each of {', '.join(task.domains)}"
         check(experts == number, "experts", experts, legal)
         return DomainRouter
+
+
+def set_check_finite(model: nn.Module, value: bool) -> None:
+    """Whether the routers of a model refuse NaN and infinity."""
+    for module in model.modules():
+        if isinstance(module, gmoe.Router):
+            module.check_finite = value
+
+
+def state_of(file: Path) -> tuple[Path, int, int]:
+    """A file, its size, and when it was written."""
+    state = file.stat()
+    return file, state.st_size, state.st_mtime_ns
 
 
 @lru_cache(maxsize=2)

@@ -20,7 +20,7 @@ from experiments.train.loop import run
 from experiments.train.presets import PACS
 from tests.helpers.made_images import write_pacs
 from tests.helpers.pages import words_of
-from vision.images import DOMAINS
+from vision.datasets import DOMAINS
 
 SMALL = replace(
     PACS,

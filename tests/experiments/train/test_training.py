@@ -30,14 +30,14 @@ def model_and_task(**changes: Any) -> tuple[Any, Any, Any]:
 
 
 def test_cosine_warms_up_by_steps_and_ends_near_zero() -> None:
-    factors = [learning_rate("cosine", step, 100) for step in range(100)]
     warm = round(WARMUP * 100)
+    factors = [learning_rate("cosine", step, 100, warm) for step in range(100)]
     assert factors[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
     assert factors[warm] == 1.0
     assert factors[55] == pytest.approx(0.5)
     assert all(a > b for a, b in itertools.pairwise(factors[warm:]))
     assert 0 < factors[-1] < 0.01
-    assert learning_rate("constant", 3, 50) == 1.0
+    assert learning_rate("constant", 3, 50, 5) == 1.0
 
 
 @pytest.mark.parametrize("router", [None, "token_choice"])
@@ -57,7 +57,7 @@ def test_steps_follow_the_schedule_and_clip_gradients() -> None:
         for batch in itertools.chain(training.batches("train", 0), training.batches("train", 1)):
             training.step(batch, len(batch.target))
         assert training.scheduler.last_epoch == 2 * task.steps(300) == 6
-        assert training.lr == pytest.approx(config.lr * learning_rate(config.schedule, 6, 6))
+        assert training.lr == pytest.approx(config.lr * learning_rate(config.schedule, 6, 6, 1))
     norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in model.parameters()))
     assert norm == pytest.approx(1e-3, rel=1e-3)
 

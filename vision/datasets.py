@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
-import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, Imagenette, utils
+from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 from torchvision.datasets.folder import is_image_file, make_dataset
 
-from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
+from gmoe._checks import check
+from vision.archives import unpacked
+from vision.recipe import Recipe
+from vision.sources import (
+    FileImages,
+    ImageSource,
+    MemoryImages,
+    View,
+    check_all,
+    common_size,
+    decode_all,
+)
 
 CIFAR: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 CIFAR10_CLASSES = (
@@ -72,6 +79,8 @@ TEST_SHARE = 0.2
 """Of each class, where a folder of images has no train and test."""
 PACS_VAL_SHARE = 0.125
 """Of what the test images leave of each domain and class: a tenth of all."""
+DEFAULT_SIZE = 160
+"""Height and width in pixels of what models see of images of many sizes."""
 MEMORY = 2 * 2**30
 """Bytes up to which images from files are kept decoded in memory, train and test together."""
 
@@ -81,10 +90,10 @@ class ImageData:
     """A data set of images."""
 
     name: str  # how the user calls it
+    image_size: int  # height and width of what models see, in pixels
     classes: tuple[str, ...]  # their names, by label
-    train: (
-        ImageSource  # validation is a part of them, see :func:`split_images`, where there is no val
-    )
+    # Validation is a part of them, see :func:`split_images`, where there is no val
+    train: ImageSource
     test: ImageSource
     mean: tuple[float, ...]  # of the channels, see :func:`vision.batches.batches`
     std: tuple[float, ...]
@@ -92,9 +101,20 @@ class ImageData:
     val: ImageSource | None = None
     domains: tuple[str, ...] = ()  # their names, by number, where images are of several
 
+    @property
+    def labels(self) -> Tensor:
+        """(N,) the class of each training image."""
+        return self.train.labels[:, 0] if self.domains else self.train.labels
+
 
 def load_images(
-    name: str, root: Path, *, image_size: int | None = None, offline: bool = False
+    name: str,
+    root: Path,
+    *,
+    image_size: int | None = None,
+    recipe: Recipe | None = None,
+    held_out: str | None = None,
+    offline: bool = False,
 ) -> ImageData:
     """Training and test images: uint8 in memory if they fit, else decoded on demand.
 
@@ -113,27 +133,32 @@ def load_images(
         name: one of those.
         root: the folder.
         image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette, 64 for
-            PACS; for ``"images"`` that of the images, if all are squares of one size).
+            PACS; for ``"images"`` that of the images, if all are squares of one size, else 160).
+        recipe: one that wants images as their files have them, for crops, has these decoded on
+            demand (default: squares of ``image_size``).
+        held_out: of PACS, the domain that is the test set, and in no other part (default: a part
+            of each).
         offline: never download; otherwise a download first says what it fetches. An archive in
             ``root`` is unpacked.
 
     Raises:
         FileNotFoundError: the data are missing, and may not or cannot be downloaded; says what was
             looked for.
-        ValueError: a file is broken, a class folder is empty, a class of test is unknown in train,
-            or there is no ``image_size`` and the images do not tell one.
+        ValueError: a file is broken, a class folder is empty or has too few images to be split, a
+            class of test is unknown in train, or ``held_out`` is no domain.
     """
+    recipe = recipe or Recipe()
+    check(held_out is None or name == "pacs", "held_out", f"{held_out!r} for {name}", "pacs")
     if name == "images":
-        return _own(root, image_size)
+        return _own(root, image_size, recipe)
     if name == "pacs":
-        return _pacs(root, image_size or 64)
+        return _pacs(root, image_size or 64, recipe, held_out)
     if name == "imagenette":
         itself = (root / "train" / next(iter(WNIDS))).is_dir()
         folder = root if itself else unpacked(name, root, offline, *PUBLISHED[name])
         parts = [_listing(folder / part, tuple(WNIDS)) for part in ("train", "val")]
-        return _read(
-            name, parts, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values())
-        )
+        names = tuple(names[0] for names in WNIDS.values())
+        return _read(name, parts, image_size or 160, recipe, NOTES[name], names)
     if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
         for folder in (root / "cifar10", root):
             if (folder / "train").is_dir():
@@ -142,7 +167,7 @@ def load_images(
                     "originals"
                 )
                 parts = [_listing(folder / part, CIFAR10_CLASSES) for part in ("train", "test")]
-                return _read(name, parts, image_size or 32, f"{NOTES[name]}; {note}")
+                return _read(name, parts, image_size or 32, recipe, f"{NOTES[name]}; {note}")
     return _cifar(name, root, image_size or 32, offline)
 
 
@@ -203,26 +228,43 @@ def _listing(folder: Path, expected: tuple[str, ...] = ()) -> Listing:
     return classes, [path for path, _ in found], labels
 
 
-def _own(root: Path, image_size: int | None) -> ImageData:
+def _own(root: Path, image_size: int | None, recipe: Recipe) -> ImageData:
     tests = [root / part for part in ("test", "val") if (root / part).is_dir()]
     if tests and (root / "train").is_dir():
         found = [_listing(folder) for folder in (root / "train", *tests)]
-        return _read("images", found, image_size, f"a folder of images, test set: {tests[0].name}")
+        if len(tests) == 1:  # validation is a part of train
+            _check_counts(root / "train", found[0], least=2)
+        note = f"a folder of images, test set: {tests[0].name}"
+        return _read("images", found, image_size, recipe, note)
     if tests or (root / "train").is_dir():
         raise FileNotFoundError(
             f"images: got one of {root}/train and {root}/test (or val), expected both, or "
             f"{root}/<class>/<image>"
         )
-    classes, paths, labels = _listing(root)
+    classes, paths, labels = listing = _listing(root)
+    _check_counts(root, listing, least=3)
     parts = split_images(labels, TEST_SHARE, seed=0)
     drawn = [(classes, [paths[row] for row in rows.tolist()], labels[rows]) for rows in parts]
-    return _read(
-        "images", drawn, image_size, f"a folder of images, test set: {TEST_SHARE:.0%} of each class"
-    )
+    note = f"a folder of images, test set: {TEST_SHARE:.0%} of each class"
+    return _read("images", drawn, image_size, recipe, note)
 
 
-def _pacs(root: Path, image_size: int) -> ImageData:
-    """A random split that has the same share of each domain and class in each part."""
+def _check_counts(folder: Path, listing: Listing, least: int) -> None:
+    """Refuse a class that has fewer images than parts that it is split into."""
+    classes, _, labels = listing
+    for name, count in zip(classes, labels.bincount().tolist(), strict=True):
+        parts = "train, validation and test" if least == 3 else "train and validation"
+        legal = f"at least {least}, for {parts}; add some, or remove the class"
+        check(count >= least, str(folder / name), f"{count} image{'s' * (count > 1)}", legal)
+
+
+def _pacs(root: Path, image_size: int, recipe: Recipe, held_out: str | None) -> ImageData:
+    """A random split that has the same share of each domain and class in each part.
+
+    With a domain held out, all of its images are the test set.
+    """
+    legal = f"one of {', '.join(DOMAINS)}"
+    check(held_out is None or held_out in DOMAINS, "held_out", repr(held_out), legal)
     folders = [root / part for part in PACS_FOLDERS]
     folder = next((one for one in folders if all((one / name).is_dir() for name in DOMAINS)), None)
     if folder is None:
@@ -237,27 +279,56 @@ def _pacs(root: Path, image_size: int) -> ImageData:
     labels = torch.stack([torch.cat([found for _, _, found in listings]), domain], dim=1)
     cell = labels[:, 1] * len(PACS_CLASSES) + labels[:, 0]
     rest, test = split_images(cell, TEST_SHARE, seed=0)
+    if held_out is not None:
+        is_held = domain == DOMAINS.index(held_out)
+        rest, test = (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
     train, val = (rest[rows] for rows in split_images(cell[rest], PACS_VAL_SHARE, seed=0))
-    sources = [
-        _source([paths[row] for row in rows.tolist()], labels[rows], image_size, len(paths))
-        for rows in (train, val, test)
-    ]
-    (mean, std), (train_images, val_images, test_images) = IMAGENET, sources
+    sources = _sources(
+        [([paths[row] for row in rows.tolist()], labels[rows]) for rows in (train, val, test)],
+        image_size,
+        recipe,
+    )
+    mean, std = IMAGENET
+    note = NOTES["pacs"]
+    if held_out is not None:
+        note = f"{note.partition(';')[0]}), test set: all of {held_out}, the rest split 87.5/12.5"
     return ImageData(
-        name="pacs", classes=PACS_CLASSES, domains=DOMAINS, train=train_images, val=val_images,
-        test=test_images, mean=mean, std=std, note=NOTES["pacs"],
-    )  # fmt: skip
+        name="pacs",
+        image_size=image_size,
+        classes=PACS_CLASSES,
+        domains=DOMAINS,
+        train=sources[0],
+        val=sources[1],
+        test=sources[2],
+        mean=mean,
+        std=std,
+        note=note,
+    )
 
 
-def _source(paths: list[str], labels: Tensor, size: int, total: int) -> ImageSource:
-    """Images of files: in memory, if all ``total`` images of the data set fit."""
-    if 3 * size * size * total <= MEMORY:
-        return MemoryImages(decode_all(paths, size), labels, size)
-    return FileImages(paths, labels, size)
+def _sources(
+    parts: Sequence[tuple[list[str], Tensor]], size: int, recipe: Recipe
+) -> list[ImageSource]:
+    """Images of files, by part: in memory, if all fit and none is wanted as its file has it.
+
+    Every file is decoded once, so that one that is broken is refused before the training.
+    """
+    total = sum(len(paths) for paths, _ in parts)
+    if not recipe.keeps_originals() and 3 * size * size * total <= MEMORY:
+        view = View(size, interpolation=recipe.interpolation)
+        return [MemoryImages(decode_all(paths, view), labels) for paths, labels in parts]
+    for paths, _ in parts:
+        check_all(paths)
+    return [FileImages(paths, labels) for paths, labels in parts]
 
 
 def _read(
-    name: str, parts: list[Listing], image_size: int | None, note: str, names: tuple[str, ...] = ()
+    name: str,
+    parts: list[Listing],
+    image_size: int | None,
+    recipe: Recipe,
+    note: str,
+    names: tuple[str, ...] = (),
 ) -> ImageData:
     """Of train, test and perhaps val."""
     classes, files = parts[0][0], [path for _, paths, _ in parts for path in paths]
@@ -266,16 +337,23 @@ def _read(
         raise ValueError(
             f"{name}: got images of {', '.join(sorted(unknown))}, expected classes of train"
         )
-    size = image_size or common_size(files)
-    sources = list[ImageSource]()
-    for known, paths, rows in parts:
-        # Each folder has its own
-        labels = torch.tensor([classes.index(name) for name in known])[rows]
-        sources.append(_source(paths, labels, size, len(files)))
-    (train, test, *others), (mean, std) = sources, CONSTANTS.get(name, IMAGENET)
-    classes, val = names or classes, others[0] if others else None
+    size = image_size or common_size(files) or DEFAULT_SIZE
+    labeled = [  # each folder has its own numbers
+        (paths, torch.tensor([classes.index(name) for name in known])[rows])
+        for known, paths, rows in parts
+    ]
+    train, test, *others = _sources(labeled, size, recipe)
+    mean, std = CONSTANTS.get(name, IMAGENET)
     return ImageData(
-        name=name, classes=classes, train=train, test=test, val=val, mean=mean, std=std, note=note
+        name=name,
+        image_size=size,
+        classes=names or classes,
+        train=train,
+        test=test,
+        val=others[0] if others else None,
+        mean=mean,
+        std=std,
+        note=note,
     )
 
 
@@ -289,71 +367,16 @@ def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
         ) from error
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (
-        MemoryImages(x, torch.tensor(y.targets), image_size)
-        for x, y in zip(pixels, parts, strict=True)
+        MemoryImages(x, torch.tensor(y.targets)) for x, y in zip(pixels, parts, strict=True)
     )
-    (mean, std), classes = CONSTANTS[name], tuple(parts[0].classes)
+    mean, std = CONSTANTS[name]
     return ImageData(
-        name=name, classes=classes, train=train, test=test, mean=mean, std=std, note=NOTES[name]
+        name=name,
+        image_size=image_size,
+        classes=tuple(parts[0].classes),
+        train=train,
+        test=test,
+        mean=mean,
+        std=std,
+        note=NOTES[name],
     )
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a ``.zip`` or ``.tgz``: nothing of it comes to lie outside the folder.
-
-    torchvision's ``extract_archive`` follows names such as ``../x`` in a tar file.
-    """
-    inside: dict[str, Any] = {} if archive.suffix == ".zip" else {"filter": "data"}
-    shutil.unpack_archive(archive, folder, **inside)
-
-
-def unpacked(
-    name: str,
-    root: Path,
-    offline: bool,
-    folder: str,
-    url: str,
-    md5: str | None,
-    megabytes: int,
-    inside: str = "",
-) -> Path:
-    """The folder of a data set; if it is missing, the archive beside it is unpacked.
-
-    If the archive is missing too, it is downloaded first. ``inside`` is the folder's name in the
-    archive, if it is another one. For errors see :func:`load_images`.
-    """
-    archive = root / Path(url).name
-    if (root / folder).is_dir():
-        return root / folder
-    is_there = archive.exists()
-    advice = (
-        f"{name}: found neither {root / folder} nor {archive}; put one of them there (from {url})"
-    )
-    if offline and not is_there:
-        raise FileNotFoundError(advice)
-    if archive.suffix != ".zip" and not hasattr(tarfile, "data_filter"):
-        raise ValueError(
-            f"{archive}: got Python {platform.python_version()}, whose tarfile follows names that "
-            f"lead outside, expected 3.10.12, 3.11.4, or later; or unpack it to {root / folder}"
-        )
-    print(
-        f"{name}: unpacking {archive}"
-        if is_there
-        else f"{name}: downloading {megabytes} MB to {root}",
-        flush=True,
-    )
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # So that no half of it is taken for the whole
-        with TemporaryDirectory(dir=root) as scratch:
-            if not is_there:
-                utils.download_url(url, scratch, archive.name, md5)
-            unpack(archive if is_there else Path(scratch, archive.name), Path(scratch))
-            Path(scratch, inside or folder).replace(root / folder)
-    except Exception as error:
-        if is_there:
-            raise ValueError(
-                f"{archive}: cannot be unpacked ({error}); delete it, and start again"
-            ) from error
-        raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
-    return root / folder

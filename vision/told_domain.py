@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gmoe
-from experiments.train.checks import check
+from gmoe._checks import check
 
 
 class DomainRouter(gmoe.Router):

@@ -28,8 +28,16 @@ from tests.helpers.made_images import (
     write_images,
     write_pacs,
 )
-from vision import FileImages, MemoryImages, images, load_images, split_images
-from vision.images import CIFAR10_CLASSES, DOMAINS, PACS_CLASSES, PUBLISHED
+from vision import datasets
+from vision.datasets import (
+    CIFAR10_CLASSES,
+    DOMAINS,
+    PACS_CLASSES,
+    PUBLISHED,
+    load_images,
+    split_images,
+)
+from vision.sources import FileImages, MemoryImages, View
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +63,7 @@ def test_a_folder(in_memory: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
         write_folder(folder / "val", {"dog": 2})
     else:
         (folder / "test").rename(folder / "val")
-        monkeypatch.setattr(images, "MEMORY", 0)
+        monkeypatch.setattr(datasets, "MEMORY", 0)
     (folder / "train" / ".cache").mkdir()
     shutil.copy(folder / "train" / "cat" / "000.png", folder / "train" / "cat" / ".hidden.png")
     (folder / "train" / "cat" / "notes.txt").write_text("no image")
@@ -65,12 +73,8 @@ def test_a_folder(in_memory: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
     assert shades(data.train) == expected(3, 2, 4)
     assert shades(data.test) == expected(1, 1, 1)
     assert (data.val and shades(data.val)) == ([[1, 0]] * 2 if in_memory else None)
-    assert load_images("images", folder, image_size=4).train.get(torch.arange(2)).shape == (
-        2,
-        3,
-        4,
-        4,
-    )
+    assert data.image_size == 8
+    assert load_images("images", folder, image_size=4).image_size == 4
 
 
 def test_a_class_without_test_images_keeps_the_labels_of_train(folder: Path) -> None:
@@ -92,8 +96,8 @@ def test_a_flat_folder_is_split_by_class(tmp_path: Path) -> None:
         (lambda root: (root / "train" / "bat").mkdir(), "no image in the class folder bat"),
         (lambda root: write_folder(root / "test", {"yak": 1}), "got images of yak"),
         (
-            lambda root: write_folder(root / "train", {"cat": 1}, (8, 9)),
-            r"image_size: got None.* 8 x 9",
+            lambda root: (root / "train" / "dog" / "000.png").unlink(),
+            "train/dog: got 1 image, expected at least 2, for train and validation",
         ),
     ],
 )
@@ -125,7 +129,8 @@ def test_imagenette(tmp_path: Path) -> None:
     write_imagenette(tmp_path)
     for root in (tmp_path, tmp_path / "imagenette2-160"):
         data = load_images("imagenette", root, offline=True)
-        assert data.train.get(torch.arange(10)).shape == (10, 3, 160, 160)
+        assert data.image_size == 160
+        assert data.train.get(torch.arange(10), View(160)).shape == (10, 3, 160, 160)
     theirs = Imagenette(tmp_path, "train", size="160px")
     assert data.classes == tuple(names[0] for names in theirs.classes)
     assert data.train.labels.tolist() == [label for _, label in theirs._samples]
@@ -146,7 +151,7 @@ def test_published_sets(
         data = load_images(name, elsewhere, offline=True)
         assert data.classes == tuple(f"class{number}" for number in range(num_classes))
         assert data.train.labels.tolist() == labels
-        found = data.train.get(torch.arange(len(labels)))
+        found = data.train.get(torch.arange(len(labels)), View(32))
         assert np.array_equal(found.numpy(), pixels.reshape(-1, 3, 32, 32))
     md5 = pack(elsewhere / folder, elsewhere / file)
     monkeypatch.setitem(PUBLISHED, name, (folder, url, md5, megabytes))
@@ -215,14 +220,15 @@ def test_pacs_is_split_by_domain_and_class(folder: str, tmp_path: Path) -> None:
         cells, counts = source.labels.unique(dim=0, return_counts=True)
         assert len(cells) == len(PACS_CLASSES) * len(DOMAINS)
         assert set(counts.tolist()) == {count}
-        images = source.get(torch.arange(len(source.labels)))
+        images = source.get(torch.arange(len(source.labels)), View(8))
         # Domains differ in brightness.
         brightness = images.float().mean(dim=(1, 2, 3)).sub(30).div(60).round().long()
         assert torch.equal(brightness, source.labels[:, 1])
         seen |= {image.numpy().tobytes() for image in images}
     assert len(seen) == 20 * len(PACS_CLASSES) * len(DOMAINS)
     again = load_images("pacs", tmp_path, image_size=8)
-    assert torch.equal(again.test.get(torch.arange(9)), data.test.get(torch.arange(9)))
+    rows = (torch.arange(9), View(8))
+    assert torch.equal(again.test.get(*rows), data.test.get(*rows))
 
 
 def test_nothing_of_an_archive_comes_to_lie_outside_its_folder(tmp_path: Path) -> None:
@@ -273,4 +279,4 @@ def test_images_in_a_folder_called_home_are_read_there(
     for root, size in (("home/mine", 8), ("~/mine", 12)):
         write_images(tmp_path / root, train=4, test=1, size=size)
     data = load_images("images", Path("~/mine"))
-    assert data.train.get(torch.arange(1)).shape == (1, 3, 12, 12)
+    assert data.image_size == 12
