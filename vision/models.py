@@ -77,7 +77,7 @@ class TimmModel:
     def __post_init__(self) -> None:
         import timm
 
-        similar = ", ".join(timm.list_models(f"*{self.name.split('_')[0]}*")[:3])
+        similar = ", ".join(timm.list_models(f"{self.name.split('_')[0]}_*")[:3])
         legal = f"a model of timm{f', such as {similar}' if similar else ''}"
         check(timm.is_model(self.name), "model", f"timm/{self.name}", legal)
 

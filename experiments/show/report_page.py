@@ -215,17 +215,24 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "test − dense run (points)" if not has_errors else "test − dense run": above_dense(
                 run, runs
             ),
+            "test top-5 (%)": scored("accuracy", run.summary["top5"])
+            if "top5" in run.summary
+            else "–",
             "seeds": str(run.summary["test"]["n"]),
             "active MFLOPs": "{:,.1f} {}".format(*mflops_of(run)),
             "parameters": f"{run.summary['parameters']:,}",
             "active parameters": f"{run.summary['active_parameters']:,}",
             "seconds a seed": f"{run.summary['seconds']['mean']:,.1f}",
+            "images a second": f"{run.summary['images_per_second']['mean']:,.0f}"
+            if "images_per_second" in run.summary
+            else "–",
             "peak memory of the GPU (MiB)": f"{run.summary.get('peak_memory') or '–'}",
         }
         for run in runs
     ]
     page.heading("Results")
-    page.table([[name, *(column[name] for column in columns)] for name in columns[0]])
+    lines = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    page.table([line for line in lines if not line[0] or set(line[1:]) != {"–"}])
     page.text(
         "Validation selects the epoch; the test set is read once. Mean ± sample standard "
         "deviation; of differences to the dense run of the same data and seeds, seed by seed.",

@@ -46,9 +46,9 @@ UPCYCLED = replace(
 
 UPCYCLING = Study(
     name="upcycling",
-    about="A small ViT, trained for 15 epochs, goes on for 4 more, dense or with experts that start "
-    "as copies of its MLPs, at equal FLOPs: the same recipe and half the learning rate for all; "
-    "nothing was tuned for a row.",
+    about="A small ViT, trained for 15 epochs, goes on for 4 more, dense or with experts that "
+    "start as copies of its MLPs, at equal FLOPs: the same recipe and half the learning rate for "
+    "all; nothing was tuned for a row.",
     columns={"imagenette": UPCYCLED},
     rows={
         "dense": Row(label="dense goes on", changes={"router": "dense"}),

@@ -177,6 +177,8 @@ def show(config: RunConfig, summary: Summary, controls: Mapping[str, Summary]) -
     figures = {f"{split} {name}": summary[split] for split in ("val", "test")}
     for split, before in summary.get("uncorrected", {}).items():
         figures[f"{split} {name}, without C&S"] = before
+    if "top5" in summary:
+        figures["test top-5 (%)"] = summary["top5"]
     scores = pd.DataFrame(figures).T
     factor, form = (1, "{:.4f}") if metric in ERRORS else (100, "{:.2f}")
     scores[["mean", "std"]] = factor * scores[["mean", "std"]].astype(float)
@@ -209,10 +211,13 @@ def show(config: RunConfig, summary: Summary, controls: Mapping[str, Summary]) -
             )
         )
     flops, each = flops_of(summary)
+    speed = ""
+    if "images_per_second" in summary:
+        speed = f", {summary['images_per_second']['mean']:,.0f} images a second in training"
     print(
         f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and "
         f"{flops:,.0f} FLOPs active {each}; {summary['seconds']['mean']:.1f} s "
-        f"a seed; written to {config.folder()}"
+        f"a seed{speed}; written to {config.folder()}"
     )
 
 

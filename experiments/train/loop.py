@@ -129,6 +129,7 @@ def train_seed(
             **({"uncorrected": uncorrected} if kind.corrects() else {}),
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
+            **of_images(task, reached),
             "peak_memory": torch.cuda.max_memory_allocated(fabric.device) // 2**20
             if is_on_gpu
             else None,
@@ -138,6 +139,13 @@ def train_seed(
         }
         write_json(folder / "result.json", result)
     return result
+
+
+def of_images(task: Task, reached: Reached) -> dict[str, float]:
+    """How many images a second are trained on, if the data are images."""
+    if task.kind != "image" or not reached.rows_seconds:
+        return {}
+    return {"images_per_second": round(reached.rows / reached.rows_seconds, 1)}
 
 
 def locked(fabric: Fabric, folder: Path) -> AbstractContextManager[Any]:
@@ -176,15 +184,20 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
     with checkpoint:
         while reached.epochs < config.epochs:
             epoch = reached.epochs
+            trained = 0
+            began = time.perf_counter()
             for batch, rows in batches_left(
                 training, checkpoint, shuffle_seed=seed * 100_003 + epoch
             ):
                 training.step(batch, rows)
+                trained += rows
                 if steps > 1:
                     figures = f"step {training.epoch.batches} of {steps}"
                     progress.show(
                         name, epoch + training.epoch.batches / steps, config.epochs, figures
                     )
+            reached.rows += trained
+            reached.rows_seconds += time.perf_counter() - began
             row, layers = training.end_epoch(seed)
             logs.write(row, layers)
             progress.show(

@@ -35,8 +35,10 @@ class Summary(TypedDict):
     val: Spread
     test: Spread
     uncorrected: NotRequired[dict[str, Spread]]  # val and test before correct-and-smooth
+    top5: NotRequired[Spread]  # of images of more than five classes, on the test set
     best_epoch: Spread
     seconds: Spread
+    images_per_second: NotRequired[Spread]  # in training
     peak_memory: NotRequired[int | None]  # of the GPU, MiB
     flops: int  # before training, the mean over seeds; of older runs the first seed's
     images: NotRequired[int | None]  # in the batch that these are of
@@ -60,8 +62,10 @@ class Result(TypedDict):
     val: float
     test: float
     uncorrected: NotRequired[dict[str, float]]  # val and test before correct-and-smooth
+    top5: NotRequired[float]
     best_epoch: int
     seconds: float
+    images_per_second: NotRequired[float]
     peak_memory: int | None
     flops: int
     images: NotRequired[int | None]  # in the batch that these are of

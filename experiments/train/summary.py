@@ -43,6 +43,9 @@ def summarize(
         "config": science,
         "environment": environment(),
     }
+    for name in ("top5", "images_per_second"):
+        if all(name in result for result in results):
+            summary[name] = spread([result[name] for result in results])
     if all("uncorrected" in result for result in results):  # which older ones lack
         summary["uncorrected"] = {
             part: spread([result["uncorrected"][part] for result in results])

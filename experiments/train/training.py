@@ -34,14 +34,17 @@ WARMUP = 0.1
 class Reached:
     """How far a seed is.
 
-    The epochs done, what validation selects, the time taken, and the curve where it was
-    measured.
+    The epochs done, what validation selects, the time taken and how fast it is, and the curve
+    where it was measured.
     """
 
     epochs: int = 0
     best_epoch: int = -1
     best_val: float = math.nan
     seconds: float = 0.0
+    # Trained on by one process without a stop, and how long that took; evaluations apart
+    rows: int = 0
+    rows_seconds: float = 0.0
     curve: dict[str, list[float]] = field(
         default_factory=lambda: {"epoch": [], "loss": [], "val": []}
     )

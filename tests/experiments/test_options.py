@@ -256,8 +256,9 @@ def test_help_shows_what_people_use_and_the_rest_where_it_is_asked_for(
     preset: str, capsys: Any
 ) -> None:
     config = PRESETS[preset][1]
-    known = [option.name.replace("_", "-") for option in fields(config) if option.name != "options"]
-    known += [option.name.replace("_", "-") for option in fields(config.options)]
+    parts = [config, config.options, getattr(config, "recipe", None)]
+    names = [option.name for part in parts if part is not None for option in fields(part)]
+    known = [name.replace("_", "-") for name in names if name not in ("options", "recipe")]
     few, every = (printed(f"{preset} {flag}", capsys) for flag in ("--help", "--help-all"))
     assert few == [option for option in every if option in COMMON]
     assert 18 <= len(few) <= 24
