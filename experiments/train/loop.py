@@ -104,6 +104,7 @@ def train_seed(
         )
     # Runs it once, and so refuses what cannot run before anything is written
     costs = costs_of(model, config, task)
+    config.lr_factors(model)  # refuses parts that the model does not have
     kind = kind_of(config)
     keeps = kind.keeps_predictions(model, task)
     if fabric.world_size > 1:  # from here on each process draws its own

@@ -92,7 +92,7 @@ def test_names_and_arguments_that_timm_does_not_know_are_named() -> None:
         TimmModel(name="vit_tinny")
     with pytest.raises(ValueError, match="model: got timm/hf_hub"):
         TimmModel(name="hf_hub:timm/vit_tiny")
-    with pytest.raises(ValueError, match="model_kwargs: got .*embed=8, expected arguments of"):
+    with pytest.raises(ValueError, match=r"model_kwargs: got .*embed=8, expected arguments of"):
         made(arguments=(*SMALL, "embed=8"))
 
 
