@@ -212,7 +212,7 @@ def test_no_test_imports_from_the_tools() -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize("package", ["gmoe", "experiments"])
+@pytest.mark.parametrize("package", ["gmoe", "vision", "experiments"])
 def test_no_circle(package: str) -> None:
     """Also none inside of functions, and none for types alone."""
     sources = {module_of(path): path.read_text() for path in (ROOT / package).rglob("*.py")}

@@ -17,8 +17,6 @@ from experiments.train.checks import check
 from experiments.train.command_line import program
 from experiments.train.files import check_finished, replacing
 
-ROWS = 12
-"""Images a page."""
 DPI = 160
 """Dots an inch: a page is at most 3,500 pixels high."""
 
@@ -44,33 +42,31 @@ def patches(
     check_finished(run)
     import torch  # and what needs it, which --help does without
 
+    from experiments.train.config import ImageConfig
     from experiments.train.run_folder import read_run
-    from gmoe.plot import expert_maps
+    from vision.maps import pages, photos
     from vision.sources import View
 
     folder = read_run(run, data_root, trust)
-    task = folder.load_task()
-    if task.kind != "image" or not folder.history:
+    config = folder.config
+    if not isinstance(config, ImageConfig) or not folder.history:
         raise ValueError(
             f"run: got {run}, a dense model or one of graphs, expected an image model with experts"
         )
+    task = folder.load_task()
     model = folder.load_model(task)
-    mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
-    view = View(task.in_channels)
-    seen = [view.of_file(str(path)).float() / 255 for path in images]
-    batch = torch.stack(
-        [((one.mean(0, keepdim=True) if len(mean) == 1 else one) - mean) / std for one in seen]
-    )
+    recipe = config.recipe
+    view = View(task.in_channels, recipe.crop_pct, recipe.interpolation)
+    batch = photos(images, view, task.mean, task.std)
     with torch.no_grad():
         guesses = model(batch).argmax(dim=1).tolist()
     titles = [
         f"{path.name}\n{task.classes[guess]}?" for path, guess in zip(images, guesses, strict=True)
     ]
     out.mkdir(parents=True, exist_ok=True)
-    for page, begin in enumerate(range(0, len(images), ROWS), start=1):
-        rows = slice(begin, begin + ROWS)
-        figure = expert_maps(model, batch[rows], mean=task.mean, std=task.std, titles=titles[rows])
-        file = out / ("maps.png" if len(images) <= ROWS else f"maps-{page}.png")
+    drawn = list(pages(model, batch, titles, task.mean, task.std))
+    for page, figure in enumerate(drawn, start=1):
+        file = out / ("maps.png" if len(drawn) == 1 else f"maps-{page}.png")
         with replacing(file) as fresh:
             figure.savefig(fresh, dpi=DPI, format="png")
         print(file)

@@ -67,8 +67,8 @@ DRAWN = {
     "panel: by what is known of them, and by expert. Gray nodes have no class, or no expert. "
     "Colors of different panels have nothing to do with each other.",
     "patches": "Validation images: each patch has the color of its expert, or of its experts mixed "
-    "by weight; dark patches have none. Experts of different layers have nothing to do with each "
-    "other.",
+    "by weight; dark patches have none. Below, by layer, patches that each expert takes, every "
+    "n-th of them. Experts of different layers have nothing to do with each other.",
     "atoms": "Validation molecules and their labels, a figure an MoE layer: each atom has the "
     "color of the expert of the largest weight; gray ones have none. Experts of different layers "
     "have nothing to do with each other.",
@@ -355,7 +355,8 @@ def _atoms(
 
 def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:
     """By MoE layer, the patches of validation images; and maps of images, each of another class."""
-    from vision.told_domain import tell_domains  # torchvision, which graphs do without
+    from vision.maps import expert_patches  # torchvision, which graphs do without
+    from vision.told_domain import tell_domains
 
     model = run.load_model(task)
     batches = list[Batch]()
@@ -371,7 +372,8 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
     domains = [one.domain for one in batches if one.domain is not None]
     domain = torch.cat(domains) if domains else None
     shown = list[Tokens]()
-    for weight_BhwE in map(torch.cat, zip(*weights, strict=True)):
+    by_layer = [torch.cat(parts) for parts in zip(*weights, strict=True)]
+    for weight_BhwE in by_layer:
         number = weight_BhwE[0, ..., 0].numel()
         known = {
             "ami_label": labels.repeat_interleave(number),
@@ -383,7 +385,8 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
     chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()[:6]]
     titles = [task.classes[int(labels[image])] for image in chosen]
     tell_domains(model, None if domain is None else domain[chosen])
-    return shown, [expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)]
+    maps = expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)
+    return shown, [maps, *expert_patches(images, by_layer, task.mean, task.std)]
 
 
 def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, list[str]]]:

@@ -1,0 +1,107 @@
+"""Which expert takes which patch: of photos, and expert by expert.
+
+Shapes: B images of C channels, S height and width of what models see, h x w patches, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from gmoe.plot import expert_maps
+from vision.sources import View
+
+ROWS = 12
+"""Images a page of maps."""
+STRIP = 16
+"""Patches that are shown of an expert."""
+
+
+def photos(
+    paths: Sequence[Path], view: View, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """(B, C, S, S) images of any size and shape, as a model sees them; gray ones for C = 1.
+
+    Raises:
+        ValueError: a file that is no image, by its name.
+    """
+    seen = torch.stack([view.of_file(str(path)) for path in paths]).float() / 255
+    if len(mean) == 1:
+        seen = seen.mean(dim=1, keepdim=True)
+    return (seen - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def pages(
+    model: nn.Module,
+    images: Tensor,
+    titles: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Iterator[Figure]:
+    """The images, each in a row of the blocks' maps, twelve a page."""
+    for begin in range(0, len(images), ROWS):
+        rows = slice(begin, begin + ROWS)
+        yield expert_maps(model, images[rows], mean=mean, std=std, titles=titles[rows])
+
+
+def expert_patches(
+    images: Tensor,
+    weights: Sequence[Tensor],
+    mean: Sequence[float],
+    std: Sequence[float],
+    most: int = STRIP,
+) -> list[Figure]:
+    """For each MoE layer, patches that each expert takes: a row an expert.
+
+    Of the patches whose largest weight is the expert's, every n-th, so that they are neither the
+    best nor the first ones.
+
+    Args:
+        images: (B, C, S, S), normalized.
+        weights: of each layer, (B, h, w, E), as :func:`gmoe.plot.patch_weights` has them.
+        mean, std: of the channels.
+        most: patches of an expert.
+    """
+    shape = (1, -1, 1, 1)
+    shown = images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    shown = shown.clamp(0, 1).expand(-1, 3, -1, -1)
+    figures = []
+    for layer, weight_BhwE in enumerate(weights, start=1):
+        _, h, w, num_experts = weight_BhwE.shape
+        height, width = images.size(2) // h, images.size(3) // w
+        top_Bhw = weight_BhwE.argmax(dim=-1).where(weight_BhwE.sum(dim=-1) > 0, num_experts)
+        strips = torch.ones(num_experts, most, height, width, 3)
+        for expert in range(num_experts):
+            taken = (top_Bhw == expert).nonzero()
+            number = min(most, len(taken))
+            chosen = torch.linspace(0, max(len(taken) - 1, 0), number).round().long()
+            for place, (image, row, column) in enumerate(taken[chosen].tolist()):
+                top, left = row * height, column * width
+                patch = shown[image, :, top : top + height, left : left + width]
+                strips[expert, place] = patch.permute(1, 2, 0)
+        figures.append(_strips(strips, layer))
+    return figures
+
+
+def _strips(strips: Tensor, layer: int) -> Figure:
+    """(E, n, height, width, 3) patches, with a gap between them."""
+    num_experts, number, height, width, _ = strips.shape
+    gap = max(1, height // 8)
+    framed = torch.ones(num_experts, number, height + gap, width + gap, 3)
+    framed[:, :, :height, :width] = strips
+    whole = framed.permute(0, 2, 1, 3, 4).reshape(
+        num_experts * (height + gap), number * (width + gap), 3
+    )
+    figure = Figure(figsize=(0.3 * number + 0.8, 0.3 * num_experts + 0.5), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(whole.numpy(), interpolation="nearest")
+    places = [expert * (height + gap) + height / 2 for expert in range(num_experts)]
+    axis.set(xticks=[], yticks=places, yticklabels=[str(expert) for expert in range(num_experts)])
+    axis.set_title(f"MoE layer {layer}: patches by expert", fontsize="medium")
+    for side in axis.spines.values():
+        side.set_visible(False)
+    return figure
