@@ -189,7 +189,7 @@ class OfPil:
 
     change: Callable[[Image.Image], Image.Image]
 
-    def __call__(self, image: Tensor | Image.Image) -> Image.Image:
+    def __call__(self, image: Any) -> Image.Image:
         if isinstance(image, Tensor):
             image = v2.functional.to_pil_image(image)
         return self.change(image)

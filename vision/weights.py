@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ def lr_factors(
     return {} if set(factors.values()) == {1.0} else factors
 
 
-def layers_of(model: nn.Module) -> dict[str, int]:
-    """The number of the layer of each parameter, the embeddings' first."""
+def layers_of(model: Any) -> dict[str, int]:
+    """The number of the layer of each parameter of a model, the embeddings' first."""
     if hasattr(model, "group_matcher"):
         from timm.models import group_parameters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def test_policies_are_timms(policy: str, photo: Path) -> None:
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             found.append(np.asarray(change(image)))
-        assert np.array_equal(*found)
-        changed += not np.array_equal(found[0], np.asarray(image))
+        one, other = found
+        assert np.array_equal(one, other)
+        changed += not np.array_equal(one, np.asarray(image))
     assert changed > 10
 
 
@@ -148,6 +150,7 @@ def test_mixing_is_timms(kind: str, smoothing: float, monkeypatch: pytest.Monkey
     timm smooths the labels, here the loss does it.
     """
     mixup = pytest.importorskip("timm.data.mixup")
+    options: dict[str, Any] = {kind: 0.8}
     drawn = mixup.Mixup(
         mixup_alpha=0.8 if kind == "mixup" else 0.0,
         cutmix_alpha=0.8 if kind == "cutmix" else 0.0,
@@ -156,7 +159,7 @@ def test_mixing_is_timms(kind: str, smoothing: float, monkeypatch: pytest.Monkey
     )
     logits = torch.randn(2, CLASSES, generator=torch.Generator().manual_seed(0))
     for seed in range(20):
-        images, labels, ours, target = mixed(Recipe(**{kind: 0.8}), seed)
+        images, labels, ours, target = mixed(replace(Recipe(), **options), seed)
         weight = float(target[0, labels[0]])
         monkeypatch.setattr(np.random, "beta", lambda *_, weight=weight: weight)
         if kind == "cutmix":

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import gmoe
-from experiments.patches import main as patches
-from experiments.report import main as report
+from experiments.show.patches import main as patches
+from experiments.show.report import main as report
 from tests.helpers.command import quick
 from tests.helpers.made_images import write_images, write_photo
 from tests.helpers.pages import words_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gmoe
 from gmoe.models.vit import ViTSize
@@ -94,6 +94,9 @@ def test_a_model_without_layers_is_named() -> None:
 
 class Counted(nn.Module):
     """A weight, a buffer of floats, and a counter."""
+
+    mean: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()

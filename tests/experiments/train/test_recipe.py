@@ -20,7 +20,7 @@ from experiments.train.command import main, parse
 from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
-from experiments.train.presets import PRESETS, command
+from experiments.train.presets import IMAGE_FOLDER, command
 from experiments.train.training import learning_rate, set_up
 from tests.helpers.command import QUICK, quick, refused, run_until
 from tests.helpers.made_images import cut, write_folder, write_images, write_photo
@@ -29,7 +29,7 @@ from tests.helpers.run_folders import assert_same
 from vision.recipe import Recipe
 
 TINY = replace(
-    PRESETS["images"][1],
+    IMAGE_FOLDER,
     image_size=8,
     patch=4,
     dim=8,
