@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -180,7 +181,18 @@ def policy(recipe: Recipe, image_size: int, mean: tuple[float, ...]) -> Callable
     except (AssertionError, ValueError, KeyError) as error:
         legal = "a policy of timm, such as rand-m9-mstd0.5-inc1"
         check(False, "aa", f"{recipe.aa!r} ({error})", legal)
+    groups = change.policy if isinstance(change, auto_augment.AutoAugment) else [change.ops]
+    for operation in chain.from_iterable(groups):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = posterize
     return OfPil(change)
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which asks Pillow for 0 bits, too: black, which newer ones refuse."""
+    if bits <= 0:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 @dataclass(frozen=True)

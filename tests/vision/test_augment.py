@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers.made_images import write_photo
-from vision.augment import make_augment, make_mix
+from vision.augment import make_augment, make_mix, posterize
 from vision.batches import batches
 from vision.recipe import Recipe
 from vision.sources import FileImages, View
@@ -73,6 +73,11 @@ def test_what_is_erased_becomes_noise_of_each_pixel() -> None:
     assert 0.95 < noise.std() < 1.05
 
 
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+
+
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m5", "original"])
 def test_policies_are_timms(policy: str, photo: Path) -> None:
     timm = pytest.importorskip("timm.data.transforms_factory")
@@ -86,17 +91,29 @@ def test_policies_are_timms(policy: str, photo: Path) -> None:
     assert augment.draws_outside_torch
     assert len(crops.transforms) == 2  # crop and flip, as ours
     image = Image.open(photo)
-    changed = 0
-    for seed in range(20):
-        found = []
-        for change in (ours, colors):
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            found.append(np.asarray(change(image)))
-        one, other = found
+    changed = refused = 0
+    for seed in range(60):
+        seed_all(seed)
+        one = np.asarray(ours(image))
+        seed_all(seed)
+        try:
+            other = np.asarray(colors(image))
+        except ValueError as error:  # newer Pillows refuse what timm asks of them
+            assert "bits must be" in str(error)
+            refused += 1
+            continue
         assert np.array_equal(one, other)
         changed += not np.array_equal(one, np.asarray(image))
-    assert changed > 10
+    assert changed > 30
+    assert refused < 20
+
+
+def test_an_image_of_no_bits_is_black(photo: Path) -> None:
+    """As Pillow made it, before it refused."""
+    with Image.open(photo) as image:
+        assert not np.asarray(posterize(image, 0)).any()
+        assert set(np.unique(posterize(image, 1))) == {0, 128}
+        assert np.array_equal(posterize(image, 8), image)
 
 
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (40, 40), (33, 400)])
