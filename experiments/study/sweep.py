@@ -72,6 +72,8 @@ class CellsConfig(SweepConfig):
     """Data sets; by default all."""
     rows: tuple[str, ...] = ()
     """Models and controls; by default all."""
+    price: bool = False
+    """Run nothing: say what each cell would cost, in hours of a core and in FLOPs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +219,25 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
         return run_forces(config)
     if isinstance(config, RoutersConfig):
         is_own = config.router is not None or config.conv is not None
+        check(not is_own or not config.price, "price", True, "no router or conv of your own")
+        if config.price:
+            return priced(routers.cells(config.columns, config.rows, config.data_root))
         return sweep_own(config) if is_own else sweep_routers(config)
     if isinstance(config, GridConfig):
         return sweep_grid(config)
     assert isinstance(config, CellsConfig)
     study = load_object("study", name)
     check(isinstance(study, Study), "study", repr(name), "an experiments.study.studies.Study")
+    if config.price:
+        return priced(study.cells(config.columns, config.rows))
     return sweep_study(study, config, config.columns, config.rows)
+
+
+def priced(cells: dict[str, RunConfig]) -> tuple[str, dict[str, str]]:
+    """What cells would cost, in place of running them."""
+    from experiments.study.price import price_table
+
+    return price_table(cells), {}
 
 
 def main(args: Sequence[str] | None = None) -> None:
