@@ -10,6 +10,7 @@ batches     One epoch.
 models      The model of a run: gmoe's ViTs, and timm's with experts in the place of MLPs.
 soft_mlp    Soft experts beside an MLP.
 told_domain Experts that are told the domain of an image.
+views       A low-level view of an image, to a router or as a token.
 weights     Learning rates by part and by layer, frozen parts, the average of weights.
 maps        Which expert takes which patch.
 """

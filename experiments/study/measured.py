@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from experiments.benchmark.measure import take_turns
 from experiments.train.build import build_model
-from experiments.train.config import GraphConfig, RouterOptions, RunConfig
+from experiments.train.config import GraphConfig, RunConfig, dense_of
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
 from experiments.train.files import load_weights
@@ -103,7 +103,7 @@ def routed_part(config: RunConfig, task: Task, seed: int) -> tuple[float, list[f
 def step_times(config: RunConfig, task: Task, repeats: int = 15) -> dict[str, Any]:
     """Seconds of a training step of the cell and of the dense model, in turns; of graphs on
     ``edge_index``, and ``dense-csr`` is the dense model on a matrix, where it runs on one."""
-    dense = replace(config, router="dense", equal=None, kmeans_init=False, options=RouterOptions())
+    dense = dense_of(config)
     # An oracle's batches bring what it is told, which a dense model does not take.
     of_dense = load_tasks(dense)(config.seeds[0]) if config.router == "oracle" else task
     arms = {"dense": (dense, of_dense), "cell": (config, task)}

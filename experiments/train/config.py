@@ -448,6 +448,12 @@ class ImageConfig(RunConfig):
     """Of a model of timm: the blocks that hold experts, in place of `every`; -1 is the last."""
     router: str = "expert_choice"
     equal_to: str = "expert_choice"
+    router_input: Literal["view"] | None = None
+    """What the router sees: by default each patch, in each layer.
+    `view` is the mean color and the edge energy of an image, by which one router decides for all
+    layers."""
+    extra_input: Literal["view", "domain"] | None = None
+    """A further token beside the patches, also of a dense model: of the view, or of the domain."""
     mlp_scale: float = 1.0
     """Dense: factor of the output of the MLPs in whose place experts would be.
     It stands for weights by score, which scale that output."""
@@ -482,6 +488,7 @@ class ImageConfig(RunConfig):
             "'group': images have no edges",
         )
         self._check_recipe()
+        self._check_views()
         self._check_timm()
 
     def _check_recipe(self) -> None:
@@ -500,9 +507,26 @@ class ImageConfig(RunConfig):
         is_used = warmup is None or (self.schedule == "cosine" and 0 <= warmup <= self.epochs)
         got = f"{warmup} with schedule={self.schedule!r} and {self.epochs} epochs"
         check(is_used, "warmup_epochs", got, "0 to all, with schedule='cosine'")
-        tells = self.router != "oracle" or not recipe.mixes()
         legal = "another recipe: a mixed image is of two domains"
-        check(tells, "router", "'oracle' with mixup or cutmix", legal)
+        tells = not self.is_told_domain or not recipe.mixes()
+        name = "router" if self.router == "oracle" else "extra_input"
+        check(tells, name, f"{getattr(self, name)!r} with mixup or cutmix", legal)
+
+    @property
+    def is_told_domain(self) -> bool:
+        """Whether the model is called with the domain of each image."""
+        return self.router == "oracle" or self.extra_input == "domain"
+
+    def _check_views(self) -> None:
+        """Refuse a view for models that take none."""
+        for name in ("router_input", "extra_input"):
+            value = getattr(self, name)
+            is_ours = self.model is None and self.router != "oracle"
+            legal = "none with a model of timm or your own, or with the router 'oracle'"
+            check(value is None or is_ours, name, repr(value), legal)
+        has_router = self.router_input is None or self.router not in ("dense", "soft_slots")
+        got = f"{self.router_input!r} with router={self.router!r}"
+        check(has_router, "router_input", got, "a router that chooses experts")
 
     def _check_timm(self) -> None:
         """Refuse options of a model of timm without one, and with one those of a ViT of gmoe."""
@@ -588,6 +612,7 @@ OF_MODEL = frozenset(
         "input_dropout",
         "ffn",
         "act",
+        "extra_input",
         "virtual_node",
         "pool",
         "mlp_scale",

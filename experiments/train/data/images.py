@@ -122,7 +122,7 @@ class ImageBatches:
     def __call__(
         self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
     ) -> Iterator[Batch]:
-        """The batches of a part; the router that is told the domain gets it as an input."""
+        """The batches of a part; a model that is told the domain gets it as an input."""
         trains = part == "train"
         drawn = batches(
             self.sources[part],
@@ -142,7 +142,7 @@ class ImageBatches:
                 yield Batch((images,), labels)
                 continue
             target, domain = labels.unbind(dim=1)
-            inputs = (images, domain) if self.config.router == "oracle" else (images,)
+            inputs = (images, domain) if self.config.is_told_domain else (images,)
             yield Batch(inputs, target, domain=domain)
 
 

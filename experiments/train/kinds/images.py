@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vision.models import TimmModel, add_drop_path, vit_size
 from vision.own_images import own_images
 from vision.soft_mlp import SoftMLP
 from vision.told_domain import DomainRouter, DomainViT
+from vision.views import ViewViT
 
 FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar10", ""),
@@ -115,7 +116,11 @@ class Images(Kind[ImageConfig]):
             mlp_dim=config.hidden,
             num_layers=config.layers,
         )
-        model_class = DomainViT if config.router == "oracle" else gmoe.ViTMoE
+        model_class: Any = DomainViT if config.router == "oracle" else gmoe.ViTMoE
+        by_view = options.pop("router_input", None) == "view"
+        if by_view or config.extra_input is not None:
+            more = {"extra_input": config.extra_input, "num_domains": len(task.domains)}
+            model_class = partial(ViewViT, by_view=by_view, **more)
         model: Any = model_class(size, task.num_classes, **options)
         set_check_finite(model, config.check_finite)
         # The blocks that hold experts, or would
