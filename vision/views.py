@@ -112,12 +112,7 @@ class ViewViT(gmoe.ViTMoE):
 
     def _routing(self, view_BV: Tensor) -> gmoe.Routing:
         """The decision for each image, for all of its tokens."""
-        by_image = self.view_router(view_BV[:, None])
-        weight_BK, expert_BK = by_image.to_dense().topk(self.view_router.k, dim=1)
         tokens = self.encoder.pos_embedding.size(1) + (self.extra_input is not None)
-        return gmoe.Routing.from_choices(
-            expert_BK.repeat_interleave(tokens, dim=0),
-            weight_BK.repeat_interleave(tokens, dim=0),
-            num_experts=by_image.num_experts,
-            losses=by_image.losses,
-        )
+        image_T = torch.arange(len(view_BV), device=view_BV.device).repeat_interleave(tokens)
+        by_image: gmoe.Routing = self.view_router(view_BV[:, None])
+        return by_image.of_tokens(image_T)

@@ -118,6 +118,10 @@ BY_IMAGE_ROWS = {
         label="experts by patch, a router a block",
         changes={"router": "token_choice", "start": "copies"},
     ),
+    "image": Row(
+        label="experts by image, a router a block",
+        changes={"router": "token_choice", "start": "copies", "router_input": "image"},
+    ),
     "view": Row(
         label="experts by view, once",
         changes={"router": "token_choice", "start": "copies", "router_input": "view"},

@@ -448,10 +448,10 @@ class ImageConfig(RunConfig):
     """Of a model of timm: the blocks that hold experts, in place of `every`; -1 is the last."""
     router: str = "expert_choice"
     equal_to: str = "expert_choice"
-    router_input: Literal["view"] | None = None
-    """What the router sees: by default each patch, in each layer.
-    `view` is the mean color and the edge energy of an image, by which one router decides for all
-    layers."""
+    router_input: Literal["token", "image", "view"] | None = None
+    """What the router sees: by default each token, in each layer.
+    `image` is the mean of an image's tokens, in each layer. `view` is the mean color and the edge
+    energy of an image, by which one router decides for all layers."""
     extra_input: Literal["view", "domain"] | None = None
     """A further token beside the patches, also of a dense model: of the view, or of the domain."""
     mlp_scale: float = 1.0
@@ -521,9 +521,10 @@ class ImageConfig(RunConfig):
         """Refuse a view for models that take none."""
         for name in ("router_input", "extra_input"):
             value = getattr(self, name)
+            is_for_all = name == "router_input" and value != "view" and self.own_models()
             is_ours = self.model is None and self.router != "oracle"
-            legal = "none with a model of timm or your own, or with the router 'oracle'"
-            check(value is None or is_ours, name, repr(value), legal)
+            legal = "none with this model, or with the router 'oracle'"
+            check(value is None or is_ours or is_for_all, name, repr(value), legal)
         has_router = self.router_input is None or self.router not in ("dense", "soft_slots")
         got = f"{self.router_input!r} with router={self.router!r}"
         check(has_router, "router_input", got, "a router that chooses experts")

@@ -117,7 +117,9 @@ class Images(Kind[ImageConfig]):
             num_layers=config.layers,
         )
         model_class: Any = DomainViT if config.router == "oracle" else gmoe.ViTMoE
-        by_view = options.pop("router_input", None) == "view"
+        by_view = config.router_input == "view"
+        if by_view:
+            del options["router_input"]
         if by_view or config.extra_input is not None:
             more = {"extra_input": config.extra_input, "num_domains": len(task.domains)}
             model_class = partial(ViewViT, by_view=by_view, **more)
@@ -155,6 +157,7 @@ class Images(Kind[ImageConfig]):
             num_experts=config.experts,
             k=config.k,
             start=config.start,
+            router_input=config.router_input,
         )
         set_check_finite(model, config.check_finite)
         return model

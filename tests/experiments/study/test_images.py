@@ -54,7 +54,7 @@ def test_a_row_by_image_trains(row: str, pacs: Path, tmp_path: Path) -> None:
     inputs = next(iter(task.loader("train", 32, None))).inputs
     more = summary["flops"] / flops(build_model(dense, task), inputs)
     assert 1 <= more < 1.35  # a token of five more, or a router
-    decisions = {"patch": 1, "view": 1, "random-view": 1, "told": 1}
+    decisions = {"patch": 1, "image": 1, "view": 1, "random-view": 1, "told": 1}
     assert len(summary["routing"]) == decisions.get(row, 0)
 
 
