@@ -205,9 +205,10 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
         {
             "": run.name,
             "data": run.config.dataset,
-            "router": run.config.model or run.config.router,
+            "model": run.config.model or "–",
+            "router": run.config.router if is_built(run) else "–",
             "experts, K": f"{run.config.experts}, {run.config.k}"
-            if run.history and run.config.model is None
+            if run.history and is_built(run)
             else "–",
             "metric": run.summary["metric"],
             f"validation {shares}": scored(run.summary["metric"], run.summary["val"]),
@@ -260,6 +261,11 @@ def dense_beside(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
         if is_same and other.config.router == "dense" and other is not run:
             return other
     return None
+
+
+def is_built(run: RunFolder) -> bool:
+    """Whether the options of a run say which router and experts it has; a user's model says it."""
+    return run.config.model is None or bool(run.config.own_models())
 
 
 def above_dense(run: RunFolder, runs: Sequence[RunFolder]) -> str:

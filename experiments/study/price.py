@@ -90,10 +90,11 @@ def routed_part(
     hooks = []
 
     def watch(module: nn.Module, sign: int) -> None:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def note(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
             calls.append((sign, module, args, kwargs))
 
-        hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        # Behind the call, where its arguments hold a routing that others give to it
+        hooks.append(module.register_forward_hook(note, with_kwargs=True))
 
     for layer in model.modules():
         if isinstance(layer, MoELayer):
