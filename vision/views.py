@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import gmoe
 from gmoe._checks import check
@@ -31,10 +32,24 @@ def view_of(images: Tensor) -> Tensor:
     return torch.cat([color, (across + down)[:, None] / 2], dim=1)
 
 
+class Standardized(nn.BatchNorm1d):
+    """(B, V) views by the statistics of a batch; of one image and in evaluation, their averages.
+
+    Without it, the edge energy, which is never negative, would send most images to one expert.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(VIEW, affine=False)
+
+    def forward(self, view_BV: Tensor) -> Tensor:
+        """The views, each number with mean 0 and variance 1."""
+        if len(view_BV) > 1:
+            return super().forward(view_BV)
+        return F.batch_norm(view_BV, self.running_mean, self.running_var, eps=self.eps)
+
+
 class ViewViT(gmoe.ViTMoE):
     """A ``ViTMoE`` that is given more than the patches.
-
-    The view is standardized by the statistics of a batch, and in evaluation by their averages.
 
     Args:
         size, num_classes, router: as in :class:`gmoe.ViTMoE`.
@@ -68,8 +83,8 @@ class ViewViT(gmoe.ViTMoE):
         super().__init__(size, num_classes, router, **options)
         check(router is not None or not by_view, "router", router, "one, to decide by the view")
         self.by_view = by_view
+        self.standardized = Standardized()
         self.extra_input = extra_input
-        self.standardized = nn.BatchNorm1d(VIEW, affine=False)
         if extra_input == "domain":
             check(num_domains, "extra_input", "'domain' without domains", "data of several domains")
             self.embedding: nn.Module = nn.Embedding(num_domains, self.hidden_dim)

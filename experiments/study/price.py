@@ -42,7 +42,7 @@ def price_table(cells: Mapping[str, RunConfig]) -> str:
         }
         for cell, one in prices.items()
     ]
-    about = f"{hours:.1f} core-hours in all; evaluations are not counted"
+    about = f"{hours:.1f} core-hours of training steps in all; reading and evaluation come on top"
     return f"{markdown(known(lines))}\n\n{about}"
 
 

@@ -230,7 +230,8 @@ def dense_line(config: RunConfig, summary: Summary) -> str:
     from experiments.train.run_folder import differences_of
 
     has_preset = any(own.dataset == config.dataset for _, own in PRESETS.values())
-    if config.router == "dense" or config.model is not None or not has_preset:
+    is_own = config.model is not None and not config.own_models()
+    if config.router == "dense" or is_own or not has_preset:
         return ""
     dense = dense_of(config)
     file = RESULTS / "presets.json"

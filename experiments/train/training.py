@@ -130,6 +130,8 @@ class Training:
         batch = self.fabric.to_device(batch)
         self.optimizer.zero_grad()
         parts = batch.parts(self.config.step_size // self.config.batch_size)
+        if self.fabric.world_size == 1:  # several processes wait for each other in each part
+            parts = [part for part in parts if len(part.target)] or parts[:1]
         done = []
         for number, part in enumerate(parts, start=1):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(parts)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -43,6 +44,10 @@ def test_a_view_is_colors_and_edges() -> None:
 def test_one_decision_by_the_view_for_all_tokens_of_all_blocks(start: Any) -> None:
     model = made(by_view=True, start=start, router_kwargs={"noise": False})
     images = images_of()
+    # What the router sees are the standardized views, by hand
+    view = view_of(images)
+    seen = (view - view.mean(0)) / (view.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = copy.deepcopy(model.view_router)(seen[:, None]).to_dense()
     with gmoe.record_routing(model) as decided:
         logits, routings = model(images, return_routing=True)
     assert [routing.num_tokens for routing in decided] == [6]  # the one decision, of images
@@ -52,10 +57,6 @@ def test_one_decision_by_the_view_for_all_tokens_of_all_blocks(start: Any) -> No
         weight_BTE = routing.to_dense().view(6, 5, 4)
         assert torch.equal(weight_BTE, weight_BTE[:, :1].expand(-1, 5, -1))
     assert torch.equal(routings[0].to_dense(), routings[1].to_dense())
-    # What the router sees are the standardized views, by hand
-    view = view_of(images)
-    seen = (view - view.mean(0)) / (view.var(0, unbiased=False) + 1e-5).sqrt()
-    expected = model.eval().view_router(seen[:, None]).to_dense()
     assert torch.equal(expected > 0, weight_BTE[:, 0] > 0)
 
 
@@ -96,6 +97,18 @@ def test_without_a_view_it_is_the_vit() -> None:
     plain = gmoe.ViTMoE(asdict(SIZE), 5, None)
     plain.heads.head.weight.data.copy_(model.heads.head.weight.data)
     assert torch.equal(model(images_of()), plain(images_of()))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_batch_of_one_image_or_none_trains(number: int) -> None:
+    """A single one is standardized by the averages; the last slice of a batch may be empty."""
+    model = made(by_view=True, extra_input="view")
+    model(images_of())
+    mean = model.standardized.running_mean.clone()
+    logits = model(images_of()[:number])
+    assert logits.shape == (number, 5)
+    logits.sum().backward()
+    assert torch.equal(model.standardized.running_mean, mean)
 
 
 def test_what_is_missing_is_named() -> None:

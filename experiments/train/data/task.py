@@ -35,15 +35,13 @@ class Batch(NamedTuple):
         return logits if self.rows is None else logits[self.rows]
 
     def parts(self, number: int) -> list[Batch]:
-        """The batch in as even parts; it is whole where a call needs more than its rows."""
+        """As many slices of the batch, as even as possible; the last ones may be empty."""
         if number == 1:
             return [self]
         inputs = [value.tensor_split(number) for value in self.inputs]
         target = self.target.tensor_split(number)
         return [
-            Batch(tuple(value[part] for value in inputs), target[part])
-            for part in range(number)
-            if part == 0 or len(target[part])
+            Batch(tuple(value[part] for value in inputs), target[part]) for part in range(number)
         ]
 
 

@@ -71,6 +71,6 @@ def test_a_study_is_priced_and_not_run(
     main(["mine.py:STUDY", "--price"])
     table = capsys.readouterr().out
     assert "| `digits/dense` | 3 |" in table
-    assert "core-hours in all" in table
+    assert "core-hours of training steps in all" in table
     assert not list(tmp_path.glob("**/*.json"))
     assert "routed" not in price_table({"a": replace(SMALL, router="dense")})
