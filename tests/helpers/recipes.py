@@ -22,7 +22,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "average": ("", "--model-ema-decay 0.8"),
     "clip": ("--clip-norm 0", "--clip-norm 1"),
     "precision": ("", "--precision bf16-mixed", "--precision 64-true"),
-    "workers": ("", "", "--workers 1"),
 }
 """Of each option what a recipe may say, nothing among it."""
 

@@ -121,8 +121,12 @@ class Images(Kind[ImageConfig]):
         if by_view:
             del options["router_input"]
         if by_view or config.extra_input is not None:
-            more = {"extra_input": config.extra_input, "num_domains": len(task.domains)}
-            model_class = partial(ViewViT, by_view=by_view, **more)
+            model_class = partial(
+                ViewViT,
+                by_view=by_view,
+                extra_input=config.extra_input,
+                num_domains=len(task.domains),
+            )
         model: Any = model_class(size, task.num_classes, **options)
         set_check_finite(model, config.check_finite)
         # The blocks that hold experts, or would
