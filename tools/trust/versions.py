@@ -3,7 +3,8 @@
 ``versions`` makes both environments under ``build/versions`` (some gigabytes, since
 the index has torch with CUDA), runs the tests in each, writes ``results/versions.json`` and the
 table of ``docs/trust.md``. ``versions oldest -n 1 -k routing`` does one, with
-options for pytest; its result is printed and not kept. Needs `uv <https://docs.astral.sh/uv/>`_,
+options for pytest; its result is printed and not kept. ``versions next`` takes the newest torch
+and PyTorch Geometric, whatever pyproject.toml allows; its result is not kept either. Needs `uv <https://docs.astral.sh/uv/>`_,
 which finds or brings the Pythons.
 """
 
@@ -14,9 +15,9 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tools.trust import page
 from tools.trust.page import ROOT
@@ -24,8 +25,25 @@ from tools.trust.page import ROOT
 FILE = ROOT / "results" / "versions.json"
 FOLDER = ROOT / "build" / "versions"
 
-ENVIRONMENTS = {"oldest": ("3.10", "lowest-direct"), "newest": ("3.13", "highest")}
-"""The Python of each, and which versions uv takes of what pyproject.toml asks for."""
+
+class Environment(NamedTuple):
+    """A Python, which versions uv takes, and the packages whose bounds are lifted."""
+
+    python: str
+    resolution: str
+    unbounded: tuple[str, ...] = ()
+
+
+KEPT = {
+    "oldest": Environment("3.11", "lowest-direct"),
+    "newest": Environment("3.13", "highest"),
+}
+"""Those in the table."""
+
+ENVIRONMENTS = {
+    **KEPT,
+    "next": Environment("3.13", "highest", ("torch", "torchvision", "torch-geometric")),
+}
 
 SHOWN = ("torch", "torch-geometric", "torchvision", "numpy", "pandas", "timm", "transformers")
 """The packages in the table; the result file has all."""
@@ -44,11 +62,13 @@ def uv(*arguments: str | Path) -> str:
 
 def install(name: str) -> None:
     """Make an environment, or bring an old one up to date."""
-    version, resolution = ENVIRONMENTS[name]
+    environment = ENVIRONMENTS[name]
     if not python_of(name).exists():
-        uv("venv", "--python", version, FOLDER / name)
-    target = ("--python", python_of(name), "--resolution", resolution, "--upgrade")
-    uv("pip", "install", *target, "-e", ".[test]")
+        uv("venv", "--python", environment.python, FOLDER / name)
+    overrides = FOLDER / f"{name}.txt"
+    overrides.write_text("\n".join(environment.unbounded))
+    target = ("--python", python_of(name), "--resolution", environment.resolution, "--upgrade")
+    uv("pip", "install", *target, "--override", overrides, "-e", ".[test]")
 
 
 def commit_of() -> str:
@@ -74,9 +94,9 @@ def run(name: str, options: Sequence[str]) -> dict[str, Any]:
             lines.append(line)
     packages = json.loads(uv("pip", "list", "--python", python_of(name), "--format", "json"))
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "commit": commit_of(),
-        "python": ENVIRONMENTS[name][0],
+        "python": ENVIRONMENTS[name].python,
         "packages": {package["name"]: package["version"] for package in packages},
         "tests": counts("".join(lines)),
         "failed": [line.split(" - ")[0].split()[1] for line in lines if line.startswith("FAILED")],
@@ -107,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print(__doc__)
         return 0
-    names = [name for name in ENVIRONMENTS if name in arguments[:1]] or list(ENVIRONMENTS)
+    names = [name for name in ENVIRONMENTS if name in arguments[:1]] or list(KEPT)
     options = [word for word in arguments if word not in ENVIRONMENTS]
     results = json.loads(FILE.read_text()) if FILE.exists() else {}
     has_failed = False
@@ -115,9 +135,9 @@ def main(arguments: Sequence[str]) -> int:
         install(name)
         found = run(name, options)
         has_failed |= found["status"] != 0
-        if not options:
+        if not options and name in KEPT:
             results[name] = found
-            results = {key: results[key] for key in ENVIRONMENTS if key in results}
+            results = {key: results[key] for key in KEPT if key in results}
             FILE.write_text(json.dumps(results, indent=1) + "\n")
             page.write("versions", table(results))
     return int(has_failed)
