@@ -133,6 +133,22 @@ def test_the_install_page_has_the_versions_of_the_package() -> None:
     assert "| torch | 2.10 to 2.15 |" in page
 
 
+def test_each_version_that_runs_has_a_date_until_which_it_is_supported() -> None:
+    package = (ROOT / "pyproject.toml").read_text()
+    pythons = re.findall(r'"Programming Language :: Python :: ([\d.]+)"', package)
+    (first, above) = re.findall(r'"torch>=2\.(\d+),<2\.(\d+)"', package)[0]
+    torches = [f"2.{minor}" for minor in range(int(first), int(above))]
+    page = (ROOT / "SUPPORT.md").read_text()
+    assert re.findall(r"^\| Python ([\d.]+) \|", page, re.MULTILINE) == pythons
+    assert re.findall(r"^\| torch ([\d.]+) \|", page, re.MULTILINE) == torches
+    geometric = re.findall(r"torch-geometric>=([\d.]+)", package)[0]
+    assert re.findall(r"^\| PyTorch Geometric ([\d.]+) \|", page, re.MULTILINE)[0] == geometric
+
+    assert f"{pythons[0]} to {pythons[-1]}" in README
+    matrix = re.findall(r"python: (\[.*\])", (ROOT / ".github/workflows/ci.yml").read_text())[0]
+    assert ast.literal_eval(matrix) == [*pythons, "3.14"]
+
+
 def test_the_citation_is_that_of_the_file() -> None:
     title = re.findall(r'title: "(.*)"', (ROOT / "CITATION.cff").read_text())[0]
     page = (DOCS / "citation.md").read_text()

@@ -10,11 +10,11 @@ import subprocess
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from lightning_fabric.utilities import rank_zero_only
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from experiments.train.files import replacing
 
