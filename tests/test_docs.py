@@ -328,7 +328,6 @@ def stale(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", REFERRING, ids=lambda page: page.name)
 def test_what_a_page_refers_to_is_there(page: Path) -> None:
-    """If a mutant's symbol is not there any more, run ``python -m tools.trust mutants report``."""
     assert stale(page.read_text()) == []
 
 
@@ -341,9 +340,8 @@ def test_a_reference_that_leads_nowhere_is_found() -> None:
     assert sorted(stale(text)) == sorted(found)
 
 
-def test_survivors_of_the_mutants_are_named_by_symbol() -> None:
-    rows = re.findall(r"^\| \d+ \| `[\w/]+\.py:[A-Za-z_]", (DOCS / "trust.md").read_text(), re.M)
-    assert len(rows) > 50
+def test_the_page_of_the_test_machines_is_one_page() -> None:
+    assert len((DOCS / "trust.md").read_text().split()) <= 700
 
 
 def in_a_line(page: str) -> str:

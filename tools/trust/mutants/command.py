@@ -5,8 +5,9 @@ the recorded one; ``mutants --size 20`` draws a smaller one.
 
 ``mutants record`` goes on with the recorded sample, ``results/mutants.json``, which is written
 after each mutant. ``mutants survivors`` runs those that survived again, for tests written since:
-both scores are kept. Either writes ``docs/trust.md`` at its end; ``mutants report`` does that
-alone, and ``mutants check`` fails if the page says something else. Needs
+both scores are kept. Either writes ``docs/trust.md`` at its end and prints the survivors, each
+with the reason why no test sees it; ``mutants report`` does that alone, and ``mutants check``
+fails if the page says something else. Needs
 ``pip install -e ".[trust]"``.
 """
 
@@ -102,5 +103,5 @@ def main(arguments: Sequence[str]) -> int:
         print("up to date" if is_current else f"{page.PAGE.name} is out of date: mutants report")
         return int(not is_current)
     page.write("mutants", text)
-    print(text)
+    print(text, of_record.survivors(record), sep="\n\n")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -80,9 +79,7 @@ def score(outcomes: Sequence[str | None]) -> str:
     if not total:
         return "none has run"
     low, high = wilson(noticed, total)
-    counts = Counter(outcome for outcome in outcomes if outcome not in (None, "gone"))
-    parts = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-    return f"{noticed / total:.1%} ({low:.1%} to {high:.1%}) of {total}: {parts}"
+    return f"{noticed / total:.1%} ({low:.1%} to {high:.1%}) of {total}"
 
 
 def check_reasons(record: dict[str, Any]) -> None:
@@ -102,27 +99,28 @@ def check_reasons(record: dict[str, Any]) -> None:
 
 
 def report(record: dict[str, Any]) -> str:
-    """Both scores, by folder, and the survivors: what the page says."""
+    """Both scores, by folder: what the page says."""
     check_reasons(record)
     ran = [entry for entry in record["mutants"] if "first" in entry]
     real = [entry for entry in ran if entry["number"] not in EQUIVALENT]
     gone = sum(last(entry) == "gone" for entry in real)
     lines = [
-        f"{len(ran)} of a sample of {len(record['mutants'])} mutants have run, drawn with seed "
-        f"{record['seed']} from {record['places']} places; {len(ran) - len(real)} of them compute "
-        f"the same and do not count, nor do {gone} in the second score whose lines are gone.",
+        f"{len(ran)} of {len(record['mutants'])} mutants have run, drawn from {record['places']} "
+        f"places with seed {record['seed']}. {len(ran) - len(real)} compute the same and do not "
+        f"count; {gone} are gone from the second column with their lines.",
         "",
-        "| | before tests were written for mutants | after |",
+        "| noticed (95 % interval) | before | after |",
         "|---|---|---|",
         *score_rows(real),
-        "",
-        "Survivors:",
-        "",
-        "| | where | change | why no test sees it |",
-        "|---|---|---|---|",
-        *survivor_rows(ran),
     ]
     return "\n".join(lines)
+
+
+def survivors(record: dict[str, Any]) -> str:
+    """Each mutant that no test notices, with the reason: a table for the terminal."""
+    ran = [entry for entry in record["mutants"] if "first" in entry]
+    header = ["| | where | change | why no test sees it |", "|---|---|---|---|"]
+    return "\n".join([*header, *survivor_rows(ran)])
 
 
 def score_rows(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
