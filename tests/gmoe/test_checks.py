@@ -28,7 +28,8 @@ from gmoe._checks import (
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "2", None])
 def test_a_count_is_a_whole_number_of_at_least_one(value: Any) -> None:
-    check_counts(size=1, other=np.int64(3))
+    other: Any = np.int64(3)
+    check_counts(size=1, other=other)
     with pytest.raises(ValueError, match=rf"^size: got {value!r}, expected (a whole|at least 1)"):
         check_counts(size=value)
 
