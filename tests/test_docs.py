@@ -491,12 +491,38 @@ LAB = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "lab").glob
 FIGURE = re.compile(r"[+-]?\d+\.\d\d(?: ± \d\.\d\d| \(± \d\.\d\d\))?|\d+ of \d+")
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/which-settings-first.md", "docs/when-moe-helps.md"]
-)
-def test_the_figures_are_those_of_the_lab_book(page: str) -> None:
+def test_the_figures_of_the_readme_are_those_of_the_lab_book() -> None:
     """Whose tables are generated from the results."""
-    text = (ROOT / page).read_text().replace("−", "-")
-    found = FIGURE.findall(text[text.index("## Does it help?") :] if page == "README.md" else text)
+    text = README.replace("−", "-")
+    found = FIGURE.findall(text[text.index("## Does it help?") :])
     assert len(found) > 8
     assert [figure for figure in found if figure not in LAB] == []
+
+
+TEN_PAGES = (
+    "README.md",
+    "docs/install.md",
+    "docs/concepts.md",
+    "docs/tutorials/swap.md",
+    "docs/tutorials/upcycle.md",
+    "docs/training-loops.md",
+    "docs/see-the-routing.md",
+    "docs/serving.md",
+    "docs/scale.md",
+    "docs/when-moe-helps.md",
+)
+"""What a newcomer reads, in this order."""
+
+
+def test_the_index_lists_the_ten_pages() -> None:
+    page = (DOCS / "index.md").read_text()
+    listed = page.partition(":caption: Ten pages\n:hidden:\n\n")[2].partition("\n```")[0]
+    assert [f"docs/{name}.md" for name in listed.splitlines()] == [*TEN_PAGES[1:]]
+
+
+@pytest.mark.parametrize("page", TEN_PAGES)
+def test_a_gain_on_a_page_for_newcomers_is_generated(page: str) -> None:
+    """A gain has one home, and is copied from it by a command, so that it has one value."""
+    generated = re.compile(r"<!-- (?:figure|gains).*?<!-- end -->", re.DOTALL)
+    prose = generated.sub("", (ROOT / page).read_text())
+    assert re.findall(r"(?<![\w.])[+−-]\d+\.\d\d\b(?!\w)", prose) == []
