@@ -94,7 +94,8 @@ def test_counts_as_a_slow_loop_does(
 def test_bad_numbers_of_experts(experts: Any) -> None:
     with pytest.raises(ValueError, match=r"num_experts: got (no layers|0|-1|4\.0)"):
         RoutingStats(num_experts=experts)
-    assert RoutingStats(num_experts=np.int64(4)).num_experts == (4,)
+    of_numpy: Any = np.int64(4)
+    assert RoutingStats(num_experts=of_numpy).num_experts == (4,)
 
 
 def test_other_layers_are_refused() -> None:

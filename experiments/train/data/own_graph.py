@@ -227,7 +227,9 @@ def _read_folder(folder: Path) -> Data:
             for part, mask in MASKS.items():
                 data[mask] = torch.from_numpy((splits == part).to_numpy(copy=True))
     with naming(folder / "edges.csv"):
-        ends = np.stack([ids.get_indexer(edges[column]) for column in ("source", "target")])
+        ends = np.stack(
+            [ids.get_indexer(pd.Index(edges[column])) for column in ("source", "target")]
+        )
         if (ends < 0).any():
             end, row = np.argwhere(ends < 0)[0]
             raise ValueError(

@@ -34,8 +34,9 @@ EDGES = random_graph(9, 9, 30)
 
 def test_the_default_device_and_numpys_integers_do_not_matter() -> None:
     x = features(9, 4)
+    num_nodes: Any = numpy.int64(9)
     with torch.device("meta"):
-        graph = Graph(EDGES, numpy.int64(9))
+        graph = Graph(EDGES, num_nodes)
         assert graph.edges.degree.tolist() == EDGES[1].bincount(minlength=9).tolist()
     torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, EDGES))
 

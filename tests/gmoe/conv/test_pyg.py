@@ -156,12 +156,14 @@ def test_attention_weights_are_what_pygs_unit_tests_expect(
 
 def test_widths_may_be_numpys() -> None:
     x, edge_index = graph()
-    moe = MoEConv(
-        SAGEConv, (np.int64(WIDTH), np.int32(WIDTH)), np.int64(8), num_experts=np.int64(3)
-    )
+    wide: Any = np.int64(WIDTH)
+    wide_dst: Any = np.int32(WIDTH)
+    narrow: Any = np.int64(8)
+    three: Any = np.int64(3)
+    moe = MoEConv(SAGEConv, (wide, wide_dst), narrow, num_experts=three)
     assert moe((x, x), edge_index).shape == (NODES, 8)
     assert (type(moe.in_channels[0]), type(moe.out_channels)) == (int, int)  # type: ignore[index]
-    assert MoEConv(GCNConv, np.int64(WIDTH), 8).in_channels == WIDTH
+    assert MoEConv(GCNConv, wide, 8).in_channels == WIDTH
 
 
 @pytest.mark.parametrize("conv", ["gcn", "gat", partial(SAGEConv, aggr="max")])
