@@ -1,6 +1,6 @@
-// Say that a table scrolls sideways, where it does, and let the keyboard scroll it.
+// Say that a table or code scrolls sideways, where it does, and let the keyboard scroll it.
 function markTables() {
-  for (const box of document.querySelectorAll(".table-wrapper, .wide-figure, .scroll")) {
+  for (const box of document.querySelectorAll(".table-wrapper, .wide-figure, .scroll, pre")) {
     const scrolls = box.scrollWidth > box.clientWidth + 1;
     const before = box.previousElementSibling;
     const marked = before !== null && before.classList.contains("scroll-hint");
