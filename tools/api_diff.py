@@ -67,7 +67,8 @@ def unreleased(changelog: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print what breaks; 1 if the changelog does not name it."""
-    ref = arguments[0] if arguments else last_release()
+    # Where this branch began, so that what others changed since is no break of ours.
+    ref = git("merge-base", "HEAD", arguments[0] if arguments else last_release()).strip()
     old = griffe.load_git("gmoe", ref=ref, repo=ROOT)
     new = griffe.load("gmoe", search_paths=[ROOT])
     names = public_names(git("show", f"{ref}:docs/api.md"))
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         silent += not is_said
         print(f"{name}{'' if is_said else ', not in CHANGELOG.md'}: ", end="")
         print(breakage.explain(griffe.ExplanationStyle.MARKDOWN))
-    print(f"{len(names)} public names compared with {ref}: {silent} breaks not in CHANGELOG.md")
+    print(f"{len(names)} public names compared with {ref[:8]}: {silent} breaks not in CHANGELOG.md")
     return int(silent > 0)
 
 
