@@ -198,7 +198,7 @@ def test_the_first_command_ends_as_the_readme_says() -> None:
     moe, dense = found["mosaic-moe"], found["mosaic-dense"]
     assert list(MOSAIC.seeds) == moe["config"]["seeds"] == [0, 1, 2, 3, 4]
     assert "This trains five seeds" in README
-    scores = [f"{100 * run['test']['mean']:.2f}" for run in (moe, dense)]
+    scores = [f"{100 * run['test']['mean']:.0f}" for run in (moe, dense)]
     said = f"It ends at {scores[0]} % test accuracy, where the dense model has {scores[1]} %"
     assert said in in_a_line(README)
     routing = moe["routing"][0]
