@@ -46,7 +46,7 @@ def batches_of(data: Data, name: str = "data") -> list[Any]:
         raise ValueError(f"{name}: got {got}, expected a batch, or several, such as a list")
     batches = [data] if isinstance(data, Tensor | tuple | Mapping) else list(data)
     if not batches:
-        raise ValueError("data: got none, expected at least one batch")
+        raise ValueError(f"{name}: got none, expected at least one batch")
     return batches
 
 
@@ -84,7 +84,7 @@ def outputs_of(model: nn.Module, data: Data, name: str = "data") -> list[Tensor]
     found: list[Tensor] = []
     with evaluating(model), torch.random.fork_rng(devices=[]):
         for batch in batches_of(data, name):
-            args, kwargs = arguments_of(batch)
+            args, kwargs = arguments_of(batch, name)
             torch.default_generator.manual_seed(0)
             found += _floats(model(*args, **kwargs))
     if not found:

@@ -42,6 +42,11 @@ def moefied() -> nn.Module:
     return gmoe.moefy(dense(), num_experts=EXPERTS)
 
 
+def mixing() -> nn.Module:
+    """A model that mixes weights, by one decision for the graph."""
+    return gmoe.GNNMoE(WIDTH, 8, 3, mix="weights", num_experts=EXPERTS)
+
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -125,6 +130,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         {},
     ),
     "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
+    "merge": lambda _: ((mixing(), (X, EDGES)), {}),
     "moefy": lambda _: ((dense(), 1), experts()),
     "neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
     "prune": lambda _: ((moefied(), (X, EDGES)), {"keep": 1}),
