@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-
-from experiments.convert import forces, graph, smiles
+from importlib import import_module
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point; ``molecules`` and ``forces`` first ask for SMILES."""
     given = list(sys.argv[1:] if args is None else args)
-    of_smiles = {"molecules": smiles.main, "forces": forces.main}
-    if given[:1] and given[0] in of_smiles:
-        of_smiles[given[0]](given[1:])
-    else:
-        graph.main(given)
+    of_smiles = {"molecules": "smiles", "forces": "forces"}
+    name = "graph"
+    if given and given[0] in of_smiles:
+        name = of_smiles[given.pop(0)]
+    # The chosen one alone: forces import torch, which help on graphs does without.
+    import_module(f"experiments.convert.{name}").main(given)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import gmoe
 from experiments.show.cells import read_cells
 from experiments.show.tables import markdown
+from experiments.study.running import ForcesConfig
 from experiments.train.build import num_parameters
 from experiments.train.checks import check, check_choice
 from experiments.train.data.forces import ELEMENTS, Configurations, Part, read_configurations
@@ -219,20 +220,6 @@ COLUMNS = {
 
 
 # Runs ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForcesConfig:
-    """The data, where the study goes, and for how long."""
-
-    data: Path = Path("forces.npz")
-    """The file that experiments.convert forces wrote."""
-    runs: Path = Path("runs/forces")
-    """Folder of single runs: figures and weights."""
-    results: Path = Path("results")
-    """Folder of the result files: forces/COLUMN/ARM.json."""
-    budget: float | None = None
-    """Core-hours: begin no run that would end later, by its price (default: run everything)."""
 
 
 @dataclass(frozen=True, kw_only=True)

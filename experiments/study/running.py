@@ -32,6 +32,20 @@ class SweepConfig:
     """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForcesConfig:
+    """The data, where the study goes, and for how long."""
+
+    data: Path = Path("forces.npz")
+    """The file that experiments.convert forces wrote."""
+    runs: Path = Path("runs/forces")
+    """Folder of single runs: figures and weights."""
+    results: Path = Path("results")
+    """Folder of the result files: forces/COLUMN/ARM.json."""
+    budget: float | None = None
+    """Core-hours: begin no run that would end later, by its price (default: run everything)."""
+
+
 def run_cells(
     name: str,
     cells: Mapping[str, RunConfig],

@@ -27,8 +27,14 @@ import tyro
 
 from experiments.show.cells import read_study, study_tables
 from experiments.study import routers
-from experiments.study.forces import ForcesConfig, run_forces
-from experiments.study.running import SweepConfig, affordable, held_cells, refusal, run_cells
+from experiments.study.running import (
+    ForcesConfig,
+    SweepConfig,
+    affordable,
+    held_cells,
+    refusal,
+    run_cells,
+)
 from experiments.study.studies import Study, grid
 from experiments.train.checks import check, check_first
 from experiments.train.command_line import fail
@@ -216,6 +222,8 @@ def parse(args: Sequence[str]) -> tuple[str, SweepConfig | ForcesConfig]:
 def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[str, str]]:
     """Run the study that the command line named: its table, and by cell why it could not be run."""
     if isinstance(config, ForcesConfig):
+        from experiments.study.forces import run_forces  # torch, which help does without
+
         return run_forces(config)
     if isinstance(config, RoutersConfig):
         is_own = config.router is not None or config.conv is not None

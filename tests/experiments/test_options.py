@@ -57,7 +57,10 @@ def forget_unknown_options() -> None:
         ("train digits more", " more "),
         ("train cora --router dense --compare", "compare: got router='dense'"),
         ("train digits --lr nan", "lr: got nan, expected a finite number"),
-        ("sweep router", "study: got 'router', expected one of grid, routers, FILE.py:NAME"),
+        (
+            "sweep router",
+            "study: got 'router', expected one of grid, routers, forces, FILE.py:NAME",
+        ),
         ("sweep router", "did you mean 'routers'?"),
         ("sweep --jobs 2 grid", "study: got '--jobs', expected the study first"),
         ("sweep grid --preset digits --jobs 0", "jobs: got 0, expected at least 1"),

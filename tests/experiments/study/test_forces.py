@@ -20,7 +20,6 @@ from experiments.study.forces import (
     RATES,
     Cell,
     Column,
-    ForcesConfig,
     change,
     experts,
     flops_of_atom,
@@ -31,6 +30,7 @@ from experiments.study.forces import (
     run_forces,
 )
 from experiments.study.pages import render
+from experiments.study.running import ForcesConfig
 from experiments.study.sweep import main
 from experiments.train.build import num_parameters
 from experiments.train.data.forces import Configurations, Molecules, read_configurations
