@@ -443,9 +443,9 @@ def build_from_config(name: str, folder: Path, state: Mapping[str, Tensor]) -> n
     path = folder / CONFIG
     if not path.exists():
         raise ValueError(
-            f"base: got None, expected the model as it was before moefy, a {name}, or, if you wrote "
-            f"its layers with experts yourself, a new one with them: the folder has no {CONFIG} of "
-            "transformers, to build it from"
+            f"base: got None, expected the model as it was before moefy, a {name}, or, if you "
+            "wrote its layers with experts yourself, a new one with them: the folder has no "
+            f"{CONFIG} of transformers, to build it from"
         )
     import transformers
 

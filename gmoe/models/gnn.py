@@ -113,7 +113,7 @@ class GNNMoE(HubMixin, nn.Module):
         ffn: build blocks with a feed-forward part (default ``None``): an MLP as wide as the hidden
             layers, with dropout and ``act``. ``"dense"``: the experts are those of the convs.
             ``"experts"``: convs are plain, and in place of the MLP there is a :class:`MoE` of them,
-            as :func:`moefy` has it in a ViT. One router decides for all blocks, by the raw features;
+            as :func:`moefy` has it in a ViT. One router decides for all blocks, by raw features;
             with ``shared_router=False`` one in each block sees what the conv gives, which may have
             any number of columns. ``norm`` is by default a ``nn.LayerNorm``, and has
             to treat each node by itself; another follows the last block.
