@@ -411,23 +411,33 @@ def test_the_headline_of_the_readme_is_true_by_default() -> None:
 
 
 def test_the_times_of_the_readme_are_those_of_the_results() -> None:
-    files = [RESULTS / f"benchmark-conv-compiled-{size}.json" for size in ("cora", "20k")]
-    found = [read_json(path, dict[str, Any])["variants"] for path in files]
-    dense, compiled, layer = (
-        [variants[f"{name}, edge_index"]["wall"]["median"] for variants in found]
-        for name in ("dense", "compiled dense", "MoEConv with shared expert E=8 K=1")
+    variants = read_json(RESULTS / "benchmark-step.json", dict[str, Any])["variants"]
+
+    def span(*names: str, digits: int = 1) -> str:
+        low, *_, high = sorted(variants[name]["ratio"]["step"] for name in names)
+        return f"{low:.{digits}f} to {high:.{digits}f}"
+
+    text = in_a_line(README)
+    raw = span("cora-sage, gmoe, Graph", "cora-gin, gmoe, Graph")
+    assert f"takes {raw} times PyG's own SAGE and GIN" in text
+    gcn = variants["cora-gcn, gmoe, Graph"]["ratio"]["step"]
+    assert f"{gcn:.1f} times its GCN, and twice its GAT" in text
+    assert round(variants["cora-gat, gmoe, Graph"]["ratio"]["step"]) == 2
+    molecules = span("molecules-gine, gmoe, Graph", "molecules-gcn, gmoe, Graph")
+    assert f"Molecules 300 wide take {molecules} times" in text
+    vits = span("vit-tiny, gmoe, moefy", "vit-tiny, gmoe, moefy, plain")
+    assert f"a moefied ViT {vits}" in text
+    small = span(
+        *(f"small-{kind}, gmoe, Graph" for kind in ("gcn", "sage", "gin", "gat")), digits=0
     )
-    low, high = sorted(a / b for a, b in zip(dense, compiled, strict=True))
-    assert f"makes `GCNConv` {low:.1f} to {high:.1f} times faster" in in_a_line(README)
-    low, high = sorted(a / b for a, b in zip(layer, compiled, strict=True))
-    assert f"takes {low:.1f} to {high:.1f} times its step" in in_a_line(README)
+    assert f"{small} times at 30 nodes" in text
 
     rows = read_json(RESULTS / "swap.json", dict[str, Any])["variants"].values()
     walls = [{name: row["time"][name]["wall"] for name in ("moe", "dense")} for row in rows]
     ratios = [wall["moe"]["median"] / wall["dense"]["median"] for wall in walls]
     assert len(ratios) == 14
     said = f"take {min(ratios):.1f} to {max(ratios):.1f} times an eager dense step"
-    assert said in in_a_line(README)
+    assert said in text
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
