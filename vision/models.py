@@ -9,6 +9,7 @@ import ast
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class TimmModel:
     def __post_init__(self) -> None:
         import timm
 
-        similar = ", ".join(timm.list_models(f"{self.name.split('_')[0]}_*")[:3])
+        similar = ", ".join(get_close_matches(self.name, timm.list_models(), cutoff=0.4))
         legal = f"a model of timm{f', such as {similar}' if similar else ''}"
         check(timm.is_model(self.name), "model", f"timm/{self.name}", legal)
 

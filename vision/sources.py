@@ -170,6 +170,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: found no such file, expected an image") from error
     except Exception as error:
         raise ValueError(
             f"{path}: cannot be read as an image ({error}); replace it or delete it"

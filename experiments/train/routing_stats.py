@@ -259,7 +259,8 @@ def advice(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -
     more = "--router expert_choice"
     if config.router == "token_choice" and config.options.balance != "bias":
         more = f"--balance bias or {more}"
-    if config.model is not None:
+    is_own = config.model is not None and not config.model.startswith("timm/")
+    if is_own:
         more = "a balance in your model's router"
     return (
         f"{used} of {total} experts {takes} nearly all tokens, as a dense layer does: train with "

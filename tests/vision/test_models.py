@@ -88,8 +88,10 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_names_and_arguments_that_timm_does_not_know_are_named() -> None:
-    with pytest.raises(ValueError, match=r"model: got timm/vit_tinny, .*such as vit_"):
-        TimmModel(name="vit_tinny")
+    with pytest.raises(
+        ValueError, match=r"model: got timm/vit_tinny_patch16_224, .*such as vit_tiny_patch16_224"
+    ):
+        TimmModel(name="vit_tinny_patch16_224")
     with pytest.raises(ValueError, match="model: got timm/hf_hub"):
         TimmModel(name="hf_hub:timm/vit_tiny")
     with pytest.raises(ValueError, match=r"model_kwargs: got .*embed=8, expected arguments of"):
