@@ -456,6 +456,10 @@ class GNNMoE(HubMixin, nn.Module):
             return x
         return self.act(self.dropout(self.input(x)))
 
+    def before_conv(self, layer: int, x: Tensor) -> Tensor:
+        """What the conv of a layer and its router see of the layer's input: in a block its norm."""
+        return self.norms[layer](x) if self.ffns else x
+
     def convolve(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
@@ -471,8 +475,7 @@ class GNNMoE(HubMixin, nn.Module):
             routing: a shared router's decision, or ``None`` to let the layer decide.
         """
         conv = self.convs[layer]
-        if self.ffns:
-            x = self.norms[layer](x)
+        x = self.before_conv(layer, x)
         if isinstance(conv, MoEConv):
             out, routing = conv(x, graph, batch=batch, routing=routing, return_routing=True)
         else:

@@ -273,7 +273,8 @@ class InMemory(_LayerByLayer):
             pieces = iter([(slice(None), nodes, self.graph.to(self.device))])
         for _, nodes, graph in pieces:
             if shared is None:
-                seen.append(conv.router_features(self.rows(x, nodes), graph))
+                own = self.model.before_conv(layer, self.rows(x, nodes))
+                seen.append(conv.router_features(own, graph))
             else:
                 raw = self.rows(self.features, nodes)
                 seen.append(self.model.shared_router_input(raw, graph))

@@ -209,9 +209,26 @@ def test_where_the_experts_are() -> None:
 # with all that a GNNMoE does ----------------------------------------------------------------------
 
 
+IN_CONVS = [
+    {"ffn": "dense", "conv": conv, "start": start, "router_input": router_input}
+    for conv, start in (("sage", "plain"), ("gat", "copies"))
+    for router_input in ("node", "neighbors", "graph")
+]
+"""Experts in the convs, each with a router of its own, which sees what the conv sees: a norm."""
+
+
+@pytest.mark.parametrize("options", IN_CONVS, ids=str)
+def test_inference_routes_by_the_norm_before_a_conv(options: dict[str, Any]) -> None:
+    assert_inference_equals_the_forward(model(shared_router=False, **options))
+
+
 @ways
 def test_inference_equals_the_forward(options: dict[str, Any]) -> None:
-    gnn = model(conv="bare_gcn", **options).eval()
+    assert_inference_equals_the_forward(model(conv="bare_gcn", **options))
+
+
+def assert_inference_equals_the_forward(gnn: GNNMoE) -> None:
+    gnn.eval()
     data = Data(x=features(NODES, IN), edge_index=EDGES)
     logits, routings = gnn(data.x, EDGES, return_routing=True)
     found, again = gnn.inference(data, batch_size=4, return_routing=True)
