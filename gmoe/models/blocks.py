@@ -15,11 +15,10 @@ from gmoe._checks import check, check_choice
 from gmoe.conv.convs import BareConv
 from gmoe.conv.kinds import ConvLike, class_of, factory_of, kinds_of
 from gmoe.convert import experts_of
-from gmoe.models.layers import build_conv, columns_of
+from gmoe.models.layers import build_conv, build_router_of, columns_of
 from gmoe.models.parts import FFN, Norm, Residual, is_by_row, norm_of
 from gmoe.moe import MoE
-from gmoe.routers import let_check_finite
-from gmoe.start import Start, build_layer_router, drawn_apart
+from gmoe.start import Start, drawn_apart
 
 
 class DropThenAct(nn.Module):
@@ -140,24 +139,12 @@ def _feed_forward(
     start: Start = moe_kwargs["start"]
     num_experts = moe_kwargs["num_experts"]
     given = moe_kwargs["router"]
-    mix = moe_kwargs.get("mix", "outputs")
     with drawn_apart(start != "plain"):
         experts = experts_of(
             "ffn", mlp, num_experts, start, start == "copies", moe_kwargs.get("backend", "auto")
         )
-        router = None
-        if given is not None:
-            router = build_layer_router(
-                start,
-                given,
-                in_channels,
-                num_experts,
-                moe_kwargs["k"],
-                moe_kwargs.get("router_kwargs"),
-                mix,
-            )
-            if moe_kwargs.get("check_finite", False):
-                let_check_finite(router, given)
-        layer = MoE(router, experts, mlp if start == "shared" else None, mix=mix)
+        router = None if given is None else build_router_of(given, in_channels, moe_kwargs)
+        shared_expert = mlp if start == "shared" else None
+        layer = MoE(router, experts, shared_expert, mix=moe_kwargs.get("mix", "outputs"))
     layer.start = start
     return layer

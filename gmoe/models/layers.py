@@ -157,19 +157,21 @@ def build_shared_router(
 ) -> Router:
     """Build the router that decides for all layers, from the raw features."""
     dim = router_width(moe_kwargs["router_input"], in_channels, in_channels)
-    num_experts = moe_kwargs["num_experts"]
-    k = moe_kwargs["k"]
-    start = moe_kwargs["start"]
-    with drawn_apart(start != "plain"):
-        built = build_layer_router(
-            start,
-            router,
-            dim,
-            num_experts,
-            k,
-            moe_kwargs.get("router_kwargs"),
-            moe_kwargs.get("mix", "outputs"),
-        )
+    with drawn_apart(moe_kwargs["start"] != "plain"):
+        return build_router_of(router, dim, moe_kwargs)
+
+
+def build_router_of(router: RouterLike, dim: int, moe_kwargs: Mapping[str, Any]) -> Router:
+    """Build a router by the arguments of :class:`MoEConv`, for tokens of width ``dim``."""
+    built = build_layer_router(
+        moe_kwargs["start"],
+        router,
+        dim,
+        moe_kwargs["num_experts"],
+        moe_kwargs["k"],
+        moe_kwargs.get("router_kwargs"),
+        moe_kwargs.get("mix", "outputs"),
+    )
     if moe_kwargs.get("check_finite", False):
         let_check_finite(built, router)
     return built
