@@ -242,6 +242,10 @@ class Routing:
         lines.append(f"experts per token: {num_pairs / max(self.num_tokens, 1):.3g}")
         lines.append(f"entropy of the scores: {float(self.entropy):.3g} nats")
         lines.append(f"mean weight: {total_weight / max(num_pairs, 1):.3g}")
+        if self.by_group is not None:
+            weight_E = self.by_group.weight_GE.detach().mean(dim=0)
+            shares = ", ".join(f"{weight:.3g}" for weight in weight_E.tolist())
+            lines.append(f"mean weight of each expert in a group: {shares}")
         lines.append(f"dropped pairs: {int(self.dropped)}")
         for name, (value, coefficient) in self.losses.items():
             lines.append(f"loss {name}: {float(value):.3g} (coefficient {coefficient:g})")

@@ -61,6 +61,15 @@ def tokens(*shape: int) -> Tensor:
     return torch.randn(*shape, D, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
+def test_a_summary_has_the_weights_of_the_experts() -> None:
+    """All experts have all tokens, so that loads say nothing."""
+    _, routing = layer()(tokens(12), BATCH, return_routing=True)
+    weight_E = routing.by_group.weight_GE.mean(dim=0).tolist()
+    assert len({f"{weight:.3g}" for weight in weight_E}) > 1
+    shares = ", ".join(f"{weight:.3g}" for weight in weight_E)
+    assert f"mean weight of each expert in a group: {shares}" in routing.summary()
+
+
 def linear(stacked: Any, x: Tensor, weight_E: Tensor) -> Tensor:
     """A linear layer of mixed weights, number by number of experts."""
     weight = sum(weight_E[e] * stacked.weight[e] for e in range(E))
