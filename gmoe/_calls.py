@@ -44,6 +44,8 @@ def batches_of(data: Data, name: str = "data") -> list[Any]:
     if not isinstance(data, Iterable):
         got = type(data).__name__
         raise ValueError(f"{name}: got {got}, expected a batch, or several, such as a list")
+    if hasattr(data, "stores"):  # PyG's data would be read attribute by attribute
+        arguments_of(data, name)  # which refuses it
     batches = [data] if isinstance(data, Tensor | tuple | Mapping) else list(data)
     if not batches:
         raise ValueError(f"{name}: got none, expected at least one batch")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Data, HeteroData
 
 from gmoe._calls import arguments_of, largest_difference, outputs_of, relative_change
 
@@ -39,6 +40,15 @@ class Counter(nn.Module):
 def test_a_batch_is_a_tensor_a_sequence_or_a_dictionary(batch: Any) -> None:
     args, kwargs = arguments_of(batch)
     assert [*args, *kwargs.values()][0] is X
+
+
+@pytest.mark.parametrize("data", [Data(x=X, edge_index=torch.zeros(2, 1).long()), HeteroData()])
+def test_data_of_pyg_are_refused_as_they_are(data: Any) -> None:
+    """They are iterable, but of attributes."""
+    with pytest.raises(
+        ValueError, match=r"^data: got a batch of type .*Data, .* \(x, edge_index\)$"
+    ):
+        outputs_of(nn.Identity(), data)
 
 
 def test_another_batch_is_refused() -> None:
