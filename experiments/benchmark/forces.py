@@ -1,4 +1,4 @@
-"""Experts by element beside PyG's ``HeteroLinear``: the product, and a training step on forces.
+"""Experts by element and mixed weights beside PyG's ``HeteroLinear``: products and force steps.
 
 Shapes: A atoms, D width, E elements.
 """
@@ -51,7 +51,8 @@ class OfType(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class ForcesBenchmark(Benchmark):
     """Experts by element beside a dense layer and PyG's HeteroLinear: one linear layer, forward and
-    backward; and a training step of SchNet on forces, which is differentiated twice."""
+    backward; and a training step of SchNet on forces, which is differentiated twice, also with
+    weights mixed by composition, and with the outputs of all experts mixed by the same."""
 
     molecules: int = 32
     """In a batch."""
@@ -94,23 +95,28 @@ def products(width: int, z: Tensor) -> Steps:
 def force_steps(width: int, z: Tensor, pos: Tensor, batch: Tensor) -> Steps:
     """A training step on forces of SchNet, without the optimizer."""
     by_element = ByType("z", ELEMENTS)
+    by_composition = ByType("z", ELEMENTS, batch="batch")
 
-    def by_experts() -> nn.Module:
+    def with_experts(router: ByType, **options: Any) -> nn.Module:
         torch.manual_seed(0)
         model = Potential(width, 1.0)
-        return gmoe.moefy(model, targets=ATOMWISE, router=by_element, start="plain")
+        return gmoe.moefy(model, targets=ATOMWISE, router=router, **options)
 
-    ours, theirs = by_experts(), by_experts()
+    ours, theirs = (with_experts(by_element, start="plain") for _ in range(2))
     for name, layer in [*theirs.named_modules()]:
         if isinstance(layer, gmoe.MoE):
             theirs.set_submodule(name, OfType(layer))
-    base = gmoe.moefy(Potential(width, 1.0), targets=ATOMWISE, router=by_element, start="copies")
     given = (z, pos, batch, z)
     check_equal("HeteroLinear", theirs(*given), ours(*given))
+    mixed = with_experts(by_composition, start="plain", mix="weights")
+    outputs = with_experts(by_composition, start="plain")
+    check_equal("outputs mixed", outputs(*given), mixed(*given))  # linear layers, one by one
     models: dict[str, nn.Module] = {
         "dense": Potential(width, 1.0),
         "by element": ours,
-        "by element, W_0 + D": base,
+        "by element, W_0 + D": with_experts(by_element, start="copies"),
+        "weights mixed by composition": mixed,
+        "outputs mixed by composition": outputs,
         "HeteroLinear": theirs,
     }
     return {f"force step {width}, {name}": step_of(model, given) for name, model in models.items()}

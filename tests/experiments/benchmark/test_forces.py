@@ -26,6 +26,8 @@ def test_variants_are_timed_beside_the_dense_one() -> None:
         "force step 4, dense",
         "force step 4, by element",
         "force step 4, by element, W_0 + D",
+        "force step 4, weights mixed by composition",
+        "force step 4, outputs mixed by composition",
         "force step 4, HeteroLinear",
     ]
     assert found["linear 4, dense"]["ratio"]["cpu"] == 1.0
