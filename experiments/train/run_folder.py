@@ -98,9 +98,11 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
     if is_more:
         del differences["seeds"]
     for name, (other, here) in sorted(differences.items()):
+        remedy = "choose another folder"
+        if name in ("digest", "contents"):
+            remedy = f"give the files of that run (--data-root, --checkpoint), or {remedy}"
         raise ValueError(
-            f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; choose another "
-            "folder"
+            f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; {remedy}"
         )
     if not is_more and summary.exists():
         finished = read_json(summary, Summary)
@@ -140,7 +142,11 @@ class RunFolder:
         """The data, as the first seed saw them; an error where others or none are there."""
         if {"digest", "contents"} & differences_of(self.config, self.science).keys():
             where = f"{self.config.data_root}: has not the data that {self.folder} was trained on"
-            raise ValueError(f"{where}; give another --data-root")
+            remedy = "give another --data-root"
+            checkpoint = getattr(self.config, "checkpoint", None)  # of images
+            if checkpoint is not None:
+                remedy += f", or run where its checkpoint {checkpoint} is"
+            raise ValueError(f"{where}; {remedy}")
         return load_tasks(self.config)(self.config.seeds[0])
 
     def load_model(self, task: Task) -> nn.Module:
