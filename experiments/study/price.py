@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -68,9 +66,7 @@ def price(config: RunConfig) -> dict[str, float]:
         seconds, routed_seconds = routed_part(model, inputs, core_seconds)
     with set_up(fabric, model, config, task) as training:
         batch = fabric.to_device(next(iter(training.batches("train", 0))))
-        step = partial(training.update, batch, len(batch.target))
-        times = take_turns({"step": step}, STEPS, fabric.device, warmup=1)
-    each = times["step"]["cpu"]["median"]
+        each = core_seconds(training.update, batch, len(batch.target))
     steps = config.epochs * task.steps(config.step_size)
     return {
         "runs": len(config.seeds),
@@ -110,9 +106,7 @@ def routed_part(
 
 def core_seconds(call: Callable[..., object], *args: Any, **kwargs: Any) -> float:
     """The median of some calls, in seconds of a core."""
-    times = []
-    for _ in range(STEPS + 1):
-        begin = time.process_time()
-        call(*args, **kwargs)
-        times.append(time.process_time() - begin)
-    return statistics.median(times[1:])
+    step = partial(call, *args, **kwargs)
+    times = take_turns({"call": step}, STEPS, torch.device("cpu"), warmup=1)
+    median: float = times["call"]["cpu"]["median"]
+    return median
