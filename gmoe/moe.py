@@ -99,8 +99,7 @@ class _Mixture(MoELayer):
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
         for part in self.children():
-            if reset := getattr(part, "reset_parameters", None):
-                reset()
+            _reset(part)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.routed_parameters()
@@ -251,6 +250,15 @@ class SoftMoE(_Mixture):
         out_RO = self.experts(slots_RD, routing.slot_offsets)
         y = routing.combine(out_RO).unflatten(0, x.shape[:-1])
         return (y, routing) if return_routing else y
+
+
+def _reset(module: nn.Module) -> None:
+    """Draw a module anew: by its own ``reset_parameters``, or part by part, as of an MLP."""
+    if reset := getattr(module, "reset_parameters", None):
+        reset()
+        return
+    for part in module.children():
+        _reset(part)
 
 
 def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -> list[int]:

@@ -121,6 +121,15 @@ def test_a_dense_start_is_the_shared_expert_and_learns_from_the_second_step(rout
     assert all(grad is not None and grad.any() for grad in learned.values()), learned
 
 
+def test_a_reset_reaches_the_linear_layers_of_a_shared_mlp() -> None:
+    shared = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
+    layer = MoE(TokenChoice(4, num_experts=2), MLPExperts(4, 6, 3, num_experts=2), shared)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    layer.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
 def test_a_layer_without_a_router_takes_the_decisions_of_its_calls() -> None:
     experts = MLPExperts(4, 6, 3, num_experts=2)
     router = TokenChoice(4, num_experts=2)
