@@ -128,11 +128,11 @@ def define_feed_forward(
     up, down = part.experts.up, part.experts.down
     if part.mix == "weights":
         hidden = torch.einsum("te,ehc,tc->th", weight_TE, up.weight, rows) + weight_TE @ up.bias
-        hidden = model.act(hidden)  # type: ignore[operator]
+        hidden = model.act(hidden)
         y = torch.einsum("te,eoh,th->to", weight_TE, down.weight, hidden) + weight_TE @ down.bias
     else:
         hidden = torch.einsum("ehc,tc->teh", up.weight, rows) + up.bias
-        hidden = model.act(hidden)  # type: ignore[operator]
+        hidden = model.act(hidden)
         each = torch.einsum("eoh,teh->teo", down.weight, hidden) + down.bias
         y = torch.einsum("te,teo->to", weight_TE, each)
     shared: nn.Module | None = part.shared_expert

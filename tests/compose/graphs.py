@@ -536,7 +536,7 @@ def define_model(model: GNNMoE, c: Config, given: Given) -> Output:
             decision = model.shared_router(seen, given.batch, graph.edge_index)
     routings = [] if decision is None else [decision]
     xs = []
-    if model.ffns:
+    if model.input is not None:
         x = model.act(model.input(x))
     for layer, conv in enumerate(model.convs):
         before = x
