@@ -187,7 +187,7 @@ def test_a_copy_that_changes_the_output_fails(name: str, monkeypatch: pytest.Mon
 
 
 def test_defaults_are_drawn_of_layers_and_of_models() -> None:
-    drawn = [GRAPHS.of(number) for number in range(300)]
+    drawn = [GRAPHS.of(number) for number in range(2000)]
     started = Counter(c.start for c in drawn if c.options["start"] is None)
     assert started.keys() == {"copies", "shared"}
     models = [c for c in drawn if c.way != "layer"]

@@ -42,10 +42,11 @@ def draw_blocks(random: Random, c: Any) -> None:
     c.options = without(options, "residual", "norm", *(["local"] if ffn == "experts" else []))
     c.options |= {"norm": norm} if norm in BY_ROW and norm is not None else {}
     c.options |= {"ffn": ffn, "jk": random.choice((None, "last"))}
-    # What was left to the defaults, which are others here.
-    c.options |= {"start": c.start, "shared_router": routes_once}
-    if ffn == "experts" and not routes_once:
-        c.options["router_input"] = ("node",)
+    if ffn == "experts":  # all MLPs are stacked: of one decision, copies are the default
+        is_default = c.start == "copies" and routes_once and flip(random)
+        told = (None, None) if is_default else (c.start, routes_once)
+        c.options |= {"start": told[0], "shared_router": told[1]}
+        c.options |= {} if routes_once else {"router_input": ("node",)}
 
 
 def draw_mixed(random: Random, c: Any) -> None:
