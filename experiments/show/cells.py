@@ -45,15 +45,23 @@ def differences(
     return scores.differences(cell["metric"], cell[part]["values"], other[part]["values"])
 
 
+def read_prices(folder: Path) -> dict[str, Any]:
+    """What ``--price`` measured of a study's cells: by ``COLUMN/ROW``, ``hours`` and the like."""
+    path = folder / "prices.json"
+    return read_json(path, dict[str, Any]) if path.exists() else {}
+
+
 def read_study(folder: Path) -> dict[str, Any]:
-    """What ``study.json`` says of a study, and its finished ``cells``, also of other rows."""
+    """What ``study.json`` says of a study, its finished ``cells``, also of other rows, and
+    ``prices``.
+    """
     study = read_json(folder / "study.json", dict[str, Any])
     place = {row: number for number, row in enumerate(study["rows"])}
     cells = {
         column: dict(sorted(rows.items(), key=lambda row: place.get(row[0], len(place))))
         for column, rows in read_cells(folder, study["columns"]).items()
     }
-    return study | {"cells": cells}
+    return study | {"cells": cells, "prices": read_prices(folder)}
 
 
 def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
@@ -76,7 +84,7 @@ def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
                 for cell, figure in study.get("published", {}).items()
                 if cell.startswith(f"{column}/")
             },
-            "shows_minutes": bool(study.get("hours")),
+            "shows_minutes": bool(study.get("prices")),
         }
         tables.append(study_table(content))
     if not tables:
@@ -105,11 +113,11 @@ def not_run(study: Mapping[str, Any], only: Sequence[str]) -> list[str]:
     """The cells that have a price and no result, in a sentence; nothing if there is none."""
     labels = study.get("labels", {})
     missing = []
-    for cell, hours in study.get("hours", {}).items():
+    for cell, price in study.get("prices", {}).items():
         column, _, row = cell.partition("/")
         is_shown = column in (only or study["columns"])
         if is_shown and row not in study["cells"].get(column, {}):
             figure = study["published"].get(cell)
             beside = "" if figure is None else f" (published: {figure})"
-            missing.append(f"{column}: {labels[row]}{beside}, not run, {hours:g} hours")
+            missing.append(f"{column}: {labels[row]}{beside}, not run, {price['hours']:.2g} hours")
     return ["\n".join(f"- {line}" for line in missing)] if missing else []

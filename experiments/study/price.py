@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import nn
 
 import gmoe
 from experiments.benchmark.measure import take_turns
+from experiments.show.cells import read_prices
 from experiments.show.tables import known, markdown
 from experiments.train.build import build_model
 from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.kinds import kind_of
 from experiments.train.processes import make_fabric
+from experiments.train.results import write_json
 from experiments.train.training import set_up
 from gmoe.moe import MoELayer
 
@@ -24,9 +27,18 @@ STEPS = 5
 """Timed calls; their median counts."""
 
 
-def price_table(cells: Mapping[str, RunConfig]) -> str:
-    """A line a cell, and the hours of all; a few steps of each are trained, here and now."""
+def price_cells(cells: Mapping[str, RunConfig], folder: Path) -> str:
+    """The prices of cells, which ``prices.json`` of a study's folder holds from then on.
+
+    A few steps of each are trained, here and now. Prices of other cells stay.
+    """
     prices = {cell: price(config) for cell, config in cells.items()}
+    write_json(folder / "prices.json", read_prices(folder) | prices)
+    return price_table(prices)
+
+
+def price_table(prices: Mapping[str, Mapping[str, float]]) -> str:
+    """A line a cell, and the hours of all."""
     hours = sum(one["hours"] for one in prices.values())
     lines = [
         {
@@ -40,7 +52,7 @@ def price_table(cells: Mapping[str, RunConfig]) -> str:
         }
         for cell, one in prices.items()
     ]
-    about = f"{hours:.1f} core-hours of training steps in all; reading and evaluation come on top"
+    about = f"{hours:.1f} core-hours in all; reading the data comes on top"
     return f"{markdown(known(lines))}\n\n{about}"
 
 
@@ -51,9 +63,10 @@ def _share(value: float) -> str:
 def price(config: RunConfig) -> dict[str, float]:
     """What a cell costs on this machine.
 
-    ``runs``, core-``hours`` of all, ``flops`` of a forward pass in training (of images, an image),
-    ``per_second`` rows that are trained on, and the share of ``routed_flops`` and of
-    ``routed_seconds`` in a forward pass: routers and routed experts, no shared ones.
+    ``runs``, core-``hours`` of all with their validation, ``flops`` of a forward pass in training
+    (of images, an image), ``per_second`` rows that are trained on, and the share of
+    ``routed_flops`` and of ``routed_seconds`` in a forward pass: routers and routed experts, no
+    shared ones.
     """
     task = load_tasks(config)(config.seeds[0])
     fabric = make_fabric(config)
@@ -67,10 +80,12 @@ def price(config: RunConfig) -> dict[str, float]:
     with set_up(fabric, model, config, task) as training:
         batch = fabric.to_device(next(iter(training.batches("train", 0))))
         each = core_seconds(training.update, batch, len(batch.target))
+        of_validation = core_seconds(training.evaluate, "val")
     steps = config.epochs * task.steps(config.step_size)
+    seconds = steps * each + config.epochs / config.eval_every * of_validation
     return {
         "runs": len(config.seeds),
-        "hours": len(config.seeds) * steps * each / 3600,
+        "hours": len(config.seeds) * seconds / 3600,
         "flops": flops / (images or 1),
         "per_second": len(batch.target) / each,
         "routed_flops": routed_flops / flops,

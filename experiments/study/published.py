@@ -78,22 +78,6 @@ MOLECULES = Study(
         "molesol/gcn": "1.114 ± 0.036",
         "molbbbp/gcn": "68.87 ± 1.51",
     },
-    seconds={
-        "molfreesolv/gcn": 0.7,
-        "molfreesolv/gcn-experts": 1.4,
-        "molfreesolv/gcn-random": 1.4,
-        "molfreesolv/block": 1.0,
-        "molfreesolv/block-experts": 2.4,
-        "molfreesolv/block-random": 2.4,
-        "molesol/gcn": 1.6,
-        "molbbbp/gcn": 5.5,
-        "molclintox/gcn": 4.2,
-        "molbace/gcn": 6.2,
-        "molbace/block": 9.0,
-        "molbace/block-experts": 14.0,
-        "molbace/block-random": 14.0,
-        "molsider/gcn": 7.4,
-    },
 )
 
 AFFORDABLE = replace(RECIPE, precision="bf16-mixed", data_root=DATA)
@@ -140,14 +124,6 @@ CRITICAL_LOOK = Study(
         "chameleon/GCN, depth": "40.89 ± 4.12",
         "chameleon/SAGE, depth": "37.77 ± 4.14",
     },
-    seconds={
-        "chameleon/sage-1": 0.12,
-        "chameleon/sage-2": 0.17,
-        "chameleon/sage-3": 0.22,
-        "chameleon/gcn-1": 0.11,
-        "chameleon/sage-2-experts": 0.5,
-        "minesweeper/sage-5": 2.2,
-    },
 )
 
 
@@ -187,18 +163,4 @@ CONTROLS = ControlStudy(
         ),
     },
     controls=("dense",),
-    seconds={
-        "facebook/dense": 0.2,
-        "facebook/experts": 0.22,
-        "facebook/random": 0.22,
-        "facebook/one-expert": 0.22,
-        "facebook/dense-lr2": 0.2,
-        "facebook/dense-input-again": 0.25,
-        "minesweeper/dense": 0.13,
-        "minesweeper/experts": 0.13,
-        "minesweeper/random": 0.13,
-        "minesweeper/one-expert": 0.13,
-        "minesweeper/dense-lr2": 0.13,
-        "minesweeper/dense-input-again": 0.15,
-    },
 )

@@ -26,7 +26,7 @@ class SweepConfig:
     """Seeds of cells that are trained at once, each in a process.
     They share torch's threads."""
     budget: float | None = None
-    """Core-hours for the cells that have no file, by the prices of the study.
+    """Core-hours for the cells that have no file, by the prices that --price measured.
     What does not fit into the rest of it, or has no price, is left out; prices are printed."""
     progress: bool = True
     """Report progress: a bar, or where the output is a file, a line every few epochs."""

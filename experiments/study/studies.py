@@ -45,19 +45,15 @@ class Study:
     """By the name of a choice, the rows of which validation chooses one, such as depths."""
     published: Mapping[str, str] = field(default_factory=dict)
     """Figures of others by ``COLUMN/ROW``, or by ``COLUMN/CHOICE``."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """What an epoch of a seed takes by ``COLUMN/ROW``, of cells that were timed before they ran."""
 
     def __post_init__(self) -> None:
         for control in self.controls:
             check_choice("controls", control, self.rows)
         for row in (row for rows in self.chosen.values() for row in rows):
             check_choice("chosen", row, self.rows)
-        for name, cells in {"published": self.published, "seconds": self.seconds}.items():
-            known = [f"{column}/{row}" for column in self.columns for row in self.rows]
-            known += [f"{column}/{choice}" for column in self.columns for choice in self.chosen]
-            for cell in cells:
-                check_choice(name, cell, known)
+        known = [f"{column}/{row}" for column in self.columns for row in (*self.rows, *self.chosen)]
+        for cell in self.published:
+            check_choice("published", cell, known)
 
     def config(self, column: str, row: str) -> RunConfig | None:
         """The configuration of a cell; ``None`` where the column leaves out the row."""
@@ -80,16 +76,6 @@ class Study:
         check(cells, "rows", ", ".join(rows), f"some that {', '.join(columns)} has")
         return cells
 
-    def hours(self) -> dict[str, float]:
-        """The price of each cell that was timed: hours of a core for all of its seeds."""
-        prices = {}
-        for cell, seconds in self.seconds.items():
-            column, _, row = cell.partition("/")
-            config = self.config(column, row)
-            if config is not None:
-                prices[cell] = round(seconds * config.epochs * len(config.seeds) / 3600, 2)
-        return prices
-
     def described(self) -> dict[str, Any]:
         """What its tables need beside the cells, also when the study is gone."""
         return {
@@ -101,7 +87,6 @@ class Study:
             "controls": list(self.controls),
             "chosen": {name: list(rows) for name, rows in self.chosen.items()},
             "published": dict(self.published),
-            "hours": self.hours(),
         }
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import tyro
 
-from experiments.show.cells import read_study, study_tables
+from experiments.show.cells import read_prices, read_study, study_tables
 from experiments.study import routers
 from experiments.study.running import (
     ForcesConfig,
@@ -79,7 +79,8 @@ class CellsConfig(SweepConfig):
     rows: tuple[str, ...] = ()
     """Models and controls; by default all."""
     price: bool = False
-    """Run nothing: say what each cell would cost, in hours of a core and in FLOPs."""
+    """Run nothing: time what each cell would cost, in hours of a core, and count FLOPs.
+    results/STUDY/prices.json keeps it, for --budget and for the tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,8 @@ def sweep_study(
 
     folder = config.results / study.name
     cells = study.cells(columns, rows)
-    cells = affordable(cells, study.hours(), config.budget, folder)
+    hours = {cell: price["hours"] for cell, price in read_prices(folder).items()}
+    cells = affordable(cells, hours, config.budget, folder)
     write_json(folder / "study.json", study.described())
 
     def label(cell: str, _: RunConfig) -> dict[str, Any]:
@@ -229,7 +231,8 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
         is_own = config.router is not None or config.conv is not None
         check(not is_own or not config.price, "price", True, "no router or conv of your own")
         if config.price:
-            return priced(routers.cells(config.columns, config.rows, config.data_root))
+            cells = routers.cells(config.columns, config.rows, config.data_root)
+            return priced(cells, config.results / "routers")
         return sweep_own(config) if is_own else sweep_routers(config)
     if isinstance(config, GridConfig):
         return sweep_grid(config)
@@ -237,15 +240,15 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
     study = load_object("study", name)
     check(isinstance(study, Study), "study", repr(name), "an experiments.study.studies.Study")
     if config.price:
-        return priced(study.cells(config.columns, config.rows))
+        return priced(study.cells(config.columns, config.rows), config.results / study.name)
     return sweep_study(study, config, config.columns, config.rows)
 
 
-def priced(cells: dict[str, RunConfig]) -> tuple[str, dict[str, str]]:
+def priced(cells: dict[str, RunConfig], folder: Path) -> tuple[str, dict[str, str]]:
     """What cells would cost, in place of running them."""
-    from experiments.study.price import price_table
+    from experiments.study.price import price_cells
 
-    return price_table(cells), {}
+    return price_cells(cells, folder), {}
 
 
 def main(args: Sequence[str] | None = None) -> None:

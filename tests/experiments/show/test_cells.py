@@ -73,9 +73,11 @@ def test_prices_choices_and_published_figures_stand_beside_a_cell(folder: Path) 
         "labels": {"moe": "experts", "dense": "the dense model"},
         "chosen": {"Best": ["moe", "dense"], "Open": ["moe", "four"]},
         "published": {"b/dense": "51.0 ± 2.0", "b/Best": "60.0", "a/moe": "70.0"},
-        "hours": {"b/moe": 1.0, "a/moe": 0.25, "c/dense": 12.5},
     }
     path.write_text(json.dumps(study))
+    prices = {"b/moe": 1.0, "a/moe": 0.25, "c/dense": 12.5}
+    of_cells = {cell: {"hours": hours} for cell, hours in prices.items()}
+    (folder / "prices.json").write_text(json.dumps(of_cells))
     for cell, val in {"b/moe": 0.6, "b/dense": 0.7, "b/later": 0.9, "a/dense": 0.7}.items():
         file = folder / f"{cell}.json"
         figures = {"val": {"mean": val}, "seconds": {"values": [60, 90]}}
@@ -89,5 +91,5 @@ def test_prices_choices_and_published_figures_stand_beside_a_cell(folder: Path) 
     assert best.startswith("| Best by validation: dense | 55.00 ")
     assert "| 60.0 |" in best
     of_a = "- a: experts (published: 70.0), not run, 0.25 hours"
-    assert missing == f"{of_a}\n- c: the dense model, not run, 12.5 hours"
+    assert missing == f"{of_a}\n- c: the dense model, not run, 12 hours"
     assert study_tables(read_study(folder), ["a"]).endswith(f"\n\n{of_a}")

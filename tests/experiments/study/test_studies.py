@@ -98,29 +98,14 @@ def test_the_study_of_the_docs_runs_as_it_stands_and_takes_a_column_and_a_row_mo
     assert len(names["STUDY"].cells()) == 3 * 4
 
 
-PRICED = replace(
-    STUDY,
-    chosen={"experts": ("four", "default")},
-    published={"mosaic/experts": "94.0"},
-    seconds={"mosaic/four": 36.0, "digits-graph/dense": 0.5},
-)
-
-
-def test_a_price_is_that_of_all_epochs_of_all_seeds() -> None:
-    epochs, seeds = MOSAIC.epochs, 2
-    assert PRICED.hours()["mosaic/four"] == pytest.approx(36 * epochs * seeds / 3600)
-    assert PRICED.described()["hours"].keys() == {"mosaic/four", "digits-graph/dense"}
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {"chosen": {"experts": ("four", "five")}},
         {"published": {"sea/four": "1"}},
-        {"seconds": {"mosaic/five": 1.0}},
     ],
     ids=str,
 )
-def test_a_choice_a_figure_and_a_price_are_of_cells_of_the_study(changes: dict[str, Any]) -> None:
+def test_a_choice_and_a_figure_are_of_cells_of_the_study(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(changes))}: got "):
         replace(STUDY, **changes)
