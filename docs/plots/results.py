@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.show.cells import Cells, differences, read_cells
+from experiments.show.cells import Cells, differences, read_cells, read_study
 from experiments.study.routers import ROWS, read_table
 from experiments.train.files import read_json
 from experiments.train.scores import Difference, mean_std
@@ -17,6 +17,7 @@ __all__ = [
     "mean_std",
     "read_confirmed",
     "read_file",
+    "read_finished",
     "read_starts",
     "read_table",
 ]
@@ -45,6 +46,12 @@ IN_TABLE = {
 def read_file(path: Path) -> dict[str, Any]:
     """The content of a result file."""
     return read_json(path, dict[str, Any])
+
+
+def read_finished(folder: Path) -> Cells:
+    """The finished cells of a study, by its folder: by column and row, the summary."""
+    cells: Cells = read_study(folder)["cells"]
+    return cells
 
 
 def read_starts(folder: Path) -> Cells:

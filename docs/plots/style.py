@@ -76,13 +76,13 @@ def save(drawing: Drawing, folder: Path) -> None:
             )
 
 
-def difference_axis(axis: Axes, theme: Theme, label: str) -> None:
-    """An x-axis of points above 0: linear up to one point, logarithmic beyond.
+def difference_axis(axis: Axes, theme: Theme, label: str, linear_to: float = 1) -> None:
+    """An x-axis of points above 0: linear up to one point, or as told, and logarithmic beyond.
 
     Gains on planted graphs are ten times those on others, and both have to be read.
     """
     axis.axvline(0, color=theme.gray, linewidth=1.2, zorder=0)
-    axis.set_xscale("symlog", linthresh=1, linscale=0.9)
+    axis.set_xscale("symlog", linthresh=linear_to, linscale=0.9)
     axis.autoscale(axis="x")
     axis.margins(x=0.04)
     ticks = [tick for tick in (-10, -3, -1, 0, 1, 3, 10) if _is_inside(tick, axis.get_xlim())]

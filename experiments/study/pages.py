@@ -7,7 +7,6 @@ only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->`` compares variants seed by s
 ``<!-- presets: NAME -->`` has runs of ``experiments.train``, each beside its dense model.
 ``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
 ``<!-- cells: routers: COLUMN -->`` a column of it, and
-``<!-- gains: routers: COLUMN COLUMN -->`` what the default router gains in some columns, and
 ``<!-- domains: routers: COLUMN -->`` how its rows do on each domain of its images.
 ``<!-- study: NAME -->`` is what ``experiments.sweep FILE.py:STUDY`` wrote into ``results/NAME``, a
 table a column, ``<!-- study: NAME: COLUMN -->`` a column of it.
@@ -29,7 +28,7 @@ from experiments.benchmark.tables import benchmark_table
 from experiments.show.cells import read_study, study_tables
 from experiments.show.tables import pair_table, preset_table, study_table
 from experiments.study.forces import forces_tables, read_forces
-from experiments.study.routers import cell_tables, domain_table, gain_table, read_table
+from experiments.study.routers import cell_tables, domain_table, read_table
 from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
 
@@ -38,7 +37,6 @@ MAKERS: dict[str, Callable[..., str]] = {
     "pairs": pair_table,
     "presets": preset_table,
     "cells": cell_tables,
-    "gains": gain_table,
     "domains": domain_table,
     "study": study_tables,
     "forces": forces_tables,
@@ -47,7 +45,6 @@ MAKERS: dict[str, Callable[..., str]] = {
 """What makes a table, by its mark."""
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "cells": read_table,
-    "gains": read_table,
     "domains": read_table,
     "study": read_study,
     "forces": read_forces,

@@ -197,20 +197,6 @@ def difference(cell: dict[str, Any], other: dict[str, Any] | None) -> str:
     return mean_std(differences(cell, other), form_of(cell["metric"]))
 
 
-def gain_table(cells: Cells, columns: Sequence[str]) -> str:
-    """One line a column: what token choice adds to a dense model of its FLOPs, and what a dense
-    model of its parameters does."""
-    base = "dense-flops"
-    lines = []
-    for column in columns:
-        score = 100 * cells[column][base]["test"]["mean"]
-        line = {"test (points)": column, ROWS[base].label: f"{score:.2f}"}
-        for row in ("token-choice", "dense-parameters"):
-            line[ROWS[row].label] = difference(cells[column][row], cells[column][base])
-        lines.append(line)
-    return markdown(lines)
-
-
 def domain_table(cells: Cells, columns: Sequence[str]) -> str:
     """One line a row of columns whose images are of several domains.
 

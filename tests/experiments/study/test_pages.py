@@ -44,7 +44,7 @@ def test_marks_that_nothing_fills_in_are_refused(tmp_path: Path) -> None:
         ("benchmark: mosaic", r"results/mosaic\.json: lacks .* 'benchmark' shows .AttributeError"),
         ("pairs: benchmark-conv: a/b", r"results/benchmark-conv\.json: lacks .* .TypeError"),
         ("table: presets", r"results/presets\.json: lacks .* .KeyError.'reference'"),
-        ("gains: routers: nowhere", r"results/routers: lacks .* 'gains' shows .KeyError.'nowhere'"),
+        ("cells: routers: nowhere", r"results/routers: lacks .* 'cells' shows .KeyError.'nowhere'"),
     ],
 )
 def test_what_a_page_asks_in_vain(mark: str, message: str, tmp_path: Path) -> None:

@@ -13,14 +13,13 @@ import torch
 from experiments.show.cells import Cells
 from experiments.study import routers
 from experiments.study.measured import measured
-from experiments.study.routers import TABLE, cell_tables, gain_table, read_table
+from experiments.study.routers import TABLE, cell_tables, read_table
 from experiments.study.sweep import main
 from experiments.train.build import build_model
 from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
 from experiments.train.presets import DIGITS, DIGITS_GRAPH
-from tests.helpers.run_folders import variant
 
 SMALL = {
     "digits": replace(DIGITS, epochs=1, hidden=16, seeds=(0, 1)),
@@ -124,17 +123,3 @@ def test_soft_slots_start_dense() -> None:
     assert model.encoder.layers[1].mlp.soft.router.slots == 3  # 24 for 17 tokens
     with pytest.raises(ValueError, match="router: got 'soft_slots' for digits-graph"):
         build_model(replace(DIGITS_GRAPH, router="soft_slots"), load_tasks(DIGITS_GRAPH)(0))
-
-
-def test_a_gain_is_the_difference_to_equal_flops() -> None:
-    cells = {
-        "graph": {
-            "dense-flops": variant("dense-flops", [0.90, 0.92]),
-            "token-choice": variant("token-choice", [0.91, 0.95]),
-            "dense-parameters": variant("dense-parameters", [0.89, 0.92]),
-        }
-    }
-    head, _, line = gain_table(cells, ["graph"]).splitlines()
-    labels = "dense, equal active FLOPs | token choice | dense, equal parameters"
-    assert head == f"| test (points) | {labels} |"
-    assert line == "| graph | 91.00 | +2.00 ± 1.41 | -0.50 ± 0.71 |"
