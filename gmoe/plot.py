@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from gmoe._calls import evaluating
 from gmoe._checks import check, check_counts, check_module, described, naming_extras, shown
+from gmoe.moe import MoELayer
 from gmoe.routing import Routing, record_routing
 
 with naming_extras():
@@ -76,8 +77,8 @@ def patch_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
             and dtype.
 
     Returns:
-        A tensor (B, h, w, E) on the CPU for each MoE layer; 0 where an expert does not take the
-        patch.
+        A tensor (B, h, w, E) on the CPU for each MoE layer, or a single one where one router
+        decides for all; 0 where an expert does not take the patch.
 
     Raises:
         ValueError: images of another shape, a model without a patch embedding, or tokens that are
@@ -129,7 +130,7 @@ def expert_maps(
         model, images: see :func:`patch_weights`.
         mean, std: of each channel, with which the images were normalized; by default each image is
             stretched to 0..1.
-        titles: a text for each image.
+        titles: a text for each image; long lines are shortened in the middle.
 
     Raises:
         ValueError: see :func:`patch_weights`; one of ``mean`` and ``std`` alone, titles of another
@@ -163,11 +164,23 @@ def expert_maps(
         for axis, image in zip(axes[number], [picture, *tinted], strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        axes[number, 0].set_ylabel(titles[number] if titles else "")
+        lines = titles[number].splitlines() if titles else []
+        axes[number, 0].set_ylabel("\n".join(map(_shortened, lines)))
+    num_layers = sum(isinstance(module, MoELayer) for module in model.modules())
     for layer, axis in enumerate(axes[0, 1:], start=1):
-        axis.set_title(f"MoE layer {layer}", fontsize="medium")
+        is_one_for_all = len(weights) == 1 < num_layers
+        name = "all MoE layers" if is_one_for_all else f"MoE layer {layer}"
+        axis.set_title(name, fontsize="medium")
     _legend(figure, max(weight.size(-1) for weight in weights))
     return figure
+
+
+def _shortened(text: str, most: int = 22) -> str:
+    """A text that fits beside an image, without its middle if it is longer."""
+    if len(text) <= most:
+        return text
+    kept = most - 1
+    return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
 
 
 def _batch_of(images: Tensor) -> Tensor:

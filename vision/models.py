@@ -103,7 +103,11 @@ class TimmModel:
     @property
     def image_size(self) -> int:
         """Height and width that it takes by default."""
-        return int(self.keywords().get("img_size", self.pretrained.input_size[-1]))
+        given = self.keywords().get("img_size", self.pretrained.input_size[-1])
+        sides = set(given) if isinstance(given, list | tuple) else {given}
+        is_square = len(sides) == 1 and all(isinstance(side, int) for side in sides)
+        check(is_square, "model_kwargs", f"img_size={given!r}", "a number, height and width")
+        return int(sides.pop())
 
     def made(self, image_size: int, channels: int, num_classes: int, drop_path: float) -> nn.Module:
         """The dense model.

@@ -170,7 +170,9 @@ def _opened(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise ValueError(f"{path}: got a folder, expected an image") from error
+    except FileNotFoundError as error:
         raise ValueError(f"{path}: found no such file, expected an image") from error
     except Exception as error:
         raise ValueError(

@@ -38,9 +38,10 @@ class DomainRouter(gmoe.Router):
 
 
 def tell_domains(model: nn.Module, domain_B: Tensor | None) -> None:
-    """Tell the routers of a model, if they need it, the domains of the images of the next call."""
-    for module in model.modules():
-        if isinstance(module, DomainRouter):
+    """Tell a model and its routers, if they need it, the domains of the images of the next call."""
+    parts: list[Any] = list(model.modules())
+    for module in parts:
+        if isinstance(module, DomainRouter) or getattr(module, "extra_input", None) == "domain":
             module.domain_B = domain_B
 
 

@@ -55,19 +55,23 @@ class ViewViT(gmoe.ViTMoE):
         size, num_classes, router: as in :class:`gmoe.ViTMoE`.
         by_view: one router sees the view of an image, and decides for all of its tokens in all
             blocks; else each block's router sees its tokens, as ever.
-        extra_input: a further token beside the patches, made of the ``"view"`` or of the
+        extra_input: a further token before the patches, made of the ``"view"`` or of the
             ``"domain"`` (default ``None``: there is none). What a router by view gives to experts,
             this gives to a dense model.
         num_domains: of the data.
         options: further ones of :class:`gmoe.ViTMoE`.
 
     Shapes:
-        - ``images``: (B, C, H, W); ``domain_B``: (B,) int64, only with ``extra_input="domain"``.
+        - ``images``: (B, C, H, W); ``domain_B``: (B,) int64, only with ``extra_input="domain"``;
+          without it, the domains that :func:`vision.told_domain.tell_domains` told last.
         - returns logits, (B, num_classes).
 
     Raises:
-        ValueError: ``by_view`` without a router, or a domain that is missing or not wanted.
+        ValueError: ``by_view`` without a router, or with one in which experts choose; a domain that
+            is missing or not wanted.
     """
+
+    domain_B: Tensor | None = None
 
     def __init__(
         self,
@@ -107,14 +111,16 @@ class ViewViT(gmoe.ViTMoE):
                 layers[0].k,
                 options.get("router_kwargs"),
             )
+            self.view_router.refuse_competition("view")
 
     def _add_token(self, dropout: nn.Module, _: Any, tokens: Tensor) -> Tensor:
-        """Append the token to (B, T, D) tokens."""
+        """Put the token behind the class token of (B, T, D) tokens, and before the patches."""
         assert self.given is not None
-        return torch.cat([tokens, self.given[:, None]], dim=1)
+        return torch.cat([tokens[:, :1], self.given[:, None], tokens[:, 1:]], dim=1)
 
     def forward(self, images: Tensor, domain_B: Tensor | None = None, **kwargs: Any) -> Any:
         """Logits of the images; see the class."""
+        domain_B = self.domain_B if domain_B is None else domain_B
         got = "no domain" if domain_B is None else "domains"
         legal = "the domain of each image" if self.extra_input == "domain" else "none"
         check((domain_B is None) == (self.extra_input != "domain"), "domain_B", got, legal)
@@ -128,6 +134,7 @@ class ViewViT(gmoe.ViTMoE):
     def _routing(self, view_BV: Tensor) -> gmoe.Routing:
         """The decision for each image, for all of its tokens."""
         tokens = self.encoder.pos_embedding.size(1) + (self.extra_input is not None)
-        image_T = torch.arange(len(view_BV), device=view_BV.device).repeat_interleave(tokens)
-        by_image: gmoe.Routing = self.view_router(view_BV[:, None])
-        return by_image.of_tokens(image_T)
+        image_B = torch.arange(len(view_BV), device=view_BV.device)
+        image_T = image_B.repeat_interleave(tokens)
+        routing: gmoe.Routing = self.view_router(view_BV, image_B, members=image_T)
+        return routing

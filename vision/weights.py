@@ -39,7 +39,8 @@ def lr_factors(
         factors by name of the parameter; empty if all are 1.
 
     Raises:
-        ValueError: another model with ``layer_decay``, or a pattern that no parameter has.
+        ValueError: another model with ``layer_decay``, a pattern that no parameter has, or patterns
+            that freeze all.
     """
     names = [name for name, _ in model.named_parameters()]
     factors = dict.fromkeys(names, 1.0)
@@ -52,6 +53,7 @@ def lr_factors(
         legal = f"a pattern of names of parameters, such as {names[-1]}"
         check(found or not are_all_needed, "lr_scale", repr(pattern), legal)
         factors |= {name: factor * factors[name] for name in found}
+    check(any(factors.values()), "lr_scale", " ".join(recipe.lr_scale), "parameters that train")
     return {} if set(factors.values()) == {1.0} else factors
 
 

@@ -53,6 +53,9 @@ def patches(
         raise ValueError(
             f"run: got {run}, a dense model or one of graphs, expected an image model with experts"
         )
+    if config.is_told_domain:
+        got = f"{run}, whose model is told the domain of each image"
+        raise ValueError(f"run: got {got}, expected one that sees images alone")
     task = folder.load_task()
     model = folder.load_model(task)
     recipe = config.recipe

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.train.config import RunConfig
+from experiments.train.config import DATA_RECORDS, RunConfig
 from experiments.train.files import read_json
 from experiments.train.user_code import code_of, raised
 
@@ -136,7 +136,7 @@ def refusal(cell: str, own: RunConfig, held: Mapping[str, Any], folder: Path) ->
     from experiments.train.run_folder import differences_of
 
     for option, (other, value) in differences_of(own, held).items():
-        if option in ("digest", "contents") and value is None:
+        if option in (*DATA_RECORDS, "weights") and value is None:
             continue
         there = f"{folder} holds {cell} with {option}={other!r}"
         return f"results: {there}, expected {value!r}; choose other folders by --results and --runs"

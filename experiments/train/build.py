@@ -33,7 +33,10 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     legal = "none, or router='dense' and no model of your own"
     check(config.equal is None or is_baseline, "equal", config.equal, legal)
     if config.model is not None and not config.own_models():
-        return _own_model(config.model, kind_of(config).sizes(task))
+        built = _own_model(config.model, kind_of(config).sizes(task))
+        if config.check_finite:  # routers that check by themselves go on
+            check_all_finite(built)
+        return built
     if config.equal is not None:
         config = widened(config, task)
     return kind_of(config).model(task)
@@ -45,6 +48,13 @@ def _own_model(name: str, sizes: list[Any]) -> nn.Module:
     got = f"{name}, which returns a {type(model).__name__}"
     check(isinstance(model, nn.Module), "model", got, "an nn.Module")
     return model
+
+
+def check_all_finite(model: nn.Module) -> None:
+    """Let the routers of a model refuse NaN and infinity."""
+    for module in model.modules():
+        if isinstance(module, gmoe.Router):
+            module.check_finite = True
 
 
 def widened(config: RunConfig, task: Task) -> RunConfig:
@@ -155,9 +165,10 @@ def num_parameters(model: nn.Module) -> int:
 def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Active FLOPs of one forward pass in training mode.
 
-    Counted on a copy, since a pass moves counters and fills convs' caches.
+    Counted on a copy, since a pass moves counters and fills convs' caches. Its parameters need no
+    gradients: torch's counter fails where a module is given a view of one that does, as in CaiT.
     """
-    return gmoe.count_flops(copy.deepcopy(model).train(), *inputs)
+    return gmoe.count_flops(copy.deepcopy(model).train().requires_grad_(False), *inputs)
 
 
 @torch.no_grad()

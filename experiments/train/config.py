@@ -507,6 +507,9 @@ class ImageConfig(RunConfig):
         is_used = warmup is None or (self.schedule == "cosine" and 0 <= warmup <= self.epochs)
         got = f"{warmup} with schedule={self.schedule!r} and {self.epochs} epochs"
         check(is_used, "warmup_epochs", got, "0 to all, with schedule='cosine'")
+        builds_blocks = self.model is None or self.timm_model is not None
+        legal = "0 with a model of your own, whose blocks are yours"
+        check(builds_blocks or not recipe.drop_path, "drop_path", recipe.drop_path, legal)
         legal = "another recipe: a mixed image is of two domains"
         tells = not self.is_told_domain or not recipe.mixes()
         name = "router" if self.router == "oracle" else "extra_input"
@@ -629,9 +632,12 @@ OF_MODEL = frozenset(
 """
 OF_VIT = frozenset({"hidden", "layers", "dropout", "mlp_scale", "patch", "dim", "vit_heads"})
 """Those of them that a model of timm has none of: its ``model_kwargs`` say it."""
-RECORDS = ("file", "digest", "contents")
+RECORDS = ("file", "digest", "contents", "weights")
 """What ``config.json`` holds beside the options: the name of your own graph's file, a digest of
-your own data, and where that is of the names and sizes of images, one of what they contain."""
+your own data, where that is of the names and sizes of images, one of what they contain, and one of
+the weights that a run started from."""
+DATA_RECORDS = ("digest", "contents")
+"""Those of them that say whether data are the same."""
 
 
 def config_class(dataset: str) -> type[RunConfig]:

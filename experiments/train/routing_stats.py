@@ -256,16 +256,29 @@ def advice(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -
     if total == 1 or used >= total or used > max(total // 4, config.k):
         return ""
     takes = "takes" if used == 1 else "take"
-    more = "--router expert_choice"
+    found = f"{used} of {total} experts {takes} nearly all tokens, as a dense layer does: "
+    ways = []
     if config.router == "token_choice" and config.options.balance != "bias":
-        more = f"--balance bias or {more}"
+        ways.append("--balance bias")
+    if not routes_groups(config):  # these do not compete, so that experts cannot choose
+        ways.append("--router expert_choice")
     is_own = config.model is not None and not config.model.startswith("timm/")
     if is_own:
-        more = "a balance in your model's router"
+        ways = ["a balance in your model's router"]
+    if not ways:
+        return f"{found}take --router dense."
+    more = " or ".join(ways)
     return (
-        f"{used} of {total} experts {takes} nearly all tokens, as a dense layer does: train with "
-        f"{more} to use the others, and if that gains nothing, take --router dense."
+        f"{found}train with {more} to use the others, and if that gains nothing, take --router "
+        "dense."
     )
+
+
+def routes_groups(config: RunConfig) -> bool:
+    """Whether a router decides once for an image or a graph."""
+    sees = getattr(config, "router_input", None) or ()
+    parts = (sees,) if isinstance(sees, str) else tuple(sees)
+    return not {"image", "view", "graph"}.isdisjoint(parts)
 
 
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.train.build import build_model
 from experiments.train.checks import check
-from experiments.train.config import RECORDS, WHERE, RunConfig
+from experiments.train.config import DATA_RECORDS, RECORDS, WHERE, ImageConfig, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
 from experiments.train.files import check_finished, load_weights, read_csv, read_json
@@ -99,7 +99,7 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
         del differences["seeds"]
     for name, (other, here) in sorted(differences.items()):
         remedy = "choose another folder"
-        if name in ("digest", "contents"):
+        if name in (*DATA_RECORDS, "weights"):
             remedy = f"give the files of that run (--data-root, --checkpoint), or {remedy}"
         raise ValueError(
             f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; {remedy}"
@@ -140,13 +140,9 @@ class RunFolder:
 
     def load_task(self) -> Task:
         """The data, as the first seed saw them; an error where others or none are there."""
-        if {"digest", "contents"} & differences_of(self.config, self.science).keys():
+        if {*DATA_RECORDS} & differences_of(self.config, self.science).keys():
             where = f"{self.config.data_root}: has not the data that {self.folder} was trained on"
-            remedy = "give another --data-root"
-            checkpoint = getattr(self.config, "checkpoint", None)  # of images
-            if checkpoint is not None:
-                remedy += f", or run where its checkpoint {checkpoint} is"
-            raise ValueError(f"{where}; {remedy}")
+            raise ValueError(f"{where}; give another --data-root")
         return load_tasks(self.config)(self.config.seeds[0])
 
     def load_model(self, task: Task) -> nn.Module:
@@ -155,7 +151,10 @@ class RunFolder:
         A ``ValueError`` where the weights are broken.
         """
         path = self.folder / f"seed-{self.config.seeds[0]}" / "checkpoint" / "best.safetensors"
-        model = build_model(self.config, task)
+        config = self.config
+        if isinstance(config, ImageConfig):  # the weights that it started from are not needed
+            config = replace(config, checkpoint=None)
+        model = build_model(config, task)
         load_weights(model, path)
         return model.eval()
 

@@ -101,6 +101,10 @@ def test_names_and_arguments_that_timm_does_not_know_are_named() -> None:
 def test_what_timm_says_of_a_model() -> None:
     assert TimmModel(name=NAME).image_size == 224
     assert TimmModel(name=NAME, arguments=("img_size=64", "act_layer=relu")).image_size == 64
+    assert TimmModel(name=NAME, arguments=("img_size=(64, 64)",)).image_size == 64
+    for given in ("img_size=(64, 32)", "img_size=large"):
+        with pytest.raises(ValueError, match=r"model_kwargs: got img_size=.*, expected a number"):
+            _ = TimmModel(name=NAME, arguments=(given,)).image_size
     assert TimmModel(name=NAME).pretrained.mean == (0.5, 0.5, 0.5)
 
 

@@ -60,6 +60,12 @@ def test_resize_is_torchvisions(size: tuple[int, int], suffix: str, tmp_path: Pa
     assert difference.abs().float().mean() < (3 if suffix == ".jpg" else 1e-9)
 
 
+def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
+    for path, words in ((tmp_path, "got a folder"), (tmp_path / "a.png", "found no such file")):
+        with pytest.raises(ValueError, match=f"{path}: {words}, expected an image"):
+            View(8).of_file(str(path))
+
+
 def test_memory_and_files_give_the_same(tmp_path: Path) -> None:
     paths = [
         str(write_photo(tmp_path / f"{number}.png", (8, 8), seed=number)) for number in range(5)

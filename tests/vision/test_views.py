@@ -12,6 +12,8 @@ import torch
 
 import gmoe
 from gmoe.models.vit import ViTSize
+from gmoe.plot import expert_maps, patch_weights
+from vision.told_domain import tell_domains
 from vision.views import ViewViT, view_of
 
 SIZE = ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16)
@@ -47,10 +49,10 @@ def test_one_decision_by_the_view_for_all_tokens_of_all_blocks(start: Any) -> No
     # What the router sees are the standardized views, by hand
     view = view_of(images)
     seen = (view - view.mean(0)) / (view.var(0, unbiased=False) + 1e-5).sqrt()
-    expected = copy.deepcopy(model.view_router)(seen[:, None]).to_dense()
+    expected = copy.deepcopy(model.view_router)(seen, torch.arange(6)).to_dense()
     with gmoe.record_routing(model) as decided:
         logits, routings = model(images, return_routing=True)
-    assert [routing.num_tokens for routing in decided] == [6]  # the one decision, of images
+    assert [routing.num_tokens for routing in decided] == [30]  # the one decision, of all tokens
     assert len(routings) == 2
     assert logits.shape == (6, 5)
     for routing in routings:
@@ -86,7 +88,7 @@ def test_a_token_is_one_more_of_the_encoder(extra: Any, router: Any) -> None:
     tokens = torch.cat([model.class_token.expand(6, -1, -1), patches], dim=1)
     tokens = tokens + model.encoder.pos_embedding
     more = model.embedding(domain if extra == "domain" else model.standardized(view_of(images)))
-    tokens = torch.cat([tokens, more[:, None]], dim=1)
+    tokens = torch.cat([tokens[:, :1], more[:, None], tokens[:, 1:]], dim=1)
     expected = model.heads(model.encoder.ln(model.encoder.layers(tokens))[:, 0])
     torch.testing.assert_close(model(*args), expected)
 
@@ -109,6 +111,48 @@ def test_a_batch_of_one_image_or_none_trains(number: int) -> None:
     assert logits.shape == (number, 5)
     logits.sum().backward()
     assert torch.equal(model.standardized.running_mean, mean)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.6}, {"top_p": 0.6, "k": 2}, {"k": 4}], ids=str)
+def test_any_number_of_experts_decides_by_the_view(options: Any) -> None:
+    kwargs = {name: value for name, value in options.items() if name != "k"}
+    model = made(by_view=True, k=options.get("k", 1), router_kwargs=kwargs)
+    logits, routings = model(images_of(), return_routing=True)
+    logits.sum().backward()
+    weight_BTE = routings[0].to_dense().view(6, 5, 4)
+    assert torch.equal(weight_BTE, weight_BTE[:, :1].expand(-1, 5, -1))
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "attention_vote"])
+def test_images_do_not_compete_for_experts(router: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"router_input: got 'view' with \w+, expected a router in"
+    ):
+        made(router, by_view=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"extra_input": "view"}, {"extra_input": "domain", "num_domains": 3}], ids=str
+)
+def test_maps_show_the_patches_behind_the_further_token(options: Any) -> None:
+    model = made(**options, router_kwargs={"init_scale": 10.0}).eval()
+    images = images_of()
+    tell_domains(model, torch.tensor([0, 1, 2, 0, 1, 2]) if "num_domains" in options else None)
+    _, routings = model(images, return_routing=True)
+    for routing, weight_BhwE in zip(routings, patch_weights(model, images), strict=True):
+        weight_BTE = routing.to_dense().view(6, 6, 4)
+        torch.testing.assert_close(weight_BhwE.flatten(1, 2), weight_BTE[:, 2:])
+        assert len(weight_BTE.argmax(dim=2).unique()) > 1
+
+
+def test_a_view_decides_for_the_map_of_the_whole_image() -> None:
+    model = made(by_view=True).eval()
+    (weight_BhwE,) = patch_weights(model, images_of())
+    weight_BTE = weight_BhwE.flatten(1, 2)
+    assert torch.equal(weight_BTE, weight_BTE[:, :1].expand(-1, 4, -1))
+    drawn = expert_maps(model, images_of()[:1], titles=["ILSVRC2012_val_00009111.JPEG\ndog?"])
+    assert [axis.get_title() for axis in drawn.axes] == ["", "all MoE layers"]
+    assert drawn.axes[0].get_ylabel() == "ILSVRC2012…009111.JPEG\ndog?"
 
 
 def test_what_is_missing_is_named() -> None:

@@ -82,6 +82,8 @@ def test_a_pattern_that_fits_nothing_is_named() -> None:
     with pytest.raises(ValueError, match=r"lr_scale: got '\*\.experts\.\*', expected a pattern"):
         lr_factors(model, recipe)
     assert lr_factors(model, recipe, are_all_needed=False) == {}
+    with pytest.raises(ValueError, match=r"lr_scale: got \*=0, expected parameters that train"):
+        lr_factors(model, Recipe(lr_scale=("*=0",)))
     for text in ("heads", "heads=x", "=2", "heads=-1", "heads=nan"):
         with pytest.raises(ValueError, match="lr_scale: got "):
             Recipe(lr_scale=(text,)).factors()

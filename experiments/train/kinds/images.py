@@ -75,7 +75,8 @@ class Images(Kind[ImageConfig]):
                 held_out=config.held_out,
                 offline=config.offline,
             )
-        if self.timm is not None and len(data.mean) == 3:
+        are_floats = not any(data.mean)  # which models see as they are
+        if self.timm is not None and len(data.mean) == 3 and not are_floats:
             known = self.timm.pretrained
             data = replace(data, mean=known.mean, std=known.std)
         return data
@@ -87,8 +88,8 @@ class Images(Kind[ImageConfig]):
         return own_images(made_by_user, config.dataset, name, config.image_size)
 
     def note_data(self, digest: Any) -> dict[str, Any]:
-        """Names and sizes; beside the digest, what the files contain, the weights to start from
-        with them."""
+        """Names and sizes; beside the digest, what the files contain, and the weights to start
+        from."""
         config = self.config
         there = list[tuple[Path, int, int]]()
         if config.dataset in FOLDERS:
@@ -99,9 +100,10 @@ class Images(Kind[ImageConfig]):
                 if (base / file).is_file():
                     there.append(state_of(base / file))
                     digest.update(os.fsencode(f"{file.as_posix()} {there[-1][1]}\n"))
+        noted = {"contents": contents_of(tuple(there))} if there else {}
         if config.checkpoint is not None and Path(config.checkpoint).is_file():
-            there.append(state_of(Path(config.checkpoint)))
-        return {"contents": contents_of(tuple(there))} if there else {}
+            noted["weights"] = contents_of((state_of(Path(config.checkpoint)),))
+        return noted
 
     def model(self, task: Task) -> nn.Module:
         if self.timm is not None:

@@ -15,12 +15,14 @@ from lightning_fabric import Fabric
 from PIL import Image
 from torch.nn import functional as F
 
+import gmoe
 from experiments.train.build import build_model
 from experiments.train.command import main, parse
 from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
 from experiments.train.presets import IMAGE_FOLDER, command
+from experiments.train.run_folder import read_run
 from experiments.train.training import learning_rate, set_up
 from tests.helpers.command import QUICK, quick, refused, run_until
 from tests.helpers.made_images import cut, write_folder, write_images, write_photo
@@ -254,7 +256,68 @@ def test_other_weights_are_another_run(folder: Path, tmp_path: Path, capsys: Any
     quick(tmp_path / "run", *args, preset="images")
     torch.save({name: value + 1 for name, value in model.state_dict().items()}, weights)
     again = ["images", *QUICK, *args, "--seeds", "0", "--out", str(tmp_path / "run"), "--resume"]
-    assert "contents=" in refused(again, capsys)
+    assert "weights=" in refused(again, capsys)
+
+
+def test_a_finished_run_is_drawn_without_the_weights_that_it_started_from(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    pytest.importorskip("timm")
+    weights = tmp_path / "dense.pth"
+    args = [*OF_TIMM.split(), "--image-size", "8", "--data-root", str(folder)]
+    config = parse(["images", *args, "--router", "dense"])
+    torch.save(build_model(config, load_tasks(config)(0)).state_dict(), weights)
+    quick(tmp_path / "run", *args, "--checkpoint", str(weights), preset="images")
+    weights.unlink()
+    found = read_run(tmp_path / "run", folder)
+    capsys.readouterr()
+    assert found.load_model(found.load_task()) is not None
+    assert "drawn anew" not in capsys.readouterr().out
+
+
+def test_floats_of_your_own_reach_a_model_of_timm_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def made():\n"
+        "    part = 3 * torch.randn(6, 3, 8, 8) + 1, torch.arange(6) % 2\n"
+        "    return part, part\n"
+    )
+    args = [*OF_TIMM.split(), "--image-size", "8", "--data", f"{tmp_path}/mine.py:made"]
+    task = load_tasks(parse(["images", *args]))(0)
+    assert (task.mean, task.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_a_cait_of_timm_is_counted_and_trained(folder: Path, tmp_path: Path) -> None:
+    """It gives a view of its class token to a module, which torch's counter does not bear."""
+    pytest.importorskip("timm")
+    sizes = ["patch_size=4", "depth=2", "embed_dim=8", "num_heads=2"]
+    args = ["--model", "timm/cait_xxs24_224", "--model-kwargs", *sizes, "--image-size", "8"]
+    args += ["--data-root", str(folder)]
+    for router in ("dense", "token_choice"):
+        summary = quick(tmp_path / router, *args, "--router", router, preset="images")
+        assert summary["flops"] > 0
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_routers_of_your_own_model_check_what_they_get(
+    checks: bool, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import gmoe\n"
+        "from gmoe.models.vit import ViTSize\n"
+        "def make(image_size, num_classes):\n"
+        "    size = ViTSize(image_size=image_size, patch_size=4, num_layers=2, num_heads=2,\n"
+        "                   hidden_dim=8, mlp_dim=8)\n"
+        "    return gmoe.ViTMoE(size, num_classes, 'token_choice', num_experts=2)\n"
+    )
+    args = ["images", "--data-root", str(folder), "--model", f"{tmp_path}/mine.py:make"]
+    args += ["--image-size", "8", "--check-finite" if checks else "--no-check-finite"]
+    config = parse(args)
+    model = build_model(config, load_tasks(config)(0))
+    routers = [part for part in model.modules() if isinstance(part, gmoe.Router)]
+    assert routers
+    assert all(router.check_finite is checks for router in routers)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +327,10 @@ def test_other_weights_are_another_run(folder: Path, tmp_path: Path, capsys: Any
         ("--crop-pct 0", "crop_pct: got 0.0, expected more than 0"),
         ("--reprob 1.5", "reprob: got 1.5, expected at most 1"),
         ("--mixup -1", "mixup: got -1.0, expected at least 0"),
+        (
+            "--model mine.py:make --drop-path 0.2",
+            "drop_path: got 0.2, expected 0 with a model of your own",
+        ),
         ("--drop-path 1", "drop_path: got 1.0, expected less than 1"),
         ("--model-ema-decay 1", "model_ema_decay: got 1.0, expected less than 1"),
         ("--layer-decay 0", "layer_decay: got 0.0, expected more than 0, at most 1"),
