@@ -21,7 +21,7 @@ import gmoe
 from docs.check_links import broken
 from docs.plots.__main__ import every_drawing, pages, render
 from docs.plots.gallery import ORDER, place
-from docs.plots.results import read_confirmed
+from docs.plots.results import read_confirmed, read_finished
 from docs.plots.style import FIGURES, save
 from docs.plots.swap import swaps
 from docs.thumbnails import THUMBNAILS
@@ -487,7 +487,7 @@ def test_every_figure_is_on_a_page() -> None:
 
 
 def test_a_figure_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="figure: got routers in README"):
+    with pytest.raises(ValueError, match="figure: got controls in README"):
         render(ROOT / "README.md", {"swap": DRAWINGS["swap"]})
 
 
@@ -506,18 +506,23 @@ def test_the_swap_says_its_verdict_first() -> None:
     assert "The other ten are level with the dense model" in opening
 
 
-LAB = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "lab").glob("*.md"))).replace(
-    "−", "-"
-)
-FIGURE = re.compile(r"[+-]?\d+\.\d\d(?: ± \d\.\d\d| \(± \d\.\d\d\))?|\d+ of \d+")
+def test_what_the_readme_says_of_simpler_changes_is_measured() -> None:
+    cells = read_finished(RESULTS / "published-controls")
 
+    def beyond(column: str, row: str, other: str) -> Difference:
+        return Difference.of(differences(cells[column][row], cells[column][other]))
 
-def test_the_figures_of_the_readme_are_those_of_the_lab_book() -> None:
-    """Whose tables are generated from the results."""
-    text = README.replace("−", "-")
-    found = FIGURE.findall(text[text.index("## Does it help?") :])
-    assert len(found) > 8
-    assert [figure for figure in found if figure not in LAB] == []
+    text = in_a_line(README)
+    again = "a dense model whose layers see the raw input again gains more than experts"
+    assert f"On minesweeper, {again}" in text
+    assert beyond("minesweeper", "dense-input-again", "experts").side == "above"
+    left = beyond("facebook", "experts", "dense-lr2")
+    assert left.side == "above"
+    assert f"gives the dense model most of it; {left.mean:.1f} points are left" in text
+    gain = beyond("facebook", "experts", "dense").mean
+    assert left.mean < gain / 2
+    assert "The figure has the two real graphs" in text
+    assert [*cells] == ["facebook", "minesweeper"]
 
 
 TEN_PAGES = (
