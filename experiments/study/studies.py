@@ -9,7 +9,7 @@ with a :class:`Study`, which ``python -m experiments.sweep FILE.py:NAME`` runs;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any, get_args
 
@@ -56,8 +56,22 @@ class Study:
             check_choice("published", cell, known)
 
     def config(self, column: str, row: str) -> RunConfig | None:
-        """The configuration of a cell; ``None`` where the column leaves out the row."""
-        return replace(self.columns[column], **self.rows[row].changes)
+        """The configuration of a cell; ``None`` where the column leaves out the row.
+
+        Raises:
+            ValueError: options of the row that the column's recipe does not have, or of another
+                type.
+        """
+        recipe = self.columns[column]
+        known = [one.name for one in fields(recipe)]
+        for option in self.rows[row].changes:
+            check_choice(f"rows: {row}", option, known)
+        try:
+            return replace(recipe, **self.rows[row].changes)
+        except TypeError as error:
+            got = ", ".join(f"{name}={value!r}" for name, value in self.rows[row].changes.items())
+            check(False, f"rows: {row}", got, f"values of the options' types ({error})")
+            raise
 
     def cells(self, columns: Sequence[str] = (), rows: Sequence[str] = ()) -> dict[str, RunConfig]:
         """The cells of some columns and rows, by default of all: ``COLUMN/ROW`` and configuration.

@@ -122,6 +122,8 @@ def parse(args: Sequence[str]) -> RunConfig:
         got = f"{config.equal_to!r} with router={config.router!r} and no --equal"
         legal = "--router dense --equal flops (or parameters) with it"
         raise ValueError(f"equal_to: got {got}, expected {legal}")
+    if getattr(config, "ffn", None) is not None and "--residual" not in named and file is None:
+        config = replace(config, residual="identity")  # blocks have no other, whatever the preset
     if config.model is not None:
         options = {
             arg: arg.removeprefix("--").removeprefix("no-").replace("-", "_") for arg in named

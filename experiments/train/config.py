@@ -136,7 +136,8 @@ class RunConfig:
     epochs: int = 100
     """Passes over the training set."""
     batch_size: int = 128
-    """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
+    """Batch size; of molecules and images, how many of them.
+    Of other graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
     eval_every: int = 1
     """Epochs between evaluations; validation selects among those."""
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -353,7 +354,7 @@ class GraphConfig(NodeConfig):
     """Dropout of the input features."""
     ffn: FFN | None = None
     """Pre-norm residual blocks with a feed-forward part behind each conv: an MLP (`dense`), and
-    experts in the convs; or `experts` in place of the MLP."""
+    experts in the convs; or `experts` in place of the MLP. Their residual is the identity."""
     act: str = "relu"
     """The activation, by PyTorch's name."""
     adjacency: Literal["auto", "edge_index"] = "auto"
@@ -362,7 +363,8 @@ class GraphConfig(NodeConfig):
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of your own graph: the metric (default accuracy)."""
     inputs: Literal["structure"] | None = None
-    """Give the model the six columns of `--router-input structure` beside the features."""
+    """Give the model the six columns of `--router-input structure` beside the features.
+    A router that sees structure, too, then sees that of the features with these columns."""
     features: str | None = None
     """Of a named set: a .npy file of (nodes, width) numbers in place of its features.
     For example those of GIANT or TAPE."""
@@ -418,7 +420,7 @@ class MoleculeConfig(RunConfig):
     input_dropout: float = 0.0
     """Dropout of the atoms' embeddings."""
     ffn: FFN | None = None
-    """Pre-norm residual blocks, as for graphs; with `--residual identity --norm None`."""
+    """Pre-norm residual blocks, as for graphs. Those of the paper have `--norm None`."""
     act: str = "relu"
     """The activation, by PyTorch's name."""
 

@@ -170,7 +170,7 @@ class BareConv(MessagePassing):
     def __init__(self, in_channels: int, out_channels: int, of: BareName = "gcn") -> None:
         check_choice("of", of, BareName)
         check_counts(in_channels=in_channels, out_channels=out_channels)
-        legal = f"in_channels={in_channels}, since there are no weights"
+        legal = f"in_channels={in_channels}: there are no weights; in a GNNMoE they are in ffn="
         check(out_channels == in_channels, "out_channels", out_channels, legal)
         super().__init__()
         self.of = of

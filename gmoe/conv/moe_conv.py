@@ -23,6 +23,7 @@ from torch_geometric.typing import Adj
 
 from gmoe._autograd import autocasts, refuse_transforms
 from gmoe._checks import (
+    check,
     check_choice,
     check_counts,
     described,
@@ -41,9 +42,18 @@ from gmoe.conv.attention_weights import AttentionWeights
 from gmoe.conv.base import GAIN_SCALE, times
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.call import Call
+from gmoe.conv.convs import BareConv
 from gmoe.conv.explain import sends_no_messages
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import ConvLike, Make, is_of_library, kind_of, kinds_of
+from gmoe.conv.kinds import (
+    ConvLike,
+    Make,
+    class_of,
+    factory_of,
+    is_of_library,
+    kind_of,
+    kinds_of,
+)
 from gmoe.conv.open_widths import OpenWidths
 from gmoe.conv.router_input import (
     RouterInput,
@@ -212,6 +222,9 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
+        are_bare = any(class_of(factory_of(kind)) is BareConv for kind in kinds)
+        legal = "one with weights, or a GNNMoE with ffn='experts': without weights none differ"
+        check(not are_bare, "conv", repr(conv), legal)
         in_channels, out_channels = given_widths(kinds, in_channels, out_channels, conv_kwargs)
         check_counts(k=k, out_channels=out_channels)
         k = chosen_k(mix, k, len(kinds), router)
@@ -305,6 +318,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         self.router = build_layer_router(
             self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs, self.mix
         )
+        if "graph" in self.router_input:
+            self.router.refuse_competition("graph")
         if self._options.check_finite:
             let_check_finite(self.router, router)
         self.take_costs(self.router)

@@ -50,7 +50,8 @@ def router_parts(
         mix: of the layer. To mix weights, ``None`` is the graph, unless the router is by type.
 
     Raises:
-        ValueError: an unknown part, or none; the graph beside other parts.
+        ValueError: an unknown part, or none; the graph beside other parts; to mix weights by the
+            name of a router, another part than the graph.
     """
     if router_input is None and mix == "weights" and not isinstance(router, ByType):
         return ("graph",)
@@ -66,6 +67,11 @@ def router_parts(
         raise ValueError(
             "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree', "
             "'structure'; or 'graph'"
+        )
+    if mix == "weights" and isinstance(router, str) and "graph" not in named:
+        raise ValueError(
+            f"router_input: got {router_input!r} with mix='weights', expected 'graph': weights are "
+            "mixed for each graph"
         )
     if "graph" in named and set(named) != {"graph"}:
         raise ValueError(
@@ -108,8 +114,9 @@ def router_features(
     if "neighbors" in parts and neighbors is None:
         columns["neighbors"] = graph.mean(x_src)
     if "degree" in parts:
-        degree_T = graph.edges.degree.to(x_dst.device, x_dst.dtype)
-        columns["degree"] = degree_T.log1p()[:, None]
+        wide = torch.promote_types(x_dst.dtype, torch.float32)  # for more than 65,504 in-edges
+        degree_T = graph.edges.degree.to(x_dst.device, wide)
+        columns["degree"] = degree_T.log1p()[:, None].to(x_dst.dtype)
     if "structure" in parts:
         columns["structure"] = structure(x_dst, graph)
     if len(parts) == 1:

@@ -42,6 +42,8 @@ def structure(x: Tensor, graph: Graph) -> Tensor:
     is_whole = graph.scale_of is None and graph.num_src == graph.num_dst == len(x)
     legal = "all of one set of nodes: 'structure' looks two hops far"
     check(is_whole, "graph", f"{graph.num_dst} of {graph.num_src} nodes", legal)
+    given = x.dtype
+    x = x.to(torch.promote_types(given, torch.float32))  # in half precision 0/0, and large degrees
     log_degree = graph.edges.degree.to(x.device, x.dtype).log1p()[:, None]
     columns = [log_degree, graph.mean(log_degree)]
     mean = x
@@ -51,4 +53,4 @@ def structure(x: Tensor, graph: Graph) -> Tensor:
         # Zero over one where both are zero.
         distance = (x - mean).norm(dim=1) / scale.where(scale > 0, 1)
         columns += [F.cosine_similarity(x, mean, dim=1)[:, None], distance[:, None]]
-    return torch.cat(columns, dim=1)
+    return torch.cat(columns, dim=1).to(given)

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gmoe._checks import check, check_choice
-from gmoe.conv.convs import BareConv
-from gmoe.conv.kinds import ConvLike, class_of, factory_of, kinds_of
+from gmoe.conv.kinds import ConvLike
 from gmoe.convert import experts_of
 from gmoe.models.layers import build_conv, build_router_of, columns_of
 from gmoe.models.parts import FFN, Norm, Residual, is_by_row, norm_of
@@ -99,9 +98,6 @@ def build_block(
         conv_kwargs: arguments of the convs.
     """
     of_conv = moe_kwargs if ffn == "dense" else None
-    is_bare = class_of(factory_of(kinds_of(conv, None)[0])) is BareConv
-    legal = "one with weights, or ffn='experts': experts without weights cannot differ"
-    check(of_conv is None or not is_bare, "conv", f"{conv!r} with ffn={ffn!r}", legal)
     built = build_conv(conv, width, width, True, of_conv, conv_kwargs, is_free=True)
     of_ffn = moe_kwargs if ffn == "experts" else None
     columns = columns_of(built, width) or width

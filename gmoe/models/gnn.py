@@ -16,7 +16,7 @@ from torch_geometric.nn import JumpingKnowledge
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts, parameters_of, says_what_misfits
+from gmoe._checks import check, check_choice, check_counts, parameters_of, says_what_misfits
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
     OPTIONS,
@@ -571,6 +571,8 @@ def _moe_layers(
     """The numbers of the layers that are MoE; the arguments are those of :class:`GNNMoE`."""
     if router is None:
         return []
+    legal = "at least 2, or a jk: the only conv is the output layer, which has no experts"
+    check(num_hidden, "num_layers", 1, legal)
     chosen = choose_blocks(num_hidden, every)
     if isinstance(router, Router) and len(chosen) > 1 and not shared_router:
         raise ValueError("router: got an instance for several layers, expected a name or a factory")

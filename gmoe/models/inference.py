@@ -102,6 +102,11 @@ def inference(
     data = loader if isinstance(loader, Data | StoredGraph) else getattr(loader, "data", loader)
     if isinstance(data, tuple):  # a loader over PyG's stores holds (features, graph)
         data = data[0]
+    if not isinstance(data, Data | StoredGraph):
+        raise ValueError(
+            f"loader: got one over {type(data).__name__}, expected a Data with x, and with "
+            "edge_index or adj_t"
+        )
     if batch_size is None:
         batch_size = getattr(loader, "batch_size", None) or 1024
     check_counts(batch_size=batch_size)
@@ -111,10 +116,9 @@ def inference(
     if not isinstance(data, StoredGraph):
         if folder is not None:
             raise ValueError(f"folder: got {str(folder)!r} for a graph in memory, expected None")
-        if not isinstance(data, Data) or data.x is None:
+        if data.x is None:
             raise ValueError(
-                f"loader: got one over {type(data).__name__}, expected a Data with x, and with "
-                "edge_index or adj_t"
+                "loader: got a Data without x, expected one with x, and with edge_index or adj_t"
             )
         run = InMemory(model, data, device, batch_size, progress_bar)
         logits = model.run_layers(run.features, run.layer)

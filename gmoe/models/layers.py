@@ -172,6 +172,8 @@ def build_router_of(router: RouterLike, dim: int, moe_kwargs: Mapping[str, Any])
         moe_kwargs.get("router_kwargs"),
         moe_kwargs.get("mix", "outputs"),
     )
+    if "graph" in moe_kwargs["router_input"]:
+        built.refuse_competition("graph")
     if moe_kwargs.get("check_finite", False):
         let_check_finite(built, router)
     return built

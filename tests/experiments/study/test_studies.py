@@ -63,6 +63,22 @@ def test_a_router_that_takes_no_k_has_one_row() -> None:
     assert list(study.rows)[2:] == ["soft-slots-e4", "random-e4-k1", "random-e4-k2"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert": 4}, r"rows: own: got 'expert', expected .*did you mean 'experts'"),
+        ({"experts": "four"}, "rows: own: got experts='four', expected values of the options"),
+    ],
+    ids=str,
+)
+def test_options_that_a_recipe_does_not_have_are_named(
+    changes: dict[str, Any], message: str
+) -> None:
+    study = replace(STUDY, rows={"own": Row(label="own", changes=changes)}, controls=())
+    with pytest.raises(ValueError, match=message):
+        study.cells()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_leave_routing_to_the_library(name: str) -> None:
     config = PRESETS[name][1]

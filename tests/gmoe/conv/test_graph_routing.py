@@ -127,11 +127,10 @@ def test_no_nodes_are_no_graphs() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     x, edge_index = nodes_and_edges()
-    layer: Any = MoEConv("gcn", 6, 5, router_input="graph", router="expert_choice").double()
     with pytest.raises(ValueError, match="router_input: got 'graph' with ExpertChoice, expected"):
-        layer(x, edge_index, batch=GROUP)
+        MoEConv("gcn", 6, 5, router_input="graph", router="expert_choice")
     with pytest.raises(ValueError, match=r"router_input: got .*'graph' by itself"):
         MoEConv("gcn", 6, 5, router_input=("node", "graph"))
-    layer = MoEConv("gcn", 6, 5, router_input="graph").double()
+    layer: Any = MoEConv("gcn", 6, 5, router_input="graph").double()
     with pytest.raises(ValueError, match="batch: got"):
         layer(x, Graph(edge_index, len(x)), batch=GROUP[:3])

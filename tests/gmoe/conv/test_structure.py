@@ -50,6 +50,18 @@ def test_the_columns_are_what_they_say(scale: float) -> None:
     assert_same(found[7], torch.tensor([0, 0, 0, 1, 0, 1.0]).double())
 
 
+def test_half_precision_rounds_what_float32_gives() -> None:
+    """Means of isolated nodes are zero, and a hub has more in-edges than half precision counts."""
+    x = features(NODES, WIDTH).half()
+    found = structure(x, Graph(EDGES, NODES))
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found, structure(x.float(), Graph(EDGES, NODES)).half())
+    hub = torch.zeros(2, 70_000, dtype=torch.int64)
+    for seen in ("structure", "degree"):
+        layer = MoEConv("gcn", WIDTH, WIDTH, router_input=seen, num_experts=2).half()
+        assert layer(x[:2], hub)[0].isfinite().all()
+
+
 def test_a_part_of_a_graph_and_two_sets_are_refused() -> None:
     graph = Graph(EDGES, NODES)
     nodes, part = graph.part(torch.tensor([0, 1]))

@@ -342,7 +342,7 @@ def test_it_is_compiled_and_exported(options: dict[str, Any]) -> None:
         ({"conv": ["gcn", "sage", "gat"]}, "conv: got several with ffn='experts'"),
         ({"shared_transform": True}, "shared_transform: got True with ffn='experts'"),
         ({"local": True, "conv": "sage"}, "local: got True with ffn='experts'"),
-        ({"ffn": "dense", "conv": "bare_gcn"}, "conv: got 'bare_gcn' with ffn='dense'"),
+        ({"ffn": "dense", "conv": "bare_gcn"}, "conv: got 'bare_gcn', expected one with weights"),
         (
             {"shared_router": False, "router_input": ("node", "degree")},
             "router_input: got .'node', 'degree'. with ffn='experts'",

@@ -262,7 +262,13 @@ def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_layers": 1}, "every: got 1, expected at most 0"),
+        ({"num_layers": 1}, "num_layers: got 1, expected at least 2, or a jk"),
+        ({"conv": "bare_sage"}, "conv: got 'bare_sage', expected one with weights"),
+        ({"mix": "weights", "router_input": "node"}, "router_input: got 'node' with mix='weights'"),
+        (
+            {"router": "expert_choice", "router_input": "graph"},
+            "router_input: got 'graph' with ExpertChoice",
+        ),
         ({"num_layers": 0}, "num_layers: got 0"),
         ({"router_input": "output"}, "router_input: got 'output'"),
         ({"residual": True}, "residual: got True"),

@@ -224,7 +224,8 @@ def test_arguments_that_do_not_fit(stored: StoredGraph, tmp_path: Path) -> None:
     model, to = GNNMoE(4, 8, OUT).eval(), {"folder": tmp_path / "out"}
     calls: list[tuple[GNNMoE, Any, dict[str, Any], str]] = [
         (model, DATA, {"batch_size": 0}, "batch_size: got 0"),
-        (model, Data(edge_index=DATA.edge_index, num_nodes=NODES), {}, "loader: got one over Data"),
+        (model, Data(edge_index=DATA.edge_index, num_nodes=NODES), {}, "loader: got a Data"),
+        (model, DATA.x, {"device": DATA.edge_index}, "loader: got one over Tensor"),
         (model, DATA, to, "folder: got .* for a graph in memory"),
         (model, stored, {}, "folder: got None"),
         (model, stored, {**to, "return_routing": True}, "return_routing: got True"),
