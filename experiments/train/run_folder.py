@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.train.build import build_model
 from experiments.train.checks import check
-from experiments.train.config import DATA_RECORDS, RECORDS, WHERE, ImageConfig, RunConfig
+from experiments.train.config import DATA_RECORDS, RECORDS, WHERE, RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
 from experiments.train.files import check_finished, load_weights, read_csv, read_json
@@ -151,9 +151,9 @@ class RunFolder:
         A ``ValueError`` where the weights are broken.
         """
         path = self.folder / f"seed-{self.config.seeds[0]}" / "checkpoint" / "best.safetensors"
-        config = self.config
-        if isinstance(config, ImageConfig):  # the weights that it started from are not needed
-            config = replace(config, checkpoint=None)
+        config: Any = self.config
+        if getattr(config, "checkpoint", None) is not None:
+            config = replace(config, checkpoint=None)  # what it started from is not needed
         model = build_model(config, task)
         load_weights(model, path)
         return model.eval()

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import gmoe
 from experiments.train import config as configs
+from experiments.train.command import parse
 from experiments.train.config import RunConfig
 from experiments.train.data.graphs import graph_task
 from experiments.train.kinds import KINDS, kind_of
@@ -65,3 +67,14 @@ def test_the_critical_look_has_the_parameters_of_its_code(conv: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 3 * block + rest
     recipe = (config.optimizer, config.lr, config.weight_decay, config.epochs, config.eval_every)
     assert recipe == ("adamw", 3e-5, 0.0, 1000, 1)
+
+
+@pytest.mark.parametrize("preset", ["mosaic", "digits-graph", "ogbg-molhiv", "minesweeper"])
+def test_blocks_take_the_place_of_a_preset_s_layers(preset: str) -> None:
+    """Their residual is the identity, whatever the preset has; another one is refused."""
+    config: Any = parse([preset, "--ffn", "experts"])
+    assert config.residual == "identity"
+    layers: Any = {"num_layers": 3, "norm": config.norm, "ffn": config.ffn}
+    assert len(gmoe.GNNMoE(4, 8, 2, residual=config.residual, **layers).ffns) == 3
+    config = parse([preset, "--ffn", "experts", "--residual", "linear"])
+    assert config.residual == "linear"
