@@ -175,7 +175,7 @@ def expert_maps(
     return figure
 
 
-def _shortened(text: str, most: int = 22) -> str:
+def _shortened(text: str, most: int = 20) -> str:
     """A text that fits beside an image, without its middle if it is longer."""
     if len(text) <= most:
         return text

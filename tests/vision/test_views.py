@@ -152,7 +152,7 @@ def test_a_view_decides_for_the_map_of_the_whole_image() -> None:
     assert torch.equal(weight_BTE, weight_BTE[:, :1].expand(-1, 4, -1))
     drawn = expert_maps(model, images_of()[:1], titles=["ILSVRC2012_val_00009111.JPEG\ndog?"])
     assert [axis.get_title() for axis in drawn.axes] == ["", "all MoE layers"]
-    assert drawn.axes[0].get_ylabel() == "ILSVRC2012…009111.JPEG\ndog?"
+    assert drawn.axes[0].get_ylabel() == "ILSVRC201…09111.JPEG\ndog?"
 
 
 def test_what_is_missing_is_named() -> None:
