@@ -267,12 +267,16 @@ def test_filters_are_mixed_if_they_are_the_same() -> None:
 
 def test_a_decision_for_each_node_is_refused() -> None:
     x, edge_index = nodes_and_edges()
-    moe = layer("gcn", router_input="node")
+    message = "router_input: got 'node' with mix='weights', expected 'graph'"
+    with pytest.raises(ValueError, match=message):
+        layer("gcn", router_input="node")
+    with pytest.raises(ValueError, match=message):
+        gmoe.GNNMoE(D, 8, 2, 2, num_experts=E, mix="weights", router_input="node")
+    # An instance may be of a router that decides for groups by itself
+    router = gmoe.TokenChoice(D, num_experts=E, k=E)
+    moe = layer("gcn", router=router, router_input="node")
     with pytest.raises(ValueError, match=r"routing: got a decision for each token, .*'graph'"):
         moe(x, edge_index)
-    model = gmoe.GNNMoE(D, 8, 2, 2, num_experts=E, mix="weights", router_input="node").double()
-    with pytest.raises(ValueError, match=r"routing: got a decision for each token, .*'graph'"):
-        model(x, edge_index)
 
 
 def test_attention_weights_are_those_of_the_mixture() -> None:
