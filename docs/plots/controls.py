@@ -7,11 +7,10 @@ tables.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
-from docs.plots.results import Difference, differences, read_finished
+from docs.plots.results import Difference, Gains, differences, numbers_of, read_finished
 from docs.plots.style import Drawing, Theme, by_verdict, difference_axis, dot, legend_above, rows
 
 BASE = "dense"
@@ -24,9 +23,6 @@ MODELS = {
 }
 """What is drawn, by name of the file."""
 
-Gains: TypeAlias = dict[str, dict[str, Difference]]
-"""By graph and model the difference to the dense model."""
-
 
 def gains(folder: Path) -> Gains:
     """The graphs of which all models are finished."""
@@ -35,15 +31,6 @@ def gains(folder: Path) -> Gains:
         for column, cells in read_finished(folder).items()
         if {BASE, *MODELS} <= set(cells)
     }
-
-
-def numbers(found: Gains) -> str:
-    """Whatever is drawn, as text."""
-    lines = []
-    for column, known in found.items():
-        shown = ", ".join(f"{model} {gain}" for model, gain in known.items())
-        lines.append(f"{column}: {shown}")
-    return "\n".join(lines)
 
 
 def draw(found: Gains, theme: Theme) -> Figure:
@@ -71,4 +58,4 @@ def drawings(results: Path) -> list[Drawing]:
         verdicts = by_verdict({column: known[model] for column, known in found.items()})
         said.append(f"{label.capitalize()}: {verdicts}")
     alt = f"Points above the dense model, with 95 % intervals. {'. '.join(said)}."
-    return [Drawing("controls", numbers(found), alt, lambda theme: draw(found, theme))]
+    return [Drawing("controls", numbers_of(found), alt, lambda theme: draw(found, theme))]

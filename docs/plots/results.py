@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from experiments.show.cells import Cells, differences, read_cells, read_study
 from experiments.study.routers import ROWS, read_table
@@ -13,14 +13,19 @@ from experiments.train.scores import Difference, mean_std
 __all__ = [
     "ROWS",
     "Difference",
+    "Gains",
     "differences",
     "mean_std",
+    "numbers_of",
     "read_confirmed",
     "read_file",
     "read_finished",
     "read_starts",
     "read_table",
 ]
+
+Gains: TypeAlias = dict[str, dict[str, Difference]]
+"""By column and row, the difference to a control."""
 
 COLUMNS = (
     "digits-graph",
@@ -46,6 +51,15 @@ IN_TABLE = {
 def read_file(path: Path) -> dict[str, Any]:
     """The content of a result file."""
     return read_json(path, dict[str, Any])
+
+
+def numbers_of(found: Gains) -> str:
+    """Whatever a figure draws of gains, as text: a line a column."""
+    lines = []
+    for column, known in found.items():
+        shown = ", ".join(f"{row} {gain}" for row, gain in known.items())
+        lines.append(f"{column}: {shown}")
+    return "\n".join(lines)
 
 
 def read_finished(folder: Path) -> Cells:

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
-from docs.plots.results import ROWS, Difference, differences, read_table
+from docs.plots.results import ROWS, Difference, Gains, differences, numbers_of, read_table
 from docs.plots.style import Drawing, Theme, by_verdict, difference_axis, dot, legend_above, rows
 
 BASE = "dense-flops"
@@ -22,9 +21,6 @@ SHORT = {
 """The rows of the short figure, by name of their file."""
 PANELS = 4
 """Data sets side by side in the long figure."""
-
-Gains: TypeAlias = dict[str, dict[str, Difference]]
-"""By column and row of the table the difference to the dense model of equal FLOPs."""
 
 
 def gains(folder: Path) -> Gains:
@@ -41,15 +37,6 @@ def by_gain(found: Gains) -> Gains:
     """The columns, that of the largest gain of token choice first."""
     order = sorted(found, key=lambda column: -found[column]["token-choice"].mean)
     return {column: found[column] for column in order}
-
-
-def numbers(found: Gains) -> str:
-    """Whatever is drawn, as text."""
-    lines = []
-    for column, known in found.items():
-        shown = ", ".join(f"{row} {gain}" for row, gain in known.items())
-        lines.append(f"{column}: {shown}")
-    return "\n".join(lines)
 
 
 def draw_short(found: Gains, theme: Theme) -> Figure:
@@ -117,10 +104,10 @@ def drawings(results: Path) -> list[Drawing]:
     most = by_verdict({column: known["token-choice"] for column, known in found.items()})
     alt_long = f"{beside} All routers and controls; token choice is {most}."
     return [
-        Drawing("routers", numbers(short), alt, lambda theme: draw_short(short, theme)),
+        Drawing("routers", numbers_of(short), alt, lambda theme: draw_short(short, theme)),
         Drawing(
             "routers-all",
-            numbers(found),
+            numbers_of(found),
             alt_long,
             lambda theme: draw_long(found, theme),
             is_wide=True,

@@ -33,13 +33,13 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     legal = "none, or router='dense' and no model of your own"
     check(config.equal is None or is_baseline, "equal", config.equal, legal)
     if config.model is not None and not config.own_models():
-        built = _own_model(config.model, kind_of(config).sizes(task))
-        if config.check_finite:  # routers that check by themselves go on
-            check_all_finite(built)
-        return built
-    if config.equal is not None:
-        config = widened(config, task)
-    return kind_of(config).model(task)
+        model = _own_model(config.model, kind_of(config).sizes(task))
+    else:
+        config = config if config.equal is None else widened(config, task)
+        model = kind_of(config).model(task)
+    if config.check_finite:  # routers that check by themselves go on
+        check_all_finite(model)
+    return model
 
 
 def _own_model(name: str, sizes: list[Any]) -> nn.Module:

@@ -130,7 +130,6 @@ class Images(Kind[ImageConfig]):
                 num_domains=len(task.domains),
             )
         model: Any = model_class(size, task.num_classes, **options)
-        set_check_finite(model, config.check_finite)
         # The blocks that hold experts, or would
         blocks = model.encoder.layers[config.every - 1 :: config.every]
         if config.router == "soft_slots":
@@ -154,7 +153,7 @@ class Images(Kind[ImageConfig]):
         model = timm.made(task.in_channels, len(task.mean), task.num_classes, drop_path)
         if router is None:
             return model
-        model = gmoe.moefy(
+        return gmoe.moefy(
             model,
             None if config.blocks else config.every,
             blocks=config.blocks or None,
@@ -165,8 +164,6 @@ class Images(Kind[ImageConfig]):
             start=config.start,
             router_input=config.router_input,
         )
-        set_check_finite(model, config.check_finite)
-        return model
 
     def num_images(self, inputs: tuple[Any, ...]) -> int | None:
         return len(inputs[0])
@@ -180,13 +177,6 @@ class Images(Kind[ImageConfig]):
         legal = f"{number}, one for each of {', '.join(task.domains)}"
         check(experts == number, "experts", experts, legal)
         return DomainRouter
-
-
-def set_check_finite(model: nn.Module, value: bool) -> None:
-    """Whether the routers of a model refuse NaN and infinity."""
-    for module in model.modules():
-        if isinstance(module, gmoe.Router):
-            module.check_finite = value
 
 
 def state_of(file: Path) -> tuple[Path, int, int]:
