@@ -62,16 +62,17 @@ class Study:
             ValueError: options of the row that the column's recipe does not have, or of another
                 type.
         """
-        recipe = self.columns[column]
+        recipe, changes = self.columns[column], self.rows[row].changes
         known = [one.name for one in fields(recipe)]
-        for option in self.rows[row].changes:
+        for option in changes:
             check_choice(f"rows: {row}", option, known)
         try:
-            return replace(recipe, **self.rows[row].changes)
+            return replace(recipe, **changes)
         except TypeError as error:
-            got = ", ".join(f"{name}={value!r}" for name, value in self.rows[row].changes.items())
-            check(False, f"rows: {row}", got, f"values of the options' types ({error})")
-            raise
+            got = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+            raise ValueError(
+                f"rows: {row}: got {got}, expected values of the options' types ({error})"
+            ) from error
 
     def cells(self, columns: Sequence[str] = (), rows: Sequence[str] = ()) -> dict[str, RunConfig]:
         """The cells of some columns and rows, by default of all: ``COLUMN/ROW`` and configuration.
