@@ -90,7 +90,10 @@ def test_a_token_is_one_more_of_the_encoder(extra: Any, router: Any) -> None:
     more = model.embedding(domain if extra == "domain" else model.standardized(view_of(images)))
     tokens = torch.cat([tokens[:, :1], more[:, None], tokens[:, 1:]], dim=1)
     expected = model.heads(model.encoder.ln(model.encoder.layers(tokens))[:, 0])
+    seen = list[torch.Tensor]()
+    model.encoder.layers.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     torch.testing.assert_close(model(*args), expected)
+    torch.testing.assert_close(seen[0], tokens)  # the patches are the last ones, as maps take them
 
 
 def test_without_a_view_it_is_the_vit() -> None:
