@@ -27,12 +27,26 @@ class Adjacency(NamedTuple):
         edge_index: (2, M) sources and destinations, in the order given.
         edges: the same, sorted by destination.
         values: (M,) or (M, F) the values of a sparse matrix, in the order given.
+        is_sparse: ``adj`` is a sparse matrix.
+        is_sparse_tensor: it is a ``SparseTensor``; compiled code may not look at ``adj`` to find
+            out.
     """
 
     adj: Adj
     edge_index: Tensor
     edges: Edges
     values: Tensor | None = None
+    is_sparse: bool = False
+    is_sparse_tensor: bool = False
+
+    def to(self, device: torch.device | str) -> Adjacency:
+        """Move the edges to a device."""
+        return self._replace(
+            adj=self.adj.to(device),
+            edge_index=self.edge_index.to(device),
+            edges=self.edges.to(device),
+            values=None if self.values is None else self.values.to(device),
+        )
 
 
 def read_edge_index(edge_index: object, num_src: int, num_dst: int, flow: str) -> Adjacency:
@@ -110,7 +124,8 @@ def read_sparse(matrix: Tensor | SparseTensor, num_src: int, num_dst: int, flow:
     # CSR is sorted by row already.
     order = torch.arange(src.numel(), device=src.device)
     edges = Edges(ptr, src, dst, num_src, order)
-    return Adjacency(matrix, torch.stack([src, dst]), edges, values)
+    is_sparse_tensor = isinstance(matrix, SparseTensor)
+    return Adjacency(matrix, torch.stack([src, dst]), edges, values, True, is_sparse_tensor)
 
 
 def adjacency_like(

@@ -70,7 +70,7 @@ def _matrix(graph: Graph, ends: Tensor, alpha: Tensor) -> AttentionWeights:
     order_G = (ends[1] * graph.num_src + ends[0]).argsort(stable=True)
     (source, destination), alpha = ends[:, order_G], alpha[order_G]
     size = (graph.num_dst, graph.num_src)
-    if graph.is_sparse_tensor:
+    if graph.adjacency.is_sparse_tensor:
         options: dict[str, Any] = {"value": alpha, "sparse_sizes": size, "is_sorted": True}
         return SparseTensor(row=destination, col=source, **options)
     ptr = row_pointers(destination, graph.num_dst)

@@ -9,7 +9,7 @@ edges, D width, F edge features; of a part: n destinations, S sources.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal, TypeVar
@@ -17,12 +17,18 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
-from torch_geometric.typing import Adj, SparseTensor
+from torch_geometric.typing import Adj
 from torch_geometric.utils import add_self_loops, is_sparse
 
 from gmoe._checks import check_choice, parameters_of
 from gmoe._torch import is_watched, row_pointers
-from gmoe.conv.adjacency import adjacency_like, check_edge_args, read_edge_index, read_sparse
+from gmoe.conv.adjacency import (
+    Adjacency,
+    adjacency_like,
+    check_edge_args,
+    read_edge_index,
+    read_sparse,
+)
 from gmoe.conv.explain import mask_of
 from gmoe.conv.matrix import Matrix, ScaleOf, normalized_matrix, sum_matrix
 from gmoe.edges import Edges, renumber
@@ -67,26 +73,14 @@ class Graph:
         ...     logits = model(data.x, graph)
     """
 
-    adj: Adj
-    """The edges as given; integers are int64."""
-    edge_index: Tensor
-    """(2, M) sources and destinations in the order given."""
-    edges: Edges
-    """The same, sorted by destination."""
-    matrix_values: Tensor | None
-    """(M,) or (M, F) the values of a sparse matrix in the order given."""
+    adjacency: Adjacency
+    """The edges, as given and sorted."""
     flow: str
     """PyG's ``flow``, which ``adj`` has."""
     num_src: int
     """N_src."""
     num_dst: int
     """N_dst."""
-    num_rows: int
-    """The rows of ``adj``: N_dst; in a part also one more, or all its nodes if it is square."""
-    is_sparse: bool
-    """Whether ``adj`` is a sparse matrix."""
-    is_sparse_tensor: bool
-    """Whether it is a ``SparseTensor``; compiled code may not look at ``adj`` to find out."""
     x: Tensor | None
     """(N_src, D) the features whose sums are kept."""
     edge_weight: Tensor | None
@@ -97,11 +91,6 @@ class Graph:
     """(M,) an explainer's factors on the messages, in the order given."""
     is_replaced: Tensor | None
     """(M,) whether an added loop replaces the edge of ``edges``, which then has no message."""
-    scale_of: ScaleOf | None
-    """In a part, the (N,) scale of its nodes in the whole graph."""
-    destinations: Tensor | None
-    """In a part, the places of its n destinations in the whole graph, and of the extra one if no
-    edge ends in them; see :meth:`part`."""
     kept: dict[Hashable, Any]
     """What follows from all this, once it was computed."""
 
@@ -123,31 +112,24 @@ class Graph:
                 f"num_nodes: got {num_nodes!r}, expected a whole number, or two of them"
             )
         num_src, num_dst = sizes
-        has_matrix = is_sparse(edge_index)
-        read = read_sparse if has_matrix else read_edge_index
+        read = read_sparse if is_sparse(edge_index) else read_edge_index
         adjacency = read(edge_index, num_src, num_dst, flow)
-        check_edge_args(edge_weight, edge_attr, adjacency.edge_index.size(1), has_matrix)
+        num_edges = adjacency.edge_index.size(1)
+        check_edge_args(edge_weight, edge_attr, num_edges, adjacency.is_sparse)
         vars(self).update(
-            adj=adjacency.adj,
-            edge_index=adjacency.edge_index,
-            edges=adjacency.edges,
-            matrix_values=adjacency.values,
+            adjacency=adjacency,
             flow=flow,
             num_src=num_src,
             num_dst=num_dst,
-            num_rows=num_dst,
-            is_sparse=has_matrix,
-            is_sparse_tensor=isinstance(edge_index, SparseTensor),
             x=x,
             edge_weight=edge_weight,
             edge_attr=edge_attr,
             mask=None,
             is_replaced=None,
-            scale_of=None,
-            destinations=None,
             kept={},
         )
 
+    # No frozen dataclass: fully_shard takes those apart, and casts the tensors in them.
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(
             f"{name}: got an assignment, expected none, since a Graph is frozen: with_x and "
@@ -155,13 +137,33 @@ class Graph:
         )
 
     def _with(self, **changes: Any) -> Graph:
-        """The same graph with other attributes; it shares what the sorted edges keep."""
-        changes["kept"] = {}
-        # Compiled code may not touch a sparse matrix that the new graph does without.
-        same = {name: getattr(self, name) for name in vars(self) if name not in changes}
-        other = object.__new__(Graph)
-        vars(other).update(same, **changes)
-        return other
+        """The same graph with other fields; it shares what the sorted edges keep."""
+        return _made(type(self), vars(self) | changes)
+
+    @property
+    def adj(self) -> Adj:
+        """The edges as given; integers are int64."""
+        return self.adjacency.adj
+
+    @property
+    def edge_index(self) -> Tensor:
+        """(2, M) sources and destinations in the order given."""
+        return self.adjacency.edge_index
+
+    @property
+    def edges(self) -> Edges:
+        """The same, sorted by destination."""
+        return self.adjacency.edges
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether ``adj`` is a sparse matrix."""
+        return self.adjacency.is_sparse
+
+    @property
+    def num_rows(self) -> int:
+        """The rows of ``adj``."""
+        return self.num_dst
 
     def with_weights(
         self, edge_weight: Tensor | None = None, edge_attr: Tensor | None = None
@@ -220,7 +222,9 @@ class Graph:
         if self.edge_index.to(device) is self.edge_index:  # "cuda" may be cuda:0
             return self
         moved = {
-            name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | Adjacency)
         }
         return self._with(**moved)
 
@@ -236,8 +240,9 @@ class Graph:
         They are ``edge_attr`` or, if a sparse matrix's values are rows, these values.
         """
         attr = self.edge_attr
-        if attr is None and self.matrix_values is not None and self.matrix_values.dim() > 1:
-            attr = self.matrix_values
+        values = self.adjacency.values
+        if attr is None and values is not None and values.dim() > 1:
+            attr = values
         if attr is None:
             return None
         rows = attr if attr.dim() > 1 else attr[:, None]
@@ -299,9 +304,9 @@ class Graph:
         """
         factor = self.edge_weight if by == "weight" else None
         # In convs without edge weights, PyG reads the values of torch.sparse, not of SparseTensor.
-        has_values = by == "values" and not self.is_sparse_tensor
+        has_values = by == "values" and not self.adjacency.is_sparse_tensor
         if factor is None and (by == "weight" or has_values):
-            factor = self.matrix_values
+            factor = self.adjacency.values
         make = partial(sum_matrix, self.edges, factor, mean=mean, dtype=dtype)
         return self._once(("sum", by, mean, dtype), make, factor)
 
@@ -315,15 +320,13 @@ class Graph:
             loops: add the I.
             dtype: see :meth:`summing`.
         """
-        factor = self.matrix_values if self.edge_weight is None else self.edge_weight
+        factor = self.adjacency.values if self.edge_weight is None else self.edge_weight
         # As in PyG: without edge weights, the loops of an edge list have the weight 1, improved or
         # not. A torch.sparse matrix keeps its own loops and gets another one at each node;
         # elsewhere one loop replaces those of a node, and in an edge list it keeps their weight.
         fill = 2.0 if improved and (factor is not None or self.is_sparse) else 1.0
-        is_torch_sparse = self.is_sparse and not self.is_sparse_tensor
-        scale = None
-        if self.scale_of is not None:  # a part: the degrees are those of the whole graph
-            scale = self.scale_of(improved=improved, loops=loops, dtype=dtype)
+        is_torch_sparse = self.is_sparse and not self.adjacency.is_sparse_tensor
+        scale = self._scale(improved=improved, loops=loops, dtype=dtype)
         make = partial(
             normalized_matrix,
             self.edges,
@@ -336,6 +339,10 @@ class Graph:
         )
         return self._once(("norm", fill if loops else None, dtype), make, factor, scale)
 
+    def _scale(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor | None:
+        """(N,) the scale of the nodes in a larger graph; ``None`` if it follows from this one."""
+        return None
+
     def with_loops(self, *, fill_value: float | Tensor | str) -> Graph:
         """The graph with one loop at each node that is source and destination.
 
@@ -345,7 +352,7 @@ class Graph:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
         fill = fill_value if isinstance(fill_value, Tensor) else None
-        sources = (self.edge_attr, self.matrix_values, self.mask, fill)
+        sources = (self.edge_attr, self.adjacency.values, self.mask, fill)
         return self._once(("loops", fill_value), partial(self._with_loops, fill_value), *sources)
 
     def _with_loops(self, fill_value: float | Tensor | str) -> Graph:
@@ -372,29 +379,23 @@ class Graph:
         if self.mask is not None:  # no explainer masks added loops: see MessagePassing
             mask = self.mask[self.edges.order]
             mask = torch.cat([mask, mask.new_ones(num_loops)])
-        return self._with(
-            adj=ends,
-            edge_index=ends,
-            edges=edges,
-            matrix_values=None,
-            flow=FLOWS[0],
-            num_rows=self.num_dst,
-            is_sparse=False,
-            x=None,
-            edge_weight=None,
-            edge_attr=attr,
-            mask=mask,
-            is_replaced=is_replaced,
-            scale_of=None,
-            destinations=None,
-        )
+        changes = {
+            "adjacency": Adjacency(ends, ends, edges),
+            "flow": FLOWS[0],
+            "x": None,
+            "edge_weight": None,
+            "edge_attr": attr,
+            "mask": mask,
+            "is_replaced": is_replaced,
+        }
+        return _made(Graph, vars(self) | changes)
 
     def args_for(self, conv: MessagePassing) -> dict[str, Tensor]:
         """The edge arguments that this conv takes, in the order of the edges as given."""
         names = {"edge_weight", "edge_attr"}.intersection(parameters_of(conv))
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def part(self, token: Tensor) -> tuple[Tensor, Graph]:
+    def part(self, token: Tensor) -> tuple[Tensor, Part]:
         """The in-edges of some destinations, as a graph of its own.
 
         Its norms are those of the whole graph. For PyG's convs, its ``adj`` has the form of this
@@ -427,16 +428,14 @@ class Graph:
 
         # 3. The part: edge arguments and edges, in this order.
         place = self.edges.order.index_select(0, edge)  # among the edges as given
-        edge_args = {
-            name: rows.index_select(0, place)
-            for name in ("matrix_values", "edge_weight", "edge_attr")
-            if (rows := getattr(self, name)) is not None
-        }
+        given = (self.adjacency.values, self.edge_weight, self.edge_attr)
+        values, edge_weight, edge_attr = (
+            None if rows is None else rows.index_select(0, place) for rows in given
+        )
         is_square = self.num_src == self.num_rows
         num_rows = len(nodes) if is_square else len(token)
         ptr = row_pointers(position, num_rows)
         edge_index = torch.stack([source, position])
-        values = edge_args.get("matrix_values")
         edges = Edges(
             ptr[: num_dst + 1],
             source[:num_messages],
@@ -450,22 +449,25 @@ class Graph:
             assert whole.scale is not None
             return whole.scale.index_select(0, nodes)
 
-        part = self._with(
-            **edge_args,
-            num_src=len(nodes),
-            num_dst=num_dst,
-            num_rows=num_rows,
-            destinations=token,
-            edges=edges,
-            edge_index=edge_index,
-            adj=adjacency_like(self.adj, self.flow, edge_index, ptr, values, len(nodes)),
-            scale_of=scale_of,
-            x=None,
-            mask=None,
+        adj = adjacency_like(self.adj, self.flow, edge_index, ptr, values, len(nodes))
+        adjacency = self.adjacency._replace(
+            adj=adj, edge_index=edge_index, edges=edges, values=values
         )
-        return nodes, part
+        changes = {
+            "adjacency": adjacency,
+            "num_src": len(nodes),
+            "num_dst": num_dst,
+            "x": None,
+            "edge_weight": edge_weight,
+            "edge_attr": edge_attr,
+            "mask": None,
+            "scale_of": scale_of,
+            "destinations": token,
+            "adj_rows": num_rows,
+        }
+        return nodes, _made(Part, vars(self) | changes)
 
-    def as_part(self, scale_of: ScaleOf) -> Graph:
+    def as_part(self, scale_of: ScaleOf) -> Part:
         """The same edges as a part of a larger graph, one that is not in memory.
 
         The destinations are the first of the sources.
@@ -473,7 +475,8 @@ class Graph:
         Args:
             scale_of: gives the norms of the nodes in the larger graph.
         """
-        return self._with(num_rows=self.num_src, scale_of=scale_of)
+        changes = {"scale_of": scale_of, "destinations": None, "adj_rows": self.num_src}
+        return _made(Part, vars(self) | changes)
 
     def first(self, nodes: int, edges: int) -> Graph:
         """The first nodes and the first edges as given.
@@ -495,3 +498,37 @@ class Graph:
 
     def __repr__(self) -> str:
         return f"Graph({self.num_src} sources, {self.num_dst} destinations, {self.num_edges} edges)"
+
+
+class Part(Graph):
+    """A part of a graph, made by :meth:`Graph.part` and :meth:`Graph.as_part`.
+
+    Its norms are those of the whole graph.
+    """
+
+    scale_of: ScaleOf
+    """Gives the (N,) scale of its nodes in the whole graph."""
+    destinations: Tensor | None
+    """The places of its n destinations in the whole graph, and of the extra one if no edge ends in
+    them; ``None`` if they are the first of its nodes."""
+    adj_rows: int
+    """The rows of ``adj``: n, one more if there is an extra destination, or all nodes of the part
+    if ``adj`` is square."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.adj_rows
+
+    def _scale(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor | None:
+        return self.scale_of(improved=improved, loops=loops, dtype=dtype)
+
+
+Made = TypeVar("Made", bound=Graph)
+
+
+def _made(cls: type[Made], values: Mapping[str, Any]) -> Made:
+    """A graph of these fields, of which nothing is known yet; others of ``values`` are left out."""
+    graph = object.__new__(cls)
+    names = Graph.__annotations__ | cls.__annotations__
+    vars(graph).update({name: values[name] for name in names}, kept={})
+    return graph

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gmoe._checks import must_be_called
 from gmoe._torch import untraced
 from gmoe.conv.base import Conv
-from gmoe.conv.graph import Graph
+from gmoe.conv.graph import Graph, Part
 from gmoe.portable import exported_as
 
 
@@ -87,7 +87,7 @@ def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     PyG's conv gets its norms ready-made on a part of a graph, where they are those of the whole
     graph; and where PyG would count the loops that there are.
     """
-    is_part = graph.scale_of is not None
+    is_part = isinstance(graph, Part)
     gets_norms = is_part or _is_compiled() or _sizes_must_not_follow(conv, x)
     if not (conv.normalize and gets_norms):
         return run(conv, graph, x, x)

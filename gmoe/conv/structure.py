@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._checks import check
-from gmoe.conv.graph import Graph
+from gmoe.conv.graph import Graph, Part
 
 COLUMNS = 6
 """The columns of :func:`structure`."""
@@ -39,7 +39,7 @@ def structure(x: Tensor, graph: Graph) -> Tensor:
         ValueError: a part of a graph, or two sets of nodes: degrees and neighbors of sources are
             not known there.
     """
-    is_whole = graph.scale_of is None and graph.num_src == graph.num_dst == len(x)
+    is_whole = not isinstance(graph, Part) and graph.num_src == graph.num_dst == len(x)
     legal = "all of one set of nodes: 'structure' looks two hops far"
     check(is_whole, "graph", f"{graph.num_dst} of {graph.num_src} nodes", legal)
     given = x.dtype
