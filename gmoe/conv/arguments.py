@@ -36,7 +36,7 @@ def given_widths(
     Raises:
         ValueError: an instance for a kind; a network, or nothing, for a width.
     """
-    for kind in kinds:
+    for kind in {id(kind): kind for kind in kinds}.values():  # each once, however many experts
         factory_of(kind)  # says what to give in place of an instance
     networks = [name for name, value in conv_kwargs.items() if isinstance(value, nn.Module)]
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gmoe._checks import check, check_choice
-from gmoe.conv.kinds import ConvLike
+from gmoe.conv.kinds import ConvLike, kinds_of
 from gmoe.convert import experts_of
 from gmoe.models.layers import build_conv, build_router_of, columns_of
 from gmoe.models.parts import FFN, Norm, Residual, is_by_row, norm_of
@@ -100,7 +100,7 @@ def build_block(
     of_conv = moe_kwargs if ffn == "dense" else None
     built = build_conv(conv, width, width, True, of_conv, conv_kwargs, is_free=True)
     of_ffn = moe_kwargs if ffn == "experts" else None
-    columns = columns_of(built, width) or width
+    columns = columns_of(built, width, kinds_of(conv, None)[0]) or width
     return built, _feed_forward(columns, width, dropout, act, of_ffn)
 
 

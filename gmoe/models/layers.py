@@ -20,6 +20,7 @@ from gmoe.conv.kinds import (
     Make,
     class_of,
     factory_of,
+    is_of_library,
     kind_of,
     kinds_of,
 )
@@ -101,7 +102,7 @@ def build_conv(
         built = Make(kinds, width, out_channels, (), options)(0)
     else:
         built = MoEConv(conv, width, out_channels, **moe_kwargs, **options)
-    columns = None if is_free else columns_of(built, width)
+    columns = None if is_free else columns_of(built, width, kinds[0])
     if columns not in (None, out):
         name = type(built.experts.expert(0) if moe_kwargs is not None else built).__name__
         raise ValueError(
@@ -124,20 +125,21 @@ def _heads(kinds: Sequence[str | ConvFactory], options: Mapping[str, Any]) -> tu
     return settings.pop() if len(settings) == 1 else (1, True)
 
 
-def columns_of(conv: Any, width: int) -> int | None:
+def columns_of(conv: Any, width: int, kind: str | ConvFactory) -> int | None:
     """Columns that a conv gives, with experts or plain; ``None`` if it does not run.
 
-    It is run once on a small graph.
+    A conv that gmoe did not build itself is run on a small graph.
 
     Args:
         conv: the conv.
         width: columns of its input.
+        kind: what it was built from.
     """
     if isinstance(conv, MoEConv):
         # A transform in front of the experts may change the width that they see.
         width = width if conv.transform is None else conv.transform[-1].out_features
         conv = conv.experts.expert(0)
-    return Trial(conv, width).width
+    return Trial(conv, width, is_of_library(kind)).width
 
 
 def take_costs(router: Router, parts: Iterable[nn.Module]) -> None:
