@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     import gmoe.plot as plot
     from gmoe.callbacks.lightning import LightningHealth
     from gmoe.callbacks.trainer import TrainerHealth
-    from gmoe.conv.convs import FilterConv, MLPConv
     from gmoe.conv.graph import Graph
     from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
     from gmoe.conv.moe_conv import MoEConv
@@ -77,14 +76,12 @@ __all__ = [
     "AuxLoss",
     "ExpertChoice",
     "Experts",
-    "FilterConv",
     "GNNMoE",
     "Graph",
     "HeteroGNNMoE",
     "HeteroMoEConv",
     "LightningHealth",
     "LinearExperts",
-    "MLPConv",
     "MLPExperts",
     "MoE",
     "MoEConv",
@@ -138,8 +135,6 @@ __all__ = [
 ]
 
 _LAZY = {
-    "FilterConv": "gmoe.conv.convs",
-    "MLPConv": "gmoe.conv.convs",
     "Graph": "gmoe.conv.graph",
     "HeteroMoEConv": "gmoe.conv.hetero",
     "RelationalConv": "gmoe.conv.hetero",

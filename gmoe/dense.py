@@ -57,7 +57,7 @@ def densify(model: nn.Module) -> Densified:
     A layer is folded where a dense module equals it:
 
     - one expert is left, or all experts are equal; and a token's weights sum to 1. Beside a shared
-      expert only for convs that are linear in their weights (GCN, SAGE, GraphConv, filters): their
+      expert only for convs that are linear in their weights (GCN, SAGE, GraphConv): their
       weights are added;
     - the routed part is zero: the gain of a conv, or the last map of all experts of an MLP.
 

@@ -274,8 +274,6 @@ CONVS: dict[str, Any] = {
         for name in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "film")
     },
     "mixed": ["gcn", "sage", "gat", "film"] * 2,
-    "filters": ["identity", "low_pass", "high_pass", "two_hop"] * 2,
-    "mlp": "mlp",
 }
 
 COPIES = ("gcn", "gin", "gat", "film")

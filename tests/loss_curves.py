@@ -35,7 +35,11 @@ CURVES: dict[str, RunConfig] = {
         DIGITS_GRAPH, conv=("gat",), shared_router=False, start="shared", k=2
     ),
     "mixed kinds, centroids": replace(
-        DIGITS_GRAPH, conv=("gcn", "sage", "mlp"), experts=6, router="multi_centroid", start="plain"
+        DIGITS_GRAPH,
+        conv=("gcn", "sage", "graph"),
+        experts=6,
+        router="multi_centroid",
+        start="plain",
     ),
     "planted regions": replace(MOSAIC, hidden=16),
 }

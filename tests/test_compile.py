@@ -60,7 +60,7 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         **{f"MoE, {router}": partial(mlps, router) for router in ROUTERS},
         "MoE, soft": soft,
     },
-    "`MoEConv` of GCN, SAGE, GraphConv, GIN, GINE, filters, MLPs": {
+    "`MoEConv` of GCN, SAGE, GraphConv, GIN, GINE": {
         "GCN": partial(four, "gcn"),
         "GCN, edge weights": partial(four, "gcn"),
         "GCN, neighbors": partial(four, "gcn", router_input=("node", "neighbors", "degree")),
@@ -69,8 +69,6 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "GraphConv": partial(four, "graph"),
         "GIN": partial(four, "gin"),
         "GINE": partial(four, "gine"),
-        "MLP": partial(four, "mlp"),
-        "filters": partial(conv, ["identity", "low_pass", "high_pass", "two_hop"]),
     },
     "SAGE and GraphConv that aggregate by max, min, mul, std, var, softmax, powermean": {
         **{f"SAGE, {aggr}": partial(four, "sage", aggr=aggr) for aggr in AGGREGATIONS},
@@ -119,7 +117,7 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     },
     "FiLM and all other convs that run one by one": {"FiLM": partial(four, "film")},
     "five kinds under one router": {
-        "five": partial(conv, ["gcn", "sage", "gin", "gat", "mlp"]),
+        "five": partial(conv, ["gcn", "sage", "gin", "gat", "graph"]),
     },
 }
 """The layers of each row of the table in ``docs/support.md``, in training."""
@@ -478,9 +476,8 @@ NODES, INPUTS, HIDDEN, CLASSES = 900, 16, 5, 7
 GRAPHS = 24
 
 KINDS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "mlp")},
+    **{name: {} for name in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")},
     "gine": {},
-    "filters": {"conv": ["identity", "low_pass", "high_pass", "two_hop"], "num_experts": None},
     **{f"{name}, edge features": {"edge_dim": INPUTS} for name in ("gat", "gatv2", "transformer")},
     "sage, copies": {"start": "copies"},
     "gcn, expert choice": {"router": "expert_choice"},

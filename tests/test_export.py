@@ -92,10 +92,7 @@ GRAPHS: dict[str, Make] = {
         for start in ("copies", "shared")
         for k in (1, 2)
     },
-    **{
-        f"MoEConv, {kind}": partial(conv, kind, k=2)
-        for kind in ("graph", "gatv2", "transformer", "mlp", "low_pass")
-    },
+    **{f"MoEConv, {kind}": partial(conv, kind, k=2) for kind in ("graph", "gatv2", "transformer")},
     "MoEConv, one by one": partial(conv, "cheb", K=2, k=2),
     "MoEConv, sum of neighbors": partial(
         conv, "gcn", router_input=("node", "neighbors", "degree"), k=2

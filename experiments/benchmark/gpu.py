@@ -119,11 +119,9 @@ ROUTERS = (
     "uniform",
     "soft_slots",
 )
-FILTERS = ["identity", "low_pass", "high_pass", "low_pass"]
 
 ROWS: dict[str, Callable[[], Row]] = {
     **{name: partial(conv_row, name, name) for name in CONVS},
-    "filters": partial(conv_row, FILTERS, "gcn"),
     "mixed": partial(conv_row, ["gcn", "sage", "gin", "graph"], "gcn"),
     **{name: partial(mlp_row, name) for name in ROUTERS},
     "capacity": partial(mlp_row, "token_choice", capacity_factor=1.0),

@@ -32,7 +32,7 @@ BATCH = 128
 PIXELS = 32
 CLASSES = 10
 
-KINDS = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "two_hop", "mlp", "le")
+KINDS = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "le")
 """Every kind whose experts are stacked, but GINE, which sums as GIN does; and LEConv, whose experts
 run one by one."""
 

@@ -126,7 +126,7 @@ def _run(conv: Any, x: Tensor, graph: gmoe.Graph) -> Tensor:
 KINDS[BondGCNConv] = Kind(
     stack=BondGCNExperts,
     takes_two_sets=False,
-    hops=lambda _: 1,
+    is_one_hop=True,
     run=_run,
     edge_width=lambda conv, _: conv.out_channels,
 )

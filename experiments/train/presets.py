@@ -104,7 +104,7 @@ CRITICAL_LOOK = GraphConfig(
     epochs=1000,
     seeds=TEN,
 )
-"""The SAGE of Platonov et al. (2023), as their code has it; ``--conv bare_gcn`` is their GCN.
+"""The SAGE of Platonov et al. (2023), as their code has it.
 
 They choose 1 to 5 layers by validation. Its dense model (``--router dense``) is theirs; experts
 are in the feed-forward parts.

@@ -1,4 +1,4 @@
-"""Experts that share one aggregation: GCN, SAGE, GraphConv, GIN, GINE, filters, and MLPs.
+"""Experts that share one aggregation: GCN, SAGE, GraphConv, GIN and GINE.
 
 Shapes: N nodes, T tokens (destinations), M edges, D in, O out width, A columns of the aggregate, I
 columns of the rows that experts transform, H hidden width, E experts, P pairs.
@@ -17,13 +17,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric.nn import MessagePassing
 
 from gmoe._autograd import autocasts
 from gmoe._checks import must_be_called
 from gmoe.conv.base import Conv, StackedExperts, all_of, is_plain
 from gmoe.conv.call import Call
-from gmoe.conv.convs import FilterName
 from gmoe.conv.explain import with_mask
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
@@ -195,90 +193,6 @@ class GraphConvExperts(LinearAggregation):
     weighted_by = "weight"
 
 
-class FilterExperts(StackedExperts):
-    """E FilterConvs, whose filters may differ: x' = F_e(A) x W_e + b_e.
-
-    Every power of the adjacency is applied once, for all experts that use it. An expert's rows are
-    what its filter makes of them, not the aggregate itself: so these experts stand beside
-    :class:`LinearAggregation`, not under it.
-    """
-
-    parts = ("lin", "bias")
-    may_differ = frozenset({"filter", "hops"})
-
-    @staticmethod
-    def accepts(conv: Conv) -> bool:
-        return conv.aggr in ("add", "sum")
-
-    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        super().build(convs, backend)  # of the prototype, only its `hop` runs
-        self.filters = [(conv.filter, conv.hops) for conv in convs]
-        self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
-        self.width: int = convs[0].in_channels
-
-    def check_mixable(self) -> None:
-        if len({*self.filters}) > 1:
-            raise ValueError(
-                f"mix: got 'weights' with filters {self.filters}, expected the same one in all "
-                "experts, or mix='outputs'"
-            )
-        super().check_mixable()
-
-    def keep(self, kept: Sequence[int]) -> None:
-        super().keep(kept)
-        # All powers stay: the router may see them.
-        self.filters = [self.filters[expert] for expert in kept]
-
-    @property
-    def too_far(self) -> list[MessagePassing]:
-        return [self.prototype] if self.hops > 1 else []
-
-    def aggregate(self, call: Call) -> Tensor | None:
-        """(T, hops * D) the powers A x, A^2 x, ... side by side."""
-        powers = [call.x_src]
-        for _ in range(self.hops):
-            powers.append(self.prototype.hop(powers[-1], call.graph))
-        return torch.cat(powers[1:], dim=-1) if self.hops else None
-
-    @property
-    def aggregate_width(self) -> int | None:
-        # Without powers, the router sees the mean over in-edges.
-        return self.hops * self.width if self.hops else None
-
-    def forward(self, call: Call, routing: Routing) -> Tensor:
-        # 1. All tokens after each filter that occurs.
-        distinct = sorted(set(self.filters))
-        filtered = [self._filtered(name, hops, call) for name, hops in distinct]
-        # 2. The rows of each expert's tokens, after its filter.
-        if len(distinct) == 1:
-            rows_PI = dispatch(filtered[0], routing)
-        else:
-            # Filters of a token lie side by side, so that each is a row of its own. Not dispatched
-            # filter by filter: which rows are needed depends on the data.
-            # The experts' filters are written one by one: a list of numbers would be copied to the
-            # device, for which the host waits.
-            number_E = [distinct.index(pair) for pair in self.filters]
-            filter_E = torch.cat([routing.token.new_full((1,), number) for number in number_E])
-            filter_P = filter_E.index_select(0, routing.expert)
-            row_P = routing.token * len(distinct) + filter_P
-            filtered_RI = torch.cat(filtered, dim=1).view(-1, call.x_dst.size(1))
-            rows_PI = filtered_RI.index_select(0, row_P)
-        # 3. Its linear map.
-        y_PO = self.lin(rows_PI, routing.offsets)
-        if self.bias is not None:
-            y_PO = y_PO + self.bias.index_select(0, routing.expert)
-        return combine(y_PO, routing)
-
-    def _filtered(self, name: FilterName, hops: int, call: Call) -> Tensor:
-        """(T, I) the tokens after a filter."""
-        x_TI = call.x_dst
-        if name == "identity":
-            return x_TI
-        assert call.aggregate is not None  # all others need a power
-        low_TI = call.aggregate.split(x_TI.size(1), dim=1)[hops - 1]
-        return low_TI if name == "low_pass" else x_TI - low_TI
-
-
 class GINExperts(AggregateOnce):
     """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)).
 
@@ -320,13 +234,3 @@ class GINEExperts(GINExperts):
 
     def matrix_maker(self, conv: Conv) -> MakeMatrix | None:
         return None  # messages depend on the edges' features
-
-
-class MLPConvExperts(StackedExperts):
-    """E MLPConvs as stacked linear layers."""
-
-    parts = ("up", "down")
-
-    def forward(self, call: Call, routing: Routing) -> Tensor:
-        hidden_PH = self.up(dispatch(call.x_dst, routing), routing.offsets).relu()
-        return combine(self.down(hidden_PH, routing.offsets), routing)

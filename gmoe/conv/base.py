@@ -171,8 +171,6 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
 
     parts: tuple[str, ...]
     """Names of the layers and tensors of a conv that are stacked, all that have parameters."""
-    may_differ: frozenset[str] = frozenset()
-    """Attributes in which the convs of a stack may differ. All others are equal."""
     prototype: Conv
     """A conv without these parts, whose options are those of all experts."""
 

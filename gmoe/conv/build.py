@@ -166,7 +166,7 @@ def _form_of(conv: MessagePassing) -> Form | None:
         if part is not conv and part not in aggregation and not _is_known(part):
             return None
         for key, value in vars(part).items():
-            if is_option(key) and not (part is conv and key in stack.may_differ):
+            if is_option(key):
                 options.append((name, type(part), key, comparable(value)))
         # An aggregation's buffers are part of what it computes. A GIN's buffer, eps, is stacked.
         if part in aggregation:
@@ -199,10 +199,8 @@ EDGES = 60
 
 def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:
     """True if the conv's output at a node depends only on its in-edges, their ends, and degrees."""
-    hops = base_kind_of(type(conv)).hops
-    if hops is not None:
-        return hops(conv) == 1
-    return Trial(conv, in_channels).takes_local_path(local)
+    is_known = base_kind_of(type(conv)).is_one_hop
+    return is_known or Trial(conv, in_channels).takes_local_path(local)
 
 
 class Outcome(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gmoe.candidates import Candidate, verdict_of
-from gmoe.conv.aggregate import FilterExperts, LinearAggregation
+from gmoe.conv.aggregate import LinearAggregation
 from gmoe.conv.base import GAIN_SCALE, MixedExperts, StackedExperts
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.stack import are_equal
@@ -54,9 +54,7 @@ def candidate_of(layer: MoEConv, router: Any) -> Candidate:
 
 def _are_linear(experts: Any) -> bool:
     """True if the experts' outputs are linear in their weights."""
-    if isinstance(experts, LinearAggregation):
-        return not experts.normalize
-    return isinstance(experts, FilterExperts)
+    return isinstance(experts, LinearAggregation) and not experts.normalize
 
 
 def _have_same_values(experts: Any) -> bool:

@@ -20,9 +20,8 @@ from torch_geometric.nn import MessagePassing
 from gmoe._checks import check_choice, check_counts, nearest, refuse_computed
 from gmoe.conv import aggregate, attention
 from gmoe.conv.base import StackedExperts
-from gmoe.conv.convs import BareConv, FilterConv, MLPConv
 from gmoe.conv.graph import Graph
-from gmoe.conv.plain import run_filter, run_gat, run_gcn
+from gmoe.conv.plain import run_gat, run_gcn
 from gmoe.routers import ROUTERS
 
 ConvFactory: TypeAlias = Callable[..., MessagePassing]
@@ -81,8 +80,8 @@ class Kind:
         needs_destinations: destinations must have features. Others take them for zeros.
         adapt: builds a conv of a class that is not built as ``cls(in_channels, out_channels, ...)``
             from these arguments, see :data:`ConvFactory`; called with the class before them.
-        hops: how far the output at a node looks, apart from degrees, given the conv; ``None`` to
-            find it out by a :class:`gmoe.conv.build.Trial`.
+        is_one_hop: the output at a node depends on its in-edges, their ends, and degrees of the
+            whole graph. Of others, which are not local, a :class:`gmoe.conv.build.Trial` tells.
         run: runs a conv without experts on a graph or on a part of one, where it needs norms of the
             whole graph, or has sizes that follow the data; ``None`` for PyG's own forward.
         edge_width: the width of the edge features that a conv takes, or ``None`` if it takes none;
@@ -99,7 +98,7 @@ class Kind:
     takes_two_sets: bool = True
     needs_destinations: bool = True
     adapt: ConvFactory | None = None
-    hops: Callable[[MessagePassing], int] | None = None
+    is_one_hop: bool = False
     run: Callable[[MessagePassing, Tensor, Graph], Tensor] | None = None
     edge_width: Callable[[MessagePassing, int], int | None] = _edge_width
     multiplies: bool = False
@@ -151,46 +150,12 @@ def _check_same_width(cls: ConvFactory, in_channels: Widths, out_channels: int) 
         )
 
 
-def _one_hop(conv: MessagePassing) -> int:
-    """Each layer of a GCN looks one hop far; its norms need the degrees of the whole graph."""
-    return 1
-
-
 def _gine_edge_width(conv: MessagePassing, source_width: int) -> int:
     """GINE adds edge features to those of sources, unless it transforms them."""
     return source_width if conv.lin is None else conv.lin.in_channels
 
 
 KINDS: dict[type[MessagePassing], Kind] = {
-    BareConv: Kind(
-        takes_two_sets=False,
-        hops=_one_hop,
-        run=run_filter,
-        multiplies=True,
-        adds_loops=True,
-        names={"bare_gcn": {}, "bare_sage": {"of": "sage"}},
-    ),
-    FilterConv: Kind(
-        stack=aggregate.FilterExperts,
-        takes_two_sets=False,
-        hops=lambda conv: conv.hops,
-        run=run_filter,
-        multiplies=True,
-        adds_loops=True,
-        names={
-            "filter": {},
-            "identity": {"filter": "identity"},
-            "low_pass": {},
-            "high_pass": {"filter": "high_pass"},
-            "two_hop": {"hops": 2},
-        },
-    ),
-    MLPConv: Kind(
-        stack=aggregate.MLPConvExperts,
-        is_local=True,
-        multiplies=True,  # in that it sends no messages
-        names={"mlp": {}},
-    ),
     pyg.CGConv: Kind(is_local=True, adapt=_of_one_width),
     pyg.ClusterGCNConv: Kind(is_local=True, takes_two_sets=False),
     pyg.FeaStConv: Kind(is_local=True),
@@ -205,7 +170,7 @@ KINDS: dict[type[MessagePassing], Kind] = {
     pyg.GCNConv: Kind(
         stack=aggregate.GCNExperts,
         takes_two_sets=False,
-        hops=_one_hop,
+        is_one_hop=True,
         run=run_gcn,
         multiplies=True,
         adds_loops=True,
@@ -241,7 +206,12 @@ KINDS: dict[type[MessagePassing], Kind] = {
         needs_destinations=False,
         multiplies=True,
     ),
-    pyg.SimpleConv: Kind(is_local=True, adapt=_of_no_width),
+    pyg.SimpleConv: Kind(
+        is_local=True,
+        adapt=_of_no_width,
+        multiplies=True,
+        names={"bare_sage": {"aggr": "mean", "combine_root": "cat"}},
+    ),
     pyg.TransformerConv: Kind(stack=attention.TransformerExperts, is_local=True),
 }
 """What gmoe knows of each class. A new kind is a row here, and a class if its experts are stacked.

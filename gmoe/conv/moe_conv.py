@@ -23,7 +23,6 @@ from torch_geometric.typing import Adj
 
 from gmoe._autograd import autocasts, refuse_transforms
 from gmoe._checks import (
-    check,
     check_choice,
     check_counts,
     described,
@@ -42,14 +41,11 @@ from gmoe.conv.attention_weights import AttentionWeights
 from gmoe.conv.base import GAIN_SCALE, times
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.call import Call
-from gmoe.conv.convs import BareConv
 from gmoe.conv.explain import sends_no_messages
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
     ConvLike,
     Make,
-    class_of,
-    factory_of,
     is_of_library,
     kind_of,
     kinds_of,
@@ -103,7 +99,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
     The outputs and gradients equal those of running E convs on the whole graph and masking. Compute
     scales with the K experts a node uses, not with the total E:
 
-    - GCN, SAGE, GraphConv, GIN, GINE without ``edge_dim`` and filters aggregate once, then run each
+    - GCN, SAGE, GraphConv, GIN, GINE without ``edge_dim`` aggregate once, then run each
       row's experts. A batch norm in GIN's network is each expert's own, over the rows that the
       expert gets: in training a swap differs from the dense conv by that;
     - GAT, GATv2 and TransformerConv send K messages per edge. They transform each (source, expert)
@@ -222,9 +218,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
-        are_bare = any(class_of(factory_of(kind)) is BareConv for kind in kinds)
-        legal = "one with weights, or a GNNMoE with ffn='experts': without weights none differ"
-        check(not are_bare, "conv", repr(conv), legal)
         in_channels, out_channels = given_widths(kinds, in_channels, out_channels, conv_kwargs)
         check_counts(k=k, out_channels=out_channels)
         k = chosen_k(mix, k, len(kinds), router)

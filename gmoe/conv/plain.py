@@ -76,11 +76,6 @@ def _is_compiled() -> bool:
     return torch.compiler.is_compiling()
 
 
-def run_filter(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
-    """(T, O) a conv of gmoe without experts: it reads the norms from the graph itself."""
-    return conv(x, graph)[: graph.num_dst]
-
-
 def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a GCN without experts.
 

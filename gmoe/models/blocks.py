@@ -99,6 +99,9 @@ def build_block(
     """
     of_conv = moe_kwargs if ffn == "dense" else None
     built = build_conv(conv, width, width, True, of_conv, conv_kwargs, is_free=True)
+    has_weights = any(True for _ in built.experts.parameters()) if of_conv is not None else True
+    legal = "one with weights, or ffn='experts': without weights no experts differ"
+    check(has_weights, "conv", repr(conv), legal)
     of_ffn = moe_kwargs if ffn == "experts" else None
     columns = columns_of(built, width, kinds_of(conv, None)[0]) or width
     return built, _feed_forward(columns, width, dropout, act, of_ffn)

@@ -85,7 +85,6 @@ class Spec(NamedTuple):
     """Models may have it."""
 
 
-WITH_LOOPS = Spec("edge_weight", options={"add_self_loops": FLAGS})
 KINDS: dict[str, Spec] = {
     "gcn": Spec(
         "edge_weight",
@@ -102,12 +101,6 @@ KINDS: dict[str, Spec] = {
     "gat": Spec("edge_attr", "any", GAT),
     "gatv2": Spec("edge_attr", "any", {**GAT, "share_weights": FLAGS}),
     "transformer": Spec("edge_attr", "any", {**HEADS, "beta": FLAGS, "root_weight": FLAGS}),
-    **dict.fromkeys(("low_pass", "high_pass", "two_hop"), WITH_LOOPS),
-    "filter": Spec(
-        "edge_weight", options={"hops": (1, 3), "filter": ("low_pass", "high_pass"), "bias": FLAGS}
-    ),
-    "identity": Spec(),
-    "mlp": Spec("", "any", {"hidden_channels": (3,)}),
     "le": Spec("edge_weight", "one"),
     "film": Spec(),
     "resgatedgraph": Spec("edge_attr", "any", {"root_weight": FLAGS}),
@@ -267,8 +260,6 @@ def fits(name: str, c: Config) -> bool:
         return False
     if name in ("gine", "cg") and not has_features:
         return False
-    if c.way == "disk" and name in ("two_hop", "filter"):
-        return False
     return c.way == "layer" or spec.in_models
 
 
@@ -283,7 +274,7 @@ def draw_kinds(random: Random, c: Config) -> None:
     pool = [name for name in (OFTEN if flip(random, 0.7) else KINDS) if fits(name, c)]
     names = random.choices(pool or ["gat"], k=random.choice((1, 1, 2, 3)))
     several = len(names) > 1
-    c.partials = several or names == ["mlp"] or flip(random)
+    c.partials = several or flip(random)
     alike = several or (c.way != "layer" and c.partials)
     c.kinds = tuple(draw_kind(random, name, c, alike) for name in names)
     # Different convs are no copies of one.

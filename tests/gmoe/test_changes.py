@@ -84,8 +84,6 @@ CONVS: dict[str, Callable[[], Any]] = {
     "GAT": partial(pyg.GATConv, 8, 4, heads=2),
     "GATv2": partial(pyg.GATv2Conv, 8, 4, heads=2),
     "Transformer": partial(pyg.TransformerConv, 8, 4, heads=2),
-    "Filter": partial(gmoe.FilterConv, 8, 8, "high_pass"),
-    "MLPConv": partial(gmoe.MLPConv, 8, 8),
     "CG": partial(pyg.CGConv, 8),
     "ClusterGCN": partial(pyg.ClusterGCNConv, 8, 8),
     "FeaSt": partial(pyg.FeaStConv, 8, 8, heads=2),

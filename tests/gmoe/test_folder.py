@@ -31,7 +31,7 @@ SIZE = gmoe.ViTSize(
     image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24
 )
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "kinds": (GNN, {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2}),
+    "kinds": (GNN, {"conv": ("gcn", SAGEConv, "graph"), "k": 2}),
     "router class": (
         GNN,
         {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}},

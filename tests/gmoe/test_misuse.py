@@ -63,14 +63,12 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "AttentionVote": lambda _: ((WIDTH,), experts()),
     "AuxLoss": lambda _: ((torch.ones(()), 0.1), {}),
     "ExpertChoice": lambda _: ((WIDTH,), experts()),
-    "FilterConv": lambda _: ((WIDTH, WIDTH), {"hops": 2}),
     "GNNMoE": lambda _: ((WIDTH, 8, 3), {"num_layers": 2, **experts()}),
     "Graph": lambda _: ((EDGES, 6), {"flow": "source_to_target"}),
     "HeteroGNNMoE": lambda _: ((WIDTH, 8, 3, METADATA), {"num_layers": 2, **experts()}),
     "HeteroMoEConv": lambda _: ((WIDTH, 8, METADATA), experts()),
     "LightningHealth": lambda _: ((), {}),
     "LinearExperts": lambda _: ((WIDTH, 8), experts()),
-    "MLPConv": lambda _: ((WIDTH, 8), {"hidden_channels": 8}),
     "MLPExperts": lambda _: ((WIDTH, 8, WIDTH), experts()),
     "MoE": lambda _: (
         (gmoe.TokenChoice(WIDTH, **experts()), gmoe.MLPExperts(WIDTH, 8, WIDTH, **experts())),
@@ -184,10 +182,8 @@ TAKEN = {
     ("HeteroGNNMoE", "the first two swapped"),
     ("HeteroMoEConv", "the first two swapped"),
     ("LinearExperts", "the first two swapped"),
-    ("MLPConv", "the first two swapped"),
     ("MLPExperts", "the first two swapped"),
     ("MoE", "None for router"),  # whose calls are told their routing
-    ("FilterConv", "the first two swapped"),
     ("RelationalConv", "the first two swapped"),
     ("count_flops", "the class of model"),  # a class can be called
     ("match_width", "the class of cost"),

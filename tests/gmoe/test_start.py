@@ -19,10 +19,8 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
 import gmoe
 from gmoe import (
-    FilterConv,
     GNNMoE,
     HeteroMoEConv,
-    MLPConv,
     MoEConv,
     OracleRouter,
     RelationalConv,
@@ -53,16 +51,16 @@ def averaged(conv: Callable[..., Any]) -> Callable[..., Any]:
     return partial(conv, heads=2, concat=False)
 
 
-CONVS: list[Any] = [GCNConv, gin, pyg.GraphConv, MLPConv, partial(pyg.TAGConv, K=2)]
+CONVS: list[Any] = [GCNConv, gin, pyg.GraphConv, partial(pyg.TAGConv, K=2)]
 CONVS += map(averaged, (GATConv, pyg.GATv2Conv, pyg.TransformerConv))
 CONVS += [
     partial(SAGEConv, project=True),
     partial(SAGEConv, aggr=["mean", "max"]),
-    [SAGEConv, GCNConv, MLPConv],
+    [SAGEConv, GCNConv, pyg.GraphConv],
 ]
 CONVS += [
     [GCNConv, averaged(GATConv), pyg.FiLMConv],
-    [FilterConv, partial(FilterConv, filter="high_pass")],
+    [partial(pyg.SGConv, K=1), partial(pyg.SGConv, K=2)],
 ]
 
 

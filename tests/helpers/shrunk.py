@@ -23,10 +23,8 @@ CONVS: dict[str, Any] = {
     "gat": lambda i, o: GATConv(i, o, heads=2, concat=False),
     "gatv2": "gatv2",
     "transformer": "transformer",
-    "mlp": "mlp",
     "one by one": "film",
-    "filters": ["identity", "low_pass", "two_hop", "high_pass"] * 2,
-    "several kinds": ["gcn", "sage", "gat", "mlp", "gcn", "film", "gin", "low_pass"],
+    "several kinds": ["gcn", "sage", "gat", "graph", "gcn", "film", "gin", "graph"],
 }
 BY_TOKEN: dict[str, dict[str, Any]] = {
     "token_choice": {},

@@ -142,7 +142,6 @@ def of_start(words: str, start: str) -> dict[str, Step]:
 
 ROUTERS = ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform")
 BY_CHOICE = {"router": "expert_choice", "start": "shared"}
-FILTERS = ["identity", "low_pass", "high_pass", "low_pass"]
 
 STEPS: dict[str, Step] = {
     **of_start("", "shared"),
@@ -153,7 +152,6 @@ STEPS: dict[str, Step] = {
     "GNNMoE, trimmed": Step(Trimmed, sampled_edges),
     "gin with batch norms": Step(gin_with_norms, edges),
     "layers by type": Step(by_type, types),
-    "filters": Step(conv(FILTERS), edges),
     "mixed kinds": Step(conv(["gcn", "sage", "gin", "graph"]), edges, waits=1),
     **{f"MoE, {name}": Step(partial(mixture, name), images) for name in ROUTERS},
     "MoE, importance and load": Step(

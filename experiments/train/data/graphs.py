@@ -256,8 +256,7 @@ def adjacency(config: GraphConfig, data: Data) -> Tensor:
     weights that some of the convs do not take, with self-loops that a conv would double, or
     with parallel edges (one place in a matrix).
     """
-    # The identity is a filter, but reads no edges.
-    adds_loops = any(_known(conv).adds_loops and conv != "identity" for conv in config.conv)
+    adds_loops = any(_known(conv).adds_loops for conv in config.conv)
     if (
         config.model is None
         and config.adjacency == "auto"

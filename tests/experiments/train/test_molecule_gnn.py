@@ -135,7 +135,7 @@ def options_of(conv: str, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:GINEConv runs on the whole graph")
 @pytest.mark.parametrize("router_input", ["node", "graph"])
-@pytest.mark.parametrize("conv", ["gcn", "gin", "gine", "gat", "transformer", "sage", "two_hop"])
+@pytest.mark.parametrize("conv", ["gcn", "gin", "gine", "gat", "transformer", "sage"])
 def test_molecules_do_not_meet(conv: str, router_input: Any) -> None:
     torch.manual_seed(2)
     options = options_of(conv, start="plain", shared_router=conv in ("gcn", "gat"))

@@ -72,7 +72,7 @@ def test_less_is_better_of_errors_and_more_of_scores() -> None:
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
-                "--conv gine two_hop --k 2 --balance importance_load --pool sum",
+                "--conv gine sage --k 2 --balance importance_load --pool sum",
                 "--conv gine --router multi_centroid --kmeans-init --residual identity",
                 "--conv gat --router random --start plain --shared-router False",
             )
@@ -138,9 +138,10 @@ def test_dense_models_are_matched_and_shown(
     assert saved["digest"] is not None
 
 
+@pytest.mark.filterwarnings("ignore:TAGConv runs on the whole graph")
 def test_gmoe_is_rebuilt_from_parts(data: Path) -> None:
-    """Experts of one hop, which see the bonds, and of two; noisy top-4 in each layer."""
-    options = "--conv gcn two_hop --k 4 --start plain --shared-router False --noise True"
+    """Experts of one hop, which see the bonds, and of three; noisy top-4 in each layer."""
+    options = "--conv gcn tag --k 4 --start plain --shared-router False --noise True"
     options += f" --balance importance_load --data-root {data}"
     config: Any = parse(["ogbg-molesol", *SMALL, *options.split()])
     task = load_tasks(config)(0)
@@ -150,7 +151,7 @@ def test_gmoe_is_rebuilt_from_parts(data: Path) -> None:
     assert (first.router.balance, first.router.k) == ("importance_load", 4)
     assert model.shared_router is None
     kinds = [type(first.expert(expert)).__name__ for expert in range(2)]
-    assert kinds == ["BondGCNConv", "FilterConv"]
+    assert kinds == ["BondGCNConv", "TAGConv"]
     of_default = replace(config, conv=("gcn",), k=1, start=None, hidden=16, experts=8)
     of_default = replace(of_default, shared_router=None, options=RouterOptions())
     by_molecule = replace(of_default, router_input=("graph",))
@@ -193,6 +194,6 @@ def test_what_does_not_fit_is_refused(data: Path, capsys: pytest.CaptureFixture[
         (["--router-input", "graph", "node"], "expected 'graph' by itself"),
         (["--router", "oracle"], "router: got 'oracle' for ogbg-molhiv"),
         (["--data", "x:y"], "data: got 'x:y', expected none for ogbg-molhiv"),
-        (["--conv", "gcn", "gine", "mlp"], "experts: got 4, expected a multiple of the 3 kinds"),
+        (["--conv", "gcn", "gine", "sage"], "experts: got 4, expected a multiple of the 3 kinds"),
     ):
         assert problem in refused([*root, *args], capsys)

@@ -38,7 +38,6 @@ RUNS: dict[str, str] = {
     "graph": "digits-graph --router token_choice --dropout 0.2 --noise True",
     "choice": "digits-graph --router expert_choice --schedule cosine --conv gcn mlp "
     "--router-input node degree --start plain --jk last --clip-norm 1",
-    "filters": "digits-graph --conv low_pass identity two_hop --experts 3 --no-undirected",
     "votes": "digits-graph --precision bf16-mixed --router attention_vote --scope neighbors",
     "neighbors": f"digits-graph {SAMPLED} --batch-size 300 --dropout 0.2 "
     "--balance importance_load --router token_choice",

@@ -97,13 +97,6 @@ def test_what_is_stripped_is_a_copy() -> None:
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize(("conv", "num_far"), [("identity", 0), ("low_pass", 0), ("two_hop", 1)])
-def test_a_filter_of_several_hops_looks_too_far_for_one_layer_at_a_time(
-    conv: str, num_far: int
-) -> None:
-    assert len(MoEConv(conv, WIDTH, OUT, num_experts=2).experts.too_far) == num_far
-
-
 @pytest.mark.parametrize("conv", ["sage", "gin", "graph"])
 def test_an_aggregation_of_pygs_runs_on_the_meta_device_and_under_autocast(conv: str) -> None:
     with torch.device("meta"):

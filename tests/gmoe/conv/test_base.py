@@ -54,10 +54,10 @@ def test_a_reset_draws_each_expert_as_its_conv_does() -> None:
 
 
 def test_experts_of_several_kinds_are_given_by_their_place_in_the_list() -> None:
-    mixed = experts(["gcn", "mlp", "gcn", "tag"], local=None)
+    mixed = experts(["gcn", "sage", "gcn", "tag"], local=None)
     assert isinstance(mixed, MixedExperts)
     classes = [type(mixed.expert(index)).__name__ for index in range(4)]
-    assert classes == ["GCNConv", "MLPConv", "GCNConv", "TAGConv"]
+    assert classes == ["GCNConv", "SAGEConv", "GCNConv", "TAGConv"]
     assert not torch.equal(mixed.expert(0).lin.weight, mixed.expert(2).lin.weight)
     with pytest.raises(ValueError, match=r"^index: got 4, expected"):
         mixed.expert(4)

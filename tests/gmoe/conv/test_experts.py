@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GINConv, GINEConv, SAGEConv, SoftmaxAggregation
 
-from gmoe import FilterConv, Graph, MoEConv
-from gmoe.conv.aggregate import AggregateOnce, FilterExperts, MLPConvExperts
+from gmoe import Graph, MoEConv
+from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.call import Call
 from gmoe.conv.separate import SeparateExperts
@@ -53,7 +53,6 @@ FULL: list[Case] = [
 ]
 LISTS: list[Case] = [
     (["graph", partial(GATConv, edge_dim=EDGE_DIM, fill_value=2.0), "le"], {}),
-    (["low_pass", "identity", partial(FilterConv, filter="high_pass", hops=3)], {}),
     (["tag", "gcn", "film"], {}),
 ]
 ALL = [*AGGREGATE_ONCE, *ATTENTION, *LOCAL, *FULL, *LISTS]
@@ -128,10 +127,6 @@ def test_no_kind_is_run_in_a_slower_way_than_it_could_be() -> None:
         AttentionExperts: ATTENTION,
         SeparateExperts: [*LOCAL, *FULL],
     }
-    ways |= {
-        MLPConvExperts: [("mlp", {})],
-        FilterExperts: [(["low_pass", "high_pass", "identity"], {})],
-    }
     for way, cases in ways.items():
         assert all(isinstance(build(*case).experts, way) for case in cases)
     assert [build(*case).experts.is_local for case in (*LOCAL, *FULL)] == [[True] * 3] * len(
@@ -139,9 +134,7 @@ def test_no_kind_is_run_in_a_slower_way_than_it_could_be() -> None:
     ) + [[False] * 3] * 3
 
 
-@pytest.mark.parametrize(
-    ("conv", "kwargs"), [*ALL, ("identity", {}), ("two_hop", {}), ("mlp", {})], ids=ids
-)
+@pytest.mark.parametrize(("conv", "kwargs"), ALL, ids=ids)
 def test_the_aggregate_is_as_wide_as_the_experts_say(conv: Any, kwargs: dict[str, Any]) -> None:
     """The router is built for that width before there is an aggregate."""
     layer = build(conv, kwargs)
@@ -267,10 +260,10 @@ def test_kinds_are_grouped_wherever_they_stand_in_the_list() -> None:
     soft, softer = (partial(SAGEConv, aggr=SoftmaxAggregation(t=t)) for t in (0.1, 10.0))
     assert repr(soft.keywords) == repr(softer.keywords)
     layer = build(
-        ["gcn", "mlp", "GCNConv", soft, "low_pass", softer, soft], {}, router="token_choice", k=3
+        ["gcn", "graph", "GCNConv", soft, "le", softer, soft], {}, router="token_choice", k=3
     )
     found: list[Any] = [layer.expert(e) for e in range(7)]
     names = [type(expert).__name__.removesuffix("Conv") for expert in found]
-    assert names == ["GCN", "MLP", "GCN", "SAGE", "Filter", "SAGE", "SAGE"]
+    assert names == ["GCN", "Graph", "GCN", "SAGE", "LE", "SAGE", "SAGE"]
     assert [found[e].aggr_module.t for e in (3, 5, 6)] == [0.1, 10.0, 0.1]
     assert_equals_masked(layer, features(9, WIDTH), random_graph(9, 9, 30))

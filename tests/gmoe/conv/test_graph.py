@@ -83,7 +83,7 @@ def test_a_forward_sorts_edges_once_a_graph_never_again(
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("kind", ["gcn", "sage", "graph", "gin", "filter"])
+@pytest.mark.parametrize("kind", ["gcn", "sage", "graph", "gin"])
 def test_sums_of_the_features_of_the_graph_are_computed_once(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from tests.helpers.masked import redrawn, weighted
 
 GROUP = torch.tensor([7, 2, 7, 2, 2, 9, 7, 9, 2, 7, 9, 4, 4, 7])
 """The graph of each node: unsorted, with gaps, of different sizes."""
-KINDS: list[Any] = ["gcn", "sage", "gin", "gat", "res_gated_graph", "mlp", ["gcn", "gat", "mlp"]]
+KINDS: list[Any] = ["gcn", "sage", "gin", "gat", "res_gated_graph", ["gcn", "gat", "le"]]
 
 
 def nodes_and_edges() -> tuple[Tensor, Tensor]:

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import nn as pyg
 
-from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
+from gmoe import GNNMoE, MoEConv
 from gmoe.conv.build import Trial
-from gmoe.conv.convs import BareConv
 from gmoe.conv.kinds import (
     KINDS,
     UNKNOWN,
     Kind,
     base_kind_of,
-    by_name,
     factory_of,
     kind_of,
     kinds_of,
@@ -61,7 +59,7 @@ def test_a_class_takes_two_sets_of_nodes_if_it_is_said_to(cls: Any) -> None:
     assert takes_two_sets == kind_of(cls).takes_two_sets
 
 
-STACKED = [cls for cls, kind in KINDS.items() if kind.stack and cls not in (FilterConv, MLPConv)]
+STACKED = [cls for cls, kind in KINDS.items() if kind.stack]
 
 
 @pytest.mark.parametrize("cls", [cls for cls in STACKED if kind_of(cls).takes_two_sets])
@@ -75,10 +73,10 @@ def test_a_class_that_needs_no_destinations_takes_them_for_zeros(cls: Any) -> No
         torch.testing.assert_close(call(conv, (x_src, None)), zeros)
 
 
-@pytest.mark.parametrize("conv", ["gcn", "two_hop", ["sage", "gcn"], "cluster_gcn"])
+@pytest.mark.parametrize("conv", ["gcn", ["sage", "gcn"], "cluster_gcn"])
 @pytest.mark.parametrize("local", [None, False])
 def test_two_sets_of_nodes_are_refused_by_the_name_of_the_conv(conv: Any, local: Any) -> None:
-    name = {"two_hop": "FilterConv", "cluster_gcn": "ClusterGCNConv"}.get(str(conv), "GCNConv")
+    name = "ClusterGCNConv" if conv == "cluster_gcn" else "GCNConv"
     layer = MoEConv(conv, WIDTH, WIDTH, num_experts=2, local=local)
     with pytest.raises(ValueError, match=f"^x: got a tuple .*: {name} takes no bipartite input"):
         layer((torch.ones(9, WIDTH), torch.ones(5, WIDTH)), random_graph(9, 5, 20))
@@ -88,7 +86,7 @@ def test_two_sets_of_nodes_are_refused_by_the_name_of_the_conv(conv: Any, local:
 
 @pytest.mark.parametrize("name", [name for kind in KINDS.values() for name in kind.names])
 def test_a_name_of_a_row_stands_for_its_options(name: str) -> None:
-    conv: Any = by_name()[name](WIDTH, WIDTH)
+    conv: Any = factory_of(name)(WIDTH, WIDTH)
     for option, value in kind_of(type(conv)).names[name].items():
         assert getattr(conv, option) == value
 
@@ -156,10 +154,10 @@ def test_a_factory_that_takes_any_option_gets_the_one_that_is_given() -> None:
 
 
 def test_a_subclass_is_unknown_but_has_a_base_that_is_known() -> None:
-    cls = type("Mine", (FilterConv,), {})
+    cls = type("Mine", (pyg.GCNConv,), {})
     assert kind_of(cls) == kind_of(nn.Linear)
     assert kind_of(cls).stack is None
-    assert base_kind_of(cls) is KINDS[FilterConv]
+    assert base_kind_of(cls) is KINDS[pyg.GCNConv]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,7 @@ def test_a_subclass_is_unknown_but_has_a_base_that_is_known() -> None:
             ("GCNConv", pyg.GCNConv),
             ("gat_v2", pyg.GATv2Conv),
             ("SAGE", pyg.SAGEConv),
-            ("lowpass_", FilterConv),
+            ("gcn_", pyg.GCNConv),
         ),
         *(
             ("res_gated_graph_conv", pyg.ResGatedGraphConv),
@@ -306,19 +304,15 @@ def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None
     assert layer((torch.randn(9, 4), torch.randn(7, 6)), random_graph(9, 7, 30)).shape == (7, 5)
 
 
-def test_gcn_and_filters_add_loops_and_no_other_kind_does() -> None:
-    assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {
-        pyg.GCNConv,
-        FilterConv,
-        BareConv,
-    }
+def test_gcn_adds_loops_and_no_other_kind_does() -> None:
+    assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {pyg.GCNConv}
     assert kind_of(pyg.SGConv) is UNKNOWN
 
 
 @pytest.mark.parametrize("cls", KINDS)
-def test_a_class_is_said_to_be_local_or_how_many_hops_it_looks(cls: Any) -> None:
+def test_a_class_is_said_to_be_local_or_to_need_degrees_beside_one_hop(cls: Any) -> None:
     kind = kind_of(cls)
-    assert kind.is_local == (kind.hops is None)
+    assert kind.is_local != kind.is_one_hop
 
 
 def test_nothing_is_said_of_other_classes() -> None:

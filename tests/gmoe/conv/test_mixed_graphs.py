@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import MLP, GCNConv, GINConv
 
 import gmoe
-from gmoe import FilterConv, GNNMoE, MoEConv, count_flops
+from gmoe import GNNMoE, MoEConv, count_flops
 from gmoe.conv.base import GAIN_SCALE
 from gmoe.stack import stacks_in
 from tests.helpers.masked import redrawn
@@ -19,7 +19,7 @@ from tests.helpers.masked import redrawn
 E, D, OUT = 3, 5, 4
 GROUP = torch.tensor([7, 2, 7, 2, 2, 9, 7, 9, 2, 7, 9, 4, 4, 7, 2])
 """The graph of each node: unsorted, with gaps, of different sizes; the last node is isolated."""
-KINDS = ["gcn", "sage", "graph", "gin", "mlp", "gat", "gatv2", "transformer"]
+KINDS = ["gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer"]
 LINEAR = ["gcn", "sage", "graph"]
 
 
@@ -252,17 +252,6 @@ def test_a_call_costs_one_conv_and_the_mixing() -> None:
 def test_what_cannot_be_mixed_is_refused(conv: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(conv, **options)
-
-
-def test_filters_are_mixed_if_they_are_the_same() -> None:
-    def kinds(*filters: str) -> list[Any]:
-        return [lambda i, o, name=name: FilterConv(i, o, filter=name) for name in filters]
-
-    x, edge_index = nodes_and_edges()
-    same = layer(kinds("low_pass", "low_pass", "low_pass"))
-    assert_same(same, x, same(x, edge_index), defined(same, x, edge_index, torch.zeros(len(x))))
-    with pytest.raises(ValueError, match=r"mix: got 'weights' with filters .*'high_pass'"):
-        layer(kinds("low_pass", "high_pass", "low_pass"))
 
 
 def test_a_decision_for_each_node_is_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch_geometric import nn as pyg
 
-from gmoe import FilterConv, Graph
+from gmoe import Graph
 from gmoe.conv.kinds import base_kind_of
 from gmoe.conv.plain import run, run_gat, run_gcn, run_on
 from tests.helpers.masked import default_float64, random_graph
@@ -39,7 +39,6 @@ def test_a_local_conv_gives_on_the_in_edges_of_some_nodes_what_it_gives_on_the_g
         pyg.GCNConv(WIDTH, 3, improved=True),
         pyg.GCNConv(WIDTH, 3, add_self_loops=False),
         pyg.GCNConv(WIDTH, 3, normalize=False),
-        FilterConv(WIDTH, 3, filter="high_pass"),
     ],
 )
 def test_a_conv_with_norms_gives_on_a_part_what_it_gives_on_the_whole_graph(conv: Any) -> None:

@@ -263,7 +263,7 @@ def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
     ("kwargs", "message"),
     [
         ({"num_layers": 1}, "num_layers: got 1, expected at least 2, or a jk"),
-        ({"conv": "bare_sage"}, "conv: got 'bare_sage', expected one with weights"),
+        ({"conv": "bare_sage"}, "out_channels: got 6 for SimpleConv, expected in_channels=4"),
         ({"mix": "weights", "router_input": "node"}, "router_input: got 'node' with mix='weights'"),
         (
             {"router": "expert_choice", "router_input": "graph"},

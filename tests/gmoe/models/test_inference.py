@@ -93,8 +93,8 @@ def test_of_a_users_own_conv_and_router_and_what_looks_further() -> None:
     for conv, router in (
         (GatedSum, "random"),
         ("tag", "random"),
-        ("two_hop", None),
-        ("two_hop", "random"),
+        ("sg", None),
+        ("sg", "random"),
     ):
         with pytest.raises(RuntimeError, match=r"inference: .* looks further than one hop"):
             GNNMoE(4, 8, OUT, conv=conv, router=router).inference(DATA)
