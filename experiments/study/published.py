@@ -111,27 +111,19 @@ CRITICAL_LOOK = Study(
     },
     rows={
         name: row
-        for conv in ("sage", "gcn")
         for depth in DEPTHS
         for name, row in expert_rows(
-            f"{conv}-{depth}",
-            f"{conv.upper()}, {depth} {'block' if depth == 1 else 'blocks'}",
-            conv=(f"bare_{conv}",),
+            f"sage-{depth}",
+            f"SAGE, {depth} {'block' if depth == 1 else 'blocks'}",
             layers=depth,
         ).items()
     },
     controls=("sage-1",),
-    chosen={
-        f"{conv.upper()}, depth": tuple(f"{conv}-{depth}" for depth in DEPTHS)
-        for conv in ("sage", "gcn")
-    },
+    chosen={"SAGE, depth": tuple(f"sage-{depth}" for depth in DEPTHS)},
     published={
-        "minesweeper/GCN, depth": "89.75 ± 0.52",
         "minesweeper/sage-5": "93.51 ± 0.57",
         "minesweeper/SAGE, depth": "93.51 ± 0.57",
-        "tolokers/GCN, depth": "83.64 ± 0.67",
         "tolokers/SAGE, depth": "82.43 ± 0.44",
-        "chameleon/GCN, depth": "40.89 ± 4.12",
         "chameleon/SAGE, depth": "37.77 ± 4.14",
     },
 )
