@@ -188,7 +188,7 @@ def test_no_upward_import() -> None:
         ("gmoe", "if TYPE_CHECKING:\n    from gmoe.conv.moe_conv import MoEConv", False),
         ("vision.vit", "import gmoe\ngmoe.MoEConv", True),
         ("experiments.sweep", "from tests import contract", True),
-        ("experiments.sweep", "from tools.trust import fuzz", True),
+        ("experiments.sweep", "from tools import waits", True),
         ("experiments.sweep", "from experiments.study.sweep import main", False),
         ("experiments.study.advise", "from experiments.show.report_page import Page", False),
         ("experiments.show.tables", "def f():\n    from experiments.study import routers", True),

@@ -1,7 +1,7 @@
 """A training step on a GPU does not wait for it: no value of a tensor is asked for.
 
 The meta device has no values, so a step that asks for one fails there. What an operator of gmoe
-does inside is not run on that device; ``python -m tools.trust waits`` counts that, too.
+does inside is not run on that device; ``python -m tools.waits`` counts that, too.
 """
 
 from __future__ import annotations

@@ -8,11 +8,12 @@ compare it with the CPU's own branches.
 What waits inside an operator of torch is known by name only. Tensors that stay on the host on
 purpose (the sizes of groups, if experts choose in a ragged batch) look like the others, so such
 layers are left out. Nothing here replaces a run on a GPU (``python -m experiments.benchmark gpu``).
+
+    python -m tools.waits
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tools.trust.page import ROOT
+ROOT = Path(__file__).parents[1]
 
 Results = dict[str, list[Tensor]]
 """By layer: its output in training, and the gradients of its input and parameters; in float64."""
@@ -110,7 +111,7 @@ def on_cuda_branches() -> Found:
         folder = Path(name)
         copy_with_cuda_branches(folder)
         # From that folder the copy is imported, all else from here.
-        command = [sys.executable, "-c", "from tools.trust.waits import count; count()"]
+        command = [sys.executable, "-c", "from tools.waits import count; count()"]
         paths = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
         ran = subprocess.run(
             command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False
@@ -288,15 +289,13 @@ def different(found: Results, expected: Results) -> dict[str, str]:
     return wrong
 
 
-def main(arguments: Sequence[str]) -> int:
+def main() -> int:
     """Print where each step waits; 1 if one waits more or less often than its table says.
 
     Also 1 if the branches of CUDA compute something else, or call what has no CUDA kernel.
     """
     from tests.helpers.steps import STEPS
 
-    parser = argparse.ArgumentParser(prog="python -m tools.trust waits", description=__doc__)
-    parser.parse_args(arguments)
     found = on_cuda_branches()
     wrong = different(found.results, results())
     for name, places in found.waits.items():
@@ -312,3 +311,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"wrong: {name}: {why}")
     print(f"{len(found.waits)} steps; wrong: {len(wrong)}")
     return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
