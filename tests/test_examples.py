@@ -8,8 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import gmoe
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 BROUGHT = {
@@ -54,3 +58,35 @@ def test_example_imports_what_its_install_line_brings(path: Path) -> None:
     tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"gmoe"}
     assert install
     assert not [name for name in tops if not re.search(BROUGHT[name], install[0])]
+
+
+def definitions(path: Path) -> dict[str, Any]:
+    """The imports, functions and classes of an example, which is not run."""
+    tree = ast.parse(path.read_text())
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    tree.body = [node for node in tree.body if isinstance(node, kinds)]
+    names: dict[str, Any] = {}
+    exec(compile(tree, str(path), "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_example_of_a_router_computes_the_losses_of_shazeer(k: int) -> None:
+    own = definitions(EXAMPLES[0].parent / "own_router.py")["NoisyTopK"]
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"num_experts": 5, "k": k}
+    router = own(7, loss_coef=0.5, **options).double()
+    other = gmoe.TokenChoice(
+        7, balance="importance_load", balance_coef=0.5, weight="normalized", **options
+    ).double()
+    torch.nn.init.normal_(router.noise.weight)
+    other.load_state_dict(router.state_dict())
+    x = torch.randn(40, 7, dtype=torch.float64)
+    gradients = []
+    for one in (router, other):
+        torch.manual_seed(1)
+        routing = one(x)
+        (routing.aux_loss + routing.to_dense().square().sum()).backward()
+        gradients.append((routing.to_dense(), one.gate.weight.grad, one.noise.weight.grad))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
