@@ -2,10 +2,10 @@
 Your own router
 ===============
 
-A router is a module with two methods, ``route`` and ``reset_parameters``. This one is the noisy top-K
-gating of `Shazeer et al. (2017) <https://arxiv.org/abs/1701.06538>`_: noise of a learned width lets
-experts take turns, and two losses, CV² of the importance and of the expected load, keep them evenly
-used. Every layer of gmoe takes its class where it takes the name of a built-in router.
+A router is a module with two methods, ``route`` and ``reset_parameters``. This one is the noisy
+top-K gating of `Shazeer et al. (2017) <https://arxiv.org/abs/1701.06538>`_: noise of a learned
+width lets experts take turns, and two losses, CV² of the importance and of the expected load, keep
+them evenly used. Every layer of gmoe takes its class where it takes the name of a built-in router.
 
 .. code-block:: none
 

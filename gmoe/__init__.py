@@ -22,15 +22,7 @@ from gmoe.convert import moefy
 from gmoe.dense import densify
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
-from gmoe.losses import (
-    attach_aux_loss,
-    cv_squared,
-    importance_loss,
-    load_loss,
-    separation_loss,
-    switch_loss,
-    z_loss,
-)
+from gmoe.losses import attach_aux_loss
 from gmoe.merging import merge
 from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.products import combine, dispatch, grouped_linear
@@ -109,16 +101,13 @@ __all__ = [
     "build_router",
     "combine",
     "count_flops",
-    "cv_squared",
     "densify",
     "dispatch",
     "expert_health",
     "fold",
     "grouped_linear",
-    "importance_loss",
     "link_neighbor_loader",
     "load",
-    "load_loss",
     "match_width",
     "merge",
     "moefy",
@@ -128,10 +117,7 @@ __all__ = [
     "record_routing",
     "restack",
     "save",
-    "separation_loss",
-    "switch_loss",
     "unstack",
-    "z_loss",
 ]
 
 _LAZY = {

@@ -23,67 +23,19 @@ from gmoe._torch import in_backward
 from gmoe.routing import AuxLoss, Routing
 
 
-def cv_squared(value_E: Tensor) -> Tensor:
-    """Squared coefficient of variation, ``var(v) / mean(v)^2``, with the population variance."""
-    square_mean = value_E.mean().square().clamp(min=torch.finfo(value_E.dtype).tiny)
-    return value_E.var(unbiased=False) / square_mean
-
-
-def importance_loss(probs_TE: Tensor) -> Tensor:
-    """``CV^2`` of the importance of the experts, ``sum_t p_te`` (V-MoE, 2021).
-
-    The sum is over all probabilities, before selection.
-    """
-    return cv_squared(probs_TE.sum(dim=0))
-
-
-def load_loss(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) -> Tensor:
-    """``CV^2`` of the expected load under noisy top-K gating (Shazeer et al., 2017, appendix A).
-
-    The load of expert ``e`` is ``sum_t Phi((clean_te - threshold_te) / std_te)``, where the
-    threshold is the K-th best of the noisy logits of the *other* experts. If K = E every load is T,
-    and the loss is 0.
-    """
-    return cv_squared(expected_load(clean_TE, noisy_TE, noise_std_TE, k))
-
-
-def expected_load(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) -> Tensor:
-    """(E,) the expected load of :func:`load_loss`."""
-    if k >= clean_TE.size(1):
-        return (clean_TE * 0.0 + 1.0).sum(dim=0)  # T each, with a gradient of zero
-    # The K-th best of the other experts: one of the K best has the next one to beat.
-    best_TK = noisy_TE.topk(k + 1, dim=-1).values
-    kth_T1 = best_TK[:, k - 1 : k]
-    next_T1 = best_TK[:, k:]
-    threshold_TE = torch.where(noisy_TE >= kth_T1, next_T1, kth_T1)
-    chance_TE = torch.special.ndtr((clean_TE - threshold_TE) / noise_std_TE)
-    return chance_TE.sum(dim=0)
-
-
-def switch_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:
+def switch_loss(importance_E: Tensor, load_E: Tensor, num_tokens: Tensor) -> Tensor:
     """``E * sum_e f_e P_e`` (Fedus et al., 2021).
 
     f is the share of the pairs (it sums to 1), P the mean probability. The loss is 1 if both are
     uniform, and E if one expert gets everything.
+
+    Args:
+        importance_E: sums of the probabilities over the tokens.
+        load_E: the pairs of each expert.
+        num_tokens: (), T.
     """
-    importance_E = probs_TE.sum(dim=0)
-    return switch_of(importance_E, load_E, importance_E.new_full((), len(probs_TE)))
-
-
-def switch_of(importance_E: Tensor, load_E: Tensor, tokens: Tensor) -> Tensor:
-    """:func:`switch_loss` from sums over tokens and their number."""
     share_E = load_E.to(importance_E.dtype) / load_E.sum().clamp(min=1)
-    return len(load_E) * (share_E * importance_E).sum() / tokens.clamp(min=1)
-
-
-def z_loss(logits_TE: Tensor) -> Tensor:
-    """Mean over tokens of ``logsumexp_e(logit_te)^2`` (ST-MoE, Zoph et al., 2022)."""
-    return square_sum(logits_TE) / max(len(logits_TE), 1)
-
-
-def square_sum(logits_TE: Tensor) -> Tensor:
-    """The sum over tokens of :func:`z_loss`."""
-    return logits_TE.logsumexp(dim=-1).square().sum()
+    return len(load_E) * (share_E * importance_E).sum() / num_tokens.clamp(min=1)
 
 
 def separation_loss(centroids_EMD: Tensor) -> Tensor:

@@ -156,15 +156,14 @@ def _kwargs_by_name(
     kwargs = dict(kwargs or {})
     defaults: dict[str, Any] = {}
     if start == "copies" and router in ("token_choice", "multi_centroid") and k == 1:
-        takes_more = kwargs.get("top_p") is not None
-        defaults["weight"] = "normalized" if takes_more else "straight_through"
+        defaults["weight"] = "straight_through"
     # The noise is that of the balanced router, which explores. Explicit arguments about balance or
     # noise are passed through unchanged.
     if router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
         if mix == "weights":
             defaults["balance"] = None
         elif start == "copies":
-            defaults |= {"balance": None, "noise": "spread"}
+            defaults |= {"balance": None, "noise": True}
     return defaults | kwargs
 
 

@@ -254,9 +254,8 @@ REPEATED_LOOPS = {
 
 ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "token_choice": ("token_choice", {}),
-    "token_choice noisy": ("token_choice", {"balance": "importance_load", "capacity_factor": 1.0}),
+    "token_choice switch": ("token_choice", {"balance": "switch", "capacity_factor": 1.0}),
     "token_choice bias": ("token_choice", {"balance": "bias", "bias_rate": 0.1}),
-    "token_choice top_p": ("token_choice", {"top_p": 0.6, "entropy_coef": 0.1}),
     "expert_choice": ("expert_choice", {}),
     "expert_choice tokens": ("expert_choice", {"normalize": "tokens"}),
     "expert_choice threshold": ("expert_choice", {"inference": "threshold"}),

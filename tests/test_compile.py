@@ -83,13 +83,10 @@ ROWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
             router="attention_vote",
             router_kwargs={"scope": "neighbors"},
         ),
-        "GCN, losses": partial(four, "gcn", router_kwargs={"balance": "importance_load"}),
+        "GCN, losses": partial(four, "gcn", router_kwargs={"balance": "switch", "z_coef": 0.1}),
     },
     "token choice with a capacity": {
         "GCN, capacity": partial(four, "gcn", router_kwargs={"capacity_factor": 1.0}),
-    },
-    "token choice by `top_p`": {
-        "GCN, top_p": partial(four, "gcn", router_kwargs={"top_p": 0.5}),
     },
     "GAT": {
         "GAT": partial(four, "gat"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import os
 import re
 import subprocess
@@ -12,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-
-import gmoe
+from torch import Tensor
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 BROUGHT = {
@@ -70,23 +70,60 @@ def definitions(path: Path) -> dict[str, Any]:
     return names
 
 
+def cv_squared(values: list[Tensor]) -> Tensor:
+    mean = sum(values[1:], values[0]) / len(values)
+    squares = [(value - mean) ** 2 for value in values]
+    return sum(squares[1:], squares[0]) / len(values) / mean**2
+
+
 @pytest.mark.parametrize("k", [2, 3])
-def test_the_example_of_a_router_computes_the_losses_of_shazeer(k: int) -> None:
-    own = definitions(EXAMPLES[0].parent / "own_router.py")["NoisyTopK"]
+def test_the_example_of_a_router_has_the_losses_of_shazeer(k: int) -> None:
+    """A token and an expert at a time: CV^2 of sum_t p_te, and of the chance to be chosen.
+
+    That is Phi((clean - the K-th best noisy logit of the others) / std).
+    """
     torch.manual_seed(0)
-    options: dict[str, Any] = {"num_experts": 5, "k": k}
-    router = own(7, loss_coef=0.5, **options).double()
-    other = gmoe.TokenChoice(
-        7, balance="importance_load", balance_coef=0.5, weight="normalized", **options
-    ).double()
+    own = definitions(EXAMPLES[0].parent / "own_router.py")["NoisyTopK"]
+    router = own(7, num_experts=5, k=k, loss_coef=0.5).double()
     torch.nn.init.normal_(router.noise.weight)
-    other.load_state_dict(router.state_dict())
     x = torch.randn(40, 7, dtype=torch.float64)
-    gradients = []
-    for one in (router, other):
-        torch.manual_seed(1)
-        routing = one(x)
-        (routing.aux_loss + routing.to_dense().square().sum()).backward()
-        gradients.append((routing.to_dense(), one.gate.weight.grad, one.noise.weight.grad))
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected)
+    torch.manual_seed(1)
+    routing = router(x)
+
+    torch.manual_seed(1)
+    clean = x @ router.gate.weight.T
+    std = torch.nn.functional.softplus(x @ router.noise.weight.T) + 0.01
+    noisy = clean + std * torch.randn(40, 5, dtype=torch.float64)
+    probs = noisy.softmax(dim=1)
+    load = []
+    for expert in range(5):
+        chance = torch.zeros((), dtype=torch.float64)
+        for token in range(40):
+            others = sorted((noisy[token, e] for e in range(5) if e != expert), reverse=True)
+            margin = (clean[token, expert] - others[k - 1]) / std[token, expert]
+            chance = chance + 0.5 * (1 + torch.erf(margin / math.sqrt(2)))
+        load.append(chance)
+    importance = [probs[:, expert].sum() for expert in range(5)]
+    expected = 0.5 * (cv_squared(importance) + cv_squared(load))
+
+    torch.testing.assert_close(routing.aux_loss, expected)
+    weights = [router.gate.weight, router.noise.weight]
+    found = torch.autograd.grad(routing.aux_loss, weights)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, weights))
+
+
+def test_the_example_of_a_router_evens_out_the_load() -> None:
+    """A gate that sends all tokens to two experts spreads them, by its losses alone."""
+    torch.manual_seed(0)
+    own = definitions(EXAMPLES[0].parent / "own_router.py")["NoisyTopK"]
+    router, x = own(8, num_experts=4, k=2), torch.randn(200, 8) + 1
+    router.gate.weight.data[:2] += 1
+    before = float(router.eval()(x).load.max())
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        router.train()(x).aux_loss.backward()
+        optimizer.step()
+    after = float(router.eval()(x).load.max())
+    assert before == 200
+    assert after < 150

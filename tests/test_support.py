@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch_geometric import explain
 from torch_geometric.nn import summary, to_hetero
-from torchvision.models import VisionTransformer
 
 import gmoe
 from gmoe.stack import become, tensors_of
@@ -210,34 +209,6 @@ def explains(case: Case, algorithm: Callable[[], explain.ExplainerAlgorithm]) ->
     torch.testing.assert_close(layer(*args), before)
 
 
-def takes_experts_by_probability(case: Case) -> None:
-    """Each token as few as have six tenths; the column's layer, built with that router."""
-    kwargs: dict[str, Any] = {"top_p": 0.6, "balance": None}
-    options: dict[str, Any] = {"router": "token_choice", "router_kwargs": kwargs}
-    size, metadata = contract.D, contract.METADATA
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "MoE": lambda: contract.mlps("token_choice", **kwargs),
-        "moefied": lambda: gmoe.moefy(VisionTransformer(8, 4, 2, 2, 16, 24), **options),
-        "MoEConv": lambda: gmoe.MoEConv("gcn", size, 6, **options),
-        "GNNMoE": lambda: gmoe.GNNMoE(size, size, 5, 3, **options),
-        "HeteroGNNMoE": lambda: gmoe.HeteroGNNMoE(
-            size, 6, 5, metadata, 2, target="paper", **options
-        ),
-    }
-    layer = builders[case.name.split()[0]]()
-    with gmoe.record_routing(layer) as routings:
-        assert rows(run(layer, case.call())).isfinite().all()
-    for routing in routings:
-        chosen_TE = torch.zeros_like(routing.scores).index_put(
-            (routing.token, routing.expert), torch.ones(())
-        )
-        taken_T = (routing.scores * chosen_TE).sum(dim=1)
-        least_T = torch.where(chosen_TE > 0, routing.scores, torch.inf).amin(dim=1)
-        assert (taken_T >= 0.6).all()
-        is_one_too_many_T = (taken_T - least_T >= 0.6) & (chosen_TE.sum(dim=1) > contract.K)
-        assert not is_one_too_many_T.any()
-
-
 def replays(case: Case) -> None:
     """What a call decided, on the same tokens."""
     layer, call = case.make().eval(), case.call()
@@ -313,7 +284,6 @@ PROBES: dict[str, Callable[[Case], object]] = {
         explains, algorithm=partial(explain.GraphMaskExplainer, 1, epochs=1)
     ),
     "AttentionExplainer": partial(explains, algorithm=explain.AttentionExplainer),
-    "as many experts as a token needs (`top_p`)": takes_experts_by_probability,
     "replay of a routing": replays,
     "`return_attention_weights`": returns_attention,
     "lazy widths (`-1`)": fills_in_widths,

@@ -239,7 +239,7 @@ def molecule_row(kind: str, task: MoleculeTask) -> Row:
         return Graph(edge_index, len(atom))
 
     # As GNNMoE routes copies.
-    options: dict[str, Any] = {"weight": "straight_through", "balance": None, "noise": "spread"}
+    options: dict[str, Any] = {"weight": "straight_through", "balance": None, "noise": True}
     router = TokenChoice(task.width, num_experts=EXPERTS, **options)
     ours = MoleculeModel(kind, task, router)
     return {

@@ -56,17 +56,13 @@ class RouterOptions:
     weight: Literal["score", "normalized", "straight_through"] | None = None
     """How a pair's weight follows from its gate."""
     noise: bool | None = None
-    """Token choice: noisy top-K gating in training."""
-    balance: Literal["none", "importance_load", "switch", "bias"] | None = None
+    """Token choice: noise on the choice in training."""
+    balance: Literal["none", "switch", "bias"] | None = None
     """Token choice: what keeps the experts equally loaded."""
     balance_coef: float | None = None
     """Token choice: coefficient of the balance loss."""
     init_scale: float | None = None
     """Token and expert choice, attention vote: factor of the initial weights."""
-    top_p: float | None = None
-    """Token choice: as many experts for each node or patch as have this probability together."""
-    entropy_coef: float | None = None
-    """Token choice: coefficient of the entropy, for `top_p`."""
     normalize: Literal["experts", "tokens"] | None = None
     """Expert choice: softmax over experts or along tokens."""
     shared_queries: bool | None = None

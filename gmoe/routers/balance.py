@@ -26,8 +26,7 @@ class BalancedRouter(Router):
     The method is that of DeepSeek-V3 (2024): the bias is added to the logits for the selection, not
     for the weights. Each training step moves it toward equal load, by ``bias_rate`` times the
     spread of the logits times :math:`(\bar n - n_e) / \bar n` in [-1, 1], where :math:`n_e` is
-    the number of tokens that the expert would take without noise (with ``top_p``, as one of the K
-    best).
+    the number of tokens that the expert would take without noise.
 
     The logits are those of the centered token, :math:`(x_t - \mu) W`, where :math:`\mu` is a
     running mean of the tokens (that of the first step, then a tenth of each new one). Without

@@ -21,7 +21,7 @@ from gmoe._autograd import autocasts, outside_backward
 from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
-from gmoe.losses import LossWatch, square_sum
+from gmoe.losses import LossWatch
 from gmoe.portable import exported_as, refuse_in_export
 from gmoe.routers.groups import to_members
 from gmoe.routing import Routing
@@ -353,10 +353,14 @@ class Router(nn.Module, ABC):
         return [total.view_as(part) for total, part in zip(sums, parts, strict=True)]
 
     def z_loss(self, logits_TE: Tensor) -> Tensor:
-        """The router z-loss over the tokens of all processes."""
+        """Mean over the tokens of all processes of ``logsumexp_e(logit_te)^2``.
+
+        It is the router z-loss of `ST-MoE <https://arxiv.org/abs/2202.08906>`_ (Zoph et al., 2022).
+        """
         num_tokens = logits_TE.new_full((), len(logits_TE))  # new_tensor would copy from the host
-        square, num_tokens = self.summed(square_sum(logits_TE), num_tokens)
-        return square / num_tokens.clamp(min=1)
+        square_sum = logits_TE.logsumexp(dim=-1).square().sum()
+        square_sum, num_tokens = self.summed(square_sum, num_tokens)
+        return square_sum / num_tokens.clamp(min=1)
 
     def is_training_step(self) -> bool:
         """True if this forward may move the counters, by :meth:`update_counter`.

@@ -60,7 +60,7 @@ def draw_mixed(random: Random, c: Any) -> None:
     routes = c.options["router"] in TOKEN_WISE
     if not (is_whole and routes and len(c.kinds) == 1 and flip(random, 0.3)):
         return
-    left_out = ("top_p", "entropy_coef", "capacity_factor", *BY_EXPERTS)
+    left_out = ("capacity_factor", *BY_EXPERTS)
     kwargs = without(c.options["router_kwargs"], "weight", "balance", "noise", *left_out)
     c.options |= {"mix": "weights", "k": random.choice((1, c.num_experts)), "router_kwargs": kwargs}
     c.options |= {"router_input": random.choice((None, "graph")), "start": c.start}

@@ -64,8 +64,8 @@ BY_EXPERTS = {
 }
 ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
     "token_choice": {
-        "balance": ("bias", "importance_load", "switch", None),
-        "noise": (True, "spread"),
+        "balance": ("bias", "switch", None),
+        "noise": (True, False),
         "z_coef": (0.1,),
         "capacity_factor": (0.75, 1.5),
         "init_scale": (1.0,),
@@ -116,9 +116,6 @@ def draw_router(
     if router == "multi_centroid" and options.get("choice") != "experts":
         # Tokens choose, and these are refused.
         options = without(options, *BY_EXPERTS)
-    if options.get("balance") == "importance_load":
-        # The loss of the load needs noise.
-        options["noise"] = True
     # These have one rule for weights.
     has_weight = router not in ("uniform", Sigmoids, None)
     if has_weight and flip(random):
@@ -130,27 +127,12 @@ def draw_router(
         options = without(options, *DROPS)
         if has_weight:
             options["weight"] = "normalized" if k > 1 else "straight_through"
-    if router == "token_choice" and flip(random, 0.1):
-        options = top_p(options, as_copies, may_misfit)
     return {
         "k": k,
         "router": router,
         "router_kwargs": options,
         "backend": random.choice(BACKENDS),
     }
-
-
-def top_p(options: Mapping[str, Any], as_copies: bool, may_misfit: bool) -> dict[str, Any]:
-    """The options of token choice by probability mass, which most others do not go with."""
-    found = {**options, "top_p": 0.6, "entropy_coef": 0.1}
-    if may_misfit:
-        return found
-    if found.get("balance") == "importance_load":
-        # gmoe refuses importance_load beside it.
-        found["balance"] = "switch"
-    if as_copies:
-        found["weight"] = "normalized"
-    return without(found, "capacity_factor")
 
 
 class Reason(NamedTuple):
@@ -163,6 +145,5 @@ class Reason(NamedTuple):
 REASONS = (
     Reason("start: got 'copies' with", lambda case: case.options["start"] == "copies"),
     Reason("weight: got 'normalized' with k=1", lambda case: case.options["k"] == 1),
-    Reason("top_p: got", lambda case: "top_p" in case.options.get("router_kwargs", {})),
 )
 """Why a case of any target may be refused; a refusal for another reason is a failure."""

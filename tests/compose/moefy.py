@@ -144,7 +144,7 @@ def draw_images(random: Random, c: Config) -> None:
         return
     c.options["router_input"] = "image"
     if flip(random):
-        left_out = ("top_p", "entropy_coef", "capacity_factor", "weight", "balance", "noise")
+        left_out = ("capacity_factor", "weight", "balance", "noise")
         kwargs = without(c.options["router_kwargs"], *left_out)
         c.options |= {"mix": "weights", "k": EXPERTS, "router_kwargs": kwargs}
 

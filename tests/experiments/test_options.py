@@ -143,7 +143,7 @@ def forget_unknown_options() -> None:
         ("train cora --dataset digits", "--dataset"),
         (
             "train digits-graph --balance-coef 1",
-            "balance_coef: got a number, expected none: only switch",
+            "balance_coef: got a number, expected none: only balance='switch'",
         ),
         ("train digits --router soft_slots --k 2", "router: got 'soft_slots' with another k"),
         (
@@ -315,7 +315,7 @@ for command, (module, args) in {calls}.items():
         ({"seeds": [0.5]}, "seeds.0: got 0.5, input should be a valid integer"),
         (
             {"options": {"balance": 3}},
-            "options.balance: got 3, input should be 'none', 'importance_load', 'switch'",
+            "options.balance: got 3, input should be 'none', 'switch' or 'bias'",
         ),
         (
             {"options": {"balanc": "bias"}},

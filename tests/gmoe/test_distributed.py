@@ -27,15 +27,12 @@ from gmoe.routers import AttentionVote, ExpertChoice, MultiCentroid, TokenChoice
 
 D, E, T = 5, 4, 6
 STEPS = 20
-NO_NOISE = patch("gmoe.routers.token_choice._normal_like", torch.zeros_like)
+NO_NOISE = patch("gmoe.routers.token_choice._with_noise", lambda logits: logits)
 """Since processes draw their own."""
 
 ROUTERS: dict[str, Callable[[], Router]] = {
     "bias": lambda: TokenChoice(D, num_experts=E, noise=False),
     "bias-k2-z": lambda: TokenChoice(D, num_experts=E, k=2, noise=False, z_coef=0.1),
-    "importance_load": lambda: TokenChoice(
-        D, num_experts=E, balance="importance_load", balance_coef=0.5, z_coef=0.1
-    ),
     "switch": lambda: TokenChoice(D, num_experts=E, k=2, balance="switch", balance_coef=0.5),
     "expert_choice": lambda: ExpertChoice(D, num_experts=E, z_coef=0.1),
     "threshold": lambda: ExpertChoice(

@@ -58,8 +58,7 @@ def test_counting_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     ("router", "k", "kwargs", "per_token"),
     [
         ("token_choice", 3, {}, 3),
-        ("token_choice", 2, {"balance": "importance_load"}, 2),
-        ("token_choice", 1, {"top_p": 0.4}, 2),  # two of four at even probabilities
+        ("token_choice", 2, {"balance": "switch"}, 2),
         *(
             ("expert_choice", 2, {"capacity_factor": factor}, taken)
             for factor, taken in ((0.5, 1), (5.0, E))
@@ -132,12 +131,13 @@ def test_flops_of_a_conv_are_those_of_its_roads(
 
 
 def test_flops_are_those_of_the_experts_that_tokens_take() -> None:
-    """Which is a number for each token, if it takes them by probability."""
+    """Which are fewer where a capacity drops some."""
     torch.manual_seed(0)
-    layer, x = moe(top_p=0.6, init_scale=9.0), torch.randn(T, D)
-    pairs = len(layer.router(x).token)
-    assert T < pairs < T * E
-    assert count_flops(layer, x) == 2 * T * D * E + 2 * pairs * D * O + pairs * O
+    layer, x = moe(k=2, capacity_factor=0.5), torch.randn(T, D)
+    routing = layer.router(x)
+    pairs = len(routing.token)
+    assert 0 < pairs < 2 * T
+    assert count_flops(partial(layer, routing=routing), x) == 2 * pairs * D * O + pairs * O
 
 
 def stepped(call: Any) -> Any:

@@ -73,7 +73,7 @@ def test_an_image_is_routed_by_its_mean(k: int) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("balance", ["bias", "switch", "importance_load"])
+@pytest.mark.parametrize("balance", ["bias", "switch"])
 def test_balance_and_losses_count_images(balance: Any) -> None:
     layer = moe(balance=balance, capacity_factor=1.0, z_coef=0.1)
     twin: Any = copy.deepcopy(layer.router)

@@ -51,7 +51,7 @@ def test_a_softmax_counts_the_experts_that_are_gone() -> None:
         ("multi_centroid", {"choice": "experts", "normalize": "tokens"}),
         ("multi_centroid", {"weight": "score"}),
         ("random", {"weight": "score"}),
-        ("token_choice", {"weight": "score", "balance": "importance_load"}),
+        ("token_choice", {"weight": "score", "balance": "switch"}),
     ],
 )
 @pytest.mark.parametrize("k", [1, 2])

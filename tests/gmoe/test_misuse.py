@@ -108,7 +108,6 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "build_router": lambda _: (("random", WIDTH), experts(k=1)),
     "combine": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
     "count_flops": lambda _: ((moefied(), X, EDGES), {}),
-    "cv_squared": lambda _: ((torch.ones(3),), {}),
     "densify": lambda _: ((moefied(),), {}),
     "dispatch": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
     "expert_health": lambda _: (([ROUTING],), {"names": ["one"]}),
@@ -117,15 +116,10 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         (torch.ones(3, WIDTH), torch.ones(EXPERTS, WIDTH, 8), None, torch.tensor([2, 3])),
         {"backend": "auto"},
     ),
-    "importance_loss": lambda _: ((torch.full((3, EXPERTS), 0.5),), {}),
     "link_neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
     "load": lambda folder: (
         (gmoe.save(moefied(), folder), dense()),
         {"tolerance": 0.1},
-    ),
-    "load_loss": lambda _: (
-        (torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2), 1),
-        {},
     ),
     "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
     "merge": lambda _: ((mixing(), (X, EDGES)), {}),
@@ -135,10 +129,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "record_routing": lambda _: ((moefied(),), {}),
     "restack": lambda _: ((moefied(),), {}),
     "save": lambda folder: ((moefied(), folder), {"inputs": (X, EDGES)}),
-    "separation_loss": lambda _: ((torch.randn(2, 3, WIDTH),), {}),
-    "switch_loss": lambda _: ((torch.full((3, EXPERTS), 0.5), torch.ones(EXPERTS)), {}),
     "unstack": lambda _: ((moefied(),), {}),
-    "z_loss": lambda _: ((torch.ones(3, EXPERTS),), {}),
     "plot.expert_load": lambda _: (([ROUTING],), {"xlabel": "step"}),
     "plot.palette": lambda _: ((), experts()),
     "plot.expert_maps": lambda _: (
@@ -153,14 +144,8 @@ OF_TENSORS = {
     "AuxLoss",
     "Routing",
     "combine",
-    "cv_squared",
     "dispatch",
     "grouped_linear",
-    "importance_loss",
-    "load_loss",
-    "separation_loss",
-    "switch_loss",
-    "z_loss",
 }
 """Of these, torch itself reports what is no tensor."""
 DOORS = {

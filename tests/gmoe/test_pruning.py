@@ -106,22 +106,6 @@ def test_a_keep_out_of_range_is_refused_and_changes_nothing(keep: Any) -> None:
     assert_same(model(images()), expected)
 
 
-@pytest.mark.parametrize("weight", ["score", "normalized"])
-def test_without_dead_experts_tokens_take_as_many_by_probability(weight: Any) -> None:
-    """The probabilities of those that are gone still count."""
-    torch.manual_seed(0)
-    router = gmoe.TokenChoice(WIDTH, num_experts=EXPERTS, top_p=0.3, weight=weight, balance=None)
-    torch.nn.init.normal_(router.gate.weight)
-    router.gate.weight.data[5:] = router.gate.weight.data[0] * 0.1
-    layer = gmoe.MoE(router, gmoe.LinearExperts(WIDTH, 3, num_experts=EXPERTS)).double().eval()
-    expected, before = layer(X, return_routing=True)
-    gmoe.prune(layer, X)
-    found, after = layer(X, return_routing=True)
-    assert layer.num_experts < EXPERTS
-    assert_same(found, expected)
-    assert len(after.token) == len(before.token) > len(X)
-
-
 def test_a_shared_router_and_its_layers_shrink_together() -> None:
     torch.manual_seed(0)
     model = moved(gmoe.GNNMoE(WIDTH, 6, 3, 3, conv="sage", num_experts=EXPERTS).double())

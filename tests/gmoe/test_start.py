@@ -169,22 +169,22 @@ def test_token_choice_by_name_does_not_balance_copies() -> None:
         return MoEConv(GCNConv, 4, 4, num_experts=3, **options).router
 
     copies = router(start="copies")
-    assert (copies.balance, copies.by_spread, copies.weight) == (None, True, "straight_through")
+    assert (copies.balance, copies.noise, copies.weight) == (None, True, "straight_through")
     pair_of_experts = router(start="copies", k=2)
     assert (pair_of_experts.balance, pair_of_experts.weight) == (None, "normalized")
     rate: dict[str, Any]
     for rate in ({"bias_rate": 0.2}, {"balance_coef": 0.1, "balance": "switch"}):
         assert router(start="copies", router_kwargs=rate).balance == rate.get("balance", "bias")
     balanced = router(start="copies", router_kwargs={"balance": "bias"})
-    assert (balanced.balance, balanced.by_spread, balanced.weight) == (
+    assert (balanced.balance, balanced.noise, balanced.weight) == (
         "bias",
         True,
         "straight_through",
     )
     quiet = router(start="copies", router_kwargs={"noise": False, "balance": None})
-    assert (quiet.balance, quiet.by_spread, quiet.noise) == (None, False, None)
+    assert (quiet.balance, quiet.noise) == (None, False)
     shared = router(start="shared")
-    assert (shared.balance, shared.by_spread, shared.weight) == ("bias", True, "score")
+    assert (shared.balance, shared.noise, shared.weight) == ("bias", True, "score")
 
 
 def test_copies_may_all_be_left_to_one_expert() -> None:

@@ -53,7 +53,7 @@ class Case:
     def noisy(self) -> bool:
         """Whether training draws noise."""
         balance = self.options.get("balance", "bias" if self.router is TokenChoice else None)
-        return self.options.get("noise", False) or balance in ("importance_load", "bias")
+        return self.options.get("noise", balance == "bias")
 
     @property
     def differs_at_evaluation(self) -> bool:
@@ -68,8 +68,7 @@ class Case:
         """The weightings that this router allows."""
         if self.router in (UniformRouter, OracleRouter):
             return ["default"]
-        is_constant = k == 1 and "top_p" not in self.options
-        return ["score", "straight_through", *([] if is_constant else ["normalized"])]
+        return ["score", "straight_through", *([] if k == 1 else ["normalized"])]
 
     def build(
         self, dim: int, num_experts: int, k: int, weight: str = "default", num_tokens: int = 0
@@ -86,7 +85,6 @@ class Case:
         for name, value in [*router.named_parameters(), *router.named_buffers()]:
             bias = ("bias_E", "mean_D", "next_bias_E", "next_mean_D")
             if name in (
-                "noise.weight",
                 *bias,
                 "center_D",
                 "selection.threshold_E",
@@ -107,24 +105,12 @@ CASES = [
     Case("token_choice", TokenChoice, {"balance": None}),
     Case("token_choice-noise", TokenChoice, {"balance": None, "noise": True}),
     Case(
-        "token_choice-importance_load",
-        TokenChoice,
-        {"balance": "importance_load", "balance_coef": 0.5},
-    ),
-    Case(
         "token_choice-switch-z",
         TokenChoice,
         {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1},
     ),
     Case("token_choice-bias", TokenChoice, {"bias_rate": 0.1}),
     Case("token_choice-capacity", TokenChoice, {"balance": None, "capacity_factor": 0.75}),
-    Case("token_choice-top_p", TokenChoice, {"balance": None, "top_p": 0.7}),
-    Case("token_choice-top_p-bias", TokenChoice, {"top_p": 0.5, "z_coef": 0.1}),
-    Case(
-        "token_choice-top_p-switch-entropy",
-        TokenChoice,
-        {"balance": "switch", "balance_coef": 0.5, "top_p": 0.6, "entropy_coef": 0.3},
-    ),
     Case("expert_choice", ExpertChoice, {"z_coef": 0.1}),
     Case("expert_choice-tokens", ExpertChoice, {"normalize": "tokens", "capacity_factor": 1.3}),
     Case("expert_choice-threshold", ExpertChoice, {"inference": "threshold"}),
@@ -209,23 +195,6 @@ def choose_by_token(score_TE: Sequence[Sequence[float]], k: int) -> list[list[in
     return [best_first(range(len(row)), lambda e, row=row: row[e])[:k] for row in score_TE]  # type: ignore[misc]
 
 
-def choose_until_probable(
-    score_TE: Sequence[Sequence[float]],
-    prob_TE: Sequence[Sequence[float]],
-    k: int,
-    top_p: float,
-) -> list[list[int]]:
-    """The best experts of each token, K and then as many as have that probability together."""
-    chosen = []
-    for scores, probs in zip(score_TE, prob_TE, strict=True):
-        taken: list[int] = []
-        for e in best_first(range(len(scores)), lambda e, scores=scores: scores[e]):  # type: ignore[misc]
-            if len(taken) < k or sum(probs[other] for other in taken) < top_p:
-                taken.append(e)
-        chosen.append(taken)
-    return chosen
-
-
 def choose_by_expert(
     score_TE: Sequence[Sequence[float]], groups: list[list[int]], k: int, factor: float
 ) -> list[Pair]:
@@ -304,30 +273,6 @@ def naive_neighbor_votes(q: list[Tensor], k: list[Tensor], edges: list[Pair]) ->
         ):
             votes[j] = votes[j] + vote
     return votes
-
-
-def naive_cv_squared(values: list[Tensor]) -> Tensor:
-    mean = sum(values[1:], values[0]) / len(values)
-    return (
-        sum(((v - mean) ** 2 for v in values), torch.zeros((), dtype=DTYPE)) / len(values) / mean**2
-    )
-
-
-def naive_load_loss(
-    clean: list[list[Tensor]], noisy: list[list[Tensor]], std: list[list[Tensor]], k: int
-) -> Tensor:
-    """CV^2 of sum_t Phi((clean - K-th best noisy logit of the others) / std)."""
-    num_experts = len(clean[0])
-    if k == num_experts:
-        return torch.zeros((), dtype=DTYPE)
-    loads = [torch.zeros((), dtype=DTYPE) for _ in range(num_experts)]
-    for t in range(len(clean)):
-        for e in range(num_experts):
-            others = [noisy[t][f] for f in range(num_experts) if f != e]
-            threshold = sorted(others, key=lambda v: -v.item())[k - 1]
-            z = (clean[t][e] - threshold) / std[t][e]
-            loads[e] = loads[e] + 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-    return naive_cv_squared(loads)
 
 
 def naive_separation(centroid_EMD: Tensor) -> Tensor:
@@ -441,12 +386,6 @@ def naive_switch_loss(probs: Grid, pairs: list[Pair]) -> Tensor:
     return num_experts * total
 
 
-def naive_importance_loss(probs: Grid) -> Tensor:
-    return naive_cv_squared(
-        [torch.stack([row[e] for row in probs]).sum() for e in range(len(probs[0]))]
-    )
-
-
 def naive_route(
     router: Router, x_TD: Tensor, groups: list[list[int]], edge_index: Tensor | None
 ) -> tuple[dict[Pair, Tensor], Tensor]:
@@ -466,32 +405,22 @@ def naive_route(
             router.weight, {(t, e): votes[t][e] for t, e in pairs}, groups, True
         ), aux
 
-    clean = logits = naive_logits(router, x_TD)
-    std = [[one for _ in experts] for _ in tokens]
-    if isinstance(router, TokenChoice) and router.noise is not None:
-        std = [[F.softplus(x @ row) + 0.01 for row in router.noise.weight] for x in x_TD]
-    if isinstance(router, TokenChoice) and router.by_spread:
+    logits = naive_logits(router, x_TD)
+    if isinstance(router, TokenChoice) and router.noise and router.training:
+        clean = logits
         centered = [
             [row[e] - sum(other[e] for other in clean) / len(clean) for e in experts]
             for row in clean
         ]
         squares = torch.stack([value.detach() ** 2 for row in centered for value in row])
-        std = [[squares.mean().sqrt() for _ in experts] for _ in tokens]
-    if (
-        isinstance(router, TokenChoice)
-        and (router.by_spread or router.noise is not None)
-        and router.training
-    ):
         draw = torch.randn(
             len(x_TD), len(experts), dtype=DTYPE, generator=torch.Generator().manual_seed(0)
         )
-        logits = [[clean[t][e] + draw[t, e] * std[t][e] for e in experts] for t in tokens]
+        std = squares.mean().sqrt()
+        logits = [[clean[t][e] + draw[t, e] * std for e in experts] for t in tokens]
     probs = [softmax(row) for row in logits]
     if getattr(router, "z_coef", 0):
         aux = aux + router.z_coef * naive_z_loss(logits)  # type: ignore[operator]
-    if getattr(router, "entropy_coef", 0):
-        entropies = [-sum(p * p.log() for p in row) for row in probs]
-        aux = aux + router.entropy_coef * torch.stack(entropies).mean()  # type: ignore[arg-type, operator]
     if isinstance(router, MultiCentroid) and router.separation_coef:
         aux = aux + router.separation_coef * naive_separation(router.centroid)
     if isinstance(router, ExpertChoice | MultiCentroid) and router.selection is not None:
@@ -502,18 +431,11 @@ def naive_route(
     if isinstance(router, TokenChoice) and balance == "bias":
         bias = (router.next_bias_E if router.training else router.bias_E).tolist()
     ranked = [[v + b for v, b in zip(row, bias, strict=True)] for row in values(logits)]
-    top_p = router.top_p if isinstance(router, TokenChoice) else None
-    if top_p is None:
-        chosen = choose_by_token(ranked, router.k)
-    else:
-        chosen = choose_until_probable(ranked, values(probs), router.k, top_p)
+    chosen = choose_by_token(ranked, router.k)
     pairs = [(t, e) for t in tokens for e in chosen[t]]
     if isinstance(router, TokenChoice):
         if balance == "switch":
             aux = aux + router.balance_coef * naive_switch_loss(probs, pairs)
-        if balance == "importance_load":
-            load = naive_load_loss(clean, logits, std, router.k)
-            aux = aux + router.balance_coef * (naive_importance_loss(probs) + load)
         if router.training and router.capacity_factor is not None:
             pairs = drop(chosen, probs, groups, router.capacity_factor)
     return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, groups, False), aux

@@ -154,16 +154,10 @@ STEPS: dict[str, Step] = {
     "layers by type": Step(by_type, types),
     "mixed kinds": Step(conv(["gcn", "sage", "gin", "graph"]), edges, waits=1),
     **{f"MoE, {name}": Step(partial(mixture, name), images) for name in ROUTERS},
-    "MoE, importance and load": Step(
-        partial(mixture, "token_choice", balance="importance_load"), images
-    ),
     "MoE, switch and z": Step(
         partial(mixture, "token_choice", balance="switch", z_coef=0.1), images
     ),
     "MoE, capacity": Step(partial(mixture, "token_choice", capacity_factor=1.0), images, waits=1),
-    "MoE, top_p": Step(
-        partial(mixture, "token_choice", top_p=0.5, entropy_coef=0.1), images, waits=1
-    ),
     "MoE, threshold": Step(partial(mixture, "expert_choice", inference="threshold"), images),
     "MoE, token_choice on a batch": Step(partial(mixture, "token_choice"), ragged),
     "SoftMoE": Step(soft_mixture, images),

@@ -125,8 +125,8 @@ class Kind(ABC, Generic[Config]):
         for option, value in given.items():
             legal = f"none, since the router {name!r} has no such option"
             check(option in known, option, repr(value), legal)
-        if router == "token_choice" and given.get("balance") not in ("switch", "importance_load"):
-            legal = "none: only switch and importance_load have one"
+        if router == "token_choice" and given.get("balance") != "switch":
+            legal = "none: only balance='switch' has one"
             check("balance_coef" not in given, "balance_coef", "a number", legal)
         if given.get("balance") == "none":
             given["balance"] = None

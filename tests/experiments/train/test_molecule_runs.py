@@ -72,7 +72,7 @@ def test_less_is_better_of_errors_and_more_of_scores() -> None:
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
-                "--conv gine sage --k 2 --balance importance_load --pool sum",
+                "--conv gine sage --k 2 --balance switch --pool sum",
                 "--conv gine --router multi_centroid --kmeans-init --residual identity",
                 "--conv gat --router random --start plain --shared-router False",
             )
@@ -142,13 +142,13 @@ def test_dense_models_are_matched_and_shown(
 def test_gmoe_is_rebuilt_from_parts(data: Path) -> None:
     """Experts of one hop, which see the bonds, and of three; noisy top-4 in each layer."""
     options = "--conv gcn tag --k 4 --start plain --shared-router False --noise True"
-    options += f" --balance importance_load --data-root {data}"
+    options += f" --balance switch --data-root {data}"
     config: Any = parse(["ogbg-molesol", *SMALL, *options.split()])
     task = load_tasks(config)(0)
     model: Any = build_model(config, task)
     first = next(part for part in model.modules() if isinstance(part, gmoe.MoEConv))
     assert isinstance(first.router, gmoe.TokenChoice)
-    assert (first.router.balance, first.router.k) == ("importance_load", 4)
+    assert (first.router.balance, first.router.k) == ("switch", 4)
     assert model.shared_router is None
     kinds = [type(first.expert(expert)).__name__ for expert in range(2)]
     assert kinds == ["BondGCNConv", "TAGConv"]

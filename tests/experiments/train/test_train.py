@@ -372,8 +372,8 @@ def test_a_model_of_ones_own(preset: str, name: str, layers: int, tmp_path: Path
 def test_options_of_the_built_model_are_refused_beside_ones_own() -> None:
     own = ["digits-graph", "--model", f"{MINE}:sage"]
     assert parse([*own, "--lr", "0.1", "--weight-decay", "0.1"]).lr == 0.1
-    options = ["--hidden=64", "--top_p", "0.5", "--no-kmeans-init"]
-    message = r"^model: got .*:sage and --hidden, --no-kmeans-init, --top-p, expected none"
+    options = ["--hidden=64", "--init_scale", "0.5", "--no-kmeans-init"]
+    message = r"^model: got .*:sage and --hidden, --init-scale, --no-kmeans-init, expected none"
     with pytest.raises(ValueError, match=message):
         parse([*own, *options])
 

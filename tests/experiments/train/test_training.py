@@ -78,7 +78,7 @@ def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
         "--router",
         "token_choice",
         "--balance",
-        "importance_load",
+        "switch",
         "--balance-coef",
         "0.1",
         "--epochs",
@@ -86,7 +86,7 @@ def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
     )
     summary = quick(tmp_path, *args, preset="digits")
     logged = rows(tmp_path)
-    names = {f"{name}_{layer}" for name in ("importance", "load") for layer in (0, 1)}
+    names = {"switch_0", "switch_1"}
     assert set(logged[0]) == {"epoch", "lr", "loss", "aux", "val"} | names
     assert summary["curve"]["epoch"] == [1, 2]
     for figure in ("loss", "val"):

@@ -131,7 +131,7 @@ def test_a_new_layer_is_the_conv_that_it_replaces(conv: str, start: Any) -> None
     torch.testing.assert_close(out, dense(x, edge_index), rtol=0, atol=1e-12)
     assert (moe.k, moe.experts_per_token) == (E, 1.0)
     assert moe.router.balance is None
-    assert not moe.router.by_spread
+    assert not moe.router.noise
 
 
 @pytest.mark.parametrize("conv", ["gcn", "sage", "gin", "gat"])
