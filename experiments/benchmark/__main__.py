@@ -1,6 +1,6 @@
 """``python -m experiments.benchmark NAME [options]``: variants take turns.
 
-Ratios are those of medians in one run; of ``step`` and ``compile``, of minima.
+Ratios are those of medians in one run; of ``step``, of minima.
 """
 
 from __future__ import annotations
@@ -20,39 +20,14 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
     "ffn": ("An MLP layer, forward and backward; ours and others'.", "layers.FFNBenchmark"),
     "router": ("The routers' share of a layer.", "layers.RouterBenchmark"),
-    "busy": (
-        "A layer on two threads while another process takes a core; dense layers too.",
-        "busy.BusyBenchmark",
-    ),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", "layers.VoteBenchmark"),
     "step": (
         "Training steps of whole models beside PyG's and timm's own, optimizer included.",
         "step.StepBenchmark",
     ),
-    "train": (
-        "Where an epoch's time goes: data, forward, backward, optimizer, rest.",
-        "train.TrainBenchmark",
-    ),
-    "stored": ("Neighbor sampling from disk beside memory.", "train.StoredBenchmark"),
     "vit": (
         "A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.",
         "layers.VitBenchmark",
-    ),
-    "compile": (
-        "A layer under torch.compile, forward and backward; dense layers too.",
-        "compiled.CompileBenchmark",
-    ),
-    "memory": (
-        "The peak of the process's memory in a step, beside what tensors hold at once.",
-        "memory.MemoryBenchmark",
-    ),
-    "serve": (
-        "Threads that serve one model for minutes: does memory grow?",
-        "memory.ServeBenchmark",
-    ),
-    "forces": (
-        "Experts by element beside PyG's HeteroLinear: a layer, and a step on forces.",
-        "forces.ForcesBenchmark",
     ),
     "gpu": (
         "A CUDA device: equal to the CPU, waits, and times beside dense layers.",

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -370,15 +370,6 @@ class Times(NamedTuple):
     step: float
 
 
-class Timed(Protocol):
-    """What trains one step a call, and notes how long it took."""
-
-    times: list[Times]
-
-    def __call__(self) -> None:
-        """Run one step."""
-
-
 class Training:
     """A model with Adam in its fused form; a call is one step, which leaves no gradients behind.
 
@@ -414,7 +405,7 @@ class Training:
         return time.process_time() if self.device.type == "cpu" else time.perf_counter()
 
 
-def enough_repeats(trainings: Iterable[Timed], repeats: int, seconds: float) -> int:
+def enough_repeats(trainings: Iterable[Training], repeats: int, seconds: float) -> int:
     """So many, or more where they take less than these seconds: minima of quick steps need it."""
     one_round = 0.0
     for training in trainings:
@@ -425,6 +416,6 @@ def enough_repeats(trainings: Iterable[Timed], repeats: int, seconds: float) -> 
     return max(repeats, math.ceil(seconds / one_round))
 
 
-def least(training: Timed, repeats: int) -> Times:
+def least(training: Training, repeats: int) -> Times:
     """The fastest step, and the fastest of each part, among the last so many."""
     return Times(*(min(of_part) for of_part in zip(*training.times[-repeats:], strict=True)))

@@ -10,17 +10,14 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from experiments.benchmark.before import compared_with
 from experiments.benchmark.measure import Measurement, kept_bytes, peak_bytes, take_turns
 from experiments.benchmark.models import (
     ROWS,
@@ -33,7 +30,7 @@ from experiments.benchmark.models import (
     least,
 )
 from experiments.train.results import write_json
-from gmoe._checks import check, check_at_least, check_choice
+from gmoe._checks import check_at_least, check_choice
 
 LONG = ("arxiv-gcn",)
 """Rows that are left out by default."""
@@ -56,33 +53,19 @@ class StepBenchmark(Measurement):
     """CPU threads."""
     compiled: bool = False
     """Train each model under `torch.compile(model)` too, in turns with the eager first one."""
-    before: Path | None = None
-    """Folder of another checkout of this project, whose models take turns with these; each
-    checkout in a process of its own. CPU only."""
 
     def measured(self) -> dict[str, Any]:
-        """By row and model what :func:`compare` finds; also, with ``before``, the ``ratio`` of
-        the least time of a step to that of the other checkout, and the ``noise``, the ratio of
-        that one to itself."""
+        """By row and model what :func:`compare` finds."""
         check_at_least(0, seconds=self.seconds)
         for name in self.rows:
             check_choice("rows", name, ROWS)
-        checkouts: AbstractContextManager[Callable[[str], dict[str, Any]] | None] = nullcontext()
-        if self.before is not None:
-            check(self.device == "cpu", "device", self.device, "'cpu' with --before")
-            checkouts = compared_with(self.before, self.threads, self.repeats, self.seconds)
         by_variant: dict[str, Any] = {}
-        with checkouts as compare_with_before:
-            for name in tqdm(self.rows, desc="rows"):
-                of_row = self.of_row(name)
-                if compare_with_before is not None:
-                    for variant, ratios in compare_with_before(name).items():
-                        of_row[variant]["before"] = ratios
-                for variant, figures in of_row.items():
-                    by_variant[f"{name}, {variant}"] = figures
-                    tqdm.write(f"{name}, {variant}: {summary(figures)}", file=sys.stderr)
-                if self.json is not None:  # all rows may take an hour
-                    write_json(self.json, self.content(by_variant))
+        for name in tqdm(self.rows, desc="rows"):
+            for variant, figures in self.of_row(name).items():
+                by_variant[f"{name}, {variant}"] = figures
+                tqdm.write(f"{name}, {variant}: {summary(figures)}", file=sys.stderr)
+            if self.json is not None:  # all rows may take an hour
+                write_json(self.json, self.content(by_variant))
         return by_variant
 
     def of_row(self, name: str) -> dict[str, dict[str, Any]]:
@@ -107,10 +90,7 @@ class StepBenchmark(Measurement):
 
     def content(self, variants: dict[str, Any]) -> dict[str, Any]:
         """The content of the file, with the load of the machine in the last minutes."""
-        content = super().content(variants)
-        # A folder of this machine; figures name its commit.
-        del content["config"]["before"]
-        return content | {"load": os.getloadavg()}
+        return super().content(variants) | {"load": os.getloadavg()}
 
 
 def compare(
@@ -146,7 +126,4 @@ def compare(
 def summary(figures: Mapping[str, Any]) -> str:
     """What was found of a model, in a line."""
     milliseconds = 1000 * figures["least"]["step"]
-    said = f"{milliseconds:,.2f} ms, {figures['ratio']['step']:.2f} × the first"
-    if "before" in figures:
-        said += f", {figures['before']['ratio']:.3f} × before"
-    return said
+    return f"{milliseconds:,.2f} ms, {figures['ratio']['step']:.2f} × the first"

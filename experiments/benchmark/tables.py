@@ -21,31 +21,12 @@ def benchmark_table(results: dict[str, Any]) -> str:
 
 
 def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
-    """One line a variant: times, ratios to the reference, memory.
-
-    Of ``train``, shares of its parts.
-    """
+    """One line a variant: times, ratios to the reference, memory."""
     if any("waits" in variant or "error" in variant for variant in variants.values()):
         return known([gpu_line(name, variant) for name, variant in variants.items()])
     if any("least" in variant for variant in variants.values()):
         return known([step_line(name, variant) for name, variant in variants.items()])
-    if any("grown" in variant for variant in variants.values()):
-        return [serve_line(name, variant) for name, variant in variants.items()]
-    if any("resident" in variant for variant in variants.values()):
-        return [memory_line(name, variant) for name, variant in variants.items()]
     return [_time_line(name, variant) for name, variant in variants.items()]
-
-
-def memory_line(name: str, variant: Mapping[str, Any]) -> Line:
-    """A step: what tensors hold at most, and the process beyond what it had before."""
-    alive = variant["alive"]
-    resident = variant["resident"]
-    return {
-        "variant": name,
-        "tensors (MiB)": f"{alive / 2**20:,.0f}",
-        "process (MiB)": f"{resident / 2**20:,.0f}",
-        "×": f"{resident / alive:.2f}" if alive else "–",
-    }
 
 
 def step_line(name: str, variant: Mapping[str, Any]) -> Line:
@@ -62,11 +43,6 @@ def step_line(name: str, variant: Mapping[str, Any]) -> Line:
     }
     for part in ("forward", "backward", "optimizer"):
         line[part] = f"{1000 * least[part]:,.1f}"
-    line["× before"] = "–"
-    line["noise"] = "–"
-    if "before" in variant:
-        line["× before"] = f"{variant['before']['ratio']:.2f}"
-        line["noise"] = f"{variant['before']['noise']:.2f}"
     line["kept (MiB)"] = "–"
     line["peak (MiB)"] = "–"
     line["× peak"] = "–"
@@ -77,29 +53,7 @@ def step_line(name: str, variant: Mapping[str, Any]) -> Line:
     return line
 
 
-def serve_line(name: str, variant: Mapping[str, Any]) -> Line:
-    """A model that was served: calls, and what the process held."""
-    held = variant["resident"]
-    return {
-        "variant": name,
-        "calls": f"{variant['calls']:,}",
-        "at first (MiB)": f"{held[0] / 2**20:,.0f}",
-        "at most (MiB)": f"{max(held) / 2**20:,.0f}",
-        "at last (MiB)": f"{held[-1] / 2**20:,.0f}",
-        "grown (MiB)": f"{variant['grown'] / 2**20:+.1f}",
-    }
-
-
 def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
-    if parts := variant.get("parts"):
-        line = {
-            "preset": name,
-            "batches": str(variant["batches"]),
-            "seconds": f"{sum(parts.values()):.3f}",
-        }
-        return line | {
-            f"{part} (%)": f"{100 * share:.1f}" for part, share in variant["share"].items()
-        }
     wall = {key: 1000 * value for key, value in variant["wall"].items()}
     ratio = variant["ratio"]
     return {

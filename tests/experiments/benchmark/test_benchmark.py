@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 
-from experiments.benchmark import busy, compiled, gpu, layers, measure, train, ways
+from experiments.benchmark import gpu, layers, measure
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.step import StepBenchmark
 from experiments.benchmark.tables import DTYPES, WAYS, benchmark_lines
-from experiments.train.data.load import load_tasks
-from experiments.train.presets import PRESETS
-from gmoe import MoE
-from gmoe.conv.kinds import factory_of
-from tests.helpers.stored_files import store
 
 CPU = torch.device("cpu")
 CONV = "conv --nodes 60 --edges 150"
@@ -140,47 +129,6 @@ def test_a_compiled_conv_is_timed_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert options == {"fullgraph": True}
 
 
-needs_pinning = pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity"), reason="needs a system that pins processes to cores"
-)
-
-
-@needs_pinning
-def test_a_layer_beside_a_busy_process_is_compared_with_the_same_layer_alone(
-    tmp_path: Path,
-) -> None:
-    threads = torch.get_num_threads()
-    cores = os.sched_getaffinity(0)
-    size = "--nodes 60 --edges 150 --width 8 --out 4 --threads 1"
-    found = found_by(f"busy {size}", tmp_path)
-    torch.set_num_threads(threads)
-    assert os.sched_getaffinity(0) == cores
-    layers_timed = ("dense", "MoEConv", "MoEConv with shared expert")
-    companies = ("alone", "a core taken")
-    assert [*found] == [f"{name}, {company}" for name in layers_timed for company in companies]
-    for name in layers_timed:
-        alone, taken = (found[f"{name}, {company}"] for company in companies)
-        assert alone["ratio"] == {"wall": 1.0, "cpu": 1.0}
-        assert taken["ratio"]["wall"] == taken["wall"]["median"] / alone["wall"]["median"]
-        assert len(taken["wall"]["values"]) == 2
-
-
-@needs_pinning
-def test_a_busy_process_ends_with_its_block() -> None:
-    core = min(os.sched_getaffinity(0))
-    with busy.neighbor_on(core) as process:
-        assert process.poll() is None
-    assert process.poll() is not None
-
-
-@needs_pinning
-def test_more_threads_than_cores_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"^threads: got 4096 on \d+, expected at least 4096 cores"
-    ):
-        busy.BusyBenchmark(threads=4096).measured()
-
-
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -195,7 +143,6 @@ def test_more_threads_than_cores_are_refused() -> None:
         ("vote --repeats 0", "repeats: got 0, expected at least 1"),
         ("step --rows", "rows: got nothing, expected at least one"),
         ("conv --json .", "json: got ., expected a file, not a folder"),
-        ("stored --folder nowhere", "folder: got nowhere, expected one that experiments.convert"),
     ],
 )
 def test_options_of_which_nothing_can_be_measured_are_refused(
@@ -204,111 +151,6 @@ def test_options_of_which_nothing_can_be_measured_are_refused(
     with pytest.raises(SystemExit):
         main(command.split())
     assert said in capsys.readouterr().err
-
-
-def test_stored_benchmark(tmp_path: Path) -> None:
-    store(tmp_path, Data(x=torch.randn(30, 4), edge_index=torch.randint(30, (2, 90))))
-    found = found_by(f"stored --folder {tmp_path} --batches 1", tmp_path)
-    assert list(found) == [
-        f"{place}, {workers} workers" for workers in (0, 2) for place in ("memory", "disk")
-    ]
-
-
-def test_parts_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(*args: Any) -> Tensor:
-        time.sleep(0.2)
-        return F.cross_entropy(*args)
-
-    task = replace(load_tasks(PRESETS["digits"][1])(0), loss=slow)
-    monkeypatch.setattr(train, "load_tasks", lambda _: lambda _: task)
-    figures = found_by("train --presets digits --batches 2", tmp_path)["digits"]
-    assert figures["batches"] == len(figures["wall"]["values"]) == 2
-    assert list(figures["parts"]) == ["data", "forward", "backward", "optimizer", "rest"]
-    assert sum(figures["share"].values()) == pytest.approx(1.0)
-    assert min(figures["parts"].values()) > 0
-    assert figures["parts"]["forward"] >= 0.4
-
-
-# under torch.compile ------------------------------------------------------------------------------
-
-
-class Broken(nn.Linear):
-    """What torch cannot compile as one graph."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        torch._dynamo.graph_break()
-        return x.relu()
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured, but no code is made of them."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_a_row_says_which_layers_are_compiled_in_pieces() -> None:
-    row: list[nn.Module] = [nn.Linear(4, 4), Broken(4, 4), nn.Linear(4, 4)]
-    found = compiled.measure_row("row", row, (torch.randn(3, 4),), repeats=2)
-    graphs = {name: figures["graph"] for name, figures in found.items() if "graph" in figures}
-    assert graphs == {
-        "row: dense, compiled whole": "whole",
-        "row: MoE shared, compiled in pieces (1 break)": "in pieces (1 break)",
-        "row: MoE copies, compiled whole": "whole",
-    }
-    assert list(found)[::2] == [f"row: {name}, eager" for name in compiled.LAYERS]
-    base = found["row: dense, compiled whole"]["cpu"]
-    for figures in found.values():
-        assert figures["ratio"]["cpu"] == figures["cpu"]["min"] / base["min"]
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_a_whole_layer_beside_one_in_pieces_is_compiled() -> None:
-    """The next layer would run as it is.
-
-    torch remembers by code object what it could not compile.
-    """
-    inputs = (torch.randn(3, 4),)
-    assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
-    assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
-
-
-@pytest.mark.slow
-def test_each_setting_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "measure_setting", note_setting)
-    found = compiled.CompileBenchmark(thread_counts=(2,)).measured()
-    assert list(found) == ["default 2", "kept 2"]
-    assert len({setting["process"] for setting in found.values()} | {os.getpid()}) == 3
-    assert [setting["trim"] for setting in found.values()] == [None, "4000000000"]
-    assert [setting["omp"] for setting in found.values()] == ["2", "2"]
-
-
-def note_setting(config: compiled.CompileBenchmark, threads: int, allocator: str) -> dict[str, Any]:
-    """In the place of the measurement: the process that it would run in."""
-    trim, omp = os.environ.get("MALLOC_TRIM_THRESHOLD_"), os.environ["OMP_NUM_THREADS"]
-    return {f"{allocator} {threads}": {"process": os.getpid(), "trim": trim, "omp": omp}}
-
-
-@pytest.mark.parametrize("kind", ["gcn", "gat"])
-def test_rows_of_convs_have_the_dense_conv_and_both_starts(kind: Any) -> None:
-    ((name, (dense, shared, copies), (x, edge_index)),) = compiled.rows_of(
-        compiled.CompileBenchmark(kinds=(kind,), nodes=(30,))
-    )
-    assert name == f"{kind}, 30 nodes"
-    assert type(dense) is factory_of(kind)
-    assert [layer.start for layer in (shared, copies)] == ["shared", "copies"]
-    assert dense(x, edge_index).shape == shared(x, edge_index).shape == copies(x, edge_index).shape
-
-
-def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
-    ((name, models, (images,)),) = compiled.rows_of(
-        compiled.CompileBenchmark(kinds=("vit",), images=2)
-    )
-    assert name == "vit, 2 images"
-    counts = [sum(isinstance(part, MoE) for part in model.modules()) for model in models]
-    assert counts == [0, 3, 3]
-    assert len({model(images).shape for model in models}) == 1
 
 
 # on a GPU, dry ------------------------------------------------------------------------------------
@@ -340,7 +182,7 @@ def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
 
 
 def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ways.run
+    right = gpu.run
 
     def wrong(*args: Any) -> list[Tensor]:
         values = right(*args)
@@ -378,25 +220,25 @@ def test_a_row_that_fails_costs_no_other_row(
 
 @pytest.mark.parametrize("way", ["bf16", "sharded", "twice"])
 def test_a_way_to_run_a_layer_is_compared(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "WAYS", {way: ways.WAYS[way]} if way in ways.WAYS else {})
+    monkeypatch.setattr(gpu, "WAYS", {way: gpu.WAYS[way]} if way in gpu.WAYS else {})
     model = gpu.opened(gpu.ROWS["sage"]().moe()).eval()
     inputs = gpu.inputs_of(nodes=30, tokens=1, images=1).graph
-    found = ways.compared_ways(model, inputs, CPU)
+    found = gpu.compared_ways(model, inputs, CPU)
     assert found[way]["within"], found
     assert found[way]["tolerance"] <= 0.1
 
 
 def test_a_way_that_differs_or_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Doubled(ways.Autocast):
+    class Doubled(gpu.Autocast):
         def forward(self, *inputs: Tensor) -> Tensor:
             return 2 * super().forward(*inputs)
 
     def fails(_: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(ways, "WAYS", {"bf16": (Doubled, 0.1), "sharded": (fails, 1e-4)})
+    monkeypatch.setattr(gpu, "WAYS", {"bf16": (Doubled, 0.1), "sharded": (fails, 1e-4)})
     model = gpu.opened(gpu.ROWS["sage"]().moe()).eval()
-    found = ways.compared_ways(model, gpu.inputs_of(nodes=30, tokens=1, images=1).graph, CPU)
+    found = gpu.compared_ways(model, gpu.inputs_of(nodes=30, tokens=1, images=1).graph, CPU)
     assert found["sharded"] == {"error": "RuntimeError: no such kernel"}
     assert found["twice"]["within"]
     (line,) = benchmark_lines({"sage, fp32": {"ways": found, "error": "none"}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -179,7 +179,7 @@ def test_the_least_is_that_of_each_part_after_the_warmup() -> None:
     training = Noted(0.5, 4.0, 3.0, 6.0)
     for _ in range(4):
         training()
-    assert least(training, 3) == (3.0, 4.0, 1.0, 3.0)
+    assert least(cast(Any, training), 3) == (3.0, 4.0, 1.0, 3.0)
 
 
 @pytest.mark.parametrize(("repeats", "seconds", "enough"), [(5, 3.0, 5), (5, 60.0, 20), (1, 0, 1)])
@@ -187,4 +187,5 @@ def test_quick_models_are_repeated_for_some_seconds(
     repeats: int, seconds: float, enough: int
 ) -> None:
     """By their second steps, of 1 and 2 seconds."""
-    assert enough_repeats([Noted(9.0, 1.0), Noted(9.0, 2.0)], repeats, seconds) == enough
+    trainings: list[Any] = [Noted(9.0, 1.0), Noted(9.0, 2.0)]
+    assert enough_repeats(trainings, repeats, seconds) == enough

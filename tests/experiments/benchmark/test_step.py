@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,26 +99,6 @@ def test_a_compiled_model_stands_beside_the_first_of_its_own_turns(
     assert pairs == [NAMES, *[["PyG", "compiled"]] * 3]
 
 
-def test_the_other_checkout_is_compared_by_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[Any] = []
-
-    @contextmanager
-    def compared_with(*options: Any) -> Iterator[Any]:
-        asked.append(options)
-        yield lambda row: {"gmoe, Graph": {"ratio": 0.5, "noise": 1.25, "commit": row}}
-
-    monkeypatch.setattr(step, "compared_with", compared_with)
-    found = written_by(tmp_path, "--before", "elsewhere", "--threads", "1")["variants"]
-    assert asked == [(Path("elsewhere"), 1, 2, 0.0)]
-    assert [name for name in found if "before" in found[name]] == ["tiny, gmoe, Graph"]
-    lines = benchmark_lines(found)
-    assert [line["× before"] for line in lines] == ["–", "–", "–", "0.50"]
-    assert [line["noise"] for line in lines] == ["–", "–", "–", "1.25"]
-    assert "0.500 × before" in capsys.readouterr().err
-
-
 def test_the_table_has_no_empty_columns(tmp_path: Path) -> None:
     first, *_ = benchmark_lines(written_by(tmp_path)["variants"])
     costs = ["kept (MiB)", "peak (MiB)", "× peak"]
@@ -146,8 +125,6 @@ def test_each_row_is_written_when_it_is_done(
         ("--rows cora", "rows: got 'cora', expected one of"),
         ("--repeats 0", "repeats: got 0, expected at least 1"),
         ("--seconds -1", "seconds: got -1.0, expected a number of at least 0"),
-        ("--before nowhere", "before: got nowhere, expected a checkout of this project"),
-        ("--before nowhere --device cuda", "device: got cuda, expected 'cpu' with --before"),
     ],
 )
 def test_options_of_which_nothing_can_be_measured_are_refused(
