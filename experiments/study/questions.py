@@ -3,10 +3,9 @@
 It starts from one linear model on ``[x, Ax, A^2 x]``. Three questions follow:
 
 1. **Inputs.** Is something missing that a dense model can be given? The same model, given one by
-   one: the degree, structure (degrees, and how unlike its neighbors a node is), reverse edges,
-   walked features (more hops), positions (a diffusion map), and diffused training labels, of
-   which no training node sees its own. The degree is given to a wide dense model, too: messages do
-   not carry it, and a rule may be bent in it.
+   one: the degree, reverse edges, walked features (more hops), positions (a diffusion map), and
+   diffused training labels, of which no training node sees its own. The degree is given
+   to a wide dense model, too: messages do not carry it, and a rule may be bent in it.
 2. **Rules.** Do nodes follow several rules? A mixture of E linear experts, gated by a view of the
    node. It has to beat the one linear model, the same given that view, the same given the best
    input, wide dense models without and with the degree (one bent rule looks like several straight
@@ -47,8 +46,6 @@ from experiments.study.worth import WORTH, Gain
 from experiments.train.config import GraphConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Split, Splits
-from gmoe import Graph
-from gmoe.conv.structure import structure
 
 SPLITS = 5
 FEWEST = 30
@@ -80,7 +77,6 @@ POSITION_SCALE = 3
 
 INPUTS = {
     "degree": "its degree",
-    "structure": "its structure (--inputs structure)",
     "reverse": "reverse edges",
     "walked": "walked features (3 to 8 hops)",
     "positions": "positions (a diffusion map)",
@@ -95,7 +91,6 @@ VIEWS = {
     "node": "the node's own features (--router-input node, the default)",
     "neighbors": "the mean of its neighbors (--router-input neighbors)",
     "degree": "its degree (--router-input degree)",
-    "structure": "its structure (--router-input structure)",
 }
 """What a gate may see."""
 CONTROLS = {
@@ -314,7 +309,6 @@ class Survey:
             return {}
         inputs = {
             "degree": self.degree(),
-            "structure": self.structure(),
             "walked": views.walked(self.walks.incoming, self.x, (3, 4, 6, 8)),
             "positions": views.positions(self.walks),
         }
@@ -326,13 +320,6 @@ class Survey:
     def degree(self) -> Array:
         """(N, 2) logarithms of the number of edges into a node, and of its neighbors."""
         return np.log1p(np.stack([self.walks.in_degree, self.walks.num_neighbors], axis=1))
-
-    def structure(self) -> Array:
-        """(N, 6) degrees, and how unlike its neighbors a node is: the columns of ``--inputs``."""
-        target, source = self.walks.incoming.nonzero()
-        graph = Graph(torch.from_numpy(np.stack([source, target])).long(), len(self.x))
-        columns = structure(torch.from_numpy(self.x), graph).numpy()
-        return beside(*np.hsplit(columns, columns.shape[1])).numpy()
 
     def inputs(self, split: int) -> dict[str, Array]:
         """What the linear model of a split may be given, the cheapest first."""

@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,6 @@ from experiments.train.config import (
     OF_VIT,
     PAPERS,
     RunConfig,
-    controls_of,
     dense_of,
 )
 from experiments.train.data.on_disk import fit_to_disk
@@ -74,15 +73,13 @@ COMMON = (
     "jobs",
 )
 """The options that ``--help`` shows of a preset."""
-MORE = """--compare trains the dense model of the same seeds too, and prints the paired difference;
-with --inputs or --router-input structure, also the other controls.
+MORE = """--compare trains the dense model of the same seeds too, and prints the paired difference.
 --help-all shows all options: of data, model, routers, recipe, devices and logs."""
 FILES = """--config FILE begins with the options of a JSON file, such as the config.json of a run.
 Code that the file names is imported with --trust only; options of the command line are trusted.
 
 --compare trains the dense model of the same seeds too, in the folder RUN-dense, and prints the
-paired difference on the test set with its 95 % interval. Where structure is an input of router or
-model, it also trains the dense model that is given it, a frozen random router, and one expert."""
+paired difference on the test set with its 95 % interval."""
 
 
 def parse(args: Sequence[str]) -> RunConfig:
@@ -143,31 +140,19 @@ def _take(args: Sequence[str], *names: str, **kind: Any) -> tuple[Any, list[str]
     return known.value, rest
 
 
-def controls_beside(config: RunConfig) -> dict[str, RunConfig]:
-    """The runs beside one with experts, for ``--compare``; the first is the dense model's."""
+def dense_beside(config: RunConfig) -> RunConfig:
+    """The run of the dense model beside one with experts, for ``--compare``."""
     is_ours = config.router != "dense" and (config.model is None or config.own_models())
     got = f"router={config.router!r} and model={config.model!r}"
     check(is_ours, "compare", got, "a router, and no model of your own")
     folder = config.folder()
-    return {
-        name: replace(control, out=folder.with_name(f"{folder.name}-{name}"))
-        for name, control in controls_of(config).items()
-    }
+    return replace(dense_of(config), out=folder.with_name(f"{folder.name}-dense"))
 
 
-CONTROLS = {
-    "dense": "dense model",
-    "dense-structure": "dense model, given the structure",
-    "random": "frozen random router",
-    "one-expert": "one expert",
-}
-"""What is compared, by the end of its folder's name."""
+def show(config: RunConfig, summary: Summary, dense: Summary | None) -> None:
+    """Print scores, the routing in words and in figures, and costs.
 
-
-def show(config: RunConfig, summary: Summary, controls: Mapping[str, Summary]) -> None:
-    """Print scores, those of controls, the routing in words and in figures, and costs.
-
-    ``controls`` are the summaries of what was trained for comparison, the dense model first.
+    ``dense`` is the summary of the dense model, if it was trained for comparison.
     """
     import pandas as pd
 
@@ -185,12 +170,12 @@ def show(config: RunConfig, summary: Summary, controls: Mapping[str, Summary]) -
     factor, form = (1, "{:.4f}") if metric in ERRORS else (100, "{:.2f}")
     scores[["mean", "std"]] = factor * scores[["mean", "std"]].astype(float)
     print(scores[["mean", "std", "n"]].to_string(float_format=form.format, na_rep="–"))
-    for control, other in controls.items():
-        score = f"{CONTROLS[control]}: test {name} {scored(metric, other['test'])}"
-        ratio = f"{summary['flops'] / other['flops']:.2f} times its active FLOPs"
-        difference = paired(metric, summary["test"]["values"], other["test"]["values"])
-        print(f"\n{score}\nexperts − {control}: {difference}, at {ratio}")
-    if not controls and (line := dense_line(config, summary)):
+    if dense is not None:
+        score = f"dense model: test {name} {scored(metric, dense['test'])}"
+        ratio = f"{summary['flops'] / dense['flops']:.2f} times its active FLOPs"
+        difference = paired(metric, summary["test"]["values"], dense["test"]["values"])
+        print(f"\n{score}\nexperts − dense: {difference}, at {ratio}")
+    elif line := dense_line(config, summary):
         print(f"\n{line}")
     if summary["routing"]:
         layers = values_of(summary["routing"])
@@ -198,8 +183,8 @@ def show(config: RunConfig, summary: Summary, controls: Mapping[str, Summary]) -
         if line := advice(layers, config):
             print(line)
         words = [str(config.folder())]
-        if controls:
-            words += [str(control.folder()) for control in controls_beside(config).values()]
+        if dense is not None:
+            words.append(str(dense_beside(config).folder()))
         if code_of(config):
             words.append("--trust")
         print(f"what experts follow: python -m experiments.report {shlex.join(words)}")
@@ -275,8 +260,7 @@ def main(args: Sequence[str] | None = None) -> None:
         from experiments.train.run_folder import place, so_far
 
         config = replace(config, out=from_first(make_fabric(config), partial(place, config)))
-        beside = controls_beside(config) if compares else {}
-        runs = [config, *beside.values()]
+        runs = [config, dense_beside(config)] if compares else [config]
         for one in runs:
             so_far(one)  # refuses the folder of another run, before anything is trained
         why, status = "", 1
@@ -287,9 +271,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 why = "; ".join(failed for _, failed in ready if failed)
         if not why:
             with redirect_stdout(None) if rank else nullcontext():
-                summary, *others = [run(one) for one in runs]
+                summaries = [run(one) for one in runs]
             if not rank:
-                show(config, summary, dict(zip(beside, others, strict=True)))
+                show(config, summaries[0], summaries[1] if compares else None)
             return
     except (ValueError, OSError) as error:
         # Of a full disk, what was trained is there all the same

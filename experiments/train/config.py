@@ -25,7 +25,7 @@ from vision.recipe import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-RouterInput = Literal["node", "neighbors", "degree", "structure", "graph"]
+RouterInput = Literal["node", "neighbors", "degree", "graph"]
 Pool = Literal["mean", "sum", "max"]
 FFN = Literal["dense", "experts"]
 
@@ -220,10 +220,6 @@ class RunConfig:
         """Whether the number of ``workers`` changes what is drawn."""
         return False
 
-    def sees_structure(self) -> bool:
-        """Whether the structure around a node is an input, of the model or of its router."""
-        return False
-
     @property
     def step_size(self) -> int:
         """Rows of a step of the optimizer, of all processes together."""
@@ -340,7 +336,7 @@ class GraphConfig(NodeConfig):
     Your own: `package.module:Class` or `FILE.py:Class`."""
     router_input: tuple[RouterInput, ...] | None = None
     """What the router sees: the node (the default), the mean of its neighbors, log-degree.
-    Structure is degrees, and how unlike its neighbors a node is. Or the graph, by itself."""
+    Or the graph, by itself."""
     shared_router: bool | None = None
     """One decision for all layers, or one in each; by default one where layers start as copies."""
     jk: Literal["last", "cat", "max"] | None = None
@@ -358,9 +354,6 @@ class GraphConfig(NodeConfig):
     auto takes CSR where all convs run on it and treat edge weights alike."""
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of your own graph: the metric (default accuracy)."""
-    inputs: Literal["structure"] | None = None
-    """Give the model the six columns of `--router-input structure` beside the features.
-    A router that sees structure, too, then sees that of the features with these columns."""
     features: str | None = None
     """Of a named set: a .npy file of (nodes, width) numbers in place of its features.
     For example those of GIANT or TAPE."""
@@ -380,9 +373,6 @@ class GraphConfig(NodeConfig):
 
     def convs(self) -> tuple[str, ...]:
         return self.conv
-
-    def sees_structure(self) -> bool:
-        return "structure" in (self.inputs, *(self.router_input or ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -660,23 +650,6 @@ def dense_of(config: RunConfig) -> RunConfig:
     if config.convs():  # of several kinds of experts a dense model takes the first
         changes["conv"] = config.convs()[:1]
     return replace(config, router="dense", **changes)
-
-
-def controls_of(config: RunConfig) -> dict[str, RunConfig]:
-    """What a run with experts is compared with, by the end of the folder's name.
-
-    That is the dense model. Where structure is an input, of the router or of the model, it is also
-    the dense model that is given it, a frozen random router, and one expert.
-    """
-    dense = dense_of(config)
-    if not config.sees_structure():
-        return {"dense": dense}
-    return {
-        "dense": replace(dense, inputs=None),  # type: ignore[call-arg]  # of graphs
-        "dense-structure": replace(dense, inputs="structure"),  # type: ignore[call-arg]
-        "random": replace(config, router="random", options=RouterOptions()),
-        "one-expert": replace(config, experts=1, k=1),
-    }
 
 
 def moe_of(config: RunConfig) -> RunConfig:

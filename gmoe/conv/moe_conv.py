@@ -134,8 +134,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         k: K, experts per node (default 1).
         router_input: what the router sees: the ``"node"``, its ``"neighbors"`` (the conv's own
             aggregate if all experts share it, else the mean over in-edges), its ``"degree"``
-            (log(1 + in-degree)), its ``"structure"`` (six columns of degrees, and of how unlike its
-            neighbors it is), or several; or the ``"graph"``, the mean of its nodes, so that all
+            (log(1 + in-degree)), or several; or the ``"graph"``, the mean of its nodes, so that all
             nodes of a graph (by ``batch``) go to the same experts. By default (``None``) the node
             and its neighbors for copies, unless the router is an instance, and the node
             beside a shared expert; to mix weights the graph, unless the router is by type.
@@ -526,7 +525,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         classes = dict.fromkeys(type(conv) for conv in self._all_convs())
         takers = [(cls.__name__, kind_of(cls).takes_two_sets) for cls in classes]
         takers.append(("flow='target_to_source'", self.flow == "source_to_target"))
-        takers.append(("router_input='structure'", "structure" not in self.router_input))
         for name, takes_two_sets in takers:
             if not takes_two_sets:
                 raise ValueError(

@@ -13,18 +13,14 @@ from torch import Tensor
 
 from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
-from gmoe.conv.structure import COLUMNS, structure
 from gmoe.mixed_weights import Mix
 from gmoe.routers import ByType, Router, RouterLike
 from gmoe.routing import Routing
 from gmoe.start import Start
 
-RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "structure", "graph"]
+RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "graph"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
-"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), ``"structure"``, or several; or
-``"graph"``.
-
-Structure is degrees, and how unlike its neighbors a node is, see ``gmoe.conv.structure``.
+"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several; or ``"graph"``.
 
 The graph, by itself, is the mean of the nodes of each graph of a batch: all of them go to the same
 experts."""
@@ -65,8 +61,8 @@ def router_parts(
         check_choice("router_input", name, RouterPart)
     if not named:
         raise ValueError(
-            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree', "
-            "'structure'; or 'graph'"
+            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'; "
+            "or 'graph'"
         )
     if mix == "weights" and isinstance(router, str) and "graph" not in named:
         raise ValueError(
@@ -88,7 +84,7 @@ def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
         node: width of the nodes.
         neighbors: width of their neighbors' aggregate.
     """
-    widths = {"node": node, "neighbors": neighbors, "degree": 1, "structure": COLUMNS}
+    widths = {"node": node, "neighbors": neighbors, "degree": 1}
     widths["graph"] = node
     return sum(widths[part] for part in parts)
 
@@ -117,8 +113,6 @@ def router_features(
         wide = torch.promote_types(x_dst.dtype, torch.float32)  # for more than 65,504 in-edges
         degree_T = graph.edges.degree.to(x_dst.device, wide)
         columns["degree"] = degree_T.log1p()[:, None].to(x_dst.dtype)
-    if "structure" in parts:
-        columns["structure"] = structure(x_dst, graph)
     if len(parts) == 1:
         return columns[parts[0]]
     return torch.cat([columns[part] for part in parts], dim=-1)

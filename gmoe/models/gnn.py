@@ -94,8 +94,7 @@ class GNNMoE(HubMixin, nn.Module):
         shared_router: route each node once, from the raw features, for all layers (``True``), or
             let each layer route by its own input (``False``). By default (``None``) once if the
             layers start as copies.
-        router_input: what routers see: the ``"node"``, its ``"neighbors"``, its ``"degree"``, its
-            ``"structure"`` (six columns of degrees and of how unlike its neighbors it is), or
+        router_input: what routers see: the ``"node"``, its ``"neighbors"``, its ``"degree"``, or
             several of them; or the ``"graph"``, the mean of its nodes by ``batch``: all of them
             then go to the same experts. By default (``None``) the node; of copies with a router in
             each layer the node and its neighbors; to mix weights (``mix="weights"``, see
@@ -338,11 +337,10 @@ class GNNMoE(HubMixin, nn.Module):
     def _check_trimming(self, num_sampled_nodes_per_hop: list[int]) -> None:
         """Refuse to trim where a later layer routes by more nodes than it is left."""
         is_routed_later = any(self.has_experts(layer) for layer in range(1, self.num_layers))
-        wide = [part for part in self.router_input if part in ("graph", "structure")]
-        if wide and self.shared_router is None and is_routed_later:
+        if "graph" in self.router_input and self.shared_router is None and is_routed_later:
             raise ValueError(
                 f"num_sampled_nodes_per_hop: got {num_sampled_nodes_per_hop} with "
-                f"router_input={wide[0]!r} and a router in each layer, expected None, or "
+                "router_input='graph' and a router in each layer, expected None, or "
                 "shared_router=True: a later layer would route by what fewer nodes say"
             )
 

@@ -271,11 +271,7 @@ class InMemory(_LayerByLayer):
         shared = self.model.shared_router
         seen = []
         parts = conv.router_input if shared is None else self.model.router_input
-        pieces = self.parts("Routing")
-        if "structure" in parts:  # two hops far: of all nodes at once
-            nodes = torch.arange(self.num_nodes)
-            pieces = iter([(slice(None), nodes, self.graph.to(self.device))])
-        for _, nodes, graph in pieces:
+        for _, nodes, graph in self.parts("Routing"):
             if shared is None:
                 own = self.model.before_conv(layer, self.rows(x, nodes))
                 seen.append(conv.router_features(own, graph))
@@ -415,10 +411,9 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
                 f"norm: got {type(norm).__name__}, expected one by row: batch norm, "
                 "LayerNorm(mode='node') or none"
             )
-    wide = [part for part in model.router_input if part in ("graph", "structure")]
-    if wide:
+    if "graph" in model.router_input:
         raise ValueError(
-            f"router_input: got {wide[0]!r}, expected 'node', 'neighbors' or 'degree': a part of a "
+            "router_input: got 'graph', expected 'node', 'neighbors' or 'degree': a part of a "
             "stored graph does not know the whole"
         )
     for router in model.modules():

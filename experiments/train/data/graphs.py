@@ -5,7 +5,6 @@ A batch is the whole graph, neighborhoods, or a random part.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -30,9 +29,7 @@ from experiments.train.data.task import Batch, GraphData, MetricName, Shard, Spl
 from experiments.train.files import read_npy
 from experiments.train.user_code import load_conv
 from gmoe._checks import check
-from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import Kind, class_of, factory_of, kind_of
-from gmoe.conv.structure import structure
 from gmoe.data.loader import neighbor_loader
 
 MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
@@ -50,18 +47,6 @@ def with_features(graph: GraphData, file: str) -> GraphData:
     check(is_table and bool(x.isfinite().all()), file, got, legal)
     graph.data.x = x
     return graph
-
-
-def with_structure(graph: GraphData) -> GraphData:
-    """The graph with six columns of structure beside its features, each of mean 0 and unit 1."""
-    data: Any = graph.data
-    columns = structure(data.x.float(), Graph(data.edge_index, data.num_nodes))
-    deviation = columns.std(dim=0)
-    columns = (columns - columns.mean(dim=0)) / deviation.where(deviation > 0, 1)
-    x = torch.cat([data.x, columns.to(data.x.dtype)], dim=1)
-    beside = copy.copy(data)  # a made graph may be asked for again
-    beside.x = x
-    return replace(graph, data=beside)
 
 
 def directed(graph: GraphData, undirected: bool) -> GraphData:

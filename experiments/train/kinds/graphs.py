@@ -15,7 +15,7 @@ from torch_geometric.data import Data, HeteroData
 import gmoe
 from experiments.train.config import GraphConfig, HeteroConfig, NodeConfig
 from experiments.train.data import made
-from experiments.train.data.graphs import directed, graph_task, with_features, with_structure
+from experiments.train.data.graphs import directed, graph_task, with_features
 from experiments.train.data.named import load_graph
 from experiments.train.data.on_disk import stored_folder
 from experiments.train.data.own_graph import graph_from, own_graph
@@ -71,8 +71,6 @@ class Graphs(Nodes[GraphConfig]):
 
     def tasks(self) -> Callable[[int], Task]:
         if self.config.data is None and stored_folder(self.config) is not None:
-            inputs = self.config.inputs
-            check(inputs is None, "inputs", repr(inputs), "none for a graph that stays on disk")
             task = stored_task(self.config)
             return lambda _: task
         return super().tasks()
@@ -90,10 +88,6 @@ class Graphs(Nodes[GraphConfig]):
             graph = super().named()
         features = self.config.features
         return graph if features is None else with_features(graph, features)
-
-    def whole(self) -> GraphData:
-        graph = super().whole()
-        return graph if self.config.inputs is None else with_structure(graph)
 
     def own(self, made_by_user: Any) -> GraphData:
         config = self.config

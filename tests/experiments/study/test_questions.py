@@ -82,19 +82,6 @@ def ancestors_of_three_steps(draw: np.random.Generator) -> Nodes:
     return nodes(x, np.stack([source, np.arange(COUNT)]), y, seed=3)
 
 
-def unlike_its_neighbors(draw: np.random.Generator) -> Nodes:
-    """All that counts is whether a node's neighbors are of its own kind."""
-    kind = draw.integers(8, size=COUNT)
-    x = draw.standard_normal((8, WIDTH))[kind] + 0.1 * draw.standard_normal((COUNT, WIDTH))
-    y = draw.integers(2, size=COUNT)
-    target = np.repeat(np.arange(COUNT), 5)
-    members = [np.flatnonzero(kind == one) for one in range(8)]
-    other = (kind[target] + draw.integers(1, 8, size=len(target))) % 8
-    wanted = np.where(y[target] == 1, kind[target], other)
-    source = np.array([draw.choice(members[one]) for one in wanted])
-    return nodes(x, np.stack([source, target]), y, seed=7)
-
-
 def bent_rule(draw: np.random.Generator, count: int = COUNT) -> Nodes:
     """The signs of two pairs of features agree, or not: one hidden unit cannot tell."""
     edges = draw.integers(count, size=(2, 4 * count))
@@ -178,7 +165,6 @@ def test_what_is_plain_is_answered(
         pytest.param(bent_rule, "width", {None}, id="width"),
         pytest.param(bent_rule_among_columns, "width", {None}, id="bent"),
         pytest.param(of_many_neighbors, "inputs", {"degree"}, id="degree"),
-        pytest.param(unlike_its_neighbors, "inputs", {"structure"}, id="structure"),
         pytest.param(of_a_band_of_degrees, "inputs", {"degree"}, id="band-of-degrees"),
     ],
 )

@@ -36,7 +36,7 @@ SMALL = "--layers 2 --hidden 16 --batch-size 200"
 SAMPLED = "--sampling neighbor --fanout 4 3 --evaluation sampled --eval-every 2"
 RUNS: dict[str, str] = {
     "graph": "digits-graph --router token_choice --dropout 0.2 --noise True",
-    "choice": "digits-graph --router expert_choice --schedule cosine --conv gcn mlp "
+    "choice": "digits-graph --router expert_choice --schedule cosine --conv gcn sage "
     "--router-input node degree --start plain --jk last --clip-norm 1",
     "votes": "digits-graph --precision bf16-mixed --router attention_vote --scope neighbors",
     "neighbors": f"digits-graph {SAMPLED} --batch-size 300 --dropout 0.2 "

@@ -105,37 +105,6 @@ def test_compare_trains_the_dense_model_of_the_same_seeds(tmp_path: Path, capsys
     assert (tmp_path / "run-dense" / "seed-0" / "result.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("option", ["--inputs", "--router-input"])
-def test_structure_is_compared_with_all_that_may_gain_as_much(
-    option: str, tmp_path: Path, capsys: Any
-) -> None:
-    """Given to the dense model, behind a frozen random router, and with one expert."""
-    summary = quick(tmp_path / "run", option, "structure", "--compare", seeds="0")
-    said = capsys.readouterr().out
-    found = {}
-    for control in ("dense", "dense-structure", "random", "one-expert"):
-        found[control] = json.loads((tmp_path / f"run-{control}" / "summary.json").read_text())
-        assert f"experts − {control}: " in said
-    configs = {control: other["config"] for control, other in found.items()}
-    assert [configs[name]["router"] for name in ("dense", "dense-structure", "random")] == [
-        "dense",
-        "dense",
-        "random",
-    ]
-    assert configs["one-expert"]["experts"] == 1
-    inputs = {control: config["inputs"] for control, config in configs.items()}
-    given = summary["config"]["inputs"]
-    assert inputs == {
-        "dense": None,
-        "dense-structure": "structure",
-        "random": given,
-        "one-expert": given,
-    }
-    width = summary["config"]["hidden"]
-    parameters = [found[name]["parameters"] for name in ("dense", "dense-structure")]
-    assert parameters[1] - parameters[0] == 2 * 6 * width  # of the conv, and of the residual
-
-
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_compare_refuses_the_folder_of_another_run_before_it_trains(
     jobs: str, tmp_path: Path, capsys: Any

@@ -66,3 +66,10 @@ def test_graphs_never_compete(router: str, options: dict[str, Any]) -> None:
             router_kwargs={"inference": "threshold", **options},
             router_input="graph",
         )
+
+
+def test_the_degree_of_a_hub_is_finite_in_half_precision() -> None:
+    """It has more in-edges than half precision counts."""
+    hub = torch.zeros(2, 70_000, dtype=torch.int64)
+    layer = MoEConv("gcn", 4, 4, router_input="degree", num_experts=2).half()
+    assert layer(torch.randn(2, 4).half(), hub)[0].isfinite().all()

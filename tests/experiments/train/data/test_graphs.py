@@ -23,12 +23,10 @@ from torch_geometric.utils import add_self_loops
 from experiments.convert.planted import write_planted
 from experiments.train.build import build_model
 from experiments.train.config import HeteroConfig
-from experiments.train.data.graphs import TwoClassAUROC, directed, with_structure
+from experiments.train.data.graphs import TwoClassAUROC, directed
 from experiments.train.data.named import load_graph
 from experiments.train.data.task import GraphData, Split, Task
 from experiments.train.training import set_up
-from gmoe import Graph
-from gmoe.conv.structure import structure
 from tests.helpers.made_graph import (
     NODES,
     PARTS,
@@ -370,19 +368,3 @@ def test_relations_have_reverses(mag: GraphData, undirected: bool) -> None:
     cites = set(map(tuple, graph["paper", "cites", "paper"].edge_index.T.tolist()))
     assert (cites == {(b, a) for a, b in cites}) == undirected
     assert len(mag.data.edge_types) == 4
-
-
-def test_structure_stands_beside_the_features_in_units_of_its_own() -> None:
-    """The graph itself stays as it was."""
-    graph = make_graph()
-    before: Any = graph.data
-    x = before.x
-    data: Any = with_structure(graph).data
-    assert torch.equal(data.x[:, : x.size(1)], x)
-    columns = structure(x, Graph(before.edge_index, NODES))
-    varies = columns.std(dim=0) > 0
-    found = data.x[:, x.size(1) :]
-    assert torch.equal(found[:, ~varies], torch.zeros_like(found[:, ~varies]))
-    expected = (columns - columns.mean(dim=0)) / columns.std(dim=0)
-    torch.testing.assert_close(found[:, varies], expected[:, varies])
-    assert before.x is x
