@@ -24,7 +24,7 @@ from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
 from gmoe.losses import attach_aux_loss
 from gmoe.merging import merge
-from gmoe.moe import MoE, MoELayer, SoftMoE
+from gmoe.moe import MoE, SoftMoE
 from gmoe.products import combine, dispatch, grouped_linear
 from gmoe.pruning import prune
 from gmoe.routers import (
@@ -38,11 +38,9 @@ from gmoe.routers import (
     SoftSlots,
     TokenChoice,
     UniformRouter,
-    build_router,
 )
 from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
 from gmoe.saved import load, save
-from gmoe.stack import fold
 from gmoe.unstacked import restack, unstack
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ if TYPE_CHECKING:
     from gmoe.metrics import RoutingStats, expert_health
     from gmoe.models.gnn import GNNMoE
     from gmoe.models.hetero_gnn import HeteroGNNMoE
-    from gmoe.models.vit import ViTMoE, ViTSize
+    from gmoe.models.vit import ViTMoE
 
 __version__ = "0.1.0"
 
@@ -77,7 +75,6 @@ __all__ = [
     "MLPExperts",
     "MoE",
     "MoEConv",
-    "MoELayer",
     "MultiCentroid",
     "NeighborSampler",
     "OracleRouter",
@@ -93,18 +90,15 @@ __all__ = [
     "TrainerHealth",
     "UniformRouter",
     "ViTMoE",
-    "ViTSize",
     "__version__",
     "active_parameters",
     "attach_aux_loss",
     "aux_loss",
-    "build_router",
     "combine",
     "count_flops",
     "densify",
     "dispatch",
     "expert_health",
-    "fold",
     "grouped_linear",
     "link_neighbor_loader",
     "load",
@@ -136,7 +130,6 @@ _LAZY = {
     "GNNMoE": "gmoe.models.gnn",
     "HeteroGNNMoE": "gmoe.models.hetero_gnn",
     "ViTMoE": "gmoe.models.vit",
-    "ViTSize": "gmoe.models.vit",
 }
 """The names that are imported on first use (PEP 562), and their modules."""
 

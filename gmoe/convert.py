@@ -114,12 +114,11 @@ def moefy(
               starts at zero: the last layer of an MLP's experts, or the gain of a :class:`MoEConv`.
             - ``"copies"``: the experts start as the dense layer and replace it. It is the base of
               their weights, to which each expert adds a difference that starts at zero, see
-              ``gmoe.stack``: if it was frozen, the base stays frozen and the
-              differences train. :func:`gmoe.fold` right after makes them independent, which is
-              sparse upcycling (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The
+              ``gmoe.stack``: if it was frozen, the base stays frozen and the differences train. The
               model starts as the dense one, since a token's weights sum to 1; other routers are
-              refused (``router.sums_to_one``). Token choice by name has weights of 1 at K = 1 and
-              does not balance its load, as in :class:`MoEConv`.
+              refused (``router.sums_to_one``). Independent copies are sparse upcycling
+              (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). Token choice by name
+              has weights of 1 at K = 1 and does not balance its load, as in :class:`MoEConv`.
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_input: what the routers see: of MLPs ``"token"`` or ``"image"``, see :class:`MoE`; of
             convs see :class:`MoEConv`. By default (``None``) as there.

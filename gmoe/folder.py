@@ -90,7 +90,7 @@ class Edits:
 
     Args:
         moefied: the arguments of :func:`gmoe.moefy`; ``None`` for a layer that the base has itself.
-        folded: the base of its experts was added to them, see :func:`gmoe.fold`.
+        folded: the base of its experts was added to them, see :func:`gmoe.stack.fold`.
         kept: the experts that stayed when others were pruned; ``None`` for all.
         dense: it was folded back to one MLP, see :func:`gmoe.densify`.
     """

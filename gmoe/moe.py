@@ -69,12 +69,7 @@ class _Mixture(MoELayer):
     """A layer that holds experts, and a router of their number and width, or none."""
 
     def __init__(self, router: Router | None, experts: Experts, mix: Mix = "outputs") -> None:
-        has_sizes = hasattr(router, "num_experts") and hasattr(router, "dim")
-        if router is not None and not has_sizes:
-            raise ValueError(
-                f"router: got {shown(router)}, expected an instance, which build_router makes of a "
-                "name"
-            )
+        check(isinstance(router, Router | None), "router", shown(router), "an instance of Router")
         if not hasattr(experts, "num_experts"):
             raise ValueError(
                 f"experts: got {type(experts).__name__}, expected gmoe.Experts: MLPExperts, "

@@ -68,7 +68,7 @@ def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> P
     """Write a model with experts to a folder: how it was made, and all its weights.
 
     It takes gmoe's own models, and models of timm, Hugging Face's transformers, PyG and your own
-    that :func:`gmoe.moefy` has changed, also after :func:`gmoe.fold`, :func:`gmoe.prune` and
+    that :func:`gmoe.moefy` has changed, also after :func:`gmoe.stack.fold`, :func:`gmoe.prune` and
     :func:`gmoe.densify`, which may leave no experts. The dense model itself is described only for
     gmoe's own models and those of transformers, whose ``save_pretrained`` and ``Trainer`` write the
     same files. For all others, and for a model of gmoe's own with an argument that JSON cannot

@@ -129,7 +129,7 @@ def unstack(model: Model) -> Model:
     ``....up.linears.3`` for expert 3 of an MLP. The outputs stay the same, up to rounding. Experts
     then run one after the other, and the loads are read on the host: slower for many experts.
 
-    Experts that share a base are folded before (:func:`gmoe.fold`): each ``nn.Linear`` holds all
+    Experts that share a base are folded before: each ``nn.Linear`` holds all
     that its expert computes with. What attention convs do not call stays stacked: GAT's attention
     vectors, and the maps of edge features. Convs that run one by one hold PyG's ``Linear``, which
     those tools pass over.

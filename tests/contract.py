@@ -40,12 +40,11 @@ from gmoe import (
     SoftMoE,
     SoftSlots,
     ViTMoE,
-    ViTSize,
-    build_router,
     moefy,
     record_routing,
 )
 from gmoe.conv.base import ConvExperts, MixedExperts
+from gmoe.routers import build_router
 
 D, E, K = 8, 8, 2
 FINE = torch.float64
@@ -238,9 +237,14 @@ def soft() -> SoftMoE:
     return SoftMoE(SoftSlots(D, num_experts=E, slots=2), MLPExperts(D, 12, 6, num_experts=E))
 
 
-SMALL_VIT = ViTSize(
-    image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24
-)
+SMALL_VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "mlp_dim": 24,
+}
 NO_RESET = {
     "starts_on_the_meta_device": "torchvision's models are built with values; see reset_parameters"
 }

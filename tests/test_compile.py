@@ -20,8 +20,8 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import MLP, GCNConv, GINConv, global_add_pool
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
-from gmoe import GNNMoE, Graph, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, build_router, moefy
-from gmoe.routers import ROUTERS
+from gmoe import GNNMoE, Graph, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, moefy
+from gmoe.routers import ROUTERS, build_router
 from tests.contract import CASES, graph_breaks, opened
 from tests.torch_versions import COMPILES_GRAPHS
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gmoe import MLPExperts, MoE, Router, RoutingStats, build_router
+from gmoe import MLPExperts, MoE, Router, RoutingStats
+from gmoe.routers import build_router
 from tests.contract import (
     CASES,
     CLAUSES,

@@ -14,7 +14,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.export import Dim
 
-from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, ViTMoE, build_router, moefy
+from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, ViTMoE, moefy
+from gmoe.routers import build_router
 
 WIDTH = 8
 SIZES = ((20, 70), (33, 191), (12, 20))

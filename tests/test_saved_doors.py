@@ -20,7 +20,7 @@ from torchvision.models import VisionTransformer
 import gmoe
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
-from gmoe.stack import become, tensors_of
+from gmoe.stack import become, fold, tensors_of
 from tests.helpers.command import full_disk
 from tests.helpers.shrunk import moved
 
@@ -66,7 +66,7 @@ BASES = {**OWN, "HeteroGNNMoE": hetero, **DENSE}
 
 
 def folded(model: nn.Module) -> nn.Module:
-    return gmoe.fold(model)
+    return fold(model)
 
 
 def pruned(model: nn.Module) -> nn.Module:

@@ -42,6 +42,7 @@ import gmoe
 from gmoe import GNNMoE, Graph, ViTMoE
 from gmoe.moe import MoELayer
 from gmoe.routers.balance import BalancedRouter
+from gmoe.stack import fold
 
 EXPERTS, WIDTH, CLASSES = 4, 4, 3
 SEEDS = st.integers(0, 999)
@@ -210,7 +211,7 @@ class History(RuleBasedStateMachine):
     def fold(self) -> None:
         """Make experts independent that share a base."""
         with self.same_outputs():
-            self.model = gmoe.fold(self.model)
+            self.model = fold(self.model)
         self.is_rebuilt = True
 
     @rule()

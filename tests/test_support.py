@@ -29,6 +29,7 @@ from torch_geometric import explain
 from torch_geometric.nn import summary, to_hetero
 
 import gmoe
+from gmoe.moe import MoELayer
 from gmoe.stack import become, tensors_of
 from tests import contract
 from tests.contract import CASES, METADATA, Case, assert_compiles, outcome, rows, run
@@ -139,9 +140,9 @@ def becomes_dense(case: Case) -> str | None:
     """Where experts are equal, or add nothing to a shared one."""
     layer, call = case.make().eval(), case.call()
     for part in layer.modules():
-        if isinstance(part, gmoe.MoELayer):
+        if isinstance(part, MoELayer):
             become(part.experts, tensors_of(part.experts, 0))
-        if isinstance(part, gmoe.MoELayer) and getattr(part, "gain", None) is not None:
+        if isinstance(part, MoELayer) and getattr(part, "gain", None) is not None:
             nn.init.zeros_(part.gain)  # type: ignore[arg-type]
         elif isinstance(part, gmoe.MoE) and part.shared_expert is not None:
             for value in part.experts.down.parameters():
@@ -149,7 +150,7 @@ def becomes_dense(case: Case) -> str | None:
     expected = rows(run(layer, call))
     dense = gmoe.densify(layer).model
     torch.testing.assert_close(rows(dense(*call.args)), expected)
-    return "partly" if any(isinstance(part, gmoe.MoELayer) for part in dense.modules()) else None
+    return "partly" if any(isinstance(part, MoELayer) for part in dense.modules()) else None
 
 
 def differentiates_twice(case: Case) -> None:

@@ -24,6 +24,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
 import gmoe
+from gmoe.moe import MoELayer
 from tests.helpers.pages import blocks
 
 SIZES: dict[str, Any] = {
@@ -69,7 +70,7 @@ def batches(count: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
 def test_the_factory_is_found_by_its_name_and_starts_as_the_dense_model() -> None:
     assert timm.is_model("vit_tiny_moe")
     model = create()
-    assert sum(isinstance(part, gmoe.MoELayer) for part in model.modules()) == 2
+    assert sum(isinstance(part, MoELayer) for part in model.modules()) == 2
     torch.manual_seed(0)
     dense = timm.create_model("vit_tiny_patch16_224", **SIZES)
     images, _ = next(batches())

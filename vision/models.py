@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,21 @@ from torchvision.models import VisionTransformer
 from torchvision.ops import stochastic_depth
 
 from gmoe._checks import check
-from gmoe.models.vit import SIZES, ViTSize
+from gmoe.models.vit import SIZES
 
 
-def vit_size(image_size: int, **given: int | None) -> ViTSize:
+def vit_size(image_size: int, **given: int | None) -> dict[str, int]:
     """The sizes of a ViT: those of the image size's preset, but for what is given.
 
     Raises:
         ValueError: an image size without a preset, of which some are not given.
     """
-    sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    sizes = {name: value for name, value in given.items() if value is not None}
     if image_size in SIZES:
-        return replace(SIZES[image_size], **sizes)
+        return SIZES[image_size] | sizes
     legal = f"patch, dim and vit_heads with it, or one of {sorted(SIZES)}"
     check(len(sizes) == len(given), "image_size", image_size, legal)
-    return ViTSize(image_size=image_size, **sizes)
+    return {"image_size": image_size, **sizes}
 
 
 def add_drop_path(model: VisionTransformer, rate: float) -> None:

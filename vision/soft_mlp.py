@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 import gmoe
-
-if TYPE_CHECKING:
-    from gmoe.models.vit import ViTSize
 
 
 class SoftMLP(nn.Module):
@@ -24,13 +21,15 @@ class SoftMLP(nn.Module):
         dropout: inside of the experts.
     """
 
-    def __init__(self, mlp: nn.Module, size: ViTSize, experts: int, dropout: float) -> None:
+    def __init__(
+        self, mlp: nn.Module, size: Mapping[str, int], experts: int, dropout: float
+    ) -> None:
         super().__init__()
-        width = size.hidden_dim
-        tokens = (size.image_size // size.patch_size) ** 2 + 1
+        width = size["hidden_dim"]
+        tokens = (size["image_size"] // size["patch_size"]) ** 2 + 1
         self.mlp = mlp
         self.experts = gmoe.MLPExperts(
-            width, size.mlp_dim, width, num_experts=experts, dropout=dropout, zero_init=True
+            width, size["mlp_dim"], width, num_experts=experts, dropout=dropout, zero_init=True
         )
         slots = gmoe.SoftSlots(width, num_experts=experts, slots=-(-tokens // experts))
         self.soft = gmoe.SoftMoE(slots, self.experts)

@@ -34,9 +34,10 @@ from experiments.benchmark.measure import Benchmark, Step, layer_step, take_turn
 from experiments.benchmark.step import StepBenchmark
 from experiments.benchmark.step import summary as step_summary
 from experiments.benchmark.tables import said_of
-from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, build_router
+from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots
 from gmoe._checks import check, check_choice
 from gmoe.conv.kinds import factory_of
+from gmoe.routers import build_router
 
 WAITS = frozenset(
     prefix + name

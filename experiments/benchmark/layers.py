@@ -21,7 +21,8 @@ from torch_geometric.nn import GATConv, HeteroLinear
 from torch_geometric.utils import to_torch_csr_tensor, to_undirected
 
 from experiments.benchmark.measure import Benchmark, Step, Steps, check_equal, layer_step
-from gmoe import AttentionVote, MLPExperts, MoE, MoEConv, TokenChoice, build_router
+from gmoe import AttentionVote, MLPExperts, MoE, MoEConv, TokenChoice
+from gmoe.routers import build_router
 
 NODE = 128
 """D of a node."""
@@ -269,7 +270,7 @@ class VitBenchmark(Benchmark):
     """Under bfloat16 autocast, not in float32."""
 
     def groups(self) -> Iterator[Steps]:
-        from gmoe.models.vit import ViTMoE, ViTSize  # torchvision, which graphs do without
+        from gmoe.models.vit import ViTMoE  # torchvision, which graphs do without
 
         images = torch.randn(self.batch, 3, 32, 32)
         labels = torch.randint(10, (self.batch,))
@@ -279,9 +280,14 @@ class VitBenchmark(Benchmark):
 
         def build(backend: Any = "auto", **options: Any) -> Any:
             torch.manual_seed(0)  # all ways to run the experts get the same ones
-            size = ViTSize(
-                image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256
-            )
+            size = {
+                "image_size": 32,
+                "patch_size": 4,
+                "num_layers": 6,
+                "num_heads": 4,
+                "hidden_dim": 128,
+                "mlp_dim": 256,
+            }
             model: Any = ViTMoE(size, backend=backend, **options)
             # Which starts at zero, where all would be equal
             nn.init.normal_(model.heads[-1].weight)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -28,36 +27,31 @@ from gmoe.routing import Routing, checked_routings, record_routing
 from gmoe.saved import HubMixin
 from gmoe.start import Start, drawn_apart, resolved_start, saved_by_name
 
-
-@dataclass(frozen=True, kw_only=True)
-class ViTSize:
-    """The sizes of torchvision's ``VisionTransformer``, by its names.
-
-    Args:
-        image_size: height and width of the images, in pixels.
-        patch_size: height and width of a patch, in pixels; divides ``image_size``.
-        num_layers: blocks.
-        num_heads: attention heads; divides ``hidden_dim``.
-        hidden_dim: width of a token.
-        mlp_dim: hidden width of the MLPs, and of each expert.
-    """
-
-    image_size: int
-    patch_size: int
-    num_layers: int
-    num_heads: int
-    hidden_dim: int
-    mlp_dim: int
-
-
-SIZES = {
-    8: ViTSize(image_size=8, patch_size=2, num_layers=4, num_heads=4, hidden_dim=48, mlp_dim=96),
-    32: ViTSize(
-        image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256
-    ),
-    160: ViTSize(
-        image_size=160, patch_size=16, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=384
-    ),
+SIZES: dict[int, dict[str, int]] = {
+    8: {
+        "image_size": 8,
+        "patch_size": 2,
+        "num_layers": 4,
+        "num_heads": 4,
+        "hidden_dim": 48,
+        "mlp_dim": 96,
+    },
+    32: {
+        "image_size": 32,
+        "patch_size": 4,
+        "num_layers": 6,
+        "num_heads": 4,
+        "hidden_dim": 128,
+        "mlp_dim": 256,
+    },
+    160: {
+        "image_size": 160,
+        "patch_size": 16,
+        "num_layers": 6,
+        "num_heads": 4,
+        "hidden_dim": 192,
+        "mlp_dim": 384,
+    },
 }
 """Sizes by image size: handwritten digits (8x8), CIFAR (32x32), Imagenette (160x160)."""
 
@@ -69,8 +63,9 @@ class ViTMoE(HubMixin, VisionTransformer):
     among themselves.
 
     Args:
-        size: a :class:`ViTSize`, a dictionary of its sizes, or an image size with defaults: 8, 32
-            or 160.
+        size: an image size with defaults, 8, 32 or 160; or a dictionary of torchvision's
+            ``image_size``, ``patch_size``, ``num_layers``, ``num_heads``, ``hidden_dim`` and
+            ``mlp_dim``, the hidden width of the MLPs and of each expert.
         num_classes: default 10.
         router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the
             baseline.
@@ -111,7 +106,7 @@ class ViTMoE(HubMixin, VisionTransformer):
     @says_what_misfits
     def __init__(
         self,
-        size: ViTSize | Mapping[str, int] | int,
+        size: Mapping[str, int] | int,
         num_classes: int = 10,
         router: RouterLike | None = "expert_choice",
         *,
@@ -126,12 +121,13 @@ class ViTMoE(HubMixin, VisionTransformer):
         router_kwargs: Mapping[str, object] | None = None,
         backend: Backend = "auto",
     ) -> None:
-        if isinstance(size, ViTSize):  # recorded as numbers, since JSON has no ViTSize
-            size = asdict(size)
         start = resolved_start(start)
-        if not isinstance(size, Mapping) and size not in SIZES:
-            raise ValueError(f"size: got {size!r}, expected a ViTSize or one of {sorted(SIZES)}")
-        sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])
+        sizes = dict(size) if isinstance(size, Mapping) else SIZES.get(size, {})
+        if {*sizes} != {*SIZES[8]}:
+            raise ValueError(
+                f"size: got {size!r}, expected one of {[*SIZES]}, or a dictionary of "
+                f"{', '.join(SIZES[8])}"
+            )
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
             if sizes[whole] % sizes[part]:

@@ -34,7 +34,6 @@ __all__ = [
     "TokenChoice",
     "UniformRouter",
     "Weighting",
-    "build_router",
 ]
 
 RouterLike: TypeAlias = str | Router | Callable[..., Router]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import gmoe
 from gmoe import Graph
+from gmoe.stack import fold
 
 BEFORE = (
     *("no_grad", "inference_mode", "step", "other thread", "other input"),
@@ -55,7 +56,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda module: module,
     "deepcopy": copy.deepcopy,
     "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "fold": gmoe.fold,
+    "fold": fold,
     "unstack": gmoe.unstack,
     "restack": lambda module: gmoe.restack(gmoe.unstack(module)),
     "densify": lambda module: gmoe.densify(module).model,

@@ -18,7 +18,8 @@ from torch_geometric.nn import GCN, GATConv, GCNConv, GINConv, Linear, MessagePa
 from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
-from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, fold, moefy, record_routing
+from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, moefy, record_routing
+from gmoe.stack import fold
 from tests.helpers.mlps import FORMS, Dropping, Llama, NormBeforeActivation, TwoArguments, plain_mlp
 from tests.helpers.vits import images, timm_vit, torchvision_vit
 

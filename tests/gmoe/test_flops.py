@@ -23,10 +23,10 @@ from gmoe import (
     MoEConv,
     OracleRouter,
     active_parameters,
-    build_router,
     count_flops,
     match_width,
 )
+from gmoe.routers import build_router
 from tests.helpers.masked import random_graph, routing_of
 
 T, D, O, E = 10, 8, 4, 4  # noqa: E741

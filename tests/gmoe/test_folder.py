@@ -27,9 +27,14 @@ IMAGES = torch.randn(4, 1, 8, 8, dtype=torch.float64)
 
 
 GNN = partial(gmoe.GNNMoE, 16, 8, 3)
-SIZE = gmoe.ViTSize(
-    image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24
-)
+SIZE = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "mlp_dim": 24,
+}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kinds": (GNN, {"conv": ("gcn", SAGEConv, "graph"), "k": 2}),
     "router class": (

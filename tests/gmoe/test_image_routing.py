@@ -12,11 +12,17 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import gmoe
 from gmoe import ExpertChoice, MLPExperts, MoE, TokenChoice, ViTMoE, aux_loss, record_routing
-from gmoe.models.vit import ViTSize
 from tests.helpers.vits import images, timm_vit, torchvision_vit
 
 E, D = 4, 6
-TINY = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24)
+TINY = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 4,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "mlp_dim": 24,
+}
 
 
 def moe(**options: Any) -> MoE:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gmoe
 from gmoe.layer_groups import groups_of
+from gmoe.routers import build_router
 from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
     EDGES,
@@ -61,7 +62,7 @@ def test_what_kept_experts_take_and_weigh_stays(
     """Where experts choose, or weights are scores: the mixture without the others."""
     torch.manual_seed(0)
     layer = gmoe.MoE(
-        gmoe.build_router(router, WIDTH, num_experts=EXPERTS, k=k, kwargs=options),
+        build_router(router, WIDTH, num_experts=EXPERTS, k=k, kwargs=options),
         gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
     ).double()
     layer(X)  # in training, for thresholds
@@ -107,7 +108,7 @@ def pruned_layer(router: str, kept: tuple[int, ...] = (1, 2, 6), options: Any = 
     torch.manual_seed(0)
     options = CHOSEN_BY[router] if options is None else options
     layer = gmoe.MoE(
-        gmoe.build_router(router, WIDTH, num_experts=EXPERTS, k=1, kwargs=options),
+        build_router(router, WIDTH, num_experts=EXPERTS, k=1, kwargs=options),
         gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
     ).double()
     layer(X)

@@ -24,11 +24,11 @@ from gmoe import (
     MoE,
     Routing,
     RoutingStats,
-    build_router,
     expert_health,
     record_routing,
 )
 from gmoe.metrics import ExpertHealth, HealthMonitor, LayerHealth
+from gmoe.routers import build_router
 
 
 def counted_slowly(routings: list[Routing]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers import Trainer
 
 import gmoe
 import gmoe.plot
+from gmoe.moe import MoELayer
 from tests.helpers.stored_files import store
 
 WIDTH, EXPERTS = 4, 2
@@ -91,27 +92,14 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "TrainerHealth": lambda _: ((object.__new__(Trainer),), {}),
     "UniformRouter": lambda _: ((WIDTH,), experts()),
     "ViTMoE": lambda _: ((8, 10), experts()),
-    "ViTSize": lambda _: (
-        (),
-        {
-            "image_size": 8,
-            "patch_size": 4,
-            "num_layers": 2,
-            "num_heads": 2,
-            "hidden_dim": 8,
-            "mlp_dim": 8,
-        },
-    ),
     "active_parameters": lambda _: ((moefied(),), {}),
     "attach_aux_loss": lambda _: ((moefied(),), {"scale": 0.5}),
     "aux_loss": lambda _: ((ROUTING,), {}),
-    "build_router": lambda _: (("random", WIDTH), experts(k=1)),
     "combine": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
     "count_flops": lambda _: ((moefied(), X, EDGES), {}),
     "densify": lambda _: ((moefied(),), {}),
     "dispatch": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
     "expert_health": lambda _: (([ROUTING],), {"names": ["one"]}),
-    "fold": lambda _: ((moefied(),), {}),
     "grouped_linear": lambda _: (
         (torch.ones(3, WIDTH), torch.ones(EXPERTS, WIDTH, 8), None, torch.tensor([2, 3])),
         {"backend": "auto"},
@@ -139,7 +127,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "plot.patch_weights": lambda _: ((gmoe.ViTMoE(8, **experts()), torch.rand(1, 3, 8, 8)), {}),
 }
 
-ABSTRACT = {"Experts", "MoELayer", "Router"}
+ABSTRACT = {"Experts", "Router"}
 OF_TENSORS = {
     "AuxLoss",
     "Routing",
@@ -374,7 +362,7 @@ def test_what_the_message_says_of_a_mixer_works() -> None:
     before = model(images)
     gmoe.moefy(model, targets="blocks.*.mlp_channels", num_experts=EXPERTS)
     torch.testing.assert_close(model(images), before)
-    assert any(isinstance(part, gmoe.MoELayer) for part in model.modules())
+    assert any(isinstance(part, MoELayer) for part in model.modules())
 
 
 def test_an_error_inside_of_a_call_stays_as_it_is() -> None:

@@ -20,8 +20,8 @@ from gmoe import (
     SoftMoE,
     SoftSlots,
     TokenChoice,
-    build_router,
 )
+from gmoe.routers import build_router
 
 D, E = 5, 3
 

@@ -26,14 +26,20 @@ from gmoe import (
     Routing,
     RoutingStats,
     ViTMoE,
-    ViTSize,
-    build_router,
     moefy,
     record_routing,
 )
 from gmoe.plot import _grid, _tint, _to_rgb, expert_load, expert_maps, palette, patch_weights
+from gmoe.routers import build_router
 
-SIZE = ViTSize(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
+SIZE = {
+    "image_size": 12,
+    "patch_size": 4,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "mlp_dim": 8,
+}
 IMAGE = torch.zeros(3, 12, 12)
 
 

@@ -21,7 +21,9 @@ from torch_geometric import nn as pyg
 
 import gmoe
 from gmoe.layer_groups import groups_of
+from gmoe.moe import MoELayer
 from gmoe.saved import receipt
+from gmoe.stack import fold
 from tests.helpers.huggingface import build
 from tests.helpers.shrunk import EDGES, WIDTH, Mine, X, moved
 from tests.helpers.vits import images, timm_vit, torchvision_vit
@@ -138,7 +140,7 @@ def test_a_model_comes_back(base: str, options: str, tmp_path: Path) -> None:
 def test_every_router_and_start_comes_back(base: str, options: str, tmp_path: Path) -> None:
     model = made(base, **OPTIONS[options])
     loaded = check_comes_back(model, BASES[base](), inputs_of(base), tmp_path)
-    assert any(isinstance(part, gmoe.MoELayer) for part in loaded.modules())
+    assert any(isinstance(part, MoELayer) for part in loaded.modules())
 
 
 @pytest.mark.parametrize("base", ["timm", "transformers ViT", "PyG GCN"])
@@ -148,7 +150,7 @@ def test_a_folded_pruned_and_partly_dense_model_comes_back(
 ) -> None:
     model = made(base, start=start)
     inputs = inputs_of(base)
-    gmoe.fold(model)
+    fold(model)
     check_comes_back(model, BASES[base](), inputs, tmp_path / "folded")
     first, second = groups_of(model)
     routed: Any
@@ -313,7 +315,7 @@ def test_every_option_of_a_router_that_was_changed_is_refused(
         for group in groups_of(model):
             group.keep(kept)
     gmoe.save(model, tmp_path)
-    layer: Any = next(part for part in model.modules() if isinstance(part, gmoe.MoELayer))
+    layer: Any = next(part for part in model.modules() if isinstance(part, MoELayer))
     changes = options_of(layer.router)
     assert len(changes) > 5
     for part, name in changes:

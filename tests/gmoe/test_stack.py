@@ -23,7 +23,7 @@ from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 import gmoe
 from gmoe import GNNMoE, MoEConv
 from gmoe.conv.base import tensors_in
-from gmoe.stack import base_parameters, fill, has_base, tensors_of
+from gmoe.stack import base_parameters, fill, fold, has_base, tensors_of
 from tests.helpers.conv_cases import ids
 from tests.helpers.equal import assert_same
 from tests.helpers.masked import GRAPHS, assert_equals_masked, features
@@ -56,7 +56,7 @@ def trained(conv: Any = GCNConv, **options: Any) -> Any:
 @pytest.mark.parametrize("start", ["plain", "copies"])
 def test_the_state_of_experts_is_that_of_a_conv_with_e_in_front(start: Any, conv: Any) -> None:
     layer = MoEConv(conv, WIDTH, WIDTH, num_experts=EXPERTS, start=start).double()
-    stacked = gmoe.fold(layer).experts.state_dict()
+    stacked = fold(layer).experts.state_dict()
     for expert in range(EXPERTS):
         own = layer.experts.expert(expert).state_dict()
         assert stacked.keys() == own.keys()
@@ -75,7 +75,7 @@ def test_an_expert_is_filled_and_read_with_and_without_a_base(conv: Any) -> None
     for parameter in given.parameters():
         nn.init.normal_(parameter)
     others = tensors_of(layer.experts, 0)
-    for stacked in (layer.experts, gmoe.fold(copy.deepcopy(layer)).experts):
+    for stacked in (layer.experts, fold(copy.deepcopy(layer)).experts):
         fill(stacked, 2, tensors_in(given))
         for name, value in tensors_in(stacked.expert(2)).items():
             torch.testing.assert_close(value, tensors_in(given)[name])
@@ -107,7 +107,7 @@ def test_a_folded_layer_gives_the_same(conv: Any) -> None:
     before = sum(parameter.numel() for parameter in layer.experts.parameters())
     unfolded = copy.deepcopy(layer)
 
-    folded = gmoe.fold(layer)
+    folded = fold(layer)
     assert folded is layer
     assert not has_base(folded)
     assert_same(folded(x, EDGES), expected)
@@ -123,7 +123,7 @@ def test_a_folded_layer_gives_the_same(conv: Any) -> None:
 
 
 def test_a_folded_state_is_assigned_to_a_layer_without_values() -> None:
-    folded = gmoe.fold(trained(router_kwargs={"weight": "straight_through"}).eval())
+    folded = fold(trained(router_kwargs={"weight": "straight_through"}).eval())
     with torch.device("meta"):
         layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS, start="copies")
     layer.eval().load_state_dict(folded.state_dict(), assign=True)
@@ -138,7 +138,7 @@ def test_experts_that_two_layers_share_are_folded_once() -> None:
     model = nn.ModuleList([first, second]).eval()
     x = features(NODES, WIDTH)
     expected = second(first(x, EDGES), EDGES)
-    gmoe.fold(model)
+    fold(model)
     assert second.experts is first.experts
     assert_same(second(first(x, EDGES), EDGES), expected)
 
@@ -162,7 +162,7 @@ def test_a_sum_cannot_be_changed_and_its_parts_can(how: str) -> None:
     layer = trained()
     with pytest.raises((ValueError, TypeError), match="weight"):  # torch's
         change(copy.deepcopy(layer).experts.lin, "weight")
-    folded = gmoe.fold(copy.deepcopy(layer))
+    folded = fold(copy.deepcopy(layer))
     change(folded.experts.lin, "weight")
     change(layer.experts.lin, "weight_difference")
     linear = layer.experts.lin
@@ -170,7 +170,7 @@ def test_a_sum_cannot_be_changed_and_its_parts_can(how: str) -> None:
     for changed in (layer, folded):
         changed(x, EDGES).sum().backward()
     with pytest.raises(ValueError, match="parametrized weight, expected a plain one"):
-        gmoe.fold(layer)
+        fold(layer)
 
 
 @pytest.mark.parametrize("frozen", ["base", "difference"])
@@ -178,7 +178,7 @@ def test_folded_experts_learn_if_either_part_did(frozen: str) -> None:
     layer = trained()
     for name, parameter in layer.experts.named_parameters():
         parameter.requires_grad_(not name.endswith(f"_{frozen}"))
-    gmoe.fold(layer)
+    fold(layer)
     assert all(parameter.requires_grad for parameter in layer.experts.parameters())
 
 
@@ -187,8 +187,8 @@ def test_a_model_is_folded_layer_by_layer_and_saved(tmp_path: Any) -> None:
     model = GNNMoE(WIDTH, 8, 2, 3, conv="sage", start="copies", num_experts=EXPERTS).eval()
     x = features(NODES, WIDTH).float()
     expected = model(x, EDGES)
-    gmoe.fold(model)
-    gmoe.fold(model)  # nothing is left to fold
+    fold(model)
+    fold(model)  # nothing is left to fold
     assert_same(model(x, EDGES), expected)
     model.save_pretrained(tmp_path)
     assert_same(GNNMoE.from_pretrained(tmp_path)(x, EDGES), expected)
@@ -197,7 +197,7 @@ def test_a_model_is_folded_layer_by_layer_and_saved(tmp_path: Any) -> None:
 def test_a_step_of_gradient_descent_is_one_with_pooled_gradients() -> None:
     """An expert moves by its own gradient and the sum of all experts'."""
     layer = trained().train()
-    independent = gmoe.fold(copy.deepcopy(layer))
+    independent = fold(copy.deepcopy(layer))
     x = features(NODES, WIDTH)
     for model in (layer, independent):
         torch.manual_seed(0)
@@ -206,7 +206,7 @@ def test_a_step_of_gradient_descent_is_one_with_pooled_gradients() -> None:
     with torch.no_grad():
         moved = weight - 0.1 * (weight.grad + weight.grad.sum(dim=0))
     torch.optim.SGD(layer.experts.parameters(), lr=0.1).step()
-    gmoe.fold(layer)
+    fold(layer)
     assert_same(layer.experts.lin.weight, moved)
 
 
@@ -273,7 +273,7 @@ def test_a_part_of_copies_may_be_wrapped() -> None:
         layer.experts.lin.added.fill_(1)
     adapted = layer(x, EDGES)
     assert not torch.equal(adapted, expected)
-    assert_same(gmoe.fold(layer)(x, EDGES), adapted)
+    assert_same(fold(layer)(x, EDGES), adapted)
 
 
 def test_a_patched_layer_runs_and_leaves_its_weights_as_they_are() -> None:

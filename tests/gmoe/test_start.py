@@ -27,8 +27,9 @@ from gmoe import (
     TokenChoice,
     moefy,
 )
-from gmoe.models.vit import ViTMoE, ViTSize
-from gmoe.stack import base_parameters, has_base
+from gmoe.models.vit import ViTMoE
+from gmoe.moe import MoELayer
+from gmoe.stack import base_parameters, fold, has_base
 from gmoe.start import resolved_start
 from tests.helpers.conv_cases import ids
 from tests.helpers.equal import assert_same
@@ -36,9 +37,14 @@ from tests.helpers.masked import GRAPHS, features, random_graph, routing_of
 
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH = 4
-SMALL_VIT = ViTSize(
-    image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24
-)
+SMALL_VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 4,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "mlp_dim": 24,
+}
 
 
 def gin(width: int, out: int) -> GINConv:
@@ -213,7 +219,7 @@ def test_copies_learn_apart() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(features(NODES, WIDTH), EDGES).sin().sum().backward()
     optimizer.step()
-    weights = gmoe.fold(layer).experts.lin.weight
+    weights = fold(layer).experts.lin.weight
     assert not torch.equal(weights[0], weights[1])
 
 
@@ -504,7 +510,7 @@ def test_the_default_of_convs_that_run_one_by_one_is_shared() -> None:
 def test_copies_of_convs_that_run_one_by_one_are_independent() -> None:
     layer: Any = MoEConv("le", WIDTH, WIDTH, num_experts=3, start="copies")
     assert not has_base(layer)
-    assert gmoe.fold(layer) is layer
+    assert fold(layer) is layer
 
 
 @pytest.mark.parametrize(
@@ -664,7 +670,7 @@ DOORS: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("door", DOORS)
 def test_every_layer_knows_how_it_started(door: str, start: Any) -> None:
     build, default = DOORS[door]
-    layers = [part for part in build(start=start).modules() if isinstance(part, gmoe.MoELayer)]
+    layers = [part for part in build(start=start).modules() if isinstance(part, MoELayer)]
     assert layers
     assert {layer.start for layer in layers} == {start or default}
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 import gmoe
 from gmoe.layer_groups import groups_of
-from gmoe.stack import has_base
+from gmoe.stack import fold, has_base
 from gmoe.unstacked import UnstackedLinears
 from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import CONVS, EDGES, EXPERTS, WIDTH, X, conv_layer, moefied
@@ -49,7 +49,7 @@ STARTED = [
 def test_unstacked_convs_give_the_same_and_are_stacked_again(conv: str, start: str, k: int) -> None:
     layer = conv_layer(CONVS[conv], start, "token_choice", k)
     expected = layer(X, EDGES)
-    state = gmoe.fold(copy.deepcopy(layer)).state_dict()
+    state = fold(copy.deepcopy(layer)).state_dict()
     gmoe.unstack(layer)
     is_stacked = conv != "one by one"
     assert any(isinstance(part, UnstackedLinears) for part in layer.modules()) == is_stacked
@@ -78,7 +78,7 @@ def test_an_unstacked_vit_gives_the_same(start: Any) -> None:
     unstacked = gmoe.unstack(copy.deepcopy(model))
     assert num_linears(unstacked) == before + 2 * 2 * EXPERTS
     assert_same(unstacked(images()), expected)
-    folded = gmoe.fold(model)
+    folded = fold(model)
     size = sum(parameter.numel() for parameter in folded.parameters())
     assert size == sum(parameter.numel() for parameter in unstacked.parameters())
     assert_same(gmoe.restack(unstacked)(images()), expected)

@@ -10,6 +10,7 @@ from torch_geometric.nn import GATConv
 
 import gmoe
 from gmoe import MoEConv
+from gmoe.moe import MoELayer
 from tests.helpers.vits import timm_vit
 
 WIDTH, EXPERTS, NODES = 4, 8, 5
@@ -77,7 +78,7 @@ def assert_has(layer: Any, number: int) -> None:
 
 
 def has_experts(model: nn.Module) -> bool:
-    return any(isinstance(part, gmoe.MoELayer) for part in model.modules())
+    return any(isinstance(part, MoELayer) for part in model.modules())
 
 
 class Mine(gmoe.Router):

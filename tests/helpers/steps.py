@@ -18,10 +18,9 @@ from gmoe import (
     MoEConv,
     SoftMoE,
     SoftSlots,
-    build_router,
     moefy,
 )
-from gmoe.routers import ByType
+from gmoe.routers import ByType, build_router
 
 WIDTH, NODES, NUM_EDGES, EXPERTS = 64, 60, 240, 8
 

@@ -10,14 +10,20 @@ import torch
 from safetensors.torch import save_file
 
 import gmoe
-from gmoe.models.vit import ViTSize
 from vision.models import TimmModel, add_drop_path, vit_size
 
 timm = pytest.importorskip("timm")
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ("patch_size=4", "embed_dim=8", "depth=2", "num_heads=2")
-SIZE = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=8, mlp_dim=16)
+SIZE = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 4,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "mlp_dim": 16,
+}
 
 
 def made(
@@ -153,7 +159,7 @@ def test_experts_of_a_dropped_branch_learn_nothing_of_that_image() -> None:
 
 def test_sizes_without_a_preset_are_given_whole() -> None:
     given = {"patch_size": 4, "hidden_dim": 8, "num_heads": 2, "mlp_dim": 16, "num_layers": 4}
-    assert vit_size(24, **given).image_size == 24
+    assert vit_size(24, **given)["image_size"] == 24
     with pytest.raises(ValueError, match="image_size: got 24, expected patch, dim and vit_heads"):
         vit_size(24, **(given | {"patch_size": None}))
-    assert vit_size(32, **dict.fromkeys(given)).patch_size == 4
+    assert vit_size(32, **dict.fromkeys(given))["patch_size"] == 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from itertools import product
 from typing import Any
 
@@ -11,12 +10,18 @@ import pytest
 import torch
 
 import gmoe
-from gmoe.models.vit import ViTSize
 from gmoe.plot import expert_maps, patch_weights
 from vision.told_domain import tell_domains
 from vision.views import ViewViT, view_of
 
-SIZE = ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16)
+SIZE = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "mlp_dim": 16,
+}
 
 
 def images_of(number: int = 6) -> Any:
@@ -99,7 +104,7 @@ def test_a_token_is_one_more_of_the_encoder(extra: Any, router: Any) -> None:
 def test_without_a_view_it_is_the_vit() -> None:
     model = made(None)
     torch.manual_seed(0)
-    plain = gmoe.ViTMoE(asdict(SIZE), 5, None)
+    plain = gmoe.ViTMoE(SIZE, 5, None)
     plain.heads.head.weight.data.copy_(model.heads.head.weight.data)
     assert torch.equal(model(images_of()), plain(images_of()))
 

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import gmoe
-from gmoe.models.vit import ViTSize
 from vision.recipe import Recipe
 from vision.weights import WeightAverage, layers_of, lr_factors
 
-SIZE = ViTSize(image_size=8, patch_size=4, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16)
+SIZE = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 3,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "mlp_dim": 16,
+}
 
 
 def of_timm(**options: Any) -> Any:

@@ -15,10 +15,16 @@ from experiments.study import studies
 from experiments.study.price import price, price_cells, routed_part
 from experiments.study.sweep import main
 from experiments.train.presets import DIGITS
-from gmoe.models.vit import ViTSize
 
 SMALL = replace(DIGITS, hidden=16, layers=2, batch_size=300, epochs=2, every=1, progress=False)
-SIZE = ViTSize(image_size=8, patch_size=2, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16)
+SIZE = {
+    "image_size": 8,
+    "patch_size": 2,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "mlp_dim": 16,
+}
 
 
 @pytest.mark.parametrize("start", ["copies", "shared"])

@@ -305,10 +305,9 @@ def test_routers_of_your_own_model_check_what_they_get(
 ) -> None:
     (tmp_path / "mine.py").write_text(
         "import gmoe\n"
-        "from gmoe.models.vit import ViTSize\n"
         "def make(image_size, num_classes):\n"
-        "    size = ViTSize(image_size=image_size, patch_size=4, num_layers=2, num_heads=2,\n"
-        "                   hidden_dim=8, mlp_dim=8)\n"
+        "    size = dict(image_size=image_size, patch_size=4, num_layers=2, num_heads=2,\n"
+        "                hidden_dim=8, mlp_dim=8)\n"
         "    return gmoe.ViTMoE(size, num_classes, 'token_choice', num_experts=2)\n"
     )
     args = ["images", "--data-root", str(folder), "--model", f"{tmp_path}/mine.py:make"]

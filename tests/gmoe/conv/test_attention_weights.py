@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from torch_geometric.explain.algorithm.utils import set_masks
 from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
 
-from gmoe import Graph, MoEConv, fold
+from gmoe import Graph, MoEConv
+from gmoe.stack import fold
 from tests.helpers.masked import (
     GRAPHS,
     csr,

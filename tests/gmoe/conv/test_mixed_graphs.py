@@ -13,7 +13,7 @@ from torch_geometric.nn import MLP, GCNConv, GINConv
 import gmoe
 from gmoe import GNNMoE, MoEConv, count_flops
 from gmoe.conv.base import GAIN_SCALE
-from gmoe.stack import stacks_in
+from gmoe.stack import fold, stacks_in
 from tests.helpers.masked import redrawn
 
 E, D, OUT = 3, 5, 4
@@ -210,7 +210,7 @@ def test_saved_pruned_folded_and_loaded_it_is_the_same(tmp_path: Any) -> None:
     pruned = gmoe.prune(loaded, (x, edge_index))
     assert [layer.kept for layer in pruned.layers] == [(0, 1, 2)]
     assert pruned.change == 0.0
-    folded: Any = gmoe.fold(loaded)
+    folded: Any = fold(loaded)
     torch.testing.assert_close(folded(x, edge_index, batch=GROUP), expected)
     assert [layer.is_dense for layer in gmoe.densify(folded).layers] == [False, False]
     gmoe.unstack(folded)

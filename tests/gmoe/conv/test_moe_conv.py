@@ -19,7 +19,8 @@ from torch_geometric import EdgeIndex
 from torch_geometric.nn import GATConv, GraphConv, MessagePassing, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
-from gmoe import MoEConv, TokenChoice, fold, moefy
+from gmoe import MoEConv, TokenChoice, moefy
+from gmoe.stack import fold
 from tests.contract import Halved, opened
 from tests.helpers.conv_cases import AGGREGATE_ONCE, ATTENTION, NODES, SOME, WIDTH, graph, ids
 from tests.helpers.masked import GRAPHS, features, mean_of_in_edges, random_graph, routing_of

@@ -15,6 +15,7 @@ import gmoe
 from gmoe import Routing
 from gmoe.conv.aggregate import GINExperts
 from gmoe.conv.network import BatchNormExperts, can_be_stacked
+from gmoe.stack import fold
 
 WIDTH, NODES, EXPERTS = 4, 12, 4
 EDGES = torch.stack([torch.arange(30) % NODES, (torch.arange(30) * 7 + 3) % NODES])
@@ -134,7 +135,7 @@ def test_copies_start_as_the_dense_conv_and_keep_their_own_statistics() -> None:
     layer.train()(x, EDGES)
     norm: Any = layer.experts.get_submodule("nn.norms.0.module")
     assert not torch.equal(norm.running_mean[0], norm.running_mean[1])
-    gmoe.fold(layer)
+    fold(layer)
     assert norm.weight.shape == (EXPERTS, 6)
 
 

@@ -30,8 +30,9 @@ from torch_geometric.nn import (
 )
 from torch_geometric.utils import to_torch_csc_tensor
 
-from gmoe import GNNMoE, Graph, MoEConv, fold
+from gmoe import GNNMoE, Graph, MoEConv
 from gmoe.conv.kinds import OPTIONS
+from gmoe.stack import fold
 from tests.contract import opened
 from tests.helpers.conv_cases import KINDS, NODES, WIDTH, Two, graph, layer
 from tests.helpers.masked import assert_equals_masked, csr, features, random_graph

@@ -16,6 +16,7 @@ from torch_geometric.data import Data
 import gmoe
 from gmoe import GNNMoE, MoE, MoEConv, StoredGraph, TokenChoice
 from gmoe.models.blocks import DropThenAct
+from gmoe.stack import fold
 from tests.helpers.equal import assert_same
 from tests.helpers.masked import features, simple_graph
 from tests.helpers.stored_files import store
@@ -285,7 +286,7 @@ def test_routings_are_replayed(options: dict[str, Any]) -> None:
 def test_it_is_folded_pruned_and_saved(tmp_path: Path, options: dict[str, Any]) -> None:
     gnn, x = model(**options).eval(), features(NODES, IN)
     logits = gnn(x, EDGES)
-    assert_same(gmoe.fold(gnn)(x, EDGES), logits)
+    assert_same(fold(gnn)(x, EDGES), logits)
     pruned = gmoe.prune(gnn, (x, EDGES))
     assert pruned.change < 1e-10
     gmoe.save(gnn, tmp_path / "saved", (x, EDGES))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 import gmoe
-from gmoe.models.vit import SIZES, ViTMoE, ViTSize
+from gmoe.models.vit import SIZES, ViTMoE
 
-TINY = ViTSize(image_size=8, patch_size=2, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
+TINY = {
+    "image_size": 8,
+    "patch_size": 2,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "mlp_dim": 24,
+}
 
 
 def vit(router: str | None) -> ViTMoE:
@@ -27,7 +32,7 @@ def test_presets_run_and_train(side: int, router: str | None) -> None:
     model = ViTMoE(side, router=router)
     logits, routings = model(torch.randn(2, 3, side, side), return_routing=True)
     assert logits.shape == (2, 10)
-    tokens = 2 * ((side // SIZES[side].patch_size) ** 2 + 1)  # and the class token
+    tokens = 2 * ((side // SIZES[side]["patch_size"]) ** 2 + 1)  # and the class token
     assert [routing.num_tokens for routing in routings] == (
         [] if router is None else [tokens] * len(routings)
     )
@@ -47,7 +52,7 @@ def test_the_dense_baseline_is_torchvisions() -> None:
 def test_routings_are_replayed_without_asking_a_router() -> None:
     """Nothing of them is left after the call; other numbers are refused."""
     torch.manual_seed(0)
-    model = ViTMoE(dataclasses.replace(TINY, num_layers=4), 5, start="plain")
+    model = ViTMoE(TINY | {"num_layers": 4}, 5, start="plain")
     torch.nn.init.normal_(model.heads.head.weight)
     images = torch.randn(2, 3, 8, 8)
     logits, routings = model(images, return_routing=True)
@@ -74,8 +79,10 @@ def test_gray_images_are_repeated() -> None:
     ("arguments", "argument"),
     [
         ({"size": 64}, "size"),
-        ({"size": dataclasses.replace(TINY, image_size=9)}, "image_size"),
-        ({"size": dataclasses.replace(TINY, num_heads=3)}, "hidden_dim"),
+        ({"size": TINY | {"image_size": 9}}, "image_size"),
+        ({"size": TINY | {"num_heads": 3}}, "hidden_dim"),
+        ({"size": TINY | {"img_size": 8}}, "size"),
+        ({"size": {"image_size": 8}}, "size"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], argument: str) -> None:

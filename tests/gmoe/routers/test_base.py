@@ -25,9 +25,8 @@ from gmoe import (
     Router,
     SoftSlots,
     TokenChoice,
-    build_router,
 )
-from gmoe.routers import AttentionVote, ExpertChoice, Groups
+from gmoe.routers import AttentionVote, ExpertChoice, Groups, build_router
 from gmoe.routers.base import SHORT, log_softmax, pair_weights
 from tests.helpers.reference import (
     CASES,

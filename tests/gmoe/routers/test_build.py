@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import gmoe
-from gmoe import ROUTERS, OracleRouter, Router, SoftSlots, TokenChoice, UniformRouter, build_router
+from gmoe import ROUTERS, OracleRouter, Router, SoftSlots, TokenChoice, UniformRouter
+from gmoe.routers import build_router
 
 
 @pytest.mark.parametrize("name", ROUTERS)

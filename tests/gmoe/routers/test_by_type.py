@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gmoe
 from gmoe.routers import ByType
+from gmoe.stack import fold
 
 ELEMENTS = [1, 6, 8]
 WIDTH, ATOMS = 4, 9
@@ -310,7 +311,7 @@ def test_copies_pickles_and_files_route_by_type(tmp_path: Path) -> None:
 def test_folded_models_and_forces_route_by_type() -> None:
     model, (x, z) = trained(model_of()), atoms()
     expected = model(x, z)
-    torch.testing.assert_close(gmoe.fold(model)(x, z), expected)
+    torch.testing.assert_close(fold(model)(x, z), expected)
     x.requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: model(x, z).square(), x, fast_mode=True)
 
