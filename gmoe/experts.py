@@ -167,7 +167,9 @@ class LinearExperts(Experts, Stack):
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # with a base, a sum at each read
         if len(weight) == 1:  # all rows are this expert's
-            return F.linear(x_PI.to(weight.dtype), weight[0], None if bias is None else bias[0])
+            # squeeze, not [0], whose backward pass would fill a whole weight with zeros.
+            bias_O = None if bias is None else bias.squeeze(0)
+            return F.linear(x_PI.to(weight.dtype), weight.squeeze(0), bias_O)
         return grouped_linear(x_PI, weight.mT, bias, offsets_E, self.backend)
 
 

@@ -143,9 +143,10 @@ class LinearAggregation(AggregateOnce):
         if self.normalize or must_be_called(self) or not all(map(is_plain, layers)):
             return super().on_all(call)
         assert call.aggregate is not None  # these experts share one
-        weights = [layer.weight[0] for layer in layers]
-        bias_EO = self.bias_of(layers)
-        bias = None if bias_EO is None else bias_EO[0]
+        # squeeze, not [0], whose backward pass would fill a whole weight with zeros.
+        weights = [layer.weight.squeeze(0) for layer in layers]
+        bias_1O = self.bias_of(layers)
+        bias = None if bias_1O is None else bias_1O.squeeze(0)
         out = F.linear(call.aggregate.to(weights[0].dtype), weights[0], bias)
         if len(layers) == 2:
             out.add_(F.linear(call.x_dst.to(weights[1].dtype), weights[1]))
