@@ -7,7 +7,7 @@ B messages in a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -59,41 +59,60 @@ def additive_scores(
     )
 
 
+class _Parts(NamedTuple):
+    """What scores are made of, and what is differentiated; see :func:`additive_scores`."""
+
+    source_UO: Tensor
+    target_PO: Tensor
+    edge_MF: Any  # a tensor, as the next one, or both are None
+    edge_EFO: Any
+    att_EOH: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> _Parts:
+        """What a function makes of each part that is there."""
+        made: list[Any] = [None if part is None else function(part) for part in self]
+        return _Parts(*made)
+
+
 class _AdditiveScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *weights, negative_slope, sender, receiver, offsets = inputs
+        parts, (negative_slope, sender, receiver, offsets) = inputs[:5], inputs[5:]
         ctx.negative_slope = negative_slope
-        ctx.save_for_backward(*weights, sender, receiver, offsets)
+        ctx.save_for_backward(*parts, sender, receiver, offsets)
         return _score_additively(*inputs)
 
     @staticmethod
     @unbatched
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        *weights, sender, receiver, offsets = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        parts = _Parts(*saved[:5])
+        sender, receiver, offsets = saved[5:]
+        slope = ctx.negative_slope
+        grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # this pass is differentiated itself
 
             def plain(*views: Any) -> Tensor:
-                inputs = (*views, ctx.negative_slope, sender, receiver, offsets)
-                return _score_by_messages(*inputs)
+                return _score_by_messages(_Parts(*views), slope, sender, receiver, offsets)
 
-            needs = ctx.needs_input_grad[: len(weights)]
-            return *gradients_of(plain, weights, needs, grad_MH), None, None, None, None
-        grad_source, grad_target, *grads_of_edges, grad_att = _score_additively_backward(
-            grad_MH, *weights, ctx.negative_slope, sender, receiver, offsets
-        )
-        grad_edge, grad_weight = grads_of_edges or (None, None)
-        return grad_source, grad_target, grad_edge, grad_weight, grad_att, None, None, None, None
+            grads = gradients_of(plain, parts, ctx.needs_input_grad[:5], grad_MH)
+        else:
+            found = iter(
+                _score_additively_backward(grad_MH, *parts, slope, sender, receiver, offsets)
+            )
+            grads = [None if part is None else next(found) for part in parts]
+        return *grads, None, None, None, None
 
 
-def _score_by_messages(*inputs: Any) -> Tensor:
+def _score_by_messages(
+    parts: _Parts, negative_slope: float, sender: Tensor, receiver: Tensor, offsets: Tensor
+) -> Tensor:
     """(M, H) what :func:`_score_additively` gives, by functions that can be differentiated twice.
 
     Keeps a row for each message. In float32 at least, with autocast off, as the kernel computes.
     """
-    *weights, negative_slope, sender, receiver, offsets = inputs
-    dtype = weights[-1].dtype
-    source_UO, target_PO, edge_MF, edge_EFO, att_EOH = _exact(*weights)
+    dtype = parts.att_EOH.dtype
+    source_UO, target_PO, edge_MF, edge_EFO, att_EOH = parts.each(_exact)
     has_autocast = autocasts(att_EOH.device)
     with torch.autocast(att_EOH.device.type, enabled=False) if has_autocast else nullcontext():
         sum_MO = source_UO.index_select(0, sender) + target_PO.index_select(0, receiver)
@@ -126,12 +145,12 @@ def _score_additively(
     Products are written in place: autocast does not touch those.
     """
     dtype = att_EOH.dtype
-    *rows, att_EOH = _exact(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
-    score_MH = att_EOH.new_empty(sender.size(0), att_EOH.size(2))
+    parts = _Parts(source_UO, target_PO, edge_MF, edge_EFO, att_EOH).each(_exact)
+    score_MH = parts.att_EOH.new_empty(sender.size(0), att_EOH.size(2))
     for block in _blocks(offsets, sender.size(0), att_EOH):
-        sum_BO = _sums(rows, sender, receiver, block)
+        sum_BO = _sums(parts, sender, receiver, block)
         leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
-        block.add_product(leaky_BO, att_EOH, score_MH[block.place], beta=0)
+        block.add_product(leaky_BO, parts.att_EOH, score_MH[block.place], beta=0)
     return score_MH.to(dtype)
 
 
@@ -153,34 +172,33 @@ def _score_additively_backward(
     offsets: Tensor,
 ) -> list[Tensor]:
     """The gradients of the first five inputs, of those that are there."""
-    inputs = (source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
-    *rows, att_EOH = _exact(*inputs)
-    grad_MH = grad_MH.to(att_EOH.dtype)
-    grads: list[Any] = [None if t is None else t.new_zeros(t.shape) for t in (*rows, att_EOH)]
-    grad_source, grad_target, grad_edge, grad_weight, grad_att = grads
+    given = _Parts(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
+    parts = given.each(_exact)
+    grads = parts.each(torch.zeros_like)
+    grad_MH = grad_MH.to(parts.att_EOH.dtype)
     for block in _blocks(offsets, len(sender), att_EOH):
         # The sums are computed anew: they take more memory than all else.
-        sum_BO = _sums(rows, sender, receiver, block)
+        sum_BO = _sums(parts, sender, receiver, block)
         grad_BH = grad_MH[block.place]
         grad_BO = torch.empty_like(sum_BO)
-        block.add_product(grad_BH, att_EOH.transpose(1, 2), grad_BO, beta=0)
+        block.add_product(grad_BH, parts.att_EOH.transpose(1, 2), grad_BO, beta=0)
         grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, negative_slope, False)
         leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
-        block.add_outer(leaky_BO, grad_BH, grad_att)
-        grad_source.index_add_(0, sender[block.place], grad_BO)
-        grad_target.index_add_(0, receiver[block.place], grad_BO)
-        if grad_edge is not None:
-            _, _, edge_MF, edge_EFO = rows
-            block.add_product(grad_BO, edge_EFO.transpose(1, 2), grad_edge[block.place], beta=0)
-            block.add_outer(edge_MF[block.place], grad_BO, grad_weight)
-    return [grad.to(t.dtype) for grad, t in zip(grads, inputs, strict=True) if t is not None]
-
-
-def _exact(*tensors: Any) -> list[Any]:
-    """The tensors in float32 at least; ``None`` stays."""
+        block.add_outer(leaky_BO, grad_BH, grads.att_EOH)
+        grads.source_UO.index_add_(0, sender[block.place], grad_BO)
+        grads.target_PO.index_add_(0, receiver[block.place], grad_BO)
+        if parts.edge_MF is not None:
+            weight_EOF = parts.edge_EFO.transpose(1, 2)
+            block.add_product(grad_BO, weight_EOF, grads.edge_MF[block.place], beta=0)
+            block.add_outer(parts.edge_MF[block.place], grad_BO, grads.edge_EFO)
     return [
-        None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors
+        grad.to(part.dtype) for grad, part in zip(grads, given, strict=True) if part is not None
     ]
+
+
+def _exact(value: Tensor) -> Tensor:
+    """The tensor in float32 at least."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 class _Block(NamedTuple):
@@ -256,13 +274,10 @@ def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | 
             yield _Block(place, expert)
 
 
-def _sums(
-    rows: Sequence[Any], sender: Tensor, receiver: Tensor, block: _Block | _MixedBlock
-) -> Tensor:
+def _sums(parts: _Parts, sender: Tensor, receiver: Tensor, block: _Block | _MixedBlock) -> Tensor:
     """(B, O) the sums before the leaky ReLU, of a block of messages."""
-    source_UO, target_PO, edge_MF, edge_EFO = rows
-    sum_BO = source_UO.index_select(0, sender[block.place])
-    sum_BO += target_PO.index_select(0, receiver[block.place])
-    if edge_MF is not None:
-        block.add_product(edge_MF[block.place], edge_EFO, sum_BO)
+    sum_BO = parts.source_UO.index_select(0, sender[block.place])
+    sum_BO += parts.target_PO.index_select(0, receiver[block.place])
+    if parts.edge_MF is not None:
+        block.add_product(parts.edge_MF[block.place], parts.edge_EFO, sum_BO)
     return sum_BO

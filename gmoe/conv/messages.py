@@ -225,11 +225,25 @@ class DenseMessages(Messages):
         edges = self.graph.edges
         return Edges(edges.ptr, sender, edges.receiver, num_senders, edges.order)
 
-    def of_all(self, value: Tensor, /) -> Tensor:
-        """What all have, as it is."""
-        return value
+    # Pairs are the tokens, rows the sources, messages the edges, and all have the one expert.
 
-    of_pairs = of_rows = of_edges = at_pairs = at_rows = pairs_of_rows = of_all
+    def of_pairs(self, x_TI: Tensor, /) -> Tensor:
+        return x_TI
+
+    def of_rows(self, x_NI: Tensor, /) -> Tensor:
+        return x_NI
+
+    def of_edges(self, value_M: Tensor, /) -> Tensor:
+        return value_M
+
+    def at_pairs(self, value_E: Tensor, /) -> Tensor:
+        return value_E
+
+    def at_rows(self, value_E: Tensor, /) -> Tensor:
+        return value_E
+
+    def pairs_of_rows(self, value_U: Tensor, /) -> Tensor:
+        return value_U
 
     def by_source(self, value_NEH: Tensor) -> Tensor:
         return value_NEH.squeeze(1).index_select(0, self.source)
