@@ -362,8 +362,8 @@ class GNNMoE(HubMixin, nn.Module):
         refuse_transforms()
         if isinstance(x, torch.fx.Proxy):
             raise ValueError(
-                "x: got a torch.fx proxy, expected a tensor: in place of to_hetero, take "
-                "HeteroGNNMoE"
+                "x: got a torch.fx proxy, expected a tensor: to_hetero takes modules of MoEConv; "
+                "or put one for each relation into PyG's HeteroConv"
             )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
 
