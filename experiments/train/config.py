@@ -377,7 +377,7 @@ class GraphConfig(NodeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HeteroConfig(NodeConfig):
-    """Nodes of one type in a heterogeneous graph, in a relational GNN."""
+    """Nodes of one type in a heterogeneous graph, in PyG's HeteroConv of a SAGE a relation."""
 
     sampling: Literal["full", "neighbor"] = "full"
     evaluation: Literal["full", "sampled"] = "full"

@@ -177,7 +177,7 @@ PROTEINS = replace(
 """x is the mean of incident edge features."""
 
 MAG = HeteroConfig(dataset="ogbn-mag", hidden=64, epochs=50, **OGB)
-"""For R-GCN, full-batch."""
+"""Of its R-GCN, full-batch."""
 
 SMALL_VIT = replace(
     CIFAR10,
@@ -270,7 +270,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         PAPERS100M,
     ),
     "ogbn-proteins": ("ogbn-proteins, the OGB example's GCN.", PROTEINS),
-    "ogbn-mag": ("ogbn-mag, a relational GNN on the OGB example's recipe.", MAG),
+    "ogbn-mag": ("ogbn-mag, a SAGE a relation on the OGB example's recipe.", MAG),
 }
 """What the command line offers: a line of help, and the configuration."""
 for name in (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data
+from torch_geometric.loader import NeighborLoader
 from torch_geometric.transforms import ToUndirected
 from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 from torchmetrics import Metric
@@ -168,7 +169,9 @@ def neighborhoods(
     """
     rank, world = shard
     target, rows = nodes if isinstance(nodes, tuple) else (None, nodes)
-    loader = neighbor_loader(
+    # gmoe's needs pip alone; graphs of several node types are PyG's, which needs pyg-lib.
+    make: Any = neighbor_loader if target is None else NeighborLoader
+    loader = make(
         data,
         list(config.fanout),
         input_nodes=nodes,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
+from torch_geometric.typing import WITH_PYG_LIB, WITH_TORCH_SPARSE
 
 import gmoe
 from experiments.train.config import GraphConfig, HeteroConfig, NodeConfig
@@ -24,6 +25,7 @@ from experiments.train.data.task import GraphData, Task
 from experiments.train.kinds.base import GNNKind
 from experiments.train.predictions import corrected
 from experiments.train.training import Training
+from experiments.train.typed_gnn import TypedGNN
 from experiments.train.user_code import load_conv, load_object
 from gmoe._checks import check
 
@@ -170,7 +172,13 @@ class Graphs(Nodes[GraphConfig]):
 
 
 class HeteroGraphs(Nodes[HeteroConfig]):
-    """Nodes of one type in a heterogeneous graph, in a ``HeteroGNNMoE``."""
+    """Nodes of one type in a heterogeneous graph, in a ``TypedGNN``."""
+
+    def tasks(self) -> Callable[[int], Task]:
+        can_sample = WITH_PYG_LIB or WITH_TORCH_SPARSE
+        got = f"{self.config.sampling!r} without pyg-lib, by which PyG samples typed graphs"
+        check(self.config.sampling == "full" or can_sample, "sampling", got, "'full'")
+        return super().tasks()
 
     def named(self) -> GraphData:
         if self.config.dataset == "hetero":
@@ -187,15 +195,14 @@ class HeteroGraphs(Nodes[HeteroConfig]):
         return [*super().sizes(task), task.graph.metadata()]
 
     def model(self, task: Task) -> nn.Module:
-        graph: Any = task.graph
-        return gmoe.HeteroGNNMoE(
-            {kind: width for kind, width in task.in_channels.items() if width is not None},
+        assert isinstance(task.graph, HeteroData)
+        assert task.target is not None
+        return TypedGNN(
+            task.graph,
+            task.target,
             self.config.hidden,
             task.num_classes,
-            graph.metadata(),
             self.config.layers,
-            target=task.target,
-            num_nodes_dict=graph.num_nodes_dict,
             **self.model_options(task),
         )
 
