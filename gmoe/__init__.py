@@ -48,14 +48,12 @@ if TYPE_CHECKING:
     from gmoe.callbacks.lightning import LightningHealth
     from gmoe.callbacks.trainer import TrainerHealth
     from gmoe.conv.graph import Graph
-    from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
     from gmoe.conv.moe_conv import MoEConv
     from gmoe.data.loader import link_neighbor_loader, neighbor_loader
     from gmoe.data.sampler import NeighborSampler
     from gmoe.data.stored import StoredGraph
     from gmoe.metrics import RoutingStats, expert_health
     from gmoe.models.gnn import GNNMoE
-    from gmoe.models.hetero_gnn import HeteroGNNMoE
     from gmoe.models.vit import ViTMoE
 
 __version__ = "0.1.0"
@@ -68,8 +66,6 @@ __all__ = [
     "Experts",
     "GNNMoE",
     "Graph",
-    "HeteroGNNMoE",
-    "HeteroMoEConv",
     "LightningHealth",
     "LinearExperts",
     "MLPExperts",
@@ -79,7 +75,6 @@ __all__ = [
     "NeighborSampler",
     "OracleRouter",
     "RandomRouter",
-    "RelationalConv",
     "Router",
     "Routing",
     "RoutingStats",
@@ -116,8 +111,6 @@ __all__ = [
 
 _LAZY = {
     "Graph": "gmoe.conv.graph",
-    "HeteroMoEConv": "gmoe.conv.hetero",
-    "RelationalConv": "gmoe.conv.hetero",
     "MoEConv": "gmoe.conv.moe_conv",
     "link_neighbor_loader": "gmoe.data.loader",
     "neighbor_loader": "gmoe.data.loader",
@@ -128,7 +121,6 @@ _LAZY = {
     "LightningHealth": "gmoe.callbacks.lightning",
     "TrainerHealth": "gmoe.callbacks.trainer",
     "GNNMoE": "gmoe.models.gnn",
-    "HeteroGNNMoE": "gmoe.models.hetero_gnn",
     "ViTMoE": "gmoe.models.vit",
 }
 """The names that are imported on first use (PEP 562), and their modules."""

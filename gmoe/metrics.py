@@ -36,8 +36,7 @@ class RoutingStats(Metric):
 
     Shapes:
         - ``update(routings)``: one :class:`gmoe.Routing` of T tokens, or a list with one per layer,
-          as ``return_routing=True`` (a ``HeteroMoEConv`` by ``values()``) and
-          :func:`gmoe.record_routing` give them.
+          as ``return_routing=True`` and :func:`gmoe.record_routing` give them.
         - ``compute()``: a list with one dictionary per layer:
 
           - ``load`` (E,): the expert's share of all pairs; 0 without pairs. For a single expert,

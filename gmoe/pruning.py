@@ -109,9 +109,9 @@ def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None
         a table.
 
     Raises:
-        ValueError: no layer with experts; one without a router, such as a
-            :class:`HeteroMoEConv`; experts or routers of a class of your own, see
-            :meth:`gmoe.Experts.keep`; parts that are parametrized; ``keep`` out of range.
+        ValueError: no layer with experts; one without a router; experts or routers of a class of
+            your own, see :meth:`gmoe.Experts.keep`; parts that are parametrized; ``keep`` out of
+            range.
 
     Example:
         >>> pruned = gmoe.prune(vit, images, keep=0.5)

@@ -528,8 +528,7 @@ def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
     Warns if a layer in training computed its losses with gradients off: they train nothing.
 
     Args:
-        routings: from ``return_routing=True`` (of a ``HeteroMoEConv`` its ``values()``) or
-            :func:`record_routing`.
+        routings: from ``return_routing=True`` or :func:`record_routing`.
 
     Returns:
         A scalar; a plain 0 on the CPU if ``routings`` is empty (a model without MoE layers).

@@ -37,7 +37,7 @@ conv: Callable[..., nn.Module] = partial(MoEConv, in_channels=WIDTH, out_channel
 four: Callable[..., nn.Module] = partial(conv, num_experts=4)
 gnn: Callable[..., nn.Module] = partial(GNNMoE, WIDTH, WIDTH, WIDTH, 3, num_experts=4)
 
-HETERO = ("HeteroMoEConv", "HeteroGNNMoE", "HeteroGNNMoE target")
+TYPED = ("HeteroConv",)
 RAGGED = ("MoE expert_choice", "MoE attention_vote", "MoE multi_centroid experts")
 """Cases of the contract, whose tokens are in groups of several sizes."""
 
@@ -301,7 +301,7 @@ def test_without_gradients_a_layer_is_one_graph_of_few_nodes_and_of_many(name: s
 def test_the_page_has_every_row() -> None:
     of_contract = set(table()) - set(ROWS)
     assert set(ROWS) <= set(table())
-    assert {row.split()[0] for row in of_contract} == {"`ViTMoE`;", "`HeteroMoEConv`,", "tokens"}
+    assert {row.split()[0] for row in of_contract} == {"`ViTMoE`;", "PyG's", "tokens"}
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -324,7 +324,7 @@ def test_breaks_are_those_of_the_page(row: str) -> None:
 def test_breaks_of_the_contracts_cases_are_those_of_the_page() -> None:
     page = {row.split()[0]: breaks for row, (_, breaks, _) in table().items()}
     cases = {case.name: case for case in CASES}
-    for names, row in ((HETERO, "`HeteroMoEConv`,"), (RAGGED, "tokens")):
+    for names, row in ((TYPED, "PyG's"), (RAGGED, "tokens")):
         found = graph_breaks([cases[name] for name in names])
         assert set(found.values()) == {page[row]}
 

@@ -10,13 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import gmoe
-from gmoe import Graph, Routing
-from gmoe.conv import hetero as hetero_convs
-from gmoe.products import combine
-from tests.compose import graphs, hetero, moefy, steps
+from tests.compose import graphs, moefy, steps
 from tests.compose.__main__ import TARGETS, main
 from tests.compose.calls import source
 from tests.compose.frame import CHUNK, DifferentError, Target, require_equal
@@ -24,8 +20,8 @@ from tests.compose.twice import twice
 from tests.helpers.masked import default_float64
 from tests.torch_versions import COMPILES_GRAPHS
 
-GRAPHS, HETERO, MOEFY, COMPILE = TARGETS.values()
-MORE = {"graphs": (150, 20_000), "hetero": (100, 20_000), "moefy": (50, 5_000)}
+GRAPHS, MOEFY, COMPILE = TARGETS.values()
+MORE = {"graphs": (150, 20_000), "moefy": (50, 5_000)}
 """By default all numbers before the first run; the slow tests run the rest."""
 
 
@@ -104,7 +100,7 @@ def test_a_raw_error_fails_and_a_refusal_needs_a_reason(
         assert f"{target.name} {number}: {kind}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", [GRAPHS, HETERO, MOEFY], ids=MORE)
+@pytest.mark.parametrize("target", [GRAPHS, MOEFY], ids=MORE)
 def test_a_printed_case_can_be_pasted(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     """It is the same case and the same module, and runs to the same outcome."""
     number = next(number for number in range(9) if target.run(target.of(number)).kind == "equal")
@@ -128,20 +124,6 @@ def test_a_default_that_becomes_something_else_fails(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(graphs, "default_start", lambda *_: "plain")
     found = failures(GRAPHS, 40)
     assert any("start=None became {'shared'}" in message for message in found)
-
-
-def test_a_mean_that_forgets_the_values_of_a_matrix_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    mean = Graph.mean
-    monkeypatch.setattr(Graph, "mean", lambda self, x, **_: mean(self, x))
-    assert any(failures(HETERO, 40))
-
-
-def test_a_wrong_gradient_of_several_types_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def combined(y: Tensor, routing: Routing) -> Tensor:
-        return combine(y + (y - y.detach()) / 100, routing)
-
-    monkeypatch.setattr(hetero_convs, "combine", combined)
-    assert any(failures(HETERO, 40))
 
 
 def test_another_definition_of_an_mlp_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +150,7 @@ def test_a_compiler_that_computes_something_else_fails(monkeypatch: pytest.Monke
     assert len([*failures(COMPILE, 5)]) >= 3
 
 
-@pytest.mark.parametrize("name", ["graphs", "hetero", "moefy"])
+@pytest.mark.parametrize("name", ["graphs", "moefy"])
 def test_a_copy_that_changes_the_output_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes after the call that counts is compared."""
 
@@ -193,22 +175,6 @@ def test_defaults_are_drawn_of_layers_and_of_models() -> None:
     models = [c for c in drawn if c.way != "layer"]
     routers = Counter(c.start for c in models if c.options["shared_router"] is None)
     assert min(routers["copies"], routers["shared"]) > 0
-
-
-def test_the_mean_of_several_types_is_by_hand() -> None:
-    """One paper that two authors wrote, one of them twice as much: a mean by values."""
-    writes = ("author", "writes", "paper")
-    given = hetero.Given(
-        x_dict={},
-        edge_index_dict={},
-        batch_dict=None,
-        n_id_dict=None,
-        values={writes: torch.tensor([1.0, 2.0]).double()},
-        ends={writes: torch.tensor([[0, 2], [1, 1]])},
-        counts={"author": 3, "paper": 2},
-    )
-    expected = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.0, 1.0]])
-    torch.testing.assert_close(given.mean_matrix(writes).float(), expected)
 
 
 def test_the_page_names_code_that_exists() -> None:

@@ -24,8 +24,6 @@ ROOMS: dict[str, frozenset[str]] = {
         (
             "gmoe.models.blocks",
             "gmoe.models.gnn",
-            "gmoe.models.hetero_gnn",
-            "gmoe.models.hetero_inference",
             "gmoe.models.inference",
             "gmoe.models.layers",
             "gmoe.models.parts",

@@ -36,14 +36,8 @@ VIT = {
 NODES = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0))
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 2], [1, 2, 3, 4, 5, 6, 0, 3, 5]])
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-RELATION = ("a", "to", "a")
-HETERO_INPUTS: Any = {"a": NODES}, {RELATION: EDGES}
 
 OPTIONS: dict[str, Any] = {"num_experts": EXPERTS, "start": "copies", "k": 2}
-
-
-def hetero() -> nn.Module:
-    return gmoe.HeteroGNNMoE(WIDTH, 8, 3, (["a"], [RELATION]), 3, **OPTIONS)
 
 
 OWN: dict[str, Callable[[], nn.Module]] = {
@@ -61,7 +55,7 @@ DENSE: dict[str, Callable[[], nn.Module]] = {
 }
 """What becomes a model with experts, and is its base."""
 
-BASES = {**OWN, "HeteroGNNMoE": hetero, **DENSE}
+BASES = {**OWN, **DENSE}
 """What ``gmoe.load`` takes as the base of each model."""
 
 
@@ -122,14 +116,8 @@ def logits(name: str, model: Any) -> Tensor:
     dtype = next(model.parameters()).dtype
     x = (IMAGES if "ViT" in name else NODES).to(dtype)
     with torch.no_grad():
-        if "ViT" in name:
-            found = model(x)
-        elif "Hetero" in name:
-            found = model({"a": x}, {RELATION: EDGES})["a"]
-        else:
-            found = model(x, EDGES)
-    result: Tensor = found
-    return result
+        found: Tensor = model(x) if "ViT" in name else model(x, EDGES)
+    return found
 
 
 def check_same(name: str, model: nn.Module, again: nn.Module) -> None:
@@ -175,22 +163,6 @@ def test_a_moefied_model_comes_back_on_its_base(name: str, state: str, tmp_path:
     check_same(name, model, gmoe.load(tmp_path, DENSE[name]()))
     with pytest.raises(ValueError, match=rf"^base: got None, .*a {type(model).__name__}"):
         gmoe.load(tmp_path)
-
-
-@pytest.mark.parametrize("state", ["as built", "folded", "in bfloat16"])
-def test_a_heterogeneous_model_comes_back_on_its_base(state: str, tmp_path: Path) -> None:
-    model = STATES[state](built("HeteroGNNMoE"))
-    gmoe.save(model, tmp_path)
-    check_same("HeteroGNNMoE", model, gmoe.load(tmp_path, hetero()))
-    with pytest.raises(ValueError, match=r"^base: got None, .*a HeteroGNNMoE"):
-        gmoe.load(tmp_path)
-
-
-def test_a_heterogeneous_model_is_neither_pruned_nor_densified() -> None:
-    model = built("HeteroGNNMoE")
-    with pytest.raises(ValueError, match="without one router of its own"):
-        gmoe.prune(model, HETERO_INPUTS)
-    assert "HeteroMoEConv is not folded" in str(gmoe.densify(model))
 
 
 def test_a_model_that_a_file_cannot_describe_comes_back_on_its_base(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.data import Data, HeteroData
-from torch_geometric.nn import GCN, GIN, GraphSAGE
+from torch_geometric.nn import GCN, GIN, GraphSAGE, HeteroConv
 from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
 from torch_geometric.utils import trim_to_layer
 
 import gmoe
-from gmoe import GNNMoE, HeteroGNNMoE, MoEConv, moefy, neighbor_loader
+from gmoe import GNNMoE, MoEConv, moefy, neighbor_loader
 from tests.helpers.masked import coo, csr, features, simple_graph
 
 NODES, AUTHORS, IN, HIDDEN, OUT, EXPERTS, LAYERS = 40, 9, 4, 6, 3, 3, 3
@@ -111,8 +111,13 @@ def moefied(kind: Any, **options: Any) -> nn.Module:
 
 
 def hetero(**options: Any) -> nn.Module:
-    metadata = (["paper", "author"], RELATIONS)
-    return HeteroGNNMoE(IN, HIDDEN, OUT, metadata, LAYERS, num_experts=EXPERTS, **options)
+    """PyG's own container, of a layer for each relation."""
+    return HeteroConv(
+        {
+            relation: MoEConv("sage", IN, OUT, num_experts=EXPERTS, **options)
+            for relation in RELATIONS
+        }
+    )
 
 
 GNNS: dict[str, Callable[[], nn.Module]] = {
@@ -132,10 +137,8 @@ GNNS: dict[str, Callable[[], nn.Module]] = {
     "GNNMoE, dense": partial(gnn, "gcn", router=None),
 }
 HETERO: dict[str, Callable[[], nn.Module]] = {
-    "HeteroGNNMoE": hetero,
-    "HeteroGNNMoE, target, copies": partial(hetero, target="paper", start="copies"),
-    "HeteroGNNMoE, experts choose": partial(hetero, router="expert_choice", norm="graph_norm"),
-    "HeteroGNNMoE, dense": partial(hetero, router=None),
+    "HeteroConv": hetero,
+    "HeteroConv, copies": partial(hetero, start="copies"),
 }
 NETS: dict[str, Callable[[], nn.Module]] = {
     "MoEConv, sage": partial(Net, "sage"),
@@ -191,18 +194,14 @@ def forward(name: str, form: str, _: Path) -> Tensor:
 
 def inference(name: str, form: str, _: Path) -> Tensor:
     """Layer by layer in parts."""
-    return logits(built(name).inference(data_of(name, form), batch_size=5))
+    return logits(built(name).inference(graph(form), batch_size=5))
 
 
 def sampled(name: str, form: str, _: Path) -> Tensor:
     """The seeds of a batch of a loader over a graph of this form."""
-    seeds = "paper" if name in HETERO else None
-    loader = neighbor_loader(data_of(name, form), ALL_HOPS, seeds, batch_size=SEEDS, backend="gmoe")
+    loader = neighbor_loader(graph(form), ALL_HOPS, batch_size=SEEDS, backend="gmoe")
     batch: Any = next(iter(loader))
-    if seeds is None:
-        return logits(built(name)(batch.x, batch.edge_index))[:SEEDS]
-    numbers = {kind: batch[kind].n_id for kind in batch.node_types}
-    return logits(built(name)(batch.x_dict, batch.edge_index_dict, numbers))[:SEEDS]
+    return logits(built(name)(batch.x, batch.edge_index))[:SEEDS]
 
 
 def batch_of() -> Any:
@@ -250,13 +249,13 @@ def exported(name: str, form: str, _: Path) -> Tensor:
 
 MATRICES = ("adj_t", "adj_t, COO", "SparseTensor")
 WHOLE = ("GNNMoE, whole graphs, once", "GNNMoE, whole graphs, a router a layer")
-COMPETING = ("GNNMoE, gin, experts choose once", "HeteroGNNMoE, experts choose")
+COMPETING = ("GNNMoE, gin, experts choose once",)
 WAYS: dict[str, tuple[Callable[[str, str, Path], Tensor], list[str]]] = {
     "forward": (forward, [*MODELS]),
-    "inference": (inference, [*GNNS, *HETERO]),
+    "inference": (inference, [*GNNS]),
     # To these, a batch is another group of nodes than the graph.
-    "sampled": (sampled, [name for name in MODELS if name not in (*WHOLE, *COMPETING)]),
-    # PyG's own models and Hetero layers trim by themselves, or not at all.
+    "sampled": (sampled, [name for name in MODELS if name not in (*WHOLE, *COMPETING, *HETERO)]),
+    # PyG's own models and HeteroConv trim by themselves, or not at all.
     "trimmed": (trimmed, [*GNNS, *NETS]),
     "saved": (saved, [*MODELS]),
     "exported": (exported, [*MODELS]),
@@ -267,12 +266,12 @@ def refused(name: str, way: str, form: str) -> str | None:
     """The start of the message; ``None`` for what is taken."""
     if form == "none":
         return {"inference": "loader: got neither", "sampled": "data: got"}.get(
-            way, r"edge_index(_dict\[.*\]: edge_index)?: got NoneType"
+            way, "edge_index: got NoneType"
         )
     if way == "sampled" and form in MATRICES:
         return "data: got"
     if way == "exported" and form in MATRICES:
-        return r"(edge_index_dict\[.*\]: )?torch\.export: got a sparse matrix"
+        return r"torch\.export: got a sparse matrix"
     if way == "exported" and name in WHOLE:
         return r"torch\.export: got router_input='graph'"
     if way == "trimmed" and name == WHOLE[1]:
@@ -297,7 +296,7 @@ ENTRIES = [
     for form in (["edge_index"] if way == "saved" else FORMS)
     if not left_to_pyg(name, way, form)
 ]
-EXPORTED = ("GNNMoE, gcn", "HeteroGNNMoE", "MoEConv, sage")
+EXPORTED = ("GNNMoE, gcn", "HeteroConv", "MoEConv, sage")
 """Models whose exports are in the default suite; the others are slow together."""
 
 
@@ -347,7 +346,3 @@ def test_two_forms_of_the_same_edges_are_refused() -> None:
     data.adj_t = graph("adj_t").adj_t
     with pytest.raises(ValueError, match=r"^loader: got edge_index and adj_t in the graph"):
         built("GNNMoE, gcn").inference(data)
-    several = hetero_graph("adj_t")
-    several[RELATIONS[0]].edge_index = hetero_graph("edge_index")[RELATIONS[0]].edge_index
-    with pytest.raises(ValueError, match=r"^loader: got edge_index and adj_t in \('author', "):
-        built("HeteroGNNMoE").inference(several)

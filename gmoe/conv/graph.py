@@ -248,14 +248,9 @@ class Graph:
         rows = attr if attr.dim() > 1 else attr[:, None]
         return rows[self.edges.order]
 
-    def mean(self, x_src: Tensor, by: Literal["values"] | None = None) -> Tensor:
-        """(N_dst, D) the mean over in-edges of (N_src, D) features; zero without in-edges.
-
-        Args:
-            x_src: the features.
-            by: see :meth:`summing`.
-        """
-        return self.product(self.summing(by=by, mean=True, dtype=x_src.dtype), x_src)
+    def mean(self, x_src: Tensor) -> Tensor:
+        """(N_dst, D) the mean over in-edges of (N_src, D) features; zero without in-edges."""
+        return self.product(self.summing(by=None, mean=True, dtype=x_src.dtype), x_src)
 
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
         """(N_dst, D) A x, in the type of ``x_src``; do not write to it.

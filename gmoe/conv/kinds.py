@@ -54,6 +54,8 @@ OPTIONS = (
 )
 """The keyword arguments of a :class:`gmoe.MoEConv`, suggested if one is mistyped."""
 
+OF_SEVERAL_TYPES = "a MoEConv for each relation in PyG's HeteroConv"
+"""What takes the place of convs that read types of nodes or edges themselves."""
 CONV_VALUES = "a name, a class of PyG's convs, a factory, or a list of those"
 """Legal values of ``conv``."""
 
@@ -308,7 +310,7 @@ class Make:
         except (TypeError, AttributeError, AssertionError) as error:
             expected = "the rest of its arguments, or a factory (in_channels, out_channels) -> conv"
             if "metadata" in parameters or factory is pyg.HeteroConv:
-                expected = "gmoe.HeteroMoEConv for nodes of several types"
+                expected = OF_SEVERAL_TYPES
             raise ValueError(
                 f"conv: got {name}, which cannot be built as conv({args[0]}, {args[1]}, ...) "
                 f"({error}); expected {expected}"
@@ -380,7 +382,7 @@ def _check_forward(conv: object) -> None:
         return
     expected = "one of (x, edge_index, edge_weight or edge_attr)"
     if is_typed or "x_dict" in parameters:
-        expected = "gmoe.HeteroMoEConv for several types of nodes or relations"
+        expected = OF_SEVERAL_TYPES
     raise ValueError(
         f"conv: got {name}, whose forward takes ({', '.join(parameters)}), expected {expected}"
     )

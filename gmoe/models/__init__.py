@@ -1,5 +1,5 @@
 """Whole models.
 
-``gnn`` and ``hetero_gnn`` need torch_geometric, ``vit`` needs torchvision, so nothing is imported
+``gnn`` needs torch_geometric, ``vit`` needs torchvision, so nothing is imported
 here: import each by its name.
 """

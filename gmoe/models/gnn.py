@@ -10,13 +10,19 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch_geometric.nn import JumpingKnowledge
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check, check_choice, check_counts, parameters_of, says_what_misfits
+from gmoe._checks import (
+    check,
+    check_choice,
+    check_counts,
+    described,
+    parameters_of,
+    says_what_misfits,
+)
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
     OPTIONS,
@@ -360,10 +366,10 @@ class GNNMoE(HubMixin, nn.Module):
     ) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits of all nodes; see the class and PyG's ``BasicGNN``."""
         refuse_transforms()
-        if isinstance(x, torch.fx.Proxy):
+        if not isinstance(x, Tensor):  # of to_hetero a proxy, of HeteroConv a pair
             raise ValueError(
-                "x: got a torch.fx proxy, expected a tensor: to_hetero takes modules of MoEConv; "
-                "or put one for each relation into PyG's HeteroConv"
+                f"x: got {described(x)}, expected a tensor; for nodes of several types, put a "
+                "MoEConv for each relation into PyG's HeteroConv"
             )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
 

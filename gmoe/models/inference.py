@@ -145,21 +145,17 @@ def inference(
     return logits
 
 
-def stored_edges(store: Any, name: object = "the graph") -> Adj:
-    """The edges that a graph or one of its relations holds, in the form in which it holds them.
-
-    Args:
-        store: the graph or the relation.
-        name: of it, for an error.
+def stored_edges(data: Data) -> Adj:
+    """The edges that a graph holds, in the form in which it holds them.
 
     Raises:
         ValueError: none; or two forms, which may be of different edges.
     """
-    forms = [name for name in ("edge_index", "adj_t") if store.get(name) is not None]
+    forms = [name for name in ("edge_index", "adj_t") if data.get(name) is not None]
     if len(forms) != 1:
         got = " and ".join(forms) or "neither"
-        raise ValueError(f"loader: got {got} in {name}, expected edge_index or adj_t")
-    edges: Adj = store[forms[0]]
+        raise ValueError(f"loader: got {got} in the graph, expected edge_index or adj_t")
+    edges: Adj = data[forms[0]]
     return edges
 
 

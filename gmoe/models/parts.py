@@ -1,4 +1,4 @@
-"""Parts that both GNNs are built from: activations, norms and residual maps.
+"""Parts that GNNs are built from: activations, norms and residual maps.
 
 Shapes: N nodes, D width.
 """

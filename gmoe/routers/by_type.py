@@ -40,8 +40,8 @@ class ByType:
     to be balanced, and ``num_experts`` is the number of values.
 
     Tokens may be nodes or edges: a linear layer on the nodes of ``data.to_homogeneous()``, routed
-    by its ``node_type``, or one on messages, by ``edge_type``, is PyG's ``HeteroLinear``. Layers
-    for ``HeteroData`` have weights for each type already.
+    by its ``node_type``, or one on messages, by ``edge_type``, is PyG's ``HeteroLinear``. PyG's
+    ``HeteroConv`` has weights for each relation already.
 
     In a model of your own layers, use it as the factory of their routers, and call :meth:`attach`
     once. Compile the whole model, not a part of it.
@@ -134,8 +134,10 @@ class ByType:
             ValueError: no integers; types without an expert (CPU tensors).
         """
         if not isinstance(type_T, Tensor) or type_T.dtype not in INTEGERS:
-            got = described(type_T)
-            raise ValueError(f"{self.argument}: got {got}, expected integers, one for each token")
+            raise ValueError(
+                f"{self.argument}: got {described(type_T)}, expected integers, one for each token; "
+                "types of nodes and relations have weights of their own in PyG's HeteroConv"
+            )
         type_T = type_T.reshape(-1).long()  # of narrow integers, 255 may be -1
         # One by one: a list of values would be copied to the device, for which the host waits.
         is_type_TE = torch.stack([type_T == value for value in self.values], dim=1)

@@ -2,7 +2,7 @@
 
 ``python -m tests.compose [TARGET] 4711`` prints a number as a script, ``python -m tests.compose
 [TARGET] 0 2000`` runs a range and prints what fails, as scripts. The targets are ``graphs``
-(the default), ``hetero``, ``moefy`` and ``compile``.
+(the default), ``moefy`` and ``compile``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch
 from tests.compose.compiled import Compiled
 from tests.compose.frame import Target
 from tests.compose.graphs import Graphs
-from tests.compose.hetero import Hetero
 from tests.compose.moefy import Moefy
 
-TARGETS = {target.name: target for target in (Graphs(), Hetero(), Moefy(), Compiled())}
+TARGETS = {target.name: target for target in (Graphs(), Moefy(), Compiled())}
 
 KINDS = ("equal", "refused", "failed")
 

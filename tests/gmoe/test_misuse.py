@@ -26,7 +26,6 @@ from gmoe.moe import MoELayer
 from tests.helpers.stored_files import store
 
 WIDTH, EXPERTS = 4, 2
-METADATA = (["a", "b"], [("a", "to", "b")])
 X = torch.randn(6, WIDTH)
 EDGES = torch.randint(6, (2, 12))
 GRAPH = Data(x=X, edge_index=EDGES)
@@ -66,8 +65,6 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "ExpertChoice": lambda _: ((WIDTH,), experts()),
     "GNNMoE": lambda _: ((WIDTH, 8, 3), {"num_layers": 2, **experts()}),
     "Graph": lambda _: ((EDGES, 6), {"flow": "source_to_target"}),
-    "HeteroGNNMoE": lambda _: ((WIDTH, 8, 3, METADATA), {"num_layers": 2, **experts()}),
-    "HeteroMoEConv": lambda _: ((WIDTH, 8, METADATA), experts()),
     "LightningHealth": lambda _: ((), {}),
     "LinearExperts": lambda _: ((WIDTH, 8), experts()),
     "MLPExperts": lambda _: ((WIDTH, 8, WIDTH), experts()),
@@ -80,7 +77,6 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "NeighborSampler": lambda _: ((GRAPH, [2, 2]), {"disjoint": False}),
     "OracleRouter": lambda _: ((WIDTH,), experts(assignment=torch.zeros(6, dtype=torch.long))),
     "RandomRouter": lambda _: ((WIDTH,), experts()),
-    "RelationalConv": lambda _: ((WIDTH, 8, METADATA), {"out_types": None}),
     "RoutingStats": lambda _: ((), experts()),
     "StoredGraph": lambda folder: ((stored(folder),), {}),
     "SoftMoE": lambda _: (
@@ -138,10 +134,7 @@ OF_TENSORS = {
 """Of these, torch itself reports what is no tensor."""
 DOORS = {
     "GNNMoE",
-    "HeteroGNNMoE",
-    "HeteroMoEConv",
     "MoEConv",
-    "RelationalConv",
     "ViTMoE",
     "densify",
     "load",
@@ -152,12 +145,9 @@ DOORS = {
 """Where people begin: these suggest the right name."""
 TAKEN = {
     ("GNNMoE", "the first two swapped"),  # two widths
-    ("HeteroGNNMoE", "the first two swapped"),
-    ("HeteroMoEConv", "the first two swapped"),
     ("LinearExperts", "the first two swapped"),
     ("MLPExperts", "the first two swapped"),
     ("MoE", "None for router"),  # whose calls are told their routing
-    ("RelationalConv", "the first two swapped"),
     ("count_flops", "the class of model"),  # a class can be called
     ("match_width", "the class of cost"),
     ("moefy", "None for every"),
@@ -298,7 +288,7 @@ TRIED: dict[str, tuple[Callable[[], Any], str]] = {
         r"num_layer: got 3, .*; did you mean 'num_layers'\?",
     ),
     "num_layer of a dense model": (
-        lambda: gmoe.HeteroGNNMoE(4, 8, 3, METADATA, num_layer=3, router=None),
+        lambda: gmoe.GNNMoE(4, 8, 3, num_layer=3, router=None),
         r"num_layer: got 3, .*; did you mean 'num_layers'\?",
     ),
     "no widths": (
@@ -320,10 +310,6 @@ TRIED: dict[str, tuple[Callable[[], Any], str]] = {
     "timm's name of the size": (
         lambda: gmoe.ViTMoE(img_size=32),  # type: ignore[call-arg]
         r"img_size: got 32, .*; did you mean 'size'\?",
-    ),
-    "metadata first": (
-        lambda: gmoe.HeteroMoEConv(METADATA, 64, 64),  # type: ignore[arg-type]
-        r"metadata: got 64, .* behind in_channels and out_channels",
     ),
     "several inputs": (
         lambda: gmoe.save(moefied(), "unused", X, EDGES),  # type: ignore[call-arg]

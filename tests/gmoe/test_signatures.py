@@ -54,7 +54,6 @@ TAKE_EXPERTS = {
 def test_the_public_calls_are_found() -> None:
     names = {
         "gmoe.MoEConv",
-        "gmoe.HeteroMoEConv",
         "gmoe.TokenChoice",
         "gmoe.Routing.from_choices",
         "gmoe.moefy",

@@ -20,10 +20,8 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 import gmoe
 from gmoe import (
     GNNMoE,
-    HeteroMoEConv,
     MoEConv,
     OracleRouter,
-    RelationalConv,
     TokenChoice,
     moefy,
 )
@@ -33,7 +31,7 @@ from gmoe.stack import base_parameters, fold, has_base
 from gmoe.start import resolved_start
 from tests.helpers.conv_cases import ids
 from tests.helpers.equal import assert_same
-from tests.helpers.masked import GRAPHS, features, random_graph, routing_of
+from tests.helpers.masked import GRAPHS, features, routing_of
 
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH = 4
@@ -316,21 +314,6 @@ def test_a_new_vit_gives_what_the_dense_one_gives(options: dict[str, Any]) -> No
     plain.heads.load_state_dict(model.heads.state_dict())
     images = features(2, 3, 8, 8)
     assert_same(model(images), plain(images))
-
-
-def test_a_new_relational_layer_of_copies_gives_what_the_dense_one_gives() -> None:
-    metadata = (["a", "b"], [("a", "to", "b"), ("b", "back", "a")])
-    x_dict = {"a": features(5, 4), "b": features(7, 4)}
-    edges = {("a", "to", "b"): random_graph(5, 7, 20), ("b", "back", "a"): random_graph(7, 5, 20)}
-    layer, after = drawn(lambda: HeteroMoEConv(4, 6, metadata, num_experts=3, k=2, start="copies"))
-    plain, expected = drawn(lambda: RelationalConv(4, 6, metadata))
-    assert torch.equal(after, expected)
-    for module in (layer, plain):
-        torch.manual_seed(5)
-        module.float().reset_parameters()
-    ours, theirs = layer.double()(x_dict, edges), plain.double()(x_dict, edges)
-    for name in x_dict:
-        assert_same(ours[name], theirs[name])
 
 
 def test_an_expert_is_what_is_added_for_it() -> None:
@@ -634,28 +617,21 @@ def test_a_conv_in_a_model_starts_as_before_whatever_was_put_on_it(
         assert all(p.requires_grad for p in layer.routed_parameters())
 
 
-def test_mlps_and_relations_have_a_shared_expert_by_default() -> None:
+def test_mlps_have_a_shared_expert_by_default() -> None:
     vit: Any = moefy(ViTMoE(SMALL_VIT, router=None), every=2)
     layers = [part for part in vit.modules() if isinstance(part, gmoe.MoE)]
     layers += [part for part in ViTMoE(SMALL_VIT).modules() if isinstance(part, gmoe.MoE)]
     assert layers
     assert all(layer.shared_expert is not None for layer in layers)
-    hetero = HeteroMoEConv(WIDTH, WIDTH, (["a"], [("a", "to", "a")]))
-    assert hetero.shared_expert is not None
 
 
 def of_vit(**options: Any) -> Any:
     return ViTMoE(SMALL_VIT, router="token_choice", num_experts=3, **options)
 
 
-def of_hetero(**options: Any) -> Any:
-    return HeteroMoEConv(WIDTH, WIDTH, (["a"], [("a", "to", "a")]), num_experts=3, **options)
-
-
 DOORS: dict[str, tuple[Callable[..., Any], str]] = {
     "MoEConv": (partial(MoEConv, GCNConv, WIDTH, WIDTH, num_experts=3), "shared"),
     "GNNMoE": (partial(GNNMoE, WIDTH, WIDTH, 2, 2, num_experts=3), "copies"),
-    "HeteroMoEConv": (of_hetero, "shared"),
     "ViTMoE": (of_vit, "shared"),
     "moefy, MLPs": (lambda **options: moefy(ViTMoE(SMALL_VIT, router=None), **options), "shared"),
     "moefy, convs": (

@@ -164,15 +164,6 @@ def test_changed_layers_are_refused() -> None:
         groups_of(unstacked)[0].keep((0, 1))
 
 
-def test_hetero_layers_are_unstacked() -> None:
-    torch.manual_seed(0)
-    layer = gmoe.HeteroMoEConv(WIDTH, WIDTH, (["a"], [("a", "to", "a")]), start="plain").double()
-    call = ({"a": X}, {("a", "to", "a"): EDGES})
-    expected = layer.eval()(*call)["a"]
-    assert_same(gmoe.unstack(layer)(*call)["a"], expected)
-    assert_same(gmoe.restack(layer)(*call)["a"], expected)
-
-
 def test_experts_that_share_a_base_are_folded() -> None:
     model = gmoe.unstack(moefied(start="copies"))
     assert not has_base(gmoe.restack(model))
@@ -192,19 +183,6 @@ def test_an_unstacked_layer_gives_its_experts_and_is_drawn_anew(conv: str, start
     gmoe.restack(layer)
     for expert, out in enumerate(expected):
         assert_same(layer.expert(expert)(X, EDGES), out)
-
-
-def test_an_unstacked_hetero_layer_gives_its_experts() -> None:
-    torch.manual_seed(0)
-    metadata = (["a", "b"], [("a", "to", "b"), ("b", "rev", "a")])
-    layer = gmoe.HeteroMoEConv(WIDTH, 5, metadata, num_experts=EXPERTS, start="shared")
-    assert layer.gain is not None
-    nn.init.ones_(layer.gain)
-    x, edges = {"a": X.float(), "b": X.float()}, dict.fromkeys(metadata[1], EDGES)
-    expected = [layer.expert(expert)(x, edges)["a"] for expert in range(EXPERTS)]
-    gmoe.unstack(layer)
-    for expert, out in enumerate(expected):
-        assert_same(layer.expert(expert)(x, edges)["a"], out)
 
 
 def test_what_starts_at_zero_is_drawn_as_zero() -> None:

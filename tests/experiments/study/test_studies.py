@@ -85,7 +85,7 @@ def test_presets_leave_routing_to_the_library(name: str) -> None:
     assert config.layer_options() == config.options.given() == {}
     models = {
         ImageConfig: gmoe.ViTMoE,
-        HeteroConfig: gmoe.HeteroGNNMoE,
+        HeteroConfig: gmoe.MoEConv,
         GraphConfig: gmoe.GNNMoE,
         MoleculeConfig: gmoe.GNNMoE,
     }

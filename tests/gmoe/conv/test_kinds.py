@@ -220,7 +220,10 @@ NOT_WIDTHS = [pyg.APPNP, pyg.EdgeConv, "agnn", ["gcn", pyg.APPNP]]
 """``APPNP(16, 8)`` would be 16 steps with a teleport probability of 8."""
 OTHER_FORWARD: list[tuple[Any, str]] = [
     (lambda i, _: pyg.GCN2Conv(i, 0.1), r"one of \(x, edge_index"),
-    (lambda i, o: pyg.RGCNConv(i, o, num_relations=2), "gmoe.HeteroMoEConv"),
+    (
+        lambda i, o: pyg.RGCNConv(i, o, num_relations=2),
+        r"a MoEConv for each relation in PyG's HeteroConv",
+    ),
     (pyg.HypergraphConv, r"one of \(x, edge_index"),
 ]
 TURNED = partial(pyg.SAGEConv, flow="target_to_source")

@@ -262,7 +262,7 @@ def test_graphs_of_a_batch_are_separate() -> None:
 def test_a_whole_model_is_refused_by_to_hetero() -> None:
     model = GNNMoE(4, 8, 3, num_experts=2)
     with pytest.raises(
-        ValueError, match=r"^x: .* to_hetero takes modules of MoEConv; .* HeteroConv"
+        ValueError, match=r"^x: got Proxy, .* a MoEConv for each relation into PyG's HeteroConv"
     ):
         to_hetero(model, METADATA)
 

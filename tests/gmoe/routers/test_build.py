@@ -109,9 +109,6 @@ def test_refusals(message: str, router: Any, changes: dict[str, Any]) -> None:
 LAYERS: dict[str, Any] = {
     "MoEConv": lambda **options: gmoe.MoEConv("gcn", 6, 6, num_experts=4, **options),
     "GNNMoE": lambda **options: gmoe.GNNMoE(6, 6, 3, num_experts=4, shared_router=True, **options),
-    "HeteroMoEConv": lambda **options: gmoe.HeteroMoEConv(
-        6, 6, (["a"], [("a", "to", "a")]), num_experts=4, **options
-    ),
 }
 
 
