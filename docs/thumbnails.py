@@ -61,6 +61,17 @@ def molecules() -> list[str]:
     return drawn
 
 
+def typed_nodes() -> list[str]:
+    """Nodes of two types, and relations of two colors between them."""
+    papers = ((240, 50), (240, 110), (240, 170))
+    authors = ((80, 80), (80, 140))
+    drawn = [line(*author, *paper, BLUE, width=3) for author in authors for paper in papers[:2]]
+    drawn += [line(*authors[1], *papers[2], BLUE, width=3)]
+    drawn += [line(*papers[place], *papers[place + 1], RED, width=4) for place in (0, 1)]
+    drawn += [dot(*place, GRAY, r=14) for place in authors]
+    return [*drawn, *(box(x - 14, y - 14, 28, 28, ORANGE, ORANGE) for x, y in papers)]
+
+
 def upcycle_timm_vit() -> list[str]:
     """Six blocks; every second has experts beside its MLP."""
     drawn = []
@@ -133,19 +144,6 @@ def forces() -> list[str]:
     return drawn
 
 
-def recommender() -> list[str]:
-    """Links between users and items, some of which are past."""
-    drawn = []
-    links = ((0, 0), (0, 2), (1, 1), (2, 1), (2, 3), (3, 2))
-    for user, item in links:
-        drawn.append(line(80, 35 + 50 * user, 240, 35 + 50 * item, width=2))
-    drawn.append(line(80, 85, 230, 135, RED, arrow=True, width=4))
-    for place, color in enumerate(COLORS):
-        drawn.append(dot(80, 35 + 50 * place, GRAY, r=14))
-        drawn.append(box(240, 21 + 50 * place, 28, 28, color, color))
-    return drawn
-
-
 def shrink_and_save() -> list[str]:
     """Eight experts become three, which go into a folder."""
     drawn = [
@@ -167,9 +165,9 @@ THUMBNAILS: tuple[Callable[[], list[str]], ...] = (
     molecules,
     ogbn_arxiv,
     own_router,
-    recommender,
     shrink_and_save,
     swap_pyg_conv,
+    typed_nodes,
     upcycle_timm_vit,
     vit_cifar10,
 )

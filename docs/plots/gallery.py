@@ -11,7 +11,7 @@ ORDER = (
     "molecules",
     "forces",
     "ogbn_arxiv",
-    "recommender",
+    "typed_nodes",
     "vit_cifar10",
     "own_router",
     "lightning_module",

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from experiments.convert.planted import write_planted
 from experiments.train.command import main
 from tests.helpers.command import refused, rows, run_until
 from tests.helpers.made_graph import make_config, make_task
@@ -38,8 +37,6 @@ SAME: dict[str, str] = {
     "--scale 0.5 1 --reprob 0.5 --layer-decay 0.8 --router expert_choice --clip-norm 0.1",
     "neighbors": f"{SAMPLED} {EXACT} --fanout -1 -1 --batch-size 300 --weight-decay 0.1 "
     "--balance none",
-    "types": f"ogbn-mag {EXACT} --sampling neighbor --evaluation sampled --fanout -1 -1 "
-    "--noise False --dropout 0 --hidden 8 --batch-size 600 --offline",
 }
 """Nothing is drawn but what follows from the epoch, so that one process gives the same. Of 21 and
 of 3 images the last batch has one, so that the second process has none. A node that both sample
@@ -82,7 +79,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of :func:`all_runs`."""
     root = tmp_path_factory.mktemp("ranks")
     write_images(root / "data")
-    write_planted("ogbn-mag", root / "data", nodes=2000)
     process = start("-m", __name__, str(root))
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error.decode()

@@ -18,6 +18,7 @@ from lightning_fabric import Fabric
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch_geometric.data import HeteroData
+from torch_geometric.sampler import HeteroSamplerOutput, NeighborSampler
 from torch_geometric.utils import add_self_loops
 
 from experiments.convert.planted import write_planted
@@ -26,6 +27,8 @@ from experiments.train.config import HeteroConfig
 from experiments.train.data.graphs import TwoClassAUROC, directed
 from experiments.train.data.named import load_graph
 from experiments.train.data.task import GraphData, Split, Task
+from experiments.train.kinds import graphs as graph_kinds
+from experiments.train.kinds import kind_of
 from experiments.train.training import set_up
 from tests.helpers.made_graph import (
     NODES,
@@ -324,14 +327,31 @@ def mag_task(mag: GraphData, **changes: Any) -> Task:
     return make_task(mag_config(**changes), mag)
 
 
+def in_new_order(sampler: Any, seeds: dict[str, Tensor], *_: Any) -> HeteroSamplerOutput:
+    """In place of pyg-lib: the whole graph around the seeds, which come first."""
+    node, place = {}, {}
+    for kind, number in sampler.num_nodes.items():
+        rest = torch.ones(number, dtype=torch.bool)
+        first = seeds.get(kind, torch.empty(0, dtype=torch.long))
+        rest[first] = False
+        node[kind] = torch.cat([first, rest.nonzero().view(-1).flip(0)])
+        place[kind] = node[kind].argsort()
+    row, col = {}, {}
+    for relation in sampler.edge_types:
+        ends = sampler.colptr_dict["__".join(relation)].diff()
+        destination = torch.arange(len(ends)).repeat_interleave(ends)
+        col[relation] = place[relation[-1]][destination]
+        row[relation] = place[relation[0]][sampler.row_dict["__".join(relation)]]
+    return HeteroSamplerOutput(node=node, row=row, col=col, edge=dict.fromkeys(row))
+
+
 @pytest.mark.parametrize("router", ["dense", "token_choice"])
-@pytest.mark.parametrize(
-    "how", [{}, {"sampling": "neighbor", "evaluation": "sampled", "fanout": (-1, -1)}]
-)
+@pytest.mark.parametrize("how", [{}, {"sampling": "neighbor", "evaluation": "sampled"}])
 def test_each_paper_counts_once_with_the_logits_of_the_whole_graph(
-    mag: GraphData, router: Any, how: Any
+    mag: GraphData, router: Any, how: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the experts alone that a paper chooses, whoever else is in the batch."""
+    monkeypatch.setattr(NeighborSampler, "_sample", in_new_order)
     task = mag_task(mag, router=router, **how)
     model = build_model(mag_config(router=router), task).eval()
     (whole,) = mag_task(mag).loader("val", 1, None)
@@ -349,15 +369,13 @@ def test_each_paper_counts_once_with_the_logits_of_the_whole_graph(
             assert sorted(ids) == mag.splits(0)[part].sort().values.tolist()
 
 
-def test_a_batch_without_some_kinds_of_nodes(mag: GraphData) -> None:
-    """No draws at all: the seeds alone are left."""
-    task = mag_task(mag, sampling="neighbor", fanout=(0, 0))
-    model = build_model(mag_config(), task)
-    for batch in task.loader("train", 16, 0):
-        assert {kind: len(ids) for kind, ids in batch.inputs[2].items() if len(ids)} == {
-            "paper": len(batch.target)
-        }
-        task.loss(batch.counted(model(*batch.inputs)), batch.target).backward()
+def test_sampling_of_several_types_says_that_it_needs_pyg_lib(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graph_kinds, "WITH_PYG_LIB", False)
+    monkeypatch.setattr(graph_kinds, "WITH_TORCH_SPARSE", False)
+    with pytest.raises(ValueError, match=r"^sampling: got 'neighbor' without pyg-lib, .* 'full'"):
+        kind_of(mag_config(sampling="neighbor")).tasks()
 
 
 @pytest.mark.parametrize("undirected", [True, False])
