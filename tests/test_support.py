@@ -189,7 +189,7 @@ def runs_in_hetero_conv(case: Case) -> None:
     model = HeteroConv({relation: make() for relation in edge_index_dict}).eval()
     found = model(x_dict, edge_index_dict)
     (by,) = (relation for relation in edge_index_dict if relation[-1] == "author")
-    alone = model.convs[by]((x_dict["paper"], x_dict["author"]), edge_index_dict[by])  # type: ignore
+    alone = model.convs[by]((x_dict["paper"], x_dict["author"]), edge_index_dict[by])
     torch.testing.assert_close(found["author"], alone)
 
 

@@ -39,7 +39,12 @@ DATA = graph()
 
 def model(data: HeteroData = DATA, **changes: Any) -> TypedGNN:
     torch.manual_seed(0)
-    options = {"router": "token_choice", "num_experts": 3, "every": 1, "dropout": 0.0}
+    options: dict[str, Any] = {
+        "router": "token_choice",
+        "num_experts": 3,
+        "every": 1,
+        "dropout": 0.0,
+    }
     options |= {"norm": None, "residual": "identity", **changes}
     if options["router"] is None:
         del options["num_experts"]
