@@ -44,14 +44,12 @@ DEFAULT_EXPERTS = 8
 @says_what_misfits
 def moefy(
     model: nn.Module,
-    every: int | None = None,
     *,
+    every: int | None = None,
     k: int = 1,
     router: RouterLike = "token_choice",
     num_experts: int = DEFAULT_EXPERTS,
-    upcycle: bool = True,
     targets: str | Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
     start: Start | None = None,
     router_input: Any = None,
     mix: Mix = "outputs",
@@ -100,18 +98,14 @@ def moefy(
             :class:`gmoe.routers.ByType`: tokens go to the expert of their type, which the model is
             called with.
         num_experts: E (default 8; by type, the number of types).
-        upcycle: with ``start="shared"``, the routed experts begin as copies of the dense layer
-            (default); ``False`` draws them anew. The last layer of an MLP's experts starts at zero
-            either way.
         targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1",
             "conv2"]``, instead of the ``mlp`` of all blocks (default ``None``). Modules inside a
             match are replaced with it.
-        blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the
-            last (default ``None``).
         start: how the layers start (default ``"shared"``).
 
-            - ``"shared"``: the dense MLP or conv stays as a shared expert, and what is added to it
-              starts at zero: the last layer of an MLP's experts, or the gain of a :class:`MoEConv`.
+            - ``"shared"``: the dense MLP or conv stays as a shared expert, and the routed experts
+              are its copies. What they add starts at zero: the last layer of an MLP's experts, or
+              the gain of a :class:`MoEConv`.
             - ``"copies"``: the experts start as the dense layer and replace it. It is the base of
               their weights, to which each expert adds a difference that starts at zero, see
               ``gmoe.stack``: if it was frozen, the base stays frozen and the differences train. The
@@ -142,7 +136,7 @@ def moefy(
 
     Example:
         >>> vit = timm.create_model("vit_tiny_patch16_224")
-        >>> vit = moefy(vit, blocks=[-3, -1], router="expert_choice")
+        >>> vit = moefy(vit, targets=["blocks.9.mlp", "blocks.11.mlp"], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
     check_module("model", model)
@@ -159,16 +153,12 @@ def moefy(
         num_experts = len(router.values)
     start = resolved_start(start)
     k = chosen_k(mix, k, num_experts, None)
-    if every is not None and blocks is not None:
-        raise ValueError(f"every: got {every} beside blocks={blocks}, expected one of the two")
-    if start == "copies" and not upcycle:
-        raise ValueError("upcycle: got False, expected True with start='copies'")
 
     # 1. List the layers that can become MoE, and choose among them.
     candidates = _candidates(model, targets)
     if every is None:
         every = candidates.every
-    chosen = choose_blocks(len(candidates.names), every, blocks)
+    chosen = choose_blocks(len(candidates.names), every)
     modules = {candidates.names[i]: model.get_submodule(candidates.names[i]) for i in chosen}
     names_of = _names_of(model)
 
@@ -178,7 +168,6 @@ def moefy(
         "k": k,
         "router": router,
         "router_kwargs": router_kwargs,
-        "upcycle": upcycle,
         "start": start,
         "router_input": router_input,
         "mix": mix,
@@ -316,7 +305,7 @@ def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 def _check_convertible(name: str, module: nn.Module) -> None:
     """Refuse a layer that is a MoE already, or whose parameters have no values to copy."""
     if isinstance(module, MoELayer):
-        raise ValueError(f"model: got {name}, a MoE already, expected a dense one; see `blocks`")
+        raise ValueError(f"model: got {name}, a MoE already, expected a dense one; see `targets`")
     if any(is_lazy(parameter) or parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
             f"model: got {name} with parameters on the meta device or of lazy layers, expected "
@@ -437,7 +426,6 @@ def _moe(
     k: int,
     router: RouterLike,
     router_kwargs: Mapping[str, object] | None,
-    upcycle: bool,
     start: Start,
     router_input: TokenInput | None,
     mix: Mix,
@@ -445,7 +433,7 @@ def _moe(
     readers: Readers,
 ) -> MoE:
     """The MoE layer that replaces an MLP; ``readers`` are of those read before."""
-    stacked = experts_of(name, mlp, num_experts, start, upcycle, backend, readers)
+    stacked = experts_of(name, mlp, num_experts, start, start != "plain", backend, readers)
     built = build_layer_router(
         start, router, stacked.in_features, num_experts, k, router_kwargs, mix
     )
@@ -462,15 +450,21 @@ def experts_of(
     mlp: nn.Module,
     num_experts: int,
     start: Start,
-    upcycle: bool,
+    copied: bool,
     backend: Backend,
     readers: Readers | None = None,
 ) -> Experts:
     """The experts that replace an MLP or linear layer, or with ``start="shared"`` run beside it.
 
-    ``name`` is for errors, and ``readers`` are of those read before.
+    Args:
+        name: of the MLP, for errors.
+        mlp: the MLP or linear layer.
+        num_experts: E.
+        start: how the layer starts.
+        copied: the experts are copies of it; ``False`` draws them anew.
+        backend: see :func:`gmoe.grouped_linear`.
+        readers: of MLPs that were read before.
     """
-    copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
         _check_nothing_is_lost(name, mlp)
     zero_init = start == "shared"  # the shared expert alone is the dense model
@@ -495,14 +489,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _linears(
-    linear: Any, num_experts: int, upcycle: bool, zero_init: bool, backend: Backend
+    linear: Any, num_experts: int, copied: bool, zero_init: bool, backend: Backend
 ) -> LinearExperts:
     """Experts of a single linear layer; see :meth:`gmoe.mlps.MLPForm.experts`."""
     weight = linear.weight.detach()
     experts = LinearExperts.like(
         linear, num_experts=num_experts, zero_init=zero_init, backend=backend
     ).to(weight)
-    if upcycle and not zero_init:
+    if copied and not zero_init:
         become(experts, {"weight": weight, "bias": linear.bias})
     return experts
 
@@ -526,7 +520,6 @@ def _moe_conv(
     conv: nn.Module,
     *,
     width: int | None,
-    upcycle: bool,
     start: Start,
     **options: Any,
 ) -> MoELayer:
@@ -557,7 +550,7 @@ def _moe_conv(
     if is_frozen:
         for base in base_parameters(layer.experts):
             base.requires_grad_(False)
-    if start == "plain" or not upcycle:
+    if start == "plain":
         layer.experts.reset_parameters()
     layer.to(next(conv.parameters()))
     if all(part.training == conv.training for part in conv.modules()):

@@ -102,7 +102,7 @@ class Edits:
 
 
 MOEFIED = (
-    *("num_experts", "k", "router", "router_kwargs", "upcycle", "start", "backend"),
+    *("num_experts", "k", "router", "router_kwargs", "start", "backend"),
     *("router_input", "mix"),
 )
 """The arguments of :func:`gmoe.moefy` that a file may hold; files of 0.1.0 lack the last two."""

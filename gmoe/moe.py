@@ -6,7 +6,7 @@ Shapes: T tokens, D in features, O out features, E experts, K experts per token,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -256,33 +256,20 @@ def _reset(module: nn.Module) -> None:
         _reset(part)
 
 
-def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -> list[int]:
+def choose_blocks(count: int, every: int) -> list[int]:
     """Return the numbers of the blocks or layers that become MoE, in order.
 
     Args:
         count: how many blocks there are.
         every: n; block ``i`` is chosen if ``i % n == n - 1``.
-        blocks: the numbers themselves, instead of ``every``; -1 is the last block.
 
     Raises:
-        ValueError: no block, a number out of range, or one that is given twice.
+        ValueError: no block.
     """
     check_counts(every=every)
-    if blocks is None:
-        if every > count:
-            raise ValueError(
-                f"every: got {every}, expected at most {count}, the number of blocks or hidden "
-                "layers (with jk, all)"
-            )
-        return list(range(every - 1, count, every))
-    try:
-        # A set, since -1 may name a block too; True is no block 1.
-        numbers = (block for block in blocks if not isinstance(block, bool))
-        chosen = sorted({range(count)[block] for block in numbers})
-    except (IndexError, TypeError):
-        chosen = []
-    if not chosen or len(chosen) != len(blocks):
+    if every > count:
         raise ValueError(
-            f"blocks: got {blocks}, expected some of {-count} to {count - 1}, each once"
+            f"every: got {every}, expected at most {count}, the number of blocks or hidden layers "
+            "(with jk, all)"
         )
-    return chosen
+    return list(range(every - 1, count, every))

@@ -432,8 +432,9 @@ class ImageConfig(RunConfig):
     checkpoint: str | None = None
     """Of a model of timm: a file of weights of the dense model, .safetensors or .pth.
     Experts start from its MLPs. A head of another number of classes is drawn anew."""
-    blocks: tuple[int, ...] = ()
-    """Of a model of timm: the blocks that hold experts, in place of `every`; -1 is the last."""
+    targets: tuple[str, ...] = ()
+    """Of a model of timm: names of the MLPs that become experts, or patterns of them, in place of
+    `every`: `blocks.9.mlp blocks.11.mlp`."""
     router: str = "expert_choice"
     equal_to: str = "expert_choice"
     router_input: Literal["token", "image", "view"] | None = None
@@ -530,7 +531,7 @@ class ImageConfig(RunConfig):
             for argument in self.model_kwargs:
                 check(argument.partition("=")[2], "model_kwargs", repr(argument), legal)
             return
-        for name in ("model_kwargs", "checkpoint", "blocks"):
+        for name in ("model_kwargs", "checkpoint", "targets"):
             value = getattr(self, name)
             check(not value, name, value, "none, without --model timm/NAME")
 
@@ -639,7 +640,7 @@ def config_class(dataset: str) -> type[RunConfig]:
 
 OF_EXPERTS = (
     "experts", "k", "start", "kmeans_init", "options", "equal", "equal_to",
-    "router_input", "shared_router", "blocks",
+    "router_input", "shared_router", "targets",
 )  # fmt: skip
 """Options that a dense model has no use for."""
 

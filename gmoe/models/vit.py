@@ -144,11 +144,10 @@ class ViTMoE(HubMixin, VisionTransformer):
         with drawn_apart(start != "plain"):
             moefy(
                 self,
-                every,
+                every=every,
                 k=k,
                 router=router,
                 num_experts=num_experts,
-                upcycle=start != "shared",
                 start=start,
                 router_input=router_input,
                 mix=mix,

@@ -125,15 +125,8 @@ def draw_options(random: Random, c: Config) -> None:
     # It averages all experts.
     if c.options["router"] == "uniform":
         c.options["k"] = EXPERTS
-    # Copies take the weights of the MLP: upcycle=False is refused.
-    if start != "copies":
-        c.options["upcycle"] = flip(random, 0.7)
-    where = random.choice(("every", "blocks", "default"))
-    if where == "every":
+    if flip(random):
         c.options["every"] = random.randint(1, c.num_blocks)
-    elif where == "blocks":
-        count = random.randint(1, c.num_blocks)
-        c.options["blocks"] = random.sample(range(-c.num_blocks, 0), count)
     if flip(random, 0.3):
         c.options["targets"] = "*.mlp"
 

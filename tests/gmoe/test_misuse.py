@@ -107,7 +107,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
     "merge": lambda _: ((mixing(), (X, EDGES)), {}),
-    "moefy": lambda _: ((dense(), 1), experts()),
+    "moefy": lambda _: ((dense(),), experts(every=1)),
     "neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
     "prune": lambda _: ((moefied(), (X, EDGES)), {"keep": 1}),
     "record_routing": lambda _: ((moefied(),), {}),
@@ -150,7 +150,6 @@ TAKEN = {
     ("MoE", "None for router"),  # whose calls are told their routing
     ("count_flops", "the class of model"),  # a class can be called
     ("match_width", "the class of cost"),
-    ("moefy", "None for every"),
     ("save", "a word for folder"),
     ("load", "a word for folder"),
     ("StoredGraph", "a word for folder"),

@@ -85,7 +85,7 @@ def test_weights_are_those_of_the_patches(
     build: Any, shape: tuple[int, int], grids: list[tuple[int, int]], prefix: int
 ) -> None:
     torch.manual_seed(0)
-    model = moefy(build(), 2, k=2, num_experts=3)
+    model = moefy(build(), every=2, k=2, num_experts=3)
     images = torch.randn(2, 3, *shape)
     with record_routing(model.eval()) as routings, torch.no_grad():
         model(images)

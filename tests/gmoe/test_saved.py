@@ -65,8 +65,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "copies": {"start": "copies", "k": 2},
     "plain": {"start": "plain", "router": gmoe.ExpertChoice},
     "thresholds": {"router": "expert_choice", "router_kwargs": {"inference": "threshold"}},
-    "centroids": {"router": "multi_centroid", "start": "copies", "upcycle": True},
-    "votes": {"router": "attention_vote", "upcycle": False},
+    "centroids": {"router": "multi_centroid", "start": "copies"},
+    "votes": {"router": "attention_vote"},
     "random": {"router": "random", "k": 2},
     "uniform": {"router": "uniform"},
 }
@@ -189,8 +189,8 @@ def test_a_class_is_saved_by_its_name_unless_copies_give_that_other_defaults(
 
 
 def test_layers_of_several_calls_come_back(tmp_path: Path) -> None:
-    model = gmoe.moefy(BASES["timm"](), blocks=[1], num_experts=2, start="copies")
-    model = moved(gmoe.moefy(model, blocks=[3], num_experts=3, router="random"))
+    model = gmoe.moefy(BASES["timm"](), targets="blocks.1.mlp", num_experts=2, start="copies")
+    model = moved(gmoe.moefy(model, targets="blocks.3.mlp", num_experts=3, router="random"))
     check_comes_back(model, BASES["timm"](), images(), tmp_path)
 
 

@@ -593,7 +593,6 @@ def parametrized(conv: Any) -> None:
         (GCNConv, untouched, {"start": "copies"}, "copies"),
         (GCNConv, frozen, {"start": "copies"}, "copies"),
         (GCNConv, untouched, {"router": "expert_choice"}, "shared"),
-        (GCNConv, untouched, {"upcycle": False}, "shared"),
         (GCNConv, partly_frozen, {}, "shared"),
         (GCNConv, hooked, {}, "shared"),
         (SAGEConv, parametrized, {}, "shared"),

@@ -155,8 +155,8 @@ class Images(Kind[ImageConfig]):
             return model
         return gmoe.moefy(
             model,
-            None if config.blocks else config.every,
-            blocks=config.blocks or None,
+            every=None if config.targets else config.every,
+            targets=config.targets or None,
             router=router,
             router_kwargs=router_kwargs,
             num_experts=config.experts,

@@ -234,10 +234,11 @@ def test_a_model_of_timm_starts_from_a_run_and_is_moefied(
     task = load_tasks(dense)(0)
     images = next(iter(task.loader("val", 8, None))).inputs[0]
     trained = build_model(dense, task).eval()(images)
-    for words in ("--start copies --every 1", "--blocks -1", "--router expert_choice --k 2"):
+    chosen = "--targets blocks.*1.mlp"
+    for words in ("--start copies --every 1", chosen, "--router expert_choice --k 2"):
         moe = parse(["images", *args, "--router", "token_choice", *words.split()])
         torch.testing.assert_close(build_model(moe, task).eval()(images), trained)
-    options = ["--router", "token_choice", "--blocks", "-1", "--lr-scale", "blocks.0.*=0"]
+    options = ["--router", "token_choice", *chosen.split(), "--lr-scale", "blocks.0.*=0"]
     capsys.readouterr()
     main(["images", *QUICK, *args, *options, "--compare", "--out", str(tmp_path / "moe")])
     assert "experts − dense" in capsys.readouterr().out
