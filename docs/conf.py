@@ -51,7 +51,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(lightning|transformers)\..*"),
     # Bases and records that are not public.
     ("py:class", r"gmoe\.(conv\.open_widths\.OpenWidths|conv\.explain\.HidesPrototype)"),
-    ("py:class", r"gmoe\.(stack\.Stack|recorded\.Recorded|recorded\.BuildsItself)"),
+    ("py:class", r"gmoe\.(stack\.Stack|recorded\.Recorded)"),
 ]
 
 sphinx_gallery_conf = {
@@ -81,7 +81,7 @@ def module_of_source(_: Any, module: str, name: str | None) -> str | None:
     SoftRouting, which has another, is looked for where it is not, and has no link.
     """
     # Of gmoe.saved, whose names have their pages under gmoe: the links would lead nowhere.
-    if name == "receipt" or (name and name.startswith("HubMixin")):
+    if name and name.startswith("Pretrained"):
         return "gmoe"
     return module if name and name.startswith("SoftRouting") else None
 

@@ -2,7 +2,7 @@
 Save to a folder or the Hub, and load again
 ===========================================
 
-``save_pretrained`` writes a configuration, the weights (safetensors) and a card.
+``save_pretrained`` writes a configuration and the weights (safetensors).
 ``from_pretrained`` gives the same model back, to the last bit, in the dtypes that it was saved in.
 Convs and routers are saved by name; a lambda is refused.
 

@@ -110,7 +110,7 @@ report("unstacked and quantized", quantize_dynamic(unstacked, {nn.Linear}))
 # %%
 # Save what was pruned last, and load it into a new dense model.
 with tempfile.TemporaryDirectory() as folder:
-    gmoe.save(pruned.model, folder, images[:2])
+    gmoe.save(pruned.model, folder)
     loaded = gmoe.load(folder, base=build())
 with torch.no_grad():
     moved = float((loaded(images[test]) - pruned.model(images[test])).abs().max())

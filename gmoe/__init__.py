@@ -8,7 +8,7 @@ kernels). Graphs: ``edges``, ``sums`` and ``conv.graph`` (edges, sorted once, an
 and ``conv.build`` (which class runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the
 layer), ``models.gnn``. Images: ``mlps``, ``_read_mlp``, ``convert``, ``models.vit``. After
 training: ``stack``, ``layer_groups``, ``pruning``, ``candidates``, ``dense``, ``merging``,
-``unstacked``, ``recorded``, ``folder``, ``saved``. Sampling and graphs on disk: ``data``. At any
+``unstacked``, ``recorded``, ``saved``. Sampling and graphs on disk: ``data``. At any
 time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``, ``plot``.
 
 Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics,
@@ -46,7 +46,7 @@ from gmoe.unstacked import restack, unstack
 if TYPE_CHECKING:
     import gmoe.plot as plot
     from gmoe.callbacks.lightning import LightningHealth
-    from gmoe.callbacks.trainer import TrainerHealth
+    from gmoe.callbacks.trainer import TrainerHealth, TrainerSave
     from gmoe.conv.graph import Graph
     from gmoe.conv.moe_conv import MoEConv
     from gmoe.data.loader import link_neighbor_loader, neighbor_loader
@@ -83,6 +83,7 @@ __all__ = [
     "StoredGraph",
     "TokenChoice",
     "TrainerHealth",
+    "TrainerSave",
     "UniformRouter",
     "ViTMoE",
     "__version__",
@@ -120,6 +121,7 @@ _LAZY = {
     "expert_health": "gmoe.metrics",
     "LightningHealth": "gmoe.callbacks.lightning",
     "TrainerHealth": "gmoe.callbacks.trainer",
+    "TrainerSave": "gmoe.callbacks.trainer",
     "GNNMoE": "gmoe.models.gnn",
     "ViTMoE": "gmoe.models.vit",
 }

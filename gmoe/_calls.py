@@ -123,20 +123,6 @@ def _difference(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(one == other, 0.0, one - other)
 
 
-def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The largest absolute difference of outputs; infinite if their shapes differ, or for NaN."""
-    if [value.shape for value in before] != [value.shape for value in after]:
-        return math.inf
-    differences = [
-        float(_difference(one, other).abs().max())
-        for one, other in zip(before, after, strict=True)
-        if one.numel()
-    ]
-    largest = max(differences, default=0.0)
-    has_nan = any(math.isnan(difference) for difference in differences)
-    return math.inf if has_nan else largest
-
-
 def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The norm of the difference of outputs over their norm before, infinities left out."""
     if [value.shape for value in before] != [value.shape for value in after]:

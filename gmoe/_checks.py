@@ -283,42 +283,6 @@ def change_of(module: nn.Module) -> str | None:
     return None
 
 
-def changed_option(module: nn.Module, built: nn.Module) -> tuple[str, object, object] | None:
-    """An option of a module that is not what it was built with.
-
-    Options are the numbers, words and flags that a module and its parts keep as attributes, but for
-    those that change no output.
-
-    Args:
-        module: the module.
-        built: one that was built like it, and left so. Of parts that it lacks nothing is said.
-
-    Returns:
-        The option's name, its value and the value that it was built with; ``None`` if there is no
-        such option.
-    """
-    parts = dict(built.named_modules())
-    for path, part in module.named_modules():
-        options = vars(parts[path]) if path in parts else {}
-        for name, value in vars(part).items():
-            is_kept = name in options and name not in ("training", "check_finite")
-            if name.startswith("_") or not is_kept or not isinstance(value, Real | str | None):
-                continue
-            if not _is_same(value, options[name]):
-                return f"{path}.{name}".lstrip("."), value, options[name]
-    return None
-
-
-def _is_same(value: object, before: object) -> bool:
-    """True for equal words, and for numbers that are equal but for rounding.
-
-    Routers that were pruned in steps have other factors than those pruned at once, by rounding.
-    """
-    if isinstance(value, Real) and isinstance(before, Real):
-        return math.isclose(value, before, rel_tol=1e-9)
-    return type(value) is type(before) and value == before
-
-
 def refuse_functions(argument: str, name: str, conv: nn.Module) -> None:
     """Refuse a conv with a function in place of a method, where experts would be copies of it.
 

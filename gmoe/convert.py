@@ -27,11 +27,10 @@ from gmoe._checks import (
 from gmoe._read_mlp import Readers, read_mlp
 from gmoe._verify import is_option
 from gmoe.experts import Experts, LinearExperts
-from gmoe.folder import save_with_experts
 from gmoe.mixed_weights import Mix
 from gmoe.moe import MoE, MoELayer, TokenInput, choose_blocks
 from gmoe.products import Backend
-from gmoe.recorded import Recorded
+from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import ByType, Router, RouterLike, read_router
 from gmoe.routing import Routing
 from gmoe.stack import base_parameters, become, share_base
@@ -194,12 +193,12 @@ def moefy(
     for layer in layers.values():
         known = saved_by_name(layer.start, mix, k, router_kwargs)
         layer.moefied = Recorded.of(options, known)
+        layer.as_built = AsBuilt.of(layer)
     for module, layer in layers.items():
         for name in names_of[module]:
             model.set_submodule(name, layer)
     if isinstance(router, ByType):
         router.attach(model, takes_others=start == "shared")
-    save_with_experts(model)
     return model
 
 

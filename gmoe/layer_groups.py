@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.moe import MoELayer
+from gmoe.recorded import AsBuilt
 from gmoe.routers import ROUTERS, OracleRouter, Router
 
 OF_GMOE = (*ROUTERS.values(), OracleRouter, LinearExperts, MLPExperts)
@@ -72,6 +73,8 @@ class Group:
             layer.experts_per_token = min(layer.experts_per_token, float(len(kept)))
             if self.router is not None:
                 layer.take_costs(self.router)
+            if layer.as_built is not None:
+                layer.as_built = AsBuilt.of(layer)
 
 
 def _keep(part: Any, kept: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gmoe._checks import check, check_choice, check_counts, shown
 from gmoe.experts import Experts
 from gmoe.mixed_weights import Mix, check_mixable, mixed_by_group
-from gmoe.recorded import Recorded
+from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routers.by_type import TypeRouter
 from gmoe.routing import Routing, checked_routing
@@ -40,6 +40,7 @@ class MoELayer(nn.Module, ABC):
         kept: the numbers that the experts had before others were pruned; ``None`` for all of them.
         moefied: the arguments of :func:`gmoe.moefy` that made the layer, for :func:`gmoe.save`;
             ``None`` for a layer that you built.
+        as_built: what :func:`gmoe.moefy` made the layer of, to refuse to save another.
     """
 
     router: Router | None
@@ -48,6 +49,7 @@ class MoELayer(nn.Module, ABC):
     start: Start = "plain"
     kept: tuple[int, ...] | None = None
     moefied: Recorded | None = None
+    as_built: AsBuilt | None = None
 
     def __init__(self, *, num_experts: int, k: int = 1) -> None:
         super().__init__()

@@ -1,13 +1,25 @@
-"""What somebody called a constructor with, as a file holds it: names and numbers, and no code."""
+"""What a model was built with, and of which parts: names and numbers, and no code."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
+
+from torch import nn
+
+WITHOUT_EFFECT = ("training", "check_finite")
+"""Attributes of modules that change no output of a model that is loaded."""
+
+BY_HAND = (
+    "no code runs from a file: torch.save(model.state_dict(), path), and to load it, build the "
+    "model in the same way and call load_state_dict"
+)
+"""What to do with a model that cannot be saved."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +70,74 @@ class Recorded:
         return cls(values, unsavable)
 
 
-class BuildsItself:
-    """A model that a file can build by itself: it knows its constructor's arguments.
+@dataclass(frozen=True)
+class AsBuilt:
+    """What a module was made of, to tell later what somebody changed in it.
 
-    A constructor sets ``self.recorded = Recorded.of(given_to(Class, locals()), known)`` while its
-    local names are still its arguments; so does a subclass with its own constructor.
+    Args:
+        parts: the class of each part by its path, and the shape of each tensor by its name.
+        options: the numbers, words and functions that the parts keep as attributes, by their paths.
     """
 
-    recorded: Recorded
+    parts: dict[str, object]
+    options: dict[str, object]
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The arguments of the constructor, as in ``config.json``."""
-        return self.recorded.values
+    @classmethod
+    def of(cls, module: nn.Module) -> AsBuilt:
+        """Look at a module and all of its parts."""
+        parts: dict[str, object] = {}
+        options: dict[str, object] = {}
+        for path, part in module.named_modules():
+            parts[path] = type(part).__name__
+            for name, value in vars(part).items():
+                if name.startswith("_") or name in WITHOUT_EFFECT:
+                    continue
+                if inspect.isroutine(value):
+                    value = value.__qualname__
+                if isinstance(value, Real | str | None):
+                    options[f"{path}.{name}".lstrip(".")] = value
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            parts[name] = tuple(getattr(tensor, "shape", ()))
+        return cls(parts, options)
+
+    def check(self, module: nn.Module, name: str) -> None:
+        """Refuse a module that is not as it was built.
+
+        An option that either of the two lacks is not compared.
+
+        Args:
+            module: the module.
+            name: what its paths start with in a message.
+
+        Raises:
+            ValueError: a part or a tensor that is new, gone or another; an option that changed.
+        """
+        now = AsBuilt.of(module)
+        for path in self.parts | now.parts:
+            got, before = now.parts.get(path), self.parts.get(path)
+            if got != before:
+                where = f"{name}.{path}".strip(".")
+                raise ValueError(
+                    f"model: got {where}, {got or 'gone'}, expected {before or 'none'}, as it was "
+                    f"built; {BY_HAND}"
+                )
+        for option, value in now.options.items():
+            before = self.options.get(option, value)
+            if not _is_same(value, before):
+                raise ValueError(
+                    f"{option}: got {value!r} of {name or 'the model'}, expected {before!r}, with "
+                    f"which it was built: give it when you build the model, or {BY_HAND}"
+                )
+
+
+def _is_same(value: object, before: object) -> bool:
+    """True for equal words, and for numbers that are equal but for rounding.
+
+    Routers that were pruned in steps have other factors than those pruned at once, by rounding.
+    """
+    if isinstance(value, Real) and isinstance(before, Real):
+        return math.isclose(value, before, rel_tol=1e-9)
+    return type(value) is type(before) and value == before
 
 
 def given_to(call: Callable[..., object], local_names: Mapping[str, Any]) -> dict[str, object]:

@@ -1,11 +1,14 @@
 """Save a model with experts to a folder, and load it again.
 
-There are two doors, which write and read the same folders (:mod:`gmoe.folder`):
+A folder holds these files, none of which is code:
 
-- :func:`save` and :func:`load` take any model. A dense model of somebody else's, which
-  :func:`gmoe.moefy` has changed, has to be built by the caller, as ``base``;
-- :class:`gmoe.GNNMoE` and :class:`gmoe.ViTMoE` know how they are built: their base is their own
-  constructor, and ``save_pretrained`` is :func:`save`.
+- the spec, JSON: the class of the model, and what makes it again: the arguments of its constructor,
+  if it is one of gmoe's own, and those of :func:`gmoe.moefy`. A model of gmoe's own has it as
+  ``config.json``, which is what the Hub looks for; any other as ``gmoe.json``, beside the
+  ``config.json`` of transformers if it is theirs;
+- ``model.safetensors``: all weights.
+
+Importing this module takes torch alone; writing and reading import the rest.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from __future__ import annotations
 import glob
 import importlib
 import json
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -22,10 +28,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gmoe._calls import Batch, arguments_of, finite, largest_difference, outputs_of
 from gmoe._checks import (
     check,
-    check_at_least,
     check_module,
     described,
     in_short,
@@ -33,96 +37,191 @@ from gmoe._checks import (
     says_what_misfits,
 )
 from gmoe.convert import moefy
-from gmoe.dense import densify_like
-from gmoe.folder import (
-    BY_HAND,
-    CONFIG,
-    RECEIPT,
-    WEIGHTS,
-    WRITTEN,
-    Edits,
-    Spec,
-    build_from_config,
-    naming,
-    read,
-    read_tensors,
-    refuse_other,
-    saveable,
-    spec_of,
-    write,
-)
 from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
-from gmoe.recorded import BuildsItself
-from gmoe.routers import Router
-from gmoe.stack import fold
+from gmoe.recorded import BY_HAND, AsBuilt, Recorded
 
-Model = TypeVar("Model", bound="HubMixin")
+Model = TypeVar("Model", bound="Pretrained")
+
+SPEC = "gmoe.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 
 OWN = {"GNNMoE": "gmoe.models.gnn", "ViTMoE": "gmoe.models.vit"}
 """The modules of the classes that a folder may name to be built."""
 
+WRITTEN = "what gmoe.save, gmoe.TrainerSave, or save_pretrained of a model of gmoe's own writes"
+
+EXPLAINED = "none: the model has experts, read it with gmoe.load(folder)"
+"""Stands in ``config.json`` where ``from_pretrained`` looks for the file of the weights.
+
+It is the end of transformers' error. Without it a dense model would come back, with a warning.
+"""
+
+SMALL = 10_000
+"""A size that is taken as it is, however few weights there are."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a model is made again, as it stands in the file.
+
+    Args:
+        model: the name of its class.
+        arguments: of its constructor; ``None`` if gmoe does not know them.
+        moefy: the arguments of each call of :func:`gmoe.moefy`, with the names of the layers that
+            it made.
+        kept: the experts that stayed in layers in which others were pruned, by name.
+    """
+
+    model: str
+    arguments: dict[str, Any] | None
+    moefy: list[dict[str, Any]]
+    kept: dict[str, list[int]]
+
+
+# writing ------------------------------------------------------------------------------------------
+
 
 @says_what_misfits
-def save(model: nn.Module, folder: str | Path, inputs: Batch | None = None) -> Path:
-    """Write a model with experts to a folder: how it was made, and all its weights.
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write a model with experts to a folder: the arguments that made it, and all weights.
 
-    It takes gmoe's own models, and models of timm, Hugging Face's transformers, PyG and your own
-    that :func:`gmoe.moefy` has changed, also after :func:`gmoe.stack.fold`, :func:`gmoe.prune` and
-    :func:`gmoe.densify`, which may leave no experts. The dense model itself is described only for
-    gmoe's own models and those of transformers, whose ``save_pretrained`` and ``Trainer`` write the
-    same files. For all others, and for a model of gmoe's own with an argument that JSON cannot
-    hold, such as an activation of your own, pass it to :func:`load` as ``base``.
+    It takes gmoe's own models, and those of timm, Hugging Face's transformers, PyG and your own
+    that :func:`gmoe.moefy` has changed, once or several times, also after :func:`gmoe.prune`. The
+    dense model itself is described only for gmoe's own models and those of transformers. For all
+    others, and for a model of gmoe's own with an argument that JSON cannot hold, such as an
+    activation of your own, pass it to :func:`load` as ``base``.
 
     Args:
         model: the model.
         folder: where to write; created if it does not exist.
-        inputs: what the model is called with: a tensor, a tuple of tensors, or a dictionary of
-            them by name. They are saved with the model's outputs, and :func:`load` compares
-            (default ``None``: it compares no outputs).
 
     Returns:
         The folder.
 
     Raises:
-        ImportError: ``safetensors`` or ``huggingface_hub`` is not installed.
-        ValueError: an option of a router that was changed after the model was made; a router or
-            experts of a class of your own, parts that were replaced (LoRA, quantized, unstacked
-            layers): no code runs from a file, and the message says what to do;
-            inputs that are no tensors, or of which the model makes NaN.
+        ImportError: ``safetensors`` is not installed.
+        ValueError: a router or experts of a class of your own; an option or a part that was changed
+            after the layer was built (LoRA, quantized, folded or unstacked experts): no code runs
+            from a file, and the message says what to do.
 
     Example:
-        >>> gmoe.save(vit, "folder", images[:2])
+        >>> gmoe.save(vit, "folder")
         >>> vit = gmoe.load("folder", base=timm.create_model("vit_tiny_patch16_224"))
     """
     check_module("model", model)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
-    arguments = None  # of a constructor that builds the base; else the caller does
-    if isinstance(model, HubMixin) and not model.recorded.unsavable:
+    with naming_extras():
+        from safetensors.torch import save_file
+    spec = spec_of(model)
+    weights = _saveable(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # What says what the model is goes first, and comes last: cut off in between, the folder holds
+    # no model.
+    path = folder / (SPEC if spec.arguments is None else CONFIG)
+    for old in (folder / SPEC, path):
+        old.unlink(missing_ok=True)
+    if _is_of_transformers(model):
+        _write_config(model, folder)
+    # Older versions of transformers, and accelerate, refuse a format that they do not know.
+    save_file(weights, folder / WEIGHTS, metadata={"format": "gmoe"})
+    _write_json(path, asdict(spec))
+    return folder
+
+
+def spec_of(model: nn.Module) -> Spec:
+    """How a model was made, if what it was made with is all that there is to it."""
+    arguments = None
+    if isinstance(model, Pretrained) and not model.recorded.unsavable:
         arguments = model.config
-    spec = spec_of(model, arguments)
+    kept = {}
+    names_of: dict[str, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, MoELayer):
+            continue
+        if layer.experts is None:
+            raise ValueError(f"model: got {name}, whose widths are open: call it once before")
+        if layer.kept is not None:
+            kept[name] = list(layer.kept)
+        if layer.moefied is None:
+            continue
+        for reason in layer.moefied.unsavable.values():
+            raise ValueError(f"{reason}; {BY_HAND}")
+        if layer.as_built is not None:
+            layer.as_built.check(layer, name)
+        names_of.setdefault(json.dumps(layer.moefied.values), []).append(name)
+    calls = [{**json.loads(call), "targets": names} for call, names in names_of.items()]
+    spec = Spec(type(model).__name__, arguments, calls, kept)
     if arguments is not None:
-        _check_is_built_so(model, arguments, spec)
-    weights = saveable(model.state_dict())
-    receipt = {} if inputs is None else saveable(_receipt_of(model, inputs))
-    return write(model, folder, spec, weights, receipt=receipt)
+        _check_is_built_so(model, spec)
+    return spec
+
+
+def _check_is_built_so(model: nn.Module, spec: Spec) -> None:
+    """Refuse a model of gmoe's own that is not what a reader of its folder builds."""
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model has given them when it was built
+            built = _with_experts(type(model)(**(spec.arguments or {})), spec)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"model: got a {spec.model} that its recorded arguments do not make "
+            f"({in_short(error, 200)}), expected a class that records its own arguments; {BY_HAND}"
+        ) from error
+    AsBuilt.of(built).check(model, "")
+
+
+def _saveable(model: nn.Module) -> dict[str, Tensor]:
+    """Clones, since safetensors refuses tensors that share their memory, as tied layers do."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if type(value) is not Tensor:
+            raise ValueError(
+                f"model: got {name}, a {type(value).__name__}, expected plain tensors, neither "
+                f"quantized nor sharded; {BY_HAND}"
+            )
+    return {name: value.cpu().contiguous().clone() for name, value in state.items()}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _is_of_transformers(model: object) -> bool:
+    """Whether it is a model of transformers; that there is one implies that it was imported."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def _write_config(model: Any, folder: Path) -> None:
+    """Write the configuration of a model of transformers that has experts.
+
+    Plain ``from_pretrained`` of the folder raises, by the class and by ``AutoModel``.
+    """
+    model.config.save_pretrained(folder)
+    path = folder / CONFIG
+    config = json.loads(path.read_text())
+    dtype = str(model.dtype).removeprefix("torch.")
+    config |= {"architectures": [type(model).__name__], "dtype": dtype}
+    _write_json(path, config | {"transformers_weights": EXPLAINED})
+
+
+# reading ------------------------------------------------------------------------------------------
 
 
 @says_what_misfits
-def load(
-    folder: str | Path, base: nn.Module | None = None, *, tolerance: float = 1e-4
-) -> nn.Module:
+def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
     """Build the model that :func:`save` wrote.
 
     Args:
-        folder: what :func:`save` wrote, or ``save_pretrained`` or the ``Trainer`` of transformers.
-        base: the dense model, built as it was before :func:`gmoe.moefy`; its weights do not matter.
-            It is changed in place, so throw it away after an error. Of buffers that no state holds
-            (rotary frequencies, say), the base's dtype counts. ``None`` (default) for gmoe's own
-            models and for those of transformers, which are built from the folder's ``config.json``.
-        tolerance: the largest difference of the outputs on the inputs that were saved, as a share
-            of the largest output (default 1e-4, for float32; say 0.02 for bfloat16 on another
-            device).
+        folder: what :func:`save` wrote, or :class:`gmoe.TrainerSave`, or ``save_pretrained`` of a
+            model of gmoe's own.
+        base: the dense model, built as it was before :func:`gmoe.moefy`; its weights do not matter,
+            its options do (an activation, dropout): the folder does not hold them. It is changed in
+            place, so throw it away after an error. ``None`` (default) for gmoe's own models and for
+            those of transformers, which are built from the folder's ``config.json``.
 
     Returns:
         The model, in evaluation mode, on the devices of the base and with the saved dtypes.
@@ -130,60 +229,150 @@ def load(
     Raises:
         ImportError: ``safetensors`` is not installed.
         FileNotFoundError: a file is missing.
-        ValueError: a file that is damaged; a base of another class or size; outputs that differ.
-            The message names the file.
+        ValueError: a file that is damaged; a base of another class or size. The message names the
+            file.
     """
     if base is not None:
         check_module("base", base)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
-    check_at_least(0, tolerance=tolerance)
     folder = Path(folder)
-    spec, state = read(folder)
+    spec, state = _read(folder)
     if base is None:
         base = _base_of(spec, folder, state)
-    model = _made(base, spec, folder, state)
-    if (folder / RECEIPT).exists():
-        difference, largest = _compared(model, folder)
-        if not difference <= tolerance * largest:
-            raise ValueError(
-                f"{folder / RECEIPT}: got outputs that differ by up to {difference:.3g} from the "
-                f"saved ones, expected at most {tolerance:g} times the largest, {largest:.3g}: is "
-                "the base built with the same arguments?"
-            )
-    return model
+    return _made(base, spec, folder, state)
 
 
-def receipt(model: nn.Module, folder: str | Path) -> float:
-    """The largest absolute difference of a model's outputs from those that were saved.
+@contextmanager
+def _naming(path: Path, expected: str) -> Iterator[None]:
+    """Name the file in whatever error its contents cause, which may be anything."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{path}: got {type(error).__name__}: {in_short(error)}, expected {expected}"
+        ) from error
 
-    Args:
-        model: what :func:`gmoe.load` returned.
-        folder: what :func:`gmoe.save` wrote, with inputs.
 
-    Raises:
-        FileNotFoundError: the model was saved without inputs.
+def _path_of(folder: Path) -> Path:
+    """The file of a folder that says what the model is."""
+    return folder / (SPEC if (folder / SPEC).exists() else CONFIG)
+
+
+def _read(folder: Path) -> tuple[Spec, dict[str, Tensor]]:
+    """What a folder says of its model, and all weights."""
+    with naming_extras():
+        from safetensors.torch import load_file
+    path = _path_of(folder)
+    for file in (path, folder / WEIGHTS):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: got no such file, expected {WRITTEN}")
+    with _naming(folder / WEIGHTS, WRITTEN):
+        state = load_file(folder / WEIGHTS)
+    with _naming(path, WRITTEN):
+        spec = Spec(**json.loads(path.read_bytes()))
+        check_sizes(asdict(spec), state)
+    return spec, state
+
+
+def check_sizes(values: object, state: Mapping[str, Tensor]) -> None:
+    """Refuse values from a file that hold a number larger than its weights have numbers.
+
+    No width and no number of experts or layers is: what was merely claimed would be allocated.
     """
-    return _compared(model, Path(folder))[0]
+    most = max(SMALL, sum(value.numel() for value in state.values()))
+    if isinstance(values, dict):
+        values = [*values.values()]
+    if isinstance(values, list):
+        for value in values:
+            check_sizes(value, state)
+    elif isinstance(values, int):
+        check(abs(values) <= most, "sizes", values, f"at most {most}")
 
 
-class HubMixin(BuildsItself):
+def _base_of(spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """The base that a folder describes by itself, with any values.
+
+    No code runs from the folder: the class is looked up in gmoe or transformers by its name.
+    """
+    build: Any = None
+    if spec.model in OWN and spec.arguments is not None:
+        with naming_extras():
+            build = getattr(importlib.import_module(OWN[spec.model]), spec.model)
+    elif spec.arguments is None and (folder / CONFIG).exists():
+        import transformers
+
+        found = getattr(transformers, spec.model, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            build = found
+    if build is None:
+        raise ValueError(
+            f"base: got None, expected a {in_short(spec.model, 100)} as it was before moefy, or "
+            "one with the layers of experts that you wrote: the folder does not say how to build it"
+        )
+    with _naming(folder / CONFIG, f"the configuration of a {spec.model}"):
+        if spec.arguments is not None:
+            return build(**spec.arguments)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_sizes(config.to_dict(), state)
+        vars(config).pop("transformers_weights", None)
+        return build(config)
+
+
+def _made(base: nn.Module, spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """The model that a folder holds, made of its base."""
+    path = _path_of(folder)
+    with _naming(path, "what makes the layers of the base"):
+        if spec.model != type(base).__name__:
+            raise ValueError(f"base: got a {type(base).__name__}, expected {spec.model!r}")
+        model = _with_experts(base, spec)
+    with _naming(folder / WEIGHTS, f"the weights of the base and of its layers in {path.name}"):
+        for name, value in model.state_dict(keep_vars=True).items():
+            value.data = value.data.to(state[name].dtype if name in state else value.dtype)
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def _with_experts(base: nn.Module, spec: Spec) -> nn.Module:
+    """Make the layers of the base again, with any values."""
+    for call in spec.moefy:
+        moefy(base, **{**call, "targets": [glob.escape(name) for name in call["targets"]]})
+    for group in groups_of(base):
+        kept = [spec.kept[name] for name in group.layers if name in spec.kept]
+        if kept:  # layers that share a router have one list
+            group.keep(kept[0])
+    return base
+
+
+# the Hub ------------------------------------------------------------------------------------------
+
+
+class Pretrained:
     """Give a model ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
-    The files are those of ``huggingface_hub.PyTorchModelHubMixin``: ``config.json``,
-    ``model.safetensors`` and a card, ``README.md``. That mixin is not the base class here, for two
-    reasons: every model would require ``huggingface_hub``, and it silently leaves out arguments
-    that JSON cannot hold (a router's class, a list with a factory), so that another model comes
-    back. See ``gmoe.recorded.BuildsItself`` for what a subclass has to do.
+    The files are those that the Hub knows: ``config.json`` and ``model.safetensors``.
+    ``huggingface_hub.PyTorchModelHubMixin`` is not the base class, for two reasons: every model
+    would require ``huggingface_hub``, and it silently leaves out arguments that JSON cannot hold (a
+    conv's class, a list with a factory), so that another model comes back.
+
+    A constructor sets ``self.recorded = Recorded.of(given_to(Class, locals()), known)`` while its
+    local names are still its arguments; so does a subclass with its own constructor.
     """
 
+    recorded: Recorded
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of the constructor, as in ``config.json``."""
+        return self.recorded.values
+
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write configuration, weights and card, and return the folder; see :func:`gmoe.save`.
+        """Write configuration and weights, and return the folder; see :func:`gmoe.save`.
 
         Args:
             folder: where to write; created if it does not exist.
 
         Raises:
-            ImportError: ``safetensors`` or ``huggingface_hub`` is not installed.
+            ImportError: ``safetensors`` is not installed.
             ValueError: an argument that has no form in JSON and no name: a function, a ``partial``,
                 an instance, your own class; a subclass that does not record its arguments; what
                 :func:`gmoe.save` refuses.
@@ -215,12 +404,12 @@ class HubMixin(BuildsItself):
         if not Path(folder).is_dir():
             with naming_extras():
                 from huggingface_hub import snapshot_download
-            patterns = [CONFIG, "model*.safetensors*"]
-            folder = snapshot_download(str(folder), revision=revision, allow_patterns=patterns)
+            files = [CONFIG, SPEC, WEIGHTS]
+            folder = snapshot_download(str(folder), revision=revision, allow_patterns=files)
         folder = Path(folder)
-        spec, state = read(folder)
+        spec, state = _read(folder)
         build: Any = cls
-        with naming(folder / spec.file, f"{WRITTEN} of a {cls.__name__}"):
+        with _naming(_path_of(folder), f"{WRITTEN} of a {cls.__name__}"):
             check(spec.model == cls.__name__, "model", spec.model, cls.__name__)
             base = build(**((spec.arguments or {}) | arguments))
         made: Any = _made(base, spec, folder, state)
@@ -246,137 +435,3 @@ class HubMixin(BuildsItself):
             self.save_pretrained(folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
-
-
-# from a spec to a model ---------------------------------------------------------------------------
-
-
-def _base_of(spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
-    """The base that a folder describes by itself, with any values."""
-    if spec.arguments is None:
-        return build_from_config(spec.model, folder, state)
-    if spec.model not in OWN:
-        raise ValueError(
-            f"base: got None, expected a {spec.model}, which is no class of gmoe: "
-            f"{spec.model}.from_pretrained(folder)"
-        )
-    with naming_extras():
-        module = importlib.import_module(OWN[spec.model])
-    with naming(folder / spec.file, WRITTEN):
-        built: nn.Module = getattr(module, spec.model)(**spec.arguments)
-    return built
-
-
-def _made(base: nn.Module, spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
-    """The model that a folder holds, made of its base."""
-    with naming(folder / spec.file, "layers that can be made of the base"):
-        if spec.model != type(base).__name__:
-            raise ValueError(f"base: got a {type(base).__name__}, expected {spec.model!r}")
-        model = _edited(base, spec.layers)
-    with naming(folder / WEIGHTS, f"the weights of the base and its layers in {spec.file}"):
-        for name, value in model.state_dict(keep_vars=True).items():
-            saved = state.get(name, value)
-            if saved.dtype != value.dtype:
-                value.data = value.data.to(saved.dtype)
-        model.load_state_dict(state)
-    return model.eval()
-
-
-def _edited(base: nn.Module, layers: Mapping[str, Edits]) -> nn.Module:
-    """Make the layers of the base again, with any values."""
-    # 1. moefy, once for all layers that were made with the same arguments.
-    targets: dict[str, list[str]] = {}
-    for name, edits in layers.items():
-        if edits.moefied is not None and not isinstance(base.get_submodule(name), MoELayer):
-            targets.setdefault(json.dumps(edits.moefied), []).append(glob.escape(name))
-    for arguments, names in targets.items():
-        moefy(base, targets=names, **json.loads(arguments))
-
-    # 2. fold, prune and densify.
-    groups = groups_of(base)
-    unknown = layers.keys() - {name for group in groups for name in group.layers}
-    check(not unknown, "layers", sorted(unknown), "those of the model that have experts")
-    for group in groups:
-        saved = {name: layers[name] for name in group.layers if name in layers}
-        for name, edits in saved.items():
-            if edits.folded:
-                fold(group.layers[name].experts)
-        kept = [edits.kept for edits in saved.values()]
-        if any(kept[0] != others for others in kept):
-            where = ", ".join(group.layers)
-            raise ValueError(f"kept: got {kept} of {where}, expected one list: they share a router")
-        if kept and kept[0] is not None:
-            group.keep(kept[0])
-        dense = [name for name in group.layers if name not in saved or saved[name].dense]
-        base = densify_like(base, group, dense)
-    return base
-
-
-def _check_is_built_so(model: nn.Module, arguments: dict[str, Any], spec: Spec) -> None:
-    """Refuse a model of gmoe's own that is not what a reader of its folder builds."""
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the model has given them when it was built
-            built = _edited(type(model)(**arguments), spec.layers)
-        built.load_state_dict(model.state_dict())
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"model: got a {spec.model} that its recorded arguments do not make "
-            f"({in_short(error, 200)}), expected it as it was built, pruned, folded or made dense, "
-            f"of a class that records its own arguments; {BY_HAND}"
-        ) from error
-    parts = dict(built.named_modules())
-    for path, part in model.named_modules():
-        if isinstance(part, Router):
-            refuse_other(path, part, parts.get(path))
-        elif isinstance(part, MoELayer):
-            for inner, expert in part.experts.named_modules(prefix=f"{path}.experts"):
-                refuse_other(inner, expert, parts.get(inner))
-
-
-# receipts -----------------------------------------------------------------------------------------
-
-
-def _receipt_of(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
-    """The inputs and the outputs by name."""
-    args, kwargs = arguments_of(inputs, "inputs")
-    named = {f"args.{number}": value for number, value in enumerate(args)}
-    named |= {f"kwargs.{name}": value for name, value in kwargs.items()}
-    for name, value in named.items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            raise ValueError(
-                f"inputs: got {type(value).__name__} as {name}, expected dense tensors"
-            )
-    outputs = outputs_of(model, [inputs], "inputs")
-    if any(value.isnan().any() for value in outputs):
-        raise ValueError(
-            "inputs: got some for which the model returns NaN, expected numbers, to compare"
-        )
-    return named | {f"outputs.{number}": value for number, value in enumerate(outputs)}
-
-
-def _compared(model: nn.Module, folder: Path) -> tuple[float, float]:
-    """The largest difference of a model's outputs from the saved ones; and the largest of these."""
-    device = next(model.parameters()).device
-    path = folder / RECEIPT
-    saved = {name: value.to(device) for name, value in read_tensors(path).items()}
-    with naming(path, "inputs that the model takes"):
-        args = _numbered(saved, "args")
-        kwargs = {
-            name.removeprefix("kwargs."): value
-            for name, value in saved.items()
-            if name.startswith("kwargs.")
-        }
-        before = _numbered(saved, "outputs")
-        # Inputs of another shape or type are whatever the model's layers make of them.
-        after = outputs_of(model, [tuple(args) if args else kwargs])
-        largest = max(
-            (float(part.abs().max()) for part in map(finite, before) if len(part)), default=0.0
-        )
-        return largest_difference(before, after), largest
-
-
-def _numbered(tensors: Mapping[str, Tensor], prefix: str) -> list[Tensor]:
-    """The tensors ``prefix.0``, ``prefix.1``, ... in order."""
-    count = sum(name.startswith(f"{prefix}.") for name in tensors)
-    return [tensors[f"{prefix}.{number}"] for number in range(count)]

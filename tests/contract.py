@@ -209,12 +209,12 @@ def with_head(vit: VisionTransformer) -> VisionTransformer:
     return vit
 
 
+def dense_vit() -> VisionTransformer:
+    return with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5))
+
+
 def moefied() -> nn.Module:
-    return opened(
-        moefy(
-            with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)), every=1, num_experts=E
-        )
-    )
+    return opened(moefy(dense_vit(), every=1, num_experts=E))
 
 
 def opened(model: nn.Module) -> Any:

@@ -1,21 +1,18 @@
-"""Upcycled models of transformers that ``save_pretrained`` and ``Trainer`` save and take back."""
+"""Upcycled models of transformers that ``gmoe.save`` and ``Trainer`` save and take back."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import accelerate
 import pytest
 import torch
 import transformers as hf
-from huggingface_hub import ModelCard
 from safetensors import safe_open
 from torch import Tensor
 
@@ -24,7 +21,6 @@ from tests.helpers.huggingface import MODELS, build, run
 from tests.helpers.shrunk import moved
 
 MESSAGE = r"expert.*gmoe\.load\(folder\)"
-SHARDED = "20KB"
 
 
 def upcycled(name: str = "ViT", **options: Any) -> Any:
@@ -65,46 +61,17 @@ def check_comes_back(model: Any, folder: Path, base: Any = None) -> None:
         assert value.dtype == state[name].dtype, name
 
 
-def save_with_gmoe(model: Any, folder: Path) -> None:
-    gmoe.save(model, folder)
-
-
-def save_with_trainer(model: Any, folder: Path) -> None:
-    arguments = hf.TrainingArguments(str(folder), report_to="none", use_cpu=True)
-    hf.Trainer(model=model, args=arguments).save_model()
-
-
-WAYS: dict[str, Callable[[Any, Path], object]] = {
-    "gmoe.save": save_with_gmoe,
-    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
-    "sharded": lambda model, folder: model.save_pretrained(str(folder), max_shard_size=SHARDED),
-    "Trainer": save_with_trainer,
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "way"),
-    [
-        *((name, "save_pretrained") for name in MODELS),
-        *(("ViT", way) for way in WAYS if way != "save_pretrained"),
-        ("DINOv2, gated", "sharded"),
-    ],
-)
-def test_a_saved_model_comes_back_with_its_experts_or_not_at_all(
-    name: str, way: str, tmp_path: Path
-) -> None:
-    model = upcycled(name, start="copies" if way == "sharded" else "shared")
-    WAYS[way](model, tmp_path)
-    is_sharded = (tmp_path / "model.safetensors.index.json").exists()
-    assert is_sharded == (way == "sharded")
-    assert is_sharded != (tmp_path / "model.safetensors").exists()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_comes_back_with_its_experts_or_not_at_all(name: str, tmp_path: Path) -> None:
+    model = upcycled(name, start="copies" if name == "ViT" else "shared")
+    gmoe.save(model, tmp_path)
     check_comes_back(model, tmp_path)
     check_plain_transformers_raise(model, tmp_path)
 
 
 def test_a_part_of_a_model_saves_its_experts_too(tmp_path: Path) -> None:
     model = upcycled("ViT").vit
-    model.save_pretrained(tmp_path)
+    gmoe.save(model, tmp_path)
     # It has no pooling layer, of which the configuration says nothing.
     with pytest.raises(ValueError, match=r"model\.safetensors: got .*pooler"):
         gmoe.load(tmp_path)
@@ -114,32 +81,14 @@ def test_a_part_of_a_model_saves_its_experts_too(tmp_path: Path) -> None:
 
 def test_dtypes_come_back(tmp_path: Path) -> None:
     model = upcycled().bfloat16()
-    model.save_pretrained(tmp_path)
-    again: Any = gmoe.load(tmp_path)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-        assert value.dtype == again.state_dict()[name].dtype, name
-    assert again.config.dtype == torch.bfloat16
-
-
-def test_a_folder_that_is_written_again_has_no_old_files(tmp_path: Path) -> None:
-    model = upcycled()
-    model.save_pretrained(tmp_path, max_shard_size=SHARDED)
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json",
-        "gmoe.json",
-        "model.safetensors",
-    }
-    model.save_pretrained(tmp_path, max_shard_size=SHARDED)
-    assert not (tmp_path / "model.safetensors").exists()
+    gmoe.save(model, tmp_path)
     check_comes_back(model, tmp_path)
+    assert gmoe.load(tmp_path).config.dtype == torch.bfloat16
 
 
 def test_other_readers_of_weights_refuse_the_files(tmp_path: Path) -> None:
-    """Versions of transformers before 5 look at the format, as accelerate does."""
-    upcycled().save_pretrained(tmp_path)
+    """Accelerate looks at the format."""
+    gmoe.save(upcycled(), tmp_path)
     path = tmp_path / "model.safetensors"
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "gmoe"}
@@ -147,31 +96,22 @@ def test_other_readers_of_weights_refuse_the_files(tmp_path: Path) -> None:
         accelerate.load_checkpoint_in_model(build("ViT"), str(path))
 
 
-def test_options_that_would_change_the_files_are_refused(tmp_path: Path) -> None:
-    model = upcycled()
-    for option, value in (("variant", "fp16"), ("push_to_hub", True), ("anything", 3)):
-        with pytest.raises(ValueError, match=rf"^{option}: got {value!r}, expected none"):
-            model.save_pretrained(tmp_path / "model", **{option: value})
-    model.save_pretrained(tmp_path / "model", is_main_process=False)
-    assert not (tmp_path / "model").exists()
-    model.save_pretrained(tmp_path / "model", token=None, safe_serialization=True)
-    check_comes_back(model, tmp_path / "model")
-
-
-def test_the_weights_that_trainer_gathered_are_written(tmp_path: Path) -> None:
-    """Of a model in several processes it passes them."""
-    model, gathered = upcycled(), moved(upcycled())
-    model.save_pretrained(tmp_path, state_dict=gathered.state_dict())
-    check_comes_back(gathered, tmp_path)
-    assert not torch.equal(run(gathered), run(model))
-
-
-def test_adapters_beside_experts_are_refused(tmp_path: Path) -> None:
-    model = upcycled()
-    model._hf_peft_config_loaded = True  # as ``add_adapter`` sets it
-    with pytest.raises(ValueError, match=r"^save_pretrained: got .* with adapters beside experts"):
-        model.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+def test_what_transformers_itself_saves_is_no_folder_of_gmoe_and_is_not_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``save_pretrained`` is that of the class; its reader names each weight that is missing."""
+    model = upcycled("CLIP")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: got .*expected what gmoe\.save, "):
+        gmoe.load(tmp_path)
+    logger = hf.utils.logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    type(model).from_pretrained(tmp_path)
+    logger.removeHandler(caplog.handler)
+    assert "mlp.experts.up.weight" in caplog.text
+    assert "UNEXPECTED" in caplog.text
+    assert "mlp.fc1.weight" in caplog.text
+    assert "MISSING" in caplog.text
 
 
 class Own(hf.ViTForImageClassification):
@@ -181,14 +121,14 @@ class Own(hf.ViTForImageClassification):
 def test_a_base_that_cannot_be_built_is_asked_for(tmp_path: Path) -> None:
     torch.manual_seed(0)
     own: Any = moved(gmoe.moefy(Own(build("ViT").config).eval(), num_experts=4))
-    own.save_pretrained(tmp_path)
+    gmoe.save(own, tmp_path)
     with pytest.raises(ValueError, match=r"^base: got None, expected a Own"):
         gmoe.load(tmp_path)
     again = gmoe.load(tmp_path, base=Own(build("ViT").config))
     assert torch.equal(run(again), run(own))
 
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"^base: got None, .*no config\.json"):
+    with pytest.raises(ValueError, match=r"^base: got None, expected a Own"):
         gmoe.load(tmp_path)
 
 
@@ -204,22 +144,13 @@ BROKEN: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
 def test_a_tampered_configuration_is_an_error(change: Callable[[Any], Any], tmp_path: Path) -> None:
-    upcycled().save_pretrained(tmp_path)
+    gmoe.save(upcycled(), tmp_path)
     path = tmp_path / "config.json"
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ValueError, match=re.escape(str(path))):
         gmoe.load(tmp_path)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("names", ["{", "[]", '{"weight_map": {"x": "../elsewhere.safetensors"}}'])
-def test_a_tampered_index_is_an_error(names: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    upcycled().save_pretrained(folder, max_shard_size=SHARDED)
-    (folder / "model.safetensors.index.json").write_text(names)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: got "):
-        gmoe.load(folder)
 
 
 # Trainer ------------------------------------------------------------------------------------------
@@ -244,7 +175,8 @@ def trainer_of(model: Any, folder: Path, **options: Any) -> Any:
         **options,
     }
     arguments = hf.TrainingArguments(str(folder), **options)
-    return hf.Trainer(model=model, args=arguments, train_dataset=images(), eval_dataset=images(8))
+    data: Any = {"train_dataset": images(), "eval_dataset": images(8)}
+    return hf.Trainer(model=model, args=arguments, callbacks=[gmoe.TrainerSave()], **data)
 
 
 def losses_of(trainer: Any) -> list[float]:
@@ -284,11 +216,12 @@ def test_the_default_arguments_save_and_resume(tmp_path: Path) -> None:
     arguments = hf.TrainingArguments(
         str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True
     )
+    options: Any = {"train_dataset": images(), "callbacks": [gmoe.TrainerSave()]}
     model = upcycled()
-    hf.Trainer(model=model, args=arguments, train_dataset=images()).train()
+    hf.Trainer(model=model, args=arguments, **options).train()
     check_comes_back(model.eval(), tmp_path / "checkpoint-2")
     arguments.max_steps = 3
-    resumed = hf.Trainer(model=upcycled(), args=arguments, train_dataset=images())
+    resumed = hf.Trainer(model=upcycled(), args=arguments, **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
 
@@ -331,81 +264,36 @@ def test_the_model_alone_can_be_saved(tmp_path: Path) -> None:
     check_plain_transformers_raise(trainer.model, folder)
 
 
-def test_shards_are_resumed(tmp_path: Path) -> None:
-    """Trainer has no option for their size, so that the model is told it."""
-    whole = trainer_of(upcycled(), tmp_path / "whole", save_steps=3)
-    save = whole.model.save_pretrained
-    whole.model.save_pretrained = lambda *args, **options: save(
-        *args, **options, max_shard_size=SHARDED
-    )
+def test_what_would_fail_at_the_first_checkpoint_is_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    trainer = trainer_of(upcycled(router=partial(gmoe.TokenChoice, noise=False)), tmp_path)
+    with pytest.raises(ValueError, match=r"^router: got an instance of partial, .*state_dict"):
+        trainer.train()
+    trainer = trainer_of(upcycled(), tmp_path)
+    trainer.args.push_to_hub = True
+    with pytest.raises(ValueError, match=r"^push_to_hub: got True, .*upload_folder"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+class Wrapped(torch.nn.Module):
+    """A model of one's own around one of gmoe's, of which Trainer saves the state alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = gmoe.ViTMoE(8, 2, "token_choice", num_experts=2)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.vit(pixel_values[:, :, :8, :8])
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_model_of_ones_own_is_saved_and_resumed(tmp_path: Path) -> None:
+    whole, again = (trainer_of(moved(Wrapped()), tmp_path / name) for name in ("whole", "again"))
     whole.train()
-    folder = tmp_path / "whole" / "checkpoint-3"
-    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
-    again = trainer_of(upcycled(), tmp_path / "again", save_strategy="no")
-    again.train(resume_from_checkpoint=str(folder))
-    assert losses_of(again)[3:] == losses_of(whole)[3:]
-
-
-# the Hub ------------------------------------------------------------------------------------------
-
-
-class Hub:
-    """Stands in for the Hub: keeps a copy of each upload, with what the folder held."""
-
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.folder, self.commits = folder, list[Path]()
-        self.api = MagicMock()
-        self.api.create_repo.return_value = SimpleNamespace(repo_id="me/vit")
-        self.api.upload_folder.side_effect = self.upload_folder
-        self.api.create_commit.side_effect = self.create_commit
-        for module in (hf.utils.hub, hf.trainer):
-            # a function of this name in new versions, the calls themselves in older ones
-            patch.setattr(module, "hf_api", lambda: self.api, raising=False)
-            for name in ("create_repo", "create_commit", "upload_folder"):
-                patch.setattr(module, name, getattr(self.api, name), raising=False)
-        for module in (hf.utils.hub, hf.trainer):
-            patch.setattr(module.ModelCard, "load", lambda *_, **__: ModelCard("---\n---\n"))
-
-    def upload_folder(self, *, folder_path: Path, **_: Any) -> Any:
-        """As ``Trainer`` pushes its folder; checkpoints stay here."""
-        self.commits.append(self.folder / str(len(self.commits)))
-        ignored = shutil.ignore_patterns("checkpoint-*", "_*")
-        shutil.copytree(folder_path, self.commits[-1], ignore=ignored)
-        return SimpleNamespace(done=lambda: True, is_done=lambda: True, result=lambda: None)
-
-    def create_commit(self, *, operations: Any, **_: Any) -> Any:
-        """As a model pushes itself."""
-        self.commits.append(self.folder / str(len(self.commits)))
-        self.commits[-1].mkdir(parents=True)
-        for operation in operations:
-            shutil.copy(operation.path_or_fileobj, self.commits[-1] / operation.path_in_repo)
-        return SimpleNamespace(commit_url="the commit")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    return Hub(tmp_path / "hub", monkeypatch)
-
-
-@pytest.mark.parametrize("size", ["50GB", SHARDED])
-def test_a_model_pushes_its_experts(size: str, hub: Hub) -> None:
-    model = upcycled()
-    model.push_to_hub("vit", max_shard_size=size)
-    (commit,) = hub.commits
-    assert (commit / "README.md").exists()
-    assert (commit / "model.safetensors").exists() == (size == "50GB")
-    check_comes_back(model, commit)
-    check_plain_transformers_raise(model, commit)
-
-
-def test_trainer_pushes_experts_at_each_checkpoint_and_at_the_end(hub: Hub, tmp_path: Path) -> None:
-    """Of a checkpoint it pushes the files that it knows by name, which ``gmoe.json`` is not."""
-    pushed = {"push_to_hub": True, "hub_model_id": "me/vit", "hub_always_push": True}
-    trainer = trainer_of(upcycled(), tmp_path / "run", max_steps=4, **pushed)
-    trainer.train()
-    trainer.push_to_hub()
-    assert len(hub.commits) >= 3
-    for commit in hub.commits:
-        gmoe.load(commit)
-        check_plain_transformers_raise(trainer.model, commit)
-    check_comes_back(trainer.model.eval(), hub.commits[-1])
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses_of(again)[4:] == losses_of(whole)[4:]
+    loaded = gmoe.load(tmp_path / "whole" / "checkpoint-6", base=Wrapped())
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name

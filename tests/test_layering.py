@@ -43,8 +43,7 @@ LAZY = {
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
     **dict.fromkeys(("gmoe.dense", "gmoe.layer_groups"), ("gmoe.conv",)),
     "gmoe.edges": ("numpy",),
-    "gmoe.folder": ("huggingface_hub", "safetensors", "transformers"),
-    "gmoe.saved": ("huggingface_hub",),
+    "gmoe.saved": ("huggingface_hub", "safetensors", "transformers"),
 }
 """Who may import what of it inside of functions, or for the type checker."""
 

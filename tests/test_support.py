@@ -123,7 +123,8 @@ def saves_and_loads(case: Case) -> None:
     layer = case.make(seed=1).eval()
     with TemporaryDirectory() as folder:
         gmoe.save(layer, folder)
-        loaded = gmoe.load(folder, base=case.build())
+        base = contract.dense_vit() if case.name == "moefied ViT" else case.build()
+        loaded = gmoe.load(folder, base=base)
     assert torch.equal(rows(run(loaded, case.call())), rows(run(layer, case.call())))
 
 

@@ -1,14 +1,16 @@
-"""The health of experts, where transformers' ``Trainer`` logs."""
+"""What transformers' ``Trainer`` does not know of experts: their health, and how to save them."""
 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
 from gmoe._checks import check, shown
 from gmoe.metrics import HealthMonitor
+from gmoe.saved import save, spec_of
 
 
 class TrainerHealth(TrainerCallback):
@@ -63,3 +65,36 @@ class TrainerHealth(TrainerCallback):
         if self.monitor is not None:
             self.monitor.remove()
         self.monitor = None
+
+
+class TrainerSave(TrainerCallback):
+    """Let transformers' ``Trainer`` write checkpoints that :func:`gmoe.load` reads.
+
+    Each checkpoint gets what :func:`gmoe.save` writes, in place of the ``Trainer``'s own weights
+    and configuration. It resumes from it and finds its best model in it by its own methods, and a
+    plain ``from_pretrained`` raises. Without this callback, ``from_pretrained`` of a checkpoint
+    gives a dense model, with a warning; and a few models, ViT among them, do not resume, with or
+    without experts, since transformers 5 writes their weights under other names than it reads.
+
+    The model has to be whole in each process, as under DDP.
+
+    Raises:
+        ValueError: ``push_to_hub``; a model that :func:`gmoe.save` refuses. Both before the first
+            step.
+
+    Example:
+        >>> trainer = Trainer(model=model, args=arguments, train_dataset=images)
+        >>> trainer.add_callback(gmoe.TrainerSave())
+        >>> trainer.train()
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what would fail, or be wrong, after hours."""
+        expected = "False: upload what gmoe.save writes, by huggingface_hub.upload_folder"
+        check(not args.push_to_hub, "push_to_hub", args.push_to_hub, expected)
+        spec_of(kwargs["model"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write over the checkpoint."""
+        if state.is_world_process_zero:
+            save(kwargs["model"], Path(args.output_dir, f"checkpoint-{state.global_step}"))

@@ -59,7 +59,7 @@ from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.recorded import Recorded, given_to
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing, checked_routings
-from gmoe.saved import HubMixin
+from gmoe.saved import Pretrained
 from gmoe.start import (
     chosen_k,
     saved_by_name,
@@ -69,7 +69,7 @@ Stored = TypeVar("Stored")
 """A graph on disk, in place of the features of all nodes."""
 
 
-class GNNMoE(HubMixin, nn.Module):
+class GNNMoE(Pretrained, nn.Module):
     r"""A GNN like PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
     .. math::

@@ -24,7 +24,7 @@ from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing, checked_routings, record_routing
-from gmoe.saved import HubMixin
+from gmoe.saved import Pretrained
 from gmoe.start import Start, drawn_apart, resolved_start, saved_by_name
 
 SIZES: dict[int, dict[str, int]] = {
@@ -56,7 +56,7 @@ SIZES: dict[int, dict[str, int]] = {
 """Sizes by image size: handwritten digits (8x8), CIFAR (32x32), Imagenette (160x160)."""
 
 
-class ViTMoE(HubMixin, VisionTransformer):
+class ViTMoE(Pretrained, VisionTransformer):
     r"""torchvision's ViT (Dosovitskiy et al., 2021) with a MoE in the MLP of every n-th block.
 
     The tokens of one image, the class token included, form a group: they compete for experts only
@@ -156,6 +156,8 @@ class ViTMoE(HubMixin, VisionTransformer):
             )
             if start != "copies":
                 self._init_experts()
+        for layer in self._layers():
+            layer.moefied = None  # a file has the arguments of this constructor
         if shared_router:
             # The first layer's, which is as wide as all others.
             layers = self._layers()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GCNConv, SchNet
+from torch_geometric.nn import SchNet
 
 import gmoe
 from gmoe import GNNMoE, LinearExperts, MLPExperts, MoE, MoEConv, TokenChoice, UniformRouter
@@ -92,16 +92,6 @@ def test_of_several_graphs_all_have_to_be_of_one_composition() -> None:
     z[0] = 6
     with pytest.raises(ValueError, match=r"^graph: got 2 decisions in .*lin.*, expected one"):
         gmoe.merge(model, (z, pos, batch))
-
-
-def test_a_merged_model_is_saved_and_loaded(tmp_path: Any) -> None:
-    model = GNNMoE(D, 8, 2, 3, num_experts=E, mix="weights").double()
-    data = graph()
-    dense: Any = gmoe.merge(model, data)
-    gmoe.save(dense, tmp_path)
-    loaded: Any = gmoe.load(tmp_path)
-    assert type(loaded.convs[0]) is GCNConv
-    torch.testing.assert_close(loaded.double().eval()(*data), dense.eval()(*data))
 
 
 def test_what_has_no_dense_equal_is_refused_and_stays() -> None:

@@ -86,6 +86,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "SoftSlots": lambda _: ((WIDTH,), experts()),
     "TokenChoice": lambda _: ((WIDTH,), experts()),
     "TrainerHealth": lambda _: ((object.__new__(Trainer),), {}),
+    "TrainerSave": lambda _: ((), {}),
     "UniformRouter": lambda _: ((WIDTH,), experts()),
     "ViTMoE": lambda _: ((8, 10), experts()),
     "active_parameters": lambda _: ((moefied(),), {}),
@@ -101,10 +102,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         {"backend": "auto"},
     ),
     "link_neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
-    "load": lambda folder: (
-        (gmoe.save(moefied(), folder), dense()),
-        {"tolerance": 0.1},
-    ),
+    "load": lambda folder: ((gmoe.save(moefied(), folder), dense()), {}),
     "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
     "merge": lambda _: ((mixing(), (X, EDGES)), {}),
     "moefy": lambda _: ((dense(),), experts(every=1)),
@@ -112,7 +110,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "prune": lambda _: ((moefied(), (X, EDGES)), {"keep": 1}),
     "record_routing": lambda _: ((moefied(),), {}),
     "restack": lambda _: ((moefied(),), {}),
-    "save": lambda folder: ((moefied(), folder), {"inputs": (X, EDGES)}),
+    "save": lambda folder: ((moefied(), folder), {}),
     "unstack": lambda _: ((moefied(),), {}),
     "plot.expert_load": lambda _: (([ROUTING],), {"xlabel": "step"}),
     "plot.palette": lambda _: ((), experts()),
@@ -310,9 +308,9 @@ TRIED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: gmoe.ViTMoE(img_size=32),  # type: ignore[call-arg]
         r"img_size: got 32, .*; did you mean 'size'\?",
     ),
-    "several inputs": (
-        lambda: gmoe.save(moefied(), "unused", X, EDGES),  # type: ignore[call-arg]
-        r"save: got 4 arguments by position, .*inputs\): .* as a tuple",
+    "inputs": (
+        lambda: gmoe.save(moefied(), "unused", X),  # type: ignore[call-arg]
+        r"save: got 3 arguments by position, expected at most 2",
     ),
     "a Mixer": (
         lambda: gmoe.moefy(mixer()),

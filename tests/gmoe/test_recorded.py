@@ -119,7 +119,7 @@ def test_a_subclass_records_its_own_arguments(tmp_path: Path) -> None:
     assert loaded.config == model.config == {"in_channels": 16, "conv": "sage"}
     with pytest.raises(ValueError, match=r"config\.json"):
         gmoe.GNNMoE.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^base: got None, .*Narrow\.from_pretrained\(folder\)"):
+    with pytest.raises(ValueError, match=r"^base: got None, expected a Narrow"):
         gmoe.load(tmp_path)
     assert torch.equal(
         gmoe.load(tmp_path, Narrow(16, conv="sage").double())(X, EDGES), model(X, EDGES)
@@ -153,15 +153,15 @@ def test_parts_of_a_model_of_gmoe_that_were_replaced_are_refused(tmp_path: Path)
         first(model).router.__class__ = MyRouter
 
     changes: dict[str, Any] = {
-        "experts, a Own": set_class,
-        "activation, a ReLU": set_activation,
-        "router, a MyRouter": set_router,
-        "unstacked layers, expected .*gmoe.restack": gmoe.unstack,
+        "experts, Own": set_class,
+        "activation, ReLU": set_activation,
+        "router, MyRouter": set_router,
+        "experts.up, UnstackedLinears": gmoe.unstack,
     }
     for said, change in changes.items():
         model = gmoe.ViTMoE(8, router="token_choice", num_experts=2)
         change(model)
         for save in (model.save_pretrained, partial(gmoe.save, model)):
-            with pytest.raises(ValueError, match=rf"^model: got \S+\.?({said}| with {said})"):
+            with pytest.raises(ValueError, match=rf"^model: got \S+\.{said}, expected "):
                 save(tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -1,4 +1,4 @@
-"""Folders of models: what is in them, and what happens to those that are damaged."""
+"""Models of gmoe that save themselves: what comes back, and what happens to damaged files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from unittest.mock import MagicMock
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import nn
 from torch_geometric.nn import SAGEConv
 from torch_geometric.nn.models import GCN
 
 import gmoe
-from gmoe.folder import saveable, spec_of, write
+from gmoe.layer_groups import groups_of
+from tests.helpers.command import full_disk
 
 X, EDGES = torch.randn(40, 16, dtype=torch.float64), torch.randint(40, (2, 160))
 IMAGES = torch.randn(4, 1, 8, 8, dtype=torch.float64)
@@ -95,17 +98,73 @@ def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
         gmoe.GNNMoE.from_pretrained(tmp_path, hidden_channels=12)
 
 
-@pytest.mark.parametrize(
-    "make", [partial(GNN, shared_router=True), partial(GNN, num_layers=3), partial(gmoe.ViTMoE, 8)]
-)
-def test_an_option_of_a_router_that_was_changed_is_refused(make: Any, tmp_path: Path) -> None:
-    """The configuration would not hold it."""
-    model = make(router="expert_choice", start="shared")
+def test_a_pruned_model_comes_back(tmp_path: Path) -> None:
+    """Also one whose layers share a router."""
+    for number, shared in enumerate((True, False)):
+        model = GNN(conv="sage", num_layers=3, shared_router=shared, k=2).double()
+        moved(model, X, EDGES)
+        for group in groups_of(model):
+            group.keep((1, 3))
+        model.save_pretrained(tmp_path / str(number))
+        check_same(model, gmoe.load(tmp_path / str(number)), X, EDGES)
+
+
+def test_dtypes_come_back(tmp_path: Path) -> None:
+    model = moved(gmoe.ViTMoE(8), IMAGES.float()).bfloat16()
     model.save_pretrained(tmp_path)
-    router: Any = next(part for part in model.modules() if isinstance(part, gmoe.Router))
-    router.selection.capacity_factor = 2.0
-    with pytest.raises(ValueError, match=r"^selection\.capacity_factor: got 2\.0 of "):
-        model.save_pretrained(tmp_path)
+    check_same(model, gmoe.ViTMoE.from_pretrained(tmp_path), IMAGES.bfloat16())
+
+
+def test_a_model_of_gmoe_that_was_moefied_comes_back(tmp_path: Path) -> None:
+    """Its constructor builds the dense model."""
+    model: Any = gmoe.moefy(gmoe.ViTMoE(8, router=None), num_experts=2, start="copies")
+    model.save_pretrained(tmp_path)
+    for loaded in (gmoe.load(tmp_path), gmoe.ViTMoE.from_pretrained(tmp_path)):
+        check_same(model.eval(), loaded, IMAGES.float())
+
+
+def test_a_model_that_a_file_cannot_describe_comes_back_on_its_base(tmp_path: Path) -> None:
+    """It has no other door."""
+    build = partial(GNN, act=nn.Tanh())
+    model = build().double().eval()
+    with pytest.raises(ValueError, match=r"^act: got an instance of Tanh"):
+        model.save_pretrained(tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    gmoe.save(model, tmp_path)
+    check_same(model, gmoe.load(tmp_path, build()), X, EDGES)
+    with pytest.raises(ValueError, match=r"^base: got None, .*a GNNMoE"):
+        gmoe.load(tmp_path)
+
+
+CHANGED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "selection.capacity_factor": (
+        partial(GNN, router="expert_choice", start="shared", shared_router=True),
+        lambda model: setattr(model.shared_router.selection, "capacity_factor", 2.0),
+    ),
+    "capacity_factor": (
+        partial(gmoe.ViTMoE, 8, router="token_choice"),
+        lambda model: setattr(model.encoder.layers[1].mlp.router, "capacity_factor", 2.0),
+    ),
+    "act": (GNN, lambda model: setattr(model, "act", nn.Tanh())),
+    r"norms\.0\.eps": (
+        partial(GNN, norm="layer"),
+        lambda model: setattr(model.norms[0], "eps", 0.1),
+    ),
+    r"convs\.1\.normalize": (GNN, lambda model: setattr(model.convs[1], "normalize", False)),
+    r"dropout\.p": (GNN, lambda model: setattr(model.dropout, "p", 0.5)),
+}
+
+
+@pytest.mark.parametrize("option", CHANGED)
+def test_an_option_that_was_changed_is_refused(option: str, tmp_path: Path) -> None:
+    """The configuration would not hold it."""
+    make, change = CHANGED[option]
+    model = make()
+    model.save_pretrained(tmp_path)
+    change(model)
+    for write in (model.save_pretrained, partial(gmoe.save, model)):
+        with pytest.raises(ValueError, match=rf"(^|\.| ){option}(, |: got )\S+.* expected "):
+            write(tmp_path)
 
 
 def check_refused(folder: Path, model: Any, name: str) -> None:
@@ -189,7 +248,7 @@ def test_push_uploads_what_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     api.return_value.upload_folder.side_effect = upload
     monkeypatch.setattr(huggingface_hub, "HfApi", api)
     assert gmoe.ViTMoE(8).push_to_hub("digits", private=True) == "the commit"
-    assert files == {"config.json", "model.safetensors", "README.md"}
+    assert files == {"config.json", "model.safetensors"}
     api.return_value.create_repo.assert_called_once_with("digits", private=True, exist_ok=True)
 
 
@@ -200,7 +259,7 @@ def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert (name, revision, allow_patterns) == (
             "me/digits",
             "v1",
-            ["config.json", "model*.safetensors*"],
+            ["config.json", "gmoe.json", "model.safetensors"],
         )
         return str(tmp_path)
 
@@ -213,38 +272,25 @@ def test_a_class_that_gmoe_does_not_build_is_never_looked_up(name: str, tmp_path
     path = gmoe.GNNMoE(4, 4, 2, num_experts=2).save_pretrained(tmp_path) / "config.json"
     found = json.loads(path.read_text())
     path.write_text(json.dumps(found | {"model": name}))
-    said = rf"^base: got None, expected a {re.escape(name)}, which is no class of gmoe"
+    said = rf"^base: got None, expected a {re.escape(name)} as it was"
     with pytest.raises(ValueError, match=said):
         gmoe.load(tmp_path)
     with pytest.raises(ValueError, match=rf"config\.json: got .*model: got {re.escape(name)}"):
         gmoe.GNNMoE.from_pretrained(tmp_path)
 
 
-def edits(**changes: Any) -> Callable[[Any], Any]:
-    def edited(found: Any) -> Any:
-        found["layers"]["convs.0"] |= changes
-        return found
-
-    return edited
-
-
 TAMPERED: dict[str, Callable[[Any], Any]] = {
-    "an earlier format": lambda found: {key: found[key] for key in ("model", "arguments")},
+    "no class": lambda found: found["arguments"],
     "arguments of a list": lambda found: found | {"arguments": [1]},
     "an unknown argument": lambda found: found | {"arguments": found["arguments"] | {"more": 1}},
     "experts without end": lambda found: (
         found | {"arguments": found["arguments"] | {"router_kwargs": {"num_experts": 2**40}}}
     ),
-    "layers of a list": lambda found: found | {"layers": [1]},
-    "a layer that is not there": lambda found: (
-        found | {"layers": {"convs.9": found["layers"]["convs.0"]}}
-    ),
-    "experts that are not there": edits(kept=[0, 9]),
-    "no experts": edits(kept=[]),
-    "experts that two layers disagree on": edits(kept=[0]),
-    "a word for a truth": edits(folded="yes"),
-    "another key": edits(code="print()"),
-    "more made of it": edits(moefied={"router": "os.system"}),
+    "calls of a number": lambda found: found | {"moefy": 1},
+    "experts that are not there": lambda found: found | {"kept": {"convs.0": [0, 9]}},
+    "no experts": lambda found: found | {"kept": {"convs.0": []}},
+    "another key": lambda found: found | {"code": "print()"},
+    "more made of it": lambda found: found | {"moefy": [{"targets": ["lin"], "router": "os.x"}]},
 }
 
 
@@ -255,7 +301,6 @@ def test_a_tampered_configuration_is_named_by_both_doors(
     model = gmoe.GNNMoE(4, 4, 2, 3, num_experts=2)
     path = model.save_pretrained(tmp_path) / "config.json"
     found = json.loads(path.read_text())
-    assert len(found["layers"]) == 2
     path.write_text(json.dumps(tamper(found)))
     check_refused(tmp_path, gmoe.GNNMoE, "config.json")
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: got "):
@@ -302,17 +347,13 @@ def test_a_folder_that_was_cut_off_holds_no_model(
         gmoe.load(tmp_path)
 
 
-def test_own_models_come_back_from_several_files(tmp_path: Path) -> None:
-    model = gmoe.GNNMoE(16, 8, 3, num_experts=2).double().eval()
-    spec = spec_of(model, model.config)
-    write(model, tmp_path, spec, saveable(model.state_dict()), max_shard_size="2KB")
-    assert len([*tmp_path.glob("model-*.safetensors")]) > 1
-    check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path), X, EDGES)
-
-
-def test_another_model_leaves_no_card_or_configuration_of_an_earlier_one(tmp_path: Path) -> None:
-    GNN().save_pretrained(tmp_path)
-    gmoe.save(gmoe.moefy(GCN(16, 8, 2), num_experts=2), tmp_path)
-    assert not (tmp_path / "README.md").exists()
-    assert not (tmp_path / "config.json").exists()
-    assert isinstance(gmoe.load(tmp_path, GCN(16, 8, 2)), GCN)
+def test_a_model_whose_saving_is_cut_off_is_no_mixture(tmp_path: Path) -> None:
+    """Else an earlier one's weights would meet this one's configuration."""
+    first, second = (gmoe.GNNMoE(8, 16, 4, k=k, start="plain") for k in (1, 2))
+    gmoe.save(first, tmp_path)
+    assert isinstance(gmoe.load(tmp_path), gmoe.GNNMoE)
+    with full_disk(), pytest.raises((OSError, SafetensorError)):
+        gmoe.save(second, tmp_path)
+    for read in (gmoe.load, gmoe.GNNMoE.from_pretrained):
+        with pytest.raises((ValueError, OSError)):
+            read(tmp_path)
