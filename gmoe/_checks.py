@@ -5,20 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from gmoe._torch import backward_hooks, forward_hooks, parameter_names
-
-Given = ParamSpec("Given")
-Result = TypeVar("Result")
 
 EXTRAS = {
     "torch_geometric": "graph",
@@ -148,58 +144,6 @@ def check_module(name: str, value: object) -> None:
 def shown(value: object) -> str:
     """A value for a message: a tensor's shape, or else the value itself, in short."""
     return described(value) if isinstance(value, Tensor) else in_short(repr(value), 60)
-
-
-def says_what_misfits(call: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Let Python's errors about the arguments of a call name them, and what was meant.
-
-    A call that Python takes is not looked at.
-    """
-
-    @wraps(call)
-    def explained(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        try:
-            return call(*args, **kwargs)
-        except TypeError:
-            misfit = _misfit(call, args, kwargs)
-            if misfit is None:  # the error comes from inside of the call
-                raise
-        raise TypeError(misfit)
-
-    return explained
-
-
-def _misfit(
-    call: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> str | None:
-    """Why Python cannot call a function so; ``None`` if it can."""
-    all_parameters = inspect.signature(call).parameters.values()
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in all_parameters)
-    parameters = [one for one in all_parameters if one.kind is not one.VAR_KEYWORD]
-    in_order = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
-    # A method's first argument is no argument to its caller.
-    is_method = bool(in_order) and in_order[0].name == "self"
-    names = [one.name for one in parameters[is_method:]]
-
-    for name, value in kwargs.items():
-        if name not in names and not takes_any:
-            legal = ", ".join(names)
-            hint = nearest(name, names)
-            return f"{name}: got {shown(value)}, expected one of the arguments {legal}{hint}"
-    if len(args) > len(in_order):
-        ordered = ", ".join(names[: len(in_order) - is_method])
-        return (
-            f"{call.__qualname__.removesuffix('.__init__')}: got {len(args) - is_method} arguments "
-            f"by position, expected at most {len(in_order) - is_method} ({ordered}): give others "
-            "by name, and several values of one as a tuple"
-        )
-    for place, one in enumerate(parameters):
-        is_given = place < len(args) and one in in_order
-        if is_given and one.name in kwargs:
-            return f"{one.name}: got it by position and by name, expected it once"
-        if not is_given and one.name not in kwargs and one.default is one.empty:
-            return f"{one.name}: got nothing, expected {one.annotation}"
-    return None
 
 
 def nearest(value: object, legal: Iterable[object]) -> str:

@@ -22,7 +22,6 @@ from gmoe._checks import (
     check_module,
     refuse_computed,
     refuse_functions,
-    says_what_misfits,
 )
 from gmoe._read_mlp import Readers, read_mlp
 from gmoe._verify import is_option
@@ -40,7 +39,6 @@ DEFAULT_EXPERTS = 8
 """E, unless the router's values say how many experts there are."""
 
 
-@says_what_misfits
 def moefy(
     model: nn.Module,
     *,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gmoe._checks import check_module, says_what_misfits
+from gmoe._checks import check_module
 from gmoe.candidates import Candidate, candidate_of_tokens
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.moe import MoE, MoELayer
@@ -50,7 +50,6 @@ class Densified(NamedTuple):
         return "\n".join(map(str, self.layers))
 
 
-@says_what_misfits
 def densify(model: nn.Module) -> Densified:
     r"""Fold layers of experts back to dense ones where that changes nothing, up to rounding.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Batch, outputs_of
-from gmoe._checks import check_module, says_what_misfits
+from gmoe._checks import check_module
 from gmoe.dense import densify
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.mixed_weights import mixture
@@ -24,7 +24,6 @@ from gmoe.routing import Routing
 from gmoe.stack import become, paths_in, stacks_in
 
 
-@says_what_misfits
 def merge(model: nn.Module, graph: Batch) -> nn.Module:
     r"""Return the plain dense model of one graph, composition or image, with the weights mixed.
 

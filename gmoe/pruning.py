@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import Data, batches_of, outputs_of, relative_change
-from gmoe._checks import check_module, is_whole, says_what_misfits
+from gmoe._checks import check_module, is_whole
 from gmoe.layer_groups import Group, groups_of, named
 from gmoe.routers import UniformRouter
 from gmoe.routing import Routing
@@ -67,7 +67,6 @@ class Pruned(NamedTuple):
         return "\n".join(lines)
 
 
-@says_what_misfits
 def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None = None) -> Pruned:
     r"""Remove dead and weak experts from a model, in place; layers may keep different numbers.
 

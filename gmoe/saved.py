@@ -34,7 +34,6 @@ from gmoe._checks import (
     described,
     in_short,
     naming_extras,
-    says_what_misfits,
 )
 from gmoe.convert import moefy
 from gmoe.layer_groups import groups_of
@@ -83,7 +82,6 @@ class Spec:
 # writing ------------------------------------------------------------------------------------------
 
 
-@says_what_misfits
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a model with experts to a folder: the arguments that made it, and all weights.
 
@@ -211,7 +209,6 @@ def _write_config(model: Any, folder: Path) -> None:
 # reading ------------------------------------------------------------------------------------------
 
 
-@says_what_misfits
 def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
     """Build the model that :func:`save` wrote.
 

@@ -21,7 +21,6 @@ from gmoe._checks import (
     check_counts,
     described,
     parameters_of,
-    says_what_misfits,
 )
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
@@ -150,7 +149,6 @@ class GNNMoE(Pretrained, nn.Module):
         >>> loss = F.cross_entropy(logits, y) + gmoe.aux_loss(routings)
     """
 
-    @says_what_misfits
     def __init__(
         self,
         in_channels: int,

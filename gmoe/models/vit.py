@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gmoe._checks import check_counts, says_what_misfits
+from gmoe._checks import check_counts
 from gmoe.convert import moefy
 from gmoe.experts import LinearExperts
 from gmoe.mixed_weights import Mix
@@ -103,7 +103,6 @@ class ViTMoE(Pretrained, VisionTransformer):
         >>> loss = F.cross_entropy(logits, labels) + gmoe.aux_loss(routings)
     """
 
-    @says_what_misfits
     def __init__(
         self,
         size: Mapping[str, int] | int,
