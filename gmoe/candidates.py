@@ -1,69 +1,21 @@
 """What a layer with experts can be folded to: a dense module, and whether it equals the layer.
 
-Shapes: I in, O out features.
+Shapes: E experts.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gmoe.experts import LinearExperts, MLPExperts
+from gmoe.merging import dense_of
 from gmoe.moe import MoE
-from gmoe.recorded import Recorded
 from gmoe.routers import RandomRouter, TokenChoice
 from gmoe.stack import are_equal
-
-
-class MLP(nn.Module):
-    """The first expert of :class:`MLPExperts` by itself, with ``nn.Linear`` layers.
-
-    Args:
-        experts: the experts.
-
-    Shapes:
-        (..., I) to (..., O).
-    """
-
-    moefied: Recorded | None = None
-    """The arguments of :func:`gmoe.moefy` that made the layer, for :func:`gmoe.save`."""
-
-    def __init__(self, experts: MLPExperts) -> None:
-        super().__init__()
-        self.up = linear_of(experts.up)
-        self.down = linear_of(experts.down)
-        self.glu = experts.glu
-        self.activation = copy.deepcopy(experts.activation)
-        self.input_norm = copy.deepcopy(experts.input_norm)
-        self.hidden_norm = copy.deepcopy(experts.hidden_norm)
-        self.hidden_dropout = nn.Dropout(experts.hidden_dropout.p)
-        self.output_dropout = nn.Dropout(experts.output_dropout.p)
-        self.train(experts.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run it; see the class."""
-        h = self.up(self.input_norm(x))
-        if self.glu:
-            gate, value = h.chunk(2, dim=-1)
-            # A copy: an activation may overwrite its input.
-            h = self.activation(gate.clone()) * value
-        else:
-            h = self.activation(h)
-        return self.output_dropout(self.down(self.hidden_norm(self.hidden_dropout(h))))
-
-
-@torch.no_grad()
-def linear_of(experts: LinearExperts) -> nn.Linear:
-    """The first of stacked linear layers."""
-    weight, bias = experts.weight[0], None if experts.bias is None else experts.bias[0]
-    linear: Any = nn.Linear(experts.in_features, experts.out_features, device="meta")
-    linear.weight = nn.Parameter(weight.clone())
-    linear.bias = None if bias is None else nn.Parameter(bias.clone())
-    return linear.requires_grad_(any(value.requires_grad for value in experts.parameters()))
 
 
 @dataclass(frozen=True)
@@ -105,12 +57,8 @@ def candidate_of_tokens(layer: MoE, router: Any) -> Candidate:
         reason = "routed experts that are zero" if is_nothing else "experts beside a shared one"
         return Candidate(layer.shared_expert, reason, is_nothing)
 
-    dense: Any
-    if isinstance(experts, MLPExperts):
-        dense = MLP(experts)
-        dense.moefied = layer.moefied
-    else:
-        dense = linear_of(experts)
+    first_1E = torch.eye(1, experts.num_experts)
+    dense = dense_of(experts, first_1E.to(next(experts.parameters()).device))
     are_same = experts.num_experts == 1 or are_equal(experts)
     return Candidate(dense, *verdict_of(experts.num_experts, are_same, router))
 

@@ -19,21 +19,21 @@ from torch.nn.parameter import is_lazy
 from gmoe._checks import (
     change_of,
     check,
+    check_choice,
     check_module,
     refuse_computed,
     refuse_functions,
 )
 from gmoe._read_mlp import Readers, read_mlp
 from gmoe._verify import is_option
-from gmoe.experts import Experts, LinearExperts
-from gmoe.mixed_weights import Mix
-from gmoe.moe import MoE, MoELayer, TokenInput, choose_blocks
+from gmoe.experts import Experts, LinearExperts, Mix, MixedWeights
+from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.products import Backend
 from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import ByType, Router, RouterLike, read_router
 from gmoe.routing import Routing
 from gmoe.stack import base_parameters, become, share_base
-from gmoe.start import Start, build_layer_router, chosen_k, resolved_start, saved_by_name
+from gmoe.start import Start, build_layer_router, resolved_start, saved_by_name
 
 DEFAULT_EXPERTS = 8
 """E, unless the router's values say how many experts there are."""
@@ -92,8 +92,7 @@ def moefy(
             transformer, 1 for ``targets`` and for a GNN, whose output layer stays dense).
         k: K, experts per token (default 1).
         router: a name or factory (default ``"token_choice"``); each layer gets its own router. Or
-            :class:`gmoe.routers.ByType`: tokens go to the expert of their type, which the model is
-            called with.
+            :class:`gmoe.routers.ByType`: by types that are an argument of the model.
         num_experts: E (default 8; by type, the number of types).
         targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1",
             "conv2"]``, instead of the ``mlp`` of all blocks (default ``None``). Modules inside a
@@ -111,10 +110,9 @@ def moefy(
               (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). Token choice by name
               has weights of 1 at K = 1 and does not balance its load, as in :class:`MoEConv`.
             - ``"plain"``: independent experts of the same form, drawn anew.
-        router_input: what the routers see: of MLPs ``"token"`` or ``"image"``, see :class:`MoE`; of
-            convs see :class:`MoEConv`. By default (``None``) as there.
-        mix: what is mixed: the ``"outputs"`` of K experts (default), or the ``"weights"`` of all,
-            see :class:`MoE`.
+        router_input: what the routers of convs see, as in :class:`MoEConv` (default ``None``).
+        mix: the ``"outputs"`` of K experts (default); or of linear layers and MLPs that ``targets``
+            names the ``"weights"``, by ``ByType(..., batch=)``: :class:`gmoe.experts.MixedWeights`.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
@@ -126,10 +124,8 @@ def moefy(
             MLP of another form, or without values (on the meta device); a module that the model
             also keeps outside of its modules, in a list for example. With copies or plain experts,
             and for convs, also one that is tied to another layer. With copies or plain experts, an
-            MLP that computes something other than its parts suggest (a residual, a clamp, a scale),
-            whose weights are tied or frozen in part, or that is more than its weights: a
-            parametrized weight (weight norm, spectral norm, pruning), hooks, buffers, linear layers
-            of a custom class (LoRA, quantized).
+            MLP that is more than its weights: a residual, a scale, hooks, buffers, parametrized,
+            tied or partly frozen weights, linear layers of a custom class (LoRA, quantized).
 
     Example:
         >>> vit = timm.create_model("vit_tiny_patch16_224")
@@ -149,7 +145,9 @@ def moefy(
         )
         num_experts = len(router.values)
     start = resolved_start(start)
-    k = chosen_k(mix, k, num_experts, None)
+    check_choice("mix", mix, Mix)
+    if mix == "weights":
+        _check_mixes(router, targets)
 
     # 1. List the layers that can become MoE, and choose among them.
     candidates = _candidates(model, targets)
@@ -189,7 +187,7 @@ def moefy(
 
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
-        known = saved_by_name(layer.start, mix, k, router_kwargs)
+        known = saved_by_name(layer.start, k, router_kwargs)
         layer.moefied = Recorded.of(options, known)
         layer.as_built = AsBuilt.of(layer)
     for module, layer in layers.items():
@@ -198,6 +196,14 @@ def moefy(
     if isinstance(router, ByType):
         router.attach(model, takes_others=start == "shared")
     return model
+
+
+def _check_mixes(router: RouterLike, targets: str | Sequence[str] | None) -> None:
+    """Refuse to mix weights by a decision for each token, or in layers that nobody named."""
+    of_groups = isinstance(router, ByType) and router.batch is not None
+    legal = "ByType(..., batch=), which decides for groups of tokens"
+    check(of_groups, "router", f"{router!r} with mix='weights'", legal)
+    check(targets is not None, "targets", "None with mix='weights'", "patterns of names")
 
 
 # What to replace ----------------------------------------------------------------------------------
@@ -405,11 +411,6 @@ class TokenMoE(MoE):
             )
         # (B, H, W, D) grids, as Swins have them, become rows of tokens: (B, H * W, D).
         rows = x.flatten(1, -2) if x.dim() > 3 else x
-        if self.router_input == "image" and rows.dim() == 2 and routing is None:
-            raise ValueError(
-                f"x: got {tuple(x.shape)}, rows of nobody knows which images, expected "
-                "(images, ..., width), or router_input='token'; of graphs, ByType with batch="
-            )
         y, routing = super().forward(rows, routing=routing, return_routing=True)
         y = y.view(*x.shape[:-1], y.size(-1))
         return (y, routing) if return_routing else y
@@ -424,17 +425,17 @@ def _moe(
     router: RouterLike,
     router_kwargs: Mapping[str, object] | None,
     start: Start,
-    router_input: TokenInput | None,
+    router_input: object,
     mix: Mix,
     backend: Backend,
     readers: Readers,
 ) -> MoE:
     """The MoE layer that replaces an MLP; ``readers`` are of those read before."""
+    legal = f"None: {name} is no conv, so its router sees each token"
+    check(router_input is None, "router_input", repr(router_input), legal)
     stacked = experts_of(name, mlp, num_experts, start, start != "plain", backend, readers)
-    built = build_layer_router(
-        start, router, stacked.in_features, num_experts, k, router_kwargs, mix
-    )
-    layer = TokenMoE(built, stacked, router_input=router_input, mix=mix)
+    built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)
+    layer = TokenMoE(built, MixedWeights(stacked) if mix == "weights" else stacked)
     layer.start = start
     layer.to(next(stacked.parameters())).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.
@@ -518,6 +519,7 @@ def _moe_conv(
     *,
     width: int | None,
     start: Start,
+    mix: Mix,
     **options: Any,
 ) -> MoELayer:
     """The MoE layer that replaces a PyG conv: its copies are the experts and the shared expert.
@@ -527,6 +529,8 @@ def _moe_conv(
     from gmoe.conv.kinds import CopyOf
     from gmoe.conv.moe_conv import MoEConv
 
+    got = f"{name}, a {type(conv).__name__}, with mix='weights'"
+    check(mix == "outputs", "targets", got, "linear layers and MLPs, such as those of the conv")
     in_channels, out_channels = _conv_widths(name, conv, width)
     refuse_functions("model", name, conv)
     refuse_computed("model", name, conv)

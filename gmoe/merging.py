@@ -1,14 +1,12 @@
 """Merge the experts of layers that mix weights into one dense layer, for one decision.
 
-Shapes: E experts, G groups.
+Shapes: E experts, G groups, I in and O out features.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,28 +14,26 @@ from torch import Tensor, nn
 
 from gmoe._calls import Batch, outputs_of
 from gmoe._checks import check_module
-from gmoe.dense import densify
-from gmoe.layer_groups import Group, groups_of, named
-from gmoe.mixed_weights import mixture
-from gmoe.pruning import check_routers
+from gmoe.experts import LinearExperts, MixedWeights, MLPExperts, mixture
+from gmoe.moe import MoE, MoELayer
+from gmoe.routers.by_type import detach
 from gmoe.routing import Routing
-from gmoe.stack import become, paths_in, stacks_in
 
 
 def merge(model: nn.Module, graph: Batch) -> nn.Module:
-    r"""Return the plain dense model of one graph, composition or image, with the weights mixed.
+    r"""Return the plain dense model of one molecule or composition, with the weights mixed.
 
     .. math:: W = \sum_e w_e W_e
 
-    In layers with ``mix="weights"`` all tokens of a group run the same mixture: where every group
-    has the same decision, as in a simulation of one molecule, the mixture is made once, and the
-    model has neither experts nor routers, nor their cost. On that graph it equals the model, up to
-    rounding; for graphs with other decisions merge again. A conv becomes PyG's conv, a linear layer
-    ``nn.Linear``, and an MLP the module that :func:`densify` gives.
+    In layers that mix weights (:class:`gmoe.experts.MixedWeights`) all tokens of a group run the
+    same mixture: where every group has the same decision, as in a simulation of one molecule, the
+    mixture is made once, and the model has neither experts nor routers, nor their cost. On that
+    molecule it equals the model, up to rounding; for others merge again. A linear layer becomes
+    ``nn.Linear``, and an MLP a module of two of them.
 
     Args:
-        model: any model in which all layers with experts mix weights, from :func:`moefy`,
-            :class:`GNNMoE`, :class:`ViTMoE` or your own. It stays as it is.
+        model: any model in which all layers with experts mix weights, from :func:`moefy` or your
+            own. It stays as it is.
         graph: what the model is called with: a tensor, a tuple of arguments, or a dictionary of
             arguments by name. The model runs on it once, in evaluation.
 
@@ -45,9 +41,8 @@ def merge(model: nn.Module, graph: Batch) -> nn.Module:
         A dense copy of the model.
 
     Raises:
-        ValueError: a layer that mixes outputs, or that has no router; a graph whose groups have
-            different decisions; a layer that no dense one equals: an MLP beside a shared one,
-            weights that need not sum to 1.
+        ValueError: a layer that mixes outputs, that has no router, or that runs beside a shared
+            expert; a graph whose groups have different decisions.
 
     Example:
         >>> water = gmoe.merge(model, {"z": z, "pos": pos})
@@ -55,82 +50,132 @@ def merge(model: nn.Module, graph: Batch) -> nn.Module:
     """
     check_module("model", model)
     merged = copy.deepcopy(model)
-    groups = groups_of(merged)
-    if not groups:
+    layers: dict[MoELayer, list[str]] = {}
+    for name, layer in merged.named_modules(remove_duplicate=False):
+        if isinstance(layer, MoELayer):
+            _check_mergeable(name or "the model itself", layer)
+            layers.setdefault(layer, []).append(name)
+    if not layers:
         raise ValueError(
             f"model: got {type(model).__name__} without layers of experts, expected some"
         )
-    check_routers(groups)
-    for group in groups:
-        for name, layer in group.layers.items():
-            if layer.mix != "weights":
-                raise ValueError(
-                    f"model: got {named([name])}, which mixes outputs, expected mix='weights'; a "
-                    "layer whose experts are equal is folded by gmoe.densify"
-                )
 
     # 1. Run the model, to see what is decided.
-    with _recording(groups) as decisions:
-        outputs_of(merged, [graph], "graph")
+    decisions = _decisions(merged, list(layers), graph)
 
-    # 2. Make all experts of a layer their mixture: of equal experts, densify makes one.
-    for group, weights in zip(groups, decisions, strict=True):
-        weight_1E = _only(weights, group)
-        for layer in group.layers.values():
-            _become_mixture(layer.experts, weight_1E)
-    dense = densify(merged)
-    for folded in dense.layers:
-        if not folded.is_dense:
-            raise ValueError(
-                f"model: got {named(folded.names)}, {folded.reason}, expected layers that a dense "
-                "one equals"
-            )
-    return dense.model
+    # 2. Put the mixture in the place of each layer.
+    for layer, names in layers.items():
+        weight_1E = _only(decisions[layer], names[0])
+        dense = dense_of(layer.experts.stacked, weight_1E)
+        for name in names:
+            if name == "":
+                return dense
+            merged.set_submodule(name, dense)
+    detach(merged)
+    return merged
 
 
-@contextmanager
-def _recording(groups: Sequence[Group]) -> Iterator[list[list[Tensor]]]:
-    """Record the decisions of each router inside the block: (G, E) the weights of each call."""
-    decisions: list[list[Tensor]] = [[] for _ in groups]
+def _check_mergeable(name: str, layer: MoELayer) -> None:
+    """Refuse a layer that no dense one equals, or whose router is not its own."""
+    if not isinstance(layer.experts, MixedWeights):
+        raise ValueError(f"model: got {name}, which mixes outputs, expected mix='weights'")
+    if layer.router is None:
+        raise ValueError(
+            f"model: got {name}, a {type(layer).__name__} without a router of its own, expected "
+            "one: a dense layer takes no routing="
+        )
+    if isinstance(layer, MoE) and layer.shared_expert is not None:
+        raise ValueError(f"model: got {name}, experts beside a shared one, expected start='copies'")
 
-    def record(found: list[Tensor], router: nn.Module, args: Any, routing: Routing) -> None:
+
+def _decisions(
+    model: nn.Module, layers: list[MoELayer], graph: Batch
+) -> Mapping[MoELayer, list[Tensor]]:
+    """For each layer, (G, E) the weights of each of its calls."""
+    found: dict[MoELayer, list[Tensor]] = {layer: [] for layer in layers}
+
+    def record(layer: MoELayer, routing: Routing) -> None:
         if routing.by_group is not None:
-            found.append(routing.by_group.weight_GE)
+            found[layer].append(routing.by_group.routing.to_dense())
 
     hooks = [
-        group.router.register_forward_hook(partial(record, found))
-        for group, found in zip(groups, decisions, strict=True)
-        if group.router is not None
+        layer.experts.register_forward_pre_hook(lambda _, args, of=layer: record(of, args[1]))
+        for layer in layers
     ]
     try:
-        yield decisions
+        outputs_of(model, [graph], "graph")
     finally:
         for hook in hooks:
             hook.remove()
+    return found
 
 
-def _only(weights: Sequence[Tensor], group: Group) -> Tensor:
+def _only(weights: list[Tensor], name: str) -> Tensor:
     """(1, E) the one decision of all calls and groups.
 
     Raises:
         ValueError: none, or several.
     """
-    rows_GE = torch.cat([*weights]) if weights else torch.empty(0, group.num_experts)
+    rows_GE = torch.cat(weights) if weights else torch.empty(0, 1)
     if not len(rows_GE) or not torch.allclose(rows_GE, rows_GE[:1], rtol=1e-6, atol=1e-9):
         number = len(rows_GE.unique(dim=0))
         raise ValueError(
-            f"graph: got {number} decisions in {named(group.layers)}, expected one for all: a "
-            "single graph or image, or several of one composition"
+            f"graph: got {number} decisions in {name or 'the model itself'}, expected one for all: "
+            "a single graph, or several of one composition"
         )
     return rows_GE[:1]
 
 
+# the dense modules --------------------------------------------------------------------------------
+
+
+def dense_of(experts: Any, weight_1E: Tensor) -> nn.Module:
+    """The dense module that the mixture of stacked experts is."""
+    is_linear = isinstance(experts, LinearExperts)
+    return linear_of(experts, weight_1E) if is_linear else MLP(experts, weight_1E)
+
+
 @torch.no_grad()
-def _become_mixture(experts: nn.Module, weight_1E: Tensor) -> None:
-    """Make each expert the weighted sum of all."""
-    values = [
-        mixture(getattr(stack, name), weight_1E)[0]
-        for _, stack in stacks_in(experts)
-        for name in stack.names
-    ]
-    become(experts, dict(zip(paths_in(experts), values, strict=True)))
+def linear_of(experts: LinearExperts, weight_1E: Tensor) -> nn.Linear:
+    """The mixture of stacked linear layers."""
+    linear: Any = nn.Linear(experts.in_features, experts.out_features, device="meta")
+    linear.weight = nn.Parameter(mixture(experts.weight, weight_1E)[0])
+    bias = experts.bias
+    linear.bias = None if bias is None else nn.Parameter(mixture(bias, weight_1E)[0])
+    linear.train(experts.training)
+    return linear.requires_grad_(any(value.requires_grad for value in experts.parameters()))
+
+
+class MLP(nn.Module):
+    """The mixture of :class:`MLPExperts`, with ``nn.Linear`` layers.
+
+    Args:
+        experts: the experts.
+        weight_1E: (1, E) the weight of each.
+
+    Shapes:
+        (..., I) to (..., O).
+    """
+
+    def __init__(self, experts: MLPExperts, weight_1E: Tensor) -> None:
+        super().__init__()
+        self.up = linear_of(experts.up, weight_1E)
+        self.down = linear_of(experts.down, weight_1E)
+        self.glu = experts.glu
+        self.activation = copy.deepcopy(experts.activation)
+        self.input_norm = copy.deepcopy(experts.input_norm)
+        self.hidden_norm = copy.deepcopy(experts.hidden_norm)
+        self.hidden_dropout = nn.Dropout(experts.hidden_dropout.p)
+        self.output_dropout = nn.Dropout(experts.output_dropout.p)
+        self.train(experts.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run it; see the class."""
+        h = self.up(self.input_norm(x))
+        if self.glu:
+            gate, value = h.chunk(2, dim=-1)
+            # A copy: an activation may overwrite its input.
+            h = self.activation(gate.clone()) * value
+        else:
+            h = self.activation(h)
+        return self.output_dropout(self.down(self.hidden_norm(self.hidden_dropout(h))))

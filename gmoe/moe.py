@@ -6,22 +6,17 @@ Shapes: T tokens, D in features, O out features, E experts, K experts per token,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_choice, check_counts, shown
-from gmoe.experts import Experts
-from gmoe.mixed_weights import Mix, check_mixable, mixed_by_group
+from gmoe._checks import check, check_counts, described, shown
+from gmoe.experts import Experts, MixedWeights
 from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import Router, SoftRouting, SoftSlots
-from gmoe.routers.by_type import TypeRouter
 from gmoe.routing import Routing, checked_routing
 from gmoe.start import Start
-
-TokenInput: TypeAlias = Literal["token", "image"]
-"""What the router of a layer on tokens sees: each token, or the mean of a group's."""
 
 
 class MoELayer(nn.Module, ABC):
@@ -34,7 +29,6 @@ class MoELayer(nn.Module, ABC):
     Attributes:
         router: the layer's own, or ``None`` if each call passes a :class:`Routing`.
         experts_per_token: average number of experts per token.
-        mix: what the layer mixes, ``"outputs"`` or ``"weights"``; see :class:`MoE`.
         start: how the layer started, see :func:`gmoe.moefy`; ``"plain"`` for a :class:`MoE` that
             you built, of which nobody else knows.
         kept: the numbers that the experts had before others were pruned; ``None`` for all of them.
@@ -45,7 +39,6 @@ class MoELayer(nn.Module, ABC):
 
     router: Router | None
     experts: Any
-    mix: Mix = "outputs"
     start: Start = "plain"
     kept: tuple[int, ...] | None = None
     moefied: Recorded | None = None
@@ -58,9 +51,10 @@ class MoELayer(nn.Module, ABC):
         self.experts_per_token = float(k)
 
     def take_costs(self, router: Router) -> None:
-        """Cost what the router that serves the layer says; of mixed weights, one expert."""
+        """Take K and cost from the router; mixed weights cost one expert."""
         self.k = router.k
-        self.experts_per_token = 1.0 if self.mix == "weights" else router.experts_per_token
+        is_mixed = isinstance(self.experts, MixedWeights)
+        self.experts_per_token = 1.0 if is_mixed else router.experts_per_token
 
     @abstractmethod
     def routed_parameters(self) -> Iterator[nn.Parameter]:
@@ -70,7 +64,7 @@ class MoELayer(nn.Module, ABC):
 class _Mixture(MoELayer):
     """A layer that holds experts, and a router of their number and width, or none."""
 
-    def __init__(self, router: Router | None, experts: Experts, mix: Mix = "outputs") -> None:
+    def __init__(self, router: Router | None, experts: Experts) -> None:
         check(isinstance(router, Router | None), "router", shown(router), "an instance of Router")
         if not hasattr(experts, "num_experts"):
             raise ValueError(
@@ -87,11 +81,10 @@ class _Mixture(MoELayer):
                 f"num_experts={router.num_experts}, dim={router.dim}"
             )
         super().__init__(num_experts=experts.num_experts)
-        self.mix = mix
-        if router is not None:
-            self.take_costs(router)
         self.router = router
         self.experts = experts
+        if router is not None:
+            self.take_costs(router)
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
@@ -112,37 +105,22 @@ class MoE(_Mixture):
     residual. With experts that start at zero (``MLPExperts(zero_init=True)``), the first forward
     is that of the shared expert s.
 
-    With ``mix="weights"``, a group g of tokens, such as an image or a molecule, has one decision,
-    and its tokens run a single expert, whose weights are mixed. It costs what one expert costs, all
-    experts learn from every token, and nothing has to be balanced. This is the mixture of linear
-    experts of `UMA <https://arxiv.org/abs/2506.23971>`_ (Wood et al., 2025):
-
-    .. math::
-        y_t = s(x_t) + f(x_t; W_{g(t)}), \qquad W_g = \sum_e w_{ge} W_e
-
     Args:
-        router: assigns tokens to experts; ``None`` if every call passes ``routing=``. To mix
-            weights, let it choose all E.
+        router: assigns tokens to experts; ``None`` if every call passes ``routing=``.
         experts: the stacked experts, as many as the router expects.
         shared_expert: a module that runs on every token with weight 1 and is added (default
             ``None``).
-        router_input: what the router sees: each ``"token"``; or the ``"image"``, the mean of a
-            group's tokens, class and register tokens too: all of them then go to the same experts,
-            and balance, noise and losses count images. By default (``None``) the token; with mixed
-            weights the image, unless the router is by type.
-        mix: what is mixed: the ``"outputs"`` of K experts (default), or the ``"weights"``.
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in
           :class:`Router`.
         - returns (..., T, O), and the :class:`Routing` too with ``return_routing=True``. Losses are
           in the routing: ``loss = task + gmoe.aux_loss(routing)``.
-        - ``routing``: a decision made elsewhere, such as an earlier call's; no router is asked.
+        - ``routing``: a decision made elsewhere, such as an earlier call's, or one for each image
+          (:meth:`gmoe.Routing.expand`); no router is asked.
 
     Raises:
-        ValueError: E or D of router and experts differ; a routing of other tokens or experts;
-            experts whose weights cannot be mixed, or mixed weights without a decision for each
-            group.
+        ValueError: E or D of router and experts differ; a routing of other tokens or experts.
 
     Example:
         >>> experts = MLPExperts(128, 512, 128, num_experts=8)
@@ -157,25 +135,12 @@ class MoE(_Mixture):
         router: Router | None,
         experts: Experts,
         shared_expert: nn.Module | None = None,
-        *,
-        router_input: TokenInput | None = None,
-        mix: Mix = "outputs",
     ) -> None:
         if isinstance(router, SoftSlots):
             raise ValueError(
                 "router: got SoftSlots, whose slots mix tokens, expected SoftMoE around it"
             )
-        check_choice("mix", mix, Mix)
-        if router_input is None:
-            is_by_group = mix == "weights" and not isinstance(router, TypeRouter)
-            router_input = "image" if is_by_group else "token"
-        check_choice("router_input", router_input, TokenInput)
-        if router is not None and router_input == "image":
-            router.refuse_competition(router_input)
-        super().__init__(router, experts, mix)
-        if mix == "weights":
-            check_mixable(experts)
-        self.router_input = router_input
+        super().__init__(router, experts)
         self.shared_expert = shared_expert
 
     def forward(
@@ -192,14 +157,9 @@ class MoE(_Mixture):
         x_TD = x.reshape(-1, x.size(-1))
         if routing is not None or self.router is None:
             routing = checked_routing(routing, x_TD.size(0), self.num_experts)
-        elif self.router_input == "image":
-            routing = self.router.route_groups(x, batch, "image")
         else:
             routing = self.router(x, batch, edge_index)
-        experts, of_experts = self.experts, routing
-        if self.mix == "weights":
-            experts, of_experts = mixed_by_group(self.experts, routing)
-        y = experts(x_TD, of_experts).unflatten(0, x.shape[:-1])
+        y = self.experts(x_TD, routing).unflatten(0, x.shape[:-1])
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
         return (y, routing) if return_routing else y
@@ -256,6 +216,22 @@ def _reset(module: nn.Module) -> None:
         return
     for part in module.children():
         _reset(part)
+
+
+def checked_routings(routings: object, number: int, owner: str) -> list[Routing]:
+    """The decisions of an earlier call of a model, one for each ``owner``.
+
+    Raises:
+        ValueError: something else than a list of so many.
+    """
+    given = [*routings] if isinstance(routings, Sequence) else []
+    is_list = isinstance(routings, Sequence) and all(isinstance(one, Routing) for one in given)
+    if not is_list or len(given) != number:
+        got = len(given) if is_list else described(routings)
+        raise ValueError(
+            f"routings: got {got}, expected a list of {number} Routings, one a {owner}"
+        )
+    return given
 
 
 def choose_blocks(count: int, every: int) -> list[int]:

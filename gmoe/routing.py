@@ -29,15 +29,15 @@ class AuxLoss(NamedTuple):
     coefficient: float
 
 
-class GroupWeights(NamedTuple):
+class ByGroup(NamedTuple):
     """A decision for groups of tokens, such as the graphs of a batch or images.
 
     Args:
-        weight_GE: (G, E) the weight of each expert in each group; 0 if it is not chosen.
+        routing: of the groups.
         group_T: (T,) int64, the group of each token.
     """
 
-    weight_GE: Tensor
+    routing: Routing
     group_T: Tensor
 
 
@@ -63,9 +63,8 @@ class Routing:
         slot: (P,) int64, only if each token has the same number K of pairs: ``token * K + j``, each
             once. It makes a GPU faster, and changes no result (default ``None``). Set it to
             ``None`` where you drop or reorder the pairs of a routing.
-        by_group: if all tokens of a group have the same pairs and weights, the decision for each
-            group, from which those of its tokens follow; ``mix="weights"`` needs it (default
-            ``None``).
+        by_group: what :meth:`expand` was given, for :class:`gmoe.experts.MixedWeights` (default
+            ``None``: each token has a decision of its own).
         validate: check the tensors (default ``True``); pass ``False`` if they are right by
             construction.
 
@@ -84,7 +83,7 @@ class Routing:
     dropped_T: Tensor | None = None
     detached: bool = False
     slot: Tensor | None = None
-    by_group: GroupWeights | None = None
+    by_group: ByGroup | None = None
     validate: InitVar[bool] = True
 
     mixes_tokens: ClassVar[bool] = False
@@ -243,7 +242,7 @@ class Routing:
         lines.append(f"entropy of the scores: {float(self.entropy):.3g} nats")
         lines.append(f"mean weight: {total_weight / max(num_pairs, 1):.3g}")
         if self.by_group is not None:
-            weight_E = self.by_group.weight_GE.detach().mean(dim=0)
+            weight_E = self.by_group.routing.to_dense().detach().mean(dim=0)
             shares = ", ".join(f"{weight:.3g}" for weight in weight_E.tolist())
             lines.append(f"mean weight of each expert in a group: {shares}")
         lines.append(f"dropped pairs: {int(self.dropped)}")
@@ -331,10 +330,9 @@ class Routing:
         is_whole = (start, stop) == (0, self.num_tokens)
         if is_whole and experts is None:
             return self
-        by_group = self._groups_of(slice(start, stop), experts)
         if self.slot is not None and experts is None:
-            part = self.of_tokens(torch.arange(start, stop, device=self.token.device))
-            return replace(part, by_group=by_group, validate=False)
+            part = self.expand(torch.arange(start, stop, device=self.token.device))
+            return replace(part, by_group=None, validate=False)
 
         # 1. The pairs of each expert: all of them, or those of the slice, which lie in a row since
         # an expert's tokens ascend.
@@ -372,44 +370,56 @@ class Routing:
             self.losses,
             None if self.dropped_T is None else self.dropped_T[rows],
             self.detached,
-            by_group=by_group,
             validate=False,
         )
 
-    def of_tokens(self, row_M: Tensor) -> Routing:
-        """The routing of some tokens, each any number of times; every token has K experts.
+    def expand(self, group_T: Tensor) -> Routing:
+        """Give each token the decision of its group: the nodes of a graph, the patches of an image.
+
+        ``self`` decides for the groups. Losses remain those of the groups.
 
         Args:
-            row_M: (M,) the token of each of the new ones.
+            group_T: (T,) integers, the group of each token, as PyG's ``batch``.
+
+        Raises:
+            ValueError: no integers (T,); on the CPU also groups that are not there.
+
+        Example:
+            >>> graphs = router(global_mean_pool(x, batch))
+            >>> out = layer(x, edge_index, routing=graphs.expand(batch))
         """
+        if group_T.dim() != 1 or group_T.dtype not in INTEGERS:
+            raise ValueError(f"group_T: got {described(group_T)}, expected (T,) integers")
+        check_range("group_T", group_T, self.num_tokens)
         k = self.token.size(0) // max(self.num_tokens, 1)
-        scores_ME = self.scores.index_select(0, row_M)
-        if k == self.num_experts:
-            weight_ME = self.to_dense().index_select(0, row_M)
-            part = Routing.to_all(weight_ME, scores=scores_ME, losses=self.losses)
+        scores_TE = self.scores.index_select(0, group_T)
+        if self.slot is None:  # some groups have more experts than others
+            chosen_GE = torch.zeros_like(self.scores, dtype=torch.bool)
+            chosen_GE[self.token, self.expert] = True
+            expert_P, token_P = chosen_GE.index_select(0, group_T).T.nonzero(as_tuple=True)
+            weight_P = self.to_dense()[group_T[token_P], expert_P]
+            offsets_E = expert_P.bincount(minlength=self.num_experts).cumsum(0).to(torch.int32)
+            tokens = Routing(token_P, offsets_E, weight_P, scores_TE, len(group_T), validate=False)
+        elif k == self.num_experts:
+            tokens = Routing.to_all(self.to_dense().index_select(0, group_T), scores=scores_TE)
         else:
-            pair_TK = self._pair_of_slot.view(self.num_tokens, k)
-            pair_P = pair_TK.index_select(0, row_M).view(-1)
-            part = Routing.from_choices(
-                expert_at(self.offsets, pair_P).view(len(row_M), k),
-                self.weight.index_select(0, pair_P).view(len(row_M), k),
+            pair_P = self._pair_of_slot.view(self.num_tokens, k).index_select(0, group_T).view(-1)
+            tokens = Routing.from_choices(
+                expert_at(self.offsets, pair_P).view(len(group_T), k),
+                self.weight.index_select(0, pair_P).view(len(group_T), k),
                 num_experts=self.num_experts,
-                scores=scores_ME,
-                losses=self.losses,
+                scores=scores_TE,
                 validate=False,
             )
-        dropped_M = None if self.dropped_T is None else self.dropped_T.index_select(0, row_M)
-        return replace(part, dropped_T=dropped_M, detached=self.detached, validate=False)
-
-    def _groups_of(self, rows: slice, experts: Sequence[int] | None) -> GroupWeights | None:
-        """The decision for the groups of some tokens, with some experts."""
-        if self.by_group is None:
-            return None
-        weight_GE, group_T = self.by_group
-        if experts is not None:
-            # One by one, as above.
-            weight_GE = torch.stack([weight_GE[:, expert] for expert in experts], dim=1)
-        return GroupWeights(weight_GE, group_T[rows])
+        dropped_T = None if self.dropped_T is None else self.dropped_T.index_select(0, group_T)
+        return replace(
+            tokens,
+            losses=self.losses,
+            dropped_T=dropped_T,
+            detached=self.detached,
+            by_group=ByGroup(self, group_T),
+            validate=False,
+        )
 
     @lazy
     def _pair_of_slot(self) -> Tensor:
@@ -488,22 +498,6 @@ def checked_routing(routing: Routing | None, num_tokens: int, num_experts: int) 
             f"{num_experts} experts"
         )
     return routing
-
-
-def checked_routings(routings: object, number: int, owner: str) -> list[Routing]:
-    """The decisions of an earlier call of a model, one for each ``owner``.
-
-    Raises:
-        ValueError: something else than a list of so many.
-    """
-    given = [*routings] if isinstance(routings, Sequence) else []
-    is_list = isinstance(routings, Sequence) and all(isinstance(one, Routing) for one in given)
-    if not is_list or len(given) != number:
-        got = len(given) if is_list else described(routings)
-        raise ValueError(
-            f"routings: got {got}, expected a list of {number} Routings, one a {owner}"
-        )
-    return given
 
 
 def as_list(routings: Routing | Iterable[Routing]) -> list[Routing]:

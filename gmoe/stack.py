@@ -44,12 +44,9 @@ class Stack(nn.Module):
         num_experts: E.
         names: of all tensors.
         names_with_base: of those that have a base.
-        can_be_mixed: an expert's function is that of its tensors alone, so that a weighted sum of
-            experts' tensors is an expert, too (default ``True``).
     """
 
     num_experts: int
-    can_be_mixed = True
 
     def __init__(self) -> None:
         super().__init__()

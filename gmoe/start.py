@@ -11,8 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from gmoe._checks import check, check_choice
-from gmoe.mixed_weights import Mix
+from gmoe._checks import check_choice
 from gmoe.routers import ROUTERS, Router, RouterLike, build_router
 
 Start: TypeAlias = Literal["copies", "shared", "plain"]
@@ -29,25 +28,6 @@ OF_BALANCE = ("balance", "balance_coef", "bias_rate", "noise")
 """Arguments of token choice that say how its load is kept even, or how it explores."""
 
 
-def chosen_k(mix: Mix, k: int, num_experts: int, router: RouterLike | None) -> int:
-    """K of the routers that a layer builds: to mix weights, they choose all experts.
-
-    Args:
-        mix: of the layer.
-        k: what the caller said; 1 is the default.
-        num_experts: E.
-        router: an instance keeps its own K.
-
-    Raises:
-        ValueError: an unknown mix; a K to mix weights with.
-    """
-    check_choice("mix", mix, Mix)
-    if mix == "outputs" or isinstance(router, Router):
-        return k
-    check(k in (1, num_experts), "k", k, f"none with mix='weights', or {num_experts}, all experts")
-    return num_experts
-
-
 def resolved_start(
     start: Start | None,
     kinds: Sequence[object] = (),
@@ -55,7 +35,6 @@ def resolved_start(
     shared_transform: bool = False,
     router: RouterLike | None = None,
     k: int = 1,
-    mix: Mix = "outputs",
     router_kwargs: Mapping[str, object] | None = None,
 ) -> Start:
     """Decide how a layer starts: the only place that knows what ``None`` means.
@@ -70,7 +49,6 @@ def resolved_start(
         shared_transform: see :class:`gmoe.MoEConv`; copies would not start as the dense layer.
         router: the router that ``None`` follows; ``None`` if it follows none.
         k, router_kwargs: of that router.
-        mix: of the layer.
 
     Raises:
         ValueError: an unknown start, or copies that cannot be; and as
@@ -87,14 +65,13 @@ def resolved_start(
         return start
     if router is None or not can_be_copies:
         return "shared"
-    return "copies" if _sums_to_one(router, len(kinds), k, mix, router_kwargs) else "shared"
+    return "copies" if _sums_to_one(router, len(kinds), k, router_kwargs) else "shared"
 
 
 def _sums_to_one(
     router: RouterLike,
     num_experts: int,
     k: int,
-    mix: Mix,
     router_kwargs: Mapping[str, object] | None,
 ) -> bool:
     """True if a router is sure to give each token weights that sum to 1."""
@@ -102,7 +79,7 @@ def _sums_to_one(
         return router.sums_to_one
     if router not in [*ROUTERS, *ROUTERS.values()]:  # a factory: to call it may have effects
         return False
-    kwargs = _kwargs_by_name("copies", mix, router, k, router_kwargs)
+    kwargs = _kwargs_by_name("copies", router, k, router_kwargs)
     # Whether the weights sum to 1 follows from the options: any width will do, without values.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         built = build_router(router, dim=1, num_experts=num_experts, k=k, kwargs=kwargs)
@@ -116,22 +93,20 @@ def build_layer_router(
     num_experts: int,
     k: int,
     kwargs: Mapping[str, object] | None,
-    mix: Mix = "outputs",
 ) -> Router:
-    """Build the router of a layer, by defaults that suit how the layer starts, and what it mixes.
+    """Build the router of a layer, by defaults that suit how the layer starts.
 
     With ``start="copies"``, a router that a name builds has weights that sum to 1, and token choice
     does not balance its load: experts without tokens cost nothing there, since all began as the
     same layer. Where nothing is gained by several experts, it may leave all tokens to one, which is
-    the dense layer. To mix weights, all experts are chosen, so that there is no load, and noise
-    would be noise of the outputs. An argument in ``kwargs`` goes first; a class, a factory or an
-    instance is left as it is.
+    the dense layer. An argument in ``kwargs`` goes first; a class, a factory or an instance is left
+    as it is.
 
     Raises:
         ValueError: ``start="copies"``, and a router whose weights need not sum to 1 for each token;
             and as :func:`gmoe.routers.build_router`.
     """
-    kwargs = _kwargs_by_name(start, mix, router, k, kwargs)
+    kwargs = _kwargs_by_name(start, router, k, kwargs)
     built = build_router(router, dim, num_experts=num_experts, k=k, kwargs=kwargs)
     if start == "copies" and not built.sums_to_one:
         raise ValueError(
@@ -145,7 +120,6 @@ def build_layer_router(
 
 def _kwargs_by_name(
     start: Start,
-    mix: Mix,
     router: RouterLike,
     k: int,
     kwargs: Mapping[str, object] | None,
@@ -159,25 +133,22 @@ def _kwargs_by_name(
         defaults["weight"] = "straight_through"
     # The noise is that of the balanced router, which explores. Explicit arguments about balance or
     # noise are passed through unchanged.
-    if router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
-        if mix == "weights":
-            defaults["balance"] = None
-        elif start == "copies":
-            defaults |= {"balance": None, "noise": True}
+    if start == "copies" and router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
+        defaults |= {"balance": None, "noise": True}
     return defaults | kwargs
 
 
 def saved_by_name(
-    start: Start, mix: Mix, k: int, router_kwargs: Mapping[str, object] | None
+    start: Start, k: int, router_kwargs: Mapping[str, object] | None
 ) -> dict[str, Any]:
     """Return the classes of routers that come back as they were if their name is saved.
 
-    Among copies and mixed weights, a name has defaults that its class has not.
+    Among copies, a name has defaults that its class has not.
     """
     return {
         name: router
         for name, router in ROUTERS.items()
-        if _kwargs_by_name(start, mix, name, k, router_kwargs) == (router_kwargs or {})
+        if _kwargs_by_name(start, name, k, router_kwargs) == (router_kwargs or {})
     }
 
 

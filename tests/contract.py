@@ -351,8 +351,6 @@ CASES = [
         graphs,
     ),
     Case("GNNMoE copies", partial(gnn, router_input=("node", "neighbors")), graphs),
-    Case("GNNMoE graphs", partial(gnn, router_input="graph", shared_router=True), graphs),
-    Case("MoEConv graphs", partial(conv, "sage", router_input="graph", start="shared"), graphs),
     Case(
         "GNNMoE copies, a router a layer",
         partial(gnn, dropout=0.5, norm="batch_norm", jk="cat", shared_router=False),

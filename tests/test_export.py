@@ -287,12 +287,6 @@ def test_experts_of_several_kinds_are_refused() -> None:
         torch.export.export(layer, args)
 
 
-def test_a_router_that_sees_whole_graphs_is_refused() -> None:
-    model = gnn(conv="gcn", router_input="graph").eval()
-    with pytest.raises(ValueError, match=r"torch\.export: got router_input='graph'"):
-        torch.export.export(model, call("GNNMoE, gcn, copies, K=1", 0))
-
-
 def test_a_token_that_likes_all_experts_alike_takes_the_first_ones() -> None:
     layer = mlps("token_choice", k=2).eval()
     x = torch.zeros(20, WIDTH)

@@ -130,10 +130,6 @@ GNNS: dict[str, Callable[[], nn.Module]] = {
     "GNNMoE, gin, experts choose once": partial(
         gnn, "gin", router="expert_choice", shared_router=True
     ),
-    "GNNMoE, whole graphs, once": partial(gnn, "sage", router_input="graph", shared_router=True),
-    "GNNMoE, whole graphs, a router a layer": partial(
-        gnn, "sage", router_input="graph", shared_router=False
-    ),
     "GNNMoE, dense": partial(gnn, "gcn", router=None),
 }
 HETERO: dict[str, Callable[[], nn.Module]] = {
@@ -248,13 +244,12 @@ def exported(name: str, form: str, _: Path) -> Tensor:
 # The matrix ---------------------------------------------------------------------------------------
 
 MATRICES = ("adj_t", "adj_t, COO", "SparseTensor")
-WHOLE = ("GNNMoE, whole graphs, once", "GNNMoE, whole graphs, a router a layer")
 COMPETING = ("GNNMoE, gin, experts choose once",)
 WAYS: dict[str, tuple[Callable[[str, str, Path], Tensor], list[str]]] = {
     "forward": (forward, [*MODELS]),
     "inference": (inference, [*GNNS]),
     # To these, a batch is another group of nodes than the graph.
-    "sampled": (sampled, [name for name in MODELS if name not in (*WHOLE, *COMPETING, *HETERO)]),
+    "sampled": (sampled, [name for name in MODELS if name not in (*COMPETING, *HETERO)]),
     # PyG's own models and HeteroConv trim by themselves, or not at all.
     "trimmed": (trimmed, [*GNNS, *NETS]),
     "saved": (saved, [*MODELS]),
@@ -272,10 +267,6 @@ def refused(name: str, way: str, form: str) -> str | None:
         return "data: got"
     if way == "exported" and form in MATRICES:
         return r"torch\.export: got a sparse matrix"
-    if way == "exported" and name in WHOLE:
-        return r"torch\.export: got router_input='graph'"
-    if way == "trimmed" and name == WHOLE[1]:
-        return "num_sampled_nodes_per_hop: got"
     if way == "trimmed" and form in MATRICES:
         return "edge_index: got a sparse matrix"
     return None

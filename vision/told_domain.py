@@ -41,7 +41,7 @@ def tell_domains(model: nn.Module, domain_B: Tensor | None) -> None:
     """Tell a model and its routers, if they need it, the domains of the images of the next call."""
     parts: list[Any] = list(model.modules())
     for module in parts:
-        if isinstance(module, DomainRouter) or getattr(module, "extra_input", None) == "domain":
+        if isinstance(module, DomainRouter):
             module.domain_B = domain_B
 
 

@@ -5,8 +5,6 @@
 ``PRETRAINING``  A dense ViT, and
 ``UPCYCLING``    experts from it, in the middle of training (Komatsuzaki et al., 2023).
 ``ROUTED_SHARE`` How much of the FLOPs is routed: eight cells, confirmed on other seeds.
-``BY_IMAGE``     One decision an image, by a low-level view, on images of four domains.
-``HELD_OUT``     The same, tested on a domain that nobody was trained on.
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ from dataclasses import replace
 from itertools import product
 
 from experiments.study.studies import Row, Study
-from experiments.train.presets import PACS, SMALL_VIT
-from vision.datasets import DOMAINS
+from experiments.train.presets import SMALL_VIT
 
 # Experts in the middle of training
 
@@ -101,59 +98,5 @@ ROUTED_SHARE = Study(
         "cifar10": replace(SMALL_VIT, epochs=5),
     },
     rows={"dense": Row(label="dense", changes={"router": "dense"}), **share_cells()},
-    controls=("dense",),
-)
-
-# One decision an image
-
-BY_IMAGE_ROWS = {
-    "dense": Row(label="dense", changes={"router": "dense"}),
-    "dense-view": Row(
-        label="dense, the view as a token", changes={"router": "dense", "extra_input": "view"}
-    ),
-    "dense-domain": Row(
-        label="dense, the domain as a token", changes={"router": "dense", "extra_input": "domain"}
-    ),
-    "patch": Row(
-        label="experts by patch, a router a block",
-        changes={"router": "token_choice", "start": "copies"},
-    ),
-    "image": Row(
-        label="experts by image, a router a block",
-        changes={"router": "token_choice", "start": "copies", "router_input": "image"},
-    ),
-    "view": Row(
-        label="experts by view, once",
-        changes={"router": "token_choice", "start": "copies", "router_input": "view"},
-    ),
-    "random-view": Row(
-        label="experts by view, frozen random",
-        changes={"router": "random", "start": "copies", "router_input": "view"},
-    ),
-    "told": Row(label="experts, told the domain", changes={"router": "oracle", "start": "copies"}),
-}
-"""All cost the FLOPs of the dense model, but for a token or a router."""
-
-OF_PACS = replace(
-    PACS, experts=4, dim=24, vit_heads=2, hidden=48, precision="32-true", seeds=(0, 1, 2)
-)
-"""As in the table of routers."""
-
-BY_IMAGE = Study(
-    name="by-image",
-    about="Four experts for four domains of PACS: is an image's own decision, by its mean color "
-    "and edge energy, worth more than one for each patch? Nothing was tuned for a row.",
-    columns={"pacs": OF_PACS},
-    rows=BY_IMAGE_ROWS,
-    controls=("dense", "dense-view"),
-)
-
-HELD_OUT = Study(
-    name="held-out-domain",
-    about="As by-image, with one domain of PACS left out of training: all of its images are the "
-    "test set, and validation is of the others. The expert of the domain that is left out was "
-    "never trained. Ten seeds only for a difference above one point.",
-    columns={domain: replace(OF_PACS, held_out=domain) for domain in DOMAINS},
-    rows={name: BY_IMAGE_ROWS[name] for name in ("dense", "view", "random-view", "told")},
     controls=("dense",),
 )

@@ -25,7 +25,7 @@ from vision.recipe import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-RouterInput = Literal["node", "neighbors", "degree", "graph"]
+RouterInput = Literal["node", "neighbors", "degree"]
 Pool = Literal["mean", "sum", "max"]
 FFN = Literal["dense", "experts"]
 
@@ -392,8 +392,7 @@ class MoleculeConfig(RunConfig):
     `gcn` and `gin` are OGB's of molecules, `gine` PyG's.
     GIN's batch norm has each expert run on all atoms."""
     router_input: tuple[RouterInput, ...] | None = None
-    """What the router sees: the atom (`node`, the default), the mean of its neighbors, log-degree.
-    Or the `graph`, by itself: the mean of its atoms, which then go to the same expert."""
+    """What the router sees: the atom (`node`, the default), its neighbors' mean, log-degree."""
     shared_router: bool | None = None
     """One decision for all layers, or one in each; by default one where layers start as copies."""
     residual: Literal["none", "identity", "linear"] = "none"
@@ -437,12 +436,6 @@ class ImageConfig(RunConfig):
     `every`: `blocks.9.mlp blocks.11.mlp`."""
     router: str = "expert_choice"
     equal_to: str = "expert_choice"
-    router_input: Literal["token", "image", "view"] | None = None
-    """What the router sees: by default each token, in each layer.
-    `image` is the mean of an image's tokens, in each layer. `view` is the mean color and the edge
-    energy of an image, by which one router decides for all layers."""
-    extra_input: Literal["view", "domain"] | None = None
-    """A further token beside the patches, also of a dense model: of the view, or of the domain."""
     mlp_scale: float = 1.0
     """Dense: factor of the output of the MLPs in whose place experts would be.
     It stands for weights by score, which scale that output."""
@@ -477,7 +470,6 @@ class ImageConfig(RunConfig):
             "'group': images have no edges",
         )
         self._check_recipe()
-        self._check_views()
         self._check_timm()
 
     def _check_recipe(self) -> None:
@@ -501,25 +493,12 @@ class ImageConfig(RunConfig):
         check(builds_blocks or not recipe.drop_path, "drop_path", recipe.drop_path, legal)
         legal = "another recipe: a mixed image is of two domains"
         tells = not self.is_told_domain or not recipe.mixes()
-        name = "router" if self.router == "oracle" else "extra_input"
-        check(tells, name, f"{getattr(self, name)!r} with mixup or cutmix", legal)
+        check(tells, "router", "'oracle' with mixup or cutmix", legal)
 
     @property
     def is_told_domain(self) -> bool:
         """Whether the model is called with the domain of each image."""
-        return self.router == "oracle" or self.extra_input == "domain"
-
-    def _check_views(self) -> None:
-        """Refuse a view for models that take none."""
-        for name in ("router_input", "extra_input"):
-            value = getattr(self, name)
-            is_for_all = name == "router_input" and value != "view" and self.own_models()
-            is_ours = self.model is None and self.router != "oracle"
-            legal = "none with this model, or with the router 'oracle'"
-            check(value is None or is_ours or is_for_all, name, repr(value), legal)
-        has_router = self.router_input is None or self.router not in ("dense", "soft_slots")
-        got = f"{self.router_input!r} with router={self.router!r}"
-        check(has_router, "router_input", got, "a router that chooses experts")
+        return self.router == "oracle"
 
     def _check_timm(self) -> None:
         """Refuse options of a model of timm without one, and with one those of a ViT of gmoe."""
@@ -605,7 +584,6 @@ OF_MODEL = frozenset(
         "input_dropout",
         "ffn",
         "act",
-        "extra_input",
         "virtual_node",
         "pool",
         "mlp_scale",

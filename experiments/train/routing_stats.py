@@ -260,25 +260,15 @@ def advice(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -
     ways = []
     if config.router == "token_choice" and config.options.balance != "bias":
         ways.append("--balance bias")
-    if not routes_groups(config):  # these do not compete, so that experts cannot choose
-        ways.append("--router expert_choice")
+    ways.append("--router expert_choice")
     is_own = config.model is not None and not config.model.startswith("timm/")
     if is_own:
         ways = ["a balance in your model's router"]
-    if not ways:
-        return f"{found}take --router dense."
     more = " or ".join(ways)
     return (
         f"{found}train with {more} to use the others, and if that gains nothing, take --router "
         "dense."
     )
-
-
-def routes_groups(config: RunConfig) -> bool:
-    """Whether a router decides once for an image or a graph."""
-    sees = getattr(config, "router_input", None) or ()
-    parts = (sees,) if isinstance(sees, str) else tuple(sees)
-    return not {"image", "view", "graph"}.isdisjoint(parts)
 
 
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:

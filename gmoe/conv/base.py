@@ -21,7 +21,6 @@ from gmoe.conv.call import Call
 from gmoe.conv.explain import HidesPrototype
 from gmoe.conv.network import stacked
 from gmoe.experts import LinearExperts
-from gmoe.mixed_weights import check_mixable
 from gmoe.portable import refuse_in_export
 from gmoe.products import Backend
 from gmoe.routing import Routing
@@ -106,18 +105,6 @@ class ConvExperts(nn.Module, ABC):
     def dtype(self) -> torch.dtype | None:
         """The dtype of features that the experts take; ``None`` if each conv checks it."""
         return None
-
-    def check_mixable(self) -> None:
-        """Refuse experts whose weights cannot be mixed.
-
-        Raises:
-            ValueError: convs that run one by one, or differ; parts that cannot be mixed.
-        """
-        names = ", ".join(sorted({type(conv).__name__ for conv in self.convs()}))
-        raise ValueError(
-            f"mix: got 'weights' with {names}, run one by one, expected convs of one kind that is "
-            "stacked (GCN, SAGE, GraphConv, GIN, GAT, ...), or mix='outputs'"
-        )
 
     @property
     def too_far(self) -> list[MessagePassing]:
@@ -236,9 +223,6 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
     @property
     def dtype(self) -> torch.dtype | None:
         return dtype_of(self)
-
-    def check_mixable(self) -> None:
-        check_mixable(self)
 
     def become(self, conv: MessagePassing) -> None:
         become(self, tensors_in(conv))

@@ -44,7 +44,6 @@ OPTIONS = (
     "router",
     "k",
     "router_input",
-    "mix",
     "start",
     "shared_transform",
     "router_kwargs",

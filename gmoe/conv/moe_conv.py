@@ -53,18 +53,16 @@ from gmoe.conv.kinds import (
 from gmoe.conv.open_widths import OpenWidths
 from gmoe.conv.router_input import (
     RouterInput,
-    route_nodes,
     router_features,
     router_parts,
     router_width,
 )
-from gmoe.mixed_weights import Mix, mixed_by_group
 from gmoe.moe import MoELayer
 from gmoe.products import Backend
 from gmoe.routers import RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routing
 from gmoe.stack import share_base
-from gmoe.start import Start, build_layer_router, chosen_k, drawn_apart, resolved_start
+from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
 
 
 @dataclass(frozen=True)
@@ -134,13 +132,10 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         k: K, experts per node (default 1).
         router_input: what the router sees: the ``"node"``, its ``"neighbors"`` (the conv's own
             aggregate if all experts share it, else the mean over in-edges), its ``"degree"``
-            (log(1 + in-degree)), or several; or the ``"graph"``, the mean of its nodes, so that all
-            nodes of a graph (by ``batch``) go to the same experts. By default (``None``) the node
-            and its neighbors for copies, unless the router is an instance, and the node
-            beside a shared expert; to mix weights the graph, unless the router is by type.
-        mix: what is mixed: the ``"outputs"`` of K experts (default); or the ``"weights"`` of all
-            for each graph, see :class:`gmoe.MoE`, at the cost of one conv. For convs of one kind
-            that is stacked, without batch norms; K is then E.
+            (log(1 + in-degree)), or several. By default (``None``) the node and its neighbors for
+            copies, unless the router is an instance, and the node beside a shared expert. To send
+            all nodes of a graph to the same experts, route its mean and pass
+            ``routing=graphs.expand(batch)``, see :meth:`gmoe.Routing.expand`.
         start: how the layer starts (default ``"shared"``; :class:`GNNMoE` has another).
 
             - ``"copies"``: all experts start as one conv, and nothing runs beside them: at the
@@ -205,7 +200,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         router: RouterLike | None = "token_choice",
         k: int = 1,
         router_input: RouterInput | None = None,
-        mix: Mix = "outputs",
         start: Start | None = None,
         shared_transform: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
@@ -217,7 +211,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         kinds = kinds_of(conv, num_experts)
         in_channels, out_channels = given_widths(kinds, in_channels, out_channels, conv_kwargs)
         check_counts(k=k, out_channels=out_channels)
-        k = chosen_k(mix, k, len(kinds), router)
         if k > len(kinds):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
@@ -233,8 +226,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         self._make = Make(kinds, in_channels, out_channels, conv_args, conv_kwargs)
         # By itself a layer starts beside a shared expert: its start follows no router.
         self.start = resolved_start(start, kinds, shared_transform=shared_transform)
-        self.mix = mix
-        self.router_input = router_parts(router_input, self.start, router, mix=mix)
+        self.router_input = router_parts(router_input, self.start, router)
         self._options = _BuildOptions(
             router, router_kwargs, check_finite, shared_transform, local, backend
         )
@@ -286,8 +278,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             else:
                 self.experts = build_experts(make_routed, options.local, options.backend)
             self.flow = self.experts.flow
-            if self.mix == "weights":
-                self.experts.check_mixable()
 
             # 3. The router.
             if options.router is not None:
@@ -306,10 +296,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         neighbors = self.experts.aggregate_width or widths[0]
         dim = router_width(self.router_input, widths[1], neighbors)
         self.router = build_layer_router(
-            self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs, self.mix
+            self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs
         )
-        if "graph" in self.router_input:
-            self.router.refuse_competition("graph")
         if self._options.check_finite:
             let_check_finite(self.router, router)
         self.take_costs(self.router)
@@ -415,19 +403,16 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         if routing is None and self.router is not None:
             seen_TD = self._router_features(routed_call)
             token_edges = graph.edge_index if x_src is x_dst else None  # edges among the tokens
-            routing = route_nodes(self.router, self.router_input, seen_TD, batch, token_edges)
+            routing = self.router(seen_TD, batch, token_edges)
         else:
             routing = checked_routing(routing, graph.num_dst, self.num_experts)
 
         # 4. Run each destination's experts, and add them to the shared expert.
         attention: AttentionWeights | None = None
-        experts, of_experts = self.experts, routing
-        if self.mix == "weights":
-            experts, of_experts = mixed_by_group(self.experts, routing)
         if return_attention_weights:
-            y, attention = experts(routed_call, of_experts, True)
+            y, attention = self.experts(routed_call, routing, True)
         else:
-            y = experts(routed_call, of_experts)
+            y = self.experts(routed_call, routing)
         if self.shared_expert is not None:
             if self.transform is None:
                 # Of the experts' kind, and called with the same features: if they share an

@@ -109,8 +109,6 @@ class BatchNormExperts(Stack):
         num_experts: E.
     """
 
-    can_be_mixed = False  # each group would need statistics of its own
-
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor

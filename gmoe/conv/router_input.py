@@ -1,4 +1,4 @@
-"""What the router of a graph layer sees: a node, its neighbors, its degree, or the whole graph.
+"""What the router of a graph layer sees: a node, its neighbors, or its degree.
 
 Shapes: T tokens (destinations), D width.
 """
@@ -13,17 +13,12 @@ from torch import Tensor
 
 from gmoe._checks import check_choice
 from gmoe.conv.graph import Graph
-from gmoe.mixed_weights import Mix
-from gmoe.routers import ByType, Router, RouterLike
-from gmoe.routing import Routing
+from gmoe.routers import Router, RouterLike
 from gmoe.start import Start
 
-RouterPart: TypeAlias = Literal["node", "neighbors", "degree", "graph"]
+RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
-"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several; or ``"graph"``.
-
-The graph, by itself, is the mean of the nodes of each graph of a batch: all of them go to the same
-experts."""
+"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several."""
 
 
 def router_parts(
@@ -31,7 +26,6 @@ def router_parts(
     start: Start,
     router: RouterLike | None,
     is_shared: bool = False,
-    mix: Mix = "outputs",
 ) -> tuple[RouterPart, ...]:
     """The parts of what the router of a layer sees, in a fixed order.
 
@@ -43,14 +37,10 @@ def router_parts(
         router: of the layer, ``None`` if it has none.
         is_shared: the router decides for all layers of a model, not for one: then ``None`` is the
             node.
-        mix: of the layer. To mix weights, ``None`` is the graph, unless the router is by type.
 
     Raises:
-        ValueError: an unknown part, or none; the graph beside other parts; to mix weights by the
-            name of a router, another part than the graph.
+        ValueError: an unknown part, or none.
     """
-    if router_input is None and mix == "weights" and not isinstance(router, ByType):
-        return ("graph",)
     if router_input is None:
         is_built_here = router is not None and not isinstance(router, Router)
         sees_both = start == "copies" and is_built_here and not is_shared
@@ -61,17 +51,7 @@ def router_parts(
         check_choice("router_input", name, RouterPart)
     if not named:
         raise ValueError(
-            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'; "
-            "or 'graph'"
-        )
-    if mix == "weights" and isinstance(router, str) and "graph" not in named:
-        raise ValueError(
-            f"router_input: got {router_input!r} with mix='weights', expected 'graph': weights are "
-            "mixed for each graph"
-        )
-    if "graph" in named and set(named) != {"graph"}:
-        raise ValueError(
-            f"router_input: got {named}, expected 'graph' by itself: a graph is routed once"
+            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'"
         )
     return tuple(part for part in get_args(RouterPart) if part in named)
 
@@ -85,7 +65,6 @@ def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
         neighbors: width of their neighbors' aggregate.
     """
     widths = {"node": node, "neighbors": neighbors, "degree": 1}
-    widths["graph"] = node
     return sum(widths[part] for part in parts)
 
 
@@ -96,7 +75,7 @@ def router_features(
     neighbors: Tensor | None,
     graph: Graph,
 ) -> Tensor:
-    """(T, dim) the parts side by side, which :func:`route_nodes` takes.
+    """(T, dim) the parts side by side.
 
     Args:
         parts: what the router sees.
@@ -106,7 +85,7 @@ def router_features(
             in-edges.
         graph: from sources to destinations.
     """
-    columns: dict[str, Any] = {"node": x_dst, "graph": x_dst, "neighbors": neighbors}
+    columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
     if "neighbors" in parts and neighbors is None:
         columns["neighbors"] = graph.mean(x_src)
     if "degree" in parts:
@@ -116,27 +95,3 @@ def router_features(
     if len(parts) == 1:
         return columns[parts[0]]
     return torch.cat([columns[part] for part in parts], dim=-1)
-
-
-def route_nodes(
-    router: Router,
-    parts: Sequence[RouterPart],
-    seen_TD: Tensor,
-    batch: Tensor | None,
-    edge_index: Tensor | None,
-) -> Routing:
-    """Route tokens; of a router that sees whole graphs, each graph once, for all its nodes.
-
-    Args:
-        router: the router of a layer, or of all layers.
-        parts: what it sees.
-        seen_TD: what :func:`router_features` gave for all tokens.
-        batch: (T,) the graph of each token; ``None`` if all are of one graph.
-        edge_index: the edges among the tokens, or ``None``.
-
-    Raises:
-        ValueError: a router that sees graphs, and in which experts choose.
-    """
-    if "graph" in parts:
-        return router.route_groups(seen_TD, batch, "graph")
-    return router(seen_TD, batch, edge_index)

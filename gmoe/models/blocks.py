@@ -59,8 +59,8 @@ def check_blocks(
     is_one_kind = isinstance(conv, str) or callable(conv)
     legal = "one kind: the convs have no experts"
     check(ffn == "dense" or is_one_kind, "conv", f"several with ffn={ffn!r}", legal)
-    legal = "'node' or 'graph', what a block's conv gives; or shared_router=True"
-    sees_block = router_input in (None, ("node",), ("graph",))
+    legal = "'node', what a block's conv gives; or shared_router=True"
+    sees_block = router_input in (None, ("node",))
     check(sees_block, "router_input", f"{router_input} with ffn={ffn!r}", legal)
 
 
@@ -144,6 +144,6 @@ def _feed_forward(
         )
         router = None if given is None else build_router_of(given, in_channels, moe_kwargs)
         shared_expert = mlp if start == "shared" else None
-        layer = MoE(router, experts, shared_expert, mix=moe_kwargs.get("mix", "outputs"))
+        layer = MoE(router, experts, shared_expert)
     layer.start = start
     return layer

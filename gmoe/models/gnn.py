@@ -36,11 +36,9 @@ from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.plain import run
 from gmoe.conv.router_input import (
     RouterInput,
-    route_nodes,
     router_features,
     router_parts,
 )
-from gmoe.mixed_weights import Mix
 from gmoe.models.blocks import block_norm_of, build_block, check_blocks
 from gmoe.models.inference import inference
 from gmoe.models.layers import build_conv, build_shared_router, start_of, take_costs
@@ -54,13 +52,12 @@ from gmoe.models.parts import (
     reset_parameters,
     residual_of,
 )
-from gmoe.moe import MoE, MoELayer, choose_blocks
+from gmoe.moe import MoE, MoELayer, checked_routings, choose_blocks
 from gmoe.recorded import Recorded, given_to
 from gmoe.routers import Router, RouterLike
-from gmoe.routing import Routing, checked_routings
+from gmoe.routing import Routing
 from gmoe.saved import Pretrained
 from gmoe.start import (
-    chosen_k,
     saved_by_name,
 )
 
@@ -100,10 +97,8 @@ class GNNMoE(Pretrained, nn.Module):
             let each layer route by its own input (``False``). By default (``None``) once if the
             layers start as copies.
         router_input: what routers see: the ``"node"``, its ``"neighbors"``, its ``"degree"``, or
-            several of them; or the ``"graph"``, the mean of its nodes by ``batch``: all of them
-            then go to the same experts. By default (``None``) the node; of copies with a router in
-            each layer the node and its neighbors; to mix weights (``mix="weights"``, see
-            :class:`MoEConv`) the graph.
+            several of them. By default (``None``) the node; of copies with a router in each layer
+            the node and its neighbors.
         every: layer ``i`` is a MoEConv if ``i % every == every - 1`` (default 1), except for the
             output layer.
         dropout: default 0.
@@ -173,8 +168,6 @@ class GNNMoE(Pretrained, nn.Module):
         **conv_kwargs: Any,
     ) -> None:
         num_kinds = len(kinds_of(conv, num_experts))
-        mix: Mix = conv_kwargs.get("mix", "outputs")
-        k = chosen_k(mix, k, num_kinds, router)
         conv_kwargs["start"] = start_of(
             conv, num_experts, router, k, shared_router, ffn, conv_kwargs
         )
@@ -182,7 +175,7 @@ class GNNMoE(Pretrained, nn.Module):
             shared_router = router is not None and conv_kwargs["start"] == "copies"
         routes_blocks = ffn == "experts" and not shared_router  # each block by what its conv gives
         router_input = router_parts(
-            router_input, conv_kwargs["start"], router, shared_router or routes_blocks, mix
+            router_input, conv_kwargs["start"], router, shared_router or routes_blocks
         )
         check_counts(
             in_channels=in_channels,
@@ -304,7 +297,8 @@ class GNNMoE(Pretrained, nn.Module):
         if self.shared_router is None:
             return None
         seen = self.shared_router_input(x, graph)
-        return route_nodes(self.shared_router, self.router_input, seen, batch, graph.edge_index)
+        routing: Routing = self.shared_router(seen, batch, graph.edge_index)
+        return routing
 
     def has_experts(self, layer: int) -> bool:
         """True if a layer has experts: its conv, or the feed-forward part of its block."""
@@ -338,16 +332,6 @@ class GNNMoE(Pretrained, nn.Module):
             edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow
         )
 
-    def _check_trimming(self, num_sampled_nodes_per_hop: list[int]) -> None:
-        """Refuse to trim where a later layer routes by more nodes than it is left."""
-        is_routed_later = any(self.has_experts(layer) for layer in range(1, self.num_layers))
-        if "graph" in self.router_input and self.shared_router is None and is_routed_later:
-            raise ValueError(
-                f"num_sampled_nodes_per_hop: got {num_sampled_nodes_per_hop} with "
-                "router_input='graph' and a router in each layer, expected None, or "
-                "shared_router=True: a later layer would route by what fewer nodes say"
-            )
-
     def forward(
         self,
         x: Tensor,
@@ -371,8 +355,6 @@ class GNNMoE(Pretrained, nn.Module):
             )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
 
-        if num_sampled_nodes_per_hop is not None and routings is None:
-            self._check_trimming(num_sampled_nodes_per_hop)
         decisions = self._decisions(x, graph, batch, routings)
         is_shared = self.shared_router is not None
         used = [decision for decision in decisions[:1] if decision is not None and is_shared]
@@ -525,7 +507,7 @@ class GNNMoE(Pretrained, nn.Module):
         if not isinstance(part, MoE):
             return x[: out.size(0)] + part(out), None
         if routing is None and part.router is not None:
-            routing = route_nodes(part.router, self.router_input, out, batch, edge_index)
+            routing = part.router(out, batch, edge_index)
         return x[: out.size(0)] + part(out, routing=routing), routing
 
     def finish(
@@ -563,8 +545,7 @@ class GNNMoE(Pretrained, nn.Module):
 
 def _named_classes(k: int, conv_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The classes of convs and routers that a model is saved with by their names."""
-    mix = conv_kwargs.get("mix", "outputs")
-    return by_name() | saved_by_name(conv_kwargs["start"], mix, k, conv_kwargs.get("router_kwargs"))
+    return by_name() | saved_by_name(conv_kwargs["start"], k, conv_kwargs.get("router_kwargs"))
 
 
 def _moe_layers(

@@ -24,7 +24,6 @@ from gmoe.conv.base import refuse_far
 from gmoe.conv.build import looks_one_hop
 from gmoe.conv.graph import Graph
 from gmoe.conv.moe_conv import MoEConv
-from gmoe.conv.router_input import route_nodes
 from gmoe.data.stored import StoredGraph, create_npy
 from gmoe.edges import renumber
 from gmoe.models.parts import is_by_row
@@ -266,7 +265,6 @@ class InMemory(_LayerByLayer):
         conv = self.model.convs[layer]
         shared = self.model.shared_router
         seen = []
-        parts = conv.router_input if shared is None else self.model.router_input
         for _, nodes, graph in self.parts("Routing"):
             if shared is None:
                 own = self.model.before_conv(layer, self.rows(x, nodes))
@@ -277,7 +275,8 @@ class InMemory(_LayerByLayer):
         router = conv.router if shared is None else shared
         assert router is not None  # a layer without a router of its own needs a shared one
         edge_index = self.graph.edge_index.to(self.device)
-        return route_nodes(router, parts, torch.cat(seen), self.batch, edge_index)
+        routing: Routing = router(torch.cat(seen), self.batch, edge_index)
+        return routing
 
     def rows(self, x: Tensor, nodes: Tensor) -> Tensor:
         """(S, D) the features of some nodes, on the device."""
@@ -407,11 +406,6 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
                 f"norm: got {type(norm).__name__}, expected one by row: batch norm, "
                 "LayerNorm(mode='node') or none"
             )
-    if "graph" in model.router_input:
-        raise ValueError(
-            "router_input: got 'graph', expected 'node', 'neighbors' or 'degree': a part of a "
-            "stored graph does not know the whole"
-        )
     for router in model.modules():
         if isinstance(router, Router) and not router.by_token:
             raise ValueError(

@@ -57,7 +57,6 @@ def start_of(
         shared_transform=conv_kwargs.get("shared_transform", False),
         router=router if are_stacked and shared_router is not False else None,
         k=k,
-        mix=conv_kwargs.get("mix", "outputs"),
         router_kwargs=conv_kwargs.get("router_kwargs"),
     )
 
@@ -172,10 +171,7 @@ def build_router_of(router: RouterLike, dim: int, moe_kwargs: Mapping[str, Any])
         moe_kwargs["num_experts"],
         moe_kwargs["k"],
         moe_kwargs.get("router_kwargs"),
-        moe_kwargs.get("mix", "outputs"),
     )
-    if "graph" in moe_kwargs["router_input"]:
-        built.refuse_competition("graph")
     if moe_kwargs.get("check_finite", False):
         let_check_finite(built, router)
     return built

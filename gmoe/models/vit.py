@@ -18,12 +18,11 @@ from torchvision.models import VisionTransformer
 from gmoe._checks import check_counts
 from gmoe.convert import moefy
 from gmoe.experts import LinearExperts
-from gmoe.mixed_weights import Mix
-from gmoe.moe import MoE, TokenInput
+from gmoe.moe import MoE, checked_routings
 from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
 from gmoe.routers import Router, RouterLike
-from gmoe.routing import Routing, checked_routings, record_routing
+from gmoe.routing import Routing, record_routing
 from gmoe.saved import Pretrained
 from gmoe.start import Start, drawn_apart, resolved_start, saved_by_name
 
@@ -77,12 +76,9 @@ class ViTMoE(Pretrained, VisionTransformer):
             all experts start as copies of the dense MLP. ``"plain"``: independent experts. With the
             first two, the outputs of a new model equal those of the dense one (``router=None``)
             with the same seed.
-        router_input: what routers see: each ``"token"``, or the ``"image"``, the mean of its
-            tokens; see :class:`MoE`.
         shared_router: route once for all layers, by the tokens that enter the first block
             (``True``), as :class:`GNNMoE` does, or let each layer route by its own input
             (``False``, default).
-        mix: what is mixed, ``"outputs"`` (default) or ``"weights"``; see :class:`MoE`.
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
@@ -113,9 +109,7 @@ class ViTMoE(Pretrained, VisionTransformer):
         k: int = 1,
         every: int = 2,
         start: Start | None = None,
-        router_input: TokenInput | None = None,
         shared_router: bool = False,
-        mix: Mix = "outputs",
         dropout: float = 0.0,
         router_kwargs: Mapping[str, object] | None = None,
         backend: Backend = "auto",
@@ -134,9 +128,8 @@ class ViTMoE(Pretrained, VisionTransformer):
                     f"{whole}: got {sizes[whole]}, expected a multiple of {part}={sizes[part]}"
                 )
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
-        self.recorded = Recorded.of(
-            given_to(ViTMoE, locals()), saved_by_name(start, mix, k, router_kwargs)
-        )
+        known = saved_by_name(start, k, router_kwargs)
+        self.recorded = Recorded.of(given_to(ViTMoE, locals()), known)
         self.shared_router: Router | None = None
         if router is None:
             return
@@ -148,8 +141,6 @@ class ViTMoE(Pretrained, VisionTransformer):
                 router=router,
                 num_experts=num_experts,
                 start=start,
-                router_input=router_input,
-                mix=mix,
                 router_kwargs=router_kwargs,
                 backend=backend,
             )
@@ -219,8 +210,6 @@ class ViTMoE(Pretrained, VisionTransformer):
         """
         assert self.shared_router is not None
         x = x + self.encoder.pos_embedding
-        if self._layers()[0].router_input == "image":
-            return self.shared_router.route_groups(x, None, "image")
         routing: Routing = self.shared_router(x)
         return routing
 

@@ -22,8 +22,7 @@ from gmoe._checks import INTEGERS, check, check_choice, check_counts, described,
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
 from gmoe.losses import LossWatch
-from gmoe.portable import exported_as, refuse_in_export
-from gmoe.routers.groups import to_members
+from gmoe.portable import exported_as
 from gmoe.routing import Routing
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
@@ -90,9 +89,8 @@ class Router(nn.Module, ABC):
           unsorted and with gaps allowed.
         - ``edge_index``: optional (2, number of edges), the graph of the tokens; only some routers
           use it. A ``MoEConv`` passes it if sources and destinations are the same nodes.
-        - ``members``: optional (M,) the token of each of M members, such as the graph of each node
-          if the tokens are graphs. The result is then a routing of the members: each has the pairs
-          of its token. Losses and counters remain those of the tokens.
+        - returns a :class:`gmoe.Routing`. If the tokens are graphs, :meth:`gmoe.Routing.expand`
+          gives each node the decision of its graph.
 
     Raises:
         ValueError: K, E or ``weight`` out of range; tokens, a batch vector or an edge index that do
@@ -202,8 +200,6 @@ class Router(nn.Module, ABC):
         x: Tensor,
         batch: Tensor | None = None,
         edge_index: Tensor | None = None,
-        *,
-        members: Tensor | None = None,
     ) -> Routing:
         """Route ``x``; see the class."""
         if not torch.compiler.is_compiling() and in_transform():
@@ -239,60 +235,7 @@ class Router(nn.Module, ABC):
             routing = replace(routing, detached=True, validate=False)
         if routing.losses and self.training and not torch.compiler.is_compiling():
             self.loss_watch.follow(routing)
-        return routing if members is None else to_members(routing, members)
-
-    def route_groups(self, x: Tensor, batch: Tensor | None, router_input: str) -> Routing:
-        """Decide once for each group, such as a graph or an image, by the mean of its tokens.
-
-        A group is then one token, and a group of its own: noise, losses and counters are those of
-        groups, and groups do not compete.
-
-        Args:
-            x: (..., T, D) tokens.
-            batch: as in :class:`Router`.
-            router_input: what the layer calls a group, for errors.
-
-        Returns:
-            The routing of all tokens, with ``by_group``.
-
-        Raises:
-            ValueError: a router in which experts choose.
-        """
-        self.refuse_competition(router_input)
-        self._check_input(x, batch)
-        # Sums of many tokens would round in half precision.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if batch is not None or x.dim() == 2:
-            refuse_in_export(
-                f"router_input={router_input!r}",
-                "a router that sees each token, or groups of one size, x of shape (groups, tokens, "
-                "width): how many groups there are follows the data",
-            )
-        if batch is None:  # equal groups, one after the other
-            size = x.size(-2)
-            # Without tokens, there is no group.
-            mean_GD = wide.mean(dim=-2).reshape(-1, self.dim)[: None if size else 0]
-            group_T = torch.arange(len(mean_GD), device=x.device).repeat_interleave(size)
-        else:
-            groups_G, group_T = torch.unique(batch.reshape(-1), return_inverse=True)
-            total_GD = wide.new_zeros(len(groups_G), self.dim)
-            total_GD = total_GD.index_add(0, group_T, wide.reshape(-1, self.dim))
-            mean_GD = total_GD / group_T.bincount(minlength=len(groups_G))[:, None]
-        own_G = torch.arange(len(mean_GD), device=x.device)
-        routing: Routing = self(mean_GD, own_G, members=group_T)
         return routing
-
-    def refuse_competition(self, router_input: str) -> None:
-        """Refuse to decide for groups, if experts choose among tokens.
-
-        Raises:
-            ValueError: the class of the router.
-        """
-        if self.experts_choose or not self.by_token:
-            raise ValueError(
-                f"router_input: got {router_input!r} with {type(self).__name__}, expected a router "
-                f"in which tokens choose (by_token=True): {router_input}s do not compete"
-            )
 
     def _check_input(self, x: Tensor, batch: Tensor | None) -> None:
         """Refuse tokens of another width, and a batch vector that does not fit them."""

@@ -24,7 +24,6 @@ from gmoe._torch import (
     untraced,
 )
 from gmoe.routers.base import Router
-from gmoe.routers.groups import to_members
 from gmoe.routing import Routing
 
 Key: TypeAlias = tuple[str, tuple[int, ...], str | None]
@@ -174,7 +173,7 @@ class ByType:
         dtype = torch.float32 if is_type_TE.device.type == "mps" else torch.float64
         count_GE = is_type_TE.new_zeros(len(size_G), num_experts, dtype=dtype)
         count_GE = count_GE.index_add(0, group_T, is_type_TE.to(dtype))
-        return to_members(Routing.to_all(count_GE / size_G[:, None]), group_T)
+        return Routing.to_all(count_GE / size_G[:, None]).expand(group_T)
 
     def _check_known(self, type_T: Tensor, is_known_T: Tensor) -> None:
         """Refuse types without an expert."""

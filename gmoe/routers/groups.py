@@ -1,14 +1,14 @@
 """Groups: which tokens compete with each other; and from scores to (token, expert) pairs.
 
 Shapes: T tokens, E experts, K experts per token, B groups, S slots of the largest group, b groups
-and s slots of a batch of groups of similar size, C capacity, M members, P pairs. Pairs come as
+and s slots of a batch of groups of similar size, C capacity, P pairs. Pairs come as
 ``(token (P,) int64, offsets (E,) int32)``, sorted by expert and then by token.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from gmoe import portable
 from gmoe._torch import is_tracing
 from gmoe.portable import exported_as, refuse_in_export
-from gmoe.routing import GroupWeights, Routing, expert_of_pairs
+from gmoe.routing import expert_of_pairs
 
 
 class GroupBatch(NamedTuple):
@@ -226,33 +226,6 @@ class Groups:
             mean_B = mean_B.clamp(min=torch.finfo(mean_B.dtype).tiny)
             log_gate_P = log_gate_P - mean_B.log().index_select(0, group_P)
         return token_P, offsets_E, log_gate_P
-
-
-def to_members(routing: Routing, token_M: Tensor) -> Routing:
-    """Give each member, such as a node of a graph, the pairs of its token.
-
-    Args:
-        routing: of T tokens.
-        token_M: (M,) the token of each member.
-    """
-    by_group = GroupWeights(routing.to_dense(), token_M)
-    if routing.slot is not None:  # each token has K experts
-        return replace(routing.of_tokens(token_M), by_group=by_group, validate=False)
-    chosen_TE = torch.zeros_like(routing.scores, dtype=torch.bool)
-    chosen_TE[routing.token, routing.expert] = True
-    token_P, offsets_E = pairs_of_mask(chosen_TE.index_select(0, token_M).T)
-    weight_ME = by_group.weight_GE.index_select(0, token_M)
-    return replace(
-        routing,
-        token=token_P,
-        offsets=offsets_E,
-        weight=gather_pairs(weight_ME, token_P, offsets_E),
-        scores=routing.scores.index_select(0, token_M),
-        num_tokens=len(token_M),
-        dropped_T=None if routing.dropped_T is None else routing.dropped_T.index_select(0, token_M),
-        by_group=by_group,
-        validate=False,
-    )
 
 
 def _mean_by_group(gate_P: Tensor, group_P: Tensor, num_groups: int) -> Tensor:

@@ -34,10 +34,6 @@ from tests.compose import drawing, steps
 from tests.compose.blocks import (
     define_feed_forward,
     draw_blocks,
-    draw_mixed,
-    groups_of,
-    mixed_conv,
-    routed_by_mean,
 )
 from tests.compose.calls import Call
 from tests.compose.drawing import EXPERTS, SPARSE, Reason, flip, some, without
@@ -500,13 +496,7 @@ def define_layer(
         x_dst = pair[0].new_zeros(c.sizes[1], c.widths[1]) if pair[1] is None else pair[1]
         u_dst = layer.transform[-1](x_dst)
         u = (layer.transform[0](pair[0]), u_dst) if isinstance(x, tuple) else u_dst
-    if layer.mix == "weights":
-        takes = parameters_of(convs[0])
-        own = {name: value for name, value in args.items() if name in takes}
-        group = groups_of(routing.to_dense(), given.batch)
-        y = mixed_conv(convs, u, adj, routing, group, **own)
-    else:
-        y = ref.masked(convs, u, adj, routing, **args)
+    y = ref.masked(convs, u, adj, routing, **args)
     y = y if layer.gain is None else GAIN_SCALE * layer.gain * y
     if always:
         y = y + ref.masked(always, x, adj, ref.routing_of(torch.ones_like(y[:, :1])), **args)
@@ -520,11 +510,8 @@ def define_model(model: GNNMoE, c: Config, given: Given) -> Output:
     decision = None
     graph = Graph(given.plain, x.size(0), flow=model.flow)
     if model.shared_router is not None:
-        if model.router_input == ("graph",):
-            decision = routed_by_mean(model.shared_router, x, given.batch)
-        else:
-            seen = model.shared_router_input(x, graph)
-            decision = model.shared_router(seen, given.batch, graph.edge_index)
+        seen = model.shared_router_input(x, graph)
+        decision = model.shared_router(seen, given.batch, graph.edge_index)
     routings = [] if decision is None else [decision]
     xs = []
     if model.input is not None:
@@ -605,7 +592,7 @@ def nan_token(c: Config, module: Any, given: Given) -> None:
     torch.manual_seed(c.seed)
     routing = call(c, module, given._replace(x=(x, x_dst))).routings[0]
     options = c.options["router_kwargs"]
-    seen = c.options["router_input"] or ("graph",)
+    seen = c.options["router_input"]
     if c.way != "layer" or c.two or "node" not in seen:
         return
     for key, value in module.named_buffers():
@@ -705,11 +692,6 @@ class Graphs(Target):
         # Of a model, it is another option than of GAT
         Reason("residual: got", lambda c: c.way != "layer" and not c.partials),
         # Which options keep convs from being stacked is not predicted
-        Reason("mix: got 'weights' with .* run one by one", lambda c: "mix" in c.options),
-        Reason(
-            "model: got experts that are unstacked",
-            lambda c: "mix" in c.options and c.after == "unstack",
-        ),
     )
 
     def draw(self, random: Random) -> Config:
@@ -736,12 +718,11 @@ class Graphs(Target):
         if lowers and c.way == "layer" and flip(random, 0.15):
             c.low = random.choice(("float32", "bfloat16"))
         draw_blocks(random, c)
-        draw_mixed(random, c)
         return c
 
     def traits(self, case: Config) -> Collection[str]:
-        more = {f"ffn {case.options.get('ffn')}", f"mix {case.options.get('mix')}"}
-        return {case.way, *(kind.name for kind in case.kinds), *case.before, case.after, *more}
+        ffn = f"ffn {case.options.get('ffn')}"
+        return {case.way, *(kind.name for kind in case.kinds), *case.before, case.after, ffn}
 
     def module_of(self, case: Config) -> Call:
         made = [kind.as_argument if case.partials else kind.name for kind in case.kinds]

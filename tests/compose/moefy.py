@@ -23,9 +23,8 @@ from torch.nn.utils import parametrizations, prune
 import gmoe
 from gmoe.moe import MoELayer
 from tests.compose import drawing, steps
-from tests.compose.blocks import TOKEN_WISE
 from tests.compose.calls import Call
-from tests.compose.drawing import EXPERTS, Reason, flip, without
+from tests.compose.drawing import EXPERTS, Reason, flip
 from tests.compose.frame import Case, Output, Target, require_equal
 
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -129,17 +128,6 @@ def draw_options(random: Random, c: Config) -> None:
         c.options["every"] = random.randint(1, c.num_blocks)
     if flip(random, 0.3):
         c.options["targets"] = "*.mlp"
-
-
-def draw_images(random: Random, c: Config) -> None:
-    """Route some cases by image, and mix weights in some of these; drawn last, see ``blocks``."""
-    if c.options["router"] not in TOKEN_WISE or not flip(random, 0.3):
-        return
-    c.options["router_input"] = "image"
-    if flip(random):
-        left_out = ("capacity_factor", "weight", "balance", "noise")
-        kwargs = without(c.options["router_kwargs"], *left_out)
-        c.options |= {"mix": "weights", "k": EXPERTS, "router_kwargs": kwargs}
 
 
 # The dense model
@@ -322,39 +310,18 @@ def mlp_by_formula(c: Config, x_TD: Tensor, weights: list[Any]) -> Tensor:
 
 
 def by_hand(c: Config, layer: Any, x: Tensor, routing: gmoe.Routing) -> Tensor:
-    """One expert after another on its tokens; or of mixed weights one image after another."""
+    """One expert after another on its tokens."""
     x_TD = x.reshape(-1, c.width)
     weights_E = [weights_of(layer.experts, expert) for expert in range(EXPERTS)]
-    weight_TE = routing.to_dense()
-    weight_ITE = weight_TE.view(len(x), -1, EXPERTS)
-    is_one_decision = torch.equal(weight_ITE, weight_ITE[:, :1].expand_as(weight_ITE))
-    if layer.router_input == "image" and not is_one_decision:
-        raise AssertionError("patches of one image have other weights")
-    if layer.mix == "weights":
-        y_TD = torch.cat(
-            [
-                mlp_by_formula(c, tokens, mixture(weight_TE[0], weights_E))
-                for tokens, weight_TE in zip(x.flatten(1, -2), weight_ITE, strict=True)
-            ]
-        )
-    else:
-        y_TD = torch.zeros_like(x_TD)
-        ends = [0, *routing.offsets.tolist()]
-        for expert in range(EXPERTS):
-            pairs = slice(ends[expert], ends[expert + 1])
-            token_P = routing.token[pairs]
-            y_PD = mlp_by_formula(c, x_TD[token_P], weights_E[expert])
-            y_TD = y_TD.index_add(0, token_P, y_PD * routing.weight[pairs, None])
+    y_TD = torch.zeros_like(x_TD)
+    ends = [0, *routing.offsets.tolist()]
+    for expert in range(EXPERTS):
+        pairs = slice(ends[expert], ends[expert + 1])
+        token_P = routing.token[pairs]
+        y_PD = mlp_by_formula(c, x_TD[token_P], weights_E[expert])
+        y_TD = y_TD.index_add(0, token_P, y_PD * routing.weight[pairs, None])
     y = y_TD.view(x.shape)
     return y if layer.shared_expert is None else y + layer.shared_expert(x)
-
-
-def mixture(weight_E: Tensor, weights_E: list[list[Any]]) -> list[Any]:
-    """The weighted sum of the experts' weights, part by part."""
-    return [
-        None if parts[0] is None else sum(w * one for w, one in zip(weight_E, parts, strict=True))
-        for parts in zip(*weights_E, strict=True)
-    ]
 
 
 class Given(NamedTuple):
@@ -396,10 +363,6 @@ class Moefy(Target):
             lambda c: c.options["start"] in ("copies", "plain"),
         ),
         Reason("model: got", lambda c: c.change not in PLAIN),
-        Reason(
-            "model: got experts that are unstacked",
-            lambda c: "mix" in c.options and c.after == "unstack",
-        ),
     )
 
     def draw(self, random: Random) -> Config:
@@ -415,13 +378,11 @@ class Moefy(Target):
         fails = {"deepcopy"} if c.change == "pruned" else set()  # torch refuses these itself
         fails |= {"pickle"} if c.change.endswith(" norm") else set()
         self.draw_steps(random, c, fails)
-        draw_images(random, c)
         return c
 
     def traits(self, case: Config) -> Collection[str]:
         options = case.options
         named = {case.change, f"start {options['start']}", options["router"]}
-        named |= {f"mix {options.get('mix')}", f"sees {options.get('router_input')}"}
         return {*named, *case.before, case.after}
 
     def module_of(self, case: Config) -> Call:

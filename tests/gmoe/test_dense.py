@@ -13,8 +13,8 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import GCNConv
 
 import gmoe
-from gmoe.candidates import MLP
 from gmoe.layer_groups import groups_of
+from gmoe.merging import MLP
 from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import EDGES, EXPERTS, WIDTH, X, conv_layer, has_experts, moefied, moved
 from tests.helpers.vits import images, timm_vit

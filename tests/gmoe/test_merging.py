@@ -1,4 +1,4 @@
-"""``gmoe.merge``: the plain dense model of one decision."""
+"""A SchNet whose weights are mixed by composition, beside a loop over molecules; and its merge."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from torch_geometric.nn import SchNet
 
 import gmoe
-from gmoe import GNNMoE, LinearExperts, MLPExperts, MoE, MoEConv, TokenChoice, UniformRouter
-from gmoe.candidates import MLP
+from gmoe import LinearExperts, MLPExperts, MoE, TokenChoice
+from gmoe.experts import MixedWeights
+from gmoe.merging import MLP
 from gmoe.routers import ByType
-from tests.helpers.masked import redrawn
+from gmoe.stack import stacks_in
 
-E, D = 3, 6
-
-
-def graph(num_nodes: int = 9) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(num_nodes)
-    x = torch.randn(num_nodes, D, dtype=torch.float64, generator=generator)
-    return x, torch.randint(num_nodes, (2, 3 * num_nodes), generator=generator)
+ELEMENTS = [1, 6, 8]
+LINEAR = ["interactions.*.conv.lin*", "interactions.*.lin", "lin1", "lin2"]
+Z = torch.tensor([8, 1, 1, 6, 1, 1, 1, 1, 6, 8])
+BATCH = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
+"""Water, methane and carbon monoxide."""
 
 
 def all_pairs(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,82 +31,163 @@ def all_pairs(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([sender, receiver]), (pos[sender] - pos[receiver]).norm(dim=-1)
 
 
-def schnet(**options: Any) -> Any:
-    """A SchNet mixed by composition, its experts drawn at random."""
+def dense_schnet() -> Any:
     torch.manual_seed(0)
-    dense = SchNet(8, 8, num_interactions=1, num_gaussians=5, interaction_graph=all_pairs)
-    layers = ["interactions.*.conv.lin*", "interactions.*.lin", "lin1", "lin2"]
-    router = ByType("z", [1, 6, 8], batch="batch")
-    model = gmoe.moefy(
-        dense, targets=layers, router=router, mix="weights", start="copies", **options
-    ).double()
+    return SchNet(8, 8, num_interactions=1, num_gaussians=5, interaction_graph=all_pairs).double()
+
+
+def schnet(start: Any = "copies") -> Any:
+    """A SchNet mixed by composition, its experts drawn at random."""
+    router = ByType("z", ELEMENTS, batch="batch")
+    model = gmoe.moefy(dense_schnet(), targets=LINEAR, router=router, mix="weights", start=start)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "difference" in name:
+            if "experts" in name and "base" not in name:
                 parameter.normal_(std=0.3)
     return model
 
 
-@pytest.mark.parametrize("start", ["copies", "plain", "shared"])
-@pytest.mark.parametrize("conv", ["gcn", "sage", "graph"])
-@pytest.mark.parametrize("shared_router", [True, False])
-def test_a_gnn_becomes_pygs_convs(conv: str, start: Any, shared_router: bool) -> None:
-    options: dict[str, Any] = {"num_experts": E, "mix": "weights", "start": start}
-    model = redrawn(GNNMoE(D, 8, 2, 3, conv=conv, shared_router=shared_router, **options))
+def positions() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(len(Z), 3, dtype=torch.float64, generator=generator, requires_grad=True)
+
+
+def looped(model: Any, pos: Tensor) -> Tensor:
+    """(G, 1) molecule by molecule: PyG's own SchNet, with the weights of its composition."""
+    dense = dense_schnet()
+    names = {name for name, _ in dense.named_parameters()}
+    energies = []
+    for group in range(3):
+        own = group == BATCH
+        share_E = [(Z[own] == element).double().mean() for element in ELEMENTS]
+        weights = {name: value for name, value in model.named_parameters() if name in names}
+        for path, part in model.named_modules():
+            for inner, stack in stacks_in(part) if isinstance(part, MoE) else ():
+                name = f"{path}.{inner.removeprefix('experts.stacked')}".rstrip(".")
+                for key in stack.names:
+                    value_E = getattr(stack, key)
+                    weights[f"{name}.{key}"] = sum(
+                        w * v for w, v in zip(share_E, value_E, strict=True)
+                    )
+        assert weights.keys() == names
+        energies.append(torch.func.functional_call(dense, weights, (Z[own], pos[own])))
+    return torch.cat(energies)
+
+
+@pytest.mark.parametrize("start", ["copies", "plain"])
+def test_a_schnet_mixes_its_linear_layers_by_composition(start: str) -> None:
+    """Outputs, forces, gradients of all parameters, and those of a loss of forces."""
+    model, pos = schnet(start), positions()
+    found, expected = model(Z, pos, BATCH), looped(model, pos)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    values = [pos, *model.parameters()]
+    forces, gradients = [], []
+    for energy in (found, expected):
+        (force,) = torch.autograd.grad(energy.sum(), pos, create_graph=True)
+        loss = energy.square().sum() + force.square().sum()
+        forces.append(force)
+        gradients.append(
+            torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+        )
+    torch.testing.assert_close(*forces, rtol=0, atol=1e-10)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_it_starts_as_the_dense_model() -> None:
+    dense, pos = dense_schnet(), positions()
+    expected = dense(Z, pos, BATCH)
+    router = ByType("z", ELEMENTS, batch="batch")
+    for start in ("copies", "shared"):
+        model: Any = gmoe.moefy(
+            dense_schnet(), targets=LINEAR, router=router, mix="weights", start=start
+        )
+        torch.testing.assert_close(model(Z, pos, BATCH), expected, rtol=0, atol=1e-10)
+
+
+def test_merged_for_a_molecule_it_is_the_dense_model() -> None:
+    model, pos = schnet(), positions()
     state = copy.deepcopy(model.state_dict())
-    data = graph()
-    dense: Any = gmoe.merge(model, data)
-    torch.testing.assert_close(dense(*data), model(*data), rtol=0, atol=1e-11)
-    assert not any(isinstance(part, MoEConv | gmoe.Router) for part in dense.modules())
-    assert type(dense.convs[0]) is type(model.convs[0].experts.expert(0))
+    water = BATCH == 0
+    merged: Any = gmoe.merge(model, {"z": Z[water], "pos": pos[water]})
+    assert type(merged.lin1) is nn.Linear
+    assert not any(isinstance(part, MoE | gmoe.Router) for part in merged.modules())
+    found, expected = merged(Z[water], pos[water]), model(Z[water], pos[water])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    of_both = [torch.autograd.grad(energy.sum(), pos)[0] for energy in (found, expected)]
+    torch.testing.assert_close(*of_both, rtol=0, atol=1e-10)
+    merged(Z[water] + 1, pos[water])  # it reads no types anymore
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    other = graph(14)
-    assert not torch.allclose(dense(*other), model(*other))
 
 
-def test_a_linear_layer_becomes_one_and_an_mlp_an_mlp() -> None:
-    model = nn.Sequential(
-        MoE(TokenChoice(D, num_experts=E, k=E), LinearExperts(D, D, num_experts=E), mix="weights"),
-        MoE(UniformRouter(D, num_experts=E), MLPExperts(D, 8, 4, num_experts=E), mix="weights"),
-    ).double()
-    x, _ = graph()
-    dense: Any = gmoe.merge(model.eval(), x)
-    assert [type(part) for part in dense] == [nn.Linear, MLP]
-    torch.testing.assert_close(dense(x), model(x), rtol=0, atol=1e-12)
-    one: Any = gmoe.merge(model[0], x)
-    assert type(one) is nn.Linear
-
-
-def test_of_several_graphs_all_have_to_be_of_one_composition() -> None:
-    model = schnet()
-    z = torch.tensor([8, 1, 1, 1, 8, 1])
-    batch = torch.tensor([0, 0, 0, 1, 1, 1])
-    pos = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    dense: Any = gmoe.merge(model, {"z": z, "pos": pos, "batch": batch})
-    torch.testing.assert_close(dense(z, pos, batch), model(z, pos, batch), rtol=0, atol=1e-12)
-    found = torch.autograd.grad(dense(z, pos, batch).sum(), pos)
-    wanted = torch.autograd.grad(model(z, pos, batch).sum(), pos)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    dense(z + 1, pos, batch)  # it reads no types anymore
+def test_of_several_molecules_all_have_to_be_of_one_composition() -> None:
+    model, pos = schnet(), positions()[:6]
+    z, batch = torch.tensor([8, 1, 1, 1, 8, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    merged: Any = gmoe.merge(model, (z, pos, batch))
+    found, expected = merged(z, pos, batch), model(z, pos, batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     z[0] = 6
     with pytest.raises(ValueError, match=r"^graph: got 2 decisions in .*lin.*, expected one"):
         gmoe.merge(model, (z, pos, batch))
 
 
+class ByVector(nn.Module):
+    """Layers on nodes, whose weights are mixed by a vector of each graph."""
+
+    def __init__(self, *experts: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MoE(None, MixedWeights(one)) for one in experts)
+        self.router = TokenChoice(3, num_experts=4, k=4, weight="score", balance=None)
+
+    def forward(self, x: Tensor, vector: Tensor, batch: Tensor) -> Tensor:
+        nodes = self.router(vector).expand(batch)
+        for layer in self.layers:
+            x = layer(x, routing=nodes)
+        return x
+
+
+@pytest.mark.parametrize("glu", [False, True])
+def test_a_linear_layer_becomes_one_and_an_mlp_two(glu: bool) -> None:
+    """Whatever the weights of the experts sum to."""
+    torch.manual_seed(0)
+    experts: Any = [
+        LinearExperts(6, 5, num_experts=3, bias=not glu),
+        MLPExperts(5, 8, 4, num_experts=3, glu=glu),
+    ]
+    model = nn.Sequential(*[MoE(Told(one.in_features), MixedWeights(one)) for one in experts])
+    x = torch.randn(7, 6, dtype=torch.float64)
+    dense: Any = gmoe.merge(model.double().eval(), x)
+    assert [type(part) for part in dense] == [nn.Linear, MLP]
+    torch.testing.assert_close(dense(x), model(x), rtol=0, atol=1e-12)
+    assert type(gmoe.merge(model[0], x)) is nn.Linear
+
+
+class Told(gmoe.Router):
+    """One decision for all tokens, whose weights do not sum to 1."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, num_experts=3, k=3)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw."""
+
+    def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
+        weight_1E = torch.tensor([[0.5, -0.2, 0.9]], dtype=x_TD.dtype)
+        all_T = torch.zeros(len(x_TD), dtype=torch.int64)
+        return gmoe.Routing.to_all(weight_1E).expand(all_T)
+
+
 def test_what_has_no_dense_equal_is_refused_and_stays() -> None:
-    data = graph()
-    soft = GNNMoE(D, 8, 2, 3, num_experts=E).double()
-    with pytest.raises(ValueError, match=r"model: got convs\.0, which mixes outputs, expected"):
-        gmoe.merge(soft, data)
-    gin = redrawn(GNNMoE(D, 8, 2, 3, num_experts=E, conv="gin", start="shared", mix="weights"))
-    with pytest.raises(ValueError, match=r"model: got convs\.0, experts beside a shared one"):
-        gmoe.merge(gin, data)
-    router = TokenChoice(D, num_experts=E, k=2, weight="score")
-    scaled = MoE(router, LinearExperts(D, D, num_experts=E), mix="weights").double()
-    with pytest.raises(ValueError, match="whose weights do not always sum to 1"):
-        gmoe.merge(scaled, data[0])
+    pos = positions()[:3]
+    call = (Z[:3], pos)
+    beside = schnet("shared")
+    with pytest.raises(ValueError, match=r"model: got inter.*, experts beside a shared one, exp"):
+        gmoe.merge(beside, call)
+    soft: Any = gmoe.moefy(dense_schnet(), targets="lin1", num_experts=3)
+    with pytest.raises(ValueError, match="model: got lin1, which mixes outputs, expected"):
+        gmoe.merge(soft, call)
     with pytest.raises(ValueError, match="model: got Linear without layers of experts"):
-        gmoe.merge(nn.Linear(D, D).double(), data[0])
-    told = MoEConv("gcn", D, D, num_experts=E, router=None, mix="weights").double()
-    with pytest.raises(ValueError, match="a MoEConv without one router of its own"):
-        gmoe.merge(told, data)
+        gmoe.merge(nn.Linear(6, 6), pos)
+    told = ByVector(LinearExperts(6, 6, num_experts=4))
+    x, batch = torch.randn(5, 6), torch.tensor([0, 1, 1, 0, 0])
+    with pytest.raises(ValueError, match=r"got layers\.0, a MoE without a router of its own"):
+        gmoe.merge(told, (x, torch.randn(2, 3), batch))

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn import GCN, GCNConv, GINConv, MessagePassing
 from transformers import Trainer
@@ -34,6 +34,17 @@ ROUTING = gmoe.Routing.from_choices(
 )
 
 
+class Atoms(nn.Module):
+    """A layer on atoms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, z: Tensor, batch: Tensor | None = None) -> Tensor:
+        return self.lin(x)
+
+
 def dense() -> GCN:
     return GCN(WIDTH, WIDTH, 2, 3)
 
@@ -44,7 +55,8 @@ def moefied() -> nn.Module:
 
 def mixing() -> nn.Module:
     """A model that mixes weights, by one decision for the graph."""
-    return gmoe.GNNMoE(WIDTH, 8, 3, mix="weights", num_experts=EXPERTS)
+    router = gmoe.routers.ByType("z", [1, 6], batch="batch")
+    return gmoe.moefy(Atoms(), targets="lin", router=router, mix="weights", start="copies")
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -104,7 +116,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "link_neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
     "load": lambda folder: ((gmoe.save(moefied(), folder), dense()), {}),
     "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
-    "merge": lambda _: ((mixing(), (X, EDGES)), {}),
+    "merge": lambda _: ((mixing(), (X, torch.ones(6, dtype=torch.long))), {}),
     "moefy": lambda _: ((dense(),), experts(every=1)),
     "neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
     "prune": lambda _: ((moefied(), (X, EDGES)), {"keep": 1}),

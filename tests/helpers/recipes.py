@@ -33,9 +33,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     f"{OF_VIT} --router dense": ("*encoder_layer_0.*=0", "heads.*=3"),
     f"{OF_VIT} --router token_choice --balance bias --noise True": ("*.experts.*=3",),
     f"{OF_VIT} --router expert_choice --every 1": ("*.router.*=0.1", "*pos_embedding=0"),
-    f"{OF_VIT} --router token_choice --start copies --router-input view": ("view_router.*=2",),
-    f"{OF_VIT} --router dense --extra-input view": ("embedding.*=2",),
-    f"{OF_TIMM} --router token_choice --router-input image": ("*.router.*=2",),
+    f"{OF_TIMM} --router token_choice": ("*.router.*=2",),
     f"{OF_TIMM} --router dense": ("blocks.0.*=0",),
     f"{OF_TIMM} --router token_choice --start copies --k 2": ("head.*=3", "patch_embed.*=0"),
 }

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from vision.models import TimmModel, add_drop_path, vit_size
 from vision.own_images import own_images
 from vision.soft_mlp import SoftMLP
 from vision.told_domain import DomainRouter, DomainViT
-from vision.views import ViewViT
 
 FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar10", ""),
@@ -119,16 +118,6 @@ class Images(Kind[ImageConfig]):
             num_layers=config.layers,
         )
         model_class: Any = DomainViT if config.router == "oracle" else gmoe.ViTMoE
-        by_view = config.router_input == "view"
-        if by_view:
-            del options["router_input"]
-        if by_view or config.extra_input is not None:
-            model_class = partial(
-                ViewViT,
-                by_view=by_view,
-                extra_input=config.extra_input,
-                num_domains=len(task.domains),
-            )
         model: Any = model_class(size, task.num_classes, **options)
         # The blocks that hold experts, or would
         blocks = model.encoder.layers[config.every - 1 :: config.every]
@@ -162,7 +151,6 @@ class Images(Kind[ImageConfig]):
             num_experts=config.experts,
             k=config.k,
             start=config.start,
-            router_input=config.router_input,
         )
 
     def num_images(self, inputs: tuple[Any, ...]) -> int | None:

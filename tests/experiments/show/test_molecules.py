@@ -33,8 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("options", "figures"),
-    [((), 1), (("--router-input", "graph"), 1), (("--shared-router", "False", "--k", "2"), 2)],
-    ids=["atoms", "molecules", "layers"],
+    [((), 1), (("--shared-router", "False", "--k", "2"), 2)],
+    ids=["once", "layers"],
 )
 def test_the_report_draws_molecules_in_the_colors_of_experts(
     options: tuple[str, ...],
@@ -64,8 +64,6 @@ def test_the_report_draws_molecules_in_the_colors_of_experts(
         assert set(smiles) <= set(TEN)
         assert len(smiles) == len(experts) == len(titles) == 1  # one molecule validates
         assert max(map(max, experts)) < num_experts == 3
-        if "graph" in options:
-            assert len(set(experts[0])) == 1
 
 
 def test_elements_go_by_their_symbols(

@@ -17,7 +17,7 @@ import gmoe
 from experiments.show.report import main as report
 from experiments.train.command import parse
 from experiments.train.config import RouterOptions, RunConfig
-from experiments.train.presets import DIGITS, PRESETS
+from experiments.train.presets import PRESETS
 from experiments.train.routing_stats import (
     advice,
     alignment,
@@ -164,13 +164,6 @@ def test_advice_names_options_that_the_run_can_take() -> None:
     )
     own = replace(TOKEN, model="mine.py:make")
     assert "train with a balance in your model's router to use" in advice(layers, own)
-    # Images and graphs that are routed as a whole do not compete: experts cannot choose
-    of_each: Any = ((DIGITS, "image"), (DIGITS, "view"), (TOKEN, ("graph",)))
-    for base, sees in of_each:
-        by_group: Any = replace(base, router="token_choice", router_input=sees)
-        assert "train with --balance bias to use" in advice(layers, by_group)
-        by_group = replace(by_group, options=RouterOptions(balance="bias"))
-        assert advice(layers, by_group).endswith("as a dense layer does: take --router dense.")
     for args in (["--balance", "bias"], ["--router", "expert_choice"], ["--router", "dense"]):
         parse(["digits-graph", *args])
 

@@ -34,7 +34,7 @@ def test_the_router_of_copies_in_a_layer_sees_node_and_neighbors_by_default() ->
     assert by_layer.config["router_input"] == list(both)
 
 
-@pytest.mark.parametrize("router_input", [[], "edges", ["node", "edges"]], ids=str)
+@pytest.mark.parametrize("router_input", [[], "edges", "graph", ["node", "edges"]], ids=str)
 def test_an_unknown_part_or_none_is_refused(router_input: Any) -> None:
     with pytest.raises(ValueError, match="router_input: got"):
         router_parts(router_input, "copies", "token_choice")
@@ -48,24 +48,6 @@ def test_features_are_as_wide_as_the_router_was_told() -> None:
     assert seen.size(1) == router_width(parts, node=3, neighbors=3)
     assert seen[1, 3:6].tolist() == [0.5, 0.5, 0]  # the mean over its in-edges, from 0 and 1
     assert seen[:, 6].tolist() == torch.tensor([1.0, 2.0, 0.0]).log1p().tolist()
-
-
-@pytest.mark.parametrize(
-    ("router", "options"),
-    [("expert_choice", {}), ("multi_centroid", {"choice": "experts"})],
-)
-def test_graphs_never_compete(router: str, options: dict[str, Any]) -> None:
-    """By a threshold, tokens decide alone in evaluation, but compete in training."""
-    with pytest.raises(ValueError, match=r"^router_input: got 'graph' with .*tokens choose"):
-        MoEConv(
-            "gcn",
-            4,
-            8,
-            num_experts=4,
-            router=router,
-            router_kwargs={"inference": "threshold", **options},
-            router_input="graph",
-        )
 
 
 def test_the_degree_of_a_hub_is_finite_in_half_precision() -> None:

@@ -31,8 +31,6 @@ WAYS = {
     "a shared expert": {"start": "shared"},
     "plain, experts choose": {"start": "plain", "router": "expert_choice"},
     "two experts a node": {"k": 2, "router_kwargs": {"weight": "normalized"}},
-    "mixed weights": {"mix": "weights", "k": 1},
-    "mixed weights, a router a block": {"mix": "weights", "shared_router": False},
 }
 ways = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 
@@ -139,20 +137,13 @@ def by_masks(gnn: GNNMoE, x: Tensor, convs: Any, routings: list[gmoe.Routing]) -
         rows = convs[layer](gnn.norms[layer](h), EDGES)
         weight_TE = routings[-1 if len(routings) == 1 else layer].to_dense()
         up, down = part.experts.up, part.experts.down
-        if part.mix == "weights":  # an MLP a node; those of a graph are the same
-            hidden = F.gelu(
-                torch.einsum("te,ehc,tc->th", weight_TE, up.weight, rows) + weight_TE @ up.bias
+        h = h + sum(
+            weight_TE[:, [e]]
+            * F.linear(
+                F.gelu(F.linear(rows, up.weight[e], up.bias[e])), down.weight[e], down.bias[e]
             )
-            mixed = torch.einsum("te,eoh,th->to", weight_TE, down.weight, hidden)
-            h = h + mixed + weight_TE @ down.bias
-        else:
-            h = h + sum(
-                weight_TE[:, [e]]
-                * F.linear(
-                    F.gelu(F.linear(rows, up.weight[e], up.bias[e])), down.weight[e], down.bias[e]
-                )
-                for e in range(EXPERTS)
-            )
+            for e in range(EXPERTS)
+        )
         if part.shared_expert is not None:
             h = h + part.shared_expert(rows)
     logits: Tensor = gnn.lin(gnn.norms[-1](h))
@@ -206,7 +197,7 @@ def test_where_the_experts_are() -> None:
 IN_CONVS = [
     {"ffn": "dense", "conv": conv, "start": start, "router_input": router_input}
     for conv, start in (("sage", "plain"), ("gat", "copies"))
-    for router_input in ("node", "neighbors", "graph")
+    for router_input in ("node", "neighbors")
 ]
 """Experts in the convs, each with a router of its own, which sees what the conv sees: a norm."""
 
@@ -250,16 +241,6 @@ def test_graphs_of_a_batch_do_not_compete(options: dict[str, Any]) -> None:
     batch = torch.arange(2).repeat_interleave(NODES)
     both = gnn(x, torch.cat([EDGES, EDGES + NODES], dim=1), batch=batch)
     assert_same(both, torch.cat([gnn(x[batch == graph], EDGES) for graph in range(2)]))
-
-
-@pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
-def test_a_router_that_sees_graphs_sends_each_to_one_expert(options: dict[str, Any]) -> None:
-    gnn = model(router_input="graph", **options)
-    batch = torch.arange(3).repeat_interleave(3)
-    _, routings = gnn(features(NODES, IN), EDGES, batch=batch, return_routing=True)
-    for routing in routings:
-        choice = routing.to_dense().argmax(dim=1)
-        assert torch.equal(choice, choice[::3].repeat_interleave(3))
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)

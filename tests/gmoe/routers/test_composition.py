@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch_geometric.nn import GCNConv
 
 import gmoe
 from gmoe import MoE, record_routing
@@ -59,11 +60,13 @@ def test_the_weights_are_the_shares_of_the_types() -> None:
     routing = ByType("z", VALUES, batch="batch").routing(Z, False, BATCH)
     torch.testing.assert_close(routing.to_dense(), shares(), rtol=0, atol=1e-15)
     assert routing.by_group is not None
-    weight_GE, group_T = routing.by_group
-    torch.testing.assert_close(weight_GE[group_T], shares(), rtol=0, atol=1e-15)
+    groups, group_T = routing.by_group
+    torch.testing.assert_close(groups.to_dense()[group_T], shares(), rtol=0, atol=1e-15)
     one = ByType("z", VALUES, batch="batch").routing(Z, False)
     assert one.by_group is not None
-    torch.testing.assert_close(one.by_group.weight_GE, torch.tensor([[2, 3, 2]]).double() / 7)
+    torch.testing.assert_close(
+        one.by_group.routing.to_dense(), torch.tensor([[2, 3, 2]]).double() / 7
+    )
 
 
 def test_tokens_of_other_types_lower_the_shares() -> None:
@@ -81,7 +84,7 @@ def test_a_moefied_model_mixes_by_composition(mix: Any) -> None:
     out = model(x, Z, batch=BATCH)
 
     def layer(moe: MoE, x: Tensor) -> Tensor:
-        experts: Any = moe.experts
+        experts: Any = moe.experts.stacked if mix == "weights" else moe.experts
         weight_TE = shares()
         y_TEO = torch.einsum("ti,eoi->teo", x, experts.weight) + experts.bias
         return torch.einsum("te,teo->to", weight_TE, y_TEO)
@@ -104,7 +107,7 @@ def test_all_layers_share_the_decision_and_start_as_the_dense_model(tmp_path: An
     with record_routing(model) as routings:
         torch.testing.assert_close(model(x, Z, batch=BATCH), expected, rtol=0, atol=1e-12)
     assert routings[0] is routings[1]
-    assert model.lin1.router_input == "token"
+    assert model.lin1.experts_per_token == 1.0
     trained = net()
     copied = pickle.loads(pickle.dumps(trained))
     torch.testing.assert_close(copied(x, Z, batch=BATCH), trained(x, Z, batch=BATCH))
@@ -156,8 +159,17 @@ def test_what_does_not_fit_is_refused() -> None:
     for batch in (BATCH[:3], BATCH.float(), 3):
         with pytest.raises(ValueError, match=r"^batch: got .*, expected integers, the group of"):
             net()(features(), Z, batch=batch)
-    without: Any = gmoe.moefy(
-        Net().double(), targets="lin*", router=ByType("z", VALUES), start="copies", mix="weights"
-    )
-    with pytest.raises(ValueError, match=r"^routing: got a decision for each token, .* batch="):
-        without(features(), Z)
+    by_atom, by_molecule = ByType("z", VALUES), ByType("z", VALUES, batch="batch")
+    for options, message in (
+        ({"router": by_atom, "targets": "lin*"}, r"router: got ByType.* with mix='weights', exp"),
+        ({"router": "token_choice", "targets": "lin*"}, r"router: got 'token_choice' with mix='we"),
+        ({"router": by_molecule}, "targets: got None with mix='weights', expected pat"),
+        ({"router": by_molecule, "targets": "lin*", "router_input": "node"}, "router_input: got"),
+        ({"router": by_molecule, "targets": "lin*", "mix": "sum"}, "mix: got 'sum', expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gmoe.moefy(Net(), **({"mix": "weights"} | options))
+    dense = nn.Module()
+    dense.conv = GCNConv(4, 4)
+    with pytest.raises(ValueError, match=r"targets: got conv, a GCNConv, with mix='weights', exp"):
+        gmoe.moefy(dense, targets="conv", router=by_molecule, mix="weights")
