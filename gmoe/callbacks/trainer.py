@@ -96,5 +96,5 @@ class TrainerSave(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write over the checkpoint."""
-        if state.is_world_process_zero:
+        if args.should_save:
             save(kwargs["model"], Path(args.output_dir, f"checkpoint-{state.global_step}"))

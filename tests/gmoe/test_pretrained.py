@@ -40,6 +40,7 @@ SIZE = {
 }
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kinds": (GNN, {"conv": ("gcn", SAGEConv, "graph"), "k": 2}),
+    "a conv's class": (GNN, {"conv": SAGEConv}),
     "router class": (
         GNN,
         {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}},

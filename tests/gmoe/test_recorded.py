@@ -101,6 +101,7 @@ def test_what_is_recorded_is_copied_and_pickled_with_the_model() -> None:
         ("router", MyRouter),
         ("router", TokenChoice(16, num_experts=8)),
         ("conv", ["gcn", lambda a, b: GCNConv(a, b)]),
+        ("conv", partial(GCNConv, improved=True)),
         ("act", nn.ReLU()),
         ("improved", float("inf")),
     ],

@@ -281,6 +281,18 @@ def test_every_option_of_a_router_that_was_changed_is_refused(
     gmoe.save(model, tmp_path)
 
 
+def test_what_changes_no_output_is_saved(tmp_path: Path) -> None:
+    """Attached losses, hooks, compiled parts, recomputation, frozen parts, another precision."""
+    model: Any = made("timm", router_kwargs={"balance": "switch"})
+    gmoe.attach_aux_loss(model)
+    model.set_grad_checkpointing(True)
+    model.blocks[1].mlp.register_forward_hook(lambda *_: None)
+    model.blocks[3].mlp.compile(backend="eager")
+    model.train()(images()).sum().backward()
+    model.blocks[1].mlp.requires_grad_(False)
+    check_comes_back(model.eval().float(), BASES["timm"](), images().float(), tmp_path)
+
+
 def test_parts_that_were_replaced_are_refused(tmp_path: Path) -> None:
     def refused(change: Callable[[Any], Any], words: str) -> None:
         model: Any = gmoe.moefy(timm_vit(2), num_experts=2)
