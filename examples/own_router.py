@@ -118,7 +118,7 @@ graph = gmoe.Graph(data.edge_index, data.num_nodes)  # sorted once, not in every
 
 # %%
 # The same model with a built-in router, with this one, and with random experts. Classes of your own
-# start beside a shared expert, names as copies, so that the start is said here.
+# start beside a shared expert, gmoe's may start as copies, so that the start is said here.
 def train(router: RouterLike) -> tuple[float, gmoe.Routing]:
     options: Any = {"start": "shared", "shared_router": False, "num_experts": 8, "k": 2}
     model = gmoe.GNNMoE(64, 32, 10, conv="sage", router=router, dropout=0.5, **options)

@@ -30,10 +30,10 @@ from gmoe.experts import Experts, LinearExperts, Mix, MixedWeights
 from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.products import Backend
 from gmoe.recorded import AsBuilt, Recorded
-from gmoe.routers import ByType, Router, RouterLike, read_router
+from gmoe.routers import ROUTERS, ByType, Router, RouterLike, read_router
 from gmoe.routing import Routing
 from gmoe.stack import base_parameters, become, share_base
-from gmoe.start import Start, build_layer_router, resolved_start, saved_by_name
+from gmoe.start import Start, build_layer_router, resolved_start
 
 DEFAULT_EXPERTS = 8
 """E, unless the router's values say how many experts there are."""
@@ -107,8 +107,8 @@ def moefy(
               ``gmoe.stack``: if it was frozen, the base stays frozen and the differences train. The
               model starts as the dense one, since a token's weights sum to 1; other routers are
               refused (``router.sums_to_one``). Independent copies are sparse upcycling
-              (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). Token choice by name
-              has weights of 1 at K = 1 and does not balance its load, as in :class:`MoEConv`.
+              (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). Token choice has
+              weights of 1 at K = 1 and does not balance its load, as in :class:`MoEConv`.
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_input: what the routers of convs see, as in :class:`MoEConv` (default ``None``).
         mix: the ``"outputs"`` of K experts (default); or of linear layers and MLPs that ``targets``
@@ -187,8 +187,7 @@ def moefy(
 
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
-        known = saved_by_name(layer.start, k, router_kwargs)
-        layer.moefied = Recorded.of(options, known)
+        layer.moefied = Recorded.of(options, ROUTERS)
         layer.as_built = AsBuilt.of(layer)
     for module, layer in layers.items():
         for name in names_of[module]:

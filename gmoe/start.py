@@ -12,7 +12,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from gmoe._checks import check_choice
-from gmoe.routers import ROUTERS, Router, RouterLike, build_router
+from gmoe.routers import (
+    ROUTERS,
+    MultiCentroid,
+    Router,
+    RouterLike,
+    TokenChoice,
+    build_router,
+)
 
 Start: TypeAlias = Literal["copies", "shared", "plain"]
 """How a layer with experts starts.
@@ -40,8 +47,8 @@ def resolved_start(
     """Decide how a layer starts: the only place that knows what ``None`` means.
 
     ``None`` is ``"shared"``, unless it is to follow a router: then it is ``"copies"`` if that
-    router is sure to give weights that sum to 1, at the FLOPs of the dense layer. A factory of your
-    own is not called to find out: beside it, ``None`` is ``"shared"``.
+    router is sure to give weights that sum to 1, at the FLOPs of the dense layer. A class or
+    factory of your own is not called to find out: beside it, ``None`` is ``"shared"``.
 
     Args:
         start: what the caller said.
@@ -79,7 +86,7 @@ def _sums_to_one(
         return router.sums_to_one
     if router not in [*ROUTERS, *ROUTERS.values()]:  # a factory: to call it may have effects
         return False
-    kwargs = _kwargs_by_name("copies", router, k, router_kwargs)
+    kwargs = _with_defaults("copies", router, k, router_kwargs)
     # Whether the weights sum to 1 follows from the options: any width will do, without values.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         built = build_router(router, dim=1, num_experts=num_experts, k=k, kwargs=kwargs)
@@ -96,17 +103,17 @@ def build_layer_router(
 ) -> Router:
     """Build the router of a layer, by defaults that suit how the layer starts.
 
-    With ``start="copies"``, a router that a name builds has weights that sum to 1, and token choice
-    does not balance its load: experts without tokens cost nothing there, since all began as the
-    same layer. Where nothing is gained by several experts, it may leave all tokens to one, which is
-    the dense layer. An argument in ``kwargs`` goes first; a class, a factory or an instance is left
-    as it is.
+    With ``start="copies"``, token choice and centroids have weights that sum to 1, by name or by
+    class, and token choice does not balance its load: experts without tokens cost nothing there,
+    since all began as the same layer. Where nothing is gained by several experts, it may leave all
+    tokens to one, which is the dense layer. An argument in ``kwargs`` goes first. A class or
+    factory of your own is called as it is, and an instance is not changed.
 
     Raises:
         ValueError: ``start="copies"``, and a router whose weights need not sum to 1 for each token;
             and as :func:`gmoe.routers.build_router`.
     """
-    kwargs = _kwargs_by_name(start, router, k, kwargs)
+    kwargs = _with_defaults(start, router, k, kwargs)
     built = build_router(router, dim, num_experts=num_experts, k=k, kwargs=kwargs)
     if start == "copies" and not built.sums_to_one:
         raise ValueError(
@@ -118,38 +125,26 @@ def build_layer_router(
     return built
 
 
-def _kwargs_by_name(
+def _with_defaults(
     start: Start,
     router: RouterLike,
     k: int,
     kwargs: Mapping[str, object] | None,
 ) -> Mapping[str, object] | None:
-    """Return a router's arguments, with the defaults that a layer gives to one given by name."""
+    """Return a router's arguments, with the defaults that a layer gives to those of gmoe."""
     if not isinstance(kwargs, Mapping | None):  # build_router refuses it
         return kwargs
-    kwargs = dict(kwargs or {})
-    defaults: dict[str, Any] = {}
-    if start == "copies" and router in ("token_choice", "multi_centroid") and k == 1:
-        defaults["weight"] = "straight_through"
+    given = dict(kwargs or {})
+    if isinstance(router, str):
+        router = ROUTERS.get(router, router)  # build_router refuses others
+    if start != "copies" or router not in (TokenChoice, MultiCentroid):
+        return given
+    defaults: dict[str, Any] = {"weight": "straight_through"} if k == 1 else {}
     # The noise is that of the balanced router, which explores. Explicit arguments about balance or
     # noise are passed through unchanged.
-    if start == "copies" and router == "token_choice" and kwargs.keys().isdisjoint(OF_BALANCE):
+    if router is TokenChoice and given.keys().isdisjoint(OF_BALANCE):
         defaults |= {"balance": None, "noise": True}
-    return defaults | kwargs
-
-
-def saved_by_name(
-    start: Start, k: int, router_kwargs: Mapping[str, object] | None
-) -> dict[str, Any]:
-    """Return the classes of routers that come back as they were if their name is saved.
-
-    Among copies, a name has defaults that its class has not.
-    """
-    return {
-        name: router
-        for name, router in ROUTERS.items()
-        if _kwargs_by_name(start, name, k, router_kwargs) == (router_kwargs or {})
-    }
+    return defaults | given
 
 
 @contextmanager

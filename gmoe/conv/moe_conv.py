@@ -143,9 +143,10 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
               nodes train, and a difference that starts at zero, see ``gmoe.stack``. Convs
               that run one by one are independent copies. The first forward is the conv's, since a
               node's weights sum to 1; other routers are refused (``router.sums_to_one``). Token
-              choice by name then has weights of 1 (``weight="straight_through"``) at K = 1 and,
-              unless ``router_kwargs`` say otherwise, does not balance its load: it may leave all
-              nodes to one expert, which is the conv. Centroids by name have weights of 1, too.
+              choice then has weights of 1 (``weight="straight_through"``) at K = 1 and, unless
+              ``router_kwargs`` say otherwise, does not balance its load: it may leave all nodes to
+              one expert, which is the conv. Centroids have weights of 1, too. A router of your own
+              is built as it is.
             - ``"shared"``: a shared expert, a conv of the same kind (of a list, the first), runs on
               every node with weight 1; the routed experts' output is scaled by a tenth of a learned
               gain that starts at zero.

@@ -54,12 +54,9 @@ from gmoe.models.parts import (
 )
 from gmoe.moe import MoE, MoELayer, checked_routings, choose_blocks
 from gmoe.recorded import Recorded, given_to
-from gmoe.routers import Router, RouterLike
+from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing
 from gmoe.saved import Pretrained
-from gmoe.start import (
-    saved_by_name,
-)
 
 Stored = TypeVar("Stored")
 """A graph on disk, in place of the features of all nodes."""
@@ -187,7 +184,7 @@ class GNNMoE(Pretrained, nn.Module):
         check_blocks(ffn, conv, jk, residual, router_input if routes_blocks else None)
         super().__init__()
         # The defaults are resolved by now: a file says what they were.
-        self.recorded = Recorded.of(given_to(GNNMoE, locals()), _named_classes(k, conv_kwargs))
+        self.recorded = Recorded.of(given_to(GNNMoE, locals()), by_name() | ROUTERS)
         # Plain ints: NumPy's are counts too, but torch and PyG do not take them everywhere.
         self.in_channels = in_channels = int(in_channels)
         self.hidden_channels = hidden_channels = int(hidden_channels)
@@ -541,11 +538,6 @@ class GNNMoE(Pretrained, nn.Module):
             f"{self.out_channels}, num_layers={self.num_layers}, "
             f"shared_router={self.shared_router is not None})"
         )
-
-
-def _named_classes(k: int, conv_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes of convs and routers that a model is saved with by their names."""
-    return by_name() | saved_by_name(conv_kwargs["start"], k, conv_kwargs.get("router_kwargs"))
 
 
 def _moe_layers(

@@ -21,10 +21,10 @@ from gmoe.experts import LinearExperts
 from gmoe.moe import MoE, checked_routings
 from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
-from gmoe.routers import Router, RouterLike
+from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing, record_routing
 from gmoe.saved import Pretrained
-from gmoe.start import Start, drawn_apart, resolved_start, saved_by_name
+from gmoe.start import Start, drawn_apart, resolved_start
 
 SIZES: dict[int, dict[str, int]] = {
     8: {
@@ -128,8 +128,7 @@ class ViTMoE(Pretrained, VisionTransformer):
                     f"{whole}: got {sizes[whole]}, expected a multiple of {part}={sizes[part]}"
                 )
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
-        known = saved_by_name(start, k, router_kwargs)
-        self.recorded = Recorded.of(given_to(ViTMoE, locals()), known)
+        self.recorded = Recorded.of(given_to(ViTMoE, locals()), ROUTERS)
         self.shared_router: Router | None = None
         if router is None:
             return

@@ -48,7 +48,7 @@ class MultiCentroid(Router):
         num_experts: E.
         k: K, experts per token (on average, where experts choose; default 1).
         weight: see :class:`Router`; default ``"normalized"`` where tokens choose and K >= 2, else
-            ``"score"``.
+            ``"score"``; in a layer of copies ``"straight_through"`` at K = 1.
         num_centroids: M, centroids per expert (default 4).
         choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`.
             ``"experts"``: experts take their top-C tokens of a group, as in :class:`ExpertChoice`.

@@ -38,6 +38,9 @@ class TokenChoice(BalancedRouter):
 
     No pair is dropped, unless ``capacity_factor`` is given. Ties go to the lowest expert index.
 
+    A layer whose experts start as copies gives it other defaults: ``weight="straight_through"`` at
+    K = 1, and unless balance or noise are given ``balance=None`` with noise.
+
     Args:
         dim: D, the width of the tokens.
         num_experts: E.

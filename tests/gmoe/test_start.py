@@ -100,7 +100,8 @@ STRAIGHT: dict[str, Any] = {"weight": "straight_through"}
 SUMS_TO_ONE: dict[str, dict[str, Any]] = {
     "token choice": {"router": "token_choice"},
     "token choice, balanced": {"router": "token_choice", "router_kwargs": {"balance": "bias"}},
-    "token choice, a class": {"router": TokenChoice, "router_kwargs": STRAIGHT},
+    "token choice, a class": {"router": TokenChoice},
+    "token choice, a factory": {"router": partial(TokenChoice), "router_kwargs": STRAIGHT},
     "token choice, K = 2": {"router": "token_choice", "k": 2},
     "centroids": {"router": "multi_centroid"},
     "centroids, K = 2": {"router": "multi_centroid", "k": 2},
@@ -111,7 +112,7 @@ SUMS_TO_ONE: dict[str, dict[str, Any]] = {
 }
 NOT_ONE: dict[str, dict[str, Any]] = {
     "scores": {"router": "token_choice", "router_kwargs": {"weight": "score"}},
-    "scores of a class": {"router": TokenChoice},
+    "scores of a factory": {"router": partial(TokenChoice)},
     "capacity": {"router": "token_choice", "router_kwargs": {**STRAIGHT, "capacity_factor": 1.0}},
     "straight-through at K = 2": {"router": "token_choice", "k": 2, "router_kwargs": STRAIGHT},
     "expert choice": {"router": "expert_choice"},
@@ -350,6 +351,9 @@ def test_a_base_and_its_router_follow_the_seed_and_differ_from_layer_to_layer() 
 
 # what start=None becomes --------------------------------------------------------------------------
 
+OPTION = (bool, int, float, str, type(None))
+"""What options of routers are."""
+
 DEFAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "token_choice": [
         ({}, "copies"),
@@ -410,21 +414,30 @@ def given(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"router_kwargs": kwargs} if kwargs else {}
 
 
+class Straight(TokenChoice):
+    """A router of one's own, whose weights sum to 1."""
+
+    def __init__(self, dim: int, *, num_experts: int, k: int = 1) -> None:
+        super().__init__(dim, num_experts=num_experts, k=k, weight="straight_through")
+
+
 @pytest.mark.parametrize(
     ("router", "k", "kwargs", "start"),
     [
-        # A class is left as it is: its weights at K = 1 are scores, unless somebody says otherwise.
-        (TokenChoice, 1, None, "shared"),
+        # A class starts as its name does.
+        (TokenChoice, 1, None, "copies"),
         (TokenChoice, 1, STRAIGHT, "copies"),
+        (TokenChoice, 1, {"weight": "score"}, "shared"),
         (TokenChoice, 2, None, "copies"),
-        (gmoe.MultiCentroid, 1, None, "shared"),
+        (gmoe.MultiCentroid, 1, None, "copies"),
         (gmoe.MultiCentroid, 2, None, "copies"),
         (gmoe.RandomRouter, 1, None, "copies"),
         (gmoe.UniformRouter, 1, None, "copies"),
         (gmoe.ExpertChoice, 2, None, "shared"),
         # Nobody routes.
         (None, 1, None, "shared"),
-        # A factory may give anything.
+        # A class of one's own, or a factory, may give anything.
+        (Straight, 1, None, "shared"),
         (partial(TokenChoice, weight="straight_through"), 1, None, "shared"),
         (partial(OracleRouter, assignment=torch.arange(NODES) % 3), 1, None, "shared"),
     ],
@@ -434,6 +447,48 @@ def test_the_default_under_a_class_no_router_or_a_factory(
     router: Any, k: int, kwargs: Any, start: str
 ) -> None:
     assert start_under(router, k, kwargs) == start
+
+
+BUILDS: dict[str, Callable[..., nn.Module]] = {
+    "MoEConv": lambda **options: MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, **options),
+    "GNNMoE": lambda **options: GNNMoE(WIDTH, WIDTH, 2, 2, num_experts=3, **options),
+    "moefy": lambda **options: moefy(
+        nn.ModuleDict({"conv": GCNConv(WIDTH, WIDTH)}), targets="conv", num_experts=3, **options
+    ),
+    "ViTMoE": lambda **options: ViTMoE(SMALL_VIT, num_experts=3, **options),
+}
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("start", [None, "copies", "shared", "plain"])
+@pytest.mark.parametrize("name", gmoe.ROUTERS)
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_router_by_name_and_by_class_is_one_model(
+    build: str, name: str, start: Any, k: int
+) -> None:
+    """Equal options and values, or refused alike."""
+    found: list[Any] = []
+    for router in (name, gmoe.ROUTERS[name]):
+        torch.manual_seed(0)
+        try:
+            model = BUILDS[build](router=router, k=k, start=start)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        routers = [part for part in model.modules() if isinstance(part, gmoe.Router)]
+        options = [
+            {key: value for key, value in vars(part).items() if isinstance(value, OPTION)}
+            for part in routers
+        ]
+        assert options
+        starts = [part.start for part in model.modules() if isinstance(part, MoELayer)]
+        found.append((options, starts, {**model.state_dict()}))
+    if isinstance(found[0], str):
+        assert found[0] == found[1]
+        assert start == "copies"
+        return
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=0, atol=0)
 
 
 def test_a_factory_is_called_for_the_router_alone_and_not_for_the_default() -> None:
