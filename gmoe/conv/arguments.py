@@ -15,8 +15,9 @@ from torch_geometric.utils import is_sparse
 
 from gmoe._checks import check_counts, nearest, parameters_of
 from gmoe.conv.attention import AttentionExperts
+from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
-from gmoe.conv.kinds import OWN_NETWORK, ConvFactory, factory_of
+from gmoe.conv.kinds import OWN_NETWORK, ConvFactory, factory_of, kind_of
 
 
 def given_widths(
@@ -64,6 +65,140 @@ def two_widths(in_channels: object) -> tuple[int, int]:
         if width != -1:
             check_counts(in_channels=width)
     return int(widths[0]), int(widths[1])
+
+
+# calls --------------------------------------------------------------------------------------------
+
+
+def read_call(
+    layer: Any,
+    x: Any,
+    edge_index: Adj | Graph,
+    edge_args: Sequence[Any],
+    edge_weight: Tensor | None,
+    edge_attr: Tensor | None,
+    size: tuple[int, int] | None,
+    return_attention_weights: bool | None,
+    unknown: Mapping[str, object],
+) -> tuple[Call, bool]:
+    """Read a call of a layer in any of the forms that PyG's convs take.
+
+    Args:
+        layer: a :class:`gmoe.MoEConv`, which was called with the rest.
+        edge_args: the arguments behind ``edge_index`` that came by position.
+        unknown: arguments by name that the layer does not have.
+
+    Returns:
+        The call, and whether attention weights are to be returned.
+
+    Raises:
+        ValueError: arguments that do not fit the layer, its convs, or each other.
+    """
+    # 1. The arguments, by name.
+    if unknown:
+        refuse_unknown_in_call(layer, layer.all_convs(), unknown)
+    if edge_args:
+        edge_weight, edge_attr, size, return_attention_weights = by_position(
+            layer.experts.convs(),
+            edge_args,
+            edge_weight,
+            edge_attr,
+            size,
+            return_attention_weights,
+        )
+    if return_attention_weights:
+        check_attention(layer.experts)
+
+    # 2. The nodes: one set, each a source and a destination; or two.
+    if isinstance(x, Tensor):
+        x_src = x_dst = x
+    else:
+        x_src, x_dst = _two_sets(layer, x, edge_index, size)
+    layer.check_nodes(x_src, x_dst)
+
+    # 3. The graph.
+    sizes = x_src.size(0), x_dst.size(0)
+    _check_args(layer, sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
+    if isinstance(edge_index, Graph):
+        graph = edge_index.fitting(sizes, layer.flow, edge_weight, edge_attr)
+        if graph.num_dst < sizes[1]:
+            # A part of a larger graph: the last of its nodes are sources only.
+            x_dst = x_src[: graph.num_dst]
+    else:
+        graph = Graph(
+            edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=layer.flow
+        )
+    if layer.explain:
+        graph = graph.explained(layer)
+    return Call(graph, x_src, x_dst), bool(return_attention_weights)
+
+
+def _two_sets(
+    layer: Any, x: Any, edge_index: Adj | Graph, size: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """Source and destination nodes of a bipartite call.
+
+    Destinations without features become zeros, which add nothing to the output.
+    """
+    pair = tuple(x) if isinstance(x, tuple | list) else ()
+    are_tensors = len(pair) == 2 and isinstance(pair[0], Tensor)
+    if not are_tensors or not isinstance(pair[1], Tensor | None):
+        got = [type(nodes).__name__ for nodes in pair] or type(x).__name__
+        raise ValueError(
+            f"x: got {got}, expected a tensor, or a tuple of source and destination nodes"
+        )
+    x_src, x_dst = pair
+    if x_src is not x_dst:
+        _refuse_two_sets(layer)
+    if x_dst is not None:
+        return x_src, x_dst
+    if layer.transform is not None:
+        raise ValueError(
+            "x: got no destination nodes, expected source and destination nodes, since "
+            "shared_transform would make its bias of zeros"
+        )
+    readers = {
+        type(conv).__name__ for conv in layer.all_convs() if kind_of(type(conv)).needs_destinations
+    }
+    if readers:
+        raise ValueError(
+            "x: got no destination nodes, expected source and destination nodes, since "
+            f"{', '.join(sorted(readers))} reads them"
+        )
+    return x_src, x_src.new_zeros(num_destinations(edge_index, size), layer.widths[1])
+
+
+def _refuse_two_sets(layer: Any) -> None:
+    """Refuse bipartite input if the convs or their flow do not take it."""
+    classes = dict.fromkeys(type(conv) for conv in layer.all_convs())
+    takers = [(cls.__name__, kind_of(cls).takes_two_sets) for cls in classes]
+    takers.append(("flow='target_to_source'", layer.flow == "source_to_target"))
+    for name, takes_two_sets in takers:
+        if not takes_two_sets:
+            raise ValueError(
+                "x: got a tuple of source and destination nodes, expected one tensor: "
+                f"{name} takes no bipartite input"
+            )
+
+
+def _check_args(
+    layer: Any,
+    sizes: tuple[int, int],
+    size: tuple[int, int] | None,
+    **edge_args: Tensor | None,
+) -> None:
+    """Refuse a ``size`` or edge arguments that do not fit the nodes and the convs."""
+    if size is not None and (not isinstance(size, Sequence) or tuple(size) != sizes):
+        raise ValueError(
+            f"size: got {size}, expected {sizes} source and destination nodes, as x has"
+        )
+    given = [name for name, value in edge_args.items() if value is not None]
+    for name in given:
+        taken = layer.edge_names
+        if name not in taken:
+            raise ValueError(
+                f"{name}: got a tensor, expected None: the conv takes {sorted(taken) or 'none'}"
+            )
 
 
 def num_destinations(edge_index: Adj | Graph, size: tuple[int, int] | None) -> int:

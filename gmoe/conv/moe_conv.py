@@ -9,7 +9,7 @@ In :meth:`MoEConv.forward`, ``call`` holds the features that the layer was calle
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -30,15 +30,12 @@ from gmoe._checks import (
     refuse_functions,
 )
 from gmoe.conv.arguments import (
-    by_position,
-    check_attention,
     given_widths,
-    num_destinations,
-    refuse_unknown_in_call,
+    read_call,
     two_widths,
 )
 from gmoe.conv.attention_weights import AttentionWeights
-from gmoe.conv.base import GAIN_SCALE, times
+from gmoe.conv.base import GAIN_SCALE, ConvExperts, times
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.call import Call
 from gmoe.conv.explain import sends_no_messages
@@ -47,7 +44,6 @@ from gmoe.conv.kinds import (
     ConvLike,
     Make,
     is_of_library,
-    kind_of,
     kinds_of,
 )
 from gmoe.conv.open_widths import OpenWidths
@@ -59,7 +55,7 @@ from gmoe.conv.router_input import (
 )
 from gmoe.moe import MoELayer
 from gmoe.products import Backend
-from gmoe.routers import RouterLike, let_check_finite
+from gmoe.routers import Router, RouterLike, let_check_finite
 from gmoe.routing import Routing, checked_routing
 from gmoe.stack import share_base
 from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
@@ -222,7 +218,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
 
         super().__init__(num_experts=len(kinds), k=k)
         self.in_channels: int | tuple[int, int] = in_channels
-        self._widths = widths
+        self.widths = widths
         self.out_channels = out_channels
         self._make = Make(kinds, in_channels, out_channels, conv_args, conv_kwargs)
         # By itself a layer starts beside a shared expert: its start follows no router.
@@ -255,6 +251,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         make = replace(self._make, in_channels=in_channels)
         make_dense = replace(make, kinds=[make.kinds[0]])  # of several kinds, the first
         dense: Any = make_dense(0) if self.start != "plain" else None
+        transform = router = shared_expert = gain = None
         with drawn_apart(dense is not None):
             # 1. What the routed experts see: the nodes, or their common transform.
             make_routed = make
@@ -267,41 +264,50 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
                     make, in_channels=width if isinstance(in_channels, int) else routed_widths
                 )
                 # One map for sources and destinations of the same width, else two.
-                self.transform = nn.ModuleList(
+                transform = nn.ModuleList(
                     nn.Linear(input_width, width) for input_width in dict.fromkeys(widths)
                 )
 
             # 2. The routed experts.
-            if self.start == "copies":
-                refuse_functions("conv", type(dense).__name__, dense)
-                self.experts = build_experts(make_routed, options.local, options.backend, dense)
-                share_base(self.experts)
-            else:
-                self.experts = build_experts(make_routed, options.local, options.backend)
-            self.flow = self.experts.flow
+            copied = dense if self.start == "copies" else None
+            if copied is not None:
+                refuse_functions("conv", type(copied).__name__, copied)
+            experts = build_experts(make_routed, options.local, options.backend, copied)
+            if copied is not None:
+                share_base(experts)
 
             # 3. The router.
             if options.router is not None:
-                self._build_router(options.router, routed_widths)
+                router = self._built_router(options.router, experts, routed_widths)
 
             # 4. The shared expert, and the gain of what is added to it.
             if self.start == "shared":
-                self.shared_expert = build_experts(
-                    make_dense, options.local, options.backend, dense
-                )
-                self.gain = nn.Parameter(torch.zeros(1))
+                shared_expert = build_experts(make_dense, options.local, options.backend, dense)
+                gain = nn.Parameter(torch.zeros(1))
 
-    def _build_router(self, router: RouterLike, widths: tuple[int, int]) -> None:
+        # Only now, so that a layer whose parts cannot be built stays as it was.
+        self.transform = transform
+        self.experts = experts
+        self.flow = experts.flow
+        self.router = router
+        if router is not None:
+            self.take_costs(router)
+        self.shared_expert = shared_expert
+        self.gain = gain
+
+    def _built_router(
+        self, router: RouterLike, experts: ConvExperts, widths: tuple[int, int]
+    ) -> Router:
         """Build the router for what it sees of nodes of these widths."""
-        # Filters, and several aggregations, give several aggregates side by side.
-        neighbors = self.experts.aggregate_width or widths[0]
+        # Several aggregations give several aggregates side by side.
+        neighbors = experts.aggregate_width or widths[0]
         dim = router_width(self.router_input, widths[1], neighbors)
-        self.router = build_layer_router(
+        built = build_layer_router(
             self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs
         )
         if self._options.check_finite:
-            let_check_finite(self.router, router)
-        self.take_costs(self.router)
+            let_check_finite(built, router)
+        return built
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -358,74 +364,62 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
 
         ``routing`` is a decision made elsewhere; it is used instead of the router's.
         """
-        # 1. Check the call, and read it as a graph from sources to destinations.
-        if unknown:
-            refuse_unknown_in_call(self, self._all_convs(), unknown)
+        # 1. Read the call: a graph from sources to destinations, and their features.
         refuse_transforms()
-        if self.experts is None:
-            self._complete(x)
-        if edge_args:
-            edge_weight, edge_attr, size, return_attention_weights = by_position(
-                self.experts.convs(),
-                edge_args,
-                edge_weight,
-                edge_attr,
-                size,
-                return_attention_weights,
-            )
-        if return_attention_weights:
-            check_attention(self.experts)
-        if isinstance(x, Tensor):  # one set of nodes: each is a source and a destination
-            x_src = x_dst = x
+        others = (edge_weight, edge_attr, size, return_attention_weights)
+        has_others = bool(edge_args or unknown) or any(value is not None for value in others)
+        is_odd = has_others or self.explain or self.experts is None
+        wants_attention = False
+        if isinstance(x, Tensor) and not is_odd:
+            call = self._plain_call(x, edge_index)
         else:
-            x_src, x_dst = self._two_sets(x, edge_index, size)
-        self._check_nodes(x_src, x_dst)
-        sizes = x_src.size(0), x_dst.size(0)
-        if size is not None or edge_weight is not None or edge_attr is not None:
-            self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
-        if isinstance(edge_index, Graph):
-            graph = edge_index.fitting(sizes, self.flow, edge_weight, edge_attr)
-            if graph.num_dst < sizes[1]:
-                # A part of a larger graph: the last of its nodes are sources only.
-                x_dst = x_src[: graph.num_dst]
-        else:
-            graph = Graph(
-                edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow
-            )
-        if self.explain:
-            graph = graph.explained(self)
+            if self.experts is None:
+                self._complete(x)
+            call, wants_attention = read_call(self, x, edge_index, edge_args, *others, unknown)
 
         # 2. Sum over neighbors once, if all experts share that sum.
-        call = Call(graph, x_src, x_dst)
         routed_call = self._transformed(call)
         routed_call = routed_call.with_aggregate(self.experts.aggregate(routed_call))
 
         # 3. Route the destinations.
         if routing is None and self.router is not None:
             seen_TD = self._router_features(routed_call)
-            token_edges = graph.edge_index if x_src is x_dst else None  # edges among the tokens
+            is_one_set = call.x_src is call.x_dst
+            token_edges = call.graph.edge_index if is_one_set else None  # edges among the tokens
             routing = self.router(seen_TD, batch, token_edges)
         else:
-            routing = checked_routing(routing, graph.num_dst, self.num_experts)
+            routing = checked_routing(routing, call.graph.num_dst, self.num_experts)
 
         # 4. Run each destination's experts, and add them to the shared expert.
         attention: AttentionWeights | None = None
-        if return_attention_weights:
+        if wants_attention:
             y, attention = self.experts(routed_call, routing, True)
         else:
             y = self.experts(routed_call, routing)
         if self.shared_expert is not None:
-            if self.transform is None:
-                # Of the experts' kind, and called with the same features: if they share an
-                # aggregate, it is the shared expert's, too.
-                call = routed_call
-            if call.aggregate is None:
-                call = call.with_aggregate(self.shared_expert.aggregate(call))
-            shared = self.shared_expert.on_all(call)
+            # Of the experts' kind: without a transform, it has their aggregate.
+            shared = self._shared(call if self.transform is not None else routed_call)
             y = shared.addcmul(y, (GAIN_SCALE * self.gain).to(y.dtype))
         if attention is not None:
             return (y, attention, routing) if return_routing else (y, attention)
         return (y, routing) if return_routing else y
+
+    def _plain_call(self, x: Tensor, edge_index: Adj | Graph) -> Call:
+        """A call with features of one set of nodes, and edges without weights or features."""
+        self.check_nodes(x)
+        num_nodes = x.size(0)
+        if not isinstance(edge_index, Graph):
+            return Call(Graph(edge_index, num_nodes, flow=self.flow), x, x)
+        graph = edge_index.fitting((num_nodes, num_nodes), self.flow)
+        # Of a part of a larger graph, the last nodes are sources only.
+        return Call(graph, x, x if graph.num_dst == num_nodes else x[: graph.num_dst])
+
+    def _shared(self, call: Call) -> Tensor:
+        """(T, O) what the shared expert gives."""
+        if call.aggregate is None:
+            call = call.with_aggregate(self.shared_expert.aggregate(call))
+        out: Tensor = self.shared_expert.on_all(call)
+        return out
 
     def router_features(self, x: Tensor, graph: Graph) -> Tensor:
         """(T, dim) the router's input at a graph's destinations, the first of its nodes ``x``."""
@@ -440,20 +434,24 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             self.router_input, call.x_src, call.x_dst, call.aggregate, call.graph
         )
 
-    def _check_nodes(self, x_src: Tensor, x_dst: Tensor) -> None:
-        """Refuse features of another width, kind or dtype than the layer's."""
-        for nodes, width in zip((x_src, x_dst), self._widths, strict=True):
+    def check_nodes(self, *sets: Tensor) -> None:
+        """Refuse features of another width, kind or dtype than the layer's.
+
+        Args:
+            *sets: sources and destinations, or one set of nodes that are both.
+        """
+        for nodes, width in zip(sets, self.widths, strict=False):
             is_dense = nodes.is_floating_point() and nodes.layout is torch.strided
             if nodes.dim() != 2 or nodes.size(1) != width or not is_dense:
                 raise ValueError(
                     f"x: got {described(nodes)}, {nodes.layout}, expected dense floats of shape "
                     f"(nodes, {width}); graphs side by side are one graph, see batch="
                 )
-        if autocasts(x_src.device):
+        if autocasts(sets[0].device):
             return
         # Stacked experts take one dtype, as PyG's layers do.
         dtype = self.experts.dtype
-        for nodes in (x_src, x_dst):
+        for nodes in sets:
             if dtype is not None and nodes.dtype != dtype:
                 raise ValueError(
                     f"x: got {nodes.dtype}, expected {dtype}, the type of the layer's weights"
@@ -468,70 +466,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         x_src = x_dst if call.x_src is call.x_dst else self.transform[0](call.x_src)
         return Call(call.graph, x_src, x_dst)
 
-    def _two_sets(
-        self, x: Any, edge_index: Adj | Graph, size: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Source and destination nodes of a bipartite call.
-
-        Destinations without features become zeros, which add nothing to the output.
-        """
-        pair = tuple(x) if isinstance(x, tuple | list) else ()
-        are_tensors = len(pair) == 2 and isinstance(pair[0], Tensor)
-        if not are_tensors or not isinstance(pair[1], Tensor | None):
-            got = [type(nodes).__name__ for nodes in pair] or type(x).__name__
-            raise ValueError(
-                f"x: got {got}, expected a tensor, or a tuple of source and destination nodes"
-            )
-        x_src, x_dst = pair
-        if x_src is not x_dst:
-            self._refuse_two_sets()
-        if x_dst is not None:
-            return x_src, x_dst
-        if self.transform is not None:
-            raise ValueError(
-                "x: got no destination nodes, expected source and destination nodes, since "
-                "shared_transform would make its bias of zeros"
-            )
-        readers = {
-            type(conv).__name__
-            for conv in self._all_convs()
-            if kind_of(type(conv)).needs_destinations
-        }
-        if readers:
-            raise ValueError(
-                "x: got no destination nodes, expected source and destination nodes, since "
-                f"{', '.join(sorted(readers))} reads them"
-            )
-        return x_src, x_src.new_zeros(num_destinations(edge_index, size), self._widths[1])
-
-    def _refuse_two_sets(self) -> None:
-        """Refuse bipartite input if the convs or their flow do not take it."""
-        classes = dict.fromkeys(type(conv) for conv in self._all_convs())
-        takers = [(cls.__name__, kind_of(cls).takes_two_sets) for cls in classes]
-        takers.append(("flow='target_to_source'", self.flow == "source_to_target"))
-        for name, takes_two_sets in takers:
-            if not takes_two_sets:
-                raise ValueError(
-                    "x: got a tuple of source and destination nodes, expected one tensor: "
-                    f"{name} takes no bipartite input"
-                )
-
-    def _check_args(
-        self, sizes: tuple[int, int], size: tuple[int, int] | None, **edge_args: Tensor | None
-    ) -> None:
-        """Refuse a ``size`` or edge arguments that do not fit the nodes and the convs."""
-        if size is not None and (not isinstance(size, Sequence) or tuple(size) != sizes):
-            raise ValueError(
-                f"size: got {size}, expected {sizes} source and destination nodes, as x has"
-            )
-        taken = self.edge_names
-        for name, value in edge_args.items():
-            if value is not None and name not in taken:
-                raise ValueError(
-                    f"{name}: got a tensor, expected None: the conv takes {sorted(taken) or 'none'}"
-                )
-
-    def _all_convs(self) -> list[MessagePassing]:
+    def all_convs(self) -> list[MessagePassing]:
+        """PyG convs that take the same arguments as the experts, the shared one included."""
         return [conv for part in self.parts() for conv in part.convs()]
 
     def parts(self) -> list[Any]:
@@ -541,7 +477,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
     @property
     def edge_names(self) -> frozenset[str]:
         """The edge arguments that some expert takes, of ``edge_weight`` and ``edge_attr``."""
-        names = self.edge_names_before.union(*map(parameters_of, self._all_convs()))
+        names = self.edge_names_before.union(*map(parameters_of, self.all_convs()))
         return names & {"edge_weight", "edge_attr"}
 
     __repr__ = nn.Module.__repr__

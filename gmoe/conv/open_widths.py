@@ -25,7 +25,7 @@ class OpenWidths(LateState):
     experts: Any
     """``None`` until the layer is built."""
     unbuilt: UninitializedParameter
-    _widths: tuple[int, int]
+    widths: tuple[int, int]
 
     @abstractmethod
     def _build(self, in_channels: int | tuple[int, int], widths: tuple[int, int]) -> None:
@@ -54,7 +54,7 @@ class OpenWidths(LateState):
             )
         widths: Any = tuple(
             nodes.size(-1) if width == -1 else width
-            for width, nodes in zip(self._widths, pair, strict=True)
+            for width, nodes in zip(self.widths, pair, strict=True)
         )
         is_one_set = isinstance(self.in_channels, int) and pair[0] is pair[1]
         in_channels = widths[0] if is_one_set else widths
@@ -66,18 +66,13 @@ class OpenWidths(LateState):
                 stacklevel=5,
             )
         with torch.inference_mode(False):  # the parameters are for training too
-            try:
-                self._build(in_channels, widths)
-            except BaseException:
-                for part in ("transform", "experts", "router", "shared_expert", "gain"):
-                    setattr(self, part, None)  # the layer stays open
-                raise
+            self._build(in_channels, widths)  # the layer stays open if it fails
             unbuilt = self.unbuilt
             del self.unbuilt
             self.to(unbuilt.device, unbuilt.dtype)
         self.train(self.training)
         self.in_channels = in_channels
-        self._widths = widths
+        self.widths = widths
 
     def is_built(self) -> bool:
         return self.experts is not None

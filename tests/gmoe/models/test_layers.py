@@ -20,10 +20,10 @@ def test_a_free_conv_may_give_any_number_of_columns(moe_kwargs: dict[str, Any] |
         return GATConv(width, out, heads=2)
 
     built = build_conv(wide, 4, 5, True, moe_kwargs, {}, is_free=True)
-    assert columns_of(built, 4) == 10
+    assert columns_of(built, 4, wide) == 10
     with pytest.raises(ValueError, match=r"^conv: got GATConv, which gives 10 columns for .*=5"):
         build_conv(wide, 4, 5, True, moe_kwargs, {})
-    assert columns_of(build_conv("gat", 4, 6, True, moe_kwargs, {"heads": 2}), 4) == 6
+    assert columns_of(build_conv("gat", 4, 6, True, moe_kwargs, {"heads": 2}), 4, "gat") == 6
 
 
 def test_layers_cost_what_their_common_router_says() -> None:
