@@ -6,7 +6,7 @@ Read the main files in this order. Core: ``routing`` (which expert handles which
 kernels). Graphs: ``edges``, ``sums`` and ``conv.graph`` (edges, sorted once, and sums along them),
 ``conv.call`` and ``conv.base`` (what experts get and promise), ``conv.aggregate``, ``conv.kinds``
 and ``conv.build`` (which class runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the
-layer), ``models.gnn``. Images: ``mlps``, ``_read_mlp``, ``convert``, ``models.vit``. After
+layer), ``models.gnn``. Images: ``mlps``, ``convert``, ``models.vit``. After
 training: ``stack``, ``layer_groups``, ``pruning``, ``candidates``, ``dense``, ``merging``,
 ``unstacked``, ``recorded``, ``saved``. Sampling and graphs on disk: ``data``. At any
 time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``, ``plot``.

@@ -59,7 +59,7 @@ def moved_copy(module: nn.Module) -> nn.Module:
     # What deepcopy finds here by its id counts as copied.
     copied: dict[int, Any] = {}
     for part in module.modules():
-        if _is_dropout(part):
+        if is_dropout(part):
             copied[id(part)] = Sieve(part.p)
         for table in forward_hooks(part):
             own = [(key, hook) for key, hook in table.items() if _is_of_torch(hook)]
@@ -125,10 +125,11 @@ def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
 
 
-def _is_dropout(part: nn.Module) -> TypeGuard[nn.Dropout]:
+def is_dropout(part: object) -> TypeGuard[nn.Dropout]:
     """True for a dropout that does nothing else."""
-    is_plain = type(part).forward is nn.Dropout.forward and "forward" not in vars(part)
-    return isinstance(part, nn.Dropout) and is_plain
+    if not isinstance(part, nn.Dropout):
+        return False
+    return type(part).forward is nn.Dropout.forward and "forward" not in vars(part)
 
 
 def _is_of_torch(hook: object) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import ModuleType
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gmoe._check_mlp import read_mlp
 from gmoe._checks import (
     change_of,
     check,
@@ -24,7 +25,6 @@ from gmoe._checks import (
     refuse_computed,
     refuse_functions,
 )
-from gmoe._read_mlp import Readers, read_mlp
 from gmoe._verify import is_option
 from gmoe.experts import Experts, LinearExperts, Mix, MixedWeights
 from gmoe.moe import MoE, MoELayer, choose_blocks
@@ -72,12 +72,12 @@ def moefy(
       that of the output layer become MoE.
 
     A single ``nn.Linear`` that ``targets`` names becomes E of them. An MLP is linear, activation,
-    linear: in a ``Sequential`` as torchvision's, or as timm's ``Mlp``; or gated, with one layer
-    twice as wide or two before the last (timm's ``GluMlp`` and ``SwiGLU``, Llama's ``w1``, ``w2``,
-    ``w3``). Dropout is kept, and so are norms before the linear layers. Which part has which role
-    is tried on a copy, by what it computes: with other weights, inputs of scales 1 to 1,000, in
-    evaluation and, if experts replace it, in training.
-    :func:`gmoe.mlps.register` tells the roles in a class of your own.
+    linear: a ``Sequential`` as torchvision's, or timm's ``Mlp``; or gated, with one layer twice as
+    wide or two before the last (timm's ``GluMlp`` and ``SwiGLU``, Llama's). Dropout is kept, and so
+    are norms before the linear layers. Classes of timm, torchvision, transformers and diffusers are
+    known; :func:`gmoe.mlps.register` tells the roles of the parts in a class of your own. What they
+    give is compared with the MLP on a copy with other weights: 1, 8 and 65 tokens of scales 0 to
+    1,000, in evaluation and, if experts replace it, in training, with a gradient.
 
     An MLP sees (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row
     or in a grid, or those of a window where a model folds windows into the first dimension. Padding
@@ -170,7 +170,7 @@ def moefy(
     }
     pyg = _imported_pyg()
     layers: dict[nn.Module, MoELayer] = {}
-    readers: Readers = {}
+    checked: set[Hashable] = set()
     for name, module in modules.items():
         _check_convertible(name, module)
         _refuse_hidden(name, module, model)
@@ -183,7 +183,7 @@ def moefy(
         else:
             if start != "shared":  # a shared expert is the module itself
                 _refuse_shared_parts(name, module, names_of)
-            layers[module] = _moe(name, module, readers=readers, **options)
+            layers[module] = _moe(name, module, checked=checked, **options)
 
     # 3. Put them in place, and note how they were made, to save them.
     for layer in layers.values():
@@ -427,12 +427,12 @@ def _moe(
     router_input: object,
     mix: Mix,
     backend: Backend,
-    readers: Readers,
+    checked: set[Hashable],
 ) -> MoE:
-    """The MoE layer that replaces an MLP; ``readers`` are of those read before."""
+    """The MoE layer that replaces an MLP; ``checked`` as :func:`read_mlp` takes it."""
     legal = f"None: {name} is no conv, so its router sees each token"
     check(router_input is None, "router_input", repr(router_input), legal)
-    stacked = experts_of(name, mlp, num_experts, start, start != "plain", backend, readers)
+    stacked = experts_of(name, mlp, num_experts, start, start != "plain", backend, checked)
     built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)
     layer = TokenMoE(built, MixedWeights(stacked) if mix == "weights" else stacked)
     layer.start = start
@@ -449,7 +449,7 @@ def experts_of(
     start: Start,
     copied: bool,
     backend: Backend,
-    readers: Readers | None = None,
+    checked: set[Hashable] | None = None,
 ) -> Experts:
     """The experts that replace an MLP or linear layer, or with ``start="shared"`` run beside it.
 
@@ -460,7 +460,7 @@ def experts_of(
         start: how the layer starts.
         copied: the experts are copies of it; ``False`` draws them anew.
         backend: see :func:`gmoe.grouped_linear`.
-        readers: of MLPs that were read before.
+        checked: see :func:`read_mlp`.
     """
     if start != "shared":
         _check_nothing_is_lost(name, mlp)
@@ -469,7 +469,7 @@ def experts_of(
     if _is_linear(mlp):
         stacked = _linears(mlp, num_experts, copied, zero_init=zero_init, backend=backend)
     else:
-        dense = read_mlp(name, mlp, is_replaced=start != "shared", readers=readers)
+        dense = read_mlp(name, mlp, is_replaced=start != "shared", checked=checked)
         stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
     if start == "copies":
         share_base(stacked)

@@ -1,4 +1,4 @@
-"""Forms of dense MLPs, and experts of such a form.
+"""Forms of dense MLPs by their class, and experts of such a form.
 
 Shapes: T tokens, I in, H hidden features of an MLP, O out features of a linear layer, U columns of
 the first layers (H, or 2 H if the MLP is gated).
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from gmoe._checks import check
 from gmoe._torch import parameter_names
+from gmoe._verify import Sieve, is_dropout
 from gmoe.experts import MLPExperts
 from gmoe.products import Backend
 from gmoe.stack import become
@@ -36,7 +39,7 @@ class MLPForm:
     Args:
         ups: the first linear layer, or two side by side.
         down: the last linear layer.
-        activation: of the hidden layer, or of its gate.
+        activation: of the hidden layer, or of its gate, without parameters.
         gate_is_second: the gate is the second half of the columns (default ``False``: the first).
         input_norm: on the features of a token, before the first layer (default ``None``).
         hidden_norm: the same before the last layer (default ``None``).
@@ -97,16 +100,15 @@ class MLPForm:
 
         It has the MLP's own dropouts, and the weights that an expert will have.
         """
-        # As an expert sees only its own rows, no part of the MLP sees all of them.
-        rows = _apart(_bare(self.input_norm), x)
-        u_TU = F.linear(rows, *self.first_layer())
+        u_TU = F.linear(_bare(self.input_norm)(x), *self.first_layer())
         if self.glu:
             gate_TH, value_TH = u_TU.chunk(2, dim=-1)
-            h_TH = _apart(self.activation, gate_TH) * value_TH
+            # A copy: an activation in place may not write to one of two views.
+            h_TH = self.activation(gate_TH.clone()) * value_TH
         else:
-            h_TH = _apart(self.activation, u_TU)
+            h_TH = self.activation(u_TU)
         h_TH = nn.Sequential(*self.hidden_dropouts)(h_TH)
-        h_TH = _apart(_bare(self.hidden_norm), h_TH)
+        h_TH = _bare(self.hidden_norm)(h_TH)
         y_TO = F.linear(h_TH, *self.last_layer())
         return nn.Sequential(*self.output_dropouts)(y_TO)
 
@@ -150,6 +152,8 @@ class MLPForm:
         return experts
 
 
+# forms by class -----------------------------------------------------------------------------------
+
 Read: TypeAlias = Callable[[Any], MLPForm]
 """Gives the form of an MLP."""
 
@@ -181,21 +185,155 @@ def register(mlp_class: type[MLP], read: Callable[[MLP], MLPForm]) -> None:
     READERS[mlp_class] = read
 
 
-def registered(mlp: nn.Module) -> Read | None:
-    """Return the function that reads an MLP's class, or one of its bases, if there is one."""
+def _in_turn(parts: Sequence[Any], gate_is_second: bool = False) -> MLPForm | None:
+    """The form of parts that act one after the other, two first layers side by side.
+
+    ``None`` if experts have no place for one of them.
+    """
+    parts = [part for part in parts if not _does_nothing(part)]
+    num_linears = sum(isinstance(part, nn.Linear) for part in parts)
+    linears: list[nn.Linear] = []
+    activations: list[Function] = []
+    norms: dict[bool, nn.Module] = {}
+    dropouts: dict[bool, list[nn.Module]] = {False: [], True: []}
+    for part in parts:
+        is_last = bool(linears) and len(linears) == num_linears
+        if isinstance(part, nn.Linear):
+            linears.append(part)
+        elif is_norm(part) and not is_last and bool(linears) not in norms:
+            norms[bool(linears)] = part
+        elif linears and (isinstance(part, Sieve) or is_dropout(part)):
+            dropouts[is_last].append(part)
+        elif linears and not is_last:
+            activations.append(part)
+        else:
+            return None
+    if num_linears not in (2, 3) or len(activations) > 1:
+        return None
+    activation = activations[0] if activations else nn.Identity()
+    if isinstance(activation, nn.GLU):  # a gated layer in itself
+        activation, gate_is_second = torch.sigmoid, True
+    *ups, down = linears
+    return MLPForm(
+        ups,
+        down,
+        activation,
+        gate_is_second=gate_is_second,
+        input_norm=norms.get(False),
+        hidden_norm=norms.get(True),
+        hidden_dropouts=dropouts[False],
+        output_dropouts=dropouts[True],
+    )
+
+
+def _does_nothing(part: object) -> bool:
+    """True for an identity, and for a dropout that drops nothing."""
+    return isinstance(part, nn.Identity) or (isinstance(part, nn.Dropout | Sieve) and part.p == 0.0)
+
+
+def is_norm(part: object) -> bool:
+    """True for a norm of each token; one of more dimensions mixes them."""
+    return len(getattr(part, "normalized_shape", ())) == 1
+
+
+ACT = ("act", "act_fn", "activation", "activation_fn", "intermediate_act_fn")
+"""Where MLPs keep their activation, a module or a function."""
+
+
+def _named(words: str, function: Function | None = None) -> Callable[[Any], MLPForm | None]:
+    """Read MLPs by the names of their parts, in the order in which they act.
+
+    A part that an MLP lacks is left out; an MLP with another part is not read.
+
+    Args:
+        words: the names; ``act`` is any of :data:`ACT`.
+        function: the activation of MLPs that call it as a function (default none).
+    """
+
+    def read(mlp: nn.Module) -> MLPForm | None:
+        names: list[str] = []
+        for word in words.split():
+            names += ACT if word == "act" else [word]
+        parts = [getattr(mlp, name) for name in names if callable(getattr(mlp, name, None))]
+        if any(part not in parts for part in mlp.children() if not _does_nothing(part)):
+            return None
+        if function is not None:
+            parts.insert(-1, function)
+        return _in_turn(parts, getattr(mlp, "gate_last", False))
+
+    return read
+
+
+def _sequential(mlp: nn.Sequential) -> MLPForm | None:
+    """Read what calls its parts in turn, at any depth."""
+    return _in_turn([*_unpacked(mlp)])
+
+
+def _unpacked(mlp: nn.Sequential) -> Iterator[nn.Module]:
+    for part in mlp:
+        if type(part) is nn.Sequential:
+            yield from _unpacked(part)
+        else:
+            yield part
+
+
+def _feed_forward(mlp: Any) -> MLPForm | None:
+    """Read diffusers' MLPs, whose activation holds the first layer."""
+    first, *others = mlp.net
+    kind = type(first).__name__
+    functions: dict[str, Function] = {
+        "GELU": partial(F.gelu, approximate=getattr(first, "approximate", "none")),
+        "GEGLU": F.gelu,
+    }
+    activation = functions.get(kind, getattr(first, "activation", None))
+    if activation is None:
+        return None
+    return _in_turn([first.proj, activation, *others], kind in ("GEGLU", "SwiGLU"))
+
+
+TABLE: tuple[tuple[str, Callable[[Any], MLPForm | None]], ...] = (
+    ("torch.nn.modules.container.Sequential", _sequential),  # torchvision's MLP inherits from it
+    ("timm.layers.mlp.*", _named("fc1 fc1_g fc1_x act drop1 norm fc2 drop2")),
+    ("timm.models.vitamin.GeGluMlp", _named("norm w0 w1 act drop1 w2 drop2")),
+    ("timm.models.tiny_vit.NormMlp", _named("norm fc1 act drop1 fc2 drop2")),
+    ("*.Mlp", _named("fc1 act drop fc2 drop")),  # DINO's, MAE's, Swin's own code
+    ("diffusers.models.attention.FeedForward", _feed_forward),
+    ("transformers*", _named("fc1 act fc2")),
+    ("transformers*", _named("gate_proj up_proj gate_up_proj act dropout down_proj")),
+    ("transformers*", _named("wi wi_0 wi_1 act dropout wo")),
+    ("transformers*", _named("Wi act drop Wo")),
+    ("transformers*", _named("dense_h_to_4h act dense_4h_to_h")),
+    ("transformers*", _named("fc_in c_fc act fc_out c_proj dropout")),
+    ("transformers*", _named("lin1 act lin2 dropout")),
+    ("transformers*", _named("linear1 act linear2")),
+    ("transformers*", _named("linear_fc1 act linear_fc2")),
+    ("transformers*", _named("dense1 act dropout dense2 dropout")),
+    (
+        "transformers*",
+        _named("intermediate_dense act intermediate_dropout output_dense output_dropout"),
+    ),
+    ("transformers*", _named("w1 w3 w2", F.silu)),
+)
+"""How MLPs are read, by the path of their class or of one that it inherits from."""
+
+
+def form_of_class(mlp: nn.Module) -> MLPForm | None:
+    """The form that an MLP has by its class: as registered, else as in the table."""
     for mlp_class in type(mlp).__mro__:
         if mlp_class in READERS:
-            return READERS[mlp_class]
+            form = READERS[mlp_class](mlp)
+            got = f"{form!r} for a {type(mlp).__name__}"
+            check(isinstance(form, MLPForm), "read", got, "an MLPForm")
+            return form
+        path = f"{mlp_class.__module__}.{mlp_class.__qualname__}"
+        for pattern, read in TABLE:
+            found = read(mlp) if fnmatchcase(path, pattern) else None
+            if found is not None:
+                return found
     return None
 
 
-def _apart(part: Function, rows: Tensor) -> Tensor:
-    """What a part gives for the first three rows, and for the others, which do not see them."""
-    # Trials have four tokens in a row: the cut is not where a dimension ends.
-    first, others = rows.tensor_split([3])
-    # Copies: a part may work in place.
-    outputs = [part(first.clone()), part(others.clone())]
-    return torch.cat(outputs)
+# the weights of a form ----------------------------------------------------------------------------
 
 
 def _have_bias(*parts: nn.Module | None) -> bool:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import gmoe
+from gmoe.mlps import MLPForm, register
 from gmoe.moe import MoELayer
 from tests.compose import drawing, steps
 from tests.compose.calls import Call
@@ -36,7 +37,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]
     "sigmoid": (nn.Sigmoid, torch.sigmoid),
     "tanh": (nn.Tanh, torch.tanh),
 }
-"""Each as a module and as a function. All of them are found when an MLP calls the function."""
+"""Each as a module and as a function."""
 
 NORMS: dict[str, Callable[[int], nn.Module | None]] = {
     "none": lambda _: None,
@@ -214,6 +215,26 @@ class DrawnMLP(nn.Module):
         if c.change == "constant added":
             y = y + self.constant
         return y + x if c.change == "residual" else y
+
+
+def read(mlp: DrawnMLP) -> MLPForm:
+    """The roles of its parts."""
+    c = mlp.c
+    activation = ACTIVATIONS[c.activation][1] if mlp._calls_function else mlp.part("act")
+    first, other = mlp.part("up"), mlp.part("other")
+    return MLPForm(
+        [first] if other is None else [first, other],
+        mlp.part("down"),
+        torch.sigmoid if c.gate == "nn.GLU" else activation,
+        gate_is_second=c.gate == "nn.GLU" or (c.gate != "none" and c.gate_is_second),
+        input_norm=mlp.part("norm"),
+        hidden_norm=mlp.part("hidden_norm"),
+        hidden_dropouts=[mlp.part("drop")],
+        output_dropouts=[mlp.part("last_drop")],
+    )
+
+
+register(DrawnMLP, read)
 
 
 class Scale:

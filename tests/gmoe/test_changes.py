@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch_geometric import nn as pyg
 
 import gmoe
+from gmoe.mlps import MLPForm, register
 from tests.helpers.changes import Change, changes_of
 from tests.helpers.mlps import FORMS, NormBeforeActivation
 
@@ -56,6 +57,9 @@ class Clamped(nn.Module):
         out: Tensor = self.down(F.silu(gate) * value.clamp(-self.limit, self.limit))
         return out
 
+
+register(Residual, lambda mlp: MLPForm([mlp.fc1], mlp.fc2, mlp.act))
+register(Clamped, lambda mlp: MLPForm([mlp.up], mlp.down, F.silu))
 
 MLPS: dict[str, Callable[[], nn.Module]] = {
     **FORMS,

@@ -18,6 +18,7 @@ from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, moefy, record_routing
+from gmoe.mlps import MLPForm, register
 from gmoe.stack import fold
 from tests.helpers.mlps import FORMS, Dropping, Llama, NormBeforeActivation, TwoArguments, plain_mlp
 from tests.helpers.vits import images, timm_vit, torchvision_vit
@@ -383,7 +384,7 @@ class Gated(nn.Module):
 
 
 class ByFunction(nn.Module):
-    """An MLP that calls functions around its layers."""
+    """An MLP that calls functions around its layers, and is registered as one with a ReLU."""
 
     def __init__(
         self, activation: Callable[[Tensor], Tensor], norm: bool = False, residual: bool = False
@@ -397,6 +398,10 @@ class ByFunction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.function(self.norm(self.up(x))))
         return x + out if self.residual else out
+
+
+register(Gated, lambda mlp: MLPForm([mlp.up], mlp.down, mlp.act))
+register(ByFunction, lambda mlp: MLPForm([mlp.up], mlp.down, F.relu))
 
 
 def tied_mlp() -> Any:
@@ -418,13 +423,13 @@ def with_buffer() -> Any:
 
 
 LOST: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a clamp at six": (lambda: ByFunction(F.relu6), "activation is not a known one"),
+    "a clamp at six": (lambda: ByFunction(F.relu6), "computes something else"),
     "a clamp at fifty": (
         lambda: ByFunction(lambda x: x.relu().clamp(max=50.0)),
-        "activation is not a known one",
+        "computes something else",
     ),
-    "a residual": (lambda: ByFunction(F.gelu, residual=True), "computes something else"),
-    "a norm before a function": (lambda: ByFunction(F.gelu, norm=True), "computes something else"),
+    "a residual": (lambda: ByFunction(F.relu, residual=True), "computes something else"),
+    "a norm before a function": (lambda: ByFunction(F.relu, norm=True), "computes something else"),
     "a scale of ones": (partial(Gated, of_scale=True), "computes something else"),
     "a buffer of ones": (partial(Gated, of_scale=False), "computes something else"),
     "a buffer that nothing reads": (with_buffer, "with the buffer seen"),

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
@@ -97,7 +99,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda mlp: MLPForm([mlp.fc1], mlp.fc2, torch.sin),
         "model: got 0, a Sine .* drops numbers in another place",
     ),
-    "no form": (lambda mlp: (mlp.fc1, mlp.fc2), "read: got .* for 0, a Sine .*, expected an MLPF"),
+    "no form": (lambda mlp: (mlp.fc1, mlp.fc2), "read: got .* for a Sine, expected an MLPForm"),
 }
 
 
@@ -166,3 +168,50 @@ def test_the_gate_may_be_either_half_of_the_first_layers() -> None:
         torch.testing.assert_close(form.output(x), expected)
         experts = form.experts(1, upcycle=True, zero_init=False, backend="loop")
         torch.testing.assert_close(experts(x, torch.tensor([8])), expected)
+
+
+@pytest.mark.parametrize("name", mlps.ACT)
+def test_an_activation_may_be_a_function_that_the_mlp_keeps(name: str) -> None:
+    """As T5 of older versions of transformers: a class is known by the path of its module."""
+
+    class Dense(nn.Module):
+        __module__ = "transformers.models.mine.modeling_mine"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.wi, self.wo = nn.Linear(8, 12), nn.Linear(12, 8)
+            setattr(self, name, F.softplus)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.wo(getattr(self, name)(self.wi(x)))
+            return out
+
+    assert moefied(Dense()).experts.activation is F.softplus
+
+
+def test_a_class_with_a_part_that_no_row_names_is_not_read() -> None:
+    mlp = Mlp(8, 12)
+    assert mlps.form_of_class(mlp) is not None
+    mlp.scale = nn.Linear(8, 8)
+    assert mlps.form_of_class(mlp) is None
+
+
+def test_copies_of_timms_mlp_in_other_packages_are_read() -> None:
+    """DINO's, MAE's and Swin's code has one dropout, called twice."""
+    copied = type("Mlp", (Copied,), {"__module__": "models.vision_transformer"})
+    assert moefied(copied(), **COPIES).experts.hidden_dropout.p == 0.5
+    with pytest.raises(ValueError, match=r"^model: got 0, a Copied .*see gmoe\.mlps\.register"):
+        moefied(Copied())
+
+
+class Copied(nn.Module):
+    """An MLP as DINO's code has it, of another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return out

@@ -1,4 +1,4 @@
-"""MLPs in the forms in which models have them, 8 columns wide."""
+"""MLPs in the forms in which models have them, 8 columns wide; own classes are registered."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from timm.layers.mlp import GluMlp, Mlp, SwiGLU, SwiGLUPacked
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gmoe.mlps import MLPForm, register
 
 
 def plain_mlp() -> Any:
@@ -144,6 +146,22 @@ class TwoArguments(nn.Module):
         out: Tensor = self.down(self.act(self.up(x)))
         return out
 
+
+READ: dict[type[nn.Module], Callable[[Any], MLPForm]] = {
+    ActivationFirst: lambda mlp: MLPForm(
+        [mlp.fc1], mlp.fc2, mlp.activation_fn, hidden_norm=mlp.norm
+    ),
+    GateCalledLast: lambda mlp: MLPForm([mlp.gate, mlp.up], mlp.down, F.silu),
+    CalledByKeyword: lambda mlp: MLPForm([mlp.fc1], mlp.fc2, partial(F.gelu, approximate="tanh")),
+    GEGLU: lambda mlp: MLPForm([mlp.up], mlp.down, F.gelu, gate_is_second=True),
+    RowsOnly: lambda mlp: MLPForm([mlp.up], mlp.down, mlp.act),
+    NormBeforeActivation: lambda mlp: MLPForm([mlp.up], mlp.down, mlp.act, hidden_norm=mlp.norm),
+    Llama: lambda mlp: MLPForm([mlp.w1, mlp.w3], mlp.w2, mlp.activation),
+    Dropping: lambda mlp: MLPForm([mlp.fc1], mlp.fc2, mlp.act),
+    TwoArguments: lambda mlp: MLPForm([mlp.up], mlp.down, mlp.act),
+}
+for mlp_class, read in READ.items():
+    register(mlp_class, read)
 
 FORMS: dict[str, Callable[[], nn.Module]] = {
     "SwiGLU with a norm (EVA-02)": partial(SwiGLU, 8, 12, norm_layer=nn.LayerNorm, bias=False),

@@ -1,10 +1,10 @@
-"""Dense MLPs are read by trial, and experts of their form give the same numbers."""
+"""What an MLP computes is compared with its form, and experts of it give the same numbers."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import pytest
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from gmoe._read_mlp import FUNCTIONS, Readers, _candidates, read_mlp
-from gmoe._verify import moved_copy
+from gmoe._check_mlp import read_mlp
 from gmoe.experts import MLPExperts
+from gmoe.mlps import READERS, MLPForm
 from tests.helpers.mlps import (
     FORMS,
     GEGLU,
@@ -122,13 +122,11 @@ class Around(CalledByKeyword):
         return x + self.drop(self.function(x, super().forward(x)))
 
 
-def test_what_follows_the_last_layer_is_left_to_a_shared_expert() -> None:
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_what_follows_the_last_layer_is_refused(is_replaced: bool) -> None:
     mlp = Around(lambda _, y: 0.5 * y)
-    form = read_mlp("mlp", mlp)
-    assert [*form.ups, form.down] == [mlp.fc1, mlp.fc2]
-    assert form.dropout == pytest.approx((0.0, 0.2))
-    with pytest.raises(ValueError, match=r"^model: got mlp, .*start='shared' for one with more"):
-        read_mlp("mlp", mlp, is_replaced=True)
+    with pytest.raises(ValueError, match=r"^model: got mlp, a Around .* computes something else"):
+        read_mlp("mlp", mlp, is_replaced=is_replaced)
 
 
 def test_a_last_layer_that_does_not_matter_is_none() -> None:
@@ -137,7 +135,6 @@ def test_a_last_layer_that_does_not_matter_is_none() -> None:
 
 
 DROPOUTS_ELSEWHERE: dict[str, Callable[[], list[nn.Module]]] = {
-    "first": lambda: [nn.Dropout(0.5), *plain_mlp()],
     "before the activation": lambda: [nn.Linear(8, 12), nn.Dropout(0.5), *plain_mlp()[1:]],
     "behind the norm": lambda: [
         *plain_mlp()[:2],
@@ -197,7 +194,7 @@ def test_an_mlp_that_differs_in_training_stays_as_the_shared_expert() -> None:
 
 
 class TwoNorms(CalledByKeyword):
-    """Two norms of one width, registered in another order than they are called."""
+    """Two norms of one width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,28 +207,17 @@ class TwoNorms(CalledByKeyword):
         return out
 
 
-def test_two_norms_are_told_by_what_they_compute() -> None:
+def test_two_norms_are_told_by_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(mlp: Any, *norms: str) -> MLPForm:
+        first, last = (getattr(mlp, norm) for norm in norms)
+        return MLPForm([mlp.fc1], mlp.fc2, F.gelu, input_norm=first, hidden_norm=last)
+
     mlp = TwoNorms()
-    form = read_mlp("mlp", mlp, is_replaced=True)
-    assert form.input_norm is mlp.first
-    assert form.hidden_norm is mlp.last
-
-
-@pytest.mark.parametrize("name", ["act", "activation", "act_fn"])
-def test_an_activation_may_be_a_function_that_the_mlp_keeps(name: str) -> None:
-    class Keeping(CalledByKeyword):
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.fc2(getattr(self, name)(self.fc1(x)))
-            return out
-
-    mlp = Keeping()
-    setattr(mlp, name, F.softplus)
-    assert read_mlp("mlp", mlp).activation is F.softplus
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_few_forms_are_tried(form: str) -> None:
-    assert len(list(_candidates(moved_copy(FORMS[form]())))) <= 3 * len(FUNCTIONS)
+    monkeypatch.setitem(READERS, TwoNorms, lambda mlp: read(mlp, "first", "last"))
+    assert read_mlp("mlp", mlp, is_replaced=True).hidden_norm is mlp.last
+    monkeypatch.setitem(READERS, TwoNorms, lambda mlp: read(mlp, "last", "first"))
+    with pytest.raises(ValueError, match=r"^model: got mlp, a TwoNorms .* computes something else"):
+        read_mlp("mlp", mlp)
 
 
 def test_a_function_of_an_unknown_name_is_not_called() -> None:
@@ -242,17 +228,17 @@ def test_a_function_of_an_unknown_name_is_not_called() -> None:
     assert calls == []
 
 
-def test_mlps_of_one_form_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlps_of_one_form_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = plain_mlp(), plain_mlp()
-    readers: Readers = {}
-    read_mlp("first", first, readers=readers)
-    monkeypatch.setattr("gmoe._read_mlp.Trial", None)
-    form = read_mlp("second", second, readers=readers)
+    checked: set[Hashable] = set()
+    read_mlp("first", first, checked=checked)
+    monkeypatch.setattr("gmoe._check_mlp._check_form", None)
+    form = read_mlp("second", second, checked=checked)
     assert [*form.ups, form.activation, form.down] == [*second]
 
 
 class Sine(CalledByKeyword):
-    """An activation that is not among the known ones."""
+    """It inherits from a class that is known, and has another activation."""
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.fc1(x).sin())
@@ -279,14 +265,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a dropout first": (lambda: nn.Sequential(nn.Dropout(0.5), *plain_mlp()), "a Sequential of"),
     "an activation with parameters": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8)),
-        "a Sequential of",
+        "a Sequential of .* has an activation with parameters",
     ),
     "a norm in front of the activation": (NormBeforeActivation, "a NormBeforeActivation of"),
     "a part that experts lack": (lambda: GlobalResponseNormMlp(8, 12), "a GlobalResponseNormMlp"),
     "convolutions": (lambda: Mlp(8, 12, use_conv=True), "a Mlp of convolutions"),
-    "an unknown activation": (Sine, "a Sine .* whose activation is not a known one"),
+    "an unknown activation": (Sine, "a Sine .* computes something else"),
     "two arguments": (TwoArguments, "a TwoArguments .* which fails on tokens alone"),
-    "two outputs": (Pair, "a Pair .* which fails on tokens alone .it returns a tuple"),
+    "two outputs": (Pair, "a Pair .* which fails on tokens alone .*it returns a tuple"),
     "no copy": (locked_mlp, "a Sequential .* which cannot be copied"),
 }
 
@@ -311,3 +297,62 @@ def test_a_norm_that_computes_in_float32_is_read(norm: Any, is_replaced: bool, w
     dense = read_mlp("mlp", mlp, is_replaced=is_replaced)
     experts = dense.experts(2, upcycle=True, zero_init=False, backend="loop")
     torch.testing.assert_close(experts(x, torch.tensor([3, 6])), mlp(x))
+
+
+class Detached(CalledByKeyword):
+    """An MLP of which a layer is not trained, or passes no gradient on."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.fc1(x), approximate="tanh")
+        if self.where == "hidden":
+            hidden = hidden.detach()
+        if self.where == "all":
+            with torch.no_grad():
+                return F.linear(hidden, self.fc2.weight, self.fc2.bias)
+        if self.where == "weight":
+            return F.linear(hidden, self.fc2.weight.detach(), self.fc2.bias)
+        if self.where == "half":
+            hidden = (hidden + hidden.detach()) / 2
+        return self.fc2(hidden)
+
+
+@pytest.mark.parametrize("where", ["hidden", "all", "weight", "half"])
+def test_an_mlp_of_another_gradient_stays_as_the_shared_expert(where: str) -> None:
+    mlp = Detached(where)
+    assert read_mlp("mlp", mlp).down is mlp.fc2
+    with pytest.raises(ValueError, match=r"^model: got mlp, a Detached .*(train|gradient)"):
+        read_mlp("mlp", mlp, is_replaced=True)
+
+
+class Odd(CalledByKeyword):
+    """An MLP that does something else for some tokens."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x, super().forward(x))
+
+
+ODD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "zeros stay zeros": lambda x, y: torch.where(x.abs().sum(-1, keepdim=True) == 0, 0.0, y),
+    "small tokens": lambda x, y: torch.where(x.abs().amax(-1, keepdim=True) < 0.01, 2 * y, y),
+    "large tokens": lambda _, y: y.clamp(max=50.0),
+    "one token": lambda x, y: 2 * y if x.numel() == 8 else y,
+    "many tokens": lambda x, y: 2 * y if x.numel() > 64 * 8 else y,
+    "the order of tokens": lambda x, y: y + (x - x.flip(0)).sum(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_an_mlp_that_does_something_else_for_some_tokens_is_refused(
+    what: str, is_replaced: bool
+) -> None:
+    with pytest.raises(ValueError, match=r"^model: got mlp, a Odd .* computes something else than"):
+        read_mlp("mlp", Odd(ODD[what]), is_replaced=is_replaced)
