@@ -58,8 +58,13 @@ def test_a_page_runs_from_top_to_bottom(
         exec(compile(block, page, "exec"), names)
 
 
-def test_the_api_page_has_every_public_name() -> None:
-    listed = re.findall(r"^   ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+def test_the_api_pages_have_every_public_name() -> None:
+    listed = [
+        name
+        for page in ("api.md", "api-authors.md")
+        for name in re.findall(r"^   ([\w.]+)$", (DOCS / page).read_text(), re.MULTILINE)
+    ]
+    assert len(listed) == len(set(listed))
     # The latter two as names of routers and a section
     elsewhere = {
         "__version__",
