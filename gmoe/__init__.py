@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from gmoe.data.sampler import NeighborSampler
     from gmoe.data.stored import StoredGraph
     from gmoe.metrics import RoutingStats, expert_health
+    from gmoe.models.blocks import BlockGNN
     from gmoe.models.gnn import GNNMoE
     from gmoe.models.vit import ViTMoE
 
@@ -62,6 +63,7 @@ __all__ = [
     "ROUTERS",
     "AttentionVote",
     "AuxLoss",
+    "BlockGNN",
     "ExpertChoice",
     "Experts",
     "GNNMoE",
@@ -122,6 +124,7 @@ _LAZY = {
     "LightningHealth": "gmoe.callbacks.lightning",
     "TrainerHealth": "gmoe.callbacks.trainer",
     "TrainerSave": "gmoe.callbacks.trainer",
+    "BlockGNN": "gmoe.models.blocks",
     "GNNMoE": "gmoe.models.gnn",
     "ViTMoE": "gmoe.models.vit",
 }

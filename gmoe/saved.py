@@ -46,7 +46,11 @@ SPEC = "gmoe.json"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
-OWN = {"GNNMoE": "gmoe.models.gnn", "ViTMoE": "gmoe.models.vit"}
+OWN = {
+    "BlockGNN": "gmoe.models.blocks",
+    "GNNMoE": "gmoe.models.gnn",
+    "ViTMoE": "gmoe.models.vit",
+}
 """The modules of the classes that a folder may name to be built."""
 
 WRITTEN = "what gmoe.save, gmoe.TrainerSave, or save_pretrained of a model of gmoe's own writes"

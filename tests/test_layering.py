@@ -25,6 +25,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "gmoe.models.blocks",
             "gmoe.models.gnn",
             "gmoe.models.inference",
+            "gmoe.models.layered",
             "gmoe.models.layers",
             "gmoe.models.parts",
         ),

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 RouterInput = Literal["node", "neighbors", "degree"]
 Pool = Literal["mean", "sum", "max"]
-FFN = Literal["dense", "experts"]
 
 RouterName = Literal[
     "dense",
@@ -344,9 +343,9 @@ class GraphConfig(NodeConfig):
     With `last`, all convs may hold experts and a linear layer is the output."""
     input_dropout: float = 0.0
     """Dropout of the input features."""
-    ffn: FFN | None = None
-    """Pre-norm residual blocks with a feed-forward part behind each conv: an MLP (`dense`), and
-    experts in the convs; or `experts` in place of the MLP. Their residual is the identity."""
+    ffn: Literal["experts"] | None = None
+    """Pre-norm residual blocks, with experts in the feed-forward part behind each conv.
+    Their residual is the identity."""
     act: str = "relu"
     """The activation, by PyTorch's name."""
     adjacency: Literal["auto", "edge_index"] = "auto"
@@ -404,8 +403,6 @@ class MoleculeConfig(RunConfig):
     """How atoms become a molecule."""
     input_dropout: float = 0.0
     """Dropout of the atoms' embeddings."""
-    ffn: FFN | None = None
-    """Pre-norm residual blocks, as for graphs. Those of the paper have `--norm None`."""
     act: str = "relu"
     """The activation, by PyTorch's name."""
 

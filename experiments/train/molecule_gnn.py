@@ -252,7 +252,6 @@ class MoleculeGNN(gmoe.GNNMoE):
         node_GD = None
         if self.virtual_node is not None:
             node_GD = x.new_zeros(num_graphs, 1) + self.virtual_node.start
-        x = self.enter(x)
         for layer in range(self.num_layers):
             if node_GD is not None:
                 x = x + node_GD.index_select(0, batch)
@@ -264,14 +263,7 @@ class MoleculeGNN(gmoe.GNNMoE):
             if self.virtual_node is not None:
                 assert node_GD is not None
                 node_GD = self.virtual_node(layer, node_GD, x, batch)
-            if not self.ffns:
-                x = self.activate(layer, out, batch, num_graphs)
-                continue
-            x, routing = self.feed_forward(layer, x, out, batch, decision, edge_index)
-            if routing is not None and decision is None:
-                routings.append(routing)
-        if self.ffns:
-            x = self.norms[-1](x)
+            x = self.activate(layer, out, batch, num_graphs)
         logits = self.lin(self.pool(x, batch, num_graphs))
         return (logits, routings) if return_routing else logits
 

@@ -120,7 +120,7 @@ def inference(
                 "loader: got a Data without x, expected one with x, and with edge_index or adj_t"
             )
         run = InMemory(model, data, device, batch_size, progress_bar)
-        logits = model.run_layers(run.features, run.layer)
+        logits = run.logits()
         return (logits, run.routings) if return_routing else logits
 
     _check_stored(model, data)
@@ -138,7 +138,9 @@ def inference(
     # Concurrent calls, in other threads or processes, each get their own folder.
     with TemporaryDirectory(prefix="inference-", dir=folder) as scratch:
         stored_run = OnDisk(model, data, device, batch_size, progress_bar, Path(scratch))
-        logits = model.run_layers(data, stored_run.layer)
+        x: Tensor | StoredGraph = data
+        for layer in range(model.num_layers):
+            x = logits = stored_run.layer(layer, x)
         # Replacing is atomic: a reader opens the old file or the new one, and keeps what it opened.
         stored_run.last_file.replace(folder / "logits.npy")
     return logits
@@ -221,14 +223,24 @@ class InMemory(_LayerByLayer):
         self.batch = None if data.get("batch") is None else data.batch.to(device)
         self.routings: list[Routing] = []
 
-    def layer(self, layer: int, x: Tensor) -> Tensor:
+    def logits(self) -> Tensor:
+        """(N, O) the output of the model."""
         model = self.model
-        has_blocks = len(model.ffns) > 0
-        if layer == 0 and has_blocks:
+        x = self.features
+        if model.has_input_layer:
             x = torch.cat(
                 [model.enter(x[rows].to(self.device)).cpu() for rows in self.ranges("Input")]
             )
+        outputs: list[Tensor] = []
+        for layer in range(model.num_layers):
+            x = self.layer(layer, x)
+            outputs = [*outputs, x] if model.joins_layers else [x]
+        left: Tensor = model.leave([output.to(self.device) for output in outputs])
+        return left.cpu()
 
+    def layer(self, layer: int, x: Tensor) -> Tensor:
+        """(N, D) the output of a layer, from its input."""
+        model = self.model
         # 1. Decide for all nodes at once: a shared router before its first MoE layer, that of a
         # conv with experts before each. Experts behind a conv see its output, and decide in 3.
         decision = None
@@ -251,7 +263,6 @@ class InMemory(_LayerByLayer):
             out[rows] = out_part.cpu()
 
         # 3. The rest on all nodes at once, since some norms and routers look at all of them.
-        x = x.to(self.device) if has_blocks else x
         edge_index = self.graph.edge_index.to(self.device)
         x, routing = model.finish(
             layer, x, out.to(self.device), self.batch, routing=decision, edge_index=edge_index
@@ -267,8 +278,7 @@ class InMemory(_LayerByLayer):
         seen = []
         for _, nodes, graph in self.parts("Routing"):
             if shared is None:
-                own = self.model.before_conv(layer, self.rows(x, nodes))
-                seen.append(conv.router_features(own, graph))
+                seen.append(conv.router_features(self.rows(x, nodes), graph))
             else:
                 raw = self.rows(self.features, nodes)
                 seen.append(self.model.shared_router_input(raw, graph))
@@ -326,6 +336,8 @@ class OnDisk(_LayerByLayer):
                 x_part = model.enter(x_part)
             out_part, _ = model.convolve(layer, x_part, graph, None, routing)
             out_part, _ = model.finish(layer, x_part, out_part, routing=routing)
+            if layer == model.num_layers - 1:
+                out_part = model.leave([out_part])
             if rows.start == 0:  # now the width is known
                 self.last_file = self.folder / f"hidden-{layer % 2}.npy"
                 shape = (self.num_nodes, out_part.size(1))
@@ -375,9 +387,7 @@ def _check_hops(model: Any) -> None:
         if isinstance(conv, MoEConv):
             refuse_far(far for part in conv.parts() for far in part.too_far)
             continue
-        is_raw = layer == 0 and not len(model.ffns)
-        width = model.in_channels if is_raw else model.hidden_channels
-        if not looks_one_hop(conv, width, model.local or None):
+        if not looks_one_hop(conv, model.conv_width(layer), model.local or None):
             refuse_far([conv])
 
 
@@ -392,7 +402,7 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
         raise ValueError(
             "model: got one in training mode, expected eval() before inference of a stored graph"
         )
-    if model.jk_mode not in (None, "last"):
+    if model.joins_layers:
         raise ValueError(
             f"jk: got {model.jk_mode!r}, expected None or 'last': others keep every layer"
         )

@@ -15,9 +15,11 @@ from torch_geometric.nn import MessagePassing
 
 from gmoe.conv.build import Trial
 from gmoe.conv.kinds import (
+    OPTIONS,
     ConvFactory,
     ConvLike,
     Make,
+    check_option,
     class_of,
     factory_of,
     is_of_library,
@@ -26,39 +28,89 @@ from gmoe.conv.kinds import (
 )
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.router_input import router_width
-from gmoe.models.parts import FFN
-from gmoe.moe import MoELayer
+from gmoe.moe import MoELayer, choose_blocks
 from gmoe.routers import Router, RouterLike, let_check_finite
-from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
+from gmoe.start import (
+    Start,
+    build_layer_router,
+    drawn_apart,
+    resolved_start,
+)
+
+
+def are_stacked(kinds: Sequence[str | ConvFactory]) -> bool:
+    """True if the experts of these kinds, or of the first, are stacked under most options."""
+    return kind_of(class_of(factory_of(kinds[0]))).stack is not None
 
 
 def start_of(
-    conv: ConvLike,
-    num_experts: int | None,
+    kinds: Sequence[str | ConvFactory],
     router: RouterLike | None,
     k: int,
     shared_router: bool | None,
-    ffn: FFN | None,
-    conv_kwargs: Mapping[str, Any],
+    is_stack: bool,
+    options: Mapping[str, Any],
 ) -> Start:
-    """How all layers start; the arguments are those of :class:`GNNMoE`.
+    """How all layers start.
 
     ``None`` is copies only where one decision serves all layers and their experts are stacked, as
     MLPs and convs of some classes are, so that copies share a base: in the study of starts, copies
     were safe only there. An option may still keep a conv from being stacked; its copies then start
     as the dense layer, too.
+
+    Args:
+        kinds: the kind of each expert's conv.
+        router, k, shared_router: as :class:`gmoe.GNNMoE` takes them.
+        is_stack: the experts are stacked.
+        options: what was said of ``start``, ``shared_transform`` and ``router_kwargs``.
     """
-    kinds = kinds_of(conv, num_experts)
-    are_mlps = ffn == "experts"
-    are_stacked = are_mlps or kind_of(class_of(factory_of(kinds[0]))).stack is not None
     return resolved_start(
-        conv_kwargs.get("start"),
+        options.get("start"),
         kinds,
-        shared_transform=conv_kwargs.get("shared_transform", False),
-        router=router if are_stacked and shared_router is not False else None,
+        shared_transform=options.get("shared_transform", False),
+        router=router if is_stack and shared_router is not False else None,
         k=k,
-        router_kwargs=conv_kwargs.get("router_kwargs"),
+        router_kwargs=options.get("router_kwargs"),
     )
+
+
+def layers_with_experts(
+    router: RouterLike | None, shared_router: bool, num_hidden: int, every: int
+) -> list[int]:
+    """The numbers of the layers that have experts; the arguments are those of a model.
+
+    Raises:
+        ValueError: a router instance for several layers.
+    """
+    if router is None:
+        return []
+    chosen = choose_blocks(num_hidden, every)
+    if isinstance(router, Router) and len(chosen) > 1 and not shared_router:
+        raise ValueError("router: got an instance for several layers, expected a name or a factory")
+    return chosen
+
+
+def taken_from(
+    conv_kwargs: dict[str, Any],
+    kind: str | ConvFactory,
+    owner: type,
+    names: Iterable[str] = OPTIONS,
+) -> dict[str, Any]:
+    """Take the arguments of layers with experts away from those of convs.
+
+    What is an argument of neither, nor of the model, is refused.
+
+    Args:
+        conv_kwargs: all of them; those of convs are left.
+        kind: the kind of the convs; of several, the first: the layers check the others.
+        owner: the model.
+        names: of the arguments of layers with experts.
+    """
+    taken = {name: conv_kwargs.pop(name) for name in names if name in conv_kwargs}
+    for option, value in conv_kwargs.items():
+        own = inspect.signature(owner).parameters
+        check_option(option, value, factory_of(kind), owner.__name__, own)
+    return taken
 
 
 def build_conv(

@@ -15,8 +15,6 @@ from torch_geometric.nn.resolver import activation_resolver, normalization_resol
 
 from gmoe._checks import check_choice
 
-FFN: TypeAlias = Literal["dense", "experts"]
-"""What a block has behind its conv: an MLP, or a MoE of MLPs."""
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 Activation: TypeAlias = str | Callable[[Tensor], Tensor] | None
 """A name, a function or a module; ``None`` for none."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmoe import GNNMoE, MoE, Routing
+from gmoe import BlockGNN, MoE, Routing
 from tests.compose.drawing import flip, without
 
 BY_ROW = (None, "by node", "batch_norm")
@@ -19,33 +19,31 @@ BY_ROW = (None, "by node", "batch_norm")
 
 
 def draw_blocks(random: Random, c: Any) -> None:
-    """Turn the layers of some models into blocks, whose convs or feed-forward parts have experts.
+    """Turn the layers of some models into blocks, whose feed-forward parts have experts.
 
     Args:
         random: what is drawn from.
         c: a case of graphs, drawn up to here. Options that blocks do not have are left out.
     """
-    if c.way == "layer" or not flip(random, 0.3):
+    if c.way == "layer" or len(c.kinds) > 1 or not flip(random, 0.3):
         return
-    several = len(c.kinds) > 1
-    ffn = "dense" if several else random.choice(("dense", "experts", "experts"))
+    c.has_blocks = True
     options = c.options
     routes_once = options["shared_router"]
     if routes_once is None:
         routes_once = c.start == "copies"
     norm = options.get("norm")
-    c.options = without(options, "residual", "norm", *(["local"] if ffn == "experts" else []))
+    c.options = without(options, "residual", "norm", "local", "jk")
     c.options |= {"norm": norm} if norm in BY_ROW and norm is not None else {}
-    c.options |= {"ffn": ffn, "jk": random.choice((None, "last"))}
-    if ffn == "experts":  # all MLPs are stacked: of one decision, copies are the default
-        is_default = c.start == "copies" and routes_once and flip(random)
-        told = (None, None) if is_default else (c.start, routes_once)
-        c.options |= {"start": told[0], "shared_router": told[1]}
-        c.options |= {} if routes_once else {"router_input": ("node",)}
+    # All MLPs are stacked: of one decision, copies are the default.
+    is_default = c.start == "copies" and routes_once and flip(random)
+    told = (None, None) if is_default else (c.start, routes_once)
+    c.options |= {"start": told[0], "shared_router": told[1]}
+    c.options |= {} if routes_once else {"router_input": ("node",)}
 
 
 def define_feed_forward(
-    model: GNNMoE,
+    model: BlockGNN,
     part: Any,
     rows: Tensor,
     routing: Routing | None,

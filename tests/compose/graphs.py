@@ -24,7 +24,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 
 import gmoe
-from gmoe import GNNMoE, Graph, MoEConv, Routing, StoredGraph, neighbor_loader
+from gmoe import BlockGNN, GNNMoE, Graph, MoEConv, Routing, StoredGraph, neighbor_loader
 from gmoe import sums as sums_module
 from gmoe._checks import parameters_of
 from gmoe.conv.base import GAIN_SCALE
@@ -145,7 +145,7 @@ class Kind(NamedTuple):
 
 @dataclass(kw_only=True, repr=False)
 class Config(Case):
-    """A MoEConv (``way="layer"``) or a GNNMoE, its input, and what both go through."""
+    """A MoEConv (``way="layer"``), a GNNMoE or a BlockGNN, its input, and what both go through."""
 
     two: bool = False
     """The edges lead from one set of nodes to another."""
@@ -168,6 +168,7 @@ class Config(Case):
     in_graph: tuple[str, ...] = ()
     learned: tuple[str, ...] = ()
     batch: int = 0
+    has_blocks: bool = False
     positional: bool = False
     as_on_gpus: bool = False
 
@@ -507,18 +508,10 @@ def define_model(model: GNNMoE, c: Config, given: Given) -> Output:
     """Layer by layer of its own parts."""
     x = given.x[0]
     convs = {}
-    decision = None
-    graph = Graph(given.plain, x.size(0), flow=model.flow)
-    if model.shared_router is not None:
-        seen = model.shared_router_input(x, graph)
-        decision = model.shared_router(seen, given.batch, graph.edge_index)
+    decision = decision_of(model, given)
     routings = [] if decision is None else [decision]
     xs = []
-    if model.input is not None:
-        x = model.act(model.input(x))
     for layer, conv in enumerate(model.convs):
-        before = x
-        x = model.norms[layer](x) if model.ffns else x
         if isinstance(conv, MoEConv):
             own: Any = {key: value for key, value in given.args.items() if key in conv.edge_names}
             routing = decision
@@ -528,17 +521,8 @@ def define_model(model: GNNMoE, c: Config, given: Given) -> Output:
             out, convs[f"convs.{layer}"] = define_layer(conv, c, x, given, routing)
             routings += [routing] if decision is None else []
         else:
-            takes = parameters_of(conv)
-            own = {key: value for key, value in given.args.items() if key in takes}
-            out = conv(x, given.plain, **own)
-        if model.ffns:
-            part = model.ffns[layer]
-            y, routing_of_block = define_feed_forward(
-                model, part, out, decision, given.batch, graph.edge_index
-            )
-            routings += [] if routing_of_block is None else [routing_of_block]
-            out = before + y
-        elif layer < model.num_layers - 1 or model.jk_mode is not None:
+            out = plain_conv(conv, x, given)
+        if layer < model.num_layers - 1 or model.jk_mode is not None:
             residual = c.options.get("residual", "identity")
             if residual == "linear":
                 out = out + model.residuals[str(layer)](x)
@@ -550,8 +534,39 @@ def define_model(model: GNNMoE, c: Config, given: Given) -> Output:
         x = out
         xs.append(x)
     x = model.jk(xs) if hasattr(model, "jk") else x
-    x = model.norms[-1](x) if model.ffns else x
     return Output({"y": model.lin(x) if hasattr(model, "lin") else x}, routings, convs)
+
+
+def define_blocks(model: BlockGNN, given: Given) -> Output:
+    """Block by block of its own parts."""
+    decision = decision_of(model, given)
+    routings = [] if decision is None else [decision]
+    x = model.act(model.input(given.x[0]))
+    edge_index = Graph(given.plain, x.size(0), flow=model.flow).edge_index
+    for layer, conv in enumerate(model.convs):
+        rows = plain_conv(conv, model.norms[layer](x), given)
+        part = model.ffns[layer]
+        y, own = define_feed_forward(model, part, rows, decision, given.batch, edge_index)
+        routings += [] if own is None else [own]
+        x = x + y
+    return Output({"y": model.lin(model.norms[-1](x))}, routings, {})
+
+
+def decision_of(model: Any, given: Given) -> Any:
+    """What a common router says; ``None`` without one."""
+    if model.shared_router is None:
+        return None
+    x = given.x[0]
+    graph = Graph(given.plain, x.size(0), flow=model.flow)
+    return model.shared_router(model.shared_router_input(x, graph), given.batch, graph.edge_index)
+
+
+def plain_conv(conv: Any, x: Tensor, given: Given) -> Tensor:
+    """A conv without experts, with the edge arguments that it takes."""
+    takes = parameters_of(conv)
+    own = {key: value for key, value in given.args.items() if key in takes}
+    out: Tensor = conv(x, given.plain, **own)
+    return out
 
 
 def gradients(module: nn.Module, convs: Mapping[str, list[Any]] | None) -> dict[str, Any]:
@@ -627,7 +642,7 @@ def prune(c: Config, module: Any, given: Given) -> Any:
     return gmoe.prune(module, args).model
 
 
-def inference(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
+def inference(c: Config, model: Any, given: Given) -> dict[str, Tensor]:
     """Layer by layer in chunks."""
     args = without(given.args, *c.in_graph)
     args |= {} if given.batch is None else {"batch": given.batch}
@@ -635,7 +650,7 @@ def inference(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
     return {"y": model.inference(data, batch_size=c.batch)}
 
 
-def sampled(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
+def sampled(c: Config, model: Any, given: Given) -> dict[str, Tensor]:
     """With all neighbors of so many hops that the degrees of all that count are whole."""
     data = Data(x=given.x[0], edge_index=given.adj, **given.args)
     found = []
@@ -650,7 +665,7 @@ def sampled(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
     return {"y": torch.cat(found)}
 
 
-def from_disk(c: Config, model: GNNMoE, given: Given) -> dict[str, Tensor]:
+def from_disk(c: Config, model: Any, given: Given) -> dict[str, Tensor]:
     """Layer by layer, the graph and the embeddings on disk."""
     with tempfile.TemporaryDirectory() as folder:
         store(Path(folder, "graph"), Data(x=given.x[0].detach(), edge_index=given.adj))
@@ -664,7 +679,7 @@ def check_defaults(c: Config, module: nn.Module) -> None:
     found = {part.start for part in module.modules() if isinstance(part, MoELayer)}
     if found - {c.start}:
         raise AssertionError(f"start={c.options['start']} became {found}, not {c.start!r}")
-    if isinstance(module, GNNMoE) and c.options["shared_router"] is None:
+    if isinstance(module, GNNMoE | BlockGNN) and c.options["shared_router"] is None:
         is_one = module.shared_router is not None
         if is_one != (c.start == "copies"):
             raise AssertionError(f"shared_router=None became {is_one} with start={c.start!r}")
@@ -721,8 +736,8 @@ class Graphs(Target):
         return c
 
     def traits(self, case: Config) -> Collection[str]:
-        ffn = f"ffn {case.options.get('ffn')}"
-        return {case.way, *(kind.name for kind in case.kinds), *case.before, case.after, ffn}
+        blocks = "blocks" if case.has_blocks else "layers"
+        return {case.way, *(kind.name for kind in case.kinds), *case.before, case.after, blocks}
 
     def module_of(self, case: Config) -> Call:
         made = [kind.as_argument if case.partials else kind.name for kind in case.kinds]
@@ -737,7 +752,7 @@ class Graphs(Target):
         if options.get("norm") == "by node":
             options["norm"] = Call(LayerNorm, hidden, mode="node")
         widths = {"in_channels": case.widths[0], "hidden_channels": hidden, "out_channels": 3}
-        return Call(GNNMoE, **widths, **options)
+        return Call(BlockGNN if case.has_blocks else GNNMoE, **widths, **options)
 
     def build(self, case: Config) -> Any:
         module = super().build(case)
@@ -755,6 +770,8 @@ class Graphs(Target):
         super().redraw(case, module)
 
     def define(self, case: Config, module: Any, given: Given) -> Output:
+        if isinstance(module, BlockGNN):
+            return define_blocks(module, given)
         if isinstance(module, GNNMoE):
             return define_model(module, case, given)
         routing = call(case, module, given).routings[0]

@@ -75,6 +75,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "AttentionVote": lambda _: ((WIDTH,), experts()),
     "AuxLoss": lambda _: ((torch.ones(()), 0.1), {}),
     "ExpertChoice": lambda _: ((WIDTH,), experts()),
+    "BlockGNN": lambda _: ((WIDTH, 8, 3), {"num_layers": 2, **experts()}),
     "GNNMoE": lambda _: ((WIDTH, 8, 3), {"num_layers": 2, **experts()}),
     "Graph": lambda _: ((EDGES, 6), {"flow": "source_to_target"}),
     "LightningHealth": lambda _: ((), {}),
@@ -142,10 +143,11 @@ OF_TENSORS = {
     "grouped_linear",
 }
 """Of these, torch itself reports what is no tensor."""
-SUGGEST = {"GNNMoE", "MoEConv"}
+SUGGEST = {"BlockGNN", "GNNMoE", "MoEConv"}
 """What they do not know goes to their convs, so they suggest the right name themselves."""
 TAKEN = {
-    ("GNNMoE", "the first two swapped"),  # two widths
+    ("BlockGNN", "the first two swapped"),  # two widths
+    ("GNNMoE", "the first two swapped"),
     ("LinearExperts", "the first two swapped"),
     ("MLPExperts", "the first two swapped"),
     ("MoE", "None for router"),  # whose calls are told their routing

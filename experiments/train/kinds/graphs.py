@@ -116,19 +116,26 @@ class Graphs(Nodes[GraphConfig]):
             # There is one graph only: for the dense model, whose convs are PyG's
             options["cached"] = True
         names = self.conv_of_experts()
-        return gmoe.GNNMoE(
+        model: Any = gmoe.GNNMoE
+        if config.ffn is None:
+            options["jk"] = config.jk
+        else:
+            model = gmoe.BlockGNN
+            residual = options.pop("residual")
+            check(residual == "identity", "residual", f"{residual!r} with ffn", "'identity'")
+            check(config.jk in (None, "last"), "jk", f"{config.jk!r} with ffn", "None or 'last'")
+        built: nn.Module = model(
             task.in_channels,
             config.hidden,
             task.num_classes,
             config.layers,
             conv=load_conv(names) if isinstance(names, str) else list(map(load_conv, names)),
             shared_router=config.shared_router,
-            jk=config.jk,
             input_dropout=config.input_dropout,
-            ffn=config.ffn,
             act=config.act,
             **options,
         )
+        return built
 
     def check_evaluation(self, model: nn.Module, task: Task) -> None:
         if self.config.evaluates_by_layer():

@@ -46,7 +46,6 @@ class MoleculeSets(GNNKind[MoleculeConfig]):
             virtual_node=config.virtual_node,
             pool=config.pool,
             input_dropout=config.input_dropout,
-            ffn=config.ffn,
             act=config.act,
             **self.model_options(task),
         )

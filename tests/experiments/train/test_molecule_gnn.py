@@ -182,32 +182,3 @@ def test_every_parameter_learns_under_each_pooling(pool: Any) -> None:
     model(*molecule_batch()).square().sum().backward()
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert idle == []
-
-
-@pytest.mark.parametrize("virtual_node", [False, True], ids=["", "virtual node"])
-@pytest.mark.parametrize("shared_router", [None, False])
-def test_blocks_of_molecules(virtual_node: bool, shared_router: bool | None) -> None:
-    """They start as the dense blocks; and a molecule is what it is by itself."""
-    options: dict[str, Any] = {
-        "conv": BondGCNConv,
-        "ffn": "experts",
-        "residual": "identity",
-        "virtual_node": virtual_node,
-    }
-    inputs = molecule_batch()
-    logits = []
-    for router in (None, "token_choice"):
-        torch.manual_seed(0)
-        own: dict[str, Any] = {"shared_router": shared_router, "num_experts": 3}
-        own = {} if router is None else own
-        model = MoleculeGNN(8, 2, 3, router=router, **options, **own).double().eval()
-        if virtual_node:
-            nn.init.constant_(model.virtual_node.start, 0.3)  # type: ignore[union-attr]
-        logits.append(model(*inputs))
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-10)
-    found, routings = model(*inputs, return_routing=True)
-    assert len(routings) == (1 if shared_router is None else 3)
-    x, bonds, attr, batch, _ = inputs
-    first = bonds.amax(dim=0) < 3
-    alone = model(x[:3], bonds[:, first], attr[first], batch[:3], 1)
-    torch.testing.assert_close(found[:1], alone, rtol=0, atol=1e-10)

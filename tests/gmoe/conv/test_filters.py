@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import SGConv, SimpleConv
 from torch_geometric.transforms import LocalDegreeProfile
 
-from gmoe import GNNMoE, LinearExperts, MoE, MoEConv, TokenChoice, moefy
+from gmoe import BlockGNN, GNNMoE, LinearExperts, MoE, MoEConv, TokenChoice, moefy
 from tests.helpers.equal import assert_same
 from tests.helpers.masked import GRAPHS, assert_equals_masked, features, redrawn, weights
 
@@ -108,13 +108,12 @@ def test_the_mean_of_neighbors_beside_the_node_is_pygs_own_conv() -> None:
     y = conv(x, EDGES)
     assert_same(y[:, :WIDTH], x)
     model: Any = redrawn(
-        GNNMoE(
+        BlockGNN(
             WIDTH,
             8,
             2,
             3,
             conv=partial(SimpleConv, aggr="mean", combine_root="cat"),
-            ffn="experts",
             act="gelu",
             num_experts=3,
         )

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 
 import gmoe
-from gmoe import GNNMoE, MoE, MoEConv, StoredGraph, TokenChoice
+from gmoe import BlockGNN, MoE, MoEConv, StoredGraph, TokenChoice
 from gmoe.models.blocks import DropThenAct
 from gmoe.stack import fold
 from tests.helpers.equal import assert_same
@@ -35,14 +35,14 @@ WAYS = {
 ways = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 
 
-def model(**options: Any) -> GNNMoE:
+def model(**options: Any) -> BlockGNN:
     """Blocks with experts that differ; without noise, which would differ from call to call."""
     torch.manual_seed(0)
-    options = {"ffn": "experts", "act": "gelu", "num_experts": EXPERTS, **options}
+    options = {"act": "gelu", "num_experts": EXPERTS, **options}
     if options.get("router", "token_choice") == "token_choice":
         kwargs = options.get("router_kwargs", {})
         options["router_kwargs"] = {"balance": None, "noise": False, **kwargs}
-    gnn = GNNMoE(IN, HIDDEN, OUT, BLOCKS, **options).double()
+    gnn = BlockGNN(IN, HIDDEN, OUT, BLOCKS, **options).double()
     with torch.no_grad():
         for name, value in gnn.named_parameters():
             if name.endswith("_difference") or "experts.down" in name:
@@ -129,9 +129,9 @@ def test_the_dense_model_is_that_of_the_paper(training: bool) -> None:
 # experts ------------------------------------------------------------------------------------------
 
 
-def by_masks(gnn: GNNMoE, x: Tensor, convs: Any, routings: list[gmoe.Routing]) -> Tensor:
+def by_masks(gnn: BlockGNN, x: Tensor, convs: Any, routings: list[gmoe.Routing]) -> Tensor:
     """All experts on all nodes, weighted by what the routings say."""
-    h = gnn.act(gnn.input(x))  # type: ignore[misc]
+    h = gnn.act(gnn.input(x))
     for layer in range(BLOCKS):
         part: Any = gnn.ffns[layer]
         rows = convs[layer](gnn.norms[layer](h), EDGES)
@@ -171,40 +171,24 @@ def test_experts_of_a_block_are_a_mixture_by_masks(conv: str, options: dict[str,
 
 
 @pytest.mark.parametrize("start", ["copies", "shared"])
-@pytest.mark.parametrize("ffn", ["experts", "dense"])
-def test_it_starts_as_the_dense_model(start: str, ffn: str) -> None:
+def test_it_starts_as_the_dense_model(start: str) -> None:
     x = features(NODES, IN).float()
     logits = []
     for router in (None, "token_choice"):
         torch.manual_seed(3)
-        gnn = GNNMoE(IN, HIDDEN, OUT, BLOCKS, router=router, start=start, ffn=ffn, conv="sage")  # type: ignore[arg-type]
+        gnn = BlockGNN(IN, HIDDEN, OUT, BLOCKS, router=router, start=start, conv="sage")
         logits.append(gnn.eval()(x, EDGES))
     torch.testing.assert_close(*logits)
 
 
 def test_where_the_experts_are() -> None:
-    in_ffn, in_conv = model(), model(ffn="dense", conv="sage")
-    assert [type(part) for part in in_ffn.ffns] == [MoE] * BLOCKS
-    assert not any(isinstance(conv, MoEConv) for conv in in_ffn.convs)
-    assert all(isinstance(conv, MoEConv) for conv in in_conv.convs)
-    assert not any(isinstance(part, MoE) for part in in_conv.ffns)
+    gnn = model()
+    assert [type(part) for part in gnn.ffns] == [MoE] * BLOCKS
+    assert not any(isinstance(conv, MoEConv) for conv in gnn.convs)
     assert [type(part).__name__ for part in model(every=2).ffns] == ["Sequential", "MoE"]
 
 
 # with all that a GNNMoE does ----------------------------------------------------------------------
-
-
-IN_CONVS = [
-    {"ffn": "dense", "conv": conv, "start": start, "router_input": router_input}
-    for conv, start in (("sage", "plain"), ("gat", "copies"))
-    for router_input in ("node", "neighbors")
-]
-"""Experts in the convs, each with a router of its own, which sees what the conv sees: a norm."""
-
-
-@pytest.mark.parametrize("options", IN_CONVS, ids=str)
-def test_inference_routes_by_the_norm_before_a_conv(options: dict[str, Any]) -> None:
-    assert_inference_equals_the_forward(model(shared_router=False, **options))
 
 
 @ways
@@ -212,7 +196,7 @@ def test_inference_equals_the_forward(options: dict[str, Any]) -> None:
     assert_inference_equals_the_forward(model(conv="bare_sage", **options))
 
 
-def assert_inference_equals_the_forward(gnn: GNNMoE) -> None:
+def assert_inference_equals_the_forward(gnn: BlockGNN) -> None:
     gnn.eval()
     data = Data(x=features(NODES, IN), edge_index=EDGES)
     logits, routings = gnn(data.x, EDGES, return_routing=True)
@@ -261,9 +245,7 @@ def test_routings_are_replayed(options: dict[str, Any]) -> None:
     assert_same(gnn(x, EDGES, routings=routings), logits)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"shared_router": False}, {"ffn": "dense", "conv": "sage"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
 def test_it_is_pruned_saved_and_folded(tmp_path: Path, options: dict[str, Any]) -> None:
     gnn, x = model(**options).eval(), features(NODES, IN)
     logits = gnn(x, EDGES)
@@ -310,17 +292,21 @@ def test_it_is_compiled_and_exported(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ffn": "both"}, "ffn: got 'both'"),
-        ({"jk": "cat"}, "jk: got 'cat' with ffn='experts'"),
-        ({"residual": "none"}, "residual: got 'none' with ffn='experts'"),
+        ({"jk": "cat"}, "jk: got 'cat', expected an argument of BlockGNN or of GCNConv"),
+        ({"residual": "none"}, "residual: got 'none', expected an argument of BlockGNN"),
         ({"norm": "graph_norm"}, "norm: got GraphNorm in blocks, expected one by row"),
-        ({"conv": ["gcn", "sage", "gat"]}, "conv: got several with ffn='experts'"),
-        ({"shared_transform": True}, "shared_transform: got True with ffn='experts'"),
-        ({"local": True, "conv": "sage"}, "local: got True with ffn='experts'"),
-        ({"ffn": "dense", "conv": "bare_sage"}, "conv: got 'bare_sage', expected one with weights"),
+        (
+            {"conv": ["gcn", "sage", "gat"]},
+            r"conv: got \['gcn', 'sage', 'gat'\], expected one kind",
+        ),
+        (
+            {"shared_transform": True},
+            "shared_transform: got True, expected an argument of BlockGNN",
+        ),
+        ({"local": True, "conv": "sage"}, "local: got True, expected an argument of BlockGNN"),
         (
             {"shared_router": False, "router_input": ("node", "degree")},
-            "router_input: got .'node', 'degree'. with ffn='experts'",
+            "router_input: got .'node', 'degree'., expected 'node'",
         ),
         ({"router": TokenChoice(HIDDEN, num_experts=EXPERTS)}, "router: got an instance"),
     ],
