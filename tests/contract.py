@@ -28,6 +28,7 @@ from torch_geometric.nn import HeteroConv
 from torchvision.models import VisionTransformer
 
 from gmoe import (
+    BlockGNN,
     GNNMoE,
     LinearExperts,
     MLPExperts,
@@ -350,6 +351,7 @@ CASES = [
         partial(gnn, shared_router=True, router_input=("node", "neighbors"), start="shared"),
         graphs,
     ),
+    Case("BlockGNN", lambda: opened(BlockGNN(D, D, 5, 2, num_experts=E, k=K)), graphs),
     Case("GNNMoE copies", partial(gnn, router_input=("node", "neighbors")), graphs),
     Case(
         "GNNMoE copies, a router a layer",

@@ -32,13 +32,13 @@ class FilterNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = TokenChoice(WIDTH, num_experts=3)
-        self.low_pass = MoEConv(HOPS, WIDTH, 2, router=None, start="plain")
+        self.filters = MoEConv(HOPS, WIDTH, 2, router=None, start="plain")
         self.own = MoE(None, LinearExperts(WIDTH, 2, num_experts=3))
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Any:
         routing = self.router(x)
         own = self.own(x, routing=routing)
-        return own + self.low_pass(x, edge_index, routing=routing), routing
+        return own + self.filters(x, edge_index, routing=routing), routing
 
 
 @pytest.mark.parametrize("kind", ["some", "one"])
@@ -57,7 +57,7 @@ def test_filters_stand_beside_linear_experts_by_one_decision() -> None:
     weight_TE = routing.to_dense()
     expected = torch.zeros(NODES, 2, dtype=torch.float64)
     for expert in range(3):
-        filtered = model.low_pass.expert(expert)(x, EDGES)
+        filtered = model.filters.expert(expert)(x, EDGES)
         own = x @ model.own.experts.weight[expert].T + model.own.experts.bias[expert]
         expected = expected + weight_TE[:, expert : expert + 1] * (filtered + own)
     assert_same(y, expected)
