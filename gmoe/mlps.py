@@ -114,13 +114,13 @@ class MLPForm:
 
     @torch.no_grad()
     def experts(
-        self, num_experts: int, upcycle: bool, zero_init: bool, backend: Backend
+        self, num_experts: int, copied: bool, zero_init: bool, backend: Backend
     ) -> MLPExperts:
         """Build experts of this form.
 
         Args:
             num_experts: E.
-            upcycle: copy the MLP; ``False`` draws the experts anew.
+            copied: copy the MLP; ``False`` draws the experts anew.
             zero_init: start the last layer at zero.
             backend: see :func:`gmoe.grouped_linear`.
         """
@@ -145,7 +145,7 @@ class MLPForm:
         # The dtype and the device of a parameter: a parametrization may compute in another one.
         parameter = next(self.ups[0].parameters())
         experts.to(parameter.detach())
-        if upcycle:
+        if copied:
             become(experts.up, {"weight": up_weight, "bias": up_bias})
             if not zero_init:
                 become(experts.down, {"weight": down_weight, "bias": down_bias})

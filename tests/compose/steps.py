@@ -48,7 +48,7 @@ def through_state_dict(module: nn.Module, build: Callable[[], Any]) -> Any:
 def through_files(module: nn.Module, build: Callable[[], Any], inputs: Any = None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         # Files end with the folder: what is loaded may not read them later.
-        gmoe.save(module, folder, inputs)
+        gmoe.save(module, folder)
         return gmoe.load(folder, base=build()).train(module.training)
 
 

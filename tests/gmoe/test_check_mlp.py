@@ -34,7 +34,7 @@ from tests.helpers.mlps import (
 
 def copies_of(mlp: nn.Module) -> MLPExperts:
     """Two experts that are copies of an MLP."""
-    return read_mlp("mlp", mlp).experts(2, upcycle=True, zero_init=False, backend="loop")
+    return read_mlp("mlp", mlp).experts(2, copied=True, zero_init=False, backend="loop")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -98,7 +98,7 @@ def test_reading_an_mlp_leaves_it_as_it_is() -> None:
 
 
 def test_the_last_layers_may_start_at_zero() -> None:
-    experts = read_mlp("mlp", plain_mlp()).experts(2, upcycle=True, zero_init=True, backend="loop")
+    experts = read_mlp("mlp", plain_mlp()).experts(2, copied=True, zero_init=True, backend="loop")
     assert experts.up.weight.all()
     assert not experts.down.weight.any()
 
@@ -295,7 +295,7 @@ def test_a_norm_that_computes_in_float32_is_read(norm: Any, is_replaced: bool, w
     mlp = SwiGLU(width, 2 * width, norm_layer=norm)
     x = torch.randn(6, width)
     dense = read_mlp("mlp", mlp, is_replaced=is_replaced)
-    experts = dense.experts(2, upcycle=True, zero_init=False, backend="loop")
+    experts = dense.experts(2, copied=True, zero_init=False, backend="loop")
     torch.testing.assert_close(experts(x, torch.tensor([3, 6])), mlp(x))
 
 
