@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from docs.plots import controls, curves, graphs, regime_map, routers, starts, swap, times
+from docs.plots import controls, routers, times
 from docs.plots.style import FIGURES, ROOT, Drawing, save
 
 MARKED = re.compile(
@@ -39,8 +39,9 @@ PAGE = """\
 
 def every_drawing(results: Path = ROOT / "results") -> dict[str, Drawing]:
     """By name."""
-    modules = (starts, routers, controls, curves, swap, graphs, times, regime_map)
-    found = [drawing for module in modules for drawing in module.drawings(results)]
+    found = [
+        drawing for module in (routers, controls, times) for drawing in module.drawings(results)
+    ]
     return {drawing.name: drawing for drawing in found}
 
 

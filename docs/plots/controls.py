@@ -1,6 +1,6 @@
 """What else does what experts do: other changes of a dense model, beside experts.
 
-``results/published-controls`` holds a file a graph and model; ``docs/lab/published.md`` has the
+``results/published-controls`` holds a file a graph and model; ``docs/lab/does-it-help.md`` has the
 tables.
 """
 

@@ -1,7 +1,7 @@
 """Training steps of whole models with experts, as multiples of PyG's or timm's own model.
 
 ``results/benchmark-step.json`` is what ``python -m experiments.benchmark step`` wrote;
-``docs/lab/benchmarks.md`` has the table.
+``docs/lab/steps.md`` has the table.
 """
 
 from __future__ import annotations

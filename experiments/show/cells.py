@@ -72,7 +72,11 @@ def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
     controls = study["controls"]
     tables = []
     for column in only or columns:
-        variants = [{"variant": row, **cell} for row, cell in columns[column].items()]
+        # The oldest cells hold neither their label nor what the routing follows.
+        variants = [
+            {"variant": row, "label": study.get("labels", {}).get(row, row), "routing": [], **cell}
+            for row, cell in columns[column].items()
+        ]
         content = {
             "variants": variants + chosen_by_validation(variants, study.get("chosen", {})),
             "reference": controls[0] if controls else "dense",
