@@ -45,11 +45,25 @@ def is_watched() -> bool:
 
 def in_backward() -> bool:
     """True in a backward pass, as where checkpointing runs a forward again; its own test."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != NO_BACKWARD
 
 
-keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-"""True in a backward pass that keeps its graph, so that another pass may go through it."""
+NO_BACKWARD = -1
+"""What :func:`backward_number` gives outside of backward passes."""
+
+backward_number = torch._C._current_graph_task_id
+"""The number of the backward pass that is running: each has another."""
+
+
+def hooks_of_saved() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The hooks that pack and unpack what autograd saves now; only the innermost pair is used."""
+    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return found
+
+
+def version_of(value: Tensor) -> int:
+    """How often a tensor's memory was written to in place."""
+    return value._version
 
 
 # kernels ------------------------------------------------------------------------------------------

@@ -9,24 +9,24 @@ import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from gmoe._checks import INTEGERS, check, check_module, described, is_whole, readable
 from gmoe._torch import (
+    NO_BACKWARD,
     assert_async,
+    backward_number,
     forward_hooks,
-    in_backward,
-    keeps_graph,
+    hooks_of_saved,
     remove_forward_hooks,
-    untraced,
+    version_of,
 )
 from gmoe.routers.base import Router
 from gmoe.routing import Routing
-
-Key: TypeAlias = tuple[str, tuple[int, ...], str | None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class ByType:
     ``HeteroConv`` has weights for each relation already.
 
     In a model of your own layers, use it as the factory of their routers, and call :meth:`attach`
-    once. Compile the whole model, not a part of it.
+    once. Compile the whole model, not a part of it. Of a model, one thread at a time may be inside
+    a call.
 
     With ``batch``, a group of tokens, such as a molecule, is routed by its composition: all its
     tokens go to all experts, whose weights are the shares of their types in the group. That is what
@@ -94,11 +95,6 @@ class ByType:
         others = f"{self.argument}: got other types, expected some of {[*self.values]}"
         object.__setattr__(self, "_others", others)
 
-    @property
-    def key(self) -> Key:
-        """What a decision is kept under."""
-        return self.argument, tuple(self.values), self.batch
-
     def __call__(self, dim: int, *, num_experts: int) -> TypeRouter:
         """Build the router of one layer."""
         expected = len(self.values)
@@ -107,6 +103,9 @@ class ByType:
 
     def attach(self, model: nn.Module, *, takes_others: bool = False) -> None:
         """Let a model read the types in each call, once; :func:`gmoe.moefy` does so itself.
+
+        The routers in it take their decisions from its calls, but those in a part to which the
+        types were attached before.
 
         Args:
             model: the module whose ``forward`` has the argument.
@@ -119,12 +118,14 @@ class ByType:
         check_module("model", model)
         types = _Argument.of("argument", self.argument, model)
         groups = None if self.batch is None else _Argument.of("batch", self.batch, model)
-        decide = _Decide(self, types, groups, takes_others)
+        decide = _Decide(self, types, groups, takes_others, _Calls())
         before, _ = forward_hooks(model)
         if decide in before.values():
-            return
-        model.register_forward_pre_hook(decide, with_kwargs=True)
-        model.register_forward_hook(_Forget(self), always_call=True)
+            decide = next(hook for hook in before.values() if hook == decide)
+        else:
+            model.register_forward_pre_hook(decide, with_kwargs=True)
+            model.register_forward_hook(_Forget(decide.calls), always_call=True)
+        _bind(model, self, decide.calls)
 
     def routing(self, type_T: Any, takes_others: bool, batch_T: Any = None) -> Routing:
         """The decision for tokens of these types, and of these groups.
@@ -207,8 +208,7 @@ class TypeRouter(Router):
             dim, num_experts=num_experts, k=1 if by_type.batch is None else num_experts
         )
         self.by_type = by_type
-        self._recent: list[Routing] = []
-        self._was_recomputed = False
+        self._calls: _Calls | None = None
 
     def reset_parameters(self) -> None:
         """Nothing to draw."""
@@ -220,53 +220,19 @@ class TypeRouter(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         name = self.by_type.argument
-        routing = self._decision()
+        routing = None if self._calls is None else self._calls.decision(name)
+        if routing is None:
+            raise RuntimeError(
+                f"{name}: got a call of a layer alone, expected a call of the whole model, to "
+                "which ByType.attach was applied (and of which no part alone is compiled); in a "
+                "checkpoint, a call with tensors"
+            )
         if routing.num_tokens != len(x_TD):
             raise ValueError(
                 f"{name}: got {routing.num_tokens} types, expected one for each of {len(x_TD)} "
                 "tokens of the layer"
             )
         return routing
-
-    def train(self, mode: bool = True) -> TypeRouter:
-        self._recent.clear()  # of passes that nobody will differentiate now
-        super().train(mode)
-        return self
-
-    def _decision(self) -> Routing:
-        """That of the call around; or, where a checkpoint recomputes a forward, of that forward."""
-        held = _held(self.by_type)
-        if held:
-            decision = held[-1]
-            if not torch.compiler.is_compiling():
-                self._remember(decision)
-            return decision.routing
-        if in_backward() and self._recent:
-            # A graph that is kept may be recomputed once more, after other forward passes.
-            self._was_recomputed |= not keeps_graph()
-            if len(self._recent) > 1:
-                raise RuntimeError(
-                    f"{self.by_type.argument}: got several forward passes before the backward pass "
-                    "of a checkpointed model, expected a backward pass after each"
-                )
-            return self._recent[0]
-        raise RuntimeError(
-            f"{self.by_type.argument}: got a call of a layer alone, expected a call of the whole "
-            "model, to which ByType.attach was applied (and of which no part alone is compiled)"
-        )
-
-    def _remember(self, decision: _Decision) -> None:
-        """Keep the decision for checkpoints that recompute this forward in the backward pass."""
-        if in_backward() or not decision.has_gradients:
-            return
-        if self._was_recomputed:
-            self._recent.clear()
-            self._was_recomputed = False
-        if not any(decision.routing is one for one in self._recent):
-            self._recent = [*self._recent[-1:], decision.routing]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_recent": []}
 
 
 def detach(model: nn.Module) -> None:
@@ -277,39 +243,108 @@ def detach(model: nn.Module) -> None:
 # the decision of a call -----------------------------------------------------------------------
 
 
-class _Decision(NamedTuple):
-    """What was decided for a call of a model."""
+@dataclass
+class _Call:
+    """A call of a model that is running.
 
-    routing: Routing
-    has_gradients: bool
-    """The model was called with gradients on, even if a reentrant checkpoint turns them off."""
+    Args:
+        backward: the number of the backward pass that makes it, as of a model in a checkpoint.
+        thread: the thread that makes it; ``None`` in compiled code.
+        routing: what was decided for it.
+        hooks: on what autograd saves in it.
+    """
 
-
-_BY_THREAD = threading.local()
-_COMPILED: dict[Key, list[_Decision]] = {}
-"""Of a call that is being traced: a compiler knows of no threads, and traces one at a time."""
-
-
-def _store() -> dict[Key, list[_Decision]]:
-    """Where the decisions of running calls are: those of this thread, or of what is traced."""
-    if torch.compiler.is_compiling():
-        return _COMPILED
-    held: dict[Key, list[_Decision]] = _BY_THREAD.__dict__.setdefault("held", {})
-    return held
+    backward: int
+    thread: int | None
+    routing: Routing | None = None
+    hooks: saved_tensors_hooks | None = None
 
 
-def _held(by_type: ByType) -> list[_Decision]:
-    """The decisions of the calls around, the innermost last."""
-    # A part that is left out of compiled code is inside a call that is compiled.
-    return _store().get(by_type.key) or _COMPILED.get(by_type.key, [])
+class _Calls:
+    """The calls of a model, from which its routers take their decisions.
+
+    A checkpoint inside the model computes a part of a call again in the backward pass, when the
+    call is over. Before that it unpacks its inputs, which it saved in that call: whoever unpacks
+    what was saved in a call recalls the decision, whatever was called meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[_Call] = []
+        """The innermost last."""
+        self.recalled: tuple[int, Routing | None] = (NO_BACKWARD, None)
+        """A backward pass, and the decision of what it unpacked last."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(_Calls())  # of a copy, no call is running
+
+    def begin(self) -> _Call:
+        """Note that a call begins, of which nothing is decided yet."""
+        is_compiled = torch.compiler.is_compiling()
+        number = NO_BACKWARD if is_compiled else backward_number()
+        self.running.append(_Call(number, None if is_compiled else threading.get_ident()))
+        return self.running[-1]
+
+    def end(self) -> None:
+        """Note that the innermost call is over."""
+        call = self.running.pop() if self.running else None
+        if call is not None and call.hooks is not None:
+            call.hooks.__exit__()
+
+    def decision(self, name: str) -> Routing | None:
+        """That of the call around; or, where a checkpoint recomputes a part of a call, of that.
+
+        Args:
+            name: of the argument, for an error.
+        """
+        call = self.running[-1] if self.running else None
+        if torch.compiler.is_compiling():
+            return None if call is None else call.routing
+        number = backward_number()
+        if call is not None and call.backward == number:
+            check(
+                call.thread in (None, threading.get_ident()),
+                name,
+                "calls of one model in several threads",
+                "one at a time, or a copy of the model for each thread",
+            )
+            return call.routing
+        in_pass, routing = self.recalled
+        return routing if number == in_pass else None
+
+    def watch(self, call: _Call) -> None:
+        """Recall a call's decision when something is unpacked that autograd saves in it."""
+        around = hooks_of_saved()  # of a checkpoint around, for example: ours replace them
+
+        def pack(value: Tensor) -> Any:
+            return (value, version_of(value)) if around is None else around[0](value)
+
+        def unpack(packed: Any) -> Tensor:
+            if around is None:
+                value, version = packed
+                # Where there are hooks, torch leaves this to them.
+                if version_of(value) != version:
+                    raise RuntimeError(
+                        "a tensor that is needed for the backward pass was changed in place: got "
+                        f"version {version_of(value)}, expected {version}"
+                    )
+            else:
+                value = around[1](packed)
+            self.recalled = backward_number(), call.routing
+            return value
+
+        call.hooks = saved_tensors_hooks(pack, unpack)
+        call.hooks.__enter__()
 
 
-@untraced
-def _forget_eagerly(by_type: ByType) -> None:
-    """Forget a decision that was made before the compiler gave up on the start of a call."""
-    held = _held(by_type)
-    if held:
-        held.pop()
+def _bind(part: nn.Module, by_type: ByType, calls: _Calls) -> None:
+    """Let the routers in a part of a model take their decisions from its calls."""
+    if isinstance(part, TypeRouter) and part.by_type == by_type:
+        part._calls = calls
+    for child in part.children():
+        hooks, _ = forward_hooks(child)
+        decides = [hook for hook in hooks.values() if isinstance(hook, _Decide)]
+        if all(hook.by_type != by_type for hook in decides):  # else they have calls of their own
+            _bind(child, by_type, calls)
 
 
 class _Argument(NamedTuple):
@@ -360,30 +395,29 @@ class _Decide:
         types: the argument that holds the types.
         groups: the one that holds the groups, if there is one.
         takes_others: see :meth:`ByType.attach`.
+        calls: of the model.
     """
 
     by_type: ByType
     types: _Argument
     groups: _Argument | None
     takes_others: bool
+    calls: _Calls = field(compare=False)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        call = self.calls.begin()  # at first: _Forget runs after an error, too
         type_T = self.types.given(args, kwargs)
         batch_T = None if self.groups is None else self.groups.given(args, kwargs)
-        routing = self.by_type.routing(type_T, self.takes_others, batch_T)
-        decision = _Decision(routing, torch.is_grad_enabled())
-        _store().setdefault(self.by_type.key, []).append(decision)
+        call.routing = self.by_type.routing(type_T, self.takes_others, batch_T)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.calls.watch(call)
 
 
 @dataclass(frozen=True)
 class _Forget:
     """Forget the decision at the end of the forward, also of one that failed."""
 
-    by_type: ByType
+    calls: _Calls
 
     def __call__(self, _: nn.Module, args: object, output: object) -> None:
-        held = _held(self.by_type)
-        if held:
-            held.pop()
-        elif torch.compiler.is_compiling():
-            _forget_eagerly(self.by_type)
+        self.calls.end()

@@ -89,6 +89,28 @@ def test_a_checkpoint_recomputes_in_the_backward() -> None:
     assert seen == [False, True]
 
 
+def test_backward_passes_have_numbers() -> None:
+    seen = [_torch.backward_number()]
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda _: seen.append(_torch.backward_number()))
+    for _ in range(2):
+        x.sum().backward()
+    assert seen[0] == _torch.NO_BACKWARD
+    assert len({*seen}) == 3
+
+
+def test_the_innermost_hooks_of_what_is_saved_are_seen() -> None:
+    assert _torch.hooks_of_saved() is None
+    with torch.autograd.graph.saved_tensors_hooks(torch.abs, torch.neg):
+        assert _torch.hooks_of_saved() == (torch.abs, torch.neg)
+
+
+def test_a_tensor_knows_how_often_it_was_written_to() -> None:
+    value = torch.ones(2)
+    before = _torch.version_of(value)
+    assert _torch.version_of(value.add_(1)) == before + 1
+
+
 def test_row_pointers_and_rows_follow_from_each_other() -> None:
     row, ptr = torch.tensor([0, 0, 2]), torch.tensor([0, 2, 2, 3, 3])
     assert _torch.row_pointers(row, 4).equal(ptr)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import HeteroConv, HeteroLinear
 
@@ -169,59 +173,156 @@ def test_checkpoints_recompute_with_the_types_of_their_forward() -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_checkpoints_of_two_forwards_are_not_mixed_up() -> None:
-    model = trained(model_of(checkpoints=True))
-    loss = model(*atoms(0)).square().sum() + model(*atoms(1)).square().sum()
-    with pytest.raises(RuntimeError, match="z: got several forward passes before the backward"):
-        loss.backward()
+def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
+    for value, expected in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, expected.grad)
 
 
-def test_forces_of_two_checkpointed_forwards_are_not_mixed_up() -> None:
-    """The first backward pass keeps its graph, for the second one."""
-    model = trained(model_of(checkpoints=True))
-
-    def loss(seed: int) -> Tensor:
-        x, z = atoms(seed)
-        x.requires_grad_()
-        (slope,) = torch.autograd.grad(model(x, z).sum(), x, create_graph=True)
-        return slope.square().sum()
-
-    first = loss(0)
-    with pytest.raises(RuntimeError, match="z: got several forward passes before the backward"):
-        (first + loss(1)).backward()
+def slopes(model: Any, x: Tensor, z: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x, z).sum(), x, create_graph=True)
+    return slope
 
 
-def test_forces_of_a_checkpointed_forward_train_as_without() -> None:
-    plain, saving = trained(model_of()), trained(model_of(checkpoints=True))
-    saving.load_state_dict(plain.state_dict())
-    for seed in range(2):
-        for model in (plain, saving):
-            x, z = atoms(seed)
-            x.requires_grad_()
-            (slope,) = torch.autograd.grad(model(x, z).sum(), x, create_graph=True)
-            slope.square().sum().backward()
-    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+class InCheckpoints(Atomwise):
+    """Its parts run in checkpoints, as somebody wrote them."""
+
+    way = "second"
+
+    def forward(self, x: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
+        run = partial(checkpoint, use_reentrant=self.way == "reentrant")
+        if self.way == "inputs":  # do not require gradients
+            return run(lambda x: self.second(self.first(x).tanh()), x)
+        if self.way == "nested":
+            return run(lambda x: run(self.second, run(self.first, x).tanh()), x)
+        h = self.first(x).tanh()
+        if self.way == "closure":
+            return run(lambda: self.second(h)).square()
+        h = run(self.second, h)
+        if self.way == "forces":
+            (slope,) = torch.autograd.grad(h.sum(), x, create_graph=True)
+            return slope + h.sum()
+        return h
 
 
-def test_reentrant_checkpoints_recompute_with_the_types_of_their_forward() -> None:
-    class Reentrant(Atomwise):
-        def forward(self, x: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
-            return checkpoint(self.second, self.first(x).tanh(), use_reentrant=True)
+WAYS = ("second", "reentrant", "inputs", "nested", "closure")
 
+
+def plain_and_saving(way: str) -> tuple[Any, Any]:
+    """Two models of the same weights, of which the second one computes parts again."""
     plain, saving = trained(model_of()), trained(model_of())
     saving.load_state_dict(plain.state_dict())
-    saving.__class__ = Reentrant
+    saving.__class__ = InCheckpoints
+    saving.way = way
+    return plain, saving
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpoints_of_several_forwards_have_each_its_types(way: str) -> None:
+    """Of the same features, too; and forwards that nobody differentiates change nothing."""
+    plain, saving = plain_and_saving(way)
+    (x, z), (_, other_z) = atoms(0), atoms(1)
+    calls = [(x, z), (x, other_z), atoms(2)]
+    losses: dict[Any, list[Tensor]] = {plain: [], saving: []}
+    for model, found in losses.items():
+        for call in calls:
+            y = model(*call) ** (2 if model is plain and way == "closure" else 1)
+            found.append(y.square().sum())
+            model(*atoms(3))  # is dropped
+        with torch.no_grad():
+            model.eval()(*atoms(4))
+        kept = model.train()(*atoms(5))
+        (found[0] + found[2]).backward()
+        found[1].backward()
+        del kept
+    assert_same_gradients(saving, plain)
+
+
+@pytest.mark.parametrize("way", ["second", "inputs", "nested"])
+def test_forces_under_checkpoints_train_as_without(way: str) -> None:
+    plain, saving = plain_and_saving(way)
     for model in (plain, saving):
-        model(*atoms()).square().sum().backward()
-    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+        first, second = (slopes(model, *atoms(seed)).square().sum() for seed in range(2))
+        model(*atoms(2))
+        (first + second).backward()
+        slopes(model, *atoms(3)).square().sum().backward()
+    assert_same_gradients(saving, plain)
 
 
-def test_a_forward_that_was_thrown_away_is_forgotten_in_training_mode() -> None:
-    model = trained(model_of(checkpoints=True))
-    model.eval()(*atoms(1))  # with gradients on
-    model.train()(*atoms(0)).sum().backward()
+def test_a_model_may_differentiate_its_checkpoints_itself() -> None:
+    plain, saving = plain_and_saving("forces")
+    for seed in range(2):
+        x, z = atoms(seed)
+        saving(x.requires_grad_(), z).square().sum().backward()
+        y = slopes(plain, x, z) + plain(x, z).sum()
+        y.square().sum().backward()
+    assert_same_gradients(saving, plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("way", ["none", "second"])
+def test_a_whole_model_runs_in_a_checkpoint(use_reentrant: bool, way: str) -> None:
+    plain, saving = plain_and_saving(way)
+    if way == "none":
+        saving.__class__ = Atomwise
+    for model in (plain, saving):
+        losses = []
+        for seed in range(2):
+            x, z = atoms(seed)
+            x.requires_grad_()
+            y = model(x, z)
+            if model is saving:
+                y = checkpoint(model, x, z, use_reentrant=use_reentrant)
+            losses.append(y.square().sum())
+        sum(losses).backward()
+    assert_same_gradients(saving, plain)
+
+
+def test_two_models_are_checkpointed_at_once() -> None:
+    pairs = [plain_and_saving("second") for _ in range(2)]
+    for models in zip(*pairs, strict=True):
+        losses = [model(*atoms(seed)).square().sum() for seed, model in enumerate(models)]
+        sum(losses).backward()
+    for plain, saving in pairs:
+        assert_same_gradients(saving, plain)
+
+
+def test_a_checkpoint_of_a_layer_alone_is_refused() -> None:
+    model, (x, z) = model_of(), atoms()
+    model(x, z).sum().backward()
+    with pytest.raises(RuntimeError, match="z: got a call of a layer alone"):
+        checkpoint(model.first, x, use_reentrant=False)
+
+
+def test_hooks_around_a_call_go_on_to_see_what_is_saved() -> None:
+    """As those that keep it on the CPU."""
+    model, (x, z) = model_of(), atoms()
+    counted: list[str] = []
+
+    def count(word: str, value: Tensor) -> Tensor:
+        counted.append(word)
+        return value
+
+    with saved_tensors_hooks(partial(count, "packed"), partial(count, "unpacked")):
+        y = model(x, z).sum()
+        number = counted.count("packed")
+        assert number > 4
+        with pytest.raises(ValueError, match="z: got NoneType"):
+            model(x, None)
+        (x.requires_grad_() ** 2).sum()  # the hooks are those of before
+        assert counted.count("packed") == number + 1
+    y.backward()
+    assert counted.count("unpacked") == number
+
+
+def test_what_is_changed_in_place_before_the_backward_pass_is_an_error() -> None:
+    """Torch does not look where there are hooks on what is saved."""
+    model = model_of("shared")
+    y = model(*atoms()).sum()
+    with torch.no_grad():
+        model.second.shared_expert[2].weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="needed for the backward pass was changed in place"):
+        y.backward()
 
 
 def test_types_may_be_given_by_name_alone_have_a_default_and_be_narrow() -> None:
@@ -246,19 +347,29 @@ def test_types_may_be_given_by_name_alone_have_a_default_and_be_narrow() -> None
         ByType("z", [2**70])
 
 
-def test_threads_have_decisions_of_their_own() -> None:
+def test_threads_inside_one_model_are_refused() -> None:
+    """Here the first one goes on inside of the second one's call, which then goes on."""
     model = trained(model_of()).eval()
-    calls = [atoms(seed) for seed in range(16)]
-    with torch.no_grad():
-        expected = [model(*call) for call in calls]
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda call: _without_gradients(model, *call), calls))
-    torch.testing.assert_close(found, expected)
+    inside, release = threading.Event(), threading.Event()
 
+    def meet(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            release.set()
+            first.exception(timeout=20)
+        else:
+            inside.set()
+            release.wait(timeout=20)
 
-def _without_gradients(model: Any, x: Tensor, z: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x, z)
+    handle = model.second.register_forward_pre_hook(meet)
+    message = "^z: got calls of one model in several threads, expected one at a time"
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(model, *atoms(0))
+        assert inside.wait(timeout=20)
+        with pytest.raises(ValueError, match=message):
+            model(*atoms(1))
+    assert re.match(message, str(first.exception()))
+    handle.remove()
+    torch.testing.assert_close(model(*atoms(2)), naive(model, *atoms(2)))
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
