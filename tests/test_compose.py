@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,14 +173,3 @@ def test_defaults_are_drawn_of_layers_and_of_models() -> None:
     models = [c for c in drawn if c.way != "layer"]
     routers = Counter(c.start for c in models if c.options["shared_router"] is None)
     assert min(routers["copies"], routers["shared"]) > 0
-
-
-def test_the_page_names_code_that_exists() -> None:
-    page = (Path(__file__).parent / "compose.md").read_text()
-    where = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")][1:]
-    assert len(where) > 15
-    for cell in where:
-        path, *names = re.findall(r"`([^`]+)`", cell)
-        source_of = (Path(gmoe.__file__).parent / path).read_text()
-        for name in re.findall(r"[A-Za-z_]\w+", " ".join(names)):
-            assert name in source_of, (path, name)

@@ -293,7 +293,7 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 
 
 FOLDERS = "gmoe|vision|experiments|tests|tools|docs|examples"
-REFERRING = [*pages(), ROOT / "CONTRIBUTING.md", ROOT / "tests" / "compose.md"]
+REFERRING = [*pages(), ROOT / "CONTRIBUTING.md"]
 
 
 def stale(text: str) -> list[str]:
