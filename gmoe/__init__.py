@@ -6,10 +6,9 @@ Read the main files in this order. Core: ``routing`` (which expert handles which
 kernels). Graphs: ``edges``, ``sums`` and ``conv.graph`` (edges, sorted once, and sums along them),
 ``conv.call`` and ``conv.base`` (what experts get and promise), ``conv.aggregate``, ``conv.kinds``
 and ``conv.build`` (which class runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the
-layer), ``models.gnn``. Images: ``mlps``, ``convert``, ``models.vit``. After
-training: ``stack``, ``layer_groups``, ``pruning``, ``candidates``, ``dense``, ``merging``,
-``unstacked``, ``recorded``, ``saved``. Sampling and graphs on disk: ``data``. At any
-time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``, ``plot``.
+layer), ``models.gnn``. Images: ``mlps``, ``convert``, ``models.vit``. After training: ``stack``,
+``pruning``, ``unstacked``, ``merging``, ``recorded``, ``saved``. Sampling and graphs on disk:
+``data``. At any time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``, ``plot``.
 
 Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics,
 matplotlib, transformers or lightning are imported on first use.
@@ -19,7 +18,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gmoe.convert import moefy
-from gmoe.dense import densify
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
 from gmoe.losses import attach_aux_loss
@@ -41,7 +39,7 @@ from gmoe.routers import (
 )
 from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
 from gmoe.saved import load, save
-from gmoe.unstacked import restack, unstack
+from gmoe.unstacked import unstack
 
 if TYPE_CHECKING:
     import gmoe.plot as plot
@@ -94,7 +92,6 @@ __all__ = [
     "aux_loss",
     "combine",
     "count_flops",
-    "densify",
     "dispatch",
     "expert_health",
     "grouped_linear",
@@ -107,7 +104,6 @@ __all__ = [
     "plot",
     "prune",
     "record_routing",
-    "restack",
     "save",
     "unstack",
 ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from gmoe._torch import backward_hooks, forward_hooks, parameter_names
 
@@ -111,6 +111,36 @@ def check_range(name: str, index: Tensor, end: int) -> None:
     outside = index[(index.long() < 0) | (index.long() >= end)]
     if len(outside):
         raise ValueError(f"{name}: got {outside[:3].tolist()}, expected values in 0..{end - 1}")
+
+
+def check_kept(kept: Sequence[int], num_experts: int, k: int = 1) -> None:
+    """Refuse experts to keep that are not there, or fewer than K."""
+    is_legal = [*kept] == sorted({*kept} & {*range(num_experts)})
+    if not is_legal or len(kept) < k:
+        raise ValueError(
+            f"kept: got {[*kept]}, expected k={k} or more of 0 to {num_experts - 1}, ascending"
+        )
+
+
+def check_can_shrink(part: nn.Module) -> None:
+    """Refuse a router or experts of a class of which nothing is known.
+
+    A subclass may compute something else, of weights that its base does not have: it needs a
+    ``keep`` of its own.
+    """
+    cls = type_before_parametrizations(part)
+    if cls.__module__.partition(".")[0] != "gmoe" and "keep" not in vars(cls):
+        raise cannot_shrink(part)
+
+
+def cannot_shrink(part: nn.Module) -> ValueError:
+    """The error of a router or experts of which no expert can be taken away."""
+    name = type_before_parametrizations(part).__name__
+    return ValueError(
+        f"model: got {name}, of which no expert can be taken away, expected routers and experts of "
+        "gmoe, before gmoe.unstack, or a class with a method keep(kept) of its own (a router that "
+        "calls Router.keep chooses among self.of_alive(scores))"
+    )
 
 
 def check_choice(name: str, value: object, legal: Any, also_called: Mapping[str, str] = {}) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._autograd import autocasts
-from gmoe._checks import check_choice, check_counts
+from gmoe._checks import cannot_shrink, check_can_shrink, check_choice, check_counts, check_kept
 from gmoe._torch import shallow_copy
 from gmoe.portable import refuse_in_export
 from gmoe.products import Backend, combine, dispatch, grouped_linear
@@ -64,10 +64,17 @@ class Experts(nn.Module, ABC):
         y_PO = self.rows(x_PI, routing.offsets)
         return combine(y_PO, routing)
 
+    def check_kept(self, kept: Sequence[int]) -> None:
+        """Refuse what :meth:`keep` cannot do, before anything changes."""
+        if type(self).keep is Experts.keep:
+            raise cannot_shrink(self)
+        check_can_shrink(self)
+        check_kept(kept, self.num_experts)
+
     def keep(self, kept: Sequence[int]) -> None:
         """Take all other experts away, in place; those that stay are numbered anew.
 
-        :func:`gmoe.prune` calls it. A class of your own needs one of its own to be pruned.
+        :meth:`gmoe.MoE.keep` calls it. A class of your own needs one of its own to be pruned.
 
         Args:
             kept: the experts that stay, ascending.
@@ -75,10 +82,7 @@ class Experts(nn.Module, ABC):
         Raises:
             ValueError: a class that has none; parts that are parametrized, or were replaced.
         """
-        raise ValueError(
-            f"model: got {type(self).__name__}, of which no expert can be taken away, expected "
-            "experts of gmoe, or of a class with a method keep(kept) of its own"
-        )
+        raise cannot_shrink(self)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of which a token uses those of its own experts: all but a base's."""
@@ -165,7 +169,12 @@ class LinearExperts(Experts, Stack):
             dtype=like.dtype,
         ).state_dict()
 
+    def check_kept(self, kept: Sequence[int]) -> None:
+        super().check_kept(kept)
+        self.check_stored()
+
     def keep(self, kept: Sequence[int]) -> None:
+        self.check_kept(kept)
         Stack.keep(self, kept)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
@@ -251,17 +260,20 @@ class MLPExperts(Experts):
         self.up.reset_parameters()
         self.down.reset_parameters()
 
-    def keep(self, kept: Sequence[int]) -> None:
-        parts = [self.up, self.down]
-        for part in parts:
+    def check_kept(self, kept: Sequence[int]) -> None:
+        super().check_kept(kept)
+        for part in (self.up, self.down):
             if not isinstance(part, LinearExperts):
                 raise ValueError(
                     f"model: got experts with a {type(part).__name__} in place of a part, expected "
-                    "stacked linear layers as they were built; call gmoe.restack before"
+                    "stacked linear layers as they were built"
                 )
-            part.check_stored()
-        for part in parts:
-            part.keep(kept)
+            part.check_kept(kept)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        self.check_kept(kept)
+        self.up.keep(kept)
+        self.down.keep(kept)
         self.num_experts = len(kept)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmoe._calls import Batch, outputs_of
+from gmoe._calls import Batch, arguments_of, evaluating
 from gmoe._checks import check_module
 from gmoe.experts import LinearExperts, MixedWeights, MLPExperts, mixture
 from gmoe.moe import MoE, MoELayer
@@ -102,8 +102,10 @@ def _decisions(
         layer.experts.register_forward_pre_hook(lambda _, args, of=layer: record(of, args[1]))
         for layer in layers
     ]
+    args, kwargs = arguments_of(graph, "graph")
     try:
-        outputs_of(model, [graph], "graph")
+        with evaluating(model):
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

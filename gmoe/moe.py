@@ -6,12 +6,12 @@ Shapes: T tokens, D in features, O out features, E experts, K experts per token,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_counts, described, shown
+from gmoe._checks import check, check_counts, check_kept, described, shown
 from gmoe.experts import Experts, MixedWeights
 from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import Router, SoftRouting, SoftSlots
@@ -56,9 +56,77 @@ class MoELayer(nn.Module, ABC):
         is_mixed = isinstance(self.experts, MixedWeights)
         self.experts_per_token = 1.0 if is_mixed else router.experts_per_token
 
+    def keep(self, kept: Sequence[int]) -> None:
+        """Take all other experts away, in place; those that stay are numbered anew, in their order.
+
+        The layer's ``kept`` has their numbers before. The router scores all experts as before, and
+        chooses among those that stay; see :meth:`gmoe.Router.keep`. Tokens of the others go to
+        their next best ones.
+
+        A layer without a router of its own loses experts alone: call ``keep`` of the router that
+        serves it, too, such as ``model.shared_router``. Parameters of experts are new ones: make a
+        new optimizer.
+
+        Args:
+            kept: the experts that stay, ascending, at least K.
+
+        Raises:
+            ValueError: numbers of no experts, or fewer than K; a router or experts of which none
+                can be taken away. The layer stays as it is then.
+
+        Example:
+            >>> layer.keep([0, 2, 3])
+        """
+        keep_experts([self], self.router, kept)
+
+    def renumber(self, kept: Sequence[int]) -> None:
+        """Note which experts stay, before the others go."""
+        before = self.kept or range(self.num_experts)
+        self.kept = tuple(before[expert] for expert in kept)
+        self.num_experts = len(kept)
+        self.k = min(self.k, len(kept))
+        self.experts_per_token = min(self.experts_per_token, float(len(kept)))
+
     @abstractmethod
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of all E experts; a token uses ``experts_per_token / E`` of them."""
+
+
+def check_can_keep(layers: Iterable[MoELayer], router: Router | None, kept: Sequence[int]) -> None:
+    """Refuse what :func:`keep_experts` cannot do, before anything changes."""
+    for layer in layers:
+        check_kept(kept, layer.num_experts)
+        if layer.experts is None:
+            raise ValueError("model: got a layer whose widths are open: call it once before")
+        if router is not None and router.num_experts != layer.num_experts:
+            raise ValueError(
+                f"router: got one of {router.num_experts} experts, expected the layer's "
+                f"{layer.num_experts}: of layers that share a router, gmoe.prune takes experts "
+                "away together"
+            )
+        layer.experts.check_kept(kept)
+    if router is not None:
+        router.check_kept(kept)
+
+
+def keep_experts(layers: Iterable[MoELayer], router: Router | None, kept: Sequence[int]) -> None:
+    """Take all other experts away from layers that one router serves, and from the router.
+
+    Raises:
+        ValueError: see :meth:`MoELayer.keep`.
+    """
+    check_can_keep(layers, router, kept)
+    for layer in layers:
+        layer.renumber(kept)
+    for experts in {layer.experts: None for layer in layers}:  # which layers may share
+        experts.keep(kept)
+    if router is not None:
+        router.keep(kept)
+    for layer in layers:
+        if router is not None:
+            layer.take_costs(router)
+        if layer.as_built is not None:
+            layer.as_built = AsBuilt.of(layer)
 
 
 class _Mixture(MoELayer):

@@ -1,303 +1,198 @@
-"""Remove the experts of a trained model that do little on given data.
+"""Take away the experts that nobody chose.
 
-Shapes: E experts, P (token, expert) pairs.
+Shapes: E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gmoe._calls import Data, batches_of, outputs_of, relative_change
-from gmoe._checks import check_module, is_whole
-from gmoe.layer_groups import Group, groups_of, named
-from gmoe.routers import UniformRouter
-from gmoe.routing import Routing
+from gmoe._checks import check, check_module
+from gmoe.moe import MoELayer, check_can_keep, keep_experts
+from gmoe.routers import Router
+from gmoe.routing import Routing, as_list
 
 
-@dataclass(frozen=True)
-class PrunedLayer:
-    """What :func:`prune` did to a layer, or to several that one router serves.
+@dataclass
+class Group:
+    """The layers that one router serves, which lose their experts together.
 
     Args:
-        names: of the layers in the model.
-        kept: the experts that stayed, by their numbers before.
-        importance: the importance of each expert before; see :func:`prune`.
-        load: the share of all pairs that each expert had.
+        router: of the layers; ``None`` if each call passes a routing.
+        layers: by their names in the model.
+        calls: the places of its routings among those of a forward of the model.
     """
 
-    names: tuple[str, ...]
-    kept: tuple[int, ...]
-    importance: tuple[float, ...]
-    load: tuple[float, ...]
+    router: Any
+    layers: dict[str, MoELayer] = field(default_factory=dict)
+    calls: list[int] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        removed = [
-            f"{expert} ({self.load[expert]:.1%} of the load)"
-            for expert in range(len(self.load))
-            if expert not in self.kept
-        ]
-        gone = f", without {', '.join(removed)}" if removed else ""
-        return f"{named(self.names)}: {len(self.kept)} of {len(self.load)} experts{gone}"
+    @property
+    def num_experts(self) -> int:
+        return next(iter(self.layers.values())).num_experts
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Take all other experts away; see :meth:`gmoe.MoE.keep`."""
+        keep_experts(self.layers.values(), self.router, kept)
 
 
-class Pruned(NamedTuple):
-    """The result of :func:`prune`.
+def prune(
+    model: nn.Module, routings: Routing | Sequence[Routing | Sequence[Routing]]
+) -> dict[str, tuple[int, ...]]:
+    """Remove the experts that nobody chose from all layers of a model, in place.
 
-    Args:
-        model: the model itself.
-        layers: what was done to each layer.
-        change: the norm of the difference of the model's outputs on the data, over their norm
-            before.
-    """
+    On the data of the routings, the outputs in evaluation stay the same, up to rounding: the router
+    scores all experts as before, and chooses among those that stay. At least K of them stay in each
+    layer. To choose the experts yourself, call ``layer.keep(ids)``; see :meth:`gmoe.MoE.keep`.
 
-    model: nn.Module
-    layers: list[PrunedLayer]
-    change: float
-
-    def __str__(self) -> str:
-        lines = [*map(str, self.layers), f"relative change of the outputs: {self.change:.2g}"]
-        return "\n".join(lines)
-
-
-def prune(model: nn.Module, data: Data, keep: float | int | Sequence[int] | None = None) -> Pruned:
-    r"""Remove dead and weak experts from a model, in place; layers may keep different numbers.
-
-    The importance of expert e is its load times the mean score of its pairs, as a share of its
-    layer's:
-
-    .. math::
-        I_e = \sum_{(t, e) \in \mathrm{pairs}} s_{te} \Big/ \sum_{\mathrm{pairs}} s
-
-    Experts without a token on the data always go, as long as K experts stay. If only such experts
-    go, the outputs on the data stay the same, up to rounding: the router scores all experts as
-    before, and chooses among those that stay; see :meth:`gmoe.Router.keep`. Tokens of other removed
-    experts go to their next best ones.
-
-    The experts that stay are numbered anew, in their order: E of the layer, of its router and of
-    its routings, the columns of :class:`RoutingStats` and of plots are theirs alone.
-    ``kept`` of a layer has their numbers before. Each expert that chooses takes as many tokens as
-    before.
-
-    The stack of experts, thresholds and the biases that balance the load shrink along. Parameters
-    of experts are new ones: make a new optimizer. Experts that share a base stay so.
+    Layers that share a router are pruned together. Parameters of experts are new ones: make a new
+    optimizer.
 
     Args:
-        model: any model with :class:`MoE` or :class:`MoEConv` layers, from :func:`moefy`,
-            :class:`GNNMoE`, :class:`ViTMoE` or your own.
-        data: what the model is called with: a tensor, a tuple of arguments, or a dictionary of
-            arguments by name; or several of these, such as a list or a loader, which are read
-            once and kept. The model runs in evaluation.
-        keep: which experts stay beside those that are needed for K.
-
-            - ``None`` (default): all that have a token.
-            - A fraction, a float in (0, 1]: the most important of all layers together, so that
-              layers keep different numbers.
-            - A number: the most important of each layer; or a list with a number for each layer
-              (one for layers that share a router).
+        model: any model with layers of experts, which calls its routers in the order of its
+            modules.
+        routings: of one forward pass of the model in evaluation, as :func:`record_routing` and
+            ``return_routing=True`` give them; or a list of these, one for each batch.
 
     Returns:
-        The model; what was done to each layer; the relative change of the outputs. Printed, it is
-        a table.
+        The experts that stayed, by the name of the layer; their numbers are those before. The
+        model itself, as a layer, is named ``""``.
 
     Raises:
-        ValueError: no layer with experts; one without a router; experts or routers of a class of
-            your own, see :meth:`gmoe.Experts.keep`; parts that are parametrized; ``keep`` out of
-            range.
+        ValueError: no layer with experts; a router or experts of which none can be taken away, such
+            as :class:`SoftSlots`, a router by type, or a class of your own without
+            :meth:`keep`; routings that are not those of the model; a layer in which no expert was
+            chosen at all, of which the data say nothing. The model stays as it is then.
 
     Example:
-        >>> pruned = gmoe.prune(vit, images, keep=0.5)
-        >>> print(pruned)
+        >>> routings = []
+        >>> for images, _ in loader:
+        ...     with torch.no_grad(), gmoe.record_routing(model.eval()) as routing:
+        ...         model(images)
+        ...     routings.append(routing)
+        >>> gmoe.prune(model, routings)
+        {'blocks.1.mlp': (0, 2, 3), 'blocks.3.mlp': (1, 3)}
     """
     check_module("model", model)
+    groups = checked_groups(model)
+    batches = _batches(routings, sum(len(group.calls) for group in groups))
+
+    # 1. Check all, before anything changes.
+    kept_by_group = []
+    for group in groups:
+        of_group = [batch[place] for batch in batches for place in group.calls]
+        kept = _kept(group, of_group)
+        check_can_keep(group.layers.values(), group.router, kept)
+        kept_by_group.append(kept)
+
+    # 2. Take the others away.
+    kept_by_name: dict[str, tuple[int, ...]] = {}
+    for group, kept in zip(groups, kept_by_group, strict=True):
+        if len(kept) < group.num_experts:
+            group.keep(kept)
+        kept_by_name |= dict.fromkeys(group.layers, kept)
+    return kept_by_name
+
+
+def _batches(routings: Any, num_calls: int) -> list[list[Routing]]:
+    """The routings of each forward pass of a model that calls its routers so many times."""
+    is_list = isinstance(routings, Sequence)
+    are_several = is_list and all(isinstance(one, Sequence) for one in routings)
+    batches = [as_list(batch) for batch in (routings if are_several else [routings])]
+    check(batches, "routings", "none", "those of at least one forward pass")
+    for batch in batches:
+        if len(batch) != num_calls:
+            raise ValueError(
+                f"routings: got {len(batch)} of a forward pass, expected {num_calls}, one for each "
+                "call of a router of the model; of several forward passes, a list of their lists"
+            )
+    return batches
+
+
+def _kept(group: Group, routings: Sequence[Routing]) -> tuple[int, ...]:
+    """The experts that were chosen, and the first of the others if the router needs more.
+
+    Raises:
+        ValueError: routings that are not the router's; none in which an expert was chosen.
+    """
+    for routing in routings:
+        if routing.num_experts != group.num_experts:
+            raise ValueError(
+                f"routings: got {routing!r} for {named(group.layers)}, expected one of "
+                f"{group.num_experts} experts"
+            )
+    load_E = torch.stack([routing.load.cpu() for routing in routings]).sum(dim=0)
+    if not load_E.any():
+        raise ValueError(
+            f"routings: got some in which no expert of {named(group.layers)} was chosen, expected "
+            "those of data that reach every layer"
+        )
+    by_use = (load_E == 0).int().argsort(stable=True).tolist()
+    number = max(int((load_E > 0).sum()), group.router.k)
+    return tuple(sorted(by_use[:number]))
+
+
+def named(names: Iterable[str]) -> str:
+    """The names of layers for a message; the model itself has none."""
+    return ", ".join(name or "the model itself" for name in names)
+
+
+def groups_of(model: nn.Module) -> list[Group]:
+    """All layers with experts, those under one router together, in the model's order."""
+    shared: dict[nn.Module, Router] = {}
+    for part in model.modules():
+        router = getattr(part, "shared_router", None)
+        if isinstance(router, Router):
+            shared |= {layer: router for layer in part.modules() if isinstance(layer, MoELayer)}
+
+    groups: dict[nn.Module, Group] = {}
+    num_calls = 0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoELayer):
+            continue
+        own = layer.router
+        router = shared.get(layer) if own is None else own
+        group = groups.setdefault(layer if router is None else router, Group(router))
+        group.layers[name] = layer
+        # A router of the model's own is called once for all layers.
+        if own is not None or len(group.layers) == 1:
+            group.calls.append(num_calls)
+            num_calls += 1
+    return list(groups.values())
+
+
+def checked_groups(model: nn.Module) -> list[Group]:
+    """All layers with experts by router, each with one.
+
+    Raises:
+        ValueError: no layer with experts; one of open widths, without a router of its own or of its
+            model, or with the experts of a layer under another router.
+    """
     groups = groups_of(model)
     if not groups:
         raise ValueError(
             f"model: got {type(model).__name__} without layers of experts, expected some"
         )
-    check_routers(groups)
-    batches = batches_of(data)
-
-    # 1. Run the model, and add up what each expert gets.
-    with counting(groups) as counts:
-        before = outputs_of(model, batches)
-    refuse_unseen(groups, counts)
-    loads = [share(count.pairs_E) for count in counts]
-    importances = [share(count.scores_E) for count in counts]
-
-    # 2. Choose, and take the others away.
-    chosen = _choose(groups, loads, importances, keep)
-    for group, kept in zip(groups, chosen, strict=True):
-        if len(kept) < group.num_experts:
-            group.keep(kept)
-
-    layers = [
-        PrunedLayer(tuple(group.layers), kept, tuple(importance.tolist()), tuple(load.tolist()))
-        for group, kept, importance, load in zip(groups, chosen, importances, loads, strict=True)
-    ]
-    return Pruned(model, layers, relative_change(before, outputs_of(model, batches)))
-
-
-def check_routers(groups: Sequence[Group]) -> None:
-    """Refuse layers without a router of their own or of their model, and shared experts.
-
-    Raises:
-        ValueError: one of them, by its name.
-    """
     owners: dict[nn.Module, Group] = {}
     for group in groups:
         for name, layer in group.layers.items():
             if layer.experts is None:
-                raise ValueError(f"model: got {name}, whose widths are open: call it once before")
+                raise ValueError(
+                    f"model: got {named([name])}, whose widths are open: call it once before"
+                )
             if group.router is None:
                 raise ValueError(
                     f"model: got {named([name])}, a {type(layer).__name__} without one router "
-                    "of its own, expected MoE or MoEConv layers with a router"
+                    "of its own, expected layers with a router"
                 )
             if owners.setdefault(layer.experts, group) is not group:
                 raise ValueError(
-                    f"model: got {name}, whose experts are those of a layer under another router, "
-                    "expected experts of its own"
+                    f"model: got {named([name])}, whose experts are those of a layer under another "
+                    "router, expected experts of its own"
                 )
-
-
-@dataclass
-class Count:
-    """What the experts under one router got: pairs, and the sum of their scores."""
-
-    pairs_E: Tensor
-    scores_E: Tensor
-    calls: int = 0
-
-
-@contextmanager
-def counting(groups: Sequence[Group]) -> Iterator[list[Count]]:
-    """Count what the routers give out inside the block, in double precision on the CPU."""
-    counts = []
-    hooks = []
-    for group in groups:
-        zeros_E = torch.zeros(group.num_experts, dtype=torch.float64)
-        count = Count(zeros_E, zeros_E.clone())
-        counts.append(count)
-        if group.router is not None:
-            hooks.append(group.router.register_forward_hook(partial(_add, count)))
-    try:
-        yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def refuse_unseen(groups: Sequence[Group], counts: Sequence[Count]) -> None:
-    """Refuse data on which a router did not run: of its experts nothing is known.
-
-    Raises:
-        ValueError: the names of its layers.
-    """
-    unseen = [
-        name
-        for group, count in zip(groups, counts, strict=True)
-        if group.router is not None and not count.calls
-        for name in group.layers
-    ]
-    if unseen:
-        raise ValueError(
-            f"data: got some on which the router of {named(unseen)} does not run, expected data "
-            "that reach every layer of experts"
-        )
-
-
-def _add(count: Count, router: nn.Module, args: Any, routing: Routing) -> None:
-    """Add a routing, as a hook of its router."""
-    score_P = routing.scores[routing.token, routing.expert].detach().double()
-    zeros_E = score_P.new_zeros(routing.num_experts)
-    count.scores_E += zeros_E.index_add(0, routing.expert, score_P).cpu()
-    count.pairs_E += routing.load.cpu()
-    count.calls += 1
-
-
-def share(sum_E: Tensor) -> Tensor:
-    """(E,) each number over the sum of all; zeros if that is zero."""
-    return sum_E / sum_E.sum().clamp(min=torch.finfo(sum_E.dtype).tiny)
-
-
-def _choose(
-    groups: Sequence[Group],
-    loads: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    keep: float | int | Sequence[int] | None,
-) -> list[tuple[int, ...]]:
-    """The experts of each group that stay, ascending; see :func:`prune`."""
-    needed = [_needed(group) for group in groups]
-    # Best first; equal ones by their numbers. Dead ones come last, whatever the scores.
-    ranked = [
-        sorted(range(len(load)), key=lambda e: (-float(load[e] > 0), -float(importance[e])))
-        for load, importance in zip(loads, importances, strict=True)
-    ]
-    living = [int((load > 0).sum()) for load in loads]
-    numbers = _numbers(groups, needed, living, ranked, importances, keep)
-    return [
-        tuple(sorted(experts[: max(min(number, alive), least)]))
-        for experts, number, alive, least in zip(ranked, numbers, living, needed, strict=True)
-    ]
-
-
-def _needed(group: Group) -> int:
-    """The fewest experts that a router works with: K, or one if each token goes to all."""
-    assert group.router is not None
-    return 1 if isinstance(group.router, UniformRouter) else group.router.k
-
-
-def _numbers(
-    groups: Sequence[Group],
-    needed: Sequence[int],
-    living: Sequence[int],
-    ranked: Sequence[Sequence[int]],
-    importances: Sequence[Tensor],
-    keep: Any,
-) -> Sequence[int]:
-    """How many experts of each group stay at most."""
-    if keep is None:
-        return living
-    if isinstance(keep, Real) and not isinstance(keep, Integral):
-        # The most important of all layers together, beside those that each needs.
-        fraction = float(keep)
-        is_legal = 0 < fraction <= 1  # NaN is not
-        total = round(fraction * sum(group.num_experts for group in groups)) if is_legal else 0
-        if total < sum(needed):
-            raise ValueError(
-                f"keep: got {keep}, expected a fraction of at most 1 that leaves {sum(needed)} "
-                "experts, K for each layer"
-            )
-        optional = [
-            (float(importance[expert]), index)
-            for index, (experts, importance) in enumerate(zip(ranked, importances, strict=True))
-            for expert in experts[needed[index] : living[index]]
-        ]
-        optional.sort(key=lambda pair: -pair[0])
-        numbers = list(needed)
-        for _, index in optional[: total - sum(needed)]:
-            numbers[index] += 1
-        return numbers
-    numbers = list(keep) if isinstance(keep, Sequence) else [keep] * len(groups)
-    fits = len(numbers) == len(groups) and all(
-        is_whole(number) and least <= number <= group.num_experts
-        for number, least, group in zip(numbers, needed, groups, strict=False)
-    )
-    if not fits:
-        ranges = ", ".join(
-            f"{least} to {group.num_experts} ({named(group.layers)})"
-            for least, group in zip(needed, groups, strict=True)
-        )
-        raise ValueError(
-            f"keep: got {keep!r}, expected a fraction, or a number of experts for each layer: "
-            f"{ranges}"
-        )
-    return numbers
+    return groups

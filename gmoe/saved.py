@@ -36,8 +36,8 @@ from gmoe._checks import (
     naming_extras,
 )
 from gmoe.convert import moefy
-from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
+from gmoe.pruning import groups_of
 from gmoe.recorded import BY_HAND, AsBuilt, Recorded
 
 Model = TypeVar("Model", bound="Pretrained")

@@ -237,21 +237,11 @@ def routed_parameters(experts: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in experts.parameters() if parameter not in bases)
 
 
-def are_equal(experts: nn.Module) -> bool:
-    """True if all experts have the same values."""
-    stored = [stack.stored(name) for _, stack, name in _tensors_in(experts)]
-    return all(bool((values == values[:1]).all()) for values in stored)
-
-
 @torch.no_grad()
 def fold(model: Model) -> Model:
     """Make the experts of a model independent: add each base to its differences, in place.
 
-    The outputs stay the same. There is nothing left to add in a call, one expert's parameters less,
-    and what computes with the weights of an expert (pruning, weight norm) sees them. What trains
-    from here on are independent experts: right after the start, that is sparse upcycling
-    (`Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The state of a folded model
-    can be loaded into a model that is not folded.
+    The outputs stay the same. The state of a folded model can be loaded into a model that is not.
 
     Args:
         model: any model; experts that share no base are left as they are.

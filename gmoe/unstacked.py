@@ -1,10 +1,11 @@
-"""Experts as one ``nn.Linear`` each, which other tools find: quantization, PEFT.
+"""Experts as one ``nn.Linear`` each, which quantization finds.
 
 Shapes: P pairs sorted by expert, I in and O out features, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -57,7 +58,7 @@ class UnstackedLinears(Experts, Stack):
             ValueError: always.
         """
         raise ValueError(
-            "model: got experts that are unstacked, expected stacked ones: call gmoe.restack before"
+            "model: got experts that are unstacked, expected stacked ones: unstack last"
         )
 
     def of(self, name: str, expert: int) -> Tensor:
@@ -69,7 +70,12 @@ class UnstackedLinears(Experts, Stack):
         Raises:
             ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
         """
-        self._refuse_replaced("experts: got some", "only their weights can be read and drawn anew")
+        change = self.replaced()
+        if change is not None:
+            raise ValueError(
+                f"experts: got some with {change}, expected plain nn.Linears: only their weights "
+                "can be read and drawn anew"
+            )
         return self.linears[expert].get_parameter(name)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
@@ -88,53 +94,22 @@ class UnstackedLinears(Experts, Stack):
                 return change
         return None
 
-    def _refuse_replaced(self, got: str, hint: str) -> None:
-        """Raise a ``ValueError`` if some layer is more or other than a plain ``nn.Linear``."""
-        change = self.replaced()
-        if change is not None:
-            raise ValueError(f"{got} with {change}, expected plain nn.Linears: {hint}")
-
-    def restacked(self) -> LinearExperts:
-        """The stacked layers again, with the values of now.
-
-        Raises:
-            ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
-        """
-        hint = "merge adapters before (PEFT: merge_and_unload); quantized weights cannot be stacked"
-        self._refuse_replaced("model: got experts", f"{hint} again")
-        linears: list[Any] = list(self.linears)
-        first = linears[0]
-        with torch.device("meta"):
-            experts = LinearExperts(
-                self.in_features,
-                self.out_features,
-                num_experts=self.num_experts,
-                bias=first.bias is not None,
-                zero_init=self.zero_init,
-                backend=self.backend,
-            )
-        for name in experts.names:
-            parts = [getattr(linear, name) for linear in linears]
-            values = torch.stack([part.detach() for part in parts])
-            learns = any(part.requires_grad for part in parts)
-            setattr(experts, name, nn.Parameter(values, requires_grad=learns))
-        return experts.train(self.training)
-
 
 def unstack(model: Model) -> Model:
     """Give each expert ``nn.Linear`` layers of its own, in place.
 
-    Stacked experts hold one tensor for all; ``torch.ao.quantization.quantize_dynamic``, torchao
-    and PEFT look for ``nn.Linear`` and pass them over. After this they are found, under
-    ``....up.linears.3`` for expert 3 of an MLP. The outputs stay the same, up to rounding. Experts
-    then run one after the other, and the loads are read on the host: slower for many experts.
+    Stacked experts hold one tensor for all; ``torch.ao.quantization.quantize_dynamic`` and torchao
+    look for ``nn.Linear`` and pass them over. After this they are found, under ``....up.linears.3``
+    for expert 3 of an MLP. The outputs stay the same, up to rounding. Experts then run one after
+    the other, and the loads are read on the host: slower for many experts. It is the last step:
+    save, prune and adapt before (PEFT takes stacked experts as they are, by
+    ``LoraConfig(target_parameters=...)``).
 
-    Experts that share a base are folded before: each ``nn.Linear`` holds all
-    that its expert computes with. What attention convs do not call stays stacked: GAT's attention
-    vectors, and the maps of edge features. Convs that run one by one hold PyG's ``Linear``, which
-    those tools pass over.
+    Each ``nn.Linear`` holds all that its expert computes with, also where experts share a base.
+    What attention convs do not call stays stacked: GAT's attention vectors, and the maps of edge
+    features. Convs that run one by one hold PyG's ``Linear``, which those tools pass over.
 
-    Parameters are new ones: make a new optimizer. :func:`restack` is the way back.
+    Parameters are new ones: make a new optimizer.
 
     Args:
         model: any model; parts that are not stacked are left as they are.
@@ -156,7 +131,7 @@ def unstack(model: Model) -> Model:
             got = change or f"a class of its own, {type(module).__name__}"
             raise ValueError(f"model: got {name} with {got}, expected plain stacked layers")
     model = fold(model)
-    return _replaced(model, {module: UnstackedLinears(module) for _, module in _stacked(model)})
+    return with_modules(model, {module: UnstackedLinears(module) for _, module in _stacked(model)})
 
 
 def _stacked(model: nn.Module) -> list[tuple[str, LinearExperts]]:
@@ -171,28 +146,7 @@ def _stacked(model: nn.Module) -> list[tuple[str, LinearExperts]]:
     ]
 
 
-def restack(model: Model) -> Model:
-    """Stack the ``nn.Linear`` layers of all experts again, in place; undoes :func:`unstack`.
-
-    Args:
-        model: any model; experts that are stacked are left as they are.
-
-    Returns:
-        The model; what replaces it, if the model itself is such experts.
-
-    Raises:
-        ValueError: linear layers that were replaced (quantized, LoRA), parametrized or hooked.
-    """
-    check_module("model", model)
-    stacked = {
-        module: module.restacked()
-        for module in model.modules()
-        if isinstance(module, UnstackedLinears)
-    }
-    return _replaced(model, stacked)
-
-
-def _replaced(model: Any, new: Any) -> Any:
+def with_modules(model: Any, new: Mapping[Any, nn.Module]) -> Any:
     """The model with some of its modules replaced, wherever they stand."""
     if model in new:
         return new[model]

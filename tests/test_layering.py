@@ -42,7 +42,6 @@ ROOMS: dict[str, frozenset[str]] = {
 LAZY = {
     "gmoe": tuple(ROOMS),
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
-    **dict.fromkeys(("gmoe.dense", "gmoe.layer_groups"), ("gmoe.conv",)),
     "gmoe.edges": ("numpy",),
     "gmoe.saved": ("huggingface_hub", "safetensors", "transformers"),
 }

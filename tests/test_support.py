@@ -29,8 +29,6 @@ from torch_geometric import explain
 from torch_geometric.nn import HeteroConv, summary, to_hetero
 
 import gmoe
-from gmoe.moe import MoELayer
-from gmoe.stack import become, tensors_of
 from tests import contract
 from tests.contract import CASES, METADATA, Case, assert_compiles, outcome, rows, run
 from tests.helpers.conv_cases import Two
@@ -129,28 +127,19 @@ def saves_and_loads(case: Case) -> None:
 
 
 def prunes(case: Case) -> None:
-    """Half of the experts, and what is left trains."""
-    layer, call = case.make(), case.call()
-    pruned = gmoe.prune(layer, call.args, keep=0.5)
-    assert all(len(report.kept) < contract.E for report in pruned.layers)
-    rows(run(layer.train(), call)).square().sum().backward()
-
-
-def becomes_dense(case: Case) -> str | None:
-    """Where experts are equal, or add nothing to a shared one."""
+    """All experts but K, and what is left trains."""
     layer, call = case.make().eval(), case.call()
-    for part in layer.modules():
-        if isinstance(part, MoELayer):
-            become(part.experts, tensors_of(part.experts, 0))
-        if isinstance(part, MoELayer) and getattr(part, "gain", None) is not None:
-            nn.init.zeros_(part.gain)  # type: ignore[arg-type]
-        elif isinstance(part, gmoe.MoE) and part.shared_expert is not None:
-            for value in part.experts.down.parameters():
-                nn.init.zeros_(value)
-    expected = rows(run(layer, call))
-    dense = gmoe.densify(layer).model
-    torch.testing.assert_close(rows(dense(*call.args)), expected)
-    return "partly" if any(isinstance(part, MoELayer) for part in dense.modules()) else None
+    with torch.no_grad(), gmoe.record_routing(layer) as routings:
+        run(layer, call)
+    first = [
+        gmoe.Routing.from_choices(
+            torch.zeros(one.num_tokens, 1).int(), one.scores[:, :1], num_experts=contract.E
+        )
+        for one in routings
+    ]
+    kept = gmoe.prune(layer, first)
+    assert all(len(ids) < contract.E for ids in kept.values())
+    rows(run(layer.train(), call)).square().sum().backward()
 
 
 def differentiates_twice(case: Case) -> None:
@@ -283,7 +272,6 @@ PROBES: dict[str, Callable[[Case], object]] = {
     "dynamic quantization after `gmoe.unstack`": quantizes_unstacked,
     "`gmoe.save`, `gmoe.load`": saves_and_loads,
     "`gmoe.prune`": prunes,
-    "`gmoe.densify`": becomes_dense,
     "`to_hetero`": becomes_hetero,
     "`HeteroConv`": runs_in_hetero_conv,
     "GNNExplainer": partial(explains, algorithm=partial(explain.GNNExplainer, epochs=3)),

@@ -127,6 +127,10 @@ class ConvExperts(nn.Module, ABC):
     def become(self, conv: MessagePassing) -> None:
         """Make every expert a copy of this conv, which must be of their kind."""
 
+    def check_kept(self, kept: Sequence[int]) -> None:
+        """Refuse what :meth:`keep` cannot do, before anything changes."""
+        return
+
     @abstractmethod
     def keep(self, kept: Sequence[int]) -> None:
         """Take all other experts away, in place; those that stay are numbered anew.
@@ -227,18 +231,20 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
     def become(self, conv: MessagePassing) -> None:
         become(self, tensors_in(conv))
 
-    def keep(self, kept: Sequence[int]) -> None:
+    def check_kept(self, kept: Sequence[int]) -> None:
         for part in self.modules():
             has_parameters = any(True for _ in part.parameters(recurse=False))
             if has_parameters and not isinstance(part, Stack):
                 raise ValueError(
                     f"model: got experts with a {type(part).__name__} in place of a part, expected "
-                    "stacked layers as they were built; call gmoe.restack before"
+                    "stacked layers as they were built"
                 )
-        stacks = [stack for _, stack in stacks_in(self)]
-        for stack in stacks:
+        for _, stack in stacks_in(self):
             stack.check_stored()
-        for stack in stacks:
+
+    def keep(self, kept: Sequence[int]) -> None:
+        self.check_kept(kept)
+        for _, stack in stacks_in(self):
             Stack.keep(stack, kept)
         self.make = self.make.keep(kept)
 
@@ -331,6 +337,10 @@ class MixedExperts(ConvExperts):
     def become(self, conv: MessagePassing) -> None:
         for group in self.groups:
             group.become(conv)
+
+    def check_kept(self, kept: Sequence[int]) -> None:
+        for group in self.groups:
+            group.check_kept(kept)
 
     def keep(self, kept: Sequence[int]) -> None:
         groups = []

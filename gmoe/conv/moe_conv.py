@@ -9,7 +9,7 @@ In :meth:`MoEConv.forward`, ``call`` holds the features that the layer was calle
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -465,6 +465,10 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         x_dst = self.transform[-1](call.x_dst)
         x_src = x_dst if call.x_src is call.x_dst else self.transform[0](call.x_src)
         return Call(call.graph, x_src, x_dst)
+
+    def renumber(self, kept: Sequence[int]) -> None:
+        self.edge_names_before = self.edge_names
+        super().renumber(kept)
 
     def all_convs(self) -> list[MessagePassing]:
         """PyG convs that take the same arguments as the experts, the shared one included."""

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from gmoe import portable
 from gmoe._autograd import autocasts, outside_backward
-from gmoe._checks import INTEGERS, check, check_choice, check_counts, described, must_be_called
+from gmoe._checks import (
+    INTEGERS,
+    check,
+    check_can_shrink,
+    check_choice,
+    check_counts,
+    check_kept,
+    described,
+    must_be_called,
+)
 from gmoe._torch import in_backward, in_transform
 from gmoe.distributed import world_sum
 from gmoe.losses import LossWatch
@@ -132,6 +141,11 @@ class Router(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the parameters anew and forget all counters."""
 
+    def check_kept(self, kept: Sequence[int]) -> None:
+        """Refuse what :meth:`keep` cannot do, before anything changes."""
+        check_can_shrink(self)
+        check_kept(kept, self.num_experts, self.k)
+
     def keep(self, kept: Sequence[int]) -> None:
         """Choose among some experts alone from now on, which are numbered anew.
 
@@ -145,12 +159,7 @@ class Router(nn.Module, ABC):
         Raises:
             ValueError: numbers of no experts, or fewer than K.
         """
-        is_legal = [*kept] == sorted({*kept} & {*range(self.num_experts)})
-        if not is_legal or len(kept) < self.k:
-            raise ValueError(
-                f"kept: got {[*kept]}, expected k={self.k} or more of 0 to "
-                f"{self.num_experts - 1}, ascending"
-            )
+        self.check_kept(kept)
         tensors = [*self.parameters(), *self.buffers()]
         device = tensors[0].device if tensors else None
         before = self._alive_numbers()

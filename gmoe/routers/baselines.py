@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmoe._checks import INTEGERS, check_range, described
+from gmoe._checks import INTEGERS, check_can_shrink, check_kept, check_range, described
 from gmoe.routers.base import Router, Weighting, log_softmax
 from gmoe.routing import Routing
 
@@ -90,9 +90,13 @@ class UniformRouter(Router):
     def reset_parameters(self) -> None:
         """Nothing to draw."""
 
+    def check_kept(self, kept: Sequence[int]) -> None:
+        check_can_shrink(self)
+        check_kept(kept, self.num_experts)
+
     def keep(self, kept: Sequence[int]) -> None:
-        self.k = len(kept)  # all of them
         super().keep(kept)
+        self.k = len(kept)  # all of them
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((x_TD.size(0), self.num_experts), 1.0 / self.num_experts)
@@ -130,23 +134,21 @@ class OracleRouter(Router):
     def reset_parameters(self) -> None:
         self.assignment_T.copy_(self.assignment)
 
-    def keep(self, kept: Sequence[int]) -> None:
-        """See :meth:`Router.keep`.
-
-        Raises:
-            ValueError: tokens are assigned to an expert that would go.
-        """
-        place_E = torch.full((self.num_experts,), -1, device=self.assignment_T.device)
-        place_E[list(kept)] = torch.arange(len(kept), device=place_E.device)
-        assignment_T = place_E[self.assignment_T]
-        if (assignment_T < 0).any():
+    def check_kept(self, kept: Sequence[int]) -> None:
+        """Refuse, beside what :class:`Router` does, to remove an expert that has tokens."""
+        super().check_kept(kept)
+        gone = {*self.assignment_T.tolist()} - {*kept}
+        if gone:
             raise ValueError(
-                "keep: got experts to remove to which the oracle assigns tokens, expected only "
-                "experts without a token"
+                f"kept: got {[*kept]}, expected {sorted(gone)} too, to which the oracle assigns "
+                "tokens"
             )
+
+    def keep(self, kept: Sequence[int]) -> None:
         super().keep(kept)
-        self.assignment = assignment_T.cpu()
-        self.assignment_T = assignment_T
+        kept_E = torch.tensor(kept, device=self.assignment_T.device)
+        self.assignment_T = torch.searchsorted(kept_E, self.assignment_T)
+        self.assignment = self.assignment_T.cpu()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         num_assigned = len(self.assignment_T)

@@ -213,9 +213,10 @@ class TypeRouter(Router):
     def reset_parameters(self) -> None:
         """Nothing to draw."""
 
-    def keep(self, kept: Sequence[int]) -> None:
+    def check_kept(self, kept: Sequence[int]) -> None:
         raise ValueError(
-            f"kept: got {[*kept]}, expected all experts: each is the only one of its type"
+            f"model: got {type(self).__name__}, of which no expert can be taken away: each is the "
+            "only one of its type"
         )
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:

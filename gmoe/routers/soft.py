@@ -7,13 +7,14 @@ number of its groups and T the number of tokens in each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check_counts
+from gmoe._checks import cannot_shrink, check_counts
 from gmoe.routers.base import Router
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
@@ -110,6 +111,9 @@ class SoftSlots(Router):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.phi, std=self.dim**-0.5)
         nn.init.ones_(self.scale)
+
+    def check_kept(self, kept: Sequence[int]) -> None:
+        raise cannot_shrink(self)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> SoftRouting:
         groups = Groups.of(group, len(x_TD))

@@ -635,11 +635,10 @@ def other_edge_arguments(c: Config, module: Any, given: Given) -> None:
 
 
 def prune(c: Config, module: Any, given: Given) -> Any:
-    """The module without the experts that have no tokens."""
-    args = {"x": given.x if c.two else given.x[0], "edge_index": given.adj, "batch": given.batch}
-    args |= without(given.args, *c.in_graph)
-    args |= {"size": c.sizes} if c.alone else {}
-    return gmoe.prune(module, args).model
+    """The module without the experts that nobody chose."""
+    routings = call(c, module.eval(), given).routings
+    gmoe.prune(module, routings)
+    return module
 
 
 def inference(c: Config, model: Any, given: Given) -> dict[str, Tensor]:
@@ -702,6 +701,7 @@ class Graphs(Target):
         Reason("x: got no destination nodes", lambda c: c.alone and c.options["shared_transform"]),
         Reason("inference: .* looks further than one hop", lambda c: c.way in LAYER_WISE),
         Reason("model: got Sigmoids, of which no expert", lambda c: c.after == "prune"),
+        Reason("routings: got some in which no expert", lambda c: c.after == "prune"),
         # PyG averages the features of loops over the wrong row then
         Reason("local: got True", lambda c: c.has_turned_features),
         # Of a model, it is another option than of GAT

@@ -367,7 +367,10 @@ def save(c: Config, model: nn.Module, given: Given) -> nn.Module:
 
 
 def without_idle_experts(c: Config, model: nn.Module, given: Given) -> nn.Module:
-    return gmoe.prune(model, given.x.detach()).model
+    with torch.no_grad(), gmoe.record_routing(model.eval()) as routings:
+        model(given.x)
+    gmoe.prune(model, routings)
+    return model
 
 
 class Moefy(Target):
@@ -384,6 +387,8 @@ class Moefy(Target):
             lambda c: c.options["start"] in ("copies", "plain"),
         ),
         Reason("model: got", lambda c: c.change not in PLAIN),
+        Reason("routings: got .* of a forward", lambda c: c.used_twice and c.after == "prune"),
+        Reason("routings: got some in which no expert", lambda c: c.after == "prune"),
     )
 
     def draw(self, random: Random) -> Config:

@@ -23,10 +23,7 @@ BEFORE = (
 )
 """What every target's module may have been through, and its input."""
 
-AFTER = (
-    *("nothing", "deepcopy", "pickle", "state dict", "save", "fold", "unstack", "restack"),
-    *("densify", "prune"),
-)
+AFTER = (*("nothing", "deepcopy", "pickle", "state dict", "save", "fold", "unstack", "prune"),)
 
 
 def in_mode(step: str, call: Callable[[], Any]) -> Any:
@@ -45,7 +42,7 @@ def through_state_dict(module: nn.Module, build: Callable[[], Any]) -> Any:
     return other
 
 
-def through_files(module: nn.Module, build: Callable[[], Any], inputs: Any = None) -> Any:
+def through_files(module: nn.Module, build: Callable[[], Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         # Files end with the folder: what is loaded may not read them later.
         gmoe.save(module, folder)
@@ -58,8 +55,6 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda module: pickle.loads(pickle.dumps(module)),
     "fold": fold,
     "unstack": gmoe.unstack,
-    "restack": lambda module: gmoe.restack(gmoe.unstack(module)),
-    "densify": lambda module: gmoe.densify(module).model,
 }
 """What gives a module of the same outputs, by the module alone."""
 

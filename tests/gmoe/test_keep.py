@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gmoe
-from gmoe.layer_groups import groups_of
+from gmoe import MoEConv
 from gmoe.routers import build_router
 from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
@@ -22,6 +23,7 @@ from tests.helpers.shrunk import (
     conv_layer,
     moefied,
     moved,
+    pruned_on,
 )
 from tests.helpers.vits import images
 
@@ -31,7 +33,7 @@ def test_a_softmax_counts_the_experts_that_are_gone() -> None:
     layer = conv_layer("gcn", "plain", "token_choice", 1)
     expected, before = layer(X, EDGES, return_routing=True)
     gate = layer.router.gate.weight.clone()
-    gmoe.prune(layer, (X, EDGES))
+    gmoe.prune(layer, before)
     found, after = layer(X, EDGES, return_routing=True)
     assert_same(found, expected)
     assert torch.equal(layer.router.gate.weight, gate)
@@ -70,8 +72,7 @@ def test_what_kept_experts_take_and_weigh_stays(
     by_token = not layer.router.experts_choose
     _, before = layer(X, return_routing=True)
     kept = (1, 2, 4, 6)
-    (group,) = groups_of(layer)
-    group.keep(kept)
+    layer.keep(kept)
     _, after = layer(X, return_routing=True)
     assert_has(layer, len(kept))
     assert_same(after.scores, before.scores[:, kept])
@@ -112,7 +113,7 @@ def pruned_layer(router: str, kept: tuple[int, ...] = (1, 2, 6), options: Any = 
         gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
     ).double()
     layer(X)
-    groups_of(layer)[0].keep(kept)
+    layer.keep(kept)
     return layer.eval()
 
 
@@ -127,7 +128,7 @@ def test_what_scores_stays_whole_and_a_state_says_who_is_left(router: str) -> No
     other.load_state_dict(layer.state_dict())
     assert other.router.alive_E.tolist() == [1, 2, 6]
     assert_same(other(X), layer(X))
-    groups_of(other)[0].keep((0, 2))
+    other.keep((0, 2))
     assert other.router.alive_E.tolist() == [1, 6]
     with pytest.raises(RuntimeError, match="alive_E"):
         whole.load_state_dict(layer.router.state_dict())
@@ -211,7 +212,7 @@ def test_a_router_of_your_own_says_how_it_is_pruned(own: Any) -> None:
     experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
     layer: Any = gmoe.MoE(own(WIDTH, num_experts=EXPERTS), experts).double()
     expected = layer(X)
-    assert gmoe.prune(layer, X, keep=3).layers[0].kept == (EXPERTS - 1,)
+    assert pruned_on(layer, X) == {"": (EXPERTS - 1,)}
     assert_same(layer(X), expected)
     assert len(layer.router.score_E) == (EXPERTS if own is Masked else 1)
 
@@ -236,7 +237,7 @@ def test_nothing_is_known_of_subclasses(own: Any) -> None:
         router(WIDTH, num_experts=EXPERTS), experts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
     )
     with pytest.raises(ValueError, match=f"^model: got {own.__name__}, of which no expert"):
-        gmoe.prune(layer, torch.randn(9, WIDTH), keep=2)
+        layer.keep((0, 1))
     assert layer.num_experts == EXPERTS
 
 
@@ -246,7 +247,9 @@ def test_dead_experts_of_an_oracle_go() -> None:
         gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
     ).double()
     expected = layer(X)
-    assert gmoe.prune(layer, X).layers[0].kept == (2, 5, 7)
+    with pytest.raises(ValueError, match=r"^kept: got \[2, 5\], expected \[7\] too, to which the"):
+        layer.keep((2, 5))
+    assert pruned_on(layer, X) == {"": (2, 5, 7)}
     assert_same(layer(X), expected)
 
 
@@ -257,10 +260,34 @@ def test_uniform_experts_are_averaged_over_those_that_stay() -> None:
     ).double()
     _, routing = layer(X, return_routing=True)
     assert routing.num_experts == EXPERTS
-    gmoe.prune(layer, X, keep=2)
+    layer.keep((3, 4))
     _, routing = layer(X, return_routing=True)
     assert_same(routing.to_dense(), torch.full((NODES, 2), 0.5, dtype=torch.float64))
     assert layer.k == layer.router.k == layer.experts_per_token == 2
+
+
+@pytest.mark.parametrize("kept", [(), (1, 1), (3, 2), (0, EXPERTS), (-1,)], ids=str)
+@pytest.mark.parametrize("router", [None, "token_choice"])
+def test_a_layer_keeps_experts_that_are_there_and_each_once(router: Any, kept: Any) -> None:
+    layer = MoEConv("gcn", WIDTH, WIDTH, num_experts=EXPERTS, router=router)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=r"^kept: got \[.*\], expected k=1 or more of 0 to 7, asc"):
+        layer.keep(kept)
+    assert layer.num_experts == EXPERTS
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_a_layer_without_a_router_shrinks_for_the_routings_of_a_router_that_does() -> None:
+    torch.manual_seed(0)
+    model = moved(gmoe.GNNMoE(WIDTH, 6, 3, 3, conv="sage", num_experts=EXPERTS).double())
+    for conv in model.convs[:2]:
+        conv.keep((1, 4, 6))
+    with pytest.raises(ValueError, match=r"^routing: got .*8 experts.* and 3 experts"):
+        model(X, EDGES)
+    model.shared_router.keep((1, 4, 6))
+    _, (routing,) = model(X, EDGES, return_routing=True)
+    assert routing.num_experts == 3
+    assert model.convs[0].kept == (1, 4, 6)
 
 
 @pytest.mark.parametrize("kept", [(0,), (2, 1), (0, EXPERTS), (1, 1), ()], ids=str)
@@ -298,10 +325,10 @@ def test_pruning_twice_is_pruning_once() -> None:
     x = images(2)
     once, twice = moefied(), moefied()
     for model, steps in ((once, [(1, 4)]), (twice, [(1, 3, 4, 6), (0, 2)])):
-        for group in groups_of(model):
-            for kept in steps:
-                group.keep(kept)
+        for layer in model.modules():
+            for kept in steps if isinstance(layer, gmoe.MoE) else ():
+                layer.keep(kept)
     assert_same(twice(x), once(x))
-    layer: Any = next(part for part in twice.modules() if isinstance(part, gmoe.MoE))
+    (layer, _) = [part for part in twice.modules() if isinstance(part, gmoe.MoE)]
     assert layer.kept == (1, 4)
     assert layer.router.alive_E.tolist() == [1, 4]

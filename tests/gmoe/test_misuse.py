@@ -59,6 +59,12 @@ def mixing() -> nn.Module:
     return gmoe.moefy(Atoms(), targets="lin", router=router, mix="weights", start="copies")
 
 
+def routed() -> gmoe.MoE:
+    """A layer by itself."""
+    router = gmoe.TokenChoice(WIDTH, num_experts=EXPERTS)
+    return gmoe.MoE(router, gmoe.LinearExperts(WIDTH, 3, num_experts=EXPERTS))
+
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -107,7 +113,6 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "aux_loss": lambda _: ((ROUTING,), {}),
     "combine": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
     "count_flops": lambda _: ((moefied(), X, EDGES), {}),
-    "densify": lambda _: ((moefied(),), {}),
     "dispatch": lambda _: ((torch.ones(3, WIDTH), ROUTING), {}),
     "expert_health": lambda _: (([ROUTING],), {"names": ["one"]}),
     "grouped_linear": lambda _: (
@@ -120,9 +125,8 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "merge": lambda _: ((mixing(), (X, torch.ones(6, dtype=torch.long))), {}),
     "moefy": lambda _: ((dense(),), experts(every=1)),
     "neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
-    "prune": lambda _: ((moefied(), (X, EDGES)), {"keep": 1}),
+    "prune": lambda _: ((routed(), [ROUTING]), {}),
     "record_routing": lambda _: ((moefied(),), {}),
-    "restack": lambda _: ((moefied(),), {}),
     "save": lambda folder: ((moefied(), folder), {}),
     "unstack": lambda _: ((moefied(),), {}),
     "plot.expert_load": lambda _: (([ROUTING],), {"xlabel": "step"}),

@@ -22,7 +22,7 @@ from torch_geometric.nn import SAGEConv
 from torch_geometric.nn.models import GCN
 
 import gmoe
-from gmoe.layer_groups import groups_of
+from gmoe.pruning import groups_of
 from tests.helpers.command import full_disk
 
 X, EDGES = torch.randn(40, 16, dtype=torch.float64), torch.randint(40, (2, 160))

@@ -1,131 +1,165 @@
-"""Experts that are taken away: dead ones without a change, weak ones by their importance."""
+"""Experts that nobody chose are taken away, and the model gives the same."""
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch_geometric.nn import GCNConv
 
 import gmoe
 from gmoe import MoEConv
-from gmoe.layer_groups import groups_of
-from gmoe.routers import TokenChoice
+from gmoe.moe import MoELayer
+from gmoe.pruning import groups_of, named
+from gmoe.routers import ByType, TokenChoice
 from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
     BY_TOKEN,
     EDGES,
     EXPERTS,
-    NODES,
     WIDTH,
     Mine,
     X,
+    assert_has,
     conv_layer,
     moefied,
     moved,
+    pruned_on,
+    routings_of,
 )
 from tests.helpers.vits import images
+
+
+def token_layer(router: Any = None, num_experts: int = EXPERTS) -> gmoe.MoE:
+    if router is None:
+        router = TokenChoice(WIDTH, num_experts=num_experts)
+    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=num_experts)
+    return gmoe.MoE(router, experts).double().eval()
+
+
+def chosen_in(*routings: gmoe.Routing) -> tuple[int, ...]:
+    """The experts that some token has."""
+    return tuple(sorted({expert for one in routings for expert in one.expert.tolist()}))
+
+
+def weaken(model: nn.Module) -> None:
+    """Let the gates choose no expert from the fifth on."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, TokenChoice):
+                layer.gate.weight[5:] = layer.gate.weight[0] * 0.1
 
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("router", BY_TOKEN)
 @pytest.mark.parametrize("start", ["shared", "copies", "plain"])
-def test_without_dead_experts_a_vit_gives_the_same(start: Any, router: str, k: int) -> None:
+def test_without_idle_experts_a_vit_gives_the_same(start: Any, router: str, k: int) -> None:
     model = moefied(start=start, router=router, k=k, router_kwargs=BY_TOKEN[router])
     x = images(1)
-    with torch.no_grad():  # a gate that leaves experts dead
-        for layer in model.modules():
-            if isinstance(layer, TokenChoice):
-                layer.gate.weight[5:] = layer.gate.weight[0] * 0.1
+    weaken(model)
     expected = model(x)
-    pruned = gmoe.prune(model, x)
-    assert any(len(report.kept) < EXPERTS for report in pruned.layers)
+    kept = pruned_on(model, x)
+    assert [*kept] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert any(len(ids) < EXPERTS for ids in kept.values())
+    for name, ids in kept.items():
+        layer: Any = model.get_submodule(name)
+        assert_has(layer, len(ids))
+        assert (layer.kept or (*range(EXPERTS),)) == ids
     assert_same(model(x), expected)
-    gmoe.prune(model, x)  # nothing is left to remove
+    pruned_on(model, x)  # nothing is left to remove
     assert_same(model(x), expected)
 
 
-def test_a_fraction_keeps_the_most_important_of_all_layers() -> None:
-    model = moefied()
-    x = images(4)
-    pruned = gmoe.prune(copy.deepcopy(model), x, keep=0.5)
-    numbers = [len(layer.kept) for layer in pruned.layers]
-    assert sum(numbers) == EXPERTS  # half of two layers'
-    weakest = min(layer.importance[e] for layer in pruned.layers for e in layer.kept[1:] or [0])
-    for layer in pruned.layers:
-        assert sum(layer.importance) == pytest.approx(1)
-        best = max(range(EXPERTS), key=lambda expert: layer.importance[expert])
-        assert best in layer.kept
-        others = [layer.importance[e] for e in range(EXPERTS) if e not in layer.kept]
-        if sum(numbers) == EXPERTS:
-            assert max(others) <= max(weakest, min(layer.importance[e] for e in layer.kept))
-    assert 0 < pruned.change < 1
-    assert "relative change" in str(pruned)
+def test_what_some_batch_chose_stays() -> None:
+    layer = token_layer()
+    batches = [X[:1], X[1:2]]
+    routings = [routings_of(layer, batch) for batch in batches]
+    chosen = {int(one.expert) for (one,) in routings}
+    expected = [layer(batch) for batch in batches]
+    assert gmoe.prune(layer, routings) == {"": tuple(sorted(chosen))}
+    for batch, y in zip(batches, expected, strict=True):
+        assert_same(layer(batch), y)
 
 
-def test_importance_is_load_times_mean_score() -> None:
-    layer = conv_layer("gcn", "plain", "token_choice", 2)
-    _, routing = layer(X, EDGES, return_routing=True)
-    (report,) = gmoe.prune(layer, [(X, EDGES), (X, EDGES)], keep=1.0).layers
-    mean_E = torch.stack(
-        [routing.scores[routing.token[routing.expert == e], e].mean() for e in range(EXPERTS)]
-    )
-    product_E = (routing.load * mean_E).nan_to_num()
-    found = torch.tensor([report.importance, report.load], dtype=torch.float64)
-    load_E = routing.load.double()
-    assert_same(found, torch.stack([product_E / product_E.sum(), load_E / load_E.sum()]))
+def test_routings_that_a_call_returned_are_taken() -> None:
+    layer, same = token_layer(), token_layer()
+    same.load_state_dict(layer.state_dict())
+    _, routing = layer(X, return_routing=True)
+    assert gmoe.prune(layer, routing) == pruned_on(same, X)
+    torch.manual_seed(0)
+    gnn = moved(gmoe.GNNMoE(WIDTH, 6, 3, 3, num_experts=EXPERTS, shared_router=False).double())
+    expected, routings = gnn(X, EDGES, return_routing=True)
+    kept = gmoe.prune(gnn, routings)
+    assert [*kept] == ["convs.0", "convs.1"]
+    assert_same(gnn(X, EDGES), expected)
 
 
-def test_a_number_for_each_layer() -> None:
-    model = moefied()
-    pruned = gmoe.prune(model, images(8), keep=[2, 3])
-    assert [len(layer.kept) for layer in pruned.layers] == [2, 3]
-    pruned = gmoe.prune(model, images(8), keep=1)
-    assert [len(layer.kept) for layer in pruned.layers] == [1, 1]
+def test_a_router_that_needs_more_experts_keeps_the_first_of_the_others() -> None:
+    layer = token_layer(gmoe.ExpertChoice(WIDTH, num_experts=EXPERTS, k=3))
+    only = torch.full((2, 1), 5), torch.ones(2, 1)
+    routing = gmoe.Routing.from_choices(*only, num_experts=EXPERTS)
+    assert gmoe.prune(layer, routing) == {"": (0, 1, 5)}
 
 
-@pytest.mark.parametrize(("keep", "same"), [(np.int64(1), 1), (np.float32(0.5), 0.5)])
-def test_numbers_of_numpy_are_taken_and_data_is_read_once(keep: Any, same: Any) -> None:
-    found = gmoe.prune(moefied(), iter([images(8)]), keep=keep)
-    expected = gmoe.prune(moefied(), images(8), keep=same)
-    assert str(found) == str(expected)
+# layers that share a router -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [0, 9, 0.0, 1.5, 0.05, [2], [2, 0], True, "all", math.nan])
-def test_a_keep_out_of_range_is_refused_and_changes_nothing(keep: Any) -> None:
-    model = moefied()
-    expected = model(images())
-    with pytest.raises((ValueError, TypeError), match="keep"):
-        gmoe.prune(model, images(), keep=keep)
-    assert_same(model(images()), expected)
-
-
-def test_a_shared_router_and_its_layers_shrink_together() -> None:
+def test_a_router_of_the_model_and_its_layers_shrink_together() -> None:
     torch.manual_seed(0)
     model = moved(gmoe.GNNMoE(WIDTH, 6, 3, 3, conv="sage", num_experts=EXPERTS).double())
     assert model.shared_router is not None
     expected = model(X, EDGES)
-    pruned = gmoe.prune(model, (X, EDGES))
-    (report,) = pruned.layers
-    assert report.names == ("convs.0", "convs.1")
-    assert {conv.num_experts for conv in model.convs[:2]} == {len(report.kept)}
-    assert model.shared_router.num_experts == len(report.kept) < EXPERTS
+    kept = pruned_on(model, X, EDGES)
+    assert [*kept] == ["convs.0", "convs.1"]
+    assert len({*kept.values()}) == 1
+    number = len(kept["convs.0"])
+    assert {conv.num_experts for conv in model.convs[:2]} == {number}
+    assert model.shared_router.num_experts == number < EXPERTS
     assert_same(model(X, EDGES), expected)
     model.train()(X, EDGES).square().sum().backward()
 
 
+def test_layers_of_one_router_shrink_together_by_all_of_its_calls() -> None:
+    router = TokenChoice(WIDTH, num_experts=EXPERTS)
+    first, second, other = token_layer(router), token_layer(router), token_layer()
+    model = nn.Sequential(first, other, second)
+    groups = groups_of(model)
+    assert [[*group.layers] for group in groups] == [["0", "2"], ["1"]]
+    assert [group.calls for group in groups] == [[0, 2], [1]]
+    expected, routings = model(X), routings_of(model, X)
+    kept = gmoe.prune(model, routings)
+    assert kept["0"] == kept["2"] == chosen_in(routings[0], routings[2])
+    assert first.kept == second.kept == kept["0"]
+    assert_same(model(X), expected)
+
+
+def test_a_layer_under_two_names_is_one() -> None:
+    model = nn.ModuleDict({"one": token_layer()})
+    model["other"] = model["one"]
+    assert [[*group.layers] for group in groups_of(model)] == [["one"]]
+
+
+def test_one_layer_of_several_under_a_router_is_refused() -> None:
+    router = TokenChoice(WIDTH, num_experts=EXPERTS)
+    first, second = token_layer(router), token_layer(router)
+    first.keep((0, 1))
+    with pytest.raises(ValueError, match=r"^router: got one of 2 experts, expected the layer's 8"):
+        second.keep((0, 1))
+    assert second.num_experts == EXPERTS
+
+
+# afterwards ---------------------------------------------------------------------------------------
+
+
 def test_statistics_know_those_that_are_left() -> None:
     model = moefied()
-    gmoe.prune(model, images(8), keep=[2, 3])
+    for layer, ids in zip(layers_of(model), ([1, 3], [0, 2, 5]), strict=True):
+        layer.keep(ids)
     stats = gmoe.RoutingStats.of(model)
-    with gmoe.record_routing(model) as routings:
-        model(images(8))
+    routings = routings_of(model, images(8))
     stats.update(routings)
     figures = stats.compute()
     assert [len(figure["load"]) for figure in figures] == [2, 3]
@@ -133,82 +167,115 @@ def test_statistics_know_those_that_are_left() -> None:
     assert all(routing.scores.size(1) == routing.num_experts for routing in routings)
 
 
+def layers_of(model: nn.Module) -> list[Any]:
+    return [part for part in model.modules() if isinstance(part, MoELayer)]
+
+
 def test_balance_goes_on_after_pruning() -> None:
     """The bias of kept experts, and steps of training that move it."""
     torch.manual_seed(0)
-    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS).double()
+    layer: Any = MoEConv("gcn", WIDTH, WIDTH, num_experts=EXPERTS).double()
     for _ in range(3):
         layer(X, EDGES)
     router: Any = layer.router
     bias_E = router.next_bias_E.clone()
-    gmoe.prune(layer, (X, EDGES), keep=3)
-    kept = layer.kept
-    assert kept is not None
-    assert torch.equal(router.next_bias_E, bias_E[list(kept)])
+    layer.keep((0, 4, 7))
+    assert torch.equal(router.next_bias_E, bias_E[[0, 4, 7]])
     layer.train()
     for _ in range(3):
         layer(X, EDGES).square().sum().backward()
     assert router.next_bias_E.isfinite().all()
 
 
+# refusals -----------------------------------------------------------------------------------------
+
+
 def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
-    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
-    slots = gmoe.SoftMoE(gmoe.SoftSlots(WIDTH, num_experts=EXPERTS), experts)
+    experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS).double()
+    slots = gmoe.SoftMoE(gmoe.SoftSlots(WIDTH, num_experts=EXPERTS), experts).double()
     mine = gmoe.MoE(Mine(WIDTH, num_experts=EXPERTS), experts)
     bound = moefied()
     parametrizations.weight_norm(bound.blocks[1].mlp.experts.down)
+    unstacked = gmoe.unstack(moefied(start="plain"))
     without = MoEConv("gcn", WIDTH, WIDTH, router=None)
-    assigned = gmoe.OracleRouter(WIDTH, num_experts=EXPERTS, assignment=torch.arange(NODES))
-    oracle = gmoe.MoE(assigned, gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS))
-    with pytest.raises(ValueError, match="SoftSlots, of which no expert"):
-        groups_of(slots)[0].keep((0, 1))
-    with pytest.raises(ValueError, match="Mine, of which no expert"):
-        gmoe.prune(mine, X.float())
-    with pytest.raises(ValueError, match="parametrized"):
-        gmoe.prune(bound, images(1), keep=2)
-    with pytest.raises(ValueError, match="MoEConv without one router"):
-        gmoe.prune(without, (X.float(), EDGES))
-    with pytest.raises(ValueError, match=r"^keep: got experts to remove to which the oracle"):
-        gmoe.prune(oracle, X.float(), keep=2)
+    for model, inputs, said in (
+        (slots, (X,), "SoftSlots, of which no expert"),
+        (mine, (X,), "Mine, of which no expert"),
+        (bound, (images(1),), "parametrized"),
+        (unstacked, (images(1),), "UnstackedLinears in place of a part"),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=rf"^model: got .*{said}"):
+            pruned_on(model, *inputs)
+        with pytest.raises(ValueError, match=rf"^model: got .*{said}"):
+            layers_of(model)[-1].keep((*range(EXPERTS),))
+        assert {layer.num_experts for layer in layers_of(model)} == {EXPERTS}
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    routing = gmoe.Routing.to_all(torch.ones(2, 8))
+    with pytest.raises(ValueError, match="a MoEConv without one router"):
+        gmoe.prune(without, routing)
     with pytest.raises(ValueError, match=r"^model: got Linear without layers"):
-        gmoe.prune(nn.Linear(2, 2), torch.zeros(1, 2))
-    for layer in (slots, mine, oracle):
-        assert len(layer.experts.up.weight) == EXPERTS
+        gmoe.prune(nn.Linear(2, 2), routing)
+    with pytest.raises(ValueError, match=r"^model: got 1, whose experts are those of a layer"):
+        gmoe.prune(nn.Sequential(gmoe.MoE(token_layer().router, experts), mine), routing)
 
 
-class TwoLayers(nn.Module):
-    """A model of which the data reach one layer of experts alone, or both."""
+def test_a_router_by_type_is_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, 3)
 
-    def __init__(self, calls_both: bool) -> None:
-        super().__init__()
-        self.calls_both = calls_both
-        self.first, self.second = (
-            gmoe.MoE(TokenChoice(8, num_experts=4), gmoe.MLPExperts(8, 16, 8, num_experts=4))
-            for _ in range(2)
+        def forward(self, x: Tensor, z: Tensor) -> Any:
+            return self.lin(x)
+
+    router = ByType("z", [1, 6, 8])
+    model = gmoe.moefy(Model(), targets="lin", router=router).double().eval()
+    with pytest.raises(ValueError, match=r"^model: got TypeRouter, of which no expert"):
+        pruned_on(model, X, torch.tensor([1, 1, 6, 6, 1]))
+
+
+def test_routings_that_are_not_the_models_are_refused_and_nothing_changes() -> None:
+    layer = token_layer()
+    model = nn.Sequential(layer, token_layer())
+    one, two = routings_of(model, X)
+    other = gmoe.Routing.to_all(torch.ones(2, 3))
+    for routings, said in (
+        ([], "none"),
+        ([[]], "0 of a forward pass"),
+        ([one], "1 of a forward pass, expected 2"),
+        ([one, two, one, two], "4 of a forward pass, expected 2"),
+        ([[one, two], [one]], "1 of a forward pass, expected 2"),
+        ([one, other], r"Routing\(2 tokens, 3 experts, load .* for 1, expected one of 8 experts"),
+        ([one, X], "Tensor, expected a Routing"),
+        ({"0": one, "1": two}, "a dictionary"),
+        (X, "Tensor, expected"),
+    ):
+        with pytest.raises(ValueError, match=rf"^routings: got {said}"):
+            gmoe.prune(model, routings)  # type: ignore[arg-type]
+    assert {part.num_experts for part in layers_of(model)} == {EXPERTS}
+
+
+def test_data_of_which_a_layer_saw_nothing_are_refused() -> None:
+    model = nn.Sequential(token_layer(), token_layer())
+    routings = routings_of(model, X[:0])
+    with pytest.raises(ValueError, match=r"^routings: got some in which no expert of 0 was chosen"):
+        gmoe.prune(model, routings)
+    assert {part.num_experts for part in layers_of(model)} == {EXPERTS}
+
+
+def test_all_is_checked_before_anything_changes() -> None:
+    """The second layer cannot shrink, so that the first does not."""
+    model = (
+        nn.Sequential(
+            token_layer(), gmoe.MoE(Mine(WIDTH, num_experts=2), token_layer(num_experts=2).experts)
         )
-
-    def forward(self, x: Tensor) -> Any:
-        y: Any = self.first(x)
-        return self.second(y) if self.calls_both else y
-
-
-def test_a_model_that_was_compiled_and_run_is_pruned_by_its_routing() -> None:
-    """Compiled code does not call the hooks that count."""
-    torch.manual_seed(0)
-    model, x = TwoLayers(calls_both=True).eval(), torch.randn(200, 8)
-    expected = gmoe.prune(copy.deepcopy(model), x)
-    model.compile(backend="eager")
-    with torch.no_grad():
-        model(x)
-    assert gmoe.prune(model, x).layers == expected.layers
-    assert all(sum(layer.load) == pytest.approx(1) for layer in expected.layers)
-
-
-def test_data_that_do_not_reach_a_layer_are_refused() -> None:
-    model = TwoLayers(calls_both=False)
-    with pytest.raises(ValueError, match=r"^data: got some on which the router of second does not"):
-        gmoe.prune(model, torch.randn(9, 8))
-    assert [layer.num_experts for layer in (model.first, model.second)] == [4, 4]
+        .double()
+        .eval()
+    )
+    with pytest.raises(ValueError, match="Mine, of which no expert"):
+        pruned_on(model, X[:1])
+    assert [part.num_experts for part in layers_of(model)] == [EXPERTS, 2]
 
 
 class Processes:
@@ -219,20 +286,28 @@ class Processes:
 
 
 def test_a_router_with_its_own_processes_is_pruned() -> None:
-    torch.manual_seed(0)
-    router, experts = TokenChoice(8, num_experts=4), gmoe.MLPExperts(8, 16, 8, num_experts=4)
-    layer = gmoe.MoE(router, experts).eval()
-    router.process_group = Processes()  # type: ignore[assignment]
-    x = torch.randn(50, 8)
-    expected = layer(x)
-    gmoe.prune(layer, x, keep=4)
-    assert_same(layer(x), expected)
-    gmoe.prune(layer, x, keep=2)
-    assert layer.num_experts == 2
+    layer: Any = token_layer()
+    layer.router.process_group = Processes()
+    pruned_on(layer, X[:1])
+    assert layer.num_experts == 1
     assert isinstance(layer.router.process_group, Processes)
 
 
 def test_a_layer_of_open_widths_is_pruned_after_its_first_call() -> None:
     layer = MoEConv("gcn", -1, 4, num_experts=3)
     with pytest.raises(ValueError, match=r"whose widths are open: call it once before"):
-        gmoe.prune(layer, (X, torch.zeros(2, 0, dtype=torch.int64)))
+        gmoe.prune(layer, gmoe.Routing.to_all(torch.ones(2, 3)))
+    with pytest.raises(ValueError, match=r"whose widths are open: call it once before"):
+        layer.keep((0, 1))
+
+
+def test_names_are_listed_and_the_model_itself_has_none() -> None:
+    assert named(["blocks.1.mlp", ""]) == "blocks.1.mlp, the model itself"
+
+
+def test_a_conv_is_pruned_by_what_it_returned() -> None:
+    layer = conv_layer("gat", "shared", "token_choice", 2)
+    expected, routing = layer(X, EDGES, return_routing=True)
+    kept = gmoe.prune(layer, routing)[""]
+    assert kept == chosen_in(routing)
+    assert_same(layer(X, EDGES), expected)

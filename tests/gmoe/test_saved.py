@@ -17,8 +17,8 @@ from torch.ao.quantization import quantize_dynamic
 from torch_geometric import nn as pyg
 
 import gmoe
-from gmoe.layer_groups import groups_of
 from gmoe.moe import MoELayer
+from gmoe.pruning import groups_of
 from gmoe.stack import fold
 from tests.helpers.huggingface import build
 from tests.helpers.shrunk import EDGES, WIDTH, Mine, X, moved

@@ -1,4 +1,4 @@
-"""Experts as one nn.Linear each: the same outputs, found by other tools, and stacked again."""
+"""Experts as one nn.Linear each: the same outputs, found by quantization."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import io
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations
 
 import gmoe
-from gmoe.layer_groups import groups_of
 from gmoe.stack import fold, has_base
 from gmoe.unstacked import UnstackedLinears
 from tests.helpers.equal import assert_same
@@ -46,25 +44,19 @@ STARTED = [
     ("conv", "start", "k"),
     [*((*started, 2) for started in STARTED), ("gat", "copies", 1), ("several kinds", "shared", 1)],
 )
-def test_unstacked_convs_give_the_same_and_are_stacked_again(conv: str, start: str, k: int) -> None:
+def test_unstacked_convs_give_the_same(conv: str, start: str, k: int) -> None:
     layer = conv_layer(CONVS[conv], start, "token_choice", k)
     expected = layer(X, EDGES)
-    state = fold(copy.deepcopy(layer)).state_dict()
+    stacked = fold(copy.deepcopy(layer))
     gmoe.unstack(layer)
     is_stacked = conv != "one by one"
     assert any(isinstance(part, UnstackedLinears) for part in layer.modules()) == is_stacked
     assert not any(isinstance(part, gmoe.LinearExperts) for part in layer.modules())
     assert_same(layer(X, EDGES), expected)
     found = gradients(layer, layer(X, EDGES))
-    gmoe.restack(layer)
-    assert_same(layer(X, EDGES), expected)
-    again = layer.state_dict()
-    assert state.keys() == again.keys()
-    assert all(torch.equal(value, again[name]) for name, value in state.items())
-    assert all(parameter.requires_grad for parameter in layer.parameters())
-    stacked = gradients(layer, layer(X, EDGES))
-    assert_same(found["router.gate.weight"], stacked["router.gate.weight"])
-    for name, gradient in stacked.items():
+    of_stacked = gradients(stacked, stacked(X, EDGES))
+    assert_same(found["router.gate.weight"], of_stacked["router.gate.weight"])
+    for name, gradient in of_stacked.items():
         unstacked = f"{name.removesuffix('weight')}linears.0.weight"
         if unstacked in found:
             assert_same(found[unstacked], gradient[0])
@@ -81,7 +73,6 @@ def test_an_unstacked_vit_gives_the_same(start: Any) -> None:
     folded = fold(model)
     size = sum(parameter.numel() for parameter in folded.parameters())
     assert size == sum(parameter.numel() for parameter in unstacked.parameters())
-    assert_same(gmoe.restack(unstacked)(images()), expected)
 
 
 def saved_size(model: nn.Module) -> int:
@@ -103,8 +94,6 @@ def test_dynamic_quantization_finds_the_experts() -> None:
         assert all("quantized" in type(linear).__module__ for linear in part.linears)
     assert saved_size(quantized) < 0.6 * saved_size(left)
     assert float((quantized(x) - expected).norm() / expected.norm()) < 0.2
-    with pytest.raises(ValueError, match="quantized weights cannot be stacked"):
-        gmoe.restack(quantized)
 
 
 def test_quantized_convs_run() -> None:
@@ -117,26 +106,6 @@ def test_quantized_convs_run() -> None:
         assert float((quantized(x, edges) - expected).norm() / expected.norm()) < 0.1
 
 
-def test_lora_finds_the_experts_and_is_merged() -> None:
-    model = gmoe.unstack(moefied(start="copies"))
-    expected = model(images())
-    config = peft.LoraConfig(r=2, target_modules=r".*experts\.(up|down)\.linears\.\d+")
-    adapted: Any = peft.get_peft_model(model, config)
-    assert_same(adapted(images()), expected)
-    adapted(images()).square().sum().backward()
-    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
-    assert len(trained) == 2 * 2 * 2 * EXPERTS  # A and B of two layers' two maps
-    assert all("lora" in name for name in trained)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter)
-    expected = adapted(images())
-    with pytest.raises(ValueError, match="merge adapters"):
-        gmoe.restack(copy.deepcopy(adapted))
-    assert_same(gmoe.restack(adapted.merge_and_unload())(images()), expected)
-
-
 def test_one_layer_of_linear_experts_is_replaced_itself() -> None:
     experts = gmoe.LinearExperts(WIDTH, 3, num_experts=EXPERTS).double()
     layer = gmoe.MoE(gmoe.TokenChoice(WIDTH, num_experts=EXPERTS), experts).double().eval()
@@ -145,13 +114,11 @@ def test_one_layer_of_linear_experts_is_replaced_itself() -> None:
     unstacked = gmoe.unstack(experts)
     assert isinstance(unstacked, UnstackedLinears)
     unstacked.reset_parameters()
-    assert isinstance(gmoe.restack(unstacked), gmoe.LinearExperts)
 
 
 def test_frozen_layers_stay_frozen() -> None:
     model = moefied(start="plain").requires_grad_(False)
     assert not any(p.requires_grad for p in gmoe.unstack(model).parameters())
-    assert not any(p.requires_grad for p in gmoe.restack(model).parameters())
 
 
 def test_changed_layers_are_refused() -> None:
@@ -159,14 +126,6 @@ def test_changed_layers_are_refused() -> None:
     parametrizations.weight_norm(model.blocks[0].mlp.experts.up)
     with pytest.raises(ValueError, match=r"experts\.up with hooks"):
         gmoe.unstack(model)
-    unstacked = gmoe.unstack(moefied(start="plain"))
-    with pytest.raises(ValueError, match=r"gmoe\.restack"):
-        groups_of(unstacked)[0].keep((0, 1))
-
-
-def test_experts_that_share_a_base_are_folded() -> None:
-    model = gmoe.unstack(moefied(start="copies"))
-    assert not has_base(gmoe.restack(model))
 
 
 @pytest.mark.parametrize(("conv", "start"), STARTED)
@@ -179,10 +138,6 @@ def test_an_unstacked_layer_gives_its_experts_and_is_drawn_anew(conv: str, start
     before = copy.deepcopy(layer.experts.state_dict())
     layer.reset_parameters()
     assert any(not value.equal(before[name]) for name, value in layer.experts.state_dict().items())
-    expected = [layer.expert(expert)(X, EDGES) for expert in range(EXPERTS)]
-    gmoe.restack(layer)
-    for expert, out in enumerate(expected):
-        assert_same(layer.expert(expert)(X, EDGES), out)
 
 
 def test_what_starts_at_zero_is_drawn_as_zero() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.nn import GATConv
 
 import gmoe
 from gmoe import MoEConv
-from gmoe.moe import MoELayer
+from gmoe._calls import evaluating
 from tests.helpers.vits import timm_vit
 
 WIDTH, EXPERTS, NODES = 4, 8, 5
@@ -33,9 +33,6 @@ BY_TOKEN: dict[str, dict[str, Any]] = {
     "multi_centroid": {"num_centroids": 2},
 }
 """Routers under which a few tokens leave experts dead."""
-
-STRAIGHT = {"weight": "straight_through"}
-"""Weights of 1."""
 
 
 def moved(layer: Any) -> Any:
@@ -77,8 +74,16 @@ def assert_has(layer: Any, number: int) -> None:
             assert len(part.weight) == part.num_experts == len(part.stored("weight"))
 
 
-def has_experts(model: nn.Module) -> bool:
-    return any(isinstance(part, MoELayer) for part in model.modules())
+def routings_of(model: Any, *inputs: Any, **named: Any) -> list[gmoe.Routing]:
+    """What the model's routers decide for an input, in evaluation."""
+    with evaluating(model), gmoe.record_routing(model) as routings:
+        model(*inputs, **named)
+    return routings
+
+
+def pruned_on(model: Any, *inputs: Any, **named: Any) -> dict[str, tuple[int, ...]]:
+    """Prune the model by its routings of one input; what it kept by layer."""
+    return gmoe.prune(model, routings_of(model, *inputs, **named))
 
 
 class Mine(gmoe.Router):

@@ -19,6 +19,7 @@ from gmoe.models.blocks import DropThenAct
 from gmoe.stack import fold
 from tests.helpers.equal import assert_same
 from tests.helpers.masked import features, simple_graph
+from tests.helpers.shrunk import pruned_on
 from tests.helpers.stored_files import store
 
 NODES, IN, HIDDEN, OUT, BLOCKS, EXPERTS = 9, 4, 6, 3, 2, 3
@@ -249,24 +250,11 @@ def test_routings_are_replayed(options: dict[str, Any]) -> None:
 def test_it_is_pruned_saved_and_folded(tmp_path: Path, options: dict[str, Any]) -> None:
     gnn, x = model(**options).eval(), features(NODES, IN)
     logits = gnn(x, EDGES)
-    pruned = gmoe.prune(gnn, (x, EDGES))
-    assert pruned.change < 1e-10
+    pruned_on(gnn, x, EDGES)
+    assert_same(gnn(x, EDGES), logits)
     gmoe.save(gnn, tmp_path / "saved")
     assert_same(gmoe.load(tmp_path / "saved")(x, EDGES), logits)
     assert_same(fold(gnn)(x, EDGES), logits)
-
-
-def test_equal_experts_are_folded_to_the_mlp() -> None:
-    gnn, x = model(), features(NODES, IN)
-    for name, value in gnn.named_parameters():
-        if name.endswith("_difference"):
-            nn.init.zeros_(value)
-    gnn.eval()
-    logits = gnn(x, EDGES)
-    folded = gmoe.densify(gnn)
-    assert all(layer.is_dense for layer in folded.layers), folded
-    assert_same(gnn(x, EDGES), logits)
-    assert gnn.shared_router is None
 
 
 def test_a_dense_model_of_blocks_is_moefied() -> None:
