@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 from experiments.show.tables import study_table
 from experiments.train import scores
 from experiments.train.checks import check_choice
-from experiments.train.config import ERRORS
 from experiments.train.files import read_json
 
 Cells: TypeAlias = dict[str, dict[str, dict[str, Any]]]
@@ -70,15 +69,16 @@ def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
     for column in only:
         check_choice("columns", column, columns)
     controls = study["controls"]
+    labels = study.get("labels", {})
     tables = []
     for column in only or columns:
         # The oldest cells hold neither their label nor what the routing follows.
         variants = [
-            {"variant": row, "label": study.get("labels", {}).get(row, row), "routing": [], **cell}
+            {"variant": row, "label": labels.get(row, row), "routing": [], **cell}
             for row, cell in columns[column].items()
         ]
         content = {
-            "variants": variants + chosen_by_validation(variants, study.get("chosen", {})),
+            "variants": variants,
             "reference": controls[0] if controls else "dense",
             "wide": "dense-4x",
             "controls": controls,
@@ -94,23 +94,6 @@ def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
     if not tables:
         tables = ["No cell is finished."]
     return "\n\n".join([*tables, *not_run(study, only)])
-
-
-def chosen_by_validation(
-    variants: Sequence[Mapping[str, Any]], choices: Mapping[str, Sequence[str]]
-) -> list[dict[str, Any]]:
-    """A row for each choice whose rows are all finished: the one that validates best, again."""
-    by_row = {variant["variant"]: variant for variant in variants}
-    chosen = []
-    for name, rows in choices.items():
-        if not by_row.keys() >= set(rows):
-            continue
-        finished = [by_row[row] for row in rows]
-        of_errors = finished[0]["metric"] in ERRORS
-        best = (min if of_errors else max)(finished, key=lambda variant: variant["val"]["mean"])
-        label = f"{name} by validation: {best['label']}"
-        chosen.append({**best, "variant": name, "label": label})
-    return chosen
 
 
 def not_run(study: Mapping[str, Any], only: Sequence[str]) -> list[str]:

@@ -232,12 +232,13 @@ class Comparison:
 
     def step_ratio(self, arm: str) -> float:
         """The time of a training step over the dense model's."""
-        from experiments.study.measured import step_times
-        from experiments.train.data.load import load_tasks
+        from experiments.study.price import price
 
         config = replace(self.arms[arm], seeds=(0,))
-        times = step_times(config, load_tasks(config)(0))
-        return float(times["cell"]["wall"]["min"] / times["dense"]["wall"]["min"])
+        each = [
+            price(one)["per_second"] for one in (replace(self.arms["dense"], seeds=(0,)), config)
+        ]
+        return each[0] / each[1]
 
     def better(self) -> str:
         """The setting that validates better."""

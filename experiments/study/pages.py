@@ -5,9 +5,8 @@ A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is gen
 only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->`` compares variants seed by seed.
 ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote, and
 ``<!-- presets: NAME -->`` has runs of ``experiments.train``, each beside its dense model.
-``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
-``<!-- cells: routers: COLUMN -->`` a column of it, and
-``<!-- domains: routers: COLUMN -->`` how its rows do on each domain of its images.
+``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``, and
+``<!-- cells: routers: COLUMN -->`` a column of it.
 ``<!-- study: NAME -->`` is what ``experiments.sweep FILE.py:STUDY`` wrote into ``results/NAME``, a
 table a column, ``<!-- study: NAME: COLUMN -->`` a column of it.
 ``<!-- forces: forces -->`` is what ``experiments.sweep forces`` wrote, and what it did not run.
@@ -28,7 +27,7 @@ from experiments.benchmark.tables import benchmark_table
 from experiments.show.cells import read_study, study_tables
 from experiments.show.tables import pair_table, preset_table, study_table
 from experiments.study.forces import forces_tables, read_forces
-from experiments.study.routers import cell_tables, domain_table, read_table
+from experiments.study.routers import cell_tables, read_table
 from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
 
@@ -37,7 +36,6 @@ MAKERS: dict[str, Callable[..., str]] = {
     "pairs": pair_table,
     "presets": preset_table,
     "cells": cell_tables,
-    "domains": domain_table,
     "study": study_tables,
     "forces": forces_tables,
     "benchmark": benchmark_table,
@@ -45,7 +43,6 @@ MAKERS: dict[str, Callable[..., str]] = {
 """What makes a table, by its mark."""
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "cells": read_table,
-    "domains": read_table,
     "study": read_study,
     "forces": read_forces,
 }

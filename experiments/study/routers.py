@@ -1,23 +1,27 @@
 """One table of routers on images and graphs: ``python -m experiments.sweep routers``.
 
 A cell is a router or a control (a row) on a data set (a column), in
-``results/routers/COLUMN/ROW.json``: the summary of its run, what its routed experts add, and
-the time of a step beside the dense model's. A cell that is there is skipped. All rows of a
-column have its recipe, which was not tuned for any of them: E = 8, K = 1, a router in each
-layer. All but ``copies`` have a shared expert beside the routed ones, in which every router
+``results/routers/COLUMN/ROW.json``: the summary of its run. A cell that is there is skipped. All
+rows of a column have its recipe, which was not tuned for any of them: E = 8, K = 1, a router in
+each layer. All but ``copies`` have a shared expert beside the routed ones, in which every router
 fits; two rows keep scale and shape apart.
+
+A router of your own is a row more, ``--router FILE.py:Class``, beside token choice, a frozen random
+router and the dense model of equal FLOPs.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.show.cells import Cells, differences, read_cells
-from experiments.show.tables import Line, extremes, markdown, short_commit
+from experiments.show.cells import Cells, differences, read_cells, study_tables
+from experiments.show.tables import markdown
 from experiments.study.studies import Row, Study
+from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.presets import (
     ARXIV,
@@ -30,7 +34,8 @@ from experiments.train.presets import (
     SMALL_VIT,
     TEN,
 )
-from experiments.train.scores import form_of, mean_std, percent, shown
+from experiments.train.scores import form_of, mean_std, percent
+from experiments.train.user_code import file_of, load_object
 
 THREE = (0, 1, 2)
 ROWS: dict[str, Row] = {
@@ -125,7 +130,7 @@ class RoutersTable(Study):
     def has_cell(self, column: str, row: str) -> bool:
         """True if a column has a row."""
         if column in ONLY:
-            return row in ONLY[column]
+            return row in ONLY[column] or row not in ROWS
         if isinstance(self.columns[column], GraphConfig) and row == "soft-slots":
             return False
         return row != "oracle" and not (column in LONG and row in LEFT_OUT)
@@ -153,14 +158,40 @@ TABLE = RoutersTable(
     rows=ROWS,
     controls=("dense-flops",),
 )
+BESIDE = ("dense-flops", "token-choice", "random")
+"""The rows that a router of one's own is compared with."""
 
 
-def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, RunConfig]:
-    """The cells of some columns and rows, by default of all, with data inside a root folder."""
-    return {
-        cell: replace(config, data_root=root / config.data_root)
-        for cell, config in TABLE.cells(columns, rows).items()
+def table(root: Path, router: str | None = None, k: int = 1) -> RoutersTable:
+    """The table, with data inside a root folder; or that of a router of one's own, at K = ``k``.
+
+    The name of that row ends with a digest of the file, so that an edited file is a new row. Its
+    cells are in a folder of their own.
+    """
+    columns = {
+        name: replace(config, data_root=root / config.data_root, k=k)
+        for name, config in TABLE.columns.items()
     }
+    if router is None:
+        legal = "1: the cells of the table have one expert a token"
+        check(k == 1, "k", f"{k} without --router", legal)
+        return replace(TABLE, columns=columns)
+    import gmoe  # and so torch, which --help does without
+
+    is_named = all(router.rpartition(":"))
+    check(is_named, "router", repr(router), "FILE.py:Class; routers of the table are --rows")
+    made = load_object("router", router)
+    is_router = isinstance(made, type) and issubclass(made, gmoe.Router)
+    check(is_router, "router", repr(router), "a subclass of gmoe.Router")
+    digest = hashlib.sha256(Path(file_of(router)).read_bytes()).hexdigest()
+    own = Row(label=f"`{made.__name__}`, your own", changes={"router": router})
+    return replace(
+        TABLE,
+        name="routers-own" if k == 1 else f"routers-own-k{k}",
+        columns=columns,
+        rows={f"own-{made.__name__}-{digest[:8]}": own} | {row: ROWS[row] for row in BESIDE},
+        controls=BESIDE,
+    )
 
 
 def read_table(folder: Path) -> Cells:
@@ -172,9 +203,7 @@ def cell_tables(cells: Cells, columns: Sequence[str] = ()) -> str:
     """One line a row: in each column the difference to the dense model of equal FLOPs, seed by
     seed; or the whole of the columns that are named."""
     if columns:
-        return "\n\n".join(
-            markdown([cell_line(row, cells[column]) for row in cells[column]]) for column in columns
-        )
+        return study_tables(TABLE.described() | {"cells": cells}, columns)
     lines = []
     for row, own in ROWS.items():
         if not any(row in rows for rows in cells.values()):
@@ -195,58 +224,3 @@ def difference(cell: dict[str, Any], other: dict[str, Any] | None) -> str:
     if other is None or cell["config"]["seeds"] != other["config"]["seeds"]:
         return "–"
     return mean_std(differences(cell, other), form_of(cell["metric"]))
-
-
-def domain_table(cells: Cells, columns: Sequence[str]) -> str:
-    """One line a row of columns whose images are of several domains.
-
-    The test score in each domain, and by MoE layer what the experts share with the domain.
-    """
-    lines = []
-    for column in columns:
-        for row, cell in cells[column].items():
-            layers = [layer["ami_domain"] for layer in cell["routing"]]
-            lines.append(
-                {
-                    "row": ROWS[row].label,
-                    **{
-                        f"{domain} (%)": percent(accuracy)
-                        for domain, accuracy in cell["domains"]["accuracy"].items()
-                    },
-                    "AMI of expert and domain, layer by layer": ", ".join(
-                        shown(layer) for layer in layers
-                    )
-                    or "–",
-                }
-            )
-    return markdown(lines)
-
-
-def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
-    """A cell in full.
-
-    The number of live experts, their share of the output, and the test score without them.
-    """
-    cell = cells[row]
-    dense = cells.get("dense", cell)
-    routed = cell["routed"]
-    time = {arm: values["wall"]["median"] for arm, values in cell["time"].items()}
-    alive = [cell["config"]["experts"] - layer["dead"]["mean"] for layer in cell["routing"]]
-    return {
-        "row": ROWS[row].label,
-        f"test {cell['metric']} (%)": percent(cell["test"]),
-        "n": str(cell["test"]["n"]),
-        "− equal FLOPs": "–"
-        if row == "dense-flops"
-        else difference(cell, cells.get("dense-flops")),
-        "× FLOPs": f"{cell['flops'] / dense['flops']:.2f}",
-        "parameters": f"{cell['parameters']:,}",
-        "× step": f"{time['cell'] / time['dense']:.2f}",
-        "× step of dense on CSR": f"{time['cell'] / time['dense-csr']:.2f}"
-        if "dense-csr" in time
-        else "–",
-        "live experts": extremes(alive, ".3g") if alive else "–",
-        "share": extremes([share["mean"] for share in routed["share"]], ".2f") if routed else "–",
-        "off": percent(routed["off"]) if routed else "–",
-        "commit": short_commit(cell["environment"]),
-    }

@@ -50,11 +50,13 @@ def run_cells(
     name: str,
     cells: Mapping[str, RunConfig],
     config: SweepConfig,
-    more: Callable[[str, RunConfig], dict[str, Any]],
+    labels: Mapping[str, str],
+    finished: Callable[[str], None] = lambda _: None,
 ) -> dict[str, str]:
     """Run the cells of a study that have no file, and return by cell why it could not be run.
 
-    A cell's file holds the summary of its run, and what ``more`` says of it.
+    A cell's file holds the summary of its run, and the label of its row. ``finished`` is called
+    with the name of each cell that is there from then on.
 
     Raises:
         ValueError: a file that holds a cell of another configuration.
@@ -85,8 +87,9 @@ def run_cells(
             try:
                 if why:
                     raise ValueError(why)
-                summary = run(own, progress)
-                write_json(folder / f"{cell}.json", {**summary, **more(cell, own)})
+                label = {"label": labels[cell.partition("/")[2]]}
+                write_json(folder / f"{cell}.json", {**run(own, progress), **label})
+                finished(cell)
             except Exception as error:  # of this cell; the others go on
                 is_told = isinstance(error, ValueError | OSError)
                 code = code_of(own)

@@ -26,6 +26,21 @@ class Row:
     """Its name in tables."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Options that differ from a column's recipe."""
+    lr_factor: float = 1.0
+    """By what the recipe's step size is multiplied."""
+
+
+CONTROLS = {
+    "dense": Row(label="dense", changes={"router": "dense"}),
+    "dense-lr2": Row(label="dense, twice the step size", changes={"router": "dense"}, lr_factor=2),
+    "dense-input-again": Row(
+        label="dense, layers see the input again",
+        changes={"router": "dense", "input_again": True},
+    ),
+    "one-expert": Row(label="one expert", changes={"experts": 1}),
+    "random": Row(label="frozen random router", changes={"router": "random"}),
+}
+"""What else may do what experts do: rows for any study. ``input_again`` is of nodes of a graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +56,13 @@ class Study:
     rows: Mapping[str, Row]
     controls: tuple[str, ...] = ()
     """The rows that others are compared with. The first is what FLOPs are relative to."""
-    chosen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By the name of a choice, the rows of which validation chooses one, such as depths."""
     published: Mapping[str, str] = field(default_factory=dict)
-    """Figures of others by ``COLUMN/ROW``, or by ``COLUMN/CHOICE``."""
+    """Figures of others by ``COLUMN/ROW``."""
 
     def __post_init__(self) -> None:
         for control in self.controls:
             check_choice("controls", control, self.rows)
-        for row in (row for rows in self.chosen.values() for row in rows):
-            check_choice("chosen", row, self.rows)
-        known = [f"{column}/{row}" for column in self.columns for row in (*self.rows, *self.chosen)]
+        known = [f"{column}/{row}" for column in self.columns for row in self.rows]
         for cell in self.published:
             check_choice("published", cell, known)
 
@@ -63,6 +74,7 @@ class Study:
                 type.
         """
         recipe, changes = self.columns[column], self.rows[row].changes
+        recipe = replace(recipe, lr=self.rows[row].lr_factor * recipe.lr)
         known = [one.name for one in fields(recipe)]
         for option in changes:
             check_choice(f"rows: {row}", option, known)
@@ -100,7 +112,6 @@ class Study:
             "rows": list(self.rows),
             "labels": {name: row.label for name, row in self.rows.items()},
             "controls": list(self.controls),
-            "chosen": {name: list(rows) for name, rows in self.chosen.items()},
             "published": dict(self.published),
         }
 

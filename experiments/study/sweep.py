@@ -32,7 +32,6 @@ from experiments.study.running import (
     SweepConfig,
     affordable,
     held_cells,
-    refusal,
     run_cells,
 )
 from experiments.study.studies import Study, grid
@@ -88,16 +87,13 @@ class RoutersConfig(CellsConfig):
     """Cells of the table of routers, and where they go."""
 
     data_root: Path = Path("data")
-    """Folder of cifar10, imagenette2-160, pacs-64, heterophilous, facebook.npz and planted.
-    Each is as its loader reads it."""
+    """Root folder of the data."""
     router: str | None = None
-    """Your own router, `FILE.py:Class` or `package.module:Class`: a row of its own, beside a dense
-    model of equal FLOPs, token choice and a frozen random router.
-    Columns are by default those that need no files."""
-    conv: str | None = None
-    """Your own conv, named likewise, in place of the column's; with --router or by itself."""
-    k: int | None = None
-    """With --router or --conv: experts per token of the row and its controls, by default 1."""
+    """A row of your own: FILE.py:Class or package.module:Class, a subclass of gmoe.Router.
+    Beside it token choice, a frozen random router, and a dense model of equal FLOPs. Without
+    --columns, on digits-graph."""
+    k: int = 1
+    """Experts per token."""
 
 
 STUDIES: dict[str, tuple[str, SweepConfig | ForcesConfig]] = {
@@ -116,7 +112,10 @@ STUDIES: dict[str, tuple[str, SweepConfig | ForcesConfig]] = {
 def sweep_study(
     study: Study, config: SweepConfig, columns: Sequence[str] = (), rows: Sequence[str] = ()
 ) -> tuple[str, dict[str, str]]:
-    """Run the cells that have no file: the tables, and by cell why it could not be run."""
+    """Run the cells that have no file: the tables, and by cell why it could not be run.
+
+    The table of a column is shown so far behind each of its cells, too.
+    """
     from experiments.train.results import write_json
 
     folder = config.results / study.name
@@ -124,12 +123,36 @@ def sweep_study(
     hours = {cell: price["hours"] for cell, price in read_prices(folder).items()}
     cells = affordable(cells, hours, config.budget, folder)
     write_json(folder / "study.json", study.described())
+    held = held_cells(cells, folder)
+    missing = [cell for cell in cells if cell not in held]
+    if missing:
+        print(foretold(missing, hours), file=sys.stderr, flush=True)
 
-    def label(cell: str, _: RunConfig) -> dict[str, Any]:
-        return {"label": study.rows[cell.partition("/")[2]].label}
+    def finished(cell: str) -> None:
+        if cell != missing[-1]:  # behind which all tables follow
+            column = cell.partition("/")[0]
+            print(study_tables(read_study(folder), [column]), file=sys.stderr, flush=True)
 
-    failed = run_cells(study.name, cells, config, label)
+    labels = {name: row.label for name, row in study.rows.items()}
+    failed = run_cells(study.name, cells, config, labels, finished)
     return study_tables(read_study(folder)), failed
+
+
+def price_missing(cells: dict[str, RunConfig], folder: Path) -> None:
+    """Price the cells that have neither a file nor a price."""
+    from experiments.study.price import price_cells
+
+    known = {*read_prices(folder), *held_cells(cells, folder)}
+    if todo := {cell: config for cell, config in cells.items() if cell not in known}:
+        price_cells(todo, folder)
+
+
+def foretold(cells: Sequence[str], hours: dict[str, float]) -> str:
+    """How many cells are to run, and how long that takes."""
+    if any(cell not in hours for cell in cells):
+        return f"{len(cells)} cells to run; --price says how long they take"
+    minutes = 60 * sum(hours[cell] for cell in cells)
+    return f"{len(cells)} cells to run, about {minutes:.1f} minutes of a core"
 
 
 def sweep_grid(config: GridConfig) -> tuple[str, dict[str, str]]:
@@ -139,72 +162,6 @@ def sweep_grid(config: GridConfig) -> tuple[str, dict[str, str]]:
         changes["seeds"] = config.seeds
     study = grid(config.preset, config.routers, config.experts, config.ks, **changes)
     return sweep_study(study, config)
-
-
-def sweep_routers(config: RoutersConfig) -> tuple[str, dict[str, str]]:
-    """Run the cells of the table of routers that have no file."""
-    check(config.k is None, "k", config.k, "none without --router or --conv")
-    cells = routers.cells(config.columns, config.rows, config.data_root)
-    failed = run_cells("routers", cells, config, measured_cell)
-    return routers.cell_tables(routers.read_table(config.results / "routers")), failed
-
-
-def measured_cell(_: str, config: RunConfig) -> dict[str, Any]:
-    """What a cell of the table of routers holds beside the summary of its run."""
-    from experiments.study.measured import measured
-
-    return measured(config)
-
-
-def sweep_own(config: RoutersConfig) -> tuple[str, dict[str, str]]:
-    """Run a user's row of the table, and then the controls that it lacks.
-
-    Controls of a column are left out if the row could not be run there. Returns the comparison,
-    and by cell why it could not be run.
-    """
-    from experiments.study import own_router
-
-    check(not config.rows, "rows", ", ".join(config.rows), "none with --router or --conv")
-    own = own_router.own_row(config.router, config.conv, config.k)
-    every = own_router.own_cells(own, config.columns, config.data_root)
-    folder = config.results / "routers"
-    failed = dict[str, str]()
-
-    def run_rows(*rows: str) -> None:
-        """Run what is missing of some rows; a cell that holds another recipe is named."""
-        todo = {
-            f"{column}/{row}": cells_of[row]
-            for column, cells_of in every.items()
-            for row in rows
-            if row == own.row or f"{column}/{own.row}" not in failed
-        }
-        held = held_cells(todo, folder)
-        for cell, described in held.items():
-            # The name of the file tells the code: it may have been moved since.
-            moved = {name: getattr(todo[cell], name, None) for name in ("router", "equal_to")}
-            code = {name: value for name, value in moved.items() if value and ":" in value}
-            held[cell] = described | code
-            if own.conv is not None:
-                held[cell] |= {"conv": [own.conv]}
-            if why := refusal(cell, todo.pop(cell), held[cell], folder):
-                failed[cell] = why
-        failed.update(run_cells("routers", todo, config, measured_cell))
-
-    run_rows(own.row)
-    run_rows(*(control for control in own_router.CONTROLS if control != own.row))
-    cells = own_router.read_row(own, folder)
-    other = [column for column in every if own_router.costs_other_flops(own, cells.get(column, {}))]
-    every = {column: every[column] for column in other}
-    run_rows(own.matched)
-    cells = own_router.read_row(own, folder)
-    for column, rows in cells.items():
-        cells[column] = {row: cell for row, cell in rows.items() if f"{column}/{row}" not in failed}
-    cells = {column: rows for column, rows in cells.items() if own.row in rows}
-    compared, missing = own_router.compare(own, cells)
-    lines = [own_router.row_table(own, compared), *missing, *own_router.strangers(own, cells)]
-    if compared:
-        lines += [f"written to {path}" for path in own_router.write_row(own, compared, folder)]
-    return "\n".join(lines), failed
 
 
 def parse(args: Sequence[str]) -> tuple[str, SweepConfig | ForcesConfig]:
@@ -227,21 +184,23 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
         from experiments.study.forces import run_forces  # torch, which help does without
 
         return run_forces(config)
-    if isinstance(config, RoutersConfig):
-        is_own = config.router is not None or config.conv is not None
-        check(not is_own or not config.price, "price", True, "no router or conv of your own")
-        if config.price:
-            cells = routers.cells(config.columns, config.rows, config.data_root)
-            return priced(cells, config.results / "routers")
-        return sweep_own(config) if is_own else sweep_routers(config)
     if isinstance(config, GridConfig):
         return sweep_grid(config)
     assert isinstance(config, CellsConfig)
-    study = load_object("study", name)
-    check(isinstance(study, Study), "study", repr(name), "an experiments.study.studies.Study")
+    study: Any
+    columns = config.columns
+    if isinstance(config, RoutersConfig):
+        study = routers.table(config.data_root, config.router, config.k)
+        if config.router is not None:
+            columns = columns or ("digits-graph",)
+            if not config.price:
+                price_missing(study.cells(columns, config.rows), config.results / study.name)
+    else:
+        study = load_object("study", name)
+        check(isinstance(study, Study), "study", repr(name), "an experiments.study.studies.Study")
     if config.price:
-        return priced(study.cells(config.columns, config.rows), config.results / study.name)
-    return sweep_study(study, config, config.columns, config.rows)
+        return priced(study.cells(columns, config.rows), config.results / study.name)
+    return sweep_study(study, config, columns, config.rows)
 
 
 def priced(cells: dict[str, RunConfig], folder: Path) -> tuple[str, dict[str, str]]:

@@ -101,6 +101,8 @@ def parse(args: Sequence[str]) -> RunConfig:
     if file is not None:
         base = read_options(Path(file), Path("data") if base is None else base.data_root, base)
     assert base is not None
+    if _take(args, "--routing")[0] is not None:
+        base = replace(base, router="oracle")
     about = f"The preset {preset}: {PRESETS[preset][0]}" if preset else f"The options of {file}."
     # what was given before the options, so that an error leads to the help that explains them
     prog = PROG if preset is None else f"{PROG} {preset}"

@@ -351,6 +351,12 @@ class GraphConfig(NodeConfig):
     adjacency: Literal["auto", "edge_index"] = "auto"
     """Full-batch: how edges are given.
     auto takes CSR where all convs run on it and treat edge weights alike."""
+    routing: str | None = None
+    """A .npy file with an expert for each node, 0 to E - 1, which all layers replay.
+    With it the router is `oracle`. `experiments.advise` writes one."""
+    input_again: bool = False
+    """With --router dense: layers behind the first see the input beside what they see now.
+    A control of routers, which see the input."""
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of your own graph: the metric (default accuracy)."""
     features: str | None = None
@@ -369,6 +375,14 @@ class GraphConfig(NodeConfig):
         is_own = self.dataset in ("graph", PAPERS) or self.data is not None
         legal = f"none for {self.dataset}, which has its own"
         check(self.features is None or not is_own, "features", repr(self.features), legal)
+        is_whole = self.sampling == self.evaluation == "full"
+        is_told = self.routing is None or (self.router == "oracle" and is_whole)
+        got = f"{self.routing!r} with router={self.router!r}, sampling={self.sampling!r}"
+        check(is_told, "routing", got, "router='oracle' on the whole graph")
+        is_control = self.router == "dense" and self.ffn is None and is_whole
+        got = f"True with router={self.router!r}, ffn={self.ffn!r}, sampling={self.sampling!r}"
+        legal = "a dense model without ffn, on the whole graph"
+        check(not self.input_again or is_control, "input_again", got, legal)
 
     def convs(self) -> tuple[str, ...]:
         return self.conv
@@ -577,6 +591,8 @@ OF_MODEL = frozenset(
         "norm",
         "router_input",
         "shared_router",
+        "routing",
+        "input_again",
         "jk",
         "input_dropout",
         "ffn",
@@ -615,7 +631,7 @@ def config_class(dataset: str) -> type[RunConfig]:
 
 OF_EXPERTS = (
     "experts", "k", "start", "kmeans_init", "options", "equal", "equal_to",
-    "router_input", "shared_router", "targets",
+    "router_input", "shared_router", "targets", "routing",
 )  # fmt: skip
 """Options that a dense model has no use for."""
 

@@ -295,11 +295,6 @@ for name in ("roman-empire", "amazon-ratings", "tolokers", "questions"):
         f"{name}, 10 splits; the 5-layer SAGE of its paper.",
         replace(CRITICAL_LOOK, dataset=name),
     )
-for name in ("minesweeper", "chameleon-filtered", "squirrel-filtered"):
-    PRESETS[f"{name}-critical-look"] = (
-        f"{name}, 10 splits; the 5-layer SAGE of the critical look at heterophily.",
-        replace(CRITICAL_LOOK, dataset=name),
-    )
 for name in (
     "amazon-computers",
     "amazon-photo",

@@ -22,6 +22,8 @@ from experiments.train.data.on_disk import stored_folder
 from experiments.train.data.own_graph import graph_from, own_graph
 from experiments.train.data.stored import stored_task
 from experiments.train.data.task import GraphData, Task
+from experiments.train.files import read_npy
+from experiments.train.input_again import InputAgain
 from experiments.train.kinds.base import GNNKind
 from experiments.train.predictions import corrected
 from experiments.train.training import Training
@@ -30,6 +32,8 @@ from experiments.train.user_code import load_conv, load_object
 from gmoe._checks import check
 
 Config = TypeVar("Config", bound=NodeConfig)
+OF_ROUTERS = ("router", "router_kwargs", "num_experts", "k", "every", "start", "router_input")
+"""What a dense model does not take."""
 
 
 class Nodes(GNNKind[Config]):
@@ -98,8 +102,8 @@ class Graphs(Nodes[GraphConfig]):
 
     def note_data(self, digest: Any) -> dict[str, Any]:
         root = self.config.data_root
-        if self.config.features is not None:
-            digest.update(Path(self.config.features).read_bytes())
+        for named in filter(None, (self.config.features, self.config.routing)):
+            digest.update(Path(named).read_bytes())
         if self.config.dataset != "graph":
             return super().note_data(digest)
         files = [root]
@@ -112,10 +116,24 @@ class Graphs(Nodes[GraphConfig]):
     def model(self, task: Task) -> nn.Module:
         config = self.config
         options = self.model_options(task)
-        if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
+        is_whole = config.sampling == config.evaluation == "full"
+        if is_whole and config.conv == ("gcn",) and not config.input_again:
             # There is one graph only: for the dense model, whose convs are PyG's
             options["cached"] = True
         names = self.conv_of_experts()
+        sizes = (task.in_channels, config.hidden, task.num_classes, config.layers)
+        options |= {
+            "conv": load_conv(names) if isinstance(names, str) else list(map(load_conv, names)),
+            "input_dropout": config.input_dropout,
+            "act": config.act,
+        }
+        if config.input_again:
+            plain = {name: value for name, value in options.items() if name not in OF_ROUTERS}
+            return InputAgain(*sizes, jk=config.jk, **plain)
+        options["shared_router"] = config.shared_router
+        if config.routing is not None:  # an instance, which starts as the library's routers do
+            told = options["router"](task.in_channels, num_experts=config.experts)
+            options |= {"router": told, "shared_router": True, "check_finite": False}
         model: Any = gmoe.GNNMoE
         if config.ffn is None:
             options["jk"] = config.jk
@@ -124,18 +142,22 @@ class Graphs(Nodes[GraphConfig]):
             residual = options.pop("residual")
             check(residual == "identity", "residual", f"{residual!r} with ffn", "'identity'")
             check(config.jk in (None, "last"), "jk", f"{config.jk!r} with ffn", "None or 'last'")
-        built: nn.Module = model(
-            task.in_channels,
-            config.hidden,
-            task.num_classes,
-            config.layers,
-            conv=load_conv(names) if isinstance(names, str) else list(map(load_conv, names)),
-            shared_router=config.shared_router,
-            input_dropout=config.input_dropout,
-            act=config.act,
-            **options,
-        )
+        built: nn.Module = model(*sizes, **options)
         return built
+
+    def oracle(self, task: Task) -> Callable[..., gmoe.Router]:
+        """The router that knows the right expert of each token, or replays those of a file."""
+        if self.config.routing is None:
+            return super().oracle(task)
+        expert = read_npy(Path(self.config.routing))
+        nodes = 0 if task.graph is None else task.graph.num_nodes
+        is_one_each = expert.shape == (nodes,) and expert.dtype.kind in "iu"
+        is_known = is_one_each and expert.min() >= 0 and expert.max() < self.config.experts
+        got = f"{expert.dtype} of shape {expert.shape}"
+        got += f" from {expert.min()} to {expert.max()}" if is_one_each else ""
+        legal = f"an expert for each of {nodes} nodes, whole numbers from 0 to E - 1 = "
+        check(is_known, self.config.routing, got, f"{legal}{self.config.experts - 1}")
+        return partial(gmoe.OracleRouter, assignment=torch.from_numpy(expert.astype("int64")))
 
     def check_evaluation(self, model: nn.Module, task: Task) -> None:
         if self.config.evaluates_by_layer():

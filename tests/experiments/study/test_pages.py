@@ -42,9 +42,9 @@ def test_marks_that_nothing_fills_in_are_refused(tmp_path: Path) -> None:
         ("table: nothing", r"No such file.*nothing\.json"),
         ("table: digits: nobody", "only: got nobody, expected"),
         ("benchmark: mosaic", r"results/mosaic\.json: lacks .* 'benchmark' shows .AttributeError"),
-        ("pairs: benchmark-conv: a/b", r"results/benchmark-conv\.json: lacks .* .TypeError"),
+        ("pairs: benchmark-step: a/b", r"results/benchmark-step\.json: lacks .* .TypeError"),
         ("table: presets", r"results/presets\.json: lacks .* .KeyError.'reference'"),
-        ("cells: routers: nowhere", r"results/routers: lacks .* 'cells' shows .KeyError.'nowhere'"),
+        ("cells: routers: nowhere", "columns: got 'nowhere', expected one of digits"),
     ],
 )
 def test_what_a_page_asks_in_vain(mark: str, message: str, tmp_path: Path) -> None:

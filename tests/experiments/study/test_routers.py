@@ -1,7 +1,8 @@
-"""The table of routers: its cells, what they measure, and that they go on when cut off."""
+"""The table of routers: its cells, and a router of one's own beside some of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.show.cells import Cells
 from experiments.study import routers
-from experiments.study.measured import measured
-from experiments.study.routers import TABLE, cell_tables, read_table
+from experiments.study.routers import TABLE, cell_tables
 from experiments.study.sweep import main
 from experiments.train.build import build_model
 from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
-from experiments.train.loop import run
+from experiments.train.files import read_json
 from experiments.train.presets import DIGITS, DIGITS_GRAPH
 
 SMALL = {
@@ -40,40 +39,10 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return run
 
 
-@pytest.mark.slow
-def test_cells_are_measured_once(sweep: Callable[..., None], tmp_path: Path, capsys: Any) -> None:
-    """A cell holds the summary, the part of the routed experts and step times.
-
-    What is there is not run again.
-    """
-    sweep("--columns", "digits-graph")
-    assert "token choice" in capsys.readouterr().out
-    cells = read_table(tmp_path / "routers")
-    cell, dense = cells["digits-graph"]["token-choice"], cells["digits-graph"]["dense"]
-    assert dense["routed"] is None
-    assert dense["test"]["n"] == cell["routed"]["off"]["n"] == 2
-    assert [0 < share < 1 for share in cell["routed"]["share"][0]["values"]] == [True, True]
-    assert set(cell["time"]) == {"dense", "cell", "dense-csr"}
-    assert line_of(cells, "token choice")["− equal FLOPs"].startswith(("+", "-"))
-    path = tmp_path / "routers" / "digits-graph" / "token-choice.json"
-    before = path.stat().st_mtime_ns
-    (tmp_path / "routers" / "digits-graph" / "dense.json").unlink()
-    sweep("--columns", "digits-graph")  # from its run folder
-    assert path.stat().st_mtime_ns == before
-    assert read_table(tmp_path / "routers")["digits-graph"]["dense"]["test"] == dense["test"]
-
-
 def test_a_row_without_a_cell_is_left_out() -> None:
     cells: Any = {"digits": {"dense": {"config": {"seeds": [0]}, "test": {"values": [0.5]}}}}
     _, _, *lines = cell_tables(cells).splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["| dense"]
-
-
-def line_of(cells: Cells, label: str) -> dict[str, str]:
-    """A row of digits-graph, by column of its table."""
-    head, _, *lines = cell_tables(cells, ["digits-graph"]).splitlines()
-    (line,) = (line for line in lines if line.startswith(f"| {label}"))
-    return dict(zip(head.split(" | "), line.split(" | "), strict=True))
 
 
 def test_another_recipe_is_refused(
@@ -87,23 +56,79 @@ def test_another_recipe_is_refused(
     assert "hidden=8" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("row", ["token-choice", "soft-slots"])
-def test_experts_that_were_not_trained_add_nothing(row: str, tmp_path: Path) -> None:
-    """At a learning rate of 0 their share is 0, and the test set says the same without them."""
-    (config,) = routers.cells(("digits",), (row,), tmp_path).values()
-    config = replace(config, lr=0.0, epochs=1, seeds=(0,), out=tmp_path / "run", progress=False)
-    summary, cell = run(config), measured(config)
-    assert cell["routed"]["off"]["mean"] == summary["test"]["mean"]
-    assert {share["mean"] for share in cell["routed"]["share"]} == {0.0}
-
-
-def test_every_cell_can_be_built(tmp_path: Path) -> None:
+def test_every_cell_can_be_built() -> None:
     """Of the columns that need no file; one that is left out is no empty table."""
     with pytest.raises(ValueError, match="rows: got k-means, expected some that cifar10 has"):
-        routers.cells(("cifar10",), ("k-means",), tmp_path)
-    for cell, config in routers.cells(("digits", "digits-graph", "mosaic"), (), tmp_path).items():
+        TABLE.cells(("cifar10",), ("k-means",))
+    for cell, config in TABLE.cells(("digits", "digits-graph", "mosaic")).items():
         assert build_model(config, load_tasks(config)(0)) is not None, cell
+
+
+MINE = """
+import torch
+
+import gmoe
+
+
+class Half(gmoe.Router):
+    def __init__(self, dim, *, num_experts, k=1):
+        super().__init__(dim, num_experts=num_experts, k=k, weight="score")
+
+    def reset_parameters(self):
+        pass
+
+    def route(self, x_TD, group, edge_index):
+        expert_TK = (torch.arange(len(x_TD))[:, None] + torch.arange(self.k)) % self.num_experts
+        weight_TK = torch.full(expert_TK.shape, 0.5)
+        return gmoe.Routing.from_choices(expert_TK, weight_TK, num_experts=self.num_experts)
+"""
+
+
+@pytest.fixture
+def own(sweep: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+
+
+def test_a_router_of_ones_own_is_a_row_beside_its_controls(
+    own: None, sweep: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On digits-graph, where nothing is named; its price comes first, its table behind each row."""
+    sweep("--router", "mine.py:Half", "--k", "2", rows=())
+    shown = capsys.readouterr()
+    first, *_ = (line for line in shown.err.splitlines() if "cells to run" in line)
+    assert re.fullmatch(r"4 cells to run, about [\d.]+ minutes of a core", first)
+    assert shown.err.count("| `Half`, your own |") == 3
+    head, _, mine, *controls, _ = [*shown.out.splitlines(), ""]
+    columns = dict(zip(head.split(" | "), mine.split(" | "), strict=True))
+    names = ("dense, equal active FLOPs", "token choice", "frozen random")
+    for name in names:
+        assert re.match(r"[+-][\d.]+ \(.* to .*\), \d of 2", columns[f"− {name}"])
+    assert [line.split(" | ")[0] for line in controls] == [f"| {name}" for name in names]
+    (cell,) = Path("routers-own-k2", "digits-graph").glob("own-Half-*.json")
+    assert read_json(cell, dict[str, Any])["config"]["k"] == 2
+
+
+def test_an_edited_router_is_a_new_row(own: None) -> None:
+    before = list(routers.table(Path(), "mine.py:Half").rows)
+    Path("mine.py").write_text(MINE.replace("0.5", "0.25"))
+    after = list(routers.table(Path(), "mine.py:Half").rows)
+    assert before[0] != after[0]
+    assert before[1:] == after[1:] == list(routers.BESIDE)
+
+
+@pytest.mark.parametrize(
+    ("router", "k", "message"),
+    [
+        ("random", 1, "router: got 'random', expected FILE.py:Class"),
+        ("mine.py:gmoe", 1, "router: got 'mine.py:gmoe', expected a subclass of gmoe.Router"),
+        ("nowhere.py:Half", 1, "router: got 'nowhere.py:Half', which cannot be imported"),
+        (None, 2, "k: got 2 without --router, expected 1"),
+    ],
+)
+def test_what_is_no_router_is_refused(router: str | None, k: int, message: str, own: None) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        routers.table(Path(), router, k)
 
 
 def test_soft_slots_start_dense() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import gmoe
-from experiments.study.studies import Row, Study, grid
+from experiments.study.studies import CONTROLS, Row, Study, grid
 from experiments.train.config import GraphConfig, HeteroConfig, ImageConfig, MoleculeConfig
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, MOSAIC, PRESETS
 
@@ -35,6 +35,15 @@ def test_a_cell_is_the_recipe_of_its_column_with_the_changes_of_its_row() -> Non
     assert cells["mosaic/four"] == replace(MOSAIC, seeds=(7, 8), experts=4)
     assert cells["digits-graph/default"] == DIGITS_GRAPH
     assert list(STUDY.cells(["mosaic"], ["four", "dense"])) == ["mosaic/four", "mosaic/dense"]
+
+
+def test_controls_are_rows_of_any_study_of_nodes() -> None:
+    cells = replace(STUDY, rows=CONTROLS).cells(["mosaic"])
+    dense = cells["mosaic/dense"]
+    assert cells["mosaic/dense-lr2"] == replace(dense, lr=2 * dense.lr)
+    assert cells["mosaic/dense-input-again"] == replace(dense, input_again=True)  # type: ignore[call-arg]
+    assert cells["mosaic/one-expert"].experts == 1
+    assert cells["mosaic/random"].router == "random"
 
 
 def test_what_a_study_does_not_have_is_refused() -> None:
@@ -104,24 +113,23 @@ def test_the_study_of_the_docs_runs_as_it_stands_and_takes_a_column_and_a_row_mo
     assert list(study.cells()) == [
         f"{column}/{row}"
         for column in ("mosaic", "digits-graph")
-        for row in ("dense", "four", "sixteen")
+        for row in (*CONTROLS, "four", "sixteen")
     ]
     column = '"digits-graph": DIGITS_GRAPH'
     row = '"sixteen": Row('
     more = code.replace(column, f'"own": MOSAIC, {column}')
     more = more.replace(row, f'"two": Row(label="two", changes={{"k": 2}}), {row}')
     exec(more, names)
-    assert len(names["STUDY"].cells()) == 3 * 4
+    assert len(names["STUDY"].cells()) == 3 * 8
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"chosen": {"experts": ("four", "five")}},
         {"published": {"sea/four": "1"}},
     ],
     ids=str,
 )
-def test_a_choice_and_a_figure_are_of_cells_of_the_study(changes: dict[str, Any]) -> None:
+def test_a_figure_is_of_a_cell_of_the_study(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(changes))}: got "):
         replace(STUDY, **changes)

@@ -54,7 +54,7 @@ def test_every_kind_has_a_preset() -> None:
 
 def test_the_critical_look_has_the_parameters_of_its_code() -> None:
     """Two linear layers and a norm a block, an input layer, a last norm and an output layer."""
-    preset = PRESETS["chameleon-filtered-critical-look"][1]
+    preset = PRESETS["roman-empire"][1]
     graph = make_graph()
     changes: dict[str, Any] = {"router": "dense", "layers": 3, "hidden": 10}
     config = replace(preset, **changes)

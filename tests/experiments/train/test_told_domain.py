@@ -11,13 +11,12 @@ import torch
 
 import gmoe
 from experiments.show.report import main as report
-from experiments.study.measured import color_probe, measured, step_times
-from experiments.study.routers import domain_table
 from experiments.train.build import build_model
 from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
 from experiments.train.presets import PACS
+from tests.helpers.command import QUICK, refused
 from tests.helpers.made_images import write_pacs
 from tests.helpers.pages import words_of
 from vision.datasets import DOMAINS
@@ -94,14 +93,6 @@ def test_experts_that_are_told_follow_the_domain_and_the_report_says_so(
     assert "Not drawn" not in words
 
 
-def test_a_step_of_the_oracle_is_timed_beside_a_dense_model_that_is_told_nothing(
-    config: ImageConfig,
-) -> None:
-    told = replace(config, router="oracle")
-    times = step_times(told, load_tasks(told)(0), repeats=1)
-    assert times.keys() == {"dense", "cell"}
-
-
 def test_the_oracle_needs_an_expert_a_domain_and_a_data_set_that_has_domains(
     config: ImageConfig,
 ) -> None:
@@ -113,17 +104,25 @@ def test_the_oracle_needs_an_expert_a_domain_and_a_data_set_that_has_domains(
         model(torch.randn(3, 3, 8, 8))
 
 
-def test_a_cell_holds_the_accuracy_on_each_domain(config: ImageConfig, tmp_path: Path) -> None:
-    """Its mean over the test images is the test score; and a color that tells the domain does."""
-    dense = replace(config, router="dense", out=tmp_path / "run")
-    summary, cell = run(dense), measured(dense)
-    found = cell["domains"]["accuracy"]
-    assert list(found) == list(DOMAINS)
-    for seed in range(2):
-        values = [accuracy["values"][seed] for accuracy in found.values()]
-        assert sum(values) / 4 == pytest.approx(summary["test"]["values"][seed])
-    assert cell["domains"]["color"] == {"accuracy": 1.0, "largest": 0.25}
-    assert color_probe(load_tasks(dense)(0)) == cell["domains"]["color"]
-    line = domain_table({"pacs": {"dense": {**summary, **cell}}}, ["pacs"]).splitlines()[2]
-    assert line.startswith("| dense | ")
-    assert line.endswith(" | – |")
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_domain_that_is_held_out_is_the_test_set_and_nothing_else(
+    domain: str, config: ImageConfig
+) -> None:
+    task = load_tasks(replace(config, router="dense", held_out=domain))(0)
+    number = DOMAINS.index(domain)
+    seen = {}
+    for part in ("train", "val", "test"):
+        batches = list(task.loader(part, 32, None))
+        seen[part] = torch.cat([batch.domain for batch in batches if batch.domain is not None])
+        brightness = torch.cat([batch.inputs[0].mean(dim=(1, 2, 3)) for batch in batches])
+        held = brightness[seen[part] == number]
+        assert len(held) == (70 if part == "test" else 0)
+    assert set(seen["test"].tolist()) == {number}
+    assert len(seen["train"]) + len(seen["val"]) == 210
+    assert seen["val"].bincount(minlength=4).max() > 0
+
+
+def test_a_domain_that_is_not_there_is_refused(capsys: Any, config: ImageConfig) -> None:
+    root = str(config.data_root)
+    args = ["pacs", *QUICK, "--data-root", root, "--image-size", "8", "--held-out", "painting"]
+    assert "held_out: got 'painting', expected one of art_painting" in refused(args, capsys)

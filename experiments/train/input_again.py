@@ -1,0 +1,68 @@
+"""A dense GNN whose layers see the input again: a control of routing once by the input.
+
+A router that decides for all layers by the raw features hands these to every layer. The dense rival
+is a model whose layers see them, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmoe import GNNMoE
+from gmoe.models.layers import build_conv
+
+
+class InputAgain(GNNMoE):
+    """The dense ``GNNMoE``, but that each layer behind the first sees ``[h, x]`` in place of ``h``.
+
+    Residuals stay those of ``h``.
+
+    Args:
+        in_channels, hidden_channels, out_channels, num_layers, conv: as in ``GNNMoE``.
+        **options: as in ``GNNMoE``, but for those of routers and of blocks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        num_layers: int,
+        *,
+        conv: Any,
+        **options: Any,
+    ) -> None:
+        sizes = (in_channels, hidden_channels, out_channels, num_layers)
+        super().__init__(*sizes, conv=conv, router=None, **options)
+        for layer in range(1, num_layers):
+            is_hidden = layer < num_layers - 1 or self.jk_mode is not None
+            width = hidden_channels if is_hidden else out_channels
+            seen = hidden_channels + in_channels
+            self.convs[layer] = build_conv(conv, seen, width, is_hidden, None, {})
+            if str(layer) in self.residuals:
+                self.residuals[str(layer)] = OfFirst(self.residuals[str(layer)], hidden_channels)
+
+    def run_layers(self, x: Any, run_layer: Callable[[int, Any], Tensor]) -> Tensor:
+        """See ``GNNMoE``."""
+
+        def run_wider(layer: int, h: Tensor) -> Tensor:
+            return run_layer(layer, torch.cat([h, x], dim=1) if layer else h)
+
+        return super().run_layers(x, run_wider)
+
+
+class OfFirst(nn.Module):
+    """A module of the first columns of what it gets."""
+
+    def __init__(self, module: nn.Module, width: int) -> None:
+        super().__init__()
+        self.module = module
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.module(x[:, : self.width])
+        return out
