@@ -6,14 +6,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from experiments.train.checks import check
 from experiments.train.config import ERRORS
 from experiments.train.scores import (
     Difference,
     better_in,
     differences,
     form_of,
-    mean_std,
     percent,
     scored,
     shown,
@@ -43,14 +41,12 @@ def known(lines: Sequence[Line]) -> list[Line]:
     return [{name: line[name] for name in names} for line in lines]
 
 
-def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
-    """One line a variant, or one of ``only``.
+def study_table(study: dict[str, Any]) -> str:
+    """One line a variant.
 
     The metric on the test set, what the variant costs, and what its routing follows.
     """
     variants = {variant["variant"]: variant for variant in study["variants"]}
-    missing = [name for name in only if name not in variants]
-    check(not missing, "only", ", ".join(missing), f"some of {', '.join(variants)}")
     narrow = variants.get(study["reference"])
     wide = variants.get(study["wide"])
     names = {
@@ -62,7 +58,7 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
         routed = "NMI of expert and region, layer by layer"
     controls = [variants[name] for name in study.get("controls", ()) if name in variants]
     lines = []
-    for variant in map(variants.__getitem__, only or variants):
+    for variant in study["variants"]:
         metric = variant["metric"]
         shares = [shown(layer["nmi"], ".3f") for layer in variant["routing"] if "nmi" in layer]
         if "nmi" not in names:
@@ -130,50 +126,6 @@ def preset_table(presets: dict[str, Any]) -> str:
             }
         )
     return markdown(lines, left=("metric",))
-
-
-def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
-    """One line a pair ``"VARIANT/OTHER"``: the difference on the test set, seed by seed (or split
-    by split).
-
-    Where the variants were chosen on some of the seeds, also the difference on the others
-    alone. The variants of a pair need the same seeds.
-    """
-    variants = {variant["variant"]: variant for variant in study["variants"]}
-    chosen_on = set(study.get("chosen_on", ()))
-    lines = []
-    for pair in pairs:
-        names = pair.split("/")
-        is_pair = len(names) == 2 and set(names) <= set(variants)
-        check(is_pair, "pairs", repr(pair), f"VARIANT/OTHER of {', '.join(variants)}")
-        one, other = (variants[name] for name in names)
-        seeds = one["config"]["seeds"]
-        check(
-            seeds == other["config"]["seeds"],
-            "pairs",
-            f"{pair!r}, whose variants have other seeds each",
-            "the same",
-        )
-        metric = one["metric"]
-        form = form_of(metric)
-        tests = (one["test"]["values"], other["test"]["values"])
-        of_seeds = differences(metric, *tests)
-        line = {
-            "variant": one["label"],
-            "minus": other["label"],
-            "mean difference ± std of differences": mean_std(of_seeds, form),
-            "better in": better_in(metric, *tests),
-        }
-        if chosen_on:
-            without = (
-                f"without seeds {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
-            )
-            rest = [
-                value for value, seed in zip(of_seeds, seeds, strict=True) if seed not in chosen_on
-            ]
-            line[without] = mean_std(rest, form)
-        lines.append(line)
-    return markdown(lines, left=["minus"])
 
 
 def extremes(values: Sequence[float], form: str) -> str:

@@ -1,8 +1,7 @@
 """Tables from result files: rewrite those of the docs, or with ``--check`` only compare.
 
-A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from
-``results/STUDY.json``. With ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants
-only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->`` compares variants seed by seed.
+A table stands between ``<!-- KIND: NAME -->`` and ``<!-- end -->``; it is generated from
+``results/NAME.json``, or a folder.
 ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote, and
 ``<!-- presets: NAME -->`` has runs of ``experiments.train``, each beside its dense model.
 ``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``, and
@@ -25,15 +24,13 @@ import tyro
 
 from experiments.benchmark.tables import benchmark_table
 from experiments.show.cells import read_study, study_tables
-from experiments.show.tables import pair_table, preset_table, study_table
+from experiments.show.tables import preset_table
 from experiments.study.forces import forces_tables, read_forces
 from experiments.study.routers import cell_tables, read_table
 from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
 
 MAKERS: dict[str, Callable[..., str]] = {
-    "table": study_table,
-    "pairs": pair_table,
     "presets": preset_table,
     "cells": cell_tables,
     "study": study_tables,

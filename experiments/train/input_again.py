@@ -6,13 +6,13 @@ is a model whose layers see them, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gmoe import GNNMoE
+from gmoe._checks import check
 from gmoe.models.layers import build_conv
 
 
@@ -37,6 +37,8 @@ class InputAgain(GNNMoE):
         **options: Any,
     ) -> None:
         sizes = (in_channels, hidden_channels, out_channels, num_layers)
+        jk = options.get("jk")
+        check(jk in (None, "last"), "jk", f"{jk!r} with input_again", "None or 'last'")
         super().__init__(*sizes, conv=conv, router=None, **options)
         for layer in range(1, num_layers):
             is_hidden = layer < num_layers - 1 or self.jk_mode is not None
@@ -46,13 +48,12 @@ class InputAgain(GNNMoE):
             if str(layer) in self.residuals:
                 self.residuals[str(layer)] = OfFirst(self.residuals[str(layer)], hidden_channels)
 
-    def run_layers(self, x: Any, run_layer: Callable[[int, Any], Tensor]) -> Tensor:
-        """See ``GNNMoE``."""
-
-        def run_wider(layer: int, h: Tensor) -> Tensor:
-            return run_layer(layer, torch.cat([h, x], dim=1) if layer else h)
-
-        return super().run_layers(x, run_wider)
+    def finish(self, layer: int, x: Tensor, *args: Any, **options: Any) -> Any:
+        """(n, D + C) the layer's output and, behind it, the input; of the last layer no input."""
+        h, routing = super().finish(layer, x, *args, **options)
+        if layer < self.num_layers - 1:
+            h = torch.cat([h, x[:, -self.in_channels :]], dim=1)
+        return h, routing
 
 
 class OfFirst(nn.Module):

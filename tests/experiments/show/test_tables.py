@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from experiments.show.tables import pair_table, study_table
+from experiments.show.tables import study_table
 from tests.helpers.run_folders import variant
 
 
@@ -38,26 +36,3 @@ def test_headroom_of_errors_is_what_they_lose() -> None:
         errors = [{**variant(name, [value] * 2), "metric": "rmse"} for name, value in runs]
         last = study_table(study(*errors)).splitlines()[-1]
         assert last.split(" | ")[5] == f"{recovered} |"
-
-
-def test_pairs_are_compared_seed_by_seed() -> None:
-    pairs = study(
-        variant("one", [0.5, 0.6, 0.7]), variant("two", [0.49, 0.62, 0.67]), variant("other", [0.5])
-    )
-    assert pair_table(pairs, ["one/two"]).splitlines()[2:] == [
-        "| one | two | +0.67 ± 2.52 | 2 of 3 |"
-    ]
-    errors = {**pairs, "variants": [{**run, "metric": "rmse"} for run in pairs["variants"]]}
-    assert pair_table(errors, ["one/two"]).splitlines()[2:] == [
-        "| one | two | +0.0067 ± 0.0252 | 1 of 3 |"  # of errors, less is better
-    ]
-    for pair, message in (
-        ("one", "expected VARIANT/OTHER of one"),
-        ("one/x", "VARIANT"),
-        ("one/other", "other seeds"),
-    ):
-        with pytest.raises(ValueError, match=f"pairs: got '{pair}', .*{message}"):
-            pair_table(pairs, [pair])
-    chosen = pair_table(pairs | {"chosen_on": [1]}, ["two/one", "one/two"]).splitlines()
-    assert chosen[0].endswith("| better in | without seeds 1, which chose the variants |")
-    assert chosen[3] == "| one | two | +0.67 ± 2.52 | 2 of 3 | +2.00 ± 1.41 |"

@@ -15,21 +15,21 @@ def test_the_docs_are_up_to_date() -> None:
 
 def test_check_fails_on_an_old_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table: digits-graph -->\nold\n<!-- end -->\nafter\n")
+    page.write_text("before\n<!-- presets: presets -->\nold\n<!-- end -->\nafter\n")
     with pytest.raises(SystemExit, match=r"page\.md is out of date"):
         update((page,), check=True)
     update((page,))
-    before, _, rest = page.read_text().partition("\n| variant |")
-    assert before == "before\n<!-- table: digits-graph -->"
+    before, _, rest = page.read_text().partition("\n| run |")
+    assert before == "before\n<!-- presets: presets -->"
     assert rest.endswith("\n<!-- end -->\nafter\n")
 
 
 def test_marks_that_nothing_fills_in_are_refused(tmp_path: Path) -> None:
     """They would stay as they are, or take the page away up to the next end."""
-    good = "<!-- table: digits -->\n<!-- end -->\n"
+    good = "<!-- presets: presets -->\n<!-- end -->\n"
     for bad, message in (
-        ("<!-- tabel: mosaic -->\n<!-- end -->\n", "mark: got 'tabel', expected one of table"),
-        ("<!-- table: mosaic -->\n", "mark: got table, expected <!-- end --> behind it"),
+        ("<!-- preset: presets -->\n<!-- end -->\n", "mark: got 'preset', expected one of presets"),
+        ("<!-- presets: presets -->\n", "mark: got presets, expected <!-- end --> behind it"),
     ):
         (tmp_path / "page.md").write_text(bad + good)
         with pytest.raises(SystemExit, match=rf"error: .*page\.md: {message}"):
@@ -39,11 +39,9 @@ def test_marks_that_nothing_fills_in_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ("table: nothing", r"No such file.*nothing\.json"),
-        ("table: digits: nobody", "only: got nobody, expected"),
-        ("benchmark: mosaic", r"results/mosaic\.json: lacks .* 'benchmark' shows .AttributeError"),
-        ("pairs: benchmark-step: a/b", r"results/benchmark-step\.json: lacks .* .TypeError"),
-        ("table: presets", r"results/presets\.json: lacks .* .KeyError.'reference'"),
+        ("presets: nothing", r"No such file.*nothing\.json"),
+        ("benchmark: forces", r"No such file.*forces\.json"),
+        ("presets: benchmark-step", r"results/benchmark-step\.json: lacks .* .TypeError"),
         ("cells: routers: nowhere", "columns: got 'nowhere', expected one of digits"),
     ],
 )
