@@ -7,8 +7,8 @@ kernels). Graphs: ``edges``, ``sums`` and ``conv.graph`` (edges, sorted once, an
 ``conv.call`` and ``conv.base`` (what experts get and promise), ``conv.aggregate``, ``conv.kinds``
 and ``conv.build`` (which class runs which conv), ``conv.router_input``, ``conv.moe_conv`` (the
 layer), ``models.gnn``. Images: ``mlps``, ``convert``, ``models.vit``. After training: ``stack``,
-``pruning``, ``unstacked``, ``merging``, ``recorded``, ``saved``. Sampling and graphs on disk:
-``data``. At any time: ``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``, ``plot``.
+``pruning``, ``unstacked``, ``merging``, ``recorded``, ``saved``. Sampling: ``data``. At any time:
+``losses``, ``metrics``, ``callbacks``, ``flops``, ``distributed``, ``plot``.
 
 Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics,
 matplotlib, transformers or lightning are imported on first use.
@@ -47,9 +47,7 @@ if TYPE_CHECKING:
     from gmoe.callbacks.trainer import TrainerHealth, TrainerSave
     from gmoe.conv.graph import Graph
     from gmoe.conv.moe_conv import MoEConv
-    from gmoe.data.loader import link_neighbor_loader, neighbor_loader
-    from gmoe.data.sampler import NeighborSampler
-    from gmoe.data.stored import StoredGraph
+    from gmoe.data import neighbor_loader
     from gmoe.metrics import RoutingStats, expert_health
     from gmoe.models.blocks import BlockGNN
     from gmoe.models.gnn import GNNMoE
@@ -72,7 +70,6 @@ __all__ = [
     "MoE",
     "MoEConv",
     "MultiCentroid",
-    "NeighborSampler",
     "OracleRouter",
     "RandomRouter",
     "Router",
@@ -80,7 +77,6 @@ __all__ = [
     "RoutingStats",
     "SoftMoE",
     "SoftSlots",
-    "StoredGraph",
     "TokenChoice",
     "TrainerHealth",
     "TrainerSave",
@@ -95,7 +91,6 @@ __all__ = [
     "dispatch",
     "expert_health",
     "grouped_linear",
-    "link_neighbor_loader",
     "load",
     "match_width",
     "merge",
@@ -111,10 +106,7 @@ __all__ = [
 _LAZY = {
     "Graph": "gmoe.conv.graph",
     "MoEConv": "gmoe.conv.moe_conv",
-    "link_neighbor_loader": "gmoe.data.loader",
-    "neighbor_loader": "gmoe.data.loader",
-    "NeighborSampler": "gmoe.data.sampler",
-    "StoredGraph": "gmoe.data.stored",
+    "neighbor_loader": "gmoe.data",
     "RoutingStats": "gmoe.metrics",
     "expert_health": "gmoe.metrics",
     "LightningHealth": "gmoe.callbacks.lightning",

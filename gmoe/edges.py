@@ -21,6 +21,9 @@ from gmoe.portable import exported_as
 RADIX_RECEIVERS = 2**16
 """Up to this many receivers, NumPy's radix sort takes a tenth to a half of torch's time."""
 
+BLOCK = 2**20
+"""Values of a row of edges that are compared at once."""
+
 
 @dataclass(eq=False)
 class Edges:
@@ -31,14 +34,15 @@ class Edges:
         sender: (M,) in 0..U-1.
         receiver: (M,) in 0..R-1, ascending.
         num_senders: U.
-        order: (M,) the position of each message among the edges as they were given.
+        given_order: (M,) the position of each message among the edges as they were given; ``None``
+            if they were given in this order.
     """
 
     ptr: Tensor
     sender: Tensor
     receiver: Tensor
     num_senders: int
-    order: Tensor
+    given_order: Tensor | None
 
     @staticmethod
     def sorted(
@@ -71,6 +75,19 @@ class Edges:
         """R."""
         return self.ptr.numel() - 1
 
+    @property
+    def order(self) -> Tensor:
+        """(M,) the position of each message among the edges as they were given."""
+        if self.given_order is None:
+            return torch.arange(self.sender.numel(), device=self.sender.device)
+        return self.given_order
+
+    def as_given(self, message: Tensor) -> Tensor:
+        """(m,) the positions of some messages among the edges as they were given."""
+        if self.given_order is None:
+            return message
+        return self.given_order.index_select(0, message)
+
     @lazy
     def degree(self) -> Tensor:
         """(R,) the number of messages of each receiver."""
@@ -85,12 +102,13 @@ class Edges:
 
     def to(self, device: torch.device | str) -> Edges:
         """The same edges on another device."""
+        given_order = None if self.given_order is None else self.given_order.to(device)
         return replace(
             self,
             ptr=self.ptr.to(device),
             sender=self.sender.to(device),
             receiver=self.receiver.to(device),
-            order=self.order.to(device),
+            given_order=given_order,
         )
 
     def of(self, receivers: Tensor, number: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +155,15 @@ def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     nodes = torch.cat([first, others[~torch.isin(others, first)].unique()])
     ascending, order = nodes.sort()
     return nodes, order[torch.searchsorted(ascending, others)]
+
+
+def ascends(row: Tensor) -> bool:
+    """True if no value is below the one before it.
+
+    It is read in blocks, since it may lie in a file.
+    """
+    firsts = range(0, row.numel(), BLOCK)
+    return all(bool((row[first : first + BLOCK + 1].diff() >= 0).all()) for first in firsts)
 
 
 def check_nodes(row: Tensor, size: int) -> None:

@@ -195,14 +195,14 @@ def inference(name: str, form: str, _: Path) -> Tensor:
 
 def sampled(name: str, form: str, _: Path) -> Tensor:
     """The seeds of a batch of a loader over a graph of this form."""
-    loader = neighbor_loader(graph(form), ALL_HOPS, batch_size=SEEDS, backend="gmoe")
+    loader = neighbor_loader(graph(form), ALL_HOPS, batch_size=SEEDS)
     batch: Any = next(iter(loader))
     return logits(built(name)(batch.x, batch.edge_index))[:SEEDS]
 
 
 def batch_of() -> Any:
     """A sampled batch, the seeds first."""
-    loader = neighbor_loader(graph("edge_index"), ALL_HOPS, batch_size=SEEDS, backend="gmoe")
+    loader = neighbor_loader(graph("edge_index"), ALL_HOPS, batch_size=SEEDS)
     return next(iter(loader))
 
 

@@ -1,8 +1,4 @@
-"""Bring data into a form to train from: a graph on disk, or molecules from tables of SMILES.
-
-The commands of :mod:`experiments.convert.graph`, :mod:`experiments.convert.smiles` and
-:mod:`experiments.convert.forces`.
-"""
+"""``python -m experiments.convert NAME [options]``: tables of SMILES become data to train from."""
 
 from __future__ import annotations
 
@@ -10,16 +6,29 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from experiments.train.checks import check_choice
+from experiments.train.command_line import fail
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "molecules": ("OGB's molecule sets; RDKit reads the SMILES.", "smiles"),
+    "forces": ("Configurations with energies and forces, by xTB.", "forces"),
+}
+"""By the name of the command line: a line of help, and the module."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point; ``molecules`` and ``forces`` first ask for SMILES."""
-    given = list(sys.argv[1:] if args is None else args)
-    of_smiles = {"molecules": "smiles", "forces": "forces"}
-    name = "graph"
-    if given and given[0] in of_smiles:
-        name = of_smiles[given.pop(0)]
-    # The chosen one alone: forces import torch, which help on graphs does without.
-    import_module(f"experiments.convert.{name}").main(given)
+    """Entry point."""
+    given = sys.argv[1:] if args is None else args
+    name, *rest = given or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__, *(f"  {name:<12}{line}" for name, (line, _) in COMMANDS.items()), sep="\n")
+        sys.exit()
+    try:
+        check_choice("command", name, COMMANDS)
+    except ValueError as error:
+        fail(error)
+    # The chosen one alone: forces import torch, which help on molecules does without.
+    import_module(f"experiments.convert.{COMMANDS[name][1]}").main(rest)
 
 
 if __name__ == "__main__":

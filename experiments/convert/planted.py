@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
-from experiments.convert.graph import Array, building
+from experiments.convert.building import building
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
-from experiments.train.config import PAPERS
 from experiments.train.files import writing
+
+Array: TypeAlias = NDArray[Any]
 
 SIZES: dict[str, tuple[int, int, int, int, tuple[float, ...]]] = {
     "ogbn-arxiv": (169_343, 1_166_243, 40, 128, (0.54, 0.18, 0.28)),
     "ogbn-products": (20_000, 300_000, 47, 100, (0.08, 0.02, 0.90)),
     "ogbn-proteins": (2_000, 60_000, 16, 8, (0.65, 0.16, 0.19)),
     "ogbn-mag": (5_000, 36_000, 349, 128, (0.855, 0.088, 0.057)),
-    PAPERS: (200_000, 3_000_000, 172, 128, (0.0109, 0.0011, 0.0019)),
 }
 """Nodes, edges and communities by default, features, and the shares of OGB's train, val and
 test."""
@@ -52,12 +53,10 @@ def write_planted(
     """Write a planted graph as ogb would have downloaded it, and return its folder.
 
     Args:
-        name: of the data set that it stands for, ogbn-arxiv, -products, -proteins, -mag or
-            -papers100M.
+        name: of the data set that it stands for, ogbn-arxiv, -products, -proteins or -mag.
         root: as in ogb: the folder ogbn_arxiv is made inside.
         nodes: of ogbn-mag, papers. By default ogbn-arxiv's real number, a small one for the others.
-        edges: as drawn (of ogbn-mag, citations); self-loops and repeated edges are left out,
-            but of papers100M.
+        edges: as drawn (of ogbn-mag, citations); self-loops and repeated edges are left out.
         classes: at most as many as the real data set has; of ogbn-proteins, communities.
         seed: the same one writes the same graph.
     """
@@ -108,13 +107,6 @@ def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[st
     y = np.where(
         rng.random(nodes) < NOISE, rng.integers(classes, size=nodes), (community + regime) % classes
     )
-    if name == PAPERS:
-        label = {"node_label": np.where(part < 3, y, np.nan).astype(np.float32)[:, None]}
-        graph = {"edge_index": links(rng, community, community, edges), "node_feat": x}
-        tables = {
-            f"split/time/{'valid' if of == 'val' else of}.csv.gz": ids for of, ids in split.items()
-        }
-        return {"raw/data.npz": graph, "raw/node-label.npz": label, **tables}
     held: dict[Any, Any] = {"x": x, "y": y, "nodes": nodes, "release": "planted", **split}
     files = _mag(rng, held, community, edges) if name == "ogbn-mag" else {}
     if name != "ogbn-mag":
@@ -190,15 +182,12 @@ def _simple(pairs: Array, undirected: bool = False) -> Array:
 
 
 def _write(path: Path, content: Any) -> None:
-    """Write arrays by name, or a table of text, integers, or three decimals.
+    """Write a table of text, integers, or three decimals.
 
     Compressed if the name says so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path):
-        if path.suffix == ".npz":
-            np.savez(path, **content)
-            return
         table = np.atleast_1d(content)
         form = "%.3f" if table.dtype.kind == "f" else "%s"
         compressed = path.suffix == ".gz"

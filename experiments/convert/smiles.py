@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from experiments.convert.graph import building
+from experiments.convert.building import building
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.data.published import published, without_update_check

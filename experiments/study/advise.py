@@ -46,7 +46,6 @@ from experiments.train.config import (
     RouterOptions,
     RunConfig,
 )
-from experiments.train.data.on_disk import fit_to_disk, stored_folder
 from experiments.train.files import read_json, replacing
 from experiments.train.presets import MOSAIC, PRESETS, command
 from experiments.train.scores import Difference, gains
@@ -313,7 +312,6 @@ def advise(
         if not isinstance(base, GraphConfig):
             raise ValueError(f"undirected: got False for {preset}, expected a preset of nodes")
         base = replace(base, undirected=False)
-    base = fit_to_disk(base)
     if isinstance(base, GraphConfig) and not compare:
         lines, choice = ask(base, out)
         print("\n".join(lines), flush=True)
@@ -341,7 +339,7 @@ def ask(base: GraphConfig, out: Path) -> tuple[list[str], str | None]:
     from experiments.train.results import environment, write_json
 
     with redirect_stdout(sys.stderr):  # what loaders say on the way
-        nodes = "the graph stays on disk" if stored_folder(base) else nodes_of(base)
+        nodes = nodes_of(base)
     if isinstance(nodes, str):
         return [f"no questions asked: {nodes}"], None
     answer = Survey(nodes).answer()

@@ -149,8 +149,8 @@ def nodes_of(config: GraphConfig) -> Nodes | str:
     tasks = [load(seed) for seed in range(SPLITS)]
     data = cast(Data, tasks[0].graph)
     splits = [cast(Splits, task.split) for task in tasks]
-    if data is None or data.num_nodes > MOST_NODES:
-        return f"the graph has more than {MOST_NODES:,} nodes, or stays on disk"
+    if data.num_nodes is None or data.num_nodes > MOST_NODES:
+        return f"the graph has more than {MOST_NODES:,} nodes"
     if data.y.dim() > 1:
         return f"nodes have {data.y.size(1)} labels each; questions are about one class a node"
     fewest = min(len(nodes) for rows in splits for nodes in rows.values())

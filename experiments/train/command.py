@@ -30,11 +30,9 @@ from experiments.train.config import (
     ERRORS,
     OF_MODEL,
     OF_VIT,
-    PAPERS,
     RunConfig,
     dense_of,
 )
-from experiments.train.data.on_disk import fit_to_disk
 from experiments.train.files import RESULTS, read_json
 from experiments.train.presets import PRESETS, command
 from experiments.train.saved import read_options
@@ -95,9 +93,6 @@ def parse(args: Sequence[str]) -> RunConfig:
         about = __doc__.partition("\n\n    ")[0] + "\n\n" + FILES
         return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=about)
     base = None if preset is None else PRESETS[preset][1]
-    if base is not None and base.dataset in ("graph", PAPERS):
-        root, _ = _take(args, "--data-root", "--data_root", type=Path, default=base.data_root)
-        base = fit_to_disk(replace(base, data_root=root))
     if file is not None:
         base = read_options(Path(file), Path("data") if base is None else base.data_root, base)
     assert base is not None

@@ -29,7 +29,7 @@ def stop() -> NoReturn:
 
 
 def program(
-    name: str, function: Callable[..., Any], about: str | None, extra: str = "convert"
+    name: str, function: Callable[..., Any], about: str | None, extra: str = "experiments"
 ) -> Callable[..., Any]:
     """Return the entry point of ``python -m experiments.NAME``.
 

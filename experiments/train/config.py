@@ -42,8 +42,6 @@ RouterName = Literal[
 
 FANOUT = (15, 10, 5)
 
-PAPERS = "ogbn-papers100M"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
@@ -372,7 +370,7 @@ class GraphConfig(NodeConfig):
         is_open = self.metric is None or self.dataset == "graph"
         legal = "none; `graph` leaves it open"
         check(is_open, "metric", f"{self.metric!r} for {self.dataset}", legal)
-        is_own = self.dataset in ("graph", PAPERS) or self.data is not None
+        is_own = self.dataset == "graph" or self.data is not None
         legal = f"none for {self.dataset}, which has its own"
         check(self.features is None or not is_own, "features", repr(self.features), legal)
         is_whole = self.sampling == self.evaluation == "full"

@@ -75,13 +75,11 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
 
-def read_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
-    """Read an array of numbers, or map it read-only."""
+def read_npy(path: Path) -> NDArray[Any]:
+    """Read an array of numbers."""
     with naming(path), path.open("rb") as file:
         shape, order, dtype, start = _header(file.read(HEADER))
         _check_size(math.prod(shape) * dtype.itemsize, path.stat().st_size - start)
-        if memory_map and 0 not in shape:
-            return np.memmap(path, dtype, "r", start, shape, order)
         file.seek(start)
         return np.fromfile(file, dtype, math.prod(shape)).reshape(shape, order=order)
 

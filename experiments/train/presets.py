@@ -167,10 +167,6 @@ PRODUCTS_TUNED = replace(
 )
 """The tuned recipe (Luo et al., 2024), on 10 random parts."""
 
-PAPERS100M = replace(SAGE, dataset="ogbn-papers100M", epochs=20, evaluation="sampled", seeds=THREE)
-"""Evaluated as in training, on the labeled nodes. Not tuned; ``experiments.convert`` makes the
-folder."""
-
 PROTEINS = replace(
     ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epochs=1000, eval_every=5
 )
@@ -265,10 +261,6 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "ogbn-arxiv-tuned": ("ogbn-arxiv, the tuned GCN: 5 layers of 512, 2,000 epochs.", ARXIV_TUNED),
     "ogbn-products": ("ogbn-products, the OGB example's sampled SAGE.", PRODUCTS),
     "ogbn-products-tuned": ("ogbn-products, the tuned SAGE on random parts.", PRODUCTS_TUNED),
-    "ogbn-papers100M": (
-        "ogbn-papers100M on disk, sampled SAGE; see experiments.convert.",
-        PAPERS100M,
-    ),
     "ogbn-proteins": ("ogbn-proteins, the OGB example's GCN.", PROTEINS),
     "ogbn-mag": ("ogbn-mag, a SAGE a relation on the OGB example's recipe.", MAG),
 }

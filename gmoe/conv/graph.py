@@ -30,8 +30,15 @@ from gmoe.conv.adjacency import (
     read_sparse,
 )
 from gmoe.conv.explain import mask_of
-from gmoe.conv.matrix import Matrix, ScaleOf, normalized_matrix, sum_matrix
-from gmoe.edges import Edges, renumber
+from gmoe.conv.matrix import (
+    Matrix,
+    ScaleOf,
+    entries,
+    inverse_root,
+    normalized_matrix,
+    sum_matrix,
+)
+from gmoe.edges import Edges, ascends, check_nodes, renumber
 
 FLOWS = ("source_to_target", "target_to_source")
 
@@ -128,6 +135,35 @@ class Graph:
             is_replaced=None,
             kept={},
         )
+
+    @classmethod
+    def in_place(
+        cls,
+        edge_index: Adj,
+        num_nodes: int,
+        *,
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+        flow: str = "source_to_target",
+    ) -> Graph:
+        """A graph on the CPU whose edges stay where they are if they ascend by destination.
+
+        So edges in a memory-mapped file are neither sorted nor copied. All others are sorted.
+        The arguments are those of the class.
+        """
+        edge_args = {"edge_weight": edge_weight, "edge_attr": edge_attr}
+        is_tensor = type(edge_index) is Tensor and edge_index.layout == torch.strided
+        is_list = is_tensor and edge_index.dtype == torch.int64 and edge_index.shape[:-1] == (2,)
+        if not is_list or flow != FLOWS[0] or not ascends(edge_index[1]):
+            return cls(edge_index, num_nodes, flow=flow, **edge_args)
+        for row in edge_index:
+            check_nodes(row, num_nodes)
+        source, destination = edge_index
+        check_edge_args(edge_weight, edge_attr, len(source), is_sparse=False)
+        ptr = row_pointers(destination, num_nodes)
+        edges = Edges(ptr, source, destination, num_nodes, None)
+        adjacency = Adjacency(edge_index, edge_index, edges)
+        return cls(edge_index[:, :0], num_nodes)._with(adjacency=adjacency, **edge_args)
 
     # No frozen dataclass: fully_shard takes those apart, and casts the tensors in them.
     def __setattr__(self, name: str, value: object) -> None:
@@ -315,24 +351,32 @@ class Graph:
             loops: add the I.
             dtype: see :meth:`summing`.
         """
+        factor, options = self._norm(improved, loops, dtype)
+        scale = self._scale(improved=improved, loops=loops, dtype=dtype)
+        make = partial(normalized_matrix, self.edges, factor, scale=scale, **options)
+        return self._once(("norm", options["loop_weight"], dtype), make, factor, scale)
+
+    def scale(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
+        """(N_dst,) the scale of the destinations by their own in-edges; see :meth:`normalized`."""
+        factor, options = self._norm(improved, loops, dtype)
+        return inverse_root(self.edges, *entries(self.edges, factor, **options))
+
+    def _norm(
+        self, improved: bool, loops: bool, dtype: torch.dtype
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The factors of the messages, and the options of :func:`entries`."""
         factor = self.adjacency.values if self.edge_weight is None else self.edge_weight
         # As in PyG: without edge weights, the loops of an edge list have the weight 1, improved or
         # not. A torch.sparse matrix keeps its own loops and gets another one at each node;
         # elsewhere one loop replaces those of a node, and in an edge list it keeps their weight.
         fill = 2.0 if improved and (factor is not None or self.is_sparse) else 1.0
         is_torch_sparse = self.is_sparse and not self.adjacency.is_sparse_tensor
-        scale = self._scale(improved=improved, loops=loops, dtype=dtype)
-        make = partial(
-            normalized_matrix,
-            self.edges,
-            factor,
-            loop_weight=fill if loops else None,
-            replace_loops=not is_torch_sparse,
-            keep_loop_weights=not self.is_sparse,
-            scale=scale,
-            dtype=dtype,
-        )
-        return self._once(("norm", fill if loops else None, dtype), make, factor, scale)
+        return factor, {
+            "loop_weight": fill if loops else None,
+            "replace_loops": not is_torch_sparse,
+            "keep_loop_weights": not self.is_sparse,
+            "dtype": dtype,
+        }
 
     def _scale(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor | None:
         """(N,) the scale of the nodes in a larger graph; ``None`` if it follows from this one."""
@@ -422,7 +466,7 @@ class Graph:
             source = source[order]
 
         # 3. The part: edge arguments and edges, in this order.
-        place = self.edges.order.index_select(0, edge)  # among the edges as given
+        place = self.edges.as_given(edge)
         given = (self.adjacency.values, self.edge_weight, self.edge_attr)
         values, edge_weight, edge_attr = (
             None if rows is None else rows.index_select(0, place) for rows in given
@@ -462,17 +506,6 @@ class Graph:
         }
         return nodes, _made(Part, vars(self) | changes)
 
-    def as_part(self, scale_of: ScaleOf) -> Part:
-        """The same edges as a part of a larger graph, one that is not in memory.
-
-        The destinations are the first of the sources.
-
-        Args:
-            scale_of: gives the norms of the nodes in the larger graph.
-        """
-        changes = {"scale_of": scale_of, "destinations": None, "adj_rows": self.num_src}
-        return _made(Part, vars(self) | changes)
-
     def first(self, nodes: int, edges: int) -> Graph:
         """The first nodes and the first edges as given.
 
@@ -496,16 +529,16 @@ class Graph:
 
 
 class Part(Graph):
-    """A part of a graph, made by :meth:`Graph.part` and :meth:`Graph.as_part`.
+    """A part of a graph, made by :meth:`Graph.part`.
 
     Its norms are those of the whole graph.
     """
 
     scale_of: ScaleOf
     """Gives the (N,) scale of its nodes in the whole graph."""
-    destinations: Tensor | None
+    destinations: Tensor
     """The places of its n destinations in the whole graph, and of the extra one if no edge ends in
-    them; ``None`` if they are the first of its nodes."""
+    them."""
     adj_rows: int
     """The rows of ``adj``: n, one more if there is an extra destination, or all nodes of the part
     if ``adj`` is square."""
@@ -513,6 +546,10 @@ class Part(Graph):
     @property
     def num_rows(self) -> int:
         return self.adj_rows
+
+    def scaled_by(self, scale_of: ScaleOf) -> Part:
+        """The same part with the scale of its nodes from elsewhere."""
+        return _made(Part, vars(self) | {"scale_of": scale_of})
 
     def _scale(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor | None:
         return self.scale_of(improved=improved, loops=loops, dtype=dtype)

@@ -102,6 +102,31 @@ def normalized_matrix(
         scale: (N,) the diagonal of :math:`D^{-1/2}`, where the edges do not tell the degrees.
         dtype: least dtype of the entries; they have at least float32.
     """
+    weight, diagonal = entries(
+        edges,
+        factor,
+        loop_weight=loop_weight,
+        replace_loops=replace_loops,
+        keep_loop_weights=keep_loop_weights,
+        dtype=dtype,
+    )
+    scale = inverse_root(edges, weight, diagonal) if scale is None else scale.to(weight.device)
+    weight = scale.index_select(0, edges.receiver) * weight
+    weight = weight * scale.index_select(0, edges.sender)
+    scaled = None if loop_weight is None else scale[: edges.num_receivers].square() * diagonal
+    return Matrix(edges, weight, scaled, scale, _learns(factor))
+
+
+def entries(
+    edges: Edges,
+    factor: Tensor | None,
+    *,
+    loop_weight: float | None,
+    replace_loops: bool,
+    keep_loop_weights: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(M,) the entries of A, and (N_dst,) those of I; see :func:`normalized_matrix`."""
     num_dst = edges.num_receivers
     # 1. A: the weights of the edges.
     weight = torch.ones_like(edges.sender, dtype=torch.promote_types(dtype, torch.float32))
@@ -119,19 +144,20 @@ def normalized_matrix(
             padded = torch.cat([diagonal, diagonal[:1]])
             diagonal = padded.scatter(0, row, weight)[:-1]
         weight = torch.where(is_loop, 0.0, weight)
+    return weight, diagonal
 
-    # 3. D^-1/2.
-    if scale is None:
-        degree = diagonal.index_add(0, edges.receiver, weight)
-        # The power of zero has an infinite slope, which a second gradient would multiply by zero.
-        is_zero = degree == 0
-        scale = degree.masked_fill(is_zero, 1.0).pow(-0.5).masked_fill(is_zero, 0.0)
-    else:
-        scale = scale.to(weight.device)
-    weight = scale.index_select(0, edges.receiver) * weight
-    weight = weight * scale.index_select(0, edges.sender)
-    scaled = None if loop_weight is None else scale[:num_dst].square() * diagonal
-    return Matrix(edges, weight, scaled, scale, _learns(factor))
+
+def inverse_root(edges: Edges, weight: Tensor, diagonal: Tensor) -> Tensor:
+    r"""(N_dst,) the diagonal of :math:`D^{-1/2}`, zero where the degree is zero.
+
+    Args:
+        edges: the edges of A.
+        weight, diagonal: see :func:`entries`.
+    """
+    degree = diagonal.index_add(0, edges.receiver, weight)
+    # The power of zero has an infinite slope, which a second gradient would multiply by zero.
+    is_zero = degree == 0
+    return degree.masked_fill(is_zero, 1.0).pow(-0.5).masked_fill(is_zero, 0.0)
 
 
 def _learns(factor: Tensor | None) -> bool:

@@ -1,16 +1,13 @@
-"""Layer-wise inference of a GNNMoE: part by part, over a graph in memory or on disk.
+"""Layer-wise inference of a GNNMoE: part by part, over a graph in memory or in mapped files.
 
 Shapes: N nodes, n destinations of a part, S nodes of a part (the destinations come first), D width.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal, overload
+from collections.abc import Iterable, Iterator
+from tempfile import NamedTemporaryFile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,65 +16,40 @@ from torch_geometric.loader import NodeLoader
 from torch_geometric.typing import Adj
 from tqdm import tqdm
 
-from gmoe._checks import check_counts
+from gmoe._checks import check, check_counts, described
 from gmoe.conv.base import refuse_far
 from gmoe.conv.build import looks_one_hop
 from gmoe.conv.graph import Graph
 from gmoe.conv.moe_conv import MoEConv
-from gmoe.data.stored import StoredGraph, create_npy
-from gmoe.edges import renumber
 from gmoe.models.parts import is_by_row
 from gmoe.routers import Router
 from gmoe.routing import Routing
 
 
-@overload
-def inference(
-    model: Any,
-    loader: NodeLoader | Data | StoredGraph,
-    device: torch.device | str | None = ...,
-    *,
-    progress_bar: bool = ...,
-    batch_size: int | None = ...,
-    return_routing: Literal[False] = ...,
-    folder: str | Path | None = ...,
-) -> Tensor: ...
-
-
-@overload
-def inference(
-    model: Any,
-    loader: NodeLoader | Data | StoredGraph,
-    device: torch.device | str | None = ...,
-    *,
-    progress_bar: bool = ...,
-    batch_size: int | None = ...,
-    return_routing: Literal[True],
-    folder: str | Path | None = ...,
-) -> tuple[Tensor, list[Routing]]: ...
-
-
 @torch.no_grad()
 def inference(
     model: Any,
-    loader: NodeLoader | Data | StoredGraph,
+    loader: NodeLoader | Data,
     device: torch.device | str | None = None,
     *,
     progress_bar: bool = False,
     batch_size: int | None = None,
     return_routing: bool = False,
-    folder: str | Path | None = None,
-) -> Tensor | tuple[Tensor, list[Routing]]:
+    out: Tensor | None = None,
+) -> Any:
     """Logits of all nodes, layer by layer in chunks, without gradients.
 
     They equal those of the forward on the whole graph: each layer routes once over all nodes, so
     that a node's experts do not depend on its chunk, and GCN's degrees are those of the whole
     graph. Call ``eval()`` first, as for any evaluation.
 
-    With a :class:`gmoe.StoredGraph`, the features of all nodes stay on disk, in ``folder``, and
-    memory holds one chunk, its in-edges and their sources. Each chunk is then routed by itself:
-    routers must decide token by token (token choice, random, uniform, centroids, or expert choice
-    with ``inference="threshold"``), and norms must work row by row.
+    A graph larger than memory has memory-mapped tensors: ``x``, which is read by rows, and
+    ``edge_index``, which stays where it is if it ascends by destination (else it is sorted in
+    memory). With ``out``, memory then holds 12 bytes a node, one chunk, its in-edges and their
+    sources, and the hidden features of all nodes are in a temporary file (see
+    ``tempfile.gettempdir``). Each chunk is then routed by itself: routers must decide token by
+    token (token choice, random, uniform, centroids, or expert choice with
+    ``inference="threshold"``), and norms must work row by row.
 
     Args:
         loader: a graph; or a node loader, whose graph and batch size are used, but not its sampler.
@@ -86,64 +58,37 @@ def inference(
         progress_bar: show one (default ``False``).
         batch_size: nodes per chunk (default: the loader's, or 1,024).
         return_routing: return the routings too, as :meth:`forward` does.
-        folder: for a stored graph, where to write ``logits.npy``; the result is a memory map of it.
-            Hidden features go into a new folder inside it, which is removed at the end, so that
-            several calls may share ``folder``: the last one to end leaves its ``logits.npy``.
-            Results of earlier calls remain valid.
+        out: (N, out_channels) where to write the logits, such as a memory-mapped tensor; it is
+            returned (default: a new tensor).
 
     Raises:
-        ValueError: for a stored graph, no ``folder``; ``return_routing``, which would take memory
-            for all nodes; a model in training; a router, norm, ``jk``, ``flow`` or number of hops
-            that needs all nodes at once, by name. A graph in memory with a ``folder``, or with
-            both ``edge_index`` and ``adj_t``.
+        ValueError: a graph without ``x``, or with both ``edge_index`` and ``adj_t``; an ``out`` of
+            another shape or of integers. With ``out``, ``return_routing``, which would take memory
+            for all nodes; a model in training; a router, norm or ``jk`` that needs all nodes at
+            once, by name.
         RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
     """
-    data = loader if isinstance(loader, Data | StoredGraph) else getattr(loader, "data", loader)
-    if isinstance(data, tuple):  # a loader over PyG's stores holds (features, graph)
-        data = data[0]
-    if not isinstance(data, Data | StoredGraph):
+    data = loader if isinstance(loader, Data) else getattr(loader, "data", loader)
+    if not isinstance(data, Data):
         raise ValueError(
             f"loader: got one over {type(data).__name__}, expected a Data with x, and with "
             "edge_index or adj_t"
+        )
+    if data.x is None:
+        raise ValueError(
+            "loader: got a Data without x, expected one with x, and with edge_index or adj_t"
         )
     if batch_size is None:
         batch_size = getattr(loader, "batch_size", None) or 1024
     check_counts(batch_size=batch_size)
     device = torch.device(device or next(model.parameters()).device)
     _check_hops(model)
-
-    if not isinstance(data, StoredGraph):
-        if folder is not None:
-            raise ValueError(f"folder: got {str(folder)!r} for a graph in memory, expected None")
-        if data.x is None:
-            raise ValueError(
-                "loader: got a Data without x, expected one with x, and with edge_index or adj_t"
-            )
-        run = InMemory(model, data, device, batch_size, progress_bar)
-        logits = run.logits()
-        return (logits, run.routings) if return_routing else logits
-
-    _check_stored(model, data)
-    if return_routing:
-        raise ValueError(
-            "return_routing: got True, expected False for a stored graph: it takes memory for all "
-            "nodes"
-        )
-    if folder is None:
-        raise ValueError(
-            "folder: got None, expected where to write the hidden features of a stored graph"
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Concurrent calls, in other threads or processes, each get their own folder.
-    with TemporaryDirectory(prefix="inference-", dir=folder) as scratch:
-        stored_run = OnDisk(model, data, device, batch_size, progress_bar, Path(scratch))
-        x: Tensor | StoredGraph = data
-        for layer in range(model.num_layers):
-            x = logits = stored_run.layer(layer, x)
-        # Replacing is atomic: a reader opens the old file or the new one, and keeps what it opened.
-        stored_run.last_file.replace(folder / "logits.npy")
-    return logits
+    if out is not None:
+        _check_out(model, out, data.x.size(0))
+        check(not return_routing, "return_routing", True, "False with out: it takes much memory")
+    run = _LayerByLayer(model, data, device, batch_size, progress_bar, out)
+    logits = run.logits()
+    return (logits, run.routings) if return_routing else logits
 
 
 def stored_edges(data: Data) -> Adj:
@@ -160,89 +105,101 @@ def stored_edges(data: Data) -> Adj:
     return edges
 
 
-class _LayerByLayer(ABC):
+class _LayerByLayer:
     """Run each layer of a GNNMoE over all nodes, some destinations at a time.
 
     Args:
         model: a ``GNNMoE``.
-        num_nodes: N.
+        data: the graph.
         device: where parts are computed.
         batch_size: destinations per part.
         progress_bar: show one.
+        out: for the logits. If there is one, each part is finished before the next one begins;
+            otherwise routers, and what follows the convs, look at all nodes at once.
     """
 
     def __init__(
         self,
         model: Any,
-        num_nodes: int,
+        data: Data,
         device: torch.device,
         batch_size: int,
         progress_bar: bool,
+        out: Tensor | None,
     ) -> None:
         self.model = model
-        self.num_nodes = num_nodes
         self.device = device
         self.batch_size = batch_size
         self.progress_bar = progress_bar
-
-    @abstractmethod
-    def part(self, destinations: Tensor) -> tuple[Tensor, Graph]:
-        """(S,) the nodes that consecutive destinations need, and the graph among them."""
-
-    def ranges(self, name: str) -> Iterator[slice]:
-        """All nodes in order, a batch at a time; ``name`` is what the progress bar says."""
-        starts = range(0, max(self.num_nodes, 1), self.batch_size)
-        for start in tqdm(starts, name, disable=not self.progress_bar):
-            yield slice(start, min(start + self.batch_size, self.num_nodes))
-
-    def parts(self, name: str) -> Iterator[tuple[slice, Tensor, Graph]]:
-        """The destinations of each part as a range, (S,) its nodes, and its graph on the device."""
-        for rows in self.ranges(name):
-            nodes, graph = self.part(torch.arange(rows.start, rows.stop))
-            yield rows, nodes, graph.to(self.device)
-
-
-class InMemory(_LayerByLayer):
-    """Inference over a graph in memory: each layer routes once over all nodes.
-
-    Args:
-        model, device, batch_size, progress_bar: see :func:`inference`.
-        data: the graph.
-    """
-
-    def __init__(
-        self, model: Any, data: Data, device: torch.device, batch_size: int, progress_bar: bool
-    ) -> None:
-        edge_args = {
-            name: data.get(name) if model._takes(name) else None
-            for name in ("edge_weight", "edge_attr")
-        }
-        self.graph: Graph = model._graph(data.x, stored_edges(data), **edge_args).to("cpu")
-        super().__init__(model, self.graph.num_dst, device, batch_size, progress_bar)
+        self.out = out
         self.features: Tensor = data.x.cpu()
+        edge_args: Any = {
+            name: value.cpu()
+            for name in ("edge_weight", "edge_attr")
+            if model._takes(name) and (value := data.get(name)) is not None
+        }
+        num_nodes = self.features.size(0)
+        edges: Any = stored_edges(data).to("cpu")
+        if isinstance(edges, Graph):
+            self.graph = edges.fitting((num_nodes, num_nodes), model.flow, **edge_args)
+        else:
+            self.graph = Graph.in_place(edges, num_nodes, flow=model.flow, **edge_args)
+        self.num_nodes = num_nodes
         self.batch = None if data.get("batch") is None else data.batch.to(device)
         self.routings: list[Routing] = []
+        self.scales: dict[tuple[Any, ...], Tensor] = {}
 
     def logits(self) -> Tensor:
         """(N, O) the output of the model."""
         model = self.model
-        x = self.features
-        if model.has_input_layer:
-            x = torch.cat(
-                [model.enter(x[rows].to(self.device)).cpu() for rows in self.ranges("Input")]
-            )
+        x = self.collect(self.entered()) if model.has_input_layer else self.features
         outputs: list[Tensor] = []
         for layer in range(model.num_layers):
             x = self.layer(layer, x)
             outputs = [*outputs, x] if model.joins_layers else [x]
+        if self.out is not None:  # the last layer has filled it
+            return x
         left: Tensor = model.leave([output.to(self.device) for output in outputs])
         return left.cpu()
 
     def layer(self, layer: int, x: Tensor) -> Tensor:
         """(N, D) the output of a layer, from its input."""
+        if self.out is None:
+            return self.all_at_once(layer, x)
+        return self.collect(self.finished(layer, x), layer == self.model.num_layers - 1)
+
+    def entered(self) -> Iterator[tuple[slice, Tensor]]:
+        """What the first layer sees of the raw features, part by part."""
+        for rows in self.ranges("Input"):
+            nodes = torch.arange(rows.start, rows.stop)
+            yield rows, self.model.enter(self.rows(self.features, nodes))
+
+    def finished(self, layer: int, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The output of a layer (the logits of the last), part by part, each routed by itself."""
         model = self.model
-        # 1. Decide for all nodes at once: a shared router before its first MoE layer, that of a
-        # conv with experts before each. Experts behind a conv see its output, and decide in 3.
+        for rows, nodes, graph in self.parts(f"Layer {layer + 1}"):
+            routing = None  # the layer's own router decides
+            if model.shared_router is not None and model.has_experts(layer):
+                seen = model.shared_router_input(self.rows(self.features, nodes), graph)
+                routing = model.shared_router(seen)
+            x_part = self.rows(x, nodes)
+            out, _ = model.convolve(layer, x_part, graph, None, routing)
+            out, _ = model.finish(layer, x_part, out, routing=routing)
+            yield rows, model.leave([out]) if layer == model.num_layers - 1 else out
+
+    def convolved(
+        self, layer: int, x: Tensor, decision: Routing | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """A layer's conv and residual, part by part, by a decision for all nodes."""
+        for rows, nodes, graph in self.parts(f"Layer {layer + 1}"):
+            routing = None if decision is None else decision.select(rows)
+            yield rows, self.model.convolve(layer, self.rows(x, nodes), graph, None, routing)[0]
+
+    def all_at_once(self, layer: int, x: Tensor) -> Tensor:
+        """(N, C) the output of a layer whose router and norm may look at all nodes."""
+        model = self.model
+        # 1. Decide for all nodes: a shared router before its first MoE layer, that of a conv with
+        # experts before each. Experts behind a conv see its output, and decide in 3.
         decision = None
         is_moe = model.has_experts(layer)
         if is_moe and model.shared_router is not None and self.routings:
@@ -254,18 +211,12 @@ class InMemory(_LayerByLayer):
             self.routings.append(decision)
 
         # 2. Conv and residual, part by part.
-        out = torch.empty(0)
-        for rows, nodes, graph in self.parts(f"Layer {layer + 1}"):
-            routing = None if decision is None else decision.select(rows)
-            out_part, _ = model.convolve(layer, self.rows(x, nodes), graph, None, routing)
-            if rows.start == 0:  # now the width is known
-                out = out_part.new_empty((self.num_nodes, out_part.size(1)), device="cpu")
-            out[rows] = out_part.cpu()
+        out = self.collect(self.convolved(layer, x, decision)).to(self.device)
 
         # 3. The rest on all nodes at once, since some norms and routers look at all of them.
         edge_index = self.graph.edge_index.to(self.device)
         x, routing = model.finish(
-            layer, x, out.to(self.device), self.batch, routing=decision, edge_index=edge_index
+            layer, x, out, self.batch, routing=decision, edge_index=edge_index
         )
         if routing is not None and decision is None:
             self.routings.append(routing)
@@ -289,96 +240,59 @@ class InMemory(_LayerByLayer):
         return routing
 
     def rows(self, x: Tensor, nodes: Tensor) -> Tensor:
-        """(S, D) the features of some nodes, on the device."""
-        return x[nodes].to(self.device)
+        """(S, D) the features of some nodes, on the device; raw ones as wide as the model's."""
+        rows = x[nodes].to(self.device)
+        if x is self.features and rows.is_floating_point():
+            rows = rows.to(torch.promote_types(rows.dtype, next(self.model.parameters()).dtype))
+        return rows
 
-    def part(self, destinations: Tensor) -> tuple[Tensor, Graph]:
-        return self.graph.part(destinations)
+    def ranges(self, name: str) -> Iterator[slice]:
+        """All nodes in order, a batch at a time; ``name`` is what the progress bar says."""
+        starts = range(0, max(self.num_nodes, 1), self.batch_size)
+        for start in tqdm(starts, name, disable=not self.progress_bar):
+            yield slice(start, min(start + self.batch_size, self.num_nodes))
+
+    def parts(self, name: str) -> Iterator[tuple[slice, Tensor, Graph]]:
+        """The destinations of each part as a range, (S,) its nodes, and its graph on the device."""
+        for rows in self.ranges(name):
+            nodes, part = self.graph.part(torch.arange(rows.start, rows.stop))
+
+            def scale_of(nodes: Tensor = nodes, **options: Any) -> Tensor:
+                return self.scale(**options)[nodes]
+
+            yield rows, nodes, part.scaled_by(scale_of).to(self.device)
+
+    def scale(self, **options: Any) -> Tensor:
+        """(N,) GCN's factors of all nodes, by their in-edges, part by part; kept for all layers."""
+        key = tuple(options.values())
+        if key not in self.scales:
+            pieces = []
+            for rows in self.ranges("Degrees"):
+                _, part = self.graph.part(torch.arange(rows.start, rows.stop))
+                pieces.append(part.scale(**options))
+            self.scales[key] = torch.cat(pieces)
+        return self.scales[key]
+
+    def collect(self, pieces: Iterable[tuple[slice, Tensor]], is_last: bool = False) -> Tensor:
+        """(N, C) the rows of all pieces, on the CPU, in a file if there is an ``out``."""
+        whole = self.out if is_last else None
+        for rows, piece in pieces:
+            if whole is None:  # now the width is known
+                shape = (self.num_nodes, piece.size(1))
+                if self.out is None or not self.num_nodes:  # no file is mapped that is empty
+                    whole = piece.new_empty(shape, device="cpu")
+                else:
+                    whole = _in_file(shape, piece.dtype)
+            whole[rows] = piece.to(whole.device)
+        assert whole is not None  # there is one piece at least
+        return whole
 
 
-class OnDisk(_LayerByLayer):
-    """Inference over a stored graph: each part is routed by itself, and features are in files.
-
-    Two files take turns: a layer reads one and writes the other. Memory is that of one part: its
-    in-edges, and the features of their sources.
-
-    Args:
-        model, device, batch_size, progress_bar: see :func:`inference`.
-        graph: the stored graph.
-        folder: for the files; no other call writes there.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        graph: StoredGraph,
-        device: torch.device,
-        batch_size: int,
-        progress_bar: bool,
-        folder: Path,
-    ) -> None:
-        super().__init__(model, graph.num_nodes, device, batch_size, progress_bar)
-        self.graph = graph
-        self.folder = folder
-        self.last_file = Path()  # the file that was written last
-
-    def layer(self, layer: int, x: Tensor | StoredGraph) -> Tensor:
-        model = self.model
-        is_moe = model.has_experts(layer)
-        out = torch.empty(0)
-        for rows, nodes, graph in self.parts(f"Layer {layer + 1}"):
-            routing = None  # the layer's own router decides
-            if is_moe and model.shared_router is not None:
-                seen = model.shared_router_input(self.rows(self.graph, nodes), graph)
-                routing = model.shared_router(seen)
-            x_part = self.rows(x, nodes)
-            if layer == 0:
-                x_part = model.enter(x_part)
-            out_part, _ = model.convolve(layer, x_part, graph, None, routing)
-            out_part, _ = model.finish(layer, x_part, out_part, routing=routing)
-            if layer == model.num_layers - 1:
-                out_part = model.leave([out_part])
-            if rows.start == 0:  # now the width is known
-                self.last_file = self.folder / f"hidden-{layer % 2}.npy"
-                shape = (self.num_nodes, out_part.size(1))
-                out = create_npy(self.last_file, out_part.dtype, shape)
-            out[rows] = out_part.cpu()
-        return out
-
-    def rows(self, x: Tensor | StoredGraph, nodes: Tensor) -> Tensor:
-        """(S, D) the features of some nodes, on the device, and raw ones in the model's dtype."""
-        if isinstance(x, StoredGraph):
-            return x.rows("x", nodes).to(next(self.model.parameters()).dtype).to(self.device)
-        return x[nodes].to(self.device)
-
-    def part(self, destinations: Tensor) -> tuple[Tensor, Graph]:
-        """As :meth:`Graph.part`, with all edges from disk."""
-        start = self.graph.start
-        first = int(destinations[0])
-        source, destination = self.graph.in_edges(slice(first, first + len(destinations)))
-        nodes, source = renumber(destinations, source)
-        edge_index = torch.stack([source, destination - first])
-
-        def scale_of(*, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
-            """(S,) GCN's factor of each node, by its degree in the whole graph."""
-            degree = start[nodes + 1] - start[nodes]
-            if loops:  # replace existing self-loops by one
-                degree = degree - self.num_loops[nodes] + 1
-            factor = degree.to(dtype).pow(-0.5)
-            return factor.masked_fill(factor == torch.inf, 0.0)
-
-        part = Graph(edge_index, (len(nodes), len(destinations))).as_part(scale_of)
-        return nodes, part
-
-    @cached_property
-    def num_loops(self) -> Tensor:
-        """(N,) the number of self-loops of each node, 4 bytes a node."""
-        num_loops = torch.empty(self.num_nodes, dtype=torch.int32)
-        for rows in self.ranges("Loops"):
-            source, node = self.graph.in_edges(rows)
-            looped = node[source == node] - rows.start
-            num_loops[rows] = looped.bincount(minlength=rows.stop - rows.start).int()
-        return num_loops
+def _in_file(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file that has no name: its space is free again when the tensor is gone."""
+    with NamedTemporaryFile(prefix="gmoe-") as file:
+        size = shape[0] * shape[1]
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
 
 
 def _check_hops(model: Any) -> None:
@@ -391,34 +305,26 @@ def _check_hops(model: Any) -> None:
             refuse_far([conv])
 
 
-def _check_stored(model: Any, graph: StoredGraph) -> None:
-    """Refuse models that cannot be computed one part of a stored graph at a time."""
-    if not graph.num_nodes:
-        raise ValueError("loader: got no nodes, expected at least one")
-    dtype = next(model.parameters()).dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"model: got {dtype}, expected float32 or float64: what .npy files hold")
+def _check_out(model: Any, out: Any, num_nodes: int) -> None:
+    """Refuse an ``out`` that does not fit, and models that cannot run one part at a time."""
+    shape = (num_nodes, model.out_channels)
+    is_fitting = isinstance(out, Tensor) and out.shape == shape and out.is_floating_point()
+    check(is_fitting, "out", described(out), f"floating-point numbers of shape {shape}")
     if model.training:
-        raise ValueError(
-            "model: got one in training mode, expected eval() before inference of a stored graph"
-        )
+        raise ValueError("model: got one in training mode, expected eval() before out is filled")
     if model.joins_layers:
         raise ValueError(
-            f"jk: got {model.jk_mode!r}, expected None or 'last': others keep every layer"
-        )
-    if model.flow != "source_to_target":
-        raise ValueError(
-            f"flow: got {model.flow!r}, expected 'source_to_target': in-edges are stored"
+            f"jk: got {model.jk_mode!r} with out, expected None or 'last': others keep every layer"
         )
     for norm in model.norms:
         if not is_by_row(norm):
             raise ValueError(
-                f"norm: got {type(norm).__name__}, expected one by row: batch norm, "
+                f"norm: got {type(norm).__name__} with out, expected one by row: batch norm, "
                 "LayerNorm(mode='node') or none"
             )
     for router in model.modules():
         if isinstance(router, Router) and not router.by_token:
             raise ValueError(
-                f"router: got {type(router).__name__}, expected one that decides token by token: "
-                "token choice, random, uniform, centroids, or inference='threshold'"
+                f"router: got {type(router).__name__} with out, expected one that decides token by "
+                "token: token choice, random, uniform, centroids, or inference='threshold'"
             )

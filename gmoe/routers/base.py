@@ -89,8 +89,8 @@ class Router(nn.Module, ABC):
         alive_E: the numbers of these among the scored ones; ``None`` if none was pruned.
         experts_choose: each expert takes so many tokens, whatever other experts take (default
             ``False``: each token takes so many experts).
-        by_token: in evaluation, a token's experts follow from that token alone, so that a graph on
-            disk can be routed a part at a time (default ``False``).
+        by_token: in evaluation, a token's experts follow from that token alone, so that a graph
+            larger than memory can be routed a part at a time (default ``False``).
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups; in (T, D) all tokens are one group.

@@ -24,7 +24,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 
 import gmoe
-from gmoe import BlockGNN, GNNMoE, Graph, MoEConv, Routing, StoredGraph, neighbor_loader
+from gmoe import BlockGNN, GNNMoE, Graph, MoEConv, Routing, neighbor_loader
 from gmoe import sums as sums_module
 from gmoe._checks import parameters_of
 from gmoe.conv.base import GAIN_SCALE
@@ -39,7 +39,7 @@ from tests.compose.calls import Call
 from tests.compose.drawing import EXPERTS, SPARSE, Reason, flip, some, without
 from tests.compose.frame import Case, Output, Target
 from tests.helpers import masked as ref
-from tests.helpers.stored_files import store
+from tests.helpers.mapped import map_to
 
 # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
 for name in ("sage", "graph", "gin"):
@@ -49,8 +49,8 @@ WIDTH = 4
 EDGE_DIM = 3
 FLAGS = (False, True)
 PLAIN = ("plain", "int32", "not contiguous")
-LAYER_WISE = ("inference", "disk")
-WAYS = (*("layer",) * 20, "forward", "forward", "inference", "sampled", "disk")
+LAYER_WISE = ("inference", "mapped")
+WAYS = (*("layer",) * 20, "forward", "forward", "inference", "sampled", "mapped")
 HEADS = {"heads": (1, 2), "concat": FLAGS, "bias": FLAGS}
 GAT = {**HEADS, "add_self_loops": FLAGS, "residual": FLAGS, "negative_slope": (0.7,)}
 FIXED: dict[str, dict[str, Any]] = {
@@ -191,7 +191,7 @@ class Config(Case):
     @property
     def by_parts(self) -> bool:
         """A part of the nodes is computed at a time: what looks at all of them is not drawn."""
-        return self.way in ("sampled", "disk")
+        return self.way in ("sampled", "mapped")
 
 
 # Drawing: each function sets what it draws; what would be nonsense is left out
@@ -265,7 +265,7 @@ def draw_kinds(random: Random, c: Config) -> None:
 
     Either all kinds that take edge features get them, or none does.
     """
-    has_features = c.way != "disk" and flip(random)
+    has_features = flip(random)
     c.edge_dim = random.choice((EDGE_DIM, EDGE_DIM, WIDTH)) if has_features else None
     # Stacked kinds have most of the code; the rest run one by one.
     pool = [name for name in (OFTEN if flip(random, 0.7) else KINDS) if fits(name, c)]
@@ -287,8 +287,7 @@ def draw_kinds(random: Random, c: Config) -> None:
 def draw_edge_args(random: Random, c: Config) -> None:
     """Which edge arguments there are, where they are given, and which need gradients."""
     takes = {kind.spec.edges for kind in c.kinds}
-    # A matrix holds its weights; StoredGraph has none.
-    takes = set() if c.is_sparse or c.way == "disk" else takes
+    takes = set() if c.is_sparse else takes  # a matrix holds its weights
     if "edge_weight" in takes and flip(random, 0.7):
         c.edge_args += ("edge_weight",)
     if "edge_attr" in takes and c.edge_dim is not None:
@@ -331,7 +330,7 @@ def draw_options(random: Random, c: Config) -> None:
 def draw_model(random: Random, c: Config) -> None:
     """The options of a model beside its experts'."""
     layers = random.choice((1, 2, 2, 3, 6))
-    jks = (None, None, "last", *([] if c.way == "disk" else ["cat", "max", "lstm"]))
+    jks = (None, None, "last", *([] if c.way == "mapped" else ["cat", "max", "lstm"]))
     norms: list[dict[str, Any]] = [{}, {}, {"norm": "by node"}]
     if c.sizes[0] > 1:  # one row has no variance
         norms.append({"norm": "batch_norm"})
@@ -654,7 +653,7 @@ def sampled(c: Config, model: Any, given: Given) -> dict[str, Tensor]:
     data = Data(x=given.x[0], edge_index=given.adj, **given.args)
     found = []
     hops = [-1] * (3 * model.num_layers + 3)
-    for part in neighbor_loader(data, hops, batch_size=c.batch, backend="gmoe"):
+    for part in neighbor_loader(data, hops, batch_size=c.batch):
         own: Any = {key: part[key] for key in given.args}
         # PyG's trimming of layers, which takes one edge argument at most.
         if c.seed % 2 and len(own) < 2:
@@ -664,13 +663,14 @@ def sampled(c: Config, model: Any, given: Given) -> dict[str, Tensor]:
     return {"y": torch.cat(found)}
 
 
-def from_disk(c: Config, model: Any, given: Given) -> dict[str, Tensor]:
-    """Layer by layer, the graph and the embeddings on disk."""
+def mapped(c: Config, model: Any, given: Given) -> dict[str, Tensor]:
+    """Layer by layer, the graph and the hidden features in files."""
+    args = {name: value.detach() for name, value in given.args.items()}
+    data = Data(x=given.x[0].detach(), edge_index=given.adj, **args)
+    out = data.x.new_empty(data.x.size(0), model.out_channels)
     with tempfile.TemporaryDirectory() as folder:
-        store(Path(folder, "graph"), Data(x=given.x[0].detach(), edge_index=given.adj))
-        stored = StoredGraph(Path(folder, "graph"))
-        y: Tensor = model.inference(stored, batch_size=c.batch, folder=Path(folder, "out"))
-        return {"y": y.clone()}
+        y: Tensor = model.inference(map_to(Path(folder), data), batch_size=c.batch, out=out)
+    return {"y": y}
 
 
 def check_defaults(c: Config, module: nn.Module) -> None:
@@ -692,7 +692,7 @@ class Graphs(Target):
     given_of: ClassVar[Any] = staticmethod(given_of)
     call: ClassVar[Any] = staticmethod(call)
     gradients: ClassVar[Any] = staticmethod(gradients)
-    other_ways: ClassVar = {"inference": inference, "sampled": sampled, "disk": from_disk}
+    other_ways: ClassVar = {"inference": inference, "sampled": sampled, "mapped": mapped}
     own_before: ClassVar = {"NaN token": nan_token, "other edge arguments": other_edge_arguments}
     own_after: ClassVar = {"prune": prune}
     reasons = (
@@ -714,14 +714,13 @@ class Graphs(Target):
         for draw in (draw_graph, draw_kinds, draw_edge_args, draw_options):
             draw(random, c)
         c.alone &= not any(kind_of(kind.conv).needs_destinations for kind in c.kinds)
-        if c.way in ("sampled", "disk", "inference") or flip(random, 0.3):
+        if c.way in ("sampled", "mapped", "inference") or flip(random, 0.3):
             c.batch = random.choice((1, 3, 7, 100))
         c.training = c.way in ("layer", "forward") and flip(random, 0.6)
         takes_first = len(c.kinds) == 1 and c.edge_args == (c.kinds[0].spec.edges,)
         c.positional = c.way == "layer" and takes_first and flip(random, 0.3)
         c.as_on_gpus = flip(random, 0.25)
         fails = {"inference_mode"} if c.form.startswith("Edge") else set()  # of PyG
-        fails |= {"x changed in place"} if c.way == "disk" else set()  # which holds float32
         fails |= {"prune"} if c.options["router"] is None else set()
         self.draw_steps(random, c, fails)
         c.after = c.after if flip(random, 0.3) else "nothing"

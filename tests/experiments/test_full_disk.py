@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.convert.graph import building, write_edges, write_features, write_npy
+from experiments.convert.building import building
 from experiments.show.report_page import Page
 from experiments.study.advise import keep_regimes
 from experiments.study.pages import update
@@ -29,9 +29,6 @@ REPLACED: dict[str, Callable[[Path], object]] = {
 }
 LAST: dict[str, Callable[[Path], object]] = {
     "regimes.npy": lambda path: keep_regimes(path.parent, torch.arange(400)),
-    "a.npy": lambda path: write_npy(path, np.arange(400)),
-    "x.npy": lambda path: write_features(path, np.ones((400, 2)), np.dtype(np.float32), "x"),
-    "source.npy": lambda path: write_edges([np.arange(800)], path.parent, 800, directed=True),
 }
 """Writers of arrays of less than 4 kB, or of such an end."""
 

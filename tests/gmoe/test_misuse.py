@@ -23,7 +23,6 @@ from transformers import Trainer
 import gmoe
 import gmoe.plot
 from gmoe.moe import MoELayer
-from tests.helpers.stored_files import store
 
 WIDTH, EXPERTS = 4, 2
 X = torch.randn(6, WIDTH)
@@ -68,11 +67,6 @@ def routed() -> gmoe.MoE:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def stored(folder: Path) -> Path:
-    store(folder / "graph", GRAPH)
-    return folder / "graph"
-
-
 def experts(**sizes: Any) -> Any:
     return {"num_experts": EXPERTS, **sizes}
 
@@ -93,11 +87,9 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     "MoEConv": lambda _: (("gcn", WIDTH, 8), experts()),
     "MultiCentroid": lambda _: ((WIDTH,), experts()),
-    "NeighborSampler": lambda _: ((GRAPH, [2, 2]), {"disjoint": False}),
     "OracleRouter": lambda _: ((WIDTH,), experts(assignment=torch.zeros(6, dtype=torch.long))),
     "RandomRouter": lambda _: ((WIDTH,), experts()),
     "RoutingStats": lambda _: ((), experts()),
-    "StoredGraph": lambda folder: ((stored(folder),), {}),
     "SoftMoE": lambda _: (
         (gmoe.SoftSlots(WIDTH, **experts()), gmoe.MLPExperts(WIDTH, 8, WIDTH, **experts())),
         {},
@@ -119,7 +111,6 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         (torch.ones(3, WIDTH), torch.ones(EXPERTS, WIDTH, 8), None, torch.tensor([2, 3])),
         {"backend": "auto"},
     ),
-    "link_neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
     "load": lambda folder: ((gmoe.save(moefied(), folder), dense()), {}),
     "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
     "merge": lambda _: ((mixing(), (X, torch.ones(6, dtype=torch.long))), {}),
@@ -159,7 +150,6 @@ TAKEN = {
     ("match_width", "the class of cost"),
     ("save", "a word for folder"),
     ("load", "a word for folder"),
-    ("StoredGraph", "a word for folder"),
 }
 """What is right, too, or fails for another reason than its type."""
 

@@ -5,5 +5,4 @@ load       The data set of a run.
 graphs     From a graph to batches: made (drawn here), named (PyG's), ogb, own_graph.
 images     Images as tasks.
 forces     Molecules with energies and forces, as experiments.convert writes them.
-on_disk    Graphs that stay on disk, as experiments.convert writes them: stored trains on them.
 """

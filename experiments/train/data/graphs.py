@@ -31,7 +31,7 @@ from experiments.train.files import read_npy
 from experiments.train.user_code import load_conv
 from gmoe._checks import check
 from gmoe.conv.kinds import Kind, class_of, factory_of, kind_of
-from gmoe.data.loader import neighbor_loader
+from gmoe.data import neighbor_loader
 
 MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
 

@@ -1,9 +1,8 @@
 """Four of OGB's node data sets (Hu et al., 2020): fetched whole, read from OGB's own files, OGB's
 own metric.
 
-The fifth, ogbn-papers100M, stays on disk: see :mod:`experiments.convert.graph`. The files
-are read here, not by ``ogb``'s loader, which asks questions by ``input()`` and unpickles what
-it finds.
+The fifth, ogbn-papers100M, is larger than memory, and not supported. The files are read here, not
+by ``ogb``'s loader, which asks questions by ``input()`` and unpickles what it finds.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def load_ogb(
     papers alone have ``x`` and ``y``. Missing files that may not or cannot be downloaded are a
     ``FileNotFoundError``, broken ones a ``ValueError``.
     """
-    legal = f"one of {', '.join(MEGABYTES)}; ogbn-papers100M stays on disk"
+    legal = f"one of {', '.join(MEGABYTES)}"
     check(name in MEGABYTES, "name", repr(name), legal)
     files = files_of(name)
     root = root.expanduser()

@@ -18,9 +18,7 @@ from experiments.train.config import GraphConfig, HeteroConfig, NodeConfig
 from experiments.train.data import made
 from experiments.train.data.graphs import directed, graph_task, with_features
 from experiments.train.data.named import load_graph
-from experiments.train.data.on_disk import stored_folder
 from experiments.train.data.own_graph import graph_from, own_graph
-from experiments.train.data.stored import stored_task
 from experiments.train.data.task import GraphData, Task
 from experiments.train.files import read_npy
 from experiments.train.input_again import InputAgain
@@ -75,12 +73,6 @@ class Nodes(GNNKind[Config]):
 class Graphs(Nodes[GraphConfig]):
     """Nodes of a graph of one node type, in a ``GNNMoE``."""
 
-    def tasks(self) -> Callable[[int], Task]:
-        if self.config.data is None and stored_folder(self.config) is not None:
-            task = stored_task(self.config)
-            return lambda _: task
-        return super().tasks()
-
     def named(self) -> GraphData:
         name = self.config.dataset
         family = name.partition("-")[0]
@@ -108,7 +100,7 @@ class Graphs(Nodes[GraphConfig]):
             return super().note_data(digest)
         files = [root]
         if root.is_dir():
-            files = sorted([*root.glob("*.csv"), *root.glob("graph.json")])
+            files = sorted(root.glob("*.csv"))
         for file in files:
             digest.update(file.read_bytes() if file.exists() else b"")
         return {"file": root.name}

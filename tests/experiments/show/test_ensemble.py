@@ -19,7 +19,6 @@ from torch_geometric.nn import LabelPropagation
 
 from experiments.convert.planted import write_planted
 from experiments.show import ensemble
-from experiments.train.config import PAPERS
 from experiments.train.data.ogb import OGBMetric, load_ogb
 from experiments.train.predictions import mean_of
 from tests.helpers.command import quick, refused
@@ -231,9 +230,7 @@ def test_an_ensemble_takes_runs_with_predictions(data: Path, tmp_path: Path, cap
     assert ": test " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name", ["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag", PAPERS]
-)
+@pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag"])
 def test_metrics_are_ogbs_to_the_last_digit(name: str) -> None:
     """In batches, of 1,000 random nodes."""
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from experiments.convert.graph import SCRATCH, building
+from experiments.convert.building import SCRATCH, building
 from experiments.train.build import build_model
 from experiments.train.command import parse
 from experiments.train.loop import run

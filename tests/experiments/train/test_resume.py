@@ -20,14 +20,13 @@ import torch
 
 from experiments.train import checkpoint
 from experiments.train.command import main, parse
-from experiments.train.config import PAPERS, RunConfig
+from experiments.train.config import RunConfig
 from experiments.train.data.task import Task
 from experiments.train.loop import run, train_seed
 from experiments.train.run_folder import read_run
 from experiments.train.training import Training
 from tests.helpers.command import QUICK, full_disk, quick, refused, rows, run_until
 from tests.helpers.made_images import write_images
-from tests.helpers.ogb_data import plant_papers
 from tests.helpers.run_folders import assert_same
 
 TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --batch-size 8"
@@ -45,7 +44,6 @@ RUNS: dict[str, str] = {
     "--precision 64-true",
     "images": f"digits --router token_choice --balance bias --dropout 0.1 {SMALL}",
     "folder": f"images --router token_choice {TINY} {AUGMENTED}",
-    "stored": f"{PAPERS} --hidden 16 --experts 2 --batch-size 40 --fanout 5 3 2",
 }
 """One batch an epoch (graph to votes), or several; everything that draws or remembers."""
 
@@ -57,11 +55,6 @@ def test_a_run_stopped_three_times_equals_one_in_one_go(
     preset, *args = RUNS[name].split()
     if preset == "images":
         args += ["--data-root", str(write_images(tmp_path / "data"))]
-    if preset == PAPERS:
-        args += [
-            "--data-root",
-            str(plant_papers(tmp_path / "data", nodes=3_000, edges=20_000).parent),
-        ]
     whole, cut = quick(tmp_path / "whole", *args, preset=preset), tmp_path / "cut off"
     assert whole["steps"] == 1 or whole["steps"] > 2
     command = [preset, *QUICK, *args, "--seeds", "0", "--out", str(cut)]

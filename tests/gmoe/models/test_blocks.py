@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 
 import gmoe
-from gmoe import BlockGNN, MoE, MoEConv, StoredGraph, TokenChoice
+from gmoe import BlockGNN, MoE, MoEConv, TokenChoice
 from gmoe.models.blocks import DropThenAct
 from gmoe.stack import fold
 from tests.helpers.equal import assert_same
+from tests.helpers.mapped import map_to
 from tests.helpers.masked import features, simple_graph
 from tests.helpers.shrunk import pruned_on
-from tests.helpers.stored_files import store
 
 NODES, IN, HIDDEN, OUT, BLOCKS, EXPERTS = 9, 4, 6, 3, 2, 3
 EDGES = simple_graph(NODES, NODES, loops=False)
@@ -208,14 +208,12 @@ def assert_inference_equals_the_forward(gnn: BlockGNN) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_router": False}, {"router": None}], ids=str)
-def test_inference_of_a_graph_on_disk(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_inference_of_a_mapped_graph(tmp_path: Path, options: dict[str, Any]) -> None:
     gnn = model(conv="bare_sage", **options).eval()
-    data = Data(x=features(NODES, IN), edge_index=EDGES)
-    store(tmp_path / "graph", data)
-    stored = StoredGraph(tmp_path / "graph")
-    data.x = torch.from_numpy(stored.rows("x", torch.arange(NODES)).numpy()).double()
-    found = gnn.inference(stored, batch_size=4, folder=tmp_path / "out")
-    torch.testing.assert_close(found, gnn(data.x, EDGES), rtol=1e-5, atol=1e-6)
+    data = map_to(tmp_path, Data(x=features(NODES, IN), edge_index=EDGES), half=True)
+    out = torch.empty(NODES, OUT, dtype=torch.float64)
+    gnn.inference(data, batch_size=4, out=out)
+    assert_same(out, gnn(data.x.double(), EDGES))
 
 
 @ways

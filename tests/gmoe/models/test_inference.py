@@ -1,4 +1,4 @@
-"""Layer-wise inference, in memory and on disk.
+"""Layer-wise inference of graphs in memory and in mapped files.
 
 Here is what the composer does not draw, and what is refused by name.
 """
@@ -6,8 +6,8 @@ Here is what the composer does not draw, and what is refused by name.
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch_geometric.data import Data
-from torch_geometric.loader import NodeLoader
 
-from gmoe import GNNMoE, NeighborSampler, Routing, StoredGraph, TokenChoice, neighbor_loader
+from gmoe import GNNMoE, Routing, TokenChoice, neighbor_loader
 from tests.helpers.conv_cases import GatedSum
 from tests.helpers.equal import assert_same
+from tests.helpers.mapped import create_mapped, map_to
 from tests.helpers.sampled import graph
-from tests.helpers.stored_files import store
 
 NODES, OUT = 41, 5
 
@@ -64,7 +63,7 @@ def test_of_a_loader_the_graph_and_the_batch_size_are_taken() -> None:
     model = trained(router="expert_choice")
     before = copy.deepcopy(model.state_dict())
     logits, routings = model(DATA.x, DATA.edge_index, return_routing=True)
-    loader = NodeLoader(DATA, NeighborSampler(DATA, [2, 2, 2]), batch_size=7)
+    loader = neighbor_loader(DATA, [2, 2, 2], batch_size=7)
     found, again = model.inference(loader, progress_bar=True, return_routing=True)
     assert_same(found, logits)
     for one, other in zip(again, routings, strict=True):
@@ -101,99 +100,98 @@ def test_of_a_users_own_conv_and_router_and_what_looks_further() -> None:
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> StoredGraph:
-    """Features in half precision."""
-    store(tmp_path / "graph", DATA, half=True)
-    return StoredGraph(tmp_path / "graph")
+def mapped(tmp_path: Path) -> Data:
+    """In files, features in half precision."""
+    return map_to(tmp_path / "graph", DATA, half=True)
 
 
 @pytest.mark.parametrize("start", ["shared", "copies"])
 @pytest.mark.parametrize("shared_router", [False, True])
+@pytest.mark.parametrize("conv", ["gcn", "gat"])
 def test_it_equals_the_forward_on_the_whole_graph(
-    stored: StoredGraph, tmp_path: Path, shared_router: bool, start: str
+    mapped: Data, tmp_path: Path, shared_router: bool, start: str, conv: str
 ) -> None:
-    """Whatever the size of the parts, and in float32; a run replaces the last one's file."""
-    options = {"router_input": ("node", "neighbors", "degree"), "start": start}
+    """Whatever the size of the parts; a mapped ``out`` is a file of the logits."""
+    options = {"router_input": ("node", "neighbors", "degree"), "start": start, "conv": conv}
     model = trained(k=2, shared_router=shared_router, **options)
-    expected, out = model(DATA.x, DATA.edge_index), tmp_path / "out"
-    for batch_size in (7, NODES):
-        found = model.inference(stored, batch_size=batch_size, folder=out)
-        assert_same(found, expected)
-        assert [path.name for path in out.iterdir()] == ["logits.npy"]
-        assert np.array_equal(np.load(out / "logits.npy"), found.numpy())
-    found = model.float().inference(
-        neighbor_loader(stored, [2, 2], batch_size=9), folder=str(out), progress_bar=True
-    )
-    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
-
-
-def infer_in_step(number: int, calls: int, meet: Any, graph_folder: Path, out: Path) -> None:
-    """One of several processes: infer as the others do at the same time, and compare."""
-    model, graph = trained(num_layers=4), StoredGraph(graph_folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + number / 10)  # each process has other logits
     expected = model(DATA.x, DATA.edge_index)
-
-    def wait(*_: Any) -> None:
-        meet.wait(20)
-
-    for conv in model.convs:
-        conv.register_forward_hook(wait)
-    for _ in range(calls):
-        found = model.inference(graph, batch_size=7, folder=out)
-        assert_same(found, expected)
-        wait()  # until all of them have put their file in place
-        assert_same(found, expected)
+    for batch_size in (7, NODES):
+        out = torch.empty(NODES, OUT).double()
+        assert model.inference(mapped, batch_size=batch_size, out=out) is out
+        assert_same(out, expected)
+    assert_same(model.inference(mapped, batch_size=7), expected)
+    loader = neighbor_loader(mapped, [2, 2], batch_size=9)
+    in_file = create_mapped(tmp_path / "logits.npy", (NODES, OUT))
+    model.inference(loader, out=in_file, progress_bar=True)
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), expected.detach().float().numpy())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
-def test_processes_may_share_a_folder(stored: StoredGraph, tmp_path: Path) -> None:
-    """They meet after each part of each layer, so that all have the same layer's files open."""
-    fork, out = multiprocessing.get_context("fork"), tmp_path / "out"
-    meet = fork.Barrier(5)
-    processes = [
-        fork.Process(target=infer_in_step, args=(i, 3, meet, stored.folder, out), daemon=True)
-        for i in range(meet.parties)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * meet.parties
-    assert [path.name for path in out.iterdir()] == ["logits.npy"]
+@pytest.mark.parametrize("name", ["edge_weight", "edge_attr"])
+def test_edge_arguments_stay_in_their_files(tmp_path: Path, name: str) -> None:
+    """GCN's degrees are sums of weights in the whole graph; edges in no order are sorted."""
+    data = DATA.clone()
+    shape = (data.num_edges,) if name == "edge_weight" else (data.num_edges, 3)
+    data[name] = torch.rand(shape, dtype=torch.float64)
+    torch.manual_seed(0)
+    options = {"conv": "gcn"} if name == "edge_weight" else {"conv": "gat", "edge_dim": 3}
+    model = GNNMoE(4, 8, OUT, num_layers=3, **options).double().eval()
+    expected = model(data.x, data.edge_index, **{name: data[name]})
+    for given in (data, map_to(tmp_path, data)):
+        for out in (None, torch.empty(NODES, OUT).double()):
+            assert_same(model.inference(given, batch_size=7, out=out), expected)
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-def test_an_error_leaves_no_new_file(stored: StoredGraph, tmp_path: Path, layer: int) -> None:
-    """The error comes in the second part of a layer, whose file is written in half."""
-    model, out, calls = trained(), tmp_path / "out", list[int]()
+def test_out_of_edges_by_source_and_of_no_nodes() -> None:
+    model = trained(flow="target_to_source")
+    out = torch.empty(NODES, OUT).double()
+    assert_same(model.inference(DATA, out=out, batch_size=7), model(DATA.x, DATA.edge_index))
+    empty = Data(DATA.x[:0], DATA.edge_index[:, :0])
+    assert model.inference(empty, out=out[:0]).shape == (0, OUT)
+
+
+def test_an_error_leaves_no_file(
+    mapped: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden features are in a file without a name, whose content goes with the tensor."""
+    model = trained()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "hidden"))
+    (tmp_path / "hidden").mkdir()
+    found: list[list[Path]] = []
 
     def fail(*_: Any) -> None:
-        calls.append(layer)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+        found.append(list((tmp_path / "hidden").iterdir()))
+        raise KeyboardInterrupt
 
-    before = model.inference(stored, folder=out)
-    expected = before.clone()
-    model.convs[layer].register_forward_hook(fail)
+    model.convs[2].register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        model.inference(stored, batch_size=7, folder=out)
-    assert [path.name for path in out.iterdir()] == ["logits.npy"]
-    assert np.array_equal(np.load(out / "logits.npy"), expected.numpy())
-    assert_same(before, expected)
+        model.inference(mapped, out=torch.empty(NODES, OUT).double())
+    assert found == [[]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits anonymous memory alone")
+@pytest.mark.parametrize("conv", ["gcn", "gat"])
+def test_a_mapped_graph_is_not_read_into_memory(tmp_path: Path, conv: str) -> None:
+    """Features of 96 MB, edges of 8 and hidden features of 15, in 64 MB."""
+    nodes = 60_000
+    x = create_mapped(tmp_path / "x.npy", (nodes, 400))
+    x[:] = torch.randn(nodes, 1)
+    edge_index = torch.randint(nodes, (2, 500_000))
+    edge_index[1] = edge_index[1].sort().values
+    np.save(tmp_path / "edge_index.npy", edge_index.numpy())
+    command = [sys.executable, "-m", "tests.helpers.bounded", str(tmp_path), conv, "64"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("conv", ["gcn", "gat", ["sage", "le"]], ids=str)
-def test_on_a_gpu_with_the_graph_in_main_memory_or_on_disk(
-    stored: StoredGraph, tmp_path: Path, conv: Any
-) -> None:
+def test_on_a_gpu_with_the_graph_in_main_memory_or_in_files(mapped: Data, conv: Any) -> None:
     model = trained(conv=conv, num_experts=None if isinstance(conv, list) else 3)
     expected = model(DATA.x, DATA.edge_index)
     assert_same(model.cuda().inference(DATA, batch_size=7), expected)
-    assert_same(model.inference(stored, batch_size=7, folder=tmp_path / "out"), expected)
+    out = torch.empty(NODES, OUT).double()
+    assert_same(model.inference(mapped, batch_size=7, out=out), expected)
 
 
 @pytest.mark.parametrize(
@@ -207,31 +205,27 @@ def test_on_a_gpu_with_the_graph_in_main_memory_or_on_disk(
         ),
         ({"norm": "layer_norm"}, "norm: got LayerNorm"),
         ({"jk": "cat"}, "jk: got 'cat'"),
-        ({"flow": "target_to_source"}, "flow: got 'target_to_source'"),
     ],
 )
-def test_what_needs_all_nodes_is_refused_on_disk(
-    stored: StoredGraph, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_what_needs_all_nodes_is_refused_with_out(options: dict[str, Any], message: str) -> None:
+    model = GNNMoE(4, 8, OUT, num_experts=3, **options).double().eval()
     with pytest.raises(ValueError, match=message):
-        GNNMoE(4, 8, OUT, num_experts=3, **options).eval().inference(
-            stored, folder=tmp_path / "out"
-        )
-    assert not (tmp_path / "out").exists()
+        model.inference(DATA, out=torch.empty(NODES, OUT))
 
 
-def test_arguments_that_do_not_fit(stored: StoredGraph, tmp_path: Path) -> None:
-    model, to = GNNMoE(4, 8, OUT).eval(), {"folder": tmp_path / "out"}
+def test_arguments_that_do_not_fit() -> None:
+    model, out = GNNMoE(4, 8, OUT).double().eval(), torch.empty(NODES, OUT)
     calls: list[tuple[GNNMoE, Any, dict[str, Any], str]] = [
         (model, DATA, {"batch_size": 0}, "batch_size: got 0"),
         (model, Data(edge_index=DATA.edge_index, num_nodes=NODES), {}, "loader: got a Data"),
         (model, DATA.x, {"device": DATA.edge_index}, "loader: got one over Tensor"),
-        (model, DATA, to, "folder: got .* for a graph in memory"),
-        (model, stored, {}, "folder: got None"),
-        (model, stored, {**to, "return_routing": True}, "return_routing: got True"),
-        (GNNMoE(3, 8, OUT).eval(), stored, to, "x: got"),
-        (GNNMoE(4, 8, OUT).train(), stored, to, "model: got one in training mode"),
-        (GNNMoE(4, 8, OUT).eval().bfloat16(), stored, to, r"model: got torch\.bfloat16"),
+        (model, DATA, {"out": out[:, 1:]}, rf"out: got .*, expected .* shape \({NODES}, {OUT}\)"),
+        (model, DATA, {"out": out.long()}, "out: got .* torch.int64, expected floating-point"),
+        (model, DATA, {"out": "logits.npy"}, "out: got"),
+        (model, DATA, {"out": out, "return_routing": True}, "return_routing: got True"),
+        (GNNMoE(3, 8, OUT).double().eval(), DATA, {"out": out}, "x: got"),
+        (GNNMoE(4, 8, OUT).eval(), DATA, {}, "x: got .*float64"),
+        (GNNMoE(4, 8, OUT).train(), DATA, {"out": out}, "model: got one in training mode"),
     ]
     for one, given, options, message in calls:
         with pytest.raises(ValueError, match=message):
