@@ -32,8 +32,12 @@ def has_one_pair_each(routing: Routing) -> bool:
     return routing.slot is not None and routing.slot.size(0) == routing.num_tokens
 
 
+# Both take places, not slots: at K = 1 the slots and the tokens are one tensor, which
+# torch.compile refuses to pass twice.
+
+
 class ToPairs(torch.autograd.Function):
-    """(P, I) the token of each pair, given the places of pairs; see :func:`places_of`."""
+    """(P, I) the token of each pair, given the places of pairs, :attr:`gmoe.Routing.place`."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, token_P: Tensor, place_P: Tensor | None) -> Tensor:
@@ -63,18 +67,6 @@ class ToTokens(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> Any:
         (token_P,) = ctx.saved_tensors
         return grad_TO.index_select(0, token_P), None, None, None
-
-
-def places_of(slot_P: Tensor | None) -> Tensor | None:
-    """(P,) the places of pairs in the order of their slots: the K pairs of a token in a row.
-
-    ``None`` if there are no slots. Call it before the functions above, not in them: at K = 1 the
-    slots and the tokens are one tensor, which ``torch.compile`` refuses to pass twice.
-    """
-    if slot_P is None:
-        return None
-    place_P = torch.arange(slot_P.size(0), device=slot_P.device)
-    return torch.empty_like(slot_P).scatter_(0, slot_P, place_P)
 
 
 def _sum_by_token(y_PO: Tensor, token_P: Tensor, place_P: Tensor | None, num_tokens: int) -> Tensor:

@@ -29,7 +29,7 @@ from gmoe.padded import (
     padded_mm,
     padded_outer,
 )
-from gmoe.places import ToPairs, ToTokens, has_one_pair_each, places_of, uses_places
+from gmoe.places import ToPairs, ToTokens, has_one_pair_each, uses_places
 from gmoe.portable import exported_as
 from gmoe.routing import Routing, expert_at, expert_of_pairs
 
@@ -49,7 +49,7 @@ GROUPED = (9, 10)
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
     """Gather the token of each pair, expert by expert: (P, I)."""
     if uses_places(x_TI, routing):
-        return ToPairs.apply(x_TI, routing.token, places_of(routing.slot))
+        return ToPairs.apply(x_TI, routing.token, routing.place)
     return x_TI.index_select(0, routing.token)
 
 
@@ -62,9 +62,7 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
     """
     weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
     if uses_places(y_PO, routing):
-        return ToTokens.apply(
-            weighted_PO, routing.token, places_of(routing.slot), routing.num_tokens
-        )
+        return ToTokens.apply(weighted_PO, routing.token, routing.place, routing.num_tokens)
     zero_TO = weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1))
     return zero_TO.index_add_(0, routing.token, weighted_PO)
 
@@ -202,7 +200,7 @@ def routed_linear(
         return combine(y_PO, routing)
 
     # 3. Else all three steps in one.
-    place_T = places_of(routing.slot) if has_one_pair_each(routing) else None
+    place_T = routing.place if has_one_pair_each(routing) else None
     return _RoutedLinear.apply(
         routing.token,
         routing.offsets,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -403,7 +403,7 @@ class Routing:
         elif k == self.num_experts:
             tokens = Routing.to_all(self.to_dense().index_select(0, group_T), scores=scores_TE)
         else:
-            pair_P = self._pair_of_slot.view(self.num_tokens, k).index_select(0, group_T).view(-1)
+            pair_P = self.place.view(self.num_tokens, k).index_select(0, group_T).view(-1)
             tokens = Routing.from_choices(
                 expert_at(self.offsets, pair_P).view(len(group_T), k),
                 self.weight.index_select(0, pair_P).view(len(group_T), k),
@@ -422,11 +422,18 @@ class Routing:
         )
 
     @lazy
-    def _pair_of_slot(self) -> Tensor:
-        """(P,) the pair in each slot."""
-        assert self.slot is not None
-        pair_P = torch.arange(self.slot.size(0), device=self.slot.device)
-        return torch.empty_like(self.slot).scatter_(0, self.slot, pair_P)
+    def place(self) -> Any:
+        """(P,) int64, the pair in each slot: the K pairs of a token in a row. ``None`` if there are
+        no slots."""
+        if self.slot is None:
+            return None
+        # Whoever reads it first may be in inference mode, and others train. Compiled code may not
+        # ask for the mode.
+        is_asked = not torch.compiler.is_compiling()
+        leaves = is_asked and torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if leaves else nullcontext():
+            pair_P = torch.arange(self.slot.size(0), device=self.slot.device)
+            return torch.empty_like(self.slot).scatter_(0, self.slot, pair_P)
 
     @lazy
     def _spans(self) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gmoe import MoEConv
-from gmoe.places import ToPairs, ToTokens, places_of
+from gmoe.places import ToPairs, ToTokens
 from gmoe.products import combine, dispatch
 from gmoe.routing import Routing
 from tests.helpers.kernels import Noted, gradients, routings
@@ -21,13 +21,13 @@ def test_tokens_and_pairs_on_cuda_as_on_the_cpu(routing: Routing) -> None:
     x_TI = features(routing.num_tokens, 5).requires_grad_()
     y_PO = features(len(routing.token), 5, seed=2).requires_grad_()
     gathered, expected = (
-        ToPairs.apply(x_TI, routing.token, places_of(routing.slot)),
+        ToPairs.apply(x_TI, routing.token, routing.place),
         x_TI[routing.token],
     )
     torch.testing.assert_close(
         [gathered, *gradients(gathered, [x_TI])], [expected, *gradients(expected, [x_TI])]
     )
-    summed = ToTokens.apply(y_PO, routing.token, places_of(routing.slot), routing.num_tokens)
+    summed = ToTokens.apply(y_PO, routing.token, routing.place, routing.num_tokens)
     expected = torch.zeros(x_TI.shape, dtype=torch.float64).index_add(0, routing.token, y_PO)
     torch.testing.assert_close(
         [summed, *gradients(summed, [y_PO])], [expected, *gradients(expected, [y_PO])]
@@ -55,7 +55,7 @@ def test_nothing_is_added_to_tokens_of_one_pair() -> None:
 
 @pytest.mark.parametrize("routing", routings())
 def test_rows_that_move_by_places_have_second_gradients(routing: Routing) -> None:
-    places = places_of(routing.slot)
+    places = routing.place
 
     def to_pairs(x: Tensor) -> Tensor:
         return ToPairs.apply(x.sin(), routing.token, places).square()
@@ -67,3 +67,12 @@ def test_rows_that_move_by_places_have_second_gradients(routing: Routing) -> Non
     y = features(len(routing.token), 3).requires_grad_()
     assert torch.autograd.gradgradcheck(to_pairs, x, fast_mode=True)
     assert torch.autograd.gradgradcheck(to_tokens, y, fast_mode=True)
+
+
+def test_places_that_inference_read_first_serve_training() -> None:
+    routing = Routing.from_choices(torch.tensor([[1], [0], [1]]), torch.ones(3, 1), num_experts=2)
+    with torch.inference_mode():
+        assert routing.place.tolist() == [1, 0, 2]
+    x = torch.randn(3, 4, requires_grad=True)
+    ToPairs.apply(x, routing.token, routing.place).sum().backward()
+    assert x.grad is not None

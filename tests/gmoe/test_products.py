@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gmoe import grouped_linear
-from gmoe.places import ToPairs, ToTokens, places_of
+from gmoe.places import ToPairs, ToTokens
 from gmoe.products import (
     Backend,
     _kernel_for,
@@ -202,11 +202,9 @@ def test_no_sum_on_cuda_is_by_atomic_adds() -> None:
     )
     for routing in routings():
         with Noted() as noted:
-            rows = ToPairs.apply(x[: routing.num_tokens], routing.token, places_of(routing.slot))
+            rows = ToPairs.apply(x[: routing.num_tokens], routing.token, routing.place)
             y = grouped_linear(rows, weight, bias, routing.offsets, "padded")
-            ToTokens.apply(
-                y, routing.token, places_of(routing.slot), routing.num_tokens
-            ).sum().backward()
+            ToTokens.apply(y, routing.token, routing.place, routing.num_tokens).sum().backward()
         assert "bmm" in noted.names
         assert not noted.names & {
             "index_add",
@@ -222,9 +220,9 @@ def test_what_runs_on_cuda_compiles_as_one_graph(routing: Routing) -> None:
     leaves = [features(*shape).requires_grad_() for shape in ((9, 3), (4, 3, 5), (4, 5))]
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        rows = ToPairs.apply(x, routing.token, places_of(routing.slot))
+        rows = ToPairs.apply(x, routing.token, routing.place)
         y = grouped_linear(rows, weight, bias, routing.offsets, "padded")
-        return ToTokens.apply(y, routing.token, places_of(routing.slot), routing.num_tokens)
+        return ToTokens.apply(y, routing.token, routing.place, routing.num_tokens)
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     outputs = [run(*leaves) for run in (compiled, layer)]
