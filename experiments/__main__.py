@@ -3,7 +3,6 @@
 train      Train a preset, or your own data, router or model.
 sweep      Run a study, or a grid of your own.
 advise     Say what your data want, and whether experts will pay.
-ensemble   Score runs on OGB's sets, one by one and together.
 report     Make one HTML page from finished runs.
 patches    Draw which expert takes which patch of your images.
 tables     Write the tables of the docs from result files, or check them.

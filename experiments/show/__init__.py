@@ -4,6 +4,5 @@ tables            Tables in Markdown.
 cells             Reads the cells of a study.
 report            One page from finished runs, made by report_page.
 nodes, molecules  What the report draws.
-ensemble          What runs on one of OGB's sets score together.
 patches           Which expert takes which patch of your images.
 """

@@ -59,7 +59,7 @@ figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto
 MEASURED = {
     "nodes": "all nodes",
     "patches": "the test images; AMI on validation images of the first seed",
-    "atoms": "the test molecules; AMI on atoms of validation molecules of the first seed",
+    "atoms": "the test molecules",
 }
 """What the figures of the routing are of, by what is routed."""
 DRAWN = {
@@ -69,9 +69,6 @@ DRAWN = {
     "patches": "Validation images: each patch has the color of its expert, or of its experts mixed "
     "by weight; dark patches have none. Below, by layer, patches that each expert takes, every "
     "n-th of them. Experts of different layers have nothing to do with each other.",
-    "atoms": "Validation molecules and their labels, a figure an MoE layer: each atom has the "
-    "color of the expert of the largest weight; gray ones have none. Experts of different layers "
-    "have nothing to do with each other.",
 }
 """What is drawn, by what is routed."""
 
@@ -295,12 +292,8 @@ def _routing(page: Page, run: RunFolder) -> str:
             shown, drawn, bins = _nodes(run, task)
             names |= bins
             maps.append(drawn)
-        else:
-            if task.kind == "image":
-                shown, maps = _patches(run, task)
-            else:
-                shown, maps, values = _atoms(run, task)
-                names |= values
+        elif tokens == "patches":
+            shown, maps = _patches(run, task)
             for layer, (weight, known) in zip(layers, shown, strict=True):
                 expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
                 alignments = alignment(
@@ -330,12 +323,9 @@ def _routing(page: Page, run: RunFolder) -> str:
     )
     if missing:
         page.text(missing, "warn")
-    else:
-        page.heading(f"Which {tokens} go to which expert?", 3)
     if maps:
+        page.heading(f"Which {tokens} go to which expert?", 3)
         page.figures(maps, DRAWN[tokens])
-    elif tokens == "atoms" and not missing:
-        page.text("Molecules are drawn by RDKit, which is not installed: pip install rdkit", "warn")
     for number, (weight, known) in enumerate(shown, start=1):
         page.figures(
             [
@@ -343,20 +333,11 @@ def _routing(page: Page, run: RunFolder) -> str:
                 for name, value in known.items()
             ],
             f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each "
-            "class, domain, place (row by row), element, degree or local homophily (neighbors of "
-            "the same class), the latter two in bins of about as many nodes each. A row like the "
-            "last one says that the expert does not go by it.",
+            "class, domain, place (row by row), degree or local homophily (neighbors of the same "
+            "class), the latter two in bins of about as many nodes each. A row like the last one "
+            "says that the expert does not go by it.",
         )
     return in_words(layers, run.config.experts)
-
-
-def _atoms(
-    run: RunFolder, task: Task
-) -> tuple[list[Tokens], list[Figure], dict[str, Sequence[str]]]:
-    """By MoE layer, the atoms of validation molecules; drawings of some; and names of values."""
-    from experiments.show.molecules import atoms_of  # ogb, which others do without
-
-    return atoms_of(run, task)
 
 
 def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:

@@ -7,6 +7,6 @@ data           The data sets; files reads each kind of file.
 build          The model, its costs, dense models of equal cost; processes are those that train it.
 loop           From seeds to batches: training (the step), epoch, progress, jobs.
 potential      Energies and forces, which the loop does not train.
-run_folder     What a run leaves: summary, results, logs, checkpoint, predictions.
+run_folder     What a run leaves: summary, results, logs, checkpoint.
 routing_stats  What the routing of a run follows; scores are figures as text.
 """

@@ -159,8 +159,6 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None) -> None:
     metric = summary["metric"]
     name = f"{metric}{unit(metric)}"
     figures = {f"{split} {name}": summary[split] for split in ("val", "test")}
-    for split, before in summary.get("uncorrected", {}).items():
-        figures[f"{split} {name}, without C&S"] = before
     if "top5" in summary:
         figures["test top-5 (%)"] = summary["top5"]
     scores = pd.DataFrame(figures).T

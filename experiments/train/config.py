@@ -357,12 +357,6 @@ class GraphConfig(NodeConfig):
     A control of routers, which see the input."""
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of your own graph: the metric (default accuracy)."""
-    features: str | None = None
-    """Of a named set: a .npy file of (nodes, width) numbers in place of its features.
-    For example those of GIANT or TAPE."""
-    correct_and_smooth: bool = False
-    """Score PyG's CorrectAndSmooth of what the trained model predicts.
-    It takes 50 steps of each, with alpha 1 and 0.8."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -370,9 +364,6 @@ class GraphConfig(NodeConfig):
         is_open = self.metric is None or self.dataset == "graph"
         legal = "none; `graph` leaves it open"
         check(is_open, "metric", f"{self.metric!r} for {self.dataset}", legal)
-        is_own = self.dataset == "graph" or self.data is not None
-        legal = f"none for {self.dataset}, which has its own"
-        check(self.features is None or not is_own, "features", repr(self.features), legal)
         is_whole = self.sampling == self.evaluation == "full"
         is_told = self.routing is None or (self.router == "oracle" and is_whole)
         got = f"{self.routing!r} with router={self.router!r}, sampling={self.sampling!r}"

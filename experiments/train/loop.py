@@ -21,9 +21,7 @@ from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import naming
-from experiments.train.kinds import kind_of
 from experiments.train.logs import Logs
-from experiments.train.predictions import keep_predictions
 from experiments.train.processes import from_first, make_fabric
 from experiments.train.progress import Progress
 from experiments.train.results import Result, Summary, commit, write_json
@@ -105,8 +103,6 @@ def train_seed(
     # Runs it once, and so refuses what cannot run before anything is written
     costs = costs_of(model, config, task)
     config.lr_factors(model)  # refuses parts that the model does not have
-    kind = kind_of(config)
-    keeps = kind.keeps_predictions(model, task)
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
@@ -115,11 +111,6 @@ def train_seed(
             reached = fit(training, seed, folder, progress)
             test, routings = training.evaluate("test")
             val = reached.best_val
-            uncorrected = {"val": val, "test": test}
-            if keeps:
-                val, test = from_first(
-                    fabric, lambda: keep_predictions(kind, training, folder, (val, test))
-                )
         result: Any = {
             "seed": seed,
             "epochs": config.epochs,
@@ -127,7 +118,6 @@ def train_seed(
             "val": val,
             "test": test,
             **training.beside,
-            **({"uncorrected": uncorrected} if kind.corrects() else {}),
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
             **of_images(task, reached),

@@ -34,7 +34,6 @@ class Summary(TypedDict):
     metric: str
     val: Spread
     test: Spread
-    uncorrected: NotRequired[dict[str, Spread]]  # val and test before correct-and-smooth
     top5: NotRequired[Spread]  # of images of more than five classes, on the test set
     best_epoch: Spread
     seconds: Spread
@@ -61,7 +60,6 @@ class Result(TypedDict):
     metric: str
     val: float
     test: float
-    uncorrected: NotRequired[dict[str, float]]  # val and test before correct-and-smooth
     top5: NotRequired[float]
     best_epoch: int
     seconds: float

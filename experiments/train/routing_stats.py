@@ -50,8 +50,6 @@ PROPERTIES = {
     "ami_place": ("place in the image", "AMI"),
     "ami_degree": ("degree", "AMI"),
     "ami_homophily": ("local homophily", "AMI"),
-    "ami_element": ("element", "AMI"),
-    "ami_ring": ("ring membership", "AMI"),
 }
 """What experts may follow, by the figure that measures it."""
 

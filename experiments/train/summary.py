@@ -46,11 +46,6 @@ def summarize(
     for name in ("top5", "images_per_second"):
         if all(name in result for result in results):
             summary[name] = spread([result[name] for result in results])
-    if all("uncorrected" in result for result in results):  # which older ones lack
-        summary["uncorrected"] = {
-            part: spread([result["uncorrected"][part] for result in results])
-            for part in ("val", "test")
-        }
     return summary
 
 

@@ -16,7 +16,6 @@ from experiments.convert.building import building
 from experiments.show.report_page import Page
 from experiments.study.advise import keep_regimes
 from experiments.study.pages import update
-from experiments.train import predictions
 from experiments.train.results import write_json
 from tests.helpers.command import QUICK, full_disk, refused
 
@@ -24,7 +23,6 @@ LARGE = np.random.default_rng(0).standard_normal((1_000, 3))
 REPLACED: dict[str, Callable[[Path], object]] = {
     "a.json": lambda path: write_json(path, LARGE.tolist()),
     "index.html": Page(["<p>"] * 1_000).write,
-    "predictions.safetensors": lambda path: predictions.write(path.parent, torch.tensor(LARGE)),
     "regimes.npy": lambda path: keep_regimes(path.parent, torch.arange(1_000)),
 }
 LAST: dict[str, Callable[[Path], object]] = {

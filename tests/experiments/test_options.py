@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from experiments import advise, ensemble, patches, planted, report, sweep
+from experiments import advise, patches, planted, report, sweep
 from experiments.benchmark import __main__ as benchmark
 from experiments.convert import __main__ as convert
 from experiments.train import command as train
@@ -29,7 +29,6 @@ COMMANDS: dict[str, Any] = {
     "advise": advise,
     "benchmark": benchmark,
     "convert": convert,
-    "ensemble": ensemble,
     "patches": patches,
     "planted": planted,
     "report": report,
@@ -161,7 +160,6 @@ def forget_unknown_options() -> None:
         ),
         ("train graph --data-root none.npz", "none.npz, which does not exist"),
         ("train hetero", "data: got None for hetero"),
-        ("train graph --features x.npy", "features: got 'x.npy', expected none for graph"),
         # your own
         (
             "train digits-graph --router nobodys:Router",
@@ -278,7 +276,7 @@ def test_the_preset_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
 
 AT_ONCE = [f"{name} --help" for name in MAINS]
 AT_ONCE += ["train cora --help", "train cora --help-all", "train cora --k 0"]
-AT_ONCE += ["report nowhere other", "patches nowhere --images x.png", "ensemble nowhere"]
+AT_ONCE += ["report nowhere other", "patches nowhere --images x.png"]
 
 
 def test_help_and_errors_do_without_torch() -> None:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -27,27 +26,12 @@ from torchmetrics.utilities import dim_zero_cat
 
 from experiments.train.config import GraphConfig, NodeConfig, RunConfig
 from experiments.train.data.task import Batch, GraphData, MetricName, Shard, Split, Splits, Task
-from experiments.train.files import read_npy
 from experiments.train.user_code import load_conv
 from gmoe._checks import check
 from gmoe.conv.kinds import Kind, class_of, factory_of, kind_of
 from gmoe.data import neighbor_loader
 
 MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
-
-
-def with_features(graph: GraphData, file: str) -> GraphData:
-    """The graph with the features in a ``.npy`` file, (nodes, width), in place of its own."""
-    features = read_npy(Path(file))
-    nodes = graph.data.num_nodes
-    is_table = features.ndim == 2 and len(features) == nodes and features.shape[1] > 0
-    is_table = is_table and features.dtype.kind in "fiub"
-    x = torch.from_numpy(features.astype("float32")) if is_table else torch.empty(0)
-    got = f"{features.dtype} of shape {features.shape}, or values that are not finite"
-    legal = f"finite numbers ({nodes}, width)"
-    check(is_table and bool(x.isfinite().all()), file, got, legal)
-    graph.data.x = x
-    return graph
 
 
 def directed(graph: GraphData, undirected: bool) -> GraphData:

@@ -6,18 +6,15 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 import gmoe
 from experiments.train.config import MoleculeConfig, NodeConfig, RunConfig
 from experiments.train.data.task import Task
 from experiments.train.user_code import load_object
 from gmoe._checks import check
-
-if TYPE_CHECKING:
-    from experiments.train.training import Training
 
 Config = TypeVar("Config", bound=RunConfig)
 GNNConfig = TypeVar("GNNConfig", bound=NodeConfig | MoleculeConfig)
@@ -71,25 +68,6 @@ class Kind(ABC, Generic[Config]):
 
     def check_evaluation(self, model: nn.Module, task: Task) -> None:
         """Refuse a model that cannot be evaluated as the options say."""
-
-    def keeps_predictions(self, model: nn.Module, task: Task) -> bool:
-        """Whether a seed writes what its model predicts, for ``experiments.ensemble``.
-
-        Raises:
-            ValueError: predictions that are asked for and cannot be had.
-        """
-        return False
-
-    def corrects(self) -> bool:
-        """Whether scores are those of predictions that are corrected after training."""
-        return False
-
-    def predicted(self, training: Training) -> Tensor:
-        """(N, labels) what the trained model predicts, of all that the data set has.
-
-        Probabilities, perhaps corrected; where numbers are predicted, these.
-        """
-        raise NotImplementedError
 
     def model_options(self, task: Task) -> dict[str, Any]:
         """The options that all of gmoe's models take, their router among them."""

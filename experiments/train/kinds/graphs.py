@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.typing import WITH_PYG_LIB, WITH_TORCH_SPARSE
 
 import gmoe
 from experiments.train.config import GraphConfig, HeteroConfig, NodeConfig
 from experiments.train.data import made
-from experiments.train.data.graphs import directed, graph_task, with_features
+from experiments.train.data.graphs import directed, graph_task
 from experiments.train.data.named import load_graph
 from experiments.train.data.own_graph import graph_from, own_graph
 from experiments.train.data.task import GraphData, Task
 from experiments.train.files import read_npy
 from experiments.train.input_again import InputAgain
 from experiments.train.kinds.base import GNNKind
-from experiments.train.predictions import corrected
-from experiments.train.training import Training
 from experiments.train.typed_gnn import TypedGNN
 from experiments.train.user_code import load_conv, load_object
 from gmoe._checks import check
@@ -79,13 +77,10 @@ class Graphs(Nodes[GraphConfig]):
         if name == "graph":
             return own_graph(self.config.data_root, self.config.metric)
         if name in made.GRAPHS:
-            graph = made.GRAPHS[name]()
-        elif family in made.FAMILIES:
-            graph = made.FAMILIES[family](name)
-        else:
-            graph = super().named()
-        features = self.config.features
-        return graph if features is None else with_features(graph, features)
+            return made.GRAPHS[name]()
+        if family in made.FAMILIES:
+            return made.FAMILIES[family](name)
+        return super().named()
 
     def own(self, made_by_user: Any) -> GraphData:
         config = self.config
@@ -94,8 +89,8 @@ class Graphs(Nodes[GraphConfig]):
 
     def note_data(self, digest: Any) -> dict[str, Any]:
         root = self.config.data_root
-        for named in filter(None, (self.config.features, self.config.routing)):
-            digest.update(Path(named).read_bytes())
+        if self.config.routing is not None:
+            digest.update(Path(self.config.routing).read_bytes())
         if self.config.dataset != "graph":
             return super().note_data(digest)
         files = [root]
@@ -155,41 +150,6 @@ class Graphs(Nodes[GraphConfig]):
         if self.config.evaluates_by_layer():
             why = fails_by_layer(model, task.graph)
             check(not why, "evaluation", f"'layerwise' ({why})", "'full' or 'sampled'")
-
-    def keeps_predictions(self, model: nn.Module, task: Task) -> bool:
-        """OGB's sets in memory, and runs whose predictions are corrected, keep them.
-
-        Only a model that sees the whole graph, or runs by layers, predicts all nodes.
-        """
-        if not (self.corrects() or self.config.dataset.startswith("ogbn-")):
-            return False
-        graph = task.graph
-        is_possible = graph is not None
-        if self.config.evaluation != "full":
-            is_possible = is_possible and not fails_by_layer(model, graph)
-        if self.corrects() and not (is_possible and graph is not None and graph.y.dim() == 1):
-            raise ValueError(
-                f"correct_and_smooth: got True for {task.name}, expected False: it takes one class "
-                "a node, a graph in memory, and layer-wise inference or evaluation='full'"
-            )
-        return is_possible
-
-    def corrects(self) -> bool:
-        return self.config.correct_and_smooth
-
-    @torch.no_grad()
-    def predicted(self, training: Training) -> Tensor:
-        task = training.task
-        assert task.graph is not None
-        training.model.eval()
-        if self.config.evaluation == "full":
-            (batch,) = task.loader("test", self.config.batch_size, None)
-            logits = training.forward(training.fabric.to_device(batch).inputs)
-        else:
-            logits, _ = training.inference()
-        y = task.graph.y.to(logits.device)
-        probability = logits.float().softmax(dim=-1) if y.dim() == 1 else logits.float().sigmoid()
-        return corrected(probability, y, task) if self.corrects() else probability
 
 
 class HeteroGraphs(Nodes[HeteroConfig]):

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from experiments.train.config import ERRORS, MoleculeConfig
+from experiments.train.config import MoleculeConfig
 from experiments.train.data.molecules import molecule_task
 from experiments.train.data.task import Task
 from experiments.train.kinds.base import GNNKind
-from experiments.train.training import Training
 
 
 class MoleculeSets(GNNKind[MoleculeConfig]):
@@ -49,20 +47,3 @@ class MoleculeSets(GNNKind[MoleculeConfig]):
             act=config.act,
             **self.model_options(task),
         )
-
-    def keeps_predictions(self, model: nn.Module, task: Task) -> bool:
-        return True
-
-    @torch.no_grad()
-    def predicted(self, training: Training) -> Tensor:
-        """(G, labels) of all molecules, NaN of those in no part of the split."""
-        task = training.task
-        assert task.labels is not None
-        assert task.split is not None
-        training.model.eval()
-        logits = torch.full_like(task.labels, torch.nan)
-        for part, rows in task.split.items():
-            batches = task.loader(part, self.config.batch_size, None)
-            of_part = [training.forward(training.fabric.to_device(b).inputs).cpu() for b in batches]
-            logits[rows] = torch.cat(of_part).float()
-        return logits if task.metric_name in ERRORS else logits.sigmoid()

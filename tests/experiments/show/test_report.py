@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.show import ensemble, patches
+from experiments.show import patches
 from experiments.show.nodes import bin_names, neighborhoods
 from experiments.show.report import main
 from experiments.show.report_page import (
@@ -303,7 +303,6 @@ def test_code_that_a_run_folder_names_is_refused_and_not_run(
     commands: dict[str, tuple[Any, list[str]]] = {
         "report": (main, ["--out", "page"]),
         "patches": (patches.main, ["--images", "x.png"]),
-        "ensemble": (ensemble.main, []),
     }
     for command, args in commands.values():
         error = refused(["runs/foreign", *args], capsys, command)

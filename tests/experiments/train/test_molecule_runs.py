@@ -8,26 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import gmoe
 from experiments.convert.smiles import FILES
-from experiments.show import ensemble
+from experiments.show.report import main as report
 from experiments.train.build import build_model, costs_of
 from experiments.train.command import main, parse
 from experiments.train.config import MoleculeConfig, RouterOptions, dense_of
 from experiments.train.data.load import load_tasks
-from experiments.train.data.molecules import load_molecules
-from experiments.train.data.published import without_update_check
 from experiments.train.presets import PRESETS
 from experiments.train.training import is_better
 from tests.helpers.command import QUICK, quick, refused, run_until
 from tests.helpers.molecule_data import write_set
+from tests.helpers.pages import words_of
 from tests.helpers.run_folders import assert_same
-
-without_update_check()
-from ogb.graphproppred import Evaluator  # noqa: E402
 
 SMALL = ("--hidden", "8", "--layers", "2", "--batch-size", "10", "--experts", "4")
 NAMES = ("ogbg-molhiv", "ogbg-molmuv", "ogbg-molesol")
@@ -91,35 +85,14 @@ def test_a_stopped_run_equals_one_in_one_go(options: str, data: Path, tmp_path: 
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_predictions_and_their_ensemble_are_what_ogb_says(
-    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = run(data, tmp_path / "run", name=name, seeds="0 1")
-    run(data, tmp_path / "dense", "--router", "dense", name=name)
-    files = [
-        tmp_path / "run" / "seed-0",
-        tmp_path / "run" / "seed-1",
-        tmp_path / "dense" / "seed-0",
-    ]
-    parts = [load_file(file / "predictions.safetensors")["probability"] for file in files]
-    molecules, evaluator = load_molecules(name, data), Evaluator(name)
-    rows = molecules.split["test"]
-
-    def says(value: torch.Tensor) -> float:
-        given = {"y_true": molecules.y[rows], "y_pred": value[rows]}
-        return float(evaluator.eval(given)[evaluator.eval_metric])
-
-    assert [says(part) for part in parts[:2]] == pytest.approx(found["test"]["values"], abs=1e-4)
-    capsys.readouterr()
-    ensemble.main([str(tmp_path / "run"), str(tmp_path / "dense")])
-    first, _, last = [line for line in capsys.readouterr().out.splitlines() if "test " in line]
-    is_error = found["metric"] == "rmse"
-    factor, form = (1, ".4f") if is_error else (100, ".2f")
-    assert f"run: test {factor * found['test']['mean']:{form}} ± " in first
-    assert f"{found['parameters']:,} parameters" in first
-    together = factor * says(sum(parts[1:], parts[0]) / 3)
-    assert last.startswith(f"ensemble of 3: test {together:{form}}, validation ")
+def test_the_report_of_molecules_has_loads_and_no_drawing(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "run")
+    report([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    words = words_of(tmp_path / "report" / "index.html")
+    assert "run: routing" in words
+    assert "Load of each expert in each epoch's steps, seed 0." in words
+    assert "on the test molecules." in words
+    assert "Which atoms" not in words
 
 
 def test_dense_models_are_matched_and_shown(

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from experiments.train.command import main
@@ -24,12 +23,6 @@ def own(form: str, folder: Path) -> RunConfig:
     return replace(PRESETS["graph"][1], data_root=FORMS[form](folder))
 
 
-def with_features(folder: Path) -> RunConfig:
-    np.save(folder / "features.npy", np.ones((4, 2)))
-    cora: Any = PRESETS["cora"][1]
-    return replace(cora, features=str(folder / "features.npy"))
-
-
 def images(preset: str, write: Callable[[Path], object], folder: Path) -> RunConfig:
     write(folder)
     return replace(PRESETS[preset][1], data_root=folder)
@@ -37,7 +30,6 @@ def images(preset: str, write: Callable[[Path], object], folder: Path) -> RunCon
 
 DATA: dict[str, Callable[[Path], RunConfig]] = {
     **{form: partial(own, form) for form in FORMS},
-    "features": with_features,
     "images": partial(images, "images", write_images),
     "cifar10": partial(images, "cifar10", lambda folder: write_images(folder / "cifar10")),
     "imagenette": partial(images, "imagenette", write_imagenette),

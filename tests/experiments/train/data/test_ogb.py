@@ -23,6 +23,7 @@ from tests.helpers.ogb_data import NAMES, NODES, numbers, plant, write
 from tests.helpers.user_data import Evil
 
 sys.modules["outdated"] = None  # type: ignore[assignment]  # or ogb asks the network for a newer ogb
+Evaluator = pytest.importorskip("ogb.nodeproppred").Evaluator
 read_graph_pyg = pytest.importorskip("ogb.io.read_graph_pyg")
 
 
@@ -227,3 +228,20 @@ def test_processes_are_evaluated_at_once() -> None:
     for rows in torch.arange(50).split(17):
         here.update(logits[rows], target[rows])
     assert here.compute() == whole.compute() != there.compute()
+
+
+@pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag"])
+def test_metrics_are_ogbs_to_the_last_digit(name: str) -> None:
+    """In batches, of 1,000 random nodes."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = 112 if name == "ogbn-proteins" else 1
+    logits = torch.randn(1000, tasks if tasks > 1 else 40, generator=generator)
+    y = torch.randint(2 if tasks > 1 else 40, (1000, tasks), generator=generator)
+    metric, evaluator = OGBMetric(name), Evaluator(name)
+    for rows in torch.arange(1000).split(300):
+        metric.update(logits[rows], y[rows].float() if tasks > 1 else y[rows].view(-1))
+    predicted = logits if tasks > 1 else logits.argmax(dim=1, keepdim=True)
+    assert (
+        metric.compute().item()
+        == evaluator.eval({"y_true": y, "y_pred": predicted})[evaluator.eval_metric]
+    )
