@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, ViTMoE, moefy
 from gmoe.routers import build_router
+from tests.helpers.masked import csr
 
 WIDTH = 8
 SIZES = ((20, 70), (33, 191), (12, 20))
@@ -285,6 +286,13 @@ def test_experts_of_several_kinds_are_refused() -> None:
     args = call("MoEConv, gcn, shared, K=1", 0)
     with pytest.raises(ValueError, match=r"torch\.export: got experts of several kinds"):
         torch.export.export(layer, args)
+
+
+def test_a_sparse_matrix_is_refused() -> None:
+    matrix = csr(torch.randint(20, (2, 70)).unique(dim=1), (20, 20)).float()
+    for layer in (conv("gcn"), gnn(conv="gat")):
+        with pytest.raises(ValueError, match=r"torch\.export: got a sparse matrix"):
+            torch.export.export(layer.eval(), (torch.randn(20, WIDTH), matrix))
 
 
 def test_a_token_that_likes_all_experts_alike_takes_the_first_ones() -> None:

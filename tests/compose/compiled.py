@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
-from random import Random
 from typing import Any
 
 import torch
@@ -34,8 +33,8 @@ class Compiled(Graphs):
     name = "compile"
     tolerance = 1e-9
 
-    def draw(self, random: Random) -> Config:
-        case = super().draw(random)
+    def of(self, number: int) -> Config:
+        case = super().of(number)
         way = "layer" if case.way == "layer" else "forward"
         return replace(case, way=way, before=(), after="nothing", low="", as_on_gpus=False)
 

@@ -30,8 +30,16 @@ from torch import Tensor, nn
 
 from gmoe import Routing
 from tests.compose.calls import Call, script_of
-from tests.compose.drawing import REASONS, Reason
-from tests.compose.steps import AFTER, BEFORE, COPIES, REBUILT, in_mode, zero_gradients
+from tests.compose.drawing import REASONS, Reason, flip
+from tests.compose.steps import (
+    AFTER,
+    BEFORE,
+    CHANGES,
+    COPIES,
+    REBUILT,
+    in_mode,
+    zero_gradients,
+)
 from tests.helpers import masked as ref
 
 OWN_WORDS = re.compile(r"[\w., ]+: got .*(expected|but)|inference: ", re.DOTALL)
@@ -315,6 +323,8 @@ class Target:
         """What happens to module and arguments before the call that counts; both after it."""
         if step in self.own_before:
             self.own_before[step](case, module, given)
+        elif step in CHANGES:
+            self.change_module(case, module, given, step)
         else:
             other = self.given_of(case, case.seed + 1) if step == "other input" else given
             output = in_mode(step, lambda: self.seeded(self.call, case, module, other))
@@ -325,6 +335,14 @@ class Target:
         given = self.change(given) if step == "x changed in place" else given
         zero_gradients(module, given.leaves.values())
         return module, given
+
+    def change_module(self, case: Any, module: Any, given: Any, step: str) -> None:
+        """A call with other weights, frozen ones, or in another precision."""
+        with CHANGES[step](module):
+            dtype = torch.get_default_dtype()
+            if dtype != torch.float64:
+                given = self.given_of(case, case.seed + 1, dtype)
+            self.seeded(self.call, case, module, given)
 
     def go_on(self, case: Any, module: Any, given: Any) -> Any:
         """What the module goes through at the end."""
@@ -383,7 +401,12 @@ class Target:
     def of(self, number: int) -> Any:
         """The case of a number."""
         with ref.default_float64():
-            return self.draw(Random(number))
+            random = Random(number)
+            case = self.draw(random)
+            # Drawn last: what else a number is does not depend on it.
+            if flip(random, 0.3):
+                case.before += (random.choice(tuple(CHANGES)),)
+            return case
 
     def show(self, number: int) -> str:
         """What a number comes to, and a script that does the same."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,6 +75,43 @@ def zero_gradients(module: nn.Module, leaves: Iterable[Tensor]) -> None:
 def change_in_place(features: Iterable[Tensor]) -> None:
     for x in features:
         x.mul_(-1.5)
+
+
+@contextmanager
+def weights_change(module: nn.Module) -> Iterator[None]:
+    """In place behind the call, as an optimizer's step or a loaded state changes them."""
+    yield
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(-0.8)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter learns in the call."""
+    trained = [value for value in module.parameters() if value.requires_grad]
+    module.requires_grad_(False)
+    yield
+    for value in trained:
+        value.requires_grad_()
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """The module, and what PyG makes in the call, in single precision."""
+    torch.set_default_dtype(torch.float32)  # :meth:`Target.run` sets it back after an error
+    module.float()
+    yield
+    module.double()
+    torch.set_default_dtype(torch.float64)
+
+
+CHANGES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
+    "weights changed": weights_change,
+    "frozen": frozen,
+    "other precision": in_float32,
+}
+"""What surrounds a call right before the one that counts."""
 
 
 def told_of_the_change(adj: Any) -> Any:

@@ -20,6 +20,7 @@ from gmoe import GNNMoE, Routing, TokenChoice, neighbor_loader
 from tests.helpers.conv_cases import GatedSum
 from tests.helpers.equal import assert_same
 from tests.helpers.mapped import create_mapped, map_to
+from tests.helpers.masked import csr
 from tests.helpers.sampled import graph
 
 NODES, OUT = 41, 5
@@ -42,6 +43,7 @@ def made_graph() -> Data:
 
 
 DATA = made_graph()
+ADJ_T = csr(DATA.edge_index.unique(dim=1), (NODES, NODES))
 
 
 def trained(**kwargs: Any) -> GNNMoE:
@@ -218,6 +220,8 @@ def test_arguments_that_do_not_fit() -> None:
     calls: list[tuple[GNNMoE, Any, dict[str, Any], str]] = [
         (model, DATA, {"batch_size": 0}, "batch_size: got 0"),
         (model, Data(edge_index=DATA.edge_index, num_nodes=NODES), {}, "loader: got a Data"),
+        (model, Data(DATA.x), {}, "loader: got neither"),
+        (model, Data(DATA.x, DATA.edge_index, adj_t=ADJ_T), {}, "loader: got edge_index and adj_t"),
         (model, DATA.x, {"device": DATA.edge_index}, "loader: got one over Tensor"),
         (model, DATA, {"out": out[:, 1:]}, rf"out: got .*, expected .* shape \({NODES}, {OUT}\)"),
         (model, DATA, {"out": out.long()}, "out: got .* torch.int64, expected floating-point"),
