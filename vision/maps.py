@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from gmoe.plot import expert_maps
-from vision.sources import View
+from vision.data import read
+from vision.recipe import Recipe
+from vision.transforms import eval_transform
 
 ROWS = 12
 """Images a page of maps."""
@@ -22,17 +24,16 @@ STRIP = 16
 
 
 def photos(
-    paths: Sequence[Path], view: View, mean: Sequence[float], std: Sequence[float]
+    paths: Sequence[Path], size: int, recipe: Recipe, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
     """(B, C, S, S) images of any size and shape, as a model sees them; gray ones for C = 1.
 
     Raises:
         ValueError: a file that is no image, by its name.
     """
-    seen = torch.stack([view.of_file(str(path)) for path in paths]).float() / 255
-    if len(mean) == 1:
-        seen = seen.mean(dim=1, keepdim=True)
-    return (seen - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    transform = eval_transform(size, recipe, mean, std)
+    mode = "L" if len(mean) == 1 else "RGB"
+    return torch.stack([transform(read(str(path), size).convert(mode)) for path in paths])
 
 
 def pages(

@@ -1,25 +1,34 @@
 """The model of a run: gmoe's ViTs, and timm's with experts in the place of MLPs.
 
-Needs timm for the latter. Shapes: S height and width of images.
+Shapes: S height and width of images.
 """
 
 from __future__ import annotations
 
-import ast
 import sys
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.ops import stochastic_depth
 
 from gmoe._checks import check
 from gmoe.models.vit import SIZES
+
+LAYERS_OF_VIT: dict[str, Any] = {
+    "stem": r"class_token|conv_proj|encoder\.pos_embedding",
+    "blocks": [(r"encoder\.layers\.encoder_layer_(\d+)", None), (r"encoder\.ln", (99999,))],
+}
+"""What timm's ``group_matcher`` would be of torchvision's ViT, and so of ``gmoe.ViTMoE``."""
 
 
 def vit_size(image_size: int, **given: int | None) -> dict[str, int]:
@@ -45,19 +54,38 @@ def add_drop_path(model: VisionTransformer, rate: float) -> None:
     """
     blocks: Any = model.encoder.layers
     for block, probability in zip(blocks, torch.linspace(0, rate, len(blocks)), strict=True):
-        drop = Dropped(float(probability))
+        drop = partial(_dropped, float(probability))
         block.dropout.register_forward_hook(drop)  # what follows attention
         block.mlp.register_forward_hook(drop)
 
 
-@dataclass(frozen=True)
-class Dropped:
+def _dropped(probability: float, module: nn.Module, _: Any, output: Tensor) -> Tensor:
     """A hook that drops what a branch adds to an image, with a probability."""
+    return stochastic_depth(output, probability, "row", module.training)
 
-    probability: float
 
-    def __call__(self, module: nn.Module, _: Any, output: Tensor) -> Tensor:
-        return stochastic_depth(output, self.probability, "row", module.training)
+def layer_factors(model: Any, decay: float) -> dict[str, float]:
+    r"""By what the learning rate of each parameter is multiplied, by name.
+
+    With decay :math:`d`, parameters of layer :math:`l` of :math:`0 \ldots L` have :math:`d^{L - l}`
+    (Bao et al., 2022, https://arxiv.org/abs/2106.08254), as timm numbers its layers: 0 are the
+    embeddings, then come the blocks with their experts and routers, L is the head.
+
+    Args:
+        model: timm's, or torchvision's ViT.
+        decay: d.
+
+    Raises:
+        ValueError: another model.
+    """
+    is_timms = hasattr(model, "group_matcher")
+    legal = "a ViT of torchvision, or a model of timm"
+    is_known = is_timms or isinstance(model, VisionTransformer)
+    check(is_known, "layer_decay", f"a {type(model).__name__}", legal)
+    matcher = model.group_matcher(coarse=False) if is_timms else LAYERS_OF_VIT
+    layers = group_parameters(model, matcher, reverse=True)
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,28 +104,24 @@ class TimmModel:
     checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
-        import timm
-
         similar = ", ".join(get_close_matches(self.name, timm.list_models(), cutoff=0.4))
         legal = f"a model of timm{f', such as {similar}' if similar else ''}"
         check(timm.is_model(self.name), "model", f"timm/{self.name}", legal)
 
     def keywords(self) -> dict[str, Any]:
         """The arguments, read."""
-        read = {}
+        given = {}
         for argument in self.arguments:
             key, _, value = argument.partition("=")
             try:
-                read[key] = ast.literal_eval(value)
+                given[key] = literal_eval(value)
             except (ValueError, SyntaxError):
-                read[key] = value  # a word
-        return read
+                given[key] = value  # a word
+        return given
 
     @property
     def pretrained(self) -> Any:
         """What timm says of the data that its own weights are for."""
-        import timm
-
         return timm.get_pretrained_cfg(self.name)
 
     @property
@@ -121,8 +145,6 @@ class TimmModel:
         Raises:
             ValueError: arguments that it does not take, or a checkpoint that is not its own.
         """
-        import timm
-
         options = {"num_classes": num_classes, "in_chans": channels, **self.keywords()}
         if self.pretrained.fixed_input_size:
             options["img_size"] = image_size
@@ -142,38 +164,29 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load a file of weights into a dense model of timm; averaged weights, where it holds some.
 
     Weights of another image size are resampled, as timm does it. A head of another number of
-    classes stays as it was drawn, which is printed.
+    classes stays as it was drawn, which is printed. Nothing of the file is run.
 
     Raises:
-        ValueError: names the file, and the key that is missing, unknown, or of another shape.
+        ValueError: names the file, and the keys that are missing, unknown, or of another shape.
         FileNotFoundError: there is no such file.
     """
-    from timm.models import load_state_dict
-
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: found no file {path}")
     # timm's own of each family: other names, other image sizes
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    try:
-        state = load_state_dict(str(path))
-        state = state if adapt is None else adapt(state, model)
-    except Exception as error:  # whatever a broken file leads to
-        legal = "a file of weights, .safetensors or .pth"
-        raise ValueError(f"checkpoint: got {path} ({error}), expected {legal}") from error
     own = model.state_dict()
-    config: Any = getattr(model, "pretrained_cfg", {})
-    heads = config.get("classifier") or ()
-    for head in (heads,) if isinstance(heads, str) else heads:
-        parts = [f"{head}.{part}" for part in ("weight", "bias") if f"{head}.{part}" in own]
-        if all(name in state for name in parts) and len(state[parts[0]]) != len(own[parts[0]]):
-            print(f"{path}: {len(state[parts[0]])} classes, the head {head} is drawn anew")
-            state.update({name: own[name] for name in parts})
-    for name in sorted(state.keys() ^ own.keys()):
-        where = "without" if name in own else "with"
-        check(
-            False, "checkpoint", f"{path} {where} {name}", f"the weights of {type(model).__name__}"
-        )
-    for name, value in state.items():
-        shape, expected = tuple(value.shape), tuple(own[name].shape)
-        check(shape == expected, "checkpoint", f"{path} with {name} of {shape}", expected)
-    model.load_state_dict(state)
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    try:
+        # Without weights_only, timm 1.0.15 runs what is pickled
+        state = load_state_dict(str(path), weights_only=True)
+        state = state if adapt is None else adapt(state, model)
+        for head in (heads,) if isinstance(heads, str) else heads:
+            weight, bias = f"{head}.weight", f"{head}.bias"
+            if weight in state and len(state[weight]) != len(own[weight]):
+                print(f"{path}: {len(state[weight])} classes, the head {head} is drawn anew")
+                state |= {name: own[name] for name in (weight, bias)}
+        model.load_state_dict(state)
+    except Exception as error:  # whatever a broken file leads to
+        said = " ".join(str(error).split())
+        legal = f"a file of weights of this {type(model).__name__}, .safetensors or .pth"
+        raise ValueError(f"checkpoint: got {path} ({said}), expected {legal}") from error

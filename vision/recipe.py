@@ -5,16 +5,15 @@ Imports nothing, so that the help of a command line comes at once.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What is done to images, to labels, to weights and to the learning rate.
 
-    By default nothing. Where timm has the same option, the name is timm's, and the tests compare
-    what it does with timm's own function.
+    By default nothing. An option that timm has does what timm does by that name.
     """
 
     scale: tuple[float, float] | None = None
@@ -26,8 +25,7 @@ class Recipe:
     """Test: resize the shorter side to image size / crop_pct, and take the center.
     A usual value is 0.9."""
     aa: str | None = None
-    """RandAugment and its relatives, by timm's policy: rand-m9-mstd0.5-inc1, augmix-m5, original.
-    Needs timm."""
+    """RandAugment and its relatives, by timm's policy: rand-m9-mstd0.5-inc1, augmix-m5."""
     reprob: float = 0.0
     """Random erasing: the probability that a rectangle of an image becomes noise."""
     mixup: float = 0.0
@@ -45,9 +43,6 @@ class Recipe:
     layer_decay: float | None = None
     """Multiply the learning rate by this for each block below the head.
     Experts and routers belong to their block."""
-    lr_scale: tuple[str, ...] = ()
-    """Learning rates by part: PATTERN=FACTOR, of names of parameters; 0 freezes them.
-    For example 'blocks.[0-5].*=0' '*.experts.*=10'. Those of one parameter are multiplied."""
     grad_accum_steps: int = 1
     """Batches whose gradients are added up for one step of the optimizer."""
     model_ema_decay: float = 0.0
@@ -57,31 +52,3 @@ class Recipe:
     def mixes(self) -> bool:
         """Whether images of a batch are mixed, and with them their labels."""
         return self.mixup > 0 or self.cutmix > 0
-
-    def keeps_originals(self) -> bool:
-        """Whether images are wanted as their files have them, not as squares of one size."""
-        return self.scale is not None or self.crop_pct != 1
-
-    def factors(self) -> list[tuple[str, float]]:
-        """``lr_scale`` as patterns and factors.
-
-        Raises:
-            ValueError: one that is no pattern with a factor from 0.
-        """
-        factors = []
-        for text in self.lr_scale:
-            pattern, _, factor = text.rpartition("=")
-            try:
-                factors.append((pattern, float(factor)))
-            except ValueError:
-                pattern = ""
-            if not pattern or not 0 <= factors[-1][1] < float("inf"):
-                raise ValueError(
-                    f"lr_scale: got {text!r}, expected PATTERN=FACTOR, a factor from 0"
-                )
-        return factors
-
-    def given(self) -> dict[str, Any]:
-        """The options that differ from their defaults."""
-        usual = asdict(Recipe())
-        return {name: value for name, value in asdict(self).items() if value != usual[name]}

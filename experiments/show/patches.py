@@ -45,7 +45,6 @@ def patches(
     from experiments.train.config import ImageConfig
     from experiments.train.run_folder import read_run
     from vision.maps import pages, photos
-    from vision.sources import View
 
     folder = read_run(run, data_root, trust)
     config = folder.config
@@ -58,9 +57,7 @@ def patches(
         raise ValueError(f"run: got {got}, expected one that sees images alone")
     task = folder.load_task()
     model = folder.load_model(task)
-    recipe = config.recipe
-    view = View(task.in_channels, recipe.crop_pct, recipe.interpolation)
-    batch = photos(images, view, task.mean, task.std)
+    batch = photos(images, task.in_channels, config.recipe, task.mean, task.std)
     with torch.no_grad():
         guesses = model(batch).argmax(dim=1).tolist()
     titles = [

@@ -12,7 +12,6 @@ SHARES = ("label_smoothing", "dropout", "input_dropout", "drop_path", "model_ema
 """Options from 0 to less than 1."""
 FROM_0 = (
     *SHARES,
-    "mlp_scale",
     "clip_norm",
     "weight_decay",
     "lr",

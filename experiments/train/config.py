@@ -233,7 +233,7 @@ class RunConfig:
         return 0.0
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
-        """By what the learning rate of some parameters is multiplied, by name; 0 freezes them."""
+        """By what the learning rate of some parameters is multiplied, by name."""
         return {}
 
     @property
@@ -436,9 +436,6 @@ class ImageConfig(RunConfig):
     `every`: `blocks.9.mlp blocks.11.mlp`."""
     router: str = "expert_choice"
     equal_to: str = "expert_choice"
-    mlp_scale: float = 1.0
-    """Dense: factor of the output of the MLPs in whose place experts would be.
-    It stands for weights by score, which scale that output."""
     patch: int | None = None
     """Height and width of a patch; by default that of the size's preset."""
     dim: int | None = None
@@ -450,17 +447,13 @@ class ImageConfig(RunConfig):
     image_size: int | None = None
     """Height and width that images are brought to; by default the data set's.
     Of a model of timm, the model's."""
-    held_out: str | None = None
-    """PACS: the domain that is tested on, and not trained on; by default a part of each is."""
     augment: Literal["none", "standard"] = "none"
-    """Random crops and flips, of images that were brought to one size."""
+    """Crops after padding by an eighth, and flips; for small images. `--scale` has its own."""
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
     """The recipe of images, by timm's names."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        got = f"{self.mlp_scale} with router={self.router!r}"
-        check(self.router == "dense" or self.mlp_scale == 1, "mlp_scale", got, "router='dense'")
         soft = self.router != "soft_slots" or (self.k == 1 and self.start in (None, "shared"))
         check(soft, "router", "'soft_slots' with another k or start", "the defaults of these")
         check(
@@ -476,12 +469,12 @@ class ImageConfig(RunConfig):
         """Refuse a recipe that is none."""
         recipe = self.recipe
         check_numbers(asdict(recipe))
-        recipe.factors()
-        check_installed("aa", () if recipe.aa is None else ("timm",))
         check(0 < recipe.crop_pct <= 1, "crop_pct", recipe.crop_pct, "more than 0, at most 1")
         check(recipe.reprob <= 1, "reprob", recipe.reprob, "at most 1")
         low, high = recipe.scale or (1.0, 1.0)
         check(0 < low <= high <= 1, "scale", recipe.scale, "two shares, 0 < LOW <= HIGH <= 1")
+        is_one = recipe.scale is None or self.augment == "none"
+        check(is_one, "augment", f"{self.augment!r} with scale={recipe.scale}", "one of both")
         decay = 1.0 if recipe.layer_decay is None else recipe.layer_decay
         check(0 < decay <= 1, "layer_decay", decay, "more than 0, at most 1")
         warmup = recipe.warmup_epochs
@@ -503,7 +496,6 @@ class ImageConfig(RunConfig):
     def _check_timm(self) -> None:
         """Refuse options of a model of timm without one, and with one those of a ViT of gmoe."""
         if self.timm_model is not None:
-            check_installed("model", ("timm",))
             check(self.equal is None, "equal", self.equal, "none with a model of timm")
             check(self.router != "soft_slots", "router", "'soft_slots'", "another, with timm's")
             legal = "KEY=VALUE, as embed_dim=96"
@@ -537,9 +529,11 @@ class ImageConfig(RunConfig):
         return self.recipe.model_ema_decay
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
-        from vision.weights import lr_factors  # and torch with it
+        if self.recipe.layer_decay is None:
+            return {}
+        from vision.models import layer_factors  # and torch with it
 
-        return lr_factors(model, self.recipe, are_all_needed=self.router != "dense")
+        return layer_factors(model, self.recipe.layer_decay)
 
 
 TIMM = "timm/"
@@ -588,7 +582,6 @@ OF_MODEL = frozenset(
         "act",
         "virtual_node",
         "pool",
-        "mlp_scale",
         "patch",
         "dim",
         "vit_heads",
@@ -599,7 +592,7 @@ OF_MODEL = frozenset(
 
 ``conv`` says what a model is called with, too.
 """
-OF_VIT = frozenset({"hidden", "layers", "dropout", "mlp_scale", "patch", "dim", "vit_heads"})
+OF_VIT = frozenset({"hidden", "layers", "dropout", "patch", "dim", "vit_heads"})
 """Those of them that a model of timm has none of: its ``model_kwargs`` say it."""
 RECORDS = ("file", "digest", "contents", "weights")
 """What ``config.json`` holds beside the options: the name of your own graph's file, a digest of
@@ -635,7 +628,7 @@ def dense_of(config: RunConfig) -> RunConfig:
 
 def moe_of(config: RunConfig) -> RunConfig:
     """The run of the MoE that a dense model is matched to by ``equal``."""
-    return replace(config, router=config.equal_to, **usual(config, ("equal", "mlp_scale")))
+    return replace(config, router=config.equal_to, **usual(config, ("equal",)))
 
 
 def usual(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:

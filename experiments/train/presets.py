@@ -46,7 +46,7 @@ CIFAR10 = ImageConfig(
 """128 wide, 4x4 patches. 5 epochs in bf16 on JPEGs: 60.7 %, dense 61.5 %; the plain mixture
 75.6 % after 22 (results/cifar10.json)."""
 
-IMAGE_FOLDER = replace(CIFAR10, dataset="images", recipe=Recipe(scale=(0.35, 1.0)))
+IMAGE_FOLDER = replace(CIFAR10, dataset="images", augment="none", recipe=Recipe(scale=(0.35, 1.0)))
 """Of any size and shape: crops are of the images as they are."""
 
 DIGITS_GRAPH = GraphConfig(
@@ -187,7 +187,15 @@ SMALL_VIT = replace(
 )
 """Of the CIFAR-10 studies and the swap table."""
 
-PACS = replace(SMALL_VIT, dataset="pacs", image_size=64, patch=8, epochs=15)
+PACS = replace(
+    SMALL_VIT,
+    dataset="pacs",
+    augment="none",
+    recipe=IMAGE_FOLDER.recipe,
+    image_size=64,
+    patch=8,
+    epochs=15,
+)
 """Images of several domains, which --router oracle --experts 4 is told. Not tuned."""
 
 SHARED = replace(
@@ -222,7 +230,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "cifar100": ("CIFAR-100; a 6-block ViT.", replace(CIFAR10, dataset="cifar100")),
     "imagenette": (
         "Imagenette at 160 pixels; a 6-block ViT.",
-        replace(CIFAR10, dataset="imagenette", hidden=384, epochs=80, batch_size=64),
+        replace(IMAGE_FOLDER, dataset="imagenette", hidden=384, epochs=80, batch_size=64),
     ),
     "pacs": (
         "PACS, 7 classes in 4 domains (photo, art, cartoon, sketch), 64 pixels; a 6-block ViT.",

@@ -24,7 +24,6 @@ from experiments.train.epoch import Epoch
 from experiments.train.processes import of_all, share
 from experiments.train.routing_stats import routing_rows
 from gmoe import Router, Routing
-from vision.weights import WeightAverage, weights_of
 
 WARMUP = 0.1
 """Share of the steps that warm up, of the cosine schedule, where no epochs are given."""
@@ -70,7 +69,7 @@ class Training:
         self.epoch = Epoch(self.lr)
         self.best = weights_of(self.model)
         decay = self.config.model_ema_decay
-        self.average = WeightAverage(self.model, decay) if decay else None
+        self.average = weight_average(self.model.module, decay) if decay else None
         # Of the last evaluation: further figures by name, of the task's ``beside``
         self.beside: dict[str, float] = {}
         self.rng = get_rng()
@@ -144,7 +143,7 @@ class Training:
         self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update(self.model.module)
         return done
 
     def _gradients(self, part: Batch, rows: int, total: int) -> dict[str, Tensor]:
@@ -187,7 +186,7 @@ class Training:
             averaged: AbstractContextManager[None] = nullcontext()
             if self.average is not None:
                 share(self.model.module.buffers())
-                averaged = self.average.given_to(self.model)
+                averaged = lent(self.model.module, self.average.module)
             with averaged:
                 row["val"] = self.evaluate("val")[0]
                 self._check_finite(self.task.metric_name, row["val"], epoch, seed)
@@ -297,7 +296,7 @@ class Training:
             "scheduler": self.scheduler,
             "reached": asdict(self.reached),
             "best": self.best,
-            "average": None if self.average is None else self.average.weights,
+            "average": None if self.average is None else self.average.state_dict(),
             "processes": of_all({"rng": self.rng, "epoch": self.epoch.state()}),
         }
 
@@ -308,7 +307,7 @@ class Training:
         self.reached = Reached(**state["reached"])
         self.best = state["best"]
         if self.average is not None:
-            self.average.weights = self.fabric.to_device(state["average"])
+            self.average.load_state_dict(state["average"])
         own = state["processes"][self.fabric.global_rank]
         self.epoch.load(own["epoch"], self.fabric.device)
         self.rng = own["rng"]
@@ -362,7 +361,7 @@ def attention_kernel(device: torch.device, precision: str) -> AbstractContextMan
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam or AdamW, in the fused form: experts have many parameters, each updated in each step.
 
-    A part may have a learning rate of its own; frozen ones have none.
+    A part may have a learning rate of its own.
 
     No weight decay on biases, norms, temperatures, centroids, class tokens, positions and the
     embedding that a conv of molecules adds for the node itself, of one conv or of many.
@@ -377,9 +376,6 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
         leaf = name.rsplit(".", 1)[-1]
         spare = (parameter.dim() < 2 and leaf != "gain") or leaf in spared
         factor = factors.get(name, 1.0)
-        if factor == 0:
-            parameter.requires_grad_(False)
-            continue
         groups.setdefault((factor, spare), []).append(parameter)
     options = [
         {
@@ -392,6 +388,29 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
         options, lr=config.lr, fused=True
     )
+
+
+def weight_average(model: nn.Module, decay: float) -> Any:
+    """timm's exponential moving average of weights and buffers, from the initial ones on."""
+    from timm.utils import ModelEmaV3  # which graphs do without
+
+    return ModelEmaV3(model, decay=decay)
+
+
+@contextmanager
+def lent(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Let a model have the weights of another one for a while."""
+    own = weights_of(model)
+    model.load_state_dict(other.state_dict())
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights and buffers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def learning_rate(

@@ -154,10 +154,6 @@ def forget_unknown_options() -> None:
             "train digits --router soft_slots --start plain",
             "router: got 'soft_slots' with another k or start",
         ),
-        (
-            "train digits --mlp-scale 0.5",
-            "mlp_scale: got 0.5 with router='expert_choice', expected router='dense'",
-        ),
         ("train graph --data-root none.npz", "none.npz, which does not exist"),
         ("train hetero", "data: got None for hetero"),
         # your own

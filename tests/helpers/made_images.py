@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, Imagenette
 
-from vision.datasets import DOMAINS, PACS_CLASSES
-from vision.sources import ImageSource, View
+from vision.data import DOMAINS, Images
 
+PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 SHADE = 20
 """Images of the n-th class are of the color (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
 
@@ -115,25 +113,17 @@ def write_cifar(
     return np.concatenate(pixels), labels
 
 
-def pack(folder: Path, archive: Path) -> str:
-    """A folder as .tar.gz; returns its MD5."""
-    with tarfile.open(archive, "w:gz") as file:
-        file.add(folder, folder.name)
-    return hashlib.md5(archive.read_bytes()).hexdigest()
-
-
 def cut(path: Path) -> Path:
     """Leave the first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path
 
 
-def shades(source: ImageSource) -> list[list[int]]:
+def shades(images: Images) -> list[list[int]]:
     """(label, red) of each image."""
-    images = source.get(torch.arange(len(source.labels)), View(8))
     return [
-        [int(label), int(image[0, 0, 0])]
-        for label, image in zip(source.labels, images, strict=True)
+        [label, images[number].getpixel((0, 0))[0]]
+        for number, label in enumerate(images.labels.tolist())
     ]
 
 

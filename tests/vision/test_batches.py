@@ -12,124 +12,91 @@ import torch
 from torch import Tensor
 
 from tests.helpers.made_images import cut, write_photo
-from vision.augment import make_augment
 from vision.batches import batches
+from vision.data import Images
 from vision.recipe import Recipe
-from vision.sources import FileImages, ImageSource, MemoryImages, View
+from vision.transforms import eval_transform, make_mixup, train_transform
 
-MEAN = (0.4, 0.5, 0.6)
-CONSTANTS: dict[str, Any] = {"view": View(16), "mean": MEAN, "std": (0.2, 0.3, 0.4)}
-RANDOM: dict[str, Any] = {"augment": make_augment("standard", 16, Recipe(), MEAN), "seed": 3}
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+PLAIN = eval_transform(16, Recipe(), MEAN, STD)
+RECIPE = Recipe(scale=(0.3, 1.0), aa="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.4, cutmix=1.0)
+RANDOM: dict[str, Any] = {
+    "transform": train_transform("none", 16, RECIPE, MEAN, STD),
+    "mixup": make_mixup(RECIPE, 11),
+    "seed": 3,
+}
 
 
-@pytest.fixture(scope="module", params=["memory", "files"])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
-    root = tmp_path_factory.mktemp("photos")
-    paths = [
-        str(write_photo(root / f"{number}.png", (16, 16), seed=number)) for number in range(11)
-    ]
-    files = FileImages(paths, torch.arange(11))
-    return (
-        files
-        if request.param == "files"
-        else MemoryImages(files.get(torch.arange(11), View(16)), files.labels)
-    )
+@pytest.fixture
+def images(tmp_path: Path) -> Images:
+    """Eleven, each of its own class."""
+    paths = [write_photo(tmp_path / f"{number}.png", (16, 16), seed=number) for number in range(11)]
+    return Images(list(map(str, paths)), torch.arange(11), 16)
 
 
 def epoch(
-    source: ImageSource, index: Tensor | None = None, **kwargs: Any
+    images: Images, index: Tensor | None = None, transform: Any = PLAIN, **kwargs: Any
 ) -> list[tuple[Tensor, Tensor]]:
-    return list(
-        batches(source, torch.arange(11) if index is None else index, 4, **CONSTANTS, **kwargs)
-    )
+    index = torch.arange(11) if index is None else index
+    return list(batches(images, index, 4, transform, **kwargs))
 
 
-def assert_whole(found: list[tuple[Tensor, Tensor]], source: ImageSource) -> None:
-    """The images that the labels say, normalized."""
-    mean, std = (torch.tensor(CONSTANTS[name]).view(3, 1, 1) for name in ("mean", "std"))
-    images, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    torch.testing.assert_close(images, (source.get(labels, View(16)).float() / 255 - mean) / std)
+def test_without_a_seed_in_order_and_unchanged(images: Images) -> None:
+    for workers in (0, 2):
+        found = epoch(images, torch.tensor([10, 2, 3, 3, 0]), workers=workers)
+        assert [labels.tolist() for _, labels in found] == [[10, 2, 3, 3], [0]]
+        for seen, number in zip(torch.cat([x for x, _ in found]), (10, 2, 3, 3, 0), strict=True):
+            assert seen.equal(PLAIN(images[number]))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_without_a_seed_in_order_and_unchanged(source: ImageSource, workers: int) -> None:
-    found = epoch(
-        source, torch.tensor([10, 2, 3, 3, 0]), **RANDOM | {"seed": None}, workers=workers
-    )
-    assert [labels.tolist() for _, labels in found] == [[10, 2, 3, 3], [0]]
-    assert_whole(found, source)
-
-
-def test_with_a_seed_everything_once_shuffled(source: ImageSource) -> None:
+def test_with_a_seed_everything_once_shuffled(images: Images) -> None:
     index = torch.tensor([1, 3, 5, 7, 9])
-    found = epoch(source, index, seed=0)
-    labels = torch.cat([labels for _, labels in found])
+    labels = torch.cat([labels for _, labels in epoch(images, index, seed=0)])
     assert labels.sort()[0].equal(index)
     assert not labels.equal(index)
-    assert_whole(found, source)
 
 
-def test_all_follows_from_the_seed(source: ImageSource) -> None:
-    torch.manual_seed(0)
-    first = epoch(source, **RANDOM)
-    torch.manual_seed(1)
-    for again in (epoch(source, **RANDOM), epoch(source, **RANDOM, workers=2)):
+def test_all_follows_from_the_seed_whatever_the_workers(images: Images) -> None:
+    """With RandAugment, mixup and CutMix; the last batch is odd, which timm does not mix."""
+    first = epoch(images, **RANDOM)
+    assert [tuple(labels.shape) for _, labels in first] == [(4, 11), (4, 11), (3, 11)]
+    for workers in (0, 2):
+        torch.manual_seed(1)
+        again = epoch(images, **RANDOM, workers=workers)
         torch.testing.assert_close(first, again, rtol=0, atol=0)
-    assert not first[0][0].equal(epoch(source, **RANDOM | {"seed": 4})[0][0])
+    assert not first[0][0].equal(epoch(images, **RANDOM | {"seed": 4})[0][0])
 
 
-def test_each_image_batch_and_epoch_is_augmented_anew(source: ImageSource) -> None:
+def test_each_image_and_epoch_is_augmented_anew(images: Images) -> None:
     """Of one image only, so that shuffling cannot tell the epochs apart."""
-    index = torch.zeros(8, dtype=torch.int64)
-    assert epoch(source, index, seed=0)[0][0].equal(epoch(source, index, seed=1)[0][0])
-    one, other = (epoch(source, index, **RANDOM | {"seed": seed}) for seed in (0, 1))
-    images = torch.cat([images for images, _ in one])
-    assert len({tuple(image.flatten().tolist()) for image in images}) > 4
-    assert not one[0][0].equal(one[1][0])
-    assert not one[0][0].equal(other[0][0])
+    one = torch.zeros(8, dtype=torch.int64)
+    how = RANDOM | {"mixup": None}
+    first, second = epoch(images, one, **how)
+    drawn = [*first[0], *second[0], *epoch(images, one, **how | {"seed": 4})[0][0]]
+    assert len({tuple(image.flatten().tolist()) for image in drawn}) == len(drawn)
+
+
+def test_slices_of_processes_are_those_of_one(images: Images) -> None:
+    """All that is random of an image, too; a process may have none of a batch."""
+    how = RANDOM | {"mixup": None}
+    slices = [epoch(images, **how, shard=(rank, 4)) for rank in range(4)]
+    for number, (whole, labels) in enumerate(epoch(images, **how)):
+        parts = [one[number] for one in slices]
+        assert whole.equal(torch.cat([part for part, _ in parts]))
+        assert labels.equal(torch.cat([part for _, part in parts]))
+    assert slices[3][2][0].shape == (0, 3, 16, 16)
+
+
+def test_the_global_generators_stay(images: Images) -> None:
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    epoch(images, **RANDOM)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert str(np.random.get_state()) == str(states[2])  # noqa: NPY002
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_global_generators_stay_as_they_were(source: ImageSource, workers: int) -> None:
-    def states() -> tuple[list[int], Any, str]:
-        return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
-
-    before = states()
-    for seed in (None, 5):
-        for _ in batches(
-            source, torch.arange(11), 4, **CONSTANTS, **RANDOM | {"seed": seed}, workers=workers
-        ):
-            assert states() == before  # what runs between two batches too
-    assert states() == before
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_named(workers: int, tmp_path: Path) -> None:
-    paths = [write_photo(tmp_path / f"{number}.jpg", (16, 16)) for number in range(6)]
-    cut(paths[5])
-    source = FileImages([str(path) for path in paths], torch.arange(6))
-    epochs = batches(source, torch.arange(6), 4, **CONSTANTS, workers=workers)
-    assert len(next(epochs)[0]) == 4
-    with pytest.raises(ValueError, match=rf"^{paths[5]}: cannot be read"):
-        next(epochs)
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_shards_are_slices_of_the_same_batches(source: ImageSource, world: int) -> None:
-    shards = [epoch(source, **RANDOM, shard=(rank, world)) for rank in range(world)]
-    for whole, *parts in zip(epoch(source, **RANDOM), *shards, strict=True):
-        assert torch.cat([images for images, _ in parts]).equal(whole[0])
-        assert torch.cat([labels for _, labels in parts]).equal(whole[1])
-
-
-def test_small_images_are_cropped_and_flipped() -> None:
-    augment = make_augment("standard", 32, Recipe(), MEAN)
-    assert augment is not None
-    assert make_augment("none", 32, Recipe(), MEAN) is None
-    torch.manual_seed(0)
-    ramp = torch.arange(1, 33, dtype=torch.uint8).expand(3, 32, 32)  # of columns
-    rows = torch.stack([augment.change(ramp)[0, 16] for _ in range(300)]).int()
-    is_flipped = rows[:, 20] < rows[:, 10]
-    shifts = torch.where(is_flipped[:, None], rows.flip(1), rows)[:, 16] - 17
-    assert shifts.unique().tolist() == list(range(-4, 5))  # padding 32 // 8
-    assert 110 < int(is_flipped.sum()) < 190
+def test_an_image_that_breaks_meanwhile_is_named(workers: int, images: Images) -> None:
+    cut(Path(images.images[7]))
+    with pytest.raises(ValueError, match=r"7\.png: cannot be read as an image"):
+        epoch(images, workers=workers)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.models import load_state_dict
+from torch import nn
 
 import gmoe
-from vision.models import TimmModel, add_drop_path, vit_size
-
-timm = pytest.importorskip("timm")
+from vision.models import TimmModel, add_drop_path, layer_factors, vit_size
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ("patch_size=4", "embed_dim=8", "depth=2", "num_heads=2")
@@ -72,16 +73,16 @@ def test_another_image_size_has_resampled_positions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("embed_dim=12",), r"dense\.pth with .* of \(.*\), expected \("),
-        (("depth=3",), r"dense\.pth without blocks\.2\.attn\.proj\.bias, expected the weights of"),
-        (("depth=1",), r"dense\.pth with blocks\.1\.attn\.proj\.bias, expected the weights of"),
+        (("embed_dim=12",), r"size mismatch for .*cls_token"),
+        (("depth=3",), r"Missing key.* \"blocks\.2\.norm1"),
+        (("depth=1",), r"Unexpected key.* \"blocks\.1\.norm1"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_by_its_key(
     arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     torch.save(made().state_dict(), tmp_path / "dense.pth")
-    with pytest.raises(ValueError, match=f"checkpoint: got .*{message}"):
+    with pytest.raises(ValueError, match=f"checkpoint: got .*dense.pth .*{message}"):
         made(path=tmp_path / "dense.pth", arguments=(*SMALL, *arguments))
 
 
@@ -91,6 +92,31 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match=r"checkpoint: got .*text\.pth .*, expected a file of"):
         made(path=tmp_path / "text.pth")
+
+
+class Attack:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_checkpoint_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With timm 1.0.15, too, which unpickles anything where it is not told otherwise."""
+
+    def as_of_1_0_15(path: str, use_ema: bool = True, weights_only: bool = False) -> Any:
+        return load_state_dict(path, use_ema, weights_only=weights_only)
+
+    monkeypatch.setattr("vision.models.load_state_dict", as_of_1_0_15)
+    torch.save({"state_dict": Attack(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"checkpoint: got .*evil\.pth .*[Ww]eights.only"):
+        made(path=tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+    as_of_1_0_15(str(tmp_path / "evil.pth"))
+    assert (tmp_path / "ran").exists()  # the attack is one
 
 
 def test_names_and_arguments_that_timm_does_not_know_are_named() -> None:
@@ -114,32 +140,22 @@ def test_what_timm_says_of_a_model() -> None:
     assert TimmModel(name=NAME).pretrained.mean == (0.5, 0.5, 0.5)
 
 
-def test_branches_are_dropped_as_timm_does() -> None:
-    """The same draws: attention's, then the MLP's, block by block, the first one's never."""
-    from timm.layers import drop_path
-
+def test_branches_are_dropped_image_by_image_more_often_above() -> None:
     torch.manual_seed(0)
-    model: Any = gmoe.ViTMoE(SIZE, 5, router=None).double()
-    torch.nn.init.normal_(model.heads.head.weight)
-    images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    model: Any = gmoe.ViTMoE(SIZE, 5, router=None)
+    images = torch.randn(400, 3, 8, 8)
     plain = model.eval()(images)
     add_drop_path(model, 0.6)
     assert torch.equal(model(images), plain)
+    shares = list[float]()
 
-    torch.manual_seed(1)
-    dropped = model.train()(images)
-    torch.manual_seed(1)
-    x = model._process_input(images)
-    x = torch.cat([model.class_token.expand(6, -1, -1), x], dim=1) + model.encoder.pos_embedding
-    for block, rate in zip(model.encoder.layers, (0.0, 0.2, 0.4, 0.6), strict=True):
-        y = block.ln_1(x)
-        y = block.self_attention(y, y, y, need_weights=False)[0]
-        x = x + drop_path(y, rate, training=True)
-        y = block.mlp.forward(block.ln_2(x))  # without the hook
-        x = x + drop_path(y, rate, training=True)
-    expected = model.heads(model.encoder.ln(x)[:, 0])
-    torch.testing.assert_close(dropped, expected, rtol=1e-6, atol=1e-6)
-    assert not dropped.allclose(plain)
+    def count(mlp: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        shares.append(float((output == 0).flatten(1).all(dim=1).float().mean()))
+
+    for block in model.encoder.layers:
+        block.mlp.register_forward_hook(count)
+    model.train()(images)
+    assert shares == pytest.approx([0.0, 0.2, 0.4, 0.6], abs=0.1)
 
 
 def test_timms_models_drop_by_their_own_option() -> None:
@@ -163,3 +179,32 @@ def test_sizes_without_a_preset_are_given_whole() -> None:
     with pytest.raises(ValueError, match="image_size: got 24, expected patch, dim and vit_heads"):
         vit_size(24, **(given | {"patch_size": None}))
     assert vit_size(32, **dict.fromkeys(given))["patch_size"] == 4
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_learning_rate_decays_by_timms_layers(experts: bool) -> None:
+    """Of timm's ViT and of ours; experts belong to their block."""
+    theirs = made(arguments=(*SMALL[:-2], "depth=4", "num_heads=2"))
+    if experts:
+        theirs = gmoe.moefy(theirs, num_experts=4)
+    factors = layer_factors(theirs, 0.5)
+    ours = layer_factors(gmoe.ViTMoE(SIZE, 5, num_experts=4, every=1), 0.5)
+    assert set(factors) == {name for name, _ in theirs.named_parameters()}
+    pairs = {
+        "class_token": ("cls_token", 5),
+        "conv_proj.weight": ("patch_embed.proj.weight", 5),
+        "encoder.pos_embedding": ("pos_embed", 5),
+        "encoder.layers.encoder_layer_0.ln_1.weight": ("blocks.0.norm1.weight", 4),
+        "encoder.layers.encoder_layer_3.ln_2.bias": ("blocks.3.norm2.bias", 1),
+        "encoder.ln.weight": ("norm.weight", 1),
+        "heads.head.weight": ("head.weight", 0),
+    }
+    for name, (other, below) in pairs.items():
+        assert ours[name] == factors[other] == 0.5**below, name
+    for layers, part in ((ours, "encoder_layer_1.mlp."), (factors, "blocks.1.mlp.")):
+        assert {factor for name, factor in layers.items() if part in name} == {0.5**3}
+
+
+def test_a_model_without_layers_is_named() -> None:
+    with pytest.raises(ValueError, match="layer_decay: got a Linear"):
+        layer_factors(nn.Linear(2, 2), 0.5)

@@ -16,10 +16,9 @@ from experiments.train.config import ImageConfig
 from experiments.train.data.made import digits_split
 from experiments.train.data.task import Batch, Shard, Split, Splits, Task
 from gmoe._checks import check
-from vision.augment import make_augment, make_mix
 from vision.batches import batches
-from vision.datasets import ImageData, split_images
-from vision.sources import FileImages, ImageSource, MemoryImages, View
+from vision.data import ImageData, Images, split_images
+from vision.transforms import eval_transform, make_mixup, train_transform
 
 VAL_SHARE = 0.1
 """Share of the training images that validate, of each class, where the data have none of their
@@ -35,7 +34,7 @@ def digits(image_size: int | None) -> ImageData:
     images = torch.from_numpy(bunch.images).float()[:, None] / 16.0
     labels = torch.from_numpy(bunch.target).long()
     parts: dict[str, Any] = {
-        part: MemoryImages(images[rows], labels[rows])
+        part: Images(list(images[rows]), labels[rows], 8)
         for part, rows in digits_split(bunch.target).items()
     }
     train = parts["train"].images
@@ -61,8 +60,7 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
     for part in loader.split:
         _check_classes(data, part, loader.classes(part))
     if config.recipe.aa is not None:
-        are_colored = isinstance(data.train, FileImages) or data.train.images.dtype == torch.uint8
-        is_legal = are_colored and len(data.mean) == 3
+        is_legal = len(data.mean) == 3 and not isinstance(data.train[0], Tensor)
         check(is_legal, "aa", f"{config.recipe.aa!r} for {data.name}", "uint8 images in color")
     tested = {}
     if data.domains:
@@ -93,22 +91,22 @@ class ImageBatches:
     def __init__(self, data: ImageData, config: ImageConfig) -> None:
         self.data = data
         self.config = config
-        self.sources: dict[Split, ImageSource] = {
+        self.images: dict[Split, Images] = {
             "train": data.train,
             "val": data.val or data.train,
             "test": data.test,
         }
         self.split: Splits = {
-            part: torch.arange(len(source.labels)) for part, source in self.sources.items()
+            part: torch.arange(len(images.labels)) for part, images in self.images.items()
         }
         if data.val is None:
             train, val = split_images(data.train.labels, VAL_SHARE, seed=0)
             self.split["train"] = train
             self.split["val"] = val
-        recipe = config.recipe
-        self.view = View(data.image_size, recipe.crop_pct, recipe.interpolation)
-        self.augment = make_augment(config.augment, data.image_size, recipe, data.mean)
-        self.mix = make_mix(recipe, len(data.classes))
+        how = data.image_size, config.recipe, data.mean, data.std
+        self.train_transform = train_transform(config.augment, *how)
+        self.eval_transform = eval_transform(*how)
+        self.mixup = make_mixup(config.recipe, len(data.classes))
 
     def steps(self, batch_size: int) -> int:
         """How many training batches an epoch has."""
@@ -116,7 +114,7 @@ class ImageBatches:
 
     def classes(self, part: Split) -> Tensor:
         """(N,) the class of each image of a part; labels may hold their domains, too."""
-        labels = self.sources[part].labels[self.split[part]]
+        labels = self.images[part].labels[self.split[part]]
         return labels[:, 0] if self.data.domains else labels
 
     def __call__(
@@ -125,14 +123,11 @@ class ImageBatches:
         """The batches of a part; a model that is told the domain gets it as an input."""
         trains = part == "train"
         drawn = batches(
-            self.sources[part],
+            self.images[part],
             self.split[part],
             batch_size,
-            view=self.view,
-            mean=self.data.mean,
-            std=self.data.std,
-            augment=self.augment if trains else None,
-            mix=self.mix if trains else None,
+            self.train_transform if trains else self.eval_transform,
+            mixup=self.mixup if trains else None,
             seed=seed,
             workers=self.config.workers,
             shard=shard,

@@ -117,7 +117,7 @@ def provide(
     folder = root / name.replace("-", "_")
     said = published(name)
     if not any(path.is_file() for path in folder.rglob("*")):
-        from vision.archives import unpacked
+        from experiments.train.data.archives import unpacked
 
         archive = Path(said["url"]).name
         # As ogb

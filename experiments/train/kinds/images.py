@@ -20,20 +20,11 @@ from experiments.train.data.task import Task
 from experiments.train.kinds.base import Kind
 from experiments.train.user_code import load_object
 from gmoe._checks import check
-from vision.datasets import ImageData, load_images
+from vision.data import FOLDERS, ImageData, folder_of, load_images
 from vision.models import TimmModel, add_drop_path, vit_size
 from vision.own_images import own_images
 from vision.soft_mlp import SoftMLP
 from vision.told_domain import DomainRouter, DomainViT
-
-FOLDERS = {
-    "cifar10": ("cifar-10-batches-py", "cifar10", ""),
-    "imagenette": ("imagenette2-160", ""),
-    "pacs": ("PACS", "pacs-64", ""),
-    "images": ("",),
-}
-"""Where files of images lie, which may be any; of other sets the published ones are read, or
-refused."""
 
 
 class Images(Kind[ImageConfig]):
@@ -70,8 +61,6 @@ class Images(Kind[ImageConfig]):
                 config.dataset,
                 config.data_root,
                 image_size=image_size,
-                recipe=config.recipe,
-                held_out=config.held_out,
                 offline=config.offline,
             )
         are_floats = not any(data.mean)  # which models see as they are
@@ -92,8 +81,7 @@ class Images(Kind[ImageConfig]):
         config = self.config
         there = list[tuple[Path, int, int]]()
         if config.dataset in FOLDERS:
-            folders = [config.data_root / part for part in FOLDERS[config.dataset]]
-            base = next((folder for folder in folders if folder.is_dir()), config.data_root)
+            base = folder_of(config.dataset, config.data_root)
             files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
             for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
                 if (base / file).is_file():
@@ -124,9 +112,6 @@ class Images(Kind[ImageConfig]):
         if config.router == "soft_slots":
             for block in blocks:
                 block.mlp = SoftMLP(block.mlp, size, config.experts, config.dropout)
-        if config.mlp_scale != 1:
-            for block in blocks:
-                block.mlp.register_forward_hook(lambda *call: config.mlp_scale * call[-1])
         if config.recipe.drop_path:
             add_drop_path(model, config.recipe.drop_path)
         built: nn.Module = model

@@ -31,8 +31,8 @@ TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --experts 4"
 EXACT = "--epochs 2 --seeds 0 --no-progress --precision 64-true --lr 1e-3"
 SAMPLED = "digits-graph --sampling neighbor --conv sage --hidden 8 --router token_choice"
 SAME: dict[str, str] = {
-    "images": f"images {EXACT} {TINY} --batch-size 2 --augment standard --router expert_choice "
-    "--clip-norm 0.1",
+    "images": f"images {EXACT} {TINY} --batch-size 2 --scale None --augment standard "
+    "--router expert_choice --clip-norm 0.1",
     "recipe": f"images {EXACT} {TINY} --batch-size 2 --grad-accum-steps 3 --model-ema-decay 0.8 "
     "--scale 0.5 1 --reprob 0.5 --layer-decay 0.8 --router expert_choice --clip-norm 0.1",
     "neighbors": f"{SAMPLED} {EXACT} --fanout -1 -1 --batch-size 300 --weight-decay 0.1 "

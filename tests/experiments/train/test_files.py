@@ -47,7 +47,7 @@ from tests.helpers.command import full_disk
 from tests.helpers.made_images import write_images
 from tests.helpers.pyg_data import load, write_raw
 from tests.helpers.user_data import FORMS
-from vision.datasets import load_images
+from vision.data import load_images
 
 
 @dataclass(frozen=True)

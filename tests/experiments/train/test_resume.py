@@ -30,7 +30,7 @@ from tests.helpers.made_images import write_images
 from tests.helpers.run_folders import assert_same
 
 TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --batch-size 8"
-AUGMENTED = "--augment standard --dropout 0.1 --noise True"
+AUGMENTED = "--scale None --augment standard --dropout 0.1 --noise True"
 SMALL = "--layers 2 --hidden 16 --batch-size 200"
 SAMPLED = "--sampling neighbor --fanout 4 3 --evaluation sampled --eval-every 2"
 RUNS: dict[str, str] = {

@@ -19,7 +19,8 @@ from experiments.train.presets import PACS
 from tests.helpers.command import QUICK, refused
 from tests.helpers.made_images import write_pacs
 from tests.helpers.pages import words_of
-from vision.datasets import DOMAINS
+from vision.data import DOMAINS
+from vision.recipe import Recipe
 
 SMALL = replace(
     PACS,
@@ -33,7 +34,7 @@ SMALL = replace(
     epochs=2,
     batch_size=32,
     precision="32-true",
-    augment="none",
+    recipe=Recipe(),
     seeds=(0, 1),
     progress=False,
 )

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch_geometric.utils import coalesce, contains_self_loops, is_undirected
 
-from experiments.train.build import build_model, build_twin
 from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.made import CLASSES, REGIONS
@@ -168,25 +167,3 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     quick(tmp_path / "run", *SHAPE, *args, preset="images")
     # A class is bright in one channel
     assert len(seen[0].mean(dim=(2, 3)).argmax(dim=1).unique()) == 3
-
-
-def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {
-        "layers": 3,
-        "patch": 4,
-        "dim": 8,
-        "vit_heads": 2,
-        "hidden": 8,
-        "experts": 2,
-    }
-    root = write_images(tmp_path / "data")
-    config = ImageConfig(
-        dataset="images", data_root=root, router="dense", every=2, mlp_scale=0.25, **sizes
-    )
-    task = load_tasks(config)(0)
-    blocks: Any = build_model(config, task)
-    x = torch.randn(2, 3, 8)
-    for block, scale in zip(blocks.encoder.layers, (1, 0.25, 1), strict=True):
-        torch.testing.assert_close(block.mlp(x), scale * block.mlp.forward(x))
-    twin = build_twin(replace(config, equal="flops", equal_to="expert_choice"), task)
-    assert not any(module._forward_hooks for module in twin.modules())

@@ -34,7 +34,7 @@ def unpacked(
     """The folder of a data set; if it is missing, the archive beside it is unpacked.
 
     If the archive is missing too, it is downloaded first. ``inside`` is the folder's name in the
-    archive, if it is another one. For errors see :func:`vision.datasets.load_images`.
+    archive, if it is another one. For errors see :func:`experiments.train.data.ogb.provide`.
     """
     archive = root / Path(url).name
     if (root / folder).is_dir():
