@@ -111,7 +111,7 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return load_state_dict(path, use_ema, weights_only=weights_only)
 
     monkeypatch.setattr("vision.models.load_state_dict", as_of_1_0_15)
-    torch.save({"state_dict": Attack(tmp_path / "ran")}, tmp_path / "evil.pth")
+    torch.save({"weight": Attack(tmp_path / "ran")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"checkpoint: got .*evil\.pth .*[Ww]eights.only"):
         made(path=tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()

@@ -37,7 +37,7 @@ def digits(image_size: int | None) -> ImageData:
         part: Images(list(images[rows]), labels[rows], 8)
         for part, rows in digits_split(bunch.target).items()
     }
-    train = parts["train"].images
+    train = torch.stack(parts["train"].images)
     return ImageData(
         name="digits",
         image_size=image_size or 8,

@@ -344,8 +344,7 @@ def test_routers_of_your_own_model_check_what_they_get(
 def test_a_recipe_that_is_none_is_refused_before_training(
     words: str, message: str, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    if "timm" in words or "--aa" in words:
-        args = ["images", *QUICK, "--image-size", "8", "--data-root", str(folder)]
+    args = ["images", *QUICK, "--image-size", "8", "--data-root", str(folder)]
     args += ["--out", str(tmp_path / "run"), *words.split()]
     if "timm" not in words:
         args += OF_VIT.split()
