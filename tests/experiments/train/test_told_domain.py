@@ -16,7 +16,6 @@ from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
 from experiments.train.presets import PACS
-from tests.helpers.command import QUICK, refused
 from tests.helpers.made_images import write_pacs
 from tests.helpers.pages import words_of
 from vision.data import DOMAINS
@@ -103,27 +102,3 @@ def test_the_oracle_needs_an_expert_a_domain_and_a_data_set_that_has_domains(
     model = build_model(replace(config, router="oracle"), task)
     with pytest.raises(ValueError, match="domain: got those of 0 images for 15 tokens, expected"):
         model(torch.randn(3, 3, 8, 8))
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_a_domain_that_is_held_out_is_the_test_set_and_nothing_else(
-    domain: str, config: ImageConfig
-) -> None:
-    task = load_tasks(replace(config, router="dense", held_out=domain))(0)
-    number = DOMAINS.index(domain)
-    seen = {}
-    for part in ("train", "val", "test"):
-        batches = list(task.loader(part, 32, None))
-        seen[part] = torch.cat([batch.domain for batch in batches if batch.domain is not None])
-        brightness = torch.cat([batch.inputs[0].mean(dim=(1, 2, 3)) for batch in batches])
-        held = brightness[seen[part] == number]
-        assert len(held) == (70 if part == "test" else 0)
-    assert set(seen["test"].tolist()) == {number}
-    assert len(seen["train"]) + len(seen["val"]) == 210
-    assert seen["val"].bincount(minlength=4).max() > 0
-
-
-def test_a_domain_that_is_not_there_is_refused(capsys: Any, config: ImageConfig) -> None:
-    root = str(config.data_root)
-    args = ["pacs", *QUICK, "--data-root", root, "--image-size", "8", "--held-out", "painting"]
-    assert "held_out: got 'painting', expected one of art_painting" in refused(args, capsys)
