@@ -39,7 +39,6 @@ def resolved_start(
     start: Start | None,
     kinds: Sequence[object] = (),
     *,
-    shared_transform: bool = False,
     router: RouterLike | None = None,
     k: int = 1,
     router_kwargs: Mapping[str, object] | None = None,
@@ -53,7 +52,6 @@ def resolved_start(
     Args:
         start: what the caller said.
         kinds: the kind of each expert, if they are convs. Different ones cannot be copies.
-        shared_transform: see :class:`gmoe.MoEConv`; copies would not start as the dense layer.
         router: the router that ``None`` follows; ``None`` if it follows none.
         k, router_kwargs: of that router.
 
@@ -61,12 +59,9 @@ def resolved_start(
         ValueError: an unknown start, or copies that cannot be; and as
             :func:`gmoe.routers.build_router`.
     """
-    can_be_copies = not shared_transform and all(kind == kinds[0] for kind in kinds)
+    can_be_copies = all(kind == kinds[0] for kind in kinds)
     if start == "copies" and not can_be_copies:
-        raise ValueError(
-            "start: got 'copies' for several kinds or a shared transform, expected 'shared' or "
-            "'plain'"
-        )
+        raise ValueError("start: got 'copies' for several kinds, expected 'shared' or 'plain'")
     if start is not None:
         check_choice("start", start, Start)
         return start

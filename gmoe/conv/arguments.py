@@ -152,11 +152,6 @@ def _two_sets(
         _refuse_two_sets(layer)
     if x_dst is not None:
         return x_src, x_dst
-    if layer.transform is not None:
-        raise ValueError(
-            "x: got no destination nodes, expected source and destination nodes, since "
-            "shared_transform would make its bias of zeros"
-        )
     readers = {
         type(conv).__name__ for conv in layer.all_convs() if kind_of(type(conv)).needs_destinations
     }

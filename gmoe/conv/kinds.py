@@ -45,7 +45,6 @@ OPTIONS = (
     "k",
     "router_input",
     "start",
-    "shared_transform",
     "router_kwargs",
     "local",
     "backend",

@@ -2,9 +2,6 @@
 
 Shapes: N nodes (N_src sources, N_dst destinations), T tokens (the destinations of the graph), D
 width, M edges, E experts, K experts per token.
-
-In :meth:`MoEConv.forward`, ``call`` holds the features that the layer was called with, and
-``routed_call`` those that router and routed experts see (after ``shared_transform``).
 """
 
 from __future__ import annotations
@@ -36,14 +33,13 @@ from gmoe.conv.arguments import (
 )
 from gmoe.conv.attention_weights import AttentionWeights
 from gmoe.conv.base import GAIN_SCALE, ConvExperts, times
-from gmoe.conv.build import Trial, build_experts
+from gmoe.conv.build import build_experts
 from gmoe.conv.call import Call
 from gmoe.conv.explain import sends_no_messages
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import (
     ConvLike,
     Make,
-    is_of_library,
     kinds_of,
 )
 from gmoe.conv.open_widths import OpenWidths
@@ -68,7 +64,6 @@ class _BuildOptions:
     router: RouterLike | None
     router_kwargs: Mapping[str, Any] | None
     check_finite: bool
-    shared_transform: bool
     local: bool | None
     backend: Backend
 
@@ -147,9 +142,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
               every node with weight 1; the routed experts' output is scaled by a tenth of a learned
               gain that starts at zero.
             - ``"plain"``: independent experts.
-        shared_transform: map the input to the output's width once, before router and routed
-            experts; the shared expert sees the input itself. For inputs much wider than the output
-            (default ``False``; not with copies).
         router_kwargs: further arguments of the router.
         local: ``True`` declares your own class local (verified), ``False`` disables the local path;
             both run the convs one by one. ``None`` (default) uses the local path for classes known
@@ -198,7 +190,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         k: int = 1,
         router_input: RouterInput | None = None,
         start: Start | None = None,
-        shared_transform: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
         local: bool | None = None,
         backend: Backend = "auto",
@@ -222,16 +213,13 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         self.out_channels = out_channels
         self._make = Make(kinds, in_channels, out_channels, conv_args, conv_kwargs)
         # By itself a layer starts beside a shared expert: its start follows no router.
-        self.start = resolved_start(start, kinds, shared_transform=shared_transform)
+        self.start = resolved_start(start, kinds)
         self.router_input = router_parts(router_input, self.start, router)
-        self._options = _BuildOptions(
-            router, router_kwargs, check_finite, shared_transform, local, backend
-        )
+        self._options = _BuildOptions(router, router_kwargs, check_finite, local, backend)
         # Set by _build, if the layer has them.
         self.router = None
         self.experts: Any = None
         self.shared_expert: Any = None
-        self.transform: Any = None
         self.gain: Any = None
         # Those that experts took before they were pruned: callers go on to pass them.
         self.edge_names_before: frozenset[str] = frozenset()
@@ -251,42 +239,26 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         make = replace(self._make, in_channels=in_channels)
         make_dense = replace(make, kinds=[make.kinds[0]])  # of several kinds, the first
         dense: Any = make_dense(0) if self.start != "plain" else None
-        transform = router = shared_expert = gain = None
+        router = shared_expert = gain = None
         with drawn_apart(dense is not None):
-            # 1. What the routed experts see: the nodes, or their common transform.
-            make_routed = make
-            routed_widths = widths
-            if options.shared_transform:
-                trial = Trial(dense or make(0), in_channels, is_of_library(make.kinds[0]))
-                width = trial.width or self.out_channels
-                routed_widths = width, width
-                make_routed = replace(
-                    make, in_channels=width if isinstance(in_channels, int) else routed_widths
-                )
-                # One map for sources and destinations of the same width, else two.
-                transform = nn.ModuleList(
-                    nn.Linear(input_width, width) for input_width in dict.fromkeys(widths)
-                )
-
-            # 2. The routed experts.
+            # 1. The routed experts.
             copied = dense if self.start == "copies" else None
             if copied is not None:
                 refuse_functions("conv", type(copied).__name__, copied)
-            experts = build_experts(make_routed, options.local, options.backend, copied)
+            experts = build_experts(make, options.local, options.backend, copied)
             if copied is not None:
                 share_base(experts)
 
-            # 3. The router.
+            # 2. The router.
             if options.router is not None:
-                router = self._built_router(options.router, experts, routed_widths)
+                router = self._built_router(options.router, experts, widths)
 
-            # 4. The shared expert, and the gain of what is added to it.
+            # 3. The shared expert, and the gain of what is added to it.
             if self.start == "shared":
                 shared_expert = build_experts(make_dense, options.local, options.backend, dense)
                 gain = nn.Parameter(torch.zeros(1))
 
         # Only now, so that a layer whose parts cannot be built stays as it was.
-        self.transform = transform
         self.experts = experts
         self.flow = experts.flow
         self.router = router
@@ -319,7 +291,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             reset(dense)
             self.experts.become(dense)
         with drawn_apart(self.start != "plain"):
-            reset(self.transform)
             if not are_copies:
                 reset(self.experts)
             reset(self.router)
@@ -378,12 +349,11 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             call, wants_attention = read_call(self, x, edge_index, edge_args, *others, unknown)
 
         # 2. Sum over neighbors once, if all experts share that sum.
-        routed_call = self._transformed(call)
-        routed_call = routed_call.with_aggregate(self.experts.aggregate(routed_call))
+        call = call.with_aggregate(self.experts.aggregate(call))
 
         # 3. Route the destinations.
         if routing is None and self.router is not None:
-            seen_TD = self._router_features(routed_call)
+            seen_TD = self._router_features(call)
             is_one_set = call.x_src is call.x_dst
             token_edges = call.graph.edge_index if is_one_set else None  # edges among the tokens
             routing = self.router(seen_TD, batch, token_edges)
@@ -393,12 +363,13 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         # 4. Run each destination's experts, and add them to the shared expert.
         attention: AttentionWeights | None = None
         if wants_attention:
-            y, attention = self.experts(routed_call, routing, True)
+            y, attention = self.experts(call, routing, True)
         else:
-            y = self.experts(routed_call, routing)
+            y = self.experts(call, routing)
         if self.shared_expert is not None:
-            # Of the experts' kind: without a transform, it has their aggregate.
-            shared = self._shared(call if self.transform is not None else routed_call)
+            if call.aggregate is None:  # else it is of the experts' kind, and has their aggregate
+                call = call.with_aggregate(self.shared_expert.aggregate(call))
+            shared: Tensor = self.shared_expert.on_all(call)
             y = shared.addcmul(y, (GAIN_SCALE * self.gain).to(y.dtype))
         if attention is not None:
             return (y, attention, routing) if return_routing else (y, attention)
@@ -414,22 +385,15 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         # Of a part of a larger graph, the last nodes are sources only.
         return Call(graph, x, x if graph.num_dst == num_nodes else x[: graph.num_dst])
 
-    def _shared(self, call: Call) -> Tensor:
-        """(T, O) what the shared expert gives."""
-        if call.aggregate is None:
-            call = call.with_aggregate(self.shared_expert.aggregate(call))
-        out: Tensor = self.shared_expert.on_all(call)
-        return out
-
     def router_features(self, x: Tensor, graph: Graph) -> Tensor:
         """(T, dim) the router's input at a graph's destinations, the first of its nodes ``x``."""
-        call = self._transformed(Call(graph, x, x[: graph.num_dst]))
+        call = Call(graph, x, x[: graph.num_dst])
         if "neighbors" in self.router_input:
             call = call.with_aggregate(self.experts.aggregate(call))
         return self._router_features(call)
 
     def _router_features(self, call: Call) -> Tensor:
-        """(T, dim) the router's input, given the call as routed experts see it."""
+        """(T, dim) the router's input, given a call and its aggregate."""
         return router_features(
             self.router_input, call.x_src, call.x_dst, call.aggregate, call.graph
         )
@@ -456,15 +420,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
                 raise ValueError(
                     f"x: got {nodes.dtype}, expected {dtype}, the type of the layer's weights"
                 )
-
-    def _transformed(self, call: Call) -> Call:
-        """The call with the features that router and routed experts see."""
-        if self.transform is None:
-            return call
-        # Sources and destinations of the same width have one map: the first is the last.
-        x_dst = self.transform[-1](call.x_dst)
-        x_src = x_dst if call.x_src is call.x_dst else self.transform[0](call.x_src)
-        return Call(call.graph, x_src, x_dst)
 
     def renumber(self, kept: Sequence[int]) -> None:
         self.edge_names_before = self.edge_names

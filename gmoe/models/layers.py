@@ -62,12 +62,11 @@ def start_of(
         kinds: the kind of each expert's conv.
         router, k, shared_router: as :class:`gmoe.GNNMoE` takes them.
         is_stack: the experts are stacked.
-        options: what was said of ``start``, ``shared_transform`` and ``router_kwargs``.
+        options: what was said of ``start`` and ``router_kwargs``.
     """
     return resolved_start(
         options.get("start"),
         kinds,
-        shared_transform=options.get("shared_transform", False),
         router=router if is_stack and shared_router is not False else None,
         k=k,
         router_kwargs=options.get("router_kwargs"),
@@ -187,8 +186,6 @@ def columns_of(conv: Any, width: int, kind: str | ConvFactory) -> int | None:
         kind: what it was built from.
     """
     if isinstance(conv, MoEConv):
-        # A transform in front of the experts may change the width that they see.
-        width = width if conv.transform is None else conv.transform[-1].out_features
         conv = conv.experts.expert(0)
     return Trial(conv, width, is_of_library(kind)).width
 

@@ -313,12 +313,7 @@ def draw_options(random: Random, c: Config) -> None:
     c.options = drawing.draw_router(random, names, c.start, most, left_out, misfits=0.0)
     sees = tuple(part for part in ("node", "neighbors", "degree") if flip(random, 0.4))
     c.options |= {"router_input": sees or ("node",), "start": c.start}
-    if c.way == "layer":
-        keeps_width = any(kind.name in OF_ONE_WIDTH for kind in c.kinds)
-        # A map before the experts would not be the dense conv's.
-        maps = not keeps_width and c.start != "copies"
-        c.options["shared_transform"] = maps and flip(random, 0.15)
-    else:
+    if c.way != "layer":
         draw_model(random, c)
     # Where a conv looks further, local=True would be a lie.
     if all(kind_of(kind.conv).is_local and of_pyg(kind.conv) for kind in c.kinds):
@@ -489,14 +484,7 @@ def define_layer(
     convs = [layer.experts.expert(index) for index in range(layer.num_experts)]
     always = [] if layer.shared_expert is None else [layer.shared_expert.expert(0)]
     args: Any = {**given.args, **({"size": c.sizes} if c.alone else {})}
-    u = x
-    if layer.transform is not None:
-        pair = x if isinstance(x, tuple) else (x, x)
-        # Destinations without features are mapped from zeros.
-        x_dst = pair[0].new_zeros(c.sizes[1], c.widths[1]) if pair[1] is None else pair[1]
-        u_dst = layer.transform[-1](x_dst)
-        u = (layer.transform[0](pair[0]), u_dst) if isinstance(x, tuple) else u_dst
-    y = ref.masked(convs, u, adj, routing, **args)
+    y = ref.masked(convs, x, adj, routing, **args)
     y = y if layer.gain is None else GAIN_SCALE * layer.gain * y
     if always:
         y = y + ref.masked(always, x, adj, ref.routing_of(torch.ones_like(y[:, :1])), **args)
@@ -698,7 +686,6 @@ class Graphs(Target):
     reasons = (
         Reason("conv: got experts of flows", lambda c: len(c.flows) > 1),
         Reason("conv: got FeaStConv, which cannot be built", lambda c: c.two),
-        Reason("x: got no destination nodes", lambda c: c.alone and c.options["shared_transform"]),
         Reason("inference: .* looks further than one hop", lambda c: c.way in LAYER_WISE),
         Reason("model: got Sigmoids, of which no expert", lambda c: c.after == "prune"),
         Reason("routings: got some in which no expert", lambda c: c.after == "prune"),

@@ -232,7 +232,7 @@ def test_copies_have_the_parameters_of_a_base_their_differences_and_the_router_a
 
 @pytest.mark.parametrize(
     "options",
-    [{"start": "shared"}, {"shared_transform": True}, {"router": "attention_vote"}],
+    [{"start": "shared"}, {"router": "attention_vote"}],
     ids=str,
 )
 def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any]) -> None:
@@ -529,13 +529,10 @@ def test_the_default_under_an_instance_leaves_it_as_it_is(router: Any, start: st
         ({"conv": ["gcn", "sage", "gcn"], "num_experts": None}, "shared"),
         ({"conv": [GCNConv, partial(GCNConv, bias=False)], "num_experts": None}, "shared"),
         ({"conv": ["gcn"] * 3, "num_experts": None}, "copies"),
-        ({"shared_transform": True}, "shared"),
     ],
     ids=str,
 )
-def test_the_default_of_several_kinds_or_a_transform_is_shared(
-    options: dict[str, Any], start: str
-) -> None:
+def test_the_default_of_several_kinds_is_shared(options: dict[str, Any], start: str) -> None:
     assert start_under("token_choice", **options) == start
 
 
@@ -592,7 +589,6 @@ def test_the_default_draws_no_number() -> None:
         ({"router": "expert_choice"}, "shared", False),
         ({"router_kwargs": {"weight": "score"}}, "shared", False),
         ({"conv": ["gcn", "sage", "gat"], "num_experts": None}, "shared", False),
-        ({"shared_transform": True}, "shared", False),
         ({"router": None}, "shared", False),
     ],
     ids=str,

@@ -274,11 +274,6 @@ def test_a_conv_of_ones_own_may_name_nodes_and_edges_as_it_likes() -> None:
             "^start: got 'dense', expected one of 'copies', 'shared', 'plain'",
         ),
         (["gcn", "sage"], {"start": "copies"}, "^start: got 'copies' for several kinds"),
-        (
-            "gcn",
-            {"start": "copies", "shared_transform": True},
-            "^start: got 'copies' for several kinds or a shared",
-        ),
         ("simple", {}, "out_channels: got 8 for SimpleConv"),
         ("cg", {}, "out_channels: got 8 for CGConv"),
         *((wrong, {}, "conv: got ") for wrong in (None, [], [None, "gcn"])),

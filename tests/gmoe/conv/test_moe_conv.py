@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GATConv, GraphConv, MessagePassing, SAGEConv
+from torch_geometric.nn import GATConv, GraphConv, MessagePassing, SAGEConv, Sequential
 from torch_geometric.utils import to_torch_csr_tensor
 
-from gmoe import MoEConv, TokenChoice, moefy
+from gmoe import MoEConv, TokenChoice, count_flops, moefy
 from gmoe.stack import fold
 from tests.contract import Halved, opened
 from tests.helpers.conv_cases import AGGREGATE_ONCE, ATTENTION, NODES, SOME, WIDTH, graph, ids
@@ -380,21 +380,14 @@ def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any], start:
 
 
 @pytest.mark.parametrize("start", ["plain", "shared"])
-def test_a_shared_transform_is_as_wide_as_the_conv_asks(start: Any) -> None:
-    """Two heads side by side give twice the width that is asked for."""
-    options: Any = {"heads": 2, "num_experts": 2, "start": start, "shared_transform": True}
-    layer: Any = MoEConv("gat", 12, 3, **options)
-    assert layer.transform[-1].out_features == 6
-    assert layer(torch.randn(6, 12), random_graph(6, 6, 12)).shape == (6, 6)
-
-
-def test_zeros_in_place_of_destinations_are_refused_where_they_would_not_add_zero() -> None:
-    options: Any = {"num_experts": 2, "start": "plain"}
-    x, edges = torch.randn(6, 8), random_graph(6, 4, 12)
-    MoEConv("sage", (8, 8), 4, **options)((x, None), edges, size=(6, 4))
-    layer = MoEConv("sage", (8, 8), 4, shared_transform=True, **options)
-    with pytest.raises(ValueError, match=r"^x: got no destination nodes, .*shared_transform"):
-        layer((x, None), edges, size=(6, 4))
+def test_wide_inputs_are_transformed_by_a_layer_before(start: Any) -> None:
+    """The product of each expert is then as wide as the output, not as the input."""
+    layer = MoEConv("sage", 6, 6, num_experts=2, start=start)
+    model = Sequential("x, edges", [(nn.Linear(48, 6), "x -> x"), (layer, "x, edges -> x")])
+    x, edges = torch.randn(9, 48), random_graph(9, 9, 30)
+    wide = MoEConv("sage", 48, 6, num_experts=2, start=start)
+    assert model(x, edges).shape == wide(x, edges).shape
+    assert count_flops(model, x, edges) < count_flops(wide, x, edges)
 
 
 @pytest.mark.parametrize("conv", ["gin", "gine"])

@@ -285,10 +285,6 @@ def test_it_is_compiled_and_exported(options: dict[str, Any]) -> None:
             {"conv": ["gcn", "sage", "gat"]},
             r"conv: got \['gcn', 'sage', 'gat'\], expected one kind",
         ),
-        (
-            {"shared_transform": True},
-            "shared_transform: got True, expected an argument of BlockGNN",
-        ),
         ({"local": True, "conv": "sage"}, "local: got True, expected an argument of BlockGNN"),
         (
             {"shared_router": False, "router_input": ("node", "degree")},

@@ -177,7 +177,7 @@ def test_heads_of_a_partial_are_those_of_the_model(jk: str | None, router: str |
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 @pytest.mark.parametrize("jk", [None, "cat"])
-@pytest.mark.parametrize("options", [{}, {"shared_transform": True}, {"router": None}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"router": None}], ids=str)
 def test_a_conv_of_another_width_is_refused(jk: str | None, options: dict[str, Any]) -> None:
     """When the model is built, not at the first call, and with what to do about heads."""
     convs: list[Any] = [

@@ -14,7 +14,7 @@ from gmoe.models.layers import build_conv, columns_of, take_costs
 MOE: dict[str, Any] = {"num_experts": 3, "k": 1, "router": "token_choice"}
 
 
-@pytest.mark.parametrize("moe_kwargs", [None, MOE, MOE | {"shared_transform": True}], ids=str)
+@pytest.mark.parametrize("moe_kwargs", [None, MOE], ids=str)
 def test_a_free_conv_may_give_any_number_of_columns(moe_kwargs: dict[str, Any] | None) -> None:
     def wide(width: int, out: int) -> GATConv:
         return GATConv(width, out, heads=2)
