@@ -80,9 +80,6 @@ index_put = torch._index_put_impl_
 assert_async = torch._assert_async
 """A check on the device, without a host sync: its message appears when the device gets to it."""
 
-shared_storage = torch.UntypedStorage._new_shared
-"""A storage in shared memory; ``share_memory_`` would copy one that is there already."""
-
 
 # what tensors and modules hold --------------------------------------------------------------------
 

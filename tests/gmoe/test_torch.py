@@ -130,12 +130,6 @@ def test_an_assertion_of_a_tensor_raises_its_message() -> None:
         _torch.assert_async(torch.tensor(False), "does not hold")
 
 
-def test_a_shared_storage_is_in_shared_memory() -> None:
-    storage = _torch.shared_storage(8)
-    assert storage.nbytes() == 8
-    assert storage.is_shared()
-
-
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_the_stored_values_of_a_sparse_tensor_are_counted(layout: torch.layout) -> None:
     assert _torch.num_stored(torch.eye(3).to_sparse(layout=layout)) == 3
