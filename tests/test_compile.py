@@ -267,7 +267,7 @@ SLOW = pytest.mark.slow
     "name",
     [
         "GCN",
-        "GCN, shared",
+        pytest.param("GCN, shared", marks=SLOW),
         pytest.param("GAT", marks=SLOW),
         pytest.param("GAT, shared", marks=SLOW),
     ],

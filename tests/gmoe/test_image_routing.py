@@ -86,7 +86,7 @@ def test_with_a_shared_router_a_new_model_is_the_dense_one(start: Any) -> None:
     torch.testing.assert_close(model(x), dense.double().eval()(x), rtol=0, atol=1e-10)
 
 
-def test_a_shared_router_is_saved_pruned_and_compiled(tmp_path: Any) -> None:
+def test_a_shared_router_is_saved_and_pruned(tmp_path: Any) -> None:
     model = shared()
     x = images()
     expected = model(x)
@@ -94,10 +94,15 @@ def test_a_shared_router_is_saved_pruned_and_compiled(tmp_path: Any) -> None:
     loaded: Any = gmoe.load(tmp_path)
     assert not any(layer.router for layer in loaded.modules() if isinstance(layer, MoE))
     torch.testing.assert_close(loaded.double().eval()(x), expected)
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
-    torch.testing.assert_close(compiled(x + 1), model(x + 1))
     kept = pruned_on(loaded, x)
     assert len(kept) == 2
     assert len({*kept.values()}) == 1
     torch.testing.assert_close(loaded(x), expected)
+
+
+@pytest.mark.slow
+def test_a_shared_router_is_compiled() -> None:
+    model, x = shared(), images()
+    compiled = torch.compile(model, backend="aot_eager")
+    for other in (x, x + 1):
+        torch.testing.assert_close(compiled(other), model(other))

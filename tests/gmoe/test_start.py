@@ -459,10 +459,22 @@ BUILDS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("start", [None, "copies", "shared", "plain"])
 @pytest.mark.parametrize("name", gmoe.ROUTERS)
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    ("build", "start", "k"),
+    [
+        *((build, None, 1) for build in BUILDS),
+        # Where a start and K change the router's own defaults, or are refused.
+        ("MoEConv", "copies", 1),
+        ("MoEConv", "copies", 2),
+        ("MoEConv", "shared", 2),
+        ("MoEConv", "plain", 1),
+        # A model decides by the router whether its layers share it.
+        ("GNNMoE", None, 2),
+        ("moefy", "copies", 1),
+        ("ViTMoE", "copies", 2),
+    ],
+)
 def test_a_router_by_name_and_by_class_is_one_model(
     build: str, name: str, start: Any, k: int
 ) -> None:

@@ -176,6 +176,7 @@ def test_weights_are_those_without_an_explainers_mask() -> None:
     assert_close(found, before)
 
 
+@pytest.mark.slow
 @COMPILES_GRAPHS
 def test_compiled_layers_return_the_same_weights() -> None:
     torch.compiler.reset()

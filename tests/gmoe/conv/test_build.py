@@ -88,7 +88,7 @@ ADDED: list[Any] = [spectral, hooked, frozen, Own, lora_gcn, lora_sage, lora_gat
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("start", ["shared", "copies", None])
+@pytest.mark.parametrize("start", ["shared", "copies"])
 @pytest.mark.parametrize(
     "kind", [kind for kind in ADDED if kind is not frozen], ids=lambda kind: kind.__name__
 )

@@ -33,6 +33,8 @@ from tests.helpers.masked import (
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 
 NODES, EDGES = GRAPHS["mixed"]
+# Without a GPU its cases are not collected: they are as many as those of the CPU.
+GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 
 LOCAL: list[Case] = [
     ("sage", {"project": True}),
@@ -97,14 +99,12 @@ def edge_args(conv: MoEConv, num_edges: int) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", *GPUS])
 @pytest.mark.parametrize(("conv", "kwargs"), [*ALL, *TURNED], ids=ids)
 def test_equals_masked_under_an_explainers_mask(
     conv: Any, kwargs: dict[str, Any], device: str
 ) -> None:
     """Its gradient is compared too; and then without it again."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     layer = build(conv, kwargs)
     args = {name: value.to(device) for name, value in edge_args(layer, EDGES.size(1)).items()}
     x, edges, weight_TE, mask = (

@@ -423,8 +423,10 @@ def reparametrized(name: str, in_channels: int, out_channels: int) -> MessagePas
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated", "ignore:.*runs on the whole")
-@pytest.mark.parametrize("by", ["MoEConv", "moefy"])
-@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+@pytest.mark.parametrize(
+    ("by", "start"),
+    [("MoEConv", "shared"), ("MoEConv", "plain"), ("moefy", "shared"), ("moefy", "copies")],
+)
 @pytest.mark.parametrize("name", REPARAMETRIZED)
 def test_a_reparametrized_conv_is_run_as_it_is_or_refused(name: str, start: Any, by: str) -> None:
     """All of torch's ways to compute a weight from others; what is taken can be copied, too."""

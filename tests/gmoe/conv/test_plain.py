@@ -89,8 +89,11 @@ def test_a_gat_whose_edges_must_not_be_counted_gives_what_pygs_gives(
         assert plain.flow == flow
 
 
-@pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
-@pytest.mark.parametrize("options", [{}, {"improved": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize(
+    ("flow", "options"),
+    [("source_to_target", {"bias": False}), ("target_to_source", {"improved": True})],
+    ids=str,
+)
 def test_a_compiled_gcn_is_one_graph_and_gives_what_pygs_gives(
     flow: str, options: dict[str, Any]
 ) -> None:

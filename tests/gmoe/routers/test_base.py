@@ -91,12 +91,16 @@ def label(value: object) -> str:
     return value.name if isinstance(value, Case) else str(value)
 
 
+SHAPES = [name for name in INPUTS if name != "ragged"]
+"""Ragged groups are those of each weighting."""
+
+
 @pytest.mark.parametrize(
     ("case", "training", "name"),
     [
         (case, training, name)
         for case, training in MODES
-        for name in (INPUTS if training else ("one_group", "ragged", "equal_unsorted"))
+        for name in (SHAPES if training else ("one_group", "equal_unsorted"))
     ],
     ids=label,
 )
@@ -114,8 +118,9 @@ def test_equals_naive_on_every_input(case: Case, training: bool, name: str) -> N
         for case, training in MODES
         for k in (1, 2, E)
         for weight in case.weights(k)
-        # In evaluation a weighting of another number of experts is as in training.
-        if training or k == 2
+        # In evaluation a weighting of another number of experts is as in training;
+        # of all experts, what is left to compare is that none is lost.
+        if k == 2 or (training and (k == 1 or weight in ("default", "normalized")))
     ],
     ids=label,
 )
@@ -133,7 +138,7 @@ def tied(layer: MoE, x: Tensor) -> Tensor:
     return rows[torch.arange(x[..., 0].numel()) % 2].view_as(x)
 
 
-@pytest.mark.parametrize("name", ["one_group", "leading", "ragged", "equal_unsorted"])
+@pytest.mark.parametrize("name", ["leading", "ragged"])  # groups of one size, and of several
 @pytest.mark.parametrize("case", GROUPED, ids=label)
 def test_ties_equal_naive(case: Case, name: str) -> None:
     x, batch, _ = make_call(case, name)

@@ -372,7 +372,7 @@ def test_threads_inside_one_model_are_refused() -> None:
     torch.testing.assert_close(model(*atoms(2)), naive(model, *atoms(2)))
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_models_route_by_type(fullgraph: bool) -> None:
     torch._dynamo.reset()
     model = trained(model_of())
@@ -388,6 +388,7 @@ def test_compiled_models_route_by_type(fullgraph: bool) -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
+@pytest.mark.slow
 def test_several_sets_of_types_compile_in_one_process() -> None:
     torch._dynamo.reset()
     for elements in ([1, 6, 8], [1, 6, 7], [1, 2, 3]):

@@ -142,6 +142,7 @@ def test_checkpoints_compute_with_the_same_shares(use_reentrant: bool) -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same_for_any_number_of_groups() -> None:
     torch._dynamo.reset()
     model = net()
