@@ -48,7 +48,6 @@ OPTIONS = (
     "router_kwargs",
     "local",
     "backend",
-    "check_finite",
 )
 """The keyword arguments of a :class:`gmoe.MoEConv`, suggested if one is mistyped."""
 

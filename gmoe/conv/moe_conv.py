@@ -51,7 +51,7 @@ from gmoe.conv.router_input import (
 )
 from gmoe.moe import MoELayer
 from gmoe.products import Backend
-from gmoe.routers import Router, RouterLike, let_check_finite
+from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing, checked_routing
 from gmoe.stack import share_base
 from gmoe.start import Start, build_layer_router, drawn_apart, resolved_start
@@ -63,7 +63,6 @@ class _BuildOptions:
 
     router: RouterLike | None
     router_kwargs: Mapping[str, Any] | None
-    check_finite: bool
     local: bool | None
     backend: Backend
 
@@ -147,8 +146,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             both run the convs one by one. ``None`` (default) uses the local path for classes known
             to be local.
         backend: see :func:`gmoe.grouped_linear`.
-        check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync).
-            For a router instance, set ``router.check_finite``.
         **conv_kwargs: further arguments of every conv.
 
     Shapes:
@@ -193,7 +190,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         router_kwargs: Mapping[str, Any] | None = None,
         local: bool | None = None,
         backend: Backend = "auto",
-        check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
@@ -215,7 +211,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         # By itself a layer starts beside a shared expert: its start follows no router.
         self.start = resolved_start(start, kinds)
         self.router_input = router_parts(router_input, self.start, router)
-        self._options = _BuildOptions(router, router_kwargs, check_finite, local, backend)
+        self._options = _BuildOptions(router, router_kwargs, local, backend)
         # Set by _build, if the layer has them.
         self.router = None
         self.experts: Any = None
@@ -274,12 +270,9 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         # Several aggregations give several aggregates side by side.
         neighbors = experts.aggregate_width or widths[0]
         dim = router_width(self.router_input, widths[1], neighbors)
-        built = build_layer_router(
+        return build_layer_router(
             self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs
         )
-        if self._options.check_finite:
-            let_check_finite(built, router)
-        return built
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""

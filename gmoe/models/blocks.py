@@ -35,7 +35,7 @@ from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing
 from gmoe.start import Start, drawn_apart
 
-OF_EXPERTS = ("start", "router_kwargs", "backend", "check_finite")
+OF_EXPERTS = ("start", "router_kwargs", "backend")
 """The arguments of a :class:`gmoe.MoEConv` that experts behind a conv have, too."""
 
 
@@ -72,10 +72,9 @@ class BlockGNN(LayeredGNN):
         act: a name, a function or a module (default relu).
         norm: a name or a module, which has to treat each node by itself (default a
             ``nn.LayerNorm``). Another one follows the last block.
-        **conv_kwargs: ``start``, ``router_kwargs``, ``backend`` and ``check_finite`` of
-            :class:`MoEConv`; the others are arguments of the convs. By default, blocks have
-            ``start="copies"`` if they are routed once, by a router whose weights of a node sum to
-            1; else ``"shared"``.
+        **conv_kwargs: ``start``, ``router_kwargs`` and ``backend`` of :class:`MoEConv`; the others
+            are arguments of the convs. By default, blocks have ``start="copies"`` if they are
+            routed once, by a router whose weights of a node sum to 1; else ``"shared"``.
 
     Shapes:
         - as :class:`GNNMoE`.

@@ -29,7 +29,7 @@ from gmoe.conv.kinds import (
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.router_input import router_width
 from gmoe.moe import MoELayer, choose_blocks
-from gmoe.routers import Router, RouterLike, let_check_finite
+from gmoe.routers import Router, RouterLike
 from gmoe.start import (
     Start,
     build_layer_router,
@@ -213,7 +213,7 @@ def build_shared_router(
 
 def build_router_of(router: RouterLike, dim: int, moe_kwargs: Mapping[str, Any]) -> Router:
     """Build a router by the arguments of :class:`MoEConv`, for tokens of width ``dim``."""
-    built = build_layer_router(
+    return build_layer_router(
         moe_kwargs["start"],
         router,
         dim,
@@ -221,6 +221,3 @@ def build_router_of(router: RouterLike, dim: int, moe_kwargs: Mapping[str, Any])
         moe_kwargs["k"],
         moe_kwargs.get("router_kwargs"),
     )
-    if moe_kwargs.get("check_finite", False):
-        let_check_finite(built, router)
-    return built

@@ -140,24 +140,3 @@ def build_router(
 def read_router(router: Any) -> Any:
     """A :class:`ByType` from its arguments, as a file has it; anything else stays as it is."""
     return ByType(**router) if isinstance(router, Mapping) else router
-
-
-def let_check_finite(built: Router, router: RouterLike) -> None:
-    """Let a layer's router refuse NaN and infinity.
-
-    Args:
-        built: the router.
-        router: what it was built from.
-
-    Raises:
-        ValueError: ``router`` is an instance that takes them. It belongs to the caller, and perhaps
-            to other layers.
-    """
-    if built.check_finite:
-        return
-    if built is router:
-        raise ValueError(
-            f"check_finite: got True with an instance of {type(router).__name__}, expected False, "
-            "with router.check_finite = True set on the instance"
-        )
-    built.check_finite = True

@@ -128,7 +128,6 @@ class GNNKind(Kind[GNNConfig]):
         return super().model_options(task) | {
             "norm": self.config.norm,
             "residual": self.config.residual,
-            "check_finite": self.config.check_finite,
         }
 
     def conv_of_experts(self) -> str | list[str]:

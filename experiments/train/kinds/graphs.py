@@ -120,7 +120,7 @@ class Graphs(Nodes[GraphConfig]):
         options["shared_router"] = config.shared_router
         if config.routing is not None:  # an instance, which starts as the library's routers do
             told = options["router"](task.in_channels, num_experts=config.experts)
-            options |= {"router": told, "shared_router": True, "check_finite": False}
+            options |= {"router": told, "shared_router": True}
         model: Any = gmoe.GNNMoE
         if config.ffn is None:
             options["jk"] = config.jk

@@ -209,8 +209,10 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
     ],
 )
 def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> None:
+    moe: Any = layer(conv)
+    moe.router.check_finite = True
     with pytest.raises(ValueError, match=message):
-        layer(conv, check_finite=True)(x, graph()[1], **kwargs)
+        moe(x, graph()[1], **kwargs)
 
 
 def test_an_edge_index_that_knows_its_size() -> None:

@@ -106,35 +106,6 @@ def test_refusals(message: str, router: Any, changes: dict[str, Any]) -> None:
         build_router(router, **arguments)
 
 
-LAYERS: dict[str, Any] = {
-    "MoEConv": lambda **options: gmoe.MoEConv("gcn", 6, 6, num_experts=4, **options),
-    "GNNMoE": lambda **options: gmoe.GNNMoE(6, 6, 3, num_experts=4, shared_router=True, **options),
-}
-
-
-@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
-def test_a_layer_does_not_change_a_callers_router(build: Any) -> None:
-    router = TokenChoice(6, num_experts=4)
-    with pytest.raises(
-        ValueError, match=r"^check_finite: got True with an instance of TokenChoice, expected False"
-    ):
-        build(router=router, check_finite=True)
-    assert not router.check_finite
-    router.check_finite = True
-    build(router=router)
-    build(router=router, check_finite=True)
-    assert router.check_finite
-
-
-@pytest.mark.parametrize("router", ["token_choice", TokenChoice])
-@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
-def test_a_layer_lets_a_router_of_its_own_refuse_nan(build: Any, router: Any) -> None:
-    for check_finite in (False, True):
-        layer = build(router=router, check_finite=check_finite)
-        built = [module for module in layer.modules() if isinstance(module, Router)]
-        assert [module.check_finite for module in built] == [check_finite]
-
-
 class MySlots(SoftSlots):
     """Soft routing, by a class of one's own."""
 
