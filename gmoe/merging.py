@@ -6,13 +6,14 @@ Shapes: E experts, G groups, I in and O out features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._calls import Batch, arguments_of, evaluating
+from gmoe._calls import evaluating
 from gmoe._checks import check_module
 from gmoe.experts import LinearExperts, MixedWeights, MLPExperts, mixture
 from gmoe.moe import MoE, MoELayer
@@ -20,7 +21,7 @@ from gmoe.routers.by_type import detach
 from gmoe.routing import Routing
 
 
-def merge(model: nn.Module, graph: Batch) -> nn.Module:
+def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     r"""Return the plain dense model of one molecule or composition, with the weights mixed.
 
     .. math:: W = \sum_e w_e W_e
@@ -34,8 +35,7 @@ def merge(model: nn.Module, graph: Batch) -> nn.Module:
     Args:
         model: any model in which all layers with experts mix weights, from :func:`moefy` or your
             own. It stays as it is.
-        graph: what the model is called with: a tensor, a tuple of arguments, or a dictionary of
-            arguments by name. The model runs on it once, in evaluation.
+        *args, **kwargs: a call of the model on that molecule, which is made once, in evaluation.
 
     Returns:
         A dense copy of the model.
@@ -45,7 +45,7 @@ def merge(model: nn.Module, graph: Batch) -> nn.Module:
             expert; a graph whose groups have different decisions.
 
     Example:
-        >>> water = gmoe.merge(model, {"z": z, "pos": pos})
+        >>> water = gmoe.merge(model, z, pos)
         >>> energy = water(z, pos)
     """
     check_module("model", model)
@@ -61,7 +61,8 @@ def merge(model: nn.Module, graph: Batch) -> nn.Module:
         )
 
     # 1. Run the model, to see what is decided.
-    decisions = _decisions(merged, list(layers), graph)
+    with _recorded(layers) as decisions, evaluating(merged):
+        merged(*args, **kwargs)
 
     # 2. Put the mixture in the place of each layer.
     for layer, names in layers.items():
@@ -88,10 +89,9 @@ def _check_mergeable(name: str, layer: MoELayer) -> None:
         raise ValueError(f"model: got {name}, experts beside a shared one, expected start='copies'")
 
 
-def _decisions(
-    model: nn.Module, layers: list[MoELayer], graph: Batch
-) -> Mapping[MoELayer, list[Tensor]]:
-    """For each layer, (G, E) the weights of each of its calls."""
+@contextmanager
+def _recorded(layers: Collection[MoELayer]) -> Iterator[Mapping[MoELayer, list[Tensor]]]:
+    """For each layer, (G, E) the weights of each of its calls inside the block."""
     found: dict[MoELayer, list[Tensor]] = {layer: [] for layer in layers}
 
     def record(layer: MoELayer, routing: Routing) -> None:
@@ -102,14 +102,11 @@ def _decisions(
         layer.experts.register_forward_pre_hook(lambda _, args, of=layer: record(of, args[1]))
         for layer in layers
     ]
-    args, kwargs = arguments_of(graph, "graph")
     try:
-        with evaluating(model):
-            model(*args, **kwargs)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return found
 
 
 def _only(weights: list[Tensor], name: str) -> Tensor:
@@ -122,8 +119,8 @@ def _only(weights: list[Tensor], name: str) -> Tensor:
     if not len(rows_GE) or not torch.allclose(rows_GE, rows_GE[:1], rtol=1e-6, atol=1e-9):
         number = len(rows_GE.unique(dim=0))
         raise ValueError(
-            f"graph: got {number} decisions in {name or 'the model itself'}, expected one for all: "
-            "a single graph, or several of one composition"
+            f"model: got {number} decisions in {name or 'the model itself'}, expected one for all: "
+            "call it with a single graph, or with several of one composition"
         )
     return rows_GE[:1]
 

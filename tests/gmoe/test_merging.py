@@ -108,7 +108,7 @@ def test_merged_for_a_molecule_it_is_the_dense_model() -> None:
     model, pos = schnet(), positions()
     state = copy.deepcopy(model.state_dict())
     water = BATCH == 0
-    merged: Any = gmoe.merge(model, {"z": Z[water], "pos": pos[water]})
+    merged: Any = gmoe.merge(model, z=Z[water], pos=pos[water])
     assert type(merged.lin1) is nn.Linear
     assert not any(isinstance(part, MoE | gmoe.Router) for part in merged.modules())
     found, expected = merged(Z[water], pos[water]), model(Z[water], pos[water])
@@ -122,12 +122,12 @@ def test_merged_for_a_molecule_it_is_the_dense_model() -> None:
 def test_of_several_molecules_all_have_to_be_of_one_composition() -> None:
     model, pos = schnet(), positions()[:6]
     z, batch = torch.tensor([8, 1, 1, 1, 8, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
-    merged: Any = gmoe.merge(model, (z, pos, batch))
+    merged: Any = gmoe.merge(model, z, pos, batch)
     found, expected = merged(z, pos, batch), model(z, pos, batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     z[0] = 6
-    with pytest.raises(ValueError, match=r"^graph: got 2 decisions in .*lin.*, expected one"):
-        gmoe.merge(model, (z, pos, batch))
+    with pytest.raises(ValueError, match=r"^model: got 2 decisions in .*lin.*, expected one"):
+        gmoe.merge(model, z, pos, batch)
 
 
 class ByVector(nn.Module):
@@ -181,13 +181,13 @@ def test_what_has_no_dense_equal_is_refused_and_stays() -> None:
     call = (Z[:3], pos)
     beside = schnet("shared")
     with pytest.raises(ValueError, match=r"model: got inter.*, experts beside a shared one, exp"):
-        gmoe.merge(beside, call)
+        gmoe.merge(beside, *call)
     soft: Any = gmoe.moefy(dense_schnet(), targets="lin1", num_experts=3)
     with pytest.raises(ValueError, match="model: got lin1, which mixes outputs, expected"):
-        gmoe.merge(soft, call)
+        gmoe.merge(soft, *call)
     with pytest.raises(ValueError, match="model: got Linear without layers of experts"):
         gmoe.merge(nn.Linear(6, 6), pos)
     told = ByVector(LinearExperts(6, 6, num_experts=4))
     x, batch = torch.randn(5, 6), torch.tensor([0, 1, 1, 0, 0])
     with pytest.raises(ValueError, match=r"got layers\.0, a MoE without a router of its own"):
-        gmoe.merge(told, (x, torch.randn(2, 3), batch))
+        gmoe.merge(told, x, torch.randn(2, 3), batch)

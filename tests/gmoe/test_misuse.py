@@ -113,7 +113,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     "load": lambda folder: ((gmoe.save(moefied(), folder), dense()), {}),
     "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
-    "merge": lambda _: ((mixing(), (X, torch.ones(6, dtype=torch.long))), {}),
+    "merge": lambda _: ((mixing(), X, torch.ones(6, dtype=torch.long)), {}),
     "moefy": lambda _: ((dense(),), experts(every=1)),
     "neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
     "prune": lambda _: ((routed(), [ROUTING]), {}),
@@ -194,7 +194,7 @@ def test_an_argument_of_another_type_is_named(name: str, tmp_path: Path) -> None
     args, kwargs = CALLS[name](tmp_path)
     names = [one.name for one in parameters(name)]
     misuses: dict[str, tuple[Any, ...]] = {}
-    for place, value in enumerate(args[: 1 if name == "count_flops" else None]):
+    for place, value in enumerate(args[: 1 if name in ("count_flops", "merge") else None]):
         for what, other in (
             ("a word", "vit_tiny"),
             ("the class", type(value)),
