@@ -85,10 +85,6 @@ class Kind:
             whole graph, or has sizes that follow the data; ``None`` for PyG's own forward.
         edge_width: the width of the edge features that a conv takes, or ``None`` if it takes none;
             called with the conv and the width of its sources.
-        multiplies, adds_loops: for callers that choose the form of the edges; gmoe reads neither.
-            PyG runs the conv as a product with a sparse matrix, without a message for every edge;
-            and the conv adds self-loops: beside those that a matrix has, but in place of those that
-            an ``edge_index`` has.
         names: names beyond PyG's, each with the options that it stands for.
     """
 
@@ -100,8 +96,6 @@ class Kind:
     is_one_hop: bool = False
     run: Callable[[MessagePassing, Tensor, Graph], Tensor] | None = None
     edge_width: Callable[[MessagePassing, int], int | None] = _edge_width
-    multiplies: bool = False
-    adds_loops: bool = False
     names: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
@@ -171,8 +165,6 @@ KINDS: dict[type[MessagePassing], Kind] = {
         takes_two_sets=False,
         is_one_hop=True,
         run=run_gcn,
-        multiplies=True,
-        adds_loops=True,
     ),
     pyg.GeneralConv: Kind(is_local=True),
     pyg.GINConv: Kind(
@@ -180,7 +172,6 @@ KINDS: dict[type[MessagePassing], Kind] = {
         is_local=True,
         needs_destinations=False,
         adapt=_with_mlp,
-        multiplies=True,
     ),
     pyg.GINEConv: Kind(
         stack=aggregate.GINEExperts,
@@ -193,7 +184,6 @@ KINDS: dict[type[MessagePassing], Kind] = {
         stack=aggregate.GraphConvExperts,
         is_local=True,
         needs_destinations=False,
-        multiplies=True,
     ),
     pyg.LEConv: Kind(is_local=True),
     pyg.MFConv: Kind(is_local=True),
@@ -203,12 +193,10 @@ KINDS: dict[type[MessagePassing], Kind] = {
         stack=aggregate.SAGEExperts,
         is_local=True,
         needs_destinations=False,
-        multiplies=True,
     ),
     pyg.SimpleConv: Kind(
         is_local=True,
         adapt=_of_no_width,
-        multiplies=True,
         names={"bare_sage": {"aggr": "mean", "combine_root": "cat"}},
     ),
     pyg.TransformerConv: Kind(stack=attention.TransformerExperts, is_local=True),

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.loader import NeighborLoader
+from torch_geometric.nn import GCNConv, GINConv, GraphConv, SAGEConv, SimpleConv
 from torch_geometric.transforms import ToUndirected
 from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 from torchmetrics import Metric
@@ -28,7 +29,7 @@ from experiments.train.config import GraphConfig, NodeConfig, RunConfig
 from experiments.train.data.task import Batch, GraphData, MetricName, Shard, Split, Splits, Task
 from experiments.train.user_code import load_conv
 from gmoe._checks import check
-from gmoe.conv.kinds import Kind, class_of, factory_of, kind_of
+from gmoe.conv.kinds import class_of, factory_of
 from gmoe.data import neighbor_loader
 
 MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
@@ -215,9 +216,8 @@ def weighs_edges(config: RunConfig) -> list[bool]:
     return ["edge_weight" in inspect.signature(cls.forward).parameters for cls in classes]
 
 
-def _known(conv: str) -> Kind:
-    """What gmoe knows of a conv by its name."""
-    return kind_of(class_of(factory_of(load_conv(conv))))
+MULTIPLYING: frozenset[type] = frozenset({GCNConv, GINConv, GraphConv, SAGEConv, SimpleConv})
+"""Convs that PyG runs as a product with a sparse matrix, without a message for every edge."""
 
 
 def adjacency(config: GraphConfig, data: Data) -> Tensor:
@@ -228,15 +228,15 @@ def adjacency(config: GraphConfig, data: Data) -> Tensor:
     weights that some of the convs do not take, with self-loops that a conv would double, or
     with parallel edges (one place in a matrix).
     """
-    adds_loops = any(_known(conv).adds_loops for conv in config.conv)
+    classes = {class_of(factory_of(load_conv(conv))) for conv in config.conv}
     if (
         config.model is None
         and config.adjacency == "auto"
         and config.sampling == "full"
         and config.precision != "bf16-mixed"
-        and all(_known(conv).multiplies for conv in config.conv)
+        and classes <= MULTIPLYING
         and (data.edge_weight is None or len(set(weighs_edges(config))) == 1)
-        and not (adds_loops and contains_self_loops(data.edge_index))
+        and not (GCNConv in classes and contains_self_loops(data.edge_index))
     ):
         ends = data.edge_index.flip([0])
         size = (data.num_nodes, data.num_nodes)

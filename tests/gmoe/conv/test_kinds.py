@@ -302,22 +302,12 @@ def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None
     assert layer((torch.randn(9, 4), torch.randn(7, 6)), random_graph(9, 7, 30)).shape == (7, 5)
 
 
-def test_gcn_adds_loops_and_no_other_kind_does() -> None:
-    assert {cls for cls, kind in KINDS.items() if kind.adds_loops} == {pyg.GCNConv}
+def test_nothing_is_known_of_other_classes() -> None:
     assert kind_of(pyg.SGConv) is UNKNOWN
+    assert not UNKNOWN.is_local
 
 
 @pytest.mark.parametrize("cls", KINDS)
 def test_a_class_is_said_to_be_local_or_to_need_degrees_beside_one_hop(cls: Any) -> None:
     kind = kind_of(cls)
     assert kind.is_local != kind.is_one_hop
-
-
-def test_nothing_is_said_of_other_classes() -> None:
-    said = (UNKNOWN.is_local, UNKNOWN.multiplies, UNKNOWN.adds_loops)
-    assert said == (False, False, False)
-
-
-@pytest.mark.parametrize("cls", STACKED)
-def test_a_class_whose_experts_are_stacked_multiplies_where_pyg_does(cls: Any) -> None:
-    assert built(cls).fuse == kind_of(cls).multiplies

@@ -24,12 +24,13 @@ from torch_geometric.utils import add_self_loops
 from experiments.convert.planted import write_planted
 from experiments.train.build import build_model
 from experiments.train.config import HeteroConfig
-from experiments.train.data.graphs import TwoClassAUROC, directed
+from experiments.train.data.graphs import MULTIPLYING, TwoClassAUROC, directed
 from experiments.train.data.named import load_graph
 from experiments.train.data.task import GraphData, Split, Task
 from experiments.train.kinds import graphs as graph_kinds
 from experiments.train.kinds import kind_of
 from experiments.train.training import set_up
+from gmoe.conv.kinds import KINDS, factory_of
 from tests.helpers.made_graph import (
     NODES,
     PARTS,
@@ -386,3 +387,8 @@ def test_relations_have_reverses(mag: GraphData, undirected: bool) -> None:
     cites = set(map(tuple, graph["paper", "cites", "paper"].edge_index.T.tolist()))
     assert (cites == {(b, a) for a, b in cites}) == undirected
     assert len(mag.data.edge_types) == 4
+
+
+@pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if kind.stack])
+def test_convs_get_a_matrix_where_pyg_multiplies_by_it(cls: Any) -> None:
+    assert factory_of(cls)(4, 4).fuse == (cls in MULTIPLYING)
