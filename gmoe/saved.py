@@ -105,7 +105,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         ImportError: ``safetensors`` is not installed.
         ValueError: a router or experts of a class of your own; an option or a part that was changed
-            after the layer was built (LoRA, quantized, folded or unstacked experts): no code runs
+            after the layer was built (LoRA, quantized or unstacked experts): no code runs
             from a file, and the message says what to do.
 
     Example:

@@ -17,14 +17,10 @@ Shapes: E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from gmoe._checks import check_module
-
-Model = TypeVar("Model", bound=nn.Module)
 
 BASE = "_base"
 """What follows a tensor's name in that of its base."""
@@ -52,7 +48,6 @@ class Stack(nn.Module):
         super().__init__()
         self.names: list[str] = []
         self.names_with_base: list[str] = []
-        self.register_load_state_dict_pre_hook(_read_independent)
 
     def add(self, name: str, like: Tensor | None, num_experts: int) -> None:
         """Register room for tensors of a form: a parameter or a buffer, as ``like`` is.
@@ -117,18 +112,6 @@ class Stack(nn.Module):
                 self.register_parameter(name + DIFFERENCE, stored)
                 self.names_with_base.append(name)
 
-    def fold(self) -> None:
-        """Add each base to its differences; see :func:`fold`."""
-        for name in list(self.names_with_base):
-            base = getattr(self, name + BASE)
-            stored = self.stored(name)
-            stored.add_(base)
-            stored.requires_grad_(stored.requires_grad or base.requires_grad)
-            delattr(self, name + BASE)
-            delattr(self, name + DIFFERENCE)
-            self.names_with_base.remove(name)
-            self.register_parameter(name, stored)
-
     def keep(self, kept: Sequence[int]) -> None:
         """Take all other experts away; those that stay are numbered anew.
 
@@ -142,16 +125,6 @@ class Stack(nn.Module):
                 rows = nn.Parameter(rows, requires_grad=stored.requires_grad)
             setattr(self, name + DIFFERENCE if name in self.names_with_base else name, rows)
         self.num_experts = len(kept)
-
-
-def _read_independent(stack: Stack, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Read the state of independent experts: as differences from a base of zeros."""
-    for name in stack.names_with_base:
-        if prefix + name in state_dict:
-            value = state_dict.pop(prefix + name)
-            state_dict[prefix + name + DIFFERENCE] = value
-            # On the device and of the dtype that the state has.
-            state_dict[prefix + name + BASE] = torch.zeros_like(value[0])
 
 
 # all stacks of a module ---------------------------------------------------------------------------
@@ -235,24 +208,3 @@ def routed_parameters(experts: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of which a token uses those of its own experts: all but the bases."""
     bases = set(base_parameters(experts))
     return (parameter for parameter in experts.parameters() if parameter not in bases)
-
-
-@torch.no_grad()
-def fold(model: Model) -> Model:
-    """Make the experts of a model independent: add each base to its differences, in place.
-
-    The outputs stay the same. The state of a folded model can be loaded into a model that is not.
-
-    Args:
-        model: any model; experts that share no base are left as they are.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: a parametrized base or difference.
-    """
-    check_module("model", model)
-    for _, stack in stacks_in(model):
-        stack.fold()
-    return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gmoe._checks import change_of, check_module
 from gmoe.experts import Experts, LinearExperts
-from gmoe.stack import Stack, fold
+from gmoe.stack import BASE, Stack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,9 +37,12 @@ class UnstackedLinears(Experts, Stack):
             linear: Any = nn.Linear(self.in_features, self.out_features, device="meta")
             linear.bias = None
             for name in self.names:
-                stored = experts.stored(name)
-                value = stored[expert].detach().clone()
-                setattr(linear, name, nn.Parameter(value, requires_grad=stored.requires_grad))
+                value = experts.of(name, expert)
+                learns = experts.stored(name).requires_grad
+                if name in experts.names_with_base:
+                    learns = learns or getattr(experts, name + BASE).requires_grad
+                value = value.detach().clone()
+                setattr(linear, name, nn.Parameter(value, requires_grad=learns))
             linears.append(linear)
         self.linears = nn.ModuleList(linears)
         self.train(experts.training)
@@ -130,7 +133,6 @@ def unstack(model: Model) -> Model:
         if change is not None or type(module) is not LinearExperts:
             got = change or f"a class of its own, {type(module).__name__}"
             raise ValueError(f"model: got {name} with {got}, expected plain stacked layers")
-    model = fold(model)
     return with_modules(model, {module: UnstackedLinears(module) for _, module in _stacked(model)})
 
 

@@ -152,15 +152,15 @@ def test_a_compiler_that_computes_something_else_fails(monkeypatch: pytest.Monke
 def test_a_copy_that_changes_the_output_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes after the call that counts is compared."""
 
-    def fold(module: torch.nn.Module) -> torch.nn.Module:
+    def changed(module: torch.nn.Module) -> torch.nn.Module:
         for parameter in module.parameters():
             parameter.mul_(1.5)
         return module
 
-    monkeypatch.setitem(steps.COPIES, "fold", fold)
+    monkeypatch.setitem(steps.COPIES, "pickle", changed)
     target = TARGETS[name]
-    cases = [case for case in map(target.of, range(100)) if case.after == "fold"]
-    assert any("after fold, y" in target.run(case).message for case in cases)
+    cases = [case for case in map(target.of, range(100)) if case.after == "pickle"]
+    assert any("after pickle, y" in target.run(case).message for case in cases)
 
 
 # What is drawn

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import gmoe
 from gmoe import Graph
-from gmoe.stack import fold
 
 BEFORE = (
     *("no_grad", "inference_mode", "step", "other thread", "other input"),
@@ -23,7 +22,7 @@ BEFORE = (
 )
 """What every target's module may have been through, and its input."""
 
-AFTER = (*("nothing", "deepcopy", "pickle", "state dict", "save", "fold", "unstack", "prune"),)
+AFTER = ("nothing", "deepcopy", "pickle", "state dict", "save", "unstack", "prune")
 
 
 def in_mode(step: str, call: Callable[[], Any]) -> Any:
@@ -53,7 +52,6 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda module: module,
     "deepcopy": copy.deepcopy,
     "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "fold": fold,
     "unstack": gmoe.unstack,
 }
 """What gives a module of the same outputs, by the module alone."""

@@ -19,7 +19,7 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, moefy, record_routing
 from gmoe.mlps import MLPForm, register
-from gmoe.stack import fold
+from tests.helpers.folded import fold
 from tests.helpers.mlps import FORMS, Dropping, Llama, NormBeforeActivation, TwoArguments, plain_mlp
 from tests.helpers.vits import images, timm_vit, torchvision_vit
 

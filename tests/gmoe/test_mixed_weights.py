@@ -29,7 +29,8 @@ from gmoe import (
 )
 from gmoe.experts import MixedWeights
 from gmoe.losses import attach_aux_loss
-from gmoe.stack import fold, share_base
+from gmoe.stack import share_base
+from tests.helpers.folded import fold
 
 E, D, H, OUT = 4, 6, 5, 3
 BATCH = torch.tensor([7, 2, 7, 2, 2, 9, 7, 9, 2, 7, 9, 4])

@@ -19,7 +19,6 @@ from torch_geometric import nn as pyg
 import gmoe
 from gmoe.moe import MoELayer
 from gmoe.pruning import groups_of
-from gmoe.stack import fold
 from tests.helpers.huggingface import build
 from tests.helpers.shrunk import EDGES, WIDTH, Mine, X, moved
 from tests.helpers.vits import images, timm_vit, torchvision_vit
@@ -453,12 +452,3 @@ def test_an_option_of_another_part_of_a_layer_that_was_changed_is_refused(
     with pytest.raises(ValueError, match=r"^(model: got )?\S+: got|^model: got blocks\.1\.mlp"):
         gmoe.save(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-
-
-def test_folded_experts_are_refused_and_their_state_loads_by_hand(tmp_path: Path) -> None:
-    model = fold(made("timm", start="copies"))
-    with pytest.raises(ValueError, match=r"^model: got .*_base.*load_state_dict"):
-        gmoe.save(model, tmp_path)
-    again = gmoe.moefy(BASES["timm"](), num_experts=4, start="copies").eval()
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(images()), model.eval()(images()))

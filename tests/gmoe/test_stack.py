@@ -21,11 +21,12 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
 import gmoe
-from gmoe import GNNMoE, MoEConv
+from gmoe import MoEConv
 from gmoe.conv.base import tensors_in
-from gmoe.stack import base_parameters, fill, fold, has_base, tensors_of
+from gmoe.stack import base_parameters, fill, has_base, tensors_of
 from tests.helpers.conv_cases import ids
 from tests.helpers.equal import assert_same
+from tests.helpers.folded import fold
 from tests.helpers.masked import GRAPHS, assert_equals_masked, features
 
 NODES, EDGES = GRAPHS["mixed"]
@@ -105,7 +106,6 @@ def test_a_folded_layer_gives_the_same(conv: Any) -> None:
     expected = layer(x, EDGES)
     experts = [layer.expert(index)(x, EDGES) for index in range(EXPERTS)]
     before = sum(parameter.numel() for parameter in layer.experts.parameters())
-    unfolded = copy.deepcopy(layer)
 
     folded = fold(layer)
     assert folded is layer
@@ -115,32 +115,6 @@ def test_a_folded_layer_gives_the_same(conv: Any) -> None:
         assert_same(folded.expert(index)(x, EDGES), of_expert)
     after = sum(parameter.numel() for parameter in folded.experts.parameters())
     assert after * (EXPERTS + 1) == before * EXPERTS
-
-    # Its state is that of differences from a base of zeros.
-    nn.init.normal_(next(base_parameters(unfolded)))
-    unfolded.load_state_dict(folded.state_dict())
-    assert_same(unfolded(x, EDGES), expected)
-
-
-def test_a_folded_state_is_assigned_to_a_layer_without_values() -> None:
-    folded = fold(trained(router_kwargs={"weight": "straight_through"}).eval())
-    with torch.device("meta"):
-        layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS, start="copies")
-    layer.eval().load_state_dict(folded.state_dict(), assign=True)
-    x = features(NODES, WIDTH)
-    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float64}
-    assert_same(layer(x, EDGES), folded(x, EDGES))
-
-
-def test_experts_that_two_layers_share_are_folded_once() -> None:
-    first, second = trained(), trained()
-    second.experts = first.experts
-    model = nn.ModuleList([first, second]).eval()
-    x = features(NODES, WIDTH)
-    expected = second(first(x, EDGES), EDGES)
-    fold(model)
-    assert second.experts is first.experts
-    assert_same(second(first(x, EDGES), EDGES), expected)
 
 
 class Scaled(nn.Module):
@@ -170,26 +144,7 @@ def test_a_sum_cannot_be_changed_and_its_parts_can(how: str) -> None:
     for changed in (layer, folded):
         changed(x, EDGES).sum().backward()
     with pytest.raises(ValueError, match="parametrized weight, expected a plain one"):
-        fold(layer)
-
-
-@pytest.mark.parametrize("frozen", ["base", "difference"])
-def test_folded_experts_learn_if_either_part_did(frozen: str) -> None:
-    layer = trained()
-    for name, parameter in layer.experts.named_parameters():
-        parameter.requires_grad_(not name.endswith(f"_{frozen}"))
-    fold(layer)
-    assert all(parameter.requires_grad for parameter in layer.experts.parameters())
-
-
-def test_a_model_is_folded_layer_by_layer() -> None:
-    torch.manual_seed(0)
-    model = GNNMoE(WIDTH, 8, 2, 3, conv="sage", start="copies", num_experts=EXPERTS).eval()
-    x = features(NODES, WIDTH).float()
-    expected = model(x, EDGES)
-    fold(model)
-    fold(model)  # nothing is left to fold
-    assert_same(model(x, EDGES), expected)
+        layer.experts.lin.keep([0, 1])
 
 
 def test_a_step_of_gradient_descent_is_one_with_pooled_gradients() -> None:

@@ -13,9 +13,10 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations
 
 import gmoe
-from gmoe.stack import fold, has_base
+from gmoe.stack import has_base
 from gmoe.unstacked import UnstackedLinears
 from tests.helpers.equal import assert_same
+from tests.helpers.folded import fold
 from tests.helpers.shrunk import CONVS, EDGES, EXPERTS, WIDTH, X, conv_layer, moefied
 from tests.helpers.vits import images
 
@@ -117,6 +118,15 @@ def test_one_layer_of_linear_experts_is_replaced_itself() -> None:
 def test_frozen_layers_stay_frozen() -> None:
     model = moefied(start="plain").requires_grad_(False)
     assert not any(p.requires_grad for p in gmoe.unstack(model).parameters())
+
+
+@pytest.mark.parametrize("frozen", ["base", "difference"])
+def test_unstacked_layers_learn_if_either_part_did(frozen: str) -> None:
+    layer = conv_layer("gcn", "copies", "token_choice", 1)
+    for name, parameter in layer.experts.named_parameters():
+        parameter.requires_grad_(name.endswith(f"weight_{frozen}"))
+    linears = gmoe.unstack(layer).experts.lin.linears
+    assert all(linear.weight.requires_grad for linear in linears)
 
 
 def test_changed_layers_are_refused() -> None:

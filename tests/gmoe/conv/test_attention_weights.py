@@ -12,7 +12,7 @@ from torch_geometric.explain.algorithm.utils import set_masks
 from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
 
 from gmoe import Graph, MoEConv
-from gmoe.stack import fold
+from tests.helpers.folded import fold
 from tests.helpers.masked import (
     GRAPHS,
     csr,

@@ -20,9 +20,9 @@ from torch_geometric.nn import GATConv, GraphConv, MessagePassing, SAGEConv, Seq
 from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import MoEConv, TokenChoice, count_flops, moefy
-from gmoe.stack import fold
 from tests.contract import Halved, opened
 from tests.helpers.conv_cases import AGGREGATE_ONCE, ATTENTION, NODES, SOME, WIDTH, graph, ids
+from tests.helpers.folded import fold
 from tests.helpers.masked import GRAPHS, features, mean_of_in_edges, random_graph, routing_of
 
 EXPERTS = 3

@@ -15,7 +15,7 @@ import gmoe
 from gmoe import Routing
 from gmoe.conv.aggregate import GINExperts
 from gmoe.conv.network import BatchNormExperts, can_be_stacked
-from gmoe.stack import fold
+from tests.helpers.folded import fold
 
 WIDTH, NODES, EXPERTS = 4, 12, 4
 EDGES = torch.stack([torch.arange(30) % NODES, (torch.arange(30) * 7 + 3) % NODES])

@@ -32,9 +32,9 @@ from torch_geometric.utils import to_torch_csc_tensor, trim_to_layer
 
 from gmoe import GNNMoE, Graph, MoEConv
 from gmoe.conv.kinds import OPTIONS
-from gmoe.stack import fold
 from tests.contract import opened
 from tests.helpers.conv_cases import KINDS, NODES, WIDTH, Two, graph, layer
+from tests.helpers.folded import fold
 from tests.helpers.masked import assert_equals_masked, csr, features, random_graph, redrawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")

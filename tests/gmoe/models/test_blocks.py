@@ -16,8 +16,8 @@ from torch_geometric.data import Data
 import gmoe
 from gmoe import BlockGNN, MoE, MoEConv, TokenChoice
 from gmoe.models.blocks import DropThenAct
-from gmoe.stack import fold
 from tests.helpers.equal import assert_same
+from tests.helpers.folded import fold
 from tests.helpers.mapped import map_to
 from tests.helpers.masked import features, simple_graph
 from tests.helpers.shrunk import pruned_on

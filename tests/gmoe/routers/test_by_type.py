@@ -20,7 +20,7 @@ from torch_geometric.nn import HeteroConv, HeteroLinear
 
 import gmoe
 from gmoe.routers import ByType
-from gmoe.stack import fold
+from tests.helpers.folded import fold
 
 ELEMENTS = [1, 6, 8]
 WIDTH, ATOMS = 4, 9
