@@ -346,7 +346,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
 
         # 3. Route the destinations.
         if routing is None and self.router is not None:
-            seen_TD = self._router_features(call)
+            seen_TD = router_features(self.router_input, call)
             is_one_set = call.x_src is call.x_dst
             token_edges = call.graph.edge_index if is_one_set else None  # edges among the tokens
             routing = self.router(seen_TD, batch, token_edges)
@@ -383,13 +383,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         call = Call(graph, x, x[: graph.num_dst])
         if "neighbors" in self.router_input:
             call = call.with_aggregate(self.experts.aggregate(call))
-        return self._router_features(call)
-
-    def _router_features(self, call: Call) -> Tensor:
-        """(T, dim) the router's input, given a call and its aggregate."""
-        return router_features(
-            self.router_input, call.x_src, call.x_dst, call.aggregate, call.graph
-        )
+        return router_features(self.router_input, call)
 
     def check_nodes(self, *sets: Tensor) -> None:
         """Refuse features of another width, kind or dtype than the layer's.

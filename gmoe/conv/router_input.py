@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmoe._checks import check_choice
-from gmoe.conv.graph import Graph
+from gmoe.conv.call import Call
 from gmoe.routers import Router, RouterLike
 from gmoe.start import Start
 
@@ -68,29 +68,21 @@ def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
     return sum(widths[part] for part in parts)
 
 
-def router_features(
-    parts: Sequence[RouterPart],
-    x_src: Tensor,
-    x_dst: Tensor,
-    neighbors: Tensor | None,
-    graph: Graph,
-) -> Tensor:
+def router_features(parts: Sequence[RouterPart], call: Call) -> Tensor:
     """(T, dim) the parts side by side.
 
     Args:
         parts: what the router sees.
-        x_src: features of the sources.
-        x_dst: features of the T destinations.
-        neighbors: the aggregate of each destination's neighbors; ``None`` for the mean over its
-            in-edges.
-        graph: from sources to destinations.
+        call: the nodes and their graph. Neighbors are its aggregate or, if it has none, the mean
+            over in-edges.
     """
-    columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
-    if "neighbors" in parts and neighbors is None:
-        columns["neighbors"] = graph.mean(x_src)
+    x_dst = call.x_dst
+    columns: dict[str, Any] = {"node": x_dst, "neighbors": call.aggregate}
+    if "neighbors" in parts and call.aggregate is None:
+        columns["neighbors"] = call.graph.mean(call.x_src)
     if "degree" in parts:
         wide = torch.promote_types(x_dst.dtype, torch.float32)  # for more than 65,504 in-edges
-        degree_T = graph.edges.degree.to(x_dst.device, wide)
+        degree_T = call.graph.edges.degree.to(x_dst.device, wide)
         columns["degree"] = degree_T.log1p()[:, None].to(x_dst.dtype)
     if len(parts) == 1:
         return columns[parts[0]]

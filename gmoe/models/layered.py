@@ -13,6 +13,7 @@ from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_counts, described, parameters_of
+from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import base_kind_of
 from gmoe.conv.moe_conv import MoEConv
@@ -201,7 +202,7 @@ class LayeredGNN(Pretrained, nn.Module):
             x: (N, D) raw features.
             graph: the graph; of a part of a graph, the result has its destinations only.
         """
-        return router_features(self.router_input, x, x[: graph.num_dst], None, graph)
+        return router_features(self.router_input, Call(graph, x, x[: graph.num_dst]))
 
     def route_once(self, x: Tensor, graph: Graph, batch: Tensor | None) -> Routing | None:
         """Decide once for all layers, by the raw features; ``None`` without a shared router."""

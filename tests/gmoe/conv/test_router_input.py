@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gmoe import GNNMoE, Graph, MoEConv, TokenChoice
+from gmoe.conv.call import Call
 from gmoe.conv.router_input import router_features, router_parts, router_width
 
 
@@ -44,7 +45,7 @@ def test_features_are_as_wide_as_the_router_was_told() -> None:
     graph = Graph(torch.tensor([[0, 1, 2], [1, 1, 0]]), 3)
     x = torch.eye(3)
     parts = router_parts(["node", "neighbors", "degree"], "shared", None)
-    seen = router_features(parts, x, x, None, graph)
+    seen = router_features(parts, Call(graph, x, x))
     assert seen.size(1) == router_width(parts, node=3, neighbors=3)
     assert seen[1, 3:6].tolist() == [0.5, 0.5, 0]  # the mean over its in-edges, from 0 and 1
     assert seen[:, 6].tolist() == torch.tensor([1.0, 2.0, 0.0]).log1p().tolist()
