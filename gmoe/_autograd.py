@@ -40,6 +40,8 @@ class lazy(Generic[Value]):  # noqa: N801
         self.__doc__ = method.__doc__
 
     def __get__(self, instance: object, _: type | None = None) -> Value:
+        if instance is None:  # asked of the class, as a property gives itself
+            return self  # type: ignore[return-value]
         result = self.method(instance)
         # From now on, Python finds the attribute of the instance, and does not ask here again. Not
         # by setattr, which frozen dataclasses refuse.
