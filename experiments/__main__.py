@@ -2,7 +2,7 @@
 
 train      Train a preset, or your own data, router or model.
 sweep      Run a study, or a grid of your own.
-advise     Say what your data want, and whether experts will pay.
+advise     Ask a graph whether rules differ, and try experts that are routed so.
 report     Make one HTML page from finished runs.
 patches    Draw which expert takes which patch of your images.
 tables     Write the tables of the docs from result files, or check them.

@@ -1,4 +1,4 @@
-"""Say what your data want, and whether experts pay: see :mod:`experiments.study.advise`."""
+"""Ask a graph whether rules differ, and try the answer: see :mod:`experiments.study.advise`."""
 
 from experiments.study.advise import main
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from experiments.convert.building import building
 from experiments.show.report_page import Page
-from experiments.study.advise import keep_regimes
+from experiments.study.advise import keep_routing
 from experiments.study.pages import update
 from experiments.train.results import write_json
 from tests.helpers.command import QUICK, full_disk, refused
@@ -23,10 +22,10 @@ LARGE = np.random.default_rng(0).standard_normal((1_000, 3))
 REPLACED: dict[str, Callable[[Path], object]] = {
     "a.json": lambda path: write_json(path, LARGE.tolist()),
     "index.html": Page(["<p>"] * 1_000).write,
-    "regimes.npy": lambda path: keep_regimes(path.parent, torch.arange(1_000)),
+    "routing.npy": lambda path: keep_routing(path, np.arange(1_000)),
 }
 LAST: dict[str, Callable[[Path], object]] = {
-    "regimes.npy": lambda path: keep_regimes(path.parent, torch.arange(400)),
+    "routing.npy": lambda path: keep_routing(path, np.arange(400)),
 }
 """Writers of arrays of less than 4 kB, or of such an end."""
 
