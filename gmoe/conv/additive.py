@@ -174,7 +174,8 @@ def _score_additively_backward(
     """The gradients of the first five inputs, of those that are there."""
     given = _Parts(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
     parts = given.each(_exact)
-    grads = parts.each(torch.zeros_like)
+    # Contiguous, however the inputs lie: not zeros_like.
+    grads = parts.each(lambda value: value.new_zeros(value.shape))
     grad_MH = grad_MH.to(parts.att_EOH.dtype)
     for block in _blocks(offsets, len(sender), att_EOH):
         # The sums are computed anew: they take more memory than all else.

@@ -92,7 +92,7 @@ def test_what_is_recorded_is_copied_and_pickled_with_the_model() -> None:
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert again.recorded == model.recorded
         assert again.config == model.config
-    assert model.recorded.unsavable.keys() == {"router", "act"}
+    assert model.recorded.unsavable.keys() == {"act"}
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,11 @@ def test_a_study_without_a_cell_says_so() -> None:
     assert study_tables(study) == "No cell is finished."
 
 
-def test_prices_choices_and_published_figures_stand_beside_a_cell(folder: Path) -> None:
+def test_prices_and_published_figures_stand_beside_a_cell(folder: Path) -> None:
     path = folder / "study.json"
     study = json.loads(path.read_text()) | {
         "labels": {"moe": "experts", "dense": "the dense model"},
-        "chosen": {"Best": ["moe", "dense"], "Open": ["moe", "four"]},
-        "published": {"b/dense": "51.0 ± 2.0", "b/Best": "60.0", "a/moe": "70.0"},
+        "published": {"b/dense": "51.0 ± 2.0", "a/moe": "70.0"},
     }
     path.write_text(json.dumps(study))
     prices = {"b/moe": 1.0, "a/moe": 0.25, "c/dense": 12.5}
@@ -84,12 +83,9 @@ def test_prices_choices_and_published_figures_stand_beside_a_cell(folder: Path) 
         file.write_text(json.dumps(json.loads(file.read_text()) | figures))
     *tables, missing = study_tables(read_study(folder)).split("\n\n")
     assert [table.count("published") for table in tables] == [1, 0]
-    *_, dense, _, best = tables[0].splitlines()
+    (dense,) = [line for line in tables[0].splitlines() if line.startswith("| dense")]
     assert "| 51.0 ± 2.0 |" in dense
     assert "| 2.5 |" in dense  # minutes of both seeds
-    # Validation chooses the dense model, whose test score is the lower one
-    assert best.startswith("| Best by validation: dense | 55.00 ")
-    assert "| 60.0 |" in best
     of_a = "- a: experts (published: 70.0), not run, 0.25 hours"
     assert missing == f"{of_a}\n- c: the dense model, not run, 12 hours"
     assert study_tables(read_study(folder), ["a"]).endswith(f"\n\n{of_a}")
