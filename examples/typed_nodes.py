@@ -18,6 +18,7 @@ On one core of an AMD EPYC CPU, beside other jobs, three seeds of both take 95 s
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -52,14 +53,14 @@ data = RandomNodeSplit(num_val=0.1, num_test=0.5)(ToUndirected(merge=False)(data
 # %%
 # The model, as without experts. Of GAT set ``add_self_loops=False`` for two types.
 class GNN(nn.Module):
-    def __init__(self, conv) -> None:
+    def __init__(self, conv: Callable[..., nn.Module]) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
             HeteroConv({relation: conv((-1, -1), width) for relation in data.edge_types})
             for width in (64, fields)
         )
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         h_dict = self.convs[0](data.x_dict, data.edge_index_dict)
         h_dict = {name: F.dropout(h.relu(), training=self.training) for name, h in h_dict.items()}
         return self.convs[1](h_dict, data.edge_index_dict)["paper"]
@@ -67,7 +68,7 @@ class GNN(nn.Module):
 
 # %%
 # Training. The first call makes the parameters, so the optimizer comes behind it.
-def train(seed: int, conv) -> float:
+def train(seed: int, conv: Callable[..., nn.Module]) -> float:
     torch.manual_seed(seed)
     model, paper = GNN(conv), data["paper"]
     with torch.no_grad():
