@@ -183,9 +183,10 @@ def test_the_first_screen_shows_code_before_it_claims_anything() -> None:
     assert len(FIRST_SCREEN.split()) < 450
 
 
-def test_the_first_command_shows_experts_at_work() -> None:
+def test_installing_comes_first_and_then_a_command_that_shows_experts_at_work() -> None:
     """``.ci/run`` runs the two set-up commands to the letter, so both stand at a line's start."""
-    first = re.findall(r"^```\n(.*?)^```", COMMANDS, re.DOTALL | re.MULTILINE)[0]
+    install, first, *_ = re.findall(r"^```\n(.*?)^```", COMMANDS, re.DOTALL | re.MULTILINE)
+    assert install.startswith('pip install ".[graph]" ')
     command = 'pip install -e ".[experiments]" && python -m experiments.train mosaic'
     assert first == f"{command}\n"
     assert re.findall("^pip install -e .*$", README, re.MULTILINE) == [
@@ -200,14 +201,12 @@ def test_the_first_command_ends_as_the_readme_says() -> None:
     found = {run["variant"]: run for run in variants}
     moe, dense = found["mosaic-moe"], found["mosaic-dense"]
     assert list(MOSAIC.seeds) == moe["config"]["seeds"] == [0, 1, 2, 3, 4]
-    assert "This trains five seeds" in README
+    assert "train five seeds" in in_a_line(README)
     scores = [f"{100 * run['test']['mean']:.0f}" for run in (moe, dense)]
     said = f"It ends at {scores[0]} % test accuracy, where the dense model has {scores[1]} %"
     assert said in in_a_line(README)
-    routing = moe["routing"][0]
-    assert {8 - dead for dead in routing["dead"]["values"]} == {7, 8}
-    assert routing["nmi"]["mean"] > 0.5
-    assert "seven or eight of the eight experts are used and follow" in in_a_line(README)
+    assert moe["routing"][0]["nmi"]["mean"] > 0.5
+    assert "its experts follow the graph's regions" in in_a_line(README)
 
     seeds = len(DIGITS_GRAPH.seeds)
     for name in ("digits-graph-moe", "digits-graph-dense"):
@@ -339,22 +338,25 @@ def test_the_times_of_the_readme_are_those_of_the_results() -> None:
     variants = read_json(RESULTS / "benchmark-step.json", dict[str, Any])["variants"]
 
     def span(*names: str, digits: int = 1) -> str:
-        low, *_, high = sorted(variants[name]["ratio"]["step"] for name in names)
-        return f"{low:.{digits}f} to {high:.{digits}f}"
+        times = sorted(variants[name]["ratio"]["step"] for name in names)
+        return " to ".join(f"{time:.{digits}f}" for time in dict.fromkeys([times[0], times[-1]]))
 
-    text = in_a_line(README)
-    raw = span("cora-sage, gmoe, Graph", "cora-gin, gmoe, Graph")
-    assert f"takes {raw} times PyG's own SAGE and GIN" in text
-    gcn, gat = (variants[f"cora-{kind}, gmoe, Graph"]["ratio"]["step"] for kind in ("gcn", "gat"))
-    assert f"{gcn:.1f} times its GCN, and {gat:.1f} times its GAT" in text
-    molecules = span("molecules-gine, gmoe, Graph", "molecules-gcn, gmoe, Graph")
-    assert f"Molecules 300 wide take {molecules} times" in text
-    vits = span("vit-tiny, gmoe, moefy", "vit-tiny, gmoe, moefy, plain")
-    assert f"a moefied ViT {vits}" in text
-    small = span(
-        *(f"small-{kind}, gmoe, Graph" for kind in ("gcn", "sage", "gin", "gat")), digits=0
+    def graph(*names: str, digits: int = 1) -> str:
+        return span(*(f"{name}, gmoe, Graph" for name in names), digits=digits)
+
+    raw = (
+        f"SAGE and GIN {graph('cora-sage', 'cora-gin')}, "
+        f"GCN {graph('cora-gcn')}, GAT {graph('cora-gat')}"
     )
-    assert f"{small} times at 30 nodes" in text
+    small = graph("small-gcn", "small-sage", "small-gin", "small-gat", digits=0)
+    section = README.partition("## What does it cost?\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (.* \| .*) \|$", section, re.MULTILINE)[1:] == [
+        f"`GNNMoE` | Cora's 1,433 raw features | {raw}",
+        f"`GNNMoE` | molecules, 300 wide | {graph('molecules-gine', 'molecules-gcn')}",
+        f"`GNNMoE` | a graph of 30 nodes | {small}",
+        f"a ViT after `moefy` | four images | "
+        f"{span('vit-tiny, gmoe, moefy', 'vit-tiny, gmoe, moefy, plain')}",
+    ]
 
     variants = read_json(RESULTS / "benchmark-step-compiled.json", dict[str, Any])["variants"]
     cora, molecules = (
@@ -362,10 +364,8 @@ def test_the_times_of_the_readme_are_those_of_the_results() -> None:
         / variants[f"{row}, PyG, compiled"]["ratio"]["step"]
         for row in ("cora-gcn", "molecules-gcn")
     )
-    said = (
-        f"takes {cora:.1f} times compiled PyG's on Cora's raw features, and {molecules:.1f} times"
-    )
-    assert said in text
+    said = f"takes {cora:.1f} times PyG's on Cora, and {molecules:.1f} times on molecules"
+    assert said in in_a_line(section)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
