@@ -52,6 +52,7 @@ nitpick_ignore_regex = [
     # Bases and records that are not public.
     ("py:class", r"gmoe\.(conv\.open_widths\.OpenWidths|conv\.explain\.HidesPrototype)"),
     ("py:class", r"gmoe\.(stack\.Stack|recorded\.Recorded)"),
+    ("py:class", r"gmoe\.(moe\.MoELayer|models\.layered\.LayeredGNN)"),
 ]
 
 sphinx_gallery_conf = {

@@ -46,7 +46,7 @@ def neighbor_loader(
     """Load mini-batches of sampled neighborhoods, with ``pyg-lib`` or without.
 
     It is PyG's ``NeighborLoader`` where ``pyg-lib`` is installed, which that one needs. Elsewhere
-    it is PyG's ``NodeLoader`` over :class:`NeighborSampler`, which draws from the same distribution
+    it is PyG's ``NodeLoader`` over ``NeighborSampler``, which draws from the same distribution
     with torch alone.
 
     The tensors of ``data`` may be memory-mapped, and larger than memory: ``x`` and what else there

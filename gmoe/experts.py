@@ -74,7 +74,7 @@ class Experts(nn.Module, ABC):
     def keep(self, kept: Sequence[int]) -> None:
         """Take all other experts away, in place; those that stay are numbered anew.
 
-        :meth:`gmoe.MoE.keep` calls it. A class of your own needs one of its own to be pruned.
+        ``layer.keep`` calls it. A class of your own needs one of its own to be pruned.
 
         Args:
             kept: the experts that stay, ascending.

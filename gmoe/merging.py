@@ -35,7 +35,8 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     Args:
         model: any model in which all layers with experts mix weights, from :func:`moefy` or your
             own. It stays as it is.
-        *args, **kwargs: a call of the model on that molecule, which is made once, in evaluation.
+        *args: a call of the model on that molecule, which is made once, in evaluation.
+        **kwargs: likewise.
 
     Returns:
         A dense copy of the model.

@@ -48,7 +48,7 @@ def prune(
 
     On the data of the routings, the outputs in evaluation stay the same, up to rounding: the router
     scores all experts as before, and chooses among those that stay. At least K of them stay in each
-    layer. To choose the experts yourself, call ``layer.keep(ids)``; see :meth:`gmoe.MoE.keep`.
+    layer. To choose the experts yourself, call ``layer.keep(ids)``.
 
     Layers that share a router are pruned together. Parameters of experts are new ones: make a new
     optimizer.
@@ -66,7 +66,7 @@ def prune(
     Raises:
         ValueError: no layer with experts; a router or experts of which none can be taken away, such
             as :class:`SoftSlots`, a router by type, or a class of your own without
-            :meth:`keep`; routings that are not those of the model; a layer in which no expert was
+            ``keep``; routings that are not those of the model; a layer in which no expert was
             chosen at all, of which the data say nothing. The model stays as it is then.
 
     Example:

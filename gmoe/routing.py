@@ -423,7 +423,7 @@ class Routing:
 
     @lazy
     def place(self) -> Any:
-        """(P,) int64, the pair in each slot: the K pairs of a token in a row. ``None`` if there are
+        """The pair in each slot, (P,) int64, the K pairs of a token in a row. ``None`` if there are
         no slots."""
         if self.slot is None:
             return None
