@@ -30,7 +30,7 @@ from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.config import GraphConfig
 from experiments.train.files import read_json, replacing
-from experiments.train.presets import MOSAIC, PRESETS, command
+from experiments.train.presets import PRESETS, command
 from experiments.train.scores import Difference, better_in, gains, scored
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ MOST = 5
 DENSE = ("dense", "dense-lr2", "dense-input-again")
 FOUND = "experts-routed"
 DEFAULT = "experts-default"
-PLANTED = ("concept-", "regimes-")
-"""What the names of planted graphs begin with that are no presets; they take mosaic's recipe."""
 
 
 def arms_of(base: GraphConfig, routing: Path) -> dict[str, GraphConfig]:
@@ -68,9 +66,7 @@ def label_of(arm: str, view: str) -> str:
 
 
 def base_of(preset: str) -> GraphConfig:
-    """The configuration of a preset of nodes, or of a planted graph, by its name."""
-    if preset.startswith(PLANTED):
-        return replace(MOSAIC, dataset=preset)
+    """The configuration of a preset of nodes, by its name."""
     legal = {name: own for name, (_, own) in PRESETS.items() if isinstance(own, GraphConfig)}
     check_choice("preset", preset, legal)
     return legal[preset]
@@ -81,6 +77,7 @@ def advise(
     out: Path,
     data_root: Path = Path("data"),
     metric: Literal["accuracy", "roc_auc"] | None = None,
+    undirected: bool = True,
     budget: float = 30.0,
     price: bool = False,
     offline: bool = False,
@@ -88,11 +85,12 @@ def advise(
     """Ask a graph whether nodes follow different rules, and try what it answers.
 
     Args:
-        preset: `graph` for your own graph; another preset of nodes; or a planted graph,
-            `concept-R-L-SHOWN` or `regimes-R-L-SHOWN`.
+        preset: `graph` for your own graph, or another preset of nodes.
         out: folder of the answer and of the runs.
         data_root: the file of your graph, or the root folder of the data.
         metric: of your own graph (default accuracy).
+        undirected: add the reverse of every edge, where the preset does; try `--no-undirected`,
+            too, where an edge means something in one direction only.
         budget: minutes; a split is begun only if it fits, three are the least.
         price: only say how long the trial would take.
         offline: download nothing; an error says what is missing.
@@ -105,6 +103,7 @@ def advise(
     check(metric is None or preset == "graph", "metric", f"{metric!r} for {preset}", legal)
     base = replace(base, data_root=data_root, offline=offline, progress=sys.stderr.isatty())
     base = base if metric is None else replace(base, metric=metric)
+    base = replace(base, undirected=base.undirected and undirected)
     legal = "'full': a graph that is trained on as a whole"
     check(base.sampling == "full", "sampling", f"{base.sampling!r} of {preset}", legal)
     if price:
@@ -261,7 +260,7 @@ def write_picture(summaries: Mapping[str, Any], answer: Answer, path: Path) -> N
         axis.errorbar(gain.mean, place, xerr=error, fmt="o", color=color)
     axis.set_yticks(range(len(names)), [label_of(name, answer.view) for name in names])
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlabel("test, points above the dense model (paired 95 % interval)")
+    figure.supxlabel("test, points above the dense model (paired 95 % interval)", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=150, facecolor="white", format="png")

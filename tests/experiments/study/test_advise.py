@@ -78,6 +78,17 @@ def test_where_rules_do_not_differ_nothing_is_trained(
     assert [path.name for path in Path("out").iterdir()] == ["advice.json"]
 
 
+def test_edges_of_one_direction_are_asked_and_tried(
+    answered: Callable[[bool], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command that is printed, too."""
+    answered(False)
+    both = replace(PRESETS["digits-graph"][1], undirected=True)  # type: ignore[call-arg]
+    PRESETS["digits-graph"] = ("", both)
+    main(["digits-graph", "--out", "out", "--no-undirected"])
+    assert "--no-undirected" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_budget_that_three_splits_do_not_fit_into_is_refused(
     answered: Callable[[bool], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +168,7 @@ def test_bad_graphs_are_refused_before_anything_is_asked(
     ("args", "message"),
     [
         (["digits"], "preset: got 'digits', expected one of"),
+        (["concept-4-512-communities"], "preset: got 'concept-4-512-communities', expected one"),
         (["ogbn-products"], "sampling: got 'neighbor' of ogbn-products, expected 'full'"),
         (["digits-graph", "--budget", "0"], "budget: got 0.0, expected minutes above 0"),
         (["digits-graph", "--metric", "roc_auc"], "metric: got 'roc_auc' for digits-graph"),
