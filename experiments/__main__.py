@@ -7,8 +7,7 @@ report     Make one HTML page from finished runs.
 patches    Draw which expert takes which patch of your images.
 tables     Write the tables of the docs from result files, or check them.
 benchmark  Time layers, routers, and training.
-convert    Bring a large graph into a folder to train from disk, or SMILES into OGB's layout.
-planted    Write a planted graph in OGB's layout, where OGB's own cannot be had.
+convert    Bring SMILES into OGB's layout, or into configurations with forces.
 """
 
 print(__doc__)

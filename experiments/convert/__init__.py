@@ -2,5 +2,4 @@
 
 smiles   Tables of SMILES as OGB's molecule sets; RDKit reads them.
 forces   Tables of SMILES as configurations with energies and forces, by xTB.
-planted  Graphs in OGB's layouts, for where OGB's own cannot be had: ``experiments.planted``.
 """

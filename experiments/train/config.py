@@ -293,8 +293,6 @@ class NodeConfig(RunConfig):
     By layers the result is the same, and takes less memory."""
     undirected: bool = True
     """Add the reverse of every edge."""
-    allow_large_downloads: bool = False
-    """Download also what is larger than 1 GB."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -552,7 +550,6 @@ WHERE = frozenset(
         "workers",
         "device",
         "offline",
-        "allow_large_downloads",
         "logger",
         "progress",
         "jobs",

@@ -140,12 +140,21 @@ def read_tensors(path: Path, classes: Collection[Any] = ()) -> Any:
                 _check_size(member.file_size, min(member.compress_size, path.stat().st_size))
             if damaged := archive.testzip():  # nor does it look at their checksums
                 raise ValueError(f"{damaged} is not as its checksum says")
-        known = torch.serialization.get_safe_globals()  # safe_globals forgets them at its end
-        with torch.serialization.safe_globals([part for part in classes if part not in known]):
+        with allowing(classes):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:  # its text tells how to load it all the same
                 raise ValueError("holds other objects than tensors") from error
+
+
+@contextmanager
+def allowing(classes: Collection[Any]) -> Iterator[None]:
+    """Let ``torch.load`` make objects of these classes, and of no others that it does not know."""
+    import torch
+
+    known = torch.serialization.get_safe_globals()  # safe_globals forgets them at its end
+    with torch.serialization.safe_globals([part for part in classes if part not in known]):
+        yield
 
 
 def load_weights(model: Any, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from experiments import advise, patches, planted, report, sweep
+from experiments import advise, patches, report, sweep
 from experiments.benchmark import __main__ as benchmark
 from experiments.convert import __main__ as convert
 from experiments.train import command as train
@@ -30,7 +30,6 @@ COMMANDS: dict[str, Any] = {
     "benchmark": benchmark,
     "convert": convert,
     "patches": patches,
-    "planted": planted,
     "report": report,
     "sweep": sweep,
     "train": train,

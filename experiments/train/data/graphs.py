@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data
+from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
 from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn import GCNConv, GINConv, GraphConv, SAGEConv, SimpleConv
 from torch_geometric.transforms import ToUndirected
@@ -33,6 +35,16 @@ from gmoe.conv.kinds import class_of, factory_of
 from gmoe.data import neighbor_loader
 
 MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
+DATA: list[Any] = [
+    Data,
+    DataEdgeAttr,
+    DataTensorAttr,
+    BaseStorage,
+    GlobalStorage,
+    NodeStorage,
+    EdgeStorage,
+]
+"""What a PyG ``Data`` is made of."""
 
 
 def directed(graph: GraphData, undirected: bool) -> GraphData:

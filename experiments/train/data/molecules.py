@@ -1,20 +1,19 @@
 """OGB's molecule sets (Hu et al., 2020): graphs with several labels, some of which are missing.
 
 The files are OGB's download, or what ``experiments.convert molecules`` makes of MoleculeNet's
-tables. They are read here, not by ``ogb``'s loader, which asks questions by ``input()``.
+tables.
 
 Shapes: G graphs, N nodes of all graphs, M edges (both directions), L labels a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,14 +21,10 @@ from torch_geometric.data import Batch as PyGBatch
 from torch_geometric.data import Data
 
 from experiments.train.data.graphs import order_of
-from experiments.train.data.ogb import OGBMetric, kept_tensors, provide, table
-from experiments.train.data.published import published, without_update_check
+from experiments.train.data.ogb import OGBMetric, check_split, folder_of, read_ogb
+from experiments.train.data.published import published
 from experiments.train.data.task import Batch, Shard, Split, Splits, Task
-from experiments.train.files import read_csv
 from gmoe._checks import check
-
-MEGABYTES = 3
-"""Of a download, about: the files of molhiv, as converted, take 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,114 +37,62 @@ class Molecules:
     split: Splits
 
 
-def files_of(name: str) -> dict[Any, str]:
-    """The files that are read, by what they hold."""
-    said = published(name)
-    raw = {
-        "edge": "edge",
-        "edge_attr": "edge-feat",
-        "x": "node-feat",
-        "nodes": "num-node-list",
-        "edges": "num-edge-list",
-        "y": "graph-label",
-    }
-    files: dict[Any, str] = {of: f"raw/{file}.csv.gz" for of, file in raw.items()}
-    files["release"] = f"RELEASE_v{said['version']}.txt"
-    for part in get_args(Split):
-        file = "valid" if part == "val" else part
-        files[part] = f"split/{said['split']}/{file}.csv.gz"
-    return files
-
-
-def load_molecules(name: str, root: Path, *, offline: bool = False) -> Molecules:
+def load_molecules(name: str, root: Path) -> Molecules:
     """One of OGB's molecule sets, with its split; ``root`` holds ogb's folder, ``ogbg_molhiv``.
 
     Graphs have ``x`` (nodes, 9) and ``edge_attr`` (edges, 3), whole numbers, and edges in both
-    directions, each followed by its reverse, as ``PygGraphPropPredDataset`` has them.
+    directions, each followed by its reverse.
 
     Raises:
-        FileNotFoundError: missing files that may not or cannot be downloaded.
+        FileNotFoundError: missing files; says where they are published.
         ValueError: broken ones.
     """
-    files = files_of(name)
-    folder = provide(name, root.expanduser(), files, MEGABYTES, offline, True)
-    tensors = kept_tensors(name, folder, files, _read)
-    nodes = tensors["nodes"].tolist()
-    edges = tensors["edges"].tolist()
-    parts = zip(
-        tensors["x"].split(nodes),
-        tensors["edge_index"].split(edges, dim=1),
-        tensors["edge_attr"].split(edges),
-        strict=True,
-    )
-    graphs = [
-        Data(x=x, edge_index=edge_index, edge_attr=edge_attr) for x, edge_index, edge_attr in parts
-    ]
-    return Molecules(name=name, graphs=graphs, y=tensors["y"], split=tensors["split"])
+    dataset, split = read_ogb(name, root)
+    given = list(dataset)
+    graphs = [Data(x=one.x, edge_index=one.edge_index, edge_attr=one.edge_attr) for one in given]
+    y = torch.cat([one.y for one in given]).float()
+    where = str(folder_of(name, root))
+    check_split(where, split, len(y))
+    sizes = torch.tensor([one.num_nodes for one in given])
+    are_whole = all(len(graph.x) == size for graph, size in zip(graphs, sizes, strict=True))
+    check(are_whole and sizes.min() > 0, where, "graphs without their nodes", "some in each")
+    check_features(where, graphs)
+    known = y[~y.isnan()]
+    is_binary = published(name)["task type"] == "binary classification"
+    has_labels = known.isfinite().all() and (not is_binary or ((known == 0) | (known == 1)).all())
+    legal = "0, 1 or nothing" if is_binary else "numbers or nothing"
+    check(has_labels, where, f"labels from {known.min():g} to {known.max():g}", legal)
+    return Molecules(name=name, graphs=graphs, y=y, split=split)
 
 
-def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
-    """All tensors of a set: ``nodes`` and ``edges`` count those of each graph."""
-    without_update_check()
+def check_features(where: str, graphs: Sequence[Data]) -> None:
+    """Refuse features that ogb's encoders do not know, and edges that leave their molecule."""
     from ogb.utils.features import get_atom_feature_dims, get_bond_feature_dims
 
-    said = published(name)
-    most = np.iinfo(np.int32).max
-    nodes = table(files["nodes"], None, [most]).view(-1)
-    check(nodes.min() > 0, str(files["nodes"]), "a graph without nodes", "one or more in each")
-    graphs = len(nodes)
-    total = int(nodes.sum())
-    edges = table(files["edges"], graphs, [most]).view(-1)
-    ends = table(files["edge"], int(edges.sum()), [int(nodes.max())] * 2)
-    inside = (ends < nodes.repeat_interleave(edges)[:, None]).all(dim=1)
-    row = int(inside.int().argmin())
-    got = f"row {row}, an edge {ends[row].tolist()}"
-    check(inside.all(), str(files["edge"]), got, "nodes of its graph, from 0")
-    x = table(files["x"], total, get_atom_feature_dims())
-    edge_attr = table(files["edge_attr"], len(ends), get_bond_feature_dims())
-    both = torch.stack([ends, ends.flip(1)], dim=1).view(-1, 2)
-    split: Splits = {part: table(files[part], None, [graphs]).view(-1) for part in get_args(Split)}
-    twice = torch.cat([*split.values()]).bincount()
-    where = str(files["train"].parent)
-    check(twice.max() < 2, where, f"graph {int(twice.argmax())} twice", "each at most once")
-    return {
-        "x": x,
-        "edge_index": both.t().contiguous(),
-        "edge_attr": edge_attr.repeat_interleave(2, dim=0),
-        "nodes": nodes,
-        "edges": 2 * edges,
-        "y": _labels(files["y"], graphs, int(said["num tasks"]), said["task type"]),
-        "split": split,
-    }
+    edges = torch.tensor([graph.num_edges for graph in graphs])
+    ends = torch.cat([graph.edge_index for graph in graphs], dim=1)
+    nodes = torch.tensor([len(graph.x) for graph in graphs]).repeat_interleave(edges)
+    is_inside = ((ends >= 0) & (ends < nodes)).all()
+    check(is_inside, where, "an edge out of its graph", "nodes of its graph, from 0")
+    for name, dims in (("x", get_atom_feature_dims()), ("edge_attr", get_bond_feature_dims())):
+        rows = torch.cat([graph[name] for graph in graphs])
+        is_known = rows.shape[1:] == (len(dims),) and rows.dtype == torch.long
+        is_known = is_known and bool(((rows >= 0) & (rows < torch.tensor(dims))).all())
+        check(
+            is_known, where, f"other {name} than ogb's", f"{len(dims)} whole numbers below {dims}"
+        )
 
 
-def _labels(path: Path, graphs: int, tasks: int, kind: str) -> Tensor:
-    """(G, L) the labels, NaN where one is missing."""
-    y = read_csv(path, header=None, dtype=np.float64).to_numpy()
-    known = y[~np.isnan(y)]
-    is_binary = kind == "binary classification"
-    is_table = y.shape == (graphs, tasks) and bool(np.isfinite(known).all())
-    has_labels = not is_binary or bool(np.isin(known, (0, 1)).all())
-    legal = "0, 1 or nothing" if is_binary else "numbers or nothing"
-    check(
-        is_table and has_labels,
-        str(path),
-        f"a table of shape {y.shape}",
-        f"({graphs}, {tasks}) of {legal}",
-    )
-    return torch.from_numpy(y.astype(np.float32))
-
-
-def molecule_task(name: str, root: Path, *, offline: bool = False) -> Task:
+def molecule_task(name: str, root: Path) -> Task:
     """Train on some molecules, validate and test on those of other scaffolds."""
-    data = load_molecules(name, root, offline=offline)
+    data = load_molecules(name, root)
     batches = MoleculeBatches(data)
     said = published(data.name)
     is_binary = said["task type"] == "binary classification"
     for part in ("val", "test") if is_binary else ():
         y = data.y[data.split[part]]
         has_both = ((y == 0).any(dim=0) & (y == 1).any(dim=0)).any()
-        where = str(root / data.name.replace("-", "_"))
+        where = str(folder_of(name, root))
         check(has_both, where, f"no label with both classes in {part}", "one or more")
     return Task(
         name=data.name,

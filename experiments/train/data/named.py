@@ -143,9 +143,7 @@ FILTERED = ("chameleon-filtered", "squirrel-filtered")
 ``chameleon_filtered.npz`` in the data root, from yandex-research/heterophilous-graphs."""
 
 
-def load_graph(
-    name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False
-) -> GraphData:
+def load_graph(name: str, root: Path, *, offline: bool = False) -> GraphData:
     """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, with files in the data root."""
     if name in PYG:
         return PYG[name].load(name, root, offline)
@@ -157,7 +155,7 @@ def load_graph(
     check(name.startswith("ogbn-"), "dataset", repr(name), legal)
     from experiments.train.data.ogb import load_ogb
 
-    return load_ogb(name, root, offline=offline, allow_large_downloads=allow_large_downloads)
+    return load_ogb(name, root)
 
 
 ARRAYS = [

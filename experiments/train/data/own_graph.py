@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.data import Data, HeteroData
-from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
-from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
 
-from experiments.train.data.graphs import MASKS, check_graph, fixed_splits, stratified_splits
+from experiments.train.data.graphs import DATA, MASKS, check_graph, fixed_splits, stratified_splits
 from experiments.train.data.task import GraphData, MetricName
 from experiments.train.files import naming, read_csv, read_npz, read_tensors
 from gmoe._checks import check
@@ -26,16 +24,6 @@ from gmoe._checks import check
 NEEDED = {"x": "node_features", "y": "node_labels", "edge_index": "edges"}
 NAMES = {**NEEDED, **{mask: f"{mask}s" for mask in MASKS.values()}, "edge_weight": "edge_weight"}
 """PyG's names, and those of Platonov et al. (2023), which an npz may have too."""
-DATA: list[Any] = [
-    Data,
-    DataEdgeAttr,
-    DataTensorAttr,
-    BaseStorage,
-    GlobalStorage,
-    NodeStorage,
-    EdgeStorage,
-]
-"""What a PyG ``Data`` is made of."""
 MOST_CATEGORIES = 100
 """Names that a column of features may have: each becomes a feature."""
 

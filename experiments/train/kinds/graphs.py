@@ -49,23 +49,11 @@ class Nodes(GNNKind[Config]):
     def named(self) -> GraphData:
         """The graph that the data set's name means, its edges as they are given."""
         config = self.config
-        return load_graph(
-            config.dataset,
-            config.data_root,
-            offline=config.offline,
-            allow_large_downloads=config.allow_large_downloads,
-        )
+        return load_graph(config.dataset, config.data_root, offline=config.offline)
 
     @abstractmethod
     def own(self, made_by_user: Any) -> GraphData:
         """What a user's function returned, as a data set."""
-
-    def note_data(self, digest: Any) -> dict[str, Any]:
-        if self.config.dataset.startswith("ogbn-"):
-            folder = self.config.data_root / self.config.dataset.replace("-", "_")
-            planted = folder / "PLANTED.txt"
-            digest.update(planted.read_bytes() if planted.exists() else b"")
-        return {}
 
 
 class Graphs(Nodes[GraphConfig]):

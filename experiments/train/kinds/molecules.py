@@ -18,7 +18,7 @@ class MoleculeSets(GNNKind[MoleculeConfig]):
 
     def tasks(self) -> Callable[[int], Task]:
         config = self.config
-        task = molecule_task(config.dataset, config.data_root, offline=config.offline)
+        task = molecule_task(config.dataset, config.data_root)
         return lambda _: task
 
     def note_data(self, digest: Any) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from safetensors.torch import save, save_file
 
-from experiments.convert import planted
 from experiments.show.report_page import Page
 from experiments.train.checkpoint import Checkpoint
 from experiments.train.data.own_graph import own_graph
@@ -128,7 +127,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.json": lambda path: write_json(path, LARGE.tolist()),
     "a.csv": lambda path: Log(path, keep=0).write([{"loss": loss} for loss in LARGE[:, 0]]),
     "a.html": Page(["<p>"] * 1_000).write,
-    "a.csv.gz": lambda path: planted._write(path, LARGE),
     "state.ckpt": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
     "best.safetensors": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
 }

@@ -21,7 +21,6 @@ from torch_geometric.data import HeteroData
 from torch_geometric.sampler import HeteroSamplerOutput, NeighborSampler
 from torch_geometric.utils import add_self_loops
 
-from experiments.convert.planted import write_planted
 from experiments.train.build import build_model
 from experiments.train.config import HeteroConfig
 from experiments.train.data.graphs import MULTIPLYING, TwoClassAUROC, directed
@@ -42,6 +41,7 @@ from tests.helpers.made_graph import (
     make_task,
     model_of,
 )
+from tests.helpers.ogb_data import write_nodes
 
 
 def counted(task: Task, part: Split, batch_size: int = 7, seed: int | None = None) -> list[int]:
@@ -314,7 +314,7 @@ def test_roc_auc_is_exact(rows: list[tuple[int, float, float]], cut: int) -> Non
 def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
     """Papers whose first feature is their number."""
     root = tmp_path_factory.mktemp("ogb")
-    write_planted("ogbn-mag", root, 130, 400, 5)
+    write_nodes("ogbn-mag", root, nodes=130)
     graph = load_graph("ogbn-mag", root, offline=True)
     graph.data["paper"].x[:, 0] = torch.arange(130)
     return graph

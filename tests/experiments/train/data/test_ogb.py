@@ -1,13 +1,10 @@
-"""OGB's sets, and OGB's metric.
-
-Fetched whole or not at all, equal to what ogb makes of the files, broken files named.
-"""
+"""OGB's sets of nodes: read by ogb where all is there, never asked for, and OGB's metric."""
 
 from __future__ import annotations
 
-import gzip
+import builtins
+import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torchvision.datasets import utils
 
-from experiments.train.data import ogb
-from experiments.train.data.ogb import OGBMetric, files_of, load_ogb
+from experiments.train.data.ogb import KEPT, OGBMetric, files_of, load_ogb
+from experiments.train.data.published import without_update_check
 from tests.helpers.ogb_data import NAMES, NODES, numbers, plant, write
 from tests.helpers.user_data import Evil
 
-sys.modules["outdated"] = None  # type: ignore[assignment]  # or ogb asks the network for a newer ogb
-Evaluator = pytest.importorskip("ogb.nodeproppred").Evaluator
-read_graph_pyg = pytest.importorskip("ogb.io.read_graph_pyg")
+without_update_check()
+from ogb.nodeproppred import Evaluator  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -33,186 +28,134 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(templates: Path, tmp_path: Path) -> Path:
-    """A data root of the test's own, with all four sets."""
+def root(templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data root of the test's own, with all four sets; a question fails the test."""
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked"))
     return Path(shutil.copytree(templates, tmp_path / "data"))
 
 
-def file(name: str, root: Path, of: Any) -> Path:
-    return root / name.replace("-", "_") / files_of(name)[of]
+def file(name: str, root: Path, end: str) -> Path:
+    """The file that is needed of a set whose name ends so."""
+    (found,) = [file for file in files_of(name) if file.endswith(end)]
+    return root / name.replace("-", "_") / found
 
 
-def tensors(name: str, root: Path) -> dict[str, Any]:
-    graph = load_ogb(name, root, offline=True)
-    return {"graph": graph.data.to_dict(), "split": graph.splits(0)}
-
-
-def assert_same(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", NAMES[:3])
-def test_plain_sets_are_what_ogb_reads(name: str, root: Path) -> None:
-    graph, raw = load_ogb(name, root), str(file(name, root, "y").parent)
-    data = graph.data
+@pytest.mark.parametrize("name", NAMES)
+def test_a_set_has_the_files_labels_split_and_edges(name: str, root: Path) -> None:
+    graph = load_ogb(name, root)
+    data = graph.data if graph.target is None else graph.data[graph.target]
+    y = numbers(file(name, root, "node-label.csv.gz"))
+    assert torch.equal(data.y, torch.from_numpy(y).to(data.y).view_as(data.y))
     for part, index in graph.splits(3).items():
-        assert index.tolist() == numbers(file(name, root, part)).ravel().tolist()
-    assert graph.num_outputs == {"ogbn-arxiv": 40, "ogbn-products": 47, "ogbn-proteins": 112}[name]
-    (theirs,) = read_graph_pyg.read_graph_pyg(
-        raw, add_inverse_edge=name != "ogbn-arxiv", additional_node_files=[]
-    )
-    assert torch.equal(data.edge_index, theirs.edge_index)
-    assert torch.equal(
-        data.y, torch.from_numpy(numbers(file(name, root, "y"))).to(data.y).view_as(data.y)
-    )
-    if name != "ogbn-proteins":
-        assert torch.equal(data.x, theirs.x)
+        rows = numbers(file(name, root, f"{part.replace('val', 'valid')}.csv.gz"))
+        assert index.tolist() == rows.ravel().tolist()
+    outputs = {"ogbn-arxiv": 40, "ogbn-products": 47, "ogbn-proteins": 112, "ogbn-mag": 349}
+    assert graph.num_outputs == outputs[name]
+    if name == "ogbn-mag":
+        assert graph.data.node_types == ["author", "field_of_study", "institution", "paper"]
         return
-    assert torch.equal(data.edge_attr, theirs.edge_attr)
-    for node in range(0, NODES, 20):
-        near = theirs.edge_attr[theirs.edge_index[1] == node]
-        torch.testing.assert_close(data.x[node], near.mean(dim=0) if len(near) else torch.zeros(8))
-
-
-def test_mag_is_what_ogb_reads(root: Path) -> None:
-    graph, raw = load_ogb("ogbn-mag", root), str(root / "ogbn_mag" / "raw")
-    (theirs,) = read_graph_pyg.read_heterograph_pyg(
-        raw, additional_node_files=[], additional_edge_files=[]
-    )
-    assert graph.target == "paper"
-    assert graph.data.node_types == sorted(theirs.num_nodes_dict)  # models are drawn in this order
-    assert graph.data.edge_types == list(theirs.edge_index_dict)
-    assert graph.data.num_nodes_dict == theirs.num_nodes_dict
-    assert_same(graph.data.edge_index_dict, dict(theirs.edge_index_dict))
-    assert_same(graph.data.x_dict, dict(theirs.x_dict))
-    assert graph.data["paper"].y.tolist() == numbers(file("ogbn-mag", root, "y")).ravel().tolist()
-    assert files_of("ogbn-mag")["val"] == "split/time/paper/valid.csv.gz"
+    edges = torch.from_numpy(numbers(file(name, root, "edge.csv.gz"))).long().t()
+    if name == "ogbn-arxiv":
+        assert torch.equal(data.edge_index, edges)
+    else:  # each is followed by its reverse
+        assert torch.equal(data.edge_index[:, ::2], edges)
+        assert torch.equal(data.edge_index[:, 1::2], edges.flip(0))
+    if name == "ogbn-proteins":
+        for node in range(0, NODES, 20):
+            near = data.edge_attr[data.edge_index[1] == node]
+            expected = near.mean(dim=0) if len(near) else torch.zeros(8)
+            torch.testing.assert_close(data.x[node], expected)
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-mag"])
-def test_the_second_load_reads_tensors_and_runs_nothing(
-    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_ogb_kept_is_read_and_nothing_in_it_is_run(
+    name: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, processed = (
-        tensors(name, root),
-        root / name.replace("-", "_") / "processed" / "tensors.pt",
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(ogb, "read_csv", lambda *_, **__: pytest.fail("read again"))
-        assert_same(tensors(name, root), first)
-    torch.save(Evil(root / "evil"), processed)
-    with pytest.raises(ValueError, match=rf"{processed}: cannot be read"):
-        tensors(name, root)
+    kept = root / name.replace("-", "_") / KEPT
+    first = load_ogb(name, root)
+    assert "Saving..." in capsys.readouterr().out
+    torch.save(Evil(root / "evil"), kept.with_name("pre_transform.pt"))  # which PyG unpickles
+    second = load_ogb(name, root)
+    assert "Saving..." not in capsys.readouterr().out
+    torch.testing.assert_close(first.data.to_dict(), second.data.to_dict(), rtol=0, atol=0)
+    torch.save(Evil(root / "evil"), kept)
+    with pytest.raises(ValueError, match=rf"{kept}: cannot be read"):
+        load_ogb(name, root)
+    split = file(name, root, "train.csv.gz").with_name("split_dict.pt")
+    kept.unlink()
+    if name == "ogbn-arxiv":  # where ogb takes it in place of the tables
+        torch.save(Evil(root / "evil"), split)
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_ogb(name, root)
+        split.unlink()
     assert not (root / "evil").exists()
-    for other in ({"x": 1}, torch.ones(2)):  # of another program
-        torch.save(other, processed)
-        assert_same(tensors(name, root), first)
-    write(file(name, root, "train"), numbers(file(name, root, "train"))[:3])  # of other files
-    assert len(tensors(name, root)["split"]["train"]) == 3
+    train = file(name, root, "train.csv.gz")
+    write(train, numbers(train)[:3])  # other files
+    assert len(load_ogb(name, root).splits(0)["train"]) == 3
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # the latter is torch's, of a full disk
-def test_a_folder_that_cannot_be_written_is_read(
-    kind: type[Exception], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    def full(content: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise kind("Read-only file system")
+def test_files_that_are_newer_than_what_ogb_kept_are_read(root: Path) -> None:
+    assert load_ogb("ogbn-arxiv", root).data.y.max() < 7
+    path = file("ogbn-arxiv", root, "node-label.csv.gz")
+    write(path, np.full((NODES, 1), 9))
+    assert load_ogb("ogbn-arxiv", root).data.y.min() == 9
 
-    monkeypatch.setattr(torch, "save", full)
+
+def test_a_folder_that_cannot_be_written_is_read(root: Path) -> None:
+    (root / "ogbn_arxiv" / "processed").write_text("no folder")
     for _ in range(2):
-        assert load_ogb("ogbn-arxiv", root, offline=True).data.num_nodes == NODES
-        assert "cannot be kept (Read-only file system)" in capsys.readouterr().out
-    assert list((root / "ogbn_arxiv" / "processed").iterdir()) == []
+        assert load_ogb("ogbn-arxiv", root).data.num_nodes == NODES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_one_sentence_with_the_address(name: str, root: Path) -> None:
+    folder = root / name.replace("-", "_")
+    number = len(list(folder.rglob("*")))
+    for needed in files_of(name):
+        (folder / needed).rename(root / "away")
+        said = rf"^{name}: {Path(needed).name} missing in {folder}; unpack http://snap.*\.zip, and"
+        with pytest.raises(FileNotFoundError, match=said):
+            load_ogb(name, root)
+        (root / "away").rename(folder / needed)
+    assert len(list(folder.rglob("*"))) == number
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=rf"^{name}: RELEASE_v\d.txt, .* missing in"):
+        load_ogb(name, root)
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="name: got 'ogbn-pubmed', expected one of ogbn-arxiv"):
+        load_ogb("ogbn-pubmed", root)
 
 
 @pytest.mark.parametrize(
     ("name", "of", "cell", "problem"),
     [
-        ("ogbn-arxiv", ("", "edge"), NODES, "to 200, expected .* whole numbers from 0 to 199"),
-        ("ogbn-arxiv", ("", "edge"), 0.5, "whole numbers"),
-        ("ogbn-arxiv", "y", 40, "to 40, expected"),
-        ("ogbn-arxiv", "x", np.nan, "nan, expected 200 rows of finite numbers"),
-        ("ogbn-proteins", "y", 2, "to 2, expected"),
-        ("ogbn-mag", (("author", "writes", "paper"), "edge"), 400, "to 400, expected"),
-        ("ogbn-mag", "train", -1, "from -1 to"),
+        ("ogbn-arxiv", "/edge", NODES, "edge_index"),
+        ("ogbn-arxiv", "node-label", 40, "got labels from 0 to 40, expected 0 to 39"),
+        ("ogbn-arxiv", "node-feat", np.nan, "expected finite numbers"),
+        ("ogbn-proteins", "node-label", 2, "got labels from 0 to 2"),
+        ("ogbn-mag", "train", -1, "a split of -1 to 199, expected 0 to 199"),
+        ("ogbn-products", "train", NODES, "expected 0 to 199"),
     ],
 )
-def test_a_broken_file_is_named(root: Path, name: str, of: Any, cell: float, problem: str) -> None:
-    path = file(name, root, of)
+def test_broken_files_are_named(root: Path, name: str, of: str, cell: float, problem: str) -> None:
+    path = file(name, root, f"{of}.csv.gz")
     table, whole = numbers(path), path.read_bytes()
-    if of != "train":
-        write(path, table[:9])
-        with pytest.raises(ValueError, match=rf"{path}: got 9 rows .*, expected"):
-            load_ogb(name, root)
     table[5, 0] = cell
     write(path, table)
-    with pytest.raises(ValueError, match=rf"{path}: .*{problem}"):
+    folder = root / name.replace("-", "_")
+    with pytest.raises(ValueError, match=rf"^{folder}: .*{problem}"):
         load_ogb(name, root)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"{path}: cannot be read"):
+    with pytest.raises(ValueError, match=rf"^{folder}: cannot be read"):
         load_ogb(name, root)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{name}: {files_of(name)[of]} missing in "):
-        load_ogb(name, root, allow_large_downloads=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("author,institution,field_of_study\n1,2,3\n", "got columns author, institution, field"),
-        ("author,field_of_study,institution,paper\n1,2,3," + "7" * 5_000 + "\n", "got 1, 2, 3, 77"),
-        (
-            "author,field_of_study,institution,paper\n1,2,3,0.5\n",
-            "got 1, 2, 3, 0.5, expected whole",
-        ),
-        ("author,field_of_study,institution,paper\n1,2,3,-4\n", "got 1, 2, 3, -4, expected whole"),
-    ],
-)
-def test_broken_numbers_of_nodes_are_named(root: Path, text: str, problem: str) -> None:
-    path = file("ogbn-mag", root, "nodes")
-    path.write_bytes(gzip.compress(text.encode()))
-    with pytest.raises(ValueError, match=rf"^{path}: {problem}") as caught:
-        load_ogb("ogbn-mag", root)
-    assert len(str(caught.value)) < 1_000
 
 
 def test_an_overlapping_split_is_refused(root: Path) -> None:
-    both = numbers(file("ogbn-products", root, "train"))[:3]
-    write(file("ogbn-products", root, "test"), both)
-    with pytest.raises(ValueError, match=f"sales_ranking: got node {int(both.min())} twice"):
+    both = numbers(file("ogbn-products", root, "train.csv.gz"))[:3]
+    write(file("ogbn-products", root, "test.csv.gz"), both)
+    said = f"got {int(both.min())} twice in the split, expected each at most once"
+    with pytest.raises(ValueError, match=re.escape(said)):
         load_ogb("ogbn-products", root)
-    with pytest.raises(ValueError, match="name: got 'ogbn-pubmed', expected one of ogbn-arxiv"):
-        load_ogb("ogbn-pubmed", root)
-
-
-def test_a_zip_is_fetched_or_brought(
-    templates: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for name in ("arxiv", "products"):
-        shutil.copytree(templates / f"ogbn_{name}", tmp_path / "server" / name)
-        shutil.make_archive(str(tmp_path / "server" / name), "zip", tmp_path / "server", name)
-    monkeypatch.setattr(
-        utils, "download_url", lambda _, to, name, __: shutil.copy(tmp_path / "server" / name, to)
-    )
-    root = tmp_path / "new" / "data"
-    (root / "ogbn_arxiv" / "raw").mkdir(parents=True)  # what a download of ogb that failed leaves
-    load_ogb("ogbn-arxiv", root)
-    assert f"ogbn-arxiv: downloading 80 MB to {root}" in capsys.readouterr().out
-    assert sorted(root.iterdir()) == [root / "ogbn_arxiv"]
-    assert_same(tensors("ogbn-arxiv", root), tensors("ogbn-arxiv", templates))
-    with pytest.raises(ValueError, match=r"products.zip \(1380 MB\) .*or --allow-large-downloads"):
-        load_ogb("ogbn-products", root)
-    assert load_ogb("ogbn-products", root, allow_large_downloads=True).data.num_nodes == NODES
-    (tmp_path / "brought").mkdir()
-    archive = Path(shutil.copy(tmp_path / "server" / "arxiv.zip", tmp_path / "brought"))
-    assert_same(tensors("ogbn-arxiv", tmp_path / "brought"), tensors("ogbn-arxiv", templates))
-    assert archive.exists()
-    with pytest.raises(FileNotFoundError, match=r"ogbn-mag: found neither .* nor .*mag.zip"):
-        load_ogb("ogbn-mag", root, offline=True)
 
 
 def test_processes_are_evaluated_at_once() -> None:
