@@ -18,7 +18,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._checks import change_of, parameters_of
-from gmoe._verify import SCALES, comparable, is_option, probe_copy, rows_are_equal
+from gmoe._verify import SCALES, comparable, form_of, probe_copy, rows_are_equal
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, to_one
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
@@ -140,8 +140,8 @@ def _check_together(
 
 # which convs are stacked together -----------------------------------------------------------------
 
-Form: TypeAlias = tuple[type[StackedExperts], frozenset[Hashable], tuple[Hashable, ...]]
-"""A class of stacked experts; the options and the shapes that its convs have in common."""
+Form: TypeAlias = tuple[type[StackedExperts], Hashable, tuple[Hashable, ...]]
+"""A class of stacked experts, and all that its convs have in common but the stacked values."""
 
 
 def _form_of(conv: MessagePassing) -> Form | None:
@@ -160,22 +160,14 @@ def _form_of(conv: MessagePassing) -> Form | None:
     aggregation: set[nn.Module] = set()
     if isinstance(conv.aggr_module, nn.Module):
         aggregation = set(conv.aggr_module.modules())
-    options: list[Hashable] = []
-    shapes: list[Hashable] = []
-    for name, part in conv.named_modules():
-        if part is not conv and part not in aggregation and not _is_known(part):
-            return None
-        for key, value in vars(part).items():
-            if is_option(key):
-                options.append((name, type(part), key, comparable(value)))
-        # An aggregation's buffers are part of what it computes. A GIN's buffer, eps, is stacked.
+    values: list[Hashable] = []
+    for part in conv.modules():
         if part in aggregation:
-            for key, value in part.named_buffers(recurse=False):
-                options.append((name, key, comparable(value)))
-        for key, value in part.named_parameters(recurse=False):
-            shapes.append((name, key, value.shape))
-    # A set: a copy may list its attributes in another order.
-    return stack, frozenset(options), tuple(shapes)
+            # Its buffers are part of what it computes. A GIN's buffer, eps, is stacked.
+            values += [comparable(value) for value in part.buffers(recurse=False)]
+        elif part is not conv and not _is_known(part):
+            return None
+    return stack, form_of(conv), tuple(values)
 
 
 def _is_known(part: nn.Module) -> bool:
