@@ -1,7 +1,7 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
 Read the main files in this order. Core: ``routing`` (which expert handles which token),
-``products`` (where tokens move), ``experts``, ``moe`` (the layer),
+``products`` (where tokens move), ``experts``, ``mixed``, ``moe`` (the layer),
 ``routers.base``, ``routers.token_choice``; ``portable`` (what an exported model has in place of
 kernels). Graphs: ``edges``, ``sums`` and ``conv.graph`` (edges, sorted once, and sums along them),
 ``conv.call`` and ``conv.base`` (what experts get and promise), ``conv.aggregate``, ``conv.kinds``

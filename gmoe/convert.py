@@ -26,7 +26,8 @@ from gmoe._checks import (
     refuse_functions,
 )
 from gmoe._verify import is_option
-from gmoe.experts import Experts, LinearExperts, Mix, MixedWeights
+from gmoe.experts import Experts, LinearExperts
+from gmoe.mixed import Mix, MixedWeights
 from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.products import Backend
 from gmoe.recorded import AsBuilt, Recorded
@@ -112,7 +113,7 @@ def moefy(
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_input: what the routers of convs see, as in :class:`MoEConv` (default ``None``).
         mix: the ``"outputs"`` of K experts (default); or of linear layers and MLPs that ``targets``
-            names the ``"weights"``, by ``ByType(..., batch=)``: :class:`gmoe.experts.MixedWeights`.
+            names the ``"weights"``, by ``ByType(..., batch=)``: :class:`gmoe.mixed.MixedWeights`.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 

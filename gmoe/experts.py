@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._autograd import autocasts
 from gmoe._checks import cannot_shrink, check_can_shrink, check_choice, check_counts, check_kept
-from gmoe._torch import shallow_copy
-from gmoe.portable import refuse_in_export
 from gmoe.products import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 from gmoe.stack import Stack, become, fill, routed_parameters
@@ -286,111 +282,3 @@ class MLPExperts(Experts):
             h_PH = self.activation(u_PU)
         h_PH = self.hidden_norm(self.hidden_dropout(h_PH))
         return self.output_dropout(self.down(h_PH, offsets_E))
-
-
-# experts whose weights are mixed ------------------------------------------------------------------
-
-Mix: TypeAlias = Literal["outputs", "weights"]
-"""What layers mix: the outputs of K experts, or the weights of all."""
-
-
-class MixedWeights(Experts):
-    r"""Run each group of tokens, such as a molecule, through one mixture of the experts' weights.
-
-    .. math:: y_t = f(x_t; W_{g(t)}), \qquad W_g = \sum_e w_{ge} W_e
-
-    This is the mixture of linear experts of `UMA <https://arxiv.org/abs/2506.23971>`_ (Wood et al.,
-    2025). It costs what one expert costs, all experts learn from every token, and nothing has to be
-    balanced. The decision has to be one for each group: from
-    :class:`ByType(..., batch=) <gmoe.routers.ByType>`, or by :meth:`gmoe.Routing.expand`.
-
-    Args:
-        experts: :class:`LinearExperts` or :class:`MLPExperts`, as they were built.
-
-    Shapes:
-        (T, I) and a :class:`gmoe.Routing` to (T, O).
-
-    Raises:
-        ValueError: experts that hold anything but stacked linear layers; in a call, a decision for
-            each token.
-
-    Example:
-        >>> layer = MoE(None, MixedWeights(LinearExperts(16, 16, num_experts=4)))
-        >>> sources = router(embedding(source))  # a decision for each molecule
-        >>> out = layer(x, routing=sources.expand(batch))
-    """
-
-    def __init__(self, experts: Experts) -> None:
-        super().__init__(experts.in_features, experts.out_features, num_experts=experts.num_experts)
-        for part in experts.modules():
-            _check_part(part)
-        self.stacked = experts
-
-    def reset_parameters(self) -> None:
-        self.stacked.reset_parameters()
-
-    def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        raise ValueError("routing: got rows of each expert, expected a Routing: weights are mixed")
-
-    def forward(self, x: Tensor, routing: Routing | Tensor) -> Tensor:
-        """Mix the weights of each group, and run its tokens; see the class."""
-        if isinstance(routing, Tensor):
-            return self.rows(x, routing)
-        refuse_in_export(
-            "mix='weights'",
-            "mix='outputs', or the dense model that gmoe.merge gives: how many weights there are "
-            "follows the data",
-        )
-        if routing.by_group is None:
-            raise ValueError(
-                "routing: got a decision for each token, expected one for each group to mix "
-                "weights by: from ByType with batch=, or by Routing.expand"
-            )
-        weight_GE, group_T = routing.by_group.routing.to_dense(), routing.by_group.group_T
-        if not len(weight_GE):  # no tokens: a stack is of one at least
-            weight_GE = nn.functional.pad(weight_GE, (0, 0, 0, 1))
-        # Each token goes to the one expert of its group, by weight 1.
-        of_group = Routing.from_choices(
-            group_T[:, None],
-            weight_GE.new_ones(len(group_T), 1),
-            num_experts=len(weight_GE),
-            validate=False,
-        )
-        y: Tensor = _mixed(self.stacked, weight_GE)(x, of_group)
-        return y
-
-
-def _mixed(part: nn.Module, weight_GE: Tensor) -> Any:
-    """Experts in which each stack holds G mixtures in place of E tensors.
-
-    They are a shallow copy, with the hooks and options of the experts, which do not change: another
-    thread may be running them.
-    """
-    _check_part(part)
-    copied = shallow_copy(part, partial(_mixed, weight_GE=weight_GE))
-    if isinstance(part, Stack):
-        copied.num_experts = len(weight_GE)
-        # Plain attributes are found before parameters and buffers are looked for.
-        for name in part.names:
-            copied.__dict__[name] = mixture(getattr(part, name), weight_GE)
-    return copied
-
-
-def mixture(value_E: Tensor, weight_GE: Tensor) -> Tensor:
-    """(G, ...) the weighted sums of (E, ...) the experts' values, in their dtype."""
-    # Under autocast, the values would be rounded before they are added.
-    has_autocast = autocasts(value_E.device)
-    with torch.autocast(value_E.device.type, enabled=False) if has_autocast else nullcontext():
-        sum_G = weight_GE.to(value_E.dtype) @ value_E.flatten(1)
-    return sum_G.view(len(weight_GE), *value_E.shape[1:])
-
-
-def _check_part(part: nn.Module) -> None:
-    """Refuse a part whose weights cannot be mixed: not in a stack, or not as it was built."""
-    if isinstance(part, Stack):
-        part.check_stored()
-    elif next(part.parameters(recurse=False), None) is not None:
-        raise ValueError(
-            f"experts: got some that hold a {type(part).__name__}, expected stacked linear layers "
-            "as they were built, or mix='outputs'"
-        )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gmoe._calls import evaluating
 from gmoe._checks import check_module
-from gmoe.experts import LinearExperts, MixedWeights, MLPExperts, mixture
+from gmoe.experts import LinearExperts, MLPExperts
+from gmoe.mixed import MixedWeights, mixture
 from gmoe.moe import MoE, MoELayer
 from gmoe.routers.by_type import detach
 from gmoe.routing import Routing
@@ -26,7 +27,7 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
 
     .. math:: W = \sum_e w_e W_e
 
-    In layers that mix weights (:class:`gmoe.experts.MixedWeights`) all tokens of a group run the
+    In layers that mix weights (:class:`gmoe.mixed.MixedWeights`) all tokens of a group run the
     same mixture: where every group has the same decision, as in a simulation of one molecule, the
     mixture is made once, and the model has neither experts nor routers, nor their cost. On that
     molecule it equals the model, up to rounding; for others merge again. A linear layer becomes

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gmoe._checks import check, check_counts, check_kept, described, shown
-from gmoe.experts import Experts, MixedWeights
+from gmoe.experts import Experts
+from gmoe.mixed import MixedWeights
 from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing, checked_routing

@@ -63,7 +63,7 @@ class Routing:
         slot: (P,) int64, only if each token has the same number K of pairs: ``token * K + j``, each
             once. It makes a GPU faster, and changes no result (default ``None``). Set it to
             ``None`` where you drop or reorder the pairs of a routing.
-        by_group: what :meth:`expand` was given, for :class:`gmoe.experts.MixedWeights` (default
+        by_group: what :meth:`expand` was given, for :class:`gmoe.mixed.MixedWeights` (default
             ``None``: each token has a decision of its own).
         validate: check the tensors (default ``True``); pass ``False`` if they are right by
             construction.

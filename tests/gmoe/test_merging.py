@@ -12,8 +12,8 @@ from torch_geometric.nn import SchNet
 
 import gmoe
 from gmoe import LinearExperts, MLPExperts, MoE, TokenChoice
-from gmoe.experts import MixedWeights
 from gmoe.merging import MLP
+from gmoe.mixed import MixedWeights
 from gmoe.routers import ByType
 from gmoe.stack import stacks_in
 

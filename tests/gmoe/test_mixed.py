@@ -27,8 +27,8 @@ from gmoe import (
     count_flops,
     unstack,
 )
-from gmoe.experts import MixedWeights
 from gmoe.losses import attach_aux_loss
+from gmoe.mixed import MixedWeights
 from gmoe.stack import share_base
 from tests.helpers.folded import fold
 
