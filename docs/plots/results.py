@@ -19,6 +19,7 @@ __all__ = [
     "numbers_of",
     "read_file",
     "read_finished",
+    "read_published",
     "read_table",
 ]
 
@@ -44,3 +45,9 @@ def read_finished(folder: Path) -> Cells:
     """The finished cells of a study, by its folder: by column and row, the summary."""
     cells: Cells = read_study(folder)["cells"]
     return cells
+
+
+def read_published(folder: Path) -> tuple[Cells, dict[str, str]]:
+    """The finished cells of a study, and the published figures by ``COLUMN/ROW``."""
+    study = read_study(folder)
+    return study["cells"], study["published"]

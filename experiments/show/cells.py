@@ -37,11 +37,11 @@ def read_cells(folder: Path, columns: Iterable[str], rows: Iterable[str] | None 
 def differences(
     cell: Mapping[str, Any], other: Mapping[str, Any], part: str = "test"
 ) -> list[float]:
-    """Seed by seed, a cell's score minus another's, in points, of cells that have the same seeds.
+    """Seed by seed of those that both ran, a cell's score minus another's, in points.
 
     Of errors it is the difference as it is.
     """
-    return scores.differences(cell["metric"], cell[part]["values"], other[part]["values"])
+    return scores.differences(cell["metric"], *scores.of_shared_seeds(cell, other, part))
 
 
 def read_prices(folder: Path) -> dict[str, Any]:

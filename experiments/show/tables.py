@@ -12,6 +12,7 @@ from experiments.train.scores import (
     better_in,
     differences,
     form_of,
+    of_shared_seeds,
     percent,
     scored,
     shown,
@@ -90,12 +91,12 @@ def _minutes(variant: Mapping[str, Any]) -> float:
 
 
 def beside(variant: Mapping[str, Any], control: Mapping[str, Any]) -> str:
-    """The mean difference to a control of the same seeds, its interval, and on how many of these
-    the variant is better."""
-    if variant is control or variant["config"]["seeds"] != control["config"]["seeds"]:
-        return "–"
+    """The mean difference to a control on the seeds that both ran, its interval, and on how many
+    of these the variant is better."""
     metric = variant["metric"]
-    tests = (variant["test"]["values"], control["test"]["values"])
+    tests = of_shared_seeds(variant, control)
+    if variant is control or not tests[0]:
+        return "–"
     difference = Difference.of(differences(metric, *tests))
     return f"{difference.text(form_of(metric))}, {better_in(metric, *tests)}"
 

@@ -89,6 +89,19 @@ def differences(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> 
     return [factor * (one - other) for one, other in zip(ours, theirs, strict=True)]
 
 
+def of_shared_seeds(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], part: str = "test"
+) -> tuple[list[float], list[float]]:
+    """The scores of two summaries on the seeds that both ran, pair by pair."""
+    by_seed = dict(zip(theirs["config"]["seeds"], theirs[part]["values"], strict=True))
+    pairs = [
+        (value, by_seed[seed])
+        for seed, value in zip(ours["config"]["seeds"], ours[part]["values"], strict=True)
+        if seed in by_seed
+    ]
+    return [one for one, _ in pairs], [other for _, other in pairs]
+
+
 def gains(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Seed by seed, how much better our score is: in points, or as an error's decrease."""
     sign = -1 if metric in ERRORS else 1

@@ -57,7 +57,8 @@ def test_a_row_is_compared_with_the_control_of_its_seeds(folder: Path) -> None:
     )
     assert moe["− dense"].startswith("+15.00 (-48.53 to +78.53), 2 of 2")
     assert moe["active FLOPs"] == "2.00×"
-    assert dense["− dense"] == later["− dense"] == "–"
+    assert dense["− dense"] == "–"
+    assert later["− dense"].endswith("of 1")  # the one seed that both ran
     with pytest.raises(ValueError, match=r"^columns: got 'sea', expected one of b, a"):
         study_tables(read_study(folder), ["sea"])
 

@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 
-from experiments.train.scores import Difference, better_in, paired
+from experiments.train.scores import Difference, better_in, of_shared_seeds, paired
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,10 @@ def test_of_an_error_less_is_better() -> None:
 
 def test_one_seed_has_a_difference_and_no_interval() -> None:
     assert paired("accuracy", [0.5], [0.4]) == "+10.00 points, n = 1, better on 1 of 1 seeds"
+
+
+def test_what_ran_other_seeds_is_compared_on_those_that_both_ran() -> None:
+    ours = {"config": {"seeds": [3, 1, 7]}, "test": {"values": [0.3, 0.1, 0.7]}}
+    theirs = {"config": {"seeds": [0, 1, 2, 3]}, "test": {"values": [0.0, 0.11, 0.2, 0.33]}}
+    assert of_shared_seeds(ours, theirs) == ([0.3, 0.1], [0.33, 0.11])
+    assert of_shared_seeds(ours, {"config": {"seeds": [5]}, "test": {"values": [1.0]}}) == ([], [])
