@@ -17,17 +17,13 @@ from experiments.train.checks import check_choice
 from experiments.train.command_line import fail, stop
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
-    "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
-    "ffn": ("An MLP layer, forward and backward; ours and others'.", "layers.FFNBenchmark"),
-    "router": ("The routers' share of a layer.", "layers.RouterBenchmark"),
-    "vote": ("Attention votes: naive, in blocks, over neighbors.", "layers.VoteBenchmark"),
+    "layers": (
+        "A layer of message passing beside a dense one, masked experts and PyG's own.",
+        "layers.LayersBenchmark",
+    ),
     "step": (
         "Training steps of whole models beside PyG's and timm's own, optimizer included.",
         "step.StepBenchmark",
-    ),
-    "vit": (
-        "A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.",
-        "layers.VitBenchmark",
     ),
     "gpu": (
         "A CUDA device: equal to the CPU, waits, and times beside dense layers.",

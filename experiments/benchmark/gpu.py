@@ -29,8 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
-from experiments.benchmark.layers import NODE, TOKEN, power_law_graph
-from experiments.benchmark.measure import Benchmark, Step, layer_step, take_turns, wait_for
+from experiments.benchmark.layers import NODE, power_law_graph
+from experiments.benchmark.measure import Measurement, Step, layer_step, take_turns, wait_for
 from experiments.benchmark.step import StepBenchmark
 from experiments.benchmark.step import summary as step_summary
 from experiments.benchmark.tables import said_of
@@ -54,6 +54,9 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 COMPARED = {"nodes": 300, "tokens": 256, "images": 4}
 """Sizes at which results are compared: the CPU computes them too."""
+
+TOKEN = 192
+"""Width of a token, whose MLPs are four times as wide inside."""
 
 HEADS = 4
 """Of convs with attention, whose heads share the width."""
@@ -138,7 +141,7 @@ ROWS: dict[str, Callable[[], Row]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuBenchmark(Benchmark):
+class GpuBenchmark(Measurement):
     """Layers and models on a CUDA device: equal to the CPU (float64, float32, second gradients) and
     to themselves (compiled, captured, bfloat16, FSDP2), waits of a training step as the profiler
     counts them, its time beside PyG's conv or timm's MLP, and whole models beside theirs. Send the

@@ -6,7 +6,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from torch_geometric import seed_everything
 from tqdm import tqdm
 
-import gmoe
 from experiments.benchmark.tables import measured_on
 from experiments.train.results import environment, write_json
 from gmoe._checks import check, check_at_least, check_counts
@@ -73,59 +72,12 @@ class Measurement:
 
     def content(self, variants: dict[str, Any]) -> dict[str, Any]:
         """The content of the file."""
-        settings = {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in ("json", "data_root", "folder")
-        }
+        settings = {name: value for name, value in asdict(self).items() if name != "json"}
         return {"config": settings, "variants": variants, "environment": environment()}
 
     def measured_on(self) -> str:
         """A line for below the figures: hardware, versions, commit."""
         return measured_on(environment(), self.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmark(Measurement):
-    """Variants that are timed in turns."""
-
-    repeats: int = 7
-    """Timed runs of each variant."""
-
-    def measured(self) -> dict[str, Any]:
-        """By variant ``wall`` and ``cpu``, see :func:`take_turns`; ``flops`` of one run;
-        ``memory``, the most bytes that it holds at once; ``ratio``, each of these (of times the
-        median) over that of the first of its group."""
-        device = torch.device(self.device)
-        with device:
-            groups = list(self.groups())
-        steps = {name: step for group in groups for name, step in group.items()}
-        by_variant = take_turns(steps, self.repeats, device)
-        for name, step in tqdm(steps.items(), desc="costs", leave=False):
-            # FLOPs are counted operator by operator, which compiled code does not show
-            with torch.compiler.set_stance("force_eager"):
-                flops = gmoe.count_flops(step)
-            by_variant[name] |= {"flops": flops, "memory": peak_bytes(step, device)}
-        for group in groups:
-            base = by_variant[next(iter(group))]
-            for name in group:
-                clocks = {
-                    clock: by_variant[name][clock]["median"] / base[clock]["median"]
-                    for clock in ("wall", "cpu")
-                }
-                costs = {
-                    of: by_variant[name][of] / base[of] if base[of] else None
-                    for of in ("flops", "memory")
-                }
-                by_variant[name]["ratio"] = clocks | costs
-        return by_variant
-
-    def groups(self) -> Iterator[Steps]:
-        """What is compared, made on the device.
-
-        The first of each group is what the others are compared with.
-        """
-        raise NotImplementedError
 
 
 def take_turns(
@@ -211,22 +163,16 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def layer_step(
-    layer: nn.Module,
-    inputs: tuple[Any, ...],
-    call: Callable[..., Tensor] | None = None,
-    bf16: bool = False,
-) -> Step:
-    """Forward (or ``call``) and backward, with bfloat16 autocast if asked for.
+def layer_step(layer: nn.Module, inputs: tuple[Any, ...], bf16: bool = False) -> Step:
+    """Forward and backward, with bfloat16 autocast if asked for.
 
     It leaves no gradients behind.
     """
 
     def step() -> None:
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=bf16):
-            y = (call or layer)(*inputs)
-        if call is None or y.requires_grad:  # as the weights of a random router do not
-            y.backward(torch.ones_like(y))
+            y = layer(*inputs)
+        y.backward(torch.ones_like(y))
         layer.zero_grad()
         inputs[0].grad = None
 

@@ -78,16 +78,6 @@ CORA = NodeTask(
     dropout=0.5,
 )
 EXAMPLE = CORA._replace(hidden=16)
-ARXIV = NodeTask(
-    nodes=169_343,
-    citations=1_166_243,
-    features=128,
-    hidden=128,
-    classes=40,
-    layers=3,
-    labeled=90_941,
-    dropout=0.5,
-)
 SMALL = NodeTask(
     nodes=30,
     citations=60,
@@ -342,7 +332,6 @@ ROWS: dict[str, Callable[[], Row]] = {
     "sampled-sage": partial(sampled_row, SAMPLED),
     "vit-tiny": partial(vit_row, "vit_tiny_patch16_224", 4),
     **{f"small-{kind}": partial(node_row, kind, SMALL) for kind in WHOLE_MODELS},
-    "arxiv-gcn": partial(node_row, "gcn", ARXIV),
 }
 """What is trained, by the name of the command line."""
 

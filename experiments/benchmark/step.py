@@ -32,9 +32,6 @@ from experiments.benchmark.models import (
 from experiments.train.results import write_json
 from gmoe._checks import check_at_least, check_choice
 
-LONG = ("arxiv-gcn",)
-"""Rows that are left out by default."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepBenchmark(Measurement):
@@ -43,8 +40,8 @@ class StepBenchmark(Measurement):
     forward, backward and optimizer apart; memory at the peak, and what is kept for the backward
     pass. The first model of a row takes part twice: the noise."""
 
-    rows: tuple[str, ...] = tuple(name for name in ROWS if name not in LONG)
-    """What is trained; `arxiv-gcn` takes minutes and gigabytes."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """What is trained."""
     repeats: int = 15
     """Timed steps of each model, after some that are not."""
     seconds: float = 3.0

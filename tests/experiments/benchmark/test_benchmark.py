@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch_geometric.nn import GCNConv
+from torch import Tensor
 
 from experiments.benchmark import gpu, layers, measure
 from experiments.benchmark.__main__ import main
@@ -18,11 +17,7 @@ from experiments.benchmark.step import StepBenchmark
 from experiments.benchmark.tables import DTYPES, WAYS, benchmark_lines
 
 CPU = torch.device("cpu")
-CONV = "conv --nodes 60 --edges 150"
-FFN = "ffn --tokens 64"
-ROUTER = "router --tokens 40 --ks 1 2"
-VIT = "vit --batch 2"
-VOTE = "vote --tokens 50"
+SMALL = "layers --nodes 60 --edges 150"
 
 
 def found_by(command: str, tmp_path: Path) -> dict[str, Any]:
@@ -67,24 +62,11 @@ def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[
     ("command", "reference", "others"),
     [
         (
-            f"{CONV} --experts 2 4 --adjacency csr",
+            f"{SMALL} --experts 2 4 --adjacency csr",
             "dense, csr",
             ["masked E=4 K=2, csr", "HeteroLinear E=4 K=1, csr"],
         ),
-        (f"{CONV} --conv gat --ks 1", "dense, edge_index", ["masked E=8 K=1, edge_index"]),
-        (
-            f"{FFN} --experts 2 4 --ks 2",
-            "dense K=2, fp32",
-            ["gmoe auto E=4 K=2, bf16", "gmoe gated E=2 K=2, fp32"],
-        ),
-        (f"{ROUTER} --layer conv", "layer, random K=1", ["router, random K=1"]),
-        (VOTE, "GATConv", ["AttentionVote, neighbors", "naive votes", "AttentionVote, group"]),
-        pytest.param(
-            f"{VIT} --bf16",
-            "dense",
-            ["loop with nonzero", "loop", "padded", "grouped", "with a shared expert"],
-            marks=pytest.mark.slow,
-        ),
+        (f"{SMALL} --conv gat --ks 1", "dense, edge_index", ["masked E=8 K=1, edge_index"]),
     ],
 )
 def test_variants_and_their_ratios(
@@ -99,50 +81,25 @@ def test_variants_and_their_ratios(
         assert len(figures["cpu"]["values"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [("Masked", CONV), ("NonzeroLoop", FFN), ("NonzeroLoop", VIT), ("naive_votes", VOTE)],
-)
-def test_what_computes_something_else_is_found(
-    name: str, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    owner, part = (layers, name) if name.islower() else (getattr(layers, name), "forward")
-    right = getattr(owner, part)
-    monkeypatch.setattr(owner, part, lambda *args: -right(*args))
+@pytest.mark.parametrize("name", ["Masked", "Grouped"])
+def test_what_computes_something_else_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(layers, name).forward
+    monkeypatch.setattr(getattr(layers, name), "forward", lambda *args: -right(*args))
     with pytest.raises(AssertionError, match="and gmoe differ"):
-        main(command.split())
-
-
-def test_a_compiled_conv_is_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose compilation itself takes longer than a test should."""
-    compiled: list[tuple[nn.Module, Any]] = []
-
-    def note(conv: nn.Module, **options: Any) -> None:
-        compiled.append((conv, options))
-
-    monkeypatch.setattr(nn.Module, "compile", note)
-    found = found_by(f"{CONV} --ks 1 --no-masked --compiled", tmp_path)
-    names = [name for name in found if "compiled" in name]
-    assert names == ["compiled dense, edge_index"]  # no matrices
-    ((conv, options),) = compiled
-    assert isinstance(conv, GCNConv)
-    assert options == {"fullgraph": True}
+        main(SMALL.split())
 
 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("conv --nodes 0", "nodes: got 0, expected at least 1"),
-        ("conv --nodes 50 --edges 0", "edges: got 0, expected at least 1"),
-        ("conv --threads -1", "threads: got -1, expected a number of at least 0"),
-        ("ffn --tokens 0", "tokens: got 0, expected at least 1"),
-        ("ffn --ks", "ks: got nothing, expected at least one"),
-        ("ffn --experts 4 0", "experts: got 0, expected at least 1"),
-        ("router --tokens -1", "tokens: got -1, expected at least 1"),
-        ("vit --batch 0", "batch: got 0, expected at least 1"),
-        ("vote --repeats 0", "repeats: got 0, expected at least 1"),
+        ("layers --nodes 0", "nodes: got 0, expected at least 1"),
+        ("layers --nodes 50 --edges 0", "edges: got 0, expected at least 1"),
+        ("layers --threads -1", "threads: got -1, expected a number of at least 0"),
+        ("layers --ks", "ks: got nothing, expected at least one"),
+        ("layers --experts 4 0", "experts: got 0, expected at least 1"),
+        ("gpu --tokens -1", "tokens: got -1, expected at least 1"),
         ("step --rows", "rows: got nothing, expected at least one"),
-        ("conv --json .", "json: got ., expected a file, not a folder"),
+        ("layers --json .", "json: got ., expected a file, not a folder"),
     ],
 )
 def test_options_of_which_nothing_can_be_measured_are_refused(

@@ -135,11 +135,6 @@ def test_options_of_which_nothing_can_be_measured_are_refused(
     assert said in capsys.readouterr().err
 
 
-def test_long_rows_are_left_out_by_default() -> None:
-    left_out = set(ROWS) - set(step.StepBenchmark().rows)
-    assert left_out == {"arxiv-gcn", "tiny"}
-
-
 class Keeping(nn.Module):
     """Keeps its input for the backward pass; what is between input and result passes."""
 
