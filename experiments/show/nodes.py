@@ -1,4 +1,4 @@
-"""Pictures of a graph for the report: its nodes colored by expert, and bins of nodes in words."""
+"""Pictures of a graph for the report: its nodes colored by expert."""
 
 from __future__ import annotations
 
@@ -81,30 +81,3 @@ def draw_nodes(edge_index: Tensor, num_nodes: int, values: Mapping[str, Tensor])
         )
         axis.set_title(title, fontsize=10)
     return figure
-
-
-def bin_names(value: Tensor, which: Tensor, is_share: bool) -> list[str]:
-    """What each bin holds, as ``"4 to 9"``; shares are in percent.
-
-    A share below 0 is ``"no neighbors"``.
-
-    Args:
-        value: (N,) what was binned.
-        which: (N,) the bin of each, below 0 if it is left out.
-        is_share: True for shares from 0 to 1, False for counts.
-    """
-    names = []
-    for number in range(int(which.max()) + 1):
-        inside = value[which == number]
-        if len(inside) == 0:  # all of it is left out
-            names.append("–")
-            continue
-        low = inside.min().item()
-        high = inside.max().item()
-        if low < 0:
-            names.append("no neighbors")
-            continue
-        ends = [f"{100 * end:.0f}" if is_share else f"{end:.0f}" for end in (low, high)]
-        unit = " %" if is_share else ""
-        names.append(" to ".join(dict.fromkeys(ends)) + unit)
-    return names

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch_geometric.data import Data
 
-from experiments.show.nodes import bin_names, draw_nodes
+from experiments.show.nodes import draw_nodes
 from experiments.train.config import ERRORS
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import replacing
@@ -30,8 +30,6 @@ from experiments.train.routing_stats import (
     advice,
     alignment,
     in_words,
-    node_properties,
-    node_values,
     values_of,
 )
 from experiments.train.run_folder import RunFolder, read_run
@@ -73,10 +71,8 @@ DRAWN = {
 """What is drawn, by what is routed."""
 
 
-OVER_FLOPS = (
-    "Mean over seeds, and the sample standard deviation; squares are dense models. Experts earn "
-    "their cost where they lie above what a dense model of as many FLOPs reaches."
-)
+SHARED = ("nmi", "ami_label", "ami_domain")
+"""Of which shares are shown, expert by expert."""
 
 Tokens = tuple[Tensor, dict[str, Tensor]]
 """Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in
@@ -135,10 +131,9 @@ def write_report(
     folders: Sequence[Path],
     path: Path,
     data_root: Path | None,
-    first: Sequence[str] = (),
     trust: bool = False,
 ) -> list[str]:
-    """Write the page about runs, below first lines, and say why some were left out.
+    """Write the page about runs, and say why some were left out.
 
     If all were, it is a ``ValueError``. ``data_root`` and ``trust`` are those of
     :func:`experiments.train.run_folder.read_run`.
@@ -161,8 +156,6 @@ def write_report(
     ]
     page = Page()
     routing = Page()
-    for line in first:
-        page.text(line, "lead")
     for run in runs:
         if run.history:
             page.text(f"{run.name}: {_routing(routing, run)}", "lead")
@@ -171,17 +164,10 @@ def write_report(
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
     _results(page, runs)
-    groups = dict.fromkeys((data_of(run), run.summary["metric"]) for run in runs)
-    names = [name for name, *_ in {data: None for data, _ in groups}]
-    for data, metric in groups:
-        # Digests where names alone do not tell data apart
-        title = data[0] if names.count(data[0]) == 1 else " ".join(filter(None, data))
+    for data, metric in dict.fromkeys((data_of(run), run.summary["metric"]) for run in runs):
         of_data = [run for run in runs if (data_of(run), run.summary["metric"]) == (data, metric)]
-        if len(of_data) > 1:
-            page.heading(f"{title}: test score over cost")
-            page.figures([scores_over_flops(of_data)], OVER_FLOPS)
         if curves := learning_curves(of_data):
-            page.heading(f"{title}: learning curves")
+            page.heading(f"{data[0]}: learning curves")
             page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
     page.extend(routing)
     page.write(path)
@@ -217,14 +203,10 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             if "top5" in run.summary
             else "–",
             "seeds": str(run.summary["test"]["n"]),
-            "active MFLOPs": "{:,.1f} {}".format(*mflops_of(run)),
+            "active MFLOPs": mflops_of(run),
             "parameters": f"{run.summary['parameters']:,}",
             "active parameters": f"{run.summary['active_parameters']:,}",
             "seconds a seed": f"{run.summary['seconds']['mean']:,.1f}",
-            "images a second": f"{run.summary['images_per_second']['mean']:,.0f}"
-            if "images_per_second" in run.summary
-            else "–",
-            "peak memory of the GPU (MiB)": f"{run.summary.get('peak_memory') or '–'}",
         }
         for run in runs
     ]
@@ -244,10 +226,10 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
         )
 
 
-def mflops_of(run: RunFolder) -> tuple[float, str]:
+def mflops_of(run: RunFolder) -> str:
     """Its active FLOPs in millions, and what of."""
     flops, each = flops_of(run.summary)
-    return flops / 1e6, each
+    return f"{flops / 1e6:,.1f} {each}"
 
 
 def dense_beside(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
@@ -289,9 +271,8 @@ def _routing(page: Page, run: RunFolder) -> str:
         names = {"ami_label": task.classes, "ami_domain": task.domains}
         tokens = {"image": "patches", "molecule": "atoms"}.get(task.kind, "nodes")
         if tokens == "nodes":
-            shown, drawn, bins = _nodes(run, task)
-            names |= bins
-            maps.append(drawn)
+            shown, graph = _nodes(run, task)
+            maps.append(graph)
         elif tokens == "patches":
             shown, maps = _patches(run, task)
             for layer, (weight, known) in zip(layers, shown, strict=True):
@@ -327,16 +308,18 @@ def _routing(page: Page, run: RunFolder) -> str:
         page.heading(f"Which {tokens} go to which expert?", 3)
         page.figures(maps, DRAWN[tokens])
     for number, (weight, known) in enumerate(shown, start=1):
-        page.figures(
-            [
-                share_map(weight, value, PROPERTIES[name][0], names.get(name, ()))
-                for name, value in known.items()
-            ],
-            f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each "
-            "class, domain, place (row by row), degree or local homophily (neighbors of the same "
-            "class), the latter two in bins of about as many nodes each. A row like the last one "
-            "says that the expert does not go by it.",
-        )
+        drawn = [
+            share_map(weight, known[name], PROPERTIES[name][0], names.get(name, ()))
+            for name in SHARED
+            if name in known
+        ]
+        if drawn:
+            page.figures(
+                drawn,
+                f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on "
+                "each class, domain or planted region. A row like the last one says that the "
+                "expert does not go by it.",
+            )
     return in_words(layers, run.config.experts)
 
 
@@ -376,8 +359,8 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
     return shown, [maps, *expert_patches(images, by_layer, task.mean, task.std)]
 
 
-def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, list[str]]]:
-    """By MoE layer, the nodes of a graph, a drawing of them, and by property the names of its bins.
+def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure]:
+    """By MoE layer, the nodes of a graph; and a drawing of them.
 
     Raises:
         ValueError: the graph is not evaluated as a whole.
@@ -390,45 +373,14 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure, dict[str, 
     with torch.no_grad(), record_routing(model) as routings:
         model(*batch.inputs)
     known = {} if task.planted is None else {"nmi": task.planted}
-    known |= {f"ami_{name}": value for name, value in node_properties(graph).items()}
-    to_draw = {PROPERTIES[name][0]: known[name] for name in ("nmi", "ami_label") if name in known}
+    if graph.y is not None and graph.y.dim() == 1:
+        known["ami_label"] = graph.y.clamp(min=-1)
+    to_draw = {PROPERTIES[name][0]: value for name, value in known.items()}
     for number, routing in enumerate(routings, start=1):
         expert = routing.top_expert.cpu()
         to_draw[f"expert, MoE layer {number}"] = expert.where(expert < routing.num_experts, -1)
-    bins = {
-        f"ami_{name}": bin_names(value, known[f"ami_{name}"], is_share=name == "homophily")
-        for name, value in node_values(graph).items()
-    }
     drawn = draw_nodes(graph.edge_index, graph.num_nodes, to_draw)
-    return [(routing.to_dense(), known) for routing in routings], drawn, bins
-
-
-def scores_over_flops(runs: Sequence[RunFolder]) -> Figure:
-    """The test scores of runs on the same data over their active FLOPs."""
-    metric = runs[0].summary["metric"]
-    factor = 1 if metric in ERRORS else 100
-    costs = [mflops_of(run) for run in runs]
-    if len({each for _, each in costs}) > 1:  # beside an older run
-        costs = [(run.summary["flops"] / 1e6, "per forward pass") for run in runs]
-    mflops = [value for value, _ in costs]
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for run, cost in zip(runs, mflops, strict=True):
-        test = run.summary["test"]
-        axis.errorbar(
-            cost,
-            factor * test["mean"],
-            yerr=factor * (test["std"] or 0.0),
-            fmt="s" if run.config.router == "dense" else "o",
-            capsize=3,
-            label=f"{run.name} (n = {test['n']})",
-        )
-    if max(mflops) > 3 * min(mflops):
-        axis.set_xscale("log")
-    axis.set(xlabel=f"active MFLOPs {costs[0][1]}", ylabel=f"test {metric}{unit(metric)}")
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    return figure
+    return [(routing.to_dense(), known) for routing in routings], drawn
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
@@ -444,7 +396,7 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
         figure = Figure(figsize=(4.8, 3.4), layout="constrained")
         axis = figure.subplots()
         for run in runs:
-            curve: Any = run.summary.get("curve", {"epoch": []})  # of older runs there is none
+            curve: Any = run.summary["curve"]
             if len(curve["epoch"]) > 1:
                 epoch = curve["epoch"]
                 values = factor * np.array(curve[name])
@@ -476,8 +428,8 @@ def shares(weight_TE: Tensor, value_T: Tensor) -> Tensor:
     return (total_VE / total_VE.sum(dim=0).clamp(min=1e-12)).T
 
 
-def share_map(weight_TE: Tensor, value_T: Tensor, title: str, names: Sequence[str] = ()) -> Figure:
-    """:func:`shares` as a heat map, an expert a row."""
+def share_map(weight_TE: Tensor, value_T: Tensor, title: str, names: Sequence[str]) -> Figure:
+    """:func:`shares` as a heat map, an expert a row; ``names`` are those of the values, or none."""
     share = shares(weight_TE, value_T)
     figure = Figure(figsize=(4.6, 1.3 + 0.25 * len(share)), layout="constrained")
     axis = figure.subplots()
@@ -486,10 +438,6 @@ def share_map(weight_TE: Tensor, value_T: Tensor, title: str, names: Sequence[st
     axis.set(xlabel=title, ylabel="expert")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names) == share.size(1):
-        axis.set_xticks(
-            range(len(names)),
-            names,
-            rotation=90 if max(map(len, names)) > 2 else 0,
-            fontsize="small",
-        )
+        rotation = 90 if max(map(len, names)) > 2 else 0
+        axis.set_xticks(range(len(names)), names, rotation=rotation, fontsize="small")
     return figure
