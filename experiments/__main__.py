@@ -1,7 +1,7 @@
 """The commands of the experiments; ``python -m experiments.NAME --help`` explains one.
 
 train      Train a preset, or your own data, router or model.
-sweep      Run a study, or a grid of your own.
+sweep      Run a study: rows on columns, beside controls.
 advise     Ask a graph whether rules differ, and try experts that are routed so.
 report     Make one HTML page from finished runs.
 patches    Draw which expert takes which patch of your images.

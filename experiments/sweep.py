@@ -1,4 +1,4 @@
-"""Run a study, or a grid of your own: the command of :mod:`experiments.study.sweep`."""
+"""Run a study: the command of :mod:`experiments.study.sweep`."""
 
 from experiments.study.sweep import main
 

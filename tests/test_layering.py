@@ -189,7 +189,7 @@ def test_no_upward_import() -> None:
         ("experiments.sweep", "from experiments.study.sweep import main", False),
         ("experiments.study.advise", "from experiments.show.report_page import Page", False),
         ("experiments.show.tables", "def f():\n    from experiments.study import routers", True),
-        ("experiments.benchmark.step", "from experiments.study.studies import grid", True),
+        ("experiments.benchmark.step", "from experiments.study.studies import Study", True),
         ("experiments.train.loop", "from experiments import sweep", True),
         ("experiments.train.loop", "import experiments.show.tables", True),
     ],

@@ -72,15 +72,13 @@ def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
     labels = study.get("labels", {})
     tables = []
     for column in only or columns:
-        # The oldest cells hold neither their label nor what the routing follows.
         variants = [
-            {"variant": row, "label": labels.get(row, row), "routing": [], **cell}
+            {"variant": row, "label": labels.get(row, row), **cell}
             for row, cell in columns[column].items()
         ]
         content = {
             "variants": variants,
             "reference": controls[0] if controls else "dense",
-            "wide": "dense-4x",
             "controls": controls,
             "column": column,
             "published": {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from experiments.train.config import ERRORS
 from experiments.train.scores import (
     Difference,
     better_in,
@@ -15,7 +13,6 @@ from experiments.train.scores import (
     of_shared_seeds,
     percent,
     scored,
-    shown,
     unit,
 )
 
@@ -43,31 +40,13 @@ def known(lines: Sequence[Line]) -> list[Line]:
 
 
 def study_table(study: dict[str, Any]) -> str:
-    """One line a variant.
-
-    The metric on the test set, what the variant costs, and what its routing follows.
-    """
+    """One line a variant: the metric on the test set, what it costs, and it beside controls."""
     variants = {variant["variant"]: variant for variant in study["variants"]}
     narrow = variants.get(study["reference"])
-    wide = variants.get(study["wide"])
-    names = {
-        name for variant in study["variants"] for layer in variant["routing"] for name in layer
-    }
-    followed = sorted(name for name in names if name.startswith("ami_"))
-    routed = f"AMI of expert and {', '.join(name[4:] for name in followed)}; mean of layers"
-    if "nmi" in names:
-        routed = "NMI of expert and region, layer by layer"
     controls = [variants[name] for name in study.get("controls", ()) if name in variants]
     lines = []
     for variant in study["variants"]:
         metric = variant["metric"]
-        shares = [shown(layer["nmi"], ".3f") for layer in variant["routing"] if "nmi" in layer]
-        if "nmi" not in names:
-            means = (
-                [layer[name]["mean"] for layer in variant["routing"] if name in layer]
-                for name in followed
-            )
-            shares = [f"{statistics.fmean(values):.2f}" for values in means if values]
         line = {
             study.get("column", "variant"): variant["label"],
             f"test {metric}{unit(metric)}": scored(metric, variant["test"]),
@@ -79,10 +58,8 @@ def study_table(study: dict[str, Any]) -> str:
         }
         for control in controls:
             line[f"− {control['label']}"] = beside(variant, control)
-        line["headroom recovered"] = headroom(variant, narrow, wide)
-        line[routed] = ", ".join(shares) or "–"
         lines.append(line)
-    return markdown(known(lines), left=[routed]) if lines else "No variant is finished."
+    return markdown(known(lines)) if lines else "No variant is finished."
 
 
 def _minutes(variant: Mapping[str, Any]) -> float:
@@ -132,27 +109,6 @@ def preset_table(presets: dict[str, Any]) -> str:
 def extremes(values: Sequence[float], form: str) -> str:
     """The least and the largest value, or the only one."""
     return " to ".join(f"{value:{form}}" for value in dict.fromkeys([min(values), max(values)]))
-
-
-def headroom(
-    variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None
-) -> str:
-    """(variant - dense) / (dense four times as wide - dense), of how much better each is.
-
-    Only where the denominator is known and more than twice the spread.
-    """
-    if narrow is None or wide is None or variant is narrow or variant is wide:
-        return "–"
-    low = narrow["test"]
-    high = wide["test"]
-    if low["std"] is None or high["std"] is None:
-        return "–"
-    sign = -1 if variant["metric"] in ERRORS else 1  # of errors, less is better
-    room = sign * (high["mean"] - low["mean"])
-    gain = sign * (variant["test"]["mean"] - low["mean"])
-    if room <= 2 * max(low["std"], high["std"]):
-        return "no headroom"
-    return f"{round(100 * gain / room)} %"
 
 
 def short_commit(where: Mapping[str, Any]) -> str:

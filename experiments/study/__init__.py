@@ -1,8 +1,8 @@
 """Study: which runs are compared, and what they say together.
 
-studies   A study: rows on columns, beside controls; a grid of a preset.
+studies   A study: rows on columns, beside controls.
 running   Runs the cells of a study that have no file yet.
-sweep     The command: a study of your own, a grid, the table of routers, your row in it.
+sweep     The command: a study of your own, the table of routers, your row in it.
 routers   The table of routers, and your own beside some of its rows.
 published OGB's molecules beside published figures.
 price     What the cells of a study would cost.

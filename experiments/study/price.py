@@ -1,4 +1,4 @@
-"""What the cells of a study would cost: hours, FLOPs, and the share of them that is routed."""
+"""What the cells of a study would cost: hours and FLOPs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import gmoe
 from experiments.benchmark.measure import take_turns
 from experiments.show.cells import read_prices
-from experiments.show.tables import known, markdown
+from experiments.show.tables import markdown
 from experiments.train.build import build_model
 from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
@@ -22,7 +21,6 @@ from experiments.train.kinds import kind_of
 from experiments.train.processes import make_fabric
 from experiments.train.results import write_json
 from experiments.train.training import set_up
-from gmoe.moe import MoELayer
 
 STEPS = 5
 """Timed calls; their median counts."""
@@ -47,27 +45,19 @@ def price_table(prices: Mapping[str, Mapping[str, float]]) -> str:
             "runs": str(one["runs"]),
             "core-hours": f"{one['hours']:.2f}",
             "MFLOPs": f"{one['flops'] / 1e6:,.1f}",
-            "routed, of FLOPs": _share(one["routed_flops"]),
-            "routed, of seconds": _share(one["routed_seconds"]),
             "a second of a core": f"{one['per_second']:,.0f}",
         }
         for cell, one in prices.items()
     ]
     about = f"{hours:.1f} core-hours in all; reading the data comes on top"
-    return f"{markdown(known(lines))}\n\n{about}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.0%}" if value else "–"
+    return f"{markdown(lines)}\n\n{about}"
 
 
 def price(config: RunConfig) -> dict[str, float]:
     """What a cell costs on this machine.
 
     ``runs``, core-``hours`` of all with their validation, ``flops`` of a forward pass in training
-    (of images, an image), ``per_second`` rows that are trained on, and the share of
-    ``routed_flops`` and of ``routed_seconds`` in a forward pass: routers and routed experts, no
-    shared ones.
+    (of images, an image), and ``per_second`` rows that are trained on.
     """
     task = load_tasks(config)(config.seeds[0])
     fabric = make_fabric(config)
@@ -76,8 +66,7 @@ def price(config: RunConfig) -> dict[str, float]:
     inputs = kind_of(config).example(task)
     images = kind_of(config).num_images(inputs)
     with torch.no_grad():
-        flops, routed_flops = routed_part(model, inputs, gmoe.count_flops)
-        seconds, routed_seconds = routed_part(model, inputs, core_seconds)
+        flops = gmoe.count_flops(model, *inputs)
     with set_up(fabric, model, config, task) as training:
         batch = fabric.to_device(next(iter(training.batches("train", 0))))
         each = core_seconds(training.update, batch, len(batch.target))
@@ -91,35 +80,7 @@ def price(config: RunConfig) -> dict[str, float]:
         "hours": len(config.seeds) * seconds / 3600,
         "flops": flops / (images or 1),
         "per_second": len(batch.target) / each,
-        "routed_flops": routed_flops / flops,
-        "routed_seconds": routed_seconds / seconds,
     }
-
-
-def routed_part(
-    model: nn.Module, inputs: tuple[Any, ...], measure: Callable[..., float]
-) -> tuple[float, float]:
-    """What ``measure(call, *inputs)`` says of the model, and of its routers and routed experts."""
-    calls: list[tuple[int, Any, Any, Any]] = []
-    hooks = []
-
-    def watch(module: nn.Module, sign: int) -> None:
-        def note(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
-            calls.append((sign, module, args, kwargs))
-
-        # Behind the call, where its arguments hold a routing that others give to it
-        hooks.append(module.register_forward_hook(note, with_kwargs=True))
-
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            watch(layer, 1)
-            if isinstance(layer.shared_expert, nn.Module):
-                watch(layer.shared_expert, -1)
-    model(*inputs)
-    for hook in hooks:
-        hook.remove()
-    routed = sum(sign * measure(call, *args, **kwargs) for sign, call, args, kwargs in calls)
-    return measure(model, *inputs), routed
 
 
 def core_seconds(call: Callable[..., object], *args: Any, **kwargs: Any) -> float:

@@ -19,7 +19,7 @@ class SweepConfig:
     """Where a study goes."""
 
     runs: Path | None = None
-    """Folder of the run folders; by default runs/STUDY, or runs/grid-PRESET."""
+    """Folder of the run folders; by default runs/STUDY."""
     results: Path = Path("results")
     """Folder of the result files: STUDY/COLUMN/ROW.json."""
     jobs: int = 1

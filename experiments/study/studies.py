@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 from experiments.train.checks import check, check_choice
-from experiments.train.config import RouterName, RunConfig
-from experiments.train.presets import PRESETS
+from experiments.train.config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,49 +113,3 @@ class Study:
             "controls": list(self.controls),
             "published": dict(self.published),
         }
-
-
-def grid(
-    preset: str,
-    routers: Sequence[str],
-    experts: Sequence[int],
-    ks: Sequence[int],
-    **changes: Any,
-) -> Study:
-    """Every router at every E and K that it has, beside the dense model and one four times as wide.
-
-    ``changes`` are other options of all rows. An unknown preset or router is a ``ValueError``, or a
-    K larger than every E; of an E the larger ones are left out.
-    """
-    check_choice("preset", preset, PRESETS)
-    for router in routers:
-        check_choice("routers", router, get_args(RouterName))
-    legal = f"at least one, and none larger than all of experts={experts}"
-    check(ks and max(ks) <= max(experts, default=0), "ks", ks, legal)
-    base = replace(PRESETS[preset][1], **changes)
-    rows = {
-        "dense": Row(label="dense", changes={"router": "dense"}),
-        "dense-4x": Row(
-            label="dense, four times as wide",
-            changes={"router": "dense", "hidden": 4 * base.hidden},
-        ),
-    }
-    for router, e, k in product(routers, experts, ks):
-        takes_no_k = router in ("uniform", "oracle", "soft_slots")
-        if router == "dense" or (k > e and not takes_no_k):
-            continue
-        name = f"{router.replace('_', '-')}-e{e}"
-        label = f"`{router}`, E={e}"
-        own = {"router": router, "experts": e}
-        if not takes_no_k:
-            name += f"-k{k}"
-            label += f", K={k}"
-            own["k"] = k
-        rows[name] = Row(label=label, changes=own)
-    return Study(
-        name=f"grid-{preset}",
-        about=f"A grid over {preset}; nothing was tuned for a row.",
-        columns={preset: base},
-        rows=rows,
-        controls=("dense",),
-    )

@@ -1,17 +1,15 @@
 """Run a study: ``python -m experiments.sweep STUDY [options]``.
 
     python -m experiments.sweep mine.py:STUDY --runs runs/again --results again
-    python -m experiments.sweep grid --preset minesweeper --routers random --experts 4 8 --ks 1 2
-    python -m experiments.sweep grid --preset cora --routers token_choice --jobs 8
     python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic facebook
     python -m experiments.sweep forces --data forces.npz --budget 1
 
 ``FILE.py:NAME`` (or ``package.module:NAME``) is a study of your own, which
-``docs/tutorials/command-line.md`` shows how to write. ``grid`` is a preset over routers, numbers of
-experts and experts per token. Every cell is a run folder; finished cells are skipped and an
-unfinished one goes on, so that a study may be cut off at any time and started again. After every
-cell, ``results/STUDY/COLUMN/ROW.json`` holds it; what is there is finished also where the run
-folder is gone. A cell that cannot be run is named at the end, and the exit status is then 1.
+``docs/tutorials/command-line.md`` shows how to write. Every cell is a run folder; finished cells
+are skipped and an unfinished one goes on, so that a study may be cut off at any time and started
+again. After every cell, ``results/STUDY/COLUMN/ROW.json`` holds it; what is there is finished also
+where the run folder is gone. A cell that cannot be run is named at the end, and the exit status is
+then 1.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from experiments.study.running import (
     held_cells,
     run_cells,
 )
-from experiments.study.studies import Study, grid
+from experiments.study.studies import Study
 from experiments.train.checks import check, check_first
 from experiments.train.command_line import fail
 from experiments.train.config import RunConfig
@@ -42,31 +40,6 @@ from experiments.train.signals import interrupt
 from experiments.train.user_code import load_object
 
 PROG = "python -m experiments.sweep"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridConfig(SweepConfig):
-    """Rows of a preset, and where they go."""
-
-    data_root: Path = Path("data")
-    """Root folder of the data; of the preset `graph`, your own file."""
-    preset: str = ""
-    """The preset."""
-    routers: tuple[str, ...] = (
-        "random",
-        "uniform",
-        "token_choice",
-        "expert_choice",
-        "multi_centroid",
-    )
-    """The routers: some of these, attention_vote, oracle, and of images soft_slots. A dense model,
-    and one four times as wide, are always there."""
-    experts: tuple[int, ...] = (8,)
-    """Numbers of experts, E."""
-    ks: tuple[int, ...] = (1, 2)
-    """Experts per token, K; of an E, larger ones are left out."""
-    seeds: tuple[int, ...] | None = None
-    """The seeds; by default those of the preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +70,6 @@ class RoutersConfig(CellsConfig):
 
 
 STUDIES: dict[str, tuple[str, SweepConfig | ForcesConfig]] = {
-    "grid": ("A preset over routers, numbers of experts and experts per token.", GridConfig()),
     "routers": (
         "One table: the same routers on images and on graphs, a cell a file.",
         RoutersConfig(),
@@ -155,15 +127,6 @@ def foretold(cells: Sequence[str], hours: dict[str, float]) -> str:
     return f"{len(cells)} cells to run, about {minutes:.1f} minutes of a core"
 
 
-def sweep_grid(config: GridConfig) -> tuple[str, dict[str, str]]:
-    """Run a grid over a preset."""
-    changes: dict[str, Any] = {"data_root": config.data_root}
-    if config.seeds is not None:
-        changes["seeds"] = config.seeds
-    study = grid(config.preset, config.routers, config.experts, config.ks, **changes)
-    return sweep_study(study, config)
-
-
 def parse(args: Sequence[str]) -> tuple[str, SweepConfig | ForcesConfig]:
     """The study that the command line names, and where it goes."""
     if args and (args[0] in STUDIES or ":" in args[0]):
@@ -184,8 +147,6 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
         from experiments.study.forces import run_forces  # torch, which help does without
 
         return run_forces(config)
-    if isinstance(config, GridConfig):
-        return sweep_grid(config)
     assert isinstance(config, CellsConfig)
     study: Any
     columns = config.columns

@@ -100,7 +100,7 @@ def test_a_router_of_ones_own_is_a_row_beside_its_controls(
     assert re.fullmatch(r"4 cells to run, about [\d.]+ minutes of a core", first)
     assert shown.err.count("| `Half`, your own |") == 3
     head, _, mine, *controls, _ = [*shown.out.splitlines(), ""]
-    columns = dict(zip(head.split(" | "), mine.split(" | "), strict=True))
+    columns = dict(zip(head.strip("| ").split(" | "), mine.strip("| ").split(" | "), strict=True))
     names = ("dense, equal active FLOPs", "token choice", "frozen random")
     for name in names:
         assert re.match(r"[+-][\d.]+ \(.* to .*\), \d of 2", columns[f"− {name}"])

@@ -1,4 +1,4 @@
-"""A study: its cells, what is refused of it, and a grid."""
+"""A study: its cells, and what is refused of it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import gmoe
-from experiments.study.studies import CONTROLS, Row, Study, grid
+from experiments.study.studies import CONTROLS, Row, Study
 from experiments.train.config import GraphConfig, HeteroConfig, ImageConfig, MoleculeConfig
-from experiments.train.presets import DIGITS, DIGITS_GRAPH, MOSAIC, PRESETS
+from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
 
 STUDY = Study(
     name="small",
@@ -53,23 +53,6 @@ def test_what_a_study_does_not_have_is_refused() -> None:
         STUDY.cells(rows=["five"])
     with pytest.raises(ValueError, match=r"^controls: got 'wide', expected one of dense, four"):
         replace(STUDY, controls=("wide",))
-
-
-def test_a_grid_of_routers_experts_and_k() -> None:
-    changes = {"seeds": (5,), "data_root": Path("a")}
-    study = grid("digits", ("random", "uniform", "random"), (1, 4), (1, 2), **changes)
-    assert (study.name, study.rows["random-e4-k2"].label) == ("grid-digits", "`random`, E=4, K=2")
-    routed = ["random-e1-k1", "random-e4-k1", "random-e4-k2", "uniform-e1", "uniform-e4"]
-    assert sorted(study.rows) == sorted(["dense", "dense-4x", *routed])
-    cells = study.cells()
-    own = {"experts": 4, "k": 2, "router": "random", "seeds": (5,), "data_root": Path("a")}
-    assert cells["digits/random-e4-k2"] == replace(DIGITS, **own)  # type: ignore[arg-type]
-    assert cells["digits/dense-4x"].hidden == 4 * DIGITS.hidden
-
-
-def test_a_router_that_takes_no_k_has_one_row() -> None:
-    study = grid("digits", ("soft_slots", "random"), (4,), (1, 2))
-    assert list(study.rows)[2:] == ["soft-slots-e4", "random-e4-k1", "random-e4-k2"]
 
 
 @pytest.mark.parametrize(
