@@ -1,29 +1,22 @@
-"""What routing follows, and what routed experts add.
-
-Shapes: T tokens, E experts, P pairs, N nodes.
-"""
+"""What routing follows. Shapes: N nodes."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import degree, remove_self_loops, scatter
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
 from experiments.train.config import RunConfig
 from experiments.train.data.task import Task
-from gmoe import MoE, MoEConv, Routing, RoutingStats
+from gmoe import Routing, RoutingStats
 from gmoe.metrics import COLLAPSED, PER_EXPERT
-from gmoe.stack import has_base, routed_parameters
-from vision.soft_mlp import SoftMLP
 
 BINS = 8
 """At most so many degrees, and shares of homophily, are told apart."""
@@ -267,52 +260,3 @@ def advice(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -
         f"{found}train with {more} to use the others, and if that gains nothing, take --router "
         "dense."
     )
-
-
-def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
-    """By layer of experts what starts at zero in it, so that the layer starts as the dense one.
-
-    Of copies that is their differences from the base; beside a shared expert, of a conv the
-    gain, of MLPs their last layers. Layers that do not start as the dense one are left out.
-    """
-    by_layer: dict[nn.Module, list[nn.Parameter]] = {}
-    layers: list[Any] = [
-        layer for layer in model.modules() if isinstance(layer, MoEConv | MoE | SoftMLP)
-    ]
-    for layer in layers:
-        if has_base(layer.experts):
-            by_layer[layer] = list(routed_parameters(layer.experts))
-        elif isinstance(layer, MoEConv):
-            if layer.gain is not None:
-                by_layer[layer] = [layer.gain]
-        elif isinstance(layer, SoftMLP) or layer.shared_expert is not None:
-            by_layer[layer] = list(layer.experts.down.parameters())
-    return by_layer
-
-
-def switched_off(model: Any) -> Any:
-    """A copy whose experts give what they gave at the start.
-
-    That is zero beside a shared expert, or all the same.
-    """
-    copied = copy.deepcopy(model)
-    for part in itertools.chain(*switches(copied).values()):
-        nn.init.zeros_(part)
-    return copied
-
-
-def noting_added(model: Any, note: Callable[[nn.Module, Tensor, Tensor], None]) -> Any:
-    """A copy that calls ``note(layer, added, output)`` for each layer of experts.
-
-    ``added`` is what its experts add to its output.
-    """
-
-    def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        off = switched_off(layer).forward(*args, **kwargs)
-        y, without = (out[0] if isinstance(out, tuple) else out for out in (output, off))
-        note(layer, (y - without).double(), y.double())
-
-    copied = copy.deepcopy(model)
-    for layer in switches(copied):
-        layer.register_forward_hook(compare, with_kwargs=True)
-    return copied

@@ -61,13 +61,10 @@ class Graphs(Nodes[GraphConfig]):
 
     def named(self) -> GraphData:
         name = self.config.dataset
-        family = name.partition("-")[0]
         if name == "graph":
             return own_graph(self.config.data_root, self.config.metric)
         if name in made.GRAPHS:
             return made.GRAPHS[name]()
-        if family in made.FAMILIES:
-            return made.FAMILIES[family](name)
         return super().named()
 
     def own(self, made_by_user: Any) -> GraphData:

@@ -11,9 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Data
-from torch_geometric.nn import GCNConv
 
-import gmoe
 from experiments.show.report import main as report
 from experiments.train.command import parse
 from experiments.train.config import RouterOptions, RunConfig
@@ -23,9 +21,7 @@ from experiments.train.routing_stats import (
     alignment,
     in_words,
     node_properties,
-    noting_added,
     quantile_bins,
-    switched_off,
 )
 from tests.helpers.command import quick
 
@@ -177,25 +173,3 @@ def test_the_terminal_and_the_report_say_what_to_do(tmp_path: Path, capsys: Any)
     assert line in (tmp_path / "page" / "index.html").read_text()
     quick(tmp_path / "balanced", "--epochs", "60", "--balance", "bias")
     assert "nearly all tokens" not in capsys.readouterr().out
-
-
-def test_what_experts_add_is_what_a_layer_lacks_without_them() -> None:
-    """Switched off, a layer beside a shared expert is the dense layer that it started as."""
-    x = torch.randn(9, 5)
-    edges = torch.randint(9, (2, 30))
-    torch.manual_seed(0)
-    dense = GCNConv(5, 4)
-    torch.manual_seed(0)
-    layer: Any = gmoe.MoEConv("gcn", 5, 4, num_experts=3, start="shared").eval()
-    with torch.no_grad():
-        layer.gain.fill_(7.0)
-        off = dense(x, edges)
-        y = layer(x, edges)
-    added = list[torch.Tensor]()
-    noting = noting_added(layer, lambda _, of_layer, output: added.extend((of_layer, output)))
-    with torch.no_grad():
-        noting(x, edges)
-    torch.testing.assert_close(added[0].float(), y - off, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(added[1], y.double())
-    torch.testing.assert_close(switched_off(layer)(x, edges), off)
-    torch.testing.assert_close(layer(x, edges), y)
