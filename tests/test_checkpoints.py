@@ -79,13 +79,6 @@ def test_a_part_of_a_model_saves_its_experts_too(tmp_path: Path) -> None:
     check_plain_transformers_raise(model, tmp_path)
 
 
-def test_dtypes_come_back(tmp_path: Path) -> None:
-    model = upcycled().bfloat16()
-    gmoe.save(model, tmp_path)
-    check_comes_back(model, tmp_path)
-    assert gmoe.load(tmp_path).config.dtype == torch.bfloat16
-
-
 def test_other_readers_of_weights_refuse_the_files(tmp_path: Path) -> None:
     """Accelerate looks at the format."""
     gmoe.save(upcycled(), tmp_path)
@@ -247,12 +240,6 @@ def test_the_best_model_comes_back_at_the_end(tmp_path: Path) -> None:
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, first[name]), name
     check_comes_back(trainer.model.eval(), tmp_path / "checkpoint-2")
-
-
-def test_old_checkpoints_go_away(tmp_path: Path) -> None:
-    trainer_of(upcycled(), tmp_path, save_total_limit=2).train()
-    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
-    assert kept == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_the_model_alone_can_be_saved(tmp_path: Path) -> None:

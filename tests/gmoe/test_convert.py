@@ -9,18 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers.mlp import GlobalResponseNormMlp, Mlp
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations
 from torch_geometric.nn import GCN, GATConv, GCNConv, GINConv, Linear, MessagePassing, SimpleConv
 from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, moefy, record_routing
-from gmoe.mlps import MLPForm, register
-from tests.helpers.folded import fold
-from tests.helpers.mlps import FORMS, Dropping, Llama, NormBeforeActivation, TwoArguments, plain_mlp
+from tests.helpers.mlps import Dropping, Llama, plain_mlp
 from tests.helpers.vits import images, timm_vit, torchvision_vit
 
 STRAIGHT = {"weight": "straight_through", "balance": None}
@@ -76,39 +73,6 @@ def test_the_first_forward_is_the_dense_one(build: Callable[[], Any]) -> None:
     model(images()).square().sum().backward()
     assert all(mlp.experts.down.weight.grad.any() for mlp in mlps(model))
     assert all(torch.equal(*mlp.experts.up.weight[:2]) for mlp in mlps(model))
-
-
-@pytest.mark.parametrize("start", ["copies", "plain"])
-def test_nothing_is_left_of_the_mlp_beside_copies_and_plain_experts(start: Any) -> None:
-    mlp = plain_mlp()
-    x = torch.randn(2, 5, 8)
-    layer = moefy(stack(mlp), every=1, num_experts=2, start=start, router_kwargs=STRAIGHT)[0].mlp  # type: ignore[index]
-    assert layer.shared_expert is None
-    assert torch.allclose(layer(x), mlp(x), atol=1e-6) == (start == "copies")
-    independent = fold(layer).experts
-    assert independent.down.weight.any()
-    assert torch.equal(*independent.up.weight) == (start == "copies")
-
-
-@pytest.mark.parametrize("form", ["SwiGLU with a norm (EVA-02)", "GEGLU (Diffusers)"])
-def test_copies_give_what_a_gated_mlp_gives_and_all_of_them_train(form: str) -> None:
-    torch.manual_seed(0)
-    mlp: Any = FORMS[form]().double()
-    for parameter in mlp.parameters():
-        nn.init.normal_(parameter)
-    layer = plain(stack(copy.deepcopy(mlp)), every=1, num_experts=4)[0].mlp
-    x = torch.randn(3, 5, 8, dtype=torch.float64)
-    assert_same(layer(x), mlp(x), 1e-8)
-    layer(x).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
-def test_an_mlp_in_training_with_a_dropout_that_is_a_function_stays_as_the_shared_expert() -> None:
-    mlp = Dropping().train()
-    layer = moefy(stack(mlp), every=1, num_experts=2)[0].mlp  # type: ignore[index]
-    x = torch.randn(2, 5, 8)
-    assert torch.equal(layer.eval()(x), mlp.eval()(x))
-    assert isinstance(layer.experts.activation, nn.GELU)
 
 
 def test_more_arguments_than_tokens_are_refused() -> None:
@@ -259,27 +223,6 @@ def test_the_shared_expert_keeps_its_modes_and_types() -> None:
     assert layer.experts.up.weight.dtype == layer.router.gate.weight.dtype == torch.bfloat16
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "parametrization": parametrizations.weight_norm,
-    "pruned": partial(prune.l1_unstructured, name="weight", amount=0.3),
-    "hook": lambda linear: linear.register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
-    "backward hook": lambda linear: linear.register_full_backward_hook(print),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_the_shared_expert_keeps_parametrizations_and_hooks_that_a_plain_mixture_would_lose(
-    change: str,
-) -> None:
-    mlp = plain_mlp().double()
-    CHANGES[change](mlp[2])
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    layer = moefy(stack(mlp), every=1, num_experts=2)[0].mlp  # type: ignore[index]
-    assert_same(layer(x), mlp(x))
-    with pytest.raises(ValueError, match="model"):
-        plain(stack(mlp), every=1, num_experts=4)
-
-
 # What is refused
 
 
@@ -299,33 +242,12 @@ PLAIN: dict[str, Any] = {"every": 1, "start": "copies", "k": 2}
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(plain_mlp()), {}, "model"),
-    (lambda: stack(nn.Sequential(*plain_mlp(), nn.ReLU())), {"every": 1}, "model"),
-    (
-        lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8))),
-        {"every": 1},
-        "model",
-    ),
-    (lambda: stack(nn.Sequential(nn.Dropout(0.5), *plain_mlp())), {"every": 1}, "model"),
-    (
-        lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8))),
-        {"every": 1},
-        "model",
-    ),
-    (lambda: stack(GlobalResponseNormMlp(8, 12)), {"every": 1}, "model"),
-    (
-        lambda: stack(Llama(lambda x: F.silu(x).flip(0))),
-        {"every": 1, "start": "copies", "k": 2},
-        "model",
-    ),  # misread
-    (lambda: stack(NormBeforeActivation()), {"every": 1}, "model"),
     (
         lambda: stack(nn.Sequential(OwnLinear(8, 12), nn.ReLU(), nn.Linear(12, 8))),
         PLAIN,
         "model: got 0.mlp.0 with a",
     ),
     (lambda: stack(patched(plain_mlp())), PLAIN, "model: got 0.mlp.0 with a forward of its own"),
-    (lambda: stack(TwoArguments()), {"every": 1}, "model: got 0.mlp.* fails on tokens alone"),
-    (lambda: stack(Dropping()), {"every": 1, "start": "copies", "k": 2}, "model"),
     (lambda: stack(plain_mlp(), Mlp(8, 12, use_conv=True)), {"every": 1}, "model: got 1.mlp"),
     (lambda: moefy(stack(plain_mlp()), every=1), {"every": 1}, "model"),
     (lambda: stack(plain_mlp().to("meta")), {"every": 1}, "model"),
@@ -367,43 +289,6 @@ def test_a_conv_without_parameters_is_refused_by_its_name() -> None:
 # What is more than it was read as
 
 
-class Gated(nn.Module):
-    """An MLP with a scale that starts at one, and a shift in a buffer that starts at zero."""
-
-    def __init__(self, of_scale: bool) -> None:
-        super().__init__()
-        self.up, self.act, self.down = plain_mlp()
-        if of_scale:
-            self.scale = nn.Parameter(torch.ones(8))
-        else:
-            self.register_buffer("scale", torch.ones(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(self.act(self.up(x))) * self.scale
-        return out
-
-
-class ByFunction(nn.Module):
-    """An MLP that calls functions around its layers, and is registered as one with a ReLU."""
-
-    def __init__(
-        self, activation: Callable[[Tensor], Tensor], norm: bool = False, residual: bool = False
-    ) -> None:
-        super().__init__()
-        self.up, _, self.down = plain_mlp()
-        self.norm = nn.LayerNorm(12) if norm else nn.Identity()
-        self.function = activation
-        self.residual = residual
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(self.function(self.norm(self.up(x))))
-        return x + out if self.residual else out
-
-
-register(Gated, lambda mlp: MLPForm([mlp.up], mlp.down, mlp.act))
-register(ByFunction, lambda mlp: MLPForm([mlp.up], mlp.down, F.relu))
-
-
 def tied_mlp() -> Any:
     mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
     mlp[2].weight = mlp[0].weight
@@ -423,15 +308,6 @@ def with_buffer() -> Any:
 
 
 LOST: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a clamp at six": (lambda: ByFunction(F.relu6), "computes something else"),
-    "a clamp at fifty": (
-        lambda: ByFunction(lambda x: x.relu().clamp(max=50.0)),
-        "computes something else",
-    ),
-    "a residual": (lambda: ByFunction(F.relu, residual=True), "computes something else"),
-    "a norm before a function": (lambda: ByFunction(F.relu, norm=True), "computes something else"),
-    "a scale of ones": (partial(Gated, of_scale=True), "computes something else"),
-    "a buffer of ones": (partial(Gated, of_scale=False), "computes something else"),
     "a buffer that nothing reads": (with_buffer, "with the buffer seen"),
     "tied weights": (tied_mlp, "2.weight, which is 0.weight as well"),
     "a frozen layer": (partly_frozen_mlp, "with 0.weight frozen"),
@@ -446,30 +322,12 @@ LOST: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("start", ["copies", "plain"])
 @pytest.mark.parametrize("form", LOST)
-def test_experts_do_not_replace_an_mlp_that_is_more_than_they_are(form: str, start: Any) -> None:
+def test_experts_do_not_replace_an_mlp_that_is_more_than_they_are(form: str) -> None:
+    """``test_check_mlp.py`` has those that compute something else."""
     build, message = LOST[form]
     with pytest.raises(ValueError, match=rf"^model: got 0\.mlp.*{message}"):
-        moefy(stack(build().double()), every=1, num_experts=2, start=start)
-
-
-@pytest.mark.parametrize("start", ["copies", "shared"])
-def test_a_first_layer_of_zeros_does_not_hide_the_activation(start: Any) -> None:
-    mlp = ByFunction(F.relu)
-    nn.init.zeros_(mlp.up.weight)
-    nn.init.zeros_(mlp.up.bias)
-    layer: Any = moefy(stack(mlp), every=1, num_experts=2, start=start)[0].mlp  # type: ignore[index]
-    experts = getattr(layer.experts, "differences", layer.experts)
-    x = torch.tensor([-0.5, 0.0, 0.5])
-    assert torch.equal(experts.activation(x), x.relu())
-
-
-def test_an_mlp_keeps_the_biases_that_it_has() -> None:
-    mlp = Mlp(8, 12, bias=(True, False))
-    layer = moefy(stack(mlp), every=1, num_experts=2, start="copies")[0].mlp  # type: ignore[index]
-    assert layer.experts.up.bias is not None
-    assert layer.experts.down.bias is None
+        moefy(stack(build().double()), every=1, num_experts=2, start="copies")
 
 
 class Network(nn.Module):
@@ -485,9 +343,8 @@ class Network(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("start", ["copies", "shared", "plain"])
-def test_all_names_of_a_module_are_replaced(start: Any) -> None:
-    model: Any = moefy(Network(), targets="mlp", num_experts=2, start=start)
+def test_all_names_of_a_module_are_replaced() -> None:
+    model: Any = moefy(Network(), targets="mlp", num_experts=2)
     with record_routing(model) as routings:
         model(torch.randn(3, 8, dtype=torch.float64))
     assert model.mlp is model.filter["network"]
@@ -556,12 +413,6 @@ def test_a_part_of_a_layer_that_another_module_has_too_is_refused() -> None:
     model["first"] = model["mlp"][0]
     with pytest.raises(ValueError, match=r"^model: got mlp with a part that is first as well"):
         moefy(model, targets="mlp", num_experts=2, start="copies")
-
-
-def test_a_class_of_routers_is_saved_by_its_name_whether_or_not_the_start_is_spelled_out() -> None:
-    for start in (None, "shared"):
-        model: Any = moefy(GCN(4, 4, 2, 4), router=TokenChoice, num_experts=2, start=start)
-        assert model.convs[0].moefied.values["router"] == "token_choice"
 
 
 @pytest.mark.parametrize("start", ["shared", "copies", "plain"])

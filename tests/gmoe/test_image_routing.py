@@ -98,11 +98,3 @@ def test_a_shared_router_is_saved_and_pruned(tmp_path: Any) -> None:
     assert len(kept) == 2
     assert len({*kept.values()}) == 1
     torch.testing.assert_close(loaded(x), expected)
-
-
-@pytest.mark.slow
-def test_a_shared_router_is_compiled() -> None:
-    model, x = shared(), images()
-    compiled = torch.compile(model, backend="aot_eager")
-    for other in (x, x + 1):
-        torch.testing.assert_close(compiled(other), model(other))

@@ -183,17 +183,6 @@ def test_attached_losses_pass_checkpoints(reentrant: bool) -> None:
     assert_same(gradients(attached), gradients(added))
 
 
-def test_attached_losses_can_be_logged_under_reentrant_checkpoints() -> None:
-    """They train in the backward pass, so that ``aux_loss`` has nothing to warn of."""
-    model = model_of()
-    attach_aux_loss(model)
-    with record_routing(model) as routings:
-        checkpoint(model, images().requires_grad_(), use_reentrant=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert aux_loss(routings) > 0
-
-
 def test_attached_losses_are_compiled() -> None:
     added, attached = model_of(), model_of()
     backward(added, images(), adds=True)
@@ -263,14 +252,6 @@ def test_copies_and_pickles_stay_attached() -> None:
     for again in (copy.deepcopy(attached), pickle.loads(pickle.dumps(attached))):
         backward(again, images(), adds=False)
         assert_same(gradients(again), gradients(added))
-
-
-def test_an_evaluation_has_no_attached_losses() -> None:
-    alone, attached = model_of().eval(), model_of().eval()
-    attach_aux_loss(attached)
-    for model in (alone, attached):
-        backward(model, images(), adds=False)
-    assert_same(gradients(attached), gradients(alone))
 
 
 def test_attached_losses_keep_their_values() -> None:

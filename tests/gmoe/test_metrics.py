@@ -133,21 +133,6 @@ def test_health_on_numbers_worked_by_hand() -> None:
     assert str(health).startswith("blocks.1.mlp: load 0.00 to 3.00 of the even share, 2 of 4 ")
 
 
-@pytest.mark.parametrize("router", [name for name in ROUTERS if name not in ("soft", "oracle")])
-def test_health_is_that_of_a_slow_count(router: str) -> None:
-    torch.manual_seed(0)
-    built = build_router(router, 5, num_experts=4, k=2)
-    routings = [built(torch.randn(9, 5)), built(torch.randn(6, 5))]
-    slow = counted_slowly(routings)
-    stats = RoutingStats(num_experts=4)
-    for routing in routings:
-        stats.update(routing)
-    (layer,) = expert_health(stats).layers
-    assert layer.load == pytest.approx([4 * share for share in slow["load"]], abs=1e-5)
-    assert (layer.name, layer.dead) == ("0", slow["dead"])
-    assert layer.entropy == pytest.approx(slow["entropy"], abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("load", "k", "said"),
     [

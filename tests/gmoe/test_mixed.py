@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -208,27 +207,6 @@ def test_without_tokens_all_experts_get_zero_gradients(groups: int) -> None:
     assert all(grad is not None and not grad.any() for grad in gradients)
 
 
-def test_groups_do_not_see_each_other_and_order_does_not_matter() -> None:
-    moe = layer("glu")
-    x = tokens(len(BATCH))
-    out = moe(x, BATCH)
-    order = torch.randperm(len(BATCH))
-    torch.testing.assert_close(moe(x[order], BATCH[order]), out[order])
-    alone = BATCH == 2
-    torch.testing.assert_close(moe(x[alone], BATCH[alone]), out[alone])
-
-
-def test_equal_experts_are_the_dense_layer() -> None:
-    moe = layer("mlp")
-    with torch.no_grad():
-        for parameter in moe.stacked.parameters():
-            parameter.copy_(parameter[:1].expand_as(parameter))
-    x = tokens(len(BATCH))
-    first = torch.tensor([len(x), 0, 0, 0])
-    dense = moe.stacked(x, first.cumsum(0).int())
-    torch.testing.assert_close(moe(x, BATCH), dense, rtol=0, atol=1e-12)
-
-
 def test_a_step_costs_the_mixing_and_one_expert() -> None:
     moe = layer("linear")
     x = tokens(len(BATCH))
@@ -250,38 +228,6 @@ def test_folded_it_stays_and_unstacked_it_is_refused() -> None:
     unstack(moe)
     with pytest.raises(ValueError, match="got experts that are unstacked, expected stacked ones"):
         moe(x, BATCH)
-
-
-def test_along_a_path_mixed_weights_do_not_jump_as_a_choice_does() -> None:
-    """The largest step of the output, over the mean step, where the choice changes on the way."""
-    mixed_layer = layer("mlp")
-    hard_router = TokenChoice(D, num_experts=E, balance=None, weight="straight_through")
-    hard_router.gate = mixed_layer.router.gate
-    hard = ByMean(MoE(None, mixed_layer.stacked), hard_router).double()
-    start, end = tokens(2, 5).detach()
-    path = torch.linspace(0, 1, 400, dtype=torch.float64)[:, None, None]
-    images = start + path * (end - start)
-    assert len(hard_router(images.mean(dim=1)).top_expert.unique()) > 1
-    largest = []
-    for moe in (mixed_layer, hard):
-        steps = moe(images).sum(dim=(1, 2)).diff().abs()
-        largest.append(float(steps.max() / steps.mean()))
-    assert largest[0] < 5
-    assert largest[1] > 20
-
-
-def test_hooks_run_and_nothing_on_the_experts_changes() -> None:
-    moe = layer("mlp", base=True)
-    x = tokens(len(BATCH))
-    state = {name: copy.copy(vars(part)) for name, part in moe.stacked.named_modules()}
-    calls: list[torch.Size] = []
-    handle = moe.stacked.up.register_forward_hook(lambda *args: calls.append(args[2].shape))
-    moe(x, BATCH)
-    handle.remove()
-    assert calls == [(len(BATCH), H)]
-    after = {name: vars(part) for name, part in moe.stacked.named_modules()}
-    assert state.keys() == after.keys()
-    assert all(state[name].keys() == after[name].keys() for name in state)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

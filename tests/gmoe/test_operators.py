@@ -529,13 +529,3 @@ def test_operators_are_traced(name: str) -> None:
     road, *_ = ROADS[name].values()
     args = road.args(*one_size(road))
     torch.library.opcheck(operator(name), args, test_utils="test_aot_dispatch_dynamic")
-
-
-@pytest.mark.slow
-@each_road
-def test_operators_keep_all_of_torchs_rules_at_every_size(
-    name: str, road: Road, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    patched(road, monkeypatch)
-    for size in sizes(name, road):
-        torch.library.opcheck(operator(name), road.args(*size))

@@ -84,13 +84,6 @@ def test_autocast_as_in_linear(backend: Backend) -> None:
     torch.testing.assert_close(double.float(), plain)
 
 
-@each_backend
-def test_strided_rows(backend: Backend) -> None:
-    x, weight = torch.randn(7, 4).T, torch.randn(2, 5, 7).transpose(1, 2)
-    expected = grouped_linear(x.contiguous(), weight.contiguous(), None, ends([1, 3]), "loop")
-    torch.testing.assert_close(grouped_linear(x, weight, None, ends([1, 3]), backend), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_biases_are_summed_in_float32(dtype: torch.dtype) -> None:
     """A sum of ones in bfloat16 stops at 256."""

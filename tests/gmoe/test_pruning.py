@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 
 import gmoe
 from gmoe import MoEConv
 from gmoe.moe import MoELayer
 from gmoe.pruning import groups_of, named
-from gmoe.routers import ByType, TokenChoice
+from gmoe.routers import TokenChoice
 from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
     BY_TOKEN,
@@ -24,7 +24,6 @@ from tests.helpers.shrunk import (
     Mine,
     X,
     assert_has,
-    conv_layer,
     moefied,
     moved,
     pruned_on,
@@ -154,19 +153,6 @@ def test_one_layer_of_several_under_a_router_is_refused() -> None:
 # afterwards ---------------------------------------------------------------------------------------
 
 
-def test_statistics_know_those_that_are_left() -> None:
-    model = moefied()
-    for layer, ids in zip(layers_of(model), ([1, 3], [0, 2, 5]), strict=True):
-        layer.keep(ids)
-    stats = gmoe.RoutingStats.of(model)
-    routings = routings_of(model, images(8))
-    stats.update(routings)
-    figures = stats.compute()
-    assert [len(figure["load"]) for figure in figures] == [2, 3]
-    assert all(float(figure["load"].sum()) == pytest.approx(1) for figure in figures)
-    assert all(routing.scores.size(1) == routing.num_experts for routing in routings)
-
-
 def layers_of(model: nn.Module) -> list[Any]:
     return [part for part in model.modules() if isinstance(part, MoELayer)]
 
@@ -218,21 +204,6 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
         gmoe.prune(nn.Linear(2, 2), routing)
     with pytest.raises(ValueError, match=r"^model: got 1, whose experts are those of a layer"):
         gmoe.prune(nn.Sequential(gmoe.MoE(token_layer().router, experts), mine), routing)
-
-
-def test_a_router_by_type_is_refused() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(WIDTH, 3)
-
-        def forward(self, x: Tensor, z: Tensor) -> Any:
-            return self.lin(x)
-
-    router = ByType("z", [1, 6, 8])
-    model = gmoe.moefy(Model(), targets="lin", router=router).double().eval()
-    with pytest.raises(ValueError, match=r"^model: got TypeRouter, of which no expert"):
-        pruned_on(model, X, torch.tensor([1, 1, 6, 6, 1]))
 
 
 def test_routings_that_are_not_the_models_are_refused_and_nothing_changes() -> None:
@@ -303,11 +274,3 @@ def test_a_layer_of_open_widths_is_pruned_after_its_first_call() -> None:
 
 def test_names_are_listed_and_the_model_itself_has_none() -> None:
     assert named(["blocks.1.mlp", ""]) == "blocks.1.mlp, the model itself"
-
-
-def test_a_conv_is_pruned_by_what_it_returned() -> None:
-    layer = conv_layer("gat", "shared", "token_choice", 2)
-    expected, routing = layer(X, EDGES, return_routing=True)
-    kept = gmoe.prune(layer, routing)[""]
-    assert kept == chosen_in(routing)
-    assert_same(layer(X, EDGES), expected)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -23,11 +21,11 @@ from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 import gmoe
 from gmoe import MoEConv
 from gmoe.conv.base import tensors_in
-from gmoe.stack import base_parameters, fill, has_base, tensors_of
+from gmoe.stack import base_parameters, fill, tensors_of
 from tests.helpers.conv_cases import ids
 from tests.helpers.equal import assert_same
 from tests.helpers.folded import fold
-from tests.helpers.masked import GRAPHS, assert_equals_masked, features
+from tests.helpers.masked import GRAPHS, features
 
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH = 4
@@ -65,11 +63,6 @@ def test_the_state_of_experts_is_that_of_a_conv_with_e_in_front(start: Any, conv
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=ids)
-def test_outputs_and_gradients_are_those_of_the_sums(conv: Any) -> None:
-    assert_equals_masked(trained(conv).eval(), features(NODES, WIDTH), EDGES)
-
-
-@pytest.mark.parametrize("conv", CONVS, ids=ids)
 def test_an_expert_is_filled_and_read_with_and_without_a_base(conv: Any) -> None:
     layer = trained(conv)
     given = layer.experts.expert(2)
@@ -84,37 +77,11 @@ def test_an_expert_is_filled_and_read_with_and_without_a_base(conv: Any) -> None
             torch.testing.assert_close(value, others[name])
 
 
-def test_the_base_takes_the_state_of_a_dense_conv() -> None:
-    dense = GCNConv(WIDTH, WIDTH).double()
-    layer: Any = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=EXPERTS, start="copies").double()
-    layer.experts.become(dense)
-    x = features(NODES, WIDTH)
-    assert_same(layer.eval()(x, EDGES), dense(x, EDGES))
-
-
 def test_a_tensor_that_is_a_sum_is_read_and_not_written_to() -> None:
     linear = trained().experts.lin
     assert_same(linear.weight, linear.weight_base + linear.weight_difference)
     assert not linear.weight.is_leaf
     assert "weight" not in dict(linear.named_parameters())
-
-
-@pytest.mark.parametrize("conv", CONVS, ids=ids)
-def test_a_folded_layer_gives_the_same(conv: Any) -> None:
-    layer = trained(conv).eval()
-    x = features(NODES, WIDTH)
-    expected = layer(x, EDGES)
-    experts = [layer.expert(index)(x, EDGES) for index in range(EXPERTS)]
-    before = sum(parameter.numel() for parameter in layer.experts.parameters())
-
-    folded = fold(layer)
-    assert folded is layer
-    assert not has_base(folded)
-    assert_same(folded(x, EDGES), expected)
-    for index, of_expert in enumerate(experts):
-        assert_same(folded.expert(index)(x, EDGES), of_expert)
-    after = sum(parameter.numel() for parameter in folded.experts.parameters())
-    assert after * (EXPERTS + 1) == before * EXPERTS
 
 
 class Scaled(nn.Module):
@@ -181,26 +148,6 @@ def test_a_token_uses_a_share_of_the_differences_and_the_whole_base() -> None:
     assert gmoe.active_parameters(layer) == 2 * dense
 
 
-def test_threads_may_run_a_layer_at_once() -> None:
-    layer = trained(SAGEConv).eval()
-    x = features(NODES, WIDTH)
-    expected = layer(x, EDGES)
-    before = dict(layer.named_parameters())
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: layer(x, EDGES), range(200)))
-    for result in results:
-        assert torch.equal(result, expected)
-    for name, parameter in layer.named_parameters():
-        assert parameter is before[name]
-
-
-def test_a_copy_and_a_pickle_give_the_same() -> None:
-    layer = trained("gin").eval()
-    x = features(NODES, WIDTH)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(x, EDGES), layer(x, EDGES))
-
-
 class Adapted(nn.Module):
     """A layer and weights beside it, as a library for fine-tuning wraps one."""
 
@@ -227,60 +174,6 @@ def test_a_part_of_copies_may_be_wrapped() -> None:
     adapted = layer(x, EDGES)
     assert not torch.equal(adapted, expected)
     assert_same(fold(layer)(x, EDGES), adapted)
-
-
-def test_a_patched_layer_runs_and_leaves_its_weights_as_they_are() -> None:
-    """The function holds the linear layer itself, in several threads too."""
-    layer = trained().eval()
-    x = features(NODES, WIDTH)
-    expected = layer(x, EDGES)
-    linear = layer.experts.lin
-    forward, difference = linear.forward, linear.weight_difference
-    linear.forward = lambda *args: forward(*args)
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: layer(x, EDGES), range(50)))
-    assert all(torch.equal(result, expected) for result in results)
-    assert linear.weight_difference is difference
-
-
-def test_a_hook_on_a_part_of_copies_sees_that_part() -> None:
-    layer = trained()
-    part = layer.experts.lin
-    seen: list[Any] = []
-
-    def hook(module: Any, _: Any, out: Any) -> None:
-        seen.append(module)
-        module.last = out
-        module.calls = getattr(module, "calls", 0) + 1
-
-    part.register_forward_hook(hook)
-    for _ in range(2):
-        layer(features(NODES, WIDTH), EDGES)
-    assert seen == [part, part]
-    assert part.calls == 2
-
-
-class Counting(nn.Module):
-    """An activation that counts its calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return x.relu()
-
-
-def test_a_part_of_copies_keeps_what_it_writes_to_itself() -> None:
-    mlp = nn.Sequential(nn.Linear(4, 6), Counting(), nn.Linear(6, 4))
-    model = gmoe.moefy(nn.ModuleDict({"mlp": mlp}), targets="mlp", num_experts=2, start="copies")
-    layer: Any = model["mlp"]  # type: ignore[index]
-    activation = layer.experts.activation
-    before = activation.calls
-    for _ in range(2):
-        layer(torch.randn(5, 4))
-    assert activation.calls == before + 2
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
@@ -27,11 +26,8 @@ from gmoe import (
 )
 from gmoe.models.vit import ViTMoE
 from gmoe.moe import MoELayer
-from gmoe.stack import base_parameters, has_base
-from gmoe.start import resolved_start
 from tests.helpers.conv_cases import ids
 from tests.helpers.equal import assert_same
-from tests.helpers.folded import fold
 from tests.helpers.masked import GRAPHS, features, routing_of
 
 NODES, EDGES = GRAPHS["mixed"]
@@ -83,11 +79,10 @@ def pair(conv: Any, **options: Any) -> tuple[tuple[Any, Tensor], tuple[Any, Tens
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("start", ["shared", None])
 @pytest.mark.parametrize("conv", CONVS, ids=ids)
-def test_a_new_layer_gives_what_its_conv_gives(conv: Any, start: Any) -> None:
+def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
     """Drawn with the same seed; and what is drawn after it is the same too."""
-    (layer, after), (plain, expected) = pair(conv, start=start)
+    (layer, after), (plain, expected) = pair(conv, start="shared")
     assert torch.equal(after, expected)
     x = features(NODES, WIDTH)
     assert_same(layer(x, EDGES), plain(x, EDGES))
@@ -191,44 +186,6 @@ def test_token_choice_by_name_does_not_balance_copies() -> None:
     assert (quiet.balance, quiet.noise) == (None, False)
     shared = router(start="shared")
     assert (shared.balance, shared.noise, shared.weight) == ("bias", True, "score")
-
-
-def test_copies_may_all_be_left_to_one_expert() -> None:
-    """If one function explains all, a router without balance need not spread the nodes."""
-    torch.manual_seed(0)
-    layer: Any = MoEConv(SAGEConv, WIDTH, WIDTH, num_experts=4, start="copies")
-    with torch.no_grad():
-        layer.router.gate.weight[2] = 100
-    x = features(NODES, WIDTH).float().abs()
-    for _ in range(20):
-        _, routing = layer(x, EDGES, return_routing=True)
-    assert routing.load.tolist() == [0, 0, NODES, 0]
-
-
-def test_copies_of_open_widths_are_filled_in_by_the_first_call() -> None:
-    torch.manual_seed(0)
-    layer = MoEConv(SAGEConv, -1, WIDTH, num_experts=3, start="copies", router_kwargs=STRAIGHT)
-    layer.reset_parameters()
-    x = features(NODES, WIDTH).float()
-    layer.eval()(x, EDGES)
-    torch.testing.assert_close(layer(x, EDGES), layer.expert(0)(x, EDGES))
-
-
-def test_copies_learn_apart() -> None:
-    (layer, _), _ = pair(GCNConv, start="copies", **SUMS_TO_ONE["oracle"])
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    layer(features(NODES, WIDTH), EDGES).sin().sum().backward()
-    optimizer.step()
-    weights = fold(layer).experts.lin.weight
-    assert not torch.equal(weights[0], weights[1])
-
-
-def test_copies_have_the_parameters_of_a_base_their_differences_and_the_router_alone() -> None:
-    conv = GCNConv(WIDTH, WIDTH)
-    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, start="copies", router_kwargs=STRAIGHT)
-    counted = sum(parameter.numel() for parameter in layer.parameters())
-    of_router = 3 * 2 * WIDTH  # it sees the node and its neighbors
-    assert counted == 4 * sum(parameter.numel() for parameter in conv.parameters()) + of_router
 
 
 @pytest.mark.parametrize(
@@ -425,16 +382,8 @@ class Straight(TokenChoice):
 @pytest.mark.parametrize(
     ("router", "k", "kwargs", "start"),
     [
-        # A class starts as its name does.
-        (TokenChoice, 1, None, "copies"),
         (TokenChoice, 1, STRAIGHT, "copies"),
         (TokenChoice, 1, {"weight": "score"}, "shared"),
-        (TokenChoice, 2, None, "copies"),
-        (gmoe.MultiCentroid, 1, None, "copies"),
-        (gmoe.MultiCentroid, 2, None, "copies"),
-        (gmoe.RandomRouter, 1, None, "copies"),
-        (gmoe.UniformRouter, 1, None, "copies"),
-        (gmoe.ExpertChoice, 2, None, "shared"),
         # Nobody routes.
         (None, 1, None, "shared"),
         # A class of one's own, or a factory, may give anything.
@@ -464,16 +413,13 @@ BUILDS: dict[str, Callable[..., nn.Module]] = {
 @pytest.mark.parametrize(
     ("build", "start", "k"),
     [
-        *((build, None, 1) for build in BUILDS),
         # Where a start and K change the router's own defaults, or are refused.
         ("MoEConv", "copies", 1),
-        ("MoEConv", "copies", 2),
         ("MoEConv", "shared", 2),
-        ("MoEConv", "plain", 1),
         # A model decides by the router whether its layers share it.
         ("GNNMoE", None, 2),
         ("moefy", "copies", 1),
-        ("ViTMoE", "copies", 2),
+        ("ViTMoE", None, 1),
     ],
 )
 def test_a_router_by_name_and_by_class_is_one_model(
@@ -537,56 +483,6 @@ def test_the_default_under_an_instance_leaves_it_as_it_is(router: Any, start: st
 
 
 @pytest.mark.parametrize(
-    ("options", "start"),
-    [
-        ({"conv": ["gcn", "sage", "gcn"], "num_experts": None}, "shared"),
-        ({"conv": [GCNConv, partial(GCNConv, bias=False)], "num_experts": None}, "shared"),
-        ({"conv": ["gcn"] * 3, "num_experts": None}, "copies"),
-    ],
-    ids=str,
-)
-def test_the_default_of_several_kinds_is_shared(options: dict[str, Any], start: str) -> None:
-    assert start_under("token_choice", **options) == start
-
-
-def test_the_default_of_convs_that_run_one_by_one_is_shared() -> None:
-    """As copies these share no base, and such copies are not safe."""
-    assert start_under("token_choice", conv="le") == "shared"
-    assert start_under("token_choice", conv="le", start="copies") == "copies"
-
-
-def test_copies_of_convs_that_run_one_by_one_are_independent() -> None:
-    layer: Any = MoEConv("le", WIDTH, WIDTH, num_experts=3, start="copies")
-    assert not has_base(layer)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"router": "tokenchoice"}, "router: got 'tokenchoice'"),
-        ({"router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
-        ({"router_kwargs": {"capacity": 1.0}}, "router_kwargs: got .*'capacity'"),
-        ({"router_kwargs": 3}, "router_kwargs: got 3"),
-        ({"k": 4}, "k: got 4"),
-    ],
-)
-def test_what_a_router_refuses_is_refused_as_ever(options: dict[str, Any], message: str) -> None:
-    for build in (partial(MoEConv, "gcn", WIDTH, WIDTH), partial(GNNMoE, WIDTH, WIDTH, WIDTH)):
-        with pytest.raises(ValueError, match=f"^{message}"):
-            build(num_experts=3, **options)
-
-
-def test_the_default_draws_no_number() -> None:
-    for router, cases in DEFAULTS.items():
-        for kwargs, start in cases:
-            torch.manual_seed(0)
-            before = torch.get_rng_state()
-            options: Any = {"router": router, "k": 2, "router_kwargs": kwargs}
-            assert resolved_start(None, ["gcn"] * 3, **options) == start
-            assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(
     ("options", "start", "shared_router"),
     [
         ({}, "copies", True),
@@ -601,6 +497,7 @@ def test_the_default_draws_no_number() -> None:
         ({"router": "expert_choice"}, "shared", False),
         ({"router_kwargs": {"weight": "score"}}, "shared", False),
         ({"conv": ["gcn", "sage", "gat"], "num_experts": None}, "shared", False),
+        ({"conv": ["gcn"] * 3, "num_experts": None}, "copies", True),
         ({"router": None}, "shared", False),
     ],
     ids=str,
@@ -619,72 +516,6 @@ def test_a_gnn_decides_once_where_its_layers_start_as_copies(
     again: Any = GNNMoE(**model.config)
     again.load_state_dict(model.state_dict())
     assert again.config == model.config
-
-
-def test_an_instance_routes_all_layers_of_a_gnn_if_they_start_as_copies() -> None:
-    router = TokenChoice(WIDTH, num_experts=3, weight="straight_through")
-    assert GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=router).shared_router is router
-    with pytest.raises(ValueError, match=r"^router: got an instance for several layers"):
-        GNNMoE(WIDTH, 8, 2, 3, num_experts=3, router=TokenChoice(WIDTH, num_experts=3))
-
-
-def untouched(conv: Any) -> None:
-    """As its class makes it."""
-
-
-def frozen(conv: Any) -> None:
-    conv.requires_grad_(False)
-
-
-def partly_frozen(conv: Any) -> None:
-    conv.lin.weight.requires_grad_(False)
-
-
-def hooked(conv: Any) -> None:
-    conv.lin.register_forward_hook(lambda *_: None)
-
-
-def parametrized(conv: Any) -> None:
-    conv.lin_l = parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
-
-
-@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize(
-    ("conv", "change", "options", "start"),
-    [
-        (GCNConv, untouched, {}, "shared"),
-        (GCNConv, untouched, {"start": "copies"}, "copies"),
-        (GCNConv, frozen, {"start": "copies"}, "copies"),
-        (GCNConv, untouched, {"router": "expert_choice"}, "shared"),
-        (GCNConv, partly_frozen, {}, "shared"),
-        (GCNConv, hooked, {}, "shared"),
-        (SAGEConv, parametrized, {}, "shared"),
-    ],
-)
-def test_a_conv_in_a_model_starts_as_before_whatever_was_put_on_it(
-    conv: Any, change: Callable[[Any], Any], options: dict[str, Any], start: str
-) -> None:
-    torch.manual_seed(0)
-    dense = conv(WIDTH, WIDTH)
-    change(dense)
-    model: Any = nn.ModuleDict({"conv": copy.deepcopy(dense)})
-    moefy(model, targets="conv", num_experts=3, **options)
-    layer = model["conv"]
-    assert layer.start == start
-    x = features(NODES, WIDTH).float()
-    torch.testing.assert_close(layer.eval()(x, EDGES), dense.eval()(x, EDGES))
-    if start == "copies":
-        is_frozen = not next(dense.parameters()).requires_grad
-        assert {p.requires_grad for p in base_parameters(layer.experts)} == {not is_frozen}
-        assert all(p.requires_grad for p in layer.routed_parameters())
-
-
-def test_mlps_have_a_shared_expert_by_default() -> None:
-    vit: Any = moefy(ViTMoE(SMALL_VIT, router=None), every=2)
-    layers = [part for part in vit.modules() if isinstance(part, gmoe.MoE)]
-    layers += [part for part in ViTMoE(SMALL_VIT).modules() if isinstance(part, gmoe.MoE)]
-    assert layers
-    assert all(layer.shared_expert is not None for layer in layers)
 
 
 def of_vit(**options: Any) -> Any:

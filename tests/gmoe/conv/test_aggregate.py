@@ -16,7 +16,6 @@ from torch_geometric import nn as pyg
 from gmoe import Graph, MoEConv
 from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.call import Call
-from gmoe.routing import Routing
 from tests.helpers.masked import features, random_graph
 
 NODES, EDGES, WIDTH, OUT = 7, 20, 4, 3
@@ -67,24 +66,6 @@ def test_an_aggregation_that_is_no_product_is_that_of_the_conv() -> None:
     assert torch.equal(found[3], torch.maximum(x[0], x[1]))
     assert torch.equal(found[4], x[2])
     assert not found[[0, 1, 2, 5, 6]].any()
-
-
-@pytest.mark.parametrize("aggr", ["mean", "sum"])
-def test_sage_transforms_aggregate_and_root(aggr: str) -> None:
-    experts: Any = experts_of(pyg.SAGEConv, aggr=aggr)
-    edge_index = random_graph(NODES, NODES, EDGES)
-    x = features(NODES, WIDTH)
-    call = Call(Graph(edge_index, NODES), x, x)
-    call = call.with_aggregate(experts.aggregate(call))
-    expert_T1 = torch.arange(NODES)[:, None] % 2
-    routing = Routing.from_choices(expert_T1, x.new_ones(NODES, 1), num_experts=2)
-    assert call.aggregate is not None
-    aggregate, root = (rows.index_select(0, routing.token) for rows in (call.aggregate, x))
-    expected = torch.empty(NODES, OUT, dtype=x.dtype)
-    expected[routing.token] = experts.lin_l(aggregate, routing.offsets)
-    expected[routing.token] += experts.lin_r(root, routing.offsets)
-    torch.testing.assert_close(experts(call, routing), expected)
-    assert experts.aggregate_width == WIDTH
 
 
 def test_what_is_stripped_is_a_copy() -> None:

@@ -24,14 +24,6 @@ def experts(conv: Any, **options: Any) -> Any:
     return MoEConv(conv, WIDTH, WIDTH, start="plain", **options).experts
 
 
-def test_modules_of_stacked_experts_do_not_hold_the_prototype_but_move_and_switch_it() -> None:
-    """An explainer would count a hop for each conv among the modules."""
-    stack = experts("gat", num_experts=2).double().eval()
-    assert stack.prototype in stack.children()
-    assert not any(isinstance(module, pyg.MessagePassing) for module in stack.modules())
-    assert not stack.prototype.training
-
-
 def test_to_look_at_an_expert_or_to_reset_draws_nothing_else() -> None:
     stack = experts("sage", num_experts=2)
     torch.manual_seed(0)
@@ -39,18 +31,6 @@ def test_to_look_at_an_expert_or_to_reset_draws_nothing_else() -> None:
     after_look = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(1), after_look)
-
-
-def test_a_reset_draws_each_expert_as_its_conv_does() -> None:
-    stack = experts("sage", num_experts=2)
-    torch.manual_seed(0)
-    stack.reset_parameters()
-    torch.manual_seed(0)
-    for index in range(2):
-        conv = stack.expert(index)
-        conv.reset_parameters()
-        for name, value in stack.expert(index).state_dict().items():
-            assert torch.equal(value, conv.state_dict()[name]), name
 
 
 def test_experts_of_several_kinds_are_given_by_their_place_in_the_list() -> None:

@@ -194,28 +194,11 @@ def test_convs_of_a_list_that_differ_in_a_private_attribute_are_not_one_stack() 
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
 
 
-def test_convs_of_a_list_that_differ_in_a_numpy_bool_are_not_one_stack() -> None:
-    convs = [partial(pyg.SAGEConv, normalize=np.bool_(normalize)) for normalize in (False, True)]
-    layer = MoEConv(convs, 4, 4, start="plain").double()
-    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
-
-
 def test_convs_that_hold_equal_values_are_one_stack() -> None:
     convs = [lambda i, o: pyg.SAGEConv(i, o, aggr=Scaled({np.float32(2.0): {"a"}}))] * 3
     layer = MoEConv(convs, 4, 4, start="plain").double()
     assert layer.experts.num_experts == 3
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
-
-
-@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("kind", ADDED, ids=lambda kind: kind.__name__)
-def test_what_a_factory_adds_survives(kind: Any) -> None:
-    """Parametrizations, hooks, own layers, patches, frozen parameters: stacking loses them."""
-    layer = MoEConv(kind, 4, 4, num_experts=2, start="plain").double()
-    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
-    assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (
-        2 if kind is frozen else 0
-    )
 
 
 class TwoHops(GatedSum):
@@ -375,14 +358,3 @@ def test_a_layer_of_a_class_builds_two_convs_at_most(
     assert len(built) <= 2
     weights = {tuple(layer.expert(index).lin.weight.flatten().tolist()) for index in range(8)}
     assert len(weights) == (1 if start == "copies" else 8)
-
-
-def test_experts_of_one_class_are_drawn_as_its_reset_draws_them() -> None:
-    torch.manual_seed(0)
-    layer: Any = MoEConv(pyg.SAGEConv, 64, 64, num_experts=4, start="plain")
-    dense = pyg.SAGEConv(64, 64)
-    for name in ("lin_l.weight", "lin_r.weight"):
-        expected = dense.get_parameter(name).std()
-        for index in range(4):
-            drawn = layer.expert(index).get_parameter(name)
-            torch.testing.assert_close(drawn.std(), expected, rtol=0.1, atol=0.0)

@@ -146,24 +146,6 @@ def test_the_aggregate_is_as_wide_as_the_experts_say(conv: Any, kwargs: dict[str
     assert seen.shape == (NODES, layer.experts.aggregate_width or WIDTH)
 
 
-@pytest.mark.parametrize(("conv", "kwargs"), AGGREGATE_ONCE, ids=ids)
-def test_what_strip_leaves_of_a_conv_is_its_aggregation(conv: str, kwargs: dict[str, Any]) -> None:
-    """Without parameters, and called as PyG's convs are.
-
-    Those of GCN are always a matrix: PyG's own takes no sources without destinations.
-    """
-    layer = build(conv, kwargs)
-    args: dict[str, Any] = edge_args(layer, EDGES.size(1))
-    x = features(NODES, WIDTH)
-    expected = layer.experts.aggregate(Call(Graph(EDGES, NODES, **args), x, x))
-    stripped = layer.experts.prototype
-    assert not list(stripped.parameters())
-    if conv == "gcn":
-        return
-    found = stripped((x, None), EDGES, **args, size=(NODES, NODES))
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize("conv", ["gcn", ["sage", "gin"]], ids=str)
 def test_a_coo_matrix_is_left_as_it_was(conv: Any) -> None:
     """Summed where an edge comes twice, in a matrix of its own."""

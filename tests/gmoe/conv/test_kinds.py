@@ -201,14 +201,6 @@ def test_of_equally_near_names_the_one_with_swapped_letters_or_the_same_start_is
         MoEConv(text, 4, 4)
 
 
-@pytest.mark.parametrize(
-    ("text", "name"), [("expert-choice", "expert_choice"), ("top_k", "token_choice")]
-)
-def test_an_unknown_router_suggests_the_nearest(text: str, name: str) -> None:
-    with pytest.raises(ValueError, match=f"^router: got '{text}', .*did you mean '{name}'"):
-        MoEConv("gcn", 4, 4, router=text)
-
-
 @pytest.mark.parametrize("cls", [pyg.GINConv, pyg.GINEConv])
 def test_gin_gets_the_mlp_of_pygs_model(cls: Any) -> None:
     conv: Any = MoEConv(cls, 4, 6, train_eps=True, start="plain").expert(0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GATConv, GraphConv, MessagePassing, SAGEConv, Sequential
-from torch_geometric.utils import to_torch_csr_tensor
+from torch_geometric.nn import GATConv, GraphConv, MessagePassing, SAGEConv
 
-from gmoe import MoEConv, TokenChoice, count_flops, moefy
+from gmoe import MoEConv, TokenChoice, moefy
 from tests.contract import Halved, opened
 from tests.helpers.conv_cases import AGGREGATE_ONCE, ATTENTION, NODES, SOME, WIDTH, graph, ids
 from tests.helpers.folded import fold
-from tests.helpers.masked import GRAPHS, features, mean_of_in_edges, random_graph, routing_of
+from tests.helpers.masked import GRAPHS, features, mean_of_in_edges, routing_of
 
 EXPERTS = 3
 
@@ -120,19 +118,6 @@ def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> Non
         )
     in_use = sum(p.numel() for name, p in separate[0].named_parameters() if name not in unused)
     assert sum(p.numel() for p in moe.parameters()) == EXPERTS * in_use
-
-
-@pytest.mark.parametrize("csr", [False, True])
-@pytest.mark.parametrize("conv", ["gcn", "gat", "general", partial(SAGEConv, aggr="max")], ids=str)
-def test_a_model_in_bfloat16_scores_in_float32(conv: Any, csr: bool) -> None:
-    x, adj = graph()
-    adj = to_torch_csr_tensor(adj.flip(0), size=(NODES, NODES)) if csr else adj
-    moe = layer(conv, router_input=("node", "neighbors")).bfloat16()
-    y, routing = moe(x.bfloat16(), adj, return_routing=True)
-    assert y.dtype == torch.bfloat16
-    assert routing.scores.dtype == torch.float32
-    expected = moe.float()(x, adj, routing=replace(routing, weight=routing.weight.float()))
-    torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
 
 
 def test_a_given_routing_is_followed_without_the_router() -> None:
@@ -238,14 +223,6 @@ def test_the_dtype_under_autocast_does_not_follow_the_number_of_nodes(nodes: int
         assert layer(torch.randn(nodes, 6), torch.tensor([[0, 1], [1, 2]])).dtype == torch.bfloat16
 
 
-def test_open_widths_stay_open_after_a_wrong_call() -> None:
-    layer, x, edge_index = MoEConv("gcn", -1, 4), torch.ones(5, 6), torch.tensor([[0], [1]])
-    for wrong in (x.long(), (x, x.clone())):
-        with pytest.raises(ValueError, match=r"(x|in_channels): got"):
-            layer(wrong, edge_index)
-    assert layer(x, edge_index).shape == (5, 4)
-
-
 def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
     x, edge_index = graph()
     for start in ("plain", "copies"):
@@ -262,7 +239,7 @@ def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
 
 
 @pytest.mark.parametrize("start", ["shared", "copies"])
-@pytest.mark.parametrize("conv", ["gcn", "sage", "gin", "gat"])
+@pytest.mark.parametrize("conv", ["gcn", "gat"])
 def test_hooks_on_the_experts_of_all_nodes_and_the_gate_run(conv: str, start: Any) -> None:
     """Of all kinds, once a call; and what a pre-hook returns counts."""
     x, edge_index = graph()
@@ -287,27 +264,6 @@ def test_hooks_on_the_experts_of_all_nodes_and_the_gate_run(conv: str, start: An
         for hook in ("pre", "backward", "backward pre")
     ]
     assert sorted(called) == sorted(expected)
-
-
-@pytest.mark.parametrize("hook", ["pre", "full backward"])
-@pytest.mark.parametrize(
-    ("start", "name"),
-    [
-        ("shared", "shared_expert"),
-        ("copies", "experts"),
-        ("copies", "experts.lin"),
-    ],
-)
-def test_a_hook_changes_nothing(start: Any, name: str, hook: str) -> None:
-    x, edge_index = graph()
-    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3, start=start)
-    expected = moe(x, edge_index)
-    part = moe.get_submodule(name)
-    if hook == "pre":
-        part.register_forward_pre_hook(lambda *_: None)
-    else:
-        part.register_full_backward_hook(lambda *_: None)
-    torch.testing.assert_close(moe(x, edge_index), expected)
 
 
 @pytest.mark.parametrize(
@@ -360,36 +316,14 @@ def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("start", ["shared", pytest.param("copies", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("conv", "kwargs"),
-    [
-        pytest.param("gine", {}, marks=pytest.mark.slow),
-        pytest.param("sage", {"aggr": "max"}, marks=pytest.mark.slow),
-        ("sage", {"aggr": ["mean", "max"]}),
-        pytest.param("graph", {"aggr": "std"}, marks=pytest.mark.slow),
-    ],
-    ids=ids,
-)
-def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any], start: Any) -> None:
+def test_compiled_where_pyg_aggregates() -> None:
+    """The slow tests of ``test_compile.py`` have more of PyG's aggregations."""
     torch.compiler.reset()
     x, edge_index = graph()
-    moe = opened(MoEConv(conv, WIDTH, WIDTH, num_experts=3, start=start, **kwargs).eval())
-    edge_args = {"edge_attr": torch.randn(edge_index.size(1), WIDTH)} if conv == "gine" else {}
-    expected = moe(x, edge_index, **edge_args)
+    moe = opened(MoEConv("sage", WIDTH, WIDTH, num_experts=3, aggr=["mean", "max"]).eval())
+    expected = moe(x, edge_index)
     compiled = torch.compile(moe, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, edge_index, **edge_args), expected)
-
-
-@pytest.mark.parametrize("start", ["plain", "shared"])
-def test_wide_inputs_are_transformed_by_a_layer_before(start: Any) -> None:
-    """The product of each expert is then as wide as the output, not as the input."""
-    layer = MoEConv("sage", 6, 6, num_experts=2, start=start)
-    model = Sequential("x, edges", [(nn.Linear(48, 6), "x -> x"), (layer, "x, edges -> x")])
-    x, edges = torch.randn(9, 48), random_graph(9, 9, 30)
-    wide = MoEConv("sage", 48, 6, num_experts=2, start=start)
-    assert model(x, edges).shape == wide(x, edges).shape
-    assert count_flops(model, x, edges) < count_flops(wide, x, edges)
+    torch.testing.assert_close(compiled(x, edge_index), expected)
 
 
 @pytest.mark.parametrize("conv", ["gin", "gine"])
@@ -425,10 +359,7 @@ def reparametrized(name: str, in_channels: int, out_channels: int) -> MessagePas
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated", "ignore:.*runs on the whole")
-@pytest.mark.parametrize(
-    ("by", "start"),
-    [("MoEConv", "shared"), ("MoEConv", "plain"), ("moefy", "shared"), ("moefy", "copies")],
-)
+@pytest.mark.parametrize(("by", "start"), [("MoEConv", "plain"), ("moefy", "copies")])
 @pytest.mark.parametrize("name", REPARAMETRIZED)
 def test_a_reparametrized_conv_is_run_as_it_is_or_refused(name: str, start: Any, by: str) -> None:
     """All of torch's ways to compute a weight from others; what is taken can be copied, too."""

@@ -23,8 +23,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("start", ["shared", None])
-@pytest.mark.parametrize("conv", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("conv", "start"), [*((kind, "shared") for kind in KINDS), ("gcn", "copies")], ids=str
+)
 def test_open_widths_are_filled_in_by_the_first_call(conv: Any, start: Any) -> None:
     x, edge_index = graph()
     options: dict[str, Any] = {"router_input": ("node", "neighbors"), "start": start}

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch_geometric.explain import ExplainerAlgorithm
 from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 from torch_geometric.nn import (
     ChebConv,
@@ -22,20 +20,18 @@ from torch_geometric.nn import (
     GINConv,
     HeteroConv,
     HGTConv,
-    MessagePassing,
     MLPAggregation,
     RGCNConv,
     SAGEConv,
-    to_hetero,
 )
-from torch_geometric.utils import to_torch_csc_tensor, trim_to_layer
+from torch_geometric.utils import trim_to_layer
 
 from gmoe import GNNMoE, Graph, MoEConv
 from gmoe.conv.kinds import OPTIONS
 from tests.contract import opened
-from tests.helpers.conv_cases import KINDS, NODES, WIDTH, Two, graph, layer
+from tests.helpers.conv_cases import KINDS, NODES, WIDTH, graph, layer
 from tests.helpers.folded import fold
-from tests.helpers.masked import assert_equals_masked, csr, features, random_graph, redrawn
+from tests.helpers.masked import assert_equals_masked, csr, features, redrawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 
@@ -122,54 +118,6 @@ def test_an_unknown_argument_of_a_call_is_named(conv: Any, name: str, message: s
         MoEConv(conv, WIDTH, 8)(x, edge_index, **{name: True})
 
 
-PYGS_ATTENTION: list[tuple[str, dict[str, Any]]] = [
-    ("gat", {"residual": False}),
-    ("gat", {"residual": True}),
-    ("gatv2", {"residual": False}),
-    ("gatv2", {"residual": True}),
-    ("transformer", {"beta": True}),
-    ("transformer", {"beta": True, "concat": False}),
-]
-"""The convs whose attention weights PyG's unit tests look at, with the options that they have
-there."""
-
-
-@pytest.mark.parametrize("form", ["edges", "matrix"])
-@pytest.mark.parametrize(("conv", "options"), PYGS_ATTENTION, ids=str)
-def test_attention_weights_are_what_pygs_unit_tests_expect(
-    conv: str, options: dict[str, Any], form: str
-) -> None:
-    """A weight between 0 and 1 for each edge and head; the output is the one without them.
-
-    GATs add a loop to each of four nodes, of which the graph has one; the matrix is hybrid, its
-    values are the weights of the heads.
-    """
-    x, edges = torch.randn(4, 8), torch.tensor([[0, 1, 2, 3], [0, 0, 1, 1]])
-    number = 4 if conv == "transformer" else 7
-    moe: Any = MoEConv(conv, 8, 32, heads=2, **options)
-    given: Any = edges if form == "edges" else to_torch_csc_tensor(edges, size=(4, 4)).t()
-    out, (found, alpha) = moe(x, given, return_attention_weights=True)
-    torch.testing.assert_close(out, moe(x, edges))
-    assert alpha.shape == (number, 2)
-    assert 0 <= alpha.min() <= alpha.max() <= 1
-    if form == "edges":
-        assert found.shape == (2, number)
-    else:
-        assert (found.shape, found._nnz()) == ((4, 4, 2), number)
-
-
-def test_widths_may_be_numpys() -> None:
-    x, edge_index = graph()
-    wide: Any = np.int64(WIDTH)
-    wide_dst: Any = np.int32(WIDTH)
-    narrow: Any = np.int64(8)
-    three: Any = np.int64(3)
-    moe = MoEConv(SAGEConv, (wide, wide_dst), narrow, num_experts=three)
-    assert moe((x, x), edge_index).shape == (NODES, 8)
-    assert (type(moe.in_channels[0]), type(moe.out_channels)) == (int, int)  # type: ignore[index]
-    assert MoEConv(GCNConv, wide, 8).in_channels == WIDTH
-
-
 @pytest.mark.parametrize("conv", ["gcn", "gat", partial(SAGEConv, aggr="max")])
 def test_features_of_another_type_than_the_weights_are_refused(conv: Any) -> None:
     """As PyG's layers do; GCN cast them in silence."""
@@ -205,34 +153,15 @@ def test_forward_takes_what_the_conv_takes_by_position() -> None:
             layer(conv)(x, edge_index, weight, **given)
 
 
-def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
-    """All experts are copies of it, and the weights of a node sum to 1."""
-    x = {"paper": features(7, 5).float(), "author": features(4, 3).float()}
-    ends = [("paper", "cites", "paper"), ("author", "writes", "paper"), ("paper", "has", "author")]
-    edges = {(a, by, b): random_graph(len(x[a]), len(x[b]), 15) for a, by, b in ends}
-    options: dict[str, Any] = {"num_experts": 4, "router": "uniform", "k": 4, "start": "plain"}
-    plain = to_hetero(Two(lambda: SAGEConv((-1, -1), 6)), (list(x), ends))
-    expected = plain(x, edges)
-    moe = to_hetero(Two(lambda: MoEConv(SAGEConv, (-1, -1), 6, **options)), (list(x), ends))
-    moe(x, edges)
-    for name, conv in plain.named_modules():
-        if isinstance(conv, SAGEConv):
-            moe.get_submodule(name).experts.become(conv)
-    found = moe(x, edges)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
-
-
-@pytest.mark.parametrize("start", ["shared", None])
 @pytest.mark.parametrize("conv", KINDS, ids=str)
-def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any, start: Any) -> None:
+def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any) -> None:
     """Nor is anything of it left.
 
     ``test_experts.py`` has layers without a router and a shared expert.
 
     A router that sees the neighbors sees their sum under the mask.
     """
-    built = layer(conv, start=start, k=2, router_input="node")
+    built = layer(conv, k=2, router_input="node")
     (x, edge_index), moe = graph(), opened(built).double().eval()
     x, mask = x.double(), features(edge_index.size(1), seed=9)
     before, routing = moe(x, edge_index, return_routing=True)
@@ -256,17 +185,6 @@ def test_a_mask_that_is_a_parameter_is_no_weight_of_convs_that_run_one_by_one() 
     torch.testing.assert_close(*outputs)
     assert not torch.allclose(outputs[0], before)
     torch.testing.assert_close(moe(x, edge_index), before)
-
-
-@pytest.mark.parametrize("start", ["shared", None])
-@pytest.mark.parametrize("conv", [kind for kind in KINDS[:4] if kind != "le"])
-def test_a_stacked_layer_is_one_hop(conv: Any, start: Any) -> None:
-    model: Any = nn.Sequential(layer(conv, start=start), layer(conv, start=start))
-    assert ExplainerAlgorithm._num_hops(model) == 2
-    assert [name for name, part in model.named_modules() if isinstance(part, MessagePassing)] == [
-        "0",
-        "1",
-    ]
 
 
 def test_buffers_of_an_aggregation_move_with_the_layer() -> None:

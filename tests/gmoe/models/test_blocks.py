@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch_geometric.data import Data
 
 import gmoe
@@ -26,14 +25,6 @@ NODES, IN, HIDDEN, OUT, BLOCKS, EXPERTS = 9, 4, 6, 3, 2, 3
 EDGES = simple_graph(NODES, NODES, loops=False)
 BOTH_WAYS = torch.cat([EDGES, EDGES.flip(0)], dim=1).unique(dim=1)
 """As the paper has its graphs: undirected, without loops and parallel edges."""
-WAYS = {
-    "one decision": {},
-    "a router a block": {"shared_router": False},
-    "a shared expert": {"start": "shared"},
-    "plain, experts choose": {"start": "plain", "router": "expert_choice"},
-    "two experts a node": {"k": 2, "router_kwargs": {"weight": "normalized"}},
-}
-ways = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 
 
 def model(**options: Any) -> BlockGNN:
@@ -130,47 +121,6 @@ def test_the_dense_model_is_that_of_the_paper(training: bool) -> None:
 # experts ------------------------------------------------------------------------------------------
 
 
-def by_masks(gnn: BlockGNN, x: Tensor, convs: Any, routings: list[gmoe.Routing]) -> Tensor:
-    """All experts on all nodes, weighted by what the routings say."""
-    h = gnn.act(gnn.input(x))
-    for layer in range(BLOCKS):
-        part: Any = gnn.ffns[layer]
-        rows = convs[layer](gnn.norms[layer](h), EDGES)
-        weight_TE = routings[-1 if len(routings) == 1 else layer].to_dense()
-        up, down = part.experts.up, part.experts.down
-        h = h + sum(
-            weight_TE[:, [e]]
-            * F.linear(
-                F.gelu(F.linear(rows, up.weight[e], up.bias[e])), down.weight[e], down.bias[e]
-            )
-            for e in range(EXPERTS)
-        )
-        if part.shared_expert is not None:
-            h = h + part.shared_expert(rows)
-    logits: Tensor = gnn.lin(gnn.norms[-1](h))
-    return logits
-
-
-@ways
-@pytest.mark.parametrize("conv", ["bare_sage", "sage", "gat"])
-def test_experts_of_a_block_are_a_mixture_by_masks(conv: str, options: dict[str, Any]) -> None:
-    gnn = model(conv=conv, **options)
-    x = features(NODES, IN).requires_grad_()
-    logits, routings = gnn(x, EDGES, return_routing=True)
-    assert len(routings) == (1 if gnn.shared_router is not None else BLOCKS)
-    weights = [x, *gnn.parameters()]
-    expected = by_masks(gnn, x, gnn.convs, routings)
-    assert_same(logits, expected)
-    for found, wanted in zip(
-        torch.autograd.grad(logits.square().sum(), weights, retain_graph=True, allow_unused=True),
-        torch.autograd.grad(expected.square().sum(), weights, allow_unused=True),
-        strict=True,
-    ):
-        # Experts without a node have zero gradients, by masks too
-        assert (found is None) == (wanted is None)
-        assert found is None or wanted is None or torch.allclose(found, wanted, atol=1e-9)
-
-
 @pytest.mark.parametrize("start", ["copies", "shared"])
 def test_it_starts_as_the_dense_model(start: str) -> None:
     x = features(NODES, IN).float()
@@ -192,21 +142,6 @@ def test_where_the_experts_are() -> None:
 # with all that a GNNMoE does ----------------------------------------------------------------------
 
 
-@ways
-def test_inference_equals_the_forward(options: dict[str, Any]) -> None:
-    assert_inference_equals_the_forward(model(conv="bare_sage", **options))
-
-
-def assert_inference_equals_the_forward(gnn: BlockGNN) -> None:
-    gnn.eval()
-    data = Data(x=features(NODES, IN), edge_index=EDGES)
-    logits, routings = gnn(data.x, EDGES, return_routing=True)
-    found, again = gnn.inference(data, batch_size=4, return_routing=True)
-    assert_same(found, logits)
-    for one, other in zip(again, routings, strict=True):
-        assert_same(one.to_dense(), other.to_dense())
-
-
 @pytest.mark.parametrize("options", [{}, {"shared_router": False}, {"router": None}], ids=str)
 def test_inference_of_a_mapped_graph(tmp_path: Path, options: dict[str, Any]) -> None:
     gnn = model(conv="bare_sage", **options).eval()
@@ -216,16 +151,6 @@ def test_inference_of_a_mapped_graph(tmp_path: Path, options: dict[str, Any]) ->
     assert_same(out, gnn(data.x.double(), EDGES))
 
 
-@ways
-def test_graphs_of_a_batch_do_not_compete(options: dict[str, Any]) -> None:
-    """Two graphs side by side are what each is by itself."""
-    gnn = model(**options).eval()
-    x = features(2 * NODES, IN)
-    batch = torch.arange(2).repeat_interleave(NODES)
-    both = gnn(x, torch.cat([EDGES, EDGES + NODES], dim=1), batch=batch)
-    assert_same(both, torch.cat([gnn(x[batch == graph], EDGES) for graph in range(2)]))
-
-
 @pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
 def test_trimming_a_sampled_graph_does_not_change_the_seeds(options: dict[str, Any]) -> None:
     edge_index = torch.tensor([[3, 4, 5, 1, 6, 7, 8], [0, 0, 1, 2, 3, 4, 5]])
@@ -233,15 +158,6 @@ def test_trimming_a_sampled_graph_does_not_change_the_seeds(options: dict[str, A
     x = features(NODES, IN)
     gnn = model(conv="sage", **options).eval()
     assert_same(gnn(x, edge_index, **hops)[:3], gnn(x, edge_index)[:3])
-
-
-@ways
-def test_routings_are_replayed(options: dict[str, Any]) -> None:
-    gnn, x = model(**options).eval(), features(NODES, IN)
-    logits, routings = gnn(x, EDGES, return_routing=True)
-    for router in [part for part in gnn.modules() if isinstance(part, TokenChoice)]:
-        router.gate.weight.data.neg_()
-    assert_same(gnn(x, EDGES, routings=routings), logits)
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
