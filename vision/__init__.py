@@ -2,7 +2,6 @@
 
 recipe      The options of a training on images, by timm's names.
 data        Data sets, and folders of images, a folder a class.
-own_images  Images that a user's function makes.
 transforms  timm's transforms and its mixup, as a recipe says.
 batches     One epoch.
 models      gmoe's ViTs, and timm's with experts in the place of MLPs.

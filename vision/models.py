@@ -10,25 +10,15 @@ from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import group_parameters, load_state_dict
-from torch import Tensor, nn
-from torchvision.models import VisionTransformer
-from torchvision.ops import stochastic_depth
+from torch import nn
 
 from gmoe._checks import check
 from gmoe.models.vit import SIZES
-
-LAYERS_OF_VIT: dict[str, Any] = {
-    "stem": r"class_token|conv_proj|encoder\.pos_embedding",
-    "blocks": [(r"encoder\.layers\.encoder_layer_(\d+)", None), (r"encoder\.ln", (99999,))],
-}
-"""What timm's ``group_matcher`` would be of torchvision's ViT, and so of ``gmoe.ViTMoE``."""
 
 
 def vit_size(image_size: int, **given: int | None) -> dict[str, int]:
@@ -45,45 +35,14 @@ def vit_size(image_size: int, **given: int | None) -> dict[str, int]:
     return {"image_size": image_size, **sizes}
 
 
-def add_drop_path(model: VisionTransformer, rate: float) -> None:
-    """Drop the branches of torchvision's blocks at random in training, as timm's ``drop_path``.
-
-    Attention and MLP of an image each with its own draw; the last block's with the probability
-    ``rate``, less before it, the first one's with 0 (Huang et al., 2016,
-    https://arxiv.org/abs/1603.09382).
-    """
-    blocks: Any = model.encoder.layers
-    for block, probability in zip(blocks, torch.linspace(0, rate, len(blocks)), strict=True):
-        drop = partial(_dropped, float(probability))
-        block.dropout.register_forward_hook(drop)  # what follows attention
-        block.mlp.register_forward_hook(drop)
-
-
-def _dropped(probability: float, module: nn.Module, _: Any, output: Tensor) -> Tensor:
-    """A hook that drops what a branch adds to an image, with a probability."""
-    return stochastic_depth(output, probability, "row", module.training)
-
-
 def layer_factors(model: Any, decay: float) -> dict[str, float]:
-    r"""By what the learning rate of each parameter is multiplied, by name.
+    r"""By what the learning rate of each parameter of a model of timm is multiplied, by name.
 
     With decay :math:`d`, parameters of layer :math:`l` of :math:`0 \ldots L` have :math:`d^{L - l}`
     (Bao et al., 2022, https://arxiv.org/abs/2106.08254), as timm numbers its layers: 0 are the
     embeddings, then come the blocks with their experts and routers, L is the head.
-
-    Args:
-        model: timm's, or torchvision's ViT.
-        decay: d.
-
-    Raises:
-        ValueError: another model.
     """
-    is_timms = hasattr(model, "group_matcher")
-    legal = "a ViT of torchvision, or a model of timm"
-    is_known = is_timms or isinstance(model, VisionTransformer)
-    check(is_known, "layer_decay", f"a {type(model).__name__}", legal)
-    matcher = model.group_matcher(coarse=False) if is_timms else LAYERS_OF_VIT
-    layers = group_parameters(model, matcher, reverse=True)
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 

@@ -36,12 +36,12 @@ class Recipe:
     A patch then shows one image, but at the border; a router by image sees two at once.
     With mixup too, each batch takes one of the two, at random."""
     drop_path: float = 0.0
-    """Stochastic depth: the probability to drop the last block's branches; less below, from 0.
+    """Of a model of timm: the probability to drop the last block's branches; less below, from 0.
     Experts of a dropped branch still run and are counted, and learn nothing of that image."""
     warmup_epochs: float | None = None
     """With a cosine schedule: epochs of linear warmup; by default a tenth of all."""
     layer_decay: float | None = None
-    """Multiply the learning rate by this for each block below the head.
+    """Of a model of timm: multiply the learning rate by this for each block below the head.
     Experts and routers belong to their block."""
     grad_accum_steps: int = 1
     """Batches whose gradients are added up for one step of the optimizer."""

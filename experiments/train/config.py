@@ -452,6 +452,8 @@ class ImageConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        legal = "none: images of your own are a folder, `images --data-root DIR`"
+        check(self.data is None, "data", repr(self.data), legal)
         soft = self.router != "soft_slots" or (self.k == 1 and self.start in (None, "shared"))
         check(soft, "router", "'soft_slots' with another k or start", "the defaults of these")
         check(
@@ -479,9 +481,11 @@ class ImageConfig(RunConfig):
         is_used = warmup is None or (self.schedule == "cosine" and 0 <= warmup <= self.epochs)
         got = f"{warmup} with schedule={self.schedule!r} and {self.epochs} epochs"
         check(is_used, "warmup_epochs", got, "0 to all, with schedule='cosine'")
-        builds_blocks = self.model is None or self.timm_model is not None
-        legal = "0 with a model of your own, whose blocks are yours"
-        check(builds_blocks or not recipe.drop_path, "drop_path", recipe.drop_path, legal)
+        if self.timm_model is None:
+            legal = "0, without --model timm/NAME"
+            check(not recipe.drop_path, "drop_path", recipe.drop_path, legal)
+            legal = "none, without --model timm/NAME"
+            check(recipe.layer_decay is None, "layer_decay", recipe.layer_decay, legal)
         legal = "another recipe: a mixed image is of two domains"
         tells = not self.is_told_domain or not recipe.mixes()
         check(tells, "router", "'oracle' with mixup or cutmix", legal)

@@ -1,4 +1,4 @@
-"""Models of timm from files of weights, and what is added to ViTs."""
+"""Models of timm from files of weights, and the sizes of ViTs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models import load_state_dict
-from torch import nn
 
 import gmoe
-from vision.models import TimmModel, add_drop_path, layer_factors, vit_size
+from vision.models import TimmModel, layer_factors, vit_size
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ("patch_size=4", "embed_dim=8", "depth=2", "num_heads=2")
-SIZE = {
-    "image_size": 8,
-    "patch_size": 4,
-    "num_layers": 4,
-    "num_heads": 2,
-    "hidden_dim": 8,
-    "mlp_dim": 16,
-}
 
 
 def made(
@@ -140,37 +131,9 @@ def test_what_timm_says_of_a_model() -> None:
     assert TimmModel(name=NAME).pretrained.mean == (0.5, 0.5, 0.5)
 
 
-def test_branches_are_dropped_image_by_image_more_often_above() -> None:
-    torch.manual_seed(0)
-    model: Any = gmoe.ViTMoE(SIZE, 5, router=None)
-    images = torch.randn(400, 3, 8, 8)
-    plain = model.eval()(images)
-    add_drop_path(model, 0.6)
-    assert torch.equal(model(images), plain)
-    shares = list[float]()
-
-    def count(mlp: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        shares.append(float((output == 0).flatten(1).all(dim=1).float().mean()))
-
-    for block in model.encoder.layers:
-        block.mlp.register_forward_hook(count)
-    model.train()(images)
-    assert shares == pytest.approx([0.0, 0.2, 0.4, 0.6], abs=0.1)
-
-
 def test_timms_models_drop_by_their_own_option() -> None:
     model = made(drop_path=0.3)
     assert [block.drop_path1.drop_prob for block in model.blocks[1:]] == pytest.approx([0.3])
-
-
-def test_experts_of_a_dropped_branch_learn_nothing_of_that_image() -> None:
-    torch.manual_seed(0)
-    model: Any = gmoe.ViTMoE(SIZE, 5, num_experts=2, every=1, start="plain")
-    torch.nn.init.normal_(model.heads.head.weight)
-    add_drop_path(model, 0.999999)
-    model.train()(torch.randn(1, 3, 8, 8)).sum().backward()
-    experts = model.encoder.layers[3].mlp.experts
-    assert not any(bool(p.grad.any()) for p in experts.parameters())
 
 
 def test_sizes_without_a_preset_are_given_whole() -> None:
@@ -183,28 +146,21 @@ def test_sizes_without_a_preset_are_given_whole() -> None:
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_the_learning_rate_decays_by_timms_layers(experts: bool) -> None:
-    """Of timm's ViT and of ours; experts belong to their block."""
-    theirs = made(arguments=(*SMALL[:-2], "depth=4", "num_heads=2"))
+    """Experts belong to their block."""
+    model = made(arguments=(*SMALL[:-2], "depth=4", "num_heads=2"))
     if experts:
-        theirs = gmoe.moefy(theirs, num_experts=4)
-    factors = layer_factors(theirs, 0.5)
-    ours = layer_factors(gmoe.ViTMoE(SIZE, 5, num_experts=4, every=1), 0.5)
-    assert set(factors) == {name for name, _ in theirs.named_parameters()}
-    pairs = {
-        "class_token": ("cls_token", 5),
-        "conv_proj.weight": ("patch_embed.proj.weight", 5),
-        "encoder.pos_embedding": ("pos_embed", 5),
-        "encoder.layers.encoder_layer_0.ln_1.weight": ("blocks.0.norm1.weight", 4),
-        "encoder.layers.encoder_layer_3.ln_2.bias": ("blocks.3.norm2.bias", 1),
-        "encoder.ln.weight": ("norm.weight", 1),
-        "heads.head.weight": ("head.weight", 0),
+        model = gmoe.moefy(model, num_experts=4)
+    factors = layer_factors(model, 0.5)
+    assert set(factors) == {name for name, _ in model.named_parameters()}
+    below = {
+        "cls_token": 5,
+        "patch_embed.proj.weight": 5,
+        "pos_embed": 5,
+        "blocks.0.norm1.weight": 4,
+        "blocks.3.norm2.bias": 1,
+        "norm.weight": 1,
+        "head.weight": 0,
     }
-    for name, (other, below) in pairs.items():
-        assert ours[name] == factors[other] == 0.5**below, name
-    for layers, part in ((ours, "encoder_layer_1.mlp."), (factors, "blocks.1.mlp.")):
-        assert {factor for name, factor in layers.items() if part in name} == {0.5**3}
-
-
-def test_a_model_without_layers_is_named() -> None:
-    with pytest.raises(ValueError, match="layer_decay: got a Linear"):
-        layer_factors(nn.Linear(2, 2), 0.5)
+    assert {name: factors[name] for name in below} == {n: 0.5**k for n, k in below.items()}
+    of_mlp = {factor for name, factor in factors.items() if "blocks.1.mlp." in name}
+    assert of_mlp == {0.5**3}

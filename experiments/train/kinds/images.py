@@ -18,11 +18,9 @@ from experiments.train.config import ImageConfig
 from experiments.train.data.images import digits, image_task
 from experiments.train.data.task import Task
 from experiments.train.kinds.base import Kind
-from experiments.train.user_code import load_object
 from gmoe._checks import check
 from vision.data import FOLDERS, ImageData, folder_of, load_images
-from vision.models import TimmModel, add_drop_path, vit_size
-from vision.own_images import own_images
+from vision.models import TimmModel, vit_size
 from vision.soft_mlp import SoftMLP
 from vision.told_domain import DomainRouter, DomainViT
 
@@ -47,14 +45,12 @@ class Images(Kind[ImageConfig]):
         return lambda _: task
 
     def data(self) -> ImageData:
-        """The data set, of the size and range that the model sees."""
+        """The data set, of the size that the model sees."""
         config = self.config
         image_size = config.image_size
         if image_size is None and self.timm is not None:
             image_size = self.timm.image_size
-        if config.data is not None:
-            data = self.own(load_object("data", config.data)())
-        elif config.dataset == "digits":
+        if config.dataset == "digits":
             data = digits(image_size)
         else:
             data = load_images(
@@ -63,17 +59,10 @@ class Images(Kind[ImageConfig]):
                 image_size=image_size,
                 offline=config.offline,
             )
-        are_floats = not any(data.mean)  # which models see as they are
-        if self.timm is not None and len(data.mean) == 3 and not are_floats:
+        if self.timm is not None and len(data.mean) == 3:
             known = self.timm.pretrained
             data = replace(data, mean=known.mean, std=known.std)
         return data
-
-    def own(self, made_by_user: Any) -> ImageData:
-        """What a user's function returned, as a data set."""
-        config = self.config
-        name = config.data or config.dataset
-        return own_images(made_by_user, config.dataset, name, config.image_size)
 
     def note_data(self, digest: Any) -> dict[str, Any]:
         """Names and sizes; beside the digest, what the files contain, and the weights to start
@@ -112,8 +101,6 @@ class Images(Kind[ImageConfig]):
         if config.router == "soft_slots":
             for block in blocks:
                 block.mlp = SoftMLP(block.mlp, size, config.experts, config.dropout)
-        if config.recipe.drop_path:
-            add_drop_path(model, config.recipe.drop_path)
         built: nn.Module = model
         return built
 

@@ -1,6 +1,6 @@
 """A user's own data.
 
-A graph in files, and graphs and images that a function returns (``--data module:function``).
+A graph in files, and graphs that a function returns (``--data module:function``).
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch_geometric.data import Data, HeteroData
-from torchvision.datasets import FakeData
 
-from experiments.train.config import GraphConfig, HeteroConfig, ImageConfig
-from experiments.train.data.images import image_task
+from experiments.train.config import GraphConfig, HeteroConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.own_graph import own_graph
-from experiments.train.data.task import Task
 from experiments.train.kinds.graphs import Graphs, HeteroGraphs
-from experiments.train.kinds.images import Images
 from tests.helpers.command import quick
 from tests.helpers.user_data import (
     FORMS,
@@ -269,7 +265,6 @@ def test_the_metric_is_that_of_the_command_line(tmp_path: Path) -> None:
 
 
 GRAPH, HETERO = GraphConfig(dataset="graph"), HeteroConfig(dataset="hetero")
-IMAGES = ImageConfig(dataset="images")
 SIZES = ["--layers", "2", "--hidden", "8", "--experts", "2"]
 
 
@@ -290,35 +285,10 @@ def make_hetero(**more: Any) -> HeteroData:
     return data
 
 
-def make_images(
-    count: int = 24, channels: int = 3, size: int = 8
-) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    images = torch.randint(
-        256, (count, channels, size, size), dtype=torch.uint8, generator=generator
-    )
-    return images, torch.arange(count) % 3
-
-
-def make_parts() -> Any:
-    return make_images(), make_images(9)
-
-
-@pytest.mark.parametrize(
-    ("preset", "function", "args"),
-    [
-        ("graph", "make_graph", []),
-        ("hetero", "make_hetero", []),
-        (
-            "images",
-            "make_parts",
-            ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--batch-size", "8"],
-        ),
-    ],
-)
-def test_command_line(preset: str, function: str, args: list[str], tmp_path: Path) -> None:
-    name = f"tests.experiments.train.data.test_own_data:{function}"
-    summary = quick(tmp_path / "run", "--data", name, *SIZES, *args, preset=preset)
+@pytest.mark.parametrize("preset", ["graph", "hetero"])
+def test_command_line(preset: str, tmp_path: Path) -> None:
+    name = f"tests.experiments.train.data.test_own_data:make_{preset}"
+    summary = quick(tmp_path / "run", "--data", name, *SIZES, preset=preset)
     assert summary["config"]["data"] == name
     assert 0 <= summary["test"]["mean"] <= 1
 
@@ -334,49 +304,9 @@ def test_a_heterogeneous_graph() -> None:
     assert graph.splits(5)["val"].tolist() == (part == 1).nonzero().view(-1).tolist()
 
 
-def task_of(made: Any, **options: Any) -> Task:
-    config = ImageConfig(dataset="images", **options)
-    return image_task(Images(config).own(made), config)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_standardized_over_training(channels: int) -> None:
-    task = task_of((make_images(40, channels), make_images(9, channels)))
-    sizes = {
-        part: sum(len(batch.target) for batch in task.loader(part, 8, None))
-        for part in ("train", "val", "test")
-    }
-    assert sizes == {"train": 37, "val": 3, "test": 9}
-    seen = torch.cat(
-        [batch.inputs[0] for part in ("train", "val") for batch in task.loader(part, 8, None)]
-    )
-    assert seen.shape == (40, channels, 8, 8)
-    torch.testing.assert_close(seen.mean(dim=(0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
-    torch.testing.assert_close(seen.std(dim=(0, 2, 3)), torch.ones(channels), atol=1e-2, rtol=0)
-
-
-def test_floats_are_seen_as_they_are_and_val_is_taken() -> None:
-    images, labels = torch.randn(12, 1, 8, 8, dtype=torch.float64), torch.arange(12) % 3
-    parts = [
-        (images[rows].numpy(), labels[rows].numpy())
-        for rows in (slice(6), slice(6, 9), slice(9, 12))
-    ]
-    (batch,) = task_of(parts).loader("val", 8, None)
-    torch.testing.assert_close(batch.inputs[0], images[6:9].float())
-
-
-def test_datasets_of_pil_images() -> None:
-    fake = FakeData(30, (3, 16, 16), 4)
-    fake.classes = list("abcd")
-    task = task_of((fake, fake), image_size=8)
-    assert (task.classes, task.in_channels) == (("a", "b", "c", "d"), 8)
-    assert next(iter(task.loader("test", 8, None))).inputs[0].shape == (8, 3, 8, 8)
-
-
 OWN: dict[type, Callable[[Any, Any], object]] = {
     GraphConfig: lambda made, config: Graphs(config).own(made),
     HeteroConfig: lambda made, config: HeteroGraphs(config).own(made),
-    ImageConfig: lambda made, _: task_of(made),
 }
 
 
@@ -387,26 +317,6 @@ OWN: dict[type, Callable[[Any, Any], object]] = {
         (make_hetero(), GRAPH, "data: got a HeteroData for graph"),
         (HeteroData(), HETERO, "hetero: got y of no node type"),
         (make_hetero(train_mask=torch.ones(40)), HETERO, "hetero: got no val_mask, test_mask"),
-        (make_graph(), IMAGES, r"data: got a Data for images, expected \(train, test\)"),
-        ((make_images(3), make_images(9)), IMAGES, "images: got images of 0 classes in val"),
-        (make_images(), IMAGES, "data: train is a Tensor that cannot be taken"),
-        ((FakeData(0), FakeData(0)), IMAGES, "data: train is a FakeData that cannot be taken"),
-        ((make_images(), make_images(9, size=6)), IMAGES, "data: test: got images of another size"),
-        (
-            (make_images(6, 2), make_images(6, 2)),
-            IMAGES,
-            r"data: train: got images .*\(6, 2, 8, 8\)",
-        ),
-        (
-            (make_images(), (make_images(9)[0], torch.full((9,), 3))),
-            IMAGES,
-            "data: test: got labels that train",
-        ),
-        (
-            ((make_images()[0], np.ones(24)), make_images()),
-            IMAGES,
-            "data: train: got labels torch.float64",
-        ),
     ],
 )
 def test_anything_else_is_refused_by_name(found: Any, config: Any, message: str) -> None:
