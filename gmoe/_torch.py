@@ -77,6 +77,9 @@ rows_of_pointers = torch._convert_indices_from_csr_to_coo
 index_put = torch._index_put_impl_
 """``index_put_`` that can skip its check of the range, for which older versions of torch sync."""
 
+copy_all = torch._foreach_copy_
+"""Copies a list of tensors into others, on a GPU in one launch."""
+
 assert_async = torch._assert_async
 """A check on the device, without a host sync: its message appears when the device gets to it."""
 

@@ -72,20 +72,14 @@ class BalancedRouter(Router):
         """
         is_step = self.is_training_step()
         if is_step:
-            self.update_counter(self.bias_E, self.next_bias_E)
-            self.update_counter(self.mean_D, self.next_mean_D)
-        logits_TA = self.centered(x_TD, gate)
+            self.update_counters([self.bias_E, self.mean_D], [self.next_bias_E, self.next_mean_D])
+        # A copy: the next step may move the mean before this step's backward pass. By a sum, whose
+        # result Inductor stores; it would read a clone of the buffer again in the backward pass.
+        mean_D = self.mean_D[None].sum(dim=0)
+        logits_TA = float_linear(x_TD, gate, mean_D.to(x_TD.dtype))
         if is_step:
             self._store_next(x_TD.detach(), self.of_alive(logits_TA.detach()))
         return logits_TA
-
-    def centered(self, x_TD: Tensor, gate: nn.Module) -> Tensor:
-        """(T, A) a linear layer of the tokens minus their running mean."""
-        # Keep this as a sum. Inductor stores the result of a sum for the backward pass, but would
-        # read a copy of the buffer again there, when the buffer holds a later step's mean.
-        zeros_D = torch.zeros_like(self.mean_D)
-        mean_1D = torch.stack((self.mean_D, zeros_D)).sum(dim=0, keepdim=True)
-        return float_linear(x_TD, gate) - float_linear(mean_1D.to(x_TD.dtype), gate)
 
     def _store_next(self, x_TD: Tensor, clean_TE: Tensor) -> None:
         """Store the next bias and the next mean.
@@ -94,37 +88,36 @@ class BalancedRouter(Router):
             x_TD: the tokens of this step.
             clean_TE: (T, E) their logits without noise.
         """
-        num_experts = self.num_experts
-
-        # 1. Who would take what: 1 for each chosen pair.
+        # 1. What each expert lacks of an equal load: its share for each token, less 1 for each that
+        # it would take.
         ranked_TE = clean_TE + self.bias_E
         if self.k == 1:
             expert_TK = ranked_TE.argmax(-1, keepdim=True)
         else:
             expert_TK = ranked_TE.topk(self.k, dim=-1).indices
-        load_TE = torch.zeros_like(clean_TE).scatter(1, expert_TK, 1.0)
+        even = self.k / self.num_experts
+        lack_TE = torch.full_like(clean_TE, even).scatter_(1, expert_TK, even - 1)
 
-        # 2. Means over the tokens of all processes, of everything at once: one collective. The sum
-        # of the loads is K times the number of tokens; without tokens the means are NaN.
-        parts = (load_TE, clean_TE, clean_TE.square(), x_TD)
-        (sums,) = self.summed(torch.cat([part.sum(dim=0) for part in parts]))
-        means = sums / (sums[:num_experts].sum() / self.k)
-        load_E, logit_E, square_E, mean_D = means.split([*[num_experts] * 3, self.dim])
+        # 2. Means over the tokens of all processes; without tokens they are NaN.
+        rows = torch.cat([lack_TE, clean_TE, clean_TE.square()], dim=1)
+        means, mean_D = self.means(rows, x_TD)
+        lack_E, logit_E, square_E = means.view(3, self.num_experts)
 
         # 3. The spread of the logits: E[l^2] - E[l]^2, and zero if only rounding is left of it.
-        var_E = torch.addcmul(square_E, logit_E, logit_E, value=-1)
-        rounding_E = ROUNDED * torch.finfo(var_E.dtype).eps * square_E
-        var_E = var_E * (var_E > rounding_E)
-        spread = var_E.mean().sqrt()
+        rounding = ROUNDED * torch.finfo(square_E.dtype).eps
+        var_E = torch.addcmul(square_E, logit_E, logit_E, value=-1 / (1 - rounding))
+        spread = var_E.clamp_(min=0).mean().sqrt()
 
         # 4. Move the bias toward equal load, and the mean toward that of this step.
-        even = self.k / num_experts
-        step_E = (even - load_E).clamp(min=-even)
+        step_E = lack_E.clamp(min=-even)
         bias_E = torch.addcmul(self.bias_E, step_E, spread, value=self.bias_rate / even)
-        moved_D = self.mean_D.add(mean_D - self.mean_D, alpha=MEAN_RATE)
+        moved_D = self.mean_D.lerp(mean_D.to(self.mean_D), MEAN_RATE)
         mean_D = torch.where(self.mean_D.any(), moved_D, mean_D)  # the first step sets the mean
 
-        # 5. Keep the old values if anything is NaN or infinite.
-        finite = torch.linalg.vector_norm(means, torch.inf) < torch.inf
-        self.update_counter(self.next_bias_E, torch.where(finite, bias_E, self.bias_E))
-        self.update_counter(self.next_mean_D, torch.where(finite, mean_D, self.mean_D))
+        # 5. Keep the old values if any token is NaN or infinite, which the spread then is, too.
+        is_finite = spread < torch.inf
+        found = [
+            torch.where(is_finite, new, old)
+            for new, old in ((bias_E, self.bias_E), (mean_D, self.mean_D))
+        ]
+        self.update_counters([self.next_bias_E, self.next_mean_D], found)

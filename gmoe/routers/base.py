@@ -28,8 +28,8 @@ from gmoe._checks import (
     described,
     must_be_called,
 )
-from gmoe._torch import in_backward, in_transform
-from gmoe.distributed import world_sum
+from gmoe._torch import copy_all, in_backward, in_transform
+from gmoe.distributed import world_size, world_sum
 from gmoe.losses import LossWatch
 from gmoe.portable import exported_as
 from gmoe.routing import Routing
@@ -304,6 +304,14 @@ class Router(nn.Module, ABC):
         sums = world_sum(flat, self.process_group).split([part.numel() for part in parts])
         return [total.view_as(part) for total, part in zip(sums, parts, strict=True)]
 
+    def means(self, *parts: Tensor) -> Sequence[Tensor]:
+        """(C,) the means of (T, C) parts over the tokens of all processes; see :meth:`summed`."""
+        if world_size(self.process_group) == 1:
+            return [part.mean(dim=0) for part in parts]
+        number = parts[0].new_full((), len(parts[0]))  # new_tensor would copy from the host
+        *sums, number = self.summed(*(part.sum(dim=0) for part in parts), number)
+        return [part / number for part in sums]
+
     def z_loss(self, logits_TE: Tensor) -> Tensor:
         """Mean over the tokens of all processes of ``logsumexp_e(logit_te)^2``.
 
@@ -327,9 +335,15 @@ class Router(nn.Module, ABC):
         One compiled forward runs in the step and, under checkpointing, again in the backward pass:
         there the counter stays.
         """
+        self.update_counters([counter], [value])
+
+    def update_counters(self, counters: list[Tensor], values: list[Tensor]) -> None:
+        """Write the new values of several counters at once; see :meth:`update_counter`."""
         if torch.compiler.is_compiling():
-            value = torch.where(outside_backward(counter), value, counter)
-        counter.copy_(value)
+            is_step = outside_backward(counters[0])
+            pairs = zip(counters, values, strict=True)
+            values = [torch.where(is_step, value, counter) for counter, value in pairs]
+        copy_all(counters, values)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Keep counters and frozen projections in float32 at least, whatever the default dtype."""
@@ -413,15 +427,27 @@ def straight_through(log_gate: Tensor) -> Tensor:
     return (log_gate - log_gate.detach()) + 1.0
 
 
-def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
-    """``linear(x)`` in the dtype of ``x``, so that a model in bfloat16 still scores in float32."""
+def float_linear(x_TD: Tensor, linear: nn.Module, mean_D: Tensor | None = None) -> Tensor:
+    """``linear(x)`` in the dtype of ``x``, so that a model in bfloat16 still scores in float32.
+
+    Args:
+        x_TD: (T, D) tokens.
+        linear: a linear layer.
+        mean_D: what is taken away from each token, of a layer without a bias (default: nothing).
+    """
     # A plain layer: cast its weight up. Any other (LoRA, quantized, with hooks) has to be called,
     # in its own dtype.
     if type(linear) is nn.Linear and linear.bias is None and not must_be_called(linear):
-        return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
+        weight_AD = linear.weight.to(x_TD.dtype)
+        if mean_D is None:
+            return nn.functional.linear(x_TD, weight_AD)
+        return torch.addmm(weight_AD @ mean_D, x_TD, weight_AD.T, beta=-1)
     weight = getattr(linear, "weight", None)
     dtype = getattr(weight, "dtype", x_TD.dtype)  # a quantized layer's weight is not a tensor
-    return linear(x_TD.to(dtype)).to(x_TD.dtype)
+    y_TA = linear(x_TD.to(dtype)).to(x_TD.dtype)
+    if mean_D is None:
+        return y_TA
+    return y_TA - linear(mean_D[None].to(dtype)).to(x_TD.dtype)
 
 
 def reset_linear(linear: nn.Linear, scale: float) -> None:

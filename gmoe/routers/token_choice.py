@@ -202,10 +202,10 @@ def _with_noise(clean_TA: Tensor) -> Tensor:
     # The spread of all experts together; four times as fast as var(dim=0).
     detached_TA = clean_TA.detach()
     centered_TA = detached_TA - detached_TA.mean(dim=0)
-    std = torch.linalg.vector_norm(centered_TA) * centered_TA.numel() ** -0.5
+    norm = torch.linalg.vector_norm(centered_TA)
     # A NaN or infinite token must not become the noise of all others.
-    std = std.nan_to_num(posinf=0.0)
+    norm = norm.nan_to_num(posinf=0.0)
     # Not randn_like: for it, the compiler writes a kernel that takes 20 times as long on a CPU, and
     # draws other numbers.
     drawn_TA = torch.empty_like(clean_TA).normal_()
-    return torch.addcmul(clean_TA, drawn_TA, std)
+    return torch.addcmul(clean_TA, drawn_TA, norm, value=clean_TA.numel() ** -0.5)

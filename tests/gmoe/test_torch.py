@@ -34,6 +34,12 @@ def test_untraced_code_runs_and_cuts_a_compiled_function_in_two() -> None:
     assert _torch.is_compiler_loaded()
 
 
+def test_several_tensors_are_copied_at_once() -> None:
+    targets = [torch.zeros(2), torch.zeros(3, dtype=torch.float64)]
+    _torch.copy_all(targets, [torch.ones(2), torch.ones(3, dtype=torch.float64)])
+    assert all(bool((target == 1).all()) for target in targets)
+
+
 def test_code_that_becomes_untraced_does_not_load_the_compiler() -> None:
     script = """
 from gmoe import _torch

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gmoe import TokenChoice
 from tests.helpers.reference import with_gate
@@ -94,3 +97,52 @@ def test_a_step_with_a_token_that_is_not_finite_moves_nothing() -> None:
 def test_a_negative_rate_of_the_bias_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^bias_rate: got -1, expected a number of at least 0"):
         TokenChoice(4, num_experts=3, bias_rate=-1)
+
+
+def loaded(router: TokenChoice, _: torch.Tensor) -> TokenChoice:
+    """Another router, from the state of this one."""
+    other = TokenChoice(4, num_experts=3, noise=False).double()
+    other.load_state_dict(router.state_dict())
+    return other
+
+
+def evaluated(router: TokenChoice, x: torch.Tensor) -> TokenChoice:
+    router.eval()(x)
+    return router.train()
+
+
+BETWEEN = {
+    "a copy": lambda router, _: copy.deepcopy(router),
+    "saved and loaded": loaded,
+    "an evaluation": evaluated,
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_comes_between_two_steps_moves_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    router = TokenChoice(4, num_experts=3, noise=False).double()
+    steps = torch.randn(4, 20, 4, dtype=torch.float64)
+    plain = copy.deepcopy(router)
+    for x in steps:
+        expected = plain(x)
+        found = router(x)
+        assert torch.equal(found.token, expected.token)
+        torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=0)
+        router = BETWEEN[name](router, x)
+    for counter, other in zip(router.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(counter, other)
+
+
+def test_accumulated_gradients_are_those_of_the_selections_that_were_made() -> None:
+    """Each part of a batch is a step of the balance; a part that runs again selects as it did."""
+    torch.manual_seed(0)
+    router = TokenChoice(4, num_experts=3, noise=False, bias_rate=1.0).double()
+    plain = copy.deepcopy(router)
+    for x in torch.randn(5, 20, 4, dtype=torch.float64):
+        x = x.requires_grad_()
+        checkpoint(lambda x: router(x).weight, x, use_reentrant=False).square().sum().backward()
+        plain(x).weight.square().sum().backward()
+    torch.testing.assert_close(router.gate.weight.grad, plain.gate.weight.grad, rtol=0, atol=1e-12)
+    for counter, other in zip(router.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(counter, other)
