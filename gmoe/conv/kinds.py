@@ -300,6 +300,11 @@ class Make:
                 f"conv: got {name}, which cannot be built as conv({args[0]}, {args[1]}, ...) "
                 f"({error}); expected {expected}"
             ) from error
+        widths = (self.in_channels,) if isinstance(self.in_channels, int) else self.in_channels
+        if -1 not in widths and any(map(is_lazy, conv.parameters())):
+            raise ValueError(
+                f"conv: got {type(conv).__name__} of open widths, expected those that factories get"
+            )
         _check_forward(conv)
         refuse_computed("conv", name, conv)
         return conv
@@ -348,8 +353,6 @@ def _check_forward(conv: object) -> None:
         raise ValueError(
             f"conv: got a factory of {name}, expected one of PyG's MessagePassing layers"
         )
-    if any(map(is_lazy, conv.parameters())):
-        raise ValueError(f"conv: got {name} of open widths, expected those that factories get")
     parameters = inspect.signature(conv.forward).parameters
     first = list(parameters)[:2]
     others = list(parameters.values())[2:]

@@ -26,6 +26,7 @@ from gmoe._checks import (
     parameters_of,
     refuse_functions,
 )
+from gmoe._torch import dtype_of
 from gmoe.conv.arguments import (
     given_widths,
     read_call,
@@ -224,7 +225,20 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         else:
             self._build(in_channels, widths)
 
-    def _build(self, in_channels: int | tuple[int, int], widths: tuple[int, int]) -> None:
+    def _open_dense(self) -> MessagePassing | None:
+        if self.start == "plain":
+            return None
+        try:
+            return replace(self._make, kinds=[self._make.kinds[0]])(0)
+        except Exception:  # a factory of one's own may need the width: the first call asks it
+            return None
+
+    def _build(
+        self,
+        in_channels: int | tuple[int, int],
+        widths: tuple[int, int],
+        drawn: MessagePassing | None = None,
+    ) -> None:
         """Build the shared expert, the experts and the router, once the widths are known.
 
         Unless the layer starts plain, its dense conv is drawn first, and nothing after it changes
@@ -234,7 +248,12 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         options = self._options
         make = replace(self._make, in_channels=in_channels)
         make_dense = replace(make, kinds=[make.kinds[0]])  # of several kinds, the first
-        dense: Any = make_dense(0) if self.start != "plain" else None
+        dense: Any = None
+        if self.start != "plain":
+            with drawn_apart(drawn is not None):
+                dense = make_dense(0)
+        if drawn is not None and _shapes(drawn) == _shapes(dense):  # PyG's lazy ARMA has others
+            dense.to(dtype_of(drawn)).load_state_dict(drawn.state_dict())
         router = shared_expert = gain = None
         with drawn_apart(dense is not None):
             # 1. The routed experts.
@@ -276,10 +295,13 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
+        if self.experts is None:  # while widths are open
+            self._reset_open()
+            return
         reset(self.shared_expert)
         zeros(self.gain)
         are_copies = self.start == "copies"
-        if are_copies and self.experts is not None:  # there are no experts while widths are open
+        if are_copies:
             dense = self.experts.expert(0)
             reset(dense)
             self.experts.become(dense)
@@ -328,17 +350,31 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
 
         ``routing`` is a decision made elsewhere; it is used instead of the router's.
         """
-        # 1. Read the call: a graph from sources to destinations, and their features.
         refuse_transforms()
+        if self.experts is None:
+            edges: dict[str, Any] = {
+                "edge_weight": edge_weight,
+                "edge_attr": edge_attr,
+                "size": size,
+            }
+            self._complete(x, edge_index, edge_args, **edges)
+            options: dict[str, Any] = {
+                "batch": batch,
+                "routing": routing,
+                "return_routing": return_routing,
+                "return_attention_weights": return_attention_weights,
+            }
+            with drawn_apart(True):  # the dense conv has drawn all that a dense model draws
+                return self.forward(x, edge_index, *edge_args, **edges, **options, **unknown)
+
+        # 1. Read the call: a graph from sources to destinations, and their features.
         others = (edge_weight, edge_attr, size, return_attention_weights)
         has_others = bool(edge_args or unknown) or any(value is not None for value in others)
-        is_odd = has_others or self.explain or self.experts is None
+        is_odd = has_others or self.explain
         wants_attention = False
         if isinstance(x, Tensor) and not is_odd:
             call = self._plain_call(x, edge_index)
         else:
-            if self.experts is None:
-                self._complete(x)
             call, wants_attention = read_call(self, x, edge_index, edge_args, *others, unknown)
 
         # 2. Sum over neighbors once, if all experts share that sum.
@@ -431,3 +467,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
     def extra_repr(self) -> str:
         widths = f"{self.in_channels}, {self.out_channels}"
         return f"{widths}, num_experts={self.num_experts}, router_input={self.router_input}"
+
+
+def _shapes(conv: MessagePassing) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in conv.state_dict().items()}

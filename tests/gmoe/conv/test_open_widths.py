@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
+from torch_geometric import nn as pyg
+from torch_geometric.nn import MessagePassing
 
+from gmoe import Graph, MoEConv
 from tests.contract import opened
 from tests.helpers.conv_cases import KINDS, WIDTH, graph, layer
 from tests.helpers.masked import features, random_graph
@@ -104,3 +109,81 @@ def test_a_call_that_fails_leaves_the_widths_open() -> None:
             lazy(x, edge_index)
     assert lazy.state_dict() == {}
     assert lazy.experts is lazy.shared_expert is lazy.gain is None
+
+
+# As the dense conv --------------------------------------------------------------------------------
+
+
+def _gin(in_channels: Any, out_channels: int) -> MessagePassing:
+    network = pyg.MLP([in_channels, out_channels, out_channels], norm="batch_norm")
+    return pyg.GINConv(network)
+
+
+class _OwnConv(pyg.SAGEConv):
+    """A class that gmoe does not know."""
+
+
+LAZY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gcn": (pyg.GCNConv, {}),
+    "sage": (pyg.SAGEConv, {}),
+    "graph": (pyg.GraphConv, {}),
+    "gat with dropout": (pyg.GATConv, {"heads": 2, "concat": False, "dropout": 0.3}),
+    "gatv2": (pyg.GATv2Conv, {}),
+    "transformer with dropout": (pyg.TransformerConv, {"dropout": 0.2}),
+    "gated": (pyg.ResGatedGraphConv, {}),
+    "cheb": (pyg.ChebConv, {"K": 2}),
+    "a factory": (_gin, {}),
+    "a class of one's own": (_OwnConv, {}),
+}
+
+
+def _two_layers(
+    make: Callable[[int, int], nn.Module], given: Callable[[Tensor], Any], is_trained: bool
+) -> tuple[Tensor, Tensor]:
+    """What two lazy layers and a linear one give, and what torch would draw next."""
+    x, edge_index = graph()
+    torch.manual_seed(0)
+    convs = [make(-1, 8), make(-1, 6)]
+    last = nn.Linear(6, 3)
+    edges = given(edge_index)
+    with torch.no_grad():
+        first = convs[1].train(is_trained)(convs[0].train(is_trained)(x, edges), edges)
+        assert len(last(first)) == len(x)
+        drawn = torch.rand(())
+        h = convs[1].eval()(convs[0].eval()(x, edges), edges)
+    return last(h), drawn
+
+
+@pytest.mark.parametrize("start", ["shared", "copies"])
+@pytest.mark.parametrize("name", LAZY)
+def test_with_the_same_seed_a_lazy_layer_starts_as_its_lazy_conv(name: str, start: Any) -> None:
+    conv, options = LAZY[name]
+
+    def experts(in_channels: int, out_channels: int) -> nn.Module:
+        return MoEConv(conv, in_channels, out_channels, num_experts=3, start=start, **options)
+
+    def dense(in_channels: int, out_channels: int) -> nn.Module:
+        return conv(in_channels, out_channels, **options)
+
+    for is_trained in (True, False):
+        expected, expected_next = _two_layers(dense, lambda edges: edges, is_trained)
+        found, found_next = _two_layers(experts, lambda edges: edges, is_trained)
+        # In training, the batch norm of experts has seen other rows.
+        if conv is not _gin or not is_trained:
+            torch.testing.assert_close(found, expected)
+        assert found_next == expected_next
+
+
+def test_a_lazy_layer_that_gets_a_graph_starts_as_its_lazy_conv() -> None:
+    expected = _two_layers(pyg.SAGEConv, lambda edges: edges, is_trained=False)
+    num_nodes = len(graph()[0])
+    found = _two_layers(
+        partial(MoEConv, "sage"), lambda edges: Graph(edges, num_nodes), is_trained=False
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_no_lazy_dense_conv_runs_on_is_drawn_by_the_first_call() -> None:
+    x, edge_index = graph()
+    for conv in (pyg.TAGConv, lambda i, o: pyg.GINConv(nn.Linear(i, o))):
+        assert MoEConv(conv, -1, 4, num_experts=2)(x, edge_index).shape == (len(x), 4)

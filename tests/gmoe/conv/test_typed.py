@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric.nn import HeteroConv, SAGEConv, to_hetero
+from torch_geometric.nn import GATConv, HeteroConv, SAGEConv, to_hetero
 
 from gmoe import GNNMoE, MoEConv, Routing, record_routing
 from gmoe.conv.base import GAIN_SCALE
@@ -227,3 +227,39 @@ def test_a_whole_model_is_refused_by_to_hetero() -> None:
         ValueError, match=r"^x: got Proxy, .* a MoEConv for each relation into PyG's HeteroConv"
     ):
         to_hetero(model, METADATA)
+
+
+class _Lazy(nn.Module):
+    """Two lazy layers of a kind, as PyG's examples of typed graphs have them."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = make()
+        self.conv2 = make()
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        h: Tensor = self.conv1(x, edge_index).relu()
+        return self.conv2(h, edge_index)
+
+
+@pytest.mark.parametrize("kind", ["HeteroConv", "to_hetero"])
+@pytest.mark.parametrize("conv", [SAGEConv, GATConv])
+def test_with_the_same_seed_lazy_layers_start_as_lazy_convs(conv: Any, kind: str) -> None:
+    x_dict, edge_index_dict = graph()
+    x_dict = {name: x.float() for name, x in x_dict.items()}
+    options: dict[str, Any] = {"add_self_loops": False} if conv is GATConv else {}
+    outputs: list[Nodes] = []
+    for make in (conv, partial(MoEConv, conv, num_experts=EXPERTS)):
+        torch.manual_seed(0)
+        model: Any
+        if kind == "HeteroConv":
+            convs = {relation: make((-1, -1), OUT, **options) for relation in RELATIONS}
+            model = HeteroConv(convs)
+        else:
+            model = to_hetero(_Lazy(partial(make, (-1, -1), OUT, **options)), METADATA)
+        with torch.no_grad():
+            model(x_dict, edge_index_dict)
+            outputs.append(model.eval()(x_dict, edge_index_dict))
+    dense, found = outputs
+    for name, y in dense.items():
+        torch.testing.assert_close(found[name], y)
