@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,6 @@ METADATA = (
     ["paper", "author"],
     [("paper", "cites", "paper"), ("author", "writes", "paper"), ("paper", "by", "author")],
 )
-
-Node: TypeAlias = str
-
 
 # Inputs
 

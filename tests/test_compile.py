@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch_geometric.data import Batch, Data
-from torch_geometric.nn import MLP, GCNConv, GINConv, global_add_pool
-from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
-from gmoe import GNNMoE, Graph, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, moefy
+from gmoe import GNNMoE, Graph, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots
 from gmoe.routers import ROUTERS, build_router
 from tests.contract import CASES, graph_breaks, opened
 from tests.torch_versions import COMPILES_GRAPHS
@@ -31,7 +27,6 @@ EDGES_OF_A_NODE = 4
 
 AGGREGATIONS = ("max", "min", "mul", "std", "var", "softmax", "powermean")
 
-Args = tuple[tuple[Any, ...], dict[str, Tensor]]
 
 conv: Callable[..., nn.Module] = partial(MoEConv, in_channels=WIDTH, out_channels=WIDTH)
 four: Callable[..., nn.Module] = partial(conv, num_experts=4)
@@ -363,20 +358,6 @@ def test_inductor_takes_every_layer_whole(name: str) -> None:
     assert_is_one_graph(name, "inductor", SIZES[:2], near=2e-5)  # it draws the same noise, too
 
 
-@pytest.mark.slow
-def test_a_vit_of_timm_is_one_graph() -> None:
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
-    layer = moefy(model, num_experts=4)
-    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
-    for images in (2, 3):
-        x = torch.randn(images, 3, 32, 32)
-        torch.manual_seed(0)
-        expected = layer(x)
-        torch.manual_seed(0)
-        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("name", ["GCN", pytest.param("GCN, shared", marks=SLOW)])
 @COMPILES_GRAPHS
 def test_a_graph_that_is_given_again_is_not_compiled_again(name: str) -> None:
@@ -463,180 +444,3 @@ def test_a_graph_that_compiled_code_saw_in_inference_mode_trains() -> None:
         torch.compile(layer, backend="aot_eager", fullgraph=True)(x, graph)
     found = trained(layer, layer, x, graph)
     torch.testing.assert_close(found, trained(layer, layer, x, edge_index))
-
-
-# trained under inductor ---------------------------------------------------------------------------
-
-
-NODES, INPUTS, HIDDEN, CLASSES = 900, 16, 5, 7
-"""Rows enough for torch's own loop over experts, of widths that do not fill 16 bytes."""
-GRAPHS = 24
-
-KINDS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")},
-    "gine": {},
-    **{f"{name}, edge features": {"edge_dim": INPUTS} for name in ("gat", "gatv2", "transformer")},
-    "sage, copies": {"start": "copies"},
-    "gcn, expert choice": {"router": "expert_choice"},
-    "gcn, K = 2": {"k": 2},
-}
-"""Each kind of conv whose layers compile as one graph, and other roads to its products."""
-
-
-class Layers(nn.Module):
-    """A conv after the other; GINE gets as many edge features as there are of nodes."""
-
-    def __init__(self, convs: Sequence[nn.Module], adds_edges: bool) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(convs)
-        self.adds_edges = adds_edges
-
-    def forward(self, x: Tensor, edge_index: Tensor, **of_edges: Tensor) -> Tensor:
-        for conv in self.convs:
-            if self.adds_edges:
-                of_edges = {name: value[:, : x.size(1)] for name, value in of_edges.items()}
-            x = conv(x.relu(), edge_index, **of_edges)
-        return x
-
-
-def learned(
-    model: nn.Module, call: Any, steps: Sequence[tuple[Args, Tensor, Tensor]]
-) -> list[float]:
-    """The losses of some steps, each of arguments, classes and what counts; then of evaluation."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
-    losses = []
-    for seed, ((args, of_edges), classes, is_trained) in enumerate(steps):
-        torch.manual_seed(seed)
-        model.train()
-        optimizer.zero_grad()
-        out = call(*args, **of_edges)
-        loss = nn.functional.cross_entropy(out[is_trained], classes[is_trained])
-        loss.backward()
-        optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            out = call(*args, **of_edges)
-        evaluated = nn.functional.cross_entropy(out[~is_trained], classes[~is_trained])
-        losses += [float(loss.detach()), float(evaluated)]
-    return losses
-
-
-def assert_learns_alike(
-    model: nn.Module, steps: Sequence[tuple[Args, Tensor, Tensor]], **options: Any
-) -> None:
-    """Under inductor, the losses are those of eager code."""
-    import torch._inductor.config as inductor  # slow to import
-
-    twin = copy.deepcopy(model)
-    expected = learned(model, model, steps)
-    config: Any = inductor
-    with config.patch(fallback_random=True):  # or dropout would be drawn by kernels of its own
-        found = learned(twin, torch.compile(twin, **options), steps)
-    assert expected[0] != expected[-2]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def node_steps(number: int, **of_edges: Tensor) -> list[Any]:
-    """The same graph again and again; half of its nodes are trained."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(NODES, INPUTS, generator=generator)
-    edge_index = torch.randint(NODES, (2, EDGES_OF_A_NODE * NODES), generator=generator)
-    classes = torch.randint(CLASSES, (NODES,), generator=generator)
-    return [(((x, edge_index), of_edges), classes, torch.arange(NODES) % 2 == 0)] * number
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-@COMPILES_GRAPHS
-def test_inductor_trains_two_layers_of_widths_that_do_not_fill_16_bytes(name: str) -> None:
-    options: dict[str, Any] = {"conv": name.split(",")[0], "num_experts": 4} | KINDS[name]
-    torch.manual_seed(0)
-    widths = ((INPUTS, HIDDEN), (HIDDEN, CLASSES))
-    model = Layers(
-        [MoEConv(in_channels=i, out_channels=o, **options) for i, o in widths], name == "gine"
-    )
-    edges = EDGES_OF_A_NODE * NODES
-    of_edges = (
-        {"edge_attr": torch.randn(edges, INPUTS)} if "edge_dim" in options or name == "gine" else {}
-    )
-    assert_learns_alike(model, node_steps(3, **of_edges), fullgraph=True)
-
-
-class NormalizedBefore(nn.Module):
-    """The model of PyG's ``examples/compile/gcn.py``, of mixtures.
-
-    Edges are normalized once, before; the second conv gets no weights.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        mixture = partial(MoEConv, GCNConv, num_experts=4, normalize=False)
-        self.conv1 = mixture(INPUTS, 16)
-        self.conv2 = mixture(16, CLASSES)
-
-    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor) -> Tensor:
-        x = nn.functional.dropout(x, p=0.5, training=self.training)
-        x = self.conv1(x, edge_index, edge_weight).relu()
-        x = nn.functional.dropout(x, p=0.5, training=self.training)
-        return self.conv2(x, edge_index)
-
-
-@pytest.mark.slow
-@COMPILES_GRAPHS
-def test_inductor_trains_the_gcn_of_pygs_examples() -> None:
-    """On one graph: ``dynamic=False``."""
-    steps = node_steps(4)
-    (((x, edge_index), _), *_) = steps[0]
-    edge_index, edge_weight = gcn_norm(edge_index, num_nodes=NODES)
-    steps = [(((x, edge_index, edge_weight), {}), *rest) for _, *rest in steps]
-    torch.manual_seed(0)
-    assert_learns_alike(NormalizedBefore(), steps, dynamic=False)
-
-
-class OfGraphs(nn.Module):
-    """The model of PyG's ``examples/compile/gin.py``, of mixtures: a class for each graph."""
-
-    def __init__(self, conv: Any) -> None:
-        super().__init__()
-        hidden = 30
-        widths = (INPUTS, hidden, hidden)
-        pairs = pairwise(widths)
-        self.convs = nn.ModuleList(MoEConv(conv, *pair, num_experts=3) for pair in pairs)
-        self.mlp = MLP([hidden, hidden, CLASSES], norm=None, dropout=0.5)
-
-    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor, batch_size: int) -> Tensor:
-        for conv in self.convs:
-            x = conv(x, edge_index).relu()
-        # PyG: pass the batch size to avoid graph breaks.
-        x = global_add_pool(x, batch, size=batch_size)
-        return self.mlp(x)
-
-
-def gin(in_channels: int, out_channels: int) -> GINConv:
-    """As PyG's example builds it: a network with a norm."""
-    return GINConv(MLP([in_channels, out_channels, out_channels]), train_eps=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("conv", ["gin", gin])
-@COMPILES_GRAPHS
-def test_inductor_trains_the_gin_of_pygs_examples(conv: Any) -> None:
-    """On batches of graphs of any size: ``dynamic=True``."""
-    generator = torch.Generator().manual_seed(0)
-    graphs = []
-    for number in range(3 * GRAPHS):
-        nodes = 12 + number % 7
-        graphs.append(
-            Data(
-                torch.randn(nodes, INPUTS, generator=generator),
-                torch.randint(nodes, (2, 2 * nodes), generator=generator),
-                y=torch.tensor([number % CLASSES]),
-            )
-        )
-    steps: list[Any] = []
-    for size in (GRAPHS, GRAPHS - 1, GRAPHS + 1):
-        batch = Batch.from_data_list([graphs.pop() for _ in range(size)])
-        args = (batch.x, batch.edge_index, batch.batch, batch.num_graphs)
-        steps.append(((args, {}), batch.y, torch.arange(size) % 3 > 0))
-    torch.manual_seed(0)
-    assert_learns_alike(OfGraphs(conv), steps, dynamic=True)

@@ -6,7 +6,6 @@ The API page has every public name.
 from __future__ import annotations
 
 import ast
-import builtins
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +19,8 @@ from PIL import Image
 import gmoe
 from docs.check_links import broken
 from docs.plots.__main__ import every_drawing, pages, render
-from docs.plots.gallery import ORDER, place
 from docs.plots.results import read_finished
-from docs.plots.style import FIGURES, save
-from docs.thumbnails import THUMBNAILS
+from docs.plots.style import FIGURES
 from experiments.show.cells import differences
 from experiments.train.files import read_json
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
@@ -102,26 +99,6 @@ def test_what_a_page_loads_from_another_site_is_found(tmp_path: Path) -> None:
     assert broken(tmp_path) == found
 
 
-def test_every_example_has_a_thumbnail() -> None:
-    for path in sorted((ROOT / "examples").glob("*.py")):
-        last = path.read_text().splitlines()[-1]
-        assert last == f'# sphinx_gallery_thumbnail_path = "figures/examples/{path.stem}.svg"'
-        assert (FIGURES / "examples" / f"{path.stem}.svg").exists()
-    assert {draw.__name__ for draw in THUMBNAILS} == {
-        path.stem for path in (ROOT / "examples").glob("*.py")
-    }
-
-
-def test_the_gallery_is_in_the_order_of_use() -> None:
-    names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-    assert sorted(names, key=place) == [f"{name}.py" for name in ORDER]
-    assert ORDER[:2] == ("swap_pyg_conv", "upcycle_timm_vit")
-    assert ORDER[-2:] == ("shrink_and_save", "hub_save_load")
-    conf = (DOCS / "conf.py").read_text()
-    assert '"within_subsection_order": "docs.plots.gallery.place"' in conf
-    assert tuple(re.findall(r"\]\(examples/(\w+)\.py\)", README)) == ORDER
-
-
 def test_the_install_page_has_the_versions_of_the_package() -> None:
     package = (ROOT / "pyproject.toml").read_text()
     page = (DOCS / "install.md").read_text()
@@ -162,25 +139,6 @@ def test_the_citation_is_that_of_the_file() -> None:
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MARKED = re.compile(r"^ *```[\w{].*?^ *```", re.DOTALL | re.MULTILINE)
 COMMANDS = MARKED.sub("", README)
-FIRST_SCREEN = README[: README.index("\n## ")]
-
-
-def test_the_first_screen_shows_code_before_it_claims_anything() -> None:
-    """What it is, two lines of code, one picture, four bullets of one number each, four doors."""
-    code, picture = FIRST_SCREEN.index("```python"), FIRST_SCREEN.index("](docs/figures/")
-    bullets = re.findall(r"^- \*\*(?:.|\n  )+", FIRST_SCREEN, re.MULTILINE)
-    claims, notes = bullets[:4], bullets[4:]
-    assert code < picture < FIRST_SCREEN.index(claims[0])
-    assert FIRST_SCREEN[:code].count("\n") < 12
-    assert len(re.findall(r"^(?:conv|vit) = ", SNIPPETS[0], re.MULTILINE)) == 2
-    assert FIRST_SCREEN.count("](docs/figures/") + FIRST_SCREEN.count("<picture>") == 1
-    assert FIRST_SCREEN.index(claims[3]) < FIRST_SCREEN.index("| you have | use |")
-    for claim in claims:
-        assert len(re.findall(r"(?<![\w.-])\d[\d.e-]*", claim)) <= 1, claim
-    doors = re.findall(r"^\| .* \| `(\w+)\(", FIRST_SCREEN, re.MULTILINE)
-    assert doors == ["MoEConv", "GNNMoE", "moefy", "MoE"]
-    assert [note.split("**")[1] for note in notes] == ["ONNX:", "LoRA:", "GPUs:"]
-    assert len(FIRST_SCREEN.split()) < 450
 
 
 def test_installing_comes_first_and_then_a_command_that_shows_experts_at_work() -> None:
@@ -212,56 +170,6 @@ def test_the_first_command_ends_as_the_readme_says() -> None:
     for name in ("digits-graph-moe", "digits-graph-dense"):
         assert f"{100 * fmean(found[name]['test']['values'][:seeds]):.1f}" == "98.6", name
     assert "both models end at 98.6 %" in in_a_line(README)
-
-
-def test_the_readme_says_of_devices_and_types_what_the_project_says() -> None:
-    on_gpu = "we never ran anything on a GPU" not in (DOCS / "support.md").read_text()
-    assert ("not been run on a GPU yet" in in_a_line(README)) is not on_gpu
-    assert ("CPU or GPU" in README) <= on_gpu
-    settings = (ROOT / "pyproject.toml").read_text().partition("[tool.mypy]")[2].partition("[[")[0]
-    relaxed = re.findall(r"^(?:disallow|warn)_\w+ = false", settings, re.MULTILINE)
-    assert ("mypy-strict" in README) <= (not relaxed)
-    assert "not with the total E, except in attention" in in_a_line(README)
-
-
-def test_the_index_has_a_way_in_for_each_role() -> None:
-    page = (DOCS / "index.md").read_text()
-    rows = re.findall(
-        r"^\| (a GNN|a ViT|molecules|a question .*|a service .*) \| (.*) \|$", page, re.M
-    )
-    assert len(rows) == 5
-    assert all("](" in row for _, row in rows)
-    assert "](auto_examples/index)" in page[: page.index("```{toctree}")]
-    assert blocks("index.md") == SNIPPETS[:1]  # with its imports
-    assert in_a_line(page).index("From a clone") < in_a_line(page).index("pip install")
-
-
-def undefined(code: str) -> set[str]:
-    """Names that some Python uses, and neither imports nor assigns."""
-    nodes = list(ast.walk(ast.parse(code)))
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    known = {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
-    for node in nodes:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            known |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
-    return {name.id for name in names} - known
-
-
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
-def test_code_on_a_page_that_is_not_run_defines_what_it_uses(page: Path) -> None:
-    """Marked as Python, it is run, and would fail; without a mark, it may need files."""
-    for block in re.findall(r"^```\n(.*?)^```", MARKED.sub("", page.read_text()), re.M | re.S):
-        try:
-            is_code = any(isinstance(node, ast.Call) for node in ast.walk(ast.parse(block)))
-        except SyntaxError:
-            continue  # commands, or what they print
-        assert not (is_code and undefined(block)), block
-
-
-def test_the_line_that_builds_the_site_does_not_train_the_examples() -> None:
-    for page in pages():
-        for line in re.findall(r"sphinx-build .*", page.read_text()):
-            assert "-D plot_gallery=0" in line, page
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["first screen", "swap", "upcycle"])
@@ -376,36 +284,10 @@ def test_a_figure_shows_the_results(name: str, theme: str) -> None:
     assert committed == DRAWINGS[name].numbers
 
 
-def test_a_figure_is_drawn_with_what_it_says(tmp_path: Path) -> None:
-    """The file's text is that of the drawing, and the page is seen through it."""
-    save(DRAWINGS["routers"], tmp_path)
-    for theme in ("light", "dark"):
-        drawn = Image.open(tmp_path / f"routers-{theme}.png")
-        assert "mosaic: token-choice +1.91 (+0.80 to +3.02), expert" in drawn.info["Description"]
-        assert drawn.getchannel("A").getpixel((0, 0)) == 0
-
-
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_a_page_has_the_figures_of_today(page: Path) -> None:
     """If it does not, run ``python -m docs.plots``."""
     assert render(page, DRAWINGS) == page.read_text()
-
-
-def test_figures_import_from_experiments_in_one_place() -> None:
-    modules = sorted((DOCS / "plots").glob("*.py"))
-    assert [path.name for path in modules if "from experiments" in path.read_text()] == [
-        "results.py"
-    ]
-
-
-def test_every_figure_is_on_a_page() -> None:
-    text = "".join(page.read_text() for page in pages())
-    assert [name for name in DRAWINGS if f"<!-- figure: {name} -->" not in text] == []
-
-
-def test_a_figure_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="figure: got controls in README"):
-        render(ROOT / "README.md", {"times": DRAWINGS["times"]})
 
 
 def test_what_the_readme_says_of_simpler_changes_is_measured() -> None:
@@ -425,32 +307,3 @@ def test_what_the_readme_says_of_simpler_changes_is_measured() -> None:
     assert left.mean < gain / 2
     assert "The figure has the two real graphs" in text
     assert [*cells] == ["facebook", "minesweeper"]
-
-
-TEN_PAGES = (
-    "README.md",
-    "docs/install.md",
-    "docs/concepts.md",
-    "docs/tutorials/swap.md",
-    "docs/tutorials/upcycle.md",
-    "docs/training-loops.md",
-    "docs/see-the-routing.md",
-    "docs/serving.md",
-    "docs/scale.md",
-    "docs/lab/does-it-help.md",
-)
-"""What a newcomer reads, in this order."""
-
-
-def test_the_index_lists_the_ten_pages() -> None:
-    page = (DOCS / "index.md").read_text()
-    listed = page.partition(":caption: Ten pages\n:hidden:\n\n")[2].partition("\n```")[0]
-    assert [f"docs/{name}.md" for name in listed.splitlines()] == [*TEN_PAGES[1:]]
-
-
-@pytest.mark.parametrize("page", TEN_PAGES[:-1])
-def test_a_gain_on_a_page_for_newcomers_is_generated(page: str) -> None:
-    """A gain has one home, and is copied from it by a command, so that it has one value."""
-    generated = re.compile(r"<!-- (?:figure|gains).*?<!-- end -->", re.DOTALL)
-    prose = generated.sub("", (ROOT / page).read_text())
-    assert re.findall(r"(?<![\w.])[+−-]\d+\.\d\d\b(?!\w)", prose) == []

@@ -2,7 +2,7 @@
 
 ``python -m tests.compose [TARGET] 4711`` prints a number as a script, ``python -m tests.compose
 [TARGET] 0 2000`` runs a range and prints what fails, as scripts. The targets are ``graphs``
-(the default), ``moefy`` and ``compile``.
+(the default) and ``moefy``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from collections.abc import Sequence
 
 import torch
 
-from tests.compose.compiled import Compiled
 from tests.compose.frame import Target
 from tests.compose.graphs import Graphs
 from tests.compose.moefy import Moefy
 
-TARGETS = {target.name: target for target in (Graphs(), Moefy(), Compiled())}
+TARGETS = {target.name: target for target in (Graphs(), Moefy())}
 
 KINDS = ("equal", "refused", "failed")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -93,32 +92,9 @@ VISION: dict[str, Any] = {
 }
 
 
-def depth_anything() -> nn.Module:
-    sizes = WITH_RATIO | {"out_indices": [1, 2], "reshape_hidden_states": False}
-    backbone = hf.Dinov2Config(**sizes)
-    config = hf.DepthAnythingConfig(
-        backbone_config=backbone,
-        reassemble_hidden_size=16,
-        neck_hidden_sizes=[8, 8],
-        fusion_hidden_size=8,
-        reassemble_factors=[1, 1],
-    )
-    return hf.DepthAnythingForDepthEstimation(config)
-
-
 def sam() -> nn.Module:
     sizes: dict[str, Any] = VISION | {"mlp_dim": 24, "output_channels": 8, "window_size": 2}
     return hf.SamVisionModel(hf.SamVisionConfig(**sizes, global_attn_indexes=[1]))
-
-
-def owl_vit() -> Any:
-    config = hf.OwlViTConfig(text_config=LANGUAGE | SPECIAL, vision_config=VISION)
-    return hf.OwlViTModel(config).vision_model
-
-
-def vivit() -> nn.Module:
-    sizes: dict[str, Any] = VISION | {"num_frames": 4, "tubelet_size": [2, 8, 8]}
-    return hf.VivitModel(hf.VivitConfig(**sizes))
 
 
 def conditional_detr() -> nn.Module:
@@ -144,7 +120,6 @@ HUGGING_FACE: dict[str, Callable[[], Any]] = {
     "CLIP": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)),
     "SigLIP": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**VISION)),
     "BLIP": lambda: hf.BlipVisionModel(hf.BlipVisionConfig(**VISION)),
-    "OWL-ViT": owl_vit,
     "Pixtral": lambda: hf.PixtralVisionModel(hf.PixtralVisionConfig(**VISION)),
     "AIMv2": lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**VISION)),
     "DINOv2": lambda: hf.Dinov2Model(hf.Dinov2Config(**WITH_RATIO)),
@@ -162,9 +137,7 @@ HUGGING_FACE: dict[str, Callable[[], Any]] = {
     "ViTPose": lambda: hf.VitPoseBackbone(
         hf.VitPoseBackboneConfig(**WITH_RATIO | {"image_size": [16, 16], "patch_size": [8, 8]})
     ),
-    "DepthAnything": depth_anything,
     "SAM": sam,
-    "ViViT": vivit,
     "Conditional DETR": conditional_detr,
     "timm's models": lambda: hf.TimmWrapperModel(
         hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args={"depth": 2})
@@ -206,46 +179,12 @@ HUGGING_FACE: dict[str, Callable[[], Any]] = {
 }
 
 
-def diffusers(model: str, **sizes: Any) -> Any:
-    """A model of diffusers, which no extra installs."""
-    options = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
-    return getattr(pytest.importorskip("diffusers"), model)(**options | sizes)
-
-
-DIFFUSERS: dict[str, dict[str, Any]] = {
-    "DiTTransformer2DModel": {"in_channels": 4, "sample_size": 8, "norm_num_groups": 4},
-    "PixArtTransformer2DModel": {
-        "in_channels": 4,
-        "sample_size": 8,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 16,
-    },
-    "SD3Transformer2DModel": {"sample_size": 8, "caption_projection_dim": 16},
-    "FluxTransformer2DModel": {"num_single_layers": 1, "axes_dims_rope": (2, 2, 4)},
-}
-
-
-def feed_forward(activation: str) -> nn.Module:
-    """Diffusers' MLP alone, with all its dropouts."""
-    pytest.importorskip("diffusers")
-    attention = importlib.import_module("diffusers.models.attention")
-    mlp: nn.Module = attention.FeedForward(
-        16, activation_fn=activation, dropout=0.1, final_dropout=True
-    )
-    return nn.Sequential(nn.ModuleDict({"ff": mlp}))
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     **{name: partial(timm.create_model, name, **options) for name, options in TIMM.items()},
     "torchvision's ViT": lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 24, 0.1),
     "torchvision's Swin": torchvision.models.swin_t,
     "torchvision's Swin V2": torchvision.models.swin_v2_t,
     **HUGGING_FACE,
-    **{name: partial(diffusers, name, **options) for name, options in DIFFUSERS.items()},
-    **{
-        f"FeedForward, {activation}": partial(feed_forward, activation)
-        for activation in ("gelu", "gelu-approximate", "geglu", "swiglu", "linear-silu")
-    },
 }
 TARGETS = {
     "PatchTST": "*.ff",
@@ -256,7 +195,6 @@ TARGETS = {
     "DistilBERT": "*.ffn",
     "T5": "*.DenseReluDense",
     "T5, gated": "*.DenseReluDense",
-    **{name: "*.ff" for name in MODELS if name in DIFFUSERS or name.startswith("FeedForward")},
 }
 """Where a model's MLPs are, if not in the ``mlp`` of blocks."""
 
@@ -267,7 +205,6 @@ DROPOUTS = {
     "DistilBERT": (0.0, 0.1),
     "T5": (0.1, 0.0),
     "T5, gated": (0.1, 0.0),
-    **{name: (0.1, 0.1) for name in MODELS if name.startswith("FeedForward")},
 }
 """Probabilities of a model's dropouts, where they are not zero: hidden units, outputs."""
 
