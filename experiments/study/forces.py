@@ -5,9 +5,9 @@ same steps, batches and sweep: three step sizes with the first seed, up to two m
 best is at an end, and validation (the error of forces) chooses among them. The other seeds train
 with that one. The test parts are read once for each seed, with the chosen step size.
 
-Arms, columns and their order were fixed before the first result. A dense model of equal FLOPs is
-no arm: experts by element take the dense model's FLOPs. Nor is a shared expert beside zero experts:
-for a linear layer, W_0 x + V_z x is W_0 + D_z, and trains alike, at more FLOPs.
+Arms and their order were fixed before the first result. A dense model of equal FLOPs is no arm:
+experts by element take the dense model's FLOPs. Nor is a shared expert beside zero experts: for a
+linear layer, W_0 x + V_z x is W_0 + D_z, and trains alike, at more FLOPs.
 """
 
 from __future__ import annotations
@@ -86,23 +86,9 @@ def atomwise(model: nn.Module) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in ATOMWISE)]
 
 
-def experts(
-    width: int, energy_scale: float, *, targets: Sequence[str] = ATOMWISE, **options: Any
-) -> nn.Module:
-    """SchNet with experts in linear layers on atoms."""
-    return gmoe.moefy(Potential(width, energy_scale), targets=targets, **options)
-
-
-def of_equal_parameters(width: int, energy_scale: float) -> nn.Module:
-    """The dense model of as many parameters as with experts W_0 + D_z."""
-    wanted = num_parameters(experts(width, energy_scale, router=BY_ELEMENT, start="copies"))
-    found = gmoe.match_width(
-        lambda wider: num_parameters(Potential(wider, energy_scale)),
-        wanted,
-        start=width,
-        tolerance=0.05,
-    )
-    return Potential(found, energy_scale)
+def experts(width: int, energy_scale: float, **options: Any) -> nn.Module:
+    """SchNet with experts in all linear layers on atoms."""
+    return gmoe.moefy(Potential(width, energy_scale), targets=ATOMWISE, **options)
 
 
 def of_equal_time(width: int, energy_scale: float) -> nn.Module:
@@ -135,48 +121,9 @@ ARMS = {
         cost=1.3,
     ),
     "dense-time": Arm(label="dense, equal time", build=of_equal_time, cost=1.25),
-    "own": Arm(
-        label="experts by element, own networks",
-        build=partial(experts, router=BY_ELEMENT, start="plain"),
-        cost=1.5,
-    ),
-    "mixed": Arm(
-        label="weights mixed by composition",
-        build=partial(
-            experts,
-            router=ByType("z", ELEMENTS, batch="batch"),
-            start="copies",
-            mix="weights",
-        ),
-        cost=2.0,
-    ),
-    "top1": Arm(
-        label="learned top-1",
-        build=partial(experts, num_experts=len(ELEMENTS)),
-        cost=1.8,
-    ),
-    "soft": Arm(
-        label="soft mixture, learned",
-        build=partial(
-            experts,
-            num_experts=len(ELEMENTS),
-            k=len(ELEMENTS),
-            start="copies",
-            router_kwargs={"balance": None, "noise": False},
-        ),
-        cost=2.2,
-    ),
-    "output": Arm(
-        label="experts by element, output layers only",
-        build=partial(experts, targets=("lin1", "lin2"), router=BY_ELEMENT, start="copies"),
-        cost=1.2,
-    ),
-    "dense-parameters": Arm(label="dense, equal parameters", build=of_equal_parameters, cost=2.5),
 }
-"""All arms, in the order in which they run."""
+"""All arms, in the order in which they run, a seed of each in turn."""
 CONTROLS = ("dense", "scale-shift")
-FIRST = ("dense", "scale-shift", "element", "shuffled")
-"""Arms that run together, a seed of each in turn; the others follow one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,22 +146,6 @@ COLUMNS = {
         recipe=Recipe(width=32, train=3_900, steps=1_000, batch_size=16),
         seeds=(0, 1, 2),
         seconds=50,
-    ),
-    "medium": Column(
-        recipe=Recipe(width=32, train=10_000, steps=3_000, batch_size=32),
-        seeds=(0, 1, 2, 3, 4),
-        seconds=72,
-    ),
-    "large": Column(
-        recipe=Recipe(width=32, train=40_000, steps=3_000, batch_size=32),
-        seeds=(0, 1, 2, 3, 4),
-        seconds=72,
-    ),
-    "wide": Column(
-        recipe=Recipe(width=64, train=40_000, steps=3_000, batch_size=32),
-        seeds=(0, 1, 2, 3, 4),
-        seconds=122,
-        arms=("dense", "scale-shift", "element"),
     ),
 }
 
@@ -377,16 +308,14 @@ def missing_runs(
     cells: Mapping[str, Cell], seeds: Sequence[int]
 ) -> Iterator[tuple[Cell, float, int]]:
     """What is to run next, as long as whoever asks runs it."""
-    first = [cell for arm, cell in cells.items() if arm in FIRST]
-    for group in (first, *([cell] for arm, cell in cells.items() if arm not in FIRST)):
-        for cell in group:
-            while (lr := next_rate(cell.sweep())) is not None:
-                yield cell, lr, seeds[0]
-        for seed in seeds[1:]:
-            for cell in group:
-                lr = chosen_rate(cell.sweep())
-                if cell.held(lr, seed) is None:
-                    yield cell, lr, seed
+    for cell in cells.values():
+        while (lr := next_rate(cell.sweep())) is not None:
+            yield cell, lr, seeds[0]
+    for seed in seeds[1:]:
+        for cell in cells.values():
+            lr = chosen_rate(cell.sweep())
+            if cell.held(lr, seed) is None:
+                yield cell, lr, seed
 
 
 def write_cell(cell: Cell, results: Path) -> None:

@@ -32,9 +32,8 @@ from experiments.study.forces import (
 from experiments.study.pages import render
 from experiments.study.running import ForcesConfig
 from experiments.study.sweep import main
-from experiments.train.build import num_parameters
 from experiments.train.data.forces import Configurations, Molecules, read_configurations
-from experiments.train.potential import ATOMWISE, Potential, Recipe, errors, loss_of
+from experiments.train.potential import Potential, Recipe, errors, loss_of
 from tests.helpers.forces_data import write_configurations
 
 WIDTH = 8
@@ -86,7 +85,7 @@ def energy_of(model: nn.Module, given: Molecules) -> Tensor:
 # Arms ---------------------------------------------------------------------------------------------
 
 
-def test_arms_start_as_the_dense_model_but_for_networks_of_their_own(data: Configurations) -> None:
+def test_arms_start_as_the_dense_model_but_for_a_wider_one(data: Configurations) -> None:
     given = data.batch(data.rows["test"])
     dense = energy_of(build("dense", data), given)
     same = {
@@ -94,11 +93,7 @@ def test_arms_start_as_the_dense_model_but_for_networks_of_their_own(data: Confi
         for arm in ARMS
         if (found := energy_of(build(arm, data), given)).shape == dense.shape
     }
-    assert [arm for arm, is_same in same.items() if not is_same] == [
-        "dense-time",
-        "own",
-        "dense-parameters",
-    ]
+    assert [arm for arm, is_same in same.items() if not is_same] == ["dense-time"]
 
 
 def test_experts_are_in_all_linear_layers_on_atoms(data: Configurations) -> None:
@@ -107,19 +102,13 @@ def test_experts_are_in_all_linear_layers_on_atoms(data: Configurations) -> None
 
     assert layers("element", gmoe.MoE) == 3 * 3 + 2
     assert layers("scale-shift", forces.ScaleShift) == 3 * 3 + 2
-    assert layers("output", gmoe.MoE) == 2
 
 
-def test_experts_by_element_take_the_dense_flops_and_others_match_what_they_say(
-    data: Configurations,
-) -> None:
+def test_experts_by_element_take_the_dense_flops(data: Configurations) -> None:
     flops = {arm: flops_of_atom(build(arm, data, 32), data) for arm in ARMS}
-    for arm in ("scale-shift", "element", "shuffled", "own", "output"):
+    for arm in ("scale-shift", "element", "shuffled"):
         assert flops[arm] == flops["dense"]
-    for arm in ("dense-time", "mixed", "soft", "top1", "dense-parameters"):
-        assert flops[arm] > 1.1 * flops["dense"]
-    parameters = [num_parameters(build(arm, data, 32)) for arm in ("element", "dense-parameters")]
-    assert parameters[0] == pytest.approx(parameters[1], rel=0.05)
+    assert flops["dense-time"] > 1.1 * flops["dense"]
 
 
 def test_a_scale_and_a_shift_are_those_of_the_element(data: Configurations) -> None:
@@ -315,5 +304,5 @@ def test_the_command_runs_the_study_and_a_page_shows_it(
 def test_the_names_of_layers_are_those_of_the_patterns(data: Configurations) -> None:
     names = forces.atomwise(Potential(WIDTH, data.energy_scale))
     assert len(names) == 11
-    moe = experts(WIDTH, data.energy_scale, router=BY_ELEMENT, start="copies", targets=ATOMWISE)
+    moe = experts(WIDTH, data.energy_scale, router=BY_ELEMENT, start="copies")
     assert [name for name, module in moe.named_modules() if isinstance(module, gmoe.MoE)] == names
