@@ -107,7 +107,9 @@ def advise(
     legal = "'full': a graph that is trained on as a whole"
     check(base.sampling == "full", "sampling", f"{base.sampling!r} of {preset}", legal)
     if price:
-        print(f"a trial takes about {LEAST} to {MOST} times {minutes_of(base):.1f} minutes")
+        print(
+            f"a trial of {LEAST} to {MOST} splits takes about {minutes_of(base):.1f} minutes each"
+        )
         return
     print("asking whether rules differ, without a GNN", file=sys.stderr, flush=True)
     from experiments.study.question import ask

@@ -223,13 +223,13 @@ class Rules(nn.Module):
         super().__init__()
         self.shared = nn.Linear(width, classes)
         self.own = nn.Parameter(torch.zeros(groups, width + 1, classes))
-        self.hidden = nn.Linear(width, hidden)
+        self.hidden = nn.Linear(width, hidden) if hidden else None
         self.out = nn.Parameter(torch.zeros(hidden, classes))
 
     def forward(self, columns_NF: Tensor, group_N: Tensor) -> Tensor:
         """(N, C) logits."""
         logits: Tensor = self.shared(columns_NF)
-        if len(self.out):
+        if self.hidden is not None:
             logits = logits + self.hidden(columns_NF).relu() @ self.out
         rows = [torch.nonzero(group_N == group).flatten() for group in range(len(self.own))]
         for own, chosen in zip(self.own, rows, strict=True):

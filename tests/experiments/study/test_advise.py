@@ -102,7 +102,7 @@ def test_the_price_is_said_and_nothing_is_asked(
     answered: Callable[[bool], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["digits-graph", "--out", "out", "--price"])
-    assert capsys.readouterr().out.startswith("a trial takes about 3 to 3 times 0.")
+    assert capsys.readouterr().out.startswith("a trial of 3 to 3 splits takes about 0.")
     assert not Path("out").exists()
 
 
