@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
@@ -131,6 +132,59 @@ def read_call(
     if layer.explain:
         graph = graph.explained(layer)
     return Call(graph, x_src, x_dst), bool(return_attention_weights)
+
+
+def side_by_side(
+    layer: Any,
+    x: Tensor,
+    edge_index: Adj | Graph,
+    edge_args: Sequence[Any],
+    options: Mapping[str, Any],
+) -> Any:
+    """Call a layer on B graphs with the same edges, as PyG's static graphs: as on one graph.
+
+    Args:
+        x: (B, N, D) the nodes of each.
+        edge_args: of the call behind the edges, by position.
+        options: of the call, by name.
+
+    Returns:
+        (B, N, O), and what else the layer returns of B * N nodes.
+
+    Raises:
+        ValueError: edges in a matrix; a ``batch``, since each graph is a group.
+    """
+    num_graphs, num_nodes, _ = x.shape
+    given = dict(options)
+    adj = edge_index.adj if isinstance(edge_index, Graph) else edge_index
+    refused = {"edge_index": adj if is_sparse(adj) else None, "batch": given["batch"]}
+    for name, value in refused.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: got a {type(value).__name__} with x of shape {tuple(x.shape)}, expected "
+                "edges of shape (2, number of edges) and no batch, for graphs side by side"
+            )
+    if isinstance(edge_index, Graph):
+        graph = edge_index.fitting((num_nodes, num_nodes), layer.flow)
+        for name in ("edge_weight", "edge_attr"):
+            given[name] = getattr(graph, name) if given[name] is None else given[name]
+    else:
+        graph = Graph(edge_index, num_nodes, flow=layer.flow)  # checks the edges
+
+    def repeated(value: Any) -> Any:
+        """What there is for each edge, for each graph."""
+        return torch.cat([value] * num_graphs) if isinstance(value, Tensor) else value
+
+    first = torch.arange(num_graphs, device=x.device) * num_nodes
+    edges = graph.adj.as_tensor() if isinstance(graph.adj, EdgeIndex) else graph.adj
+    edges = (edges[:, None] + first[:, None]).flatten(1)
+    for name in ("edge_weight", "edge_attr"):
+        given[name] = repeated(given[name])
+    given["batch"] = torch.arange(num_graphs, device=x.device).repeat_interleave(num_nodes)
+    out = layer.forward(x.flatten(0, 1), edges, *map(repeated, edge_args), **given)
+    y, *others = out if isinstance(out, tuple) else (out,)
+    y = y.unflatten(0, (num_graphs, num_nodes))
+    return (y, *others) if others else y
 
 
 def _two_sets(
@@ -261,20 +315,27 @@ def by_position(
 
 
 def refuse_unknown_in_call(
-    layer: nn.Module, convs: Iterable[MessagePassing], unknown: Mapping[str, object]
-) -> NoReturn:
-    """Refuse an argument that the layer does not have, although some of its convs may."""
+    layer: nn.Module, convs: Sequence[MessagePassing], unknown: Mapping[str, object]
+) -> None:
+    """Refuse an argument that the layer does not have, although some of its convs may.
+
+    Code that calls such a conv may pass ``None``, which is as good as nothing.
+    """
     names = inspect.signature(layer.forward).parameters
     legal = [name for name in names if name not in ("edge_args", "unknown")]
-    name, value = next(iter(unknown.items()))
-    got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-    takers = {type(conv).__name__ for conv in convs if name in parameters_of(conv)}
-    if takers:
-        taken_by = ", ".join(sorted(takers))
-        hint = f", since {taken_by} takes it but a layer of experts does not"
-    else:
-        hint = nearest(name, legal)
-    raise ValueError(f"{name}: got {got}, expected one of the arguments {', '.join(legal)}{hint}")
+    for name, value in unknown.items():
+        takers = {type(conv).__name__ for conv in convs if name in parameters_of(conv)}
+        if takers and value is None:
+            continue
+        got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+        if takers:
+            taken_by = ", ".join(sorted(takers))
+            hint = f", since {taken_by} takes it but a layer of experts does not"
+        else:
+            hint = nearest(name, legal)
+        raise ValueError(
+            f"{name}: got {got}, expected one of the arguments {', '.join(legal)}{hint}"
+        )
 
 
 def check_attention(experts: Any) -> None:

@@ -30,6 +30,7 @@ from gmoe._torch import dtype_of
 from gmoe.conv.arguments import (
     given_widths,
     read_call,
+    side_by_side,
     two_widths,
 )
 from gmoe.conv.attention_weights import AttentionWeights
@@ -43,7 +44,7 @@ from gmoe.conv.kinds import (
     Make,
     kinds_of,
 )
-from gmoe.conv.open_widths import OpenWidths
+from gmoe.conv.open_widths import OpenWidths, first_call
 from gmoe.conv.router_input import (
     RouterInput,
     router_features,
@@ -150,7 +151,9 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         **conv_kwargs: further arguments of every conv.
 
     Shapes:
-        - ``x``: (N, D), or ``((N_src, D_src), (N_dst, D_dst))``; tokens are the destinations.
+        - ``x``: (N, D), or ``((N_src, D_src), (N_dst, D_dst))``; tokens are the destinations. Or
+          (B, N, D): B graphs with the same edges, each a group, which return (B, N, out); a routing
+          is that of their nodes one after the other.
         - ``edge_index``: (2, M), a :class:`gmoe.Graph`, PyG's ``EdgeIndex``, a ``torch.sparse``
           matrix or ``SparseTensor`` (N_dst, N_src).
         - ``edge_weight`` (M,), ``edge_attr`` (M, .): if the convs take them; also by position, in
@@ -351,21 +354,20 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         ``routing`` is a decision made elsewhere; it is used instead of the router's.
         """
         refuse_transforms()
-        if self.experts is None:
-            edges: dict[str, Any] = {
+        is_static = isinstance(x, Tensor) and x.dim() == 3
+        if is_static or self.experts is None:
+            options = {
                 "edge_weight": edge_weight,
                 "edge_attr": edge_attr,
                 "size": size,
-            }
-            self._complete(x, edge_index, edge_args, **edges)
-            options: dict[str, Any] = {
                 "batch": batch,
                 "routing": routing,
                 "return_routing": return_routing,
                 "return_attention_weights": return_attention_weights,
+                **unknown,
             }
-            with drawn_apart(True):  # the dense conv has drawn all that a dense model draws
-                return self.forward(x, edge_index, *edge_args, **edges, **options, **unknown)
+            run: Any = side_by_side if is_static else first_call
+            return run(self, x, edge_index, edge_args, options)
 
         # 1. Read the call: a graph from sources to destinations, and their features.
         others = (edge_weight, edge_attr, size, return_attention_weights)
@@ -432,7 +434,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             if nodes.dim() != 2 or nodes.size(1) != width or not is_dense:
                 raise ValueError(
                     f"x: got {described(nodes)}, {nodes.layout}, expected dense floats of shape "
-                    f"(nodes, {width}); graphs side by side are one graph, see batch="
+                    f"(nodes, {width}), or a tensor of (graphs, nodes, {width})"
                 )
         if autocasts(sets[0].device):
             return

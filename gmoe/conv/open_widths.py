@@ -18,6 +18,7 @@ from torch_geometric.typing import Adj
 from gmoe._checks import described, parameters_of
 from gmoe._torch import LateState
 from gmoe.conv.graph import Graph
+from gmoe.start import drawn_apart
 
 
 class OpenWidths(LateState):
@@ -95,8 +96,8 @@ class OpenWidths(LateState):
             return conv
         return None
 
-    def _complete(
-        self, x: Any, edge_index: Adj | Graph, args: Sequence[Any], **kwargs: Any
+    def complete(
+        self, x: Any, edge_index: Adj | Graph, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
         """Fill in the widths that were left open, and build.
 
@@ -129,7 +130,7 @@ class OpenWidths(LateState):
                 f"{type(self).__name__}: this call fills in the width that was -1, and makes the "
                 "parameters: an optimizer that was made before does not train them. Call the model "
                 "under torch.no_grad() first",
-                stacklevel=5,
+                stacklevel=6,
             )
         with torch.inference_mode(False):  # the parameters are for training too
             drawn = self._drawn(x, edge_index, args, kwargs)
@@ -149,3 +150,19 @@ class OpenWidths(LateState):
             f"in_channels: got {self.in_channels}, expected a call to fill it in before a state is "
             "loaded"
         )
+
+
+def first_call(
+    layer: Any,
+    x: Any,
+    edge_index: Adj | Graph,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a layer of open widths, after they were filled in.
+
+    Its dense conv has drawn what a dense model draws, so that nothing else may be drawn.
+    """
+    layer.complete(x, edge_index, args, kwargs)
+    with drawn_apart(True):
+        return layer.forward(x, edge_index, *args, **kwargs)

@@ -165,6 +165,11 @@ class LayeredGNN(Pretrained, nn.Module):
                 f"x: got {described(x)}, expected a tensor; for nodes of several types, put a "
                 "MoEConv for each relation into PyG's HeteroConv"
             )
+        if x.dim() != 2:
+            raise ValueError(
+                f"x: got {described(x)}, expected shape (nodes, features); a MoEConv takes graphs "
+                "side by side, a model takes them as one graph and batch="
+            )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
         part, part_batch = graph, batch
         decisions = self._decisions(x, graph, batch, routings)

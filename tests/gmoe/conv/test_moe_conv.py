@@ -163,7 +163,8 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
     ("conv", "x", "kwargs", "message"),
     [
         ("gcn", torch.randn(NODES, 5), {}, r"x: got .*\(8, 5\)"),
-        ("gat", torch.randn(2, NODES, 4), {}, r"x: got .*\(2, 8, 4\).* see batch="),
+        ("gat", torch.randn(1, 2, NODES, 4), {}, r"x: got .*\(1, 2, 8, 4\)"),
+        ("gat", (torch.randn(2, NODES, 4),) * 2, {}, r"x: got .*\(2, 8, 4\)"),
         ("le", None, {}, "x: got NoneType"),
         ("sage", (None, X), {}, r"x: got \['NoneType', 'Tensor'\]"),
         (
