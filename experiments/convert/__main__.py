@@ -1,4 +1,4 @@
-"""``python -m experiments.convert NAME [options]``: tables of SMILES become data to train from."""
+"""``python -m experiments.convert NAME [options]``: tables become data to train from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from experiments.train.command_line import fail
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "molecules": ("OGB's molecule sets; RDKit reads the SMILES.", "smiles"),
+    "packages": ("Debian's package graph, of 50 sections.", "packages"),
+    "synsets": ("WordNet's synsets, of 45 lexicographer files.", "synsets"),
+    "definitions": ("What Python packages define and use.", "definitions"),
     "forces": ("Configurations with energies and forces, by xTB.", "forces"),
 }
 """By the name of the command line: a line of help, and the module."""
