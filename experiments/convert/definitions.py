@@ -4,9 +4,10 @@
     python -m experiments.convert definitions wheels --out data/definitions.npz
 
 Nodes stand at the top of a file and have a docstring. An edge leads from what uses a name to what
-defines it, in whatever package, if no other definition has the name. Features are the words of docstring and names, without
-that of the package; no split takes one file apart. The file holds the names of the wheels, which
-have versions, and their checksum. The texts are under the licenses of their packages.
+defines it, in whatever package, if no other definition has the name. Features are the words of
+docstring and names, without that of the package; no split takes one file apart. The file holds the
+names of the wheels, which have versions, and their checksum. The texts are under the licenses of
+their packages.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def _of_file(content: bytes, file: str, label: str) -> Iterator[Definition]:
         if isinstance(part, Defined) and (text := ast.get_docstring(part)):
             text = f"{text.split('>>>')[0]} {_apart(part.name)}"
             node = Node(words(text, without=_apart(label)), label, f"{label}/{file}")
-            yield Definition(f"{label}/{file}:{part.lineno}:{part.name}", part.name, node, _uses(part))
+            yield Definition(
+                f"{label}/{file}:{part.lineno}:{part.name}", part.name, node, _uses(part)
+            )
 
 
 def _apart(name: str) -> str:

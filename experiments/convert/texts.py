@@ -68,7 +68,7 @@ def write(graph: TextGraph, out: Path) -> None:
     """Write the ``.npz`` that ``experiments.train`` reads, and say how large the graph is.
 
     Raises:
-        ValueError: fewer words than there are features, or no edge.
+        ValueError: fewer nodes or words than there are features, or no edge.
     """
     names = sorted(graph.nodes)
     place = {name: number for number, name in enumerate(names)}
@@ -77,7 +77,7 @@ def write(graph: TextGraph, out: Path) -> None:
     check(graph.edges, "edges", "none", "some between nodes of large classes")
     edges = np.array(sorted((place[one], place[other]) for one, other in graph.edges)).T
     y = np.array([number[graph.nodes[name].label] for name in names])
-    arrays = {
+    arrays: dict[str, Any] = {
         "x": _features([graph.nodes[name].text for name in names]),
         "y": y,
         "edge_index": edges,
@@ -101,8 +101,10 @@ def _features(texts: list[str]) -> NDArray[Any]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     counted = TfidfVectorizer(min_df=5, max_features=MOST_WORDS, sublinear_tf=True)
+    check(len(texts) > WIDTH, "nodes", len(texts), f"more than {WIDTH}")
     weights = counted.fit_transform(texts)
-    check(weights.shape[1] > WIDTH, "words", weights.shape[1], f"more than {WIDTH}")
+    got = f"{weights.shape[1]} that five texts have"
+    check(weights.shape[1] > WIDTH, "words", got, f"more than {WIDTH}")
     x = TruncatedSVD(WIDTH, random_state=0).fit_transform(weights)
     return (x / x.std(0)).astype(np.float32)
 

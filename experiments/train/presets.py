@@ -295,6 +295,11 @@ for name in ("roman-empire", "amazon-ratings", "tolokers", "questions"):
         f"{name}, 10 splits; the 5-layer SAGE of its paper.",
         replace(CRITICAL_LOOK, dataset=name),
     )
+for name in ("packages", "synsets", "definitions"):
+    PRESETS[name] = (
+        f"{name}, a graph of texts that `experiments.convert {name}` writes; a 2-layer SAGE.",
+        replace(GRAPH, dataset=name, epochs=150, seeds=TEN),
+    )
 for name in (
     "amazon-computers",
     "amazon-photo",

@@ -142,16 +142,21 @@ FILTERED = ("chameleon-filtered", "squirrel-filtered")
 """Without nodes that are both in training and, as a duplicate, in test (Platonov et al., 2023):
 ``chameleon_filtered.npz`` in the data root, from yandex-research/heterophilous-graphs."""
 
+TEXTS = ("packages", "synsets", "definitions")
+"""Graphs of texts, ``NAME.npz`` in the data root, which ``python -m experiments.convert NAME``
+writes."""
+
 
 def load_graph(name: str, root: Path, *, offline: bool = False) -> GraphData:
-    """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, with files in the data root."""
+    """A graph data set of :data:`PYG`, :data:`FILTERED`, :data:`TEXTS` or OGB, with files in the
+    data root."""
     if name in PYG:
         return PYG[name].load(name, root, offline)
-    if name in FILTERED:
+    if name in (*FILTERED, *TEXTS):
         from experiments.train.data.own_graph import own_graph
 
         return own_graph(root / f"{name.replace('-', '_')}.npz", name=name)
-    legal = f"one of {', '.join([*PYG, *FILTERED])}, or one of OGB's"
+    legal = f"one of {', '.join([*PYG, *FILTERED, *TEXTS])}, or one of OGB's"
     check(name.startswith("ogbn-"), "dataset", repr(name), legal)
     from experiments.train.data.ogb import load_ogb
 

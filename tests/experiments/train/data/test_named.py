@@ -19,12 +19,12 @@ from torch_geometric.data import Data
 from torch_geometric.datasets import actor
 
 from experiments.train.data.graphs import MASKS, per_class_splits, stratified_splits
-from experiments.train.data.named import FILTERED, PYG
+from experiments.train.data.named import FILTERED, PYG, TEXTS
 from tests.helpers.pyg_data import CLASSES, NODES, load, write_raw
 from tests.helpers.user_data import Evil
 
 BY_ROC_AUC = {"minesweeper", "tolokers", "questions"}
-ONE_WAY = {"actor", *FILTERED}
+ONE_WAY = {"actor", *FILTERED, *TEXTS}
 """Of these the edges stay as they are."""
 
 
@@ -34,7 +34,7 @@ def pairs(edge_index: Tensor) -> set[tuple[int, int]]:
     return set(found)
 
 
-@pytest.mark.parametrize("name", [*PYG, *FILTERED])
+@pytest.mark.parametrize("name", [*PYG, *FILTERED, *TEXTS])
 def test_sets_from_their_raw_layout(name: str, tmp_path: Path) -> None:
     raw = write_raw(name, tmp_path)
     before = sorted(tmp_path.rglob("*"))

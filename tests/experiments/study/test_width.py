@@ -1,0 +1,36 @@
+"""The study of width: each arm has a step size that validation chose on packages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from experiments.study.width import ARMS, FACTORS, RATES, chosen_factors, rate_rows, width_rows
+
+
+def write_cell(folder: Path, row: str, score: float) -> None:
+    path = folder / "packages" / f"{row}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"val": {"mean": score}, "test": {"mean": 1 - score}}))
+
+
+def test_an_arm_is_chosen_by_validation_when_all_its_step_sizes_ran(tmp_path: Path) -> None:
+    for factor, score in zip(FACTORS, (0.5, 0.7, 0.6), strict=True):
+        write_cell(tmp_path, f"dense-64@{factor}", score)
+    write_cell(tmp_path, "experts-64@1.0", 0.9)  # the others are missing
+    factors = chosen_factors(tmp_path)
+    assert factors == {"dense-64": FACTORS[1]}
+    rows = width_rows(factors)
+    assert set(rows) == {"dense-64", "dense-64-lr2", "flops-64"}
+    assert rows["dense-64-lr2"].lr_factor == 2 * rows["dense-64"].lr_factor
+
+
+def test_every_arm_has_a_step_size_or_takes_that_of_one_that_has() -> None:
+    own = {name for name, arm in ARMS.items() if arm.rate_of is None}
+    assert {arm.rate_of for arm in ARMS.values()} - {None} <= own
+    assert set(rate_rows()) == {f"{name}@{factor}" for name in own for factor in FACTORS}
+    assert set(width_rows(dict.fromkeys(own, 1.0))) == set(ARMS)
+
+
+def test_every_cell_has_a_configuration() -> None:
+    assert len(RATES.cells()) == len(RATES.rows)
