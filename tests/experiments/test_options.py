@@ -64,7 +64,7 @@ def forget_unknown_options() -> None:
         ("sweep routers --jobs 0", "jobs: got 0, expected at least 1"),
         ("benchmark layer", "benchmark: got 'layer', expected one of layers, step, gpu"),
         ("benchmark layer", "did you mean 'layers'?"),
-        ("convert molecule", "command: got 'molecule', expected one of molecules, forces"),
+        ("convert molecule", "command: got 'molecule', expected one of molecules, packages"),
         ("benchmark layers --repeats 0", "repeats: got 0, expected at least 1"),
         ("benchmark layers --conv nothing", "conv: got 'nothing'"),
         ("benchmark step --rows nothing", "rows: got 'nothing', expected one of 'cora-gcn'"),
