@@ -45,6 +45,7 @@ from gmoe import (
 )
 from gmoe.conv.base import ConvExperts, MixedExperts
 from gmoe.routers import build_router
+from tests.helpers.vits import SMALL_VIT
 
 D, E, K = 8, 8, 2
 FINE = torch.float64
@@ -232,14 +233,6 @@ def soft() -> SoftMoE:
     return SoftMoE(SoftSlots(D, num_experts=E, slots=2), MLPExperts(D, 12, 6, num_experts=E))
 
 
-SMALL_VIT = {
-    "image_size": 8,
-    "patch_size": 4,
-    "num_layers": 2,
-    "num_heads": 2,
-    "hidden_dim": 16,
-    "mlp_dim": 24,
-}
 NO_RESET = {
     "starts_on_the_meta_device": "torchvision's models are built with values; see reset_parameters"
 }

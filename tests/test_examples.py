@@ -110,20 +110,3 @@ def test_the_example_of_a_router_has_the_losses_of_shazeer(k: int) -> None:
     weights = [router.gate.weight, router.noise.weight]
     found = torch.autograd.grad(routing.aux_loss, weights)
     torch.testing.assert_close(found, torch.autograd.grad(expected, weights))
-
-
-def test_the_example_of_a_router_evens_out_the_load() -> None:
-    """A gate that sends all tokens to two experts spreads them, by its losses alone."""
-    torch.manual_seed(0)
-    own = definitions(EXAMPLES[0].parent / "own_router.py")["NoisyTopK"]
-    router, x = own(8, num_experts=4, k=2), torch.randn(200, 8) + 1
-    router.gate.weight.data[:2] += 1
-    before = float(router.eval()(x).load.max())
-    optimizer = torch.optim.Adam(router.parameters(), lr=0.01)
-    for _ in range(200):
-        optimizer.zero_grad()
-        router.train()(x).aux_loss.backward()
-        optimizer.step()
-    after = float(router.eval()(x).load.max())
-    assert before == 200
-    assert after < 150

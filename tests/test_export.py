@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -106,7 +106,6 @@ WEIGHTED: dict[str, Make] = {
 }
 """Graphs with edge weights and two loops at each node, of which GCN takes the last one's weight."""
 CASES = {**TOKENS, **GROUPS, **IMAGES, **GRAPHS, **WEIGHTED}
-ROUTERS = ("token_choice", "expert_choice")
 SHORT = (
     "MoE, token_choice, K=2",
     "timm, copies",
@@ -116,20 +115,6 @@ SHORT = (
     "GNNMoE, gcn, weights, copies",
 )
 """Cases of the default suite; the others are slow together."""
-
-
-def cases(argument: str, quick: Iterable[Any], names: Iterable[Any]) -> pytest.MarkDecorator:
-    """Cases of an argument and :data:`DIMS`, of which the default suite has the quick ones."""
-    return pytest.mark.parametrize(
-        (argument, "way"),
-        [
-            pytest.param(
-                name, way, marks=() if name in quick and way == STRICT else pytest.mark.slow
-            )
-            for name in names
-            for way in DIMS
-        ],
-    )
 
 
 def built(name: str) -> nn.Module:
@@ -181,11 +166,13 @@ def close(found: Tensor, model: nn.Module, args: Args) -> None:
         torch.testing.assert_close(found, model(*args), atol=1e-5, rtol=1e-5)
 
 
-@cases("name", SHORT, CASES)
-def test_a_model_is_exported_for_any_number_of_images_nodes_and_edges(name: str, way: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in SHORT)) for name in CASES]
+)
+def test_a_model_is_exported_for_any_number_of_images_nodes_and_edges(name: str) -> None:
     model = built(name)
     args = call(name, 0)
-    exported = torch.export.export(model, args, dynamic_shapes=any_size(args, way))
+    exported = torch.export.export(model, args, dynamic_shapes=any_size(args, STRICT))
     # Other runtimes know torch's operators only.
     assert not [node for node in exported.graph.nodes if "gmoe" in str(node.target)]
     run = exported.module()
@@ -194,15 +181,20 @@ def test_a_model_is_exported_for_any_number_of_images_nodes_and_edges(name: str,
         close(run(*args), model, args)
 
 
-FEW_AND_MANY = [(router, patches) for router in ROUTERS for patches in (4, 196)]
+@pytest.mark.slow
+@pytest.mark.parametrize("way", DIMS)
+def test_each_way_to_say_any_size_is_taken(way: str) -> None:
+    name = "MoEConv, gin, copies, K=2"
+    model, args = built(name), call(name, 0)
+    run = torch.export.export(model, args, dynamic_shapes=any_size(args, way)).module()
+    close(run(*call(name, 1)), model, call(name, 1))
 
 
-@cases("tokens", [("expert_choice", 4), ("token_choice", 196)], FEW_AND_MANY)
+@pytest.mark.parametrize(("router", "patches"), [("expert_choice", 4), ("token_choice", 196)])
 def test_a_vit_of_few_tokens_or_many_is_exported_for_any_number_of_images(
-    tokens: tuple[str, int], way: str
+    router: str, patches: int
 ) -> None:
     """Of many tokens, the blocks of experts are larger than the least."""
-    router, patches = tokens
     torch.manual_seed(0)
     side = 8 * math.isqrt(patches)
     vit = timm.models.VisionTransformer(
@@ -213,7 +205,7 @@ def test_a_vit_of_few_tokens_or_many_is_exported_for_any_number_of_images(
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     images = torch.randn(3, 3, side, side)
-    shapes = any_size((images,), way)
+    shapes = any_size((images,), STRICT)
     run = torch.export.export(model, (images,), dynamic_shapes=shapes).module()
     for number in (3, 2, 5, 17, 64) if patches == 4 else (3, 2, 7):
         args = (torch.randn(number, 3, side, side),)

@@ -1,30 +1,21 @@
 """Two limits of size; ``python -m tests.test_size`` prints these and other figures.
 
 No function is longer than :data:`FUNCTION_LINES` lines of code, and no file of ``gmoe`` longer than
-:data:`FILE_LINES` raw lines. Totals, tokens, and how much of the library a call passes are printed
-for review, not asserted.
+:data:`FILE_LINES` raw lines. Totals and tokens are printed for review, not asserted.
 """
 
 from __future__ import annotations
 
 import ast
 import io
-import sys
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any
 
 import pytest
-import torch
-from torch_geometric.nn import GCNConv
-
-import gmoe
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = Path(gmoe.__file__).parent
 FOLDERS = ("gmoe", "vision", "experiments", "examples", "tests", "tools", "docs")
 
 FUNCTION_LINES = 80
@@ -32,29 +23,6 @@ FUNCTION_LINES = 80
 
 FILE_LINES = 600
 """Raw lines that a file of ``gmoe`` may have."""
-
-
-def moe_conv() -> Callable[[], Any]:
-    layer = gmoe.MoEConv(GCNConv, 16, 16)
-    x, edge_index = torch.randn(30, 16), torch.randint(30, (2, 90))
-    return lambda: layer(x, edge_index)
-
-
-def mixture() -> Callable[[], Any]:
-    layer = gmoe.MoEConv(GCNConv, 16, 16, start="plain")
-    x, edge_index = torch.randn(30, 16), torch.randint(30, (2, 90))
-    return lambda: layer(x, edge_index)
-
-
-def moe() -> Callable[[], Any]:
-    layer = gmoe.MoE(
-        gmoe.TokenChoice(16, num_experts=8), gmoe.MLPExperts(16, 32, 16, num_experts=8)
-    )
-    x = torch.randn(30, 16)
-    return lambda: layer(x)
-
-
-CALLS = {"MoEConv": moe_conv, "plain mixture": mixture, "MoE": moe}
 
 
 def files(*folders: str) -> list[Path]:
@@ -104,31 +72,6 @@ def raw_lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-def passed_functions(call: Callable[[], Any]) -> set[CodeType]:
-    """The library's functions that a call passes; comprehensions do not count."""
-    passed = set[CodeType]()
-
-    def note(frame: FrameType, event: str, _: Any) -> None:
-        code = frame.f_code
-        ours = code.co_filename.startswith(str(LIBRARY))
-        if event == "call" and ours and not code.co_name.endswith(("comp>", "expr>")):
-            passed.add(code)
-
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return passed
-
-
-def function_lines(code: CodeType) -> int:
-    """Lines of code of a function."""
-    path = Path(code.co_filename)
-    last = max(line for *_, line in code.co_lines() if line is not None)
-    return len(code_lines(path).intersection(range(code.co_firstlineno, last + 1)))
-
-
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_function_is_too_long(folder: str) -> None:
     long = {
@@ -165,13 +108,6 @@ def main() -> None:
         print(
             f"{folder:14} {len(paths):6} {sum(raw):10,} {code:7,} {tokens:8,} "
             f"{max(raw):13,} {longest:9}"
-        )
-    print(f"\n{'a call passes':14} {'functions':>10} {'files':>6} {'code':>6}")
-    for name, build in CALLS.items():
-        passed = passed_functions(build())
-        passed_files = {code.co_filename for code in passed}
-        print(
-            f"{name:14} {len(passed):10} {len(passed_files):6} {sum(map(function_lines, passed)):6}"
         )
 
 

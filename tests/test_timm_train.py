@@ -92,34 +92,6 @@ def test_pretrained_weights_are_upcycled(tmp_path: Path) -> None:
     assert not torch.equal(create().eval().forward_features(images), expected)
 
 
-@pytest.mark.parametrize("layer_decay", [None, 0.7])
-def test_the_optimizer_has_each_parameter_once(
-    layer_decay: float | None,
-) -> None:
-    model = create()
-    options: dict[str, Any] = {"weight_decay": 0.05, "layer_decay": layer_decay}
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, **options)
-    decay = {
-        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-    }
-    names = dict(model.named_parameters())
-    assert sorted(decay) == sorted(id(parameter) for parameter in names.values())
-    experts = {name: decay[id(p)] for name, p in names.items() if ".experts." in name}
-    assert all(value > 0 for name, value in experts.items() if name.endswith("weight"))
-    # With decay by layer, timm goes by the dimensions alone, of which stacked biases have two.
-    biases = [value for name, value in experts.items() if name.endswith("bias")]
-    assert biases
-    assert all((value > 0) == (layer_decay is not None) for value in biases)
-    if layer_decay is not None:
-        scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
-        blocks = [
-            {scale[id(p)] for name, p in names.items() if name.startswith(f"blocks.{number}.")}
-            for number in range(4)
-        ]
-        assert [len(block) for block in blocks] == [1] * 4  # experts as the rest of their block
-        assert [max(block) for block in blocks] == sorted(max(block) for block in blocks)
-
-
 class Run:
     """The state of ``train.py``: model, optimizer, average, schedule and checkpoints."""
 

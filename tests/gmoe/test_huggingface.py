@@ -46,16 +46,3 @@ def test_a_moefied_model_starts_as_the_dense_one_trains_and_loads(
     again.load_state_dict(torch.load(tmp_path / "model.pt"))
     assert torch.equal(run(again.eval()), run(model.eval()))
     assert not torch.equal(run(again), run(dense))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_experts_are_copies_of_the_dense_mlp(name: str) -> None:
-    """Without a shared expert, copies with weight 1 compute what the dense model does."""
-    dense = build(name).double()
-    straight = {"weight": "straight_through", "balance": None}
-    model = moefy(copy.deepcopy(dense), num_experts=4, start="copies", router_kwargs=straight)
-    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    torch.manual_seed(2)
-    expected = dense(images)[0]
-    torch.manual_seed(2)
-    torch.testing.assert_close(model(images)[0], expected, rtol=0, atol=1e-8)

@@ -11,23 +11,16 @@ from torch import nn
 import gmoe
 from gmoe import MoE, TokenChoice, ViTMoE
 from tests.helpers.shrunk import pruned_on
-from tests.helpers.vits import images
+from tests.helpers.vits import SMALL_VIT, images
 
 E = 4
-TINY = {
-    "image_size": 8,
-    "patch_size": 4,
-    "num_layers": 4,
-    "num_heads": 2,
-    "hidden_dim": 16,
-    "mlp_dim": 24,
-}
+FOUR_BLOCKS = SMALL_VIT | {"num_layers": 4}
 
 
 def test_a_decision_may_come_from_features_of_the_users() -> None:
     """A view of the images, such as their mean color, and one decision for all blocks."""
     torch.manual_seed(0)
-    model = ViTMoE(TINY, 5, "token_choice", num_experts=E, start="plain")
+    model = ViTMoE(FOUR_BLOCKS, 5, "token_choice", num_experts=E, start="plain")
     nn.init.normal_(model.heads.head.weight)
     router = TokenChoice(3, num_experts=E, balance=None)
     x = images().float()
@@ -43,7 +36,7 @@ def test_a_decision_may_come_from_features_of_the_users() -> None:
 def shared(**options: Any) -> ViTMoE:
     torch.manual_seed(0)
     options = {"router": "token_choice", "start": "plain"} | options
-    model = ViTMoE(TINY, 5, num_experts=E, shared_router=True, **options)
+    model = ViTMoE(FOUR_BLOCKS, 5, num_experts=E, shared_router=True, **options)
     nn.init.normal_(model.heads.head.weight)
     return model.double().eval()
 
@@ -80,7 +73,7 @@ def test_one_router_decides_for_all_layers() -> None:
 def test_with_a_shared_router_a_new_model_is_the_dense_one(start: Any) -> None:
     model = shared(start=start)
     torch.manual_seed(0)
-    dense = ViTMoE(TINY, 5, None)
+    dense = ViTMoE(FOUR_BLOCKS, 5, None)
     nn.init.normal_(dense.heads.head.weight)
     x = images()
     torch.testing.assert_close(model(x), dense.double().eval()(x), rtol=0, atol=1e-10)

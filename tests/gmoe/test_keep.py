@@ -158,14 +158,6 @@ def test_a_pruned_layer_is_compiled_and_exported(router: str) -> None:
     assert_same(torch.export.export(layer, (X,)).module()(X), expected)
 
 
-def test_capacity_is_not_edited() -> None:
-    """An expert takes as many tokens as it took, since its share is of all that are scored."""
-    for router in ("expert_choice", "attention_vote"):
-        layer = pruned_layer(router)
-        owner = layer.router if router == "attention_vote" else layer.router.selection
-        assert owner.capacity_factor == 1.0
-
-
 def test_centroids_of_experts_that_are_gone_stay_where_they_were() -> None:
     router = pruned_layer("multi_centroid").router
     before = router.centroid.clone()

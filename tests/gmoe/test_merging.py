@@ -93,17 +93,6 @@ def test_a_schnet_mixes_its_linear_layers_by_composition(start: str) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
-def test_it_starts_as_the_dense_model() -> None:
-    dense, pos = dense_schnet(), positions()
-    expected = dense(Z, pos, BATCH)
-    router = ByType("z", ELEMENTS, batch="batch")
-    for start in ("copies", "shared"):
-        model: Any = gmoe.moefy(
-            dense_schnet(), targets=LINEAR, router=router, mix="weights", start=start
-        )
-        torch.testing.assert_close(model(Z, pos, BATCH), expected, rtol=0, atol=1e-10)
-
-
 def test_merged_for_a_molecule_it_is_the_dense_model() -> None:
     model, pos = schnet(), positions()
     state = copy.deepcopy(model.state_dict())

@@ -24,20 +24,13 @@ from torch_geometric.nn.models import GCN
 import gmoe
 from gmoe.pruning import groups_of
 from tests.helpers.command import full_disk
+from tests.helpers.vits import SMALL_VIT
 
 X, EDGES = torch.randn(40, 16, dtype=torch.float64), torch.randint(40, (2, 160))
 IMAGES = torch.randn(4, 1, 8, 8, dtype=torch.float64)
 
 
 GNN = partial(gmoe.GNNMoE, 16, 8, 3)
-SIZE = {
-    "image_size": 8,
-    "patch_size": 4,
-    "num_layers": 2,
-    "num_heads": 2,
-    "hidden_dim": 16,
-    "mlp_dim": 24,
-}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kinds": (GNN, {"conv": ("gcn", SAGEConv, "graph"), "k": 2}),
     "a conv's class": (GNN, {"conv": SAGEConv}),
@@ -55,7 +48,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shared expert": (GNN, {"start": "shared"}),
     "size": (
         gmoe.ViTMoE,
-        {"size": SIZE, "router": "token_choice", "k": 2, "router_kwargs": {"z_coef": 0.1}},
+        {"size": SMALL_VIT, "router": "token_choice", "k": 2, "router_kwargs": {"z_coef": 0.1}},
     ),
     "dense ViT": (partial(gmoe.ViTMoE, 8), {"router": None, "dropout": 0.1}),
 }

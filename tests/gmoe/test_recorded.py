@@ -135,34 +135,3 @@ def test_a_subclass_that_does_not_record_its_arguments_is_refused(tmp_path: Path
     with pytest.raises(ValueError, match=r"^model: got a Silent .*records its own arguments"):
         Silent(16).save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
-
-
-def test_parts_of_a_model_of_gmoe_that_were_replaced_are_refused(tmp_path: Path) -> None:
-    class Own(gmoe.MLPExperts):
-        """Has no weights beyond its base's, and may compute something else."""
-
-    def first(model: Any) -> Any:
-        return next(part for part in model.modules() if isinstance(part, gmoe.MoE))
-
-    def set_class(model: Any) -> None:
-        first(model).experts.__class__ = Own
-
-    def set_activation(model: Any) -> None:
-        first(model).experts.activation = nn.ReLU()
-
-    def set_router(model: Any) -> None:
-        first(model).router.__class__ = MyRouter
-
-    changes: dict[str, Any] = {
-        "experts, Own": set_class,
-        "activation, ReLU": set_activation,
-        "router, MyRouter": set_router,
-        "experts.up, UnstackedLinears": gmoe.unstack,
-    }
-    for said, change in changes.items():
-        model = gmoe.ViTMoE(8, router="token_choice", num_experts=2)
-        change(model)
-        for save in (model.save_pretrained, partial(gmoe.save, model)):
-            with pytest.raises(ValueError, match=rf"^model: got \S+\.{said}, expected "):
-                save(tmp_path / "model")
-    assert not (tmp_path / "model").exists()

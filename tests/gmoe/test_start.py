@@ -29,17 +29,11 @@ from gmoe.moe import MoELayer
 from tests.helpers.conv_cases import ids
 from tests.helpers.equal import assert_same
 from tests.helpers.masked import GRAPHS, features, routing_of
+from tests.helpers.vits import SMALL_VIT
 
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH = 4
-SMALL_VIT = {
-    "image_size": 8,
-    "patch_size": 4,
-    "num_layers": 4,
-    "num_heads": 2,
-    "hidden_dim": 16,
-    "mlp_dim": 24,
-}
+FOUR_BLOCKS = SMALL_VIT | {"num_layers": 4}
 
 
 def gin(width: int, out: int) -> GINConv:
@@ -266,8 +260,8 @@ def test_a_new_gnn_gives_what_the_dense_one_gives(options: dict[str, Any]) -> No
     ids=ids,
 )
 def test_a_new_vit_gives_what_the_dense_one_gives(options: dict[str, Any]) -> None:
-    model, after = drawn(lambda: ViTMoE(SMALL_VIT, **options))
-    plain, expected = drawn(lambda: ViTMoE(SMALL_VIT, router=None))
+    model, after = drawn(lambda: ViTMoE(FOUR_BLOCKS, **options))
+    plain, expected = drawn(lambda: ViTMoE(FOUR_BLOCKS, router=None))
     assert torch.equal(after, expected)
     nn.init.normal_(model.heads[0].weight)  # torchvision's starts at zero
     plain.heads.load_state_dict(model.heads.state_dict())
@@ -405,7 +399,7 @@ BUILDS: dict[str, Callable[..., nn.Module]] = {
     "moefy": lambda **options: moefy(
         nn.ModuleDict({"conv": GCNConv(WIDTH, WIDTH)}), targets="conv", num_experts=3, **options
     ),
-    "ViTMoE": lambda **options: ViTMoE(SMALL_VIT, num_experts=3, **options),
+    "ViTMoE": lambda **options: ViTMoE(FOUR_BLOCKS, num_experts=3, **options),
 }
 
 
@@ -519,14 +513,14 @@ def test_a_gnn_decides_once_where_its_layers_start_as_copies(
 
 
 def of_vit(**options: Any) -> Any:
-    return ViTMoE(SMALL_VIT, router="token_choice", num_experts=3, **options)
+    return ViTMoE(FOUR_BLOCKS, router="token_choice", num_experts=3, **options)
 
 
 DOORS: dict[str, tuple[Callable[..., Any], str]] = {
     "MoEConv": (partial(MoEConv, GCNConv, WIDTH, WIDTH, num_experts=3), "shared"),
     "GNNMoE": (partial(GNNMoE, WIDTH, WIDTH, 2, 2, num_experts=3), "copies"),
     "ViTMoE": (of_vit, "shared"),
-    "moefy, MLPs": (lambda **options: moefy(ViTMoE(SMALL_VIT, router=None), **options), "shared"),
+    "moefy, MLPs": (lambda **options: moefy(ViTMoE(FOUR_BLOCKS, router=None), **options), "shared"),
     "moefy, convs": (
         lambda **options: moefy(nn.Sequential(GCNConv(WIDTH, WIDTH)), targets="0", **options),
         "shared",

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
+SMALL_VIT: dict[str, int] = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "mlp_dim": 24,
+}
+"""The sizes of a ``ViTMoE``, one of whose blocks has experts."""
+
 
 def torchvision_vit(layers: int = 3) -> VisionTransformer:
     torch.manual_seed(0)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from torch_geometric.explain.algorithm.utils import set_masks
-from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
 
 from gmoe import Graph, MoEConv
-from tests.helpers.folded import fold
 from tests.helpers.masked import (
     GRAPHS,
     csr,
@@ -22,7 +20,6 @@ from tests.helpers.masked import (
     simple_graph,
     weights,
 )
-from tests.torch_versions import COMPILES_GRAPHS
 
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH, EXPERTS = 4, 3
@@ -104,17 +101,6 @@ def test_transformers_matrix_has_the_weights_of_its_edges_as_values() -> None:
     assert torch.equal(found.col_indices(), matrix.col_indices())
 
 
-@pytest.mark.skipif(not WITH_TORCH_SPARSE, reason="needs torch-sparse")
-def test_a_sparse_tensor_comes_back_with_the_weights_as_its_values() -> None:
-    moe, x = layer("gat", heads=2), features(NODES, WIDTH)
-    source, destination = simple_graph(NODES, NODES)
-    adj = SparseTensor(row=destination, col=source, sparse_sizes=(NODES, NODES))
-    (_, found), (_, expected) = (
-        called(x, adj, return_attention_weights=True) for called in (moe, moe.expert(0))
-    )
-    assert_close(found.coo(), expected.coo())
-
-
 @pytest.mark.parametrize("start", ["plain", "shared"])
 @pytest.mark.parametrize(("conv", "options"), CONVS, ids=ids)
 def test_each_edge_has_the_weights_of_the_experts_that_its_destination_used(
@@ -153,12 +139,6 @@ def test_weights_are_asked_for_by_position_as_of_pygs_conv() -> None:
     assert_close(moe(x, EDGES, return_attention_weights=False), found[0])
 
 
-def test_folded_experts_have_the_same_weights() -> None:
-    moe, x = layer("gatv2"), features(NODES, WIDTH)
-    before = moe(x, EDGES, return_attention_weights=True)
-    assert_close(fold(moe)(x, EDGES, return_attention_weights=True), before)
-
-
 @pytest.mark.parametrize(("conv", "are_dropped"), [("gat", True), ("transformer", False)])
 def test_dropout_shows_where_pyg_shows_it(conv: str, are_dropped: bool) -> None:
     """TransformerConv returns the weights before dropout."""
@@ -174,16 +154,6 @@ def test_weights_are_those_without_an_explainers_mask() -> None:
     explained, found = moe(x, EDGES, return_attention_weights=True)
     assert not torch.allclose(explained, out)
     assert_close(found, before)
-
-
-@pytest.mark.slow
-@COMPILES_GRAPHS
-def test_compiled_layers_return_the_same_weights() -> None:
-    torch.compiler.reset()
-    moe, x = layer("gat", heads=2).eval(), features(NODES, WIDTH)
-    expected = moe(x, EDGES, return_attention_weights=True)
-    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x, EDGES, return_attention_weights=True), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import global_mean_pool
 
-from gmoe import GNNMoE, MoEConv, TokenChoice
+from gmoe import MoEConv, TokenChoice
 from tests.helpers.masked import redrawn, weighted
 
 BATCH = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3])
@@ -52,16 +52,3 @@ def test_a_layer_takes_the_decision_of_each_graph(conv: Any) -> None:
     found = torch.autograd.grad(out.square().sum(), values)
     wanted = torch.autograd.grad(expected.square().sum(), values)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_a_model_takes_it_for_all_layers() -> None:
-    x, edge_index = nodes_and_edges()
-    model = redrawn(GNNMoE(6, 8, 3, 3, num_experts=4, shared_router=True))
-    router = TokenChoice(6, num_experts=4).double().eval()
-    nodes = router(global_mean_pool(x, BATCH)).expand(BATCH)
-    out, used = model(x, edge_index, routings=[nodes], return_routing=True)
-    assert used[0] is nodes
-    alone = BATCH == 2
-    edges = edge_index[:, alone[edge_index[0]]] - int(alone.nonzero()[0])
-    own = nodes.select(slice(4, 8))
-    torch.testing.assert_close(model(x[alone], edges, routings=[own]), out[alone])

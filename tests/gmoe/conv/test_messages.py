@@ -12,10 +12,8 @@ from torch_geometric.utils import add_self_loops, remove_self_loops
 
 from gmoe import Graph, MoEConv, Routing
 from gmoe.conv import messages
-from gmoe.conv.base import StackedExperts
-from gmoe.conv.call import Call
 from gmoe.conv.messages import Messages
-from tests.helpers.masked import GRAPHS, default_float64, random_graph
+from tests.helpers.masked import GRAPHS
 
 EXPERTS, SOURCES, MESSAGES, WIDTH = 4, 6, 20, 3
 NODES, EDGES = GRAPHS["mixed"]
@@ -72,46 +70,6 @@ def test_the_number_of_messages_is_known_where_each_token_has_the_same_number_of
     assert len(Messages(graph, dropped).edge) == int(degree.sum())
 
 
-CONVS: list[tuple[Any, dict[str, Any]]] = [
-    ("gat", {"heads": 2, "edge_dim": WIDTH, "residual": True}),
-    ("gat", {"out_channels": 2}),  # narrower than the input: transforms rows first
-    ("gatv2", {"heads": 2, "edge_dim": WIDTH, "fill_value": "max"}),
-    ("gatv2", {"share_weights": True, "concat": False}),
-    ("transformer", {"heads": 2, "beta": True, "edge_dim": WIDTH}),
-    ("transformer", {"root_weight": False}),
-]
-
-
-@pytest.mark.parametrize(("conv", "options"), CONVS)
-@pytest.mark.parametrize("sizes", [(NODES, NODES), (NODES, 5)])
-def test_a_single_expert_at_all_tokens_gives_what_pyg_gives(
-    conv: str, options: dict[str, Any], sizes: tuple[int, int]
-) -> None:
-    """Outputs and gradients, and those of the way by pairs of a routing."""
-    options = {"out_channels": WIDTH, **options}
-    with default_float64():
-        layer = MoEConv(conv, WIDTH, num_experts=1, router=None, start="plain", **options)
-        experts: Any = layer.experts
-        edge_index = EDGES if sizes[0] == sizes[1] else random_graph(*sizes, 30)
-        attr = torch.randn(edge_index.size(1), WIDTH) if "edge_dim" in options else None
-        x_src = torch.randn(sizes[0], WIDTH, requires_grad=True)
-        x_dst = x_src if sizes[0] == sizes[1] else torch.randn(sizes[1], WIDTH)
-        graph = Graph(edge_index, sizes, edge_attr=attr)
-        call = Call(graph, x_src, x_dst)
-        dense = experts.on_all(call)
-        by_pairs = StackedExperts.on_all(experts, call)
-        x = x_src if x_src is x_dst else (x_src, x_dst)
-        expected = experts.expert(0)(x, edge_index, edge_attr=attr)
-        torch.testing.assert_close(dense, expected)
-        torch.testing.assert_close(by_pairs, expected)
-        leaves = [x_src, *experts.parameters()]
-        grads = [
-            torch.autograd.grad(y.square().sum(), leaves, materialize_grads=True, allow_unused=True)
-            for y in (dense, by_pairs)
-        ]
-        torch.testing.assert_close(*grads)
-
-
 @pytest.mark.parametrize("fill_value", [2.0, "mean", "max"])
 def test_features_of_added_loops_do_not_count_the_loops_that_they_replace(
     fill_value: Any,
@@ -124,21 +82,6 @@ def test_features_of_added_loops_do_not_count_the_loops_that_they_replace(
     assert expected is not None
     loops = graph.edges.order >= EDGES.size(1)
     torch.testing.assert_close(graph.attr[loops], expected[-NODES:])
-
-
-@pytest.mark.parametrize("conv", ["gat", "gatv2"])
-def test_no_message_runs_along_a_loop_that_is_replaced(conv: str) -> None:
-    """As if it was not among the edges, and as PyG, which removes it."""
-    with default_float64():
-        layer = MoEConv(conv, WIDTH, WIDTH, num_experts=2, router=None, start="plain").eval()
-        expert = torch.arange(NODES) % 2
-        routing = Routing.from_choices(expert[:, None], torch.ones(NODES, 1), num_experts=2)
-        x = torch.randn(NODES, WIDTH)
-        without, _ = remove_self_loops(EDGES)
-        found = layer(x, EDGES, routing=routing)
-        torch.testing.assert_close(found, layer(x, without, routing=routing))
-        expected = torch.stack([layer.expert(int(e))(x, EDGES)[i] for i, e in enumerate(expert)])
-        torch.testing.assert_close(found, expected)
 
 
 def test_attention_of_a_dense_conv_is_in_the_graphs_own_order() -> None:

@@ -178,16 +178,6 @@ def test_a_dense_model_of_blocks_is_moefied() -> None:
     assert_same(gnn(x, EDGES), logits)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
-def test_it_is_compiled_and_exported(options: dict[str, Any]) -> None:
-    gnn, x = model(conv="bare_sage", **options).eval().float(), features(NODES, IN).float()
-    expected = gnn(x, EDGES)
-    exported = torch.export.export(gnn, (x, EDGES)).module()
-    for form in (torch.compile(gnn), exported):
-        torch.testing.assert_close(form(x, EDGES), expected, rtol=1e-4, atol=1e-5)
-
-
 # what is refused ----------------------------------------------------------------------------------
 
 

@@ -8,15 +8,9 @@ from torch.nn import functional as F
 
 import gmoe
 from gmoe.models.vit import SIZES, ViTMoE
+from tests.helpers.vits import SMALL_VIT
 
-TINY = {
-    "image_size": 8,
-    "patch_size": 2,
-    "num_layers": 2,
-    "num_heads": 2,
-    "hidden_dim": 16,
-    "mlp_dim": 24,
-}
+TINY = SMALL_VIT | {"patch_size": 2}
 
 
 def vit(router: str | None) -> ViTMoE:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from torch_geometric.nn import HeteroConv, HeteroLinear
+from torch_geometric.nn import HeteroConv
 
 import gmoe
 from gmoe.routers import ByType
@@ -410,46 +410,6 @@ def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
 
 
 # Along a path ----------------------------------------------------------------------------------
-
-
-class Typed(nn.Module):
-    """Messages by the type of their edge, and roots by the type of their node."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.root = nn.Linear(WIDTH, 5)
-        self.message = nn.Linear(WIDTH, 5)
-
-    def forward(
-        self, x: Tensor, edge_index: Tensor, node_type: Tensor, edge_type: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        source, target = edge_index
-        message = self.message(x[source])
-        return self.root(x).index_add(0, target, message), message
-
-
-def test_types_of_homogeneous_data_are_routed_as_pygs_hetero_linear() -> None:
-    x = atoms()[0]
-    edge_index = torch.tensor([[0, 1, 2, 3, 8, 5], [1, 0, 4, 4, 2, 5]])
-    node_type = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
-    edge_type = torch.tensor([1, 1, 0, 1, 0, 0])
-    model: Any = Typed().double()
-    gmoe.moefy(model, targets="root", router=ByType("node_type", range(3)), start="plain")
-    gmoe.moefy(model, targets="message", router=ByType("edge_type", range(2)), start="plain")
-    out, message = model(x, edge_index, node_type, edge_type)
-
-    def typed(experts: Any, rows: Tensor, of_row: Tensor) -> Tensor:
-        linear = HeteroLinear(WIDTH, 5, len(experts.weight)).double()
-        with torch.no_grad():
-            linear.weight.copy_(experts.weight.mT)
-            linear.bias.copy_(experts.bias)
-        result: Tensor = linear(rows, of_row)
-        return result
-
-    expected = typed(model.message.experts, x[edge_index[0]], edge_type)
-    torch.testing.assert_close(message, expected)
-    root = typed(model.root.experts, x, node_type)
-    torch.testing.assert_close(out, root.index_add(0, edge_index[1], expected))
 
 
 def test_types_by_node_type_are_refused_in_a_hetero_conv() -> None:
