@@ -185,6 +185,7 @@ def test_a_pattern_may_match_the_list_that_holds_the_convs() -> None:
         (timm_vit, {"every": 1, "start": "copies", "k": 2}),
         (gnn, {"targets": [CONVS, HEAD]}),
         (gnn, {"targets": [CONVS, HEAD], "start": "shared"}),
+        (gnn, {"targets": [CONVS], "start": "copies"}),
     ],
 )
 def test_a_frozen_model_stays_frozen_but_for_what_is_new(

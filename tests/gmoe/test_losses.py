@@ -92,15 +92,6 @@ def test_losses_of_no_tokens_are_zero() -> None:
     assert none.grad is not None
 
 
-def test_gradients_by_finite_differences() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    centroid = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: switch_of(x.softmax(-1), [1, 3, 0]), logits)
-    assert torch.autograd.gradcheck(z_of, logits)
-    assert torch.autograd.gradcheck(separation_loss, centroid)
-
-
 # in any trainer -----------------------------------------------------------------------------------
 
 WITH_LOSSES: dict[str, dict[str, Any]] = {

@@ -346,15 +346,6 @@ def test_a_compiled_model_is_recorded_unless_it_was_traced_before() -> None:
         compiled(torch.randn(6, 4))
 
 
-def test_select_of_a_slice_that_ends_before_it_starts_is_empty() -> None:
-    choices = torch.rand(6, 4).topk(2).indices
-    routing = Routing.from_choices(choices, torch.rand(6, 2), num_experts=4)
-    for empty in (slice(5, 2), slice(3, 3)):
-        selected = routing.select(empty)
-        assert selected.num_tokens == 0
-        assert selected.load.tolist() == [0, 0, 0, 0]
-
-
 @pytest.mark.parametrize("experts", [[], [0, 0], [-1], [1, 4]])
 def test_select_refuses_experts_that_are_not_distinct_or_not_there(experts: list[int]) -> None:
     routing = Routing.from_choices(torch.tensor([[0], [3]]), torch.ones(2, 1), num_experts=4)

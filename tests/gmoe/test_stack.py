@@ -114,22 +114,6 @@ def test_a_sum_cannot_be_changed_and_its_parts_can(how: str) -> None:
         layer.experts.lin.keep([0, 1])
 
 
-def test_a_step_of_gradient_descent_is_one_with_pooled_gradients() -> None:
-    """An expert moves by its own gradient and the sum of all experts'."""
-    layer = trained().train()
-    independent = fold(copy.deepcopy(layer))
-    x = features(NODES, WIDTH)
-    for model in (layer, independent):
-        torch.manual_seed(0)
-        model(x, EDGES).sin().sum().backward()
-    weight = independent.experts.lin.weight
-    with torch.no_grad():
-        moved = weight - 0.1 * (weight.grad + weight.grad.sum(dim=0))
-    torch.optim.SGD(layer.experts.parameters(), lr=0.1).step()
-    fold(layer)
-    assert_same(layer.experts.lin.weight, moved)
-
-
 def test_a_frozen_base_leaves_the_differences_to_learn() -> None:
     layer = trained()
     for parameter in base_parameters(layer):

@@ -47,28 +47,6 @@ def test_sums_and_products_along_edges_and_their_gradients_are_those_of_each_mes
         torch.testing.assert_close(*gradients)
 
 
-def test_the_sum_of_both_ends_and_its_gradients_are_those_of_plain_indexing() -> None:
-    sender, receiver = random_graph(7, 9, 30)
-    edges = Edges.sorted(sender, receiver, 7, 9)
-    sent, received = features(7, 2).requires_grad_(), features(9, 2).requires_grad_()
-    actual = add_ends(sent, received, edges)
-    plain = sent[edges.sender] + received[edges.receiver]
-    assert torch.equal(actual, plain)
-    gradients = [torch.autograd.grad(y.square().sum(), (sent, received)) for y in (actual, plain)]
-    torch.testing.assert_close(*gradients)
-
-
-def test_what_a_receiver_has_is_spread_over_its_messages() -> None:
-    """Values of any shape; the gradients are those of plain indexing."""
-    sender, receiver = random_graph(7, 9, 30)
-    edges = Edges.sorted(sender, receiver, 7, 9)
-    value = features(9, 2, 3).requires_grad_()
-    actual, plain = to_messages(value, edges.ptr, edges.receiver), value[edges.receiver]
-    assert torch.equal(actual, plain)
-    gradients = [torch.autograd.grad(y.square().sum(), value) for y in (actual, plain)]
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.parametrize("num_edges", [0, 30])
 def test_the_softmax_and_its_gradients_are_those_of_pyg(num_edges: int) -> None:
     """Also where a score is minus infinity, and of receivers without messages."""

@@ -32,30 +32,6 @@ def gin(in_channels: int, out_channels: int) -> pyg.GINConv:
     return pyg.GINConv(network, train_eps=True)
 
 
-@pytest.mark.parametrize(
-    ("conv", "kwargs"),
-    [
-        (pyg.SAGEConv, {"aggr": "mean"}),
-        (pyg.SAGEConv, {"aggr": "sum", "root_weight": False}),
-        (pyg.GraphConv, {"aggr": "add"}),
-        (pyg.GraphConv, {"aggr": "mean"}),
-        (gin, {}),
-    ],
-)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_product_aggregates_what_the_stripped_conv_does(
-    conv: Any, kwargs: dict[str, Any], weighted: bool
-) -> None:
-    experts = experts_of(conv, **kwargs)
-    weight = features(EDGES).abs() if weighted and conv is pyg.GraphConv else None
-    edge_index = random_graph(NODES, NODES, EDGES)
-    x = features(NODES, WIDTH)
-    call = Call(Graph(edge_index, NODES, edge_weight=weight), x, x)
-    assert experts.make_matrix is not None
-    assert not list(experts.prototype.parameters())
-    torch.testing.assert_close(experts.aggregate(call), experts._by_pyg(call))
-
-
 def test_an_aggregation_that_is_no_product_is_that_of_the_conv() -> None:
     experts = experts_of(pyg.SAGEConv, aggr="max")
     assert experts.make_matrix is None

@@ -11,18 +11,6 @@ from gmoe.conv.call import Call
 EDGES = torch.tensor([[0, 1, 2], [1, 1, 0]])
 
 
-def test_an_aggregate_is_known_once_it_is_computed() -> None:
-    """The call that it was computed from stays as it is."""
-    x = torch.eye(3)
-    call = Call(Graph(EDGES, 3), x, x)
-    aggregate = call.graph.mean(call.x_src)
-    known = call.with_aggregate(aggregate)
-    assert call.aggregate is None
-    assert known.aggregate is aggregate
-    assert known.graph is call.graph
-    assert known.x_src is known.x_dst is x
-
-
 def test_torch_finds_the_tensors_of_a_call() -> None:
     """Wrappers of modules look for them, such as those that cast what a module is called with."""
     x = torch.eye(3)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch_geometric import nn as pyg
-from torch_geometric.utils import add_self_loops, remove_self_loops
 
 from gmoe import Graph, MoEConv, Routing
 from gmoe.conv import messages
@@ -68,20 +66,6 @@ def test_the_number_of_messages_is_known_where_each_token_has_the_same_number_of
     assert dropped.slot is None
     degree = graph.edges.degree.index_select(0, dropped.token)
     assert len(Messages(graph, dropped).edge) == int(degree.sum())
-
-
-@pytest.mark.parametrize("fill_value", [2.0, "mean", "max"])
-def test_features_of_added_loops_do_not_count_the_loops_that_they_replace(
-    fill_value: Any,
-) -> None:
-    """As PyG, which removes those first."""
-    attr = torch.rand(EDGES.size(1), WIDTH)
-    graph = Graph(EDGES, NODES, edge_attr=attr).with_loops(fill_value=fill_value)
-    _, expected = add_self_loops(*remove_self_loops(EDGES, attr), fill_value, NODES)
-    assert graph.attr is not None
-    assert expected is not None
-    loops = graph.edges.order >= EDGES.size(1)
-    torch.testing.assert_close(graph.attr[loops], expected[-NODES:])
 
 
 def test_attention_of_a_dense_conv_is_in_the_graphs_own_order() -> None:

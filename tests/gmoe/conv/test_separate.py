@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -54,23 +52,6 @@ def test_an_export_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_convs_that_are_not_local_are_listed_as_too_far() -> None:
     assert experts(is_local=True).too_far == []
     assert len(experts(is_local=False).too_far) == 3
-
-
-def test_an_expert_without_a_token_gets_zero_gradients() -> None:
-    layer = experts(is_local=True)
-    run(layer, EDGES, torch.zeros(N, dtype=torch.long)).sum().backward()
-    idle = [parameter.grad for parameter in layer.members[1].parameters()]
-    assert all(grad is not None and not grad.any() for grad in idle)
-    assert any(parameter.grad.any() for parameter in layer.members[0].parameters())
-
-
-def test_a_copy_of_an_expert_has_its_weights_and_no_gradient() -> None:
-    layer = experts(is_local=True)
-    run(layer, EDGES, torch.zeros(N, dtype=torch.long)).sum().backward()
-    copied: Any = layer.expert(0)
-    assert torch.equal(copied.lin1.weight, layer.members[0].lin1.weight)
-    assert copied.lin1.weight is not layer.members[0].lin1.weight
-    assert all(parameter.grad is None for parameter in copied.parameters())
 
 
 def test_experts_become_copies_of_one_conv_and_part_when_they_are_reset() -> None:

@@ -189,20 +189,6 @@ def test_relations_equal_their_experts_masked(
     assert_equals_reference(filled_in(way(partial(moe, conv, **options))))
 
 
-def test_each_relation_may_have_another_conv_or_none_with_experts() -> None:
-    """One set of nodes runs a conv that takes no pair; a dense conv stands beside."""
-    x_dict, edge_index_dict = graph()
-    cites, writes = RELATIONS[1], RELATIONS[0]
-    plain = SAGEConv((-1, -1), OUT)
-    convs = {cites: MoEConv("gcn", -1, OUT, num_experts=EXPERTS), writes: plain}
-    model = HeteroConv(dict(convs)).double().eval()
-    with torch.no_grad():
-        out = model(x_dict, edge_index_dict)
-        x = x_dict["paper"]
-        beside = plain((x_dict["author"], x), edge_index_dict[writes])
-        torch.testing.assert_close(out, {"paper": convs[cites](x, edge_index_dict[cites]) + beside})
-
-
 def test_a_decision_made_elsewhere_is_passed_by_relation() -> None:
     """As HeteroConv passes every argument: by its name and ``_dict``."""
     x_dict, edge_index_dict = graph()

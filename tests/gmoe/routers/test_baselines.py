@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gmoe import OracleRouter, RandomRouter, UniformRouter
+from gmoe import OracleRouter, RandomRouter
 
 
 def test_a_random_router_gives_equal_tokens_equal_experts_and_learns_nothing() -> None:
@@ -22,18 +22,6 @@ def test_a_random_router_draws_another_projection_when_it_is_reset() -> None:
     before = router.projection_DE.clone()
     router.reset_parameters()
     assert not torch.equal(router.projection_DE, before)
-
-
-def test_a_uniform_router_gives_every_expert_every_token() -> None:
-    assert torch.equal(
-        UniformRouter(3, num_experts=4)(torch.randn(5, 3)).to_dense(), torch.full((5, 4), 0.25)
-    )
-
-
-def test_an_oracle_gives_each_token_its_expert_with_weight_one() -> None:
-    assignment = torch.tensor([2, 0, 2, 1])
-    routing = OracleRouter(3, num_experts=3, assignment=assignment)(torch.randn(4, 3))
-    assert torch.equal(routing.to_dense(), torch.eye(3)[assignment])
 
 
 def test_an_oracle_on_no_device_gets_its_assignment_back_when_it_is_reset() -> None:
