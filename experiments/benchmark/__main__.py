@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from experiments.train.checks import check_choice
-from experiments.train.command_line import fail, stop
+from experiments.train.command_line import SPARSE, fail, stop
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "layers": (
@@ -55,9 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)
-    warnings.filterwarnings(
-        "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
-    )
+    warnings.filterwarnings("ignore", SPARSE)
     try:
         variants = config.run()
     except (ValueError, OSError) as error:

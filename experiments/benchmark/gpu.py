@@ -180,12 +180,12 @@ class GpuBenchmark(Measurement):
         )
         timed = inputs_of(self.nodes, self.tokens, self.images)
         by_variant: dict[str, Any] = {}
-        for name in tqdm(self.rows, desc="rows"):
+        for name in tqdm(self.rows, desc="rows", disable=None):
             for variant, figures in self._row(name, timed):
                 by_variant[variant] = figures
                 tqdm.write(f"{variant}: {summary(figures)}", file=sys.stderr)
         steps = StepBenchmark(device=self.device, repeats=self.repeats, seconds=0)
-        for name in tqdm(steps.rows if self.models else (), desc="models"):
+        for name in tqdm(steps.rows if self.models else (), desc="models", disable=None):
             for variant, figures in self._models(steps, name):
                 by_variant[variant] = figures
                 tqdm.write(f"{variant}: {step_summary(figures)}", file=sys.stderr)

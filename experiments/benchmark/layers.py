@@ -94,8 +94,8 @@ class Grouped(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LayersBenchmark(Measurement):
-    """One layer on a random graph, as the plain mixture, as it is by default and beside a shared
-    expert, beside a dense conv; E masked ones and PyG's HeteroLinear (of GCN experts) are
+    """One layer on a random graph, as the plain mixture and as it is by default (with a shared
+    expert), beside a dense conv; E masked ones and PyG's HeteroLinear (of GCN experts) are
     checked to equal the plain one. The default size is ogbn-arxiv's."""
 
     conv: str = "gcn"
@@ -124,7 +124,7 @@ class LayersBenchmark(Measurement):
             forms = list(self.forms())
         steps = {name: step for form in forms for name, step in form.items()}
         by_variant = take_turns(steps, self.repeats, device)
-        for name, step in tqdm(steps.items(), desc="costs", leave=False):
+        for name, step in tqdm(steps.items(), desc="costs", leave=False, disable=None):
             costs = {"flops": gmoe.count_flops(step), "memory": peak_bytes(step, device)}
             by_variant[name] |= costs
         for form in forms:
@@ -156,7 +156,6 @@ class LayersBenchmark(Measurement):
             timed |= {f"MoEConv {name}": layer for name, layer in layers.items()}
             for name, size in sizes.items():
                 timed[f"default MoEConv {name}"] = build(**size)
-                timed[f"MoEConv with shared expert {name}"] = build(**size, start="shared")
             for name, layer in layers.items() if self.masked else ():
                 for kind, make in others.items():
                     timed[f"{kind} {name}"] = other = make(layer)

@@ -57,7 +57,7 @@ class StepBenchmark(Measurement):
         for name in self.rows:
             check_choice("rows", name, ROWS)
         by_variant: dict[str, Any] = {}
-        for name in tqdm(self.rows, desc="rows"):
+        for name in tqdm(self.rows, desc="rows", disable=None):
             for variant, figures in self.of_row(name).items():
                 by_variant[f"{name}, {variant}"] = figures
                 tqdm.write(f"{name}, {variant}: {summary(figures)}", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -138,9 +137,6 @@ def write_report(
     If all were, it is a ``ValueError``. ``data_root`` and ``trust`` are those of
     :func:`experiments.train.run_folder.read_run`.
     """
-    warnings.filterwarnings(
-        "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
-    )
     runs = list[RunFolder]()
     failed = list[str]()
     for folder in {folder.resolve(): folder for folder in folders}.values():

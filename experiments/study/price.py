@@ -43,7 +43,7 @@ def price_table(prices: Mapping[str, Mapping[str, float]]) -> str:
         {
             "cell": f"`{cell}`",
             "runs": str(one["runs"]),
-            "core-hours": f"{one['hours']:.2f}",
+            "core-hours": f"{one['hours']:.2g}",
             "MFLOPs": f"{one['flops'] / 1e6:,.1f}",
             "a second of a core": f"{one['per_second']:,.0f}",
         }

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,9 @@ def sweep_study(
     from experiments.train.results import write_json
 
     folder = config.results / study.name
-    cells = study.cells(columns, rows)
+    asked = study.cells(columns, rows)
     hours = {cell: price["hours"] for cell, price in read_prices(folder).items()}
-    cells = affordable(cells, hours, config.budget, folder)
+    cells = affordable(asked, hours, config.budget, folder)
     write_json(folder / "study.json", study.described())
     held = held_cells(cells, folder)
     missing = [cell for cell in cells if cell not in held]
@@ -103,11 +103,18 @@ def sweep_study(
     def finished(cell: str) -> None:
         if cell != missing[-1]:  # behind which all tables follow
             column = cell.partition("/")[0]
-            print(study_tables(read_study(folder), [column]), file=sys.stderr, flush=True)
+            print(tables_of(folder, asked, [column]), file=sys.stderr, flush=True)
 
     labels = {name: row.label for name, row in study.rows.items()}
     failed = run_cells(study.name, cells, config, labels, finished)
-    return study_tables(read_study(folder)), failed
+    return tables_of(folder, asked), failed
+
+
+def tables_of(folder: Path, asked: Collection[str], only: Sequence[str] = ()) -> str:
+    """The tables of a study; of what was not run, only the cells that were asked for."""
+    study = read_study(folder)
+    study["prices"] = {cell: price for cell, price in study["prices"].items() if cell in asked}
+    return study_tables(study, only)
 
 
 def price_missing(cells: dict[str, RunConfig], folder: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stdout
 from typing import Any, NoReturn, TypeVar
@@ -13,6 +14,8 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 T = TypeVar("T")
+SPARSE = "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+"""What torch warns of at each matrix that PyG makes."""
 EMPTY_BOX = re.compile(r"^╭[^\n]*\n(│ (?!-)[^\n]*\n)*╰[^\n]*\n?", re.MULTILINE)
 
 
@@ -39,9 +42,11 @@ def program(
 
     def main(args: Sequence[str] | None = None) -> Any:
         try:
-            return tyro.cli(
-                function, args=args, prog=f"python -m experiments.{name}", description=about
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", SPARSE)
+                return tyro.cli(
+                    function, args=args, prog=f"python -m experiments.{name}", description=about
+                )
         except ModuleNotFoundError as error:
             fail(error, where=f"; all that experiments need: pip install -e '.[{extra}]'")
         except (ValueError, OSError, ImportError) as error:

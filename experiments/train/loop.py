@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 
 from experiments.train.build import build_model, costs_of, init_centroids
 from experiments.train.checkpoint import Checkpoint
+from experiments.train.command_line import SPARSE
 from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch, Task
@@ -71,9 +72,7 @@ def train_seeds(
     if not seeds:  # and no data are needed
         return {}
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
-        )
+        warnings.filterwarnings("ignore", SPARSE)
         # A class token's, of one image
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")
         with fabric.rank_zero_first(local=True):  # who downloads what is missing

@@ -13,6 +13,7 @@ from experiments.show.cells import read_study
 from experiments.study.pages import render
 from experiments.study.sweep import main
 from experiments.train import loop
+from experiments.train.results import write_json
 from tests.helpers.command import refused
 
 MINE = """
@@ -20,6 +21,7 @@ from dataclasses import replace
 
 from experiments.study.studies import Row, Study
 from experiments.train.presets import DIGITS_GRAPH
+from experiments.train.results import write_json
 
 STUDY = Study(
     name="tiny",
@@ -113,6 +115,18 @@ def test_finished_cells_are_skipped(
     said = " ".join(capsys.readouterr().err.split())
     assert "holds digits-graph/moe with lr=0.01, expected 0.5" in said
     assert trained == ["moe 3", "moe 1"]
+
+
+def test_of_what_was_not_run_only_what_was_asked_for_is_named(
+    sweep: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep of some rows whose price is beyond the budget, beside rows that have a price."""
+    prices = {f"digits-graph/{row}": {"hours": 2.0} for row in ("moe", "dense", "wide")}
+    write_json(Path("results/tiny/prices.json"), prices)
+    sweep("STUDY", "--rows", "moe", "dense", "--budget", "3")
+    out = capsys.readouterr().out
+    assert "digits-graph: dense, not run, 2 hours" in out
+    assert "wide, not run" not in out
 
 
 @pytest.mark.slow
