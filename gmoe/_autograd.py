@@ -93,8 +93,7 @@ def operator(
 
         def run(x: Tensor, *inputs: object) -> Value:
             has_values = type(x) in (Tensor, nn.Parameter) and not x.is_meta
-            is_traced = torch.compiler.is_compiling() or is_tracing()
-            if has_values and not is_traced:
+            if has_values and not torch.compiler.is_compiling() and not is_tracing():
                 return kernel(x, *inputs)
             return run_traced(x, *inputs)
 

@@ -7,11 +7,14 @@ Two uses cannot be here: :class:`gmoe.Router` overrides ``nn.Module._apply``, an
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # compilers and transforms -------------------------------------------------------------------------
 
@@ -30,9 +33,8 @@ def is_compiler_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
-def is_tracing() -> bool:
-    """True inside ``torch.jit.trace``; ``torch.jit`` exports no such test."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+is_tracing = torch._C._get_tracing_state
+"""Not ``None`` inside ``torch.jit.trace``: the test of it that compiled code answers, too."""
 
 
 def is_watched() -> bool:
@@ -161,13 +163,71 @@ def given_tensors(formula: Callable[..., int]) -> Callable[..., int]:
 def dtype_of(module: nn.Module) -> torch.dtype | None:
     """The dtype of a module's first parameter of floating-point numbers; ``None`` without one.
 
-    ``parameters()`` takes several times as long, and layers ask for this in each call.
+    Layers ask for it in each call, and ``parameters()`` walks over all modules.
     """
-    for part in module.modules():
-        for parameter in part._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
-                return parameter.dtype
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter.dtype
+    for part in module._modules.values():
+        if part is not None and (found := dtype_of(part)) is not None:
+            return found
     return None
+
+
+class NotesChanges(nn.Module):
+    """A module that notes what somebody changes in it, so that its kernels need not look for it.
+
+    That is a hook around its forward or backward, a patched forward, a parametrization, and a part
+    that is added or replaced. What is undone is no change any more.
+
+    Attributes:
+        changes: empty if there are none; several modules may note theirs in one place.
+    """
+
+    changes: OrderedDict[Hashable, Any]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.changes = OrderedDict()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        key = (id(self), name)
+        if name == "__class__" and self.changes.get(key) is value:
+            del self.changes[key]
+        elif name == "__class__":
+            self.changes.setdefault(key, type(self))
+        elif name == "forward" or isinstance(value, nn.Module):
+            self.changes[key] = None
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        self.changes[id(self), name] = None
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.changes.pop((id(self), name), None)
+
+    def _noted(self, handle: RemovableHandle) -> RemovableHandle:
+        """The handle of a hook, which takes its note away with the hook."""
+        self.changes[handle.id] = None
+        handle.extra_dict_ref = (*handle.extra_dict_ref, weakref.ref(self.changes))
+        return handle
+
+    def register_forward_pre_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        return self._noted(super().register_forward_pre_hook(*args, **options))
+
+    def register_forward_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        return self._noted(super().register_forward_hook(*args, **options))
+
+    def register_full_backward_pre_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        return self._noted(super().register_full_backward_pre_hook(*args, **options))
+
+    def register_full_backward_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        return self._noted(super().register_full_backward_hook(*args, **options))
+
+    def register_backward_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        return self._noted(super().register_backward_hook(*args, **options))
 
 
 class LateState(nn.Module):

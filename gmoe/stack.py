@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmoe._torch import NotesChanges
+
 BASE = "_base"
 """What follows a tensor's name in that of its base."""
 
@@ -29,7 +31,7 @@ DIFFERENCE = "_difference"
 """What follows it in that of the differences from the base."""
 
 
-class Stack(nn.Module):
+class Stack(NotesChanges):
     """A module whose own tensors are those of E experts, each of shape (E, ...).
 
     A subclass registers them by :meth:`add`, and reads each as an attribute of its name. With a

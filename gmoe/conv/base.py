@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import must_be_called
 from gmoe._torch import dtype_of
 from gmoe.conv.call import Call
 from gmoe.conv.explain import HidesPrototype
@@ -181,6 +180,10 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
         self.to(dtype=dtype_of(convs[0]))  # before they are filled: float64 convs are not rounded
         for expert, conv in enumerate(convs):
             fill(self, expert, tensors_in(conv))
+        # From here on, what somebody changes in any of the stacks is noted in one place.
+        self.changes.clear()
+        for _, stack in stacks_in(self):
+            stack.changes = self.changes
 
     @staticmethod
     def accepts(conv: Conv) -> bool:
@@ -301,7 +304,7 @@ def all_of(x_TD: Tensor) -> Tensor:
 
 def is_plain(linear: nn.Module) -> bool:
     """True if a kernel may read the layer's weight: nobody replaced it or hooked it."""
-    return type(linear) is LinearExperts and not must_be_called(linear)
+    return type(linear) is LinearExperts and not linear.changes
 
 
 class MixedExperts(ConvExperts):

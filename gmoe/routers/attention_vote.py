@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmoe import portable
 from gmoe._autograd import gradients_of, operator, unbatched
@@ -19,12 +19,13 @@ from gmoe._checks import check_choice, check_counts, check_positive
 from gmoe.edges import Edges
 from gmoe.portable import exported_as
 from gmoe.routers.base import (
+    Gate,
     Router,
     Weighting,
     checked_edge_index,
-    float_linear,
     pair_weights,
     reset_linear,
+    scores_of,
 )
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
@@ -103,8 +104,8 @@ class AttentionVote(Router):
         self.init_scale = init_scale
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
         num_queries = 1 if shared_queries else num_experts
-        self.query = nn.Linear(dim, num_queries * head_dim, bias=False)
-        self.key = nn.Linear(dim, num_experts * head_dim, bias=False)
+        self.query = Gate(dim, num_queries * head_dim)
+        self.key = Gate(dim, num_experts * head_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -116,11 +117,11 @@ class AttentionVote(Router):
         groups = Groups.of(group, num_tokens)
 
         # 1. Queries, divided by sqrt(d) here and not in the scores, which are larger; and keys.
-        q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim))
+        q_THd = scores_of(self.query, x_TD).unflatten(-1, (-1, self.head_dim))
         q_THd = q_THd / math.sqrt(self.head_dim)
         if not self.shared_queries:
             q_THd = self.of_alive(q_THd, dim=1)
-        k_TAd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
+        k_TAd = scores_of(self.key, x_TD).unflatten(-1, (-1, self.head_dim))
         k_TEd = self.of_alive(k_TAd, dim=1)
 
         # 2. Votes among neighbors, or among all tokens of a group.

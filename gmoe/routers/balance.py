@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check_at_least
-from gmoe.routers.base import Router, float_linear
+from gmoe.routers.base import Router, scores_of
 
 MEAN_RATE = 0.1
 """Share of a step's mean token in the running mean: about the last ten steps count."""
@@ -76,7 +76,7 @@ class BalancedRouter(Router):
         # A copy: the next step may move the mean before this step's backward pass. By a sum, whose
         # result Inductor stores; it would read a clone of the buffer again in the backward pass.
         mean_D = self.mean_D[None].sum(dim=0)
-        logits_TA = float_linear(x_TD, gate, mean_D.to(x_TD.dtype))
+        logits_TA = scores_of(gate, x_TD, mean_D.to(x_TD.dtype))
         if is_step:
             self._store_next(x_TD.detach(), self.of_alive(logits_TA.detach()))
         return logits_TA

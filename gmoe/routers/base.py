@@ -26,7 +26,6 @@ from gmoe._checks import (
     check_counts,
     check_kept,
     described,
-    must_be_called,
 )
 from gmoe._torch import copy_all, in_backward, in_transform
 from gmoe.distributed import world_size, world_sum
@@ -427,27 +426,31 @@ def straight_through(log_gate: Tensor) -> Tensor:
     return (log_gate - log_gate.detach()) + 1.0
 
 
-def float_linear(x_TD: Tensor, linear: nn.Module, mean_D: Tensor | None = None) -> Tensor:
-    """``linear(x)`` in the dtype of ``x``, so that a model in bfloat16 still scores in float32.
+class Gate(nn.Linear):
+    """A linear layer of a router, without a bias; a model in bfloat16 still scores in float32."""
 
-    Args:
-        x_TD: (T, D) tokens.
-        linear: a linear layer.
-        mean_D: what is taken away from each token, of a layer without a bias (default: nothing).
-    """
-    # A plain layer: cast its weight up. Any other (LoRA, quantized, with hooks) has to be called,
-    # in its own dtype.
-    if type(linear) is nn.Linear and linear.bias is None and not must_be_called(linear):
-        weight_AD = linear.weight.to(x_TD.dtype)
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x_TD: Tensor, mean_D: Tensor | None = None) -> Tensor:
+        """(T, A) the scores of tokens, or of what they are beyond their mean."""
+        weight_AD = self.weight.to(x_TD.dtype)
         if mean_D is None:
             return nn.functional.linear(x_TD, weight_AD)
         return torch.addmm(weight_AD @ mean_D, x_TD, weight_AD.T, beta=-1)
-    weight = getattr(linear, "weight", None)
-    dtype = getattr(weight, "dtype", x_TD.dtype)  # a quantized layer's weight is not a tensor
-    y_TA = linear(x_TD.to(dtype)).to(x_TD.dtype)
+
+
+def scores_of(gate: nn.Module, x_TD: Tensor, mean_D: Tensor | None = None) -> Tensor:
+    """(T, A) what a gate, or what somebody put in its place, makes of tokens; see :class:`Gate`."""
+    if isinstance(gate, Gate):
+        scores_TA: Tensor = gate(x_TD, mean_D)
+        return scores_TA
+    # LoRA or a quantized layer, in its own dtype; a quantized weight is not a tensor.
+    dtype = getattr(getattr(gate, "weight", None), "dtype", x_TD.dtype)
+    scores_TA = gate(x_TD.to(dtype)).to(x_TD.dtype)
     if mean_D is None:
-        return y_TA
-    return y_TA - linear(mean_D[None].to(dtype)).to(x_TD.dtype)
+        return scores_TA
+    return scores_TA - gate(mean_D[None].to(dtype)).to(x_TD.dtype)
 
 
 def reset_linear(linear: nn.Linear, scale: float) -> None:

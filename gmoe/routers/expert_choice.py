@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.routers.base import (
+    Gate,
     Router,
     Weighting,
     at_least_float32,
-    float_linear,
     pair_weights,
     reset_linear,
+    scores_of,
 )
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing
@@ -90,7 +91,7 @@ class ExpertChoice(Router):
         check_at_least(0, z_coef=z_coef, init_scale=init_scale)
         self.z_coef = z_coef
         self.init_scale = init_scale
-        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.gate = Gate(dim, num_experts)
         self.selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
         self.by_token = inference == "threshold"
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
@@ -101,7 +102,7 @@ class ExpertChoice(Router):
         self.selection.reset_parameters()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        logits_TA = float_linear(x_TD, self.gate)
+        logits_TA = scores_of(self.gate, x_TD)
         losses = {}
         if self.z_coef > 0:
             losses["z"] = AuxLoss(self.z_loss(self.of_alive(logits_TA)), self.z_coef)

@@ -9,17 +9,18 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmoe._checks import check, check_at_least, check_choice, check_positive
 from gmoe.losses import switch_loss
 from gmoe.routers.balance import BalancedRouter
 from gmoe.routers.base import (
+    Gate,
     Weighting,
-    float_linear,
     log_softmax,
     pair_weights,
     reset_linear,
+    scores_of,
 )
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
@@ -114,7 +115,7 @@ class TokenChoice(BalancedRouter):
         self.capacity_factor = capacity_factor
         # A capacity drops pairs, and what is left of a token's weights need not sum to 1.
         self.sums_to_one = capacity_factor is None and self._picks_sum_to_one
-        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.gate = Gate(dim, num_experts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -127,7 +128,7 @@ class TokenChoice(BalancedRouter):
         biased = self.balance == "bias"
 
         # 1. Score the experts; with a bias, from centered tokens.
-        clean_TA = self.centered_step(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
+        clean_TA = self.centered_step(x_TD, self.gate) if biased else scores_of(self.gate, x_TD)
 
         # 2. In training, add noise, so that experts which nobody chooses get a chance.
         has_noise = self.noise and self.training and len(x_TD) > 0
