@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gmoe.edges import Edges, check_nodes, renumber
+from gmoe.edges import Edges, _rows_to_check, check_nodes, renumber
 from tests.helpers.kernels import Noted
 
 
@@ -59,6 +59,24 @@ def test_off_the_cpu_edges_are_checked_on_the_device_without_a_wait() -> None:
     with Noted() as noted:
         check_nodes(torch.randint(6, (20,)).to("meta"), 6)
     assert "_assert_async" in noted.names
+
+
+@pytest.mark.parametrize("num_edges", [0, 1, 2, 7])
+@pytest.mark.parametrize("num_senders", [6, 5])
+def test_ascending_receivers_are_checked_by_their_ends(num_senders: int, num_edges: int) -> None:
+    """Whichever edge is wrong, some row shows it."""
+
+    def is_refused(sender: torch.Tensor, receiver: torch.Tensor) -> bool:
+        rows = _rows_to_check(sender, receiver.sort().values, num_senders, 6)
+        return any(bool(((row < 0) | (row >= size)).any()) for row, size in rows)
+
+    ends = torch.randint(5, (2, num_edges))
+    assert not is_refused(*ends)
+    for edge in range(num_edges):
+        for end, wrong in ((0, -1), (0, num_senders), (1, -1), (1, 6)):
+            changed = ends.clone()
+            changed[end, edge] = wrong
+            assert is_refused(*changed)
 
 
 @pytest.mark.parametrize(("nodes", "by_torch"), [(2**16, False), (2**16 + 1, True)])
