@@ -20,6 +20,9 @@ UNSUPPORTED = (
 LIBRARY = torch.library.Library("gmoe", "DEF")
 """Where torch finds the operators of :func:`operator`."""
 
+LEAST_NORM = 1e-12
+"""The smallest norm that a row is divided by, as in ``torch.nn.functional.normalize``."""
+
 Value = TypeVar("Value")
 
 
@@ -158,6 +161,16 @@ def gradients_of(
     ]
     found = iter(torch.autograd.grad(plain(*views), wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in needs)
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """(..., 1) the Euclidean norms of rows (..., D); that of a row of zeros counts as 1.
+
+    So a row of zeros that is divided by its norm stays one, and its gradients are finite, the
+    second ones too: those of ``vector_norm`` and of ``F.normalize`` are NaN there.
+    """
+    square = x.square().sum(dim=-1, keepdim=True)
+    return torch.where(square > 0, square, 1.0).sqrt().clamp(min=LEAST_NORM)
 
 
 def refuse_second_order(_: Tensor) -> None:

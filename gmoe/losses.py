@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from gmoe._autograd import row_norms
 from gmoe._checks import check, check_module, check_positive
 from gmoe._torch import in_backward
 from gmoe.routing import AuxLoss, Routing
@@ -45,7 +45,8 @@ def separation_loss(centroids_EMD: Tensor) -> Tensor:
     if it has no pairs.
     """
     num_experts, num_centroids, _ = centroids_EMD.shape
-    unit_ND = F.normalize(centroids_EMD.flatten(0, 1), dim=-1)
+    centroid_ND = centroids_EMD.flatten(0, 1)
+    unit_ND = centroid_ND / row_norms(centroid_ND)
     overlap_NN = (unit_ND @ unit_ND.T).clamp(min=0).square()
     owner_N = torch.arange(num_experts, device=unit_ND.device).repeat_interleave(num_centroids)
     across_NN = owner_N[:, None] != owner_N

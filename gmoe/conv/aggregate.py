@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn import functional as F
 
-from gmoe._autograd import autocasts
+from gmoe._autograd import autocasts, row_norms
 from gmoe._checks import must_be_called
 from gmoe.conv.base import Conv, StackedExperts, all_of, is_plain
 from gmoe.conv.call import Call
@@ -135,7 +136,7 @@ class LinearAggregation(AggregateOnce):
         if "bias" in self.parts and self.bias is not None:
             y_PO = y_PO + self.bias.index_select(0, routing.expert)
         if self.normalize:
-            y_PO = F.normalize(y_PO, p=2.0, dim=-1)
+            y_PO = y_PO / row_norms(y_PO)
         return combine(y_PO, routing)
 
     def on_all(self, call: Call) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from gmoe._autograd import row_norms
 from gmoe._checks import check, check_at_least, check_choice, check_counts, check_positive
 from gmoe.losses import separation_loss
 from gmoe.routers.base import Router, Weighting
@@ -26,9 +26,6 @@ RESTARTS = 8
 
 STEPS = 50
 """Most steps of a run of k-means."""
-
-EPS = 1e-12
-"""The smallest norm that a token is divided by, as in ``torch.nn.functional.normalize``."""
 
 
 class MultiCentroid(Router):
@@ -143,7 +140,8 @@ class MultiCentroid(Router):
         dtype = torch.promote_types(self.centroid.dtype, torch.float32)
         x_TD = x.reshape(-1, self.dim).to(self.centroid.device, dtype)
         self.center_D.copy_(x_TD.mean(dim=0))
-        unit_TD = F.normalize(x_TD - self.center_D, dim=-1)
+        centered_TD = x_TD - self.center_D
+        unit_TD = centered_TD / row_norms(centered_TD)
 
         # A cluster for each expert, and inside it a cluster for each centroid.
         generator = torch.Generator(unit_TD.device).manual_seed(seed)
@@ -161,10 +159,10 @@ class MultiCentroid(Router):
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         # 1. Cosines of tokens and centroids. The product is divided by the norms of the tokens, so
         # that no (T, D) unit vectors are held.
-        unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
+        centroid_ND = self.centroid.flatten(0, 1).to(x_TD.dtype)
+        unit_ND = centroid_ND / row_norms(centroid_ND)
         centered_TD = x_TD - self.center_D.to(x_TD.dtype)
-        norm_T1 = torch.linalg.vector_norm(centered_TD, dim=-1, keepdim=True).clamp(min=EPS)
-        cosine_TN = (centered_TD @ unit_ND.T) / norm_T1
+        cosine_TN = (centered_TD @ unit_ND.T) / row_norms(centered_TD)
 
         # 2. The nearest centroid of each expert, over the temperature.
         cosine_TAM = cosine_TN.unflatten(-1, (self.num_scored, -1))

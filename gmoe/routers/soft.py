@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from gmoe._autograd import row_norms
 from gmoe._checks import cannot_shrink, check_counts
 from gmoe.routers.base import Router
 from gmoe.routers.groups import Groups
@@ -146,4 +147,4 @@ class SoftSlots(Router):
 
 def _normalized(x: Tensor) -> Tensor:
     """(..., D) vectors divided by their norms."""
-    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + EPS)
+    return x / (row_norms(x) + EPS)
