@@ -35,7 +35,7 @@ def switch_loss(importance_E: Tensor, load_E: Tensor, num_tokens: Tensor) -> Ten
         num_tokens: (), T.
     """
     share_E = load_E.to(importance_E.dtype) / load_E.sum().clamp(min=1)
-    return len(load_E) * (share_E * importance_E).sum() / num_tokens.clamp(min=1)
+    return load_E.size(0) * (share_E * importance_E).sum() / num_tokens.clamp(min=1)
 
 
 def separation_loss(centroids_EMD: Tensor) -> Tensor:

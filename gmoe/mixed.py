@@ -76,13 +76,13 @@ class MixedWeights(Experts):
                 "weights by: from ByType with batch=, or by Routing.expand"
             )
         weight_GE, group_T = routing.by_group.routing.to_dense(), routing.by_group.group_T
-        if not len(weight_GE):  # no tokens: a stack is of one at least
+        if not weight_GE.size(0):  # no tokens: a stack is of one at least
             weight_GE = nn.functional.pad(weight_GE, (0, 0, 0, 1))
         # Each token goes to the one expert of its group, by weight 1.
         of_group = Routing.from_choices(
             group_T[:, None],
-            weight_GE.new_ones(len(group_T), 1),
-            num_experts=len(weight_GE),
+            weight_GE.new_ones(group_T.size(0), 1),
+            num_experts=weight_GE.size(0),
             validate=False,
         )
         y: Tensor = _mixed(self.stacked, weight_GE)(x, of_group)
@@ -98,7 +98,7 @@ def _mixed(part: nn.Module, weight_GE: Tensor) -> Any:
     _check_part(part)
     copied = shallow_copy(part, partial(_mixed, weight_GE=weight_GE))
     if isinstance(part, Stack):
-        copied.num_experts = len(weight_GE)
+        copied.num_experts = weight_GE.size(0)
         # Plain attributes are found before parameters and buffers are looked for.
         for name in part.names:
             copied.__dict__[name] = mixture(getattr(part, name), weight_GE)
@@ -111,7 +111,7 @@ def mixture(value_E: Tensor, weight_GE: Tensor) -> Tensor:
     has_autocast = autocasts(value_E.device)
     with torch.autocast(value_E.device.type, enabled=False) if has_autocast else nullcontext():
         sum_G = weight_GE.to(value_E.dtype) @ value_E.flatten(1)
-    return sum_G.view(len(weight_GE), *value_E.shape[1:])
+    return sum_G.view(weight_GE.size(0), *value_E.shape[1:])
 
 
 def _check_part(part: nn.Module) -> None:

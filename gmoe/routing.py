@@ -366,7 +366,7 @@ class Routing:
             load_E.cumsum(0).to(torch.int32),
             weight,
             scores,
-            len(scores),
+            scores.size(0),
             self.losses,
             None if self.dropped_T is None else self.dropped_T[rows],
             self.detached,
@@ -399,14 +399,16 @@ class Routing:
             expert_P, token_P = chosen_GE.index_select(0, group_T).T.nonzero(as_tuple=True)
             weight_P = self.to_dense()[group_T[token_P], expert_P]
             offsets_E = expert_P.bincount(minlength=self.num_experts).cumsum(0).to(torch.int32)
-            tokens = Routing(token_P, offsets_E, weight_P, scores_TE, len(group_T), validate=False)
+            tokens = Routing(
+                token_P, offsets_E, weight_P, scores_TE, group_T.size(0), validate=False
+            )
         elif k == self.num_experts:
             tokens = Routing.to_all(self.to_dense().index_select(0, group_T), scores=scores_TE)
         else:
             pair_P = self.place.view(self.num_tokens, k).index_select(0, group_T).view(-1)
             tokens = Routing.from_choices(
-                expert_at(self.offsets, pair_P).view(len(group_T), k),
-                self.weight.index_select(0, pair_P).view(len(group_T), k),
+                expert_at(self.offsets, pair_P).view(group_T.size(0), k),
+                self.weight.index_select(0, pair_P).view(group_T.size(0), k),
                 num_experts=self.num_experts,
                 scores=scores_TE,
                 validate=False,
@@ -477,7 +479,7 @@ def _check_choices(
         shape = tuple(expert_TK.shape)
         raise ValueError(f"weight_TK: got {described(weight_TK)}, expected a tensor of {shape}")
     check_range("expert_TK", expert_TK, num_experts)
-    shape = (len(expert_TK), num_experts)
+    shape = (expert_TK.size(0), num_experts)
     if scores is not None and scores.shape != shape:
         raise ValueError(f"scores: got {described(scores)}, expected a tensor of {shape}")
     if readable(expert_TK):

@@ -14,8 +14,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.export import Dim
 
-from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, ViTMoE, moefy
-from gmoe.routers import build_router
+from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, ViTMoE, moefy
+from gmoe.routers import ByType, build_router
 from tests.helpers.masked import csr
 
 WIDTH = 8
@@ -42,6 +42,21 @@ def mlps(router: str, k: int = 1, width: int = WIDTH) -> nn.Module:
         build_router(router, width, num_experts=4, k=k),
         MLPExperts(width, 16, width, num_experts=4),
     )
+
+
+class OfTypes(nn.Module):
+    """A layer on tokens that have types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.lin(x)
+
+
+def by_type(**options: Any) -> nn.Module:
+    return moefy(OfTypes(), targets="lin", router=ByType("z", (1, 6, 8)), **options)
 
 
 def timm_vit(**options: Any) -> nn.Module:
@@ -76,10 +91,17 @@ TOKENS: dict[str, Make] = {
     "MoE, uniform, K=4": partial(mlps, "uniform", k=4),
 }
 GROUPS: dict[str, Make] = {
-    f"MoE, {router}": partial(mlps, router) for router in ("expert_choice", "attention_vote")
+    **{f"MoE, {router}": partial(mlps, router) for router in ("expert_choice", "attention_vote")},
+    "SoftMoE": lambda: SoftMoE(
+        SoftSlots(WIDTH, num_experts=4, slots=2), MLPExperts(WIDTH, 16, WIDTH, num_experts=4)
+    ),
+}
+TYPES: dict[str, Make] = {
+    f"by type, {start}": partial(by_type, start=start) for start in ("copies", "shared")
 }
 IMAGES: dict[str, Make] = {
     "ViTMoE, expert_choice": partial(ViTMoE, 8, num_experts=4),
+    "ViTMoE, routed once": partial(ViTMoE, 8, num_experts=4, shared_router=True),
     "ViTMoE, K=2": partial(ViTMoE, 8, router="token_choice", k=2, num_experts=4),
     "timm, copies": partial(timm_vit, router="token_choice", start="copies"),
     "timm, expert_choice": partial(timm_vit, router="expert_choice", start="shared"),
@@ -105,9 +127,12 @@ WEIGHTED: dict[str, Make] = {
     for start in ("copies", "shared")
 }
 """Graphs with edge weights and two loops at each node, of which GCN takes the last one's weight."""
-CASES = {**TOKENS, **GROUPS, **IMAGES, **GRAPHS, **WEIGHTED}
+CASES = {**TOKENS, **GROUPS, **TYPES, **IMAGES, **GRAPHS, **WEIGHTED}
 SHORT = (
     "MoE, token_choice, K=2",
+    "SoftMoE",
+    "by type, shared",
+    "ViTMoE, expert_choice",
     "timm, copies",
     "GNNMoE, sage, shared, K=2",
     "MoEConv, gin, copies, K=2",
@@ -138,6 +163,8 @@ def call(name: str, index: int) -> Args:
         return torch.randn(nodes, WIDTH), edge_index, torch.rand(edges + 2 * nodes)
     if name in TOKENS:
         return (torch.randn(nodes, WIDTH),)
+    if name in TYPES:
+        return torch.randn(nodes, WIDTH), torch.tensor([1, 6, 8])[torch.randint(3, (nodes,))]
     if name in GROUPS:
         return (torch.randn(nodes, 10, WIDTH),)
     side = 8 if name.startswith("ViTMoE") else 16
@@ -158,7 +185,10 @@ STRICT = "named, with bounds"
 def any_size(args: Args, way: str = "DYNAMIC") -> tuple[dict[int, Any], ...]:
     """Any number of rows; and of edges, the columns of integers and the weights behind them."""
     rows, edges = DIMS[way]("rows"), DIMS[way]("edges")
-    return {0: rows}, *({1: edges} if x.dim() == 2 else {0: edges} for x in args[1:])
+    # The types of tokens are as many as their rows.
+    others = [rows if len(x) == len(args[0]) else edges for x in args[1:]]
+    sizes = zip(args[1:], others, strict=True)
+    return {0: rows}, *({1: edges} if x.dim() == 2 else {0: size} for x, size in sizes)
 
 
 def close(found: Tensor, model: nn.Module, args: Args) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -263,6 +264,60 @@ def test_one_file_asks_whether_a_model_is_exported() -> None:
 )
 def test_the_rule_of_exports_itself(source: str, words: set[str]) -> None:
     assert words_of_exports(source) == words
+
+
+OF_TENSORS = re.compile(r"(\w+\.)*\w+_[A-Z][A-Za-z0-9]*")
+"""Names that end with the shape of a tensor."""
+
+NOT_EXPORTED = (
+    *("gmoe.padded", "gmoe.products", "gmoe.sums"),  # kernels: gmoe.portable has what is exported
+    *("gmoe._check_mlp", "gmoe.data", "gmoe.merging", "gmoe.plot"),
+)
+"""Modules of which nothing runs in an exported model."""
+
+
+def lengths_of_tensors(source: str) -> list[str]:
+    """Of which tensors a source takes the ``len``."""
+    found = set()
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        names = {
+            argument.arg
+            for argument in (*function.args.args, *function.args.kwonlyargs)
+            if argument.annotation is not None
+            and ast.unparse(argument.annotation) in ("Tensor", "Tensor | None")
+        }
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("torch."):
+                names |= {ast.unparse(target) for target in node.targets}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "len":
+                text = ast.unparse(node.args[0])
+                if OF_TENSORS.fullmatch(text) or text in names:
+                    found.add(text)
+    return sorted(found)
+
+
+def test_no_tensor_that_is_exported_is_asked_for_its_length() -> None:
+    """``torch.export`` takes ``len(x)`` as fixed, and ``x.size(0)`` not."""
+    files = [path for path in FILES if not inside(module_of(path), *NOT_EXPORTED)]
+    found = {module_of(path): lengths_of_tensors(path.read_text()) for path in files}
+    assert not {module: names for module, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("def f(x: Tensor): return len(x)", ["x"]),
+        ("def f(x: Tensor): return x.size(0)", []),
+        ("def f(self): return len(self.weight_EOI)", ["self.weight_EOI"]),
+        ("def f(y):\n    x = torch.cat([y, y])\n    return len(x)", ["x"]),
+        ("def f(names: list[str]): return len(names)", []),
+    ],
+)
+def test_the_rule_of_lengths_itself(source: str, names: list[str]) -> None:
+    assert lengths_of_tensors(source) == names
 
 
 def imported_tests(source: str) -> list[str]:

@@ -177,7 +177,7 @@ def _score_additively_backward(
     # Contiguous, however the inputs lie: not zeros_like.
     grads = parts.each(lambda value: value.new_zeros(value.shape))
     grad_MH = grad_MH.to(parts.att_EOH.dtype)
-    for block in _blocks(offsets, len(sender), att_EOH):
+    for block in _blocks(offsets, sender.size(0), att_EOH):
         # The sums are computed anew: they take more memory than all else.
         sum_BO = _sums(parts, sender, receiver, block)
         grad_BH = grad_MH[block.place]

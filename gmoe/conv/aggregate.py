@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn import functional as F
 
 from gmoe._autograd import autocasts, row_norms
 from gmoe._checks import must_be_called

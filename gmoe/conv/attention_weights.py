@@ -60,7 +60,7 @@ def weights_by_edge(graph: Graph, messages: Messages, alpha_BH: Tensor) -> Atten
     if looped is not graph:
         node_L = torch.arange(num_all - num_given, device=ends.device)
         ends = torch.cat([ends, node_L.expand(2, -1)], dim=1)
-        kept_G = torch.cat([~is_loop, is_loop.new_ones(len(node_L))]).nonzero().view(-1)
+        kept_G = torch.cat([~is_loop, is_loop.new_ones(node_L.size(0))]).nonzero().view(-1)
         ends, alpha = ends[:, kept_G], alpha[kept_G]
     return _matrix(graph, ends, alpha) if graph.is_sparse else (ends, alpha)
 

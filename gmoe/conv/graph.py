@@ -448,7 +448,7 @@ class Graph:
             (S,) the nodes that are its sources, and the graph. Its n destinations are the first of
             these nodes, if they are among the sources.
         """
-        num_dst = len(token)  # without the extra destination that may follow
+        num_dst = token.size(0)  # without the extra destination that may follow
         # 1. The edges that end in a token, with a position of the token each.
         edge, position, _ = self.edges.of(token)
         num_messages = edge.numel()
@@ -472,7 +472,7 @@ class Graph:
             None if rows is None else rows.index_select(0, place) for rows in given
         )
         is_square = self.num_src == self.num_rows
-        num_rows = len(nodes) if is_square else len(token)
+        num_rows = len(nodes) if is_square else token.size(0)
         ptr = row_pointers(position, num_rows)
         edge_index = torch.stack([source, position])
         edges = Edges(

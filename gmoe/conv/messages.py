@@ -82,7 +82,7 @@ def _rows_of(
     if source.device.type != "cpu":
         # At most each message has a row of its own, and each expert all sources. The host knows
         # that; for the number itself it would wait.
-        number = min(len(source), num_experts * num_sources)
+        number = min(source.size(0), num_experts * num_sources)
     return find_rows(expert, source, num_experts, num_sources, number)
 
 

@@ -103,4 +103,4 @@ class SeparateExperts(ConvExperts):
         # keeps those indices only if N_src >= N_dst.
         is_misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
         # An explainer's mask has an entry for each edge of the whole graph.
-        return conv.explain or is_misaligned or len(token) == graph.num_dst
+        return conv.explain or is_misaligned or token.size(0) == graph.num_dst

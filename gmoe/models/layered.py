@@ -186,10 +186,10 @@ class LayeredGNN(Pretrained, nn.Module):
             ):
                 # Trim a sampled graph: what its last hops found no longer reaches the seeds.
                 x = x[: sum(num_sampled_nodes_per_hop[:-layer])]
-                part = graph.first(len(x), sum(num_sampled_edges_per_hop[:-layer]))
-                part_batch = None if batch is None else batch[: len(x)]
+                part = graph.first(x.size(0), sum(num_sampled_edges_per_hop[:-layer]))
+                part_batch = None if batch is None else batch[: x.size(0)]
                 if decision is not None and is_shared:
-                    decision = decision.select(slice(0, len(x)))
+                    decision = decision.select(slice(0, x.size(0)))
             out, of_conv = self.convolve(layer, x, part, part_batch, decision)
             x, of_rest = self.finish(
                 layer, x, out, part_batch, batch_size, decision, part.edge_index

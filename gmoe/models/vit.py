@@ -183,7 +183,7 @@ class ViTMoE(Pretrained, VisionTransformer):
             )
         # As torchvision's forward: gray becomes RGB, and a class token joins the patches.
         x = self._process_input(images.expand(-1, 3, -1, -1))
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.size(0), -1, -1), x], dim=1)
         layers = self._layers()
         is_shared = self.shared_router is not None
         recording: AbstractContextManager[list[Routing]] = nullcontext([])

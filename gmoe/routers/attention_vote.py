@@ -285,13 +285,13 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
         k_THd: keys.
         edge_index: (2, num_edges) from voters to the nodes that they vote for.
     """
-    num_tokens = len(k_THd)
+    num_tokens = k_THd.size(0)
     voter_M, chosen_M = edge_index
     every_T = torch.arange(num_tokens, device=k_THd.device)
     senders, receivers = torch.cat([chosen_M, every_T]), torch.cat([voter_M, every_T])
     edges = Edges.sorted(senders, receivers, num_tokens, num_tokens)
     # Self-loops of the graph itself stay, without a share, since their number depends on the data.
-    is_second_M = (edges.sender == edges.receiver) & (edges.order < len(voter_M))
+    is_second_M = (edges.sender == edges.receiver) & (edges.order < voter_M.size(0))
     score_MH = dot(q_THd.expand_as(k_THd), k_THd, edges)
     score_MH = score_MH.masked_fill(is_second_M[:, None], -torch.inf)
     share_MH = softmax(score_MH, edges)

@@ -236,7 +236,7 @@ class Router(nn.Module, ABC):
             got = repr(routing) if isinstance(routing, Routing) else described(routing)
             raise ValueError(
                 f"route: got {got} from {type(self).__name__}, "
-                f"expected a Routing of {len(x_TD)} tokens, {self.num_experts} experts"
+                f"expected a Routing of {x_TD.size(0)} tokens, {self.num_experts} experts"
             )
         # Losses that were computed without gradients train nothing: aux_loss warns about them.
         if routing.losses and self.training and not torch.is_grad_enabled():
@@ -316,7 +316,8 @@ class Router(nn.Module, ABC):
 
         It is the router z-loss of `ST-MoE <https://arxiv.org/abs/2202.08906>`_ (Zoph et al., 2022).
         """
-        num_tokens = logits_TE.new_full((), len(logits_TE))  # new_tensor would copy from the host
+        # Not by new_tensor, which would copy from the host.
+        num_tokens = logits_TE.new_full((), logits_TE.size(0))
         square_sum = logits_TE.logsumexp(dim=-1).square().sum()
         square_sum, num_tokens = self.summed(square_sum, num_tokens)
         return square_sum / num_tokens.clamp(min=1)
@@ -466,7 +467,7 @@ def checked_edge_index(edge_index: Tensor | None) -> Tensor:
     That they join the tokens is checked where they are sorted.
     """
     is_integers = edge_index is not None and edge_index.dtype in INTEGERS
-    if edge_index is None or not is_integers or edge_index.dim() != 2 or len(edge_index) != 2:
+    if edge_index is None or not is_integers or edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise ValueError(
             f"edge_index: got {described(edge_index)}, expected integers (2, edges), "
             "of one set of nodes"

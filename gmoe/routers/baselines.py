@@ -151,9 +151,9 @@ class OracleRouter(Router):
         self.assignment = self.assignment_T.cpu()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        num_assigned = len(self.assignment_T)
-        if len(x_TD) != num_assigned:
-            raise ValueError(f"x: got {len(x_TD)} tokens, expected {num_assigned} assigned ones")
+        num_assigned = self.assignment_T.size(0)
+        if x_TD.size(0) != num_assigned:
+            raise ValueError(f"x: got {x_TD.size(0)} tokens, expected {num_assigned} assigned ones")
         expert_T1 = self.assignment_T[:, None]
         return Routing.from_choices(
             expert_T1, x_TD.new_ones(expert_T1.shape), num_experts=self.num_experts

@@ -172,7 +172,7 @@ class ByType:
         )
         # Shares that sum to 1 in double precision, too, which this device may not have.
         dtype = torch.float32 if is_type_TE.device.type == "mps" else torch.float64
-        count_GE = is_type_TE.new_zeros(len(size_G), num_experts, dtype=dtype)
+        count_GE = is_type_TE.new_zeros(size_G.size(0), num_experts, dtype=dtype)
         count_GE = count_GE.index_add(0, group_T, is_type_TE.to(dtype))
         return Routing.to_all(count_GE / size_G[:, None]).expand(group_T)
 
@@ -228,9 +228,9 @@ class TypeRouter(Router):
                 "which ByType.attach was applied (and of which no part alone is compiled); in a "
                 "checkpoint, a call with tensors"
             )
-        if routing.num_tokens != len(x_TD):
+        if routing.num_tokens != x_TD.size(0):
             raise ValueError(
-                f"{name}: got {routing.num_tokens} types, expected one for each of {len(x_TD)} "
+                f"{name}: got {routing.num_tokens} types, expected one for each of {x_TD.size(0)} "
                 "tokens of the layer"
             )
         return routing

@@ -220,7 +220,7 @@ class ExpertSelection(nn.Module):
         token_EC = token_P.view(router.num_experts, -1)
         group_EC = groups.of_tokens(token_P).view_as(token_EC)
         ranked_EC = ranked_TE.T.gather(1, token_EC)
-        last_EB = ranked_EC.new_full((len(token_EC), num_groups), torch.inf)
+        last_EB = ranked_EC.new_full((token_EC.size(0), num_groups), torch.inf)
         last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
         means = [self.threshold_E]
         sums = [last_EB.sum(dim=1)]

@@ -150,7 +150,7 @@ class Groups:
             token = place.view(-1).to(device)
             if self.order is not None:
                 token = self.order[token]
-            shape = (len(group), len(slot))
+            shape = (group.size(0), slot.size(0))
             batches.append(GroupBatch(group.to(device), shape, token, mask.to(device)))
         return batches
 
@@ -250,7 +250,7 @@ def drop_over_capacity(
     place_T = first_prob_T.argsort(descending=True, stable=True).argsort()
     # A pair's rank, negative since higher scores win: whole numbers, which float64 holds exactly.
     choice_K = torch.arange(expert_TK.size(1), device=place_T.device)
-    rank_TK = -(place_T[:, None] + len(place_T) * choice_K).double()
+    rank_TK = -(place_T[:, None] + place_T.size(0) * choice_K).double()
     rank_TE = torch.full_like(probs_TE, -torch.inf, dtype=torch.float64)
     rank_TE = rank_TE.scatter(1, expert_TK, rank_TK)
     # An expert that has places left would take tokens that did not choose it: leave those out.

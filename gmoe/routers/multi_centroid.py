@@ -148,9 +148,9 @@ class MultiCentroid(Router):
         center_ED, owner_T = kmeans(unit_TD, self.num_experts, generator)
         for expert, row in enumerate(self._alive_numbers()):
             mine_TD = unit_TD[owner_T == expert]
-            if len(mine_TD) == 0:  # fewer distinct tokens than experts
+            if mine_TD.size(0) == 0:  # fewer distinct tokens than experts
                 mine_TD = center_ED[expert][None]
-            num_clusters = min(self.num_centroids, len(mine_TD))
+            num_clusters = min(self.num_centroids, mine_TD.size(0))
             center_ND, _ = kmeans(mine_TD, num_clusters, generator)
             # An expert with fewer tokens than centroids repeats its centers.
             repeated_M = torch.arange(self.num_centroids) % num_clusters
@@ -231,8 +231,8 @@ def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> T
     are drawn already.
     """
     device = x_TD.device
-    starts = [torch.randint(len(x_TD), (1,), generator=generator, device=device)]
-    square_T = x_TD.new_full((len(x_TD),), torch.inf)  # squared distance from the nearest start
+    starts = [torch.randint(x_TD.size(0), (1,), generator=generator, device=device)]
+    square_T = x_TD.new_full((x_TD.size(0),), torch.inf)  # squared distance from the nearest start
     for _ in range(num_clusters - 1):
         square_T = square_T.minimum((x_TD - x_TD[starts[-1]]).square().sum(dim=1))
         cumulative_T = square_T.double().cumsum(0)
@@ -240,5 +240,5 @@ def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> T
         draw = uniform * cumulative_T[-1]
         drawn = torch.searchsorted(cumulative_T, draw, right=True)
         # Behind the last token if all equal a start; any of them is then as good.
-        starts.append(drawn.clamp(max=len(x_TD) - 1))
+        starts.append(drawn.clamp(max=x_TD.size(0) - 1))
     return x_TD[torch.cat(starts)]

@@ -117,7 +117,7 @@ class SoftSlots(Router):
         raise cannot_shrink(self)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> SoftRouting:
-        groups = Groups.of(group, len(x_TD))
+        groups = Groups.of(group, x_TD.size(0))
         unit_TD = _normalized(x_TD)
         unit_ND = _normalized(self.phi.flatten(0, 1).to(x_TD.dtype))
         logits_TN = unit_TD @ (unit_ND * self.scale.to(x_TD.dtype)).T
@@ -126,7 +126,7 @@ class SoftSlots(Router):
         dispatch_TES = dispatch_TN.view_as(combine_TES)
 
         # As a routing: each token goes to all experts.
-        num_tokens = len(x_TD)
+        num_tokens = x_TD.size(0)
         weight_TE = combine_TES.sum(dim=-1)
         experts_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device)
         return SoftRouting(

@@ -131,7 +131,7 @@ class TokenChoice(BalancedRouter):
         clean_TA = self.centered_step(x_TD, self.gate) if biased else scores_of(self.gate, x_TD)
 
         # 2. In training, add noise, so that experts which nobody chooses get a chance.
-        has_noise = self.noise and self.training and len(x_TD) > 0
+        has_noise = self.noise and self.training and x_TD.size(0) > 0
         logits_TA = _with_noise(clean_TA) if has_noise else clean_TA
 
         # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
@@ -143,7 +143,7 @@ class TokenChoice(BalancedRouter):
 
         losses = self._losses(logits_TE, expert_TK)
         if self.training and self.capacity_factor is not None:
-            groups = Groups.of(group, len(x_TD))
+            groups = Groups.of(group, x_TD.size(0))
             return self._within_capacity(expert_TK, log_probs_TE, groups, losses)
         return Routing.from_choices(
             expert_TK,
@@ -159,7 +159,7 @@ class TokenChoice(BalancedRouter):
     ) -> Routing:
         """Route without the pairs over capacity; the weights are those of the remaining pairs."""
         probs_TE = log_probs_TE.exp()
-        num_tokens = len(log_probs_TE)
+        num_tokens = log_probs_TE.size(0)
         share = (self.capacity_factor or 1.0) * self.k / self.num_scored
         token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, share)
         # Not by bincount, for which the host waits.
@@ -184,7 +184,7 @@ class TokenChoice(BalancedRouter):
         if self.balance == "switch":
             importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
             load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, 1.0).sum(dim=0)
-            num_tokens = importance_E.new_full((), len(logits_TE))
+            num_tokens = importance_E.new_full((), logits_TE.size(0))
             sums = self.summed(importance_E, load_E, num_tokens)
             losses["switch"] = AuxLoss(switch_loss(*sums), self.balance_coef)
         if self.z_coef > 0:
