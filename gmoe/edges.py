@@ -217,7 +217,7 @@ def _rows_to_check(
     sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int
 ) -> list[tuple[Tensor, int]]:
     """Nodes and their numbers: of receivers that ascend, the first and the last stand for all."""
-    ends = receiver[:: max(len(receiver) - 1, 1)]
+    ends = receiver[:: max(receiver.size(0) - 1, 1)]
     if num_senders == num_receivers:
         return [(torch.cat([sender, ends]), num_senders)]
     return [(sender, num_senders), (ends, num_receivers)]
