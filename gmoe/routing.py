@@ -391,6 +391,7 @@ class Routing:
         if group_T.dim() != 1 or group_T.dtype not in INTEGERS:
             raise ValueError(f"group_T: got {described(group_T)}, expected (T,) integers")
         check_range("group_T", group_T, self.num_tokens)
+        num_tokens = group_T.size(0)
         k = self.token.size(0) // max(self.num_tokens, 1)
         scores_TE = self.scores.index_select(0, group_T)
         if self.slot is None:  # some groups have more experts than others
@@ -399,16 +400,14 @@ class Routing:
             expert_P, token_P = chosen_GE.index_select(0, group_T).T.nonzero(as_tuple=True)
             weight_P = self.to_dense()[group_T[token_P], expert_P]
             offsets_E = expert_P.bincount(minlength=self.num_experts).cumsum(0).to(torch.int32)
-            tokens = Routing(
-                token_P, offsets_E, weight_P, scores_TE, group_T.size(0), validate=False
-            )
+            tokens = Routing(token_P, offsets_E, weight_P, scores_TE, num_tokens, validate=False)
         elif k == self.num_experts:
             tokens = Routing.to_all(self.to_dense().index_select(0, group_T), scores=scores_TE)
         else:
             pair_P = self.place.view(self.num_tokens, k).index_select(0, group_T).view(-1)
             tokens = Routing.from_choices(
-                expert_at(self.offsets, pair_P).view(group_T.size(0), k),
-                self.weight.index_select(0, pair_P).view(group_T.size(0), k),
+                expert_at(self.offsets, pair_P).view(num_tokens, k),
+                self.weight.index_select(0, pair_P).view(num_tokens, k),
                 num_experts=self.num_experts,
                 scores=scores_TE,
                 validate=False,
