@@ -31,13 +31,10 @@ from gmoe.mixed import Mix, MixedWeights
 from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.products import Backend
 from gmoe.recorded import AsBuilt, Recorded
-from gmoe.routers import ROUTERS, ByType, Router, RouterLike, read_router
+from gmoe.routers import DEFAULT_EXPERTS, ROUTERS, FromCall, Router, RouterLike, read_router
 from gmoe.routing import Routing
 from gmoe.stack import base_parameters, become, share_base
 from gmoe.start import Start, build_layer_router, resolved_start
-
-DEFAULT_EXPERTS = 8
-"""E, unless the router's values say how many experts there are."""
 
 
 def moefy(
@@ -46,7 +43,7 @@ def moefy(
     every: int | None = None,
     k: int = 1,
     router: RouterLike = "token_choice",
-    num_experts: int = DEFAULT_EXPERTS,
+    num_experts: int | None = None,
     targets: str | Sequence[str] | None = None,
     start: Start | None = None,
     router_input: Any = None,
@@ -93,7 +90,8 @@ def moefy(
             transformer, 1 for ``targets`` and for a GNN, whose output layer stays dense).
         k: K, experts per token (default 1).
         router: a name or factory (default ``"token_choice"``); each layer gets its own router. Or
-            :class:`gmoe.routers.ByType`: by types that are an argument of the model.
+            :class:`gmoe.routers.ByType`, :class:`gmoe.routers.FromInput`: by types, or by a vector,
+            that are an argument of the model.
         num_experts: E (default 8; by type, the number of types).
         targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1",
             "conv2"]``, instead of the ``mlp`` of all blocks (default ``None``). Modules inside a
@@ -113,7 +111,8 @@ def moefy(
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_input: what the routers of convs see, as in :class:`MoEConv` (default ``None``).
         mix: the ``"outputs"`` of K experts (default); or of linear layers and MLPs that ``targets``
-            names the ``"weights"``, by ``ByType(..., batch=)``: :class:`gmoe.mixed.MixedWeights`.
+            names the ``"weights"``, by ``ByType(..., batch=)`` or ``FromInput(..., batch=)``:
+            :class:`gmoe.mixed.MixedWeights`.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
@@ -137,14 +136,10 @@ def moefy(
     if isinstance(router, Router):
         raise ValueError("router: got an instance for several layers, expected a name or a factory")
     router = read_router(router)
-    if isinstance(router, ByType):
-        check(
-            num_experts in (DEFAULT_EXPERTS, len(router.values)),
-            "num_experts",
-            num_experts,
-            f"{len(router.values)}, one for each value of the router",
-        )
-        num_experts = len(router.values)
+    if isinstance(router, FromCall):
+        num_experts = router.experts_of(num_experts=num_experts)
+    elif num_experts is None:
+        num_experts = DEFAULT_EXPERTS
     start = resolved_start(start)
     check_choice("mix", mix, Mix)
     if mix == "weights":
@@ -193,15 +188,15 @@ def moefy(
     for module, layer in layers.items():
         for name in names_of[module]:
             model.set_submodule(name, layer)
-    if isinstance(router, ByType):
+    if isinstance(router, FromCall):
         router.attach(model, takes_others=start == "shared")
     return model
 
 
 def _check_mixes(router: RouterLike, targets: str | Sequence[str] | None) -> None:
     """Refuse to mix weights by a decision for each token, or in layers that nobody named."""
-    of_groups = isinstance(router, ByType) and router.batch is not None
-    legal = "ByType(..., batch=), which decides for groups of tokens"
+    of_groups = isinstance(router, FromCall) and router.batch is not None
+    legal = "ByType or FromInput with batch=, which decide for groups of tokens"
     check(of_groups, "router", f"{router!r} with mix='weights'", legal)
     check(targets is not None, "targets", "None with mix='weights'", "patterns of names")
 

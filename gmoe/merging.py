@@ -1,4 +1,4 @@
-"""Merge the experts of layers that mix weights into one dense layer, for one decision.
+"""Merge the experts of layers into one dense layer, for one decision.
 
 Shapes: E experts, G groups, I in and O out features.
 """
@@ -6,7 +6,7 @@ Shapes: E experts, G groups, I in and O out features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,37 +18,40 @@ from gmoe._checks import check_module
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.mixed import MixedWeights, mixture
 from gmoe.moe import MoE, MoELayer
-from gmoe.routers.by_type import detach
+from gmoe.routers.from_call import decided_from, detach
 from gmoe.routing import Routing
 
 
 def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
-    r"""Return the plain dense model of one molecule or composition, with the weights mixed.
+    r"""Return the plain dense model of one molecule, composition, or source.
 
     .. math:: W = \sum_e w_e W_e
 
     In layers that mix weights (:class:`gmoe.mixed.MixedWeights`) all tokens of a group run the
     same mixture: where every group has the same decision, as in a simulation of one molecule, the
-    mixture is made once, and the model has neither experts nor routers, nor their cost. On that
-    molecule it equals the model, up to rounding; for others merge again. A linear layer becomes
-    ``nn.Linear``, and an MLP a module of two of them.
+    mixture is made once, and the model has neither experts nor routers, nor their cost. So it is in
+    layers by type where all tokens have one type. For what has that decision it equals the model,
+    up to rounding; for others merge again. A linear layer becomes ``nn.Linear``, and an MLP a
+    module of two of them.
 
     Args:
-        model: any model in which all layers with experts mix weights, from :func:`moefy` or your
+        model: any model whose layers with experts all have one decision, from :func:`moefy` or your
             own. It stays as it is.
-        *args: a call of the model on that molecule, which is made once, in evaluation.
-        **kwargs: likewise.
+        *args: a call of the model, which is made once, in evaluation.
+        **kwargs: likewise; or by itself the argument that its router reads, for one group:
+            nothing is called then.
 
     Returns:
         A dense copy of the model.
 
     Raises:
-        ValueError: a layer that mixes outputs, that has no router, or that runs beside a shared
-            expert; a graph whose groups have different decisions.
+        ValueError: a layer that has no router, or that runs beside a shared expert; tokens of
+            different decisions, or outputs of several experts.
 
     Example:
         >>> water = gmoe.merge(model, z, pos)
         >>> energy = water(z, pos)
+        >>> one_theory = gmoe.merge(model, system=system[:1])
     """
     check_module("model", model)
     merged = copy.deepcopy(model)
@@ -62,14 +65,24 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
             f"model: got {type(model).__name__} without layers of experts, expected some"
         )
 
-    # 1. Run the model, to see what is decided.
-    with _recorded(layers) as decisions, evaluating(merged):
-        merged(*args, **kwargs)
+    # 1. See what is decided.
+    told = {} if args else decided_from(merged, kwargs)
+    if told:
+        decisions = {layer: [told[layer.router]] for layer in layers if layer.router in told}
+    else:
+        with _recorded(layers) as decisions, evaluating(merged):
+            merged(*args, **kwargs)
 
     # 2. Put the mixture in the place of each layer.
     for layer, names in layers.items():
-        weight_1E = _only(decisions[layer], names[0])
-        dense = dense_of(layer.experts.stacked, weight_1E)
+        weight_1E = _only(decisions.get(layer, []), names[0])
+        is_mixed = isinstance(layer.experts, MixedWeights)
+        if not is_mixed and int(weight_1E.count_nonzero()) != 1:
+            raise ValueError(
+                f"model: got {names[0] or 'the model itself'}, which mixes the outputs of several "
+                "experts, expected one expert, or mix='weights'"
+            )
+        dense = dense_of(layer.experts.stacked if is_mixed else layer.experts, weight_1E)
         for name in names:
             if name == "":
                 return dense
@@ -80,8 +93,12 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
 
 def _check_mergeable(name: str, layer: MoELayer) -> None:
     """Refuse a layer that no dense one equals, or whose router is not its own."""
-    if not isinstance(layer.experts, MixedWeights):
-        raise ValueError(f"model: got {name}, which mixes outputs, expected mix='weights'")
+    experts = layer.experts
+    if not isinstance(experts, MixedWeights | LinearExperts | MLPExperts):
+        raise ValueError(
+            f"model: got {name} with {type(experts).__name__}, expected experts of linear layers "
+            "or MLPs"
+        )
     if layer.router is None:
         raise ValueError(
             f"model: got {name}, a {type(layer).__name__} without a router of its own, expected "
@@ -92,13 +109,13 @@ def _check_mergeable(name: str, layer: MoELayer) -> None:
 
 
 @contextmanager
-def _recorded(layers: Collection[MoELayer]) -> Iterator[Mapping[MoELayer, list[Tensor]]]:
+def _recorded(layers: Collection[MoELayer]) -> Iterator[dict[MoELayer, list[Tensor]]]:
     """For each layer, (G, E) the weights of each of its calls inside the block."""
     found: dict[MoELayer, list[Tensor]] = {layer: [] for layer in layers}
 
     def record(layer: MoELayer, routing: Routing) -> None:
-        if routing.by_group is not None:
-            found[layer].append(routing.by_group.routing.to_dense())
+        decided = routing if routing.by_group is None else routing.by_group.routing
+        found[layer].append(decided.to_dense())
 
     hooks = [
         layer.experts.register_forward_pre_hook(lambda _, args, of=layer: record(of, args[1]))

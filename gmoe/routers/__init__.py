@@ -13,16 +13,21 @@ from gmoe.routers.base import Router, Weighting
 from gmoe.routers.baselines import OracleRouter, RandomRouter, UniformRouter
 from gmoe.routers.by_type import ByType
 from gmoe.routers.expert_choice import ExpertChoice
+from gmoe.routers.from_call import DEFAULT_EXPERTS, FromCall
+from gmoe.routers.from_input import FromInput
 from gmoe.routers.groups import Groups
 from gmoe.routers.multi_centroid import MultiCentroid
 from gmoe.routers.soft import SoftRouting, SoftSlots
 from gmoe.routers.token_choice import TokenChoice
 
 __all__ = [
+    "DEFAULT_EXPERTS",
     "ROUTERS",
     "AttentionVote",
     "ByType",
     "ExpertChoice",
+    "FromCall",
+    "FromInput",
     "Groups",
     "MultiCentroid",
     "OracleRouter",
@@ -138,5 +143,7 @@ def build_router(
 
 
 def read_router(router: Any) -> Any:
-    """A :class:`ByType` from its arguments, as a file has it; anything else stays as it is."""
-    return ByType(**router) if isinstance(router, Mapping) else router
+    """A :class:`FromCall` from its arguments, as a file has it; anything else stays as it is."""
+    if not isinstance(router, Mapping):
+        return router
+    return FromInput(**router) if "dim" in router else ByType(**router)

@@ -16,6 +16,7 @@ from gmoe.merging import MLP
 from gmoe.mixed import MixedWeights
 from gmoe.routers import ByType
 from gmoe.stack import stacks_in
+from tests.helpers import sources
 
 ELEMENTS = [1, 6, 8]
 LINEAR = ["interactions.*.conv.lin*", "interactions.*.lin", "lin1", "lin2"]
@@ -171,12 +172,41 @@ def test_what_has_no_dense_equal_is_refused_and_stays() -> None:
     beside = schnet("shared")
     with pytest.raises(ValueError, match=r"model: got inter.*, experts beside a shared one, exp"):
         gmoe.merge(beside, *call)
-    soft: Any = gmoe.moefy(dense_schnet(), targets="lin1", num_experts=3)
-    with pytest.raises(ValueError, match="model: got lin1, which mixes outputs, expected"):
-        gmoe.merge(soft, *call)
+    by_atom = gmoe.moefy(dense_schnet(), targets="lin1", num_experts=3, start="plain")
+    with pytest.raises(ValueError, match=r"model: got \d decisions in lin1, expected one for all"):
+        gmoe.merge(by_atom, *call)
+    of_all = gmoe.moefy(
+        nn.Sequential(nn.Linear(6, 6)), targets="0", router="uniform", start="plain"
+    )
+    with pytest.raises(ValueError, match="model: got 0, which mixes the outputs of several"):
+        gmoe.merge(of_all, torch.randn(3, 6))
     with pytest.raises(ValueError, match="model: got Linear without layers of experts"):
         gmoe.merge(nn.Linear(6, 6), pos)
     told = ByVector(LinearExperts(6, 6, num_experts=4))
     x, batch = torch.randn(5, 6), torch.tensor([0, 1, 1, 0, 0])
     with pytest.raises(ValueError, match=r"got layers\.0, a MoE without a router of its own"):
         gmoe.merge(told, x, torch.randn(2, 3), batch)
+
+
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+def test_a_model_of_types_is_handed_out_for_one_of_them(mix: str) -> None:
+    model, x = sources.net(sources.BY_SOURCE, mix).eval(), sources.atoms()
+    for source in sources.SOURCES:
+        told = torch.tensor([source])
+        expected = model(x, None, told)
+        for dense in (gmoe.merge(model, source=told), gmoe.merge(model, x, None, told)):
+            assert not any(isinstance(part, gmoe.MoE) for part in dense.modules())
+            assert type(dense) is sources.Net
+            torch.testing.assert_close(dense(x), expected, rtol=0, atol=1e-10)
+
+
+def test_a_learned_mixture_is_handed_out_for_one_vector() -> None:
+    model, x = sources.net(sources.BY_VECTOR).eval(), sources.atoms()
+    system = sources.systems()[2:3]
+    dense = gmoe.merge(model, system=system)
+    torch.testing.assert_close(dense(x), model(x, system=system), rtol=0, atol=1e-10)
+    names = {name.partition(".")[0] for name, _ in dense.named_parameters()}
+    assert names == {"lin1", "lin2"}  # the router is gone, too
+    assert "router_of_system" in dict(model.named_children())
+    with pytest.raises(ValueError, match="system: got 4 vectors without a batch"):
+        gmoe.merge(model, system=sources.systems())

@@ -127,7 +127,7 @@ def test_other_types_are_refused_without_a_shared_expert() -> None:
     ("z", "message"),
     [
         (torch.ones(ATOMS), r"z: got shape \(9,\) of torch.float32, expected integers"),
-        (torch.ones(3, dtype=torch.long), "z: got 3 types, expected one for each of 9 tokens"),
+        (torch.ones(3, dtype=torch.long), "z: got 3 integers, expected one for each of 9 tokens"),
         (None, "z: got NoneType, expected integers"),
     ],
 )
@@ -400,7 +400,7 @@ def test_copies_pickles_and_files_route_by_type(tmp_path: Path) -> None:
         ),
         (
             lambda: model_of().first.keep((0,)),
-            "model: got TypeRouter, of which no expert .*: each is the only one of its type",
+            "model: got ByType, of which no expert .*: all layers share its decision",
         ),
     ],
 )

@@ -157,8 +157,12 @@ def test_what_does_not_fit_is_refused() -> None:
         ByType("z", VALUES, batch="1")
     with pytest.raises(ValueError, match="batch: got 'group', expected an argument of Net"):
         ByType("z", VALUES, batch="group").attach(Net())
-    for batch in (BATCH[:3], BATCH.float(), 3):
-        with pytest.raises(ValueError, match=r"^batch: got .*, expected integers, the group of"):
+    for batch, legal in (
+        (BATCH[:3], "one for each of 7 tokens"),
+        (BATCH.float(), "integers, the group of each"),
+        (3, "integers, the group of each"),
+    ):
+        with pytest.raises(ValueError, match=rf"^batch: got .*, expected {legal}"):
             net()(features(), Z, batch=batch)
     by_atom, by_molecule = ByType("z", VALUES), ByType("z", VALUES, batch="batch")
     for options, message in (

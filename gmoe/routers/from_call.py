@@ -1,0 +1,400 @@
+"""Routing by what the model is called with: one decision a call, which all its layers share.
+
+Shapes: T tokens, G groups, E experts, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from gmoe._checks import INTEGERS, check, check_module, described
+from gmoe._torch import (
+    NO_BACKWARD,
+    backward_number,
+    forward_hooks,
+    hooks_of_saved,
+    remove_forward_hooks,
+    version_of,
+)
+from gmoe.routers.base import Router
+from gmoe.routing import Routing
+
+DEFAULT_EXPERTS = 8
+"""E, where nothing says how many experts there are."""
+
+
+@dataclass(frozen=True)
+class FromCall(ABC):
+    """A router for all layers of a model, which reads an argument of the model's ``forward``.
+
+    Args:
+        argument: the name of the argument, or ``"data.NAME"``: the attribute of one.
+        batch: the name of the argument that holds the group of each token; ``None`` (default)
+            decides for each token.
+    """
+
+    argument: str
+    batch: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, value in (("argument", self.argument), ("batch", self.batch)):
+            is_name = isinstance(value, str) and all(map(str.isidentifier, value.split(".")))
+            legal = "the name of an argument of the model's forward, or an attribute of one"
+            check(is_name or (name, value) == ("batch", None), name, repr(value), legal)
+
+    @abstractmethod
+    def experts_of(self, *, num_experts: int | None) -> int:
+        """E, for the number that was asked for; ``None`` leaves it to the router.
+
+        Raises:
+            ValueError: a number that the router cannot have.
+        """
+
+    @abstractmethod
+    def decide(self, value: Any, batch_T: Any, takes_others: bool, model: nn.Module) -> Routing:
+        """The decision of a call: for each token, or for each group as :meth:`of_groups` has it.
+
+        Args:
+            value: of the argument.
+            batch_T: of ``batch``; ``None`` if there is none, or nothing was given.
+            takes_others: see :meth:`attach`.
+            model: that is called.
+        """
+
+    def __call__(self, dim: int, *, num_experts: int) -> CallRouter:
+        """Build the router of one layer."""
+        return CallRouter(dim, self, self.experts_of(num_experts=num_experts))
+
+    def attach(self, model: nn.Module, *, takes_others: bool = False) -> None:
+        """Let a model read the argument in each call, once; :func:`gmoe.moefy` does so itself.
+
+        The routers in it take their decisions from its calls, but those in a part to which the same
+        was attached before.
+
+        Args:
+            model: the module whose ``forward`` has the argument.
+            takes_others: leave tokens of which nothing is known to shared experts (default
+                ``False``: refuse them).
+
+        Raises:
+            ValueError: a model without such an argument.
+        """
+        check_module("model", model)
+        value = _Argument.of("argument", self.argument, model)
+        groups = None if self.batch is None else _Argument.of("batch", self.batch, model)
+        decide = _Decide(self, value, groups, takes_others, _Calls())
+        before, _ = forward_hooks(model)
+        if decide in before.values():
+            decide = next(hook for hook in before.values() if hook == decide)
+        else:
+            model.register_forward_pre_hook(decide, with_kwargs=True)
+            model.register_forward_hook(_Forget(decide.calls), always_call=True)
+        for router in _routers_of(model, self):
+            router._calls = decide.calls
+
+    def leave(self, model: nn.Module) -> None:
+        """Take away what :meth:`attach` put into a model."""
+        remove_forward_hooks(model, (_Decide, _Forget))
+
+    def group_of(self, batch_T: Any) -> Tensor | None:
+        """(T,) the group of each token; ``None`` if all are of one group.
+
+        Raises:
+            ValueError: no integers.
+        """
+        if batch_T is None:
+            return None
+        if not isinstance(batch_T, Tensor) or batch_T.dtype not in INTEGERS:
+            raise ValueError(
+                f"{self.batch}: got {described(batch_T)}, expected integers, the group of each "
+                "token"
+            )
+        return batch_T.reshape(-1).long()
+
+
+def of_groups(routing: Routing, group_T: Tensor | None) -> Routing:
+    """The decisions of groups for their tokens; one for all tokens is left to the layers."""
+    return routing if group_T is None else routing.expand(group_T)
+
+
+class CallRouter(Router):
+    """The router of one layer under :class:`FromCall`: it takes the decision of the model's call.
+
+    Args:
+        dim: D, the width of the tokens.
+        source: what decides.
+        num_experts: E.
+
+    Raises:
+        ValueError: in a call, another number of tokens than were decided for; no call of the model
+            around it.
+    """
+
+    by_token = True
+    sums_to_one = True
+
+    def __init__(self, dim: int, source: FromCall, num_experts: int) -> None:
+        super().__init__(dim, num_experts=num_experts, k=1 if source.batch is None else num_experts)
+        self.source = source
+        self._calls: _Calls | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw."""
+
+    def check_kept(self, kept: Sequence[int]) -> None:
+        raise ValueError(
+            f"model: got {type(self.source).__name__}, of which no expert can be taken away: all "
+            "layers share its decision"
+        )
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        name = self.source.argument
+        routing = None if self._calls is None else self._calls.decision(name)
+        if routing is None:
+            raise RuntimeError(
+                f"{name}: got a call of a layer alone, expected a call of the whole model, to "
+                f"which {type(self.source).__name__}.attach was applied (and of which no part "
+                "alone is compiled); in a checkpoint, a call with tensors"
+            )
+        num_tokens = x_TD.size(0)
+        if self.source.batch is not None and routing.by_group is None:  # one group for all
+            return routing.expand(torch.zeros(num_tokens, dtype=torch.int64, device=x_TD.device))
+        if routing.num_tokens != num_tokens:
+            name = name if routing.by_group is None else str(self.source.batch)
+            raise ValueError(
+                f"{name}: got {routing.num_tokens} integers, expected one for each of {num_tokens} "
+                "tokens of the layer"
+            )
+        return routing
+
+
+def detach(model: nn.Module) -> None:
+    """Let a model that has no such layers anymore decide nothing."""
+    for part in [*model.modules()]:
+        hooks, _ = forward_hooks(part)
+        for source in [hook.source for hook in hooks.values() if isinstance(hook, _Decide)]:
+            source.leave(part)
+
+
+def decided_from(model: nn.Module, told: Mapping[str, Any]) -> dict[Router | None, Tensor]:
+    """(G, E) what routers decide if they are told their arguments alone, by router.
+
+    Args:
+        model: that was attached to.
+        told: arguments by name.
+
+    Returns:
+        Nothing, if ``told`` has other arguments, or lacks one.
+    """
+    found: dict[Router | None, Tensor] = {}
+    names = set()
+    for part in model.modules():
+        hooks, _ = forward_hooks(part)
+        for hook in hooks.values():
+            if isinstance(hook, _Decide) and hook.value.name in told:
+                value = hook.value.given((), told)
+                with torch.no_grad():
+                    routing = hook.source.decide(value, None, hook.takes_others, part)
+                names.add(hook.value.name)
+                weights = routing if routing.by_group is None else routing.by_group.routing
+                found |= dict.fromkeys(_routers_of(part, hook.source), weights.to_dense())
+    return found if names == told.keys() else {}
+
+
+# the decision of a call -----------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """A call of a model that is running.
+
+    Args:
+        backward: the number of the backward pass that makes it, as of a model in a checkpoint.
+        thread: the thread that makes it; ``None`` in compiled code.
+        routing: what was decided for it.
+        hooks: on what autograd saves in it.
+    """
+
+    backward: int
+    thread: int | None
+    routing: Routing | None = None
+    hooks: saved_tensors_hooks | None = None
+
+
+class _Calls:
+    """The calls of a model, from which its routers take their decisions.
+
+    A checkpoint inside the model computes a part of a call again in the backward pass, when the
+    call is over. Before that it unpacks its inputs, which it saved in that call: whoever unpacks
+    what was saved in a call recalls the decision, whatever was called meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[_Call] = []
+        """The innermost last."""
+        self.recalled: tuple[int, Routing | None] = (NO_BACKWARD, None)
+        """A backward pass, and the decision of what it unpacked last."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(_Calls())  # of a copy, no call is running
+
+    def begin(self) -> _Call:
+        """Note that a call begins, of which nothing is decided yet."""
+        is_compiled = torch.compiler.is_compiling()
+        number = NO_BACKWARD if is_compiled else backward_number()
+        self.running.append(_Call(number, None if is_compiled else threading.get_ident()))
+        return self.running[-1]
+
+    def end(self) -> None:
+        """Note that the innermost call is over."""
+        call = self.running.pop() if self.running else None
+        if call is not None and call.hooks is not None:
+            call.hooks.__exit__()
+
+    def decision(self, name: str) -> Routing | None:
+        """That of the call around; or, where a checkpoint recomputes a part of a call, of that.
+
+        Args:
+            name: of the argument, for an error.
+        """
+        call = self.running[-1] if self.running else None
+        if torch.compiler.is_compiling():
+            return None if call is None else call.routing
+        number = backward_number()
+        if call is not None and call.backward == number:
+            check(
+                call.thread in (None, threading.get_ident()),
+                name,
+                "calls of one model in several threads",
+                "one at a time, or a copy of the model for each thread",
+            )
+            return call.routing
+        in_pass, routing = self.recalled
+        return routing if number == in_pass else None
+
+    def watch(self, call: _Call) -> None:
+        """Recall a call's decision when something is unpacked that autograd saves in it."""
+        around = hooks_of_saved()  # of a checkpoint around, for example: ours replace them
+
+        def pack(value: Tensor) -> Any:
+            return (value, version_of(value)) if around is None else around[0](value)
+
+        def unpack(packed: Any) -> Tensor:
+            if around is None:
+                value, version = packed
+                # Where there are hooks, torch leaves this to them.
+                if version_of(value) != version:
+                    raise RuntimeError(
+                        "a tensor that is needed for the backward pass was changed in place: got "
+                        f"version {version_of(value)}, expected {version}"
+                    )
+            else:
+                value = around[1](packed)
+            self.recalled = backward_number(), call.routing
+            return value
+
+        call.hooks = saved_tensors_hooks(pack, unpack)
+        call.hooks.__enter__()
+
+
+def _routers_of(part: nn.Module, source: FromCall) -> Iterator[CallRouter]:
+    """The routers in a part of a model that take their decisions from its calls."""
+    if isinstance(part, CallRouter) and part.source == source:
+        yield part
+    for child in part.children():
+        hooks, _ = forward_hooks(child)
+        decides = [hook for hook in hooks.values() if isinstance(hook, _Decide)]
+        if all(hook.source != source for hook in decides):  # else they have calls of their own
+            yield from _routers_of(child, source)
+
+
+class _Argument(NamedTuple):
+    """An argument of a model's forward, or an attribute of one."""
+
+    name: str
+    place: int | None
+    """Among those by position; ``None`` for one by name alone."""
+    default: Any
+    attributes: tuple[str, ...]
+    """Of what is given, one inside the other."""
+
+    @classmethod
+    def of(cls, label: str, name: str, model: nn.Module) -> _Argument:
+        """Look an argument up in the signature of a model.
+
+        Args:
+            label: what the user calls it, for an error.
+            name: of the argument.
+            model: the module whose ``forward`` has it.
+
+        Raises:
+            ValueError: a model without such an argument.
+        """
+        name, *attributes = name.split(".")
+        parameters = inspect.signature(model.forward).parameters
+        found = parameters.get(name)
+        check(
+            found is not None and found.kind not in (found.VAR_POSITIONAL, found.VAR_KEYWORD),
+            label,
+            repr(name),
+            f"an argument of {type(model).__name__}.forward: {', '.join(parameters)}",
+        )
+        assert found is not None
+        place = None if found.kind is found.KEYWORD_ONLY else [*parameters].index(name)
+        default = None if found.default is found.empty else found.default
+        return cls(name, place, default, tuple(attributes))
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Its value in a call."""
+        value = kwargs.get(self.name, self.default)
+        if self.place is not None and self.place < len(args):
+            value = args[self.place]
+        for name in self.attributes:
+            value = getattr(value, name, None)
+        return value
+
+
+@dataclass(frozen=True)
+class _Decide:
+    """Decide at the start of a model's forward, as a hook of it.
+
+    Args:
+        source: what decides.
+        value: the argument that it reads.
+        groups: the one that holds the groups, if there is one.
+        takes_others: see :meth:`FromCall.attach`.
+        calls: of the model.
+    """
+
+    source: FromCall
+    value: _Argument
+    groups: _Argument | None
+    takes_others: bool
+    calls: _Calls = field(compare=False)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        call = self.calls.begin()  # at first: _Forget runs after an error, too
+        value = self.value.given(args, kwargs)
+        batch_T = None if self.groups is None else self.groups.given(args, kwargs)
+        call.routing = self.source.decide(value, batch_T, self.takes_others, model)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.calls.watch(call)
+
+
+@dataclass(frozen=True)
+class _Forget:
+    """Forget the decision at the end of the forward, also of one that failed."""
+
+    calls: _Calls
+
+    def __call__(self, _: nn.Module, args: object, output: object) -> None:
+        self.calls.end()

@@ -1,0 +1,144 @@
+"""Decisions for groups, from what the model is called with: a type each, or a learned mixture."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Batch, Data
+
+import gmoe
+from gmoe.routers import ByType, FromInput
+from tests.helpers.sources import (
+    BATCH,
+    BY_SOURCE,
+    BY_VECTOR,
+    DIM,
+    SOURCE,
+    SOURCES,
+    Net,
+    atoms,
+    equal_with_gradients,
+    naive,
+    net,
+    one_hot,
+    systems,
+)
+
+
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+def test_a_type_for_each_molecule_chooses_its_experts_weights(mix: str) -> None:
+    model, x = net(BY_SOURCE, mix), atoms()
+    out = model(x, BATCH, SOURCE)
+    equal_with_gradients(model, out, naive(model, x, one_hot()), x)
+
+
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR])
+def test_one_molecule_needs_no_batch(router: Any) -> None:
+    model, x = net(router), atoms()
+    told = {"source": SOURCE[1:2], "system": systems()[1:2]}
+    batch = torch.zeros(len(x), dtype=torch.int64)
+    torch.testing.assert_close(model(x, **told), model(x, batch, **told), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR])
+def test_second_gradients_are_those_of_the_definition(router: Any) -> None:
+    model, x = net(router), atoms()
+    if router is BY_SOURCE:
+        weight_GE = one_hot()
+    else:
+        weight_GE = torch.softmax(model.router_of_system(systems()), dim=1)
+    found = []
+    for out in (model(x, BATCH, SOURCE, system=systems()), naive(model, x, weight_GE)):
+        (force,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        leaves = [x, *model.parameters()]
+        found.append(torch.autograd.grad(force.square().sum(), leaves, allow_unused=True))
+    for one, other in zip(*found, strict=True):
+        if one is not None or other is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR])
+def test_copies_pickles_and_files_decide_the_same(router: Any, tmp_path: Path) -> None:
+    model, x = net(router), atoms()
+    told = {"source": SOURCE, "system": systems()}
+    expected = model.eval()(x, BATCH, **told)
+    gmoe.save(model, tmp_path)
+    loaded = gmoe.load(tmp_path, Net().double())
+    for other in (deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        torch.testing.assert_close(other(x, BATCH, **told), expected, rtol=0, atol=0)
+
+
+class OnData(nn.Module):
+    """A model that is called with a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(4, 4)
+
+    def forward(self, data: Any) -> Tensor:
+        out: Tensor = self.lin1(data.x)
+        return out
+
+
+def test_an_attribute_of_a_graph_is_read() -> None:
+    router = ByType("data.source", SOURCES, batch="data.batch")
+    model = net(router, model=OnData())
+    graphs = [
+        Data(x=torch.randn(n, 4).double(), source=torch.tensor([source]))
+        for n, source in ((2, 7), (1, 0), (3, 3), (1, 7))
+    ]
+    batch = Batch.from_data_list(graphs)
+    out = model(batch)
+    torch.testing.assert_close(out, torch.cat([model(graph) for graph in graphs]))
+    vector = FromInput("data.system", dim=DIM, batch="data.batch")
+    learned = net(vector, model=OnData())
+    for graph, system in zip(graphs, systems(), strict=True):
+        graph.system = system[None]
+    out = learned(Batch.from_data_list(graphs))
+    torch.testing.assert_close(out, torch.cat([learned(graph) for graph in graphs]))
+
+
+def test_an_unknown_source_shares_the_base_by_choice_alone() -> None:
+    unknown = torch.tensor([7, 0, 5, 7])
+    with pytest.raises(ValueError, match=r"^source: got types \[5\] without an expert"):
+        net(BY_SOURCE)(atoms(), BATCH, unknown)
+    model, x = net(BY_SOURCE, "outputs", start="shared"), atoms()
+    outputs: list[Tensor] = []
+    model.lin1.register_forward_hook(lambda _, __, y: outputs.append(y))
+    model(x, BATCH, unknown)
+    is_unknown = BATCH == 2
+    torch.testing.assert_close(outputs[0][is_unknown], model.lin1.shared_expert(x)[is_unknown])
+
+
+@pytest.mark.parametrize(
+    ("router", "told", "message"),
+    [
+        (BY_SOURCE, {}, "source: got NoneType, expected integers"),
+        (BY_SOURCE, {"source": ["uff"] * 4}, "source: got list, expected integers"),
+        (BY_SOURCE, {"source": SOURCE.double()}, "source: got .*, expected integers"),
+        (BY_SOURCE, {"source": SOURCE[:2]}, "group_T: got .*"),
+        (BY_VECTOR, {}, "system: got NoneType, expected a vector of 3 numbers for each group"),
+        (BY_VECTOR, {"system": torch.ones(4, 2)}, r"system: got .*\(4, 2\).*, expected a vector"),
+        (BY_VECTOR, {"system": torch.ones(4, 3).long()}, "system: got .*, expected a vector of 3"),
+        (BY_VECTOR, {"system": torch.full((4, 3), torch.nan)}, "system: got NaN or infinity"),
+        (BY_VECTOR, {"system": torch.ones(2, 3)}, "group_T: got .*"),
+    ],
+)
+def test_what_tells_no_decision_is_refused(router: Any, told: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        net(router)(atoms(), BATCH, **told)
+
+
+def test_types_of_as_many_groups_as_tokens_are_told_apart_or_refused() -> None:
+    in_order, one_empty = torch.arange(3), torch.tensor([0, 0, 2])
+    types = torch.tensor([7, 0, 3])
+    found = BY_SOURCE.routing(types, False, in_order)
+    torch.testing.assert_close(found.to_dense().double(), one_hot(types))
+    with pytest.raises(ValueError, match=r"^source: got 3 types for 3 tokens in as many groups"):
+        BY_SOURCE.routing(types, False, one_empty)
