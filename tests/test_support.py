@@ -102,7 +102,8 @@ def quantizes(case: Case) -> str | None:
     layer = case.make().eval()
     quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
     assert run(quantized, case.call()).isfinite().all()
-    assert any("quantized" in type(module).__module__ for module in quantized.modules())
+    is_quantized = any("quantized" in type(module).__module__ for module in quantized.modules())
+    assert is_quantized == any(type(module) is nn.Linear for module in layer.modules())
     left = of_experts(quantized)
     assert left in ([], of_experts(layer))
     return "partly" if left else None
