@@ -53,6 +53,7 @@ nitpick_ignore_regex = [
     ("py:class", r"gmoe\.(conv\.open_widths\.OpenWidths|conv\.explain\.HidesPrototype)"),
     ("py:class", r"gmoe\.(stack\.Stack|recorded\.Recorded)"),
     ("py:class", r"gmoe\.(moe\.MoELayer|models\.layered\.LayeredGNN)"),
+    ("py:class", r"gmoe\.routers\.from_call\.FromCall"),
 ]
 
 sphinx_gallery_conf = {

@@ -31,7 +31,7 @@ class ByType(FromCall):
     by its ``node_type``, or one on messages, by ``edge_type``, is PyG's ``HeteroLinear``. PyG's
     ``HeteroConv`` has weights for each relation already.
 
-    In a model of your own layers, use it as the factory of their routers, and call :meth:`attach`
+    In a model of your own layers, use it as the factory of their routers, and ``attach(model)``
     once. Compile the whole model, not a part of it. Of a model, one thread at a time may be inside
     a call.
 
