@@ -124,7 +124,7 @@ def drawings(results: Path) -> list[Drawing]:
     for arm, label in ARMS.items():
         known = {column: arms[arm] for column, arms in molecules.items() if arm in arms}
         if known:
-            said.append(f"{label.capitalize()}: {by_verdict(known)}")
+            said.append(f"{label[0].upper()}{label[1:]}: {by_verdict(known)}")
     alt = (
         "Molecules: how far errors are below those of the dense model, in percent, with 95 % "
         f"intervals and published means. {'. '.join(said)}. Graphs: points above the dense model."
