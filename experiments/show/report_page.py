@@ -363,7 +363,7 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure]:
     """
     graph = task.graph
     if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
-        raise ValueError("the graph is heterogeneous, or the run was evaluated in batches")
+        raise ValueError("the graph is typed, or the run was evaluated in batches")
     model = run.load_model(task)
     (batch,) = task.loader("test", run.config.batch_size, None)
     with torch.no_grad(), record_routing(model) as routings:

@@ -34,7 +34,7 @@ from experiments.train.config import (
     dense_of,
 )
 from experiments.train.files import RESULTS, read_json
-from experiments.train.presets import PRESETS, command
+from experiments.train.presets import OWN_GRAPH, PRESETS, command
 from experiments.train.saved import read_options
 from experiments.train.scores import paired, scored, unit
 from experiments.train.signals import interrupt
@@ -99,6 +99,7 @@ def parse(args: Sequence[str]) -> RunConfig:
     if _take(args, "--routing")[0] is not None:
         base = replace(base, router="oracle")
     about = f"The preset {preset}: {PRESETS[preset][0]}" if preset else f"The options of {file}."
+    about += OWN_GRAPH if base.dataset == "graph" else ""
     # what was given before the options, so that an error leads to the help that explains them
     prog = PROG if preset is None else f"{PROG} {preset}"
     prog += "" if file is None else f" --config {shlex.quote(file)}"

@@ -284,27 +284,16 @@ class NodeConfig(RunConfig):
     residual: Literal["none", "identity", "linear"] = "identity"
     norm: str | None = None
     """The norm, by PyG's name."""
-    sampling: Literal["full", "neighbor", "random_node"] = "full"
-    """Train on the whole graph, on sampled neighborhoods, or on random parts."""
-    fanout: tuple[int, ...] = FANOUT
-    """With `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
-    evaluation: Literal["full", "layerwise", "sampled"] = "full"
-    """Evaluate on the whole graph, layer by layer in pieces, or as in training.
-    By layers the result is the same, and takes less memory."""
     undirected: bool = True
     """Add the reverse of every edge."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        are_numbers = self.fanout and min(self.fanout) >= -1
-        is_used = self.sampling == "neighbor" or self.fanout == FANOUT
-        got = f"{self.fanout} with sampling={self.sampling!r}"
-        legal = "numbers from -1 (all), with sampling='neighbor'"
-        check(are_numbers and is_used, "fanout", got, legal)
+    def trains_whole(self) -> bool:
+        """Whether the whole graph is one batch."""
+        return True
 
     def _check_processes(self) -> None:
         check(
-            self.sampling != "full",
+            not self.trains_whole(),
             "devices",
             f"{self.devices} x {self.nodes} nodes for {self.dataset} with full batches",
             "one: a whole graph is one batch, which cannot be split; sample it, "
@@ -313,19 +302,20 @@ class NodeConfig(RunConfig):
         super()._check_processes()
 
     def evaluates_whole(self) -> bool:
-        return self.evaluation != "sampled"
-
-    def evaluates_by_layer(self) -> bool:
-        return self.evaluation == "layerwise"
-
-    def draws_in_workers(self) -> bool:
-        return self.sampling == "neighbor"
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphConfig(NodeConfig):
     """Nodes of a graph of one node type."""
 
+    sampling: Literal["full", "neighbor", "random_node"] = "full"
+    """Train on the whole graph, on sampled neighborhoods, or on random parts."""
+    fanout: tuple[int, ...] = FANOUT
+    """With `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
+    evaluation: Literal["full", "layerwise", "sampled"] = "full"
+    """Evaluate on the whole graph, layer by layer in pieces, or as in training.
+    By layers the result is the same, and takes less memory."""
     conv: tuple[str, ...] = ("gcn",)
     """The conv; several are kinds of experts that alternate (a dense model takes the first).
     Your own: `package.module:Class` or `FILE.py:Class`."""
@@ -358,6 +348,11 @@ class GraphConfig(NodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        are_numbers = self.fanout and min(self.fanout) >= -1
+        is_used = self.sampling == "neighbor" or self.fanout == FANOUT
+        got = f"{self.fanout} with sampling={self.sampling!r}"
+        legal = "numbers from -1 (all), with sampling='neighbor'"
+        check(are_numbers and is_used, "fanout", got, legal)
         check(self.conv, "conv", "none", "at least one")
         is_open = self.metric is None or self.dataset == "graph"
         legal = "none; `graph` leaves it open"
@@ -374,13 +369,27 @@ class GraphConfig(NodeConfig):
     def convs(self) -> tuple[str, ...]:
         return self.conv
 
+    def trains_whole(self) -> bool:
+        return self.sampling == "full"
+
+    def evaluates_whole(self) -> bool:
+        return self.evaluation != "sampled"
+
+    def evaluates_by_layer(self) -> bool:
+        return self.evaluation == "layerwise"
+
+    def draws_in_workers(self) -> bool:
+        return self.sampling == "neighbor"
+
 
 @dataclass(frozen=True, kw_only=True)
-class HeteroConfig(NodeConfig):
-    """Nodes of one type in a heterogeneous graph, in PyG's HeteroConv of a SAGE a relation."""
+class TypedConfig(NodeConfig):
+    """Nodes of one type in a typed graph, in PyG's HeteroConv of a SAGE a relation."""
 
-    sampling: Literal["full", "neighbor"] = "full"
-    evaluation: Literal["full", "sampled"] = "full"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        legal = f"none for {self.dataset}; swap convs in a model of typed nodes of your own"
+        check(self.data is None, "data", repr(self.data), legal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -540,7 +549,7 @@ class ImageConfig(RunConfig):
 
 TIMM = "timm/"
 """What the names of timm's models begin with."""
-HETERO = ("ogbn-mag", "hetero")
+TYPED = ("ogbn-mag",)
 IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "pacs", "images")
 """Data sets of each kind; all others are graphs, but OGB's molecules, ``ogbg-mol...``."""
 ERRORS = ("rmse",)
@@ -605,8 +614,8 @@ DATA_RECORDS = ("digest", "contents")
 
 def config_class(dataset: str) -> type[RunConfig]:
     """The configuration of a data set's kind."""
-    if dataset in HETERO:
-        return HeteroConfig
+    if dataset in TYPED:
+        return TypedConfig
     if dataset.startswith("ogbg-"):
         return MoleculeConfig
     return ImageConfig if dataset in IMAGES else GraphConfig

@@ -14,10 +14,10 @@ from typing import Any
 from experiments.train.config import (
     WHERE,
     GraphConfig,
-    HeteroConfig,
     ImageConfig,
     MoleculeConfig,
     RunConfig,
+    TypedConfig,
 )
 from vision.recipe import Recipe
 
@@ -172,7 +172,7 @@ PROTEINS = replace(
 )
 """x is the mean of incident edge features."""
 
-MAG = HeteroConfig(dataset="ogbn-mag", hidden=64, epochs=50, **OGB)
+MAG = TypedConfig(dataset="ogbn-mag", hidden=64, epochs=50, **OGB)
 """Of its R-GCN, full-batch."""
 
 SMALL_VIT = replace(
@@ -224,6 +224,19 @@ MOLECULES = MoleculeConfig(
 Dense, published on molhiv: 76.06 ± 0.97 % ROC-AUC.
 """
 
+OWN_GRAPH = """
+
+FILE.npz, and FILE.pt of a PyG Data (or what your function returns), hold x (N, D), y (N,) with
+classes from 0 (below 0 for none), edge_index (2, M), and perhaps edge_weight (M,), train_mask,
+val_mask and test_mask, each (N,), or (N, S) for S splits, of which seed s takes s % S.
+
+A folder has nodes.csv with a column label, perhaps id (else nodes are numbered from 0) and split
+(train, val, test or none), all others features; and edges.csv with source, target, perhaps
+weight. Labels and features may be names.
+
+Without masks each seed draws a split, 60/20/20 by class. Nothing in a file is run."""
+"""What a graph of your own holds, as the help of the preset ``graph`` says it."""
+
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "digits": ("Handwritten digits (8x8) as images; a 4-block ViT.", DIGITS),
     "cifar10": ("CIFAR-10, from torchvision or as folders of JPEG; a 6-block ViT.", CIFAR10),
@@ -250,13 +263,9 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         MOSAIC,
     ),
     "graph": (
-        "A graph of your own: --data-root FILE.npz, FILE.pt, or a folder with nodes.csv and "
-        "edges.csv.",
+        "A graph of your own: --data-root FILE.npz, FILE.pt, or a folder of CSV; or --data "
+        "FILE.py:function.",
         GRAPH,
-    ),
-    "hetero": (
-        "A heterogeneous graph of your own: --data package.module:function.",
-        replace(MAG, dataset="hetero", epochs=100, seeds=THREE),
     ),
     "cora": ("Cora, public split; a 2-layer GCN.", CORA),
     "citeseer": ("CiteSeer, public split; a 2-layer GCN.", replace(CORA, dataset="citeseer")),

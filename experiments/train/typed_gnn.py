@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
-from torch_geometric.nn import BatchNorm, HeteroConv, SAGEConv
+from torch_geometric.nn import HeteroConv, SAGEConv
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import EdgeType, NodeType
 
@@ -47,7 +47,7 @@ class TypedGNN(nn.Module):
 
     Shapes:
         - ``x_dict``: (N, D) of each type with features; ``edge_index_dict``: (2, M) of each
-          relation; ``n_id_dict``: of a mini-batch, (N,) the number of each node in the whole graph.
+          relation; both of the whole graph.
         - returns (N, out_channels).
     """
 
@@ -106,8 +106,6 @@ class TypedGNN(nn.Module):
                 ModuleDict({name: part for name, part in added.items() if part is not None})
             )
             norm_layer = norm_of(norm, out)
-            if isinstance(norm_layer, BatchNorm):
-                norm_layer.allow_single_element = True  # a mini-batch may hold one node of a type
             self.norms.append(ModuleDict({name: copy.deepcopy(norm_layer) for name in types}))
             widths |= dict.fromkeys(types, out)
         self.dropout = nn.Dropout(dropout)
@@ -116,13 +114,9 @@ class TypedGNN(nn.Module):
         self,
         x_dict: dict[NodeType, Tensor],
         edge_index_dict: dict[EdgeType, Tensor],
-        n_id_dict: dict[NodeType, Tensor] | None = None,
     ) -> Tensor:
         """The logits of the target; see the class."""
-        h_dict = dict(x_dict)
-        for name, embedding in self.embeddings.items():
-            whole = embedding.weight
-            h_dict[name] = whole if n_id_dict is None else embedding(n_id_dict[name])
+        h_dict = x_dict | {name: one.weight for name, one in self.embeddings.items()}
         *hidden, last = self.convs
         for conv, residuals, norms in zip(hidden, self.residuals, self.norms, strict=True):
             out_dict = conv(h_dict, edge_index_dict)

@@ -148,8 +148,11 @@ def forget_unknown_options() -> None:
             "train digits --router soft_slots --start plain",
             "router: got 'soft_slots' with another k or start",
         ),
-        ("train graph --data-root none.npz", "none.npz, which does not exist"),
-        ("train hetero", "data: got None for hetero"),
+        ("train graph --data-root none.npz", "No such file or directory: 'none.npz'"),
+        (
+            "train ogbn-mag --data OWN:sage",
+            "own_parts:sage', expected none for ogbn-mag",
+        ),
         # your own
         (
             "train digits-graph --router nobodys:Router",

@@ -1,4 +1,4 @@
-"""From a graph, of one node type or more, to batches.
+"""From a graph to batches.
 
 A batch is the whole graph, neighborhoods, or a random part.
 """
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
-from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn import GCNConv, GINConv, GraphConv, SAGEConv, SimpleConv
 from torch_geometric.transforms import ToUndirected
 from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
@@ -27,7 +26,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
-from experiments.train.config import GraphConfig, NodeConfig, RunConfig
+from experiments.train.config import GraphConfig, RunConfig
 from experiments.train.data.task import Batch, GraphData, MetricName, Shard, Split, Splits, Task
 from experiments.train.user_code import load_conv
 from gmoe._checks import check
@@ -53,8 +52,8 @@ def directed(graph: GraphData, undirected: bool) -> GraphData:
     return replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if undirected else graph
 
 
-def graph_task(graph: GraphData, config: NodeConfig, seed: int) -> Task:
-    """Node classification on the split of a seed."""
+def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
+    """Node classification on the split of a seed; ``config`` is a ``NodeConfig``."""
     split = graph.splits(seed)
     data: Any = graph.data
     labels = (data if graph.target is None else data[graph.target]).y
@@ -62,55 +61,58 @@ def graph_task(graph: GraphData, config: NodeConfig, seed: int) -> Task:
         one = [part for part in ("val", "test") if len(labels[split[part]].unique()) < 2]
         got = f"'roc_auc' with nodes of one class only in {' and '.join(one)}"
         check(not one, "metric", got, "both classes there")
-    batches = GraphBatches(graph, config, split)
-    widths: Any
+    of_kind: dict[str, Any]
     if graph.target is None:
-        widths = _width(data)
+        batches = GraphBatches(graph, config, split)
+        of_kind = {
+            "kind": "graph",
+            "in_channels": data.x.size(1),
+            "loader": batches,
+            "steps": batches.steps,
+            "graph": batches.data,
+        }
     else:
-        widths = {kind: _width(data[kind]) for kind in data.node_types}
+        x_dict = data.collect("x")
+        whole = {
+            part: [Batch((x_dict, data.edge_index_dict), labels[rows], rows)]
+            for part, rows in split.items()
+        }
+        of_kind = {
+            "kind": "typed",
+            "in_channels": {kind: x.size(1) for kind, x in x_dict.items()},
+            "loader": lambda part, *_: whole[part],
+            "graph": data,
+        }
     return Task(
         name=graph.name,
-        kind="graph" if graph.target is None else "hetero",
-        in_channels=widths,
         num_classes=graph.num_outputs,
         metric_name=graph.metric_name,
         metric=graph.metric or make_metric(graph.metric_name, graph.num_outputs),
-        loader=batches,
-        steps=batches.steps,
         loss=task_loss,
-        graph=batches.data,
         split=split,
         target=graph.target,
         planted=graph.planted,
+        **of_kind,
     )
 
 
-def _width(store: Any) -> int | None:
-    """The width of the features, if there are any."""
-    return store.x.size(1) if "x" in store else None
-
-
 class GraphBatches:
-    """The batches of a graph in the split of a seed."""
+    """The batches of a graph of one node type in the split of a seed."""
 
-    def __init__(self, graph: GraphData, config: Any, split: Splits) -> None:
-        self.config = config  # of a graph of one node type, a GraphConfig
+    def __init__(self, graph: GraphData, config: GraphConfig, split: Splits) -> None:
+        self.config = config
         self.split = split
-        self.target = graph.target
-        data: Any = graph.data
-        if graph.target is None:
-            data = Data(
-                x=data.x, edge_index=data.edge_index, y=data.y, edge_weight=data.edge_weight
+        given: Any = graph.data
+        data: Any = Data(
+            x=given.x, edge_index=given.edge_index, y=given.y, edge_weight=given.edge_weight
+        )
+        if data.edge_weight is not None and not any(weighs_edges(config)):
+            warnings.warn(
+                f"edge_weight: {graph.name} has some, {', '.join(config.convs())} takes none",
+                stacklevel=3,
             )
-            if data.edge_weight is not None and not any(weighs_edges(config)):
-                warnings.warn(
-                    f"edge_weight: {graph.name} has some, {', '.join(config.convs())} takes none",
-                    stacklevel=3,
-                )
-                del data.edge_weight
-            self.whole = _inputs(data, adjacency(config, data))
-        else:
-            self.whole = (data.collect("x"), data.edge_index_dict)
+            del data.edge_weight
+        self.whole = _inputs(data, adjacency(config, data))
         self.data = data.sort(sort_by_row=False) if config.sampling == "neighbor" else data
 
     def steps(self, batch_size: int) -> int:
@@ -127,11 +129,9 @@ class GraphBatches:
     ) -> Iterable[Batch]:
         rows = self.split[part]
         if self.config.sampling == "full" or (part != "train" and self.config.evaluation == "full"):
-            store = self.data if self.target is None else self.data[self.target]
-            return [Batch(self.whole, store.y[rows], rows)]
+            return [Batch(self.whole, self.data.y[rows], rows)]
         if self.config.sampling == "neighbor":
-            nodes = rows if self.target is None else (self.target, rows)
-            return neighborhoods(self.data, self.config, nodes, batch_size, seed, shard)
+            return neighborhoods(self.data, self.config, rows, batch_size, seed, shard)
         return self.random_parts(rows, batch_size, seed, shard)
 
     def random_parts(
@@ -153,25 +153,22 @@ class GraphBatches:
 
 def neighborhoods(
     data: Any,
-    config: NodeConfig,
-    nodes: Any,
+    config: GraphConfig,
+    rows: Tensor,
     batch_size: int,
     seed: int | None,
     shard: Shard,
 ) -> Iterator[Batch]:
-    """Sampled neighborhoods of ``nodes``, or ``(type, nodes)``, shuffled with a seed; edges are
-    sorted by destination.
+    """Sampled neighborhoods of the nodes ``rows``, shuffled with a seed; edges are sorted by
+    destination.
 
     The nodes of a batch come first in it, and only they count.
     """
     rank, world = shard
-    target, rows = nodes if isinstance(nodes, tuple) else (None, nodes)
-    # gmoe's needs pip alone; graphs of several node types are PyG's, which needs pyg-lib.
-    make: Any = neighbor_loader if target is None else NeighborLoader
-    loader = make(
+    loader = neighbor_loader(
         data,
         list(config.fanout),
-        input_nodes=nodes,
+        input_nodes=rows,
         batch_sampler=[
             whole.tensor_split(world)[rank].tolist()
             for whole in order_of(len(rows), seed).split(batch_size)
@@ -186,22 +183,14 @@ def neighborhoods(
             torch.manual_seed(seed + (rank << 50))
         batches = iter(loader)
     for batch in batches:
-        seeds = batch if target is None else batch[target]
-        if target is None:
-            inputs = _inputs(batch, batch.edge_index)
-            # Layers compute what later ones hear
-            if config.model is None and config.layers == len(config.fanout):
-                inputs += (None,) * (6 - len(inputs)) + (
-                    batch.num_sampled_nodes,
-                    batch.num_sampled_edges,
-                )
-        else:
-            inputs = (
-                batch.collect("x"),
-                batch.edge_index_dict,
-                {kind: batch[kind].n_id for kind in batch.node_types},
+        inputs = _inputs(batch, batch.edge_index)
+        # Layers compute what later ones hear
+        if config.model is None and config.layers == len(config.fanout):
+            inputs += (None,) * (6 - len(inputs)) + (
+                batch.num_sampled_nodes,
+                batch.num_sampled_edges,
             )
-        yield Batch(inputs, seeds.y[: seeds.batch_size], slice(0, seeds.batch_size))
+        yield Batch(inputs, batch.y[: batch.batch_size], slice(0, batch.batch_size))
 
 
 def _inputs(part: Any, adj: Tensor) -> tuple[Any, ...]:
@@ -336,7 +325,7 @@ def check_graph(where: str, data: Any, target: str | None = None) -> None:
 
     Its shapes have to fit, its edges point inside, its features be finite; each split has nodes
     in train, val and test, none of them in two, and each of them has a label of 0 or more.
-    ``where`` begins the message; ``target`` is the node type of a heterogeneous graph that has
+    ``where`` begins the message; ``target`` is the node type of a typed graph that has
     labels.
     """
     store = data if target is None else data[target]

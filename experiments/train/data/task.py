@@ -56,7 +56,7 @@ class Task:
 
     name: str
     # Inputs are those of a GNN, of a relational one, of a GNN of molecules, or images
-    kind: Literal["graph", "hetero", "molecule", "image"]
+    kind: Literal["graph", "typed", "molecule", "image"]
     # Width of the nodes (by type, None without features), or height and width of the images
     in_channels: Any
     num_classes: int  # width of the logits
@@ -72,7 +72,7 @@ class Task:
     graph: Data | HeteroData | None = None
     split: Splits | None = None  # the nodes, or molecules, of train, val and test
     labels: Tensor | None = None  # (graphs, tasks) of all molecules, NaN where one is missing
-    target: str | None = None  # of a heterogeneous graph, the node type that has labels
+    target: str | None = None  # of a typed graph, the node type that has labels
     # (T,) the expert that each token should go to, where that is known
     planted: Tensor | None = None
     classes: tuple[str, ...] = ()  # names, where they are known
@@ -94,6 +94,6 @@ class GraphData:
     num_outputs: int  # width of the logits
     metric_name: MetricName = "accuracy"
     metric: Callable[[], Metric] | None = None  # another than that of the name
-    target: str | None = None  # of a heterogeneous graph, the node type that has labels
+    target: str | None = None  # of a typed graph, the node type that has labels
     # (N,) the expert that each node should go to, where that is known
     planted: Tensor | None = None

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.train.config import (
     GraphConfig,
-    HeteroConfig,
     ImageConfig,
     MoleculeConfig,
     RunConfig,
+    TypedConfig,
 )
 from experiments.train.user_code import load_object
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[type[RunConfig], str] = {
     GraphConfig: "graphs:Graphs",
-    HeteroConfig: "graphs:HeteroGraphs",
+    TypedConfig: "graphs:TypedGraphs",
     MoleculeConfig: "molecules:MoleculeSets",
     ImageConfig: "images:Images",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch_geometric.data import Data, HeteroData
-from torch_geometric.typing import WITH_PYG_LIB, WITH_TORCH_SPARSE
+from torch_geometric.data import HeteroData
 
 import gmoe
-from experiments.train.config import GraphConfig, HeteroConfig, NodeConfig
+from experiments.train.config import GraphConfig, NodeConfig, TypedConfig
 from experiments.train.data import made
 from experiments.train.data.graphs import directed, graph_task
 from experiments.train.data.named import load_graph
-from experiments.train.data.own_graph import graph_from, own_graph
+from experiments.train.data.own_graph import graph_of, own_graph
 from experiments.train.data.task import GraphData, Task
 from experiments.train.files import read_npy
 from experiments.train.input_again import InputAgain
@@ -40,20 +38,12 @@ class Nodes(GNNKind[Config]):
 
     def whole(self) -> GraphData:
         """The graph that models see, with the reverse of its edges where that is asked for."""
-        if self.config.data is None:
-            graph = self.named()
-        else:
-            graph = self.own(load_object("data", self.config.data)())
-        return directed(graph, self.config.undirected)
+        return directed(self.named(), self.config.undirected)
 
     def named(self) -> GraphData:
         """The graph that the data set's name means, its edges as they are given."""
         config = self.config
         return load_graph(config.dataset, config.data_root, offline=config.offline)
-
-    @abstractmethod
-    def own(self, made_by_user: Any) -> GraphData:
-        """What a user's function returned, as a data set."""
 
 
 class Graphs(Nodes[GraphConfig]):
@@ -61,6 +51,8 @@ class Graphs(Nodes[GraphConfig]):
 
     def named(self) -> GraphData:
         name = self.config.dataset
+        if self.config.data is not None:
+            return self.own(load_object("data", self.config.data)())
         if name == "graph":
             return own_graph(self.config.data_root, self.config.metric)
         if name in made.GRAPHS:
@@ -68,9 +60,9 @@ class Graphs(Nodes[GraphConfig]):
         return super().named()
 
     def own(self, made_by_user: Any) -> GraphData:
-        config = self.config
-        name = config.data or config.dataset
-        return graph_from(made_by_user, Data, config.dataset, name, config.metric)
+        """What a user's function returned, as a data set."""
+        name = self.config.data or self.config.dataset
+        return graph_of(made_by_user, name, name, self.config.metric)
 
     def note_data(self, digest: Any) -> dict[str, Any]:
         root = self.config.data_root
@@ -137,24 +129,8 @@ class Graphs(Nodes[GraphConfig]):
             check(not why, "evaluation", f"'layerwise' ({why})", "'full' or 'sampled'")
 
 
-class HeteroGraphs(Nodes[HeteroConfig]):
-    """Nodes of one type in a heterogeneous graph, in a ``TypedGNN``."""
-
-    def tasks(self) -> Callable[[int], Task]:
-        can_sample = WITH_PYG_LIB or WITH_TORCH_SPARSE
-        got = f"{self.config.sampling!r} without pyg-lib, by which PyG samples typed graphs"
-        check(self.config.sampling == "full" or can_sample, "sampling", got, "'full'")
-        return super().tasks()
-
-    def named(self) -> GraphData:
-        if self.config.dataset == "hetero":
-            legal = "package.module:function that returns a PyG HeteroData"
-            raise ValueError(f"data: got None for hetero, expected {legal}")
-        return super().named()
-
-    def own(self, made_by_user: Any) -> GraphData:
-        name = self.config.data or self.config.dataset
-        return graph_from(made_by_user, HeteroData, self.config.dataset, name)
+class TypedGraphs(Nodes[TypedConfig]):
+    """Nodes of one type in a typed graph, in a ``TypedGNN``."""
 
     def sizes(self, task: Task) -> list[Any]:
         assert task.graph is not None

@@ -11,7 +11,7 @@ import pytest
 
 import gmoe
 from experiments.study.studies import CONTROLS, Row, Study
-from experiments.train.config import GraphConfig, HeteroConfig, ImageConfig, MoleculeConfig
+from experiments.train.config import GraphConfig, ImageConfig, MoleculeConfig, TypedConfig
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
 
 STUDY = Study(
@@ -77,7 +77,7 @@ def test_presets_leave_routing_to_the_library(name: str) -> None:
     assert config.layer_options() == config.options.given() == {}
     models = {
         ImageConfig: gmoe.ViTMoE,
-        HeteroConfig: gmoe.MoEConv,
+        TypedConfig: gmoe.MoEConv,
         GraphConfig: gmoe.GNNMoE,
         MoleculeConfig: gmoe.GNNMoE,
     }

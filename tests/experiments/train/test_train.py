@@ -221,7 +221,7 @@ def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         # ToxCast has 617 labels, of which ogb judges one after the other
         pytest.param(preset, marks=[pytest.mark.slow] * (preset == "ogbg-moltoxcast"))
-        for preset in sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero"})
+        for preset in sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic"})
     ],
 )
 def test_every_preset_runs_on_tiny_files(

@@ -18,16 +18,13 @@ from lightning_fabric import Fabric
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch_geometric.data import HeteroData
-from torch_geometric.sampler import HeteroSamplerOutput, NeighborSampler
 from torch_geometric.utils import add_self_loops
 
 from experiments.train.build import build_model
-from experiments.train.config import HeteroConfig
+from experiments.train.config import TypedConfig
 from experiments.train.data.graphs import MULTIPLYING, TwoClassAUROC, directed
 from experiments.train.data.named import load_graph
 from experiments.train.data.task import GraphData, Split, Task
-from experiments.train.kinds import graphs as graph_kinds
-from experiments.train.kinds import kind_of
 from experiments.train.training import set_up
 from gmoe.conv.kinds import KINDS, factory_of
 from tests.helpers.made_graph import (
@@ -320,63 +317,24 @@ def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
     return graph
 
 
-def mag_config(data_root: Path = Path("data"), **changes: Any) -> HeteroConfig:
-    return HeteroConfig(dataset="ogbn-mag", data_root=data_root, hidden=8, experts=2, **changes)
+def mag_config(data_root: Path = Path("data"), **changes: Any) -> TypedConfig:
+    return TypedConfig(dataset="ogbn-mag", data_root=data_root, hidden=8, experts=2, **changes)
 
 
 def mag_task(mag: GraphData, **changes: Any) -> Task:
     return make_task(mag_config(**changes), mag)
 
 
-def in_new_order(sampler: Any, seeds: dict[str, Tensor], *_: Any) -> HeteroSamplerOutput:
-    """In place of pyg-lib: the whole graph around the seeds, which come first."""
-    node, place = {}, {}
-    for kind, number in sampler.num_nodes.items():
-        rest = torch.ones(number, dtype=torch.bool)
-        first = seeds.get(kind, torch.empty(0, dtype=torch.long))
-        rest[first] = False
-        node[kind] = torch.cat([first, rest.nonzero().view(-1).flip(0)])
-        place[kind] = node[kind].argsort()
-    row, col = {}, {}
-    for relation in sampler.edge_types:
-        ends = sampler.colptr_dict["__".join(relation)].diff()
-        destination = torch.arange(len(ends)).repeat_interleave(ends)
-        col[relation] = place[relation[-1]][destination]
-        row[relation] = place[relation[0]][sampler.row_dict["__".join(relation)]]
-    return HeteroSamplerOutput(node=node, row=row, col=col, edge=dict.fromkeys(row))
-
-
 @pytest.mark.parametrize("router", ["dense", "token_choice"])
-@pytest.mark.parametrize("how", [{}, {"sampling": "neighbor", "evaluation": "sampled"}])
-def test_each_paper_counts_once_with_the_logits_of_the_whole_graph(
-    mag: GraphData, router: Any, how: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the experts alone that a paper chooses, whoever else is in the batch."""
-    monkeypatch.setattr(NeighborSampler, "_sample", in_new_order)
-    task = mag_task(mag, router=router, **how)
+def test_each_paper_counts_once(mag: GraphData, router: Any) -> None:
+    task = mag_task(mag, router=router)
     model = build_model(mag_config(router=router), task).eval()
-    (whole,) = mag_task(mag).loader("val", 1, None)
-    full = model(*whole.inputs)
     for part in PARTS:
-        for batch_size, seed in ((16, None), (16, 2), (1000, 2)):
-            ids: list[int] = []
-            for batch in task.loader(part, batch_size, seed):
-                nodes = batch.counted(batch.inputs[0]["paper"])[:, 0].long()
-                assert torch.equal(batch.target, mag.data["paper"].y[nodes])
-                torch.testing.assert_close(
-                    batch.counted(model(*batch.inputs)), full[nodes], rtol=1e-4, atol=1e-4
-                )
-                ids += nodes.tolist()
-            assert sorted(ids) == mag.splits(0)[part].sort().values.tolist()
-
-
-def test_sampling_of_several_types_says_that_it_needs_pyg_lib(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(graph_kinds, "WITH_PYG_LIB", False)
-    monkeypatch.setattr(graph_kinds, "WITH_TORCH_SPARSE", False)
-    with pytest.raises(ValueError, match=r"^sampling: got 'neighbor' without pyg-lib, .* 'full'"):
-        kind_of(mag_config(sampling="neighbor")).tasks()
+        (batch,) = task.loader(part, 16, 2)
+        nodes = batch.counted(batch.inputs[0]["paper"])[:, 0].long()
+        assert nodes.tolist() == mag.splits(0)[part].tolist()
+        assert torch.equal(batch.target, mag.data["paper"].y[nodes])
+        assert batch.counted(model(*batch.inputs)).shape == (len(nodes), mag.num_outputs)
 
 
 @pytest.mark.parametrize("undirected", [True, False])

@@ -5,7 +5,7 @@ A graph in files, and graphs that a function returns (``--data module:function``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch_geometric.data import Data, HeteroData
 
-from experiments.train.config import GraphConfig, HeteroConfig
+from experiments.train.config import GraphConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.data.own_graph import own_graph
-from experiments.train.kinds.graphs import Graphs, HeteroGraphs
+from experiments.train.kinds.graphs import Graphs
 from tests.helpers.command import quick
 from tests.helpers.user_data import (
     FORMS,
@@ -94,6 +94,7 @@ WRONG: dict[str, list[Any]] = {
         arrays(3)["val_masks"],
     ],
     "edge_weight": [np.ones(3), np.full(len(arrays()["edges"]), np.inf)],
+    "train_idx": [np.arange(5)],  # a key that nothing reads
 }
 """What may not stand in an npz under these names; ``None`` is nothing at all."""
 
@@ -111,13 +112,12 @@ def test_a_wrong_graph(key: str, tmp_path: Path) -> None:
     [
         [[1.0]] * NODES,
         torch.eye(NODES).to_sparse(),
-        torch.ones(1).expand(NODES, 10**12),
         torch.ones(NODES) * 1j,
     ],
 )
 def test_a_wrong_pt(x: Any, tmp_path: Path) -> None:
     path = write_pt(tmp_path, x=x)
-    with pytest.raises(ValueError, match=f"^{path}: .*expected (as many|a dense tensor)"):
+    with pytest.raises(ValueError, match=f"^{path}: .*expected a dense tensor"):
         own_graph(path)
 
 
@@ -139,14 +139,9 @@ def test_numbers_of_all_kinds(tmp_path: Path) -> None:
 
 def test_edge_weights(tmp_path: Path) -> None:
     weight = torch.rand(len(arrays()["edges"])).double()
-    more: dict[str, Any] = {
-        "edge_weight": weight,
-        "name": "mine",
-        "adj_t": torch.eye(3).to_sparse_csr(),
-    }
     npz = by_pyg(arrays()) | {"edge_weight": weight.numpy()}
     for path in (
-        write_pt(tmp_path, **more),
+        write_pt(tmp_path, edge_weight=weight),
         write_npz(tmp_path, npz),
         write_csv(tmp_path, weight=weight.tolist()),
     ):
@@ -234,14 +229,14 @@ def test_a_wrong_cell_of_a_csv_is_named_by_its_row(tmp_path: Path) -> None:
     kind[3] = ""
     edges = len(arrays()["edges"])
     cases: list[tuple[dict[str, list[Any]], str]] = [
-        ({"kind": kind}, "row 3 has 'kind'='nan', expected numbers alone, or at most 100 names"),
-        ({"weight": ["heavy"] * edges}, "row 0 has 'weight'='heavy', expected numbers alone\\)"),
-        ({"weight": [1.0, "x", *[1.0] * (edges - 2)]}, "row 1 has 'weight'='x', expected numbers"),
+        ({"kind": kind}, "column kind, row: got {3: nan}, expected numbers alone, or at most 100"),
+        ({"weight": ["heavy"] * edges}, "column weight, row: got {0: 'heavy'}, expected numbers"),
+        ({"weight": [1.0, "x", *[1.0] * (edges - 2)]}, "column weight, row: got {1: 'x'}"),
     ]
     for number, (columns, message) in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=re.escape(message)):
             own_graph(write_csv(folder, arrays(), None, **columns))
 
 
@@ -264,7 +259,7 @@ def test_the_metric_is_that_of_the_command_line(tmp_path: Path) -> None:
     assert summary["metric"] == "roc_auc"
 
 
-GRAPH, HETERO = GraphConfig(dataset="graph"), HeteroConfig(dataset="hetero")
+GRAPH = GraphConfig(dataset="graph")
 SIZES = ["--layers", "2", "--hidden", "8", "--experts", "2"]
 
 
@@ -272,53 +267,21 @@ def make_graph() -> Data:
     return as_data(arrays())
 
 
-def make_hetero(**more: Any) -> HeteroData:
-    """40 papers with labels, and 10 authors without features."""
-    generator = torch.Generator().manual_seed(0)
-    data = HeteroData()
-    data["paper"].x, data["paper"].y = torch.randn(40, 3, generator=generator), torch.arange(40) % 3
-    data["author"].num_nodes = 10
-    ends = torch.stack([torch.randint(size, (60,), generator=generator) for size in (10, 40)])
-    data["author", "writes", "paper"].edge_index = ends
-    for name, value in more.items():
-        data["paper"][name] = value
-    return data
-
-
-@pytest.mark.parametrize("preset", ["graph", "hetero"])
-def test_command_line(preset: str, tmp_path: Path) -> None:
-    name = f"tests.experiments.train.data.test_own_data:make_{preset}"
-    summary = quick(tmp_path / "run", "--data", name, *SIZES, preset=preset)
+def test_command_line(tmp_path: Path) -> None:
+    name = "tests.experiments.train.data.test_own_data:make_graph"
+    summary = quick(tmp_path / "run", "--data", name, *SIZES, preset="graph")
     assert summary["config"]["data"] == name
     assert 0 <= summary["test"]["mean"] <= 1
 
 
-def test_a_heterogeneous_graph() -> None:
-    graph = HeteroGraphs(HETERO).own(make_hetero())
-    assert (graph.target, graph.num_outputs) == ("paper", 3)
-    assert graph.data.node_types == ["paper", "author"]
-    assert [len(part) for part in graph.splits(0).values()] == [24, 8, 8]
-    part = torch.arange(40) % 3
-    masks = {f"{name}_mask": part == i for i, name in enumerate(("train", "val", "test"))}
-    graph = HeteroGraphs(HETERO).own(make_hetero(**masks))
-    assert graph.splits(5)["val"].tolist() == (part == 1).nonzero().view(-1).tolist()
-
-
-OWN: dict[type, Callable[[Any, Any], object]] = {
-    GraphConfig: lambda made, config: Graphs(config).own(made),
-    HeteroConfig: lambda made, config: HeteroGraphs(config).own(made),
-}
-
-
 @pytest.mark.parametrize(
-    ("found", "config", "message"),
+    ("found", "message"),
     [
-        (3, GRAPH, "data: got a int for graph, expected a Data"),
-        (make_hetero(), GRAPH, "data: got a HeteroData for graph"),
-        (HeteroData(), HETERO, "hetero: got y of no node type"),
-        (make_hetero(train_mask=torch.ones(40)), HETERO, "hetero: got no val_mask, test_mask"),
+        (3, "graph: got a int, expected a PyG Data"),
+        (HeteroData(), "graph: got a HeteroData, expected a PyG Data"),
+        (as_data(arrays(), edge_attr=torch.ones(3)), "graph: got edge_attr, expected x, y"),
     ],
 )
-def test_anything_else_is_refused_by_name(found: Any, config: Any, message: str) -> None:
+def test_anything_else_is_refused_by_name(found: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        OWN[type(config)](found, config)
+        Graphs(GRAPH).own(found)
