@@ -34,7 +34,7 @@ SAME: dict[str, str] = {
     "images": f"images {EXACT} {TINY} --batch-size 2 --scale None --augment standard "
     "--router expert_choice --clip-norm 0.1",
     "recipe": f"images {EXACT} {TINY} --batch-size 2 --grad-accum-steps 3 --model-ema-decay 0.8 "
-    "--scale 0.5 1 --reprob 0.5 --layer-decay 0.8 --router expert_choice --clip-norm 0.1",
+    "--scale 0.5 1 --reprob 0.5 --router expert_choice --clip-norm 0.1",
     "neighbors": f"{SAMPLED} {EXACT} --fanout -1 -1 --batch-size 300 --weight-decay 0.1 "
     "--balance none",
 }
