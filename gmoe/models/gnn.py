@@ -28,7 +28,7 @@ from gmoe.models.layers import (
     take_costs,
     taken_from,
 )
-from gmoe.models.parts import Activation, Norm, Residual, norm_of, residual_of
+from gmoe.models.parts import Activation, Norm, Residual, activated, norm_of, residual_of
 from gmoe.recorded import Recorded, given_to
 from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing
@@ -214,8 +214,7 @@ class GNNMoE(LayeredGNN):
         """(n, D) norm, activation and dropout of a hidden layer."""
         norm = self.norms[layer]
         x = norm(x, batch, batch_size) if self.norm_takes_batch else norm(x)
-        dropped: Tensor = self.dropout(self.act(x))
-        return dropped
+        return activated(x, self.act, self.dropout)
 
     def leave(self, outputs: Sequence[Tensor]) -> Tensor:
         x = outputs[-1]

@@ -6,14 +6,15 @@ Shapes: N nodes, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm, LayerNorm
 from torch_geometric.nn.inits import reset
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 
-from gmoe._checks import check_choice
+from gmoe._checks import check_choice, must_be_called
 
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 Activation: TypeAlias = str | Callable[[Tensor], Tensor] | None
@@ -76,6 +77,39 @@ def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:
     if residual == "linear":
         return nn.Linear(width, out)
     return nn.Identity() if residual == "identity" and width == out else None
+
+
+def activated(x: Tensor, act: Any, dropout: nn.Module) -> Tensor:
+    """(N, D) the dropout of an activation.
+
+    On a CPU a mask of truth values is slow to store, most of all in compiled code: plain ReLU and
+    dropout are one function there, which keeps its output alone.
+    """
+    if type(dropout) is nn.Dropout and dropout.training and dropout.p < 1:
+        is_relu = type(act) is nn.ReLU and x.device.type == "cpu"
+        gains = dropout.p > 0 or torch.compiler.is_compiling()
+        if is_relu and gains and not any(map(must_be_called, (act, dropout))):
+            return _DroppedReLU.apply(x, dropout.p)
+    dropped: Tensor = dropout(act(x))
+    return dropped
+
+
+class _DroppedReLU(torch.autograd.Function):
+    """(N, D) dropout of a ReLU, of the same random numbers as ``nn.Dropout``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        y = x.relu()
+        ctx.scale = 1 / (1 - p)
+        if p:
+            y = y * torch.empty_like(y).bernoulli_(1 - p).mul_(ctx.scale)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (y,) = ctx.saved_tensors
+        return torch.where(y > 0, grads[0] * ctx.scale, 0.0), None
 
 
 def is_by_row(norm: nn.Module) -> bool:
