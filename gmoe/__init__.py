@@ -25,6 +25,7 @@ from gmoe.merging import merge
 from gmoe.moe import MoE, SoftMoE
 from gmoe.products import combine, dispatch, grouped_linear
 from gmoe.pruning import prune
+from gmoe.recording import record_routing
 from gmoe.routers import (
     ROUTERS,
     AttentionVote,
@@ -37,7 +38,7 @@ from gmoe.routers import (
     TokenChoice,
     UniformRouter,
 )
-from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
+from gmoe.routing import AuxLoss, Routing, aux_loss
 from gmoe.saved import load, save
 from gmoe.unstacked import unstack
 

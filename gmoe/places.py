@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gmoe._autograd import unbatched
-from gmoe.padded import sum_at
+from gmoe.blocks import sum_at
 from gmoe.routing import Routing
 
 
@@ -29,7 +29,7 @@ def uses_places(x: Tensor, routing: Routing) -> bool:
 
 def has_one_pair_each(routing: Routing) -> bool:
     """True if it is known without a look at values that each token has one pair."""
-    return routing.slot is not None and routing.slot.size(0) == routing.num_tokens
+    return routing.pairs_each == 1
 
 
 # Both take places, not slots: at K = 1 the slots and the tokens are one tensor, which

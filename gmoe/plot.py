@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from gmoe._calls import evaluating
 from gmoe._checks import check, check_counts, check_module, described, naming_extras, shown
 from gmoe.moe import MoELayer
-from gmoe.routing import Routing, record_routing
+from gmoe.recording import record_routing
+from gmoe.routing import Routing
 
 with naming_extras():
     from matplotlib import colormaps

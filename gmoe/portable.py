@@ -7,7 +7,7 @@ beside the function that it replaces; it, too, is made of what is here.
 
 Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs, B groups, S tokens of a
 group, d head width; M messages, U senders, N sources, R receivers, H heads, G heads of the senders
-(H, or 1 that all heads share), C width, I in, O out features.
+(H, or 1 that all heads share), C width, I in, O out features; N blocks of B rows.
 """
 
 from __future__ import annotations
@@ -160,6 +160,27 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
 def kernel(*_: object) -> str:
     """The kernel of grouped products whose operators other runtimes know, on any device."""
     return "padded"
+
+
+# Rows of blocks are written and read by two numbers, not by one among N * B: to view blocks as
+# rows, torch.export would ask how N and B are related, and fix the answer for a named batch size.
+
+
+def filled_blocks(x_PI: Tensor, place_P: Tensor, num_blocks: int, size: int) -> Tensor:
+    """(N, B, I) rows at their places in N blocks of B rows, and zeros elsewhere."""
+    zeros = x_PI.new_zeros(num_blocks, size, x_PI.size(1))
+    return zeros.index_put_(_block_and_row(place_P, size), x_PI)
+
+
+def rows_of_blocks(y_NBO: Tensor, place_P: Tensor) -> Tensor:
+    """(P, O) the rows at some places."""
+    return y_NBO[_block_and_row(place_P, y_NBO.size(1))]
+
+
+def _block_and_row(place_P: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The block of each place, and the row in it; ONNX has no remainder by an unknown size."""
+    block_P = place_P // size
+    return block_P, place_P - block_P * size
 
 
 def multiply_by_all(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:

@@ -20,18 +20,12 @@ from torch.nn import functional as F
 from gmoe import portable
 from gmoe._autograd import autocasts, gradients_of, operator, unbatched
 from gmoe._checks import check_choice
-from gmoe.padded import (
-    blocks_of,
-    grouped_mm,
-    grouped_outer,
-    has_own_loop,
-    packed,
-    padded_mm,
-    padded_outer,
-)
+from gmoe._torch import is_watched
+from gmoe.blocks import AtRows, blocks_of, expert_of_rows
+from gmoe.padded import grouped_mm, grouped_outer, has_own_loop, packed
 from gmoe.places import ToPairs, ToTokens, has_one_pair_each, uses_places
 from gmoe.portable import exported_as
-from gmoe.routing import Routing, expert_at, expert_of_pairs
+from gmoe.routing import Routing
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 Kernel: TypeAlias = Literal["grouped", "padded", "loop"]
@@ -41,6 +35,17 @@ AT_ONCE = 2**14
 
 More are faster expert by expert, in rows that fit the caches: measured for 4 to 64 experts.
 """
+
+FEW_NUMBERS = 2**16
+"""Up to so many numbers, T E (I + O), :func:`routed_linear` runs all experts on all tokens.
+
+That is on a CPU. One product takes less time than to sort the pairs and move their rows: measured
+for 30 to 2,708 tokens of 16 to 300 features and 8 experts, where both take as long at 2**16.2 to
+2**16.5.
+"""
+
+FEW_NUMBERS_ON_GPU = 2**22
+"""The same on a GPU, which multiplies faster than it starts kernels; chosen, not yet measured."""
 
 GROUPED = (9, 10)
 """Major compute capabilities for which ``torch.nn.functional.grouped_mm`` has a kernel."""
@@ -145,16 +150,17 @@ def grouped_linear(
         x_PI = x_PI.to(dtype)
         weight_EIO = weight_EIO.to(dtype)
 
-    # 2. The kernel.
+    # 2. The kernel, and the bias.
     kernel = _kernel_for(x_PI, backend)
+    if kernel == "padded":
+        blocks = blocks_of(offsets_E, expert_of_rows(offsets_E, x_PI.size(0)))
+        return blocks.linear(x_PI, weight_EIO, bias_EO)
     y_PO = _GroupedLinear.apply(kernel, offsets_E, x_PI, weight_EIO)
-
-    # 3. The bias. Beside a kernel without host syncs, its gradient needs no atomic adds; beside
-    # the loop, it is made of plain operators.
     if bias_EO is None:
         return y_PO
-    if kernel != "loop":
-        return y_PO.add_(_ExpertBias.apply(bias_EO, offsets_E, x_PI.size(0), y_PO.dtype))
+    if kernel == "grouped":  # without host syncs, and a gradient without atomic adds
+        expert_P = expert_of_rows(offsets_E, x_PI.size(0))
+        return y_PO.add_(AtRows.apply(bias_EO, expert_P).to(y_PO.dtype))
     rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
     # In float32 at least: its gradient is a sum over many rows.
     exact_EO = bias_EO.to(torch.promote_types(bias_EO.dtype, torch.float32))
@@ -173,9 +179,11 @@ def routed_linear(
 
     .. math:: y_t = \sum_e w_{te} (x_t W_e + b_e)
 
-    On a CPU, the loop backend takes all three steps in one: for all experts at once or, where there
-    are many inputs (``gmoe.products.AT_ONCE``), for one expert after the other, so that neither the
-    rows nor the weighted outputs of all pairs are in memory at once. The result follows autocast.
+    Few tokens run all experts in one product (``gmoe.products.FEW_NUMBERS``), of whichever backend.
+    Off the CPU, others are copied straight into blocks of one expert. On a CPU, the loop backend
+    takes all three steps in one: for all experts at once or, where there are many inputs
+    (``gmoe.products.AT_ONCE``), for one expert after the other, so that neither the rows nor the
+    weighted outputs of all pairs are in memory at once. The result follows autocast.
 
     Args:
         parts: the tokens: one or several tensors (T, I), whose products are added.
@@ -191,15 +199,21 @@ def routed_linear(
         dtype = torch.get_autocast_dtype(device.type)
     parts = [part.to(dtype) for part in parts]
 
-    # 2. On a GPU, and by a kernel that is not the loop: one step after the other.
-    if parts[0].is_cuda or _kernel_for(parts[0], backend) != "loop":
-        rows = [dispatch(part, routing) for part in parts]
-        y_PO = grouped_linear(rows[0], weights[0].mT, bias_EO, routing.offsets, backend)
-        for x_PI, weight_EOI in zip(rows[1:], weights[1:], strict=True):
-            y_PO = y_PO + grouped_linear(x_PI, weight_EOI.mT, None, routing.offsets, backend)
+    # 2. Few rows: all experts of all tokens in one product.
+    if _are_few_numbers(parts[0], weights, routing):
+        return _by_all_experts(*_side_by_side(parts, weights, dtype), bias_EO, routing)
+
+    # 3. Off the CPU: in blocks, or one step after the other.
+    kernel = _kernel_for(parts[0], backend)
+    if kernel == "padded":
+        return _in_blocks(*_side_by_side(parts, weights, dtype), bias_EO, routing)
+    if kernel != "loop":
+        x_TI, weight_EOI = _side_by_side(parts, weights, dtype)
+        rows_PI = dispatch(x_TI, routing)
+        y_PO = grouped_linear(rows_PI, weight_EOI.mT, bias_EO, routing.offsets, backend)
         return combine(y_PO, routing)
 
-    # 3. Else all three steps in one.
+    # 4. On a CPU: all three steps in one.
     place_T = routing.place if has_one_pair_each(routing) else None
     return _RoutedLinear.apply(
         routing.token,
@@ -212,14 +226,66 @@ def routed_linear(
     )
 
 
+@exported_as(lambda *_: False)  # how many tokens there are is not known
+def _are_few_numbers(x_TI: Tensor, weights: Sequence[Tensor], routing: Routing) -> bool:
+    """True if all experts of all tokens cost less than moving rows; see :data:`FEW_NUMBERS`.
+
+    Not where a token may have no expert, which then must not meet one; nor in float16, where those
+    that it did not choose may overflow. Never while operators are counted: the FLOPs of a layer are
+    those of K experts.
+    """
+    if not routing.pairs_each or x_TI.dtype == torch.float16 or is_watched():
+        return False
+    num_experts, out_features, _ = weights[0].shape
+    width = out_features + sum(weight.size(2) for weight in weights)
+    few = FEW_NUMBERS if x_TI.device.type == "cpu" else FEW_NUMBERS_ON_GPU
+    return x_TI.size(0) * num_experts * width <= few
+
+
+def _side_by_side(
+    parts: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Several parts and their weights as one."""
+    if len(parts) == 1:
+        return parts[0], weights[0].to(dtype)
+    return torch.cat([*parts], dim=1), torch.cat([*weights], dim=2).to(dtype)
+
+
+def _by_all_experts(
+    x_TI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, routing: Routing
+) -> Tensor:
+    """(T, O) the mixture, from each expert's output for each token: no pair has to be sorted."""
+    num_experts, out_features, _ = weight_EOI.shape
+    bias_F = None if bias_EO is None else bias_EO.to(x_TI.dtype).flatten()
+    y_TF = F.linear(x_TI, weight_EOI.flatten(0, 1), bias_F)
+    y_TEO = y_TF.view(-1, num_experts, out_features)
+    weight_TE = routing.to_dense().to(y_TEO.dtype)
+    return torch.bmm(weight_TE[:, None], y_TEO).squeeze(1)
+
+
+def _in_blocks(
+    x_TI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, routing: Routing
+) -> Tensor:
+    """(T, O) the mixture, from rows that are copied straight into blocks of one expert."""
+    choices, blocks = routing.by_token, routing.blocks
+    if choices is None:  # tokens have any number of pairs
+        rows_PI = AtRows.apply(x_TI, routing.token)
+        return combine(blocks.linear(rows_PI, weight_EOI.mT, bias_EO), routing)
+    num_tokens, k = choices.weight_TK.shape
+    weight_TK = choices.weight_TK.to(x_TI.dtype)
+    slots_PI = x_TI if k == 1 else x_TI[:, None].expand(-1, k, -1).flatten(0, 1)
+    y_PO = blocks.linear(slots_PI, weight_EOI.mT, bias_EO)
+    if k == 1:
+        return y_PO * weight_TK
+    return (y_PO.view(num_tokens, k, -1) * weight_TK[:, :, None]).sum(dim=1)
+
+
 # rows sorted by expert ----------------------------------------------------------------------------
 
 
 @operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(P, O) rows (P, I) times the weight (E, I, O) of their expert."""
-    if backend == "padded":
-        return padded_mm(x, weight, offsets)
     if backend == "grouped" and len(x):
         return grouped_mm(x, weight, offsets)
     if has_own_loop(x, weight.size(2)):
@@ -235,8 +301,6 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
 @operator(fake=lambda x, grad, offsets, *_: x.new_empty(len(offsets), x.size(1), grad.size(1)))
 def grouped_outer_product(x: Tensor, grad: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
-    if backend == "padded":
-        return padded_outer(x, grad, offsets)
     if backend == "grouped" and len(x):
         return grouped_outer(x, grad, offsets)
     if has_own_loop(x, grad.size(1)):
@@ -298,32 +362,6 @@ class _GroupedOuter(torch.autograd.Function):
         return None, None, grad_x, grad_y
 
 
-class _ExpertBias(torch.autograd.Function):
-    """(P, O) the bias of each row's expert.
-
-    Its gradient is summed in float32 at least, without atomic adds.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, bias_EO: Tensor, offsets_E: Tensor, num_rows: int, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.save_for_backward(offsets_E)
-        ctx.bias_dtype = bias_EO.dtype
-        row_P = torch.arange(num_rows, device=offsets_E.device)
-        expert_P = expert_at(offsets_E.long(), row_P)
-        return bias_EO.to(dtype).index_select(0, expert_P)
-
-    @staticmethod
-    @unbatched
-    def backward(ctx: Any, grad_PO: Tensor) -> Any:
-        (offsets_E,) = ctx.saved_tensors
-        blocks = blocks_of(offsets_E, len(grad_PO))
-        exact = torch.promote_types(grad_PO.dtype, torch.float32)
-        grad_NO = blocks.filled(grad_PO).sum(dim=1, dtype=exact)
-        return blocks.sum_by_expert(grad_NO, len(offsets_E)).to(ctx.bias_dtype), None, None, None
-
-
 # from tokens to tokens ----------------------------------------------------------------------------
 
 
@@ -371,7 +409,7 @@ def _routed_linear(
         for product_PO in products[1:]:
             y_PO += product_PO
         if bias is not None:
-            y_PO += bias.index_select(0, expert_of_pairs(offsets, token))
+            y_PO += bias.index_select(0, expert_of_rows(offsets, token.numel()))
         if adds_rows:
             sum_TO.index_add_(0, token, y_PO * gate[:, None])
     else:
@@ -455,7 +493,7 @@ def _backward_at_once(
         # In float32 at least: a sum over many rows.
         exact_PO = grad_PO.to(torch.promote_types(grad_PO.dtype, torch.float32))
         zeros_EO = exact_PO.new_zeros(bias.shape)
-        grad_bias = zeros_EO.index_add_(0, expert_of_pairs(offsets, token), exact_PO)
+        grad_bias = zeros_EO.index_add_(0, expert_of_rows(offsets, token.numel()), exact_PO)
         grad_bias = grad_bias.to(bias.dtype)
     for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         if needs_weights[number]:
@@ -570,7 +608,7 @@ def _linear_by_steps(token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
     ]
     y_PO: Tensor = sum(products[1:], start=products[0])
     if bias is not None:
-        y_PO = y_PO + bias.index_select(0, expert_of_pairs(offsets, token))
+        y_PO = y_PO + bias.index_select(0, expert_of_rows(offsets, token.numel()))
     zeros_TO = y_PO.new_zeros(len(parts[0]), y_PO.size(1))
     return zeros_TO.index_add(0, token, y_PO * gate[:, None])
 

@@ -1,25 +1,22 @@
-"""The decision of a router, its auxiliary losses, and how to record it.
+"""The decision of a router, and its auxiliary losses.
 
 Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gmoe import portable
-from gmoe._autograd import lazy
-from gmoe._checks import INTEGERS, check, check_module, check_range, described, readable
-from gmoe._torch import in_backward, untraced
-from gmoe.portable import exported_as
+from gmoe._autograd import lazy, unbatched
+from gmoe._checks import INTEGERS, check, check_range, described, readable
+from gmoe.blocks import Blocks, blocks_of, expert_of_rows, search, stable_sort
 
 
 class AuxLoss(NamedTuple):
@@ -39,6 +36,42 @@ class ByGroup(NamedTuple):
 
     routing: Routing
     group_T: Tensor
+
+
+class Choices(NamedTuple):
+    """What :meth:`Routing.from_choices` was given; the rest of a routing follows when it is asked.
+
+    Where all experts run on all tokens, no pair has to be sorted.
+    """
+
+    expert_TK: Tensor
+    weight_TK: Tensor
+    num_experts: int
+    log_scores_TE: Tensor | None = None
+
+    def pairs(self) -> dict[str, Tensor]:
+        """The pairs by the names that a routing has for them, sorted by expert.
+
+        The sort is stable: an expert's tokens ascend.
+        """
+        k = self.expert_TK.size(1)
+        expert_P, slot_P = stable_sort(self.expert_TK.reshape(-1))
+        experts_E = torch.arange(self.num_experts, device=expert_P.device)
+        return {
+            "token": slot_P if k == 1 else slot_P // max(k, 1),
+            "offsets": search(expert_P, experts_E, out_int32=True),
+            "weight": _Permuted.apply(self.weight_TK.reshape(-1), slot_P),
+            "slot": slot_P,
+            "expert": expert_P,
+        }
+
+    def scores(self) -> dict[str, Tensor]:
+        """The scores: those of their logarithms, or the weights, 0 where not chosen."""
+        if self.log_scores_TE is not None:
+            return {"scores": _Exp.apply(self.log_scores_TE)}
+        weight_TK = self.weight_TK.detach()
+        zero_TE = weight_TK.new_zeros(weight_TK.size(0), self.num_experts)
+        return {"scores": zero_TE.scatter(1, self.expert_TK, weight_TK)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +115,10 @@ class Routing:
     losses: Mapping[str, AuxLoss] = field(default_factory=dict)
     dropped_T: Tensor | None = None
     detached: bool = False
-    slot: Tensor | None = None
+    slot: Tensor | None = field(default_factory=lambda: None)  # no attribute of the class
     by_group: ByGroup | None = None
+    choices: Choices | None = field(init=False, repr=False, default=None)
+    """What the pairs follow from, if they come from :meth:`from_choices`."""
     validate: InitVar[bool] = True
 
     mixes_tokens: ClassVar[bool] = False
@@ -96,6 +131,17 @@ class Routing:
         check_range("token", self.token, self.num_tokens)
         if readable(self.token):
             self._check_values()
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here for what a routing of choices has not computed yet.
+        choices: Choices | None = vars(self).get("choices")
+        if choices is None or name not in LATE:
+            raise AttributeError(f"{type(self).__name__}: got {name}, which it does not have")
+        with _to_keep():
+            found = choices.scores() if name == "scores" else choices.pairs()
+        for known, value in found.items():
+            object.__setattr__(self, known, value)
+        return found[name]
 
     def _check_shapes(self) -> None:
         """Refuse tensors of another shape or dtype."""
@@ -143,10 +189,13 @@ class Routing:
         *,
         num_experts: int,
         scores: Tensor | None = None,
+        log_scores: Tensor | None = None,
         losses: Mapping[str, AuxLoss] | None = None,
         validate: bool = True,
     ) -> Routing:
         """Build a routing from K experts per token. No host sync.
+
+        The pairs are sorted, and scores computed, when they are asked for.
 
         Args:
             expert_TK: (T, K) integers in 0..E-1, the experts of each token, distinct in a row.
@@ -154,6 +203,7 @@ class Routing:
             num_experts: E.
             scores: (T, E) the router's score of every pair; by default the weights, 0 where not
                 chosen.
+            log_scores: (T, E) their logarithms instead.
             losses: auxiliary losses by name.
             validate: check the arguments (default ``True``); pass ``False`` if the experts are in
                 range and distinct by construction.
@@ -169,27 +219,9 @@ class Routing:
         """
         if validate:
             _check_choices(expert_TK, weight_TK, num_experts, scores)
-        num_tokens, k = expert_TK.shape
-        expert_TK = expert_TK.long()
-        if scores is None:
-            zero_TE = weight_TK.new_zeros(num_tokens, num_experts)
-            scores = zero_TE.scatter(1, expert_TK, weight_TK.detach())
-        # Sort the choices by expert. The sort is stable: an expert's tokens ascend.
-        expert_P, slot_P = stable_sort(expert_TK.reshape(-1))
-        experts_E = torch.arange(num_experts, device=expert_P.device)
-        offsets_E = search(expert_P, experts_E, out_int32=True)
-        weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
-        token_P = slot_P if k == 1 else slot_P // max(k, 1)
-        return Routing(
-            token_P,
-            offsets_E,
-            weight_P,
-            scores,
-            num_tokens,
-            losses or {},
-            slot=slot_P,
-            validate=validate,
-        )
+        choices = Choices(expert_TK.long(), weight_TK, num_experts, log_scores)
+        known: dict[str, Any] = {} if scores is None else {"scores": scores}
+        return _of_choices(choices, losses=losses or {}, **known)
 
     @staticmethod
     def to_all(
@@ -222,7 +254,8 @@ class Routing:
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
-        if type(self.offsets) is not Tensor or self.offsets.is_meta:  # no values to show
+        given = self.offsets if self.choices is None else self.choices.expert_TK
+        if type(given) is not Tensor or given.is_meta:  # no values to show
             return f"{text})"
         return f"{text}, load {int(self.load.min())}…{int(self.load.max())})"
 
@@ -253,22 +286,22 @@ class Routing:
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.offsets.numel()
+        return self.offsets.numel() if self.choices is None else self.choices.num_experts
 
-    @property
+    @lazy
     def load(self) -> Tensor:
         """(E,) int64, the number of tokens of each expert."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)).long()
 
-    @property
+    @lazy
     def expert(self) -> Tensor:
         """(P,) int64, the expert of each pair."""
-        return expert_of_pairs(self.offsets, self.token)
+        return expert_of_rows(self.offsets, self.token.size(0))
 
     @property
     def top_expert(self) -> Tensor:
         """(T,) int64, the expert with the largest weight of each token; E if it has no expert."""
-        none_TE = torch.full_like(self.scores, -torch.inf, dtype=self.weight.dtype)
+        none_TE = self.weight.new_full((self.num_tokens, self.num_experts), -torch.inf)
         weight_TE = none_TE.index_put((self.token, self.expert), self.weight.detach())
         best_T, expert_T = weight_TE.max(dim=1)
         return torch.where(best_T > -torch.inf, expert_T, self.num_experts)
@@ -299,6 +332,10 @@ class Routing:
 
     def to_dense(self) -> Tensor:
         """(T, E) weights; 0 if the token does not go to the expert."""
+        if self.choices is not None:
+            expert_TK, weight_TK, *_ = self.choices
+            zero_TE = weight_TK.new_zeros(self.num_tokens, self.num_experts)
+            return zero_TE.scatter(1, expert_TK, weight_TK)
         zero_TE = self.weight.new_zeros(self.num_tokens, self.num_experts)
         return zero_TE.index_put((self.token, self.expert), self.weight)
 
@@ -330,7 +367,7 @@ class Routing:
         is_whole = (start, stop) == (0, self.num_tokens)
         if is_whole and experts is None:
             return self
-        if self.slot is not None and experts is None:
+        if self.pairs_each is not None and experts is None:
             part = self.expand(torch.arange(start, stop, device=self.token.device))
             return replace(part, by_group=None, validate=False)
 
@@ -391,36 +428,52 @@ class Routing:
         if group_T.dim() != 1 or group_T.dtype not in INTEGERS:
             raise ValueError(f"group_T: got {described(group_T)}, expected (T,) integers")
         check_range("group_T", group_T, self.num_tokens)
-        num_tokens = group_T.size(0)
-        k = self.token.size(0) // max(self.num_tokens, 1)
         scores_TE = self.scores.index_select(0, group_T)
-        if self.slot is None:  # some groups have more experts than others
+        dropped_T = self.dropped_T
+        known: dict[str, Any] = {
+            "losses": self.losses,
+            "dropped_T": None if dropped_T is None else dropped_T.index_select(0, group_T),
+            "detached": self.detached,
+            "by_group": ByGroup(self, group_T),
+        }
+        if self.by_token is None:  # some groups have more experts than others
             chosen_GE = torch.zeros_like(self.scores, dtype=torch.bool)
             chosen_GE[self.token, self.expert] = True
             expert_P, token_P = chosen_GE.index_select(0, group_T).T.nonzero(as_tuple=True)
             weight_P = self.to_dense()[group_T[token_P], expert_P]
             offsets_E = expert_P.bincount(minlength=self.num_experts).cumsum(0).to(torch.int32)
-            tokens = Routing(token_P, offsets_E, weight_P, scores_TE, num_tokens, validate=False)
-        elif k == self.num_experts:
+            tokens = Routing(token_P, offsets_E, weight_P, scores_TE, group_T.size(0), validate=False)
+        elif self.pairs_each == self.num_experts:
             tokens = Routing.to_all(self.to_dense().index_select(0, group_T), scores=scores_TE)
         else:
-            pair_P = self.place.view(self.num_tokens, k).index_select(0, group_T).view(-1)
-            tokens = Routing.from_choices(
-                expert_at(self.offsets, pair_P).view(num_tokens, k),
-                self.weight.index_select(0, pair_P).view(num_tokens, k),
-                num_experts=self.num_experts,
-                scores=scores_TE,
-                validate=False,
+            expert_GK, weight_GK, *_ = self.by_token
+            choices = Choices(
+                expert_GK.index_select(0, group_T),
+                weight_GK.index_select(0, group_T),
+                self.num_experts,
             )
-        dropped_T = None if self.dropped_T is None else self.dropped_T.index_select(0, group_T)
-        return replace(
-            tokens,
-            losses=self.losses,
-            dropped_T=dropped_T,
-            detached=self.detached,
-            by_group=ByGroup(self, group_T),
-            validate=False,
-        )
+            return _of_choices(choices, scores=scores_TE, **known)
+        return replace(tokens, **known, validate=False)
+
+    @property
+    def pairs_each(self) -> int | None:
+        """K, if it is known without a look at values that each token has K pairs."""
+        if self.choices is not None:
+            return self.choices.expert_TK.size(1)
+        return None if self.slot is None else self.slot.size(0) // max(self.num_tokens, 1)
+
+    @lazy
+    def by_token(self) -> Choices | None:
+        """The experts and weights of each token's K pairs; ``None`` if K is not one number."""
+        k = self.pairs_each
+        if k is None or self.choices is not None:
+            return self.choices
+        with _to_keep():
+            expert_TK, weight_TK = (
+                _Permuted.apply(of_pairs, self.place).view(self.num_tokens, k)
+                for of_pairs in (self.expert, self.weight)
+            )
+            return Choices(expert_TK, weight_TK, self.num_experts)
 
     @lazy
     def place(self) -> Any:
@@ -428,13 +481,19 @@ class Routing:
         no slots."""
         if self.slot is None:
             return None
-        # Whoever reads it first may be in inference mode, and others train. Compiled code may not
-        # ask for the mode.
-        is_asked = not torch.compiler.is_compiling()
-        leaves = is_asked and torch.is_inference_mode_enabled()
-        with torch.inference_mode(False) if leaves else nullcontext():
+        with _to_keep():
             pair_P = torch.arange(self.slot.size(0), device=self.slot.device)
             return torch.empty_like(self.slot).scatter_(0, self.slot, pair_P)
+
+    @lazy
+    def blocks(self) -> Blocks:
+        """The pairs in blocks of one expert each: by slots, or as they are if there are none."""
+        with _to_keep():
+            by_pair = blocks_of(self.offsets, self.expert)
+            if self.slot is None:
+                return by_pair
+            place_P = torch.empty_like(self.slot).scatter_(0, self.slot, by_pair.place_P)
+            return by_pair._replace(place_P=place_P)
 
     @lazy
     def _spans(self) -> list[tuple[int, int]]:
@@ -443,28 +502,59 @@ class Routing:
         return [*zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def expert_of_pairs(offsets_E: Tensor, token_P: Tensor) -> Tensor:
-    """(P,) int64, the expert of each pair."""
-    pairs = torch.arange(token_P.size(0), dtype=torch.int32, device=token_P.device)
-    return expert_at(offsets_E, pairs)
+@contextmanager
+def _to_keep() -> Iterator[None]:
+    """Compute what a routing keeps for training, too: whoever asks first may need no gradient."""
+    # Compiled code may not ask for the mode.
+    leaves = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if leaves else nullcontext(), torch.enable_grad():
+        yield
 
 
-def expert_at(offsets_E: Tensor, place: Tensor) -> Tensor:
-    """int64, the expert that has each place, given the cumulative ends of the experts' places."""
-    return search(offsets_E, place)
+LATE = ("token", "offsets", "weight", "scores", "slot")
+"""What a routing of choices computes when it is asked for."""
 
 
-@exported_as(portable.search)
-def search(ascending: Tensor, value: Tensor, *, out_int32: bool = False) -> Tensor:
-    """How many of ascending numbers are at most each value."""
-    return torch.searchsorted(ascending, value, right=True, out_int32=out_int32)
+# These save no tensors: a checkpoint counts those that a forward and its recomputation save, and
+# only the first of the two computes what is kept.
 
 
-@exported_as(portable.stable_sort)
-def stable_sort(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers in ascending order, equal ones in the order given; and where each one stood."""
-    ascending, order = value.sort(stable=True)
-    return ascending, order
+class _Permuted(torch.autograd.Function):
+    """(P,) values in the order of an index that has each place once."""
+
+    @staticmethod
+    def forward(ctx: Any, value_P: Tensor, index_P: Tensor) -> Tensor:
+        ctx.index_P = index_P
+        return value_P.index_select(0, index_P)
+
+    @staticmethod
+    @unbatched
+    def backward(ctx: Any, grad_P: Tensor) -> Any:
+        return torch.zeros_like(grad_P).index_copy(0, ctx.index_P, grad_P), None
+
+
+class _Exp(torch.autograd.Function):
+    """The exponentials of logarithms."""
+
+    @staticmethod
+    def forward(ctx: Any, log: Tensor) -> Tensor:
+        ctx.log = log
+        return log.exp()
+
+    @staticmethod
+    @unbatched
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.log.exp()
+
+
+def _of_choices(choices: Choices, **known: Any) -> Routing:
+    """A routing of which only the choices and some fields are known yet."""
+    routing = object.__new__(Routing)
+    fixed = {"dropped_T": None, "detached": False, "by_group": None}
+    values = {"num_tokens": choices.expert_TK.size(0), "choices": choices, **fixed, **known}
+    for name, value in values.items():
+        object.__setattr__(routing, name, value)
+    return routing
 
 
 def _check_choices(
@@ -474,9 +564,10 @@ def _check_choices(
     is_matrix = isinstance(expert_TK, Tensor) and expert_TK.dim() == 2
     if not is_matrix or expert_TK.dtype not in INTEGERS:
         raise ValueError(f"expert_TK: got {described(expert_TK)}, expected (T, K) integers")
-    if not isinstance(weight_TK, Tensor) or weight_TK.shape != expert_TK.shape:
+    is_floats = isinstance(weight_TK, Tensor) and weight_TK.is_floating_point()
+    if not is_floats or weight_TK.shape != expert_TK.shape:
         shape = tuple(expert_TK.shape)
-        raise ValueError(f"weight_TK: got {described(weight_TK)}, expected a tensor of {shape}")
+        raise ValueError(f"weight_TK: got {described(weight_TK)}, expected floats of {shape}")
     check_range("expert_TK", expert_TK, num_experts)
     shape = (expert_TK.size(0), num_experts)
     if scores is not None and scores.shape != shape:
@@ -548,53 +639,3 @@ def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
         )
     losses = [routing.aux_loss for routing in routings]
     return torch.stack(losses).sum() if losses else torch.zeros(())
-
-
-@contextmanager
-def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
-    """Record the :class:`Routing` of every router in ``model`` inside the block, in order.
-
-    For models that cannot pass routings on, such as torchvision's ViT. It records only the thread
-    that entered the block, and not what activation checkpointing recomputes.
-
-    Args:
-        model: any model that holds routers.
-
-    Raises:
-        RuntimeError: nothing was recorded in the block (also of a model that ``torch.compile``
-            traced before it).
-
-    Example:
-        >>> with record_routing(vit) as routings:
-        ...     loss = F.cross_entropy(vit(images), labels)
-        >>> loss = loss + gmoe.aux_loss(routings)
-    """
-    check_module("model", model)
-    routings: list[Routing] = []
-    thread = threading.get_ident()
-    is_open = True
-
-    @untraced
-    def keep(_: nn.Module, __: Any, routing: Routing) -> None:
-        # A user's own module may have a method `route` that gives something else. A copy of the
-        # model that is made inside the block keeps the hook.
-        if not isinstance(routing, Routing) or threading.get_ident() != thread or not is_open:
-            return
-        # In a backward pass, checkpointing runs the forward again.
-        if not in_backward():
-            routings.append(routing)
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if hasattr(type(module), "route"):  # a router, or what stands in for one
-                stack.callback(module.register_forward_hook(keep).remove)
-        try:
-            yield routings
-        finally:
-            is_open = False
-        if not routings:
-            raise RuntimeError(
-                "record_routing: nothing was recorded; run a model that holds MoE layers inside "
-                "the block (one that was compiled and called before the block does not see the "
-                "hooks: enter the block first)"
-            )

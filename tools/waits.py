@@ -1,9 +1,12 @@
-"""How often a training step on a GPU would wait for the GPU, counted on a CPU.
+"""How often a training step on a GPU would wait for the GPU, and what it launches: on a CPU.
 
 A copy of gmoe takes the branches of CUDA on tensors of the CPU, in a process of its own. It notes
 each operator that on CUDA must know values before Python goes on, how many operators would start
 kernels, and which of them torch has no CUDA kernel for. It also notes what the step computes, to
 compare it with the CPU's own branches.
+
+The last lines are a table of launches: of few rows, of more rows than all experts take at once, and
+of PyG's own layers.
 
 What waits inside an operator of torch is known by name only. Tensors that stay on the host on
 purpose (the sizes of groups, if experts choose in a ragged batch) look like the others, so such
@@ -45,7 +48,7 @@ class Found(NamedTuple):
     waits: dict[str, dict[str, int]]
     """By layer: how often a step waits, by operator and line of code."""
     launches: dict[str, int]
-    """By layer: the operators of a step that compute something; views do not."""
+    """By layer: the operators of a step that start a kernel."""
     without_kernel: list[str]
     """Operators of all layers for which torch has no CUDA kernel."""
     results: Results
@@ -100,6 +103,15 @@ OPERATORS = {
     )
 }
 """Operators that read values, or whose result has as many numbers as the values say."""
+
+FREE = {
+    f"aten.{name}"
+    for name in (
+        *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+        *("detach", "alias", "_unsafe_view", "lift_fresh", "promote_types", "result_type"),
+    )
+}
+"""Operators that start no kernel, beside views."""
 
 INDEXING = {f"aten.{name}" for name in ("index", "index_put", "index_put_", "_index_put_impl_")}
 """Operators that read values where the index is a mask."""
@@ -179,7 +191,7 @@ class Operators(TorchDispatchMode):
         masked = name in INDEXING and any(is_mask(index) for index in args[1])
         if name in OPERATORS or masked:
             self.found[f"{name.removeprefix('aten.')} at {place()}"] += 1
-        if not func.is_view:
+        if not func.is_view and name not in FREE:
             self.launched[name] += 1
         return func(*args, **(kwargs or {}))
 

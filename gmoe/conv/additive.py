@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._autograd import autocasts, gradients_of, operator, unbatched
+from gmoe.blocks import Blocks, blocks_of, expert_of_rows, sum_at
 from gmoe.conv.messages import Messages
-from gmoe.padded import padded_mm, padded_outer
 from gmoe.portable import exported_as
 from gmoe.products import grouped_linear
 from gmoe.sums import blocks
@@ -229,29 +229,36 @@ class _MixedBlock(NamedTuple):
 
     Args:
         place: of the block among the messages.
-        offsets: (E,) cumulative ends of each expert's messages in the block.
+        blocks: its messages, in blocks of one expert each.
     """
 
     place: slice
-    offsets: Tensor
+    blocks: Blocks
 
     def add_product(
         self, x_BI: Tensor, weight_EIO: Tensor, sum_BO: Tensor, beta: int = 1
     ) -> Tensor:
         """See :class:`_Block`."""
         with torch.autocast(x_BI.device.type, enabled=False):
-            y_BO = padded_mm(x_BI, weight_EIO, self.offsets)
+            y_BO = self.blocks.linear(x_BI, weight_EIO, None)
         return sum_BO.add_(y_BO) if beta else sum_BO.copy_(y_BO)
 
     def add_outer(self, x_BI: Tensor, grad_BO: Tensor, sum_EIO: Tensor) -> None:
         """See :class:`_Block`."""
         with torch.autocast(x_BI.device.type, enabled=False):
-            sum_EIO += padded_outer(x_BI, grad_BO, self.offsets)
+            outer_NIO = self.blocks.filled(x_BI).mT @ self.blocks.filled(grad_BO)
+            sum_EIO += sum_at(self.blocks.expert_N, outer_NIO, len(sum_EIO))
+
+
+def _mixed(place: slice, offsets: Tensor) -> _MixedBlock:
+    """A block of messages, given the ends of each expert's messages among all."""
+    ends = offsets.clamp(place.start, place.stop) - place.start
+    return _MixedBlock(place, blocks_of(ends, expert_of_rows(ends, place.stop - place.start)))
 
 
 def _one_block(offsets: Tensor, number: int, _: Tensor) -> Iterator[_Block | _MixedBlock]:
     """One block of all messages, whose number an export does not know."""
-    yield _MixedBlock(slice(0, number), offsets)
+    yield _MixedBlock(slice(0, number), blocks_of(offsets, expert_of_rows(offsets, number)))
 
 
 @exported_as(_one_block)
@@ -265,9 +272,7 @@ def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | 
     """
     width, device = att_EOH.size(1), att_EOH.device
     if device.type != "cpu":
-        for place in blocks(0, number, width, device):
-            ends = offsets.clamp(place.start, place.stop) - place.start
-            yield _MixedBlock(place, ends)
+        yield from (_mixed(place, offsets) for place in blocks(0, number, width, device))
         return
     ends = offsets.tolist()
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):

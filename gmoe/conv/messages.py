@@ -100,9 +100,8 @@ class Messages:
         self.graph = graph
         self.routing = routing
         number = None
-        if routing.slot is not None:  # each token has the same number of pairs, K
-            k = routing.token.size(0) // max(routing.num_tokens, 1)
-            number = k * graph.edges.sender.numel()
+        if routing.pairs_each is not None:
+            number = routing.pairs_each * graph.edges.sender.numel()
         self.edge, self.pair, self.ptr = graph.edges.of(routing.token, number)
         """(M,) the edge of each message; (M,) the pair that receives it, ascending; and (P + 1,)
         where the messages of each pair start."""

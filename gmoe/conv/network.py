@@ -17,9 +17,9 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn.dense.linear import Linear
 
 from gmoe._verify import Sieve
+from gmoe.blocks import expert_of_rows
 from gmoe.experts import LinearExperts
 from gmoe.products import Backend
-from gmoe.routing import expert_at
 from gmoe.stack import Stack
 from gmoe.sums import sum_to_receivers, to_messages
 
@@ -157,7 +157,7 @@ class BatchNormExperts(Stack):
         exact_PH = x_PH.to(torch.promote_types(x_PH.dtype, torch.float32))
         ends_E = offsets_E.long()
         ptr = F.pad(ends_E, (1, 0))
-        expert_P = expert_at(ends_E, torch.arange(x_PH.size(0), device=x_PH.device))
+        expert_P = expert_of_rows(ends_E, x_PH.size(0))
         mean_EH = self.running_mean
         var_EH = self.running_var
         rows_E1 = ptr.diff()[:, None]

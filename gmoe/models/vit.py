@@ -21,8 +21,9 @@ from gmoe.experts import LinearExperts
 from gmoe.moe import MoE, checked_routings
 from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
+from gmoe.recording import record_routing
 from gmoe.routers import ROUTERS, Router, RouterLike
-from gmoe.routing import Routing, record_routing
+from gmoe.routing import Routing
 from gmoe.saved import Pretrained
 from gmoe.start import Start, drawn_apart, resolved_start
 

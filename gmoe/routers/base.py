@@ -231,9 +231,10 @@ class Router(nn.Module, ABC):
         with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
             routing = self.route(x_TD, group, edge_index)
 
-        shape = (x_TD.size(0), self.num_experts)
-        if not isinstance(routing, Routing) or routing.scores.shape != shape:
-            got = repr(routing) if isinstance(routing, Routing) else described(routing)
+        sizes = (x_TD.size(0), self.num_experts)
+        is_routing = isinstance(routing, Routing)
+        if not is_routing or (routing.num_tokens, routing.num_experts) != sizes:
+            got = repr(routing) if is_routing else described(routing)
             raise ValueError(
                 f"route: got {got} from {type(self).__name__}, "
                 f"expected a Routing of {x_TD.size(0)} tokens, {self.num_experts} experts"

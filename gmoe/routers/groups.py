@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gmoe import portable
 from gmoe._torch import is_tracing
+from gmoe.blocks import expert_of_rows
 from gmoe.portable import exported_as, refuse_in_export
-from gmoe.routing import expert_of_pairs
 
 
 class GroupBatch(NamedTuple):
@@ -289,5 +289,5 @@ def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor
 
     One flat ``index_select``, whose backward is an ``index_add``.
     """
-    place_P = token_P * value_TE.size(1) + expert_of_pairs(offsets_E, token_P)
+    place_P = token_P * value_TE.size(1) + expert_of_rows(offsets_E, token_P.size(0))
     return value_TE.reshape(-1).index_select(0, place_P)

@@ -149,7 +149,7 @@ class TokenChoice(BalancedRouter):
             expert_TK,
             weight_TK,
             num_experts=self.num_experts,
-            scores=log_probs_TE.exp(),
+            log_scores=log_probs_TE,
             losses=losses,
             validate=False,
         )

@@ -103,7 +103,6 @@ def products(make: Callable[..., Callable[[int, torch.dtype], Args]]) -> dict[st
     single = (torch.float32,)
     double = (torch.float64,)
     return {
-        "padded": Road(make(some, "padded"), "bmm"),
         "grouped": Road(make(some, "grouped"), "_grouped_mm", dtypes=(*single, *LOW)),
         "grouped, no rows": Road(make(none, "grouped"), leaves="_grouped_mm"),
         "loop": Road(make(some, "loop"), "tensor_split", dtypes=double),
@@ -286,7 +285,6 @@ ALL, EXPERTS_ONLY = (True, True, True), (False, True, True)
 ROADS: dict[str, dict[str, Road]] = {
     "grouped_product": {
         **products(multiplied),
-        "padded, transposed": Road(multiplied(some, "padded", transposed=True), "bmm"),
         "loop, transposed": Road(multiplied(some, "loop", transposed=True)),
     },
     "grouped_outer_product": products(multiplied_out),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gmoe import edges, portable, products, routing, sums
+from gmoe import blocks, edges, portable, products, sums
 from gmoe._autograd import operator
 from gmoe.portable import exported_as, refuse_in_export
 from gmoe.routers import attention_vote, base, groups
@@ -97,8 +97,8 @@ TIED = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [4.0, 1.0, 4.0,
 HALF = torch.bfloat16
 
 EQUAL: dict[str, Callable[[], Both]] = {
-    "search": lambda: (routing.search, portable.search, (ASCENDING, torch.arange(7))),
-    "stable_sort": lambda: (routing.stable_sort, portable.stable_sort, (ASCENDING.flip(0),)),
+    "search": lambda: (blocks.search, portable.search, (ASCENDING, torch.arange(7))),
+    "stable_sort": lambda: (blocks.stable_sort, portable.stable_sort, (ASCENDING.flip(0),)),
     **{
         f"top_k, K={k}": lambda k=k: (base._best, portable.top_k, (TIED, k))  # type: ignore[misc]
         for k in (2, 4)
@@ -161,7 +161,7 @@ def test_sums_are_bags_of_rows_where_the_runtime_has_them(
 
 
 def test_a_search_gives_the_dtype_that_is_asked_for() -> None:
-    for search in (routing.search, portable.search):
+    for search in (blocks.search, portable.search):
         assert search(ASCENDING, ASCENDING, out_int32=True).dtype == torch.int32
 
 

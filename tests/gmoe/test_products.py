@@ -283,23 +283,33 @@ def test_routed_linear_is_the_mixture(
     torch.testing.assert_close(values, before, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("backend", "at_once", "k", "has_bias"),
-    [
-        # All experts' rows at once, and a token's pairs added.
-        ("auto", True, 1, True),
-        ("auto", True, 2, False),
-        # One expert after the other, by each kernel.
-        ("grouped", False, 2, True),
-        ("padded", False, 1, True),
-        ("loop", False, 2, False),
-    ],
-)
+ROADS: dict[str, tuple[Backend, int, int]] = {
+    "all experts": ("auto", 2**16, 2**14),
+    "at once": ("auto", 0, 2**14),
+    "by expert": ("loop", 0, -1),
+    "in blocks": ("padded", 0, -1),
+    "by torch": ("grouped", 0, -1),
+}
+"""By name: the backend, and the bounds of all experts at once and of all rows at once."""
+
+each_road = pytest.mark.parametrize("road", ROADS)
+
+
+def take(road: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Take a road of ``routed_linear``, by its backend and bounds."""
+    backend, few, at_once = ROADS[road]
+    monkeypatch.setattr("gmoe.products.FEW_NUMBERS", few)
+    monkeypatch.setattr("gmoe.products.AT_ONCE", at_once)
+    return backend
+
+
+@each_road
+@pytest.mark.parametrize(("k", "has_bias"), [(1, True), (2, False)])
 def test_second_and_third_gradients_are_those_of_the_mixture(
-    backend: Backend, at_once: bool, k: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+    road: str, k: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An expert without tokens has zero."""
-    monkeypatch.setattr("gmoe.products.AT_ONCE", 2**14 if at_once else -1)
+    backend = take(road, monkeypatch)
     expert_TK = (torch.arange(6)[:, None] + torch.arange(k)) % 3
     leaves = [features(6, k), features(6, 2), features(6, 1), features(4, 3, 2), features(4, 3, 1)]
     if has_bias:
@@ -319,6 +329,53 @@ def test_second_and_third_gradients_are_those_of_the_mixture(
 
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(differentiate, leaves, fast_mode=True)
+
+
+@each_road
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_each_road_gives_the_masked_mixture_of_two_parts(
+    road: str, k: int, has_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last expert has no token: its gradients are zero, not missing."""
+    backend = take(road, monkeypatch)
+    expert_TK = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)).topk(k).indices
+    shapes = [(40, k), (40, 8), (40, 4), (4, 8, 8), (4, 8, 4), (4, 8)]
+    leaves = [features(*shape, seed=i).to(dtype).requires_grad_() for i, shape in enumerate(shapes)]
+    weight_TK, x, y, *weights, bias_EO = leaves
+    used = leaves if has_bias else leaves[:-1]
+    routing = Routing.from_choices(expert_TK, weight_TK, num_experts=4)
+    found = routed_linear([x, y], weights, bias_EO if has_bias else None, routing, backend)
+    of_each = torch.einsum("ti,eoi->teo", torch.cat([x, y], dim=1), torch.cat(weights, dim=2))
+    gate_TE = torch.zeros(40, 4, dtype=dtype).scatter(1, expert_TK, weight_TK)
+    expected = torch.einsum("te,teo->to", gate_TE, of_each + has_bias * bias_EO)
+    near = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(
+        [found, *gradients(found, used)],
+        [expected, *gradients(expected, used)],
+        atol=near,
+        rtol=near,
+    )
+
+
+def test_few_numbers_run_all_experts_and_sort_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the bound, and not above it; nor where a token may have no expert, nor in float16."""
+    x, weight = features(8, 3).float(), features(4, 5, 3).float()
+    choices = torch.arange(8)[:, None] % 4, torch.ones(8, 1)
+
+    def sorts(few: int, x: Tensor, routing: Routing) -> bool:
+        monkeypatch.setattr("gmoe.products.FEW_NUMBERS", few)
+        routed_linear([x], [weight.to(x.dtype)], None, routing)
+        return "token" in vars(routing)
+
+    bound = 8 * 4 * (3 + 5)
+    assert not sorts(bound, x, Routing.from_choices(*choices, num_experts=4))
+    assert sorts(bound - 1, x, Routing.from_choices(*choices, num_experts=4))
+    assert sorts(bound, x.half(), Routing.from_choices(*choices, num_experts=4))
+    x[0] = torch.nan
+    alone = routing_of(features(8, 4).float() * (torch.arange(8) > 0)[:, None])
+    assert not routed_linear([x], [weight], None, alone)[0].any()
 
 
 def test_routed_linear_is_of_the_type_of_its_weights() -> None:
@@ -377,6 +434,7 @@ def test_a_mixture_in_one_call_compiles(
 ) -> None:
     """torch's own loop does not: in compiled code, the mixture is an operator."""
     monkeypatch.setattr("gmoe.products.AT_ONCE", most)
+    monkeypatch.setattr("gmoe.products.FEW_NUMBERS", 0)
     routing = routings()[which]
     routing = replace(routing, weight=routing.weight.float())
     leaves = [torch.randn(*shape, requires_grad=True) for shape in ((9, 8), (4, 4, 8), (4, 4))]

@@ -141,7 +141,7 @@ def test_from_choices_puts_each_weight_at_its_pair(data: Any, num_tokens: int, k
         ([[0, 1]], [[0.5]], "weight_TK"),
         ([0, 1], [0.5, 0.5], "expert_TK"),
         ([[0.0, 1.0]], [[0.5, 0.5]], "expert_TK"),
-        ([[0, 1]], [[1, 2]], "weight"),
+        ([[0, 1]], [[1, 2]], "weight_TK"),
         ([[0, 1]], [[0.5, 0.5]], "scores"),
     ],
     ids=str,

@@ -57,4 +57,4 @@ def in_mixed_blocks(offsets: Tensor, number: int, _: Tensor) -> Iterator[additiv
     """Blocks of seven messages, as off the CPU."""
     for start in range(0, number, 7):
         place = slice(start, min(start + 7, number))
-        yield additive._MixedBlock(place, offsets.clamp(place.start, place.stop) - place.start)
+        yield additive._mixed(place, offsets)

@@ -22,7 +22,7 @@ from gmoe import (
 )
 from gmoe.routers import ByType, build_router
 
-WIDTH, NODES, NUM_EDGES, EXPERTS = 64, 60, 240, 8
+WIDTH, NODES, NUM_EDGES, EXPERTS, HEADS = 64, 60, 240, 8, 8
 
 
 class Step(NamedTuple):
@@ -71,6 +71,10 @@ def soft_mixture() -> nn.Module:
 
 def conv(name: Any, **options: Any) -> Callable[[], nn.Module]:
     return partial(MoEConv, name, WIDTH, WIDTH, **options)
+
+
+def heads(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return partial(MoEConv, name, WIDTH, WIDTH // HEADS, heads=HEADS, **options)
 
 
 def model(**options: Any) -> Callable[[], nn.Module]:
@@ -134,6 +138,10 @@ def of_start(words: str, start: str) -> dict[str, Step]:
         **{f"{name}{words}": Step(conv(name, start=start), edges) for name in names},
         f"gcn on a Graph{words}": Step(conv("gcn", start=start), graph),
         f"gat on a Graph{words}": Step(conv("gat", start=start), graph),
+        **{
+            f"{name}, {HEADS} heads{words}": Step(heads(name, start=start), edges)
+            for name in ("gat", "gatv2", "transformer")
+        },
         f"gcn, weighted edges{words}": Step(conv("gcn", start=start), weighted_edges),
         f"GNNMoE{words}": Step(model(start=start), edges),
     }
@@ -148,6 +156,7 @@ STEPS: dict[str, Step] = {
     "gat, expert_choice": Step(conv("gat", **BY_CHOICE), edges, waits=1),
     "gatv2, expert_choice": Step(conv("gatv2", **BY_CHOICE), edges, waits=1),
     "GNNMoE of gat": Step(model(conv="gat"), edges),
+    "GNNMoE of transformer, 8 heads": Step(model(conv="transformer", heads=HEADS), edges),
     "GNNMoE, trimmed": Step(Trimmed, sampled_edges),
     "gin with batch norms": Step(gin_with_norms, edges),
     "layers by type": Step(by_type, types),
