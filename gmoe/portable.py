@@ -164,23 +164,20 @@ def kernel(*_: object) -> str:
 
 # Rows of blocks are written and read by two numbers, not by one among N * B: to view blocks as
 # rows, torch.export would ask how N and B are related, and fix the answer for a named batch size.
+# ONNX has no remainder by a size that is not known.
 
 
 def filled_blocks(x_PI: Tensor, place_P: Tensor, num_blocks: int, size: int) -> Tensor:
     """(N, B, I) rows at their places in N blocks of B rows, and zeros elsewhere."""
     zeros = x_PI.new_zeros(num_blocks, size, x_PI.size(1))
-    return zeros.index_put_(_block_and_row(place_P, size), x_PI)
+    block_P = place_P // size
+    return zeros.index_put_((block_P, place_P - block_P * size), x_PI)
 
 
 def rows_of_blocks(y_NBO: Tensor, place_P: Tensor) -> Tensor:
     """(P, O) the rows at some places."""
-    return y_NBO[_block_and_row(place_P, y_NBO.size(1))]
-
-
-def _block_and_row(place_P: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The block of each place, and the row in it; ONNX has no remainder by an unknown size."""
-    block_P = place_P // size
-    return block_P, place_P - block_P * size
+    block_P = place_P // y_NBO.size(1)
+    return y_NBO[block_P, place_P - block_P * y_NBO.size(1)]
 
 
 def multiply_by_all(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:

@@ -6,17 +6,17 @@ Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gmoe._autograd import lazy, unbatched
+from gmoe._autograd import lazy
 from gmoe._checks import INTEGERS, check, check_range, described, readable
-from gmoe.blocks import Blocks, blocks_of, expert_of_rows, search, stable_sort
+from gmoe.blocks import Blocks, blocks_of, expert_of_rows
+from gmoe.choices import LATE, Choices, Permuted, check_choices, to_keep
 
 
 class AuxLoss(NamedTuple):
@@ -36,42 +36,6 @@ class ByGroup(NamedTuple):
 
     routing: Routing
     group_T: Tensor
-
-
-class Choices(NamedTuple):
-    """What :meth:`Routing.from_choices` was given; the rest of a routing follows when it is asked.
-
-    Where all experts run on all tokens, no pair has to be sorted.
-    """
-
-    expert_TK: Tensor
-    weight_TK: Tensor
-    num_experts: int
-    log_scores_TE: Tensor | None = None
-
-    def pairs(self) -> dict[str, Tensor]:
-        """The pairs by the names that a routing has for them, sorted by expert.
-
-        The sort is stable: an expert's tokens ascend.
-        """
-        k = self.expert_TK.size(1)
-        expert_P, slot_P = stable_sort(self.expert_TK.reshape(-1))
-        experts_E = torch.arange(self.num_experts, device=expert_P.device)
-        return {
-            "token": slot_P if k == 1 else slot_P // max(k, 1),
-            "offsets": search(expert_P, experts_E, out_int32=True),
-            "weight": _Permuted.apply(self.weight_TK.reshape(-1), slot_P),
-            "slot": slot_P,
-            "expert": expert_P,
-        }
-
-    def scores(self) -> dict[str, Tensor]:
-        """The scores: those of their logarithms, or the weights, 0 where not chosen."""
-        if self.log_scores_TE is not None:
-            return {"scores": _Exp.apply(self.log_scores_TE)}
-        weight_TK = self.weight_TK.detach()
-        zero_TE = weight_TK.new_zeros(weight_TK.size(0), self.num_experts)
-        return {"scores": zero_TE.scatter(1, self.expert_TK, weight_TK)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +101,7 @@ class Routing:
         choices: Choices | None = vars(self).get("choices")
         if choices is None or name not in LATE:
             raise AttributeError(f"{type(self).__name__}: got {name}, which it does not have")
-        with _to_keep():
+        with to_keep():
             found = choices.scores() if name == "scores" else choices.pairs()
         for known, value in found.items():
             object.__setattr__(self, known, value)
@@ -218,7 +182,7 @@ class Routing:
             >>> routing = Routing.from_choices(expert, weight, num_experts=8, scores=probs)
         """
         if validate:
-            _check_choices(expert_TK, weight_TK, num_experts, scores)
+            check_choices(expert_TK, weight_TK, num_experts, scores)
         choices = Choices(expert_TK.long(), weight_TK, num_experts, log_scores)
         known: dict[str, Any] = {} if scores is None else {"scores": scores}
         return _of_choices(choices, losses=losses or {}, **known)
@@ -442,7 +406,9 @@ class Routing:
             expert_P, token_P = chosen_GE.index_select(0, group_T).T.nonzero(as_tuple=True)
             weight_P = self.to_dense()[group_T[token_P], expert_P]
             offsets_E = expert_P.bincount(minlength=self.num_experts).cumsum(0).to(torch.int32)
-            tokens = Routing(token_P, offsets_E, weight_P, scores_TE, group_T.size(0), validate=False)
+            tokens = Routing(
+                token_P, offsets_E, weight_P, scores_TE, group_T.size(0), validate=False
+            )
         elif self.pairs_each == self.num_experts:
             tokens = Routing.to_all(self.to_dense().index_select(0, group_T), scores=scores_TE)
         else:
@@ -468,9 +434,9 @@ class Routing:
         k = self.pairs_each
         if k is None or self.choices is not None:
             return self.choices
-        with _to_keep():
+        with to_keep():
             expert_TK, weight_TK = (
-                _Permuted.apply(of_pairs, self.place).view(self.num_tokens, k)
+                Permuted.apply(of_pairs, self.place).view(self.num_tokens, k)
                 for of_pairs in (self.expert, self.weight)
             )
             return Choices(expert_TK, weight_TK, self.num_experts)
@@ -481,14 +447,14 @@ class Routing:
         no slots."""
         if self.slot is None:
             return None
-        with _to_keep():
+        with to_keep():
             pair_P = torch.arange(self.slot.size(0), device=self.slot.device)
             return torch.empty_like(self.slot).scatter_(0, self.slot, pair_P)
 
     @lazy
     def blocks(self) -> Blocks:
         """The pairs in blocks of one expert each: by slots, or as they are if there are none."""
-        with _to_keep():
+        with to_keep():
             by_pair = blocks_of(self.offsets, self.expert)
             if self.slot is None:
                 return by_pair
@@ -502,51 +468,6 @@ class Routing:
         return [*zip([0, *ends[:-1]], ends, strict=True)]
 
 
-@contextmanager
-def _to_keep() -> Iterator[None]:
-    """Compute what a routing keeps for training, too: whoever asks first may need no gradient."""
-    # Compiled code may not ask for the mode.
-    leaves = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    with torch.inference_mode(False) if leaves else nullcontext(), torch.enable_grad():
-        yield
-
-
-LATE = ("token", "offsets", "weight", "scores", "slot")
-"""What a routing of choices computes when it is asked for."""
-
-
-# These save no tensors: a checkpoint counts those that a forward and its recomputation save, and
-# only the first of the two computes what is kept.
-
-
-class _Permuted(torch.autograd.Function):
-    """(P,) values in the order of an index that has each place once."""
-
-    @staticmethod
-    def forward(ctx: Any, value_P: Tensor, index_P: Tensor) -> Tensor:
-        ctx.index_P = index_P
-        return value_P.index_select(0, index_P)
-
-    @staticmethod
-    @unbatched
-    def backward(ctx: Any, grad_P: Tensor) -> Any:
-        return torch.zeros_like(grad_P).index_copy(0, ctx.index_P, grad_P), None
-
-
-class _Exp(torch.autograd.Function):
-    """The exponentials of logarithms."""
-
-    @staticmethod
-    def forward(ctx: Any, log: Tensor) -> Tensor:
-        ctx.log = log
-        return log.exp()
-
-    @staticmethod
-    @unbatched
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.log.exp()
-
-
 def _of_choices(choices: Choices, **known: Any) -> Routing:
     """A routing of which only the choices and some fields are known yet."""
     routing = object.__new__(Routing)
@@ -555,29 +476,6 @@ def _of_choices(choices: Choices, **known: Any) -> Routing:
     for name, value in values.items():
         object.__setattr__(routing, name, value)
     return routing
-
-
-def _check_choices(
-    expert_TK: Tensor, weight_TK: Tensor, num_experts: int, scores: Tensor | None
-) -> None:
-    """Refuse what :meth:`Routing.from_choices` cannot take; values only where they are readable."""
-    is_matrix = isinstance(expert_TK, Tensor) and expert_TK.dim() == 2
-    if not is_matrix or expert_TK.dtype not in INTEGERS:
-        raise ValueError(f"expert_TK: got {described(expert_TK)}, expected (T, K) integers")
-    is_floats = isinstance(weight_TK, Tensor) and weight_TK.is_floating_point()
-    if not is_floats or weight_TK.shape != expert_TK.shape:
-        shape = tuple(expert_TK.shape)
-        raise ValueError(f"weight_TK: got {described(weight_TK)}, expected floats of {shape}")
-    check_range("expert_TK", expert_TK, num_experts)
-    shape = (expert_TK.size(0), num_experts)
-    if scores is not None and scores.shape != shape:
-        raise ValueError(f"scores: got {described(scores)}, expected a tensor of {shape}")
-    if readable(expert_TK):
-        ascending_TK = expert_TK.sort(dim=1).values
-        is_doubled_T = (ascending_TK.diff(dim=1) == 0).any(dim=1)
-        if is_doubled_T.any():
-            doubled = expert_TK[is_doubled_T][0].tolist()
-            raise ValueError(f"expert_TK: got a row {doubled}, expected distinct experts in a row")
 
 
 def checked_routing(routing: Routing | None, num_tokens: int, num_experts: int) -> Routing:

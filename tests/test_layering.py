@@ -270,7 +270,8 @@ OF_TENSORS = re.compile(r"(\w+\.)*\w+_[A-Z][A-Za-z0-9]*")
 """Names that end with the shape of a tensor."""
 
 NOT_EXPORTED = (
-    *("gmoe.padded", "gmoe.products", "gmoe.sums"),  # kernels: gmoe.portable has what is exported
+    # Kernels: gmoe.portable has what is exported.
+    *("gmoe.padded", "gmoe.products", "gmoe.routed", "gmoe.sums"),
     *("gmoe._check_mlp", "gmoe.data", "gmoe.merging", "gmoe.plot"),
 )
 """Modules of which nothing runs in an exported model."""

@@ -247,7 +247,7 @@ class _MixedBlock(NamedTuple):
         """See :class:`_Block`."""
         with torch.autocast(x_BI.device.type, enabled=False):
             outer_NIO = self.blocks.filled(x_BI).mT @ self.blocks.filled(grad_BO)
-            sum_EIO += sum_at(self.blocks.expert_N, outer_NIO, len(sum_EIO))
+            sum_EIO += sum_at(self.blocks.expert_N, outer_NIO, sum_EIO.size(0))
 
 
 def _mixed(place: slice, offsets: Tensor) -> _MixedBlock:

@@ -26,7 +26,8 @@ from gmoe.conv.explain import with_mask
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
 from gmoe.conv.network import can_be_stacked, run_network
-from gmoe.products import Backend, combine, dispatch, routed_linear
+from gmoe.products import Backend, combine, dispatch
+from gmoe.routed import routed_linear
 from gmoe.routing import Routing
 
 MakeMatrix: TypeAlias = Callable[..., Matrix]

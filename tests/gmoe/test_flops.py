@@ -122,7 +122,7 @@ def test_flops_of_a_conv_are_those_of_its_roads(
     most: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each computes a token's own experts only, in columns of no other width."""
-    monkeypatch.setattr("gmoe.products.AT_ONCE", most)
+    monkeypatch.setattr("gmoe.routed.AT_ONCE", most)
     layer = MoEConv("gcn", D, width, num_experts=E, router=None, normalize=False, start="plain")
     routing = OracleRouter(D, num_experts=E, assignment=ASSIGNMENT)(torch.randn(T, D))
     edge_index, _, edges = sparse_graph()

@@ -276,7 +276,7 @@ def finding_rows(number: int | None) -> Any:
 
 # every road ---------------------------------------------------------------------------------------
 
-BY_EXPERT = {"gmoe.products.AT_ONCE": -1}
+BY_EXPERT = {"gmoe.routed.AT_ONCE": -1}
 GPU_SUMS = {"gmoe.sums.SPARSE_DEVICES": ()}
 GPU_SCORES = {"gmoe.conv.additive._blocks": in_mixed_blocks}
 SMALL_BLOCKS = {"gmoe.routers.attention_vote.BLOCK_ELEMENTS": 100}

@@ -92,6 +92,16 @@ def true_cells() -> Both:
     return groups._true_columns, portable.true_columns, (mask_ET, 2 * EXPERTS)
 
 
+def filled_blocks() -> Both:
+    place_P = torch.tensor([0, 1, 4, 5, 9])
+    return blocks._filled, portable.filled_blocks, (torch.randn(5, WIDTH), place_P, 3, 4)
+
+
+def rows_of_blocks() -> Both:
+    place_P = torch.tensor([0, 1, 4, 5, 9])
+    return blocks._rows, portable.rows_of_blocks, (torch.randn(3, 4, WIDTH), place_P)
+
+
 ASCENDING = torch.tensor([0, 0, 2, 5, 5])
 TIED = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [4.0, 1.0, 4.0, 4.0]])
 HALF = torch.bfloat16
@@ -104,6 +114,8 @@ EQUAL: dict[str, Callable[[], Both]] = {
         for k in (2, 4)
     },
     "true_columns": true_cells,
+    "filled_blocks": filled_blocks,
+    "rows_of_blocks": rows_of_blocks,
     "group_votes": lambda: votes(masked=False),
     "group_votes, masked": lambda: votes(masked=True),
     "multiply_by_all": lambda: rows_of_all(has_bias=True),
@@ -132,7 +144,7 @@ EQUAL: dict[str, Callable[[], Both]] = {
 """By the name of the form."""
 
 CHOICES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], Any, Any]] = {
-    "kernel": (products._kernel_for, (torch.empty(0), "auto"), "loop", "padded"),
+    "kernel": (products.kernel_for, (torch.empty(0), "auto"), "loop", "padded"),
     "dtype_of_marks": (groups._dtype_of_marks, (), torch.uint8, torch.int32),
 }
 """Functions that choose something else in an export: what they give, and what there."""

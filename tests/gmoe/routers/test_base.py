@@ -435,7 +435,7 @@ def test_what_a_router_of_gmoe_gives_is_right_by_construction_and_not_checked_ag
     layer = make_layer(case, len(x))
     checked: list[object] = []
     monkeypatch.setattr(gmoe.Routing, "_check_shapes", lambda routing: checked.append(routing))
-    monkeypatch.setattr("gmoe.routing._check_choices", lambda *choices: checked.append(choices))
+    monkeypatch.setattr("gmoe.routing.check_choices", lambda *choices: checked.append(choices))
     layer.router(x, batch, edge_index)
     # An oracle's assignment is the user's.
     assert bool(checked) == isinstance(layer.router, OracleRouter)
