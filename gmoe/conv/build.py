@@ -23,8 +23,8 @@ from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, to_one
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import CopyOf, Make, are_alike, base_kind_of, is_of_library, kind_of, name_of
-from gmoe.conv.plain import run, run_on
-from gmoe.conv.separate import SeparateExperts
+from gmoe.conv.plain import run
+from gmoe.conv.separate import SeparateExperts, is_local_on, not_local
 from gmoe.products import Backend
 
 
@@ -94,7 +94,8 @@ def _grouped(
             groups.append(stacked_class(group_convs, replace(make, kinds=group_kinds), backend))
             continue
         are_local = [trials[id(kind)].takes_local_path(local) for kind in group_kinds]
-        separate = SeparateExperts(group_convs, are_local)
+        is_tried = all(not trials[id(kind)].outcome.failure for kind in group_kinds)
+        separate = SeparateExperts(group_convs, are_local, is_tried=is_tried or not local)
         groups.append(separate)
         if separate.too_far and len(convs) > 1:
             names = ", ".join(sorted({type(conv).__name__ for conv in separate.too_far}))
@@ -210,7 +211,8 @@ class Trial:
     """A run of a conv on a small random graph with self-loops, parallel edges, isolated nodes.
 
     What runs is a float64 copy with other weights, without dropout, and in training mode, so that
-    batch norm shows. It runs once, when its outcome is first asked for.
+    batch norm shows, unless somebody says that the conv is local. It runs once, when its outcome is
+    first asked for.
 
     Args:
         conv: the conv; it is not changed.
@@ -229,22 +231,9 @@ class Trial:
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 conv = probe_copy(self.conv)
-                generator = torch.Generator().manual_seed(0)
-                graph, x_src, x_dst = self._inputs(generator)
-                # 1. On the whole graph.
-                out = run(conv, graph, x_src, x_dst)
-                width = out.size(1)
-                # 2. On the in-edges of some nodes: a local conv gives them the same.
-                tokens = [
-                    torch.randperm(NODES, generator=generator)[:size].sort().values
-                    for size in (1, 4, 9)
-                ]
-                parts = [run_on(conv, graph, x_src, x_dst, token) for token in tokens]
-                is_local = all(
-                    torch.allclose(part, out[token], atol=1e-9)
-                    for part, token in zip(parts, tokens, strict=True)
-                )
-                return Outcome(width, is_local, "")
+                inputs = self._inputs(torch.Generator().manual_seed(0))
+                width = run(conv, *inputs).size(1)
+                return Outcome(width, is_local_on(conv, *inputs), "")
         except Exception as error:
             # A conv may ask for anything: edge features, regular graphs, other packages.
             return Outcome(width, False, f"fails on a small random graph: {error}")
@@ -322,14 +311,18 @@ class Trial:
         """
         if local is False or (local is None and not kind_of(type(self.conv)).is_local):
             return False
-        is_local = self.outcome.is_local
-        if local and not is_local:
-            differs = "gives another output on a node's in-edges than on the whole graph"
-            why = self.outcome.failure or differs
-            raise ValueError(
-                f"local: got True, but {type(self.conv).__name__} {why}, expected None or False"
-            )
-        return is_local
+        if not local:
+            return self.outcome.is_local
+        # What cannot run here is tried on its first call.
+        if not self.outcome.failure and not self._is_local_in_evaluation():
+            raise not_local(self.conv)
+        return True
+
+    def _is_local_in_evaluation(self) -> bool:
+        """True for a conv that is local but for what batch norms see in training."""
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            conv = probe_copy(self.conv).eval()
+            return is_local_on(conv, *self._inputs(torch.Generator().manual_seed(0)))
 
 
 def _num_trained(module: nn.Module) -> int:

@@ -144,9 +144,10 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
               gain that starts at zero.
             - ``"plain"``: independent experts.
         router_kwargs: further arguments of the router.
-        local: ``True`` declares your own class local (verified), ``False`` disables the local path;
-            both run the convs one by one. ``None`` (default) uses the local path for classes known
-            to be local.
+        local: ``True`` declares your own class local, ``False`` disables the local path; both run
+            the convs one by one. ``None`` (default) uses the local path for classes known to be
+            local. ``True`` is verified in evaluation, by the first call where a small random graph
+            will not do. A batch norm then sees the nodes of an expert and those that send to them.
         backend: see :func:`gmoe.grouped_linear`.
         **conv_kwargs: further arguments of every conv.
 

@@ -9,6 +9,7 @@ data.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from gmoe._torch import untraced
+from gmoe._verify import moved_copy
 from gmoe.conv.base import Conv, ConvExperts, tokens_of
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
@@ -32,6 +35,35 @@ def _run_all_on_all(experts: SeparateExperts, call: Call, routing: Routing) -> T
     return (all_TEO * routing.to_dense()[..., None]).sum(dim=1)
 
 
+def is_local_on(conv: MessagePassing, graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
+    """True if a conv gives some nodes the same on their in-edges as on the whole graph."""
+    out = run(conv, graph, x_src, x_dst)
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(graph.num_dst, generator=generator)
+    for size in (1, 4, 9):
+        token = order[:size].sort().values
+        part = run_on(conv, graph, x_src, x_dst, token)
+        if not torch.allclose(part, out[token], atol=1e-9):
+            return False
+    return True
+
+
+def not_local(conv: MessagePassing) -> ValueError:
+    """The error of ``local=True`` for a conv that is not local."""
+    return ValueError(
+        f"local: got True, but {type(conv).__name__} gives another output on a node's in-edges "
+        "than on the whole graph, expected None or False"
+    )
+
+
+def _in_float64(value: Any) -> Any:
+    """On the CPU; whole numbers, such as the types of bonds, stay what they are."""
+    if value is None:
+        return None
+    value = value.detach().cpu()
+    return value.double() if value.is_floating_point() else value
+
+
 class SeparateExperts(ConvExperts):
     """E convs that run one by one.
 
@@ -40,13 +72,21 @@ class SeparateExperts(ConvExperts):
     Args:
         convs: the E convs.
         local: for each of them, whether it is local.
+        is_tried: that was found out (default). ``False`` finds it out on the first call, whose edge
+            features may be of any kind.
+
+    Raises:
+        ValueError: at the first call: a conv that is not local after all.
     """
 
     holds_any_conv = True
     """Its parts may be of any class: they are copies of somebody's conv."""
 
-    def __init__(self, convs: Sequence[MessagePassing], local: Sequence[bool]) -> None:
+    def __init__(
+        self, convs: Sequence[MessagePassing], local: Sequence[bool], *, is_tried: bool = True
+    ) -> None:
         super().__init__()
+        self.is_tried = is_tried
         self.members: Any = nn.ModuleList(convs)
         self.is_local = list(local)
         self.flow = convs[0].flow
@@ -78,6 +118,8 @@ class SeparateExperts(ConvExperts):
     @exported_as(_run_all_on_all)
     def forward(self, call: Call, routing: Routing) -> Tensor:
         graph, x_src, x_dst, _ = call
+        if not (self.is_tried or torch.compiler.is_compiling()):
+            self._try_on(call)
         outputs: list[Tensor] = []
         idle: list[Tensor] = []  # parameters of experts without a token
         for conv, local, token in zip(self.members, self.is_local, tokens_of(routing), strict=True):
@@ -95,6 +137,30 @@ class SeparateExperts(ConvExperts):
         # Idle experts get zero gradients, not None: DDP would wait for them.
         zero = sum(((parameter * 0).sum() for parameter in idle), y.new_zeros(()))
         return y + zero.to(y.dtype)
+
+    @untraced
+    def _try_on(self, call: Call) -> None:
+        """Find out whether the convs are local, on copies in evaluation, once."""
+        graph = call.graph.to("cpu")
+        edges = {"edge_weight": graph.edge_weight, "edge_attr": graph.edge_attr}
+        graph = graph.with_weights(**{name: _in_float64(value) for name, value in edges.items()})
+        x_src, x_dst = _in_float64(call.x_src), _in_float64(call.x_dst)
+        if call.x_src is call.x_dst:
+            x_dst = x_src
+        for conv in self.members:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                try:
+                    is_local = is_local_on(moved_copy(conv), graph, x_src, x_dst)
+                except Exception as error:
+                    is_local = True
+                    warnings.warn(
+                        f"local: got True, which is believed: a copy of {type(conv).__name__} "
+                        f"fails in float64 on the CPU ({error})",
+                        stacklevel=2,
+                    )
+            if not is_local:
+                raise not_local(conv)
+        self.is_tried = True
 
     @staticmethod
     def _needs_whole_graph(conv: Conv, graph: Graph, token: Tensor) -> bool:

@@ -214,7 +214,10 @@ def assert_equals_masked(
     def run(reference: bool) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
         conv.zero_grad(set_to_none=True)
         leaves = [value.detach().clone().requires_grad_() for value in xs]
-        args = {name: value.detach().clone().requires_grad_() for name, value in edge_args.items()}
+        args = {
+            name: value.detach().clone().requires_grad_(value.is_floating_point())
+            for name, value in edge_args.items()
+        }
         given = None if weight_TE is None else weight_TE.detach().clone().requires_grad_()
         inputs: Features = leaves[0] if isinstance(x, Tensor) else (leaves[0], leaves[1])
         follow = None if given is None else routing_of(given)
@@ -236,7 +239,7 @@ def assert_equals_masked(
         for part in (conv, *convs, *always):
             clear_masks(part)
         found = {"y": y.detach(), **{f"x{i}": gradient(leaf) for i, leaf in enumerate(leaves)}}
-        found |= {name: gradient(value) for name, value in args.items()}
+        found |= {name: gradient(value) for name, value in args.items() if value.requires_grad}
         if given is not None:
             found["weight_TE"] = gradient(given) * (given != 0)
         if shown is not None:

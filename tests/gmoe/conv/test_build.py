@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial, wraps
 from types import MethodType
 from typing import Any
@@ -277,16 +278,87 @@ def test_a_conv_that_says_nothing_runs_in_full_with_a_warning() -> None:
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
 
 
-def test_local_true_for_a_conv_that_cannot_run_on_the_probe() -> None:
+class OfMolecules(MessagePassing):
+    """As OGB's examples have it: types of bonds are whole numbers, and the network has a norm."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__(aggr="add")
+        self.mlp = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        self.bonds = nn.Embedding(3, 4)
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
+        bonds = self.bonds(edge_attr)
+        out: Tensor = self.mlp(x + self.propagate(edge_index, x=x, bonds=bonds))
+        return out
+
+    def message(self, x_j: Tensor, bonds: Tensor) -> Tensor:
+        return (x_j + bonds).relu()
+
+
+class ByDegreeOfSenders(OfMolecules):
+    """As OGB's GCN: what a node sends follows from all of its edges."""
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
+        sent = torch.bincount(edge_index[0], minlength=len(x)) + 1
+        return super().forward(x / sent[:, None], edge_index, edge_attr)
+
+
+class Normed(GatedSum):
+    """The small random graph will do for it, but for the norm in training."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        self.norm = nn.BatchNorm1d(o)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.norm(super().forward(x, edge_index))
+        return out
+
+
+@pytest.mark.filterwarnings("error:.*runs on the whole graph")
+@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+@pytest.mark.parametrize("conv", [OfMolecules, Normed])
+def test_a_local_conv_may_take_any_edge_features_and_have_batch_norms(
+    conv: Any, start: Any
+) -> None:
+    layer = MoEConv(conv, 4, 4, num_experts=3, start=start, local=True, router="random")
+    layer = layer.double().eval()
+    kwargs = {"edge_attr": torch.arange(40) % 3} if conv is OfMolecules else {}
+    x, edge_index = features(11, 4), random_graph(11, 11, 40)
+    layer(x, edge_index, **kwargs)  # which tries the convs out
+    num_edges: list[int] = []
+    for expert in layer.experts.convs():
+        expert.register_forward_hook(lambda _, args, __: num_edges.append(args[1].size(1)))
+    layer(x, edge_index, **kwargs)
+    assert sum(num_edges) == 40
+    assert_equals_masked(layer, x, edge_index, **kwargs)
+
+
+@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
+def test_a_conv_that_is_not_local_is_refused_by_its_first_call(start: Any) -> None:
+    layer = MoEConv(
+        ByDegreeOfSenders, 4, 4, num_experts=3, start=start, local=True, router="random"
+    )
+    layer = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="local: got True, but ByDegreeOfSenders gives anoth"):
+            layer(
+                features(11, 4).float(), random_graph(11, 11, 40), edge_attr=torch.zeros(40).long()
+            )
+
+
+def test_a_conv_that_no_copy_runs_is_believed_to_be_local() -> None:
     class Picky(GatedSum):
         def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-            raise RuntimeError("only on Tuesdays")
+            if x.dtype == torch.float64:
+                raise RuntimeError("only singles")
+            return super().forward(x, edge_index)
 
-    with pytest.raises(
-        ValueError,
-        match="local: got True, but Picky fails on a small random graph: only on Tuesdays",
-    ):
-        MoEConv(Picky, 4, 4, local=True, start="plain")
+    layer = MoEConv(Picky, 4, 4, num_experts=2, local=True)
+    x, edge_index = features(11, 4).float(), random_graph(11, 11, 40)
+    with pytest.warns(UserWarning, match=r"local: got True, which is believed: .*only singles"):
+        y = layer.eval()(x, edge_index)
+    torch.testing.assert_close(y, layer.shared_expert.expert(0)(x, edge_index))
 
 
 def test_trying_a_conv_out_leaves_it_alone() -> None:
