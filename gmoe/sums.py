@@ -295,34 +295,50 @@ def _sum_messages(
     """
     dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
     exact = torch.promote_types(dtype, torch.float32)
-    num_receivers = ptr.numel() - 1
-    weights = weight_MH.to(exact).T.contiguous()
-    values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
+    weight_MH, value_UGC = weight_MH.to(exact), value_UGC.to(exact)
+    if value_UGC.device.type not in SPARSE_DEVICES or not weight_MH.numel():
+        return _sum_all_heads(weight_MH, value_UGC, ptr, sender, receiver, order).to(dtype)
+    weights = weight_MH.T.contiguous()
+    values = value_UGC.expand(-1, weight_MH.size(1), -1).unbind(1)
     sums: list[Tensor] = []
     for weight_M, value_UC in zip(weights, values, strict=True):
         if order is not None:  # head by head: rows of one number are slow to gather
             weight_M = weight_M.index_select(0, order)
-        if value_UC.device.type in SPARSE_DEVICES and weight_M.numel():
-            # The messages of a receiver are a bag. A sparse product gives the same float32 numbers
-            # in two to three times the time.
-            sum_RC, *_ = torch.embedding_bag(
-                value_UC.contiguous(),
-                sender,
-                ptr,
-                mode=0,  # sum
-                per_sample_weights=weight_M,
-                include_last_offset=True,
-            )
-        else:
-            sum_RC = value_UC.new_zeros(num_receivers, value_UC.size(1))
-            for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):
-                value_BC = value_UC.index_select(0, sender[block]) * weight_M[block, None]
-                sum_RC.index_add_(0, receiver[block], value_BC)
+        # The messages of a receiver are a bag. A sparse product gives the same float32 numbers in
+        # two to three times the time.
+        sum_RC, *_ = torch.embedding_bag(
+            value_UC.contiguous(),
+            sender,
+            ptr,
+            mode=0,  # sum
+            per_sample_weights=weight_M,
+            include_last_offset=True,
+        )
         sums.append(sum_RC)
     if len(sums) == 1:
         # .data: Matrix adds its diagonal to the sum in place, which autograd refuses for a view.
         return sums[0][:, None].data.to(dtype)
     return torch.stack(sums, dim=1).to(dtype)
+
+
+def _sum_all_heads(
+    weight_MH: Tensor,
+    value_UGC: Tensor,
+    ptr: Tensor,
+    sender: Tensor,
+    receiver: Tensor,
+    order: Tensor | None,
+) -> Tensor:
+    """(R, H, C) the sums off the CPU, of all heads at once, block by block."""
+    if order is not None:
+        weight_MH = weight_MH.index_select(0, order)
+    num_messages, num_heads = weight_MH.shape
+    width = value_UGC.size(2)
+    sum_RHC = value_UGC.new_zeros(ptr.numel() - 1, num_heads, width)
+    for block in blocks(0, num_messages, num_heads * width, value_UGC.device):
+        value_BHC = value_UGC.index_select(0, sender[block]) * weight_MH[block, :, None]
+        sum_RHC.index_add_(0, receiver[block], value_BHC)
+    return sum_RHC
 
 
 def _empty_sums_of_values(value_MH: Tensor, ptr: Tensor, *_: Any) -> Tensor:
@@ -364,23 +380,22 @@ def _multiply_ends(
     exact = torch.promote_types(dtype, torch.float32)
     size = (ptr.numel() - 1, key_UGC.size(0))
     num_messages = sender.numel()
+    query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
+    num_heads, width = query_RHC.shape[1:]
     # torch cuts a matrix down to as many entries as it has cells.
     fits_matrix = num_messages <= size[0] * size[1]
-    queries = query_RHC.to(exact).unbind(1)
-    keys = key_UGC.to(exact).expand(-1, query_RHC.size(1), -1).unbind(1)
+    if query_RHC.device.type not in SPARSE_DEVICES or not fits_matrix:
+        product_MH = query_RHC.new_empty(num_messages, num_heads)
+        for block in blocks(0, num_messages, num_heads * width, query_RHC.device):
+            query_BHC = query_RHC.index_select(0, receiver[block])
+            key_BGC = key_UGC.index_select(0, sender[block])
+            torch.sum(query_BHC * key_BGC, dim=-1, out=product_MH[block])
+        return product_MH.to(dtype)
     products: list[Tensor] = []
-    for query_RC, key_UC in zip(queries, keys, strict=True):
-        product_M = query_RC.new_zeros(num_messages)
-        if query_RC.device.type in SPARSE_DEVICES and fits_matrix:
-            matrix = torch.sparse_csr_tensor(ptr, sender, product_M, size, check_invariants=False)
-            torch.sparse.sampled_addmm(
-                matrix, query_RC.contiguous(), key_UC.contiguous().T, out=matrix
-            )
-            product_M = matrix.values()
-        else:
-            for block in blocks(0, num_messages, query_RC.size(1), query_RC.device):
-                query_BC = query_RC.index_select(0, receiver[block])
-                key_BC = key_UC.index_select(0, sender[block])
-                torch.sum(query_BC * key_BC, dim=-1, out=product_M[block])
-        products.append(product_M)
+    keys = key_UGC.expand(-1, num_heads, -1).unbind(1)
+    for query_RC, key_UC in zip(query_RHC.unbind(1), keys, strict=True):
+        zeros_M = query_RC.new_zeros(num_messages)
+        matrix = torch.sparse_csr_tensor(ptr, sender, zeros_M, size, check_invariants=False)
+        torch.sparse.sampled_addmm(matrix, query_RC.contiguous(), key_UC.contiguous().T, out=matrix)
+        products.append(matrix.values())
     return torch.stack(products, dim=1).to(dtype)
