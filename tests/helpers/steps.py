@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch_geometric.nn import MLP, GINConv
+from torch_geometric.nn import (
+    GCN,
+    MLP,
+    GATConv,
+    GCNConv,
+    GINConv,
+    SAGEConv,
+    TransformerConv,
+)
 
 from gmoe import (
     GNNMoE,
@@ -171,3 +179,71 @@ STEPS: dict[str, Step] = {
     "SoftMoE": Step(soft_mixture, images),
 }
 """By name; forward and backward, in float32 on a GPU of capability 8.0."""
+
+LAUNCHES: dict[str, tuple[int, int]] = {
+    "gcn": (114, 144),
+    "sage": (108, 138),
+    "graph": (105, 135),
+    "gin": (191, 191),
+    "gat": (305, 305),
+    "gatv2": (444, 444),
+    "transformer": (375, 375),
+    "gcn on a Graph": (89, 119),
+    "gat on a Graph": (274, 274),
+    "gat, 8 heads": (302, 302),
+    "gatv2, 8 heads": (446, 446),
+    "transformer, 8 heads": (375, 375),
+    "gcn, weighted edges": (120, 150),
+    "GNNMoE": (226, 286),
+    "gcn, copies": (79, 109),
+    "sage, copies": (69, 99),
+    "graph, copies": (66, 96),
+    "gin, copies": (147, 147),
+    "gat, copies": (220, 220),
+    "gatv2, copies": (315, 315),
+    "transformer, copies": (302, 302),
+    "gcn on a Graph, copies": (54, 84),
+    "gat on a Graph, copies": (185, 185),
+    "gat, 8 heads, copies": (228, 228),
+    "gatv2, 8 heads, copies": (316, 316),
+    "transformer, 8 heads, copies": (302, 302),
+    "gcn, weighted edges, copies": (85, 115),
+    "GNNMoE, copies": (136, 177),
+    "gat, expert_choice": (296, 296),
+    "gatv2, expert_choice": (436, 436),
+    "GNNMoE of gat": (422, 422),
+    "GNNMoE of transformer, 8 heads": (606, 606),
+    "GNNMoE, trimmed": (219, 277),
+    "gin with batch norms": (317, 317),
+    "layers by type": (110, 110),
+    "mixed kinds": (371, 371),
+    "MoE, token_choice": (139, 139),
+    "MoE, expert_choice": (124, 124),
+    "MoE, attention_vote": (158, 158),
+    "MoE, multi_centroid": (192, 192),
+    "MoE, random": (104, 104),
+    "MoE, uniform": (90, 90),
+    "MoE, switch and z": (124, 124),
+    "MoE, capacity": (194, 194),
+    "MoE, threshold": (150, 150),
+    "MoE, token_choice on a batch": (139, 139),
+    "SoftMoE": (180, 180),
+}
+"""By name: what a step launches at most, of few rows and of more than all experts take at once.
+
+They may fall, not grow: ``python -m tools.waits`` prints what they are.
+"""
+
+PYG: dict[str, Step] = {
+    **{
+        name: Step(partial(kind, WIDTH, WIDTH), edges)
+        for name, kind in {"gcn": GCNConv, "sage": SAGEConv}.items()
+    },
+    "gin": Step(lambda: GINConv(MLP([WIDTH, WIDTH, WIDTH], norm=None)), edges),
+    **{
+        f"{name}, {HEADS} heads": Step(partial(kind, WIDTH, WIDTH // HEADS, heads=HEADS), edges)
+        for name, kind in {"gat": GATConv, "transformer": TransformerConv}.items()
+    },
+    "GCN of three layers": Step(partial(GCN, WIDTH, WIDTH, 3, 5), edges),
+}
+"""What the same costs without experts."""
