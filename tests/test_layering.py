@@ -336,20 +336,6 @@ def test_no_test_is_imported() -> None:
     assert not {module: names for module, names in found.items() if names}
 
 
-@pytest.mark.parametrize(
-    ("source", "number"),
-    [
-        ("from tests.gmoe.test_gnn import model", 1),
-        ("from tests.gmoe import test_gnn, test_moe", 2),
-        ("def f():\n    import tests.test_docs", 1),
-        ("from tests.helpers.masked import masked", 0),
-        ("from tests import contract", 0),
-    ],
-)
-def test_the_rule_of_tests_itself(source: str, number: int) -> None:
-    assert len(imported_tests(source)) == number
-
-
 def run(script: str) -> str:
     """What a new interpreter prints."""
     return subprocess.run(

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
@@ -158,49 +153,3 @@ def test_a_part_of_copies_may_be_wrapped() -> None:
     adapted = layer(x, EDGES)
     assert not torch.equal(adapted, expected)
     assert_same(fold(layer)(x, EDGES), adapted)
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("gloo") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    gc.collect()
-    dist.destroy_process_group()
-
-
-def experts_of_mlps() -> Any:
-    torch.manual_seed(0)
-    mlp = nn.Sequential(nn.Linear(WIDTH, 6), nn.GELU(), nn.Linear(6, WIDTH))
-    model = nn.ModuleDict({"mlp": mlp})
-    return gmoe.moefy(model, targets="mlp", num_experts=EXPERTS, start="copies")["mlp"]  # type: ignore[index]
-
-
-SHARDED: dict[str, Any] = {
-    **{kind: partial(trained, kind) for kind in ("gcn", "sage", "gat", "gin")},
-    "MLP": experts_of_mlps,
-}
-
-
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.parametrize("name", SHARDED)
-def test_each_part_is_run_in_shards(name: str) -> None:
-    whole = SHARDED[name]().eval()
-    x = features(NODES, WIDTH).to(next(whole.parameters()))
-    args = (x,) if name == "MLP" else (x, EDGES)
-    expected = whole(*args)
-    paths = [path for path, part in whole.named_modules() if any(True for _ in part.parameters())]
-    for path in paths:
-        layer = SHARDED[name]().eval()
-        if isinstance(layer.get_submodule(path), nn.ModuleList):  # torch refuses it
-            continue
-        fully_shard(layer.get_submodule(path), mesh=init_device_mesh("cpu", (1,)))
-        if path == "experts.nn":  # GIN's network holds the layers; nobody calls it
-            with pytest.raises(RuntimeError, match="sharded"):
-                layer(*args)
-            continue
-        y = layer(*args)
-        torch.testing.assert_close(y, expected)
-        y.sum().backward()
-    assert {"", "experts", "router"} <= set(paths)

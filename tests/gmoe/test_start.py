@@ -306,91 +306,12 @@ def test_a_base_and_its_router_follow_the_seed_and_differ_from_layer_to_layer() 
 OPTION = (bool, int, float, str, type(None))
 """What options of routers are."""
 
-DEFAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "token_choice": [
-        ({}, "copies"),
-        ({"balance": "switch"}, "copies"),
-        ({"noise": True}, "copies"),
-        ({"weight": "score"}, "shared"),
-        ({"capacity_factor": 1.0}, "shared"),
-    ],
-    "expert_choice": [({}, "shared"), ({"normalize": "tokens"}, "shared")],
-    "attention_vote": [({}, "shared"), ({"scope": "neighbors"}, "shared")],
-    "multi_centroid": [
-        ({}, "copies"),
-        ({"num_centroids": 2}, "copies"),
-        ({"weight": "score"}, "shared"),
-        ({"choice": "experts"}, "shared"),
-    ],
-    "random": [({}, "copies"), ({"weight": "score"}, "shared")],
-    "uniform": [({}, "copies")],
-}
-"""By router: arguments of it, and how convs start under them."""
-
 
 def start_under(router: Any, k: int = 1, kwargs: Any = None, **options: Any) -> str:
     """How layers of three convs start by default in a GNN that routes once."""
     options = {"conv": GCNConv, "num_experts": 3, **options}
     model = GNNMoE(WIDTH, WIDTH, 2, 2, router=router, k=k, router_kwargs=kwargs, **options)
     return str(model.config["start"])
-
-
-def test_the_table_of_defaults_has_every_router() -> None:
-    assert DEFAULTS.keys() == gmoe.ROUTERS.keys()
-
-
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize(
-    ("router", "kwargs", "start"),
-    [(router, *case) for router, cases in DEFAULTS.items() for case in cases],
-    ids=str,
-)
-def test_the_default_is_copies_where_the_weights_of_a_node_sum_to_1(
-    router: str, kwargs: dict[str, Any], start: str, k: int
-) -> None:
-    options = {"num_experts": 3, "router": router, "k": k, **given(kwargs)}
-    model = GNNMoE(WIDTH, WIDTH, 2, 2, conv=GCNConv, **options)
-    assert model.config["start"] == start
-    x = features(NODES, WIDTH).float()
-    for training in (True, False):
-        _, (routing,) = model.train(training)(x, EDGES, return_routing=True)
-        sums = routing.to_dense().sum(dim=1)
-        is_one = torch.allclose(sums, torch.ones(NODES))
-        assert is_one or start == "shared"
-    # By itself a layer starts beside a shared expert, whatever its router.
-    assert MoEConv(GCNConv, WIDTH, WIDTH, **options).start == "shared"
-
-
-def given(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """As a layer takes a router's arguments; none at all if there are none."""
-    return {"router_kwargs": kwargs} if kwargs else {}
-
-
-class Straight(TokenChoice):
-    """A router of one's own, whose weights sum to 1."""
-
-    def __init__(self, dim: int, *, num_experts: int, k: int = 1) -> None:
-        super().__init__(dim, num_experts=num_experts, k=k, weight="straight_through")
-
-
-@pytest.mark.parametrize(
-    ("router", "k", "kwargs", "start"),
-    [
-        (TokenChoice, 1, STRAIGHT, "copies"),
-        (TokenChoice, 1, {"weight": "score"}, "shared"),
-        # Nobody routes.
-        (None, 1, None, "shared"),
-        # A class of one's own, or a factory, may give anything.
-        (Straight, 1, None, "shared"),
-        (partial(TokenChoice, weight="straight_through"), 1, None, "shared"),
-        (partial(OracleRouter, assignment=torch.arange(NODES) % 3), 1, None, "shared"),
-    ],
-    ids=str,
-)
-def test_the_default_under_a_class_no_router_or_a_factory(
-    router: Any, k: int, kwargs: Any, start: str
-) -> None:
-    assert start_under(router, k, kwargs) == start
 
 
 BUILDS: dict[str, Callable[..., nn.Module]] = {
