@@ -20,11 +20,7 @@ from gmoe.experts import MLPExperts
 from gmoe.mlps import READERS, MLPForm
 from tests.helpers.mlps import (
     FORMS,
-    GEGLU,
     CalledByKeyword,
-    Dropping,
-    GateCalledLast,
-    Llama,
     NormBeforeActivation,
     RowsOnly,
     TwoArguments,
@@ -49,18 +45,6 @@ def test_experts_are_copies_of_mlps_of_many_forms(form: str) -> None:
     torch.testing.assert_close(y, mlp(x), rtol=0, atol=1e-8)
     y.square().sum().backward()
     assert all(parameter.grad is not None for parameter in experts.parameters())
-
-
-def test_the_roles_of_layers_are_told_by_what_they_compute() -> None:
-    mlp = GateCalledLast()
-    form = read_mlp("mlp", mlp)
-    assert [*form.ups, form.down] == [mlp.gate, mlp.up, mlp.down]
-    assert form.glu
-
-
-@pytest.mark.parametrize("mlp", [plain_mlp(), Llama(), GEGLU()], ids=lambda mlp: type(mlp).__name__)
-def test_a_gated_mlp_is_told_by_its_widths(mlp: nn.Module) -> None:
-    assert read_mlp("mlp", mlp).glu == (not isinstance(mlp, nn.Sequential))
 
 
 @pytest.mark.parametrize(
@@ -95,12 +79,6 @@ def test_reading_an_mlp_leaves_it_as_it_is() -> None:
     assert calls == []
     assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
     assert all(part.training for part in mlp.modules())
-
-
-def test_the_last_layers_may_start_at_zero() -> None:
-    experts = read_mlp("mlp", plain_mlp()).experts(2, copied=True, zero_init=True, backend="loop")
-    assert experts.up.weight.all()
-    assert not experts.down.weight.any()
 
 
 def test_one_norm_may_stand_in_both_places() -> None:
@@ -151,17 +129,6 @@ def test_a_dropout_in_a_place_that_experts_lack_is_refused(place: str, is_replac
     mlp = nn.Sequential(*DROPOUTS_ELSEWHERE[place]())
     with pytest.raises(ValueError, match=r"^model: got mlp, .* drops numbers in another place"):
         read_mlp("mlp", mlp, is_replaced=is_replaced)
-
-
-def test_a_dropout_that_drops_nothing_may_stand_anywhere() -> None:
-    mlp = nn.Sequential(nn.Dropout(0.0), *plain_mlp())
-    assert read_mlp("mlp", mlp, is_replaced=True).dropout == (0.0, 0.0)
-
-
-def test_a_dropout_that_is_never_called_has_no_place() -> None:
-    mlp = CalledByKeyword()
-    mlp.drop = nn.Dropout(0.5)
-    assert read_mlp("mlp", mlp).dropout == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("dim", [-2, 0, 1])
@@ -220,14 +187,6 @@ def test_two_norms_are_told_by_what_they_compute(monkeypatch: pytest.MonkeyPatch
         read_mlp("mlp", mlp)
 
 
-def test_a_function_of_an_unknown_name_is_not_called() -> None:
-    calls: list[Tensor] = []
-    mlp: Any = CalledByKeyword()
-    mlp.collect = calls.append
-    read_mlp("mlp", mlp)
-    assert calls == []
-
-
 def test_mlps_of_one_form_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = plain_mlp(), plain_mlp()
     checked: set[Hashable] = set()
@@ -282,10 +241,6 @@ def test_an_mlp_of_another_form_is_refused_by_its_name(form: str) -> None:
     build, got = REFUSED[form]
     with pytest.raises(ValueError, match=rf"^model: got 0\.mlp, {got}.*, expected linear layers"):
         read_mlp("0.mlp", build())
-
-
-def test_a_dropout_that_is_a_function_does_not_hide_the_activation() -> None:
-    assert isinstance(read_mlp("mlp", Dropping().train()).activation, nn.GELU)
 
 
 @pytest.mark.parametrize("norm", [LayerNormFp32, RmsNormFp32])

@@ -22,7 +22,6 @@ from torch_geometric.loader import LinkLoader, NeighborLoader, NodeLoader
 from torch_geometric.sampler import NodeSamplerInput
 from torch_geometric.sampler.base import SubgraphType
 
-import gmoe.data
 from gmoe.data import NeighborSampler, neighbor_loader
 from tests.helpers.mapped import map_to
 from tests.helpers.sampled import check, draw, graph, sample, star, within
@@ -84,20 +83,6 @@ def test_batches_are_parts_of_the_graph(
             assert batch.edge_index[1].max() < sum(batch.num_sampled_nodes[:2])
     # Ends a worker at once, which the garbage collector would wait 5 seconds for
     loader._iterator = None
-
-
-def test_a_generator_of_torch_repeats_the_batches() -> None:
-    def batches() -> list[Data]:
-        torch.manual_seed(3)
-        generator = torch.Generator().manual_seed(5)
-        loader = neighbor_loader(
-            full_graph(), [4, 3], batch_size=9, shuffle=True, generator=generator
-        )
-        return list(loader)
-
-    for one, other in zip(batches(), batches(), strict=True):
-        assert torch.equal(one.n_id, other.n_id)
-        assert torch.equal(one.e_id, other.e_id)
 
 
 def test_input_nodes() -> None:
@@ -339,22 +324,6 @@ def test_draws_are_repeated_by_the_seed_of_torch() -> None:
     assert same(first, again)
     assert not same(first, other)
     assert same(first, draw(pickle.loads(pickle.dumps(sampler)), range(20), 0))
-
-
-def test_error_and_inference_mode_leave_no_trace() -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    data = graph(20, 60)
-    sampler = NeighborSampler(data, [3, 3])
-    with torch.inference_mode():
-        draw(sampler, range(4))
-    check(data, draw(sampler, range(4)), [3, 3], [0, 1, 2, 3], replace=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gmoe.data, "_draw", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            draw(sampler, range(4))
-    check(data, draw(sampler, range(4)), [3, 3], [0, 1, 2, 3], replace=False)
 
 
 @pytest.mark.parametrize("form", ["EdgeIndex", "EdgeIndex by col", "sorted", "int32"])

@@ -20,26 +20,11 @@ from tests.helpers.shrunk import (
     WIDTH,
     X,
     assert_has,
-    conv_layer,
     moefied,
     moved,
     pruned_on,
 )
 from tests.helpers.vits import images
-
-
-def test_a_softmax_counts_the_experts_that_are_gone() -> None:
-    """The gate stays as it is, so that no weight changes."""
-    layer = conv_layer("gcn", "plain", "token_choice", 1)
-    expected, before = layer(X, EDGES, return_routing=True)
-    gate = layer.router.gate.weight.clone()
-    gmoe.prune(layer, before)
-    found, after = layer(X, EDGES, return_routing=True)
-    assert_same(found, expected)
-    assert torch.equal(layer.router.gate.weight, gate)
-    assert layer.router.alive_E.tolist() == list(layer.kept)
-    assert_same(after.scores, before.scores[:, layer.kept])
-    assert bool((after.scores.sum(dim=1) < 0.99).any())
 
 
 @pytest.mark.parametrize(

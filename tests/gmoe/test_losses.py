@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -234,28 +233,6 @@ def test_attached_losses_go_away_again_and_are_there_once() -> None:
         backward(twice, images(), adds=False)
     backward(copied, images(), adds=False)
     assert_same(gradients(copied), gradients(alone))
-
-
-def test_copies_and_pickles_stay_attached() -> None:
-    added, attached = model_of(), model_of()
-    backward(added, images(), adds=True)
-    attach_aux_loss(attached)
-    for again in (copy.deepcopy(attached), pickle.loads(pickle.dumps(attached))):
-        backward(again, images(), adds=False)
-        assert_same(gradients(again), gradients(added))
-
-
-def test_attached_losses_keep_their_values() -> None:
-    attached, alone = model_of(), model_of()
-    attach_aux_loss(attached)
-    found = []
-    for model in (attached, alone):
-        torch.manual_seed(7)
-        with record_routing(model) as routings:
-            model(images())
-        found.append(aux_loss(routings))
-    assert not found[0].requires_grad
-    torch.testing.assert_close(found[0], found[1].detach())
 
 
 def test_attaching_to_nothing_is_an_error() -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 from gmoe import (
     LinearExperts,
@@ -228,32 +227,6 @@ def test_folded_it_stays_and_unstacked_it_is_refused() -> None:
     unstack(moe)
     with pytest.raises(ValueError, match="got experts that are unstacked, expected stacked ones"):
         moe(x, BATCH)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
-    moe = layer("mlp", base=True)
-    x = tokens(len(BATCH))
-    values = [x, *moe.parameters()]
-    wanted = torch.autograd.grad(moe(x, BATCH).square().sum(), values)
-    checkpoint(moe, x, BATCH, use_reentrant=use_reentrant).square().sum().backward()
-    torch.testing.assert_close(tuple(value.grad for value in values), wanted)
-
-
-def test_compiled_it_is_the_same() -> None:
-    moe = layer("mlp", base=True)
-    x = tokens(3, 4)
-    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
-    assert_same(moe, x, compiled(x), moe(x))
-
-
-def test_in_half_precision_the_sum_of_weights_is_not() -> None:
-    moe = layer("mlp").float()
-    x = tokens(3, 4).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = moe(x)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), moe(x), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("attached", [True, False])

@@ -33,15 +33,6 @@ def test_what_is_no_experts_is_refused(layer: Any) -> None:
         layer(slots(D, num_experts=E), nn.ModuleList([nn.Linear(D, 4)] * E))
 
 
-def test_a_shared_expert_is_added() -> None:
-    shared = nn.Linear(D, 4)
-    layer, x = (
-        MoE(ExpertChoice(D, num_experts=E), LinearExperts(D, 4, num_experts=E), shared),
-        torch.randn(2, 6, D),
-    )
-    torch.testing.assert_close(layer(x), MoE(layer.router, layer.experts)(x) + shared(x))
-
-
 def test_a_routing_is_replayed_without_asking_the_router() -> None:
     layer = MoE(ExpertChoice(D, num_experts=E), LinearExperts(D, 4, num_experts=E))
     x, other = torch.randn(2, 6, D), torch.randn(2, 6, D)

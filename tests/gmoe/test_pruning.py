@@ -72,17 +72,6 @@ def test_without_idle_experts_a_vit_gives_the_same(start: Any, router: str, k: i
     assert_same(model(x), expected)
 
 
-def test_what_some_batch_chose_stays() -> None:
-    layer = token_layer()
-    batches = [X[:1], X[1:2]]
-    routings = [routings_of(layer, batch) for batch in batches]
-    chosen = {int(one.expert) for (one,) in routings}
-    expected = [layer(batch) for batch in batches]
-    assert gmoe.prune(layer, routings) == {"": tuple(sorted(chosen))}
-    for batch, y in zip(batches, expected, strict=True):
-        assert_same(layer(batch), y)
-
-
 def test_routings_that_a_call_returned_are_taken() -> None:
     layer, same = token_layer(), token_layer()
     same.load_state_dict(layer.state_dict())
@@ -133,12 +122,6 @@ def test_layers_of_one_router_shrink_together_by_all_of_its_calls() -> None:
     assert kept["0"] == kept["2"] == chosen_in(routings[0], routings[2])
     assert first.kept == second.kept == kept["0"]
     assert_same(model(X), expected)
-
-
-def test_a_layer_under_two_names_is_one() -> None:
-    model = nn.ModuleDict({"one": token_layer()})
-    model["other"] = model["one"]
-    assert [[*group.layers] for group in groups_of(model)] == [["one"]]
 
 
 def test_one_layer_of_several_under_a_router_is_refused() -> None:

@@ -16,7 +16,7 @@ from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 import gmoe
 from gmoe import MoEConv
 from gmoe.conv.base import tensors_in
-from gmoe.stack import base_parameters, fill, tensors_of
+from gmoe.stack import fill, tensors_of
 from tests.helpers.conv_cases import ids
 from tests.helpers.equal import assert_same
 from tests.helpers.folded import fold
@@ -47,17 +47,6 @@ def trained(conv: Any = GCNConv, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=ids)
-@pytest.mark.parametrize("start", ["plain", "copies"])
-def test_the_state_of_experts_is_that_of_a_conv_with_e_in_front(start: Any, conv: Any) -> None:
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=EXPERTS, start=start).double()
-    stacked = fold(layer).experts.state_dict()
-    for expert in range(EXPERTS):
-        own = layer.experts.expert(expert).state_dict()
-        assert stacked.keys() == own.keys()
-        assert all(torch.equal(value, stacked[name][expert]) for name, value in own.items())
-
-
-@pytest.mark.parametrize("conv", CONVS, ids=ids)
 def test_an_expert_is_filled_and_read_with_and_without_a_base(conv: Any) -> None:
     layer = trained(conv)
     given = layer.experts.expert(2)
@@ -70,13 +59,6 @@ def test_an_expert_is_filled_and_read_with_and_without_a_base(conv: Any) -> None
             torch.testing.assert_close(value, tensors_in(given)[name])
         for name, value in tensors_of(stacked, 0).items():
             torch.testing.assert_close(value, others[name])
-
-
-def test_a_tensor_that_is_a_sum_is_read_and_not_written_to() -> None:
-    linear = trained().experts.lin
-    assert_same(linear.weight, linear.weight_base + linear.weight_difference)
-    assert not linear.weight.is_leaf
-    assert "weight" not in dict(linear.named_parameters())
 
 
 class Scaled(nn.Module):
@@ -107,15 +89,6 @@ def test_a_sum_cannot_be_changed_and_its_parts_can(how: str) -> None:
         changed(x, EDGES).sum().backward()
     with pytest.raises(ValueError, match="parametrized weight, expected a plain one"):
         layer.experts.lin.keep([0, 1])
-
-
-def test_a_frozen_base_leaves_the_differences_to_learn() -> None:
-    layer = trained()
-    for parameter in base_parameters(layer):
-        parameter.requires_grad_(False)
-    layer(features(NODES, WIDTH), EDGES).sum().backward()
-    assert all(parameter.grad is None for parameter in base_parameters(layer))
-    assert all(parameter.grad is not None for parameter in layer.routed_parameters())
 
 
 def test_a_token_uses_a_share_of_the_differences_and_the_whole_base() -> None:

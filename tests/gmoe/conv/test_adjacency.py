@@ -6,40 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.typing import WITH_TORCH_SPARSE, SparseTensor
 
 from gmoe import Graph, MoEConv
-from gmoe.conv.adjacency import adjacency_like, read_edge_index, read_sparse
+from gmoe.conv.adjacency import adjacency_like
 from tests.helpers.masked import csr, features
 
 PLAIN = torch.tensor([[0, 1, 2, 0], [1, 0, 1, 2]])
 """Edges among three nodes."""
-
-BY_DESTINATION = [(1, 0), (0, 1), (2, 1), (0, 2)]
-
-
-def ends(sender: Tensor, receiver: Tensor) -> list[tuple[int, int]]:
-    return list(zip(sender.tolist(), receiver.tolist(), strict=True))
-
-
-@pytest.mark.parametrize(
-    "given",
-    [PLAIN, PLAIN.int(), EdgeIndex(PLAIN, sparse_size=(3, 3))],
-    ids=["int64", "int32", "EdgeIndex"],
-)
-def test_an_edge_list_is_sorted_by_destination(given: Tensor) -> None:
-    adjacency = read_edge_index(given, 3, 3, "source_to_target")
-    assert ends(adjacency.edges.sender, adjacency.edges.receiver) == BY_DESTINATION
-    assert torch.equal(adjacency.edge_index, PLAIN)
-    assert adjacency.edge_index.dtype == torch.int64
-
-
-def test_the_other_flow_swaps_the_rows() -> None:
-    adjacency = read_edge_index(PLAIN.flip(0), 3, 3, "target_to_source")
-    assert ends(adjacency.edges.sender, adjacency.edges.receiver) == BY_DESTINATION
-    assert torch.equal(adjacency.edge_index, PLAIN)
 
 
 SPARSE_TENSOR = pytest.param(
@@ -55,12 +30,6 @@ def in_form(form: str) -> Any:
     matrix = csr(PLAIN, (3, 3))
     forms = {"edge_index": PLAIN, "csr": matrix, "coo": matrix.to_sparse_coo()}
     return forms[form]
-
-
-@pytest.mark.parametrize("form", ["csr", "coo", SPARSE_TENSOR])
-def test_the_rows_of_a_matrix_are_destinations(form: str) -> None:
-    adjacency = read_sparse(in_form(form), 3, 3, "source_to_target")
-    assert ends(adjacency.edges.sender, adjacency.edges.receiver) == BY_DESTINATION
 
 
 @pytest.mark.parametrize("form", ["edge_index", "csr", SPARSE_TENSOR])

@@ -15,7 +15,6 @@ from tests.helpers.masked import (
     GRAPHS,
     csr,
     features,
-    random_graph,
     routing_of,
     simple_graph,
     weights,
@@ -64,19 +63,6 @@ def test_equal_experts_have_the_edges_weights_and_gradients_of_pygs_conv(
         (grad,) = torch.autograd.grad((alpha * features(*alpha.shape, seed=7)).sum(), x)
         outcomes.append((out, edge_index, alpha, grad))
     assert_close(*outcomes, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("sizes", [(9, 5), (5, 9)], ids=str)
-@pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
-def test_equal_experts_have_pygs_weights_between_two_sets_of_nodes(
-    conv: str, sizes: tuple[int, int]
-) -> None:
-    moe, edges = layer(conv, (WIDTH, 6)), random_graph(*sizes, 20)
-    x = features(sizes[0], WIDTH), features(sizes[1], 6)
-    found, expected = (
-        called(x, edges, return_attention_weights=True) for called in (moe, moe.expert(0))
-    )
-    assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("conv", ["gat", "gatv2"])

@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch_geometric import nn as pyg
 
 from gmoe import LinearExperts, MoEConv
-from gmoe._verify import probe_copy
 from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.attention import AttentionExperts
-from gmoe.conv.base import MixedExperts, StackedExperts, is_plain, refuse_far, to_one
+from gmoe.conv.base import MixedExperts, StackedExperts, is_plain, refuse_far
 from gmoe.conv.kinds import Make
 
 WIDTH = 4
@@ -22,15 +20,6 @@ WIDTH = 4
 def experts(conv: Any, **options: Any) -> Any:
     """The experts of a layer, without what stands beside them."""
     return MoEConv(conv, WIDTH, WIDTH, start="plain", **options).experts
-
-
-def test_to_look_at_an_expert_or_to_reset_draws_nothing_else() -> None:
-    stack = experts("sage", num_experts=2)
-    torch.manual_seed(0)
-    stack.expert(1)
-    after_look = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.equal(torch.rand(1), after_look)
 
 
 def test_experts_of_several_kinds_are_given_by_their_place_in_the_list() -> None:
@@ -66,10 +55,6 @@ def test_convs_that_look_far_are_refused_by_name() -> None:
         refuse_far([pyg.TAGConv(1, 1), pyg.SGConv(1, 1), pyg.TAGConv(1, 1)])
 
 
-def test_to_one_expert_go_all_tokens_with_weight_one() -> None:
-    assert torch.equal(to_one(torch.randn(3, WIDTH)).to_dense(), torch.ones(3, 1))
-
-
 def test_a_kernel_may_read_a_layer_that_nobody_hooked_or_replaced() -> None:
     class Own(LinearExperts):
         pass
@@ -79,17 +64,6 @@ def test_a_kernel_may_read_a_layer_that_nobody_hooked_or_replaced() -> None:
     assert not is_plain(Own(2, 2, num_experts=3))
     linear.register_forward_hook(lambda *_: None)
     assert not is_plain(linear)
-
-
-def test_a_probe_is_a_copy_in_float64_in_training_and_without_dropout() -> None:
-    conv = pyg.GATConv(WIDTH, WIDTH, dropout=0.5).eval()
-    probe = probe_copy(nn.Sequential(conv, nn.Dropout(0.5), pyg.MLP([2, 2], dropout=0.5)))
-    assert probe[0].lin.weight.dtype == torch.float64
-    assert all(part.training for part in probe.modules())
-    assert (probe[0].dropout, probe[2].dropout) == (0.0, [0.0])
-    x = torch.ones(2, 2)
-    assert torch.equal(probe[1](x), x)
-    assert (conv.dropout, conv.training, conv.lin.weight.dtype) == (0.5, False, torch.float32)
 
 
 @pytest.mark.parametrize("cls", [AggregateOnce, AttentionExperts])

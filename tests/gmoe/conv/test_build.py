@@ -361,15 +361,6 @@ def test_a_conv_that_no_copy_runs_is_believed_to_be_local() -> None:
     torch.testing.assert_close(y, layer.shared_expert.expert(0)(x, edge_index))
 
 
-def test_trying_a_conv_out_leaves_it_alone() -> None:
-    network: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-    conv = pyg.GINConv(network).eval()
-    before = copy.deepcopy(conv.state_dict())
-    MoEConv(lambda *_: conv, 4, 4, num_experts=1, local=False, start="plain")
-    assert (conv.training, network[2].p) == (False, 0.5)
-    assert all(torch.equal(value, before[name]) for name, value in conv.state_dict().items())
-
-
 def of_other_aggregation() -> Any:
     conv = pyg.SAGEConv(4, 4)
     conv.aggr_module = pyg.aggr.MaxAggregation()  # conv.aggr still says "mean"

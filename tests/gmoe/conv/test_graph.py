@@ -8,11 +8,9 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,15 +26,6 @@ from gmoe.sums import _WeightedSum
 from tests.helpers.masked import features, mean_of_in_edges, random_graph
 
 EDGES = random_graph(9, 9, 30)
-
-
-def test_the_default_device_and_numpys_integers_do_not_matter() -> None:
-    x = features(9, 4)
-    num_nodes: Any = numpy.int64(9)
-    with torch.device("meta"):
-        graph = Graph(EDGES, num_nodes)
-        assert graph.edges.degree.tolist() == EDGES[1].bincount(minlength=9).tolist()
-    torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, EDGES))
 
 
 def test_to_another_device_and_repr() -> None:
@@ -179,14 +168,6 @@ def test_fake_tensors_leave_nothing_in_a_graph() -> None:
         graph.mean(x)
         graph.normalized(improved=False, loops=True, dtype=x.dtype)
     torch.testing.assert_close(layer(x, graph), layer(x, EDGES))
-
-
-def test_threads_may_share_a_graph() -> None:
-    x, layer, graph = features(9, 4), MoEConv("gcn", 4, 4).double().eval(), Graph(EDGES, 9)
-    expected = layer(x, EDGES)
-    with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: layer(x, graph), range(12)):
-            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -385,31 +366,9 @@ def test_other_edge_arguments_have_to_fit(name: str) -> None:
         Graph(matrix, 2).with_weights(torch.rand(2))
 
 
-def test_the_first_edges_keep_their_weights_and_features() -> None:
-    edge_index, weight, attr = random_graph(6, 6, 20), torch.rand(20), torch.randn(20, 2)
-    first = Graph(edge_index, 6, edge_weight=weight, edge_attr=attr).first(6, 12)
-    assert torch.equal(first.edge_index, edge_index[:, :12])
-    assert first.edge_weight is not None
-    assert torch.equal(first.edge_weight, weight[:12])
-    assert first.edge_attr is not None
-    assert torch.equal(first.edge_attr, attr[:12])
-    bare = Graph(edge_index, 6).first(6, 12)
-    assert bare.edge_weight is bare.edge_attr is None
-
-
 def test_the_values_of_a_matrix_are_features_only_if_they_are_rows() -> None:
     ptr, column = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 1])
     for values in (features(3), features(3, 2)):
         attr = Graph(torch.sparse_csr_tensor(ptr, column, values, size=(2, 2)), 2).attr
         assert (attr is not None) == (values.dim() > 1)
         assert attr is None or torch.equal(attr, values)
-
-
-def test_a_part_without_edges_holds_one_for_convs_that_fail_without() -> None:
-    """The edge ends in one destination more, of which the part has no output."""
-    graph = Graph(torch.tensor([[0, 1], [1, 1]]), 4)
-    nodes, part = graph.part(torch.tensor([3, 0]))
-    assert part.edge_index.size(1) > 0
-    assert part.num_dst == 2
-    assert nodes[:2].tolist() == [3, 0]
-    assert len(part.edges.sender) == 0

@@ -14,12 +14,10 @@ from gmoe import GNNMoE, MoEConv
 from gmoe.conv.build import Trial
 from gmoe.conv.kinds import (
     KINDS,
-    UNKNOWN,
     Kind,
     base_kind_of,
     factory_of,
     kind_of,
-    kinds_of,
     name_of,
 )
 from tests.helpers.masked import random_graph
@@ -102,19 +100,6 @@ def of_one_width(cls: Any, in_channels: Any, out_channels: int, **options: Any) 
     return cls(in_channels, **options)
 
 
-@pytest.mark.parametrize("name", ["my_conv", "MySage", "mysage", "My_Sage_Conv"])
-def test_a_name_of_ones_own_is_found_as_it_is_written(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Own(pyg.SAGEConv):
-        """A conv of one's own."""
-
-    monkeypatch.setitem(KINDS, Own, Kind(is_local=True, names={name: {}}))
-    for asked in (name, name.upper()):
-        layer = MoEConv(asked, 3, 4, num_experts=2, start="plain")
-        assert isinstance(layer.experts.convs()[0], Own)
-
-
 def test_a_row_may_be_added_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"custom": {}, "custom_sum": {"aggr": "sum"}}
     monkeypatch.setitem(KINDS, OwnConv, Kind(is_local=True, adapt=of_one_width, names=names))
@@ -126,31 +111,6 @@ def test_a_row_may_be_added_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert GNNMoE(WIDTH, WIDTH, WIDTH, conv=OwnConv).config["conv"] == "custom"
     with pytest.raises(ValueError, match=r"^conv: got 'custm'.* did you mean 'custom'"):
         MoEConv("custm", WIDTH, WIDTH)
-
-
-def test_edge_features_of_gine_are_as_wide_as_its_sources_unless_it_transforms_them() -> None:
-    width = kind_of(pyg.GINEConv).edge_width
-    assert width(built(pyg.GINEConv), WIDTH) == WIDTH
-    assert width(pyg.GINEConv(nn.Linear(WIDTH, 4), edge_dim=3), WIDTH) == 3
-
-
-def test_edge_features_of_other_kinds_are_as_wide_as_their_option_says() -> None:
-    convs = (pyg.GATConv(WIDTH, WIDTH, edge_dim=3), pyg.CGConv(WIDTH, dim=2), built(pyg.SAGEConv))
-    widths = [kind_of(type(conv)).edge_width(conv, WIDTH) for conv in convs]
-    assert widths == [3, 2, None]
-
-
-def test_one_kind_stands_for_eight_experts_unless_their_number_is_given() -> None:
-    assert [len(kinds_of("gcn", number)) for number in (None, 3)] == [8, 3]
-
-
-def open_to_anything(i: int, o: int, **options: Any) -> pyg.SAGEConv:
-    return pyg.SAGEConv(i, o, **options)
-
-
-def test_a_factory_that_takes_any_option_gets_the_one_that_is_given() -> None:
-    expert: Any = MoEConv(open_to_anything, 4, 4, num_experts=2, aggr="max").expert(1)
-    assert expert.aggr == "max"
 
 
 def test_a_subclass_is_unknown_but_has_a_base_that_is_known() -> None:
@@ -292,14 +252,3 @@ def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None
     cls = type("GCNConv", (pyg.SAGEConv,), {})
     layer = MoEConv(cls, (4, 6), 5, num_experts=2, local=True)
     assert layer((torch.randn(9, 4), torch.randn(7, 6)), random_graph(9, 7, 30)).shape == (7, 5)
-
-
-def test_nothing_is_known_of_other_classes() -> None:
-    assert kind_of(pyg.SGConv) is UNKNOWN
-    assert not UNKNOWN.is_local
-
-
-@pytest.mark.parametrize("cls", KINDS)
-def test_a_class_is_said_to_be_local_or_to_need_degrees_beside_one_hop(cls: Any) -> None:
-    kind = kind_of(cls)
-    assert kind.is_local != kind.is_one_hop

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch_geometric import nn as pyg
 
-from gmoe import Graph, MoEConv, Routing
+from gmoe import Graph, MoEConv
 from gmoe.conv import messages
-from gmoe.conv.messages import Messages
 from tests.helpers.masked import GRAPHS
 
 EXPERTS, SOURCES, MESSAGES, WIDTH = 4, 6, 20, 3
@@ -22,15 +21,6 @@ def ends() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     expert = torch.arange(MESSAGES) * 2 // MESSAGES + 1
     return expert, torch.randint(SOURCES, (MESSAGES,), generator=generator)
-
-
-def test_rows_are_the_distinct_pairs_of_expert_and_source() -> None:
-    expert, source = ends()
-    rows = messages.Rows(*messages.find_rows(expert, source, EXPERTS, SOURCES, None))
-    distinct = torch.stack([expert, source], dim=1).unique(dim=0)
-    assert torch.equal(torch.stack([rows.expert, rows.source], dim=1), distinct)
-    assert rows.offsets.diff().tolist() == distinct[:, 0].bincount(minlength=EXPERTS)[1:].tolist()
-    assert torch.equal(distinct[rows.place[expert, source]], torch.stack([expert, source], dim=1))
 
 
 def test_rows_left_over_are_copies_of_the_last_one() -> None:
@@ -53,19 +43,6 @@ def test_no_messages_have_no_rows() -> None:
     for number in (None, 0):
         rows = messages.Rows(*messages.find_rows(none, none, EXPERTS, SOURCES, number))
         assert (len(rows.source), rows.offsets.tolist()) == (0, [0] * EXPERTS)
-
-
-def test_the_number_of_messages_is_known_where_each_token_has_the_same_number_of_pairs() -> None:
-    """It does not depend on the choices, and may be read from the shapes."""
-    graph = Graph(EDGES, NODES)
-    expert = torch.stack([torch.randperm(3)[:2] for _ in range(NODES)])
-    routing = Routing.from_choices(expert, torch.rand(NODES, 2), num_experts=3)
-    assert routing.slot is not None
-    assert len(Messages(graph, routing).edge) == 2 * graph.num_edges
-    dropped = routing.select(experts=[0, 1])  # tokens now have two pairs, one, or none
-    assert dropped.slot is None
-    degree = graph.edges.degree.index_select(0, dropped.token)
-    assert len(Messages(graph, dropped).edge) == int(degree.sum())
 
 
 def test_attention_of_a_dense_conv_is_in_the_graphs_own_order() -> None:

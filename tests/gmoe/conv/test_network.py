@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import MLP, BatchNorm, GINConv, GINEConv
+from torch_geometric.nn import MLP, BatchNorm, GINConv
 
 import gmoe
 from gmoe import Routing
@@ -148,22 +148,6 @@ def test_second_gradients_pass_batch_norms() -> None:
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
 
 
-def test_what_is_put_in_the_place_of_a_layer_gets_the_ends_of_the_experts() -> None:
-    class Twice(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: Tensor, offsets: Tensor) -> Any:
-            return 2 * self.layer(x, offsets)
-
-    layer = layer_of(lambda: MLP([WIDTH, 5], plain_last=True))
-    routing, x = routing_of([3, 3, 3, 3]), torch.rand(NODES, WIDTH, dtype=torch.double)
-    before = layer(x, EDGES, routing=routing)
-    layer.experts.nn.lins[0] = Twice(layer.experts.nn.lins[0])
-    torch.testing.assert_close(layer(x, EDGES, routing=routing), 2 * before)
-
-
 @pytest.mark.parametrize(
     "network",
     [
@@ -179,16 +163,6 @@ def test_what_is_put_in_the_place_of_a_layer_gets_the_ends_of_the_experts() -> N
 def test_networks_of_other_parts_are_not_stacked(network: nn.Module) -> None:
     assert not can_be_stacked(network)
     assert not GINExperts.accepts(GINConv(network))
-
-
-def test_gine_stacks_the_same_networks() -> None:
-    torch.manual_seed(0)
-    layer: Any = gmoe.MoEConv(
-        lambda *_: GINEConv(MLP([WIDTH, 6, 5])), WIDTH, 5, num_experts=2, start="plain"
-    )
-    assert isinstance(layer.experts, GINExperts)
-    x, edge_attr = torch.rand(NODES, WIDTH), torch.rand(EDGES.size(1), WIDTH)
-    assert layer(x, EDGES, edge_attr=edge_attr).shape == (NODES, 5)
 
 
 def test_batch_norms_compile_in_one_graph() -> None:

@@ -24,14 +24,13 @@ from torch_geometric.nn import (
     RGCNConv,
     SAGEConv,
 )
-from torch_geometric.utils import trim_to_layer
 
 from gmoe import GNNMoE, Graph, MoEConv
 from gmoe.conv.kinds import OPTIONS
 from tests.contract import opened
 from tests.helpers.conv_cases import KINDS, NODES, WIDTH, graph, layer
 from tests.helpers.folded import fold
-from tests.helpers.masked import assert_equals_masked, csr, features, redrawn
+from tests.helpers.masked import assert_equals_masked, csr, features
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 
@@ -227,18 +226,3 @@ def test_destinations_without_features_are_refused_where_a_conv_reads_them() -> 
     ):
         with pytest.raises(ValueError, match=message):
             layer(conv, width)((graph()[0], None), torch.tensor([[0, 1], [0, 0]]), **given)
-
-
-@pytest.mark.parametrize(("conv", "options"), [("sage", {}), ("transformer", {"start": "copies"})])
-def test_ones_own_model_may_trim_a_batch_layer_by_layer(conv: str, options: Any) -> None:
-    """As PyG's documentation says; the seeds come first."""
-    convs = [redrawn(MoEConv(conv, WIDTH, WIDTH, num_experts=3, **options)) for _ in range(3)]
-    edge_index = torch.tensor([[2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5, 6, 7]])
-    nodes, edges = [2, 2, 2, 2, 2], [2, 2, 2, 2]
-    x = trimmed = features(10, WIDTH)
-    left = edge_index
-    for index, moe in enumerate(convs):
-        trimmed, left, _ = trim_to_layer(index, nodes, edges, trimmed, left)
-        trimmed, x = moe(trimmed, left), moe(x, edge_index)
-    assert len(trimmed) < len(x)
-    torch.testing.assert_close(trimmed[:2], x[:2])

@@ -7,13 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gmoe import GNNMoE, Graph, MoEConv, TokenChoice
-from gmoe.conv.call import Call
-from gmoe.conv.router_input import router_features, router_parts, router_width
-
-
-def test_parts_have_a_fixed_order_whatever_the_given_one() -> None:
-    assert router_parts(["degree", "node"], "shared", None) == ("node", "degree")
+from gmoe import GNNMoE, MoEConv, TokenChoice
+from gmoe.conv.router_input import router_parts
 
 
 def test_the_router_of_copies_in_a_layer_sees_node_and_neighbors_by_default() -> None:
@@ -39,16 +34,6 @@ def test_the_router_of_copies_in_a_layer_sees_node_and_neighbors_by_default() ->
 def test_an_unknown_part_or_none_is_refused(router_input: Any) -> None:
     with pytest.raises(ValueError, match="router_input: got"):
         router_parts(router_input, "copies", "token_choice")
-
-
-def test_features_are_as_wide_as_the_router_was_told() -> None:
-    graph = Graph(torch.tensor([[0, 1, 2], [1, 1, 0]]), 3)
-    x = torch.eye(3)
-    parts = router_parts(["node", "neighbors", "degree"], "shared", None)
-    seen = router_features(parts, Call(graph, x, x))
-    assert seen.size(1) == router_width(parts, node=3, neighbors=3)
-    assert seen[1, 3:6].tolist() == [0.5, 0.5, 0]  # the mean over its in-edges, from 0 and 1
-    assert seen[:, 6].tolist() == torch.tensor([1.0, 2.0, 0.0]).log1p().tolist()
 
 
 def test_the_degree_of_a_hub_is_finite_in_half_precision() -> None:

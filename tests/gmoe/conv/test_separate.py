@@ -49,11 +49,6 @@ def test_an_export_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(run(layer, EDGES, expert_N), expected)
 
 
-def test_convs_that_are_not_local_are_listed_as_too_far() -> None:
-    assert experts(is_local=True).too_far == []
-    assert len(experts(is_local=False).too_far) == 3
-
-
 def test_experts_become_copies_of_one_conv_and_part_when_they_are_reset() -> None:
     layer = experts(is_local=True)
     layer.become(pyg.LEConv(WIDTH, 3))

@@ -28,7 +28,7 @@ from torch_geometric.nn import (
 
 from gmoe import GNNMoE, Graph, MoEConv, MultiCentroid, TokenChoice, moefy
 from tests.helpers.equal import assert_same
-from tests.helpers.masked import GRAPHS, csr, features, mean_of_in_edges
+from tests.helpers.masked import GRAPHS, csr, features
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3
 shared_routers = pytest.mark.parametrize(
@@ -56,25 +56,6 @@ def graph() -> tuple[Tensor, Tensor]:
     return features(NODES, IN), GRAPHS["mixed"][1]
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "moe_layers"),
-    [
-        ({}, [0, 1]),
-        ({"jk": "cat", "every": 2}, [1]),
-        ({"num_layers": 6, "every": 2}, [1, 3]),
-        ({"num_layers": 1, "jk": "last"}, [0]),
-        ({"router": None}, []),
-    ],
-    ids=str,
-)
-def test_which_layers_are_moe(kwargs: dict[str, Any], moe_layers: list[int]) -> None:
-    gnn = model(**kwargs)
-    assert [i for i, conv in enumerate(gnn.convs) if isinstance(conv, MoEConv)] == moe_layers
-    logits, routings = gnn(*graph(), return_routing=True)
-    assert logits.shape == (NODES, OUT)
-    assert len(routings) == len(moe_layers)
-
-
 @pytest.mark.parametrize("jk", [None, "cat", "max", "last", "lstm"])
 def test_dense_baseline_is_pygs_gcn(jk: str | None) -> None:
     x, edge_index = graph()
@@ -90,19 +71,6 @@ def test_dense_baseline_is_pygs_gcn(jk: str | None) -> None:
                 gnn(x, edge_index, edge_weight=torch.rand(edge_index.size(1), dtype=x.dtype))
             )
         assert_same(*outs)
-
-
-@pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
-def test_a_shared_router_decides_once(flow: str) -> None:
-    x, edge_index = graph()
-    gnn = model(
-        shared_router=True, router_input=("node", "neighbors", "degree"), num_layers=4, flow=flow
-    )
-    (routing,) = gnn(x, edge_index, return_routing=True)[1]
-    ends = edge_index if flow == "source_to_target" else edge_index.flip(0)
-    degree = torch.bincount(ends[1], minlength=NODES).double().log1p()[:, None]
-    view = torch.cat([x, mean_of_in_edges(x, ends), degree], dim=1)
-    assert_same(gnn.shared_router(view).to_dense(), routing.to_dense())  # type: ignore[misc]
 
 
 @shared_routers
@@ -132,13 +100,6 @@ def test_routings_of_other_numbers_are_refused(shared_router: bool) -> None:
             gnn(x, edge_index, routings=given)
     with pytest.raises(ValueError, match=r"^routing: got .*8 tokens.*, expected .* 9 tokens"):
         gnn(torch.cat([x, x[:1]]), edge_index, routings=routings)
-
-
-def test_normalization_sees_the_batch_size() -> None:
-    x, edge_index = graph()
-    batch = torch.tensor([0, 0, 0, 0, 0, 0, 2, 2])  # graph 1 and 3 are empty
-    gnn = model(norm="graph_norm")
-    assert_same(gnn(x, edge_index, batch=batch, batch_size=4), gnn(x, edge_index, batch=batch))
 
 
 @pytest.mark.parametrize("jk", [None, "cat"])
@@ -248,17 +209,6 @@ def test_trimming_does_not_change_the_seeds(shared_router: bool, jk: str | None)
         model(shared_router=shared_router)(x, csr(edge_index, (10, 10)), **hops)
 
 
-def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
-    gnn = model(conv=["sage", "gat", "graph"])
-    first: Any = gnn.convs[0]
-    assert [type(first.expert(i)).__name__ for i in range(3)] == [
-        "SAGEConv",
-        "GATConv",
-        "GraphConv",
-    ]
-    assert type(gnn.convs[2]).__name__ == "SAGEConv"
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -336,12 +286,3 @@ def test_moefy_starts_as_the_dense_model(cls: Any, kwargs: dict[str, Any]) -> No
         assert_same(moe.train(training)(x, edge_index), y)
     moe(x, edge_index).sum().backward()
     assert all(p.grad is not None for p in moe.parameters())
-
-
-def test_moefy_of_some_layers_and_without_an_output_width() -> None:
-    x, edge_index = graph()
-    moe: Any = moefy(GCN(IN, HIDDEN, 4, OUT), every=2)
-    assert [isinstance(conv, MoEConv) for conv in moe.convs] == [False, True, False, False]
-    dense = GCN(IN, HIDDEN, 2).double()
-    expected = dense(x, edge_index)
-    assert_same(moefy(dense, num_experts=EXPERTS)(x, edge_index), expected)

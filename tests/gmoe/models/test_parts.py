@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import BatchNorm
 
 from gmoe.models.parts import activated, activation_of, norm_of, residual_of
 
@@ -17,17 +16,6 @@ from gmoe.models.parts import activated, activation_of, norm_of, residual_of
 def test_none_is_the_identity() -> None:
     assert isinstance(activation_of(None), nn.Identity)
     assert isinstance(norm_of(None, 8), nn.Identity)
-
-
-def test_a_name_and_a_function_are_activations() -> None:
-    assert isinstance(activation_of("relu"), nn.ReLU)
-    assert activation_of(torch.tanh) is torch.tanh
-
-
-def test_a_norm_gets_the_width_of_the_hidden_layers() -> None:
-    norm = norm_of("batch_norm", 8)
-    assert isinstance(norm, BatchNorm)
-    assert norm.module.num_features == 8
 
 
 @pytest.mark.parametrize("act", [3, "foo", "none", "threshold", nn.ReLU])

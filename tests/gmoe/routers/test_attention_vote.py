@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from gmoe import AttentionVote, LinearExperts, MoE
 from gmoe.routers import attention_vote
-from tests.helpers.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges
+from tests.helpers.reference import CASES, DTYPE, Case, assert_same_as_naive
 
 VOTES = [case for case in CASES if case.router is AttentionVote]
 RAGGED = torch.tensor([5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2])
@@ -40,13 +40,6 @@ def test_blocks_of_voters_equal_naive(
     monkeypatch.setattr(attention_vote, "KEPT_PER_WIDTH", 0)
     monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", voters * 3 * 11)
     assert_same_as_naive(layer(case), torch.randn(11, 5, dtype=DTYPE), batch)
-
-
-@pytest.mark.parametrize("copies", [1, 4])  # up to more edges than pairs of nodes
-@pytest.mark.parametrize("case", VOTES[2:], ids=lambda case: case.name)
-def test_parallel_edges_and_loops_equal_naive(case: Case, copies: int) -> None:
-    edges = graph_edges([[0, 1, 2, 3, 4, 5]]).repeat(1, copies)
-    assert_same_as_naive(layer(case), torch.randn(6, 5, dtype=DTYPE), None, edges)
 
 
 class Largest(TorchDispatchMode):

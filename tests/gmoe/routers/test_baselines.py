@@ -17,13 +17,6 @@ def test_a_random_router_gives_equal_tokens_equal_experts_and_learns_nothing() -
     assert list(router.parameters()) == []
 
 
-def test_a_random_router_draws_another_projection_when_it_is_reset() -> None:
-    router = RandomRouter(4, num_experts=8)
-    before = router.projection_DE.clone()
-    router.reset_parameters()
-    assert not torch.equal(router.projection_DE, before)
-
-
 def test_an_oracle_on_no_device_gets_its_assignment_back_when_it_is_reset() -> None:
     router = (
         OracleRouter(3, num_experts=3, assignment=torch.tensor([2, 0, 1]))
@@ -40,12 +33,6 @@ def test_an_oracle_on_no_device_gets_its_assignment_back_when_it_is_reset() -> N
 def test_an_oracle_refuses_what_does_not_fit(assignment: list[int]) -> None:
     with pytest.raises(ValueError, match=r"assignment: got|x: got 3 tokens"):
         OracleRouter(4, num_experts=3, assignment=torch.tensor(assignment))(torch.randn(3, 4))
-
-
-def test_projections_are_drawn_with_the_inverse_root_of_the_width() -> None:
-    torch.manual_seed(0)
-    router = RandomRouter(400, num_experts=16)
-    assert float(router.projection_DE.std()) == pytest.approx(0.05, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
