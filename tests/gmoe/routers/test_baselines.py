@@ -35,6 +35,12 @@ def test_an_oracle_refuses_what_does_not_fit(assignment: list[int]) -> None:
         OracleRouter(4, num_experts=3, assignment=torch.tensor(assignment))(torch.randn(3, 4))
 
 
+def test_projections_are_drawn_with_the_inverse_root_of_the_width() -> None:
+    torch.manual_seed(0)
+    router = RandomRouter(400, num_experts=16)
+    assert float(router.projection_DE.std()) == pytest.approx(0.05, rel=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_an_assignment_is_copied(dtype: torch.dtype) -> None:
     given = torch.tensor([0, 1, 0, 1], dtype=dtype)
