@@ -102,12 +102,17 @@ def with_a_parameter_more(linear: Any) -> None:
     linear.scale = nn.Parameter(torch.ones(1))
 
 
+def of_another_class(linear: Any) -> None:
+    linear.weight = type("Quantized", (nn.Parameter,), {})(linear.weight.detach())
+
+
 @pytest.mark.parametrize(
     ("change", "words", "is_called"),
     [
         (hooked, "hooks", True),
         (patched, "a forward of its own", True),
         (normed, "a parametrized weight", False),
+        (of_another_class, "parameters of their own class", False),
         (with_a_parameter_more, "a linear layer of its own class, Linear", False),
     ],
 )

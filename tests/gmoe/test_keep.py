@@ -285,6 +285,16 @@ def test_a_capacity_in_training_stays_as_it_was() -> None:
     assert router(x).load.max() == before == 10
 
 
+class OwnExperts(gmoe.Experts):
+    """Experts of a user's own, which nobody told how to shrink."""
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError
+
+    def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 def test_experts_with_a_part_that_cannot_be_cut_are_left_whole() -> None:
     experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
     experts.down = nn.Identity()  # type: ignore[assignment]
@@ -296,6 +306,15 @@ def test_experts_with_a_part_that_cannot_be_cut_are_left_whole() -> None:
     with pytest.raises(ValueError, match="parametrized weight"):
         other.keep((0, 1))
     assert len(other.up.weight) == EXPERTS
+    conv: Any = MoEConv("gcn", WIDTH, 6, num_experts=EXPERTS)
+    conv.experts.lin = nn.Linear(WIDTH, 6)
+    with pytest.raises(ValueError, match=r"^model: got experts with a Linear in place"):
+        conv.keep((0, 1))
+    own = OwnExperts(WIDTH, 6, num_experts=EXPERTS)
+    with pytest.raises(
+        ValueError, match=r"^model: got OwnExperts, of which no expert can be taken away"
+    ):
+        own.check_kept((0, 1))
 
 
 def test_pruning_twice_is_pruning_once() -> None:

@@ -286,6 +286,15 @@ def test_experts_that_are_more_than_stacks_are_refused() -> None:
         model(tokens(5, 1))
 
 
+def test_a_reset_draws_the_experts_as_they_are_drawn_alone() -> None:
+    mixed, alone = MixedWeights(experts("mlp")), experts("mlp")
+    for part in (mixed, alone):
+        torch.manual_seed(3)
+        part.reset_parameters()
+    for one, other in zip(mixed.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_it_is_not_exported() -> None:
     model = layer().eval()
     with pytest.raises(ValueError, match=r"torch\.export: got mix='weights', expected .*merge"):

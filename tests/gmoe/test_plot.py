@@ -150,7 +150,7 @@ def pixels(figure: Figure, panel: int) -> np.ndarray:
 
 def test_tints_by_hand() -> None:
     figure = expert_maps(
-        Fixed(), torch.full((1, 4, 4), 0.5) * 4 - 1, mean=(0.25,), std=(0.25,), titles=["gray"]
+        Fixed(), torch.full((1, 4, 4), 0.5) * 4 - 1, mean=(0.25,), std=(0.25,), titles=["gray " * 9]
     )
     assert np.allclose(pixels(figure, 0), 0.5)
     first, second = (np.array(color) for color in palette(num_experts=2))
@@ -160,7 +160,7 @@ def test_tints_by_hand() -> None:
         ((slice(2, 4), slice(0, 4)), np.zeros(3)),  # dark, without an expert
     ):
         assert np.allclose(pixels(figure, 1)[place], 0.4 * 0.5 + 0.6 * color, atol=1e-6)
-    assert figure.axes[0].get_ylabel() == "gray"
+    assert figure.axes[0].get_ylabel() == "gray gray…gray gray "
     assert [axis.get_title() for axis in figure.axes] == ["", "MoE layer 1"]
     (legend,) = figure.legends
     assert len(legend.legend_handles) == 2  # experts

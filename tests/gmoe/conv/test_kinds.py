@@ -142,6 +142,20 @@ def test_names(text: str, cls: type) -> None:
     assert layer(torch.randn(5, 4), random_graph(5, 5, 9)).shape == (5, 4)
 
 
+def test_edge_features_are_as_wide_as_the_option_of_the_conv_says() -> None:
+    """Those of GINE are as wide as its sources where it does not transform them."""
+    network = nn.Linear(WIDTH, 4)
+    convs = {
+        pyg.GATConv(WIDTH, WIDTH, edge_dim=3): 3,
+        pyg.CGConv(WIDTH, dim=2): 2,
+        pyg.SAGEConv(WIDTH, WIDTH): None,
+        pyg.GINEConv(network): WIDTH,
+        pyg.GINEConv(network, edge_dim=3): 3,
+    }
+    for conv, width in convs.items():
+        assert kind_of(type(conv)).edge_width(conv, WIDTH) == width
+
+
 def test_an_unknown_name_suggests_the_nearest() -> None:
     builds: list[Any] = [
         partial(MoEConv, "gatt"),

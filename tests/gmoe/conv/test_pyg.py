@@ -58,6 +58,10 @@ def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
             for build in (moe, gnn)
         ),
         (partial(moe, top_k=2), r"^top_k: got 2, .*did you mean 'k'\?"),
+        (
+            partial(moe, balance="bias"),
+            r"^balance: got 'bias', .*router_kwargs=\{'balance': \.\.\.}",
+        ),
         (partial(moe, hops=2), "^hops: got 2, expected an argument of MoEConv or of GCNConv"),
         *((partial(build, router_kwargs=[1]), r"router_kwargs: got \[1\]") for build in (moe, gnn)),
         *(
@@ -89,6 +93,10 @@ def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
         (
             partial(MoEConv, RGCNConv, 8, 8, 1),
             "^conv: got RGCNConv, whose forward takes .*edge_type",
+        ),
+        (
+            partial(MoEConv(GCNConv, WIDTH, 8), *graph(), None, None),
+            "^forward: got 2 arguments behind edge_index, expected at most 1",
         ),
         (partial(moe, *[True] * 9), "conv: got GCNConv, which cannot be built as"),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +66,8 @@ def test_fewer_distinct_tokens_than_experts(distinct: int) -> None:
 def test_init_from_bad_data(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="x: got shape"):
         MultiCentroid(4, num_experts=3).init_from_data(torch.randn(shape))
+    with pytest.raises(ValueError, match="x: got values that are NaN or infinite"):
+        MultiCentroid(4, num_experts=3).init_from_data(torch.full((9, 4), math.nan))
 
 
 def test_centers_are_the_means_of_their_clusters_also_of_one_token() -> None:
