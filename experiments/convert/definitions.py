@@ -5,9 +5,9 @@
 
 Nodes stand at the top of a file and have a docstring. An edge leads from what uses a name to what
 defines it, in whatever package, if no other definition has the name. Features are the words of
-docstring and names, without that of the package; no split takes one file apart. The file holds the
-names of the wheels, which have versions, and their checksum. The texts are under the licenses of
-their packages.
+docstring and names, without that of the package; no split takes one file apart. A text file holds
+the names of the wheels, which have versions, and their checksum. The texts are under the licenses
+of their packages.
 """
 
 from __future__ import annotations

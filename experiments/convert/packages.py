@@ -4,7 +4,7 @@
     python -m experiments.convert packages available --out data/packages.npz
 
 Features are the words of the short description, without the package's own name; no split takes the
-packages of one source apart. Lists of another day or release give another graph: the file holds
+packages of one source apart. Lists of another day or release give another graph: a text file holds
 the checksum of the list, and how many packages it had. Descriptions are under the licenses of
 their packages.
 """

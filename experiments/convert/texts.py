@@ -67,6 +67,8 @@ def checksum(parts: Iterable[bytes]) -> str:
 def write(graph: TextGraph, out: Path) -> None:
     """Write the ``.npz`` that ``experiments.train`` reads, and say how large the graph is.
 
+    Beside it, ``.source.txt`` holds what it was made from.
+
     Raises:
         ValueError: fewer nodes or words than there are features, or no edge.
     """
@@ -82,11 +84,11 @@ def write(graph: TextGraph, out: Path) -> None:
         "y": y,
         "edge_index": edges,
         **_masks([graph.nodes[name].group for name in names]),
-        "source": np.array(graph.source),
     }
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(out, **arrays)
+        out.with_suffix(".source.txt").write_text(f"{graph.source}\n")
     same = (y[edges[0]] == y[edges[1]]).mean()
     print(
         f"{out}: {len(names):,} nodes, {edges.shape[1]:,} edges, {len(kinds)} classes; the largest "

@@ -165,7 +165,8 @@ class AttentionExperts(StackedExperts):
             raise ValueError(
                 f"edge_attr: got a tensor, expected None, since {name} was built with edge_dim=None"
             )
-        if not is_plain(self.lin_edge):
+        # The stacks note their changes in one place, where unstacked ones are noted, too.
+        if type(self.lin_edge) is not LinearExperts or must_be_called(self.lin_edge):
             raise ValueError(
                 "lin_edge: got a changed layer, expected a plain one: its weight is read"
             )

@@ -140,7 +140,7 @@ def test_experts_are_advised_above_all_dense_models_alone(
 
 BAD = {
     "no labels": ({"y": np.full(60, -1)}, "got fewer than 5 nodes with a label"),
-    "one class": ({"y": np.zeros(60, int)}, "largest label"),
+    "one class": ({"y": np.zeros(60, int)}, "two classes or more"),
     "masks that overlap": (
         dict.fromkeys(("train_mask", "val_mask", "test_mask"), np.ones(60, bool)),
         "got a node in two parts of a split",
