@@ -27,6 +27,7 @@ from gmoe._checks import (
 )
 from gmoe._verify import is_option
 from gmoe.experts import Experts, LinearExperts
+from gmoe.hosts import guard
 from gmoe.mixed import Mix, MixedWeights
 from gmoe.moe import MoE, MoELayer, choose_blocks
 from gmoe.products import Backend
@@ -80,8 +81,9 @@ def moefy(
     An MLP sees (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row
     or in a grid, or those of a window where a model folds windows into the first dimension. Padding
     is part of the group, so it takes up places where experts choose. The rows of (T, D), such as
-    pooled images or the nodes of a batch of graphs, are one group: under a router whose tokens
-    compete (:attr:`Router.by_token` is false) what a row gets depends on the others.
+    pooled images or the nodes of a graph, are one group: under a router whose tokens compete
+    (:attr:`Router.by_token` is false) what a row gets depends on the others. A GNN then refuses
+    ``batch``, trimmed graphs and a layer-wise ``inference``: its layers do not hear of them.
 
     Args:
         model: the dense model. Of transformers, the whole one: a classifier around an encoder that
@@ -190,6 +192,8 @@ def moefy(
             model.set_submodule(name, layer)
     if isinstance(router, FromCall):
         router.attach(model, takes_others=start == "shared")
+    if pyg is not None and any(isinstance(part, pyg.MessagePassing) for part in model.modules()):
+        guard(model, layers.values())
     return model
 
 
