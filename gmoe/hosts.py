@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gmoe._checks import INTEGERS
 from gmoe._torch import forward_hooks
 from gmoe.moe import MoELayer
-from gmoe.routers.by_type import Argument
+from gmoe.routers.from_call import Argument
 
 LEGAL = (
     "a router that decides token by token (token choice, centroids, random, uniform, or expert "

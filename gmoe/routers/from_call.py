@@ -89,8 +89,8 @@ class FromCall(ABC):
             ValueError: a model without such an argument.
         """
         check_module("model", model)
-        value = _Argument.of("argument", self.argument, model)
-        groups = None if self.batch is None else _Argument.of("batch", self.batch, model)
+        value = Argument.of("argument", self.argument, model)
+        groups = None if self.batch is None else Argument.of("batch", self.batch, model)
         decide = _Decide(self, value, groups, takes_others, _Calls())
         before, _ = forward_hooks(model)
         if decide in before.values():
@@ -317,7 +317,7 @@ def _routers_of(part: nn.Module, source: FromCall) -> Iterator[CallRouter]:
             yield from _routers_of(child, source)
 
 
-class _Argument(NamedTuple):
+class Argument(NamedTuple):
     """An argument of a model's forward, or an attribute of one."""
 
     name: str
@@ -328,7 +328,7 @@ class _Argument(NamedTuple):
     """Of what is given, one inside the other."""
 
     @classmethod
-    def of(cls, label: str, name: str, model: nn.Module) -> _Argument:
+    def of(cls, label: str, name: str, model: nn.Module) -> Argument:
         """Look an argument up in the signature of a model.
 
         Args:
@@ -376,8 +376,8 @@ class _Decide:
     """
 
     source: FromCall
-    value: _Argument
-    groups: _Argument | None
+    value: Argument
+    groups: Argument | None
     takes_others: bool
     calls: _Calls = field(compare=False)
 
