@@ -89,7 +89,7 @@ def gnn_moe(router: str, **others: Any) -> nn.Module:
 GRAPHS: dict[str, Callable[[str], nn.Module]] = {
     "GNNMoE, routed once": partial(gnn_moe, shared_router=True),
     "GNNMoE, a router a layer": partial(gnn_moe, shared_router=False),
-    "BlockGNN": lambda router: BlockGNN(WIDTH, HIDDEN, OUT, 3, **options_of(router)),
+    "BlockGNN": lambda router: BlockGNN(WIDTH, HIDDEN, OUT, 3, conv="sage", **options_of(router)),
     "PyG's": lambda router: moefy(GraphSAGE(WIDTH, HIDDEN, 3, OUT), **options_of(router)),
     "PyG's with jk": lambda router: moefy(
         GraphSAGE(WIDTH, HIDDEN, 2, OUT, jk="last"), **options_of(router)
@@ -239,10 +239,11 @@ def test_rows_in_a_model_of_graphs_are_guarded_like_convs() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = Conv()
+            self.conv: Any = Conv()
 
         def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor | None = None) -> Tensor:
-            return self.conv.after(self.conv(x, edge_index))
+            y: Tensor = self.conv.after(self.conv(x, edge_index))
+            return y
 
     model: Any = moefy(Model(), targets="*.after", **options_of("expert_choice")).double()
     x, edge_index = graph(20, 60, 0)
