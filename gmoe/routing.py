@@ -453,7 +453,7 @@ class Routing:
 
     @lazy
     def blocks(self) -> Blocks:
-        """The pairs in blocks of one expert each: by slots, or as they are if there are none."""
+        """The pairs in blocks of one expert each, placed by slots if there are any."""
         with to_keep():
             by_pair = blocks_of(self.offsets, self.expert)
             if self.slot is None:
