@@ -37,8 +37,6 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     else:
         config = config if config.equal is None else widened(config, task)
         model = kind_of(config).model(task)
-    if config.check_finite:  # routers that check by themselves go on
-        check_all_finite(model)
     return model
 
 
@@ -48,13 +46,6 @@ def _own_model(name: str, sizes: list[Any]) -> nn.Module:
     got = f"{name}, which returns a {type(model).__name__}"
     check(isinstance(model, nn.Module), "model", got, "an nn.Module")
     return model
-
-
-def check_all_finite(model: nn.Module) -> None:
-    """Let the routers of a model refuse NaN and infinity."""
-    for module in model.modules():
-        if isinstance(module, gmoe.Router):
-            module.check_finite = True
 
 
 def widened(config: RunConfig, task: Task) -> RunConfig:

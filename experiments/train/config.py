@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 RouterInput = Literal["node", "neighbors", "degree"]
-Pool = Literal["mean", "sum", "max"]
 
 RouterName = Literal[
     "dense",
@@ -52,28 +51,10 @@ class RouterOptions:
 
     weight: Literal["score", "normalized", "straight_through"] | None = None
     """How a pair's weight follows from its gate."""
-    noise: bool | None = None
-    """Token choice: noise on the choice in training."""
     balance: Literal["none", "switch", "bias"] | None = None
     """Token choice: what keeps the experts equally loaded."""
-    balance_coef: float | None = None
-    """Token choice: coefficient of the balance loss."""
-    init_scale: float | None = None
-    """Token and expert choice, attention vote: factor of the initial weights."""
-    normalize: Literal["experts", "tokens"] | None = None
-    """Expert choice: softmax over experts or along tokens."""
-    shared_queries: bool | None = None
-    """Attention vote: all experts have the same queries."""
     scope: Literal["group", "neighbors"] | None = None
     """Attention vote: who votes for whom."""
-    head_dim: int | None = None
-    """Attention vote: width of queries and keys."""
-    num_centroids: int | None = None
-    """Multi-centroid: centroids per expert."""
-    choice: Literal["tokens", "experts"] | None = None
-    """Multi-centroid: who chooses."""
-    separation_coef: float | None = None
-    """Multi-centroid: coefficient of the separation loss."""
 
     def given(self) -> dict[str, Any]:
         """The options that were set."""
@@ -152,8 +133,6 @@ class RunConfig:
     """Continue the run of that folder, by default the last one; seeds that it lacks are added."""
     workers: int = 0
     """Processes that sample (graphs, `neighbor`) or load images while the model computes."""
-    check_finite: bool = True
-    """Refuse NaN and infinity in what the routers see."""
     device: str = "auto"
     """Fabric's accelerator: auto, cpu, cuda, mps."""
     devices: int = 1
@@ -334,9 +313,6 @@ class GraphConfig(NodeConfig):
     Their residual is the identity."""
     act: str = "relu"
     """The activation, by PyTorch's name."""
-    adjacency: Literal["auto", "edge_index"] = "auto"
-    """Full-batch: how edges are given.
-    auto takes CSR where all convs run on it and treat edge weights alike."""
     routing: str | None = None
     """A .npy file with an expert for each node, 0 to E - 1, which all layers replay.
     With it the router is `oracle`. `experiments.advise` writes one."""
@@ -400,21 +376,6 @@ class MoleculeConfig(RunConfig):
     """The conv; several are kinds of experts that alternate (a dense model takes the first).
     `gcn` and `gin` are OGB's of molecules, `gine` PyG's.
     GIN's batch norm has each expert run on all atoms."""
-    router_input: tuple[RouterInput, ...] | None = None
-    """What the router sees: the atom (`node`, the default), its neighbors' mean, log-degree."""
-    shared_router: bool | None = None
-    """One decision for all layers, or one in each; by default one where layers start as copies."""
-    residual: Literal["none", "identity", "linear"] = "none"
-    norm: str | None = "batch_norm"
-    """The norm, by PyG's name."""
-    virtual_node: bool = False
-    """Join all atoms of a molecule by a further node, as OGB does."""
-    pool: Pool = "mean"
-    """How atoms become a molecule."""
-    input_dropout: float = 0.0
-    """Dropout of the atoms' embeddings."""
-    act: str = "relu"
-    """The activation, by PyTorch's name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -590,8 +551,6 @@ OF_MODEL = frozenset(
         "input_dropout",
         "ffn",
         "act",
-        "virtual_node",
-        "pool",
         "patch",
         "dim",
         "vit_heads",

@@ -6,22 +6,14 @@ Shapes: N atoms, M bonds (both directions), G molecules, D width, L labels, E ex
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import (
-    GINEConv,
-    MessagePassing,
-    global_add_pool,
-    global_max_pool,
-    global_mean_pool,
-)
+from torch_geometric.nn import GINEConv, MessagePassing, global_mean_pool
 
 import gmoe
-from experiments.train.config import Pool
 from experiments.train.data.published import without_update_check
 from experiments.train.user_code import load_conv
 from gmoe.conv.base import StackedExperts
@@ -33,12 +25,6 @@ from gmoe.routing import Routing
 
 without_update_check()
 from ogb.graphproppred.mol_encoder import AtomEncoder, BondEncoder  # noqa: E402
-
-POOLS: dict[Pool, Callable[..., Tensor]] = {
-    "mean": global_mean_pool,
-    "sum": global_add_pool,
-    "max": global_max_pool,
-}
 
 
 class BondGCNConv(MessagePassing):
@@ -162,40 +148,6 @@ def conv_of(name: str, width: int) -> Any:
     return partial(factory, edge_dim=width) if is_told and name != "gine" else factory
 
 
-class VirtualNode(nn.Module):
-    """A node that hears all atoms of its molecule after each layer but the last (OGB's).
-
-    Args:
-        width: D.
-        num_layers: message-passing layers.
-        dropout: of what the node hears.
-    """
-
-    def __init__(self, width: int, num_layers: int, dropout: float) -> None:
-        super().__init__()
-        self.start = nn.Parameter(torch.zeros(width))
-        self.networks = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(width, 2 * width),
-                nn.BatchNorm1d(2 * width),
-                nn.ReLU(),
-                nn.Linear(2 * width, width),
-                nn.BatchNorm1d(width),
-                nn.ReLU(),
-                nn.Dropout(dropout),
-            )
-            for _ in range(num_layers - 1)
-        )
-
-    def forward(self, layer: int, node_GD: Tensor, x: Tensor, batch: Tensor) -> Tensor:
-        """(G, D) the node of each molecule after a layer whose input was ``x``."""
-        if layer == len(self.networks):
-            return node_GD
-        heard = node_GD + global_add_pool(x, batch, len(node_GD))
-        node: Tensor = self.networks[layer](heard)
-        return node
-
-
 class MoleculeGNN(gmoe.GNNMoE):
     """A ``GNNMoE`` of molecules: OGB's encoders of atoms and bonds, then a label a molecule.
 
@@ -206,8 +158,6 @@ class MoleculeGNN(gmoe.GNNMoE):
         width: D, of atoms, bonds and layers.
         num_tasks: L.
         num_layers: message-passing layers.
-        virtual_node: join all atoms of a molecule by a further node.
-        pool: how atoms become a molecule.
         **options: of :class:`gmoe.GNNMoE`.
 
     Shapes:
@@ -221,18 +171,11 @@ class MoleculeGNN(gmoe.GNNMoE):
         width: int,
         num_tasks: int,
         num_layers: int,
-        *,
-        virtual_node: bool = False,
-        pool: Pool = "mean",
         **options: Any,
     ) -> None:
         super().__init__(width, width, num_tasks, num_layers, jk="last", **options)
-        self.pool = POOLS[pool]
         self.atoms = AtomEncoder(width)
         self.bonds = nn.ModuleList(BondEncoder(width) for _ in range(num_layers))
-        self.virtual_node = None
-        if virtual_node:
-            self.virtual_node = VirtualNode(width, num_layers, self.dropout.p)
 
     def forward(  # type: ignore[override]  # a molecule's label, not a node's
         self,
@@ -245,26 +188,18 @@ class MoleculeGNN(gmoe.GNNMoE):
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, list[Routing]]:
         """The labels of molecules; see the class."""
-        x = self.input_dropout(self.atoms(x))
+        x = self.atoms(x)
         graph = gmoe.Graph(edge_index, len(x), flow=self.flow)
         decision = self.route_once(x, graph, batch)
         routings = [] if decision is None else [decision]
-        node_GD = None
-        if self.virtual_node is not None:
-            node_GD = x.new_zeros(num_graphs, 1) + self.virtual_node.start
         for layer in range(self.num_layers):
-            if node_GD is not None:
-                x = x + node_GD.index_select(0, batch)
             bonds = self.bonds[layer](edge_attr).to(x.dtype)
             bonded = graph.fitting((len(x), len(x)), self.flow, edge_attr=bonds)
             out, routing = self.convolve(layer, x, bonded, batch, decision)
             if routing is not None and decision is None:
                 routings.append(routing)
-            if self.virtual_node is not None:
-                assert node_GD is not None
-                node_GD = self.virtual_node(layer, node_GD, x, batch)
             x = self.activate(layer, out, batch, num_graphs)
-        logits = self.lin(self.pool(x, batch, num_graphs))
+        logits = self.lin(global_mean_pool(x, batch, num_graphs))
         return (logits, routings) if return_routing else logits
 
     def activate(

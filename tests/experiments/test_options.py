@@ -49,7 +49,7 @@ def forget_unknown_options() -> None:
     ("command", "message"),
     [
         ("train cora --epoch 5", "--epochs INT"),
-        ("train digits --balance-coeff=3", "--balance-coef {None}|FLOAT"),
+        ("train digits --balanc=3", "--balance {None,none,switch,bias}"),
         ("train digit", "preset: got 'digit', expected one of digits, cifar10"),
         ("train digit", "did you mean 'digits'?"),
         ("train digits more", " more "),
@@ -134,10 +134,6 @@ def forget_unknown_options() -> None:
             "image_size: got 24, expected patch, dim and vit_heads with it",
         ),
         ("train cora --dataset digits", "--dataset"),
-        (
-            "train digits-graph --balance-coef 1",
-            "balance_coef: got a number, expected none: only balance='switch'",
-        ),
         ("train digits --router soft_slots --k 2", "router: got 'soft_slots' with another k"),
         (
             "train digits --router attention_vote --scope neighbors",

@@ -232,7 +232,6 @@ def adjacency(config: GraphConfig, data: Data) -> Tensor:
     classes = {class_of(factory_of(load_conv(conv))) for conv in config.conv}
     if (
         config.model is None
-        and config.adjacency == "auto"
         and config.sampling == "full"
         and config.precision != "bf16-mixed"
         and classes <= MULTIPLYING

@@ -103,9 +103,6 @@ class Kind(ABC, Generic[Config]):
         for option, value in given.items():
             legal = f"none, since the router {name!r} has no such option"
             check(option in known, option, repr(value), legal)
-        if router == "token_choice" and given.get("balance") != "switch":
-            legal = "none: only balance='switch' has one"
-            check("balance_coef" not in given, "balance_coef", "a number", legal)
         if given.get("balance") == "none":
             given["balance"] = None
         return router, given
@@ -123,12 +120,6 @@ class Kind(ABC, Generic[Config]):
 
 class GNNKind(Kind[GNNConfig]):
     """A kind of data whose models are GNNs."""
-
-    def model_options(self, task: Task) -> dict[str, Any]:
-        return super().model_options(task) | {
-            "norm": self.config.norm,
-            "residual": self.config.residual,
-        }
 
     def conv_of_experts(self) -> str | list[str]:
         """The conv of all experts by name, or of each; the first alone for the dense model."""

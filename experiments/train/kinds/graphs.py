@@ -40,6 +40,10 @@ class Nodes(GNNKind[Config]):
         """The graph that models see, with the reverse of its edges where that is asked for."""
         return directed(self.named(), self.config.undirected)
 
+    def model_options(self, task: Task) -> dict[str, Any]:
+        config = self.config
+        return super().model_options(task) | {"norm": config.norm, "residual": config.residual}
+
     def named(self) -> GraphData:
         """The graph that the data set's name means, its edges as they are given."""
         config = self.config

@@ -40,10 +40,7 @@ class MoleculeSets(GNNKind[MoleculeConfig]):
             task.num_classes,
             config.layers,
             conv=convs[names] if isinstance(names, str) else [convs[name] for name in names],
-            shared_router=config.shared_router,
-            virtual_node=config.virtual_node,
-            pool=config.pool,
-            input_dropout=config.input_dropout,
-            act=config.act,
+            norm="batch_norm",
+            residual="none",
             **self.model_options(task),
         )

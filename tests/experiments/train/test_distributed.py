@@ -43,7 +43,7 @@ of 3 images the last batch has one, so that the second process has none. A node 
 is two tokens, which a bias would count."""
 DRAWS = (
     f"{SAMPLED} --epochs 3 --seeds 0 --no-progress --fanout 4 3 --batch-size 300 --dropout 0.3 "
-    "--noise True --evaluation sampled --balance bias"
+    "--evaluation sampled --balance bias"
 ).split()
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

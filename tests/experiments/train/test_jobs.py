@@ -22,8 +22,6 @@ ARGS = [
     "token_choice",
     "--dropout",
     "0.2",
-    "--noise",
-    "True",
     "--epochs",
     "40",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing, global_add_pool
+from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import degree
 
 import gmoe
@@ -51,33 +51,23 @@ class TheirGCN(MessagePassing):
 
 
 def their_forward(model: Any, convs: Any, inputs: Any) -> Tensor:
-    """``GNN_node_Virtualnode`` of ogb's examples in training; without that node if none is."""
+    """``GNN_node`` of ogb's examples in training."""
     x, edge_index, attr, batch, _ = inputs
     h = model.atoms(x)
-    virtual = model.virtual_node
-    node = None if virtual is None else virtual.start.expand(4, -1)
     for layer in range(model.num_layers):
-        if node is not None:
-            h = h + node[batch]
         out = model.norms[layer](convs[layer](h, edge_index, model.bonds[layer](attr)))
         if layer < model.num_layers - 1:
             out = out.relu()
-            if node is not None:
-                node = virtual.networks[layer](global_add_pool(h, batch) + node)
         h = out
     means = torch.stack([h[batch == graph].mean(dim=0) for graph in range(4)])
     return model.lin(means)
 
 
-@pytest.mark.parametrize("virtual_node", [False, True], ids=["", "virtual node"])
-def test_the_dense_model_is_that_of_the_ogb_examples(virtual_node: bool) -> None:
+def test_the_dense_model_is_that_of_the_ogb_examples() -> None:
     torch.manual_seed(0)
     model: Any = MoleculeGNN(
-        8, 2, 3, conv=BondGCNConv, router=None, norm="batch_norm", residual="none",
-        virtual_node=virtual_node,
-    )  # fmt: skip
-    if virtual_node:
-        nn.init.normal_(model.virtual_node.start)
+        8, 2, 3, conv=BondGCNConv, router=None, norm="batch_norm", residual="none"
+    )
     theirs = [TheirGCN(8) for _ in range(3)]
     for conv, their in zip(model.convs, theirs, strict=True):
         their.linear.load_state_dict(conv.lin.state_dict())
@@ -139,7 +129,7 @@ def test_molecules_do_not_meet(conv: str) -> None:
     torch.manual_seed(2)
     options = options_of(conv, start="plain", shared_router=conv in ("gcn", "gat"))
     options["router_kwargs"] = {"init_scale": 5.0}  # so that molecules differ in their experts
-    model = MoleculeGNN(8, 3, 2, virtual_node=True, **options).eval()
+    model = MoleculeGNN(8, 3, 2, **options).eval()
     x, edge_index, attr, batch, graphs = molecule_batch()
     logits, routings = model(x, edge_index, attr, batch, graphs, return_routing=True)
     for routing in routings:
@@ -175,10 +165,9 @@ def test_experts_start_as_the_dense_model_and_route_once(conv: str) -> None:
     assert model.config["start"] == "copies"
 
 
-@pytest.mark.parametrize("pool", ["mean", "sum", "max"])
-def test_every_parameter_learns_under_each_pooling(pool: Any) -> None:
+def test_every_parameter_learns() -> None:
     torch.manual_seed(0)
-    model: Any = MoleculeGNN(8, 2, 2, **options_of("gcn"), pool=pool, virtual_node=True)
+    model: Any = MoleculeGNN(8, 2, 2, **options_of("gcn"))
     model(*molecule_batch()).square().sum().backward()
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert idle == []

@@ -61,14 +61,14 @@ def test_less_is_better_of_errors_and_more_of_scores() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        "--virtual-node --conv gin --noise True",
-        "--conv gcn --router-input degree --virtual-node",
+        "--conv gin",
+        "--conv gcn --start shared",
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
-                "--conv gine sage --k 2 --balance switch --pool sum",
-                "--conv gine --router multi_centroid --kmeans-init --residual identity",
-                "--conv gat --router random --start plain --shared-router False",
+                "--conv gine sage --k 2 --balance switch",
+                "--conv gine --router multi_centroid --kmeans-init",
+                "--conv gat --router random --start plain",
             )
         ),
     ],
@@ -113,8 +113,8 @@ def test_dense_models_are_matched_and_shown(
 
 @pytest.mark.filterwarnings("ignore:TAGConv runs on the whole graph")
 def test_gmoe_is_rebuilt_from_parts(data: Path) -> None:
-    """Experts of one hop, which see the bonds, and of three; noisy top-4 in each layer."""
-    options = "--conv gcn tag --k 4 --start plain --shared-router False --noise True"
+    """Experts of one hop, which see the bonds, and of three; top-4 in each layer."""
+    options = "--conv gcn tag --k 4 --start plain"
     options += f" --balance switch --data-root {data}"
     config: Any = parse(["ogbg-molesol", *SMALL, *options.split()])
     task = load_tasks(config)(0)
@@ -126,7 +126,7 @@ def test_gmoe_is_rebuilt_from_parts(data: Path) -> None:
     kinds = [type(first.expert(expert)).__name__ for expert in range(2)]
     assert kinds == ["BondGCNConv", "TAGConv"]
     of_default = replace(config, conv=("gcn",), k=1, start=None, hidden=16, experts=8)
-    of_default = replace(of_default, shared_router=None, options=RouterOptions())
+    of_default = replace(of_default, options=RouterOptions())
     dense = replace(of_default, router="dense")
     flops = [costs_of(build_model(one, task), one, task)["flops"] for one in (dense, of_default)]
     assert 1.1 * flops[0] < flops[1]
@@ -150,9 +150,8 @@ def test_there_is_a_preset_a_set_on_the_recipe_of_the_ogb_examples() -> None:
         assert config.dataset == name
         recipe = (config.hidden, config.layers, config.dropout, config.batch_size, config.lr)
         assert recipe == (300, 5, 0.5, 32, 0.001)
-    config = parse(["ogbg-molhiv", "--conv", "gcn", "gine", "--router-input", "degree"])
+    config = parse(["ogbg-molhiv", "--conv", "gcn", "gine"])
     assert dense_of(config).conv == ("gcn",)  # type: ignore[attr-defined]
-    assert dense_of(config).router_input is None  # type: ignore[attr-defined]
 
 
 def test_what_does_not_fit_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,11 +30,11 @@ from tests.helpers.made_images import write_images
 from tests.helpers.run_folders import assert_same
 
 TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --batch-size 8"
-AUGMENTED = "--scale None --augment standard --dropout 0.1 --noise True"
+AUGMENTED = "--scale None --augment standard --dropout 0.1"
 SMALL = "--layers 2 --hidden 16 --batch-size 200"
 SAMPLED = "--sampling neighbor --fanout 4 3 --evaluation sampled --eval-every 2"
 RUNS: dict[str, str] = {
-    "graph": "digits-graph --router token_choice --dropout 0.2 --noise True",
+    "graph": "digits-graph --router token_choice --dropout 0.2",
     "choice": "digits-graph --router expert_choice --schedule cosine --conv gcn sage "
     "--router-input node degree --start plain --jk last --clip-norm 1",
     "votes": "digits-graph --precision bf16-mixed --router attention_vote --scope neighbors",
@@ -242,7 +242,7 @@ def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert parse(["--config", own]).data_root == Path("data")
     partial = tmp_path / "partial.json"
     partial.write_text(
-        '{"lr": 1, "seeds": [4, 5], "options": {"balance": "switch", "noise": null}, "out": "a"}'
+        '{"lr": 1, "seeds": [4, 5], "options": {"balance": "switch", "scope": null}, "out": "a"}'
     )
     config = parse(["digits", f"--config={partial}", "--epochs", "7"])
     assert (config.lr, config.seeds, config.epochs, config.hidden, config.out) == (

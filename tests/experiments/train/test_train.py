@@ -165,9 +165,9 @@ def test_of_a_preset_the_dense_model_is_on_file_or_a_command(name: str, tmp_path
     "args",
     [
         "digits-graph --epochs 3 --seeds 0 4 --router expert_choice --k 2",
-        "digits --balance switch --start plain --check-finite",
+        "digits --balance switch --start plain --clip-norm 2",
         "ogbn-products-tuned --norm None --fanout -1 -1 --sampling neighbor",
-        "ogbn-arxiv --conv gcn sage --kmeans-init --router multi_centroid --num-centroids 2",
+        "ogbn-arxiv --conv gcn sage --kmeans-init --router multi_centroid",
         "graph --data-root 'a b/x.npz' --metric roc_auc --router-input node degree --lr 1e-5",
         "cora --router x.py:Router --no-undirected --shared-router True",
         "ogbn-mag --hidden 3",
@@ -205,8 +205,6 @@ def test_kmeans_finds_the_regions_before_any_training(tmp_path: Path) -> None:
         "--shared-router",
         "True",
         "--kmeans-init",
-        "--num-centroids",
-        "1",
     )
     assert quick(tmp_path, *args, preset="mosaic")["routing"][0]["nmi"]["mean"] > 0.9
 
@@ -341,8 +339,8 @@ def test_a_model_of_ones_own(preset: str, name: str, layers: int, tmp_path: Path
 def test_options_of_the_built_model_are_refused_beside_ones_own() -> None:
     own = ["digits-graph", "--model", f"{MINE}:sage"]
     assert parse([*own, "--lr", "0.1", "--weight-decay", "0.1"]).lr == 0.1
-    options = ["--hidden=64", "--init_scale", "0.5", "--no-kmeans-init"]
-    message = r"^model: got .*:sage and --hidden, --init-scale, --no-kmeans-init, expected none"
+    options = ["--hidden=64", "--router_input", "node", "--no-kmeans-init"]
+    message = r"^model: got .*:sage and --hidden, --no-kmeans-init, --router-input, expected none"
     with pytest.raises(ValueError, match=message):
         parse([*own, *options])
 

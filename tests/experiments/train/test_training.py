@@ -79,8 +79,6 @@ def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
         "token_choice",
         "--balance",
         "switch",
-        "--balance-coef",
-        "0.1",
         "--epochs",
         "2",
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +30,7 @@ belong to this draw."""
 
 def task_of(name: str) -> Any:
     config: Any = PRESETS[name][1]
-    return load_tasks(replace(config, adjacency="edge_index"))(0)
+    return load_tasks(config)(0)
 
 
 def test_mosaic_is_as_described() -> None:
