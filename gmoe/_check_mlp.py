@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmoe._checks import is_linear
 from gmoe._verify import ROUNDING, Sieve, form_of, moved_copy, rows_are_equal
 from gmoe.mlps import MLPForm, form_of_class, is_norm
 
@@ -28,9 +29,8 @@ FLOAT32_ROUNDING = 1e-5
 """Largest difference in float64 of an MLP with a norm that computes in float32."""
 
 LEGAL = (
-    "linear layers with one activation between them, gated or not, in a class that gmoe knows; for "
-    "other classes, see gmoe.mlps.register; wrap layers (LoRA, quantization) after moefy, not "
-    "before"
+    "linear, activation, linear, gated or not; tell a class of your own to gmoe.mlps.register, add "
+    "LoRA after moefy"
 )
 
 
@@ -209,7 +209,7 @@ def _described(name: str, mlp: nn.Module) -> str:
     """What an MLP is, for errors."""
     got = f"{name}, a {type(mlp).__name__}"
     parts = [part for part in mlp.modules() if next(part.children(), None) is None]
-    if any(isinstance(part, nn.Linear) for part in parts):
+    if any(map(is_linear, parts)):
         return f"{got} of ({', '.join(type(part).__name__ for part in parts)})"
     if any(isinstance(part, nn.Conv1d | nn.Conv2d) for part in parts):
         return (

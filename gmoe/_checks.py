@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -250,11 +251,23 @@ def change_of(module: nn.Module) -> str | None:
         return "a parametrized weight"
     if any(type(parameter) is not nn.Parameter for parameter in module.parameters(recurse=False)):
         return "parameters of their own class"
-    if isinstance(module, nn.Linear):
-        has_plain_forward = type(module).forward is nn.Linear.forward
-        if not has_plain_forward or set(parameter_names(module)) != {"weight", "bias"}:
-            return f"a linear layer of its own class, {type(module).__name__}"
+    for linear in linear_classes():
+        if isinstance(module, linear):
+            has_plain_forward = type(module).forward is linear.forward
+            if not has_plain_forward or set(parameter_names(module)) != {"weight", "bias"}:
+                return f"a linear layer of its own class, {type(module).__name__}"
     return None
+
+
+def linear_classes() -> tuple[Any, ...]:
+    """Torch's linear layer, and PyG's if somebody imported it: ``import gmoe`` does not."""
+    pyg = sys.modules.get("torch_geometric.nn")
+    return (nn.Linear,) if pyg is None else (nn.Linear, pyg.Linear)
+
+
+def is_linear(module: object) -> TypeGuard[nn.Linear]:
+    """True for a single linear layer, torch's or PyG's, which has the same tensors."""
+    return isinstance(module, linear_classes())
 
 
 def refuse_functions(argument: str, name: str, conv: nn.Module) -> None:

@@ -22,6 +22,7 @@ from gmoe._checks import (
     check,
     check_choice,
     check_module,
+    is_linear,
     refuse_computed,
     refuse_functions,
 )
@@ -34,6 +35,7 @@ from gmoe.products import Backend
 from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import DEFAULT_EXPERTS, ROUTERS, FromCall, Router, RouterLike, read_router
 from gmoe.routing import Routing
+from gmoe.split_mlps import joined, place_of, refuse_parts, with_place
 from gmoe.stack import base_parameters, become, share_base
 from gmoe.start import Start, build_layer_router, resolved_start
 
@@ -64,8 +66,9 @@ def moefy(
     parameters. Router and experts train even if the model is frozen.
 
     - Transformers are changed in place: torchvision's, timm's and Hugging Face's ViTs, Swins, or
-      any model with blocks in a ``ModuleList`` or ``Sequential`` that each hold an ``mlp``. Blocks
-      are numbered across stages.
+      any model with blocks in a ``ModuleList`` or ``Sequential`` that each hold an ``mlp``; or the
+      MLP's layers, as torch's ``TransformerEncoderLayer`` and Hugging Face's ``intermediate`` and
+      ``output``, which ``targets`` names as a block. Blocks are numbered across stages.
     - Any other model is changed in place if ``targets`` names its MLPs or PyG convs.
     - In a PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ..., without ``targets``, all convs except
       that of the output layer become MoE.
@@ -73,14 +76,15 @@ def moefy(
     A single ``nn.Linear`` that ``targets`` names becomes E of them. An MLP is linear, activation,
     linear: a ``Sequential`` as torchvision's, or timm's ``Mlp``; or gated, with one layer twice as
     wide or two before the last (timm's ``GluMlp`` and ``SwiGLU``, Llama's). Dropout is kept, and so
-    are norms before the linear layers. Classes of timm, torchvision, transformers and diffusers are
-    known; :func:`gmoe.mlps.register` tells the roles of the parts in a class of your own. What they
-    give is compared with the MLP on a copy with other weights: 1, 8 and 65 tokens of scales 0 to
-    1,000, in evaluation and, if experts replace it, in training, with a gradient.
+    are norms before the linear layers. Classes of timm, torchvision, transformers, diffusers and
+    PyG are known; :func:`gmoe.mlps.register` tells the roles of the parts in a class of your own.
+    What they give is compared with the MLP on a copy with other weights: 1, 8 and 65 tokens of
+    scales 0 to 1,000, in evaluation and, if experts replace it, in training, with a gradient.
 
     An MLP sees (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row
-    or in a grid, or those of a window where a model folds windows into the first dimension. Padding
-    is part of the group, so it takes up places where experts choose. The rows of (T, D), such as
+    or in a grid, or those of a window where a model folds windows into the first dimension (in
+    torch's layers with ``batch_first=False``, those at one place of all sequences). Padding is part
+    of the group, so it takes up places where experts choose. The rows of (T, D), such as
     pooled images or the nodes of a graph, are one group: under a router whose tokens compete
     (:attr:`Router.by_token` is false) what a row gets depends on the others. A GNN then refuses
     ``batch``, trimmed graphs and a layer-wise ``inference``: its layers do not hear of them.
@@ -152,8 +156,7 @@ def moefy(
     if every is None:
         every = candidates.every
     chosen = choose_blocks(len(candidates.names), every)
-    modules = {candidates.names[i]: model.get_submodule(candidates.names[i]) for i in chosen}
-    names_of = _names_of(model)
+    names = [candidates.names[i] for i in chosen]
 
     # 2. Build all MoE layers before changing any: an error leaves the model as it was.
     options: dict[str, Any] = {
@@ -166,30 +169,33 @@ def moefy(
         "mix": mix,
         "backend": backend,
     }
-    pyg = _imported_pyg()
-    layers: dict[nn.Module, MoELayer] = {}
-    checked: set[Hashable] = set()
-    for name, module in modules.items():
-        _check_convertible(name, module)
-        _refuse_hidden(name, module, model)
-        if module in layers:  # A module that is used twice becomes one layer that is used twice.
-            continue
-        if pyg is not None and isinstance(module, pyg.MessagePassing):
-            width = candidates.widths.get(name)
-            _refuse_shared_parts(name, module, names_of)
-            layers[module] = _moe_conv(name, module, width=width, **options)
-        else:
-            if start != "shared":  # a shared expert is the module itself
+    with joined(model, names):
+        modules = {name: model.get_submodule(name) for name in names}
+        names_of = _names_of(model)
+        pyg = _imported_pyg()
+        layers: dict[nn.Module, MoELayer] = {}
+        checked: set[Hashable] = set()
+        for name, module in modules.items():
+            _check_convertible(name, module)
+            _refuse_hidden(name, module, model)
+            if module in layers:  # it is used twice, and so will the layer be
+                continue
+            if pyg is not None and isinstance(module, pyg.MessagePassing):
+                width = candidates.widths.get(name)
                 _refuse_shared_parts(name, module, names_of)
-            layers[module] = _moe(name, module, checked=checked, **options)
+                layers[module] = _moe_conv(name, module, width=width, **options)
+            else:
+                if start != "shared":  # a shared expert is the module itself
+                    _refuse_shared_parts(name, module, names_of)
+                layers[module] = _moe(name, module, checked=checked, **options)
 
-    # 3. Put them in place, and note how they were made, to save them.
-    for layer in layers.values():
-        layer.moefied = Recorded.of(options, ROUTERS)
-        layer.as_built = AsBuilt.of(layer)
-    for module, layer in layers.items():
-        for name in names_of[module]:
-            model.set_submodule(name, layer)
+        # 3. Put them in place, and note how they were made, to save them.
+        for layer in layers.values():
+            layer.moefied = Recorded.of(options, ROUTERS)
+            layer.as_built = AsBuilt.of(layer)
+        for module, layer in layers.items():
+            for name in names_of[module]:
+                model.set_submodule(name, layer)
     if isinstance(router, FromCall):
         router.attach(model, takes_others=start == "shared")
     if pyg is not None and any(isinstance(part, pyg.MessagePassing) for part in model.modules()):
@@ -237,7 +243,10 @@ def _candidates(model: nn.Module, targets: str | Sequence[str] | None) -> _Candi
         widths = {f"convs.{i}": gnn.hidden_channels for i in range(gnn.num_layers)}
         widths["convs.0"] = gnn.in_channels
     if targets is not None:
-        return _Candidates(_outermost(_matches(model, targets)), every=1, widths=widths)
+        names = _outermost(_matches(model, targets))
+        for name in names:
+            refuse_parts(name, model.get_submodule(name.rpartition(".")[0]))
+        return _Candidates([with_place(model, name) for name in names], every=1, widths=widths)
     if is_gnn:
         # With jumping knowledge a linear layer is the output, and all convs are hidden layers.
         num_hidden = gnn.num_layers if gnn.jk_mode is not None else gnn.num_layers - 1
@@ -256,9 +265,12 @@ def _mlps(model: nn.Module) -> list[str]:
     for name, container in model.named_modules(remove_duplicate=False):
         if not isinstance(container, nn.ModuleList | nn.Sequential):
             continue
-        if all(isinstance(getattr(block, "mlp", None), nn.Module) for block in container):
-            for key, _ in container.named_children():
-                names.append(f"{name}.{key}.mlp".lstrip("."))
+        places = {
+            key: "mlp" if isinstance(getattr(block, "mlp", None), nn.Module) else place_of(block)
+            for key, block in container.named_children()
+        }
+        if None not in places.values():
+            names += [f"{name}.{key}.{place}".lstrip(".") for key, place in places.items()]
     if not names:
         raise ValueError(
             f"model: got {type(model).__name__}, {_lacks_mlps(model)}, expected a transformer with "
@@ -278,7 +290,7 @@ def _lacks_mlps(model: nn.Module) -> str:
     if others:
         return f"in which not all blocks have one: it has {', '.join(sorted(others))}"
     num_convs = sum(isinstance(part, nn.Conv2d) for part in model.modules())
-    if num_convs > sum(isinstance(part, nn.Linear) for part in model.modules()):
+    if num_convs > sum(map(is_linear, model.modules())):
         return "whose layers are convolutions, of which there are no experts"
     return "which has no blocks with MLPs"
 
@@ -466,7 +478,7 @@ def experts_of(
         _check_nothing_is_lost(name, mlp)
     zero_init = start == "shared"  # the shared expert alone is the dense model
     stacked: Experts
-    if _is_linear(mlp):
+    if is_linear(mlp):
         stacked = _linears(mlp, num_experts, copied, zero_init=zero_init, backend=backend)
     else:
         dense = read_mlp(name, mlp, is_replaced=start != "shared", checked=checked)
@@ -477,12 +489,6 @@ def experts_of(
         for base in base_parameters(stacked):
             base.requires_grad_(is_trained)
     return stacked
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """True for a single linear layer, torch's or PyG's."""
-    pyg = _imported_pyg()
-    return isinstance(module, nn.Linear) or (pyg is not None and isinstance(module, pyg.Linear))
 
 
 def _linears(

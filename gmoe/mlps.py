@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check
+from gmoe._checks import check, is_linear
 from gmoe._torch import parameter_names
 from gmoe._verify import Sieve, is_dropout
 from gmoe.experts import MLPExperts
@@ -67,13 +67,13 @@ class MLPForm:
     @property
     def width(self) -> int:
         """I, the features of a token."""
-        return self.ups[0].in_features
+        return _widths(self.ups[0])[0]
 
     @property
     def glu(self) -> bool:
         """True for a gated MLP."""
-        columns = sum(up.out_features for up in self.ups)
-        return columns == 2 * self.down.in_features
+        columns = sum(_widths(up)[1] for up in self.ups)
+        return columns == 2 * _widths(self.down)[0]
 
     @property
     def dropout(self) -> tuple[float, float]:
@@ -191,14 +191,14 @@ def _in_turn(parts: Sequence[Any], gate_is_second: bool = False) -> MLPForm | No
     ``None`` if experts have no place for one of them.
     """
     parts = [part for part in parts if not _does_nothing(part)]
-    num_linears = sum(isinstance(part, nn.Linear) for part in parts)
+    num_linears = sum(map(is_linear, parts))
     linears: list[nn.Linear] = []
     activations: list[Function] = []
     norms: dict[bool, nn.Module] = {}
     dropouts: dict[bool, list[nn.Module]] = {False: [], True: []}
     for part in parts:
         is_last = bool(linears) and len(linears) == num_linears
-        if isinstance(part, nn.Linear):
+        if is_linear(part):
             linears.append(part)
         elif is_norm(part) and not is_last and bool(linears) not in norms:
             norms[bool(linears)] = part
@@ -269,12 +269,32 @@ def _sequential(mlp: nn.Sequential) -> MLPForm | None:
     return _in_turn([*_unpacked(mlp)])
 
 
-def _unpacked(mlp: nn.Sequential) -> Iterator[nn.Module]:
+def _unpacked(mlp: nn.Sequential) -> Iterator[Any]:
     for part in mlp:
         if type(part) is nn.Sequential:
             yield from _unpacked(part)
+        elif is_first_half(part):
+            names = ("dense", "intermediate_act_fn", "dropout")
+            yield from (getattr(part, name) for name in names if hasattr(part, name))
         else:
             yield part
+
+
+def is_first_half(part: Any) -> bool:
+    """True for the half of a Hugging Face MLP that ends in the activation."""
+    is_theirs = type(part).__module__.startswith("transformers.")
+    return is_theirs and hasattr(part, "intermediate_act_fn") and is_linear(part.dense)
+
+
+def _of_pyg(mlp: Any) -> MLPForm | None:
+    """Read PyG's MLP of two layers, whose dropouts are numbers."""
+    if len(mlp.lins) != 2 or not mlp.plain_last:
+        return None
+    act = mlp.act if mlp.act is not None else nn.Identity()
+    between = [act, *mlp.norms] if mlp.act_first else [*mlp.norms, act]
+    hidden, output = (nn.Dropout(rate).train(mlp.training) for rate in mlp.dropout)
+    first, *others = mlp.lins
+    return _in_turn([first, *between, hidden, *others, output])
 
 
 def _feed_forward(mlp: Any) -> MLPForm | None:
@@ -293,6 +313,7 @@ def _feed_forward(mlp: Any) -> MLPForm | None:
 
 TABLE: tuple[tuple[str, Callable[[Any], MLPForm | None]], ...] = (
     ("torch.nn.modules.container.Sequential", _sequential),  # torchvision's MLP inherits from it
+    ("torch_geometric.nn.models.mlp.MLP", _of_pyg),
     ("timm.layers.mlp.*", _named("fc1 fc1_g fc1_x act drop1 norm fc2 drop2")),
     ("timm.models.vitamin.GeGluMlp", _named("norm w0 w1 act drop1 w2 drop2")),
     ("timm.models.tiny_vit.NormMlp", _named("norm fc1 act drop1 fc2 drop2")),
@@ -334,6 +355,13 @@ def form_of_class(mlp: nn.Module) -> MLPForm | None:
 
 
 # the weights of a form ----------------------------------------------------------------------------
+
+
+def _widths(linear: Any) -> tuple[int, int]:
+    """The columns that a linear layer takes, and those that it gives; PyG's has other names."""
+    is_torch = isinstance(linear, nn.Linear)
+    names = ("in_features", "out_features") if is_torch else ("in_channels", "out_channels")
+    return getattr(linear, names[0]), getattr(linear, names[1])
 
 
 def _have_bias(*parts: nn.Module | None) -> bool:

@@ -29,6 +29,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "CLIP": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**WITH_HIDDEN)),
     "SigLIP": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**WITH_HIDDEN)),
     "BEiT": lambda: hf.BeitForImageClassification(hf.BeitConfig(**WITH_HIDDEN)),
+    "YOLOS": lambda: hf.YolosModel(
+        hf.YolosConfig(**WITH_HIDDEN | {"image_size": [16, 16]}, num_detection_tokens=3)
+    ),
+    "Data2Vec": lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**WITH_HIDDEN)),
+    "DPT": lambda: hf.DPTModel(hf.DPTConfig(**WITH_HIDDEN, backbone_out_indices=[0, 1, 2, 3])),
     "ViTMAE": lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**WITH_HIDDEN, mask_ratio=0.0)),
 }
 

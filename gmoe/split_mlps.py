@@ -1,0 +1,142 @@
+"""MLPs whose layers a transformer's block holds itself, in more than one module.
+
+Those of torch's ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``, and those that Hugging
+Face splits over ``intermediate`` and ``output``. :func:`joined` puts them into one module, so that
+:func:`gmoe.moefy` finds an MLP; the block computes what it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmoe._verify import moved_copy, rows_are_equal
+from gmoe.mlps import is_first_half
+
+OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+class Called(nn.Module):
+    """A function as a module.
+
+    Args:
+        function: of a tensor.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return str(getattr(self.function, "__name__", self.function))
+
+
+def place_of(block: Any) -> str | None:
+    """Where :func:`joined` puts the MLP of a block; ``None`` if its layers are not the block's."""
+    if type(block) in OF_TORCH and isinstance(block.linear1, nn.Linear):
+        return "linear1"
+    if not is_first_half(getattr(block, "intermediate", None)):
+        return None
+    has_second = isinstance(getattr(getattr(block, "output", None), "dense", None), nn.Linear)
+    return "intermediate" if has_second else None
+
+
+def with_place(model: nn.Module, name: str) -> str:
+    """The name of a module, or of the MLP whose layers the module holds itself."""
+    place = place_of(model.get_submodule(name))
+    return name if place is None else f"{name}.{place}"
+
+
+def _begins_with_dense(output: nn.Module) -> bool:
+    """True if the second half of an MLP applies its linear layer before all else."""
+    copied: Any = moved_copy(output)
+    dense = copied.dense
+    hidden = torch.randn(5, dense.in_features, dtype=torch.float64, device="cpu")
+    residual = torch.randn(5, dense.out_features, dtype=torch.float64, device="cpu")
+    for others in ((residual,), ()):  # most add the residual
+        with suppress(Exception):  # it takes other arguments
+            copied.dense = dense
+            expected = copied(hidden, *others)
+            copied.dense = nn.Identity()
+            return rows_are_equal(copied(dense(hidden), *others), expected)
+    return False
+
+
+def refuse_parts(name: str, owner: nn.Module) -> None:
+    """Refuse a linear layer that torch's fast paths and attention read, and do not call.
+
+    Args:
+        name: of the layer in its model.
+        owner: what holds the layer.
+    """
+    key = name.rpartition(".")[2]
+    of_layer = isinstance(owner, OF_TORCH[0]) and key in ("linear1", "linear2")
+    expected = f"{name.rpartition('.')[0]}, whose MLP has them" if of_layer else "another layer"
+    if of_layer or (isinstance(owner, nn.MultiheadAttention) and key == "out_proj"):
+        raise ValueError(
+            f"targets: got {name}, whose weight {type(owner).__name__} reads without a call, "
+            f"expected {expected}"
+        )
+
+
+@contextmanager
+def joined(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Put MLPs that blocks hold in parts into one module each; an error inside takes them apart.
+
+    Args:
+        model: the model.
+        names: where the MLPs are to be; other names are left alone.
+    """
+    before: list[tuple[Any, str, Any]] = []
+
+    def put(owner: Any, key: str, value: Any) -> None:
+        before.append((owner, key, getattr(owner, key)))
+        _put(owner, key, value)
+
+    try:
+        for name in names:
+            path, _, key = name.rpartition(".")
+            block: Any = model.get_submodule(path)
+            if place_of(block) != key:
+                continue
+            if key == "intermediate":
+                if not _begins_with_dense(block.output):
+                    got = f"{path}.output, a {type(block.output).__name__}"
+                    raise ValueError(f"model: got {got}, expected one whose `dense` acts first")
+                mlp = nn.Sequential(block.intermediate, block.output.dense)
+                put(block.output, "dense", nn.Identity())
+            else:
+                act = block.activation
+                act = act if isinstance(act, nn.Module) else Called(act)
+                mlp = nn.Sequential(block.linear1, act, block.dropout, block.linear2)
+                for part in ("activation", "dropout", "linear2"):
+                    put(block, part, nn.Identity())
+                if isinstance(block, OF_TORCH[0]):  # else it would read the weights in evaluation
+                    put(block, "activation_relu_or_gelu", 0)
+            mlp.training = block.training  # its parts stay in their modes
+            put(block, key, mlp)
+        for encoder in model.modules():
+            is_joined = isinstance(encoder, nn.TransformerEncoder) and any(
+                not isinstance(layer.linear1, nn.Linear) for layer in encoder.layers
+            )
+            if is_joined:
+                put(encoder, "use_nested_tensor", False)
+        yield
+    except BaseException:
+        for owner, key, value in reversed(before):
+            _put(owner, key, value)
+        raise
+
+
+def _put(owner: Any, key: str, value: Any) -> None:
+    """Set an attribute, also where a function takes the place of a module."""
+    if isinstance(getattr(owner, key), nn.Module) and not isinstance(value, nn.Module):
+        delattr(owner, key)
+    setattr(owner, key, value)
