@@ -368,6 +368,7 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure]:
     (batch,) = task.loader("test", run.config.batch_size, None)
     with torch.no_grad(), record_routing(model) as routings:
         model(*batch.inputs)
+        weights = [routing.to_dense() for routing in routings]
     known = {} if task.planted is None else {"nmi": task.planted}
     if graph.y is not None and graph.y.dim() == 1:
         known["ami_label"] = graph.y.clamp(min=-1)
@@ -376,7 +377,7 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure]:
         expert = routing.top_expert.cpu()
         to_draw[f"expert, MoE layer {number}"] = expert.where(expert < routing.num_experts, -1)
     drawn = draw_nodes(graph.edge_index, graph.num_nodes, to_draw)
-    return [(routing.to_dense(), known) for routing in routings], drawn
+    return [(weight, known) for weight in weights], drawn
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
