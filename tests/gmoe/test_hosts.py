@@ -261,7 +261,7 @@ class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, HIDDEN, 4, 4)
-        self.blocks = nn.ModuleList([nn.Module(), nn.Module()])
+        self.blocks: Any = nn.ModuleList([nn.Module(), nn.Module()])
         for block in self.blocks:
             block.mlp = nn.Sequential(nn.Linear(HIDDEN, 12), nn.GELU(), nn.Linear(12, HIDDEN))
         self.head = nn.Linear(HIDDEN, OUT)
