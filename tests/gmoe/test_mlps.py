@@ -63,7 +63,7 @@ def test_an_mlp_of_ones_own_class_is_converted_once_it_is_registered(
     options: dict[str, Any],
 ) -> None:
     mlp = Sine().double().eval()
-    with pytest.raises(ValueError, match=r"^model: got 0, a Sine .*see gmoe\.mlps\.register"):
+    with pytest.raises(ValueError, match=r"^model: got 0, a Sine .*to gmoe\.mlps\.register"):
         moefied(mlp, **options)
     register(Sine, form_of)
     layer = moefied(mlp, **options)
@@ -200,7 +200,7 @@ def test_copies_of_timms_mlp_in_other_packages_are_read() -> None:
     """DINO's, MAE's and Swin's code has one dropout, called twice."""
     copied = type("Mlp", (Copied,), {"__module__": "models.vision_transformer"})
     assert moefied(copied(), **COPIES).experts.hidden_dropout.p == 0.5
-    with pytest.raises(ValueError, match=r"^model: got 0, a Copied .*see gmoe\.mlps\.register"):
+    with pytest.raises(ValueError, match=r"^model: got 0, a Copied .*to gmoe\.mlps\.register"):
         moefied(Copied())
 
 

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -84,14 +85,24 @@ def said_defaults(call: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
+def default_of(call: Any, parameter: inspect.Parameter) -> Any:
+    """The default of an argument; of a dataclass, what a factory makes."""
+    if is_dataclass(call):
+        for field in fields(call):
+            if field.name == parameter.name and field.default_factory is not MISSING:
+                return field.default_factory()
+    return parameter.default
+
+
 SAID = {
-    f"{name}: {argument}": (found.parameters[argument].default, value)
+    f"{name}: {argument}": (default, value)
     for name, call in calls()
     if (found := signature(call)) is not None
     for argument, value in said_defaults(call).items()
     if argument in found.parameters
-    and (found.parameters[argument].default is not None or value is None)  # else it depends
+    and ((default := default_of(call, found.parameters[argument])) is not None or value is None)
 }
+"""Where a call's default is ``None`` and another is said, it depends on other arguments."""
 
 
 def test_the_defaults_of_docstrings_are_found() -> None:
