@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gmoe._checks import is_linear
+from gmoe._torch import dtype_of
 from gmoe._verify import ROUNDING, Sieve, form_of, moved_copy, rows_are_equal
-from gmoe.mlps import MLPForm, form_of_class, is_norm
+from gmoe.mlps import LinearForm, MLPForm, form_of_class, is_norm
+
+Form: TypeAlias = MLPForm | LinearForm
 
 SHAPES = ((13, 5), (2, 4), (1, 1))
 """Of the tokens on which an MLP is compared with its form: 65, 8 and 1 of them."""
@@ -36,7 +39,7 @@ LEGAL = (
 
 def read_mlp(
     name: str, mlp: nn.Module, *, is_replaced: bool = False, checked: set[Hashable] | None = None
-) -> MLPForm:
+) -> Form:
     """Find the role of each part of an MLP by its class, and check it.
 
     Args:
@@ -51,6 +54,8 @@ def read_mlp(
         ValueError: an MLP of an unknown class, or one that computes something else than its form.
     """
     checked = set() if checked is None else checked
+    if is_linear(mlp) and not is_replaced:  # it goes on to run, whatever it does
+        return LinearForm(mlp)
     key = form_of(mlp), is_replaced
     if key not in checked:
         _check_form(_described(name, mlp), mlp, is_replaced)
@@ -90,9 +95,29 @@ def _check_form(got: str, mlp: nn.Module, is_replaced: bool) -> None:
         raise _refused(got, why) from error
     if difference is not None:
         raise _refused(got, f", which {difference}")
+    if not _is_same_in_its_dtype(mlp):
+        raise _refused(got, ", which computes something else in its own dtype than in float64")
 
 
-def _differences(mlp: nn.Module, form: MLPForm, is_replaced: bool) -> Iterator[str]:
+def _is_same_in_its_dtype(mlp: nn.Module) -> bool:
+    """Whether an MLP computes its form in its own precision, too, but for rounding."""
+    dtype = dtype_of(mlp)
+    if dtype is None or not dtype.is_floating_point:
+        return True
+    copied = moved_copy(mlp, dtype)
+    form = form_of_class(copied)
+    assert form is not None
+    x_TI = _tokens(form.width)[:: len(SCALES)].to(dtype)  # of scale 1: float16 ends at 65,504
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            found = _run(copied, x_TI, (1, len(x_TI)))
+            expected = form.output(x_TI)
+    except RuntimeError:  # a CPU lacks some operators in half precision
+        return True
+    return rows_are_equal(expected.double(), found.double(), torch.finfo(dtype).eps ** 0.5)
+
+
+def _differences(mlp: nn.Module, form: Form, is_replaced: bool) -> Iterator[str]:
     """Say what an MLP does otherwise than its form, one condition after the other.
 
     Args:
@@ -107,7 +132,8 @@ def _differences(mlp: nn.Module, form: MLPForm, is_replaced: bool) -> Iterator[s
     few = SHAPES[1]
     few_TI = x_TI[: math.prod(few)]
 
-    if isinstance(form.activation, nn.Module) and any(True for _ in form.activation.parameters()):
+    activation = getattr(form, "activation", None)
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         yield "has an activation with parameters"
 
     # 1. Evaluation. An expert sees only its own rows: no number of tokens changes what one gets.
@@ -208,6 +234,8 @@ def _refused(got: str, why: str = "") -> ValueError:
 def _described(name: str, mlp: nn.Module) -> str:
     """What an MLP is, for errors."""
     got = f"{name}, a {type(mlp).__name__}"
+    if is_linear(mlp):
+        return got
     parts = [part for part in mlp.modules() if next(part.children(), None) is None]
     if any(map(is_linear, parts)):
         return f"{got} of ({', '.join(type(part).__name__ for part in parts)})"
@@ -219,12 +247,11 @@ def _described(name: str, mlp: nn.Module) -> str:
     return f"{got} without linear layers"
 
 
-def _lost(mlp: nn.Module, form: MLPForm) -> Iterator[tuple[str, str]]:
+def _lost(mlp: nn.Module, form: Form) -> Iterator[tuple[str, str]]:
     """Yield what experts in an MLP's place would lose, as (got, expected) for an error."""
     read: set[int] = set()
-    for part in (*form.ups, form.down, form.input_norm, form.hidden_norm):
-        if part is not None:
-            read |= {id(parameter) for parameter in part.parameters()}
+    for part in form.layers:
+        read |= {id(parameter) for parameter in part.parameters()}
     first_paths: dict[int, str] = {}
     for path, parameter in mlp.named_parameters(remove_duplicate=False):
         first = first_paths.setdefault(id(parameter), path)
@@ -235,7 +262,7 @@ def _lost(mlp: nn.Module, form: MLPForm) -> Iterator[tuple[str, str]]:
                 f".{path}, which is {first} as well",
                 "a parameter for each layer: experts would not share it",
             )
-    if len({up.bias is None for up in form.ups}) > 1:
+    if isinstance(form, MLPForm) and len({up.bias is None for up in form.ups}) > 1:
         yield (
             " with a gate or a value that has no bias",
             "a bias in both or in none: experts would train it",

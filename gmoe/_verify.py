@@ -49,8 +49,8 @@ class Sieve(nn.Module):
         return input * (2 * (torch.arange(input.size(-1), device="cpu") % 2))
 
 
-def moved_copy(module: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, in evaluation, with other numbers in little memory.
+def moved_copy(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A copy in ``dtype`` on the CPU, in evaluation, with other numbers in little memory.
 
     It has sieves in the place of dropouts, and no forward hooks but torch's own, which compute
     weights (pruning, weight norm).
@@ -69,10 +69,11 @@ def moved_copy(module: nn.Module) -> nn.Module:
                 # A hook computed it. Torch refuses to copy it, and the hook computes it anew.
                 copied[id(value)] = value.detach().clone()
     for parameter in module.parameters():
-        moved = _moved(parameter, generator)
+        moved = _moved(parameter, generator, dtype)
         copied[id(parameter)] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
-        copied[id(buffer)] = _grown(buffer, generator)
+        grown = _grown(buffer, generator)
+        copied[id(buffer)] = grown.to(dtype) if grown.is_floating_point() else grown
     return copy.deepcopy(module, copied).eval()
 
 
@@ -89,8 +90,8 @@ def probe_copy(module: nn.Module) -> Any:
     return probe
 
 
-def _moved(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Other numbers for a parameter, in float64 on the CPU: vectors move, matrices are drawn anew.
+def _moved(parameter: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Other numbers for a parameter, in ``dtype`` on the CPU: vectors move, matrices are new.
 
     A matrix takes the memory of a few rows: each row begins :data:`SHIFT` numbers after the one
     before. In full, those of an MLP in float64 would take twice its memory.
@@ -99,12 +100,12 @@ def _moved(parameter: Tensor, generator: torch.Generator) -> Tensor:
     if not value.is_floating_point():
         return value.clone()
     if value.dim() < 2 or value.numel() == 0:
-        return value.double() + 0.3 * _normal(value.shape, generator)
+        return (value.double() + 0.3 * _normal(value.shape, generator)).to(dtype)
     columns = value.size(-1)
     rows = value.numel() // columns
     # By the fan-in, so that outputs are as large as inputs.
     numbers = columns**-0.5 * _normal((SHIFT * (rows - 1) + columns,), generator)
-    return numbers.as_strided((rows, columns), (SHIFT, 1)).view(value.shape)
+    return numbers.to(dtype).as_strided((rows, columns), (SHIFT, 1)).view(value.shape)
 
 
 def _grown(buffer: Tensor, generator: torch.Generator) -> Tensor:

@@ -27,7 +27,7 @@ from gmoe._checks import (
     refuse_functions,
 )
 from gmoe._verify import is_option
-from gmoe.experts import Experts, LinearExperts
+from gmoe.experts import Experts
 from gmoe.hosts import guard
 from gmoe.mixed import Mix, MixedWeights
 from gmoe.moe import MoE, MoELayer, choose_blocks
@@ -36,7 +36,7 @@ from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import DEFAULT_EXPERTS, ROUTERS, FromCall, Router, RouterLike, read_router
 from gmoe.routing import Routing
 from gmoe.split_mlps import joined, place_of, refuse_parts, with_place
-from gmoe.stack import base_parameters, become, share_base
+from gmoe.stack import base_parameters, share_base
 from gmoe.start import Start, build_layer_router, resolved_start
 
 
@@ -477,31 +477,14 @@ def experts_of(
     if start != "shared":
         _check_nothing_is_lost(name, mlp)
     zero_init = start == "shared"  # the shared expert alone is the dense model
-    stacked: Experts
-    if is_linear(mlp):
-        stacked = _linears(mlp, num_experts, copied, zero_init=zero_init, backend=backend)
-    else:
-        dense = read_mlp(name, mlp, is_replaced=start != "shared", checked=checked)
-        stacked = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
+    form = read_mlp(name, mlp, is_replaced=start != "shared", checked=checked)
+    stacked = form.experts(num_experts, copied, zero_init=zero_init, backend=backend)
     if start == "copies":
         share_base(stacked)
         is_trained = any(parameter.requires_grad for parameter in mlp.parameters())
         for base in base_parameters(stacked):
             base.requires_grad_(is_trained)
     return stacked
-
-
-def _linears(
-    linear: Any, num_experts: int, copied: bool, zero_init: bool, backend: Backend
-) -> LinearExperts:
-    """Experts of a single linear layer; see :meth:`gmoe.mlps.MLPForm.experts`."""
-    weight = linear.weight.detach()
-    experts = LinearExperts.like(
-        linear, num_experts=num_experts, zero_init=zero_init, backend=backend
-    ).to(weight)
-    if copied and not zero_init:
-        become(experts, {"weight": weight, "bias": linear.bias})
-    return experts
 
 
 def _check_nothing_is_lost(name: str, mlp: nn.Module) -> None:

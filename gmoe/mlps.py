@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from gmoe._checks import check, is_linear
 from gmoe._torch import parameter_names
 from gmoe._verify import Sieve, is_dropout
-from gmoe.experts import MLPExperts
+from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.products import Backend
 from gmoe.stack import become
 
@@ -63,6 +63,12 @@ class MLPForm:
     def __post_init__(self) -> None:
         count = len(self.ups)
         check(count in (1, 2), "ups", f"{count} layers", "one, or two side by side")
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The parts that experts have, of which they take the parameters."""
+        norms = [norm for norm in (self.input_norm, self.hidden_norm) if norm is not None]
+        return [*self.ups, self.down, *norms]
 
     @property
     def width(self) -> int:
@@ -149,6 +155,44 @@ class MLPForm:
             become(experts.up, {"weight": up_weight, "bias": up_bias})
             if not zero_init:
                 become(experts.down, {"weight": down_weight, "bias": down_bias})
+        return experts
+
+
+@dataclass(frozen=True, eq=False)
+class LinearForm:
+    """A single linear layer, as :class:`MLPForm` has those of MLPs.
+
+    Args:
+        linear: torch's or PyG's.
+    """
+
+    linear: Any
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The parts that experts have: see :attr:`MLPForm.layers`."""
+        return [self.linear]
+
+    @property
+    def width(self) -> int:
+        """I, the features of a token."""
+        return int(self.linear.weight.size(1))
+
+    def output(self, x: Tensor) -> Tensor:
+        """(T, O) what an expert gives for rows (T, I)."""
+        return F.linear(x, self.linear.weight, self.linear.bias)
+
+    @torch.no_grad()
+    def experts(
+        self, num_experts: int, copied: bool, zero_init: bool, backend: Backend
+    ) -> LinearExperts:
+        """Build experts of this form; see :meth:`MLPForm.experts`."""
+        weight = self.linear.weight.detach()
+        experts = LinearExperts.like(
+            self.linear, num_experts=num_experts, zero_init=zero_init, backend=backend
+        ).to(weight)
+        if copied and not zero_init:
+            become(experts, {"weight": weight, "bias": self.linear.bias})
         return experts
 
 
@@ -338,8 +382,10 @@ TABLE: tuple[tuple[str, Callable[[Any], MLPForm | None]], ...] = (
 """How MLPs are read, by the path of their class or of one that it inherits from."""
 
 
-def form_of_class(mlp: nn.Module) -> MLPForm | None:
+def form_of_class(mlp: nn.Module) -> MLPForm | LinearForm | None:
     """The form that an MLP has by its class: as registered, else as in the table."""
+    if is_linear(mlp):
+        return LinearForm(mlp)
     for mlp_class in type(mlp).__mro__:
         if mlp_class in READERS:
             form = READERS[mlp_class](mlp)

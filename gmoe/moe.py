@@ -15,7 +15,7 @@ from gmoe._checks import check, check_counts, check_kept, described, shown
 from gmoe.experts import Experts
 from gmoe.mixed import MixedWeights
 from gmoe.recorded import AsBuilt, Recorded
-from gmoe.routers import Router, SoftRouting, SoftSlots
+from gmoe.routers import ROUTERS, Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing, checked_routing
 from gmoe.start import Start
 
@@ -148,6 +148,13 @@ class _Mixture(MoELayer):
                 f"experts: got num_experts={experts.num_experts}, "
                 f"in_features={experts.in_features}, expected those of the router, "
                 f"num_experts={router.num_experts}, dim={router.dim}"
+            )
+        is_mixed = isinstance(experts, MixedWeights)
+        if is_mixed and type(router) in ROUTERS.values():
+            raise ValueError(
+                f"router: got {type(router).__name__}, which decides for each token, expected one "
+                "that decides for groups, to mix weights: ByType or FromInput with batch=, or None "
+                "and a Routing.expand in each call"
             )
         super().__init__(num_experts=experts.num_experts)
         self.router = router

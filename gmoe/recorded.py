@@ -76,7 +76,8 @@ class AsBuilt:
 
     Args:
         parts: the class of each part by its path, and the shape of each tensor by its name.
-        options: the numbers, words and functions that the parts keep as attributes, by their paths.
+        options: the numbers, words, functions, and tuples of them, that the parts keep as
+            attributes, by their paths.
     """
 
     parts: dict[str, object]
@@ -94,7 +95,12 @@ class AsBuilt:
                     continue
                 if inspect.isroutine(value):
                     value = value.__qualname__
-                if isinstance(value, Real | str | None):
+                if isinstance(value, tuple | list):
+                    value = tuple(value)
+                    is_option = all(map(_is_plain, value))
+                else:
+                    is_option = _is_plain(value)
+                if is_option:
                     options[f"{path}.{name}".lstrip(".")] = value
         for name, tensor in module.state_dict(keep_vars=True).items():
             parts[name] = tuple(getattr(tensor, "shape", ()))
@@ -128,6 +134,11 @@ class AsBuilt:
                     f"{option}: got {value!r} of {name or 'the model'}, expected {before!r}, with "
                     f"which it was built: give it when you build the model, or {BY_HAND}"
                 )
+
+
+def _is_plain(value: object) -> bool:
+    """True for a number or a word, or nothing."""
+    return isinstance(value, Real | str | None)
 
 
 def _is_same(value: object, before: object) -> bool:

@@ -441,3 +441,52 @@ def test_the_type_checker_sees_the_lazy_names() -> None:
     assert {alias.name: node.module for node in typed for alias in node.names} == gmoe._LAZY
     public = (now - {"TYPE_CHECKING", "Any"}) | gmoe._LAZY.keys()
     assert sorted(gmoe.__all__) == sorted(public | {"__version__", "plot"})
+
+
+READS_FILES = {"torch.load": "weights_only", "load_state_dict": "weights_only"}
+"""Functions of torch and timm that run what is pickled in a file, unless an argument forbids it.
+
+The least versions that ``pyproject.toml`` takes have other defaults than the newest ones.
+"""
+
+RUNS_FILES = ("pickle.load", "pickle.loads", "pd.read_pickle", "joblib.load", "torch.hub.load")
+"""Functions that always do."""
+
+
+def unsafe_reads(source: str) -> list[str]:
+    """The calls in a source that may run what is in a file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {one.arg: ast.unparse(one.value) for one in node.keywords}
+        is_open = name in READS_FILES and given.get(READS_FILES[name]) != "True"
+        is_open |= any(name == one or name.endswith(f".{one}") for one in RUNS_FILES)
+        if is_open or given.get("allow_pickle", "False") != "False":
+            found.append(name)
+    return found
+
+
+def test_no_file_that_is_read_can_run_code() -> None:
+    paths = [*SOURCES, *(ROOT / "examples").rglob("*.py"), *(ROOT / "docs").rglob("*.py")]
+    found = {str(path.relative_to(ROOT)): unsafe_reads(path.read_text()) for path in paths}
+    assert not {path: names for path, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("source", "number"),
+    [
+        ("torch.load(path)", 1),
+        ("torch.load(path, weights_only=True)", 0),
+        ("torch.load(path, weights_only=False)", 1),
+        ("from timm.models import load_state_dict\nload_state_dict(path)", 1),
+        ("model.load_state_dict(state)", 0),  # of a module, from tensors
+        ("np.load(path)", 0),
+        ("np.load(path, allow_pickle=True)", 1),
+        ("pickle.loads(text)", 1),
+        ("pd.read_pickle(path)", 1),
+    ],
+)
+def test_the_rule_of_files_itself(source: str, number: int) -> None:
+    assert len(unsafe_reads(source)) == number

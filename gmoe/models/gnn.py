@@ -220,5 +220,5 @@ class GNNMoE(LayeredGNN):
         x = outputs[-1]
         if self.joins_layers:
             # Trimming leaves fewer nodes to later layers.
-            x = self.jk([output[: len(x)] for output in outputs])
+            x = self.jk([output[: x.size(0)] for output in outputs])
         return x if self.jk_mode is None else self.lin(x)

@@ -145,6 +145,7 @@ CHANGED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         lambda model: setattr(model.norms[0], "eps", 0.1),
     ),
     r"convs\.1\.normalize": (GNN, lambda model: setattr(model.convs[1], "normalize", False)),
+    "router_input": (GNN, lambda model: setattr(model, "router_input", ("degree",))),
     r"dropout\.p": (GNN, lambda model: setattr(model.dropout, "p", 0.5)),
 }
 
