@@ -134,12 +134,18 @@ def _only(weights: list[Tensor], name: str) -> Tensor:
     Raises:
         ValueError: none, or several.
     """
+    name = name or "the model itself"
     rows_GE = torch.cat(weights) if weights else torch.empty(0, 1)
-    if not len(rows_GE) or not torch.allclose(rows_GE, rows_GE[:1], rtol=1e-6, atol=1e-9):
+    if not len(rows_GE):
+        raise ValueError(
+            f"model: got no decision in {name}, expected one: give the arguments that all routers "
+            "read, or those of a call that runs it"
+        )
+    if not torch.allclose(rows_GE, rows_GE[:1], rtol=1e-6, atol=1e-9):
         number = len(rows_GE.unique(dim=0))
         raise ValueError(
-            f"model: got {number} decisions in {name or 'the model itself'}, expected one for all: "
-            "call it with a single graph, or with several of one composition"
+            f"model: got {number} decisions in {name}, expected one for all: call it with a single "
+            "graph, or with several of one composition"
         )
     return rows_GE[:1]
 

@@ -210,3 +210,15 @@ def test_a_learned_mixture_is_handed_out_for_one_vector() -> None:
     assert "router_of_system" in dict(model.named_children())
     with pytest.raises(ValueError, match="system: got 4 vectors without a batch"):
         gmoe.merge(model, system=sources.systems())
+
+
+def test_all_routers_of_a_model_are_told_or_none() -> None:
+    dense = sources.Net().double()
+    gmoe.moefy(dense, targets="lin1", router=sources.BY_SOURCE, mix="weights", start="copies")
+    gmoe.moefy(dense, targets="lin2", router=sources.BY_VECTOR, mix="weights", start="copies")
+    model, x = dense.eval(), sources.atoms()
+    told = {"source": torch.tensor([7]), "system": sources.systems()[:1]}
+    expected = model(x, None, told["source"], system=told["system"])
+    torch.testing.assert_close(gmoe.merge(model, **told)(x), expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"^model: got no decision in lin2, expected one"):
+        gmoe.merge(model, source=told["source"])

@@ -142,3 +142,18 @@ def test_types_of_as_many_groups_as_tokens_are_told_apart_or_refused() -> None:
     torch.testing.assert_close(found.to_dense().double(), one_hot(types))
     with pytest.raises(ValueError, match=r"^source: got 3 types for 3 tokens in as many groups"):
         BY_SOURCE.routing(types, False, one_empty)
+
+
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR])
+def test_compiled_and_exported_they_decide_the_same(router: Any) -> None:
+    """Export refuses to mix weights, by name; it takes the outputs."""
+    told = {"source": SOURCE, "system": systems()}
+    model, x = net(router).eval(), atoms().detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, BATCH, **told), model(x, BATCH, **told))
+    with pytest.raises(ValueError, match=r"^torch\.export: got mix='weights', expected mix='out"):
+        torch.export.export(model, (x, BATCH), told, strict=False)
+    of_outputs = net(router, "outputs").eval()
+    exported = torch.export.export(of_outputs, (x, BATCH), told, strict=False).module()
+    torch.testing.assert_close(exported(x, BATCH, **told), of_outputs(x, BATCH, **told))
