@@ -28,9 +28,16 @@ from tests.helpers.mlps import (
 )
 
 
+def form_of_mlp(name: str, mlp: nn.Module, **options: Any) -> MLPForm:
+    """What is read of an MLP, which is no single linear layer."""
+    form = read_mlp(name, mlp, **options)
+    assert isinstance(form, MLPForm)
+    return form
+
+
 def copies_of(mlp: nn.Module) -> MLPExperts:
     """Two experts that are copies of an MLP."""
-    return read_mlp("mlp", mlp).experts(2, copied=True, zero_init=False, backend="loop")
+    return form_of_mlp("mlp", mlp).experts(2, copied=True, zero_init=False, backend="loop")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -59,7 +66,7 @@ def test_dropout_stays_where_it_is(order: tuple[str, ...], rates: tuple[float, f
     up, activation, down = plain_mlp()
     parts = {"up": up, "activation": activation, "down": down, "drop": nn.Dropout(0.5)}
     mlp = nn.Sequential(*(parts[name] for name in order))
-    assert read_mlp("mlp", mlp).dropout == rates
+    assert form_of_mlp("mlp", mlp).dropout == rates
 
 
 def test_an_mlp_of_rows_alone_is_read() -> None:
@@ -83,7 +90,7 @@ def test_reading_an_mlp_leaves_it_as_it_is() -> None:
 
 def test_one_norm_may_stand_in_both_places() -> None:
     norm = nn.LayerNorm(8)
-    form = read_mlp("mlp", nn.Sequential(norm, nn.Linear(8, 8), nn.GELU(), norm, nn.Linear(8, 8)))
+    form = form_of_mlp("mlp", nn.Sequential(norm, nn.Linear(8, 8), nn.GELU(), norm, nn.Linear(8, 8)))
     assert form.input_norm is norm
     assert form.hidden_norm is norm
 
@@ -155,7 +162,7 @@ class LouderInTraining(CalledByKeyword):
 
 def test_an_mlp_that_differs_in_training_stays_as_the_shared_expert() -> None:
     mlp = LouderInTraining()
-    assert [*read_mlp("mlp", mlp).ups] == [mlp.fc1]
+    assert [*form_of_mlp("mlp", mlp).ups] == [mlp.fc1]
     with pytest.raises(ValueError, match=r"^model: got mlp, .* something else in training"):
         read_mlp("mlp", mlp, is_replaced=True)
 
@@ -181,7 +188,7 @@ def test_two_norms_are_told_by_what_they_compute(monkeypatch: pytest.MonkeyPatch
 
     mlp = TwoNorms()
     monkeypatch.setitem(READERS, TwoNorms, lambda mlp: read(mlp, "first", "last"))
-    assert read_mlp("mlp", mlp, is_replaced=True).hidden_norm is mlp.last
+    assert form_of_mlp("mlp", mlp, is_replaced=True).hidden_norm is mlp.last
     monkeypatch.setitem(READERS, TwoNorms, lambda mlp: read(mlp, "last", "first"))
     with pytest.raises(ValueError, match=r"^model: got mlp, a TwoNorms .* computes something else"):
         read_mlp("mlp", mlp)
@@ -192,7 +199,7 @@ def test_mlps_of_one_form_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> N
     checked: set[Hashable] = set()
     read_mlp("first", first, checked=checked)
     monkeypatch.setattr("gmoe._check_mlp._check_form", None)
-    form = read_mlp("second", second, checked=checked)
+    form = form_of_mlp("second", second, checked=checked)
     assert [*form.ups, form.activation, form.down] == [*second]
 
 
@@ -278,7 +285,7 @@ class Detached(CalledByKeyword):
 @pytest.mark.parametrize("where", ["hidden", "all", "weight", "half"])
 def test_an_mlp_of_another_gradient_stays_as_the_shared_expert(where: str) -> None:
     mlp = Detached(where)
-    assert read_mlp("mlp", mlp).down is mlp.fc2
+    assert form_of_mlp("mlp", mlp).down is mlp.fc2
     with pytest.raises(ValueError, match=r"^model: got mlp, a Detached .*(train|gradient)"):
         read_mlp("mlp", mlp, is_replaced=True)
 
