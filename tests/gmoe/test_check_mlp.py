@@ -90,7 +90,9 @@ def test_reading_an_mlp_leaves_it_as_it_is() -> None:
 
 def test_one_norm_may_stand_in_both_places() -> None:
     norm = nn.LayerNorm(8)
-    form = form_of_mlp("mlp", nn.Sequential(norm, nn.Linear(8, 8), nn.GELU(), norm, nn.Linear(8, 8)))
+    form = form_of_mlp(
+        "mlp", nn.Sequential(norm, nn.Linear(8, 8), nn.GELU(), norm, nn.Linear(8, 8))
+    )
     assert form.input_norm is norm
     assert form.hidden_norm is norm
 
