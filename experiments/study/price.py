@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import gmoe
-from experiments.benchmark.measure import take_turns
+from experiments.benchmark.measure import peak_bytes, take_turns
 from experiments.show.cells import read_prices
 from experiments.show.tables import markdown
 from experiments.train.build import build_model
@@ -20,7 +20,7 @@ from experiments.train.data.load import load_tasks
 from experiments.train.kinds import kind_of
 from experiments.train.processes import make_fabric
 from experiments.train.results import write_json
-from experiments.train.training import set_up
+from experiments.train.training import Training, set_up
 
 STEPS = 5
 """Timed calls; their median counts."""
@@ -45,7 +45,7 @@ def price_table(prices: Mapping[str, Mapping[str, float]]) -> str:
             "runs": str(one["runs"]),
             "core-hours": f"{one['hours']:.2g}",
             "MFLOPs": f"{one['flops'] / 1e6:,.1f}",
-            "a second of a core": f"{one['per_second']:,.0f}",
+            "seconds a step": f"{one['step']:.2g}",
         }
         for cell, one in prices.items()
     ]
@@ -57,7 +57,8 @@ def price(config: RunConfig) -> dict[str, float]:
     """What a cell costs on this machine.
 
     ``runs``, core-``hours`` of all with their validation, ``flops`` of a forward pass in training
-    (of images, an image), and ``per_second`` rows that are trained on.
+    (of images, an image), seconds of a core that a training ``step`` takes and ``inference``, a
+    forward pass without gradients, and the bytes of ``memory`` that training holds.
     """
     task = load_tasks(config)(config.seeds[0])
     fabric = make_fabric(config)
@@ -70,17 +71,30 @@ def price(config: RunConfig) -> dict[str, float]:
     with set_up(fabric, model, config, task) as training:
         batch = fabric.to_device(next(iter(training.batches("train", 0))))
         each = core_seconds(training.update, batch, len(batch.target))
+        memory = memory_of(training, partial(training.update, batch, len(batch.target)))
         begin = time.process_time()
         training.evaluate("val")
         of_validation = time.process_time() - begin
+        with torch.no_grad():  # the model was left in evaluation
+            inference = core_seconds(training.forward, batch.inputs)
     steps = config.epochs * task.steps(config.step_size)
     seconds = steps * each + config.epochs / config.eval_every * of_validation
     return {
         "runs": len(config.seeds),
         "hours": len(config.seeds) * seconds / 3600,
         "flops": flops / (images or 1),
-        "per_second": len(batch.target) / each,
+        "step": each,
+        "inference": inference,
+        "memory": memory,
     }
+
+
+def memory_of(training: Training, step: Callable[[], object]) -> int:
+    """Bytes of weights and the optimizer's state, and the most that a step holds beside them."""
+    states = training.optimizer.state.values()
+    held = [*training.model.parameters(), *training.model.buffers()]
+    held += [value for state in states for value in state.values()]
+    return sum(value.nbytes for value in held) + peak_bytes(step, torch.device("cpu"))
 
 
 def core_seconds(call: Callable[..., object], *args: Any, **kwargs: Any) -> float:

@@ -12,7 +12,9 @@ from experiments.show.cells import read_prices
 from experiments.study import studies
 from experiments.study.price import price, price_cells
 from experiments.study.sweep import main
-from experiments.train.presets import DIGITS
+from experiments.train.build import build_model, num_parameters
+from experiments.train.data.load import load_tasks
+from experiments.train.presets import DIGITS, DIGITS_GRAPH
 
 SMALL = replace(DIGITS, hidden=16, layers=2, batch_size=300, epochs=2, every=1, progress=False)
 
@@ -20,9 +22,19 @@ SMALL = replace(DIGITS, hidden=16, layers=2, batch_size=300, epochs=2, every=1, 
 def test_hours_follow_from_steps() -> None:
     one = price(replace(SMALL, router="dense", seeds=(0, 1, 2)))
     assert one["runs"] == 3
-    images = 898 * 2 * 3
-    hours = images / one["per_second"] / 3600
+    steps = 3 * 2 * 3  # an epoch of 898 images has three
+    hours = steps * one["step"] / 3600
     assert hours < one["hours"] < 3 * hours  # validation is a part of it
+    assert 0 < one["inference"] < one["step"]
+
+
+def test_memory_is_that_of_weights_gradients_moments_and_activations() -> None:
+    wide = replace(DIGITS_GRAPH, router="dense", hidden=300, progress=False)
+    task = load_tasks(wide)(0)
+    weights = 4 * num_parameters(build_model(wide, task))
+    activation = 4 * 1797 * 300
+    beside_weights = price(wide)["memory"] - 4 * weights
+    assert activation < beside_weights < 10 * activation
 
 
 def test_a_study_is_priced_and_not_run(
