@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.show.cells import read_cells
+from experiments.train.checks import check
 from experiments.train.config import DATA_RECORDS, RunConfig
 from experiments.train.files import read_json
 from experiments.train.user_code import code_of, raised
@@ -28,6 +30,8 @@ class SweepConfig:
     budget: float | None = None
     """Core-hours for the cells that have no file, by the prices that --price measured.
     What does not fit into the rest of it, or has no price, is left out; prices are printed."""
+    mix_commits: bool = False
+    """Go on with columns that another commit of this code began."""
     progress: bool = True
     """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
@@ -99,6 +103,32 @@ def run_cells(
                 progress.skip(len(own.seeds) * own.epochs)
                 progress.finish(len(own.seeds) * own.epochs)
     return failed
+
+
+def commits_of(missing: Iterable[str], folder: Path, mixes: bool) -> dict[str, str]:
+    """By column, the commit that began it: this one, where a column has no cell yet.
+
+    Of columns whose commit ``study.json`` does not hold, their first cell says it.
+
+    Raises:
+        ValueError: cells to run of a column that another commit began, unless it ``mixes``.
+    """
+    from experiments.train.results import commit
+
+    study = folder / "study.json"
+    commits: dict[str, str] = {}
+    if study.exists():
+        commits = read_json(study, dict[str, Any]).get("commits", {})
+    own = commit().removesuffix("-dirty") or "unknown"
+    for column in dict.fromkeys(cell.partition("/")[0] for cell in missing):
+        cells = read_cells(folder, [column]).get(column, {})
+        finished = [cell.get("environment", {}).get("commit") or own for cell in cells.values()]
+        begun = commits.setdefault(column, [*finished, own][0])
+        legal = f"{own[:10]}, which this is: check that one out, choose other folders by --results "
+        legal += "and --runs, or ask for --mix-commits"
+        got = f"{folder / column}, which commit {begun[:10]} began"
+        check(mixes or begun == own, "results", got, legal)
+    return commits
 
 
 def held_cells(cells: Mapping[str, RunConfig], folder: Path) -> dict[str, Any]:

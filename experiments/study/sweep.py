@@ -29,6 +29,7 @@ from experiments.study.running import (
     ForcesConfig,
     SweepConfig,
     affordable,
+    commits_of,
     held_cells,
     run_cells,
 )
@@ -94,9 +95,10 @@ def sweep_study(
     asked = study.cells(columns, rows)
     hours = {cell: price["hours"] for cell, price in read_prices(folder).items()}
     cells = affordable(asked, hours, config.budget, folder)
-    write_json(folder / "study.json", study.described())
     held = held_cells(cells, folder)
     missing = [cell for cell in cells if cell not in held]
+    commits = commits_of(missing, folder, config.mix_commits)
+    write_json(folder / "study.json", study.described() | {"commits": commits})
     if missing:
         print(foretold(missing, hours), file=sys.stderr, flush=True)
 

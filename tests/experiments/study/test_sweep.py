@@ -12,7 +12,7 @@ import pytest
 from experiments.show.cells import read_study
 from experiments.study.pages import render
 from experiments.study.sweep import main
-from experiments.train import loop
+from experiments.train import loop, results
 from experiments.train.results import write_json
 from tests.helpers.command import refused
 
@@ -115,6 +115,35 @@ def test_finished_cells_are_skipped(
     said = " ".join(capsys.readouterr().err.split())
     assert "holds digits-graph/moe with lr=0.01, expected 0.5" in said
     assert trained == ["moe 3", "moe 1"]
+
+
+@pytest.mark.parametrize("says", ["study", "cell"])
+def test_a_column_of_another_commit_is_mixed_where_it_is_asked_for_alone(
+    says: str,
+    sweep: Callable[..., None],
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is finished is shown all the same. Older studies do not hold who began a column."""
+    monkeypatch.setattr(results, "commit", lambda: "1" * 40)
+    sweep("STUDY", "--rows", "dense")
+    study = Path("results/tiny/study.json")
+    if says == "cell":
+        write_json(study, {**json.loads(study.read_text()), "commits": {}})
+    monkeypatch.setattr(results, "commit", lambda: "2" * 40 + "-dirty")
+    trained.clear()
+    sweep("STUDY", "--rows", "dense")
+    assert "| dense |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sweep("STUDY")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "got results/tiny/digits-graph, which commit 1111111111 began" in said
+    assert "--mix-commits" in said
+    assert trained == []
+    sweep("STUDY", "--rows", "moe", "--mix-commits")
+    assert trained == ["moe 3", "moe 1"]
+    assert json.loads(study.read_text())["commits"] == {"digits-graph": "1" * 40}
 
 
 def test_of_what_was_not_run_only_what_was_asked_for_is_named(
