@@ -66,6 +66,9 @@ def graph_of(given: Any, name: str, where: str, metric: MetricName | None = None
     classes = int(labels.max()) + 1
     how = f"{data.train_mask[0].numel()} split(s) by its masks" if masks else ""
     how = how or "each seed splits it 60/20/20 by class"
+    single = (data.y[data.y >= 0].bincount() == 1).nonzero().flatten().tolist()
+    if single:
+        how += f"; one node each, so that no split trains on it and tests it: {single[:10]}"
     print(f"{name}: {data}, {classes} classes; {how}", flush=True)
     return GraphData(
         name=name,

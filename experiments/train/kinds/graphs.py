@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,7 @@ class Graphs(Nodes[GraphConfig]):
 
     def model(self, task: Task) -> nn.Module:
         config = self.config
+        check_width(config, task)
         options = self.model_options(task)
         is_whole = config.sampling == config.evaluation == "full"
         if is_whole and config.conv == ("gcn",) and not config.input_again:
@@ -151,6 +153,26 @@ class TypedGraphs(Nodes[TypedConfig]):
             self.config.layers,
             **self.model_options(task),
         )
+
+
+def check_width(config: GraphConfig, task: Task) -> None:
+    """Refuse a width that memory cannot hold, before a weight is drawn.
+
+    Counted is what training holds at least: the output of each layer, of all nodes, and weights
+    with their gradients and two moments.
+    """
+    if config.layers == 1:  # from the input to the classes
+        return
+    has_experts = config.router != "dense" and config.every == 1 and config.ffn is None
+    columns = task.in_channels + (config.layers - 2) * config.hidden + task.num_classes
+    weights = (config.experts if has_experts else 1) * columns * config.hidden
+    rows = task.graph.num_nodes if config.trains_whole() and task.graph is not None else 1
+    needed = 4 * (rows * (config.layers - 1) * config.hidden + 4 * weights)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available() and config.device in ("auto", "cuda"):
+        there = torch.cuda.get_device_properties(0).total_memory
+    got = f"{config.hidden}, with which training holds at least {needed / 2**30:,.0f} GiB"
+    check(needed <= there, "hidden", got, f"a width that {there / 2**30:,.0f} GiB can hold")
 
 
 def fails_by_layer(model: Any, graph: Any) -> str:

@@ -15,6 +15,7 @@ from experiments.train.command import parse
 from experiments.train.config import RunConfig
 from experiments.train.data.graphs import graph_task
 from experiments.train.kinds import KINDS, kind_of
+from experiments.train.kinds.graphs import check_width
 from experiments.train.presets import PRESETS
 from tests.helpers.made_graph import make_graph
 
@@ -45,6 +46,27 @@ def test_a_question_is_found() -> None:
 def test_every_preset_has_a_kind(name: str) -> None:
     config = PRESETS[name][1]
     assert kind_of(config).config is config
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [
+        ({"router": "dense"}, False),
+        ({"router": "dense", "hidden": 10**9}, True),  # activations
+        ({"layers": 3, "hidden": 10**7}, True),  # weights
+        ({"layers": 1, "hidden": 10**9, "router": "dense", "jk": "last"}, False),  # which has none
+    ],
+)
+def test_a_width_that_memory_cannot_hold_is_refused_before_a_weight_is_drawn(
+    changes: dict[str, Any], is_refused: bool
+) -> None:
+    config: Any = replace(PRESETS["graph"][1], **changes)
+    task = graph_task(make_graph(), config, 0)
+    if is_refused:
+        with pytest.raises(ValueError, match=r"^hidden: got 1\d+, with which training holds at"):
+            kind_of(config).model(task)
+    else:
+        check_width(config, task)
 
 
 def test_every_kind_has_a_preset() -> None:

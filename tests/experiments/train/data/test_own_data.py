@@ -65,6 +65,16 @@ def test_without_masks_each_seed_draws_a_split(form: str, tmp_path: Path) -> Non
     assert not torch.equal(first["train"], other["train"])
 
 
+def test_a_class_of_one_node_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No split has it in training and in test."""
+    labels = np.arange(NODES) % 2
+    labels[0] = 3
+    own_graph(write_npz(tmp_path, node_labels=labels))
+    assert (
+        "one node each, so that no split trains on it and tests it: [3]" in capsys.readouterr()[0]
+    )
+
+
 WRONG: dict[str, list[Any]] = {
     "edges": [
         None,
