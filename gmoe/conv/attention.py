@@ -110,6 +110,11 @@ class AttentionExperts(StackedExperts):
     @exported_as(_all_rows)
     def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
         """(U, O) each row, transformed by its expert."""
+        if self.num_experts > 1 and is_plain(linear):
+            weight_EIO, rows = linear.weight.mT, messages.rows
+            return grouped_linear(
+                x_src, weight_EIO, linear.bias, rows.offsets, linear.backend, rows.source
+            )
         return linear(messages.of_rows(x_src), messages.row_offsets)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:

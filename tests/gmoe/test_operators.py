@@ -98,6 +98,17 @@ def multiplied_out(
     return args
 
 
+def gathered(width: int, dtype: torch.dtype) -> Args:
+    """Rows that a product gathers itself."""
+    x, weight, offsets, backend = multiplied(some, "loop")(width, dtype)
+    return x[:9], weight, offsets, backend, torch.arange(len(x)) * 2 % 9
+
+
+def gathered_out(width: int, dtype: torch.dtype) -> Args:
+    x, grad, offsets, backend = multiplied_out(some, "loop")(width, dtype)
+    return x, grad[:9], offsets, backend, torch.arange(len(x)) * 2 % 9
+
+
 def products(make: Callable[..., Callable[[int, torch.dtype], Args]]) -> dict[str, Road]:
     """The roads of products of rows and of their gradients."""
     single = (torch.float32,)
@@ -276,6 +287,7 @@ def finding_rows(number: int | None) -> Any:
 
 # every road ---------------------------------------------------------------------------------------
 
+SMALL_PRODUCTS = {"gmoe.products.NUMBERS": 30}
 BY_EXPERT = {"gmoe.routed.AT_ONCE": -1}
 GPU_SUMS = {"gmoe.sums.SPARSE_DEVICES": ()}
 GPU_SCORES = {"gmoe.conv.additive._blocks": in_mixed_blocks}
@@ -286,8 +298,12 @@ ROADS: dict[str, dict[str, Road]] = {
     "grouped_product": {
         **products(multiplied),
         "loop, transposed": Road(multiplied(some, "loop", transposed=True)),
+        "gathered": Road(gathered, "index_select", patches=SMALL_PRODUCTS),
     },
-    "grouped_outer_product": products(multiplied_out),
+    "grouped_outer_product": {
+        **products(multiplied_out),
+        "gathered": Road(gathered_out, "index_select", patches=SMALL_PRODUCTS),
+    },
     "routed_linear": {
         "added": Road(forward(False, True), "index_add_", "addmm_"),
         "added, rows forgotten": Road(forward(False, False), "index_add_", "addmm_"),

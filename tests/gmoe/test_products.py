@@ -16,6 +16,7 @@ from gmoe import grouped_linear
 from gmoe.places import ToPairs, ToTokens
 from gmoe.products import (
     Backend,
+    _gathers_in_blocks,
     grouped_outer_product,
     grouped_product,
     kernel_for,
@@ -122,7 +123,71 @@ def test_torchs_own_loop_takes_rows_that_need_no_padding_however_many(
         with Noted() as noted:
             product()
         assert ("_grouped_mm" in noted.names) == is_own
-        assert ("mm" in noted.names) == (not is_own)
+        assert bool({"mm", "addmm_"} & noted.names) == (not is_own)
+
+
+SOURCES = torch.tensor([0, 3, 4, 8, 1, 0, 2, 3, 5, 6, 7, 8])
+"""Of a row each, distinct for each of four experts; the third has none."""
+SOURCE_LOADS = [4, 1, 0, 7]
+
+
+@pytest.mark.parametrize("numbers", [1, 15, 44, 45], ids=["a row", "three rows", "most", "all"])
+@pytest.mark.parametrize("frozen", [0, 1, None])
+def test_rows_may_be_gathered_in_blocks(
+    numbers: int, frozen: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gmoe.products.NUMBERS", numbers)
+    given = [features(9, 5), features(4, 5, 3, seed=1), features(4, 3, seed=2)]
+    leaves = [leaf.requires_grad_(number != frozen) for number, leaf in enumerate(given)]
+    x, weight, bias = leaves
+    found = grouped_linear(x, weight, bias, ends(SOURCE_LOADS), source_P=SOURCES)
+    expert = torch.arange(4).repeat_interleave(torch.tensor(SOURCE_LOADS))
+    expected = torch.einsum("pi,pio->po", x[SOURCES], weight[expert]) + bias[expert]
+    used = [leaf for leaf in leaves if leaf.requires_grad]
+    torch.testing.assert_close(
+        [found, *gradients(found, used)], [expected, *gradients(expected, used)]
+    )
+
+
+@pytest.mark.parametrize("numbers", [15, 45], ids=["three rows", "all"])
+def test_products_of_gathered_rows_have_second_gradients(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gmoe.products.NUMBERS", numbers)
+    x, weight = features(9, 5).requires_grad_(), features(4, 5, 3, seed=1).requires_grad_()
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        y = grouped_linear(x.sin(), weight.sin(), None, ends(SOURCE_LOADS), source_P=SOURCES)
+        return y.square()
+
+    assert torch.autograd.gradcheck(run, (x, weight), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (x, weight), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "numbers", "in_blocks"),
+    [
+        (torch.float32, "auto", 44, True),
+        (torch.float64, "loop", 44, True),
+        (torch.float32, "auto", 45, False),  # they fit the caches
+        (torch.bfloat16, "auto", 0, False),  # sums of blocks would be rounded
+        (torch.float32, "padded", 0, False),
+        (torch.float32, "grouped", 0, False),
+    ],
+)
+def test_only_wide_rows_of_a_cpu_are_gathered_in_blocks(
+    dtype: torch.dtype,
+    backend: Backend,
+    numbers: int,
+    in_blocks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gmoe.products.NUMBERS", numbers)
+    x = features(9, 5).to(dtype)
+    assert _gathers_in_blocks(x, backend) == in_blocks
+    assert not _gathers_in_blocks(x.to("meta"), backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _gathers_in_blocks(x, backend)
 
 
 @each_backend

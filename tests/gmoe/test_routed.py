@@ -206,10 +206,9 @@ def test_rows_that_move_at_once_give_what_the_loop_gives(
         monkeypatch.setattr("gmoe.routed.AT_ONCE", most)
         with Noted() as noted:
             y = routed_linear(parts, weights, bias_EO if bias else None, routing)
-            found.append([y, *gradients(y, [leaf for leaf in leaves if leaf.requires_grad])])
-        assert ("addmm_" in noted.names) == (
-            most < of_expert
-        )  # the second part of an expert's input
+        # By expert, the second part of an expert's input is added to the first.
+        assert ("addmm_" in noted.names) == (most < of_expert)
+        found.append([y, *gradients(y, [leaf for leaf in leaves if leaf.requires_grad])])
     near = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(*found, atol=near, rtol=near)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gmoe import MoEConv
+from gmoe import MoEConv, Routing
 from tests.helpers.masked import assert_equals_masked, features, random_graph
 
 
@@ -49,3 +49,28 @@ def test_loops_among_turned_edges_have_the_features_that_pyg_gives_them(conv: st
     )
     attr = features(20, 2)
     assert_equals_masked(layer.double(), features(7, 4), random_graph(7, 7, 20), edge_attr=attr)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
+@pytest.mark.parametrize("start", ["copies", "shared"])
+def test_rows_that_are_gathered_in_blocks_give_the_same(
+    conv: str, start: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = MoEConv(conv, 12, 4, heads=2, num_experts=3, start=start, k=2).double()
+    for name, parameter in layer.named_parameters():
+        if name.endswith(("_difference", "gain")):
+            torch.nn.init.normal_(parameter)
+    x, edge_index = features(20, 12).requires_grad_(), random_graph(20, 20, 60)
+    expert_TK = features(20, 3).topk(2).indices
+    routing = Routing.from_choices(expert_TK, features(20, 2), num_experts=3)
+    wanted = [x, *layer.experts.parameters()]
+    found = []
+    for numbers in (30, 2**20):
+        monkeypatch.setattr("gmoe.products.NUMBERS", numbers)
+        torch.compiler.reset()
+        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        y = run(x, edge_index, routing=routing)
+        # Compiled code runs one backward pass alone.
+        found.append([y, *torch.autograd.grad(y, wanted, features(*y.shape, seed=9))])
+    torch.testing.assert_close(*found)
