@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from docs.plots import controls, published, routers, times
+from docs.plots import controls, published, routers, times, width
 from docs.plots.style import FIGURES, ROOT, Drawing, save
 
 MARKED = re.compile(
@@ -41,7 +41,7 @@ def every_drawing(results: Path = ROOT / "results") -> dict[str, Drawing]:
     """By name."""
     found = [
         drawing
-        for module in (routers, controls, published, times)
+        for module in (routers, controls, published, times, width)
         for drawing in module.drawings(results)
     ]
     return {drawing.name: drawing for drawing in found}

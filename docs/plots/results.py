@@ -6,21 +6,37 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from experiments.show.cells import Cells, differences, read_study
+from experiments.study.front import (
+    COSTS,
+    Front,
+    curve,
+    difference,
+    over_dense,
+    read_front,
+    verdicts,
+)
 from experiments.study.routers import ROWS, read_table
 from experiments.train.files import read_json
 from experiments.train.scores import Difference, mean_std
 
 __all__ = [
+    "COSTS",
     "ROWS",
     "Difference",
+    "Front",
     "Gains",
+    "curve",
+    "difference",
     "differences",
     "mean_std",
     "numbers_of",
+    "over_dense",
     "read_file",
     "read_finished",
+    "read_front",
     "read_published",
     "read_table",
+    "verdicts",
 ]
 
 Gains: TypeAlias = dict[str, dict[str, Difference]]

@@ -120,10 +120,12 @@ def rows(axis: Axes, names: Sequence[str]) -> None:
     axis.spines["left"].set_visible(False)
 
 
-def legend_above(figure: Figure, axis: Axes, columns: int) -> None:
+def legend_above(figure: Figure, *axes: Axes, columns: int) -> None:
     """The names of what is drawn, each once, above everything."""
-    handles, names = axis.get_legend_handles_labels()
-    known = dict(zip(names, handles, strict=True))
+    known: dict[str, Any] = {}
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        known |= dict(zip(names, handles, strict=True))
     figure.legend(known.values(), known.keys(), loc="upper center", ncols=columns)
 
 

@@ -4,6 +4,8 @@ studies   A study: rows on columns, beside controls.
 running   Runs the cells of a study that have no file yet.
 sweep     The command: a study of your own, the table of routers, your row in it.
 routers   The table of routers, and your own beside some of its rows.
+width     The arms of the study of width, and the graphs on which it is asked what it hangs on.
+front     What that study found: accuracy at a cost, and where experts win.
 published OGB's molecules beside published figures.
 price     What the cells of a study would cost.
 forces    Forces by experts of each element: arms, runs and table of a study of its own.

@@ -8,6 +8,8 @@ A table stands between ``<!-- KIND: NAME -->`` and ``<!-- end -->``; it is gener
 ``<!-- cells: routers: COLUMN -->`` a column of it.
 ``<!-- study: NAME -->`` is what ``experiments.sweep FILE.py:STUDY`` wrote into ``results/NAME``, a
 table a column, ``<!-- study: NAME: COLUMN -->`` a column of it.
+``<!-- front: width -->`` is what ``experiments.study.width`` found: scores, costs, and experts
+beside the dense curve.
 ``<!-- forces: forces -->`` is what ``experiments.sweep forces`` wrote, and what it did not run.
 """
 
@@ -26,6 +28,7 @@ from experiments.benchmark.tables import benchmark_table
 from experiments.show.cells import read_study, study_tables
 from experiments.show.tables import preset_table
 from experiments.study.forces import forces_tables, read_forces
+from experiments.study.front import front_tables, read_front
 from experiments.study.routers import cell_tables, read_table
 from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
@@ -34,6 +37,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "presets": preset_table,
     "cells": cell_tables,
     "study": study_tables,
+    "front": front_tables,
     "forces": forces_tables,
     "benchmark": benchmark_table,
 }
@@ -41,6 +45,7 @@ MAKERS: dict[str, Callable[..., str]] = {
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "cells": read_table,
     "study": read_study,
+    "front": read_front,
     "forces": read_forces,
 }
 """What reads the results of a mark that lie in a folder; others are a file."""

@@ -1,0 +1,141 @@
+"""Where width pays: dense models and experts at several widths, by what they cost.
+
+``results/width`` holds a file a graph and model, and prices; ``docs/lab/width.md`` has the tables
+and the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from docs.plots.results import COSTS, Front, curve, difference, over_dense, read_front, verdicts
+from docs.plots.style import Drawing, Theme, legend_above
+
+Cells: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""The models of a graph, by row."""
+
+BASE = "dense-64"
+"""What scores are relative to, split by split: splits differ by more than models do."""
+CONTROLS = {
+    "input-again-64": "^",
+    "random-64": "s",
+    "dense-64-lr2": "v",
+    "one-expert-64": "P",
+    "top-2-64": "X",
+    "e32-64": "D",
+}
+"""The mark of each other model at 64."""
+
+
+def shown(front: Front) -> Front:
+    """The columns whose base is finished."""
+    return {column: cells for column, cells in front.items() if BASE in cells}
+
+
+def numbers(front: Front) -> str:
+    """All that is drawn, as text: a line a model."""
+    lines = []
+    for column, cells in front.items():
+        for row, cell in cells.items():
+            costs = ", ".join(f"{name} {value:.3g}" for name, value in cell["costs"].items())
+            lines.append(f"{column}: {row} {difference(cell, cells[BASE])}; {costs}")
+    return "\n".join(lines)
+
+
+def draw(front: Front, theme: Theme) -> Figure:
+    """A line of panels a graph, a panel a cost that is known."""
+    known = {cost for cells in front.values() for cell in cells.values() for cost in cell["costs"]}
+    panels = [(column, cost) for column in front for cost in COSTS if cost in known]
+    across = len(known) if len(front) > 1 else min(len(known), 3)
+    lines = -(-len(panels) // across)
+    figure = Figure(figsize=(2.9 * across, 0.9 + 2.7 * lines))
+    axes = list(figure.subplots(lines, across, sharey="row", squeeze=False).flat)
+    for axis, (column, cost) in zip(axes, panels, strict=False):
+        _draw_panel(axis, front[column], cost, theme)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (column, _) in list(zip(axes, panels, strict=False))[::across]:
+        axis.set_ylabel(f"{column}: points above dense, 64")
+    legend_above(figure, *axes, columns=3)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.8 / figure.get_figheight()))
+    return figure
+
+
+def _draw_panel(axis: Axes, cells: Cells, cost: str, theme: Theme) -> None:
+    """Two curves; experts are filled where they win, by the rule; other models are marks."""
+    for kind, color in (("dense", theme.gray), ("experts", theme.blue)):
+        rows = [row for row in curve(cells, kind) if cost in cells[row]["costs"]]
+        gains = [difference(cells[row], cells[BASE]) for row in rows]
+        places = [cells[row]["costs"][cost] for row in rows]
+        axis.plot(places, [gain.mean for gain in gains if gain], color=color, linewidth=1.2)
+        for row in rows:
+            won = kind == "experts" and _wins(row, cells, cost)
+            label = {"dense": "dense", "experts": f"experts, {'win' if won else 'do not'}"}[kind]
+            face = color if won or kind == "dense" else "none"
+            _mark(axis, cells, row, cost, color, "o", face, label)
+    for row, marker in CONTROLS.items():
+        if cost in cells.get(row, {}).get("costs", {}):
+            _mark(axis, cells, row, cost, theme.orange, marker, "none", cells[row]["label"])
+    axis.axhline(0, color=theme.gray, linewidth=0.6, zorder=0)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel(COSTS[cost][0])
+
+
+def _wins(row: str, cells: Cells, cost: str) -> bool:
+    gain = over_dense(row, cells)[cost]
+    return gain is not None and gain.side == "above"
+
+
+def _mark(
+    axis: Axes,
+    cells: Cells,
+    row: str,
+    cost: str,
+    color: str,
+    marker: str,
+    face: str,
+    label: str,
+) -> None:
+    """A mean and its interval, at a cost."""
+    gain = difference(cells[row], cells[BASE])
+    assert gain is not None  # both have the first splits
+    axis.errorbar(
+        cells[row]["costs"][cost],
+        gain.mean,
+        yerr=[[gain.mean - gain.low], [gain.high - gain.mean]],
+        fmt=marker,
+        color=color,
+        markerfacecolor=face,
+        markersize=5,
+        elinewidth=1,
+        label=label,
+    )
+
+
+def drawings(results: Path) -> list[Drawing]:
+    """The front of the first graph, and of all; nothing before the base is finished."""
+    front = shown(read_front(results / "width"))
+    found = []
+    first = dict(list(front.items())[:1])
+    for name, part in {"width": first, "width-all": front}.items():
+        if part:
+            found.append(_drawing(name, part))
+    return found
+
+
+def _drawing(name: str, front: Front) -> Drawing:
+    said = [f"On {column}, {'; '.join(verdicts(cells))}" for column, cells in front.items()]
+    about = "Points above a dense model 64 wide, with paired 95 % intervals, at each cost"
+    alt = f"{'. '.join([about, *said])}."
+    return Drawing(
+        name, numbers(front), alt, lambda theme: draw(front, theme), is_wide=name == "width-all"
+    )

@@ -1,0 +1,159 @@
+"""The front of width: which accuracy dense models and experts have at which cost, and who wins.
+
+Experts win at a cost where the dense curve, interpolated in the logarithm of the cost, is below
+them by a paired 95 % interval. Pairs are splits that all of these models ran. Beyond the cheapest
+and the most expensive dense model nothing is said. Cells that are missing are named.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from experiments.show.cells import read_study
+from experiments.show.tables import markdown
+from experiments.study.width import ARMS, COLUMNS
+from experiments.train.scores import Difference, gains, of_shared_seeds, scored, unit
+
+Cell: TypeAlias = Mapping[str, Any]
+Front: TypeAlias = dict[str, dict[str, dict[str, Any]]]
+"""By column and row, the summary of a run; its ``costs`` are those of :data:`COSTS` that are
+known."""
+
+COSTS = {
+    "flops": ("GFLOPs of a forward", 1e9),
+    "step": ("CPU seconds of a step", 1),
+    "inference": ("CPU seconds of inference", 1),
+    "parameters": ("thousand parameters", 1e3),
+    "memory": ("MiB in training", 2**20),
+}
+"""What a cost is called, and how many of it are one of its unit."""
+
+
+def read_front(folder: Path) -> Front:
+    """The finished cells of the study in a folder; none if it was not begun."""
+    if not (folder / "study.json").exists():
+        return {}
+    study = read_study(folder)
+    prices = study["prices"]
+    return {
+        column: {
+            row: dict(cell, costs=costs_of(cell, prices.get(f"{column}/{row}", {})))
+            for row, cell in cells.items()
+        }
+        for column, cells in study["cells"].items()
+    }
+
+
+def costs_of(cell: Cell, price: Mapping[str, float]) -> dict[str, float]:
+    """FLOPs and parameters, which a run counts, and what ``--price`` measured, in units."""
+    known = {**price, "flops": cell["flops"], "parameters": cell["parameters"]}
+    return {name: known[name] / one for name, (_, one) in COSTS.items() if name in known}
+
+
+def curve(cells: Mapping[str, Cell], kind: str) -> list[str]:
+    """The rows of ``"dense"`` or ``"experts"`` that differ in nothing but width, by width."""
+    found = [match for row in cells if (match := re.fullmatch(rf"{kind}-(\d+)", row))]
+    return [match.string for match in sorted(found, key=lambda match: int(match[1]))]
+
+
+def difference(cell: Cell, other: Cell) -> Difference | None:
+    """How much better a model is, split by split of those that both ran; ``None`` if there is no
+    such split."""
+    values = gains(cell["metric"], *of_shared_seeds(cell, other))
+    return Difference.of(values) if values else None
+
+
+def dense_at(cost: str, value: float, cells: Mapping[str, Cell]) -> Cell | None:
+    """The dense curve at a cost, as a summary: between two models, a share of each score.
+
+    ``None`` where dense models are not on both sides.
+    """
+    known = [cells[row] for row in curve(cells, "dense") if cost in cells[row]["costs"]]
+    below = [cell for cell in known if cell["costs"][cost] <= value]
+    above = [cell for cell in known if cell["costs"][cost] >= value]
+    if not below or not above:
+        return None
+    left = max(below, key=lambda cell: cell["costs"][cost])
+    right = min(above, key=lambda cell: cell["costs"][cost])
+    low, high = (cell["costs"][cost] for cell in (left, right))
+    share = 0.0 if low == high else math.log(value / low) / math.log(high / low)
+    ours, theirs = of_shared_seeds(left, right)
+    seeds = [seed for seed in left["config"]["seeds"] if seed in right["config"]["seeds"]]
+    values = [(1 - share) * one + share * other for one, other in zip(ours, theirs, strict=True)]
+    return {"config": {"seeds": seeds}, "test": {"values": values}}
+
+
+def over_dense(row: str, cells: Mapping[str, Cell]) -> dict[str, Difference | None]:
+    """By cost, a model minus the dense curve there; ``None`` where the curve does not reach."""
+    found: dict[str, Difference | None] = {}
+    for cost, value in cells[row]["costs"].items():
+        dense = dense_at(cost, value, cells)
+        found[cost] = None if dense is None else difference(cells[row], dense)
+    return found
+
+
+def verdicts(cells: Mapping[str, Cell]) -> list[str]:
+    """A clause a cost: at which widths experts win, and at which they do not."""
+    rows = curve(cells, "experts")
+    found = {row: over_dense(row, cells) for row in rows}
+    said = []
+    for cost, (label, _) in COSTS.items():
+        by_side: dict[str, list[str]] = {}
+        for row in rows:
+            if cost in found[row]:
+                gain = found[row][cost]
+                side = "beyond the dense curve" if gain is None else SIDES[gain.side]
+                by_side.setdefault(side, []).append(row.partition("-")[2])
+        if by_side:
+            parts = [f"{side} at {', '.join(widths)} wide" for side, widths in by_side.items()]
+            said.append(f"by {label}, experts {'; '.join(parts)}")
+    return said
+
+
+SIDES = {"above": "win", "level": "are level", "below": "lose"}
+
+
+def missing(front: Front, column: str) -> list[str]:
+    """The arms of which a column has no cell."""
+    return [arm.label for name, arm in ARMS.items() if name not in front.get(column, {})]
+
+
+def front_tables(front: Front, only: Sequence[str] = ()) -> str:
+    """Of each column two tables: scores and costs of all models, and all others beside the dense
+    curve; then what is not finished."""
+    tables = []
+    for column in only or COLUMNS:
+        cells = front.get(column, {})
+        if cells:
+            tables.append(markdown([_scores(column, cell) for cell in cells.values()]))
+        if rows := [row for row in cells if row not in curve(cells, "dense")]:
+            lines = [_beside(column, cells[row]["label"], over_dense(row, cells)) for row in rows]
+            tables.append(markdown(lines))
+        if left := missing(front, column):
+            what = "; ".join(left) if cells else "any model"
+            tables.append(f"Not finished on {column}: {what}.")
+    return "\n\n".join(tables)
+
+
+def _scores(column: str, cell: Cell) -> dict[str, str]:
+    metric = cell["metric"]
+    line = {column: cell["label"], f"test {metric}{unit(metric)}": scored(metric, cell["test"])}
+    line["n"] = str(cell["test"]["n"])
+    for cost, (label, _) in COSTS.items():
+        value = cell["costs"].get(cost)
+        line[label] = "–" if value is None else f"{float(f'{value:.3g}'):,g}"
+    return line
+
+
+def _beside(column: str, label: str, found: Mapping[str, Difference | None]) -> dict[str, str]:
+    """A line: minus the dense curve at each equal cost; in bold where it is below."""
+    line = {f"{column}, − the dense curve at equal": label}
+    for cost, (name, _) in COSTS.items():
+        gain = found.get(cost)
+        text = "–" if gain is None else f"{gain}, n = {gain.n}"
+        line[name] = f"**{text}**" if gain is not None and gain.side == "above" else text
+    return line
