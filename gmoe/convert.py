@@ -189,6 +189,9 @@ def moefy(
                     _refuse_shared_parts(name, module, names_of)
                 layers[module] = _moe(name, module, checked=checked, **options)
 
+        if isinstance(router, FromCall):
+            router.arguments_in(model)  # or it is refused
+
         # 3. Put them in place, and note how they were made, to save them.
         for layer in layers.values():
             layer.moefied = Recorded.of(options, ROUTERS)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gmoe._checks import INTEGERS, check, described, is_whole, readable
 from gmoe._torch import assert_async
-from gmoe.routers.from_call import FromCall, of_groups
+from gmoe.portable import refuse_in_export
+from gmoe.routers.from_call import FromCall
 from gmoe.routing import Routing
 
 
@@ -85,20 +86,13 @@ class ByType(FromCall):
         return expected
 
     def decide(self, value: Any, batch_T: Any, takes_others: bool, model: nn.Module) -> Routing:
-        return self.routing(value, takes_others, batch_T)
-
-    def routing(self, type_T: Any, takes_others: bool, batch_T: Any = None) -> Routing:
-        """The decision for tokens of these types, and of these groups.
-
-        Raises:
-            ValueError: no integers; types without an expert (CPU tensors).
-        """
-        if not isinstance(type_T, Tensor) or type_T.dtype not in INTEGERS:
+        if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+            each = "token" if self.batch is None else "group"
             raise ValueError(
-                f"{self.argument}: got {described(type_T)}, expected integers, one for each token; "
-                "types of nodes and relations have weights of their own in PyG's HeteroConv"
+                f"{self.argument}: got {described(value)}, expected integers, one a {each}: number "
+                "names, and leave types of nodes and relations to PyG's HeteroConv"
             )
-        type_T = type_T.reshape(-1).long()  # of narrow integers, 255 may be -1
+        type_T = value.reshape(-1).long()  # of narrow integers, 255 may be -1
         # One by one: a list of values would be copied to the device, for which the host waits.
         is_type_TE = torch.stack([type_T == value for value in self.values], dim=1)
         is_known_T = is_type_TE.any(dim=1)
@@ -119,7 +113,7 @@ class ByType(FromCall):
             scores=is_type_TE.float(),
             validate=False,
         )
-        return of_groups(routing, group_T)
+        return self.of_groups(routing, group_T)
 
     def _check_told_apart(self, group_T: Tensor) -> None:
         """Refuse as many types as tokens where they may be those of as many groups."""
@@ -147,6 +141,7 @@ class ByType(FromCall):
 
 def _of_composition(is_type_TE: Tensor, batch_T: Tensor) -> Routing:
     """All experts for each token, by the shares of the types in its group."""
+    refuse_in_export("the composition of groups", "a type for each group")
     _, group_T, size_G = torch.unique(batch_T, return_inverse=True, return_counts=True)
     # Shares that sum to 1 in double precision, too, which this device may not have.
     dtype = torch.float32 if is_type_TE.device.type == "mps" else torch.float64

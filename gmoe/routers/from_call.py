@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from gmoe._checks import INTEGERS, check, check_module, described
+from gmoe._checks import INTEGERS, check, check_module, described, readable
 from gmoe._torch import (
     NO_BACKWARD,
     backward_number,
@@ -51,17 +51,17 @@ class FromCall(ABC):
             legal = "the name of an argument of the model's forward, or an attribute of one"
             check(is_name or (name, value) == ("batch", None), name, repr(value), legal)
 
-    @abstractmethod
     def experts_of(self, *, num_experts: int | None) -> int:
         """E, for the number that was asked for; ``None`` leaves it to the router.
 
         Raises:
             ValueError: a number that the router cannot have.
         """
+        return DEFAULT_EXPERTS if num_experts is None else num_experts
 
     @abstractmethod
     def decide(self, value: Any, batch_T: Any, takes_others: bool, model: nn.Module) -> Routing:
-        """The decision of a call: for each token, or for each group as :meth:`of_groups` has it.
+        """The decision of a call: for each token, or what :meth:`of_groups` makes of one a group.
 
         Args:
             value: of the argument.
@@ -73,6 +73,16 @@ class FromCall(ABC):
     def __call__(self, dim: int, *, num_experts: int) -> CallRouter:
         """Build the router of one layer."""
         return CallRouter(dim, self, self.experts_of(num_experts=num_experts))
+
+    def arguments_in(self, model: nn.Module) -> tuple[Argument, Argument | None]:
+        """Look up what is read, and the groups, in the signature of a model's ``forward``.
+
+        Raises:
+            ValueError: a model without such an argument.
+        """
+        check_module("model", model)
+        value = Argument.of("argument", self.argument, model)
+        return value, None if self.batch is None else Argument.of("batch", self.batch, model)
 
     def attach(self, model: nn.Module, *, takes_others: bool = False) -> None:
         """Let a model read the argument in each call, once; :func:`gmoe.moefy` does so itself.
@@ -88,10 +98,7 @@ class FromCall(ABC):
         Raises:
             ValueError: a model without such an argument.
         """
-        check_module("model", model)
-        value = Argument.of("argument", self.argument, model)
-        groups = None if self.batch is None else Argument.of("batch", self.batch, model)
-        decide = _Decide(self, value, groups, takes_others, _Calls())
+        decide = _Decide(self, *self.arguments_in(model), takes_others, _Calls())
         before, _ = forward_hooks(model)
         if decide in before.values():
             decide = next(hook for hook in before.values() if hook == decide)
@@ -120,10 +127,24 @@ class FromCall(ABC):
             )
         return batch_T.reshape(-1).long()
 
+    def of_groups(self, routing: Routing, group_T: Tensor | None) -> Routing:
+        """The decisions of groups for their tokens; one for all tokens is left to the layers.
 
-def of_groups(routing: Routing, group_T: Tensor | None) -> Routing:
-    """The decisions of groups for their tokens; one for all tokens is left to the layers."""
-    return routing if group_T is None else routing.expand(group_T)
+        Raises:
+            ValueError: not one for each group (CPU tensors).
+        """
+        if group_T is None:
+            return routing
+        if readable(group_T) and group_T.numel():
+            lowest, highest = map(int, group_T.aminmax())
+            last = routing.num_tokens - 1
+            # Of more groups than there are, the first would decide for tokens of others.
+            if lowest < 0 or highest != last:
+                raise ValueError(
+                    f"{self.batch}: got groups {lowest} to {highest} of {group_T.size(0)} tokens, "
+                    f"expected 0 to {last}: {self.argument} has {last + 1} rows, one for each group"
+                )
+        return routing.expand(group_T)
 
 
 class CallRouter(Router):
@@ -165,16 +186,23 @@ class CallRouter(Router):
                 f"which {type(self.source).__name__}.attach was applied (and of which no part "
                 "alone is compiled); in a checkpoint, a call with tensors"
             )
-        num_tokens = x_TD.size(0)
+        decided, num_tokens = routing.num_tokens, x_TD.size(0)
         if self.source.batch is not None and routing.by_group is None:  # one group for all
             return routing.expand(torch.zeros(num_tokens, dtype=torch.int64, device=x_TD.device))
-        if routing.num_tokens != num_tokens:
-            name = name if routing.by_group is None else str(self.source.batch)
-            raise ValueError(
-                f"{name}: got {routing.num_tokens} integers, expected one for each of {num_tokens} "
-                "tokens of the layer"
-            )
-        return routing
+        if decided == num_tokens:
+            return routing
+        if isinstance(group, int) and decided * group == num_tokens:
+            # (B, ..., D), such as a vector for each atom: an entry's rows follow its decision.
+            entry_B = torch.arange(decided, device=x_TD.device)
+            of_group = routing.by_group
+            if of_group is not None:
+                routing, entry_B = of_group.routing, of_group.group_T
+            return routing.expand(entry_B.repeat_interleave(group))
+        names = name if self.source.batch is None else f"{name}, {self.source.batch}"
+        raise ValueError(
+            f"{names}: got {decided} tokens, expected {num_tokens}, those of the layer; a layer on "
+            "graphs, such as a readout, takes a router without batch="
+        )
 
 
 def detach(model: nn.Module) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check, check_counts, described, readable
-from gmoe.routers.from_call import DEFAULT_EXPERTS, CallRouter, FromCall, of_groups
+from gmoe._torch import forward_hooks
+from gmoe.routers.from_call import Argument, CallRouter, FromCall
 from gmoe.routing import Routing
 
 HIDDEN = 64
@@ -53,8 +54,12 @@ class FromInput(FromCall):
         super().__post_init__()
         check_counts(dim=self.dim)
 
-    def experts_of(self, *, num_experts: int | None) -> int:
-        return DEFAULT_EXPERTS if num_experts is None else num_experts
+    def arguments_in(self, model: nn.Module) -> tuple[Argument, Argument | None]:
+        before, _ = forward_hooks(model)
+        is_ours = any(getattr(hook, "source", None) == self for hook in before.values())
+        legal = f"an argument for which the model has no {self._name} yet"
+        check(is_ours or not hasattr(model, self._name), "argument", repr(self.argument), legal)
+        return super().arguments_in(model)
 
     def attach(self, model: nn.Module, *, takes_others: bool = False) -> None:
         super().attach(model, takes_others=takes_others)
@@ -82,7 +87,7 @@ class FromInput(FromCall):
         if not is_fitting or not value.is_floating_point():
             rows = "token" if self.batch is None else "group"
             raise ValueError(
-                f"{self.argument}: got {described(value)}, expected a vector of {self.dim} numbers "
+                f"{self.argument}: got {described(value)}, expected a vector of {self.dim} floats "
                 f"for each {rows}"
             )
         if readable(value) and not value.isfinite().all():
@@ -94,4 +99,4 @@ class FromInput(FromCall):
         if self.batch is not None and group_T is None:
             got = f"{value.size(0)} vectors without a {self.batch}"
             check(value.size(0) == 1, self.argument, got, "one, for one group")
-        return of_groups(routing, group_T)
+        return self.of_groups(routing, group_T)

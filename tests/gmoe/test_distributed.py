@@ -24,6 +24,7 @@ from torch_geometric.data import Batch, Data
 from gmoe import GNNMoE, MLPExperts, MoE, Router, RoutingStats, attach_aux_loss, aux_loss
 from gmoe.distributed import world_size, world_sum
 from gmoe.routers import AttentionVote, ExpertChoice, MultiCentroid, TokenChoice
+from tests.helpers import sources
 
 D, E, T = 5, 4, 6
 STEPS = 20
@@ -109,12 +110,34 @@ def run_graphs(model: Any, part: list[Data]) -> tuple[Tensor, Any]:
     return y, routings
 
 
+def molecules(seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The atoms of eight molecules, and the source and vector of each."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for size in range(3, 11):
+        x = torch.randn(size, 4, dtype=torch.float64, generator=generator)
+        source = torch.tensor(sources.SOURCES)[size % 3]
+        found.append((x, source, torch.randn(sources.DIM, dtype=x.dtype, generator=generator)))
+    return found
+
+
+def run_molecules(
+    model: Any, part: list[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, list[Any]]:
+    x, source, system = zip(*part, strict=True)
+    batch = torch.arange(len(x)).repeat_interleave(torch.tensor([*map(len, x)]))
+    y = model(torch.cat(x), batch, torch.stack(source), system=torch.stack(system))
+    return y, []
+
+
 CASES: dict[
     str,
     tuple[Callable[[], nn.Module], Callable[[int], list[Any]], Callable[..., tuple[Tensor, Any]]],
 ] = {
     **{name: (lambda name=name: layer(name), images, run_tokens) for name in ROUTERS},  # type: ignore[misc]
     "checkpointed": (Checkpointed, images, run_tokens),
+    "by source": (lambda: sources.net(sources.BY_SOURCE), molecules, run_molecules),
+    "by vector": (lambda: sources.net(sources.BY_VECTOR), molecules, run_molecules),
     "gnn": (lambda: gnn(start="shared"), graphs, run_graphs),
     "gnn-shared-router": (lambda: gnn(start="shared", shared_router=True), graphs, run_graphs),
     "gnn-copies": (gnn, graphs, run_graphs),

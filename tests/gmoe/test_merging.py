@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import SchNet
+from torch_geometric.nn import AttentiveFP, SchNet, ViSNet
 
 import gmoe
 from gmoe import LinearExperts, MLPExperts, MoE, TokenChoice
@@ -210,6 +210,70 @@ def test_a_learned_mixture_is_handed_out_for_one_vector() -> None:
     assert "router_of_system" in dict(model.named_children())
     with pytest.raises(ValueError, match="system: got 4 vectors without a batch"):
         gmoe.merge(model, system=sources.systems())
+
+
+class Equivariant(ViSNet):
+    """PyG's, with vectors (A, 3, D), and told more."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden_channels=8, num_heads=2, num_layers=2, num_rbf=4)
+        self.representation_model.distance = AllPairs()
+
+    def forward(self, z: Any, pos: Any, batch: Any = None, source: Any = None, system: Any = None):  # type: ignore[no-untyped-def]
+        batch = torch.zeros_like(z) if batch is None else batch
+        return super().forward(z, pos, batch)[0]
+
+
+class AllPairs(nn.Module):
+    """In place of ViSNet's radius graph, which needs another package."""
+
+    def forward(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        edge_index, distance = all_pairs(pos, batch)
+        return edge_index, distance, pos[edge_index[0]] - pos[edge_index[1]]
+
+
+class Attentive(AttentiveFP):
+    """PyG's, on distances, and told more."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 8, 1, edge_dim=1, num_layers=2, num_timesteps=1)
+        self.elements = nn.Embedding(9, 4)
+
+    def forward(self, z: Any, pos: Any, batch: Any = None, source: Any = None, system: Any = None):  # type: ignore[no-untyped-def]
+        batch = torch.zeros_like(z) if batch is None else batch
+        edge_index, distance = all_pairs(pos, batch)
+        return super().forward(self.elements(z), edge_index, distance[:, None], batch)
+
+
+@pytest.mark.parametrize("router", [sources.BY_SOURCE, sources.BY_VECTOR])
+@pytest.mark.parametrize(
+    ("cls", "targets"),
+    [
+        (Equivariant, ["*.q_proj", "*.o_proj", "*.vec_proj", "*.update_net"]),
+        (Attentive, ["lin1"]),
+    ],
+)
+def test_models_of_pyg_give_each_molecule_that_of_its_source(
+    router: Any, cls: Any, targets: list[str], tmp_path: Any
+) -> None:
+    """In a batch, alone, in a file, and merged."""
+    model = sources.net(router, model=cls(), targets=targets).eval()
+    pos = positions()
+    told = {"source": torch.tensor([7, 0, 3]), "system": sources.systems()[:3]}
+    expected = model(Z, pos, BATCH, **told)
+    assert not torch.allclose(
+        expected, model(Z, pos, BATCH, **{k: v.flip(0) for k, v in told.items()})
+    )
+    gmoe.save(model, tmp_path)
+    loaded = gmoe.load(tmp_path, cls().double())
+    torch.testing.assert_close(loaded(Z, pos, BATCH, **told), expected, rtol=0, atol=0)
+    for group in range(3):
+        alone = Z[group == BATCH], pos[group == BATCH]
+        own = {name: value[group : group + 1] for name, value in told.items()}
+        argument = router.argument
+        merged = gmoe.merge(model, **{argument: own[argument]})
+        for found in (model(*alone, None, **own), merged(*alone)):
+            torch.testing.assert_close(found, expected[group : group + 1], rtol=0, atol=1e-10)
 
 
 def test_all_routers_of_a_model_are_told_or_none() -> None:

@@ -127,7 +127,7 @@ def test_other_types_are_refused_without_a_shared_expert() -> None:
     ("z", "message"),
     [
         (torch.ones(ATOMS), r"z: got shape \(9,\) of torch.float32, expected integers"),
-        (torch.ones(3, dtype=torch.long), "z: got 3 integers, expected one for each of 9 tokens"),
+        (torch.ones(3, dtype=torch.long), "z: got 3 tokens, expected 9, those of the layer"),
         (None, "z: got NoneType, expected integers"),
     ],
 )
@@ -317,7 +317,9 @@ def test_types_may_be_given_by_name_alone_have_a_default_and_be_narrow() -> None
     torch.testing.assert_close(model(x, atoms(1)[1]), expected)
     torch.testing.assert_close(model(x, z=z.to(torch.uint8)), expected)
     with pytest.raises(ValueError, match=r"z: got types \[255\] without an expert"):
-        ByType("z", [-1, 1]).routing(torch.tensor([255, 1], dtype=torch.uint8), False)
+        ByType("z", [-1, 1]).decide(
+            torch.tensor([255, 1], dtype=torch.uint8), None, False, nn.Module()
+        )
     with pytest.raises(ValueError, match=r"values: got .* expected distinct integers"):
         ByType("z", [2**70])
 

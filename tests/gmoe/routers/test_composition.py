@@ -57,12 +57,12 @@ def shares() -> Tensor:
 
 
 def test_the_weights_are_the_shares_of_the_types() -> None:
-    routing = ByType("z", VALUES, batch="batch").routing(Z, False, BATCH)
+    routing = ByType("z", VALUES, batch="batch").decide(Z, BATCH, False, nn.Module())
     torch.testing.assert_close(routing.to_dense(), shares(), rtol=0, atol=1e-15)
     assert routing.by_group is not None
     groups, group_T = routing.by_group
     torch.testing.assert_close(groups.to_dense()[group_T], shares(), rtol=0, atol=1e-15)
-    one = ByType("z", VALUES, batch="batch").routing(Z, False)
+    one = ByType("z", VALUES, batch="batch").decide(Z, None, False, nn.Module())
     assert one.by_group is not None
     torch.testing.assert_close(
         one.by_group.routing.to_dense(), torch.tensor([[2, 3, 2]]).double() / 7
@@ -72,7 +72,7 @@ def test_the_weights_are_the_shares_of_the_types() -> None:
 def test_tokens_of_other_types_lower_the_shares() -> None:
     z = torch.tensor([1, 9, 1, 6])
     batch = torch.tensor([0, 0, 1, 1])
-    routing = ByType("z", [1, 6], batch="batch").routing(z, True, batch)
+    routing = ByType("z", [1, 6], batch="batch").decide(z, batch, True, nn.Module())
     expected = torch.tensor([[0.5, 0], [0.5, 0], [0.5, 0.5], [0.5, 0.5]]).double()
     torch.testing.assert_close(routing.to_dense(), expected)
 
@@ -142,6 +142,12 @@ def test_checkpoints_compute_with_the_same_shares(use_reentrant: bool) -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_export_refuses_it_by_name() -> None:
+    inputs = {"x": features().detach(), "z": Z, "batch": BATCH}
+    with pytest.raises(ValueError, match=r"^torch\.export: got the composition of groups, expec"):
+        torch.export.export(net().eval(), (), inputs, strict=False)
+
+
 @pytest.mark.slow
 def test_compiled_it_is_the_same_for_any_number_of_groups() -> None:
     torch._dynamo.reset()
@@ -158,7 +164,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="batch: got 'group', expected an argument of Net"):
         ByType("z", VALUES, batch="group").attach(Net())
     for batch, legal in (
-        (BATCH[:3], "one for each of 7 tokens"),
+        (BATCH[:3], "0 to 6: z has 7 rows"),
         (BATCH.float(), "integers, the group of each"),
         (3, "integers, the group of each"),
     ):

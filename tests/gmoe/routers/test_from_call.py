@@ -122,26 +122,93 @@ def test_an_unknown_source_shares_the_base_by_choice_alone() -> None:
         (BY_SOURCE, {}, "source: got NoneType, expected integers"),
         (BY_SOURCE, {"source": ["uff"] * 4}, "source: got list, expected integers"),
         (BY_SOURCE, {"source": SOURCE.double()}, "source: got .*, expected integers"),
-        (BY_SOURCE, {"source": SOURCE[:2]}, "group_T: got .*"),
-        (BY_VECTOR, {}, "system: got NoneType, expected a vector of 3 numbers for each group"),
+        (
+            BY_SOURCE,
+            {"source": SOURCE[:2]},
+            "batch: got groups 0 to 3 of 7 tokens, expected 0 to 1: source has 2",
+        ),
+        (
+            BY_SOURCE,
+            {"source": SOURCE.repeat(2)},
+            "batch: got groups 0 to 3 of 7 tokens, expected 0 to",
+        ),
+        (
+            BY_SOURCE,
+            {"source": SOURCE, "batch": BATCH + 1},
+            "batch: got groups 1 to 4 of 7 tokens, expected 0 to",
+        ),
+        (
+            BY_SOURCE,
+            {"source": SOURCE, "batch": BATCH - 1},
+            "batch: got groups -1 to 2 of 7 tokens, expected 0 to",
+        ),
+        (
+            BY_SOURCE,
+            {"source": SOURCE, "batch": BATCH[1:]},
+            "source, batch: got 6 tokens, expected 7",
+        ),
+        (BY_SOURCE, {"source": SOURCE, "batch": None}, "source, batch: got 4 tokens, expected 7"),
+        (BY_VECTOR, {}, "system: got NoneType, expected a vector of 3 floats for each group"),
         (BY_VECTOR, {"system": torch.ones(4, 2)}, r"system: got .*\(4, 2\).*, expected a vector"),
         (BY_VECTOR, {"system": torch.ones(4, 3).long()}, "system: got .*, expected a vector of 3"),
         (BY_VECTOR, {"system": torch.full((4, 3), torch.nan)}, "system: got NaN or infinity"),
-        (BY_VECTOR, {"system": torch.ones(2, 3)}, "group_T: got .*"),
+        (
+            BY_VECTOR,
+            {"system": torch.ones(2, 3)},
+            "batch: got groups 0 to 3 of 7 tokens, expected 0 to",
+        ),
+        (
+            BY_VECTOR,
+            {"system": torch.ones(7, 3)},
+            "batch: got .*, expected 0 to 6: system has 7 rows, one for",
+        ),
     ],
 )
 def test_what_tells_no_decision_is_refused(router: Any, told: Any, message: str) -> None:
+    """Also as many rows as atoms, of which the first would decide for all."""
     with pytest.raises(ValueError, match=rf"^{message}"):
-        net(router)(atoms(), BATCH, **told)
+        net(router)(atoms(), **{"batch": BATCH, **told})
+
+
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR, ByType("source", SOURCES)])
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+def test_rows_of_an_atom_have_its_decision(router: Any, mix: str) -> None:
+    """As the vectors of an equivariant model: (A, 3, D)."""
+    if router.batch is None and mix == "weights":
+        return
+    model, x = net(router, mix), atoms()
+    told = {"source": SOURCE[BATCH] if router.batch is None else SOURCE, "system": systems()}
+    out = model(torch.stack([x, 2 * x, -x], dim=1), BATCH, **told)
+    each = [model(scale * x, BATCH, **told) for scale in (1, 2, -1)]
+    torch.testing.assert_close(out, torch.stack(each, dim=1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (ByType("sorce", SOURCES), "argument: got 'sorce', expected an argument of Net.forward"),
+        (ByType("source", SOURCES, batch="b"), "batch: got 'b', expected an argument of Net.forw"),
+        (
+            FromInput("system", dim=4, batch="batch"),
+            "argument: got 'system', expected an argument f",
+        ),
+    ],
+)
+def test_a_model_that_has_no_place_for_it_stays_as_it_was(router: Any, message: str) -> None:
+    """Nor for a second network of the same argument, which would be the first one in silence."""
+    model = gmoe.moefy(Net(), targets="lin2", router=BY_VECTOR, start="copies")
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        gmoe.moefy(model, targets="lin1", router=router, start="copies")
+    assert type(model.lin1) is nn.Linear
 
 
 def test_types_of_as_many_groups_as_tokens_are_told_apart_or_refused() -> None:
     in_order, one_empty = torch.arange(3), torch.tensor([0, 0, 2])
     types = torch.tensor([7, 0, 3])
-    found = BY_SOURCE.routing(types, False, in_order)
+    found = BY_SOURCE.decide(types, in_order, False, nn.Module())
     torch.testing.assert_close(found.to_dense().double(), one_hot(types))
     with pytest.raises(ValueError, match=r"^source: got 3 types for 3 tokens in as many groups"):
-        BY_SOURCE.routing(types, False, one_empty)
+        BY_SOURCE.decide(types, one_empty, False, nn.Module())
 
 
 @pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR])
