@@ -142,7 +142,7 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
     """(B, H, S) the votes that each token gets from its group, by all (B, H, S, S) scores at once.
 
     Args:
-        q_BHSd: queries, already divided by sqrt(d); H may be 1 if all heads share them.
+        q_BHSd: queries, already divided by sqrt(d).
         k_BHSd: keys.
         mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
     """

@@ -250,7 +250,6 @@ ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "token_choice switch": ("token_choice", {"balance": "switch", "capacity_factor": 1.0}),
     "token_choice bias": ("token_choice", {"balance": "bias", "bias_rate": 0.1}),
     "expert_choice": ("expert_choice", {}),
-    "expert_choice tokens": ("expert_choice", {"normalize": "tokens"}),
     "expert_choice threshold": ("expert_choice", {"inference": "threshold"}),
     "attention_vote": ("attention_vote", {"head_dim": 4}),
     "multi_centroid": ("multi_centroid", {}),
@@ -290,7 +289,7 @@ CASES = [
         Case(
             f"MoE {name}",
             partial(mlps, router, **options),
-            exempt=DETACHED if name in ("expert_choice tokens", "attention_vote") else {},
+            exempt=DETACHED if name == "attention_vote" else {},
         )
         for name, (router, options) in ROUTERS.items()
     ),

@@ -27,7 +27,7 @@ from gmoe.routers.base import (
     reset_linear,
     scores_of,
 )
-from gmoe.routers.groups import Groups
+from gmoe.routers.groups import Groups, gather_pairs
 from gmoe.routing import Routing
 from gmoe.sums import dot, softmax
 
@@ -61,14 +61,10 @@ class AttentionVote(Router):
         k: K, the average number of experts of a token at ``capacity_factor=1`` (default 1).
         weight: see :class:`Router`; default ``"score"``.
         capacity_factor: scales the number of tokens that an expert takes (default 1).
-        shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E
-            keys, E + 1 projections instead of 2E.
         scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory
             forward and backward. ``"neighbors"``: a node spreads its vote over its out-neighbors
             and itself, O(edges); needs ``edge_index``. Experts choose inside groups either way.
         head_dim: d, the width of queries and keys (default 32).
-        init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): large
-            features make the softmax sharp, and one that is sharp from the start hardly learns.
 
     Shapes:
         See :class:`Router`.
@@ -87,29 +83,23 @@ class AttentionVote(Router):
         k: int = 1,
         weight: Weighting | None = None,
         capacity_factor: float = 1.0,
-        shared_queries: bool = False,
         scope: Scope = "group",
         head_dim: int = 32,
-        init_scale: float = 0.1,
     ) -> None:
         super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         check_positive("capacity_factor", capacity_factor)
         check_choice("scope", scope, Scope)
         check_counts(head_dim=head_dim)
-        check_positive("init_scale", init_scale)
         self.capacity_factor = capacity_factor
         self.scope = scope
-        self.shared_queries = shared_queries
         self.head_dim = head_dim
-        self.init_scale = init_scale
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
-        num_queries = 1 if shared_queries else num_experts
-        self.query = Gate(dim, num_queries * head_dim)
+        self.query = Gate(dim, num_experts * head_dim)
         self.key = Gate(dim, num_experts * head_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset_linear(self.query, self.init_scale)
+        reset_linear(self.query)
         self.key.reset_parameters()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
@@ -117,35 +107,36 @@ class AttentionVote(Router):
         groups = Groups.of(group, num_tokens)
 
         # 1. Queries, divided by sqrt(d) here and not in the scores, which are larger; and keys.
-        q_THd = scores_of(self.query, x_TD).unflatten(-1, (-1, self.head_dim))
-        q_THd = q_THd / math.sqrt(self.head_dim)
-        if not self.shared_queries:
-            q_THd = self.of_alive(q_THd, dim=1)
+        q_TAd = scores_of(self.query, x_TD).unflatten(-1, (-1, self.head_dim))
+        q_TEd = self.of_alive(q_TAd / math.sqrt(self.head_dim), dim=1)
         k_TAd = scores_of(self.key, x_TD).unflatten(-1, (-1, self.head_dim))
         k_TEd = self.of_alive(k_TAd, dim=1)
 
         # 2. Votes among neighbors, or among all tokens of a group.
         if self.scope == "neighbors":
-            votes_TE = neighbor_votes(q_THd, k_TEd, checked_edge_index(edge_index))
+            votes_TE = neighbor_votes(q_TEd, k_TEd, checked_edge_index(edge_index))
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
             for batch in groups.batches(x_TD.device):
-                q_BHSd = batch.take(q_THd).transpose(1, 2)
+                q_BESd = batch.take(q_TEd).transpose(1, 2)
                 k_BESd = batch.take(k_TEd).transpose(1, 2)
-                votes_BES = group_votes(q_BHSd, k_BESd, batch.mask)
+                votes_BES = group_votes(q_BESd, k_BESd, batch.mask)
                 votes_TE = batch.add(votes_TE, votes_BES.transpose(1, 2))
 
         # 3. The tokens with the most votes.
         share = self.capacity_factor * self.k / self.num_scored
-        log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
-        token_P, offsets_E, log_gate_P = groups.best_pairs(
-            votes_TE, log_gate_TE, share, along_tokens=True
-        )
+        token_P, offsets_E = groups.best_pairs(votes_TE, share)
+
+        # 4. Votes depend on the size of the group: divide them by the mean of those that count.
+        least = torch.finfo(votes_TE.dtype).tiny
+        vote_P = gather_pairs(votes_TE.clamp(min=least), token_P, offsets_E)
+        mean_P = groups.means(vote_P.detach(), token_P)
+        log_gate_P = vote_P.log() - mean_P.log()
         weight_P = pair_weights(self.weight, log_gate_P, token_P, num_tokens)
         return Routing(token_P, offsets_E, weight_P, votes_TE, num_tokens, validate=False)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, shared_queries={self.shared_queries}, scope={self.scope!r}"
+        return f"{super().extra_repr()}, scope={self.scope!r}"
 
 
 @exported_as(portable.group_votes)
@@ -153,7 +144,7 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
     """(B, H, S) the votes that each token gets from its group; exact, in O(S) memory.
 
     Args:
-        q_BHSd: queries, already divided by sqrt(d); H may be 1 if all heads share them.
+        q_BHSd: queries, already divided by sqrt(d).
         k_BHSd: keys.
         mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
     """
@@ -198,7 +189,7 @@ def _empty_like_keys(_: Tensor, __: Tensor, k_BHSd: Tensor, *___: Any) -> tuple[
 def _vote_by_blocks_backward(
     grad_BHS: Tensor, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, log_sum_BHS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""(B, H, S, d) the gradients of the queries, one per head even if heads share them, and keys.
+    r"""(B, H, S, d) the gradients of the queries, and of the keys.
 
     The shares are computed again, block by block. With shares P of the voters' votes and gradients
     g of the votes, the gradient of a voter's scores is P (g - P g). Both factors go into the small
@@ -218,7 +209,7 @@ def _vote_by_blocks_backward(
         means_BHbc = share_BHbS @ columns_BHSc
         mean_k, mean_grad_k, mean_grad = means_BHbc.split([width, width, 1], dim=-1)
         grad_q_BHSd[:, :, voters] = mean_grad_k - mean_grad * mean_k
-        q_BHbd = q_BHSd[:, :, voters].expand_as(mean_k)
+        q_BHbd = q_BHSd[:, :, voters]
         voters_BHbc = torch.cat([q_BHbd, mean_grad * q_BHbd], dim=-1)
         received_BHSc = share_BHbS.transpose(-1, -2) @ voters_BHbc
         of_all, of_mean = received_BHSc.split(width, dim=-1)
@@ -248,7 +239,7 @@ class _Votes(torch.autograd.Function):
             grad_q, grad_k = gradients_of(plain, (q_BHSd, k_BHSd), needs, grad_BHS)
             return grad_q, grad_k, None
         grad_q, grad_k = _vote_by_blocks_backward(grad_BHS, q_BHSd, k_BHSd, mask_BS, log_sum_BHS)
-        return grad_q.sum_to_size(q_BHSd.shape), grad_k, None  # summed over heads that share
+        return grad_q, grad_k, None
 
 
 def _blocks(
@@ -281,7 +272,7 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     once each. Scores come from :func:`gmoe.sums.dot`, which holds no (M, d) tensor.
 
     Args:
-        q_THd: queries, already divided by sqrt(d); H may be 1 if all heads share them.
+        q_THd: queries, already divided by sqrt(d).
         k_THd: keys.
         edge_index: (2, num_edges) from voters to the nodes that they vote for.
     """
@@ -292,7 +283,7 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     edges = Edges.sorted(senders, receivers, num_tokens, num_tokens)
     # Self-loops of the graph itself stay, without a share, since their number depends on the data.
     is_second_M = (edges.sender == edges.receiver) & (edges.order < voter_M.size(0))
-    score_MH = dot(q_THd.expand_as(k_THd), k_THd, edges)
+    score_MH = dot(q_THd, k_THd, edges)
     score_MH = score_MH.masked_fill(is_second_M[:, None], -torch.inf)
     share_MH = softmax(score_MH, edges)
     return k_THd.new_zeros(k_THd.shape[:2]).index_add(0, edges.sender, share_MH)

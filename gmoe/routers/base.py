@@ -43,6 +43,11 @@ torch's kernel takes rows that are shorter than its vectors one number at a time
 10 us more.
 """
 
+INIT_SCALE = 0.1
+"""Of initial weights, as in Switch Transformer: a softmax that is sharp from the start hardly
+learns, and large features make it sharp.
+"""
+
 MAX_WEIGHT = 10.0
 """Cap of a ``"score"`` weight; only gates that are normalized over tokens reach it."""
 
@@ -455,11 +460,11 @@ def scores_of(gate: nn.Module, x_TD: Tensor, mean_D: Tensor | None = None) -> Te
     return scores_TA - gate(mean_D[None].to(dtype)).to(x_TD.dtype)
 
 
-def reset_linear(linear: nn.Linear, scale: float) -> None:
-    """Draw the weights as ``nn.Linear`` does, times ``scale``."""
+def reset_linear(linear: nn.Linear) -> None:
+    """Draw the weights as ``nn.Linear`` does, times :data:`INIT_SCALE`."""
     linear.reset_parameters()
     with torch.no_grad():
-        linear.weight.mul_(scale)
+        linear.weight.mul_(INIT_SCALE)
 
 
 def checked_edge_index(edge_index: Tensor | None) -> Tensor:

@@ -197,43 +197,28 @@ class Groups:
             chosen_TE = batch.add(chosen_TE, chosen_BES.transpose(1, 2).to(dtype))
         return chosen_TE.T.bool()
 
-    def best_pairs(
-        self, scores_TE: Tensor, log_gate_TE: Tensor, share: float, along_tokens: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def best_pairs(self, scores_TE: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Choose for each expert its best tokens of each group.
 
         Args:
             scores_TE: the scores by which tokens are ranked.
-            log_gate_TE: logarithms of the gates.
             share: of a group's tokens, how many an expert takes.
-            along_tokens: the gates are normalized over tokens. They are then divided by their mean
-                over the chosen pairs of the group, which has no gradient.
-
-        Returns:
-            The pairs, and (P,) the logarithms of their gates.
         """
         capacity = self.capacity(share)
         chosen_ET = self.top_tokens(scores_TE.detach(), capacity)
         num_pairs = None
         if isinstance(capacity, int):
             num_pairs = chosen_ET.size(0) * self.num_groups * capacity
-        token_P, offsets_E = pairs_of_mask(chosen_ET, num_pairs)
-        log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
-        if along_tokens:
-            group_P = self.of_tokens(token_P)
-            gate_P = log_gate_P.detach().exp()
-            mean_B = _mean_by_group(gate_P, group_P, self.num_groups)
-            mean_B = mean_B.clamp(min=torch.finfo(mean_B.dtype).tiny)
-            log_gate_P = log_gate_P - mean_B.log().index_select(0, group_P)
-        return token_P, offsets_E, log_gate_P
+        return pairs_of_mask(chosen_ET, num_pairs)
 
-
-def _mean_by_group(gate_P: Tensor, group_P: Tensor, num_groups: int) -> Tensor:
-    """(B,) the mean of each group's gates; a group has at least one."""
-    # Not by scatter_reduce: ONNX has no mean by places.
-    zero_B = gate_P.new_zeros(num_groups)
-    count_B = zero_B.index_add(0, group_P, torch.ones_like(gate_P))
-    return zero_B.index_add(0, group_P, gate_P) / count_B
+    def means(self, value_P: Tensor, token_P: Tensor) -> Tensor:
+        """(P,) for each pair, the mean over all pairs of its token's group."""
+        group_P = self.of_tokens(token_P)
+        # Not by scatter_reduce: ONNX has no mean by places.
+        zero_B = value_P.new_zeros(self.num_groups)
+        count_B = zero_B.index_add(0, group_P, torch.ones_like(value_P))
+        mean_B = zero_B.index_add(0, group_P, value_P) / count_B
+        return mean_B.index_select(0, group_P)
 
 
 def drop_over_capacity(

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import row_norms
-from gmoe._checks import check, check_at_least, check_choice, check_counts, check_positive
+from gmoe._checks import check, check_at_least, check_choice, check_counts
 from gmoe.losses import separation_loss
 from gmoe.routers.base import Router, Weighting
-from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
+from gmoe.routers.expert_choice import ExpertSelection, Inference
 from gmoe.routing import AuxLoss, Routing
 
 Choice: TypeAlias = Literal["tokens", "experts"]
+
+TEMPERATURE = 0.1
+"""What the temperature starts with."""
 
 RESTARTS = 8
 """Runs of k-means, of which the best counts."""
@@ -49,10 +52,9 @@ class MultiCentroid(Router):
         num_centroids: M, centroids per expert (default 4).
         choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`.
             ``"experts"``: experts take their top-C tokens of a group, as in :class:`ExpertChoice`.
-        temperature: initial tau (default 0.1).
         separation_coef: coefficient of the separation loss, the mean squared positive cosine
             between centroids within and across experts (default 0.01; 0 for no loss).
-        capacity_factor, normalize, inference: for ``choice="experts"``, see :class:`ExpertChoice`.
+        capacity_factor, inference: for ``choice="experts"``, see :class:`ExpertChoice`.
 
     Shapes:
         See :class:`Router`.
@@ -73,33 +75,26 @@ class MultiCentroid(Router):
         weight: Weighting | None = None,
         num_centroids: int = 4,
         choice: Choice = "tokens",
-        temperature: float = 0.1,
         separation_coef: float = 0.01,
         capacity_factor: float = 1.0,
-        normalize: Normalize = "experts",
         inference: Inference = "group",
     ) -> None:
         weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
         super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         check_choice("choice", choice, Choice)
         check_counts(num_centroids=num_centroids)
-        check_positive("temperature", temperature)
         check_at_least(0, separation_coef=separation_coef)
-        for name, value, default in (
-            ("capacity_factor", capacity_factor, 1.0),
-            ("normalize", normalize, "experts"),
-            ("inference", inference, "group"),
-        ):
-            is_heeded = choice == "experts" or value == default
-            check(is_heeded, name, repr(value), f"{default!r} beside choice='tokens'")
+        if choice == "tokens":
+            legal = "the default beside choice='tokens'"
+            check(capacity_factor == 1.0, "capacity_factor", capacity_factor, legal)
+            check(inference == "group", "inference", repr(inference), legal)
         self.choice = choice
         self.num_centroids = num_centroids
-        self.temperature = temperature
         self.separation_coef = separation_coef
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))
         self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 refuses scalars
         self.register_buffer("center_D", torch.zeros(dim))
-        selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
+        selection = ExpertSelection(num_experts, capacity_factor, inference)
         self.selection = selection if choice == "experts" else None
         self.experts_choose = choice == "experts"
         self.by_token = choice == "tokens" or inference == "threshold"
@@ -110,7 +105,7 @@ class MultiCentroid(Router):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.centroid)
-        nn.init.constant_(self.log_temperature, math.log(self.temperature))
+        nn.init.constant_(self.log_temperature, math.log(TEMPERATURE))
         self.center_D.zero_()
         if self.selection is not None:
             self.selection.reset_parameters()

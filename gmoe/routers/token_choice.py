@@ -59,8 +59,6 @@ class TokenChoice(BalancedRouter):
         balance_coef: coefficient of that loss (default 0.01).
         bias_rate: largest step of the bias, in units of the logits' spread (default 0.1).
         z_coef: coefficient of the router z-loss (default 0, no loss).
-        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch
-            Transformer): a softmax that is sharp from the start hardly learns.
         capacity_factor: in training, an expert takes at most
             ``clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)`` tokens of a group. Pairs
             are dropped by priority (V-MoE's batch-prioritized routing: first choices before second
@@ -88,7 +86,6 @@ class TokenChoice(BalancedRouter):
         balance_coef: float = 0.01,
         bias_rate: float = 0.1,
         z_coef: float = 0.0,
-        init_scale: float = 0.1,
         capacity_factor: float | None = None,
     ) -> None:
         weight = weight or ("normalized" if k >= 2 else "score")
@@ -104,14 +101,13 @@ class TokenChoice(BalancedRouter):
         )
         check_choice("balance", balance, Balance)
         check(isinstance(noise, bool | None), "noise", repr(noise), "True, False or None")
-        check_at_least(0, balance_coef=balance_coef, z_coef=z_coef, init_scale=init_scale)
+        check_at_least(0, balance_coef=balance_coef, z_coef=z_coef)
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
         self.balance = balance
         self.noise = biased if noise is None else noise
         self.balance_coef = balance_coef
         self.z_coef = z_coef
-        self.init_scale = init_scale
         self.capacity_factor = capacity_factor
         # A capacity drops pairs, and what is left of a token's weights need not sum to 1.
         self.sums_to_one = capacity_factor is None and self._picks_sum_to_one
@@ -119,7 +115,7 @@ class TokenChoice(BalancedRouter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset_linear(self.gate, self.init_scale)
+        reset_linear(self.gate)
         for name, counter in self.named_buffers(recurse=False):
             if name != "alive_E":
                 counter.zero_()

@@ -59,7 +59,6 @@ class Sigmoids(Router):
 
 BY_EXPERTS = {
     "capacity_factor": (0.6, 1.3, 2.0),
-    "normalize": ("experts", "tokens"),
     "inference": ("threshold",),
 }
 ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
@@ -68,11 +67,9 @@ ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
         "noise": (True, False),
         "z_coef": (0.1,),
         "capacity_factor": (0.75, 1.5),
-        "init_scale": (1.0,),
     },
     "expert_choice": {**BY_EXPERTS, "z_coef": (0.1,)},
     "attention_vote": {
-        "shared_queries": (True,),
         "capacity_factor": (0.6,),
         "scope": ("neighbors",),
     },
@@ -84,7 +81,7 @@ ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
 OF_TOKENS = ("token_choice", "token_choice", "multi_centroid", "random", "uniform")
 """Routers whose weights of a token can sum to 1, as copies need, and that decide token by token."""
 
-DROPS = ("capacity_factor", "choice", "normalize", "inference")
+DROPS = ("capacity_factor", "choice", "inference")
 """Options by which a token may have no expert."""
 
 

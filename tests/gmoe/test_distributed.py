@@ -36,9 +36,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "bias-k2-z": lambda: TokenChoice(D, num_experts=E, k=2, noise=False, z_coef=0.1),
     "switch": lambda: TokenChoice(D, num_experts=E, k=2, balance="switch", balance_coef=0.5),
     "expert_choice": lambda: ExpertChoice(D, num_experts=E, z_coef=0.1),
-    "threshold": lambda: ExpertChoice(
-        D, num_experts=E, normalize="tokens", inference="threshold", z_coef=0.1
-    ),
+    "threshold": lambda: ExpertChoice(D, num_experts=E, inference="threshold", z_coef=0.1),
     "attention_vote": lambda: AttentionVote(D, num_experts=E),
     "multi_centroid": lambda: MultiCentroid(D, num_experts=E),
     "multi_centroid-threshold": lambda: MultiCentroid(

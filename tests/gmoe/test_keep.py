@@ -31,12 +31,9 @@ from tests.helpers.vits import images
     ("router", "options"),
     [
         ("expert_choice", {}),
-        ("expert_choice", {"normalize": "tokens"}),
         ("expert_choice", {"inference": "threshold"}),
         ("attention_vote", {}),
-        ("attention_vote", {"shared_queries": True}),
         ("multi_centroid", {"choice": "experts"}),
-        ("multi_centroid", {"choice": "experts", "normalize": "tokens"}),
         ("multi_centroid", {"weight": "score"}),
         ("random", {"weight": "score"}),
         ("token_choice", {"weight": "score", "balance": "switch"}),
@@ -71,8 +68,7 @@ def test_what_kept_experts_take_and_weigh_stays(
         assert torch.equal(after.load, before.load[list(kept)])
         assert layer.experts_per_token == k * len(kept) / EXPERTS
         dense_TE = before.to_dense()[:, kept]
-        along_tokens = router == "attention_vote" or options.get("normalize") == "tokens"
-        if along_tokens:  # weights are relative to the mean of all chosen pairs
+        if router == "attention_vote":  # weights are relative to the mean of all chosen pairs
             dense_TE = dense_TE * (after.weight.sum() / dense_TE.sum())
         assert_same(after.to_dense(), dense_TE)
     layer.train()

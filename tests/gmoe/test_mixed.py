@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -70,8 +71,9 @@ class ByMean(nn.Module):
 
 
 def soft_router(**options: Any) -> TokenChoice:
-    options = {"balance": None, "init_scale": 3.0, "weight": "score"} | options
-    return TokenChoice(D, num_experts=E, k=E, **options)
+    options = {"balance": None, "k": E, "weight": "score"} | options
+    with patch("gmoe.routers.base.INIT_SCALE", 3.0):  # so that groups differ in their weights
+        return TokenChoice(D, num_experts=E, **options)
 
 
 def layer(kind: str = "mlp", *, base: bool = False, shared: bool = False) -> ByMean:
@@ -169,7 +171,7 @@ def test_of_linear_experts_it_is_the_mixture_of_outputs(kind: str, router: str) 
         "learned": soft_router(),
         "random": RandomRouter(D, num_experts=E, k=E),
         "uniform": UniformRouter(D, num_experts=E),
-        "top two": TokenChoice(D, num_experts=E, k=2, balance=None, init_scale=3.0),
+        "top two": soft_router(k=2, weight="normalized"),
     }
     model = ByMean(MoE(None, MixedWeights(experts(kind))), routers[router]).double()
     outputs = ByMean(MoE(None, model.stacked), model.router)

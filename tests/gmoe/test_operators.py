@@ -237,9 +237,9 @@ def grad_of(args: Any, heads: int = HEADS) -> Callable[[int, torch.dtype], Args]
     return with_grad
 
 
-def votes(masked: bool, shared: bool) -> Callable[[int, torch.dtype], Args]:
+def votes(masked: bool) -> Callable[[int, torch.dtype], Args]:
     def args(width: int, dtype: torch.dtype) -> Args:
-        query = features(2, 1 if shared else HEADS, 9, width).to(dtype)
+        query = features(2, HEADS, 9, width).to(dtype)
         key = features(2, HEADS, 9, width, seed=1).to(dtype)
         mask = torch.arange(18).view(2, 9) % 4 > 0
         return query, key, mask if masked else None
@@ -247,9 +247,9 @@ def votes(masked: bool, shared: bool) -> Callable[[int, torch.dtype], Args]:
     return args
 
 
-def votes_grad(masked: bool, shared: bool) -> Callable[[int, torch.dtype], Args]:
+def votes_grad(masked: bool) -> Callable[[int, torch.dtype], Args]:
     def args(width: int, dtype: torch.dtype) -> Args:
-        given = votes(masked, shared)(width, dtype)
+        given = votes(masked)(width, dtype)
         grad, log_sum = torch.ops.gmoe.vote_by_blocks(*given)
         return grad, *given, log_sum
 
@@ -365,16 +365,14 @@ ROADS: dict[str, dict[str, Road]] = {
         "GPU": Road(grad_of(scores(True)), "bmm", patches=GPU_SCORES),
     },
     "vote_by_blocks": {
-        "all vote": Road(votes(False, False), leaves="bitwise_not"),
-        "some vote": Road(votes(True, False), "bitwise_not"),
-        "shared queries": Road(votes(True, True), "bitwise_not"),
-        "blocks": Road(votes(True, False), "bitwise_not", patches=SMALL_BLOCKS),
+        "all vote": Road(votes(False), leaves="bitwise_not"),
+        "some vote": Road(votes(True), "bitwise_not"),
+        "blocks": Road(votes(True), "bitwise_not", patches=SMALL_BLOCKS),
     },
     "vote_by_blocks_backward": {
-        "all vote": Road(votes_grad(False, False), leaves="bitwise_not"),
-        "some vote": Road(votes_grad(True, False), "bitwise_not"),
-        "shared queries": Road(votes_grad(True, True), "bitwise_not"),
-        "blocks": Road(votes_grad(True, False), "bitwise_not", patches=SMALL_BLOCKS),
+        "all vote": Road(votes_grad(False), leaves="bitwise_not"),
+        "some vote": Road(votes_grad(True), "bitwise_not"),
+        "blocks": Road(votes_grad(True), "bitwise_not", patches=SMALL_BLOCKS),
     },
     "sort_edges": {
         "by NumPy": Road(sorting(RADIX_RECEIVERS), leaves="argsort"),

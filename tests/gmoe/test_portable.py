@@ -39,7 +39,8 @@ def votes(masked: bool) -> Both:
     torch.manual_seed(0)
     size = attention_vote.KEPT_PER_WIDTH * WIDTH + 1
     mask = torch.arange(size) < torch.tensor([[size], [size // 2]]) if masked else None
-    args = torch.randn(2, 1, size, WIDTH), torch.randn(2, EXPERTS, size, WIDTH), mask
+    shape = (2, EXPERTS, size, WIDTH)
+    args = torch.randn(shape), torch.randn(shape), mask
     return attention_vote.group_votes, portable.group_votes, args
 
 

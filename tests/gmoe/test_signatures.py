@@ -109,7 +109,7 @@ def test_the_defaults_of_docstrings_are_found() -> None:
     assert SAID["gmoe.TokenChoice: balance"][1] == "bias"
     assert SAID["gmoe.ExpertChoice: z_coef"][1] == 0
     assert SAID["gmoe.MultiCentroid.init_from_data: seed"][1] == 0
-    assert SAID["gmoe.AttentionVote: shared_queries"][1] is False
+    assert SAID["gmoe.MLPExperts: glu"][1] is False
     assert len(SAID) > 80
 
 

@@ -88,15 +88,11 @@ class Case:
                 *bias,
                 "center_D",
                 "selection.threshold_E",
-                "selection.log_scale_E",
             ):
                 nn.init.normal_(value, std=0.2)
             if name == "selection.steps":
                 value.fill_(1)
-        if (
-            options.get("inference") == "threshold"
-            and options.get("normalize", "experts") == "experts"
-        ):
+        if options.get("inference") == "threshold":
             router.get_buffer("selection.threshold_E").sub_(math.log(num_experts))
         return router
 
@@ -112,32 +108,14 @@ CASES = [
     Case("token_choice-bias", TokenChoice, {"bias_rate": 0.1}),
     Case("token_choice-capacity", TokenChoice, {"balance": None, "capacity_factor": 0.75}),
     Case("expert_choice", ExpertChoice, {"z_coef": 0.1}),
-    Case("expert_choice-tokens", ExpertChoice, {"normalize": "tokens", "capacity_factor": 1.3}),
+    Case("expert_choice-capacity", ExpertChoice, {"capacity_factor": 1.3}),
     Case("expert_choice-threshold", ExpertChoice, {"inference": "threshold"}),
-    Case(
-        "expert_choice-tokens-threshold",
-        ExpertChoice,
-        {"normalize": "tokens", "inference": "threshold"},
-    ),
     Case("attention_vote", AttentionVote, {"head_dim": 4}),
-    Case(
-        "attention_vote-shared",
-        AttentionVote,
-        {"head_dim": 4, "shared_queries": True, "capacity_factor": 0.6},
-    ),
+    Case("attention_vote-capacity", AttentionVote, {"head_dim": 4, "capacity_factor": 0.6}),
     Case("attention_vote-neighbors", AttentionVote, {"head_dim": 4, "scope": "neighbors"}),
-    Case(
-        "attention_vote-shared-neighbors",
-        AttentionVote,
-        {"head_dim": 4, "scope": "neighbors", "shared_queries": True},
-    ),
     Case("multi_centroid", MultiCentroid, {"num_centroids": 3}),
     Case("multi_centroid-experts", MultiCentroid, {"choice": "experts", "num_centroids": 2}),
-    Case(
-        "multi_centroid-tokens",
-        MultiCentroid,
-        {"choice": "experts", "normalize": "tokens", "num_centroids": 1},
-    ),
+    Case("multi_centroid-of-one", MultiCentroid, {"choice": "experts", "num_centroids": 1}),
     Case(
         "multi_centroid-threshold", MultiCentroid, {"choice": "experts", "inference": "threshold"}
     ),
@@ -301,10 +279,7 @@ def naive_votes(
     for e in range(router.num_experts):
         rows = slice(e * router.head_dim, (e + 1) * router.head_dim)
         key = [router.key.weight[rows] @ x for x in x_TD]
-        query = [
-            (router.query.weight if router.shared_queries else router.query.weight[rows]) @ x
-            for x in x_TD
-        ]
+        query = [router.query.weight[rows] @ x for x in x_TD]
         if router.scope == "group":
             votes_ET.append(naive_group_votes(query, key, groups))
         else:
@@ -338,36 +313,19 @@ def naive_logits(router: Router, x_TD: Tensor) -> Grid:
 
 
 def naive_selection(
-    router: Router, selection: ExpertSelection, logits: Grid, probs: Grid, groups: list[list[int]]
+    router: Router, selection: ExpertSelection, probs: Grid, groups: list[list[int]]
 ) -> dict[Pair, Tensor]:
     """Experts choose, by rank or by threshold."""
-    experts, tokens = range(router.num_experts), range(len(logits))
-    along_tokens = selection.normalize == "tokens"
     if selection.inference == "threshold" and not router.training:
-        ranked = logits if along_tokens else [[p.log() for p in row] for row in probs]
         pairs = [
             (t, e)
-            for t in tokens
-            for e in experts
-            if ranked[t][e].item() >= selection.threshold_E[e].item()
+            for t in range(len(probs))
+            for e in range(router.num_experts)
+            if probs[t][e].log().item() >= selection.threshold_E[e].item()
         ]
-        if not along_tokens:
-            return pair_weights(
-                router.weight, {(t, e): probs[t][e] for t, e in pairs}, groups, False
-            )
-        gate = {(t, e): (logits[t][e] - selection.log_scale_E[e]).exp() for t, e in pairs}
-        weights = pair_weights(router.weight, gate, groups, False)
-        return {p: w.clamp(max=10.0) if router.weight == "score" else w for p, w in weights.items()}
-    gates = [list(row) for row in probs]
-    if along_tokens:
-        for group in groups:
-            for e in experts:
-                for t, g in zip(group, softmax([logits[t][e] for t in group]), strict=True):
-                    gates[t][e] = g
-    pairs = choose_by_expert(values(gates), groups, router.k, selection.capacity_factor)
-    return pair_weights(
-        router.weight, {(t, e): gates[t][e] for t, e in pairs}, groups, along_tokens
-    )
+    else:
+        pairs = choose_by_expert(values(probs), groups, router.k, selection.capacity_factor)
+    return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, groups, False)
 
 
 def values(grid: Grid) -> list[list[float]]:
@@ -424,7 +382,7 @@ def naive_route(
     if isinstance(router, MultiCentroid) and router.separation_coef:
         aux = aux + router.separation_coef * naive_separation(router.centroid)
     if isinstance(router, ExpertChoice | MultiCentroid) and router.selection is not None:
-        return naive_selection(router, router.selection, logits, probs, groups), aux
+        return naive_selection(router, router.selection, probs, groups), aux
 
     balance = router.balance if isinstance(router, TokenChoice) else None
     bias = [0.0] * len(experts)

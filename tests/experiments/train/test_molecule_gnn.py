@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -128,8 +129,8 @@ def options_of(conv: str, **options: Any) -> dict[str, Any]:
 def test_molecules_do_not_meet(conv: str) -> None:
     torch.manual_seed(2)
     options = options_of(conv, start="plain", shared_router=conv in ("gcn", "gat"))
-    options["router_kwargs"] = {"init_scale": 5.0}  # so that molecules differ in their experts
-    model = MoleculeGNN(8, 3, 2, **options).eval()
+    with patch("gmoe.routers.base.INIT_SCALE", 5.0):  # so that molecules differ in their experts
+        model = MoleculeGNN(8, 3, 2, **options).eval()
     x, edge_index, attr, batch, graphs = molecule_batch()
     logits, routings = model(x, edge_index, attr, batch, graphs, return_routing=True)
     for routing in routings:

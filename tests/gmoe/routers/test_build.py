@@ -80,13 +80,12 @@ FOUR = TokenChoice(6, num_experts=4)
         ("k: got 3 beside a router instance of k=1", FOUR, {"k": 3}),
         *(
             (
-                f"{name}: got {value!r}, expected .* beside choice='tokens'",
+                f"{name}: got {value!r}, expected the default beside choice='tokens'",
                 "multi_centroid",
                 {"kwargs": {name: value}},
             )
             for name, value in (
                 ("capacity_factor", 0.5),
-                ("normalize", "tokens"),
                 ("inference", "threshold"),
             )
         ),
