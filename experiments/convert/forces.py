@@ -16,13 +16,10 @@ It needs RDKit and tblite (pip install rdkit tblite, the extra ``forces``).
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +33,7 @@ from tqdm import tqdm
 from experiments.train.checks import check
 from experiments.train.command_line import program
 from experiments.train.data.forces import ELEMENTS, PARTS, Part
-from experiments.train.files import naming, replacing
+from experiments.train.files import read_csv, replacing
 
 FEWEST_ATOMS = 3
 TRAINED_ATOMS = 16
@@ -91,19 +88,18 @@ def forces(
     """Write configurations of the molecules of tables, with GFN2-xTB energies and forces.
 
     Neutral closed-shell molecules of 3 to 20 atoms are taken, of H, C, N, O, F, P, S, Cl and Br;
-    the file names all others that were met, with the reason. A command that was cut off goes on
-    from OUT.part.
+    the file names all others that were met, with the reason.
 
     Args:
-        tables: .csv or .csv.gz with a column ``smiles``, or text with a SMILES in each line.
+        tables: .csv or .csv.gz with a column ``smiles``.
         out: the file, a numpy archive.
         molecules: of each table at most; which ones, follows from a digest of their SMILES.
         each: configurations of a molecule.
         seed: of conformers and moves.
 
     Raises:
-        ValueError: a table without SMILES or that cannot be read; numbers below 1; a part file of
-            other options; no molecule for a part.
+        ValueError: a table without SMILES or that cannot be read; numbers below 1; no molecule
+            that can be taken.
         ModuleNotFoundError: RDKit or tblite is missing.
     """
     import rdkit  # noqa: F401  # before anything is written
@@ -118,12 +114,10 @@ def forces(
         "seed": seed,
         "versions": {name: version(name) for name in ("rdkit", "tblite")},
     }
-    with Journal(out.with_name(f"{out.name}.part"), options) as journal:
-        kept = dict[str, Record]()
-        for table in tables:
-            kept |= of_table(table, molecules, each, seed, journal, kept)
-        written = write(out, kept, options)
-    journal.path.unlink()
+    kept = dict[str, Record]()
+    for table in tables:
+        kept |= of_table(table, molecules, each, seed, kept)
+    written = write(out, kept, options)
     print(written.report())
     return written
 
@@ -133,7 +127,6 @@ def of_table(
     molecules: int,
     each: int,
     seed: int,
-    journal: Journal,
     kept: Mapping[str, Record],
 ) -> dict[str, Record]:
     """The records of a table's molecules, which no table before has."""
@@ -146,9 +139,7 @@ def of_table(
                 break
             if smiles in kept or smiles in records:
                 continue
-            if smiles not in journal.records:
-                journal.add(labeled(smiles, each, seed))
-            records[smiles] = journal.records[smiles]
+            records[smiles] = labeled(smiles, each, seed)
             if "reason" not in records[smiles]:
                 taken += 1
                 progress.update()
@@ -159,29 +150,15 @@ def canonical(table: Path) -> list[str]:
     """RDKit's SMILES of a table, ordered by digest, so that any number of them is a fair draw."""
     from rdkit import Chem, rdBase
 
+    rows = read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    columns = [name for name in rows if name.strip().lower() == "smiles"]
+    got = ", ".join(rows.columns[:9])
+    check(columns, f"{table}: the header", got, "a column named smiles")
+    texts = filter(None, rows[columns[0]].str.strip())
     with rdBase.BlockLogs():
-        texts = read_smiles(table)
         found = [(text, Chem.MolFromSmiles(text)) for text in texts]
     names = {text if one is None else Chem.MolToSmiles(one) for text, one in found}
     return sorted(names, key=digest)
-
-
-def read_smiles(table: Path) -> Iterator[str]:
-    """The SMILES of a .csv by its header, or of a text line by line."""
-    with naming(table):
-        opened: Any = gzip.open if table.suffix == ".gz" else open
-        with opened(table, "rt", newline="", encoding="utf-8-sig") as file:
-            if table.name.removesuffix(".gz").endswith(".csv"):
-                lines = csv.DictReader(file)
-                names = [
-                    name for name in lines.fieldnames or () if name.strip().lower() == "smiles"
-                ]
-                got = ", ".join((lines.fieldnames or ["nothing"])[:9])
-                check(len(names) == 1, "the header", got, "a column named smiles")
-                texts = (line[names[0]] or "" for line in lines)
-            else:
-                texts = (next(iter(line.split()), "") for line in file)
-            yield from filter(None, map(str.strip, texts))
 
 
 def digest(smiles: str) -> int:
@@ -271,47 +248,6 @@ def singlepoint(z: Any, pos: Any) -> tuple[float, Any]:
 
 
 # Files --------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """What was computed so far: a line a molecule, after one with the options.
-
-    Args:
-        path: the file; a last line that was cut off is dropped.
-        options: what all lines follow from.
-
-    Raises:
-        ValueError: a file of other options.
-    """
-
-    def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
-        self.path = path
-        self.records = dict[str, Record]()
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        if whole:
-            head, *lines = whole.split(b"\n")
-            with naming(path):
-                there = json.loads(head)
-                self.records = {record["smiles"]: record for record in map(json.loads, lines)}
-            legal = f"{options}; delete it, or choose another --out"
-            check(there == options, str(path), there, legal)
-            os.truncate(path, len(whole) + 1)
-            self.file = path.open("ab")
-        else:
-            self.file = path.open("wb")
-            self.file.write(json.dumps(options).encode() + b"\n")
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def add(self, record: Record) -> None:
-        """Write a molecule."""
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
-        self.records[record["smiles"]] = record
 
 
 def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> Written:

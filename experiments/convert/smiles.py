@@ -9,24 +9,24 @@ is by Bemis-Murcko scaffold. RDKit reads the molecules (pip install rdkit, the e
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 import tyro
 from tqdm import tqdm
 
-from experiments.convert.building import building
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.data.published import published, without_update_check
-from experiments.train.files import naming
+from experiments.train.files import naming, read_csv, writing
 
 FILES = {
     "ogbg-molhiv": ("hiv",),
@@ -57,47 +57,35 @@ OTHERS = ("smiles", "mol_id", "index", "")
 
 PARTS = {"train": 0.8, "valid": 0.9, "test": 1.0}
 """The parts of the split, and the share of molecules up to their end."""
-TABLES = ("edge", "edge-feat", "node-feat", "num-node-list", "num-edge-list", "graph-label")
-"""OGB's raw files, without ``.csv.gz``."""
+MAPPING = "mapping/mol"
+"""OGB's table of the SMILES, which alone has a header."""
 
 
-@dataclass
-class Figures:
-    """What was written: sums over the molecules, and who went where."""
+@dataclass(frozen=True)
+class MoleculeSet:
+    """What is written: tables by their path in the folder, and who goes where."""
 
     name: str
-    atoms: int = 0
-    bonds: int = 0
-    labels: list[list[float]] = field(default_factory=list)
-    unsanitized: list[tuple[int, str]] = field(default_factory=list)
+    tables: dict[str, Any]
+    split: dict[str, list[int]]
+    unsanitized: list[tuple[int, str]]
     """Row and SMILES of the molecules whose valences RDKit refuses."""
-    split: dict[str, list[int]] = field(default_factory=dict)
 
     def report(self) -> str:
-        """The figures in lines."""
-        count = len(self.labels)
-        task = published(self.name)
-        lines = [
-            f"{self.name}: {count:,} molecules, {self.atoms / count:.1f} atoms and "
-            f"{self.bonds / count:.1f} bonds on average"
-        ]
-        for part, rows in self.split.items():
-            line = f"  {part}: {len(rows):,} molecules"
-            if task["task type"] == "binary classification":
-                ones = sum(value == 1 for row in rows for value in self.labels[row])
-                line += f", {ones:,} labels of 1"
-            lines.append(line)
+        """How many molecules there are, and which of them RDKit does not sanitize."""
+        parts = ", ".join(f"{part} {len(rows):,}" for part, rows in self.split.items())
+        count = sum(map(len, self.split.values()))
+        lines = [f"{self.name}: {count:,} molecules ({parts})"]
         if self.unsanitized:
             lines.append(f"  {len(self.unsanitized)} that RDKit does not sanitize, by row from 0:")
-        lines += [f"    {row}: {smiles}" for row, smiles in self.unsanitized]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"    {row}: {smiles}" for row, smiles in self.unsanitized)])
 
 
 def molecules(
     table: Annotated[Path, tyro.conf.Positional],
     out: Path = Path("data"),
     name: str | None = None,
-) -> Figures:
+) -> MoleculeSet:
     """Write a table of SMILES as OGB's folder of a molecule set.
 
     A molecule whose valences RDKit refuses is parsed without that check, counted and named; in the
@@ -114,10 +102,22 @@ def molecules(
     """
     name = name_of(table) if name is None else name
     check_choice("name", name, FILES)
-    with building(out / name.replace("-", "_"), "out") as folder:
-        figures = write_molecules(table, name, folder)
-    print(figures.report())
-    return figures
+    folder = out / name.replace("-", "_")
+    legal = "another folder, or delete it"
+    check(not folder.exists(), "out", f"{folder}, which is there already", legal)
+    made = molecule_set(table, name)
+    out.mkdir(parents=True, exist_ok=True)
+    with writing(folder), TemporaryDirectory(dir=out) as scratch:
+        whole = Path(scratch, "whole")
+        for path, rows in made.tables.items():
+            file = whole / f"{path}.csv.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(rows).to_csv(file, header=path == MAPPING, index=False, na_rep="nan")
+        release = f"Made from {table.name} by experiments.convert, RDKit {version('rdkit')}\n"
+        (whole / f"RELEASE_v{published(name)['version']}.txt").write_text(release)
+        whole.rename(folder)
+    print(made.report())
+    return made
 
 
 def name_of(table: Path) -> str:
@@ -129,86 +129,69 @@ def name_of(table: Path) -> str:
     return known[stem]
 
 
-def write_molecules(table: Path, name: str, folder: Path) -> Figures:
-    """Write the files of a set, molecule by molecule, then the split."""
-    from rdkit import Chem, rdBase
+def is_binary(name: str) -> bool:
+    """Whether the labels of a set are 0 and 1."""
+    return bool(published(name)["task type"] == "binary classification")
 
-    figures = Figures(name)
+
+def molecule_set(table: Path, name: str) -> MoleculeSet:
+    """The tables of a set, molecule by molecule, then the split."""
+    from rdkit import rdBase
+
+    given, labels = read_table(table, name)
+    raw: dict[str, list[Any]] = {file: [] for file in ("edge", "edge-feat", "node-feat")}
+    counts: dict[str, list[int]] = {"num-node-list": [], "num-edge-list": []}
     scaffolds = defaultdict[str, list[int]](list)
-    said = published(name)
-    is_binary = said["task type"] == "binary classification"
-    with ExitStack() as stack:
-        stack.enter_context(rdBase.BlockLogs())  # what it does not sanitize is named at the end
-        header, rows = read_table(table, name, stack)
-        tables = {file: _csv(folder / "raw" / f"{file}.csv.gz", stack) for file in TABLES}
-        mapping = _csv(folder / "mapping" / "mol.csv.gz", stack)
-        mapping.writerow([*header, "smiles", "mol_id"])
-        for row, (smiles, texts) in enumerate(tqdm(rows, desc=name, unit=" mol", disable=None)):
-            with naming(table):
-                molecule, is_sane = parsed(smiles, row)
-                labels = [_label(text, row, is_binary) for text in texts]
+    unsanitized = []
+    with naming(table), rdBase.BlockLogs():  # what it does not sanitize is named at the end
+        for row, smiles in enumerate(tqdm(given["smiles"], desc=name, unit=" mol", disable=None)):
+            molecule, is_sane = parsed(smiles, row)
             edges, edge_features, node_features = features_of(molecule)
-            tables["edge"].writerows(edges)
-            tables["edge-feat"].writerows(edge_features)
-            tables["node-feat"].writerows(node_features)
-            tables["num-node-list"].writerow([len(node_features)])
-            tables["num-edge-list"].writerow([len(edges)])
-            tables["graph-label"].writerow(
-                [f"{label:g}" if is_binary else label for label in labels]
-            )
-            mapping.writerow([*texts, smiles, row])
+            raw["edge"] += edges
+            raw["edge-feat"] += edge_features
+            raw["node-feat"] += node_features
+            counts["num-node-list"].append(len(node_features))
+            counts["num-edge-list"].append(len(edges))
             if not is_sane:
-                figures.unsanitized.append((row, smiles))
+                unsanitized.append((row, smiles))
             scaffolds[scaffold_of(molecule)].append(row)
-            figures.atoms += len(node_features)
-            figures.bonds += len(edges)
-            figures.labels.append(labels)
-        check(figures.labels, str(table), "no molecules", "one a line")
-    figures.split = scaffold_split(scaffolds.values(), len(figures.labels))
-    got = f"{len(figures.labels)} molecules of {len(scaffolds)} scaffolds"
-    check(all(figures.split.values()), str(table), got, "more: a part of the split is empty")
-    with ExitStack() as stack:
-        for part, members in figures.split.items():
-            path = folder / "split" / said["split"] / f"{part}.csv.gz"
-            _csv(path, stack).writerows([member] for member in sorted(members))  # as OGB's are
-    release = f"Made from {table.name} by experiments.convert, RDKit {Chem.rdBase.rdkitVersion}\n"
-    (folder / f"RELEASE_v{said['version']}.txt").write_text(release)
-    return figures
+    split = scaffold_split(scaffolds.values(), len(given))
+    got = f"{len(given)} molecules of {len(scaffolds)} scaffolds"
+    check(all(split.values()), str(table), got, "more: a part of the split is empty")
+    tables: dict[str, Any] = {f"raw/{file}": rows for file, rows in (raw | counts).items()}
+    tables["raw/graph-label"] = labels
+    tables[MAPPING] = given.assign(mol_id=range(len(given)))
+    folder = f"split/{published(name)['split']}"
+    tables |= {f"{folder}/{part}": sorted(rows) for part, rows in split.items()}  # as OGB's are
+    return MoleculeSet(name, tables, split, unsanitized)
 
 
-def read_table(
-    table: Path, name: str, stack: ExitStack
-) -> tuple[list[str], Iterator[tuple[str, list[str]]]]:
-    """The names of the labels; and by row the SMILES, and the text of each label."""
+def read_table(table: Path, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The texts of the labels and SMILES; and the labels, NaN where there is none."""
+    how: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    rows = read_csv(table, header=None, **how)
     with naming(table):
-        opened: Any = gzip.open if table.suffix == ".gz" else open
-        lines = csv.reader(
-            stack.enter_context(opened(table, "rt", newline="", encoding="utf-8-sig"))
-        )
-        header = [column.strip() for column in next(lines, [])]
-        lower = [column.lower() for column in header]
-        check("smiles" in lower, "the header", ", ".join(header[:9]), "a column named smiles")
-        for column in ("smiles", *LABELS.get(name, ())):
-            count = (lower if column == "smiles" else header).count(column)
-            check(count < 2, "the header", f"{column} {count} times", "each column once")
-        labels = LABELS.get(name, [column for column in header if column.lower() not in OTHERS])
-        missing = [label for label in labels if label not in header]
-        check(not missing, "the header", ", ".join(header[:9]), f"{', '.join(missing)}, of {name}")
+        header = [column.strip() for column in rows.iloc[0]]
+        rows.columns = pd.Index(["smiles" if one.lower() == "smiles" else one for one in header])
+        got = ", ".join(header[:9])
+        check("smiles" in rows, "the header", got, "a column named smiles")
+        names = LABELS.get(name, [one for one in rows if one.lower() not in OTHERS])
+        missing = [label for label in names if label not in rows]
+        check(not missing, "the header", got, f"{', '.join(missing)}, of {name}")
         tasks = int(published(name)["num tasks"])
-        check(
-            len(labels) == tasks, "the header", f"{len(labels)} labels", f"{tasks}, as {name} has"
-        )
-    places = [header.index(label) for label in labels]
-    return list(labels), _rows(table, lines, len(header), lower.index("smiles"), places)
-
-
-def _rows(
-    table: Path, lines: Iterator[list[str]], columns: int, smiles: int, labels: Sequence[int]
-) -> Iterator[tuple[str, list[str]]]:
-    with naming(table):
-        for row, line in enumerate(lines):
-            check(len(line) == columns, f"row {row}", f"{len(line)} fields", f"{columns}, as above")
-            yield line[smiles].strip(), [line[label].strip() for label in labels]
+        check(len(names) == tasks, "the header", f"{len(names)} labels", f"{tasks}, as {name} has")
+        given = rows[1:].reset_index(drop=True)[[*names, "smiles"]]
+        legal = "each column once, and as many fields in each row"
+        is_whole = given.columns.is_unique and given.notna().all(axis=None)
+        check(is_whole, "the table", "a column twice, or a row that ends early", legal)
+        given = given.apply(lambda column: column.str.strip())
+        texts = given[[*names]]
+        labels = texts.apply(pd.to_numeric, errors="coerce")
+        is_legal = labels.isin([0, 1]) if is_binary(name) else labels.abs() < math.inf
+        legal = "0, 1 or nothing" if is_binary(name) else "a number or nothing"
+        for row, column in np.argwhere(~is_legal & (texts != ""))[:1]:
+            check(False, f"row {row}", f"the label {texts.iloc[row, column]!r}", legal)
+    return given, labels
 
 
 def parsed(smiles: str, row: int) -> tuple[Any, bool]:
@@ -274,25 +257,6 @@ def scaffold_split(groups: Iterable[list[int]], count: int) -> dict[str, list[in
         else:
             test += group
     return split
-
-
-def _label(text: str, row: int, is_binary: bool) -> float:
-    """A label, NaN for an empty text."""
-    try:
-        value = float(text) if text else math.nan
-    except ValueError:
-        value = math.inf
-    legal = "0, 1 or nothing" if is_binary else "a number or nothing"
-    is_class = math.isnan(value) or value in (0, 1)
-    is_label = not math.isinf(value) and (is_class or not is_binary)
-    check(is_label, f"row {row}", f"the label {text!r}", legal)
-    return value
-
-
-def _csv(path: Path, stack: ExitStack) -> Any:
-    """A writer of a compressed table, closed with the stack."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return csv.writer(stack.enter_context(gzip.open(path, "wt", newline="")), lineterminator="\n")
 
 
 main = program("convert molecules", molecules, __doc__, extra="molecules")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.convert.building import building
 from experiments.show.report_page import Page
 from experiments.study.advise import keep_routing
 from experiments.study.pages import update
@@ -62,13 +59,3 @@ def test_a_run_on_a_full_disk_says_how_it_goes_on(tmp_path: Path, capsys: Any) -
         said = refused(command, capsys)
     assert "state.ckpt: cannot be written (" in said
     assert "; continue with: python -m experiments.train digits-graph" in said
-
-
-def test_a_folder_on_a_full_disk_is_named(tmp_path: Path) -> None:
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with (
-        pytest.raises(OSError, match=rf"^{tmp_path / 'to.new'}: cannot be written \(.*No space"),
-        building(tmp_path / "to"),
-    ):
-        raise full
-    assert list(tmp_path.iterdir()) == []

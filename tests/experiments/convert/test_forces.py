@@ -1,8 +1,7 @@
-"""From SMILES to configurations: labels by xTB, a split by molecule, and a run that was cut off."""
+"""From SMILES to configurations: labels by xTB, and a split by molecule."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 pytest.importorskip("rdkit")
 
 from experiments.convert import forces as module
-from experiments.convert.forces import Journal, canonical, forces, main, part_of, singlepoint
+from experiments.convert.forces import canonical, forces, main, part_of, singlepoint
 from experiments.train.data.forces import PARTS
 from tests.helpers.command import refused
 
@@ -94,8 +93,8 @@ def test_refused_molecules_are_named_with_the_reason(
 def test_a_molecule_is_in_one_part_whatever_table_names_it(
     table: Path, tmp_path: Path, springs: list[int]
 ) -> None:
-    again = tmp_path / "again.txt"
-    again.write_text("\n".join([LARGE, MIXED, *reversed(NAMES[4:])]))
+    again = tmp_path / "again.csv"
+    again.write_text("\n".join(["smiles", LARGE, MIXED, *reversed(NAMES[4:])]))
     found = []
     for number, tables in enumerate(((table,), (again, table))):
         out = tmp_path / f"{number}.npz"
@@ -114,51 +113,9 @@ def test_a_molecule_is_in_one_part_whatever_table_names_it(
     assert {part_of(smiles, [1, 6]) for smiles in NAMES} == {"train", "val", "test"}
 
 
-def test_a_command_that_was_cut_off_goes_on_where_it_was(
-    table: Path, tmp_path: Path, springs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = tmp_path / "whole.npz"
-    forces((table,), whole, each=2)
-    calls = len(springs)
-    out = tmp_path / "cut.npz"
-    labeled = module.labeled
-    done = list[str]()
-
-    def cut(smiles: str, each: int, seed: int) -> Any:
-        if len(done) == 7:
-            raise KeyboardInterrupt
-        done.append(smiles)
-        return labeled(smiles, each, seed)
-
-    springs.clear()
-    monkeypatch.setattr(module, "labeled", cut)
-    with pytest.raises(KeyboardInterrupt):
-        forces((table,), out, each=2)
-    assert not out.exists()
-    part = tmp_path / "cut.npz.part"
-    part.write_bytes(part.read_bytes() + b'{"smiles": "half of a li')
-    monkeypatch.setattr(module, "labeled", labeled)
-    forces((table,), out, each=2)
-    assert len(springs) == calls  # none twice
-    assert not part.exists()
-    one, other = np.load(whole), np.load(out)
-    assert one.files == other.files
-    for name in one.files:
-        np.testing.assert_array_equal(one[name], other[name])
-
-
-def test_a_part_file_of_other_options_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.part"
-    with Journal(path, {"each": 1}) as journal:
-        journal.add({"smiles": "C", "reason": "none"})
-    assert json.loads(path.read_text().splitlines()[1])["smiles"] == "C"
-    with pytest.raises(ValueError, match=r"expected \{'each': 2\}"):
-        Journal(path, {"each": 2})
-
-
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("a,b\n1,2\n", "the header: got a, b"), ("", "the header: got nothing")],
+    [("a,b\n1,2\n", "the header: got a, b"), ("", "cannot be read")],
 )
 def test_a_table_without_smiles_is_refused(text: str, what: str, tmp_path: Path) -> None:
     path = tmp_path / "table.csv"

@@ -163,7 +163,7 @@ def test_a_table_that_does_not_fit_is_named(
 def test_a_column_that_is_there_twice_is_named(tmp_path: Path, header: str) -> None:
     table = tmp_path / "hiv.csv"
     table.write_text("\n".join([header, *["C,1,0"] * 10]))
-    with pytest.raises(ValueError, match=r"the header: got (smiles|HIV_active) 2 times, expected"):
+    with pytest.raises(ValueError, match="the table: got a column twice, or"):
         molecules(table, tmp_path / "data")
 
 

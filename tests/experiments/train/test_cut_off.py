@@ -1,9 +1,8 @@
-"""Runs and conversions that are cut off at a moment that is hard to hit, and go on."""
+"""Runs that are cut off at a moment that is hard to hit, and go on."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from experiments.convert.building import SCRATCH, building
 from experiments.train.build import build_model
 from experiments.train.command import parse
 from experiments.train.loop import run
@@ -75,34 +73,3 @@ def test_a_summary_of_fewer_seeds_is_not_that_of_more(tmp_path: Path) -> None:
     found, results = so_far(two)
     assert found is None
     assert list(results) == [0]
-
-
-@pytest.fixture
-def deletes_in_vain(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Folders list their scratch first, and the first file that is to go stops the process."""
-    listed, rmtree = Path.iterdir, shutil.rmtree
-
-    def without_the_whole(path: Path, **options: Any) -> None:
-        if path.name == "to.new":
-            raise KeyboardInterrupt
-        rmtree(path, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path), reverse=True)))
-        patch.setattr(Path, "unlink", stopped_at("to.new", 1, Path.unlink))
-        patch.setattr(shutil, "rmtree", without_the_whole)
-        yield patch
-
-
-def test_a_folder_that_was_being_emptied_is_still_the_converters(
-    tmp_path: Path, deletes_in_vain: pytest.MonkeyPatch
-) -> None:
-    left = tmp_path / "to.new"
-    (left / SCRATCH).mkdir(parents=True)
-    (left / "edges.npy").touch()
-    with pytest.raises(KeyboardInterrupt), building(tmp_path / "to"):
-        pytest.fail("it was not emptied")
-    deletes_in_vain.undo()
-    with building(tmp_path / "to") as folder:
-        (folder / "x.npy").touch()
-    assert [path.name for path in (tmp_path / "to").iterdir()] == ["x.npy"]
