@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from experiments.train.checks import check, check_first
-from experiments.train.command_line import fail, with_short_help
+from experiments.train.command_line import fail
 from experiments.train.config import (
     ERRORS,
     OF_MODEL,
@@ -44,37 +44,11 @@ if TYPE_CHECKING:
     from experiments.train.results import Summary
 
 PROG = "python -m experiments.train"
-COMMON = (
-    "help",
-    "data",
-    "data-root",
-    "router",
-    "experts",
-    "k",
-    "start",
-    "shared-router",
-    "hidden",
-    "layers",
-    "conv",
-    "patch",
-    "dropout",
-    "equal",
-    "epochs",
-    "batch-size",
-    "lr",
-    "weight-decay",
-    "augment",
-    "seeds",
-    "out",
-    "resume",
-    "device",
-    "jobs",
-)
-"""The options that ``--help`` shows of a preset."""
-MORE = """--compare trains the dense model of the same seeds too, and prints the paired difference.
---help-all shows all options: of data, model, routers, recipe, devices and logs."""
-FILES = """--config FILE begins with the options of a JSON file, such as the config.json of a run.
-Code that the file names is imported with --trust only; options of the command line are trusted.
+FILES = """
+
+--config FILE begins with the options of a JSON file, such as the config.json of a run.
+Code that the file names is imported with --trust only; options of the command line are trusted."""
+COMPARE = """
 
 --compare trains the dense model of the same seeds too, in the folder RUN-dense, and prints the
 paired difference on the test set with its 95 % interval."""
@@ -87,10 +61,9 @@ def parse(args: Sequence[str]) -> RunConfig:
     check(file is not None or not trusted, "trust", True, "it with --config FILE only")
     preset = args.pop(0) if args and args[0] in PRESETS else None
     if file is None and preset is None:
-        args = ["--help" if arg == "--help-all" else arg for arg in args]
         if args and {"-h", "--help"}.isdisjoint(args):
             check_first("preset", args, PRESETS)
-        about = __doc__.partition("\n\n    ")[0] + "\n\n" + FILES
+        about = __doc__.partition("\n\n    ")[0] + FILES + COMPARE
         return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=about)
     base = None if preset is None else PRESETS[preset][1]
     if file is not None:
@@ -99,15 +72,12 @@ def parse(args: Sequence[str]) -> RunConfig:
     if _take(args, "--routing")[0] is not None:
         base = replace(base, router="oracle")
     about = f"The preset {preset}: {PRESETS[preset][0]}" if preset else f"The options of {file}."
+    about += COMPARE
     about += OWN_GRAPH if base.dataset == "graph" else ""
     # what was given before the options, so that an error leads to the help that explains them
     prog = PROG if preset is None else f"{PROG} {preset}"
     prog += "" if file is None else f" --config {shlex.quote(file)}"
-    shows_all, args = _take(args, "--help-all", action="store_true")
-    args += ["--help"] * shows_all
-    read = partial(tyro.cli, type(base), args=args, prog=prog, description=about, default=base)
-    asks = not shows_all and not {"-h", "--help"}.isdisjoint(args)
-    config = with_short_help(read, COMMON, MORE) if asks else read()
+    config = tyro.cli(type(base), args=args, prog=prog, description=about, default=base)
     named = {arg.partition("=")[0].replace("_", "-") for arg in args}
     if file is not None and not trusted:
         # Not values, of which one may be called as an option is

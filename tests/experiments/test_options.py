@@ -6,10 +6,8 @@ What is unknown is named, and neither help nor errors wait for torch.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from experiments import advise, patches, report, sweep
 from experiments.benchmark import __main__ as benchmark
 from experiments.convert import __main__ as convert
 from experiments.train import command as train
-from experiments.train.command import COMMON
-from experiments.train.presets import PRESETS
 from tests.helpers import own_parts
 from tests.helpers.command import QUICK, refused
 
@@ -225,45 +221,13 @@ def test_an_error_leads_to_the_help_that_has_the_options(
     assert f"python -m experiments.{prefix} --help" in refused(args, capsys, MAINS[name])
 
 
-def printed(args: str, capsys: Any) -> list[str]:
-    """The options in a help text."""
-    with pytest.raises(SystemExit) as stop:
-        MAINS["train"](args.split())
-    assert stop.value.code == 0
-    return re.findall(r"^. (?:-h, )?--(\w[\w-]*)", capsys.readouterr().out, re.MULTILINE)
-
-
-@pytest.mark.parametrize("preset", ["cora", "digits", "ogbn-mag"])
-def test_help_shows_what_people_use_and_the_rest_where_it_is_asked_for(
-    preset: str, capsys: Any
-) -> None:
-    config = PRESETS[preset][1]
-    parts = [config, config.options, getattr(config, "recipe", None)]
-    names = [option.name for part in parts if part is not None for option in fields(part)]
-    known = [name.replace("_", "-") for name in names if name not in ("options", "recipe")]
-    few, every = (printed(f"{preset} {flag}", capsys) for flag in ("--help", "--help-all"))
-    assert few == [option for option in every if option in COMMON]
-    assert 18 <= len(few) <= 24
-    assert sorted(every) == sorted(["help", *known])
-
-
-def test_the_short_help_says_how_to_see_the_rest(capsys: Any) -> None:
-    assert printed("cora -h", capsys) == printed("cora --help", capsys)
-    with pytest.raises(SystemExit):
-        MAINS["train"](["cora", "--k", "2", "--help"])
-    text = capsys.readouterr().out
-    assert "--help-all shows all options" in text
-    assert "experts per token, k. (default: 1)" in text.lower()
-    assert "options of the router" not in text.lower()  # a box without options
-
-
 def test_the_preset_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(["--seeds", "0", "digits"], capsys)
     assert "preset: got '--seeds', expected the preset first, then its options" in error
 
 
 AT_ONCE = [f"{name} --help" for name in MAINS]
-AT_ONCE += ["train cora --help", "train cora --help-all", "train cora --k 0"]
+AT_ONCE += ["train cora --help", "train cora --k 0"]
 AT_ONCE += ["report nowhere other", "patches nowhere --images x.png"]
 
 
