@@ -77,7 +77,7 @@ def parse(args: Sequence[str]) -> RunConfig:
     # what was given before the options, so that an error leads to the help that explains them
     prog = PROG if preset is None else f"{PROG} {preset}"
     prog += "" if file is None else f" --config {shlex.quote(file)}"
-    config = tyro.cli(type(base), args=args, prog=prog, description=about, default=base)
+    config: Any = tyro.cli(type(base), args=args, prog=prog, description=about, default=base)
     named = {arg.partition("=")[0].replace("_", "-") for arg in args}
     if file is not None and not trusted:
         # Not values, of which one may be called as an option is
