@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,6 @@ class SweepConfig:
     """Folder of the run folders; by default runs/STUDY."""
     results: Path = Path("results")
     """Folder of the result files: STUDY/COLUMN/ROW.json."""
-    jobs: int = 1
-    """Seeds of cells that are trained at once, each in a process.
-    They share torch's threads."""
     budget: float | None = None
     """Core-hours for the cells that have no file, by the prices that --price measured.
     What does not fit into the rest of it, or has no price, is left out; prices are printed."""
@@ -65,7 +61,6 @@ def run_cells(
     Raises:
         ValueError: a file that holds a cell of another configuration.
     """
-    from experiments.train.jobs import train_apart
     from experiments.train.loop import run
     from experiments.train.progress import Progress
     from experiments.train.results import write_json
@@ -76,32 +71,26 @@ def run_cells(
     todo = list[tuple[str, RunConfig]]()
     failed = dict[str, str]()
     for cell, given in cells.items():
-        own = replace(
-            given, out=runs / cell, resume=True, progress=config.progress, jobs=config.jobs
-        )
+        own = replace(given, out=runs / cell, resume=True, progress=config.progress)
         if cell not in held:
             todo.append((cell, own))
         elif why := refusal(cell, own, held[cell], folder):
             raise ValueError(why)
     epochs = sum(len(own.seeds) * own.epochs for _, own in todo)
-    progress = Progress(epochs, config.progress and config.jobs == 1)
-    with closing(train_apart([own for _, own in todo])) as ready:
-        for place, why in ready:
-            cell, own = todo[place]
-            try:
-                if why:
-                    raise ValueError(why)
-                label = {"label": labels[cell.partition("/")[2]]}
-                write_json(folder / f"{cell}.json", {**run(own, progress), **label})
-                finished(cell)
-            except Exception as error:  # of this cell; the others go on
-                is_told = isinstance(error, ValueError | OSError)
-                code = code_of(own)
-                if not is_told and not code:
-                    raise
-                failed[cell] = str(error) if is_told else raised(error, *code)
-                progress.skip(len(own.seeds) * own.epochs)
-                progress.finish(len(own.seeds) * own.epochs)
+    progress = Progress(epochs, config.progress)
+    for cell, own in todo:
+        try:
+            label = {"label": labels[cell.partition("/")[2]]}
+            write_json(folder / f"{cell}.json", {**run(own, progress), **label})
+            finished(cell)
+        except Exception as error:  # of this cell; the others go on
+            is_told = isinstance(error, ValueError | OSError)
+            code = code_of(own)
+            if not is_told and not code:
+                raise
+            failed[cell] = str(error) if is_told else raised(error, *code)
+            progress.skip(len(own.seeds) * own.epochs)
+            progress.finish(len(own.seeds) * own.epochs)
     return failed
 
 

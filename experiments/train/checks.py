@@ -35,7 +35,6 @@ FROM_1 = (
     "image_size",
     "devices",
     "nodes",
-    "jobs",
     "grad_accum_steps",
 )
 LEAST = dict.fromkeys(FROM_0, 0) | dict.fromkeys(FROM_1, 1)

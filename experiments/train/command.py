@@ -16,7 +16,7 @@ import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from contextlib import closing, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -229,18 +229,11 @@ def main(args: Sequence[str] | None = None) -> None:
         runs = [config, dense_beside(config)] if compares else [config]
         for one in runs:
             so_far(one)  # refuses the folder of another run, before anything is trained
-        why, status = "", 1
-        if config.jobs > 1:
-            from experiments.train.jobs import train_apart
-
-            with closing(train_apart(runs)) as ready:
-                why = "; ".join(failed for _, failed in ready if failed)
-        if not why:
-            with redirect_stdout(None) if rank else nullcontext():
-                summaries = [run(one) for one in runs]
-            if not rank:
-                show(config, summaries[0], summaries[1] if compares else None)
-            return
+        with redirect_stdout(None) if rank else nullcontext():
+            summaries = [run(one) for one in runs]
+        if not rank:
+            show(config, summaries[0], summaries[1] if compares else None)
+        return
     except (ValueError, OSError) as error:
         # Of a full disk, what was trained is there all the same
         begun = config is not None and (config.folder() / "config.json").exists()

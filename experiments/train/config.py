@@ -140,9 +140,6 @@ class RunConfig:
     As many as `torchrun --nproc-per-node N` starts."""
     nodes: int = 1
     """Data parallel: machines, each with as many devices."""
-    jobs: int = 1
-    """Seeds trained at once, each in a process of its own.
-    They share torch's threads."""
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     """Fabric's precision."""
     offline: bool = False
@@ -168,8 +165,6 @@ class RunConfig:
 
     def _check_processes(self) -> None:
         """Refuse what several processes cannot share."""
-        jobs = f"{self.jobs} with {self.world} processes a seed (devices x nodes)"
-        check(self.jobs == 1, "jobs", jobs, 1)
         legal = f"a multiple of devices x nodes = {self.world}"
         legal += ": it is that of all processes together"
         check(self.batch_size % self.world == 0, "batch_size", self.batch_size, legal)
@@ -275,8 +270,7 @@ class NodeConfig(RunConfig):
             not self.trains_whole(),
             "devices",
             f"{self.devices} x {self.nodes} nodes for {self.dataset} with full batches",
-            "one: a whole graph is one batch, which cannot be split; sample it, "
-            "or train seeds side by side by --jobs N",
+            "one: a whole graph is one batch, which cannot be split; sample it",
         )
         super()._check_processes()
 
@@ -526,7 +520,6 @@ WHERE = frozenset(
         "offline",
         "logger",
         "progress",
-        "jobs",
     }
 )
 """Options that no number depends on; but for ``workers``, where these draw neighborhoods."""

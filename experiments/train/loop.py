@@ -139,10 +139,7 @@ def of_images(task: Task, reached: Reached) -> dict[str, float]:
 
 
 def locked(fabric: Fabric, folder: Path) -> AbstractContextManager[Any]:
-    """Refuse a seed that another process trains.
-
-    Several seeds of a run may be trained side by side.
-    """
+    """Refuse a seed that another process trains."""
     folder.mkdir(parents=True, exist_ok=True)
     if not fabric.is_global_zero:
         return nullcontext()

@@ -176,8 +176,7 @@ def neighborhoods(
         num_workers=config.workers,
         is_sorted=True,
     )
-    # Workers are seeded here. A generator of the loader's own would do the same, but torch cannot
-    # send one to workers of a process that was not forked, such as those of ``jobs``.
+    # Workers are seeded here.
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed + (rank << 50))

@@ -105,13 +105,12 @@ def test_compare_trains_the_dense_model_of_the_same_seeds(tmp_path: Path, capsys
     assert (tmp_path / "run-dense" / "seed-0" / "result.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
 def test_compare_refuses_the_folder_of_another_run_before_it_trains(
-    jobs: str, tmp_path: Path, capsys: Any
+    tmp_path: Path, capsys: Any
 ) -> None:
     quick(tmp_path / "run-dense", "--router", "random")
     with pytest.raises(SystemExit):
-        quick(tmp_path / "run", "--compare", "--jobs", jobs)
+        quick(tmp_path / "run", "--compare")
     assert "run-dense holds a run with router='random', expected 'dense'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
