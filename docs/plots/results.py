@@ -8,12 +8,16 @@ from typing import Any, TypeAlias
 from experiments.show.cells import Cells, differences, read_study
 from experiments.study.front import (
     COSTS,
+    HELD_OUT,
     Front,
+    Pays,
     curve,
     difference,
     over_dense,
+    part_of_width,
     read_front,
     verdicts,
+    what_pays,
 )
 from experiments.study.routers import ROWS, read_table
 from experiments.train.files import read_json
@@ -21,22 +25,26 @@ from experiments.train.scores import Difference, mean_std
 
 __all__ = [
     "COSTS",
+    "HELD_OUT",
     "ROWS",
     "Difference",
     "Front",
     "Gains",
+    "Pays",
     "curve",
     "difference",
     "differences",
     "mean_std",
     "numbers_of",
     "over_dense",
+    "part_of_width",
     "read_file",
     "read_finished",
     "read_front",
     "read_published",
     "read_table",
     "verdicts",
+    "what_pays",
 ]
 
 Gains: TypeAlias = dict[str, dict[str, Difference]]

@@ -10,11 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from docs.plots.results import COSTS, Front, curve, difference, over_dense, read_front, verdicts
+from docs.plots.results import (
+    COSTS,
+    HELD_OUT,
+    Front,
+    Pays,
+    curve,
+    difference,
+    over_dense,
+    part_of_width,
+    read_front,
+    verdicts,
+    what_pays,
+)
 from docs.plots.style import Drawing, Theme, legend_above
 
 Cells: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -121,15 +134,63 @@ def _mark(
     )
 
 
+def draw_scatter(found: Mapping[str, Pays], theme: Theme) -> Figure:
+    """A dot a graph: what experts gain over what width gains; the line is their part of it."""
+    figure = Figure(figsize=(5.4, 4.6))
+    axis = figure.subplots()
+    for column, pays in found.items():
+        color, label = theme.blue, "known before"
+        if column in HELD_OUT:
+            color, label = theme.orange, "held out"
+        elif column.startswith("packages-"):
+            color, label = theme.gray, "packages, changed"
+        wider, experts = pays.wider, pays.experts
+        axis.errorbar(
+            wider.mean,
+            experts.mean,
+            xerr=[[wider.mean - wider.low], [wider.high - wider.mean]],
+            yerr=[[experts.mean - experts.low], [experts.high - experts.mean]],
+            fmt="o",
+            color=color,
+            elinewidth=0.8,
+            label=label,
+        )
+        place = (wider.mean, experts.mean)
+        axis.annotate(column, place, (4, 4), textcoords="offset points", fontsize=9)
+    part = part_of_width(found)
+    if part is not None:
+        ends = np.array([min(0.0, *(pays.wider.mean for pays in found.values())), 0.0])
+        ends[1] = max(pays.wider.mean for pays in found.values())
+        axis.plot(ends, part.mean * ends, color=theme.gray, linewidth=1.2)
+        axis.fill_between(ends, part.low * ends, part.high * ends, color=theme.gray, alpha=0.2)
+    axis.axhline(0, color=theme.gray, linewidth=0.6, zorder=0)
+    axis.axvline(0, color=theme.gray, linewidth=0.6, zorder=0)
+    axis.set_xlabel("errors that four times the width removes, %")
+    axis.set_ylabel("errors that experts remove, %")
+    legend_above(figure, axis, columns=3)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    return figure
+
+
 def drawings(results: Path) -> list[Drawing]:
-    """The front of the first graph, and of all; nothing before the base is finished."""
+    """The front of the first graph, and of all, and the scatter of graphs: what is finished."""
     front = shown(read_front(results / "width"))
-    found = []
+    drawn = []
     first = dict(list(front.items())[:1])
     for name, part in {"width": first, "width-all": front}.items():
         if part:
-            found.append(_drawing(name, part))
-    return found
+            drawn.append(_drawing(name, part))
+    found = what_pays(results)
+    if found:
+        text = "\n".join(
+            f"{column}: wider {pays.wider}, experts {pays.experts}"
+            for column, pays in found.items()
+        )
+        part_said = part_of_width(found)
+        said = "." if part_said is None else f": the part {part_said.text('.2f')} over graphs."
+        alt = f"Errors removed by experts over those removed by four times the width{said}"
+        drawn.append(Drawing("width-pays", text, alt, lambda theme: draw_scatter(found, theme)))
+    return drawn
 
 
 def _drawing(name: str, front: Front) -> Drawing:

@@ -1,21 +1,29 @@
-"""The front of width: which accuracy dense models and experts have at which cost, and who wins.
+"""What the study of width found: the accuracy of dense models and experts at a cost, and who wins.
 
 Experts win at a cost where the dense curve, interpolated in the logarithm of the cost, is below
 them by a paired 95 % interval. Pairs are splits that all of these models ran. Beyond the cheapest
 and the most expensive dense model nothing is said. Cells that are missing are named.
+
+What it hangs on, over graphs: the share of a dense model's errors that experts remove, beside the
+share that four times the width removes.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from experiments.show.cells import read_study
 from experiments.show.tables import markdown
-from experiments.study.width import ARMS, COLUMNS
+from experiments.study.width import ARMS, COLUMNS, FACTORS, PAIR
+from experiments.train.config import ERRORS
 from experiments.train.scores import Difference, gains, of_shared_seeds, scored, unit
 
 Cell: TypeAlias = Mapping[str, Any]
@@ -80,7 +88,7 @@ def dense_at(cost: str, value: float, cells: Mapping[str, Cell]) -> Cell | None:
     left = max(below, key=lambda cell: cell["costs"][cost])
     right = min(above, key=lambda cell: cell["costs"][cost])
     low, high = (cell["costs"][cost] for cell in (left, right))
-    share = 0.0 if low == high else math.log(value / low) / math.log(high / low)
+    share = 0.0 if low == high else log(value / low) / log(high / low)
     ours, theirs = of_shared_seeds(left, right)
     seeds = [seed for seed in left["config"]["seeds"] if seed in right["config"]["seeds"]]
     values = [(1 - share) * one + share * other for one, other in zip(ours, theirs, strict=True)]
@@ -157,3 +165,95 @@ def _beside(column: str, label: str, found: Mapping[str, Difference | None]) -> 
         text = "–" if gain is None else f"{gain}, n = {gain.n}"
         line[name] = f"**{text}**" if gain is not None and gain.side == "above" else text
     return line
+
+
+# What it hangs on ---------------------------------------------------------------------------------
+
+STUDIES = ("width", "width-variants", "width-graphs")
+"""Folders of results with the arms of :data:`~experiments.study.width.PAIR`."""
+HELD_OUT = ("synsets", "definitions", "chameleon-filtered", "tolokers", "actor")
+"""Graphs on which nothing was ever chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pays:
+    """On a graph, the errors of a dense model that others of the same splits remove, in %."""
+
+    wider: Difference
+    """A dense model four times as wide."""
+    experts: Difference
+    """Experts of the same width."""
+
+
+def what_pays(results: Path) -> dict[str, Pays]:
+    """By graph, for those of which all three arms are finished."""
+    found = {}
+    for study in STUDIES:
+        path = results / study / "study.json"
+        columns = read_study(path.parent)["cells"] if path.exists() else {}
+        for column, cells in columns.items():
+            narrow, wide, experts = (chosen(cells, arm) for arm in PAIR)
+            if narrow and wide and experts:
+                found[column] = Pays(
+                    wider=errors_removed(wide, narrow), experts=errors_removed(experts, narrow)
+                )
+    return found
+
+
+def chosen(cells: Mapping[str, Cell], arm: str) -> Cell | None:
+    """The cell of an arm: the only one, or of all its step sizes the best in validation."""
+    if arm in cells:
+        return cells[arm]
+    ran = [cells[row] for factor in FACTORS if (row := f"{arm}@{factor}") in cells]
+    if len(ran) < len(FACTORS):
+        return None
+    best = min if ran[0]["metric"] in ERRORS else max
+    return best(ran, key=lambda cell: float(cell["val"]["mean"]))
+
+
+def errors_removed(cell: Cell, narrow: Cell) -> Difference:
+    """How much smaller a model's errors are, in % of those of another, split by split."""
+    metric = cell["metric"]
+    ours, theirs = of_shared_seeds(cell, narrow)
+    is_error = metric in ERRORS
+    errors = fmean(theirs) if is_error else 1 - fmean(theirs)
+    return Difference.of(
+        [(100 if is_error else 1) * gain / errors for gain in gains(metric, ours, theirs)]
+    )
+
+
+def part_of_width(found: Mapping[str, Pays]) -> Difference | None:
+    """What experts gain as a part of what width gains: the slope of a line through 0 over graphs.
+
+    Variants of packages are not counted, since they are no graphs of their own; ``None`` for fewer
+    than three graphs.
+    """
+    counted = [pays for column, pays in found.items() if not column.startswith("packages-")]
+    if len(counted) < 3:
+        return None
+    wider = np.array([pays.wider.mean for pays in counted])
+    experts = np.array([pays.experts.mean for pays in counted])
+    squares = float(wider @ wider)
+    slope = float(wider @ experts) / squares
+    left = experts - slope * wider
+    variance = float(left @ left) / (len(counted) - 1) / squares
+    return Difference.around(slope, variance, len(counted))
+
+
+def pays_table(found: Mapping[str, Pays]) -> str:
+    """A line a graph, and the part over all."""
+    lines = [
+        {
+            "errors removed, %": column if column not in HELD_OUT else f"{column}, held out",
+            "four times the width": f"{pays.wider}, n = {pays.wider.n}",
+            "experts": f"{pays.experts}, n = {pays.experts.n}",
+        }
+        for column, pays in found.items()
+    ]
+    part = part_of_width(found)
+    said = "Fewer than three graphs are finished."
+    if part is not None:
+        said = (
+            f"Experts have {part.text('.2f')} of what four times the width gains, {part.n} graphs."
+        )
+    return "\n\n".join([*([markdown(lines)] if lines else []), said])

@@ -9,7 +9,8 @@ A table stands between ``<!-- KIND: NAME -->`` and ``<!-- end -->``; it is gener
 ``<!-- study: NAME -->`` is what ``experiments.sweep FILE.py:STUDY`` wrote into ``results/NAME``, a
 table a column, ``<!-- study: NAME: COLUMN -->`` a column of it.
 ``<!-- front: width -->`` is what ``experiments.study.width`` found: scores, costs, and experts
-beside the dense curve.
+beside the dense curve. ``<!-- pays: width -->`` is what experts and four times the width gain, by
+graph.
 ``<!-- forces: forces -->`` is what ``experiments.sweep forces`` wrote, and what it did not run.
 """
 
@@ -28,7 +29,7 @@ from experiments.benchmark.tables import benchmark_table
 from experiments.show.cells import read_study, study_tables
 from experiments.show.tables import preset_table
 from experiments.study.forces import forces_tables, read_forces
-from experiments.study.front import front_tables, read_front
+from experiments.study.front import front_tables, pays_table, read_front, what_pays
 from experiments.study.routers import cell_tables, read_table
 from experiments.train.checks import check, check_choice
 from experiments.train.files import RESULTS, read_json, replacing
@@ -38,6 +39,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "cells": cell_tables,
     "study": study_tables,
     "front": front_tables,
+    "pays": pays_table,
     "forces": forces_tables,
     "benchmark": benchmark_table,
 }
@@ -46,6 +48,7 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
     "cells": read_table,
     "study": read_study,
     "front": read_front,
+    "pays": lambda folder: what_pays(folder.parent),
     "forces": read_forces,
 }
 """What reads the results of a mark that lie in a folder; others are a file."""

@@ -3,16 +3,22 @@
     python -m experiments.convert packages available --out data/packages.npz
     python -m experiments.sweep experiments.study.width:RATES
     python -m experiments.sweep experiments.study.width:WIDTH --columns packages --price
+    python -m experiments.sweep experiments.study.width:GRAPHS --price
+    python -m experiments.sweep experiments.study.width:VARIANTS --price
 
 ``RATES`` chooses the step size of each arm by validation, on two splits of ``packages``. ``WIDTH``
 has the arms whose step size is chosen, on ``packages``, where all choices were made, and on the
 graphs that confirm. The rule: experts win at a cost where the dense curve, interpolated in the
 logarithm of the cost, is below by a paired 95 % interval.
+
+``GRAPHS`` and ``VARIANTS`` ask what the gain of experts hangs on: what four times the width gains.
+On smaller graphs validation chooses the step size of each arm again; packages with fewer labels,
+classes or features take those of packages. Files are ``data/NAME.npz``, and PyG's raw ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +26,7 @@ from typing import Any
 from experiments.show.cells import read_cells
 from experiments.study.studies import Row, Study
 from experiments.train.files import RESULTS
-from experiments.train.presets import PRESETS
+from experiments.train.presets import GRAPH, MOLECULES, PRESETS
 
 COLUMNS = ("packages", "synsets", "definitions")
 """Graphs; on the first all choices are made."""
@@ -66,16 +72,20 @@ def _arms() -> dict[str, Arm]:
 ARMS = _arms()
 
 
-def rate_rows() -> dict[str, Row]:
-    """Each arm that has a step size of its own, at each of them."""
+PAIR = ("dense-64", "dense-256", "experts-64")
+"""The arms that say what four times the width gains, and what experts gain."""
+
+
+def rate_rows(arms: Iterable[str] = ARMS, seeds: tuple[int, ...] = TWO) -> dict[str, Row]:
+    """Each of some arms that has a step size of its own, at each of them."""
     return {
         f"{name}@{factor}": Row(
-            label=f"{arm.label}, {factor:g} x the step size",
-            changes={**arm.changes, "seeds": TWO},
+            label=f"{ARMS[name].label}, {factor:g} x the step size",
+            changes={**ARMS[name].changes, "seeds": seeds},
             lr_factor=factor,
         )
-        for name, arm in ARMS.items()
-        if arm.rate_of is None
+        for name in arms
+        if ARMS[name].rate_of is None
         for factor in FACTORS
     }
 
@@ -123,4 +133,45 @@ WIDTH = Study(
     columns=_columns(*COLUMNS),
     rows=ROWS,
     controls=tuple(name for name in ("dense-64",) if name in ROWS),
+)
+
+
+def _graphs() -> dict[str, Any]:
+    """Smaller graphs in the recipe of a graph of one's own, and molecules in OGB's; cheap ones
+    first."""
+    data = Path("data")
+    metrics: dict[str, Any] = {"facebook": None, "tolokers": "roc_auc", "actor": None}
+    columns: dict[str, Any] = {}
+    for name in ("digits-graph", "minesweeper", "chameleon-filtered", "cora"):
+        columns[name] = replace(GRAPH, dataset=name, data_root=data)
+    for name in ("molfreesolv", "molesol"):
+        columns[name] = replace(MOLECULES, dataset=f"ogbg-{name}", data_root=data)
+    for name, metric in metrics.items():
+        columns[name] = replace(GRAPH, data_root=data / f"{name}.npz", metric=metric)
+    columns["citeseer"] = replace(GRAPH, dataset="citeseer", data_root=data)
+    return columns
+
+
+GRAPHS = Study(
+    name="width-graphs",
+    about="Four times the width, and experts, each at the step size that validation chooses.",
+    columns=_graphs(),
+    rows=rate_rows(PAIR, FIVE),
+)
+CHANGED = ("a_tenth", "a_third", "classes_25", "classes_10", "features_32")
+"""Functions of :mod:`experiments.study.variants`."""
+VARIANTS = Study(
+    name="width-variants",
+    about="Packages with fewer labels, classes, or features; step sizes are those of packages.",
+    columns={
+        f"packages-{name}": replace(
+            GRAPH, epochs=150, data=f"experiments.study.variants:{name}", data_root=Path("data")
+        )
+        for name in CHANGED
+    },
+    rows={
+        name: replace(row, changes={**row.changes, "seeds": FIVE[:3]})
+        for name, row in ROWS.items()
+        if name in PAIR
+    },
 )

@@ -10,9 +10,21 @@ import pytest
 
 from docs.plots import width as plots
 from docs.plots.style import THEMES
-from experiments.study.front import dense_at, front_tables, over_dense, read_front, verdicts
-from experiments.study.width import ARMS, COLUMNS
+from experiments.study.front import (
+    Pays,
+    dense_at,
+    front_tables,
+    over_dense,
+    part_of_width,
+    pays_table,
+    read_front,
+    verdicts,
+    what_pays,
+)
+from experiments.study.width import ARMS, COLUMNS, FACTORS, PAIR
+from experiments.train.files import read_json
 from experiments.train.results import write_json
+from experiments.train.scores import Difference
 from tests.helpers.run_folders import variant
 
 BASE = [0.70, 0.72, 0.71]
@@ -84,7 +96,8 @@ def test_tables_have_n_and_name_what_is_missing(folder: Path) -> None:
 
 
 def test_the_figure_has_what_is_finished(folder: Path) -> None:
-    short, long = plots.drawings(folder)
+    short, long, pays = plots.drawings(folder)
+    assert pays.numbers.startswith("packages: wider +6.90 (")
     assert short.numbers == long.numbers
     assert "packages: experts-64 +2.00 (" in short.numbers
     assert "experts win at 64 wide" in short.alt
@@ -92,3 +105,56 @@ def test_the_figure_has_what_is_finished(folder: Path) -> None:
     assert [axis.get_xlabel() for axis in panels][::4] == ["GFLOPs of a forward", "MiB in training"]
     (folder / "width" / COLUMNS[0] / "dense-64.json").unlink()
     assert plots.drawings(folder) == []  # nothing to compare with
+
+
+def errors_of(row: str, error: float, val: float, metric: str = "accuracy") -> dict[str, Any]:
+    """A cell of two splits that differ by 0.02 in whatever they score."""
+    mean = error if metric == "rmse" else 1 - error
+    found = variant(row, [mean - 0.01, mean + 0.01])
+    return found | {"metric": metric, "val": {"mean": val}}
+
+
+def write_graph(
+    folder: Path, study: str, column: str, errors: tuple[float, ...], metric: str = "accuracy"
+) -> None:
+    """The three arms of a graph, of which the step size 1.0 is the best in validation."""
+    path = folder / study / "study.json"
+    columns = read_json(path, dict[str, Any])["columns"] if path.exists() else []
+    write_json(path, {"columns": [*columns, column], "rows": []})
+    worse, best = (2.0, 1.0) if metric == "rmse" else (0.5, 0.9)
+    for arm, error in zip(PAIR, errors, strict=True):
+        for factor in FACTORS:
+            is_best = factor == FACTORS[1]
+            own = errors_of(arm, error if is_best else 0.9, best if is_best else worse, metric)
+            write_json(folder / study / column / f"{arm}@{factor}.json", own)
+
+
+def test_what_pays_is_a_share_of_errors_at_the_step_size_of_validation(tmp_path: Path) -> None:
+    write_graph(tmp_path, "width-graphs", "cora", (0.20, 0.15, 0.18))
+    write_graph(tmp_path, "width-graphs", "molesol", (2.0, 1.0, 1.5), "rmse")
+    write_graph(tmp_path, "width-graphs", "actor", (0.60, 0.63, 0.60))
+    write_graph(tmp_path, "width-variants", "packages-a_tenth", (0.5, 0.1, 0.5))
+    (tmp_path / "width-graphs" / "actor" / "dense-256@3.0.json").unlink()
+    found = what_pays(tmp_path)
+    assert [*found] == ["packages-a_tenth", "cora", "molesol"]  # actor is not finished
+    assert found["cora"].wider.mean == pytest.approx(25)
+    assert found["cora"].experts.mean == pytest.approx(10)
+    assert found["molesol"].experts.mean == pytest.approx(25)
+    assert part_of_width(found) is None
+    assert pays_table(found).endswith("Fewer than three graphs are finished.")
+
+
+def test_the_part_of_width_is_a_slope_over_graphs_that_are_not_made_of_others() -> None:
+    def pays(wider: float, experts: float) -> Pays:
+        return Pays(wider=Difference.of([wider] * 2), experts=Difference.of([experts] * 2))
+
+    found = {"a": pays(1, 1), "b": pays(2, 0.5), "c": pays(2, 1), "packages-x": pays(9, 9)}
+    part = part_of_width(found)
+    assert part is not None
+    assert part.mean == pytest.approx((1 + 1 + 2) / 9)
+    left = [1 - 4 / 9, 0.5 - 8 / 9, 1 - 8 / 9]
+    error = math.sqrt(sum(one**2 for one in left) / 2 / 9)
+    assert part.high - part.mean == pytest.approx(4.302653 * error)
+    assert pays_table(found).endswith("of what four times the width gains, 3 graphs.")
+    shown = plots.draw_scatter(found, THEMES[0]).axes[0]
+    assert [text.get_text() for text in shown.texts] == [*found]

@@ -5,7 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments.study.width import ARMS, FACTORS, RATES, chosen_factors, rate_rows, width_rows
+import numpy as np
+import pytest
+
+from experiments.study import variants
+from experiments.study.studies import Study
+from experiments.study.width import (
+    ARMS,
+    CHANGED,
+    FACTORS,
+    GRAPHS,
+    RATES,
+    VARIANTS,
+    chosen_factors,
+    rate_rows,
+    width_rows,
+)
 
 
 def write_cell(folder: Path, row: str, score: float) -> None:
@@ -32,5 +47,34 @@ def test_every_arm_has_a_step_size_or_takes_that_of_one_that_has() -> None:
     assert set(width_rows(dict.fromkeys(own, 1.0))) == set(ARMS)
 
 
-def test_every_cell_has_a_configuration() -> None:
-    assert len(RATES.cells()) == len(RATES.rows)
+@pytest.mark.parametrize("study", [RATES, GRAPHS, VARIANTS], ids=lambda study: study.name)
+def test_every_cell_has_a_configuration(study: Study) -> None:
+    if study.rows:  # those of variants follow from results
+        assert len(study.cells()) == len(study.rows) * len(study.columns)
+
+
+def test_variants_of_packages_differ_in_one_thing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of 600 training nodes; pairs of classes; 32 columns."""
+    monkeypatch.chdir(tmp_path)
+    part = np.arange(1_000) % 5
+    arrays = {
+        "x": np.random.default_rng(0).standard_normal((1_000, 40)).astype(np.float32),
+        "y": np.arange(1_000) % 50,
+        "edge_index": np.stack([np.arange(1_000), np.arange(1_000)[::-1]]),
+        "train_mask": (part < 3)[:, None],
+        "val_mask": (part == 3)[:, None],
+        "test_mask": (part == 4)[:, None],
+    }
+    Path("data").mkdir()
+    np.savez("data/packages.npz", **arrays)
+    made = {name: getattr(variants, name)() for name in CHANGED}
+    counts = {name: int(data.train_mask.sum()) for name, data in made.items()}
+    assert 40 < counts.pop("a_tenth") < 80
+    assert 160 < counts.pop("a_third") < 240
+    assert set(counts.values()) == {600}
+    classes = {name: int(data.y.max()) + 1 for name, data in made.items()}
+    assert (classes["classes_25"], classes["classes_10"], classes["a_tenth"]) == (25, 10, 50)
+    assert made["features_32"].x.equal(made["a_tenth"].x[:, :32])
+    assert all(data.test_mask.equal(made["a_tenth"].test_mask) for data in made.values())
