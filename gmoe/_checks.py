@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, TypeGuard, get_args
@@ -144,23 +144,17 @@ def cannot_shrink(part: nn.Module) -> ValueError:
     )
 
 
-def check_choice(name: str, value: object, legal: Any, also_called: Mapping[str, str] = {}) -> None:
+def check_choice(name: str, value: object, legal: Any) -> None:
     """Refuse a value that is not one of ``legal``.
 
     Args:
         name: of the argument.
         value: its value.
         legal: some values, or a ``Literal`` of them.
-        also_called: legal values by other names that they have elsewhere.
     """
     legal = get_args(legal) or tuple(legal)
-    if value in legal:
-        return
-    if isinstance(value, str) and value in also_called:
-        hint = f"; did you mean {also_called[value]!r}?"
-    else:
-        hint = nearest(value, legal)
-    raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}{hint}")
+    expected = f"one of {', '.join(map(repr, legal))}{nearest(value, legal)}"
+    check(value in legal, name, repr(value), expected)
 
 
 def check_module(name: str, value: object) -> None:
@@ -180,26 +174,10 @@ def shown(value: object) -> str:
 def nearest(value: object, legal: Iterable[object]) -> str:
     """The end of a message: the legal name most similar to an unknown one, if one is similar."""
     unknown = str(value)[:LONGEST_NAME].lower()
-
-    def likeness(name: str) -> tuple[float, bool, int]:
-        """Similarity; among equals, first swapped letters, then a common start decide."""
-        ratio = difflib.SequenceMatcher(None, unknown, name).ratio()
-        return ratio, sorted(unknown) == sorted(name), _common_start(unknown, name)
-
     names = [name for name in legal if isinstance(name, str)]
-    best = max(names, key=likeness, default="")
-    words = [name for name in names if name in unknown.split("_")]  # the k of top_k
-    if words:
-        best = words[0]
-    elif not best or likeness(best)[0] < SIMILAR:
-        return ""
-    return f"; did you mean {best!r}?"
-
-
-def _common_start(one: str, other: str) -> int:
-    """The number of letters at which two words start alike."""
-    different = [place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b]
-    return different[0] if different else min(len(one), len(other))
+    found = [name for name in names if name in unknown.split("_")]  # the k of top_k
+    found = found or difflib.get_close_matches(unknown, names, cutoff=SIMILAR)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 _parameters: dict[type, tuple[str, ...]] = {}

@@ -12,9 +12,6 @@ from typing import Any
 
 from torch import nn
 
-WITHOUT_EFFECT = ("training", "check_finite")
-"""Attributes of modules that change no output of a model that is loaded."""
-
 BY_HAND = (
     "no code runs from a file: torch.save(model.state_dict(), path), and to load it, build the "
     "model in the same way and call load_state_dict"
@@ -91,7 +88,7 @@ class AsBuilt:
         for path, part in module.named_modules():
             parts[path] = type(part).__name__
             for name, value in vars(part).items():
-                if name.startswith("_") or name in WITHOUT_EFFECT:
+                if name.startswith("_") or name == "training":
                     continue
                 if inspect.isroutine(value):
                     value = value.__qualname__

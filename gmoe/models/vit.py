@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gmoe._checks import check_counts
+from gmoe._checks import check, check_counts
 from gmoe.convert import moefy
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoE, checked_routings
@@ -27,31 +27,12 @@ from gmoe.routing import Routing
 from gmoe.saved import Pretrained
 from gmoe.start import Start, drawn_apart, resolved_start
 
+NAMES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
+"""What torchvision calls the sizes of a ViT."""
+
 SIZES: dict[int, dict[str, int]] = {
-    8: {
-        "image_size": 8,
-        "patch_size": 2,
-        "num_layers": 4,
-        "num_heads": 4,
-        "hidden_dim": 48,
-        "mlp_dim": 96,
-    },
-    32: {
-        "image_size": 32,
-        "patch_size": 4,
-        "num_layers": 6,
-        "num_heads": 4,
-        "hidden_dim": 128,
-        "mlp_dim": 256,
-    },
-    160: {
-        "image_size": 160,
-        "patch_size": 16,
-        "num_layers": 6,
-        "num_heads": 4,
-        "hidden_dim": 192,
-        "mlp_dim": 384,
-    },
+    sizes[0]: dict(zip(NAMES, sizes, strict=True))
+    for sizes in ((8, 2, 4, 4, 48, 96), (32, 4, 6, 4, 128, 256), (160, 16, 6, 4, 192, 384))
 }
 """Sizes by image size: handwritten digits (8x8), CIFAR (32x32), Imagenette (160x160)."""
 
@@ -117,17 +98,12 @@ class ViTMoE(Pretrained, VisionTransformer):
     ) -> None:
         start = resolved_start(start)
         sizes = dict(size) if isinstance(size, Mapping) else SIZES.get(size, {})
-        if {*sizes} != {*SIZES[8]}:
-            raise ValueError(
-                f"size: got {size!r}, expected one of {[*SIZES]}, or a dictionary of "
-                f"{', '.join(SIZES[8])}"
-            )
+        legal = f"one of {[*SIZES]}, or a dictionary of {', '.join(NAMES)}"
+        check({*sizes} == {*NAMES}, "size", repr(size), legal)
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
-            if sizes[whole] % sizes[part]:
-                raise ValueError(
-                    f"{whole}: got {sizes[whole]}, expected a multiple of {part}={sizes[part]}"
-                )
+            legal = f"a multiple of {part}={sizes[part]}"
+            check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], legal)
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
         self.recorded = Recorded.of(given_to(ViTMoE, locals()), ROUTERS)
         self.shared_router: Router | None = None

@@ -60,9 +60,6 @@ ROUTERS: dict[str, Callable[..., Router]] = {
 are for :class:`gmoe.SoftMoE`.
 """
 
-ALSO_CALLED = {"top_k": "token_choice", "topk": "token_choice", "switch": "token_choice"}
-"""Other names of routers, and those used here."""
-
 
 def build_router(
     router: RouterLike,
@@ -108,7 +105,7 @@ def build_router(
         return router
 
     if isinstance(router, str):
-        check_choice("router", router, ROUTERS, ALSO_CALLED)
+        check_choice("router", router, ROUTERS)
         router = ROUTERS[router]
     is_other_class = isinstance(router, type) and not issubclass(router, Router)
     if not callable(router) or is_other_class:

@@ -76,8 +76,6 @@ class Router(nn.Module, ABC):
               otherwise.
 
     Attributes:
-        check_finite: set to ``True`` to raise on NaN or infinity in the tokens; costs a host sync
-            (default ``False``).
         experts_per_token: average number of experts per token; compute scales with it.
         process_group: under ``torch.distributed``, losses and counters cover the tokens of all
             processes in this group; ``None`` (default) is the group of all processes. In training
@@ -134,7 +132,6 @@ class Router(nn.Module, ABC):
         self.num_scored = num_experts
         self.k = k
         self.weight = weight
-        self.check_finite = False
         self.experts_per_token = float(k)
         self.process_group: dist.ProcessGroup | None = None
         self.loss_watch = LossWatch()
@@ -224,11 +221,6 @@ class Router(nn.Module, ABC):
         # Flatten the tokens. Without a batch vector, (..., T, D) holds equal groups of T tokens.
         x_TD = x.reshape(-1, self.dim)
         group = x.size(-2) if batch is None else batch.reshape(-1)
-        if self.check_finite and not x_TD.isfinite().all():
-            raise ValueError(
-                f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, "
-                "expected none"
-            )
 
         # In half precision two close logits round to a tie, and probabilities underflow.
         x_TD = x_TD.to(torch.promote_types(x.dtype, torch.float32))

@@ -378,18 +378,6 @@ def test_bad_calls(changes: dict[str, Any], name: str) -> None:
         AttentionVote(D, num_experts=E, scope="neighbors")(**{"x": torch.zeros(11, D), **changes})
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_check_finite(value: float) -> None:
-    x = torch.tensor([[0.0] * D, [value] * D])
-    router = TokenChoice(D, num_experts=E)
-    router(x)  # off by default
-    router.check_finite = True
-    with pytest.raises(
-        ValueError, match=f"x: got {D} values that are NaN or infinite, expected none"
-    ):
-        router(x)
-
-
 def test_the_noise_of_a_token_does_not_follow_from_a_nan_in_another() -> None:
     x = tokens((11, D)).float()
     x[3, 2] = math.nan
