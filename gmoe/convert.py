@@ -139,8 +139,8 @@ def moefy(
         >>> gnn = moefy(gnn, targets="conv*")
     """
     check_module("model", model)
-    if isinstance(router, Router):
-        raise ValueError("router: got an instance for several layers, expected a name or a factory")
+    is_instance = isinstance(router, Router)
+    check(not is_instance, "router", "an instance for several layers", "a name or a factory")
     router = read_router(router)
     if isinstance(router, FromCall):
         num_experts = router.experts_of(num_experts=num_experts)
@@ -182,11 +182,11 @@ def moefy(
                 continue
             if pyg is not None and isinstance(module, pyg.MessagePassing):
                 width = candidates.widths.get(name)
-                _refuse_shared_parts(name, module, names_of)
+                _refuse_shared(name, names_of[module], model)
                 layers[module] = _moe_conv(name, module, width=width, **options)
             else:
                 if start != "shared":  # a shared expert is the module itself
-                    _refuse_shared_parts(name, module, names_of)
+                    _refuse_shared(name, names_of[module], model)
                 layers[module] = _moe(name, module, checked=checked, **options)
 
         if isinstance(router, FromCall):
@@ -301,33 +301,26 @@ def _lacks_mlps(model: nn.Module) -> str:
 def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """The names of the modules that match a pattern, in the model's order."""
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    if not patterns:
-        raise ValueError(
-            f"targets: got {targets!r}, expected a pattern of names of modules, or a list of them"
-        )
+    check(patterns, "targets", repr(targets), "a pattern of names of modules, or a list of them")
     names = [
         name
         for name, module in model.named_modules(remove_duplicate=False)
         if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)
     ]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"targets: got {pattern!r}, expected a pattern that matches names of the model, "
-                f"such as {', '.join(names[:8])}"
-            )
+        is_found = any(fnmatchcase(name, pattern) for name in names)
+        legal = f"a pattern that matches names of the model, such as {', '.join(names[:8])}"
+        check(is_found, "targets", repr(pattern), legal)
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _check_convertible(name: str, module: nn.Module) -> None:
     """Refuse a layer that is a MoE already, or whose parameters have no values to copy."""
-    if isinstance(module, MoELayer):
-        raise ValueError(f"model: got {name}, a MoE already, expected a dense one; see `targets`")
-    if any(is_lazy(parameter) or parameter.is_meta for parameter in module.parameters()):
-        raise ValueError(
-            f"model: got {name} with parameters on the meta device or of lazy layers, expected "
-            "ones with values"
-        )
+    is_moe = isinstance(module, MoELayer)
+    check(not is_moe, "model", f"{name}, a MoE already", "a dense one; see `targets`")
+    lacks_values = any(value.is_meta or is_lazy(value) for value in module.parameters())
+    got = f"{name} with parameters on the meta device or of lazy layers"
+    check(not lacks_values, "model", got, "ones with values")
 
 
 def _names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -341,40 +334,25 @@ def _names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names_of
 
 
-def _refuse_shared_parts(
-    name: str, module: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]
-) -> None:
-    """Refuse a module whose parts or parameters the rest of the model has as well.
+def _refuse_shared(name: str, names: Sequence[str], model: nn.Module) -> None:
+    """Refuse a module whose parameters the rest of the model has as well.
 
     Experts are copies, which would no longer be tied to the rest.
 
     Args:
         name: of the module, for errors.
-        module: what experts replace.
-        names_of: all names of each module of the model.
+        names: all names of it.
+        model: the whole.
     """
-    inside = set(module.modules())
-    starts = tuple(f"{own}." for own in names_of[module])
-    owners: dict[nn.Parameter, list[str]] = {}
-    for part, names in names_of.items():
-        for key, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
-            if part not in inside:
-                owners.setdefault(parameter, []).append(f"{names[0]}.{key}".lstrip("."))
-    for path, parameter in module.named_parameters(prefix=name):
-        if parameter in owners:
-            raise ValueError(
-                f"model: got {path}, which is {owners[parameter][0]} as well, expected parameters "
-                "of this layer alone: experts would not be tied to the rest of the model"
-            )
-    for part in inside - {module}:
-        if next(part.parameters(recurse=False), None) is None:
-            continue  # an activation may be anywhere
-        outside = [other for other in names_of[part] if not other.startswith(starts)]
-        if outside:
-            raise ValueError(
-                f"model: got {name} with a part that is {outside[0]} as well, expected parts of "
-                "this layer alone: experts would not be tied to the rest of the model"
-            )
+    starts = tuple(f"{own}." for own in names)
+    outside: dict[nn.Parameter, str] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if not path.startswith(starts):
+            outside.setdefault(parameter, path)
+    for path, parameter in model.get_submodule(name).named_parameters(prefix=name):
+        legal = "parameters of this layer alone: experts would not be tied to the rest of the model"
+        got = f"{path}, which is {outside.get(parameter)} as well"
+        check(parameter not in outside, "model", got, legal)
 
 
 def _refuse_hidden(name: str, module: nn.Module, model: nn.Module) -> None:
@@ -387,8 +365,7 @@ def _refuse_hidden(name: str, module: nn.Module, model: nn.Module) -> None:
             if is_option(key) and _holds(value, module):
                 raise ValueError(
                     f"model: got {name}, which {path or 'the model'} also keeps as its {key}, "
-                    "outside of its modules, expected a module of the model alone: what is kept "
-                    "there would go on to run"
+                    "expected a module of the model alone: what is kept there would go on to run"
                 )
 
 
@@ -418,11 +395,8 @@ class TokenMoE(MoE):
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
         """See :class:`MoE`; it takes tokens only."""
-        if others:
-            raise ValueError(
-                f"forward: got {len(others)} arguments behind the tokens, expected none: experts "
-                "see tokens only"
-            )
+        got = f"{len(others)} arguments behind the tokens"
+        check(not others, "forward", got, "none: experts see tokens only")
         # (B, H, W, D) grids, as Swins have them, become rows of tokens: (B, H * W, D).
         rows = x.flatten(1, -2) if x.dim() > 3 else x
         y, routing = super().forward(rows, routing=routing, return_routing=True)
@@ -494,11 +468,8 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module) -> None:
     """Refuse an MLP that is more than its weights, which experts would not run."""
     for path, part in mlp.named_modules(prefix=name):
         change = change_of(part)
-        if change is not None:
-            raise ValueError(
-                f"model: got {path} with {change}, expected a plain MLP, since experts would not "
-                "run it; keep it with start='shared'"
-            )
+        legal = "a plain MLP, since experts would not run it; keep it with start='shared'"
+        check(change is None, "model", f"{path} with {change}", legal)
 
 
 # Convs --------------------------------------------------------------------------------------------
@@ -525,11 +496,8 @@ def _moe_conv(
     in_channels, out_channels = _conv_widths(name, conv, width)
     refuse_functions("model", name, conv)
     refuse_computed("model", name, conv)
-    if next(conv.parameters(), None) is None:
-        raise ValueError(
-            f"model: got {name}, a {type(conv).__name__} without parameters, expected convs whose "
-            "copies could differ"
-        )
+    got = f"{name}, a {type(conv).__name__} without parameters"
+    check(any(True for _ in conv.parameters()), "model", got, "convs whose copies could differ")
     is_frozen = not any(parameter.requires_grad for parameter in conv.parameters())
     copied = copy.deepcopy(conv)
     if is_frozen:
@@ -566,17 +534,15 @@ def _conv_widths(
     """
     from gmoe.conv.build import Trial
 
-    in_channels = getattr(conv, "in_channels", None) or width
+    in_channels: Any = getattr(conv, "in_channels", None) or width
     if in_channels in (None, -1, (-1, -1)):
         # A GIN has no widths, and a lazy conv keeps -1 after its first call: ask the first matrix.
         matrices = [parameter for parameter in conv.parameters() if parameter.dim() == 2]
         in_channels = matrices[0].size(1) if matrices else 0
-    out_channels = getattr(conv, "out_channels", None)
+    out_channels: Any = getattr(conv, "out_channels", None)
     if not out_channels and in_channels:
         out_channels = Trial(conv, in_channels).width
-    if not out_channels:
-        raise ValueError(
-            f"model: got {name}, a {type(conv).__name__} of unknown widths, expected one with the "
-            "attributes in_channels and out_channels: set them in its __init__"
-        )
+    got = f"{name}, a {type(conv).__name__} of unknown widths"
+    legal = "one with the attributes in_channels and out_channels: set them in its __init__"
+    check(out_channels, "model", got, legal)
     return in_channels, out_channels

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import cannot_shrink, check_can_shrink, check_choice, check_counts, check_kept
+from gmoe._checks import (
+    cannot_shrink,
+    check,
+    check_can_shrink,
+    check_choice,
+    check_counts,
+    check_kept,
+)
 from gmoe.products import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 from gmoe.stack import Stack, become, fill, routed_parameters
@@ -233,12 +240,11 @@ class MLPExperts(Experts):
     ) -> None:
         super().__init__(in_features, out_features, num_experts=num_experts)
         check_counts(hidden_features=hidden_features)
-        function = getattr(F, activation, None) if isinstance(activation, str) else activation
-        if not callable(function):
-            raise ValueError(
-                f"activation: got {activation!r}, expected a function, or a name in "
-                "torch.nn.functional"
-            )
+        function: Any = activation
+        if isinstance(activation, str):
+            function = getattr(F, activation, None)
+        legal = "a function, or a name in torch.nn.functional"
+        check(callable(function), "activation", repr(activation), legal)
         self.hidden_features = hidden_features
         self.activation: Callable[[Tensor], Tensor] = function
         self.glu = glu
@@ -259,11 +265,9 @@ class MLPExperts(Experts):
     def check_kept(self, kept: Sequence[int]) -> None:
         super().check_kept(kept)
         for part in (self.up, self.down):
-            if not isinstance(part, LinearExperts):
-                raise ValueError(
-                    f"model: got experts with a {type(part).__name__} in place of a part, expected "
-                    "stacked linear layers as they were built"
-                )
+            got = f"experts with a {type(part).__name__} in place of a part"
+            legal = "stacked linear layers as they were built"
+            check(isinstance(part, LinearExperts), "model", got, legal)
             part.check_kept(kept)
 
     def keep(self, kept: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import evaluating
-from gmoe._checks import check_module
+from gmoe._checks import check, check_module
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.mixed import MixedWeights, mixture
 from gmoe.moe import MoE, MoELayer
@@ -60,10 +60,7 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
         if isinstance(layer, MoELayer):
             _check_mergeable(name or "the model itself", layer)
             layers.setdefault(layer, []).append(name)
-    if not layers:
-        raise ValueError(
-            f"model: got {type(model).__name__} without layers of experts, expected some"
-        )
+    check(layers, "model", f"{type(model).__name__} without layers of experts", "some")
 
     # 1. See what is decided.
     told = {} if args else decided_from(merged, kwargs)
@@ -77,11 +74,9 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     for layer, names in layers.items():
         weight_1E = _only(decisions.get(layer, []), names[0])
         is_mixed = isinstance(layer.experts, MixedWeights)
-        if not is_mixed and int(weight_1E.count_nonzero()) != 1:
-            raise ValueError(
-                f"model: got {names[0] or 'the model itself'}, which mixes the outputs of several "
-                "experts, expected one expert, or mix='weights'"
-            )
+        got = f"{names[0] or 'the model itself'}, which mixes the outputs of several experts"
+        is_one = is_mixed or int(weight_1E.count_nonzero()) == 1
+        check(is_one, "model", got, "one expert, or mix='weights'")
         dense = dense_of(layer.experts.stacked if is_mixed else layer.experts, weight_1E)
         for name in names:
             if name == "":
@@ -94,18 +89,13 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
 def _check_mergeable(name: str, layer: MoELayer) -> None:
     """Refuse a layer that no dense one equals, or whose router is not its own."""
     experts = layer.experts
-    if not isinstance(experts, MixedWeights | LinearExperts | MLPExperts):
-        raise ValueError(
-            f"model: got {name} with {type(experts).__name__}, expected experts of linear layers "
-            "or MLPs"
-        )
-    if layer.router is None:
-        raise ValueError(
-            f"model: got {name}, a {type(layer).__name__} without a router of its own, expected "
-            "one: a dense layer takes no routing="
-        )
-    if isinstance(layer, MoE) and layer.shared_expert is not None:
-        raise ValueError(f"model: got {name}, experts beside a shared one, expected start='copies'")
+    is_mergeable = isinstance(experts, MixedWeights | LinearExperts | MLPExperts)
+    got = f"{name} with {type(experts).__name__}"
+    check(is_mergeable, "model", got, "experts of linear layers or MLPs")
+    got = f"{name}, a {type(layer).__name__} without a router of its own"
+    check(layer.router is not None, "model", got, "one: a dense layer takes no routing=")
+    is_beside = isinstance(layer, MoE) and layer.shared_expert is not None
+    check(not is_beside, "model", f"{name}, experts beside a shared one", "start='copies'")
 
 
 @contextmanager
@@ -136,17 +126,11 @@ def _only(weights: list[Tensor], name: str) -> Tensor:
     """
     name = name or "the model itself"
     rows_GE = torch.cat(weights) if weights else torch.empty(0, 1)
-    if not len(rows_GE):
-        raise ValueError(
-            f"model: got no decision in {name}, expected one: give the arguments that all routers "
-            "read, or those of a call that runs it"
-        )
-    if not torch.allclose(rows_GE, rows_GE[:1], rtol=1e-6, atol=1e-9):
-        number = len(rows_GE.unique(dim=0))
-        raise ValueError(
-            f"model: got {number} decisions in {name}, expected one for all: call it with a single "
-            "graph, or with several of one composition"
-        )
+    legal = "one: give the arguments that all routers read, or those of a call that runs it"
+    check(len(rows_GE), "model", f"no decision in {name}", legal)
+    got = f"{len(rows_GE.unique(dim=0))} decisions in {name}"
+    legal = "one for all: call it with a single graph, or with several of one composition"
+    check(torch.allclose(rows_GE, rows_GE[:1], rtol=1e-6, atol=1e-9), "model", got, legal)
     return rows_GE[:1]
 
 

@@ -73,7 +73,7 @@ class MixedWeights(Experts):
         if routing.by_group is None:
             raise ValueError(
                 "routing: got a decision for each token, expected one for each group to mix "
-                "weights by: from ByType with batch=, or by Routing.expand"
+                "weights by: from ByType or FromInput with batch=, or by Routing.expand"
             )
         weight_GE, group_T = routing.by_group.routing.to_dense(), routing.by_group.group_T
         if not weight_GE.size(0):  # no tokens: a stack is of one at least

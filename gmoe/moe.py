@@ -15,7 +15,7 @@ from gmoe._checks import check, check_counts, check_kept, described, shown
 from gmoe.experts import Experts
 from gmoe.mixed import MixedWeights
 from gmoe.recorded import AsBuilt, Recorded
-from gmoe.routers import ROUTERS, Router, SoftRouting, SoftSlots
+from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing, checked_routing
 from gmoe.start import Start
 
@@ -97,14 +97,12 @@ def check_can_keep(layers: Iterable[MoELayer], router: Router | None, kept: Sequ
     """Refuse what :func:`keep_experts` cannot do, before anything changes."""
     for layer in layers:
         check_kept(kept, layer.num_experts)
-        if layer.experts is None:
-            raise ValueError("model: got a layer whose widths are open: call it once before")
-        if router is not None and router.num_experts != layer.num_experts:
-            raise ValueError(
-                f"router: got one of {router.num_experts} experts, expected the layer's "
-                f"{layer.num_experts}: of layers that share a router, gmoe.prune takes experts "
-                "away together"
-            )
+        got = "a layer whose widths are open"
+        check(layer.experts is not None, "model", got, "one that was called once")
+        if router is not None:
+            legal = f"the layer's {layer.num_experts}; gmoe.prune prunes all layers of a router"
+            is_fitting = router.num_experts == layer.num_experts
+            check(is_fitting, "router", f"one of {router.num_experts} experts", legal)
         layer.experts.check_kept(kept)
     if router is not None:
         router.check_kept(kept)
@@ -135,31 +133,16 @@ class _Mixture(MoELayer):
 
     def __init__(self, router: Router | None, experts: Experts) -> None:
         check(isinstance(router, Router | None), "router", shown(router), "an instance of Router")
-        if not hasattr(experts, "num_experts"):
-            raise ValueError(
-                f"experts: got {type(experts).__name__}, expected gmoe.Experts: MLPExperts, "
-                "LinearExperts or your own"
-            )
-        if router is not None and (router.num_experts, router.dim) != (
-            experts.num_experts,
-            experts.in_features,
-        ):
-            raise ValueError(
-                f"experts: got num_experts={experts.num_experts}, "
-                f"in_features={experts.in_features}, expected those of the router, "
-                f"num_experts={router.num_experts}, dim={router.dim}"
-            )
-        is_mixed = isinstance(experts, MixedWeights)
-        if is_mixed and type(router) in ROUTERS.values():
-            raise ValueError(
-                f"router: got {type(router).__name__}, which decides for each token, expected one "
-                "that decides for groups, to mix weights: ByType or FromInput with batch=, or None "
-                "and a Routing.expand in each call"
-            )
+        legal = "gmoe.Experts: MLPExperts, LinearExperts or your own"
+        check(hasattr(experts, "num_experts"), "experts", type(experts).__name__, legal)
         super().__init__(num_experts=experts.num_experts)
         self.router = router
         self.experts = experts
         if router is not None:
+            sizes = experts.num_experts, experts.in_features
+            got = "num_experts={}, in_features={}".format(*sizes)
+            legal = f"those of the router, num_experts={router.num_experts}, dim={router.dim}"
+            check(sizes == (router.num_experts, router.dim), "experts", got, legal)
             self.take_costs(router)
 
     def reset_parameters(self) -> None:
@@ -212,10 +195,8 @@ class MoE(_Mixture):
         experts: Experts,
         shared_expert: nn.Module | None = None,
     ) -> None:
-        if isinstance(router, SoftSlots):
-            raise ValueError(
-                "router: got SoftSlots, whose slots mix tokens, expected SoftMoE around it"
-            )
+        legal = "a router of tokens; SoftMoE is for slots, which mix them"
+        check(not isinstance(router, SoftSlots), "router", "SoftSlots", legal)
         super().__init__(router, experts)
         self.shared_expert = shared_expert
 
@@ -300,13 +281,11 @@ def checked_routings(routings: object, number: int, owner: str) -> list[Routing]
     Raises:
         ValueError: something else than a list of so many.
     """
-    given = [*routings] if isinstance(routings, Sequence) else []
-    is_list = isinstance(routings, Sequence) and all(isinstance(one, Routing) for one in given)
-    if not is_list or len(given) != number:
-        got = len(given) if is_list else described(routings)
-        raise ValueError(
-            f"routings: got {got}, expected a list of {number} Routings, one a {owner}"
-        )
+    is_list = isinstance(routings, Sequence) and all(isinstance(one, Routing) for one in routings)
+    given: list[Routing] = [*routings] if is_list else []  # type: ignore[misc]
+    got = len(given) if is_list else described(routings)
+    legal = f"a list of {number} Routings, one a {owner}"
+    check(is_list and len(given) == number, "routings", got, legal)
     return given
 
 
@@ -321,9 +300,6 @@ def choose_blocks(count: int, every: int) -> list[int]:
         ValueError: no block.
     """
     check_counts(every=every)
-    if every > count:
-        raise ValueError(
-            f"every: got {every}, expected at most {count}, the number of blocks or hidden layers "
-            "(with jk, all)"
-        )
+    legal = f"at most {count}, the number of blocks or hidden layers (with jk, all)"
+    check(every <= count, "every", every, legal)
     return list(range(every - 1, count, every))

@@ -106,11 +106,11 @@ def _batches(routings: Any, num_calls: int) -> list[list[Routing]]:
     batches = [as_list(batch) for batch in (routings if are_several else [routings])]
     check(batches, "routings", "none", "those of at least one forward pass")
     for batch in batches:
-        if len(batch) != num_calls:
-            raise ValueError(
-                f"routings: got {len(batch)} of a forward pass, expected {num_calls}, one for each "
-                "call of a router of the model; of several forward passes, a list of their lists"
-            )
+        legal = (
+            f"{num_calls}, one for each call of a router of the model; of several forward passes, "
+            "a list of their lists"
+        )
+        check(len(batch) == num_calls, "routings", f"{len(batch)} of a forward pass", legal)
     return batches
 
 
@@ -120,18 +120,14 @@ def _kept(group: Group, routings: Sequence[Routing]) -> tuple[int, ...]:
     Raises:
         ValueError: routings that are not the router's; none in which an expert was chosen.
     """
+    names = named(group.layers)
     for routing in routings:
-        if routing.num_experts != group.num_experts:
-            raise ValueError(
-                f"routings: got {routing!r} for {named(group.layers)}, expected one of "
-                f"{group.num_experts} experts"
-            )
+        is_fitting = routing.num_experts == group.num_experts
+        legal = f"one of {group.num_experts} experts"
+        check(is_fitting, "routings", f"{routing!r} for {names}", legal)
     load_E = torch.stack([routing.load.cpu() for routing in routings]).sum(dim=0)
-    if not load_E.any():
-        raise ValueError(
-            f"routings: got some in which no expert of {named(group.layers)} was chosen, expected "
-            "those of data that reach every layer"
-        )
+    got = f"some in which no expert of {names} was chosen"
+    check(load_E.any(), "routings", got, "those of data that reach every layer")
     by_use = (load_E == 0).int().argsort(stable=True).tolist()
     number = max(int((load_E > 0).sum()), group.router.k)
     return tuple(sorted(by_use[:number]))
@@ -170,29 +166,17 @@ def checked_groups(model: nn.Module) -> list[Group]:
     """All layers with experts by router, each with one.
 
     Raises:
-        ValueError: no layer with experts; one of open widths, without a router of its own or of its
-            model, or with the experts of a layer under another router.
+        ValueError: no layer with experts; one without a router of its own or of its model, or with
+            the experts of a layer under another router.
     """
     groups = groups_of(model)
-    if not groups:
-        raise ValueError(
-            f"model: got {type(model).__name__} without layers of experts, expected some"
-        )
+    check(groups, "model", f"{type(model).__name__} without layers of experts", "some")
     owners: dict[nn.Module, Group] = {}
     for group in groups:
         for name, layer in group.layers.items():
-            if layer.experts is None:
-                raise ValueError(
-                    f"model: got {named([name])}, whose widths are open: call it once before"
-                )
-            if group.router is None:
-                raise ValueError(
-                    f"model: got {named([name])}, a {type(layer).__name__} without one router "
-                    "of its own, expected layers with a router"
-                )
-            if owners.setdefault(layer.experts, group) is not group:
-                raise ValueError(
-                    f"model: got {named([name])}, whose experts are those of a layer under another "
-                    "router, expected experts of its own"
-                )
+            got = f"{named([name])}, a {type(layer).__name__} without one router of its own"
+            check(group.router is not None, "model", got, "layers with a router")
+            owner = owners.setdefault(layer.experts, group)
+            got = f"{named([name])}, whose experts are those of a layer under another router"
+            check(owner is group, "model", got, "experts of its own")
     return groups

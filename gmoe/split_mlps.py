@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmoe._checks import check
 from gmoe._verify import moved_copy, rows_are_equal
 from gmoe.mlps import is_first_half
 
@@ -79,11 +80,9 @@ def refuse_parts(name: str, owner: nn.Module) -> None:
     key = name.rpartition(".")[2]
     of_layer = isinstance(owner, OF_TORCH[0]) and key in ("linear1", "linear2")
     expected = f"{name.rpartition('.')[0]}, whose MLP has them" if of_layer else "another layer"
-    if of_layer or (isinstance(owner, nn.MultiheadAttention) and key == "out_proj"):
-        raise ValueError(
-            f"targets: got {name}, whose weight {type(owner).__name__} reads without a call, "
-            f"expected {expected}"
-        )
+    is_read = of_layer or (isinstance(owner, nn.MultiheadAttention) and key == "out_proj")
+    got = f"{name}, whose weight {type(owner).__name__} reads without a call"
+    check(not is_read, "targets", got, expected)
 
 
 @contextmanager
@@ -107,9 +106,9 @@ def joined(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
             if place_of(block) != key:
                 continue
             if key == "intermediate":
-                if not _begins_with_dense(block.output):
-                    got = f"{path}.output, a {type(block.output).__name__}"
-                    raise ValueError(f"model: got {got}, expected one whose `dense` acts first")
+                got = f"{path}.output, a {type(block.output).__name__}"
+                begins = _begins_with_dense(block.output)
+                check(begins, "model", got, "one whose `dense` acts first")
                 mlp = nn.Sequential(block.intermediate, block.output.dense)
                 put(block.output, "dense", nn.Identity())
             else:

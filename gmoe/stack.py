@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmoe._checks import check
 from gmoe._torch import NotesChanges
 
 BASE = "_base"
@@ -80,11 +81,8 @@ class Stack(NotesChanges):
         """
         place = name + DIFFERENCE if name in self.names_with_base else name
         own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
-        if place not in own:
-            raise ValueError(
-                f"model: got {type(self).__name__} with a parametrized {name}, expected a plain "
-                "one: remove the parametrization before"
-            )
+        got = f"{type(self).__name__} with a parametrized {name}"
+        check(place in own, "model", got, "a plain one: remove the parametrization before")
         return own[place]
 
     def check_stored(self) -> None:

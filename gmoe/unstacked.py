@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import change_of, check_module
+from gmoe._checks import change_of, check, check_module
 from gmoe.experts import Experts, LinearExperts
 from gmoe.stack import BASE, Stack
 
@@ -74,11 +74,8 @@ class UnstackedLinears(Experts, Stack):
             ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
         """
         change = self.replaced()
-        if change is not None:
-            raise ValueError(
-                f"experts: got some with {change}, expected plain nn.Linears: only their weights "
-                "can be read and drawn anew"
-            )
+        legal = "plain nn.Linears: only their weights can be read and drawn anew"
+        check(change is None, "experts", f"some with {change}", legal)
         return self.linears[expert].get_parameter(name)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
@@ -130,9 +127,9 @@ def unstack(model: Model) -> Model:
     check_module("model", model)
     for name, module in _stacked(model):  # before anything is changed
         change = change_of(module)
-        if change is not None or type(module) is not LinearExperts:
-            got = change or f"a class of its own, {type(module).__name__}"
-            raise ValueError(f"model: got {name} with {got}, expected plain stacked layers")
+        if type(module) is not LinearExperts:
+            change = change or f"a class of its own, {type(module).__name__}"
+        check(change is None, "model", f"{name} with {change}", "plain stacked layers")
     return with_modules(model, {module: UnstackedLinears(module) for _, module in _stacked(model)})
 
 

@@ -81,7 +81,7 @@ ROWS: dict[str, tuple[Callable[..., nn.Module], Any, dict[str, tuple[Any, ...]]]
         ViTMoE,
         {
             **ROUTED,
-            **{"num_classes": (3,), "every": (1,), "shared_router": (True,), "dropout": (0.5,)},
+            **{"num_classes": (3,), "every": (1,), "dropout": (0.5,)},
         },
     ),
     "MoEConv": (

@@ -101,7 +101,6 @@ TYPES: dict[str, Make] = {
 }
 IMAGES: dict[str, Make] = {
     "ViTMoE, expert_choice": partial(ViTMoE, 8, num_experts=4),
-    "ViTMoE, routed once": partial(ViTMoE, 8, num_experts=4, shared_router=True),
     "ViTMoE, K=2": partial(ViTMoE, 8, router="token_choice", k=2, num_experts=4),
     "timm, copies": partial(timm_vit, router="token_choice", start="copies"),
     "timm, expert_choice": partial(timm_vit, router="expert_choice", start="shared"),

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -22,7 +21,7 @@ from gmoe.moe import MoE, checked_routings
 from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
 from gmoe.recording import record_routing
-from gmoe.routers import ROUTERS, Router, RouterLike
+from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing
 from gmoe.saved import Pretrained
 from gmoe.start import Start, drawn_apart, resolved_start
@@ -58,9 +57,6 @@ class ViTMoE(Pretrained, VisionTransformer):
             all experts start as copies of the dense MLP. ``"plain"``: independent experts. With the
             first two, the outputs of a new model equal those of the dense one (``router=None``)
             with the same seed.
-        shared_router: route once for all layers, by the tokens that enter the first block
-            (``True``), as :class:`GNNMoE` does, or let each layer route by its own input
-            (``False``, default).
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
@@ -68,8 +64,7 @@ class ViTMoE(Pretrained, VisionTransformer):
     Shapes:
         - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.
         - returns (B, num_classes), and the list of :class:`gmoe.Routing` with
-          ``return_routing=True`` (one per MoE layer; one in all with ``shared_router``), empty if
-          dense.
+          ``return_routing=True`` (one per MoE layer), empty if dense.
         - ``routings``: such a list, of an earlier call on as many images; no router is asked.
 
     Raises:
@@ -91,7 +86,6 @@ class ViTMoE(Pretrained, VisionTransformer):
         k: int = 1,
         every: int = 2,
         start: Start | None = None,
-        shared_router: bool = False,
         dropout: float = 0.0,
         router_kwargs: Mapping[str, object] | None = None,
         backend: Backend = "auto",
@@ -106,7 +100,6 @@ class ViTMoE(Pretrained, VisionTransformer):
             check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], legal)
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
         self.recorded = Recorded.of(given_to(ViTMoE, locals()), ROUTERS)
-        self.shared_router: Router | None = None
         if router is None:
             return
         with drawn_apart(start != "plain"):
@@ -124,12 +117,6 @@ class ViTMoE(Pretrained, VisionTransformer):
                 self._init_experts()
         for layer in self._layers():
             layer.moefied = None  # a file has the arguments of this constructor
-        if shared_router:
-            # The first layer's, which is as wide as all others.
-            layers = self._layers()
-            self.shared_router = layers[0].router
-            for layer in layers:
-                layer.router = None
 
     def _layers(self) -> list[MoE]:
         """The layers with experts, in order."""
@@ -158,36 +145,15 @@ class ViTMoE(Pretrained, VisionTransformer):
             raise ValueError(
                 f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})"
             )
-        # As torchvision's forward: gray becomes RGB, and a class token joins the patches.
-        x = self._process_input(images.expand(-1, 3, -1, -1))
-        x = torch.cat([self.class_token.expand(x.size(0), -1, -1), x], dim=1)
         layers = self._layers()
-        is_shared = self.shared_router is not None
         recording: AbstractContextManager[list[Routing]] = nullcontext([])
         if routings is not None:
-            number = 1 if is_shared else len(layers)
-            given = checked_routings(routings, number, "router" if is_shared else "layer")
-            recording = _giving(layers, given * len(layers) if is_shared else given)
-        elif is_shared:
-            recording = _giving(layers, [self.route_once(x)] * len(layers))
+            recording = _giving(layers, checked_routings(routings, len(layers), "layer"))
         elif return_routing and layers:
             recording = record_routing(self.encoder)
         with recording as used:
-            logits: Tensor = self.heads(self.encoder(x)[:, 0])
-        if not return_routing:
-            return logits
-        return logits, used[:1] if is_shared else used
-
-    def route_once(self, x: Tensor) -> Routing:
-        """Decide once for all layers, with a shared router.
-
-        Args:
-            x: (B, T, D) the class token and the patches, before their positions are added.
-        """
-        assert self.shared_router is not None
-        x = x + self.encoder.pos_embedding
-        routing: Routing = self.shared_router(x)
-        return routing
+            logits: Tensor = super().forward(images.expand(-1, 3, -1, -1))  # gray becomes RGB
+        return (logits, used) if return_routing else logits
 
 
 @contextmanager

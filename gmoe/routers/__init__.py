@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from gmoe._checks import check_choice
+from gmoe._checks import check, check_choice
 from gmoe.routers.attention_vote import AttentionVote
 from gmoe.routers.base import Router, Weighting
 from gmoe.routers.baselines import OracleRouter, RandomRouter, UniformRouter
@@ -84,58 +84,42 @@ def build_router(
         ValueError: an unknown name, or an argument that the router does not take; an instance of
             other ``dim``, ``num_experts`` or ``k`` (but for 1), or with ``kwargs``; K > E.
     """
-    if not isinstance(kwargs, Mapping | None):
-        raise ValueError(f"router_kwargs: got {kwargs!r}, expected a dictionary of arguments")
+    check(isinstance(kwargs, Mapping | None), "router_kwargs", repr(kwargs), "a dictionary")
     kwargs = dict(kwargs or {})
     router = read_router(router)
     is_soft = isinstance(router, type) and issubclass(router, SoftSlots)
-    if is_soft or isinstance(router, SoftSlots):
-        raise ValueError("router: got SoftSlots, expected another: its slots are for gmoe.SoftMoE")
-
+    is_soft = is_soft or isinstance(router, SoftSlots)
+    check(not is_soft, "router", "SoftSlots", "another: its slots are for gmoe.SoftMoE")
     if isinstance(router, Router):
-        if kwargs:
-            raise ValueError(f"router_kwargs: got {kwargs} beside a router instance, expected none")
-        if (router.dim, router.num_experts) != (dim, num_experts):
-            raise ValueError(
-                f"router: got an instance for dim={router.dim}, "
-                f"num_experts={router.num_experts}, expected dim={dim}, num_experts={num_experts}"
-            )
-        if k not in (1, router.k):  # 1 is what layers pass by default
-            raise ValueError(f"k: got {k} beside a router instance of k={router.k}, expected none")
+        check(not kwargs, "router_kwargs", kwargs, "none beside a router instance")
+        got = f"an instance for dim={router.dim}, num_experts={router.num_experts}"
+        is_fitting = (router.dim, router.num_experts) == (dim, num_experts)
+        check(is_fitting, "router", got, f"dim={dim}, num_experts={num_experts}")
+        # Layers pass 1 by default.
+        check(k in (1, router.k), "k", k, f"none beside a router instance of k={router.k}")
         return router
-
     if isinstance(router, str):
         check_choice("router", router, ROUTERS)
         router = ROUTERS[router]
     is_other_class = isinstance(router, type) and not issubclass(router, Router)
-    if not callable(router) or is_other_class:
-        raise ValueError(f"router: got {router!r}, expected a name, a factory or an instance")
+    is_factory = callable(router) and not is_other_class
+    check(is_factory, "router", repr(router), "a name, a factory or an instance")
     signature = inspect.signature(router)
-
-    def takes(name: str) -> bool:
-        return any(
-            parameter.name == name or parameter.kind is parameter.VAR_KEYWORD
-            for parameter in signature.parameters.values()
-        )
-
-    if not takes("num_experts"):
-        raise ValueError(
-            f"router: got a factory of {signature}, expected one of (dim, num_experts=num_experts)"
-        )
+    parameters = signature.parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     is_bound = isinstance(router, partial) and "k" in router.keywords
     # Uniform and oracle routers have no k.
-    k_argument = {"k": k} if takes("k") and not is_bound else {}
+    takes_k = (takes_any or "k" in parameters) and not is_bound
+    options = {"num_experts": num_experts} | ({"k": k} if takes_k else {})
     try:
-        signature.bind(dim, num_experts=num_experts, **k_argument, **kwargs)
+        signature.bind(dim, **options, **kwargs)
     except TypeError as error:
         raise ValueError(
             f"router_kwargs: got {kwargs!r} ({error}), expected arguments of {signature}"
         ) from error
-    built = router(dim, num_experts=num_experts, **k_argument, **kwargs)
-    if not isinstance(built, Router):
-        raise ValueError(
-            f"router: got a factory that returned {type(built).__name__}, expected a Router"
-        )
+    built = router(dim, **options, **kwargs)
+    got = f"a factory that returned {type(built).__name__}"
+    check(isinstance(built, Router), "router", got, "a Router")
     return built
 
 

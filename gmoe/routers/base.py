@@ -122,11 +122,8 @@ class Router(nn.Module, ABC):
         check_counts(dim=dim, num_experts=num_experts, k=k)
         check(k <= num_experts, "k", k, f"at most num_experts={num_experts}")
         check_choice("weight", weight, Weighting)
-        if weight == "normalized" and k == 1:
-            raise ValueError(
-                "weight: got 'normalized' with k=1, the constant 1 without a gradient, expected "
-                "another, or k >= 2"
-            )
+        got = "'normalized' with k=1, the constant 1 without a gradient"
+        check(weight != "normalized" or k > 1, "weight", got, "another, or k >= 2")
         self.dim = dim
         self.num_experts = num_experts
         self.num_scored = num_experts

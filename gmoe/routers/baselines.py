@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmoe._checks import INTEGERS, check_can_shrink, check_kept, check_range, described
+from gmoe._checks import INTEGERS, check, check_can_shrink, check_kept, check_range, described
 from gmoe.routers.base import Router, Weighting, log_softmax
 from gmoe.routing import Routing
 
@@ -124,8 +124,8 @@ class OracleRouter(Router):
 
     def __init__(self, dim: int, *, num_experts: int, assignment: Tensor) -> None:
         super().__init__(dim, num_experts=num_experts, k=1)
-        if assignment.dim() != 1 or assignment.dtype not in INTEGERS:
-            raise ValueError(f"assignment: got {described(assignment)}, expected (T,) integers")
+        is_vector = assignment.dim() == 1 and assignment.dtype in INTEGERS
+        check(is_vector, "assignment", described(assignment), "(T,) integers")
         check_range("assignment", assignment, num_experts)
         # The buffer loses its values on the meta device; reset_parameters restores them from here.
         self.assignment = assignment.clone()
@@ -138,11 +138,8 @@ class OracleRouter(Router):
         """Refuse, beside what :class:`Router` does, to remove an expert that has tokens."""
         super().check_kept(kept)
         gone = {*self.assignment_T.tolist()} - {*kept}
-        if gone:
-            raise ValueError(
-                f"kept: got {[*kept]}, expected {sorted(gone)} too, to which the oracle assigns "
-                "tokens"
-            )
+        legal = f"{sorted(gone)} too, to which the oracle assigns tokens"
+        check(not gone, "kept", [*kept], legal)
 
     def keep(self, kept: Sequence[int]) -> None:
         super().keep(kept)
@@ -152,8 +149,8 @@ class OracleRouter(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         num_assigned = self.assignment_T.size(0)
-        if x_TD.size(0) != num_assigned:
-            raise ValueError(f"x: got {x_TD.size(0)} tokens, expected {num_assigned} assigned ones")
+        is_fitting = x_TD.size(0) == num_assigned
+        check(is_fitting, "x", f"{x_TD.size(0)} tokens", f"{num_assigned} assigned ones")
         expert_T1 = self.assignment_T[:, None]
         return Routing.from_choices(
             expert_T1, x_TD.new_ones(expert_T1.shape), num_experts=self.num_experts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import row_norms
-from gmoe._checks import check, check_at_least, check_choice, check_counts
+from gmoe._checks import check, check_at_least, check_choice, check_counts, described
 from gmoe.losses import separation_loss
 from gmoe.routers.base import Router, Weighting
 from gmoe.routers.expert_choice import ExpertSelection, Inference
@@ -124,14 +124,10 @@ class MultiCentroid(Router):
             ValueError: a width that does not fit, fewer tokens than experts, or values that are not
                 finite.
         """
-        is_enough = x.numel() >= self.dim * self.num_experts
-        if x.size(-1) != self.dim or not is_enough:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}, expected at least {self.num_experts} tokens of "
-                f"width {self.dim}"
-            )
-        if not x.isfinite().all():
-            raise ValueError("x: got values that are NaN or infinite, expected none")
+        is_enough = x.size(-1) == self.dim and x.numel() >= self.dim * self.num_experts
+        legal = f"at least {self.num_experts} tokens of width {self.dim}"
+        check(is_enough, "x", described(x), legal)
+        check(x.isfinite().all(), "x", "values that are NaN or infinite", "none")
         dtype = torch.promote_types(self.centroid.dtype, torch.float32)
         x_TD = x.reshape(-1, self.dim).to(self.centroid.device, dtype)
         self.center_D.copy_(x_TD.mean(dim=0))

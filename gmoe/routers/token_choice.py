@@ -90,8 +90,6 @@ class TokenChoice(BalancedRouter):
     ) -> None:
         weight = weight or ("normalized" if k >= 2 else "score")
         biased = balance == "bias"
-        if bias_rate is None:
-            raise ValueError("bias_rate: got None, expected a number; balance=None has no bias")
         super().__init__(
             dim,
             num_experts=num_experts,
@@ -101,7 +99,7 @@ class TokenChoice(BalancedRouter):
         )
         check_choice("balance", balance, Balance)
         check(isinstance(noise, bool | None), "noise", repr(noise), "True, False or None")
-        check_at_least(0, balance_coef=balance_coef, z_coef=z_coef)
+        check_at_least(0, balance_coef=balance_coef, bias_rate=bias_rate, z_coef=z_coef)
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
         self.balance = balance

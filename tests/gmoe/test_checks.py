@@ -65,8 +65,6 @@ def test_a_choice_lists_the_legal_values_and_the_one_that_is_meant() -> None:
     check_choice("mode", "mean", ("sum", "mean"))
     with pytest.raises(ValueError, match=r"'maen', expected one of 'sum', 'mean'; .* 'mean'\?"):
         check_choice("mode", "maen", ("sum", "mean"))
-    with pytest.raises(ValueError, match=r"did you mean 'mean'\?$"):
-        check_choice("mode", "average", ("sum", "mean"), {"average": "mean"})
 
 
 def test_only_a_similar_name_is_suggested() -> None:

@@ -412,7 +412,7 @@ def test_an_activation_may_be_shared_by_layers() -> None:
 def test_a_part_of_a_layer_that_another_module_has_too_is_refused() -> None:
     model: Any = nn.ModuleDict({"mlp": plain_mlp()})
     model["first"] = model["mlp"][0]
-    with pytest.raises(ValueError, match=r"^model: got mlp with a part that is first as well"):
+    with pytest.raises(ValueError, match=r"^model: got mlp\.0\.weight, which is first\.weight"):
         moefy(model, targets="mlp", num_experts=2, start="copies")
 
 

@@ -282,7 +282,6 @@ def timm_vit(router: str) -> nn.Module:
 
 IMAGES: dict[str, Callable[[str], nn.Module]] = {
     "ViTMoE": lambda router: ViTMoE(8, **options_of(router)),
-    "ViTMoE, routed once": lambda router: ViTMoE(8, shared_router=True, **options_of(router)),
     "timm's": timm_vit,
     "own": lambda router: moefy(Blocks(), **options_of(router)),
 }

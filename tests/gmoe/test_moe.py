@@ -21,7 +21,6 @@ from gmoe import (
     SoftSlots,
     TokenChoice,
 )
-from gmoe.mixed import MixedWeights
 from gmoe.routers import build_router
 
 D, E = 5, 3
@@ -133,9 +132,3 @@ def test_a_layer_without_a_router_takes_the_decisions_of_its_calls() -> None:
         layer(x)
     with pytest.raises(ValueError, match=r"^routing: got .*, expected a Routing of 4 tokens"):
         layer(x[:4], routing=routing)
-
-
-def test_mixed_weights_refuse_a_router_of_tokens_when_they_are_built() -> None:
-    experts = MixedWeights(LinearExperts(4, 4, num_experts=3))
-    with pytest.raises(ValueError, match=r"^router: got TokenChoice, which decides for each token"):
-        MoE(TokenChoice(4, num_experts=3), experts)

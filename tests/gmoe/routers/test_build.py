@@ -73,11 +73,15 @@ FOUR = TokenChoice(6, num_experts=4)
             ("router: got", router, {})
             for router in ("hash", SoftSlots, SoftSlots(6, num_experts=4), 3, torch.nn.Linear)
         ),
-        (r"router: got a factory of \(dim", lambda dim: TokenChoice(dim, num_experts=4), {}),
+        (
+            r"router_kwargs: got {} .*, expected arguments of \(dim\)",
+            lambda dim: TokenChoice(dim, num_experts=4),
+            {},
+        ),
         ("router: got a factory that returned dict", lambda *_, **options: options, {}),
         ("router: got", FOUR, {"num_experts": 8}),
         ("router: got", FOUR, {"dim": 7}),
-        ("k: got 3 beside a router instance of k=1", FOUR, {"k": 3}),
+        ("k: got 3, expected none beside a router instance of k=1", FOUR, {"k": 3}),
         *(
             (
                 f"{name}: got {value!r}, expected the default beside choice='tokens'",
