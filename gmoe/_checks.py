@@ -20,7 +20,6 @@ from gmoe._torch import backward_hooks, forward_hooks, parameter_names
 EXTRAS = {
     "torch_geometric": "graph",
     "torchmetrics": "graph",
-    "tqdm": "graph",
     "torchvision": "vision",
     "matplotlib": "plot",
     "safetensors": "hub",

@@ -73,26 +73,18 @@ class UnstackedLinears(Experts, Stack):
         Raises:
             ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
         """
-        change = self.replaced()
+        linear = self.linears[expert]
+        change = change_of(linear)
+        if type(linear) is not nn.Linear:  # quantized layers of torch are called Linear, too
+            change = change or f"a {type(linear).__module__}.{type(linear).__qualname__}"
         legal = "plain nn.Linears: only their weights can be read and drawn anew"
         check(change is None, "experts", f"some with {change}", legal)
-        return self.linears[expert].get_parameter(name)
+        return linear.get_parameter(name)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         loads = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
         parts = zip(self.linears, x_PI.split(loads), strict=True)
         return torch.cat([linear(rows) for linear, rows in parts])
-
-    def replaced(self) -> str | None:
-        """What some layer is, if it is more or other than a plain ``nn.Linear``."""
-        for linear in self.linears:
-            cls = type(linear)
-            is_linear = isinstance(linear, nn.Linear)
-            # Quantized layers of torch are called Linear, too.
-            change = change_of(linear) if is_linear else f"a {cls.__module__}.{cls.__name__}"
-            if change is not None:
-                return change
-        return None
 
 
 def unstack(model: Model) -> Model:

@@ -16,8 +16,8 @@ import pytest
 import gmoe
 
 ROOT = Path(__file__).parent.parent
-PYG = frozenset({"torch_geometric", "numpy", "tqdm"})
-"""torch_geometric, and its own dependencies for arrays and progress bars."""
+PYG = frozenset({"torch_geometric", "numpy"})
+"""torch_geometric, and its own dependency for arrays."""
 
 ROOMS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("gmoe.conv", "gmoe.data"), PYG),

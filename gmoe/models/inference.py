@@ -14,7 +14,6 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
 from torch_geometric.typing import Adj
-from tqdm import tqdm
 
 from gmoe._checks import check, check_counts, described
 from gmoe.conv.base import refuse_far
@@ -32,7 +31,6 @@ def inference(
     loader: NodeLoader | Data,
     device: torch.device | str | None = None,
     *,
-    progress_bar: bool = False,
     batch_size: int | None = None,
     return_routing: bool = False,
     out: Tensor | None = None,
@@ -55,7 +53,6 @@ def inference(
         loader: a graph; or a node loader, whose graph and batch size are used, but not its sampler.
         device: where chunks are computed (default: where the model is); the features of all nodes
             stay on the CPU.
-        progress_bar: show one (default ``False``).
         batch_size: nodes per chunk (default: the loader's, or 1,024).
         return_routing: return the routings too, as :meth:`forward` does.
         out: (N, out_channels) where to write the logits, such as a memory-mapped tensor; it is
@@ -69,15 +66,9 @@ def inference(
         RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
     """
     data = loader if isinstance(loader, Data) else getattr(loader, "data", loader)
-    if not isinstance(data, Data):
-        raise ValueError(
-            f"loader: got one over {type(data).__name__}, expected a Data with x, and with "
-            "edge_index or adj_t"
-        )
-    if data.x is None:
-        raise ValueError(
-            "loader: got a Data without x, expected one with x, and with edge_index or adj_t"
-        )
+    legal = "a Data with x, and with edge_index or adj_t"
+    check(isinstance(data, Data), "loader", f"one over {type(data).__name__}", legal)
+    check(data.x is not None, "loader", "a Data without x", legal)
     if batch_size is None:
         batch_size = getattr(loader, "batch_size", None) or 1024
     check_counts(batch_size=batch_size)
@@ -86,7 +77,7 @@ def inference(
     if out is not None:
         _check_out(model, out, data.x.size(0))
         check(not return_routing, "return_routing", True, "False with out: it takes much memory")
-    run = _LayerByLayer(model, data, device, batch_size, progress_bar, out)
+    run = _LayerByLayer(model, data, device, batch_size, out)
     logits = run.logits()
     return (logits, run.routings) if return_routing else logits
 
@@ -98,9 +89,8 @@ def stored_edges(data: Data) -> Adj:
         ValueError: none; or two forms, which may be of different edges.
     """
     forms = [name for name in ("edge_index", "adj_t") if data.get(name) is not None]
-    if len(forms) != 1:
-        got = " and ".join(forms) or "neither"
-        raise ValueError(f"loader: got {got} in the graph, expected edge_index or adj_t")
+    got = " and ".join(forms) or "neither"
+    check(len(forms) == 1, "loader", f"{got} in the graph", "edge_index or adj_t")
     edges: Adj = data[forms[0]]
     return edges
 
@@ -113,7 +103,6 @@ class _LayerByLayer:
         data: the graph.
         device: where parts are computed.
         batch_size: destinations per part.
-        progress_bar: show one.
         out: for the logits. If there is one, each part is finished before the next one begins;
             otherwise routers, and what follows the convs, look at all nodes at once.
     """
@@ -124,13 +113,11 @@ class _LayerByLayer:
         data: Data,
         device: torch.device,
         batch_size: int,
-        progress_bar: bool,
         out: Tensor | None,
     ) -> None:
         self.model = model
         self.device = device
         self.batch_size = batch_size
-        self.progress_bar = progress_bar
         self.out = out
         self.features: Tensor = data.x.cpu()
         edge_args: Any = {
@@ -170,14 +157,14 @@ class _LayerByLayer:
 
     def entered(self) -> Iterator[tuple[slice, Tensor]]:
         """What the first layer sees of the raw features, part by part."""
-        for rows in self.ranges("Input"):
+        for rows in self.ranges():
             nodes = torch.arange(rows.start, rows.stop)
             yield rows, self.model.enter(self.rows(self.features, nodes))
 
     def finished(self, layer: int, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The output of a layer (the logits of the last), part by part, each routed by itself."""
         model = self.model
-        for rows, nodes, graph in self.parts(f"Layer {layer + 1}"):
+        for rows, nodes, graph in self.parts():
             routing = None  # the layer's own router decides
             if model.shared_router is not None and model.has_experts(layer):
                 seen = model.shared_router_input(self.rows(self.features, nodes), graph)
@@ -191,7 +178,7 @@ class _LayerByLayer:
         self, layer: int, x: Tensor, decision: Routing | None
     ) -> Iterator[tuple[slice, Tensor]]:
         """A layer's conv and residual, part by part, by a decision for all nodes."""
-        for rows, nodes, graph in self.parts(f"Layer {layer + 1}"):
+        for rows, nodes, graph in self.parts():
             routing = None if decision is None else decision.select(rows)
             yield rows, self.model.convolve(layer, self.rows(x, nodes), graph, None, routing)[0]
 
@@ -227,7 +214,7 @@ class _LayerByLayer:
         conv = self.model.convs[layer]
         shared = self.model.shared_router
         seen = []
-        for _, nodes, graph in self.parts("Routing"):
+        for _, nodes, graph in self.parts():
             if shared is None:
                 seen.append(conv.router_features(self.rows(x, nodes), graph))
             else:
@@ -246,15 +233,14 @@ class _LayerByLayer:
             rows = rows.to(torch.promote_types(rows.dtype, next(self.model.parameters()).dtype))
         return rows
 
-    def ranges(self, name: str) -> Iterator[slice]:
-        """All nodes in order, a batch at a time; ``name`` is what the progress bar says."""
-        starts = range(0, max(self.num_nodes, 1), self.batch_size)
-        for start in tqdm(starts, name, disable=not self.progress_bar):
+    def ranges(self) -> Iterator[slice]:
+        """All nodes in order, a batch at a time."""
+        for start in range(0, max(self.num_nodes, 1), self.batch_size):
             yield slice(start, min(start + self.batch_size, self.num_nodes))
 
-    def parts(self, name: str) -> Iterator[tuple[slice, Tensor, Graph]]:
+    def parts(self) -> Iterator[tuple[slice, Tensor, Graph]]:
         """The destinations of each part as a range, (S,) its nodes, and its graph on the device."""
-        for rows in self.ranges(name):
+        for rows in self.ranges():
             nodes, part = self.graph.part(torch.arange(rows.start, rows.stop))
 
             def scale_of(nodes: Tensor = nodes, **options: Any) -> Tensor:
@@ -267,7 +253,7 @@ class _LayerByLayer:
         key = tuple(options.values())
         if key not in self.scales:
             pieces = []
-            for rows in self.ranges("Degrees"):
+            for rows in self.ranges():
                 _, part = self.graph.part(torch.arange(rows.start, rows.stop))
                 pieces.append(part.scale(**options))
             self.scales[key] = torch.cat(pieces)
@@ -310,21 +296,18 @@ def _check_out(model: Any, out: Any, num_nodes: int) -> None:
     shape = (num_nodes, model.out_channels)
     is_fitting = isinstance(out, Tensor) and out.shape == shape and out.is_floating_point()
     check(is_fitting, "out", described(out), f"floating-point numbers of shape {shape}")
-    if model.training:
-        raise ValueError("model: got one in training mode, expected eval() before out is filled")
+    legal = "eval() before out is filled"
+    check(not model.training, "model", "one in training mode", legal)
     if model.joins_layers:
-        raise ValueError(
-            f"jk: got {model.jk_mode!r} with out, expected None or 'last': others keep every layer"
-        )
+        got = f"{model.jk_mode!r} with out"
+        check(False, "jk", got, "None or 'last': others keep every layer")
     for norm in model.norms:
-        if not is_by_row(norm):
-            raise ValueError(
-                f"norm: got {type(norm).__name__} with out, expected one by row: batch norm, "
-                "LayerNorm(mode='node') or none"
-            )
+        legal = "one by row: batch norm, LayerNorm(mode='node') or none"
+        check(is_by_row(norm), "norm", f"{type(norm).__name__} with out", legal)
     for router in model.modules():
-        if isinstance(router, Router) and not router.by_token:
-            raise ValueError(
-                f"router: got {type(router).__name__} with out, expected one that decides token by "
-                "token: token choice, random, uniform, centroids, or inference='threshold'"
-            )
+        is_by_token = not isinstance(router, Router) or router.by_token
+        legal = (
+            "one that decides token by token: token choice, random, uniform, centroids, or "
+            "inference='threshold'"
+        )
+        check(is_by_token, "router", f"{type(router).__name__} with out", legal)

@@ -14,7 +14,7 @@ from torch_geometric.nn import BatchNorm, LayerNorm
 from torch_geometric.nn.inits import reset
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 
-from gmoe._checks import check_choice, must_be_called
+from gmoe._checks import check, check_choice, must_be_called
 
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 Activation: TypeAlias = str | Callable[[Tensor], Tensor] | None
@@ -38,14 +38,14 @@ def activation_of(act: Activation) -> Callable[[Tensor], Tensor]:
     if act is None:
         return nn.Identity()
     legal = "the name of one of PyTorch's activations, such as 'relu', a function or None"
-    activation: Callable[[Tensor], Tensor] | None
+    activation: Any
     try:
         activation = activation_resolver(act)
     except (TypeError, ValueError):  # nobody's name, or of one that has no default arguments
         activation = None
     # A class would be called in place of its instance.
-    if not callable(activation) or isinstance(activation, type):
-        raise ValueError(f"act: got {act!r}, expected {legal}")
+    is_function = callable(activation) and not isinstance(activation, type)
+    check(is_function, "act", repr(act), legal)
     return activation
 
 
@@ -62,8 +62,7 @@ def norm_of(norm: Norm, width: int) -> nn.Module:
         layer = normalization_resolver(norm, width)
     except (TypeError, ValueError):  # nobody's name, or of one that takes something else
         layer = None
-    if not isinstance(layer, nn.Module):
-        raise ValueError(f"norm: got {norm!r}, expected {legal}")
+    check(isinstance(layer, nn.Module), "norm", repr(norm), legal)
     return layer
 
 

@@ -155,7 +155,7 @@ def test_experts_that_became_something_else_are_named() -> None:
     layer = conv_layer("gcn", "plain", "token_choice", 1)
     gmoe.unstack(layer)
     layer.experts.lin.linears[1] = nn.Sequential(layer.experts.lin.linears[1])
-    for call in (layer.reset_parameters, lambda: layer.expert(0)):
+    for call in (layer.reset_parameters, lambda: layer.expert(1)):
         with pytest.raises(ValueError, match=r"^experts: got some with a .*Sequential, expected"):
             call()
 

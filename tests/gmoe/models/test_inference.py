@@ -66,7 +66,7 @@ def test_of_a_loader_the_graph_and_the_batch_size_are_taken() -> None:
     before = copy.deepcopy(model.state_dict())
     logits, routings = model(DATA.x, DATA.edge_index, return_routing=True)
     loader = neighbor_loader(DATA, [2, 2, 2], batch_size=7)
-    found, again = model.inference(loader, progress_bar=True, return_routing=True)
+    found, again = model.inference(loader, return_routing=True)
     assert_same(found, logits)
     for one, other in zip(again, routings, strict=True):
         assert_same(one.to_dense(), other.to_dense())
@@ -124,7 +124,7 @@ def test_it_equals_the_forward_on_the_whole_graph(
     assert_same(model.inference(mapped, batch_size=7), expected)
     loader = neighbor_loader(mapped, [2, 2], batch_size=9)
     in_file = create_mapped(tmp_path / "logits.npy", (NODES, OUT))
-    model.inference(loader, out=in_file, progress_bar=True)
+    model.inference(loader, out=in_file)
     assert np.array_equal(np.load(tmp_path / "logits.npy"), expected.detach().float().numpy())
 
 
