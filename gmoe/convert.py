@@ -387,16 +387,14 @@ class TokenMoE(MoE):
     The rows of (T, D) are one group, as in :class:`MoE`.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
-        *others: object,
+        *,
         routing: Routing | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
         """See :class:`MoE`; it takes tokens only."""
-        got = f"{len(others)} arguments behind the tokens"
-        check(not others, "forward", got, "none: experts see tokens only")
         # (B, H, W, D) grids, as Swins have them, become rows of tokens: (B, H * W, D).
         rows = x.flatten(1, -2) if x.dim() > 3 else x
         y, routing = super().forward(rows, routing=routing, return_routing=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmoe._checks import INTEGERS, check, check_can_shrink, check_kept, check_range, described
+from gmoe._checks import INTEGERS, cannot_shrink, check, check_range, described
 from gmoe.routers.base import Router, Weighting, log_softmax
 from gmoe.routing import Routing
 
@@ -91,12 +91,7 @@ class UniformRouter(Router):
         """Nothing to draw."""
 
     def check_kept(self, kept: Sequence[int]) -> None:
-        check_can_shrink(self)
-        check_kept(kept, self.num_experts)
-
-    def keep(self, kept: Sequence[int]) -> None:
-        super().keep(kept)
-        self.k = len(kept)  # all of them
+        raise cannot_shrink(self)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((x_TD.size(0), self.num_experts), 1.0 / self.num_experts)
@@ -135,17 +130,7 @@ class OracleRouter(Router):
         self.assignment_T.copy_(self.assignment)
 
     def check_kept(self, kept: Sequence[int]) -> None:
-        """Refuse, beside what :class:`Router` does, to remove an expert that has tokens."""
-        super().check_kept(kept)
-        gone = {*self.assignment_T.tolist()} - {*kept}
-        legal = f"{sorted(gone)} too, to which the oracle assigns tokens"
-        check(not gone, "kept", [*kept], legal)
-
-    def keep(self, kept: Sequence[int]) -> None:
-        super().keep(kept)
-        kept_E = torch.tensor(kept, device=self.assignment_T.device)
-        self.assignment_T = torch.searchsorted(kept_E, self.assignment_T)
-        self.assignment = self.assignment_T.cpu()
+        raise cannot_shrink(self)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         num_assigned = self.assignment_T.size(0)

@@ -687,7 +687,7 @@ class Graphs(Target):
         Reason("conv: got experts of flows", lambda c: len(c.flows) > 1),
         Reason("conv: got FeaStConv, which cannot be built", lambda c: c.two),
         Reason("inference: .* looks further than one hop", lambda c: c.way in LAYER_WISE),
-        Reason("model: got Sigmoids, of which no expert", lambda c: c.after == "prune"),
+        Reason(r"model: got \w+, of which no expert", lambda c: c.after == "prune"),
         Reason("routings: got some in which no expert", lambda c: c.after == "prune"),
         # PyG averages the features of loops over the wrong row then
         Reason("local: got True", lambda c: c.has_turned_features),

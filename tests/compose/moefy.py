@@ -389,6 +389,7 @@ class Moefy(Target):
         Reason("model: got", lambda c: c.change not in PLAIN),
         Reason("routings: got .* of a forward", lambda c: c.used_twice and c.after == "prune"),
         Reason("routings: got some in which no expert", lambda c: c.after == "prune"),
+        Reason(r"model: got \w+, of which no expert", lambda c: c.after == "prune"),
     )
 
     def draw(self, random: Random) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
     EDGES,
     EXPERTS,
-    NODES,
     WIDTH,
     X,
     assert_has,
@@ -81,7 +81,6 @@ CHOSEN_BY: dict[str, dict[str, Any]] = {
     "attention_vote": {"head_dim": 4},
     "multi_centroid": {},
     "random": {},
-    "uniform": {},
 }
 """Routers, each with an option that gives it a buffer of each expert, if it has one."""
 
@@ -214,29 +213,14 @@ def test_nothing_is_known_of_subclasses(own: Any) -> None:
     assert layer.num_experts == EXPERTS
 
 
-def test_dead_experts_of_an_oracle_go() -> None:
-    layer = gmoe.MoE(
-        gmoe.OracleRouter(WIDTH, num_experts=EXPERTS, assignment=torch.tensor([2, 2, 5, 7, 5])),
-        gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
-    ).double()
-    expected = layer(X)
-    with pytest.raises(ValueError, match=r"^kept: got \[2, 5\], expected \[7\] too, to which the"):
-        layer.keep((2, 5))
-    assert pruned_on(layer, X) == {"": (2, 5, 7)}
-    assert_same(layer(X), expected)
-
-
-def test_uniform_experts_are_averaged_over_those_that_stay() -> None:
-    layer = gmoe.MoE(
-        gmoe.UniformRouter(WIDTH, num_experts=EXPERTS),
-        gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS),
-    ).double()
-    _, routing = layer(X, return_routing=True)
-    assert routing.num_experts == EXPERTS
-    layer.keep((3, 4))
-    _, routing = layer(X, return_routing=True)
-    assert_same(routing.to_dense(), torch.full((NODES, 2), 0.5, dtype=torch.float64))
-    assert layer.k == layer.router.k == layer.experts_per_token == 2
+def test_of_baselines_that_know_all_experts_none_is_taken_away() -> None:
+    oracle = partial(gmoe.OracleRouter, assignment=torch.tensor([2, 2, 5, 7, 5]))
+    for router in (oracle, gmoe.UniformRouter):
+        experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
+        layer = gmoe.MoE(router(WIDTH, num_experts=EXPERTS), experts)
+        with pytest.raises(ValueError, match=r"^model: got .*Router, of which no expert"):
+            layer.keep((2, 5, 7))
+        assert layer.num_experts == layer.experts.num_experts == EXPERTS
 
 
 @pytest.mark.parametrize("kept", [(), (1, 1), (3, 2), (0, EXPERTS), (-1,)], ids=str)

@@ -58,7 +58,7 @@ def test_without_dead_experts_a_conv_gives_the_same(
 
 def test_edge_weights_are_still_taken_when_no_expert_reads_them() -> None:
     torch.manual_seed(0)
-    layer = MoEConv(["graph", "gcn", "sage"], WIDTH, WIDTH, start="plain", router="uniform")
+    layer = MoEConv(["graph", "gcn", "sage"], WIDTH, WIDTH, start="plain", router="random")
     layer = moved(layer.double())
     weight = torch.rand(EDGES.size(1), dtype=torch.float64)
     layer.keep((2,))
