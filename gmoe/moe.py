@@ -93,12 +93,17 @@ class MoELayer(nn.Module, ABC):
         """The parameters of all E experts; a token uses ``experts_per_token / E`` of them."""
 
 
+def check_built(name: str, layer: MoELayer) -> None:
+    """Refuse a layer, called ``name`` in the error, that has no experts yet."""
+    got = f"{name}, whose widths are open"
+    check(layer.experts is not None, "model", got, "a layer that was called once")
+
+
 def check_can_keep(layers: Iterable[MoELayer], router: Router | None, kept: Sequence[int]) -> None:
     """Refuse what :func:`keep_experts` cannot do, before anything changes."""
     for layer in layers:
         check_kept(kept, layer.num_experts)
-        got = "a layer whose widths are open"
-        check(layer.experts is not None, "model", got, "one that was called once")
+        check_built("a layer", layer)
         if router is not None:
             legal = f"the layer's {layer.num_experts}; gmoe.prune prunes all layers of a router"
             is_fitting = router.num_experts == layer.num_experts

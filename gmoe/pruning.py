@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gmoe._checks import check, check_module
-from gmoe.moe import MoELayer, check_can_keep, keep_experts
+from gmoe.moe import MoELayer, check_built, check_can_keep, keep_experts
 from gmoe.routers import Router
 from gmoe.routing import Routing, as_list
 
@@ -166,14 +166,15 @@ def checked_groups(model: nn.Module) -> list[Group]:
     """All layers with experts by router, each with one.
 
     Raises:
-        ValueError: no layer with experts; one without a router of its own or of its model, or with
-            the experts of a layer under another router.
+        ValueError: no layer with experts; one of open widths, without a router of its own or of its
+            model, or with the experts of a layer under another router.
     """
     groups = groups_of(model)
     check(groups, "model", f"{type(model).__name__} without layers of experts", "some")
     owners: dict[nn.Module, Group] = {}
     for group in groups:
         for name, layer in group.layers.items():
+            check_built(named([name]), layer)
             got = f"{named([name])}, a {type(layer).__name__} without one router of its own"
             check(group.router is not None, "model", got, "layers with a router")
             owner = owners.setdefault(layer.experts, group)

@@ -36,7 +36,7 @@ from gmoe._checks import (
     naming_extras,
 )
 from gmoe.convert import moefy
-from gmoe.moe import MoELayer
+from gmoe.moe import MoELayer, check_built
 from gmoe.pruning import groups_of
 from gmoe.recorded import BY_HAND, AsBuilt, Recorded
 
@@ -143,8 +143,7 @@ def spec_of(model: nn.Module) -> Spec:
     for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, MoELayer):
             continue
-        if layer.experts is None:
-            raise ValueError(f"model: got {name}, whose widths are open: call it once before")
+        check_built(name, layer)
         if layer.kept is not None:
             kept[name] = list(layer.kept)
         if layer.moefied is None:

@@ -28,7 +28,7 @@ from gmoe.models.layers import (
     take_costs,
     taken_from,
 )
-from gmoe.models.parts import Activation, Norm, is_by_row, norm_of
+from gmoe.models.parts import Activation, Nodes, Norm, is_by_row, norm_of
 from gmoe.moe import MoE
 from gmoe.recorded import Recorded, given_to
 from gmoe.routers import ROUTERS, RouterLike
@@ -172,14 +172,7 @@ class BlockGNN(LayeredGNN):
         return super().convolve(layer, self.norms[layer](x), graph, batch, None)
 
     def finish(
-        self,
-        layer: int,
-        x: Tensor,
-        out: Tensor,
-        batch: Tensor | None = None,
-        batch_size: int | None = None,
-        routing: Routing | None = None,
-        edge_index: Tensor | None = None,
+        self, layer: int, x: Tensor, out: Tensor, nodes: Nodes, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
         """(n, H) the feed-forward part of a block, and the residual; see the base class."""
         before = x[: out.size(0)].to(out.device)  # inference keeps the features on the CPU
@@ -187,7 +180,7 @@ class BlockGNN(LayeredGNN):
         if not isinstance(part, MoE):
             return before + part(out), None
         if routing is None and part.router is not None:
-            routing = part.router(out, batch, edge_index)
+            routing = part.router(out, nodes.batch, nodes.edge_index)
         return before + part(out, routing=routing), routing
 
     def leave(self, outputs: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from gmoe.models.layers import (
     take_costs,
     taken_from,
 )
-from gmoe.models.parts import Activation, Norm, Residual, activated, norm_of, residual_of
+from gmoe.models.parts import Activation, Nodes, Norm, Residual, activated, norm_of, residual_of
 from gmoe.recorded import Recorded, given_to
 from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing
@@ -195,18 +195,12 @@ class GNNMoE(LayeredGNN):
         return out, routing
 
     def finish(
-        self,
-        layer: int,
-        x: Tensor,
-        out: Tensor,
-        batch: Tensor | None = None,
-        batch_size: int | None = None,
-        routing: Routing | None = None,
-        edge_index: Tensor | None = None,
+        self, layer: int, x: Tensor, out: Tensor, nodes: Nodes, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
         """(n, D) norm, activation and dropout of a hidden layer; see the base class."""
-        is_output = layer == len(self.norms)  # the conv that is the output layer has no norm
-        return out if is_output else self.activate(layer, out, batch, batch_size), None
+        if layer < len(self.norms):  # the conv that is the output layer has no norm
+            out = self.activate(layer, out, nodes.batch, nodes.batch_size)
+        return out, None
 
     def activate(
         self, layer: int, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None

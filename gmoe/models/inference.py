@@ -20,7 +20,7 @@ from gmoe.conv.base import refuse_far
 from gmoe.conv.build import looks_one_hop
 from gmoe.conv.graph import Graph
 from gmoe.conv.moe_conv import MoEConv
-from gmoe.models.parts import is_by_row
+from gmoe.models.parts import Nodes, is_by_row
 from gmoe.routers import Router
 from gmoe.routing import Routing
 
@@ -171,7 +171,7 @@ class _LayerByLayer:
                 routing = model.shared_router(seen)
             x_part = self.rows(x, nodes)
             out, _ = model.convolve(layer, x_part, graph, None, routing)
-            out, _ = model.finish(layer, x_part, out, routing=routing)
+            out, _ = model.finish(layer, x_part, out, Nodes(), routing)
             yield rows, model.leave([out]) if layer == model.num_layers - 1 else out
 
     def convolved(
@@ -201,10 +201,8 @@ class _LayerByLayer:
         out = self.collect(self.convolved(layer, x, decision)).to(self.device)
 
         # 3. The rest on all nodes at once, since some norms and routers look at all of them.
-        edge_index = self.graph.edge_index.to(self.device)
-        x, routing = model.finish(
-            layer, x, out, self.batch, routing=decision, edge_index=edge_index
-        )
+        nodes = Nodes(self.batch, edge_index=self.graph.edge_index.to(self.device))
+        x, routing = model.finish(layer, x, out, nodes, decision)
         if routing is not None and decision is None:
             self.routings.append(routing)
         return x.cpu()

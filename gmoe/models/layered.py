@@ -20,7 +20,7 @@ from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.plain import run
 from gmoe.conv.router_input import RouterPart, router_features
 from gmoe.models.inference import inference
-from gmoe.models.parts import Activation, activation_of, reset_parameters
+from gmoe.models.parts import Activation, Nodes, activation_of, reset_parameters
 from gmoe.moe import checked_routings
 from gmoe.routers import Router
 from gmoe.routing import Routing
@@ -117,14 +117,7 @@ class LayeredGNN(Pretrained, nn.Module):
 
     @abstractmethod
     def finish(
-        self,
-        layer: int,
-        x: Tensor,
-        out: Tensor,
-        batch: Tensor | None = None,
-        batch_size: int | None = None,
-        routing: Routing | None = None,
-        edge_index: Tensor | None = None,
+        self, layer: int, x: Tensor, out: Tensor, nodes: Nodes, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
         """(n, D) what follows the conv of a layer; and the routing of experts behind it.
 
@@ -132,10 +125,8 @@ class LayeredGNN(Pretrained, nn.Module):
             layer: the number of the layer.
             x: (N, D) its input.
             out: (n, D) what :meth:`convolve` gave at the first n of the N nodes.
-            batch: (n,) the graph of each of these, or ``None``.
-            batch_size: how many graphs there are, if it is known.
-            routing: a decision for these nodes, or ``None`` to let the layer decide.
-            edge_index: the edges among them, or ``None``.
+            nodes: what is known of these.
+            routing: a decision for them, or ``None`` to let the layer decide.
         """
 
     @abstractmethod
@@ -191,9 +182,8 @@ class LayeredGNN(Pretrained, nn.Module):
                 if decision is not None and is_shared:
                     decision = decision.select(slice(0, x.size(0)))
             out, of_conv = self.convolve(layer, x, part, part_batch, decision)
-            x, of_rest = self.finish(
-                layer, x, out, part_batch, batch_size, decision, part.edge_index
-            )
+            nodes = Nodes(part_batch, batch_size, part.edge_index)
+            x, of_rest = self.finish(layer, x, out, nodes, decision)
             outputs = [*outputs, x] if self.joins_layers else [x]
             if not is_shared:
                 used.extend(routing for routing in (of_conv, of_rest) if routing is not None)

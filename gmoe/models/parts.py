@@ -6,7 +6,7 @@ Shapes: N nodes, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,20 @@ Activation: TypeAlias = str | Callable[[Tensor], Tensor] | None
 """A name, a function or a module; ``None`` for none."""
 Norm: TypeAlias = str | nn.Module | None
 """A name or a module; ``None`` for none."""
+
+
+class Nodes(NamedTuple):
+    """What is known of n nodes beside their features.
+
+    Args:
+        batch: (n,) the graph of each.
+        batch_size: how many graphs there are.
+        edge_index: the edges among them.
+    """
+
+    batch: Tensor | None = None
+    batch_size: int | None = None
+    edge_index: Tensor | None = None
 
 
 def reset_parameters(model: nn.Module) -> None:
