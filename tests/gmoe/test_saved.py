@@ -322,9 +322,7 @@ def test_parts_that_were_replaced_are_refused(tmp_path: Path) -> None:
 
 def test_a_layer_whose_widths_are_open_is_refused_by_name(tmp_path: Path) -> None:
     model = nn.ModuleDict({"conv": gmoe.MoEConv("gcn", -1, 4)})
-    with pytest.raises(
-        ValueError, match=r"^model: got conv, whose widths are open, expected a layer"
-    ):
+    with pytest.raises(ValueError, match=r"^model: got conv, whose widths are open, expected"):
         gmoe.save(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
