@@ -1,8 +1,7 @@
 """The contract of all public layers: a registry of cases, and a function for each clause.
 
 ``test_contract.py`` runs every clause on every case, on the CPU and, if there is one, on a GPU.
-:func:`graph_breaks` and :func:`host_syncs` give the tables of the docs, which ``python -m
-tests.contract`` prints.
+:func:`graph_breaks` gives the table of the docs.
 
 Shapes: T tokens, D width, O out features, E experts, K experts a token.
 """
@@ -763,14 +762,6 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Call], Any]] = {
 """What a layer may be put into, and called."""
 
 
-def support(cases: Sequence[Case] = CASES) -> dict[str, dict[str, str]]:
-    """For each layer, what it may be put into; else the error.
-
-    A layer gets one group of tokens, or one graph.
-    """
-    return {case.name: {name: outcome(case, name) for name in TRANSFORMS} for case in cases}
-
-
 def outcome(case: Case, name: str) -> str:
     """``"works"``, or the error."""
     layer, call = case.make().eval(), case.call()
@@ -808,15 +799,3 @@ def host_syncs(cases: Sequence[Case] = CASES) -> dict[str, int]:
         torch.cuda.set_sync_debug_mode("default")
         found[case.name] = sum("synchroniz" in str(warning.message) for warning in caught)
     return found
-
-
-if __name__ == "__main__":
-    for title, table in (("graph breaks", graph_breaks), ("host syncs", host_syncs)):
-        if title == "graph breaks" or torch.cuda.is_available():
-            print(title, *(f"    {name:32} {count}" for name, count in table().items()), sep="\n")
-    for case, found in support().items():
-        print(
-            case,
-            *(f"    {name:32} {text.splitlines()[0][:100]}" for name, text in found.items()),
-            sep="\n",
-        )

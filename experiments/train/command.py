@@ -33,8 +33,7 @@ from experiments.train.config import (
     RunConfig,
     dense_of,
 )
-from experiments.train.files import RESULTS, read_json
-from experiments.train.presets import OWN_GRAPH, PRESETS, command
+from experiments.train.presets import OWN_GRAPH, PRESETS
 from experiments.train.saved import read_options
 from experiments.train.scores import paired, scored, unit
 from experiments.train.signals import interrupt
@@ -141,8 +140,8 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None) -> None:
         ratio = f"{summary['flops'] / dense['flops']:.2f} times its active FLOPs"
         difference = paired(metric, summary["test"]["values"], dense["test"]["values"])
         print(f"\n{score}\nexperts − dense: {difference}, at {ratio}")
-    elif line := dense_line(config, summary):
-        print(f"\n{line}")
+    elif config.router != "dense" and (config.model is None or config.own_models()):
+        print("\ndense model, to compare: the same command with --compare")
     if summary["routing"]:
         layers = values_of(summary["routing"])
         print(f"\nrouting: {in_words(layers, config.experts)}")
@@ -172,36 +171,6 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None) -> None:
         f"{flops:,.0f} FLOPs active {each}; {summary['seconds']['mean']:.1f} s "
         f"a seed{speed}; written to {config.folder()}"
     )
-
-
-def dense_line(config: RunConfig, summary: Summary) -> str:
-    """What the dense model scores, if that is on file, or the command that tells.
-
-    On the run's own seeds, with the paired difference, if these are on file. Nothing of a dense
-    model itself, and of a model of one's own.
-    """
-    from experiments.train.run_folder import differences_of
-
-    has_preset = any(own.dataset == config.dataset for _, own in PRESETS.values())
-    is_own = config.model is not None and not config.own_models()
-    if config.router == "dense" or is_own or not has_preset:
-        return ""
-    dense = dense_of(config)
-    file = RESULTS / "presets.json"
-    metric = summary["metric"]
-    for row in read_json(file, dict[str, Any])["variants"]:
-        there = row["config"]
-        test = row["test"]
-        same_data = there["dataset"] == config.dataset and "planted" not in row["label"]
-        if same_data and differences_of(dense, there).keys() <= {"seeds"}:
-            score = f"test {metric}{unit(metric)} {scored(metric, test)}, {test['n']} seeds"
-            line = f"dense model: {score} (results/{file.name})"
-            by_seed = dict(zip(there["seeds"], test["values"], strict=True))
-            if by_seed.keys() >= set(config.seeds):
-                values = [by_seed[seed] for seed in config.seeds]
-                line += f"\nexperts − dense: {paired(metric, summary['test']['values'], values)}"
-            return line
-    return f"dense model, to compare: {command(dense)}"
 
 
 def resume_command(config: RunConfig, args: Sequence[str]) -> str:

@@ -229,52 +229,22 @@ def renamed(folder: Path, name: str) -> None:
 def forget_code() -> None:
     """What is named next is imported anew."""
     _load_file.cache_clear()
-    for name in ("evil", "package", "runs.foreign.evil", "runs.foreign", "runs"):
+    for name in ("runs.foreign.evil", "runs.foreign", "runs"):
         sys.modules.pop(name, None)
     importlib.invalidate_caches()
 
 
 REFUSED = "code that runs/foreign/config.json names, expected --trust after you read that code"
 
-LAYOUTS = {
-    "in the folder": ("runs/foreign/evil.py", "runs/foreign/evil.py:FirstBits"),
-    "in the folder, a module": ("runs/foreign/evil.py", "runs.foreign.evil:FirstBits"),
-    "beside it": ("runs/evil.py", "runs/evil.py:FirstBits"),
-    "above it": ("evil.py", "runs/../evil.py:FirstBits"),
-    "in a folder of its own": ("code/net.py", "code/net.py:FirstBits"),
-    "where Python looks": ("evil.py", "evil:FirstBits"),
-    "in a package": ("package/__init__.py", "package:FirstBits"),
-    "by its whole path": ("elsewhere/evil.py", "{here}/elsewhere/evil.py:FirstBits"),
-}
-"""Where code lies, and the name that a file gives it."""
+NAMES = ("runs/foreign/evil.py:FirstBits", "runs.foreign.evil:FirstBits")
 
 
-@pytest.fixture(params=[False, True], ids=["", "by a link"])
-def layout(
-    request: Any, foreign: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], tuple[Path, str]]:
-    """Puts the router of a run elsewhere, and names it in a ``config.json``."""
-    monkeypatch.syspath_prepend(Path.cwd())
-
-    def put(where: str) -> tuple[Path, str]:
-        path, name = LAYOUTS[where]
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(foreign / "evil.py", path)
-        if request.param:
-            shutil.move(foreign, "linked")
-            foreign.symlink_to(Path("linked").resolve())
-        renamed(foreign, name := name.format(here=Path.cwd()))
-        return foreign, name
-
-    return put
-
-
-@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_code_that_a_run_folder_names_is_refused_and_not_run(
-    where: str, layout: Callable[[str], tuple[Path, str]], capsys: Any
+    name: str, foreign: Path, capsys: Any
 ) -> None:
-    """By every command that makes the model again, wherever the code lies."""
-    _, name = layout(where)
+    """By every command that makes the model again."""
+    renamed(foreign, name)
     commands: dict[str, tuple[Any, list[str]]] = {
         "report": (main, ["--out", "page"]),
         "patches": (patches.main, ["--images", "x.png"]),
@@ -291,14 +261,15 @@ def test_code_that_a_run_folder_names_is_refused_and_not_run(
     assert parse([*again, "--router", "random"]).router == "random"
 
 
-@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_code_that_the_command_line_names_is_run(
-    where: str, layout: Callable[[str], tuple[Path, str]]
+    name: str, foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same code, or with --trust, wherever it lies."""
-    folder, name = layout(where)
+    """The same code, or with --trust."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    renamed(foreign, name)
     for args in (["--router", name], [f"--router={name}"], ["--trust"]):
-        config = parse(["--config", f"{folder}/config.json", *args])
+        config = parse(["--config", f"{foreign}/config.json", *args])
         assert load_object("router", config.router) is not None
         assert Path("trace").exists()
         Path("trace").unlink()

@@ -20,7 +20,6 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import save, save_file
 
-from experiments.show.report_page import Page
 from experiments.train.checkpoint import Checkpoint
 from experiments.train.files import (
     load_weights,
@@ -34,7 +33,6 @@ from experiments.train.files import (
     writing,
 )
 from experiments.train.logs import Log
-from experiments.train.results import write_json
 from experiments.train.saved import read_options
 from tests.helpers.command import full_disk
 
@@ -70,9 +68,7 @@ def write_all(folder: Path) -> None:
 LARGE = np.random.default_rng(0).random((500, 4))
 STATE = {"best": {"weight": torch.tensor(LARGE)}}
 WRITERS: dict[str, Callable[[Path], object]] = {
-    "a.json": lambda path: write_json(path, LARGE.tolist()),
     "a.csv": lambda path: Log(path, keep=0).write([{"loss": loss} for loss in LARGE[:, 0]]),
-    "a.html": Page(["<p>"] * 1_000).write,
     "state.ckpt": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
     "best.safetensors": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
 }

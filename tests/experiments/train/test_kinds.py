@@ -35,13 +35,6 @@ def test_nothing_asks_a_run_for_its_kind(path: Path) -> None:
     assert not questions(path.read_text())
 
 
-def test_a_question_is_found() -> None:
-    source = (
-        "def model(config):\n    if isinstance(config, GraphConfig | ImageConfig):\n        pass"
-    )
-    assert questions(source) == ["isinstance(config, GraphConfig | ImageConfig)"]
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_kind(name: str) -> None:
     config = PRESETS[name][1]

@@ -142,6 +142,7 @@ def test_the_schedule_is_timms() -> None:
     expected = [rising._get_lr(step)[0] for step in range(warmup)]
     expected += [falling._get_lr(step)[0] for step in range(warmup, steps)]
     assert factors == pytest.approx(expected, rel=1e-12)
+    assert learning_rate("constant", 3, 50, 5) == 1.0
 
 
 def test_warmup_is_counted_in_epochs(folder: Path) -> None:

@@ -19,10 +19,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.show.report import main as report
 from experiments.train.build import build_model, build_twin, costs_of, flops
-from experiments.train.command import dense_line, main, parse
-from experiments.train.config import GraphConfig
+from experiments.train.command import main, parse
 from experiments.train.data.load import load_tasks
-from experiments.train.files import RESULTS
 from experiments.train.kinds import kind_of
 from experiments.train.presets import PRESETS, command
 from experiments.train.scores import Difference
@@ -113,51 +111,6 @@ def test_compare_refuses_the_folder_of_another_run_before_it_trains(
         quick(tmp_path / "run", "--compare")
     assert "run-dense holds a run with router='random', expected 'dense'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_the_dense_model_on_file_is_that_of_the_docs() -> None:
-    """Whatever the experts are. Of another recipe there is a command; of a dense model, nothing."""
-    run = replace(PRESETS["digits-graph"][1], seeds=(7,), router="random", experts=4, k=2)
-    assert isinstance(run, GraphConfig)
-    run = replace(run, start="plain", router_input=("node", "degree"))
-    summary: Any = {"metric": "accuracy", "test": {"values": [0.99]}}
-    line = dense_line(run, summary)
-    assert line == "dense model: test accuracy (%) 98.49 ± 0.19, 5 seeds (results/presets.json)"
-    line = dense_line(replace(run, hidden=33), summary)
-    assert line.endswith("experiments.train digits-graph --router dense --hidden 33 --seeds 7")
-    cifar10 = replace(PRESETS["cifar10"][1], out=Path("x"))  # of which 5 epochs are on file
-    line = dense_line(cifar10, summary)
-    assert line.endswith("python -m experiments.train cifar10 --router dense")
-    for alone in (replace(run, router="dense"), replace(run, model=f"{MINE}:moe")):
-        assert dense_line(alone, summary) == ""
-
-
-def test_the_dense_model_on_file_is_compared_on_the_same_seeds() -> None:
-    """Its mean over other seeds would say something else."""
-    on_file = json.loads((RESULTS / "presets.json").read_text())["variants"]
-    (dense,) = (
-        row
-        for row in on_file
-        if row["config"]["dataset"] == "digits-graph" and row["config"]["router"] == "dense"
-    )
-    ours = [value + 0.01 for value in dense["test"]["values"][1:3]]
-    summary: Any = {"metric": "accuracy", "test": {"values": ours}}
-    run = replace(PRESETS["digits-graph"][1], seeds=tuple(dense["config"]["seeds"][1:3]))
-    _, paired_line = dense_line(run, summary).splitlines()
-    assert paired_line.startswith("experts − dense: +1.00 points (95 % interval +1.00 to +1.00)")
-
-
-ON_FILE = {"digits", "digits-graph", "mosaic", "cora", "citeseer", "minesweeper"}
-"""Presets of which the docs have the dense model; others have other epochs or planted graphs."""
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_of_a_preset_the_dense_model_is_on_file_or_a_command(name: str, tmp_path: Path) -> None:
-    run = replace(PRESETS[name][1], data_root=tmp_path)
-    summary: Any = {"metric": "accuracy", "test": {"values": [0.5] * len(run.seeds)}}
-    line = dense_line(run, summary)
-    own = f": python -m experiments.train {name} --data-root {tmp_path} --router dense"
-    assert ("results/presets.json" in line) if name in ON_FILE else line.endswith(own)
 
 
 @pytest.mark.parametrize(

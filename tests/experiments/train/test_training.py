@@ -16,7 +16,7 @@ from experiments.train.build import build_model
 from experiments.train.data.load import load_tasks
 from experiments.train.molecule_gnn import BondGCNConv, MoleculeGNN
 from experiments.train.presets import DIGITS
-from experiments.train.training import WARMUP, learning_rate, make_optimizer, set_up
+from experiments.train.training import learning_rate, make_optimizer, set_up
 from tests.helpers.command import quick, rows
 
 SMALL = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=300, epochs=2, progress=False)
@@ -27,17 +27,6 @@ def model_and_task(**changes: Any) -> tuple[Any, Any, Any]:
     task = load_tasks(config)(0)
     torch.manual_seed(0)
     return config, build_model(config, task), task
-
-
-def test_cosine_warms_up_by_steps_and_ends_near_zero() -> None:
-    warm = round(WARMUP * 100)
-    factors = [learning_rate("cosine", step, 100, warm) for step in range(100)]
-    assert factors[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
-    assert factors[warm] == 1.0
-    assert factors[55] == pytest.approx(0.5)
-    assert all(a > b for a, b in itertools.pairwise(factors[warm:]))
-    assert 0 < factors[-1] < 0.01
-    assert learning_rate("constant", 3, 50, 5) == 1.0
 
 
 @pytest.mark.parametrize("router", [None, "token_choice"])

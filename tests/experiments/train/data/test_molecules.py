@@ -17,12 +17,10 @@ from experiments.train.data.molecules import (
     load_molecules,
     loss_of_known,
 )
-from experiments.train.data.ogb import OGBMetric
-from experiments.train.data.published import published, without_update_check
+from experiments.train.data.published import without_update_check
 from tests.helpers.molecule_data import write_set
 
 without_update_check()
-from ogb.graphproppred import Evaluator  # noqa: E402
 from ogb.io.read_graph_pyg import read_graph_pyg  # noqa: E402
 
 NAMES = ("ogbg-molhiv", "ogbg-molmuv", "ogbg-molesol")
@@ -118,24 +116,6 @@ def test_missing_labels_count_neither_in_the_loss_nor_in_its_gradient() -> None:
         (grad,) = torch.autograd.grad(found, logits)
         assert torch.equal(grad != 0, known)
         assert float(loss_of_known(is_binary, logits.detach(), target * torch.nan)) == 0
-
-
-@pytest.mark.parametrize("name", ["ogbg-molhiv", "ogbg-moltox21", "ogbg-molmuv", "ogbg-molesol"])
-def test_metrics_are_ogbs_to_the_last_digit(name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    said = published(name)
-    tasks = int(said["num tasks"])
-    logits = torch.randn(500, tasks, generator=generator)
-    y = torch.randint(2, (500, tasks), generator=generator).float()
-    if tasks > 1:
-        y[torch.rand(500, tasks, generator=generator) < 0.3] = torch.nan
-    metric, evaluator = OGBMetric(name), Evaluator(name)
-    for rows in torch.arange(500).split(170):
-        metric.update(logits[rows], y[rows])
-    assert (
-        metric.compute().item()
-        == evaluator.eval({"y_true": y, "y_pred": logits})[evaluator.eval_metric]
-    )
 
 
 def test_the_task_says_what_ogb_says(tmp_path: Path) -> None:
