@@ -396,11 +396,6 @@ def refuse_far(convs: Iterable[MessagePassing]) -> None:
         )
 
 
-def tokens_of(routing: Routing) -> Iterator[Tensor]:
-    """The tokens of each expert, in order."""
-    return iter(routing.token.split(routing.load.tolist()))
-
-
 def times(factor: Tensor, conv: nn.Module, args: Any, out: Any) -> Any:
     """The output of a conv times a factor, as a hook; attention weights beside it stay."""
     if isinstance(out, tuple):

@@ -24,7 +24,7 @@ from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import CopyOf, Make, are_alike, base_kind_of, is_of_library, kind_of, name_of
 from gmoe.conv.plain import run
-from gmoe.conv.separate import SeparateExperts, is_local_on, not_local
+from gmoe.conv.separate import SeparateExperts, Way, not_local, way_on
 from gmoe.products import Backend
 
 
@@ -93,9 +93,9 @@ def _grouped(
             stacked_class = form[0]
             groups.append(stacked_class(group_convs, replace(make, kinds=group_kinds), backend))
             continue
-        are_local = [trials[id(kind)].takes_local_path(local) for kind in group_kinds]
+        ways = [trials[id(kind)].way(local) for kind in group_kinds]
         is_tried = all(not trials[id(kind)].outcome.failure for kind in group_kinds)
-        separate = SeparateExperts(group_convs, are_local, is_tried=is_tried or not local)
+        separate = SeparateExperts(group_convs, ways, is_tried=is_tried or not local)
         groups.append(separate)
         if separate.too_far and len(convs) > 1:
             names = ", ".join(sorted({type(conv).__name__ for conv in separate.too_far}))
@@ -193,7 +193,7 @@ EDGES = 60
 def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:
     """True if the conv's output at a node depends only on its in-edges, their ends, and degrees."""
     is_known = base_kind_of(type(conv)).is_one_hop
-    return is_known or Trial(conv, in_channels).takes_local_path(local)
+    return is_known or Trial(conv, in_channels).way(local) != "whole"
 
 
 class Outcome(NamedTuple):
@@ -201,7 +201,8 @@ class Outcome(NamedTuple):
 
     width: int | None
     """Columns of the output; ``None`` if the run failed."""
-    is_local: bool
+    way: Way
+    """The cheapest way in which it is right."""
     failure: str
     """The error, or nothing."""
 
@@ -233,10 +234,10 @@ class Trial:
                 conv = probe_copy(self.conv)
                 inputs = self._inputs(torch.Generator().manual_seed(0))
                 width = run(conv, *inputs).size(1)
-                return Outcome(width, is_local_on(conv, *inputs), "")
+                return Outcome(width, way_on(conv, Call(*inputs)), "")
         except Exception as error:
             # A conv may ask for anything: edge features, regular graphs, other packages.
-            return Outcome(width, False, f"fails on a small random graph: {error}")
+            return Outcome(width, "whole", f"fails on a small random graph: {error}")
 
     @cached_property
     def form(self) -> Form | None:
@@ -300,8 +301,8 @@ class Trial:
             return int(self.conv.out_channels * heads)
         return self.outcome.width
 
-    def takes_local_path(self, local: bool | None) -> bool:
-        """True if the conv is run on the in-edges of its destinations.
+    def way(self, local: bool | None) -> Way:
+        """How the conv is run on some destinations.
 
         Args:
             local: what the user said of it, see :class:`gmoe.MoEConv`.
@@ -310,19 +311,21 @@ class Trial:
             ValueError: ``local=True`` for a conv that is not local.
         """
         if local is False or (local is None and not kind_of(type(self.conv)).is_local):
-            return False
+            return "whole"
         if not local:
-            return self.outcome.is_local
-        # What cannot run here is tried on its first call.
-        if not self.outcome.failure and not self._is_local_in_evaluation():
+            return self.outcome.way
+        if self.outcome.failure:  # what cannot run here is tried on its first call
+            return "part"
+        way = self._way_in_evaluation()
+        if way == "whole":
             raise not_local(self.conv)
-        return True
+        return way
 
-    def _is_local_in_evaluation(self) -> bool:
-        """True for a conv that is local but for what batch norms see in training."""
+    def _way_in_evaluation(self) -> Way:
+        """The same of a conv that is local but for what batch norms see in training."""
         with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
             conv = probe_copy(self.conv).eval()
-            return is_local_on(conv, *self._inputs(torch.Generator().manual_seed(0)))
+            return way_on(conv, Call(*self._inputs(torch.Generator().manual_seed(0))))
 
 
 def _num_trained(module: nn.Module) -> int:

@@ -147,7 +147,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         local: ``True`` declares your own class local, ``False`` disables the local path; both run
             the convs one by one. ``None`` (default) uses the local path for classes known to be
             local. ``True`` is verified in evaluation, by the first call where a small random graph
-            will not do. A batch norm then sees the nodes of an expert and those that send to them.
+            will not do. A batch norm then sees the nodes of an expert and, if the conv transforms
+            nodes before it sends them, those that send to them.
         backend: see :func:`gmoe.grouped_linear`.
         **conv_kwargs: further arguments of every conv.
 

@@ -21,7 +21,7 @@ from gmoe.portable import exported_as
 
 def run(conv: Conv, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
     """(T, O) PyG's conv on a graph."""
-    x = (x_src, x_dst) if _are_two(graph, x_src, x_dst) else x_src
+    x = (x_src, x_dst) if are_two(graph, x_src, x_dst) else x_src
     return _called(conv, graph, x)[: graph.num_dst]
 
 
@@ -32,7 +32,7 @@ def run_on(conv: Conv, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor
     """
     nodes, part = graph.part(token)
     x: Any = x_src.index_select(0, nodes)
-    if _are_two(graph, x_src, x_dst):
+    if are_two(graph, x_src, x_dst):
         is_aligned = graph.num_src == graph.num_rows
         destinations = nodes if is_aligned else part.destinations
         x = (x, x_dst.index_select(0, destinations))
@@ -51,7 +51,7 @@ def _called_eagerly(conv: Conv, graph: Graph, x: Any) -> Tensor:
     return conv(x, graph.adj, **graph.args_for(conv))
 
 
-def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
+def are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
     """True if destinations have features of their own; False if they are the first sources."""
     return x_src is not x_dst and graph.num_rows == graph.num_dst
 

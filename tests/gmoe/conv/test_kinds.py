@@ -45,7 +45,7 @@ def call(conv: Any, x: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if kind.is_local])
 def test_a_class_that_is_said_to_be_local_is_local(cls: Any) -> None:
-    assert Trial(built(cls), WIDTH).takes_local_path(local=None)
+    assert Trial(built(cls), WIDTH).way(local=None) != "whole"
 
 
 @pytest.mark.parametrize("cls", KINDS)
