@@ -20,7 +20,7 @@ from tests.compose.moefy import Moefy
 
 TARGETS = {target.name: target for target in (Graphs(), Moefy())}
 
-KINDS = ("equal", "refused", "failed")
+KINDS = ("equal", "refused", "tied", "failed")
 
 
 def run_range(target: Target, numbers: range) -> int:
@@ -31,7 +31,8 @@ def run_range(target: Target, numbers: range) -> int:
     for done, number in enumerate(numbers, 1):
         case = target.of(number)
         kind = target.run(case).kind
-        counts.update((trait, kind) for trait in {*target.traits(case), "all"})
+        traits = {*target.traits(case), case.flat, "all"} - {""}
+        counts.update((trait, kind) for trait in traits)
         if kind == "failed":
             failures.append(number)
             print(target.show(number), flush=True)

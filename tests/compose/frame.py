@@ -27,6 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmoe import Routing
 from tests.compose.calls import Call, script_of
@@ -41,6 +42,7 @@ from tests.compose.steps import (
     zero_gradients,
 )
 from tests.helpers import masked as ref
+from tests.helpers.flat import FLAT, gradients_of, require_finite
 
 OWN_WORDS = re.compile(r"[\w., ]+: got .*(expected|but)|inference: ", re.DOTALL)
 """How gmoe's refusals begin, and what they say."""
@@ -50,12 +52,21 @@ CHUNK = 25
 
 LOW_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
+MISSING = ("is not implemented", "create_graph: got True with a sparse matrix")
+"""What torch cannot differentiate twice, or gmoe refuses since torch would lose a part of it."""
+
 
 class Outcome(NamedTuple):
-    """``"equal"``, ``"refused"`` or ``"failed"``, and why."""
+    """``"equal"``, ``"refused"``, ``"tied"`` (rounding decides) or ``"failed"``, and why."""
 
     kind: str
     message: str = ""
+
+
+def spread(value: Tensor) -> Tensor:
+    """A sum with a weight for each number."""
+    weight = torch.linspace(0.5, 1, value.numel(), dtype=value.dtype)
+    return (value * weight.view_as(value)).sum()
 
 
 class DifferentError(AssertionError):
@@ -105,6 +116,14 @@ class Case:
     """What the module goes through after it."""
     low: str = ""
     """A low precision to compare with, if any."""
+    flat: str = ""
+    """What becomes of the features, if formulas are not smooth there."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """Random features, or what becomes of them; as rows."""
+        if not self.flat:
+            return x
+        return FLAT[self.flat](x.reshape(-1, x.size(-1))).view(x.shape)
 
     def __repr__(self) -> str:
         """The case as a call, without what is as by default."""
@@ -203,6 +222,14 @@ class Target:
         """Where the module runs; its definition does not."""
         return nullcontext()
 
+    def has_layers(self, case: Any) -> bool:
+        """True if what one layer gives, rounded, is what the next one chooses by."""
+        return False
+
+    def has_nan_of_others(self, case: Any) -> bool:
+        """True if the code of others that a module runs has NaN where formulas are not smooth."""
+        return False
+
     def has_shared_graph(self, given: Any) -> bool:
         """True if two calls share a part of autograd's graph that is made once, by torch."""
         return False
@@ -233,6 +260,8 @@ class Target:
                 nn.init.ones_(value)
             elif leaf == "gain":
                 nn.init.constant_(value, Random(case.seed).choice((-1.0, 0.5, 2.0)))
+            elif case.flat and case.seed % 2 and leaf in ("bias", "center_D"):
+                nn.init.zeros_(value)  # so that rows of zeros are zeros for norms, too
             elif leaf == "running_var":
                 nn.init.uniform_(value, 0.5, 2.0, generator=generator)
             elif value.is_floating_point() and not leaf.startswith("avg_deg"):  # of PNA's graphs
@@ -288,6 +317,8 @@ class Target:
         defined = self.seeded(self.define, case, twin, theirs)
         expected = self.found(case, twin, theirs, defined)
         require_equal("the definition", ours, expected, self.tolerance)
+        if case.flat and not self.has_nan_of_others(case):
+            self.check_finite(case)
         if case.low:
             self.check_low_precision(case, module, defined.routings)
         if case.way in self.other_ways or case.after != "nothing":
@@ -307,6 +338,24 @@ class Target:
         if start == "copies" and any(one.dropped_T is not None for one in ours.routings):
             raise AssertionError("copies that drop tokens were not refused")
         require_equal("the start", ours.detached, theirs.detached, self.tolerance)
+
+    def check_finite(self, case: Any) -> None:
+        """Raise if an output, a gradient or a second gradient is NaN, whatever the definition's."""
+        module = self.ready(case)
+        given = self.given_of(case, case.seed)
+        # torch's other kernels of attention have no second gradients.
+        with self.environment(case), sdpa_kernel(SDPBackend.MATH):
+            output = self.seeded(self.call, case, module, given)
+            terms = [spread(y) + y.square().sum() for y in output.y.values()]
+            terms += [routing.aux_loss for routing in output.routings]
+            leaves = {**given.leaves, **dict(module.named_parameters())}
+            try:
+                found = gradients_of(torch.stack(terms).sum(), leaves)
+            except RuntimeError as error:
+                if any(reason in str(error) for reason in MISSING):
+                    return
+                raise
+        require_finite(output.y | found)
 
     def check_same_after(self, case: Any, module: Any, given: Any) -> None:
         """Raise if another way gives another output, or if what comes after changes it."""
@@ -383,6 +432,29 @@ class Target:
         reasons = (*REASONS, *self.reasons)
         return any(re.match(one.pattern, message) and one.fits(case) for one in reasons)
 
+    def is_tied(self, case: Any) -> bool:
+        """True if the module differs from itself by what rounding may do to equal rows.
+
+        Of one layer, ties go by a rule. Behind another layer, rows that should be equal differ in
+        their last bits, by which experts and maxima are chosen.
+        """
+        if not case.flat or not self.has_layers(case):
+            return False
+        found = []
+        for nudge in (0.0, 1e-15):
+            module, given = self.ready(case), self.given_of(case, case.seed)
+            with torch.no_grad():
+                for leaf in (*given.leaves.values(), *module.parameters()):
+                    leaf.mul_(1 + nudge * ref.features(*leaf.shape))
+            with self.environment(case):
+                output = self.seeded(self.call, case, module, given)
+                found.append(self.found(case, module, given, output))
+        try:
+            require_equal("itself", found[0], found[1], self.tolerance)
+        except DifferentError:
+            return True
+        return False
+
     def run(self, case: Any) -> Outcome:
         """What a case comes to; an error is a refusal only in gmoe's own words."""
         with warnings.catch_warnings(), ref.default_float64():
@@ -395,6 +467,8 @@ class Target:
                 is_own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
                 is_own &= OWN_WORDS.match(text) is not None
                 kind = "refused" if is_own and self.may_refuse(case, text) else "failed"
+                if isinstance(error, DifferentError) and self.is_tied(case):
+                    kind = "tied"
                 return Outcome(kind, f"{type(error).__name__}: {text}")
             return Outcome("equal")
 
@@ -406,6 +480,8 @@ class Target:
             # Drawn last: what else a number is does not depend on it.
             if flip(random, 0.3):
                 case.before += (random.choice(tuple(CHANGES)),)
+            if flip(random, 0.2):
+                case.flat = random.choice(tuple(FLAT))
             return case
 
     def show(self, number: int) -> str:

@@ -432,10 +432,13 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         plain = ref.csr(edges, c.sizes, value)  # PyG writes to coo
     else:
         plain = (adj.as_tensor() if c.form.startswith("Edge") else adj).long()
-    every = {"edge_weight": leaf(number).abs() + 0.1, "edge_attr": leaf(number, width)}
+    every = {
+        "edge_weight": leaf(number).abs() + 0.1,
+        "edge_attr": c.features(leaf(number, width)),
+    }
     args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
     x_src, x_dst = (
-        leaf(*shape).requires_grad_("x" in c.learned)
+        c.features(leaf(*shape)).requires_grad_("x" in c.learned)
         for shape in zip(c.sizes, c.widths[:2], strict=True)
     )
     if c.in_graph:
@@ -724,6 +727,13 @@ class Graphs(Target):
     def traits(self, case: Config) -> Collection[str]:
         blocks = "blocks" if case.has_blocks else "layers"
         return {case.way, *(kind.name for kind in case.kinds), *case.before, case.after, blocks}
+
+    def has_layers(self, case: Config) -> bool:
+        return case.way != "layer"
+
+    def has_nan_of_others(self, case: Config) -> bool:
+        # Of ``F.normalize`` in PyG's GeneralConv
+        return any(kind.options.get("l2_normalize") for kind in case.kinds)
 
     def module_of(self, case: Config) -> Call:
         made = [kind.as_argument if case.partials else kind.name for kind in case.kinds]

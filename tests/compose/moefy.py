@@ -412,13 +412,16 @@ class Moefy(Target):
         named = {case.change, f"start {options['start']}", options["router"]}
         return {*named, *case.before, case.after}
 
+    def has_layers(self, case: Config) -> bool:
+        return True
+
     def module_of(self, case: Config) -> Call:
         return Call(gmoe.moefy, Call(dense_model, case), **case.options)
 
     def given_of(self, case: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(*case.shape, case.width, generator=generator, dtype=dtype)
-        return Given(x.requires_grad_())
+        return Given(case.features(x).requires_grad_())
 
     def dense(self, case: Config) -> Any:
         return dense_model(case)

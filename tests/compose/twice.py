@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.compose.frame import Outcome, Output, Target
-
-MISSING = ("is not implemented", "create_graph: got True with a sparse matrix")
-"""What torch cannot differentiate twice, or gmoe refuses since torch would lose a part of it."""
+from tests.compose.frame import MISSING, Outcome, Output, Target, spread
 
 
 def twice(target: Target) -> Target:
@@ -51,9 +47,3 @@ def twice(target: Target) -> Target:
             """And what comes after the call."""
 
     return Twice()
-
-
-def spread(value: Tensor) -> Tensor:
-    """A sum with a weight for each number."""
-    weight = torch.linspace(0.5, 1, value.numel(), dtype=value.dtype)
-    return (value * weight.view_as(value)).sum()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,20 +9,11 @@ from torch_geometric.nn import SAGEConv
 
 from gmoe import LinearExperts, MoEConv, Router, SoftMoE, SoftSlots
 from gmoe.losses import separation_loss
+from tests.helpers.flat import FLAT, gradients_of, require_finite
 from tests.helpers.reference import CASES, Case
 
 T, D, E = 6, 4, 3
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]])  # the last node has no edge
-
-FLAT: dict[str, Callable[[Tensor], Tensor]] = {
-    "a token of zeros": lambda x: x.index_fill(0, torch.tensor([2]), 0.0),
-    "zeros alone": torch.zeros_like,
-    "duplicates": lambda x: x[torch.tensor([0, 0, 1, 1, 0, 5])],
-    "the same token": lambda x: x[:1].expand_as(x).clone(),
-    "constant rows": lambda x: x[:, :1].expand_as(x).clone(),
-    "tiny tokens": lambda x: 1e-30 * x,
-}
-"""What becomes of random tokens."""
 
 
 def drawn(flat: str) -> Tensor:
@@ -36,16 +24,7 @@ def drawn(flat: str) -> Tensor:
 
 def require_finite_gradients(value: Tensor, leaves: list[Tensor]) -> None:
     """Of first and second order, by the leaves that matter."""
-    leaves = [leaf for leaf in leaves if leaf.requires_grad]
-    if not value.requires_grad:
-        return
-    first = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
-    size = torch.stack([one.square().sum() for one in first]).sum()
-    second: Any = ()
-    if size.requires_grad:
-        second = torch.autograd.grad(size, leaves, materialize_grads=True)
-    for order in (first, second):
-        assert all(one.isfinite().all() for one in order)
+    require_finite(gradients_of(value, {str(number): leaf for number, leaf in enumerate(leaves)}))
 
 
 @pytest.mark.parametrize("flat", FLAT)
@@ -93,7 +72,7 @@ def test_the_gradients_of_tokens_of_zeros_are_those_of_a_norm_of_one(order: int)
     torch.manual_seed(0)
     router: Router = case.build(D, E, 2)
     router.get_buffer("center_D").zero_()
-    x = drawn("a token of zeros")
+    x = drawn("rows of zeros")
     value = router(x).scores.square().sum()
     for _ in range(order):
         (value,) = torch.autograd.grad(value, x, create_graph=True)
