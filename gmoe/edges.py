@@ -152,9 +152,16 @@ def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (S,) the distinct nodes of both, and (m,) the place of each of ``others`` among them.
     """
-    nodes = torch.cat([first, others[~torch.isin(others, first)].unique()])
-    ascending, order = nodes.sort()
-    return nodes, order[torch.searchsorted(ascending, others)]
+    ascending, place = torch.cat([first, others]).unique(return_inverse=True)
+    place_of_first, place_of_others = place.split([first.numel(), others.numel()])
+    is_first = torch.zeros_like(ascending, dtype=torch.bool)
+    is_first[place_of_first] = True
+    nodes = torch.cat([first, ascending[~is_first]])
+    number = torch.empty_like(ascending)
+    number[torch.cat([place_of_first, (~is_first).nonzero()[:, 0]])] = torch.arange(
+        nodes.numel(), device=nodes.device
+    )
+    return nodes, number[place_of_others]
 
 
 def ascends(row: Tensor) -> bool:

@@ -135,7 +135,8 @@ def not_local(conv: MessagePassing) -> ValueError:
     """The error of ``local=True`` for a conv that is not local."""
     return ValueError(
         f"local: got True, but {type(conv).__name__} gives another output on a node's in-edges "
-        "than on the whole graph, expected None or False"
+        "than on the whole graph, expected None or False; what it reads of senders, such as their "
+        "degrees, can come with the edges, as an edge_weight that is computed before the call"
     )
 
 
