@@ -89,11 +89,6 @@ class Edges:
         return self.given_order.index_select(0, message)
 
     @lazy
-    def degree(self) -> Tensor:
-        """(R,) the number of messages of each receiver."""
-        return self.ptr[1:] - self.ptr[:-1]
-
-    @lazy
     def transpose(self) -> Edges:
         """The same messages sent the other way."""
         return Edges.sorted(
@@ -125,21 +120,16 @@ class Edges:
         return _find_messages(self.ptr, receivers, number)
 
     @lazy
-    def looped(self) -> tuple[Edges, Tensor]:
+    def looped(self) -> Edges:
         """The edges and a loop at each node that is sender and receiver.
 
-        How many loops there were depends on the data. They stay, so that the host does not wait for
-        their number, and are marked.
-
-        Returns:
-            The edges, whose ``order`` counts those there were, then the loops; and which of them
-            are loops that a new one replaces.
+        Loops that there were stay, so that the host does not wait for their number. ``order``
+        counts the messages that there were, then the loops.
         """
         number = min(self.num_senders, self.num_receivers)
         with torch.inference_mode(False):  # a graph keeps the result, for training too
             ptr, sender, receiver, order = _add_loops(self.ptr, self.sender, self.receiver, number)
-            is_replaced = (sender == receiver) & (order < self.sender.numel())
-        return Edges(ptr, sender, receiver, self.num_senders, order), is_replaced
+        return Edges(ptr, sender, receiver, self.num_senders, order)
 
 
 def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,14 +163,23 @@ def ascends(row: Tensor) -> bool:
     return all(bool((row[first : first + BLOCK + 1].diff() >= 0).all()) for first in firsts)
 
 
-def check_nodes(row: Tensor, size: int) -> None:
+def check_ends(edge_index: Tensor, num_senders: int, num_receivers: int) -> None:
     """Refuse edges outside the nodes: sums over them would read and write elsewhere."""
-    if row.device.type != "cpu":
+    if num_senders == num_receivers:
+        check_nodes(edge_index, num_senders)
+    else:
+        check_nodes(edge_index[0], num_senders)
+        check_nodes(edge_index[1], num_receivers)
+
+
+def check_nodes(node: Tensor, size: int) -> None:
+    """Refuse nodes outside 0..size-1."""
+    if node.device.type != "cpu":
         # On the device, whenever it gets to it: a message with the values would cost a host sync.
-        is_inside = row.clamp(0, size - 1) == row
+        is_inside = node.clamp(0, size - 1) == node
         assert_async(is_inside.all(), f"edge_index: got nodes outside 0..{size - 1}")
-    elif row.numel():
-        low, high = map(int, row.aminmax())
+    elif type(node) is Tensor and node.numel():  # fake ones have no values
+        low, high = map(int, node.aminmax())
         if low < 0 or high >= size:
             raise ValueError(
                 f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}"
@@ -201,11 +200,10 @@ def _sort_edges(
 
     Checks them inside the operator, so that compiled code keeps the check.
     """
-    is_on_cpu = receiver.device.type == "cpu"
-    if validate and is_on_cpu:
+    if validate:
         check_nodes(sender, num_senders)
         check_nodes(receiver, num_receivers)
-    if is_on_cpu and num_receivers <= RADIX_RECEIVERS:
+    if receiver.device.type == "cpu" and num_receivers <= RADIX_RECEIVERS:
         import numpy as np  # here, to keep the import of gmoe light
 
         short = receiver.numpy().astype(np.uint16)  # NumPy sorts 16 bits by radix
@@ -213,21 +211,8 @@ def _sort_edges(
     else:
         order = receiver.argsort(stable=True)
     receiver = receiver.index_select(0, order)
-    if validate and not is_on_cpu:
-        for row, size in _rows_to_check(sender, receiver, num_senders, num_receivers):
-            check_nodes(row, size)
     ptr = row_pointers(receiver, num_receivers)
     return ptr, sender.index_select(0, order), receiver, order
-
-
-def _rows_to_check(
-    sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int
-) -> list[tuple[Tensor, int]]:
-    """Nodes and their numbers: of receivers that ascend, the first and the last stand for all."""
-    ends = receiver[:: max(receiver.size(0) - 1, 1)]
-    if num_senders == num_receivers:
-        return [(torch.cat([sender, ends]), num_senders)]
-    return [(sender, num_senders), (ends, num_receivers)]
 
 
 def _empty_messages(

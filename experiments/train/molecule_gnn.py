@@ -59,12 +59,12 @@ class BondGCNConv(MessagePassing):
         given = edge_index
         graph = given if isinstance(given, gmoe.Graph) else gmoe.Graph(given, len(x))
         graph = graph.fitting((len(x), len(x)), self.flow, edge_attr=edge_attr)
-        matrix = graph.normalized(improved=False, loops=True, dtype=x.dtype)
+        factor_M, factor_N = _factors(graph, x.dtype)
         edges = graph.edges
         h = self.lin(x)
         sent = (h.index_select(0, edges.sender) + graph.attr).relu()
-        own = (h[: graph.num_dst] + self.root).relu() * _column(matrix.diagonal, h)
-        return own.index_add(0, edges.receiver, sent * _column(matrix.weight, h))
+        own = (h[: graph.num_dst] + self.root).relu() * _column(factor_N, h)
+        return own.index_add(0, edges.receiver, sent * _column(factor_M, h))
 
 
 class BondGCNExperts(StackedExperts):
@@ -75,11 +75,10 @@ class BondGCNExperts(StackedExperts):
     def forward(self, call: Call, routing: Routing) -> Tensor:
         graph = call.graph
         x_src = call.x_src
-        matrix = graph.normalized(improved=False, loops=True, dtype=x_src.dtype)
+        factor_of_edge, factor_N = _factors(graph, x_src.dtype)
         messages = Messages(graph, routing)
         attr = graph.attr
         assert attr is not None
-        assert matrix.diagonal is not None
         # 1. Transform each atom once for every expert that needs it: its own, and its neighbors'.
         expert = torch.cat([messages.expert, routing.expert])
         source = torch.cat([messages.source, routing.token])
@@ -90,13 +89,22 @@ class BondGCNExperts(StackedExperts):
         )
         # 2. The messages.
         sent_MO = row_UO.index_select(0, place_M) + attr.index_select(0, messages.edge)
-        factor_M = matrix.weight.index_select(0, messages.edge)
+        factor_M = factor_of_edge.index_select(0, messages.edge)
         sent_MO = sent_MO.relu() * _column(factor_M, row_UO)
         # 3. The atoms themselves.
         own_PO = row_UO.index_select(0, place_P) + self.root.index_select(0, routing.expert)
-        factor_P = matrix.diagonal.index_select(0, routing.token)
+        factor_P = factor_N.index_select(0, routing.token)
         own_PO = own_PO.relu() * _column(factor_P, row_UO)
         return combine(own_PO.index_add(0, messages.pair, sent_MO), routing)
+
+
+def _factors(graph: gmoe.Graph, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(M,) the norms of the bonds, and (N,) those of the atoms themselves."""
+    scale = graph.normalized(improved=False, loops=True, dtype=dtype).right
+    assert scale is not None
+    edges = graph.edges
+    of_bonds = scale.index_select(0, edges.receiver) * scale.index_select(0, edges.sender)
+    return of_bonds, scale[: graph.num_dst].square()
 
 
 def _column(value: Any, like: Tensor) -> Tensor:

@@ -5,28 +5,32 @@ Shapes: N_src sources, N_dst destinations, M edges, F features of an edge.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.typing import Adj, SparseTensor
 
-from gmoe._autograd import refuse_second_order
+from gmoe._autograd import lazy, refuse_second_order
 from gmoe._checks import INTEGERS, described
 from gmoe._torch import rows_of_pointers
-from gmoe.edges import Edges
+from gmoe.edges import Edges, check_ends
 from gmoe.portable import refuse_in_export
 
 
-class Adjacency(NamedTuple):
+@dataclass(eq=False)
+class Adjacency:
     """The edges of a graph.
 
     Args:
         adj: the edges in the form they were given in; integers are int64.
         edge_index: (2, M) sources and destinations, in the order given.
-        edges: the same, sorted by destination.
+        num_src: N_src.
+        num_dst: N_dst.
         values: (M,) or (M, F) the values of a sparse matrix, in the order given.
+        ordered: the messages along the edges, where they were sorted by destination when they were
+            read; ``None`` where they are sorted once somebody asks.
         is_sparse: ``adj`` is a sparse matrix.
         is_sparse_tensor: it is a ``SparseTensor``; compiled code may not look at ``adj`` to find
             out.
@@ -34,18 +38,64 @@ class Adjacency(NamedTuple):
 
     adj: Adj
     edge_index: Tensor
-    edges: Edges
+    num_src: int
+    num_dst: int
     values: Tensor | None = None
+    ordered: Edges | None = None
     is_sparse: bool = False
     is_sparse_tensor: bool = False
 
+    @lazy
+    def edges(self) -> Edges:
+        """The messages, sorted by destination."""
+        if self.ordered is not None:
+            return self.ordered
+        sender, receiver = self.edge_index
+        return Edges.sorted(sender, receiver, self.num_src, self.num_dst, validate=False)
+
+    @property
+    def is_sorted(self) -> bool:
+        """True if :attr:`edges` costs nothing."""
+        return self.ordered is not None or "edges" in vars(self)
+
+    @property
+    def sender(self) -> Tensor:
+        """(M,) the source of each message, in the order given unless they are :attr:`ordered`."""
+        return self.edge_index[0] if self.ordered is None else self.ordered.sender
+
+    @property
+    def receiver(self) -> Tensor:
+        """(M,) the destination of each message, likewise."""
+        return self.edge_index[1] if self.ordered is None else self.ordered.receiver
+
+    def of_messages(self, of_edges: Tensor) -> Tensor:
+        """(M, ...) of the messages, in the order of :attr:`sender`, what edges as given have."""
+        if self.ordered is None:
+            return of_edges
+        return of_edges.index_select(0, self.ordered.order)
+
+    def degree(
+        self,
+        dtype: torch.dtype,
+        weight: Tensor | None = None,
+        loops: Tensor | float | None = None,
+    ) -> Tensor:
+        """(N_dst,) the sums of the messages' weights, or of ones, and of further numbers."""
+        receiver = self.receiver
+        if weight is None:
+            weight = torch.ones(1, dtype=dtype, device=receiver.device).expand(len(receiver))
+        if not isinstance(loops, Tensor):
+            loops = weight.new_full((self.num_dst,), loops or 0.0)
+        return loops.index_add(0, receiver, weight)
+
     def to(self, device: torch.device | str) -> Adjacency:
         """Move the edges to a device."""
-        return self._replace(
+        return replace(
+            self,
             adj=self.adj.to(device),
             edge_index=self.edge_index.to(device),
-            edges=self.edges.to(device),
             values=None if self.values is None else self.values.to(device),
+            ordered=self.edges.to(device) if self.is_sorted else None,
         )
 
 
@@ -72,8 +122,12 @@ def read_edge_index(edge_index: object, num_src: int, num_dst: int, flow: str) -
     # torch's gather on the CPU misreads expanded int32 indices: gradients would be wrong.
     adj = edge_index.long()
     by_source = adj if is_forward else adj.flip(0)
+    if not torch.compiler.is_compiling():
+        check_ends(by_source, num_src, num_dst)
+        return Adjacency(adj, by_source, num_src, num_dst)
+    # The operator that sorts checks them: compiled code would drop a check that gives nothing.
     edges = Edges.sorted(by_source[0], by_source[1], num_src, num_dst)
-    return Adjacency(adj, by_source, edges)
+    return Adjacency(adj, by_source, num_src, num_dst, ordered=edges)
 
 
 def _plain(edge_index: EdgeIndex, nodes: tuple[int, int]) -> Tensor:
@@ -125,7 +179,8 @@ def read_sparse(matrix: Tensor | SparseTensor, num_src: int, num_dst: int, flow:
     order = torch.arange(src.numel(), device=src.device)
     edges = Edges(ptr, src, dst, num_src, order)
     is_sparse_tensor = isinstance(matrix, SparseTensor)
-    return Adjacency(matrix, torch.stack([src, dst]), edges, values, True, is_sparse_tensor)
+    edge_index = torch.stack([src, dst])
+    return Adjacency(matrix, edge_index, num_src, num_dst, values, edges, True, is_sparse_tensor)
 
 
 def adjacency_like(

@@ -126,9 +126,7 @@ def read_call(
             # A part of a larger graph: the last of its nodes are sources only.
             x_dst = x_src[: graph.num_dst]
     else:
-        graph = Graph(
-            edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=layer.flow
-        )
+        graph = Graph.of_call(edge_index, sizes, edge_weight, edge_attr, flow=layer.flow)
     if layer.explain:
         graph = graph.explained(layer)
     return Call(graph, x_src, x_dst), bool(return_attention_weights)
@@ -169,7 +167,7 @@ def side_by_side(
         for name in ("edge_weight", "edge_attr"):
             given[name] = getattr(graph, name) if given[name] is None else given[name]
     else:
-        graph = Graph(edge_index, num_nodes, flow=layer.flow)  # checks the edges
+        graph = Graph.of_call(edge_index, num_nodes, flow=layer.flow)  # checks the edges
 
     def repeated(value: Any) -> Any:
         """What there is for each edge, for each graph."""

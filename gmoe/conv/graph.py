@@ -10,6 +10,7 @@ edges, D width, F edge features; of a part: n destinations, S sources.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal, TypeVar
@@ -33,8 +34,8 @@ from gmoe.conv.explain import mask_of
 from gmoe.conv.matrix import (
     Matrix,
     ScaleOf,
-    entries,
     inverse_root,
+    looped_matrix,
     normalized_matrix,
     sum_matrix,
 )
@@ -111,30 +112,21 @@ class Graph:
         edge_attr: Tensor | None = None,
         flow: str = "source_to_target",
     ) -> None:
-        check_choice("flow", flow, FLOWS)
-        sizes = num_nodes if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
-        are_whole = all(isinstance(size, int | Integral | torch.SymInt) for size in sizes)
-        if len(sizes) != 2 or not are_whole:
-            raise ValueError(
-                f"num_nodes: got {num_nodes!r}, expected a whole number, or two of them"
-            )
-        num_src, num_dst = sizes
-        read = read_sparse if is_sparse(edge_index) else read_edge_index
-        adjacency = read(edge_index, num_src, num_dst, flow)
-        num_edges = adjacency.edge_index.size(1)
-        check_edge_args(edge_weight, edge_attr, num_edges, adjacency.is_sparse)
-        vars(self).update(
-            adjacency=adjacency,
-            flow=flow,
-            num_src=num_src,
-            num_dst=num_dst,
-            x=x,
-            edge_weight=edge_weight,
-            edge_attr=edge_attr,
-            mask=None,
-            is_replaced=None,
-            kept={},
-        )
+        vars(self).update(_read(edge_index, num_nodes, x, edge_weight, edge_attr, flow))
+        _ = self.edges  # sorted now, not by a call
+
+    @classmethod
+    def of_call(
+        cls,
+        edge_index: Adj,
+        num_nodes: int | tuple[int, int],
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+        *,
+        flow: str,
+    ) -> Graph:
+        """A graph for one call, whose edges are sorted if somebody asks for their order."""
+        return _made(cls, _read(edge_index, num_nodes, None, edge_weight, edge_attr, flow))
 
     @classmethod
     def in_place(
@@ -162,7 +154,7 @@ class Graph:
         check_edge_args(edge_weight, edge_attr, len(source), is_sparse=False)
         ptr = row_pointers(destination, num_nodes)
         edges = Edges(ptr, source, destination, num_nodes, None)
-        adjacency = Adjacency(edge_index, edge_index, edges)
+        adjacency = Adjacency(edge_index, edge_index, num_nodes, num_nodes, ordered=edges)
         return cls(edge_index[:, :0], num_nodes)._with(adjacency=adjacency, **edge_args)
 
     # No frozen dataclass: fully_shard takes those apart, and casts the tensors in them.
@@ -293,9 +285,11 @@ class Graph:
 
         The product with the graph's own ``x`` is computed once, unless it can learn.
         """
-        if x_src is self.x and not matrix.learns and self.mask is None:
+        if self.mask is not None:
+            return matrix.masked(self.mask).times(x_src)
+        if x_src is self.x and not matrix.learns:
             return self._once(matrix, partial(matrix.times, x_src), x_src)
-        return matrix.times(x_src, self.mask)
+        return matrix.times(x_src)
 
     def _once(
         self, what: Hashable, compute: Callable[[], Result], *sources: Tensor | None
@@ -338,13 +332,11 @@ class Graph:
         has_values = by == "values" and not self.adjacency.is_sparse_tensor
         if factor is None and (by == "weight" or has_values):
             factor = self.adjacency.values
-        make = partial(sum_matrix, self.edges, factor, mean=mean, dtype=dtype)
+        make = partial(sum_matrix, self.adjacency, factor, mean=mean, dtype=dtype)
         return self._once(("sum", by, mean, dtype), make, factor)
 
     def normalized(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Matrix:
         r"""The matrix :math:`D^{-1/2} (A + I) D^{-1/2}` of PyG's ``GCNConv``.
-
-        The loops of the graph are not among its edges, but in its diagonal.
 
         Args:
             improved: see ``GCNConv``.
@@ -353,18 +345,18 @@ class Graph:
         """
         factor, options = self._norm(improved, loops, dtype)
         scale = self._scale(improved=improved, loops=loops, dtype=dtype)
-        make = partial(normalized_matrix, self.edges, factor, scale=scale, **options)
+        make = partial(normalized_matrix, self.adjacency, factor, scale=scale, **options)
         return self._once(("norm", options["loop_weight"], dtype), make, factor, scale)
 
     def scale(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
         """(N_dst,) the scale of the destinations by their own in-edges; see :meth:`normalized`."""
         factor, options = self._norm(improved, loops, dtype)
-        return inverse_root(self.edges, *entries(self.edges, factor, **options))
+        return inverse_root(looped_matrix(self.adjacency, factor, **options), dtype)
 
     def _norm(
         self, improved: bool, loops: bool, dtype: torch.dtype
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """The factors of the messages, and the options of :func:`entries`."""
+        """The factors of the messages, and the options of :func:`looped_matrix`."""
         factor = self.adjacency.values if self.edge_weight is None else self.edge_weight
         # As in PyG: without edge weights, the loops of an edge list have the weight 1, improved or
         # not. A torch.sparse matrix keeps its own loops and gets another one at each node;
@@ -397,7 +389,9 @@ class Graph:
     def _with_loops(self, fill_value: float | Tensor | str) -> Graph:
         """See :meth:`with_loops`."""
         num_loops = min(self.num_src, self.num_dst)
-        edges, is_replaced = self.edges.looped
+        looped = self.edges.looped
+        is_added = looped.order >= self.edges.sender.size(0)
+        is_replaced = (looped.sender == looped.receiver) & ~is_added
         sender, receiver = self.edges.sender, self.edges.receiver
         node = torch.arange(num_loops, device=sender.device)
         ends = torch.stack([torch.cat([sender, node]), torch.cat([receiver, node])])
@@ -419,7 +413,7 @@ class Graph:
             mask = self.mask[self.edges.order]
             mask = torch.cat([mask, mask.new_ones(num_loops)])
         changes = {
-            "adjacency": Adjacency(ends, ends, edges),
+            "adjacency": Adjacency(ends, ends, self.num_src, self.num_dst, ordered=looped),
             "flow": FLOWS[0],
             "x": None,
             "edge_weight": None,
@@ -485,12 +479,18 @@ class Graph:
 
         def scale_of(*, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
             whole = self.normalized(improved=improved, loops=loops, dtype=dtype)
-            assert whole.scale is not None
-            return whole.scale.index_select(0, nodes)
+            assert whole.right is not None
+            return whole.right.index_select(0, nodes)
 
         adj = adjacency_like(self.adj, self.flow, edge_index, ptr, values, len(nodes))
-        adjacency = self.adjacency._replace(
-            adj=adj, edge_index=edge_index, edges=edges, values=values
+        adjacency = replace(
+            self.adjacency,
+            adj=adj,
+            edge_index=edge_index,
+            num_src=len(nodes),
+            num_dst=num_dst,
+            values=values,
+            ordered=edges,
         )
         changes = {
             "adjacency": adjacency,
@@ -516,7 +516,7 @@ class Graph:
                 "edge_index: got a sparse matrix, expected (2, number of edges) where layers are "
                 "trimmed"
             )
-        return Graph(
+        return Graph.of_call(
             self.adj[:, :edges],
             nodes,
             edge_weight=None if self.edge_weight is None else self.edge_weight[:edges],
@@ -553,6 +553,39 @@ class Part(Graph):
 
     def _scale(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor | None:
         return self.scale_of(improved=improved, loops=loops, dtype=dtype)
+
+
+def _read(
+    edge_index: Adj,
+    num_nodes: int | tuple[int, int],
+    x: Tensor | None,
+    edge_weight: Tensor | None,
+    edge_attr: Tensor | None,
+    flow: str,
+) -> dict[str, Any]:
+    """The fields of a graph, from its checked arguments."""
+    check_choice("flow", flow, FLOWS)
+    sizes = num_nodes if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
+    are_whole = all(isinstance(size, int | Integral | torch.SymInt) for size in sizes)
+    if len(sizes) != 2 or not are_whole:
+        raise ValueError(f"num_nodes: got {num_nodes!r}, expected a whole number, or two of them")
+    num_src, num_dst = sizes
+    read = read_sparse if is_sparse(edge_index) else read_edge_index
+    adjacency = read(edge_index, num_src, num_dst, flow)
+    num_edges = adjacency.edge_index.size(1)
+    check_edge_args(edge_weight, edge_attr, num_edges, adjacency.is_sparse)
+    return {
+        "adjacency": adjacency,
+        "flow": flow,
+        "num_src": num_src,
+        "num_dst": num_dst,
+        "x": x,
+        "edge_weight": edge_weight,
+        "edge_attr": edge_attr,
+        "mask": None,
+        "is_replaced": None,
+        "kept": {},
+    }
 
 
 Made = TypeVar("Made", bound=Graph)

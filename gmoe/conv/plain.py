@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch_geometric.nn import GCNConv
 
-from gmoe._checks import must_be_called
 from gmoe._torch import untraced
 from gmoe.conv.base import Conv
 from gmoe.conv.graph import Graph, Part
@@ -75,35 +75,33 @@ def _is_compiled() -> bool:
     return torch.compiler.is_compiling()
 
 
+def _is_linear(conv: Conv) -> bool:
+    """True if a conv is a linear layer and a sum, and nobody looks at its messages."""
+    tables = [table for name, table in vars(conv).items() if name.endswith("_hooks")]
+    is_own = "forward" in vars(conv) or any(tables) or conv.explain
+    return type(conv) is GCNConv and conv.aggr in ("add", "sum") and not is_own
+
+
 def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     """(T, O) a GCN without experts.
 
-    PyG's conv gets its norms ready-made on a part of a graph, where they are those of the whole
-    graph; and where PyG would count the loops that there are.
+    On a part of a graph its norms are those of the whole graph. These, and where PyG would count
+    the loops that there are, are ready-made: the conv is its linear layer and their product.
     """
     is_part = isinstance(graph, Part)
     gets_norms = is_part or _is_compiled() or _sizes_must_not_follow(conv, x)
     if not (conv.normalize and gets_norms):
         return run(conv, graph, x, x)
     matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
-    sender, receiver = matrix.edges.sender, matrix.edges.receiver
-    edge_weight = matrix.weight
-    if matrix.diagonal is not None:  # the self-loops, which the matrix holds apart
-        node = torch.arange(graph.num_dst, device=x.device)
-        sender, receiver = torch.cat([sender, node]), torch.cat([receiver, node])
-        edge_weight = torch.cat([edge_weight, matrix.diagonal])
+    if _is_linear(conv):
+        out = matrix.times(conv.lin(x))
+        return out if conv.bias is None else out + conv.bias
+    edges, weight = matrix.entries
+    normless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
+    normless.flow = "source_to_target"
+    normless.normalize = False
     # Norms are not computed in half precision, messages are.
-    edge_weight = edge_weight.to(x.dtype)
-    if must_be_called(conv):
-        normless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
-        normless.flow = "source_to_target"
-        normless.normalize = False
-        return normless(x, torch.stack([sender, receiver]), edge_weight)[: graph.num_dst]
-    # The conv's own steps: a copy cannot be made in compiled code.
-    ends = (sender, receiver) if conv.flow == "source_to_target" else (receiver, sender)
-    out = conv.propagate(torch.stack(ends), x=conv.lin(x), edge_weight=edge_weight)
-    if conv.bias is not None:
-        out = out + conv.bias
+    out = normless(x, torch.stack([edges.sender, edges.receiver]), weight.to(x.dtype))
     return out[: graph.num_dst]
 
 

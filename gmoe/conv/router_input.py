@@ -82,7 +82,7 @@ def router_features(parts: Sequence[RouterPart], call: Call) -> Tensor:
         columns["neighbors"] = call.graph.mean(call.x_src)
     if "degree" in parts:
         wide = torch.promote_types(x_dst.dtype, torch.float32)  # for more than 65,504 in-edges
-        degree_T = call.graph.edges.degree.to(x_dst.device, wide)
+        degree_T = call.graph.adjacency.degree(wide).to(x_dst.device)
         columns["degree"] = degree_T.log1p()[:, None].to(x_dst.dtype)
     if len(parts) == 1:
         return columns[parts[0]]

@@ -248,9 +248,7 @@ class LayeredGNN(Pretrained, nn.Module):
                 )
         if isinstance(edge_index, Graph):
             return edge_index.fitting((x.size(0), x.size(0)), self.flow, edge_weight, edge_attr)
-        return Graph(
-            edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow
-        )
+        return Graph.of_call(edge_index, x.size(0), edge_weight, edge_attr, flow=self.flow)
 
     inference = inference
     reset_parameters = reset_parameters

@@ -270,7 +270,7 @@ def sorting(receivers: int) -> Any:
 def finding(known: bool) -> Any:
     def args() -> Args:
         edges, some = edges_of(), torch.tensor([3, 0, 8, 3])
-        return edges.ptr, some, int(edges.degree[some].sum()) if known else None
+        return edges.ptr, some, int(edges.ptr.diff()[some].sum()) if known else None
 
     return whole(args)
 

@@ -58,7 +58,7 @@ TURNED = {"flow": "target_to_source"}
             torch.tensor([[0, 1], [1, 12]]),
             9,
             {},
-            r"edge_index: got nodes 1\.\.12, expected values in 0\.\.8",
+            r"edge_index: got nodes 0\.\.12, expected values in 0\.\.8",
         ),
         (torch.tensor([[0, -1], [1, 0]]), 9, {}, "edge_index: got nodes -1"),
         (torch.tensor([[8], [3]]), (9, 3), {}, "edge_index: got nodes 3"),
