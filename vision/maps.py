@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 from gmoe.plot import expert_maps
 from vision.data import read
@@ -74,33 +75,28 @@ def expert_patches(
     for layer, weight_BhwE in enumerate(weights, start=1):
         _, h, w, num_experts = weight_BhwE.shape
         height, width = images.size(2) // h, images.size(3) // w
+        cells = shown[:, :, : h * height, : w * width].unflatten(3, (w, width))
+        patch_Bhw = cells.unflatten(2, (h, height)).permute(0, 2, 4, 1, 3, 5)
         top_Bhw = weight_BhwE.argmax(dim=-1).where(weight_BhwE.sum(dim=-1) > 0, num_experts)
-        strips = torch.ones(num_experts, most, height, width, 3)
+        strips = torch.ones(num_experts, most, 3, height, width)
         for expert in range(num_experts):
             taken = (top_Bhw == expert).nonzero()
             number = min(most, len(taken))
             chosen = torch.linspace(0, max(len(taken) - 1, 0), number).round().long()
-            for place, (image, row, column) in enumerate(taken[chosen].tolist()):
-                top, left = row * height, column * width
-                patch = shown[image, :, top : top + height, left : left + width]
-                strips[expert, place] = patch.permute(1, 2, 0)
+            strips[expert, :number] = patch_Bhw[taken[chosen].unbind(dim=1)]
         figures.append(_strips(strips, layer))
     return figures
 
 
 def _strips(strips: Tensor, layer: int) -> Figure:
-    """(E, n, height, width, 3) patches, with a gap between them."""
-    num_experts, number, height, width, _ = strips.shape
+    """(E, n, 3, height, width) patches, with a gap around them."""
+    num_experts, number, _, height, _ = strips.shape
     gap = max(1, height // 8)
-    framed = torch.ones(num_experts, number, height + gap, width + gap, 3)
-    framed[:, :, :height, :width] = strips
-    whole = framed.permute(0, 2, 1, 3, 4).reshape(
-        num_experts * (height + gap), number * (width + gap), 3
-    )
+    whole = make_grid(strips.flatten(0, 1), nrow=number, padding=gap, pad_value=1)
     figure = Figure(figsize=(0.3 * number + 0.8, 0.3 * num_experts + 0.5), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(whole.numpy(), interpolation="nearest")
-    places = [expert * (height + gap) + height / 2 for expert in range(num_experts)]
+    axis.imshow(whole.permute(1, 2, 0).numpy(), interpolation="nearest")
+    places = [gap + expert * (height + gap) + height / 2 for expert in range(num_experts)]
     axis.set(xticks=[], yticks=places, yticklabels=[str(expert) for expert in range(num_experts)])
     axis.set_title(f"MoE layer {layer}: patches by expert", fontsize="medium")
     for side in axis.spines.values():

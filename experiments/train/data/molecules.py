@@ -8,7 +8,7 @@ Shapes: G graphs, N nodes of all graphs, M edges (both directions), L labels a g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch_geometric.data import Batch as PyGBatch
 from torch_geometric.data import Data
 
 from experiments.train.data.graphs import order_of
-from experiments.train.data.ogb import OGBMetric, check_split, folder_of, read_ogb
+from experiments.train.data.ogb import OGBMetric, folder_of, read_ogb
 from experiments.train.data.published import published
 from experiments.train.data.task import Batch, Shard, Split, Splits, Task
 from gmoe._checks import check
@@ -51,36 +51,7 @@ def load_molecules(name: str, root: Path) -> Molecules:
     given = list(dataset)
     graphs = [Data(x=one.x, edge_index=one.edge_index, edge_attr=one.edge_attr) for one in given]
     y = torch.cat([one.y for one in given]).float()
-    where = str(folder_of(name, root))
-    check_split(where, split, len(y))
-    sizes = torch.tensor([one.num_nodes for one in given])
-    are_whole = all(len(graph.x) == size for graph, size in zip(graphs, sizes, strict=True))
-    check(are_whole and sizes.min() > 0, where, "graphs without their nodes", "some in each")
-    check_features(where, graphs)
-    known = y[~y.isnan()]
-    is_binary = published(name)["task type"] == "binary classification"
-    has_labels = known.isfinite().all() and (not is_binary or ((known == 0) | (known == 1)).all())
-    legal = "0, 1 or nothing" if is_binary else "numbers or nothing"
-    check(has_labels, where, f"labels from {known.min():g} to {known.max():g}", legal)
     return Molecules(name=name, graphs=graphs, y=y, split=split)
-
-
-def check_features(where: str, graphs: Sequence[Data]) -> None:
-    """Refuse features that ogb's encoders do not know, and edges that leave their molecule."""
-    from ogb.utils.features import get_atom_feature_dims, get_bond_feature_dims
-
-    edges = torch.tensor([graph.num_edges for graph in graphs])
-    ends = torch.cat([graph.edge_index for graph in graphs], dim=1)
-    nodes = torch.tensor([len(graph.x) for graph in graphs]).repeat_interleave(edges)
-    is_inside = ((ends >= 0) & (ends < nodes)).all()
-    check(is_inside, where, "an edge out of its graph", "nodes of its graph, from 0")
-    for name, dims in (("x", get_atom_feature_dims()), ("edge_attr", get_bond_feature_dims())):
-        rows = torch.cat([graph[name] for graph in graphs])
-        is_known = rows.shape[1:] == (len(dims),) and rows.dtype == torch.long
-        is_known = is_known and bool(((rows >= 0) & (rows < torch.tensor(dims))).all())
-        check(
-            is_known, where, f"other {name} than ogb's", f"{len(dims)} whole numbers below {dims}"
-        )
 
 
 def molecule_task(name: str, root: Path) -> Task:

@@ -24,7 +24,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from experiments.train.data.graphs import DATA, check_graph
 from experiments.train.data.published import published, without_update_check
-from experiments.train.data.task import GraphData, Split, Splits
+from experiments.train.data.task import GraphData, Split
 from experiments.train.files import allowing, naming, read_tensors, replacing
 from gmoe._checks import check
 
@@ -103,16 +103,6 @@ def class_of(name: str) -> Any:
     return importlib.import_module("ogb.nodeproppred").PygNodePropPredDataset
 
 
-def check_split(where: str, split: Splits, rows: int) -> None:
-    """Refuse a split with a node or molecule that is not there, or is in two parts."""
-    every = torch.cat([*split.values()])
-    low, high = int(every.min()), int(every.max())
-    check(0 <= low <= high < rows, where, f"a split of {low} to {high}", f"0 to {rows - 1}")
-    twice = every.bincount()
-    got = f"{int(twice.argmax())} twice in the split"
-    check(twice.max() < 2, where, got, "each at most once")
-
-
 def load_ogb(name: str, root: Path) -> GraphData:
     """One of OGB's node data sets, with its official split and metric; ``root`` holds ogb's
     folder, ``ogbn_arxiv``.
@@ -138,7 +128,6 @@ def load_ogb(name: str, root: Path) -> GraphData:
         data.x = scatter(given.edge_attr, ends, dim_size=given.num_nodes, reduce="mean")
     where = str(folder_of(name, root))
     check_graph(where, data, target)
-    check_split(where, split, len(y))
     classes = int(dataset.num_classes)
     got = f"labels from {y.min():g} to {y.max():g}"
     check(0 <= y.min() <= y.max() < classes, where, got, f"0 to {classes - 1}")
