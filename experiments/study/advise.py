@@ -46,14 +46,14 @@ FOUND = "experts-routed"
 DEFAULT = "experts-default"
 
 
-def arms_of(base: GraphConfig, routing: Path) -> dict[str, GraphConfig]:
-    """What is trained, by name."""
+def arms_of(base: GraphConfig, routing: Path, groups: int) -> dict[str, GraphConfig]:
+    """What is trained, by name; experts that are told a node's group are as many as groups."""
     arms: dict[str, Any] = {
         name: replace(base, **CONTROLS[name].changes, lr=CONTROLS[name].lr_factor * base.lr)
         for name in DENSE
     }
     arms[DEFAULT] = base
-    arms[FOUND] = replace(base, router="oracle", routing=str(routing))
+    arms[FOUND] = replace(base, router="oracle", routing=str(routing), experts=groups)
     return arms
 
 
@@ -107,9 +107,8 @@ def advise(
     legal = "'full': a graph that is trained on as a whole"
     check(base.sampling == "full", "sampling", f"{base.sampling!r} of {preset}", legal)
     if price:
-        print(
-            f"a trial of {LEAST} to {MOST} splits takes about {minutes_of(base):.1f} minutes each"
-        )
+        each = minutes_of(base)
+        print(f"a trial of {LEAST} to {MOST} splits takes about {each:.1f} minutes each")
         return
     print("asking whether rules differ, without a GNN", file=sys.stderr, flush=True)
     from experiments.study.question import ask
@@ -121,18 +120,19 @@ def advise(
     found: dict[str, Any] = {"lines": answer.lines(), "view": answer.view, "differ": answer.differ}
     print("\n".join(answer.lines()), flush=True)
     routing = out / "routing.npy"
+    arms = arms_of(base, routing, answer.groups)
     if answer.differ:
         keep_routing(routing, answer.expert)
-        summaries = Trial(arms_of(base, routing), out, budget).run()
-        lines = told(summaries, answer, arms_of(base, routing))
+        print("experts of these groups beside the dense model, to paste; a trial of them follows:")
+        print(f"  {command(arms[FOUND])} --compare", flush=True)
+        summaries = Trial(arms, out, budget).run()
+        lines = told(summaries, answer, arms)
         write_picture(summaries, answer, out / "trial.png")
         print("\n".join(lines))
         found["trial"] = lines
     else:
         routing.unlink(missing_ok=True)  # it would be an earlier answer's
-        print(
-            f"so nothing was trained; the dense model: {command(arms_of(base, routing)['dense'])}"
-        )
+        print(f"so nothing was trained; the dense model: {command(arms['dense'])}")
     write_json(out / "advice.json", found | {"environment": environment()})
 
 
@@ -151,11 +151,12 @@ def minutes_of(base: GraphConfig) -> float:
     """About how long one split of all arms takes, on one core."""
     from experiments.study.price import price
 
-    arms = arms_of(base, Path())
-    of_dense, of_again, of_experts = (
-        price(replace(arms[name], seeds=(0,)))["hours"]
-        for name in ("dense", "dense-input-again", DEFAULT)
-    )
+    arms = arms_of(base, Path(), base.experts)
+    names = ("dense", "dense-input-again", DEFAULT)
+    with redirect_stdout(None):  # loaders say the same three times
+        of_dense, of_again, of_experts = (
+            price(replace(arms[name], seeds=(0,)))["hours"] for name in names
+        )
     return 60 * (2 * of_dense + of_again + 2 * of_experts)
 
 
@@ -194,7 +195,7 @@ class Trial:
             fits = start + longest - begun < 60 * self.budget
             if n > LEAST and not fits:
                 break
-            with redirect_stdout(sys.stderr):
+            with redirect_stdout(None):  # what loaders said when the graph was asked
                 for name, arm in self.arms.items():
                     seeds = tuple(range(max(n, self.trained(name))))
                     summaries[name] = run(replace(arm, seeds=seeds))

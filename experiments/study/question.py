@@ -1,14 +1,15 @@
 """Do the nodes of a graph follow different rules, and by what? Asked in seconds, without a GNN.
 
-Nodes are put into groups by something that a router could see: their own features, the mean of
-their neighbors, their degree, or their place in the graph. No label takes part in that. Then a
-linear model on ``[x, Ax, A^2 x]`` with weights of its own for each group is compared with models
-that do without: see :data:`RIVALS`. Rules differ where it is surely better than all of them but
-the bent one: a hidden layer may find the groups by itself, and then the trial says who is better.
+Nodes are put into groups, few or as many as there are experts, by something that a router could
+see: their own features, the mean of their neighbors, their degree, or their place in the graph. No
+label takes part in that. Then a linear model on ``[x, Ax, A^2 x]`` with weights of its own for each
+group is compared with models that do without: see :data:`RIVALS`. Rules differ where it is surely
+better than all of them but the one with a hidden layer. That may find the groups by itself, and
+then the trial says who is better.
 
 Only nodes of the first split's training and validation parts are read, in five folds: three to fit,
 one to stop by and to choose the groups by, one to score. Of other splits these may be test nodes;
-all that they decide is by which of four things nodes are grouped, and whether a trial is worth it.
+all that they decide is how nodes are grouped, and whether a trial is worth it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ VIEWS = {
 RIVALS = {
     "one": "one rule for all nodes",
     "told": "one rule that is told the group",
-    "bent": "one bent rule (a hidden layer)",
+    "bent": "one rule that is not linear (a hidden layer)",
     "shuffled": "a rule for each of as many random groups",
 }
 """What a rule for each group is compared with."""
@@ -61,6 +62,8 @@ WIDEST = 64
 """Columns of the features, at most."""
 HIDDEN = 64
 """Width of the bent rule."""
+FEW = 2
+"""Groups that are tried beside as many as there are experts: of few rules, each sees more nodes."""
 COORDINATES = 32
 SMALLEST = 0.01
 """Share of the nodes that a component has at least, for its nodes to have a place."""
@@ -83,20 +86,24 @@ class Answer:
     expert: Array
     """(N,) the group of each node."""
 
+    @property
+    def groups(self) -> int:
+        return int(self.expert.max()) + 1
+
     def lines(self) -> list[str]:
         """In words."""
         by = VIEWS[self.view]
         head = f"yes: rules differ, by {by}" if self.differ else "no: rules do not surely differ"
-        about = f"{self.expert.max() + 1} groups by {by}, a linear rule for each, in points:"
+        about = f"a linear rule for each of {self.groups} groups, by {by}, gains in points"
         return [
             head,
-            about,
+            f"{about} (95 % interval)",
             *(f"  over {RIVALS[name]}: {gain}" for name, gain in self.gains.items()),
         ]
 
 
 def ask(task: Task, experts: int) -> Answer:
-    """Ask the nodes of a graph.
+    """Ask the nodes of a graph, in two groups and in as many as there are ``experts``.
 
     Raises:
         ValueError: a graph that the question does not fit.
@@ -114,12 +121,14 @@ def ask(task: Task, experts: int) -> Answer:
     mean = neighbor_mean(data.edge_index.numpy(), data.num_nodes)
     x = features(data.x.numpy())
     seen = views(x, mean)
-    groups = {name: grouped(view, experts) for name, view in seen.items()}
+    counts = sorted({min(FEW, experts), experts})
+    groups = {(name, n): grouped(view, n) for name, view in seen.items() for n in counts}
     columns = beside(x, *([mean @ x, mean @ (mean @ x)] if mean.nnz else []))
     asked = Probes(columns, data.y, task, folds)
-    found = {name: asked.scores(groups=group) for name, group in groups.items()}
-    view = max(found, key=lambda name: sum(found[name]["stop"]))
-    group = groups[view]
+    found = {key: asked.scores(groups=group) for key, group in groups.items()}
+    best = max(found, key=lambda key: sum(found[key]["stop"]))
+    view, _ = best
+    group = groups[best]
     shuffled = group[np.random.default_rng(0).permutation(len(group))]
     one_hot = F.one_hot(torch.from_numpy(group).long(), int(group.max()) + 1)
     rivals = {
@@ -129,7 +138,7 @@ def ask(task: Task, experts: int) -> Answer:
         "shuffled": asked.scores(groups=shuffled),
     }
     over = {
-        name: Difference.of(gains(task.metric_name, found[view]["score"], rival["score"]))
+        name: Difference.of(gains(task.metric_name, found[best]["score"], rival["score"]))
         for name, rival in rivals.items()
     }
     screens = [gain for name, gain in over.items() if name != "bent"]

@@ -344,6 +344,8 @@ def differing_options(config: RunConfig, preset: RunConfig) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if value == usual or (name in WHERE and name not in ("data_root", "offline")):
             continue
+        if name == "router" and getattr(config, "routing", None) is not None:
+            continue  # a routing of a file has one router
         if name in ("options", "recipe"):
             for own, given in vars(value).items():
                 if given != getattr(usual, own):

@@ -50,14 +50,18 @@ def test_what_was_found_is_trained_beside_its_rivals(
     assert lines[0] == "yes: rules differ, by their place in the graph"
     assert "trial on 3 splits, test accuracy:" in lines
     assert "the trial: 5 models, 3 to 3 splits, " in said
-    (line,) = (line for line in lines if "--routing out/routing.npy" in line)
+    # To paste, beside the answer and at the end
+    pasted, line = (line for line in lines if "--routing out/routing.npy" in line)
+    assert pasted == f"{line} --compare"
+    assert lines.index(pasted) < lines.index("trial on 3 splits, test accuracy:")
+    assert said.count("the trial") == 1
     trained = parse(line.split("experiments.train ")[1].split())
     folder = json.loads(Path("out", FOUND, "config.json").read_text())
     assert folder["routing"] == trained.routing == "out/routing.npy"  # type: ignore[attr-defined]
     assert trained.router == folder["router"] == "oracle"
     assert np.load("out/routing.npy").tolist() == EXPERT.tolist()
     assert Path("out/trial.png").stat().st_size > 5_000
-    assert json.loads(Path("out/advice.json").read_text())["trial"] == lines[6:]
+    assert json.loads(Path("out/advice.json").read_text())["trial"] == lines[8:]
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
     assert len(before) == 5 * 3
     main(["digits-graph", "--out", "out", "--budget", "0.0001"])
@@ -131,7 +135,7 @@ def test_experts_are_advised_above_all_dense_models_alone(
     """Validation chooses among those that are; else among the dense models."""
     values = (LOW, LOW, {**again, "val": {"mean": 0.6}}, default, found)
     summaries = dict(zip((*DENSE, DEFAULT, FOUND), values, strict=True))
-    lines = told(summaries, ANSWER, arms_of(MOSAIC, Path("routing.npy")))
+    lines = told(summaries, ANSWER, arms_of(MOSAIC, Path("routing.npy"), 8))
     (place,) = (number for number, line in enumerate(lines) if "surely above all dense" in line)
     assert lines[place].startswith(said)
     assert advise.label_of(trained, "positions") in lines[place]

@@ -39,11 +39,15 @@ def two_communities(draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, 
 
 
 def test_rules_of_communities_differ_by_the_place_in_the_graph() -> None:
-    """The sign of a feature says the class in one community, and the opposite in the other."""
+    """The sign of a feature says the class in one community, and the opposite in the other.
+
+    Each rule has half of the nodes to learn from, however many experts there are.
+    """
     x, edges, community = two_communities(np.random.default_rng(0))
     y = ((x[:, 0] > 0) ^ (community == 1)).astype(np.int64)
-    answer = ask(task_of(x, edges, y), 2)
+    answer = ask(task_of(x, edges, y), 8)
     assert answer.differ
+    assert answer.groups == 2
     assert answer.view == "positions"
     assert answer.lines()[0] == "yes: rules differ, by their place in the graph"
     agrees = (answer.expert == community).mean()
