@@ -154,7 +154,7 @@ def _form_of(conv: MessagePassing) -> Form | None:
     stack = kind_of(type(conv)).stack
     if stack is None or not all(p.requires_grad for p in conv.parameters()):
         return None
-    if any(part.training != conv.training for part in conv.modules()):
+    if any(part.training != conv.training for part in conv.modules() if _has_mode(part)):
         return None
     if any(change_of(part) is not None for part in conv.modules()) or not stack.accepts(conv):
         return None
@@ -169,6 +169,14 @@ def _form_of(conv: MessagePassing) -> Form | None:
         elif part is not conv and not _is_known(part):
             return None
     return stack, form_of(conv), tuple(values)
+
+
+def _has_mode(part: nn.Module) -> bool:
+    """False for an activation of torch's, which computes the same in both modes.
+
+    One that is PyG's default argument is a part of all convs of a class, in the last one's mode.
+    """
+    return type(part).__module__ != nn.ReLU.__module__ or isinstance(part, nn.RReLU)
 
 
 def _is_known(part: nn.Module) -> bool:
