@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +11,8 @@ import torch
 import gmoe
 from tests.compose import graphs, moefy, steps
 from tests.compose.__main__ import TARGETS, main
-from tests.compose.calls import source
 from tests.compose.frame import CHUNK, DifferentError, Target, require_equal
 from tests.compose.twice import twice
-from tests.helpers.masked import default_float64
 
 GRAPHS, MOEFY = TARGETS.values()
 MORE = {"graphs": (150, 20_000), "moefy": (50, 5_000)}
@@ -90,21 +87,6 @@ def test_a_raw_error_fails_and_a_refusal_needs_a_reason(
         assert f"{target.name} {number}: {kind}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_a_printed_case_can_be_pasted(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is the same case and the same module, and runs to the same outcome."""
-    number = next(number for number in range(9) if target.run(target.of(number)).kind == "equal")
-    case = target.of(number)
-    script = target.show(number)
-    pasted = dict[str, Any]()
-    with default_float64():
-        expected = target.build(case).state_dict()
-        exec(script, pasted)
-    assert source(pasted["case"]) == source(case)
-    require_equal("the module", pasted["module"].state_dict(), expected, 0.0)
-    assert "Outcome(kind='equal'" in capsys.readouterr().out
-
-
 def test_a_graph_with_an_unequal_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "GAIN_SCALE", 0.123)
     assert any(failures(GRAPHS, 20))
@@ -144,15 +126,3 @@ def test_a_copy_that_changes_the_output_fails(name: str, monkeypatch: pytest.Mon
     target = TARGETS[name]
     cases = [case for case in map(target.of, range(100)) if case.after == "pickle"]
     assert any("after pickle, y" in target.run(case).message for case in cases)
-
-
-# What is drawn
-
-
-def test_defaults_are_drawn_of_layers_and_of_models() -> None:
-    drawn = [GRAPHS.of(number) for number in range(2000)]
-    started = Counter(c.start for c in drawn if c.options["start"] is None)
-    assert started.keys() == {"copies", "shared"}
-    models = [c for c in drawn if c.way != "layer"]
-    routers = Counter(c.start for c in models if c.options["shared_router"] is None)
-    assert min(routers["copies"], routers["shared"]) > 0
