@@ -33,6 +33,8 @@ from docs.plots.style import Drawing, Theme, legend_above
 Cells: TypeAlias = Mapping[str, Mapping[str, Any]]
 """The models of a graph, by row."""
 
+NAMES = ("width", "width-all", "width-pays")
+"""Of the figures; each is drawn when some of its results are there."""
 BASE = "dense-64"
 """What scores are relative to, split by split: splits differ by more than models do."""
 CONTROLS = {
