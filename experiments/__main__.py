@@ -2,7 +2,7 @@
 
 train      Train a preset, or your own data, router or model.
 sweep      Run a study: rows on columns, beside controls.
-advise     Ask a graph whether rules differ, and try experts that are routed so.
+advise     Ask a graph whether it lacks width, and whether rules differ; then try experts.
 report     Make one HTML page from finished runs.
 patches    Draw which expert takes which patch of your images.
 tables     Write the tables of the docs from result files, or check them.

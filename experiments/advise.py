@@ -1,4 +1,4 @@
-"""Ask a graph whether rules differ, and try the answer: see :mod:`experiments.study.advise`."""
+"""Ask a graph whether experts pay, and try the answer: see :mod:`experiments.study.advise`."""
 
 from experiments.study.advise import main
 

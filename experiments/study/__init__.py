@@ -11,5 +11,6 @@ published OGB's molecules beside published figures.
 price     What the cells of a study would cost.
 forces    Forces by experts of each element: arms, runs and table of a study of its own.
 pages     Puts the tables of studies and benchmarks into the docs.
-advise    Asks a graph whether its nodes follow different rules (question), and tries the answer.
+advise    Asks a graph whether it lacks width, and whether its nodes follow different rules
+          (question), and tries the answers.
 """

@@ -1,14 +1,19 @@
-"""Do experts pay on your graph, and routed by what? One question, and a trial of its answer.
+"""Do experts pay on your graph? Two questions, and a trial of their answers.
 
     python -m experiments.advise graph --data-root FILE.npz --out DIR   # or a preset of nodes
 
-First it asks, in seconds and without a GNN, whether nodes follow different rules, and by what:
-their features, their neighbors, their degree, or their place in the graph. If they do, it trains
-experts that are routed so, split by split, beside the dense model, the dense model at twice the
-step size, the dense model whose layers see the input again, and the default experts. It says with
-paired 95 % intervals and one picture (trial.png) what is above what, and prints the command that
-trains the best. routing.npy holds the expert of each node, for `train ... --routing`. If rules do
-not differ, it says so, and trains nothing. The same command goes on where it was stopped.
+First: would a wider model be better? A dense model and one four times as wide are trained, split by
+split. If the wide one is not surely better, capacity is not what the graph lacks, and experts for
+capacity are none. If it is, the part of that gain is said which experts had on other graphs.
+
+Second, in seconds and without a GNN: do nodes follow different rules, and by what: their features,
+their neighbors, their degree, or their place in the graph? routing.npy then holds the expert of
+each node, for `train ... --routing`.
+
+After a yes, experts are tried: the default ones, and those that are routed by the second answer,
+beside the dense model, that at twice the step size, and that whose layers see the input again.
+Paired 95 % intervals and one picture (trial.png) say what is above what, and the command is printed
+that trains the best. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +34,9 @@ from experiments.study.studies import CONTROLS
 from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.config import GraphConfig
-from experiments.train.files import read_json, replacing
+from experiments.train.files import RESULTS, read_json, replacing
 from experiments.train.presets import PRESETS, command
-from experiments.train.scores import Difference, better_in, gains, scored
+from experiments.train.scores import Difference, gains, scored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,19 +46,31 @@ if TYPE_CHECKING:
 LEAST = 3
 MOST = 5
 """Splits of a trial."""
+TIMES = 4
+"""By what the wide model is wider."""
 DENSE = ("dense", "dense-lr2", "dense-input-again")
+"""Models of the width of the experts, which these have to be above."""
+WIDE = "dense-wide"
+FIRST = ("dense", WIDE)
+"""The arms of the first question."""
 FOUND = "experts-routed"
 DEFAULT = "experts-default"
+AS_LONG = {"dense-lr2": "dense", FOUND: DEFAULT}
+"""Arms that take as long as another."""
 
 
-def arms_of(base: GraphConfig, routing: Path, groups: int) -> dict[str, GraphConfig]:
+def arms_of(
+    base: GraphConfig, routing: Path | None = None, groups: int = 0
+) -> dict[str, GraphConfig]:
     """What is trained, by name; experts that are told a node's group are as many as groups."""
     arms: dict[str, Any] = {
         name: replace(base, **CONTROLS[name].changes, lr=CONTROLS[name].lr_factor * base.lr)
         for name in DENSE
     }
+    arms[WIDE] = replace(arms["dense"], hidden=TIMES * base.hidden)
     arms[DEFAULT] = base
-    arms[FOUND] = replace(base, router="oracle", routing=str(routing), experts=groups)
+    if routing is not None:
+        arms[FOUND] = replace(base, router="oracle", routing=str(routing), experts=groups)
     return arms
 
 
@@ -61,7 +78,11 @@ def label_of(arm: str, view: str) -> str:
     """An arm in words."""
     from experiments.study.question import VIEWS
 
-    own = {DEFAULT: "experts, the default", FOUND: f"experts, routed by {VIEWS[view]}"}
+    own = {
+        WIDE: "dense, four times as wide",
+        DEFAULT: "experts, the default",
+        FOUND: f"experts, routed by {VIEWS[view]}",
+    }
     return own[arm] if arm in own else CONTROLS[arm].label
 
 
@@ -82,17 +103,18 @@ def advise(
     price: bool = False,
     offline: bool = False,
 ) -> None:
-    """Ask a graph whether nodes follow different rules, and try what it answers.
+    """Ask a graph whether it lacks capacity, and whether its nodes follow different rules.
 
     Args:
         preset: `graph` for your own graph, or another preset of nodes.
-        out: folder of the answer and of the runs.
+        out: folder of the answers and of the runs.
         data_root: the file of your graph, or the root folder of the data.
         metric: of your own graph (default accuracy).
         undirected: add the reverse of every edge, where the preset does; try `--no-undirected`,
             too, where an edge means something in one direction only.
-        budget: minutes; a split is begun only if it fits, three are the least.
-        price: only say how long the trial would take.
+        budget: minutes for the first question, and as many for the trial; a split is begun only if
+            it fits, three are the least.
+        price: only say how long the first question and the trial would take.
         offline: download nothing; an error says what is missing.
     """
     base = base_of(preset)
@@ -106,33 +128,43 @@ def advise(
     base = replace(base, undirected=base.undirected and undirected)
     legal = "'full': a graph that is trained on as a whole"
     check(base.sampling == "full", "sampling", f"{base.sampling!r} of {preset}", legal)
-    if price:
-        each = minutes_of(base)
-        print(f"a trial of {LEAST} to {MOST} splits takes about {each:.1f} minutes each")
-        return
-    print("asking whether rules differ, without a GNN", file=sys.stderr, flush=True)
-    from experiments.study.question import ask
+    from experiments.study.question import ask, nodes_to_ask
     from experiments.train.data.load import load_tasks
     from experiments.train.results import environment, write_json
 
     with redirect_stdout(sys.stderr):  # what loaders say on the way
-        answer = ask(load_tasks(base)(0), base.experts)
-    found: dict[str, Any] = {"lines": answer.lines(), "view": answer.view, "differ": answer.differ}
+        task = load_tasks(base)(0)
+    nodes_to_ask(task)  # refuses what cannot be asked, before anything is trained
+    trial = Trial(arms_of(base), out, budget)
+    if price:
+        one = minutes_of(trial.arms, FIRST)
+        rest = minutes_of(trial.arms, (*DENSE[1:], DEFAULT, DEFAULT))  # one may be routed
+        each = f"{LEAST} to {MOST} splits, about {one:.1f} minutes each; "
+        print(f"{each}a trial of the answers takes {rest:.1f} minutes more each")
+        return
+    print("would a wider model be better?", file=sys.stderr, flush=True)
+    first = trial.run(FIRST)
+    lines = width_lines(first)
+    print("\n".join(lines), flush=True)
+    print("asking whether rules differ, without a GNN", file=sys.stderr, flush=True)
+    answer = ask(task, base.experts)
     print("\n".join(answer.lines()), flush=True)
+    lines += answer.lines()
+    found: dict[str, Any] = {"lines": lines, "view": answer.view, "differ": answer.differ}
     routing = out / "routing.npy"
-    arms = arms_of(base, routing, answer.groups)
+    routing.unlink(missing_ok=True)  # it would be an earlier answer's
     if answer.differ:
         keep_routing(routing, answer.expert)
+        trial = Trial(arms_of(base, routing, answer.groups), out, budget)
         print("experts of these groups beside the dense model, to paste; a trial of them follows:")
-        print(f"  {command(arms[FOUND])} --compare", flush=True)
-        summaries = Trial(arms, out, budget).run()
-        lines = told(summaries, answer, arms)
+        print(f"  {command(trial.arms[FOUND])} --compare", flush=True)
+    if answer.differ or width_gain(first).low > 0:
+        summaries = trial.run(tuple(trial.arms))
+        found["trial"] = told(summaries, answer, trial.arms)
         write_picture(summaries, answer, out / "trial.png")
-        print("\n".join(lines))
-        found["trial"] = lines
+        print("\n".join(found["trial"]))
     else:
-        routing.unlink(missing_ok=True)  # it would be an earlier answer's
-        print(f"so nothing was trained; the dense model: {command(arms['dense'])}")
+        print(f"so experts were not tried; the dense model: {command(arms_of(base)['dense'])}")
     write_json(out / "advice.json", found | {"environment": environment()})
 
 
@@ -147,21 +179,18 @@ def keep_routing(path: Path, expert: np.ndarray) -> None:
         fresh.write_bytes(content.getvalue())
 
 
-def minutes_of(base: GraphConfig) -> float:
-    """About how long one split of all arms takes, on one core."""
+def minutes_of(arms: Mapping[str, GraphConfig], names: Sequence[str]) -> float:
+    """About how long one split of some arms takes, on one core."""
     from experiments.study.price import price
 
-    arms = arms_of(base, Path(), base.experts)
-    names = ("dense", "dense-input-again", DEFAULT)
-    with redirect_stdout(None):  # loaders say the same three times
-        of_dense, of_again, of_experts = (
-            price(replace(arms[name], seeds=(0,)))["hours"] for name in names
-        )
-    return 60 * (2 * of_dense + of_again + 2 * of_experts)
+    like = [AS_LONG.get(name, name) for name in names]
+    with redirect_stdout(None):  # loaders say the same each time
+        hours = {name: price(replace(arms[name], seeds=(0,)))["hours"] for name in {*like}}
+    return 60 * sum(hours[name] for name in like)
 
 
 class Trial:
-    """All arms, split after split, as long as the budget lasts."""
+    """Arms, split after split, as long as the budget lasts."""
 
     def __init__(self, arms: Mapping[str, GraphConfig], out: Path, budget: float) -> None:
         self.arms = {name: replace(arm, out=out / name, resume=True) for name, arm in arms.items()}
@@ -172,21 +201,21 @@ class Trial:
         path = self.arms[name].folder() / "config.json"
         return len(read_json(path, dict[str, Any])["seeds"]) if path.exists() else 0
 
-    def run(self) -> dict[str, Any]:
-        """The summary of each arm.
+    def run(self, names: Sequence[str]) -> dict[str, Any]:
+        """The summary of each of some arms.
 
         Raises:
             ValueError: a budget that three splits do not fit into.
         """
         from experiments.train.loop import run
 
-        if min(map(self.trained, self.arms)) < LEAST:
-            each = minutes_of(self.arms[DEFAULT])
-            missing = LEAST - min(map(self.trained, self.arms))
+        if lacking := [name for name in names if self.trained(name) < LEAST]:
+            each = minutes_of(self.arms, lacking)
+            missing = LEAST - min(map(self.trained, lacking))
             legal = f"at least {missing * each:.1f} minutes, for {LEAST} splits"
             check(missing * each <= self.budget, "budget", self.budget, legal)
-            price = f"{len(self.arms)} models, {LEAST} to {MOST} splits, {each:.1f} minutes a split"
-            print(f"the trial: {price}", file=sys.stderr, flush=True)
+            price = f"{len(lacking)} models, {LEAST} to {MOST} splits, {each:.1f} minutes a split"
+            print(f"to train: {price}", file=sys.stderr, flush=True)
         begun = time.monotonic()
         longest = 0.0
         summaries: dict[str, Any] = {}
@@ -196,12 +225,35 @@ class Trial:
             if n > LEAST and not fits:
                 break
             with redirect_stdout(None):  # what loaders said when the graph was asked
-                for name, arm in self.arms.items():
+                for name in names:
                     seeds = tuple(range(max(n, self.trained(name))))
-                    summaries[name] = run(replace(arm, seeds=seeds))
+                    summaries[name] = run(replace(self.arms[name], seeds=seeds))
             print(f"split {n} of {MOST} is trained", file=sys.stderr, flush=True)
             longest = max(longest, time.monotonic() - start)
         return summaries
+
+
+def width_gain(summaries: Mapping[str, Any]) -> Difference:
+    """How much better the wide model is."""
+    return over(summaries, WIDE, "dense")
+
+
+def width_lines(summaries: Mapping[str, Any]) -> list[str]:
+    """Whether the wide model is better, and if so, what part of that experts had elsewhere."""
+    from experiments.study.front import part_of_width, what_pays
+
+    gain = width_gain(summaries)
+    wide = summaries[WIDE]
+    what = f"a model {TIMES} times as wide ({wide['hidden']})"
+    by = f"{gain}, {gain.n} splits, {wide['metric']}"
+    if gain.low <= 0:
+        return [f"no: {what} is not surely better: {by}; so no experts for capacity"]
+    part = part_of_width(what_pays(RESULTS))
+    expected = "what part of it experts have was measured on too few graphs"
+    if part is not None:
+        low, high = (f"{share * gain.mean:+.2f}" for share in (part.low, part.high))
+        expected = f"experts had {part.text('.2f')} of it on {part.n} graphs: here {low} to {high}"
+    return [f"yes: {what} is better: {by}", f"  {expected}"]
 
 
 def over(summaries: Mapping[str, Any], arm: str, other: str) -> Difference:
@@ -216,35 +268,31 @@ def told(
 ) -> list[str]:
     """The scores of the trial, what is above what, and the command to train.
 
-    Experts are advised that are surely above all three dense models; validation chooses among
-    them, else among the dense models.
+    Experts are advised that are surely above all three dense models of their width; validation
+    chooses among them, else among all dense models.
     """
-    metric = summaries["dense"]["metric"]
-    lines = [f"trial on {summaries['dense']['test']['n']} splits, test {metric}:"]
+    dense = summaries["dense"]
+    metric = dense["metric"]
+    experts = [arm for arm in (FOUND, DEFAULT) if arm in summaries]
+    labels = {name: label_of(name, answer.view) for name in summaries}
+    lines = [f"trial on {dense['test']['n']} splits, test {metric}:"]
     for name, summary in summaries.items():
-        line = f"  {label_of(name, answer.view)}: {scored(metric, summary['test'])}"
+        line = f"  {labels[name]}: {scored(metric, summary['test'])}"
         if name != "dense":
-            values = [summary["test"]["values"], summaries["dense"]["test"]["values"]]
-            common = min(map(len, values))
-            better = better_in(metric, *(value[:common] for value in values))
-            line += f"; over dense {over(summaries, name, 'dense')}, better on {better}"
+            times = summary["flops"] / dense["flops"]
+            line += f"; over dense {over(summaries, name, 'dense')}, {times:.2f} times its FLOPs"
         lines.append(line)
-    for other in (*DENSE[1:], DEFAULT):
-        gain = over(summaries, FOUND, other)
+    for other in (*DENSE[1:], WIDE, *experts[1:]):
         lines.append(
-            f"  {label_of(FOUND, answer.view)} over {label_of(other, answer.view)}: {gain}"
+            f"  {labels[experts[0]]} over {labels[other]}: {over(summaries, experts[0], other)}"
         )
-    above = [
-        arm
-        for arm in (FOUND, DEFAULT)
-        if all(over(summaries, arm, dense).low > 0 for dense in DENSE)
-    ]
-    best = max(above or DENSE, key=lambda name: summaries[name]["val"]["mean"])
+    above = [arm for arm in experts if all(over(summaries, arm, one).low > 0 for one in DENSE)]
+    best = max(above or (*DENSE, WIDE), key=lambda name: summaries[name]["val"]["mean"])
     verdict = "experts are" if above else "no experts are"
-    verdict += f" surely above all dense models; train {label_of(best, answer.view)}:"
+    verdict += f" surely above all dense models of their width; train {labels[best]}:"
     lines += [verdict, f"  {command(arms[best])}"]
-    if best != FOUND:
-        lines += [f"{label_of(FOUND, answer.view)}:", f"  {command(arms[FOUND])}"]
+    if best != experts[0]:
+        lines += [f"{labels[experts[0]]}:", f"  {command(arms[experts[0]])}"]
     return lines
 
 

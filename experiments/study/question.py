@@ -102,8 +102,8 @@ class Answer:
         ]
 
 
-def ask(task: Task, experts: int) -> Answer:
-    """Ask the nodes of a graph, in two groups and in as many as there are ``experts``.
+def nodes_to_ask(task: Task) -> Tensor:
+    """The nodes of the first split that are trained on or validate.
 
     Raises:
         ValueError: a graph that the question does not fit.
@@ -115,6 +115,16 @@ def ask(task: Task, experts: int) -> Answer:
     pool = torch.cat([task.split["train"], task.split["val"]])
     legal = f"at least {FEWEST}, to ask them"
     check(len(pool) >= FEWEST, task.name, f"{len(pool)} nodes to train and validate", legal)
+    return pool
+
+
+def ask(task: Task, experts: int) -> Answer:
+    """Ask the nodes of a graph, in two groups and in as many as there are ``experts``.
+
+    Of a graph that it does not fit, :func:`nodes_to_ask` says why.
+    """
+    data: Any = task.graph
+    pool = nodes_to_ask(task)
     pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))]
     folds = pool[:MOST_ROWS].tensor_split(FOLDS)
 
