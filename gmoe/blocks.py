@@ -129,25 +129,27 @@ def _filled(x_PI: Tensor, place_P: Tensor, num_blocks: int, size: int) -> Tensor
 @exported_as(portable.rows_of_blocks)
 def _rows(y_NBO: Tensor, place_P: Tensor) -> Tensor:
     """(P, O) the rows at some places."""
-    rows_PO: Tensor = _Rows.apply(y_NBO.flatten(0, 1), place_P)
+    rows_PO: Tensor = AtPlaces.apply(y_NBO.flatten(0, 1), place_P)
     return rows_PO
 
 
-class _Rows(torch.autograd.Function):
-    """(P, O) rows at places of which no two are the same: their gradients are copied, not added."""
+class AtPlaces(torch.autograd.Function):
+    """(P, ...) values at places of which no two are the same: gradients are copied, not added.
+
+    It saves no tensors: a checkpoint counts those that a forward and its recomputation save, and
+    only the first of the two computes what a routing keeps.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y_RO: Tensor, place_P: Tensor) -> Tensor:
-        ctx.save_for_backward(place_P)
-        ctx.num_places = y_RO.size(0)
-        return y_RO.index_select(0, place_P)
+    def forward(ctx: Any, value_R: Tensor, place_P: Tensor) -> Tensor:
+        ctx.place_P = place_P
+        ctx.shape = value_R.shape
+        return value_R.index_select(0, place_P)
 
     @staticmethod
     @unbatched
-    def backward(ctx: Any, grad_PO: Tensor) -> Any:
-        (place_P,) = ctx.saved_tensors
-        zeros = grad_PO.new_zeros(ctx.num_places, grad_PO.size(1))
-        return zeros.index_copy_(0, place_P, grad_PO), None
+    def backward(ctx: Any, grad_P: Tensor) -> Any:
+        return grad_P.new_zeros(ctx.shape).index_copy_(0, ctx.place_P, grad_P), None
 
 
 class _BlockLinear(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmoe._autograd import unbatched
 from gmoe._checks import INTEGERS, check_range, described, readable
-from gmoe.blocks import search, stable_sort
+from gmoe.blocks import AtPlaces, search, stable_sort
 
 LATE = ("token", "offsets", "weight", "scores", "slot")
 """What a routing of choices computes when it is asked for."""
@@ -42,7 +42,7 @@ class Choices(NamedTuple):
         return {
             "token": slot_P if k == 1 else slot_P // max(k, 1),
             "offsets": search(expert_P, experts_E, out_int32=True),
-            "weight": Permuted.apply(self.weight_TK.reshape(-1), slot_P),
+            "weight": AtPlaces.apply(self.weight_TK.reshape(-1), slot_P),
             "slot": slot_P,
             "expert": expert_P,
         }
@@ -88,26 +88,8 @@ def to_keep() -> Iterator[None]:
         yield
 
 
-# These save no tensors: a checkpoint counts those that a forward and its recomputation save, and
-# only the first of the two computes what is kept.
-
-
-class Permuted(torch.autograd.Function):
-    """(P,) values in the order of an index that has each place once."""
-
-    @staticmethod
-    def forward(ctx: Any, value_P: Tensor, index_P: Tensor) -> Tensor:
-        ctx.index_P = index_P
-        return value_P.index_select(0, index_P)
-
-    @staticmethod
-    @unbatched
-    def backward(ctx: Any, grad_P: Tensor) -> Any:
-        return torch.zeros_like(grad_P).index_copy(0, ctx.index_P, grad_P), None
-
-
 class _Exp(torch.autograd.Function):
-    """The exponentials of logarithms."""
+    """The exponentials of logarithms; saves no tensor, as :class:`gmoe.blocks.AtPlaces`."""
 
     @staticmethod
     def forward(ctx: Any, log: Tensor) -> Tensor:

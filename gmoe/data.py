@@ -209,7 +209,7 @@ class NeighborSampler(BaseSampler):
         self.num_neighbors = list(num_neighbors)
         self.replace = replace
         self.num_nodes = _count_nodes(data)
-        edges = Graph.in_place(data.edge_index.cpu(), self.num_nodes).edges
+        edges = Graph(data.edge_index.cpu(), self.num_nodes).edges
         self._start, self._source, self._ids = edges.ptr, edges.sender, edges.given_order
         # int32 halves the memory traffic.
         self._dtype = torch.int32 if max(self.num_nodes, len(edges.sender)) < 2**31 else torch.int64

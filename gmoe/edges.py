@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gmoe import portable
 from gmoe._autograd import lazy, operator
+from gmoe._checks import readable
 from gmoe._torch import assert_async, row_pointers
 from gmoe.portable import exported_as
 
@@ -155,10 +156,12 @@ def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ascends(row: Tensor) -> bool:
-    """True if no value is below the one before it.
+    """True if values on the CPU can be read, and none is below the one before it.
 
-    It is read in blocks, since it may lie in a file.
+    They are read in blocks, since they may lie in a file.
     """
+    if not readable(row):
+        return False
     firsts = range(0, row.numel(), BLOCK)
     return all(bool((row[first : first + BLOCK + 1].diff() >= 0).all()) for first in firsts)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gmoe._autograd import lazy
 from gmoe._checks import INTEGERS, check, check_range, described, readable
-from gmoe.blocks import Blocks, blocks_of, expert_of_rows
-from gmoe.choices import LATE, Choices, Permuted, check_choices, to_keep
+from gmoe.blocks import AtPlaces, Blocks, blocks_of, expert_of_rows
+from gmoe.choices import LATE, Choices, check_choices, to_keep
 
 
 class AuxLoss(NamedTuple):
@@ -436,7 +436,7 @@ class Routing:
             return self.choices
         with to_keep():
             expert_TK, weight_TK = (
-                Permuted.apply(of_pairs, self.place).view(self.num_tokens, k)
+                AtPlaces.apply(of_pairs, self.place).view(self.num_tokens, k)
                 for of_pairs in (self.expert, self.weight)
             )
             return Choices(expert_TK, weight_TK, self.num_experts)

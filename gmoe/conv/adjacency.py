@@ -14,8 +14,8 @@ from torch_geometric.typing import Adj, SparseTensor
 
 from gmoe._autograd import lazy, refuse_second_order
 from gmoe._checks import INTEGERS, described
-from gmoe._torch import rows_of_pointers
-from gmoe.edges import Edges, check_ends
+from gmoe._torch import row_pointers, rows_of_pointers
+from gmoe.edges import Edges, ascends, check_ends
 from gmoe.portable import refuse_in_export
 
 
@@ -51,6 +51,9 @@ class Adjacency:
         if self.ordered is not None:
             return self.ordered
         sender, receiver = self.edge_index
+        if self.edge_index.is_contiguous() and ascends(receiver):
+            # Neither sorted nor copied: they may lie in a file.
+            return Edges(row_pointers(receiver, self.num_dst), sender, receiver, self.num_src, None)
         return Edges.sorted(sender, receiver, self.num_src, self.num_dst, validate=False)
 
     @property

@@ -39,7 +39,7 @@ from gmoe.conv.matrix import (
     normalized_matrix,
     sum_matrix,
 )
-from gmoe.edges import Edges, ascends, check_nodes, renumber
+from gmoe.edges import Edges, renumber
 
 FLOWS = ("source_to_target", "target_to_source")
 
@@ -127,35 +127,6 @@ class Graph:
     ) -> Graph:
         """A graph for one call, whose edges are sorted if somebody asks for their order."""
         return _made(cls, _read(edge_index, num_nodes, None, edge_weight, edge_attr, flow))
-
-    @classmethod
-    def in_place(
-        cls,
-        edge_index: Adj,
-        num_nodes: int,
-        *,
-        edge_weight: Tensor | None = None,
-        edge_attr: Tensor | None = None,
-        flow: str = "source_to_target",
-    ) -> Graph:
-        """A graph on the CPU whose edges stay where they are if they ascend by destination.
-
-        So edges in a memory-mapped file are neither sorted nor copied. All others are sorted.
-        The arguments are those of the class.
-        """
-        edge_args = {"edge_weight": edge_weight, "edge_attr": edge_attr}
-        is_tensor = type(edge_index) is Tensor and edge_index.layout == torch.strided
-        is_list = is_tensor and edge_index.dtype == torch.int64 and edge_index.shape[:-1] == (2,)
-        if not is_list or flow != FLOWS[0] or not ascends(edge_index[1]):
-            return cls(edge_index, num_nodes, flow=flow, **edge_args)
-        for row in edge_index:
-            check_nodes(row, num_nodes)
-        source, destination = edge_index
-        check_edge_args(edge_weight, edge_attr, len(source), is_sparse=False)
-        ptr = row_pointers(destination, num_nodes)
-        edges = Edges(ptr, source, destination, num_nodes, None)
-        adjacency = Adjacency(edge_index, edge_index, num_nodes, num_nodes, ordered=edges)
-        return cls(edge_index[:, :0], num_nodes)._with(adjacency=adjacency, **edge_args)
 
     # No frozen dataclass: fully_shard takes those apart, and casts the tensors in them.
     def __setattr__(self, name: str, value: object) -> None:

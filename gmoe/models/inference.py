@@ -130,7 +130,7 @@ class _LayerByLayer:
         if isinstance(edges, Graph):
             self.graph = edges.fitting((num_nodes, num_nodes), model.flow, **edge_args)
         else:
-            self.graph = Graph.in_place(edges, num_nodes, flow=model.flow, **edge_args)
+            self.graph = Graph(edges, num_nodes, flow=model.flow, **edge_args)
         self.num_nodes = num_nodes
         self.batch = None if data.get("batch") is None else data.batch.to(device)
         self.routings: list[Routing] = []

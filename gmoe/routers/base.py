@@ -318,22 +318,18 @@ class Router(nn.Module, ABC):
         return square_sum / num_tokens.clamp(min=1)
 
     def is_training_step(self) -> bool:
-        """True if this forward may move the counters, by :meth:`update_counter`.
+        """True if this forward may move the counters, by :meth:`update_counters`.
 
         It may in training, but not when a checkpoint recomputes the forward in the backward pass.
         """
         return self.training and (torch.compiler.is_compiling() or not in_backward())
 
-    def update_counter(self, counter: Tensor, value: Tensor) -> None:
-        """Write a counter's new value, in a training step.
+    def update_counters(self, counters: list[Tensor], values: list[Tensor]) -> None:
+        """Write new values of counters, in a training step.
 
         One compiled forward runs in the step and, under checkpointing, again in the backward pass:
-        there the counter stays.
+        there the counters stay.
         """
-        self.update_counters([counter], [value])
-
-    def update_counters(self, counters: list[Tensor], values: list[Tensor]) -> None:
-        """Write the new values of several counters at once; see :meth:`update_counter`."""
         if torch.compiler.is_compiling():
             is_step = outside_backward(counters[0])
             pairs = zip(counters, values, strict=True)

@@ -198,11 +198,12 @@ class ExpertSelection(nn.Module):
         number = last_EB.new_full((), num_groups)
         number, sum_E = router.summed(number, last_EB.sum(dim=1))
         is_valid = (number > 0) & sum_E.isfinite().all()
-        router.update_counter(self.steps, self.steps + is_valid)
-        share = (1.0 / self.steps.clamp(min=1)).clamp(min=MOMENTUM)
+        steps = self.steps + is_valid
+        share = (1.0 / steps.clamp(min=1)).clamp(min=MOMENTUM)
         before_E = self.threshold_E
         moved_E = before_E + share.to(before_E.dtype) * (sum_E / number - before_E)
-        router.update_counter(self.threshold_E, torch.where(is_valid, moved_E, before_E))
+        threshold_E = torch.where(is_valid, moved_E, before_E)
+        router.update_counters([self.steps, self.threshold_E], [steps, threshold_E])
 
     def extra_repr(self) -> str:
         return f"inference={self.inference!r}, capacity_factor={self.capacity_factor}"
