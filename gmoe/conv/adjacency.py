@@ -86,7 +86,7 @@ class Adjacency:
         """(N_dst,) the sums of the messages' weights, or of ones, and of further numbers."""
         receiver = self.receiver
         if weight is None:
-            weight = torch.ones(1, dtype=dtype, device=receiver.device).expand(len(receiver))
+            weight = torch.ones_like(receiver, dtype=dtype)
         if not isinstance(loops, Tensor):
             loops = weight.new_full((self.num_dst,), loops or 0.0)
         return loops.index_add(0, receiver, weight)
