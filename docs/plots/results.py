@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from experiments.show.cells import Cells, differences, read_study
 from experiments.study.front import (
+    BASE,
     COSTS,
     HELD_OUT,
     Front,
@@ -24,6 +25,7 @@ from experiments.train.files import read_json
 from experiments.train.scores import Difference, mean_std
 
 __all__ = [
+    "BASE",
     "COSTS",
     "HELD_OUT",
     "ROWS",

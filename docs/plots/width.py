@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from docs.plots.results import (
+    BASE,
     COSTS,
     HELD_OUT,
     Front,
@@ -35,8 +36,6 @@ Cells: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 NAMES = ("width", "width-all", "width-pays")
 """Of the figures; each is drawn when some of its results are there."""
-BASE = "dense-64"
-"""What scores are relative to, split by split: splits differ by more than models do."""
 CONTROLS = {
     "input-again-64": "^",
     "random-64": "s",

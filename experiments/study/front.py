@@ -41,6 +41,10 @@ COSTS = {
 """What a cost is called, and how many of it are one of its unit."""
 
 
+BASE = "dense-64"
+"""What scores are shown relative to, split by split: splits differ by more than models do."""
+
+
 def read_front(folder: Path) -> Front:
     """The finished cells of the study in a folder; none if it was not begun."""
     if not (folder / "study.json").exists():
@@ -114,7 +118,7 @@ def verdicts(cells: Mapping[str, Cell]) -> list[str]:
         for row in rows:
             if cost in found[row]:
                 gain = found[row][cost]
-                side = "beyond the dense curve" if gain is None else SIDES[gain.side]
+                side = "outside the dense curve" if gain is None else SIDES[gain.side]
                 by_side.setdefault(side, []).append(row.partition("-")[2])
         if by_side:
             parts = [f"{side} at {', '.join(widths)} wide" for side, widths in by_side.items()]
@@ -137,7 +141,7 @@ def front_tables(front: Front, only: Sequence[str] = ()) -> str:
     for column in only or COLUMNS:
         cells = front.get(column, {})
         if cells:
-            tables.append(markdown([_scores(column, cell) for cell in cells.values()]))
+            tables.append(markdown([_scores(column, cell, cells) for cell in cells.values()]))
         if rows := [row for row in cells if row not in curve(cells, "dense")]:
             lines = [_beside(column, cells[row]["label"], over_dense(row, cells)) for row in rows]
             tables.append(markdown(lines))
@@ -147,10 +151,12 @@ def front_tables(front: Front, only: Sequence[str] = ()) -> str:
     return "\n\n".join(tables)
 
 
-def _scores(column: str, cell: Cell) -> dict[str, str]:
+def _scores(column: str, cell: Cell, cells: Mapping[str, Cell]) -> dict[str, str]:
     metric = cell["metric"]
+    gain = difference(cell, cells[BASE]) if BASE in cells else None
     line = {column: cell["label"], f"test {metric}{unit(metric)}": scored(metric, cell["test"])}
     line["n"] = str(cell["test"]["n"])
+    line["− dense, 64"] = "–" if gain is None or cell is cells[BASE] else f"{gain}, n = {gain.n}"
     for cost, (label, _) in COSTS.items():
         value = cell["costs"].get(cost)
         line[label] = "–" if value is None else f"{float(f'{value:.3g}'):,g}"

@@ -79,15 +79,15 @@ def test_where_the_dense_curve_ends_nothing_is_said(folder: Path) -> None:
     cells = read_front(folder / "width")[COLUMNS[0]]
     assert over_dense("experts-256", cells)["flops"] is None
     assert verdicts(cells)[0] == (
-        "by GFLOPs of a forward, experts win at 64 wide; beyond the dense curve at 256 wide"
+        "by GFLOPs of a forward, experts win at 64 wide; outside the dense curve at 256 wide"
     )
     assert over_dense("dense-64", cells)["flops"].mean == 0  # type: ignore[union-attr]
 
 
 def test_tables_have_n_and_name_what_is_missing(folder: Path) -> None:
     scores, beside, left, *others = front_tables(read_front(folder / "width")).split("\n\n")
-    assert "| dense-64 | 71.00 ± 1.00 | 3 | 4 | 0.25 | 0.1 | 1.23 | 1 |" in scores
-    assert "| experts-64 | 73.00 ± 1.35 | 3 | 8 | – | – | 1.23 | – |" in scores
+    assert "| dense-64 | 71.00 ± 1.00 | 3 | – | 4 | 0.25 | 0.1 | 1.23 | 1 |" in scores
+    assert "| experts-64 | 73.00 ± 1.35 | 3 | +2.00 (+0.86 to +3.14), n = 3 | 8 | – | – |" in scores
     assert "| experts-64 | **+1.00 (+0.75 to +1.25), n = 3** | – | – | " in beside
     assert left.startswith(f"Not finished on {COLUMNS[0]}: dense, 16; experts, 16; dense, 32")
     assert others == [f"Not finished on {column}: any model." for column in COLUMNS[1:]]
