@@ -31,10 +31,7 @@ SCALES = (1.0, 10.0, 100.0, 1000.0, 0.1, 0.01, 0.001, 0.0)
 FLOAT32_ROUNDING = 1e-5
 """Largest difference in float64 of an MLP with a norm that computes in float32."""
 
-LEGAL = (
-    "linear, activation, linear, gated or not; tell a class of your own to gmoe.mlps.register, add "
-    "LoRA after moefy"
-)
+LEGAL = "linear, activation, linear, gated or not; tell your own class to gmoe.mlps.register"
 
 
 def read_mlp(
