@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check, is_linear
+from gmoe._checks import is_linear
 from gmoe._torch import dtype_of
 from gmoe._verify import ROUNDING, Sieve, form_of, moved_copy, rows_are_equal
 from gmoe.mlps import LinearForm, MLPForm, form_of_class, is_norm
@@ -60,7 +60,9 @@ def read_mlp(
     form = form_of_class(mlp)
     assert form is not None  # the copy's class is the same
     for got, expected in _lost(mlp, form) if is_replaced else ():
-        check(False, "model", f"{name}{got}", f"{expected}; keep it with start='shared'")
+        raise ValueError(
+            f"model: got {name}{got}, expected {expected}; keep it with start='shared'"
+        )
     return form
 
 

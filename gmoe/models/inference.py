@@ -296,9 +296,9 @@ def _check_out(model: Any, out: Any, num_nodes: int) -> None:
     check(is_fitting, "out", described(out), f"floating-point numbers of shape {shape}")
     legal = "eval() before out is filled"
     check(not model.training, "model", "one in training mode", legal)
-    if model.joins_layers:
-        got = f"{model.jk_mode!r} with out"
-        check(False, "jk", got, "None or 'last': others keep every layer")
+    jk = getattr(model, "jk_mode", None)
+    legal = "None or 'last': others keep every layer"
+    check(not model.joins_layers, "jk", f"{jk!r} with out", legal)
     for norm in model.norms:
         legal = "one by row: batch norm, LayerNorm(mode='node') or none"
         check(is_by_row(norm), "norm", f"{type(norm).__name__} with out", legal)
