@@ -122,25 +122,19 @@ def check_kept(kept: Sequence[int], num_experts: int, k: int = 1) -> None:
         )
 
 
-def check_can_shrink(part: nn.Module) -> None:
-    """Refuse a router or experts of a class of which nothing is known.
+def check_can_shrink(part: Any) -> None:
+    """Refuse a router or experts of which no expert can be taken away.
 
-    A subclass may compute something else, of weights that its base does not have: it needs a
-    ``keep`` of its own.
+    Of a class of somebody's own nothing is known, unless it has a ``keep`` itself.
     """
     cls = type_before_parametrizations(part)
-    if cls.__module__.partition(".")[0] != "gmoe" and "keep" not in vars(cls):
-        raise cannot_shrink(part)
-
-
-def cannot_shrink(part: nn.Module) -> ValueError:
-    """The error of a router or experts of which no expert can be taken away."""
-    name = type_before_parametrizations(part).__name__
-    return ValueError(
-        f"model: got {name}, of which no expert can be taken away, expected routers and experts of "
-        "gmoe, before gmoe.unstack, or a class with a method keep(kept) of its own (a router that "
-        "calls Router.keep chooses among self.of_alive(scores))"
+    is_known = cls.__module__.partition(".")[0] == "gmoe" or "keep" in vars(cls)
+    legal = (
+        "routers and experts of gmoe that can be pruned, or a class with a method keep(kept) of "
+        "its own (a router that calls Router.keep chooses among self.of_alive(scores))"
     )
+    got = f"{cls.__name__}, of which no expert can be taken away"
+    check(part.can_shrink and is_known, "model", got, legal)
 
 
 def check_choice(name: str, value: object, legal: Any) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import (
-    cannot_shrink,
     check,
     check_can_shrink,
     check_choice,
@@ -25,7 +24,7 @@ from gmoe._checks import (
 )
 from gmoe.products import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
-from gmoe.stack import Stack, become, fill, routed_parameters
+from gmoe.stack import Stack, become, check_stacked, fill, routed_parameters, stacks_in
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
@@ -42,6 +41,9 @@ class Experts(nn.Module, ABC):
         out_features: O.
         num_experts: E.
     """
+
+    can_shrink = True
+    """Whether experts can be taken away."""
 
     def __init__(self, in_features: int, out_features: int, *, num_experts: int) -> None:
         super().__init__()
@@ -69,10 +71,10 @@ class Experts(nn.Module, ABC):
 
     def check_kept(self, kept: Sequence[int]) -> None:
         """Refuse what :meth:`keep` cannot do, before anything changes."""
-        if type(self).keep is Experts.keep:
-            raise cannot_shrink(self)
         check_can_shrink(self)
         check_kept(kept, self.num_experts)
+        if type(self).keep is Experts.keep:
+            check_stacked(self)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Take all other experts away, in place; those that stay are numbered anew.
@@ -85,7 +87,10 @@ class Experts(nn.Module, ABC):
         Raises:
             ValueError: a class that has none; parts that are parametrized, or were replaced.
         """
-        raise cannot_shrink(self)
+        self.check_kept(kept)
+        for _, stack in stacks_in(self):
+            Stack.keep(stack, kept)
+        self.num_experts = len(kept)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of which a token uses those of its own experts: all but a base's."""
@@ -172,14 +177,6 @@ class LinearExperts(Experts, Stack):
             dtype=like.dtype,
         ).state_dict()
 
-    def check_kept(self, kept: Sequence[int]) -> None:
-        super().check_kept(kept)
-        self.check_stored()
-
-    def keep(self, kept: Sequence[int]) -> None:
-        self.check_kept(kept)
-        Stack.keep(self, kept)
-
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # with a base, a sum at each read
         if len(weight) == 1:  # all rows are this expert's
@@ -261,20 +258,6 @@ class MLPExperts(Experts):
     def reset_parameters(self) -> None:
         self.up.reset_parameters()
         self.down.reset_parameters()
-
-    def check_kept(self, kept: Sequence[int]) -> None:
-        super().check_kept(kept)
-        for part in (self.up, self.down):
-            got = f"experts with a {type(part).__name__} in place of a part"
-            legal = "stacked linear layers as they were built"
-            check(isinstance(part, LinearExperts), "model", got, legal)
-            part.check_kept(kept)
-
-    def keep(self, kept: Sequence[int]) -> None:
-        self.check_kept(kept)
-        self.up.keep(kept)
-        self.down.keep(kept)
-        self.num_experts = len(kept)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         u_PU = self.up(self.input_norm(x_PI), offsets_E)

@@ -17,7 +17,7 @@ from gmoe._torch import shallow_copy
 from gmoe.experts import Experts
 from gmoe.portable import refuse_in_export
 from gmoe.routing import Routing
-from gmoe.stack import Stack
+from gmoe.stack import Stack, check_part, check_stacked
 
 Mix: TypeAlias = Literal["outputs", "weights"]
 """What layers mix: the outputs of K experts, or the weights of all."""
@@ -49,10 +49,11 @@ class MixedWeights(Experts):
         >>> out = layer(x, routing=sources.expand(batch))
     """
 
+    can_shrink = False
+
     def __init__(self, experts: Experts) -> None:
         super().__init__(experts.in_features, experts.out_features, num_experts=experts.num_experts)
-        for part in experts.modules():
-            _check_part(part)
+        check_stacked(experts)
         self.stacked = experts
 
     def reset_parameters(self) -> None:
@@ -95,7 +96,7 @@ def _mixed(part: nn.Module, weight_GE: Tensor) -> Any:
     They are a shallow copy, with the hooks and options of the experts, which do not change: another
     thread may be running them.
     """
-    _check_part(part)
+    check_part(part)
     copied = shallow_copy(part, partial(_mixed, weight_GE=weight_GE))
     if isinstance(part, Stack):
         copied.num_experts = weight_GE.size(0)
@@ -112,14 +113,3 @@ def mixture(value_E: Tensor, weight_GE: Tensor) -> Tensor:
     with torch.autocast(value_E.device.type, enabled=False) if has_autocast else nullcontext():
         sum_G = weight_GE.to(value_E.dtype) @ value_E.flatten(1)
     return sum_G.view(weight_GE.size(0), *value_E.shape[1:])
-
-
-def _check_part(part: nn.Module) -> None:
-    """Refuse a part whose weights cannot be mixed: not in a stack, or not as it was built."""
-    if isinstance(part, Stack):
-        part.check_stored()
-    elif next(part.parameters(recurse=False), None) is not None:
-        raise ValueError(
-            f"experts: got some that hold a {type(part).__name__}, expected stacked linear layers "
-            "as they were built, or mix='outputs'"
-        )

@@ -189,6 +189,23 @@ def share_base(experts: nn.Module) -> None:
         stack.share_base()
 
 
+def check_stacked(experts: nn.Module) -> None:
+    """Refuse experts of which some tensors are not in a stack, or not as it was built."""
+    for part in experts.modules():
+        check_part(part)
+
+
+def check_part(part: nn.Module) -> None:
+    """Refuse a part of experts that holds other parameters than a stack as it was built."""
+    if isinstance(part, Stack):
+        part.check_stored()
+    elif next(part.parameters(recurse=False), None) is not None:
+        raise ValueError(
+            f"model: got experts with a {type(part).__name__} in place of a part, expected stacked "
+            "layers as they were built"
+        )
+
+
 def has_base(module: nn.Module) -> bool:
     """True if some experts of a module share a base."""
     return any(stack.names_with_base for _, stack in stacks_in(module))

@@ -26,6 +26,7 @@ from gmoe.routing import Routing
 from gmoe.stack import (
     Stack,
     become,
+    check_stacked,
     fill,
     has_base,
     paths_in,
@@ -235,15 +236,7 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
         become(self, tensors_in(conv))
 
     def check_kept(self, kept: Sequence[int]) -> None:
-        for part in self.modules():
-            has_parameters = any(True for _ in part.parameters(recurse=False))
-            if has_parameters and not isinstance(part, Stack):
-                raise ValueError(
-                    f"model: got experts with a {type(part).__name__} in place of a part, expected "
-                    "stacked layers as they were built"
-                )
-        for _, stack in stacks_in(self):
-            stack.check_stored()
+        check_stacked(self)
 
     def keep(self, kept: Sequence[int]) -> None:
         self.check_kept(kept)

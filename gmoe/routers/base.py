@@ -91,6 +91,7 @@ class Router(nn.Module, ABC):
         alive_E: the numbers of these among the scored ones; ``None`` if none was pruned.
         experts_choose: each expert takes so many tokens, whatever other experts take (default
             ``False``: each token takes so many experts).
+        can_shrink: experts can be taken away (default ``True``); see :meth:`keep`.
         by_token: in evaluation, a token's experts follow from that token alone, so that a graph
             larger than memory can be routed a part at a time (default ``False``).
 
@@ -112,6 +113,7 @@ class Router(nn.Module, ABC):
     by_token = False
     sums_to_one = False
     experts_choose = False
+    can_shrink = True
     alive_E: Tensor | None
 
     def __init__(

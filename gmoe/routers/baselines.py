@@ -5,12 +5,10 @@ Shapes: T tokens, D width, A experts with those that were pruned, E without, K e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from gmoe._checks import INTEGERS, cannot_shrink, check, check_range, described
+from gmoe._checks import INTEGERS, check, check_range, described
 from gmoe.routers.base import Router, Weighting, log_softmax
 from gmoe.routing import Routing
 
@@ -83,15 +81,13 @@ class UniformRouter(Router):
 
     by_token = True
     sums_to_one = True
+    can_shrink = False
 
     def __init__(self, dim: int, *, num_experts: int) -> None:
         super().__init__(dim, num_experts=num_experts, k=num_experts, weight="score")
 
     def reset_parameters(self) -> None:
         """Nothing to draw."""
-
-    def check_kept(self, kept: Sequence[int]) -> None:
-        raise cannot_shrink(self)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((x_TD.size(0), self.num_experts), 1.0 / self.num_experts)
@@ -115,6 +111,7 @@ class OracleRouter(Router):
     """
 
     sums_to_one = True
+    can_shrink = False
     assignment_T: Tensor
 
     def __init__(self, dim: int, *, num_experts: int, assignment: Tensor) -> None:
@@ -128,9 +125,6 @@ class OracleRouter(Router):
 
     def reset_parameters(self) -> None:
         self.assignment_T.copy_(self.assignment)
-
-    def check_kept(self, kept: Sequence[int]) -> None:
-        raise cannot_shrink(self)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         num_assigned = self.assignment_T.size(0)

@@ -7,7 +7,6 @@ number of its groups and T the number of tokens in each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import row_norms
-from gmoe._checks import cannot_shrink, check_counts
+from gmoe._checks import check_counts
 from gmoe.routers.base import Router
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
@@ -101,6 +100,8 @@ class SoftSlots(Router):
         ValueError: an argument out of range.
     """
 
+    can_shrink = False
+
     def __init__(self, dim: int, *, num_experts: int, slots: int = 1) -> None:
         super().__init__(dim, num_experts=num_experts, k=num_experts, weight="score")
         check_counts(slots=slots)
@@ -112,9 +113,6 @@ class SoftSlots(Router):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.phi, std=self.dim**-0.5)
         nn.init.ones_(self.scale)
-
-    def check_kept(self, kept: Sequence[int]) -> None:
-        raise cannot_shrink(self)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> SoftRouting:
         groups = Groups.of(group, x_TD.size(0))

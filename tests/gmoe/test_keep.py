@@ -277,8 +277,8 @@ class OwnExperts(gmoe.Experts):
 
 def test_experts_with_a_part_that_cannot_be_cut_are_left_whole() -> None:
     experts = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)
-    experts.down = nn.Identity()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"^model: got experts with a Identity in place"):
+    experts.down = nn.Linear(6, WIDTH)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^model: got experts with a Linear in place"):
         experts.keep((0, 1))
     assert experts.up.num_experts == len(experts.up.weight) == EXPERTS
     other = gmoe.MLPExperts(WIDTH, 6, WIDTH, num_experts=EXPERTS)

@@ -276,15 +276,15 @@ def test_experts_that_are_more_than_stacks_are_refused() -> None:
     parametrized = experts("mlp")
     parametrizations.weight_norm(parametrized.up)
     for stacked, got in (
-        (changed, "some that hold a Linear"),
-        (affine, "some that hold a LayerNorm"),
+        (changed, "experts with a Linear in place of a part"),
+        (affine, "experts with a LayerNorm in place of a part"),
         (parametrized, "a parametrized weight"),
     ):
         with pytest.raises(ValueError, match=got):
             MixedWeights(stacked)
     model = layer()
     model.stacked.down = nn.Linear(H, OUT)
-    with pytest.raises(ValueError, match="some that hold a Linear"):
+    with pytest.raises(ValueError, match="experts with a Linear in place of a part"):
         model(tokens(5, 1))
 
 
