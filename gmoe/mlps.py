@@ -355,6 +355,21 @@ def _feed_forward(mlp: Any) -> MLPForm | None:
     return _in_turn([first.proj, activation, *others], kind in ("GEGLU", "SwiGLU"))
 
 
+OF_TRANSFORMERS = (
+    "fc1 act fc2",
+    "gate_proj up_proj gate_up_proj act dropout down_proj",
+    "wi wi_0 wi_1 act dropout wo",
+    "Wi act drop Wo",
+    "dense_h_to_4h act dense_4h_to_h",
+    "fc_in c_fc act fc_out c_proj dropout",
+    "lin1 act lin2 dropout",
+    "linear1 act linear2",
+    "linear_fc1 act linear_fc2",
+    "dense1 act dropout dense2 dropout",
+    "intermediate_dense act intermediate_dropout output_dense output_dropout",
+)
+"""The parts of MLPs of Hugging Face's models, see :func:`_named`."""
+
 TABLE: tuple[tuple[str, Callable[[Any], MLPForm | None]], ...] = (
     ("torch.nn.modules.container.Sequential", _sequential),  # torchvision's MLP inherits from it
     ("torch_geometric.nn.models.mlp.MLP", _of_pyg),
@@ -363,20 +378,7 @@ TABLE: tuple[tuple[str, Callable[[Any], MLPForm | None]], ...] = (
     ("timm.models.tiny_vit.NormMlp", _named("norm fc1 act drop1 fc2 drop2")),
     ("*.Mlp", _named("fc1 act drop fc2 drop")),  # DINO's, MAE's, Swin's own code
     ("diffusers.models.attention.FeedForward", _feed_forward),
-    ("transformers*", _named("fc1 act fc2")),
-    ("transformers*", _named("gate_proj up_proj gate_up_proj act dropout down_proj")),
-    ("transformers*", _named("wi wi_0 wi_1 act dropout wo")),
-    ("transformers*", _named("Wi act drop Wo")),
-    ("transformers*", _named("dense_h_to_4h act dense_4h_to_h")),
-    ("transformers*", _named("fc_in c_fc act fc_out c_proj dropout")),
-    ("transformers*", _named("lin1 act lin2 dropout")),
-    ("transformers*", _named("linear1 act linear2")),
-    ("transformers*", _named("linear_fc1 act linear_fc2")),
-    ("transformers*", _named("dense1 act dropout dense2 dropout")),
-    (
-        "transformers*",
-        _named("intermediate_dense act intermediate_dropout output_dense output_dropout"),
-    ),
+    *(("transformers*", _named(words)) for words in OF_TRANSFORMERS),
     ("transformers*", _named("w1 w3 w2", F.silu)),
 )
 """How MLPs are read, by the path of their class or of one that it inherits from."""
