@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gmoe._calls import evaluating
 from gmoe._checks import check, check_module
-from gmoe.experts import LinearExperts, MLPExperts
+from gmoe.experts import LinearExperts, MLPExperts, run_mlp
 from gmoe.mixed import MixedWeights, mixture
 from gmoe.moe import MoE, MoELayer
 from gmoe.routers.from_call import decided_from, detach
@@ -179,11 +179,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run it; see the class."""
-        h = self.up(self.input_norm(x))
-        if self.glu:
-            gate, value = h.chunk(2, dim=-1)
-            # A copy: an activation may overwrite its input.
-            h = self.activation(gate.clone()) * value
-        else:
-            h = self.activation(h)
-        return self.output_dropout(self.down(self.hidden_norm(self.hidden_dropout(h))))
+        return run_mlp(self, x)
