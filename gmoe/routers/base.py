@@ -106,7 +106,7 @@ class Router(nn.Module, ABC):
 
     Raises:
         ValueError: K, E or ``weight`` out of range; tokens, a batch vector or an edge index that do
-            not fit; ``check_finite`` and a value that is not finite.
+            not fit.
         RuntimeError: called inside a transform of ``torch.func``.
     """
 
