@@ -1,9 +1,10 @@
-"""Call any model in evaluation."""
+"""Call any model in evaluation, and replace its modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,3 +28,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def with_modules(model: Any, new: Mapping[Any, nn.Module]) -> Any:
+    """The model with some of its modules replaced, wherever they stand."""
+    if model in new:
+        return new[model]
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            model.set_submodule(name, new[module])
+    return model

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gmoe._calls import with_modules
 from gmoe._check_mlp import read_mlp
 from gmoe._checks import (
     change_of,
@@ -171,7 +172,6 @@ def moefy(
     }
     with joined(model, names):
         modules = {name: model.get_submodule(name) for name in names}
-        names_of = _names_of(model)
         pyg = _imported_pyg()
         layers: dict[nn.Module, MoELayer] = {}
         checked: set[Hashable] = set()
@@ -180,13 +180,13 @@ def moefy(
             _refuse_hidden(name, module, model)
             if module in layers:  # it is used twice, and so will the layer be
                 continue
-            if pyg is not None and isinstance(module, pyg.MessagePassing):
+            is_conv = pyg is not None and isinstance(module, pyg.MessagePassing)
+            if is_conv or start != "shared":  # else the shared expert is the module itself
+                _refuse_shared(name, module, model)
+            if is_conv:
                 width = candidates.widths.get(name)
-                _refuse_shared(name, names_of[module], model)
                 layers[module] = _moe_conv(name, module, width=width, **options)
             else:
-                if start != "shared":  # a shared expert is the module itself
-                    _refuse_shared(name, names_of[module], model)
                 layers[module] = _moe(name, module, checked=checked, **options)
 
         if isinstance(router, FromCall):
@@ -196,9 +196,7 @@ def moefy(
         for layer in layers.values():
             layer.moefied = Recorded.of(options, ROUTERS)
             layer.as_built = AsBuilt.of(layer)
-        for module, layer in layers.items():
-            for name in names_of[module]:
-                model.set_submodule(name, layer)
+        with_modules(model, layers)
     if isinstance(router, FromCall):
         router.attach(model, takes_others=start == "shared")
     if pyg is not None and any(isinstance(part, pyg.MessagePassing) for part in model.modules()):
@@ -323,33 +321,23 @@ def _check_convertible(name: str, module: nn.Module) -> None:
     check(not lacks_values, "model", got, "ones with values")
 
 
-def _names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All names of each module: one that a forward calls may be registered under another as well.
-
-    PyG's SchNet has the network of each filter under two names.
-    """
-    names_of: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names_of.setdefault(module, []).append(name)
-    return names_of
-
-
-def _refuse_shared(name: str, names: Sequence[str], model: nn.Module) -> None:
+def _refuse_shared(name: str, module: nn.Module, model: nn.Module) -> None:
     """Refuse a module whose parameters the rest of the model has as well.
 
     Experts are copies, which would no longer be tied to the rest.
 
     Args:
         name: of the module, for errors.
-        names: all names of it.
+        module: what experts replace. It may have several names, as the networks of PyG's SchNet.
         model: the whole.
     """
-    starts = tuple(f"{own}." for own in names)
+    parts = model.named_modules(remove_duplicate=False)
+    starts = tuple(f"{path}." for path, part in parts if part is module)
     outside: dict[nn.Parameter, str] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if not path.startswith(starts):
             outside.setdefault(parameter, path)
-    for path, parameter in model.get_submodule(name).named_parameters(prefix=name):
+    for path, parameter in module.named_parameters(prefix=name):
         legal = "parameters of this layer alone: experts would not be tied to the rest of the model"
         got = f"{path}, which is {outside.get(parameter)} as well"
         check(parameter not in outside, "model", got, legal)

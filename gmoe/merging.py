@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmoe._calls import evaluating
+from gmoe._calls import evaluating, with_modules
 from gmoe._checks import check, check_module
 from gmoe.experts import LinearExperts, MLPExperts, run_mlp
 from gmoe.mixed import MixedWeights, mixture
@@ -55,11 +55,11 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     """
     check_module("model", model)
     merged = copy.deepcopy(model)
-    layers: dict[MoELayer, list[str]] = {}
-    for name, layer in merged.named_modules(remove_duplicate=False):
+    layers: dict[MoELayer, str] = {}
+    for name, layer in merged.named_modules():
         if isinstance(layer, MoELayer):
-            _check_mergeable(name or "the model itself", layer)
-            layers.setdefault(layer, []).append(name)
+            layers[layer] = name or "the model itself"
+            _check_mergeable(layers[layer], layer)
     check(layers, "model", f"{type(model).__name__} without layers of experts", "some")
 
     # 1. See what is decided.
@@ -71,19 +71,17 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
             merged(*args, **kwargs)
 
     # 2. Put the mixture in the place of each layer.
-    for layer, names in layers.items():
-        weight_1E = _only(decisions.get(layer, []), names[0])
+    new: dict[MoELayer, nn.Module] = {}
+    for layer, name in layers.items():
+        weight_1E = _only(decisions.get(layer, []), name)
         is_mixed = isinstance(layer.experts, MixedWeights)
-        got = f"{names[0] or 'the model itself'}, which mixes the outputs of several experts"
+        got = f"{name}, which mixes the outputs of several experts"
         is_one = is_mixed or int(weight_1E.count_nonzero()) == 1
         check(is_one, "model", got, "one expert, or mix='weights'")
-        dense = dense_of(layer.experts.stacked if is_mixed else layer.experts, weight_1E)
-        for name in names:
-            if name == "":
-                return dense
-            merged.set_submodule(name, dense)
-    detach(merged)
-    return merged
+        new[layer] = dense_of(layer.experts.stacked if is_mixed else layer.experts, weight_1E)
+    dense: nn.Module = with_modules(merged, new)
+    detach(dense)
+    return dense
 
 
 def _check_mergeable(name: str, layer: MoELayer) -> None:
@@ -124,7 +122,6 @@ def _only(weights: list[Tensor], name: str) -> Tensor:
     Raises:
         ValueError: none, or several.
     """
-    name = name or "the model itself"
     rows_GE = torch.cat(weights) if weights else torch.empty(0, 1)
     legal = "one: give the arguments that all routers read, or those of a call that runs it"
     check(len(rows_GE), "model", f"no decision in {name}", legal)

@@ -5,12 +5,12 @@ Shapes: P pairs sorted by expert, I in and O out features, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from gmoe._calls import with_modules
 from gmoe._checks import change_of, check, check_module
 from gmoe.experts import Experts, LinearExperts
 from gmoe.stack import BASE, Stack
@@ -135,13 +135,3 @@ def _stacked(model: nn.Module) -> list[tuple[str, LinearExperts]]:
         for name, module in model.named_modules()
         if isinstance(module, LinearExperts) and name.rpartition(".")[2] != "lin_edge"
     ]
-
-
-def with_modules(model: Any, new: Mapping[Any, nn.Module]) -> Any:
-    """The model with some of its modules replaced, wherever they stand."""
-    if model in new:
-        return new[model]
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in new:
-            model.set_submodule(name, new[module])
-    return model
