@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -297,19 +298,22 @@ def expert_health(
 class HealthMonitor:
     """Counts what the routers of a model decide in training, for callbacks of trainers.
 
-    It counts in the thread that made it, and not what checkpointing runs again. Each router may be
+    It counts in the thread that began to, and not what checkpointing runs again. Each router may be
     called any number of times.
-
-    Args:
-        model: any model that holds routers.
-
-    Raises:
-        ValueError: it holds none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self.stats: dict[str, RoutingStats] = {}
         self.handles: list[Any] = []
+        self.has_advised = False
+
+    def watch(self, model: nn.Module) -> None:
+        """Begin to count in a model, and no more in another one, of a training that was cut off.
+
+        Raises:
+            ValueError: it holds no routers.
+        """
+        self.remove()
         for path, module in model.named_modules():
             if isinstance(module, Router):
                 name = path.removesuffix(".router") if path != "router" else "model"
@@ -330,15 +334,25 @@ class HealthMonitor:
 
         return count
 
-    def collect(self) -> ExpertHealth:
-        """The health since the last call, over all processes, each of which has to call this."""
+    def collect(self, advises: bool) -> ExpertHealth:
+        """The health since the last call, over all processes, each of which has to call this.
+
+        Args:
+            advises: warn of experts that collapsed, once.
+        """
         layers: list[LayerHealth] = []
         for name, stats in self.stats.items():
             layers += expert_health(stats, [name]).layers
             stats.reset()
-        return ExpertHealth(tuple(layers))
+        health = ExpertHealth(tuple(layers))
+        if advises and health.advice is not None and not self.has_advised:
+            self.has_advised = True
+            warnings.warn(health.advice, stacklevel=3)
+        return health
 
     def remove(self) -> None:
         """Count no more."""
         for handle in self.handles:
             handle.remove()
+        self.handles = []
+        self.stats = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -24,14 +23,12 @@ class LightningHealth(Callback):
     """
 
     def __init__(self) -> None:
-        self.monitor: HealthMonitor | None = None
+        self.monitor = HealthMonitor()
         self.logged_step = 0
-        self.has_advised = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count; see ``gmoe.metrics.HealthMonitor``."""
-        self._stop()  # of a training that was cut off
-        self.monitor = HealthMonitor(pl_module)
+        self.monitor.watch(pl_module)
         self.logged_step = trainer.global_step
 
     def on_train_batch_end(
@@ -41,25 +38,16 @@ class LightningHealth(Callback):
         step = trainer.global_step
         # Lightning sets it without declaring it, to 0 where it logs nothing.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.monitor is None or not every or step < self.logged_step + every:
+        if not self.monitor.stats or not every or step < self.logged_step + every:
             return
         self.logged_step = step
-        health = self.monitor.collect()
-        figures = health.figures()
+        figures = self.monitor.collect(advises=trainer.is_global_zero).figures()
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step - 1)  # as Lightning numbers the step
         trainer.callback_metrics.update(
             {name: torch.tensor(value) for name, value in figures.items()}
         )
-        if health.advice is not None and not self.has_advised and trainer.is_global_zero:
-            self.has_advised = True
-            warnings.warn(health.advice, stacklevel=2)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count no more."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self.monitor is not None:
-            self.monitor.remove()
-        self.monitor = None
+        self.monitor.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,11 @@ class TrainerHealth(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         check(isinstance(trainer, Trainer), "trainer", shown(trainer), "a Trainer of transformers")
         self.trainer = trainer
-        self.monitor: HealthMonitor | None = None
-        self.has_advised = False
+        self.monitor = HealthMonitor()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count; see ``gmoe.metrics.HealthMonitor``."""
-        self._stop()  # of a training that was cut off
-        self.monitor = HealthMonitor(kwargs["model"])
+        self.monitor.watch(kwargs["model"])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the health behind the training's loss.
@@ -49,22 +46,13 @@ class TrainerHealth(TrainerCallback):
         By now other callbacks have the loss already, so that this is a log of its own, which comes
         here again, without a loss.
         """
-        if self.monitor is None or "loss" not in kwargs["logs"]:
-            return
-        health = self.monitor.collect()
-        self.trainer.log(health.figures())
-        if health.advice is not None and not self.has_advised and state.is_world_process_zero:
-            self.has_advised = True
-            warnings.warn(health.advice, stacklevel=2)
+        if self.monitor.stats and "loss" in kwargs["logs"]:
+            health = self.monitor.collect(advises=state.is_world_process_zero)
+            self.trainer.log(health.figures())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count no more."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self.monitor is not None:
-            self.monitor.remove()
-        self.monitor = None
+        self.monitor.remove()
 
 
 class TrainerSave(TrainerCallback):

@@ -175,7 +175,7 @@ def test_health_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^names: got 2, expected 1"):
         expert_health(routed([[0]]), ["a", "b"])
     with pytest.raises(ValueError, match=r"^model: got Linear without a router"):
-        HealthMonitor(nn.Linear(2, 2))
+        HealthMonitor().watch(nn.Linear(2, 2))
 
 
 class Twice(nn.Module):
@@ -198,13 +198,14 @@ class Twice(nn.Module):
 def test_a_monitor_counts_each_call_in_training_once() -> None:
     torch.manual_seed(0)
     model: Any = Twice()
-    monitor = HealthMonitor(model)
+    monitor = HealthMonitor()
+    monitor.watch(model)
     x = torch.randn(7, 5, requires_grad=True)
     with record_routing(model) as routings:
         model(x).sum().backward()
         model(x.detach().flip(1))  # weighs the other half where the first counts double
     model.eval()(x.flip(1))  # an evaluation does not count
-    first, second = monitor.collect().layers
+    first, second = monitor.collect(advises=False).layers
     assert (first.name, second.name) == ("first", "second")
     for layer, recorded in (
         (first, [routings[place] for place in (0, 1, 3, 4)]),
@@ -215,18 +216,20 @@ def test_a_monitor_counts_each_call_in_training_once() -> None:
     # From then on anew, and no more at all once it was removed.
     with record_routing(model.train()) as routings:
         model(x)
-    (again, _) = monitor.collect().layers
+    (again, _) = monitor.collect(advises=False).layers
     slow = counted_slowly(routings[:2])
     assert again.load == pytest.approx([4 * share for share in slow["load"]], abs=1e-5)
+    stats = [*monitor.stats.values()]
     monitor.remove()
     model(x)
-    assert not any(stats.update_called for stats in monitor.stats.values())
+    assert not any(one.update_called for one in stats)
 
 
 def test_a_monitor_counts_its_own_thread_alone() -> None:
     """Replicas of ``DataParallel`` run in others, and would write to the same counts at once."""
     model: Any = Twice()
-    monitor = HealthMonitor(model)
+    monitor = HealthMonitor()
+    monitor.watch(model)
     thread = threading.Thread(target=model, args=(torch.randn(7, 5),))
     thread.start()
     thread.join()
