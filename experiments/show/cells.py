@@ -104,5 +104,7 @@ def not_run(study: Mapping[str, Any], only: Sequence[str]) -> list[str]:
         if is_shown and row not in study["cells"].get(column, {}):
             figure = study["published"].get(cell)
             beside = "" if figure is None else f" (published: {figure})"
-            missing.append(f"{column}: {labels[row]}{beside}, not run, {price['hours']:.2g} hours")
+            hours = price["hours"]
+            time = f"{hours:.2g} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+            missing.append(f"{column}: {labels[row]}{beside}, not run, {time}")
     return ["\n".join(f"- {line}" for line in missing)] if missing else []

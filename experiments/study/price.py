@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments.benchmark.measure import peak_bytes, take_turns
 from experiments.show.cells import read_prices
 from experiments.show.tables import markdown
 from experiments.train.build import build_model
+from experiments.train.command_line import SPARSE
 from experiments.train.config import RunConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.kinds import kind_of
@@ -31,7 +33,9 @@ def price_cells(cells: Mapping[str, RunConfig], folder: Path) -> str:
 
     A few steps of each are trained, here and now. Prices of other cells stay.
     """
-    prices = {cell: price(config) for cell, config in cells.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SPARSE)
+        prices = {cell: price(config) for cell, config in cells.items()}
     write_json(folder / "prices.json", read_prices(folder) | prices)
     return price_table(prices)
 

@@ -87,6 +87,6 @@ def test_prices_and_published_figures_stand_beside_a_cell(folder: Path) -> None:
     (dense,) = [line for line in tables[0].splitlines() if line.startswith("| dense")]
     assert "| 51.0 ± 2.0 |" in dense
     assert "| 2.5 |" in dense  # minutes of both seeds
-    of_a = "- a: experts (published: 70.0), not run, 0.25 hours"
+    of_a = "- a: experts (published: 70.0), not run, 15.0 minutes"
     assert missing == f"{of_a}\n- c: the dense model, not run, 12 hours"
     assert study_tables(read_study(folder), ["a"]).endswith(f"\n\n{of_a}")
