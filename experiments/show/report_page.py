@@ -316,7 +316,7 @@ def _routing(page: Page, run: RunFolder) -> str:
                 "each class, domain or planted region. A row like the last one says that the "
                 "expert does not go by it.",
             )
-    return in_words(layers, run.config.experts)
+    return in_words(layers, run.config)
 
 
 def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:

@@ -144,7 +144,7 @@ def show(config: RunConfig, summary: Summary, dense: Summary | None) -> None:
         print("\ndense model, to compare: the same command with --compare")
     if summary["routing"]:
         layers = values_of(summary["routing"])
-        print(f"\nrouting: {in_words(layers, config.experts)}")
+        print(f"\nrouting: {in_words(layers, config)}")
         if line := advice(layers, config):
             print(line)
         words = [str(config.folder())]

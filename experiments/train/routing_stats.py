@@ -194,13 +194,13 @@ def values_of(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Sequence[fl
     return [{name: figure["values"] for name, figure in layer.items()} for layer in layers]
 
 
-def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> str:
+def in_words(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -> str:
     """Say how many experts are used, whether evenly, and what they follow most.
 
     ``layers`` holds the figures of each MoE layer over the seeds. Of older runs some are missing,
-    and ``experts`` is the number of experts that these were asked for.
+    and ``config`` says the number of experts that these were asked for.
     """
-    total = int(max(max(layer.get("experts", [experts])) for layer in layers))
+    total = int(max(max(layer.get("experts", [config.experts])) for layer in layers))
     used = [total - int(dead) for layer in layers for dead in layer["dead"]]
     peaks = [peak for layer in layers for peak in layer.get("max_over_mean_load", [])]
     text = f"{'–'.join(map(str, dict.fromkeys([min(used), max(used)])))} of {total} experts used"
@@ -212,6 +212,8 @@ def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> s
     missed = 1 - min(statistics.fmean(layer["coverage"]) for layer in layers)
     if missed >= MISSED:
         text += f"; up to {missed:.0%} of the tokens have no expert"
+    if (file := getattr(config, "routing", None)) is not None:
+        return f"{text}; they follow {file}"
     means = {
         (statistics.fmean(layer[key]), number, key)
         for number, layer in enumerate(layers, start=1)

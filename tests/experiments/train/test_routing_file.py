@@ -14,6 +14,7 @@ from experiments.train.build import build_model
 from experiments.train.command import parse
 from experiments.train.config import dense_of
 from experiments.train.data.load import load_tasks
+from experiments.train.routing_stats import in_words
 from experiments.train.run_folder import described
 from tests.helpers.command import QUICK, refused
 
@@ -35,6 +36,8 @@ def test_each_node_goes_to_the_expert_of_the_file(tmp_path: Path) -> None:
     assert isinstance(
         next(one for one in model.modules() if isinstance(one, gmoe.Router)), gmoe.OracleRouter
     )
+    layer = {"dead": [0.0], "coverage": [1.0], "ami_label": [0.9]}
+    assert in_words([layer], config) == f"8 of 8 experts used; they follow {file}"
     assert dense_of(config).routing is None  # type: ignore[attr-defined]
     before = described(config)
     np.save(file, expert[::-1])

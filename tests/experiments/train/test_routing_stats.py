@@ -120,7 +120,7 @@ EVEN = "8 of 8 experts used, balanced (the busiest takes 1.0 times an even share
     ],
 )
 def test_routing_in_words(layers: list[dict[str, list[float]]], words: str) -> None:
-    assert in_words(layers, 8) == words
+    assert in_words(layers, PRESETS["digits-graph"][1]) == words
 
 
 TOKEN = replace(PRESETS["digits-graph"][1], router="token_choice")
