@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gmoe._calls import with_modules
 from gmoe._checks import change_of, check, check_module
 from gmoe.experts import Experts, LinearExperts
-from gmoe.stack import BASE, Stack
+from gmoe.stack import Stack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,12 +37,10 @@ class UnstackedLinears(Experts, Stack):
             linear: Any = nn.Linear(self.in_features, self.out_features, device="meta")
             linear.bias = None
             for name in self.names:
-                value = experts.of(name, expert)
-                learns = experts.stored(name).requires_grad
-                if name in experts.names_with_base:
-                    learns = learns or getattr(experts, name + BASE).requires_grad
-                value = value.detach().clone()
-                setattr(linear, name, nn.Parameter(value, requires_grad=learns))
+                with torch.enable_grad():  # with a base, it learns if either part does
+                    value = experts.of(name, expert)
+                learns = value.requires_grad
+                setattr(linear, name, nn.Parameter(value.detach().clone(), requires_grad=learns))
             linears.append(linear)
         self.linears = nn.ModuleList(linears)
         self.train(experts.training)
