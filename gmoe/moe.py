@@ -144,10 +144,11 @@ class _Mixture(MoELayer):
         self.router = router
         self.experts = experts
         if router is not None:
-            sizes = experts.num_experts, experts.in_features
-            got = "num_experts={}, in_features={}".format(*sizes)
+            is_fitting = experts.num_experts == router.num_experts
+            is_fitting = is_fitting and experts.in_features == router.dim
+            got = f"num_experts={experts.num_experts}, in_features={experts.in_features}"
             legal = f"those of the router, num_experts={router.num_experts}, dim={router.dim}"
-            check(sizes == (router.num_experts, router.dim), "experts", got, legal)
+            check(is_fitting, "experts", got, legal)
             self.take_costs(router)
 
     def reset_parameters(self) -> None:
@@ -280,14 +281,14 @@ def _reset(module: nn.Module) -> None:
         _reset(part)
 
 
-def checked_routings(routings: object, number: int, owner: str) -> list[Routing]:
+def checked_routings(routings: Any, number: int, owner: str) -> list[Routing]:
     """The decisions of an earlier call of a model, one for each ``owner``.
 
     Raises:
         ValueError: something else than a list of so many.
     """
     is_list = isinstance(routings, Sequence) and all(isinstance(one, Routing) for one in routings)
-    given: list[Routing] = [*routings] if is_list else []  # type: ignore[misc]
+    given: list[Routing] = [*routings] if is_list else []
     got = len(given) if is_list else described(routings)
     legal = f"a list of {number} Routings, one a {owner}"
     check(is_list and len(given) == number, "routings", got, legal)
