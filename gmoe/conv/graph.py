@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,15 +31,12 @@ from gmoe.conv.adjacency import (
     read_sparse,
 )
 from gmoe.conv.explain import mask_of
-from gmoe.conv.matrix import (
-    Matrix,
-    ScaleOf,
-    inverse_root,
-    looped_matrix,
-    normalized_matrix,
-    sum_matrix,
-)
+from gmoe.conv.matrix import Matrix, looped_matrix, sum_matrix
 from gmoe.edges import Edges, renumber
+
+ScaleOf: TypeAlias = Callable[..., Tensor]
+"""Gives GCN's factors of the nodes of a part, by their degrees in the whole graph; called with the
+options of :meth:`Graph.normalized`."""
 
 FLOWS = ("source_to_target", "target_to_source")
 
@@ -316,13 +313,17 @@ class Graph:
         """
         factor, options = self._norm(improved, loops, dtype)
         scale = self._scale(improved=improved, loops=loops, dtype=dtype)
-        make = partial(normalized_matrix, self.adjacency, factor, scale=scale, **options)
+
+        def make() -> Matrix:
+            plain = looped_matrix(self.adjacency, factor, **options)
+            return plain.scaled(plain.inverse_root(dtype) if scale is None else scale)
+
         return self._once(("norm", options["loop_weight"], dtype), make, factor, scale)
 
     def scale(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
         """(N_dst,) the scale of the destinations by their own in-edges; see :meth:`normalized`."""
         factor, options = self._norm(improved, loops, dtype)
-        return inverse_root(looped_matrix(self.adjacency, factor, **options), dtype)
+        return looped_matrix(self.adjacency, factor, **options).inverse_root(dtype)
 
     def _norm(
         self, improved: bool, loops: bool, dtype: torch.dtype

@@ -7,7 +7,6 @@ width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +23,6 @@ FEW_NUMBERS = 2**17
 To sort them takes longer: measured for 30 to 2,708 nodes of 16 to 1,433 features; both take as long
 at 2**17 to 2**18.
 """
-
-
-class ScaleOf(Protocol):
-    """Gives GCN's factors of the nodes of a part, by their degrees in the whole graph."""
-
-    def __call__(self, *, improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
-        """(N,) the factors; see :meth:`Graph.normalized` for the options."""
 
 
 @dataclass(eq=False)
@@ -58,6 +50,24 @@ class Matrix:
         """The matrix with (M,) factors on the messages, in the order of the edges as given."""
         mask = self.adjacency.of_messages(mask)
         return replace(self, weight=mask if self.weight is None else self.weight * mask)
+
+    def inverse_root(self, dtype: torch.dtype) -> Tensor:
+        r"""(N_dst,) the diagonal of :math:`D^{-1/2}`, D the sums of the rows of W + I.
+
+        Zero where the sum is zero.
+
+        Args:
+            dtype: least dtype of the sums; they have at least float32.
+        """
+        exact = torch.promote_types(dtype, torch.float32)
+        degree = self.adjacency.degree(exact, self.weight, self.loops)
+        # Not the power of zero, which has an infinite slope that a gradient would multiply by zero.
+        return degree.masked_fill(degree == 0, torch.inf).rsqrt()
+
+    def scaled(self, scale: Tensor) -> Matrix:
+        """The matrix with (N_src,) factors of rows and columns; the first are the destinations'."""
+        scale = scale.to(self.adjacency.sender.device)
+        return replace(self, left=scale[: self.adjacency.num_dst], right=scale)
 
     def times(self, x: Tensor) -> Tensor:
         """(N_dst, D) A x, in the type of ``x`` (N_src, D)."""
@@ -140,39 +150,6 @@ def sum_matrix(
     return Matrix(adjacency, weight, left=share, learns=_learns(factor))
 
 
-def normalized_matrix(
-    adjacency: Adjacency,
-    factor: Tensor | None,
-    *,
-    loop_weight: float | None,
-    replace_loops: bool,
-    keep_loop_weights: bool,
-    scale: Tensor | None,
-    dtype: torch.dtype,
-) -> Matrix:
-    r"""The matrix :math:`D^{-1/2} (A + I) D^{-1/2}` of PyG's ``GCNConv``.
-
-    Args:
-        adjacency: the edges of A.
-        factor: (M,) their weights, in the order of the edges as given; ``None`` for ones.
-        loop_weight: the entries of I; ``None`` to leave I out.
-        replace_loops: I takes the place of the loops in A, and is not added to them.
-        keep_loop_weights: a loop that is replaced keeps its weight, if there is a ``factor``.
-        scale: (N,) the diagonal of :math:`D^{-1/2}`, where the edges do not tell the degrees.
-        dtype: least dtype of the entries; they have at least float32.
-    """
-    plain = looped_matrix(
-        adjacency,
-        factor,
-        loop_weight=loop_weight,
-        replace_loops=replace_loops,
-        keep_loop_weights=keep_loop_weights,
-        dtype=dtype,
-    )
-    scale = inverse_root(plain, dtype) if scale is None else scale.to(plain.adjacency.sender.device)
-    return replace(plain, left=scale[: adjacency.num_dst], right=scale)
-
-
 def looped_matrix(
     adjacency: Adjacency,
     factor: Tensor | None,
@@ -182,7 +159,16 @@ def looped_matrix(
     keep_loop_weights: bool,
     dtype: torch.dtype,
 ) -> Matrix:
-    """The matrix A + I; see :func:`normalized_matrix`."""
+    """The matrix A + I of PyG's ``GCNConv``, before it is normalized.
+
+    Args:
+        adjacency: the edges of A.
+        factor: (M,) their weights, in the order of the edges as given; ``None`` for ones.
+        loop_weight: the entries of I; ``None`` to leave I out.
+        replace_loops: I takes the place of the loops in A, and is not added to them.
+        keep_loop_weights: a loop that is replaced keeps its weight, if there is a ``factor``.
+        dtype: least dtype of the entries; they have at least float32.
+    """
     exact = torch.promote_types(dtype, torch.float32)
     # 1. A: the weights of the edges.
     weight = None if factor is None else adjacency.of_messages(factor).to(exact)
@@ -203,20 +189,6 @@ def looped_matrix(
                 loops = padded.scatter(0, row, weight)[:-1]
             weight = torch.where(is_kept, weight, 0.0)
     return Matrix(adjacency, weight, loops, learns=_learns(factor))
-
-
-def inverse_root(matrix: Matrix, dtype: torch.dtype) -> Tensor:
-    r"""(N_dst,) the diagonal of :math:`D^{-1/2}`, zero where the sum of a row of A is zero.
-
-    Args:
-        matrix: the A.
-        dtype: least dtype of the sums; they have at least float32.
-    """
-    degree = matrix.adjacency.degree(
-        torch.promote_types(dtype, torch.float32), matrix.weight, matrix.loops
-    )
-    # Not the power of zero, which has an infinite slope that a gradient would multiply by zero.
-    return degree.masked_fill(degree == 0, torch.inf).rsqrt()
 
 
 def _learns(factor: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gmoe import Graph
 from gmoe.conv.adjacency import Adjacency, read_edge_index
-from gmoe.conv.matrix import FEW_NUMBERS, Matrix, normalized_matrix, sum_matrix
+from gmoe.conv.matrix import FEW_NUMBERS, Matrix, looped_matrix, sum_matrix
 from tests.helpers.masked import features, random_graph
 
 N = 9
@@ -21,7 +21,6 @@ OPTIONS: dict[str, Any] = {
     "loop_weight": None,
     "replace_loops": False,
     "keep_loop_weights": False,
-    "scale": None,
 }
 
 
@@ -48,6 +47,11 @@ def test_a_matrix_knows_whether_its_weights_learn() -> None:
             norms = normalized_matrix(edges, factor, **OPTIONS, dtype=torch.float)
         assert summing.learns is norms.learns is learns
     assert not sum_matrix(edges, None, mean=True, dtype=torch.float).learns
+
+
+def normalized_matrix(edges: Adjacency, factor: Tensor | None, **options: Any) -> Matrix:
+    plain = looped_matrix(edges, factor, **options)
+    return plain.scaled(plain.inverse_root(options["dtype"]))
 
 
 def by_definition(matrix: Matrix, x: Tensor, mask: Tensor | None) -> Tensor:
