@@ -42,7 +42,7 @@ from tests.compose.steps import (
     zero_gradients,
 )
 from tests.helpers import masked as ref
-from tests.helpers.flat import FLAT, gradients_of, require_finite
+from tests.helpers.flat import FLAT, gradients_of, require_finite, spread
 
 OWN_WORDS = re.compile(r"[\w., ]+: got .*(expected|but)|inference: ", re.DOTALL)
 """How gmoe's refusals begin, and what they say."""
@@ -61,12 +61,6 @@ class Outcome(NamedTuple):
 
     kind: str
     message: str = ""
-
-
-def spread(value: Tensor) -> Tensor:
-    """A sum with a weight for each number."""
-    weight = torch.linspace(0.5, 1, value.numel(), dtype=value.dtype)
-    return (value * weight.view_as(value)).sum()
 
 
 class DifferentError(AssertionError):
@@ -145,6 +139,11 @@ class Output(NamedTuple):
     @property
     def detached(self) -> dict[str, Tensor]:
         return {name: y.detach() for name, y in self.y.items()}
+
+    @property
+    def bent(self) -> Tensor:
+        """A number of which the outputs have second gradients."""
+        return torch.stack([spread(y) + y.square().sum() for y in self.y.values()]).sum()
 
     def backward(self, retain_graph: bool = False) -> None:
         """Backpropagate a weighted sum of all outputs and all losses of routers."""
@@ -346,11 +345,10 @@ class Target:
         # torch's other kernels of attention have no second gradients.
         with self.environment(case), sdpa_kernel(SDPBackend.MATH):
             output = self.seeded(self.call, case, module, given)
-            terms = [spread(y) + y.square().sum() for y in output.y.values()]
-            terms += [routing.aux_loss for routing in output.routings]
+            losses = [routing.aux_loss for routing in output.routings]
             leaves = {**given.leaves, **dict(module.named_parameters())}
             try:
-                found = gradients_of(torch.stack(terms).sum(), leaves)
+                found = gradients_of(torch.stack([output.bent, *losses]).sum(), leaves)
             except RuntimeError as error:
                 if any(reason in str(error) for reason in MISSING):
                     return

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.compose.frame import MISSING, Outcome, Output, Target, spread
+from tests.compose.frame import MISSING, Outcome, Output, Target
+from tests.helpers.flat import gradients_of
 
 
 def twice(target: Target) -> Target:
@@ -16,18 +16,7 @@ def twice(target: Target) -> Target:
 
     class Twice(base):
         def found(self, case: Any, module: Any, given: Any, output: Output) -> dict[str, Any]:
-            leaves = {name: leaf for name, leaf in given.leaves.items() if leaf.requires_grad}
-            if not leaves:
-                return {}
-            values = [*leaves.values()]
-            loss = torch.stack([spread(y) + y.square().sum() for y in output.y.values()]).sum()
-            first = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
-            size = torch.stack([spread(gradient.square()) for gradient in first]).sum()
-            second = [torch.zeros_like(value) for value in values]
-            if size.requires_grad:
-                second = [*torch.autograd.grad(size, values, materialize_grads=True)]
-            both = zip(leaves, first, second, strict=True)
-            return {name: torch.stack([one.detach(), two]) for name, one, two in both}
+            return gradients_of(output.bent, given.leaves)
 
         def run(self, case: Any) -> Outcome:
             # torch's other kernels of attention have no second gradients.
