@@ -5,7 +5,6 @@ Ratios are those of medians in one run; of ``step``, of minima.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,8 +12,7 @@ from typing import Any
 
 import tyro
 
-from experiments.train.checks import check_choice
-from experiments.train.command_line import SPARSE, fail, stop
+from experiments.train.command_line import SPARSE, chosen, fail, stop
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "layers": (
@@ -36,16 +34,8 @@ asked for."""
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    given = sys.argv[1:] if args is None else args
-    name, *rest = given or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__, *(f"  {name:<12}{line}" for name, (line, _) in BENCHMARKS.items()), sep="\n")
-        sys.exit()
-    try:
-        check_choice("benchmark", name, BENCHMARKS)
-    except ValueError as error:
-        fail(error)
-    module, kind = BENCHMARKS[name][1].split(".")
+    name, place, rest = chosen("benchmark", BENCHMARKS, __doc__, args)
+    module, kind = place.split(".")
     made: Any = getattr(import_module(f"experiments.benchmark.{module}"), kind)
     config = tyro.cli(made, args=rest, prog=f"python -m experiments.benchmark {name}")
     import pandas as pd  # help does without them

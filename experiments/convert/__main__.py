@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from experiments.train.checks import check_choice
-from experiments.train.command_line import fail
+from experiments.train.command_line import chosen
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "molecules": ("OGB's molecule sets; RDKit reads the SMILES.", "smiles"),
@@ -21,17 +19,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    given = sys.argv[1:] if args is None else args
-    name, *rest = given or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__, *(f"  {name:<12}{line}" for name, (line, _) in COMMANDS.items()), sep="\n")
-        sys.exit()
-    try:
-        check_choice("command", name, COMMANDS)
-    except ValueError as error:
-        fail(error)
+    _, module, rest = chosen("command", COMMANDS, __doc__, args)
     # The chosen one alone: forces import torch, which help on molecules does without.
-    import_module(f"experiments.convert.{COMMANDS[name][1]}").main(rest)
+    import_module(f"experiments.convert.{module}").main(rest)
 
 
 if __name__ == "__main__":

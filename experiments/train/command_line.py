@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import tyro
+
+from experiments.train.checks import check_choice
 
 SPARSE = "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
 """What torch warns of at each matrix that PyG makes."""
@@ -50,3 +52,21 @@ def program(
             stop()
 
     return main
+
+
+def chosen(
+    kind: str, known: Mapping[str, tuple[str, str]], about: str | None, args: Sequence[str] | None
+) -> tuple[str, str, list[str]]:
+    """The command that the first argument names, where it is, and the arguments behind.
+
+    ``known`` has a line of help and the place of each. Ends with the list of them if asked to.
+    """
+    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help"):
+        print(about, *(f"  {one:<12}{line}" for one, (line, _) in known.items()), sep="\n")
+        sys.exit()
+    try:
+        check_choice(kind, name, known)
+    except ValueError as error:
+        fail(error)
+    return name, known[name][1], rest

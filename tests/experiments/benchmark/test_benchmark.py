@@ -99,6 +99,8 @@ def test_what_computes_something_else_is_found(name: str, monkeypatch: pytest.Mo
         ("layers --experts 4 0", "experts: got 0, expected at least 1"),
         ("gpu --tokens -1", "tokens: got -1, expected at least 1"),
         ("step --rows", "rows: got nothing, expected at least one"),
+        ("step --rows cora", "rows: got 'cora', expected one of"),
+        ("step --seconds -1", "seconds: got -1.0, expected a number of at least 0"),
         ("layers --json .", "json: got ., expected a file, not a folder"),
     ],
 )

@@ -119,22 +119,6 @@ def test_each_row_is_written_when_it_is_done(
     assert [*found] == [f"tiny, {name}" for name in NAMES]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--rows cora", "rows: got 'cora', expected one of"),
-        ("--repeats 0", "repeats: got 0, expected at least 1"),
-        ("--seconds -1", "seconds: got -1.0, expected a number of at least 0"),
-    ],
-)
-def test_options_of_which_nothing_can_be_measured_are_refused(
-    options: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["step", *options.split()])
-    assert said in capsys.readouterr().err
-
-
 class Keeping(nn.Module):
     """Keeps its input for the backward pass; what is between input and result passes."""
 
