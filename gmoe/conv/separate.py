@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from gmoe._checks import must_be_called
 from gmoe._torch import untraced
 from gmoe._verify import moved_copy
 from gmoe.conv.base import Conv, ConvExperts
@@ -212,11 +213,12 @@ class SeparateExperts(ConvExperts):
         idle: list[Tensor] = []  # parameters of experts without a token
         for expert, token in enumerate(routing.token.split(sizes)):
             conv, way = self.members[expert], self.ways[expert]
+            is_hooked = must_be_called(conv)  # a hook may change the nodes before they are sent
             if not token.numel():
                 idle += conv.parameters()
             elif way == "whole" or self._needs_whole_graph(conv, graph, token):
                 outputs.append(run(conv, graph, x_src, x_dst).index_select(0, token))
-            elif way == "rows" and edges and edges[expert].are_several:
+            elif way == "rows" and edges and edges[expert].are_several and not is_hooked:
                 outputs.append(_run_on_rows(conv, call, edges[expert]))
             else:
                 outputs.append(run_on(conv, graph, x_src, x_dst, token))

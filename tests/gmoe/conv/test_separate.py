@@ -26,9 +26,11 @@ def experts(is_local: bool) -> SeparateExperts:
     return SeparateExperts([pyg.LEConv(WIDTH, 3) for _ in range(3)], ways)
 
 
-def run(layer: SeparateExperts, edge_index: Tensor, expert_N: Tensor) -> Tensor:
+def run(
+    layer: SeparateExperts, edge_index: Tensor, expert_N: Tensor, *, scale: float = 1.0
+) -> Tensor:
     """(N, O) the outputs on a graph whose nodes have one expert each."""
-    x = torch.ones(N, WIDTH)
+    x = torch.full((N, WIDTH), scale)
     number = len(layer.members)
     routing = Routing.from_choices(expert_N[:, None], torch.ones(N, 1), num_experts=number)
     out: Tensor = layer(Call(Graph(edge_index, N), x, x), routing)
@@ -177,3 +179,14 @@ def test_a_norm_in_training_sees_the_tokens_alone_and_what_a_conv_notes_stays() 
         torch.testing.assert_close(y[expert_N == expert], conv.lin(sums[expert_N == expert]))
     assert [conv.calls for conv in layer.experts.members] == [1, 1]
     assert all("propagate" not in vars(conv) for conv in layer.experts.members)
+
+
+def test_a_hook_may_change_the_nodes_of_a_conv() -> None:
+    torch.manual_seed(0)
+    kwargs: Any = {"num_experts": 2, "start": "plain", "router": None, "local": True}
+    layer = MoEConv(Own, WIDTH, WIDTH, **kwargs)
+    expert_N = torch.arange(N) % 2
+    expected = run(layer.experts, EDGES, expert_N, scale=2.0)
+    for conv in layer.experts.members:
+        conv.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    torch.testing.assert_close(run(layer.experts, EDGES, expert_N), expected)
