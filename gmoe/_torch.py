@@ -139,6 +139,16 @@ def shallow_copy(module: nn.Module, of_part: Callable[[nn.Module], nn.Module]) -
     return copied
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch's wrappers: compiled, parallel, or averaged."""
+    while type(model).__module__.startswith("torch."):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
 def backward_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
     """The tables of the hooks before and after a backward."""
     return module._backward_pre_hooks, module._backward_hooks

@@ -27,6 +27,7 @@ from gmoe._checks import (
     refuse_computed,
     refuse_functions,
 )
+from gmoe._torch import unwrapped
 from gmoe._verify import is_option
 from gmoe.experts import Experts
 from gmoe.hosts import guard
@@ -140,6 +141,9 @@ def moefy(
         >>> gnn = moefy(gnn, targets="conv*")
     """
     check_module("model", model)
+    wrapper = type(model).__name__
+    inside = "the model inside: compile, wrap or average it when it has its experts"
+    check(unwrapped(model) is model, "model", f"a model in {wrapper}", inside)
     is_instance = isinstance(router, Router)
     check(not is_instance, "router", "an instance for several layers", "a name or a factory")
     router = read_router(router)

@@ -35,6 +35,7 @@ from gmoe._checks import (
     in_short,
     naming_extras,
 )
+from gmoe._torch import unwrapped
 from gmoe.convert import moefy
 from gmoe.moe import MoELayer, check_built
 from gmoe.pruning import groups_of
@@ -96,7 +97,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     activation of your own, pass it to :func:`load` as ``base``.
 
     Args:
-        model: the model.
+        model: the model; if it is compiled, parallel, or averaged, the one inside.
         folder: where to write; created if it does not exist.
 
     Returns:
@@ -113,6 +114,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         >>> vit = gmoe.load("folder", base=timm.create_model("vit_tiny_patch16_224"))
     """
     check_module("model", model)
+    model = unwrapped(model)
     check(isinstance(folder, str | Path), "folder", described(folder), "a path")
     with naming_extras():
         from safetensors.torch import save_file

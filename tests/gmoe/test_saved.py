@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
+from torch.optim.swa_utils import AveragedModel
 from torch_geometric import nn as pyg
 
 import gmoe
@@ -126,6 +127,29 @@ def test_every_router_and_start_comes_back(base: str, options: str, tmp_path: Pa
     model = made(base, **OPTIONS[options])
     loaded = check_comes_back(model, BASES[base](), inputs_of(base), tmp_path)
     assert any(isinstance(part, MoELayer) for part in loaded.modules())
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "compiled": partial(torch.compile, backend="eager"),
+    "parallel": nn.DataParallel,
+    "averaged": AveragedModel,
+    "compiled, averaged": lambda model: torch.compile(AveragedModel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("base", [None, "timm", "PyG GCN"])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_model_inside_of_a_wrapper_is_saved_and_a_wrapped_one_is_not_changed(
+    wrap: Any, base: str | None, tmp_path: Path
+) -> None:
+    model = gmoe.GNNMoE(WIDTH, 6, 3).double().eval() if base is None else made(base)
+    gmoe.save(wrap(model), tmp_path)
+    loaded = gmoe.load(tmp_path, base=None if base is None else BASES[base]())
+    inputs = inputs_of(base or "PyG")
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+    if base is not None:
+        with pytest.raises(ValueError, match="expected the model inside"):
+            gmoe.moefy(wrap(BASES[base]()))
 
 
 @pytest.mark.parametrize("base", ["timm", "transformers ViT", "PyG GCN", "PyG PNA"])
