@@ -146,8 +146,9 @@ def check_choice(name: str, value: object, legal: Any) -> None:
         legal: some values, or a ``Literal`` of them.
     """
     legal = get_args(legal) or tuple(legal)
-    expected = f"one of {', '.join(map(repr, legal))}{nearest(value, legal)}"
-    check(value in legal, name, repr(value), expected)
+    if value not in legal:  # layers ask in each call, where a similar name takes long to find
+        expected = f"one of {', '.join(map(repr, legal))}{nearest(value, legal)}"
+        check(False, name, repr(value), expected)
 
 
 def check_module(name: str, value: object) -> None:

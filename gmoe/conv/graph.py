@@ -316,7 +316,9 @@ class Graph:
 
         def make() -> Matrix:
             plain = looped_matrix(self.adjacency, factor, **options)
-            return plain.scaled(plain.inverse_root(dtype) if scale is None else scale)
+            if scale is None:
+                return plain.scaled(plain.inverse_root(dtype))
+            return plain.scaled(scale.to(self.edge_index.device))
 
         return self._once(("norm", options["loop_weight"], dtype), make, factor, scale)
 

@@ -66,7 +66,6 @@ class Matrix:
 
     def scaled(self, scale: Tensor) -> Matrix:
         """The matrix with (N_src,) factors of rows and columns; the first are the destinations'."""
-        scale = scale.to(self.adjacency.sender.device)
         return replace(self, left=scale[: self.adjacency.num_dst], right=scale)
 
     def times(self, x: Tensor) -> Tensor:

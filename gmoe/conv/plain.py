@@ -83,14 +83,11 @@ def _is_linear(conv: Conv) -> bool:
 
 
 def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
-    """(T, O) a GCN without experts.
-
-    On a part of a graph its norms are those of the whole graph. These, and where PyG would count
-    the loops that there are, are ready-made: the conv is its linear layer and their product.
-    """
-    is_part = isinstance(graph, Part)
-    gets_norms = is_part or _is_compiled() or _sizes_must_not_follow(conv, x)
-    if not (conv.normalize and gets_norms):
+    """(T, O) a GCN without experts, with the norms of the graph, of a part those of the whole."""
+    has_norms = conv.normalize and (
+        _is_linear(conv) or isinstance(graph, Part) or _sizes_must_not_follow(conv, x)
+    )
+    if not has_norms:
         return run(conv, graph, x, x)
     matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
     if _is_linear(conv):
