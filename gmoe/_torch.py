@@ -139,12 +139,15 @@ def shallow_copy(module: nn.Module, of_part: Callable[[nn.Module], nn.Module]) -
     return copied
 
 
+_LIBRARIES_OF_WRAPPERS = ("torch", "torch_geometric", "timm", "lightning")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch's wrappers: compiled, parallel, or averaged."""
-    while type(model).__module__.startswith("torch."):
+    """The model inside of a library's wrappers: compiled, parallel, averaged, set up by Fabric."""
+    while type(model).__module__.partition(".")[0] in _LIBRARIES_OF_WRAPPERS:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
+        if not isinstance(inner, nn.Module) or {*inner.parameters()} != {*model.parameters()}:
+            break  # a part of it, such as one of a Sequential that is named so
         model = inner
     return model
 

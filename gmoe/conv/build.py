@@ -94,7 +94,7 @@ def _grouped(
             groups.append(stacked_class(group_convs, replace(make, kinds=group_kinds), backend))
             continue
         ways = [trials[id(kind)].way(local) for kind in group_kinds]
-        is_tried = all(not trials[id(kind)].outcome.failure for kind in group_kinds)
+        is_tried = all(trials[id(kind)].outcome.way for kind in group_kinds)
         separate = SeparateExperts(group_convs, ways, is_tried=is_tried or not local)
         groups.append(separate)
         if separate.too_far and len(convs) > 1:
@@ -209,10 +209,8 @@ class Outcome(NamedTuple):
 
     width: int | None
     """Columns of the output; ``None`` if the run failed."""
-    way: Way
-    """The cheapest way in which it is right."""
-    failure: str
-    """The error, or nothing."""
+    way: Way | None
+    """The cheapest way in which it is right; ``None`` if the run failed."""
 
 
 @dataclass
@@ -242,10 +240,9 @@ class Trial:
                 conv = probe_copy(self.conv)
                 inputs = self._inputs(torch.Generator().manual_seed(0))
                 width = run(conv, *inputs).size(1)
-                return Outcome(width, way_on(conv, Call(*inputs)), "")
-        except Exception as error:
-            # A conv may ask for anything: edge features, regular graphs, other packages.
-            return Outcome(width, "whole", f"fails on a small random graph: {error}")
+                return Outcome(width, way_on(conv, Call(*inputs)))
+        except Exception:  # it may ask for anything: edge features, regular graphs, other packages
+            return Outcome(width, None)
 
     @cached_property
     def form(self) -> Form | None:
@@ -321,8 +318,8 @@ class Trial:
         if local is False or (local is None and not kind_of(type(self.conv)).is_local):
             return "whole"
         if not local:
-            return self.outcome.way
-        if self.outcome.failure:  # what cannot run here is tried on its first call
+            return self.outcome.way or "whole"
+        if self.outcome.way is None:  # what cannot run here is tried on its first call
             return "part"
         way = self._way_in_evaluation()
         if way == "whole":

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
 from torch.optim.swa_utils import AveragedModel
@@ -133,6 +135,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "compiled": partial(torch.compile, backend="eager"),
     "parallel": nn.DataParallel,
     "averaged": AveragedModel,
+    "averaged by timm": ModelEmaV3,
+    "set up by Fabric": lambda model: Fabric(accelerator="cpu").setup(model),
     "compiled, averaged": lambda model: torch.compile(AveragedModel(model), backend="eager"),
 }
 

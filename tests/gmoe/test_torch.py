@@ -230,3 +230,10 @@ def test_a_module_has_no_state_until_it_is_built() -> None:
     model[0].weight = nn.Parameter(torch.zeros(2))
     model.load_state_dict({"0.weight": torch.ones(2)})
     assert model.state_dict()["0.weight"].tolist() == [1, 1]
+
+
+def test_a_part_that_is_named_module_is_not_the_model_inside_of_a_wrapper() -> None:
+    model = nn.Sequential()
+    model.add_module("module", nn.Linear(2, 2))
+    model.add_module("head", nn.Linear(2, 2))
+    assert _torch.unwrapped(model) is model
