@@ -10,6 +10,9 @@ for all targets:
 4. Compare with the same in low precision, and with other ways to the same output.
 5. Let the module go through what comes after: its outputs have to stay.
 
+In a fifth of the cases features are zeros, duplicates or constants. There no output, gradient or
+second gradient may be NaN, also where that of the definition is.
+
 Refusals in the library's own words are counted apart, if the case can get them. All else that is
 not equal is a bug, of the library or of the composer.
 """
