@@ -120,13 +120,10 @@ def read_call(
     # 3. The graph.
     sizes = x_src.size(0), x_dst.size(0)
     _check_args(layer, sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
-    if isinstance(edge_index, Graph):
-        graph = edge_index.fitting(sizes, layer.flow, edge_weight, edge_attr)
-        if graph.num_dst < sizes[1]:
-            # A part of a larger graph: the last of its nodes are sources only.
-            x_dst = x_src[: graph.num_dst]
-    else:
-        graph = Graph.of_call(edge_index, sizes, edge_weight, edge_attr, flow=layer.flow)
+    graph = Graph.of_call(edge_index, sizes, edge_weight, edge_attr, flow=layer.flow)
+    if graph.num_dst < sizes[1]:
+        # A part of a larger graph: the last of its nodes are sources only.
+        x_dst = x_src[: graph.num_dst]
     if layer.explain:
         graph = graph.explained(layer)
     return Call(graph, x_src, x_dst), bool(return_attention_weights)
@@ -162,12 +159,9 @@ def side_by_side(
                 f"{name}: got a {type(value).__name__} with x of shape {tuple(x.shape)}, expected "
                 "edges of shape (2, number of edges) and no batch, for graphs side by side"
             )
-    if isinstance(edge_index, Graph):
-        graph = edge_index.fitting((num_nodes, num_nodes), layer.flow)
-        for name in ("edge_weight", "edge_attr"):
-            given[name] = getattr(graph, name) if given[name] is None else given[name]
-    else:
-        graph = Graph.of_call(edge_index, num_nodes, flow=layer.flow)  # checks the edges
+    graph = Graph.of_call(edge_index, num_nodes, flow=layer.flow)
+    for name in ("edge_weight", "edge_attr"):
+        given[name] = getattr(graph, name) if given[name] is None else given[name]
 
     def repeated(value: Any) -> Any:
         """What there is for each edge, for each graph."""

@@ -112,18 +112,22 @@ class Graph:
         vars(self).update(_read(edge_index, num_nodes, x, edge_weight, edge_attr, flow))
         _ = self.edges  # sorted now, not by a call
 
-    @classmethod
+    @staticmethod
     def of_call(
-        cls,
-        edge_index: Adj,
+        edge_index: Adj | Graph,
         num_nodes: int | tuple[int, int],
         edge_weight: Tensor | None = None,
         edge_attr: Tensor | None = None,
         *,
         flow: str,
     ) -> Graph:
-        """A graph for one call, whose edges are sorted if somebody asks for their order."""
-        return _made(cls, _read(edge_index, num_nodes, None, edge_weight, edge_attr, flow))
+        """The graph of a call: the one given, if it fits; else one whose edges are sorted if
+        somebody asks for their order.
+        """
+        if isinstance(edge_index, Graph):
+            sizes = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
+            return edge_index.fitting(sizes, flow, edge_weight, edge_attr)
+        return _made(Graph, _read(edge_index, num_nodes, None, edge_weight, edge_attr, flow))
 
     # No frozen dataclass: fully_shard takes those apart, and casts the tensors in them.
     def __setattr__(self, name: str, value: object) -> None:

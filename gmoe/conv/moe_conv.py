@@ -412,9 +412,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         """A call with features of one set of nodes, and edges without weights or features."""
         self.check_nodes(x)
         num_nodes = x.size(0)
-        if not isinstance(edge_index, Graph):
-            return Call(Graph.of_call(edge_index, num_nodes, flow=self.flow), x, x)
-        graph = edge_index.fitting((num_nodes, num_nodes), self.flow)
+        graph = Graph.of_call(edge_index, num_nodes, flow=self.flow)
         # Of a part of a larger graph, the last nodes are sources only.
         return Call(graph, x, x if graph.num_dst == num_nodes else x[: graph.num_dst])
 

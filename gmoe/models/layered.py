@@ -246,8 +246,6 @@ class LayeredGNN(Pretrained, nn.Module):
                 raise ValueError(
                     f"{name}: got a tensor, but no conv of the model takes it, expected None"
                 )
-        if isinstance(edge_index, Graph):
-            return edge_index.fitting((x.size(0), x.size(0)), self.flow, edge_weight, edge_attr)
         return Graph.of_call(edge_index, x.size(0), edge_weight, edge_attr, flow=self.flow)
 
     inference = inference
