@@ -735,7 +735,10 @@ class Graphs(Target):
         # PyG normalizes rows of zeros with gradients of 1e12, whose own are NaN. gmoe's are those
         # of a norm of 1: tests/gmoe/routers/test_flat_points.py
         normalizes = {"sage": "normalize", "general": "l2_normalize"}
-        return not any(kind.options.get(normalizes.get(kind.name, "")) for kind in case.kinds)
+        if any(kind.options.get(normalizes.get(kind.name, "")) for kind in case.kinds):
+            return False
+        # So is PyG's deviation of a graph that is zeros alone.
+        return case.options.get("norm") != "layer_norm"
 
     def module_of(self, case: Config) -> Call:
         made = [kind.as_argument if case.partials else kind.name for kind in case.kinds]
