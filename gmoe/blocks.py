@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from gmoe import portable
 from gmoe._autograd import unbatched
+from gmoe._checks import readable
 from gmoe._torch import index_put
 from gmoe.portable import exported_as, larger_size, with_spare
 
@@ -117,6 +118,50 @@ def blocks_of(offsets_E: Tensor, expert_P: Tensor) -> Blocks:
     num_blocks = with_spare(num_rows // size, num_experts)
     expert_N = expert_of_rows(block_ends_E[:-1], num_blocks)
     return Blocks(place_P, expert_N, size)
+
+
+class RowsByGroup(NamedTuple):
+    """Where T tokens stand among rows that are sorted by their groups."""
+
+    place_T: Tensor
+    """(T,) int64, of which no two are the same."""
+    offsets_G: Tensor
+    """(G,) int32, cumulative ends of the groups' rows, some of which may be of no token."""
+    number: int
+    """Of all rows."""
+
+    def filled(self, x_TI: Tensor) -> Tensor:
+        """(number, I) the tokens at their places, and zeros elsewhere."""
+        return _filled(x_TI, self.place_T, 1, self.number)[0]
+
+    def taken(self, y_RO: Tensor) -> Tensor:
+        """(T, O) the rows of the tokens."""
+        return _rows(y_RO[None], self.place_T)
+
+
+def rows_by_group(group_T: Tensor, num_groups: int) -> RowsByGroup:
+    """Sort tokens by group; to groups of nearly the same size, add rows until they are.
+
+    One product then has all groups. Where it would have twice the rows, or sizes cannot be read
+    without waiting for a GPU, each group has its own tokens alone.
+
+    Args:
+        group_T: (T,) int64, the group of each token.
+        num_groups: G.
+    """
+    num_tokens = group_T.size(0)
+    ascending_T, order_T = stable_sort(group_T)
+    row_T = torch.arange(num_tokens, device=group_T.device)
+    place_T = torch.empty_like(order_T).scatter_(0, order_T, row_T)
+    number_G = torch.arange(num_groups, device=group_T.device)
+    ends_G = search(ascending_T, number_G)
+    if readable(group_T) and num_tokens:
+        starts_G = F.pad(ends_G, (1, -1))
+        largest = int((ends_G - starts_G).max())
+        if num_groups * largest <= 2 * num_tokens:
+            place_T = place_T + (number_G * largest - starts_G).index_select(0, group_T)
+            return RowsByGroup(place_T, ((number_G + 1) * largest).int(), num_groups * largest)
+    return RowsByGroup(place_T, ends_G.int(), num_tokens)
 
 
 @exported_as(portable.filled_blocks)

@@ -76,18 +76,14 @@ class MixedWeights(Experts):
                 "routing: got a decision for each token, expected one for each group to mix "
                 "weights by: from ByType or FromInput with batch=, or by Routing.expand"
             )
-        weight_GE, group_T = routing.by_group.routing.to_dense(), routing.by_group.group_T
+        weight_GE, rows = routing.by_group.routing.to_dense(), routing.by_group.rows
+        offsets_G = rows.offsets_G
         if not weight_GE.size(0):  # no tokens: a stack is of one at least
             weight_GE = nn.functional.pad(weight_GE, (0, 0, 0, 1))
-        # Each token goes to the one expert of its group, by weight 1.
-        of_group = Routing.from_choices(
-            group_T[:, None],
-            weight_GE.new_ones(group_T.size(0), 1),
-            num_experts=weight_GE.size(0),
-            validate=False,
-        )
-        y: Tensor = _mixed(self.stacked, weight_GE)(x, of_group)
-        return y
+            offsets_G = nn.functional.pad(offsets_G, (0, 1))
+        # The rows of each group, by the one expert that its mixture is.
+        y_RO: Tensor = _mixed(self.stacked, weight_GE)(rows.filled(x), offsets_G)
+        return rows.taken(y_RO)
 
 
 def _mixed(part: nn.Module, weight_GE: Tensor) -> Any:

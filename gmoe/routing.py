@@ -15,7 +15,14 @@ from torch import Tensor
 
 from gmoe._autograd import lazy
 from gmoe._checks import INTEGERS, check, check_range, described, readable
-from gmoe.blocks import AtPlaces, Blocks, blocks_of, expert_of_rows
+from gmoe.blocks import (
+    AtPlaces,
+    Blocks,
+    RowsByGroup,
+    blocks_of,
+    expert_of_rows,
+    rows_by_group,
+)
 from gmoe.choices import LATE, Choices, check_choices, to_keep
 
 
@@ -26,7 +33,8 @@ class AuxLoss(NamedTuple):
     coefficient: float
 
 
-class ByGroup(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ByGroup:
     """A decision for groups of tokens, such as the graphs of a batch or images.
 
     Args:
@@ -36,6 +44,11 @@ class ByGroup(NamedTuple):
 
     routing: Routing
     group_T: Tensor
+
+    @lazy
+    def rows(self) -> RowsByGroup:
+        """Where the tokens stand when they are sorted by group."""
+        return rows_by_group(self.group_T, self.routing.num_tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ each_backend = pytest.mark.parametrize("backend", get_args(Backend))
         ([0, 0, 5, 0], 8, 8),
         ([0, 0, 0, 0], 7, 5),
         ([4, 0, 2], 1433, 7),
+        ([3, 3, 3], 7, 5),
         ([1, 3], 1, 1433),
     ],
     ids=str,

@@ -60,8 +60,9 @@ def test_the_weights_are_the_shares_of_the_types() -> None:
     routing = ByType("z", VALUES, batch="batch").decide(Z, BATCH, False, nn.Module())
     torch.testing.assert_close(routing.to_dense(), shares(), rtol=0, atol=1e-15)
     assert routing.by_group is not None
-    groups, group_T = routing.by_group
-    torch.testing.assert_close(groups.to_dense()[group_T], shares(), rtol=0, atol=1e-15)
+    groups = routing.by_group
+    of_tokens = groups.routing.to_dense()[groups.group_T]
+    torch.testing.assert_close(of_tokens, shares(), rtol=0, atol=1e-15)
     one = ByType("z", VALUES, batch="batch").decide(Z, None, False, nn.Module())
     assert one.by_group is not None
     torch.testing.assert_close(
