@@ -18,13 +18,16 @@ from torch.nn import functional as F
 from torch_geometric import seed_everything
 from torch_geometric.data import Batch
 from torch_geometric.datasets import FakeDataset
-from torch_geometric.nn import GAT, GCN, GIN, GCNConv, GraphSAGE, global_mean_pool
+from torch_geometric.nn import GAT, GCN, GIN, GCNConv, GraphSAGE, HeteroLinear, global_mean_pool
 
 import gmoe
 from experiments.benchmark.layers import power_law_graph
 from experiments.benchmark.measure import wait_for
+from experiments.train.data.forces import ELEMENTS
+from experiments.train.potential import ATOMWISE, Potential, atomwise
 from gmoe import GNNMoE, Graph, MoEConv, TokenChoice
 from gmoe.conv.kinds import factory_of
+from gmoe.routers import ByType, FromInput
 
 EXPERTS = 8
 """E of every layer with experts; K is 1."""
@@ -304,6 +307,104 @@ def sampled_row(task: SampledTask) -> Row:
     }
 
 
+class ForcesTask(NamedTuple):
+    """A batch of molecules, and the potential on it."""
+
+    molecules: int
+    atoms: tuple[int, int]
+    """The fewest and the most in a molecule."""
+    width: int
+    sources: int
+
+
+FORCES = ForcesTask(molecules=32, atoms=(8, 16), width=64, sources=4)
+
+
+class Sourced(Potential):
+    """A potential that is told the source of each molecule, and a vector of it, for routers."""
+
+    def forward(  # type: ignore[override]
+        self, z: Tensor, pos: Tensor, batch: Tensor, source: Tensor, system: Tensor
+    ) -> Tensor:
+        """(C,) energies."""
+        return super().forward(z, pos, batch, z)
+
+
+class ByHand(nn.Module):
+    """A layer a type, as people write it without experts: PyG's, or a loop over the types.
+
+    Args:
+        linear: the dense layer.
+        router: tells the types, of tokens or groups.
+        looped: run a loop.
+    """
+
+    def __init__(self, linear: nn.Linear, router: ByType, looped: bool) -> None:
+        super().__init__()
+        widths = (linear.in_features, linear.out_features)
+        self.router = router(linear.in_features, num_experts=len(router.values))
+        types = len(router.values)
+        self.layers: HeteroLinear | nn.ModuleList = HeteroLinear(*widths, types)
+        if looped:
+            self.layers = nn.ModuleList(nn.Linear(*widths) for _ in range(types))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, O) for (T, I)."""
+        type_T = self.router(x).scores.argmax(dim=1)
+        if isinstance(self.layers, HeteroLinear):
+            return self.layers(x, type_T)
+        order = [(type_T == one).nonzero()[:, 0] for one in range(len(self.layers))]
+        rows = [layer(x[own]) for layer, own in zip(self.layers, order, strict=True)]
+        return torch.cat(rows)[torch.cat(order).argsort()]
+
+
+def forces_row(task: ForcesTask) -> Row:
+    """PyG's SchNet, whose forces are trained, and layers by element, by source, or by a mixture."""
+    fewest, most = task.atoms
+    size = torch.arange(task.molecules) % (most - fewest + 1) + fewest
+    batch = torch.arange(task.molecules).repeat_interleave(size)
+    place = torch.cat([torch.arange(atoms) for atoms in size.tolist()])
+    # On a grid of three columns, each moved a little.
+    pos = torch.stack([place % 3, place // 3 % 3, place // 9], dim=1) * 1.5
+    pos = pos + 0.2 * torch.randn(len(place), 3)
+    z = torch.tensor(ELEMENTS)[torch.arange(len(pos)) % len(ELEMENTS)]
+    source = torch.arange(task.molecules) % task.sources
+    system = F.one_hot(source, task.sources).float()
+    energy, force = torch.randn(task.molecules), torch.randn_like(pos)
+
+    def loss(model: nn.Module) -> Tensor:
+        given = pos.clone().requires_grad_()
+        found = model(z, given, batch, source, system)
+        (slope,) = torch.autograd.grad(found.sum(), given, create_graph=True)
+        return F.mse_loss(found, energy) + F.mse_loss(slope, -force)
+
+    own = Sourced(task.width, energy_scale=1.0)
+    by_element = ByType("z", ELEMENTS)
+    by_source = ByType("source", range(task.sources), batch="batch")
+    learned = FromInput("system", dim=task.sources, batch="batch")
+
+    def by_hand(router: ByType, looped: bool) -> Variant:
+        model = copy.deepcopy(own)
+        for name in atomwise(model):
+            model.set_submodule(name, ByHand(model.get_submodule(name), router, looped))
+        router.attach(model)
+        return Variant(model, loss)
+
+    def with_experts(**options: Any) -> Variant:
+        model = copy.deepcopy(own)
+        return Variant(gmoe.moefy(model, targets=ATOMWISE, start="copies", **options), loss)
+
+    return {
+        "PyG": Variant(own, loss),
+        "PyG, HeteroLinear by element": by_hand(by_element, looped=False),
+        "PyG, a loop by source": by_hand(by_source, looped=True),
+        "gmoe, by element": with_experts(router=by_element),
+        "gmoe, by source": with_experts(router=by_source),
+        "gmoe, by source, weights": with_experts(router=by_source, mix="weights"),
+        "gmoe, learned mixture": with_experts(router=learned, mix="weights"),
+    }
+
+
 def vit_row(name: str, batch: int) -> Row:
     """A ViT of timm's, and the same with experts in every second block, in both starts."""
     import timm  # which graphs do without
@@ -330,6 +431,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "example-gcn": partial(example_row, EXAMPLE),
     **{f"molecules-{kind}": partial(molecule_row, kind, MOLECULES) for kind in ("gine", "gcn")},
     "sampled-sage": partial(sampled_row, SAMPLED),
+    "forces": partial(forces_row, FORCES),
     "vit-tiny": partial(vit_row, "vit_tiny_patch16_224", 4),
     **{f"small-{kind}": partial(node_row, kind, SMALL) for kind in WHOLE_MODELS},
 }

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from experiments.train.build import num_parameters
 from experiments.train.checks import check, check_choice
 from experiments.train.data.forces import ELEMENTS, Configurations, Part, read_configurations
 from experiments.train.files import read_json, replacing
-from experiments.train.potential import ATOMWISE, Potential, Recipe, errors, train
+from experiments.train.potential import ATOMWISE, Potential, Recipe, atomwise, errors, train
 from experiments.train.results import environment, spread, write_json
 from experiments.train.scores import Difference, shown
 from gmoe.routers import ByType
@@ -78,12 +77,6 @@ def scale_shift(width: int, energy_scale: float) -> nn.Module:
         model.set_submodule(name, ScaleShift(model.get_submodule(name)))
     BY_ELEMENT.attach(model)
     return model
-
-
-def atomwise(model: nn.Module) -> list[str]:
-    """The names of the linear layers on atoms."""
-    names = [name for name, _ in model.named_modules()]
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in ATOMWISE)]
 
 
 def experts(width: int, energy_scale: float, **options: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,12 @@ def neighbors(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
     distance = (pos[edge_index[0]] - pos[edge_index[1]]).norm(dim=-1)
     is_near = distance < CUTOFF
     return edge_index[:, is_near], distance[is_near]
+
+
+def atomwise(model: nn.Module) -> list[str]:
+    """The names of the linear layers on atoms."""
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in ATOMWISE)]
 
 
 def predict(model: nn.Module, given: Molecules) -> tuple[Tensor, Tensor]:
