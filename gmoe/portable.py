@@ -180,14 +180,6 @@ def rows_of_blocks(y_NBO: Tensor, place_P: Tensor) -> Tensor:
     return y_NBO[block_P, place_P - block_P * y_NBO.size(1)]
 
 
-def multiply_by_all(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-    """(E N, O) all rows times each expert's weight, expert by expert; no block is filled up."""
-    y_ENO = cast(x_NI, weight_EOI.dtype) @ weight_EOI.mT
-    if bias_EO is not None:
-        y_ENO = y_ENO + bias_EO[:, None]
-    return y_ENO.flatten(0, 1)
-
-
 # edges and messages -------------------------------------------------------------------------------
 
 
@@ -215,24 +207,6 @@ def sort_edges(
     ends_R = counts(receiver, num_receivers).cumsum(0)
     ptr = torch.cat([ends_R.new_zeros(1), ends_R])
     return ptr, sender.index_select(0, order), by_receiver, order
-
-
-def all_rows(
-    _: Tensor, source: Tensor, num_experts: int, num_sources: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A row for each expert and source: nobody can ask which ones have a message.
-
-    Returns:
-        The experts and sources of the rows, (E,) the cumulative ends of each expert's rows, and
-        (E, N) the place of each expert and source among the rows.
-    """
-    expert_E1 = torch.arange(num_experts, device=source.device)[:, None]
-    source_N = torch.arange(num_sources, device=source.device)
-    place_EN = expert_E1 * num_sources + source_N
-    expert = expert_E1.expand_as(place_EN).reshape(-1)
-    sources = source_N.expand_as(place_EN).reshape(-1)
-    ends_E = (expert_E1.view(-1) + 1) * num_sources
-    return expert, sources, ends_E.to(torch.int32), place_EN
 
 
 def largest(score_MH: Tensor, ptr: Tensor, receiver: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def routed_linear(
     parts = [part.to(dtype) for part in parts]
 
     # 2. Few rows: all experts of all tokens in one product.
-    if _are_few_numbers(parts[0], weights, routing):
+    width = sum(weight.size(2) for weight in weights) + weights[0].size(1)
+    if are_few_numbers(parts[0], routing, width):
         return _by_all_experts(*_side_by_side(parts, weights, dtype), bias_EO, routing)
 
     # 3. Off the CPU, and where a compiler fuses them: in blocks, or one step after the other.
@@ -115,19 +116,22 @@ def _are_fused(parts: Sequence[Tensor]) -> bool:
 
 
 @exported_as(lambda *_: False)  # how many tokens there are is not known
-def _are_few_numbers(x_TI: Tensor, weights: Sequence[Tensor], routing: Routing) -> bool:
+def are_few_numbers(x_TI: Tensor, routing: Routing, width: int) -> bool:
     """True if all experts of all tokens cost less than moving rows; see :data:`FEW_NUMBERS`.
 
     Not where a token may have no expert, which then must not meet one; nor in float16, where those
     that it did not choose may overflow. Never while operators are counted: the FLOPs of a layer are
     those of K experts.
+
+    Args:
+        x_TI: the tokens.
+        routing: their experts.
+        width: inputs and outputs of an expert.
     """
     if not routing.pairs_each or x_TI.dtype == torch.float16 or is_watched():
         return False
-    num_experts, out_features, _ = weights[0].shape
-    width = out_features + sum(weight.size(2) for weight in weights)
     few = FEW_NUMBERS if x_TI.device.type == "cpu" else FEW_NUMBERS_ON_GPU
-    return x_TI.size(0) * num_experts * width <= few
+    return x_TI.size(0) * routing.num_experts * width <= few
 
 
 def _side_by_side(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gmoe._autograd import autocasts, gradients_of, operator, unbatched
 from gmoe.blocks import Blocks, blocks_of, expert_of_rows, sum_at
-from gmoe.conv.messages import Messages
+from gmoe.conv.messages import AllMessages, Messages
 from gmoe.portable import exported_as
 from gmoe.products import grouped_linear
 from gmoe.sums import blocks
@@ -34,7 +34,7 @@ def additive_scores(
 ) -> Tensor:
     r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`.
 
-    Computed by blocks of messages, so that no row for each message is kept.
+    Computed by blocks of messages, so that no row for each message is kept, unless they are few.
 
     Args:
         source_UO: transformed rows of the senders.
@@ -46,6 +46,9 @@ def additive_scores(
         messages: from the rows to the pairs.
     """
     edges = messages.from_rows
+    if _keeps_rows(messages):
+        parts, times = _Parts(source_UO, target_PO, edge_MF, edge_EFO, att_EOH), messages.times
+        return _score_by_messages(parts, negative_slope, edges.sender, edges.receiver, times)
     return _AdditiveScores.apply(
         source_UO,
         target_PO,
@@ -57,6 +60,12 @@ def additive_scores(
         edges.receiver,
         messages.message_offsets,
     )
+
+
+@exported_as(lambda _: True)  # how many messages there are is not known
+def _keeps_rows(messages: Messages) -> bool:
+    """True if there may be a row for each message: there are few."""
+    return isinstance(messages, AllMessages)
 
 
 class _Parts(NamedTuple):
@@ -93,7 +102,10 @@ class _AdditiveScores(torch.autograd.Function):
         if torch.is_grad_enabled():  # this pass is differentiated itself
 
             def plain(*views: Any) -> Tensor:
-                return _score_by_messages(_Parts(*views), slope, sender, receiver, offsets)
+                def times(x_MI: Tensor, weight_EIO: Tensor) -> Tensor:
+                    return grouped_linear(x_MI, weight_EIO, None, offsets)
+
+                return _score_by_messages(_Parts(*views), slope, sender, receiver, times)
 
             grads = gradients_of(plain, parts, ctx.needs_input_grad[:5], grad_MH)
         else:
@@ -105,11 +117,16 @@ class _AdditiveScores(torch.autograd.Function):
 
 
 def _score_by_messages(
-    parts: _Parts, negative_slope: float, sender: Tensor, receiver: Tensor, offsets: Tensor
+    parts: _Parts,
+    negative_slope: float,
+    sender: Tensor,
+    receiver: Tensor,
+    times: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """(M, H) what :func:`_score_additively` gives, by functions that can be differentiated twice.
 
     Keeps a row for each message. In float32 at least, with autocast off, as the kernel computes.
+    ``times`` multiplies messages by the weight of their expert.
     """
     dtype = parts.att_EOH.dtype
     source_UO, target_PO, edge_MF, edge_EFO, att_EOH = parts.each(_exact)
@@ -117,9 +134,9 @@ def _score_by_messages(
     with torch.autocast(att_EOH.device.type, enabled=False) if has_autocast else nullcontext():
         sum_MO = source_UO.index_select(0, sender) + target_PO.index_select(0, receiver)
         if edge_MF is not None and edge_EFO is not None:
-            sum_MO = sum_MO + grouped_linear(edge_MF, edge_EFO, None, offsets)
+            sum_MO = sum_MO + times(edge_MF, edge_EFO)
         leaky_MO = F.leaky_relu(sum_MO, negative_slope)
-        return grouped_linear(leaky_MO, att_EOH, None, offsets).to(dtype)
+        return times(leaky_MO, att_EOH).to(dtype)
 
 
 def _empty_scores(*inputs: Any) -> Tensor:
@@ -256,12 +273,6 @@ def _mixed(place: slice, offsets: Tensor) -> _MixedBlock:
     return _MixedBlock(place, blocks_of(ends, expert_of_rows(ends, place.stop - place.start)))
 
 
-def _one_block(offsets: Tensor, number: int, _: Tensor) -> Iterator[_Block | _MixedBlock]:
-    """One block of all messages, whose number an export does not know."""
-    yield _MixedBlock(slice(0, number), blocks_of(offsets, expert_of_rows(offsets, number)))
-
-
-@exported_as(_one_block)
 def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | _MixedBlock]:
     """The messages in blocks: each of one expert, or of any, where the host would wait for ends.
 

@@ -18,28 +18,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmoe import portable
 from gmoe._checks import must_be_called
 from gmoe.conv.additive import additive_scores
 from gmoe.conv.attention_weights import weights_by_edge
 from gmoe.conv.base import Conv, StackedExperts, is_plain
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
-from gmoe.conv.messages import DenseMessages, Messages
+from gmoe.conv.messages import AllMessages, DenseMessages, Messages
 from gmoe.experts import LinearExperts
 from gmoe.portable import cast, exported_as
-from gmoe.products import Backend, combine, grouped_linear
+from gmoe.products import Backend
+from gmoe.routed import are_few_numbers
 from gmoe.routing import Routing
 from gmoe.sums import add_ends, dot, softmax, to_messages, weighted_sum
 
 
-def _all_rows(
-    _: AttentionExperts, linear: LinearExperts, x_src: Tensor, messages: Messages
-) -> Tensor:
-    """(U, O) each row, transformed by its expert, where each expert has a row for each source."""
-    if is_plain(linear):
-        return portable.multiply_by_all(x_src, linear.weight, linear.bias)
-    return linear(messages.of_rows(x_src), messages.row_offsets)
+@exported_as(lambda *_: True)  # nobody can ask which rows have a message
+def _runs_all(x_src: Tensor, routing: Routing, width: int) -> bool:
+    """True if each expert transforms all nodes, of which there are few."""
+    return are_few_numbers(x_src, routing, x_src.size(1) + width)
 
 
 class AttentionExperts(StackedExperts):
@@ -70,9 +67,11 @@ class AttentionExperts(StackedExperts):
         self, call: Call, routing: Routing, return_attention_weights: bool | None = None
     ) -> Any:
         """(T, O) the mixture; with the weights of the edges, too, if they are asked for."""
-        messages = Messages(self._looped(call.graph), routing)
+        runs_all = _runs_all(call.x_src, routing, self.heads * self.width)
+        make = AllMessages if runs_all else Messages
+        messages = make(self._looped(call.graph), routing, self.backend)
         y_PO, alpha_MH = self._outputs(call.x_src, call.x_dst, messages)
-        y_TO = combine(y_PO, routing)
+        y_TO = messages.combine(y_PO)
         if not return_attention_weights:
             return y_TO
         return y_TO, weights_by_edge(call.graph, messages, alpha_MH)
@@ -103,37 +102,21 @@ class AttentionExperts(StackedExperts):
     def _finish(self, y_PO: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         """(P, O) with the residual and the bias."""
         if self.res is not None:
-            y_PO = y_PO + self.res(messages.of_pairs(x_dst), messages.pair_offsets)
+            y_PO = y_PO + messages.tokens_by(self.res, x_dst)
         bias_EO = self.bias
         return y_PO if bias_EO is None else y_PO + messages.at_pairs(bias_EO)
-
-    @exported_as(_all_rows)
-    def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
-        """(U, O) each row, transformed by its expert."""
-        if self.num_experts > 1 and is_plain(linear):
-            weight_EIO, rows = linear.weight.mT, messages.rows
-            return grouped_linear(
-                x_src, weight_EIO, linear.bias, rows.offsets, linear.backend, rows.source
-            )
-        return linear(messages.of_rows(x_src), messages.row_offsets)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:
         """(U, H, C) the rows, split by head."""
         return row_UO.unflatten(1, (self.heads, self.width))
 
-    def _head_by_head(self, row_PHI: Tensor, weight_EIHO: Tensor, offsets_E: Tensor) -> Tensor:
-        """(P, H, O) each head of a row times that head's part of the expert's weight."""
+    def _head_by_head(self, row_PHI: Tensor, weight_EIHO: Tensor, messages: Messages) -> Tensor:
+        """(P, H, O) each head of a pair times that head's part of its expert's weight."""
         outputs = [
-            self._product(row_PI, weight_EIO, offsets_E)
+            messages.pairs_times(row_PI, weight_EIO)
             for row_PI, weight_EIO in zip(row_PHI.unbind(1), weight_EIHO.unbind(2), strict=True)
         ]
         return torch.stack(outputs, dim=1)
-
-    def _product(self, x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-        """(P, O) rows times the weight of their expert."""
-        if self.num_experts == 1:
-            return x_PI @ weight_EIO[0]
-        return grouped_linear(x_PI, weight_EIO, None, offsets_E, self.backend)
 
     def _attention(self, score_MH: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
         """(M, H) the softmax over each pair's messages, twice.
@@ -215,14 +198,14 @@ class GATExperts(AttentionExperts):
             from_source_MH = messages.by_source(source_NEH)
             score_MH = from_source_MH + to_messages(from_target_PH, messages.ptr, messages.pair)
         else:
-            value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
+            value_UHC = self._by_head(messages.rows_by(lin_src, x_src))
             from_source_UH = self._scores(value_UHC, messages.at_rows(att_src_E1HC))
             is_one_map = x_src is x_dst and lin_src is lin_dst
             if is_one_map and self.prototype.add_self_loops:
                 # The loop of its token makes each pair a row, which is transformed already.
                 target_PHC = messages.pairs_of_rows(value_UHC)
             else:
-                target_PO = lin_dst(messages.of_pairs(x_dst), messages.pair_offsets)
+                target_PO = messages.tokens_by(lin_dst, x_dst)
                 target_PHC = self._by_head(target_PO)
             from_target_PH = self._scores(target_PHC, messages.at_pairs(self.att_dst))
             score_MH = add_ends(from_source_UH, from_target_PH, messages.from_rows)
@@ -231,7 +214,7 @@ class GATExperts(AttentionExperts):
         edge_MF = None if self.lin_edge is None else self._edge_attr(messages)
         if edge_MF is not None:
             edge_EFH = self._folded(self.lin_edge.weight, self.att_edge)
-            score_MH = score_MH + self._product(edge_MF, edge_EFH, messages.message_offsets)
+            score_MH = score_MH + messages.times(edge_MF, edge_EFH)
 
         # 3. Softmax over each pair's messages, and the weighted sum.
         score_MH = cast(score_MH, att_src_E1HC.dtype)
@@ -241,7 +224,7 @@ class GATExperts(AttentionExperts):
             return weighted_sum(alpha_MH, value_UHC, messages.from_rows), returned_MH
         sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_sources)
         weight_EIHC = weight_EOI.mT.unflatten(2, (self.heads, self.width))
-        sum_PO = self._head_by_head(sum_PHI, weight_EIHC, messages.pair_offsets)
+        sum_PO = self._head_by_head(sum_PHI, weight_EIHC, messages)
         return cast(sum_PO, alpha_MH.dtype), returned_MH
 
     def _scores(self, value_UHC: Tensor, att_U1HC: Tensor) -> Tensor:
@@ -276,12 +259,11 @@ class TransformerExperts(AttentionExperts):
         return name != "lin_skip" or bool(conv.root_weight)  # PyG makes it all the same
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
-        offsets_E = messages.pair_offsets
         # 1. Queries of the pairs, keys and values of the rows, and their scores.
-        query_PO = self.lin_query(messages.of_pairs(x_dst), offsets_E)
+        query_PO = messages.tokens_by(self.lin_query, x_dst)
         query_PHC = self._by_head(query_PO) / math.sqrt(self.width)
-        key_UHC = self._by_head(self._rows(self.lin_key, x_src, messages))
-        value_UHC = self._by_head(self._rows(self.lin_value, x_src, messages))
+        key_UHC = self._by_head(messages.rows_by(self.lin_key, x_src))
+        value_UHC = self._by_head(messages.rows_by(self.lin_value, x_src))
         score_MH = dot(query_PHC, key_UHC, messages.from_rows)
         edge_MF = self._edge_attr(messages)
         if edge_MF is None:
@@ -298,24 +280,24 @@ class TransformerExperts(AttentionExperts):
         edge_M1F = edge_MF[:, None].to(query_PHC.dtype)
         message_M = torch.arange(edge_MF.size(0), device=edge_MF.device)
         from_edges = messages.edges_from(message_M, edge_MF.size(0))
-        edge_query_PHF = self._head_by_head(query_PHC, edge_EFHC.transpose(1, 3), offsets_E)
+        edge_query_PHF = self._head_by_head(query_PHC, edge_EFHC.transpose(1, 3), messages)
         score_MH = score_MH + dot(edge_query_PHF, edge_M1F, from_edges)
 
         # 3. Softmax, and the sums of values and of edge features.
         alpha_MH, returned_MH = self._attention(score_MH, messages)
         edges_PHF = weighted_sum(alpha_MH, edge_M1F, from_edges)
         values_PHC = weighted_sum(alpha_MH, value_UHC, messages.from_rows)
-        y_PHC = values_PHC + self._head_by_head(edges_PHF, edge_EFHC, offsets_E)
+        y_PHC = values_PHC + self._head_by_head(edges_PHF, edge_EFHC, messages)
         return y_PHC, returned_MH
 
     def _finish(self, y_PO: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         if self.lin_skip is None:
             return y_PO
-        skip_PO = self.lin_skip(messages.of_pairs(x_dst), messages.pair_offsets)
+        skip_PO = messages.tokens_by(self.lin_skip, x_dst)
         if self.lin_beta is None:
             return y_PO + skip_PO
         both_PO = torch.cat([y_PO, skip_PO, y_PO - skip_PO], dim=-1)
-        beta_P1 = self.lin_beta(both_PO, messages.pair_offsets).sigmoid()
+        beta_P1 = messages.pairs_by(self.lin_beta, both_PO).sigmoid()
         return beta_P1 * skip_PO + (1 - beta_P1) * y_PO
 
 
@@ -328,8 +310,8 @@ class GATv2Experts(AttentionExperts):
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
         lin_r = self.lin_l if self.lin_r is None else self.lin_r
-        source_UO = self._rows(self.lin_l, x_src, messages)
-        target_PO = lin_r(messages.of_pairs(x_dst), messages.pair_offsets)
+        source_UO = messages.rows_by(self.lin_l, x_src)
+        target_PO = messages.tokens_by(lin_r, x_dst)
         edge_MF = self._edge_attr(messages)
         edge_EFO = None if edge_MF is None else self.lin_edge.weight.mT
         # Each head's vector in that head's column: one product gives the scores of all heads.

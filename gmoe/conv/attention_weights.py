@@ -40,14 +40,14 @@ def weights_by_edge(graph: Graph, messages: Messages, alpha_BH: Tensor) -> Atten
     is_loop = graph.edge_index[0] == graph.edge_index[1]
 
     # 1. The edge of each message, as numbered in the order given, then the new loops.
-    edge_B = looped.edges.order[messages.edge]
+    edge_B = messages.of_edges(looped.edges.order)
     if looped is not graph:  # which numbers the edges by destination
         loop_L = torch.arange(num_given, num_all, device=edge_B.device)
         edge_B = torch.cat([graph.edges.order, loop_L])[edge_B]
 
     # 2. Its weights: one row for each edge, or one for each edge and expert.
     routing = messages.routing
-    has_one_expert = routing.slot is not None and len(routing.token) == routing.num_tokens
+    has_one_expert = routing.pairs_each == 1
     rows = 1 if has_one_expert else routing.num_experts
     place_B = edge_B if has_one_expert else edge_B * rows + messages.expert
     empty = alpha_BH.new_zeros(num_all * rows, alpha_BH.size(1))

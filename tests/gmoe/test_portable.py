@@ -75,18 +75,6 @@ def the_largest() -> Both:
     return sums._largest, portable.largest, args
 
 
-def rows_of_all(has_bias: bool) -> Both:
-    torch.manual_seed(0)
-    offsets = SENDERS * torch.arange(1, EXPERTS + 1, dtype=torch.int32)
-
-    def expert_by_expert(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-        return products.grouped_linear(x_NI.repeat(EXPERTS, 1), weight_EOI.mT, bias_EO, offsets)
-
-    bias_EO = torch.randn(EXPERTS, 7) if has_bias else None
-    args = torch.randn(SENDERS, WIDTH), torch.randn(EXPERTS, 7, WIDTH), bias_EO
-    return expert_by_expert, portable.multiply_by_all, args
-
-
 def true_cells() -> Both:
     torch.manual_seed(0)
     mask_ET = torch.stack([torch.randperm(WIDTH) < 2 for _ in range(EXPERTS)])
@@ -119,8 +107,6 @@ EQUAL: dict[str, Callable[[], Both]] = {
     "rows_of_blocks": rows_of_blocks,
     "group_votes": lambda: votes(masked=False),
     "group_votes, masked": lambda: votes(masked=True),
-    "multiply_by_all": lambda: rows_of_all(has_bias=True),
-    "multiply_by_all, no bias": lambda: rows_of_all(has_bias=False),
     **{
         f"positions, {number}": lambda number=number: (  # type: ignore[misc]
             edges._positions,
@@ -188,17 +174,8 @@ def test_an_export_chooses_what_other_runtimes_know(
     assert function(*args) == exported == getattr(portable, name)(*args)
 
 
-def test_all_rows_hold_each_expert_and_source_in_order() -> None:
-    expert, source, offsets, place = portable.all_rows(torch.empty(0), torch.empty(0), 2, 3)
-    assert expert.tolist() == [0, 0, 0, 1, 1, 1]
-    assert source.tolist() == [0, 1, 2, 0, 1, 2]
-    assert (offsets.tolist(), offsets.dtype) == ([3, 6], torch.int32)
-    assert place[expert, source].tolist() == list(range(6))
-
-
 def test_each_form_is_tested_here() -> None:
-    """All rows are other ones than the function finds, and have a test of their own."""
-    others = {"exported_as", "refuse_in_export", "cast", "counts", "all_rows"}
+    others = {"exported_as", "refuse_in_export", "cast", "counts"}
     others |= {"larger_size", "with_spare"}
     mine = {
         name

@@ -10,6 +10,8 @@ import torch
 from gmoe import MoEConv, Routing
 from tests.helpers.masked import assert_equals_masked, features, random_graph
 
+EDGES = random_graph(20, 20, 60)
+
 
 @pytest.mark.parametrize("start", ["copies", "shared"])
 @pytest.mark.parametrize("conv", ["gat", "gatv2"])
@@ -51,26 +53,78 @@ def test_loops_among_turned_edges_have_the_features_that_pyg_gives_them(conv: st
     assert_equals_masked(layer.double(), features(7, 4), random_graph(7, 7, 20), edge_attr=attr)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
+ROADS = {
+    "all experts on all nodes": (2**40, 2**20),
+    "rows gathered at once": (0, 2**20),
+    "rows gathered in blocks": (0, 30),
+}
+"""Of :data:`gmoe.routed.FEW_NUMBERS` and :data:`gmoe.products.NUMBERS`."""
+
+LAYERS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "gat": ("gat", 1, {}),
+    "gat, K=2": ("gat", 2, {"edge_dim": 2}),
+    "gat, wide heads": ("gat", 1, {"out_channels": 16, "heads": 1}),
+    "gat, of one expert": ("gat", 1, {"num_experts": 1}),
+    "gat without loops": ("gat", 1, {"add_self_loops": False, "residual": True}),
+    "gatv2": ("gatv2", 1, {"edge_dim": 2}),
+    "gatv2, K=2": ("gatv2", 2, {"share_weights": True}),
+    "transformer": ("transformer", 1, {"edge_dim": 2, "beta": True}),
+    "transformer, K=2": ("transformer", 2, {"edge_dim": 2, "beta": True}),
+}
+
+
 @pytest.mark.parametrize("start", ["copies", "shared"])
-def test_rows_that_are_gathered_in_blocks_give_the_same(
-    conv: str, start: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = MoEConv(conv, 12, 4, heads=2, num_experts=3, start=start, k=2).double()
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_road_gives_the_same(name: str, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, attention weights, gradients, and second gradients."""
+    conv, k, options = LAYERS[name]
+    layer = _layer(conv, start, k, **options)
+    x, routing = features(20, 12).requires_grad_(), _routing(k, layer.num_experts)
+    attr = features(60, 2) if "edge_dim" in options else None
+    wanted = [x, *layer.experts.parameters()]
+    found = []
+    for few, numbers in ROADS.values():
+        monkeypatch.setattr("gmoe.routed.FEW_NUMBERS", few)
+        monkeypatch.setattr("gmoe.products.NUMBERS", numbers)
+        y, (_, alpha) = layer(
+            x, EDGES, edge_attr=attr, routing=routing, return_attention_weights=True
+        )
+        loss = (y * features(*y.shape, seed=9)).sum() + alpha.square().sum()
+        grads = torch.autograd.grad(loss, wanted, create_graph=True)
+        square = sum(grad.square().sum() for grad in grads)
+        assert isinstance(square, torch.Tensor)
+        second = torch.autograd.grad(square, wanted, allow_unused=True, materialize_grads=True)
+        found.append([y, alpha, *grads, *second])
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[1], found[2])
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
+def test_each_road_compiles(conv: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, numbers = ROADS[road]
+    monkeypatch.setattr("gmoe.routed.FEW_NUMBERS", few)
+    monkeypatch.setattr("gmoe.products.NUMBERS", numbers)
+    layer = _layer(conv, "copies", 1)
+    x = features(20, 12).requires_grad_()
+    torch.compiler.reset()
+    found = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        y = run(x, EDGES, routing=_routing(1, 3))
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.experts.parameters()])])
+    torch.testing.assert_close(*found)
+
+
+def _layer(conv: str, start: Any, k: int, **options: Any) -> MoEConv:
+    """A layer whose experts differ and count."""
+    options = {"out_channels": 4, "heads": 2, "num_experts": 3} | options
+    layer = MoEConv(conv, 12, start=start, k=k, **options).double()
     for name, parameter in layer.named_parameters():
         if name.endswith(("_difference", "gain")):
             torch.nn.init.normal_(parameter)
-    x, edge_index = features(20, 12).requires_grad_(), random_graph(20, 20, 60)
-    expert_TK = features(20, 3).topk(2).indices
-    routing = Routing.from_choices(expert_TK, features(20, 2), num_experts=3)
-    wanted = [x, *layer.experts.parameters()]
-    found = []
-    for numbers in (30, 2**20):
-        monkeypatch.setattr("gmoe.products.NUMBERS", numbers)
-        torch.compiler.reset()
-        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-        y = run(x, edge_index, routing=routing)
-        # Compiled code runs one backward pass alone.
-        found.append([y, *torch.autograd.grad(y, wanted, features(*y.shape, seed=9))])
-    torch.testing.assert_close(*found)
+    return layer
+
+
+def _routing(k: int, num_experts: int) -> Routing:
+    expert_TK = features(20, num_experts).topk(k).indices
+    return Routing.from_choices(expert_TK, features(20, k), num_experts=num_experts)
