@@ -24,12 +24,7 @@ def uses_places(x: Tensor, routing: Routing) -> bool:
     On a GPU, that needs no atomic adds. On a CPU, a sum of several pairs would read all of them
     again; but where each token has one pair, its row takes half of the time of an addition.
     """
-    return x.is_cuda or has_one_pair_each(routing)
-
-
-def has_one_pair_each(routing: Routing) -> bool:
-    """True if it is known without a look at values that each token has one pair."""
-    return routing.pairs_each == 1
+    return x.is_cuda or routing.pairs_each == 1
 
 
 # Both take places, not slots: at K = 1 the slots and the tokens are one tensor, which

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from gmoe._autograd import autocasts, gradients_of, operator, unbatched
 from gmoe._torch import is_watched
 from gmoe.blocks import AtRows, expert_of_rows
-from gmoe.places import has_one_pair_each
 from gmoe.portable import exported_as
 from gmoe.products import (
     Backend,
@@ -98,7 +97,7 @@ def routed_linear(
         return combine(y_PO, routing)
 
     # 4. On a CPU: all three steps in one.
-    place_T = routing.place if has_one_pair_each(routing) else None
+    place_T = routing.place if routing.pairs_each == 1 else None
     return _RoutedLinear.apply(
         routing.token,
         routing.offsets,

@@ -316,7 +316,7 @@ def _sum_messages(
         )
         sums.append(sum_RC)
     if len(sums) == 1:
-        # .data: Matrix adds its diagonal to the sum in place, which autograd refuses for a view.
+        # .data: autograd lets nobody write to a view in place.
         return sums[0][:, None].data.to(dtype)
     return torch.stack(sums, dim=1).to(dtype)
 
