@@ -144,6 +144,17 @@ def forces() -> list[str]:
     return drawn
 
 
+def sources() -> list[str]:
+    """The errors of four sources, a bar for each of two models."""
+    heights = ((60, 45), (70, 55), (130, 95), (120, 90))
+    drawn = [line(30, 190, 300, 190, width=3)]
+    for place, pair in enumerate(heights):
+        for part, height in enumerate(pair):
+            color = (GRAY, BLUE)[part]
+            drawn.append(box(45 + 65 * place + 24 * part, 190 - height, 22, height, color, color))
+    return drawn
+
+
 def shrink_and_save() -> list[str]:
     """Eight experts become three, which go into a folder."""
     drawn = [
@@ -166,6 +177,7 @@ THUMBNAILS: tuple[Callable[[], list[str]], ...] = (
     ogbn_arxiv,
     own_router,
     shrink_and_save,
+    sources,
     swap_pyg_conv,
     typed_nodes,
     upcycle_timm_vit,

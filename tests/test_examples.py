@@ -19,6 +19,7 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 BROUGHT = {
     "torch": "gmoe",
     "torch_geometric": r"gmoe\[graph",
+    "matplotlib": r"gmoe\[.*plot",
     "torchvision": r"gmoe\[vision",
     "torchmetrics": r"gmoe\[(graph|vision)",
     "ase": r" ase\b",

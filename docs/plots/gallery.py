@@ -11,6 +11,7 @@ ORDER = (
     "molecules",
     "forces",
     "ogbn_arxiv",
+    "sources",
     "typed_nodes",
     "vit_cifar10",
     "own_router",
