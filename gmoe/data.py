@@ -6,8 +6,7 @@ in-edges than are drawn, S edges drawn, k the fan-out (in-edges drawn per node),
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from gmoe.conv.graph import Graph
 from gmoe.edges import ascends
 
 PYG_ONLY: dict[str, object] = {
+    "replace": False,
     "subgraph_type": "directional",
     "disjoint": False,
     "time_attr": None,
@@ -40,7 +40,6 @@ def neighbor_loader(
     num_neighbors: Sequence[int],
     input_nodes: Tensor | Sequence[int] | None = None,
     batch_size: int = 1,
-    replace: bool = False,
     **kwargs: Any,
 ) -> NodeLoader:
     """Load mini-batches of sampled neighborhoods, with ``pyg-lib`` or without.
@@ -58,7 +57,6 @@ def neighbor_loader(
         num_neighbors: in-edges drawn per node in each hop, from the seeds outwards (-1: all).
         input_nodes: the seeds of an epoch: ids, a boolean mask, or all nodes (``None``, default).
         batch_size: seeds in a batch (default 1).
-        replace: draw with replacement (default ``False``).
         **kwargs: further arguments of the loader and of ``torch.utils.data.DataLoader``.
             ``shuffle=True`` for training; ``num_workers=1, persistent_workers=True`` draws the next
             batches while the model computes.
@@ -70,7 +68,7 @@ def neighbor_loader(
 
     Raises:
         ValueError: typed nodes, or no ``edge_index``; seeds or edges outside the nodes; fan-outs
-            below -1; without ``pyg-lib``, an argument that needs it, such as ``weight_attr``,
+            below -1; without ``pyg-lib``, an argument that needs it, such as ``replace``,
             ``disjoint`` or ``time_attr``.
 
     Example:
@@ -87,16 +85,14 @@ def neighbor_loader(
             "torch_geometric.loader.NeighborLoader with pyg-lib"
         )
     seeds = _seeds(input_nodes, _count_nodes(data))
-    check(isinstance(replace, bool), "replace", repr(replace), "True or False")
     check_counts(batch_size=batch_size)
-    _check_generator(kwargs)
     kwargs |= {"input_nodes": seeds, "batch_size": batch_size}
     if torch_geometric.typing.WITH_PYG_LIB:
         if "edge_index" in data:  # PyG takes sorted edges as they are, too, if it is told
             kwargs.setdefault("is_sorted", ascends(data.edge_index[1]))
-        return NeighborLoader(data, num_neighbors, replace=replace, **kwargs)
+        return NeighborLoader(data, num_neighbors, **kwargs)
     _pop_pygs_own(kwargs)
-    return NodeLoader(data, NeighborSampler(data, num_neighbors, replace), **kwargs)
+    return NodeLoader(data, NeighborSampler(data, num_neighbors), **kwargs)
 
 
 def _count_nodes(data: Data) -> int:
@@ -136,26 +132,6 @@ def _check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
     check_range(name, nodes, num_nodes)
 
 
-def _check_generator(kwargs: Mapping[str, Any]) -> None:
-    """Refuse a generator beside workers that are not forked.
-
-    They get a copy of the loader, to which PyG binds what collects a batch, and torch cannot send a
-    generator to them.
-    """
-    if kwargs.get("generator") is None or not kwargs.get("num_workers"):
-        return
-    method = kwargs.get("multiprocessing_context")
-    if method is not None and not isinstance(method, str):
-        method = method.get_start_method()
-    default = multiprocessing.get_all_start_methods()[0]
-    method = method or multiprocessing.get_start_method(allow_none=True) or default
-    if method != "fork":
-        raise ValueError(
-            f"generator: got one beside workers that start by {method!r}, expected None, or "
-            "multiprocessing_context='fork': seed torch's own generator before the loop"
-        )
-
-
 def _pop_pygs_own(kwargs: dict[str, Any]) -> None:
     """Take the arguments of PyG's sampler out of ``kwargs``; refuse what ours cannot do."""
     kwargs.pop("is_sorted", None)  # our sampler finds out itself
@@ -190,7 +166,7 @@ class NeighborSampler(BaseSampler):
     processes too.
 
     Args:
-        data, num_neighbors, replace: see :func:`neighbor_loader`.
+        data, num_neighbors: see :func:`neighbor_loader`.
 
     Shapes:
         As PyG's ``SamplerOutput``: ``node`` begins with the seeds, ``row`` and ``col`` are
@@ -199,7 +175,7 @@ class NeighborSampler(BaseSampler):
         what ``trim_to_layer`` takes.
     """
 
-    def __init__(self, data: Data, num_neighbors: Sequence[int], replace: bool = False) -> None:
+    def __init__(self, data: Data, num_neighbors: Sequence[int]) -> None:
         is_list = isinstance(num_neighbors, list | tuple)
         is_legal = is_list and all(is_whole(k) and k >= -1 for k in num_neighbors)
         legal = "a list of whole numbers of at least -1 (all), one a hop"
@@ -207,7 +183,6 @@ class NeighborSampler(BaseSampler):
         if "edge_index" not in data or "adj_t" in data:
             raise ValueError(f"data: got {data}, expected edge_index, and no adj_t")
         self.num_neighbors = list(num_neighbors)
-        self.replace = replace
         self.num_nodes = _count_nodes(data)
         edges = Graph(data.edge_index.cpu(), self.num_nodes).edges
         self._start, self._source, self._ids = edges.ptr, edges.sender, edges.given_order
@@ -263,7 +238,7 @@ class NeighborSampler(BaseSampler):
             frontier_F = node[-1]
             first_F = self._start.index_select(0, frontier_F)
             degree_F = self._start.index_select(0, frontier_F + 1) - first_F
-            place_S, index_S = _draw(first_F, degree_F, k, self.replace)
+            place_S, index_S = _draw(first_F, degree_F, k)
             source_S = self._source.index_select(0, place_S).long()
 
             # 2. Give new sources the next positions in the output.
@@ -314,31 +289,20 @@ def _number(position: Tensor, source_S: Tensor, first: int) -> Tensor:
     return new
 
 
-def _draw(first_F: Tensor, degree_F: Tensor, k: int, replace: bool) -> tuple[Tensor, Tensor]:
+def _draw(first_F: Tensor, degree_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Draw in-edges of some nodes.
 
     Args:
         first_F: where each node's in-edges start.
         degree_F: how many there are to draw from.
         k: the fan-out; -1 for all of them.
-        replace: draw with replacement.
 
     Returns:
         (S,) the places of the drawn in-edges, node by node; and (S,) which of the nodes drew each.
     """
     dtype = first_F.dtype
-    if k < 0:
-        count_F = degree_F
-    elif replace:
-        count_F = (degree_F > 0) * k
-    else:
-        count_F = degree_F.clamp(max=k)
+    count_F = degree_F if k < 0 else degree_F.clamp(max=k)
     index_S = torch.arange(len(first_F)).repeat_interleave(count_F)
-
-    if replace and k >= 0:
-        offset_S = torch.rand(len(index_S), dtype=torch.float64)
-        offset_S = offset_S.mul_(degree_F.index_select(0, index_S)).to(dtype)
-        return first_F.index_select(0, index_S) + offset_S, index_S
 
     # Take the first `count` in-edges of each node, which are all of them for most nodes ...
     slot_F = count_F.cumsum(0) - count_F  # where a node's draws begin

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 import pickle
 from collections import Counter
-from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -47,12 +45,11 @@ def full_graph() -> Data:
 
 
 @pytest.mark.parametrize("form", ["in memory", "in files"])
-@pytest.mark.parametrize(("num_workers", "replace"), [(0, False), (0, True), (1, False)])
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("has_pyg_lib", [False, *([True] if HAS_PYG_LIB else [])])
 def test_batches_are_parts_of_the_graph(
     has_pyg_lib: bool,
     num_workers: int,
-    replace: bool,
     form: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -64,7 +61,7 @@ def test_batches_are_parts_of_the_graph(
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
     }
-    loader = neighbor_loader(data, [4, 3], data.train_mask, 5, replace, **kwargs)
+    loader = neighbor_loader(data, [4, 3], data.train_mask, 5, **kwargs)
     assert len(loader) == 3
     for _ in range(2):
         batches = list(loader)
@@ -101,9 +98,9 @@ def test_input_nodes() -> None:
 
 def test_pyg_lib_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = full_graph()
-    ours = neighbor_loader(data, [4, 3], [1, 2], 2, replace=True)
+    ours = neighbor_loader(data, [4, 3], [1, 2], 2)
     monkeypatch.setattr(torch_geometric.typing, "WITH_PYG_LIB", True)
-    theirs = neighbor_loader(data, [4, 3], [1, 2], 2, replace=True, disjoint=True)
+    theirs = neighbor_loader(data, [4, 3], [1, 2], 2, disjoint=True)
     assert (type(ours), type(theirs), theirs.node_sampler.disjoint) == (
         NodeLoader,
         NeighborLoader,
@@ -111,7 +108,6 @@ def test_pyg_lib_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path:
     )
     for loader in (ours, theirs):
         assert (loader.batch_size, loader.input_data.node.tolist()) == (2, [1, 2])
-        assert loader.node_sampler.replace
     data.time = torch.arange(NODES)
     times: Any = {"time_attr": "time", "input_time": torch.tensor([3, 4])}
     timed = neighbor_loader(data, [4], [1, 2], 2, **times)
@@ -157,32 +153,6 @@ def test_pygs_defaults_ask_for_nothing() -> None:
         assert torch.equal(next(iter(loader)).e_id, plain.e_id)
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_generator_that_cannot_be_sent_to_workers_is_refused(method: str) -> None:
-    data = Data(x=torch.ones(9, 1), edge_index=torch.zeros(2, 3, dtype=torch.long))
-    options: dict[str, Any] = {"generator": torch.Generator(), "num_workers": 1}
-    for context in (method, multiprocessing.get_context(method)):
-        with pytest.raises(ValueError, match=f"^generator: got one beside .* '{method}'"):
-            neighbor_loader(data, [2], multiprocessing_context=context, **options)
-    neighbor_loader(data, [2], multiprocessing_context="fork", **options)
-    neighbor_loader(data, [2], generator=torch.Generator())
-
-
-@pytest.mark.parametrize("default", ["fork", "spawn"])
-def test_without_a_context_workers_start_as_python_starts_them(
-    default: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = Data(x=torch.ones(9, 1), edge_index=torch.zeros(2, 3, dtype=torch.long))
-    methods = [default, "forkserver"]
-    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
-    monkeypatch.setattr(
-        multiprocessing, "get_start_method", lambda allow_none: None if allow_none else "unset"
-    )
-    refused = pytest.raises(ValueError, match="workers that start by 'spawn'")
-    with nullcontext() if default == "fork" else refused:
-        neighbor_loader(data, [2], generator=torch.Generator(), num_workers=1)
-
-
 def test_a_tensor_that_only_pyg_takes_is_named_by_its_shape() -> None:
     with pytest.raises(ValueError, match=r"^weight_attr: got shape \(3,\) of torch"):
         neighbor_loader(full_graph(), [3], weight_attr=torch.ones(3))
@@ -193,7 +163,6 @@ def test_a_tensor_that_only_pyg_takes_is_named_by_its_shape() -> None:
     [
         ({"batch_size": None}, "batch_size: got None, expected a whole number"),
         ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
-        ({"replace": "no"}, "replace: got 'no', expected True or False"),
     ],
 )
 def test_batches_of_no_size_are_refused(options: dict[str, Any], said: str) -> None:
@@ -247,20 +216,19 @@ def test_links_are_refused() -> None:
     num_edges=st.integers(0, 40),
     fanouts=st.lists(st.integers(-1, 4), max_size=3),
     num_seeds=st.integers(0, 6),
-    replace=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_output_is_a_sampled_subgraph(
-    num_nodes: int, num_edges: int, fanouts: list[int], num_seeds: int, replace: bool, seed: int
+    num_nodes: int, num_edges: int, fanouts: list[int], num_seeds: int, seed: int
 ) -> None:
     data = graph(num_nodes, num_edges, seed)
     generator = torch.Generator().manual_seed(seed)
     # Some of them twice
     seeds = torch.randint(num_nodes, (num_seeds,), generator=generator).tolist()
     torch.manual_seed(seed)
-    sampler = NeighborSampler(data, fanouts, replace)
+    sampler = NeighborSampler(data, fanouts)
     for _ in range(2):  # the second batch meets no trace of the first
-        check(data, draw(sampler, seeds), fanouts, seeds, replace)
+        check(data, draw(sampler, seeds), fanouts, seeds)
 
 
 # equally likely draws; a node that is n times a seed draws n times
@@ -301,16 +269,6 @@ def test_hub() -> None:
     assert out.edge.bincount(minlength=degree)[last].max() <= 8
 
 
-def test_replacement_draws_independently() -> None:
-    degree, k, trials = 4, 3, 20_000
-    torch.manual_seed(0)
-    out = sample(star(degree), [k], [0] * trials, replace=True)
-    assert out.edge is not None
-    drawn = Counter(tuple(edges) for edges in out.edge.view(trials, k).tolist())
-    assert len(drawn) == degree**k
-    assert within(torch.tensor(list(drawn.values())), trials, degree**-k).all()
-
-
 def same(a: Any, b: Any) -> bool:
     names = ("node", "row", "col", "edge")
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
@@ -339,7 +297,7 @@ def test_forms_of_edges(form: str) -> None:
     out = sample(Data(x=data.x, edge_index=edges), [4, 3], [5, 2, 8])
     assert {type(value) for value in (out.node, out.row, out.col, out.edge)} == {torch.Tensor}
     plain = Data(edge_index=torch.as_tensor(edges), num_nodes=30)
-    check(plain, out, [4, 3], [5, 2, 8], replace=False)
+    check(plain, out, [4, 3], [5, 2, 8])
 
 
 @pytest.mark.parametrize("seeds", [[0, 5], [-1, 2], [0.0], [[1], [2]]])

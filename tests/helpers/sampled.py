@@ -34,8 +34,8 @@ def draw(sampler: NeighborSampler, seeds: Any, seed: int | None = None) -> Sampl
     )
 
 
-def sample(data: Data, fanouts: list[int], seeds: Any, replace: bool = False) -> SamplerOutput:
-    return draw(NeighborSampler(data, fanouts, replace), seeds)
+def sample(data: Data, fanouts: list[int], seeds: Any) -> SamplerOutput:
+    return draw(NeighborSampler(data, fanouts), seeds)
 
 
 def hops(values: Tensor, sizes: list[int]) -> list[list[int]]:
@@ -43,13 +43,7 @@ def hops(values: Tensor, sizes: list[int]) -> list[list[int]]:
     return [part.tolist() for part in values.split(sizes)]
 
 
-def expected_count(degree: int, k: int, replace: bool) -> int:
-    return degree if k < 0 else k * (degree > 0) if replace else min(k, degree)
-
-
-def check(
-    data: Data, out: SamplerOutput, fanouts: list[int], seeds: list[int], replace: bool
-) -> None:
+def check(data: Data, out: SamplerOutput, fanouts: list[int], seeds: list[int]) -> None:
     """Compare with the definition, one node and one edge at a time."""
     assert out.edge is not None
     assert out.num_sampled_nodes is not None
@@ -74,8 +68,8 @@ def check(
         for position, node in enumerate(layers[hop], start=begin):
             drawn = edge[col == position].tolist()
             degree = int((data.edge_index[1] == node).sum())
-            assert len(drawn) == expected_count(degree, fanout, replace)
-            assert replace or len(set(drawn)) == len(drawn)
+            assert len(drawn) == (degree if fanout < 0 else min(fanout, degree))
+            assert len(set(drawn)) == len(drawn)
         begin += len(layers[hop])
         appeared = [
             node for place, node in zip(row.tolist(), sources, strict=True) if place >= begin
