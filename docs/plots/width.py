@@ -48,8 +48,12 @@ CONTROLS = {
 
 
 def shown(front: Front) -> Front:
-    """The columns whose base is finished."""
-    return {column: cells for column, cells in front.items() if BASE in cells}
+    """The columns whose base is finished, with another width beside it: a curve."""
+    return {
+        column: cells
+        for column, cells in front.items()
+        if BASE in cells and len(curve(cells, "dense")) > 1
+    }
 
 
 def numbers(front: Front) -> str:

@@ -59,6 +59,7 @@ def _arms() -> dict[str, Arm]:
     dense = {"router": "dense"}
     return arms | {
         "dense-64-lr2": Arm("dense, twice the step size", dense, TEN, "dense-64", lr_factor=2),
+        "experts-64-lr1": Arm("experts, dense's step size", {}, TEN, "dense-64"),
         "input-again-64": Arm("dense, layers see the input", {**dense, "input_again": True}, TEN),
         "flops-64": Arm("dense, equal FLOPs", {**dense, "equal": "flops"}, TEN, "dense-64"),
         "random-64": Arm("frozen random router", {"router": "random"}, TEN),

@@ -33,7 +33,7 @@ from experiments.study.pages import render
 from experiments.study.running import ForcesConfig
 from experiments.study.sweep import main
 from experiments.train.data.forces import Configurations, Molecules, read_configurations
-from experiments.train.potential import Potential, Recipe, errors, loss_of
+from experiments.train.potential import Potential, Recipe, atomwise, errors, loss_of
 from tests.helpers.forces_data import write_configurations
 
 WIDTH = 8
@@ -302,7 +302,7 @@ def test_the_command_runs_the_study_and_a_page_shows_it(
 
 
 def test_the_names_of_layers_are_those_of_the_patterns(data: Configurations) -> None:
-    names = forces.atomwise(Potential(WIDTH, data.energy_scale))
+    names = atomwise(Potential(WIDTH, data.energy_scale))
     assert len(names) == 11
     moe = experts(WIDTH, data.energy_scale, router=BY_ELEMENT, start="copies")
     assert [name for name, module in moe.named_modules() if isinstance(module, gmoe.MoE)] == names

@@ -36,7 +36,7 @@ def test_an_arm_is_chosen_by_validation_when_all_its_step_sizes_ran(tmp_path: Pa
     factors = chosen_factors(tmp_path)
     assert factors == {"dense-64": FACTORS[1]}
     rows = width_rows(factors)
-    assert set(rows) == {"dense-64", "dense-64-lr2", "flops-64"}
+    assert set(rows) == {"dense-64", "dense-64-lr2", "experts-64-lr1", "flops-64"}
     assert rows["dense-64-lr2"].lr_factor == 2 * rows["dense-64"].lr_factor
 
 
