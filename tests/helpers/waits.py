@@ -25,9 +25,9 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.steps import PYG, STEPS
 
 ROOT = Path(__file__).parents[2]
+
+Read = TypeVar("Read")
 
 Results = dict[str, list[Tensor]]
 """By layer: its output in training, and the gradients of its input and parameters; in float64."""
@@ -120,20 +122,33 @@ INDEXING = {f"aten.{name}" for name in ("index", "index_put", "index_put_", "_in
 
 
 def on_cuda_branches() -> Found:
-    """Run all layers in a copy of gmoe that takes the branches of CUDA, in a process of its own."""
+    """Run all layers in a copy of gmoe that takes the branches of CUDA."""
+
+    def read(folder: Path) -> Found:
+        counted = json.loads((folder / "waits.json").read_text())
+        return Found(**counted, results=torch.load(folder / "results.pt"))
+
+    return in_copy("from tests.helpers.waits import count; count()", read)
+
+
+def in_copy(code: str, read: Callable[[Path], Read]) -> Read:
+    """Run some code with the copy of gmoe, in a process of its own; read what it wrote."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_with_cuda_branches(folder)
         # From that folder the copy is imported, all else from here.
-        command = [sys.executable, "-c", "from tests.helpers.waits import count; count()"]
         paths = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
         ran = subprocess.run(
-            command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env=os.environ | paths,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if ran.returncode:
             raise RuntimeError(ran.stderr)
-        counted = json.loads((folder / "waits.json").read_text())
-        return Found(**counted, results=torch.load(folder / "results.pt"))
+        return read(folder)
 
 
 def copy_with_cuda_branches(folder: Path) -> None:
