@@ -12,9 +12,6 @@ from tests.helpers.steps import STEPS
 
 pytestmark = pytest.mark.slow
 
-NOT_CAPTURED = {name for name, step in STEPS.items() if step.waits} | {"GNNMoE of gat"}
-"""Steps whose sizes follow from values; compiled, PyG's GAT removes the loops that it finds."""
-
 
 @pytest.fixture(scope="module")
 def refused() -> dict[str, list[str]]:
@@ -26,4 +23,4 @@ def refused() -> dict[str, list[str]]:
 def test_a_cuda_graph_takes_a_step_that_waits_for_nothing(
     name: str, refused: dict[str, list[str]]
 ) -> None:
-    assert bool(refused[name]) == (name in NOT_CAPTURED), refused[name]
+    assert bool(refused[name]) == bool(STEPS[name].waits), refused[name]

@@ -69,10 +69,21 @@ def _sizes_must_not_follow(conv: Conv, x: Tensor) -> bool:
     return x.device.type != "cpu" and not conv.explain
 
 
-@exported_as(lambda: False)
-def _is_compiled() -> bool:
-    """True in compiled code: it cannot copy a conv, and ends a graph where a size follows."""
-    return torch.compiler.is_compiling()
+def _called_with(conv: Conv, changes: dict[str, Any], *inputs: Any) -> Tensor:
+    """What a conv makes of inputs if some of its attributes were others."""
+    if not torch.compiler.is_dynamo_compiling():
+        other = copy.copy(conv)  # a copy, since another thread may be running the conv itself
+        vars(other).update(changes)
+        return other(*inputs)
+    # Compiled code cannot copy a module. It sets attributes when it ends, to what they were.
+    own = {name: getattr(conv, name) for name in changes}
+    for name, value in changes.items():
+        setattr(conv, name, value)
+    try:
+        return conv(*inputs)
+    finally:
+        for name, value in own.items():
+            setattr(conv, name, value)
 
 
 def _is_linear(conv: Conv) -> bool:
@@ -94,12 +105,10 @@ def run_gcn(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
         out = matrix.times(conv.lin(x))
         return out if conv.bias is None else out + conv.bias
     edges, weight = matrix.entries
-    normless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
-    normless.flow = "source_to_target"
-    normless.normalize = False
+    normless = {"flow": "source_to_target", "normalize": False}
+    edge_index = torch.stack([edges.sender, edges.receiver])
     # Norms are not computed in half precision, messages are.
-    out = normless(x, torch.stack([edges.sender, edges.receiver]), weight.to(x.dtype))
-    return out[: graph.num_dst]
+    return _called_with(conv, normless, x, edge_index, weight.to(x.dtype))[: graph.num_dst]
 
 
 def run_gat(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
@@ -110,7 +119,7 @@ def run_gat(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     gets messages.
     """
     moves_loops = conv.add_self_loops and graph.attr is None and _sizes_must_not_follow(conv, x)
-    if not moves_loops or _is_compiled():
+    if not moves_loops:
         return run(conv, graph, x, x)
     num_nodes = x.size(0)
     sender, receiver = graph.edges.sender, graph.edges.receiver
@@ -118,7 +127,5 @@ def run_gat(conv: Conv, x: Tensor, graph: Graph) -> Tensor:
     ends = [torch.where(is_loop, num_nodes, end) for end in (sender, receiver)]
     node = torch.arange(num_nodes, device=x.device)
     edge_index = torch.cat([torch.stack(ends), node.expand(2, -1)], dim=1)
-    loopless = copy.copy(conv)  # a copy, since another thread may be running the conv itself
-    loopless.flow = "source_to_target"
-    loopless.add_self_loops = False
-    return loopless(F.pad(x, (0, 0, 0, 1)), edge_index)[: graph.num_dst]
+    loopless = {"flow": "source_to_target", "add_self_loops": False}
+    return _called_with(conv, loopless, F.pad(x, (0, 0, 0, 1)), edge_index)[: graph.num_dst]
