@@ -138,7 +138,7 @@ def front_tables(front: Front, only: Sequence[str] = ()) -> str:
     """Of each column two tables: scores and costs of all models, and all others beside the dense
     curve; then what is not finished."""
     tables = []
-    for column in only or COLUMNS:
+    for column in only or dict.fromkeys([*COLUMNS, *front]):
         cells = front.get(column, {})
         if cells:
             tables.append(markdown([_scores(column, cell, cells) for cell in cells.values()]))

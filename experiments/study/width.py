@@ -3,6 +3,7 @@
     python -m experiments.convert packages available --out data/packages.npz
     python -m experiments.sweep experiments.study.width:RATES
     python -m experiments.sweep experiments.study.width:WIDTH --columns packages --price
+    python -m experiments.sweep experiments.study.width:WIDTH --columns arxiv --price
     python -m experiments.sweep experiments.study.width:GRAPHS --price
     python -m experiments.sweep experiments.study.width:VARIANTS --price
 
@@ -25,11 +26,14 @@ from typing import Any
 
 from experiments.show.cells import read_cells
 from experiments.study.studies import Row, Study
+from experiments.train.config import RunConfig
 from experiments.train.files import RESULTS
 from experiments.train.presets import GRAPH, MOLECULES, PRESETS
 
 COLUMNS = ("packages", "synsets", "definitions")
 """Graphs; on the first all choices are made."""
+OGB = {"arxiv": "ogbn-arxiv", "products": "ogbn-products"}
+"""Columns for whoever has OGB's data, in the recipes of OGB's examples."""
 WIDTHS = (16, 32, 64, 128, 256)
 FACTORS = (0.3, 1.0, 3.0)
 """Of the recipe's step size, which is 0.01."""
@@ -116,22 +120,34 @@ def width_rows(factors: Mapping[str, float]) -> dict[str, Row]:
     }
 
 
-def _columns(*names: str) -> dict[str, Any]:
-    return {name: replace(PRESETS[name][1], data_root=Path("data")) for name in names}
+def _columns(**presets: str) -> dict[str, Any]:
+    data = Path("data")
+    return {column: replace(PRESETS[name][1], data_root=data) for column, name in presets.items()}
 
 
 RATES = Study(
     name="width-rates",
     about="The step size of each arm, by validation on two splits of packages.",
-    columns=_columns(COLUMNS[0]),
+    columns=_columns(packages="packages"),
     rows=rate_rows(),
 )
 
+
+@dataclass(frozen=True, kw_only=True)
+class WidthStudy(Study):
+    """Arms on whole graphs, and on products, whose neighbors are sampled."""
+
+    def config(self, column: str, row: str) -> RunConfig | None:
+        """The configuration of a cell; ``None`` where layers would see a sampled input again."""
+        is_input_again = "input_again" in self.rows[row].changes
+        return None if column == "products" and is_input_again else super().config(column, row)
+
+
 ROWS = width_rows(chosen_factors(RESULTS / RATES.name))
-WIDTH = Study(
+WIDTH = WidthStudy(
     name="width",
     about="Width and experts at costs; all was chosen on packages, by validation.",
-    columns=_columns(*COLUMNS),
+    columns=_columns(**{name: name for name in COLUMNS}, **OGB),
     rows=ROWS,
     controls=tuple(name for name in ("dense-64",) if name in ROWS),
 )
