@@ -148,7 +148,7 @@ def moefy(
     check(not is_instance, "router", "an instance for several layers", "a name or a factory")
     router = read_router(router)
     if isinstance(router, FromCall):
-        num_experts = router.experts_of(num_experts=num_experts)
+        num_experts = router.experts_of(num_experts=num_experts, model=model)
     elif num_experts is None:
         num_experts = DEFAULT_EXPERTS
     start = resolved_start(start)

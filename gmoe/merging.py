@@ -6,6 +6,7 @@ Shapes: E experts, G groups, I in and O out features.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,7 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
         model: any model whose layers with experts all have one decision, from :func:`moefy` or your
             own. It stays as it is.
         *args: a call of the model, which is made once, in evaluation.
-        **kwargs: likewise; or by itself the argument that its router reads, for one group:
+        **kwargs: likewise; or by themselves the arguments that its routers read, for one group:
             nothing is called then.
 
     Returns:
@@ -67,6 +68,7 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     if told:
         decisions = {layer: [told[layer.router]] for layer in layers if layer.router in told}
     else:
+        _check_call(merged, args, kwargs)
         with _recorded(layers) as decisions, evaluating(merged):
             merged(*args, **kwargs)
 
@@ -96,6 +98,17 @@ def _check_mergeable(name: str, layer: MoELayer) -> None:
     check(not is_beside, "model", f"{name}, experts beside a shared one", "start='copies'")
 
 
+def _check_call(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Refuse a call that is neither whole nor what the routers read."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        got = f"a call of {type(model).__name__} with {', '.join(kwargs) or 'nothing'} ({error})"
+        raise ValueError(
+            f"model: got {got}, expected a whole one, or by name what its routers read"
+        ) from error
+
+
 @contextmanager
 def _recorded(layers: Collection[MoELayer]) -> Iterator[dict[MoELayer, list[Tensor]]]:
     """For each layer, (G, E) the weights of each of its calls inside the block."""
@@ -123,7 +136,7 @@ def _only(weights: list[Tensor], name: str) -> Tensor:
         ValueError: none, or several.
     """
     rows_GE = torch.cat(weights) if weights else torch.empty(0, 1)
-    legal = "one: give the arguments that all routers read, or those of a call that runs it"
+    legal = "one: give the arguments of a call that runs it"
     check(len(rows_GE), "model", f"no decision in {name}", legal)
     got = f"{len(rows_GE.unique(dim=0))} decisions in {name}"
     legal = "one for all: call it with a single graph, or with several of one composition"

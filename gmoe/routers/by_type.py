@@ -79,7 +79,7 @@ class ByType(FromCall):
         others = f"{self.argument}: got other types, expected some of {[*self.values]}"
         object.__setattr__(self, "_others", others)
 
-    def experts_of(self, *, num_experts: int | None) -> int:
+    def experts_of(self, *, num_experts: int | None, model: nn.Module | None = None) -> int:
         expected = len(self.values)
         legal = f"{expected}, one for each value of the router"
         check(num_experts in (None, expected), "num_experts", num_experts, legal)

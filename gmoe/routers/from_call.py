@@ -51,8 +51,12 @@ class FromCall(ABC):
             legal = "the name of an argument of the model's forward, or an attribute of one"
             check(is_name or (name, value) == ("batch", None), name, repr(value), legal)
 
-    def experts_of(self, *, num_experts: int | None) -> int:
+    def experts_of(self, *, num_experts: int | None, model: nn.Module | None = None) -> int:
         """E, for the number that was asked for; ``None`` leaves it to the router.
+
+        Args:
+            num_experts: that was asked for.
+            model: which may have such a router already (default ``None``).
 
         Raises:
             ValueError: a number that the router cannot have.
@@ -105,7 +109,7 @@ class FromCall(ABC):
         else:
             model.register_forward_pre_hook(decide, with_kwargs=True)
             model.register_forward_hook(_Forget(decide.calls), always_call=True)
-        for router in _routers_of(model, self):
+        for router in routers_of(model, self):
             router._calls = decide.calls
 
     def leave(self, model: nn.Module) -> None:
@@ -214,28 +218,43 @@ def detach(model: nn.Module) -> None:
 
 
 def decided_from(model: nn.Module, told: Mapping[str, Any]) -> dict[Router | None, Tensor]:
-    """(G, E) what routers decide if they are told their arguments alone, by router.
+    """(1, E) what routers decide if they are told their arguments alone, by router.
 
     Args:
         model: that was attached to.
-        told: arguments by name.
+        told: arguments by name, each for one group.
 
     Returns:
-        Nothing, if ``told`` has other arguments, or lacks one.
+        Nothing, if ``told`` has none, or some that no router reads.
+
+    Raises:
+        ValueError: no argument of a router; several values, or one on another device.
     """
+    hooks = [
+        (part, hook)
+        for part in model.modules()
+        for hook in forward_hooks(part)[0].values()
+        if isinstance(hook, _Decide)
+    ]
+    if not told or not told.keys() <= {hook.value.name for _, hook in hooks}:
+        return {}
     found: dict[Router | None, Tensor] = {}
-    names = set()
-    for part in model.modules():
-        hooks, _ = forward_hooks(part)
-        for hook in hooks.values():
-            if isinstance(hook, _Decide) and hook.value.name in told:
-                value = hook.value.given((), told)
-                with torch.no_grad():
-                    routing = hook.source.decide(value, None, hook.takes_others, part)
-                names.add(hook.value.name)
-                weights = routing if routing.by_group is None else routing.by_group.routing
-                found |= dict.fromkeys(_routers_of(part, hook.source), weights.to_dense())
-    return found if names == told.keys() else {}
+    for part, hook in hooks:
+        name, value = hook.source.argument, hook.value.given((), told)
+        others = ", ".join(told)
+        check(hook.value.name in told, name, f"nothing beside {others}", "all that routers read")
+        device = next(part.parameters()).device
+        place = getattr(value, "device", device)
+        check(place == device, name, f"values on {place}", f"ones on {device}, as the model")
+        with torch.no_grad():
+            routing = hook.source.decide(value, None, hook.takes_others, part)
+        # Several types without groups: of a composition, or of several sources.
+        number = len(torch.atleast_1d(value).unique(dim=0))
+        legal = "one, for one group; for a composition, a call of the model by position"
+        check(number == 1, name, f"{number} different values", legal)
+        decided = routing if routing.by_group is None else routing.by_group.routing
+        found |= dict.fromkeys(routers_of(part, hook.source), decided.to_dense()[:1])
+    return found
 
 
 # the decision of a call -----------------------------------------------------------------------
@@ -334,7 +353,7 @@ class _Calls:
         call.hooks.__enter__()
 
 
-def _routers_of(part: nn.Module, source: FromCall) -> Iterator[CallRouter]:
+def routers_of(part: nn.Module, source: FromCall) -> Iterator[CallRouter]:
     """The routers in a part of a model that take their decisions from its calls."""
     if isinstance(part, CallRouter) and part.source == source:
         yield part
@@ -342,7 +361,7 @@ def _routers_of(part: nn.Module, source: FromCall) -> Iterator[CallRouter]:
         hooks, _ = forward_hooks(child)
         decides = [hook for hook in hooks.values() if isinstance(hook, _Decide)]
         if all(hook.source != source for hook in decides):  # else they have calls of their own
-            yield from _routers_of(child, source)
+            yield from routers_of(child, source)
 
 
 class Argument(NamedTuple):

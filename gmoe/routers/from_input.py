@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gmoe._checks import check, check_counts, described, readable
 from gmoe._torch import forward_hooks
-from gmoe.routers.from_call import Argument, CallRouter, FromCall
+from gmoe.routers.from_call import Argument, FromCall, routers_of
 from gmoe.routing import Routing
 
 HIDDEN = 64
@@ -54,6 +54,15 @@ class FromInput(FromCall):
         super().__post_init__()
         check_counts(dim=self.dim)
 
+    def experts_of(self, *, num_experts: int | None, model: nn.Module | None = None) -> int:
+        if model is None or not hasattr(model, self._name):
+            return super().experts_of(num_experts=num_experts)
+        self.arguments_in(model)  # or the network is another's
+        expected: int = model.get_submodule(self._name)[-1].out_features
+        legal = f"{expected}, as model.{self._name} has: it decides for all layers"
+        check(num_experts in (None, expected), "num_experts", num_experts, legal)
+        return expected
+
     def arguments_in(self, model: nn.Module) -> tuple[Argument, Argument | None]:
         before, _ = forward_hooks(model)
         is_ours = any(getattr(hook, "source", None) == self for hook in before.values())
@@ -62,10 +71,10 @@ class FromInput(FromCall):
         return super().arguments_in(model)
 
     def attach(self, model: nn.Module, *, takes_others: bool = False) -> None:
-        super().attach(model, takes_others=takes_others)
-        routers = [part for part in model.modules() if isinstance(part, CallRouter)]
-        numbers = {router.num_experts for router in routers if router.source == self}
+        self.arguments_in(model)  # or nothing changes
+        numbers = {router.num_experts for router in routers_of(model, self)}
         check(len(numbers) == 1, "model", f"layers of {sorted(numbers)} experts", "one number")
+        super().attach(model, takes_others=takes_others)
         if not hasattr(model, self._name):
             network = nn.Sequential(
                 nn.Linear(self.dim, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, numbers.pop())

@@ -208,8 +208,6 @@ def test_a_learned_mixture_is_handed_out_for_one_vector() -> None:
     names = {name.partition(".")[0] for name, _ in dense.named_parameters()}
     assert names == {"lin1", "lin2"}  # the router is gone, too
     assert "router_of_system" in dict(model.named_children())
-    with pytest.raises(ValueError, match="system: got 4 vectors without a batch"):
-        gmoe.merge(model, system=sources.systems())
 
 
 class Equivariant(ViSNet):
@@ -284,5 +282,54 @@ def test_all_routers_of_a_model_are_told_or_none() -> None:
     told = {"source": torch.tensor([7]), "system": sources.systems()[:1]}
     expected = model(x, None, told["source"], system=told["system"])
     torch.testing.assert_close(gmoe.merge(model, **told)(x), expected, rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match=r"^model: got no decision in lin2, expected one"):
+    with pytest.raises(ValueError, match=r"^system: got nothing beside source, expected all that"):
         gmoe.merge(model, source=told["source"])
+
+
+BY_ATOM = ByType("source", sources.SOURCES)
+ONE = torch.tensor([7])
+VECTOR = sources.systems()[:1]
+
+
+@pytest.mark.parametrize(
+    ("router", "told", "message"),
+    [
+        (sources.BY_SOURCE, {"source": torch.tensor([0, 3])}, "source: got 2 different values, "),
+        (sources.BY_SOURCE, {"source": ONE[:0]}, "source: got 0 different values, expected one"),
+        (BY_ATOM, {"source": torch.tensor([0, 3])}, "source: got 2 different values, expected one"),
+        (sources.BY_SOURCE, {"source": ["uff"]}, "source: got list, expected integers"),
+        (sources.BY_SOURCE, {"source": 7}, "source: got int, expected integers"),
+        (sources.BY_SOURCE, {"source": ONE > 0}, "source: got shape .* of torch.bool, expected in"),
+        (sources.BY_SOURCE, {"source": ONE.double()}, "source: got shape .* of torch.float64, ex"),
+        (sources.BY_SOURCE, {"source": ONE + 1}, r"source: got types \[8\] without an expert"),
+        (sources.BY_SOURCE, {"source": ONE.to("meta")}, "source: got values on meta, expected on"),
+        (sources.BY_SOURCE, {"system": VECTOR}, "model: got a call of Net with system .*, expect"),
+        (sources.BY_SOURCE, {"sorce": ONE}, "model: got a call of Net with sorce .*, expected a"),
+        (sources.BY_SOURCE, {}, "model: got a call of Net with nothing .*, expected a whole one"),
+        (
+            sources.BY_SOURCE,
+            {"source": ONE, "batch": torch.tensor([0])},
+            "model: got a call of Net with source, batch .*, expected a whole one",
+        ),
+        (sources.BY_VECTOR, {"system": sources.systems()}, "system: got 4 vectors without a batch"),
+        (sources.BY_VECTOR, {"system": VECTOR[:, :2]}, "system: got .*, expected a vector of 3"),
+        (sources.BY_VECTOR, {"system": VECTOR[0]}, "system: got .*, expected a vector of 3 floats"),
+        (sources.BY_VECTOR, {"system": VECTOR.long()}, "system: got .*, expected a vector of 3"),
+        (sources.BY_VECTOR, {"system": VECTOR / 0}, "system: got NaN or infinity"),
+        (sources.BY_VECTOR, {"system": VECTOR.to("meta")}, "system: got values on meta, expected"),
+        ("uniform", {"source": ONE}, "model: got a call of Net with source .*, expected a whole"),
+    ],
+)
+def test_values_that_tell_no_single_model_are_refused(
+    router: Any, told: dict[str, Any], message: str
+) -> None:
+    mix = "outputs" if router in (BY_ATOM, "uniform") else "weights"
+    model = sources.net(router, mix, start="plain" if router == "uniform" else "copies")
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        gmoe.merge(model, **told)
+
+
+def test_a_merged_model_is_not_merged_again() -> None:
+    merged = gmoe.merge(sources.net(sources.BY_VECTOR), system=VECTOR)
+    with pytest.raises(ValueError, match=r"^model: got Net without layers of experts"):
+        gmoe.merge(merged, system=VECTOR)

@@ -184,22 +184,54 @@ def test_rows_of_an_atom_have_its_decision(router: Any, mix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("router", "message"),
+    ("router", "num_experts", "message"),
     [
-        (ByType("sorce", SOURCES), "argument: got 'sorce', expected an argument of Net.forward"),
-        (ByType("source", SOURCES, batch="b"), "batch: got 'b', expected an argument of Net.forw"),
-        (
-            FromInput("system", dim=4, batch="batch"),
-            "argument: got 'system', expected an argument f",
-        ),
+        (ByType("sorce", SOURCES), None, "argument: got 'sorce', expected an argument of Net.f"),
+        (ByType("source", SOURCES, batch="b"), None, "batch: got 'b', expected an argument of"),
+        (FromInput("system", dim=4, batch="batch"), None, "argument: got 'system', expected an"),
+        (FromInput("system", dim=DIM), None, "argument: got 'system', expected an argument for"),
+        (BY_VECTOR, 8, "num_experts: got 8, expected 5, as model.router_of_system has"),
     ],
 )
-def test_a_model_that_has_no_place_for_it_stays_as_it_was(router: Any, message: str) -> None:
+def test_a_model_that_has_no_place_for_it_stays_as_it_was(
+    router: Any, num_experts: int | None, message: str
+) -> None:
     """Nor for a second network of the same argument, which would be the first one in silence."""
-    model = gmoe.moefy(Net(), targets="lin2", router=BY_VECTOR, start="copies")
+    options: Any = {"start": "copies", "num_experts": num_experts}
+    model = gmoe.moefy(Net(), targets="lin2", router=BY_VECTOR, start="copies", num_experts=5)
     with pytest.raises(ValueError, match=rf"^{message}"):
-        gmoe.moefy(model, targets="lin1", router=router, start="copies")
+        gmoe.moefy(model, targets="lin1", router=router, **options)
     assert type(model.lin1) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (BY_VECTOR, BY_VECTOR),
+        (BY_SOURCE, BY_SOURCE),
+        (BY_SOURCE, ByType("source", [9, 7, 3, 0], batch="batch")),  # more, in another order
+        (BY_VECTOR, BY_SOURCE),
+    ],
+)
+def test_layers_that_get_experts_later_take_part(first: Any, second: Any, tmp_path: Path) -> None:
+    """A network that is there decides how many experts there are."""
+    number = 5 if first is BY_VECTOR else None
+    options: Any = {"mix": "weights", "start": "plain"}
+    model: Any = Net().double()
+    gmoe.moefy(model, targets="lin1", router=first, num_experts=number, **options)
+    gmoe.moefy(model, targets="lin2", router=second, **options)
+    told = {"source": SOURCE, "system": systems()}
+    x = atoms()
+    out = model.eval()(x, BATCH, **told)
+    for group in range(len(SOURCE)):
+        own = {name: value[group : group + 1] for name, value in told.items()}
+        read = {name: own[name] for name in {first.argument, second.argument}}
+        atoms_of = x[group == BATCH]
+        merged = gmoe.merge(model, **read)
+        torch.testing.assert_close(merged(atoms_of), out[group == BATCH], rtol=0, atol=1e-10)
+    gmoe.save(model, tmp_path)
+    loaded = gmoe.load(tmp_path, Net().double())
+    torch.testing.assert_close(loaded(x, BATCH, **told), out, rtol=0, atol=0)
 
 
 def test_types_of_as_many_groups_as_tokens_are_told_apart_or_refused() -> None:
