@@ -58,7 +58,8 @@ class FromInput(FromCall):
         if model is None or not hasattr(model, self._name):
             return super().experts_of(num_experts=num_experts)
         self.arguments_in(model)  # or the network is another's
-        expected: int = model.get_submodule(self._name)[-1].out_features
+        network: Any = model.get_submodule(self._name)
+        expected: int = network[-1].out_features
         legal = f"{expected}, as model.{self._name} has: it decides for all layers"
         check(num_experts in (None, expected), "num_experts", num_experts, legal)
         return expected
