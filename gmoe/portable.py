@@ -5,9 +5,9 @@ A kernel names its portable form in ``@operator(portable=...)``, any other funct
 check of them, no size that follows from them, and no sparse format. One that runs modules stands
 beside the function that it replaces; it, too, is made of what is here.
 
-Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs, B groups, S tokens of a
-group, d head width; M messages, U senders, N sources, R receivers, H heads, G heads of the senders
-(H, or 1 that all heads share), C width, I in, O out features; N blocks of B rows.
+Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs; M messages, U senders, N
+sources, R receivers, H heads, G heads of the senders (H, or 1 that all heads share), C width, I in,
+O out features; N blocks of B rows.
 """
 
 from __future__ import annotations
@@ -136,22 +136,6 @@ def true_columns(mask_ET: Tensor, num_pairs: int) -> Tensor:
 def dtype_of_marks() -> torch.dtype:
     """Of truth values that are added: ONNX's runtime cannot add bytes."""
     return torch.int32
-
-
-def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    """(B, H, S) the votes that each token gets from its group, by all (B, H, S, S) scores at once.
-
-    Args:
-        q_BHSd: queries, already divided by sqrt(d).
-        k_BHSd: keys.
-        mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
-    """
-    scores_BHSS = q_BHSd @ k_BHSd.transpose(-1, -2)
-    if mask_BS is None:
-        return scores_BHSS.softmax(dim=-1).sum(dim=2)
-    scores_BHSS = scores_BHSS.masked_fill_(~mask_BS[:, None, None], -torch.inf)  # gets no votes
-    shares_BHSS = scores_BHSS.softmax(dim=-1)
-    return (shares_BHSS * mask_BS[:, None, :, None]).sum(dim=2)
 
 
 # products -----------------------------------------------------------------------------------------

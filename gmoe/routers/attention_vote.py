@@ -1,20 +1,18 @@
 """Attention vote: each expert picks the tokens to which the others attend.
 
 Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens per group, b
-voters of a block, c columns, M edges with a self-loop added per token, P (token, expert) pairs.
+voters of a block, M edges with a self-loop added per token, P (token, expert) pairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from gmoe import portable
-from gmoe._autograd import gradients_of, operator, unbatched
 from gmoe._checks import check_choice, check_counts, check_positive
 from gmoe.edges import Edges
 from gmoe.portable import exported_as
@@ -33,8 +31,11 @@ from gmoe.sums import dot, softmax
 
 Scope: TypeAlias = Literal["group", "neighbors"]
 
-BLOCK_ELEMENTS = 2**22
-"""Scores held at once: 16 MiB in float32. Votes need this much memory, and O(T)."""
+BLOCK_ELEMENTS = 2**24
+"""Scores of a block of voters: 64 MiB in float32. Votes need three times this memory, and O(T).
+
+Blocks of less than 32 MiB would leave holes in the heap, which grows by them.
+"""
 
 KEPT_PER_WIDTH = 4
 """The softmax is kept for the backward pass if a group has at most this many tokens per unit of the
@@ -139,7 +140,6 @@ class AttentionVote(Router):
         return f"{super().extra_repr()}, scope={self.scope!r}"
 
 
-@exported_as(portable.group_votes)
 def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -> Tensor:
     """(B, H, S) the votes that each token gets from its group; exact, in O(S) memory.
 
@@ -148,121 +148,42 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
         k_BHSd: keys.
         mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
     """
-    is_large = k_BHSd.size(2) > KEPT_PER_WIDTH * k_BHSd.size(3)
-    vote = _Votes.apply if is_large else portable.group_votes
-    return vote(q_BHSd, k_BHSd, mask_BS)
+    if not _is_large(k_BHSd):
+        return _votes_of(q_BHSd, k_BHSd, mask_BS, mask_BS)
+    # Some voters at a time, whose scores are computed again in the backward pass.
+    if mask_BS is None:
+        mask_BS = torch.ones_like(k_BHSd[:, 0, :, 0], dtype=torch.bool)
+    size = max(BLOCK_ELEMENTS // k_BHSd[..., 0].numel(), 1)
+    votes_BHS = torch.zeros_like(k_BHSd[..., 0])
+    for q_BHbd, voters_Bb in zip(q_BHSd.split(size, 2), mask_BS.split(size, 1), strict=True):
+        votes_BHS = votes_BHS + checkpoint(
+            _votes_of,
+            q_BHbd,
+            k_BHSd,
+            mask_BS,
+            voters_Bb,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+    return votes_BHS
 
 
-def _empty_votes(_: Tensor, k_BHSd: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
-    """The shapes of :func:`_vote_by_blocks`, for compilers."""
-    return k_BHSd.new_empty(k_BHSd.shape[:-1]), k_BHSd.new_empty(k_BHSd.shape[:-1])
+@exported_as(lambda _: False)  # how many tokens there are is not known
+def _is_large(k_BHSd: Tensor) -> bool:
+    """True for groups whose scores of all pairs of tokens would take too much memory."""
+    return k_BHSd.size(2) > KEPT_PER_WIDTH * k_BHSd.size(3)
 
 
-@operator(fake=_empty_votes)
-def _vote_by_blocks(
-    q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(B, H, S) votes, and (B, H, S) each voter's log-sum-exp, a block of voters at a time.
-
-    All blocks share one buffer: a new tensor for each block would leave the allocator with holes
-    too small for the next block.
-    """
-    votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
-    log_sum_BHS = torch.empty_like(votes_BHS)  # of each voter's exponentials, for the backward
-    for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
-        log_sum_BHb = share_BHbS.logsumexp(dim=-1)
-        log_sum_BHS[:, :, voters] = log_sum_BHb
-        share_BHbS.sub_(log_sum_BHb[..., None]).exp_()  # a softmax in place
-        vote_BHb = torch.ones_like(log_sum_BHb)
-        if mask_BS is not None:
-            vote_BHb *= mask_BS[:, None, voters]
-        votes_BHS += (vote_BHb[:, :, None] @ share_BHbS).squeeze(2)
-    return votes_BHS, log_sum_BHS
-
-
-def _empty_like_keys(_: Tensor, __: Tensor, k_BHSd: Tensor, *___: Any) -> tuple[Tensor, Tensor]:
-    """The shapes of :func:`_vote_by_blocks_backward`, for compilers."""
-    return k_BHSd.new_empty(k_BHSd.shape), k_BHSd.new_empty(k_BHSd.shape)
-
-
-@operator(fake=_empty_like_keys)
-def _vote_by_blocks_backward(
-    grad_BHS: Tensor, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, log_sum_BHS: Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""(B, H, S, d) the gradients of the queries, and of the keys.
-
-    The shares are computed again, block by block. With shares P of the voters' votes and gradients
-    g of the votes, the gradient of a voter's scores is P (g - P g). Both factors go into the small
-    matrices, so that no second matrix of scores is needed: :math:`dQ = P (g K) - (P g) (P K)` and
-    :math:`dK = g (P^T Q) - P^T ((P g) Q)`.
-    """
-    grad_q_BHSd = k_BHSd.new_zeros(k_BHSd.shape)
-    grad_k_BHSd = k_BHSd.new_zeros(k_BHSd.shape)
-    grad_BHS1 = grad_BHS[..., None]
-    width = k_BHSd.size(-1)
-    # Columns side by side, so that the large matrix is read once for all of them.
-    columns_BHSc = torch.cat([k_BHSd, grad_BHS1 * k_BHSd, grad_BHS1], dim=-1)
-    for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
-        share_BHbS.sub_(log_sum_BHS[:, :, voters, None]).exp_()
-        if mask_BS is not None:
-            share_BHbS *= mask_BS[:, None, voters, None]
-        means_BHbc = share_BHbS @ columns_BHSc
-        mean_k, mean_grad_k, mean_grad = means_BHbc.split([width, width, 1], dim=-1)
-        grad_q_BHSd[:, :, voters] = mean_grad_k - mean_grad * mean_k
-        q_BHbd = q_BHSd[:, :, voters]
-        voters_BHbc = torch.cat([q_BHbd, mean_grad * q_BHbd], dim=-1)
-        received_BHSc = share_BHbS.transpose(-1, -2) @ voters_BHbc
-        of_all, of_mean = received_BHSc.split(width, dim=-1)
-        grad_k_BHSd += grad_BHS1 * of_all - of_mean
-    return grad_q_BHSd, grad_k_BHSd
-
-
-class _Votes(torch.autograd.Function):
-    """Votes by blocks, with a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Tensor:
-        votes_BHS, log_sum_BHS = _vote_by_blocks(q_BHSd, k_BHSd, mask_BS)
-        ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS, log_sum_BHS)
-        return votes_BHS
-
-    @staticmethod
-    @unbatched
-    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        q_BHSd, k_BHSd, mask_BS, log_sum_BHS = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this pass is differentiated itself
-
-            def plain(q_BHSd: Tensor, k_BHSd: Tensor) -> Tensor:
-                return portable.group_votes(q_BHSd, k_BHSd, mask_BS)
-
-            needs = ctx.needs_input_grad[:2]
-            grad_q, grad_k = gradients_of(plain, (q_BHSd, k_BHSd), needs, grad_BHS)
-            return grad_q, grad_k, None
-        grad_q, grad_k = _vote_by_blocks_backward(grad_BHS, q_BHSd, k_BHSd, mask_BS, log_sum_BHS)
-        return grad_q, grad_k, None
-
-
-def _blocks(
-    q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Some voters at a time as a slice, and (B, H, b, S) their scores of all tokens.
-
-    The scores are in a buffer that the next ones overwrite.
-    """
-    batch, heads, size, _ = k_BHSd.shape
-    at_once = max(BLOCK_ELEMENTS // max(batch * heads * size, 1), 1)
-    # As many voters as fit, in blocks of nearly equal length.
-    block = math.ceil(size / math.ceil(size / at_once))
-    buffer = k_BHSd.new_empty(batch * heads * block * size)
-    for start in range(0, size, block):
-        voters = slice(start, min(start + block, size))
-        number = voters.stop - voters.start
-        used = buffer[: batch * heads * number * size]
-        scores_BHbS = used.view(batch, heads, number, size)
-        torch.matmul(q_BHSd[:, :, voters], k_BHSd.transpose(-1, -2), out=scores_BHbS)
-        if mask_BS is not None:
-            scores_BHbS.masked_fill_(~mask_BS[:, None, None], -torch.inf)
-        yield voters, scores_BHbS
+def _votes_of(
+    q_BHbd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, voters_Bb: Tensor | None
+) -> Tensor:
+    """(B, H, S) what some voters give to the tokens of their groups."""
+    scores_BHbS = q_BHbd @ k_BHSd.mT
+    if mask_BS is None or voters_Bb is None:
+        return scores_BHbS.softmax(dim=-1).sum(dim=2)
+    scores_BHbS = scores_BHbS.masked_fill(~mask_BS[:, None, None], -torch.inf)
+    votes_B11b = voters_Bb[:, None, None].to(scores_BHbS.dtype)
+    return (votes_B11b @ scores_BHbS.softmax(dim=-1)).squeeze(2)
 
 
 def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:

@@ -237,25 +237,6 @@ def grad_of(args: Any, heads: int = HEADS) -> Callable[[int, torch.dtype], Args]
     return with_grad
 
 
-def votes(masked: bool) -> Callable[[int, torch.dtype], Args]:
-    def args(width: int, dtype: torch.dtype) -> Args:
-        query = features(2, HEADS, 9, width).to(dtype)
-        key = features(2, HEADS, 9, width, seed=1).to(dtype)
-        mask = torch.arange(18).view(2, 9) % 4 > 0
-        return query, key, mask if masked else None
-
-    return args
-
-
-def votes_grad(masked: bool) -> Callable[[int, torch.dtype], Args]:
-    def args(width: int, dtype: torch.dtype) -> Args:
-        given = votes(masked)(width, dtype)
-        grad, log_sum = torch.ops.gmoe.vote_by_blocks(*given)
-        return grad, *given, log_sum
-
-    return args
-
-
 # whole numbers: neither width nor dtype -----------------------------------------------------------
 
 
@@ -291,7 +272,6 @@ SMALL_PRODUCTS = {"gmoe.products.NUMBERS": 30}
 BY_EXPERT = {"gmoe.routed.AT_ONCE": -1}
 GPU_SUMS = {"gmoe.sums.SPARSE_DEVICES": ()}
 GPU_SCORES = {"gmoe.conv.additive._blocks": in_mixed_blocks}
-SMALL_BLOCKS = {"gmoe.routers.attention_vote.BLOCK_ELEMENTS": 100}
 ALL, EXPERTS_ONLY = (True, True, True), (False, True, True)
 
 ROADS: dict[str, dict[str, Road]] = {
@@ -363,16 +343,6 @@ ROADS: dict[str, dict[str, Road]] = {
         "edge features": Road(grad_of(scores(True)), leaves="bmm"),
         "one head": Road(grad_of(scores(True, 1), 1), leaves="bmm"),
         "GPU": Road(grad_of(scores(True)), "bmm", patches=GPU_SCORES),
-    },
-    "vote_by_blocks": {
-        "all vote": Road(votes(False), leaves="bitwise_not"),
-        "some vote": Road(votes(True), "bitwise_not"),
-        "blocks": Road(votes(True), "bitwise_not", patches=SMALL_BLOCKS),
-    },
-    "vote_by_blocks_backward": {
-        "all vote": Road(votes_grad(False), leaves="bitwise_not"),
-        "some vote": Road(votes_grad(True), "bitwise_not"),
-        "blocks": Road(votes_grad(True), "bitwise_not", patches=SMALL_BLOCKS),
     },
     "sort_edges": {
         "by NumPy": Road(sorting(RADIX_RECEIVERS), leaves="argsort"),

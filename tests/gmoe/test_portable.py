@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from gmoe import blocks, edges, portable, products, sums
 from gmoe._autograd import operator
 from gmoe.portable import exported_as, refuse_in_export
-from gmoe.routers import attention_vote, base, groups
+from gmoe.routers import base, groups
 
 EDGES, SENDERS, RECEIVERS, HEADS, WIDTH, EXPERTS = 40, 12, 9, 3, 5, 4
 
@@ -32,16 +32,6 @@ def sorting() -> Both:
     torch.manual_seed(0)
     ends = torch.randint(SENDERS, (EDGES,)), torch.randint(RECEIVERS, (EDGES,))
     return edges._sort_edges, portable.sort_edges, (*ends, SENDERS, RECEIVERS, True)
-
-
-def votes(masked: bool) -> Both:
-    """More tokens than the softmax is kept for, so that the function works by blocks."""
-    torch.manual_seed(0)
-    size = attention_vote.KEPT_PER_WIDTH * WIDTH + 1
-    mask = torch.arange(size) < torch.tensor([[size], [size // 2]]) if masked else None
-    shape = (2, EXPERTS, size, WIDTH)
-    args = torch.randn(shape), torch.randn(shape), mask
-    return attention_vote.group_votes, portable.group_votes, args
 
 
 def sums_of_messages(heads: int, dtype: torch.dtype, is_ordered: bool) -> Both:
@@ -105,8 +95,6 @@ EQUAL: dict[str, Callable[[], Both]] = {
     "true_columns": true_cells,
     "filled_blocks": filled_blocks,
     "rows_of_blocks": rows_of_blocks,
-    "group_votes": lambda: votes(masked=False),
-    "group_votes, masked": lambda: votes(masked=True),
     **{
         f"positions, {number}": lambda number=number: (  # type: ignore[misc]
             edges._positions,

@@ -104,9 +104,9 @@ print(peak() - before)
 
 
 def test_memory_is_that_of_a_block_with_the_default_allocator() -> None:
-    """Fresh blocks left holes in the heap.
+    """Blocks of less than 32 MiB leave holes in the heap: 579 MB at 6,000 tokens, where 210 do.
 
-    It took 589 MB at 6,000 tokens and 6.2 GB at 20,000, where 58 and 107 MB are needed.
+    All scores at once would take 2 GB.
     """
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
@@ -114,7 +114,7 @@ def test_memory_is_that_of_a_block_with_the_default_allocator() -> None:
     run = subprocess.run(
         [sys.executable, "-c", PEAK], env=environment, capture_output=True, text=True, check=True
     )
-    assert float(run.stdout) < 150  # MB
+    assert float(run.stdout) < 350  # MB
 
 
 def test_autocast_leaves_votes_alone_and_no_warning_reaches_the_user() -> None:
@@ -131,17 +131,6 @@ def test_autocast_leaves_votes_alone_and_no_warning_reaches_the_user() -> None:
     torch.testing.assert_close(found.mean(0), torch.ones(3))
 
 
-def test_voters_are_cut_into_nearly_equal_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", 2 * 3 * 10 * 4)
-    q_BHSd, k_BHSd = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
-    voters = []
-    for block, score_BHbS in attention_vote._blocks(q_BHSd, k_BHSd, None):
-        voters.append(range(10)[block])
-        assert score_BHbS.numel() <= attention_vote.BLOCK_ELEMENTS
-        torch.testing.assert_close(score_BHbS, q_BHSd[:, :, block] @ k_BHSd.transpose(2, 3))
-    assert voters == [range(4), range(4, 8), range(8, 10)]
-
-
 def test_experts_per_token_are_at_most_all_experts() -> None:
     found = [
         AttentionVote(5, num_experts=4, k=2, capacity_factor=factor).experts_per_token
@@ -151,12 +140,16 @@ def test_experts_per_token_are_at_most_all_experts() -> None:
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_votes_by_blocks_have_the_second_gradients_of_all_votes(is_masked: bool) -> None:
+def test_votes_by_blocks_have_the_second_gradients_of_all_votes(
+    is_masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_vote, "KEPT_PER_WIDTH", 0)
+    monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", 2 * 3 * 2 * 5)
     q = torch.randn(3, 2, 5, 4, dtype=DTYPE, requires_grad=True)
     k = torch.randn(3, 2, 5, 4, dtype=DTYPE, requires_grad=True)
     mask = torch.arange(5) < torch.tensor([[5], [3], [1]]) if is_masked else None
 
     def run(q: Tensor, k: Tensor) -> Any:
-        return attention_vote._Votes.apply(q.sin(), k.sin(), mask).square()
+        return attention_vote.group_votes(q.sin(), k.sin(), mask).square()
 
     assert torch.autograd.gradgradcheck(run, (q, k), fast_mode=True)
