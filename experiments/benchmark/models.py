@@ -320,16 +320,6 @@ class ForcesTask(NamedTuple):
 FORCES = ForcesTask(molecules=32, atoms=(8, 16), width=64, sources=4)
 
 
-class Sourced(Potential):
-    """A potential that is told the source of each molecule, and a vector of it, for routers."""
-
-    def forward(  # type: ignore[override]
-        self, z: Tensor, pos: Tensor, batch: Tensor, source: Tensor, system: Tensor
-    ) -> Tensor:
-        """(C,) energies."""
-        return super().forward(z, pos, batch, z)
-
-
 class ByHand(nn.Module):
     """A layer a type, as people write it without experts: PyG's, or a loop over the types.
 
@@ -374,11 +364,11 @@ def forces_row(task: ForcesTask) -> Row:
 
     def loss(model: nn.Module) -> Tensor:
         given = pos.clone().requires_grad_()
-        found = model(z, given, batch, source, system)
+        found = model(z, given, batch, shuffled=z, source=source, system=system, drawn=source)
         (slope,) = torch.autograd.grad(found.sum(), given, create_graph=True)
         return F.mse_loss(found, energy) + F.mse_loss(slope, -force)
 
-    own = Sourced(task.width, energy_scale=1.0)
+    own = Potential(task.width, energy_scale=1.0)
     by_element = ByType("z", ELEMENTS)
     by_source = ByType("source", range(task.sources), batch="batch")
     learned = FromInput("system", dim=task.sources, batch="batch")

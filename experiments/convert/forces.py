@@ -7,6 +7,9 @@ Each molecule gets conformers by RDKit (ETKDG, then UFF), whose atoms are moved 
 atoms takes about 25 ms of a core, most of it for the conformer. All follows from the SMILES and the
 seed, so that no data need to be passed on: this command is the data set.
 
+With several ``theories`` (methods of tblite, or UFF by RDKit) each molecule to train on is labeled
+by one of them, in proportion to ``shares``, as real data are; all others are labeled by all.
+
 Molecules are split by what they are, whichever tables name them. Those of more than 16 atoms, and
 of more than four elements, are test sets of their own; of the others one in ten is for validation
 and one in ten for the test. ``experiments.sweep forces`` trains on the file.
@@ -30,7 +33,7 @@ import tyro
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tqdm import tqdm
 
-from experiments.train.checks import check
+from experiments.train.checks import check, check_choice
 from experiments.train.command_line import program
 from experiments.train.data.forces import ELEMENTS, PARTS, Part
 from experiments.train.files import read_csv, replacing
@@ -49,8 +52,30 @@ BOHR = 0.529177210903
 HARTREE = 27.211386245988
 """In Å and eV (CODATA 2018)."""
 
+KCAL = 0.0433641153087705
+"""A kcal/mol in eV."""
+UFF = "UFF"
+THEORIES = (UFF, "GFN1-xTB", "IPEA1-xTB", "GFN2-xTB")
+"""What labels: a force field of RDKit, and methods of tblite."""
+
 Record: TypeAlias = dict[str, Any]
 """A molecule: ``smiles``, and either the ``reason`` why it was refused or its configurations."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The theories that label molecules, and of those to train on the share of each."""
+
+    theories: tuple[str, ...]
+    shares: tuple[float, ...]
+
+    def of(self, smiles: str, part: Part) -> Sequence[int]:
+        """The numbers of the theories that label a molecule."""
+        if part != "train":
+            return range(len(self.theories))
+        ends = np.cumsum(self.shares) / np.sum(self.shares)
+        drawn = np.random.default_rng([digest(smiles), 1]).random()
+        return [int(np.searchsorted(ends, drawn, side="right"))]
 
 
 @dataclass
@@ -84,8 +109,10 @@ def forces(
     molecules: int = 1000,
     each: int = 4,
     seed: int = 0,
+    theories: tuple[str, ...] = ("GFN2-xTB",),
+    shares: tuple[float, ...] = (),
 ) -> Written:
-    """Write configurations of the molecules of tables, with GFN2-xTB energies and forces.
+    """Write configurations of the molecules of tables, with energies and forces by theories.
 
     Neutral closed-shell molecules of 3 to 20 atoms are taken, of H, C, N, O, F, P, S, Cl and Br;
     the file names all others that were met, with the reason.
@@ -96,10 +123,12 @@ def forces(
         molecules: of each table at most; which ones, follows from a digest of their SMILES.
         each: configurations of a molecule.
         seed: of conformers and moves.
+        theories: what labels them: UFF, GFN1-xTB, IPEA1-xTB, or GFN2-xTB.
+        shares: of the molecules to train on that each theory labels; by default equal ones.
 
     Raises:
-        ValueError: a table without SMILES or that cannot be read; numbers below 1; no molecule
-            that can be taken.
+        ValueError: a table without SMILES or that cannot be read; numbers below 1; shares that are
+            not one for each theory; no molecule that can be taken.
         ModuleNotFoundError: RDKit or tblite is missing.
     """
     import rdkit  # noqa: F401  # before anything is written
@@ -109,14 +138,22 @@ def forces(
     for name, number in (("molecules", molecules), ("each", each)):
         check(number >= 1, name, number, "at least 1")
     check(not out.exists(), "out", f"{out}, which is there already", "another, or delete it")
+    for theory in theories:
+        check_choice("theories", theory, THEORIES)
+    shares = shares or (1.0,) * len(theories)
+    is_one_each = len(shares) == len(theories) and min(shares) > 0
+    check(is_one_each, "shares", shares, f"{len(theories)} numbers above 0")
+    sources = Sources(theories, shares)
     options = {
         "each": each,
         "seed": seed,
+        "theories": theories,
+        "shares": shares,
         "versions": {name: version(name) for name in ("rdkit", "tblite")},
     }
     kept = dict[str, Record]()
     for table in tables:
-        kept |= of_table(table, molecules, each, seed, kept)
+        kept |= of_table(table, molecules, each, seed, sources, kept)
     written = write(out, kept, options)
     print(written.report())
     return written
@@ -127,6 +164,7 @@ def of_table(
     molecules: int,
     each: int,
     seed: int,
+    sources: Sources,
     kept: Mapping[str, Record],
 ) -> dict[str, Record]:
     """The records of a table's molecules, which no table before has."""
@@ -139,7 +177,7 @@ def of_table(
                 break
             if smiles in kept or smiles in records:
                 continue
-            records[smiles] = labeled(smiles, each, seed)
+            records[smiles] = labeled(smiles, each, seed, sources)
             if "reason" not in records[smiles]:
                 taken += 1
                 progress.update()
@@ -179,7 +217,7 @@ def part_of(smiles: str, z: Sequence[int]) -> Part:
 # Labels -------------------------------------------------------------------------------------------
 
 
-def labeled(smiles: str, each: int, seed: int) -> Record:
+def labeled(smiles: str, each: int, seed: int, sources: Sources) -> Record:
     """The configurations of a molecule, with energies (eV) and forces (eV/Å)."""
     from rdkit import Chem, rdBase
 
@@ -192,20 +230,27 @@ def labeled(smiles: str, each: int, seed: int) -> Record:
     if reason:
         return {"smiles": smiles, "reason": reason}
     z = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    part = part_of(smiles, z)
+    record: Record = {"smiles": smiles, "z": z, "part": part, "left_out": 0}
+    record |= {"source": [], "pos": [], "energy": [], "force": []}
     draws = np.random.default_rng([seed, digest(smiles)])
-    record: Record = {"smiles": smiles, "z": z, "pos": [], "energy": [], "force": []}
+    numbers = sources.of(smiles, part)
     for conformer in molecule.GetConformers():
         pos = conformer.GetPositions()
         pos = pos + draws.uniform(*JITTER) * draws.normal(size=pos.shape)
         try:
-            energy, force = singlepoint(np.array(z), pos)
+            found = [singlepoint(sources.theories[one], molecule, pos) for one in numbers]
         except RuntimeError as error:  # tblite's, where it does not converge
             return {"smiles": smiles, "reason": f"tblite: {' '.join(str(error).split())}"}
-        if np.abs(force).max() <= LARGEST_FORCE:
+        if max(np.abs(force).max() for _, force in found) > LARGEST_FORCE:
+            record["left_out"] += len(found)
+            continue
+        for number, (energy, force) in zip(numbers, found, strict=True):
+            record["source"].append(number)
             record["pos"].append(pos.tolist())
             record["energy"].append(energy)
             record["force"].append(force.tolist())
-    return record | {"left_out": molecule.GetNumConformers() - len(record["energy"])}
+    return record
 
 
 def why_not(molecule: Any) -> str:
@@ -237,11 +282,18 @@ def embed(molecule: Any, each: int, seed: int) -> str:
     return ""
 
 
-def singlepoint(z: Any, pos: Any) -> tuple[float, Any]:
-    """GFN2-xTB energy (eV) and forces (eV/Å) at positions in Å."""
+def singlepoint(theory: str, molecule: Any, pos: Any) -> tuple[float, Any]:
+    """Energy (eV) and forces (eV/Å) of a molecule with its atoms at positions in Å."""
+    from rdkit.Chem import rdForceFieldHelpers
     from tblite.interface import Calculator
 
-    calculator = Calculator("GFN2-xTB", z, pos / BOHR)
+    if theory == UFF:
+        field = rdForceFieldHelpers.UFFGetMoleculeForceField(molecule)
+        flat = pos.ravel().tolist()
+        slope = np.reshape(field.CalcGrad(flat), (-1, 3))
+        return field.CalcEnergy(flat) * KCAL, -slope * KCAL
+    z = np.array([atom.GetAtomicNum() for atom in molecule.GetAtoms()])
+    calculator = Calculator(theory, z, pos / BOHR)
     calculator.set("verbosity", 0)
     result = calculator.singlepoint()
     return float(result.get("energy")) * HARTREE, -result.get("gradient") * (HARTREE / BOHR)
@@ -261,13 +313,16 @@ def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> 
             records.append(record)
     got = f"{len(refused)} reasons to refuse all molecules"
     check(records, "tables", got, "a molecule that can be taken")
-    parts = [part_of(record["smiles"], record["z"]) for record in records]
+    parts = [record["part"] for record in records]
     count = [len(record["energy"]) for record in records]
     arrays: dict[str, Any] = {
         "part": np.repeat([PARTS.index(part) for part in parts], count),
         "molecule": np.repeat(np.arange(len(records)), count),
         "atoms": np.repeat([len(record["z"]) for record in records], count),
-        "energy": np.concatenate([record["energy"] for record in records]),
+        **{
+            name: np.concatenate([record[name] for record in records])
+            for name in ("source", "energy")
+        },
         "z": np.concatenate(
             [record["z"] * number for record, number in zip(records, count, strict=True)]
         ),
@@ -280,7 +335,7 @@ def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> 
         "smiles": np.array([record["smiles"] for record in records]),
         "refused": np.array([smiles for names in refused.values() for smiles in names]),
         "reason": np.array([reason for reason, names in refused.items() for _ in names]),
-        "made": np.array(f"experiments.convert forces, GFN2-xTB, {json.dumps(options)}"),
+        "made": np.array(f"experiments.convert forces, {json.dumps(options)}"),
     }
     with replacing(out) as fresh, fresh.open("wb") as file:
         np.savez_compressed(file, **arrays)

@@ -1,13 +1,16 @@
-"""Forces by experts of each element: ``python -m experiments.sweep forces --data forces.npz``.
+"""Forces by experts: ``python -m experiments.sweep forces --data forces.npz --columns small``.
 
-PyG's ``SchNet`` on configurations that ``experiments.convert forces`` writes. All arms have the
-same steps, batches and sweep: three step sizes with the first seed, up to two more as long as the
-best is at an end, and validation (the error of forces) chooses among them. The other seeds train
-with that one. The test parts are read once for each seed, with the chosen step size.
+PyG's ``SchNet`` on configurations that ``experiments.convert forces`` writes: by element, on labels
+of one theory (``small``), and one model for four theories, two of which label few molecules (the
+other columns). All arms have the same steps, batches and sweep: three step sizes with the first
+seed, up to two more as long as the best is at an end, and validation (the error of forces) chooses
+among them. The other seeds train with that one. The test parts are read once for each seed, with
+the chosen step size.
 
-Arms and their order were fixed before the first result. A dense model of equal FLOPs is no arm:
-experts by element take the dense model's FLOPs. Nor is a shared expert beside zero experts: for a
-linear layer, W_0 x + V_z x is W_0 + D_z, and trains alike, at more FLOPs.
+Arms (:mod:`experiments.study.potentials`) and their order were fixed before the first result. A
+dense model of equal FLOPs is no arm: experts by element take the dense model's FLOPs. Nor is a
+shared expert beside zero experts: for a linear layer, W_0 x + V_z x is W_0 + D_z, and trains alike,
+at more FLOPs.
 """
 
 from __future__ import annotations
@@ -15,108 +18,33 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import gmoe
 from experiments.show.cells import read_cells
 from experiments.show.tables import markdown
+from experiments.study.potentials import OF_ELEMENTS, OF_SOURCES, SOURCES, Arm
 from experiments.study.running import ForcesConfig
 from experiments.train.build import num_parameters
 from experiments.train.checks import check, check_choice
-from experiments.train.data.forces import ELEMENTS, Configurations, Part, read_configurations
+from experiments.train.data.forces import Configurations, read_configurations
 from experiments.train.files import read_json, replacing
-from experiments.train.potential import ATOMWISE, Potential, Recipe, atomwise, errors, train
+from experiments.train.potential import Recipe, errors, train
 from experiments.train.results import environment, spread, write_json
 from experiments.train.scores import Difference, shown
-from gmoe.routers import ByType
 
 RATES = (4e-3, 8e-3, 1.6e-2)
 """Step sizes of the sweep, to begin with."""
 MOST_RATES = 5
-TESTS: tuple[Part, ...] = ("test", "larger", "elements")
-BY_ELEMENT = ByType("z", ELEMENTS)
-
-
-# Arms ---------------------------------------------------------------------------------------------
-
-
-class ScaleShift(nn.Module):
-    """A linear layer, then a scale and a shift by element: the embedding again, and no experts.
-
-    Args:
-        linear: the layer.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-        self.router = BY_ELEMENT(linear.in_features, num_experts=len(ELEMENTS))
-        self.scale = nn.Parameter(torch.zeros(len(ELEMENTS), linear.out_features))
-        self.shift = nn.Parameter(torch.zeros(len(ELEMENTS), linear.out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(A, O) for (A, I)."""
-        element = self.router(x).scores.argmax(dim=1)
-        out: Tensor = self.linear(x)
-        return out * (1 + self.scale[element]) + self.shift[element]
-
-
-def scale_shift(width: int, energy_scale: float) -> nn.Module:
-    """SchNet with a scale and a shift by element after each linear layer on atoms."""
-    model = Potential(width, energy_scale)
-    for name in atomwise(model):
-        model.set_submodule(name, ScaleShift(model.get_submodule(name)))
-    BY_ELEMENT.attach(model)
-    return model
-
-
-def experts(width: int, energy_scale: float, **options: Any) -> nn.Module:
-    """SchNet with experts in all linear layers on atoms."""
-    return gmoe.moefy(Potential(width, energy_scale), targets=ATOMWISE, **options)
-
-
-def of_equal_time(width: int, energy_scale: float) -> nn.Module:
-    """The dense model whose steps take as long as with experts W_0 + D_z, at width 32."""
-    return Potential(round(1.25 * width), energy_scale)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """A model that is compared with others."""
-
-    label: str
-    build: Callable[[int, float], nn.Module]
-    """Of the dense width, and the scale of energies."""
-    cost: float
-    """Seconds of a step, in those of the dense model; measured before, for prices."""
-
-
-ARMS = {
-    "dense": Arm(label="dense", build=Potential, cost=1.0),
-    "scale-shift": Arm(label="a scale and a shift by element", build=scale_shift, cost=1.1),
-    "element": Arm(
-        label="experts by element, W₀ + Δ",
-        build=partial(experts, router=BY_ELEMENT, start="copies"),
-        cost=1.3,
-    ),
-    "shuffled": Arm(
-        label="the same by another atom's element",
-        build=partial(experts, router=ByType("shuffled", ELEMENTS), start="copies"),
-        cost=1.3,
-    ),
-    "dense-time": Arm(label="dense, equal time", build=of_equal_time, cost=1.25),
-}
-"""All arms, in the order in which they run, a seed of each in turn."""
-CONTROLS = ("dense", "scale-shift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,20 +55,54 @@ class Column:
     seeds: tuple[int, ...]
     seconds: float
     """Of 1,000 steps of the dense model on one core; measured before, for prices."""
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: Mapping[str, Arm]
+    tests: tuple[str, ...]
+    """The parts that are read once."""
+    controls: tuple[str, ...]
+    """Arms that others are shown beside."""
+    poor: tuple[int, ...] = ()
+    """Sources that label few molecules; none if there is one source."""
 
     def price(self, arm: str) -> float:
         """Hours of one run."""
-        return ARMS[arm].cost * self.seconds * self.recipe.steps / 1000 / 3600
+        return self.arms[arm].cost * self.seconds * self.recipe.steps / 1000 / 3600
+
+
+def _sources(width: int, poor: tuple[int, ...]) -> Column:
+    """One model for four theories; a batch has more of the rich ones."""
+    tests = [f"{part}/{source}" for part in ("test", "larger") for source in range(SOURCES)]
+    best = ("embedded", "wider", "element", "learned")
+    return Column(
+        recipe=Recipe(
+            width=width,
+            steps=3_000,
+            of_sources=tuple(2 if source in poor else 6 for source in range(SOURCES)),
+        ),
+        seeds=(0, 1, 2, 3, 4) if width == 32 else (0, 1, 2),
+        seconds=16 if width == 32 else 35,
+        arms=OF_SOURCES if width == 32 else {name: OF_SOURCES[name] for name in best},
+        tests=tuple(tests),
+        controls=("embedded", "wider"),
+        poor=poor,
+    )
 
 
 COLUMNS = {
     "small": Column(
-        recipe=Recipe(width=32, train=3_900, steps=1_000, batch_size=16),
+        recipe=Recipe(width=32, train=3_900, steps=1_000, of_sources=(16,)),
         seeds=(0, 1, 2),
         seconds=50,
+        arms=OF_ELEMENTS,
+        tests=("test", "larger", "elements"),
+        controls=("dense", "scale-shift"),
     ),
+    "sources": _sources(32, poor=(2, 3)),
+    "sources-wide": _sources(64, poor=(2, 3)),
+    "sources-other": _sources(32, poor=(0, 1)),
+    "sources-alike": _sources(32, poor=(2, 3)),
 }
+"""``sources`` and ``sources-wide`` are of one file, ``sources-other`` of one in which other
+theories are poor, and ``sources-alike``, a control, of one with four names for one theory."""
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -158,7 +120,9 @@ class Cell:
     @property
     def config(self) -> dict[str, Any]:
         """What figures depend on, beside step size and seed."""
-        return asdict(COLUMNS[self.column].recipe) | {"digest": self.data.digest}
+        recipe = COLUMNS[self.column].recipe
+        own = {"of_sources": [*recipe.of_sources], "digest": self.data.digest}
+        return asdict(recipe) | own
 
     @property
     def price(self) -> float:
@@ -200,8 +164,8 @@ class Cell:
     def model(self, seed: int) -> nn.Module:
         """The model of a seed before training."""
         torch.manual_seed(seed)
-        width = COLUMNS[self.column].recipe.width
-        return ARMS[self.arm].build(width, self.data.energy_scale)
+        column = COLUMNS[self.column]
+        return column.arms[self.arm].build(column.recipe.width, self.data.energy_scale)
 
     def run(self, lr: float, seed: int) -> None:
         """Train, and write weights and figures; the test parts are not read."""
@@ -243,7 +207,8 @@ class Cell:
         if "test" not in figures:
             model = self.model(seed)
             load_model(model, folder / "weights.safetensors")
-            figures |= {part: errors(model, self.data, part) for part in TESTS}
+            tests = COLUMNS[self.column].tests
+            figures["test"] = {part: errors(model, self.data, part) for part in tests}
             write_json(folder / "result.json", figures)
         return figures
 
@@ -268,7 +233,7 @@ def flops_of_atom(model: nn.Module, data: Configurations) -> float:
     """FLOPs of an energy, an atom, in evaluation, on the first configurations of validation."""
     given = data.batch(data.rows["val"][:16])
     with torch.no_grad():
-        flops = gmoe.count_flops(model.eval(), given.z, given.pos, given.batch, given.shuffled)
+        flops = gmoe.count_flops(model.eval(), **given.inputs)
     return round(flops / len(given.z), 1)
 
 
@@ -276,14 +241,21 @@ def run_forces(config: ForcesConfig) -> tuple[str, dict[str, str]]:
     """Run what is missing, in the order of the plan: the tables, and what could not be run."""
     begun = time.monotonic()
     failed = dict[str, str]()
-    for name, column in COLUMNS.items():
+    for name in config.columns:
+        check_choice("columns", name, COLUMNS)
+        column = COLUMNS[name]
+        for row in config.rows:
+            check_choice("rows", row, column.arms)
         try:
             data = read_configurations(config.data, column.recipe.train)
+            sources = len(column.recipe.of_sources)
+            check(data.sources == sources, str(config.data), f"{data.sources} sources", sources)
         except ValueError as error:
             failed[name] = str(error)
             continue
         cells = {
-            arm: Cell(column=name, arm=arm, data=data, folder=config.runs) for arm in column.arms
+            arm: Cell(column=name, arm=arm, data=data, folder=config.runs)
+            for arm in config.rows or column.arms
         }
         for cell in cells.values():  # of a command that was cut off behind a run
             write_cell(cell, config.results)
@@ -294,7 +266,7 @@ def run_forces(config: ForcesConfig) -> tuple[str, dict[str, str]]:
             cell.run(lr, seed)
             print(f"{name}/{cell.arm}, step size {lr:g}, seed {seed}", file=sys.stderr, flush=True)
             write_cell(cell, config.results)
-    return forces_tables(read_forces(config.results / "forces")), failed
+    return forces_tables(read_forces(config.results / "forces"), config.columns), failed
 
 
 def missing_runs(
@@ -317,20 +289,19 @@ def write_cell(cell: Cell, results: Path) -> None:
     if next_rate(sweep) is not None:
         return
     lr = chosen_rate(sweep)
-    seeds = [seed for seed in COLUMNS[cell.column].seeds if cell.held(lr, seed) is not None]
+    column = COLUMNS[cell.column]
+    seeds = [seed for seed in column.seeds if cell.held(lr, seed) is not None]
     runs = [cell.tested(lr, seed) for seed in seeds]
     summary: dict[str, Any] = {
-        "label": ARMS[cell.arm].label,
+        "label": column.arms[cell.arm].label,
         "lr": lr,
         "sweep": {
             f"{tried:g}": value if math.isfinite(value) else None
             for tried, value in sorted(sweep.items())
         },
         "seeds": seeds,
-        **{
-            part: {name: spread([run[part][name] for run in runs]) for name in ("force", "energy")}
-            for part in ("val", *TESTS)
-        },
+        "val": spread_of([run["val"] for run in runs]),
+        **{part: spread_of([run["test"][part] for run in runs]) for part in column.tests},
         "seconds": spread([run["seconds"] for run in runs]),
         "flops": runs[0]["flops"],
         "parameters": runs[0]["parameters"],
@@ -340,62 +311,100 @@ def write_cell(cell: Cell, results: Path) -> None:
     write_json(results / "forces" / cell.column / f"{cell.arm}.json", summary)
 
 
+def spread_of(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The errors of forces and energies of some runs."""
+    return {name: spread([run[name] for run in runs]) for name in ("force", "energy")}
+
+
 # Tables -------------------------------------------------------------------------------------------
 
 
 def read_forces(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The finished arms, by column."""
-    return read_cells(folder, COLUMNS, ARMS)
+    rows = dict.fromkeys(arm for column in COLUMNS.values() for arm in column.arms)
+    return read_cells(folder, COLUMNS, rows)
 
 
-def change(arm: Mapping[str, Any], control: Mapping[str, Any], part: Part, error: str) -> str:
+def change(
+    arm: Mapping[str, Any], control: Mapping[str, Any], parts: Sequence[str], error: str
+) -> str:
     """How much larger an error is than a control's, in percent, with its 95 % interval.
 
-    Paired by seed: it is the mean of the logarithms of ratios.
+    Paired by seed: it is the mean of the logarithms of ratios, over the parts.
     """
     if arm is control:
         return "–"
-    ours = by_seed(arm, part, error)
-    theirs = by_seed(control, part, error)
-    ratios = [math.log(ours[seed] / theirs[seed]) for seed in ours if seed in theirs]
-    found = Difference.of(ratios)
+    ours = logs_by_seed(arm, parts, error)
+    theirs = logs_by_seed(control, parts, error)
+    found = Difference.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     mean, low, high = (100 * math.expm1(value) for value in (found.mean, found.low, found.high))
     if found.n == 1:
         return f"{mean:+.1f}"
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def by_seed(arm: Mapping[str, Any], part: Part, error: str) -> dict[int, float]:
-    """The errors of an arm."""
-    seeds: list[int] = arm["seeds"]
-    values: list[float] = arm[part][error]["values"]
-    return dict(zip(seeds, values, strict=True))
+def logs_by_seed(arm: Mapping[str, Any], parts: Sequence[str], error: str) -> dict[int, float]:
+    """The mean logarithm of an arm's errors."""
+    values = [[math.log(value) for value in arm[part][error]["values"]] for part in parts]
+    return dict(zip(arm["seeds"], map(fmean, zip(*values, strict=True)), strict=True))
 
 
-def forces_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line an arm: errors on the test part, and beside the controls, in percent."""
-    controls = {name: arms[name] for name in CONTROLS if name in arms}
+def forces_table(column: Column, arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line an arm: errors on the test parts, and beside the controls, in percent."""
+    controls = {name: arms[name] for name in column.controls if name in arms}
+    first = controls.get(column.controls[0])
     lines = []
     for arm in arms.values():
-        line = {
-            "model": arm["label"],
-            "step size": f"{arm['lr']:g}",
-            "n": str(len(arm["seeds"])),
-            "forces, meV/Å": shown(arm["test"]["force"], ".1f"),
-            "energy, meV an atom": shown(arm["test"]["energy"], ".1f"),
-        }
-        for name, control in controls.items():
-            line[f"forces beside {ARMS[name].label}, %"] = change(arm, control, "test", "force")
-        if "dense" in controls:
-            dense = controls["dense"]
-            line["energy beside dense, %"] = change(arm, dense, "test", "energy")
-            line["forces of larger molecules, %"] = change(arm, dense, "larger", "force")
-            line["of more elements, %"] = change(arm, dense, "elements", "force")
+        line = {"model": arm["label"], "step size": f"{arm['lr']:g}", "n": str(len(arm["seeds"]))}
+        shows = _of_sources if column.poor else _of_one_source
+        line |= shows(column, arm, controls, first)
         line["kFLOP an atom"] = f"{arm['flops'] / 1000:.0f}"
         line["parameters"] = f"{arm['parameters']:,}"
         line["CPU s"] = f"{arm['seconds']['mean']:.0f}"
         lines.append(line)
     return markdown(lines)
+
+
+Shown: TypeAlias = Mapping[str, Any]
+"""The summary of an arm."""
+
+
+def _of_one_source(
+    column: Column, arm: Shown, controls: Mapping[str, Shown], dense: Shown | None
+) -> dict[str, str]:
+    line = {
+        "forces, meV/Å": shown(arm["test"]["force"], ".1f"),
+        "energy, meV an atom": shown(arm["test"]["energy"], ".1f"),
+    }
+    for name, control in controls.items():
+        label = f"forces beside {column.arms[name].label}, %"
+        line[label] = change(arm, control, ["test"], "force")
+    if dense is not None:
+        line["energy beside dense, %"] = change(arm, dense, ["test"], "energy")
+        line["forces of larger molecules, %"] = change(arm, dense, ["larger"], "force")
+        line["of more elements, %"] = change(arm, dense, ["elements"], "force")
+    return line
+
+
+def _of_sources(
+    column: Column, arm: Shown, controls: Mapping[str, Shown], told: Shown | None
+) -> dict[str, str]:
+    sources = range(len(column.recipe.of_sources))
+    poor = [f"test/{source}" for source in column.poor]
+    rich = [f"test/{source}" for source in sources if source not in column.poor]
+    line = {
+        f"forces of {source + 1}, meV/Å": shown(arm[f"test/{source}"]["force"], ".0f")
+        for source in sources
+    }
+    for name, control in controls.items():
+        label = f"forces of the poor beside {column.arms[name].label}, %"
+        line[label] = change(arm, control, poor, "force")
+    if told is not None:
+        larger = [f"larger/{source}" for source in column.poor]
+        line["of the rich, %"] = change(arm, told, rich, "force")
+        line["energies of the poor, %"] = change(arm, told, poor, "energy")
+        line["forces of larger molecules, poor, %"] = change(arm, told, larger, "force")
+    return line
 
 
 def not_run(column: str, arms: Mapping[str, Mapping[str, Any]]) -> str:
@@ -410,7 +419,7 @@ def not_run(column: str, arms: Mapping[str, Mapping[str, Any]]) -> str:
             missing[name] = runs * plan.price(name)
     if not missing:
         return ""
-    each = "; ".join(f"{ARMS[name].label} {hours:.2f}" for name, hours in missing.items())
+    each = "; ".join(f"{plan.arms[name].label} {hours:.2f}" for name, hours in missing.items())
     return f"`{column}`: not run, {sum(missing.values()):.2f} hours of a core ({each})."
 
 
@@ -426,9 +435,9 @@ def forces_tables(
         if arms:
             recipe = COLUMNS[column].recipe
             texts.append(
-                f"`{column}`: width {recipe.width}, {recipe.train:,} configurations, "
-                f"{recipe.steps:,} steps of {recipe.batch_size}."
+                f"`{column}`: width {recipe.width}, {recipe.steps:,} steps of "
+                f"{sum(recipe.of_sources)}."
             )
-            texts.append(forces_table(arms))
+            texts.append(forces_table(COLUMNS[column], arms))
         texts.append(not_run(column, arms))
     return "\n\n".join(filter(None, texts))

@@ -38,6 +38,11 @@ class ForcesConfig:
 
     data: Path = Path("forces.npz")
     """The file that experiments.convert forces wrote."""
+    columns: tuple[str, ...] = ("small",)
+    """What is asked of it: small, or of four theories sources, sources-wide, sources-other,
+    sources-alike."""
+    rows: tuple[str, ...] = ()
+    """Models; by default all."""
     runs: Path = Path("runs/forces")
     """Folder of single runs: figures and weights."""
     results: Path = Path("results")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch_geometric.nn import SchNet
 
-from experiments.train.data.forces import Configurations, Molecules, Part
+from experiments.train.checks import check
+from experiments.train.data.forces import Configurations, Molecules
 
 ATOMWISE = ("interactions.*.conv.lin*", "interactions.*.lin", "lin1", "lin2")
 """SchNet's linear layers on atoms: all but those of its filters, which see distances."""
@@ -44,7 +45,8 @@ class Potential(SchNet):
 
     Shapes:
         - ``z``, ``batch``: (A,) elements, and configuration of each atom; ``pos``: (A, 3) in Å.
-        - ``shuffled``: (A,) elements of other atoms, which only a router may read.
+        - ``shuffled``, ``source``, ``system``, ``drawn``: see
+          :class:`~experiments.train.data.forces.Molecules`. Routers may read them.
         - returns (C,) energies.
     """
 
@@ -60,10 +62,23 @@ class Potential(SchNet):
             std=energy_scale,
         )
 
-    def forward(self, z: Tensor, pos: Tensor, batch: Tensor, shuffled: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        pos: Tensor,
+        batch: Tensor,
+        shuffled: Tensor,
+        source: Tensor,
+        system: Tensor,
+        drawn: Tensor,
+    ) -> Tensor:
         """The energies; see the class."""
+        self.tell(system[batch])
         energy: Tensor = super().forward(z, pos, batch)[:, 0]
         return energy
+
+    def tell(self, system: Tensor) -> None:
+        """What a kind of potential does with the system of each atom (A, S + elements)."""
 
 
 def neighbors(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +102,7 @@ def atomwise(model: nn.Module) -> list[str]:
 def predict(model: nn.Module, given: Molecules) -> tuple[Tensor, Tensor]:
     """(C,) energies and (A, 3) forces; in training these can be differentiated again."""
     pos = given.pos.clone().requires_grad_()
-    energy = model(given.z, pos, given.batch, given.shuffled)
+    energy = model(**given._replace(pos=pos).inputs)
     (slope,) = torch.autograd.grad(energy.sum(), pos, create_graph=model.training)
     return energy, -slope
 
@@ -106,10 +121,11 @@ class Recipe:
 
     width: int
     """D, of the dense model."""
-    train: int
-    """Configurations to train on."""
     steps: int
-    batch_size: int
+    of_sources: tuple[int, ...]
+    """Configurations of each source in a batch."""
+    train: int | None = None
+    """Configurations to train on; by default all."""
 
 
 def factor(step: int, steps: int) -> float:
@@ -134,19 +150,30 @@ def train(
 
 
 def batches(data: Configurations, recipe: Recipe, seed: int) -> Iterator[Molecules]:
-    """One for each step: pass after pass over the training part, shuffled, in whole batches."""
+    """One for each step: pass after pass over what a source has to train on, shuffled, in whole
+    batches."""
     generator = torch.Generator().manual_seed(seed)
-    rows = data.rows["train"]
-    whole = len(rows) // recipe.batch_size
-    left = recipe.steps
-    while left:
+    own = [
+        passes(data.rows[f"train/{source}"], number, generator)
+        for source, number in enumerate(recipe.of_sources)
+    ]
+    for _ in range(recipe.steps):
+        yield data.batch(torch.cat([next(rows) for rows in own]))
+
+
+def passes(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows in whole batches, shuffled anew in each pass over them, without an end.
+
+    Raises:
+        ValueError: fewer rows than one batch has.
+    """
+    check(len(rows) >= size, "data", f"{len(rows)} configurations of a source", f"at least {size}")
+    while True:
         order = torch.randperm(len(rows), generator=generator)
-        for place in order.split(recipe.batch_size)[: min(whole, left)]:
-            yield data.batch(rows[place])
-            left -= 1
+        yield from rows[order].split(size)[: len(rows) // size]
 
 
-def errors(model: nn.Module, data: Configurations, part: Part) -> dict[str, float]:
+def errors(model: nn.Module, data: Configurations, part: str) -> dict[str, float]:
     """Mean absolute errors of forces (meV/Å, of components) and energies (meV an atom)."""
     model.eval()
     of_force = of_energy = 0.0

@@ -1,6 +1,6 @@
 """Configurations of molecules with energies and forces, as ``experiments.convert forces`` writes.
 
-Shapes: C configurations, A atoms of all of them, M molecules.
+Shapes: C configurations, A atoms of all of them, M molecules, S sources of labels.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from experiments.train.checks import check
 from experiments.train.files import read_npz
@@ -26,10 +28,18 @@ molecules of more atoms, and molecules of more different elements."""
 PARTS: tuple[Part, ...] = get_args(Part)
 MOST_EVALUATED = 500
 """Configurations of a part that are evaluated; of more, some that are spread over the file."""
+DRAWN = 4
+"""Kinds of molecules that are drawn by chance, for a control."""
 WIDTHS = {
-    "part": (), "molecule": (), "atoms": (), "energy": (), "z": (), "pos": (3,), "force": (3,)
+    "part": (), "molecule": (), "atoms": (), "source": (), "energy": (), "z": (), "pos": (3,),
+    "force": (3,),
 }  # fmt: skip
 """The arrays of numbers, and the shape of a row of each."""
+
+
+LABELS = ("energy", "force")
+SHARE_SCALE = 3.0
+"""Shares of elements are small beside a one-hot source."""
 
 
 class Molecules(NamedTuple):
@@ -43,6 +53,12 @@ class Molecules(NamedTuple):
     """(A,) the configuration of each atom, from 0, ascending."""
     shuffled: Tensor
     """(A,) atomic numbers of other atoms of the same molecule."""
+    source: Tensor
+    """(C,) what labeled each configuration, from 0."""
+    system: Tensor
+    """(C, S + elements) the source, one-hot, and ``SHARE_SCALE`` times the shares of elements."""
+    drawn: Tensor
+    """(C,) a number that is drawn for each molecule."""
     energy: Tensor
     """(C,) in eV, less the mean energies of the atoms."""
     force: Tensor
@@ -53,20 +69,26 @@ class Molecules(NamedTuple):
         """(C,) atoms of each configuration."""
         return torch.bincount(self.batch, minlength=len(self.energy))
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """All but energies and forces, by the names of a model's arguments."""
+        return {name: value for name, value in self._asdict().items() if name not in LABELS}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Configurations:
     """All configurations of a file.
 
-    From the energies a least-squares fit by elements is taken off, made on the training part: what
-    is left is what a model has to learn.
+    From the energies a least-squares fit by elements is taken off, made on the training part of
+    each source: what is left is what a model has to learn.
     """
 
     molecules: Molecules
     start: Tensor
     """(C + 1,) the first atom of each configuration, and the number of atoms."""
-    rows: dict[Part, Tensor]
-    """The configurations of each part that count, in the order of the file."""
+    rows: dict[str, Tensor]
+    """The configurations of each part that count, in the order of the file; of those that one
+    source labeled, ``PART/SOURCE``."""
     energy_scale: float
     """Spread of the energy of an atom, on the training part."""
     force_scale: float
@@ -87,11 +109,19 @@ class Configurations:
             every.pos[atom],
             batch,
             every.shuffled[atom],
+            every.source[rows],
+            every.system[rows],
+            every.drawn[rows],
             every.energy[rows],
             every.force[atom],
         )
 
-    def batches(self, part: Part, size: int) -> Iterator[Molecules]:
+    @property
+    def sources(self) -> int:
+        """S."""
+        return int(self.molecules.source.max()) + 1
+
+    def batches(self, part: str, size: int) -> Iterator[Molecules]:
         """All configurations of a part."""
         for rows in self.rows[part].split(size):
             yield self.batch(rows)
@@ -122,7 +152,8 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
 
     part = torch.from_numpy(arrays["part"].astype(np.int64))
-    rows: dict[Part, Tensor] = {
+    source = torch.from_numpy(arrays["source"].astype(np.int64))
+    rows: dict[str, Tensor] = {
         name: (part == number).nonzero()[:, 0] for number, name in enumerate(PARTS)
     }
     for name, of_part in rows.items():
@@ -131,8 +162,12 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
         there = len(rows["train"])
         check(there >= train, str(path), f"{there} training configurations", f"{train} or more")
         rows["train"] = evenly(rows["train"], train)
+    sources = int(source.max()) + 1
     for name in PARTS[1:]:
-        rows[name] = evenly(rows[name], min(len(rows[name]), MOST_EVALUATED))
+        rows[name] = evenly(rows[name], min(len(rows[name]), MOST_EVALUATED * sources))
+    for name, number in product(PARTS, range(sources)):
+        rows[f"{name}/{number}"] = rows[name][source[rows[name]] == number]
+        check(len(rows[f"{name}/{number}"]), str(path), f"no {name} of source {number}", "some")
 
     z = torch.from_numpy(arrays["z"].astype(np.int64))
     batch = torch.arange(configurations).repeat_interleave(count)
@@ -142,19 +177,27 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
     composition = torch.zeros(configurations, len(ELEMENTS), dtype=torch.float64)
     composition.index_add_(0, batch, is_element.double())
     energy = torch.from_numpy(arrays["energy"].astype(np.float64))
+    for number in range(sources):
+        fitted, own = rows[f"train/{number}"], source == number
+        by_element = torch.linalg.lstsq(composition[fitted], energy[fitted, None], driver="gelsd")
+        energy[own] -= (composition[own] @ by_element.solution)[:, 0]
     fitted = rows["train"]
-    by_element = torch.linalg.lstsq(composition[fitted], energy[fitted, None], driver="gelsd")
-    energy = energy - (composition @ by_element.solution)[:, 0]
     force = torch.from_numpy(arrays["force"].astype(np.float32))
     is_fitted = torch.zeros(configurations, dtype=torch.bool)
     is_fitted[fitted] = True
+    molecule = torch.from_numpy(arrays["molecule"].astype(np.int64))
+    shares = SHARE_SCALE * composition / count[:, None]
+    generator = torch.Generator().manual_seed(0)
     molecules = Molecules(
-        z,
-        torch.from_numpy(arrays["pos"].astype(np.float32)),
-        batch,
-        shuffled(z, batch, torch.from_numpy(arrays["molecule"].astype(np.int64))[batch]),
-        energy.float(),
-        force,
+        z=z,
+        pos=torch.from_numpy(arrays["pos"].astype(np.float32)),
+        batch=batch,
+        shuffled=shuffled(z, batch, molecule[batch]),
+        source=source,
+        system=torch.cat([one_hot(source, sources), shares], dim=1).float(),
+        drawn=torch.randint(DRAWN, (int(molecule.max()) + 1,), generator=generator)[molecule],
+        energy=energy.float(),
+        force=force,
     )
     return Configurations(
         molecules=molecules,

@@ -12,7 +12,14 @@ import pytest
 pytest.importorskip("rdkit")
 
 from experiments.convert import forces as module
-from experiments.convert.forces import canonical, forces, main, part_of, singlepoint
+from experiments.convert.forces import (
+    THEORIES,
+    canonical,
+    forces,
+    main,
+    part_of,
+    singlepoint,
+)
 from experiments.train.data.forces import PARTS
 from tests.helpers.command import refused
 
@@ -42,8 +49,8 @@ def springs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Atoms on springs in place of xTB, where only the file is looked at; counts the calls."""
     calls = list[int]()
 
-    def singlepoint(z: Any, pos: Any) -> tuple[float, Any]:
-        calls.append(len(z))
+    def singlepoint(theory: str, molecule: Any, pos: Any) -> tuple[float, Any]:
+        calls.append(len(pos))
         return float((pos**2).sum()), -2 * pos
 
     pytest.importorskip("tblite")
@@ -51,33 +58,63 @@ def springs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_forces_are_the_slopes_of_the_energy() -> None:
+@pytest.mark.parametrize("theory", THEORIES)
+def test_forces_are_the_slopes_of_the_energy(theory: str) -> None:
     pytest.importorskip("tblite")
-    z = np.array([8, 1, 1])
+    water = made("O")
     pos = np.array([[0.0, 0.0, 0.0], [0.96, 0.1, 0.0], [-0.2, 0.93, 0.05]])
-    energy, force = singlepoint(z, pos)
-    assert energy == pytest.approx(-5.07 * 27.2114, rel=0.002)  # GFN2-xTB's of water
+    energy, force = singlepoint(theory, water, pos)
+    if theory == "GFN2-xTB":
+        assert energy == pytest.approx(-5.07 * 27.2114, rel=0.002)
     step = 1e-4
     for atom, axis in np.ndindex(*pos.shape):
         move = np.zeros_like(pos)
         move[atom, axis] = step
-        slope = (singlepoint(z, pos + move)[0] - singlepoint(z, pos - move)[0]) / (2 * step)
-        assert force[atom, axis] == pytest.approx(-slope, abs=2e-4)
+        ends = [singlepoint(theory, water, pos + sign * move)[0] for sign in (1, -1)]
+        assert force[atom, axis] == pytest.approx((ends[1] - ends[0]) / (2 * step), abs=2e-4)
 
 
-def test_a_file_holds_what_the_calculator_says(table: Path, tmp_path: Path) -> None:
+def made(smiles: str) -> Any:
+    """A molecule with its hydrogens, and a place for each atom."""
+    from rdkit import Chem
+
+    molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    assert not module.embed(molecule, 1, 0)
+    return molecule
+
+
+def test_a_file_holds_what_the_calculators_say(table: Path, tmp_path: Path) -> None:
+    """A molecule to train on has one theory, others have all."""
     pytest.importorskip("tblite")
     out = tmp_path / "forces.npz"
-    written = forces((table,), out, each=2)
+    written = forces((table,), out, each=2, theories=("UFF", "GFN2-xTB"), shares=(1, 3))
     found = np.load(out)
     start = np.concatenate([[0], found["atoms"].cumsum()])
-    for row in (0, len(found["energy"]) - 1):
+    for row in range(0, len(found["energy"]), 9):
         atoms = slice(start[row], start[row + 1])
-        energy, force = singlepoint(found["z"][atoms], found["pos"][atoms])
+        theory = ("UFF", "GFN2-xTB")[found["source"][row]]
+        molecule = made(found["smiles"][found["molecule"][row]])
+        energy, force = singlepoint(theory, molecule, found["pos"][atoms])
         assert found["energy"][row] == pytest.approx(energy, abs=1e-9)
         np.testing.assert_allclose(found["force"][atoms], force, atol=1e-9)
+    for molecule in range(len(found["smiles"])):
+        own = found["molecule"] == molecule
+        is_trained = found["part"][own][0] == 0
+        assert len({*found["source"][own]}) == (1 if is_trained else 2)
+    assert {*found["source"][found["part"] == 0]} == {0, 1}
     assert sum(written.configurations.values()) == len(found["energy"])
-    assert sum(written.configurations.values()) + written.left_out == 2 * len(found["smiles"])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"theories": ("DFT",)}, "theories: got 'DFT'"), ({"shares": (1, 2)}, "shares: got")],
+)
+def test_theories_that_there_are_not_are_refused(
+    options: Any, what: str, table: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tblite")
+    with pytest.raises(ValueError, match=what):
+        forces((table,), tmp_path / "forces.npz", **options)
 
 
 def test_refused_molecules_are_named_with_the_reason(

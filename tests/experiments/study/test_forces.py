@@ -15,13 +15,11 @@ from torch import Tensor, nn
 import gmoe
 from experiments.study import forces
 from experiments.study.forces import (
-    ARMS,
-    BY_ELEMENT,
+    COLUMNS,
     RATES,
     Cell,
     Column,
     change,
-    experts,
     flops_of_atom,
     forces_tables,
     next_rate,
@@ -30,6 +28,14 @@ from experiments.study.forces import (
     run_forces,
 )
 from experiments.study.pages import render
+from experiments.study.potentials import (
+    BY_ELEMENT,
+    OF_ELEMENTS,
+    OF_SOURCES,
+    SOURCES,
+    ScaleShift,
+    experts,
+)
 from experiments.study.running import ForcesConfig
 from experiments.study.sweep import main
 from experiments.train.data.forces import Configurations, Molecules, read_configurations
@@ -38,10 +44,12 @@ from tests.helpers.forces_data import write_configurations
 
 WIDTH = 8
 TINY = Column(
-    recipe=Recipe(width=WIDTH, train=18, steps=2, batch_size=4),
+    recipe=Recipe(width=WIDTH, train=18, steps=2, of_sources=(4,)),
     seeds=(3, 5),
     seconds=3600,
-    arms=("dense", "element"),
+    arms={name: OF_ELEMENTS[name] for name in ("dense", "element")},
+    tests=("test", "larger", "elements"),
+    controls=("dense",),
 )
 
 
@@ -55,7 +63,10 @@ def config(tmp_path: Path, data: Configurations, monkeypatch: pytest.MonkeyPatch
     """Of a plan with one tiny column."""
     monkeypatch.setattr(forces, "COLUMNS", {"tiny": TINY})
     return ForcesConfig(
-        data=tmp_path / "forces.npz", runs=tmp_path / "runs", results=tmp_path / "results"
+        data=tmp_path / "forces.npz",
+        columns=("tiny",),
+        runs=tmp_path / "runs",
+        results=tmp_path / "results",
     )
 
 
@@ -75,11 +86,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
 
 def build(arm: str, data: Configurations, width: int = WIDTH) -> nn.Module:
     torch.manual_seed(0)
-    return ARMS[arm].build(width, data.energy_scale).eval()
+    return OF_ELEMENTS[arm].build(width, data.energy_scale).eval()
 
 
 def energy_of(model: nn.Module, given: Molecules) -> Tensor:
-    return model(given.z, given.pos, given.batch, given.shuffled).detach()
+    return model(**given.inputs).detach()
 
 
 # Arms ---------------------------------------------------------------------------------------------
@@ -90,7 +101,7 @@ def test_arms_start_as_the_dense_model_but_for_a_wider_one(data: Configurations)
     dense = energy_of(build("dense", data), given)
     same = {
         arm: torch.allclose(found, dense, rtol=1e-4, atol=1e-5)
-        for arm in ARMS
+        for arm in OF_ELEMENTS
         if (found := energy_of(build(arm, data), given)).shape == dense.shape
     }
     assert [arm for arm, is_same in same.items() if not is_same] == ["dense-time"]
@@ -101,11 +112,11 @@ def test_experts_are_in_all_linear_layers_on_atoms(data: Configurations) -> None
         return sum(isinstance(module, kind) for module in build(arm, data).modules())
 
     assert layers("element", gmoe.MoE) == 3 * 3 + 2
-    assert layers("scale-shift", forces.ScaleShift) == 3 * 3 + 2
+    assert layers("scale-shift", ScaleShift) == 3 * 3 + 2
 
 
 def test_experts_by_element_take_the_dense_flops(data: Configurations) -> None:
-    flops = {arm: flops_of_atom(build(arm, data, 32), data) for arm in ARMS}
+    flops = {arm: flops_of_atom(build(arm, data, 32), data) for arm in OF_ELEMENTS}
     for arm in ("scale-shift", "element", "shuffled"):
         assert flops[arm] == flops["dense"]
     assert flops["dense-time"] > 1.1 * flops["dense"]
@@ -153,6 +164,64 @@ def test_the_control_is_routed_by_the_shuffled_elements(data: Configurations) ->
     assert len({id(routing) for routing in routings}) == 1
 
 
+# Arms on several sources --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_sources(tmp_path: Path) -> Configurations:
+    path = tmp_path / "sources.npz"
+    return read_configurations(write_configurations(path, each=8, sources=SOURCES))
+
+
+@pytest.mark.parametrize("arm", OF_SOURCES)
+def test_an_arm_of_sources_starts_as_a_dense_model_and_trains(
+    arm: str, of_sources: Configurations
+) -> None:
+    def built(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        return OF_SOURCES[name].build(WIDTH, of_sources.energy_scale)
+
+    given = of_sources.batch(of_sources.rows["test"])
+    model = built(arm)
+    if arm not in ("wider", "heads", "composition", "film-network", "element-learned"):
+        expected = energy_of(built("embedded"), given)
+        torch.testing.assert_close(energy_of(model, given), expected, rtol=1e-4, atol=1e-5)
+    loss_of(model.train(), given, of_sources).backward()
+    trained = [one for one in model.parameters() if one.requires_grad]
+    changed = given._replace(
+        source=(given.source + 1) % SOURCES,
+        system=torch.cat([given.system[:, :SOURCES].roll(1, 1), given.system[:, SOURCES:]], 1),
+    )
+    with torch.no_grad():
+        for one in trained:
+            assert one.grad is not None
+            one.sub_(0.1 * one.grad)
+    before, after = (energy_of(model.eval(), one) for one in (given, changed))
+    assert not torch.allclose(before, after)
+
+
+def test_columns_of_sources_read_each_source_and_say_what_is_missing(
+    of_sources: Configurations, config: ForcesConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    arms = {name: OF_SOURCES[name] for name in ("embedded", "element")}
+    recipe = Recipe(width=WIDTH, steps=2, of_sources=(2, 1, 1, 1))
+    column = replace(COLUMNS["sources"], recipe=recipe, seeds=(0, 1), arms=arms, poor=(1,))
+    monkeypatch.setattr(forces, "COLUMNS", {"four": column})
+    own = replace(config, data=tmp_path / "sources.npz", columns=("four",))
+    text, failed = run_forces(replace(own, rows=("embedded",)))
+    assert not failed
+    assert "not run" in text
+    text, failed = run_forces(own)
+    assert "not run" not in text
+    cell = read_forces(own.results / "forces")["four"]["element"]
+    assert {f"{part}/{one}" for part in ("test", "larger") for one in range(SOURCES)} <= set(cell)
+    _, failed = run_forces(replace(own, data=config.data))
+    assert "1 sources" in failed["four"]
+    with pytest.raises(ValueError, match=r"rows: got 'dense', expected"):
+        run_forces(replace(own, rows=("dense",)))
+
+
 # The sweep ----------------------------------------------------------------------------------------
 
 
@@ -191,7 +260,7 @@ def test_validation_chooses_and_the_test_is_read_once_a_seed(
     held = json.loads(
         (config.runs / "tiny/element" / f"lr-{cell['lr']:g}-seed-5" / "result.json").read_text()
     )
-    assert cell["test"]["force"]["values"][1] == held["test"]["force"]
+    assert cell["larger"]["force"]["values"][1] == held["test"]["larger"]["force"]
     assert text.count("\n| ") == len(TINY.arms) + 1
     assert "not run" not in text
 
@@ -255,7 +324,7 @@ def test_a_budget_leaves_out_runs_and_says_what_they_cost(
     text, _ = run_forces(replace(config, budget=0.0))
     assert not ran
     runs = len(RATES) + len(TINY.seeds) - 1
-    hours = {arm: runs * ARMS[arm].cost * TINY.recipe.steps / 1000 for arm in TINY.arms}
+    hours = {arm: runs * OF_ELEMENTS[arm].cost * TINY.recipe.steps / 1000 for arm in TINY.arms}
     assert text == not_run("tiny", {})
     assert f"not run, {sum(hours.values()):.2f} hours of a core (dense {hours['dense']:.2f}" in text
 
@@ -265,7 +334,7 @@ def test_a_file_with_too_few_configurations_is_named(
 ) -> None:
     more = replace(TINY, recipe=replace(TINY.recipe, train=1000))
     monkeypatch.setattr(forces, "COLUMNS", {"more": more})
-    text, failed = run_forces(config)
+    text, failed = run_forces(replace(config, columns=("more",)))
     assert "1000 or more" in failed["more"]
     assert "`more`: not run" in text
 
@@ -282,16 +351,16 @@ def test_a_change_is_the_mean_of_ratios_of_the_same_seeds() -> None:
         100 * math.expm1(x) for x in (logs.mean(), logs.mean() - half, logs.mean() + half)
     )
     expected = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-    assert change(arm, control, "test", "force") == expected
+    assert change(arm, control, ["test"], "force") == expected
     one = {"seeds": [1], "test": {"force": {"values": [80.0]}}}
-    assert change(one, control, "test", "force") == "-20.0"
-    assert change(arm, arm, "test", "force") == "–"
+    assert change(one, control, ["test"], "force") == "-20.0"
+    assert change(arm, arm, ["test"], "force") == "–"
 
 
 def test_the_command_runs_the_study_and_a_page_shows_it(
     config: ForcesConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--data", str(config.data), "--runs", str(config.runs)]
+    given = ["--data", str(config.data), "--runs", str(config.runs), "--columns", "tiny"]
     main(["forces", *given, "--results", str(config.results)])
     text = capsys.readouterr().out.strip()
     assert "| experts by element, W₀ + Δ |" in text

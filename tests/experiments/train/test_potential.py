@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from experiments.train.potential import (
 )
 from tests.helpers.forces_data import write_configurations
 
-RECIPE = Recipe(width=6, train=18, steps=30, batch_size=4)
+RECIPE = Recipe(width=6, train=18, steps=30, of_sources=(4,))
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def slopes(model: Potential, given: Molecules, step: float = 1e-5) -> Tensor:
         for sign in (1, -1):
             pos = given.pos.clone()
             pos.view(-1)[place] += sign * step
-            ends.append(float(model(given.z, pos, given.batch, given.shuffled).detach().sum()))
+            ends.append(float(model(**given._replace(pos=pos).inputs).detach().sum()))
         found.view(-1)[place] = (ends[0] - ends[1]) / (2 * step)
     return found
 
@@ -104,12 +105,35 @@ def test_the_loss_is_its_definition_and_has_the_gradient_of_it(data: Configurati
 def test_a_training_has_its_steps_in_whole_batches_pass_after_pass(data: Configurations) -> None:
     drawn = list(batches(data, RECIPE, seed=0))
     assert len(drawn) == RECIPE.steps
-    assert {len(one.energy) for one in drawn} == {RECIPE.batch_size}
-    whole = len(data.rows["train"]) // RECIPE.batch_size
+    assert {len(one.energy) for one in drawn} == {4}
+    whole = len(data.rows["train"]) // 4
     energies = torch.cat([one.energy for one in drawn[:whole]])
     assert len(energies.unique()) == len(energies)
     again = list(batches(data, RECIPE, seed=1))
     assert not torch.equal(drawn[0].energy, again[0].energy)
+
+
+def test_a_batch_has_its_number_of_each_source(tmp_path: Path) -> None:
+    path = write_configurations(tmp_path / "forces.npz", each=4, sources=2)
+    data = read_configurations(path)
+    assert data.sources == 2
+    recipe = replace(RECIPE, train=None, of_sources=(3, 1))
+    for given in batches(data, recipe, seed=0):
+        assert given.source.tolist() == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match=r"data: got \d+ configurations of a source"):
+        next(batches(data, replace(recipe, of_sources=(1000, 1)), seed=0))
+
+
+def test_energies_are_without_those_of_the_atoms_of_their_source(tmp_path: Path) -> None:
+    """Sources differ by the energies of atoms alone here, and twins in nothing else."""
+    path = write_configurations(tmp_path / "forces.npz", each=4, sources=2)
+    one = read_configurations(write_configurations(tmp_path / "one.npz", each=4))
+    two = read_configurations(path)
+    for part in ("train", "test", "larger"):
+        own = [two.rows[f"{part}/{source}"] for source in range(2)]
+        torch.testing.assert_close(torch.cat(own).sort().values, two.rows[part])
+    spread = [data.molecules.energy.std() for data in (one, two)]
+    assert spread[1] < 1.5 * spread[0]
 
 
 def test_a_training_lowers_the_errors_and_follows_from_its_seed(data: Configurations) -> None:

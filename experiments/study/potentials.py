@@ -1,0 +1,279 @@
+"""Potentials that are compared in the study of forces: with experts, and what may do as much.
+
+All are called as :class:`~experiments.train.potential.Potential` is, of which they are kinds.
+Shapes: C configurations, A atoms, I and O the widths of a layer, S sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gmoe
+from experiments.train.data.forces import DRAWN, ELEMENTS
+from experiments.train.potential import ATOMWISE, Potential, atomwise
+from gmoe.routers import ByType, FromInput
+
+SOURCES = 4
+"""S, of the models that are told the source."""
+BY_ELEMENT = ByType("z", ELEMENTS)
+BY_SOURCE = ByType("source", range(SOURCES), batch="batch")
+BY_CHANCE = ByType("drawn", range(DRAWN), batch="batch")
+BY_SYSTEM = FromInput("system", dim=SOURCES + len(ELEMENTS), batch="batch")
+HIDDEN = 32
+"""Width of the network of a system."""
+MIXED = 8
+"""Experts whose weights are mixed."""
+FROZEN_SCALE = 10.0
+"""By what the last layer of a frozen router is multiplied, so that its mixtures differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A model that is compared with others."""
+
+    label: str
+    build: Callable[[int, float], nn.Module]
+    """Of the dense width, and the scale of energies."""
+    cost: float
+    """Seconds of a step, in those of the dense model; measured before, for prices."""
+
+
+def wider(build: Callable[..., nn.Module], times: float) -> Callable[[int, float], nn.Module]:
+    """A model of more width."""
+    return lambda width, energy_scale: build(round(times * width), energy_scale)
+
+
+# By element: one source ---------------------------------------------------------------------------
+
+
+class ScaleShift(nn.Module):
+    """A linear layer, then a scale and a shift by type: an embedding again, and no experts.
+
+    Args:
+        linear: the layer.
+        by: the types.
+    """
+
+    def __init__(self, linear: nn.Linear, by: ByType) -> None:
+        super().__init__()
+        self.linear = linear
+        self.router = by(linear.in_features, num_experts=len(by.values))
+        self.scale = nn.Parameter(torch.zeros(len(by.values), linear.out_features))
+        self.shift = nn.Parameter(torch.zeros(len(by.values), linear.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(A, O) for (A, I)."""
+        kind = self.router(x).scores.argmax(dim=1)
+        out: Tensor = self.linear(x)
+        return out * (1 + self.scale[kind]) + self.shift[kind]
+
+
+def scale_shift(
+    width: int,
+    energy_scale: float,
+    by: ByType = BY_ELEMENT,
+    base: Callable[[int, float], nn.Module] = Potential,
+) -> nn.Module:
+    """A potential with a scale and a shift after each linear layer on atoms."""
+    model = base(width, energy_scale)
+    for name in atomwise(model):
+        linear: Any = model.get_submodule(name)
+        model.set_submodule(name, ScaleShift(linear, by))
+    by.attach(model)
+    return model
+
+
+def experts(
+    width: int,
+    energy_scale: float,
+    base: Callable[[int, float], nn.Module] = Potential,
+    targets: tuple[str, ...] = ATOMWISE,
+    **options: Any,
+) -> nn.Module:
+    """A potential with experts in its linear layers on atoms."""
+    return gmoe.moefy(base(width, energy_scale), targets=targets, **options)
+
+
+by_element = partial(experts, router=BY_ELEMENT, start="copies")
+
+OF_ELEMENTS = {
+    "dense": Arm(label="dense", build=Potential, cost=1.0),
+    "scale-shift": Arm(label="a scale and a shift by element", build=scale_shift, cost=1.1),
+    "element": Arm(label="experts by element, W₀ + Δ", build=by_element, cost=1.3),
+    "shuffled": Arm(
+        label="the same by another atom's element",
+        build=partial(experts, router=ByType("shuffled", ELEMENTS), start="copies"),
+        cost=1.3,
+    ),
+    "dense-time": Arm(label="dense, equal time", build=wider(Potential, 1.25), cost=1.25),
+}
+"""Arms on one source, in the order in which they run, a seed of each in turn."""
+
+
+# Several sources ----------------------------------------------------------------------------------
+
+
+class Told(Potential):
+    """A potential that is told of the system: a network adds a vector to each atom's embedding.
+
+    Args:
+        width, energy_scale: see :class:`~experiments.train.potential.Potential`.
+        network: from ``system`` to width.
+    """
+
+    def __init__(self, width: int, energy_scale: float, network: nn.Module) -> None:
+        super().__init__(width, energy_scale)
+        self.network = network
+        self.embedding.register_forward_hook(self._add)
+
+    def tell(self, system: Tensor) -> None:
+        """Keep what atoms begin with."""
+        self._told = self.network(system)
+
+    def _add(self, _: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out + self._told
+
+
+class OneHot(nn.Linear):
+    """A vector for each source: all that a dense model must be told."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(SOURCES, width, bias=False)
+
+    def forward(self, system: Tensor) -> Tensor:
+        """(A, width)."""
+        return super().forward(system[:, :SOURCES])
+
+
+def network() -> nn.Sequential:
+    """From ``system`` to a vector of ``HIDDEN``."""
+    return nn.Sequential(
+        nn.Linear(SOURCES + len(ELEMENTS), HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()
+    )
+
+
+def embedded(width: int, energy_scale: float) -> Told:
+    """A potential whose atoms begin with a vector of the source."""
+    return Told(width, energy_scale, OneHot(width))
+
+
+def told_composition(width: int, energy_scale: float) -> Told:
+    """The same, of the source and the shares of elements."""
+    return Told(width, energy_scale, network().append(nn.Linear(HIDDEN, width)))
+
+
+class Filmed(Potential):
+    """A network of the system gives each linear layer on atoms a scale and a shift (FiLM)."""
+
+    def __init__(self, width: int, energy_scale: float) -> None:
+        super().__init__(width, energy_scale)
+        self.network = network()
+        self.films = nn.ModuleList()
+        for name in atomwise(self):
+            linear: Any = self.get_submodule(name)
+            film = nn.Linear(HIDDEN, 2 * linear.out_features)
+            nn.init.zeros_(film.weight)
+            nn.init.zeros_(film.bias)
+            self.films.append(film)
+            linear.register_forward_hook(partial(self._film, film))
+
+    def tell(self, system: Tensor) -> None:
+        """Keep what scales and shifts are made of."""
+        self._told = self.network(system)
+
+    def _film(self, film: nn.Linear, _: nn.Module, __: Any, out: Tensor) -> Tensor:
+        scale, shift = film(self._told).chunk(2, dim=1)
+        return out * (1 + scale) + shift
+
+
+learned = partial(
+    experts, base=embedded, router=BY_SYSTEM, num_experts=MIXED, mix="weights", start="copies"
+)
+
+
+def frozen(width: int, energy_scale: float) -> nn.Module:
+    """Mixed weights whose router stays as it was drawn."""
+    model = learned(width, energy_scale)
+    router: Any = model.get_submodule("router_of_system")
+    router.requires_grad_(False)
+    router[-1].weight.mul_(FROZEN_SCALE)
+    return model
+
+
+class Both(nn.Module):
+    """The sum of a linear layer and another one that starts at zero."""
+
+    def __init__(self, first: nn.Linear) -> None:
+        super().__init__()
+        self.first = first
+        self.second = nn.Linear(first.in_features, first.out_features, bias=False)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(A, O) for (A, I)."""
+        return self.first(x) + self.second(x)
+
+
+def element_and_learned(width: int, energy_scale: float) -> nn.Module:
+    """Experts by element beside mixed weights, in each linear layer on atoms."""
+
+    def doubled(width: int, energy_scale: float) -> nn.Module:
+        model = embedded(width, energy_scale)
+        for name in atomwise(model):
+            linear: Any = model.get_submodule(name)
+            model.set_submodule(name, Both(linear))
+        return model
+
+    model = by_element(width, energy_scale, base=doubled, targets=("*.first",))
+    return gmoe.moefy(
+        model,
+        targets="*.second",
+        router=BY_SYSTEM,
+        num_experts=MIXED,
+        mix="weights",
+        start="copies",
+    )
+
+
+OF_SOURCES = {
+    "embedded": Arm(label="dense, told the source", build=embedded, cost=1.0),
+    "wider": Arm(label="the same, twice as wide", build=wider(embedded, 2), cost=1.7),
+    "element": Arm(label="experts by element", build=partial(by_element, base=embedded), cost=1.4),
+    "learned": Arm(label="learned mixture of weights", build=learned, cost=1.6),
+    "composition": Arm(label="dense, told the composition too", build=told_composition, cost=1.1),
+    "element-learned": Arm(label="by element and mixture", build=element_and_learned, cost=2.0),
+    "source": Arm(
+        label="experts by source",
+        build=partial(experts, base=embedded, router=BY_SOURCE, start="copies"),
+        cost=1.3,
+    ),
+    "film-network": Arm(label="scale and shift by a network", build=Filmed, cost=1.3),
+    "film-element": Arm(
+        label="scale and shift by element", build=partial(scale_shift, base=embedded), cost=1.2
+    ),
+    "film-source": Arm(
+        label="scale and shift by source",
+        build=partial(scale_shift, base=embedded, by=BY_SOURCE),
+        cost=1.2,
+    ),
+    "heads": Arm(
+        label="own heads",
+        build=partial(
+            experts, base=embedded, router=BY_SOURCE, start="plain", targets=("lin1", "lin2")
+        ),
+        cost=1.1,
+    ),
+    "frozen": Arm(label="the mixture, router frozen at random", build=frozen, cost=1.6),
+    "chance": Arm(
+        label="experts by a draw of the molecule",
+        build=partial(experts, base=embedded, router=BY_CHANCE, start="copies"),
+        cost=1.3,
+    ),
+}
+"""Arms on several sources, in the order in which they run."""
