@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gmoe.convert import moefy
 from gmoe.experts import Experts, LinearExperts, MLPExperts
-from gmoe.flops import active_parameters, count_flops, match_width
+from gmoe.flops import active_parameters, count_flops
 from gmoe.losses import attach_aux_loss
 from gmoe.merging import merge
 from gmoe.moe import MoE, SoftMoE
@@ -93,7 +93,6 @@ __all__ = [
     "expert_health",
     "grouped_linear",
     "load",
-    "match_width",
     "merge",
     "moefy",
     "neighbor_loader",

@@ -15,24 +15,10 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.sampler import BaseSampler, NodeSamplerInput, SamplerOutput
-from torch_geometric.sampler.base import SubgraphType
 
 from gmoe._checks import INTEGERS, check, check_counts, check_range, described, is_whole, shown
 from gmoe.conv.graph import Graph
 from gmoe.edges import ascends
-
-PYG_ONLY: dict[str, object] = {
-    "replace": False,
-    "subgraph_type": "directional",
-    "disjoint": False,
-    "time_attr": None,
-    "input_time": None,
-    "temporal_strategy": "uniform",
-    "weight_attr": None,
-    "neighbor_sampler": None,
-    "directed": True,
-}
-"""Arguments of PyG's loader that our sampler lacks: it does what the defaults say."""
 
 
 def neighbor_loader(
@@ -68,7 +54,8 @@ def neighbor_loader(
 
     Raises:
         ValueError: typed nodes, or no ``edge_index``; seeds or edges outside the nodes; fan-outs
-            below -1; without ``pyg-lib``, an argument that needs it, such as ``replace``,
+            below -1; without ``pyg-lib``, an ``input_time``.
+        TypeError: without ``pyg-lib``, an argument that needs it, such as ``replace``,
             ``disjoint`` or ``time_attr``.
 
     Example:
@@ -91,7 +78,7 @@ def neighbor_loader(
         if "edge_index" in data:  # PyG takes sorted edges as they are, too, if it is told
             kwargs.setdefault("is_sorted", ascends(data.edge_index[1]))
         return NeighborLoader(data, num_neighbors, **kwargs)
-    _pop_pygs_own(kwargs)
+    kwargs.pop("is_sorted", None)  # our sampler finds out itself
     return NodeLoader(data, NeighborSampler(data, num_neighbors), **kwargs)
 
 
@@ -130,21 +117,6 @@ def _check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
     is_vector = nodes.dim() == 1 and nodes.dtype in INTEGERS
     check(is_vector, name, described(nodes), "a vector of node ids")
     check_range(name, nodes, num_nodes)
-
-
-def _pop_pygs_own(kwargs: dict[str, Any]) -> None:
-    """Take the arguments of PyG's sampler out of ``kwargs``; refuse what ours cannot do."""
-    kwargs.pop("is_sorted", None)  # our sampler finds out itself
-    for name, default in PYG_ONLY.items():
-        value = kwargs.pop(name, default)
-        if isinstance(value, SubgraphType):
-            value = value.value
-        if type(value) is not type(default) or value != default:
-            got = described(value) if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"{name}: got {got}, expected {default!r}: our sampler draws uniformly, and no "
-                "more; torch_geometric.loader.NeighborLoader with pyg-lib has the rest"
-            )
 
 
 class NeighborSampler(BaseSampler):
@@ -196,12 +168,14 @@ class NeighborSampler(BaseSampler):
 
     def sample_from_nodes(self, index: NodeSamplerInput, **_: object) -> SamplerOutput:
         """The subgraph that the seeds ``index.node`` need; called by ``NodeLoader``."""
+        got = "times of the seeds"
+        check(index.time is None, "input_time", got, "none: they need PyG's sampler and pyg-lib")
         _check_nodes("node", index.node, self.num_nodes)
         position = self._take_table()
         output = self._expand(index.node.long(), position)
         position.index_fill_(0, output.node, torch.iinfo(self._dtype).max)
         self._spare_tables.append(position)
-        output.metadata = (index.input_id, index.time)
+        output.metadata = (index.input_id, None)
         return output
 
     def sample_from_edges(self, *_: object, **__: object) -> SamplerOutput:

@@ -1,24 +1,19 @@
-"""Count active parameters and FLOPs, and match dense baselines to them.
+"""Count active parameters and FLOPs.
 
 Shapes: N rows, M inner and D outer width of a product.
 """
 
 from __future__ import annotations
 
-import bisect
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from gmoe._checks import check, check_at_least, check_module, check_positive, shown
+from gmoe._checks import check, check_module, shown
 from gmoe._torch import given_tensors, num_stored
 from gmoe.moe import MoELayer
-
-WIDEST = 2**16
-"""Where the search for a width ends."""
 
 aten = torch.ops.aten
 
@@ -60,47 +55,6 @@ def count_flops(model: Callable[..., object], *args: object, **kwargs: object) -
     with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
         model(*args, **kwargs)
     return counter.get_total_flops()
-
-
-def match_width(
-    cost: Callable[[int], float],
-    target: float,
-    *,
-    tolerance: float = 0.02,
-) -> int:
-    """Find the width whose cost is nearest to ``target``, to match a dense baseline to a MoE.
-
-    Args:
-        cost: FLOPs or parameters of the model of that width; grows with it.
-        target: the cost to meet.
-        tolerance: largest relative difference (default 0.02); a narrow model may have no width that
-            close.
-
-    Raises:
-        ValueError: no width up to 2^16 comes within ``tolerance``; the message names the nearest.
-    """
-    check(callable(cost), "cost", shown(cost), "a function of a width")
-    check_positive("target", target)
-    check_at_least(0, tolerance=tolerance)
-    cost = functools.cache(cost)  # the search meets its last widths again
-    # 1. Double the width until it costs enough, since wide models are slow to measure. Not by
-    # powers of two, where a model may have a special case (input and hidden width agree: no
-    # projection).
-    low = high = 1
-    while high < WIDEST and cost(high) < target:
-        low, high = high, min(2 * high + 1, WIDEST)
-    # 2. Search between the last two for the first width that costs at least the target.
-    low = bisect.bisect_left(range(high), target, lo=low, key=cost)
-    # 3. The nearest is this width or the one before.
-    candidates = [width for width in (low - 1, low) if width >= 1]
-    width = min(candidates, key=lambda width: abs(cost(width) - target))
-    off = cost(width) / target - 1.0
-    if not abs(off) <= tolerance:  # a cost of NaN is not
-        raise ValueError(
-            f"target: got {target:g}; the nearest width, {width}, is off by {off:+.1%}, expected "
-            f"within {tolerance:.0%}"
-        )
-    return width
 
 
 def _product(a: Tensor, b: Tensor, *_: object) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -53,12 +54,23 @@ def widened(config: RunConfig, task: Task) -> RunConfig:
     dense = replace(config, equal=None, options=RouterOptions())
     cost = cost_by(config, task)
     # Whole widths cannot meet the cost of a narrow model; `matched` tells how near they come
-    width = gmoe.match_width(
+    width = match_width(
         lambda width: cost(kind_of(replace(dense, hidden=width)).model(task)),
         cost_of_twin(config, task),
-        tolerance=0.5,
     )
     return replace(dense, hidden=width)
+
+
+def match_width(cost: Callable[[int], float], target: float) -> int:
+    """The width whose cost, which grows with it, is nearest to the target."""
+    known = cache(cost)  # the search meets its last widths again
+    # Double the width until it costs enough, since wide models are slow to measure. Not by powers
+    # of two, where a model may have a special case (input and hidden width agree: no projection).
+    low = high = 1
+    while known(high) < target:
+        low, high = high, 2 * high + 1
+    width = bisect_left(range(high), target, lo=low, key=known)
+    return min(max(width - 1, 1), width, key=lambda width: abs(known(width) - target))
 
 
 def cost_by(config: RunConfig, task: Task) -> Callable[[nn.Module], int]:

@@ -24,7 +24,6 @@ from gmoe import (
     OracleRouter,
     active_parameters,
     count_flops,
-    match_width,
 )
 from gmoe.routers import build_router
 from tests.helpers.masked import random_graph, routing_of
@@ -208,29 +207,3 @@ def test_flops_of_attention_on_the_cpu() -> None:
     assert count_flops(F.scaled_dot_product_attention, q, k, v) == 2 * scores
     # backward: the scores again, and the gradients of v, of the scores, of q and of k
     assert count_flops(stepped(F.scaled_dot_product_attention), q, k, v) == 7 * scores
-
-
-def test_match_width() -> None:
-    assert match_width(lambda width: width**2, 10_000) == 100
-    assert match_width(lambda width: width**2, 10_080) == 100  # the nearest, not the first above
-    assert match_width(lambda width: width, 65_536) == 65_536
-
-
-@pytest.mark.parametrize(
-    ("target", "kwargs", "argument"),
-    [
-        (50, {}, "target.* 7,"),
-        (0, {}, "target"),
-        (10, {"tolerance": -1}, "tolerance: got -1, expected a number of at least 0"),
-    ],
-)
-def test_match_width_refuses_and_names_the_nearest(
-    target: float, kwargs: dict[str, Any], argument: str
-) -> None:
-    with pytest.raises(ValueError, match=f"^{argument}"):
-        match_width(lambda width: width**2, target, **{"tolerance": 0.01, **kwargs})
-
-
-def test_match_width_refuses_a_cost_that_is_no_number() -> None:
-    with pytest.raises(ValueError, match=r"^target: got 100; .*is off by \+nan"):
-        match_width(lambda _: float("nan"), 100)

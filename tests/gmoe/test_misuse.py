@@ -112,7 +112,6 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         {"backend": "auto"},
     ),
     "load": lambda folder: ((gmoe.save(moefied(), folder), dense()), {}),
-    "match_width": lambda _: ((lambda width: float(width), 10.0), {"tolerance": 0.1}),
     "merge": lambda _: ((mixing(), X, torch.ones(6, dtype=torch.long)), {}),
     "moefy": lambda _: ((dense(),), experts(every=1)),
     "neighbor_loader": lambda _: ((GRAPH, [2]), {"batch_size": 2}),
@@ -147,7 +146,6 @@ TAKEN = {
     ("MLPExperts", "the first two swapped"),
     ("MoE", "None for router"),  # whose calls are told their routing
     ("count_flops", "the class of model"),  # a class can be called
-    ("match_width", "the class of cost"),
     ("save", "a word for folder"),
     ("load", "a word for folder"),
 }

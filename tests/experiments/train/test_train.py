@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.show.report import main as report
-from experiments.train.build import build_model, build_twin, costs_of, flops
+from experiments.train.build import build_model, build_twin, costs_of, flops, match_width
 from experiments.train.command import main, parse
 from experiments.train.data.load import load_tasks
 from experiments.train.kinds import kind_of
@@ -355,3 +355,10 @@ def test_flops_of_images_are_those_of_one_image(tmp_path: Path, capsys: Any) -> 
     assert seen[0] == pytest.approx(seen[1], rel=0.02)
     assert quick(tmp_path / "graph")["images"] is None
     assert "FLOPs active per forward pass;" in capsys.readouterr().out
+
+
+def test_the_nearest_width_is_found() -> None:
+    assert match_width(lambda width: width**2, 10_000) == 100
+    assert match_width(lambda width: width**2, 10_080) == 100  # not the first above
+    assert match_width(lambda width: width, 65_536) == 65_536
+    assert match_width(lambda width: 10 * width, 1) == 1
