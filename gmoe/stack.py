@@ -85,21 +85,6 @@ class Stack(NotesChanges):
         check(place in own, "model", got, "a plain one: remove the parametrization before")
         return own[place]
 
-    def check_stored(self) -> None:
-        """Refuse tensors that are computed from others; see :meth:`stored`."""
-        for name in self.names:
-            self.stored(name)
-
-    def of(self, name: str, expert: int) -> Tensor:
-        """An expert's tensor."""
-        value: Tensor = getattr(self, name)[expert]
-        return value
-
-    def place(self, name: str, expert: int) -> Tensor:
-        """Where an expert's tensor is stored; with a base, its difference."""
-        place: Tensor = self.stored(name)[expert]
-        return place
-
     def share_base(self) -> None:
         """Make the first expert's parameters the base of all; see :func:`share_base`."""
         for name in self.names:
@@ -152,7 +137,7 @@ def paths_in(module: nn.Module) -> list[str]:
 @torch.no_grad()
 def tensors_of(experts: nn.Module, expert: int) -> dict[str, Tensor]:
     """The tensors of one expert, by path."""
-    return {path: stack.of(name, expert) for path, stack, name in _tensors_in(experts)}
+    return {path: getattr(stack, name)[expert] for path, stack, name in _tensors_in(experts)}
 
 
 @torch.no_grad()
@@ -162,7 +147,7 @@ def fill(experts: nn.Module, expert: int, values: Mapping[str, Tensor]) -> None:
         value = values[path]
         if name in stack.names_with_base:
             value = value - getattr(stack, name + BASE)
-        stack.place(name, expert).copy_(value)
+        stack.stored(name)[expert].copy_(value)
 
 
 @torch.no_grad()
@@ -179,7 +164,7 @@ def become(experts: nn.Module, values: Mapping[str, Tensor]) -> None:
             getattr(stack, name + BASE).copy_(value)
             value = torch.zeros_like(value)
         for expert in range(stack.num_experts):
-            stack.place(name, expert).copy_(value)
+            stack.stored(name)[expert].copy_(value)
 
 
 @torch.no_grad()
@@ -198,7 +183,8 @@ def check_stacked(experts: nn.Module) -> None:
 def check_part(part: nn.Module) -> None:
     """Refuse a part of experts that holds other parameters than a stack as it was built."""
     if isinstance(part, Stack):
-        part.check_stored()
+        for name in part.names:
+            part.stored(name)
     elif next(part.parameters(recurse=False), None) is not None:
         raise ValueError(
             f"model: got experts with a {type(part).__name__} in place of a part, expected stacked "

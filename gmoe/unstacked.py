@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from gmoe._calls import with_modules
 from gmoe._checks import change_of, check, check_module
 from gmoe.experts import Experts, LinearExperts
-from gmoe.stack import Stack
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class UnstackedLinears(Experts, Stack):
+class UnstackedLinears(Experts):
     """One ``nn.Linear`` for each expert, run one after the other on the expert's rows.
 
     You may replace each of ``linears`` by any module that is called with rows.
@@ -27,33 +26,25 @@ class UnstackedLinears(Experts, Stack):
         experts: the stacked layers, whose values are copied.
     """
 
+    can_shrink = False
+
     def __init__(self, experts: LinearExperts) -> None:
         super().__init__(experts.in_features, experts.out_features, num_experts=experts.num_experts)
-        self.backend = experts.backend
-        self.zero_init = experts.zero_init
-        self.names = list(experts.names)
         linears = []
         for expert in range(experts.num_experts):
             linear: Any = nn.Linear(self.in_features, self.out_features, device="meta")
             linear.bias = None
-            for name in self.names:
+            for name in experts.names:
                 with torch.enable_grad():  # with a base, it learns if either part does
-                    value = experts.of(name, expert)
+                    value = getattr(experts, name)[expert]
                 learns = value.requires_grad
                 setattr(linear, name, nn.Parameter(value.detach().clone(), requires_grad=learns))
             linears.append(linear)
         self.linears = nn.ModuleList(linears)
         self.train(experts.training)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        for linear in self.linears:
-            linear.reset_parameters()  # type: ignore[operator]
-            for parameter in linear.parameters() if self.zero_init else ():
-                parameter.zero_()
-
-    def stored(self, name: str) -> Any:
-        """There is no tensor of all experts.
+        """Refuse: what starts at zero, or as copies, is known of stacked experts alone.
 
         Raises:
             ValueError: always.
@@ -61,23 +52,6 @@ class UnstackedLinears(Experts, Stack):
         raise ValueError(
             "model: got experts that are unstacked, expected stacked ones: unstack last"
         )
-
-    def of(self, name: str, expert: int) -> Tensor:
-        return self.place(name, expert)
-
-    def place(self, name: str, expert: int) -> Tensor:
-        """An expert's weight or bias.
-
-        Raises:
-            ValueError: a linear layer that is more or other than a plain ``nn.Linear``.
-        """
-        linear = self.linears[expert]
-        change = change_of(linear)
-        if type(linear) is not nn.Linear:  # quantized layers of torch are called Linear, too
-            change = change or f"a {type(linear).__module__}.{type(linear).__qualname__}"
-        legal = "plain nn.Linears: only their weights can be read and drawn anew"
-        check(change is None, "experts", f"some with {change}", legal)
-        return linear.get_parameter(name)
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         loads = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()

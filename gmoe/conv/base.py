@@ -235,6 +235,19 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
     def become(self, conv: MessagePassing) -> None:
         become(self, tensors_in(conv))
 
+    def _check_parts(self) -> None:
+        """Refuse experts of which some tensors are elsewhere, or others than when they were built.
+
+        Raises:
+            ValueError: a part that was replaced, as by an adapter's or by ``nn.Linear``s.
+        """
+        names = paths_in(self)
+        if names != self.paths:
+            raise ValueError(
+                f"experts: got parameters {', '.join(names)}, expected {', '.join(self.paths)}: "
+                "merge adapters, remove parametrizations, and unstack last"
+            )
+
     def check_kept(self, kept: Sequence[int]) -> None:
         check_stacked(self)
 
@@ -245,6 +258,7 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
         self.make = self.make.keep(kept)
 
     def reset_parameters(self) -> None:
+        self._check_parts()
         # What a conv draws when it is built is thrown away.
         with torch.random.fork_rng(devices=[]):
             conv = self.make(0)
@@ -256,23 +270,13 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:
-        """A detached copy of one expert as a plain PyG conv.
-
-        Raises:
-            ValueError: a part was replaced by one with other parameters, such as an adapter's.
-        """
-        values = tensors_of(self, index)
-        if [*values] != self.paths:
-            raise ValueError(
-                f"experts: got parameters {', '.join(values)}, expected {', '.join(self.paths)}: "
-                "merge adapters and remove parametrizations before an expert is taken out"
-            )
+        self._check_parts()
         like = next(self.parameters())
         # Looking at an expert must not change what is drawn next.
         with torch.random.fork_rng(devices=[]):
             conv = self.make(index).to(like)
         places = tensors_in(conv)
-        for path, value in values.items():
+        for path, value in tensors_of(self, index).items():
             places[path].copy_(value)
         return conv.train(self.training)
 

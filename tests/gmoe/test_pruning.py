@@ -171,7 +171,7 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was() -> None:
         (slots, (X,), "SoftSlots, of which no expert"),
         (mine, (X,), "Mine, of which no expert"),
         (bound, (images(1),), "parametrized"),
-        (unstacked, (images(1),), "experts that are unstacked"),
+        (unstacked, (images(1),), "experts with a Linear in place of a part"),
     ):
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match=rf"^model: got .*{said}"):

@@ -100,9 +100,7 @@ def test_one_layer_of_linear_experts_is_replaced_itself() -> None:
     layer = gmoe.MoE(gmoe.TokenChoice(WIDTH, num_experts=EXPERTS), experts).double().eval()
     expected = layer(X)
     assert_same(gmoe.unstack(layer)(X), expected)
-    unstacked = gmoe.unstack(experts)
-    assert isinstance(unstacked, UnstackedLinears)
-    unstacked.reset_parameters()
+    assert isinstance(gmoe.unstack(experts), UnstackedLinears)
 
 
 def test_frozen_layers_stay_frozen() -> None:
@@ -127,38 +125,17 @@ def test_changed_layers_are_refused() -> None:
         gmoe.unstack(model)
 
 
-@pytest.mark.parametrize(
-    ("conv", "start"),
-    [*((conv, "shared") for conv in CONVS), ("gin", "copies"), ("gat", "copies"), ("gat", "plain")],
-)
-def test_an_unstacked_layer_gives_its_experts_and_is_drawn_anew(conv: str, start: str) -> None:
-    layer = conv_layer(CONVS[conv], start, "token_choice", 1)
-    expected = [layer.expert(expert)(X, EDGES) for expert in range(EXPERTS)]
-    gmoe.unstack(layer)
-    for expert, out in enumerate(expected):
-        assert_same(layer.expert(expert)(X, EDGES), out)
-    before = copy.deepcopy(layer.experts.state_dict())
-    layer.reset_parameters()
-    assert any(not value.equal(before[name]) for name, value in layer.experts.state_dict().items())
-
-
-def test_what_starts_at_zero_is_drawn_as_zero() -> None:
-    experts = gmoe.MLPExperts(4, 8, 4, num_experts=2, zero_init=True)
-    gmoe.unstack(experts)
-    with torch.no_grad():
-        for parameter in experts.parameters():
-            parameter.add_(1)
-    experts.reset_parameters()
-    assert not experts(torch.randn(6, 4), torch.tensor([3, 6], dtype=torch.int32)).any()
-
-
-def test_experts_that_became_something_else_are_named() -> None:
-    layer = conv_layer("gcn", "plain", "token_choice", 1)
-    gmoe.unstack(layer)
-    layer.experts.lin.linears[1] = nn.Sequential(layer.experts.lin.linears[1])
-    for call in (layer.reset_parameters, lambda: layer.expert(1)):
-        with pytest.raises(ValueError, match=r"^experts: got some with a .*Sequential, expected"):
+@pytest.mark.parametrize("conv", [conv for conv in CONVS if conv != "one by one"])
+def test_unstacked_experts_are_neither_taken_out_nor_drawn_anew(conv: str) -> None:
+    layer = gmoe.unstack(conv_layer(CONVS[conv], "plain", "token_choice", 1))
+    before = copy.deepcopy(layer.state_dict())
+    for call in (layer.reset_parameters, lambda: layer.expert(0)):
+        with pytest.raises(ValueError, match=r"^(experts|model): got .* unstack last$"):
             call()
+    assert all(value.equal(before[name]) for name, value in layer.state_dict().items())
+    experts = gmoe.unstack(gmoe.MLPExperts(4, 8, 4, num_experts=2))
+    with pytest.raises(ValueError, match=r"^model: got .* unstack last$"):
+        experts.reset_parameters()
 
 
 def test_a_refused_unstack_changes_nothing() -> None:
