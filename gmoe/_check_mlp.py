@@ -225,17 +225,8 @@ def _refused(got: str, why: str = "") -> ValueError:
 def _described(name: str, mlp: nn.Module) -> str:
     """What an MLP is, for errors."""
     got = f"{name}, a {type(mlp).__name__}"
-    if is_linear(mlp):
-        return got
     parts = [part for part in mlp.modules() if next(part.children(), None) is None]
-    if any(map(is_linear, parts)):
-        return f"{got} of ({', '.join(type(part).__name__ for part in parts)})"
-    if any(isinstance(part, nn.Conv1d | nn.Conv2d) for part in parts):
-        return (
-            f"{got} of convolutions, of which there are no experts (no `targets` help, but timm's "
-            "ConvNeXt has linear layers with conv_mlp=False)"
-        )
-    return f"{got} without linear layers"
+    return f"{got} of ({', '.join(type(part).__name__ for part in parts)})"
 
 
 def _lost(mlp: nn.Module, form: Form) -> Iterator[tuple[str, str]]:

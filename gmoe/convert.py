@@ -23,7 +23,6 @@ from gmoe._checks import (
     check,
     check_choice,
     check_module,
-    is_linear,
     refuse_computed,
     refuse_functions,
 )
@@ -78,10 +77,10 @@ def moefy(
     A single ``nn.Linear`` that ``targets`` names becomes E of them. An MLP is linear, activation,
     linear: a ``Sequential`` as torchvision's, or timm's ``Mlp``; or gated, with one layer twice as
     wide or two before the last (timm's ``GluMlp`` and ``SwiGLU``, Llama's). Dropout is kept, and so
-    are norms before the linear layers. Classes of timm, torchvision, transformers, diffusers and
-    PyG are known; :func:`gmoe.mlps.register` tells the roles of the parts in a class of your own.
-    What they give is compared with the MLP on a copy with other weights: 1, 8 and 65 tokens of
-    scales 0 to 1,000, in evaluation and, if experts replace it, in training, with a gradient.
+    are norms before the linear layers. Classes of timm, torchvision, transformers and PyG are
+    known; :func:`gmoe.mlps.register` tells the roles of the parts in a class of your own. What they
+    give is compared with the MLP on a copy with other weights: 1, 8 and 65 tokens of scales 0 to
+    1,000, in evaluation and, if experts replace it, in training, with a gradient.
 
     An MLP sees (B, ..., D), and each of the B entries is a group: the tokens of an image, in a row
     or in a grid, or those of a window where a model folds windows into the first dimension (in
@@ -278,26 +277,11 @@ def _mlps(model: nn.Module) -> list[str]:
             names += [f"{name}.{key}.{place}".lstrip(".") for key, place in places.items()]
     if not names:
         raise ValueError(
-            f"model: got {type(model).__name__}, {_lacks_mlps(model)}, expected a transformer with "
-            "blocks that hold an `mlp`, such as timm's VisionTransformer, or a PyG BasicGNN; or "
-            "`targets`, patterns of the names of MLPs or convs"
+            f"model: got {type(model).__name__}, in which not all blocks have MLPs, expected a "
+            "transformer with blocks that hold an `mlp`, such as timm's VisionTransformer, or a "
+            "PyG BasicGNN; or `targets`, patterns of the names of MLPs or convs"
         )
     return names
-
-
-def _lacks_mlps(model: nn.Module) -> str:
-    """Why a model has no MLP that is found by itself, for an error."""
-    others = {
-        name.rpartition(".")[2]
-        for name, part in model.named_modules()
-        if "mlp" in name.rpartition(".")[2].lower() and not isinstance(part, nn.ModuleList)
-    }
-    if others:
-        return f"in which not all blocks have one: it has {', '.join(sorted(others))}"
-    num_convs = sum(isinstance(part, nn.Conv2d) for part in model.modules())
-    if num_convs > sum(map(is_linear, model.modules())):
-        return "whose layers are convolutions, of which there are no experts"
-    return "which has no blocks with MLPs"
 
 
 def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

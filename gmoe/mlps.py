@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -341,20 +340,6 @@ def _of_pyg(mlp: Any) -> MLPForm | None:
     return _in_turn([first, *between, hidden, *others, output])
 
 
-def _feed_forward(mlp: Any) -> MLPForm | None:
-    """Read diffusers' MLPs, whose activation holds the first layer."""
-    first, *others = mlp.net
-    kind = type(first).__name__
-    functions: dict[str, Function] = {
-        "GELU": partial(F.gelu, approximate=getattr(first, "approximate", "none")),
-        "GEGLU": F.gelu,
-    }
-    activation = functions.get(kind, getattr(first, "activation", None))
-    if activation is None:
-        return None
-    return _in_turn([first.proj, activation, *others], kind in ("GEGLU", "SwiGLU"))
-
-
 OF_TRANSFORMERS = (
     "fc1 act fc2",
     "gate_proj up_proj gate_up_proj act dropout down_proj",
@@ -377,7 +362,6 @@ TABLE: tuple[tuple[str, Callable[[Any], MLPForm | None]], ...] = (
     ("timm.models.vitamin.GeGluMlp", _named("norm w0 w1 act drop1 w2 drop2")),
     ("timm.models.tiny_vit.NormMlp", _named("norm fc1 act drop1 fc2 drop2")),
     ("*.Mlp", _named("fc1 act drop fc2 drop")),  # DINO's, MAE's, Swin's own code
-    ("diffusers.models.attention.FeedForward", _feed_forward),
     *(("transformers*", _named(words)) for words in OF_TRANSFORMERS),
     ("transformers*", _named("w1 w3 w2", F.silu)),
 )

@@ -1,4 +1,4 @@
-"""Attention weights of routed experts by edge, in the forms in which PyG returns them.
+"""Attention weights of routed experts by edge, as PyG returns them.
 
 Shapes: M edges of the graph, L loops that were added, G edges that are returned, H heads, E
 experts, B messages (an edge and an expert of its destination).
@@ -6,25 +6,23 @@ experts, B messages (an edge and an expert of its destination).
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch_geometric.typing import SparseTensor
 
-from gmoe._torch import row_pointers
+from gmoe._checks import check
 from gmoe.conv.graph import Graph
 from gmoe.conv.messages import Messages
 
-AttentionWeights: TypeAlias = tuple[Tensor, Tensor] | SparseTensor
-"""The edges and their weights; of a ``SparseTensor``, one whose values are the weights."""
+AttentionWeights: TypeAlias = tuple[Tensor, Tensor]
+"""The edges and their weights."""
 
 
 def weights_by_edge(graph: Graph, messages: Messages, alpha_BH: Tensor) -> AttentionWeights:
     """Bring the weights of messages into the order of edges that PyG returns.
 
-    Of plain edges, that is the order given, without the loops that new ones replace, then a new
-    loop at each node. Of a matrix, it is row by row.
+    That is the order given, without the loops that new ones replace, then a new loop at each node.
 
     Args:
         graph: the edges as the layer was called with.
@@ -34,7 +32,12 @@ def weights_by_edge(graph: Graph, messages: Messages, alpha_BH: Tensor) -> Atten
     Returns:
         The edges, and weights of shape (G, H) if each destination has one expert by construction,
         else (G, E, H), with zeros where the destination does not use the expert.
+
+    Raises:
+        ValueError: a sparse matrix.
     """
+    got = "a sparse matrix with return_attention_weights"
+    check(not graph.is_sparse, "edge_index", got, "edges of shape (2, number of edges)")
     looped = messages.graph
     num_given, num_all = graph.num_edges, looped.num_edges
     is_loop = graph.edge_index[0] == graph.edge_index[1]
@@ -56,25 +59,10 @@ def weights_by_edge(graph: Graph, messages: Messages, alpha_BH: Tensor) -> Atten
         alpha = alpha.unflatten(0, (num_all, rows))
 
     # 3. The edges that are left, in PyG's order.
-    ends = graph.edge_index if graph.is_sparse else graph.adj
+    ends = graph.adj
     if looped is not graph:
         node_L = torch.arange(num_all - num_given, device=ends.device)
         ends = torch.cat([ends, node_L.expand(2, -1)], dim=1)
         kept_G = torch.cat([~is_loop, is_loop.new_ones(node_L.size(0))]).nonzero().view(-1)
         ends, alpha = ends[:, kept_G], alpha[kept_G]
-    return _matrix(graph, ends, alpha) if graph.is_sparse else (ends, alpha)
-
-
-def _matrix(graph: Graph, ends: Tensor, alpha: Tensor) -> AttentionWeights:
-    """The weights as the values of a matrix of the kind that the graph was given as."""
-    order_G = (ends[1] * graph.num_src + ends[0]).argsort(stable=True)
-    (source, destination), alpha = ends[:, order_G], alpha[order_G]
-    size = (graph.num_dst, graph.num_src)
-    if graph.adjacency.is_sparse_tensor:
-        options: dict[str, Any] = {"value": alpha, "sparse_sizes": size, "is_sorted": True}
-        return SparseTensor(row=destination, col=source, **options)
-    ptr = row_pointers(destination, graph.num_dst)
-    matrix = torch.sparse_csr_tensor(
-        ptr, source, alpha, size=(*size, *alpha.shape[1:]), check_invariants=False
-    )
-    return matrix, alpha
+    return ends, alpha

@@ -6,6 +6,7 @@ Shapes: N nodes, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -52,15 +53,7 @@ def activation_of(act: Activation) -> Callable[[Tensor], Tensor]:
     if act is None:
         return nn.Identity()
     legal = "the name of one of PyTorch's activations, such as 'relu', a function or None"
-    activation: Any
-    try:
-        activation = activation_resolver(act)
-    except (TypeError, ValueError):  # nobody's name, or of one that has no default arguments
-        activation = None
-    # A class would be called in place of its instance.
-    is_function = callable(activation) and not isinstance(activation, type)
-    check(is_function, "act", repr(act), legal)
-    return activation
+    return _resolved("act", act, partial(activation_resolver, act), legal)
 
 
 def norm_of(norm: Norm, width: int) -> nn.Module:
@@ -72,12 +65,18 @@ def norm_of(norm: Norm, width: int) -> nn.Module:
     if norm is None:
         return nn.Identity()
     legal = "the name of one of PyG's norms of a width, such as 'batch_norm', a module or None"
+    found: nn.Module = _resolved("norm", norm, partial(normalization_resolver, norm, width), legal)
+    return found
+
+
+def _resolved(name: str, value: object, resolve: Callable[[], Any], legal: str) -> Any:
+    """What PyG finds for the argument ``name``, which has to be callable, and no class."""
     try:
-        layer = normalization_resolver(norm, width)
-    except (TypeError, ValueError):  # nobody's name, or of one that takes something else
-        layer = None
-    check(isinstance(layer, nn.Module), "norm", repr(norm), legal)
-    return layer
+        found = resolve()
+    except (TypeError, ValueError):  # nobody's name, or of what takes other arguments
+        found = None
+    check(callable(found) and not isinstance(found, type), name, repr(value), legal)
+    return found
 
 
 def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:

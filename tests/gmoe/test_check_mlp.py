@@ -188,7 +188,7 @@ def locked_mlp() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "no linear layer": (nn.ReLU, "a ReLU without linear layers"),
+    "no linear layer": (nn.ReLU, r"a ReLU of \(ReLU\)"),
     "an activation at the end": (lambda: nn.Sequential(*plain_mlp(), nn.ReLU()), "a Sequential of"),
     "a norm at the end": (lambda: nn.Sequential(*plain_mlp(), nn.LayerNorm(8)), "a Sequential of"),
     "a dropout first": (lambda: nn.Sequential(nn.Dropout(0.5), *plain_mlp()), "a Sequential of"),
@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a norm in front of the activation": (NormBeforeActivation, "a NormBeforeActivation of"),
     "a part that experts lack": (lambda: GlobalResponseNormMlp(8, 12), "a GlobalResponseNormMlp"),
-    "convolutions": (lambda: Mlp(8, 12, use_conv=True), "a Mlp of convolutions"),
+    "convolutions": (lambda: Mlp(8, 12, use_conv=True), r"a Mlp of \(Conv2d"),
     "an unknown activation": (Sine, "a Sine .* computes something else"),
     "two arguments": (TwoArguments, "a TwoArguments .* which fails on tokens alone"),
     "two outputs": (Pair, "a Pair .* which fails on tokens alone .*it returns a tuple"),

@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "pvt_v2_b0": (partial(timm.create_model, "pvt_v2_b0"), "a MlpWithDepthwiseConv of"),
     "levit_128s": (partial(timm.create_model, "levit_128s"), "a LevitMlp of .*BatchNorm1d"),
     **{
-        name: (partial(timm.create_model, name), f"a {mlp} of convolutions")
+        name: (partial(timm.create_model, name), rf"a {mlp} of \(Conv2d")
         for name, mlp in {
             "focalnet_tiny_srf": "Mlp",
             "caformer_s18": "Mlp",

@@ -133,7 +133,7 @@ def test_linear_layers_may_be_made_of_other_parts() -> None:
         return MLPForm(ups, down, mlp.act, output_dropouts=output_dropouts)
 
     mlp = GPT2MLP(24, GPT2Config(n_embd=8)).double().eval()
-    with pytest.raises(ValueError, match=r"^model: got 0, a GPT2MLP without linear layers"):
+    with pytest.raises(ValueError, match=r"^model: got 0, a GPT2MLP of "):
         moefied(mlp)
     register(GPT2MLP, read)
     layer = moefied(mlp)
@@ -202,47 +202,6 @@ def test_copies_of_timms_mlp_in_other_packages_are_read() -> None:
     assert moefied(copied(), **COPIES).experts.hidden_dropout.p == 0.5
     with pytest.raises(ValueError, match=r"^model: got 0, a Copied .*to gmoe\.mlps\.register"):
         moefied(Copied())
-
-
-class Proj(nn.Module):
-    """The first layer of an MLP of diffusers, with its activation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_gated = type(self).__name__ == "GEGLU"
-        self.proj = nn.Linear(8, 24 if self.is_gated else 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.proj(x)
-        if not self.is_gated:
-            return F.gelu(hidden)
-        hidden, gate = hidden.chunk(2, dim=-1)
-        return hidden * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """As diffusers has it, which is not installed where the tests run."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        first = type(kind, (Proj,), {})()
-        self.net = nn.ModuleList([first, nn.Dropout(0.5), nn.Linear(12, 8)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.net:
-            x = part(x)
-        return x
-
-
-def test_the_mlps_of_diffusers_keep_their_activation_in_the_first_layer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(FeedForward, "__module__", "diffusers.models.attention")
-    x = torch.randn(5, 8)
-    for kind in ("GELU", "GEGLU"):
-        dense = FeedForward(kind).eval()
-        torch.testing.assert_close(moefied(dense, **COPIES)(x), dense(x))
-    assert mlps.form_of_class(FeedForward("ApproximateGELU")) is None
 
 
 class Copied(nn.Module):

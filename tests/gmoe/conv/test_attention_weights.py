@@ -65,26 +65,10 @@ def test_equal_experts_have_the_edges_weights_and_gradients_of_pygs_conv(
     assert_close(*outcomes, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("conv", ["gat", "gatv2"])
-def test_a_matrix_comes_back_with_the_weights_as_its_values(conv: str) -> None:
-    moe, x = layer(conv, heads=2), features(NODES, WIDTH)
+def test_matrices_are_refused() -> None:
     matrix = csr(simple_graph(NODES, NODES), (NODES, NODES))
-    (out, found), (plain, expected) = (
-        called(x, matrix, return_attention_weights=True) for called in (moe, moe.expert(0))
-    )
-    assert_close(out, plain)
-    assert_close(found, expected, rtol=0, atol=1e-12)
-
-
-def test_transformers_matrix_has_the_weights_of_its_edges_as_values() -> None:
-    """PyG's returns the matrix that it was given beside them."""
-    moe, x = layer("transformer", heads=2), features(NODES, WIDTH)
-    matrix = csr(simple_graph(NODES, NODES), (NODES, NODES))
-    _, (found, alpha) = moe(x, matrix, return_attention_weights=True)
-    _, (_, expected) = moe.expert(0)(x, matrix, return_attention_weights=True)
-    assert_close(alpha, expected, rtol=0, atol=1e-12)
-    assert torch.equal(found.values(), alpha)
-    assert torch.equal(found.col_indices(), matrix.col_indices())
+    with pytest.raises(ValueError, match=r"^edge_index: got a sparse matrix with return_attention"):
+        layer("gat")(features(NODES, WIDTH), matrix, return_attention_weights=True)
 
 
 @pytest.mark.parametrize("start", ["plain", "shared"])
