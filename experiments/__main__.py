@@ -6,7 +6,7 @@ advise     Ask a graph whether it lacks width, and whether rules differ; then tr
 report     Make one HTML page from finished runs.
 patches    Draw which expert takes which patch of your images.
 tables     Write the tables of the docs from result files, or check them.
-benchmark  Time layers, and training steps of whole models.
+benchmark  Time training steps of whole models.
 convert    Bring SMILES into OGB's layout, or into configurations with forces.
 """
 

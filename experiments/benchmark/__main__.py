@@ -1,6 +1,6 @@
 """``python -m experiments.benchmark NAME [options]``: variants take turns.
 
-Ratios are those of medians in one run; of ``step``, of minima.
+Ratios are those of minima in one run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import tyro
 from experiments.train.command_line import SPARSE, chosen, fail, stop
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
-    "layers": (
-        "A layer of message passing beside a dense one, masked experts and PyG's own.",
-        "layers.LayersBenchmark",
-    ),
     "step": (
         "Training steps of whole models beside PyG's and timm's own, optimizer included.",
         "step.StepBenchmark",
     ),
     "gpu": (
-        "A CUDA device: equal to the CPU, waits, and times beside dense layers.",
+        "A CUDA device: equal to the CPU, waits, and steps of whole models.",
         "gpu.GpuBenchmark",
     ),
 }

@@ -1,7 +1,7 @@
 """What anybody with a CUDA device can find out by one command, in one file to send back.
 
-Are results those of the CPU, in every way in which people run layers; does a training step wait for
-the device; how long does it take beside a dense layer, and that of a whole model beside PyG's?
+Are results those of the CPU, in every way in which people run layers; does a training step of a
+layer wait for the device; how long does a step of a whole model take beside PyG's and timm's?
 
 It was written without such a device: nothing in this project was ever run on one by its authors.
 """
@@ -29,14 +29,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
-from experiments.benchmark.layers import NODE, power_law_graph
-from experiments.benchmark.measure import Measurement, Step, layer_step, take_turns, wait_for
+from experiments.benchmark.measure import Measurement, Step, wait_for
+from experiments.benchmark.models import ROWS as MODELS
+from experiments.benchmark.models import power_law_graph
 from experiments.benchmark.step import StepBenchmark
 from experiments.benchmark.step import summary as step_summary
 from experiments.benchmark.tables import said_of
 from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots
 from gmoe._checks import check, check_choice
-from gmoe.conv.kinds import factory_of
 from gmoe.routers import build_router
 
 WAITS = frozenset(
@@ -52,8 +52,11 @@ STEP = "training step"
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference from the CPU, over the largest number there."""
 
-COMPARED = {"nodes": 300, "tokens": 256, "images": 4}
-"""Sizes at which results are compared: the CPU computes them too."""
+SIZES = {"nodes": 300, "tokens": 256, "images": 4}
+"""Of inputs: the CPU computes results, too."""
+
+NODE = 128
+"""Width of a node."""
 
 TOKEN = 192
 """Width of a token, whose MLPs are four times as wide inside."""
@@ -74,48 +77,36 @@ class Inputs(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A layer with experts, the dense one that it is timed beside, and which inputs they take."""
+    """A layer or a model with experts, and which inputs it takes."""
 
     takes: Literal["graph", "tokens", "images"]
-    moe: Callable[[], nn.Module]
-    dense: Callable[[], nn.Module]
+    build: Callable[[], nn.Module]
 
 
-def conv_row(conv: str | list[str], dense: str) -> Row:
-    """A layer of message passing, and PyG's conv."""
-    heads: dict[str, Any] = {"heads": HEADS} if dense in ("gat", "gatv2", "transformer") else {}
-    sizes = (NODE, NODE // heads.get("heads", 1))
-    return Row(
-        "graph",
-        partial(MoEConv, conv, *sizes, **heads),
-        partial(factory_of(dense), *sizes, **heads),
-    )
+def conv_row(conv: str | list[str]) -> Row:
+    """A layer of message passing."""
+    if conv in ("gat", "gatv2", "transformer"):
+        return Row("graph", partial(MoEConv, conv, NODE, NODE // HEADS, heads=HEADS))
+    return Row("graph", partial(MoEConv, conv, NODE, NODE))
 
 
 def mlp_row(router: str, **options: Any) -> Row:
-    """MLP experts under a router, and timm's MLP."""
-    from timm.layers.mlp import Mlp
+    """MLP experts under a router."""
 
-    def moe() -> nn.Module:
+    def build() -> nn.Module:
         experts = MLPExperts(TOKEN, 4 * TOKEN, TOKEN, num_experts=8)
         if router == "soft_slots":
             return SoftMoE(SoftSlots(TOKEN, num_experts=8, slots=8), experts)
         return MoE(build_router(router, TOKEN, num_experts=8, k=1, kwargs=options), experts)
 
-    return Row("tokens", moe, partial(Mlp, TOKEN, 4 * TOKEN))
-
-
-def gnn_row() -> Row:
-    """A model of three layers; the dense one has no experts in them."""
-    model = partial(GNNMoE, NODE, NODE, CLASSES, 3)
-    return Row("graph", model, partial(model, router=None))
+    return Row("tokens", build)
 
 
 def vit_row() -> Row:
-    """A ViT of CIFAR's size; the dense one has no experts in its blocks."""
+    """A ViT of CIFAR's size."""
     from gmoe.models.vit import ViTMoE
 
-    return Row("images", partial(ViTMoE, 32), partial(ViTMoE, 32, router=None))
+    return Row("images", partial(ViTMoE, 32))
 
 
 CONVS = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")
@@ -130,99 +121,81 @@ ROUTERS = (
 )
 
 ROWS: dict[str, Callable[[], Row]] = {
-    **{name: partial(conv_row, name, name) for name in CONVS},
-    "mixed": partial(conv_row, ["gcn", "sage", "gin", "graph"], "gcn"),
+    **{name: partial(conv_row, name) for name in CONVS},
+    "mixed": partial(conv_row, ["gcn", "sage", "gin", "graph"]),
     **{name: partial(mlp_row, name) for name in ROUTERS},
     "capacity": partial(mlp_row, "token_choice", capacity_factor=1.0),
-    "gnn": gnn_row,
+    "gnn": partial(Row, "graph", partial(GNNMoE, NODE, NODE, CLASSES, 3)),
     "vit": vit_row,
 }
-"""What is measured: convs, MLPs under each router, and two models."""
+"""What is compared with the CPU: convs, MLPs under each router, and two models."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuBenchmark(Measurement):
-    """Layers and models on a CUDA device: equal to the CPU (float64, float32, second gradients) and
-    to themselves (compiled, captured, bfloat16, FSDP2), waits of a training step as the profiler
-    counts them, its time beside PyG's conv or timm's MLP, and whole models beside theirs. Send the
-    file of `--json` back to us. `--device cpu` is a dry run."""
+    """Layers on a CUDA device: equal to the CPU (float64, float32, second gradients) and to
+    themselves (compiled, captured, bfloat16, FSDP2), and waits of a training step as the profiler
+    counts them; then training steps of whole models beside PyG's and timm's, as `benchmark step`
+    times them. Send the file of `--json` back to us. `--device cpu` is a dry run."""
 
     device: Literal["cpu", "cuda", "mps"] = "cuda"
     """Device."""
-    rows: tuple[str, ...] = tuple(ROWS)
-    """Convs, routers and models."""
-    nodes: int = 20_000
-    """Nodes of the graph that is timed."""
-    tokens: int = 8192
-    """Tokens that are timed."""
-    images: int = 64
-    """Images that are timed."""
-    repeats: int = 15
-    """Timed steps of each layer and whole model, after three that are not."""
-    ways: bool = True
-    """Compare each layer compiled, captured, in bfloat16, sharded and differentiated twice."""
-    models: bool = True
-    """Time training steps of whole models, too: the rows of `benchmark step`."""
+    rows: tuple[str, ...] = (*ROWS, *MODELS)
+    """Convs, routers and models; then the rows of `benchmark step`."""
 
     def measured(self) -> dict[str, Any]:
-        """By row and precision ``wall`` and ``cpu`` of the layer, their ``ratio`` to the dense
-        one's, ``waits`` by the name of the call, and ``places`` in the code where torch saw
-        them; in float32 also ``equal``. A row that fails has an ``error`` in their place, and
-        the others go on."""
+        """By row what :func:`checked` finds, or by model what a step takes. A row that fails has
+        an ``error`` in its place, and the others go on."""
         for name in self.rows:
-            check_choice("rows", name, ROWS)
+            check_choice("rows", name, (*ROWS, *MODELS))
         there = self.device != "cuda" or torch.cuda.is_available()
-        check(
-            there,
-            "device",
-            "'cuda' without such a device",
-            "a machine that has one, or --device cpu (a dry run)",
-        )
-        timed = inputs_of(self.nodes, self.tokens, self.images)
+        legal = "a machine that has one, or --device cpu (a dry run)"
+        check(there, "device", "'cuda' without such a device", legal)
         by_variant: dict[str, Any] = {}
         for name in tqdm(self.rows, desc="rows", disable=None):
-            for variant, figures in self._row(name, timed):
-                by_variant[variant] = figures
+            try:
+                found = self.of_row(name)
+            # On unknown hardware one row that fails must not cost the others.
+            except Exception as error:
+                found = {name: {"error": f"{type(error).__name__}: {error}"}}
+            for variant, figures in found.items():
                 tqdm.write(f"{variant}: {summary(figures)}", file=sys.stderr)
-        steps = StepBenchmark(device=self.device, repeats=self.repeats, seconds=0)
-        for name in tqdm(steps.rows if self.models else (), desc="models", disable=None):
-            for variant, figures in self._models(steps, name):
-                by_variant[variant] = figures
-                tqdm.write(f"{variant}: {step_summary(figures)}", file=sys.stderr)
+            by_variant |= found
         return by_variant
 
-    def _models(self, steps: StepBenchmark, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Training steps of the whole models of a row."""
-        try:
-            for variant, figures in steps.of_row(name).items():
-                yield f"{name}, {variant}", figures
-        except Exception as error:
-            yield name, {"error": f"{type(error).__name__}: {error}"}
+    def of_row(self, name: str) -> dict[str, dict[str, Any]]:
+        """What is found of a row, by variant."""
+        if name in ROWS:
+            return {name: checked(ROWS[name](), torch.device(self.device))}
+        steps = StepBenchmark(device=self.device, repeats=self.repeats, seconds=0)
+        return {f"{name}, {model}": found for model, found in steps.of_row(name).items()}
 
-    def _row(self, name: str, timed: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
-        row = ROWS[name]()
-        device = torch.device(self.device)
-        for precision in ("fp32", "bf16"):
-            figures: dict[str, Any] = {}
-            # On unknown hardware one layer that fails must not cost the other rows.
-            try:
-                if precision == "fp32":
-                    # In evaluation, where routers draw no noise: generators differ by device.
-                    model = opened(row.moe()).eval()
-                    inputs = getattr(inputs_of(**COMPARED), row.takes)
-                    figures["equal"] = compared(model, inputs, device)
-                    if self.ways:
-                        figures["ways"] = compared_ways(model, inputs, device)
-                figures |= measured_row(row, timed, device, self.repeats, bf16=precision == "bf16")
-            except Exception as error:
-                figures["error"] = f"{type(error).__name__}: {error}"
-            yield f"{name}, {precision}", figures
+
+def checked(row: Row, device: torch.device) -> dict[str, Any]:
+    """``equal`` to the CPU by dtype, ``ways`` to run it, and by precision the ``waits`` of a
+    training step by the name of the call, and the ``places`` in the code where torch saw them."""
+    # In evaluation, where routers draw no noise: generators differ by device.
+    model = opened(row.build()).eval()
+    inputs = getattr(inputs_of(**SIZES), row.takes)
+    found: dict[str, Any] = {
+        "equal": compared(model, inputs, device),
+        "ways": compared_ways(model, inputs, device),
+        "waits": {},
+        "places": {},
+    }
+    trained = opened(row.build()).to(device)
+    given = on(device, inputs, torch.float32)
+    for precision in ("fp32", "bf16"):
+        step = training_step(trained, given, bf16=precision == "bf16")
+        step()  # the first step makes what later ones keep
+        found["waits"][precision] = waits_of(step, device)
+        found["places"][precision] = places_of_waits(step, device)
+    return found
 
 
 def inputs_of(nodes: int, tokens: int, images: int) -> Inputs:
     """Random inputs of these sizes."""
-    edge_index, _ = power_law_graph(nodes, 5 * nodes)
-    graph = (torch.randn(nodes, NODE), edge_index)
+    graph = (torch.randn(nodes, NODE), power_law_graph(nodes, 5 * nodes))
     return Inputs(graph, (torch.randn(tokens, TOKEN),), (torch.randn(images, 3, 32, 32),))
 
 
@@ -253,22 +226,17 @@ def compared(model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device)
     return by_dtype
 
 
-def measured_row(
-    row: Row, timed: Inputs, device: torch.device, repeats: int, bf16: bool
-) -> dict[str, Any]:
-    """Waits of a training step of the layer, and times of it and of the dense layer in turns."""
-    inputs = on(device, getattr(timed, row.takes), torch.float32)
-    layers = {"dense": row.dense().to(device), "moe": opened(row.moe()).to(device)}
-    steps = {name: layer_step(layer, inputs, bf16=bf16) for name, layer in layers.items()}
-    times = take_turns(steps, repeats, device, warmup=3)
-    moe = times["moe"]
-    dense = times["dense"]
-    ratio = {clock: moe[clock]["median"] / dense[clock]["median"] for clock in moe}
-    waits = {
-        "waits": waits_of(steps["moe"], device),
-        "places": places_of_waits(steps["moe"], device),
-    }
-    return {**moe, "dense": dense, "ratio": ratio, **waits}
+def training_step(layer: nn.Module, inputs: tuple[Any, ...], bf16: bool) -> Step:
+    """Forward and backward, with bfloat16 autocast if asked for; it leaves no gradients behind."""
+
+    def step() -> None:
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=bf16):
+            y = layer(*inputs)
+        y.backward(torch.ones_like(y))
+        layer.zero_grad()
+        inputs[0].grad = None
+
+    return step
 
 
 def waits_of(step: Step, device: torch.device) -> dict[str, int]:
@@ -312,14 +280,13 @@ def summary(figures: dict[str, Any]) -> str:
     """One line of a row, as it is found."""
     if "error" in figures:
         return str(figures["error"]).partition("\n")[0]
-    parts = [
-        f"{1000 * figures['wall']['median']:.2f} ms",
-        f"{figures['ratio']['wall']:.2f} × dense",
-    ]
-    parts.append(f"{sum(figures['waits'].values())} waits")
-    compared = figures.get("equal", {}) | figures.get("ways", {})
-    parts += [f"{name} {said_of(of)}" for name, of in compared.items()]
-    return ", ".join(parts)
+    if "least" in figures:
+        return step_summary(figures)
+    waits = sum(sum(of.values()) for of in figures["waits"].values())
+    compared = figures["equal"] | figures["ways"]
+    return ", ".join(
+        [f"{waits} waits", *(f"{name} {said_of(of)}" for name, of in compared.items())]
+    )
 
 
 # ways to run a layer, each compared with the plain way there or on the CPU ------------------------

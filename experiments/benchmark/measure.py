@@ -7,14 +7,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.testing import assert_close
 from torch_geometric import seed_everything
 from tqdm import tqdm
 
@@ -31,8 +29,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler prints when it
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Where to measure, and where to write it."""
+    """What to measure, where, and where to write it."""
 
+    rows: tuple[str, ...]
+    repeats: int = 15
+    """Timed steps of each model, after some that are not."""
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     """Device."""
     threads: int = 0
@@ -54,15 +55,10 @@ class Measurement:
         return variants
 
     def check_options(self) -> None:
-        """Refuse numbers that are not positive, and lists without an entry."""
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            check(value != (), name, "nothing", "at least one")
-            for entry in value if isinstance(value, tuple) else (value,):
-                if name == "threads":
-                    check_at_least(0, threads=entry)
-                elif isinstance(entry, int) and not isinstance(entry, bool):
-                    check_counts(**{name: entry})
+        """Refuse options of which nothing can be measured, and a folder in place of a file."""
+        check(self.rows, "rows", "nothing", "at least one")
+        check_counts(repeats=self.repeats)
+        check_at_least(0, threads=self.threads)
         is_folder = self.json is not None and self.json.is_dir()
         check(not is_folder, "json", self.json, "a file, not a folder")
 
@@ -161,27 +157,3 @@ def wait_for(device: torch.device) -> None:
     """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def layer_step(layer: nn.Module, inputs: tuple[Any, ...], bf16: bool = False) -> Step:
-    """Forward and backward, with bfloat16 autocast if asked for.
-
-    It leaves no gradients behind.
-    """
-
-    def step() -> None:
-        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=bf16):
-            y = layer(*inputs)
-        y.backward(torch.ones_like(y))
-        layer.zero_grad()
-        inputs[0].grad = None
-
-    return step
-
-
-@torch.no_grad()
-def check_equal(name: str, got: Tensor, expected: Tensor) -> None:
-    """Refuse a variant that does not compute what it is compared with, up to rounding."""
-    assert_close(
-        got, expected, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name} and gmoe differ: {text}"
-    )

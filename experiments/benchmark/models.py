@@ -19,9 +19,9 @@ from torch_geometric import seed_everything
 from torch_geometric.data import Batch
 from torch_geometric.datasets import FakeDataset
 from torch_geometric.nn import GAT, GCN, GIN, GCNConv, GraphSAGE, HeteroLinear, global_mean_pool
+from torch_geometric.utils import to_undirected
 
 import gmoe
-from experiments.benchmark.layers import power_law_graph
 from experiments.benchmark.measure import wait_for
 from experiments.train.data.forces import ELEMENTS
 from experiments.train.potential import ATOMWISE, Potential, atomwise
@@ -110,9 +110,19 @@ class MadeNodes(NamedTuple):
         return F.cross_entropy(logits[: len(self.target)], self.target)
 
 
+def power_law_graph(nodes: int, edges: int) -> Tensor:
+    """Draw the ``edge_index`` of a graph with in-degrees by a power law.
+
+    Uniform nodes cite others by weights of a power law (exponent 2.7), in both directions.
+    """
+    cited = torch.multinomial(torch.rand(nodes).pow(-1 / 1.7), edges, replacement=True)
+    citing = torch.randint(nodes, (edges,))
+    return to_undirected(torch.stack([cited, citing]), num_nodes=nodes)
+
+
 def made_nodes(task: NodeTask) -> MadeNodes:
     """Draw a graph of a task's size."""
-    edge_index, _ = power_law_graph(task.nodes, task.citations)
+    edge_index = power_law_graph(task.nodes, task.citations)
     x = torch.randn(task.nodes, task.features)
     return MadeNodes(x, edge_index, torch.randint(task.classes, (task.labeled,)))
 

@@ -42,8 +42,6 @@ class StepBenchmark(Measurement):
 
     rows: tuple[str, ...] = tuple(ROWS)
     """What is trained."""
-    repeats: int = 15
-    """Timed steps of each model, after some that are not."""
     seconds: float = 3.0
     """Rows of quick models are repeated for so long."""
     threads: int = 1

@@ -22,11 +22,9 @@ def benchmark_table(results: dict[str, Any]) -> str:
 
 def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
     """One line a variant: times, ratios to the reference, memory."""
-    if any("waits" in variant or "error" in variant for variant in variants.values()):
-        return known([gpu_line(name, variant) for name, variant in variants.items()])
-    if any("least" in variant for variant in variants.values()):
-        return known([step_line(name, variant) for name, variant in variants.items()])
-    return [_time_line(name, variant) for name, variant in variants.items()]
+    is_of_gpu = any("waits" in variant or "error" in variant for variant in variants.values())
+    line = gpu_line if is_of_gpu else step_line
+    return known([line(name, variant) for name, variant in variants.items()])
 
 
 def step_line(name: str, variant: Mapping[str, Any]) -> Line:
@@ -53,48 +51,23 @@ def step_line(name: str, variant: Mapping[str, Any]) -> Line:
     return line
 
 
-def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
-    wall = {key: 1000 * value for key, value in variant["wall"].items()}
-    ratio = variant["ratio"]
-    return {
-        "variant": name,
-        "wall (ms)": f"{wall['median']:,.1f}",
-        "from": f"{wall['min']:,.1f}",
-        "to": f"{wall['max']:,.1f}",
-        "× wall": f"{ratio['wall']:.3f}" if "wall" in ratio else "–",
-        "× CPU": f"{ratio['cpu']:.3f}" if "cpu" in ratio else "–",
-        "× FLOPs": "–" if ratio.get("flops") is None else f"{ratio['flops']:.2f}",
-        "MiB": f"{variant['memory'] / 2**20:,.0f}" if "memory" in variant else "–",
-    }
-
-
 def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
-    """A layer on a GPU: times, waits of a step, what it was compared with.
+    """A layer on a GPU: what it was compared with, and waits of a step by precision.
 
     Of a whole model the time of a step, beside the first of its row; of what fails, why.
     """
-    columns = ("moe (ms)", "dense (ms)", "×", "waits", *DTYPES, *WAYS, "error")
+    columns = (*DTYPES, *WAYS, "waits, fp32", "waits, bf16", "step (ms)", "×", "error")
     line = {"variant": name} | dict.fromkeys(columns, "–")
-    compared = variant.get("equal", {}) | variant.get("ways", {})
     if "least" in variant:
-        step, ratio = variant["least"]["step"], variant["ratio"]["step"]
-        line |= _times(step, step / ratio)
-    elif "wall" in variant:
-        line |= _times(variant["wall"]["median"], variant["dense"]["wall"]["median"])
-        line["waits"] = str(sum(variant["waits"].values()))
+        line["step (ms)"] = f"{1000 * variant['least']['step']:.2f}"
+        line["×"] = f"{variant['ratio']['step']:.2f}"
+    compared = variant.get("equal", {}) | variant.get("ways", {})
     line |= {way: said_of(of) for way, of in compared.items()}
+    waits = variant.get("waits", {})
+    line |= {f"waits, {precision}": str(sum(of.values())) for precision, of in waits.items()}
     if "error" in variant:
         line["error"] = variant["error"].partition("\n")[0]
     return line
-
-
-def _times(moe: float, dense: float) -> Line:
-    """Two times in milliseconds, and their ratio."""
-    return {
-        "moe (ms)": f"{1000 * moe:.2f}",
-        "dense (ms)": f"{1000 * dense:.2f}",
-        "×": f"{moe / dense:.2f}",
-    }
 
 
 def said_of(compared: Mapping[str, Any]) -> str:

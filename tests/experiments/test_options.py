@@ -57,11 +57,10 @@ def forget_unknown_options() -> None:
         ),
         ("sweep router", "did you mean 'routers'?"),
         ("sweep --budget 2 routers", "study: got '--budget', expected the study first"),
-        ("benchmark layer", "benchmark: got 'layer', expected one of layers, step, gpu"),
-        ("benchmark layer", "did you mean 'layers'?"),
+        ("benchmark steps", "benchmark: got 'steps', expected one of step, gpu"),
+        ("benchmark steps", "did you mean 'step'?"),
         ("convert molecule", "command: got 'molecule', expected one of molecules, packages"),
-        ("benchmark layers --repeats 0", "repeats: got 0, expected at least 1"),
-        ("benchmark layers --conv nothing", "conv: got 'nothing'"),
+        ("benchmark step --repeats 0", "repeats: got 0, expected at least 1"),
         ("benchmark step --rows nothing", "rows: got 'nothing', expected one of 'cora-gcn'"),
         ("sweep routers --columns cora", "columns: got cora, expected some of"),
         ("sweep routers --rows router", "rows: got router, expected some of"),
@@ -202,7 +201,7 @@ def test_what_is_refused_is_named_in_one_line(
         ("train --config own.json --epoch 5", "train --config own.json"),
         ("train digits --config own.json --epoch 5", "train digits --config own.json"),
         ("sweep routers --budge 3", "sweep routers"),
-        ("benchmark layers --repeat 3", "benchmark layers"),
+        ("benchmark step --repeat 3", "benchmark step"),
         ("convert molecules --nothing x", "convert molecules"),
         *(
             (f"{name} --nothing x", name)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.benchmark import gpu, layers, measure
+from experiments.benchmark import gpu, measure
 from experiments.benchmark.__main__ import main
+from experiments.benchmark.models import ROWS as MODELS
 from experiments.benchmark.step import StepBenchmark
 from experiments.benchmark.tables import DTYPES, WAYS, benchmark_lines
 
 CPU = torch.device("cpu")
-SMALL = "layers --nodes 60 --edges 150"
 
 
 def found_by(command: str, tmp_path: Path) -> dict[str, Any]:
@@ -59,49 +59,14 @@ def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("command", "reference", "others"),
-    [
-        (
-            f"{SMALL} --experts 2 4 --adjacency csr",
-            "dense, csr",
-            ["masked E=4 K=2, csr", "HeteroLinear E=4 K=1, csr"],
-        ),
-        (f"{SMALL} --conv gat --ks 1", "dense, edge_index", ["masked E=8 K=1, edge_index"]),
-    ],
-)
-def test_variants_and_their_ratios(
-    command: str, reference: str, others: list[str], tmp_path: Path
-) -> None:
-    found = found_by(command, tmp_path)
-    base = found[reference]
-    for name in others:
-        figures = found[name]
-        assert figures["ratio"]["wall"] == figures["wall"]["median"] / base["wall"]["median"]
-        assert figures["ratio"]["memory"] == figures["memory"] / base["memory"]
-        assert len(figures["cpu"]["values"]) == 2
-
-
-@pytest.mark.parametrize("name", ["Masked", "Grouped"])
-def test_what_computes_something_else_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(layers, name).forward
-    monkeypatch.setattr(getattr(layers, name), "forward", lambda *args: -right(*args))
-    with pytest.raises(AssertionError, match="and gmoe differ"):
-        main(SMALL.split())
-
-
-@pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("layers --nodes 0", "nodes: got 0, expected at least 1"),
-        ("layers --nodes 50 --edges 0", "edges: got 0, expected at least 1"),
-        ("layers --threads -1", "threads: got -1, expected a number of at least 0"),
-        ("layers --ks", "ks: got nothing, expected at least one"),
-        ("layers --experts 4 0", "experts: got 0, expected at least 1"),
-        ("gpu --tokens -1", "tokens: got -1, expected at least 1"),
-        ("step --rows", "rows: got nothing, expected at least one"),
+        ("step --threads -1", "threads: got -1, expected a number of at least 0"),
+        ("step --repeats 0", "repeats: got 0, expected at least 1"),
+        ("gpu --rows", "rows: got nothing, expected at least one"),
         ("step --rows cora", "rows: got 'cora', expected one of"),
         ("step --seconds -1", "seconds: got -1.0, expected a number of at least 0"),
-        ("layers --json .", "json: got ., expected a file, not a folder"),
+        ("step --json .", "json: got ., expected a file, not a folder"),
     ],
 )
 def test_options_of_which_nothing_can_be_measured_are_refused(
@@ -114,30 +79,21 @@ def test_options_of_which_nothing_can_be_measured_are_refused(
 
 # on a GPU, dry ------------------------------------------------------------------------------------
 
-DRY = "gpu --device cpu --nodes 40 --tokens 32 --images 2"
-LAYERS = f"{DRY} --no-ways --no-models"
-
 
 @pytest.mark.slow
 def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
-    found = found_by(DRY, tmp_path)
-    layers = [f"{row}, {precision}" for row in gpu.ROWS for precision in ("fp32", "bf16")]
-    models = list(found)[len(layers) :]
-    assert list(found)[: len(layers)] == layers
+    found = found_by("gpu --device cpu", tmp_path)
+    models = [*found][len(gpu.ROWS) :]
+    assert [*found][: len(gpu.ROWS)] == [*gpu.ROWS]
     assert {name.partition(", ")[0] for name in models} == set(StepBenchmark().rows)
     assert all(found[name]["ratio"]["step"] > 0 for name in models)
-    for name in layers:
+    for name in gpu.ROWS:
         figures = found[name]
         assert "error" not in figures, (name, figures)
-        assert figures["waits"] == {}  # of which a CPU has none
-        assert (
-            figures["ratio"]["wall"]
-            == figures["wall"]["median"] / figures["dense"]["wall"]["median"]
-        )
-        if name.endswith("fp32"):
-            compared = figures["equal"] | figures["ways"]
-            assert set(compared) == {*DTYPES, *WAYS} - {"captured"}
-            assert all(of["within"] for of in compared.values()), (name, compared)
+        assert figures["waits"] == {"fp32": {}, "bf16": {}}  # of which a CPU has none
+        compared = figures["equal"] | figures["ways"]
+        assert set(compared) == {*DTYPES, *WAYS} - {"captured"}
+        assert all(of["within"] for of in compared.values()), (name, compared)
 
 
 def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +106,8 @@ def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatc
 
     errors = itertools.cycle([0, 1])  # the CPU's come first
     monkeypatch.setattr(gpu, "run", wrong)
-    model = gpu.opened(gpu.ROWS["gcn"]().moe()).eval()
-    equal = gpu.compared(model, gpu.inputs_of(**gpu.COMPARED).graph, CPU)
+    model = gpu.opened(gpu.ROWS["gcn"]().build()).eval()
+    equal = gpu.compared(model, gpu.inputs_of(**gpu.SIZES).graph, CPU)
     assert equal["float64"] == pytest.approx(
         {"output": 0, "gradients": 1e-3, "within": False, "tolerance": 1e-9}
     )
@@ -166,21 +122,25 @@ def test_a_row_that_fails_costs_no_other_row(
     def fails(*_: Any) -> Any:
         raise RuntimeError("out of memory\nsomewhere")
 
-    monkeypatch.setitem(gpu.ROWS, "gcn", lambda: gpu.Row("graph", gpu.ROWS["sage"]().moe, fails))
-    found = found_by(f"{LAYERS} --rows gcn sage", tmp_path)
-    assert found["gcn, bf16"] == {"error": "RuntimeError: out of memory\nsomewhere"}
-    assert "wall" in found["sage, bf16"]
-    assert [line["error"] for line in benchmark_lines(found)][1:] == [
-        "RuntimeError: out of memory",
-        "–",
-        "–",
-    ]
+    monkeypatch.setattr(gpu, "WAYS", {})
+    monkeypatch.setitem(gpu.ROWS, "gcn", lambda: gpu.Row("graph", fails))
+    monkeypatch.setitem(MODELS, "small-sage", fails)
+    rows = ["gcn", "sage", "small-sage", "small-gcn"]
+    found = found_by(f"gpu --device cpu --rows {' '.join(rows)}", tmp_path)
+    assert (
+        found["gcn"] == found["small-sage"] == {"error": "RuntimeError: out of memory\nsomewhere"}
+    )
+    assert found["sage"]["equal"]["float64"]["within"]
+    first, second, third, fourth, *_ = benchmark_lines(found)
+    assert first["error"] == third["error"] == "RuntimeError: out of memory"
+    assert (second["error"], second["waits, bf16"], second["step (ms)"]) == ("–", "0", "–")
+    assert (fourth["error"], fourth["waits, bf16"], fourth["×"]) == ("–", "–", "1.00")
 
 
 @pytest.mark.parametrize("way", ["bf16", "sharded", "twice"])
 def test_a_way_to_run_a_layer_is_compared(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "WAYS", {way: gpu.WAYS[way]} if way in gpu.WAYS else {})
-    model = gpu.opened(gpu.ROWS["sage"]().moe()).eval()
+    model = gpu.opened(gpu.ROWS["sage"]().build()).eval()
     inputs = gpu.inputs_of(nodes=30, tokens=1, images=1).graph
     found = gpu.compared_ways(model, inputs, CPU)
     assert found[way]["within"], found
@@ -196,7 +156,7 @@ def test_a_way_that_differs_or_fails_is_named(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(gpu, "WAYS", {"bf16": (Doubled, 0.1), "sharded": (fails, 1e-4)})
-    model = gpu.opened(gpu.ROWS["sage"]().moe()).eval()
+    model = gpu.opened(gpu.ROWS["sage"]().build()).eval()
     found = gpu.compared_ways(model, gpu.inputs_of(nodes=30, tokens=1, images=1).graph, CPU)
     assert found["sharded"] == {"error": "RuntimeError: no such kernel"}
     assert found["twice"]["within"]
