@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._autograd import autocasts, gradients_of, operator, unbatched
-from gmoe.blocks import Blocks, blocks_of, expert_of_rows, sum_at
 from gmoe.conv.messages import AllMessages, Messages
 from gmoe.portable import exported_as
 from gmoe.products import grouped_linear
@@ -64,8 +63,11 @@ def additive_scores(
 
 @exported_as(lambda _: True)  # how many messages there are is not known
 def _keeps_rows(messages: Messages) -> bool:
-    """True if there may be a row for each message: there are few."""
-    return isinstance(messages, AllMessages)
+    """True if there may be a row for each message: there are few, or blocks would make a GPU wait.
+
+    PyG's conv keeps such rows, too.
+    """
+    return isinstance(messages, AllMessages) or messages.source.device.type != "cpu"
 
 
 class _Parts(NamedTuple):
@@ -164,10 +166,10 @@ def _score_additively(
     dtype = att_EOH.dtype
     parts = _Parts(source_UO, target_PO, edge_MF, edge_EFO, att_EOH).each(_exact)
     score_MH = parts.att_EOH.new_empty(sender.size(0), att_EOH.size(2))
-    for block in _blocks(offsets, sender.size(0), att_EOH):
-        sum_BO = _sums(parts, sender, receiver, block)
+    for expert, block in _blocks(offsets, att_EOH.size(1)):
+        sum_BO = _sums(parts, sender, receiver, expert, block)
         leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
-        block.add_product(leaky_BO, parts.att_EOH, score_MH[block.place], beta=0)
+        torch.mm(leaky_BO, parts.att_EOH[expert], out=score_MH[block])
     return score_MH.to(dtype)
 
 
@@ -194,21 +196,19 @@ def _score_additively_backward(
     # Contiguous, however the inputs lie: not zeros_like.
     grads = parts.each(lambda value: value.new_zeros(value.shape))
     grad_MH = grad_MH.to(parts.att_EOH.dtype)
-    for block in _blocks(offsets, sender.size(0), att_EOH):
+    for expert, block in _blocks(offsets, att_EOH.size(1)):
         # The sums are computed anew: they take more memory than all else.
-        sum_BO = _sums(parts, sender, receiver, block)
-        grad_BH = grad_MH[block.place]
-        grad_BO = torch.empty_like(sum_BO)
-        block.add_product(grad_BH, parts.att_EOH.transpose(1, 2), grad_BO, beta=0)
+        sum_BO = _sums(parts, sender, receiver, expert, block)
+        grad_BH = grad_MH[block]
+        grad_BO = torch.mm(grad_BH, parts.att_EOH[expert].T, out=torch.empty_like(sum_BO))
         grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, negative_slope, False)
         leaky_BO = F.leaky_relu_(sum_BO, negative_slope)
-        block.add_outer(leaky_BO, grad_BH, grads.att_EOH)
-        grads.source_UO.index_add_(0, sender[block.place], grad_BO)
-        grads.target_PO.index_add_(0, receiver[block.place], grad_BO)
+        grads.att_EOH[expert].addmm_(leaky_BO.T, grad_BH)
+        grads.source_UO.index_add_(0, sender[block], grad_BO)
+        grads.target_PO.index_add_(0, receiver[block], grad_BO)
         if parts.edge_MF is not None:
-            weight_EOF = parts.edge_EFO.transpose(1, 2)
-            block.add_product(grad_BO, weight_EOF, grads.edge_MF[block.place], beta=0)
-            block.add_outer(parts.edge_MF[block.place], grad_BO, grads.edge_EFO)
+            torch.mm(grad_BO, parts.edge_EFO[expert].T, out=grads.edge_MF[block])
+            grads.edge_EFO[expert].addmm_(parts.edge_MF[block].T, grad_BO)
     return [
         grad.to(part.dtype) for grad, part in zip(grads, given, strict=True) if part is not None
     ]
@@ -219,82 +219,23 @@ def _exact(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-class _Block(NamedTuple):
-    """A block of messages, all of one expert.
-
-    Args:
-        place: of the block among the messages.
-        expert: of all of them.
-    """
-
-    place: slice
-    expert: int
-
-    def add_product(
-        self, x_BI: Tensor, weight_EIO: Tensor, sum_BO: Tensor, beta: int = 1
-    ) -> Tensor:
-        """Add rows times the weight of their expert to ``beta`` times ``sum_BO``."""
-        return sum_BO.addmm_(x_BI, weight_EIO[self.expert], beta=beta)
-
-    def add_outer(self, x_BI: Tensor, grad_BO: Tensor, sum_EIO: Tensor) -> None:
-        """Add the gradient of the weights, from rows (B, I) and gradients (B, O)."""
-        sum_EIO[self.expert].addmm_(x_BI.T, grad_BO)
-
-
-class _MixedBlock(NamedTuple):
-    """A block of messages of any experts, of which the host knows no ends.
-
-    Args:
-        place: of the block among the messages.
-        blocks: its messages, in blocks of one expert each.
-    """
-
-    place: slice
-    blocks: Blocks
-
-    def add_product(
-        self, x_BI: Tensor, weight_EIO: Tensor, sum_BO: Tensor, beta: int = 1
-    ) -> Tensor:
-        """See :class:`_Block`."""
-        with torch.autocast(x_BI.device.type, enabled=False):
-            y_BO = self.blocks.linear(x_BI, weight_EIO, None)
-        return sum_BO.add_(y_BO) if beta else sum_BO.copy_(y_BO)
-
-    def add_outer(self, x_BI: Tensor, grad_BO: Tensor, sum_EIO: Tensor) -> None:
-        """See :class:`_Block`."""
-        with torch.autocast(x_BI.device.type, enabled=False):
-            outer_NIO = self.blocks.filled(x_BI).mT @ self.blocks.filled(grad_BO)
-            sum_EIO += sum_at(self.blocks.expert_N, outer_NIO, sum_EIO.size(0))
-
-
-def _mixed(place: slice, offsets: Tensor) -> _MixedBlock:
-    """A block of messages, given the ends of each expert's messages among all."""
-    ends = offsets.clamp(place.start, place.stop) - place.start
-    return _MixedBlock(place, blocks_of(ends, expert_of_rows(ends, place.stop - place.start)))
-
-
-def _blocks(offsets: Tensor, number: int, att_EOH: Tensor) -> Iterator[_Block | _MixedBlock]:
-    """The messages in blocks: each of one expert, or of any, where the host would wait for ends.
+def _blocks(offsets: Tensor, width: int) -> Iterator[tuple[int, slice]]:
+    """The messages in blocks, each of one expert, which is given with it.
 
     Args:
         offsets: (E,) cumulative ends of each expert's messages.
-        number: M.
-        att_EOH: one of the weights.
+        width: numbers that each message takes.
     """
-    width, device = att_EOH.size(1), att_EOH.device
-    if device.type != "cpu":
-        yield from (_mixed(place, offsets) for place in blocks(0, number, width, device))
-        return
     ends = offsets.tolist()
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        for place in blocks(start, end, width, device):
-            yield _Block(place, expert)
+        for block in blocks(start, end, width, offsets.device):
+            yield expert, block
 
 
-def _sums(parts: _Parts, sender: Tensor, receiver: Tensor, block: _Block | _MixedBlock) -> Tensor:
-    """(B, O) the sums before the leaky ReLU, of a block of messages."""
-    sum_BO = parts.source_UO.index_select(0, sender[block.place])
-    sum_BO += parts.target_PO.index_select(0, receiver[block.place])
+def _sums(parts: _Parts, sender: Tensor, receiver: Tensor, expert: int, block: slice) -> Tensor:
+    """(B, O) the sums before the leaky ReLU, of a block of messages of one expert."""
+    sum_BO = parts.source_UO.index_select(0, sender[block])
+    sum_BO += parts.target_PO.index_select(0, receiver[block])
     if parts.edge_MF is not None:
-        block.add_product(parts.edge_MF[block.place], parts.edge_EFO, sum_BO)
+        sum_BO.addmm_(parts.edge_MF[block], parts.edge_EFO[expert])
     return sum_BO

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gmoe
 from gmoe.edges import RADIX_RECEIVERS, Edges
-from tests.helpers.kernels import ends, in_mixed_blocks
+from tests.helpers.kernels import ends
 from tests.helpers.masked import features, random_graph
 
 WIDTHS = (7, 8)
@@ -271,7 +271,6 @@ def finding_rows(number: int | None) -> Any:
 SMALL_PRODUCTS = {"gmoe.products.NUMBERS": 30}
 BY_EXPERT = {"gmoe.routed.AT_ONCE": -1}
 GPU_SUMS = {"gmoe.sums.SPARSE_DEVICES": ()}
-GPU_SCORES = {"gmoe.conv.additive._blocks": in_mixed_blocks}
 ALL, EXPERTS_ONLY = (True, True, True), (False, True, True)
 
 ROADS: dict[str, dict[str, Road]] = {
@@ -336,13 +335,11 @@ ROADS: dict[str, dict[str, Road]] = {
         "no edge features": Road(scores(False), leaves="bmm"),
         "edge features": Road(scores(True), leaves="bmm"),
         "one head": Road(scores(True, 1), leaves="bmm"),
-        "GPU": Road(scores(True), "bmm", patches=GPU_SCORES),
     },
     "score_additively_backward": {
         "no edge features": Road(grad_of(scores(False)), leaves="bmm"),
         "edge features": Road(grad_of(scores(True)), leaves="bmm"),
         "one head": Road(grad_of(scores(True, 1), 1), leaves="bmm"),
-        "GPU": Road(grad_of(scores(True)), "bmm", patches=GPU_SCORES),
     },
     "sort_edges": {
         "by NumPy": Road(sorting(RADIX_RECEIVERS), leaves="argsort"),

@@ -5,14 +5,13 @@ Shapes: T tokens, E experts, P pairs sorted by expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmoe.conv import additive
 from gmoe.routing import Routing
 from tests.helpers.masked import features, routing_of
 
@@ -51,10 +50,3 @@ class Noted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(str(func).split(".")[1])
         return func(*args, **(kwargs or {}))
-
-
-def in_mixed_blocks(offsets: Tensor, number: int, _: Tensor) -> Iterator[additive._MixedBlock]:
-    """Blocks of seven messages, as off the CPU."""
-    for start in range(0, number, 7):
-        place = slice(start, min(start + 7, number))
-        yield additive._mixed(place, offsets)

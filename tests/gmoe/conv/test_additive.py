@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gmoe import sums
 from gmoe.conv import additive
-from tests.helpers.kernels import in_mixed_blocks
 from tests.helpers.masked import features
 
 EXPERTS, ROWS, PAIRS, MESSAGES, WIDTH, HEADS = 3, 7, 5, 20, 4, 2
@@ -29,38 +28,14 @@ def scored(with_edges: bool, slope: float = 0.2) -> tuple[Any, ...]:
     return *ends, *of_edges, attention, slope, sender, receiver, offsets
 
 
-@pytest.mark.parametrize(("with_edges", "slope"), [(False, 0.2), (True, 0.2), (True, -0.5)])
-def test_blocks_of_any_experts_give_what_blocks_of_one_give(
-    with_edges: bool, slope: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scores and gradients."""
-    inputs, grad = scored(with_edges, slope), features(MESSAGES, HEADS)
-
-    def found() -> list[Tensor]:
-        scores = additive._score_additively(*inputs)
-        return [scores, *additive._score_additively_backward(grad, *inputs)]
-
-    expected = found()
-    monkeypatch.setattr(additive, "_blocks", in_mixed_blocks)
-    torch.testing.assert_close(found(), expected)
-
-
-def test_off_the_cpu_blocks_are_cut_without_the_ends_of_experts() -> None:
-    """The device of no values stands for a GPU."""
-    like = torch.empty(EXPERTS, WIDTH, HEADS, device="meta")
-    offsets = torch.empty(EXPERTS, dtype=torch.int32, device="meta")
-    (block,) = additive._blocks(offsets, MESSAGES, like)
-    assert block.place == slice(0, MESSAGES)
-
-
 def test_on_the_cpu_a_block_is_of_one_expert_and_fits_its_caches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sums, "NUMBERS", 6 * WIDTH)
-    *_, attention, _, _, _, offsets = scored(with_edges=False)
-    blocks: list[Any] = list(additive._blocks(offsets, MESSAGES, attention))
-    assert [block.expert for block in blocks] == [0, 0, 2, 2]
-    places = [range(MESSAGES)[block.place] for block in blocks]
+    *_, offsets = scored(with_edges=False)
+    experts, blocks = zip(*additive._blocks(offsets, WIDTH), strict=True)
+    assert experts == (0, 0, 2, 2)
+    places = [range(MESSAGES)[block] for block in blocks]
     assert places == [range(6), range(6, 10), range(10, 16), range(16, 20)]
 
 
