@@ -60,6 +60,18 @@ def check(valid: object, name: str, got: object, expected: object) -> None:
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
+def fixed(name: str) -> Any:
+    """An attribute that a module is built with: it keeps it as ``_name``, and nobody sets it."""
+
+    def refuse(module: object, value: object) -> None:
+        raise AttributeError(
+            f"{name}: got {value!r}, expected the {name} of {type(module).__name__} as it is: "
+            "build another, or see keep(kept)"
+        )
+
+    return property(lambda module: getattr(module, f"_{name}"), refuse)
+
+
 def is_whole(value: object) -> bool:
     """True for whole numbers, NumPy's too; booleans are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)

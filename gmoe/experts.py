@@ -21,6 +21,7 @@ from gmoe._checks import (
     check_choice,
     check_counts,
     check_kept,
+    fixed,
 )
 from gmoe.products import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
@@ -45,12 +46,14 @@ class Experts(nn.Module, ABC):
     can_shrink = True
     """Whether experts can be taken away."""
 
+    num_experts: int = fixed("num_experts")
+
     def __init__(self, in_features: int, out_features: int, *, num_experts: int) -> None:
         super().__init__()
         check_counts(in_features=in_features, out_features=out_features, num_experts=num_experts)
         self.in_features = in_features
         self.out_features = out_features
-        self.num_experts = num_experts
+        self._num_experts = num_experts
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -90,7 +93,7 @@ class Experts(nn.Module, ABC):
         self.check_kept(kept)
         for _, stack in stacks_in(self):
             Stack.keep(stack, kept)
-        self.num_experts = len(kept)
+        self._num_experts = len(kept)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of which a token uses those of its own experts: all but a base's."""

@@ -95,7 +95,6 @@ def _mixed(part: nn.Module, weight_GE: Tensor) -> Any:
     check_part(part)
     copied = shallow_copy(part, partial(_mixed, weight_GE=weight_GE))
     if isinstance(part, Stack):
-        copied.num_experts = weight_GE.size(0)
         # Plain attributes are found before parameters and buffers are looked for.
         for name in part.names:
             copied.__dict__[name] = mixture(getattr(part, name), weight_GE)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_counts, check_kept, described, shown
+from gmoe._checks import check, check_counts, check_kept, described, fixed, shown
 from gmoe.experts import Experts
 from gmoe.mixed import MixedWeights
 from gmoe.recorded import AsBuilt, Recorded
@@ -41,21 +41,24 @@ class MoELayer(nn.Module, ABC):
     router: Router | None
     experts: Any
     start: Start = "plain"
+    num_experts: int = fixed("num_experts")
+    k: int = fixed("k")
+    experts_per_token: float = fixed("experts_per_token")
     kept: tuple[int, ...] | None = None
     moefied: Recorded | None = None
     as_built: AsBuilt | None = None
 
     def __init__(self, *, num_experts: int, k: int = 1) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.k = k
-        self.experts_per_token = float(k)
+        self._num_experts = num_experts
+        self._k = k
+        self._experts_per_token = float(k)
 
     def take_costs(self, router: Router) -> None:
         """Take K and cost from the router; mixed weights cost one expert."""
-        self.k = router.k
+        self._k = router.k
         is_mixed = isinstance(self.experts, MixedWeights)
-        self.experts_per_token = 1.0 if is_mixed else router.experts_per_token
+        self._experts_per_token = 1.0 if is_mixed else router.experts_per_token
 
     def keep(self, kept: Sequence[int]) -> None:
         """Take all other experts away, in place; those that stay are numbered anew, in their order.
@@ -84,9 +87,9 @@ class MoELayer(nn.Module, ABC):
         """Note which experts stay, before the others go."""
         before = self.kept or range(self.num_experts)
         self.kept = tuple(before[expert] for expert in kept)
-        self.num_experts = len(kept)
-        self.k = min(self.k, len(kept))
-        self.experts_per_token = min(self.experts_per_token, float(len(kept)))
+        self._num_experts = len(kept)
+        self._k = min(self.k, len(kept))
+        self._experts_per_token = min(self.experts_per_token, float(len(kept)))
 
     @abstractmethod
     def routed_parameters(self) -> Iterator[nn.Parameter]:

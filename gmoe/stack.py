@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check
+from gmoe._checks import check, fixed
 from gmoe._torch import NotesChanges
 
 BASE = "_base"
@@ -45,7 +45,7 @@ class Stack(NotesChanges):
         names_with_base: of those that have a base.
     """
 
-    num_experts: int
+    num_experts: int = fixed("num_experts")
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Stack(NotesChanges):
             if isinstance(stored, nn.Parameter):
                 rows = nn.Parameter(rows, requires_grad=stored.requires_grad)
             setattr(self, name + DIFFERENCE if name in self.names_with_base else name, rows)
-        self.num_experts = len(kept)
+        self._num_experts = len(kept)
 
 
 # all stacks of a module ---------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
     def __init__(self, convs: Sequence[MessagePassing], make: MakeConv, backend: Backend) -> None:
         super().__init__()
         self.make = make
-        self.num_experts = len(convs)
+        self._num_experts = len(convs)
         self.flow = convs[0].flow
         self.build(convs, backend)
         forgotten = [name for name, _ in self.prototype.named_parameters()]

@@ -117,7 +117,7 @@ class BatchNormExperts(Stack):
 
     def __init__(self, norm: nn.BatchNorm1d, num_experts: int) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self._num_experts = num_experts
         self.eps = norm.eps
         assert norm.momentum is not None
         self.momentum: float = norm.momentum

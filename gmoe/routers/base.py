@@ -26,6 +26,7 @@ from gmoe._checks import (
     check_counts,
     check_kept,
     described,
+    fixed,
 )
 from gmoe._torch import copy_all, in_backward, in_transform
 from gmoe.distributed import world_size, world_sum
@@ -114,6 +115,8 @@ class Router(nn.Module, ABC):
     sums_to_one = False
     experts_choose = False
     can_shrink = True
+    num_experts: int = fixed("num_experts")
+    k: int = fixed("k")
     alive_E: Tensor | None
 
     def __init__(
@@ -127,9 +130,9 @@ class Router(nn.Module, ABC):
         got = "'normalized' with k=1, the constant 1 without a gradient"
         check(weight != "normalized" or k > 1, "weight", got, "another, or k >= 2")
         self.dim = dim
-        self.num_experts = num_experts
+        self._num_experts = num_experts
         self.num_scored = num_experts
-        self.k = k
+        self._k = k
         self.weight = weight
         self.experts_per_token = float(k)
         self.process_group: dist.ProcessGroup | None = None
@@ -173,7 +176,7 @@ class Router(nn.Module, ABC):
         if self.experts_choose:
             self.experts_per_token *= len(kept) / self.num_experts
         self.experts_per_token = min(self.experts_per_token, float(len(kept)))
-        self.num_experts = len(kept)
+        self._num_experts = len(kept)
 
     def _alive_numbers(self) -> Sequence[int]:
         """The numbers of the experts that may be chosen, among the scored ones."""

@@ -156,8 +156,8 @@ class Counted(gmoe.Router):
     def reset_parameters(self) -> None: ...
 
     def keep(self, kept: Any) -> None:
+        super().keep(kept)
         self.score_E = nn.Parameter(self.score_E.detach()[list(kept)])
-        self.num_experts = len(kept)
 
     def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
         expert_T1 = self.score_E.argmax().expand(len(x_TD), 1)

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch_geometric.nn import GCNConv
 
-from gmoe import MLPExperts, MoE, MoEConv, TokenChoice
+import gmoe
+from gmoe import LinearExperts, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, TokenChoice
 from gmoe.routers.base import Gate
 from gmoe.stack import Stack
 from tests.contract import Halved
@@ -265,3 +267,34 @@ def test_a_replaced_gate_scores() -> None:
     twin.gate.load_state_dict(router.gate.state_dict())
     for _ in range(3):
         torch.testing.assert_close(twin(x).scores, router(x).scores)
+
+
+MODULES: dict[str, Callable[[], Any]] = {
+    "MoEConv": lambda: MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3),
+    "MoEConv that is open": lambda: MoEConv(GCNConv, -1, WIDTH, num_experts=3),
+    "MoEConv without a router": lambda: MoEConv(GCNConv, WIDTH, WIDTH, router=None),
+    "MoE": lambda: MoE(TokenChoice(WIDTH, num_experts=3), LinearExperts(WIDTH, 4, num_experts=3)),
+    "MoE of moefy": lambda: next(
+        gmoe.moefy(nn.Sequential(nn.Linear(WIDTH, 4)), targets="0").children()
+    ),
+    "SoftMoE": lambda: SoftMoE(
+        SoftSlots(WIDTH, num_experts=3), LinearExperts(WIDTH, WIDTH, num_experts=3)
+    ),
+    "LinearExperts": lambda: LinearExperts(WIDTH, 4, num_experts=3),
+    "MLPExperts": lambda: MLPExperts(WIDTH, 8, 4, num_experts=3),
+    "stacked convs": lambda: MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3).experts,
+    **{name: partial(make, WIDTH, num_experts=3) for name, make in gmoe.ROUTERS.items()},
+}
+
+
+@pytest.mark.parametrize("attribute", ["k", "num_experts", "experts_per_token"])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_number_that_a_module_was_built_with_stays(name: str, attribute: str) -> None:
+    module = MODULES[name]()
+    is_told_cost = isinstance(module, gmoe.Router) and attribute == "experts_per_token"
+    if is_told_cost or not hasattr(module, attribute):
+        return  # a router of your own says its cost; experts know no K
+    before = getattr(module, attribute)
+    with pytest.raises(AttributeError, match=rf"^{attribute}: got 2, expected .* as it is: build"):
+        setattr(module, attribute, 2)
+    assert getattr(copy.deepcopy(module), attribute) == before

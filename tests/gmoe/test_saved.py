@@ -289,7 +289,7 @@ def test_every_option_of_a_router_that_was_changed_is_refused(
     gmoe.save(model, tmp_path)
     layer: Any = next(part for part in model.modules() if isinstance(part, MoELayer))
     changes = options_of(layer.router)
-    assert len(changes) >= 5
+    assert len(changes) >= 3
     for part, name in changes:
         before = getattr(part, name)
         setattr(part, name, another(before))

@@ -93,7 +93,8 @@ def test_a_sum_cannot_be_changed_and_its_parts_can(how: str) -> None:
 
 def test_a_token_uses_a_share_of_the_differences_and_the_whole_base() -> None:
     layer = trained(router="uniform")
-    layer.experts_per_token = 1.0
+    layer.router.experts_per_token = 1.0
+    layer.take_costs(layer.router)
     dense = sum(parameter.numel() for parameter in GCNConv(WIDTH, WIDTH).parameters())
     assert sum(parameter.numel() for parameter in layer.routed_parameters()) == EXPERTS * dense
     assert gmoe.active_parameters(layer.experts) == (EXPERTS + 1) * dense  # no layer around it
