@@ -51,8 +51,7 @@ class Checkpoint:
         state = self.state()
         self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.path):
-            # Absolute, or fsspec takes a folder "file:" for the begin of an address
-            self.fabric.save((self.folder / "state.new").absolute(), state)
+            self.fabric.save(self.folder / "state.new", state)
         if self.fabric.is_global_zero:
             best = {name: value.contiguous() for name, value in state["best"].items()}
             with writing(self.folder / "best.safetensors"):

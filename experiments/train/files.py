@@ -6,11 +6,9 @@ What is broken is one ``ValueError`` that begins with the path. A missing file i
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -26,12 +24,10 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
-MOST_COLUMNS = 20_000
-"""Of a table: pandas takes four seconds for as many, and a broken file may be one long line."""
 RESULTS = Path(__file__).parents[2] / "results"
 """Result files that are committed."""
 LONGEST = 500
-"""Characters of what is said of a file, which may be one long line itself."""
+"""Characters of what is said of a file, whose content may be in it."""
 
 
 def read_json(path: Path, kind: type[T]) -> T:
@@ -93,14 +89,8 @@ def read_csv(path: Path, **options: Any) -> Any:
     """Read a table of at least one row by ``pandas.read_csv`` and its options."""
     import pandas as pd
 
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    with naming(path), opened(path, "rb") as file:
-        first = re.split(rb"[\r\n]", file.read(1 << 20), maxsplit=1)[0]
-        if first.count(b",") >= MOST_COLUMNS:
-            raise ValueError(f"more than {MOST_COLUMNS} columns; as many features fit into .npz")
-        file.seek(0)
-        # Not by its name, in which pandas takes a folder "~" for the user's home
-        table = pd.read_csv(file, **options)
+    with naming(path):
+        table = pd.read_csv(path, **options)
         if table.empty or not isinstance(table.index, pd.RangeIndex):
             raise ValueError("has no rows, or more fields in a row than in the header")
         return table
@@ -180,14 +170,11 @@ def naming(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        said = str(error)
-        if said.startswith(f"{path}: ") and len(said) <= LONGEST + len(str(path)):
+        if str(error).startswith(f"{path}: "):
             raise
         # As gmoe does it, whose function would import torch: commands err before they do.
-        why = " ".join(said.removeprefix(f"{path}: ")[: 4 * LONGEST].split())
-        why = why if len(why) <= LONGEST else f"{why[:LONGEST]} …"
-        why = why or type(error).__name__
-        raise ValueError(f"{path}: cannot be read ({why})") from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({why[:LONGEST]})") from error
 
 
 @contextmanager

@@ -33,16 +33,15 @@ class Log:
         check("epoch" in rows, str(path), f"columns {', '.join(rows)[:99]}", "epoch among them")
         epoch = pd.to_numeric(rows["epoch"], errors="coerce")
         kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1
-        with replacing(path) as fresh, fresh.open("w", newline="") as file:
-            kept.to_csv(file, index=False)
+        with replacing(path) as fresh:
+            kept.to_csv(fresh, index=False)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, if there are any; a new file gets their names first."""
         if rows:
             is_new = not self.path.exists()
-            # Not by its name, in which pandas takes a folder "file:" for the begin of an address
-            with writing(self.path), self.path.open("a", newline="") as file:
-                pd.DataFrame(rows).to_csv(file, index=False, header=is_new)
+            with writing(self.path):
+                pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=is_new)
 
 
 class Logs:

@@ -29,7 +29,7 @@ class Spread(TypedDict):
 
 
 class Summary(TypedDict):
-    """``summary.json`` of a run; of older ones some figures are missing."""
+    """``summary.json`` of a run."""
 
     metric: str
     val: Spread
@@ -39,7 +39,7 @@ class Summary(TypedDict):
     seconds: Spread
     images_per_second: NotRequired[Spread]  # in training
     peak_memory: NotRequired[int | None]  # of the GPU, MiB
-    flops: int  # before training, the mean over seeds; of older runs the first seed's
+    flops: int  # before training, the mean over seeds
     images: NotRequired[int | None]  # in the batch that these are of
     parameters: int
     active_parameters: int
@@ -77,7 +77,7 @@ class Result(TypedDict):
 
 
 def flops_of(summary: Summary) -> tuple[float, str]:
-    """Active FLOPs per image, or of anything else, and of older runs, per forward pass."""
+    """Active FLOPs per image, or of anything else per forward pass."""
     images = summary.get("images")
     if images is None:
         return summary["flops"], "per forward pass"

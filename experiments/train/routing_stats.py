@@ -197,18 +197,16 @@ def values_of(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Sequence[fl
 def in_words(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -> str:
     """Say how many experts are used, whether evenly, and what they follow most.
 
-    ``layers`` holds the figures of each MoE layer over the seeds. Of older runs some are missing,
-    and ``config`` says the number of experts that these were asked for.
+    ``layers`` holds the figures of each MoE layer over the seeds.
     """
-    total = int(max(max(layer.get("experts", [config.experts])) for layer in layers))
-    used = [total - int(dead) for layer in layers for dead in layer["dead"]]
-    peaks = [peak for layer in layers for peak in layer.get("max_over_mean_load", [])]
-    text = f"{'–'.join(map(str, dict.fromkeys([min(used), max(used)])))} of {total} experts used"
+    total = most(layers, "experts")
+    used = [int(total - dead) for layer in layers for dead in layer["dead"]]
+    peak = most(layers, "max_over_mean_load")
+    text = f"{'–'.join(map(str, dict.fromkeys([min(used), max(used)])))} of {total:g} experts used"
     text += " (by layer and seed)" if len(set(used)) > 1 else ""
-    if peaks:
-        is_balanced = min(used) == total and max(peaks) <= BALANCED
-        share = f"the busiest takes {max(peaks):.1f} times an even share"
-        text += f", {'balanced' if is_balanced else 'not balanced'} ({share})"
+    is_balanced = min(used) == total and peak <= BALANCED
+    share = f"the busiest takes {peak:.1f} times an even share"
+    text += f", {'balanced' if is_balanced else 'not balanced'} ({share})"
     missed = 1 - min(statistics.fmean(layer["coverage"]) for layer in layers)
     if missed >= MISSED:
         text += f"; up to {missed:.0%} of the tokens have no expert"
@@ -234,17 +232,19 @@ def in_words(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig)
     return f"{text}; they do not follow {others}{last} ({measure} at most {value:.2f})"
 
 
+def most(layers: Sequence[Mapping[str, Sequence[float]]], name: str) -> float:
+    """The largest value of a figure, over layers and seeds."""
+    return max(value for layer in layers for value in layer[name])
+
+
 def advice(layers: Sequence[Mapping[str, Sequence[float]]], config: RunConfig) -> str:
     """What to do where few experts have nearly all tokens, in one sentence; else nothing.
 
     Few are a quarter of them, or K if that is more; ``layers`` are those of :func:`in_words`.
     """
-    total = int(max(max(layer.get("experts", [config.experts])) for layer in layers))
-    used = total - int(max(dead for layer in layers for dead in layer["dead"]))
-    peak = max(
-        (peak for layer in layers for peak in layer.get("max_over_mean_load", [])), default=1
-    )
-    if peak >= COLLAPSED * total:  # the others get a few tokens
+    total = int(most(layers, "experts"))
+    used = total - int(most(layers, "dead"))
+    if most(layers, "max_over_mean_load") >= COLLAPSED * total:  # the others get a few tokens
         used = 1
     if total == 1 or used >= total or used > max(total // 4, config.k):
         return ""

@@ -86,9 +86,6 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
     A ``ValueError`` if another run lies there.
     """
     folder = config.folder()
-    # Or Fabric finds no place for the checkpoint, after the training
-    is_path = "::" not in str(folder.absolute())
-    check(is_path, "out", folder, "a path without '::', which fsspec takes for several")
     path = folder / "config.json"
     summary = folder / "summary.json"
     if not path.exists():
@@ -172,7 +169,6 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
         science = read_json(path, dict[str, Any])
         if data_root is None:
             data_root = _data_root(folder / "where.json")
-        check_same(path, science, summary["config"])
         config = read_options(path, data_root)
         if not trust:
             check_trusted(config, path)
@@ -195,17 +191,6 @@ def _data_root(where: Path) -> Path:
         return Path("data")
     data_root = Path(read_json(where, dict[str, str]).get("data_root", "data"))
     return data_root if data_root.exists() else Path("data")
-
-
-def check_same(path: Path, science: dict[str, Any], trained: dict[str, Any]) -> None:
-    """Refuse a configuration that is not the one of which the scores are.
-
-    Names of code (``file.py:Name``) may differ: it may lie elsewhere by now.
-    """
-    for name in sorted(science.keys() | trained.keys()):
-        got, expected = (options.get(name, "nothing") for options in (science, trained))
-        is_same = got == expected or (isinstance(got, str | list) and ":" in str(got))
-        check(is_same, f"{path}: {name}", got, f"{expected}, as in summary.json")
 
 
 def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:

@@ -117,19 +117,6 @@ def test_a_broken_run_is_named_and_the_others_are_reported(
         assert "graph-dense" in words
 
 
-@pytest.mark.parametrize("option", [{"hidden": 3}, {"seeds": [0, 1, 2]}, {"router": "random"}])
-def test_a_configuration_that_the_scores_are_not_of_is_named(
-    option: dict[str, Any], runs: Path, tmp_path: Path
-) -> None:
-    path = shutil.copytree(runs / "graph", tmp_path / "edited") / "config.json"
-    config = json.loads(path.read_text())
-    write_json(path, config | option)
-    ((name, value),) = option.items()
-    message = f"{path}: {name}: got {value}, expected {config[name]}, as in summary.json"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_run(path.parent)
-
-
 def test_patches_of_ones_own_images(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,10 +5,8 @@ What is broken or merely claimed is one error that names the file.
 
 from __future__ import annotations
 
-import gzip
 import json
 import pickle
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,20 +131,6 @@ def test_text_is_read_strictly(name: str, text: str, message: str, tmp_path: Pat
         READERS[name](tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
-@pytest.mark.parametrize("cell", [b"1,", b",", b"a", b'"', b"id,"])
-def test_a_line_of_megabytes_is_refused_at_once_and_not_repeated(
-    cell: bytes, name: str, tmp_path: Path
-) -> None:
-    """pandas alone takes minutes for a million columns."""
-    content, begin = cell * (1 << 20), time.process_time()
-    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith("gz") else content)
-    with pytest.raises(ValueError, match=rf"{name}: cannot be read \(") as caught:
-        read_csv(tmp_path / name)
-    assert len(str(caught.value)) < 1_000
-    assert time.process_time() - begin < 5
-
-
 def test_what_a_long_file_is_said_to_hold_is_cut_off(tmp_path: Path) -> None:
     for name in ("router", "dataset", "start", "x"):
         content = {"dataset": "digits", name: "x" * 2**20}
@@ -155,7 +139,7 @@ def test_what_a_long_file_is_said_to_hold_is_cut_off(tmp_path: Path) -> None:
             read_options(tmp_path / "config.json", tmp_path)
         assert len(str(caught.value)) < 1_000
     long = ValueError("x" * 2**20)
-    with pytest.raises(ValueError, match=r"^a: cannot be read \(x{500} …\)$"), naming(Path("a")):
+    with pytest.raises(ValueError, match=r"^a: cannot be read \(x{500}\)$"), naming(Path("a")):
         raise long
 
 
@@ -168,14 +152,3 @@ def test_weights_that_do_not_fit_name_the_file(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"^{path}: cannot be read \([^\n]+\)$"):
             load_weights(layer, path)
-
-
-def test_a_table_in_a_folder_called_home_is_read_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for folder, text in (("home", "a\n1\n"), ("here/~", "a\n2\n")):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "mine.csv").write_text(text)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path / "here")
-    assert read_csv(Path("~/mine.csv"))["a"].tolist() == [2]

@@ -116,7 +116,6 @@ EVEN = "8 of 8 experts used, balanced (the busiest takes 1.0 times an even share
             [layer(ami_label=[0.02], ami_degree=[0.0], ami_homophily=[0.09], ami_shuffled=[0.5])],
             f"{EVEN}; they do not follow class, degree or local homophily (AMI at most 0.09)",
         ),
-        ([{"dead": [1.0], "coverage": [1.0]}], "7 of 8 experts used"),  # of an older version
     ],
 )
 def test_routing_in_words(layers: list[dict[str, list[float]]], words: str) -> None:
@@ -139,7 +138,6 @@ TOKEN = replace(PRESETS["digits-graph"][1], router="token_choice")
         ([layer(4, dead=[2])], replace(TOKEN, k=2), "2 of 4 experts take nearly all tokens"),
         ([layer(2)], replace(TOKEN, k=2), None),
         ([layer(1)], TOKEN, None),
-        ([{"dead": [7.0], "coverage": [1.0]}], TOKEN, "1 of 8 experts takes nearly all tokens"),
     ],
 )
 def test_advice_where_few_experts_have_all_tokens(

@@ -27,7 +27,7 @@ from experiments.train.scores import Difference
 from experiments.train.training import Training
 from experiments.train.user_code import load_object
 from tests.helpers import own_parts
-from tests.helpers.command import QUICK, quick, refused, rows
+from tests.helpers.command import QUICK, quick, rows
 from tests.helpers.made_images import write_cifar, write_imagenette, write_images, write_pacs
 from tests.helpers.molecule_data import write_set
 from tests.helpers.ogb_data import plant
@@ -316,25 +316,6 @@ def test_tensorboard_gets_figures_and_routing(tmp_path: Path) -> None:
         events.Tags()["scalars"]
     )
     assert [event.step for event in events.Scalars("val")] == [0, 1, 2]
-
-
-def test_a_run_in_a_folder_called_as_an_address_is_written_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    elsewhere = f"file:{tmp_path}/elsewhere/"  # not absolute, and so a folder of this one
-    quick(Path(elsewhere))
-    assert (tmp_path / elsewhere / "seed-0" / "checkpoint" / "state.ckpt").exists()
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_a_folder_that_no_checkpoint_can_be_written_to_is_refused_before_training(
-    tmp_path: Path, capsys: Any
-) -> None:
-    error = refused(["digits-graph", *QUICK, "--out", str(tmp_path / "a::b")], capsys, main)
-    assert "out: got " in error
-    assert "expected a path without '::'" in error
-    assert not list(tmp_path.iterdir())
 
 
 def test_flops_of_images_are_those_of_one_image(tmp_path: Path, capsys: Any) -> None:
