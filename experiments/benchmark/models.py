@@ -170,15 +170,6 @@ def example_row(task: NodeTask) -> Row:
     return row
 
 
-class MoleculeTask(NamedTuple):
-    """A batch of molecules, and the model on it."""
-
-    molecules: int
-    width: int
-    layers: int
-
-
-MOLECULES = MoleculeTask(128, 300, 5)
 ATOM_TYPES = 120
 BOND_TYPES = 22
 
@@ -189,9 +180,8 @@ class MoleculeModel(nn.Module):
     A ``router`` decides for all layers at once, by the atoms.
     """
 
-    def __init__(self, kind: str, task: MoleculeTask, router: TokenChoice | None) -> None:
+    def __init__(self, kind: str, width: int, layers: int, router: TokenChoice | None) -> None:
         super().__init__()
-        width = task.width
         conv: Callable[[], nn.Module] = partial(factory_of(kind), width, width)
         if router is not None:
             # Its routing is handed to each layer, which then needs no router.
@@ -199,11 +189,11 @@ class MoleculeModel(nn.Module):
             conv = partial(MoEConv, kind, width, width, num_experts=EXPERTS, **options)
         self.atoms = nn.Embedding(ATOM_TYPES, width)
         self.router = router
-        self.convs = nn.ModuleList(conv() for _ in range(task.layers))
+        self.convs = nn.ModuleList(conv() for _ in range(layers))
         # Only GINE sees bonds: other convs would leave these embeddings without gradients.
         bonded = self.convs if kind == "gine" else ()
         self.bonds = nn.ModuleList(nn.Embedding(BOND_TYPES, width) for _ in bonded)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(task.layers))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(layers))
         self.dropout = nn.Dropout(0.5)
         self.out = nn.Linear(width, 1)
 
@@ -219,16 +209,16 @@ class MoleculeModel(nn.Module):
         return self.out(global_mean_pool(h, batch))
 
 
-def molecule_row(kind: str, task: MoleculeTask) -> Row:
+def molecule_row(kind: str, molecules: int = 128, width: int = 300, layers: int = 5) -> Row:
     """PyG's convs on a batch of molecules, and experts in their place, routed once."""
-    made = FakeDataset(num_graphs=task.molecules, avg_num_nodes=25, avg_degree=2.2)
+    made = FakeDataset(num_graphs=molecules, avg_num_nodes=25, avg_degree=2.2)
     # Drawn on the CPU, whatever the device that the caller has chosen.
     batch = Batch.from_data_list(list(made)).to(torch.get_default_device())
     edge_index = batch.edge_index
     molecule = batch.batch
     atom = torch.randint(ATOM_TYPES, molecule.shape)
     bond = torch.randint(BOND_TYPES, edge_index.shape[1:])
-    target = torch.randint(2, (task.molecules, 1)).float()
+    target = torch.randint(2, (molecules, 1)).float()
 
     def loss(adjacency: Callable[[], Any], model: nn.Module) -> Tensor:
         logits = model(atom, bond, adjacency(), molecule)
@@ -243,44 +233,36 @@ def molecule_row(kind: str, task: MoleculeTask) -> Row:
 
     # As GNNMoE routes copies.
     options: dict[str, Any] = {"weight": "straight_through", "balance": None, "noise": True}
-    router = TokenChoice(task.width, num_experts=EXPERTS, **options)
-    ours = MoleculeModel(kind, task, router)
+    router = TokenChoice(width, num_experts=EXPERTS, **options)
+    ours = MoleculeModel(kind, width, layers, router)
     return {
-        "PyG": Variant(MoleculeModel(kind, task, None), partial(loss, plain)),
+        "PyG": Variant(MoleculeModel(kind, width, layers, None), partial(loss, plain)),
         "gmoe, edge_index": Variant(ours, partial(loss, plain)),
         "gmoe, Graph": Variant(copy.deepcopy(ours), partial(loss, graph)),
     }
 
 
-class SampledTask(NamedTuple):
-    """A batch of sampled neighbors: what each hop adds, nearest first, and the widths."""
+def sampled_row(
+    nodes: tuple[int, int, int] = (512, 4_600, 25_000),
+    edges: tuple[int, int] = (5_000, 42_000),
+    features: int = 100,
+    hidden: int = 256,
+    classes: int = 47,
+) -> Row:
+    """PyG's GraphSAGE on a batch that NeighborLoader gives, trimmed a layer, and GNNMoE.
 
-    nodes: tuple[int, int, int]
-    """Seeds, and the nodes of each hop."""
-    edges: tuple[int, int]
-    features: int
-    hidden: int
-    classes: int
-
-
-SAMPLED = SampledTask(
-    nodes=(512, 4_600, 25_000),
-    edges=(5_000, 42_000),
-    features=100,
-    hidden=256,
-    classes=47,
-)
-
-
-def sampled_row(task: SampledTask) -> Row:
-    """PyG's GraphSAGE on a batch that NeighborLoader gives, trimmed a layer, and GNNMoE."""
-    seeds, near, _ = task.nodes
-    first, second = task.edges
+    Args:
+        nodes: seeds, and what each hop adds, nearest first.
+        edges: of each hop.
+        features, hidden, classes: widths.
+    """
+    seeds, near, _ = nodes
+    first, second = edges
     # Edges of a hop go from all nodes that were seen by then to those of the hop before it.
     source = torch.cat(
         [
             torch.randint(seeds + near, (first,)),
-            torch.randint(sum(task.nodes), (second,)),
+            torch.randint(sum(nodes), (second,)),
         ]
     )
     destination = torch.cat(
@@ -290,11 +272,11 @@ def sampled_row(task: SampledTask) -> Row:
         ]
     )
     edge_index = torch.stack([source, destination])
-    x = torch.randn(sum(task.nodes), task.features)
-    target = torch.randint(task.classes, (seeds,))
+    x = torch.randn(sum(nodes), features)
+    target = torch.randint(classes, (seeds,))
     trim = {
-        "num_sampled_nodes_per_hop": list(task.nodes),
-        "num_sampled_edges_per_hop": list(task.edges),
+        "num_sampled_nodes_per_hop": list(nodes),
+        "num_sampled_edges_per_hop": list(edges),
     }
 
     def loss(adjacency: Callable[[], Any], model: nn.Module) -> Tensor:
@@ -307,27 +289,13 @@ def sampled_row(task: SampledTask) -> Row:
         # In each step, as above.
         return Graph(edge_index, len(x))
 
-    widths = (task.features, task.hidden)
-    own = GraphSAGE(*widths, 2, task.classes)
-    ours = GNNMoE(*widths, task.classes, 2, conv="sage", num_experts=EXPERTS)
+    own = GraphSAGE(features, hidden, 2, classes)
+    ours = GNNMoE(features, hidden, classes, 2, conv="sage", num_experts=EXPERTS)
     return {
         "PyG": Variant(own, partial(loss, plain)),
         "gmoe, edge_index": Variant(ours, partial(loss, plain)),
         "gmoe, Graph": Variant(copy.deepcopy(ours), partial(loss, graph)),
     }
-
-
-class ForcesTask(NamedTuple):
-    """A batch of molecules, and the potential on it."""
-
-    molecules: int
-    atoms: tuple[int, int]
-    """The fewest and the most in a molecule."""
-    width: int
-    sources: int
-
-
-FORCES = ForcesTask(molecules=32, atoms=(8, 16), width=64, sources=4)
 
 
 class ByHand(nn.Module):
@@ -358,19 +326,24 @@ class ByHand(nn.Module):
         return torch.cat(rows)[torch.cat(order).argsort()]
 
 
-def forces_row(task: ForcesTask) -> Row:
-    """PyG's SchNet, whose forces are trained, and layers by element, by source, or by a mixture."""
-    fewest, most = task.atoms
-    size = torch.arange(task.molecules) % (most - fewest + 1) + fewest
-    batch = torch.arange(task.molecules).repeat_interleave(size)
-    place = torch.cat([torch.arange(atoms) for atoms in size.tolist()])
+def forces_row(
+    molecules: int = 32, atoms: tuple[int, int] = (8, 16), width: int = 64, sources: int = 4
+) -> Row:
+    """PyG's SchNet, whose forces are trained, and layers by element, by source, or by a mixture.
+
+    Molecules have ``atoms[0]`` to ``atoms[1]`` atoms.
+    """
+    fewest, most = atoms
+    size = torch.arange(molecules) % (most - fewest + 1) + fewest
+    batch = torch.arange(molecules).repeat_interleave(size)
+    place = torch.cat([torch.arange(count) for count in size.tolist()])
     # On a grid of three columns, each moved a little.
     pos = torch.stack([place % 3, place // 3 % 3, place // 9], dim=1) * 1.5
     pos = pos + 0.2 * torch.randn(len(place), 3)
     z = torch.tensor(ELEMENTS)[torch.arange(len(pos)) % len(ELEMENTS)]
-    source = torch.arange(task.molecules) % task.sources
-    system = F.one_hot(source, task.sources).float()
-    energy, force = torch.randn(task.molecules), torch.randn_like(pos)
+    source = torch.arange(molecules) % sources
+    system = F.one_hot(source, sources).float()
+    energy, force = torch.randn(molecules), torch.randn_like(pos)
 
     def loss(model: nn.Module) -> Tensor:
         given = pos.clone().requires_grad_()
@@ -378,10 +351,10 @@ def forces_row(task: ForcesTask) -> Row:
         (slope,) = torch.autograd.grad(found.sum(), given, create_graph=True)
         return F.mse_loss(found, energy) + F.mse_loss(slope, -force)
 
-    own = Potential(task.width, energy_scale=1.0)
+    own = Potential(width, energy_scale=1.0)
     by_element = ByType("z", ELEMENTS)
-    by_source = ByType("source", range(task.sources), batch="batch")
-    learned = FromInput("system", dim=task.sources, batch="batch")
+    by_source = ByType("source", range(sources), batch="batch")
+    learned = FromInput("system", dim=sources, batch="batch")
 
     def by_hand(router: ByType, looped: bool) -> Variant:
         model = copy.deepcopy(own)
@@ -429,9 +402,9 @@ def vit_row(name: str, batch: int) -> Row:
 ROWS: dict[str, Callable[[], Row]] = {
     **{f"cora-{kind}": partial(node_row, kind, CORA) for kind in WHOLE_MODELS},
     "example-gcn": partial(example_row, EXAMPLE),
-    **{f"molecules-{kind}": partial(molecule_row, kind, MOLECULES) for kind in ("gine", "gcn")},
-    "sampled-sage": partial(sampled_row, SAMPLED),
-    "forces": partial(forces_row, FORCES),
+    **{f"molecules-{kind}": partial(molecule_row, kind) for kind in ("gine", "gcn")},
+    "sampled-sage": sampled_row,
+    "forces": forces_row,
     "vit-tiny": partial(vit_row, "vit_tiny_patch16_224", 4),
     **{f"small-{kind}": partial(node_row, kind, SMALL) for kind in WHOLE_MODELS},
 }

@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -78,31 +78,6 @@ class Sources:
         return [int(np.searchsorted(ends, drawn, side="right"))]
 
 
-@dataclass
-class Written:
-    """What is in the file."""
-
-    configurations: dict[Part, int]
-    molecules: dict[Part, int]
-    refused: dict[str, list[str]] = field(default_factory=dict)
-    """By reason, the SMILES of those that are not in the file."""
-    left_out: int = 0
-    """Configurations with too large forces."""
-
-    def report(self) -> str:
-        """The figures in lines, the first three molecules for each reason."""
-        lines = [
-            f"{part}: {self.configurations[part]:,} configurations of "
-            f"{self.molecules[part]:,} molecules"
-            for part in PARTS
-        ]
-        lines.append(f"left out: {self.left_out:,} configurations of forces above {LARGEST_FORCE}")
-        for reason, names in sorted(self.refused.items(), key=lambda pair: -len(pair[1])):
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            lines.append(f"refused, {reason}: {len(names):,} ({shown})")
-        return "\n".join(lines)
-
-
 def forces(
     tables: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path = Path("forces.npz"),
@@ -111,7 +86,7 @@ def forces(
     seed: int = 0,
     theories: tuple[str, ...] = ("GFN2-xTB",),
     shares: tuple[float, ...] = (),
-) -> Written:
+) -> None:
     """Write configurations of the molecules of tables, with energies and forces by theories.
 
     Neutral closed-shell molecules of 3 to 20 atoms are taken, of H, C, N, O, F, P, S, Cl and Br;
@@ -154,9 +129,7 @@ def forces(
     kept = dict[str, Record]()
     for table in tables:
         kept |= of_table(table, molecules, each, seed, sources, kept)
-    written = write(out, kept, options)
-    print(written.report())
-    return written
+    write(out, kept, options)
 
 
 def of_table(
@@ -302,16 +275,12 @@ def singlepoint(theory: str, molecule: Any, pos: Any) -> tuple[float, Any]:
 # Files --------------------------------------------------------------------------------------------
 
 
-def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> Written:
-    """Write the archive."""
-    refused = defaultdict[str, list[str]](list)
-    records = list[Record]()
-    for smiles, record in kept.items():
-        if "reason" in record:
-            refused[record["reason"]].append(smiles)
-        else:
-            records.append(record)
-    got = f"{len(refused)} reasons to refuse all molecules"
+def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> None:
+    """Write the archive, and say what is in it, and why molecules are not."""
+    records = [record for record in kept.values() if "reason" not in record]
+    refused = {smiles: record["reason"] for smiles, record in kept.items() if "reason" in record}
+    reasons = Counter(refused.values())
+    got = f"{len(reasons)} reasons to refuse all molecules"
     check(records, "tables", got, "a molecule that can be taken")
     parts = [record["part"] for record in records]
     count = [len(record["energy"]) for record in records]
@@ -333,21 +302,19 @@ def write(out: Path, kept: Mapping[str, Record], options: Mapping[str, Any]) -> 
     }
     arrays |= {
         "smiles": np.array([record["smiles"] for record in records]),
-        "refused": np.array([smiles for names in refused.values() for smiles in names]),
-        "reason": np.array([reason for reason, names in refused.items() for _ in names]),
+        "refused": np.array([*refused]),
+        "reason": np.array([*refused.values()]),
         "made": np.array(f"experiments.convert forces, {json.dumps(options)}"),
     }
     with replacing(out) as fresh, fresh.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    return Written(
-        configurations={
-            part: sum(n for n, other in zip(count, parts, strict=True) if other == part)
-            for part in PARTS
-        },
-        molecules={part: parts.count(part) for part in PARTS},
-        refused=dict(refused),
-        left_out=sum(record["left_out"] for record in records),
-    )
+    for part in PARTS:
+        number = sum(n for n, other in zip(count, parts, strict=True) if other == part)
+        print(f"{part}: {number:,} configurations of {parts.count(part):,} molecules")
+    left_out = sum(record["left_out"] for record in records)
+    print(f"left out: {left_out:,} configurations of forces above {LARGEST_FORCE}")
+    for reason, number in reasons.most_common():
+        print(f"refused, {reason}: {number:,}")
 
 
 main = program("convert forces", forces, __doc__, extra="forces")

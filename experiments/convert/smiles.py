@@ -65,27 +65,17 @@ MAPPING = "mapping/mol"
 class MoleculeSet:
     """What is written: tables by their path in the folder, and who goes where."""
 
-    name: str
     tables: dict[str, Any]
     split: dict[str, list[int]]
     unsanitized: list[tuple[int, str]]
     """Row and SMILES of the molecules whose valences RDKit refuses."""
-
-    def report(self) -> str:
-        """How many molecules there are, and which of them RDKit does not sanitize."""
-        parts = ", ".join(f"{part} {len(rows):,}" for part, rows in self.split.items())
-        count = sum(map(len, self.split.values()))
-        lines = [f"{self.name}: {count:,} molecules ({parts})"]
-        if self.unsanitized:
-            lines.append(f"  {len(self.unsanitized)} that RDKit does not sanitize, by row from 0:")
-        return "\n".join([*lines, *(f"    {row}: {smiles}" for row, smiles in self.unsanitized)])
 
 
 def molecules(
     table: Annotated[Path, tyro.conf.Positional],
     out: Path = Path("data"),
     name: str | None = None,
-) -> MoleculeSet:
+) -> None:
     """Write a table of SMILES as OGB's folder of a molecule set.
 
     A molecule whose valences RDKit refuses is parsed without that check, counted and named; in the
@@ -116,8 +106,10 @@ def molecules(
         release = f"Made from {table.name} by experiments.convert, RDKit {version('rdkit')}\n"
         (whole / f"RELEASE_v{published(name)['version']}.txt").write_text(release)
         whole.rename(folder)
-    print(made.report())
-    return made
+    parts = ", ".join(f"{part} {len(rows):,}" for part, rows in made.split.items())
+    print(f"{name}: {sum(map(len, made.split.values())):,} molecules ({parts})")
+    for row, smiles in made.unsanitized:
+        print(f"  row {row}: {smiles}, which RDKit does not sanitize")
 
 
 def name_of(table: Path) -> str:
@@ -163,7 +155,7 @@ def molecule_set(table: Path, name: str) -> MoleculeSet:
     tables[MAPPING] = given.assign(mol_id=range(len(given)))
     folder = f"split/{published(name)['split']}"
     tables |= {f"{folder}/{part}": sorted(rows) for part, rows in split.items()}  # as OGB's are
-    return MoleculeSet(name, tables, split, unsanitized)
+    return MoleculeSet(tables, split, unsanitized)
 
 
 def read_table(table: Path, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:

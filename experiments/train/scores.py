@@ -39,7 +39,7 @@ percent = partial(shown, factor=100)
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The mean of paired differences, with its interval by Student's t.
+    """The mean of paired differences, with its 95 % interval by Student's t.
 
     One difference has no spread: its interval reaches from minus infinity to infinity.
     """
@@ -50,20 +50,20 @@ class Difference:
     n: int
 
     @classmethod
-    def of(cls: type[D], values: Sequence[float], confidence: float = 0.95) -> D:
+    def of(cls: type[D], values: Sequence[float]) -> D:
         """What differences say, seed by seed or split by split."""
         n = len(values)
         variance = statistics.variance(values) / n if n > 1 else inf
-        return cls.around(statistics.fmean(values), variance, n, confidence)
+        return cls.around(statistics.fmean(values), variance, n)
 
     @classmethod
-    def around(cls: type[D], mean: float, variance: float, n: int, confidence: float = 0.95) -> D:
+    def around(cls: type[D], mean: float, variance: float, n: int) -> D:
         """A mean whose own variance is known from ``n`` differences."""
         from scipy.stats import t
 
         half = inf
         if n > 1:
-            half = float(t.ppf((1 + confidence) / 2, n - 1)) * sqrt(variance)
+            half = float(t.ppf(0.975, n - 1)) * sqrt(variance)
         return cls(mean=mean, low=mean - half, high=mean + half, n=n)
 
     @property

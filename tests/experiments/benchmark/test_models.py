@@ -14,10 +14,7 @@ from experiments.benchmark import models
 from experiments.benchmark.models import (
     ROWS,
     SMALL,
-    ForcesTask,
-    MoleculeTask,
     Row,
-    SampledTask,
     Training,
     Variant,
     build_row,
@@ -35,14 +32,15 @@ from gmoe import GNNMoE, Graph, MoE, MoEConv
 
 CPU = torch.device("cpu")
 TINY = SMALL._replace(features=6, hidden=8, layers=2, labeled=10, dropout=0.5)
-MOLECULES = MoleculeTask(molecules=3, width=8, layers=2)
-SAMPLED = SampledTask(nodes=(4, 6, 9), edges=(8, 12), features=5, hidden=8, classes=3)
+MOLECULES = {"molecules": 3, "width": 8, "layers": 2}
 TINY_ROWS: dict[str, Callable[[], Row]] = {
     **{f"nodes-{kind}": partial(node_row, kind, TINY) for kind in models.WHOLE_MODELS},
     "example": partial(example_row, TINY),
-    **{f"molecules-{kind}": partial(molecule_row, kind, MOLECULES) for kind in ("gine", "gcn")},
-    "sampled": partial(sampled_row, SAMPLED),
-    "forces": partial(forces_row, ForcesTask(molecules=4, atoms=(4, 7), width=8, sources=2)),
+    **{f"molecules-{kind}": partial(molecule_row, kind, **MOLECULES) for kind in ("gine", "gcn")},
+    "sampled": partial(
+        sampled_row, nodes=(4, 6, 9), edges=(8, 12), features=5, hidden=8, classes=3
+    ),
+    "forces": partial(forces_row, molecules=4, atoms=(4, 7), width=8, sources=2),
     "vit": partial(vit_row, "test_vit", 1),
 }
 

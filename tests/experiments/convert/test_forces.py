@@ -87,7 +87,7 @@ def test_a_file_holds_what_the_calculators_say(table: Path, tmp_path: Path) -> N
     """A molecule to train on has one theory, others have all."""
     pytest.importorskip("tblite")
     out = tmp_path / "forces.npz"
-    written = forces((table,), out, each=2, theories=("UFF", "GFN2-xTB"), shares=(1, 3))
+    forces((table,), out, each=2, theories=("UFF", "GFN2-xTB"), shares=(1, 3))
     found = np.load(out)
     start = np.concatenate([[0], found["atoms"].cumsum()])
     for row in range(0, len(found["energy"]), 9):
@@ -102,7 +102,6 @@ def test_a_file_holds_what_the_calculators_say(table: Path, tmp_path: Path) -> N
         is_trained = found["part"][own][0] == 0
         assert len({*found["source"][own]}) == (1 if is_trained else 2)
     assert {*found["source"][found["part"] == 0]} == {0, 1}
-    assert sum(written.configurations.values()) == len(found["energy"])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,7 @@ def test_refused_molecules_are_named_with_the_reason(
     forces((table,), out, each=1)
     found = np.load(out)
     assert dict(zip(found["refused"], found["reason"], strict=True)) == REFUSED
-    assert "refused, an ion or a radical: 2 (" in capsys.readouterr().out
+    assert "refused, an ion or a radical: 2\n" in capsys.readouterr().out
 
 
 def test_a_molecule_is_in_one_part_whatever_table_names_it(

@@ -66,12 +66,10 @@ def test_ogb_reads_the_set_as_if_downloaded(root: Path, monkeypatch: pytest.Monk
 def test_a_molecule_that_is_not_sanitized_is_named_and_has_rings_and_aromatic_atoms(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = molecules(write_table(tmp_path / "hiv.csv"), tmp_path)
-    ((row, smiles),) = found.unsanitized
-    assert (row, smiles) == (BROKEN, list(TEN)[BROKEN])
-    said = capsys.readouterr().out
-    assert "10 molecules" in said
-    assert f"1 that RDKit does not sanitize, by row from 0:\n    {BROKEN}: {smiles}" in said
+    molecules(write_table(tmp_path / "hiv.csv"), tmp_path)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("ogbg-molhiv: 10 molecules (train 8, ")
+    assert others == [f"  row {BROKEN}: {list(TEN)[BROKEN]}, which RDKit does not sanitize"]
     graph = by_ogb("ogbg-molhiv", root)[BROKEN]
     assert graph.x[:, 7].sum() == 12  # aromatic: the carbons of two benzenes
     assert graph.x[:, 8].sum() == 17  # in a ring: those, and five more
