@@ -76,10 +76,7 @@ def read_call(
     x: Any,
     edge_index: Adj | Graph,
     edge_args: Sequence[Any],
-    edge_weight: Tensor | None,
-    edge_attr: Tensor | None,
-    size: tuple[int, int] | None,
-    return_attention_weights: bool | None,
+    given: Mapping[str, Any],
     unknown: Mapping[str, object],
 ) -> tuple[Call, bool]:
     """Read a call of a layer in any of the forms that PyG's convs take.
@@ -87,6 +84,7 @@ def read_call(
     Args:
         layer: a :class:`gmoe.MoEConv`, which was called with the rest.
         edge_args: the arguments behind ``edge_index`` that came by position.
+        given: those that came by name, ``None`` for those that did not.
         unknown: arguments by name that the layer does not have.
 
     Returns:
@@ -99,15 +97,10 @@ def read_call(
     if unknown:
         refuse_unknown_in_call(layer, layer.all_convs(), unknown)
     if edge_args:
-        edge_weight, edge_attr, size, return_attention_weights = by_position(
-            layer.experts.convs(),
-            edge_args,
-            edge_weight,
-            edge_attr,
-            size,
-            return_attention_weights,
-        )
-    if return_attention_weights:
+        given = with_those_by_position(layer.experts.convs(), edge_args, given)
+    size, wants_attention = given["size"], bool(given["return_attention_weights"])
+    edge_weight, edge_attr = given["edge_weight"], given["edge_attr"]
+    if wants_attention:
         check_attention(layer.experts)
 
     # 2. The nodes: one set, each a source and a destination; or two.
@@ -126,7 +119,7 @@ def read_call(
         x_dst = x_src[: graph.num_dst]
     if layer.explain:
         graph = graph.explained(layer)
-    return Call(graph, x_src, x_dst), bool(return_attention_weights)
+    return Call(graph, x_src, x_dst), wants_attention
 
 
 def side_by_side(
@@ -264,15 +257,10 @@ def num_destinations(edge_index: Adj | Graph, size: tuple[int, int] | None) -> i
     return number
 
 
-def by_position(
-    convs: Iterable[MessagePassing],
-    edge_args: Sequence[Any],
-    edge_weight: Tensor | None,
-    edge_attr: Tensor | None,
-    size: tuple[int, int] | None,
-    return_attention_weights: bool | None,
-) -> tuple[Any, ...]:
-    """The arguments of a call that come behind the edges, from some in the order of the conv's."""
+def with_those_by_position(
+    convs: Iterable[MessagePassing], edge_args: Sequence[Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, with those behind the edges in the order of the conv's."""
     # The arguments of a conv after x and edge_index.
     orders = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in convs}
     order = next(iter(orders))
@@ -288,12 +276,7 @@ def by_position(
         raise ValueError(
             f"forward: got {len(edge_args)} arguments behind edge_index, expected {expected}"
         )
-    values: dict[str, Any] = {
-        "edge_weight": edge_weight,
-        "edge_attr": edge_attr,
-        "size": size,
-        "return_attention_weights": return_attention_weights,
-    }
+    values = dict(given)
     for name, value in zip(order, edge_args, strict=True):
         if value is None:
             continue
@@ -303,7 +286,7 @@ def by_position(
                 "edge_attr, size or return_attention_weights, once"
             )
         values[name] = value
-    return tuple(values.values())
+    return values
 
 
 def refuse_unknown_in_call(

@@ -356,30 +356,26 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         ``routing`` is a decision made elsewhere; it is used instead of the router's.
         """
         refuse_transforms()
+        given: dict[str, Any] = {
+            "edge_weight": edge_weight,
+            "edge_attr": edge_attr,
+            "size": size,
+            "return_attention_weights": return_attention_weights,
+        }
         is_static = isinstance(x, Tensor) and x.dim() == 3
         if is_static or self.experts is None:
-            options = {
-                "edge_weight": edge_weight,
-                "edge_attr": edge_attr,
-                "size": size,
-                "batch": batch,
-                "routing": routing,
-                "return_routing": return_routing,
-                "return_attention_weights": return_attention_weights,
-                **unknown,
-            }
+            given |= {"batch": batch, "routing": routing, "return_routing": return_routing}
             run: Any = side_by_side if is_static else first_call
-            return run(self, x, edge_index, edge_args, options)
+            return run(self, x, edge_index, edge_args, given | unknown)
 
         # 1. Read the call: a graph from sources to destinations, and their features.
-        others = (edge_weight, edge_attr, size, return_attention_weights)
-        has_others = bool(edge_args or unknown) or any(value is not None for value in others)
-        is_odd = has_others or self.explain
+        has_more = bool(edge_args or unknown)
+        is_odd = has_more or self.explain or any(value is not None for value in given.values())
         wants_attention = False
         if isinstance(x, Tensor) and not is_odd:
             call = self._plain_call(x, edge_index)
         else:
-            call, wants_attention = read_call(self, x, edge_index, edge_args, *others, unknown)
+            call, wants_attention = read_call(self, x, edge_index, edge_args, given, unknown)
 
         # 2. Sum over neighbors once, if all experts share that sum.
         call = call.with_aggregate(self.experts.aggregate(call))

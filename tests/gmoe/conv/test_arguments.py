@@ -9,7 +9,10 @@ import torch
 from torch_geometric.nn import GATConv, GCNConv
 
 from gmoe import Graph
-from gmoe.conv.arguments import by_position, num_destinations, two_widths
+from gmoe.conv.arguments import num_destinations, two_widths, with_those_by_position
+
+
+NOTHING = dict.fromkeys(("edge_weight", "edge_attr", "size", "return_attention_weights"))
 
 
 def test_one_width_is_that_of_sources_and_destinations() -> None:
@@ -34,14 +37,10 @@ def test_the_number_of_destinations_comes_from_size_or_from_the_edges() -> None:
 
 def test_arguments_by_position_have_the_order_of_the_conv() -> None:
     edge_attr = torch.ones(2, 1)
-    assert by_position([GATConv(1, 1)], [edge_attr], None, None, None, None) == (
-        None,
-        edge_attr,
-        None,
-        None,
-    )
+    found = with_those_by_position([GATConv(1, 1)], [edge_attr], NOTHING)
+    assert found == NOTHING | {"edge_attr": edge_attr}
 
 
 def test_arguments_by_position_are_refused_where_convs_disagree() -> None:
     with pytest.raises(ValueError, match="by name, since the experts' convs disagree"):
-        by_position([GATConv(1, 1), GCNConv(1, 1)], [torch.ones(2, 1)], None, None, None, None)
+        with_those_by_position([GATConv(1, 1), GCNConv(1, 1)], [torch.ones(2, 1)], NOTHING)
