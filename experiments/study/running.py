@@ -17,8 +17,15 @@ from experiments.train.user_code import code_of, raised
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Where a study goes."""
+    """Cells of a study, and where they go."""
 
+    columns: tuple[str, ...] = ()
+    """Data sets; by default all."""
+    rows: tuple[str, ...] = ()
+    """Models and controls; by default all."""
+    price: bool = False
+    """Run nothing: time what each cell would cost, in hours of a core, and count FLOPs.
+    results/STUDY/prices.json keeps it, for --budget and for the tables."""
     runs: Path | None = None
     """Folder of the run folders; by default runs/STUDY."""
     results: Path = Path("results")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +44,7 @@ PROG = "python -m experiments.sweep"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellsConfig(SweepConfig):
-    """Cells of a study, and where they go."""
-
-    columns: tuple[str, ...] = ()
-    """Data sets; by default all."""
-    rows: tuple[str, ...] = ()
-    """Models and controls; by default all."""
-    price: bool = False
-    """Run nothing: time what each cell would cost, in hours of a core, and count FLOPs.
-    results/STUDY/prices.json keeps it, for --budget and for the tables."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutersConfig(CellsConfig):
+class RoutersConfig(SweepConfig):
     """Cells of the table of routers, and where they go."""
 
     data_root: Path = Path("data")
@@ -82,9 +69,7 @@ STUDIES: dict[str, tuple[str, SweepConfig | ForcesConfig]] = {
 }
 
 
-def sweep_study(
-    study: Study, config: SweepConfig, columns: Sequence[str] = (), rows: Sequence[str] = ()
-) -> tuple[str, dict[str, str]]:
+def sweep_study(study: Study, config: SweepConfig) -> tuple[str, dict[str, str]]:
     """Run the cells that have no file: the tables, and by cell why it could not be run.
 
     The table of a column is shown so far behind each of its cells, too.
@@ -92,7 +77,7 @@ def sweep_study(
     from experiments.train.results import write_json
 
     folder = config.results / study.name
-    asked = study.cells(columns, rows)
+    asked = study.cells(config.columns, config.rows)
     hours = {cell: price["hours"] for cell, price in read_prices(folder).items()}
     cells = affordable(asked, hours, config.budget, folder)
     held = held_cells(cells, folder)
@@ -140,7 +125,7 @@ def parse(args: Sequence[str]) -> tuple[str, SweepConfig | ForcesConfig]:
     """The study that the command line names, and where it goes."""
     if args and (args[0] in STUDIES or ":" in args[0]):
         study, *rest = args
-        about, config = STUDIES.get(study, ("A study of your own.", CellsConfig()))
+        about, config = STUDIES.get(study, ("A study of your own.", SweepConfig()))
         # a command of its own, so that its errors lead to its own help
         given: dict[str, Any] = {"prog": f"{PROG} {study}", "description": about}
         return study, tyro.cli(type(config), args=rest, default=config, **given)
@@ -156,28 +141,22 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
         from experiments.study.forces import run_forces  # torch, which help does without
 
         return run_forces(config)
-    assert isinstance(config, CellsConfig)
     study: Any
-    columns = config.columns
     if isinstance(config, RoutersConfig):
         study = routers.table(config.data_root, config.router, config.k)
         if config.router is not None:
-            columns = columns or ("digits-graph",)
+            config = replace(config, columns=config.columns or ("digits-graph",))
             if not config.price:
-                price_missing(study.cells(columns, config.rows), config.results / study.name)
+                price_missing(study.cells(config.columns, config.rows), config.results / study.name)
     else:
         study = load_object("study", name)
         check(isinstance(study, Study), "study", repr(name), "an experiments.study.studies.Study")
     if config.price:
-        return priced(study.cells(columns, config.rows), config.results / study.name)
-    return sweep_study(study, config, columns, config.rows)
+        from experiments.study.price import price_cells  # torch
 
-
-def priced(cells: dict[str, RunConfig], folder: Path) -> tuple[str, dict[str, str]]:
-    """What cells would cost, in place of running them."""
-    from experiments.study.price import price_cells
-
-    return price_cells(cells, folder), {}
+        cells = study.cells(config.columns, config.rows)
+        return price_cells(cells, config.results / study.name), {}
+    return sweep_study(study, config)
 
 
 def main(args: Sequence[str] | None = None) -> None:

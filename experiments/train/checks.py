@@ -34,7 +34,6 @@ FROM_1 = (
     "vit_heads",
     "image_size",
     "devices",
-    "nodes",
     "grad_accum_steps",
 )
 LEAST = dict.fromkeys(FROM_0, 0) | dict.fromkeys(FROM_1, 1)

@@ -136,10 +136,7 @@ class RunConfig:
     device: str = "auto"
     """Fabric's accelerator: auto, cpu, cuda, mps."""
     devices: int = 1
-    """Data parallel: processes on this machine, which share each batch.
-    As many as `torchrun --nproc-per-node N` starts."""
-    nodes: int = 1
-    """Data parallel: machines, each with as many devices."""
+    """Data parallel: processes, which share each batch; as many as `torchrun` starts in all."""
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     """Fabric's precision."""
     offline: bool = False
@@ -160,14 +157,13 @@ class RunConfig:
             legal = "1: uniform takes all experts, and oracle the planted one"
             check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)
         check_seeds(self.seeds)
-        if self.world > 1:
+        if self.devices > 1:
             self._check_processes()
 
     def _check_processes(self) -> None:
         """Refuse what several processes cannot share."""
-        legal = f"a multiple of devices x nodes = {self.world}"
-        legal += ": it is that of all processes together"
-        check(self.batch_size % self.world == 0, "batch_size", self.batch_size, legal)
+        legal = f"a multiple of devices={self.devices}: it is that of all processes together"
+        check(self.batch_size % self.devices == 0, "batch_size", self.batch_size, legal)
 
     # What only some kinds of data have; the classes below answer for theirs.
 
@@ -211,17 +207,9 @@ class RunConfig:
         return {}
 
     @property
-    def world(self) -> int:
-        """Processes, of all machines."""
-        return self.devices * self.nodes
-
-    @property
     def launcher(self) -> str:
-        """The command that starts as many processes."""
-        machines = "" if self.nodes == 1 else f"--nnodes {self.nodes} "
-        return (
-            "python" if self.world == 1 else f"torchrun {machines}--nproc-per-node {self.devices}"
-        )
+        """The command that starts as many processes, on one machine."""
+        return "python" if self.devices == 1 else f"torchrun --nproc-per-node {self.devices}"
 
     def folder(self) -> Path:
         """The run folder, without a number."""
@@ -243,8 +231,8 @@ class RunConfig:
     def science(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON: all but where it runs and where it is written."""
         values = {name: value for name, value in asdict(self).items() if name not in WHERE}
-        if self.world == 1:  # with more, draws are others
-            del values["devices"], values["nodes"]
+        if self.devices == 1:  # with more, draws are others
+            del values["devices"]
         if self.workers and self.draws_in_workers():
             values["workers"] = self.workers
         science: dict[str, Any] = json.loads(json.dumps(values | {"options": self.options.given()}))
@@ -255,9 +243,6 @@ class RunConfig:
 class NodeConfig(RunConfig):
     """Nodes of a graph, in a GNN."""
 
-    residual: Literal["none", "identity", "linear"] = "identity"
-    norm: str | None = None
-    """The norm, by PyG's name."""
     undirected: bool = True
     """Add the reverse of every edge."""
 
@@ -269,7 +254,7 @@ class NodeConfig(RunConfig):
         check(
             not self.trains_whole(),
             "devices",
-            f"{self.devices} x {self.nodes} nodes for {self.dataset} with full batches",
+            f"{self.devices} for {self.dataset} with full batches",
             "one: a whole graph is one batch, which cannot be split; sample it",
         )
         super()._check_processes()
@@ -282,12 +267,15 @@ class NodeConfig(RunConfig):
 class GraphConfig(NodeConfig):
     """Nodes of a graph of one node type."""
 
+    residual: Literal["none", "identity", "linear"] = "identity"
+    norm: str | None = None
+    """The norm, by PyG's name."""
     sampling: Literal["full", "neighbor", "random_node"] = "full"
     """Train on the whole graph, on sampled neighborhoods, or on random parts."""
     fanout: tuple[int, ...] = FANOUT
     """With `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
-    evaluation: Literal["full", "layerwise", "sampled"] = "full"
-    """Evaluate on the whole graph, layer by layer in pieces, or as in training.
+    evaluation: Literal["full", "layerwise"] = "full"
+    """Evaluate on the whole graph at once, or layer by layer in pieces.
     By layers the result is the same, and takes less memory."""
     conv: tuple[str, ...] = ("gcn",)
     """The conv; several are kinds of experts that alternate (a dense model takes the first).
@@ -341,9 +329,6 @@ class GraphConfig(NodeConfig):
 
     def trains_whole(self) -> bool:
         return self.sampling == "full"
-
-    def evaluates_whole(self) -> bool:
-        return self.evaluation != "sampled"
 
     def evaluates_by_layer(self) -> bool:
         return self.evaluation == "layerwise"

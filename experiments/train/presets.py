@@ -122,7 +122,6 @@ MINESWEEPER = GraphConfig(
 split s. 95.2 ± 0.5 % AUC, dense 95.2 ± 0.5 %."""
 
 OGB: dict[str, Any] = {
-    "residual": "none",
     "dropout": 0.5,
     "lr": 0.01,
     "batch_size": 1024,
@@ -132,7 +131,13 @@ OGB: dict[str, Any] = {
 results/presets.json."""
 
 ARXIV = GraphConfig(
-    dataset="ogbn-arxiv", hidden=256, layers=3, norm="batch_norm", epochs=500, **OGB
+    dataset="ogbn-arxiv",
+    hidden=256,
+    layers=3,
+    norm="batch_norm",
+    residual="none",
+    epochs=500,
+    **OGB,
 )
 
 ARXIV_TUNED = replace(

@@ -27,11 +27,11 @@ is noticed at once."""
 def make_fabric(config: RunConfig) -> Fabric:
     """Device, precision, and the connection to other processes, which ``torchrun`` starts."""
     there = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.world != there:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))  # on this machine
+    if config.devices != there:
         raise ValueError(
-            f"devices: got {config.devices} x {config.nodes} nodes in {there} "
-            f"process{'es' if there > 1 else ''}, expected {config.launcher} -m experiments.train "
-            "..., with --devices N --nodes M as they are"
+            f"devices: got {config.devices} in {there} process{'es' if there > 1 else ''}, "
+            f"expected {config.launcher} -m experiments.train ..., with --devices N of all machines"
         )
     on_gpu = torch.cuda.is_available() and config.device not in ("cpu", "mps")
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # numbers and objects go by the CPU
@@ -39,8 +39,8 @@ def make_fabric(config: RunConfig) -> Fabric:
     try:
         fabric = Fabric(
             accelerator=config.device,
-            devices=config.devices,
-            num_nodes=config.nodes,
+            devices=here,
+            num_nodes=config.devices // here,
             strategy=ddp if there > 1 else "auto",
             precision=config.precision,
         )

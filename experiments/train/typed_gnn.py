@@ -5,7 +5,6 @@ Shapes: N nodes of a type, D width.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +18,6 @@ from torch_geometric.typing import EdgeType, NodeType
 
 import gmoe
 from gmoe._checks import check
-from gmoe.models.parts import Norm, Residual, norm_of, residual_of
 from gmoe.moe import choose_blocks
 
 
@@ -27,12 +25,11 @@ class TypedGNN(nn.Module):
     r"""Logits of the nodes of one type.
 
     .. math::
-        h_t' = \mathrm{dropout}(\mathrm{relu}(\mathrm{norm}_t(
-            \sum_{r: s \to t} \mathrm{conv}_r(h_s, h_t) + \mathrm{res}_t(h_t))))
+        h_t' = \mathrm{dropout}(\mathrm{relu}(\sum_{r: s \to t} \mathrm{conv}_r(h_s, h_t)))
 
-    The last layer is dense and has none of norm, residual and activation. A layer runs only the
-    relations that the logits depend on. A type in which none of them ends stays as it is; one
-    without features has an embedding, learned for each of its nodes.
+    The last layer is dense and has no activation. A layer runs only the relations that the logits
+    depend on. A type in which none of them ends stays as it is; one without features has an
+    embedding, learned for each of its nodes.
 
     Args:
         data: the whole graph, for its types, widths and numbers of nodes.
@@ -42,7 +39,7 @@ class TypedGNN(nn.Module):
         num_layers: at least 2 with experts.
         router: of each relation of each layer with experts; ``None`` is the dense baseline.
         every: layer ``i`` holds experts if ``i % every == every - 1``.
-        dropout, norm, residual: as in :class:`gmoe.GNNMoE`; each type has its own.
+        dropout: of the hidden layers.
         **moe_kwargs: of :class:`gmoe.MoEConv`.
 
     Shapes:
@@ -62,8 +59,6 @@ class TypedGNN(nn.Module):
         router: Any,
         every: int,
         dropout: float,
-        norm: Norm,
-        residual: Residual,
         **moe_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -84,11 +79,8 @@ class TypedGNN(nn.Module):
 
         # 2. The layers.
         self.convs = nn.ModuleList()
-        self.residuals = nn.ModuleList()
-        self.norms = nn.ModuleList()
         for layer, relations in enumerate(relations_of):
-            is_last = layer == num_layers - 1
-            out = out_channels if is_last else hidden_channels
+            out = out_channels if layer == num_layers - 1 else hidden_channels
             conv: Any = moe if layer in moe_layers else SAGEConv
             convs = {
                 relation: conv((widths[relation[0]], widths[relation[-1]]), out)
@@ -98,16 +90,7 @@ class TypedGNN(nn.Module):
                 # Types in which no relation ends are not updated, and stay as they are.
                 warnings.filterwarnings("ignore", "There exist node types")
                 self.convs.append(HeteroConv(convs))
-            if is_last:
-                break
-            types = dict.fromkeys(relation[-1] for relation in relations)
-            added = {name: residual_of(residual, widths[name], out) for name in types}
-            self.residuals.append(
-                ModuleDict({name: part for name, part in added.items() if part is not None})
-            )
-            norm_layer = norm_of(norm, out)
-            self.norms.append(ModuleDict({name: copy.deepcopy(norm_layer) for name in types}))
-            widths |= dict.fromkeys(types, out)
+            widths |= {relation[-1]: out for relation in relations}
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -118,13 +101,9 @@ class TypedGNN(nn.Module):
         """The logits of the target; see the class."""
         h_dict = x_dict | {name: one.weight for name, one in self.embeddings.items()}
         *hidden, last = self.convs
-        for conv, residuals, norms in zip(hidden, self.residuals, self.norms, strict=True):
+        for conv in hidden:
             out_dict = conv(h_dict, edge_index_dict)
-            for name, out in out_dict.items():
-                if name in residuals:  # type: ignore[operator]
-                    out = out + residuals[name](h_dict[name])  # type: ignore[index]
-                out_dict[name] = self.dropout(norms[name](out).relu())  # type: ignore[index]
-            h_dict |= out_dict
+            h_dict |= {name: self.dropout(out.relu()) for name, out in out_dict.items()}
         logits: Tensor = last(h_dict, edge_index_dict)[self.target]
         return logits
 

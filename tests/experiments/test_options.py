@@ -167,10 +167,6 @@ def forget_unknown_options() -> None:
         ),
         # several processes
         ("train digits --devices 2", "expected torchrun --nproc-per-node 2 -m experiments.train"),
-        (
-            "train digits --devices 2 --nodes 4",
-            "expected torchrun --nnodes 4 --nproc-per-node 2 -m",
-        ),
         ("train digits --devices 2 --batch-size 33", "batch_size: got 33"),
         ("train digits --devices 0", "devices: got 0, expected at least 1"),
         ("train cora --devices 2", "a whole graph is one batch, which cannot be split"),

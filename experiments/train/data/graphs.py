@@ -128,7 +128,7 @@ class GraphBatches:
         self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
     ) -> Iterable[Batch]:
         rows = self.split[part]
-        if self.config.sampling == "full" or (part != "train" and self.config.evaluation == "full"):
+        if self.config.sampling == "full" or part != "train":
             return [Batch(self.whole, self.data.y[rows], rows)]
         if self.config.sampling == "neighbor":
             return neighborhoods(self.data, self.config, rows, batch_size, seed, shard)

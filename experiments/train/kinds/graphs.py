@@ -41,10 +41,6 @@ class Nodes(GNNKind[Config]):
         """The graph that models see, with the reverse of its edges where that is asked for."""
         return directed(self.named(), self.config.undirected)
 
-    def model_options(self, task: Task) -> dict[str, Any]:
-        config = self.config
-        return super().model_options(task) | {"norm": config.norm, "residual": config.residual}
-
     def named(self) -> GraphData:
         """The graph that the data set's name means, its edges as they are given."""
         config = self.config
@@ -96,6 +92,8 @@ class Graphs(Nodes[GraphConfig]):
             "conv": load_conv(names) if isinstance(names, str) else list(map(load_conv, names)),
             "input_dropout": config.input_dropout,
             "act": config.act,
+            "norm": config.norm,
+            "residual": config.residual,
         }
         if config.input_again:
             plain = {name: value for name, value in options.items() if name not in OF_ROUTERS}
@@ -132,7 +130,7 @@ class Graphs(Nodes[GraphConfig]):
     def check_evaluation(self, model: nn.Module, task: Task) -> None:
         if self.config.evaluates_by_layer():
             why = fails_by_layer(model, task.graph)
-            check(not why, "evaluation", f"'layerwise' ({why})", "'full' or 'sampled'")
+            check(not why, "evaluation", f"'layerwise' ({why})", "'full'")
 
 
 class TypedGraphs(Nodes[TypedConfig]):

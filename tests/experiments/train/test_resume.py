@@ -32,7 +32,7 @@ from tests.helpers.run_folders import assert_same
 TINY = "--patch 4 --dim 8 --vit-heads 2 --hidden 8 --layers 2 --batch-size 8"
 AUGMENTED = "--scale None --augment standard --dropout 0.1"
 SMALL = "--layers 2 --hidden 16 --batch-size 200"
-SAMPLED = "--sampling neighbor --fanout 4 3 --evaluation sampled --eval-every 2"
+SAMPLED = "--sampling neighbor --fanout 4 3 --eval-every 2"
 RUNS: dict[str, str] = {
     "graph": "digits-graph --router token_choice --dropout 0.2",
     "choice": "digits-graph --router expert_choice --schedule cosine --conv gcn sage "

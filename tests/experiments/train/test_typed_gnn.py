@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch_geometric.data import HeteroData
 from torch_geometric.nn import HeteroConv, SAGEConv
 from torch_geometric.transforms import ToUndirected
@@ -45,7 +44,7 @@ def model(data: HeteroData = DATA, **changes: Any) -> TypedGNN:
         "every": 1,
         "dropout": 0.0,
     }
-    options |= {"norm": None, "residual": "identity", **changes}
+    options |= changes
     if options["router"] is None:
         del options["num_experts"]
     num_layers = options.pop("num_layers", 2)
@@ -70,31 +69,27 @@ def test_which_layers_hold_experts(changes: dict[str, Any], moe_layers: list[int
     assert call(gnn).shape == (COUNTS["paper"], OUT)
 
 
-@pytest.mark.parametrize("residual", ["none", "identity", "linear"])
-def test_with_one_seed_it_starts_as_the_dense_model(residual: str) -> None:
-    moe, dense = (model(router=router, residual=residual) for router in ("token_choice", None))
+def test_with_one_seed_it_starts_as_the_dense_model() -> None:
+    moe, dense = (model(router=router) for router in ("token_choice", None))
     torch.testing.assert_close(call(moe), call(dense))
 
 
 def test_forward_by_hand() -> None:
-    """Conv and residual, norm, activation; the last layer is dense. Embeddings are features."""
-    gnn = model(num_layers=3, norm="layer_norm").eval()
+    """Conv and activation; the last layer is dense. Embeddings are features."""
+    gnn = model(num_layers=3).eval()
     h: Any = {"paper": DATA["paper"].x}
     h |= {name: embedding.weight for name, embedding in gnn.embeddings.items()}
     *hidden, last = gnn.convs
     assert isinstance(last, HeteroConv)
-    for conv, residuals, norms in zip(hidden, gnn.residuals, gnn.norms, strict=True):
-        assert isinstance(residuals, nn.Module)
-        out = conv(h, DATA.edge_index_dict)
-        added = {name: residuals[name](h[name]) if name in residuals else 0 for name in out}  # type: ignore
-        h = h | {name: norms[name](y + added[name]).relu() for name, y in out.items()}  # type: ignore
+    for conv in hidden:
+        h = h | {name: y.relu() for name, y in conv(h, DATA.edge_index_dict).items()}
     torch.testing.assert_close(call(gnn), last(h, DATA.edge_index_dict)["paper"])
     assert set(gnn.embeddings.keys()) == {"author", "institution", "field"}
 
 
 def test_every_parameter_gets_a_gradient() -> None:
     """Those that the target's logits do not depend on are not there."""
-    gnn = model(num_layers=3, norm="batch_norm")
+    gnn = model(num_layers=3)
     with record_routing(gnn) as routings:
         logits = call(gnn)
     (logits.square().sum() + aux_loss(routings)).backward()

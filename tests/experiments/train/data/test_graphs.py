@@ -53,14 +53,9 @@ def counted(task: Task, part: Split, batch_size: int = 7, seed: int | None = Non
 
 
 @pytest.mark.parametrize("sampling", ["full", "neighbor", "random_node"])
-@pytest.mark.parametrize("evaluation", ["full", "sampled"])
 @pytest.mark.parametrize("binary", [False, True])
-def test_each_seed_counts_once_and_no_other_node(
-    sampling: Any, evaluation: Any, binary: bool
-) -> None:
-    task = make_task(
-        make_config(sampling=sampling, evaluation=evaluation), make_graph(binary=binary)
-    )
+def test_each_seed_counts_once_and_no_other_node(sampling: Any, binary: bool) -> None:
+    task = make_task(make_config(sampling=sampling), make_graph(binary=binary))
     for part in PARTS:
         for batch_size in (1, 7, 1000):
             for seed in (None, 4):
@@ -103,26 +98,19 @@ def test_all_neighbors_give_the_logits_of_the_whole_graph(
         router="dense",
         conv=(conv,),
         sampling="neighbor",
-        evaluation="sampled",
         fanout=(-1, -1),
         **changes,
     )
     task = make_task(config, graph)
-    full, model = (
-        logits_of(config, make_task(replace(config, evaluation="full"), graph)),
-        model_of(config, task),
-    )
-    for part in PARTS:
-        sizes = []
-        for batch in task.loader(part, 7, 1):
-            ids = batch.counted(batch.inputs[0])[:, 0].long()
-            with torch.no_grad():
-                torch.testing.assert_close(
-                    batch.counted(model(*map(double, batch.inputs))), full[ids]
-                )
-            assert len(batch.inputs) == 8  # the layers are trimmed
-            sizes.append(len(batch.inputs[0]))
-        assert min(sizes) < NODES
+    full, model = logits_of(config, task), model_of(config, task)
+    sizes = []
+    for batch in task.loader("train", 7, 1):
+        ids = batch.counted(batch.inputs[0])[:, 0].long()
+        with torch.no_grad():
+            torch.testing.assert_close(batch.counted(model(*map(double, batch.inputs))), full[ids])
+        assert len(batch.inputs) == 8  # the layers are trimmed
+        sizes.append(len(batch.inputs[0]))
+    assert min(sizes) < NODES
     # Than there are layers: not trimmed
     deeper = make_task(replace(config, fanout=(2, 2, 2)), graph)
     assert {len(batch.inputs) for batch in deeper.loader("train", 7, 1)} == {
