@@ -71,6 +71,7 @@ def forget_unknown_options() -> None:
         ("advise corra --out out", "preset: got 'corra', expected one of"),
         ("advise corra --out out", "did you mean 'cora'?"),
         ("advise ogbn-mag --out out", "preset: got 'ogbn-mag'"),
+        ("advise ogbn-products --out out", "sampling: got 'neighbor' of ogbn-products, expected"),
         ("advise cora --metric roc_auc --out out", "metric: got 'roc_auc' for cora"),
         ("advise cora --budget 0 --out out", "budget: got 0.0, expected minutes above 0"),
         ("advise graph --data-root nowhere.npz --out out", "nowhere.npz"),

@@ -221,22 +221,6 @@ def test_bad_graphs_are_refused_before_anything_is_asked(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["digits"], "preset: got 'digits', expected one of"),
-        (["concept-4-512-communities"], "preset: got 'concept-4-512-communities', expected one"),
-        (["ogbn-products"], "sampling: got 'neighbor' of ogbn-products, expected 'full'"),
-        (["digits-graph", "--budget", "0"], "budget: got 0.0, expected minutes above 0"),
-        (["digits-graph", "--metric", "roc_auc"], "metric: got 'roc_auc' for digits-graph"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused_at_once(
-    args: list[str], message: str, tmp_path: Path, capsys: Any
-) -> None:
-    assert message in refused([*args, "--out", str(tmp_path / "out")], capsys, main)
-
-
 def test_offline_downloads_nothing_and_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

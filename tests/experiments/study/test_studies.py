@@ -53,6 +53,8 @@ def test_what_a_study_does_not_have_is_refused() -> None:
         STUDY.cells(rows=["five"])
     with pytest.raises(ValueError, match=r"^controls: got 'wide', expected one of dense, four"):
         replace(STUDY, controls=("wide",))
+    with pytest.raises(ValueError, match=r"^published: got 'sea/four'"):
+        replace(STUDY, published={"sea/four": "1"})
 
 
 @pytest.mark.parametrize(
@@ -104,15 +106,3 @@ def test_the_study_of_the_docs_runs_as_it_stands_and_takes_a_column_and_a_row_mo
     more = more.replace(row, f'"two": Row(label="two", changes={{"k": 2}}), {row}')
     exec(more, names)
     assert len(names["STUDY"].cells()) == 3 * 8
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"published": {"sea/four": "1"}},
-    ],
-    ids=str,
-)
-def test_a_figure_is_of_a_cell_of_the_study(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"^{next(iter(changes))}: got "):
-        replace(STUDY, **changes)

@@ -143,16 +143,8 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(
         assert (
             b"since another process has ended; continue with: torchrun --nproc-per-node 2" in error
         )
-    again = start(
-        "-m",
-        "experiments.train",
-        *DRAWS,
-        "--devices",
-        "2",
-        "--resume",
-        "--out",
-        str(tmp_path / "run"),
-    )
+    more = ["--devices", "2", "--resume", "--out", str(tmp_path / "run")]
+    again = start("-m", "experiments.train", *DRAWS, *more)
     _, error = again.communicate(timeout=300)
     assert again.returncode == 0, error.decode()
     assert len(rows(tmp_path / "run")) == 3
@@ -161,11 +153,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(
 if __name__ == "__main__":
     root, *killed = sys.argv[1:]
     if killed:
-        run_until(
-            4,
-            [*DRAWS, "--devices", "2", "--out", f"{root}/run"],
-            rank=killed[0],
-            number=signal.SIGKILL,
-        )
+        args = [*DRAWS, "--devices", "2", "--out", f"{root}/run"]
+        run_until(4, args, rank=killed[0], number=signal.SIGKILL)
     atexit.register(say_whether_left, Path(root))  # the first of them, and so the last to be called
     all_runs(Path(root))

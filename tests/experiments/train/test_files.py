@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 from safetensors.torch import save, save_file
 
-from experiments.train.checkpoint import Checkpoint
 from experiments.train.files import (
     load_weights,
     naming,
@@ -30,9 +28,7 @@ from experiments.train.files import (
     read_tensors,
     writing,
 )
-from experiments.train.logs import Log
 from experiments.train.saved import read_options
-from tests.helpers.command import full_disk
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,6 @@ class Run:
     lr: float = 0.1
 
 
-CPU = Fabric(accelerator="cpu", devices=1)
 ARRAY = np.arange(6.0).reshape(2, 3)
 READERS: dict[str, Callable[[Path], Any]] = {
     "a.json": lambda path: read_json(path, Run),
@@ -63,27 +58,10 @@ def write_all(folder: Path) -> None:
     torch.save({"x": torch.tensor(ARRAY)}, folder / "a.pt")
 
 
-LARGE = np.random.default_rng(0).random((500, 4))
-STATE = {"best": {"weight": torch.tensor(LARGE)}}
-WRITERS: dict[str, Callable[[Path], object]] = {
-    "a.csv": lambda path: Log(path, keep=0).write([{"loss": loss} for loss in LARGE[:, 0]]),
-    "state.ckpt": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
-    "best.safetensors": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_names_the_file(name: str, tmp_path: Path, monkeypatch: Any) -> None:
-    if name == "best.safetensors":  # which is written after the state
-        monkeypatch.setattr(CPU, "save", lambda *_: None)
-    with full_disk(), pytest.raises(OSError, match=rf"^{tmp_path / name}: cannot be written \("):
-        WRITERS[name](tmp_path / name)
-
-
 def test_a_file_that_cannot_be_opened_is_named_once(tmp_path: Path) -> None:
     path = tmp_path / "none" / "a.npy"
     with pytest.raises(OSError, match=f"^[^:]*: '{path}'$"), writing(path):
-        np.save(path, LARGE)
+        np.save(path, ARRAY)
 
 
 def test_whole_files_come_back(tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ import pytest
 import gmoe
 from experiments.train import config as configs
 from experiments.train.command import parse
-from experiments.train.config import RunConfig
 from experiments.train.data.graphs import graph_task
-from experiments.train.kinds import KINDS, kind_of
+from experiments.train.kinds import kind_of
 from experiments.train.kinds.graphs import check_width
 from experiments.train.presets import PRESETS
 from tests.helpers.made_graph import make_graph
@@ -33,12 +32,6 @@ def questions(source: str) -> list[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_nothing_asks_a_run_for_its_kind(path: Path) -> None:
     assert not questions(path.read_text())
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_has_a_kind(name: str) -> None:
-    config = PRESETS[name][1]
-    assert kind_of(config).config is config
 
 
 @pytest.mark.parametrize(
@@ -60,11 +53,6 @@ def test_a_width_that_memory_cannot_hold_is_refused_before_a_weight_is_drawn(
             kind_of(config).model(task)
     else:
         check_width(config, task)
-
-
-def test_every_kind_has_a_preset() -> None:
-    kinds: set[type[RunConfig]] = {type(config) for _, config in PRESETS.values()}
-    assert kinds == set(KINDS)
 
 
 def test_the_critical_look_has_the_parameters_of_its_code() -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import gmoe
 from experiments.convert.smiles import FILES
 from experiments.show.report import main as report
-from experiments.train.build import build_model, costs_of
 from experiments.train.command import main, parse
-from experiments.train.config import MoleculeConfig, RouterOptions, dense_of
-from experiments.train.data.load import load_tasks
+from experiments.train.config import MoleculeConfig, dense_of
 from experiments.train.presets import PRESETS
 from experiments.train.training import is_better
 from tests.helpers.command import QUICK, quick, refused, run_until
@@ -109,27 +105,6 @@ def test_dense_models_are_matched_and_shown(
     assert "dense model, to compare: the same command with --compare" in out
     saved = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert saved["digest"] is not None
-
-
-@pytest.mark.filterwarnings("ignore:TAGConv runs on the whole graph")
-def test_gmoe_is_rebuilt_from_parts(data: Path) -> None:
-    """Experts of one hop, which see the bonds, and of three; top-4 in each layer."""
-    options = "--conv gcn tag --k 4 --start plain"
-    options += f" --balance switch --data-root {data}"
-    config: Any = parse(["ogbg-molesol", *SMALL, *options.split()])
-    task = load_tasks(config)(0)
-    model: Any = build_model(config, task)
-    first = next(part for part in model.modules() if isinstance(part, gmoe.MoEConv))
-    assert isinstance(first.router, gmoe.TokenChoice)
-    assert (first.router.balance, first.router.k) == ("switch", 4)
-    assert model.shared_router is None
-    kinds = [type(first.expert(expert)).__name__ for expert in range(2)]
-    assert kinds == ["BondGCNConv", "TAGConv"]
-    of_default = replace(config, conv=("gcn",), k=1, start=None, hidden=16, experts=8)
-    of_default = replace(of_default, options=RouterOptions())
-    dense = replace(of_default, router="dense")
-    flops = [costs_of(build_model(one, task), one, task)["flops"] for one in (dense, of_default)]
-    assert 1.1 * flops[0] < flops[1]
 
 
 def test_other_files_are_another_run(data: Path, tmp_path: Path, capsys: Any) -> None:

@@ -20,7 +20,7 @@ from experiments.train.command import main, parse
 from experiments.train.config import ImageConfig
 from experiments.train.data.load import load_tasks
 from experiments.train.loop import run
-from experiments.train.presets import IMAGE_FOLDER, command
+from experiments.train.presets import IMAGE_FOLDER
 from experiments.train.run_folder import read_run
 from experiments.train.training import learning_rate, set_up
 from tests.helpers.command import QUICK, quick, refused, run_until
@@ -95,13 +95,6 @@ def test_a_recipe_that_was_stopped_equals_one_in_one_go(
     *_, told = capsys.readouterr().err.splitlines()
     main(shlex.split(told.partition("continue with: python -m experiments.train ")[2]))
     assert_same(tmp_path / "whole", tmp_path / "cut")
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_command_of_a_recipe_is_read_as_that_recipe(name: str) -> None:
-    config = parse(["images", *RECIPES[name].split(), "--image-size", "8"])
-    _, *words = shlex.split(command(config).partition(" -m experiments.")[2])
-    assert parse(words) == config
 
 
 @pytest.mark.parametrize("router", ["dense", "token_choice"])

@@ -120,6 +120,9 @@ def test_compare_refuses_the_folder_of_another_run_before_it_trains(
         "graph --data-root 'a b/x.npz' --metric roc_auc --router-input node degree --lr 1e-5",
         "cora --router x.py:Router --no-undirected --shared-router True",
         "ogbn-mag --hidden 3",
+        "images --scale 0.3 1 --reprob 0.5 --aa rand-m9 --mixup 0.4 --grad-accum-steps 2",
+        "images --scale None --augment standard --interpolation bicubic --precision bf16-mixed",
+        "images --model timm/vit_tiny_patch16_224 --model-kwargs patch_size=4 depth=2 --aa augmix-m5",
     ],
 )
 def test_a_command_gives_the_configuration_that_it_was_made_of(args: str) -> None:
@@ -148,19 +151,16 @@ def test_the_test_set_is_read_once_at_the_best_validation_epoch(
 
 
 def test_kmeans_finds_the_regions_before_any_training(tmp_path: Path) -> None:
-    args = (
-        "--router",
-        "multi_centroid",
-        "--shared-router",
-        "True",
-        "--kmeans-init",
-    )
-    assert quick(tmp_path, *args, preset="mosaic")["routing"][0]["nmi"]["mean"] > 0.9
+    args = "--router multi_centroid --shared-router True --kmeans-init"
+    assert quick(tmp_path, *args.split(), preset="mosaic")["routing"][0]["nmi"]["mean"] > 0.9
 
 
 @pytest.fixture(scope="module")
 def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("ogb"))
+
+
+CIFAR: dict[str, tuple[Any, int]] = {"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}
 
 
 @pytest.mark.parametrize(
@@ -184,26 +184,14 @@ def test_every_preset_runs_on_tiny_files(
         write_pacs(root, count=3)
     elif preset == "images":
         write_images(root, size=32)
-    elif preset in ("cifar10", "cifar100"):
-        write_cifar(
-            root, *{"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}[preset], monkeypatch
-        )
+    elif preset in CIFAR:
+        write_cifar(root, *CIFAR[preset], monkeypatch)
     elif preset.startswith("ogbg-"):
         write_set(root, preset)
     elif root != ogb_root:
         write_raw(PRESETS[preset][1].dataset, root)
-    args = (
-        "--data-root",
-        str(root),
-        "--epochs",
-        "1",
-        "--hidden",
-        "8",
-        "--experts",
-        "2",
-        "--offline",
-    )
-    summary = quick(tmp_path / "run", *args, preset=preset)
+    args = f"--data-root {root} --epochs 1 --hidden 8 --experts 2 --offline"
+    summary = quick(tmp_path / "run", *args.split(), preset=preset)
     assert summary["config"]["dataset"] == PRESETS[preset][1].dataset
     assert summary["routing"]
 

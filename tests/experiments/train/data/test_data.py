@@ -154,15 +154,7 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     seen: list[torch.Tensor] = []
     monkeypatch.setattr("experiments.train.loop.init_centroids", lambda *call: seen.extend(call[1]))
     root = write_images(tmp_path / "data", train=30)
-    args = (
-        "--router",
-        "multi_centroid",
-        "--kmeans-init",
-        "--batch-size",
-        "24",
-        "--data-root",
-        str(root),
-    )
-    quick(tmp_path / "run", *SHAPE, *args, preset="images")
+    args = f"{SHAPE} --router multi_centroid --kmeans-init --batch-size 24 --data-root {root}"
+    quick(tmp_path / "run", *args.split(), preset="images")
     # A class is bright in one channel
     assert len(seen[0].mean(dim=(2, 3)).argmax(dim=1).unique()) == 3
