@@ -219,14 +219,8 @@ def test_resume_adds_seeds_and_repeats_none(
     assert whole["test"]["values"][1:2] == first["test"]["values"]
     assert whole["test"]["values"] == quick(tmp_path / "afresh", seeds="0 1 2")["test"]["values"]
     for args, message in ((["--seeds", "0", "1"], "seeds=(0, 1, 2)"), (["--lr", "0.5"], "lr=0.01")):
-        command = [
-            "digits-graph",
-            *QUICK,
-            "--out",
-            str(folder),
-            *["--resume", "--seeds", "0", "1", "2"],
-        ]
-        assert message in refused([*command, *args], capsys)
+        command = f"digits-graph --out {folder} --resume --seeds 0 1 2"
+        assert message in refused([*command.split(), *QUICK, *args], capsys)
 
 
 def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,20 +97,7 @@ def test_digits_images() -> None:
     assert float(images.std()) == pytest.approx(1, abs=1e-4)
 
 
-SHAPE = [
-    "--layers",
-    "2",
-    "--patch",
-    "4",
-    "--dim",
-    "8",
-    "--vit-heads",
-    "2",
-    "--hidden",
-    "8",
-    "--experts",
-    "2",
-]
+SHAPE = "--layers 2 --patch 4 --dim 8 --vit-heads 2 --hidden 8 --experts 2"
 
 
 def folder_task(root: Path, **changes: Any) -> Any:
