@@ -32,7 +32,6 @@ from gmoe.experts import Experts
 from gmoe.hosts import guard
 from gmoe.mixed import Mix, MixedWeights
 from gmoe.moe import MoE, MoELayer, choose_blocks
-from gmoe.products import Backend
 from gmoe.recorded import AsBuilt, Recorded
 from gmoe.routers import DEFAULT_EXPERTS, ROUTERS, FromCall, Router, RouterLike, read_router
 from gmoe.routing import Routing
@@ -53,7 +52,6 @@ def moefy(
     router_input: Any = None,
     mix: Mix = "outputs",
     router_kwargs: Mapping[str, object] | None = None,
-    backend: Backend = "auto",
 ) -> nn.Module:
     r"""Add experts to a transformer's MLPs or a GNN's convs.
 
@@ -121,7 +119,6 @@ def moefy(
             names the ``"weights"``, by ``ByType(..., batch=)`` or ``FromInput(..., batch=)``:
             :class:`gmoe.mixed.MixedWeights`.
         router_kwargs: further arguments of the routers.
-        backend: see :func:`gmoe.grouped_linear`.
 
     Returns:
         The model with MoE layers; collect their routings with :func:`gmoe.record_routing`.
@@ -171,7 +168,6 @@ def moefy(
         "start": start,
         "router_input": router_input,
         "mix": mix,
-        "backend": backend,
     }
     with joined(model, names):
         modules = {name: model.get_submodule(name) for name in names}
@@ -389,13 +385,12 @@ def _moe(
     start: Start,
     router_input: object,
     mix: Mix,
-    backend: Backend,
     checked: set[Hashable],
 ) -> MoE:
     """The MoE layer that replaces an MLP; ``checked`` as :func:`read_mlp` takes it."""
     legal = f"None: {name} is no conv, so its router sees each token"
     check(router_input is None, "router_input", repr(router_input), legal)
-    stacked = experts_of(name, mlp, num_experts, start, start != "plain", backend, checked)
+    stacked = experts_of(name, mlp, num_experts, start, start != "plain", checked)
     built = build_layer_router(start, router, stacked.in_features, num_experts, k, router_kwargs)
     layer = TokenMoE(built, MixedWeights(stacked) if mix == "weights" else stacked)
     layer.start = start
@@ -411,7 +406,6 @@ def experts_of(
     num_experts: int,
     start: Start,
     copied: bool,
-    backend: Backend,
     checked: set[Hashable] | None = None,
 ) -> Experts:
     """The experts that replace an MLP or linear layer, or with ``start="shared"`` run beside it.
@@ -422,14 +416,13 @@ def experts_of(
         num_experts: E.
         start: how the layer starts.
         copied: the experts are copies of it; ``False`` draws them anew.
-        backend: see :func:`gmoe.grouped_linear`.
         checked: see :func:`read_mlp`.
     """
     if start != "shared":
         _check_nothing_is_lost(name, mlp)
     zero_init = start == "shared"  # the shared expert alone is the dense model
     form = read_mlp(name, mlp, is_replaced=start != "shared", checked=checked)
-    stacked = form.experts(num_experts, copied, zero_init=zero_init, backend=backend)
+    stacked = form.experts(num_experts, copied, zero_init=zero_init)
     if start == "copies":
         share_base(stacked)
         is_trained = any(parameter.requires_grad for parameter in mlp.parameters())

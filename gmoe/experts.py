@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from gmoe._checks import (
     check,
     check_can_shrink,
-    check_choice,
     check_counts,
     check_kept,
     fixed,
 )
-from gmoe.products import Backend, combine, dispatch, grouped_linear
+from gmoe.products import combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 from gmoe.stack import Stack, become, check_stacked, fill, routed_parameters, stacks_in
 
@@ -112,7 +111,6 @@ class LinearExperts(Experts, Stack):
         num_experts: E.
         bias: learn a bias per expert (default ``True``).
         zero_init: start at zero instead (default ``False``).
-        backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Attributes:
         weight: (E, O, I).
@@ -130,12 +128,9 @@ class LinearExperts(Experts, Stack):
         num_experts: int,
         bias: bool = True,
         zero_init: bool = False,
-        backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts=num_experts)
-        check_choice("backend", backend, Backend)
         self.zero_init = zero_init
-        self.backend = backend
         self.add("weight", nn.Parameter(torch.empty(out_features, in_features)), num_experts)
         one_bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.add("bias", one_bias, num_experts)
@@ -186,7 +181,7 @@ class LinearExperts(Experts, Stack):
             # squeeze, not [0], whose backward pass would fill a whole weight with zeros.
             bias_O = None if bias is None else bias.squeeze(0)
             return F.linear(x_PI.to(weight.dtype), weight.squeeze(0), bias_O)
-        return grouped_linear(x_PI, weight.mT, bias, offsets_E, self.backend)
+        return grouped_linear(x_PI, weight.mT, bias, offsets_E)
 
 
 class MLPExperts(Experts):
@@ -216,10 +211,9 @@ class MLPExperts(Experts):
         zero_init: start the second layer at zero, so that the experts add nothing to a shared
             expert at first (default ``False``). Only that layer gets a gradient in the first step;
             from the second step on all parameters do.
-        backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Raises:
-        ValueError: an unknown activation or backend; a size below 1; dropout outside [0, 1].
+        ValueError: an unknown activation; a size below 1; dropout outside [0, 1].
     """
 
     def __init__(
@@ -236,7 +230,6 @@ class MLPExperts(Experts):
         input_norm: nn.Module | None = None,
         hidden_norm: nn.Module | None = None,
         zero_init: bool = False,
-        backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts=num_experts)
         check_counts(hidden_features=hidden_features)
@@ -248,7 +241,7 @@ class MLPExperts(Experts):
         self.hidden_features = hidden_features
         self.activation: Callable[[Tensor], Tensor] = function
         self.glu = glu
-        linear = partial(LinearExperts, num_experts=num_experts, backend=backend)
+        linear = partial(LinearExperts, num_experts=num_experts)
         of_up, of_down = bias if isinstance(bias, tuple) else (bias, bias)
         self.up = linear(in_features, 2 * hidden_features if glu else hidden_features, bias=of_up)
         self.down = linear(hidden_features, out_features, bias=of_down, zero_init=zero_init)

@@ -45,8 +45,8 @@ def count_flops(model: Callable[..., object], *args: object, **kwargs: object) -
     Also counts grouped products, attention on the CPU, and sums over messages (one per element,
     whether by ``index_add``, ``scatter_add`` or a sparse product). What runs is what counts, on the
     road that a call takes outside of this function, too: on a CPU, routed experts count with the
-    tokens that they are given. Zeros count that fill blocks with ``backend="padded"``, and so on
-    most GPUs by default, or widths with ``"grouped"``. A token with one expert has no sum.
+    tokens that they are given. Zeros count that fill blocks, as on most GPUs, or widths. A token
+    with one expert has no sum.
 
     Args:
         model: a model or function, called as ``model(*args, **kwargs)``.

@@ -21,7 +21,6 @@ from gmoe._checks import check, is_linear
 from gmoe._torch import parameter_names
 from gmoe._verify import Sieve, is_dropout
 from gmoe.experts import LinearExperts, MLPExperts
-from gmoe.products import Backend
 from gmoe.stack import become
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
@@ -118,16 +117,13 @@ class MLPForm:
         return nn.Sequential(*self.output_dropouts)(y_TO)
 
     @torch.no_grad()
-    def experts(
-        self, num_experts: int, copied: bool, zero_init: bool, backend: Backend
-    ) -> MLPExperts:
+    def experts(self, num_experts: int, copied: bool, zero_init: bool) -> MLPExperts:
         """Build experts of this form.
 
         Args:
             num_experts: E.
             copied: copy the MLP; ``False`` draws the experts anew.
             zero_init: start the last layer at zero.
-            backend: see :func:`gmoe.grouped_linear`.
         """
         up_weight, up_bias = self.first_layer()
         down_weight, down_bias = self.last_layer()
@@ -145,7 +141,6 @@ class MLPForm:
             input_norm=_bare(self.input_norm),
             hidden_norm=_bare(self.hidden_norm),
             zero_init=zero_init,
-            backend=backend,
         )
         # The dtype and the device of a parameter: a parametrization may compute in another one.
         parameter = next(self.ups[0].parameters())
@@ -182,14 +177,12 @@ class LinearForm:
         return F.linear(x, self.linear.weight, self.linear.bias)
 
     @torch.no_grad()
-    def experts(
-        self, num_experts: int, copied: bool, zero_init: bool, backend: Backend
-    ) -> LinearExperts:
+    def experts(self, num_experts: int, copied: bool, zero_init: bool) -> LinearExperts:
         """Build experts of this form; see :meth:`MLPForm.experts`."""
         weight = self.linear.weight.detach()
-        experts = LinearExperts.like(
-            self.linear, num_experts=num_experts, zero_init=zero_init, backend=backend
-        ).to(weight)
+        experts = LinearExperts.like(self.linear, num_experts=num_experts, zero_init=zero_init).to(
+            weight
+        )
         if copied and not zero_init:
             become(experts, {"weight": weight, "bias": self.linear.bias})
         return experts

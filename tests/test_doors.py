@@ -63,7 +63,6 @@ ROUTED: dict[str, tuple[Any, ...]] = {
         {"capacity_factor": 1.5},
         {"noise": False},
     ),
-    "backend": ("loop", "padded", "grouped"),
 }
 """Options of all layers with experts."""
 

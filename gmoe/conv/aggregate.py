@@ -26,7 +26,7 @@ from gmoe.conv.explain import with_mask
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
 from gmoe.conv.network import can_be_stacked, run_network
-from gmoe.products import Backend, combine, dispatch
+from gmoe.products import combine, dispatch
 from gmoe.routed import routed_linear
 from gmoe.routing import Routing
 
@@ -54,8 +54,8 @@ class AggregateOnce(StackedExperts):
         # What an aggregation learns differs from expert to expert.
         return next(conv.aggr_module.parameters(), None) is None
 
-    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        super().build(convs, backend)
+    def build(self, convs: Sequence[Conv]) -> None:
+        super().build(convs)
         self.make_matrix = self.matrix_maker(convs[0])
         # The first part transforms what was aggregated: without it, the prototype aggregates.
         setattr(self.prototype, self.parts[0], nn.Identity())
@@ -102,8 +102,8 @@ class LinearAggregation(AggregateOnce):
         """True if the conv normalizes the rows of its output."""
         return False
 
-    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        super().build(convs, backend)
+    def build(self, convs: Sequence[Conv]) -> None:
+        super().build(convs)
         self.normalize = self.has_output_norm(convs[0])
         self.width: int = self.layers()[0].in_features
 
@@ -129,7 +129,7 @@ class LinearAggregation(AggregateOnce):
             weights = [layer.weight for layer in layers]
             bias_EO = self.bias_of(layers)
             parts = inputs[: len(layers)]
-            return routed_linear(parts, weights, bias_EO, routing, layers[0].backend)
+            return routed_linear(parts, weights, bias_EO, routing)
         y_PO = layers[0](dispatch(inputs[0], routing), routing.offsets)
         if len(layers) == 2:
             y_PO = y_PO + layers[1](dispatch(inputs[1], routing), routing.offsets)
@@ -182,8 +182,8 @@ class SAGEExperts(LinearAggregation):
     def has_output_norm(self, conv: Conv) -> bool:
         return bool(conv.normalize)
 
-    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        super().build(convs, backend)
+    def build(self, convs: Sequence[Conv]) -> None:
+        super().build(convs)
         self.prototype.root_weight = False
         self.prototype.normalize = False
 

@@ -27,7 +27,6 @@ from gmoe.conv.graph import Graph
 from gmoe.conv.messages import AllMessages, DenseMessages, Messages
 from gmoe.experts import LinearExperts
 from gmoe.portable import cast, exported_as
-from gmoe.products import Backend
 from gmoe.routed import are_few_numbers
 from gmoe.routing import Routing
 from gmoe.sums import add_ends, dot, softmax, to_messages, weighted_sum
@@ -57,9 +56,8 @@ class AttentionExperts(StackedExperts):
         is_sum = conv.aggr in ("add", "sum")
         return is_sum and conv.decomposed_layers == 1 and not has_turned_loops
 
-    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
-        super().build(convs, backend)
-        self.backend = backend
+    def build(self, convs: Sequence[Conv]) -> None:
+        super().build(convs)
         self.heads = convs[0].heads
         self.width = convs[0].out_channels
 
@@ -69,7 +67,7 @@ class AttentionExperts(StackedExperts):
         """(T, O) the mixture; with the weights of the edges, too, if they are asked for."""
         runs_all = _runs_all(call.x_src, routing, self.heads * self.width)
         make = AllMessages if runs_all else Messages
-        messages = make(self._looped(call.graph), routing, self.backend)
+        messages = make(self._looped(call.graph), routing)
         y_PO, alpha_MH = self._outputs(call.x_src, call.x_dst, messages)
         y_TO = messages.combine(y_PO)
         if not return_attention_weights:

@@ -21,7 +21,6 @@ from gmoe.conv.explain import HidesPrototype
 from gmoe.conv.network import stacked
 from gmoe.experts import LinearExperts
 from gmoe.portable import refuse_in_export
-from gmoe.products import Backend
 from gmoe.routing import Routing
 from gmoe.stack import (
     Stack,
@@ -154,7 +153,6 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
     Args:
         convs: the E convs.
         make: makes such a conv.
-        backend: of the grouped product.
 
     Raises:
         ValueError: the convs have a parameter that no part names: nothing would train it.
@@ -165,12 +163,12 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
     prototype: Conv
     """A conv without these parts, whose options are those of all experts."""
 
-    def __init__(self, convs: Sequence[MessagePassing], make: MakeConv, backend: Backend) -> None:
+    def __init__(self, convs: Sequence[MessagePassing], make: MakeConv) -> None:
         super().__init__()
         self.make = make
         self._num_experts = len(convs)
         self.flow = convs[0].flow
-        self.build(convs, backend)
+        self.build(convs)
         forgotten = [name for name, _ in self.prototype.named_parameters()]
         if forgotten:
             raise ValueError(
@@ -191,7 +189,7 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
         """True if a conv with these options can be stacked in this class."""
         return True
 
-    def build(self, convs: Sequence[Conv], backend: Backend) -> None:
+    def build(self, convs: Sequence[Conv]) -> None:
         """Make room for the stacked parts, and the prototype of the first conv.
 
         The constructor calls it once, with ``num_experts`` and ``flow`` already set, and fills the
@@ -199,7 +197,6 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
 
         Args:
             convs: the E convs, which agree in their options and in the shapes of their parameters.
-            backend: of the grouped product.
         """
         self.prototype = copy.deepcopy(convs[0])
         self.prototype.flow = "source_to_target"  # as edges run inside a graph
@@ -211,7 +208,7 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
             elif part in layers:  # one layer may stand for both ends, under two names
                 setattr(self, name, None)
             else:
-                setattr(self, name, stacked(part, self.num_experts, backend))
+                setattr(self, name, stacked(part, self.num_experts))
                 layers.append(part)
             setattr(self.prototype, name, None)
 

@@ -25,18 +25,16 @@ from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import CopyOf, Make, are_alike, base_kind_of, is_of_library, kind_of, name_of
 from gmoe.conv.plain import run
 from gmoe.conv.separate import SeparateExperts, Way, not_local, way_on
-from gmoe.products import Backend
 
 
 def build_experts(
-    make: Make, local: bool | None, backend: Backend, copied: MessagePassing | None = None
+    make: Make, local: bool | None, copied: MessagePassing | None = None
 ) -> ConvExperts:
     """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
 
     Args:
         make: makes the conv of an expert.
         local: see :class:`gmoe.MoEConv`.
-        backend: of the grouped product.
         copied: the conv as whose copies all experts start; ``None`` to draw each by itself.
 
     Raises:
@@ -51,20 +49,16 @@ def build_experts(
         if trial.form is not None:
             # A class that gmoe knows has the width that it was asked for.
             _check_together(make, [first], [] if trial.is_of_library else [trial.width])
-            experts = trial.form[0]([first] * num_experts, make, backend)
+            experts = trial.form[0]([first] * num_experts, make)
             if copied is None and trial.is_of_library:
                 experts.draw(first, range(1, num_experts))
             return experts
     if copied is None:
-        return _grouped(make, local, backend, [first, *map(make, range(1, num_experts))])
-    return _grouped(
-        make, local, backend, [first, *(copy.deepcopy(first) for _ in range(1, num_experts))]
-    )
+        return _grouped(make, local, [first, *map(make, range(1, num_experts))])
+    return _grouped(make, local, [first, *(copy.deepcopy(first) for _ in range(1, num_experts))])
 
 
-def _grouped(
-    make: Make, local: bool | None, backend: Backend, convs: Sequence[MessagePassing]
-) -> ConvExperts:
+def _grouped(make: Make, local: bool | None, convs: Sequence[MessagePassing]) -> ConvExperts:
     """Experts of these convs: those that can be stacked together form a group, the rest another."""
     # One trial a kind: it tells the output width, and whether the conv is local.
     trials = {
@@ -91,7 +85,7 @@ def _grouped(
         group_kinds = [make.kinds[expert] for expert in members]
         if form is not None:
             stacked_class = form[0]
-            groups.append(stacked_class(group_convs, replace(make, kinds=group_kinds), backend))
+            groups.append(stacked_class(group_convs, replace(make, kinds=group_kinds)))
             continue
         ways = [trials[id(kind)].way(local) for kind in group_kinds]
         is_tried = all(trials[id(kind)].outcome.way for kind in group_kinds)
@@ -257,7 +251,7 @@ class Trial:
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 conv = probe_copy(self.conv)
-                experts = form[0]([conv], Make([CopyOf(conv)], self.in_channels, 1, (), {}), "loop")
+                experts = form[0]([conv], Make([CopyOf(conv)], self.in_channels, 1, (), {}))
                 # Tied weights, or a weight that is a buffer, would be trained by themselves.
                 if _num_trained(experts) != _num_trained(conv):
                     return False

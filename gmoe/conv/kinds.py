@@ -47,7 +47,6 @@ OPTIONS = (
     "start",
     "router_kwargs",
     "local",
-    "backend",
 )
 """The keyword arguments of a :class:`gmoe.MoEConv`, suggested if one is mistyped."""
 

@@ -18,7 +18,7 @@ from gmoe.conv.base import is_plain
 from gmoe.conv.graph import Graph
 from gmoe.edges import Edges
 from gmoe.portable import cast
-from gmoe.products import Backend, combine, dispatch, grouped_linear
+from gmoe.products import combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 from gmoe.sums import to_messages
 
@@ -82,13 +82,11 @@ class Messages:
     Args:
         graph: the edges, self-loops included.
         routing: the pairs.
-        backend: see :func:`gmoe.grouped_linear`.
     """
 
-    def __init__(self, graph: Graph, routing: Routing, backend: Backend = "auto") -> None:
+    def __init__(self, graph: Graph, routing: Routing) -> None:
         self.graph = graph
         self.routing = routing
-        self.backend = backend
         number = None
         if routing.pairs_each is not None:
             number = routing.pairs_each * graph.edges.sender.numel()
@@ -156,7 +154,7 @@ class Messages:
         if not is_plain(linear):
             return linear(x_NI.index_select(0, rows.source), rows.offsets)
         weight_EIO, bias_EO = linear.weight.mT, linear.bias
-        return grouped_linear(x_NI, weight_EIO, bias_EO, rows.offsets, linear.backend, rows.source)
+        return grouped_linear(x_NI, weight_EIO, bias_EO, rows.offsets, source_P=rows.source)
 
     def tokens_by(self, linear: Any, x_TI: Tensor, /) -> Tensor:
         """(P, O) the token of each pair, transformed by its expert's layer."""
@@ -168,11 +166,11 @@ class Messages:
 
     def pairs_times(self, x_PI: Tensor, weight_EIO: Tensor, /) -> Tensor:
         """(P, O) each pair times its expert's weight."""
-        return grouped_linear(x_PI, weight_EIO, None, self.pair_offsets, self.backend)
+        return grouped_linear(x_PI, weight_EIO, None, self.pair_offsets)
 
     def times(self, x_MI: Tensor, weight_EIO: Tensor, /) -> Tensor:
         """(M, O) each message times its expert's weight."""
-        return grouped_linear(x_MI, weight_EIO, None, self.message_offsets, self.backend)
+        return grouped_linear(x_MI, weight_EIO, None, self.message_offsets)
 
     def combine(self, y_PO: Tensor, /) -> Tensor:
         """(T, O) the mixture of the pairs."""
@@ -220,10 +218,10 @@ class AllMessages(Messages):
     expert, pairs are tokens and messages are edges: nothing has to be sorted.
     """
 
-    def __init__(self, graph: Graph, routing: Routing, backend: Backend = "auto") -> None:
+    def __init__(self, graph: Graph, routing: Routing) -> None:
         self.has_one_each = routing.pairs_each == 1
         if not self.has_one_each:
-            super().__init__(graph, routing, backend)
+            super().__init__(graph, routing)
             return
         self.graph = graph
         self.routing = routing

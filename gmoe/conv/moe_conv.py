@@ -20,7 +20,6 @@ from torch_geometric.typing import Adj
 
 from gmoe._autograd import autocasts, refuse_transforms
 from gmoe._checks import (
-    check_choice,
     check_counts,
     described,
     parameters_of,
@@ -52,7 +51,6 @@ from gmoe.conv.router_input import (
     router_width,
 )
 from gmoe.moe import MoELayer
-from gmoe.products import Backend
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing, checked_routing
 from gmoe.stack import share_base
@@ -66,7 +64,6 @@ class _BuildOptions:
     router: RouterLike | None
     router_kwargs: Mapping[str, Any] | None
     local: bool | None
-    backend: Backend
 
 
 @sends_no_messages
@@ -149,7 +146,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             local. ``True`` is verified in evaluation, by the first call where a small random graph
             will not do. A batch norm then sees the nodes of an expert and, if the conv transforms
             nodes before it sends them, those that send to them.
-        backend: see :func:`gmoe.grouped_linear`.
         **conv_kwargs: further arguments of every conv.
 
     Shapes:
@@ -195,7 +191,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         start: Start | None = None,
         router_kwargs: Mapping[str, Any] | None = None,
         local: bool | None = None,
-        backend: Backend = "auto",
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
@@ -203,7 +198,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         check_counts(k=k, out_channels=out_channels)
         if k > len(kinds):
             raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
-        check_choice("backend", backend, Backend)
         widths = two_widths(in_channels)
         is_one_width = isinstance(in_channels, Integral)
         in_channels = widths[0] if is_one_width else widths
@@ -217,7 +211,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         # By itself a layer starts beside a shared expert: its start follows no router.
         self.start = resolved_start(start, kinds)
         self.router_input = router_parts(router_input, self.start, router)
-        self._options = _BuildOptions(router, router_kwargs, local, backend)
+        self._options = _BuildOptions(router, router_kwargs, local)
         # Set by _build, if the layer has them.
         self.router = None
         self.experts: Any = None
@@ -265,7 +259,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             copied = dense if self.start == "copies" else None
             if copied is not None:
                 refuse_functions("conv", type(copied).__name__, copied)
-            experts = build_experts(make, options.local, options.backend, copied)
+            experts = build_experts(make, options.local, copied)
             if copied is not None:
                 share_base(experts)
 
@@ -275,7 +269,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
 
             # 3. The shared expert, and the gain of what is added to it.
             if self.start == "shared":
-                shared_expert = build_experts(make_dense, options.local, options.backend, dense)
+                shared_expert = build_experts(make_dense, options.local, dense)
                 gain = nn.Parameter(torch.zeros(1))
 
         # Only now, so that a layer whose parts cannot be built stays as it was.

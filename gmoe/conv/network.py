@@ -19,7 +19,6 @@ from torch_geometric.nn.dense.linear import Linear
 from gmoe._verify import Sieve
 from gmoe.blocks import expert_of_rows
 from gmoe.experts import LinearExperts
-from gmoe.products import Backend
 from gmoe.stack import Stack
 from gmoe.sums import sum_to_receivers, to_messages
 
@@ -48,18 +47,18 @@ def can_be_stacked(network: nn.Module) -> bool:
     )
 
 
-def stacked(module: nn.Module, num_experts: int, backend: Backend) -> nn.Module:
+def stacked(module: nn.Module, num_experts: int) -> nn.Module:
     """A layer stacked, without values; or a copy of a network with its layers stacked."""
     if isinstance(module, nn.Linear | Linear):
         with torch.device("meta"):  # nothing is drawn
-            layer = LinearExperts.like(module, num_experts=num_experts, backend=backend)
+            layer = LinearExperts.like(module, num_experts=num_experts)
         return layer.to_empty(device=torch.get_default_device())
     if isinstance(module, nn.BatchNorm1d):
         return BatchNormExperts(module, num_experts)
     network = copy.deepcopy(module)
     for path, part in list(module.named_modules()):
         if isinstance(part, nn.Linear | Linear | nn.BatchNorm1d):
-            network.set_submodule(path, stacked(part, num_experts, backend))
+            network.set_submodule(path, stacked(part, num_experts))
     return network
 
 

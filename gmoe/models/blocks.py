@@ -35,7 +35,7 @@ from gmoe.routers import ROUTERS, RouterLike
 from gmoe.routing import Routing
 from gmoe.start import Start, drawn_apart
 
-OF_EXPERTS = ("start", "router_kwargs", "backend")
+OF_EXPERTS = ("start", "router_kwargs")
 """The arguments of a :class:`gmoe.MoEConv` that experts behind a conv have, too."""
 
 
@@ -72,7 +72,7 @@ class BlockGNN(LayeredGNN):
         act: a name, a function or a module (default relu).
         norm: a name or a module, which has to treat each node by itself (default a
             ``nn.LayerNorm``). Another one follows the last block.
-        **conv_kwargs: ``start``, ``router_kwargs`` and ``backend`` of :class:`MoEConv`; the others
+        **conv_kwargs: ``start`` and ``router_kwargs`` of :class:`MoEConv`; the others
             are arguments of the convs. By default, blocks have ``start="copies"`` if they are
             routed once, by a router whose weights of a node sum to 1; else ``"shared"``.
 
@@ -251,9 +251,8 @@ def with_experts(mlp: nn.Module, in_channels: int, moe_kwargs: Mapping[str, Any]
     start: Start = moe_kwargs["start"]
     num_experts = moe_kwargs["num_experts"]
     given = moe_kwargs["router"]
-    backend = moe_kwargs.get("backend", "auto")
     with drawn_apart(start != "plain"):
-        experts = experts_of("ffn", mlp, num_experts, start, start == "copies", backend)
+        experts = experts_of("ffn", mlp, num_experts, start, start == "copies")
         router = None if given is None else build_router_of(given, in_channels, moe_kwargs)
         layer = MoE(router, experts, mlp if start == "shared" else None)
     layer.start = start

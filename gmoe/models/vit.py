@@ -18,7 +18,6 @@ from gmoe._checks import check, check_counts
 from gmoe.convert import moefy
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoE, checked_routings
-from gmoe.products import Backend
 from gmoe.recorded import Recorded, given_to
 from gmoe.recording import record_routing
 from gmoe.routers import ROUTERS, RouterLike
@@ -59,7 +58,6 @@ class ViTMoE(Pretrained, VisionTransformer):
             with the same seed.
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
-        backend: see :func:`gmoe.grouped_linear`.
 
     Shapes:
         - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.
@@ -88,7 +86,6 @@ class ViTMoE(Pretrained, VisionTransformer):
         start: Start | None = None,
         dropout: float = 0.0,
         router_kwargs: Mapping[str, object] | None = None,
-        backend: Backend = "auto",
     ) -> None:
         start = resolved_start(start)
         sizes = dict(size) if isinstance(size, Mapping) else SIZES.get(size, {})
@@ -111,7 +108,6 @@ class ViTMoE(Pretrained, VisionTransformer):
                 num_experts=num_experts,
                 start=start,
                 router_kwargs=router_kwargs,
-                backend=backend,
             )
             if start != "copies":
                 self._init_experts()

@@ -14,7 +14,6 @@ from tests.helpers import masked as ref
 
 EXPERTS = 3
 SPARSE = ("coo", "csr")
-BACKENDS = ("auto", "auto", "grouped", "padded", "loop")
 STARTS = ("shared", "plain", "copies")
 
 
@@ -93,7 +92,7 @@ def draw_router(
     left_out: Collection[str] = (),
     misfits: float = 0.1,
 ) -> dict[str, Any]:
-    """The options of a layer that say how it routes: K, the router and its options, the backend.
+    """The options of a layer that say how it routes: K, the router and its options.
 
     Args:
         random: what is drawn from.
@@ -128,7 +127,6 @@ def draw_router(
         "k": k,
         "router": router,
         "router_kwargs": options,
-        "backend": random.choice(BACKENDS),
     }
 
 

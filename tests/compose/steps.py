@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import gmoe
 from gmoe import Graph
+from tests.helpers.kernels import kernel_is
 
 BEFORE = (
     *("no_grad", "inference_mode", "step", "other thread", "other input"),
@@ -105,6 +106,7 @@ def in_float32(module: nn.Module) -> Iterator[None]:
 
 
 CHANGES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
+    "in blocks": lambda _: kernel_is("padded"),
     "weights changed": weights_change,
     "frozen": frozen,
     "other precision": in_float32,

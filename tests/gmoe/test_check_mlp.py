@@ -37,7 +37,7 @@ def form_of_mlp(name: str, mlp: nn.Module, **options: Any) -> MLPForm:
 
 def copies_of(mlp: nn.Module) -> MLPExperts:
     """Two experts that are copies of an MLP."""
-    return form_of_mlp("mlp", mlp).experts(2, copied=True, zero_init=False, backend="loop")
+    return form_of_mlp("mlp", mlp).experts(2, copied=True, zero_init=False)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -220,7 +220,7 @@ def test_a_norm_that_computes_in_float32_is_read(norm: Any, is_replaced: bool, w
     mlp = SwiGLU(width, 2 * width, norm_layer=norm)
     x = torch.randn(6, width)
     dense = read_mlp("mlp", mlp, is_replaced=is_replaced)
-    experts = dense.experts(2, copied=True, zero_init=False, backend="loop")
+    experts = dense.experts(2, copied=True, zero_init=False)
     torch.testing.assert_close(experts(x, torch.tensor([3, 6])), mlp(x))
 
 

@@ -26,6 +26,7 @@ from gmoe import (
     count_flops,
 )
 from gmoe.routers import build_router
+from tests.helpers.kernels import kernel_is
 from tests.helpers.masked import random_graph, routing_of
 
 T, D, O, E = 10, 8, 4, 4  # noqa: E741
@@ -103,13 +104,14 @@ def planted(experts: nn.Module) -> MoE:
 
 
 @pytest.mark.parametrize(
-    ("backend", "rows"),
-    [("loop", T), ("grouped", T), ("padded", E * 16), ("auto", T)],  # padded: blocks of 16
+    ("kernel", "rows"),
+    [("loop", T), ("grouped", T), ("padded", E * 16)],  # padded: blocks of 16
 )
-def test_flops_of_moe(backend: Any, rows: int) -> None:
-    layer = planted(MLPExperts(D, 16, O, num_experts=E, backend=backend))
-    # A token of one pair fetches its row: nothing is added.
-    assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O)
+def test_flops_of_moe(kernel: Any, rows: int) -> None:
+    layer = planted(MLPExperts(D, 16, O, num_experts=E))
+    with kernel_is(kernel):
+        # A token of one pair fetches its row: nothing is added.
+        assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O)
     gate, product = 2 * T * D * E, 2 * 2 * T * D * O
     added = 2 * T * O  # the weighted sum, one add an element
     assert count_flops(moe(k=2), torch.randn(T, D)) == gate + product + added
@@ -145,16 +147,17 @@ def stepped(call: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("backend", "adds_biases"),
+    ("kernel", "adds_biases"),
     [("loop", True), ("grouped", False)],  # their gradient is an index_add, or a sum over blocks
 )
-def test_flops_of_the_backward_pass(backend: Any, adds_biases: bool) -> None:
+def test_flops_of_the_backward_pass(kernel: Any, adds_biases: bool) -> None:
     x = torch.randn(T, D, requires_grad=True)
     products = 2 * T * (D * 16 + 16 * O)
-    experts = MLPExperts(D, 16, O, num_experts=E, backend=backend)
+    experts = MLPExperts(D, 16, O, num_experts=E)
     biases = adds_biases * T * (16 + O)
-    assert count_flops(stepped(planted(experts)), x) == 3 * products + biases
-    assert count_flops(stepped(planted(experts.requires_grad_(False))), x) == 2 * products
+    with kernel_is(kernel):
+        assert count_flops(stepped(planted(experts)), x) == 3 * products + biases
+        assert count_flops(stepped(planted(experts.requires_grad_(False))), x) == 2 * products
 
 
 def sparse_graph() -> tuple[Tensor, Tensor, int]:

@@ -166,7 +166,7 @@ def test_the_gate_may_be_either_half_of_the_first_layers() -> None:
     second = MLPForm([value, gate], down, torch.sigmoid, gate_is_second=True)
     for form in (first, second):
         torch.testing.assert_close(form.output(x), expected)
-        experts = form.experts(1, copied=True, zero_init=False, backend="loop")
+        experts = form.experts(1, copied=True, zero_init=False)
         torch.testing.assert_close(experts(x, torch.tensor([8])), expected)
 
 

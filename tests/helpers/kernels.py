@@ -5,13 +5,16 @@ Shapes: T tokens, E experts, P pairs sorted by expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gmoe import products
+from gmoe.products import Kernel
 from gmoe.routing import Routing
 from tests.helpers.masked import features, routing_of
 
@@ -50,3 +53,21 @@ class Noted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(str(func).split(".")[1])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def kernel_is(kernel: Kernel) -> Iterator[None]:
+    """Multiply by one kernel inside the block, as on a device that takes it.
+
+    Torch's own refuses float64, which is looped over.
+    """
+    chosen = products.kernel_of
+
+    def kernel_of(dtype: torch.dtype, capability: Any) -> Kernel:
+        return "loop" if kernel == "grouped" and dtype == torch.float64 else kernel
+
+    products.kernel_of = kernel_of
+    try:
+        yield
+    finally:
+        products.kernel_of = chosen

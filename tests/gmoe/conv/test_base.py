@@ -70,7 +70,7 @@ def test_a_kernel_may_read_a_layer_that_nobody_hooked_or_replaced() -> None:
 def test_a_stack_that_lacks_its_forward_is_not_built(cls: Any) -> None:
     """As told where it is built, not where it first runs."""
     with pytest.raises(TypeError, match="abstract"):
-        cls([pyg.GCNConv(2, 2)], None, "auto")
+        cls([pyg.GCNConv(2, 2)], None)
 
 
 class Forgetful(StackedExperts):
@@ -86,6 +86,6 @@ def test_a_parameter_that_no_part_names_is_refused(monkeypatch: pytest.MonkeyPat
     convs = [pyg.GraphConv(2, 2)]
     make = Make([pyg.GraphConv], 2, 2, (), {})
     with pytest.raises(ValueError, match=r"^parts: got .*Forgetful, expected .*lin_root.weight"):
-        Forgetful(convs, make, "auto")
+        Forgetful(convs, make)
     monkeypatch.setattr(Forgetful, "parts", ("lin_rel", "lin_root"))
-    assert Forgetful(convs, make, "auto").paths[-1] == "lin_root.weight"
+    assert Forgetful(convs, make).paths[-1] == "lin_root.weight"
