@@ -17,8 +17,8 @@ import torch
 
 from experiments.train.build import build_model
 from experiments.train.config import RunConfig
-from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch, Task
+from experiments.train.kinds import kind_of
 from experiments.train.presets import DIGITS, DIGITS_GRAPH, MOSAIC
 from experiments.train.processes import make_fabric
 from experiments.train.training import set_up
@@ -61,7 +61,7 @@ def losses(name: str) -> list[float]:
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
-            task = load_tasks(config)(0)
+            task = kind_of(config).tasks()(0)
             fabric = make_fabric(config)
             torch.manual_seed(0)
             model = build_model(config, task)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from experiments.show.tables import study_table
+from experiments.show.tables import known, markdown
 from experiments.train import scores
 from experiments.train.checks import check_choice
 from experiments.train.files import read_json
@@ -68,30 +68,49 @@ def study_tables(study: Mapping[str, Any], only: Sequence[str] = ()) -> str:
     columns = study["cells"]
     for column in only:
         check_choice("columns", column, columns)
-    controls = study["controls"]
-    labels = study.get("labels", {})
-    tables = []
-    for column in only or columns:
-        variants = [
-            {"variant": row, "label": labels.get(row, row), **cell}
-            for row, cell in columns[column].items()
-        ]
-        content = {
-            "variants": variants,
-            "reference": controls[0] if controls else "dense",
-            "controls": controls,
-            "column": column,
-            "published": {
-                cell.partition("/")[2]: figure
-                for cell, figure in study.get("published", {}).items()
-                if cell.startswith(f"{column}/")
-            },
-            "shows_minutes": bool(study.get("prices")),
-        }
-        tables.append(study_table(content))
+    tables = [study_table(study, column) for column in only or columns]
     if not tables:
         tables = ["No cell is finished."]
     return "\n\n".join([*tables, *not_run(study, only)])
+
+
+def study_table(study: Mapping[str, Any], column: str) -> str:
+    """A line a row: the metric on the test set, what it costs, and it beside the controls.
+
+    Costs are relative to the first control.
+    """
+    cells = study["cells"][column]
+    first = cells.get([*study["controls"], "dense"][0])
+    controls = [row for row in study["controls"] if row in cells]
+    published = study.get("published", {})
+    labels = {row: row for row in cells} | study.get("labels", {})
+    labels |= {row: cell["label"] for row, cell in cells.items() if "label" in cell}
+    lines = []
+    for row, cell in cells.items():
+        metric = cell["metric"]
+        line = {
+            column: labels[row],
+            f"test {metric}{scores.unit(metric)}": scores.scored(metric, cell["test"]),
+            "n": str(cell["test"]["n"]),
+            "published": published.get(f"{column}/{row}", "–"),
+            "active FLOPs": "–" if first is None else f"{cell['flops'] / first['flops']:.2f}×",
+            "parameters": f"{cell['parameters']:,}",
+            # of all seeds, one after the other
+            "minutes": f"{sum(cell['seconds']['values']) / 60:.1f}" if study.get("prices") else "–",
+        }
+        lines.append(line | {f"− {labels[one]}": beside(cell, cells[one]) for one in controls})
+    return markdown(known(lines))
+
+
+def beside(cell: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    """The mean difference to a control on the seeds that both ran, its interval, and on how many
+    of these the cell is better."""
+    metric = cell["metric"]
+    tests = scores.of_shared_seeds(cell, control)
+    if cell is control or not tests[0]:
+        return "–"
+    difference = scores.Difference.of(scores.differences(metric, *tests))
+    return f"{difference.text(scores.form_of(metric))}, {scores.better_in(metric, *tests)}"
 
 
 def not_run(study: Mapping[str, Any], only: Sequence[str]) -> list[str]:

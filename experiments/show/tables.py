@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from experiments.train.scores import (
-    Difference,
-    better_in,
-    differences,
-    form_of,
-    of_shared_seeds,
-    percent,
-    scored,
-    unit,
-)
+from experiments.train.scores import percent
 
 Line: TypeAlias = dict[str, str]
 """A line of a table, by column."""
@@ -37,45 +28,6 @@ def known(lines: Sequence[Line]) -> list[Line]:
     """The lines without the columns of which nothing is known."""
     names = [name for name in lines[0] if any(line[name] != "–" for line in lines)]
     return [{name: line[name] for name in names} for line in lines]
-
-
-def study_table(study: dict[str, Any]) -> str:
-    """One line a variant: the metric on the test set, what it costs, and it beside controls."""
-    variants = {variant["variant"]: variant for variant in study["variants"]}
-    narrow = variants.get(study["reference"])
-    controls = [variants[name] for name in study.get("controls", ()) if name in variants]
-    lines = []
-    for variant in study["variants"]:
-        metric = variant["metric"]
-        line = {
-            study.get("column", "variant"): variant["label"],
-            f"test {metric}{unit(metric)}": scored(metric, variant["test"]),
-            "n": str(variant["test"]["n"]),
-            "published": study.get("published", {}).get(variant["variant"], "–"),
-            "active FLOPs": "–" if narrow is None else f"{variant['flops'] / narrow['flops']:.2f}×",
-            "parameters": f"{variant['parameters']:,}",
-            "minutes": f"{_minutes(variant):.1f}" if study.get("shows_minutes") else "–",
-        }
-        for control in controls:
-            line[f"− {control['label']}"] = beside(variant, control)
-        lines.append(line)
-    return markdown(known(lines)) if lines else "No variant is finished."
-
-
-def _minutes(variant: Mapping[str, Any]) -> float:
-    """The time that all seeds took, one after the other."""
-    return sum(variant["seconds"]["values"]) / 60
-
-
-def beside(variant: Mapping[str, Any], control: Mapping[str, Any]) -> str:
-    """The mean difference to a control on the seeds that both ran, its interval, and on how many
-    of these the variant is better."""
-    metric = variant["metric"]
-    tests = of_shared_seeds(variant, control)
-    if variant is control or not tests[0]:
-        return "–"
-    difference = Difference.of(differences(metric, *tests))
-    return f"{difference.text(form_of(metric))}, {better_in(metric, *tests)}"
 
 
 def preset_table(presets: dict[str, Any]) -> str:

@@ -129,11 +129,11 @@ def advise(
     legal = "'full': a graph that is trained on as a whole"
     check(base.sampling == "full", "sampling", f"{base.sampling!r} of {preset}", legal)
     from experiments.study.question import ask, nodes_to_ask
-    from experiments.train.data.load import load_tasks
+    from experiments.train.kinds import kind_of
     from experiments.train.results import environment, write_json
 
     with redirect_stdout(sys.stderr):  # what loaders say on the way
-        task = load_tasks(base)(0)
+        task = kind_of(base).tasks()(0)
     nodes_to_ask(task)  # refuses what cannot be asked, before anything is trained
     trial = Trial(arms_of(base), out, budget)
     if price:

@@ -57,7 +57,7 @@ MARKED = re.compile(
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
-OTHERS = ("end", "figure", "mutants", "versions", "breaks")
+OTHERS = ("end", "figure", "breaks")
 """The marks that other commands fill in."""
 
 

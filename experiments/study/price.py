@@ -18,7 +18,6 @@ from experiments.show.tables import markdown
 from experiments.train.build import build_model
 from experiments.train.command_line import SPARSE
 from experiments.train.config import RunConfig
-from experiments.train.data.load import load_tasks
 from experiments.train.kinds import kind_of
 from experiments.train.processes import make_fabric
 from experiments.train.results import write_json
@@ -64,7 +63,7 @@ def price(config: RunConfig) -> dict[str, float]:
     (of images, an image), seconds of a core that a training ``step`` takes and ``inference``, a
     forward pass without gradients, and the bytes of ``memory`` that training holds.
     """
-    task = load_tasks(config)(config.seeds[0])
+    task = kind_of(config).tasks()(config.seeds[0])
     fabric = make_fabric(config)
     torch.manual_seed(config.seeds[0])
     model = build_model(config, task)

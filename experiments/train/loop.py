@@ -19,9 +19,9 @@ from experiments.train.build import build_model, costs_of, init_centroids
 from experiments.train.checkpoint import Checkpoint
 from experiments.train.command_line import SPARSE
 from experiments.train.config import RunConfig
-from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Batch, Task
 from experiments.train.files import naming
+from experiments.train.kinds import kind_of
 from experiments.train.logs import Logs
 from experiments.train.processes import from_first, make_fabric
 from experiments.train.progress import Progress
@@ -76,7 +76,7 @@ def train_seeds(
         # A class token's, of one image
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")
         with fabric.rank_zero_first(local=True):  # who downloads what is missing
-            task_of = load_tasks(config)
+            task_of = kind_of(config).tasks()
         return {seed: train_seed(fabric, config, task_of(seed), seed, progress) for seed in seeds}
 
 

@@ -28,57 +28,53 @@ class Spread(TypedDict):
     values: list[float]
 
 
-class Summary(TypedDict):
-    """``summary.json`` of a run."""
+class Costs(TypedDict):
+    """What results and summaries share: the metric, and what the model costs."""
 
     metric: str
+    flops: int  # before training; of a summary the mean over seeds
+    images: int | None  # in the batch that these are of
+    parameters: int
+    active_parameters: int
+    matched: float | None
+    hidden: int | None
+    steps: int
+    peak_memory: int | None  # of the GPU, MiB
+
+
+class Summary(Costs):
+    """``summary.json`` of a run."""
+
     val: Spread
     test: Spread
     top5: NotRequired[Spread]  # of images of more than five classes, on the test set
     best_epoch: Spread
     seconds: Spread
     images_per_second: NotRequired[Spread]  # in training
-    peak_memory: NotRequired[int | None]  # of the GPU, MiB
-    flops: int  # before training, the mean over seeds
-    images: NotRequired[int | None]  # in the batch that these are of
-    parameters: int
-    active_parameters: int
-    matched: NotRequired[float | None]
-    hidden: int | None
-    steps: NotRequired[int]
     routing: list[dict[str, Spread]]
-    curve: NotRequired[dict[str, Any]]
+    curve: dict[str, Any]
     config: dict[str, Any]
     environment: dict[str, Any]
 
 
-class Result(TypedDict):
+class Result(Costs):
     """``result.json`` of a seed."""
 
     seed: int
     epochs: int
-    metric: str
     val: float
     test: float
     top5: NotRequired[float]
     best_epoch: int
     seconds: float
     images_per_second: NotRequired[float]
-    peak_memory: int | None
-    flops: int
-    images: NotRequired[int | None]  # in the batch that these are of
-    parameters: int
-    active_parameters: int
-    matched: float | None
-    hidden: int | None
-    steps: int
     routing: list[dict[str, Any]]
     curve: dict[str, list[float]]
 
 
 def flops_of(summary: Summary) -> tuple[float, str]:
     """Active FLOPs per image, or of anything else per forward pass."""
-    images = summary.get("images")
+    images = summary["images"]
     if images is None:
         return summary["flops"], "per forward pass"
     return summary["flops"] / images, "per image"

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from experiments.train.build import build_model
 from experiments.train.checks import check
 from experiments.train.config import DATA_RECORDS, RECORDS, WHERE, RunConfig
-from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
 from experiments.train.files import check_finished, load_weights, read_csv, read_json
 from experiments.train.kinds import kind_of
@@ -140,7 +139,7 @@ class RunFolder:
         if {*DATA_RECORDS} & differences_of(self.config, self.science).keys():
             where = f"{self.config.data_root}: has not the data that {self.folder} was trained on"
             raise ValueError(f"{where}; give another --data-root")
-        return load_tasks(self.config)(self.config.seeds[0])
+        return kind_of(self.config).tasks()(self.config.seeds[0])
 
     def load_model(self, task: Task) -> nn.Module:
         """The first seed's model, as validation selected it.

@@ -74,7 +74,7 @@ def run_folder(folder: Path) -> Callable[[Path], object]:
 
 def image_folder(folder: Path) -> Callable[[Path], object]:
     from experiments.train.config import ImageConfig
-    from experiments.train.data.load import load_tasks
+    from experiments.train.kinds import kind_of
     from experiments.train.presets import PRESETS
 
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def image_folder(folder: Path) -> Callable[[Path], object]:
     assert isinstance(preset, ImageConfig)
 
     def read(path: Path) -> object:
-        return load_tasks(preset.__class__(**{**vars(preset), "data_root": path}))(0)
+        return kind_of(preset.__class__(**{**vars(preset), "data_root": path})).tasks()(0)
 
     return read
 

@@ -35,11 +35,8 @@ class Nodes(GNNKind[Config]):
     """Nodes of a graph: what both kinds of graphs share."""
 
     def tasks(self) -> Callable[[int], Task]:
-        return partial(graph_task, self.whole(), self.config)
-
-    def whole(self) -> GraphData:
-        """The graph that models see, with the reverse of its edges where that is asked for."""
-        return directed(self.named(), self.config.undirected)
+        whole = directed(self.named(), self.config.undirected)
+        return partial(graph_task, whole, self.config)
 
     def named(self) -> GraphData:
         """The graph that the data set's name means, its edges as they are given."""
@@ -51,19 +48,14 @@ class Graphs(Nodes[GraphConfig]):
     """Nodes of a graph of one node type, in a ``GNNMoE``."""
 
     def named(self) -> GraphData:
-        name = self.config.dataset
-        if self.config.data is not None:
-            return self.own(load_object("data", self.config.data)())
+        name, code = self.config.dataset, self.config.data
+        if code is not None:
+            return graph_of(load_object("data", code)(), code, code, self.config.metric)
         if name == "graph":
             return own_graph(self.config.data_root, self.config.metric)
         if name in made.GRAPHS:
             return made.GRAPHS[name]()
         return super().named()
-
-    def own(self, made_by_user: Any) -> GraphData:
-        """What a user's function returned, as a data set."""
-        name = self.config.data or self.config.dataset
-        return graph_of(made_by_user, name, name, self.config.metric)
 
     def note_data(self, digest: Any) -> dict[str, Any]:
         root = self.config.data_root

@@ -13,7 +13,7 @@ from experiments.study import studies
 from experiments.study.price import price, price_cells
 from experiments.study.sweep import main
 from experiments.train.build import build_model, num_parameters
-from experiments.train.data.load import load_tasks
+from experiments.train.kinds import kind_of
 from experiments.train.presets import DIGITS, DIGITS_GRAPH
 
 SMALL = replace(DIGITS, hidden=16, layers=2, batch_size=300, epochs=2, every=1, progress=False)
@@ -30,7 +30,7 @@ def test_hours_follow_from_steps() -> None:
 
 def test_memory_is_that_of_weights_gradients_moments_and_activations() -> None:
     wide = replace(DIGITS_GRAPH, router="dense", hidden=300, progress=False)
-    task = load_tasks(wide)(0)
+    task = kind_of(wide).tasks()(0)
     weights = 4 * num_parameters(build_model(wide, task))
     activation = 4 * 1797 * 300
     beside_weights = price(wide)["memory"] - 4 * weights

@@ -11,8 +11,8 @@ import torch
 
 from experiments.study import question
 from experiments.study.question import ask, features, neighbor_mean, positions
-from experiments.train.data.load import load_tasks
 from experiments.train.data.task import Task
+from experiments.train.kinds import kind_of
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC
 
 COUNT = 2_000
@@ -21,7 +21,7 @@ COUNT = 2_000
 def task_of(x: np.ndarray, edges: np.ndarray, y: np.ndarray) -> Task:
     """Nodes of two classes, of which a fifth is tested."""
     part = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split(len(x) // 5)
-    given: Any = load_tasks(DIGITS_GRAPH)(0)
+    given: Any = kind_of(DIGITS_GRAPH).tasks()(0)
     data = given.graph.__class__(
         x=torch.from_numpy(x).float(), edge_index=torch.from_numpy(edges), y=torch.from_numpy(y)
     )
@@ -116,11 +116,11 @@ def test_graphs_that_the_question_does_not_fit(
 ) -> None:
     monkeypatch.setattr(question, name, value)
     with pytest.raises(ValueError, match=message):
-        ask(load_tasks(MOSAIC)(0), 8)
+        ask(kind_of(MOSAIC).tasks()(0), 8)
 
 
 def test_several_labels_a_node_are_refused() -> None:
-    task: Any = load_tasks(MOSAIC)(0)
+    task: Any = kind_of(MOSAIC).tasks()(0)
     task.graph.y = task.graph.y[:, None].expand(-1, 3)
     with pytest.raises(ValueError, match="mosaic: got 3 labels a node, expected one class a node"):
         ask(task, 8)

@@ -16,8 +16,8 @@ from experiments.study.routers import TABLE, cell_tables
 from experiments.study.sweep import main
 from experiments.train.build import build_model
 from experiments.train.config import ImageConfig
-from experiments.train.data.load import load_tasks
 from experiments.train.files import read_json
+from experiments.train.kinds import kind_of
 from experiments.train.presets import DIGITS, DIGITS_GRAPH
 
 SMALL = {
@@ -61,7 +61,7 @@ def test_every_cell_can_be_built() -> None:
     with pytest.raises(ValueError, match="rows: got k-means, expected some that cifar10 has"):
         TABLE.cells(("cifar10",), ("k-means",))
     for cell, config in TABLE.cells(("digits", "digits-graph", "mosaic")).items():
-        assert build_model(config, load_tasks(config)(0)) is not None, cell
+        assert build_model(config, kind_of(config).tasks()(0)) is not None, cell
 
 
 MINE = """
@@ -136,7 +136,7 @@ def test_soft_slots_start_dense() -> None:
 
     Slots are as many as tokens, and graphs are refused.
     """
-    task = load_tasks(DIGITS)(0)
+    task = kind_of(DIGITS).tasks()(0)
     images = next(iter(task.loader("test", 8, None))).inputs[0]
     outputs = []
     for router in ("dense", "soft_slots"):
@@ -147,4 +147,4 @@ def test_soft_slots_start_dense() -> None:
     assert isinstance(DIGITS, ImageConfig)
     assert model.encoder.layers[1].mlp.soft.router.slots == 3  # 24 for 17 tokens
     with pytest.raises(ValueError, match="router: got 'soft_slots' for digits-graph"):
-        build_model(replace(DIGITS_GRAPH, router="soft_slots"), load_tasks(DIGITS_GRAPH)(0))
+        build_model(replace(DIGITS_GRAPH, router="soft_slots"), kind_of(DIGITS_GRAPH).tasks()(0))

@@ -18,7 +18,7 @@ from timm.scheduler import CosineLRScheduler
 from experiments.train.build import build_model
 from experiments.train.command import main, parse
 from experiments.train.config import ImageConfig
-from experiments.train.data.load import load_tasks
+from experiments.train.kinds import kind_of
 from experiments.train.loop import run
 from experiments.train.presets import IMAGE_FOLDER
 from experiments.train.run_folder import read_run
@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def training_of(config: ImageConfig) -> Any:
     """A model in training, as a context."""
-    task = load_tasks(config)(0)
+    task = kind_of(config).tasks()(0)
     torch.manual_seed(0)
     fabric = Fabric(accelerator="cpu", devices=1, precision=config.precision)
     return set_up(fabric, build_model(config, task), config, task)
@@ -196,7 +196,7 @@ def test_the_average_is_validated_and_kept_and_the_weights_train_on(
 def test_images_of_any_size_and_shape_train_by_default(folder: Path, tmp_path: Path) -> None:
     """As they are in a folder: the preset crops them as timm does, at 160 pixels."""
     config = parse(["images", "--data-root", str(folder)])
-    task = load_tasks(config)(0)
+    task = kind_of(config).tasks()(0)
     (batch, *_) = task.loader("train", 4, 0)
     assert batch.inputs[0].shape == (4, 3, 160, 160)
     summary = quick(
@@ -223,7 +223,7 @@ def test_a_model_of_timm_starts_from_a_run_and_is_moefied(
     weights = tmp_path / "dense" / "seed-0" / "checkpoint" / "best.safetensors"
     args += ["--checkpoint", str(weights), "--batch-size", "8"]
     dense = parse(["images", *args, "--router", "dense"])
-    task = load_tasks(dense)(0)
+    task = kind_of(dense).tasks()(0)
     images = next(iter(task.loader("val", 8, None))).inputs[0]
     trained = build_model(dense, task).eval()(images)
     chosen = "--targets blocks.*1.mlp"
@@ -242,7 +242,7 @@ def test_other_weights_are_another_run(folder: Path, tmp_path: Path, capsys: Any
     weights = tmp_path / "dense.pth"
     args = [*OF_TIMM.split(), "--router", "dense", "--image-size", "8", "--data-root", str(folder)]
     config = parse(["images", *args])
-    model = build_model(config, load_tasks(config)(0))
+    model = build_model(config, kind_of(config).tasks()(0))
     torch.save(model.state_dict(), weights)
     args += ["--checkpoint", str(weights)]
     quick(tmp_path / "run", *args, preset="images")
@@ -257,7 +257,7 @@ def test_a_finished_run_is_drawn_without_the_weights_that_it_started_from(
     weights = tmp_path / "dense.pth"
     args = [*OF_TIMM.split(), "--image-size", "8", "--data-root", str(folder)]
     config = parse(["images", *args, "--router", "dense"])
-    torch.save(build_model(config, load_tasks(config)(0)).state_dict(), weights)
+    torch.save(build_model(config, kind_of(config).tasks()(0)).state_dict(), weights)
     quick(tmp_path / "run", *args, "--checkpoint", str(weights), preset="images")
     weights.unlink()
     found = read_run(tmp_path / "run", folder)

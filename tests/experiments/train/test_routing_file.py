@@ -13,7 +13,7 @@ import gmoe
 from experiments.train.build import build_model
 from experiments.train.command import parse
 from experiments.train.config import dense_of
-from experiments.train.data.load import load_tasks
+from experiments.train.kinds import kind_of
 from experiments.train.routing_stats import in_words
 from experiments.train.run_folder import described
 from tests.helpers.command import QUICK, refused
@@ -28,7 +28,7 @@ def test_each_node_goes_to_the_expert_of_the_file(tmp_path: Path) -> None:
     np.save(file, expert)
     config = parse(["digits-graph", "--routing", str(file), "--layers", "3"])
     assert config.router == "oracle"
-    task = load_tasks(config)(0)
+    task = kind_of(config).tasks()(0)
     model: Any = build_model(config, task)
     _, routings = model(*next(iter(task.loader("train", 1, None))).inputs, return_routing=True)
     for routing in routings:

@@ -13,7 +13,7 @@ import gmoe
 from experiments.show.report import main as report
 from experiments.train.build import build_model
 from experiments.train.config import ImageConfig
-from experiments.train.data.load import load_tasks
+from experiments.train.kinds import kind_of
 from experiments.train.loop import run
 from experiments.train.presets import PACS
 from tests.helpers.made_images import write_pacs
@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ImageConfig:
 def test_all_tokens_of_an_image_go_to_the_expert_of_its_domain(config: ImageConfig) -> None:
     """The class token too; and its weight is 1."""
     told = replace(config, router="oracle")
-    task = load_tasks(told)(0)
+    task = kind_of(told).tasks()(0)
     model: Any = build_model(told, task)
     for batch in task.loader("train", 9, 0):
         assert batch.domain is not None
@@ -59,13 +59,13 @@ def test_all_tokens_of_an_image_go_to_the_expert_of_its_domain(config: ImageConf
 
 
 def test_other_models_do_not_see_the_domain(config: ImageConfig) -> None:
-    (inputs, *_) = next(iter(load_tasks(config)(0).loader("train", 9, 0)))
+    (inputs, *_) = next(iter(kind_of(config).tasks()(0).loader("train", 9, 0)))
     assert [tuple(one.shape) for one in inputs] == [(9, 3, 8, 8)]
 
 
 def test_the_domain_is_what_the_batch_says(config: ImageConfig) -> None:
     """Shuffled or not: domains differ in brightness."""
-    task = load_tasks(config)(0)
+    task = kind_of(config).tasks()(0)
     for seed in (None, 3):
         for batch in task.loader("test", 9, seed):
             rank = batch.inputs[0].mean(dim=(1, 2, 3))
@@ -96,7 +96,7 @@ def test_experts_that_are_told_follow_the_domain_and_the_report_says_so(
 def test_the_oracle_needs_an_expert_a_domain_and_a_data_set_that_has_domains(
     config: ImageConfig,
 ) -> None:
-    task = load_tasks(config)(0)
+    task = kind_of(config).tasks()(0)
     with pytest.raises(ValueError, match="experts: got 8, expected 4, one for each of art_paint"):
         build_model(replace(config, router="oracle", experts=8), task)
     model = build_model(replace(config, router="oracle"), task)

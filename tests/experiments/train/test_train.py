@@ -20,7 +20,6 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from experiments.show.report import main as report
 from experiments.train.build import build_model, build_twin, costs_of, flops, match_width
 from experiments.train.command import main, parse
-from experiments.train.data.load import load_tasks
 from experiments.train.kinds import kind_of
 from experiments.train.presets import PRESETS, command
 from experiments.train.scores import Difference
@@ -208,7 +207,7 @@ def test_a_matched_model_is_as_wide_however_often_it_is_built() -> None:
     """GAT's FLOPs follow from the routing, which each draw of its MoE has another of."""
     args = "digits-graph --router dense --equal flops --conv gat --hidden 8 --experts 4"
     config = parse(args.split())
-    task = load_tasks(config)(0)
+    task = kind_of(config).tasks()(0)
     widths, costs, twins = set(), list[Any](), set()
     for seed in range(5):
         torch.manual_seed(seed)

@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 
 from experiments.train.build import build_model
-from experiments.train.data.load import load_tasks
+from experiments.train.kinds import kind_of
 from experiments.train.molecule_gnn import BondGCNConv, MoleculeGNN
 from experiments.train.presets import DIGITS
 from experiments.train.training import learning_rate, make_optimizer, set_up
@@ -24,7 +24,7 @@ SMALL = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=300, epochs=2,
 
 def model_and_task(**changes: Any) -> tuple[Any, Any, Any]:
     config = replace(SMALL, **changes)
-    task = load_tasks(config)(0)
+    task = kind_of(config).tasks()(0)
     torch.manual_seed(0)
     return config, build_model(config, task), task
 

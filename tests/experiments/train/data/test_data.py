@@ -16,9 +16,9 @@ from torch import nn
 from torch_geometric.utils import coalesce, contains_self_loops, is_undirected
 
 from experiments.train.config import ImageConfig
-from experiments.train.data.load import load_tasks
 from experiments.train.data.made import CLASSES, REGIONS
 from experiments.train.data.task import Split
+from experiments.train.kinds import kind_of
 from experiments.train.presets import PRESETS
 from tests.helpers.command import quick
 from tests.helpers.made_images import write_images
@@ -30,7 +30,7 @@ belong to this draw."""
 
 def task_of(name: str) -> Any:
     config: Any = PRESETS[name][1]
-    return load_tasks(config)(0)
+    return kind_of(config).tasks()(0)
 
 
 def test_mosaic_is_as_described() -> None:
@@ -84,7 +84,7 @@ def test_digits_graph_is_the_same_with_any_number_of_threads(
 
 
 def test_digits_images() -> None:
-    task = load_tasks(PRESETS["digits"][1])(0)
+    task = kind_of(PRESETS["digits"][1]).tasks()(0)
     sizes = {
         split: sum(len(batch.target) for batch in task.loader(split, 64, None))
         for split in get_args(Split)
@@ -101,7 +101,7 @@ SHAPE = "--layers 2 --patch 4 --dim 8 --vit-heads 2 --hidden 8 --experts 2"
 
 
 def folder_task(root: Path, **changes: Any) -> Any:
-    return load_tasks(ImageConfig(dataset="images", data_root=root, **changes))(0)
+    return kind_of(ImageConfig(dataset="images", data_root=root, **changes)).tasks()(0)
 
 
 def rows(task: Any, part: Any, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

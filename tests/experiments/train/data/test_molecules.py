@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from experiments.train.config import MoleculeConfig, config_class
-from experiments.train.data.load import load_tasks
 from experiments.train.data.molecules import (
     MoleculeBatches,
     load_molecules,
     loss_of_known,
 )
 from experiments.train.data.published import without_update_check
+from experiments.train.kinds import kind_of
 from tests.helpers.molecule_data import write_set
 
 without_update_check()
@@ -100,7 +100,7 @@ def test_the_task_says_what_ogb_says(tmp_path: Path) -> None:
     ):
         write_set(tmp_path, name)
         assert config_class(name) is MoleculeConfig
-        task = load_tasks(MoleculeConfig(dataset=name, data_root=tmp_path))(0)
+        task = kind_of(MoleculeConfig(dataset=name, data_root=tmp_path)).tasks()(0)
         assert (task.metric_name, task.num_classes, task.kind) == (metric, tasks, "molecule")
 
 

@@ -15,9 +15,8 @@ import torch
 from torch_geometric.data import Data, HeteroData
 
 from experiments.train.config import GraphConfig
-from experiments.train.data.load import load_tasks
-from experiments.train.data.own_graph import own_graph
-from experiments.train.kinds.graphs import Graphs
+from experiments.train.data.own_graph import graph_of, own_graph
+from experiments.train.kinds import kind_of
 from tests.helpers.command import quick
 from tests.helpers.user_data import (
     FORMS,
@@ -253,7 +252,7 @@ def test_a_wrong_cell_of_a_csv_is_named_by_its_row(tmp_path: Path) -> None:
 def test_the_metric_is_that_of_the_command_line(tmp_path: Path) -> None:
     path = write_npz(tmp_path)
     with pytest.raises(ValueError, match="metric: got 'roc_auc' for 3 classes"):
-        load_tasks(GraphConfig(dataset="graph", data_root=path, metric="roc_auc"))(0)
+        kind_of(GraphConfig(dataset="graph", data_root=path, metric="roc_auc")).tasks()(0)
     given = arrays(classes=2)
     path = write_npz(
         tmp_path, given, node_labels=np.where(given["test_masks"], 0, given["node_labels"])
@@ -261,7 +260,7 @@ def test_the_metric_is_that_of_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="metric: got 'roc_auc' with nodes of one class only in test"
     ):
-        load_tasks(GraphConfig(dataset="graph", data_root=path, metric="roc_auc"))(0)
+        kind_of(GraphConfig(dataset="graph", data_root=path, metric="roc_auc")).tasks()(0)
     path = write_npz(tmp_path, given)
     summary = quick(
         tmp_path / "run", "--data-root", str(path), "--metric", "roc_auc", preset="graph"
@@ -269,7 +268,6 @@ def test_the_metric_is_that_of_the_command_line(tmp_path: Path) -> None:
     assert summary["metric"] == "roc_auc"
 
 
-GRAPH = GraphConfig(dataset="graph")
 SIZES = ["--layers", "2", "--hidden", "8", "--experts", "2"]
 
 
@@ -294,4 +292,4 @@ def test_command_line(tmp_path: Path) -> None:
 )
 def test_anything_else_is_refused_by_name(found: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        Graphs(GRAPH).own(found)
+        graph_of(found, "graph", "graph")
