@@ -5,7 +5,7 @@ Shapes: T tokens, E experts, K experts per token, P (token, expert) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,6 +15,14 @@ from torch import Tensor
 from gmoe._autograd import unbatched
 from gmoe._checks import INTEGERS, check_range, described, readable
 from gmoe.blocks import AtPlaces, search, stable_sort
+
+SHORT = 16
+"""On a CPU, :func:`over_experts` of fewer experts works on the transpose.
+
+torch's kernel takes rows that are shorter than its vectors one number at a time. Measured with 2 to
+8 experts, forward and backward: 0.25 to 0.5 of the time for 2,708 tokens and more; for 30 tokens
+10 us more.
+"""
 
 LATE = ("token", "offsets", "weight", "scores", "slot")
 """What a routing of choices computes when it is asked for."""
@@ -29,7 +37,7 @@ class Choices(NamedTuple):
     expert_TK: Tensor
     weight_TK: Tensor
     num_experts: int
-    log_scores_TE: Tensor | None = None
+    logits_TE: Tensor | None = None
 
     def pairs(self) -> dict[str, Tensor]:
         """The pairs by the names that a routing has for them, sorted by expert.
@@ -48,9 +56,9 @@ class Choices(NamedTuple):
         }
 
     def scores(self) -> dict[str, Tensor]:
-        """The scores: those of their logarithms, or the weights, 0 where not chosen."""
-        if self.log_scores_TE is not None:
-            return {"scores": _Exp.apply(self.log_scores_TE)}
+        """The scores: the softmax of the logits, or the weights, 0 where not chosen."""
+        if self.logits_TE is not None:
+            return {"scores": _Softmax.apply(self.logits_TE)}
         weight_TK = self.weight_TK.detach()
         zero_TE = weight_TK.new_zeros(weight_TK.size(0), self.num_experts)
         return {"scores": zero_TE.scatter(1, self.expert_TK, weight_TK)}
@@ -88,15 +96,26 @@ def to_keep() -> Iterator[None]:
         yield
 
 
-class _Exp(torch.autograd.Function):
-    """The exponentials of logarithms; saves no tensor, as :class:`gmoe.blocks.AtPlaces`."""
+def over_experts(function: Callable[..., Tensor], logits_TE: Tensor) -> Tensor:
+    """(T, E) ``torch.softmax`` or ``torch.log_softmax`` over each token's experts.
+
+    On a CPU with few experts it works on the transpose, so that its gradient lies in columns.
+    """
+    if logits_TE.device.type == "cpu" and logits_TE.size(1) < SHORT:
+        return function(logits_TE.T, dim=0).T
+    return function(logits_TE, dim=-1)
+
+
+class _Softmax(torch.autograd.Function):
+    """The softmax over experts; saves no tensor, as :class:`gmoe.blocks.AtPlaces`."""
 
     @staticmethod
-    def forward(ctx: Any, log: Tensor) -> Tensor:
-        ctx.log = log
-        return log.exp()
+    def forward(ctx: Any, logits_TE: Tensor) -> Tensor:
+        ctx.logits_TE = logits_TE
+        return over_experts(torch.softmax, logits_TE)
 
     @staticmethod
     @unbatched
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.log.exp()
+    def backward(ctx: Any, grad_TE: Tensor) -> Any:
+        share_TE = over_experts(torch.softmax, ctx.logits_TE)
+        return share_TE * (grad_TE - (grad_TE * share_TE).sum(dim=-1, keepdim=True))

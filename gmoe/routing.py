@@ -166,7 +166,7 @@ class Routing:
         *,
         num_experts: int,
         scores: Tensor | None = None,
-        log_scores: Tensor | None = None,
+        logits: Tensor | None = None,
         losses: Mapping[str, AuxLoss] | None = None,
         validate: bool = True,
     ) -> Routing:
@@ -180,7 +180,7 @@ class Routing:
             num_experts: E.
             scores: (T, E) the router's score of every pair; by default the weights, 0 where not
                 chosen.
-            log_scores: (T, E) their logarithms instead.
+            logits: (T, E) whose softmax they are, instead.
             losses: auxiliary losses by name.
             validate: check the arguments (default ``True``); pass ``False`` if the experts are in
                 range and distinct by construction.
@@ -196,7 +196,7 @@ class Routing:
         """
         if validate:
             check_choices(expert_TK, weight_TK, num_experts, scores)
-        choices = Choices(expert_TK.long(), weight_TK, num_experts, log_scores)
+        choices = Choices(expert_TK.long(), weight_TK, num_experts, logits)
         known: dict[str, Any] = {} if scores is None else {"scores": scores}
         return _of_choices(choices, losses=losses or {}, **known)
 
@@ -305,7 +305,8 @@ class Routing:
     def aux_loss(self) -> Tensor:
         """The sum of the auxiliary losses, each times its coefficient; 0 if there are none."""
         weighted = (loss.coefficient * loss.value for loss in self.losses.values())
-        return sum(weighted, self.scores.new_zeros(()))
+        known = self.weight if self.choices is None else self.choices.weight_TK
+        return sum(weighted, known.new_zeros(()))
 
     def to_dense(self) -> Tensor:
         """(T, E) weights; 0 if the token does not go to the expert."""

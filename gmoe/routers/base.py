@@ -7,7 +7,7 @@ Shapes: T tokens, D width, A experts with those that were pruned, E without, K e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
@@ -29,20 +29,13 @@ from gmoe._checks import (
     fixed,
 )
 from gmoe._torch import copy_all, in_backward, in_transform
+from gmoe.choices import over_experts
 from gmoe.distributed import world_size, world_sum
 from gmoe.losses import LossWatch
 from gmoe.portable import exported_as
-from gmoe.routing import Routing
+from gmoe.routing import AuxLoss, Routing
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
-
-SHORT = 16
-"""On a CPU, :func:`log_softmax` of fewer experts works on the transpose.
-
-torch's kernel takes rows that are shorter than its vectors one number at a time. Measured with 2 to
-8 experts, forward and backward: 0.25 to 0.5 of the time for 2,708 tokens and more; for 30 tokens
-10 us more.
-"""
 
 INIT_SCALE = 0.1
 """Of initial weights, as in Switch Transformer: a softmax that is sharp from the start hardly
@@ -269,26 +262,36 @@ class Router(nn.Module, ABC):
         """
         return self.weight == "normalized" or (self.weight == "straight_through" and self.k == 1)
 
-    def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose each token's best experts.
+    def _route_to(
+        self, expert_TK: Tensor, logits_TA: Tensor, losses: Mapping[str, AuxLoss] | None = None
+    ) -> Routing:
+        """Route each token to its K experts, by gates that are the softmax of logits.
 
         Args:
-            ranked_TE: (T, E) what the choice goes by; it may differ from the gates, by a bias.
-            log_gate_TE: (T, E) logarithms of the gates, from which the weights follow.
-
-        Returns:
-            (T, K) the experts, best first and ties to the lowest index; and (T, K) their weights.
+            expert_TK: (T, K) the experts of each token, distinct in a row.
+            logits_TA: (T, A) the logits, also of experts that were pruned.
+            losses: auxiliary losses by name.
         """
-        if self.k == 1:  # argmax takes the first of equal maxima, which topk does not promise
-            expert_TK = ranked_TE.argmax(dim=-1, keepdim=True)
+        logits_TE = self.of_alive(logits_TA)
+        scores: dict[str, Tensor] = {"logits": logits_TE}
+        if self.weight == "score" or self.alive_E is not None:
+            scores = {"scores": self.of_alive(over_experts(torch.softmax, logits_TA))}
+
+        if self.weight == "score":
+            weight_TK = scores["scores"].gather(1, expert_TK)
+        elif self.weight == "normalized":  # what they share, a sum over all experts, cancels
+            weight_TK = over_experts(torch.softmax, logits_TE.gather(1, expert_TK))
         else:
-            expert_TK = _best(ranked_TE, self.k)
-        log_gate_TK = log_gate_TE.gather(1, expert_TK)
-        if self.weight == "straight_through":
-            return expert_TK, straight_through(log_gate_TK)
-        if self.weight == "normalized":
-            log_gate_TK = log_gate_TK.log_softmax(dim=-1)
-        return expert_TK, log_gate_TK.exp()
+            log_gate_TE = self.of_alive(over_experts(torch.log_softmax, logits_TA))
+            weight_TK = straight_through(log_gate_TE.gather(1, expert_TK))
+        return Routing.from_choices(
+            expert_TK,
+            weight_TK,
+            num_experts=self.num_experts,
+            losses=losses,
+            validate=False,
+            **scores,
+        )
 
     def summed(self, *parts: Tensor) -> Sequence[Tensor]:
         """Sum over the processes what was summed over tokens, in one collective.
@@ -377,8 +380,10 @@ def at_least_float32(value: Tensor) -> Tensor:
 
 
 @exported_as(portable.top_k)
-def _best(ranked_TE: Tensor, k: int) -> Tensor:
-    """(T, K) the best experts of each token, ties to the lowest index."""
+def best_experts(ranked_TE: Tensor, k: int) -> Tensor:
+    """(T, K) the best experts of each token, best first and ties to the lowest index."""
+    if k == 1:  # argmax takes the first of equal maxima, which topk does not promise
+        return ranked_TE.argmax(dim=-1, keepdim=True)
     return ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
@@ -404,18 +409,6 @@ def pair_weights(
     gate_P = (log_gate_P - best_T.index_select(0, token_P)).exp()
     total_T = gate_P.new_zeros(num_tokens).index_add(0, token_P, gate_P)
     return gate_P / total_T.index_select(0, token_P)
-
-
-def log_softmax(logits_TE: Tensor) -> Tensor:
-    """(T, E) the logarithms of the probabilities of each token's experts.
-
-    On a CPU with few experts it works on the transpose, so that its gradient lies in columns.
-    ``torch.compile`` fails on that where the logits are the maximum of a view: such a router calls
-    torch's own ``log_softmax``.
-    """
-    if logits_TE.device.type == "cpu" and logits_TE.size(1) < SHORT:
-        return logits_TE.T.log_softmax(dim=0).T
-    return logits_TE.log_softmax(dim=-1)
 
 
 def straight_through(log_gate: Tensor) -> Tensor:

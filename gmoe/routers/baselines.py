@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmoe._checks import INTEGERS, check, check_range, described
-from gmoe.routers.base import Router, Weighting, log_softmax
+from gmoe.routers.base import Router, Weighting, best_experts
 from gmoe.routing import Routing
 
 
@@ -57,15 +57,7 @@ class RandomRouter(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TA = x_TD @ self.projection_DE.to(x_TD.dtype)
-        log_probs_TE = self.of_alive(log_softmax(logits_TA))
-        expert_TK, weight_TK = self._top_k(self.of_alive(logits_TA), log_probs_TE)
-        return Routing.from_choices(
-            expert_TK,
-            weight_TK,
-            num_experts=self.num_experts,
-            scores=log_probs_TE.exp(),
-            validate=False,
-        )
+        return self._route_to(best_experts(self.of_alive(logits_TA), self.k), logits_TA)
 
 
 class UniformRouter(Router):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check_at_least, check_choice, check_positive
+from gmoe.choices import over_experts
 from gmoe.routers.base import (
     Gate,
     Router,
@@ -150,7 +151,7 @@ class ExpertSelection(nn.Module):
             losses: auxiliary losses, which the routing passes on.
         """
         num_tokens = logits_TA.size(0)
-        log_scores_TE = router.of_alive(logits_TA.log_softmax(dim=-1))
+        log_scores_TE = router.of_alive(over_experts(torch.log_softmax, logits_TA))
 
         if self.inference == "threshold" and not self.training:
             # Each token by itself: the thresholds stand for the group.

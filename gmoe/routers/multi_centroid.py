@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gmoe._autograd import row_norms
 from gmoe._checks import check, check_at_least, check_choice, check_counts, described
 from gmoe.losses import separation_loss
-from gmoe.routers.base import Router, Weighting
+from gmoe.routers.base import Router, Weighting, best_experts
 from gmoe.routers.expert_choice import ExpertSelection, Inference
 from gmoe.routing import AuxLoss, Routing
 
@@ -167,16 +167,7 @@ class MultiCentroid(Router):
             losses["separation"] = AuxLoss(separation_loss(centroid_EMD), self.separation_coef)
         if self.selection is not None:
             return self.selection(self, logits_TA, group, losses)
-        log_probs_TE = self.of_alive(logits_TA.log_softmax(dim=-1))
-        expert_TK, weight_TK = self._top_k(self.of_alive(logits_TA), log_probs_TE)
-        return Routing.from_choices(
-            expert_TK,
-            weight_TK,
-            num_experts=self.num_experts,
-            scores=log_probs_TE.exp(),
-            losses=losses,
-            validate=False,
-        )
+        return self._route_to(best_experts(self.of_alive(logits_TA), self.k), logits_TA, losses)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"

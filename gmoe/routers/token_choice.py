@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from gmoe._checks import check, check_at_least, check_choice, check_positive
+from gmoe.choices import over_experts
 from gmoe.losses import switch_loss
 from gmoe.routers.balance import BalancedRouter
 from gmoe.routers.base import (
     Gate,
     Weighting,
-    log_softmax,
+    best_experts,
     pair_weights,
     reset_linear,
     scores_of,
@@ -130,28 +131,21 @@ class TokenChoice(BalancedRouter):
 
         # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
         # the choice, not for the weights.
-        log_probs_TE = self.of_alive(log_softmax(logits_TA))
         logits_TE = self.of_alive(logits_TA)
         ranked_TE = logits_TE + self.bias_E if biased else logits_TE
-        expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
+        expert_TK = best_experts(ranked_TE, self.k)
 
         losses = self._losses(logits_TE, expert_TK)
         if self.training and self.capacity_factor is not None:
             groups = Groups.of(group, x_TD.size(0))
-            return self._within_capacity(expert_TK, log_probs_TE, groups, losses)
-        return Routing.from_choices(
-            expert_TK,
-            weight_TK,
-            num_experts=self.num_experts,
-            log_scores=log_probs_TE,
-            losses=losses,
-            validate=False,
-        )
+            return self._within_capacity(expert_TK, logits_TA, groups, losses)
+        return self._route_to(expert_TK, logits_TA, losses)
 
     def _within_capacity(
-        self, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups, losses: dict[str, AuxLoss]
+        self, expert_TK: Tensor, logits_TA: Tensor, groups: Groups, losses: dict[str, AuxLoss]
     ) -> Routing:
         """Route without the pairs over capacity; the weights are those of the remaining pairs."""
+        log_probs_TE = self.of_alive(over_experts(torch.log_softmax, logits_TA))
         probs_TE = log_probs_TE.exp()
         num_tokens = log_probs_TE.size(0)
         share = (self.capacity_factor or 1.0) * self.k / self.num_scored

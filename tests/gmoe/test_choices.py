@@ -15,12 +15,12 @@ LATE = ("token", "offsets", "weight", "slot", "expert", "scores")
 
 
 def chosen(k: int = 2, requires_grad: bool = True) -> tuple[Routing, Tensor, Tensor]:
-    """A routing of choices, their weights, and the logarithms of its scores."""
+    """A routing of choices, their weights, and the logits of its scores."""
     expert_TK = torch.tensor([[1, 0], [2, 1], [0, 2], [1, 2]])[:, :k]
     weight_TK = features(4, k).requires_grad_(requires_grad)
-    log_TE = features(4, 3, seed=1).requires_grad_(requires_grad)
-    routing = Routing.from_choices(expert_TK, weight_TK, num_experts=3, log_scores=log_TE)
-    return routing, weight_TK, log_TE
+    logits_TE = features(4, 3, seed=1).requires_grad_(requires_grad)
+    routing = Routing.from_choices(expert_TK, weight_TK, num_experts=3, logits=logits_TE)
+    return routing, weight_TK, logits_TE
 
 
 @pytest.mark.parametrize("name", LATE)
@@ -38,7 +38,7 @@ def test_an_attribute_that_no_routing_has_is_named() -> None:
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_pairs_are_the_choices_sorted_by_expert(k: int) -> None:
-    routing, weight_TK, log_TE = chosen(k)
+    routing, weight_TK, logits_TE = chosen(k)
     dense_TE = torch.zeros(4, 3, dtype=torch.float64)
     assert routing.choices is not None
     expected = dense_TE.scatter(1, routing.choices.expert_TK, weight_TK)
@@ -48,7 +48,7 @@ def test_the_pairs_are_the_choices_sorted_by_expert(k: int) -> None:
         torch.testing.assert_close(*(gradients(y, [weight_TK]) for y in (found, expected)))
     places = routing.expert * 4 + routing.token
     assert torch.equal(places, places.sort().values)
-    torch.testing.assert_close(routing.scores, log_TE.exp())
+    torch.testing.assert_close(routing.scores, logits_TE.softmax(dim=-1))
 
 
 @pytest.mark.parametrize("which", ["weight", "scores"])
@@ -61,14 +61,14 @@ def test_who_asks_without_gradients_takes_none_from_who_asks_later(which: str) -
 
 
 def test_what_is_kept_has_second_gradients() -> None:
-    _, weight_TK, log_TE = chosen()
+    _, weight_TK, logits_TE = chosen()
 
-    def values(weight_TK: Tensor, log_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def values(weight_TK: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         expert_TK = torch.tensor([[1, 0], [2, 1], [0, 2], [1, 2]])
-        routing = Routing.from_choices(expert_TK, weight_TK.sin(), num_experts=3, log_scores=log_TE)
+        routing = Routing.from_choices(expert_TK, weight_TK.sin(), num_experts=3, logits=logits_TE)
         return routing.weight.square(), routing.scores
 
-    assert torch.autograd.gradgradcheck(values, (weight_TK, log_TE))
+    assert torch.autograd.gradgradcheck(values, (weight_TK, logits_TE))
 
 
 @pytest.mark.parametrize("name", ["gcn", "gin", "gat"])

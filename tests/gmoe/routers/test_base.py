@@ -26,8 +26,9 @@ from gmoe import (
     SoftSlots,
     TokenChoice,
 )
+from gmoe.choices import SHORT, over_experts
 from gmoe.routers import AttentionVote, ExpertChoice, Groups, build_router
-from gmoe.routers.base import SHORT, log_softmax, pair_weights
+from gmoe.routers.base import pair_weights
 from tests.helpers.reference import (
     CASES,
     DTYPE,
@@ -458,11 +459,14 @@ def test_token_choice_builds_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 300])
 @pytest.mark.parametrize("experts", [1, 8, SHORT])
-def test_log_softmax_is_that_of_each_token(tokens: int, experts: int) -> None:
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+def test_a_softmax_over_experts_is_that_of_each_token(
+    function: Any, tokens: int, experts: int
+) -> None:
     """Values and gradient; and experts lie in columns if there are few."""
     logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn_like(logits)
-    found, expected = log_softmax(logits), logits.log_softmax(dim=-1)
+    found, expected = over_experts(function, logits), function(logits, dim=-1)
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad(found, logits, cotangent)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits, cotangent)[0])
