@@ -30,7 +30,7 @@ from gmoe._checks import (
 )
 from gmoe._torch import copy_all, in_backward, in_transform
 from gmoe.choices import over_experts
-from gmoe.distributed import world_size, world_sum
+from gmoe.distributed import world_sum
 from gmoe.losses import LossWatch
 from gmoe.portable import exported_as
 from gmoe.routing import AuxLoss, Routing
@@ -308,8 +308,6 @@ class Router(nn.Module, ABC):
 
     def means(self, *parts: Tensor) -> Sequence[Tensor]:
         """(C,) the means of (T, C) parts over the tokens of all processes; see :meth:`summed`."""
-        if world_size(self.process_group) == 1:
-            return [part.mean(dim=0) for part in parts]
         number = parts[0].new_full((), len(parts[0]))  # new_tensor would copy from the host
         *sums, number = self.summed(*(part.sum(dim=0) for part in parts), number)
         return [part / number for part in sums]

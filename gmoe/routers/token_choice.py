@@ -21,7 +21,6 @@ from gmoe.routers.base import (
     best_experts,
     pair_weights,
     reset_linear,
-    scores_of,
 )
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
@@ -95,6 +94,7 @@ class TokenChoice(BalancedRouter):
             dim,
             num_experts=num_experts,
             k=k,
+            noise=biased if noise is None else noise,
             bias_rate=bias_rate if biased else None,
             weight=weight,
         )
@@ -104,7 +104,6 @@ class TokenChoice(BalancedRouter):
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
         self.balance = balance
-        self.noise = biased if noise is None else noise
         self.balance_coef = balance_coef
         self.z_coef = z_coef
         self.capacity_factor = capacity_factor
@@ -120,19 +119,11 @@ class TokenChoice(BalancedRouter):
                 counter.zero_()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        biased = self.balance == "bias"
-
-        # 1. Score the experts; with a bias, from centered tokens.
-        clean_TA = self.centered_step(x_TD, self.gate) if biased else scores_of(self.gate, x_TD)
-
-        # 2. In training, add noise, so that experts which nobody chooses get a chance.
-        has_noise = self.noise and self.training and x_TD.size(0) > 0
-        logits_TA = _with_noise(clean_TA) if has_noise else clean_TA
-
-        # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
-        # the choice, not for the weights.
+        # Choose by logits, which do not tie where probabilities underflow; the bias counts for the
+        # choice, not for the weights.
+        logits_TA = self.logits(x_TD, self.gate)
         logits_TE = self.of_alive(logits_TA)
-        ranked_TE = logits_TE + self.bias_E if biased else logits_TE
+        ranked_TE = logits_TE + self.bias_E if self.balance == "bias" else logits_TE
         expert_TK = best_experts(ranked_TE, self.k)
 
         losses = self._losses(logits_TE, expert_TK)
@@ -184,17 +175,3 @@ class TokenChoice(BalancedRouter):
         if self.capacity_factor is not None:
             text += f", capacity_factor={self.capacity_factor!r}"
         return text
-
-
-def _with_noise(clean_TA: Tensor) -> Tensor:
-    """(T, A) logits with normal noise as wide as they spread over the tokens."""
-    # The spread of all experts together; four times as fast as var(dim=0).
-    detached_TA = clean_TA.detach()
-    centered_TA = detached_TA - detached_TA.mean(dim=0)
-    norm = torch.linalg.vector_norm(centered_TA)
-    # A NaN or infinite token must not become the noise of all others.
-    norm = norm.nan_to_num(posinf=0.0)
-    # Not randn_like: for it, the compiler writes a kernel that takes 20 times as long on a CPU, and
-    # draws other numbers.
-    drawn_TA = torch.empty_like(clean_TA).normal_()
-    return torch.addcmul(clean_TA, drawn_TA, norm, value=clean_TA.numel() ** -0.5)

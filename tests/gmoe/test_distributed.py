@@ -28,7 +28,7 @@ from tests.helpers import sources
 
 D, E, T = 5, 4, 6
 STEPS = 20
-NO_NOISE = patch("gmoe.routers.token_choice._with_noise", lambda logits: logits)
+NO_NOISE = patch("gmoe.routers.balance._drawn_like", torch.zeros_like)
 """Since processes draw their own."""
 
 ROUTERS: dict[str, Callable[[], Router]] = {

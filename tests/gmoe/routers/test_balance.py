@@ -79,7 +79,7 @@ def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
         router = TokenChoice(4, num_experts=3)
         for _ in range(3):
             assert torch.isfinite(router(x).weight).all()
-        assert not router.bias_E.any()
+        assert router.bias_E.abs().max() < 1e-8  # the mean of equal numbers is rounded
         assert router.mean_D.isfinite().all()
 
 
