@@ -5,7 +5,7 @@ Shapes: T tokens, G groups, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,8 @@ class ByType(FromCall):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_legal = len(self.values) > 0 and all(map(is_whole, self.values))
+        is_legal = isinstance(self.values, Collection) and len(self.values) > 0
+        is_legal = is_legal and all(map(is_whole, self.values))
         is_legal = is_legal and all(-(2**63) <= value < 2**63 for value in self.values)
         check(
             is_legal and len({*self.values}) == len(self.values),

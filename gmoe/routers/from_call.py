@@ -205,7 +205,8 @@ class CallRouter(Router):
         names = name if self.source.batch is None else f"{name}, {self.source.batch}"
         raise ValueError(
             f"{names}: got {decided} tokens, expected {num_tokens}, those of the layer; a layer on "
-            "graphs, such as a readout, takes a router without batch="
+            "graphs, such as a readout, takes a router without batch=, and one on edges a router "
+            "by an argument with the group of each edge: name them in other targets"
         )
 
 
@@ -401,12 +402,19 @@ class Argument(NamedTuple):
         return cls(name, place, default, tuple(attributes))
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Its value in a call."""
+        """Its value in a call.
+
+        Raises:
+            ValueError: what is given lacks an attribute.
+        """
         value = kwargs.get(self.name, self.default)
         if self.place is not None and self.place < len(args):
             value = args[self.place]
         for name in self.attributes:
-            value = getattr(value, name, None)
+            holder, value = value, getattr(value, name, value)
+            if value is holder:
+                whole = ".".join((self.name, *self.attributes))
+                raise ValueError(f"{whole}: got {described(value)} without {name}, expected one")
         return value
 
 

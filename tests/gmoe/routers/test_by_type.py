@@ -390,6 +390,7 @@ def test_copies_pickles_and_files_route_by_type(tmp_path: Path) -> None:
     [
         (lambda: ByType("2z", ELEMENTS), "argument: got '2z', expected the name of an argument"),
         (lambda: ByType("z", []), r"values: got \[\], expected distinct integers"),
+        (lambda: ByType("z", 4), "values: got 4, expected distinct integers"),  # type: ignore[arg-type]
         (lambda: ByType("z", [1, 1]), r"values: got \[1, 1\], expected distinct integers"),
         (lambda: ByType("z", [1.5]), r"values: got \[1.5\], expected distinct integers"),  # type: ignore[list-item]
         (

@@ -74,6 +74,9 @@ def test_copies_pickles_and_files_decide_the_same(router: Any, tmp_path: Path) -
         torch.testing.assert_close(other(x, BATCH, **told), expected, rtol=0, atol=0)
 
 
+ONE = torch.tensor([7])
+
+
 class OnData(nn.Module):
     """A model that is called with a graph."""
 
@@ -102,6 +105,23 @@ def test_an_attribute_of_a_graph_is_read() -> None:
         graph.system = system[None]
     out = learned(Batch.from_data_list(graphs))
     torch.testing.assert_close(out, torch.cat([learned(graph) for graph in graphs]))
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (ByType("data.sorce", SOURCES, batch="data.batch"), "data.sorce: got .* without sorce"),
+        (ByType("data.source", SOURCES, batch="data.bach"), "data.bach: got .* without bach"),
+        (ByType("data.z", SOURCES, batch="data.bach"), "data.bach: got .* without bach"),
+        (FromInput("data.sytem", dim=DIM, batch="data.batch"), "data.sytem: got .* without sytem"),
+        (FromInput("data.system", dim=DIM, batch="data.a.batch"), "data.a.batch: got .* without a"),
+    ],
+)
+def test_an_attribute_that_a_graph_lacks_is_named(router: Any, message: str) -> None:
+    """Not taken for one group, which all atoms of a batch would make up in silence."""
+    graph = Data(x=torch.randn(2, 4).double(), source=ONE, z=ONE.repeat(2), system=systems()[:1])
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        net(router, model=OnData())(Batch.from_data_list([graph, graph]))
 
 
 def test_an_unknown_source_shares_the_base_by_choice_alone() -> None:
