@@ -32,8 +32,8 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     same mixture: where every group has the same decision, as in a simulation of one molecule, the
     mixture is made once, and the model has neither experts nor routers, nor their cost. So it is in
     layers by type where all tokens have one type. For what has that decision it equals the model,
-    up to rounding; for others merge again. A linear layer becomes ``nn.Linear``, and an MLP a
-    module of two of them.
+    up to rounding; for others merge again. A linear layer becomes ``nn.Linear``, an MLP a module of
+    two of them, and a :class:`MoEConv` the conv of its expert.
 
     Args:
         model: any model whose layers with experts all have one decision, from :func:`moefy` or your
@@ -47,7 +47,8 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
 
     Raises:
         ValueError: a layer that has no router, or that runs beside a shared expert; tokens of
-            different decisions, or outputs of several experts.
+            different decisions, or outputs of several experts; neither a whole call nor one value
+            of each argument that routers read.
 
     Example:
         >>> water = gmoe.merge(model, z, pos)
@@ -77,10 +78,15 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     for layer, name in layers.items():
         weight_1E = _only(decisions.get(layer, []), name)
         is_mixed = isinstance(layer.experts, MixedWeights)
-        got = f"{name}, which mixes the outputs of several experts"
+        # A conv has no weight of its own that could be scaled.
+        is_conv = not isinstance(layer, MoE)
+        got = f"{name}, which mixes or scales the outputs of experts"
         is_one = is_mixed or int(weight_1E.count_nonzero()) == 1
+        is_one = is_one and (not is_conv or float(weight_1E.sum()) == 1)
         check(is_one, "model", got, "one expert, or mix='weights'")
-        new[layer] = dense_of(layer.experts.stacked if is_mixed else layer.experts, weight_1E)
+        stacked: Any = layer.experts.stacked if is_mixed else layer.experts
+        expert = int(weight_1E.argmax())
+        new[layer] = stacked.expert(expert) if is_conv else dense_of(stacked, weight_1E)
     dense: nn.Module = with_modules(merged, new)
     detach(dense)
     return dense
@@ -91,10 +97,11 @@ def _check_mergeable(name: str, layer: MoELayer) -> None:
     experts = layer.experts
     is_mergeable = isinstance(experts, MixedWeights | LinearExperts | MLPExperts)
     got = f"{name} with {type(experts).__name__}"
-    check(is_mergeable, "model", got, "experts of linear layers or MLPs")
+    legal = "experts of linear layers, MLPs or convs"
+    check(is_mergeable or hasattr(experts, "expert"), "model", got, legal)
     got = f"{name}, a {type(layer).__name__} without a router of its own"
     check(layer.router is not None, "model", got, "one: a dense layer takes no routing=")
-    is_beside = isinstance(layer, MoE) and layer.shared_expert is not None
+    is_beside = getattr(layer, "shared_expert", None) is not None
     check(not is_beside, "model", f"{name}, experts beside a shared one", "start='copies'")
 
 

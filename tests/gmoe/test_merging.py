@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import AttentiveFP, SchNet, ViSNet
+from torch_geometric.data import Batch, Data
+from torch_geometric.nn import (
+    AttentiveFP,
+    GATv2Conv,
+    GCNConv,
+    GINConv,
+    GINEConv,
+    SchNet,
+    ViSNet,
+)
 
 import gmoe
 from gmoe import LinearExperts, MLPExperts, MoE, TokenChoice
@@ -178,7 +187,7 @@ def test_what_has_no_dense_equal_is_refused_and_stays() -> None:
     of_all = gmoe.moefy(
         nn.Sequential(nn.Linear(6, 6)), targets="0", router="uniform", start="plain"
     )
-    with pytest.raises(ValueError, match="model: got 0, which mixes the outputs of several"):
+    with pytest.raises(ValueError, match="model: got 0, which mixes or scales the outputs of"):
         gmoe.merge(of_all, torch.randn(3, 6))
     with pytest.raises(ValueError, match="model: got Linear without layers of experts"):
         gmoe.merge(nn.Linear(6, 6), pos)
@@ -208,6 +217,53 @@ def test_a_learned_mixture_is_handed_out_for_one_vector() -> None:
     names = {name.partition(".")[0] for name, _ in dense.named_parameters()}
     assert names == {"lin1", "lin2"}  # the router is gone, too
     assert "router_of_system" in dict(model.named_children())
+
+
+class Molecules(nn.Module):
+    """A GNN on molecules, which is called with a graph that knows its source."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.conv1, self.conv2 = conv(), conv()
+        self.takes_attributes = isinstance(self.conv1, GINEConv)
+
+    def forward(self, data: Any) -> Tensor:
+        x = self.embed(data.x)
+        for conv in (self.conv1, self.conv2):
+            edges = (data.edge_attr,) if self.takes_attributes else ()
+            x = conv(x, data.edge_index, *edges).tanh()
+        return x
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        lambda: GINEConv(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), edge_dim=3),
+        lambda: GINConv(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))),
+        lambda: GATv2Conv(6, 6),
+        lambda: GCNConv(6, 6),
+    ],
+    ids=["GINE", "GIN", "GATv2", "GCN"],
+)
+@pytest.mark.parametrize("as_call", [True, False])
+def test_convs_are_handed_out_for_one_source(conv: Any, as_call: bool) -> None:
+    router = ByType("data.source", sources.SOURCES, batch="data.batch")
+    model: Any = sources.net(router, "outputs", Molecules(conv), targets=["conv*"]).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    graphs = [
+        Data(torch.randn(3, 4), edges, torch.randn(4, 3), source=torch.tensor([source])).apply(
+            lambda value: value.double() if value.is_floating_point() else value
+        )
+        for source in sources.SOURCES
+    ]
+    out = model(Batch.from_data_list(graphs))
+    for graph, expected in zip(graphs, out.split(3), strict=True):
+        dense: Any = gmoe.merge(model, *[graph] * as_call, **{} if as_call else {"data": graph})
+        assert type(dense.conv1) is type(conv())
+        torch.testing.assert_close(dense(graph), expected, rtol=0, atol=1e-10)
 
 
 class Equivariant(ViSNet):
@@ -271,7 +327,7 @@ def test_models_of_pyg_give_each_molecule_that_of_its_source(
         argument = router.argument
         merged = gmoe.merge(model, **{argument: own[argument]})
         for found in (model(*alone, None, **own), merged(*alone)):
-            torch.testing.assert_close(found, expected[group : group + 1], rtol=0, atol=1e-10)
+            torch.testing.assert_close(found, expected[group : group + 1], rtol=1e-12, atol=1e-10)
 
 
 def test_all_routers_of_a_model_are_told_or_none() -> None:
