@@ -89,8 +89,12 @@ EQUAL: dict[str, Callable[[], Both]] = {
     "search": lambda: (blocks.search, portable.search, (ASCENDING, torch.arange(7))),
     "stable_sort": lambda: (blocks.stable_sort, portable.stable_sort, (ASCENDING.flip(0),)),
     **{
-        f"top_k, K={k}": lambda k=k: (base._best, portable.top_k, (TIED, k))  # type: ignore[misc]
-        for k in (2, 4)
+        f"top_k, K={k}": lambda k=k: (  # type: ignore[misc]
+            base.best_experts,
+            portable.top_k,
+            (TIED, k),
+        )
+        for k in (1, 2, 4)
     },
     "true_columns": true_cells,
     "filled_blocks": filled_blocks,
