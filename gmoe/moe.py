@@ -142,7 +142,8 @@ class _Mixture(MoELayer):
     def __init__(self, router: Router | None, experts: Experts) -> None:
         check(isinstance(router, Router | None), "router", shown(router), "an instance of Router")
         legal = "gmoe.Experts: MLPExperts, LinearExperts or your own"
-        check(hasattr(experts, "num_experts"), "experts", type(experts).__name__, legal)
+        has_experts = isinstance(experts, nn.Module) and hasattr(experts, "num_experts")
+        check(has_experts, "experts", type(experts).__name__, legal)
         super().__init__(num_experts=experts.num_experts)
         self.router = router
         self.experts = experts

@@ -19,14 +19,12 @@ from torch.nn import functional as F
 
 from gmoe import portable
 from gmoe._autograd import autocasts, operator, unbatched
-from gmoe._checks import check_choice
 from gmoe.blocks import AtRows, blocks_of, expert_of_rows
 from gmoe.padded import grouped_mm, grouped_outer, has_own_loop, packed
 from gmoe.places import ToPairs, ToTokens, uses_places
 from gmoe.portable import exported_as
 from gmoe.routing import Routing
 
-Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 Kernel: TypeAlias = Literal["grouped", "padded", "loop"]
 
 GROUPED = (9, 10)
@@ -61,12 +59,18 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
 
 
 def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Kernel:
-    """The backend of :func:`grouped_linear` that ``"auto"`` stands for.
+    """The kernel of :func:`grouped_linear`.
 
-    ``"loop"`` on a CPU. Elsewhere, a backend without host syncs. On CUDA: ``"grouped"`` if torch
-    has a kernel of its own (bfloat16 on capability 9 and 10 in torch 2.10 to 2.13; elsewhere torch
-    copies the offsets to the host, waits for them, and loops), else ``"padded"``. On other
-    accelerators (``"xpu"``, ``"mps"``) it is ``"padded"``.
+    All give the same result and gradients, if the weights are finite:
+
+    - ``"loop"`` on a CPU: one matmul per expert, written in place, or torch's own loop if the
+      widths fill 16 bytes and the dtype is not float64. One host sync.
+    - ``"grouped"`` on CUDA, if torch has a kernel of its own for ``F.grouped_mm`` (bfloat16 on
+      capability 9 and 10 in torch 2.10 to 2.13; elsewhere torch copies the offsets to the host,
+      waits for them, and loops). Widths that its alignment rule refuses are padded with zeros.
+    - ``"padded"`` elsewhere, other accelerators (``"xpu"``, ``"mps"``) too: one ``bmm`` over blocks
+      of rows; the last block of each expert is filled up with zeros. No host sync, whatever the
+      dtype; up to five copies of the weights, and up to a quarter more rows, or 16 an expert.
 
     Args:
         dtype: of rows and weights, after autocast.
@@ -80,18 +84,14 @@ def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Kernel:
 
 
 @exported_as(portable.kernel)
-def kernel_for(x: Tensor, backend: Backend) -> Kernel:
+def kernel_for(x: Tensor) -> Kernel:
     """The kernel that multiplies rows of the dtype and on the device of ``x``."""
-    if backend == "auto":
-        capability: tuple[int, int] | None = None
-        if x.is_cuda:
-            capability = torch.cuda.get_device_capability(x.device)
-        elif x.device.type not in ("cpu", "meta"):
-            capability = (0, 0)
-        return kernel_of(x.dtype, capability)
-    if backend == "grouped" and x.dtype == torch.float64:
-        return "loop"
-    return backend
+    capability: tuple[int, int] | None = None
+    if x.is_cuda:
+        capability = torch.cuda.get_device_capability(x.device)
+    elif x.device.type not in ("cpu", "meta"):
+        capability = (0, 0)
+    return kernel_of(x.dtype, capability)
 
 
 def grouped_linear(
@@ -99,7 +99,6 @@ def grouped_linear(
     weight_EIO: Tensor,
     bias_EO: Tensor | None,
     offsets_E: Tensor,
-    backend: Backend = "auto",
     source_P: Tensor | None = None,
 ) -> Tensor:
     """Apply expert ``e``'s linear layer to the rows ``offsets[e - 1]:offsets[e]``: (P, O).
@@ -110,33 +109,20 @@ def grouped_linear(
         bias_EO: stacked biases, or ``None``.
         offsets_E: (E,) int32 cumulative ends, ascending; the last is P. Pass ends, not loads: the
             values are not checked.
-        backend: all give the same result and gradients, if the weights are finite.
-
-            - ``"loop"``: one matmul per expert, written in place; on a CPU by torch's own loop
-              if the widths fill 16 bytes and the dtype is not float64. One host sync.
-            - ``"padded"``: one ``bmm`` over blocks of rows; the last block of each expert is filled
-              up with zeros. No host sync, whatever the dtype and device; up to five copies of the
-              weights, and up to a quarter more rows, or 16 for each expert.
-            - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync if torch has a kernel
-              for it (bfloat16 on recent CUDA devices), else a loop of torch's own. float64, which
-              it refuses, runs as ``"loop"``; widths that its alignment rule refuses are padded with
-              zeros.
-            - ``"auto"`` (default): ``"loop"`` on the CPU; elsewhere a backend without host syncs,
-              see ``gmoe.products.kernel_of``.
         source_P: (P,) the rows of ``x`` that are the rows, if those have to be gathered; a CPU
             keeps no copy of wide ones (default ``None``: ``x`` holds the rows).
 
-    Follows autocast as ``nn.Linear`` does.
+    Follows autocast as ``nn.Linear`` does. The device and the dtype choose the kernel, see
+    ``gmoe.products.kernel_of``.
 
     Raises:
-        ValueError: an unknown backend; ``offsets`` of another number of experts.
+        ValueError: ``offsets`` of another number of experts.
     """
-    check_choice("backend", backend, Backend)
     if offsets_E.shape != weight_EIO.shape[:1]:
         legal = f"one end for each of {len(weight_EIO)} experts"
         raise ValueError(f"offsets: got shape {tuple(offsets_E.shape)}, expected {legal}")
     # 1. The rows, where the kernel does not gather them itself.
-    if source_P is not None and not _gathers_in_blocks(x_PI, backend):
+    if source_P is not None and not _gathers_in_blocks(x_PI):
         x_PI, source_P = x_PI.index_select(0, source_P), None
 
     # 2. The dtype, which follows autocast as that of nn.Linear does.
@@ -146,7 +132,7 @@ def grouped_linear(
         weight_EIO = weight_EIO.to(dtype)
 
     # 3. The kernel, and the bias.
-    kernel = kernel_for(x_PI, backend)
+    kernel = kernel_for(x_PI)
     if kernel == "padded":
         blocks = blocks_of(offsets_E, expert_of_rows(offsets_E, x_PI.size(0)))
         return blocks.linear(x_PI, weight_EIO, bias_EO)
@@ -163,10 +149,10 @@ def grouped_linear(
     return y_PO.add_(bias_PO.to(y_PO.dtype))
 
 
-def _gathers_in_blocks(x_NI: Tensor, backend: Backend) -> bool:
+def _gathers_in_blocks(x_NI: Tensor) -> bool:
     """True where rows outgrow a CPU's caches, and their blocks may be added up."""
     is_exact = x_NI.dtype.itemsize >= 4 and not autocasts(x_NI.device)
-    is_loop = x_NI.device.type == "cpu" and kernel_for(x_NI, backend) == "loop"
+    is_loop = x_NI.device.type == "cpu" and kernel_for(x_NI) == "loop"
     return is_loop and is_exact and x_NI.numel() > NUMBERS
 
 
@@ -208,13 +194,13 @@ def _empty_products(
 
 @operator(fake=_empty_products)
 def grouped_product(
-    x: Tensor, weight: Tensor, offsets: Tensor, backend: str, source: Tensor | None = None
+    x: Tensor, weight: Tensor, offsets: Tensor, kernel: str, source: Tensor | None = None
 ) -> Tensor:
     """(P, O) rows (P, I) times the weight (E, I, O) of their expert.
 
     If sources (P,) are given, those of ``x`` are the rows, in the loop.
     """
-    if backend == "grouped" and len(x):
+    if kernel == "grouped" and len(x):
         return grouped_mm(x, weight, offsets)
     is_equal = source is None and _are_equally_many(x, offsets)
     if not is_equal and source is None and has_own_loop(x, weight.size(2)):
@@ -235,13 +221,13 @@ def _empty_outer_products(x: Tensor, y: Tensor, offsets: Tensor, *_: Any) -> Ten
 
 @operator(fake=_empty_outer_products)
 def grouped_outer_product(
-    x: Tensor, y: Tensor, offsets: Tensor, backend: str, source: Tensor | None = None
+    x: Tensor, y: Tensor, offsets: Tensor, kernel: str, source: Tensor | None = None
 ) -> Tensor:
     """(E, I, O) the sums over each expert's rows (P, I) and (P, O) of their outer products.
 
     If sources (P,) are given, those of ``y`` are the second rows, in the loop.
     """
-    if backend == "grouped" and len(x):
+    if kernel == "grouped" and len(x):
         return grouped_outer(x, y, offsets)
     if source is None and _are_equally_many(x, offsets):
         x_EBI, y_EBO = (rows.reshape(len(offsets), -1, rows.size(1)) for rows in (x, y))
@@ -265,15 +251,15 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: str,
+        kernel: str,
         offsets: Tensor,
         x: Tensor,
         weight: Tensor,
         source: Tensor | None = None,
     ) -> Tensor:
-        ctx.backend = backend
+        ctx.kernel = kernel
         ctx.save_for_backward(x, weight, offsets, source)
-        return grouped_product(x, weight, offsets, backend, source)
+        return grouped_product(x, weight, offsets, kernel, source)
 
     @staticmethod
     @unbatched
@@ -284,11 +270,11 @@ class GroupedLinear(torch.autograd.Function):
         grad_x = None
         grad_weight = None
         if needs_x:
-            grad_P = GroupedLinear.apply(ctx.backend, offsets, grad, weight.mT)
+            grad_P = GroupedLinear.apply(ctx.kernel, offsets, grad, weight.mT)
             grad_x = _to_sources(grad_P, x, source)
         if needs_weight:
             # In memory as nn.Linear has it, (E, O, I): a stacked layer's gradient is not copied.
-            grad_weight = GroupedOuter.apply(ctx.backend, offsets, grad, x, source).mT
+            grad_weight = GroupedOuter.apply(ctx.kernel, offsets, grad, x, source).mT
         return None, None, grad_x, grad_weight, None
 
 
@@ -301,15 +287,15 @@ class GroupedOuter(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: str,
+        kernel: str,
         offsets: Tensor,
         x: Tensor,
         y: Tensor,
         source: Tensor | None = None,
     ) -> Tensor:
-        ctx.backend = backend
+        ctx.kernel = kernel
         ctx.save_for_backward(x, y, offsets, source)
-        return grouped_outer_product(x, y, offsets, backend, source)
+        return grouped_outer_product(x, y, offsets, kernel, source)
 
     @staticmethod
     @unbatched
@@ -319,8 +305,8 @@ class GroupedOuter(torch.autograd.Function):
         grad_x = None
         grad_y = None
         if needs_x:
-            grad_x = GroupedLinear.apply(ctx.backend, offsets, y, grad.mT, source)
+            grad_x = GroupedLinear.apply(ctx.kernel, offsets, y, grad.mT, source)
         if needs_y:
-            grad_P = GroupedLinear.apply(ctx.backend, offsets, x, grad)
+            grad_P = GroupedLinear.apply(ctx.kernel, offsets, x, grad)
             grad_y = _to_sources(grad_P, y, source)
         return None, None, grad_x, grad_y, None

@@ -18,7 +18,6 @@ from gmoe._torch import is_watched
 from gmoe.blocks import AtRows, expert_of_rows
 from gmoe.portable import exported_as
 from gmoe.products import (
-    Backend,
     GroupedLinear,
     combine,
     dispatch,
@@ -55,24 +54,22 @@ def routed_linear(
     weights: Sequence[Tensor],
     bias_EO: Tensor | None,
     routing: Routing,
-    backend: Backend = "auto",
 ) -> Tensor:
     r"""(T, O) the mixture of E linear layers: gather, grouped product and weighted scatter.
 
     .. math:: y_t = \sum_e w_{te} (x_t W_e + b_e)
 
-    Few tokens run all experts in one product (``gmoe.routed.FEW_NUMBERS``), of whichever backend.
-    Off the CPU, others are copied straight into blocks of one expert. On a CPU, the loop backend
-    takes all three steps in one: for all experts at once or, where there are many inputs
-    (``gmoe.routed.AT_ONCE``), for one expert after the other, so that neither the rows nor the
-    weighted outputs of all pairs are in memory at once. The result follows autocast.
+    Few tokens run all experts in one product (``gmoe.routed.FEW_NUMBERS``). Off the CPU, others are
+    copied straight into blocks of one expert. On a CPU, all three steps are one: for all experts at
+    once or, where there are many inputs (``gmoe.routed.AT_ONCE``), for one expert after the other,
+    so that neither the rows nor the weighted outputs of all pairs are in memory at once. The result
+    follows autocast.
 
     Args:
         parts: the tokens: one or several tensors (T, I), whose products are added.
         weights: the stacked weights of each part, (E, O, I) as ``nn.Linear`` has them.
         bias_EO: stacked biases, or ``None``.
         routing: the pairs and their weights.
-        backend: see :func:`grouped_linear`.
     """
     # 1. The dtype, which follows autocast.
     device = parts[0].device
@@ -87,13 +84,13 @@ def routed_linear(
         return _by_all_experts(*_side_by_side(parts, weights, dtype), bias_EO, routing)
 
     # 3. Off the CPU, and where a compiler fuses them: in blocks, or one step after the other.
-    kernel = kernel_for(parts[0], backend)
+    kernel = kernel_for(parts[0])
     if kernel == "padded":
         return _in_blocks(*_side_by_side(parts, weights, dtype), bias_EO, routing)
     if kernel != "loop" or _are_fused(parts):
         x_TI, weight_EOI = _side_by_side(parts, weights, dtype)
         rows_PI = dispatch(x_TI, routing)
-        y_PO = grouped_linear(rows_PI, weight_EOI.mT, bias_EO, routing.offsets, backend)
+        y_PO = grouped_linear(rows_PI, weight_EOI.mT, bias_EO, routing.offsets)
         return combine(y_PO, routing)
 
     # 4. On a CPU: all three steps in one.

@@ -109,7 +109,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "expert_health": lambda _: (([ROUTING],), {"names": ["one"]}),
     "grouped_linear": lambda _: (
         (torch.ones(3, WIDTH), torch.ones(EXPERTS, WIDTH, 8), None, torch.tensor([2, 3])),
-        {"backend": "auto"},
+        {},
     ),
     "load": lambda folder: ((gmoe.save(moefied(), folder), dense()), {}),
     "merge": lambda _: ((mixing(), X, torch.ones(6, dtype=torch.long)), {}),

@@ -15,7 +15,7 @@ from torch import Tensor
 from gmoe import grouped_linear
 from gmoe.places import ToPairs, ToTokens
 from gmoe.products import (
-    Backend,
+    Kernel,
     _gathers_in_blocks,
     grouped_outer_product,
     grouped_product,
@@ -23,10 +23,10 @@ from gmoe.products import (
     kernel_of,
 )
 from gmoe.routing import Routing
-from tests.helpers.kernels import Noted, ends, gradients, routings
+from tests.helpers.kernels import Noted, ends, gradients, kernel_is, routings
 from tests.helpers.masked import features
 
-each_backend = pytest.mark.parametrize("backend", get_args(Backend))
+each_kernel = pytest.mark.parametrize("kernel", get_args(Kernel))
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ each_backend = pytest.mark.parametrize("backend", get_args(Backend))
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@each_backend
+@each_kernel
 def test_a_row_meets_its_expert(
-    backend: Backend, dtype: torch.dtype, loads: list[int], width: int, out: int
+    kernel: Kernel, dtype: torch.dtype, loads: list[int], width: int, out: int
 ) -> None:
     """The reference is float64 on the same rounded numbers.
 
@@ -57,7 +57,8 @@ def test_a_row_meets_its_expert(
         features(len(loads), out),
     )
     leaves = [value.to(dtype).requires_grad_() for value in (x, weight / width**0.5, bias)]
-    y = grouped_linear(leaves[0], leaves[1], leaves[2], ends(loads), backend)
+    with kernel_is(kernel):
+        y = grouped_linear(leaves[0], leaves[1], leaves[2], ends(loads))
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expert = torch.arange(len(loads)).repeat_interleave(torch.tensor(loads))
     expected = torch.einsum("pi,pio->po", exact[0], exact[1][expert]) + exact[2][expert]
@@ -70,13 +71,14 @@ def test_a_row_meets_its_expert(
     )
 
 
-@each_backend
-def test_autocast_as_in_linear(backend: Backend) -> None:
-    x, weight, bias = torch.randn(4, 7), torch.randn(2, 7, 5), torch.randn(2, 5)
-    plain = grouped_linear(x, weight, bias, ends([1, 3]), backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = grouped_linear(x, weight, bias, ends([1, 3]), backend)
-        double = grouped_linear(x.double(), weight.double(), bias.double(), ends([1, 3]), backend)
+@each_kernel
+def test_autocast_as_in_linear(kernel: Kernel) -> None:
+    values = torch.randn(4, 7), torch.randn(2, 7, 5), torch.randn(2, 5)
+    with kernel_is(kernel):
+        plain = grouped_linear(*values, ends([1, 3]))
+        with torch.autocast("cpu", torch.bfloat16):
+            low = grouped_linear(*values, ends([1, 3]))
+            double = grouped_linear(*(value.double() for value in values), ends([1, 3]))
     assert (plain.dtype, low.dtype, double.dtype) == (torch.float32, torch.bfloat16, torch.float64)
     torch.testing.assert_close(low.float(), plain, atol=0.1, rtol=0.05)
     torch.testing.assert_close(double.float(), plain)
@@ -166,32 +168,33 @@ def test_products_of_gathered_rows_have_second_gradients(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend", "numbers", "in_blocks"),
+    ("dtype", "kernel", "numbers", "in_blocks"),
     [
-        (torch.float32, "auto", 44, True),
+        (torch.float32, "loop", 44, True),
         (torch.float64, "loop", 44, True),
-        (torch.float32, "auto", 45, False),  # they fit the caches
-        (torch.bfloat16, "auto", 0, False),  # sums of blocks would be rounded
+        (torch.float32, "loop", 45, False),  # they fit the caches
+        (torch.bfloat16, "loop", 0, False),  # sums of blocks would be rounded
         (torch.float32, "padded", 0, False),
         (torch.float32, "grouped", 0, False),
     ],
 )
 def test_only_wide_rows_of_a_cpu_are_gathered_in_blocks(
     dtype: torch.dtype,
-    backend: Backend,
+    kernel: Kernel,
     numbers: int,
     in_blocks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gmoe.products.NUMBERS", numbers)
     x = features(9, 5).to(dtype)
-    assert _gathers_in_blocks(x, backend) == in_blocks
-    assert not _gathers_in_blocks(x.to("meta"), backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not _gathers_in_blocks(x, backend)
+    with kernel_is(kernel):
+        assert _gathers_in_blocks(x) == in_blocks
+        assert not _gathers_in_blocks(x.to("meta"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not _gathers_in_blocks(x)
 
 
-@each_backend
+@each_kernel
 @pytest.mark.parametrize(
     "weight",
     [
@@ -202,12 +205,13 @@ def test_only_wide_rows_of_a_cpu_are_gathered_in_blocks(
     ],
     ids=["a gap behind each number", "a part of rows", "one row", "experts last"],
 )
-def test_weights_may_lie_in_any_way(backend: Backend, weight: Tensor) -> None:
+def test_weights_may_lie_in_any_way(kernel: Kernel, weight: Tensor) -> None:
     """torch's own loop wants rows or columns side by side, each from a multiple of 16 bytes."""
     x, weight = features(5, 8).float(), weight.float()
 
     def output_and_gradient(leaf: Tensor) -> list[Tensor]:
-        y = grouped_linear(x, leaf, None, ends([3, 2]), backend)
+        with kernel_is(kernel):
+            y = grouped_linear(x, leaf, None, ends([3, 2]))
         return [y, *gradients(y, [leaf])]
 
     found = output_and_gradient(weight.requires_grad_())
@@ -235,7 +239,7 @@ def test_weights_may_lie_in_any_way(backend: Backend, weight: Tensor) -> None:
     ],
     ids=str,
 )
-def test_on_cuda_auto_is_what_waits_for_nothing(
+def test_on_cuda_the_kernel_waits_for_nothing(
     capability: tuple[int, int] | None, dtype: torch.dtype, kernel: str
 ) -> None:
     assert kernel_of(dtype, capability) == kernel
@@ -245,9 +249,9 @@ def test_on_cuda_auto_is_what_waits_for_nothing(
     ("device", "kernel"),
     [("cpu", "loop"), ("meta", "loop"), ("xpu", "padded"), ("mps", "padded")],
 )
-def test_off_the_cpu_auto_does_not_wait(device: str, kernel: str) -> None:
+def test_off_the_cpu_the_kernel_does_not_wait(device: str, kernel: str) -> None:
     like: Any = SimpleNamespace(device=torch.device(device), is_cuda=False, dtype=torch.float32)
-    assert kernel_for(like, "auto") == kernel
+    assert kernel_for(like) == kernel
 
 
 def test_no_sum_on_cuda_is_by_atomic_adds() -> None:
@@ -256,9 +260,9 @@ def test_no_sum_on_cuda_is_by_atomic_adds() -> None:
         torch.randn(*shape, requires_grad=True) for shape in ((9, 5), (4, 5, 5), (4, 5))
     )
     for routing in routings():
-        with Noted() as noted:
+        with Noted() as noted, kernel_is("padded"):
             rows = ToPairs.apply(x[: routing.num_tokens], routing.token, routing.place)
-            y = grouped_linear(rows, weight, bias, routing.offsets, "padded")
+            y = grouped_linear(rows, weight, bias, routing.offsets)
             ToTokens.apply(y, routing.token, routing.place, routing.num_tokens).sum().backward()
         assert "bmm" in noted.names
         assert not noted.names & {
@@ -276,20 +280,18 @@ def test_what_runs_on_cuda_compiles_as_one_graph(routing: Routing) -> None:
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows = ToPairs.apply(x, routing.token, routing.place)
-        y = grouped_linear(rows, weight, bias, routing.offsets, "padded")
+        y = grouped_linear(rows, weight, bias, routing.offsets)
         return ToTokens.apply(y, routing.token, routing.place, routing.num_tokens)
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    outputs = [run(*leaves) for run in (compiled, layer)]
+    with kernel_is("padded"):
+        outputs = [run(*leaves) for run in (compiled, layer)]
     found, expected = ([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))] for y in outputs)
     torch.testing.assert_close(found, expected)
 
 
-def test_an_unknown_backend_is_refused() -> None:
-    backend: Any = "fast"
+def test_ends_of_other_experts_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^offsets: got shape \(2,\), expected one end for each of 3"
     ):
         grouped_linear(torch.ones(4, 5), torch.ones(3, 5, 2), None, torch.tensor([2, 4]))
-    with pytest.raises(ValueError, match=r"^backend: got 'fast', expected one of 'auto'"):
-        grouped_linear(torch.ones(1, 2), torch.ones(1, 2, 2), None, ends([1]), backend)

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmoe.products import Backend
+from gmoe.products import Kernel
 from gmoe.routed import routed_linear
 from gmoe.routing import Routing
-from tests.helpers.kernels import Noted, gradients, routings
+from tests.helpers.kernels import Noted, gradients, kernel_is, routings
 from tests.helpers.masked import features, routing_of
 
-each_backend = pytest.mark.parametrize("backend", get_args(Backend))
+each_kernel = pytest.mark.parametrize("kernel", get_args(Kernel))
 
 
-@each_backend
+@each_kernel
 @settings(max_examples=20, deadline=None)
 @given(
     tokens=st.integers(0, 9),
@@ -35,7 +35,7 @@ each_backend = pytest.mark.parametrize("backend", get_args(Backend))
     seed=st.integers(0, 99),
 )
 def test_routed_linear_is_the_mixture(
-    backend: Backend,
+    kernel: Kernel,
     tokens: int,
     experts: int,
     widths: list[int],
@@ -57,7 +57,8 @@ def test_routed_linear_is_the_mixture(
     before = [value.detach().clone() for value in values]
     bias_EO, *rest = values
     parts, weights = rest[: len(widths)], rest[len(widths) :]
-    ours = routed_linear(parts, weights, bias_EO if bias else None, routing_of(gate), backend)
+    with kernel_is(kernel):
+        ours = routed_linear(parts, weights, bias_EO if bias else None, routing_of(gate))
     weight = torch.cat(weights, dim=2)
     of_each = torch.einsum("ti,eoi->teo", torch.cat(parts, dim=1), weight) + bias * bias_EO
     theirs = torch.einsum("te,teo->to", gate, of_each)
@@ -70,24 +71,24 @@ def test_routed_linear_is_the_mixture(
     torch.testing.assert_close(values, before, atol=0, rtol=0)
 
 
-ROADS: dict[str, tuple[Backend, int, int]] = {
-    "all experts": ("auto", 2**16, 2**14),
-    "at once": ("auto", 0, 2**14),
+ROADS: dict[str, tuple[Kernel, int, int]] = {
+    "all experts": ("loop", 2**16, 2**14),
+    "at once": ("loop", 0, 2**14),
     "by expert": ("loop", 0, -1),
     "in blocks": ("padded", 0, -1),
     "by torch": ("grouped", 0, -1),
 }
-"""By name: the backend, and the bounds of all experts at once and of all rows at once."""
+"""By name: the kernel, and the bounds of all experts at once and of all rows at once."""
 
 each_road = pytest.mark.parametrize("road", ROADS)
 
 
-def take(road: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """Take a road of ``routed_linear``, by its backend and bounds."""
-    backend, few, at_once = ROADS[road]
+def take(road: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Set the bounds of a road of ``routed_linear``, and give its kernel."""
+    kernel, few, at_once = ROADS[road]
     monkeypatch.setattr("gmoe.routed.FEW_NUMBERS", few)
     monkeypatch.setattr("gmoe.routed.AT_ONCE", at_once)
-    return backend
+    return kernel
 
 
 @each_road
@@ -96,7 +97,7 @@ def test_second_and_third_gradients_are_those_of_the_mixture(
     road: str, k: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An expert without tokens has zero."""
-    backend = take(road, monkeypatch)
+    kernel = take(road, monkeypatch)
     expert_TK = (torch.arange(6)[:, None] + torch.arange(k)) % 3
     leaves = [features(6, k), features(6, 2), features(6, 1), features(4, 3, 2), features(4, 3, 1)]
     if has_bias:
@@ -109,7 +110,8 @@ def test_second_and_third_gradients_are_those_of_the_mixture(
         bias = leaves[5] if has_bias else None
         routing = Routing.from_choices(expert_TK, gate.sigmoid(), num_experts=4)
         weights = [of_x.sin(), of_y]
-        return routed_linear([x.sin(), y], weights, bias, routing, backend).square()
+        with kernel_is(kernel):
+            return routed_linear([x.sin(), y], weights, bias, routing).square()
 
     def differentiate(*leaves: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(run(*leaves).sum(), leaves, create_graph=True)
@@ -126,14 +128,15 @@ def test_each_road_gives_the_masked_mixture_of_two_parts(
     road: str, k: int, has_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last expert has no token: its gradients are zero, not missing."""
-    backend = take(road, monkeypatch)
+    kernel = take(road, monkeypatch)
     expert_TK = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)).topk(k).indices
     shapes = [(40, k), (40, 8), (40, 4), (4, 8, 8), (4, 8, 4), (4, 8)]
     leaves = [features(*shape, seed=i).to(dtype).requires_grad_() for i, shape in enumerate(shapes)]
     weight_TK, x, y, *weights, bias_EO = leaves
     used = leaves if has_bias else leaves[:-1]
     routing = Routing.from_choices(expert_TK, weight_TK, num_experts=4)
-    found = routed_linear([x, y], weights, bias_EO if has_bias else None, routing, backend)
+    with kernel_is(kernel):
+        found = routed_linear([x, y], weights, bias_EO if has_bias else None, routing)
     of_each = torch.einsum("ti,eoi->teo", torch.cat([x, y], dim=1), torch.cat(weights, dim=2))
     gate_TE = torch.zeros(40, 4, dtype=dtype).scatter(1, expert_TK, weight_TK)
     expected = torch.einsum("te,teo->to", gate_TE, of_each + has_bias * bias_EO)
