@@ -73,12 +73,13 @@ def test_a_row_meets_its_expert(
 
 @each_kernel
 def test_autocast_as_in_linear(kernel: Kernel) -> None:
-    values = torch.randn(4, 7), torch.randn(2, 7, 5), torch.randn(2, 5)
+    x, weight, bias = torch.randn(4, 7), torch.randn(2, 7, 5), torch.randn(2, 5)
+    offsets = ends([1, 3])
     with kernel_is(kernel):
-        plain = grouped_linear(*values, ends([1, 3]))
+        plain = grouped_linear(x, weight, bias, offsets)
         with torch.autocast("cpu", torch.bfloat16):
-            low = grouped_linear(*values, ends([1, 3]))
-            double = grouped_linear(*(value.double() for value in values), ends([1, 3]))
+            low = grouped_linear(x, weight, bias, offsets)
+            double = grouped_linear(x.double(), weight.double(), bias.double(), offsets)
     assert (plain.dtype, low.dtype, double.dtype) == (torch.float32, torch.bfloat16, torch.float64)
     torch.testing.assert_close(low.float(), plain, atol=0.1, rtol=0.05)
     torch.testing.assert_close(double.float(), plain)
