@@ -153,11 +153,8 @@ class GpuBenchmark(Measurement):
         check(there, "device", "'cuda' without such a device", legal)
         by_variant: dict[str, Any] = {}
         for name in tqdm(self.rows, desc="rows", disable=None):
-            try:
-                found = self.of_row(name)
-            # On unknown hardware one row that fails must not cost the others.
-            except Exception as error:
-                found = {name: {"error": f"{type(error).__name__}: {error}"}}
+            found = tried(partial(self.of_row, name))
+            found = {name: found} if "error" in found else found
             for variant, figures in found.items():
                 tqdm.write(f"{variant}: {summary(figures)}", file=sys.stderr)
             by_variant |= found
@@ -391,25 +388,27 @@ def compared_ways(
 
     ``twice`` are second gradients beside the CPU's.
     """
-    by_way: dict[str, Any] = {}
     plain = run(model, inputs, device, torch.float32)
-    for name, (wrap, tolerance) in WAYS.items():
-        if name == "captured" and device.type != "cuda":
-            continue
+
+    def wrapped(wrap: Callable[[nn.Module], Any], tolerance: float) -> dict[str, Any]:
         torch.compiler.reset()
-        try:
-            with one_process():
-                found = run(model, inputs, device, torch.float32, wrap)
-            by_way[name] = differences(plain, found, tolerance)
-        except Exception as error:  # of one way, on hardware that nobody has tried
-            by_way[name] = {"error": f"{type(error).__name__}: {error}"}
+        with one_process():
+            return differences(plain, run(model, inputs, device, torch.float32, wrap), tolerance)
+
+    def twice() -> dict[str, Any]:
+        values, others = (run_twice(model, inputs, one) for one in (torch.device("cpu"), device))
+        return differences(values, others, tolerance=1e-9)
+
+    ways = [name for name in WAYS if name != "captured" or device.type == "cuda"]
+    return {name: tried(partial(wrapped, *WAYS[name])) for name in ways} | {"twice": tried(twice)}
+
+
+def tried(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is found, or the ``error``: on hardware that nobody has tried, others go on."""
     try:
-        of_cpu = run_twice(model, inputs, torch.device("cpu"))
-        found = run_twice(model, inputs, device)
-        by_way["twice"] = differences(of_cpu, found, tolerance=1e-9)
+        return call()
     except Exception as error:
-        by_way["twice"] = {"error": f"{type(error).__name__}: {error}"}
-    return by_way
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 @contextmanager

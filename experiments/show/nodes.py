@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import networkx as nx
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor
-from torch_geometric.utils import degree, subgraph
+from torch_geometric.utils import degree, subgraph, to_scipy_sparse_matrix
 
 from gmoe.plot import palette
 
@@ -34,23 +37,11 @@ def neighborhoods(edge_index: Tensor, num_nodes: int, most: int = MOST_NODES) ->
     by_degree = degrees.argsort(stable=True)[int((degrees == 0).sum()) :]
     places = torch.linspace(0.25, 0.75, PARTS) * (len(by_degree) - 1)
     starts = by_degree[places.long()] if len(by_degree) else torch.arange(PARTS)
-    parts = [_around(start, edge_index, num_nodes, most // PARTS) for start in starts]
-    return torch.cat(parts).unique()
-
-
-def _around(start: Tensor, edge_index: Tensor, num_nodes: int, most: int) -> Tensor:
-    """The nodes nearest to one, hop by hop."""
-    source, destination = edge_index
-    reached = start.view(1)
-    is_inside = torch.zeros(num_nodes, dtype=torch.bool)
-    while len(reached) < most:
-        is_inside[reached] = True
-        near = torch.cat([destination[is_inside[source]], source[is_inside[destination]]]).unique()
-        new = near[~is_inside[near]]
-        if len(new) == 0:
-            break
-        reached = torch.cat([reached, new])[:most]
-    return reached
+    edges = to_scipy_sparse_matrix(edge_index, num_nodes=num_nodes).tocsr()
+    # Hop by hop, against edges too
+    reached = partial(breadth_first_order, edges, directed=False, return_predecessors=False)
+    parts = [reached(start)[: most // PARTS] for start in starts.tolist()]
+    return torch.from_numpy(np.concatenate(parts)).long().unique()
 
 
 def draw_nodes(edge_index: Tensor, num_nodes: int, values: Mapping[str, Tensor]) -> Figure:

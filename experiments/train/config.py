@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import tyro
 
@@ -21,9 +21,6 @@ from experiments.train.checks import (
     check_seeds,
 )
 from vision.recipe import Recipe
-
-if TYPE_CHECKING:
-    from torch import nn
 
 RouterInput = Literal["node", "neighbors", "degree"]
 
@@ -188,23 +185,14 @@ class RunConfig:
         return False
 
     @property
+    def of_images(self) -> Recipe:
+        """The recipe of images; of other data one that changes nothing."""
+        return Recipe()
+
+    @property
     def step_size(self) -> int:
         """Rows of a step of the optimizer, of all processes together."""
-        return self.batch_size
-
-    @property
-    def warmup_epochs(self) -> float | None:
-        """Epochs of warmup, where they are given."""
-        return None
-
-    @property
-    def model_ema_decay(self) -> float:
-        """Decay of the average of weights; 0 if there is none."""
-        return 0.0
-
-    def lr_factors(self, model: nn.Module) -> dict[str, float]:
-        """By what the learning rate of some parameters is multiplied, by name."""
-        return {}
+        return self.batch_size * self.of_images.grad_accum_steps
 
     @property
     def launcher(self) -> str:
@@ -468,23 +456,8 @@ class ImageConfig(RunConfig):
         return () if self.timm_model is None else (str(self.model),)
 
     @property
-    def step_size(self) -> int:
-        return self.batch_size * self.recipe.grad_accum_steps
-
-    @property
-    def warmup_epochs(self) -> float | None:
-        return self.recipe.warmup_epochs
-
-    @property
-    def model_ema_decay(self) -> float:
-        return self.recipe.model_ema_decay
-
-    def lr_factors(self, model: nn.Module) -> dict[str, float]:
-        if self.recipe.layer_decay is None:
-            return {}
-        from vision.models import layer_factors  # and torch with it
-
-        return layer_factors(model, self.recipe.layer_decay)
+    def of_images(self) -> Recipe:
+        return self.recipe
 
 
 TIMM = "timm/"

@@ -29,7 +29,7 @@ from experiments.train.results import Result, Summary, commit, write_json
 from experiments.train.routing_stats import routing_summary
 from experiments.train.run_folder import begin, described, so_far
 from experiments.train.summary import summarize
-from experiments.train.training import Reached, Training, get_rng, set_rng, set_up
+from experiments.train.training import Reached, Training, get_rng, lr_factors, set_rng, set_up
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> Summary:
@@ -101,7 +101,7 @@ def train_seed(
         )
     # Runs it once, and so refuses what cannot run before anything is written
     costs = costs_of(model, config, task)
-    config.lr_factors(model)  # refuses parts that the model does not have
+    lr_factors(config, model)  # refuses parts that the model does not have
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):

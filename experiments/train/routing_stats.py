@@ -119,35 +119,25 @@ def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
 
 
 def node_properties(data: Data) -> dict[str, Tensor]:
-    """(N,) integers a property: ``label``, in-``degree``, ``homophily``.
+    """(N,) integers a property: in-``degree``, and of one label a node ``homophily`` and ``label``.
 
-    The latter two are :func:`node_values`, binned by quantiles, nodes without neighbors apart. What
-    is not known is -1.
-    """
-    values = node_values(data)
-    properties = {"degree": quantile_bins(values["degree"])}
-    if "homophily" in values:
-        properties["homophily"] = quantile_bins(values["homophily"]).where(data.y >= 0, -1)
-        properties["label"] = data.y.clamp(min=-1)
-    return properties
-
-
-def node_values(data: Data) -> dict[str, Tensor]:
-    """(N,) the in-``degree``; of one label a node also the ``homophily``.
-
-    That is the share of in-neighbors of the same label, -1 without neighbors.
+    Homophily is the share of in-neighbors of the same label. Degree and homophily are binned by
+    quantiles, nodes without neighbors apart. What is not known is -1.
     """
     source, destination = remove_self_loops(data.edge_index)[0]
-    values = {"degree": degree(destination, data.num_nodes)}
-    if data.y is not None and data.y.dim() == 1:
-        labeled = (data.y[source] >= 0) & (data.y[destination] >= 0)
-        source = source[labeled]
-        destination = destination[labeled]
-        same = (data.y[source] == data.y[destination]).float()
-        share = scatter(same, destination, dim_size=data.num_nodes, reduce="mean")
-        has_neighbors = degree(destination, data.num_nodes) > 0
-        values["homophily"] = share.where(has_neighbors, -1.0)
-    return values
+    properties = {"degree": quantile_bins(degree(destination, data.num_nodes))}
+    if data.y is None or data.y.dim() > 1:
+        return properties
+    is_known = data.y >= 0
+    labeled = is_known[source] & is_known[destination]
+    source = source[labeled]
+    destination = destination[labeled]
+    same = (data.y[source] == data.y[destination]).float()
+    share = scatter(same, destination, dim_size=data.num_nodes, reduce="mean")
+    share = share.where(degree(destination, data.num_nodes) > 0, -1.0)
+    properties["homophily"] = quantile_bins(share).where(is_known, -1)
+    properties["label"] = data.y.clamp(min=-1)
+    return properties
 
 
 def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:

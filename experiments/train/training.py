@@ -68,7 +68,7 @@ class Training:
         self.reached = Reached()
         self.epoch = Epoch(self.lr)
         self.best = weights_of(self.model)
-        decay = self.config.model_ema_decay
+        decay = self.config.of_images.model_ema_decay
         self.average = weight_average(self.model.module, decay) if decay else None
         # Of the last evaluation: further figures by name, of the task's ``beside``
         self.beside: dict[str, float] = {}
@@ -328,7 +328,7 @@ def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> I
         ready, optimizer = fabric.setup(model, make_optimizer(config, model))
         epoch = task.steps(config.step_size)
         steps = config.epochs * epoch
-        epochs = config.warmup_epochs
+        epochs = config.of_images.warmup_epochs
         warmup = round(WARMUP * steps if epochs is None else epochs * epoch)
         scheduler = LambdaLR(
             optimizer.optimizer, lambda step: learning_rate(config.schedule, step, steps, warmup)
@@ -369,7 +369,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     spared = {"bias", "centroid", "log_temperature", "class_token", "pos_embedding", "root"}
     # What timm's models name, such as the class token
     spared |= {name.rsplit(".", 1)[-1] for name in getattr(model, "no_weight_decay", set)()}
-    factors = config.lr_factors(model)
+    factors = lr_factors(config, model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in model.named_parameters():
         # A gain is decayed, toward the dense model: it scales weights that are
@@ -388,6 +388,16 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
         options, lr=config.lr, fused=True
     )
+
+
+def lr_factors(config: RunConfig, model: nn.Module) -> dict[str, float]:
+    """By what the learning rate of some parameters is multiplied, by name."""
+    decay = config.of_images.layer_decay
+    if decay is None:
+        return {}
+    from vision.models import layer_factors  # timm, which graphs do without
+
+    return layer_factors(model, decay)
 
 
 def weight_average(model: nn.Module, decay: float) -> Any:
