@@ -107,18 +107,18 @@ class Edges:
             given_order=given_order,
         )
 
-    def of(self, receivers: Tensor, number: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The messages of some receivers, one receiver after the other.
+    def of(self, receivers: Tensor, number: int | None = None) -> Edges:
+        """The messages of some receivers, one receiver after the other, which are counted anew.
+
+        ``order`` has the places of the messages among these edges.
 
         Args:
             receivers: (r,) integers; a receiver may occur several times.
             number: m, where it is known. Else it is read from the device, for which the host waits.
-
-        Returns:
-            (m,) the messages; (m,) the position of each one's receiver among ``receivers``; and
-            (r + 1,) where the messages of each position start.
         """
-        return _find_messages(self.ptr, receivers, number)
+        message, position, ptr = _find_messages(self.ptr, receivers, number)
+        sender = self.sender.index_select(0, message)
+        return Edges(ptr, sender, position, self.num_senders, message)
 
     @lazy
     def looped(self) -> Edges:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -26,7 +27,8 @@ from gmoe.conv.explain import with_mask
 from gmoe.conv.graph import Graph
 from gmoe.conv.matrix import Matrix
 from gmoe.conv.network import can_be_stacked, run_network
-from gmoe.products import combine, dispatch
+from gmoe.portable import exported_as
+from gmoe.products import NUMBERS, combine, dispatch
 from gmoe.routed import routed_linear
 from gmoe.routing import Routing
 
@@ -66,11 +68,21 @@ class AggregateOnce(StackedExperts):
             return None
         return partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean")
 
-    def aggregate(self, call: Call) -> Tensor | None:
+    def aggregate(self, call: Call, routing: Routing | None = None) -> Tensor | None:
         if self.make_matrix is None:
             return self._by_pyg(call)
-        matrix = self.make_matrix(call.graph, dtype=call.x_src.dtype)
-        return call.graph.product(matrix, call.x_src)
+        if routing is not None and self.can_sum_pairs(call) and _gains_by_pairs(call, routing):
+            return None
+        return call.graph.product(self.matrix(call), call.x_src)
+
+    def matrix(self, call: Call) -> Matrix:
+        """The A of the sum A x, if it is one."""
+        assert self.make_matrix is not None
+        return self.make_matrix(call.graph, dtype=call.x_src.dtype)
+
+    def can_sum_pairs(self, call: Call) -> bool:
+        """True if :meth:`forward` runs without the aggregate, and sums for each pair itself."""
+        return False
 
     def _by_pyg(self, call: Call) -> Tensor:
         """(T, A) what the stripped conv itself aggregates."""
@@ -90,6 +102,19 @@ class AggregateOnce(StackedExperts):
             size = (graph.num_src, graph.num_rows)
             out = conv((x, None), adj, **graph.args_for(conv), size=size)
         return out[: graph.num_dst].to(x_src.dtype)
+
+
+@exported_as(lambda *_: False)  # how many numbers there are is not known
+def _gains_by_pairs(call: Call, routing: Routing) -> bool:
+    """True if it takes less time to sum in the order of the pairs than to move the sums there.
+
+    That is where their rows outgrow a CPU's caches. Not if the features need a gradient, which
+    would sort the messages once more; nor if the graph keeps their sum.
+    """
+    x_src, graph = call.x_src, call.graph
+    is_large = x_src.device.type == "cpu" and x_src.numel() > NUMBERS
+    is_kept = x_src is graph.x or graph.mask is not None
+    return is_large and not is_kept and not x_src.requires_grad and routing.pairs_each == 1
 
 
 class LinearAggregation(AggregateOnce):
@@ -121,20 +146,25 @@ class LinearAggregation(AggregateOnce):
     def aggregate_width(self) -> int:
         return self.width
 
+    def can_sum_pairs(self, call: Call) -> bool:
+        return len(self.layers()) == 1  # else the rows of the roots move anyway
+
     def forward(self, call: Call, routing: Routing) -> Tensor:
-        assert call.aggregate is not None  # these experts share one
-        inputs = [call.aggregate, call.x_dst]
         layers = self.layers()
-        if not self.normalize and all(map(is_plain, layers)):
+        if call.aggregate is None:
+            rows_PI = self.matrix(call).times(call.x_src, routing.token)
+        elif not self.normalize and all(map(is_plain, layers)):
             weights = [layer.weight for layer in layers]
             bias_EO = self.bias_of(layers)
-            parts = inputs[: len(layers)]
+            parts = [call.aggregate, call.x_dst][: len(layers)]
             return routed_linear(parts, weights, bias_EO, routing)
-        y_PO = layers[0](dispatch(inputs[0], routing), routing.offsets)
+        else:
+            rows_PI = dispatch(call.aggregate, routing)
+        y_PO = layers[0](rows_PI, routing.offsets)
         if len(layers) == 2:
-            y_PO = y_PO + layers[1](dispatch(inputs[1], routing), routing.offsets)
+            y_PO = y_PO + layers[1](dispatch(call.x_dst, routing), routing.offsets)
         if "bias" in self.parts and self.bias is not None:
-            y_PO = y_PO + self.bias.index_select(0, routing.expert)
+            y_PO = y_PO + self.bias.index_select(0, routing.expert).to(y_PO.dtype)
         if self.normalize:
             y_PO = y_PO / row_norms(y_PO)
         return combine(y_PO, routing)
@@ -208,12 +238,20 @@ class GINExperts(AggregateOnce):
     def accepts(conv: Conv) -> bool:
         return AggregateOnce.accepts(conv) and can_be_stacked(conv.nn)
 
+    def can_sum_pairs(self, call: Call) -> bool:
+        is_one_set = call.x_src is call.x_dst
+        adds = self.prototype.aggr in ("add", "sum")  # a mean would divide the nodes, too
+        return is_one_set and adds and not self.eps.requires_grad
+
     def forward(self, call: Call, routing: Routing) -> Tensor:
-        assert call.aggregate is not None  # these experts share one
         scale_P1 = (1 + self.eps).index_select(0, routing.expert)
-        aggregate_PI = dispatch(call.aggregate, routing)
-        root_PI = dispatch(call.x_dst, routing)
-        rows_PI = aggregate_PI.addcmul_(root_PI, scale_P1)
+        if call.aggregate is None:  # each node is one of its own neighbors, of this weight
+            loops_T = scale_P1.squeeze(1).index_select(0, routing.place)
+            matrix = replace(self.matrix(call), loops=loops_T)
+            rows_PI = matrix.times(call.x_src, routing.token)
+        else:
+            root_PI = dispatch(call.x_dst, routing)
+            rows_PI = dispatch(call.aggregate, routing).addcmul_(root_PI, scale_P1)
         return combine(run_network(self.nn, rows_PI, routing.offsets), routing)
 
     def on_all(self, call: Call) -> Tensor:

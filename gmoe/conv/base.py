@@ -80,10 +80,15 @@ class ConvExperts(nn.Module, ABC):
         """(T, O) a single expert's output at every token; for layers of one expert only."""
         return self(call, to_one(call.x_dst))
 
-    def aggregate(self, call: Call) -> Tensor | None:
+    def aggregate(self, call: Call, routing: Routing | None = None) -> Tensor | None:
         """(T, A) the sum over neighbors that all experts share; ``None`` if they share none.
 
         It follows from the graph and the sources alone.
+
+        Args:
+            call: what is known so far.
+            routing: the decision, if the experts alone see the sum: then ``None``, too, if they sum
+                in the order of its pairs.
         """
         return None
 

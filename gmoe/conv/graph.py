@@ -422,15 +422,15 @@ class Graph:
         """
         num_dst = token.size(0)  # without the extra destination that may follow
         # 1. The edges that end in a token, with a position of the token each.
-        edge, position, _ = self.edges.of(token)
-        num_messages = edge.numel()
+        found = self.edges.of(token)
+        num_messages = found.order.numel()
         if num_messages == 0 and self.num_edges:
             token = torch.cat([token, self.edges.receiver[:1]])
-            edge, position, _ = self.edges.of(token)
+            found = self.edges.of(token)
+        edge, position = found.order, found.receiver
 
         # 2. The nodes, renumbered: the tokens first, then all others that send to them.
-        sender = self.edges.sender.index_select(0, edge)
-        nodes, source = renumber(token[token < self.num_src], sender)
+        nodes, source = renumber(token[token < self.num_src], found.sender)
         if self.is_sparse:
             # Columns must ascend, or torch mixes up the gradients of the matrix's values.
             order = (position * len(nodes) + source).argsort()

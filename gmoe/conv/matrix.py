@@ -68,11 +68,20 @@ class Matrix:
         """The matrix with (N_src,) factors of rows and columns; the first are the destinations'."""
         return replace(self, left=scale[: self.adjacency.num_dst], right=scale)
 
-    def times(self, x: Tensor) -> Tensor:
-        """(N_dst, D) A x, in the type of ``x`` (N_src, D)."""
-        if self._takes_given_order(x):
+    def times(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        """(N_dst, D) A x, in the type of ``x`` (N_src, D).
+
+        Args:
+            x: the features.
+            order: (N_dst,) the destinations in the order in which their rows are wanted, each
+                once. Messages are then sorted once more, and no row is moved.
+        """
+        if order is None and self._takes_given_order(x):
             return self._times_in_given_order(x).to(x.dtype)
         edges, weight = self.entries
+        if order is not None:
+            edges = edges.of(order, weight.size(0))
+            weight = weight.index_select(0, edges.order)
         return weighted_sum(weight[:, None], x[:, None], edges).squeeze(1).to(x.dtype)
 
     def _takes_given_order(self, x: Tensor) -> bool:

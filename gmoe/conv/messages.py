@@ -92,11 +92,15 @@ class Messages:
             number = routing.pairs_each * graph.edges.sender.numel()
         self.token = routing.token
         """(P,) the token of each pair."""
-        self.edge, self.pair, self.ptr = graph.edges.of(self.token, number)
-        """(M,) the edge of each message; (M,) the pair that receives it, ascending; and (P + 1,)
-        where the messages of each pair start."""
-        self.source = graph.edges.sender.index_select(0, self.edge)
+        sent = graph.edges.of(self.token, number)
+        self.edge = sent.order
+        """(M,) the edge of each message."""
+        self.source = sent.sender
         """(M,) the node that sends it."""
+        self.pair = sent.receiver
+        """(M,) the pair that receives it, ascending."""
+        self.ptr = sent.ptr
+        """(P + 1,) where the messages of each pair start."""
         self.pair_offsets = routing.offsets
         """(E,) cumulative ends of each expert's pairs."""
         self.message_offsets = self.ptr[routing.offsets.long()].to(torch.int32)

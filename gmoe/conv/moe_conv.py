@@ -372,7 +372,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             call, wants_attention = read_call(self, x, edge_index, edge_args, given, unknown)
 
         # 2. Sum over neighbors once, if all experts share that sum.
-        call = call.with_aggregate(self.experts.aggregate(call))
+        sums_by = routing if self.shared_expert is None else None
+        call = call.with_aggregate(self.experts.aggregate(call, sums_by))
 
         # 3. Route the destinations.
         if routing is None and self.router is not None:

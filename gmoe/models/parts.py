@@ -121,7 +121,7 @@ class _DroppedReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (y,) = ctx.saved_tensors
-        return torch.where(y > 0, grads[0] * ctx.scale, 0.0), None
+        return torch.ops.aten.threshold_backward(grads[0] * ctx.scale, y, 0.0), None
 
 
 def is_by_row(norm: nn.Module) -> bool:

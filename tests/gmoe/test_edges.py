@@ -35,10 +35,11 @@ def test_loops_are_the_last_messages_of_their_receivers() -> None:
 def test_the_messages_of_some_receivers_come_receiver_by_receiver() -> None:
     edges = Edges.sorted(torch.arange(5), torch.tensor([2, 0, 2, 1, 2]), 5, 4)
     for number in (None, 7):  # is the number of messages known?
-        message, position, start = edges.of(torch.tensor([2, 3, 0, 2]), number)
-        assert edges.sender[message].tolist() == [0, 2, 4, 1, 0, 2, 4]
-        assert position.tolist() == [0, 0, 0, 2, 3, 3, 3]
-        assert start.tolist() == [0, 3, 3, 4, 7]
+        found = edges.of(torch.tensor([2, 3, 0, 2]), number)
+        assert found.sender.tolist() == [0, 2, 4, 1, 0, 2, 4]
+        assert edges.sender[found.order].tolist() == found.sender.tolist()
+        assert found.receiver.tolist() == [0, 0, 0, 2, 3, 3, 3]
+        assert found.ptr.tolist() == [0, 3, 3, 4, 7]
 
 
 def test_the_nodes_of_a_part_are_numbered_with_the_given_ones_first() -> None:
