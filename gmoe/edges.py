@@ -120,18 +120,6 @@ class Edges:
         sender = self.sender.index_select(0, message)
         return Edges(ptr, sender, position, self.num_senders, message)
 
-    @lazy
-    def looped(self) -> Edges:
-        """The edges and a loop at each node that is sender and receiver.
-
-        Loops that there were stay, so that the host does not wait for their number. ``order``
-        counts the messages that there were, then the loops.
-        """
-        number = min(self.num_senders, self.num_receivers)
-        with torch.inference_mode(False):  # a graph keeps the result, for training too
-            ptr, sender, receiver, order = _add_loops(self.ptr, self.sender, self.receiver, number)
-        return Edges(ptr, sender, receiver, self.num_senders, order)
-
 
 def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Number the nodes of a part of a graph anew.
@@ -246,33 +234,3 @@ def _positions(size: Tensor, number: int | None) -> Tensor:
     """(number,) the part in which each place lies, given the sizes of the parts."""
     part = torch.arange(size.size(0), device=size.device)
     return part.repeat_interleave(size, output_size=number)
-
-
-def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[Tensor, ...]:
-    edges = (sender.new_empty(sender.size(0) + number) for _ in range(3))
-    return ptr.new_empty(ptr.shape), *edges
-
-
-@operator(fake=_empty_loops)
-def _add_loops(
-    ptr: Tensor, sender: Tensor, receiver: Tensor, number: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :meth:`Edges.looped`.
-
-    A receiver's loop becomes its last message: nothing has to be sorted.
-    """
-    # 1. Each of the first receivers gets one message more.
-    loops_before = torch.arange(ptr.size(0), device=ptr.device).clamp(max=number)
-    ptr = ptr + loops_before
-
-    # 2. The place of each edge, behind the loops of the receivers before; and of each loop.
-    rank = torch.arange(sender.size(0), device=ptr.device)
-    place = torch.cat([rank + receiver.clamp(max=number), ptr[1 : number + 1] - 1])
-    order = torch.empty_like(place)
-    order.index_copy_(0, place, torch.arange(place.size(0), device=ptr.device))
-
-    # 3. Both ends of the messages, in this order.
-    node = torch.arange(number, device=ptr.device)
-    senders = torch.cat([sender, node]).index_select(0, order)
-    receivers = torch.cat([receiver, node]).index_select(0, order)
-    return ptr, senders, receivers, order

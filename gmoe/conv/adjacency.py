@@ -56,6 +56,17 @@ class Adjacency:
             return Edges(row_pointers(receiver, self.num_dst), sender, receiver, self.num_src, None)
         return Edges.sorted(sender, receiver, self.num_src, self.num_dst, validate=False)
 
+    @lazy
+    def looped(self) -> Edges:
+        """The messages and a loop at each node that is source and destination, sorted likewise.
+
+        Loops that there were stay, so that the host does not wait for their number. ``order``
+        counts the messages in the order of :attr:`sender`, then the loops.
+        """
+        node = torch.arange(min(self.num_src, self.num_dst), device=self.sender.device)
+        sender, receiver = (torch.cat([end, node]) for end in (self.sender, self.receiver))
+        return Edges.sorted(sender, receiver, self.num_src, self.num_dst, validate=False)
+
     @property
     def is_sorted(self) -> bool:
         """True if :attr:`edges` costs nothing."""

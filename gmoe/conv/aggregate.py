@@ -134,8 +134,9 @@ class LinearAggregation(AggregateOnce):
 
     def layers(self) -> list[Any]:
         """The linear layer of the aggregate, and of the root if it has one."""
-        parts = [getattr(self, name) for name in self.parts]
-        return [part for part in parts if isinstance(part, nn.Module)]
+        # Not getattr: a bias with a base would be added up, for nobody.
+        parts = map(self._modules.get, self.parts)
+        return [part for part in parts if part is not None]
 
     def bias_of(self, layers: Sequence[Any]) -> Tensor | None:
         """(E, O) the bias of the convs, or of the layers of their aggregates."""

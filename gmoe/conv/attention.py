@@ -156,7 +156,7 @@ class AttentionExperts(StackedExperts):
             raise ValueError(
                 "lin_edge: got a changed layer, expected a plain one: its weight is read"
             )
-        return messages.of_edges(attr)
+        return attr.index_select(0, messages.of_edges(messages.graph.edges.order))
 
 
 class GATExperts(AttentionExperts):

@@ -44,9 +44,10 @@ def weights_by_edge(graph: Graph, messages: Messages, alpha_BH: Tensor) -> Atten
 
     # 1. The edge of each message, as numbered in the order given, then the new loops.
     edge_B = messages.of_edges(looped.edges.order)
-    if looped is not graph:  # which numbers the edges by destination
-        loop_L = torch.arange(num_given, num_all, device=edge_B.device)
-        edge_B = torch.cat([graph.edges.order, loop_L])[edge_B]
+    if looped is not graph:  # which numbers the messages
+        edge_M = torch.arange(num_all, device=edge_B.device)
+        given_M = graph.adjacency.of_messages(edge_M[:num_given])
+        edge_B = torch.cat([given_M, edge_M[num_given:]])[edge_B]
 
     # 2. Its weights: one row for each edge, or one for each edge and expert.
     routing = messages.routing

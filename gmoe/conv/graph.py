@@ -235,7 +235,7 @@ class Graph:
 
     @property
     def attr(self) -> Tensor | None:
-        """(M, F) the features of each of ``edges``.
+        """(M, F) the features of each edge, in the order given.
 
         They are ``edge_attr`` or, if a sparse matrix's values are rows, these values.
         """
@@ -245,8 +245,7 @@ class Graph:
             attr = values
         if attr is None:
             return None
-        rows = attr if attr.dim() > 1 else attr[:, None]
-        return rows[self.edges.order]
+        return attr if attr.dim() > 1 else attr[:, None]
 
     def mean(self, x_src: Tensor) -> Tensor:
         """(N_dst, D) the mean over in-edges of (N_src, D) features; zero without in-edges."""
@@ -367,10 +366,10 @@ class Graph:
     def _with_loops(self, fill_value: float | Tensor | str) -> Graph:
         """See :meth:`with_loops`."""
         num_loops = min(self.num_src, self.num_dst)
-        looped = self.edges.looped
-        is_added = looped.order >= self.edges.sender.size(0)
+        looped = self.adjacency.looped
+        is_added = looped.order >= self.num_edges
         is_replaced = (looped.sender == looped.receiver) & ~is_added
-        sender, receiver = self.edges.sender, self.edges.receiver
+        sender, receiver = self.adjacency.sender, self.adjacency.receiver
         node = torch.arange(num_loops, device=sender.device)
         ends = torch.stack([torch.cat([sender, node]), torch.cat([receiver, node])])
         attr = self.attr
@@ -380,6 +379,7 @@ class Graph:
             is_loop = sender == receiver
             receiver = torch.where(is_loop, self.num_dst, receiver)
             counted = torch.stack([sender, receiver])
+            attr = self.adjacency.of_messages(attr)
             _, attr = add_self_loops(counted, attr, fill_value, self.num_dst + 1)
             attr = attr[: ends.size(1)]
             # Nothing runs along a replaced loop, but its features are multiplied by gradients of
@@ -388,7 +388,7 @@ class Graph:
             attr = torch.where(is_used.view(-1, *[1] * (attr.dim() - 1)), attr, 0)
         mask = None
         if self.mask is not None:  # no explainer masks added loops: see MessagePassing
-            mask = self.mask[self.edges.order]
+            mask = self.adjacency.of_messages(self.mask)
             mask = torch.cat([mask, mask.new_ones(num_loops)])
         changes = {
             "adjacency": Adjacency(ends, ends, self.num_src, self.num_dst, ordered=looped),

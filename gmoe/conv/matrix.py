@@ -93,7 +93,8 @@ class Matrix:
         if torch.compiler.is_compiling() or is_watched():
             return False
         is_few = self.adjacency.sender.size(0) * x.size(1) <= FEW_NUMBERS
-        return x.device.type != "cpu" or (is_few and not self.adjacency.is_sorted)
+        is_sorted = self.adjacency.is_sorted or "entries" in vars(self)
+        return x.device.type != "cpu" or (is_few and not is_sorted)
 
     def _times_in_given_order(self, x: Tensor) -> Tensor:
         """(N_dst, D) A x in float32 at least, message by message."""
@@ -119,18 +120,17 @@ class Matrix:
     @lazy
     def entries(self) -> tuple[Edges, Tensor]:
         """The messages sorted by receiver, loops among them, and the entry of A for each."""
-        edges = self.adjacency.edges
+        has_loops = self.loops is not None
+        edges = self.adjacency.looped if has_loops else self.adjacency.edges
         with torch.inference_mode(False):  # a graph keeps the result, for training too
             weight = self.weight
             if weight is None:
-                weight = torch.ones_like(edges.sender, dtype=torch.float32)
-            elif self.adjacency.ordered is None:
-                weight = weight.index_select(0, edges.order)
+                weight = torch.ones_like(self.adjacency.sender, dtype=torch.float32)
             if self.loops is not None:
-                edges = edges.looped
                 number = edges.sender.size(0) - weight.size(0)
-                loops = weight.new_ones(number) * self.loops
-                weight = torch.cat([weight, loops]).index_select(0, edges.order)
+                weight = torch.cat([weight, weight.new_ones(number) * self.loops])
+            if has_loops or self.adjacency.ordered is None:
+                weight = weight.index_select(0, edges.order)
             if self.left is not None:
                 weight = self.left.index_select(0, edges.receiver) * weight
             if self.right is not None:

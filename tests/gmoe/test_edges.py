@@ -22,16 +22,6 @@ def test_edges_are_in_the_order_of_receivers_and_then_as_given(nodes: int) -> No
     assert Edges.sorted(torch.arange(300), many, 300, nodes).order.tolist() == expected
 
 
-def test_loops_are_the_last_messages_of_their_receivers() -> None:
-    """As if all edges had been sorted anew."""
-    sender, receiver = torch.tensor([[4, 0, 1, 1, 2, 4, 0], [0, 0, 1, 2, 2, 2, 3]])
-    found = Edges.sorted(sender, receiver, 5, 4).looped
-    ends = torch.cat([sender, torch.arange(4)]), torch.cat([receiver, torch.arange(4)])
-    expected = Edges.sorted(*ends, 5, 4)
-    for name in ("ptr", "sender", "receiver", "order"):
-        assert torch.equal(getattr(found, name), getattr(expected, name))
-
-
 def test_the_messages_of_some_receivers_come_receiver_by_receiver() -> None:
     edges = Edges.sorted(torch.arange(5), torch.tensor([2, 0, 2, 1, 2]), 5, 4)
     for number in (None, 7):  # is the number of messages known?

@@ -100,7 +100,7 @@ def test_sums_in_the_order_of_the_pairs_are_those_of_the_tokens(
         monkeypatch.setattr(aggregate, "NUMBERS", most)
         y = layer(x, edge_index, routing=routing, **given)
         # Without an edge, nothing follows from the weights of edges.
-        options = {"allow_unused": True, "materialize_grads": True}
+        options: Any = {"allow_unused": True, "materialize_grads": True}
         grads = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True, **options)
         penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
         found.append([y, *grads, *torch.autograd.grad(penalty, leaves, **options)])

@@ -60,18 +60,16 @@ def test_a_forward_sorts_edges_once_a_graph_never_again(
     shared_router: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, graph = features(9, 4), Graph(EDGES, 9)
-    gnn = GNNMoE(
-        4, 6, 3, 6, shared_router=shared_router, router_input=("node", "neighbors")
-    ).double()
+    gnn = GNNMoE(4, 6, 3, 6, shared_router=shared_router).double()
     calls = watched(monkeypatch, Edges, "sorted")
     gnn(x, EDGES)
     assert not calls  # they are few
     monkeypatch.setattr(matrix, "FEW_NUMBERS", 0)
     gnn(x, EDGES)
     assert len(calls) == 1
-    for _ in range(2):  # the transpose, once
+    for _ in range(2):  # with loops, and the transpose, each once
         gnn(x, graph).sum().backward()
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("kind", ["gcn", "sage", "graph", "gin"])
@@ -276,8 +274,8 @@ def test_graphs_share_the_order_the_transpose_and_the_loops(
     calls = watched(monkeypatch, Edges, "sorted")
     for seed in range(3):
         layer(x, graph, edge_attr=features(30, 2, seed=seed)).sum().backward()
-    assert len(calls) == 4  # once of the graph, and of the messages of each routing
-    assert graph.with_weights(features(30)).edges.looped is graph.edges.looped
+    assert len(calls) == 5  # twice of the graph, and of the messages of each routing
+    assert graph.with_weights(features(30)).adjacency.looped is graph.adjacency.looped
 
 
 def test_a_graph_that_does_not_fit_the_layer_is_refused() -> None:
