@@ -98,14 +98,9 @@ class Edges:
 
     def to(self, device: torch.device | str) -> Edges:
         """The same edges on another device."""
-        given_order = None if self.given_order is None else self.given_order.to(device)
-        return replace(
-            self,
-            ptr=self.ptr.to(device),
-            sender=self.sender.to(device),
-            receiver=self.receiver.to(device),
-            given_order=given_order,
-        )
+        given = vars(self).items()
+        moved: Any = {name: part.to(device) for name, part in given if isinstance(part, Tensor)}
+        return replace(self, **moved)
 
     def of(self, receivers: Tensor, number: int | None = None) -> Edges:
         """The messages of some receivers, one receiver after the other, which are counted anew.

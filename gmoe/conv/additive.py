@@ -67,7 +67,7 @@ def _keeps_rows(messages: Messages) -> bool:
 
     PyG's conv keeps such rows, too.
     """
-    return isinstance(messages, AllMessages) or messages.source.device.type != "cpu"
+    return isinstance(messages, AllMessages) or messages.graph.edge_index.device.type != "cpu"
 
 
 class _Parts(NamedTuple):

@@ -57,15 +57,16 @@ class Adjacency:
         return Edges.sorted(sender, receiver, self.num_src, self.num_dst, validate=False)
 
     @lazy
-    def looped(self) -> Edges:
-        """The messages and a loop at each node that is source and destination, sorted likewise.
+    def looped(self) -> Adjacency:
+        """The messages, then a loop at each node that is source and destination.
 
-        Loops that there were stay, so that the host does not wait for their number. ``order``
-        counts the messages in the order of :attr:`sender`, then the loops.
+        Loops that there were stay, so that the host does not wait for their number.
         """
         node = torch.arange(min(self.num_src, self.num_dst), device=self.sender.device)
         sender, receiver = (torch.cat([end, node]) for end in (self.sender, self.receiver))
-        return Edges.sorted(sender, receiver, self.num_src, self.num_dst, validate=False)
+        edges = Edges.sorted(sender, receiver, self.num_src, self.num_dst, validate=False)
+        ends = torch.stack([sender, receiver])
+        return Adjacency(ends, ends, self.num_src, self.num_dst, ordered=edges)
 
     @property
     def is_sorted(self) -> bool:

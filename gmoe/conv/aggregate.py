@@ -123,13 +123,11 @@ class LinearAggregation(AggregateOnce):
     The first two ``parts`` are these layers, or the first layer and a bias.
     """
 
-    def has_output_norm(self, conv: Conv) -> bool:
-        """True if the conv normalizes the rows of its output."""
-        return False
+    normalize = False
+    """Whether the convs normalize the rows of their output."""
 
     def build(self, convs: Sequence[Conv]) -> None:
         super().build(convs)
-        self.normalize = self.has_output_norm(convs[0])
         self.width: int = self.layers()[0].in_features
 
     def layers(self) -> list[Any]:
@@ -210,11 +208,9 @@ class SAGEExperts(LinearAggregation):
     def accepts(conv: Conv) -> bool:
         return not conv.project and AggregateOnce.accepts(conv)
 
-    def has_output_norm(self, conv: Conv) -> bool:
-        return bool(conv.normalize)
-
     def build(self, convs: Sequence[Conv]) -> None:
         super().build(convs)
+        self.normalize = bool(convs[0].normalize)
         self.prototype.root_weight = False
         self.prototype.normalize = False
 

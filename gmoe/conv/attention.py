@@ -194,7 +194,8 @@ class GATExperts(AttentionExperts):
             from_target_PH = messages.by_token(target_TEH)
             # Not by add_ends, which would sort the messages by source and expert in the backward.
             from_source_MH = messages.by_source(source_NEH)
-            score_MH = from_source_MH + to_messages(from_target_PH, messages.ptr, messages.pair)
+            edges = messages.from_sources
+            score_MH = from_source_MH + to_messages(from_target_PH, edges.ptr, edges.receiver)
         else:
             value_UHC = self._by_head(messages.rows_by(lin_src, x_src))
             from_source_UH = self._scores(value_UHC, messages.at_rows(att_src_E1HC))

@@ -365,13 +365,11 @@ class Graph:
 
     def _with_loops(self, fill_value: float | Tensor | str) -> Graph:
         """See :meth:`with_loops`."""
-        num_loops = min(self.num_src, self.num_dst)
         looped = self.adjacency.looped
-        is_added = looped.order >= self.num_edges
+        num_loops = looped.edge_index.size(1) - self.num_edges
+        is_added = looped.edges.order >= self.num_edges
         is_replaced = (looped.sender == looped.receiver) & ~is_added
         sender, receiver = self.adjacency.sender, self.adjacency.receiver
-        node = torch.arange(num_loops, device=sender.device)
-        ends = torch.stack([torch.cat([sender, node]), torch.cat([receiver, node])])
         attr = self.attr
         if attr is not None:
             # Loops that are replaced do not count in the features of new ones. How many there are
@@ -381,7 +379,7 @@ class Graph:
             counted = torch.stack([sender, receiver])
             attr = self.adjacency.of_messages(attr)
             _, attr = add_self_loops(counted, attr, fill_value, self.num_dst + 1)
-            attr = attr[: ends.size(1)]
+            attr = attr[: self.num_edges + num_loops]
             # Nothing runs along a replaced loop, but its features are multiplied by gradients of
             # zero: they must be numbers, which 0/0 on a loop is not.
             is_used = torch.cat([~is_loop, is_loop.new_ones(num_loops)])
@@ -391,7 +389,7 @@ class Graph:
             mask = self.adjacency.of_messages(self.mask)
             mask = torch.cat([mask, mask.new_ones(num_loops)])
         changes = {
-            "adjacency": Adjacency(ends, ends, self.num_src, self.num_dst, ordered=looped),
+            "adjacency": looped,
             "flow": FLOWS[0],
             "x": None,
             "edge_weight": None,

@@ -120,8 +120,7 @@ class Matrix:
     @lazy
     def entries(self) -> tuple[Edges, Tensor]:
         """The messages sorted by receiver, loops among them, and the entry of A for each."""
-        has_loops = self.loops is not None
-        edges = self.adjacency.looped if has_loops else self.adjacency.edges
+        edges = (self.adjacency if self.loops is None else self.adjacency.looped).edges
         with torch.inference_mode(False):  # a graph keeps the result, for training too
             weight = self.weight
             if weight is None:
@@ -129,7 +128,7 @@ class Matrix:
             if self.loops is not None:
                 number = edges.sender.size(0) - weight.size(0)
                 weight = torch.cat([weight, weight.new_ones(number) * self.loops])
-            if has_loops or self.adjacency.ordered is None:
+            if self.loops is not None or self.adjacency.ordered is None:
                 weight = weight.index_select(0, edges.order)
             if self.left is not None:
                 weight = self.left.index_select(0, edges.receiver) * weight

@@ -6,6 +6,7 @@ messages (an edge and an expert of its destination), U rows (a source and an exp
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -92,24 +93,15 @@ class Messages:
             number = routing.pairs_each * graph.edges.sender.numel()
         self.token = routing.token
         """(P,) the token of each pair."""
-        sent = graph.edges.of(self.token, number)
-        self.edge = sent.order
-        """(M,) the edge of each message."""
-        self.source = sent.sender
-        """(M,) the node that sends it."""
-        self.pair = sent.receiver
-        """(M,) the pair that receives it, ascending."""
-        self.ptr = sent.ptr
-        """(P + 1,) where the messages of each pair start."""
-        self.pair_offsets = routing.offsets
-        """(E,) cumulative ends of each expert's pairs."""
-        self.message_offsets = self.ptr[routing.offsets.long()].to(torch.int32)
+        self.from_sources = graph.edges.of(self.token, number)
+        """The messages from the sources to the pairs; ``order`` has the edge of each."""
+        self.message_offsets = self.from_sources.ptr[routing.offsets.long()].to(torch.int32)
         """(E,) cumulative ends of each expert's messages."""
 
     @lazy
     def pair_starts(self) -> Tensor:
         """(E + 1,) where each expert's pairs start, and the end of all."""
-        return _starts(self.pair_offsets)
+        return _starts(self.routing.offsets)
 
     @lazy
     def pair_expert(self) -> Tensor:
@@ -119,23 +111,24 @@ class Messages:
     @lazy
     def expert(self) -> Tensor:
         """(M,) the expert of the pair that receives each message, ascending."""
-        return self.pair_expert.index_select(0, self.pair)
+        return self.pair_expert.index_select(0, self.from_sources.receiver)
 
     @lazy
     def rows(self) -> Rows:
         """The sources that each expert transforms, by as few host syncs as the device takes."""
         num_experts, num_sources = self.routing.num_experts, self.graph.num_src
+        source = self.from_sources.sender
         number = None
-        if self.source.device.type != "cpu":
+        if source.device.type != "cpu":
             # At most each message has a row of its own, and each expert all sources. The host knows
             # that; for the number itself it would wait.
-            number = min(self.source.size(0), num_experts * num_sources)
-        return Rows(*find_rows(self.expert, self.source, num_experts, num_sources, number))
+            number = min(source.size(0), num_experts * num_sources)
+        return Rows(*find_rows(self.expert, source, num_experts, num_sources, number))
 
     @lazy
     def from_rows(self) -> Edges:
         """The messages from the rows to the pairs."""
-        row_M = self.rows.place[self.expert, self.source]
+        row_M = self.rows.place[self.expert, self.from_sources.sender]
         return self.edges_from(row_M, self.rows.source.size(0))
 
     def edges_from(self, sender: Tensor, num_senders: int) -> Edges:
@@ -145,12 +138,7 @@ class Messages:
             sender: (M,) what sends each message.
             num_senders: how many there are.
         """
-        return Edges(self.ptr, sender, self.pair, num_senders, None)
-
-    @lazy
-    def from_sources(self) -> Edges:
-        """The messages from the sources to the pairs."""
-        return self.edges_from(self.source, self.graph.num_src)
+        return replace(self.from_sources, sender=sender, num_senders=num_senders)
 
     def rows_by(self, linear: Any, x_NI: Tensor, /) -> Tensor:
         """(U, O) the source of each row, transformed by its expert's layer."""
@@ -162,15 +150,15 @@ class Messages:
 
     def tokens_by(self, linear: Any, x_TI: Tensor, /) -> Tensor:
         """(P, O) the token of each pair, transformed by its expert's layer."""
-        return linear(dispatch(x_TI, self.routing), self.pair_offsets)
+        return linear(dispatch(x_TI, self.routing), self.routing.offsets)
 
     def pairs_by(self, linear: Any, x_PI: Tensor, /) -> Tensor:
         """(P, O) each pair, transformed by its expert's layer."""
-        return linear(x_PI, self.pair_offsets)
+        return linear(x_PI, self.routing.offsets)
 
     def pairs_times(self, x_PI: Tensor, weight_EIO: Tensor, /) -> Tensor:
         """(P, O) each pair times its expert's weight."""
-        return grouped_linear(x_PI, weight_EIO, None, self.pair_offsets)
+        return grouped_linear(x_PI, weight_EIO, None, self.routing.offsets)
 
     def times(self, x_MI: Tensor, weight_EIO: Tensor, /) -> Tensor:
         """(M, O) each message times its expert's weight."""
@@ -182,7 +170,7 @@ class Messages:
 
     def of_edges(self, value_M: Tensor, /) -> Tensor:
         """(M, ...) what the edge of each message has."""
-        return value_M.index_select(0, self.edge)
+        return value_M.index_select(0, self.from_sources.order)
 
     def at_pairs(self, value_E: Tensor, /) -> Tensor:
         """(P, ...) what the expert of each pair has."""
@@ -199,7 +187,8 @@ class Messages:
     @lazy
     def source_place(self) -> Tensor:
         """(M,) the place of each message's source and expert among all sources and experts."""
-        return torch.add(self.expert, self.source, alpha=self.routing.num_experts)
+        source = self.from_sources.sender
+        return torch.add(self.expert, source, alpha=self.routing.num_experts)
 
     @lazy
     def token_place(self) -> Tensor:
@@ -230,9 +219,7 @@ class AllMessages(Messages):
         self.graph = graph
         self.routing = routing
         self.token = torch.arange(graph.num_dst, device=graph.edges.ptr.device)
-        self.pair = graph.edges.receiver
-        self.ptr = graph.edges.ptr
-        self.source = graph.edges.sender
+        self.from_sources = graph.edges
 
     @lazy
     def choices(self) -> Any:
@@ -298,16 +285,12 @@ class DenseMessages(Messages):
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.pair = graph.edges.receiver
-        self.ptr = graph.edges.ptr
-        self.source = graph.edges.sender
-        self.message_offsets = self.ptr[-1:].to(torch.int32)
+        self.from_sources = graph.edges
+        self.message_offsets = graph.edges.ptr[-1:].to(torch.int32)
 
     @property
     def from_rows(self) -> Edges:
-        return self.graph.edges
-
-    from_sources = from_rows
+        return self.from_sources
 
     # Pairs are the tokens, rows the sources, messages the edges, and all have the one expert.
 
@@ -327,7 +310,7 @@ class DenseMessages(Messages):
     at_pairs = at_rows = pairs_of_rows = of_edges
 
     def by_source(self, value_NEH: Tensor) -> Tensor:
-        return value_NEH.squeeze(1).index_select(0, self.source)
+        return value_NEH.squeeze(1).index_select(0, self.from_sources.sender)
 
     def by_token(self, value_TEH: Tensor) -> Tensor:
         return value_TEH.squeeze(1)

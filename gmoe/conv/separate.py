@@ -78,8 +78,6 @@ class InEdges(NamedTuple):
     """(n, D) the features of the tokens."""
     message: Tensor
     """(m,) the edges."""
-    sender: Tensor
-    """(m,) the sender of each."""
     position: Tensor
     """(m,) the token of each, 0..n-1."""
 
@@ -95,9 +93,9 @@ def _in_edges(call: Call, token_P: Tensor, sizes: Sequence[int]) -> list[InEdges
     first = [0, *accumulate(sizes)]
     numbers = found.ptr[first].diff().tolist()
     rows = call.x_src.index_select(0, token_P).split(sizes)
-    ends = (found.order, found.sender, found.receiver)
-    by_expert = zip(rows, *(of_all.split(numbers) for of_all in ends), first, strict=False)
-    return [InEdges(*edges, position - start) for *edges, position, start in by_expert]
+    message, position = (part.split(numbers) for part in (found.order, found.receiver))
+    by_expert = zip(rows, message, position, first, strict=False)
+    return [InEdges(own, edges, place - start) for own, edges, place, start in by_expert]
 
 
 @untraced  # compiled code cannot copy a conv
@@ -121,7 +119,7 @@ def _run_on_rows(conv: Conv, call: Call, edges: InEdges) -> Tensor:
     # A copy, since another thread may be running the conv itself.
     running = copy.copy(conv)
     running.propagate = propagate
-    edge_index = torch.stack([edges.sender, edges.position])
+    edge_index = torch.stack([graph.edges.sender.index_select(0, edges.message), edges.position])
     place = graph.edges.as_given(edges.message)
     args = {name: value.index_select(0, place) for name, value in graph.args_for(conv).items()}
     out: Tensor = running(rows, edge_index, **args)

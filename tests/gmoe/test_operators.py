@@ -256,11 +256,6 @@ def finding(known: bool) -> Any:
     return whole(args)
 
 
-def loops() -> Args:
-    edges = edges_of()
-    return edges.ptr, edges.sender, edges.receiver, U
-
-
 def finding_rows(number: int | None) -> Any:
     expert = torch.arange(M) * 2 // M + 1
     return whole(lambda: (expert, random_graph(U, R, M)[0], EXPERTS, U, number))
@@ -353,12 +348,11 @@ ROADS: dict[str, dict[str, Road]] = {
         "a known number": Road(finding_rows(M), leaves="nonzero"),
         "any number": Road(finding_rows(None), "nonzero"),
     },
-    "add_loops": {"all": Road(whole(loops))},
     "outside_backward": {"all": Road(lambda width, dtype: (features(3, width).to(dtype),))},
 }
 """By operator and the name of the road."""
 
-WHOLE = {"sort_edges", "find_messages", "find_rows", "add_loops"}
+WHOLE = {"sort_edges", "find_messages", "find_rows"}
 """Operators of whole numbers, without a width."""
 SIZED = {"grouped_product", "grouped_outer_product", "routed_linear", "routed_linear_backward"}
 """Operators whose road depends on the sizes, the dtype, or what is asked for."""
