@@ -60,9 +60,10 @@ class BondGCNConv(MessagePassing):
         graph = given if isinstance(given, gmoe.Graph) else gmoe.Graph(given, len(x))
         graph = graph.fitting((len(x), len(x)), self.flow, edge_attr=edge_attr)
         factor_M, factor_N = _factors(graph, x.dtype)
+        assert graph.attr is not None
         edges = graph.edges
         h = self.lin(x)
-        sent = (h.index_select(0, edges.sender) + graph.attr).relu()
+        sent = (h.index_select(0, edges.sender) + graph.attr[edges.order]).relu()
         own = (h[: graph.num_dst] + self.root).relu() * _column(factor_N, h)
         return own.index_add(0, edges.receiver, sent * _column(factor_M, h))
 
@@ -77,25 +78,24 @@ class BondGCNExperts(StackedExperts):
         x_src = call.x_src
         factor_of_edge, factor_N = _factors(graph, x_src.dtype)
         messages = Messages(graph, routing)
-        attr = graph.attr
-        assert attr is not None
+        sent = messages.from_sources
+        edge_M = graph.edges.order.index_select(0, sent.order)
+        assert graph.attr is not None
         # 1. Transform each atom once for every expert that needs it: its own, and its neighbors'.
         expert = torch.cat([messages.expert, routing.expert])
-        source = torch.cat([messages.source, routing.token])
+        source = torch.cat([sent.sender, routing.token])
         rows = Rows(*find_rows(expert, source, routing.num_experts, graph.num_src, None))
         row_UO = self.lin(x_src.index_select(0, rows.source), rows.offsets)
-        place_M, place_P = rows.place[expert, source].split(
-            [len(messages.edge), len(routing.token)]
-        )
+        place_M, place_P = rows.place[expert, source].split([len(edge_M), len(routing.token)])
         # 2. The messages.
-        sent_MO = row_UO.index_select(0, place_M) + attr.index_select(0, messages.edge)
-        factor_M = factor_of_edge.index_select(0, messages.edge)
+        sent_MO = row_UO.index_select(0, place_M) + graph.attr.index_select(0, edge_M)
+        factor_M = factor_of_edge.index_select(0, sent.order)
         sent_MO = sent_MO.relu() * _column(factor_M, row_UO)
         # 3. The atoms themselves.
         own_PO = row_UO.index_select(0, place_P) + self.root.index_select(0, routing.expert)
         factor_P = factor_N.index_select(0, routing.token)
         own_PO = own_PO.relu() * _column(factor_P, row_UO)
-        return combine(own_PO.index_add(0, messages.pair, sent_MO), routing)
+        return combine(own_PO.index_add(0, sent.receiver, sent_MO), routing)
 
 
 def _factors(graph: gmoe.Graph, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
