@@ -37,6 +37,9 @@ BLOCK_ELEMENTS = 2**24
 Blocks of less than 32 MiB would leave holes in the heap, which grows by them.
 """
 
+MAX_WEIGHT = 10.0
+"""Cap of a ``"score"`` weight."""
+
 KEPT_PER_WIDTH = 4
 """The softmax is kept for the backward pass if a group has at most this many tokens per unit of the
 head width.
@@ -134,6 +137,8 @@ class AttentionVote(Router):
         mean_P = groups.means(vote_P.detach(), token_P)
         log_gate_P = vote_P.log() - mean_P.log()
         weight_P = pair_weights(self.weight, log_gate_P, token_P, num_tokens)
+        if self.weight == "score":
+            weight_P = weight_P.clamp(max=MAX_WEIGHT)
         return Routing(token_P, offsets_E, weight_P, votes_TE, num_tokens, validate=False)
 
     def extra_repr(self) -> str:

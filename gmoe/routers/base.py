@@ -42,9 +42,6 @@ INIT_SCALE = 0.1
 learns, and large features make it sharp.
 """
 
-MAX_WEIGHT = 10.0
-"""Cap of a ``"score"`` weight; only gates that are normalized over tokens reach it."""
-
 
 class Router(nn.Module, ABC):
     """Decide which expert handles which token.
@@ -397,7 +394,7 @@ def pair_weights(
         num_tokens: T.
     """
     if weighting == "score":
-        return log_gate_P.exp().clamp(max=MAX_WEIGHT)
+        return log_gate_P.exp()
     if weighting == "straight_through":
         return straight_through(log_gate_P)
     # "normalized": a softmax over each token's pairs, relative to its best one so as not to

@@ -161,7 +161,7 @@ class TokenChoice(BalancedRouter):
         """Compute the losses from sums over the tokens of all processes."""
         losses: dict[str, AuxLoss] = {}
         if self.balance == "switch":
-            importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
+            importance_E = over_experts(torch.softmax, logits_TE).sum(dim=0)
             load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, 1.0).sum(dim=0)
             num_tokens = importance_E.new_full((), logits_TE.size(0))
             sums = self.summed(importance_E, load_E, num_tokens)
