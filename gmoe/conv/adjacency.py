@@ -63,9 +63,8 @@ class Adjacency:
         Loops that there were stay, so that the host does not wait for their number.
         """
         node = torch.arange(min(self.num_src, self.num_dst), device=self.sender.device)
-        sender, receiver = (torch.cat([end, node]) for end in (self.sender, self.receiver))
-        edges = Edges.sorted(sender, receiver, self.num_src, self.num_dst, validate=False)
-        ends = torch.stack([sender, receiver])
+        ends = torch.cat([torch.stack([self.sender, self.receiver]), node.expand(2, -1)], dim=1)
+        edges = Edges.sorted(ends[0], ends[1], self.num_src, self.num_dst, validate=False)
         return Adjacency(ends, ends, self.num_src, self.num_dst, ordered=edges)
 
     @property

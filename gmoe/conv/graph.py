@@ -367,8 +367,7 @@ class Graph:
         """See :meth:`with_loops`."""
         looped = self.adjacency.looped
         num_loops = looped.edge_index.size(1) - self.num_edges
-        is_added = looped.edges.order >= self.num_edges
-        is_replaced = (looped.sender == looped.receiver) & ~is_added
+        is_replaced = (looped.sender == looped.receiver) & (looped.edges.order < self.num_edges)
         sender, receiver = self.adjacency.sender, self.adjacency.receiver
         attr = self.attr
         if attr is not None:

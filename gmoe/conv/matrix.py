@@ -106,10 +106,12 @@ class Matrix:
             sent = x * self.right[:, None]
         if self.loops is None:
             y = sent.new_zeros(num_dst, x.size(1))
-        elif isinstance(self.loops, Tensor):
-            y = sent[:num_dst] * self.loops[:, None]
         else:
-            y = sent[:num_dst] if self.loops == 1 else sent[:num_dst] * self.loops
+            y = sent if len(sent) == num_dst else sent[:num_dst]
+            if isinstance(self.loops, Tensor):
+                y = y * self.loops[:, None]
+            elif self.loops != 1:
+                y = y * self.loops
         for block in blocks(0, sender.size(0), x.size(1), x.device):
             message = sent.index_select(0, sender[block])
             if self.weight is not None:
