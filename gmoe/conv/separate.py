@@ -165,9 +165,6 @@ class SeparateExperts(ConvExperts):
         ValueError: at the first call: a conv that is not local after all.
     """
 
-    holds_any_conv = True
-    """Its parts may be of any class: they are copies of somebody's conv."""
-
     def __init__(
         self, convs: Sequence[MessagePassing], ways: Sequence[Way], *, is_tried: bool = True
     ) -> None:
