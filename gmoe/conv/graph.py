@@ -366,9 +366,10 @@ class Graph:
     def _with_loops(self, fill_value: float | Tensor | str) -> Graph:
         """See :meth:`with_loops`."""
         looped = self.adjacency.looped
-        num_loops = looped.edge_index.size(1) - self.num_edges
-        is_replaced = (looped.sender == looped.receiver) & (looped.edges.order < self.num_edges)
         sender, receiver = self.adjacency.sender, self.adjacency.receiver
+        num_messages = sender.size(0)  # of a part without any, one edge less than there are
+        num_loops = looped.edge_index.size(1) - num_messages
+        is_replaced = (looped.sender == looped.receiver) & (looped.edges.order < num_messages)
         attr = self.attr
         if attr is not None:
             # Loops that are replaced do not count in the features of new ones. How many there are
@@ -378,7 +379,7 @@ class Graph:
             counted = torch.stack([sender, receiver])
             attr = self.adjacency.of_messages(attr)
             _, attr = add_self_loops(counted, attr, fill_value, self.num_dst + 1)
-            attr = attr[: self.num_edges + num_loops]
+            attr = attr[: num_messages + num_loops]
             # Nothing runs along a replaced loop, but its features are multiplied by gradients of
             # zero: they must be numbers, which 0/0 on a loop is not.
             is_used = torch.cat([~is_loop, is_loop.new_ones(num_loops)])

@@ -375,3 +375,13 @@ def test_the_values_of_a_matrix_are_features_only_if_they_are_rows() -> None:
         attr = Graph(torch.sparse_csr_tensor(ptr, column, values, size=(2, 2)), 2).attr
         assert (attr is not None) == (values.dim() > 1)
         assert attr is None or torch.equal(attr, values)
+
+
+def test_a_part_without_in_edges_has_the_loops_of_its_nodes() -> None:
+    """Its one edge, of a destination that is not asked for, is none of its messages."""
+    graph = Graph(torch.tensor([[0, 1], [1, 2]]), 4, edge_attr=torch.ones(2, 3))
+    _, part = graph.part(torch.tensor([3]))
+    looped = part.with_loops(fill_value=2.0)
+    assert looped.edge_index.tolist() == [[0], [0]]
+    assert looped.edge_attr is not None
+    assert looped.edge_attr.tolist() == [[2.0] * 3]
