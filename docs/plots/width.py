@@ -21,6 +21,7 @@ from docs.plots.results import (
     HELD_OUT,
     Front,
     Pays,
+    compared_costs,
     curve,
     difference,
     over_dense,
@@ -68,7 +69,7 @@ def numbers(front: Front) -> str:
 
 def draw(front: Front, theme: Theme) -> Figure:
     """A line of panels a graph, a panel a cost that is known."""
-    known = {cost for cells in front.values() for cell in cells.values() for cost in cell["costs"]}
+    known = {cost for cells in front.values() for cost in compared_costs(cells)}
     panels = [(column, cost) for column in front for cost in COSTS if cost in known]
     across = len(known) if len(front) > 1 else min(len(known), 3)
     lines = -(-len(panels) // across)

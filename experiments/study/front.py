@@ -108,12 +108,18 @@ def over_dense(row: str, cells: Mapping[str, Cell]) -> dict[str, Difference | No
     return found
 
 
+def compared_costs(cells: Mapping[str, Cell]) -> list[str]:
+    """The costs that two dense models or more have: of fewer there is no curve."""
+    dense = [cells[row]["costs"] for row in curve(cells, "dense")]
+    return [cost for cost in COSTS if sum(cost in costs for costs in dense) > 1]
+
+
 def verdicts(cells: Mapping[str, Cell]) -> list[str]:
     """A clause a cost: at which widths experts win, and at which they do not."""
     rows = curve(cells, "experts")
     found = {row: over_dense(row, cells) for row in rows}
     said = []
-    for cost, (label, _) in COSTS.items():
+    for cost in compared_costs(cells):
         by_side: dict[str, list[str]] = {}
         for row in rows:
             if cost in found[row]:
@@ -122,7 +128,7 @@ def verdicts(cells: Mapping[str, Cell]) -> list[str]:
                 by_side.setdefault(side, []).append(row.partition("-")[2])
         if by_side:
             parts = [f"{side} at {', '.join(widths)} wide" for side, widths in by_side.items()]
-            said.append(f"by {label}, experts {'; '.join(parts)}")
+            said.append(f"by {COSTS[cost][0]}, experts {'; '.join(parts)}")
     return said
 
 
