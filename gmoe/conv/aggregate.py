@@ -133,8 +133,8 @@ class LinearAggregation(AggregateOnce):
     def layers(self) -> list[Any]:
         """The linear layer of the aggregate, and of the root if it has one."""
         # Not getattr: a bias with a base would be added up, for nobody.
-        parts = map(self._modules.get, self.parts)
-        return [part for part in parts if part is not None]
+        children = dict(self.named_children())
+        return [children[part] for part in self.parts if part in children]
 
     def bias_of(self, layers: Sequence[Any]) -> Tensor | None:
         """(E, O) the bias of the convs, or of the layers of their aggregates."""
