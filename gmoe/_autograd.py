@@ -170,7 +170,7 @@ def row_norms(x: Tensor) -> Tensor:
     second ones too: those of ``vector_norm`` and of ``F.normalize`` are NaN there.
     """
     square = x.square().sum(dim=-1, keepdim=True)
-    return torch.where(square > 0, square, 1.0).sqrt().clamp(min=LEAST_NORM)
+    return square.masked_fill(square == 0, 1.0).sqrt().clamp(min=LEAST_NORM)
 
 
 def refuse_second_order(_: Tensor) -> None:

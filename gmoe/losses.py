@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmoe._autograd import row_norms
 from gmoe._checks import check, check_module, check_positive
 from gmoe._torch import in_backward
 from gmoe.routing import AuxLoss, Routing
@@ -38,15 +37,17 @@ def switch_loss(importance_E: Tensor, load_E: Tensor, num_tokens: Tensor) -> Ten
     return load_E.size(0) * (share_E * importance_E).sum() / num_tokens.clamp(min=1)
 
 
-def separation_loss(centroids_EMD: Tensor) -> Tensor:
+def separation_loss(unit_EMD: Tensor) -> Tensor:
     """Similarity of the centroids: the mean of ``max(0, cos)^2`` within experts, plus that across.
 
     It is 0 if no two centroids have a positive cosine, and 2 if all are the same. Either mean is 0
     if it has no pairs.
+
+    Args:
+        unit_EMD: the centroids, divided by their norms.
     """
-    num_experts, num_centroids, _ = centroids_EMD.shape
-    centroid_ND = centroids_EMD.flatten(0, 1)
-    unit_ND = centroid_ND / row_norms(centroid_ND)
+    num_experts, num_centroids, _ = unit_EMD.shape
+    unit_ND = unit_EMD.flatten(0, 1)
     overlap_NN = (unit_ND @ unit_ND.T).clamp(min=0).square()
     owner_N = torch.arange(num_experts, device=unit_ND.device).repeat_interleave(num_centroids)
     across_NN = owner_N[:, None] != owner_N

@@ -163,8 +163,8 @@ class MultiCentroid(Router):
         # 3. Experts or tokens choose.
         losses = {}
         if self.separation_coef > 0:
-            centroid_EMD = self.of_alive(self.centroid, dim=0)
-            losses["separation"] = AuxLoss(separation_loss(centroid_EMD), self.separation_coef)
+            unit_EMD = self.of_alive(unit_ND.view_as(self.centroid), dim=0)
+            losses["separation"] = AuxLoss(separation_loss(unit_EMD), self.separation_coef)
         if self.selection is not None:
             return self.selection(self, logits_TA, group, losses)
         return self._route_to(best_experts(self.of_alive(logits_TA), self.k), logits_TA, losses)

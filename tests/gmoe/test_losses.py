@@ -67,20 +67,19 @@ def test_z_loss() -> None:
 
 def test_separation_loss() -> None:
     # E = 2, M = 2. Unit vectors: a0 = (1, 0), a1 = (.6, .8); b0 = (0, 1), b1 = (-1, 0).
-    # Lengths do not matter.
-    centroid = torch.tensor([[[2.0, 0], [0.6, 0.8]], [[0, 3.0], [-1.0, 0]]], dtype=torch.float64)
+    unit = torch.tensor([[[1.0, 0], [0.6, 0.8]], [[0, 1.0], [-1.0, 0]]], dtype=torch.float64)
     # within: cos(a0, a1) = .6 -> .36; cos(b0, b1) = 0; mean over the two pairs .18
     # across: (a0, b0) 0; (a0, b1) -1 -> 0; (a1, b0) .8 -> .64; (a1, b1) -.6 -> 0.
     # The mean over the four pairs is .16.
-    torch.testing.assert_close(separation_loss(centroid), scalar(0.34))
+    torch.testing.assert_close(separation_loss(unit), scalar(0.34))
     # All the same: 1 + 1
-    torch.testing.assert_close(separation_loss(torch.ones(3, 2, 4)), torch.tensor(2.0))
+    torch.testing.assert_close(separation_loss(torch.full((3, 2, 4), 0.5)), torch.tensor(2.0))
     torch.testing.assert_close(separation_loss(torch.eye(4).view(2, 2, 4)), torch.tensor(0.0))
     # No pair within
-    torch.testing.assert_close(separation_loss(torch.ones(3, 1, 4)), torch.tensor(1.0))
+    torch.testing.assert_close(separation_loss(torch.full((3, 1, 4), 0.5)), torch.tensor(1.0))
     # No pair across
-    torch.testing.assert_close(separation_loss(torch.ones(1, 3, 4)), torch.tensor(1.0))
-    assert separation_loss(torch.ones(1, 1, 4)) == 0
+    torch.testing.assert_close(separation_loss(torch.full((1, 3, 4), 0.5)), torch.tensor(1.0))
+    assert separation_loss(torch.full((1, 1, 4), 0.5)) == 0
 
 
 def test_losses_of_no_tokens_are_zero() -> None:

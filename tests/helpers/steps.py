@@ -220,14 +220,14 @@ LAUNCHES: dict[str, tuple[int, int]] = {
     "MoE, token_choice": (128, 128),
     "MoE, expert_choice": (120, 120),
     "MoE, attention_vote": (156, 156),
-    "MoE, multi_centroid": (187, 187),
+    "MoE, multi_centroid": (175, 175),
     "MoE, random": (99, 99),
     "MoE, uniform": (90, 90),
     "MoE, switch and z": (120, 120),
     "MoE, capacity": (184, 184),
     "MoE, threshold": (144, 144),
     "MoE, token_choice on a batch": (128, 128),
-    "SoftMoE": (180, 180),
+    "SoftMoE": (176, 176),
 }
 """By name: what a step launches at most, of few rows and of more than all experts take at once.
 
