@@ -208,17 +208,19 @@ def labeled(smiles: str, each: int, seed: int, sources: Sources) -> Record:
     record |= {"source": [], "pos": [], "energy": [], "force": []}
     draws = np.random.default_rng([seed, digest(smiles)])
     numbers = sources.of(smiles, part)
+    names = dict.fromkeys(sources.theories[number] for number in numbers)
     for conformer in molecule.GetConformers():
         pos = conformer.GetPositions()
         pos = pos + draws.uniform(*JITTER) * draws.normal(size=pos.shape)
         try:
-            found = [singlepoint(sources.theories[one], molecule, pos) for one in numbers]
+            labels = {name: singlepoint(name, molecule, pos) for name in names}
         except RuntimeError as error:  # tblite's, where it does not converge
             return {"smiles": smiles, "reason": f"tblite: {' '.join(str(error).split())}"}
-        if max(np.abs(force).max() for _, force in found) > LARGEST_FORCE:
-            record["left_out"] += len(found)
+        if max(np.abs(force).max() for _, force in labels.values()) > LARGEST_FORCE:
+            record["left_out"] += len(numbers)
             continue
-        for number, (energy, force) in zip(numbers, found, strict=True):
+        for number in numbers:
+            energy, force = labels[sources.theories[number]]
             record["source"].append(number)
             record["pos"].append(pos.tolist())
             record["energy"].append(energy)

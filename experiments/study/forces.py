@@ -11,6 +11,9 @@ Arms (:mod:`experiments.study.potentials`) and their order were fixed before the
 dense model of equal FLOPs is no arm: experts by element take the dense model's FLOPs. Nor is a
 shared expert beside zero experts: for a linear layer, W_0 x + V_z x is W_0 + D_z, and trains alike,
 at more FLOPs.
+
+Changes are paired by seed, and have an interval over seeds. Of the main figure there is another,
+over the molecules of the test: each has the sum of its errors, the mean over seeds.
 """
 
 from __future__ import annotations
@@ -24,27 +27,32 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import gmoe
 from experiments.show.cells import read_cells
-from experiments.show.tables import markdown
+from experiments.show.tables import Line, markdown
 from experiments.study.potentials import OF_ELEMENTS, OF_SOURCES, SOURCES, Arm
 from experiments.study.running import ForcesConfig
 from experiments.train.build import num_parameters
 from experiments.train.checks import check, check_choice
-from experiments.train.data.forces import Configurations, read_configurations
+from experiments.train.data.forces import PARTS, Configurations, read_configurations
 from experiments.train.files import read_json, replacing
-from experiments.train.potential import Recipe, errors, train
+from experiments.train.potential import Recipe, residuals, train
 from experiments.train.results import environment, spread, write_json
 from experiments.train.scores import Difference, shown
 
 RATES = (4e-3, 8e-3, 1.6e-2)
 """Step sizes of the sweep, to begin with."""
 MOST_RATES = 5
+TESTS = PARTS[2:]
+"""The parts that are read once; a file need not have the last two."""
+RELATIVES = ((2, 1), (3, 1))
+"""Pairs of sources whose difference is looked at: IPEA1 and GFN2 are relatives of GFN1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,37 +61,26 @@ class Column:
 
     recipe: Recipe
     seeds: tuple[int, ...]
-    seconds: float
-    """Of 1,000 steps of the dense model on one core; measured before, for prices."""
     arms: Mapping[str, Arm]
-    tests: tuple[str, ...]
-    """The parts that are read once."""
     controls: tuple[str, ...]
     """Arms that others are shown beside."""
-    poor: tuple[int, ...] = ()
-    """Sources that label few molecules; none if there is one source."""
-
-    def price(self, arm: str) -> float:
-        """Hours of one run."""
-        return self.arms[arm].cost * self.seconds * self.recipe.steps / 1000 / 3600
+    asked: tuple[int, ...]
+    """The sources that the question is about: those that label few molecules, or the only one."""
 
 
-def _sources(width: int, poor: tuple[int, ...]) -> Column:
+def _sources(asked: tuple[int, ...], width: int = 32) -> Column:
     """One model for four theories; a batch has more of the rich ones."""
-    tests = [f"{part}/{source}" for part in ("test", "larger") for source in range(SOURCES)]
     best = ("embedded", "wider", "element", "learned")
     return Column(
         recipe=Recipe(
             width=width,
             steps=3_000,
-            of_sources=tuple(2 if source in poor else 6 for source in range(SOURCES)),
+            of_sources=tuple(2 if source in asked else 6 for source in range(SOURCES)),
         ),
         seeds=(0, 1, 2, 3, 4) if width == 32 else (0, 1, 2),
-        seconds=16 if width == 32 else 35,
         arms=OF_SOURCES if width == 32 else {name: OF_SOURCES[name] for name in best},
-        tests=tuple(tests),
         controls=("embedded", "wider"),
-        poor=poor,
+        asked=asked,
     )
 
 
@@ -91,15 +88,14 @@ COLUMNS = {
     "small": Column(
         recipe=Recipe(width=32, train=3_900, steps=1_000, of_sources=(16,)),
         seeds=(0, 1, 2),
-        seconds=50,
         arms=OF_ELEMENTS,
-        tests=("test", "larger", "elements"),
         controls=("dense", "scale-shift"),
+        asked=(0,),
     ),
-    "sources": _sources(32, poor=(2, 3)),
-    "sources-wide": _sources(64, poor=(2, 3)),
-    "sources-other": _sources(32, poor=(0, 1)),
-    "sources-alike": _sources(32, poor=(2, 3)),
+    "sources": _sources((2, 3)),
+    "sources-wide": _sources((2, 3), width=64),
+    "sources-other": _sources((0, 1)),
+    "sources-alike": _sources((2, 3)),
 }
 """``sources`` and ``sources-wide`` are of one file, ``sources-other`` of one in which other
 theories are poor, and ``sources-alike``, a control, of one with four names for one theory."""
@@ -125,9 +121,11 @@ class Cell:
         return asdict(recipe) | own
 
     @property
-    def price(self) -> float:
-        """Hours of a run."""
-        return COLUMNS[self.column].price(self.arm)
+    def tests(self) -> list[str]:
+        """What is read once: a part of a source each."""
+        of_sources = COLUMNS[self.column].recipe.of_sources
+        names = [f"{part}/{source}" for part in TESTS for source in range(len(of_sources))]
+        return [name for name in names if len(self.data.rows[name])]
 
     def run_folder(self, lr: float, seed: int) -> Path:
         """Of one run."""
@@ -178,7 +176,8 @@ class Cell:
         for _ in tqdm(steps, str(folder), recipe.steps, leave=False, disable=None):
             pass
         seconds = time.process_time() - before
-        val = errors(model, self.data, "val")
+        rows = torch.cat([self.data.rows[f"val/{source}"] for source in recipe.sources])
+        val = residuals(model, self.data, rows).errors
         figures = {
             "config": self.config,
             "lr": lr,
@@ -195,7 +194,7 @@ class Cell:
         write_json(folder / "result.json", figures)
 
     def tested(self, lr: float, seed: int) -> dict[str, Any]:
-        """The figures of a finished run with those of the test parts, which are read once.
+        """The figures of a finished run with what the test parts say, which are read once.
 
         Raises:
             ValueError: it diverged.
@@ -204,13 +203,29 @@ class Cell:
         assert figures is not None
         folder = self.run_folder(lr, seed)
         check(figures["val"] is not None, str(folder), "a training that diverged", "finite errors")
-        if "test" not in figures:
+        if "read" not in figures:
             model = self.model(seed)
             load_model(model, folder / "weights.safetensors")
-            tests = COLUMNS[self.column].tests
-            figures["test"] = {part: errors(model, self.data, part) for part in tests}
+            figures["read"] = self.read(model)
             write_json(folder / "result.json", figures)
         return figures
+
+    def read(self, model: nn.Module) -> dict[str, Any]:
+        """The errors on the test parts, and of differences between relatives; sums by molecule."""
+        data = self.data
+        found = {part: residuals(model, data, data.rows[part]) for part in self.tests}
+        errors = {part: one.errors for part, one in found.items()}
+        for source, relative in RELATIVES:
+            parts = f"test/{source}", f"test/{relative}"
+            if {*parts} <= {*found}:
+                own, other = (data.batch(data.rows[part]) for part in parts)
+                if torch.equal(own.pos, other.pos):  # both labeled the same configurations
+                    size = 1000 * float((own.force - other.force).abs().mean())
+                    apart = found[parts[0]].less(found[parts[1]])
+                    errors[f"difference/{source}"] = apart.errors | {"size": size}
+        asked = [f"test/{source}" for source in COLUMNS[self.column].asked]
+        sums = {part: by_molecule(found[part].force, data, part) for part in asked}
+        return {"errors": errors, "molecules": sums}
 
 
 def next_rate(sweep: Mapping[float, float]) -> float | None:
@@ -229,6 +244,16 @@ def chosen_rate(sweep: Mapping[float, float]) -> float:
     return min(sweep, key=lambda lr: (sweep[lr], lr))
 
 
+def by_molecule(of_force: Tensor, data: Configurations, part: str) -> list[int]:
+    """For each molecule of the test, the sum of its errors of forces in a part of it."""
+    molecules = data.molecule[data.rows["test"]].unique()
+    rows = data.rows[part]
+    atoms = data.batch(rows).atoms
+    place = torch.searchsorted(molecules, data.molecule[rows]).repeat_interleave(atoms)
+    sums = torch.zeros(len(molecules)).index_add_(0, place, of_force.abs().sum(1))
+    return sums.round().int().tolist()
+
+
 def flops_of_atom(model: nn.Module, data: Configurations) -> float:
     """FLOPs of an energy, an atom, in evaluation, on the first configurations of validation."""
     given = data.batch(data.rows["val"][:16])
@@ -239,7 +264,6 @@ def flops_of_atom(model: nn.Module, data: Configurations) -> float:
 
 def run_forces(config: ForcesConfig) -> tuple[str, dict[str, str]]:
     """Run what is missing, in the order of the plan: the tables, and what could not be run."""
-    begun = time.monotonic()
     failed = dict[str, str]()
     for name in config.columns:
         check_choice("columns", name, COLUMNS)
@@ -260,9 +284,6 @@ def run_forces(config: ForcesConfig) -> tuple[str, dict[str, str]]:
         for cell in cells.values():  # of a command that was cut off behind a run
             write_cell(cell, config.results)
         for cell, lr, seed in missing_runs(cells, column.seeds):
-            hours = (time.monotonic() - begun) / 3600
-            if config.budget is not None and hours + cell.price > config.budget:
-                break
             cell.run(lr, seed)
             print(f"{name}/{cell.arm}, step size {lr:g}, seed {seed}", file=sys.stderr, flush=True)
             write_cell(cell, config.results)
@@ -292,6 +313,7 @@ def write_cell(cell: Cell, results: Path) -> None:
     column = COLUMNS[cell.column]
     seeds = [seed for seed in column.seeds if cell.held(lr, seed) is not None]
     runs = [cell.tested(lr, seed) for seed in seeds]
+    read = [run["read"] for run in runs]
     summary: dict[str, Any] = {
         "label": column.arms[cell.arm].label,
         "lr": lr,
@@ -301,7 +323,11 @@ def write_cell(cell: Cell, results: Path) -> None:
         },
         "seeds": seeds,
         "val": spread_of([run["val"] for run in runs]),
-        **{part: spread_of([run["test"][part] for run in runs]) for part in column.tests},
+        **{part: spread_of([run["errors"][part] for run in read]) for part in read[0]["errors"]},
+        "molecules": {
+            part: np.mean([run["molecules"][part] for run in read], axis=0).round().tolist()
+            for part in read[0]["molecules"]
+        },
         "seconds": spread([run["seconds"] for run in runs]),
         "flops": runs[0]["flops"],
         "parameters": runs[0]["parameters"],
@@ -313,10 +339,13 @@ def write_cell(cell: Cell, results: Path) -> None:
 
 def spread_of(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """The errors of forces and energies of some runs."""
-    return {name: spread([run[name] for run in runs]) for name in ("force", "energy")}
+    return {name: spread([run[name] for run in runs]) for name in runs[0]}
 
 
 # Tables -------------------------------------------------------------------------------------------
+
+Shown: TypeAlias = Mapping[str, Any]
+"""The summary of an arm."""
 
 
 def read_forces(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -325,107 +354,105 @@ def read_forces(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return read_cells(folder, COLUMNS, rows)
 
 
-def change(
-    arm: Mapping[str, Any], control: Mapping[str, Any], parts: Sequence[str], error: str
-) -> str:
-    """How much larger an error is than a control's, in percent, with its 95 % interval.
+def change(arm: Shown, control: Shown, parts: Sequence[str], error: str = "force") -> str:
+    """How much larger an error is than a control's, in percent, with its 95 % intervals.
 
-    Paired by seed: it is the mean of the logarithms of ratios, over the parts.
+    Paired by seed: it is the mean of the logarithms of ratios, over the parts. The first interval
+    is over seeds; where results hold errors by molecule, a second one is over molecules.
     """
     if arm is control:
         return "–"
     ours = logs_by_seed(arm, parts, error)
     theirs = logs_by_seed(control, parts, error)
     found = Difference.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-    mean, low, high = (100 * math.expm1(value) for value in (found.mean, found.low, found.high))
-    if found.n == 1:
-        return f"{mean:+.1f}"
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    intervals = [found] if found.n > 1 else []
+    has_sums = all({*parts} <= {*one.get("molecules", ())} for one in (arm, control))
+    if has_sums and error == "force":
+        intervals.append(over_molecules(found.mean, arm, control, parts))
+    texts = [f"{_percent(one.low)} to {_percent(one.high)}" for one in intervals]
+    return f"{_percent(found.mean)} ({'; '.join(texts)})" if texts else _percent(found.mean)
 
 
-def logs_by_seed(arm: Mapping[str, Any], parts: Sequence[str], error: str) -> dict[int, float]:
+def _percent(log_ratio: float) -> str:
+    return f"{100 * math.expm1(log_ratio):+.1f}"
+
+
+def logs_by_seed(arm: Shown, parts: Sequence[str], error: str) -> dict[int, float]:
     """The mean logarithm of an arm's errors."""
     values = [[math.log(value) for value in arm[part][error]["values"]] for part in parts]
     return dict(zip(arm["seeds"], map(fmean, zip(*values, strict=True)), strict=True))
 
 
-def forces_table(column: Column, arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line an arm: errors on the test parts, and beside the controls, in percent."""
+def over_molecules(mean: float, arm: Shown, control: Shown, parts: Sequence[str]) -> Difference:
+    """A mean logarithm of ratios, with the spread that it has by the draw of test molecules.
+
+    The logarithm of a ratio of sums varies, to first order, as the sum of how much larger a share
+    of the one sum each molecule has than of the other.
+    """
+    shares = []
+    for one in (arm, control):
+        sums = np.array([one["molecules"][part] for part in parts])
+        shares.append((sums / sums.sum(axis=1, keepdims=True)).mean(axis=0))
+    more = shares[0] - shares[1]
+    n = len(more)
+    return Difference.around(mean, float(np.square(more).sum()) * n / (n - 1), n)
+
+
+def forces_table(column: Column, arms: Mapping[str, Shown]) -> str:
+    """A line an arm: errors on the test parts, beside the controls' in percent, and costs."""
     controls = {name: arms[name] for name in column.controls if name in arms}
-    first = controls.get(column.controls[0])
-    lines = []
-    for arm in arms.values():
-        line = {"model": arm["label"], "step size": f"{arm['lr']:g}", "n": str(len(arm["seeds"]))}
-        shows = _of_sources if column.poor else _of_one_source
-        line |= shows(column, arm, controls, first)
-        line["kFLOP an atom"] = f"{arm['flops'] / 1000:.0f}"
-        line["parameters"] = f"{arm['parameters']:,}"
-        line["CPU s"] = f"{arm['seconds']['mean']:.0f}"
-        lines.append(line)
-    return markdown(lines)
+    return markdown([_line(column, arm, controls) for arm in arms.values()])
 
 
-Shown: TypeAlias = Mapping[str, Any]
-"""The summary of an arm."""
-
-
-def _of_one_source(
-    column: Column, arm: Shown, controls: Mapping[str, Shown], dense: Shown | None
-) -> dict[str, str]:
-    line = {
-        "forces, meV/Å": shown(arm["test"]["force"], ".1f"),
-        "energy, meV an atom": shown(arm["test"]["energy"], ".1f"),
-    }
-    for name, control in controls.items():
-        label = f"forces beside {column.arms[name].label}, %"
-        line[label] = change(arm, control, ["test"], "force")
-    if dense is not None:
-        line["energy beside dense, %"] = change(arm, dense, ["test"], "energy")
-        line["forces of larger molecules, %"] = change(arm, dense, ["larger"], "force")
-        line["of more elements, %"] = change(arm, dense, ["elements"], "force")
-    return line
-
-
-def _of_sources(
-    column: Column, arm: Shown, controls: Mapping[str, Shown], told: Shown | None
-) -> dict[str, str]:
+def _line(column: Column, arm: Shown, controls: Mapping[str, Shown]) -> Line:
+    line = {"model": arm["label"], "step size": f"{arm['lr']:g}", "n": str(len(arm["seeds"]))}
     sources = range(len(column.recipe.of_sources))
-    poor = [f"test/{source}" for source in column.poor]
-    rich = [f"test/{source}" for source in sources if source not in column.poor]
-    line = {
-        f"forces of {source + 1}, meV/Å": shown(arm[f"test/{source}"]["force"], ".0f")
-        for source in sources
-    }
+    for source in sources:
+        line[f"forces of {source + 1}, meV/Å"] = shown(arm[f"test/{source}"]["force"], ".0f")
+    asked = [f"test/{source}" for source in column.asked]
     for name, control in controls.items():
-        label = f"forces of the poor beside {column.arms[name].label}, %"
-        line[label] = change(arm, control, poor, "force")
-    if told is not None:
-        larger = [f"larger/{source}" for source in column.poor]
-        line["of the rich, %"] = change(arm, told, rich, "force")
-        line["energies of the poor, %"] = change(arm, told, poor, "energy")
-        line["forces of larger molecules, poor, %"] = change(arm, told, larger, "force")
+        label = f"forces of {_numbers(column.asked)} beside {column.arms[name].label}, %"
+        line[label] = change(arm, control, asked)
+    others = tuple(source for source in sources if source not in column.asked)
+    beside_first = {
+        f"of {_numbers(others)}": ("test", others, "force"),
+        f"energies of {_numbers(column.asked)}": ("test", column.asked, "energy"),
+        "of larger molecules": ("larger", column.asked, "force"),
+        "of more elements": ("elements", column.asked, "force"),
+    }
+    for label, (part, of_sources, error) in beside_first.items():
+        parts = [f"{part}/{source}" for source in of_sources]
+        if parts and {*parts} <= {*arm} and column.controls[0] in controls:
+            line[f"{label}, %"] = change(arm, controls[column.controls[0]], parts, error)
+    for source, relative in RELATIVES:
+        if found := arm.get(f"difference/{source}"):
+            label = f"forces of {source + 1} less {relative + 1}, {found['size']['mean']:.0f} meV/Å"
+            line[label] = shown(found["force"], ".0f")
+    line["kFLOP an atom"] = f"{arm['flops'] / 1000:.0f}"
+    line["parameters"] = f"{arm['parameters']:,}"
+    line["CPU s"] = f"{arm['seconds']['mean']:.0f}"
     return line
 
 
-def not_run(column: str, arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the plan has and the results have not, with its price."""
+def _numbers(sources: Sequence[int]) -> str:
+    return " and ".join(str(source + 1) for source in sources)
+
+
+def not_run(column: str, arms: Mapping[str, Shown]) -> str:
+    """What the plan has and the results have not, by runs."""
     plan = COLUMNS[column]
-    missing = dict[str, float]()
-    for name in plan.arms:
+    missing = dict[str, int]()
+    for name, arm in plan.arms.items():
         runs = len(RATES) + len(plan.seeds) - 1
         if name in arms:
             runs = len({*plan.seeds} - {*arms[name]["seeds"]})
         if runs:
-            missing[name] = runs * plan.price(name)
-    if not missing:
-        return ""
-    each = "; ".join(f"{plan.arms[name].label} {hours:.2f}" for name, hours in missing.items())
-    return f"`{column}`: not run, {sum(missing.values()):.2f} hours of a core ({each})."
+            missing[arm.label] = runs
+    each = "; ".join(f"{label} {runs}" for label, runs in missing.items())
+    return f"`{column}`: runs that are missing: {each}." if missing else ""
 
 
-def forces_tables(
-    columns: Mapping[str, Mapping[str, Mapping[str, Any]]], only: Sequence[str] = ()
-) -> str:
+def forces_tables(columns: Mapping[str, Mapping[str, Shown]], only: Sequence[str] = ()) -> str:
     """A table a column, or one for each of ``only``, and what was not run."""
     for column in only:
         check_choice("columns", column, COLUMNS)

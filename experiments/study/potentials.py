@@ -40,8 +40,6 @@ class Arm:
     label: str
     build: Callable[[int, float], nn.Module]
     """Of the dense width, and the scale of energies."""
-    cost: float
-    """Seconds of a step, in those of the dense model; measured before, for prices."""
 
 
 def wider(build: Callable[..., nn.Module], times: float) -> Callable[[int, float], nn.Module]:
@@ -103,15 +101,14 @@ def experts(
 by_element = partial(experts, router=BY_ELEMENT, start="copies")
 
 OF_ELEMENTS = {
-    "dense": Arm(label="dense", build=Potential, cost=1.0),
-    "scale-shift": Arm(label="a scale and a shift by element", build=scale_shift, cost=1.1),
-    "element": Arm(label="experts by element, W₀ + Δ", build=by_element, cost=1.3),
+    "dense": Arm(label="dense", build=Potential),
+    "scale-shift": Arm(label="a scale and a shift by element", build=scale_shift),
+    "element": Arm(label="experts by element, W₀ + Δ", build=by_element),
     "shuffled": Arm(
         label="the same by another atom's element",
         build=partial(experts, router=ByType("shuffled", ELEMENTS), start="copies"),
-        cost=1.3,
     ),
-    "dense-time": Arm(label="dense, equal time", build=wider(Potential, 1.25), cost=1.25),
+    "dense-time": Arm(label="dense, equal time", build=wider(Potential, 1.25)),
 }
 """Arms on one source, in the order in which they run, a seed of each in turn."""
 
@@ -242,38 +239,34 @@ def element_and_learned(width: int, energy_scale: float) -> nn.Module:
 
 
 OF_SOURCES = {
-    "embedded": Arm(label="dense, told the source", build=embedded, cost=1.0),
-    "wider": Arm(label="the same, twice as wide", build=wider(embedded, 2), cost=1.7),
-    "element": Arm(label="experts by element", build=partial(by_element, base=embedded), cost=1.4),
-    "learned": Arm(label="learned mixture of weights", build=learned, cost=1.6),
-    "composition": Arm(label="dense, told the composition too", build=told_composition, cost=1.1),
-    "element-learned": Arm(label="by element and mixture", build=element_and_learned, cost=2.0),
+    "embedded": Arm(label="dense, told the source", build=embedded),
+    "wider": Arm(label="the same, twice as wide", build=wider(embedded, 2)),
+    "element": Arm(label="experts by element", build=partial(by_element, base=embedded)),
+    "learned": Arm(label="learned mixture of weights", build=learned),
+    "composition": Arm(label="dense, told the composition too", build=told_composition),
+    "element-learned": Arm(label="by element and mixture", build=element_and_learned),
     "source": Arm(
         label="experts by source",
         build=partial(experts, base=embedded, router=BY_SOURCE, start="copies"),
-        cost=1.3,
     ),
-    "film-network": Arm(label="scale and shift by a network", build=Filmed, cost=1.3),
+    "film-network": Arm(label="scale and shift by a network", build=Filmed),
     "film-element": Arm(
-        label="scale and shift by element", build=partial(scale_shift, base=embedded), cost=1.2
+        label="scale and shift by element", build=partial(scale_shift, base=embedded)
     ),
     "film-source": Arm(
         label="scale and shift by source",
         build=partial(scale_shift, base=embedded, by=BY_SOURCE),
-        cost=1.2,
     ),
     "heads": Arm(
         label="own heads",
         build=partial(
             experts, base=embedded, router=BY_SOURCE, start="plain", targets=("lin1", "lin2")
         ),
-        cost=1.1,
     ),
-    "frozen": Arm(label="the mixture, router frozen at random", build=frozen, cost=1.6),
+    "frozen": Arm(label="the mixture, router frozen at random", build=frozen),
     "chance": Arm(
         label="experts by a draw of the molecule",
         build=partial(experts, base=embedded, router=BY_CHANCE, start="copies"),
-        cost=1.3,
     ),
 }
 """Arms on several sources, in the order in which they run."""

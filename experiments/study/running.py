@@ -54,8 +54,6 @@ class ForcesConfig:
     """Folder of single runs: figures and weights."""
     results: Path = Path("results")
     """Folder of the result files: forces/COLUMN/ARM.json."""
-    budget: float | None = None
-    """Core-hours: begin no run that would end later, by its price (default: run everything)."""
 
 
 def run_cells(

@@ -2,7 +2,7 @@
 
     python -m experiments.sweep mine.py:STUDY --runs runs/again --results again
     python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic facebook
-    python -m experiments.sweep forces --data forces.npz --budget 1
+    python -m experiments.sweep forces --data forces.npz
 
 ``FILE.py:NAME`` (or ``package.module:NAME``) is a study of your own, which
 ``docs/tutorials/command-line.md`` shows how to write. Every cell is a run folder; finished cells

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +124,14 @@ class Recipe:
     """D, of the dense model."""
     steps: int
     of_sources: tuple[int, ...]
-    """Configurations of each source in a batch."""
+    """Configurations of each source in a batch; of a source that is held out, none."""
     train: int | None = None
     """Configurations to train on; by default all."""
+
+    @property
+    def sources(self) -> list[int]:
+        """The sources that it trains on."""
+        return [source for source, number in enumerate(self.of_sources) if number]
 
 
 def factor(step: int, steps: int) -> float:
@@ -154,8 +160,8 @@ def batches(data: Configurations, recipe: Recipe, seed: int) -> Iterator[Molecul
     batches."""
     generator = torch.Generator().manual_seed(seed)
     own = [
-        passes(data.rows[f"train/{source}"], number, generator)
-        for source, number in enumerate(recipe.of_sources)
+        passes(data.rows[f"train/{source}"], recipe.of_sources[source], generator)
+        for source in recipe.sources
     ]
     for _ in range(recipe.steps):
         yield data.batch(torch.cat([next(rows) for rows in own]))
@@ -173,15 +179,32 @@ def passes(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tens
         yield from rows[order].split(size)[: len(rows) // size]
 
 
-def errors(model: nn.Module, data: Configurations, part: str) -> dict[str, float]:
-    """Mean absolute errors of forces (meV/Å, of components) and energies (meV an atom)."""
+class Residuals(NamedTuple):
+    """What a model says above what the labels say."""
+
+    energy: Tensor
+    """(C,) in meV an atom."""
+    force: Tensor
+    """(A, 3) in meV/Å."""
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Mean absolute errors, of forces by component."""
+        return {name: float(getattr(self, name).abs().mean()) for name in ("force", "energy")}
+
+    def less(self, other: Residuals) -> Residuals:
+        """Of differences between two labels of the same configurations."""
+        return Residuals(self.energy - other.energy, self.force - other.force)
+
+
+def residuals(model: nn.Module, data: Configurations, rows: Tensor) -> Residuals:
+    """Of some configurations, in evaluation."""
     model.eval()
-    of_force = of_energy = 0.0
-    components = configurations = 0
-    for given in data.batches(part, EVALUATED):
+    found = []
+    for some in rows.split(EVALUATED):
+        given = data.batch(some)
         energy, force = predict(model, given)
-        of_force += float((force - given.force).abs().sum())
-        of_energy += float(((energy.detach() - given.energy).abs() / given.atoms).sum())
-        components += force.numel()
-        configurations += len(energy)
-    return {"force": 1000 * of_force / components, "energy": 1000 * of_energy / configurations}
+        of_atom = (energy.detach() - given.energy) / given.atoms
+        found.append((1000 * of_atom, 1000 * (force - given.force)))
+    energies, forces = zip(*found, strict=True)
+    return Residuals(torch.cat(energies), torch.cat(forces))

@@ -19,8 +19,8 @@ def write_configurations(
     """Write random molecules whose atoms are drawn to their middle by springs.
 
     The parts take turns, and every third molecule is trained on, too. Sources take turns with
-    configurations; each has another energy of an atom. ``changes`` are other arrays, or ``None``
-    for one that is left out.
+    configurations, and all label the same ones; each has another energy of an atom. ``changes``
+    are other arrays, or ``None`` for one that is left out.
     """
     random = np.random.default_rng(0)
     rows: dict[str, list[Any]] = {
@@ -31,8 +31,9 @@ def write_configurations(
         part = 0 if molecule % 3 == 2 else molecule % len(PARTS)
         for number in range(each):
             source = number % sources
-            pos = random.normal(size=(len(z), 3)) * 2
-            pos -= pos.mean(axis=0)
+            if source == 0:
+                pos = random.normal(size=(len(z), 3)) * 2
+                pos -= pos.mean(axis=0)
             rows["part"].append(part)
             rows["molecule"].append(molecule)
             rows["atoms"].append(len(z))

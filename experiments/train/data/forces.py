@@ -6,8 +6,7 @@ Shapes: C configurations, A atoms of all of them, M molecules, S sources of labe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -26,6 +25,8 @@ Part: TypeAlias = Literal["train", "val", "test", "larger", "elements"]
 """Of the split by molecule. The last two are further test sets, of what training never sees:
 molecules of more atoms, and molecules of more different elements."""
 PARTS: tuple[Part, ...] = get_args(Part)
+NEEDED = PARTS[:3]
+"""Parts that every file has; the others may be empty."""
 MOST_EVALUATED = 500
 """Configurations of a part that are evaluated; of more, some that are spread over the file."""
 DRAWN = 4
@@ -84,6 +85,8 @@ class Configurations:
     """
 
     molecules: Molecules
+    molecule: Tensor
+    """(C,) the molecule of each configuration, from 0."""
     start: Tensor
     """(C + 1,) the first atom of each configuration, and the number of atoms."""
     rows: dict[str, Tensor]
@@ -121,10 +124,15 @@ class Configurations:
         """S."""
         return int(self.molecules.source.max()) + 1
 
-    def batches(self, part: str, size: int) -> Iterator[Molecules]:
-        """All configurations of a part."""
-        for rows in self.rows[part].split(size):
-            yield self.batch(rows)
+    def told_as(self, source: int, other: int) -> Configurations:
+        """The same, but models are told another source than the one that labeled."""
+        told = self.molecules.source.clone()
+        system = self.molecules.system.clone()
+        is_own = told == source
+        told[is_own] = other
+        system[is_own, source] = 0
+        system[is_own, other] = 1
+        return replace(self, molecules=self.molecules._replace(source=told, system=system))
 
 
 def read_configurations(path: Path, train: int | None = None) -> Configurations:
@@ -156,8 +164,8 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
     rows: dict[str, Tensor] = {
         name: (part == number).nonzero()[:, 0] for number, name in enumerate(PARTS)
     }
-    for name, of_part in rows.items():
-        check(len(of_part), str(path), f"no configurations of the part {name}", "some")
+    for name in NEEDED:
+        check(len(rows[name]), str(path), f"no configurations of the part {name}", "some")
     if train is not None:
         there = len(rows["train"])
         check(there >= train, str(path), f"{there} training configurations", f"{train} or more")
@@ -167,7 +175,8 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
         rows[name] = evenly(rows[name], min(len(rows[name]), MOST_EVALUATED * sources))
     for name, number in product(PARTS, range(sources)):
         rows[f"{name}/{number}"] = rows[name][source[rows[name]] == number]
-        check(len(rows[f"{name}/{number}"]), str(path), f"no {name} of source {number}", "some")
+        is_there = name not in NEEDED or len(rows[f"{name}/{number}"])
+        check(is_there, str(path), f"no {name} of source {number}", "some")
 
     z = torch.from_numpy(arrays["z"].astype(np.int64))
     batch = torch.arange(configurations).repeat_interleave(count)
@@ -201,6 +210,7 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
     )
     return Configurations(
         molecules=molecules,
+        molecule=molecule,
         start=torch.cat([count.new_zeros(1), count.cumsum(0)]),
         rows=rows,
         energy_scale=float((energy / count)[fitted].std()),

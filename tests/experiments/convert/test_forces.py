@@ -116,6 +116,19 @@ def test_theories_that_there_are_not_are_refused(
         forces((table,), tmp_path / "forces.npz", **options)
 
 
+def test_several_names_of_one_theory_have_one_calculation(
+    table: Path, tmp_path: Path, springs: list[int]
+) -> None:
+    out = tmp_path / "forces.npz"
+    forces((table,), out, each=1, theories=("UFF",) * 3)
+    found = np.load(out)
+    assert len(springs) == len(found["smiles"])
+    is_tested = found["part"] == PARTS.index("test")
+    energy, source = (found[name][is_tested].reshape(-1, 3) for name in ("energy", "source"))
+    assert (energy == energy[:, :1]).all()
+    assert (source == [0, 1, 2]).all()
+
+
 def test_refused_molecules_are_named_with_the_reason(
     table: Path, tmp_path: Path, springs: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from experiments.study.forces import (
     flops_of_atom,
     forces_tables,
     next_rate,
-    not_run,
+    over_molecules,
     read_forces,
     run_forces,
 )
@@ -39,17 +40,24 @@ from experiments.study.potentials import (
 from experiments.study.running import ForcesConfig
 from experiments.study.sweep import main
 from experiments.train.data.forces import Configurations, Molecules, read_configurations
-from experiments.train.potential import Potential, Recipe, atomwise, errors, loss_of
+from experiments.train.potential import (
+    Potential,
+    Recipe,
+    Residuals,
+    atomwise,
+    loss_of,
+    predict,
+    residuals,
+)
 from tests.helpers.forces_data import write_configurations
 
 WIDTH = 8
 TINY = Column(
     recipe=Recipe(width=WIDTH, train=18, steps=2, of_sources=(4,)),
     seeds=(3, 5),
-    seconds=3600,
     arms={name: OF_ELEMENTS[name] for name in ("dense", "element")},
-    tests=("test", "larger", "elements"),
     controls=("dense",),
+    asked=(0,),
 )
 
 
@@ -206,20 +214,48 @@ def test_columns_of_sources_read_each_source_and_say_what_is_missing(
 ) -> None:  # fmt: skip
     arms = {name: OF_SOURCES[name] for name in ("embedded", "element")}
     recipe = Recipe(width=WIDTH, steps=2, of_sources=(2, 1, 1, 1))
-    column = replace(COLUMNS["sources"], recipe=recipe, seeds=(0, 1), arms=arms, poor=(1,))
+    column = replace(COLUMNS["sources"], recipe=recipe, seeds=(0, 1), arms=arms, asked=(2,))
     monkeypatch.setattr(forces, "COLUMNS", {"four": column})
     own = replace(config, data=tmp_path / "sources.npz", columns=("four",))
     text, failed = run_forces(replace(own, rows=("embedded",)))
     assert not failed
-    assert "not run" in text
+    assert "runs that are missing: experts by element 4." in text
     text, failed = run_forces(own)
-    assert "not run" not in text
+    assert "missing" not in text
+    assert "| forces of 3 beside dense, told the source, % | of 1 and 2 and 4, % |" in text
+    assert "| forces of 4 less 2, 0 meV/Å |" in text
     cell = read_forces(own.results / "forces")["four"]["element"]
-    assert {f"{part}/{one}" for part in ("test", "larger") for one in range(SOURCES)} <= set(cell)
+    assert {f"{part}/{one}" for part in forces.TESTS for one in range(SOURCES)} <= set(cell)
+    assert list(cell["molecules"]) == ["test/2"]
     _, failed = run_forces(replace(own, data=config.data))
     assert "1 sources" in failed["four"]
     with pytest.raises(ValueError, match=r"rows: got 'dense', expected"):
         run_forces(replace(own, rows=("dense",)))
+
+
+def test_what_is_read_is_that_of_single_configurations(
+    of_sources: Configurations, tmp_path: Path
+) -> None:
+    """Sums by molecule, and the errors of differences between two labels of one configuration."""
+    every = of_sources.molecules
+    data = replace(of_sources, molecules=every._replace(force=torch.randn_like(every.force)))
+    cell = Cell(column="sources", arm="source", data=data, folder=tmp_path)
+    model = cell.model(0)
+    read = cell.read(model)
+    off = dict[int, Tensor]()
+    apart = list[Tensor]()
+    sums = dict[int, float]()
+    for row in data.rows["test"].tolist():
+        given = data.batch(torch.tensor([row]))
+        off[row] = predict(model, given)[1] - given.force
+        if int(given.source) == 3:
+            molecule = int(data.molecule[row])
+            sums[molecule] = sums.get(molecule, 0) + 1000 * float(off[row].abs().sum())
+            apart.append((off[row] - off[row - 2]).abs())
+    assert read["molecules"]["test/3"] == [round(sums[molecule]) for molecule in sorted(sums)]
+    found = read["errors"]["difference/3"]
+    assert found["force"] == pytest.approx(1000 * float(torch.cat(apart).mean()), rel=1e-4)
+    assert found["size"] > 100
 
 
 # The sweep ----------------------------------------------------------------------------------------
@@ -242,27 +278,28 @@ def test_a_sweep_goes_on_as_long_as_the_best_is_at_an_end() -> None:
 def test_validation_chooses_and_the_test_is_read_once_a_seed(
     config: ForcesConfig, ran: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = list[str]()
+    read = list[list[int]]()
 
-    def noted(model: nn.Module, data: Configurations, part: Any) -> dict[str, float]:
-        read.append(part)
-        return errors(model, data, part)
+    def noted(model: nn.Module, data: Configurations, rows: Tensor) -> Residuals:
+        read.append(rows.tolist())
+        return residuals(model, data, rows)
 
-    monkeypatch.setattr(forces, "errors", noted)
+    monkeypatch.setattr(forces, "residuals", noted)
     text, failed = run_forces(config)
     assert not failed
-    assert read.count("val") == len(ran)
-    for part in ("test", "larger", "elements"):
-        assert read.count(part) == len(TINY.arms) * len(TINY.seeds)
+    data = read_configurations(config.data)
+    assert read.count(data.rows["val"].tolist()) == len(ran)
+    for part in forces.TESTS:
+        assert read.count(data.rows[part].tolist()) == len(TINY.arms) * len(TINY.seeds)
     cell = read_forces(config.results / "forces")["tiny"]["element"]
     assert f"{cell['lr']:g}" == min(cell["sweep"], key=cell["sweep"].__getitem__)
     assert [run for run in ran if run[0] == "element"][-1] == ("element", cell["lr"], 5)
     held = json.loads(
         (config.runs / "tiny/element" / f"lr-{cell['lr']:g}-seed-5" / "result.json").read_text()
     )
-    assert cell["larger"]["force"]["values"][1] == held["test"]["larger"]["force"]
+    assert cell["larger/0"]["force"]["values"][1] == held["read"]["errors"]["larger/0"]["force"]
     assert text.count("\n| ") == len(TINY.arms) + 1
-    assert "not run" not in text
+    assert "missing" not in text
 
 
 @pytest.mark.parametrize("cut_at", [4, -1])
@@ -296,13 +333,12 @@ def test_what_is_finished_is_not_run_again(
 def test_a_step_size_that_diverges_is_not_chosen(
     config: ForcesConfig, data: Configurations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverged(model: nn.Module, data: Configurations, part: Any) -> dict[str, float]:
-        found = errors(model, data, part)
-        return dict.fromkeys(found, math.nan)
+    def diverged(model: nn.Module, data: Configurations, rows: Tensor) -> Residuals:
+        return Residuals(*(math.nan * one for one in residuals(model, data, rows)))
 
     cell = Cell(column="tiny", arm="dense", data=data, folder=config.runs)
     for lr in RATES:
-        monkeypatch.setattr(forces, "errors", diverged if lr > RATES[0] else errors)
+        monkeypatch.setattr(forces, "residuals", diverged if lr > RATES[0] else residuals)
         cell.run(lr, TINY.seeds[0])
     assert list(cell.sweep().values())[1:] == [math.inf, math.inf]
     assert forces.chosen_rate(cell.sweep()) == RATES[0]
@@ -318,17 +354,6 @@ def test_runs_of_other_data_are_refused(config: ForcesConfig, data: Configuratio
         run_forces(config)
 
 
-def test_a_budget_leaves_out_runs_and_says_what_they_cost(
-    config: ForcesConfig, ran: list[Any]
-) -> None:
-    text, _ = run_forces(replace(config, budget=0.0))
-    assert not ran
-    runs = len(RATES) + len(TINY.seeds) - 1
-    hours = {arm: runs * OF_ELEMENTS[arm].cost * TINY.recipe.steps / 1000 for arm in TINY.arms}
-    assert text == not_run("tiny", {})
-    assert f"not run, {sum(hours.values()):.2f} hours of a core (dense {hours['dense']:.2f}" in text
-
-
 def test_a_file_with_too_few_configurations_is_named(
     config: ForcesConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,25 +361,48 @@ def test_a_file_with_too_few_configurations_is_named(
     monkeypatch.setattr(forces, "COLUMNS", {"more": more})
     text, failed = run_forces(replace(config, columns=("more",)))
     assert "1000 or more" in failed["more"]
-    assert "`more`: not run" in text
+    assert "`more`: runs that are missing: dense 4; " in text
 
 
 # The table ----------------------------------------------------------------------------------------
 
 
+def summary(seeds: list[int], values: list[float], **more: Any) -> dict[str, Any]:
+    return {"seeds": seeds, "test/0": {"force": {"values": values}}, **more}
+
+
 def test_a_change_is_the_mean_of_ratios_of_the_same_seeds() -> None:
-    arm = {"seeds": [0, 1, 2], "test": {"force": {"values": [90.0, 80.0, 85.0]}}}
-    control = {"seeds": [1, 2, 0], "test": {"force": {"values": [100.0, 100.0, 100.0]}}}
+    arm = summary([0, 1, 2], [90.0, 80.0, 85.0])
+    control = summary([1, 2, 0], [100.0, 100.0, 100.0])
     logs = torch.tensor([0.9, 0.8, 0.85]).double().log()
     half = 4.302653 * logs.std() / 3**0.5
     mean, low, high = (
         100 * math.expm1(x) for x in (logs.mean(), logs.mean() - half, logs.mean() + half)
     )
     expected = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-    assert change(arm, control, ["test"], "force") == expected
-    one = {"seeds": [1], "test": {"force": {"values": [80.0]}}}
-    assert change(one, control, ["test"], "force") == "-20.0"
-    assert change(arm, arm, ["test"], "force") == "–"
+    assert change(arm, control, ["test/0"]) == expected
+    assert change(summary([1], [80.0]), control, ["test/0"]) == "-20.0"
+    assert change(arm, arm, ["test/0"]) == "–"
+    sums = {"molecules": {"test/0": [3, 1]}}, {"molecules": {"test/0": [2, 2]}}
+    both = change(arm | sums[0], control | sums[1], ["test/0"])
+    assert both.startswith(f"{expected[:-1]}; ")
+    assert both.count(" to ") == 2
+
+
+def test_the_interval_over_molecules_is_that_of_drawing_them_anew() -> None:
+    random = np.random.default_rng(0)
+    size = random.lognormal(sigma=0.8, size=(1, 80))
+    ours, theirs = size * random.lognormal(sigma=0.5, size=(2, 2, 80))
+    arm, control = (
+        {"molecules": {"test/0": first.tolist(), "test/1": second.tolist()}}
+        for first, second in (ours, theirs)
+    )
+    drawn = random.integers(80, size=(4000, 80))
+    ratios = np.log(ours[:, drawn].sum(-1) / theirs[:, drawn].sum(-1)).mean(0)
+    found = over_molecules(0.5, arm, control, ["test/0", "test/1"])
+    half = 1.9905 * ratios.std()
+    assert found.mean == 0.5
+    assert found.high - 0.5 == pytest.approx(half, rel=0.1)
 
 
 def test_the_command_runs_the_study_and_a_page_shows_it(

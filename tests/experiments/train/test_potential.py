@@ -17,11 +17,11 @@ from experiments.train.potential import (
     Potential,
     Recipe,
     batches,
-    errors,
     factor,
     loss_of,
     neighbors,
     predict,
+    residuals,
     train,
 )
 from tests.helpers.forces_data import write_configurations
@@ -120,6 +120,8 @@ def test_a_batch_has_its_number_of_each_source(tmp_path: Path) -> None:
     recipe = replace(RECIPE, train=None, of_sources=(3, 1))
     for given in batches(data, recipe, seed=0):
         assert given.source.tolist() == [0, 0, 0, 1]
+    held_out = replace(recipe, of_sources=(0, 2))
+    assert {*next(batches(data, held_out, seed=0)).source.tolist()} == {1}
     with pytest.raises(ValueError, match=r"data: got \d+ configurations of a source"):
         next(batches(data, replace(recipe, of_sources=(1000, 1)), seed=0))
 
@@ -140,10 +142,10 @@ def test_a_training_lowers_the_errors_and_follows_from_its_seed(data: Configurat
     ends = []
     for _ in range(2):
         model = potential(data).float()
-        before = errors(model, data, "train")
+        before = residuals(model, data, data.rows["train"]).errors
         steps = list(train(model, data, RECIPE, lr=0.05, seed=0))
         assert steps == list(range(1, RECIPE.steps + 1))
-        ends.append(errors(model, data, "train"))
+        ends.append(residuals(model, data, data.rows["train"]).errors)
     assert ends[0] == ends[1]
     assert ends[0]["force"] < 0.9 * before["force"]
 
@@ -156,7 +158,7 @@ def test_errors_are_means_of_components_and_of_energies_an_atom(data: Configurat
         found_energy, found_force = predict(model, given)
         force += (found_force - given.force).abs().flatten().tolist()
         energy.append(float((found_energy - given.energy).abs().detach()) / len(given.z))
-    found = errors(model, data, "test")
+    found = residuals(model, data, data.rows["test"]).errors
     assert found["force"] == pytest.approx(1000 * sum(force) / len(force), rel=1e-5)
     assert found["energy"] == pytest.approx(1000 * sum(energy) / len(energy), rel=1e-5)
 
