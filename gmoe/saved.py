@@ -40,6 +40,7 @@ from gmoe.convert import moefy
 from gmoe.moe import MoELayer, check_built
 from gmoe.pruning import groups_of
 from gmoe.recorded import BY_HAND, AsBuilt, Recorded
+from gmoe.routers.from_call import part_of
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -74,7 +75,7 @@ class Spec:
         model: the name of its class.
         arguments: of its constructor; ``None`` if gmoe does not know them.
         moefy: the arguments of each call of :func:`gmoe.moefy`, with the names of the layers that
-            it made.
+            it made, and of the part whose calls decide for them, ``""`` for the model.
         kept: the experts that stayed in layers in which others were pruned, by name.
     """
 
@@ -154,7 +155,11 @@ def spec_of(model: nn.Module) -> Spec:
             raise ValueError(f"{reason}; {BY_HAND}")
         if layer.as_built is not None:
             layer.as_built.check(layer, name)
-        names_of.setdefault(json.dumps(layer.moefied.values), []).append(name)
+        part = part_of(model, layer.router)
+        start = f"{part}." if part else ""
+        if name.startswith(start):  # else the part, too, has another name
+            call = json.dumps({**layer.moefied.values, "model": part})
+            names_of.setdefault(call, []).append(name.removeprefix(start))
     calls = [{**json.loads(call), "targets": names} for call, names in names_of.items()]
     spec = Spec(type(model).__name__, arguments, calls, kept)
     if arguments is not None:
@@ -337,7 +342,8 @@ def _made(base: nn.Module, spec: Spec, folder: Path, state: Mapping[str, Tensor]
 def _with_experts(base: nn.Module, spec: Spec) -> nn.Module:
     """Make the layers of the base again, with any values."""
     for call in spec.moefy:
-        moefy(base, **{**call, "targets": [glob.escape(name) for name in call["targets"]]})
+        names = [glob.escape(name) for name in call["targets"]]
+        moefy(**{**call, "model": base.get_submodule(call["model"]), "targets": names})
     for group in groups_of(base):
         kept = [spec.kept[name] for name in group.layers if name in spec.kept]
         if kept:  # layers that share a router have one list

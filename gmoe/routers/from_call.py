@@ -91,8 +91,8 @@ class FromCall(ABC):
     def attach(self, model: nn.Module, *, takes_others: bool = False) -> None:
         """Let a model read the argument in each call, once; :func:`gmoe.moefy` does so itself.
 
-        The routers in it take their decisions from its calls, but those in a part to which the same
-        was attached before.
+        The routers in it take their decisions from its calls, but those that follow the calls of a
+        part, to which it was attached before.
 
         Args:
             model: the module whose ``forward`` has the argument.
@@ -212,10 +212,8 @@ class CallRouter(Router):
 
 def detach(model: nn.Module) -> None:
     """Let a model that has no such layers anymore decide nothing."""
-    for part in [*model.modules()]:
-        hooks, _ = forward_hooks(part)
-        for source in [hook.source for hook in hooks.values() if isinstance(hook, _Decide)]:
-            source.leave(part)
+    for part, source in {(part, hook.source): None for _, part, hook in _deciding(model)}:
+        source.leave(part)
 
 
 def decided_from(model: nn.Module, told: Mapping[str, Any]) -> dict[Router | None, Tensor]:
@@ -231,12 +229,7 @@ def decided_from(model: nn.Module, told: Mapping[str, Any]) -> dict[Router | Non
     Raises:
         ValueError: no argument of a router; several values, or one on another device.
     """
-    hooks = [
-        (part, hook)
-        for part in model.modules()
-        for hook in forward_hooks(part)[0].values()
-        if isinstance(hook, _Decide)
-    ]
+    hooks = [(part, hook) for _, part, hook in _deciding(model)]
     if not told or not told.keys() <= {hook.value.name for _, hook in hooks}:
         return {}
     found: dict[Router | None, Tensor] = {}
@@ -354,15 +347,26 @@ class _Calls:
         call.hooks.__enter__()
 
 
-def routers_of(part: nn.Module, source: FromCall) -> Iterator[CallRouter]:
-    """The routers in a part of a model that take their decisions from its calls."""
-    if isinstance(part, CallRouter) and part.source == source:
-        yield part
-    for child in part.children():
-        hooks, _ = forward_hooks(child)
-        decides = [hook for hook in hooks.values() if isinstance(hook, _Decide)]
-        if all(hook.source != source for hook in decides):  # else they have calls of their own
-            yield from routers_of(child, source)
+def _deciding(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Decide]]:
+    """The parts of a model that decide, with their names and hooks."""
+    for name, part in model.named_modules():
+        for hook in forward_hooks(part)[0].values():
+            if isinstance(hook, _Decide):
+                yield name, part, hook
+
+
+def routers_of(model: nn.Module, source: FromCall) -> Iterator[CallRouter]:
+    """The routers in a model that take their decisions from its calls, not from those of a part."""
+    of_parts = [hook.calls for _, part, hook in _deciding(model) if part is not model]
+    for part in model.modules():
+        if isinstance(part, CallRouter) and part.source == source and part._calls not in of_parts:
+            yield part
+
+
+def part_of(model: nn.Module, router: Router | None) -> str:
+    """The name of the part of a model, ``""`` for all of it, whose calls a router decides by."""
+    calls = getattr(router, "_calls", None)
+    return next((name for name, _, hook in _deciding(model) if hook.calls is calls), "")
 
 
 class Argument(NamedTuple):

@@ -14,6 +14,7 @@ from torch_geometric.data import Batch, Data
 
 import gmoe
 from gmoe.routers import ByType, FromInput
+from gmoe.routers.from_call import part_of
 from tests.helpers.sources import (
     BATCH,
     BY_SOURCE,
@@ -252,6 +253,54 @@ def test_layers_that_get_experts_later_take_part(first: Any, second: Any, tmp_pa
     gmoe.save(model, tmp_path)
     loaded = gmoe.load(tmp_path, Net().double())
     torch.testing.assert_close(loaded(x, BATCH, **told), out, rtol=0, atol=0)
+
+
+class Pair(nn.Module):
+    """Two models, of which the second is told something else than the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Net()
+        self.b = Net()
+
+    def forward(
+        self, x: Tensor, batch: Tensor | None, source: Tensor, system: Tensor | None
+    ) -> Tensor:
+        first: Tensor = self.a(x, batch, source, system=system)
+        other = None if system is None else -system
+        second: Tensor = self.b(x, batch, 7 * (source == 0), system=other)
+        return first + second
+
+
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR])
+@pytest.mark.parametrize(
+    ("calls", "parts"),
+    [
+        ([("b", "lin*")], ["b", "b"]),
+        ([("a", "lin*"), ("b", "lin*")], ["a", "a", "b", "b"]),
+        ([("a", "lin1"), ("", ["*.lin2", "b.lin1"])], ["a", "", "", ""]),
+        ([("", ["a.lin2", "b.lin1"]), ("b", "lin2")], ["", "b", "b"]),
+    ],
+)
+def test_parts_that_got_experts_alone_decide_by_their_own_calls(
+    calls: Any, parts: list[str], router: Any, tmp_path: Path
+) -> None:
+    """Also once they are saved; layers that got theirs by the whole decide by its calls."""
+    model, x = Pair().double(), atoms()
+    for part, targets in calls:
+        options: Any = {"targets": targets, "mix": "weights", "start": "plain"}
+        gmoe.moefy(model.get_submodule(part), router=router, **options)
+    model.eval()
+    out = model(x, BATCH, SOURCE, systems())
+    for group in range(len(SOURCE)):
+        told = SOURCE[group : group + 1], systems()[group : group + 1]
+        alone = model(x[group == BATCH], None, *told)
+        torch.testing.assert_close(alone, out[group == BATCH], rtol=0, atol=1e-12)
+    layers = [layer.router for layer in model.modules() if isinstance(layer, gmoe.MoE)]
+    assert [part_of(model, layer) for layer in layers] == parts
+    gmoe.save(model, tmp_path)
+    for other in (deepcopy(model), gmoe.load(tmp_path, Pair().double())):
+        torch.testing.assert_close(other(x, BATCH, SOURCE, systems()), out, rtol=0, atol=0)
 
 
 def test_types_of_as_many_groups_as_tokens_are_told_apart_or_refused() -> None:
