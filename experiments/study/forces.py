@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import gmoe
 from experiments.show.cells import read_cells
 from experiments.show.tables import Line, markdown
-from experiments.study.potentials import OF_ELEMENTS, OF_SOURCES, SOURCES, Arm
+from experiments.study.potentials import BEST, OF_ELEMENTS, OF_SOURCES, SOURCES, TUNED, Arm
 from experiments.study.running import ForcesConfig
 from experiments.train.build import num_parameters
 from experiments.train.checks import check, check_choice
@@ -66,22 +66,31 @@ class Column:
     """Arms that others are shown beside."""
     asked: tuple[int, ...]
     """The sources that the question is about: those that label few molecules, or the only one."""
+    told_as: tuple[int, int] | None = None
+    """A source that is new, and a relative that models are told in its place."""
+    after: str = ""
+    """The column whose models are trained further."""
 
 
-def _sources(asked: tuple[int, ...], width: int = 32) -> Column:
+def _sources(asked: tuple[int, ...], width: int = 32, **changes: Any) -> Column:
     """One model for four theories; a batch has more of the rich ones."""
-    best = ("embedded", "wider", "element", "learned")
-    return Column(
+    column = Column(
         recipe=Recipe(
             width=width,
             steps=3_000,
             of_sources=tuple(2 if source in asked else 6 for source in range(SOURCES)),
         ),
-        seeds=(0, 1, 2, 3, 4) if width == 32 else (0, 1, 2),
-        arms=OF_SOURCES if width == 32 else {name: OF_SOURCES[name] for name in best},
+        seeds=(0, 1, 2, 3, 4),
+        arms=OF_SOURCES,
         controls=("embedded", "wider"),
         asked=asked,
     )
+    return replace(column, **changes)
+
+
+def _new(recipe: Recipe, arms: Mapping[str, Arm], after: str = "") -> Column:
+    """GFN2 is new: models are told GFN1 in its place."""
+    return _sources((3,), recipe=recipe, seeds=(0, 1, 2), arms=arms, told_as=(3, 1), after=after)
 
 
 COLUMNS = {
@@ -93,12 +102,17 @@ COLUMNS = {
         asked=(0,),
     ),
     "sources": _sources((2, 3)),
-    "sources-wide": _sources((2, 3), width=64),
+    "sources-wide": _sources((2, 3), width=64, seeds=(0, 1, 2), arms=BEST),
     "sources-other": _sources((0, 1)),
     "sources-alike": _sources((2, 3)),
+    "sources-three": _new(Recipe(width=32, steps=3_000, of_sources=(6, 6, 4, 0)), BEST),
+    "sources-tuned": _new(
+        Recipe(width=32, steps=500, of_sources=(0, 0, 0, 16)), TUNED, after="sources-three"
+    ),
 }
-"""``sources`` and ``sources-wide`` are of one file, ``sources-other`` of one in which other
-theories are poor, and ``sources-alike``, a control, of one with four names for one theory."""
+"""``sources-other`` is of a file in which other theories are poor, and ``sources-alike``, a
+control, of one with four names for one theory; the others are of one file. ``sources-three`` does
+not train on GFN2, of which ``sources-tuned`` has few molecules, then."""
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -160,10 +174,27 @@ class Cell:
         }
 
     def model(self, seed: int) -> nn.Module:
-        """The model of a seed before training."""
+        """The model of a seed before training: drawn, or as the column before has left it.
+
+        Raises:
+            ValueError: the column before is not finished.
+        """
         torch.manual_seed(seed)
         column = COLUMNS[self.column]
-        return column.arms[self.arm].build(column.recipe.width, self.data.energy_scale)
+        arm = column.arms[self.arm]
+        model = arm.build(column.recipe.width, self.data.energy_scale)
+        if arm.begins:
+            first = replace(self, column=column.after, arm=arm.begins)
+            sweep = first.sweep()
+            is_there = next_rate(sweep) is None and first.held(chosen_rate(sweep), seed)
+            check(is_there, "columns", self.column, f"{column.after} before it")
+            folder = first.run_folder(chosen_rate(sweep), seed)
+            load_model(model, folder / "weights.safetensors")
+        if arm.is_merged:
+            trained = [self.data.rows[f"train/{source}"] for source in column.recipe.sources]
+            system = self.data.molecules.system[torch.cat(trained)].mean(0, keepdim=True)
+            model = gmoe.merge(model, system=system)
+        return model
 
     def run(self, lr: float, seed: int) -> None:
         """Train, and write weights and figures; the test parts are not read."""
@@ -277,6 +308,8 @@ def run_forces(config: ForcesConfig) -> tuple[str, dict[str, str]]:
         except ValueError as error:
             failed[name] = str(error)
             continue
+        if column.told_as:
+            data = data.told_as(*column.told_as)
         cells = {
             arm: Cell(column=name, arm=arm, data=data, folder=config.runs)
             for arm in config.rows or column.arms

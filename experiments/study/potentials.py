@@ -7,7 +7,7 @@ Shapes: C configurations, A atoms, I and O the widths of a layer, S sources.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,10 @@ class Arm:
     label: str
     build: Callable[[int, float], nn.Module]
     """Of the dense width, and the scale of energies."""
+    begins: str = ""
+    """The arm of a column before whose training goes on; by default none, and weights are drawn."""
+    is_merged: bool = False
+    """Whether the dense model of one system goes on in its place."""
 
 
 def wider(build: Callable[..., nn.Module], times: float) -> Callable[[int, float], nn.Module]:
@@ -270,3 +274,13 @@ OF_SOURCES = {
     ),
 }
 """Arms on several sources, in the order in which they run."""
+
+BEST = {name: OF_SOURCES[name] for name in ("embedded", "wider", "element", "learned")}
+"""Arms at more width, and before a new source."""
+TUNED = {name: replace(arm, begins=name) for name, arm in BEST.items()} | {
+    "merged": Arm(
+        label="learned mixture, merged before", build=learned, begins="learned", is_merged=True
+    ),
+    "fresh": Arm(label="dense, of the new source alone", build=embedded),
+}
+"""Arms that are trained further on a new source."""

@@ -47,7 +47,7 @@ class ForcesConfig:
     """The file that experiments.convert forces wrote."""
     columns: tuple[str, ...] = ("small",)
     """What is asked of it: small, or of four theories sources, sources-wide, sources-other,
-    sources-alike."""
+    sources-alike, sources-three and then sources-tuned."""
     rows: tuple[str, ...] = ()
     """Models; by default all."""
     runs: Path = Path("runs/forces")

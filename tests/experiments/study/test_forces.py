@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gmoe
@@ -30,10 +31,12 @@ from experiments.study.forces import (
 )
 from experiments.study.pages import render
 from experiments.study.potentials import (
+    BEST,
     BY_ELEMENT,
     OF_ELEMENTS,
     OF_SOURCES,
     SOURCES,
+    TUNED,
     ScaleShift,
     experts,
 )
@@ -231,6 +234,43 @@ def test_columns_of_sources_read_each_source_and_say_what_is_missing(
     assert "1 sources" in failed["four"]
     with pytest.raises(ValueError, match=r"rows: got 'dense', expected"):
         run_forces(replace(own, rows=("dense",)))
+
+
+def test_models_of_a_column_before_are_trained_further_on_a_new_source(
+    of_sources: Configurations, config: ForcesConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    first, then = (
+        replace(column, recipe=replace(column.recipe, width=WIDTH, steps=2), seeds=(0,))
+        for column in (COLUMNS["sources-three"], COLUMNS["sources-tuned"])
+    )
+    first = replace(first, recipe=replace(first.recipe, of_sources=(2, 1, 1, 0)))
+    then = replace(then, recipe=replace(then.recipe, of_sources=(0, 0, 0, 4)))
+    monkeypatch.setattr(forces, "COLUMNS", {"sources-three": first, "sources-tuned": then})
+    own = replace(config, data=tmp_path / "sources.npz", columns=("sources-tuned",))
+    with pytest.raises(ValueError, match="columns: got sources-tuned, expected sources-three bef"):
+        run_forces(own)
+    text, _ = run_forces(replace(own, columns=("sources-three", "sources-tuned")))
+    assert text.count("\n| ") == len(BEST) + len(TUNED) + 2
+    data = of_sources.told_as(3, 1)
+    assert {*data.molecules.source[data.rows["test/3"]].tolist()} == {1}
+    assert data.molecules.system[data.rows["test/3"], :SOURCES].unique(dim=0).tolist() == [
+        [0, 1, 0, 0]
+    ]
+    cells = {
+        arm: Cell(column="sources-tuned", arm=arm, data=data, folder=own.runs) for arm in TUNED
+    }
+    before = Cell(column="sources-three", arm="learned", data=data, folder=own.runs)
+    left = before.run_folder(forces.chosen_rate(before.sweep()), 0) / "weights.safetensors"
+    learned, merged = cells["learned"].model(0), cells["merged"].model(0)
+    for name, weight in load_file(left).items():
+        torch.testing.assert_close(learned.state_dict()[name], weight)
+    given = data.batch(data.rows["test/3"])
+    system = data.molecules.system[data.rows["train/3"]].mean(0).expand_as(given.system)
+    expected = energy_of(learned.eval(), given._replace(system=system.contiguous()))
+    told = merged.eval()(**given._replace(system=system.contiguous()).inputs)
+    torch.testing.assert_close(told.detach(), expected, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, gmoe.MoE) for module in merged.modules())
 
 
 def test_what_is_read_is_that_of_single_configurations(
