@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch_geometric import explain
@@ -142,15 +141,6 @@ def prunes(case: Case) -> None:
     kept = gmoe.prune(layer, first)
     assert all(len(ids) < contract.E for ids in kept.values())
     rows(run(layer.train(), call)).square().sum().backward()
-
-
-def differentiates_twice(case: Case) -> None:
-    layer, call = case.make(), case.call()
-    leaves = [parameter for parameter in layer.parameters() if parameter.dim() > 1]
-    with sdpa_kernel(SDPBackend.MATH):  # torch's other kernels have no second gradients
-        loss = run(layer, call).square().sum()
-    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
-    torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
 
 
 def differentiates_a_batch(case: Case) -> None:
@@ -277,7 +267,7 @@ PROBES: dict[str, Callable[[Case], object]] = {
     "`torch.jit.trace`": partial(transforms, name="torch.jit.trace"),
     "`torch.jit.script`": lambda case: torch.jit.script(case.make()),
     "`torch.func`": partial(transforms, name="torch.func.grad"),
-    "gradients of gradients (`create_graph=True`)": differentiates_twice,
+    "gradients of gradients (`create_graph=True`)": keeps(contract.is_differentiated_twice),
     "batches of gradients (`vectorize=True`)": differentiates_a_batch,
     "dynamic quantization": quantizes,
     "dynamic quantization after `gmoe.unstack`": quantizes_unstacked,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -223,15 +224,30 @@ def test_of_baselines_that_know_all_experts_none_is_taken_away() -> None:
         assert layer.num_experts == layer.experts.num_experts == EXPERTS
 
 
-@pytest.mark.parametrize("kept", [(), (1, 1), (3, 2), (0, EXPERTS), (-1,)], ids=str)
-@pytest.mark.parametrize("router", [None, "token_choice"])
-def test_a_layer_keeps_experts_that_are_there_and_each_once(router: Any, kept: Any) -> None:
-    layer = MoEConv("gcn", WIDTH, WIDTH, num_experts=EXPERTS, router=router)
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(ValueError, match=r"^kept: got \[.*\], expected k=1 or more of 0 to 7, asc"):
-        layer.keep(kept)
-    assert layer.num_experts == EXPERTS
-    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+KEEPERS: dict[str, tuple[Callable[[], Any], int]] = {
+    "a layer": (lambda: MoEConv("gcn", WIDTH, WIDTH, num_experts=EXPERTS), 1),
+    "without a router": (lambda: MoEConv("gcn", WIDTH, WIDTH, num_experts=EXPERTS, router=None), 1),
+    "a router": (lambda: gmoe.TokenChoice(WIDTH, num_experts=EXPERTS, k=2), 2),
+}
+"""What keeps experts, and how many at least."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("a router", (0,)),
+        *((name, kept) for name in KEEPERS for kept in ((), (1, 1), (3, 2), (0, EXPERTS), (-1, 0))),
+    ],
+)
+def test_k_experts_at_least_that_are_there_are_kept_and_each_once(name: str, kept: Any) -> None:
+    build, k = KEEPERS[name]
+    one = build()
+    before = copy.deepcopy(one.state_dict())
+    message = rf"^kept: got \[.*\], expected k={k} or more of 0 to 7, asc"
+    with pytest.raises(ValueError, match=message):
+        one.keep(kept)
+    assert one.num_experts == EXPERTS
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
 
 
 def test_a_layer_without_a_router_shrinks_for_the_routings_of_a_router_that_does() -> None:
@@ -245,15 +261,6 @@ def test_a_layer_without_a_router_shrinks_for_the_routings_of_a_router_that_does
     _, (routing,) = model(X, EDGES, return_routing=True)
     assert routing.num_experts == 3
     assert model.convs[0].kept == (1, 4, 6)
-
-
-@pytest.mark.parametrize("kept", [(0,), (2, 1), (0, EXPERTS), (1, 1), ()], ids=str)
-def test_a_router_keeps_k_experts_at_least_and_each_once(kept: Any) -> None:
-    router = gmoe.TokenChoice(WIDTH, num_experts=EXPERTS, k=2)
-    with pytest.raises(ValueError, match=r"^kept: got .* expected k=2 or more of 0 to"):
-        router.keep(kept)
-    assert router.num_experts == EXPERTS
-    assert router.alive_E is None
 
 
 def test_a_capacity_in_training_stays_as_it_was() -> None:

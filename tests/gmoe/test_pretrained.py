@@ -22,7 +22,6 @@ from torch_geometric.nn import SAGEConv
 from torch_geometric.nn.models import GCN
 
 import gmoe
-from gmoe.pruning import groups_of
 from tests.helpers.command import full_disk
 from tests.helpers.vits import SMALL_VIT
 
@@ -90,17 +89,6 @@ def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
     assert gmoe.GNNMoE.from_pretrained(tmp_path, dropout=0.5).dropout.p == 0.5
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         gmoe.GNNMoE.from_pretrained(tmp_path, hidden_channels=12)
-
-
-def test_a_pruned_model_comes_back(tmp_path: Path) -> None:
-    """Also one whose layers share a router."""
-    for number, shared in enumerate((True, False)):
-        model = GNN(conv="sage", num_layers=3, shared_router=shared, k=2).double()
-        moved(model, X, EDGES)
-        for group in groups_of(model):
-            group.keep((1, 3))
-        model.save_pretrained(tmp_path / str(number))
-        check_same(model, gmoe.load(tmp_path / str(number)), X, EDGES)
 
 
 def test_dtypes_come_back(tmp_path: Path) -> None:

@@ -218,35 +218,6 @@ def test_data_of_which_a_layer_saw_nothing_are_refused() -> None:
     assert {part.num_experts for part in layers_of(model)} == {EXPERTS}
 
 
-def test_all_is_checked_before_anything_changes() -> None:
-    """The second layer cannot shrink, so that the first does not."""
-    model = (
-        nn.Sequential(
-            token_layer(), gmoe.MoE(Mine(WIDTH, num_experts=2), token_layer(num_experts=2).experts)
-        )
-        .double()
-        .eval()
-    )
-    with pytest.raises(ValueError, match="Mine, of which no expert"):
-        pruned_on(model, X[:1])
-    assert [part.num_experts for part in layers_of(model)] == [EXPERTS, 2]
-
-
-class Processes:
-    """As a group of processes, it cannot be copied."""
-
-    def __reduce__(self) -> Any:
-        raise TypeError("cannot pickle a group of processes")
-
-
-def test_a_router_with_its_own_processes_is_pruned() -> None:
-    layer: Any = token_layer()
-    layer.router.process_group = Processes()
-    pruned_on(layer, X[:1])
-    assert layer.num_experts == 1
-    assert isinstance(layer.router.process_group, Processes)
-
-
 def test_a_layer_of_open_widths_is_pruned_after_its_first_call() -> None:
     layer = MoEConv("gcn", -1, 4, num_experts=3)
     with pytest.raises(ValueError, match=r"^model: got .*, whose widths are open, expected"):

@@ -121,22 +121,42 @@ def test_second_and_third_gradients_are_those_of_the_mixture(
 
 
 @each_road
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "k", "has_bias", "frozen"),
+    [
+        # Each tensor in turn that needs no gradient, and none of them.
+        *((torch.float64, 2, True, frozen) for frozen in range(7)),
+        (torch.float64, 1, False, 6),
+        (torch.float32, 1, True, 6),
+        (torch.float32, 3, False, 5),
+    ],
+    ids=str,
+)
 def test_each_road_gives_the_masked_mixture_of_two_parts(
-    road: str, k: int, has_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    road: str,
+    dtype: torch.dtype,
+    k: int,
+    has_bias: bool,
+    frozen: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The last expert has no token: its gradients are zero, not missing."""
+    """The last expert has no token: its gradients are zero, not missing.
+
+    The second part does not fill 16 bytes.
+    """
     kernel = take(road, monkeypatch)
     expert_TK = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)).topk(k).indices
-    shapes = [(40, k), (40, 8), (40, 4), (4, 8, 8), (4, 8, 4), (4, 8)]
-    leaves = [features(*shape, seed=i).to(dtype).requires_grad_() for i, shape in enumerate(shapes)]
+    shapes = [(40, k), (40, 8), (40, 3), (4, 8, 8), (4, 8, 3), (4, 8)]
+    leaves = [
+        features(*shape, seed=i).to(dtype).requires_grad_(i != frozen)
+        for i, shape in enumerate(shapes)
+    ]
     weight_TK, x, y, *weights, bias_EO = leaves
-    used = leaves if has_bias else leaves[:-1]
+    bias = bias_EO if has_bias else None
+    used = [leaf for leaf in leaves if leaf.requires_grad and (has_bias or leaf is not bias_EO)]
     routing = Routing.from_choices(expert_TK, weight_TK, num_experts=4)
     with kernel_is(kernel):
-        found = routed_linear([x, y], weights, bias_EO if has_bias else None, routing)
+        found = routed_linear([x, y], weights, bias, routing)
     of_each = torch.einsum("ti,eoi->teo", torch.cat([x, y], dim=1), torch.cat(weights, dim=2))
     gate_TE = torch.zeros(40, 4, dtype=dtype).scatter(1, expert_TK, weight_TK)
     expected = torch.einsum("te,teo->to", gate_TE, of_each + has_bias * bias_EO)
@@ -147,6 +167,20 @@ def test_each_road_gives_the_masked_mixture_of_two_parts(
         atol=near,
         rtol=near,
     )
+
+
+def test_rows_move_at_once_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By expert, the second part of an expert's input is added to the first."""
+    monkeypatch.setattr("gmoe.routed.FEW_NUMBERS", 0)
+    chosen = torch.arange(120).view(40, 3) % 4
+    routing = Routing.from_choices(chosen, features(40, 3), num_experts=4)
+    parts, weights = [features(40, 5), features(40, 2)], [features(4, 5, 5), features(4, 5, 2)]
+    of_expert = 40 * 3 * 7 // 4  # inputs of an expert's rows, on average
+    for most in (of_expert, of_expert - 1):
+        monkeypatch.setattr("gmoe.routed.AT_ONCE", most)
+        with Noted() as noted:
+            routed_linear(parts, weights, None, routing)
+        assert ("addmm_" in noted.names) == (most < of_expert)
 
 
 def test_few_numbers_run_all_experts_and_sort_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,45 +209,6 @@ def test_routed_linear_is_of_the_type_of_its_weights() -> None:
         routing_of(torch.ones(5, 2)),
     )
     assert routed_linear([x], [weight], None, routing).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bias", "frozen", "k"),
-    [
-        # Each input in turn that needs no gradient, and none of them.
-        *((torch.float64, True, frozen, 3) for frozen in range(7)),
-        (torch.float64, False, 6, 1),
-        (torch.float32, True, 6, 1),
-        (torch.float32, False, 5, 3),
-    ],
-    ids=str,
-)
-def test_rows_that_move_at_once_give_what_the_loop_gives(
-    dtype: torch.dtype, bias: bool, frozen: int, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of an expert without rows and of widths that do not fill 16 bytes, too."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.rand(40, 3, generator=generator).topk(k).indices
-    routing = Routing.from_choices(chosen, features(40, k).to(dtype), num_experts=4)
-    shapes = [(40, 5), (40, 2), (4, 5, 5), (4, 5, 2), (4, 5), (40 * k,)]
-    leaves = [
-        features(*shape, seed=i).to(dtype).requires_grad_(i != frozen)
-        for i, shape in enumerate(shapes)
-    ]
-    parts, weights = leaves[:2], leaves[2:4]
-    bias_EO, gate = leaves[4:]
-    routing = replace(routing, weight=gate)
-    found = []
-    of_expert = 40 * k * 7 // 4  # inputs of an expert's rows, on average
-    for most in (of_expert, of_expert - 1):
-        monkeypatch.setattr("gmoe.routed.AT_ONCE", most)
-        with Noted() as noted:
-            y = routed_linear(parts, weights, bias_EO if bias else None, routing)
-        # By expert, the second part of an expert's input is added to the first.
-        assert ("addmm_" in noted.names) == (most < of_expert)
-        found.append([y, *gradients(y, [leaf for leaf in leaves if leaf.requires_grad])])
-    near = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(*found, atol=near, rtol=near)
 
 
 @pytest.mark.parametrize("most", [2**14, -1], ids=["at once", "expert by expert"])

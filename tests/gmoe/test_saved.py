@@ -229,9 +229,12 @@ def test_the_dtypes_of_the_file_come_back(tmp_path: Path) -> None:
     check_comes_back(model, BASES["timm"]().float(), inputs, tmp_path)
 
 
+@pytest.mark.parametrize("shared_router", [True, False])
 @pytest.mark.parametrize("conv", ["sage", ["graph", "sage", "gin", "gcn"]])
-def test_a_gnn_of_gmoe_that_was_pruned_comes_back(conv: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"conv": conv, "num_experts": 4}
+def test_a_gnn_of_gmoe_that_was_pruned_comes_back(
+    conv: Any, shared_router: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"conv": conv, "num_experts": 4, "shared_router": shared_router}
     torch.manual_seed(0)
     model = moved(gmoe.GNNMoE(WIDTH, 6, 3, 4, **options).double())
     for group in groups_of(model):
