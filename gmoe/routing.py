@@ -201,18 +201,12 @@ class Routing:
         return _of_choices(choices, losses=losses or {}, **known)
 
     @staticmethod
-    def to_all(
-        weight_TE: Tensor,
-        *,
-        scores: Tensor | None = None,
-        losses: Mapping[str, AuxLoss] | None = None,
-    ) -> Routing:
+    def to_all(weight_TE: Tensor, *, scores: Tensor | None = None) -> Routing:
         """Route each token to all experts: there is nothing to sort.
 
         Args:
             weight_TE: (T, E) the weight of each pair; differentiable.
             scores: (T, E) the router's score of every pair; by default the weights.
-            losses: auxiliary losses by name.
         """
         num_tokens, num_experts = weight_TE.shape
         token_T = torch.arange(num_tokens, device=weight_TE.device)
@@ -224,7 +218,6 @@ class Routing:
             weight_TE.T.reshape(-1),
             weight_TE.detach() if scores is None else scores,
             num_tokens,
-            losses or {},
             slot=(token_T * num_experts + expert_E1).view(-1),
             validate=False,
         )

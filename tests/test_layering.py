@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -169,17 +168,6 @@ def test_no_upward_import() -> None:
     assert not {module: names for module, names in found.items() if names}
 
 
-def test_no_test_imports_from_the_tools() -> None:
-    """The machines take helpers from the tests, and run them."""
-    found = {
-        str(path.relative_to(ROOT)): name
-        for path in (ROOT / "tests").rglob("*.py")
-        for name, _ in imports(path.read_text())
-        if inside(name, "tools")
-    }
-    assert found == {}
-
-
 @pytest.mark.parametrize("package", ["gmoe", "vision", "experiments"])
 def test_no_circle(package: str) -> None:
     """Also none inside of functions, and none for types alone."""
@@ -207,57 +195,18 @@ def test_one_file_asks_whether_a_model_is_exported() -> None:
     assert [module for module, words in found.items() if words] == ["gmoe.portable"]
 
 
-OF_TENSORS = re.compile(r"(\w+\.)*\w+_[A-Z][A-Za-z0-9]*")
-"""Names that end with the shape of a tensor."""
-
-NOT_EXPORTED = (
-    # Kernels: gmoe.portable has what is exported.
-    *("gmoe.padded", "gmoe.products", "gmoe.routed", "gmoe.sums"),
-    *("gmoe._check_mlp", "gmoe.data", "gmoe.merging", "gmoe.plot"),
-)
-"""Modules of which nothing runs in an exported model."""
-
-
-def lengths_of_tensors(source: str) -> list[str]:
-    """Of which tensors a source takes the ``len``."""
-    found = set()
-    for function in ast.walk(ast.parse(source)):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        names = {
-            argument.arg
-            for argument in (*function.args.args, *function.args.kwonlyargs)
-            if argument.annotation is not None
-            and ast.unparse(argument.annotation) in ("Tensor", "Tensor | None")
-        }
-        for node in ast.walk(function):
-            if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("torch."):
-                names |= {ast.unparse(target) for target in node.targets}
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "len":
-                text = ast.unparse(node.args[0])
-                if OF_TENSORS.fullmatch(text) or text in names:
-                    found.add(text)
-    return sorted(found)
-
-
-def test_no_tensor_that_is_exported_is_asked_for_its_length() -> None:
-    """``torch.export`` takes ``len(x)`` as fixed, and ``x.size(0)`` not."""
-    files = [path for path in FILES if not inside(module_of(path), *NOT_EXPORTED)]
-    found = {module_of(path): lengths_of_tensors(path.read_text()) for path in files}
-    assert not {module: names for module, names in found.items() if names}
-
-
 def imported_tests(source: str) -> list[str]:
-    """The tests that a file imports: what files of tests share is in ``tests/helpers``."""
+    """The tests and tools that a file imports: what tests share is in ``tests/helpers``."""
     return [
         name
         for name, _ in imports(source)
-        if inside(name, "tests") and any(part.startswith("test_") for part in name.split("."))
+        if inside(name, "tools")
+        or (inside(name, "tests") and any(part.startswith("test_") for part in name.split(".")))
     ]
 
 
 def test_no_test_is_imported() -> None:
+    """Nor does a test import from the tools, which take helpers from the tests."""
     files = (ROOT / "tests").rglob("*.py")
     found = {module_of(path): imported_tests(path.read_text()) for path in files}
     assert not {module: names for module, names in found.items() if names}

@@ -44,10 +44,10 @@ class TextGraph:
     """What it was made from: versions, and a checksum."""
 
 
-def of_large_classes(nodes: dict[str, Node], least: int = LEAST) -> dict[str, Node]:
+def of_large_classes(nodes: dict[str, Node]) -> dict[str, Node]:
     """The nodes whose class has enough of them."""
     counts = Counter(node.label for node in nodes.values())
-    return {name: node for name, node in nodes.items() if counts[node.label] >= least}
+    return {name: node for name, node in nodes.items() if counts[node.label] >= LEAST}
 
 
 def words(text: str, without: str = "") -> str:

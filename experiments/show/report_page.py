@@ -319,7 +319,7 @@ def _routing(page: Page, run: RunFolder) -> str:
     return in_words(layers, run.config)
 
 
-def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], list[Figure]]:
+def _patches(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
     """By MoE layer, the patches of validation images; and maps of images, each of another class."""
     from vision.maps import expert_patches  # torchvision, which graphs do without
     from vision.told_domain import tell_domains
@@ -331,7 +331,7 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
         batches.append(batch)
         tell_domains(model, batch.domain)
         weights.append(patch_weights(model, batch.inputs[0]))
-        if sum(len(one.target) for one in batches) >= most:
+        if sum(len(one.target) for one in batches) >= 1024:
             break
     images = torch.cat([one.inputs[0] for one in batches])
     labels = torch.cat([one.target for one in batches])

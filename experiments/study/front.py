@@ -11,7 +11,7 @@ share that four times the width removes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -140,11 +140,11 @@ def missing(front: Front, column: str) -> list[str]:
     return [arm.label for name, arm in ARMS.items() if name not in front.get(column, {})]
 
 
-def front_tables(front: Front, only: Sequence[str] = ()) -> str:
+def front_tables(front: Front) -> str:
     """Of each column two tables: scores and costs of all models, and all others beside the dense
     curve; then what is not finished."""
     tables = []
-    for column in only or dict.fromkeys([*COLUMNS, *front]):
+    for column in dict.fromkeys([*COLUMNS, *front]):
         cells = front.get(column, {})
         if cells:
             tables.append(markdown([_scores(column, cell, cells) for cell in cells.values()]))

@@ -4,8 +4,7 @@ A table stands between ``<!-- KIND: NAME -->`` and ``<!-- end -->``; it is gener
 ``results/NAME.json``, or a folder.
 ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote, and
 ``<!-- presets: NAME -->`` has runs of ``experiments.train``, each beside its dense model.
-``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``, and
-``<!-- cells: routers: COLUMN -->`` a column of it.
+``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``.
 ``<!-- study: NAME -->`` is what ``experiments.sweep FILE.py:STUDY`` wrote into ``results/NAME``, a
 table a column, ``<!-- study: NAME: COLUMN -->`` a column of it.
 ``<!-- front: width -->`` is what ``experiments.study.width`` found: scores, costs, and experts

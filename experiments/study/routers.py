@@ -13,12 +13,11 @@ router and the dense model of equal FLOPs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.show.cells import Cells, differences, read_cells, study_tables
+from experiments.show.cells import Cells, differences, read_cells
 from experiments.show.tables import markdown
 from experiments.study.studies import Row, Study
 from experiments.train.checks import check
@@ -199,11 +198,9 @@ def read_table(folder: Path) -> Cells:
     return read_cells(folder, TABLE.columns, TABLE.rows)
 
 
-def cell_tables(cells: Cells, columns: Sequence[str] = ()) -> str:
+def cell_tables(cells: Cells) -> str:
     """One line a row: in each column the difference to the dense model of equal FLOPs, seed by
-    seed; or the whole of the columns that are named."""
-    if columns:
-        return study_tables(TABLE.described() | {"cells": cells}, columns)
+    seed."""
     lines = []
     for row, own in ROWS.items():
         if not any(row in rows for rows in cells.values()):

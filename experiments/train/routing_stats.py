@@ -151,15 +151,14 @@ def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
     return (middle / len(values) * bins).long().unique(return_inverse=True)[1][which]
 
 
-def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:
+def alignment(assignment: Tensor, properties: dict[str, Tensor]) -> dict[str, float]:
     """Adjusted mutual information (Vinh et al., 2010) of (N,) experts with each property: 1 the
     same, 0 by chance.
 
-    ``"shuffled"`` is a baseline: the largest, in size, of the assignment shuffled with ``seed``.
+    ``"shuffled"`` is a baseline: the largest, in size, of the assignment in random order.
     """
-    shuffled = assignment[
-        torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))
-    ]
+    generator = torch.Generator().manual_seed(0)
+    shuffled = assignment[torch.randperm(len(assignment), generator=generator)]
     followed = {name: ami(assignment, value) for name, value in properties.items()}
     return followed | {
         "shuffled": max((ami(shuffled, value) for value in properties.values()), key=abs)

@@ -42,7 +42,7 @@ def test_marks_that_nothing_fills_in_are_refused(tmp_path: Path) -> None:
         ("presets: nothing", r"No such file.*nothing\.json"),
         ("benchmark: forces", r"No such file.*forces\.json"),
         ("presets: benchmark-step", r"results/benchmark-step\.json: lacks .* .TypeError"),
-        ("cells: routers: nowhere", "columns: got 'nowhere', expected one of digits"),
+        ("study: unseen: nowhere", "columns: got 'nowhere', expected one of chameleon"),
     ],
 )
 def test_what_a_page_asks_in_vain(mark: str, message: str, tmp_path: Path) -> None:

@@ -45,17 +45,6 @@ def test_a_row_without_a_cell_is_left_out() -> None:
     assert [line.split(" | ")[0] for line in lines] == ["| dense"]
 
 
-def test_another_recipe_is_refused(
-    sweep: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    sweep("--columns", "digits-graph", rows=("dense",))
-    other = {"digits-graph": replace(SMALL["digits-graph"], hidden=9)}
-    monkeypatch.setattr(routers, "TABLE", replace(TABLE, columns=other))
-    with pytest.raises(SystemExit):
-        sweep("--columns", "digits-graph", rows=("dense",))
-    assert "hidden=8" in capsys.readouterr().err
-
-
 def test_every_cell_can_be_built() -> None:
     """Of the columns that need no file; one that is left out is no empty table."""
     with pytest.raises(ValueError, match="rows: got k-means, expected some that cifar10 has"):
