@@ -66,6 +66,12 @@ def test_parts_are_spread_over_the_file(path: Path) -> None:
     assert evenly(torch.arange(10), 4).tolist() == [0, 2, 5, 7]
 
 
+def test_a_file_of_ones_own_has_three_parts(path: Path) -> None:
+    part = np.load(path)["part"]
+    data = read_configurations(write_configurations(path, part=np.where(part > 2, 0, part)))
+    assert [len(data.rows[name]) > 0 for name in PARTS] == [True, True, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
