@@ -21,6 +21,7 @@ from docs.plots.results import (
     HELD_OUT,
     Front,
     Pays,
+    at_best_step,
     compared_costs,
     curve,
     difference,
@@ -32,7 +33,8 @@ from docs.plots.results import (
 )
 from docs.plots.style import Drawing, Theme, legend_above
 
-Cells: TypeAlias = Mapping[str, Mapping[str, Any]]
+Cell: TypeAlias = Mapping[str, Any]
+Cells: TypeAlias = Mapping[str, Cell]
 """The models of a graph, by row."""
 
 NAMES = ("width", "width-all", "width-pays")
@@ -89,18 +91,20 @@ def draw(front: Front, theme: Theme) -> Figure:
 def _draw_panel(axis: Axes, cells: Cells, cost: str, theme: Theme) -> None:
     """Two curves; experts are filled where they win, by the rule; other models are marks."""
     for kind, color in (("dense", theme.gray), ("experts", theme.blue)):
-        rows = [row for row in curve(cells, kind) if cost in cells[row]["costs"]]
-        gains = [difference(cells[row], cells[BASE]) for row in rows]
-        places = [cells[row]["costs"][cost] for row in rows]
+        best = [at_best_step(cells, row) for row in curve(cells, kind)]
+        models = [model for model in best if cost in model["costs"]]
+        gains = [difference(model, cells[BASE]) for model in models]
+        places = [model["costs"][cost] for model in models]
         axis.plot(places, [gain.mean for gain in gains if gain], color=color, linewidth=1.2)
-        for row in rows:
-            won = kind == "experts" and _wins(row, cells, cost)
+        for model in models:
+            won = kind == "experts" and _wins(model, cells, cost)
             label = {"dense": "dense", "experts": f"experts, {'win' if won else 'do not'}"}[kind]
             face = color if won or kind == "dense" else "none"
-            _mark(axis, cells, row, cost, color, "o", face, label)
+            _mark(axis, cells, model, cost, color, "o", face, label)
     for row, marker in CONTROLS.items():
         if cost in cells.get(row, {}).get("costs", {}):
-            _mark(axis, cells, row, cost, theme.orange, marker, "none", cells[row]["label"])
+            model = cells[row]
+            _mark(axis, cells, model, cost, theme.orange, marker, "none", model["label"])
     axis.axhline(0, color=theme.gray, linewidth=0.6, zorder=0)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -109,15 +113,15 @@ def _draw_panel(axis: Axes, cells: Cells, cost: str, theme: Theme) -> None:
     axis.set_xlabel(COSTS[cost][0])
 
 
-def _wins(row: str, cells: Cells, cost: str) -> bool:
-    gain = over_dense(row, cells)[cost]
+def _wins(model: Cell, cells: Cells, cost: str) -> bool:
+    gain = over_dense(model, cells)[cost]
     return gain is not None and gain.side == "above"
 
 
 def _mark(
     axis: Axes,
     cells: Cells,
-    row: str,
+    model: Cell,
     cost: str,
     color: str,
     marker: str,
@@ -125,10 +129,10 @@ def _mark(
     label: str,
 ) -> None:
     """A mean and its interval, at a cost."""
-    gain = difference(cells[row], cells[BASE])
+    gain = difference(model, cells[BASE])
     assert gain is not None  # both have the first splits
     axis.errorbar(
-        cells[row]["costs"][cost],
+        model["costs"][cost],
         gain.mean,
         yerr=[[gain.mean - gain.low], [gain.high - gain.mean]],
         fmt=marker,

@@ -4,6 +4,8 @@ Experts win at a cost where the dense curve, interpolated in the logarithm of th
 them by a paired 95 % interval. Pairs are splits that all of these models ran. Beyond the cheapest
 and the most expensive dense model nothing is said. Cells that are missing are named.
 
+A model that ran with two step sizes counts at the one that is better in validation on that graph.
+
 What it hangs on, over graphs: the share of a dense model's errors that experts remove, beside the
 share that four times the width removes.
 """
@@ -11,7 +13,7 @@ share that four times the width removes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -41,6 +43,8 @@ COSTS = {
 """What a cost is called, and how many of it are one of its unit."""
 
 
+OTHER_STEPS = {"dense-64": "dense-64-lr2", "experts-64": "experts-64-lr1"}
+"""Rows of the same model at another step size than that which two splits of packages chose."""
 BASE = "dense-64"
 """What scores are shown relative to, split by split: splits differ by more than models do."""
 
@@ -72,6 +76,18 @@ def curve(cells: Mapping[str, Cell], kind: str) -> list[str]:
     return [match.string for match in sorted(found, key=lambda match: int(match[1]))]
 
 
+def at_best_step(cells: Mapping[str, Cell], row: str) -> Cell:
+    """A model at that one of its step sizes that is best in validation."""
+    rows = (row, OTHER_STEPS.get(row, row))
+    return best_of([cells[one] for one in rows if one in cells])
+
+
+def best_of(cells: Sequence[Cell]) -> Cell:
+    """The cell of the best validation."""
+    best = min if cells[0]["metric"] in ERRORS else max
+    return best(cells, key=lambda cell: float(cell["val"]["mean"]))
+
+
 def difference(cell: Cell, other: Cell) -> Difference | None:
     """How much better a model is, split by split of those that both ran; ``None`` if there is no
     such split."""
@@ -84,7 +100,8 @@ def dense_at(cost: str, value: float, cells: Mapping[str, Cell]) -> Cell | None:
 
     ``None`` where dense models are not on both sides.
     """
-    known = [cells[row] for row in curve(cells, "dense") if cost in cells[row]["costs"]]
+    dense = [at_best_step(cells, row) for row in curve(cells, "dense")]
+    known = [cell for cell in dense if cost in cell["costs"]]
     below = [cell for cell in known if cell["costs"][cost] <= value]
     above = [cell for cell in known if cell["costs"][cost] >= value]
     if not below or not above:
@@ -99,12 +116,12 @@ def dense_at(cost: str, value: float, cells: Mapping[str, Cell]) -> Cell | None:
     return {"config": {"seeds": seeds}, "test": {"values": values}}
 
 
-def over_dense(row: str, cells: Mapping[str, Cell]) -> dict[str, Difference | None]:
+def over_dense(cell: Cell, cells: Mapping[str, Cell]) -> dict[str, Difference | None]:
     """By cost, a model minus the dense curve there; ``None`` where the curve does not reach."""
     found: dict[str, Difference | None] = {}
-    for cost, value in cells[row]["costs"].items():
+    for cost, value in cell["costs"].items():
         dense = dense_at(cost, value, cells)
-        found[cost] = None if dense is None else difference(cells[row], dense)
+        found[cost] = None if dense is None else difference(cell, dense)
     return found
 
 
@@ -117,7 +134,7 @@ def compared_costs(cells: Mapping[str, Cell]) -> list[str]:
 def verdicts(cells: Mapping[str, Cell]) -> list[str]:
     """A clause a cost: at which widths experts win, and at which they do not."""
     rows = curve(cells, "experts")
-    found = {row: over_dense(row, cells) for row in rows}
+    found = {row: over_dense(at_best_step(cells, row), cells) for row in rows}
     said = []
     for cost in compared_costs(cells):
         by_side: dict[str, list[str]] = {}
@@ -149,8 +166,7 @@ def front_tables(front: Front) -> str:
         if cells:
             tables.append(markdown([_scores(column, cell, cells) for cell in cells.values()]))
         if rows := [row for row in cells if row not in curve(cells, "dense")]:
-            lines = [_beside(column, cells[row]["label"], over_dense(row, cells)) for row in rows]
-            tables.append(markdown(lines))
+            tables.append(markdown([_beside(column, cells[row], cells) for row in rows]))
         if left := missing(front, column):
             what = "; ".join(left) if cells else "any model"
             tables.append(f"Not finished on {column}: {what}.")
@@ -169,9 +185,10 @@ def _scores(column: str, cell: Cell, cells: Mapping[str, Cell]) -> dict[str, str
     return line
 
 
-def _beside(column: str, label: str, found: Mapping[str, Difference | None]) -> dict[str, str]:
+def _beside(column: str, cell: Cell, cells: Mapping[str, Cell]) -> dict[str, str]:
     """A line: minus the dense curve at each equal cost; in bold where it is below."""
-    line = {f"{column}, − the dense curve at equal": label}
+    found = over_dense(cell, cells)
+    line = {f"{column}, − the dense curve at equal": cell["label"]}
     for cost, (name, _) in COSTS.items():
         gain = found.get(cost)
         text = "–" if gain is None else f"{gain}, n = {gain.n}"
@@ -213,14 +230,11 @@ def what_pays(results: Path) -> dict[str, Pays]:
 
 
 def chosen(cells: Mapping[str, Cell], arm: str) -> Cell | None:
-    """The cell of an arm: the only one, or of all its step sizes the best in validation."""
+    """The cell of an arm, of all its step sizes the best in validation."""
     if arm in cells:
-        return cells[arm]
+        return at_best_step(cells, arm)
     ran = [cells[row] for factor in FACTORS if (row := f"{arm}@{factor}") in cells]
-    if len(ran) < len(FACTORS):
-        return None
-    best = min if ran[0]["metric"] in ERRORS else max
-    return best(ran, key=lambda cell: float(cell["val"]["mean"]))
+    return best_of(ran) if len(ran) == len(FACTORS) else None
 
 
 def errors_removed(cell: Cell, narrow: Cell) -> Difference:

@@ -12,7 +12,9 @@ from docs.plots import width as plots
 from docs.plots.style import THEMES
 from experiments.study.front import (
     Pays,
+    at_best_step,
     dense_at,
+    difference,
     front_tables,
     over_dense,
     part_of_width,
@@ -35,6 +37,7 @@ def cell(row: str, gains: list[float], flops: float) -> dict[str, Any]:
     """A finished cell, by what it is above the dense model 64 wide on the first splits."""
     values = [base + gain for base, gain in zip(BASE, gains, strict=False)]
     found = variant(row, values, flops=round(flops * 1e9))
+    found["val"] = {"mean": 0.7}
     found["config"] |= {"router": "dense" if row.startswith("dense") else "token_choice"}
     return found
 
@@ -67,7 +70,7 @@ def test_experts_are_compared_with_the_dense_curve_at_their_cost(folder: Path) -
     assert dense is not None
     halves = [0.70 + 0.005, 0.72 + 0.010, 0.71 + 0.015]
     assert dense["test"]["values"] == pytest.approx(halves)
-    gain = over_dense("experts-64", cells)["flops"]
+    gain = over_dense(cells["experts-64"], cells)["flops"]
     assert gain is not None
     assert gain.mean == pytest.approx(100 * (0.010 + 0.011 + 0.009) / 3)
     half = 4.302653 * 0.1 / math.sqrt(3)  # Student's t of two degrees of freedom
@@ -77,11 +80,29 @@ def test_experts_are_compared_with_the_dense_curve_at_their_cost(folder: Path) -
 
 def test_where_the_dense_curve_ends_nothing_is_said(folder: Path) -> None:
     cells = read_front(folder / "width")[COLUMNS[0]]
-    assert over_dense("experts-256", cells)["flops"] is None
+    assert over_dense(cells["experts-256"], cells)["flops"] is None
     assert verdicts(cells)[0] == (
         "by GFLOPs of a forward, experts win at 64 wide; outside the dense curve at 256 wide"
     )
-    assert over_dense("dense-64", cells)["flops"].mean == 0  # type: ignore[union-attr]
+    assert over_dense(cells["dense-64"], cells)["flops"].mean == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("val", "gain"), [(0.8, 1.5), (0.6, 2.0)])
+def test_the_step_size_that_is_better_in_validation_counts(
+    folder: Path, val: float, gain: float
+) -> None:
+    """On the curve, in the verdict and over graphs; the table has both."""
+    other = cell("experts, dense's step size", [0.010, 0.015, 0.020], 8)
+    other["val"] = {"mean": val}
+    write_json(folder / "width" / COLUMNS[0] / "experts-64-lr1.json", other)
+    front = read_front(folder / "width")
+    cells = front[COLUMNS[0]]
+    found = difference(at_best_step(cells, "experts-64"), cells["dense-64"])
+    assert found is not None
+    assert found.mean == pytest.approx(gain)
+    pays = what_pays(folder)[COLUMNS[0]]
+    assert pays.experts.mean == pytest.approx(gain / 0.29)
+    assert "| experts, dense's step size | **+0.50 (" in front_tables(front).split("\n\n")[1]
 
 
 def test_tables_have_n_and_name_what_is_missing(folder: Path) -> None:
