@@ -100,10 +100,7 @@ class RoutingStats(Metric):
             ValueError: the model has no router.
         """
         sizes = [module.num_experts for module in model.modules() if isinstance(module, Router)]
-        if not sizes:
-            raise ValueError(
-                f"model: got {type(model).__name__} without a router, expected at least one"
-            )
+        check(sizes, "model", f"{type(model).__name__} without a router", "at least one")
         return cls(num_experts=sizes, **kwargs)
 
     @torch.no_grad()

@@ -141,14 +141,13 @@ def expert_maps(
         >>> vit = gmoe.moefy(timm.create_model("vit_tiny_patch16_224"), num_experts=8)
         >>> expert_maps(vit, torch.rand(2, 3, 224, 224), titles=["one", "two"]).savefig("maps.png")
     """
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean, std: got {mean}, {std}, expected both or none")
+    check((mean is None) == (std is None), "mean, std", f"{mean}, {std}", "both or none")
     images = _batch_of(images)
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and [*torch.as_tensor(values).shape] not in ([1], [images.size(1)]):
             raise ValueError(f"{name}: got {values}, expected a number for each channel")
-    if titles is not None and len(titles) != len(images):
-        raise ValueError(f"titles: got {titles}, expected {len(images)} of them")
+    is_each = titles is None or len(titles) == len(images)
+    check(is_each, "titles", titles, f"{len(images)} of them")
     weights = patch_weights(model, images)
     patch = _patch_size(model)
     height = images.size(2) // patch[0] * patch[0]
@@ -188,11 +187,9 @@ def _batch_of(images: Tensor) -> Tensor:
     """(B, C, H, W) the images, one image as a batch of one."""
     check(isinstance(images, Tensor), "images", shown(images), "a tensor")
     batch = images[None] if images.dim() == 3 else images
-    if batch.dim() != 4 or batch.size(1) not in (1, 3) or not len(batch):
-        raise ValueError(
-            f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, H, W), or one image "
-            "(3 or 1, H, W)"
-        )
+    is_batch = batch.dim() == 4 and batch.size(1) in (1, 3) and len(batch)
+    legal = "(B, 3 or 1, H, W), or one image (3 or 1, H, W)"
+    check(is_batch, "images", f"shape {tuple(images.shape)}", legal)
     return batch
 
 
@@ -281,18 +278,16 @@ def expert_load(
         >>> expert_load(history).savefig("load.png")
     """
     steps = []
-    if not isinstance(history, Sequence) or isinstance(history, str):
-        raise ValueError(f"history: got {described(history)}, expected a list, an entry a step")
+    is_list = isinstance(history, Sequence) and not isinstance(history, str)
+    check(is_list, "history", described(history), "a list, an entry a step")
     for entry in history:
         layers = [entry] if isinstance(entry, Routing) else entry
-        if isinstance(layers, Mapping):
-            raise ValueError("history: got an entry that is a dictionary, expected its values()")
+        is_mapping = isinstance(layers, Mapping)
+        check(not is_mapping, "history", "an entry that is a dictionary", "its values()")
         steps.append([_load(layer) for layer in layers])
     sizes = {tuple(map(len, step)) for step in steps}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            f"history: got layers of {sorted(sizes)} experts, expected the same in all steps"
-        )
+    is_same = len(sizes) == 1 and sizes != {()}
+    check(is_same, "history", f"layers of {sorted(sizes)} experts", "the same in all steps")
     loads = [torch.stack(layer) for layer in zip(*steps, strict=True)]  # (S, E) of each layer
     columns = min(len(loads), 2)
     rows = math.ceil(len(loads) / 2)

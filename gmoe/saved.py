@@ -28,13 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import (
-    check,
-    check_module,
-    described,
-    in_short,
-    naming_extras,
-)
+from gmoe._checks import check, check_module, described, in_short, naming_extras
 from gmoe._torch import unwrapped
 from gmoe.convert import moefy
 from gmoe.moe import MoELayer, check_built
@@ -185,11 +179,9 @@ def _saveable(model: nn.Module) -> dict[str, Tensor]:
     """Clones, since safetensors refuses tensors that share their memory, as tied layers do."""
     state = model.state_dict()
     for name, value in state.items():
-        if type(value) is not Tensor:
-            raise ValueError(
-                f"model: got {name}, a {type(value).__name__}, expected plain tensors, neither "
-                f"quantized nor sharded; {BY_HAND}"
-            )
+        got = f"{name}, a {type(value).__name__}"
+        legal = f"plain tensors, neither quantized nor sharded; {BY_HAND}"
+        check(type(value) is Tensor, "model", got, legal)
     return {name: value.cpu().contiguous().clone() for name, value in state.items()}
 
 
@@ -311,11 +303,11 @@ def _base_of(spec: Spec, folder: Path, state: Mapping[str, Tensor]) -> nn.Module
         found = getattr(transformers, spec.model, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             build = found
-    if build is None:
-        raise ValueError(
-            f"base: got None, expected a {in_short(spec.model, 100)} as it was before moefy, or "
-            "one with the layers of experts that you wrote: the folder does not say how to build it"
-        )
+    legal = (
+        f"a {in_short(spec.model, 100)} as it was before moefy, or one with the layers of experts "
+        "that you wrote: the folder does not say how to build it"
+    )
+    check(build is not None, "base", None, legal)
     with _naming(folder / CONFIG, f"the configuration of a {spec.model}"):
         if spec.arguments is not None:
             return build(**spec.arguments)
@@ -329,8 +321,9 @@ def _made(base: nn.Module, spec: Spec, folder: Path, state: Mapping[str, Tensor]
     """The model that a folder holds, made of its base."""
     path = _path_of(folder)
     with _naming(path, "what makes the layers of the base"):
-        if spec.model != type(base).__name__:
-            raise ValueError(f"base: got a {type(base).__name__}, expected {spec.model!r}")
+        check(
+            spec.model == type(base).__name__, "base", f"a {type(base).__name__}", repr(spec.model)
+        )
         model = _with_experts(base, spec)
     with _naming(folder / WEIGHTS, f"the weights of the base and of its layers in {path.name}"):
         for name, value in model.state_dict(keep_vars=True).items():

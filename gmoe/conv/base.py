@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from gmoe._checks import check
 from gmoe._torch import dtype_of
 from gmoe.conv.call import Call
 from gmoe.conv.explain import HidesPrototype
@@ -175,11 +176,9 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
         self.flow = convs[0].flow
         self.build(convs)
         forgotten = [name for name, _ in self.prototype.named_parameters()]
-        if forgotten:
-            raise ValueError(
-                f"parts: got {self.parts} in {type(self).__name__}, expected parts that hold all "
-                f"parameters of {type(convs[0]).__name__}, {', '.join(forgotten)} too"
-            )
+        got = f"{self.parts} in {type(self).__name__}"
+        whole = f"parts that hold all parameters of {type(convs[0]).__name__}"
+        check(not forgotten, "parts", got, f"{whole}, {', '.join(forgotten)} too")
         self.paths = paths_in(self)
         self.to(dtype=dtype_of(convs[0]))  # before they are filled: float64 convs are not rounded
         for expert, conv in enumerate(convs):
@@ -244,11 +243,9 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
             ValueError: a part that was replaced, as by an adapter's or by ``nn.Linear``s.
         """
         names = paths_in(self)
-        if names != self.paths:
-            raise ValueError(
-                f"experts: got parameters {', '.join(names)}, expected {', '.join(self.paths)}: "
-                "merge adapters, remove parametrizations, and unstack last"
-            )
+        legal = "merge adapters, remove parametrizations, and unstack last"
+        got = f"parameters {', '.join(names)}"
+        check(names == self.paths, "experts", got, f"{', '.join(self.paths)}: {legal}")
 
     def check_kept(self, kept: Sequence[int]) -> None:
         check_stacked(self)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
-from gmoe._checks import change_of, parameters_of
+from gmoe._checks import change_of, check, parameters_of
 from gmoe._verify import SCALES, comparable, form_of, probe_copy, rows_are_equal
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, to_one
 from gmoe.conv.call import Call
@@ -114,23 +114,18 @@ def _check_together(
     """
     widths = [width for width in widths_of_kinds if width is not None]
     ids = [id(parameter) for conv in convs for parameter in conv.parameters()]
-    if len(ids) != len(set(ids)):
-        raise ValueError(
-            "conv: got a factory whose convs share parameters, expected fresh ones at each call"
-        )
+    shares = len(ids) != len(set(ids))
+    got = "a factory whose convs share parameters"
+    check(not shares, "conv", got, "fresh ones at each call")
     flows = sorted({conv.flow for conv in convs})
-    if len(flows) != 1:
-        raise ValueError(f"conv: got experts of flows {flows}, expected one flow for all")
-    if len(set(widths)) > 1:
-        raise ValueError(
-            f"conv: got experts of output widths {sorted(set(widths))}, expected one width for all"
-        )
+    check(len(flows) == 1, "conv", f"experts of flows {flows}", "one flow for all")
+    got = f"experts of output widths {sorted(set(widths))}"
+    check(len(set(widths)) <= 1, "conv", got, "one width for all")
     # Heads and powers give a multiple of out_channels.
-    if widths and widths[0] % make.out_channels != 0:
-        raise ValueError(
-            f"out_channels: got {make.out_channels}, but {name_of(make.kinds[0])} gives "
-            f"{widths[0]} columns, expected that width, or a multiple of it"
-        )
+    for width in widths[:1]:
+        got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {width} columns"
+        legal = "that width, or a multiple of it"
+        check(width % make.out_channels == 0, "out_channels", got, legal)
 
 
 # which convs are stacked together -----------------------------------------------------------------

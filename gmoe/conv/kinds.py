@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import check_choice, check_counts, nearest, refuse_computed
+from gmoe._checks import check, check_choice, check_counts, nearest, refuse_computed
 from gmoe.conv import aggregate, attention
 from gmoe.conv.base import StackedExperts
 from gmoe.conv.graph import Graph
@@ -102,16 +102,12 @@ def _with_mlp(
     cls: ConvFactory, in_channels: Widths, out_channels: int, *args: object, **kwargs: object
 ) -> MessagePassing:
     """GIN and GINE get the two-layer MLP of PyG's ``GIN`` model."""
-    if "nn" in kwargs or any(isinstance(arg, nn.Module) for arg in args):
-        raise ValueError(
-            f"nn: got a network, expected nothing: omit it for a two-layer MLP; or {OWN_NETWORK}"
-        )
+    has_network = "nn" in kwargs or any(isinstance(arg, nn.Module) for arg in args)
+    legal = f"nothing: omit it for a two-layer MLP; or {OWN_NETWORK}"
+    check(not has_network, "nn", "a network", legal)
     widths = (in_channels,) if isinstance(in_channels, int) else in_channels
-    if len({*widths}) > 1:
-        raise ValueError(
-            f"in_channels: got {in_channels}, expected one width: {cls.__name__} adds nodes to "
-            "their neighbors"
-        )
+    legal = f"one width: {name_of(cls)} adds nodes to their neighbors"
+    check(len({*widths}) == 1, "in_channels", in_channels, legal)
     width = widths[0]
     network = pyg.MLP([width, out_channels, out_channels], norm=None)
     return cls(network, *args, **kwargs)
@@ -135,11 +131,8 @@ def _of_no_width(
 
 def _check_same_width(cls: ConvFactory, in_channels: Widths, out_channels: int) -> None:
     widths = {in_channels} if isinstance(in_channels, int) else set(in_channels)
-    if widths != {out_channels}:
-        raise ValueError(
-            f"out_channels: got {out_channels} for {name_of(cls)}, expected "
-            f"in_channels={in_channels}"
-        )
+    got = f"{out_channels} for {name_of(cls)}"
+    check(widths == {out_channels}, "out_channels", got, f"in_channels={in_channels}")
 
 
 def _gine_edge_width(conv: MessagePassing, source_width: int) -> int:
@@ -270,23 +263,17 @@ class Make:
         factory = factory_of(self.kinds[expert])
         name = name_of(factory)
         parameters = inspect.signature(factory).parameters
-        is_one_width = isinstance(self.in_channels, int)
-        if not is_one_width and not kind_of(class_of(factory)).takes_two_sets:
-            raise ValueError(
-                f"in_channels: got {self.in_channels} for {name}, expected one width: it takes no "
-                "bipartite input (SAGEConv and GraphConv do)"
-            )
+        fits = isinstance(self.in_channels, int) or kind_of(class_of(factory)).takes_two_sets
+        legal = "one width: it takes no bipartite input (SAGEConv and GraphConv do)"
+        check(fits, "in_channels", f"{self.in_channels} for {name}", legal)
         # A copy: the convs must not share a module among the arguments.
         args, kwargs = copy.deepcopy((self.args, self.kwargs))
         args = (self.in_channels, self.out_channels, *args)
         for option, value in [*zip(parameters, args, strict=False), *kwargs.items()]:
             is_flag = option in parameters and parameters[option].annotation in (bool, "bool")
-            if is_flag and type(value) is int:
-                # A number by position was most likely meant for num_experts.
-                raise ValueError(
-                    f"{option}: got {value}, expected True or False; num_experts is given by name, "
-                    f"num_experts={value}"
-                )
+            # A number by position was most likely meant for num_experts.
+            legal = f"True or False; num_experts is given by name, num_experts={value}"
+            check(not is_flag or type(value) is not int, option, value, legal)
         for option, value in kwargs.items():
             check_option(option, value, factory)
         try:
@@ -300,10 +287,9 @@ class Make:
                 f"({error}); expected {expected}"
             ) from error
         widths = (self.in_channels,) if isinstance(self.in_channels, int) else self.in_channels
-        if -1 not in widths and any(map(is_lazy, conv.parameters())):
-            raise ValueError(
-                f"conv: got {type(conv).__name__} of open widths, expected those that factories get"
-            )
+        is_open = -1 not in widths and any(map(is_lazy, conv.parameters()))
+        got = f"{type(conv).__name__} of open widths"
+        check(not is_open, "conv", got, "those that factories get")
         _check_forward(conv)
         refuse_computed("conv", name, conv)
         return conv
@@ -455,11 +441,9 @@ def factory_of(conv: str | ConvFactory) -> ConvFactory:
         return partial(kind.adapt, cls, **options)
     if isinstance(cls, type) and issubclass(cls, MessagePassing) and of_pyg(cls):
         first = list(inspect.signature(cls).parameters)[:2]
-        if first != ["in_channels", "out_channels"]:
-            raise ValueError(
-                f"conv: got {cls.__name__}, which is built with ({', '.join(first)}), expected a "
-                "class built with (in_channels, out_channels), or a factory of those"
-            )
+        got = f"{cls.__name__}, which is built with ({', '.join(first)})"
+        legal = "a class built with (in_channels, out_channels), or a factory of those"
+        check(first == ["in_channels", "out_channels"], "conv", got, legal)
     return conv
 
 
@@ -492,10 +476,8 @@ def kinds_of(conv: ConvLike, num_experts: int | None) -> list[str | ConvFactory]
         return [conv] * (8 if num_experts is None else num_experts)
     if not isinstance(conv, Sequence) or not conv:
         raise ValueError(f"conv: got {conv!r}, expected {CONV_VALUES}")
-    if num_experts not in (None, len(conv)):
-        raise ValueError(
-            f"conv: got a list of {len(conv)} convs, expected num_experts={num_experts}"
-        )
+    fits = num_experts in (None, len(conv))
+    check(fits, "conv", f"a list of {len(conv)} convs", f"num_experts={num_experts}")
     return list(conv)
 
 

@@ -19,12 +19,7 @@ from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import autocasts, refuse_transforms
-from gmoe._checks import (
-    check_counts,
-    described,
-    parameters_of,
-    refuse_functions,
-)
+from gmoe._checks import check, check_counts, described, parameters_of, refuse_functions
 from gmoe._torch import dtype_of
 from gmoe.conv.arguments import (
     given_widths,
@@ -196,8 +191,7 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         kinds = kinds_of(conv, num_experts)
         in_channels, out_channels = given_widths(kinds, in_channels, out_channels, conv_kwargs)
         check_counts(k=k, out_channels=out_channels)
-        if k > len(kinds):
-            raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
+        check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
         widths = two_widths(in_channels)
         is_one_width = isinstance(in_channels, Integral)
         in_channels = widths[0] if is_one_width else widths
@@ -322,10 +316,8 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         Raises:
             ValueError: an index outside 0..E-1.
         """
-        if not 0 <= index < self.num_experts:
-            raise ValueError(
-                f"index: got {index}, expected 0..num_experts-1={self.num_experts - 1}"
-            )
+        last = self.num_experts - 1
+        check(0 <= index <= last, "index", index, f"0..num_experts-1={last}")
         conv = self.experts.expert(index)
         if self.gain is not None:
             conv.register_forward_hook(partial(times, GAIN_SCALE * self.gain.detach()))

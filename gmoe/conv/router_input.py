@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from gmoe._checks import check_choice
+from gmoe._checks import check, check_choice
 from gmoe.conv.call import Call
 from gmoe.routers import Router, RouterLike
 from gmoe.start import Start
@@ -49,10 +49,7 @@ def router_parts(
     named = tuple(router_input) if is_several else (router_input,)
     for name in named:
         check_choice("router_input", name, RouterPart)
-    if not named:
-        raise ValueError(
-            "router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'"
-        )
+    check(named, "router_input", "nothing", "one or several of 'node', 'neighbors', 'degree'")
     return tuple(part for part in get_args(RouterPart) if part in named)
 
 

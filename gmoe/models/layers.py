@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch_geometric.nn import MessagePassing
 
+from gmoe._checks import check
 from gmoe.conv.build import Trial
 from gmoe.conv.kinds import (
     OPTIONS,
@@ -142,10 +143,7 @@ def build_conv(
     if heads > 1 and "concat" in inspect.signature(factory_of(kinds[0])).parameters:
         options["concat"] = is_hidden and concat
         if options["concat"]:
-            if out % heads:
-                raise ValueError(
-                    f"hidden_channels: got {out}, expected a multiple of heads={heads}"
-                )
+            check(out % heads == 0, "hidden_channels", out, f"a multiple of heads={heads}")
             out_channels = out // heads
     built: Any
     if moe_kwargs is None:
