@@ -472,17 +472,11 @@ def _numbers(sources: Sequence[int]) -> str:
 
 
 def not_run(column: str, arms: Mapping[str, Shown]) -> str:
-    """What the plan has and the results have not, by runs."""
+    """The arms of the plan that have not all of their seeds."""
     plan = COLUMNS[column]
-    missing = dict[str, int]()
-    for name, arm in plan.arms.items():
-        runs = len(RATES) + len(plan.seeds) - 1
-        if name in arms:
-            runs = len({*plan.seeds} - {*arms[name]["seeds"]})
-        if runs:
-            missing[arm.label] = runs
-    each = "; ".join(f"{label} {runs}" for label, runs in missing.items())
-    return f"`{column}`: runs that are missing: {each}." if missing else ""
+    seeds = {name: len(arm["seeds"]) for name, arm in arms.items()}
+    missing = [arm.label for name, arm in plan.arms.items() if seeds.get(name, 0) < len(plan.seeds)]
+    return f"`{column}`, not finished: {'; '.join(missing)}." if missing else ""
 
 
 def forces_tables(columns: Mapping[str, Mapping[str, Shown]], only: Sequence[str] = ()) -> str:

@@ -44,10 +44,8 @@ from experiments.study.running import ForcesConfig
 from experiments.study.sweep import main
 from experiments.train.data.forces import Configurations, Molecules, read_configurations
 from experiments.train.potential import (
-    Potential,
     Recipe,
     Residuals,
-    atomwise,
     loss_of,
     predict,
     residuals,
@@ -222,9 +220,9 @@ def test_columns_of_sources_read_each_source_and_say_what_is_missing(
     own = replace(config, data=tmp_path / "sources.npz", columns=("four",))
     text, failed = run_forces(replace(own, rows=("embedded",)))
     assert not failed
-    assert "runs that are missing: experts by element 4." in text
+    assert "`four`, not finished: experts by element." in text
     text, failed = run_forces(own)
-    assert "missing" not in text
+    assert "not finished" not in text
     assert "| forces of 3 beside dense, told the source, % | of 1 and 2 and 4, % |" in text
     assert "| forces of 4 less 2, 0 meV/Å |" in text
     cell = read_forces(own.results / "forces")["four"]["element"]
@@ -339,7 +337,7 @@ def test_validation_chooses_and_the_test_is_read_once_a_seed(
     )
     assert cell["larger/0"]["force"]["values"][1] == held["read"]["errors"]["larger/0"]["force"]
     assert text.count("\n| ") == len(TINY.arms) + 1
-    assert "missing" not in text
+    assert "not finished" not in text
 
 
 @pytest.mark.parametrize("cut_at", [4, -1])
@@ -401,7 +399,7 @@ def test_a_file_with_too_few_configurations_is_named(
     monkeypatch.setattr(forces, "COLUMNS", {"more": more})
     text, failed = run_forces(replace(config, columns=("more",)))
     assert "1000 or more" in failed["more"]
-    assert "`more`: runs that are missing: dense 4; " in text
+    assert "`more`, not finished: dense; experts by element, W₀ + Δ." in text
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -456,10 +454,3 @@ def test_the_command_runs_the_study_and_a_page_shows_it(
     assert render(page, config.results) == f"<!-- forces: forces -->\n{text}\n<!-- end -->\n"
     with pytest.raises(ValueError, match="columns"):
         forces_tables({}, ["no"])
-
-
-def test_the_names_of_layers_are_those_of_the_patterns(data: Configurations) -> None:
-    names = atomwise(Potential(WIDTH, data.energy_scale))
-    assert len(names) == 11
-    moe = experts(WIDTH, data.energy_scale, router=BY_ELEMENT, start="copies")
-    assert [name for name, module in moe.named_modules() if isinstance(module, gmoe.MoE)] == names
