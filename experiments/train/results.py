@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from functools import cache
@@ -17,6 +18,9 @@ from lightning_fabric.utilities import rank_zero_only
 from typing_extensions import TypedDict
 
 from experiments.train.files import replacing
+
+NUMBERS = re.compile(r"\[\n([-+.\deE,\s]+)\]")
+"""A list of numbers in indented JSON, one a line; no string of JSON holds a line break."""
 
 
 class Spread(TypedDict):
@@ -131,7 +135,10 @@ def environment() -> dict[str, Any]:
 
 @rank_zero_only
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one step; of several processes the first one does."""
+    """Write JSON in one step, a list of numbers on one line; of several processes the first one
+    does."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, allow_nan=False)
+    text = NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     with replacing(path) as fresh:
-        fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        fresh.write_text(text + "\n")

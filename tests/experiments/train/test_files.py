@@ -28,6 +28,7 @@ from experiments.train.files import (
     read_tensors,
     writing,
 )
+from experiments.train.results import write_json
 from experiments.train.saved import read_options
 
 
@@ -130,3 +131,24 @@ def test_weights_that_do_not_fit_name_the_file(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"^{path}: cannot be read \([^\n]+\)$"):
             load_weights(layer, path)
+
+
+def test_lists_of_numbers_are_written_on_one_line(tmp_path: Path) -> None:
+    """Of all others, whatever they hold, each entry has its own."""
+    path = tmp_path / "result.json"
+    value = {
+        "seeds": [0, -1],
+        "values": [1e-05, 0.5, 2.5e20],
+        "rows": [[1, 2], [3]],
+        "text": "[\n1,\n2]",
+        "kinds": ["1", "2"],
+        "mixed": [1, None, True],
+        "none": [],
+    }
+    write_json(path, value)
+    text = path.read_text()
+    assert json.loads(text) == value
+    assert '"seeds": [0, -1],' in text
+    assert '"values": [1e-05, 0.5, 2.5e+20],' in text
+    assert "[1, 2],\n" in text
+    assert text.count("\n") == 19
