@@ -189,13 +189,14 @@ def refuse_second_order(_: Tensor) -> None:
         )
 
 
-def refuse_transforms() -> None:
-    """Refuse what a layer on a graph cannot be put into.
+def refuse_transforms(*, traces: bool = True) -> None:
+    """Refuse what a layer cannot be put into.
+
+    Args:
+        traces: refuse ``torch.jit.trace``, too, which layers on tokens take (default ``True``).
 
     Raises:
-        RuntimeError: inside ``torch.jit.trace`` or a transform of ``torch.func``.
+        RuntimeError: inside a trace or a transform of ``torch.func``.
     """
-    if torch.compiler.is_compiling():
-        return
-    if is_tracing() or in_transform():
+    if not torch.compiler.is_compiling() and (in_transform() or (traces and is_tracing())):
         raise RuntimeError(UNSUPPORTED)

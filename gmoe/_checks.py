@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from gmoe._torch import backward_hooks, forward_hooks, parameter_names
+from gmoe._torch import backward_hooks, forward_hooks, is_tracing, parameter_names
 
 EXTRAS = {
     "torch_geometric": "graph",
@@ -111,9 +111,12 @@ def described(value: object) -> str:
 
 
 def readable(value: Tensor) -> bool:
-    """True for values that can be read without a host sync: not on a GPU, compiled or fake."""
+    """True for values that can be read without a host sync: not on a GPU, compiled or fake.
+
+    In ``torch.jit.trace`` they can, but what follows would hold for other values, too.
+    """
     is_on_cpu = type(value) is Tensor and value.device.type == "cpu"
-    return is_on_cpu and not torch.compiler.is_compiling()
+    return is_on_cpu and not torch.compiler.is_compiling() and not is_tracing()
 
 
 def check_range(name: str, index: Tensor, end: int) -> None:

@@ -18,7 +18,7 @@ from gmoe._calls import evaluating, with_modules
 from gmoe._checks import check, check_module
 from gmoe.experts import LinearExperts, MLPExperts, run_mlp
 from gmoe.mixed import MixedWeights, mixture
-from gmoe.moe import MoE, MoELayer
+from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.routers.from_call import decided_from, detach
 from gmoe.routing import Routing
 
@@ -96,9 +96,9 @@ def _check_mergeable(name: str, layer: MoELayer) -> None:
     """Refuse a layer that no dense one equals, or whose router is not its own."""
     experts = layer.experts
     is_mergeable = isinstance(experts, MixedWeights | LinearExperts | MLPExperts)
-    got = f"{name} with {type(experts).__name__}"
-    legal = "experts of linear layers, MLPs or convs"
-    check(is_mergeable or hasattr(experts, "expert"), "model", got, legal)
+    is_mergeable = (is_mergeable or hasattr(experts, "expert")) and not isinstance(layer, SoftMoE)
+    got = f"{name}, a {type(layer).__name__} with {type(experts).__name__}"
+    check(is_mergeable, "model", got, "a MoE or MoEConv of linear layers, MLPs or convs")
     got = f"{name}, a {type(layer).__name__} without a router of its own"
     check(layer.router is not None, "model", got, "one: a dense layer takes no routing=")
     is_beside = getattr(layer, "shared_expert", None) is not None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gmoe import portable
-from gmoe._autograd import autocasts, outside_backward
+from gmoe._autograd import autocasts, outside_backward, refuse_transforms
 from gmoe._checks import (
     INTEGERS,
     check,
@@ -28,7 +28,7 @@ from gmoe._checks import (
     described,
     fixed,
 )
-from gmoe._torch import copy_all, in_backward, in_transform
+from gmoe._torch import copy_all, in_backward
 from gmoe.choices import over_experts
 from gmoe.distributed import world_sum
 from gmoe.losses import LossWatch
@@ -204,10 +204,7 @@ class Router(nn.Module, ABC):
         edge_index: Tensor | None = None,
     ) -> Routing:
         """Route ``x``; see the class."""
-        if not torch.compiler.is_compiling() and in_transform():
-            raise RuntimeError(
-                "torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers"
-            )
+        refuse_transforms(traces=False)
         self._check_input(x, batch)
 
         # Flatten the tokens. Without a batch vector, (..., T, D) holds equal groups of T tokens.

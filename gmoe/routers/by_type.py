@@ -90,8 +90,9 @@ class ByType(FromCall):
         if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
             each = "token" if self.batch is None else "group"
             raise ValueError(
-                f"{self.argument}: got {described(value)}, expected integers, one a {each}: number "
-                "names, and leave types of nodes and relations to PyG's HeteroConv"
+                f"{self.argument}: got {described(value)}, expected a tensor of integers, "
+                f"one a {each}: number names, and leave types of nodes and relations to PyG's "
+                "HeteroConv"
             )
         type_T = value.reshape(-1).long()  # of narrow integers, 255 may be -1
         # One by one: a list of values would be copied to the device, for which the host waits.

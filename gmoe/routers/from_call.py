@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import INTEGERS, check, check_module, described, readable
 from gmoe._torch import (
     NO_BACKWARD,
@@ -37,7 +38,7 @@ class FromCall(ABC):
     """A router for all layers of a model, which reads an argument of the model's ``forward``.
 
     Args:
-        argument: the name of the argument, or ``"data.NAME"``: the attribute of one.
+        argument: the name of the argument, or ``"data.NAME"``: an attribute, or key, of one.
         batch: the name of the argument that holds the group of each token; ``None`` (default)
             decides for each token.
     """
@@ -202,11 +203,13 @@ class CallRouter(Router):
             if of_group is not None:
                 routing, entry_B = of_group.routing, of_group.group_T
             return routing.expand(entry_B.repeat_interleave(group))
-        names = name if self.source.batch is None else f"{name}, {self.source.batch}"
+        names, advice = name, "where it has a row for each group, name the groups by batch="
+        if self.source.batch is not None:
+            names = f"{name}, {self.source.batch}"
+            advice = "a layer on graphs, such as a readout, takes a router without batch="
         raise ValueError(
-            f"{names}: got {decided} tokens, expected {num_tokens}, those of the layer; a layer on "
-            "graphs, such as a readout, takes a router without batch=, and one on edges a router "
-            "by an argument with the group of each edge: name them in other targets"
+            f"{names}: got {decided} tokens, expected {num_tokens}, those of the layer; {advice}, "
+            "and a layer on edges a router by an argument of edges: name them in other targets"
         )
 
 
@@ -370,14 +373,14 @@ def part_of(model: nn.Module, router: Router | None) -> str:
 
 
 class Argument(NamedTuple):
-    """An argument of a model's forward, or an attribute of one."""
+    """An argument of a model's forward, or an attribute of one, or an entry of a dictionary."""
 
     name: str
     place: int | None
     """Among those by position; ``None`` for one by name alone."""
     default: Any
     attributes: tuple[str, ...]
-    """Of what is given, one inside the other."""
+    """Of what is given, or keys, one inside the other."""
 
     @classmethod
     def of(cls, label: str, name: str, model: nn.Module) -> Argument:
@@ -415,7 +418,9 @@ class Argument(NamedTuple):
         if self.place is not None and self.place < len(args):
             value = args[self.place]
         for name in self.attributes:
-            holder, value = value, getattr(value, name, value)
+            is_dict = isinstance(value, Mapping)
+            holder = value
+            value = value.get(name, value) if is_dict else getattr(value, name, value)
             if value is holder:
                 whole = ".".join((self.name, *self.attributes))
                 raise ValueError(f"{whole}: got {described(value)} without {name}, expected one")
@@ -442,6 +447,7 @@ class _Decide:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         call = self.calls.begin()  # at first: _Forget runs after an error, too
+        refuse_transforms(traces=False)  # what torch says of hooks names no layer
         value = self.value.given(args, kwargs)
         batch_T = None if self.groups is None else self.groups.given(args, kwargs)
         call.routing = self.source.decide(value, batch_T, self.takes_others, model)

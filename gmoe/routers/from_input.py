@@ -5,14 +5,17 @@ Shapes: T tokens, G groups, E experts, D the width of the vector.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gmoe._autograd import autocasts
 from gmoe._checks import check, check_counts, described, readable
 from gmoe._torch import forward_hooks
+from gmoe.routers.base import at_least_float32
 from gmoe.routers.from_call import Argument, FromCall, routers_of
 from gmoe.routing import Routing
 
@@ -103,8 +106,11 @@ class FromInput(FromCall):
         if readable(value) and not value.isfinite().all():
             raise ValueError(f"{self.argument}: got NaN or infinity, expected finite numbers")
         network = model.get_submodule(self._name)
-        logits_GE = network(value.to(next(network.parameters()).dtype))
-        routing = Routing.to_all(torch.softmax(logits_GE, dim=-1))
+        has_autocast = autocasts(value.device)
+        with torch.autocast(value.device.type, enabled=False) if has_autocast else nullcontext():
+            logits_GE = network(value.to(next(network.parameters()).dtype))
+            # In half precision the weights would not sum to 1.
+            routing = Routing.to_all(torch.softmax(at_least_float32(logits_GE), dim=-1))
         group_T = self.group_of(batch_T)
         if self.batch is not None and group_T is None:
             got = f"{value.size(0)} vectors without a {self.batch}"

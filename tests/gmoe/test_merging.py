@@ -191,6 +191,9 @@ def test_what_has_no_dense_equal_is_refused_and_stays() -> None:
         gmoe.merge(of_all, torch.randn(3, 6))
     with pytest.raises(ValueError, match="model: got Linear without layers of experts"):
         gmoe.merge(nn.Linear(6, 6), pos)
+    soft = gmoe.SoftMoE(gmoe.SoftSlots(6, num_experts=3), LinearExperts(6, 6, num_experts=3))
+    with pytest.raises(ValueError, match="model: got the model itself, a SoftMoE with LinearE"):
+        gmoe.merge(soft, torch.randn(3, 6))
     told = ByVector(LinearExperts(6, 6, num_experts=4))
     x, batch = torch.randn(5, 6), torch.tensor([0, 1, 1, 0, 0])
     with pytest.raises(ValueError, match=r"got layers\.0, a MoE without a router of its own"):
@@ -353,9 +356,13 @@ VECTOR = sources.systems()[:1]
         (sources.BY_SOURCE, {"source": torch.tensor([0, 3])}, "source: got 2 different values, "),
         (sources.BY_SOURCE, {"source": ONE[:0]}, "source: got 0 different values, expected one"),
         (BY_ATOM, {"source": torch.tensor([0, 3])}, "source: got 2 different values, expected one"),
-        (sources.BY_SOURCE, {"source": ["uff"]}, "source: got list, expected integers"),
-        (sources.BY_SOURCE, {"source": 7}, "source: got int, expected integers"),
-        (sources.BY_SOURCE, {"source": ONE > 0}, "source: got shape .* of torch.bool, expected in"),
+        (sources.BY_SOURCE, {"source": ["uff"]}, "source: got list, expected a tensor"),
+        (sources.BY_SOURCE, {"source": 7}, "source: got int, expected a tensor"),
+        (
+            sources.BY_SOURCE,
+            {"source": ONE > 0},
+            "source: got shape .* of torch.bool, expected a t",
+        ),
         (sources.BY_SOURCE, {"source": ONE.double()}, "source: got shape .* of torch.float64, ex"),
         (sources.BY_SOURCE, {"source": ONE + 1}, r"source: got types \[8\] without an expert"),
         (sources.BY_SOURCE, {"source": ONE.to("meta")}, "source: got values on meta, expected on"),

@@ -208,7 +208,7 @@ def test_weights_of_tiny_gates_sum_to_one() -> None:
 
 def test_a_router_refuses_a_transform_of_torch_func() -> None:
     router = TokenChoice(D, num_experts=E)
-    with pytest.raises(RuntimeError, match=r"^torch.func transforms"):
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
         torch.func.vmap(lambda x: router(x).weight_P)(torch.randn(2, 4, D))
 
 

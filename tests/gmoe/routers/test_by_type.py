@@ -126,9 +126,9 @@ def test_other_types_are_refused_without_a_shared_expert() -> None:
 @pytest.mark.parametrize(
     ("z", "message"),
     [
-        (torch.ones(ATOMS), r"z: got shape \(9,\) of torch.float32, expected integers"),
+        (torch.ones(ATOMS), r"z: got shape \(9,\) of torch.float32, expected a tensor of integers"),
         (torch.ones(3, dtype=torch.long), "z: got 3 tokens, expected 9, those of the layer"),
-        (None, "z: got NoneType, expected integers"),
+        (None, "z: got NoneType, expected a tensor"),
     ],
 )
 def test_types_that_do_not_fit_are_refused(z: Any, message: str) -> None:
@@ -430,5 +430,5 @@ def test_types_by_node_type_are_refused_in_a_hetero_conv() -> None:
     net = Net().double()
     ByType("z", ELEMENTS).attach(net)
     x, z = atoms()
-    with pytest.raises(ValueError, match=r"^z: got dict, expected integers, .* HeteroConv"):
+    with pytest.raises(ValueError, match=r"^z: got dict, expected a tensor .* HeteroConv"):
         net({"a": x}, {("a", "to", "a"): torch.tensor([[0, 1], [1, 2]])}, {"a": z})

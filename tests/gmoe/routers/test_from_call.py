@@ -76,6 +76,7 @@ def test_copies_pickles_and_files_decide_the_same(router: Any, tmp_path: Path) -
 
 
 ONE = torch.tensor([7])
+BY_ATOM = ByType("source", SOURCES)
 
 
 class OnData(nn.Module):
@@ -86,7 +87,7 @@ class OnData(nn.Module):
         self.lin1 = nn.Linear(4, 4)
 
     def forward(self, data: Any) -> Tensor:
-        out: Tensor = self.lin1(data.x)
+        out: Tensor = self.lin1(data["x"])
         return out
 
 
@@ -106,6 +107,10 @@ def test_an_attribute_of_a_graph_is_read() -> None:
         graph.system = system[None]
     out = learned(Batch.from_data_list(graphs))
     torch.testing.assert_close(out, torch.cat([learned(graph) for graph in graphs]))
+    as_dict = Batch.from_data_list(graphs).to_dict()
+    torch.testing.assert_close(learned(as_dict), out)
+    with pytest.raises(ValueError, match=r"^data\.system: got dict without system"):
+        learned({"x": as_dict["x"], "batch": as_dict["batch"]})
 
 
 @pytest.mark.parametrize(
@@ -140,9 +145,11 @@ def test_an_unknown_source_shares_the_base_by_choice_alone() -> None:
 @pytest.mark.parametrize(
     ("router", "told", "message"),
     [
-        (BY_SOURCE, {}, "source: got NoneType, expected integers"),
-        (BY_SOURCE, {"source": ["uff"] * 4}, "source: got list, expected integers"),
-        (BY_SOURCE, {"source": SOURCE.double()}, "source: got .*, expected integers"),
+        (BY_SOURCE, {}, "source: got NoneType, expected a tensor of integers"),
+        (BY_SOURCE, {"source": ["uff"] * 4}, "source: got list, expected a tensor of int"),
+        (BY_SOURCE, {"source": SOURCE.double()}, "source: got .*, expected a tensor of integers"),
+        (BY_SOURCE, {"source": 7, "batch": None}, "source: got int, expected a tensor of integers"),
+        (BY_ATOM, {"source": SOURCE}, "source: got 4 tokens, expected 7, .*, name .* by batch="),
         (
             BY_SOURCE,
             {"source": SOURCE[:2]},
@@ -187,8 +194,9 @@ def test_an_unknown_source_shares_the_base_by_choice_alone() -> None:
 )
 def test_what_tells_no_decision_is_refused(router: Any, told: Any, message: str) -> None:
     """Also as many rows as atoms, of which the first would decide for all."""
+    model = net(router, "outputs" if router is BY_ATOM else "weights")
     with pytest.raises(ValueError, match=rf"^{message}"):
-        net(router)(atoms(), **{"batch": BATCH, **told})
+        model(atoms(), **{"batch": BATCH, **told})
 
 
 @pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR, ByType("source", SOURCES)])
@@ -312,6 +320,17 @@ def test_types_of_as_many_groups_as_tokens_are_told_apart_or_refused() -> None:
         BY_SOURCE.decide(types, one_empty, False, nn.Module())
 
 
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR, BY_ATOM])
+def test_transforms_of_torch_func_are_refused_by_name(router: Any) -> None:
+    model = net(router, "outputs" if router is BY_ATOM else "weights")
+    told = {"source": SOURCE if router.batch else SOURCE[BATCH], "system": systems()}
+    for transform in (torch.func.grad, torch.func.vmap, torch.func.hessian):
+        with pytest.raises(
+            RuntimeError, match=r"torch\.func transforms \(grad, .* not supported by gmoe"
+        ):
+            transform(lambda x: model(x, BATCH, **told).sum())(atoms()[None])
+
+
 @pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR])
 def test_compiled_and_exported_they_decide_the_same(router: Any) -> None:
     """Export refuses to mix weights, by name; it takes the outputs."""
@@ -325,3 +344,36 @@ def test_compiled_and_exported_they_decide_the_same(router: Any) -> None:
     of_outputs = net(router, "outputs").eval()
     exported = torch.export.export(of_outputs, (x, BATCH), told, strict=False).module()
     torch.testing.assert_close(exported(x, BATCH, **told), of_outputs(x, BATCH, **told))
+
+
+class ByPosition(Net):
+    """All arguments by position, as ``torch.jit.trace`` takes them."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Tensor, source: Tensor, system: Tensor
+    ) -> Tensor:
+        return super().forward(x, batch, source, system=system)
+
+
+BY_COMPOSITION = ByType("source", [*SOURCES, 9], batch="batch")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR, BY_COMPOSITION, BY_ATOM])
+def test_a_traced_model_decides_for_molecules_of_other_sizes(router: Any, mix: str) -> None:
+    if router is BY_ATOM and mix == "weights":
+        return
+    model = net(router, mix, model=ByPosition()).eval()
+
+    def call(*sizes: int) -> tuple[Tensor, ...]:
+        batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        is_by_atom = router in (BY_ATOM, BY_COMPOSITION)
+        source = torch.tensor([7, 0, 3]).repeat(len(batch))
+        source = source[: len(batch) if is_by_atom else len(sizes)]
+        return torch.randn(len(batch), 4).double(), batch, source, systems()[: len(sizes)]
+
+    traced = torch.jit.trace(model, call(2, 3, 2), check_trace=False)
+    for sizes in ((2, 3, 2), (1, 1, 9), (6, 5, 4)):
+        args = call(*sizes)
+        torch.testing.assert_close(traced(*args), model(*args), rtol=0, atol=1e-12)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import gmoe
 from gmoe.routers import FromInput
 from tests.helpers.sources import (
     BATCH,
@@ -42,6 +43,24 @@ def test_without_a_batch_each_token_has_its_vector() -> None:
     down = torch.einsum("teo,epo->tep", nn.functional.silu(up), second.down.weight)
     expected = torch.einsum("te,teo->to", weight_TE, down + second.down.bias)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_cast", [True, False])
+def test_weights_sum_to_one_in_half_precision(is_cast: bool) -> None:
+    """Under autocast they are those of float32; a model that was cast rounds its logits."""
+    dtype = torch.bfloat16 if is_cast else torch.float32
+    model, system = net(BY_VECTOR).to(dtype), 9 * systems()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=not is_cast),
+        gmoe.record_routing(model) as routings,
+    ):
+        model(atoms().to(dtype), BATCH, system=system)
+    of_groups: Any = routings[0].by_group
+    weight_GE = of_groups.routing.to_dense()
+    torch.testing.assert_close(weight_GE.sum(dim=1), torch.ones(4), rtol=0, atol=1e-6)
+    if not is_cast:
+        expected = torch.softmax(model.router_of_system(system.float()), dim=1)
+        torch.testing.assert_close(weight_GE, expected, rtol=0, atol=1e-6)
 
 
 def test_vectors_of_several_groups_need_their_batch() -> None:
