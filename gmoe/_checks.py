@@ -131,10 +131,8 @@ def check_range(name: str, index: Tensor, end: int) -> None:
 def check_kept(kept: Sequence[int], num_experts: int, k: int = 1) -> None:
     """Refuse experts to keep that are not there, or fewer than K."""
     is_legal = [*kept] == sorted({*kept} & {*range(num_experts)})
-    if not is_legal or len(kept) < k:
-        raise ValueError(
-            f"kept: got {[*kept]}, expected k={k} or more of 0 to {num_experts - 1}, ascending"
-        )
+    legal = f"k={k} or more of 0 to {num_experts - 1}, ascending"
+    check(is_legal and len(kept) >= k, "kept", [*kept], legal)
 
 
 def check_can_shrink(part: Any) -> None:

@@ -271,12 +271,10 @@ def _mlps(model: nn.Module) -> list[str]:
         }
         if None not in places.values():
             names += [f"{name}.{key}.{place}".lstrip(".") for key, place in places.items()]
-    if not names:
-        raise ValueError(
-            f"model: got {type(model).__name__}, in which not all blocks have MLPs, expected a "
-            "transformer with blocks that hold an `mlp`, such as timm's VisionTransformer, or a "
-            "PyG BasicGNN; or `targets`, patterns of the names of MLPs or convs"
-        )
+    legal = "a transformer with blocks that hold an `mlp`, such as timm's VisionTransformer, or a "
+    legal += "PyG BasicGNN; or `targets`, patterns of the names of MLPs or convs"
+    got = f"{type(model).__name__}, in which not all blocks have MLPs"
+    check(names, "model", got, legal)
     return names
 
 

@@ -108,10 +108,8 @@ class RoutingStats(Metric):
         """Count the routings of one forward pass."""
         layers = as_list(routings)
         num_experts = tuple(routing.num_experts for routing in layers)
-        if num_experts != self.num_experts:
-            raise ValueError(
-                f"routings: got layers of {num_experts} experts, expected {self.num_experts}"
-            )
+        is_same = num_experts == self.num_experts
+        check(is_same, "routings", f"layers of {num_experts} experts", self.num_experts)
         for layer, routing in enumerate(layers):
             load = routing.load
             self.load[layer, : len(load)] += load

@@ -267,25 +267,11 @@ def _routed_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of gate, bias, weights and parts, of those that need one."""
-    are_few = _are_few(parts, token, offsets)
-    backward = _backward_at_once if are_few else _backward_by_expert
-    found = backward(grad, y_PO, gate, bias, weights, parts, token, offsets, place, needs)
-    return [grad for grad in found if grad is not None]
-
-
-def _backward_at_once(
-    grad: Tensor,
-    y_PO: Tensor,
-    gate: Tensor,
-    bias: Tensor | None,
-    weights: Sequence[Tensor],
-    parts: Sequence[Tensor],
-    token: Tensor,
-    offsets: Tensor,
-    place: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of gate, bias, weights and parts, from the rows of all experts."""
+    if not _are_few(parts, token, offsets):
+        found = _backward_by_expert(
+            grad, y_PO, gate, bias, weights, parts, token, offsets, place, needs
+        )
+        return [grad for grad in found if grad is not None]
     needs_gate, needs_bias, *needs_each = needs
     needs_weights, needs_parts = needs_each[: len(parts)], needs_each[len(parts) :]
     grad_gate = grad_bias = None
@@ -312,7 +298,8 @@ def _backward_at_once(
                 grad_parts[number] = zeros.index_add_(0, token, grad_PI)
             else:
                 grad_parts[number] = grad_PI.index_select(0, place)
-    return [grad_gate, grad_bias, *grad_weights, *grad_parts]
+    found = [grad_gate, grad_bias, *grad_weights, *grad_parts]
+    return [grad for grad in found if grad is not None]
 
 
 def _backward_by_expert(
@@ -327,7 +314,7 @@ def _backward_by_expert(
     place: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The same from one expert after the other, whose rows are all that is in memory."""
+    """Those gradients from one expert after the other, whose rows are all that is in memory."""
     needs_gate, needs_bias, *needs_each = needs
     needs_weights, needs_parts = needs_each[: len(parts)], needs_each[len(parts) :]
     grad_gate = gate.new_empty(gate.shape) if needs_gate else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmoe._checks import must_be_called
+from gmoe._checks import check, must_be_called
 from gmoe.conv.additive import additive_scores
 from gmoe.conv.attention_weights import weights_by_edge
 from gmoe.conv.base import Conv, StackedExperts, is_plain
@@ -152,10 +152,8 @@ class AttentionExperts(StackedExperts):
                 f"edge_attr: got a tensor, expected None, since {name} was built with edge_dim=None"
             )
         # The stacks note their changes in one place, where unstacked ones are noted, too.
-        if type(self.lin_edge) is not LinearExperts or must_be_called(self.lin_edge):
-            raise ValueError(
-                "lin_edge: got a changed layer, expected a plain one: its weight is read"
-            )
+        is_as_built = type(self.lin_edge) is LinearExperts and not must_be_called(self.lin_edge)
+        check(is_as_built, "lin_edge", "a changed layer", "a plain one: its weight is read")
         return attr.index_select(0, messages.of_edges(messages.graph.edges.order))
 
 

@@ -422,12 +422,10 @@ def factory_of(conv: str | ConvFactory) -> ConvFactory:
     """
     if isinstance(conv, str):
         conv = _named(conv)
-    if isinstance(conv, nn.Module):
-        name = type(conv).__name__
-        raise ValueError(
-            f"conv: got an instance of {name}, expected the class, {name}, or a factory "
-            "(in_channels, out_channels) -> conv that makes a new one for each expert"
-        )
+    name = type(conv).__name__
+    legal = f"the class, {name}, or a factory (in_channels, out_channels) -> conv that makes a new "
+    legal += "one for each expert"
+    check(not isinstance(conv, nn.Module), "conv", f"an instance of {name}", legal)
     is_other_class = isinstance(conv, type) and not issubclass(conv, nn.Module)
     if not callable(conv) or is_other_class:
         raise ValueError(f"conv: got {conv!r}, expected {CONV_VALUES}")
