@@ -246,7 +246,7 @@ def width_lines(summaries: Mapping[str, Any]) -> list[str]:
     wide = summaries[WIDE]
     what = f"a model {TIMES} times as wide ({wide['hidden']})"
     by = f"{gain}, {gain.n} splits, {wide['metric']}"
-    if gain.low <= 0:
+    if not gain.low > 0:  # NaN of a training that diverged is no gain
         return [f"no: {what} is not surely better: {by}; so no experts for capacity"]
     part = part_of_width(what_pays(RESULTS))
     expected = "what part of it experts have was measured on too few graphs"
