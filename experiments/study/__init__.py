@@ -5,6 +5,7 @@ running   Runs the cells of a study that have no file yet.
 sweep     The command: a study of your own, the table of routers, your row in it.
 routers   The table of routers, and your own beside some of its rows.
 width     The arms of the study of width, and the graphs on which it is asked what it hangs on.
+variants  Packages with fewer labels, classes, or features.
 front     What that study found: accuracy at a cost, and where experts win.
 published OGB's molecules beside published figures.
 price     What the cells of a study would cost.

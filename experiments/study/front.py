@@ -198,7 +198,7 @@ def _beside(column: str, cell: Cell, cells: Mapping[str, Cell]) -> dict[str, str
 
 # What it hangs on ---------------------------------------------------------------------------------
 
-STUDIES = ("width", "width-graphs")
+STUDIES = ("width", "width-variants", "width-graphs")
 """Folders of results with the arms of :data:`~experiments.study.width.PAIR`."""
 HELD_OUT = ("synsets", "definitions", "chameleon-filtered", "tolokers", "actor")
 """Graphs on which nothing was ever chosen."""
@@ -251,17 +251,19 @@ def errors_removed(cell: Cell, narrow: Cell) -> Difference:
 def part_of_width(found: Mapping[str, Pays]) -> Difference | None:
     """What experts gain as a part of what width gains: the slope of a line through 0 over graphs.
 
-    ``None`` for fewer than three graphs.
+    Variants of packages are not counted, since they are no graphs of their own; ``None`` for fewer
+    than three graphs.
     """
-    if len(found) < 3:
+    counted = [pays for column, pays in found.items() if not column.startswith("packages-")]
+    if len(counted) < 3:
         return None
-    wider = np.array([pays.wider.mean for pays in found.values()])
-    experts = np.array([pays.experts.mean for pays in found.values()])
+    wider = np.array([pays.wider.mean for pays in counted])
+    experts = np.array([pays.experts.mean for pays in counted])
     squares = float(wider @ wider)
     slope = float(wider @ experts) / squares
     left = experts - slope * wider
-    variance = float(left @ left) / (len(found) - 1) / squares
-    return Difference.around(slope, variance, len(found))
+    variance = float(left @ left) / (len(counted) - 1) / squares
+    return Difference.around(slope, variance, len(counted))
 
 
 def pays_table(found: Mapping[str, Pays]) -> str:

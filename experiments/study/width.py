@@ -5,15 +5,16 @@
     python -m experiments.sweep experiments.study.width:WIDTH --columns packages --price
     python -m experiments.sweep experiments.study.width:WIDTH --columns arxiv --price
     python -m experiments.sweep experiments.study.width:GRAPHS --price
+    python -m experiments.sweep experiments.study.width:VARIANTS --price
 
 ``RATES`` chooses the step size of each arm by validation, on two splits of ``packages``. ``WIDTH``
 has the arms whose step size is chosen, on ``packages``, where all choices were made, and on the
 graphs that confirm. The rule: experts win at a cost where the dense curve, interpolated in the
 logarithm of the cost, is below by a paired 95 % interval.
 
-``GRAPHS`` asks what the gain of experts hangs on: what four times the width gains. On smaller
-graphs validation chooses the step size of each arm again. Files are ``data/NAME.npz``, and PyG's
-raw ones.
+``GRAPHS`` and ``VARIANTS`` ask what the gain of experts hangs on: what four times the width gains.
+On smaller graphs validation chooses the step size of each arm again; packages with fewer labels,
+classes or features take those of packages. Files are ``data/NAME.npz``, and PyG's raw ones.
 """
 
 from __future__ import annotations
@@ -173,4 +174,21 @@ GRAPHS = Study(
     about="Four times the width, and experts, each at the step size that validation chooses.",
     columns=_graphs(),
     rows=rate_rows(PAIR, FIVE),
+)
+CHANGED = ("a_tenth", "a_third", "classes_25", "classes_10", "features_32")
+"""Functions of :mod:`experiments.study.variants`."""
+VARIANTS = Study(
+    name="width-variants",
+    about="Packages with fewer labels, classes, or features; step sizes are those of packages.",
+    columns={
+        f"packages-{name}": replace(
+            GRAPH, epochs=150, data=f"experiments.study.variants:{name}", data_root=Path("data")
+        )
+        for name in CHANGED
+    },
+    rows={
+        name: replace(row, changes={**row.changes, "seeds": FIVE[:3]})
+        for name, row in ROWS.items()
+        if name in PAIR
+    },
 )

@@ -155,9 +155,10 @@ def test_what_pays_is_a_share_of_errors_at_the_step_size_of_validation(tmp_path:
     write_graph(tmp_path, "width-graphs", "cora", (0.20, 0.15, 0.18))
     write_graph(tmp_path, "width-graphs", "molesol", (2.0, 1.0, 1.5), "rmse")
     write_graph(tmp_path, "width-graphs", "actor", (0.60, 0.63, 0.60))
+    write_graph(tmp_path, "width-variants", "packages-a_tenth", (0.5, 0.1, 0.5))
     (tmp_path / "width-graphs" / "actor" / "dense-256@3.0.json").unlink()
     found = what_pays(tmp_path)
-    assert [*found] == ["cora", "molesol"]  # actor is not finished
+    assert [*found] == ["packages-a_tenth", "cora", "molesol"]  # actor is not finished
     assert found["cora"].wider.mean == pytest.approx(25)
     assert found["cora"].experts.mean == pytest.approx(10)
     assert found["molesol"].experts.mean == pytest.approx(25)
@@ -165,11 +166,11 @@ def test_what_pays_is_a_share_of_errors_at_the_step_size_of_validation(tmp_path:
     assert pays_table(found).endswith("Fewer than three graphs are finished.")
 
 
-def test_the_part_of_width_is_a_slope_over_graphs() -> None:
+def test_the_part_of_width_is_a_slope_over_graphs_that_are_not_made_of_others() -> None:
     def pays(wider: float, experts: float) -> Pays:
         return Pays(wider=Difference.of([wider] * 2), experts=Difference.of([experts] * 2))
 
-    found = {"a": pays(1, 1), "b": pays(2, 0.5), "c": pays(2, 1)}
+    found = {"a": pays(1, 1), "b": pays(2, 0.5), "c": pays(2, 1), "packages-x": pays(9, 9)}
     part = part_of_width(found)
     assert part is not None
     assert part.mean == pytest.approx((1 + 1 + 2) / 9)
