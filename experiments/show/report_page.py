@@ -70,6 +70,8 @@ DRAWN = {
 """What is drawn, by what is routed."""
 
 
+MOST_IMAGES = 1024
+"""Validation images, about, whose patches are looked at."""
 SHARED = ("nmi", "ami_label", "ami_domain")
 """Of which shares are shown, expert by expert."""
 
@@ -331,7 +333,7 @@ def _patches(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
         batches.append(batch)
         tell_domains(model, batch.domain)
         weights.append(patch_weights(model, batch.inputs[0]))
-        if sum(len(one.target) for one in batches) >= 1024:
+        if sum(len(one.target) for one in batches) >= MOST_IMAGES:
             break
     images = torch.cat([one.inputs[0] for one in batches])
     labels = torch.cat([one.target for one in batches])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,14 @@ def test_what_experts_had_of_the_gain_elsewhere_is_said(
     monkeypatch.setattr(front, "part_of_width", lambda _: part)
     _, line = width_lines({WIDE: {**HIGH, "hidden": 256}})
     assert line.strip() == said
+
+
+def test_a_gain_that_is_not_a_number_is_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a training that diverged."""
+    unknown = Difference.of([math.nan, 1.0, 2.0])
+    monkeypatch.setattr(advise, "width_gain", lambda _: unknown)
+    (line,) = width_lines({WIDE: {**HIGH, "hidden": 256}})
+    assert line.startswith("no: a model 4 times as wide (256) is not surely better")
 
 
 def test_edges_of_one_direction_are_asked_and_tried(
