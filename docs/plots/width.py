@@ -6,7 +6,7 @@ and the rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,6 +39,8 @@ Cells: TypeAlias = Mapping[str, Cell]
 
 NAMES = ("width", "width-all", "width-pays")
 """Of the figures; each is drawn when some of its results are there."""
+SHORT = ("flops", "parameters")
+"""The costs of README's figure: what experts save, and what they take."""
 CONTROLS = {
     "input-again-64": "^",
     "random-64": "s",
@@ -69,26 +71,33 @@ def numbers(front: Front) -> str:
     return "\n".join(lines)
 
 
-def draw(front: Front, theme: Theme) -> Figure:
-    """A line of panels a graph, a panel a cost that is known."""
-    known = {cost for cells in front.values() for cost in compared_costs(cells)}
-    panels = [(column, cost) for column in front for cost in COSTS if cost in known]
-    across = len(known) if len(front) > 1 else min(len(known), 3)
-    lines = -(-len(panels) // across)
-    figure = Figure(figsize=(2.9 * across, 0.9 + 2.7 * lines))
-    axes = list(figure.subplots(lines, across, sharey="row", squeeze=False).flat)
-    for axis, (column, cost) in zip(axes, panels, strict=False):
-        _draw_panel(axis, front[column], cost, theme)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (column, _) in list(zip(axes, panels, strict=False))[::across]:
-        axis.set_ylabel(f"{column}: points above dense, 64")
-    legend_above(figure, *axes, columns=3)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.8 / figure.get_figheight()))
+def draw(front: Front, costs: Sequence[str], controls: Mapping[str, str], theme: Theme) -> Figure:
+    """A panel a graph, side by side, and a line of them a cost.
+
+    Args:
+        front: graphs.
+        costs: what is paid.
+        controls: the mark of each other model that is drawn.
+        theme: colors.
+    """
+    figure = Figure(figsize=(max(2.5 * len(front), 4.2), 0.7 + 2.2 * len(costs)))
+    axes = figure.subplots(len(costs), len(front), sharey="col", squeeze=False)
+    for line, cost in zip(axes, costs, strict=True):
+        for axis, cells in zip(line, front.values(), strict=True):
+            _draw_panel(axis, cells, cost, controls, theme)
+    for axis, column in zip(axes[0], front, strict=True):
+        axis.set_title(column, fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("points above dense, 64")
+    legend_above(figure, *axes.flat, columns=3)
+    top = 0.3 if not controls else 0.6
+    figure.tight_layout(rect=(0, 0, 1, 1 - top / figure.get_figheight()))
     return figure
 
 
-def _draw_panel(axis: Axes, cells: Cells, cost: str, theme: Theme) -> None:
+def _draw_panel(
+    axis: Axes, cells: Cells, cost: str, controls: Mapping[str, str], theme: Theme
+) -> None:
     """Two curves; experts are filled where they win, by the rule; other models are marks."""
     for kind, color in (("dense", theme.gray), ("experts", theme.blue)):
         best = [at_best_step(cells, row) for row in curve(cells, kind)]
@@ -98,16 +107,16 @@ def _draw_panel(axis: Axes, cells: Cells, cost: str, theme: Theme) -> None:
         axis.plot(places, [gain.mean for gain in gains if gain], color=color, linewidth=1.2)
         for model in models:
             won = kind == "experts" and _wins(model, cells, cost)
-            label = {"dense": "dense", "experts": f"experts, {'win' if won else 'do not'}"}[kind]
+            label = {"dense": "dense", "experts": f"experts{', which win' if won else ''}"}[kind]
             face = color if won or kind == "dense" else "none"
             _mark(axis, cells, model, cost, color, "o", face, label)
-    for row, marker in CONTROLS.items():
+    for row, marker in controls.items():
         if cost in cells.get(row, {}).get("costs", {}):
             model = cells[row]
             _mark(axis, cells, model, cost, theme.orange, marker, "none", model["label"])
     axis.axhline(0, color=theme.gray, linewidth=0.6, zorder=0)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(COSTS[cost][0])
@@ -183,13 +192,24 @@ def draw_scatter(found: Mapping[str, Pays], theme: Theme) -> Figure:
 
 
 def drawings(results: Path) -> list[Drawing]:
-    """The front of the first graph, and of all, and the scatter of graphs: what is finished."""
+    """The front in short and with all costs, and the scatter of graphs: what is finished."""
     front = shown(read_front(results / "width"))
     drawn = []
-    first = dict(list(front.items())[:1])
-    for name, part in {"width": first, "width-all": front}.items():
-        if part:
-            drawn.append(_drawing(name, part))
+    if front:
+        known = {cost for cells in front.values() for cost in compared_costs(cells)}
+        alt = _alt(front)
+        text = numbers(front)
+        every = [cost for cost in COSTS if cost in known]
+        drawn = [
+            Drawing("width", text, alt, lambda theme: draw(front, SHORT, {}, theme)),
+            Drawing(
+                "width-all",
+                text,
+                alt,
+                lambda theme: draw(front, every, CONTROLS, theme),
+                is_wide=True,
+            ),
+        ]
     found = what_pays(results)
     if found:
         text = "\n".join(
@@ -203,10 +223,8 @@ def drawings(results: Path) -> list[Drawing]:
     return drawn
 
 
-def _drawing(name: str, front: Front) -> Drawing:
+def _alt(front: Front) -> str:
+    """What the fronts show, as a sentence a graph."""
     said = [f"On {column}, {'; '.join(verdicts(cells))}" for column, cells in front.items()]
     about = "Points above a dense model 64 wide, with paired 95 % intervals, at each cost"
-    alt = f"{'. '.join([about, *said])}."
-    return Drawing(
-        name, numbers(front), alt, lambda theme: draw(front, theme), is_wide=name == "width-all"
-    )
+    return f"{'. '.join([about, *said])}."
