@@ -347,7 +347,7 @@ def forces_row(
 
     def loss(model: nn.Module) -> Tensor:
         given = pos.clone().requires_grad_()
-        found = model(z, given, batch, shuffled=z, source=source, system=system, drawn=source)
+        found = model(z, given, batch, source=source, system=system, drawn=source)
         (slope,) = torch.autograd.grad(found.sum(), given, create_graph=True)
         return F.mse_loss(found, energy) + F.mse_loss(slope, -force)
 

@@ -3,12 +3,12 @@
     python -m experiments.convert forces ESOL.csv.gz FreeSolv.csv.gz --out forces.npz
 
 Each molecule gets conformers by RDKit (ETKDG, then UFF), whose atoms are moved at random by 0.02 to
-0.1 Å, and GFN2-xTB energies and forces by tblite (Bannwarth et al., 2019). A configuration of 15
-atoms takes about 25 ms of a core, most of it for the conformer. All follows from the SMILES and the
-seed, so that no data need to be passed on: this command is the data set.
+0.1 Å, and energies and forces by tblite (Bannwarth et al., 2019). A configuration of 15 atoms takes
+about 25 ms of a core, most of it for the conformer. All follows from the SMILES and the seed, so
+that no data need to be passed on: this command is the data set.
 
-With several ``theories`` (methods of tblite, or UFF by RDKit) each molecule to train on is labeled
-by one of them, in proportion to ``shares``, as real data are; all others are labeled by all.
+Of the ``theories`` (methods of tblite, and UFF by RDKit) one labels each molecule to train on, in
+proportion to ``shares``, as real data are; all others are labeled by all.
 
 Molecules are split by what they are, whichever tables name them. Those of more than 16 atoms, and
 of more than four elements, are test sets of their own; of the others one in ten is for validation
@@ -84,7 +84,7 @@ def forces(
     molecules: int = 1000,
     each: int = 4,
     seed: int = 0,
-    theories: tuple[str, ...] = ("GFN2-xTB",),
+    theories: tuple[str, ...] = THEORIES,
     shares: tuple[float, ...] = (),
 ) -> None:
     """Write configurations of the molecules of tables, with energies and forces by theories.

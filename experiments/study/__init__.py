@@ -9,7 +9,8 @@ variants  Packages with fewer labels, classes, or features.
 front     What that study found: accuracy at a cost, and where experts win.
 published OGB's molecules beside published figures.
 price     What the cells of a study would cost.
-forces    Forces by experts of each element: arms, runs and table of a study of its own.
+forces    Forces of several theories, by experts: runs and table of a study of its own, whose
+          arms are in potentials.
 pages     Puts the tables of studies and benchmarks into the docs.
 advise    Asks a graph whether it lacks width, and whether its nodes follow different rules
           (question), and tries the answers.

@@ -1,16 +1,13 @@
-"""Forces by experts: ``python -m experiments.sweep forces --data forces.npz --columns small``.
+"""Forces by experts: ``python -m experiments.sweep forces --data forces.npz --columns sources``.
 
-PyG's ``SchNet`` on configurations that ``experiments.convert forces`` writes: by element, on labels
-of one theory (``small``), and one model for four theories, two of which label few molecules (the
-other columns). All arms have the same steps, batches and sweep: three step sizes with the first
-seed, up to two more as long as the best is at an end, and validation (the error of forces) chooses
-among them. The other seeds train with that one. The test parts are read once for each seed, with
-the chosen step size.
+PyG's ``SchNet`` on configurations that ``experiments.convert forces`` writes: one model for four
+theories, two of which label few molecules. All arms have the same steps, batches and sweep: three
+step sizes with the first seed, up to two more as long as the best is at an end, and validation (the
+error of forces) chooses among them. The other seeds train with that one. The test parts are read
+once for each seed, with the chosen step size.
 
 Arms (:mod:`experiments.study.potentials`) and their order were fixed before the first result. A
-dense model of equal FLOPs is no arm: experts by element take the dense model's FLOPs. Nor is a
-shared expert beside zero experts: for a linear layer, W_0 x + V_z x is W_0 + D_z, and trains alike,
-at more FLOPs.
+dense model of equal FLOPs is no arm: experts by element take the dense model's FLOPs.
 
 Changes are paired by seed, and have an interval over seeds. Of the main figure there is another,
 over the molecules of the test: each has the sum of its errors, the mean over seeds.
@@ -36,7 +33,7 @@ from tqdm import tqdm
 import gmoe
 from experiments.show.cells import read_cells
 from experiments.show.tables import Line, markdown
-from experiments.study.potentials import BEST, OF_ELEMENTS, OF_SOURCES, SOURCES, TUNED, Arm
+from experiments.study.potentials import BEST, OF_SOURCES, SOURCES, TUNED, Arm
 from experiments.study.running import ForcesConfig
 from experiments.train.build import num_parameters
 from experiments.train.checks import check, check_choice
@@ -65,7 +62,7 @@ class Column:
     controls: tuple[str, ...]
     """Arms that others are shown beside."""
     asked: tuple[int, ...]
-    """The sources that the question is about: those that label few molecules, or the only one."""
+    """The sources that the question is about: those that label few molecules."""
     told_as: tuple[int, int] | None = None
     """A source that is new, and a relative that models are told in its place."""
     after: str = ""
@@ -94,13 +91,6 @@ def _new(recipe: Recipe, arms: Mapping[str, Arm], after: str = "") -> Column:
 
 
 COLUMNS = {
-    "small": Column(
-        recipe=Recipe(width=32, train=3_900, steps=1_000, of_sources=(16,)),
-        seeds=(0, 1, 2),
-        arms=OF_ELEMENTS,
-        controls=("dense", "scale-shift"),
-        asked=(0,),
-    ),
     "sources": _sources((2, 3)),
     "sources-wide": _sources((2, 3), width=64, seeds=(0, 1, 2), arms=BEST),
     "sources-other": _sources((0, 1)),
@@ -302,7 +292,7 @@ def run_forces(config: ForcesConfig) -> tuple[str, dict[str, str]]:
         for row in config.rows:
             check_choice("rows", row, column.arms)
         try:
-            data = read_configurations(config.data, column.recipe.train)
+            data = read_configurations(config.data)
             sources = len(column.recipe.of_sources)
             check(data.sources == sources, str(config.data), f"{data.sources} sources", sources)
         except ValueError as error:
@@ -382,16 +372,16 @@ Shown: TypeAlias = Mapping[str, Any]
 
 
 def read_forces(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """The finished arms, by column."""
-    rows = dict.fromkeys(arm for column in COLUMNS.values() for arm in column.arms)
-    return read_cells(folder, COLUMNS, rows)
+    """The finished arms, by column: what the pages are about first, then in the plan's order."""
+    planned = [arm for column in COLUMNS.values() for arm in column.arms]
+    return read_cells(folder, COLUMNS, dict.fromkeys(["element", *planned]))
 
 
 def change(arm: Shown, control: Shown, parts: Sequence[str], error: str = "force") -> str:
     """How much larger an error is than a control's, in percent, with its 95 % intervals.
 
     Paired by seed: it is the mean of the logarithms of ratios, over the parts. The first interval
-    is over seeds; where results hold errors by molecule, a second one is over molecules.
+    is over seeds; of forces of the sources that are asked about, a second one is over molecules.
     """
     if arm is control:
         return "–"
@@ -399,8 +389,7 @@ def change(arm: Shown, control: Shown, parts: Sequence[str], error: str = "force
     theirs = logs_by_seed(control, parts, error)
     found = Difference.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     intervals = [found] if found.n > 1 else []
-    has_sums = all({*parts} <= {*one.get("molecules", ())} for one in (arm, control))
-    if has_sums and error == "force":
+    if error == "force" and {*parts} <= {*arm["molecules"]}:
         intervals.append(over_molecules(found.mean, arm, control, parts))
     texts = [f"{_percent(one.low)} to {_percent(one.high)}" for one in intervals]
     return f"{_percent(found.mean)} ({'; '.join(texts)})" if texts else _percent(found.mean)

@@ -46,14 +46,6 @@ class Arm:
     """Whether the dense model of one system goes on in its place."""
 
 
-def wider(build: Callable[..., nn.Module], times: float) -> Callable[[int, float], nn.Module]:
-    """A model of more width."""
-    return lambda width, energy_scale: build(round(times * width), energy_scale)
-
-
-# By element: one source ---------------------------------------------------------------------------
-
-
 class ScaleShift(nn.Module):
     """A linear layer, then a scale and a shift by type: an embedding again, and no experts.
 
@@ -74,50 +66,6 @@ class ScaleShift(nn.Module):
         kind = self.router(x).scores.argmax(dim=1)
         out: Tensor = self.linear(x)
         return out * (1 + self.scale[kind]) + self.shift[kind]
-
-
-def scale_shift(
-    width: int,
-    energy_scale: float,
-    by: ByType = BY_ELEMENT,
-    base: Callable[[int, float], nn.Module] = Potential,
-) -> nn.Module:
-    """A potential with a scale and a shift after each linear layer on atoms."""
-    model = base(width, energy_scale)
-    for name in atomwise(model):
-        linear: Any = model.get_submodule(name)
-        model.set_submodule(name, ScaleShift(linear, by))
-    by.attach(model)
-    return model
-
-
-def experts(
-    width: int,
-    energy_scale: float,
-    base: Callable[[int, float], nn.Module] = Potential,
-    targets: tuple[str, ...] = ATOMWISE,
-    **options: Any,
-) -> nn.Module:
-    """A potential with experts in its linear layers on atoms."""
-    return gmoe.moefy(base(width, energy_scale), targets=targets, **options)
-
-
-by_element = partial(experts, router=BY_ELEMENT, start="copies")
-
-OF_ELEMENTS = {
-    "dense": Arm(label="dense", build=Potential),
-    "scale-shift": Arm(label="a scale and a shift by element", build=scale_shift),
-    "element": Arm(label="experts by element, W₀ + Δ", build=by_element),
-    "shuffled": Arm(
-        label="the same by another atom's element",
-        build=partial(experts, router=ByType("shuffled", ELEMENTS), start="copies"),
-    ),
-    "dense-time": Arm(label="dense, equal time", build=wider(Potential, 1.25)),
-}
-"""Arms on one source, in the order in which they run, a seed of each in turn."""
-
-
-# Several sources ----------------------------------------------------------------------------------
 
 
 class Told(Potential):
@@ -164,6 +112,36 @@ def embedded(width: int, energy_scale: float) -> Told:
     return Told(width, energy_scale, OneHot(width))
 
 
+def wider(width: int, energy_scale: float) -> Told:
+    """The same of twice the width."""
+    return embedded(2 * width, energy_scale)
+
+
+def scale_shift(width: int, energy_scale: float, by: ByType = BY_ELEMENT) -> nn.Module:
+    """The same with a scale and a shift after each linear layer on atoms."""
+    model = embedded(width, energy_scale)
+    for name in atomwise(model):
+        linear: Any = model.get_submodule(name)
+        model.set_submodule(name, ScaleShift(linear, by))
+    by.attach(model)
+    return model
+
+
+def experts(
+    width: int,
+    energy_scale: float,
+    base: Callable[[int, float], nn.Module] = embedded,
+    targets: tuple[str, ...] = ATOMWISE,
+    start: Any = "copies",
+    **options: Any,
+) -> nn.Module:
+    """The same with experts in its linear layers on atoms."""
+    return gmoe.moefy(base(width, energy_scale), targets=targets, start=start, **options)
+
+
+by_element = partial(experts, router=BY_ELEMENT)
+
+
 def told_composition(width: int, energy_scale: float) -> Told:
     """The same, of the source and the shares of elements."""
     return Told(width, energy_scale, network().append(nn.Linear(HIDDEN, width)))
@@ -193,9 +171,7 @@ class Filmed(Potential):
         return out * (1 + scale) + shift
 
 
-learned = partial(
-    experts, base=embedded, router=BY_SYSTEM, num_experts=MIXED, mix="weights", start="copies"
-)
+learned = partial(experts, router=BY_SYSTEM, num_experts=MIXED, mix="weights")
 
 
 def frozen(width: int, energy_scale: float) -> nn.Module:
@@ -244,33 +220,26 @@ def element_and_learned(width: int, energy_scale: float) -> nn.Module:
 
 OF_SOURCES = {
     "embedded": Arm(label="dense, told the source", build=embedded),
-    "wider": Arm(label="the same, twice as wide", build=wider(embedded, 2)),
-    "element": Arm(label="experts by element", build=partial(by_element, base=embedded)),
+    "wider": Arm(label="the same, twice as wide", build=wider),
+    "element": Arm(label="experts by element", build=by_element),
     "learned": Arm(label="learned mixture of weights", build=learned),
     "composition": Arm(label="dense, told the composition too", build=told_composition),
     "element-learned": Arm(label="by element and mixture", build=element_and_learned),
     "source": Arm(
         label="experts by source",
-        build=partial(experts, base=embedded, router=BY_SOURCE, start="copies"),
+        build=partial(experts, router=BY_SOURCE),
     ),
     "film-network": Arm(label="scale and shift by a network", build=Filmed),
-    "film-element": Arm(
-        label="scale and shift by element", build=partial(scale_shift, base=embedded)
-    ),
-    "film-source": Arm(
-        label="scale and shift by source",
-        build=partial(scale_shift, base=embedded, by=BY_SOURCE),
-    ),
+    "film-element": Arm(label="scale and shift by element", build=scale_shift),
+    "film-source": Arm(label="scale and shift by source", build=partial(scale_shift, by=BY_SOURCE)),
     "heads": Arm(
         label="own heads",
-        build=partial(
-            experts, base=embedded, router=BY_SOURCE, start="plain", targets=("lin1", "lin2")
-        ),
+        build=partial(experts, router=BY_SOURCE, start="plain", targets=("lin1", "lin2")),
     ),
     "frozen": Arm(label="the mixture, router frozen at random", build=frozen),
     "chance": Arm(
         label="experts by a draw of the molecule",
-        build=partial(experts, base=embedded, router=BY_CHANCE, start="copies"),
+        build=partial(experts, router=BY_CHANCE),
     ),
 }
 """Arms on several sources, in the order in which they run."""

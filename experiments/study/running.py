@@ -45,9 +45,9 @@ class ForcesConfig:
 
     data: Path = Path("forces.npz")
     """The file that experiments.convert forces wrote."""
-    columns: tuple[str, ...] = ("small",)
-    """What is asked of it: small, or of four theories sources, sources-wide, sources-other,
-    sources-alike, sources-three and then sources-tuned."""
+    columns: tuple[str, ...] = ("sources",)
+    """What is asked of it: sources, sources-wide, sources-other, sources-alike, sources-three and
+    then sources-tuned."""
     rows: tuple[str, ...] = ()
     """Models; by default all."""
     runs: Path = Path("runs/forces")

@@ -63,7 +63,7 @@ STUDIES: dict[str, tuple[str, SweepConfig | ForcesConfig]] = {
         RoutersConfig(),
     ),
     "forces": (
-        "Forces of molecules by experts of each element, beside dense models and controls.",
+        "Forces of molecules of four theories, by experts, dense models and controls.",
         ForcesConfig(),
     ),
 }

@@ -46,7 +46,7 @@ class Potential(SchNet):
 
     Shapes:
         - ``z``, ``batch``: (A,) elements, and configuration of each atom; ``pos``: (A, 3) in Å.
-        - ``shuffled``, ``source``, ``system``, ``drawn``: see
+        - ``source``, ``system``, ``drawn``: see
           :class:`~experiments.train.data.forces.Molecules`. Routers may read them.
         - returns (C,) energies.
     """
@@ -68,7 +68,6 @@ class Potential(SchNet):
         z: Tensor,
         pos: Tensor,
         batch: Tensor,
-        shuffled: Tensor,
         source: Tensor,
         system: Tensor,
         drawn: Tensor,
@@ -125,8 +124,6 @@ class Recipe:
     steps: int
     of_sources: tuple[int, ...]
     """Configurations of each source in a batch; of a source that is held out, none."""
-    train: int | None = None
-    """Configurations to train on; by default all."""
 
     @property
     def sources(self) -> list[int]:

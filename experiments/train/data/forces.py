@@ -52,8 +52,6 @@ class Molecules(NamedTuple):
     """(A, 3) in Å."""
     batch: Tensor
     """(A,) the configuration of each atom, from 0, ascending."""
-    shuffled: Tensor
-    """(A,) atomic numbers of other atoms of the same molecule."""
     source: Tensor
     """(C,) what labeled each configuration, from 0."""
     system: Tensor
@@ -111,7 +109,6 @@ class Configurations:
             every.z[atom],
             every.pos[atom],
             batch,
-            every.shuffled[atom],
             every.source[rows],
             every.system[rows],
             every.drawn[rows],
@@ -135,15 +132,11 @@ class Configurations:
         return replace(self, molecules=self.molecules._replace(source=told, system=system))
 
 
-def read_configurations(path: Path, train: int | None = None) -> Configurations:
+def read_configurations(path: Path) -> Configurations:
     """Read a file of ``experiments.convert forces``.
 
-    Args:
-        path: the file.
-        train: train on so many configurations, spread over the file (default: on all).
-
     Raises:
-        ValueError: a broken file; fewer training configurations; a part without any.
+        ValueError: a broken file; a part without any configuration.
     """
     arrays = read_npz(path, WIDTHS)
     missing = [name for name in WIDTHS if name not in arrays]
@@ -166,10 +159,6 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
     }
     for name in NEEDED:
         check(len(rows[name]), str(path), f"no configurations of the part {name}", "some")
-    if train is not None:
-        there = len(rows["train"])
-        check(there >= train, str(path), f"{there} training configurations", f"{train} or more")
-        rows["train"] = evenly(rows["train"], train)
     sources = int(source.max()) + 1
     for name in PARTS[1:]:
         rows[name] = evenly(rows[name], min(len(rows[name]), MOST_EVALUATED * sources))
@@ -201,7 +190,6 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
         z=z,
         pos=torch.from_numpy(arrays["pos"].astype(np.float32)),
         batch=batch,
-        shuffled=shuffled(z, batch, molecule[batch]),
         source=source,
         system=torch.cat([one_hot(source, sources), shares], dim=1).float(),
         drawn=torch.randint(DRAWN, (int(molecule.max()) + 1,), generator=generator)[molecule],
@@ -222,24 +210,3 @@ def read_configurations(path: Path, train: int | None = None) -> Configurations:
 def evenly(rows: Tensor, count: int) -> Tensor:
     """``count`` of the rows, from the first to the last: a file has a table after the other."""
     return rows[torch.arange(count) * len(rows) // count]
-
-
-def shuffled(z: Tensor, batch: Tensor, molecule: Tensor) -> Tensor:
-    """(A,) the elements of each configuration in another order, the same for a molecule always.
-
-    A control of what is routed by element: experts have the same loads, molecule by molecule, and
-    an atom keeps its expert along every path, but the expert says nothing about the atom.
-
-    Args:
-        z: (A,) atomic numbers.
-        batch: (A,) the configuration of each atom, ascending.
-        molecule: (A,) the molecule of each atom.
-    """
-    # The number of an atom in its molecule, and a draw that follows from both alone.
-    first = torch.searchsorted(batch, batch)
-    place = torch.arange(len(z)) - first
-    draw = torch.rand(
-        int(molecule.max()) + 1, int(place.max()) + 1, generator=torch.Generator().manual_seed(0)
-    )[molecule, place]
-    order = torch.argsort(batch.double() + draw.double() * 0.999)  # inside each configuration
-    return z[order]

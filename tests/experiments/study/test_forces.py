@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,10 @@ from experiments.study.pages import render
 from experiments.study.potentials import (
     BEST,
     BY_ELEMENT,
-    OF_ELEMENTS,
     OF_SOURCES,
     SOURCES,
     TUNED,
     ScaleShift,
-    experts,
 )
 from experiments.study.running import ForcesConfig
 from experiments.study.sweep import main
@@ -54,17 +53,18 @@ from tests.helpers.forces_data import write_configurations
 
 WIDTH = 8
 TINY = Column(
-    recipe=Recipe(width=WIDTH, train=18, steps=2, of_sources=(4,)),
+    recipe=Recipe(width=WIDTH, steps=2, of_sources=(2, 1, 1, 1)),
     seeds=(3, 5),
-    arms={name: OF_ELEMENTS[name] for name in ("dense", "element")},
-    controls=("dense",),
-    asked=(0,),
+    arms={name: OF_SOURCES[name] for name in ("embedded", "element")},
+    controls=("embedded",),
+    asked=(2,),
 )
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Configurations:
-    return read_configurations(write_configurations(tmp_path / "forces.npz"))
+    path = tmp_path / "forces.npz"
+    return read_configurations(write_configurations(path, each=8, sources=SOURCES))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
 
 def build(arm: str, data: Configurations, width: int = WIDTH) -> nn.Module:
     torch.manual_seed(0)
-    return OF_ELEMENTS[arm].build(width, data.energy_scale).eval()
+    return OF_SOURCES[arm].build(width, data.energy_scale).eval()
 
 
 def energy_of(model: nn.Module, given: Molecules) -> Tensor:
@@ -105,35 +105,24 @@ def energy_of(model: nn.Module, given: Molecules) -> Tensor:
 # Arms ---------------------------------------------------------------------------------------------
 
 
-def test_arms_start_as_the_dense_model_but_for_a_wider_one(data: Configurations) -> None:
-    given = data.batch(data.rows["test"])
-    dense = energy_of(build("dense", data), given)
-    same = {
-        arm: torch.allclose(found, dense, rtol=1e-4, atol=1e-5)
-        for arm in OF_ELEMENTS
-        if (found := energy_of(build(arm, data), given)).shape == dense.shape
-    }
-    assert [arm for arm, is_same in same.items() if not is_same] == ["dense-time"]
-
-
 def test_experts_are_in_all_linear_layers_on_atoms(data: Configurations) -> None:
     def layers(arm: str, kind: type[nn.Module]) -> int:
         return sum(isinstance(module, kind) for module in build(arm, data).modules())
 
     assert layers("element", gmoe.MoE) == 3 * 3 + 2
-    assert layers("scale-shift", ScaleShift) == 3 * 3 + 2
+    assert layers("film-element", ScaleShift) == 3 * 3 + 2
 
 
 def test_experts_by_element_take_the_dense_flops(data: Configurations) -> None:
-    flops = {arm: flops_of_atom(build(arm, data, 32), data) for arm in OF_ELEMENTS}
-    for arm in ("scale-shift", "element", "shuffled"):
-        assert flops[arm] == flops["dense"]
-    assert flops["dense-time"] > 1.1 * flops["dense"]
+    flops = {arm: flops_of_atom(build(arm, data, 32), data) for arm in OF_SOURCES}
+    for arm in ("film-element", "element", "source"):
+        assert flops[arm] == flops["embedded"]
+    assert flops["wider"] > 2 * flops["embedded"]
 
 
 def test_a_scale_and_a_shift_are_those_of_the_element(data: Configurations) -> None:
     given = data.batch(data.rows["test"])
-    model = build("scale-shift", data)
+    model = build("film-element", data)
     layer: Any = model.lin1
     nn.init.normal_(layer.scale)
     nn.init.normal_(layer.shift)
@@ -147,55 +136,16 @@ def test_a_scale_and_a_shift_are_those_of_the_element(data: Configurations) -> N
         torch.testing.assert_close(seen["out"][atom], expected)
 
 
-def test_a_shared_expert_beside_linear_ones_trains_as_a_base_does(data: Configurations) -> None:
-    """Which is why the plan has no such arm."""
-    ends = []
-    given = data.batch(data.rows["test"])
-    given = Molecules(*(one.double() if one.is_floating_point() else one for one in given))
-    for start in ("copies", "shared"):
-        torch.manual_seed(0)
-        model = experts(WIDTH, data.energy_scale, router=BY_ELEMENT, start=start).double()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss_of(model.train(), given, data).backward()
-            optimizer.step()
-        ends.append(energy_of(model.eval(), given))
-    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
-
-
-def test_the_control_is_routed_by_the_shuffled_elements(data: Configurations) -> None:
-    given = data.batch(data.rows["test"])
-    with gmoe.record_routing(model := build("shuffled", data)) as routings:
-        energy_of(model, given)
-    expected = [BY_ELEMENT.values.index(element) for element in given.shuffled.tolist()]
-    assert routings[0].scores.argmax(dim=1).tolist() == expected
-    assert len({id(routing) for routing in routings}) == 1
-
-
-# Arms on several sources --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def of_sources(tmp_path: Path) -> Configurations:
-    path = tmp_path / "sources.npz"
-    return read_configurations(write_configurations(path, each=8, sources=SOURCES))
-
-
 @pytest.mark.parametrize("arm", OF_SOURCES)
 def test_an_arm_of_sources_starts_as_a_dense_model_and_trains(
-    arm: str, of_sources: Configurations
+    arm: str, data: Configurations
 ) -> None:
-    def built(name: str) -> nn.Module:
-        torch.manual_seed(0)
-        return OF_SOURCES[name].build(WIDTH, of_sources.energy_scale)
-
-    given = of_sources.batch(of_sources.rows["test"])
-    model = built(arm)
+    given = data.batch(data.rows["test"])
+    model = build(arm, data)
     if arm not in ("wider", "heads", "composition", "film-network", "element-learned"):
-        expected = energy_of(built("embedded"), given)
+        expected = energy_of(build("embedded", data), given)
         torch.testing.assert_close(energy_of(model, given), expected, rtol=1e-4, atol=1e-5)
-    loss_of(model.train(), given, of_sources).backward()
+    loss_of(model.train(), given, data).backward()
     trained = [one for one in model.parameters() if one.requires_grad]
     changed = given._replace(
         source=(given.source + 1) % SOURCES,
@@ -209,35 +159,29 @@ def test_an_arm_of_sources_starts_as_a_dense_model_and_trains(
     assert not torch.allclose(before, after)
 
 
-def test_columns_of_sources_read_each_source_and_say_what_is_missing(
-    of_sources: Configurations, config: ForcesConfig, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    arms = {name: OF_SOURCES[name] for name in ("embedded", "element")}
-    recipe = Recipe(width=WIDTH, steps=2, of_sources=(2, 1, 1, 1))
-    column = replace(COLUMNS["sources"], recipe=recipe, seeds=(0, 1), arms=arms, asked=(2,))
-    monkeypatch.setattr(forces, "COLUMNS", {"four": column})
-    own = replace(config, data=tmp_path / "sources.npz", columns=("four",))
-    text, failed = run_forces(replace(own, rows=("embedded",)))
+def test_a_column_reads_each_source_and_says_what_is_missing(
+    config: ForcesConfig, tmp_path: Path
+) -> None:
+    text, failed = run_forces(replace(config, rows=("embedded",)))
     assert not failed
-    assert "`four`, not finished: experts by element." in text
-    text, failed = run_forces(own)
+    assert "`tiny`, not finished: experts by element." in text
+    text, failed = run_forces(config)
     assert "not finished" not in text
     assert "| forces of 3 beside dense, told the source, % | of 1 and 2 and 4, % |" in text
     assert "| forces of 4 less 2, 0 meV/Å |" in text
-    cell = read_forces(own.results / "forces")["four"]["element"]
+    cell = read_forces(config.results / "forces")["tiny"]["element"]
     assert {f"{part}/{one}" for part in forces.TESTS for one in range(SOURCES)} <= set(cell)
     assert list(cell["molecules"]) == ["test/2"]
-    _, failed = run_forces(replace(own, data=config.data))
-    assert "1 sources" in failed["four"]
+    one = write_configurations(tmp_path / "one.npz")
+    _, failed = run_forces(replace(config, data=one))
+    assert "1 sources" in failed["tiny"]
     with pytest.raises(ValueError, match=r"rows: got 'dense', expected"):
-        run_forces(replace(own, rows=("dense",)))
+        run_forces(replace(config, rows=("dense",)))
 
 
 def test_models_of_a_column_before_are_trained_further_on_a_new_source(
-    of_sources: Configurations, config: ForcesConfig, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    data: Configurations, config: ForcesConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, then = (
         replace(column, recipe=replace(column.recipe, width=WIDTH, steps=2), seeds=(0,))
         for column in (COLUMNS["sources-three"], COLUMNS["sources-tuned"])
@@ -245,12 +189,12 @@ def test_models_of_a_column_before_are_trained_further_on_a_new_source(
     first = replace(first, recipe=replace(first.recipe, of_sources=(2, 1, 1, 0)))
     then = replace(then, recipe=replace(then.recipe, of_sources=(0, 0, 0, 4)))
     monkeypatch.setattr(forces, "COLUMNS", {"sources-three": first, "sources-tuned": then})
-    own = replace(config, data=tmp_path / "sources.npz", columns=("sources-tuned",))
+    own = replace(config, columns=("sources-tuned",))
     with pytest.raises(ValueError, match="columns: got sources-tuned, expected sources-three bef"):
         run_forces(own)
     text, _ = run_forces(replace(own, columns=("sources-three", "sources-tuned")))
     assert text.count("\n| ") == len(BEST) + len(TUNED) + 2
-    data = of_sources.told_as(3, 1)
+    data = data.told_as(3, 1)
     assert {*data.molecules.source[data.rows["test/3"]].tolist()} == {1}
     assert data.molecules.system[data.rows["test/3"], :SOURCES].unique(dim=0).tolist() == [
         [0, 1, 0, 0]
@@ -272,11 +216,11 @@ def test_models_of_a_column_before_are_trained_further_on_a_new_source(
 
 
 def test_what_is_read_is_that_of_single_configurations(
-    of_sources: Configurations, tmp_path: Path
+    data: Configurations, tmp_path: Path
 ) -> None:
     """Sums by molecule, and the errors of differences between two labels of one configuration."""
-    every = of_sources.molecules
-    data = replace(of_sources, molecules=every._replace(force=torch.randn_like(every.force)))
+    every = data.molecules
+    data = replace(data, molecules=every._replace(force=torch.randn_like(every.force)))
     cell = Cell(column="sources", arm="source", data=data, folder=tmp_path)
     model = cell.model(0)
     read = cell.read(model)
@@ -326,9 +270,10 @@ def test_validation_chooses_and_the_test_is_read_once_a_seed(
     text, failed = run_forces(config)
     assert not failed
     data = read_configurations(config.data)
-    assert read.count(data.rows["val"].tolist()) == len(ran)
-    for part in forces.TESTS:
-        assert read.count(data.rows[part].tolist()) == len(TINY.arms) * len(TINY.seeds)
+    validated = [row for one in range(SOURCES) for row in data.rows[f"val/{one}"].tolist()]
+    assert read.count(validated) == len(ran)
+    for part, one in product(forces.TESTS, range(SOURCES)):
+        assert read.count(data.rows[f"{part}/{one}"].tolist()) == len(TINY.arms) * len(TINY.seeds)
     cell = read_forces(config.results / "forces")["tiny"]["element"]
     assert f"{cell['lr']:g}" == min(cell["sweep"], key=cell["sweep"].__getitem__)
     assert [run for run in ran if run[0] == "element"][-1] == ("element", cell["lr"], 5)
@@ -374,7 +319,7 @@ def test_a_step_size_that_diverges_is_not_chosen(
     def diverged(model: nn.Module, data: Configurations, rows: Tensor) -> Residuals:
         return Residuals(*(math.nan * one for one in residuals(model, data, rows)))
 
-    cell = Cell(column="tiny", arm="dense", data=data, folder=config.runs)
+    cell = Cell(column="tiny", arm="embedded", data=data, folder=config.runs)
     for lr in RATES:
         monkeypatch.setattr(forces, "residuals", diverged if lr > RATES[0] else residuals)
         cell.run(lr, TINY.seeds[0])
@@ -386,27 +331,18 @@ def test_a_step_size_that_diverges_is_not_chosen(
 
 
 def test_runs_of_other_data_are_refused(config: ForcesConfig, data: Configurations) -> None:
-    Cell(column="tiny", arm="dense", data=data, folder=config.runs).run(RATES[0], TINY.seeds[0])
-    write_configurations(config.data, molecules=30)
+    Cell(column="tiny", arm="embedded", data=data, folder=config.runs).run(RATES[0], TINY.seeds[0])
+    write_configurations(config.data, molecules=30, each=8, sources=SOURCES)
     with pytest.raises(ValueError, match=r"digest.*choose another --runs"):
         run_forces(config)
-
-
-def test_a_file_with_too_few_configurations_is_named(
-    config: ForcesConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = replace(TINY, recipe=replace(TINY.recipe, train=1000))
-    monkeypatch.setattr(forces, "COLUMNS", {"more": more})
-    text, failed = run_forces(replace(config, columns=("more",)))
-    assert "1000 or more" in failed["more"]
-    assert "`more`, not finished: dense; experts by element, W₀ + Δ." in text
 
 
 # The table ----------------------------------------------------------------------------------------
 
 
 def summary(seeds: list[int], values: list[float], **more: Any) -> dict[str, Any]:
-    return {"seeds": seeds, "test/0": {"force": {"values": values}}, **more}
+    part = {"test/0": {"force": {"values": values}}}
+    return {"seeds": seeds, "molecules": {}, **part, **more}
 
 
 def test_a_change_is_the_mean_of_ratios_of_the_same_seeds() -> None:
@@ -449,7 +385,7 @@ def test_the_command_runs_the_study_and_a_page_shows_it(
     given = ["--data", str(config.data), "--runs", str(config.runs), "--columns", "tiny"]
     main(["forces", *given, "--results", str(config.results)])
     text = capsys.readouterr().out.strip()
-    assert "| experts by element, W₀ + Δ |" in text
+    assert "| experts by element |" in text
     page = "<!-- forces: forces -->\nold\n<!-- end -->\n"
     assert render(page, config.results) == f"<!-- forces: forces -->\n{text}\n<!-- end -->\n"
     with pytest.raises(ValueError, match="columns"):

@@ -26,7 +26,7 @@ from experiments.train.potential import (
 )
 from tests.helpers.forces_data import write_configurations
 
-RECIPE = Recipe(width=6, train=18, steps=30, of_sources=(4,))
+RECIPE = Recipe(width=6, steps=30, of_sources=(4,))
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_batch_has_its_number_of_each_source(tmp_path: Path) -> None:
     path = write_configurations(tmp_path / "forces.npz", each=4, sources=2)
     data = read_configurations(path)
     assert data.sources == 2
-    recipe = replace(RECIPE, train=None, of_sources=(3, 1))
+    recipe = replace(RECIPE, of_sources=(3, 1))
     for given in batches(data, recipe, seed=0):
         assert given.source.tolist() == [0, 0, 0, 1]
     held_out = replace(recipe, of_sources=(0, 2))
