@@ -420,40 +420,56 @@ def over_molecules(mean: float, arm: Shown, control: Shown, parts: Sequence[str]
     return Difference.around(mean, float(np.square(more).sum()) * n / (n - 1), n)
 
 
-def forces_table(column: Column, arms: Mapping[str, Shown]) -> str:
-    """A line an arm: errors on the test parts, beside the controls' in percent, and costs."""
-    controls = {name: arms[name] for name in column.controls if name in arms}
-    return markdown([_line(column, arm, controls) for arm in arms.values()])
-
-
-def _line(column: Column, arm: Shown, controls: Mapping[str, Shown]) -> Line:
-    line = {"model": arm["label"], "step size": f"{arm['lr']:g}", "n": str(len(arm["seeds"]))}
-    sources = range(len(column.recipe.of_sources))
-    for source in sources:
-        line[f"forces of {source + 1}, meV/Å"] = shown(arm[f"test/{source}"]["force"], ".0f")
+def asked_table(column: Column, arms: Mapping[str, Shown]) -> str:
+    """A line an arm: forces of the sources asked about, beside the controls', and costs."""
+    lines = []
     asked = [f"test/{source}" for source in column.asked]
-    for name, control in controls.items():
-        label = f"forces of {_numbers(column.asked)} beside {column.arms[name].label}, %"
-        line[label] = change(arm, control, asked)
+    for arm in arms.values():
+        line = {"model": arm["label"], "step size": f"{arm['lr']:g}", "n": str(len(arm["seeds"]))}
+        line |= _errors(arm, column.asked)
+        for name in column.controls:
+            if name in arms:
+                label = f"{_numbers(column.asked)} beside {column.arms[name].label}, %"
+                line[label] = change(arm, arms[name], asked)
+        line["kFLOP an atom"] = f"{arm['flops'] / 1000:.0f}"
+        line["parameters"] = f"{arm['parameters']:,}"
+        line["CPU s"] = f"{arm['seconds']['mean']:.0f}"
+        lines.append(line)
+    return markdown(lines)
+
+
+def beside_table(column: Column, arms: Mapping[str, Shown]) -> str:
+    """A line an arm: other errors, beside the first control's in percent, and differences."""
+    sources = range(len(column.recipe.of_sources))
     others = tuple(source for source in sources if source not in column.asked)
     beside_first = {
-        f"of {_numbers(others)}": ("test", others, "force"),
+        f"the same beside {column.arms[column.controls[0]].label}": ("test", others, "force"),
         f"energies of {_numbers(column.asked)}": ("test", column.asked, "energy"),
         "of larger molecules": ("larger", column.asked, "force"),
         "of more elements": ("elements", column.asked, "force"),
     }
-    for label, (part, of_sources, error) in beside_first.items():
-        parts = [f"{part}/{source}" for source in of_sources]
-        if parts and {*parts} <= {*arm} and column.controls[0] in controls:
-            line[f"{label}, %"] = change(arm, controls[column.controls[0]], parts, error)
-    for source, relative in RELATIVES:
-        if found := arm.get(f"difference/{source}"):
-            label = f"forces of {source + 1} less {relative + 1}, {found['size']['mean']:.0f} meV/Å"
-            line[label] = shown(found["force"], ".0f")
-    line["kFLOP an atom"] = f"{arm['flops'] / 1000:.0f}"
-    line["parameters"] = f"{arm['parameters']:,}"
-    line["CPU s"] = f"{arm['seconds']['mean']:.0f}"
-    return line
+    lines = []
+    for arm in arms.values():
+        line = {"model": arm["label"]} | _errors(arm, others)
+        for label, (part, of_sources, error) in beside_first.items():
+            parts = [f"{part}/{source}" for source in of_sources]
+            if {*parts} <= {*arm} and column.controls[0] in arms:
+                line[f"{label}, %"] = change(arm, arms[column.controls[0]], parts, error)
+        for source, relative in RELATIVES:
+            if found := arm.get(f"difference/{source}"):
+                size = f"{found['size']['mean']:.0f} meV/Å"
+                label = f"{source + 1} less {relative + 1}, which is {size}"
+                line[label] = shown(found["force"], ".0f")
+        lines.append(line)
+    return markdown(lines)
+
+
+def _errors(arm: Shown, sources: Sequence[int]) -> Line:
+    """Errors of forces, a column a source."""
+    return {
+        f"forces of {source + 1}, meV/Å": shown(arm[f"test/{source}"]["force"], ".0f")
+        for source in sources
+    }
 
 
 def _numbers(sources: Sequence[int]) -> str:
@@ -481,6 +497,7 @@ def forces_tables(columns: Mapping[str, Mapping[str, Shown]], only: Sequence[str
                 f"`{column}`: width {recipe.width}, {recipe.steps:,} steps of "
                 f"{sum(recipe.of_sources)}."
             )
-            texts.append(forces_table(COLUMNS[column], arms))
+            texts.append(asked_table(COLUMNS[column], arms))
+            texts.append(beside_table(COLUMNS[column], arms))
         texts.append(not_run(column, arms))
     return "\n\n".join(filter(None, texts))
