@@ -126,17 +126,19 @@ class RowsByGroup(NamedTuple):
     place_T: Tensor
     """(T,) int64, of which no two are the same."""
     offsets_G: Tensor
-    """(G,) int32, cumulative ends of the groups' rows, some of which may be of no token."""
-    number: int
-    """Of all rows."""
+    """(G,) int32, cumulative ends of the groups' tokens."""
+    size: int | None
+    """B rows of each group, some of which may be of no token; ``None`` for its tokens alone."""
 
     def filled(self, x_TI: Tensor) -> Tensor:
-        """(number, I) the tokens at their places, and zeros elsewhere."""
-        return _filled(x_TI, self.place_T, 1, self.number)[0]
+        """(G, B, I) the tokens at their places, and zeros elsewhere; (T, I) without a size."""
+        if self.size is None:
+            return _filled(x_TI, self.place_T, 1, x_TI.size(0))[0]
+        return _filled(x_TI, self.place_T, self.offsets_G.size(0), self.size)
 
-    def taken(self, y_RO: Tensor) -> Tensor:
+    def taken(self, y: Tensor) -> Tensor:
         """(T, O) the rows of the tokens."""
-        return _rows(y_RO[None], self.place_T)
+        return y.flatten(0, -2).index_select(0, self.place_T)
 
 
 def rows_by_group(group_T: Tensor, num_groups: int) -> RowsByGroup:
@@ -160,8 +162,8 @@ def rows_by_group(group_T: Tensor, num_groups: int) -> RowsByGroup:
         largest = int((ends_G - starts_G).max())
         if num_groups * largest <= 2 * num_tokens:
             place_T = place_T + (number_G * largest - starts_G).index_select(0, group_T)
-            return RowsByGroup(place_T, ((number_G + 1) * largest).int(), num_groups * largest)
-    return RowsByGroup(place_T, ends_G.int(), num_tokens)
+            return RowsByGroup(place_T, ends_G.int(), largest)
+    return RowsByGroup(place_T, ends_G.int(), None)
 
 
 @exported_as(portable.filled_blocks)

@@ -181,6 +181,11 @@ class LinearExperts(Experts, Stack):
             # squeeze, not [0], whose backward pass would fill a whole weight with zeros.
             bias_O = None if bias is None else bias.squeeze(0)
             return F.linear(x_PI.to(weight.dtype), weight.squeeze(0), bias_O)
+        if x_PI.dim() == 3:  # (E, P / E, I), as many rows of each: one product, torch's own
+            x_PI = x_PI.to(weight.dtype)
+            if bias is None:
+                return torch.bmm(x_PI, weight.mT)
+            return torch.baddbmm(bias[:, None], x_PI, weight.mT)
         return grouped_linear(x_PI, weight.mT, bias, offsets_E)
 
 

@@ -77,13 +77,11 @@ class MixedWeights(Experts):
                 "weights by: from ByType or FromInput with batch=, or by Routing.expand"
             )
         weight_GE, rows = routing.by_group.routing.to_dense(), routing.by_group.rows
-        offsets_G = rows.offsets_G
         if not weight_GE.size(0):  # no tokens: a stack is of one at least
             weight_GE = nn.functional.pad(weight_GE, (0, 0, 0, 1))
-            offsets_G = nn.functional.pad(offsets_G, (0, 1))
         # The rows of each group, by the one expert that its mixture is.
-        y_RO: Tensor = _mixed(self.stacked, weight_GE)(rows.filled(x), offsets_G)
-        return rows.taken(y_RO)
+        mixed = _mixed(self.stacked, weight_GE)
+        return rows.taken(mixed(rows.filled(x), rows.offsets_G))
 
 
 def _mixed(part: nn.Module, weight_GE: Tensor) -> Any:

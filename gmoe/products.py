@@ -178,14 +178,6 @@ def _by_expert(
         yield from ((expert, x.index_select(0, block), other) for block, other in blocks)
 
 
-def _are_equally_many(x: Tensor, offsets: Tensor) -> bool:
-    """True on a CPU if all experts have the same number of rows: one product has them all."""
-    each, rest = divmod(len(x), len(offsets))
-    if x.device.type != "cpu" or rest or not each:
-        return False
-    return offsets.tolist() == [*range(each, len(x) + 1, each)]
-
-
 def _empty_products(
     x: Tensor, weight: Tensor, _: Tensor, __: str, source: Tensor | None = None
 ) -> Tensor:
@@ -202,14 +194,9 @@ def grouped_product(
     """
     if kernel == "grouped" and len(x):
         return grouped_mm(x, weight, offsets)
-    is_equal = source is None and _are_equally_many(x, offsets)
-    if not is_equal and source is None and has_own_loop(x, weight.size(2)):
+    if source is None and has_own_loop(x, weight.size(2)):
         return F.grouped_mm(x.contiguous(), packed(weight), offs=offsets.int())
     y_PO = x.new_empty(len(x if source is None else source), weight.size(2))
-    if is_equal:  # in place: a result that is a view cannot be added to
-        x_EBI, y_EBO = (rows.reshape(len(offsets), -1, rows.size(1)) for rows in (x, y_PO))
-        torch.bmm(x_EBI, weight, out=y_EBO)
-        return y_PO
     for expert, rows, y in _by_expert(x, y_PO, offsets, source):
         torch.mm(rows, weight[expert], out=y)
     return y_PO
@@ -229,9 +216,6 @@ def grouped_outer_product(
     """
     if kernel == "grouped" and len(x):
         return grouped_outer(x, y, offsets)
-    if source is None and _are_equally_many(x, offsets):
-        x_EBI, y_EBO = (rows.reshape(len(offsets), -1, rows.size(1)) for rows in (x, y))
-        return torch.bmm(x_EBI.mT, y_EBO)
     if source is None and has_own_loop(x, y.size(1)):
         return F.grouped_mm(x.contiguous().T, y.contiguous(), offs=offsets.int())
     sum_EIO = x.new_zeros(len(offsets), x.size(1), y.size(1))

@@ -48,7 +48,8 @@ class ByGroup:
     @lazy
     def rows(self) -> RowsByGroup:
         """Where the tokens stand when they are sorted by group."""
-        return rows_by_group(self.group_T, self.routing.num_tokens)
+        num_groups = max(1, self.routing.num_tokens)  # of no tokens, one without any
+        return rows_by_group(self.group_T, num_groups)
 
 
 @dataclass(frozen=True, eq=False)
