@@ -2,6 +2,7 @@
 
     python -m experiments.sweep mine.py:STUDY --runs runs/again --results again
     python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic facebook
+    python -m experiments.sweep width --columns packages --price
     python -m experiments.sweep forces --data forces.npz
 
 ``FILE.py:NAME`` (or ``package.module:NAME``) is a study of your own, which
@@ -61,6 +62,10 @@ STUDIES: dict[str, tuple[str, SweepConfig | ForcesConfig]] = {
     "routers": (
         "One table: the same routers on images and on graphs, a cell a file.",
         RoutersConfig(),
+    ),
+    "width": (
+        "Dense models and experts at several widths, on large graphs: who wins at a cost.",
+        SweepConfig(),
     ),
     "forces": (
         "Forces of molecules of four theories, by experts, dense models and controls.",
@@ -149,7 +154,7 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
             if not config.price:
                 price_missing(study.cells(config.columns, config.rows), config.results / study.name)
     else:
-        study = load_object("study", name)
+        study = load_object("study", "experiments.study.width:WIDTH" if name == "width" else name)
         check(isinstance(study, Study), "study", repr(name), "an experiments.study.studies.Study")
     if config.price:
         from experiments.study.price import price_cells  # torch

@@ -2,8 +2,8 @@
 
     python -m experiments.convert packages available --out data/packages.npz
     python -m experiments.sweep experiments.study.width:RATES
-    python -m experiments.sweep experiments.study.width:WIDTH --columns packages --price
-    python -m experiments.sweep experiments.study.width:WIDTH --columns arxiv --price
+    python -m experiments.sweep width --columns packages --price
+    python -m experiments.sweep width --columns arxiv --price
     python -m experiments.sweep experiments.study.width:GRAPHS --price
     python -m experiments.sweep experiments.study.width:VARIANTS --price
 

@@ -53,7 +53,7 @@ def forget_unknown_options() -> None:
         ("train digits --lr nan", "lr: got nan, expected a finite number"),
         (
             "sweep router",
-            "study: got 'router', expected one of routers, forces, FILE.py:NAME",
+            "study: got 'router', expected one of routers, width, forces, FILE.py:NAME",
         ),
         ("sweep router", "did you mean 'routers'?"),
         ("sweep --budget 2 routers", "study: got '--budget', expected the study first"),
@@ -62,6 +62,7 @@ def forget_unknown_options() -> None:
         ("convert molecule", "command: got 'molecule', expected one of molecules, packages"),
         ("sweep routers --columns cora", "columns: got cora, expected some of"),
         ("sweep routers --rows router", "rows: got router, expected some of"),
+        ("sweep width --columns arxi", "columns: got arxi, expected some of packages, synsets"),
         (
             "sweep routers --columns mosaic --rows oracle",
             "rows: got oracle, expected some that mosaic has",
