@@ -108,7 +108,7 @@ class RunConfig:
     """Passes over the training set."""
     batch_size: int = 128
     """Batch size; of molecules and images, how many of them.
-    Of other graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
+    Of other graphs, seed nodes a batch (`neighbor`)."""
     eval_every: int = 1
     """Epochs between evaluations; validation selects among those."""
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -258,8 +258,8 @@ class GraphConfig(NodeConfig):
     residual: Literal["none", "identity", "linear"] = "identity"
     norm: str | None = None
     """The norm, by PyG's name."""
-    sampling: Literal["full", "neighbor", "random_node"] = "full"
-    """Train on the whole graph, on sampled neighborhoods, or on random parts."""
+    sampling: Literal["full", "neighbor"] = "full"
+    """Train on the whole graph, or on sampled neighborhoods."""
     fanout: tuple[int, ...] = FANOUT
     """With `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
     evaluation: Literal["full", "layerwise"] = "full"

@@ -140,18 +140,6 @@ ARXIV = GraphConfig(
     **OGB,
 )
 
-ARXIV_TUNED = replace(
-    ARXIV,
-    hidden=512,
-    layers=5,
-    residual="linear",
-    lr=5e-4,
-    weight_decay=5e-4,
-    input_dropout=0.15,
-    epochs=2000,
-)
-"""The tuned recipe (Luo et al., 2024)."""
-
 PRODUCTS = replace(
     ARXIV,
     dataset="ogbn-products",
@@ -162,13 +150,6 @@ PRODUCTS = replace(
     evaluation="layerwise",
 )
 """For sampled SAGE."""
-
-SAGE = replace(PRODUCTS, norm="layer_norm", residual="linear", lr=0.003)
-
-PRODUCTS_TUNED = replace(
-    SAGE, hidden=200, layers=5, sampling="random_node", batch_size=244_903, epochs=1000
-)
-"""The tuned recipe (Luo et al., 2024), on 10 random parts."""
 
 PROTEINS = replace(
     ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epochs=1000, eval_every=5
@@ -278,9 +259,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         MINESWEEPER,
     ),
     "ogbn-arxiv": ("ogbn-arxiv, the OGB example's GCN.", ARXIV),
-    "ogbn-arxiv-tuned": ("ogbn-arxiv, the tuned GCN: 5 layers of 512, 2,000 epochs.", ARXIV_TUNED),
     "ogbn-products": ("ogbn-products, the OGB example's sampled SAGE.", PRODUCTS),
-    "ogbn-products-tuned": ("ogbn-products, the tuned SAGE on random parts.", PRODUCTS_TUNED),
     "ogbn-proteins": ("ogbn-proteins, the OGB example's GCN.", PROTEINS),
     "ogbn-mag": ("ogbn-mag, a SAGE a relation on the OGB example's recipe.", MAG),
 }

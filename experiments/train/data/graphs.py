@@ -1,6 +1,6 @@
 """From a graph to batches.
 
-A batch is the whole graph, neighborhoods, or a random part.
+A batch is the whole graph, or neighborhoods.
 """
 
 from __future__ import annotations
@@ -117,12 +117,9 @@ class GraphBatches:
 
     def steps(self, batch_size: int) -> int:
         """How many training batches an epoch has."""
-        counts = {
-            "full": batch_size,
-            "neighbor": len(self.split["train"]),
-            "random_node": self.data.num_nodes,
-        }
-        return -(-counts[self.config.sampling] // batch_size)
+        if self.config.sampling == "full":
+            return 1
+        return -(-len(self.split["train"]) // batch_size)
 
     def __call__(
         self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
@@ -130,25 +127,7 @@ class GraphBatches:
         rows = self.split[part]
         if self.config.sampling == "full" or part != "train":
             return [Batch(self.whole, self.data.y[rows], rows)]
-        if self.config.sampling == "neighbor":
-            return neighborhoods(self.data, self.config, rows, batch_size, seed, shard)
-        return self.random_parts(rows, batch_size, seed, shard)
-
-    def random_parts(
-        self, rows: Tensor, batch_size: int, seed: int | None, shard: Shard
-    ) -> Iterator[Batch]:
-        """Subgraphs of random nodes, of which ``rows`` count."""
-        rank, world = shard
-        nodes = self.data.num_nodes
-        member = torch.zeros(nodes, dtype=torch.bool)
-        member[rows] = True
-        count = -(-nodes // batch_size)
-        for whole in order_of(nodes, seed).split(-(-nodes // count)):
-            if member[whole].any():  # on all processes, or on none
-                mine = whole.tensor_split(world)[rank]
-                batch = self.data.subgraph(mine)
-                counted = member[mine].nonzero().view(-1)
-                yield Batch(_inputs(batch, batch.edge_index), batch.y[counted], counted)
+        return neighborhoods(self.data, self.config, rows, batch_size, seed, shard)
 
 
 def neighborhoods(

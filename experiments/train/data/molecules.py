@@ -76,7 +76,6 @@ def molecule_task(name: str, root: Path) -> Task:
         steps=batches.steps,
         loss=partial(loss_of_known, is_binary),
         split=data.split,
-        labels=data.y,
     )
 
 

@@ -71,7 +71,6 @@ class Task:
     # The whole graph, for models that need more of it than batches hold
     graph: Data | HeteroData | None = None
     split: Splits | None = None  # the nodes, or molecules, of train, val and test
-    labels: Tensor | None = None  # (graphs, tasks) of all molecules, NaN where one is missing
     target: str | None = None  # of a typed graph, the node type that has labels
     # (T,) the expert that each token should go to, where that is known
     planted: Tensor | None = None

@@ -40,8 +40,7 @@ RUNS: dict[str, str] = {
     "votes": "digits-graph --precision bf16-mixed --router attention_vote --scope neighbors",
     "neighbors": f"digits-graph {SAMPLED} --batch-size 300 --dropout 0.2 "
     "--balance switch --router token_choice",
-    "parts": "digits-graph --sampling random_node --batch-size 300 --evaluation layerwise "
-    "--precision 64-true",
+    "layers": f"digits-graph {SAMPLED} --batch-size 300 --evaluation layerwise --precision 64-true",
     "images": f"digits --router token_choice --balance bias --dropout 0.1 {SMALL}",
     "folder": f"images --router token_choice {TINY} {AUGMENTED}",
 }

@@ -114,7 +114,7 @@ def test_compare_refuses_the_folder_of_another_run_before_it_trains(
     [
         "digits-graph --epochs 3 --seeds 0 4 --router expert_choice --k 2",
         "digits --balance switch --start plain --clip-norm 2",
-        "ogbn-products-tuned --norm None --fanout -1 -1 --sampling neighbor",
+        "ogbn-products --norm layer_norm --fanout -1 -1 --layers 2",
         "ogbn-arxiv --conv gcn sage --kmeans-init --router multi_centroid",
         "graph --data-root 'a b/x.npz' --metric roc_auc --router-input node degree --lr 1e-5",
         "cora --router x.py:Router --no-undirected --shared-router True",

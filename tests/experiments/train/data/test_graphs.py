@@ -52,7 +52,7 @@ def counted(task: Task, part: Split, batch_size: int = 7, seed: int | None = Non
     return nodes
 
 
-@pytest.mark.parametrize("sampling", ["full", "neighbor", "random_node"])
+@pytest.mark.parametrize("sampling", ["full", "neighbor"])
 @pytest.mark.parametrize("binary", [False, True])
 def test_each_seed_counts_once_and_no_other_node(sampling: Any, binary: bool) -> None:
     task = make_task(make_config(sampling=sampling), make_graph(binary=binary))
@@ -65,9 +65,8 @@ def test_each_seed_counts_once_and_no_other_node(sampling: Any, binary: bool) ->
                 )
 
 
-@pytest.mark.parametrize("sampling", ["neighbor", "random_node"])
-def test_shuffling_follows_the_seed(sampling: Any) -> None:
-    task = make_task(make_config(sampling=sampling))
+def test_shuffling_follows_the_seed() -> None:
+    task = make_task(make_config(sampling="neighbor"))
 
     def epoch(seed: int | None) -> list[list[list[float]]]:
         torch.manual_seed(0)
@@ -116,24 +115,6 @@ def test_all_neighbors_give_the_logits_of_the_whole_graph(
     assert {len(batch.inputs) for batch in deeper.loader("train", 7, 1)} == {
         3 if conv == "graph" else 2
     }
-
-
-def test_random_parts_are_induced() -> None:
-    task = make_task(
-        make_config(conv=("gat", "graph"), sampling="random_node"),
-        make_graph(weights=True, simple=True),
-    )
-    assert task.graph is not None
-    weight = {tuple(pair): 1 + sum(pair) / NODES for pair in task.graph.edge_index.T.tolist()}
-    seen = 0
-    for batch in task.loader("train", 20, 1):
-        x, edge_index, edge_weight = batch.inputs
-        ids = x[:, 0].long()
-        found = list(map(tuple, ids[edge_index].T.tolist()))
-        assert sorted(found) == sorted(pair for pair in weight if set(pair) <= set(ids.tolist()))
-        torch.testing.assert_close(edge_weight, torch.tensor([weight[pair] for pair in found]))
-        seen += len(ids)
-    assert seen == NODES
 
 
 @pytest.mark.filterwarnings("ignore:edge_weight. made has some")
