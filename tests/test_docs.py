@@ -22,6 +22,8 @@ from docs.plots.__main__ import every_drawing, pages, render
 from docs.plots.results import read_finished
 from docs.plots.style import FIGURES
 from experiments.show.cells import differences
+from experiments.study.front import at_best_step, difference, read_front
+from experiments.study.width import COLUMNS
 from experiments.train.files import read_json
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
 from experiments.train.scores import Difference
@@ -185,7 +187,7 @@ def test_a_snippet_of_the_readme_runs_and_prints_what_it_says(
 def test_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r'(?:\]\(|src="|srcset=")([^):"]+)[)"]', README)
     expected = {
-        "docs/figures/controls-dark.png",
+        "docs/figures/width-dark.png",
         "docs/serving.md#export",
         "docs/lab/does-it-help.md",
     }
@@ -296,5 +298,21 @@ def test_what_the_readme_says_of_simpler_changes_is_measured() -> None:
     assert f"gives the dense model most of it; {left.mean:.1f} points are left" in text
     gain = beyond("facebook", "experts", "dense").mean
     assert left.mean < gain / 2
-    assert "The figure has the two real graphs" in text
-    assert [*cells] == ["facebook", "minesweeper"]
+
+
+def test_what_the_readme_says_of_large_graphs_is_measured() -> None:
+    """Each model at its better step size; the wide one where it was run."""
+    front = read_front(RESULTS / "width")
+    gains = []
+    for column in COLUMNS:
+        narrow, experts = (at_best_step(front[column], row) for row in ("dense-64", "experts-64"))
+        gain = difference(experts, narrow)
+        assert gain is not None
+        assert gain.side == "above"
+        gains.append(gain.mean)
+        wide = difference(front[column].get("dense-256", experts), experts)
+        assert wide is not None
+        assert wide.side != "above"
+    gains.sort(reverse=True)
+    first, second, third = (f"{gain:.1f}" for gain in gains)
+    assert f"experts gain {first}, {second}, and {third} points" in in_a_line(README)
