@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._calls import evaluating, with_modules
-from gmoe._checks import check, check_module
+from gmoe._checks import change_of, check, check_module
 from gmoe.experts import LinearExperts, MLPExperts, run_mlp
 from gmoe.mixed import MixedWeights, mixture
 from gmoe.moe import MoE, MoELayer, SoftMoE
+from gmoe.recorded import AsBuilt
 from gmoe.routers.from_call import decided_from, detach
 from gmoe.routing import Routing
 
@@ -103,6 +104,12 @@ def _check_mergeable(name: str, layer: MoELayer) -> None:
     check(layer.router is not None, "model", got, "one: a dense layer takes no routing=")
     is_beside = getattr(layer, "shared_expert", None) is not None
     check(not is_beside, "model", f"{name}, experts beside a shared one", "start='copies'")
+    legal = "a layer as it was built, since the dense one is made of its weights alone"
+    is_same = layer.as_built is None or AsBuilt.of(layer).parts == layer.as_built.parts
+    check(is_same, "model", f"{name} with another part in place of one", legal)
+    for part in [layer, layer.router, *experts.modules()]:
+        change = change_of(part)
+        check(change is None, "model", f"{name}, a {type(part).__name__} with {change}", legal)
 
 
 def _check_call(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

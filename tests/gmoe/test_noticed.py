@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch_geometric.nn import GCNConv
+from torch_geometric.nn import GATConv, GCNConv, GINConv
 
 import gmoe
 from gmoe import LinearExperts, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, TokenChoice
+from gmoe.routers import ByType
 from gmoe.routers.base import Gate
 from gmoe.stack import Stack
 from tests.contract import Halved
@@ -172,6 +173,60 @@ def results(layer: nn.Module) -> list[Tensor]:
 def places(layer: nn.Module) -> list[str]:
     """The parts whose weights a kernel may read."""
     return [path for path, part in layer.named_modules() if isinstance(part, (Stack, Gate))]
+
+
+class OfSource(nn.Module):
+    """A layer that is told the source of each node."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, source: Tensor, *edges: Tensor) -> Tensor:
+        out: Tensor = self.layer(x, *edges)
+        return out
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 8), nn.SiLU(), nn.Dropout(0.1), nn.Linear(8, WIDTH))
+
+
+DENSE: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(WIDTH, WIDTH),
+    "MLP": mlp,
+    "GCN": lambda: GCNConv(WIDTH, WIDTH),
+    "GIN": lambda: GINConv(mlp()),
+    "GAT": lambda: GATConv(WIDTH, WIDTH),
+}
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if change != "pruned"])
+@pytest.mark.parametrize("mix", ["outputs", "weights"])
+@pytest.mark.parametrize("name", DENSE)
+def test_a_merged_model_has_a_change_or_it_is_refused(name: str, mix: Any, change: str) -> None:
+    is_conv = name.isupper() and name != "MLP"
+    if is_conv and mix == "weights":
+        return
+    torch.manual_seed(0)
+    router = ByType("source", range(3), batch="source")
+    options: dict[str, Any] = {"targets": "layer", "router": router, "start": "copies"}
+    model: Any = gmoe.moefy(OfSource(DENSE[name]()), mix=mix, **options).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x, source = torch.randn(5, WIDTH, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    edges = [torch.randint(5, (2, 9))] * is_conv
+    for path, part in model.layer.named_modules():
+        if change in NEEDS_A_PARAMETER and next(part.parameters(recurse=False), None) is None:
+            continue
+        changed = copy.deepcopy(model)
+        CHANGES[change](changed, changed.layer.get_submodule(path))
+        try:
+            merged = gmoe.merge(changed, source=source[:1])
+        except ValueError as error:
+            assert str(error).startswith("model: got "), path  # noqa: PT017
+            continue
+        expected, found = (one(x, source, *edges) for one in (changed, merged))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10, msg=path)
 
 
 def test_the_tables_have_parts_of_all_kinds() -> None:
