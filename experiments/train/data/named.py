@@ -141,7 +141,8 @@ PYG: dict[str, PyGSet] = {
 
 FILTERED = ("chameleon-filtered", "squirrel-filtered")
 """Without nodes that are both in training and, as a duplicate, in test (Platonov et al., 2023):
-``chameleon_filtered.npz`` in the data root, from yandex-research/heterophilous-graphs."""
+``chameleon_filtered.npz`` in the data root, of :data:`FILTERED_FROM`."""
+FILTERED_FROM = "https://github.com/yandex-research/heterophilous-graphs"
 
 TEXTS = ("packages", "synsets", "definitions")
 """Graphs of texts, ``NAME.npz`` in the data root, which ``python -m experiments.convert NAME``
@@ -156,7 +157,12 @@ def load_graph(name: str, root: Path, *, offline: bool = False) -> GraphData:
     if name in (*FILTERED, *TEXTS):
         from experiments.train.data.own_graph import own_graph
 
-        return own_graph(root / f"{name.replace('-', '_')}.npz", name=name)
+        path = root / f"{name.replace('-', '_')}.npz"
+        if not path.exists():
+            command = f"python -m experiments.convert {name}"
+            source = command if name in TEXTS else FILTERED_FROM
+            raise FileNotFoundError(f"{name}: {path} missing; it comes from {source}")
+        return own_graph(path, name=name)
     legal = f"one of {', '.join([*PYG, *FILTERED, *TEXTS])}, or one of OGB's"
     check(name.startswith("ogbn-"), "dataset", repr(name), legal)
     from experiments.train.data.ogb import load_ogb

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,15 @@ def test_drawn_splits_follow_the_seed() -> None:
         per_class_splits(Data(y=store.y[:152]), 0)
 
 
-@pytest.mark.parametrize("name", ["citeseer", "actor", "squirrel-filtered"])
-def test_missing_files_are_named(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*PYG, *FILTERED, *TEXTS])
+def test_missing_files_are_named_and_where_they_come_from(name: str, tmp_path: Path) -> None:
     raw = write_raw(name, tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError) as offline:
         load(name, tmp_path / "data")
     assert all(path.name in str(offline.value) for path in raw.folder.iterdir())
     assert str(tmp_path / "data") in str(offline.value)
+    source = f"experiments.convert {name}" if name in TEXTS else "http|Put them there"
+    assert re.search(source, str(offline.value))
     assert not (tmp_path / "data").exists()  # a mistyped root is not made
     with pytest.raises(ValueError, match=r"dataset: got 'coraa', expected one of cora, "):
         load("coraa", tmp_path)
