@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gmoe._calls import with_modules
 from gmoe._checks import change_of, check, check_module
 from gmoe.experts import Experts, LinearExperts
+from gmoe.mixed import MixedWeights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,13 +83,17 @@ def unstack(model: Model) -> Model:
         The model; what replaces it, if the model itself is stacked linear layers.
 
     Raises:
-        ValueError: stacked layers that were changed: parametrized, hooked.
+        ValueError: stacked layers that were changed: parametrized, hooked; or whose weights are
+            mixed.
 
     Example:
         >>> vit = gmoe.unstack(vit)
         >>> vit = torch.ao.quantization.quantize_dynamic(vit, {nn.Linear})
     """
     check_module("model", model)
+    for name, part in model.named_modules():
+        legal = "mix='outputs', or the dense model that gmoe.merge gives"
+        check(not isinstance(part, MixedWeights), "model", f"{name} with mix='weights'", legal)
     for name, module in _stacked(model):  # before anything is changed
         change = change_of(module)
         if type(module) is not LinearExperts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -167,6 +167,7 @@ class CallRouter(Router):
 
     by_token = True
     sums_to_one = True
+    can_shrink = False
 
     def __init__(self, dim: int, source: FromCall, num_experts: int) -> None:
         super().__init__(dim, num_experts=num_experts, k=1 if source.batch is None else num_experts)
@@ -176,20 +177,15 @@ class CallRouter(Router):
     def reset_parameters(self) -> None:
         """Nothing to draw."""
 
-    def check_kept(self, kept: Sequence[int]) -> None:
-        raise ValueError(
-            f"model: got {type(self.source).__name__}, of which no expert can be taken away: all "
-            "layers share its decision"
-        )
-
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         name = self.source.argument
         routing = None if self._calls is None else self._calls.decision(name)
         if routing is None:
             raise RuntimeError(
-                f"{name}: got a call of a layer alone, expected a call of the whole model, to "
-                f"which {type(self.source).__name__}.attach was applied (and of which no part "
-                "alone is compiled); in a checkpoint, a call with tensors"
+                f"{name}: got a call of a layer alone, expected a call model(...), not "
+                "model.forward(...), of the whole model, to which "
+                f"{type(self.source).__name__}.attach was applied (and of which no part alone is "
+                "compiled); in a checkpoint, a call with tensors, of a model that is not compiled"
             )
         decided, num_tokens = routing.num_tokens, x_TD.size(0)
         if self.source.batch is not None and routing.by_group is None:  # one group for all
@@ -323,7 +319,15 @@ class _Calls:
             )
             return call.routing
         in_pass, routing = self.recalled
-        return routing if number == in_pass else None
+        if number != in_pass or routing is None:
+            return None
+        # A reentrant checkpoint sets no hooks. Its own backward pass would free what the network
+        # saved, which other layers need.
+        is_learned = routing.choices is None and routing.weight.requires_grad
+        is_freed = is_learned and hooks_of_saved() is None
+        got = "a learned decision in a reentrant checkpoint"
+        check(not is_freed, name, got, "checkpoint(..., use_reentrant=False)")
+        return routing
 
     def watch(self, call: _Call) -> None:
         """Recall a call's decision when something is unpacked that autograd saves in it."""

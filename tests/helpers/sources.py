@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import gmoe
 from gmoe.routers import ByType, FromInput
@@ -24,8 +22,6 @@ BY_VECTOR = FromInput("system", dim=DIM, batch="batch")
 class Net(nn.Module):
     """Two layers on atoms, the second of them an MLP."""
 
-    in_checkpoint = False
-
     def __init__(self) -> None:
         super().__init__()
         self.lin1 = nn.Linear(4, 4)
@@ -39,10 +35,17 @@ class Net(nn.Module):
         *,
         system: Tensor | None = None,
     ) -> Tensor:
-        first = partial(checkpoint, self.lin1, use_reentrant=False)
-        h = first(x) if self.in_checkpoint else self.lin1(x)
-        out: Tensor = self.lin2(h.tanh())
+        out: Tensor = self.lin2(self.lin1(x).tanh())
         return out
+
+
+class ByPosition(Net):
+    """All arguments by position, as ``torch.jit.trace`` takes them."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Tensor, source: Tensor, system: Tensor
+    ) -> Tensor:
+        return super().forward(x, batch, source, system=system)
 
 
 def net(router: Any, mix: Any = "weights", model: nn.Module | None = None, **options: Any) -> Any:

@@ -403,7 +403,7 @@ def test_copies_pickles_and_files_route_by_type(tmp_path: Path) -> None:
         ),
         (
             lambda: model_of().first.keep((0,)),
-            "model: got ByType, of which no expert .*: all layers share its decision",
+            "model: got CallRouter, of which no expert can be taken away",
         ),
     ],
 )

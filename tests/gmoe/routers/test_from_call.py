@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import Batch, Data
 
 import gmoe
@@ -22,6 +23,7 @@ from tests.helpers.sources import (
     DIM,
     SOURCE,
     SOURCES,
+    ByPosition,
     Net,
     atoms,
     equal_with_gradients,
@@ -346,13 +348,44 @@ def test_compiled_and_exported_they_decide_the_same(router: Any) -> None:
     torch.testing.assert_close(exported(x, BATCH, **told), of_outputs(x, BATCH, **told))
 
 
-class ByPosition(Net):
-    """All arguments by position, as ``torch.jit.trace`` takes them."""
+class InCheckpoints(Net):
+    """Its layers run in checkpoints, the first one on atoms without gradients."""
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, batch: Tensor, source: Tensor, system: Tensor
+    use_reentrant = False
+
+    def forward(
+        self, x: Tensor, batch: Any = None, source: Any = None, *, system: Any = None
     ) -> Tensor:
-        return super().forward(x, batch, source, system=system)
+        h = checkpoint(self.lin1, x, use_reentrant=self.use_reentrant)
+        return checkpoint(self.lin2, h.tanh(), use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR])
+def test_checkpoints_of_two_calls_have_each_its_decision_or_are_refused(
+    router: Any, mix: str, use_reentrant: bool
+) -> None:
+    """Reentrant ones are where it is learned: torch would say that a graph was freed."""
+    plain, saving = net(router, mix), net(router, mix, model=InCheckpoints())
+    saving.use_reentrant = use_reentrant
+    saving.load_state_dict(plain.state_dict())
+    found = []
+    for model in (plain, saving):
+        x = atoms()
+        told = [
+            {"source": SOURCE, "system": systems()},
+            {"source": SOURCE.flip(0), "system": -systems()},
+        ]
+        loss = sum(model(x, BATCH, **one).square().sum() for one in told)
+        model(x, BATCH, **told[0])  # is dropped
+        if use_reentrant and model is saving and router is BY_VECTOR:
+            with pytest.raises(ValueError, match=r"^system: got a learned .*, expected .*=False"):
+                loss.backward()
+            return
+        loss.backward()
+        found.append([x.grad, *[one.grad for one in model.parameters()]])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
 
 
 BY_COMPOSITION = ByType("source", [*SOURCES, 9], batch="batch")

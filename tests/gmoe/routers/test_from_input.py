@@ -22,10 +22,8 @@ from tests.helpers.sources import (
 )
 
 
-@pytest.mark.parametrize("in_checkpoint", [False, True])
-def test_a_vector_for_each_molecule_mixes_the_weights(in_checkpoint: bool) -> None:
+def test_a_vector_for_each_molecule_mixes_the_weights() -> None:
     model, x = net(BY_VECTOR, num_experts=5), atoms()
-    model.in_checkpoint = in_checkpoint
     weight_GE = torch.softmax(model.router_of_system(systems()), dim=1)
     assert weight_GE.shape == (4, 5)
     expected = naive(model, x, weight_GE)
