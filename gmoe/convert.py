@@ -395,6 +395,7 @@ def _moe(
     layer.to(next(stacked.parameters())).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.
     layer.shared_expert = mlp if start == "shared" else None
+    layer.replaced = (copy.deepcopy(mlp).to("meta"),) if start != "shared" else ()
     return layer
 
 

@@ -261,18 +261,13 @@ class MLPExperts(Experts):
         self.down.reset_parameters()
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        return run_mlp(self, x_PI, offsets_E)
-
-
-def run_mlp(mlp: Any, x: Tensor, *offsets: Tensor) -> Tensor:
-    """(..., O) an MLP of two layers at (..., I), or MLPs of experts, whose offsets follow."""
-    u = mlp.up(mlp.input_norm(x), *offsets)
-    if mlp.glu:
-        half = u.size(-1) // 2
-        # Slices, not chunks: an activation may overwrite its input.
-        h = mlp.activation(u[..., :half]) * u[..., half:]
-    else:
-        h = mlp.activation(u)
-    h = mlp.hidden_norm(mlp.hidden_dropout(h))
-    y: Tensor = mlp.output_dropout(mlp.down(h, *offsets))
-    return y
+        u_PU = self.up(self.input_norm(x_PI), offsets_E)
+        if self.glu:
+            half = u_PU.size(-1) // 2
+            # Slices, not chunks: an activation may overwrite its input.
+            h_PH = self.activation(u_PU[..., :half]) * u_PU[..., half:]
+        else:
+            h_PH = self.activation(u_PU)
+        h_PH = self.hidden_norm(self.hidden_dropout(h_PH))
+        y_PO: Tensor = self.output_dropout(self.down(h_PH, offsets_E))
+        return y_PO

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 
 from gmoe._calls import evaluating, with_modules
 from gmoe._checks import change_of, check, check_module
-from gmoe.experts import LinearExperts, MLPExperts, run_mlp
+from gmoe.experts import LinearExperts
 from gmoe.mixed import MixedWeights, mixture
+from gmoe.mlps import form_of_class
 from gmoe.moe import MoE, MoELayer, SoftMoE
-from gmoe.recorded import AsBuilt
 from gmoe.routers.from_call import decided_from, detach
 from gmoe.routing import Routing
+from gmoe.split_mlps import take_apart
+from gmoe.stack import stacks_in
 
 
 def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
@@ -33,8 +34,9 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     same mixture: where every group has the same decision, as in a simulation of one molecule, the
     mixture is made once, and the model has neither experts nor routers, nor their cost. So it is in
     layers by type where all tokens have one type. For what has that decision it equals the model,
-    up to rounding; for others merge again. A linear layer becomes ``nn.Linear``, an MLP a module of
-    two of them, and a :class:`MoEConv` the conv of its expert.
+    up to rounding; for others merge again. What :func:`moefy` gave experts is of its class again:
+    ``dense.load_state_dict(merged.state_dict())`` fills the model that it was made of. Save it as
+    you save that one.
 
     Args:
         model: any model whose layers with experts all have one decision, from :func:`moefy` or your
@@ -47,9 +49,9 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
         A dense copy of the model.
 
     Raises:
-        ValueError: a layer that has no router, or that runs beside a shared expert; tokens of
-            different decisions, or outputs of several experts; neither a whole call nor one value
-            of each argument that routers read.
+        ValueError: a layer that has no router, or that runs beside a shared expert; MLPs of experts
+            that you built, or changed; tokens of different decisions, or outputs of several
+            experts; neither a whole call nor one value of each argument that routers read.
 
     Example:
         >>> water = gmoe.merge(model, z, pos)
@@ -58,7 +60,7 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     """
     check_module("model", model)
     merged = copy.deepcopy(model)
-    layers: dict[MoELayer, str] = {}
+    layers: dict[Any, str] = {}
     for name, layer in merged.named_modules():
         if isinstance(layer, MoELayer):
             layers[layer] = name or "the model itself"
@@ -71,43 +73,44 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
         decisions = {layer: [told[layer.router]] for layer in layers if layer.router in told}
     else:
         _check_call(merged, args, kwargs)
-        with _recorded(layers) as decisions, evaluating(merged):
+        decisions = {layer: [] for layer in layers}
+        for layer, found in decisions.items():
+            layer.router.register_forward_hook(partial(_record, found))
+        with evaluating(merged):
             merged(*args, **kwargs)
 
     # 2. Put the mixture in the place of each layer.
     new: dict[MoELayer, nn.Module] = {}
     for layer, name in layers.items():
         weight_1E = _only(decisions.get(layer, []), name)
+        is_one = int(weight_1E.count_nonzero()) == 1 and float(weight_1E.sum()) == 1
         is_mixed = isinstance(layer.experts, MixedWeights)
-        # A conv has no weight of its own that could be scaled.
-        is_conv = not isinstance(layer, MoE)
         got = f"{name}, which mixes or scales the outputs of experts"
-        is_one = is_mixed or int(weight_1E.count_nonzero()) == 1
-        is_one = is_one and (not is_conv or float(weight_1E.sum()) == 1)
-        check(is_one, "model", got, "one expert, or mix='weights'")
-        stacked: Any = layer.experts.stacked if is_mixed else layer.experts
+        check(is_one or is_mixed, "model", got, "one expert, or mix='weights'")
+        is_conv = not isinstance(layer, MoE)
         expert = int(weight_1E.argmax())
-        new[layer] = stacked.expert(expert) if is_conv else dense_of(stacked, weight_1E)
+        new[layer] = layer.experts.expert(expert) if is_conv else _dense_of(name, layer, weight_1E)
     dense: nn.Module = with_modules(merged, new)
+    take_apart(dense)
     detach(dense)
     return dense
 
 
 def _check_mergeable(name: str, layer: MoELayer) -> None:
     """Refuse a layer that no dense one equals, or whose router is not its own."""
-    experts = layer.experts
-    is_mergeable = isinstance(experts, MixedWeights | LinearExperts | MLPExperts)
-    is_mergeable = (is_mergeable or hasattr(experts, "expert")) and not isinstance(layer, SoftMoE)
-    got = f"{name}, a {type(layer).__name__} with {type(experts).__name__}"
-    check(is_mergeable, "model", got, "a MoE or MoEConv of linear layers, MLPs or convs")
-    got = f"{name}, a {type(layer).__name__} without a router of its own"
-    check(layer.router is not None, "model", got, "one: a dense layer takes no routing=")
     is_beside = getattr(layer, "shared_expert", None) is not None
     check(not is_beside, "model", f"{name}, experts beside a shared one", "start='copies'")
+    is_known = layer.replaced or isinstance(_stacked(layer), LinearExperts)
+    is_known = is_known or hasattr(layer.experts, "expert")
+    got = f"{name}, a {type(layer).__name__} with {type(layer.experts).__name__}"
+    legal = "a layer that gmoe.moefy made, whose dense class is known, or LinearExperts"
+    check(is_known and not isinstance(layer, SoftMoE), "model", got, legal)
+    got = f"{name}, a {type(layer).__name__} without a router of its own"
+    check(layer.router is not None, "model", got, "one: a dense layer takes no routing=")
+    if layer.as_built is not None:
+        layer.as_built.check(layer, name, "change the dense model that merge gives")
     legal = "a layer as it was built, since the dense one is made of its weights alone"
-    is_same = layer.as_built is None or AsBuilt.of(layer).parts == layer.as_built.parts
-    check(is_same, "model", f"{name} with another part in place of one", legal)
-    for part in [layer, layer.router, *experts.modules()]:
+    for part in [layer, layer.router, *layer.experts.modules()]:
         change = change_of(part)
         check(change is None, "model", f"{name}, a {type(part).__name__} with {change}", legal)
 
@@ -123,24 +126,10 @@ def _check_call(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, ob
         ) from error
 
 
-@contextmanager
-def _recorded(layers: Collection[MoELayer]) -> Iterator[dict[MoELayer, list[Tensor]]]:
-    """For each layer, (G, E) the weights of each of its calls inside the block."""
-    found: dict[MoELayer, list[Tensor]] = {layer: [] for layer in layers}
-
-    def record(layer: MoELayer, routing: Routing) -> None:
-        decided = routing if routing.by_group is None else routing.by_group.routing
-        found[layer].append(decided.to_dense())
-
-    hooks = [
-        layer.experts.register_forward_pre_hook(lambda _, args, of=layer: record(of, args[1]))
-        for layer in layers
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _record(found: list[Tensor], _: nn.Module, __: object, routing: Routing) -> None:
+    """Add (G, E) the weights of a decision, as a hook of a router."""
+    decided = routing if routing.by_group is None else routing.by_group.routing
+    found.append(decided.to_dense())
 
 
 def _only(weights: list[Tensor], name: str) -> Tensor:
@@ -158,49 +147,26 @@ def _only(weights: list[Tensor], name: str) -> Tensor:
     return rows_GE[:1]
 
 
-# the dense modules --------------------------------------------------------------------------------
-
-
-def dense_of(experts: Any, weight_1E: Tensor) -> nn.Module:
-    """The dense module that the mixture of stacked experts is."""
-    is_linear = isinstance(experts, LinearExperts)
-    return linear_of(experts, weight_1E) if is_linear else MLP(experts, weight_1E)
-
-
 @torch.no_grad()
-def linear_of(experts: LinearExperts, weight_1E: Tensor) -> nn.Linear:
-    """The mixture of stacked linear layers."""
-    linear: Any = nn.Linear(experts.in_features, experts.out_features, device="meta")
-    linear.weight = nn.Parameter(mixture(experts.weight, weight_1E)[0])
-    bias = experts.bias
-    linear.bias = None if bias is None else nn.Parameter(mixture(bias, weight_1E)[0])
-    linear.train(experts.training)
-    return linear.requires_grad_(any(value.requires_grad for value in experts.parameters()))
+def _dense_of(name: str, layer: MoELayer, weight_1E: Tensor) -> nn.Module:
+    """The dense module that experts replaced, with their mixture as its weights."""
+    experts = _stacked(layer)
+    if layer.replaced:
+        (dense,) = copy.deepcopy(layer.replaced)
+    else:
+        has_bias = experts.bias is not None
+        dense = nn.Linear(experts.in_features, experts.out_features, has_bias, device="meta")
+    mixed = {
+        path: {key: mixture(getattr(stack, key), weight_1E)[0] for key in stack.names}
+        for path, stack in stacks_in(experts)
+    }
+    form: Any = form_of_class(dense)
+    form.take(name, mixed)
+    dense.train(experts.training)
+    return dense.requires_grad_(any(value.requires_grad for value in experts.parameters()))
 
 
-class MLP(nn.Module):
-    """The mixture of :class:`MLPExperts`, with ``nn.Linear`` layers.
-
-    Args:
-        experts: the experts.
-        weight_1E: (1, E) the weight of each.
-
-    Shapes:
-        (..., I) to (..., O).
-    """
-
-    def __init__(self, experts: MLPExperts, weight_1E: Tensor) -> None:
-        super().__init__()
-        self.up = linear_of(experts.up, weight_1E)
-        self.down = linear_of(experts.down, weight_1E)
-        self.glu = experts.glu
-        self.activation = copy.deepcopy(experts.activation)
-        self.input_norm = copy.deepcopy(experts.input_norm)
-        self.hidden_norm = copy.deepcopy(experts.hidden_norm)
-        self.hidden_dropout = nn.Dropout(experts.hidden_dropout.p)
-        self.output_dropout = nn.Dropout(experts.output_dropout.p)
-        self.train(experts.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run it; see the class."""
-        return run_mlp(self, x)
+def _stacked(layer: MoELayer) -> Any:
+    """The experts of a layer, which may mix their weights."""
+    is_mixed = isinstance(layer.experts, MixedWeights)
+    return layer.experts.stacked if is_mixed else layer.experts

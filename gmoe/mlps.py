@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
@@ -99,6 +99,18 @@ class MLPForm:
         """(O, H) weight and (O,) bias, with the scale and shift of the norm."""
         return _folded([self.down], self.hidden_norm)
 
+    def take(self, name: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the tensors of an expert that :meth:`experts` built, back into the layers.
+
+        Args:
+            name: of the MLP in its model, for errors.
+            tensors: of each linear layer of the expert, by its path and their names.
+        """
+        half = self.down.weight.size(1) if self.gate_is_second else 0
+        of_up = {key: value.roll(half, dims=0) for key, value in tensors["up"].items()}
+        _unfold(name, self.ups, self.input_norm, of_up)
+        _unfold(name, [self.down], self.hidden_norm, tensors["down"])
+
     def output(self, x: Tensor) -> Tensor:
         """(T, O) what an expert of this form gives for rows (T, I).
 
@@ -175,6 +187,10 @@ class LinearForm:
     def output(self, x: Tensor) -> Tensor:
         """(T, O) what an expert gives for rows (T, I)."""
         return F.linear(x, self.linear.weight, self.linear.bias)
+
+    def take(self, name: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the tensors of an expert; see :meth:`MLPForm.take`."""
+        _unfold(name, [self.linear], None, tensors[""])
 
     @torch.no_grad()
     def experts(self, num_experts: int, copied: bool, zero_init: bool) -> LinearExperts:
@@ -422,6 +438,25 @@ def _folded(linears: Sequence[nn.Linear], norm: nn.Module | None) -> tuple[Tenso
     if scale is not None:
         weight = weight * scale
     return weight, bias
+
+
+def _unfold(
+    name: str, linears: Sequence[Any], norm: nn.Module | None, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give linear layers side by side their rows of what :func:`_folded` made of them.
+
+    The norm before them scales and shifts no more: that is a part of these tensors.
+    """
+    like = tensors["weight"]
+    for key, value in tensors.items():
+        for linear, rows in zip(linears, value.chunk(len(linears)), strict=True):
+            got = f"{name}, a layer without a {key} behind a norm that shifts"
+            legal = f"a {key} in the dense layer before moefy: its experts have learned one"
+            check(getattr(linear, key) is not None, "model", got, legal)
+            setattr(linear, key, nn.Parameter(rows.clone()))
+    for key, value in (norm or nn.Identity()).named_parameters():
+        filled = torch.full_like(value, key == "weight", dtype=like.dtype, device=like.device)
+        setattr(norm, key, nn.Parameter(filled))
 
 
 def _bare(norm: nn.Module | None) -> nn.Module:

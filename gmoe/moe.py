@@ -36,6 +36,9 @@ class MoELayer(nn.Module, ABC):
         moefied: the arguments of :func:`gmoe.moefy` that made the layer, for :func:`gmoe.save`;
             ``None`` for a layer that you built.
         as_built: what :func:`gmoe.moefy` made the layer of, to refuse to save another.
+        replaced: a tuple of the dense module that the layer replaced, which is no part of it and
+            has no values (on the meta device), for :func:`gmoe.merge`; empty for a layer that you
+            built, and for convs.
     """
 
     router: Router | None
@@ -47,6 +50,7 @@ class MoELayer(nn.Module, ABC):
     kept: tuple[int, ...] | None = None
     moefied: Recorded | None = None
     as_built: AsBuilt | None = None
+    replaced: tuple[nn.Module, ...] = ()
 
     def __init__(self, *, num_experts: int, k: int = 1) -> None:
         super().__init__()

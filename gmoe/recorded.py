@@ -103,7 +103,7 @@ class AsBuilt:
             parts[name] = tuple(getattr(tensor, "shape", ()))
         return cls(parts, options)
 
-    def check(self, module: nn.Module, name: str) -> None:
+    def check(self, module: nn.Module, name: str, advice: str = BY_HAND) -> None:
         """Refuse a module that is not as it was built.
 
         An option that either of the two lacks is not compared.
@@ -111,6 +111,7 @@ class AsBuilt:
         Args:
             module: the module.
             name: what its paths start with in a message.
+            advice: what to do with a module that was changed (default: how it is saved).
 
         Raises:
             ValueError: a part or a tensor that is new, gone or another; an option that changed.
@@ -122,14 +123,14 @@ class AsBuilt:
                 where = f"{name}.{path}".strip(".")
                 raise ValueError(
                     f"model: got {where}, {got or 'gone'}, expected {before or 'none'}, as it was "
-                    f"built; {BY_HAND}"
+                    f"built; {advice}"
                 )
         for option, value in now.options.items():
             before = self.options.get(option, value)
             if not _is_same(value, before):
                 raise ValueError(
                     f"{option}: got {value!r} of {name or 'the model'}, expected {before!r}, with "
-                    f"which it was built: give it when you build the model, or {BY_HAND}"
+                    f"which it was built: give it when you build the model, or {advice}"
                 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from gmoe._checks import check
 from gmoe._verify import moved_copy, rows_are_equal
 from gmoe.mlps import is_first_half
+
+PARTS = {
+    "linear1": ("linear1", "activation", "dropout", "linear2"),
+    "intermediate": ("intermediate", "output.dense"),
+}
+"""Where a block holds the parts of an MLP, by the place that the whole takes."""
 
 OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -37,6 +44,14 @@ class Called(nn.Module):
 
     def extra_repr(self) -> str:
         return str(getattr(self.function, "__name__", self.function))
+
+
+class Joined(nn.Sequential):
+    """An MLP in one module, whose parts a block held."""
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def place_of(block: Any) -> str | None:
@@ -93,12 +108,7 @@ def joined(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         model: the model.
         names: where the MLPs are to be; other names are left alone.
     """
-    before: list[tuple[Any, str, Any]] = []
-
-    def put(owner: Any, key: str, value: Any) -> None:
-        before.append((owner, key, getattr(owner, key)))
-        _put(owner, key, value)
-
+    blocks: list[Any] = []
     try:
         for name in names:
             path, _, key = name.rpartition(".")
@@ -109,33 +119,45 @@ def joined(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
                 got = f"{path}.output, a {type(block.output).__name__}"
                 begins = _begins_with_dense(block.output)
                 check(begins, "model", got, "one whose `dense` acts first")
-                mlp = nn.Sequential(block.intermediate, block.output.dense)
-                put(block.output, "dense", nn.Identity())
-            else:
-                act = block.activation
-                act = act if isinstance(act, nn.Module) else Called(act)
-                mlp = nn.Sequential(block.linear1, act, block.dropout, block.linear2)
-                for part in ("activation", "dropout", "linear2"):
-                    put(block, part, nn.Identity())
-                if isinstance(block, OF_TORCH[0]):  # else it would read the weights in evaluation
-                    put(block, "activation_relu_or_gelu", 0)
+            parts = [attrgetter(place)(block) for place in PARTS[key]]
+            mlp = Joined(*(part if isinstance(part, nn.Module) else Called(part) for part in parts))
             mlp.training = block.training  # its parts stay in their modes
-            put(block, key, mlp)
-        for encoder in model.modules():
-            is_joined = isinstance(encoder, nn.TransformerEncoder) and any(
-                not isinstance(layer.linear1, nn.Linear) for layer in encoder.layers
-            )
-            if is_joined:
-                put(encoder, "use_nested_tensor", False)
+            for place in PARTS[key]:
+                # A copy of torch's decoder has a ReLU again where no function is the activation.
+                _put(block, place, _same if place == "activation" else nn.Identity())
+            setattr(block, key, mlp)
+            blocks.append(block)
         yield
     except BaseException:
-        for owner, key, value in reversed(before):
-            _put(owner, key, value)
+        take_apart(model)
         raise
+    # Torch's fast paths would read the weights of layers in evaluation.
+    for block in blocks:
+        if isinstance(block, OF_TORCH[0]):
+            block.activation_relu_or_gelu = 0
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks}:
+            encoder.use_nested_tensor = False
 
 
-def _put(owner: Any, key: str, value: Any) -> None:
-    """Set an attribute, also where a function takes the place of a module."""
+def take_apart(model: nn.Module) -> None:
+    """Give blocks the parts back that :func:`joined` put into one module.
+
+    They go on without the fast paths of torch's own encoders.
+    """
+    for block in [*model.modules()]:
+        for key, places in PARTS.items():
+            mlp = getattr(block, key, None)
+            if not isinstance(mlp, Joined):
+                continue
+            for place, part in zip(places, [*mlp], strict=True):
+                _put(block, place, part.function if isinstance(part, Called) else part)
+
+
+def _put(block: nn.Module, place: str, value: Any) -> None:
+    """Set an attribute of a block or of a part, also where a function follows a module."""
+    path, _, key = place.rpartition(".")
+    owner = block.get_submodule(path)
     if isinstance(getattr(owner, key), nn.Module) and not isinstance(value, nn.Module):
         delattr(owner, key)
     setattr(owner, key, value)

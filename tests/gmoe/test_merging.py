@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import torchvision
+from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import (
+    MLP,
     AttentiveFP,
     GATv2Conv,
     GCNConv,
     GINConv,
     GINEConv,
+    Linear,
+    MessagePassing,
     SchNet,
     ViSNet,
 )
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertLayer
 
 import gmoe
 from gmoe import LinearExperts, MLPExperts, MoE, TokenChoice
-from gmoe.merging import MLP
 from gmoe.mixed import MixedWeights
 from gmoe.routers import ByType
 from gmoe.stack import stacks_in
 from tests.helpers import sources
+from tests.helpers.mlps import FORMS, plain_mlp
 
 ELEMENTS = [1, 6, 8]
 LINEAR = ["interactions.*.conv.lin*", "interactions.*.lin", "lin1", "lin2"]
@@ -144,33 +153,31 @@ class ByVector(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("glu", [False, True])
-def test_a_linear_layer_becomes_one_and_an_mlp_two(glu: bool) -> None:
-    """Whatever the weights of the experts sum to."""
-    torch.manual_seed(0)
-    experts: Any = [
-        LinearExperts(6, 5, num_experts=3, bias=not glu),
-        MLPExperts(5, 8, 4, num_experts=3, glu=glu),
-    ]
-    model = nn.Sequential(*[MoE(Told(one.in_features), MixedWeights(one)) for one in experts])
+def test_of_experts_that_you_built_linear_layers_are_merged() -> None:
+    """Whatever their weights sum to; of an MLP's nobody knows the class that it would have."""
+    experts: Any = LinearExperts(6, 5, num_experts=3)
+    model = MoE(Told(6), MixedWeights(experts)).double().eval()
     x = torch.randn(7, 6, dtype=torch.float64)
-    dense: Any = gmoe.merge(model.double().eval(), x)
-    assert [type(part) for part in dense] == [nn.Linear, MLP]
+    dense = gmoe.merge(model, x)
+    assert type(dense) is nn.Linear
     torch.testing.assert_close(dense(x), model(x), rtol=0, atol=1e-12)
-    assert type(gmoe.merge(model[0], x)) is nn.Linear
+    of_mlp = MoE(Told(6), MixedWeights(MLPExperts(6, 8, 5, num_experts=3))).double()
+    with pytest.raises(ValueError, match=r"model: got the model itself, a MoE with Mix.*moefy"):
+        gmoe.merge(of_mlp, x)
 
 
 class Told(gmoe.Router):
     """One decision for all tokens, whose weights do not sum to 1."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, weights: Sequence[float] = (0.5, -0.2, 0.9)) -> None:
         super().__init__(dim, num_experts=3, k=3)
+        self.weights = weights
 
     def reset_parameters(self) -> None:
         """Nothing to draw."""
 
     def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> gmoe.Routing:
-        weight_1E = torch.tensor([[0.5, -0.2, 0.9]], dtype=x_TD.dtype)
+        weight_1E = torch.tensor([self.weights], dtype=x_TD.dtype)
         all_T = torch.zeros(len(x_TD), dtype=torch.int64)
         return gmoe.Routing.to_all(weight_1E).expand(all_T)
 
@@ -191,6 +198,9 @@ def test_what_has_no_dense_equal_is_refused_and_stays() -> None:
         gmoe.merge(of_all, torch.randn(3, 6))
     with pytest.raises(ValueError, match="model: got Linear without layers of experts"):
         gmoe.merge(nn.Linear(6, 6), pos)
+    half = MoE(Told(6, [0.0, 0.5, 0.0]), LinearExperts(6, 6, num_experts=3))
+    with pytest.raises(ValueError, match="model: got the model itself, which mixes or scales the"):
+        gmoe.merge(half, torch.randn(3, 6))
     soft = gmoe.SoftMoE(gmoe.SoftSlots(6, num_experts=3), LinearExperts(6, 6, num_experts=3))
     with pytest.raises(ValueError, match="model: got the model itself, a SoftMoE with LinearE"):
         gmoe.merge(soft, torch.randn(3, 6))
@@ -220,6 +230,93 @@ def test_a_learned_mixture_is_handed_out_for_one_vector() -> None:
     names = {name.partition(".")[0] for name, _ in dense.named_parameters()}
     assert names == {"lin1", "lin2"}  # the router is gone, too
     assert "router_of_system" in dict(model.named_children())
+
+
+class Whole(nn.Module):
+    """A model of one layer or block, told more than that takes."""
+
+    def __init__(self, part: Any) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Any, batch: Any = None, source: Any = None, system: Any = None) -> Tensor:
+        edge_index = torch.tensor([[0, 1, 2, 2], [1, 2, 0, 1]])
+        others = {MessagePassing: (edge_index,), nn.TransformerDecoderLayer: (x,)}
+        given = [more for cls, more in others.items() if isinstance(self.part, cls)]
+        out = self.part(x, *sum(given, ()))
+        return out[0] if isinstance(out, tuple) else out
+
+
+def bert_block() -> nn.Module:
+    config = BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=12)
+    config._attn_implementation = "eager"
+    return BertLayer(config)
+
+
+NO_BIAS = "SwiGLU with a norm (EVA-02)"
+"""Its norm shifts what a layer without a bias takes."""
+
+CONVS: dict[str, Any] = {
+    "GCN": lambda: GCNConv(8, 6),
+    "GIN": lambda: GINConv(plain_mlp()),
+    "GATv2": lambda: GATv2Conv(8, 6),
+}
+PARTS: dict[str, Any] = {
+    "linear": lambda: nn.Linear(8, 6),
+    "linear without a bias": lambda: nn.Linear(8, 6, bias=False),
+    "PyG's linear": lambda: Linear(8, 6),
+    "PyG's MLP": lambda: MLP([8, 12, 8], norm=None),
+    "torchvision's MLP": lambda: torchvision.ops.MLP(8, [12, 8], dropout=0.1),
+    "timm's MLP": lambda: Mlp(8, 12, drop=0.1),
+    "torch's encoder": lambda: nn.TransformerEncoderLayer(8, 2, 12, activation=F.gelu),
+    "torch's encoder, a module": lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.0, nn.ReLU()),
+    "torch's decoder": lambda: nn.TransformerDecoderLayer(8, 2, 12),
+    "BERT": bert_block,
+    **{name: form for name, form in FORMS.items() if name != NO_BIAS},
+}
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {name: type(part) for name, part in model.named_modules(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [
+        *[(name, sources.BY_SOURCE) for name in (PARTS | CONVS)],
+        *[(name, sources.BY_VECTOR) for name in PARTS],
+    ],
+)
+def test_what_had_experts_is_of_its_class_again(name: str, router: Any, tmp_path: Any) -> None:
+    build = (PARTS | CONVS)[name]
+    dense = Whole(build()).double().eval()
+    for parameter in dense.parameters():  # norms scale and shift
+        nn.init.normal_(parameter, std=0.4)
+    mix = "outputs" if name in CONVS else "weights"
+    model: Any = sources.net(router, mix, copy.deepcopy(dense), targets="part").eval()
+    width = 12 if name.startswith("a last layer as wide") else 8
+    x = torch.randn(*[2] * (name == "BERT"), 7, width, dtype=torch.float64)
+    told = {"source": torch.tensor([7]), "system": sources.systems()[:1]}
+    expected = model(x, **told)
+    assert not torch.allclose(expected, dense(x))
+    merged = gmoe.merge(model, **{router.argument: told[router.argument]})
+    assert classes(merged) == classes(dense)
+    assert [*merged.state_dict()] == [*dense.state_dict()]
+    gmoe.save(merged, tmp_path)
+    loaded = gmoe.load(tmp_path, Whole(build()).double())
+    dense.load_state_dict(merged.state_dict())
+    for found in (merged, dense, loaded):
+        torch.testing.assert_close(found(x), expected, rtol=0, atol=1e-10)
+
+
+def test_what_is_not_as_it_was_built_is_refused() -> None:
+    model = sources.net(sources.BY_VECTOR, model=Whole(FORMS[NO_BIAS]()), targets="part")
+    with pytest.raises(ValueError, match="model: got part, a layer without a bias behind a norm"):
+        gmoe.merge(model, system=VECTOR)
+    model = sources.net(sources.BY_VECTOR)
+    model.lin2.experts.stacked.activation = nn.Tanh()
+    with pytest.raises(ValueError, match=r"model: got lin2.experts.stacked.activation, Tanh, exp"):
+        gmoe.merge(model, system=VECTOR)
 
 
 class Molecules(nn.Module):
