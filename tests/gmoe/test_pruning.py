@@ -17,13 +17,11 @@ from gmoe.pruning import groups_of, named
 from gmoe.routers import TokenChoice
 from tests.helpers.equal import assert_same
 from tests.helpers.shrunk import (
-    BY_TOKEN,
     EDGES,
     EXPERTS,
     WIDTH,
     Mine,
     X,
-    assert_has,
     moefied,
     moved,
     pruned_on,
@@ -42,34 +40,6 @@ def token_layer(router: Any = None, num_experts: int = EXPERTS) -> gmoe.MoE:
 def chosen_in(*routings: gmoe.Routing) -> tuple[int, ...]:
     """The experts that some token has."""
     return tuple(sorted({expert for one in routings for expert in one.expert.tolist()}))
-
-
-def weaken(model: nn.Module) -> None:
-    """Let the gates choose no expert from the fifth on."""
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, TokenChoice):
-                layer.gate.weight[5:] = layer.gate.weight[0] * 0.1
-
-
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("router", BY_TOKEN)
-@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
-def test_without_idle_experts_a_vit_gives_the_same(start: Any, router: str, k: int) -> None:
-    model = moefied(start=start, router=router, k=k, router_kwargs=BY_TOKEN[router])
-    x = images(1)
-    weaken(model)
-    expected = model(x)
-    kept = pruned_on(model, x)
-    assert [*kept] == ["blocks.0.mlp", "blocks.1.mlp"]
-    assert any(len(ids) < EXPERTS for ids in kept.values())
-    for name, ids in kept.items():
-        layer: Any = model.get_submodule(name)
-        assert_has(layer, len(ids))
-        assert (layer.kept or (*range(EXPERTS),)) == ids
-    assert_same(model(x), expected)
-    pruned_on(model, x)  # nothing is left to remove
-    assert_same(model(x), expected)
 
 
 def test_routings_that_a_call_returned_are_taken() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from typing import Any
 
 import pytest
 import torch
@@ -21,10 +20,6 @@ from tests.helpers.shrunk import CONVS, EDGES, EXPERTS, WIDTH, X, conv_layer, mo
 from tests.helpers.vits import images
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def num_linears(model: nn.Module) -> int:
-    return sum(type(part) is nn.Linear for part in model.modules())
 
 
 def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:
@@ -59,19 +54,6 @@ def test_unstacked_convs_give_the_same(conv: str, start: str, k: int) -> None:
         unstacked = f"{name.removesuffix('weight')}linears.0.weight"
         if unstacked in found:
             assert_same(found[unstacked], gradient[0])
-
-
-@pytest.mark.parametrize("start", ["shared", "copies", "plain"])
-def test_an_unstacked_vit_gives_the_same(start: Any) -> None:
-    model = moefied(start=start)
-    expected = model(images())
-    before = num_linears(model)
-    unstacked = gmoe.unstack(copy.deepcopy(model))
-    assert num_linears(unstacked) == before + 2 * 2 * EXPERTS
-    assert_same(unstacked(images()), expected)
-    folded = fold(model)
-    size = sum(parameter.numel() for parameter in folded.parameters())
-    assert size == sum(parameter.numel() for parameter in unstacked.parameters())
 
 
 def saved_size(model: nn.Module) -> int:

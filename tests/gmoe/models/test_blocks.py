@@ -16,10 +16,8 @@ import gmoe
 from gmoe import BlockGNN, MoE, MoEConv, TokenChoice
 from gmoe.models.blocks import DropThenAct
 from tests.helpers.equal import assert_same
-from tests.helpers.folded import fold
 from tests.helpers.mapped import map_to
 from tests.helpers.masked import features, simple_graph
-from tests.helpers.shrunk import pruned_on
 
 NODES, IN, HIDDEN, OUT, BLOCKS, EXPERTS = 9, 4, 6, 3, 2, 3
 EDGES = simple_graph(NODES, NODES, loops=False)
@@ -149,26 +147,6 @@ def test_inference_of_a_mapped_graph(tmp_path: Path, options: dict[str, Any]) ->
     out = torch.empty(NODES, OUT, dtype=torch.float64)
     gnn.inference(data, batch_size=4, out=out)
     assert_same(out, gnn(data.x.double(), EDGES))
-
-
-@pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
-def test_trimming_a_sampled_graph_does_not_change_the_seeds(options: dict[str, Any]) -> None:
-    edge_index = torch.tensor([[3, 4, 5, 1, 6, 7, 8], [0, 0, 1, 2, 3, 4, 5]])
-    hops = {"num_sampled_nodes_per_hop": [3, 3, 3], "num_sampled_edges_per_hop": [4, 3]}
-    x = features(NODES, IN)
-    gnn = model(conv="sage", **options).eval()
-    assert_same(gnn(x, edge_index, **hops)[:3], gnn(x, edge_index)[:3])
-
-
-@pytest.mark.parametrize("options", [{}, {"shared_router": False}], ids=str)
-def test_it_is_pruned_saved_and_folded(tmp_path: Path, options: dict[str, Any]) -> None:
-    gnn, x = model(**options).eval(), features(NODES, IN)
-    logits = gnn(x, EDGES)
-    pruned_on(gnn, x, EDGES)
-    assert_same(gnn(x, EDGES), logits)
-    gmoe.save(gnn, tmp_path / "saved")
-    assert_same(gmoe.load(tmp_path / "saved")(x, EDGES), logits)
-    assert_same(fold(gnn)(x, EDGES), logits)
 
 
 def test_a_dense_model_of_blocks_is_moefied() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
 from gmoe import MoEConv, TokenChoice
 from gmoe.models.layered import LayeredGNN
@@ -72,19 +71,3 @@ def test_its_call_runs_one_step_after_the_other(model: Highway) -> None:
         total = total + h
     assert_same(logits, model.lin(total))
     assert_same(model(x, EDGES, routings=routings), logits)
-
-
-def test_its_inference_equals_the_call(model: Highway) -> None:
-    data = Data(x=features(NODES, IN), edge_index=EDGES)
-    logits, routings = model(data.x, EDGES, return_routing=True)
-    found, again = model.inference(data, batch_size=3, return_routing=True)
-    assert_same(found, logits)
-    for one, other in zip(again, routings, strict=True):
-        assert_same(one.to_dense(), other.to_dense())
-
-
-def test_trimming_does_not_change_the_seeds(model: Highway) -> None:
-    edge_index = torch.tensor([[2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5]])
-    hops = {"num_sampled_nodes_per_hop": [2, 2, 2, 2], "num_sampled_edges_per_hop": [2, 2, 2]}
-    x = features(NODES, IN)
-    assert_same(model(x, edge_index, **hops)[:2], model(x, edge_index)[:2])

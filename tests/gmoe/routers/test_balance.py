@@ -83,22 +83,6 @@ def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
         assert router.mean_D.isfinite().all()
 
 
-def test_a_step_with_a_token_that_is_not_finite_moves_nothing() -> None:
-    torch.manual_seed(0)
-    router, x = TokenChoice(4, num_experts=3), torch.randn(9, 4)
-    router(x)
-    before = router.next_bias_E.clone(), router.next_mean_D.clone()
-    x[3, 1] = torch.nan
-    router(x)
-    assert torch.equal(router.next_bias_E, before[0])
-    assert torch.equal(router.next_mean_D, before[1])
-
-
-def test_a_negative_rate_of_the_bias_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^bias_rate: got -1, expected a number of at least 0"):
-        TokenChoice(4, num_experts=3, bias_rate=-1)
-
-
 def loaded(router: TokenChoice, _: torch.Tensor) -> TokenChoice:
     """Another router, from the state of this one."""
     other = TokenChoice(4, num_experts=3, noise=False).double()
