@@ -91,7 +91,8 @@ CONVS: dict[str, Callable[[], Any]] = {
     "CG": partial(pyg.CGConv, 8),
     "ClusterGCN": partial(pyg.ClusterGCNConv, 8, 8),
     "FeaSt": partial(pyg.FeaStConv, 8, 8, heads=2),
-    "FiLM": partial(pyg.FiLMConv, 8, 8),
+    # Without an activation of their own, all share one, and each would have what others changed.
+    "FiLM": lambda: pyg.FiLMConv(8, 8, act=nn.ReLU()),
     "LE": partial(pyg.LEConv, 8, 8),
     "MF": partial(pyg.MFConv, 8, 8),
     "ResGatedGraph": partial(pyg.ResGatedGraphConv, 8, 8),
