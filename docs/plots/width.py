@@ -116,7 +116,7 @@ def _draw_panel(
             _mark(axis, cells, model, cost, theme.orange, marker, "none", model["label"])
     axis.axhline(0, color=theme.gray, linewidth=0.6, zorder=0)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(COSTS[cost][0])
