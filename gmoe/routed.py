@@ -17,21 +17,14 @@ from gmoe._autograd import autocasts, gradients_of, operator, unbatched
 from gmoe._torch import is_watched
 from gmoe.blocks import AtRows, expert_of_rows
 from gmoe.portable import exported_as
-from gmoe.products import (
-    GroupedLinear,
-    combine,
-    dispatch,
-    grouped_linear,
-    grouped_outer_product,
-    grouped_product,
-    kernel_for,
-)
+from gmoe.products import GroupedLinear, combine, dispatch, grouped_linear, kernel_for
 from gmoe.routing import Routing
 
 AT_ONCE = 2**14
 """Up to so many inputs an expert, P / E * I, :func:`routed_linear` moves the rows of all at once.
 
-More are faster expert by expert, in rows that fit the caches: measured for 4 to 64 experts.
+More are faster expert by expert, in rows that fit the caches: measured for 4 to 64 experts. Up to
+there, one operator for all three steps would take 1 to 8 % less of a whole step.
 """
 
 WIDE = 2**10
@@ -60,10 +53,9 @@ def routed_linear(
     .. math:: y_t = \sum_e w_{te} (x_t W_e + b_e)
 
     Few tokens run all experts in one product (``gmoe.routed.FEW_NUMBERS``). Off the CPU, others are
-    copied straight into blocks of one expert. On a CPU, all three steps are one: for all experts at
-    once or, where there are many inputs (``gmoe.routed.AT_ONCE``), for one expert after the other,
-    so that neither the rows nor the weighted outputs of all pairs are in memory at once. The result
-    follows autocast.
+    copied straight into blocks of one expert. On a CPU with many inputs (``gmoe.routed.AT_ONCE``),
+    all three steps are one, for one expert after the other, so that neither the rows nor the
+    weighted outputs of all pairs are in memory at once. The result follows autocast.
 
     Args:
         parts: the tokens: one or several tensors (T, I), whose products are added.
@@ -83,17 +75,18 @@ def routed_linear(
     if are_few_numbers(parts[0], routing, width):
         return _by_all_experts(*_side_by_side(parts, weights, dtype), bias_EO, routing)
 
-    # 3. Off the CPU, and where a compiler fuses them: in blocks, or one step after the other.
+    # 3. Off the CPU, and where rows are few or a compiler fuses them: in blocks, or one step after
+    # the other.
     kernel = kernel_for(parts[0])
     if kernel == "padded":
         return _in_blocks(*_side_by_side(parts, weights, dtype), bias_EO, routing)
-    if kernel != "loop" or _are_fused(parts):
+    if kernel != "loop" or _are_fused(parts) or _are_few(parts, routing):
         x_TI, weight_EOI = _side_by_side(parts, weights, dtype)
         rows_PI = dispatch(x_TI, routing)
         y_PO = grouped_linear(rows_PI, weight_EOI.mT, bias_EO, routing.offsets)
         return combine(y_PO, routing)
 
-    # 4. On a CPU: all three steps in one.
+    # 4. Many on a CPU: all three steps in one.
     place_T = routing.place if routing.pairs_each == 1 else None
     return _RoutedLinear.apply(
         routing.token,
@@ -109,6 +102,14 @@ def routed_linear(
 def _are_fused(parts: Sequence[Tensor]) -> bool:
     """True in compiled code, for rows that are narrow: it moves them with what is around."""
     return torch.compiler.is_compiling() and len(parts) == 1 and parts[0].size(1) < WIDE
+
+
+def _are_few(parts: Sequence[Tensor], routing: Routing) -> bool:
+    """True if the rows of all experts are best moved at once; see :data:`AT_ONCE`."""
+    if torch.compiler.is_compiling() and routing.pairs_each is None:
+        return False  # their number may follow from the data
+    width = sum(part.size(1) for part in parts)
+    return routing.token.size(0) * width <= AT_ONCE * routing.num_experts
 
 
 @exported_as(lambda *_: False)  # how many tokens there are is not known
@@ -171,12 +172,6 @@ def _in_blocks(
 # on a CPU ----------------------------------------------------------------------------------------
 
 
-def _are_few(parts: Sequence[Tensor], token: Tensor, offsets: Tensor) -> bool:
-    """True if the rows of all experts are best moved at once; see :data:`AT_ONCE`."""
-    width = sum(part.size(1) for part in parts)
-    return token.numel() * width <= AT_ONCE * offsets.numel()
-
-
 def _empty_routed(gate: Tensor, _: Any, weights: Sequence[Tensor], *rest: Any) -> Any:
     parts, token, _, _, keeps_rows = rest
     out_features = weights[0].size(1)
@@ -205,38 +200,24 @@ def _routed_linear(
     adds_rows = place is None
     width = weights[0].size(1)
     sum_TO = gate.new_zeros(len(parts[0]) if adds_rows else 0, width)
-    if _are_few(parts, token, offsets):
-        # 1. The rows of all experts at once.
-        products = [
-            grouped_product(part.index_select(0, token), weight.mT, offsets, "loop")
-            for part, weight in zip(parts, weights, strict=True)
-        ]
-        y_PO = products[0]
-        for product_PO in products[1:]:
-            y_PO += product_PO
+    # Rows that nothing keeps unless they are asked for.
+    y_PO = gate.new_empty(len(token) if keeps_rows or not adds_rows else 0, width)
+    ends = offsets[:-1].tolist()  # one host sync
+    by_expert = zip(
+        token.tensor_split(ends),
+        gate[:, None].tensor_split(ends),
+        y_PO.tensor_split(ends) if len(y_PO) else [None] * len(offsets),
+        zip(*weights, strict=True),
+        strict=True,
+    )
+    for expert, (tokens, gates, rows, of_parts) in enumerate(by_expert):
+        y = torch.mm(parts[0].index_select(0, tokens), of_parts[0].T, out=rows)
+        for x, weight_OI in zip(parts[1:], of_parts[1:], strict=True):
+            y.addmm_(x.index_select(0, tokens), weight_OI.T)
         if bias is not None:
-            y_PO += bias.index_select(0, expert_of_rows(offsets, token.numel()))
+            y += bias[expert]
         if adds_rows:
-            sum_TO.index_add_(0, token, y_PO * gate[:, None])
-    else:
-        # 2. Or one expert after the other, in rows that nothing keeps unless they are asked for.
-        y_PO = gate.new_empty(len(token) if keeps_rows or not adds_rows else 0, width)
-        ends = offsets[:-1].tolist()  # one host sync
-        by_expert = zip(
-            token.tensor_split(ends),
-            gate[:, None].tensor_split(ends),
-            y_PO.tensor_split(ends) if len(y_PO) else [None] * len(offsets),
-            zip(*weights, strict=True),
-            strict=True,
-        )
-        for expert, (tokens, gates, rows, of_parts) in enumerate(by_expert):
-            y = torch.mm(parts[0].index_select(0, tokens), of_parts[0].T, out=rows)
-            for x, weight_OI in zip(parts[1:], of_parts[1:], strict=True):
-                y.addmm_(x.index_select(0, tokens), weight_OI.T)
-            if bias is not None:
-                y += bias[expert]
-            if adds_rows:
-                sum_TO.index_add_(0, tokens, y * gates)
+            sum_TO.index_add_(0, tokens, y * gates)
     out_TO = sum_TO
     if place is not None:
         out_TO = y_PO.index_select(0, place).mul_(gate.index_select(0, place)[:, None])
@@ -266,55 +247,10 @@ def _routed_linear_backward(
     place: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of gate, bias, weights and parts, of those that need one."""
-    if not _are_few(parts, token, offsets):
-        found = _backward_by_expert(
-            grad, y_PO, gate, bias, weights, parts, token, offsets, place, needs
-        )
-        return [grad for grad in found if grad is not None]
-    needs_gate, needs_bias, *needs_each = needs
-    needs_weights, needs_parts = needs_each[: len(parts)], needs_each[len(parts) :]
-    grad_gate = grad_bias = None
-    grad_weights: list[Tensor | None] = [None] * len(parts)
-    grad_parts: list[Tensor | None] = [None] * len(parts)
-    grad_PO = grad.index_select(0, token)
-    if needs_gate:
-        grad_gate = torch.linalg.vecdot(grad_PO, y_PO)
-    grad_PO.mul_(gate[:, None])
-    if bias is not None and needs_bias:
-        # In float32 at least: a sum over many rows.
-        exact_PO = grad_PO.to(torch.promote_types(grad_PO.dtype, torch.float32))
-        zeros_EO = exact_PO.new_zeros(bias.shape)
-        grad_bias = zeros_EO.index_add_(0, expert_of_rows(offsets, token.numel()), exact_PO)
-        grad_bias = grad_bias.to(bias.dtype)
-    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        if needs_weights[number]:
-            rows_PI = part.index_select(0, token)
-            grad_weights[number] = grouped_outer_product(grad_PO, rows_PI, offsets, "loop")
-        if needs_parts[number]:
-            grad_PI = grouped_product(grad_PO, weight, offsets, "loop")
-            if place is None:
-                zeros = part.new_zeros(part.shape)
-                grad_parts[number] = zeros.index_add_(0, token, grad_PI)
-            else:
-                grad_parts[number] = grad_PI.index_select(0, place)
-    found = [grad_gate, grad_bias, *grad_weights, *grad_parts]
-    return [grad for grad in found if grad is not None]
+    """The gradients of gate, bias, weights and parts, of those that need one.
 
-
-def _backward_by_expert(
-    grad: Tensor,
-    y_PO: Tensor,
-    gate: Tensor,
-    bias: Tensor | None,
-    weights: Sequence[Tensor],
-    parts: Sequence[Tensor],
-    token: Tensor,
-    offsets: Tensor,
-    place: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Those gradients from one expert after the other, whose rows are all that is in memory."""
+    One expert after the other, whose rows are all that is in memory.
+    """
     needs_gate, needs_bias, *needs_each = needs
     needs_weights, needs_parts = needs_each[: len(parts)], needs_each[len(parts) :]
     grad_gate = gate.new_empty(gate.shape) if needs_gate else None
@@ -360,7 +296,8 @@ def _backward_by_expert(
                 torch.mm(grad_y, weight_OI, out=rows[expert])
     if place is not None:
         grad_parts = [None if rows is None else rows.index_select(0, place) for rows in grad_parts]
-    return [grad_gate, grad_bias, *grad_weights, *grad_parts]
+    found = [grad_gate, grad_bias, *grad_weights, *grad_parts]
+    return [grad for grad in found if grad is not None]
 
 
 class _RoutedLinear(torch.autograd.Function):

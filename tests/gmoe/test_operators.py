@@ -264,7 +264,6 @@ def finding_rows(number: int | None) -> Any:
 # every road ---------------------------------------------------------------------------------------
 
 SMALL_PRODUCTS = {"gmoe.products.NUMBERS": 30}
-BY_EXPERT = {"gmoe.routed.AT_ONCE": -1}
 GPU_SUMS = {"gmoe.sums.SPARSE_DEVICES": ()}
 ALL, EXPERTS_ONLY = (True, True, True), (False, True, True)
 
@@ -279,29 +278,17 @@ ROADS: dict[str, dict[str, Road]] = {
         "gathered": Road(gathered_out, "index_select", patches=SMALL_PRODUCTS),
     },
     "routed_linear": {
-        "added": Road(forward(False, True), "index_add_", "addmm_"),
-        "added, rows forgotten": Road(forward(False, False), "index_add_", "addmm_"),
-        "fetched": Road(forward(True, True), leaves="index_add_"),
+        "added": Road(forward(False, True), "addmm_"),
+        "added, rows forgotten": Road(forward(False, False), "addmm_"),
+        "fetched": Road(forward(True, True), "addmm_", "index_add_"),
         "fetched, rows forgotten": Road(forward(True, False), leaves="index_add_"),
-        "one part without a bias": Road(forward(True, True, False, 1), leaves="index_add_"),
-        "by expert, added": Road(forward(False, True), "addmm_", patches=BY_EXPERT),
-        "by expert, rows forgotten": Road(forward(False, False), "addmm_", patches=BY_EXPERT),
-        "by expert, fetched": Road(forward(True, True), "addmm_", "index_add_", patches=BY_EXPERT),
-        "by expert, one part": Road(forward(True, True, False, 1), "mm", patches=BY_EXPERT),
+        "one part without a bias": Road(forward(True, True, False, 1), "mm"),
     },
     "routed_linear_backward": {
-        "added": Road(backward(False, ALL), "index_add_"),
-        "fetched": Road(backward(True, ALL), "index_add_"),
+        "added": Road(backward(False, ALL), "sum"),
+        "fetched": Road(backward(True, ALL), leaves="index_add_"),
         "gates without gradients": Road(backward(True, EXPERTS_ONLY), leaves="linalg_vecdot"),
-        "one part without a bias": Road(backward(True, (True, False, True), False, 1)),
-        "by expert, added": Road(backward(False, ALL), "sum", patches=BY_EXPERT),
-        "by expert, fetched": Road(backward(True, ALL), leaves="index_add_", patches=BY_EXPERT),
-        "by expert, gates without gradients": Road(
-            backward(True, EXPERTS_ONLY), leaves="linalg_vecdot", patches=BY_EXPERT
-        ),
-        "by expert, one part": Road(
-            backward(True, (True, False, True), False, 1), "mm", patches=BY_EXPERT
-        ),
+        "one part without a bias": Road(backward(True, (True, False, True), False, 1), "mm"),
     },
     "sum_messages": {
         "one head": Road(sums(1, False), "embedding_bag", "stack"),
@@ -354,8 +341,8 @@ ROADS: dict[str, dict[str, Road]] = {
 
 WHOLE = {"sort_edges", "find_messages", "find_rows"}
 """Operators of whole numbers, without a width."""
-SIZED = {"grouped_product", "grouped_outer_product", "routed_linear", "routed_linear_backward"}
-"""Operators whose road depends on the sizes, the dtype, or what is asked for."""
+SIZED = {"grouped_product", "grouped_outer_product"}
+"""Operators whose road depends on the sizes or the dtype."""
 
 
 def registered() -> set[str]:
