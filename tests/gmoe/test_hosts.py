@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -182,6 +182,12 @@ DOCUMENTED = {("GNNMoE, a router a layer", "trimmed"), ("BlockGNN", "trimmed")}
 """Where experts choose, they choose among the nodes that are left: the docstring says so."""
 
 
+@lru_cache(maxsize=1)  # the consistencies of a model come one after the other
+def model_of_graphs(host: str, router: str) -> Any:
+    torch.manual_seed(0)
+    return moved(GRAPHS[host](router))
+
+
 def require_equal_or_refused(
     model: nn.Module, consistency: Callable[[Any], Iterator[tuple[Tensor, Tensor]]], router: str
 ) -> None:
@@ -203,8 +209,7 @@ def test_a_model_of_graphs_is_consistent(
         pytest.skip("documented")
     if host == "own" and consistency is trimmed:
         pytest.skip("it takes no such arguments")
-    torch.manual_seed(0)
-    require_equal_or_refused(moved(GRAPHS[host](router)), consistency, router)
+    require_equal_or_refused(model_of_graphs(host, router), consistency, router)
 
 
 @pytest.mark.parametrize("host", ["PyG's", "own", "around PyG's"])

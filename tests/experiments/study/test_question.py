@@ -15,7 +15,13 @@ from experiments.train.data.task import Task
 from experiments.train.kinds import kind_of
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC
 
-COUNT = 2_000
+COUNT = 800
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are enough to find what is planted."""
+    monkeypatch.setattr(question, "STEPS", 40)
 
 
 def task_of(x: np.ndarray, edges: np.ndarray, y: np.ndarray) -> Task:
