@@ -73,15 +73,6 @@ def test_an_mlp_of_ones_own_class_is_converted_once_it_is_registered(
     assert experts.hidden_dropout.p == 0.5
 
 
-def test_each_mlp_of_a_registered_class_has_its_own_experts() -> None:
-    register(Sine, form_of)
-    dense = nn.ModuleList([Sine(), Sine()]).eval()
-    model: Any = gmoe.moefy(copy.deepcopy(dense), targets="*", num_experts=2, **COPIES)  # type: ignore[arg-type]
-    x = torch.randn(2, 5, 8)
-    for layer, mlp in zip(model, dense, strict=True):
-        torch.testing.assert_close(layer(x), mlp(x))
-
-
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an activation": (
         lambda mlp: MLPForm([mlp.fc1], mlp.fc2, torch.cos, hidden_dropouts=[mlp.drop]),
@@ -156,18 +147,6 @@ def test_a_form_has_one_first_layer_or_two() -> None:
     for count in (0, 3):
         with pytest.raises(ValueError, match=f"^ups: got {count} layers, expected one, or two"):
             MLPForm([nn.Linear(2, 2)] * count, nn.Linear(2, 2), torch.sin)
-
-
-def test_the_gate_may_be_either_half_of_the_first_layers() -> None:
-    gate, value, down = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 4)
-    x = torch.randn(8, 4)
-    expected = down(gate(x).sigmoid() * value(x))
-    first = MLPForm([gate, value], down, torch.sigmoid)
-    second = MLPForm([value, gate], down, torch.sigmoid, gate_is_second=True)
-    for form in (first, second):
-        torch.testing.assert_close(form.output(x), expected)
-        experts = form.experts(1, copied=True, zero_init=False)
-        torch.testing.assert_close(experts(x, torch.tensor([8])), expected)
 
 
 @pytest.mark.parametrize("name", mlps.ACT)

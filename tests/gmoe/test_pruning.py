@@ -23,7 +23,6 @@ from tests.helpers.shrunk import (
     Mine,
     X,
     moefied,
-    moved,
     pruned_on,
     routings_of,
 )
@@ -42,19 +41,6 @@ def chosen_in(*routings: gmoe.Routing) -> tuple[int, ...]:
     return tuple(sorted({expert for one in routings for expert in one.expert.tolist()}))
 
 
-def test_routings_that_a_call_returned_are_taken() -> None:
-    layer, same = token_layer(), token_layer()
-    same.load_state_dict(layer.state_dict())
-    _, routing = layer(X, return_routing=True)
-    assert gmoe.prune(layer, routing) == pruned_on(same, X)
-    torch.manual_seed(0)
-    gnn = moved(gmoe.GNNMoE(WIDTH, 6, 3, 3, num_experts=EXPERTS, shared_router=False).double())
-    expected, routings = gnn(X, EDGES, return_routing=True)
-    kept = gmoe.prune(gnn, routings)
-    assert [*kept] == ["convs.0", "convs.1"]
-    assert_same(gnn(X, EDGES), expected)
-
-
 def test_a_router_that_needs_more_experts_keeps_the_first_of_the_others() -> None:
     layer = token_layer(gmoe.ExpertChoice(WIDTH, num_experts=EXPERTS, k=3))
     only = torch.full((2, 1), 5), torch.ones(2, 1)
@@ -63,21 +49,6 @@ def test_a_router_that_needs_more_experts_keeps_the_first_of_the_others() -> Non
 
 
 # layers that share a router -----------------------------------------------------------------------
-
-
-def test_a_router_of_the_model_and_its_layers_shrink_together() -> None:
-    torch.manual_seed(0)
-    model = moved(gmoe.GNNMoE(WIDTH, 6, 3, 3, conv="sage", num_experts=EXPERTS).double())
-    assert model.shared_router is not None
-    expected = model(X, EDGES)
-    kept = pruned_on(model, X, EDGES)
-    assert [*kept] == ["convs.0", "convs.1"]
-    assert len({*kept.values()}) == 1
-    number = len(kept["convs.0"])
-    assert {conv.num_experts for conv in model.convs[:2]} == {number}
-    assert model.shared_router.num_experts == number < EXPERTS
-    assert_same(model(X, EDGES), expected)
-    model.train()(X, EDGES).square().sum().backward()
 
 
 def test_layers_of_one_router_shrink_together_by_all_of_its_calls() -> None:

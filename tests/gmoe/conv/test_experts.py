@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GINConv, GINEConv, SAGEConv, SoftmaxAggregation
 
-from gmoe import Graph, MoEConv
+from gmoe import MoEConv
 from gmoe.conv.aggregate import AggregateOnce
 from gmoe.conv.attention import AttentionExperts
-from gmoe.conv.call import Call
 from gmoe.conv.separate import SeparateExperts
 from tests.helpers.conv_cases import AGGREGATE_ONCE, ATTENTION, EDGE_DIM, SOME, WIDTH, Case, ids
 from tests.helpers.masked import (
@@ -133,18 +132,6 @@ def test_no_kind_is_run_in_a_slower_way_than_it_could_be() -> None:
     # General and GINE send their nodes as they are; the others transform them first.
     expected = ["part", "part", "part", "part", "rows", "rows", *["whole"] * len(FULL)]
     assert ways == [[way] * 3 for way in expected]
-
-
-@pytest.mark.parametrize(("conv", "kwargs"), ALL, ids=ids)
-def test_the_aggregate_is_as_wide_as_the_experts_say(conv: Any, kwargs: dict[str, Any]) -> None:
-    """The router is built for that width before there is an aggregate."""
-    layer = build(conv, kwargs)
-    args: dict[str, Any] = edge_args(layer, EDGES.size(1))
-    graph = Graph(EDGES, NODES, **args)
-    x = features(NODES, WIDTH)
-    aggregate = layer.experts.aggregate(Call(graph, x, x))
-    seen = graph.mean(x) if aggregate is None else aggregate
-    assert seen.shape == (NODES, layer.experts.aggregate_width or WIDTH)
 
 
 @pytest.mark.parametrize("conv", ["gcn", ["sage", "gin"]], ids=str)

@@ -306,21 +306,6 @@ def test_a_graph_that_does_not_fit_the_layer_is_refused() -> None:
             one(x, graph, edge_weight=weight)
 
 
-@pytest.mark.parametrize("name", ["x", "edge_weight"])
-def test_sums_are_those_of_the_values_that_a_graph_is_given(name: str) -> None:
-    layer = MoEConv("gcn", 4, 4, num_experts=2)
-    edge_index = random_graph(6, 6, 20)
-    old: dict[str, Any] = {"x": torch.randn(6, 4), "edge_weight": torch.rand(20)}
-    new = old | {name: torch.rand_like(old[name])}
-    graph = Graph(edge_index, 6, **old)
-    before = layer(old["x"], graph)
-    other = graph.with_x(new["x"]).with_weights(new["edge_weight"])
-    torch.testing.assert_close(
-        layer(new["x"], other), layer(new["x"], edge_index, new["edge_weight"])
-    )
-    assert torch.equal(layer(old["x"], graph), before)
-
-
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", ["x", "edge_weight", "edge_attr"])
 def test_nothing_is_kept_that_follows_from_what_learns(name: str, mode: Any) -> None:

@@ -171,7 +171,7 @@ def test_an_error_leaves_no_file(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits anonymous memory alone")
-@pytest.mark.parametrize("conv", ["gcn", "gat"])
+@pytest.mark.parametrize("conv", ["gcn", pytest.param("gat", marks=pytest.mark.slow)])
 def test_a_mapped_graph_is_not_read_into_memory(tmp_path: Path, conv: str) -> None:
     """Features of 96 MB, edges of 8 and hidden features of 15, in 64 MB."""
     nodes = 60_000
