@@ -72,12 +72,6 @@ DRAWN = {
 
 MOST_IMAGES = 1024
 """Validation images, about, whose patches are looked at."""
-SHARED = ("nmi", "ami_label", "ami_domain")
-"""Of which shares are shown, expert by expert."""
-
-Tokens = tuple[Tensor, dict[str, Tensor]]
-"""Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in
-:data:`PROPERTIES`."""
 
 
 class Page(list[str]):
@@ -260,17 +254,13 @@ def _routing(page: Page, run: RunFolder) -> str:
     seed = run.config.seeds[0]
     missing = ""
     maps = list[Figure]()
-    shown = list[Tokens]()
     tokens = "nodes"
-    names = dict[str, Sequence[str]]()
     layers = values_of(run.summary["routing"])
     try:
         task = run.load_task()
-        names = {"ami_label": task.classes, "ami_domain": task.domains}
         tokens = {"image": "patches", "molecule": "atoms"}.get(task.kind, "nodes")
         if tokens == "nodes":
-            shown, graph = _nodes(run, task)
-            maps.append(graph)
+            maps.append(_nodes(run, task))
         elif tokens == "patches":
             shown, maps = _patches(run, task)
             for layer, (weight, known) in zip(layers, shown, strict=True):
@@ -305,24 +295,14 @@ def _routing(page: Page, run: RunFolder) -> str:
     if maps:
         page.heading(f"Which {tokens} go to which expert?", 3)
         page.figures(maps, DRAWN[tokens])
-    for number, (weight, known) in enumerate(shown, start=1):
-        drawn = [
-            share_map(weight, known[name], PROPERTIES[name][0], names.get(name, ()))
-            for name in SHARED
-            if name in known
-        ]
-        if drawn:
-            page.figures(
-                drawn,
-                f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on "
-                "each class, domain or planted region. A row like the last one says that the "
-                "expert does not go by it.",
-            )
     return in_words(layers, run.config)
 
 
-def _patches(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
-    """By MoE layer, the patches of validation images; and maps of images, each of another class."""
+def _patches(
+    run: RunFolder, task: Task
+) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], list[Figure]]:
+    """Validation images: by MoE layer (T, E) the weights of the experts, and (T,) what they may
+    follow, as in :data:`PROPERTIES`; and maps of images, each of another class."""
     from vision.maps import expert_patches  # torchvision, which graphs do without
     from vision.told_domain import tell_domains
 
@@ -339,7 +319,7 @@ def _patches(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
     labels = torch.cat([one.target for one in batches])
     domains = [one.domain for one in batches if one.domain is not None]
     domain = torch.cat(domains) if domains else None
-    shown = list[Tokens]()
+    shown = []
     by_layer = [torch.cat(parts) for parts in zip(*weights, strict=True)]
     for weight_BhwE in by_layer:
         number = weight_BhwE[0, ..., 0].numel()
@@ -357,8 +337,8 @@ def _patches(run: RunFolder, task: Task) -> tuple[list[Tokens], list[Figure]]:
     return shown, [maps, *expert_patches(images, by_layer, task.mean, task.std)]
 
 
-def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure]:
-    """By MoE layer, the nodes of a graph; and a drawing of them.
+def _nodes(run: RunFolder, task: Task) -> Figure:
+    """A drawing of the nodes of a graph, by what is known of them and by expert.
 
     Raises:
         ValueError: the graph is not evaluated as a whole.
@@ -370,7 +350,6 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure]:
     (batch,) = task.loader("test", run.config.batch_size, None)
     with torch.no_grad(), record_routing(model) as routings:
         model(*batch.inputs)
-        weights = [routing.to_dense() for routing in routings]
     known = {} if task.planted is None else {"nmi": task.planted}
     if graph.y is not None and graph.y.dim() == 1:
         known["ami_label"] = graph.y.clamp(min=-1)
@@ -378,8 +357,7 @@ def _nodes(run: RunFolder, task: Task) -> tuple[list[Tokens], Figure]:
     for number, routing in enumerate(routings, start=1):
         expert = routing.top_expert.cpu()
         to_draw[f"expert, MoE layer {number}"] = expert.where(expert < routing.num_experts, -1)
-    drawn = draw_nodes(graph.edge_index, graph.num_nodes, to_draw)
-    return [(weight, known) for weight in weights], drawn
+    return draw_nodes(graph.edge_index, graph.num_nodes, to_draw)
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
@@ -412,31 +390,3 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
             axis.legend(fontsize="small")
             figures.append(figure)
     return figures
-
-
-def shares(weight_TE: Tensor, value_T: Tensor) -> Tensor:
-    """(E + 1, V) of each expert's weights the share of every value; last the share of the values
-    among all tokens.
-
-    Tokens whose integer in ``value_T`` is below 0 are left out.
-    """
-    known = value_T >= 0
-    weight_TE = torch.cat([weight_TE, torch.ones(len(value_T), 1)], dim=1)[known].double()
-    total_VE = torch.zeros(int(value_T.max()) + 1, weight_TE.size(1), dtype=torch.double)
-    total_VE = total_VE.index_add(0, value_T[known], weight_TE)
-    return (total_VE / total_VE.sum(dim=0).clamp(min=1e-12)).T
-
-
-def share_map(weight_TE: Tensor, value_T: Tensor, title: str, names: Sequence[str]) -> Figure:
-    """:func:`shares` as a heat map, an expert a row; ``names`` are those of the values, or none."""
-    share = shares(weight_TE, value_T)
-    figure = Figure(figsize=(4.6, 1.3 + 0.25 * len(share)), layout="constrained")
-    axis = figure.subplots()
-    figure.colorbar(axis.imshow(share.numpy(), aspect="auto", cmap="Blues", vmin=0), ax=axis)
-    axis.set_yticks(range(len(share)), [*map(str, range(len(share) - 1)), "all"])
-    axis.set(xlabel=title, ylabel="expert")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(names) == share.size(1):
-        rotation = 90 if max(map(len, names)) > 2 else 0
-        axis.set_xticks(range(len(names)), names, rotation=rotation, fontsize="small")
-    return figure

@@ -26,7 +26,6 @@ from experiments.show.report_page import (
     Page,
     data_of,
     dense_beside,
-    shares,
 )
 from experiments.train.command import main as train
 from experiments.train.command import parse
@@ -319,13 +318,6 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     page.table([["<b>"], ["&"]])
     page.write(tmp_path / "page.html")
     assert not re.search("<(img|b)[ >]", (tmp_path / "page.html").read_text())
-
-
-def test_shares_by_hand() -> None:
-    found = shares(
-        torch.tensor([[0.2, 0.0], [0.1, 0.3], [0.3, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, 0, -1])
-    )
-    np.testing.assert_allclose(found, np.array([[0.5, 0.5], [0, 1], [1 / 3, 2 / 3]]), atol=1e-6)
 
 
 def test_a_large_graph_is_drawn_in_six_neighborhoods() -> None:
