@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.train.checks import check
-from experiments.train.files import writing
+from experiments.train.files import replacing, writing
 
 LEAST = 100
 """Nodes of a class; those of smaller classes leave the graph."""
@@ -70,24 +70,31 @@ def write(graph: TextGraph, out: Path) -> None:
     Beside it, ``.source.txt`` holds what it was made from.
 
     Raises:
-        ValueError: fewer nodes or words than there are features, or no edge.
+        ValueError: fewer nodes or words than there are features, one class, no edge, or so few
+            groups that a split has an empty part.
     """
+    check(out.suffix == ".npz", "out", out, "FILE.npz")
     names = sorted(graph.nodes)
     place = {name: number for number, name in enumerate(names)}
     kinds = sorted({node.label for node in graph.nodes.values()})
     number = {kind: index for index, kind in enumerate(kinds)}
     check(graph.edges, "edges", "none", "some between nodes of large classes")
+    check(len(kinds) > 1, "classes", f"{kinds} of {LEAST} nodes", "two or more")
     edges = np.array(sorted((place[one], place[other]) for one, other in graph.edges)).T
     y = np.array([number[graph.nodes[name].label] for name in names])
+    masks = _masks([graph.nodes[name].group for name in names])
     arrays: dict[str, Any] = {
         "x": _features([graph.nodes[name].text for name in names]),
         "y": y,
         "edge_index": edges,
-        **_masks([graph.nodes[name].group for name in names]),
+        **masks,
     }
+    has_nodes = all(mask.any(axis=0).all() for mask in masks.values())
+    check(has_nodes, "groups", "so few that a part of a split is empty", "more")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as fresh, fresh.open("wb") as file:
+        np.savez_compressed(file, **arrays)
     with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(out, **arrays)
         out.with_suffix(".source.txt").write_text(f"{graph.source}\n")
     same = (y[edges[0]] == y[edges[1]]).mean()
     print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import zipfile
 from pathlib import Path
 
@@ -120,12 +121,20 @@ def test_definitions_lead_from_use_to_definition(tmp_path: Path) -> None:
     assert (data.y[source] != data.y[target]).all()
 
 
+def made(count: int, labels: str = "xy", groups: int = 150) -> dict[str, Node]:
+    """Nodes of the same two words."""
+    return {
+        str(n): Node("few words", labels[n % len(labels)], str(n % groups)) for n in range(count)
+    }
+
+
 @pytest.mark.parametrize(
     ("nodes", "edges", "named"),
     [
-        ({"a": Node("few words", "x", "a")}, {("a", "a")}, "nodes"),
-        ({str(n): Node("few words", "x", "a") for n in range(150)}, {("1", "2")}, "words"),
-        ({"a": Node("few words", "x", "a")}, set(), "edges"),
+        (made(9), {("1", "2")}, "^nodes: got 9, expected more than 128"),
+        (made(150), {("1", "2")}, "^words: got 2 that five texts have, expected more than 128"),
+        (made(9), set(), "^edges: got none"),
+        (made(9, labels="x"), {("1", "2")}, "^classes: got .'x'. of 100 nodes, expected two or"),
     ],
 )
 def test_what_makes_no_task_is_refused(
@@ -133,6 +142,19 @@ def test_what_makes_no_task_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         write(TextGraph(nodes, edges, ""), tmp_path / "graph.npz")
+    with pytest.raises(ValueError, match=r"^out: got .*graph, expected FILE.npz"):
+        write(TextGraph(nodes, edges, ""), tmp_path / "graph")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_groups_that_leave_a_part_of_a_split_empty_are_refused(
+    available: Path, tmp_path: Path
+) -> None:
+    one = re.sub("Source: .*", "Source: all", available.read_text())
+    available.write_text(one)
+    with pytest.raises(ValueError, match=r"^groups: got so few that a part of a split is empty"):
+        packages(available, tmp_path / "packages.npz")
+    assert not (tmp_path / "packages.npz").exists()
 
 
 def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:
