@@ -15,6 +15,7 @@ import gmoe
 from experiments.benchmark.measure import peak_bytes, take_turns
 from experiments.show.cells import read_prices
 from experiments.show.tables import markdown
+from experiments.study.running import why_not
 from experiments.train.build import build_model
 from experiments.train.command_line import SPARSE
 from experiments.train.config import RunConfig
@@ -27,16 +28,24 @@ STEPS = 5
 """Timed calls; their median counts."""
 
 
-def price_cells(cells: Mapping[str, RunConfig], folder: Path) -> str:
-    """The prices of cells, which ``prices.json`` of a study's folder holds from then on.
+def price_cells(cells: Mapping[str, RunConfig], folder: Path) -> tuple[str, dict[str, str]]:
+    """The prices of cells, and by cell why it has none.
 
-    A few steps of each are trained, here and now. Prices of other cells stay.
+    A few steps of each are trained, here and now. Behind each, ``prices.json`` of a study's folder
+    holds its price. Those of other cells stay.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", SPARSE)
-        prices = {cell: price(config) for cell, config in cells.items()}
-    write_json(folder / "prices.json", read_prices(folder) | prices)
-    return price_table(prices)
+    prices = dict[str, dict[str, float]]()
+    failed = dict[str, str]()
+    for cell, config in cells.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", SPARSE)
+                prices[cell] = price(config)
+        except Exception as error:  # of this cell; the others go on
+            failed[cell] = why_not(error, config)
+        else:
+            write_json(folder / "prices.json", read_prices(folder) | prices)
+    return price_table(prices) if prices else "No cell has a price.", failed
 
 
 def price_table(prices: Mapping[str, Mapping[str, float]]) -> str:

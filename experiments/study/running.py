@@ -94,14 +94,19 @@ def run_cells(
             write_json(folder / f"{cell}.json", {**run(own, progress), **label})
             finished(cell)
         except Exception as error:  # of this cell; the others go on
-            is_told = isinstance(error, ValueError | OSError)
-            code = code_of(own)
-            if not is_told and not code:
-                raise
-            failed[cell] = str(error) if is_told else raised(error, *code)
+            failed[cell] = why_not(error, own)
             progress.skip(len(own.seeds) * own.epochs)
             progress.finish(len(own.seeds) * own.epochs)
     return failed
+
+
+def why_not(error: Exception, config: RunConfig) -> str:
+    """Why a cell cannot be run; a fault that is neither its options' nor its code's is raised."""
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    if code := code_of(config):
+        return raised(error, *code)
+    raise error
 
 
 def commits_of(missing: Iterable[str], folder: Path, mixes: bool) -> dict[str, str]:

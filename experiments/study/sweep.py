@@ -87,6 +87,8 @@ def sweep_study(study: Study, config: SweepConfig) -> tuple[str, dict[str, str]]
     cells = affordable(asked, hours, config.budget, folder)
     held = held_cells(cells, folder)
     missing = [cell for cell in cells if cell not in held]
+    if left := len(asked) - len(cells):
+        print(f"{left} cells are beyond the budget, or have no price of --price", file=sys.stderr)
     commits = commits_of(missing, folder, config.mix_commits)
     write_json(folder / "study.json", study.described() | {"commits": commits})
     if missing:
@@ -147,6 +149,9 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
 
         return run_forces(config)
     study: Any
+    is_legal = config.budget is None or (config.budget > 0 and not config.price)
+    got = f"{config.budget} with price={config.price}"
+    check(is_legal, "budget", got, "core-hours above 0, without --price")
     if isinstance(config, RoutersConfig):
         study = routers.table(config.data_root, config.router, config.k)
         if config.router is not None:
@@ -160,7 +165,7 @@ def run_study(name: str, config: SweepConfig | ForcesConfig) -> tuple[str, dict[
         from experiments.study.price import price_cells  # torch
 
         cells = study.cells(config.columns, config.rows)
-        return price_cells(cells, config.results / study.name), {}
+        return price_cells(cells, config.results / study.name)
     return sweep_study(study, config)
 
 

@@ -58,6 +58,17 @@ def test_a_study_is_priced_and_not_run(
     assert [path.relative_to(tmp_path) for path in written] == [Path("results/mine/prices.json")]
 
 
+def test_a_cell_without_data_has_no_price_and_the_others_have(tmp_path: Path) -> None:
+    lacking = replace(DIGITS_GRAPH, dataset="packages", data_root=tmp_path)
+    wide = replace(DIGITS_GRAPH, router="dense", hidden=10**9)
+    cells = {"a": lacking, "b": replace(SMALL, router="dense"), "c": wide}
+    table, failed = price_cells(cells, tmp_path)
+    assert [*read_prices(tmp_path)] == ["b"]
+    assert "`b`" in table
+    assert f"{tmp_path / 'packages.npz'} missing" in failed["a"]
+    assert failed["c"].startswith("hidden: got 1000000000, with which training holds at least")
+
+
 def test_prices_of_other_cells_stay(tmp_path: Path) -> None:
     dense = replace(SMALL, router="dense")
     price_cells({"a": dense}, tmp_path)

@@ -156,6 +156,8 @@ def test_of_what_was_not_run_only_what_was_asked_for_is_named(
     out = capsys.readouterr().out
     assert "digits-graph: dense, not run, 2 hours" in out
     assert "wide, not run" not in out
+    sweep("STUDY", "--rows", "moe", "dense", "--budget", "1")
+    assert "1 cells are beyond the budget, or have no price" in capsys.readouterr().err
 
 
 def test_a_cell_that_cannot_be_run_is_named(
@@ -176,6 +178,9 @@ def test_a_cell_that_cannot_be_run_is_named(
         ("mine.py:STUDY --rows five", "rows: got five, expected some of moe, dense, wide"),
         ("mine.py:Row", "study: got 'mine.py:Row', expected an experiments.study.studies.Study"),
         ("mine.py:NOTHING", "study: got 'mine.py:NOTHING', which cannot be imported"),
+        ("mine.py:STUDY --budget -1", "budget: got -1.0 with price=False, expected core-hours"),
+        ("mine.py:STUDY --budget nan", "budget: got nan with price=False, expected core-hours"),
+        ("mine.py:STUDY --price --budget 1", "budget: got 1.0 with price=True, expected"),
         ("routers --columns sea", "columns: got sea, expected some of digits, cifar10, "),
     ],
 )
