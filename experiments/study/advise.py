@@ -2,9 +2,10 @@
 
     python -m experiments.advise graph --data-root FILE.npz --out DIR   # or a preset of nodes
 
-First: would a wider model be better? A dense model and one four times as wide are trained, split by
-split. If the wide one is not surely better, capacity is not what the graph lacks, and experts for
-capacity are none. If it is, the part of that gain is said which experts had on other graphs.
+First: would a wider model be better? A dense model and one four times as wide are trained, seed by
+seed, each on its split. If the wide one is not surely better, capacity is not what the graph lacks,
+and experts for capacity are none. If it is, the part of that gain is said which experts had on
+other graphs.
 
 Second, in seconds and without a GNN: do nodes follow different rules, and by what: their features,
 their neighbors, their degree, or their place in the graph? routing.npy then holds the expert of
@@ -12,8 +13,8 @@ each node, for `train ... --routing`.
 
 After a yes, experts are tried: the default ones, and those that are routed by the second answer,
 beside the dense model, that at twice the step size, and that whose layers see the input again.
-Paired 95 % intervals and one picture (trial.png) say what is above what, and the command is printed
-that trains the best. The same command goes on where it was stopped.
+Paired 95 % intervals say what is above what, and the command is printed that trains the best. The
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 LEAST = 3
 MOST = 5
-"""Splits of a trial."""
+"""Seeds of a trial: of masks for S splits seed s takes split s % S."""
 TIMES = 4
 """By what the wide model is wider."""
 DENSE = ("dense", "dense-lr2", "dense-input-again")
@@ -112,7 +113,7 @@ def advise(
         metric: of your own graph (default accuracy).
         undirected: add the reverse of every edge, where the preset does; try `--no-undirected`,
             too, where an edge means something in one direction only.
-        budget: minutes for the first question, and as many for the trial; a split is begun only if
+        budget: minutes for the first question, and as many for the trial; a seed is begun only if
             it fits, three are the least.
         price: only say how long the first question and the trial would take.
         offline: download nothing; an error says what is missing.
@@ -133,13 +134,13 @@ def advise(
     from experiments.train.results import environment, write_json
 
     with redirect_stdout(sys.stderr):  # what loaders say on the way
-        task = kind_of(base).tasks()(0)
+        task = kind_of(replace(base, seeds=tuple(range(MOST)))).tasks()(0)
     nodes_to_ask(task)  # refuses what cannot be asked, before anything is trained
     trial = Trial(arms_of(base), out, budget)
     if price:
         one = minutes_of(trial.arms, FIRST)
         rest = minutes_of(trial.arms, (*DENSE[1:], DEFAULT, DEFAULT))  # one may be routed
-        each = f"{LEAST} to {MOST} splits, about {one:.1f} minutes each; "
+        each = f"{LEAST} to {MOST} seeds, about {one:.1f} minutes each; "
         print(f"{each}a trial of the answers takes {rest:.1f} minutes more each")
         return
     print("would a wider model be better?", file=sys.stderr, flush=True)
@@ -161,7 +162,6 @@ def advise(
     if answer.differ or width_gain(first).low > 0:
         summaries = trial.run(tuple(trial.arms))
         found["trial"] = told(summaries, answer, trial.arms)
-        write_picture(summaries, answer, out / "trial.png")
         print("\n".join(found["trial"]))
     else:
         print(f"so experts were not tried; the dense model: {command(arms_of(base)['dense'])}")
@@ -180,7 +180,7 @@ def keep_routing(path: Path, expert: np.ndarray) -> None:
 
 
 def minutes_of(arms: Mapping[str, GraphConfig], names: Sequence[str]) -> float:
-    """About how long one split of some arms takes, on one core."""
+    """About how long one seed of some arms takes, on one core."""
     from experiments.study.price import price
 
     like = [AS_LONG.get(name, name) for name in names]
@@ -190,7 +190,7 @@ def minutes_of(arms: Mapping[str, GraphConfig], names: Sequence[str]) -> float:
 
 
 class Trial:
-    """Arms, split after split, as long as the budget lasts."""
+    """Arms, seed after seed, as long as the budget lasts."""
 
     def __init__(self, arms: Mapping[str, GraphConfig], out: Path, budget: float) -> None:
         self.arms = {name: replace(arm, out=out / name, resume=True) for name, arm in arms.items()}
@@ -199,22 +199,22 @@ class Trial:
     def trained(self, name: str) -> int:
         """Splits of an arm that are begun."""
         path = self.arms[name].folder() / "config.json"
-        return len(read_json(path, dict[str, Any])["seeds"]) if path.exists() else 0
+        return len(read_json(path, dict[str, Any]).get("seeds", ())) if path.exists() else 0
 
     def run(self, names: Sequence[str]) -> dict[str, Any]:
         """The summary of each of some arms.
 
         Raises:
-            ValueError: a budget that three splits do not fit into.
+            ValueError: a budget that three seeds do not fit into.
         """
         from experiments.train.loop import run
 
         if lacking := [name for name in names if self.trained(name) < LEAST]:
             each = minutes_of(self.arms, lacking)
             missing = LEAST - min(map(self.trained, lacking))
-            legal = f"at least {missing * each:.1f} minutes, for {LEAST} splits"
+            legal = f"at least {missing * each:.1f} minutes, for {LEAST} seeds"
             check(missing * each <= self.budget, "budget", self.budget, legal)
-            price = f"{len(lacking)} models, {LEAST} to {MOST} splits, {each:.1f} minutes a split"
+            price = f"{len(lacking)} models, {LEAST} to {MOST} seeds, {each:.1f} minutes a seed"
             print(f"to train: {price}", file=sys.stderr, flush=True)
         begun = time.monotonic()
         longest = 0.0
@@ -228,7 +228,7 @@ class Trial:
                 for name in names:
                     seeds = tuple(range(max(n, self.trained(name))))
                     summaries[name] = run(replace(self.arms[name], seeds=seeds))
-            print(f"split {n} of {MOST} is trained", file=sys.stderr, flush=True)
+            print(f"seed {n} of {MOST} is trained", file=sys.stderr, flush=True)
             longest = max(longest, time.monotonic() - start)
         return summaries
 
@@ -245,7 +245,7 @@ def width_lines(summaries: Mapping[str, Any]) -> list[str]:
     gain = width_gain(summaries)
     wide = summaries[WIDE]
     what = f"a model {TIMES} times as wide ({wide['hidden']})"
-    by = f"{gain}, {gain.n} splits, {wide['metric']}"
+    by = f"{gain}, {gain.n} seeds, {wide['metric']}"
     if not gain.low > 0:  # NaN of a training that diverged is no gain
         return [f"no: {what} is not surely better: {by}; so no experts for capacity"]
     part = part_of_width(what_pays(RESULTS))
@@ -257,7 +257,7 @@ def width_lines(summaries: Mapping[str, Any]) -> list[str]:
 
 
 def over(summaries: Mapping[str, Any], arm: str, other: str) -> Difference:
-    """How much better an arm is than another on the splits that both have."""
+    """How much better an arm is than another on the seeds that both have."""
     ours, theirs = (summaries[name]["test"]["values"] for name in (arm, other))
     common = min(len(ours), len(theirs))
     return Difference.of(gains(summaries[arm]["metric"], ours[:common], theirs[:common]))
@@ -275,7 +275,7 @@ def told(
     metric = dense["metric"]
     experts = [arm for arm in (FOUND, DEFAULT) if arm in summaries]
     labels = {name: label_of(name, answer.view) for name in summaries}
-    lines = [f"trial on {dense['test']['n']} splits, test {metric}:"]
+    lines = [f"trial on {dense['test']['n']} seeds, test {metric}:"]
     for name, summary in summaries.items():
         line = f"  {labels[name]}: {scored(metric, summary['test'])}"
         if name != "dense":
@@ -294,27 +294,6 @@ def told(
     if best != experts[0]:
         lines += [f"{labels[experts[0]]}:", f"  {command(arms[experts[0]])}"]
     return lines
-
-
-def write_picture(summaries: Mapping[str, Any], answer: Answer, path: Path) -> None:
-    """Draw each arm's difference to the dense model, with its interval."""
-    from matplotlib.figure import Figure
-
-    names = [name for name in summaries if name != "dense"]
-    figure = Figure(figsize=(7, 0.9 + 0.5 * len(names)), layout="constrained")
-    axis = figure.subplots()
-    axis.axvline(0, color="#6e7781", linewidth=1)
-    for place, name in enumerate(names):
-        gain = over(summaries, name, "dense")
-        error = [[gain.mean - gain.low], [gain.high - gain.mean]]
-        color = "#0969da" if name in (FOUND, DEFAULT) else "#6e7781"
-        axis.errorbar(gain.mean, place, xerr=error, fmt="o", color=color)
-    axis.set_yticks(range(len(names)), [label_of(name, answer.view) for name in names])
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel("test, points above the dense model (paired 95 % interval)", fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as fresh:
-        figure.savefig(fresh, dpi=150, facecolor="white", format="png")
 
 
 main = program("advise", advise, __doc__)

@@ -76,7 +76,13 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDAr
     """Read arrays of numbers by name; of ``names`` those that are there (default: all)."""
     with naming(path), np.load(path, allow_pickle=False) as archive:
         wanted = [name for name in archive.files if names is None or name in names]
-        return {name: _of_numbers(archive[name]) for name in wanted}
+        arrays = {}
+        for name in wanted:
+            try:
+                arrays[name] = _of_numbers(archive[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return arrays
 
 
 def _of_numbers(array: NDArray[Any]) -> NDArray[Any]:

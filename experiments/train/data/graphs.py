@@ -58,9 +58,11 @@ def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
     data: Any = graph.data
     labels = (data if graph.target is None else data[graph.target]).y
     if graph.metric_name == "roc_auc" and graph.metric is None:
-        one = [part for part in ("val", "test") if len(labels[split[part]].unique()) < 2]
-        got = f"'roc_auc' with nodes of one class only in {' and '.join(one)}"
-        check(not one, "metric", got, "both classes there")
+        for each in config.seeds:  # before the first is trained
+            parts = graph.splits(each)
+            one = [part for part in ("val", "test") if len(labels[parts[part]].unique()) < 2]
+            got = f"'roc_auc' with nodes of one class only in {' and '.join(one)} of seed {each}"
+            check(not one, "metric", got, "both classes there")
     of_kind: dict[str, Any]
     if graph.target is None:
         batches = GraphBatches(graph, config, split)

@@ -55,13 +55,15 @@ def graph_of(given: Any, name: str, where: str, metric: MetricName | None = None
     missing = ", ".join(key for key in needed if key not in keys)
     check(not missing, where, f"no {missing}", f"{', '.join(NEEDED)}, and all masks or none")
     data = Data(**{key: _converted(f"{where}: {key}", key, given[key]) for key in keys})
+    nodes = torch.as_tensor(given.to_dict().get("num_nodes", len(data.x))).flatten().tolist()
+    check(nodes == [len(data.x)], where, f"num_nodes {nodes}", f"{len(data.x)}, the rows of x")
     check_graph(where, data)
     weights = data.num_edges if data.edge_weight is None else data.edge_weight.numel()
     check(weights == data.num_edges, where, f"{weights} of edge_weight", f"{data.num_edges}")
     labels = data.y.clamp(min=-1).unique()
     is_legal = data.y.dim() == 1 and (labels >= 0).sum() > 1 and labels.max() < len(data.y)
     got = f"shape {tuple(data.y.shape)} of {labels.tolist()[:10]}"
-    legal = "a class a node, from 0 (below 0 for none), two classes or more"
+    legal = f"a class a node, from 0 to {len(data.y) - 1} (below 0 for none), two classes or more"
     check(is_legal, f"{where}: y", got, legal)
     classes = int(labels.max()) + 1
     how = f"{data.train_mask[0].numel()} split(s) by its masks" if masks else ""
@@ -82,12 +84,14 @@ def graph_of(given: Any, name: str, where: str, metric: MetricName | None = None
 def _converted(where: str, key: str, given: Any) -> Tensor:
     """One tensor of a graph, as models take it."""
     is_dense = isinstance(given, Tensor) and given.layout == torch.strided
-    got = f"a {type(given).__name__}"
+    got = f"{given.layout}, {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
     check(is_dense and not given.is_complex(), where, got, "a dense tensor of real numbers")
-    given = given.cpu().as_subclass(Tensor)
+    given = given.detach().cpu().as_subclass(Tensor)
     value = given.to(TYPES.get(key, torch.bool)).contiguous()
     is_legal = value.isfinite() if value.is_floating_point() else value == given
-    check(is_legal.all(), where, "other values", f"finite ones that {value.dtype} can hold")
+    wrong = (~is_legal).nonzero()[:1].tolist()
+    got = f"{given[tuple(wrong[0])]} at {wrong[0]}" if wrong else ""
+    check(not wrong, where, got, f"finite numbers that {value.dtype} can hold")
     return value.flatten() if key in ("y", "edge_weight") and value.shape[1:] == (1,) else value
 
 
@@ -112,6 +116,8 @@ def _read_folder(folder: Path) -> Data:
     edges = _read_table(folder / "edges.csv", {"source", "target"})
     data = Data()
     with naming(folder / "nodes.csv"):
+        marks = ", ".join({*MASKS.values()} & {*nodes.columns})
+        check(not marks, "columns", marks, "one column split: train, val, test or none")
         ids = pd.Index(nodes["id"] if "id" in nodes else map(str, range(len(nodes))))
         check(ids.is_unique and not ids.hasnans, "id", "none, or one twice", "each node's own")
         features = [_numbers(nodes[name]) for name in nodes if name not in ("id", "label", "split")]
@@ -135,8 +141,8 @@ def _read_folder(folder: Path) -> Data:
         check(not unknown, "columns", unknown, "source, target and perhaps weight alone")
         columns = [pd.Index(edges[end]) for end in ("source", "target")]
         ends = torch.from_numpy(np.stack([ids.get_indexer(column) for column in columns]))
-        wrong = [edges.iloc[row].to_dict() for row in (ends < 0).any(dim=0).nonzero()[:1, 0]]
-        check(not wrong, "an edge", wrong, "two nodes")
+        wrong = edges[(ends < 0).any(dim=0).numpy()].head(1).to_dict("index")
+        check(not wrong, "row", wrong, "two ids of nodes.csv")
         data.edge_index = ends
         if "weight" in edges:
             data.edge_weight = _numbers(edges["weight"], most_names=0)
@@ -163,6 +169,6 @@ def _numbers(column: pd.Series[Any], most_names: int = MOST_CATEGORIES) -> Tenso
     # Of names alone, it is an empty cell that is wrong
     is_wrong = column.isna().to_numpy() if has_names else ~np.isfinite(numbers)
     got = column[is_wrong].head(1).to_dict()
-    legal = f"numbers alone, or at most {most_names} names alone"
+    legal = "numbers alone" + (f", or at most {most_names} names alone" if most_names else "")
     check(not got, f"column {column.name}, row", got, legal)
     return torch.from_numpy(numbers)[:, None]

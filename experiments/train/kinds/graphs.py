@@ -148,8 +148,8 @@ class TypedGraphs(Nodes[TypedConfig]):
 def check_width(config: GraphConfig, task: Task) -> None:
     """Refuse a width that memory cannot hold, before a weight is drawn.
 
-    Counted is what training holds at least: the output of each layer, of all nodes, and weights
-    with their gradients and two moments.
+    Counted is what training holds at least: of all nodes the output of each layer, two more of
+    the backward pass, and weights with their gradients and two moments.
     """
     if config.layers == 1:  # from the input to the classes
         return
@@ -157,7 +157,7 @@ def check_width(config: GraphConfig, task: Task) -> None:
     columns = task.in_channels + (config.layers - 2) * config.hidden + task.num_classes
     weights = (config.experts if has_experts else 1) * columns * config.hidden
     rows = task.graph.num_nodes if config.trains_whole() and task.graph is not None else 1
-    needed = 4 * (rows * (config.layers - 1) * config.hidden + 4 * weights)
+    needed = 4 * (rows * (config.layers + 1) * config.hidden + 4 * weights)
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available() and config.device in ("auto", "cuda"):
         there = torch.cuda.get_device_properties(0).total_memory
